@@ -1,0 +1,91 @@
+"""What every command line of this repository shares: grouped help, errors in one line, EDM's value types."""
+from __future__ import annotations
+
+import re
+
+import click
+
+from dnnlib.util import UserError
+
+HELP_SETTINGS = dict(max_content_width=120, help_option_names=['-h', '--help'])
+
+
+class Option(click.Option):
+    """A click option that `--help` lists under the heading `group`."""
+
+    def __init__(self, *args, group: str | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class Command(click.Command):
+    """A command that lists its options by group and turns a `UserError` into one line and exit status 1."""
+
+    def __init__(self, *args, context_settings=None, **kwargs):
+        super().__init__(*args, context_settings={**HELP_SETTINGS, **(context_settings or {})}, **kwargs)
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            raise click.ClickException(str(error)) from error
+
+    def format_options(self, ctx, formatter):
+        groups: dict[str, list] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(param, 'group', None) or 'Options', []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+class Group(click.Group):
+    """A group of `Command`s, with the same handling of errors."""
+
+    command_class = Command
+
+    def __init__(self, *args, context_settings=None, **kwargs):
+        super().__init__(*args, context_settings={**HELP_SETTINGS, **(context_settings or {})}, **kwargs)
+
+
+def option(*names, group: str | None = None, **kwargs):
+    """`click.option` with a heading for `--help`."""
+    return click.option(*names, cls=Option, group=group, **kwargs)
+
+
+class IntRanges(click.ParamType):
+    """Comma-separated integers and ranges: `1,2,5-10` becomes [1, 2, 5, 6, 7, 8, 9, 10]."""
+
+    name = 'list'
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, list):
+            return value
+        values = []
+        for part in value.split(','):
+            match = re.fullmatch(r'\s*(\d+)(?:-(\d+))?\s*', part)
+            if match is None or (match[2] and int(match[2]) < int(match[1])):
+                self.fail(f'{part!r} is neither an integer nor a range such as 0-63', param, ctx)
+            values.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+        return values
+
+
+class NumberList(click.ParamType):
+    """Comma-separated numbers of one type: `16,8` becomes [16, 8]; `none` is the empty list."""
+
+    name = 'list'
+
+    def __init__(self, kind: type = int):
+        self.kind = kind
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, list):
+            return value
+        if value.strip().lower() in ('', 'none'):
+            return []
+        try:
+            return [self.kind(part) for part in value.split(',')]
+        except ValueError:
+            self.fail(f'{value!r} is not a comma-separated list of {self.kind.__name__} numbers', param, ctx)
