@@ -1,0 +1,51 @@
+"""Random numbers by global sample index: what a sample gets depends on the seed and its place in the stream of training images alone.
+
+So a batch may be split over processes, accumulation rounds and restarts in any way and see the same noise, and there is no generator state to save.
+Numbers are drawn in blocks of `BLOCK` consecutive samples, each from a generator seeded by (seed, purpose, block).
+"""
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+BLOCK = 32
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from integers and strings, independent for different tuples."""
+    digest = hashlib.blake2b('/'.join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, 'little') >> 1
+
+
+class SampleDraws:
+    """Random numbers for the samples first ... first + count − 1 of the global stream.
+
+    Every purpose (`'noise'`, `'edge'`, ...) is an independent stream of numbers.
+    """
+
+    def __init__(self, seed: int, first: int, count: int, device: torch.device | str = 'cpu'):
+        self.seed, self.first, self.count, self.device = seed, first, count, torch.device(device)
+
+    def _draw(self, purpose: str, shape, device, fill) -> Tensor:
+        generator = torch.Generator(device)
+        first_block, last_block = self.first // BLOCK, (self.first + self.count - 1) // BLOCK
+        blocks = []
+        for block in range(first_block, last_block + 1):
+            generator.manual_seed(derive_seed(self.seed, purpose, block))
+            blocks.append(fill([BLOCK, *shape], generator=generator, device=device))
+        drawn = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        return drawn.narrow(0, self.first - first_block * BLOCK, self.count)
+
+    def normal(self, purpose: str, shape=()) -> Tensor:
+        """[count, *shape] float32 on the device, standard normal."""
+        return self._draw(purpose, shape, self.device, torch.randn)
+
+    def uniform(self, purpose: str) -> Tensor:
+        """[count] float64 on the host, uniform in [0, 1): for choices that the host has to know without asking the device."""
+        return self._draw(purpose, (), torch.device('cpu'), lambda *a, **k: torch.rand(*a, dtype=torch.float64, **k))
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A generator on the device for numbers that belong to this very set of samples (dropout masks, augmentation)."""
+        return torch.Generator(self.device).manual_seed(derive_seed(self.seed, purpose, self.first, self.count))

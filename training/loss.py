@@ -1,0 +1,93 @@
+"""Diffusion losses: how teachers are trained (Karras et al. 2022, Table 1, 'Training').
+
+A loss is called as `loss_fn(net, images, labels, draws, augment_labels)` with images [N, C, H, W] in [-1, 1], one-hot labels [N, label_dim] and the
+samples' random numbers (`training.draws.SampleDraws`), and returns one loss per image, [N], summed over its values.
+"""
+from __future__ import annotations
+
+import torch
+
+from torch_utils import training_stats
+from training.consistency_ops import expand_like
+
+SIGMA_BIN_EDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+SIGMA_BINS = [f'{low:g}-{high:g}' for low, high in zip((0, *SIGMA_BIN_EDGES), (*SIGMA_BIN_EDGES, float('inf')))]
+
+
+def report_by_sigma(prefix: str, sigma: torch.Tensor, loss: torch.Tensor) -> None:
+    """Report each image's loss under the bin of noise levels that it falls in, as `<prefix>/sigma_<low>-<high>`."""
+    edges = torch.tensor(SIGMA_BIN_EDGES, dtype=sigma.dtype).to(sigma.device, non_blocking=True)
+    training_stats.report_bins([f'{prefix}/sigma_{name}' for name in SIGMA_BINS], torch.bucketize(sigma.contiguous(), edges), loss)
+
+
+class DiffusionLoss:
+    """Weighted denoising error w(sigma) |D(y + sigma n; sigma) − y|²; subclasses give `noise_levels(draws)` and `weight(sigma)`."""
+
+    name = 'diffusion'
+
+    def begin_step(self, nimg: int) -> None:
+        """Nothing here depends on the images seen so far."""
+
+    def __call__(self, net, images, labels, draws, augment_labels=None):
+        sigma = self.noise_levels(draws)
+        noisy = images + expand_like(sigma, images).to(images.dtype) * draws.normal('noise', images.shape[1:])
+        denoised = net(noisy, sigma, labels, augment_labels=augment_labels, dropout_masks=student_masks(net, draws))
+        loss = self.weight(sigma) * (denoised - images).square().flatten(1).sum(dim=1)
+        report_by_sigma('Loss', sigma, loss.detach())
+        return loss
+
+
+def unwrap(net: torch.nn.Module) -> torch.nn.Module:
+    """The network inside a DistributedDataParallel wrapper, or `net` itself."""
+    return net.module if isinstance(net, torch.nn.parallel.DistributedDataParallel) else net
+
+
+def student_masks(net, draws, purpose: str = 'dropout'):
+    """Dropout masks for one pass over the samples of `draws`."""
+    net = unwrap(net)
+    return net.dropout_masks(draws.count, draws.generator(purpose)) if net.training else {}
+
+
+class EDMLoss(DiffusionLoss):
+    """ln sigma ~ N(P_mean, P_std²), weight 1/sigma² + 1/sigma_data²."""
+
+    def __init__(self, P_mean: float = -1.2, P_std: float = 1.2, sigma_data: float = 0.5):
+        self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
+
+    def noise_levels(self, draws):
+        return (draws.normal('sigma') * self.P_std + self.P_mean).exp()
+
+    def weight(self, sigma):
+        return sigma ** -2 + self.sigma_data ** -2
+
+
+class VPLoss(DiffusionLoss):
+    """t uniform in [epsilon_t, 1] under the variance-preserving SDE, weight 1/sigma²."""
+
+    def __init__(self, beta_d: float = 19.9, beta_min: float = 0.1, epsilon_t: float = 1e-5):
+        self.beta_d, self.beta_min, self.epsilon_t = beta_d, beta_min, epsilon_t
+
+    def noise_levels(self, draws):
+        t = 1 + draws.uniform('sigma') * (self.epsilon_t - 1)
+        sigma = torch.expm1(self.beta_d * t ** 2 / 2 + self.beta_min * t).sqrt()
+        return sigma.float().to(draws.device, non_blocking=True)
+
+    def weight(self, sigma):
+        return sigma ** -2
+
+
+class VELoss(DiffusionLoss):
+    """ln sigma uniform in [ln sigma_min, ln sigma_max], weight 1/sigma²."""
+
+    def __init__(self, sigma_min: float = 0.02, sigma_max: float = 100):
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def noise_levels(self, draws):
+        sigma = self.sigma_min * (self.sigma_max / self.sigma_min) ** draws.uniform('sigma')
+        return sigma.float().to(draws.device, non_blocking=True)
+
+    def weight(self, sigma):
+        return sigma ** -2
+
+
+DIFFUSION_LOSSES = dict(edm=EDMLoss, vp=VPLoss, ve=VELoss)

@@ -1,0 +1,95 @@
+"""Averages of the weights over training: exponential with a half-life, and power-function EMA with its post-hoc reconstruction.
+
+Power functions: Karras et al. 2024 (EDM2), Section 3 and Appendix C. A profile of exponent gamma weighs the weights at time tau <= t
+by p(tau) ∝ tau^gamma; its relative width `std` is that of the profile, (gamma+1)^½ (gamma+2)^-1 (gamma+3)^-½.
+"""
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+
+
+def std_to_exp(std) -> np.ndarray:
+    """Exponent of the power-function profile with relative standard deviation `std` (any shape): the largest real root of
+    (gamma + 2)² (gamma + 3) = (gamma + 1) / std²   (EDM2, Appendix C)."""
+    std = np.asarray(std, dtype=np.float64)
+    left = np.polymul(np.polymul([1, 2], [1, 2]), [1, 3])
+    largest = lambda s: np.roots(np.polysub(left, np.array([1, 1]) / s ** 2)).real.max()
+    return np.array([largest(s) for s in std.ravel()]).reshape(std.shape)
+
+
+def power_function_beta(std: float, t_next: float, t_delta: float) -> float:
+    """EMA decay of one update: (1 − t_delta / t_next)^(gamma + 1), with t_next the images after the update and t_delta its batch (EDM2, Section 3.1)."""
+    return float((1 - t_delta / t_next) ** (std_to_exp(std) + 1))
+
+
+def _profile_products(t_a, gamma_a, t_b, gamma_b) -> np.ndarray:
+    """Inner products of profiles p(tau) = (gamma + 1) tau^gamma / t^(gamma+1) on [0, t], for broadcasting arrays (EDM2, Appendix C)."""
+    t = np.minimum(t_a, t_b)
+    shape = (t / t_a) ** gamma_a * (t / t_b) ** gamma_b * t / (t_a * t_b)
+    return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * shape
+
+
+def solve_posthoc_coefficients(in_ofs, in_std, out_ofs, out_std) -> np.ndarray:
+    """Weights that combine stored averages into others, least squares over profiles; columns sum to 1 (EDM2, Section 3.2).
+
+    Args:
+        in_ofs, in_std: [I] times (any unit of images) and widths of the stored averages.
+        out_ofs, out_std: [O] the same for the wanted ones.
+    Returns: [I, O] float64.
+    """
+    in_ofs, out_ofs = (np.asarray(t, dtype=np.float64).ravel() for t in (in_ofs, out_ofs))
+    in_exp, out_exp = (std_to_exp(np.ravel(s)) for s in (in_std, out_std))
+    gram = _profile_products(in_ofs[:, None], in_exp[:, None], in_ofs, in_exp)
+    wanted = _profile_products(in_ofs[:, None], in_exp[:, None], out_ofs, out_exp)
+    weights = np.linalg.solve(gram, wanted)
+    return weights / weights.sum(axis=0)
+
+
+class WeightAverages:
+    """Averages of a network's weights, updated after every optimiser step.
+
+    Args:
+        net: the network that trains.
+        halflife_nimg, rampup_ratio: of the exponential average; its effective half-life is min(halflife_nimg, rampup_ratio × images seen)
+            (no ramp where the ratio is None).
+        phema_stds: widths of the power-function averages.
+    """
+
+    def __init__(self, net: torch.nn.Module, halflife_nimg: float, rampup_ratio: float | None, phema_stds: list[float]):
+        frozen = lambda: copy.deepcopy(net).eval().requires_grad_(False)
+        self.halflife_nimg, self.rampup_ratio = halflife_nimg, rampup_ratio
+        self.ema = frozen()
+        self.phema = {std: frozen() for std in phema_stds}
+        self._exponents = {std: float(std_to_exp(std)) for std in phema_stds}
+
+    def halflife_at(self, nimg: int) -> float:
+        """Effective half-life in images after `nimg` images."""
+        return self.halflife_nimg if self.rampup_ratio is None else min(self.halflife_nimg, nimg * self.rampup_ratio)
+
+    @torch.no_grad()
+    def update(self, net: torch.nn.Module, nimg: int, batch_size: int) -> None:
+        """Take in the weights after a step; `nimg` counts the images with this step's `batch_size`."""
+        source = list(net.parameters())
+        for average, beta in self._decays(nimg, batch_size):
+            torch._foreach_lerp_(list(average.parameters()), source, 1 - beta)
+            for kept, buffer in zip(average.buffers(), net.buffers()):
+                kept.copy_(buffer)
+
+    def _decays(self, nimg: int, batch_size: int):
+        seen = nimg - batch_size  # the ramp counts the images before this step, as EDM does
+        yield self.ema, 0.5 ** (batch_size / max(self.halflife_at(seen), 1e-8))
+        for std, average in self.phema.items():
+            yield average, (1 - batch_size / nimg) ** (self._exponents[std] + 1)
+
+    def state_dict(self) -> dict:
+        """Tensors of all averages, for a training state."""
+        return dict(ema=self.ema.state_dict(), phema={std: net.state_dict() for std, net in self.phema.items()})
+
+    def load_state_dict(self, state: dict) -> None:
+        """Inverse of `state_dict`."""
+        self.ema.load_state_dict(state['ema'])
+        for std, net in self.phema.items():
+            net.load_state_dict(state['phema'][std])
