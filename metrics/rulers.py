@@ -1,0 +1,126 @@
+"""Feature detectors made on the spot, for data on which Inception says nothing: a small classifier, PCA of the pixels, a random convolution.
+
+`python -m metrics.rulers --data=digits.zip --outdir=rulers` writes the three as TorchScript files for fid.py and train.py. The classifier is
+trained on the very data it then judges; the other two are not trained, so that what all three agree on is no quirk of one of them.
+"""
+from __future__ import annotations
+
+import os
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dnnlib import UserError, cli
+from dnnlib.util import atomic_write
+from training.dataset import ImageFolderDataset
+
+FEATURES = 64  # of every ruler
+SEED = 0
+
+
+class Classifier(torch.nn.Module):
+    """Three convolutions and a hidden layer, whose activations are the features."""
+
+    def __init__(self, channels: int, resolution: int, classes: int):
+        super().__init__()
+        self.img_channels = channels
+        self.conv0 = torch.nn.Conv2d(channels, 32, 3, padding=1)
+        self.conv1 = torch.nn.Conv2d(32, 64, 3, padding=1, stride=2)
+        self.conv2 = torch.nn.Conv2d(64, 64, 3, padding=1)
+        self.hidden = torch.nn.Linear(64 * ((resolution + 1) // 2) ** 2, FEATURES)
+        self.out = torch.nn.Linear(FEATURES, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = images.float() / 127.5 - 1
+        x = F.relu(self.conv2(F.relu(self.conv1(F.relu(self.conv0(x))))))
+        return self.hidden(x.flatten(1))
+
+
+class PixelPCA(torch.nn.Module):
+    """Projection of the pixels on the data's leading principal components."""
+
+    def __init__(self, mean: torch.Tensor, components: torch.Tensor, channels: int):
+        super().__init__()
+        self.img_channels = channels
+        self.register_buffer('mean', mean)
+        self.register_buffer('components', components)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (images.flatten(1).float() / 127.5 - 1 - self.mean) @ self.components
+
+
+class RandomConvolution(torch.nn.Module):
+    """Two convolutions with fixed random weights, averaged over the quadrants of the image."""
+
+    def __init__(self, channels: int, generator: torch.Generator):
+        super().__init__()
+        self.img_channels = channels
+        width = FEATURES // 4
+        self.register_buffer('first', torch.randn(width, channels, 3, 3, generator=generator) / (9 * channels) ** 0.5)
+        self.register_buffer('second', torch.randn(width, width, 3, 3, generator=generator) / (9 * width / 2) ** 0.5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = F.relu(F.conv2d(images.float() / 127.5 - 1, self.first, padding=1))
+        x = F.relu(F.conv2d(x, self.second, padding=1))
+        return F.adaptive_avg_pool2d(x, 2).flatten(1)
+
+
+def train_classifier(images, labels, classes: int, epochs: int = 12):
+    """A digit classifier as a feature detector, and its accuracy on the fifth of the images that it was not trained on.
+
+    Args:
+        images: [N, C, H, W] uint8. labels: [N] int64.
+    Returns: (module, held-out accuracy).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        net = Classifier(images.shape[1], images.shape[2], classes)
+        order = torch.randperm(len(images))
+        held_out, training = order[:len(order) // 5], order[len(order) // 5:]
+        optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
+        for _ in range(epochs):
+            for batch in training[torch.randperm(len(training))].split(64):
+                loss = F.cross_entropy(net.out(F.relu(net(images[batch]))), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    with torch.no_grad():
+        predicted = net.out(F.relu(net(images[held_out]))).argmax(dim=1)
+    return net.eval().requires_grad_(False), (predicted == labels[held_out]).double().mean().item()
+
+
+def make_rulers(images, labels, classes: int) -> tuple[dict, float]:
+    """{name: scripted detector} for uint8 images [N, C, H, W] with class indices [N], and the classifier's held-out accuracy."""
+    classifier, accuracy = train_classifier(images, labels, classes)
+    pixels = images.flatten(1).float() / 127.5 - 1
+    mean = pixels.mean(dim=0)
+    components = torch.linalg.svd(pixels - mean, full_matrices=False).Vh[:FEATURES].T.contiguous()
+    channels = images.shape[1]
+    rulers = dict(classifier=classifier, pca=PixelPCA(mean, components, channels),
+                  random=RandomConvolution(channels, torch.Generator().manual_seed(SEED)))
+    return {name: torch.jit.script(module.eval()) for name, module in rulers.items()}, accuracy
+
+
+@click.command(cls=cli.Command)
+@cli.option('--data', metavar='ZIP|DIR', required=True, help='Labelled data set of small images.')
+@cli.option('--outdir', metavar='DIR', required=True, help='Folder for classifier.pt, pca.pt and random.pt.')
+def main(data, outdir):
+    """Make three TorchScript feature detectors for a small labelled data set."""
+    dataset = ImageFolderDataset(data, use_labels=True)
+    if not dataset.has_labels:
+        raise UserError(f'--data={data} has no labels, and the classifier needs them: convert it from a source with labels.')
+    pairs = [dataset[i] for i in range(len(dataset))]
+    images = torch.from_numpy(np.stack([image for image, _ in pairs]))
+    labels = torch.from_numpy(np.stack([label for _, label in pairs])).argmax(dim=1)
+    rulers, accuracy = make_rulers(images, labels, dataset.label_dim)
+    os.makedirs(outdir, exist_ok=True)
+    for name, ruler in rulers.items():
+        with atomic_write(os.path.join(outdir, f'{name}.pt')) as file:
+            torch.jit.save(ruler, file)
+    click.echo(f'Classifier: {accuracy:.1%} of held-out images right. Wrote {", ".join(rulers)} to {outdir}.')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,109 @@
+"""Processes that work together: who I am, which device is mine, and the few collectives the scripts need.
+
+Everything works in a single process without a process group: then the collectives return their argument.
+"""
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dnnlib.util import UserError
+
+
+def init() -> None:
+    """Join the group that torchrun describes in the environment (NCCL with CUDA, else gloo); nothing to do without one.
+
+    Raises: UserError where the environment is incomplete or the other processes cannot be reached.
+    """
+    if 'RANK' not in os.environ and 'WORLD_SIZE' not in os.environ:
+        return
+    rank, world_size = _environment('RANK'), _environment('WORLD_SIZE')
+    if not rank < world_size:
+        raise UserError(f'RANK={rank} is not below WORLD_SIZE={world_size}. Start the processes with torchrun.')
+    if torch.cuda.is_available():
+        local_rank = _environment('LOCAL_RANK')
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f'LOCAL_RANK={local_rank}, but this machine has {torch.cuda.device_count()} GPUs. Lower --nproc_per_node.')
+        torch.cuda.set_device(local_rank)
+    if world_size == 1 or dist.is_initialized():
+        return
+    try:
+        dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', init_method='env://')
+    except (RuntimeError, ValueError) as error:  # torch's own network and store errors are RuntimeErrors
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f'Process {rank} of {world_size} could not join the others: {reason} '
+                        'Start the processes with torchrun, and check MASTER_ADDR, MASTER_PORT and the network.') from error
+
+
+def _environment(name: str) -> int:
+    value = os.environ.get(name, '')
+    if not value.isdecimal():
+        raise UserError(f'The environment variable {name} is {value!r}, not a number. '
+                        'Start the processes with torchrun, or unset RANK and WORLD_SIZE.')
+    return int(value)
+
+
+def get_rank() -> int:
+    """This process's number, 0 .. get_world_size() - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def get_device() -> torch.device:
+    """The GPU that belongs to this process, or the CPU."""
+    return torch.device('cuda', torch.cuda.current_device()) if torch.cuda.is_available() else torch.device('cpu')
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints and writes files."""
+    return get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if dist.is_initialized():
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == 'nccl' else None)
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over processes, in place; returns `tensor`. With NCCL it has to live on this process's GPU."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_object(obj: Any) -> Any:
+    """The main process's `obj` (anything that pickles), on every process."""
+    if not dist.is_initialized():
+        return obj
+    box = [obj]
+    dist.broadcast_object_list(box, src=0, device=get_device())
+    return box[0]
+
+
+def gather_objects(obj: Any) -> list[Any]:
+    """Every process's `obj` (anything that pickles), in the order of ranks, on every process."""
+    if not dist.is_initialized():
+        return [obj]
+    boxes = [None] * get_world_size()
+    dist.all_gather_object(boxes, obj)
+    return boxes
+
+
+def print0(*args, **kwargs) -> None:
+    """`print`, by the main process alone."""
+    if is_main():
+        print(*args, **kwargs)
+
+
+def shutdown() -> None:
+    """Leave the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
