@@ -75,7 +75,8 @@ def teacher_grid(student: Tensor, T: int, sigma_min: float, sigma_max: float, rh
 
 
 def anneal_T(nimg: float, T_start: int, T_end: int, T_anneal_kimg: float) -> int:
-    """Teacher edges after `nimg` images: log-linear from T_start to T_end over T_anneal_kimg thousand images (Heek et al. 2024, "annealing the teacher steps").
+    """Teacher edges after `nimg` images: log-linear from T_start to T_end over T_anneal_kimg thousand images
+    (Heek et al. 2024, "annealing the teacher steps").
 
     T_anneal_kimg = 0 means T_end from the start.
     """

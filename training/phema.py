@@ -21,7 +21,8 @@ def std_to_exp(std) -> np.ndarray:
 
 
 def power_function_beta(std: float, t_next: float, t_delta: float) -> float:
-    """EMA decay of one update: (1 − t_delta / t_next)^(gamma + 1), with t_next the images after the update and t_delta its batch (EDM2, Section 3.1)."""
+    """EMA decay of one update: (1 − t_delta / t_next)^(gamma + 1), with t_next the images after the update
+    and t_delta its batch (EDM2, Section 3.1)."""
     return float((1 - t_delta / t_next) ** (std_to_exp(std) + 1))
 
 
@@ -86,7 +87,7 @@ class WeightAverages:
 
     def state_dict(self) -> dict:
         """Tensors of all averages, for a training state."""
-        return dict(ema=self.ema.state_dict(), phema={std: net.state_dict() for std, net in self.phema.items()})
+        return dict(ema=dict(self.ema.state_dict()), phema={std: dict(net.state_dict()) for std, net in self.phema.items()})
 
     def load_state_dict(self, state: dict) -> None:
         """Inverse of `state_dict`."""

@@ -1,0 +1,77 @@
+"""Images from a snapshot, one for each seed."""
+from __future__ import annotations
+
+import os
+
+import click
+
+from dnnlib import UserError, cli
+
+STUDENT, TEACHER = 'Students', 'Teachers (probability-flow ODE)'
+
+
+@click.command(cls=cli.Command)
+@cli.option('--network', metavar='PKL|URL', required=True, help='Snapshot to sample from.')
+@cli.option('--outdir', metavar='DIR', required=True, help='Folder for the images, %06d.png after their seeds.')
+@cli.option('--seeds', metavar='LIST', type=cli.IntRanges(), default='0-63', show_default=True, help='Seeds, as in 1,2,5-10.')
+@cli.option('--subdirs', is_flag=True, help='A folder for every 1000 seeds.')
+@cli.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), help='Class of all images.  [default: random, by seed]')
+@cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images that a process generates at a time.')
+@cli.option('--steps', metavar='INT', type=click.IntRange(min=1), help="Sampling steps.  [default: a student's own; 18 for a teacher]")
+@cli.option('--solver', type=click.Choice(['student', 'euler', 'heun']), help='Sampler.  [default: what the snapshot is: student, or heun for a teacher]')
+@cli.option('--sigma_min', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), help='Lowest noise level.  [default: varies]')
+@cli.option('--sigma_max', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), help='Highest noise level.  [default: varies]')
+@cli.option('--rho', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), help='Exponent of the noise levels.  [default: 7]')
+@cli.option('--force-steps', is_flag=True, group=STUDENT, help='Sample a student with another number of steps than it was trained for.')
+@cli.option('--S_churn', 'S_churn', metavar='FLOAT', type=click.FloatRange(min=0), group=TEACHER, help='Amount of noise added.  [default: 0]')
+@cli.option('--S_min', 'S_min', metavar='FLOAT', type=click.FloatRange(min=0), group=TEACHER, help='Lowest noise level with added noise.  [default: 0]')
+@cli.option('--S_max', 'S_max', metavar='FLOAT', type=click.FloatRange(min=0), group=TEACHER, help='Highest such level.  [default: inf]')
+@cli.option('--S_noise', 'S_noise', metavar='FLOAT', type=float, group=TEACHER, help='Scale of the added noise.  [default: 1]')
+@cli.option('--disc', 'discretization', type=click.Choice(['edm', 'vp', 've', 'iddpm']), group=TEACHER, help='Time steps.  [default: edm]')
+@cli.option('--schedule', type=click.Choice(['linear', 'vp', 've']), group=TEACHER, help='Noise schedule sigma(t).  [default: linear]')
+@cli.option('--scaling', type=click.Choice(['none', 'vp']), group=TEACHER, help='Signal scaling s(t).  [default: none]')
+def main(network, outdir, seeds, subdirs, class_idx, batch, steps, solver, force_steps, **options):
+    """Generate images from a snapshot: a student by its own grid, a teacher by solving the probability-flow ODE.
+
+    \b
+    A student, 50,000 images on four GPUs:
+      torchrun --standalone --nproc_per_node=4 generate.py --network=network-snapshot-157698.pkl \\
+          --outdir=samples --seeds=0-49999 --batch=128 --steps=8
+    \b
+    A teacher by Heun's method with 256 steps, 511 network evaluations:
+      python generate.py --network=edm-imagenet-64x64-cond-adm.pkl --outdir=out --steps=256
+
+    An image depends on its seed alone, not on the batch or on the number of processes.
+    """
+    import tqdm
+
+    from torch_utils import distributed
+    from training import generation, samplers
+    from training.checkpoint import load_network
+    distributed.init()
+    net = load_network(network, distributed.get_device())
+    solver, steps = samplers.resolve(net, solver, steps, force_steps)
+    options = {name: value for name, value in options.items() if value is not None}
+    choose = generation.uniform_labels
+    if class_idx is not None:
+        if class_idx >= net.label_dim:
+            raise UserError(f'--class={class_idx} does not exist: {network} has {net.label_dim or "no"} classes')
+        choose = generation.fixed_labels(class_idx)
+    try:
+        os.makedirs(outdir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--outdir={outdir} cannot be made: {error.strerror}') from error
+
+    distributed.print0(f'Generating {len(seeds)} images to "{outdir}" ({solver}, {samplers.evaluations(solver, steps)} evaluations each)...')
+    batches = list(generation.split_batches(seeds, batch, distributed.get_rank(), distributed.get_world_size()))
+    for part in tqdm.tqdm(batches, unit='batch', disable=None if distributed.is_main() else True, dynamic_ncols=True):
+        images = generation.generate_batch(net, part, choose, solver, steps, force_steps=force_steps, **options)
+        folders = [os.path.join(outdir, f'{seed - seed % 1000:06d}') if subdirs else outdir for seed in part]
+        generation.save_images(images, [os.path.join(folder, f'{seed:06d}.png') for folder, seed in zip(folders, part)])
+    distributed.barrier()
+    distributed.print0('Done.')
+    distributed.shutdown()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,358 @@
+"""Train a diffusion model, or distil one into a multistep consistency model."""
+from __future__ import annotations
+
+import json
+import os
+import re
+
+import click
+
+import validation
+from dnnlib import EasyDict, UserError, cli
+
+# Defaults that depend on what is trained: EDM's for teachers, those of the released ImageNet-64 student for consistency distillation.
+DEFAULTS = dict(
+    diffusion=dict(lr=10e-4, duration=200.0, batch=512, ema='0.5', augment=0.12, dropout=0.13),
+    mcd=dict(lr=8e-5, duration=210.0, batch=2048, ema='50', augment=0.0),
+)
+ARCHITECTURES = dict(
+    ddpmpp=dict(model_type='SongUNet', embedding_type='positional', encoder_type='standard', decoder_type='standard', channel_mult_noise=1,
+                resample_filter=[1, 1], model_channels=128, channel_mult=[2, 2, 2]),
+    ncsnpp=dict(model_type='SongUNet', embedding_type='fourier', encoder_type='residual', decoder_type='standard', channel_mult_noise=2,
+                resample_filter=[1, 3, 3, 1], model_channels=128, channel_mult=[2, 2, 2]),
+    adm=dict(model_type='DhariwalUNet', model_channels=192, channel_mult=[1, 2, 3, 4]),
+)
+PRECONDITIONING = dict(edm='EDMPrecond', vp='VPPrecond', ve='VEPrecond')
+AUGMENT_DIM = 9  # labels of EDM's augmentation pipeline
+
+MAIN, HYPER, NET, CD, VAL, PERF, IO = ('Main', 'Hyperparameters', 'Network', 'Consistency distillation (--consistency=True)', 'Validation',
+                                       'Performance', 'Input and output')
+# The network's options: click name -> constructor argument.
+NETWORK_OPTIONS = dict(cbase='model_channels', cres='channel_mult', num_blocks='num_blocks', attn_resolutions='attn_resolutions',
+                       dropout='dropout', dout_resolutions='dout_resolutions')
+FREE_FOR_STUDENTS = ('dropout', 'dout_resolutions')  # they do not change the weights' shapes
+
+
+class Images(click.ParamType):
+    """A number of images: `50` and `50Mimg` are millions, `500kimg` thousands."""
+
+    name = 'images'
+
+    def convert(self, value, param, ctx):
+        match = re.fullmatch(r'([0-9.eE+-]+)\s*(Mimg|kimg|)', str(value))
+        try:
+            return float(match[1]) * (1e3 if match[2] == 'kimg' else 1e6)
+        except (TypeError, ValueError):
+            self.fail(f'{value!r} is not a number of images such as 50, 50Mimg or 500kimg', param, ctx)
+
+
+def positive(kind=click.FloatRange, **limits):
+    """Range of numbers above zero."""
+    return kind(min=0, min_open=True, **limits) if kind is click.FloatRange else kind(min=1, **limits)
+
+
+def switch(name: str, **kwargs):
+    """A boolean flag as `--name/--no_name`."""
+    return cli.option(f'--{name}/--no_{name}', name, default=True, show_default=True, **kwargs)
+
+
+@click.command(cls=cli.Command)
+@cli.option('--outdir', metavar='DIR', required=True, group=MAIN, help='Where to make the numbered folder of this run.')
+@cli.option('--data', metavar='ZIP|DIR', required=True, group=MAIN, help='Data set, made by dataset_tool.py.')
+@cli.option('--cond', type=bool, default=False, show_default=True, group=MAIN, help='Train a class-conditional model; needs labels.')
+@cli.option('--arch', type=click.Choice(list(ARCHITECTURES)), group=MAIN, help="Network.  [default: ddpmpp; for students the teacher's]")
+@cli.option('--precond', type=click.Choice(list(PRECONDITIONING)), group=MAIN,
+            help="Preconditioning and, for teachers, loss.  [default: edm; for students the teacher's]")
+@cli.option('--consistency', type=bool, default=False, show_default=True, group=MAIN, help='Distil --teacher into a multistep consistency model.')
+@cli.option('--duration', metavar='MIMG', type=positive(), group=MAIN, help='Length of training in millions of images.  [default: 200; students 210]')
+@cli.option('--batch', metavar='INT', type=positive(click.IntRange), group=HYPER, help='Total batch size.  [default: 512; students 2048]')
+@cli.option('--batch-gpu', metavar='INT', type=positive(click.IntRange), group=HYPER,
+            help='Images a process handles at a time; smaller than its share of the batch, gradients accumulate.  [default: its share]')
+@cli.option('--lr', metavar='FLOAT', type=positive(), group=HYPER, help='Learning rate of Adam.  [default: 0.001; students 8e-5]')
+@cli.option('--lr_rampup', metavar='KIMG', type=click.FloatRange(min=0), default=10000, show_default=True, group=HYPER,
+            help='Images over which the learning rate rises from 0, in thousands.')
+@cli.option('--lr_schedule', type=click.Choice(['constant', 'linear', 'cosine']), default='constant', show_default=True, group=HYPER,
+            help='Decay of the learning rate to 0 at the end of training.')
+@cli.option('--ema', metavar='MIMG', type=Images(), group=HYPER,
+            help='Half-life of the weight average, in millions of images; 500kimg and 50Mimg name their unit.  [default: 0.5; students 50]')
+@cli.option('--ema_rampup', metavar='FLOAT', type=click.FloatRange(min=0), default=0.05, show_default=True, group=HYPER,
+            help='The effective half-life is at most this fraction of the images seen; 0 for no limit.')
+@cli.option('--phema', metavar='LIST', type=cli.NumberList(float), group=HYPER,
+            help='Relative widths of power-function EMAs to keep as well, as in 0.05,0.10.  [default: none]')
+@cli.option('--augment', metavar='FLOAT', type=click.FloatRange(0, 1), group=HYPER, help='Augmentation probability.  [default: 0.12; students 0]')
+@cli.option('--xflip', type=bool, default=False, show_default=True, group=HYPER, help='Add mirrored copies of all images.')
+@cli.option('--cbase', metavar='INT', type=positive(click.IntRange), group=NET, help='Channels of the finest level.  [default: by --arch]')
+@cli.option('--cres', metavar='LIST', type=cli.NumberList(), group=NET, help='Channel multiplier of each level.  [default: by --arch]')
+@cli.option('--num_blocks', metavar='INT', type=positive(click.IntRange), group=NET, help='Residual blocks a level.  [default: by --arch]')
+@cli.option('--attn_resolutions', metavar='LIST', type=cli.NumberList(), group=NET, help='Resolutions with self-attention.  [default: by --arch]')
+@cli.option('--dropout', metavar='FLOAT', type=click.FloatRange(0, 1, max_open=True), group=NET,
+            help="Dropout probability.  [default: 0.13; for students the teacher's]")
+@cli.option('--dout_resolutions', metavar='LIST', type=cli.NumberList(), group=NET, help='Resolutions with dropout.  [default: all]')
+@cli.option('--teacher', metavar='PKL|URL', group=CD, help='Snapshot of the diffusion model to distil.')
+@cli.option('--S', 'S', metavar='INT', type=positive(click.IntRange), default=8, show_default=True, group=CD, help='Sampling steps of the student.')
+@cli.option('--T_start', 'T_start', metavar='INT', type=positive(click.IntRange), default=64, show_default=True, group=CD,
+            help='Teacher edges at the start of training (Heek et al. 2024).')
+@cli.option('--T_end', 'T_end', metavar='INT', type=positive(click.IntRange), default=1280, show_default=True, group=CD, help='And at the end.')
+@cli.option('--T_anneal_kimg', 'T_anneal_kimg', metavar='KIMG', type=click.FloatRange(min=0), group=CD,
+            help='Thousands of images over which T rises.  [default: half of --duration]')
+@cli.option('--rho', metavar='FLOAT', type=positive(), default=7, show_default=True, group=CD, help='Exponent of the noise levels.')
+@cli.option('--sigma_min', metavar='FLOAT', type=positive(), default=0.002, show_default=True, group=CD, help='Lowest noise level above 0.')
+@cli.option('--sigma_max', metavar='FLOAT', type=positive(), default=80, show_default=True, group=CD, help='Highest noise level.')
+@cli.option('--student_grid', type=click.Choice(['edm', 'full']), default='edm', show_default=True, group=CD,
+            help='The student steps on S Karras nodes and 0 (edm), or on the first S of S+1 nodes and 0 (full).')
+@cli.option('--sampling_mode', type=click.Choice(['edm', 'vp', 'uniform']), default='edm', show_default=True, group=CD,
+            help='How edges are drawn: by the training densities of edm or vp, or uniformly over segments.')
+@cli.option('--hop', type=click.Choice(['heun', 'ddim']), default='heun', show_default=True, group=CD, help="The teacher's step across an edge.")
+@cli.option('--cd_loss', type=click.Choice(['pseudo_huber', 'l2_root', 'l2', 'huber']), default='pseudo_huber', show_default=True, group=CD,
+            help="Distance between the student's image and its target.")
+@cli.option('--cd_weight_mode', default='sqrt_karras', show_default=True, group=CD,
+            type=click.Choice(['sqrt_karras', 'edm', 'karras', 'vlike', 'snr+1', 'snr', 'truncated-snr', 'flat', 'uniform', 'sqrt_gap']),
+            help='Loss weight by noise level: sqrt_karras = sqrt(1/sigma^2 + 1/sigma_data^2), edm its square, sqrt_gap = sqrt(sigma_t - sigma_s).')
+@switch('terminal_anchor', group=CD, help='Give the first and last edge 1/T each; at sigma_max the target is the teacher\'s own solution.')
+@switch('terminal_teacher_hop', group=CD, help="On the edge to 0, aim at the teacher's denoised image, not at the data.")
+@switch('sync_dropout', group=CD, help='The self-target sees the dropout masks of the student.')
+@cli.option('--anchor_hops', metavar='INT', type=positive(click.IntRange), group=CD,
+            help='Heun steps of the solution at sigma_max.  [default: 4; 32 where the first segment ends below 1]')
+@cli.option('--val', type=bool, default=False, show_default=True, group=VAL, help='Evaluate the Frechet distance during training.')
+@cli.option('--val_ref', metavar='NPZ|URL', group=VAL, help='Reference statistics, made by fid.py ref.')
+@cli.option('--val_ref_data', metavar='ZIP|DIR', group=VAL, help='Or images to compute them from at the start.')
+@cli.option('--val_detector', metavar='PATH|URL', group=VAL, help="TorchScript feature detector.  [default: NVIDIA's Inception]")
+@cli.option('--val_steps', metavar='INT', type=positive(click.IntRange), group=VAL, help="Sampling steps.  [default: the student's S; 18 for teachers]")
+@cli.option('--val_every', metavar='TICKS', type=positive(click.IntRange), default=50, show_default=True, group=VAL, help='How often to evaluate.')
+@cli.option('--val_at_start', type=bool, default=False, show_default=True, group=VAL, help='Evaluate before the first step.')
+@cli.option('--val_teacher', type=bool, default=False, show_default=True, group=VAL, help='Evaluate the teacher (Heun, 18 steps) once at the start.')
+@cli.option('--val_num', metavar='INT', type=click.IntRange(min=2), default=50000, show_default=True, group=VAL, help='Images to generate.')
+@cli.option('--val_batch', metavar='INT', type=positive(click.IntRange), default=64, show_default=True, group=VAL, help='Images a process makes at a time.')
+@cli.option('--val_seed', metavar='INT', type=click.IntRange(min=0), default=0, show_default=True, group=VAL, help='First seed.')
+@cli.option('--val_label', metavar='MODE', type=validation.LabelMode(), default='auto', show_default=True, group=VAL,
+            help='Classes: uniform, dataset (those of training images), fixed:K; auto: dataset where it has labels.')
+@cli.option('--val_dump_images_dir', metavar='DIR', group=VAL, help='Keep the generated images, in a folder for each evaluation.')
+@cli.option('--val_overwrite', type=bool, default=False, show_default=True, group=VAL, help='Replace images that are there already.')
+@cli.option('--fp16', type=bool, default=False, show_default=True, group=PERF, help='Half precision inside the network, on GPUs.')
+@cli.option('--ls', metavar='FLOAT', type=positive(), default=1, show_default=True, group=PERF, help='Loss scaling.')
+@cli.option('--bench', type=bool, default=True, show_default=True, group=PERF, help='cuDNN benchmarking.')
+@cli.option('--cache', type=bool, default=True, show_default=True, group=PERF, help='Keep decoded images in memory.')
+@cli.option('--workers', metavar='INT', type=click.IntRange(min=0), default=1, show_default=True, group=PERF, help='Processes that load data.')
+@cli.option('--desc', metavar='STR', group=IO, help="Words to add to the run folder's name.")
+@cli.option('--nosubdir', is_flag=True, group=IO, help='Write into --outdir itself.')
+@cli.option('--tick', metavar='KIMG', type=positive(), default=50, show_default=True, group=IO, help='How often to print progress; fractions allowed.')
+@cli.option('--snap', metavar='TICKS', type=click.IntRange(min=0), default=50, show_default=True, group=IO, help='How often to save snapshots; 0: never.')
+@cli.option('--phema_snap', metavar='TICKS', type=click.IntRange(min=0), group=IO, help='How often to save those of --phema.  [default: as --snap]')
+@cli.option('--dump', metavar='TICKS', type=click.IntRange(min=0), default=500, show_default=True, group=IO,
+            help='How often to save the training state; 0: never.')
+@cli.option('--seed', metavar='INT', type=click.IntRange(min=0), group=IO, help='Random seed.  [default: random]')
+@cli.option('--transfer', metavar='PKL|URL', group=IO, help='Start from the weights of this snapshot, where they fit.')
+@cli.option('--resume', metavar='PT', group=IO, help='Continue from a training state, in its folder.')
+@cli.option('-n', '--dry-run', is_flag=True, group=IO, help='Print the configuration as JSON and exit.')
+@click.pass_context
+def main(ctx, **kwargs):
+    """Train a diffusion model (a teacher), or distil a teacher into a student that samples in --S evaluations.
+
+    \b
+    A class-conditional DDPM++ teacher on 8 GPUs:
+      torchrun --standalone --nproc_per_node=8 train.py --outdir=training-runs \\
+          --data=datasets/cifar10-32x32.zip --cond=1 --arch=ddpmpp
+    \b
+    An 8-step student of EDM's ImageNet-64 model:
+      torchrun --standalone --nproc_per_node=8 train.py --outdir=training-runs \\
+          --data=datasets/imagenet-64x64.zip --cond=1 --consistency=True \\
+          --teacher=edm-imagenet-64x64-cond-adm.pkl --S=8 --batch-gpu=64 --fp16=True
+    """
+    opts = EasyDict(kwargs)
+    check_usage(ctx, opts)
+    fill_defaults(opts)
+
+    from torch_utils import distributed
+    distributed.init()
+    dataset = open_dataset(opts)
+    teacher = load_teacher(opts, dataset) if opts.consistency else None
+    c = configure(opts, dataset, teacher)
+    if opts.dry_run:
+        distributed.print0(json.dumps(c, indent=2))
+        return
+    run_dir = make_run_dir(opts, c) if distributed.is_main() else None
+    run_dir = distributed.broadcast_object(run_dir)
+
+    from training.training_loop import training_loop
+    training_loop(c, run_dir, teacher)
+    distributed.shutdown()
+
+
+def check_usage(ctx: click.Context, opts: EasyDict) -> None:
+    """Combinations of options that make no sense whatever the files hold; exit status 2."""
+    given = [p for p in ctx.command.params if ctx.get_parameter_source(p.name) is click.core.ParameterSource.COMMANDLINE]
+    stray = [p.opts[0] for p in given if getattr(p, 'group', None) == CD]
+    if stray and not opts.consistency:
+        raise click.UsageError(f'{", ".join(stray)} needs --consistency=True.')
+    if opts.consistency:
+        if not opts.teacher:
+            raise click.UsageError('--consistency=True needs --teacher=PKL, the diffusion model to distil.')
+        if not opts.S <= opts.T_start <= opts.T_end:
+            raise click.UsageError(f'--S={opts.S} <= --T_start={opts.T_start} <= --T_end={opts.T_end} does not hold: every segment needs an edge.')
+        if opts.sigma_min >= opts.sigma_max:
+            raise click.UsageError(f'--sigma_min={opts.sigma_min:g} is not below --sigma_max={opts.sigma_max:g}.')
+    if opts.val and not (opts.val_ref or opts.val_ref_data):
+        raise click.UsageError('--val=1 needs --val_ref=NPZ (made by fid.py ref) or --val_ref_data=ZIP.')
+    if opts.resume and opts.transfer:
+        raise click.UsageError('--resume and --transfer exclude each other: a training state holds the weights.')
+
+
+def fill_defaults(opts: EasyDict) -> None:
+    """The defaults that depend on other options."""
+    opts.objective = 'mcd' if opts.consistency else 'diffusion'
+    for name, value in DEFAULTS[opts.objective].items():
+        if opts[name] is None:
+            opts[name] = Images().convert(value, None, None) if name == 'ema' else value
+    if opts.T_anneal_kimg is None:
+        opts.T_anneal_kimg = opts.duration * 500
+    if opts.phema_snap is None:
+        opts.phema_snap = opts.snap
+    if opts.seed is None and opts.resume is None:
+        import torch
+
+        from torch_utils import distributed
+        distributed.init()
+        opts.seed = distributed.broadcast_object(torch.randint(1 << 31, []).item())
+
+
+def open_dataset(opts: EasyDict):
+    """The training set; UserError where labels are asked for and missing."""
+    from training.dataset import ImageFolderDataset
+    dataset = ImageFolderDataset(opts.data, use_labels=opts.cond, xflip=opts.xflip, cache=opts.cache)
+    if opts.cond and not dataset.has_labels:
+        raise UserError(f'--cond=1 needs labels, but --data={opts.data} has none in its dataset.json.\n'
+                        '       Train with --cond=0, or convert the data with dataset_tool.py from a source with labels.')
+    return dataset
+
+
+def load_teacher(opts: EasyDict, dataset):
+    """The teacher, if it fits the data; UserError otherwise."""
+    from training.checkpoint import load_network
+    teacher = load_network(opts.teacher)
+    if 'sigmas' in teacher.metadata:
+        raise UserError(f'--teacher={opts.teacher} is a student itself ({teacher.metadata["objective"]}, {len(teacher.metadata["sigmas"]) - 1} steps).\n'
+                        '       Distil from a diffusion model.')
+    theirs = (teacher.img_resolution, teacher.img_channels, teacher.label_dim)
+    ours = (dataset.resolution, dataset.num_channels, dataset.label_dim)
+    if theirs != ours:
+        describe = lambda r, ch, n: f'{r}x{r}x{ch} with {n or "no"} classes'
+        cond = ' (--cond=1 reads labels)' if teacher.label_dim and not dataset.label_dim else ''
+        raise UserError(f'--teacher={opts.teacher} expects images of {describe(*theirs)}, but --data={opts.data} gives {describe(*ours)}{cond}.\n'
+                        f'       Pick the teacher trained on this data, or convert the data with dataset_tool.py --resolution={theirs[0]}x{theirs[0]}.')
+    if opts.augment and not teacher.init_kwargs.get('augment_dim'):
+        raise UserError(f'--augment={opts.augment:g} needs a teacher with augmentation labels, which --teacher={opts.teacher} is not: use --augment=0.')
+    return teacher
+
+
+def network_of_teacher(opts: EasyDict, teacher) -> EasyDict:
+    """The student's network: the teacher's, with the options that leave its weights alone; UserError where options contradict it."""
+    from training import networks
+    kwargs = teacher_arguments(teacher)
+    wanted = dict(PRECONDITIONING=PRECONDITIONING.get(opts.precond), **(ARCHITECTURES[opts.arch] if opts.arch else {}))
+    own = dict(kwargs, PRECONDITIONING=type(teacher).__name__)
+    own.setdefault('model_type', 'DhariwalUNet' if isinstance(teacher.model, networks.DhariwalUNet) else 'SongUNet')
+    for option, keys in (('precond', ['PRECONDITIONING']), ('arch', ['model_type', 'embedding_type', 'encoder_type'])):
+        for key in keys:
+            if wanted.get(key) is not None and wanted[key] != own.get(key, wanted[key]):
+                raise UserError(f'--{option}={opts[option]} contradicts --teacher={opts.teacher}, which has {own[key]}: leave it out.')
+    for option, key in NETWORK_OPTIONS.items():
+        if opts[option] is None:
+            continue
+        if option in FREE_FOR_STUDENTS:
+            kwargs[key] = opts[option]
+        elif as_list(opts[option]) != as_list(getattr(teacher.model, key, kwargs.get(key))):
+            raise UserError(f'--{option}={opts[option]} contradicts --teacher={opts.teacher}, which has {getattr(teacher.model, key, None)}: leave it out.')
+    kwargs['use_fp16'] = opts.fp16
+    return EasyDict(class_name=type(teacher).__name__, kwargs=kwargs)
+
+
+def as_list(value):
+    """Tuples as lists, everything else as it is."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def teacher_arguments(teacher) -> dict:
+    """All constructor arguments of a loaded network, by name."""
+    import inspect
+    bound = inspect.signature(type(teacher).__init__).bind(teacher, *teacher.init_args, **teacher.init_kwargs)
+    arguments = {name: value for name, value in bound.arguments.items() if name != 'self'}
+    return {**arguments, **arguments.pop('model_kwargs', {})}
+
+
+def network_from_scratch(opts: EasyDict, dataset) -> EasyDict:
+    """The network that the options describe."""
+    kwargs = dict(img_resolution=dataset.resolution, img_channels=dataset.num_channels, label_dim=dataset.label_dim, use_fp16=opts.fp16,
+                  **ARCHITECTURES[opts.arch or 'ddpmpp'])
+    for option, key in NETWORK_OPTIONS.items():
+        if opts[option] is not None:
+            kwargs[key] = opts[option]
+    if opts.augment:
+        kwargs['augment_dim'] = AUGMENT_DIM
+    if dataset.resolution % 2 ** (len(kwargs['channel_mult']) - 1):
+        raise UserError(f'{len(kwargs["channel_mult"])} levels do not fit images of {dataset.resolution}x{dataset.resolution}: shorten --cres.')
+    return EasyDict(class_name=PRECONDITIONING[opts.precond or 'edm'], kwargs=kwargs)
+
+
+def configure(opts: EasyDict, dataset, teacher) -> EasyDict:
+    """The whole run as plain data: what --dry-run prints, training_options.json records and `training_loop` takes."""
+    from torch_utils import distributed
+    from training import samplers
+    processes = distributed.get_world_size()
+    if opts.batch % processes or (opts.batch_gpu and opts.batch // processes % min(opts.batch_gpu, opts.batch // processes)):
+        raise click.UsageError(f'--batch={opts.batch} cannot be split into equal parts of --batch-gpu={opts.batch_gpu} on {processes} process(es).')
+    c = EasyDict(objective=opts.objective, teacher=opts.teacher, total_nimg=max(round(opts.duration * 1e6), 1))
+    c.dataset = EasyDict(path=opts.data, use_labels=opts.cond, resolution=dataset.resolution, xflip=opts.xflip, cache=opts.cache)
+    c.network = network_of_teacher(opts, teacher) if teacher is not None else network_from_scratch(opts, dataset)
+    if teacher is not None:
+        sigma_min, sigma_max = samplers.clip_range(teacher, opts.sigma_min, opts.sigma_max)
+        names = ('S', 'T_start', 'T_end', 'T_anneal_kimg', 'rho', 'student_grid', 'sampling_mode', 'hop', 'cd_loss', 'cd_weight_mode', 'terminal_anchor',
+                 'terminal_teacher_hop', 'sync_dropout', 'anchor_hops')
+        c.loss = EasyDict({name: opts[name] for name in names}, sigma_min=sigma_min, sigma_max=sigma_max,
+                          sigma_data=float(getattr(teacher, 'sigma_data', 0.5)))
+    else:
+        c.loss = EasyDict(kind=opts.precond or 'edm')
+    c.update(batch_size=opts.batch, batch_gpu=opts.batch_gpu, lr=opts.lr, betas=[0.9, 0.999], eps=1e-8, lr_rampup_nimg=opts.lr_rampup * 1e3,
+             lr_schedule=opts.lr_schedule, loss_scaling=opts.ls, augment=opts.augment, ema_halflife_nimg=opts.ema,
+             ema_rampup_ratio=opts.ema_rampup or None, phema_stds=opts.phema or [])
+    c.update(kimg_per_tick=opts.tick, snapshot_ticks=opts.snap, phema_snapshot_ticks=opts.phema_snap, state_dump_ticks=opts.dump,
+             seed=opts.seed, workers=opts.workers, cudnn_benchmark=opts.bench, transfer=opts.transfer, resume=opts.resume)
+    c.validation = None
+    if opts.val:
+        names = ('ref', 'ref_data', 'detector', 'steps', 'every', 'at_start', 'teacher', 'num', 'batch', 'seed', 'label', 'dump_images_dir', 'overwrite')
+        c.validation = EasyDict({name: opts[f'val_{name}'] for name in names})
+    c.run_dir = planned_run_dir(opts, c, dataset.name)
+    return c
+
+
+def planned_run_dir(opts: EasyDict, c: EasyDict, data_name: str) -> str:
+    """`<outdir>/00000-<data>-<cond>-<arch>-...`, numbered after the highest that is there; --nosubdir: outdir; --resume: the state's folder."""
+    if opts.resume:
+        return os.path.dirname(os.path.abspath(opts.resume))
+    if opts.nosubdir:
+        return opts.outdir
+    from torch_utils import distributed
+    numbers = [int(m[1]) for m in map(re.compile(r'(\d+)-').match, os.listdir(opts.outdir) if os.path.isdir(opts.outdir) else []) if m]
+    arch = opts.arch or ('ddpmpp' if not opts.teacher else 'teacher')
+    words = [data_name, 'cond' if opts.cond else 'uncond', arch, opts.precond or 'edm', *([f'cd-s{opts.S}'] if opts.consistency else []),
+             f'gpus{distributed.get_world_size()}', f'batch{opts.batch}', 'fp16' if opts.fp16 else 'fp32', *([opts.desc] if opts.desc else [])]
+    return os.path.join(opts.outdir, f'{max(numbers, default=-1) + 1:05d}-{"-".join(words)}')
+
+
+def make_run_dir(opts: EasyDict, c: EasyDict) -> str:
+    """Create the run folder with training_options.json; a resumed run's folder is there already."""
+    if opts.resume:
+        if not os.path.isfile(opts.resume):
+            raise UserError(f'--resume={opts.resume} does not exist: name a training-state-*.pt file')
+        return c.run_dir
+    from dnnlib.util import atomic_write
+    try:
+        os.makedirs(c.run_dir, exist_ok=opts.nosubdir)
+        with atomic_write(os.path.join(c.run_dir, 'training_options.json')) as file:
+            file.write(json.dumps(c, indent=2).encode())
+    except OSError as error:
+        raise UserError(f'--outdir={opts.outdir} cannot be written to: {error.strerror or error}') from error
+    return c.run_dir
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,148 @@
+"""Fréchet distance of a network's samples: inside training (`Validator`), and for saved snapshots from the command line."""
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import click
+
+from dnnlib import EasyDict, UserError, cli
+
+LABEL_MODES = ('auto', 'uniform', 'dataset')
+
+
+class LabelMode(click.ParamType):
+    """auto | uniform | dataset | fixed:K."""
+
+    name = 'mode'
+
+    def convert(self, value, param, ctx):
+        if value not in LABEL_MODES and not (value.startswith('fixed:') and value[6:].isdigit()):
+            self.fail(f'{value!r} is not auto, uniform, dataset or fixed:K (K a class index)', param, ctx)
+        return value
+
+
+def label_chooser(mode: str, label_dim: int, dataset=None):
+    """How generated images get their classes: a function for `generation.generate_batch`.
+
+    `uniform` over classes; `dataset`: those of images drawn from the training set; `fixed:K`; `auto`: `dataset` where there is one with labels.
+    """
+    import numpy as np
+    import torch
+
+    from training import generation
+    has_labels = dataset is not None and dataset.has_labels
+    if mode.startswith('fixed:'):
+        if int(mode[6:]) >= label_dim:
+            raise UserError(f'--val_label={mode} names a class that the network does not have: it has {label_dim}')
+        return generation.fixed_labels(int(mode[6:]))
+    if mode == 'dataset' and not has_labels:
+        raise UserError('--val_label=dataset needs a labelled data set: train with --cond=1, or use --val_label=uniform')
+    if mode == 'uniform' or not has_labels:
+        return generation.uniform_labels
+
+    def from_dataset(noise, label_dim):
+        picks = noise.randint(len(dataset)).tolist()
+        return torch.from_numpy(np.stack([dataset.get_label(i) for i in picks])).to(noise.device)
+    return from_dataset
+
+
+class Validator:
+    """Evaluates networks against one reference, on all processes together; keeps detector and reference loaded.
+
+    Args:
+        options: ref or ref_data, detector, steps, num, batch, seed, label, dump_images_dir, overwrite (see train.py's options of the same names).
+        dataset: training set, whose labels `--val_label` may follow; or None.
+        run_dir: folder of metrics-val.jsonl.
+        device: where networks and detector run.
+    Raises: UserError for an unusable reference, detector or folder.
+    """
+
+    def __init__(self, options: EasyDict, dataset, run_dir: str, device):
+        from metrics.detectors import INCEPTION_URL, load_detector
+        from metrics.reference import check_same_detector, load_reference
+        self.options, self.dataset, self.run_dir, self.device = options, dataset, run_dir, device
+        self.detector = load_detector(options.detector or INCEPTION_URL, device)
+        if options.ref:
+            self.reference = load_reference(options.ref)
+            check_same_detector(self.reference, self.detector, options.ref)
+        else:
+            self.reference = self._reference_of(options.ref_data)
+
+    def _reference_of(self, path: str):
+        from metrics.calc import feature_statistics
+        from metrics.images import image_batches
+        from metrics.reference import Reference
+        from torch_utils import distributed
+        from training.dataset import ImageFolderDataset
+        data = ImageFolderDataset(path)
+        batches = image_batches(data, self.options.batch, distributed.get_rank(), distributed.get_world_size())
+        stats = feature_statistics(batches, self.detector)
+        return Reference(stats.mu, stats.sigma, self.detector.name, self.detector.digest, stats.count)
+
+    def run(self, net, nimg: int, ema: str, steps: int | None = -1, metadata: dict | None = None) -> dict:
+        """One line of metrics-val.jsonl: the distance of `options.num` images of `net`, as `{"kimg", "nimg", "fid", ...}`.
+
+        `steps`: None for the network's default, else `options.steps`. `metadata` says what a network in training is (its grid).
+        """
+        from metrics.calc import feature_statistics
+        from metrics.frechet import frechet_distance
+        from torch_utils import distributed
+        from training import samplers
+        start = time.time()
+        if metadata is not None:
+            net.metadata = metadata
+        solver, steps = samplers.resolve(net, None, self.options.steps if steps == -1 else steps)
+        stats = feature_statistics(self._images(net, solver, steps, nimg, ema), self.detector)
+        fid = frechet_distance(stats.mu, stats.sigma, self.reference.mu, self.reference.sigma)
+        record = dict(kimg=nimg / 1e3, nimg=nimg, fid=fid, num_images=stats.count, steps=steps, nfe=samplers.evaluations(solver, steps), ema=ema,
+                      seconds=round(time.time() - start, 3))
+        if distributed.is_main():
+            with open(os.path.join(self.run_dir, 'metrics-val.jsonl'), 'a', encoding='utf-8') as file:
+                file.write(json.dumps(record) + '\n')
+        return record
+
+    def _images(self, net, solver: str, steps: int, nimg: int, ema: str):
+        from torch_utils import distributed
+        from training import generation
+        choose = label_chooser(self.options.label, net.label_dim, self.dataset)
+        seeds = range(self.options.seed, self.options.seed + self.options.num)
+        folder = self.options.dump_images_dir and os.path.join(self.options.dump_images_dir, f'{nimg // 1000:06d}-{ema}')
+        if folder and os.path.isdir(folder) and os.listdir(folder) and not self.options.overwrite:
+            raise UserError(f'{folder} holds images of an earlier validation: add --val_overwrite=1, or dump elsewhere')
+        distributed.barrier()  # every process has looked before any writes
+        for batch in generation.split_batches(seeds, self.options.batch, distributed.get_rank(), distributed.get_world_size()):
+            images = generation.generate_batch(net, batch, choose, solver, steps)
+            if folder:
+                generation.save_images(images, [os.path.join(folder, f'{seed:06d}.png') for seed in batch])
+            yield images
+
+
+@click.command(cls=cli.Command)
+@cli.option('--network', 'networks', metavar='PKL|URL', multiple=True, required=True, help='Snapshot to evaluate; may be given several times.')
+@cli.option('--ref', metavar='NPZ|URL', required=True, help='Reference statistics, made by fid.py ref.')
+@cli.option('--outdir', metavar='DIR', default='.', show_default=True, help='Folder whose metrics-val.jsonl gets a line for each snapshot.')
+@cli.option('--detector', metavar='PATH|URL', help="TorchScript feature detector.  [default: NVIDIA's Inception]")
+@cli.option('--num', metavar='INT', type=click.IntRange(min=2), default=50000, show_default=True, help='Images to generate.')
+@cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images a process generates at a time.')
+@cli.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, show_default=True, help='First seed.')
+@cli.option('--steps', metavar='INT', type=click.IntRange(min=1), help="Sampling steps.  [default: the snapshot's own]")
+@cli.option('--label', metavar='MODE', type=LabelMode(), default='auto', show_default=True, help='Classes: uniform or fixed:K (auto: uniform).')
+def main(networks, ref, outdir, detector, **options):
+    """Evaluate saved snapshots into the same lines that training writes to metrics-val.jsonl. Also under torchrun."""
+    from torch_utils import distributed
+    from training.checkpoint import load_network
+    distributed.init()
+    os.makedirs(outdir, exist_ok=True)
+    options = EasyDict(options, ref=ref, ref_data=None, detector=detector, dump_images_dir=None, overwrite=False)
+    validator = Validator(options, None, outdir, distributed.get_device())
+    for network in networks:
+        net = load_network(network, distributed.get_device())
+        record = validator.run(net, nimg=net.metadata.get('nimg', 0), ema=net.metadata.get('ema', 'ema'))
+        distributed.print0(json.dumps(record))
+    distributed.shutdown()
+
+
+if __name__ == '__main__':
+    main()
