@@ -26,7 +26,7 @@ BATCH = 128
 SHOWN = 40     # images in a grid
 
 NETWORK = ['--arch=adm', '--cbase=16', '--cres=1,2', '--num_blocks=1', '--attn_resolutions=4']
-COMMON = ['--cond=1', f'--batch={BATCH}', '--workers=0', '--seed=0', '--nosubdir', '--snap=0', '--dump=0', '--lr_schedule=cosine']
+COMMON = ['--cond=1', f'--batch={BATCH}', '--workers=0', '--seed=0', '--nosubdir', '--snap=10', '--dump=0', '--lr_schedule=cosine']
 TEACHER_STEPS, TEACHER = 4000, ['--lr=2e-3', '--ema=40kimg', '--augment=0', '--dropout=0', '--lr_rampup=20']
 STUDENT = ['--consistency=True', '--lr=5e-4', '--ema=20kimg', '--lr_rampup=5', '--student_grid=full']
 STUDENT_STEPS = {8: 1500, 4: 1500, 2: 1500}
@@ -80,10 +80,10 @@ def train(story: Story, name: str, steps: int, options: list[str], threads: int 
     """Train a network of the demo's size, with ten evaluations on the way; returns its snapshot."""
     kimg = steps * BATCH / 1000
     story.run(name, 'train.py', f'--outdir={story.path(name)}', f'--data={story.path("digits.zip")}', *COMMON, *options,
-              f'--duration={kimg / 1000:g}', f'--tick={kimg / 10:g}', '--snap=10',
+              f'--duration={kimg / 1000:g}', f'--tick={kimg / 10:g}',
               '--val=1', '--val_every=1', '--val_num=512', '--val_batch=256', f'--val_ref={story.path("rulers", "classifier.npz")}',
               f'--val_detector={story.path("rulers", "classifier.pt")}', threads=threads)
-    return max(story.path(name).glob('network-snapshot-*.pkl'))
+    return max(story.path(name).glob('network-snapshot-*.pkl'), key=os.path.getmtime)
 
 
 def measure(story: Story, name: str, network: Path, model: str, solver: str, steps: int, nfe: int, images: int) -> dict:

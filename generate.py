@@ -18,13 +18,15 @@ STUDENT, TEACHER = 'Students', 'Teachers (probability-flow ODE)'
 @cli.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), help='Class of all images.  [default: random, by seed]')
 @cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images that a process generates at a time.')
 @cli.option('--steps', metavar='INT', type=click.IntRange(min=1), help="Sampling steps.  [default: a student's own; 18 for a teacher]")
-@cli.option('--solver', type=click.Choice(['student', 'euler', 'heun']), help='Sampler.  [default: what the snapshot is: student, or heun for a teacher]')
+@cli.option('--solver', type=click.Choice(['student', 'euler', 'heun']),
+            help='Sampler.  [default: what the snapshot is: student, or heun for a teacher]')
 @cli.option('--sigma_min', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), help='Lowest noise level.  [default: varies]')
 @cli.option('--sigma_max', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), help='Highest noise level.  [default: varies]')
 @cli.option('--rho', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), help='Exponent of the noise levels.  [default: 7]')
 @cli.option('--force-steps', is_flag=True, group=STUDENT, help='Sample a student with another number of steps than it was trained for.')
 @cli.option('--S_churn', 'S_churn', metavar='FLOAT', type=click.FloatRange(min=0), group=TEACHER, help='Amount of noise added.  [default: 0]')
-@cli.option('--S_min', 'S_min', metavar='FLOAT', type=click.FloatRange(min=0), group=TEACHER, help='Lowest noise level with added noise.  [default: 0]')
+@cli.option('--S_min', 'S_min', metavar='FLOAT', type=click.FloatRange(min=0), group=TEACHER,
+            help='Lowest noise level with added noise.  [default: 0]')
 @cli.option('--S_max', 'S_max', metavar='FLOAT', type=click.FloatRange(min=0), group=TEACHER, help='Highest such level.  [default: inf]')
 @cli.option('--S_noise', 'S_noise', metavar='FLOAT', type=float, group=TEACHER, help='Scale of the added noise.  [default: 1]')
 @cli.option('--disc', 'discretization', type=click.Choice(['edm', 'vp', 've', 'iddpm']), group=TEACHER, help='Time steps.  [default: edm]')

@@ -112,17 +112,19 @@ def switch(name: str, **kwargs):
 @switch('terminal_teacher_hop', group=CD, help="On the edge to 0, aim at the teacher's denoised image, not at the data.")
 @switch('sync_dropout', group=CD, help='The self-target sees the dropout masks of the student.')
 @cli.option('--anchor_hops', metavar='INT', type=positive(click.IntRange), group=CD,
-            help='Heun steps of the solution at sigma_max.  [default: 4; 32 where the first segment ends below 1]')
+            help='Heun steps of the solution at sigma_max.  [default: 4; 32 where the first segment ends below sigma = 10]')
 @cli.option('--val', type=bool, default=False, show_default=True, group=VAL, help='Evaluate the Frechet distance during training.')
 @cli.option('--val_ref', metavar='NPZ|URL', group=VAL, help='Reference statistics, made by fid.py ref.')
 @cli.option('--val_ref_data', metavar='ZIP|DIR', group=VAL, help='Or images to compute them from at the start.')
 @cli.option('--val_detector', metavar='PATH|URL', group=VAL, help="TorchScript feature detector.  [default: NVIDIA's Inception]")
-@cli.option('--val_steps', metavar='INT', type=positive(click.IntRange), group=VAL, help="Sampling steps.  [default: the student's S; 18 for teachers]")
+@cli.option('--val_steps', metavar='INT', type=positive(click.IntRange), group=VAL,
+            help="Sampling steps.  [default: the student's S; 18 for teachers]")
 @cli.option('--val_every', metavar='TICKS', type=positive(click.IntRange), default=50, show_default=True, group=VAL, help='How often to evaluate.')
 @cli.option('--val_at_start', type=bool, default=False, show_default=True, group=VAL, help='Evaluate before the first step.')
 @cli.option('--val_teacher', type=bool, default=False, show_default=True, group=VAL, help='Evaluate the teacher (Heun, 18 steps) once at the start.')
 @cli.option('--val_num', metavar='INT', type=click.IntRange(min=2), default=50000, show_default=True, group=VAL, help='Images to generate.')
-@cli.option('--val_batch', metavar='INT', type=positive(click.IntRange), default=64, show_default=True, group=VAL, help='Images a process makes at a time.')
+@cli.option('--val_batch', metavar='INT', type=positive(click.IntRange), default=64, show_default=True, group=VAL,
+            help='Images a process makes at a time.')
 @cli.option('--val_seed', metavar='INT', type=click.IntRange(min=0), default=0, show_default=True, group=VAL, help='First seed.')
 @cli.option('--val_label', metavar='MODE', type=validation.LabelMode(), default='auto', show_default=True, group=VAL,
             help='Classes: uniform, dataset (those of training images), fixed:K; auto: dataset where it has labels.')
@@ -135,8 +137,10 @@ def switch(name: str, **kwargs):
 @cli.option('--workers', metavar='INT', type=click.IntRange(min=0), default=1, show_default=True, group=PERF, help='Processes that load data.')
 @cli.option('--desc', metavar='STR', group=IO, help="Words to add to the run folder's name.")
 @cli.option('--nosubdir', is_flag=True, group=IO, help='Write into --outdir itself.')
-@cli.option('--tick', metavar='KIMG', type=positive(), default=50, show_default=True, group=IO, help='How often to print progress; fractions allowed.')
-@cli.option('--snap', metavar='TICKS', type=click.IntRange(min=0), default=50, show_default=True, group=IO, help='How often to save snapshots; 0: never.')
+@cli.option('--tick', metavar='KIMG', type=positive(), default=50, show_default=True, group=IO,
+            help='How often to print progress; fractions allowed.')
+@cli.option('--snap', metavar='TICKS', type=click.IntRange(min=0), default=50, show_default=True, group=IO,
+            help='How often to save snapshots; 0: never.')
 @cli.option('--phema_snap', metavar='TICKS', type=click.IntRange(min=0), group=IO, help='How often to save those of --phema.  [default: as --snap]')
 @cli.option('--dump', metavar='TICKS', type=click.IntRange(min=0), default=500, show_default=True, group=IO,
             help='How often to save the training state; 0: never.')
@@ -230,22 +234,25 @@ def load_teacher(opts: EasyDict, dataset):
     from training.checkpoint import load_network
     teacher = load_network(opts.teacher)
     if 'sigmas' in teacher.metadata:
-        raise UserError(f'--teacher={opts.teacher} is a student itself ({teacher.metadata["objective"]}, {len(teacher.metadata["sigmas"]) - 1} steps).\n'
-                        '       Distil from a diffusion model.')
+        steps = len(teacher.metadata['sigmas']) - 1
+        raise UserError(f'--teacher={opts.teacher} is a student of {steps} steps itself ({teacher.metadata["objective"]}): distil from a diffusion model.')
     theirs = (teacher.img_resolution, teacher.img_channels, teacher.label_dim)
     ours = (dataset.resolution, dataset.num_channels, dataset.label_dim)
     if theirs != ours:
         describe = lambda r, ch, n: f'{r}x{r}x{ch} with {n or "no"} classes'
         cond = ' (--cond=1 reads labels)' if teacher.label_dim and not dataset.label_dim else ''
         raise UserError(f'--teacher={opts.teacher} expects images of {describe(*theirs)}, but --data={opts.data} gives {describe(*ours)}{cond}.\n'
-                        f'       Pick the teacher trained on this data, or convert the data with dataset_tool.py --resolution={theirs[0]}x{theirs[0]}.')
+                        '       Pick the teacher trained on this data, or convert the data with '
+                        f'dataset_tool.py --resolution={theirs[0]}x{theirs[0]}.')
     if opts.augment and not teacher.init_kwargs.get('augment_dim'):
-        raise UserError(f'--augment={opts.augment:g} needs a teacher with augmentation labels, which --teacher={opts.teacher} is not: use --augment=0.')
+        raise UserError(f'--augment={opts.augment:g} needs a teacher with augmentation labels, and --teacher={opts.teacher} has none: use --augment=0.')
     return teacher
 
 
 def network_of_teacher(opts: EasyDict, teacher) -> EasyDict:
     """The student's network: the teacher's, with the options that leave its weights alone; UserError where options contradict it."""
+    import inspect
+
     from training import networks
     kwargs = teacher_arguments(teacher)
     wanted = dict(PRECONDITIONING=PRECONDITIONING.get(opts.precond), **(ARCHITECTURES[opts.arch] if opts.arch else {}))
@@ -260,8 +267,10 @@ def network_of_teacher(opts: EasyDict, teacher) -> EasyDict:
             continue
         if option in FREE_FOR_STUDENTS:
             kwargs[key] = opts[option]
-        elif as_list(opts[option]) != as_list(getattr(teacher.model, key, kwargs.get(key))):
-            raise UserError(f'--{option}={opts[option]} contradicts --teacher={opts.teacher}, which has {getattr(teacher.model, key, None)}: leave it out.')
+            continue
+        theirs = as_list(kwargs.get(key, inspect.signature(type(teacher.model)).parameters[key].default))
+        if opts[option] != theirs:
+            raise UserError(f'--{option}={opts[option]} contradicts --teacher={opts.teacher}, which has {theirs}: leave it out.')
     kwargs['use_fp16'] = opts.fp16
     return EasyDict(class_name=type(teacher).__name__, kwargs=kwargs)
 
@@ -275,8 +284,10 @@ def teacher_arguments(teacher) -> dict:
     """All constructor arguments of a loaded network, by name."""
     import inspect
     bound = inspect.signature(type(teacher).__init__).bind(teacher, *teacher.init_args, **teacher.init_kwargs)
-    arguments = {name: value for name, value in bound.arguments.items() if name != 'self'}
-    return {**arguments, **arguments.pop('model_kwargs', {})}
+    arguments = dict(bound.arguments)
+    del arguments['self']
+    model_kwargs = arguments.pop('model_kwargs', {})
+    return {**arguments, **model_kwargs}
 
 
 def network_from_scratch(opts: EasyDict, dataset) -> EasyDict:
@@ -305,8 +316,8 @@ def configure(opts: EasyDict, dataset, teacher) -> EasyDict:
     c.network = network_of_teacher(opts, teacher) if teacher is not None else network_from_scratch(opts, dataset)
     if teacher is not None:
         sigma_min, sigma_max = samplers.clip_range(teacher, opts.sigma_min, opts.sigma_max)
-        names = ('S', 'T_start', 'T_end', 'T_anneal_kimg', 'rho', 'student_grid', 'sampling_mode', 'hop', 'cd_loss', 'cd_weight_mode', 'terminal_anchor',
-                 'terminal_teacher_hop', 'sync_dropout', 'anchor_hops')
+        names = ('S', 'T_start', 'T_end', 'T_anneal_kimg', 'rho', 'student_grid', 'sampling_mode', 'hop', 'cd_loss', 'cd_weight_mode',
+                 'terminal_anchor', 'terminal_teacher_hop', 'sync_dropout', 'anchor_hops')
         c.loss = EasyDict({name: opts[name] for name in names}, sigma_min=sigma_min, sigma_max=sigma_max,
                           sigma_data=float(getattr(teacher, 'sigma_data', 0.5)))
     else:
@@ -318,7 +329,8 @@ def configure(opts: EasyDict, dataset, teacher) -> EasyDict:
              seed=opts.seed, workers=opts.workers, cudnn_benchmark=opts.bench, transfer=opts.transfer, resume=opts.resume)
     c.validation = None
     if opts.val:
-        names = ('ref', 'ref_data', 'detector', 'steps', 'every', 'at_start', 'teacher', 'num', 'batch', 'seed', 'label', 'dump_images_dir', 'overwrite')
+        names = ('ref', 'ref_data', 'detector', 'steps', 'every', 'at_start', 'teacher', 'num', 'batch', 'seed', 'label', 'dump_images_dir',
+                 'overwrite')
         c.validation = EasyDict({name: opts[f'val_{name}'] for name in names})
     c.run_dir = planned_run_dir(opts, c, dataset.name)
     return c

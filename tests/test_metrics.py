@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from golden import golden_numbers
 
 from dnnlib.util import UserError, file_sha256
 from metrics.calc import feature_statistics
@@ -102,9 +103,9 @@ def test_distance_is_that_of_a_general_matrix_square_root():
     assert frechet_distance(*b, *a) == pytest.approx(expected, rel=1e-9)
 
 
-def test_distance_agrees_with_the_established_implementation(fixtures):
+def test_distance_agrees_with_the_established_implementation():
     """The third set has 40 samples of 64 dimensions."""
-    golden = np.load(fixtures / 'inception-fid.npz')
+    golden = golden_numbers('inception-fid.npz')
     a, b, c = (gaussian(golden[f'fd_{name}']) for name in 'abc')
     assert frechet_distance(*a, *b) == pytest.approx(float(golden['fd_ab']), rel=1e-6)
     assert frechet_distance(*c, *b) == pytest.approx(float(golden['fd_cb']), rel=1e-6)

@@ -17,6 +17,7 @@ import os
 import pickle
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
 import torch
@@ -40,10 +41,15 @@ class _SealingFile:
 
     def __init__(self, file: BinaryIO):
         self.file, self.hash = file, hashlib.sha256()
+        self.failure: OSError | None = None
 
     def write(self, data) -> int:
         self.hash.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
 
     def flush(self):
         self.file.flush()
@@ -54,26 +60,33 @@ def _sealed(path: str | os.PathLike) -> Iterator[_SealingFile]:
     """A file to write to, which appears under its name when it is complete, sealed and on disk."""
     with dnnlib.util.atomic_write(path) as file:
         sealing = _SealingFile(file)
-        yield sealing
+        try:
+            yield sealing
+        except RuntimeError:  # what PyTorch's writer makes of a full disk
+            if sealing.failure:
+                raise sealing.failure from None
+            raise
         file.write(b'\n#sha256 ' + sealing.hash.hexdigest().encode() + b'\n')
 
 
-def _check_seal(file: BinaryIO) -> tuple[int, bool]:
-    """(length of the contents, whether a seal follows them). Raises MalformedPickle where seal and contents disagree."""
+def _find_seal(file: BinaryIO) -> tuple[int, str | None]:
+    """(length of the contents, the checksum that follows them or None); leaves the file at its start."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - SEAL_LENGTH, 0))
     seal = re.fullmatch(rb'\n#sha256 ([0-9a-f]{64})\n', file.read())
     file.seek(0)
-    if seal is None:
-        return size, False
-    left, checksum, block = size - SEAL_LENGTH, hashlib.sha256(), memoryview(bytearray(1 << 20))
-    while left and (count := file.readinto(block[:min(left, len(block))])):
-        checksum.update(block[:count])
-        left -= count
-    if checksum.hexdigest() != seal[1].decode():
+    return (size, None) if seal is None else (size - SEAL_LENGTH, seal[1].decode())
+
+
+def _check_contents(file: BinaryIO, size: int, checksum: str):
+    """Raises MalformedPickle where the first `size` bytes have another checksum; leaves the file at its start."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    while size and (count := file.readinto(block[:min(size, len(block))])):
+        digest.update(block[:count])
+        size -= count
+    if digest.hexdigest() != checksum:
         raise MalformedPickle('is damaged: its contents do not match its checksum. Copy or download it again')
     file.seek(0)
-    return size - SEAL_LENGTH, True
 
 #----------------------------------------------------------------------------
 # Reading snapshots.
@@ -89,21 +102,30 @@ def load_network(source: str | os.PathLike, device: str | torch.device = 'cpu', 
         source: path or http(s) URL.
     Raises: UserError, naming the source, for files that are missing, damaged, hostile, or hold no network that we know.
     """
-    with dnnlib.open_url(source) as file:
+    with dnnlib.open_url(source) as file, dnnlib.open_url(source) as contents, ThreadPoolExecutor(1) as pool:
+        size, checksum = _find_seal(file)
+        check = pool.submit(_check_contents, contents, size, checksum) if checksum else None
         try:
-            size, sealed = _check_seal(file)
-            snapshot = read_pickle(file, stop=size)
-            if file.tell() != size:
-                raise MalformedPickle('goes on after the end of its pickle (truncated or damaged?)')
-            record = _network_record(snapshot, key)
-            net = _build(record)
-            _fill(net, module_tensors(record), file, size, torch.device(device))
-            _restore_attributes(net, persistent_object(record)[1])
-            net.metadata = _metadata(snapshot, net)
-            if not sealed and 'digest' in net.metadata and net.metadata['digest'] != _digest(net, net.metadata):
-                raise MalformedPickle('is damaged: its network does not match the digest in its metadata. Copy or download it again')
+            try:
+                return _read_network(file, size, key, torch.device(device), sealed=checksum is not None)
+            finally:
+                if check:
+                    check.result()  # damage is the better explanation of whatever else went wrong
         except MalformedPickle as error:
             raise UserError(f'{os.fspath(source)} cannot be used as a network snapshot: it {error}.') from error
+
+
+def _read_network(file: BinaryIO, size: int, key: str, device: torch.device, sealed: bool) -> torch.nn.Module:
+    snapshot = read_pickle(file, stop=size)
+    if file.tell() != size:
+        raise MalformedPickle('goes on after the end of its pickle (truncated or damaged?)')
+    record = _network_record(snapshot, key)
+    net = _build(record)
+    _fill(net, module_tensors(record), file, size, device)
+    _restore_attributes(net, persistent_object(record)[1])
+    net.metadata = _metadata(snapshot, net)
+    if not sealed and 'digest' in net.metadata and net.metadata['digest'] != _digest(net, net.metadata):
+        raise MalformedPickle('is damaged: its network does not match the digest in its metadata. Copy or download it again')
     return net
 
 
@@ -141,7 +163,7 @@ def _build(record) -> torch.nn.Module:
     try:
         with torch.device('meta'):
             net = cls(*args, **kwargs)
-    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, NameError, RuntimeError) as error:  # what wrong arguments can cause
         raise MalformedPickle(f'has constructor arguments that {class_name} cannot be built from: {error}') from error
     return net.eval().requires_grad_(False)
 
@@ -284,9 +306,10 @@ def load_state(path: str | os.PathLike) -> dict:
     """
     with dnnlib.open_url(path) as file:
         try:
-            sealed = _check_seal(file)[1]
-            if not sealed:
+            size, checksum = _find_seal(file)
+            if checksum is None:
                 raise MalformedPickle('has no checksum at its end: it is damaged, incomplete, or no training state of ours')
+            _check_contents(file, size, checksum)
             return torch.load(file, map_location='cpu', weights_only=True)
         except (MalformedPickle, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
             reason = str(error) if isinstance(error, MalformedPickle) else f'cannot be read as plain data and tensors ({str(error).splitlines()[0]})'

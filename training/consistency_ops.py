@@ -151,7 +151,7 @@ def edge_probabilities(teacher: Tensor, student: Tensor, mode: str, rho: float, 
     pinned[0] |= pin_top
     if pinned.all():
         return torch.full_like(density, 1 / edges)
-    share = 1 - pinned.sum() / edges
+    share = 1 - int(pinned.sum()) / edges
     free = torch.where(pinned, 0, density)
     return torch.where(pinned, 1 / edges, free / free.sum() * share)
 
@@ -225,8 +225,9 @@ def heun_hop(denoiser: Denoiser, x_t: Tensor, sigma_t: Tensor, sigma_s: Tensor, 
 
 
 def default_anchor_hops(sigma_b: float) -> int:
-    """Sub-steps of the pinned top edge: 4 are exact to 0.03 % down to sigma_b = 1, smaller boundaries need 32."""
-    return 4 if sigma_b >= 1 else 32
+    """Sub-steps of the pinned top edge. From sigma_max = 80, 4 are exact to 0.03 % down to sigma_b = 10, for data of standard deviation 0.5;
+    at sigma_b = 1.5 they would be 6 % off. 32 stay below 0.5 % down to sigma_b = 0.5 and below 2 % for a path to 0."""
+    return 4 if sigma_b >= 10 else 32
 
 
 def anchor_nodes(sigma_max: float, sigma_b: float, sigma_min: float, rho: float, hops: int | None = None) -> Tensor:

@@ -1,17 +1,17 @@
 """Denoisers D(x; sigma): the ADM, DDPM++ and NCSN++ U-Nets under EDM, VP, VE and iDDPM preconditioning.
 
 Constructor arguments and parameter names are those of EDM's published snapshots, so that their weights load. A snapshot
-carries this file's source, so it imports nothing but torch, numpy and `torch_utils.persistence`.
+carries this file's source, so it imports nothing but torch and `torch_utils.persistence`.
 
 Shapes: images [N, C, H, W], noise levels [N] or a scalar, class labels one-hot [N, label_dim], augmentation labels [N, augment_dim].
 """
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn import Module, ModuleDict, Parameter
 
-from torch_utils import persistence
+from torch_utils.persistence import persistent_class as persistent
 
 #----------------------------------------------------------------------------
 # Layers.
@@ -26,24 +26,24 @@ def init_tensor(shape, mode, fan_in, fan_out):
     return torch.empty(shape).normal_() * math.sqrt(variance)
 
 
-@persistence.persistent_class
-class Linear(torch.nn.Module):
+@persistent
+class Linear(Module):
     """Affine map with an explicit initialisation."""
 
     def __init__(self, in_features, out_features, bias=True, init_mode='kaiming_normal', init_weight=1, init_bias=0):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         fans = dict(mode=init_mode, fan_in=in_features, fan_out=out_features)
-        self.weight = torch.nn.Parameter(init_tensor([out_features, in_features], **fans) * init_weight)
-        self.bias = torch.nn.Parameter(init_tensor([out_features], **fans) * init_bias) if bias else None
+        self.weight = Parameter(init_tensor([out_features, in_features], **fans) * init_weight)
+        self.bias = Parameter(init_tensor([out_features], **fans) * init_bias) if bias else None
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-@persistence.persistent_class
-class Conv2d(torch.nn.Module):
+@persistent
+class Conv2d(Module):
     """Convolution with optional 2x up- or downsampling through a separable filter; `kernel=0` resamples only.
 
     `fused_resample` filters and convolves without padding in between (NCSN++'s residual encoder).
@@ -57,8 +57,8 @@ class Conv2d(torch.nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.up, self.down, self.fused_resample = up, down, fused_resample
         fans = dict(mode=init_mode, fan_in=in_channels * kernel ** 2, fan_out=out_channels * kernel ** 2)
-        self.weight = torch.nn.Parameter(init_tensor([out_channels, in_channels, kernel, kernel], **fans) * init_weight) if kernel else None
-        self.bias = torch.nn.Parameter(init_tensor([out_channels], **fans) * init_bias) if kernel and bias else None
+        self.weight = Parameter(init_tensor([out_channels, in_channels, kernel, kernel], **fans) * init_weight) if kernel else None
+        self.bias = Parameter(init_tensor([out_channels], **fans) * init_bias) if kernel and bias else None
         taps = torch.as_tensor(resample_filter, dtype=torch.float32)
         taps = torch.outer(taps, taps) / taps.sum() ** 2
         self.register_buffer('resample_filter', taps[None, None] if up or down else None)
@@ -85,23 +85,22 @@ class Conv2d(torch.nn.Module):
         return x if weight is None else F.conv2d(x, weight, bias, padding=w_pad)
 
 
-@persistence.persistent_class
-class GroupNorm(torch.nn.Module):
+@persistent
+class GroupNorm(Module):
     """Group normalisation (Wu & He 2018) with at least `min_channels_per_group` channels a group."""
 
     def __init__(self, num_channels, num_groups=32, min_channels_per_group=4, eps=1e-5):
         super().__init__()
-        self.num_groups = min(num_groups, num_channels // min_channels_per_group)
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(num_channels))
-        self.bias = torch.nn.Parameter(torch.zeros(num_channels))
+        self.eps, self.num_groups = eps, min(num_channels // min_channels_per_group, num_groups)
+        self.weight, self.bias = Parameter(torch.ones(num_channels)), Parameter(torch.zeros(num_channels))
 
     def forward(self, x):
-        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
-@persistence.persistent_class
-class PositionalEmbedding(torch.nn.Module):
+@persistent
+class PositionalEmbedding(Module):
     """Sinusoidal embedding of a scalar: [N] -> [N, num_channels], cosines first (Vaswani et al. 2017)."""
 
     def __init__(self, num_channels, max_positions=10000, endpoint=False):
@@ -115,21 +114,22 @@ class PositionalEmbedding(torch.nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-@persistence.persistent_class
-class FourierEmbedding(torch.nn.Module):
+@persistent
+class FourierEmbedding(Module):
     """Random Fourier features of a scalar: [N] -> [N, num_channels] (Tancik et al. 2020)."""
 
     def __init__(self, num_channels, scale=16):
         super().__init__()
-        self.register_buffer('freqs', torch.randn(num_channels // 2) * scale)
+        frequencies = torch.empty(num_channels // 2).normal_(std=scale)
+        self.register_buffer('freqs', frequencies)
 
     def forward(self, x):
-        angles = torch.outer(x, (2 * np.pi * self.freqs).to(x.dtype))
+        angles = torch.outer(x, self.freqs.to(x.dtype) * (2 * math.pi))
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-@persistence.persistent_class
-class UNetBlock(torch.nn.Module):
+@persistent
+class UNetBlock(Module):
     """Residual block with noise-level modulation, optional 2x resampling and self-attention.
 
     Attention has `num_heads` heads, or one for every `channels_per_head` channels: none at all where there are fewer.
@@ -194,7 +194,7 @@ class UNetBlock(torch.nn.Module):
 #----------------------------------------------------------------------------
 # U-Nets.
 
-class UNet(torch.nn.Module):
+class UNet(Module):
     """What both U-Nets share: levels, dropout per resolution, the pass down and up. Modules are named `<res>x<res>_<what>`."""
 
     def _levels(self):
@@ -231,7 +231,7 @@ class UNet(torch.nn.Module):
         return masks
 
 
-@persistence.persistent_class
+@persistent
 class SongUNet(UNet):
     """DDPM++ and NCSN++ (Song et al. 2021), as in EDM (Karras et al. 2022, Table 7).
 
@@ -264,7 +264,7 @@ class SongUNet(UNet):
         self.map_layer1 = Linear(emb_channels, emb_channels, **init)
 
         filtered = dict(resample_filter=resample_filter)
-        self.enc = torch.nn.ModuleDict()
+        self.enc = ModuleDict()
         width = aux_width = in_channels
         skips = []
         for level, at, mult, attention in self._levels():
@@ -285,7 +285,7 @@ class SongUNet(UNet):
                 width = model_channels * mult
                 skips.append(width)
 
-        self.dec = torch.nn.ModuleDict()
+        self.dec = ModuleDict()
         for level, at, mult, attention in reversed(list(self._levels())):
             coarsest = level == len(channel_mult) - 1
             if coarsest:
@@ -341,7 +341,7 @@ class SongUNet(UNet):
         return image
 
 
-@persistence.persistent_class
+@persistent
 class DhariwalUNet(UNet):
     """ADM (Dhariwal & Nichol 2021), as in EDM (Karras et al. 2022, Table 7). `dout_resolutions`: see `SongUNet`."""
 
@@ -363,7 +363,7 @@ class DhariwalUNet(UNet):
         self.map_label = (Linear(label_dim, emb_channels, bias=False, init_mode='kaiming_normal', init_weight=math.sqrt(label_dim))
                           if label_dim else None)
 
-        self.enc = torch.nn.ModuleDict()
+        self.enc = ModuleDict()
         skips = []
         for level, at, mult, attention in self._levels():
             if level == 0:
@@ -377,7 +377,7 @@ class DhariwalUNet(UNet):
                 width = model_channels * mult
                 skips.append(width)
 
-        self.dec = torch.nn.ModuleDict()
+        self.dec = ModuleDict()
         for level, at, mult, attention in reversed(list(self._levels())):
             if level == len(channel_mult) - 1:
                 self.dec[f'{at}_in0'] = self._block(at, width, width, attention=True)
@@ -415,7 +415,7 @@ class DhariwalUNet(UNet):
 #----------------------------------------------------------------------------
 # Preconditioning (Karras et al. 2022, Table 1): D(x; sigma) = c_skip x + c_out F(c_in x; c_noise).
 
-class Precond(torch.nn.Module):
+class Precond(Module):
     """The wrapper that all four share; each gives `coefficients(sigma) -> c_skip, c_out, c_in, c_noise`."""
 
     def __init__(self, img_resolution, img_channels, label_dim, use_fp16, sigma_min, sigma_max, model_type, model_kwargs, out_channels=None):
@@ -456,7 +456,7 @@ class Precond(torch.nn.Module):
         return torch.as_tensor(sigma)
 
 
-@persistence.persistent_class
+@persistent
 class EDMPrecond(Precond):
     """EDM's preconditioning: unit variance in and out at every noise level (Karras et al. 2022, Eq. 7)."""
 
@@ -470,7 +470,7 @@ class EDMPrecond(Precond):
         return self.sigma_data ** 2 / total, sigma * self.sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
 
 
-@persistence.persistent_class
+@persistent
 class VPPrecond(Precond):
     """Variance-preserving SDE (Song et al. 2021); sigma(t)² = exp(beta_d t² / 2 + beta_min t) − 1."""
 
@@ -489,7 +489,7 @@ class VPPrecond(Precond):
         return 1, -sigma, 1 / (sigma ** 2 + 1).sqrt(), (self.M - 1) * self.sigma_inv(sigma)
 
 
-@persistence.persistent_class
+@persistent
 class VEPrecond(Precond):
     """Variance-exploding SDE (Song et al. 2021)."""
 
@@ -501,7 +501,7 @@ class VEPrecond(Precond):
         return 1, sigma, 1, (sigma / 2).log()
 
 
-@persistence.persistent_class
+@persistent
 class iDDPMPrecond(Precond):
     """Improved DDPM's cosine schedule (Nichol & Dhariwal 2021), M levels u_0 > ... > u_{M-1}; the network's variance output is ignored."""
 

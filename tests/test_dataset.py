@@ -1,0 +1,387 @@
+"""training/dataset.py: what a data set on disk becomes, which files are refused and how, and the order of training."""
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dnnlib import UserError
+from training.dataset import ImageFiles, ImageFolderDataset, InfiniteSampler
+
+
+def png(pixels, mode=None, **options):
+    data = io.BytesIO()
+    image = Image.fromarray(np.asarray(pixels))
+    (image.convert(mode) if mode else image).save(data, format='PNG', **options)
+    return data.getvalue()
+
+
+def random_images(count, size=4, channels=3, seed=0):
+    shape = (count, size, size, channels) if channels == 3 else (count, size, size)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_folder(path, files):
+    for name, data in files.items():
+        target = path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+    return path
+
+
+def write_zip(path, files, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, 'w', compression) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def label_json(labels):
+    return json.dumps({'labels': labels}).encode()
+
+
+@pytest.fixture
+def files():
+    """Six RGB images in two folders, listed out of order, with class indices 0..2."""
+    names = [f'{folder}/img{i}.png' for i in (2, 0, 1) for folder in ('b', 'a')]
+    contents = {name: png(pixels) for name, pixels in zip(names, random_images(6))}
+    return {**contents, 'dataset.json': label_json([[name, i % 3] for i, name in enumerate(sorted(names))])}
+
+
+@pytest.fixture(params=['folder', 'zip', 'deflated'])
+def data(request, tmp_path, files):
+    if request.param == 'folder':
+        return write_folder(tmp_path / 'data', files)
+    return write_zip(tmp_path / 'data.zip', files, zipfile.ZIP_DEFLATED if request.param == 'deflated' else zipfile.ZIP_STORED)
+
+#----------------------------------------------------------------------------
+# What is read.
+
+def test_items_are_the_files_in_sorted_order_with_one_hot_labels(data, files):
+    dataset = ImageFolderDataset(data, resolution=4, use_labels=True)
+    names = sorted(name for name in files if name.endswith('.png'))
+    assert len(dataset) == 6 and dataset.name == 'data'
+    assert (dataset.image_shape, dataset.resolution, dataset.num_channels) == ([3, 4, 4], 4, 3)
+    assert (dataset.has_labels, dataset.label_dim, dataset.label_shape) == (True, 3, [3])
+    for i, name in enumerate(names):
+        image, label = dataset[i]
+        assert image.dtype == np.uint8 and label.dtype == np.float32
+        np.testing.assert_array_equal(image, np.asarray(Image.open(io.BytesIO(files[name]))).transpose(2, 0, 1))
+        np.testing.assert_array_equal(label, np.eye(3)[i % 3])
+        np.testing.assert_array_equal(dataset.get_label(i), label)
+
+
+def test_greyscale_images_have_one_channel_and_unused_labels_length_zero(tmp_path):
+    pixels = random_images(2, channels=1)
+    dataset = ImageFolderDataset(write_zip(tmp_path / 'grey.zip', {f'{i}.png': png(p) for i, p in enumerate(pixels)}))
+    np.testing.assert_array_equal(dataset[1][0], pixels[1][None])
+    assert dataset[0][1].shape == (0,) and dataset.label_dim == 0 and not dataset.has_labels
+
+
+def test_mirrored_copies_follow_the_originals_with_the_same_labels(data):
+    plain, both = (ImageFolderDataset(data, use_labels=True, xflip=xflip) for xflip in (False, True))
+    assert len(both) == 12
+    for i in range(6):
+        np.testing.assert_array_equal(both[i][0], plain[i][0])
+        np.testing.assert_array_equal(both[i + 6][0], plain[i][0][:, :, ::-1])
+        np.testing.assert_array_equal(both[i + 6][1], plain[i][1])
+    torch.from_numpy(both[6][0])  # refuses negative strides
+    with pytest.raises(IndexError):
+        both[12]
+
+
+def test_max_size_keeps_a_sorted_subset_that_the_seed_draws(data):
+    everything = ImageFolderDataset(data, use_labels=True)
+    kept = {}
+    for seed in range(20):
+        subset = ImageFolderDataset(data, use_labels=True, max_size=3, seed=seed)
+        places = [next(j for j in range(6) if (everything[j][0] == image).all()) for image, _ in (subset[i] for i in range(3))]
+        assert places == sorted(set(places)) and len(subset) == 3 and subset.label_dim == 3
+        for i, j in enumerate(places):
+            np.testing.assert_array_equal(subset[i][1], everything[j][1])
+        kept[seed] = tuple(places)
+    assert len(set(kept.values())) > 5
+    assert kept[0] == tuple(np.sort(np.random.RandomState(0).permutation(6)[:3]))
+    assert len(ImageFolderDataset(data, max_size=100)) == 6
+    with pytest.raises(UserError, match='at least one'):
+        ImageFolderDataset(data, max_size=0)
+
+
+def test_cached_images_survive_the_removal_of_the_file_and_cannot_be_written_through(tmp_path, files):
+    path = write_zip(tmp_path / 'data.zip', files)
+    dataset = ImageFolderDataset(path, cache=True)
+    first = dataset[0][0].copy()
+    dataset[0][0][:] = 0
+    dataset._files._zip.close()
+    path.unlink()
+    np.testing.assert_array_equal(dataset[0][0], first)
+
+
+@pytest.mark.parametrize('prefix', ['sub/', ''])
+def test_a_nested_label_file_names_images_from_the_root_or_its_own_folder(tmp_path, prefix):
+    files = {f'sub/deep/{i}.png': png(p) for i, p in enumerate(random_images(3))}
+    files['sub/dataset.json'] = label_json([[f'{prefix}deep/{i}.png', 2 - i] for i in range(3)])
+    for path in (write_zip(tmp_path / 'data.zip', files), write_folder(tmp_path / 'data', files)):
+        dataset = ImageFolderDataset(path, use_labels=True)
+        assert [int(dataset.get_label(i).argmax()) for i in range(3)] == [2, 1, 0]
+
+
+def test_label_vectors_are_passed_on(tmp_path, files):
+    names = sorted(name for name in files if name.endswith('.png'))
+    files['dataset.json'] = label_json([[name, [i, 0.5]] for i, name in enumerate(names)])
+    dataset = ImageFolderDataset(write_zip(tmp_path / 'data.zip', files), use_labels=True)
+    assert dataset.label_dim == 2
+    np.testing.assert_array_equal(dataset.get_label(4), np.float32([4, 0.5]))
+
+
+def test_hidden_files_and_resource_forks_are_not_images(tmp_path, files):
+    path = write_zip(tmp_path / 'data.zip', {**files, '__MACOSX/a/._img0.png': b'fork', 'a/.hidden.png': b'', 'notes.txt': b''})
+    assert len(ImageFolderDataset(path, use_labels=True)) == 6
+
+
+def test_zip_members_outside_the_archive_are_read_but_never_extracted(tmp_path):
+    path = write_zip(tmp_path / 'data.zip', {'../../escape.png': png(random_images(1)[0])})
+    assert ImageFolderDataset(path)[0][0].shape == (3, 4, 4)
+    assert [p.name for p in tmp_path.rglob('*')] == ['data.zip']
+
+#----------------------------------------------------------------------------
+# Processes.
+
+def _read_in_child(dataset, queue):
+    queue.put([int(dataset[i % 6][0].astype(int).sum()) for i in range(60)])
+
+
+def test_forked_processes_read_a_zip_at_once_without_disturbing_each_other(tmp_path):
+    """A handle shared over a fork shares its file position: readers would hit each other's bytes. (Images larger than a read buffer show it.)"""
+    files = {f'{i}.png': png(pixels) for i, pixels in enumerate(random_images(6, size=64))}
+    dataset = ImageFolderDataset(write_zip(tmp_path / 'data.zip', files))
+    sums = [int(dataset[i][0].astype(int).sum()) for i in range(6)]
+    position = lambda: os.lseek(dataset._files._zip.fp.fileno(), 0, os.SEEK_CUR)
+    before = position()
+    context = multiprocessing.get_context('fork')
+    queue = context.Queue()
+    children = [context.Process(target=_read_in_child, args=(dataset, queue)) for _ in range(2)]
+    for child in children:
+        child.start()
+    results = [queue.get(timeout=60) for _ in children]
+    for child in children:
+        child.join()
+    assert all(result == sums * 10 for result in results)
+    assert position() == before
+    assert int(dataset[3][0].astype(int).sum()) == sums[3]
+
+
+def test_pickling_leaves_handle_and_cache_behind(data):
+    dataset = ImageFolderDataset(data, use_labels=True, cache=True)
+    expected = dataset[3]
+    content = pickle.dumps(dataset)
+    assert expected[0].tobytes() not in content
+    copy = pickle.loads(content)
+    assert copy._files._zip is None
+    np.testing.assert_array_equal(copy[3][0], expected[0])
+    np.testing.assert_array_equal(copy[3][1], expected[1])
+
+
+def test_a_data_loader_with_workers_batches_the_data_set(data):
+    dataset = ImageFolderDataset(data, use_labels=True)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=2, num_workers=1, sampler=InfiniteSampler(6, 2, shuffle=False))
+    images, labels = next(iter(loader))
+    assert images.shape == (2, 3, 4, 4) and images.dtype == torch.uint8
+    assert labels.tolist() == [[1, 0, 0], [0, 1, 0]]
+
+#----------------------------------------------------------------------------
+# What is refused.
+
+def test_an_unusable_path_is_named(tmp_path):
+    (tmp_path / 'text.zip').write_text('no zip')
+    (tmp_path / 'empty').mkdir()
+    write_zip(tmp_path / 'empty.zip', {'readme.txt': b''})
+    for name, message in [('missing', 'no such file'), ('text.zip', 'complete zip'), ('empty', 'no images'), ('empty.zip', 'no images')]:
+        with pytest.raises(UserError, match=message) as error:
+            ImageFolderDataset(tmp_path / name)
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize('part', [0.3, 0.9, 0.999])
+def test_a_truncated_zip_is_refused(tmp_path, files, part):
+    content = write_zip(tmp_path / 'data.zip', files).read_bytes()
+    (tmp_path / 'data.zip').write_bytes(content[:int(len(content) * part)])
+    with pytest.raises(UserError, match='complete zip'):
+        ImageFolderDataset(tmp_path / 'data.zip')
+
+
+def test_a_resolution_that_differs_is_refused_with_both_sizes(data):
+    with pytest.raises(UserError, match=r'4x4x3 images, not 8x8.*--resolution=8x8'):
+        ImageFolderDataset(data, resolution=8)
+
+
+def test_images_that_are_not_square_are_refused(tmp_path):
+    path = write_zip(tmp_path / 'wide.zip', {'a.png': png(np.zeros([4, 6], np.uint8))})
+    with pytest.raises(UserError, match=r'a\.png is 6x4x1, not square.*dataset_tool'):
+        ImageFolderDataset(path)
+
+
+@pytest.mark.parametrize('odd', [random_images(1, size=8)[0], random_images(1, channels=1)[0]])
+def test_an_image_unlike_the_first_is_named_with_both_shapes(tmp_path, files, odd, monkeypatch):
+    path = write_zip(tmp_path / 'data.zip', {**files, 'b/img1.png': png(odd)})
+    size, channels = odd.shape[0], 3 if odd.ndim == 3 else 1
+    message = rf'b/img1\.png is {size}x{size}x{channels}, but a/img0\.png is 4x4x3'
+    with pytest.raises(UserError, match=message):
+        ImageFolderDataset(path)
+    monkeypatch.setattr('training.dataset.HEADER_CHECK_LIMIT', 5)  # as in a data set too large to look at every header
+    dataset = ImageFolderDataset(path)
+    dataset[3]
+    with pytest.raises(UserError, match=message):
+        dataset[4]
+
+
+def test_headers_beyond_the_limit_are_not_read_at_construction(tmp_path, files, monkeypatch):
+    monkeypatch.setattr('training.dataset.HEADER_CHECK_LIMIT', 5)
+    opened = []
+    original = ImageFiles.open
+    monkeypatch.setattr(ImageFiles, 'open', lambda self, name: opened.append(name) or original(self, name))
+    ImageFolderDataset(write_zip(tmp_path / 'data.zip', files))
+    assert opened == ['a/img0.png']
+
+
+@pytest.mark.parametrize('mode', ['RGBA', 'P', 'LA', '1', '16-bit I;16', '16-bit RGB'])
+def test_other_modes_are_refused_with_the_cure(tmp_path, mode):
+    pixels = random_images(1)[0]
+    content = {'16-bit I;16': lambda: png(pixels[:, :, 0].astype(np.uint16) * 257), '16-bit RGB': rgb16_png}.get(mode, lambda: png(pixels, mode))()
+    with pytest.raises(UserError, match=rf'x\.png is a {mode} image.*dataset_tool\.py'):
+        ImageFolderDataset(write_zip(tmp_path / 'data.zip', {'x.png': content}))
+
+
+def rgb16_png():
+    """A 16-bit RGB PNG of 2x2 pixels, which Pillow reads but does not write."""
+    import struct
+    import zlib
+    chunk = lambda kind, body: struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
+    rows = (b'\0' + bytes(range(12))) * 2
+    header = struct.pack('>IIBBBBB', 2, 2, 16, 2, 0, 0, 0)
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+
+
+def test_a_16_bit_image_is_refused_when_it_is_read_too(tmp_path, monkeypatch):
+    monkeypatch.setattr('training.dataset.HEADER_CHECK_LIMIT', 1)
+    files = {'a.png': png(random_images(1, size=2)[0]), 'b.png': rgb16_png()}
+    with pytest.raises(UserError, match=r'b\.png is a 16-bit RGB image'):
+        ImageFolderDataset(write_zip(tmp_path / 'data.zip', files))[1]
+
+
+@pytest.mark.parametrize('damage', [lambda c: b'not a png', lambda c: c[:60], lambda c: b'', lambda c: c[:len(c) // 2] + bytes(len(c) - len(c) // 2)])
+def test_a_corrupt_image_is_named(tmp_path, files, damage):
+    files['b/img0.png'] = damage(files['b/img0.png'])
+    for path in (write_folder(tmp_path / 'data', files), write_zip(tmp_path / 'data.zip', files)):
+        with pytest.raises(UserError, match=r'b/img0\.png is not a readable image'):
+            ImageFolderDataset(path)[3]
+
+
+def test_flipped_bytes_inside_a_zip_are_noticed(tmp_path, files):
+    path = write_zip(tmp_path / 'data.zip', files)
+    content = path.read_bytes()
+    place = content.index(files['b/img0.png']) + len(files['b/img0.png']) // 2
+    path.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1:])
+    with pytest.raises(UserError, match=r'b/img0\.png is not a readable image'):
+        ImageFolderDataset(path)[3]
+
+
+@pytest.mark.parametrize('content, message', [
+    (None, 'has no labels'),
+    (label_json(None), 'has no labels'),
+    (b'{"labels": [', 'is not {"labels"'),
+    (b'[' * 100_000, 'is not {"labels"'),
+    (b'[]', 'is not {"labels"'),
+    (b'{}', 'is not {"labels"'),
+    (label_json([['a/img0.png']]), 'is not {"labels"'),
+    (label_json([[3, 3]]), 'is not {"labels"'),
+    (label_json([['a/img0.png', 1]]), 'no label for 5 of 6 images, such as a/img1.png'),
+    (label_json([[f'{f}/img{i}.png', -1] for f in 'ab' for i in range(3)]), 'not in'),
+    (label_json([[f'{f}/img{i}.png', 10 ** 30] for f in 'ab' for i in range(3)]), 'not in'),
+    (label_json([[f'{f}/img{i}.png', 'cat'] for f in 'ab' for i in range(3)]), 'neither all class indices'),
+    (label_json([[f'{f}/img{i}.png', True] for f in 'ab' for i in range(3)]), 'neither all class indices'),
+    (label_json([[f'{f}/img{i}.png', [0] * (i + 1)] for f in 'ab' for i in range(3)]), 'neither all class indices'),
+    (label_json([[f'{f}/img{i}.png', [float('nan')]] for f in 'ab' for i in range(3)]), 'neither all class indices'),
+    (label_json([[f'{f}/img{i}.png', [i] if i else 0] for f in 'ab' for i in range(3)]), 'neither all class indices'),
+])
+def test_labels_that_do_not_fit_are_refused(tmp_path, files, content, message):
+    files.pop('dataset.json')
+    path = write_zip(tmp_path / 'data.zip', files if content is None else {**files, 'dataset.json': content})
+    assert len(ImageFolderDataset(path)) == 6
+    with pytest.raises(UserError) as error:
+        ImageFolderDataset(path, use_labels=True)
+    assert message in str(error.value) and 'data.zip' in str(error.value)
+
+
+def test_two_nested_label_files_are_ambiguous(tmp_path, files):
+    content = files.pop('dataset.json')
+    path = write_zip(tmp_path / 'data.zip', {**files, 'a/dataset.json': content, 'b/dataset.json': content})
+    with pytest.raises(UserError, match='several label files'):
+        ImageFolderDataset(path, use_labels=True)
+
+#----------------------------------------------------------------------------
+# The sampler.
+
+def take(sampler, count):
+    return list(itertools.islice(sampler, count))
+
+
+def test_every_epoch_is_another_permutation_of_the_data_set():
+    stream = take(InfiniteSampler(10, 4, seed=1), 40)
+    epochs = [tuple(stream[i:i + 10]) for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(epochs)) == 4
+    assert stream == take(InfiniteSampler(10, 4, seed=1), 40) != take(InfiniteSampler(10, 4, seed=2), 40)
+    assert all(type(i) is int for i in stream)
+
+
+@pytest.mark.parametrize('replicas', [1, 2, 3, 6])
+def test_processes_share_each_global_batch_in_contiguous_parts(replicas):
+    """The stream does not depend on the number of processes, whether or not batches divide the epoch."""
+    stream = take(InfiniteSampler(10, 12, seed=5), 48)
+    shares = [take(InfiniteSampler(10, 12, rank=r, num_replicas=replicas, seed=5), 48 // replicas) for r in range(replicas)]
+    size = 12 // replicas
+    joined = [i for k in range(4) for share in shares for i in share[k * size:(k + 1) * size]]
+    assert joined == stream
+
+
+@pytest.mark.parametrize('start', [4, 10, 12, 1000])
+def test_a_resumed_stream_goes_on_where_it_stopped(start):
+    assert take(InfiniteSampler(10, 4, seed=3, start=start), 20) == take(InfiniteSampler(10, 4, seed=3), start + 20)[start:]
+
+
+def test_without_shuffling_the_order_is_that_of_the_data_set():
+    assert take(InfiniteSampler(3, 2, shuffle=False, start=2), 7) == [2, 0, 1, 2, 0, 1, 2]
+
+
+def test_a_far_start_costs_one_permutation_and_none_is_drawn_twice(monkeypatch):
+    drawn = []
+    original = InfiniteSampler.permutation
+    monkeypatch.setattr(InfiniteSampler, 'permutation', lambda self, epoch: drawn.append(epoch) or original(self, epoch))
+    take(InfiniteSampler(10, 4, start=10 ** 12 + 8), 24)
+    assert drawn == [10 ** 11, 10 ** 11 + 1, 10 ** 11 + 2, 10 ** 11 + 3]
+
+
+def test_a_seed_may_be_any_integer_and_a_batch_must_divide_among_processes():
+    assert sorted(take(InfiniteSampler(5, 5, seed=-1), 5)) == list(range(5))
+    with pytest.raises(UserError, match='does not divide among 4 processes'):
+        InfiniteSampler(10, 6, num_replicas=4)
+    for wrong in (dict(size=0), dict(batch_size=0), dict(start=-1), dict(rank=1)):
+        with pytest.raises(ValueError):
+            InfiniteSampler(**{**dict(size=10, batch_size=4), **wrong})
+
+
+def test_a_missing_file_after_construction_is_a_clear_error(tmp_path, files):
+    path = write_folder(tmp_path / 'data', files)
+    dataset = ImageFolderDataset(path)
+    pathlib.Path(path / 'a/img0.png').unlink()
+    with pytest.raises(UserError, match=r'a/img0\.png is not a readable image'):
+        dataset[0]

@@ -1,0 +1,517 @@
+"""dataset_tool.py: every source to EDM's format, transforms against slow oracles, and nothing left behind by a failure."""
+import gzip
+import hashlib
+import io
+import json
+import os
+import pathlib
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import dataset_tool
+from training.dataset import ImageFolderDataset
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def run(*args, code=0):
+    """The tool's output; fails unless it exits with that code, and shows no traceback."""
+    result = CliRunner().invoke(dataset_tool.main, [str(arg) for arg in args])
+    assert result.exit_code == code, result.output
+    assert code == 0 or (isinstance(result.exception, SystemExit) and 'Error: ' in result.output)
+    return result.output
+
+
+def convert(source, dest, *options):
+    run(f'--source={source}', f'--dest={dest}', *options)
+    return load(dest)
+
+
+def load(dest):
+    """Pixels [N, H, W] or [N, H, W, 3] and the label table of a data set."""
+    dataset = ImageFolderDataset(dest)
+    pixels = np.stack([dataset[i][0] for i in range(len(dataset))])
+    content = (dest / 'dataset.json').read_bytes() if dest.is_dir() else zipfile.ZipFile(dest).read('dataset.json')
+    return pixels[:, 0] if pixels.shape[1] == 1 else pixels.transpose(0, 2, 3, 1), json.loads(content)['labels']
+
+
+def random_pixels(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def encode(pixels, mode=None, kind='PNG'):
+    data = io.BytesIO()
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(data, format=kind)
+    return data.getvalue()
+
+
+def write_files(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def write_zip(path, files):
+    with zipfile.ZipFile(path, 'w') as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+#----------------------------------------------------------------------------
+# Digits, and the form of what is written.
+
+def digit_pixels():
+    from sklearn.datasets import load_digits
+    digits = load_digits()
+    return np.array([[[round(v * 255 / 16) for v in row] for row in image] for image in digits.images], dtype=np.uint8), digits.target
+
+
+def test_digits_make_a_round_trip_through_a_zip_pixel_for_pixel(tmp_path):
+    output = run('--source=digits', f'--dest={tmp_path}/new/folder/digits.zip')
+    assert 'Wrote 1797 greyscale images of 8x8, with labels' in output
+    dataset = ImageFolderDataset(tmp_path / 'new/folder/digits.zip', resolution=8, use_labels=True)
+    pixels, target = digit_pixels()
+    assert (len(dataset), dataset.image_shape, dataset.label_dim, dataset.name) == (1797, [1, 8, 8], 10, 'digits')
+    np.testing.assert_array_equal(np.stack([dataset[i][0][0] for i in range(1797)]), pixels)
+    np.testing.assert_array_equal([dataset.get_label(i).argmax() for i in range(1797)], target)
+
+
+def test_a_zip_is_stored_plain_and_named_as_in_edm_with_bytes_that_never_change(tmp_path):
+    for name in ('a.zip', 'b.zip'):
+        run('--source=digits', f'--dest={tmp_path / name}', '--max-images=1002')
+    assert (tmp_path / 'a.zip').read_bytes() == (tmp_path / 'b.zip').read_bytes()
+    entries = zipfile.ZipFile(tmp_path / 'a.zip').infolist()
+    assert all(e.compress_type == zipfile.ZIP_STORED and e.date_time == (1980, 1, 1, 0, 0, 0) for e in entries)
+    names = [e.filename for e in entries]
+    assert names[0] == '00000/img00000000.png' and names[1001:] == ['00001/img00001001.png', 'dataset.json']
+    labels = json.loads(zipfile.ZipFile(tmp_path / 'a.zip').read('dataset.json'))['labels']
+    assert labels[:3] == [['00000/img00000000.png', 0], ['00000/img00000001.png', 1], ['00000/img00000002.png', 2]]
+
+
+def test_pngs_are_not_compressed_so_that_training_need_not_inflate_them(tmp_path):
+    source = write_files(tmp_path / 'src', {'0.png': encode(np.zeros([64, 64], np.uint8))})
+    convert(source, tmp_path / 'out')
+    assert (tmp_path / 'out/00000/img00000000.png').stat().st_size > 64 * 64
+
+
+def test_a_folder_holds_the_same_files_as_a_zip(tmp_path):
+    (tmp_path / 'empty').mkdir()
+    pixels, labels = convert('digits', tmp_path / 'digits.zip', '--max-images=20')
+    for dest in (tmp_path / 'new', tmp_path / 'empty'):
+        again, labels_again = convert('digits', dest, '--max-images=20')
+        np.testing.assert_array_equal(again, pixels)
+        assert labels_again == labels
+        assert dest.stat().st_mode & 0o777 == 0o777 & ~current_umask()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['digits.zip', 'empty', 'new']
+
+
+def current_umask():
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def test_a_data_set_converts_to_itself(tmp_path):
+    """Zip to folder to zip: names, labels and bytes are a fixed point."""
+    run('--source=digits', f'--dest={tmp_path}/a.zip', '--max-images=30')
+    run(f'--source={tmp_path}/a.zip', f'--dest={tmp_path}/b')
+    run(f'--source={tmp_path}/b', f'--dest={tmp_path}/c.zip')
+    assert (tmp_path / 'a.zip').read_bytes() == (tmp_path / 'c.zip').read_bytes()
+
+#----------------------------------------------------------------------------
+# Folders and zips of images.
+
+@pytest.mark.parametrize('wrapper', ['', 'train/'])
+def test_class_folders_become_integer_labels_in_sorted_order(tmp_path, wrapper):
+    names = ['dog/2.png', 'cat/x/1.png', 'emu/0.png', 'dog/1.png']
+    source = write_files(tmp_path / 'src', {wrapper + name: encode(random_pixels(4, 4, 3, seed=i)) for i, name in enumerate(names)})
+    pixels, labels = convert(source, tmp_path / 'out.zip')
+    assert [label for _, label in labels] == [0, 1, 1, 2]
+    np.testing.assert_array_equal(pixels, [random_pixels(4, 4, 3, seed=i) for i in (1, 3, 0, 2)])
+
+
+def test_an_image_outside_the_class_folders_leaves_all_without_labels(tmp_path):
+    source = write_files(tmp_path / 'src', {name: encode(random_pixels(4, 4)) for name in ('cat/1.png', 'dog/1.png', '0.png')})
+    assert convert(source, tmp_path / 'out.zip')[1] is None
+
+
+@pytest.mark.parametrize('labels, expected', [
+    ([['a/0.png', 7], ['b/0.png', 3]], [7, 3]),
+    ([['sub/a/0.png', 7], ['sub/b/0.png', 3]], [7, 3]),
+    ([['a/0.png', [0.5, 1]], ['b/0.png', [0, 2]]], [[0.5, 1], [0, 2]]),
+    (None, None),
+])
+def test_a_nested_label_file_wins_over_class_folders(tmp_path, labels, expected):
+    files = {f'sub/{folder}/0.png': encode(random_pixels(4, 4)) for folder in 'ab'} | {'sub/dataset.json': json.dumps({'labels': labels}).encode()}
+    for source in (write_files(tmp_path / 'src', files), write_zip(tmp_path / 'src.zip', files)):
+        found = convert(source, tmp_path / f'{source.name}-out.zip')[1]
+        assert found == (expected and [[f'00000/img0000000{i}.png', label] for i, label in enumerate(expected)])
+
+
+def test_max_images_takes_the_first_in_sorted_order(tmp_path):
+    source = write_files(tmp_path / 'src', {f'{i}.png': encode(random_pixels(4, 4, seed=i)) for i in (3, 1, 2)})
+    np.testing.assert_array_equal(convert(source, tmp_path / 'out.zip', '--max-images=2')[0], [random_pixels(4, 4, seed=i) for i in (1, 2)])
+
+
+def test_a_greyscale_image_among_colours_becomes_rgb_even_if_it_is_first(tmp_path):
+    grey, colour = random_pixels(4, 4), random_pixels(4, 4, 3)
+    source = write_files(tmp_path / 'src', {'0.png': encode(grey), '1.png': encode(colour)})
+    output = run(f'--source={source}', f'--dest={tmp_path}/out.zip')
+    assert 'Note: 1 images were converted from mode L to RGB' in output
+    np.testing.assert_array_equal(load(tmp_path / 'out.zip')[0], [np.stack([grey] * 3, -1), colour])
+
+
+@pytest.mark.parametrize('mode', ['RGBA', 'P', 'LA', '1', 'CMYK'])
+def test_other_modes_are_converted_with_a_note(tmp_path, mode):
+    image = Image.fromarray(random_pixels(4, 4, 3)).convert(mode)
+    image.save(tmp_path / 'x.tif' if mode == 'CMYK' else tmp_path / 'x.png')
+    output = run(f'--source={tmp_path}', f'--dest={tmp_path}/out.zip')
+    expected = 'L' if mode in ('LA', '1') else 'RGB'
+    assert f'Note: 1 images were converted from mode {mode} to {expected}' in output
+    np.testing.assert_array_equal(load(tmp_path / 'out.zip')[0][0], np.asarray(image.convert(expected)))
+
+
+def test_16_bit_greyscale_is_divided_by_257(tmp_path):
+    values = np.array([[0, 128, 129, 257], [65535, 65406, 65407, 300], [1000] * 4, [40000] * 4], dtype=np.uint16)
+    source = write_files(tmp_path / 'src', {'0.png': encode(values)})
+    np.testing.assert_array_equal(convert(source, tmp_path / 'out.zip')[0][0], np.rint(values / 257))
+
+
+def test_floating_point_images_are_refused(tmp_path):
+    Image.fromarray(np.ones([4, 4], np.float32)).save(tmp_path / 'x.tif')
+    assert 'x.tif is a floating-point image' in run(f'--source={tmp_path}', f'--dest={tmp_path}/out.zip', code=1)
+
+#----------------------------------------------------------------------------
+# CIFAR-10.
+
+def write_cifar(path, batches, folder='cifar-10-batches-py'):
+    with tarfile.open(path, 'w:gz') as archive:
+        for name, content in batches.items():
+            member = tarfile.TarInfo(f'{folder}/{name}')
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def python2_batch(pixels, labels):
+    """A batch in the very opcodes of the published archive, which Python 2 wrote: arrays' bytes are 8-bit strings."""
+    text = lambda s: b'U' + bytes([len(s)]) + s
+    raw = pixels.transpose(0, 3, 1, 2).tobytes()
+    integer = lambda i: b'J' + struct.pack('<i', i)
+    dtype = (b'cnumpy\ndtype\n(' + text(b'u1') + integer(0) + integer(1) + b'tR(' +
+             integer(3) + text(b'|') + b'NNN' + integer(-1) * 2 + integer(0) + b'tb')
+    array = (b'cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(' + integer(0) + b't' + text(b'b') + b'tR(' + integer(1) +
+             b'(' + integer(len(pixels)) + integer(3072) + b't' + dtype + b'I00\n' + b'T' + struct.pack('<i', len(raw)) + raw + b'tb')
+    return b'\x80\x02}(' + text(b'data') + array + text(b'labels') + b'](' + b''.join(map(integer, labels)) + b'e' + b'u.'
+
+
+def numpy_batch(pixels, labels, protocol):
+    return pickle.dumps({'data': pixels.transpose(0, 3, 1, 2).reshape(len(pixels), 3072).copy(), 'labels': labels}, protocol=protocol)
+
+
+@pytest.mark.parametrize('writer', [python2_batch] + [lambda *a, p=p: numpy_batch(*a, p) for p in (2, 4, 5)])
+def test_cifar_batches_are_joined_in_order(tmp_path, writer):
+    pixels = random_pixels(8, 32, 32, 3)
+    batches = {f'data_batch_{i}': writer(pixels[k * 2:k * 2 + 2], [k, 9 - k]) for k, i in [(1, 2), (0, 1), (3, 10), (2, 3)]}
+    source = write_cifar(tmp_path / 'cifar-10-python.tar.gz', {**batches, 'test_batch': b'never read', 'batches.meta': b''})
+    found, labels = convert(source, tmp_path / 'cifar.zip')
+    np.testing.assert_array_equal(found, pixels)
+    assert [label for _, label in labels] == [0, 9, 1, 8, 2, 7, 3, 6]
+
+
+class Hostile:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize('protocol', [0, 2, 4, 5])
+@pytest.mark.parametrize('function', [os.mkdir, eval, exec, np.load, getattr, Hostile])
+def test_a_hostile_cifar_pickle_is_refused_and_nothing_runs(tmp_path, monkeypatch, function, protocol):
+    monkeypatch.chdir(tmp_path)
+    argument = 'ran' if function is os.mkdir else "__import__('os').mkdir('ran')"
+    args = (argument,) if function is not getattr else ('text', 'join')
+    batch = pickle.dumps({'data': Hostile(function, *args), 'labels': [0]}, protocol=protocol)
+    write_cifar(tmp_path / 'cifar-10-python.tar.gz', {'data_batch_1': batch})
+    output = run('--source=cifar-10-python.tar.gz', '--dest=out.zip', code=1)
+    assert 'data_batch_1 is not a CIFAR-10 batch (it names ' in output and function.__name__ in output
+    assert os.listdir() == ['cifar-10-python.tar.gz']
+
+
+def test_arrays_with_objects_inside_cannot_be_forged(tmp_path):
+    """Raw bytes taken for an array of objects would be taken for pointers."""
+    batch = numpy_batch(random_pixels(1, 32, 32, 3), [0], 4).replace(b'u1', b'O8')
+    write_cifar(tmp_path / 'cifar-10-python.tar.gz', {'data_batch_1': batch})
+    assert "type 'O8' instead of uint8" in run(f'--source={tmp_path}/cifar-10-python.tar.gz', f'--dest={tmp_path}/out.zip', code=1)
+
+
+@pytest.mark.parametrize('batch', [
+    b'', b'\x80', b'garbage', pickle.dumps([1]), pickle.dumps({'data': 1, 'labels': [0]}), pickle.dumps({'labels': [0]}),
+    numpy_batch(random_pixels(2, 32, 32, 3), [0], 4), numpy_batch(random_pixels(1, 32, 32, 3), ['0'], 4),
+    numpy_batch(random_pixels(1, 32, 32, 3), [10], 4), numpy_batch(random_pixels(1, 32, 32, 3), [0], 4)[:-500],
+    b'\x80\x02cnumpy\nndarray\n.', b'\x80\x02}U\x04datacnumpy\nndarray\n)Rs.', b'\x80\x02Pid.', b'\x80\x02\x82\x01.',
+])
+def test_a_malformed_cifar_batch_is_an_error_that_names_it(tmp_path, batch):
+    source = write_cifar(tmp_path / 'cifar-10-python.tar.gz', {'data_batch_1': batch})
+    output = run(f'--source={source}', f'--dest={tmp_path}/out.zip', code=1)
+    assert 'data_batch_1 is not a CIFAR-10 batch' in output
+
+
+def test_a_tar_without_batches_or_cut_short_is_refused(tmp_path):
+    source = write_cifar(tmp_path / 'cifar-10-python.tar.gz', {'train': b'x'})
+    assert 'holds no CIFAR-10 batches' in run(f'--source={source}', f'--dest={tmp_path}/out.zip', code=1)
+    source = write_cifar(source, {'data_batch_1': numpy_batch(random_pixels(20, 32, 32, 3), [0] * 20, 4)})
+    for size in (0, 10, 5000):
+        source.write_bytes(source.read_bytes()[:size] if size else b'nothing')
+        assert 'is not a complete tar archive' in run(f'--source={source}', f'--dest={tmp_path}/out.zip', code=1)
+
+#----------------------------------------------------------------------------
+# MNIST and LSUN.
+
+def idx(array):
+    return struct.pack(f'>{1 + array.ndim}I', 0x800 + array.ndim, *array.shape) + array.tobytes()
+
+
+def write_mnist(folder, pixels, labels, suffix='', labels_suffix=None):
+    folder.mkdir(exist_ok=True)
+    for name, array, end in [('images-idx3', pixels, suffix), ('labels-idx1', labels, suffix if labels_suffix is None else labels_suffix)]:
+        content = idx(np.asarray(array, dtype=np.uint8))
+        (folder / f'train-{name}-ubyte{end}').write_bytes(gzip.compress(content) if end else content)
+    return folder / f'train-images-idx3-ubyte{suffix}'
+
+
+@pytest.mark.parametrize('suffix, labels_suffix', [('', ''), ('.gz', '.gz'), ('.gz', ''), ('', '.gz')])
+def test_mnist_is_padded_to_32_pixels(tmp_path, suffix, labels_suffix):
+    pixels = random_pixels(3, 28, 28)
+    found, labels = convert(write_mnist(tmp_path / 'src', pixels, [7, 0, 9], suffix, labels_suffix), tmp_path / 'mnist.zip')
+    assert found.shape == (3, 32, 32) and [label for _, label in labels] == [7, 0, 9]
+    np.testing.assert_array_equal(found[:, 2:30, 2:30], pixels)
+    assert found.astype(int).sum() == pixels.astype(int).sum()
+
+
+def test_malformed_mnist_files_are_named(tmp_path):
+    source = write_mnist(tmp_path / 'src', random_pixels(3, 28, 28), [7, 0])
+    fails = lambda: run(f'--source={source}', f'--dest={tmp_path}/out.zip', code=1)
+    assert '3 images, but' in fails() and '2 labels' in fails()
+    content = source.read_bytes()
+    for damaged in (content[:-1], content + b'x', content[:3], b'', b'\0\0\x08\x01' + content[4:], content[:4] + b'\xff' * 12 + content[16:]):
+        source.write_bytes(damaged)
+        assert 'images-idx3-ubyte is not a' in fails()
+    source.write_bytes(idx(random_pixels(0, 28, 28)))
+    (tmp_path / 'src/train-labels-idx1-ubyte').write_bytes(idx(random_pixels(0)))
+    assert 'holds no images' in fails()
+    (tmp_path / 'src/train-labels-idx1-ubyte').unlink()
+    assert 'needs its labels beside it' in fails()
+    zipped = write_mnist(tmp_path / 'gz', random_pixels(3, 28, 28), [7, 0, 1], '.gz')
+    zipped.write_bytes(zipped.read_bytes()[:-20])
+    assert 'is not a readable IDX file' in run(f'--source={zipped}', f'--dest={tmp_path}/out.zip', code=1)
+
+
+def write_lmdb(path, values):
+    lmdb = pytest.importorskip('lmdb')
+    with lmdb.open(str(path), map_size=1 << 20) as base, base.begin(write=True) as transaction:
+        for key, value in values.items():
+            transaction.put(key, value)
+    return path
+
+
+def test_an_lmdb_is_read_in_the_order_of_its_keys(tmp_path):
+    pixels = random_pixels(3, 4, 4, 3)
+    source = write_lmdb(tmp_path / 'cat_lmdb', {k: encode(p, kind='PNG') for k, p in zip((b'c', b'a', b'b'), pixels)})
+    found, labels = convert(source, tmp_path / 'cat.zip')
+    np.testing.assert_array_equal(found, pixels[[1, 2, 0]])
+    assert labels is None
+    assert len(convert(source, tmp_path / 'two.zip', '--max-images=2')[0]) == 2
+
+
+def test_a_bad_lmdb_is_named_by_file_or_key(tmp_path, monkeypatch):
+    fails = lambda source: run(f'--source={source}', f'--dest={tmp_path}/out.zip', code=1)
+    source = write_lmdb(tmp_path / 'cat_lmdb', {b'a': encode(random_pixels(4, 4, 3)), b'key2': b'no image'})
+    assert 'cat_lmdb: key2 is not a readable image' in fails(source)
+    assert 'holds no images' in fails(write_lmdb(tmp_path / 'none_lmdb', {}))
+    (tmp_path / 'bad_lmdb').mkdir()
+    (tmp_path / 'bad_lmdb/data.mdb').write_bytes(b'x' * 10000)
+    assert 'bad_lmdb is not a readable LMDB' in fails(tmp_path / 'bad_lmdb')
+    monkeypatch.setitem(sys.modules, 'lmdb', None)  # as if not installed
+    assert 'pip install lmdb' in fails(source)
+
+#----------------------------------------------------------------------------
+# Transforms.
+
+def smooth(width, height):
+    """An RGB image that changes slowly enough for any good filter to agree with area averages."""
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x / width * 5 + 1), np.cos(y / height * 4), np.sin(x / width * 3 + y / height * 2)]
+    return np.stack([np.rint(127.5 + 120 * w) for w in waves], -1).astype(np.uint8)
+
+
+def area_average(pixels, width, height):
+    """Means over equal blocks, of which the source must consist."""
+    h, w = pixels.shape[:2]
+    return pixels.reshape(height, h // height, width, w // width, 3).mean((1, 3))
+
+
+def transformed(tmp_path, pixels, resolution, transform=None):
+    source = write_files(tmp_path / 'src', {'0.png': encode(pixels)})
+    options = [f'--resolution={resolution}'] + ([f'--transform={transform}'] if transform else [])
+    return convert(source, tmp_path / 'out.zip', *options)[0][0].astype(float)
+
+
+@pytest.mark.parametrize('size, box', [((96, 64), (16, 80, 0, 64)), ((64, 97), (0, 64, 16, 80)), ((65, 64), (0, 64, 0, 64))])
+def test_center_crop_cuts_the_middle_square_exactly(tmp_path, size, box):
+    pixels = random_pixels(size[1], size[0], 3)
+    left, right, top, bottom = box
+    np.testing.assert_array_equal(transformed(tmp_path, pixels, '64x64', 'center-crop'), pixels[top:bottom, left:right])
+
+
+def test_center_crop_then_resizes(tmp_path):
+    pixels = smooth(192, 128)
+    out = transformed(tmp_path, pixels, '32x32', 'center-crop')
+    assert np.abs(out - area_average(pixels[:, 32:160], 32, 32)).max() < 2.5
+
+
+@pytest.mark.parametrize('size, box', [((96, 48), (0, 96, 0, 48)), ((96, 72), (0, 96, 12, 60)), ((128, 48), (16, 112, 0, 48))])
+def test_center_crop_wide_cuts_to_the_ratio_and_pads_with_black(tmp_path, size, box):
+    """32x16 wanted: the middle 2:1 part of the source, resized, between bars of 8 rows."""
+    pixels = smooth(*size)
+    left, right, top, bottom = box
+    out = transformed(tmp_path, pixels, '32x16', 'center-crop-wide')
+    assert out.shape == (32, 32, 3) and not out[:8].any() and not out[24:].any()
+    assert np.abs(out[8:24] - area_average(pixels[top:bottom, left:right], 32, 16)).max() < 3
+
+
+def adm_oracle(pixels, side):
+    """Box halvings by hand (even sizes only; columns, then rows, each rounded half up as Pillow does), then bicubic, then crop."""
+    while min(pixels.shape[:2]) >= 2 * side:
+        pixels = (pixels[:, ::2].astype(int) + pixels[:, 1::2] + 1) // 2
+        pixels = ((pixels[::2] + pixels[1::2] + 1) // 2).astype(np.uint8)
+    h, w = pixels.shape[:2]
+    factor = side / min(h, w)
+    image = Image.fromarray(pixels).resize((round(w * factor), round(h * factor)), Image.Resampling.BICUBIC)
+    top, left = (image.height - side) // 2, (image.width - side) // 2
+    return np.asarray(image)[top:top + side, left:left + side]
+
+
+@pytest.mark.parametrize('size', [(256, 192), (64, 72), (80, 96), (20, 16)])
+def test_center_crop_dhariwal_halves_by_box_then_bicubic_then_crops(tmp_path, size):
+    pixels = random_pixels(size[1], size[0], 3)
+    np.testing.assert_array_equal(transformed(tmp_path, pixels, '32x32', 'center-crop-dhariwal'), adm_oracle(pixels, 32))
+
+
+def test_without_a_transform_the_image_is_stretched(tmp_path):
+    pixels = smooth(128, 64)
+    assert np.abs(transformed(tmp_path, pixels, '16x16') - area_average(pixels, 16, 16)).max() < 2.5
+
+#----------------------------------------------------------------------------
+# Errors.
+
+@pytest.mark.parametrize('options, message', [
+    (['--source=digits', '--transform=center-crop'], '--transform=center-crop needs --resolution'),
+    (['--source=digits', '--resolution=64'], 'is not WIDTHxHEIGHT'),
+    (['--source=digits', '--resolution=0x0'], 'is not WIDTHxHEIGHT'),
+    (['--source=digits', '--max-images=0'], 'max-images'),
+    (['--source=digits', '--transform=zoom'], 'zoom'),
+    ([], '--source'),
+])
+def test_misuse_of_options_exits_with_2(tmp_path, options, message):
+    assert message in run(*options, f'--dest={tmp_path}/out.zip', code=2)
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--resolution=48x48'], 'side 48 is not a power of two'),
+    (['--resolution=64x32', '--transform=center-crop'], '64x32 is not square'),
+    (['--resolution=32x64', '--transform=center-crop-wide'], 'the height cannot exceed it'),
+    (['--resolution=48x16', '--transform=center-crop-wide'], 'side 48 is not a power of two'),
+])
+def test_sizes_that_networks_cannot_take_are_refused_before_reading(tmp_path, options, message):
+    assert message in run('--source=missing', f'--dest={tmp_path}/out.zip', *options, code=1)
+
+
+@pytest.mark.parametrize('files, message', [
+    ({'0.png': encode(random_pixels(6, 6))}, '0.png: side 6 is not a power of two'),
+    ({'0.png': encode(random_pixels(4, 8))}, '0.png: 8x4 is not square'),
+    ({'0.png': encode(random_pixels(4, 4)), '1.png': encode(random_pixels(8, 8))}, '1.png is 8x8, but'),
+    ({'0.png': encode(random_pixels(4, 4)), '1.png': b'no image'}, '1.png is not a readable image'),
+    ({'0.png': encode(random_pixels(4, 4, 3)), '1.png': encode(random_pixels(4, 4, 3))[:-30]}, '1.png is not a readable image'),
+    ({'0.png': encode(random_pixels(4, 4)), 'dataset.json': b'{"labels": [["1.png", 3]]}'}, 'no label for 1 of 1 images, such as 0.png'),
+    ({'0.png': encode(random_pixels(4, 4)), 'dataset.json': b'{'}, 'dataset.json is not'),
+    ({'readme.txt': b''}, 'holds no images'),
+])
+def test_unfit_images_are_named_and_nothing_is_left_behind(tmp_path, files, message):
+    """Whatever was at the destination stays as it was, and no temporary file remains."""
+    write_files(tmp_path / 'src', files)
+    write_zip(tmp_path / 'src.zip', files)
+    (tmp_path / 'old.zip').write_bytes(b'old')
+    before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    for source in ('src', 'src.zip'):
+        for dest in ('old.zip', 'new.zip', 'new'):
+            assert message in run(f'--source={tmp_path / source}', f'--dest={tmp_path / dest}', code=1)
+    assert {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['old.zip', 'src', 'src.zip']
+
+
+def test_a_truncated_zip_and_a_missing_source_are_refused(tmp_path):
+    source = write_zip(tmp_path / 'src.zip', {'0.png': encode(random_pixels(4, 4))})
+    source.write_bytes(source.read_bytes()[:-30])
+    assert 'complete zip' in run(f'--source={source}', f'--dest={tmp_path}/out.zip', code=1)
+    assert 'no such file or folder' in run('--source=missing', f'--dest={tmp_path}/out.zip', code=1)
+    assert os.listdir(tmp_path) == ['src.zip']
+
+
+def test_a_destination_in_use_is_refused(tmp_path):
+    write_files(tmp_path / 'full', {'precious.txt': b'data'})
+    write_files(tmp_path / 'folder.zip', {'precious.txt': b'data'})
+    (tmp_path / 'file').write_bytes(b'data')
+    for name, message in [('full', 'not empty'), ('folder.zip', 'is a folder'), ('file', 'is a file'), ('file/out.zip', 'cannot write')]:
+        assert message in run('--source=digits', f'--dest={tmp_path / name}', code=1)
+    assert (tmp_path / 'full/precious.txt').read_bytes() == (tmp_path / 'file').read_bytes() == b'data'
+    assert sorted(os.listdir(tmp_path)) == ['file', 'folder.zip', 'full']
+
+
+def test_an_existing_zip_is_replaced_even_by_its_own_conversion(tmp_path):
+    source = write_zip(tmp_path / 'data.zip', {f'{i}.png': encode(random_pixels(8, 8, seed=i)) for i in range(3)})
+    before = hashlib.sha256(source.read_bytes()).digest()
+    assert convert(source, source, '--resolution=4x4')[0].shape == (3, 4, 4)
+    assert hashlib.sha256(source.read_bytes()).digest() != before
+
+
+def test_a_full_disk_leaves_the_old_file_and_one_clear_message(tmp_path, monkeypatch):
+    (tmp_path / 'out.zip').write_bytes(b'old')
+    written = []
+
+    def fail(self, name, data):
+        written.append(name)
+        if len(written) == 5:
+            raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(dataset_tool.ZipWriter, 'write', fail)
+    assert 'No space left on device' in run('--source=digits', f'--dest={tmp_path}/out.zip', code=1)
+    assert os.listdir(tmp_path) == ['out.zip'] and (tmp_path / 'out.zip').read_bytes() == b'old'
+
+
+def test_the_script_runs_on_its_own_and_is_quiet_off_a_terminal(tmp_path):
+    command = [sys.executable, ROOT / 'dataset_tool.py', '--source=digits', '--dest=digits.zip', '--max-images=3']
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, 'Wrote 3 greyscale images of 8x8, with labels, to digits.zip\n', '')
+    result = subprocess.run([*command[:2], '--source=missing', '--dest=x.zip'], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (1, '', 'Error: --source=missing: no such file or folder\n')
+
+
+def test_help_does_not_import_heavy_packages():
+    code = ("import sys, dataset_tool; dataset_tool.main(['--help'], standalone_mode=False); "
+            "print(sorted({'torch', 'PIL', 'sklearn'} & set(sys.modules)))")
+    result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.stdout.endswith('[]\n'), result.stdout + result.stderr
+    assert '28x28' in result.stdout and 'digits' in result.stdout

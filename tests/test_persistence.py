@@ -1,0 +1,182 @@
+"""Persistent objects: what they remember, how they pickle and copy, and that EDM's own way of loading rebuilds them."""
+import copy
+import os
+import pickle
+import pickletools
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from torch_utils import persistence
+from training import networks
+from training.checkpoint import save_snapshot
+
+
+@persistence.persistent_class
+class Shelf(torch.nn.Module):
+    def __init__(self, widths, depth=1):
+        super().__init__()
+        self.widths = widths
+        widths.append(depth)
+
+
+@persistence.persistent_class
+class Bookshelf(Shelf):
+    def __init__(self, books):
+        super().__init__([1, 2], depth=books)
+
+
+class Undecorated(Shelf):
+    pass
+
+
+def small_net(**kwargs):
+    torch.manual_seed(0)
+    options = dict(model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], model_type='DhariwalUNet')
+    net = networks.EDMPrecond(8, 1, label_dim=3, **{**options, **kwargs})
+    for parameter in net.parameters():  # the output layers start at zero
+        torch.nn.init.normal_(parameter, std=0.1)
+    return net.eval().requires_grad_(False)
+
+
+def test_arguments_are_remembered_as_they_were_given_even_if_the_constructor_alters_them():
+    shelf = Shelf([3], depth=4)
+    assert shelf.widths == [3, 4]
+    assert shelf.init_args == ([3],) and shelf.init_kwargs == {'depth': 4}
+
+
+def test_only_the_outermost_constructor_records_its_arguments():
+    shelf = Bookshelf(7)
+    assert shelf.init_args == (7,) and shelf.init_kwargs == {}
+
+
+def test_altering_the_returned_arguments_does_not_alter_the_record():
+    shelf = Shelf([3])
+    shelf.init_args[0].append(9)
+    assert shelf.init_args == ([3],)
+
+
+def test_an_undecorated_subclass_cannot_be_pickled_under_the_name_of_its_base():
+    with pytest.raises(TypeError, match='Undecorated'):
+        pickle.dumps(Undecorated([1]))
+
+
+def test_pickles_are_in_version_6_of_the_format_and_carry_the_source_once():
+    function, (meta,) = small_net().__reduce__()
+    assert function.__module__ == 'torch_utils.persistence' and function.__name__ == '_reconstruct_persistent_obj'
+    assert (meta['type'], meta['version'], meta['class_name']) == ('class', 6, 'EDMPrecond')
+    assert meta['module_src'] == Path(networks.__file__).read_text()
+    assert pickle.dumps(small_net()).count(b'class DhariwalUNet(') == 1
+
+
+def test_pickles_name_nothing_but_what_edm_snapshots_name():
+    names, strings = set(), []
+    for opcode, argument, _ in pickletools.genops(pickle.dumps(small_net(), protocol=2)):
+        strings.append(argument)
+        if opcode.name == 'GLOBAL':
+            names.add(argument.replace(' ', '.'))
+    assert names == {'torch_utils.persistence._reconstruct_persistent_obj', 'collections.OrderedDict', 'torch._utils._rebuild_parameter',
+                     'torch._utils._rebuild_tensor_v2', 'torch.storage._load_from_bytes', '_codecs.encode',
+                     'torch.nn.modules.container.ModuleDict', '__builtin__.set'}
+
+
+def test_metadata_stays_with_copies_and_out_of_pickles():
+    net = small_net()
+    net.metadata = {'objective': 'mcd'}
+    twin = copy.deepcopy(net)
+    twin.metadata['objective'] = 'other'
+    assert net.metadata == {'objective': 'mcd'} and twin.metadata == {'objective': 'other'}
+    assert 'metadata' not in net.__reduce__()[1][0]['state']
+
+
+@pytest.mark.parametrize('duplicate', [copy.deepcopy, copy.copy, lambda net: pickle.loads(pickle.dumps(net))], ids=['deepcopy', 'copy', 'pickle'])
+def test_duplicates_within_a_process_are_of_the_same_class_and_give_the_same_output(duplicate):
+    net = small_net()
+    twin = duplicate(net)
+    x, sigma, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 2.0]), torch.eye(3)[:2]
+    assert type(twin) is networks.EDMPrecond and twin.init_kwargs == net.init_kwargs
+    assert torch.equal(net(x, sigma, labels), twin(x, sigma, labels))
+
+
+def test_a_deep_copy_shares_no_tensor_and_is_quick():
+    net = small_net()
+    start = time.perf_counter()
+    twin = copy.deepcopy(net)
+    assert time.perf_counter() - start < 1
+    assert not {tensor.data_ptr() for tensor in net.parameters()} & {tensor.data_ptr() for tensor in twin.parameters()}
+
+
+def test_source_that_is_not_ours_is_never_executed(tmp_path):
+    """A class of the right name with another source, which would leave a file behind if anything ran it."""
+    function, (meta,) = small_net().__reduce__()
+    meta['module_src'] += f'\nopen({str(tmp_path / "canary")!r}, "w")'
+    with pytest.raises(pickle.UnpicklingError, match='never executed'):
+        function(meta)
+    assert not (tmp_path / 'canary').exists()
+
+
+# What EDM's own tools do with a snapshot, reduced to its essence: run the source that comes along, once, with a decorator that
+# subclasses; make the object without its constructor; give it its state.
+STAND_IN = '''
+import sys, types
+modules = {}
+
+def persistent_class(cls):
+    if getattr(cls, 'persistent', False) and 'persistent' in vars(cls):
+        return cls
+    class Decorated(cls):
+        persistent = True
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._init_args, self._init_kwargs = args, kwargs
+    Decorated.__name__ = cls.__name__
+    return Decorated
+
+def _reconstruct_persistent_obj(meta):
+    assert meta['type'] == 'class' and meta['version'] == 6
+    source = meta['module_src']
+    if source not in modules:
+        modules[source] = types.ModuleType(f'embedded_{len(modules)}')
+        sys.modules[modules[source].__name__] = modules[source]
+        exec(source, vars(modules[source]))
+    cls = persistent_class(getattr(modules[source], meta['class_name']))
+    obj = cls.__new__(cls)
+    obj.__setstate__(meta['state'])
+    return obj
+'''
+
+STOCK_SCRIPT = '''
+import importlib.util, pickle, sys
+import numpy as np, torch
+assert importlib.util.find_spec('training') is None and importlib.util.find_spec('dnnlib') is None
+with open(sys.argv[1], 'rb') as file:
+    data = pickle.load(file)
+assert data['loss_fn'] is None and data['augment_pipe'] is None and data['dataset_kwargs'] == {'resolution': 8}
+net, given = data['ema'], np.load(sys.argv[2])
+assert not net.training and not any(parameter.requires_grad for parameter in net.parameters())
+assert type(net).__module__.startswith('embedded') or type(net).__module__ == 'torch_utils.persistence'
+np.save(sys.argv[3], net(*(torch.as_tensor(given[name]) for name in ('x', 'sigma', 'labels'))).numpy())
+'''
+
+
+def test_stock_edm_loads_our_snapshot_with_nothing_of_ours_at_hand(tmp_path):
+    """In a process of its own, whose only `torch_utils.persistence` is a stand-in for EDM's."""
+    (tmp_path / 'torch_utils').mkdir()
+    (tmp_path / 'torch_utils' / '__init__.py').touch()
+    (tmp_path / 'torch_utils' / 'persistence.py').write_text(STAND_IN)
+    (tmp_path / 'script.py').write_text(STOCK_SCRIPT)
+    net = small_net().train().requires_grad_(True)
+    given = dict(x=torch.randn(2, 1, 8, 8), sigma=torch.tensor([0.5, 2.0]), labels=torch.eye(3)[:2])
+    np.savez(tmp_path / 'given.npz', **{name: value.numpy() for name, value in given.items()})
+    save_snapshot(tmp_path / 'net.pkl', net, objective='mcd', dataset_kwargs={'resolution': 8})
+
+    environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    subprocess.run([sys.executable, 'script.py', 'net.pkl', 'given.npz', 'out.npy'], cwd=tmp_path, env=environment, check=True, timeout=120)
+    with torch.no_grad():
+        expected = net.eval()(*given.values()).numpy()
+    np.testing.assert_allclose(np.load(tmp_path / 'out.npy'), expected, rtol=0, atol=1e-6)

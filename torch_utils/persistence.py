@@ -1,0 +1,80 @@
+"""EDM's persistent objects: a pickled object carries the source of the module that defines its class.
+
+Format (version 6, as in Karras et al.'s StyleGAN and EDM code): the object is pickled as a call of
+`torch_utils.persistence._reconstruct_persistent_obj` with one dict: type 'class', version, module_src, class_name, state.
+EDM's own tools execute module_src to rebuild the object. This module only writes that source and never executes any:
+`training.checkpoint` reads snapshots as data, and plain unpickling works only for classes that this process defines itself.
+"""
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import pickle
+import sys
+
+FORMAT_VERSION = 6
+_classes: dict[tuple[str, str], type] = {}  # (class name, source of its module) -> class
+_sources: dict[type, str] = {}
+
+
+def persistent_class(cls: type) -> type:
+    """Class decorator: objects remember their constructor arguments and pickle in EDM's format, source included.
+
+    Adds the properties `init_args` (tuple) and `init_kwargs` (dict), the arguments as given to the outermost constructor.
+    An attribute `metadata` belongs to the object at hand: copies keep it, pickles leave it out.
+    The module's source must be readable (not an interactive session): OSError otherwise.
+    """
+    construct = cls.__init__
+
+    @functools.wraps(construct)
+    def __init__(self, *args, **kwargs):
+        outermost = type(self) is cls
+        recorded = copy.deepcopy((args, kwargs)) if outermost else None  # before the constructor can alter them
+        construct(self, *args, **kwargs)
+        if outermost:
+            self._init_args, self._init_kwargs = recorded
+
+    cls.__init__ = __init__
+    cls.init_args = property(lambda self: copy.deepcopy(self._init_args))
+    cls.init_kwargs = property(lambda self: copy.deepcopy(self._init_kwargs))
+    cls.__reduce__ = _reduce
+    cls.__deepcopy__ = _deepcopy
+    _sources[cls] = sys.intern(inspect.getsource(sys.modules[cls.__module__]))  # interned: one copy a module in every pickle
+    _classes[cls.__name__, _sources[cls]] = cls
+    return cls
+
+
+def _state(obj, leave_out: set[str]) -> dict:
+    return {name: value for name, value in vars(obj).items() if name not in leave_out}
+
+
+def _restore(obj, state: dict):
+    """Gives a bare object its state, through `__setstate__` where the class has one (torch modules do)."""
+    setstate = getattr(obj, '__setstate__', vars(obj).update)
+    setstate(state)
+    return obj
+
+
+def _reduce(self):
+    cls = type(self)
+    if cls not in _sources:
+        raise TypeError(f'{cls.__name__} derives from a persistent class but is not decorated with @persistent_class itself')
+    state = _state(self, leave_out={'metadata', '_compiled_call_impl'})
+    meta = dict(type='class', version=FORMAT_VERSION, module_src=_sources[cls], class_name=cls.__name__, state=state)
+    return _reconstruct_persistent_obj, (meta,)
+
+
+def _deepcopy(self, memo: dict):
+    """Copies the state alone. The generic path would go through `_reduce`, and lose `metadata`."""
+    twin = memo[id(self)] = type(self).__new__(type(self))
+    return _restore(twin, copy.deepcopy(_state(self, leave_out={'_compiled_call_impl'}), memo))
+
+
+def _reconstruct_persistent_obj(meta: dict):
+    """What pickles call. Rebuilds objects of this very process's classes; never executes the source that came along."""
+    cls = _classes.get((meta['class_name'], meta['module_src']))
+    if cls is None:
+        raise pickle.UnpicklingError(f'no class {meta["class_name"]!r} with this source is loaded here, and its source is never executed; '
+                                     'read snapshots with training.checkpoint.load_network')
+    return _restore(cls.__new__(cls), meta['state'])

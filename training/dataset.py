@@ -1,0 +1,330 @@
+"""EDM's image data sets, and the order in which processes read them.
+
+A data set is a folder or a zip of equally sized square images, greyscale or RGB, in any nesting. An optional `dataset.json` holds
+`{"labels": [[name, class index or vector], ...]}` or `{"labels": null}`. `dataset_tool.py` makes such a data set.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+import torch.utils.data
+from PIL import Image
+
+from dnnlib import UserError
+
+HEADER_CHECK_LIMIT = 10_000  # up to so many images all headers are compared at construction; beyond, each image when it is read
+MAX_CLASSES = 1_000_000      # a class index beyond is taken for a damaged file: one-hot labels would not fit in memory
+LABEL_FILE = 'dataset.json'
+
+# What Pillow and zipfile raise on damaged, encrypted or oversized files.
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
+
+#----------------------------------------------------------------------------
+# Files of a folder or a zip, by name.
+
+class ImageFiles:
+    """The images and label files of a folder or a zip, by their sorted names with forward slashes.
+
+    A zip is opened anew by each process that reads from it: a handle shared over a fork would share its file position too.
+    Nothing is ever extracted. Hidden files and macOS resource forks are left out.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        self._zip, self._zip_owner = None, None
+        if not os.path.exists(self.path):
+            raise UserError(f'{self.path}: no such file or folder')
+        self.is_folder = os.path.isdir(self.path)
+        names = {name for name in (self._walk() if self.is_folder else self._archive().namelist()) if not _is_hidden(name)}
+        extensions = _readable_extensions()
+        self.images = sorted(name for name in names if os.path.splitext(name)[1].lower() in extensions)
+        self.label_files = sorted(name for name in names if os.path.basename(name) == LABEL_FILE and name.count('/') <= 1)
+        if not self.images:
+            raise UserError(f'{self.path} holds no images; dataset_tool.py converts other sources')
+
+    def __getstate__(self):
+        return dict(self.__dict__, _zip=None, _zip_owner=None)
+
+    def _walk(self) -> Iterator[str]:
+        for folder, _, files in os.walk(self.path):
+            inner = os.path.relpath(folder, self.path)
+            yield from (os.path.normpath(os.path.join(inner, file)).replace(os.sep, '/') for file in files)
+
+    def _archive(self) -> zipfile.ZipFile:
+        try:
+            if self._zip is None:
+                self._zip, self._zip_owner = zipfile.ZipFile(self.path), os.getpid()
+            elif self._zip_owner != os.getpid():  # forked: keep the directory, which takes long to read in a large zip, but not the handle
+                self._zip.fp, self._zip_owner = open(self.path, 'rb'), os.getpid()  # noqa: SIM115  (it stays open)
+        except UNREADABLE as error:
+            raise UserError(f'{self.path} is neither a folder nor a complete zip file ({error}); copy or make it again') from error
+        return self._zip
+
+    def open(self, name: str) -> BinaryIO:
+        """The file of that name, for reading. Raises: one of `UNREADABLE`."""
+        return open(os.path.join(self.path, name), 'rb') if self.is_folder else self._archive().open(name)
+
+    @contextlib.contextmanager
+    def open_image(self, name: str) -> Iterator[Image.Image]:
+        """The image of that name: at first its header, and with `load()`, inside the block, its pixels too. Raises: UserError."""
+        try:
+            with self.open(name) as file:
+                yield Image.open(file)
+        except UNREADABLE as error:
+            raise UserError(f'{self.path}: {name} is not a readable image ({error}); replace or remove it') from error
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part == '__MACOSX' or (part[:1] == '.' and part not in ('.', '..')) for part in name.split('/'))
+
+
+@functools.lru_cache(maxsize=1)
+def _readable_extensions() -> frozenset[str]:
+    return frozenset(extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+
+#----------------------------------------------------------------------------
+# Labels.
+
+def read_labels(files: ImageFiles) -> np.ndarray | None:
+    """The labels of `files.images`, in their order; None where there is no `dataset.json` or its labels are null.
+
+    `dataset.json` lies at the root or one folder down; it names images from the root or from its own folder.
+
+    Returns: [N] int64 class indices or [N, D] float32 vectors.
+    Raises: UserError where the file is malformed or leaves out an image.
+    """
+    if not files.label_files:
+        return None
+    at_root = LABEL_FILE in files.label_files
+    if not at_root and len(files.label_files) > 1:
+        raise UserError(f'{files.path} holds several label files ({", ".join(files.label_files[:3])}, ...); keep one, or convert each data set alone')
+    name = LABEL_FILE if at_root else files.label_files[0]
+    table = _read_label_table(files, name)
+    if table is None:
+        return None
+    folder = name.removesuffix(LABEL_FILE)
+    keys = [image if image in table else image.removeprefix(folder) for image in files.images]
+    missing = [image for image, key in zip(files.images, keys) if key not in table]
+    if missing:
+        raise UserError(f'{files.path}: {name} has no label for {len(missing)} of {len(keys)} images, such as {missing[0]}; make it again')
+    return _label_array([table[key] for key in keys], f'{files.path}: {name}')
+
+
+def _read_label_table(files: ImageFiles, name: str) -> dict | None:
+    try:
+        with files.open(name) as file:
+            pairs = json.loads(file.read())['labels']
+        return None if pairs is None else {image.replace('\\', '/'): label for image, label in pairs}
+    except (*UNREADABLE, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{files.path}: {name} is not {{"labels": [[name, label], ...]}} ({type(error).__name__}: {error})') from error
+
+
+def _label_array(labels: list, source: str) -> np.ndarray:
+    if all(type(label) is int for label in labels):  # not bool
+        if not 0 <= min(labels) <= max(labels) < MAX_CLASSES:
+            raise UserError(f'{source}: class indices from {min(labels)} to {max(labels)} are not in [0, {MAX_CLASSES})')
+        return np.array(labels, dtype=np.int64)
+    try:
+        vectors = np.array(labels, dtype=np.float32)
+    except (ValueError, TypeError, OverflowError):
+        vectors = np.empty(0)
+    if vectors.ndim != 2 or not all(isinstance(label, list) for label in labels) or not np.isfinite(vectors).all():
+        raise UserError(f'{source}: labels are neither all class indices nor all vectors of one length of finite numbers')
+    return vectors
+
+#----------------------------------------------------------------------------
+# The data set.
+
+def _image_shape(image: Image.Image, source: str) -> tuple[int, int, int]:
+    """(channels, height, width) of an image that training takes as it is."""
+    kind = '16-bit ' + image.mode if is_16_bit(image) else image.mode
+    if kind not in ('L', 'RGB'):
+        raise UserError(f'{source} is a {kind} image, and only 8-bit greyscale (L) and RGB are read; convert the data set with dataset_tool.py')
+    return len(kind), image.height, image.width
+
+
+def is_16_bit(image: Image.Image) -> bool:
+    """Whether the file has more than 8 bits a channel. Pillow reduces 16-bit RGB on its own, and only the raw mode of the decoder tells."""
+    return image.mode[0] in 'IF' or (image.format == 'PNG' and any(';16' in str(tile[3]) for tile in image.tile))
+
+
+class ImageFolderDataset(torch.utils.data.Dataset):
+    """Images and labels of a folder or zip in EDM's format.
+
+    Args:
+        path: folder or zip file.
+        resolution: side that the images must have, in pixels; None takes any.
+        use_labels: read `dataset.json`; without, labels have length 0.
+        max_size: keep a random subset of so many images, drawn by `seed` (the subset that EDM draws).
+        xflip: follow the images by their mirror images: twice as many.
+        cache: keep decoded images in memory, for each process its own.
+    Items: (uint8 [C, H, W], float32 [label_dim]); an integer label is one-hot.
+    Raises: UserError, at construction or, for more than 10,000 images, when an unfit image is read.
+    """
+
+    def __init__(self, path: str | os.PathLike, resolution: int | None = None, use_labels: bool = False, max_size: int | None = None,
+                 xflip: bool = False, cache: bool = False, seed: int = 0):
+        self._files = ImageFiles(path)
+        self._index = _subset(len(self._files.images), max_size, seed)
+        self._mirrored, self._cache = xflip, ({} if cache else None)
+        self._shape = self._check_headers()
+        if resolution not in (None, self.resolution):
+            raise UserError(f'{self._files.path} has {self._describe(self._shape)} images, not {resolution}x{resolution}; '
+                            f'convert it with dataset_tool.py --resolution={resolution}x{resolution}')
+        labels = read_labels(self._files) if use_labels else None
+        if use_labels and labels is None:
+            raise UserError(f'{self._files.path} has no labels; add them to its {LABEL_FILE}, or train without (--cond=0)')
+        self._labels = None if labels is None else labels[self._index]
+        self._label_dim = 0 if labels is None else labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
+
+    def __getstate__(self):
+        return dict(self.__dict__, _cache=None if self._cache is None else {})
+
+    def _check_headers(self) -> tuple[int, int, int]:
+        """The shape of the first image, once all others, where they are few, have been found to share it."""
+        shape = self._header(self._index[0])
+        if shape[1] != shape[2]:
+            raise UserError(f'{self._source(self._index[0])} is {self._describe(shape)}, not square; convert the data set with dataset_tool.py '
+                            '--transform=center-crop')
+        if len(self._index) <= HEADER_CHECK_LIMIT:
+            for i in self._index:
+                self._check_shape(self._header(i), shape, i)
+        return shape
+
+    def _header(self, i: int) -> tuple[int, int, int]:
+        with self._files.open_image(self._files.images[i]) as image:
+            return _image_shape(image, self._source(i))
+
+    def _check_shape(self, shape: tuple, expected: tuple, i: int) -> None:
+        if shape != expected:
+            raise UserError(f'{self._source(i)} is {self._describe(shape)}, but {self._files.images[self._index[0]]} is '
+                            f'{self._describe(expected)}; give all images one size and mode with dataset_tool.py')
+
+    def _source(self, i: int) -> str:
+        return f'{self._files.path}: {self._files.images[i]}'
+
+    @staticmethod
+    def _describe(shape: tuple) -> str:
+        return f'{shape[2]}x{shape[1]}x{shape[0]}'
+
+    def _pixels(self, i: int) -> np.ndarray:
+        """[C, H, W] of file number i."""
+        if self._cache is not None and i in self._cache:
+            return self._cache[i]
+        with self._files.open_image(self._files.images[i]) as image:
+            self._check_shape(_image_shape(image, self._source(i)), self._shape, i)
+            image.load()
+        pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+        if self._cache is not None:
+            self._cache[i] = pixels
+        return pixels
+
+    def __len__(self) -> int:
+        return len(self._index) * (2 if self._mirrored else 1)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        if not 0 <= i < len(self):
+            raise IndexError(f'image {i} of {len(self)}')
+        copy, place = divmod(int(i), len(self._index))
+        pixels = self._pixels(self._index[place])
+        return np.array(pixels[:, :, ::-1] if copy else pixels, order='C'), self.get_label(i)
+
+    def get_label(self, i: int) -> np.ndarray:
+        """float32 [label_dim] label of item i."""
+        if self._labels is None:
+            return np.zeros(0, dtype=np.float32)
+        label = self._labels[int(i) % len(self._index)]
+        return label.copy() if label.ndim else (np.arange(self._label_dim) == label).astype(np.float32)
+
+    @property
+    def name(self) -> str:
+        """File or folder name without `.zip`."""
+        return os.path.basename(os.path.abspath(self._files.path)).removesuffix('.zip')
+
+    @property
+    def image_shape(self) -> list[int]:
+        """[channels, height, width]"""
+        return list(self._shape)
+
+    @property
+    def resolution(self) -> int:
+        return self._shape[1]
+
+    @property
+    def num_channels(self) -> int:
+        return self._shape[0]
+
+    @property
+    def has_labels(self) -> bool:
+        return self._labels is not None
+
+    @property
+    def label_dim(self) -> int:
+        """Classes of the whole data set (`max_size` does not change it), or the length of its label vectors; 0 without labels."""
+        return self._label_dim
+
+    @property
+    def label_shape(self) -> list[int]:
+        return [self._label_dim]
+
+
+def _subset(count: int, max_size: int | None, seed: int) -> np.ndarray:
+    """Sorted indices of the images to keep."""
+    if max_size is None or max_size >= count:
+        return np.arange(count)
+    if max_size < 1:
+        raise UserError(f'a data set of at most {max_size} images is empty; keep at least one')
+    # RandomState, unlike numpy's newer generators, promises the same stream for ever.
+    return np.sort(np.random.RandomState(seed % 2 ** 32).permutation(count)[:max_size])
+
+#----------------------------------------------------------------------------
+# The order of training.
+
+class InfiniteSampler(torch.utils.data.Sampler):
+    """The endless global stream of image indices, of which each process takes its share.
+
+    Image g = 0, 1, 2, ... of the stream is `permutation(g // size)[g % size]`. Global batch k is images start + k·batch_size onwards, and
+    process r of R takes the r-th of R equal contiguous parts of each. The images seen thus depend neither on the number of processes nor on
+    where training was stopped and resumed with start = images seen.
+
+    Args:
+        size: images in the data set.
+        batch_size: global batch size, a multiple of num_replicas.
+        rank, num_replicas: this process and how many there are.
+        seed: of the permutations, any integer.
+        shuffle: False leaves every epoch in the order of the data set.
+        start: images of the stream to skip.
+    """
+
+    def __init__(self, size: int, batch_size: int, rank: int = 0, num_replicas: int = 1, seed: int = 0, shuffle: bool = True, start: int = 0):
+        if size < 1 or batch_size < 1 or start < 0 or not 0 <= rank < num_replicas:
+            raise ValueError(f'no stream from image {start} of {size}, {batch_size} at a time, for process {rank} of {num_replicas}')
+        if batch_size % num_replicas:
+            raise UserError(f'a batch of {batch_size} images does not divide among {num_replicas} processes; choose a multiple of {num_replicas}')
+        self.size, self.batch_size, self.rank, self.num_replicas = size, batch_size, rank, num_replicas
+        self.seed, self.shuffle, self.start = seed, shuffle, start
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """[size] order of the data set in that epoch; a function of (seed, epoch) alone."""
+        if not self.shuffle:
+            return np.arange(self.size)
+        key = np.array([self.seed % 2 ** 64, epoch], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key)).permutation(self.size)
+
+    def __iter__(self) -> Iterator[int]:
+        order = functools.lru_cache(maxsize=1)(self.permutation)  # g only grows: one epoch at a time
+        share = self.batch_size // self.num_replicas
+        for batch in itertools.count(self.start, self.batch_size):
+            for g in range(batch + self.rank * share, batch + (self.rank + 1) * share):
+                epoch, place = divmod(g, self.size)
+                yield int(order(epoch)[place])
