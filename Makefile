@@ -22,10 +22,10 @@ demo: $(STAMP)
 	$(BIN)/python demo.py $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m 'slow or not slow' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'slow or not slow' $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step.py $(ARGS)

@@ -235,7 +235,7 @@ def load_teacher(opts: EasyDict, dataset):
     teacher = load_network(opts.teacher)
     if 'sigmas' in teacher.metadata:
         steps = len(teacher.metadata['sigmas']) - 1
-        raise UserError(f'--teacher={opts.teacher} is a student of {steps} steps itself ({teacher.metadata["objective"]}): distil from a diffusion model.')
+        raise UserError(f'--teacher={opts.teacher} is a student of {steps} steps itself: distil from a diffusion model.')
     theirs = (teacher.img_resolution, teacher.img_channels, teacher.label_dim)
     ours = (dataset.resolution, dataset.num_channels, dataset.label_dim)
     if theirs != ours:
@@ -245,7 +245,7 @@ def load_teacher(opts: EasyDict, dataset):
                         '       Pick the teacher trained on this data, or convert the data with '
                         f'dataset_tool.py --resolution={theirs[0]}x{theirs[0]}.')
     if opts.augment and not teacher.init_kwargs.get('augment_dim'):
-        raise UserError(f'--augment={opts.augment:g} needs a teacher with augmentation labels, and --teacher={opts.teacher} has none: use --augment=0.')
+        raise UserError(f'--augment={opts.augment:g} needs a teacher with augmentation labels; --teacher={opts.teacher} has none: use --augment=0.')
     return teacher
 
 

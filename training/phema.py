@@ -10,6 +10,8 @@ import copy
 import numpy as np
 import torch
 
+from torch_utils.flat import FlatParameters
+
 
 def std_to_exp(std) -> np.ndarray:
     """Exponent of the power-function profile with relative standard deviation `std` (any shape): the largest real root of
@@ -54,36 +56,30 @@ class WeightAverages:
 
     Args:
         net: the network that trains.
+        weights: its parameters as one vector.
         halflife_nimg, rampup_ratio: of the exponential average; its effective half-life is min(halflife_nimg, rampup_ratio × images seen)
             (no ramp where the ratio is None).
         phema_stds: widths of the power-function averages.
     """
 
-    def __init__(self, net: torch.nn.Module, halflife_nimg: float, rampup_ratio: float | None, phema_stds: list[float]):
-        frozen = lambda: copy.deepcopy(net).eval().requires_grad_(False)
-        self.halflife_nimg, self.rampup_ratio = halflife_nimg, rampup_ratio
-        self.ema = frozen()
-        self.phema = {std: frozen() for std in phema_stds}
-        self._exponents = {std: float(std_to_exp(std)) for std in phema_stds}
+    def __init__(self, net: torch.nn.Module, weights: FlatParameters, halflife_nimg: float, rampup_ratio: float | None, phema_stds: list[float]):
+        self.halflife_nimg, self.rampup_ratio, self.source = halflife_nimg, rampup_ratio, weights
+        self.ema, *others = (copy.deepcopy(net).eval().requires_grad_(False) for _ in range(1 + len(phema_stds)))
+        self.phema = dict(zip(phema_stds, others))
+        self._vectors = [FlatParameters(average).weights for average in (self.ema, *others)]
+        self._exponents = [float(std_to_exp(std)) for std in phema_stds]
 
     def halflife_at(self, nimg: int) -> float:
         """Effective half-life in images after `nimg` images."""
         return self.halflife_nimg if self.rampup_ratio is None else min(self.halflife_nimg, nimg * self.rampup_ratio)
 
     @torch.no_grad()
-    def update(self, net: torch.nn.Module, nimg: int, batch_size: int) -> None:
-        """Take in the weights after a step; `nimg` counts the images with this step's `batch_size`."""
-        source = list(net.parameters())
-        for average, beta in self._decays(nimg, batch_size):
-            torch._foreach_lerp_(list(average.parameters()), source, 1 - beta)
-            for kept, buffer in zip(average.buffers(), net.buffers()):
-                kept.copy_(buffer)
-
-    def _decays(self, nimg: int, batch_size: int):
-        seen = nimg - batch_size  # the ramp counts the images before this step, as EDM does
-        yield self.ema, 0.5 ** (batch_size / max(self.halflife_at(seen), 1e-8))
-        for std, average in self.phema.items():
-            yield average, (1 - batch_size / nimg) ** (self._exponents[std] + 1)
+    def update(self, nimg: int, batch_size: int) -> None:
+        """Take in the weights after a step; `nimg` counts the images with this step's `batch_size`. Buffers do not change in training."""
+        halflife = self.halflife_at(nimg - batch_size)  # the ramp counts the images before this step, as EDM does
+        decays = [0.5 ** (batch_size / max(halflife, 1e-8)), *((1 - batch_size / nimg) ** (exponent + 1) for exponent in self._exponents)]
+        for average, beta in zip(self._vectors, decays):
+            average.lerp_(self.source.weights, 1 - beta)
 
     def state_dict(self) -> dict:
         """Tensors of all averages, for a training state."""

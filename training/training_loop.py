@@ -13,6 +13,7 @@ import tqdm
 import validation
 from dnnlib import EasyDict, UserError
 from torch_utils import distributed, misc, training_stats
+from torch_utils.flat import FlatParameters
 from training import checkpoint, networks
 from training.augment import AugmentPipe
 from training.consistency_ops import student_grid
@@ -48,8 +49,9 @@ def training_loop(c: EasyDict, run_dir: str, teacher: torch.nn.Module | None = N
     net = build_network(c, teacher).to(device).train().requires_grad_(True)
     loss_fn = build_loss(c, teacher)
     augment_pipe = AugmentPipe(p=c.augment) if c.augment > 0 else None
-    optimizer = torch.optim.Adam(net.parameters(), lr=c.lr, betas=tuple(c.betas), eps=c.eps, fused=True)
-    averages = WeightAverages(net, c.ema_halflife_nimg, c.ema_rampup_ratio, c.phema_stds)
+    flat = FlatParameters(net)
+    optimizer = torch.optim.Adam([flat.weights], lr=c.lr, betas=tuple(c.betas), eps=c.eps, fused=True)
+    averages = WeightAverages(net, flat, c.ema_halflife_nimg, c.ema_rampup_ratio, c.phema_stds)
     describe_run(log, c, net, dataset, rounds, batch_gpu)
 
     # Where we are.
@@ -73,28 +75,15 @@ def training_loop(c: EasyDict, run_dir: str, teacher: torch.nn.Module | None = N
     while True:
         # One optimiser step.
         loss_fn.begin_step(progress.nimg)
-        optimizer.zero_grad(set_to_none=True)
+        flat.weights.grad.zero_()
         for round_idx in range(rounds):
             with misc.gradient_sync(ddp, round_idx == rounds - 1):
-                images, labels = (t.to(device, non_blocking=True) for t in next(loader))
-                images = images.float() / 127.5 - 1
-                draws = SampleDraws(c.seed, progress.nimg + rank * rank_batch + round_idx * batch_gpu, batch_gpu, device)
-                augment_labels = None
-                if augment_pipe is not None:
-                    images, augment_labels = augment_pipe(images, generator=draws.generator('augment'))
-                loss = loss_fn(ddp, images, labels, draws, augment_labels)
-                training_stats.report(f'Loss/{loss_fn.name}', loss)
-                (loss.sum() * (c.loss_scaling / rank_batch)).backward()
+                first = progress.nimg + rank * rank_batch + round_idx * batch_gpu
+                accumulate_gradients(ddp, loss_fn, next(loader), SampleDraws(c.seed, first, batch_gpu, device), augment_pipe,
+                                     c.loss_scaling / rank_batch)
         lr = misc.learning_rate(c.lr, progress.nimg, c.total_nimg, c.lr_rampup_nimg, c.lr_schedule)
-        for group in optimizer.param_groups:
-            group['lr'] = lr
-        gradients = [p.grad for p in net.parameters() if p.grad is not None]
-        for gradient in gradients:
-            torch.nan_to_num(gradient, nan=0, posinf=1e5, neginf=-1e5, out=gradient)
-        training_stats.report('Progress/grad_norm', torch.nn.utils.get_total_norm(gradients))
-        optimizer.step()
         progress.nimg += c.batch_size
-        averages.update(net, progress.nimg, c.batch_size)
+        update_weights(flat, optimizer, averages, lr, progress.nimg, c.batch_size)
         log.advance(progress.nimg / 1e3)
 
         # A tick: report, validate, save. The first one follows the first step, as in EDM.
@@ -131,6 +120,30 @@ def training_loop(c: EasyDict, run_dir: str, teacher: torch.nn.Module | None = N
 
     log.close()
     log('Done.')
+
+#----------------------------------------------------------------------------
+# The step. Nothing here waits for the device.
+
+def accumulate_gradients(net, loss_fn, batch, draws: SampleDraws, augment_pipe, scale: float) -> None:
+    """Forward and backward pass for a batch of (uint8 images [N, C, H, W], labels [N, label_dim]); the loss is `scale` × the sum over images."""
+    images, labels = (t.to(draws.device, non_blocking=True) for t in batch)
+    images, augment_labels = images.float() / 127.5 - 1, None
+    if augment_pipe is not None:
+        images, augment_labels = augment_pipe(images, generator=draws.generator('augment'))
+    loss = loss_fn(net, images, labels, draws, augment_labels)
+    training_stats.report(f'Loss/{loss_fn.name}', loss)
+    (loss.sum() * scale).backward()
+
+
+def update_weights(flat: FlatParameters, optimizer, averages: WeightAverages, lr: float, nimg: int, batch_size: int) -> None:
+    """Optimiser step and weight averages, from the gradients that `flat` holds; `nimg` counts this step's images."""
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    gradient = flat.weights.grad
+    torch.nan_to_num(gradient, nan=0, posinf=1e5, neginf=-1e5, out=gradient)
+    training_stats.report('Progress/grad_norm', gradient.norm())
+    optimizer.step()
+    averages.update(nimg, batch_size)
 
 #----------------------------------------------------------------------------
 # Set-up.

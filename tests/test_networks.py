@@ -1,0 +1,89 @@
+"""Networks: shapes, dropout, preconditioning. Golden outputs are in test_checkpoint.py, through the loader."""
+import itertools
+
+import pytest
+import torch
+
+from training import networks
+
+SONG = dict(model_type='SongUNet', model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[8])
+ADM = dict(model_type='DhariwalUNet', model_channels=16, channel_mult=[1, 4], num_blocks=1, attn_resolutions=[4])
+
+
+@pytest.mark.parametrize('precond', sorted(networks.PRECONDS))
+@pytest.mark.parametrize('unet', [SONG, ADM], ids=['song', 'adm'])
+@pytest.mark.parametrize('label_dim, augment_dim', [(0, 0), (3, 0), (0, 9)])
+def test_every_combination_denoises_and_trains(precond, unet, label_dim, augment_dim):
+    torch.manual_seed(0)
+    net = networks.PRECONDS[precond](8, 1, label_dim, augment_dim=augment_dim, **unet).train()
+    labels = torch.eye(3)[[0, 1]] if label_dim else None
+    augment = torch.randn(2, 9) if augment_dim else None
+    out = net(torch.randn(2, 1, 8, 8), torch.tensor([0.5, 3.0]), labels, augment_labels=augment)
+    assert out.shape == (2, 1, 8, 8) and out.dtype == torch.float32
+    out.square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+@pytest.mark.parametrize('encoder, decoder, embedding, taps',
+                         itertools.product(['standard', 'skip', 'residual'], ['standard', 'skip'], ['positional', 'fourier'], [[1, 1], [1, 3, 3, 1]]))
+def test_every_song_variant_runs(encoder, decoder, embedding, taps):
+    torch.manual_seed(0)
+    net = networks.VEPrecond(8, 3, encoder_type=encoder, decoder_type=decoder, embedding_type=embedding, resample_filter=taps, **SONG)
+    assert net(torch.randn(2, 3, 8, 8), torch.ones(2)).shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize('argument, value', [('encoder_type', 'x'), ('decoder_type', 'x'), ('embedding_type', 'x'), ('model_type', 'x')])
+def test_unknown_variants_are_refused_by_name(argument, value):
+    with pytest.raises(ValueError, match="'x' is not one of"):
+        networks.EDMPrecond(8, 1, **{**SONG, argument: value})
+
+
+@pytest.mark.parametrize('unet', [SONG, ADM], ids=['song', 'adm'])
+def test_dropout_is_restricted_to_the_given_resolutions(unet):
+    everywhere = networks.EDMPrecond(8, 1, dropout=0.3, **unet)
+    coarse = networks.EDMPrecond(8, 1, dropout=0.3, dout_resolutions=[4], **unet)
+    assert {name.split('.')[1].partition('x')[0] for name in everywhere.dropout_masks(2)} == {'8', '4'}
+    assert {name.split('.')[1].partition('x')[0] for name in coarse.dropout_masks(2)} == {'4'}
+    assert networks.EDMPrecond(8, 1, dropout=0.3, dout_resolutions=[], **unet).dropout_masks(2) == {}
+
+
+def test_masks_keep_the_right_share_and_scale_what_they_keep():
+    net = networks.EDMPrecond(8, 1, dropout=0.3, **ADM)
+    masks = net.dropout_masks(64, torch.Generator().manual_seed(0))
+    kept = torch.cat([mask.flatten() for mask in masks.values()]).double()
+    assert abs(kept.mean() - 0.7) < 5 * (0.21 / len(kept)) ** 0.5
+    name, mask = next(iter(masks.items()))
+    block = net.model.enc[name.removeprefix('enc.')]
+    assert torch.equal(block._dropout(torch.ones(mask.shape), mask), mask / 0.7)
+
+
+def test_without_masks_a_training_network_drops_and_an_evaluating_one_does_not():
+    torch.manual_seed(0)
+    net = networks.EDMPrecond(8, 1, dropout=0.5, **ADM)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, sigma = torch.randn(2, 1, 8, 8), torch.ones(2)
+    assert not torch.equal(net.train()(x, sigma), net(x, sigma))
+    assert torch.equal(net.eval()(x, sigma), net(x, sigma))
+
+
+def test_edm_preconditioning_has_unit_variance_in_and_out():
+    """c_in scales x to unit variance, and c_skip, c_out leave the network a target of unit variance (Karras et al. 2022, Appendix B.6)."""
+    net = networks.EDMPrecond(8, 1, **ADM)
+    sigma = torch.tensor([0.01, 0.5, 30.0], dtype=torch.float64)
+    c_skip, c_out, c_in, _ = net.coefficients(sigma)
+    torch.testing.assert_close(c_in ** 2 * (0.25 + sigma ** 2), torch.ones_like(sigma))
+    target_variance = ((1 - c_skip) ** 2 * 0.25 + c_skip ** 2 * sigma ** 2) / c_out ** 2
+    torch.testing.assert_close(target_variance, torch.ones_like(sigma))
+
+
+def test_a_double_network_computes_in_double():
+    net = networks.EDMPrecond(8, 1, **ADM).double()
+    assert net(torch.randn(2, 1, 8, 8), torch.ones(2)).dtype == torch.float64
+
+
+def test_iddpm_rounds_to_its_own_levels():
+    net = networks.iDDPMPrecond(8, 1, **ADM)
+    sigma = net.u[[10, 500, 900]]
+    assert torch.equal(net.round_sigma(sigma * 1.0001), sigma)
+    assert net.round_sigma(float(net.u[3])) == net.u[3]

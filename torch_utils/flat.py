@@ -1,0 +1,36 @@
+"""A network's parameters as views of one vector, so that what treats them alike (optimiser, averages, norms) is one operation each."""
+from __future__ import annotations
+
+import torch
+
+ALIGNMENT = 16  # elements: every parameter starts on a 64-byte boundary of FP32
+
+
+class FlatParameters:
+    """Moves the parameters of `net` into one vector, in place; the network goes on working, its parameters being views.
+
+    Gaps left by alignment hold zeros and have zero gradients. Move the network to its device and type first.
+
+    Attributes:
+        weights: [n] Parameter. Where the network trains, its `grad` is the vector that holds all gradients.
+    Raises: ValueError where parameters differ in type or device.
+    """
+
+    def __init__(self, net: torch.nn.Module):
+        parameters = list(net.parameters())
+        kinds = {(p.dtype, p.device) for p in parameters}
+        if len(kinds) != 1:
+            raise ValueError(f'parameters of several types or devices: {sorted(map(str, kinds))}')
+        sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
+        starts = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+        vector = parameters[0].new_zeros(starts[-1], requires_grad=False)
+        gradient = torch.zeros_like(vector)
+        for start, parameter in zip(starts, parameters):
+            view = vector[start:start + parameter.numel()].view(parameter.shape)
+            view.copy_(parameter.detach())
+            parameter.data = view
+            if parameter.requires_grad:
+                parameter.grad = gradient[start:start + parameter.numel()].view(parameter.shape)
+        self.weights = torch.nn.Parameter(vector, requires_grad=parameters[0].requires_grad)
+        if self.weights.requires_grad:
+            self.weights.grad = gradient
