@@ -130,13 +130,16 @@ def report(story: Story, rows: list[dict], minutes: float) -> None:
     from metrics import report as pages
     story.path('results.json').write_text(json.dumps(rows, indent=2) + '\n')
     header = ['Model', 'Solver', 'NFE', 'Distance (95 % interval)', 'PCA ruler', 'Random ruler', 'Seconds']
-    cells = [[r['model'], r['solver'], r['nfe'], f'{r["distance"]:.2f} ({r["interval"][0]:.2f} to {r["interval"][1]:.2f})',
+    cells = [[r['model'], r['solver'], r['nfe'], f'{r["distance"]:.3f} ({r["interval"][0]:.3f} to {r["interval"][1]:.3f})',
               f'{r["distance_pca"]:.3f}', f'{r["distance_random"]:.4f}', r['seconds']] for r in rows]
     story.path('table.md').write_text(pages.markdown_table(header, cells))
 
     names = [f'teacher-{r["solver"]}-{r["nfe"]}' if r['model'] == 'teacher' else r['model'] for r in rows]
     for name in names:
         pages.write_grid(sorted(map(str, story.path('samples', name).glob('*.png')))[:SHOWN], str(story.path(f'samples-{name}.png')))
+    shown = ['teacher-euler-8', 'student-8', 'teacher-heun-511']
+    captions = dict(zip(names, (f'{r["model"]}, {r["nfe"]} evaluations: distance {r["distance"]:.3g}' for r in rows)))
+    pages.write_side_by_side({captions[name]: str(story.path(f'samples-{name}.png')) for name in shown}, str(story.path('samples.png')))
     runs = ['teacher', *(r['model'] for r in rows if r['model'] != 'teacher')]
     losses, distances = {}, {}
     for run in runs:

@@ -58,6 +58,17 @@ def write_grid(paths: Sequence[str], dest: str, columns: int = 8, pixel: int = 4
     picture.resize((picture.width * pixel, picture.height * pixel), Image.NEAREST).save(dest)
 
 
+def write_side_by_side(pictures: dict[str, str], dest: str) -> None:
+    """PNG files in a row, each under its caption."""
+    figure, panels = plt.subplots(1, len(pictures), figsize=(4 * len(pictures), 3), constrained_layout=True)
+    for axes, (caption, path) in zip(panels, pictures.items()):
+        axes.imshow(np.asarray(Image.open(path).convert('L')), cmap='gray', interpolation='nearest')
+        axes.set_title(caption, fontsize=10)
+        axes.axis('off')
+    figure.savefig(dest, dpi=110)
+    plt.close(figure)
+
+
 def write_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], dest: str, ylabel: str, levels: dict[str, float] | None = None) -> None:
     """Line plot of {name: (kimg, values)} on a logarithmic axis, with horizontal dashed `levels`."""
     figure, axes = plt.subplots(figsize=(7, 3.6), constrained_layout=True)

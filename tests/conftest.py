@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 from golden import golden_numbers
+from helpers import FAST, TINY_NETWORK, run
 
 
 @pytest.fixture(scope='session')
@@ -22,3 +23,29 @@ def numerics():
 @pytest.fixture(scope='session')
 def family():
     return golden_numbers('family.npz')
+
+
+@pytest.fixture(scope='session')
+def digits(tmp_path_factory) -> Path:
+    """The digits as a data set."""
+    path = tmp_path_factory.mktemp('data') / 'digits.zip'
+    run('dataset_tool.py', '--source=digits', f'--dest={path}')
+    return path
+
+
+@pytest.fixture(scope='session')
+def teacher(digits, tmp_path_factory) -> Path:
+    """A snapshot of a small digits teacher that has seen next to nothing."""
+    folder = tmp_path_factory.mktemp('teacher')
+    run('train.py', f'--outdir={folder}', f'--data={digits}', '--cond=1', *TINY_NETWORK, *FAST, '--batch=64', '--duration=0.00128', '--tick=10',
+        '--augment=0', '--ema=10kimg', '--lr=2e-3', '--dump=0')
+    return max(folder.glob('network-snapshot-*.pkl'))
+
+
+@pytest.fixture(scope='session')
+def rulers(digits, tmp_path_factory) -> Path:
+    """A folder with pca.pt and pca.npz: a feature detector and the digits' statistics under it."""
+    folder = tmp_path_factory.mktemp('rulers')
+    run('-m', 'metrics.rulers', f'--data={digits}', f'--outdir={folder}')
+    run('fid.py', 'ref', f'--data={digits}', f'--dest={folder / "pca.npz"}', f'--detector={folder / "pca.pt"}', '--batch=256')
+    return folder

@@ -1,0 +1,68 @@
+"""Load a snapshot, sample a grid of images, save it: the shortest complete use of this repository.
+
+    python example.py demo-out/student-8/network-snapshot-000192.pkl grid.png
+
+Works for teachers and students, ours and EDM's: what the network is, is read from the snapshot.
+"""
+import itertools
+import sys
+
+import torch
+from PIL import Image
+
+from dnnlib import UserError
+from training.checkpoint import load_network
+
+
+@torch.no_grad()
+def student_sample(net, latents, class_labels, sigmas):
+    """One evaluation a step down the student's own noise levels: x <- D + (sigma_next / sigma) (x - D)."""
+    x = latents.double() * sigmas[0]
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        denoised = net(x, torch.tensor(sigma), class_labels).double()
+        x = denoised + sigma_next / sigma * (x - denoised)
+    return x
+
+
+@torch.no_grad()
+def heun_sample(net, latents, class_labels, steps=18, sigma_min=0.002, sigma_max=80, rho=7):
+    """Heun's method for the probability-flow ODE of a teacher (Karras et al. 2022, Algorithm 1)."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    low, high = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
+    sigmas = [*((high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho).tolist(), 0.0]
+    x = latents.double() * sigmas[0]
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        slope = (x - net(x, torch.tensor(sigma), class_labels)) / sigma
+        x_next = x + (sigma_next - sigma) * slope
+        if sigma_next > 0:
+            slope_next = (x_next - net(x_next, torch.tensor(sigma_next), class_labels)) / sigma_next
+            x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2
+        x = x_next
+    return x
+
+
+def main(snapshot, dest, rows=4, columns=10):
+    net = load_network(snapshot, device='cuda' if torch.cuda.is_available() else 'cpu')
+    device = next(net.parameters()).device
+    torch.manual_seed(0)
+    latents = torch.randn(rows * columns, net.img_channels, net.img_resolution, net.img_resolution).to(device)
+    labels = torch.eye(net.label_dim, device=device)[torch.arange(rows * columns) % net.label_dim] if net.label_dim else None
+
+    if 'sigmas' in net.metadata:
+        images = student_sample(net, latents, labels, net.metadata['sigmas'])
+    else:
+        images = heun_sample(net, latents, labels)
+
+    pixels = (images * 127.5 + 128).clip(0, 255).to(torch.uint8).cpu()
+    grid = torch.cat([torch.cat(list(row), dim=-1) for row in pixels.split(columns)], dim=-2)
+    array = grid.permute(1, 2, 0).numpy()
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(dest)
+
+
+if __name__ == '__main__':
+    if len(sys.argv) != 3:
+        sys.exit('usage: python example.py SNAPSHOT.pkl GRID.png')
+    try:
+        main(*sys.argv[1:])
+    except UserError as error:
+        sys.exit(f'Error: {error}')

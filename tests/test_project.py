@@ -1,0 +1,86 @@
+"""The project's own files: one list of dependencies, a clean linter, its demo, quick --help."""
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from helpers import ROOT, assert_one_clear_error, run
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    tomllib = None
+
+SCRIPTS = ['train.py', 'generate.py', 'fid.py', 'validation.py', 'dataset_tool.py', 'demo.py']
+
+
+def test_the_linter_is_content():
+    done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '.'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_conda_installs_the_one_list_of_dependencies_under_the_tested_versions():
+    environment = yaml.safe_load((ROOT / 'environment.yml').read_text())
+    assert environment['name'] == 'edm'
+    pip, = (item['pip'] for item in environment['dependencies'] if isinstance(item, dict))
+    assert pip == ['-c constraints.txt', '-e .[dev]']
+    assert not {'torch', 'pytorch', 'numpy', 'scipy'} & {str(item) for item in environment['dependencies']}
+
+
+@pytest.mark.skipif(tomllib is None, reason='tomllib needs Python 3.11')
+def test_every_dependency_has_a_tested_version():
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+    name = lambda requirement: re.match(r'[A-Za-z0-9_.-]+', requirement)[0].lower()
+    wanted = {name(r) for r in [*project['dependencies'], *project['optional-dependencies']['dev']]}
+    pinned = {name(line) for line in (ROOT / 'constraints.txt').read_text().splitlines() if line and not line.startswith('#')}
+    assert wanted <= pinned
+    assert {'torch', 'numpy', 'scipy', 'click', 'pillow', 'wandb', 'psutil', 'requests', 'scikit-learn', 'matplotlib', 'tqdm'} <= wanted
+
+
+def test_the_tested_torch_is_installed():
+    import torch
+    pinned = re.search(r'^torch==(\S+)', (ROOT / 'constraints.txt').read_text(), re.M)[1]
+    assert torch.__version__.split('+')[0] == pinned
+
+
+def test_the_licence_is_named():
+    text = (ROOT / 'LICENSE.txt').read_text()
+    assert 'CC-BY-NC-SA-4.0' in text and 'https://creativecommons.org/licenses/by-nc-sa/4.0/' in text and 'EDM' in text
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_help_needs_no_torch(script):
+    """Imports are deferred: that is what keeps --help fast."""
+    code = f'import sys; sys.argv = ["{script}", "--help"]; import runpy\ntry: runpy.run_path("{script}", run_name="__main__")\n' \
+           'except SystemExit as e: assert not e.code\nassert "torch" not in sys.modules and "scipy" not in sys.modules'
+    done = run('-c', code)
+    assert 'Usage:' in done.stdout
+
+
+def test_the_demo_tells_its_story(tmp_path):
+    """A hundredth of its training: every command runs and every file is there; the numbers mean nothing."""
+    start = time.time()
+    out = tmp_path / 'out'
+    done = run('demo.py', f'--outdir={out}', '--scale=0.01')
+    rows = json.loads((out / 'results.json').read_text())
+    assert [(r['model'], r['solver'], r['nfe']) for r in rows] == [
+        ('teacher', 'euler', 8), ('teacher', 'heun', 511), ('student-8', 'student', 8), ('student-4', 'student', 4), ('student-2', 'student', 2)]
+    for row in rows:
+        assert row['images'] == 128 and row['seconds'] > 0 and row['interval'][0] <= row['distance'] <= row['interval'][1]
+        assert row['distance_pca'] > 0 and row['distance_random'] > 0
+    page = (out / 'report.html').read_text()
+    assert page.count('data:image/png;base64,') == 8 and 'train.py' in page and 'http' not in page and 'not FID' in page
+    assert (out / 'table.md').read_text().count('\n') == 7 and (out / 'table.md').read_text() in done.stdout
+    assert {'loss.png', 'distance.png', 'samples.png', 'samples-student-8.png'} <= {path.name for path in out.iterdir()}
+    shown = [line for line in done.stdout.splitlines() if line.startswith('$ python ')]
+    assert len(shown) == 2 + 3 + 4 + 5 * 4 and time.time() - start < 280
+    assert_one_clear_error(run('demo.py', f'--outdir={out}', check=False), 'not empty')
+
+
+def test_the_step_benchmark_reports_its_parts():
+    done = json.loads(run('benchmarks/step.py', '--size=demo', '--batch=8', '--steps=2', '--json').stdout)
+    assert set(done['step']['seconds']) == {'teacher hop', 'self-target', 'student forward', 'backward', 'rest', 'total'}
+    assert 0 < done['step']['rest_share'] < 1 and done['sampling']['images_per_second'] > 0

@@ -1,0 +1,277 @@
+"""train.py: the README's command, what a run writes, resuming, and every wrong input in one line."""
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import FAST, ROOT, TINY_NETWORK, assert_one_clear_error, run, torchrun
+
+import train
+from training.checkpoint import load_network, load_state
+
+README_COMMAND = '''
+    --outdir=training-runs/imagenet64-cd-s8 --data=/path/to/imagenet-64x64.zip --cond=1 --arch=adm --precond=edm --batch=2048 --batch-gpu=64
+    --fp16=True --ema=50 --ema_rampup=0.05 --lr=8e-5 --phema=0.05,0.10 --phema_snap=60 --consistency=True --sampling_mode=edm --dropout=0.20
+    --dout_resolutions=16,8 --duration=210 --terminal_anchor --terminal_teacher_hop --teacher=/path/to/edm-imagenet-64x64-cond-adm.pkl
+    --S=8 --T_start=64 --T_end=1280 --T_anneal_kimg=104800 --rho=7 --sigma_min=0.002 --sigma_max=80 --cd_loss=pseudo_huber
+    --cd_weight_mode=sqrt_karras --val=1 --val_ref=/path/to/fid-refs/imagenet-64x64.npz --val_steps=8 --val_every=20 --val_at_start=0
+    --val_teacher=False --snap=20 --dump=20 --workers=4 --seed=1959836853'''
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(train.main, list(map(str, arguments)), prog_name='train.py')
+
+
+def readme_command(**replaced):
+    """The published training command, options replaced by name."""
+    options = dict(option.partition('=')[::2] for option in shlex.split(README_COMMAND))
+    options |= {f'--{name.replace("batch_gpu", "batch-gpu")}': str(value) for name, value in replaced.items()}
+    return [f'{name}={value}' if value else name for name, value in options.items()]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+#----------------------------------------------------------------------------
+# The README's command.
+
+def test_the_published_command_is_accepted_option_by_option(tmp_path, digits, teacher, rulers):
+    arguments = readme_command(outdir=tmp_path / 'runs', data=digits, teacher=teacher, val_ref=rulers / 'pca.npz')
+    result = invoke(*arguments, '--dry-run')
+    assert result.exit_code == 0, result.output
+    c = json.loads(result.stdout)
+    assert not (tmp_path / 'runs').exists()
+    assert c['objective'] == 'mcd' and c['total_nimg'] == 210_000_000 and c['batch_size'] == 2048 and c['batch_gpu'] == 64
+    assert c['ema_halflife_nimg'] == 50e6 and c['ema_rampup_ratio'] == 0.05 and c['lr'] == 8e-5 and c['phema_stds'] == [0.05, 0.1]
+    assert c['phema_snapshot_ticks'] == 60 and c['snapshot_ticks'] == c['state_dump_ticks'] == 20 and c['seed'] == 1959836853 and c['workers'] == 4
+    assert c['network']['class_name'] == 'EDMPrecond' and c['network']['kwargs']['model_type'] == 'DhariwalUNet'
+    assert c['network']['kwargs']['use_fp16'] is True and c['network']['kwargs']['dropout'] == 0.2
+    assert c['network']['kwargs']['dout_resolutions'] == [16, 8]
+    assert c['loss'] == dict(S=8, T_start=64, T_end=1280, T_anneal_kimg=104800, rho=7, student_grid='edm', sampling_mode='edm', hop='heun',
+                             cd_loss='pseudo_huber', cd_weight_mode='sqrt_karras', terminal_anchor=True, terminal_teacher_hop=True,
+                             sync_dropout=True, anchor_hops=None, sigma_min=0.002, sigma_max=80, sigma_data=0.5)
+    assert c['validation'] == dict(ref=str(rulers / 'pca.npz'), ref_data=None, detector=None, steps=8, every=20, at_start=False, teacher=False,
+                                   num=50000, batch=64, seed=0, label='auto', dump_images_dir=None, overwrite=False)
+
+
+def test_the_readme_of_this_repository_repeats_the_published_command():
+    blocks = re.findall(r'train\.py \\\n((?:.*\\\n)*.*)\n', (ROOT / 'README.md').read_text())
+    published = shlex.split(README_COMMAND)
+    assert any(set(published) <= set(shlex.split(block.replace('\\\n', ' '))) for block in blocks)
+
+
+def test_the_published_command_scaled_down_trains_on_digits(tmp_path, digits, teacher, rulers):
+    arguments = readme_command(outdir=tmp_path, data=digits, teacher=teacher, val_ref=rulers / 'pca.npz', batch=64, batch_gpu=16, duration=0.00128,
+                               workers=1, dout_resolutions='8', T_anneal_kimg=0.6)
+    result = run('train.py', *arguments, '--tick=0.064', f'--val_detector={rulers / "pca.pt"}', '--val_num=64', '--lr_rampup=0.1')
+    folder = tmp_path / '00000-digits-cond-adm-edm-cd-s8-gpus1-batch64-fp16'
+    assert folder.is_dir() and 'Done.' in result.stdout
+    assert '50,000,000 images = 781,250 steps' in result.stdout
+    options = json.loads((folder / 'training_options.json').read_text())
+    assert options['loss']['S'] == 8
+
+    stats = lines(folder / 'stats.jsonl')
+    assert len(stats) == 20 and stats[-1]['Progress/kimg']['mean'] == 1.28
+    assert stats[0]['Edges/T']['mean'] < stats[-1]['Edges/T']['mean'] and stats[-1]['Edges/T']['mean'] >= 1280
+    assert {'Loss/cd', 'Edges/general', 'Progress/lr', 'Progress/grad_norm', 'Timing/sec_per_kimg'} <= set(stats[-1])
+    record, = lines(folder / 'metrics-val.jsonl')
+    assert record['kimg'] == 1.28 and record['nfe'] == record['steps'] == 8 and record['num_images'] == 64 and record['ema'] == 'ema'
+    names = {path.name for path in folder.iterdir()}
+    assert {'network-snapshot-000000.pkl', 'network-snapshot-000001.pkl', 'network-snapshot-000001-0.050.pkl', 'network-snapshot-000001-0.100.pkl',
+            'training-state-000001.pt', 'log.txt'} <= names
+
+    net = load_network(folder / 'network-snapshot-000001.pkl')
+    assert net.metadata['objective'] == 'mcd' and net.metadata['S'] == 8 and len(net.metadata['sigmas']) == 9
+    assert net.metadata['nimg'] == 1280 and net.metadata['fid'] == pytest.approx(record['fid']) and net.init_kwargs['dout_resolutions'] == [8]
+    assert load_network(folder / 'network-snapshot-000001-0.050.pkl').metadata['ema'] == 'phema-0.050'
+
+#----------------------------------------------------------------------------
+# Teachers.
+
+@pytest.mark.parametrize('arch, precond', [('ddpmpp', 'vp'), ('ncsnpp', 've'), ('ddpmpp', 'edm')])
+def test_every_kind_of_teacher_trains_and_its_loss_falls(tmp_path, digits, arch, precond):
+    run('train.py', f'--outdir={tmp_path}', f'--data={digits}', '--cond=1', f'--arch={arch}', f'--precond={precond}', '--cbase=8', '--cres=1,2',
+        '--num_blocks=1', *FAST, '--batch=64', '--duration=0.0064', '--tick=1.6', '--augment=0.1', '--xflip=1', '--ema=10kimg', '--lr=3e-3',
+        '--dump=0')
+    stats = lines(tmp_path / 'stats.jsonl')
+    assert stats[-1]['Loss/diffusion']['mean'] < 0.8 * stats[0]['Loss/diffusion']['mean']
+    net = load_network(max(tmp_path.glob('network-snapshot-*.pkl')))
+    assert net.init_kwargs['augment_dim'] == 9 and net.metadata['objective'] == 'diffusion' and net.metadata['dataset_kwargs']['xflip'] is True
+
+
+def test_defaults_are_edms(tmp_path, digits):
+    c = json.loads(invoke('--outdir', tmp_path, '--data', digits, '-n').stdout)
+    assert (c['total_nimg'], c['batch_size'], c['lr'], c['ema_halflife_nimg'], c['augment']) == (200_000_000, 512, 1e-3, 500_000, 0.12)
+    assert c['network']['kwargs']['model_type'] == 'SongUNet' and c['network']['kwargs']['channel_mult'] == [2, 2, 2]
+    assert (c['kimg_per_tick'], c['snapshot_ticks'], c['state_dump_ticks']) == (50, 50, 500)
+    assert c['network']['class_name'] == 'EDMPrecond' and c['loss'] == dict(kind='edm')
+
+
+def test_consistency_defaults_are_those_of_the_released_student(tmp_path, digits, teacher):
+    c = json.loads(invoke('--outdir', tmp_path, '--data', digits, '--cond=1', '--consistency=True', '--teacher', teacher, '-n').stdout)
+    assert (c['lr'], c['augment'], c['ema_halflife_nimg'], c['total_nimg']) == (8e-5, 0, 50e6, 210_000_000)
+    assert c['loss']['T_anneal_kimg'] == 105_000 and c['loss']['S'] == 8 and c['loss']['terminal_anchor'] and c['loss']['sync_dropout']
+    assert c['network']['kwargs']['model_channels'] == 8 and c['network']['kwargs']['channel_mult'] == [1, 2]
+
+
+@pytest.mark.parametrize('text, images', [('50', 50e6), ('50Mimg', 50e6), ('500kimg', 5e5), ('0.5', 5e5)])
+def test_the_half_life_can_name_its_unit(tmp_path, digits, text, images):
+    assert json.loads(invoke('--outdir', tmp_path, '--data', digits, f'--ema={text}', '-n').stdout)['ema_halflife_nimg'] == images
+
+
+def test_runs_are_numbered_and_described(tmp_path, digits):
+    (tmp_path / '00007-something').mkdir()
+    c = json.loads(invoke('--outdir', tmp_path, '--data', digits, '--desc=hello', '-n').stdout)
+    assert c['run_dir'] == str(tmp_path / '00008-digits-uncond-ddpmpp-edm-gpus1-batch512-fp32-hello')
+
+
+def test_short_half_lives_and_missing_dropout_resolutions_are_warned_of(tmp_path, digits, teacher):
+    done = run('train.py', f'--outdir={tmp_path}', f'--data={digits}', '--cond=1', '--consistency=True', f'--teacher={teacher}', *FAST, '--batch=64',
+               '--duration=0.000128', '--ema=1kimg', '--dropout=0.1', '--dout_resolutions=16,8', '--dump=0', '--snap=0')
+    assert 'Warning: an EMA with a half-life of 15.6 steps' in done.stdout
+    assert 'Warning: --dout_resolutions names 16, which' in done.stdout
+
+
+def test_a_transfer_starts_from_the_weights_that_fit(tmp_path, digits, teacher):
+    run('train.py', f'--outdir={tmp_path}', f'--data={digits}', '--cond=1', *TINY_NETWORK, *FAST, '--batch=64', '--duration=0.000064', '--augment=0',
+        '--lr=1e-9', '--dump=0', f'--transfer={teacher}')
+    old, new = load_network(teacher), load_network(max(tmp_path.glob('*.pkl')))
+    for a, b in zip(old.state_dict().values(), new.state_dict().values()):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+#----------------------------------------------------------------------------
+# Accumulation, processes, resuming.
+
+def student_run(digits, teacher, folder, *extra, processes=1):
+    arguments = ['train.py', f'--outdir={folder}', f'--data={digits}', '--cond=1', '--consistency=True', f'--teacher={teacher}', *FAST, '--batch=64',
+                 '--duration=0.00064', '--tick=0.128', '--snap=1', '--dump=1', '--ema=10kimg', '--phema=0.1', '--dropout=0', *extra]
+    run(*arguments) if processes == 1 else torchrun(processes, *arguments)
+    return folder
+
+
+def final_tensors(folder):
+    return load_network(folder / 'network-snapshot-000000-640.pkl').state_dict()
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(digits, teacher, tmp_path_factory):
+    return student_run(digits, teacher, tmp_path_factory.mktemp('whole'))
+
+
+@pytest.mark.parametrize('processes, extra', [(1, ['--batch-gpu=16']), (2, []), (2, ['--batch-gpu=16'])], ids=['rounds', 'processes', 'both'])
+def test_the_split_of_the_batch_does_not_matter(tmp_path, digits, teacher, uninterrupted, processes, extra):
+    """Same images, noise and edges, whoever handles them: after ten steps, the losses agree to FP32 rounding."""
+    split = student_run(digits, teacher, tmp_path / 'split', *extra, processes=processes)
+    for a, b in zip(lines(uninterrupted / 'stats.jsonl'), lines(split / 'stats.jsonl')):
+        assert a['Loss/cd']['num'] == b['Loss/cd']['num']
+        assert a['Loss/cd']['mean'] == pytest.approx(b['Loss/cd']['mean'], rel=1e-3)
+        assert a['Edges/general'] == pytest.approx(b['Edges/general'])
+
+
+def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path, digits, teacher, uninterrupted):
+    half = student_run(digits, teacher, tmp_path, '--duration=0.00032')
+    states = sorted(path.name for path in half.glob('training-state-*.pt'))
+    state = half / states[0]
+    assert load_state(state)['progress']['nimg'] < 640
+    student_run(digits, teacher, half, f'--resume={state}')
+    whole, resumed = final_tensors(uninterrupted), final_tensors(half)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    phema = [load_network(folder / 'network-snapshot-000000-640-0.100.pkl').state_dict() for folder in (uninterrupted, half)]
+    assert all(torch.equal(phema[0][name], phema[1][name]) for name in phema[0])
+
+
+def test_only_the_two_newest_states_and_the_best_are_kept(tmp_path, digits, teacher, rulers):
+    student_run(digits, teacher, tmp_path, '--val=1', '--val_every=1', '--val_num=32', f'--val_ref={rulers / "pca.npz"}',
+                f'--val_detector={rulers / "pca.pt"}')
+    records = lines(tmp_path / 'metrics-val.jsonl')
+    best = min(records, key=lambda r: r['fid'])['nimg']
+    kept = {load_state(path)['progress']['nimg'] for path in tmp_path.glob('training-state-*.pt')}
+    newest = {records[-1]['nimg'], records[-2]['nimg']}
+    assert kept == newest | {best}
+
+
+def test_in_loop_validation_covers_teacher_start_and_dumped_images(tmp_path, digits, teacher, rulers):
+    student_run(digits, teacher, tmp_path / 'run', '--duration=0.000128', '--val=1', '--val_at_start=1', '--val_teacher=True', '--val_num=16',
+                f'--val_ref_data={digits}', f'--val_detector={rulers / "pca.pt"}', f'--val_dump_images_dir={tmp_path / "dump"}',
+                '--val_label=fixed:3')
+    records = lines(tmp_path / 'run' / 'metrics-val.jsonl')
+    assert [(r['ema'], r['nimg'], r['nfe']) for r in records] == [('teacher', 0, 35), ('ema', 0, 8), ('ema', 128, 8)]
+    assert {path.name: len(list(path.iterdir())) for path in (tmp_path / 'dump').iterdir()} == {'000000-teacher': 16, '000000-ema': 16}
+
+#----------------------------------------------------------------------------
+# Wrong input: one clear message, no traceback.
+
+@pytest.mark.parametrize('arguments, words', [
+    (['--nonsense=1'], ['No such option']),
+    (['--consistency=True'], ['--teacher=PKL']),
+    (['--S=4'], ['--S needs --consistency=True']),
+    (['--consistency=True', '--teacher=t.pkl', '--S=100'], ['--S=100 <= --T_start=64']),
+    (['--consistency=True', '--teacher=t.pkl', '--T_start=128', '--T_end=64'], ['--T_start=128 <= --T_end=64']),
+    (['--consistency=True', '--teacher=t.pkl', '--sigma_min=90'], ['--sigma_min=90 is not below']),
+    (['--val=1'], ['--val_ref']),
+    (['--cres=1,x'], ["'1,x' is not a comma-separated list"]),
+    (['--ema=50furlongs'], ['500kimg']),
+    (['--val_label=sometimes'], ['fixed:K']),
+    (['--arch=unet'], ['ddpmpp']),
+    (['--resume=a.pt', '--transfer=b.pkl'], ['exclude each other']),
+    (['--batch=64', '--batch-gpu=48'], ['equal parts']),
+    (['--cond=perhaps'], ['--cond']),
+])
+def test_wrong_usage_exits_with_status_2(tmp_path, digits, arguments, words):
+    assert_one_clear_error(invoke(f'--outdir={tmp_path / "runs"}', f'--data={digits}', *arguments), *words, status=2)
+    assert not (tmp_path / 'runs').exists()
+
+
+def truncated(digits, tmp_path):
+    path = tmp_path / 'cut.zip'
+    path.write_bytes(digits.read_bytes()[:20_000])
+    return path
+
+
+def hostile(tmp_path):
+    path = tmp_path / 'hostile.pkl'
+    path.write_bytes(b'cos\nsystem\n(S"touch ' + str(tmp_path / 'canary').encode() + b'"\ntR.')
+    return path
+
+
+@pytest.mark.parametrize('case, words', [
+    ('no data', ['missing.zip']), ('cut data', ['cut.zip', 'complete zip']), ('no labels', ['--cond=1 needs labels']),
+    ('no teacher', ['nowhere.pkl']),
+    ('hostile teacher', ['hostile.pkl', 'system']), ('not a snapshot', ['digits.zip']), ('teacher needs labels', ['10 classes', 'no classes']),
+    ('contradiction', ['--cbase=64 contradicts']), ('other arch', ['--arch=ddpmpp contradicts']), ('other precond', ['--precond=vp contradicts']),
+    ('augment', ['--augment=0.1 needs a teacher']), ('student as teacher', ['is a student']), ('levels', ['shorten --cres']),
+    ('unwritable', ['--outdir']), ('no reference', ['none.npz']), ('no resume', ['state.pt'])])
+def test_wrong_files_exit_with_status_1(tmp_path, digits, teacher, uninterrupted, rulers, case, words):
+    base = dict(outdir=tmp_path / 'runs', data=digits, cond=1, consistency=True, teacher=teacher, seed=0)
+    flat = tmp_path / 'file'
+    flat.write_text('in the way')
+    changes = {
+        'no data': dict(data=tmp_path / 'missing.zip'), 'cut data': dict(data=truncated(digits, tmp_path)),
+        'no labels': dict(data=unlabelled(tmp_path)), 'no teacher': dict(teacher=tmp_path / 'nowhere.pkl'),
+        'hostile teacher': dict(teacher=hostile(tmp_path)), 'not a snapshot': dict(teacher=digits), 'teacher needs labels': dict(cond=0),
+        'contradiction': dict(cbase=64), 'other arch': dict(arch='ddpmpp'), 'other precond': dict(precond='vp'), 'augment': dict(augment=0.1),
+        'student as teacher': dict(teacher=uninterrupted / 'network-snapshot-000000-640.pkl'),
+        'levels': dict(consistency=None, teacher=None, cres='1,1,1,1,1'), 'unwritable': dict(outdir=flat / 'sub'),
+        'no reference': dict(val=1, val_ref=tmp_path / 'none.npz', val_detector=rulers / 'pca.pt', duration=0.0001, batch=64),
+        'no resume': dict(resume=tmp_path / 'state.pt')}[case]
+    options = {name: value for name, value in (base | changes).items() if value is not None}
+    result = invoke(*(f'--{name}={value}' for name, value in options.items()))
+    assert_one_clear_error(result, *words)
+    assert not (tmp_path / 'canary').exists()
+
+
+def unlabelled(tmp_path: Path):
+    from PIL import Image
+    folder = tmp_path / 'plain'
+    folder.mkdir()
+    Image.new('L', (8, 8)).save(folder / 'a.png')
+    return folder
+
+
+def test_a_teacher_of_another_resolution_is_named_with_the_cure(tmp_path, teacher):
+    run('dataset_tool.py', '--source=digits', f'--dest={tmp_path / "big.zip"}', '--resolution=16x16', '--transform=center-crop', '--max-images=20')
+    result = invoke(f'--outdir={tmp_path}', f'--data={tmp_path / "big.zip"}', '--cond=1', '--consistency=True', f'--teacher={teacher}')
+    assert_one_clear_error(result, 'expects images of 8x8x1 with 10 classes', '16x16x1', '--resolution=8x8')
