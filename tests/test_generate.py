@@ -70,7 +70,8 @@ def test_edms_options_reach_the_sampler(tmp_path, teacher):
     """Each of them changes the image of seed 0."""
     base = ['--seeds=0', '--steps=8']
     variants = [[], ['--S_churn=40'], ['--S_churn=40', '--S_noise=1.5'], ['--S_churn=40', '--S_min=1', '--S_max=2'], ['--sigma_max=20'],
-                ['--sigma_min=0.3'], ['--rho=3'], ['--solver=euler'], ['--disc=vp'], ['--disc=ve', '--schedule=ve'], ['--schedule=vp', '--scaling=vp']]
+                ['--sigma_min=0.3'], ['--rho=3'], ['--solver=euler'], ['--disc=vp'], ['--disc=ve', '--schedule=ve'],
+                ['--schedule=vp', '--scaling=vp']]
     images = []
     for i, options in enumerate(variants):
         result = invoke(f'--network={teacher}', f'--outdir={tmp_path / str(i)}', *base, *options)

@@ -209,6 +209,14 @@ class UNet(Module):
         dropped = self.dout_resolutions is None or resolution in self.dout_resolutions
         return UNetBlock(in_channels, out_channels, dropout=self.dropout if dropped else 0, **self.block_kwargs, **kwargs)
 
+    def _enter_level(self, prefix, width, coarsest):
+        """The decoder's modules before a level's own blocks: two at the coarsest level, one that upsamples at the others."""
+        if coarsest:
+            self.dec[f'{prefix}_in0'] = self._block(prefix, width, width, attention=True)
+            self.dec[f'{prefix}_in1'] = self._block(prefix, width, width)
+        else:
+            self.dec[f'{prefix}_up'] = self._block(prefix, width, width, up=True)
+
     def _label_embedding(self, class_labels):
         """[N, label_dim] labels, dropped per image with probability `label_dropout` in training."""
         if self.training and self.label_dropout:
@@ -288,11 +296,7 @@ class SongUNet(UNet):
         self.dec = ModuleDict()
         for level, at, mult, attention in reversed(list(self._levels())):
             coarsest = level == len(channel_mult) - 1
-            if coarsest:
-                self.dec[f'{at}_in0'] = self._block(at, width, width, attention=True)
-                self.dec[f'{at}_in1'] = self._block(at, width, width)
-            else:
-                self.dec[f'{at}_up'] = self._block(at, width, width, up=True)
+            self._enter_level(at, width, coarsest)
             for i in range(num_blocks + 1):
                 self.dec[f'{at}_block{i}'] = self._block(at, width + skips.pop(), model_channels * mult, attention=attention and i == num_blocks)
                 width = model_channels * mult
@@ -379,11 +383,7 @@ class DhariwalUNet(UNet):
 
         self.dec = ModuleDict()
         for level, at, mult, attention in reversed(list(self._levels())):
-            if level == len(channel_mult) - 1:
-                self.dec[f'{at}_in0'] = self._block(at, width, width, attention=True)
-                self.dec[f'{at}_in1'] = self._block(at, width, width)
-            else:
-                self.dec[f'{at}_up'] = self._block(at, width, width, up=True)
+            self._enter_level(at, width, coarsest=level == len(channel_mult) - 1)
             for i in range(num_blocks + 1):
                 self.dec[f'{at}_block{i}'] = self._block(at, width + skips.pop(), model_channels * mult, attention=attention)
                 width = model_channels * mult
