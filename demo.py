@@ -40,6 +40,7 @@ class Story:
     outdir: Path
     threads: int
     commands: list[str] = field(default_factory=list)
+    running: set[subprocess.Popen] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def say(self, line: str) -> None:
@@ -48,20 +49,27 @@ class Story:
 
     def run(self, name: str, *arguments, threads: int | None = None) -> str:
         """Run `python <arguments>`; its lines appear behind [name], and its stdout is returned."""
-        shown = ['python', *map(str, arguments)]
+        script = [os.path.relpath(ROOT / arguments[0])] if arguments[0].endswith('.py') else [arguments[0]]
+        shown = ['python', *script, *map(str, arguments[1:])]
         with self.lock:
             self.commands.append(shlex.join(shown))
             print(f'$ {shlex.join(shown)}', flush=True)
-        env = dict(os.environ, OMP_NUM_THREADS=str(threads or self.threads), PYTHONUNBUFFERED='1')
-        process = subprocess.Popen([sys.executable, '-W', 'ignore', *shown[1:]], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT)
+        env = dict(os.environ, OMP_NUM_THREADS=str(threads or self.threads), PYTHONUNBUFFERED='1', PYTHONPATH=str(ROOT))
+        process = subprocess.Popen([sys.executable, '-W', 'ignore', *shown[1:]], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.running.add(process)
         lines = []
         for line in process.stdout:
             lines.append(line.rstrip())
             self.say(f'[{name}] {line.rstrip()}')
+        self.running.discard(process)
         if process.wait() != 0:
             raise UserError(f'`{shlex.join(shown)}` failed with exit status {process.returncode}; its last line: {lines[-1] if lines else "none"}')
         return '\n'.join(lines)
+
+    def stop(self) -> None:
+        """End what still runs: one command failed, and the others' work is of no use."""
+        for process in list(self.running):
+            process.terminate()
 
     def path(self, *parts: str) -> Path:
         return self.outdir.joinpath(*parts)
@@ -123,7 +131,13 @@ def story_of(story: Story, scale: float, jobs: int) -> list[dict]:
         students = [pool.submit(student, S) for S in (8, 4)]
         teachers = [pool.submit(of_teacher, *row) for row in reversed(TEACHER_ROWS)]
         students.append(pool.submit(student, 2))
-        return [future.result() for future in (*reversed(teachers), *students)]
+        try:
+            concurrent.futures.wait([*students, *teachers], return_when=concurrent.futures.FIRST_EXCEPTION)
+            return [future.result() for future in (*reversed(teachers), *students)]
+        except UserError:
+            pool.shutdown(wait=False, cancel_futures=True)
+            story.stop()
+            raise
 
 
 def report(story: Story, rows: list[dict], minutes: float) -> None:
@@ -169,7 +183,7 @@ def report(story: Story, rows: list[dict], minutes: float) -> None:
 
 @click.command(cls=cli.Command)
 @cli.option('--outdir', metavar='DIR', default='demo-out', show_default=True, help='Folder for everything that the demo writes.')
-@cli.option('--scale', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True,
+@cli.option('--scale', metavar='FLOAT', type=cli.POSITIVE, default=1.0, show_default=True,
             help='Factor on the training steps; below 1 on the number of samples too. The table means nothing for small values.')
 @cli.option('--jobs', metavar='INT', type=click.IntRange(min=1), default=2, show_default=True, help='Commands that run side by side.')
 def main(outdir, scale, jobs):

@@ -109,11 +109,8 @@ def _load_detector(source, sha256, images):
 
     from metrics.detectors import INCEPTION_URL, load_detector
     from torch_utils import distributed
-    if not distributed.is_main():
-        distributed.barrier()
-    detector = load_detector(source or INCEPTION_URL, distributed.get_device(), sha256)
-    if distributed.is_main():
-        distributed.barrier()
+    with distributed.main_process_first():
+        detector = load_detector(source or INCEPTION_URL, distributed.get_device(), sha256)
     detector(torch.from_numpy(images[0][0])[None])
     return detector
 

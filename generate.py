@@ -20,15 +20,15 @@ STUDENT, TEACHER = 'Students', 'Teachers (probability-flow ODE)'
 @cli.option('--steps', metavar='INT', type=click.IntRange(min=1), help="Sampling steps.  [default: a student's own; 18 for a teacher]")
 @cli.option('--solver', type=click.Choice(['student', 'euler', 'heun']),
             help='Sampler.  [default: what the snapshot is: student, or heun for a teacher]')
-@cli.option('--sigma_min', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), help='Lowest noise level.  [default: varies]')
-@cli.option('--sigma_max', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), help='Highest noise level.  [default: varies]')
-@cli.option('--rho', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), help='Exponent of the noise levels.  [default: 7]')
+@cli.option('--sigma_min', metavar='FLOAT', type=cli.POSITIVE, help='Lowest noise level.  [default: varies]')
+@cli.option('--sigma_max', metavar='FLOAT', type=cli.POSITIVE, help='Highest noise level.  [default: varies]')
+@cli.option('--rho', metavar='FLOAT', type=cli.RHO, help='Exponent of the noise levels.  [default: 7]')
 @cli.option('--force-steps', is_flag=True, group=STUDENT, help='Sample a student with another number of steps than it was trained for.')
-@cli.option('--S_churn', 'S_churn', metavar='FLOAT', type=click.FloatRange(min=0), group=TEACHER, help='Amount of noise added.  [default: 0]')
-@cli.option('--S_min', 'S_min', metavar='FLOAT', type=click.FloatRange(min=0), group=TEACHER,
+@cli.option('--S_churn', 'S_churn', metavar='FLOAT', type=cli.Number(min=0), group=TEACHER, help='Amount of noise added.  [default: 0]')
+@cli.option('--S_min', 'S_min', metavar='FLOAT', type=cli.Number(min=0), group=TEACHER,
             help='Lowest noise level with added noise.  [default: 0]')
-@cli.option('--S_max', 'S_max', metavar='FLOAT', type=click.FloatRange(min=0), group=TEACHER, help='Highest such level.  [default: inf]')
-@cli.option('--S_noise', 'S_noise', metavar='FLOAT', type=float, group=TEACHER, help='Scale of the added noise.  [default: 1]')
+@cli.option('--S_max', 'S_max', metavar='FLOAT', type=cli.Number(min=0, infinite=True), group=TEACHER, help='Highest such level.  [default: inf]')
+@cli.option('--S_noise', 'S_noise', metavar='FLOAT', type=cli.Number(), group=TEACHER, help='Scale of the added noise.  [default: 1]')
 @cli.option('--disc', 'discretization', type=click.Choice(['edm', 'vp', 've', 'iddpm']), group=TEACHER, help='Time steps.  [default: edm]')
 @cli.option('--schedule', type=click.Choice(['linear', 'vp', 've']), group=TEACHER, help='Noise schedule sigma(t).  [default: linear]')
 @cli.option('--scaling', type=click.Choice(['none', 'vp']), group=TEACHER, help='Signal scaling s(t).  [default: none]')
@@ -51,7 +51,8 @@ def main(network, outdir, seeds, subdirs, class_idx, batch, steps, solver, force
     from training import generation, samplers
     from training.checkpoint import load_network
     distributed.init()
-    net = load_network(network, distributed.get_device())
+    with distributed.main_process_first():
+        net = load_network(network, distributed.get_device())
     solver, steps = samplers.resolve(net, solver, steps, force_steps)
     options = {name: value for name, value in options.items() if value is not None}
     choose = generation.uniform_labels

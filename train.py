@@ -41,14 +41,13 @@ class Images(click.ParamType):
     def convert(self, value, param, ctx):
         match = re.fullmatch(r'([0-9.eE+-]+)\s*(Mimg|kimg|)', str(value))
         try:
-            return float(match[1]) * (1e3 if match[2] == 'kimg' else 1e6)
-        except (TypeError, ValueError):
+            return cli.POSITIVE.convert(match[1], param, ctx) * (1e3 if match[2] == 'kimg' else 1e6)
+        except TypeError:
             self.fail(f'{value!r} is not a number of images such as 50, 50Mimg or 500kimg', param, ctx)
 
 
-def positive(kind=click.FloatRange, **limits):
-    """Range of numbers above zero."""
-    return kind(min=0, min_open=True, **limits) if kind is click.FloatRange else kind(min=1, **limits)
+COUNT = click.IntRange(min=1)
+TICKS = click.IntRange(min=0)
 
 
 def switch(name: str, **kwargs):
@@ -64,40 +63,41 @@ def switch(name: str, **kwargs):
 @cli.option('--precond', type=click.Choice(list(PRECONDITIONING)), group=MAIN,
             help="Preconditioning and, for teachers, loss.  [default: edm; for students the teacher's]")
 @cli.option('--consistency', type=bool, default=False, show_default=True, group=MAIN, help='Distil --teacher into a multistep consistency model.')
-@cli.option('--duration', metavar='MIMG', type=positive(), group=MAIN, help='Length of training in millions of images.  [default: 200; students 210]')
-@cli.option('--batch', metavar='INT', type=positive(click.IntRange), group=HYPER, help='Total batch size.  [default: 512; students 2048]')
-@cli.option('--batch-gpu', metavar='INT', type=positive(click.IntRange), group=HYPER,
+@cli.option('--duration', metavar='MIMG', type=cli.POSITIVE, group=MAIN,
+            help='Length of training in millions of images.  [default: 200; students 210]')
+@cli.option('--batch', metavar='INT', type=COUNT, group=HYPER, help='Total batch size.  [default: 512; students 2048]')
+@cli.option('--batch-gpu', metavar='INT', type=COUNT, group=HYPER,
             help='Images a process handles at a time; smaller than its share of the batch, gradients accumulate.  [default: its share]')
-@cli.option('--lr', metavar='FLOAT', type=positive(), group=HYPER, help='Learning rate of Adam.  [default: 0.001; students 8e-5]')
-@cli.option('--lr_rampup', metavar='KIMG', type=click.FloatRange(min=0), default=10000, show_default=True, group=HYPER,
+@cli.option('--lr', metavar='FLOAT', type=cli.POSITIVE, group=HYPER, help='Learning rate of Adam.  [default: 0.001; students 8e-5]')
+@cli.option('--lr_rampup', metavar='KIMG', type=cli.Number(min=0), default=10000, show_default=True, group=HYPER,
             help='Images over which the learning rate rises from 0, in thousands.')
 @cli.option('--lr_schedule', type=click.Choice(['constant', 'linear', 'cosine']), default='constant', show_default=True, group=HYPER,
             help='Decay of the learning rate to 0 at the end of training.')
 @cli.option('--ema', metavar='MIMG', type=Images(), group=HYPER,
             help='Half-life of the weight average, in millions of images; 500kimg and 50Mimg name their unit.  [default: 0.5; students 50]')
-@cli.option('--ema_rampup', metavar='FLOAT', type=click.FloatRange(min=0), default=0.05, show_default=True, group=HYPER,
+@cli.option('--ema_rampup', metavar='FLOAT', type=cli.Number(min=0), default=0.05, show_default=True, group=HYPER,
             help='The effective half-life is at most this fraction of the images seen; 0 for no limit.')
 @cli.option('--phema', metavar='LIST', type=cli.NumberList(float), group=HYPER,
             help='Relative widths of power-function EMAs to keep as well, as in 0.05,0.10.  [default: none]')
-@cli.option('--augment', metavar='FLOAT', type=click.FloatRange(0, 1), group=HYPER, help='Augmentation probability.  [default: 0.12; students 0]')
+@cli.option('--augment', metavar='FLOAT', type=cli.Number(0, 1), group=HYPER, help='Augmentation probability.  [default: 0.12; students 0]')
 @cli.option('--xflip', type=bool, default=False, show_default=True, group=HYPER, help='Add mirrored copies of all images.')
-@cli.option('--cbase', metavar='INT', type=positive(click.IntRange), group=NET, help='Channels of the finest level.  [default: by --arch]')
+@cli.option('--cbase', metavar='INT', type=COUNT, group=NET, help='Channels of the finest level.  [default: by --arch]')
 @cli.option('--cres', metavar='LIST', type=cli.NumberList(), group=NET, help='Channel multiplier of each level.  [default: by --arch]')
-@cli.option('--num_blocks', metavar='INT', type=positive(click.IntRange), group=NET, help='Residual blocks a level.  [default: by --arch]')
+@cli.option('--num_blocks', metavar='INT', type=COUNT, group=NET, help='Residual blocks a level.  [default: by --arch]')
 @cli.option('--attn_resolutions', metavar='LIST', type=cli.NumberList(), group=NET, help='Resolutions with self-attention.  [default: by --arch]')
-@cli.option('--dropout', metavar='FLOAT', type=click.FloatRange(0, 1, max_open=True), group=NET,
+@cli.option('--dropout', metavar='FLOAT', type=cli.Number(0, 1, max_open=True), group=NET,
             help="Dropout probability.  [default: 0.13; for students the teacher's]")
 @cli.option('--dout_resolutions', metavar='LIST', type=cli.NumberList(), group=NET, help='Resolutions with dropout.  [default: all]')
 @cli.option('--teacher', metavar='PKL|URL', group=CD, help='Snapshot of the diffusion model to distil.')
-@cli.option('--S', 'S', metavar='INT', type=positive(click.IntRange), default=8, show_default=True, group=CD, help='Sampling steps of the student.')
-@cli.option('--T_start', 'T_start', metavar='INT', type=positive(click.IntRange), default=64, show_default=True, group=CD,
+@cli.option('--S', 'S', metavar='INT', type=COUNT, default=8, show_default=True, group=CD, help='Sampling steps of the student.')
+@cli.option('--T_start', 'T_start', metavar='INT', type=COUNT, default=64, show_default=True, group=CD,
             help='Teacher edges at the start of training (Heek et al. 2024).')
-@cli.option('--T_end', 'T_end', metavar='INT', type=positive(click.IntRange), default=1280, show_default=True, group=CD, help='And at the end.')
-@cli.option('--T_anneal_kimg', 'T_anneal_kimg', metavar='KIMG', type=click.FloatRange(min=0), group=CD,
+@cli.option('--T_end', 'T_end', metavar='INT', type=COUNT, default=1280, show_default=True, group=CD, help='And at the end.')
+@cli.option('--T_anneal_kimg', 'T_anneal_kimg', metavar='KIMG', type=cli.Number(min=0), group=CD,
             help='Thousands of images over which T rises.  [default: half of --duration]')
-@cli.option('--rho', metavar='FLOAT', type=positive(), default=7, show_default=True, group=CD, help='Exponent of the noise levels.')
-@cli.option('--sigma_min', metavar='FLOAT', type=positive(), default=0.002, show_default=True, group=CD, help='Lowest noise level above 0.')
-@cli.option('--sigma_max', metavar='FLOAT', type=positive(), default=80, show_default=True, group=CD, help='Highest noise level.')
+@cli.option('--rho', metavar='FLOAT', type=cli.RHO, default=7, show_default=True, group=CD, help='Exponent of the noise levels.')
+@cli.option('--sigma_min', metavar='FLOAT', type=cli.POSITIVE, default=0.002, show_default=True, group=CD, help='Lowest noise level above 0.')
+@cli.option('--sigma_max', metavar='FLOAT', type=cli.POSITIVE, default=80, show_default=True, group=CD, help='Highest noise level.')
 @cli.option('--student_grid', type=click.Choice(['edm', 'full']), default='edm', show_default=True, group=CD,
             help='The student steps on S Karras nodes and 0 (edm), or on the first S of S+1 nodes and 0 (full).')
 @cli.option('--sampling_mode', type=click.Choice(['edm', 'vp', 'uniform']), default='edm', show_default=True, group=CD,
@@ -111,40 +111,40 @@ def switch(name: str, **kwargs):
 @switch('terminal_anchor', group=CD, help='Give the first and last edge 1/T each; at sigma_max the target is the teacher\'s own solution.')
 @switch('terminal_teacher_hop', group=CD, help="On the edge to 0, aim at the teacher's denoised image, not at the data.")
 @switch('sync_dropout', group=CD, help='The self-target sees the dropout masks of the student.')
-@cli.option('--anchor_hops', metavar='INT', type=positive(click.IntRange), group=CD,
+@cli.option('--anchor_hops', metavar='INT', type=COUNT, group=CD,
             help='Heun steps of the solution at sigma_max.  [default: 4; 32 where the first segment ends below sigma = 10]')
 @cli.option('--val', type=bool, default=False, show_default=True, group=VAL, help='Evaluate the Frechet distance during training.')
 @cli.option('--val_ref', metavar='NPZ|URL', group=VAL, help='Reference statistics, made by fid.py ref.')
 @cli.option('--val_ref_data', metavar='ZIP|DIR', group=VAL, help='Or images to compute them from at the start.')
 @cli.option('--val_detector', metavar='PATH|URL', group=VAL, help="TorchScript feature detector.  [default: NVIDIA's Inception]")
-@cli.option('--val_steps', metavar='INT', type=positive(click.IntRange), group=VAL,
+@cli.option('--val_steps', metavar='INT', type=COUNT, group=VAL,
             help="Sampling steps.  [default: the student's S; 18 for teachers]")
-@cli.option('--val_every', metavar='TICKS', type=positive(click.IntRange), default=50, show_default=True, group=VAL, help='How often to evaluate.')
+@cli.option('--val_every', metavar='TICKS', type=COUNT, default=50, show_default=True, group=VAL, help='How often to evaluate.')
 @cli.option('--val_at_start', type=bool, default=False, show_default=True, group=VAL, help='Evaluate before the first step.')
 @cli.option('--val_teacher', type=bool, default=False, show_default=True, group=VAL, help='Evaluate the teacher (Heun, 18 steps) once at the start.')
 @cli.option('--val_num', metavar='INT', type=click.IntRange(min=2), default=50000, show_default=True, group=VAL, help='Images to generate.')
-@cli.option('--val_batch', metavar='INT', type=positive(click.IntRange), default=64, show_default=True, group=VAL,
+@cli.option('--val_batch', metavar='INT', type=COUNT, default=64, show_default=True, group=VAL,
             help='Images a process makes at a time.')
-@cli.option('--val_seed', metavar='INT', type=click.IntRange(min=0), default=0, show_default=True, group=VAL, help='First seed.')
+@cli.option('--val_seed', metavar='INT', type=TICKS, default=0, show_default=True, group=VAL, help='First seed.')
 @cli.option('--val_label', metavar='MODE', type=validation.LabelMode(), default='auto', show_default=True, group=VAL,
             help='Classes: uniform, dataset (those of training images), fixed:K; auto: dataset where it has labels.')
 @cli.option('--val_dump_images_dir', metavar='DIR', group=VAL, help='Keep the generated images, in a folder for each evaluation.')
 @cli.option('--val_overwrite', type=bool, default=False, show_default=True, group=VAL, help='Replace images that are there already.')
 @cli.option('--fp16', type=bool, default=False, show_default=True, group=PERF, help='Half precision inside the network, on GPUs.')
-@cli.option('--ls', metavar='FLOAT', type=positive(), default=1, show_default=True, group=PERF, help='Loss scaling.')
+@cli.option('--ls', metavar='FLOAT', type=cli.POSITIVE, default=1, show_default=True, group=PERF, help='Loss scaling.')
 @cli.option('--bench', type=bool, default=True, show_default=True, group=PERF, help='cuDNN benchmarking.')
 @cli.option('--cache', type=bool, default=True, show_default=True, group=PERF, help='Keep decoded images in memory.')
-@cli.option('--workers', metavar='INT', type=click.IntRange(min=0), default=1, show_default=True, group=PERF, help='Processes that load data.')
+@cli.option('--workers', metavar='INT', type=TICKS, default=1, show_default=True, group=PERF, help='Processes that load data.')
 @cli.option('--desc', metavar='STR', group=IO, help="Words to add to the run folder's name.")
 @cli.option('--nosubdir', is_flag=True, group=IO, help='Write into --outdir itself.')
-@cli.option('--tick', metavar='KIMG', type=positive(), default=50, show_default=True, group=IO,
+@cli.option('--tick', metavar='KIMG', type=cli.POSITIVE, default=50, show_default=True, group=IO,
             help='How often to print progress; fractions allowed.')
-@cli.option('--snap', metavar='TICKS', type=click.IntRange(min=0), default=50, show_default=True, group=IO,
+@cli.option('--snap', metavar='TICKS', type=TICKS, default=50, show_default=True, group=IO,
             help='How often to save snapshots; 0: never.')
-@cli.option('--phema_snap', metavar='TICKS', type=click.IntRange(min=0), group=IO, help='How often to save those of --phema.  [default: as --snap]')
-@cli.option('--dump', metavar='TICKS', type=click.IntRange(min=0), default=500, show_default=True, group=IO,
+@cli.option('--phema_snap', metavar='TICKS', type=TICKS, group=IO, help='How often to save those of --phema.  [default: as --snap]')
+@cli.option('--dump', metavar='TICKS', type=TICKS, default=500, show_default=True, group=IO,
             help='How often to save the training state; 0: never.')
-@cli.option('--seed', metavar='INT', type=click.IntRange(min=0), group=IO, help='Random seed.  [default: random]')
+@cli.option('--seed', metavar='INT', type=TICKS, group=IO, help='Random seed.  [default: random]')
 @cli.option('--transfer', metavar='PKL|URL', group=IO, help='Start from the weights of this snapshot, where they fit.')
 @cli.option('--resume', metavar='PT', group=IO, help='Continue from a training state, in its folder.')
 @cli.option('-n', '--dry-run', is_flag=True, group=IO, help='Print the configuration as JSON and exit.')
@@ -166,11 +166,18 @@ def main(ctx, **kwargs):
     check_usage(ctx, opts)
     fill_defaults(opts)
 
+    import random
+
     from torch_utils import distributed
     distributed.init()
+    state, earlier = load_earlier(opts) if opts.resume else (None, None)
+    if opts.seed is None:
+        opts.seed = earlier['seed'] if earlier else distributed.broadcast_object(random.SystemRandom().randrange(1 << 31))
     dataset = open_dataset(opts)
     teacher = load_teacher(opts, dataset) if opts.consistency else None
     c = configure(opts, dataset, teacher)
+    if earlier:
+        check_same_run(opts, c, earlier)
     if opts.dry_run:
         distributed.print0(json.dumps(c, indent=2))
         return
@@ -178,16 +185,22 @@ def main(ctx, **kwargs):
     run_dir = distributed.broadcast_object(run_dir)
 
     from training.training_loop import training_loop
-    training_loop(c, run_dir, teacher)
+    training_loop(c, run_dir, teacher, state)
     distributed.shutdown()
 
 
 def check_usage(ctx: click.Context, opts: EasyDict) -> None:
     """Combinations of options that make no sense whatever the files hold; exit status 2."""
     given = [p for p in ctx.command.params if ctx.get_parameter_source(p.name) is click.core.ParameterSource.COMMANDLINE]
-    stray = [p.opts[0] for p in given if getattr(p, 'group', None) == CD]
-    if stray and not opts.consistency:
-        raise click.UsageError(f'{", ".join(stray)} needs --consistency=True.')
+    for group, switched_on, cure in ((CD, opts.consistency, '--consistency=True'), (VAL, opts.val, '--val=1')):
+        stray = [p.opts[0] for p in given if getattr(p, 'group', None) == group and p.name != 'val']
+        if stray and not switched_on:
+            raise click.UsageError(f'{", ".join(stray)} needs {cure}.')
+    if opts.phema_snap is not None and not opts.phema:
+        raise click.UsageError('--phema_snap needs --phema.')
+    widths = [f'{std:.3f}' for std in opts.phema or []]
+    if any(not 0.001 <= std <= 0.28 for std in opts.phema or []) or len(set(widths)) < len(widths):
+        raise click.UsageError(f'--phema={",".join(widths)}: widths lie between 0.001 and 0.28 and differ in the third decimal, which names files.')
     if opts.consistency:
         if not opts.teacher:
             raise click.UsageError('--consistency=True needs --teacher=PKL, the diffusion model to distil.')
@@ -195,6 +208,10 @@ def check_usage(ctx: click.Context, opts: EasyDict) -> None:
             raise click.UsageError(f'--S={opts.S} <= --T_start={opts.T_start} <= --T_end={opts.T_end} does not hold: every segment needs an edge.')
         if opts.sigma_min >= opts.sigma_max:
             raise click.UsageError(f'--sigma_min={opts.sigma_min:g} is not below --sigma_max={opts.sigma_max:g}.')
+        if opts.val_steps not in (None, opts.S):
+            raise click.UsageError(f'--val_steps={opts.val_steps}, but the student takes --S={opts.S} steps: leave it out.')
+    if opts.val_teacher and not opts.consistency:
+        raise click.UsageError('--val_teacher=1 needs a teacher, that is --consistency=True.')
     if opts.val and not (opts.val_ref or opts.val_ref_data):
         raise click.UsageError('--val=1 needs --val_ref=NPZ (made by fid.py ref) or --val_ref_data=ZIP.')
     if opts.resume and opts.transfer:
@@ -211,28 +228,44 @@ def fill_defaults(opts: EasyDict) -> None:
         opts.T_anneal_kimg = opts.duration * 500
     if opts.phema_snap is None:
         opts.phema_snap = opts.snap
-    if opts.seed is None and opts.resume is None:
-        import torch
 
-        from torch_utils import distributed
-        distributed.init()
-        opts.seed = distributed.broadcast_object(torch.randint(1 << 31, []).item())
+
+def load_earlier(opts: EasyDict) -> tuple[dict, dict]:
+    """The training state of --resume, and the configuration that it was made with."""
+    from training.checkpoint import load_state
+    state = load_state(opts.resume)
+    try:
+        return state, json.loads(state['options'])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f'--resume={opts.resume} holds no configuration of a run: name a training-state-*.pt file that train.py wrote') from error
+
+
+def check_same_run(opts: EasyDict, c: EasyDict, earlier: dict) -> None:
+    """UserError, naming the setting, where the resumed run would be another one."""
+    def settings(config):
+        chosen = {name: config.get(name) for name in ('objective', 'batch_size', 'seed', 'augment', 'phema_stds')}
+        return {**chosen, 'network': config['network']['class_name'], **config['network']['kwargs'], **config['loss']}
+
+    then, now = settings(earlier), settings(json.loads(json.dumps(c)))
+    for name in {**then, **now}:
+        if then.get(name) != now.get(name):
+            raise UserError(f'--resume={opts.resume} was trained with {name} = {json.dumps(then.get(name))}, these options say '
+                            f'{json.dumps(now.get(name))}: resume with the options it was made with')
 
 
 def open_dataset(opts: EasyDict):
     """The training set; UserError where labels are asked for and missing."""
     from training.dataset import ImageFolderDataset
-    dataset = ImageFolderDataset(opts.data, use_labels=opts.cond, xflip=opts.xflip, cache=opts.cache)
-    if opts.cond and not dataset.has_labels:
-        raise UserError(f'--cond=1 needs labels, but --data={opts.data} has none in its dataset.json.\n'
-                        '       Train with --cond=0, or convert the data with dataset_tool.py from a source with labels.')
-    return dataset
+    return ImageFolderDataset(opts.data, use_labels=opts.cond, xflip=opts.xflip, cache=opts.cache)
 
 
 def load_teacher(opts: EasyDict, dataset):
     """The teacher, if it fits the data; UserError otherwise."""
+    from torch_utils import distributed
     from training.checkpoint import load_network
-    teacher = load_network(opts.teacher)
+    with distributed.main_process_first():
+        teacher = load_network(opts.teacher)
+    teacher.use_fp16 = opts.fp16  # one option for the precision of both
     if 'sigmas' in teacher.metadata:
         steps = len(teacher.metadata['sigmas']) - 1
         raise UserError(f'--teacher={opts.teacher} is a student of {steps} steps itself: distil from a diffusion model.')
@@ -251,8 +284,6 @@ def load_teacher(opts: EasyDict, dataset):
 
 def network_of_teacher(opts: EasyDict, teacher) -> EasyDict:
     """The student's network: the teacher's, with the options that leave its weights alone; UserError where options contradict it."""
-    import inspect
-
     from training import networks
     kwargs = teacher_arguments(teacher)
     wanted = dict(PRECONDITIONING=PRECONDITIONING.get(opts.precond), **(ARCHITECTURES[opts.arch] if opts.arch else {}))
@@ -260,19 +291,27 @@ def network_of_teacher(opts: EasyDict, teacher) -> EasyDict:
     own.setdefault('model_type', 'DhariwalUNet' if isinstance(teacher.model, networks.DhariwalUNet) else 'SongUNet')
     for option, keys in (('precond', ['PRECONDITIONING']), ('arch', ['model_type', 'embedding_type', 'encoder_type'])):
         for key in keys:
-            if wanted.get(key) is not None and wanted[key] != own.get(key, wanted[key]):
-                raise UserError(f'--{option}={opts[option]} contradicts --teacher={opts.teacher}, which has {own[key]}: leave it out.')
+            theirs = own.get(key) or default_of(teacher.model, key)
+            if wanted.get(key) is not None and wanted[key] != theirs:
+                raise UserError(f'--{option}={opts[option]} contradicts --teacher={opts.teacher}, which has {theirs}: leave it out.')
     for option, key in NETWORK_OPTIONS.items():
         if opts[option] is None:
             continue
         if option in FREE_FOR_STUDENTS:
             kwargs[key] = opts[option]
             continue
-        theirs = as_list(kwargs.get(key, inspect.signature(type(teacher.model)).parameters[key].default))
+        theirs = as_list(kwargs.get(key, default_of(teacher.model, key)))
         if opts[option] != theirs:
             raise UserError(f'--{option}={opts[option]} contradicts --teacher={opts.teacher}, which has {theirs}: leave it out.')
     kwargs['use_fp16'] = opts.fp16
     return EasyDict(class_name=type(teacher).__name__, kwargs=kwargs)
+
+
+def default_of(model, argument: str):
+    """The default of a constructor argument of the model's class; None where it has no such argument."""
+    import inspect
+    parameter = inspect.signature(type(model)).parameters.get(argument)
+    return parameter and parameter.default
 
 
 def as_list(value):
@@ -299,9 +338,25 @@ def network_from_scratch(opts: EasyDict, dataset) -> EasyDict:
             kwargs[key] = opts[option]
     if opts.augment:
         kwargs['augment_dim'] = AUGMENT_DIM
-    if dataset.resolution % 2 ** (len(kwargs['channel_mult']) - 1):
-        raise UserError(f'{len(kwargs["channel_mult"])} levels do not fit images of {dataset.resolution}x{dataset.resolution}: shorten --cres.')
-    return EasyDict(class_name=PRECONDITIONING[opts.precond or 'edm'], kwargs=kwargs)
+    if not kwargs['channel_mult'] or dataset.resolution % 2 ** (len(kwargs['channel_mult']) - 1):
+        raise UserError(f'{len(kwargs["channel_mult"])} levels do not fit images of {dataset.resolution}x{dataset.resolution}: change --cres.')
+    network = EasyDict(class_name=PRECONDITIONING[opts.precond or 'edm'], kwargs=kwargs)
+    try:
+        try_network(network)
+    except (RuntimeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f'these options make no network that works ({str(error).splitlines()[0]}): channels should be multiples of 4 with 32 groups '
+                        'or fewer, see --cbase and --cres.') from error
+    return network
+
+
+def try_network(network: EasyDict) -> None:
+    """Build the network without memory behind it and pass one image through; raises what is wrong with it."""
+    import torch
+
+    from training import networks
+    with torch.device('meta'):
+        net = networks.PRECONDS[network.class_name](**network.kwargs)
+        net(torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution), torch.ones(1))
 
 
 def configure(opts: EasyDict, dataset, teacher) -> EasyDict:
@@ -310,7 +365,8 @@ def configure(opts: EasyDict, dataset, teacher) -> EasyDict:
     from training import samplers
     processes = distributed.get_world_size()
     if opts.batch % processes or (opts.batch_gpu and opts.batch // processes % min(opts.batch_gpu, opts.batch // processes)):
-        raise click.UsageError(f'--batch={opts.batch} cannot be split into equal parts of --batch-gpu={opts.batch_gpu} on {processes} process(es).')
+        parts = f'equal parts of --batch-gpu={opts.batch_gpu}' if opts.batch_gpu else 'equal parts'
+        raise click.UsageError(f'--batch={opts.batch} cannot be split into {parts} on {processes} process(es).')
     c = EasyDict(objective=opts.objective, teacher=opts.teacher, total_nimg=max(round(opts.duration * 1e6), 1))
     c.dataset = EasyDict(path=opts.data, use_labels=opts.cond, resolution=dataset.resolution, xflip=opts.xflip, cache=opts.cache)
     c.network = network_of_teacher(opts, teacher) if teacher is not None else network_from_scratch(opts, dataset)
@@ -343,7 +399,11 @@ def planned_run_dir(opts: EasyDict, c: EasyDict, data_name: str) -> str:
     if opts.nosubdir:
         return opts.outdir
     from torch_utils import distributed
-    numbers = [int(m[1]) for m in map(re.compile(r'(\d+)-').match, os.listdir(opts.outdir) if os.path.isdir(opts.outdir) else []) if m]
+    try:
+        there = os.listdir(opts.outdir) if os.path.isdir(opts.outdir) else []
+    except OSError as error:
+        raise UserError(f'--outdir={opts.outdir} cannot be read: {error.strerror}') from error
+    numbers = [int(m[1]) for m in map(re.compile(r'(\d+)-').match, there) if m]
     arch = opts.arch or ('ddpmpp' if not opts.teacher else 'teacher')
     words = [data_name, 'cond' if opts.cond else 'uncond', arch, opts.precond or 'edm', *([f'cd-s{opts.S}'] if opts.consistency else []),
              f'gpus{distributed.get_world_size()}', f'batch{opts.batch}', 'fp16' if opts.fp16 else 'fp32', *([opts.desc] if opts.desc else [])]
@@ -353,8 +413,6 @@ def planned_run_dir(opts: EasyDict, c: EasyDict, data_name: str) -> str:
 def make_run_dir(opts: EasyDict, c: EasyDict) -> str:
     """Create the run folder with training_options.json; a resumed run's folder is there already."""
     if opts.resume:
-        if not os.path.isfile(opts.resume):
-            raise UserError(f'--resume={opts.resume} does not exist: name a training-state-*.pt file')
         return c.run_dir
     from dnnlib.util import atomic_write
     try:

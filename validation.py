@@ -35,10 +35,10 @@ def label_chooser(mode: str, label_dim: int, dataset=None):
     has_labels = dataset is not None and dataset.has_labels
     if mode.startswith('fixed:'):
         if int(mode[6:]) >= label_dim:
-            raise UserError(f'--val_label={mode} names a class that the network does not have: it has {label_dim}')
+            raise UserError(f'label mode {mode} names a class that the network does not have: it has {label_dim or "none"}')
         return generation.fixed_labels(int(mode[6:]))
     if mode == 'dataset' and not has_labels:
-        raise UserError('--val_label=dataset needs a labelled data set: train with --cond=1, or use --val_label=uniform')
+        raise UserError('label mode dataset needs labelled training data: train with --cond=1, or use uniform')
     if mode == 'uniform' or not has_labels:
         return generation.uniform_labels
 
@@ -56,19 +56,30 @@ class Validator:
         dataset: training set, whose labels `--val_label` may follow; or None.
         run_dir: folder of metrics-val.jsonl.
         device: where networks and detector run.
-    Raises: UserError for an unusable reference, detector or folder.
+        image_shape, label_dim: [C, H, W] of the images and number of classes of the networks to come.
+    Raises: UserError for an unusable reference, detector, label mode or folder: at once, not at the first evaluation.
     """
 
-    def __init__(self, options: EasyDict, dataset, run_dir: str, device):
+    def __init__(self, options: EasyDict, dataset, run_dir: str, device, image_shape: list[int], label_dim: int):
+        import torch
+
         from metrics.detectors import INCEPTION_URL, load_detector
         from metrics.reference import check_same_detector, load_reference
+        from torch_utils import distributed
         self.options, self.dataset, self.run_dir, self.device = options, dataset, run_dir, device
-        self.detector = load_detector(options.detector or INCEPTION_URL, device)
+        with distributed.main_process_first():
+            self.detector = load_detector(options.detector or INCEPTION_URL, device)
+            self.detector(torch.zeros([1, *image_shape], dtype=torch.uint8))  # now it knows how many features it returns
         if options.ref:
             self.reference = load_reference(options.ref)
             check_same_detector(self.reference, self.detector, options.ref)
         else:
             self.reference = self._reference_of(options.ref_data)
+        label_chooser(options.label, label_dim, dataset)
+        dump = options.dump_images_dir
+        if dump and os.path.isdir(dump) and os.listdir(dump) and not options.overwrite:
+            raise UserError(f'{dump} holds images of an earlier run: add --val_overwrite=1, or dump elsewhere')
+        distributed.barrier()  # every process has looked before any writes
 
     def _reference_of(self, path: str):
         from metrics.calc import feature_statistics
@@ -108,10 +119,7 @@ class Validator:
         from training import generation
         choose = label_chooser(self.options.label, net.label_dim, self.dataset)
         seeds = range(self.options.seed, self.options.seed + self.options.num)
-        folder = self.options.dump_images_dir and os.path.join(self.options.dump_images_dir, f'{nimg // 1000:06d}-{ema}')
-        if folder and os.path.isdir(folder) and os.listdir(folder) and not self.options.overwrite:
-            raise UserError(f'{folder} holds images of an earlier validation: add --val_overwrite=1, or dump elsewhere')
-        distributed.barrier()  # every process has looked before any writes
+        folder = self.options.dump_images_dir and os.path.join(self.options.dump_images_dir, f'{nimg:09d}-{ema}')
         for batch in generation.split_batches(seeds, self.options.batch, distributed.get_rank(), distributed.get_world_size()):
             images = generation.generate_batch(net, batch, choose, solver, steps)
             if folder:
@@ -134,11 +142,20 @@ def main(networks, ref, outdir, detector, **options):
     from torch_utils import distributed
     from training.checkpoint import load_network
     distributed.init()
-    os.makedirs(outdir, exist_ok=True)
+    try:
+        os.makedirs(outdir, exist_ok=True)
+        with open(os.path.join(outdir, 'metrics-val.jsonl'), 'a', encoding='utf-8'):
+            pass
+    except OSError as error:
+        raise UserError(f'--outdir={outdir} cannot be written to: {error.strerror}') from error
     options = EasyDict(options, ref=ref, ref_data=None, detector=detector, dump_images_dir=None, overwrite=False)
-    validator = Validator(options, None, outdir, distributed.get_device())
+    device, validator = distributed.get_device(), None
     for network in networks:
-        net = load_network(network, distributed.get_device())
+        with distributed.main_process_first():
+            net = load_network(network, device)
+        if validator is None:
+            shape = [net.img_channels, net.img_resolution, net.img_resolution]
+            validator = Validator(options, None, outdir, device, shape, net.label_dim)
         record = validator.run(net, nimg=net.metadata.get('nimg', 0), ema=net.metadata.get('ema', 'ema'))
         distributed.print0(json.dumps(record))
     distributed.shutdown()

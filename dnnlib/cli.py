@@ -1,6 +1,7 @@
 """What every command line of this repository shares: grouped help, errors in one line, EDM's value types."""
 from __future__ import annotations
 
+import math
 import re
 
 import click
@@ -53,6 +54,24 @@ class Group(click.Group):
 def option(*names, group: str | None = None, **kwargs):
     """`click.option` with a heading for `--help`."""
     return click.option(*names, cls=Option, group=group, **kwargs)
+
+
+class Number(click.FloatRange):
+    """A finite number in a range; `inf` only where `infinite` says so."""
+
+    def __init__(self, *args, infinite: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.infinite = infinite
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if math.isnan(number) or (math.isinf(number) and not self.infinite):
+            self.fail(f'{value} is not a finite number', param, ctx)
+        return number
+
+
+POSITIVE = Number(min=0, min_open=True)
+RHO = Number(min=0.1)  # exponents of noise levels; below, powers overflow
 
 
 class IntRanges(click.ParamType):

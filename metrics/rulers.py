@@ -110,13 +110,14 @@ def make_rulers(images, labels, classes: int) -> tuple[dict, float]:
 def main(data, outdir):
     """Make three TorchScript feature detectors for a small labelled data set."""
     dataset = ImageFolderDataset(data, use_labels=True)
-    if not dataset.has_labels:
-        raise UserError(f'--data={data} has no labels, and the classifier needs them: convert it from a source with labels.')
     pairs = [dataset[i] for i in range(len(dataset))]
     images = torch.from_numpy(np.stack([image for image, _ in pairs]))
     labels = torch.from_numpy(np.stack([label for _, label in pairs])).argmax(dim=1)
     rulers, accuracy = make_rulers(images, labels, dataset.label_dim)
-    os.makedirs(outdir, exist_ok=True)
+    try:
+        os.makedirs(outdir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--outdir={outdir} cannot be made: {error.strerror}') from error
     for name, ruler in rulers.items():
         with atomic_write(os.path.join(outdir, f'{name}.pt')) as file:
             torch.jit.save(ruler, file)

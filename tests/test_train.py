@@ -11,6 +11,7 @@ from helpers import FAST, ROOT, TINY_NETWORK, assert_one_clear_error, run, torch
 
 import train
 from training.checkpoint import load_network, load_state
+from training.training_loop import states_to_keep
 
 README_COMMAND = '''
     --outdir=training-runs/imagenet64-cd-s8 --data=/path/to/imagenet-64x64.zip --cond=1 --arch=adm --precond=edm --batch=2048 --batch-gpu=64
@@ -147,7 +148,8 @@ def test_a_transfer_starts_from_the_weights_that_fit(tmp_path, digits, teacher):
 
 def student_run(digits, teacher, folder, *extra, processes=1):
     arguments = ['train.py', f'--outdir={folder}', f'--data={digits}', '--cond=1', '--consistency=True', f'--teacher={teacher}', *FAST, '--batch=64',
-                 '--duration=0.00064', '--tick=0.128', '--snap=1', '--dump=1', '--ema=10kimg', '--phema=0.1', '--dropout=0', *extra]
+                 '--duration=0.00064', '--tick=0.128', '--snap=1', '--dump=1', '--ema=10kimg', '--phema=0.1', '--dropout=0',
+                 '--T_anneal_kimg=0.32', *extra]
     run(*arguments) if processes == 1 else torchrun(processes, *arguments)
     return folder
 
@@ -183,6 +185,41 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path, digi
     assert all(torch.equal(phema[0][name], phema[1][name]) for name in phema[0])
 
 
+def test_a_resumed_run_needs_no_seed_and_a_finished_one_trains_no_further(digits, teacher, uninterrupted):
+    state = max(uninterrupted.glob('training-state-*.pt'), key=lambda path: load_state(path)['progress']['nimg'])
+    arguments = [f'--outdir={uninterrupted}', f'--data={digits}', '--cond=1', '--consistency=True', f'--teacher={teacher}', '--batch=64',
+                 '--duration=0.00064', '--dropout=0', '--phema=0.1', f'--resume={state}']
+    c = json.loads(invoke(*arguments, '--T_anneal_kimg=0.32', '--dry-run').stdout)
+    assert c['seed'] == 0 and c['run_dir'] == str(uninterrupted)
+    assert 'Nothing to do' in run('train.py', *arguments, '--workers=0').stdout
+
+
+@pytest.mark.parametrize('states, kept', [
+    (dict(a=None, b=None, c=None), 'bc'), (dict(a=5, b=3, c=4, d=6), 'bcd'), (dict(a=2, b=3, c=None, d=None), 'acd'), (dict(a=1), 'a')])
+def test_states_to_keep_are_the_two_newest_and_the_best_measured_one(states, kept):
+    assert states_to_keep(states) == set(kept)
+
+
+def test_a_teacher_with_augmentation_labels_is_distilled_by_two_processes(tmp_path, digits):
+    """Without augmentation they are zero, and DDP still sees every parameter used."""
+    common = [f'--data={digits}', '--cond=1', *FAST, '--batch=16', '--dump=0']
+    run('train.py', f'--outdir={tmp_path / "t"}', *common, *TINY_NETWORK, '--augment=0.1', '--duration=0.000032')
+    snapshot = max((tmp_path / 't').glob('*.pkl'))
+    torchrun(2, 'train.py', f'--outdir={tmp_path / "s"}', *common, '--consistency=True', f'--teacher={snapshot}', '--duration=0.000064')
+    assert load_network(max((tmp_path / 's').glob('*.pkl'))).init_kwargs['augment_dim'] == 9
+
+
+def test_an_unreadable_image_is_named_from_a_worker_too(tmp_path):
+    from PIL import Image
+    for i in range(4):
+        Image.new('L', (8, 8)).save(tmp_path / f'{i}.png')
+    (tmp_path / '2.png').write_bytes((tmp_path / '2.png').read_bytes()[:40])
+    for workers in (0, 1):
+        result = run('train.py', f'--outdir={tmp_path / "runs"}', f'--data={tmp_path}', '--arch=adm', '--cbase=8', '--cres=1', '--num_blocks=1',
+                     '--batch=8', '--duration=0.0001', f'--workers={workers}', '--cache=0', check=False)
+        assert_one_clear_error(result, '2.png')
+
+
 def test_only_the_two_newest_states_and_the_best_are_kept(tmp_path, digits, teacher, rulers):
     student_run(digits, teacher, tmp_path, '--val=1', '--val_every=1', '--val_num=32', f'--val_ref={rulers / "pca.npz"}',
                 f'--val_detector={rulers / "pca.pt"}')
@@ -199,7 +236,8 @@ def test_in_loop_validation_covers_teacher_start_and_dumped_images(tmp_path, dig
                 '--val_label=fixed:3')
     records = lines(tmp_path / 'run' / 'metrics-val.jsonl')
     assert [(r['ema'], r['nimg'], r['nfe']) for r in records] == [('teacher', 0, 35), ('ema', 0, 8), ('ema', 128, 8)]
-    assert {path.name: len(list(path.iterdir())) for path in (tmp_path / 'dump').iterdir()} == {'000000-teacher': 16, '000000-ema': 16}
+    dumped = {path.name: len(list(path.iterdir())) for path in (tmp_path / 'dump').iterdir()}
+    assert dumped == {'000000000-teacher': 16, '000000000-ema': 16, '000000128-ema': 16}
 
 #----------------------------------------------------------------------------
 # Wrong input: one clear message, no traceback.
@@ -212,6 +250,15 @@ def test_in_loop_validation_covers_teacher_start_and_dumped_images(tmp_path, dig
     (['--consistency=True', '--teacher=t.pkl', '--T_start=128', '--T_end=64'], ['--T_start=128 <= --T_end=64']),
     (['--consistency=True', '--teacher=t.pkl', '--sigma_min=90'], ['--sigma_min=90 is not below']),
     (['--val=1'], ['--val_ref']),
+    (['--val_num=8'], ['--val_num needs --val=1']),
+    (['--consistency=True', '--teacher=t.pkl', '--val=1', '--val_ref=r.npz', '--val_steps=3'], ['--val_steps=3', '--S=8']),
+    (['--val=1', '--val_ref=r.npz', '--val_teacher=1'], ['needs a teacher']),
+    (['--phema_snap=3'], ['--phema_snap needs --phema']),
+    (['--phema=0.9'], ['between 0.001 and 0.28']),
+    (['--phema=0.0501,0.0502'], ['third decimal']),
+    (['--lr=nan'], ['not a finite number']),
+    (['--duration=inf'], ['not a finite number']),
+    (['--ema=-5'], ['--ema']),
     (['--cres=1,x'], ["'1,x' is not a comma-separated list"]),
     (['--ema=50furlongs'], ['500kimg']),
     (['--val_label=sometimes'], ['fixed:K']),
@@ -238,12 +285,14 @@ def hostile(tmp_path):
 
 
 @pytest.mark.parametrize('case, words', [
-    ('no data', ['missing.zip']), ('cut data', ['cut.zip', 'complete zip']), ('no labels', ['--cond=1 needs labels']),
+    ('no data', ['missing.zip']), ('cut data', ['cut.zip', 'complete zip']), ('no labels', ['has no labels']),
     ('no teacher', ['nowhere.pkl']),
     ('hostile teacher', ['hostile.pkl', 'system']), ('not a snapshot', ['digits.zip']), ('teacher needs labels', ['10 classes', 'no classes']),
     ('contradiction', ['--cbase=64 contradicts']), ('other arch', ['--arch=ddpmpp contradicts']), ('other precond', ['--precond=vp contradicts']),
-    ('augment', ['--augment=0.1 needs a teacher']), ('student as teacher', ['is a student']), ('levels', ['shorten --cres']),
-    ('unwritable', ['--outdir']), ('no reference', ['none.npz']), ('no resume', ['state.pt'])])
+    ('augment', ['--augment=0.1 needs a teacher']), ('student as teacher', ['is a student']), ('levels', ['change --cres']),
+    ('unwritable', ['--outdir']), ('no reference', ['none.npz']), ('wrong reference', ['features']), ('no resume', ['state.pt']),
+    ('other run', ['was trained with S = 8', 'say 4']),
+    ('no network', ['make no network']), ('no levels', ['change --cres']), ('label', ['fixed:99', '10'])])
 def test_wrong_files_exit_with_status_1(tmp_path, digits, teacher, uninterrupted, rulers, case, words):
     base = dict(outdir=tmp_path / 'runs', data=digits, cond=1, consistency=True, teacher=teacher, seed=0)
     flat = tmp_path / 'file'
@@ -256,11 +305,21 @@ def test_wrong_files_exit_with_status_1(tmp_path, digits, teacher, uninterrupted
         'student as teacher': dict(teacher=uninterrupted / 'network-snapshot-000000-640.pkl'),
         'levels': dict(consistency=None, teacher=None, cres='1,1,1,1,1'), 'unwritable': dict(outdir=flat / 'sub'),
         'no reference': dict(val=1, val_ref=tmp_path / 'none.npz', val_detector=rulers / 'pca.pt', duration=0.0001, batch=64),
-        'no resume': dict(resume=tmp_path / 'state.pt')}[case]
+        'wrong reference': dict(val=1, val_ref=reference_of(tmp_path, 7), val_detector=rulers / 'pca.pt', duration=0.0001, batch=64),
+        'label': dict(val=1, val_ref=rulers / 'pca.npz', val_detector=rulers / 'pca.pt', val_label='fixed:99', duration=0.0001, batch=64),
+        'no resume': dict(resume=tmp_path / 'state.pt'), 'other run': dict(resume=max(uninterrupted.glob('training-state-*.pt')), S=4, batch=64, phema=0.1, dropout=0, T_anneal_kimg=0.32),
+        'no network': dict(consistency=None, teacher=None, cbase=14), 'no levels': dict(consistency=None, teacher=None, cres='none')}[case]
     options = {name: value for name, value in (base | changes).items() if value is not None}
     result = invoke(*(f'--{name}={value}' for name, value in options.items()))
     assert_one_clear_error(result, *words)
     assert not (tmp_path / 'canary').exists()
+
+
+def reference_of(tmp_path, dim):
+    import numpy as np
+    path = tmp_path / 'ref.npz'
+    np.savez(path, mu=np.zeros(dim), sigma=np.eye(dim))
+    return path
 
 
 def unlabelled(tmp_path: Path):

@@ -4,6 +4,7 @@ Everything works in a single process without a process group: then the collectiv
 """
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -16,8 +17,11 @@ from dnnlib.util import UserError
 def init() -> None:
     """Join the group that torchrun describes in the environment (NCCL with CUDA, else gloo); nothing to do without one.
 
+    FP32 means FP32 from here on: TensorFloat-32 is switched off, as a teacher's slopes over a thousand edges want it.
+
     Raises: UserError where the environment is incomplete or the other processes cannot be reached.
     """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if 'RANK' not in os.environ and 'WORLD_SIZE' not in os.environ:
         return
     rank, world_size = _environment('RANK'), _environment('WORLD_SIZE')
@@ -70,6 +74,16 @@ def barrier() -> None:
     """Wait for every process."""
     if dist.is_initialized():
         dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == 'nccl' else None)
+
+
+@contextlib.contextmanager
+def main_process_first():
+    """A block that the main process runs before the others, such as one that downloads a file into the cache."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""Random numbers by global sample index: what a sample gets depends on the seed and its place in the stream of training images alone.
+"""Random numbers by global sample index: a sample's noise and edge depend on the seed and its place in the stream of training images alone.
 
 So a batch may be split over processes, accumulation rounds and restarts in any way and see the same noise, and there is no generator state to save.
+Dropout masks and augmentation are drawn for a whole batch at once (`SampleDraws.generator`) and do depend on how it is split.
 Numbers are drawn in blocks of `BLOCK` consecutive samples, each from a generator seeded by (seed, purpose, block).
 """
 from __future__ import annotations

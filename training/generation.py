@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dnnlib import UserError
 from training import samplers
 
 LabelChooser = Callable[['SeededNoise', int], Tensor]
@@ -43,7 +44,11 @@ def uniform_labels(noise: SeededNoise, label_dim: int) -> Tensor:
 
 def fixed_labels(class_idx: int) -> LabelChooser:
     """A chooser that gives every image the class `class_idx`."""
-    return lambda noise, label_dim: torch.eye(label_dim, device=noise.device)[class_idx].expand(len(noise.generators), -1)
+    def choose(noise, label_dim):
+        labels = torch.zeros_like(uniform_labels(noise, label_dim))  # drawn all the same, as in EDM: churn noise comes after it
+        labels[:, class_idx] = 1
+        return labels
+    return choose
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -70,10 +75,17 @@ def split_batches(items: Sequence, batch: int, rank: int = 0, world_size: int = 
 
 
 def save_images(images: Tensor, paths: Sequence[str]) -> None:
-    """Write uint8 images [N, C, H, W], grey or RGB, to PNG files; their folders are made where needed."""
+    """Write uint8 images [N, C, H, W], grey or RGB, to PNG files; their folders are made where needed.
+
+    A file appears under its name when it is complete. Raises: UserError where it cannot be written.
+    """
     for image, path in zip(images.permute(0, 2, 3, 1).cpu().numpy(), paths):
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(path)
+        try:
+            os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+            Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(f'{path}.tmp', format='png')
+            os.replace(f'{path}.tmp', path)
+        except OSError as error:
+            raise UserError(f'{path} cannot be written: {error.strerror or error}') from error
 
 
 def image_grid(images: Tensor, columns: int) -> Tensor:

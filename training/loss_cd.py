@@ -154,7 +154,7 @@ class ConsistencyDistillationLoss:
 
     def _report(self, schedule: EdgeSchedule, index: Tensor, sigma_t: Tensor, loss: Tensor) -> None:
         training_stats.report(EDGE_NAMES, schedule.edge_flags[index])
-        training_stats.report('Edges/T', float(len(schedule.edges)))
+        training_stats.report('Edges/T', sigma_t.new_full([1], len(schedule.edges)))
         training_stats.report('Edges/log10_sigma_t', sigma_t.log() / math.log(10))
         training_stats.report_bins(self.segment_names, schedule.segment[index], loss)
         report_by_sigma('Loss', sigma_t, loss)

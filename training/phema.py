@@ -25,7 +25,11 @@ def std_to_exp(std) -> np.ndarray:
 def power_function_beta(std: float, t_next: float, t_delta: float) -> float:
     """EMA decay of one update: (1 − t_delta / t_next)^(gamma + 1), with t_next the images after the update
     and t_delta its batch (EDM2, Section 3.1)."""
-    return float((1 - t_delta / t_next) ** (std_to_exp(std) + 1))
+    return _decay(float(std_to_exp(std)), t_next, t_delta)
+
+
+def _decay(exponent: float, t_next: float, t_delta: float) -> float:
+    return (1 - t_delta / t_next) ** (exponent + 1)
 
 
 def _profile_products(t_a, gamma_a, t_b, gamma_b) -> np.ndarray:
@@ -77,7 +81,7 @@ class WeightAverages:
     def update(self, nimg: int, batch_size: int) -> None:
         """Take in the weights after a step; `nimg` counts the images with this step's `batch_size`. Buffers do not change in training."""
         halflife = self.halflife_at(nimg - batch_size)  # the ramp counts the images before this step, as EDM does
-        decays = [0.5 ** (batch_size / max(halflife, 1e-8)), *((1 - batch_size / nimg) ** (exponent + 1) for exponent in self._exponents)]
+        decays = [0.5 ** (batch_size / max(halflife, 1e-8)), *(_decay(exponent, nimg, batch_size) for exponent in self._exponents)]
         for average, beta in zip(self._vectors, decays):
             average.lerp_(self.source.weights, 1 - beta)
 

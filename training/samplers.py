@@ -74,8 +74,12 @@ def evaluations(solver: str, steps: int) -> int:
 
 
 def clip_range(net, sigma_min: float, sigma_max: float) -> tuple[float, float]:
-    """Noise levels within what the network knows."""
-    return max(sigma_min, float(getattr(net, 'sigma_min', 0))), min(sigma_max, float(getattr(net, 'sigma_max', math.inf)))
+    """Noise levels within what the network knows; UserError where nothing is left."""
+    low, high = max(sigma_min, float(getattr(net, 'sigma_min', 0))), min(sigma_max, float(getattr(net, 'sigma_max', math.inf)))
+    if not low < high:
+        raise UserError(f'no noise levels from sigma_min = {low:g} to sigma_max = {high:g}: the network knows '
+                        f'{float(getattr(net, "sigma_min", 0)):g} to {float(getattr(net, "sigma_max", math.inf)):g}')
+    return low, high
 
 #----------------------------------------------------------------------------
 # Students.
@@ -177,6 +181,8 @@ def discretize(kind: str, steps: int, sigma_min: float, sigma_max: float, rho: f
         return sigma_max * (sigma_min / sigma_max) ** ramp
     if kind == 'iddpm':
         levels = torch.tensor([u for u in reversed(iddpm_levels()) if sigma_min <= u <= sigma_max], dtype=torch.float64)
+        if not len(levels):
+            raise UserError(f'iDDPM has no noise level between {sigma_min:g} and {sigma_max:g}: widen the range')
         return levels[(ramp * (len(levels) - 1)).round().long()]
     raise UserError(f'discretization {kind!r} is not one of {", ".join(DISCRETIZATIONS)}')
 
@@ -214,11 +220,11 @@ def ode_sampler(net, latents, class_labels=None, *, steps: int, solver: str = 'h
     gain = min(S_churn / steps, math.sqrt(2) - 1)
     x = latents.double() * (path.sigma(times[0]) * scale.scale(times[0]))
     for t, t_next in itertools.pairwise(times):
-        sigma = path.sigma(t)
-        if gain > 0 and S_min <= sigma <= S_max:
-            raised = path.time(snap(sigma + gain * sigma))
+        if gain > 0:
+            sigma, noise = path.sigma(t), randn_like(x)  # drawn at every step, as in EDM: images then differ by what the options do
+            raised = path.time(snap(sigma + gain * sigma)) if S_min <= sigma <= S_max else t
             spread = math.sqrt(max(path.sigma(raised) ** 2 - sigma ** 2, 0))
-            x = scale.scale(raised) * (x / scale.scale(t) + spread * S_noise * randn_like(x))
+            x = scale.scale(raised) * (x / scale.scale(t) + spread * S_noise * noise)
             t = raised
         v = velocity(x, t)
         step = t_next - t

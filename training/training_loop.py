@@ -24,13 +24,14 @@ from training.loss_cd import ConsistencyDistillationLoss
 from training.phema import WeightAverages
 
 
-def training_loop(c: EasyDict, run_dir: str, teacher: torch.nn.Module | None = None) -> None:
+def training_loop(c: EasyDict, run_dir: str, teacher: torch.nn.Module | None = None, state: dict | None = None) -> None:
     """Train until `c.total_nimg` images were seen.
 
     Args:
         c: the configuration that train.py prints with --dry-run and writes to training_options.json.
         run_dir: existing folder for everything that the run writes.
         teacher: frozen network to distil, where `c.objective` needs one.
+        state: training state to go on from.
     """
     start_time = time.time()
     device, rank, world_size = distributed.get_device(), distributed.get_rank(), distributed.get_world_size()
@@ -55,16 +56,22 @@ def training_loop(c: EasyDict, run_dir: str, teacher: torch.nn.Module | None = N
     describe_run(log, c, net, dataset, rounds, batch_gpu)
 
     # Where we are.
-    progress = EasyDict(nimg=0, tick=0, tick_start_nimg=0, best_fid=None, best_state=None, states=[], names={})
-    if c.resume:
-        progress.update(restore(c.resume, net, optimizer, averages))
+    progress = EasyDict(nimg=0, tick=0, tick_start_nimg=0, fid=None, states={}, names={})
+    if state is not None:
+        progress.update(restore(c.resume, state, net, optimizer, averages))
         log(f'Resumed from {c.resume} at {progress.nimg / 1e3:.1f} kimg.')
+        if progress.nimg >= c.total_nimg:
+            log(f'Nothing to do: --duration is {c.total_nimg / 1e3:g} kimg.')
+            return
     start_nimg = progress.nimg
-    ddp = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device] if device.type == 'cuda' else None) if world_size > 1 else net
+    ddp = net
+    if world_size > 1:  # buffers are constants
+        device_ids = [device] if device.type == 'cuda' else None
+        ddp = torch.nn.parallel.DistributedDataParallel(net, device_ids=device_ids, broadcast_buffers=False)
     sampler = InfiniteSampler(len(dataset), c.batch_size, rank=rank, num_replicas=world_size, seed=c.seed, start=start_nimg)
     loader = iter(torch.utils.data.DataLoader(dataset, sampler=sampler, batch_size=batch_gpu, num_workers=c.workers,
                                               pin_memory=device.type == 'cuda', prefetch_factor=2 if c.workers else None))
-    validator = validation.Validator(c.validation, dataset, run_dir, device) if c.validation else None
+    validator = validation.Validator(c.validation, dataset, run_dir, device, dataset.image_shape, dataset.label_dim) if c.validation else None
     if validator and c.validation.teacher and teacher is not None and start_nimg == 0:
         log(validator.run(teacher, nimg=0, ema='teacher', steps=None))
     if validator and c.validation.at_start and start_nimg == 0:
@@ -79,8 +86,8 @@ def training_loop(c: EasyDict, run_dir: str, teacher: torch.nn.Module | None = N
         for round_idx in range(rounds):
             with misc.gradient_sync(ddp, round_idx == rounds - 1):
                 first = progress.nimg + rank * rank_batch + round_idx * batch_gpu
-                accumulate_gradients(ddp, loss_fn, next(loader), SampleDraws(c.seed, first, batch_gpu, device), augment_pipe,
-                                     c.loss_scaling / rank_batch)
+                accumulate_gradients(ddp, loss_fn, next_batch(loader), SampleDraws(c.seed, first, batch_gpu, device), augment_pipe,
+                                     c.loss_scaling / rank_batch, c.network.kwargs.get('augment_dim', 0))
         lr = misc.learning_rate(c.lr, progress.nimg, c.total_nimg, c.lr_rampup_nimg, c.lr_schedule)
         progress.nimg += c.batch_size
         update_weights(flat, optimizer, averages, lr, progress.nimg, c.batch_size)
@@ -90,16 +97,9 @@ def training_loop(c: EasyDict, run_dir: str, teacher: torch.nn.Module | None = N
         done = progress.nimg >= c.total_nimg
         if not done and progress.tick and progress.nimg < progress.tick_start_nimg + c.kimg_per_tick * 1e3:
             continue
-        stats = training_stats.collect()
-        tick_time = time.time() - tick_start_time
-        seen = progress.nimg - progress.tick_start_nimg if progress.tick_start_nimg >= start_nimg else progress.nimg - start_nimg
-        remaining = (c.total_nimg - progress.nimg) * (time.time() - start_time) / (progress.nimg - start_nimg)
-        stats |= scalars({'Progress/tick': progress.tick, 'Progress/kimg': progress.nimg / 1e3, 'Progress/lr': lr,
-                          'Progress/ema_halflife_kimg': averages.halflife_at(progress.nimg) / 1e3, 'Timing/total_sec': time.time() - start_time,
-                          'Timing/sec_per_tick': tick_time, 'Timing/sec_per_kimg': tick_time / seen * 1e3,
-                          'Timing/images_per_sec': seen / tick_time, 'Timing/maintenance_sec': maintenance_time,
-                          'Resources/cpu_mem_gb': psutil.Process(os.getpid()).memory_info().rss / 2**30,
-                          'Resources/peak_gpu_mem_gb': torch.cuda.max_memory_allocated(device) / 2**30 if device.type == 'cuda' else 0})
+        now = time.time()
+        stats = training_stats.collect() | tick_stats(progress, lr, averages, start_time, tick_start_time, maintenance_time, now, device)
+        remaining = (c.total_nimg - progress.nimg) * (now - start_time) / (progress.nimg - start_nimg)
         log(tick_line(stats, remaining))
         log.stats(stats)
 
@@ -124,15 +124,27 @@ def training_loop(c: EasyDict, run_dir: str, teacher: torch.nn.Module | None = N
 #----------------------------------------------------------------------------
 # The step. Nothing here waits for the device.
 
-def accumulate_gradients(net, loss_fn, batch, draws: SampleDraws, augment_pipe, scale: float) -> None:
-    """Forward and backward pass for a batch of (uint8 images [N, C, H, W], labels [N, label_dim]); the loss is `scale` × the sum over images."""
+def accumulate_gradients(net, loss_fn, batch, draws: SampleDraws, augment_pipe, scale: float, augment_dim: int = 0) -> None:
+    """Forward and backward pass for a batch of (uint8 images [N, C, H, W], labels [N, label_dim]); the loss is `scale` × the sum over images.
+
+    A network with augmentation labels gets zeros, 'not augmented', where there is no `augment_pipe`: DDP wants every parameter used.
+    """
     images, labels = (t.to(draws.device, non_blocking=True) for t in batch)
-    images, augment_labels = images.float() / 127.5 - 1, None
+    images = images.float() / 127.5 - 1
+    augment_labels = images.new_zeros(len(images), augment_dim) if augment_dim else None
     if augment_pipe is not None:
         images, augment_labels = augment_pipe(images, generator=draws.generator('augment'))
     loss = loss_fn(net, images, labels, draws, augment_labels)
     training_stats.report(f'Loss/{loss_fn.name}', loss)
     (loss.sum() * scale).backward()
+
+
+def next_batch(loader):
+    """The loader's next batch. A worker's `UserError` arrives with the worker's traceback for a text: its last line is the message."""
+    try:
+        return next(loader)
+    except UserError as error:
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix('dnnlib.util.UserError: ')) from error
 
 
 def update_weights(flat: FlatParameters, optimizer, averages: WeightAverages, lr: float, nimg: int, batch_size: int) -> None:
@@ -197,8 +209,15 @@ def describe_run(log: RunLog, c: EasyDict, net, dataset, rounds: int, batch_gpu:
 #----------------------------------------------------------------------------
 # Reporting.
 
-def scalars(values: dict[str, float]) -> dict[str, dict]:
-    """Single numbers in the form of `training_stats.collect`."""
+def tick_stats(progress: EasyDict, lr: float, averages: WeightAverages, start_time: float, tick_start_time: float, maintenance_time: float,
+               now: float, device: torch.device) -> dict[str, dict]:
+    """Progress, timing and resources of a tick, in the form of `training_stats.collect`."""
+    tick_time, seen = now - tick_start_time, progress.nimg - progress.tick_start_nimg
+    values = {'Progress/tick': progress.tick, 'Progress/kimg': progress.nimg / 1e3, 'Progress/lr': lr,
+              'Progress/ema_halflife_kimg': averages.halflife_at(progress.nimg) / 1e3, 'Timing/total_sec': now - start_time,
+              'Timing/sec_per_tick': tick_time, 'Timing/sec_per_kimg': tick_time / seen * 1e3, 'Timing/images_per_sec': seen / tick_time,
+              'Timing/maintenance_sec': maintenance_time, 'Resources/cpu_mem_gb': psutil.Process(os.getpid()).memory_info().rss / 2**30,
+              'Resources/peak_gpu_mem_gb': torch.cuda.max_memory_allocated(device) / 2**30 if device.type == 'cuda' else 0}
     return {name: dict(num=1, mean=value, std=0) for name, value in values.items()}
 
 
@@ -250,7 +269,7 @@ class RunLog:
 # Saving and restoring.
 
 def file_stem(progress: EasyDict) -> str:
-    """`<kimg:06d>` for the files saved now, with `-<nimg>` appended where another moment of this run has the same kimg."""
+    """`<kimg:06d>` for the files saved now, with `-<nimg>` appended where files of another moment of this run have the same kimg."""
     stem = f'{progress.nimg // 1000:06d}'
     if progress.names.setdefault(stem, progress.nimg) != progress.nimg:
         stem += f'-{progress.nimg}'
@@ -260,33 +279,34 @@ def file_stem(progress: EasyDict) -> str:
 def save_all(c: EasyDict, run_dir: str, progress: EasyDict, net, optimizer, averages: WeightAverages, done: bool) -> None:
     """Write the snapshots and the state that are due at this tick; rank 0 writes, all wait."""
     due = lambda every: bool(every) and (done or progress.tick % every == 0)
-    if progress.fid is not None and (progress.best_fid is None or progress.fid < progress.best_fid):
-        progress.best_fid, is_best = progress.fid, True
-    else:
-        is_best = False
-    if distributed.is_main():
+    snapshot_due, phema_due = due(c.snapshot_ticks), bool(averages.phema) and due(c.phema_snapshot_ticks)
+    state_due = due(c.state_dump_ticks) and (progress.tick > 0 or done)
+    if distributed.is_main() and (snapshot_due or phema_due or state_due):
         stem = file_stem(progress)
         common = dict(snapshot_metadata(c, progress.nimg), dataset_kwargs=dict(c.dataset))
-        snapshot = os.path.join(run_dir, f'network-snapshot-{stem}')
-        if due(c.snapshot_ticks):
-            checkpoint.save_snapshot(f'{snapshot}.pkl', averages.ema, **common, ema='ema', ema_halflife_kimg=c.ema_halflife_nimg / 1e3,
-                                     fid=progress.fid)
-        if averages.phema and due(c.phema_snapshot_ticks):
+        path = os.path.join(run_dir, f'network-snapshot-{stem}')
+        if snapshot_due:
+            checkpoint.save_snapshot(f'{path}.pkl', averages.ema, **common, ema='ema', ema_halflife_kimg=c.ema_halflife_nimg / 1e3, fid=progress.fid)
+        if phema_due:
             for std, average in averages.phema.items():
-                checkpoint.save_snapshot(f'{snapshot}-{std:.3f}.pkl', average, **common, ema=f'phema-{std:.3f}', ema_std=std)
-        if due(c.state_dump_ticks) and (progress.tick or done):
-            save_state(c, run_dir, progress, stem, is_best, net, optimizer, averages)
+                checkpoint.save_snapshot(f'{path}-{std:.3f}.pkl', average, **common, ema=f'phema-{std:.3f}', ema_std=std)
+        if state_due:
+            save_state(c, run_dir, progress, stem, net, optimizer, averages)
     distributed.barrier()
 
 
-def save_state(c, run_dir, progress: EasyDict, stem: str, is_best: bool, net, optimizer, averages) -> None:
-    """Write a training state, then delete those that are neither among the two newest nor the one with the best validation FID."""
-    progress.states = [s for s in progress.states if s != stem] + [stem]
-    if is_best or progress.best_state is None:
-        progress.best_state = stem
-    keep = {*progress.states[-2:], progress.best_state}
+def states_to_keep(states: dict[str, float | None]) -> set[str]:
+    """Of saved states, {stem: validation FID or None} from the oldest to the newest: the two newest, and the one with the least FID."""
+    measured = {stem: fid for stem, fid in states.items() if fid is not None}
+    return {*list(states)[-2:], *([min(measured, key=measured.get)] if measured else [])}
+
+
+def save_state(c, run_dir, progress: EasyDict, stem: str, net, optimizer, averages) -> None:
+    """Write a training state, then delete those that are not to be kept."""
+    progress.states = {**{s: fid for s, fid in progress.states.items() if s != stem}, stem: progress.fid}
+    keep = states_to_keep(progress.states)
     stale = [s for s in progress.states if s not in keep]
-    progress.states = [s for s in progress.states if s in keep]
+    progress.states = {s: fid for s, fid in progress.states.items() if s in keep}
     # A resumed run continues with the tick after this one.
     position = dict(progress, tick=progress.tick + 1, tick_start_nimg=progress.nimg)
     checkpoint.save_state(os.path.join(run_dir, f'training-state-{stem}.pt'), dict(
@@ -297,9 +317,8 @@ def save_state(c, run_dir, progress: EasyDict, stem: str, is_best: bool, net, op
             os.remove(path)
 
 
-def restore(path: str, net, optimizer, averages: WeightAverages) -> dict:
-    """Load a training state into the given objects; returns its `progress`."""
-    state = checkpoint.load_state(path)
+def restore(path: str, state: dict, net, optimizer, averages: WeightAverages) -> dict:
+    """Put a training state into the given objects; returns its `progress`."""
     try:
         net.load_state_dict(state['net'])
         optimizer.load_state_dict(state['optimizer'])
