@@ -307,7 +307,8 @@ def test_wrong_files_exit_with_status_1(tmp_path, digits, teacher, uninterrupted
         'no reference': dict(val=1, val_ref=tmp_path / 'none.npz', val_detector=rulers / 'pca.pt', duration=0.0001, batch=64),
         'wrong reference': dict(val=1, val_ref=reference_of(tmp_path, 7), val_detector=rulers / 'pca.pt', duration=0.0001, batch=64),
         'label': dict(val=1, val_ref=rulers / 'pca.npz', val_detector=rulers / 'pca.pt', val_label='fixed:99', duration=0.0001, batch=64),
-        'no resume': dict(resume=tmp_path / 'state.pt'), 'other run': dict(resume=max(uninterrupted.glob('training-state-*.pt')), S=4, batch=64, phema=0.1, dropout=0, T_anneal_kimg=0.32),
+        'no resume': dict(resume=tmp_path / 'state.pt'),
+        'other run': dict(resume=max(uninterrupted.glob('training-state-*.pt')), S=4, batch=64, phema=0.1, dropout=0, T_anneal_kimg=0.32),
         'no network': dict(consistency=None, teacher=None, cbase=14), 'no levels': dict(consistency=None, teacher=None, cres='none')}[case]
     options = {name: value for name, value in (base | changes).items() if value is not None}
     result = invoke(*(f'--{name}={value}' for name, value in options.items()))
