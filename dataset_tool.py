@@ -501,7 +501,7 @@ def main(source: str, max_images: int | None, dest: str, resolution: tuple[int, 
     Examples:
       python dataset_tool.py --source=digits --dest=datasets/digits.zip
       python dataset_tool.py --source=downloads/cifar-10-python.tar.gz --dest=datasets/cifar10-32x32.zip
-      python dataset_tool.py --source=imagenet/train --dest=datasets/imagenet-64x64.zip --resolution=64x64 --transform=center-crop-dhariwal
+      python dataset_tool.py --source=imagenet/train --dest=datasets/imagenet-64x64.zip --resolution=64x64 --transform=center-crop
     """
     if transform is not None and resolution is None:
         raise click.UsageError(f'--transform={transform} needs --resolution=WxH')

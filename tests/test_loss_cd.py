@@ -70,7 +70,7 @@ def test_with_exact_hops_the_exact_segment_map_has_zero_loss(S, T, kind):
 
 
 def discrete_multipliers(loss, hop):
-    """c of DESIGN section 3: the multiplier of x from each edge's upper end to its boundary, [T', 1, 2, 2], and its edges."""
+    """c of docs/method.md: the multiplier of x from each edge's upper end to its boundary, [T', 1, 2, 2], and its edges."""
     edges = all_rows(loss).edges
     D = lambda sigma: VARIANCE[0] / (VARIANCE[0] + sigma ** 2)
     c = [None] * len(edges)

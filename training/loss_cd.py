@@ -102,7 +102,7 @@ class ConsistencyDistillationLoss:
 
     @torch.no_grad()
     def reference(self, target_net, y, x_t, row, labels, augment_labels, masks, pinned: Tensor) -> Tensor:
-        """x_b, the state at the boundary that the student should reach from x_t, [N, ...] float64 (DESIGN section 3, 'Target').
+        """x_b, the state at the boundary that the student should reach from x_t, [N, ...] float64 (docs/method.md, 'Target').
 
         `row`: the edges' columns [N, 5]; `pinned`: indices, known to the host, of samples on the pinned first edge.
         """

@@ -100,7 +100,7 @@ def training_loop(c: EasyDict, run_dir: str, teacher: torch.nn.Module | None = N
         now = time.time()
         stats = training_stats.collect() | tick_stats(progress, lr, averages, start_time, tick_start_time, maintenance_time, now, device)
         remaining = (c.total_nimg - progress.nimg) * (now - start_time) / (progress.nimg - start_nimg)
-        log(tick_line(stats, remaining))
+        log(tick_line(stats, f'Loss/{loss_fn.name}', remaining))
         log.stats(stats)
 
         maintenance_start = time.time()
@@ -221,11 +221,11 @@ def tick_stats(progress: EasyDict, lr: float, averages: WeightAverages, start_ti
     return {name: dict(num=1, mean=value, std=0) for name, value in values.items()}
 
 
-def tick_line(stats: dict, remaining_sec: float) -> str:
+def tick_line(stats: dict, loss_name: str, remaining_sec: float) -> str:
     """The console line of a tick."""
     mean = lambda name: stats[name]['mean']
     fields = [f'tick {mean("Progress/tick"):<5.0f}', f'kimg {mean("Progress/kimg"):<9.1f}',
-              f'loss {next(s["mean"] for n, s in stats.items() if n in ("Loss/cd", "Loss/diffusion")):<9.4g}',
+              f'loss {mean(loss_name):<9.4g}',
               f'time {misc.format_time(mean("Timing/total_sec")):<8}', f'img/s {mean("Timing/images_per_sec"):<8.4g}',
               f'sec/kimg {mean("Timing/sec_per_kimg"):<7.3g}', f'maint {mean("Timing/maintenance_sec"):<5.1f}',
               f'mem {mean("Resources/cpu_mem_gb"):<5.2f}', f'gpu {mean("Resources/peak_gpu_mem_gb"):<5.2f}',

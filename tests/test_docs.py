@@ -1,0 +1,222 @@
+"""The documentation against the code: options, commands, links, names, and every Python block."""
+import contextlib
+import io
+import json
+import re
+import shlex
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import ROOT
+
+import dataset_tool
+import demo
+import fid
+import generate
+import train
+import validation
+from benchmarks import step
+from dnnlib import EasyDict
+from metrics import rulers
+from torch_utils import training_stats
+from training import consistency_ops as ops
+from training import networks
+from training.draws import SampleDraws
+from training.loss_cd import ConsistencyDistillationLoss
+from training.training_loop import tick_stats
+
+PAGES = sorted((ROOT / 'docs').glob('*.md'))
+COMMANDS = {'train.py': train.main, 'generate.py': generate.main, 'fid.py calc': fid.calc, 'fid.py ref': fid.ref, 'validation.py': validation.main,
+            'dataset_tool.py': dataset_tool.main, 'demo.py': demo.main, 'benchmarks/step.py': step.main, 'python -m metrics.rulers': rulers.main}
+# Options of torchrun and srun.
+FOREIGN = {'standalone', 'nproc_per_node', 'nnodes', 'node_rank', 'rdzv_backend', 'rdzv_endpoint', 'rdzv_id', 'numa-binding', 'numa_binding',
+           'ntasks', 'ntasks-per-node', 'kill-on-bad-exit'}
+
+
+def blocks(page, language):
+    """The fenced blocks of a page in a language, each with the `text` block that follows it directly, or None."""
+    pattern = rf'^```{language}\n(.*?)^```\n(?:\n^```text\n(.*?)^```)?'
+    return [(code, output or None) for code, output in re.findall(pattern, page.read_text(), re.M | re.S)]
+
+#----------------------------------------------------------------------------
+# Options.
+
+def documented_default(option):
+    """What options.md has in its second column."""
+    if told := re.search(r'\[default: (.*?)\]', option.help):
+        return told[1]
+    if option.required:
+        return 'required'
+    if option.secondary_opts:
+        return 'on'
+    if option.is_flag:
+        return 'off'
+    return str(option.default) if option.show_default else 'none'
+
+
+def documented_start(option):
+    """The beginning of an option's line in options.md: name, default, the words of --help."""
+    names = ', '.join(f'`{name}`' for name in [*option.opts, *option.secondary_opts] if name.startswith('--'))
+    words = re.sub(r'\s*\[default: .*?\]', '', option.help)
+    return f'| {names} | {documented_default(option)} | {words}'
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_options_md_lists_every_option_with_its_default_under_the_headings_of_help(name):
+    text = (ROOT / 'docs' / 'options.md').read_text()
+    section = text.partition(f'\n## `{name}`\n')[2].partition('\n## ')[0]
+    lines = [line for line in section.splitlines() if line.startswith(('| `', '### '))]
+    expected, group = [], None
+    for option in COMMANDS[name].params:
+        if option.group != group:
+            expected.append(f'### {option.group}')
+            group = option.group
+        expected.append(documented_start(option))
+    assert len(lines) == len(expected), f'{name}: options.md and --help list different options'
+    for line, start in zip(lines, expected):
+        assert line.startswith(start), f'{name}: a line of docs/options.md should begin with\n{start}\nand is\n{line}'
+
+
+def test_no_page_names_an_option_that_does_not_exist():
+    known = FOREIGN | {'help', 'x'} | {name[2:] for command in COMMANDS.values() for option in command.params
+                                       for name in [*option.opts, *option.secondary_opts]}
+    for page in (*PAGES, ROOT / 'README.md'):
+        named = set(re.findall(r'(?<![\w:-])--([A-Za-z][\w-]*)', page.read_text()))
+        assert named <= known, f'{page.name}: {sorted(named - known)}'
+
+#----------------------------------------------------------------------------
+# Commands.
+
+def shell_commands():
+    """(page, words before the script, command, arguments) of every call of ours in the `bash` blocks."""
+    for page in PAGES:
+        for block, _ in blocks(page, 'bash'):
+            for line in block.replace('\\\n', ' ').splitlines():
+                called = [name for name in COMMANDS if f'{name} ' in line]
+                if called:
+                    before, _, arguments = line.partition(f'{called[0]} ')
+                    yield page.name, shlex.split(before), called[0], shlex.split(arguments)
+
+
+def test_every_command_parses_and_its_options_go_together():
+    calls = list(shell_commands())
+    assert {name for _, _, name, _ in calls} >= {'train.py', 'generate.py', 'fid.py calc', 'fid.py ref', 'validation.py', 'dataset_tool.py'}
+    for page, _, name, arguments in calls:
+        try:
+            context = COMMANDS[name].make_context(name, list(arguments))
+            if name == 'train.py':
+                train.check_usage(context, EasyDict(context.params))
+        except click.UsageError as error:
+            pytest.fail(f'{page}: {name} {shlex.join(arguments)}: {error.format_message()}')
+
+
+def test_torchrun_is_kept_from_reading_num():
+    for page, before, name, arguments in shell_commands():
+        if 'torchrun' in before and any(argument.startswith('--num=') for argument in arguments):
+            assert before[-1] == '--', f'{page}: {name}'
+
+#----------------------------------------------------------------------------
+# Links and names.
+
+def anchors(path):
+    """GitHub's names of a page's headings."""
+    headings = re.findall(r'^#+ (.*)$', path.read_text(), re.M)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+def test_links_lead_to_files_and_headings():
+    for page in PAGES:
+        for target in re.findall(r'\]\(([^)\s]+)\)', page.read_text()):
+            path, _, anchor = target.partition('#')
+            path = (page.parent / path).resolve() if path else page
+            assert path.is_file(), f'{page.name}: {target}'
+            assert not anchor or anchor in anchors(path), f'{page.name}: {target}'
+
+
+def test_the_index_names_every_page():
+    index = (ROOT / 'docs' / 'README.md').read_text()
+    assert all(f'({page.name})' in index for page in PAGES if page.name != 'README.md')
+
+
+def test_files_and_functions_that_the_pages_name_exist():
+    for page in PAGES:
+        for path, name in re.findall(r'`([\w/]+\.py)(?:: (\w+))?`', page.read_text()):
+            assert (ROOT / path).is_file(), f'{page.name}: {path}'
+            definition = rf'^\s*(?:def|class) {name}\b|^{name}\b.* = '
+            assert not name or re.search(definition, (ROOT / path).read_text(), re.M), f'{page.name}: {path}: {name}'
+
+#----------------------------------------------------------------------------
+# Python blocks.
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_python_blocks_run_and_print_what_stands_below_them(page):
+    for code, expected in blocks(page, 'python'):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, page.name, 'exec'), {})
+        assert printed.getvalue() == (expected or '')
+
+
+@pytest.fixture
+def worked_example():
+    (code, _), = blocks(ROOT / 'docs' / 'new-objective.md', 'python')
+    namespace = {}
+    exec(compile(code, 'new-objective.md', 'exec'), namespace)
+    yield lambda **options: namespace['ConsistencyTrainingLoss'](rho=7, sigma_min=0.002, sigma_max=80, sigma_data=0.5, **options)
+    training_stats.reset()
+
+
+def student():
+    torch.manual_seed(0)
+    net = networks.EDMPrecond(8, 1, 0, model_channels=16, channel_mult=[1], num_blocks=1, attn_resolutions=[], dropout=0).double()
+    torch.nn.init.normal_(net.model.out_conv.weight, std=0.1)
+    return net
+
+
+def test_the_worked_example_is_denoising_where_every_edge_ends_a_segment(worked_example):
+    """On a full grid with T = S every edge is snap or terminal, and x* = y: weight times distance of D(x_t; sigma_t) from the image."""
+    net, loss = student(), worked_example(S=4, T=4, student_grid='full')
+    images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    calls = []
+    net.register_forward_pre_hook(lambda _, arguments: calls.append(arguments[:2]))
+    got = loss(net, images, None, SampleDraws(0, 0, 64))
+    x_t, sigma_t = calls[-1]
+    expected = (sigma_t ** -2 + 4).sqrt() * ops.image_distance(net(x_t, sigma_t) - images, 'pseudo_huber')
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    assert len(sigma_t.unique()) > 1
+
+
+def test_the_worked_example_trains_and_does_not_depend_on_how_the_batch_is_split(worked_example):
+    net, loss = student(), worked_example(S=2, T=16, student_grid='edm')
+    images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loss.begin_step(0)
+    whole = loss(net, images, None, SampleDraws(3, 128, 64))
+    parts = [loss(net, images[a:a + 16], None, SampleDraws(3, 128 + a, 16)) for a in range(0, 64, 16)]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-9, atol=1e-9)
+    whole.sum().backward()
+    assert whole.shape == (64,) and sum(p.grad.abs().sum() for p in net.parameters()) > 0
+
+#----------------------------------------------------------------------------
+# Formats.
+
+def test_formats_md_names_every_entry_of_a_configuration(tmp_path, digits):
+    result = CliRunner().invoke(train.main, [f'--outdir={tmp_path}', f'--data={digits}', '--cres=1,2', '--dry-run'])
+    text = (ROOT / 'docs' / 'formats.md').read_text().partition('## `training_options.json`')[2].partition('\n## ')[0]
+    assert set(re.findall(r'`(\w+)`', text)) == set(json.loads(result.stdout)) | {'class_name', 'kwargs'}
+
+
+def test_formats_md_names_every_statistic():
+    training_stats.reset()
+    teacher = student().eval().requires_grad_(False)
+    loss = ConsistencyDistillationLoss(
+        teacher, S=1, T_start=8, T_end=8, T_anneal_kimg=0, rho=7.0, sigma_min=0.002, sigma_max=80.0, student_grid='edm', sampling_mode='edm',
+        cd_loss='l2', cd_weight_mode='flat', sigma_data=0.5, terminal_anchor=True, terminal_teacher_hop=True, sync_dropout=True)
+    loss(student(), torch.zeros(64, 1, 8, 8), None, SampleDraws(0, 0, 64))
+    averages = EasyDict(halflife_at=lambda nimg: 1)
+    ticks = tick_stats(EasyDict(tick=0, nimg=64, tick_start_nimg=0), 1e-3, averages, 0, 0, 0, 1, torch.device('cpu'))
+    names = {re.sub(r'/sigma_.*', '/sigma_<low>-<high>', re.sub(r'segment\d+', 'segment<j>', name)) for name in [*training_stats.collect(), *ticks]}
+    text = (ROOT / 'docs' / 'formats.md').read_text()
+    documented = set(re.findall(r'`((?:Loss|Edges|Progress|Timing|Resources)/[^`]+)`', text))
+    assert documented == names | {'Loss/cd', 'Loss/diffusion', 'Progress/grad_norm'}
