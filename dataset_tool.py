@@ -325,7 +325,7 @@ def center_crop_wide(image: Image, width: int, height: int) -> Image:
 
 def center_crop_dhariwal(image: Image, width: int, height: int) -> Image:
     """ADM's preprocessing (Dhariwal & Nichol 2021): halved by box filter while twice too large, the shorter side made exact by bicubic
-    filter, the middle cropped. Published ImageNet models and reference statistics expect it."""
+    filter, the middle cropped."""
     from PIL.Image import Resampling
 
     while min(image.size) >= 2 * width:
