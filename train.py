@@ -284,11 +284,10 @@ def load_teacher(opts: EasyDict, dataset):
 
 def network_of_teacher(opts: EasyDict, teacher) -> EasyDict:
     """The student's network: the teacher's, with the options that leave its weights alone; UserError where options contradict it."""
-    from training import networks
     kwargs = teacher_arguments(teacher)
     wanted = dict(PRECONDITIONING=PRECONDITIONING.get(opts.precond), **(ARCHITECTURES[opts.arch] if opts.arch else {}))
     own = dict(kwargs, PRECONDITIONING=type(teacher).__name__)
-    own.setdefault('model_type', 'DhariwalUNet' if isinstance(teacher.model, networks.DhariwalUNet) else 'SongUNet')
+    own.setdefault('model_type', type(teacher.model).__name__)
     for option, keys in (('precond', ['PRECONDITIONING']), ('arch', ['model_type', 'embedding_type', 'encoder_type'])):
         for key in keys:
             theirs = own.get(key) or default_of(teacher.model, key)
@@ -353,9 +352,9 @@ def try_network(network: EasyDict) -> None:
     """Build the network without memory behind it and pass one image through; raises what is wrong with it."""
     import torch
 
-    from training import networks
+    from training.checkpoint import NETWORKS
     with torch.device('meta'):
-        net = networks.PRECONDS[network.class_name](**network.kwargs)
+        net = NETWORKS[network.class_name](**network.kwargs)
         net(torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution), torch.ones(1))
 
 

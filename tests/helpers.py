@@ -9,11 +9,11 @@ TINY_NETWORK = ['--arch=adm', '--cbase=8', '--cres=1,2', '--num_blocks=1', '--at
 FAST = ['--workers=0', '--seed=0', '--nosubdir', '--lr_rampup=0.1']
 
 
-def run(*arguments, check=True, **kwargs) -> subprocess.CompletedProcess:
+def run(*arguments, check=True, timeout=300, **kwargs) -> subprocess.CompletedProcess:
     """`python <arguments>` in the repository, single-threaded."""
     env = dict(os.environ, OMP_NUM_THREADS='1', **kwargs.pop('env', {}))
     command = [sys.executable, '-W', 'ignore', *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=300, **kwargs)
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=timeout, **kwargs)
     assert not check or done.returncode == 0, done.stderr
     return done
 

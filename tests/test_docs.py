@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from helpers import ROOT
 
+import convert
 import dataset_tool
 import demo
 import fid
@@ -29,7 +30,8 @@ from training.training_loop import tick_stats
 
 PAGES = sorted((ROOT / 'docs').glob('*.md'))
 COMMANDS = {'train.py': train.main, 'generate.py': generate.main, 'fid.py calc': fid.calc, 'fid.py ref': fid.ref, 'validation.py': validation.main,
-            'dataset_tool.py': dataset_tool.main, 'demo.py': demo.main, 'benchmarks/step.py': step.main, 'python -m metrics.rulers': rulers.main}
+            'dataset_tool.py': dataset_tool.main, 'demo.py': demo.main, 'convert.py': convert.files, 'convert.py info': convert.info,
+            'benchmarks/step.py': step.main, 'python -m metrics.rulers': rulers.main}
 # Options of torchrun and srun.
 FOREIGN = {'standalone', 'nproc_per_node', 'nnodes', 'node_rank', 'rdzv_backend', 'rdzv_endpoint', 'rdzv_id', 'numa-binding', 'numa_binding',
            'ntasks', 'ntasks-per-node', 'kill-on-bad-exit'}
@@ -42,6 +44,10 @@ def blocks(page, language):
 
 #----------------------------------------------------------------------------
 # Options.
+
+def options_of(command):
+    return [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+
 
 def documented_default(option):
     """What options.md has in its second column."""
@@ -69,8 +75,8 @@ def test_options_md_lists_every_option_with_its_default_under_the_headings_of_he
     section = text.partition(f'\n## `{name}`\n')[2].partition('\n## ')[0]
     lines = [line for line in section.splitlines() if line.startswith(('| `', '### '))]
     expected, group = [], None
-    for option in COMMANDS[name].params:
-        if option.group != group:
+    for option in options_of(COMMANDS[name]):
+        if option.group and option.group != group:
             expected.append(f'### {option.group}')
             group = option.group
         expected.append(documented_start(option))
@@ -80,7 +86,7 @@ def test_options_md_lists_every_option_with_its_default_under_the_headings_of_he
 
 
 def test_no_page_names_an_option_that_does_not_exist():
-    known = FOREIGN | {'help', 'x'} | {name[2:] for command in COMMANDS.values() for option in command.params
+    known = FOREIGN | {'help', 'x'} | {name[2:] for command in COMMANDS.values() for option in options_of(command)
                                        for name in [*option.opts, *option.secondary_opts]}
     for page in (*PAGES, ROOT / 'README.md'):
         named = set(re.findall(r'(?<![\w:-])--([A-Za-z][\w-]*)', page.read_text()))
@@ -94,7 +100,7 @@ def shell_commands():
     for page in PAGES:
         for block, _ in blocks(page, 'bash'):
             for line in block.replace('\\\n', ' ').splitlines():
-                called = [name for name in COMMANDS if f'{name} ' in line]
+                called = sorted((name for name in COMMANDS if f'{name} ' in line), key=len, reverse=True)
                 if called:
                     before, _, arguments = line.partition(f'{called[0]} ')
                     yield page.name, shlex.split(before), called[0], shlex.split(arguments)

@@ -87,6 +87,12 @@ def test_what_cannot_be_done_is_one_clear_error(tmp_path, student, options, word
     assert_one_clear_error(invoke(f'--network={student}', f'--outdir={tmp_path / "out"}', *options), *words)
 
 
+def test_a_hostile_snapshot_is_refused_and_nothing_of_it_runs(tmp_path):
+    (tmp_path / 'hostile.pkl').write_bytes(b'cos\nsystem\n(S"touch ' + str(tmp_path / 'canary').encode() + b'"\ntR.')
+    assert_one_clear_error(invoke(f'--network={tmp_path / "hostile.pkl"}', f'--outdir={tmp_path / "out"}'), 'hostile.pkl')
+    assert not (tmp_path / 'canary').exists() and not (tmp_path / 'out').exists()
+
+
 def test_an_unwritable_folder_is_named(tmp_path, student):
     (tmp_path / 'file').write_text('')
     assert_one_clear_error(invoke(f'--network={student}', f'--outdir={tmp_path / "file" / "x"}'), '--outdir')

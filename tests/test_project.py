@@ -3,7 +3,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -14,7 +13,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     tomllib = None
 
-SCRIPTS = ['train.py', 'generate.py', 'fid.py', 'validation.py', 'dataset_tool.py', 'demo.py']
+SCRIPTS = ['train.py', 'generate.py', 'fid.py', 'validation.py', 'dataset_tool.py', 'demo.py', 'convert.py']
 
 
 def test_the_linter_is_content():
@@ -62,9 +61,8 @@ def test_help_needs_no_torch(script):
 
 def test_the_demo_tells_its_story(tmp_path):
     """A hundredth of its training: every command runs and every file is there; the numbers mean nothing."""
-    start = time.time()
     out = tmp_path / 'out'
-    done = run('demo.py', f'--outdir={out}', '--scale=0.01')
+    done = run('demo.py', f'--outdir={out}', '--scale=0.01', timeout=570)
     rows = json.loads((out / 'results.json').read_text())
     assert [(r['model'], r['solver'], r['nfe']) for r in rows] == [
         ('teacher', 'euler', 8), ('teacher', 'heun', 511), ('student-8', 'student', 8), ('student-4', 'student', 4), ('student-2', 'student', 2)]
@@ -72,11 +70,11 @@ def test_the_demo_tells_its_story(tmp_path):
         assert row['images'] == 128 and row['seconds'] > 0 and row['interval'][0] <= row['distance'] <= row['interval'][1]
         assert row['distance_pca'] > 0 and row['distance_random'] > 0
     page = (out / 'report.html').read_text()
-    assert page.count('data:image/png;base64,') == 8 and 'train.py' in page and 'http' not in page and 'not FID' in page
+    assert page.count('data:image/png;base64,') == 7 and 'train.py' in page and 'http' not in page and 'not FID' in page
     assert (out / 'table.md').read_text().count('\n') == 7 and (out / 'table.md').read_text() in done.stdout
     assert {'loss.png', 'distance.png', 'samples.png', 'samples-student-8.png'} <= {path.name for path in out.iterdir()}
     shown = [line for line in done.stdout.splitlines() if line.startswith('$ python ')]
-    assert len(shown) == 2 + 3 + 4 + 5 * 4 and time.time() - start < 280
+    assert len(shown) == 2 + 3 + 4 + 5 * 4
     assert_one_clear_error(run('demo.py', f'--outdir={out}', check=False), 'not empty')
 
 

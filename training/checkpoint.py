@@ -25,12 +25,12 @@ import torch
 import dnnlib
 from dnnlib import UserError
 from torch_utils.restricted_pickle import MalformedPickle, StoredTensor, module_tensors, persistent_object, plain, read_pickle, read_tensor
-from training import networks
+from training import networks, networks_edm2
 from training.consistency_ops import student_grid
 
 STUDENT_LOSS = 'EDMConsistencyDistillLoss'  # the class that identifies a published student's snapshot
 SEAL_LENGTH = len(b'\n#sha256 ') + 64 + len(b'\n')
-NETWORKS = networks.PRECONDS                # class name -> class: what a snapshot may hold
+NETWORKS = {**networks.PRECONDS, **networks_edm2.PRECONDS}  # class name -> class: what a snapshot may hold
 GEOMETRY = ('img_resolution', 'img_channels', 'label_dim')
 
 #----------------------------------------------------------------------------
@@ -120,11 +120,11 @@ def _read_network(file: BinaryIO, size: int, key: str, device: torch.device, sea
     if file.tell() != size:
         raise MalformedPickle('goes on after the end of its pickle (truncated or damaged?)')
     record = _network_record(snapshot, key)
-    net = _build(record)
+    net = build_unfilled(record)
     _fill(net, module_tensors(record), file, size, device)
-    _restore_attributes(net, persistent_object(record)[1])
+    restore_attributes(net, persistent_object(record)[1])
     net.metadata = _metadata(snapshot, net)
-    if not sealed and 'digest' in net.metadata and net.metadata['digest'] != _digest(net, net.metadata):
+    if not sealed and 'digest' in net.metadata and net.metadata['digest'] != network_digest(net, net.metadata):
         raise MalformedPickle('is damaged: its network does not match the digest in its metadata. Copy or download it again')
     return net
 
@@ -150,7 +150,7 @@ def _check_arguments(values):
             raise MalformedPickle(f'asks for a network whose {name} is beyond {limit:,}')
 
 
-def _build(record) -> torch.nn.Module:
+def build_unfilled(record) -> torch.nn.Module:
     """The network of a record's class and constructor arguments, on the meta device: its tensors have shapes but no memory."""
     class_name, state = persistent_object(record)
     cls = NETWORKS.get(class_name)
@@ -193,9 +193,9 @@ def _fill(net: torch.nn.Module, stored: dict[str, StoredTensor], file: BinaryIO,
         setattr(net.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
 
-def _restore_attributes(net: torch.nn.Module, state: dict):
+def restore_attributes(net: torch.nn.Module, state: dict):
     """Numbers and switches that were set after construction (use_fp16, sigma_min, sigma_max, ...)."""
-    for name, value in _attributes(net).items():
+    for name, value in numeric_attributes(net).items():
         if name not in state:
             continue
         stored = plain(state[name])
@@ -204,7 +204,8 @@ def _restore_attributes(net: torch.nn.Module, state: dict):
         setattr(net, name, stored)
 
 
-def _attributes(net: torch.nn.Module) -> dict[str, bool | int | float]:
+def numeric_attributes(net: torch.nn.Module) -> dict[str, bool | int | float]:
+    """A network's own numbers and switches (sigma_min, use_fp16, ...), by name."""
     return {name: value for name, value in vars(net).items()
             if not name.startswith('_') and name != 'training' and isinstance(value, (bool, int, float))}
 
@@ -247,7 +248,7 @@ def save_snapshot(path: str | os.PathLike, net: torch.nn.Module, **metadata):
         metadata = plain({name: value for name, value in metadata.items() if name != 'digest' and (name, value) != ('dataset_kwargs', {})})
     except MalformedPickle as error:
         raise TypeError(f'the metadata {error}') from error
-    metadata['digest'] = _digest(net, metadata)
+    metadata['digest'] = network_digest(net, metadata)
     dataset_kwargs = metadata.pop('dataset_kwargs', {})
     snapshot = dict(ema=_frozen(net), loss_fn=None, augment_pipe=None, dataset_kwargs=dataset_kwargs, metadata=metadata)
     with _sealed(path) as file:
@@ -265,9 +266,9 @@ def _frozen(net: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(net, copies).eval()
 
 
-def _digest(net: torch.nn.Module, metadata: dict) -> str:
+def network_digest(net: torch.nn.Module, metadata: dict) -> str:
     """sha256 over class, constructor arguments, numeric attributes, metadata, and the tensors' names, dtypes, shapes and bytes."""
-    facts = [type(net).__name__, plain(net.init_args), plain(net.init_kwargs), _attributes(net), {**metadata, 'digest': None}]
+    facts = [type(net).__name__, plain(net.init_args), plain(net.init_kwargs), numeric_attributes(net), {**metadata, 'digest': None}]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(_tensors(net).items()):
         digest.update(f'\n{name} {tensor.dtype} {list(tensor.shape)}\n'.encode())

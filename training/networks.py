@@ -1,4 +1,4 @@
-"""Denoisers D(x; sigma): the ADM, DDPM++ and NCSN++ U-Nets under EDM, VP, VE and iDDPM preconditioning.
+"""Denoisers D(x; sigma): the ADM, DDPM++ and NCSN++ U-Nets under EDM, CM, VP, VE and iDDPM preconditioning.
 
 Constructor arguments and parameter names are those of EDM's published snapshots, so that their weights load. A snapshot
 carries this file's source, so it imports nothing but torch and `torch_utils.persistence`.
@@ -138,7 +138,7 @@ class UNetBlock(Module):
 
     def __init__(self, in_channels, out_channels, emb_channels, up=False, down=False, attention=False, num_heads=None, channels_per_head=64,
                  dropout=0, skip_scale=1, eps=1e-5, resample_filter=(1, 1), resample_proj=False, adaptive_scale=True,
-                 init=None, init_zero=None, init_attn=None):
+                 init=None, init_zero=None, init_attn=None, min_channels_per_group=4):
         super().__init__()
         init, init_zero = init or {}, init_zero or dict(init_weight=0)
         if not attention:
@@ -149,17 +149,18 @@ class UNetBlock(Module):
         self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
 
         resample = dict(up=up, down=down, resample_filter=resample_filter)
-        self.norm0 = GroupNorm(num_channels=in_channels, eps=eps)
+        norm = dict(min_channels_per_group=min_channels_per_group, eps=eps)
+        self.norm0 = GroupNorm(num_channels=in_channels, **norm)
         self.conv0 = Conv2d(in_channels, out_channels, kernel=3, **resample, **init)
         self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1), **init)
-        self.norm1 = GroupNorm(num_channels=out_channels, eps=eps)
+        self.norm1 = GroupNorm(num_channels=out_channels, **norm)
         self.conv1 = Conv2d(out_channels, out_channels, kernel=3, **init_zero)
         self.skip = None
         if in_channels != out_channels or up or down:
             project = resample_proj or in_channels != out_channels
             self.skip = Conv2d(in_channels, out_channels, kernel=int(project), **resample, **init)
         if num_heads:
-            self.norm2 = GroupNorm(num_channels=out_channels, eps=eps)
+            self.norm2 = GroupNorm(num_channels=out_channels, **norm)
             self.qkv = Conv2d(out_channels, out_channels * 3, kernel=1, **(init_attn or init))
             self.proj = Conv2d(out_channels, out_channels, kernel=1, **init_zero)
 
@@ -347,17 +348,23 @@ class SongUNet(UNet):
 
 @persistent
 class DhariwalUNet(UNet):
-    """ADM (Dhariwal & Nichol 2021), as in EDM (Karras et al. 2022, Table 7). `dout_resolutions`: see `SongUNet`."""
+    """ADM (Dhariwal & Nichol 2021), as in EDM (Karras et al. 2022, Table 7). `dout_resolutions`: see `SongUNet`.
+
+    Some weights of Song et al. 2023 differ: the embedding only shifts (`adaptive_scale` False), norms have 32 groups whatever their width
+    (`min_channels_per_group` 1).
+    """
 
     def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0, model_channels=192, channel_mult=(1, 2, 3, 4),
-                 channel_mult_emb=4, num_blocks=3, attn_resolutions=(32, 16, 8), dropout=0.10, label_dropout=0, dout_resolutions=None):
+                 channel_mult_emb=4, num_blocks=3, attn_resolutions=(32, 16, 8), dropout=0.10, label_dropout=0, dout_resolutions=None,
+                 adaptive_scale=True, min_channels_per_group=4):
         super().__init__()
         self.img_resolution, self.channel_mult, self.attn_resolutions = img_resolution, channel_mult, attn_resolutions
         self.dropout, self.dout_resolutions, self.label_dropout = dropout, dout_resolutions, label_dropout
         emb_channels = model_channels * channel_mult_emb
         init = dict(init_mode='kaiming_uniform', init_weight=math.sqrt(1 / 3), init_bias=math.sqrt(1 / 3))
         init_zero = dict(init_mode='kaiming_uniform', init_weight=0, init_bias=0)
-        self.block_kwargs = dict(emb_channels=emb_channels, channels_per_head=64, init=init, init_zero=init_zero)
+        self.block_kwargs = dict(emb_channels=emb_channels, channels_per_head=64, adaptive_scale=adaptive_scale,
+                                 min_channels_per_group=min_channels_per_group, init=init, init_zero=init_zero)
 
         self.map_noise = PositionalEmbedding(model_channels)
         self.map_augment = Linear(augment_dim, model_channels, bias=False, **init_zero) if augment_dim else None
@@ -387,7 +394,7 @@ class DhariwalUNet(UNet):
             for i in range(num_blocks + 1):
                 self.dec[f'{at}_block{i}'] = self._block(at, width + skips.pop(), model_channels * mult, attention=attention)
                 width = model_channels * mult
-        self.out_norm = GroupNorm(num_channels=width)
+        self.out_norm = GroupNorm(num_channels=width, min_channels_per_group=min_channels_per_group)
         self.out_conv = Conv2d(width, out_channels, kernel=3, **init_zero)
 
     def _embed(self, noise_labels, class_labels, augment_labels):
@@ -416,7 +423,7 @@ class DhariwalUNet(UNet):
 # Preconditioning (Karras et al. 2022, Table 1): D(x; sigma) = c_skip x + c_out F(c_in x; c_noise).
 
 class Precond(Module):
-    """The wrapper that all four share; each gives `coefficients(sigma) -> c_skip, c_out, c_in, c_noise`."""
+    """The wrapper that all share; each gives `coefficients(sigma) -> c_skip, c_out, c_in, c_noise`."""
 
     def __init__(self, img_resolution, img_channels, label_dim, use_fp16, sigma_min, sigma_max, model_type, model_kwargs, out_channels=None):
         super().__init__()
@@ -468,6 +475,24 @@ class EDMPrecond(Precond):
     def coefficients(self, sigma):
         total = sigma ** 2 + self.sigma_data ** 2
         return self.sigma_data ** 2 / total, sigma * self.sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
+
+
+@persistent
+class CMPrecond(Precond):
+    """OpenAI's consistency models and the EDM teachers that they were distilled from (Song et al. 2023, Appendix C).
+
+    As EDM's, but D(x; boundary) = x, and the network is told the noise level as 250 ln sigma. Teachers have `boundary` 0.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=0, sigma_max=float('inf'), sigma_data=0.5,
+                 boundary=0, model_type='DhariwalUNet', **model_kwargs):
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, sigma_min, sigma_max, model_type, model_kwargs)
+        self.sigma_data, self.boundary = sigma_data, boundary
+
+    def coefficients(self, sigma):
+        total, above = sigma ** 2 + self.sigma_data ** 2, sigma - self.boundary
+        c_skip = self.sigma_data ** 2 / (above ** 2 + self.sigma_data ** 2)
+        return c_skip, above * self.sigma_data / total.sqrt(), 1 / total.sqrt(), 250 * sigma.log()
 
 
 @persistent
@@ -530,4 +555,4 @@ class iDDPMPrecond(Precond):
         return 1, -sigma, 1 / (sigma ** 2 + 1).sqrt(), self.M - 1 - index
 
 
-PRECONDS = {cls.__name__: cls for cls in (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond)}
+PRECONDS = {cls.__name__: cls for cls in (EDMPrecond, CMPrecond, VPPrecond, VEPrecond, iDDPMPrecond)}

@@ -14,7 +14,7 @@ import validation
 from dnnlib import EasyDict, UserError
 from torch_utils import distributed, misc, training_stats
 from torch_utils.flat import FlatParameters
-from training import checkpoint, networks
+from training import checkpoint
 from training.augment import AugmentPipe
 from training.consistency_ops import student_grid
 from training.dataset import ImageFolderDataset, InfiniteSampler
@@ -47,7 +47,7 @@ def training_loop(c: EasyDict, run_dir: str, teacher: torch.nn.Module | None = N
 
     # Networks, loss, optimiser, averages.
     teacher = teacher.to(device) if teacher is not None else None
-    net = build_network(c, teacher).to(device).train().requires_grad_(True)
+    net = build_network(c, teacher).to(device).train()
     loss_fn = build_loss(c, teacher)
     augment_pipe = AugmentPipe(p=c.augment) if c.augment > 0 else None
     flat = FlatParameters(net)
@@ -162,10 +162,13 @@ def update_weights(flat: FlatParameters, optimizer, averages: WeightAverages, lr
 
 def build_network(c: EasyDict, teacher: torch.nn.Module | None) -> torch.nn.Module:
     """The network to train: from the teacher's weights where there is one, or from those of --transfer that fit."""
-    net = networks.PRECONDS[c.network.class_name](**c.network.kwargs)
+    net = checkpoint.NETWORKS[c.network.class_name](**c.network.kwargs)
     if teacher is not None:
         net.load_state_dict(teacher.state_dict())
         net.sigma_min, net.sigma_max = teacher.sigma_min, teacher.sigma_max
+    net.requires_grad_(True)
+    if hasattr(net, 'logvar_linear'):  # EDM2's uncertainty: no loss here asks for it, and DDP wants every parameter used
+        net.logvar_linear.requires_grad_(False)
     if c.transfer:
         source, own = checkpoint.load_network(c.transfer).state_dict(), net.state_dict()
         fitting = {name: tensor for name, tensor in source.items() if name in own and own[name].shape == tensor.shape}

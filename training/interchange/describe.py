@@ -1,0 +1,76 @@
+"""What a network is, in the words of `convert.py info`."""
+from __future__ import annotations
+
+import inspect
+import math
+
+import torch
+
+
+def describe(net: torch.nn.Module) -> dict:
+    """Plain data about a network with `metadata`: what it is built of, what it works on, how it was trained, and the rest of its metadata."""
+    arguments = constructor_arguments(net)
+    metadata = dict(net.metadata)
+    unet = next(child for child in net.children() if any(True for _ in child.parameters()))
+    return dict(
+        preconditioning=type(net).__name__,
+        architecture=type(unet).__name__,
+        arguments=arguments,
+        parameters=sum(parameter.numel() for parameter in net.parameters()),
+        dtypes=sorted({str(parameter.dtype).removeprefix('torch.') for parameter in net.parameters()}),
+        resolution=net.img_resolution,
+        channels=net.img_channels,
+        labels=net.label_dim,
+        augment_labels=arguments.get('augment_dim', 0),
+        sigma_min=getattr(net, 'sigma_min', None),
+        sigma_max=getattr(net, 'sigma_max', None),
+        objective=metadata.pop('objective', None),
+        grid=metadata.pop('sigmas', None),
+        kimg=metadata.pop('kimg', None),
+        metadata=metadata,
+    )
+
+
+def constructor_arguments(net: torch.nn.Module) -> dict:
+    """The arguments that a network was built with, by name."""
+    bound = inspect.signature(type(net).__init__).bind(net, *net.init_args, **net.init_kwargs).arguments
+    return {**{name: value for name, value in bound.items() if name not in ('self', 'model_kwargs')}, **bound.get('model_kwargs', {})}
+
+
+def printable(value):
+    """Plain data that strict JSON can hold: numbers that are not finite become the strings 'inf', '-inf' and 'nan'."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [printable(item) for item in value]
+    if isinstance(value, dict):
+        return {name: printable(item) for name, item in value.items()}
+    return value
+
+
+def as_text(facts: dict) -> str:
+    """One line a fact, names in a column; nested facts are indented; long lists keep on one line."""
+    width = max(len(name) for name in facts)
+    lines = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            lines.append(name + ('' if value else ': none'))
+            lines.extend('    ' + line for line in (as_text(value).splitlines() if value else []))
+        else:
+            lines.append(f'{name:{width}}  {as_phrase(value)}')
+    return '\n'.join(lines)
+
+
+def as_phrase(value) -> str:
+    """A value as people write it."""
+    if value is None:
+        return '-'
+    if isinstance(value, bool):
+        return 'yes' if value else 'no'
+    if isinstance(value, int):
+        return f'{value:,}'
+    if isinstance(value, float):
+        return f'{value:g}'
+    if isinstance(value, (list, tuple)):
+        return ', '.join(map(as_phrase, value)) or 'none'
+    return str(value)

@@ -1,0 +1,192 @@
+"""Writes consistency models as folders that diffusers' `ConsistencyModelPipeline` loads; diffusers itself is not needed for that.
+
+The pipeline's scheduler applies the preconditioning of Song et al. 2023 (Appendix C) and gives the noise level as 250 ln sigma to a `UNet2DModel`,
+which can be configured to be our ADM. What these two cannot express is refused.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import dnnlib
+from dnnlib import UserError
+from training import networks
+
+CHANNELS_PER_HEAD = 64
+NUM_TIMESTEPS = 40  # Karras nodes that the pipeline's `timesteps` index; 40 where Song et al. distil, 201 or 151 where they train
+BLOCK_NAMES = dict(norm0='norm1', conv0='conv1', affine='time_emb_proj', norm1='norm2', conv1='conv2', skip='conv_shortcut')
+ATTENTION_NAMES = dict(norm2='group_norm', qkv='qkv', proj='to_out.0')
+
+
+def save_diffusers(folder: str | os.PathLike, net: torch.nn.Module) -> None:
+    """Writes `folder`, which must not exist or be empty: `ConsistencyModelPipeline.from_pretrained(folder)` gives the network's outputs.
+
+    Raises: UserError, naming what diffusers cannot express, or why the folder cannot be written.
+    """
+    check_expressible(net)
+    unet, weights = unet_config(net), unet_weights(net)
+    with new_folder(folder) as place:
+        write_json(place / 'model_index.json', dict(_class_name='ConsistencyModelPipeline', unet=['diffusers', 'UNet2DModel'],
+                                                    scheduler=['diffusers', 'CMStochasticIterativeScheduler']))
+        write_json(place / 'unet' / 'config.json', unet)
+        write_json(place / 'scheduler' / 'scheduler_config.json', scheduler_config(net))
+        with dnnlib.util.atomic_write(place / 'unet' / 'diffusion_pytorch_model.safetensors') as file:
+            file.write(safetensors.torch.save(weights, dict(format='pt')))
+
+#----------------------------------------------------------------------------
+# What can be expressed.
+
+def check_expressible(net: torch.nn.Module) -> None:
+    """Raises: UserError naming the first thing about a network that ConsistencyModelPipeline has no counterpart for."""
+    if isinstance(net, networks.EDMPrecond):
+        refuse("EDM's time embedding, ln(sigma) / 4: UNet2DModel's frequencies are fixed, and the scheduler gives 250 ln(sigma)")
+    if not isinstance(net, networks.CMPrecond):
+        refuse(f'{type(net).__name__}: the scheduler has the preconditioning of OpenAI\'s consistency models only')
+    if not net.boundary:
+        refuse('a diffusion model: the pipeline samples consistency models, for which D(x; sigma_min) = x')
+    if not math.isfinite(net.sigma_max):
+        refuse('noise levels without an upper end: the scheduler starts at sigma_max')
+    if not isinstance(net.model, networks.DhariwalUNet):
+        refuse(f'{type(net.model).__name__}: UNet2DModel has no counterpart')
+    if net.model.map_augment is not None:
+        refuse('augmentation labels')
+    if net.model.channel_mult[0] != 1:
+        refuse(f'a first level {net.model.channel_mult[0]} times as wide as the time embedding')
+    for block in attentions(net.model):
+        if block.out_channels % CHANNELS_PER_HEAD:
+            refuse(f'attention over {block.out_channels} channels, which heads of {CHANNELS_PER_HEAD} do not divide')
+    if len(groups := group_counts(net.model)) > 1:
+        refuse(f'normalisation in {" or ".join(map(str, groups))} groups: UNet2DModel has the same number everywhere')
+
+
+def refuse(what: str):
+    raise UserError(f'diffusers cannot express {what}. Use --to=safetensors, or keep the snapshot.')
+
+
+def attentions(model: networks.DhariwalUNet) -> list[networks.UNetBlock]:
+    return [block for block in [*model.enc.values(), *model.dec.values()] if getattr(block, 'num_heads', 0)]
+
+
+def group_counts(model: torch.nn.Module) -> list[int]:
+    return sorted({module.num_groups for module in model.modules() if isinstance(module, networks.GroupNorm)})
+
+#----------------------------------------------------------------------------
+# Configurations and weights.
+
+def scheduler_config(net: networks.CMPrecond) -> dict:
+    """Arguments of `CMStochasticIterativeScheduler`."""
+    return dict(_class_name='CMStochasticIterativeScheduler', num_train_timesteps=NUM_TIMESTEPS, sigma_min=net.boundary, sigma_max=net.sigma_max,
+                sigma_data=net.sigma_data, rho=net.metadata.get('rho', 7.0), s_noise=1.0, clip_denoised=True)
+
+
+def unet_config(net: networks.CMPrecond) -> dict:
+    """Arguments of `UNet2DModel`."""
+    model, (num_groups,) = net.model, group_counts(net.model)
+    firsts = [model.enc[f'{at}_block0'] for at in levels(model)]
+    attention = [bool(block.num_heads) for block in firsts]
+    return dict(
+        _class_name='UNet2DModel', sample_size=net.img_resolution, in_channels=net.img_channels, out_channels=net.img_channels,
+        block_out_channels=[block.out_channels for block in firsts], layers_per_block=sum('_block' in name for name in model.enc) // len(firsts),
+        down_block_types=['AttnDownBlock2D' if here else 'ResnetDownsampleBlock2D' for here in attention], downsample_type='resnet',
+        up_block_types=['AttnUpBlock2D' if here else 'ResnetUpsampleBlock2D' for here in reversed(attention)], upsample_type='resnet',
+        add_attention=any('mid_block.attentions' in name for name in unet_places(model)), attention_head_dim=CHANNELS_PER_HEAD,
+        norm_num_groups=num_groups, attn_norm_num_groups=num_groups, norm_eps=model.out_norm.eps,
+        resnet_time_scale_shift='scale_shift' if model.block_kwargs['adaptive_scale'] else 'default',
+        time_embedding_type='positional', time_embedding_dim=model.map_layer0.out_features, flip_sin_to_cos=True, freq_shift=0,
+        num_class_embeds=net.label_dim or None, act_fn='silu', dropout=0.0)
+
+
+def levels(model: networks.DhariwalUNet) -> list[str]:
+    """Prefixes of module names, finest level first."""
+    return [f'{model.img_resolution >> level}x{model.img_resolution >> level}' for level in range(len(model.channel_mult))]
+
+
+def block_places(model: networks.DhariwalUNet) -> dict[str, torch.nn.Module]:
+    """{UNet2DModel's name of a residual block (or of the first convolution): our module}."""
+    order, places = levels(model), {}
+    for name, module in model.enc.items():
+        at, _, what = name.partition('_')
+        level = order.index(at)
+        places['conv_in' if what == 'conv' else f'down_blocks.{level - 1}.downsamplers.0' if what == 'down' else
+               f'down_blocks.{level}.resnets.{what.removeprefix("block")}'] = module
+    for name, module in model.dec.items():
+        at, _, what = name.partition('_')
+        level = len(order) - 1 - order.index(at)
+        places[f'up_blocks.{level - 1}.upsamplers.0' if what == 'up' else f'mid_block.resnets.{what[2:]}' if what in ('in0', 'in1') else
+               f'up_blocks.{level}.resnets.{what.removeprefix("block")}'] = module
+    return places
+
+
+def unet_places(model: networks.DhariwalUNet) -> dict[str, torch.nn.Module]:
+    """{UNet2DModel's name of a layer: our module with its weight and bias}."""
+    places = {'time_embedding.linear_1': model.map_layer0, 'time_embedding.linear_2': model.map_layer1,
+              'conv_norm_out': model.out_norm, 'conv_out': model.out_conv}
+    for place, block in block_places(model).items():
+        if not isinstance(block, networks.UNetBlock):
+            places[place] = block
+            continue
+        for ours, theirs in BLOCK_NAMES.items():
+            if getattr(getattr(block, ours), 'weight', None) is not None:
+                places[f'{place}.{theirs}'] = getattr(block, ours)
+        if block.num_heads:
+            attention = place.replace('resnets', 'attentions')
+            places.update({f'{attention}.{theirs}': getattr(block, ours) for ours, theirs in ATTENTION_NAMES.items()})
+    return places
+
+
+def unet_weights(net: networks.CMPrecond) -> dict[str, Tensor]:
+    """The tensors of an ADM under the names and in the shapes of `UNet2DModel`."""
+    weights = {}
+    for place, module in unet_places(net.model).items():
+        for leaf, tensor in module.named_parameters():
+            if place.endswith('.qkv'):      # head, feature, (q, k, v) -> three layers of head, feature
+                parts = tensor.unflatten(0, (-1, 3)).unbind(1)
+                weights.update({f'{place[:-3]}to_{part}.{leaf}': linear(value) for part, value in zip('qkv', parts)})
+            else:
+                weights[f'{place}.{leaf}'] = linear(tensor) if place.endswith('.to_out.0') else tensor
+    if net.label_dim:
+        weights['class_embedding.weight'] = net.model.map_label.weight.mT
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+
+
+def linear(tensor: Tensor) -> Tensor:
+    """A 1x1 convolution's parameter as that of a matrix."""
+    return tensor.flatten(1) if tensor.ndim == 4 else tensor
+
+#----------------------------------------------------------------------------
+# Folders.
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A folder to fill, which takes the name `path` only when the `with` block has ended well.
+
+    Raises: UserError where `path` is a file or a folder that is not empty, or cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp')
+    try:
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise UserError(f'{path} exists already. Give the name of a new folder, or remove it.')
+        temporary.mkdir()
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f'Cannot write {path}: {error.strerror}. Choose an existing directory that you may write to.') from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with dnnlib.util.atomic_write(path) as file:
+        file.write(json.dumps(value, indent=2, allow_nan=False).encode() + b'\n')

@@ -1,0 +1,113 @@
+"""Networks as one safetensors file: the tensors, and a JSON configuration under `config` in the header's metadata.
+
+The configuration holds what a snapshot holds besides tensors: class name, constructor arguments, numeric attributes, metadata and its
+digest, so that reading gives back the very network that was written. JSON has neither tuples nor infinities: see `to_json`.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+import dnnlib
+from dnnlib import UserError
+from torch_utils.restricted_pickle import PERSISTENT_OBJECT, Call, MalformedPickle, plain
+from training import checkpoint
+
+FORMAT = 'multistep-consistency-edm 1'
+
+#----------------------------------------------------------------------------
+# Plain data as strict JSON.
+
+def to_json(value):
+    """Plain data as values that strict JSON keeps exactly: tuples, non-finite numbers and dicts that would look like either are tagged.
+
+    A tag is a dict of one key: {'$tuple': [...]}, {'$float': 'inf'}, {'$dict': {...}}.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return {'$float': str(value)}
+    if isinstance(value, tuple):
+        return {'$tuple': [to_json(item) for item in value]}
+    if isinstance(value, list):
+        return [to_json(item) for item in value]
+    if isinstance(value, dict):
+        items = {key: to_json(item) for key, item in value.items()}
+        return {'$dict': items} if len(items) == 1 and next(iter(items)).startswith('$') else items
+    return value
+
+
+def from_json(value):
+    """The inverse of `to_json`. Raises: ValueError, TypeError or AttributeError for tags that hold something else."""
+    if isinstance(value, list):
+        return [from_json(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    tag, content = next(iter(value.items())) if len(value) == 1 else (None, None)
+    if tag == '$float':
+        return float(content)
+    if tag == '$tuple':
+        return tuple(from_json(content))
+    return {key: from_json(item) for key, item in (content if tag == '$dict' else value).items()}
+
+#----------------------------------------------------------------------------
+# Files.
+
+def save_safetensors(path: str | os.PathLike, net: torch.nn.Module) -> None:
+    """Writes a network and its `metadata`. Raises: UserError where the file cannot be written."""
+    metadata = {name: value for name, value in net.metadata.items() if name != 'digest'}
+    metadata['digest'] = checkpoint.network_digest(net, metadata)
+    config = dict(format=FORMAT, class_name=type(net).__name__, args=net.init_args, kwargs=net.init_kwargs,
+                  attributes=checkpoint.numeric_attributes(net), metadata=metadata)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
+    data = safetensors.torch.save(tensors, dict(config=json.dumps(to_json(plain(config)), allow_nan=False)))
+    with dnnlib.util.atomic_write(path) as file:
+        file.write(data)
+
+
+def load_safetensors(source: str | os.PathLike) -> torch.nn.Module:
+    """The network that `save_safetensors` wrote, as `load_network` would give it, with every tensor, argument and number as it was.
+
+    Args:
+        source: path or http(s) URL.
+    Raises: UserError, naming the source, where the file is damaged or not of this format.
+    """
+    path = dnnlib.util.local_path(source)
+    try:
+        with safe_open(path, framework='pt') as file:
+            config = _parse_config((file.metadata() or {}).get('config'))
+            net = _build(config)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        net.load_state_dict(tensors, assign=True)
+        checkpoint.restore_attributes(net, config['attributes'])
+    except (SafetensorError, MalformedPickle, RuntimeError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0] if not isinstance(error, MalformedPickle) else f'it {error}'
+        raise UserError(f'{os.fspath(source)} cannot be used as a network in safetensors format: {reason}.') from error
+    net.requires_grad_(False).metadata = config['metadata']
+    if checkpoint.network_digest(net, net.metadata) != net.metadata.get('digest'):
+        raise UserError(f'{os.fspath(source)} is damaged: its contents do not match their digest. Copy or download it again.')
+    return net
+
+
+def _parse_config(text: str | None) -> dict:
+    if text is None:
+        raise MalformedPickle('has no configuration of ours in its header; only files written by convert.py can be read')
+    try:
+        config = plain(from_json(json.loads(text)))
+        kinds = dict(format=str, class_name=str, args=tuple, kwargs=dict, attributes=dict, metadata=dict)
+        if not isinstance(config, dict) or any(not isinstance(config.get(name), kind) for name, kind in kinds.items()):
+            raise ValueError('entries are missing')
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise MalformedPickle(f'has a configuration that makes no sense ({error})') from error
+    if config['format'] != FORMAT:
+        raise MalformedPickle(f'is in format {config["format"]!r}; this version reads {FORMAT!r}')
+    return config
+
+
+def _build(config: dict) -> torch.nn.Module:
+    """The network without its tensors, with the checks that snapshots undergo."""
+    state = dict(_init_args=config['args'], _init_kwargs=config['kwargs'])
+    return checkpoint.build_unfilled(Call(PERSISTENT_OBJECT, (dict(class_name=config['class_name'], state=state),)))

@@ -1,0 +1,322 @@
+"""EDM2's denoiser D(x; sigma): the magnitude-preserving U-Net of configuration G, and its preconditioning (Karras et al. 2024).
+
+Every layer maps inputs of unit variance to outputs of about unit variance, and weights have unit variance by force, so that activations
+and updates keep their size throughout training. There are no biases and no group norms.
+
+Classes, constructor arguments and parameter names are those of EDM2's published snapshots, so that their weights load. A snapshot
+carries this file's source, so it imports nothing but torch and `torch_utils.persistence`.
+
+Shapes: images [N, C, H, W], noise levels [N] or a scalar, class labels one-hot [N, label_dim].
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.nn import Module, ModuleDict, Parameter
+
+from torch_utils.persistence import persistent_class as persistent
+
+#----------------------------------------------------------------------------
+# Magnitude-preserving operations.
+
+def normalize(x, dims):
+    """`x` divided by its root mean square over `dims`, plus 1e-4; the mean is taken in FP32 at least."""
+    at_least_fp32 = torch.promote_types(x.dtype, torch.float32)
+    count = math.prod([x.shape[dim] for dim in dims])
+    rms = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=at_least_fp32) / math.sqrt(count)
+    return x / (rms + 1e-4).to(x.dtype)
+
+
+def normalize_weight(weight):
+    """`weight` [out, ...] with unit variance for every output channel, in FP32 at least."""
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return normalize(weight, dims=tuple(range(1, weight.ndim)))
+
+
+def mp_silu(x):
+    """SiLU over the magnitude that it gives to a standard normal input, 0.596 (Eq. 81)."""
+    return F.silu(x) / 0.596
+
+
+def mp_sum(a, b, t):
+    """(1 − t) a + t b over the magnitude of that sum of independent unit inputs, sqrt((1 − t)² + t²) (Eq. 88)."""
+    return torch.lerp(a, b, t) / math.hypot(1 - t, t)
+
+
+def mp_cat(a, b, t):
+    """Channels of `a`, then of `b`, the two contributing to what follows in proportion 1 − t : t whatever their numbers (Eq. 103).
+
+    With N = N_a + N_b and C = sqrt(N / ((1 − t)² + t²)), the factors are C (1 − t) / sqrt(N_a) and C t / sqrt(N_b).
+    """
+    n_a, n_b = a.shape[1], b.shape[1]
+    scale = math.sqrt(n_a + n_b) / math.hypot(1 - t, t)
+    return torch.cat([a * (scale * (1 - t) / math.sqrt(n_a)), b * (scale * t / math.sqrt(n_b))], dim=1)
+
+
+def resample(x, taps, mode):
+    """2x resampling with a separable filter: `mode` is keep, down or up."""
+    if mode == 'keep':
+        return x
+    channels, padding = x.shape[1], (len(taps) - 1) // 2
+    # Filled on the device: a tensor made from the list would be a copy from the host, which waits.
+    line = torch.stack([x.new_full([], tap / sum(taps)) for tap in taps])
+    kernel = torch.outer(line, line).expand(channels, 1, -1, -1)
+    if mode == 'down':
+        return F.conv2d(x, kernel, stride=2, padding=padding, groups=channels)
+    return F.conv_transpose2d(x, kernel * 4, stride=2, padding=padding, groups=channels)
+
+#----------------------------------------------------------------------------
+# Layers.
+
+@persistent
+class MPFourier(Module):
+    """Random Fourier features of a scalar, of unit variance: [N] -> [N, num_channels] (Eq. 75)."""
+
+    def __init__(self, num_channels, bandwidth=1):
+        super().__init__()
+        self.register_buffer('freqs', torch.randn(num_channels) * (2 * math.pi * bandwidth))
+        self.register_buffer('phases', torch.rand(num_channels) * (2 * math.pi))
+
+    def forward(self, x):
+        angles = torch.outer(x, self.freqs.to(x.dtype)) + self.phases.to(x.dtype)
+        return angles.cos() * math.sqrt(2)
+
+
+@persistent
+class MPConv(Module):
+    """Convolution, or matrix product where `kernel` is [], with weights normalised for every output channel (Eq. 47).
+
+    While training, the stored weights are normalised too, before use (forced weight normalisation, Eq. 66): gradient steps are orthogonal
+    to them, and without it they would only grow. Passes without gradients leave them alone, so these may lie between a forward pass
+    and its backward pass.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel):
+        super().__init__()
+        self.out_channels = out_channels
+        self.weight = Parameter(torch.randn(out_channels, in_channels, *kernel))
+
+    def forward(self, x, gain=1):
+        if self.training and torch.is_grad_enabled():
+            stored = self.weight.detach()
+            stored.copy_(normalize_weight(stored))
+        fan_in = self.weight.numel() // self.out_channels
+        # The quotient is in the gain's own precision, as in EDM2, whose snapshots have FP16 tensors.
+        weight = (normalize_weight(self.weight) * (gain / math.sqrt(fan_in))).to(x.dtype)
+        if weight.ndim == 2:
+            return F.linear(x, weight)
+        return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
+@persistent
+class Block(Module):
+    """Residual block with noise-level modulation, optional 2x resampling and self-attention.
+
+    An encoder block (`flavor` enc) projects and normalises its main path first, a decoder block (dec) projects it last. Attention has one
+    head for every `channels_per_head` channels: none at all where there are fewer. `res_balance` and `attn_balance` are the shares of the
+    residual branches (`mp_sum`'s t), `clip_act` bounds the output. `dropout` acts before the second convolution.
+    """
+
+    def __init__(self, in_channels, out_channels, emb_channels, flavor='enc', resample_mode='keep', resample_filter=(1, 1), attention=False,
+                 channels_per_head=64, dropout=0, res_balance=0.3, attn_balance=0.3, clip_act=256):
+        super().__init__()
+        for value, known in ((flavor, ('enc', 'dec')), (resample_mode, ('keep', 'down', 'up'))):
+            if value not in known:
+                raise ValueError(f'{value!r} is not one of {", ".join(known)}')
+        self.out_channels, self.flavor, self.resample_mode, self.resample_filter = out_channels, flavor, resample_mode, resample_filter
+        self.num_heads = out_channels // channels_per_head if attention else 0
+        self.dropout, self.res_balance, self.attn_balance, self.clip_act = dropout, res_balance, attn_balance, clip_act
+
+        self.conv_res0 = MPConv(out_channels if flavor == 'enc' else in_channels, out_channels, kernel=[3, 3])
+        self.conv_res1 = MPConv(out_channels, out_channels, kernel=[3, 3])
+        self.emb_linear, self.emb_gain = MPConv(emb_channels, out_channels, kernel=[]), Parameter(torch.zeros([]))
+        self.conv_skip = self.attn_qkv = self.attn_proj = None
+        if in_channels != out_channels:
+            self.conv_skip = MPConv(in_channels, out_channels, kernel=[1, 1])
+        if self.num_heads:
+            self.attn_qkv = MPConv(out_channels, out_channels * 3, kernel=[1, 1])
+            self.attn_proj = MPConv(out_channels, out_channels, kernel=[1, 1])
+
+    def _project(self, x):
+        return x if self.conv_skip is None else self.conv_skip(x)
+
+    def _dropout(self, x, mask):
+        if mask is not None:
+            return x * (mask.to(x.dtype) / (1 - self.dropout))
+        return F.dropout(x, self.dropout, self.training)
+
+    def _attention(self, x):
+        n, c, h, w = x.shape
+        # Channels are ordered head, feature, (q, k, v); each of the three is normalised over its features, so that logits are bounded.
+        qkv = normalize(self.attn_qkv(x).reshape(n, self.num_heads, c // self.num_heads, 3, h * w), dims=(2,))
+        q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(3))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.attn_proj(out.transpose(-1, -2).reshape(n, c, h, w))
+
+    def forward(self, x, emb, mask=None):
+        """`mask`: [N, out_channels, H, W] bool, true where a value is kept; None draws one where the block is training."""
+        x = resample(x, self.resample_filter, self.resample_mode)
+        if self.flavor == 'enc':
+            x = normalize(self._project(x), dims=(1,))
+        h = self.conv_res0(mp_silu(x))
+        scale = self.emb_linear(emb, gain=self.emb_gain) + 1
+        h = mp_silu(h * scale[:, :, None, None].to(h.dtype))
+        h = self.conv_res1(self._dropout(h, mask))
+        x = mp_sum(x if self.flavor == 'enc' else self._project(x), h, t=self.res_balance)
+        if self.num_heads:
+            x = mp_sum(x, self._attention(x), t=self.attn_balance)
+        return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
+
+#----------------------------------------------------------------------------
+# U-Net.
+
+@persistent
+class UNet(Module):
+    """The U-Net of configuration G; modules are named `<res>x<res>_<what>`.
+
+    Embeddings have `model_channels` times `channel_mult_noise` channels for the noise level (by default as the finest level) and times
+    `channel_mult_emb` (by default as the widest level). `label_balance` and `concat_balance` are the shares of the class embedding and
+    of the skip connections. `dropout`, everywhere or only at `dout_resolutions`; `block_kwargs`: see `Block`.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim, model_channels=192, channel_mult=(1, 2, 3, 4), channel_mult_noise=None,
+                 channel_mult_emb=None, num_blocks=3, attn_resolutions=(16, 8), label_balance=0.5, concat_balance=0.5, dropout=0,
+                 dout_resolutions=None, **block_kwargs):
+        super().__init__()
+        self.label_balance, self.concat_balance = label_balance, concat_balance
+        self.dropout, self.dout_resolutions, self.block_kwargs = dropout, dout_resolutions, block_kwargs
+        levels = [(img_resolution >> level, model_channels * mult) for level, mult in enumerate(channel_mult)]
+        finest, coarsest = levels[0], levels[-1]
+        noise_channels = finest[1] if channel_mult_noise is None else model_channels * channel_mult_noise
+        self.emb_channels = max(width for _, width in levels) if channel_mult_emb is None else model_channels * channel_mult_emb
+
+        self.out_gain = Parameter(torch.zeros([]))
+        self.emb_fourier = MPFourier(noise_channels)
+        self.emb_noise = MPConv(noise_channels, self.emb_channels, kernel=[])
+        self.emb_label = MPConv(label_dim, self.emb_channels, kernel=[]) if label_dim else None
+
+        self.enc = ModuleDict()
+        width = finest[1]
+        for res, channels in levels:
+            if res == finest[0]:
+                self.enc[f'{res}x{res}_conv'] = MPConv(img_channels + 1, width, kernel=[3, 3])  # one more: a constant, in place of biases
+            else:
+                self._add('enc', res, 'down', width, width, resample_mode='down')
+            for i in range(num_blocks):
+                self._add('enc', res, f'block{i}', width, channels, attention=res in attn_resolutions)
+                width = channels
+
+        self.dec = ModuleDict()
+        skips = [module.out_channels for module in self.enc.values()]
+        for res, channels in reversed(levels):
+            if res == coarsest[0]:
+                self._add('dec', res, 'in0', width, width, attention=True)
+                self._add('dec', res, 'in1', width, width)
+            else:
+                self._add('dec', res, 'up', width, width, resample_mode='up')
+            for i in range(num_blocks + 1):
+                self._add('dec', res, f'block{i}', width + skips.pop(), channels, attention=res in attn_resolutions)
+                width = channels
+        self.out_conv = MPConv(width, img_channels, kernel=[3, 3])
+
+    def _add(self, part, res, what, in_channels, out_channels, **kwargs):
+        """A new last block of the encoder or decoder, with dropout only where `dout_resolutions` admits it."""
+        dropped = self.dout_resolutions is None or res in self.dout_resolutions
+        getattr(self, part)[f'{res}x{res}_{what}'] = Block(in_channels, out_channels, self.emb_channels, flavor=part,
+                                                           dropout=self.dropout if dropped else 0, **self.block_kwargs, **kwargs)
+
+    def dropout_masks(self, batch_size, generator=None):
+        """Masks for one pass: {block name: [N, C, H, W] bool, true where kept}, empty without dropout.
+
+        Giving the same masks to two passes synchronises their dropout bit for bit, whatever the precision or compiler.
+        """
+        masks = {}
+        for part in ('enc', 'dec'):
+            for name, block in getattr(self, part).items():
+                if getattr(block, 'dropout', 0):
+                    res = int(name.partition('x')[0])
+                    mask = torch.empty([batch_size, block.out_channels, res, res], dtype=torch.bool, device=self.out_gain.device)
+                    masks[f'{part}.{name}'] = mask.bernoulli_(1 - block.dropout, generator=generator)
+        return masks
+
+    def _embed(self, noise_labels, class_labels):
+        emb = self.emb_noise(self.emb_fourier(noise_labels))
+        if self.emb_label is not None:
+            # A one-hot vector times the root of its length has unit variance.
+            emb = mp_sum(emb, self.emb_label(class_labels * math.sqrt(class_labels.shape[1])), t=self.label_balance)
+        return mp_silu(emb)
+
+    def forward(self, x, noise_labels, class_labels, dropout_masks=None):
+        masks = dropout_masks or {}
+        emb = self._embed(noise_labels, class_labels)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        skips = []
+        for name, module in self.enc.items():
+            x = module(x, emb, masks.get(f'enc.{name}')) if isinstance(module, Block) else module(x)
+            skips.append(x)
+        for name, block in self.dec.items():
+            if '_block' in name:
+                x = mp_cat(x, skips.pop(), t=self.concat_balance)
+            x = block(x, emb, masks.get(f'dec.{name}'))
+        return self.out_conv(x, gain=self.out_gain)
+
+#----------------------------------------------------------------------------
+# Preconditioning: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), as in EDM.
+
+@persistent
+class Precond(Module):
+    """EDM's preconditioning (Karras et al. 2022, Eq. 7) around EDM2's U-Net, with its estimate of the loss's log-variance.
+
+    `model_kwargs`: see `UNet`.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim, use_fp16=True, sigma_data=0.5, logvar_channels=128, **model_kwargs):
+        super().__init__()
+        self.img_resolution, self.img_channels, self.label_dim, self.use_fp16 = img_resolution, img_channels, label_dim, use_fp16
+        self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, 0, float('inf')
+        self.unet = UNet(img_resolution, img_channels, label_dim, **model_kwargs)
+        self.logvar_fourier = MPFourier(logvar_channels)
+        self.logvar_linear = MPConv(logvar_channels, 1, kernel=[])
+
+    @property
+    def model(self):
+        """The U-Net, by the name that all our networks have for it."""
+        return self.unet
+
+    def forward(self, x, sigma, class_labels=None, force_fp32=False, return_logvar=False, augment_labels=None, **model_kwargs):
+        """Denoised images [N, C, H, W] in FP32 (FP64 where the weights are) from noisy `x` at noise levels `sigma`, [N] or scalar.
+
+        With `return_logvar`, a pair: the images and u(sigma), the log-variance of the loss, [N, 1, 1, 1] (Eq. 21).
+        FP16 runs inside where `use_fp16` is set and the device is a GPU. `model_kwargs`: `dropout_masks`.
+        Raises: ValueError for augmentation labels, which EDM2 has no use for.
+        """
+        if augment_labels is not None:
+            raise ValueError('EDM2 networks take no augmentation labels')
+        full = torch.promote_types(self.unet.out_gain.dtype, torch.float32)
+        inner = torch.float16 if self.use_fp16 and not force_fp32 and x.device.type == 'cuda' else full
+        x = x.to(full)
+        sigma = torch.as_tensor(sigma, device=x.device).to(full).reshape(-1, 1, 1, 1)
+        if self.label_dim == 0:
+            class_labels = None
+        elif class_labels is None:
+            class_labels = torch.zeros([1, self.label_dim], device=x.device, dtype=full)
+        else:
+            class_labels = class_labels.to(full).reshape(-1, self.label_dim)
+        total = sigma ** 2 + self.sigma_data ** 2
+        c_noise = sigma.flatten().log() / 4
+        out = self.unet((x / total.sqrt()).to(inner), c_noise, class_labels, **model_kwargs)
+        denoised = self.sigma_data ** 2 / total * x + sigma * self.sigma_data / total.sqrt() * out.to(full)
+        if return_logvar:
+            return denoised, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
+        return denoised
+
+    def dropout_masks(self, batch_size, generator=None):
+        """See `UNet.dropout_masks`."""
+        return self.unet.dropout_masks(batch_size, generator)
+
+    def round_sigma(self, sigma):
+        """The noise levels that the network was trained at, nearest to `sigma`: all are."""
+        return torch.as_tensor(sigma)
+
+
+PRECONDS = {Precond.__name__: Precond}
