@@ -25,11 +25,11 @@ IMAGES = 1797  # as many as there are digits
 BATCH = 128
 SHOWN = 40     # images in a grid
 
-NETWORK = ['--arch=adm', '--cbase=16', '--cres=1,2', '--num_blocks=2', '--attn_resolutions=none']
+NETWORK = ['--arch=adm', '--cbase=16', '--cres=1,2', '--num_blocks=1', '--attn_resolutions=none']
 COMMON = ['--cond=1', f'--batch={BATCH}', '--workers=0', '--seed=0', '--nosubdir', '--snap=10', '--dump=0', '--lr_schedule=cosine']
-TEACHER_STEPS, TEACHER = 3500, ['--lr=2e-3', '--ema=40kimg', '--augment=0', '--dropout=0', '--lr_rampup=20']
+TEACHER_STEPS, TEACHER = 4000, ['--lr=2e-3', '--ema=40kimg', '--augment=0', '--dropout=0', '--lr_rampup=20']
 STUDENT = ['--consistency=True', '--lr=1e-3', '--ema=20kimg', '--lr_rampup=5', '--student_grid=full']
-STUDENT_STEPS = {8: 1300, 4: 1000, 2: 700}
+STUDENT_STEPS = {8: 2000, 4: 1500, 2: 1000}
 TEACHER_ROWS = [('euler', 8, 8), ('heun', 256, 511)]  # solver, steps, NFE
 
 

@@ -1,6 +1,6 @@
 """Load a snapshot, sample a grid of images, save it: the shortest complete use of this repository.
 
-    python example.py demo-out/student-8/network-snapshot-000166.pkl grid.png
+    python example.py demo-out/student-8/network-snapshot-000256.pkl grid.png
 
 Works for teachers and students, ours and EDM's: what the network is, is read from the snapshot.
 """

@@ -27,7 +27,7 @@ from training.phema import WeightAverages
 from training.training_loop import accumulate_gradients, update_weights
 
 SIZES = {
-    'demo': (8, 1, 10, 128, dict(model_type='DhariwalUNet', model_channels=16, channel_mult=[1, 2], num_blocks=2, attn_resolutions=[], dropout=0)),
+    'demo': (8, 1, 10, 128, dict(model_type='DhariwalUNet', model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[], dropout=0)),
     'cifar10-ddpmpp': (32, 3, 10, 32, dict(model_type='SongUNet', model_channels=128, channel_mult=[2, 2, 2], dropout=0.13)),
     'imagenet64-adm': (64, 3, 1000, 64, dict(model_type='DhariwalUNet', model_channels=192, channel_mult=[1, 2, 3, 4], dropout=0.2,
                                              dout_resolutions=[16, 8])),
