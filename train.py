@@ -185,7 +185,7 @@ def main(ctx, **kwargs):
     run_dir = distributed.broadcast_object(run_dir)
 
     from training.training_loop import training_loop
-    training_loop(c, run_dir, teacher, state)
+    training_loop(c, run_dir, dataset, teacher, state)
     distributed.shutdown()
 
 

@@ -210,6 +210,14 @@ class UNet(Module):
         dropped = self.dout_resolutions is None or resolution in self.dout_resolutions
         return UNetBlock(in_channels, out_channels, dropout=self.dropout if dropped else 0, **self.block_kwargs, **kwargs)
 
+    def _encode_level(self, prefix, width, out_width, num_blocks, attention, skips):
+        """The encoder's own blocks of a level; adds the widths of their outputs to `skips` and returns the last."""
+        for i in range(num_blocks):
+            self.enc[f'{prefix}_block{i}'] = self._block(prefix, width, out_width, attention=attention)
+            width = out_width
+            skips.append(width)
+        return width
+
     def _enter_level(self, prefix, width, coarsest):
         """The decoder's modules before a level's own blocks: two at the coarsest level, one that upsamples at the others."""
         if coarsest:
@@ -289,10 +297,7 @@ class SongUNet(UNet):
                     self.enc[f'{at}_aux_residual'] = Conv2d(aux_width, width, kernel=3, down=True, fused_resample=True, **filtered, **init)
                     aux_width = width
             skips.append(width)
-            for i in range(num_blocks):
-                self.enc[f'{at}_block{i}'] = self._block(at, width, model_channels * mult, attention=attention)
-                width = model_channels * mult
-                skips.append(width)
+            width = self._encode_level(at, width, model_channels * mult, num_blocks, attention, skips)
 
         self.dec = ModuleDict()
         for level, at, mult, attention in reversed(list(self._levels())):
@@ -383,10 +388,7 @@ class DhariwalUNet(UNet):
             else:
                 self.enc[f'{at}_down'] = self._block(at, width, width, down=True)
             skips.append(width)
-            for i in range(num_blocks):
-                self.enc[f'{at}_block{i}'] = self._block(at, width, model_channels * mult, attention=attention)
-                width = model_channels * mult
-                skips.append(width)
+            width = self._encode_level(at, width, model_channels * mult, num_blocks, attention, skips)
 
         self.dec = ModuleDict()
         for level, at, mult, attention in reversed(list(self._levels())):

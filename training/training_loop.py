@@ -24,12 +24,13 @@ from training.loss_cd import ConsistencyDistillationLoss
 from training.phema import WeightAverages
 
 
-def training_loop(c: EasyDict, run_dir: str, teacher: torch.nn.Module | None = None, state: dict | None = None) -> None:
+def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teacher: torch.nn.Module | None = None, state: dict | None = None) -> None:
     """Train until `c.total_nimg` images were seen.
 
     Args:
         c: the configuration that train.py prints with --dry-run and writes to training_options.json.
         run_dir: existing folder for everything that the run writes.
+        dataset: the training set that `c.dataset` describes.
         teacher: frozen network to distil, where `c.objective` needs one.
         state: training state to go on from.
     """
@@ -40,7 +41,6 @@ def training_loop(c: EasyDict, run_dir: str, teacher: torch.nn.Module | None = N
     log = RunLog(run_dir, enabled=rank == 0, total_kimg=c.total_nimg / 1e3)
 
     # Data. Sample g of the run is the same image with the same noise, whichever process handles it.
-    dataset = ImageFolderDataset(**c.dataset)
     rank_batch = c.batch_size // world_size
     batch_gpu = min(c.batch_gpu or rank_batch, rank_batch)
     rounds = rank_batch // batch_gpu
@@ -62,6 +62,7 @@ def training_loop(c: EasyDict, run_dir: str, teacher: torch.nn.Module | None = N
         log(f'Resumed from {c.resume} at {progress.nimg / 1e3:.1f} kimg.')
         if progress.nimg >= c.total_nimg:
             log(f'Nothing to do: --duration is {c.total_nimg / 1e3:g} kimg.')
+            log.close()
             return
     start_nimg = progress.nimg
     ddp = net
