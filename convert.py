@@ -8,80 +8,117 @@ import click
 from dnnlib import UserError, cli
 
 READERS, WRITERS = ['snapshot', 'openai', 'safetensors'], ['snapshot', 'safetensors', 'diffusers']
-OPENAI = "OpenAI's consistency_models"
+OPENAI = "What OpenAI's files do not tell (--from=openai)"
+URL_HELP = 'a path, or an http(s) URL, to which #sha256= and 64 digits can be added.'
 
 
-class ConvertOrInfo(cli.Group):
-    """`info` is a command; whatever else follows `convert.py` belongs to the conversion."""
+class ConvertOrInfo(cli.Command):
+    """The conversion, unless the first word is `info`: then that command, with the arguments after it."""
 
-    def parse_args(self, ctx, args):
-        if args and args[0] not in (*self.commands, *ctx.help_option_names):
-            args = ['files', *args]
-        return super().parse_args(ctx, args)
+    def make_context(self, info_name, args, parent=None, **extra):
+        if args[:1] == ['info']:
+            return info.make_context(f'{info_name} info', args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
 
-    def format_options(self, ctx, formatter):
-        self.commands['files'].format_options(ctx, formatter)
-        self.format_commands(ctx, formatter)
+    def invoke(self, ctx):
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
 
-
-@click.group(cls=ConvertOrInfo, options_metavar='[OPTIONS]', subcommand_metavar='SRC DST | info FILE')
-def main():
-    """Convert the checkpoint SRC to DST, or say what is in a FILE. SRC and FILE are paths or http(s) URLs.
-
-    \b
-    Weights that OpenAI published, as a snapshot for generate.py or train.py:
-      python convert.py --from=openai cd_imagenet64_l2.pt cd-imagenet64.pkl
-      python convert.py --from=openai --kind=edm edm_imagenet64_ema.pt teacher.pkl
-    \b
-    A snapshot as one safetensors file, and back; a converted consistency model as a folder for diffusers:
-      python convert.py --to=safetensors network-snapshot-157698.pkl student.safetensors
-      python convert.py --from=safetensors student.safetensors student.pkl
-      python convert.py --to=diffusers cd-imagenet64.pkl cd-imagenet64
-    \b
-    What is in a checkpoint:
-      python convert.py info network-snapshot-157698.pkl --json
-
-    Nothing in a file is executed. DST appears when it is complete. Without --from and --to a snapshot is rewritten with its network alone.
-    """
+    def format_usage(self, ctx, formatter):
+        super().format_usage(ctx, formatter)
+        formatter.write_usage(f'{ctx.command_path} info', '[OPTIONS] FILE', prefix=' ' * len('Usage: '))
 
 
-@main.command('files', hidden=True)
-@click.argument('source', metavar='SRC')
-@click.argument('dest', metavar='DST')
+@click.command(cls=ConvertOrInfo)
+@cli.argument('source', metavar='SRC', help=f'Checkpoint to convert: {URL_HELP}')
+@cli.argument('dest', metavar='DST', help='File to write, or replace; for diffusers a new folder. It appears when it is complete.')
 @cli.option('--from', 'reader', type=click.Choice(READERS), default='snapshot', show_default=True, help='What SRC is.')
 @cli.option('--to', 'writer', type=click.Choice(WRITERS), default='snapshot', show_default=True, help='What DST shall be; diffusers: a new folder.')
+@cli.option('--timesteps', type=click.IntRange(min=2), metavar='INT',
+            help="Noise levels that a consistency model was trained on, in which diffusers' multistep sampling counts: 40 for cd_*.pt, "
+                 '201 for ct_imagenet64.pt, 151 for the other ct_*.pt.  [default: what a snapshot says; 40]')
 @cli.option('--kind', type=click.Choice(['consistency', 'edm']), group=OPENAI,
-            help='Consistency model (cd_*.pt, ct_*.pt) or diffusion model (edm_*.pt). The files do not tell.  [default: consistency]')
+            help='Consistency model (cd_*.pt, ct_*.pt) or diffusion model (edm_*.pt).  [default: consistency]')
 @cli.option('--resolution', type=click.IntRange(min=1), metavar='INT', group=OPENAI,
-            help='Image resolution, which the files do not tell.  [default: the coarsest level is taken to be 8x8, as in all that were published]')
-def files(source, dest, reader, writer, kind, resolution):
-    """Convert the checkpoint SRC to DST."""
-    if reader != 'openai' and (kind or resolution):
-        raise click.UsageError('--kind and --resolution are for --from=openai only.')
-    net = read(source, reader, kind or 'consistency', resolution)
+            help='Image resolution.  [default: the coarsest level is taken to be 8x8, as in all that were published]')
+@cli.option('--channels-per-head', type=click.IntRange(min=1), metavar='INT', group=OPENAI,
+            help='Channels of an attention head, num_head_channels there.  [default: 64]')
+@cli.option('--heads', type=click.IntRange(min=1), metavar='INT', group=OPENAI,
+            help='Number of attention heads at every level instead, num_heads there.')
+@cli.option('--attention-order', type=click.Choice(['qkv-first', 'heads-first']), group=OPENAI,
+            help='What the channels of attention are ordered by first. heads-first: trained without flash attention.  [default: qkv-first]')
+@cli.option('--key', metavar='NAME', group=OPENAI, help='Which network, where the file holds several, such as ema.')
+def main(source, dest, reader, writer, timesteps, **openai):
+    """Convert the checkpoint SRC to DST, or say what is in FILE.
+
+    Nothing in a file is executed. Without --from and --to, a snapshot is rewritten with its network alone.
+
+    \b
+    OpenAI's weights, as snapshots for generate.py and train.py:
+      python convert.py --from=openai cd_imagenet64_l2.pt cd-imagenet64.pkl
+      python convert.py --from=openai --kind=edm edm_imagenet64_ema.pt edm.pkl
+    \b
+    A snapshot as one safetensors file, and back:
+      python convert.py --to=safetensors student.pkl student.safetensors
+      python convert.py --from=safetensors student.safetensors student.pkl
+    \b
+    A consistency model as a folder for diffusers:
+      python convert.py --to=diffusers cd-imagenet64.pkl cd-imagenet64
+    \b
+    What is in a snapshot, a training state, or any of the above:
+      python convert.py info network-snapshot-157698.pkl
+    """
+    openai = {name: value for name, value in openai.items() if value is not None}
+    if openai and reader != 'openai':
+        names = ', '.join(f'--{name.replace("_", "-")}' for name in openai)
+        raise click.UsageError(f'{names}: for --from=openai only.')
+    if 'heads' in openai and 'channels_per_head' in openai:
+        raise click.UsageError('--heads and --channels-per-head exclude each other.')
+    if timesteps and (openai.get('kind') == 'edm' or (reader != 'openai' and writer != 'diffusers')):
+        raise click.UsageError('--timesteps is for consistency models: with --from=openai, or with --to=diffusers.')
+    net = read(source, reader, **openai)
+    if timesteps:
+        net.metadata['num_timesteps'] = timesteps
     write(dest, net, writer)
     click.echo(f'{dest}: {summary(net)}')
+    if reader == 'openai' and (guessed := assumed(net, openai)):
+        click.echo(f'Assumed, because {source} does not tell: {guessed}. See --help if that is not so.')
 
 
-@main.command()
-@click.argument('file', metavar='FILE')
+@click.command(cls=cli.Command)
+@cli.argument('file', metavar='FILE', help=f'Checkpoint: {URL_HELP}')
 @cli.option('--json', 'as_json', is_flag=True, help='Print one JSON object.')
-def info(file, as_json):
-    """Say what is in a checkpoint: a snapshot, a safetensors file of ours, or weights of OpenAI's."""
+@cli.option('--key', metavar='NAME', help="Which network, where a file of OpenAI's weights holds several, such as ema.")
+def info(file, as_json, key):
+    """Say what is in a checkpoint: architecture, arguments, parameters, resolution, labels, preconditioning, objective, grid, kimg.
+
+    FILE is a snapshot, a training state, a safetensors file that convert.py wrote, or OpenAI's weights; its first and last bytes tell which.
+    """
     from training.interchange import describe
-    reader = recognise(file)
-    net = read(file, reader, kind='edm')
-    if reader == 'openai':
-        net.metadata['objective'] = None  # the file does not tell
-    facts = dict(file=file, format=reader, **describe.describe(net))
+    kind = recognise(file)
+    if key is not None and kind != 'openai':
+        raise UserError(f"--key={key} is for OpenAI's weights, and {file} is a {kind}: leave it out.")
+    if kind == 'training state':
+        facts = describe.describe_state(file)
+    elif kind == 'openai':
+        from training.interchange.openai import inspect_openai
+        net, guessed = inspect_openai(file, key)
+        facts = dict(describe.describe(net), assumed=guessed)
+    else:
+        facts = describe.describe(read(file, kind))
+    facts = dict(file=file, format=kind, **facts)
     click.echo(json.dumps(describe.printable(facts), indent=2, allow_nan=False) if as_json else describe.as_text(facts))
 
 
-def read(source: str, reader: str, kind: str = 'consistency', resolution: int | None = None):
+def read(source: str, reader: str, **openai):
     """The network of a checkpoint in one of the formats READERS."""
     if reader == 'openai':
         from training.interchange.openai import load_openai
-        return load_openai(source, kind, resolution)
+        return load_openai(source, **openai)
+    kind = recognise(source)
+    if kind == 'training state':
+        raise UserError(f'{source} is a training state, from which training goes on. Convert a network-snapshot-*.pkl of the same run.')
+    if kind != reader:
+        raise UserError(f'{source} is {"a PyTorch file" if kind == "openai" else f"a {kind}"}, not a {reader}. Say so with --from={kind}.')
     if reader == 'safetensors':
         from training.interchange.safetensors import load_safetensors
         return load_safetensors(source)
@@ -105,13 +142,27 @@ def write(dest: str, net, writer: str) -> None:
 
 
 def recognise(source: str) -> str:
-    """The format of a file, one of READERS, by its first bytes: a zip archive is a PyTorch file, a JSON object after its length is safetensors."""
+    """What a file is by its first bytes, one of READERS or 'training state'.
+
+    A zip archive is a PyTorch file, ours where a checksum follows it; a JSON object after its length is safetensors.
+    """
     import dnnlib
+    from torch_utils.sealed_file import find_seal
     with dnnlib.open_url(source) as file:
+        _, checksum = find_seal(file)
         start = file.read(9)
     if start[:4] == b'PK\x03\x04':
-        return 'openai'
+        return 'training state' if checksum is not None else 'openai'
     return 'safetensors' if start[8:] == b'{' else 'snapshot'
+
+
+def assumed(net, told: dict) -> str:
+    """What was taken for granted in a conversion of OpenAI's weights, in words; '' where all was told."""
+    words = dict(kind='a consistency model', resolution=f'images of {net.img_resolution}x{net.img_resolution}',
+                 channels_per_head='64 channels an attention head', attention_order='channels of attention ordered q, k, v first')
+    if 'heads' in told:
+        del words['channels_per_head']
+    return ', '.join(phrase for name, phrase in words.items() if name not in told)
 
 
 def summary(net) -> str:

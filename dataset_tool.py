@@ -1,4 +1,4 @@
-"""Convert any image source into a data set in EDM's format: a zip or a folder of equally sized square PNGs with `dataset.json`."""
+"""Convert any image source into a data set in EDM's format: a zip or a folder of equally sized square PNGs, or of latents, with `dataset.json`."""
 from __future__ import annotations
 
 import contextlib
@@ -213,6 +213,8 @@ def files_source(path: pathlib.Path, limit: int | None) -> Source:
     from training.dataset import ImageFiles, read_labels
 
     files = ImageFiles(path)
+    if files.holds_latents:
+        raise UserError(f'{path} holds latents already ({files.images[0]}, ...); it is a data set as it is, or name the images they were made from')
     labels = read_labels(files)
     if labels is None:
         labels = [None] * len(files.images) if files.label_files else folder_labels(files.images) or [None] * len(files.images)
@@ -450,21 +452,81 @@ def converted(source: Source, transform: Callable[[Image], Image]) -> Iterator[I
         click.echo(f'Note: {count} images were converted from mode {mode} to {source.mode}.', err=True)
 
 
-def convert(source: Source, dest: pathlib.Path, transform: Callable[[Image], Image]) -> str:
-    """Write all images, then `dataset.json`. Returns: a sentence about what was written."""
+class PngFiles:
+    """Images as uncompressed PNGs."""
+
+    pattern, entries = 'img{:08d}.png', {}
+
+    def contents(self, items: Iterable[Item]) -> Iterator[tuple[bytes, int | list[float] | None]]:
+        """(what to write, label) of each item; afterwards `what` says what these files are."""
+        for _, image, label in items:
+            yield png_bytes(image), label
+        self.what = f'{"RGB" if image.mode == "RGB" else "greyscale"} images of {image.width}x{image.height}'
+
+
+class LatentFiles:
+    """Images as raw latents of a VAE, in EDM2's format: .npy files, float32 [2 C, h, w], first means, then standard deviations.
+
+    `entries` of dataset.json name the VAE, and the mean and deviation that each channel has over all images and draws from them.
+    """
+
+    pattern = 'img-mean-std-{:08d}.npy'
+
+    def __init__(self, vae: str):
+        import torch
+
+        from training import encoders
+        self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+        self.encoder = encoders.StabilityVAEEncoder(vae_name=os.path.abspath(vae) if os.path.isdir(vae) else vae)
+        encoders.make_ready(self.encoder, self.device)
+        self.values, self.sums = 0, np.zeros([2, self.encoder.channels])
+
+    def contents(self, items: Iterable[Item]) -> Iterator[tuple[bytes, int | list[float] | None]]:
+        """As `PngFiles.contents`."""
+        items = iter(items)
+        while batch := list(itertools.islice(items, self.encoder.batch_size)):
+            for raw, (_, _, label) in zip(self._encode(batch), batch):
+                data = io.BytesIO()
+                np.save(data, raw)
+                yield data.getvalue(), label
+        self.what = 'latents of {2}x{1}x{0}'.format(*raw.shape)
+
+    def _encode(self, batch: list[Item]) -> np.ndarray:
+        import torch
+
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for _, image, _ in batch])).permute(0, 3, 1, 2)
+        try:
+            raw = self.encoder.encode_pixels(pixels.to(self.device)).cpu().numpy()
+        except RuntimeError as error:
+            raise UserError(f'{batch[0].name}: the VAE cannot encode images of {pixels.shape[3]}x{pixels.shape[2]} ({str(error).splitlines()[0]}); '
+                            'choose another --resolution') from error
+        mean, std = np.split(raw.astype(np.float64), 2, axis=1)
+        self.values += mean[:, 0].size
+        self.sums += [mean.sum((0, 2, 3)), (mean ** 2 + std ** 2).sum((0, 2, 3))]
+        return raw
+
+    @property
+    def entries(self) -> dict:
+        mean, square = self.sums / self.values
+        std = np.sqrt(np.maximum(square - mean ** 2, 1e-12))
+        raw_mean, raw_std = ([float(f'{value:.6g}') for value in values] for values in (mean, std))
+        return dict(encoder=dict(class_name='StabilityVAEEncoder', vae_name=self.encoder.vae_name, raw_mean=raw_mean, raw_std=raw_std))
+
+
+def convert(source: Source, dest: pathlib.Path, transform: Callable[[Image], Image], files: PngFiles | LatentFiles) -> str:
+    """Write all images as `files` has it, then `dataset.json`. Returns: a sentence about what was written."""
     from tqdm import tqdm
 
-    labels, image = [], None
+    labels = []
     bar = dict(total=source.count, unit='img', dynamic_ncols=True, disable=None)  # None: no bar where stderr is not a terminal
     with open_dest(dest) as write, tqdm(converted(source, transform), **bar) as progress:
-        for i, (_, image, label) in enumerate(progress):
-            name = f'{i // 1000:05d}/img{i:08d}.png'
-            write(name, png_bytes(image))
+        for i, (data, label) in enumerate(files.contents(progress)):
+            name = f'{i // 1000:05d}/{files.pattern.format(i)}'
+            write(name, data)
             labels.append([name, label])
         labelled = all(label is not None for _, label in labels)
-        write('dataset.json', json.dumps({'labels': labels if labelled else None}).encode())
-    kind = 'RGB' if source.mode == 'RGB' else 'greyscale'
-    return f'Wrote {len(labels)} {kind} images of {image.width}x{image.height}, {"with" if labelled else "without"} labels, to {dest}'
+        write('dataset.json', json.dumps({'labels': labels if labelled else None, **files.entries}).encode())
+    return f'Wrote {len(labels)} {files.what}, {"with" if labelled else "without"} labels, to {dest}'
 
 
 class Resolution(click.ParamType):
@@ -491,7 +553,10 @@ class Resolution(click.ParamType):
 @option('--transform', type=click.Choice(list(TRANSFORMS)), group='Output',
         help='How non-square images become square: center-crop cuts the largest centred square; center-crop-wide cuts to W:H and pads with black '
              'bars to WxW; center-crop-dhariwal is ADM\'s preprocessing, for ImageNet.  [default: stretch]')
-def main(source: str, max_images: int | None, dest: str, resolution: tuple[int, int] | None, transform: str | None) -> None:
+@option('--encode-vae', 'vae', metavar='NAME|DIR', group='Output',
+        help='Write latents, not images: of this diffusers AutoencoderKL, a name on the Hugging Face hub, such as stabilityai/sd-vae-ft-mse (the VAE '
+             'of EDM2), or a folder.')
+def main(source: str, max_images: int | None, dest: str, resolution: tuple[int, int] | None, transform: str | None, vae: str | None) -> None:
     """Convert images into a data set for training and evaluation.
 
     The result is a zip or folder of PNGs of one size, square with a power of two as side, greyscale or RGB, and a dataset.json of labels. Labels
@@ -502,12 +567,17 @@ def main(source: str, max_images: int | None, dest: str, resolution: tuple[int, 
       python dataset_tool.py --source=digits --dest=datasets/digits.zip
       python dataset_tool.py --source=downloads/cifar-10-python.tar.gz --dest=datasets/cifar10-32x32.zip
       python dataset_tool.py --source=imagenet/train --dest=datasets/imagenet-64x64.zip --resolution=64x64 --transform=center-crop
+      python dataset_tool.py --source=datasets/imagenet-512x512.zip --dest=datasets/latents.zip --encode-vae=stabilityai/sd-vae-ft-mse
     """
     if transform is not None and resolution is None:
         raise click.UsageError(f'--transform={transform} needs --resolution=WxH')
     check_dest(pathlib.Path(dest))
     function = make_transform(transform, resolution)
-    click.echo(convert(open_source(source, max_images), pathlib.Path(dest), function))
+    files = PngFiles() if vae is None else LatentFiles(vae)
+    images = open_source(source, max_images)
+    if vae is not None:
+        images = images._replace(mode='RGB')
+    click.echo(convert(images, pathlib.Path(dest), function, files))
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Images from a snapshot, one for each seed."""
+"""Images, or latents, from a snapshot, one for each seed."""
 from __future__ import annotations
 
 import os
@@ -15,6 +15,7 @@ STUDENT, TEACHER = 'Students', 'Teachers (probability-flow ODE)'
 @cli.option('--outdir', metavar='DIR', required=True, help='Folder for the images, %06d.png after their seeds.')
 @cli.option('--seeds', metavar='LIST', type=cli.IntRanges(), default='0-63', show_default=True, help='Seeds, as in 1,2,5-10.')
 @cli.option('--subdirs', is_flag=True, help='A folder for every 1000 seeds.')
+@cli.option('--latents', 'as_latents', is_flag=True, help='Write what the network draws, undecoded: float32 [C, H, W], %06d.npy.')
 @cli.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), help='Class of all images.  [default: random, by seed]')
 @cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images that a process generates at a time.')
 @cli.option('--steps', metavar='INT', type=click.IntRange(min=1), help="Sampling steps.  [default: a student's own; 18 for a teacher]")
@@ -32,7 +33,7 @@ STUDENT, TEACHER = 'Students', 'Teachers (probability-flow ODE)'
 @cli.option('--disc', 'discretization', type=click.Choice(['edm', 'vp', 've', 'iddpm']), group=TEACHER, help='Time steps.  [default: edm]')
 @cli.option('--schedule', type=click.Choice(['linear', 'vp', 've']), group=TEACHER, help='Noise schedule sigma(t).  [default: linear]')
 @cli.option('--scaling', type=click.Choice(['none', 'vp']), group=TEACHER, help='Signal scaling s(t).  [default: none]')
-def main(network, outdir, seeds, subdirs, class_idx, batch, steps, solver, force_steps, **options):
+def main(network, outdir, seeds, subdirs, as_latents, class_idx, batch, steps, solver, force_steps, **options):
     """Generate images from a snapshot: a student by its own grid, a teacher by solving the probability-flow ODE.
 
     \b
@@ -48,11 +49,13 @@ def main(network, outdir, seeds, subdirs, class_idx, batch, steps, solver, force
     import tqdm
 
     from torch_utils import distributed
-    from training import generation, samplers
+    from training import encoders, generation, samplers
     from training.checkpoint import load_network
     distributed.init()
     with distributed.main_process_first():
         net = load_network(network, distributed.get_device())
+        if not as_latents:  # a VAE that is missing is better missed now
+            encoders.encoder_of(net, distributed.get_device())
     solver, steps = samplers.resolve(net, solver, steps, force_steps)
     options = {name: value for name, value in options.items() if value is not None}
     choose = generation.uniform_labels
@@ -65,12 +68,15 @@ def main(network, outdir, seeds, subdirs, class_idx, batch, steps, solver, force
     except OSError as error:
         raise UserError(f'--outdir={outdir} cannot be made: {error.strerror}') from error
 
-    distributed.print0(f'Generating {len(seeds)} images to "{outdir}" ({solver}, {samplers.evaluations(solver, steps)} evaluations each)...')
+    generate, save, extension = ((generation.generate_latents, generation.save_latents, 'npy') if as_latents else
+                                 (generation.generate_batch, generation.save_images, 'png'))
+    what = f'{len(seeds)} {"latents" if as_latents else "images"}'
+    distributed.print0(f'Generating {what} to "{outdir}" ({solver}, {samplers.evaluations(solver, steps)} evaluations each)...')
     batches = list(generation.split_batches(seeds, batch, distributed.get_rank(), distributed.get_world_size()))
     for part in tqdm.tqdm(batches, unit='batch', disable=None if distributed.is_main() else True, dynamic_ncols=True):
-        images = generation.generate_batch(net, part, choose, solver, steps, force_steps=force_steps, **options)
+        drawn = generate(net, part, choose, solver, steps, force_steps=force_steps, **options)
         folders = [os.path.join(outdir, f'{seed - seed % 1000:06d}') if subdirs else outdir for seed in part]
-        generation.save_images(images, [os.path.join(folder, f'{seed:06d}.png') for folder, seed in zip(folders, part)])
+        save(drawn, [os.path.join(folder, f'{seed:06d}.{extension}') for folder, seed in zip(folders, part)])
     distributed.barrier()
     distributed.print0('Done.')
     distributed.shutdown()

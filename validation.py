@@ -1,13 +1,16 @@
 """Fréchet distance of a network's samples: inside training (`Validator`), and for saved snapshots from the command line."""
 from __future__ import annotations
 
-import json
 import os
 import time
+from typing import TYPE_CHECKING
 
 import click
 
 from dnnlib import EasyDict, UserError, cli
+
+if TYPE_CHECKING:
+    from torch_utils.preemption import StopRequest
 
 LABEL_MODES = ('auto', 'uniform', 'dataset')
 
@@ -56,20 +59,23 @@ class Validator:
         dataset: training set, whose labels `--val_label` may follow; or None.
         run_dir: folder of metrics-val.jsonl.
         device: where networks and detector run.
-        image_shape, label_dim: [C, H, W] of the images and number of classes of the networks to come.
-    Raises: UserError for an unusable reference, detector, label mode or folder: at once, not at the first evaluation.
+        image_shape, label_dim: [C, H, W] and number of classes of the networks to come.
+        encoder: how their images become pixels, as `encoders.build` takes it.
+    Raises: UserError for an unusable reference, detector, VAE, label mode or folder: at once, not at the first evaluation.
     """
 
-    def __init__(self, options: EasyDict, dataset, run_dir: str, device, image_shape: list[int], label_dim: int):
+    def __init__(self, options: EasyDict, dataset, run_dir: str, device, image_shape: list[int], label_dim: int, encoder: dict | None = None):
         import torch
 
         from metrics.detectors import INCEPTION_URL, load_detector
         from metrics.reference import check_same_detector, load_reference
         from torch_utils import distributed
+        from training import encoders
         self.options, self.dataset, self.run_dir, self.device = options, dataset, run_dir, device
         with distributed.main_process_first():
+            pixels = encoders.build(encoder, device).decode(torch.zeros([1, *image_shape], device=device))
             self.detector = load_detector(options.detector or INCEPTION_URL, device)
-            self.detector(torch.zeros([1, *image_shape], dtype=torch.uint8))  # now it knows how many features it returns
+            self.detector(pixels)  # now it knows how many features it returns
         if options.ref:
             self.reference = load_reference(options.ref)
             check_same_detector(self.reference, self.detector, options.ref)
@@ -88,33 +94,55 @@ class Validator:
         from torch_utils import distributed
         from training.dataset import ImageFolderDataset
         data = ImageFolderDataset(path)
+        if data.holds_latents:
+            raise UserError(f'{path} holds latents, and a reference is made of images: name those that the latents were made from')
         batches = image_batches(data, self.options.batch, distributed.get_rank(), distributed.get_world_size())
         stats = feature_statistics(batches, self.detector)
         return Reference(stats.mu, stats.sigma, self.detector.name, self.detector.digest, stats.count)
 
-    def run(self, net, nimg: int, ema: str, steps: int | None = -1, metadata: dict | None = None) -> dict:
+    def run(self, net, nimg: int, ema: str, steps: int | None = -1, metadata: dict | None = None, stop: StopRequest | None = None) -> dict | None:
         """One line of metrics-val.jsonl: the distance of `options.num` images of `net`, as `{"kimg", "nimg", "fid", ...}`.
 
         `steps`: None for the network's default, else `options.steps`. `metadata` says what a network in training is (its grid).
+        Where `stop` is asked for meanwhile, on any process, the evaluation is given up on all, and the result is None.
         """
         from metrics.calc import feature_statistics
         from metrics.frechet import frechet_distance
-        from torch_utils import distributed
         from training import samplers
         start = time.time()
         if metadata is not None:
             net.metadata = metadata
         solver, steps = samplers.resolve(net, None, self.options.steps if steps == -1 else steps)
-        stats = feature_statistics(self._images(net, solver, steps, nimg, ema), self.detector)
+        stats = feature_statistics(self._images(net, solver, steps, nimg, ema, stop), self.detector)
+        if stop is not None and stop.anywhere():
+            return None
         fid = frechet_distance(stats.mu, stats.sigma, self.reference.mu, self.reference.sigma)
-        record = dict(kimg=nimg / 1e3, nimg=nimg, fid=fid, num_images=stats.count, steps=steps, nfe=samplers.evaluations(solver, steps), ema=ema,
-                      seconds=round(time.time() - start, 3))
-        if distributed.is_main():
-            with open(os.path.join(self.run_dir, 'metrics-val.jsonl'), 'a', encoding='utf-8') as file:
-                file.write(json.dumps(record) + '\n')
-        return record
+        return dict(kimg=nimg / 1e3, nimg=nimg, fid=fid, num_images=stats.count, steps=steps, nfe=samplers.evaluations(solver, steps), ema=ema,
+                    seconds=round(time.time() - start, 3))
 
-    def _images(self, net, solver: str, steps: int, nimg: int, ema: str):
+    def sample_grid(self, net, nimg: int, ema: str) -> str | None:
+        """Path of a PNG with the first images that `run` has evaluated, `fakes-<nimg>-<ema>.png`; None on all but the main process.
+
+        Small images are enlarged to be seen. Raises: UserError where it cannot be written.
+        """
+        import torch
+
+        from torch_utils import distributed
+        from training import generation, samplers
+        if not distributed.is_main():
+            return None
+        columns = min(max(512 // net.img_resolution, 2), 8)
+        solver, steps = samplers.resolve(net, None, self.options.steps)
+        choose = label_chooser(self.options.label, net.label_dim, self.dataset)
+        seeds = range(self.options.seed, self.options.seed + columns ** 2)
+        batches = [generation.generate_batch(net, batch, choose, solver, steps) for batch in generation.split_batches(seeds, self.options.batch)]
+        picture = generation.image_grid(torch.cat(batches), columns)
+        path = os.path.join(self.run_dir, f'fakes-{nimg:09d}-{ema}.png')
+        zoom = max(256 // picture.shape[-1], 1)
+        generation.save_images(picture.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)[None], [path])
+        return path
+
+    def _images(self, net, solver: str, steps: int, nimg: int, ema: str, stop: StopRequest | None):
         from torch_utils import distributed
         from training import generation
         choose = label_chooser(self.options.label, net.label_dim, self.dataset)
@@ -125,6 +153,8 @@ class Validator:
             if folder:
                 generation.save_images(images, [os.path.join(folder, f'{seed:06d}.png') for seed in batch])
             yield images
+            if stop is not None and stop.here():
+                return
 
 
 @click.command(cls=cli.Command)
@@ -141,11 +171,11 @@ def main(networks, ref, outdir, detector, **options):
     """Evaluate saved snapshots into the same lines that training writes to metrics-val.jsonl. Also under torchrun."""
     from torch_utils import distributed
     from training.checkpoint import load_network
+    from training.run_log import METRICS, append_lines, json_line
     distributed.init()
     try:
         os.makedirs(outdir, exist_ok=True)
-        with open(os.path.join(outdir, 'metrics-val.jsonl'), 'a', encoding='utf-8'):
-            pass
+        append_lines(os.path.join(outdir, METRICS), '')
     except OSError as error:
         raise UserError(f'--outdir={outdir} cannot be written to: {error.strerror}') from error
     options = EasyDict(options, ref=ref, ref_data=None, detector=detector, dump_images_dir=None, overwrite=False)
@@ -155,9 +185,14 @@ def main(networks, ref, outdir, detector, **options):
             net = load_network(network, device)
         if validator is None:
             shape = [net.img_channels, net.img_resolution, net.img_resolution]
-            validator = Validator(options, None, outdir, device, shape, net.label_dim)
+            validator = Validator(options, None, outdir, device, shape, net.label_dim, net.metadata.get('encoder'))
         record = validator.run(net, nimg=net.metadata.get('nimg', 0), ema=net.metadata.get('ema', 'ema'))
-        distributed.print0(json.dumps(record))
+        if distributed.is_main():
+            click.echo(json_line(record))
+            try:
+                append_lines(os.path.join(outdir, METRICS), json_line(record) + '\n')
+            except OSError as error:
+                raise UserError(f'{METRICS} in --outdir={outdir} cannot be written: {error.strerror}') from error
     distributed.shutdown()
 
 

@@ -1,7 +1,7 @@
 """Time of a consistency distillation step and its parts, and of sampling, for a network of a named size with random weights.
 
-The step is the training loop's own (`accumulate_gradients`, `update_weights`). Its parts are measured inside it, by timing every call of the
-networks: teacher hop, self-target, student forward, backward; `rest` is what remains: drawing, noising, hops' arithmetic, loss,
+The step is the training loop's own (`accumulate_gradients`, `WeightUpdate`, `WeightAverages`). Its parts are measured inside it, by timing every
+call of the networks: teacher hop, self-target, student forward, backward; `rest` is what remains: drawing, noising, hops' arithmetic, loss,
 statistics, optimiser, weight averages. The backward pass of the loss itself counts as backward. T is 1280, as in the second half of training.
 """
 from __future__ import annotations
@@ -22,9 +22,11 @@ from dnnlib import cli
 from torch_utils.flat import FlatParameters
 from training import networks, samplers
 from training.draws import SampleDraws
+from training.encoders import StandardRGBEncoder
 from training.loss_cd import ConsistencyDistillationLoss
 from training.phema import WeightAverages
-from training.training_loop import accumulate_gradients, update_weights
+from training.training_loop import accumulate_gradients
+from training.weight_update import WeightUpdate
 
 SIZES = {
     'demo': (8, 1, 10, 128, dict(model_type='DhariwalUNet', model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[], dropout=0)),
@@ -84,7 +86,7 @@ def time_step(size: str, batch: int | None, steps: int, device: torch.device, fp
         watch.add('backward', watch.now() - start)
 
     flat = FlatParameters(student)
-    optimizer = torch.optim.Adam([flat.weights], lr=1e-5, fused=True)
+    update = WeightUpdate(flat, (0.9, 0.999), 1e-8, loss_scale=None if fp16 else 1.0)
     averages = WeightAverages(student, flat, 5e5, 0.05, [0.05, 0.10] if size != 'demo' else [])
     rows, count, warmup = [], len(data[0]), 2
     torch.Tensor.backward = timed_backward
@@ -94,8 +96,9 @@ def time_step(size: str, batch: int | None, steps: int, device: torch.device, fp
             start = watch.now()
             loss_fn.begin_step(step * count)
             flat.weights.grad.zero_()
-            accumulate_gradients(student, loss_fn, data, SampleDraws(0, step * count, count, device), None, 1 / count)
-            update_weights(flat, optimizer, averages, 1e-5, (step + 1) * count, count)
+            accumulate_gradients(student, loss_fn, data, SampleDraws(0, step * count, count, device), update, 1 / count, StandardRGBEncoder())
+            update.step(1e-5)
+            averages.update((step + 1) * count, count)
             total = watch.now() - start
             rows.append(dict(watch.parts, rest=total - sum(watch.parts.values()), total=total))
     finally:

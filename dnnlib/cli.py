@@ -19,6 +19,19 @@ class Option(click.Option):
         self.group = group
 
 
+class Argument(click.Argument):
+    """A click argument that `--help` describes under the heading 'Arguments'."""
+
+    group = 'Arguments'
+
+    def __init__(self, *args, description: str, **kwargs):  # newer versions of click have `help`, and list it elsewhere
+        super().__init__(*args, **kwargs)
+        self.description = description
+
+    def get_help_record(self, ctx):
+        return self.human_readable_name, self.description
+
+
 class Command(click.Command):
     """A command that lists its options by group and turns a `UserError` into one line and exit status 1."""
 
@@ -54,6 +67,11 @@ class Group(click.Group):
 def option(*names, group: str | None = None, **kwargs):
     """`click.option` with a heading for `--help`."""
     return click.option(*names, cls=Option, group=group, **kwargs)
+
+
+def argument(*names, help: str, **kwargs):
+    """`click.argument` with a description for `--help`."""
+    return click.argument(*names, cls=Argument, description=help, **kwargs)
 
 
 class Number(click.FloatRange):

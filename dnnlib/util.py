@@ -3,11 +3,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import html.parser
+import http.client
+import json
 import os
 import re
 import secrets
+import shutil
 import sys
 import time
 import urllib.parse
@@ -18,7 +22,11 @@ from typing import BinaryIO
 DEFAULT_CACHE_DIR = Path('~/.cache/multistep-consistency-edm')
 DRIVE_HOSTS = ('drive.google.com', 'docs.google.com', 'drive.usercontent.google.com')
 ATTEMPTS = 3                # of a download whose connection breaks, stalls, or ends in a server's error
+TIMEOUT = 15                # seconds without a byte after which a connection counts as stalled
+SLOWEST = 1000              # bytes a second, on average after the first TIMEOUT
+LEFTOVER_SECONDS = 24 * 3600
 CHUNK = 1 << 20
+PAGE_START = re.compile(rb'\s*<(!doctype\s+html|html)\b', re.IGNORECASE)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
@@ -93,7 +101,8 @@ def _sync_directory(directory: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading, by path or URL.
 
-def open_url(source: str | os.PathLike, cache_dir: str | os.PathLike | None = None, sha256: str | None = None, timeout: float = 30) -> BinaryIO:
+def open_url(source: str | os.PathLike, cache_dir: str | os.PathLike | None = None, sha256: str | None = None,
+             timeout: float = TIMEOUT) -> BinaryIO:
     """The file at a path or an http(s) URL, opened for reading, seekable. Arguments and errors are `local_path`'s."""
     path = local_path(source, cache_dir, sha256, timeout)
     try:
@@ -102,113 +111,232 @@ def open_url(source: str | os.PathLike, cache_dir: str | os.PathLike | None = No
         raise UserError(f'Cannot read {path}: {error.strerror}. Check its permissions.') from error
 
 
-def local_path(source: str | os.PathLike, cache_dir: str | os.PathLike | None = None, sha256: str | None = None, timeout: float = 30) -> Path:
+def local_path(source: str | os.PathLike, cache_dir: str | os.PathLike | None = None, sha256: str | None = None,
+               timeout: float = TIMEOUT) -> Path:
     """The path of a file on this machine that holds `source`; a URL is downloaded once and then served from the cache.
 
+    A cached file whose length is not what was downloaded, or whose digest is not the expected one, is downloaded again.
+
     Args:
-        source: a path, or an http(s) URL (Google Drive links included).
+        source: a path, or an http(s) URL (Google Drive links included). `#sha256=<64 hexadecimal digits>` at the end of a URL names the
+            digest that the file must have.
         cache_dir: where downloads live; `~/.cache/multistep-consistency-edm` unless told.
-        sha256: hexadecimal digest that the file must have.
+        sha256: the digest too, for callers; also for paths.
         timeout: seconds without a byte after which a connection counts as stalled.
-    Raises: UserError for a missing file, another scheme, a failed or incomplete download, or another digest.
+    Raises: UserError for a missing file, another scheme, a failed or incomplete download, another digest, or a malformed one.
     """
     source = os.fspath(source)
-    scheme = re.match(r'([A-Za-z][A-Za-z0-9+.-]*)://', source)
-    if scheme is None:
-        path = Path(source)
-        if not os.path.isfile(path):
-            problem = 'is a directory, not a file' if os.path.isdir(path) else 'does not exist'
-            raise UserError(f'{source} {problem}. Check the path.')
-    elif scheme[1].lower() in ('http', 'https'):
-        path = _cache_path(source, Path(cache_dir or DEFAULT_CACHE_DIR).expanduser())
-        if not path.is_file():
-            _download(source, path, sha256, timeout)
-    else:
-        raise UserError(f'{source}: {scheme[1]}:// is not supported. Give a path or an http(s) URL.')
-    if sha256 is not None and file_sha256(path) != sha256.lower():
-        cure = 'Check the expected digest' + (f', or delete {path} to download it again.' if scheme else ' and the file.')
-        raise UserError(f'{source} does not have the SHA-256 digest {sha256}. {cure}')
-    return path
+    expected = None if sha256 is None else _checked_digest(sha256, sha256)
+    if re.match(r'https?://', source, re.IGNORECASE):
+        url, fragment = _split_url(source)
+        if fragment is not None and expected not in (None, fragment):
+            raise UserError(f'{source} names another SHA-256 digest than the one that is expected, {expected}. Give one of them.')
+        return _cached(url, Path(cache_dir or DEFAULT_CACHE_DIR).expanduser(), fragment or expected, timeout)
+    if not os.path.isfile(source):
+        raise UserError(_why_no_file(source))
+    if expected is not None and file_sha256(source) != expected:
+        raise UserError(f'{source} does not have the SHA-256 digest {expected}. Check the expected digest and the file.')
+    return Path(source)
+
+
+def _why_no_file(source: str) -> str:
+    scheme = re.match(r'([A-Za-z][A-Za-z0-9+.-]+):', source)  # one letter is a drive of Windows
+    if scheme and not os.path.exists(source):
+        return f'{source} does not exist as a file, and {scheme[1]}: is not supported. Give a path, or a URL that begins with http:// or https://.'
+    if os.path.isdir(source):
+        return f'{source} is a directory, not a file. Check the path.'
+    return f'{source} does not exist. Check the path.'
+
+
+def _split_url(source: str) -> tuple[str, str | None]:
+    """(the URL without its fragment, the digest that its fragment names or None)."""
+    try:
+        url, fragment = urllib.parse.urldefrag(source)
+        if not urllib.parse.urlsplit(url).hostname:
+            raise ValueError('no host')
+    except ValueError as error:
+        raise UserError(f'{source} is not a well-formed URL ({error}). Check the URL.') from error
+    name, _, digest = fragment.partition('=')
+    if fragment and name != 'sha256':
+        raise UserError(f'{source}: #{fragment} means nothing here. After # only sha256=<64 hexadecimal digits> is understood.')
+    return url, _checked_digest(digest, source) if fragment else None
+
+
+def _checked_digest(digest: str, where: str) -> str:
+    if not re.fullmatch(r'[0-9A-Fa-f]{64}', digest):
+        raise UserError(f'{where}: a SHA-256 digest has 64 hexadecimal digits, and {digest!r} is none. Check the digest.')
+    return digest.lower()
 
 
 def file_sha256(path: str | os.PathLike) -> str:
-    """Hexadecimal SHA-256 digest of a file's bytes."""
-    digest = hashlib.sha256()
+    """Hexadecimal SHA-256 digest of a file's bytes. Raises: UserError where it cannot be read."""
     try:
-        with open(path, 'rb') as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
+        status = os.stat(path)
+        return _digest_of_version(os.fspath(path), status.st_mtime_ns, status.st_size)
     except OSError as error:
         raise UserError(f'Cannot read {path}: {error.strerror}. Check its permissions.') from error
+
+
+@functools.lru_cache(maxsize=16)  # one load opens its file more than once
+def _digest_of_version(path: str, mtime_ns: int, size: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
     return digest.hexdigest()
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache: a file for every URL, and beside it a record of its length. The file comes first: one without a record is not relied on.
 
-def _cache_path(url: str, cache_dir: Path) -> Path:
-    """A name that no two URLs share and that people recognise."""
+def _cached(url: str, cache_dir: Path, sha256: str | None, timeout: float) -> Path:
+    """The cached file of a URL, downloaded where it is not there or not what it should be."""
     name = re.sub(r'[^A-Za-z0-9._-]', '_', urllib.parse.urlsplit(url).path.rsplit('/', 1)[-1])[-100:]
-    return cache_dir / f'{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name or "file"}'
-
-
-def _download(url: str, path: Path, sha256: str | None, timeout: float) -> None:
-    """Bring `url` to `path`, whole; try again where the connection breaks or stalls, or the server has a bad moment."""
-    import requests  # slow to import, and most runs read local files
+    path = cache_dir / f'{hashlib.sha256(url.encode(errors="surrogateescape")).hexdigest()[:16]}-{name or "file"}'
+    if path.is_file():
+        problem = _cache_problem(path, sha256)
+        if problem is None:
+            return path
+        print(f'{path} {problem}.', file=sys.stderr)
     print(f'Downloading {url}', file=sys.stderr, flush=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'Cannot create the download cache {path.parent}: {error.strerror}.') from error
+    _remove_leftovers(path)
+    size = _download(url, path, sha256, timeout)
+    with atomic_write(_record_path(path)) as file:
+        file.write(json.dumps(dict(url=url, bytes=size)).encode() + b'\n')
+    return path
+
+
+def _record_path(path: Path) -> Path:
+    return path.with_name(f'{path.name}.json')
+
+
+def _cache_problem(path: Path, sha256: str | None) -> str | None:
+    """Why a cached file cannot be relied on, as 'is ...' or 'does not ...'; None where it can."""
+    try:
+        record = json.loads(_record_path(path).read_bytes())
+    except (OSError, ValueError):
+        record = None
+    if not isinstance(record, dict) or record.get('bytes') != path.stat().st_size:
+        return 'is not as long as what was downloaded'
+    if sha256 is not None and file_sha256(path) != sha256:
+        return 'does not have the expected SHA-256 digest'
+    return None
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Delete what downloads that were killed have left; one that is under way has written lately."""
+    for leftover in path.parent.glob(f'.{path.name}.*.tmp'):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+                leftover.unlink()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Downloads.
+
+class BrokenDownload(Exception):
+    """A connection that ended before the file did. The message completes 'Cannot download it: ...'; another attempt may do better."""
+
+
+def _download(url: str, path: Path, sha256: str | None, timeout: float) -> int:
+    """Bring `url` to `path`, whole, and return its length; try again where the connection breaks or stalls, or the server has a bad moment."""
+    import requests  # slow to import, and most runs read local files
+    problem, cause = '', None
     for attempt in range(ATTEMPTS):
+        time.sleep(2 ** attempt - 1)
         try:
-            time.sleep(2 ** attempt - 1)
             with requests.Session() as session, atomic_write(path) as file:
                 return _fetch(session, url, file, sha256, timeout)
-        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.TooManyRedirects) as error:
-            raise UserError(f'Cannot download {url}: {error}. Only http(s) is followed. Check the URL.') from error
+        except requests.exceptions.InvalidSchema as error:
+            raise UserError(f'Cannot download {url}: it redirects to something else than http(s) ({error}). Check the URL.') from error
+        except requests.TooManyRedirects as error:
+            raise UserError(f'Cannot download {url}: it redirects without end. Check the URL.') from error
+        except ValueError as error:  # of a URL that cannot be taken apart, its own or a redirection's
+            raise UserError(f'Cannot download {url}: {error}. Check the URL.') from error
+        except requests.HTTPError as error:
+            problem, cause = f'the server answered {error.response.status_code} {error.response.reason}', error
         except requests.Timeout as error:
             problem, cause = f'nothing came for {timeout:g} seconds', error
         except requests.RequestException as error:
-            problem, cause = _explain(error), error
+            problem, cause = 'the connection failed', error
+        except BrokenDownload as error:
+            problem, cause = str(error), error
     raise UserError(f'Cannot download {url}: {problem} ({ATTEMPTS} attempts). '
                     'Check the connection and try again, or download it elsewhere and give the path.') from cause
 
 
-def _explain(error: Exception) -> str:
-    """What went wrong with a connection, without the client library's object names."""
-    if (response := getattr(error, 'response', None)) is not None:
-        return f'the server answered {response.status_code} {response.reason}'
-    text = str(error)
-    if 'Read timed out' in text:
-        return 'the connection stalled'
-    if 'IncompleteRead' in text or 'bytes missing' in text:
-        return 'the download broke off before its end'
-    return 'the connection failed'
-
-
-def _fetch(session, url: str, file: BinaryIO, sha256: str | None, timeout: float) -> None:
-    """One attempt: the bytes of `url` into `file`, their number checked against what the server announced."""
+def _fetch(session, url: str, file: BinaryIO, sha256: str | None, timeout: float) -> int:
+    """One attempt: the bytes of `url` into `file`, their number checked against what the server announced. Returns the file's length."""
     with _request(session, url, timeout) as response:
-        length = response.headers.get('Content-Length')
-        if length is not None and not length.isdecimal():
-            raise UserError(f'Cannot download {url}: the server announced a length of {length!r}. Download it elsewhere and give the path.')
-        if length is None and 'chunked' not in response.headers.get('Transfer-Encoding', '').lower() and sha256 is None:
-            raise UserError(f'Cannot download {url}: the server does not say how long the file is, so a broken download would go unnoticed. '
-                            'Give the SHA-256 digest, or download it elsewhere and give the path.')
-        digest, received = hashlib.sha256(), 0
-        for chunk in response.iter_content(CHUNK):
+        length = _announced_length(url, response, sha256)
+        if length is not None and length > (free := shutil.disk_usage(os.path.dirname(file.name)).free):
+            raise UserError(f'Cannot download {url}: it has {length:,} bytes, and {free:,} are free in {os.path.dirname(file.name)}. '
+                            'Free some space, or download it elsewhere and give the path.')
+        digest, start = hashlib.sha256(), b''
+        for chunk in _body(response, length, timeout):
             file.write(chunk)
             digest.update(chunk)
-            received += len(chunk)
-    if length is not None and received != int(length):
-        raise UserError(f'Cannot download {url}: {received} bytes came, {length} were announced. '
-                        'Try again, or download it elsewhere and give the path.')
-    if sha256 is not None and digest.hexdigest() != sha256.lower():
+            start = start or chunk[:100]
+    if PAGE_START.match(start):
+        raise UserError(_page_message(url))
+    if sha256 is not None and digest.hexdigest() != sha256:
         raise UserError(f'{url} has the SHA-256 digest {digest.hexdigest()}, not {sha256}. Check the URL and the expected digest.')
+    return file.tell()
+
+
+def _body(response, length: int | None, timeout: float) -> Iterator[bytes]:
+    """The bytes of a response as they come, to the end of the connection, where there must be as many as were announced.
+
+    They are read from underneath `requests`, which stops where the announced length ends and so would miss that more bytes come.
+    Raises: BrokenDownload.
+    """
+    stream = response.raw._original_response  # http.client's; its read1 gives what is there and loses nothing to a timeout
+    if not stream.chunked:
+        stream.length = None
+    received, since = 0, time.monotonic()
+    while length is None or received <= length:
+        try:
+            chunk = stream.read1(CHUNK)
+        except TimeoutError as error:
+            if received == length:  # a server that keeps the connection open although it was asked to close it
+                return
+            raise BrokenDownload(f'the connection stalled after {received:,} bytes') from error
+        except (OSError, http.client.HTTPException) as error:
+            raise BrokenDownload(f'the connection broke off after {received:,} bytes') from error
+        if not chunk:
+            break
+        yield chunk
+        received += len(chunk)
+        if received < SLOWEST * (time.monotonic() - since - timeout):
+            raise BrokenDownload(f'the connection stalled after {received:,} bytes, less than {SLOWEST:,} a second')
+    if length is not None and received != length:
+        raise BrokenDownload(f'{length:,} bytes were announced, and {"more" if received > length else f"{received:,}"} came')
+
+
+def _announced_length(url: str, response, sha256: str | None) -> int | None:
+    """The length of the response's body; None where its end shows otherwise: in chunks, or by the file's digest."""
+    if (coding := response.headers.get('Content-Encoding', 'identity').lower()) != 'identity':
+        raise UserError(f'Cannot download {url}: the server encodes it ({coding}), though asked not to. Download it elsewhere and give the path.')
+    if 'chunked' in response.headers.get('Transfer-Encoding', '').lower():
+        return None
+    length = response.headers.get('Content-Length')
+    if length is None and sha256 is None:
+        raise UserError(f'Cannot download {url}: the server does not say how long the file is, so a broken download would go unnoticed. '
+                        'Add #sha256= and its digest to the URL, or download it elsewhere and give the path.')
+    if length is not None and not re.fullmatch(r'[0-9]{1,18}', length):
+        raise UserError(f'Cannot download {url}: the server announced a length of {length!r}. Download it elsewhere and give the path.')
+    return None if length is None else int(length)
 
 
 def _request(session, url: str, timeout: float):
-    """The response whose body is the file. Compression is declined, so that Content-Length counts the file's bytes."""
-    def get(address, **parameters):
-        response = session.get(address, params=parameters, stream=True, timeout=timeout, headers={'Accept-Encoding': 'identity'})
+    """The response whose body is the file. Compression is declined, so that Content-Length counts the file's bytes; the body is the last
+    thing on its connection, so that its end shows."""
+    def get(address, fields=None):
+        headers = {'Accept-Encoding': 'identity', 'Connection': 'close'}
+        forget = dict(response=lambda response, **_: session.get_adapter(response.url).close())  # or a redirection could use a connection that closes
+        response = session.get(address, params=fields, stream=True, timeout=timeout, headers=headers, hooks=forget)
         if response.status_code >= 500 or response.status_code == 429:
             response.raise_for_status()  # worth another attempt
         if response.status_code != 200:
@@ -217,12 +345,10 @@ def _request(session, url: str, timeout: float):
         return response
 
     response = get(_drive_address(url))
-    if _is_page(response) and urllib.parse.urlsplit(response.url).netloc in DRIVE_HOSTS:
-        form = _DriveForm(response.text)
-        if form.action is not None:
-            response = get(urllib.parse.urljoin(response.url, form.action), **form.fields)
+    if _is_page(response) and (form := _DriveForm(response)).action is not None:
+        response = get(urllib.parse.urljoin(response.url, form.action), form.fields)
     if _is_page(response):
-        raise UserError(f'{url} is a web page, not a file (a log-in, a quota, a wrong link?). Download the file in a browser and give its path.')
+        raise UserError(_page_message(url))
     return response
 
 
@@ -230,27 +356,36 @@ def _is_page(response) -> bool:
     return response.headers.get('Content-Type', '').lower().startswith('text/html')
 
 
+def _page_message(url: str) -> str:
+    return f'{url} is a web page, not a file (a log-in, a quota, a wrong link?). Download the file in a browser and give its path.'
+
+
 def _drive_address(url: str) -> str:
     """The download address behind a Google Drive link of any form; other URLs as they are."""
     parts = urllib.parse.urlsplit(url)
-    if parts.netloc not in DRIVE_HOSTS or parts.path.endswith('/download'):
+    if parts.netloc.lower() not in DRIVE_HOSTS or parts.path.endswith('/download'):
         return url
     ids = re.findall(r'/d/([\w-]+)', parts.path) + urllib.parse.parse_qs(parts.query).get('id', [])
     return f'{parts.scheme}://{parts.netloc}/uc?export=download&id={ids[0]}' if ids else url
 
 
 class _DriveForm(html.parser.HTMLParser):
-    """The form on Google Drive's page "too large to be scanned for viruses": its address and hidden fields."""
+    """The confirmation on Google Drive's page "too large to be scanned for viruses": its address and hidden fields.
 
-    def __init__(self, page: str):
+    It is a form, `download-form`; on older pages `downloadForm`, or a link, `uc-download-link`. `action` is None on other pages.
+    """
+
+    def __init__(self, response):
         super().__init__()
         self.action: str | None = None
         self.fields: dict[str, str] = {}
-        self.feed(page)
+        self.feed(next(response.iter_content(CHUNK), b'').decode(errors='replace'))
 
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
-        if tag == 'form' and attributes.get('id') == 'download-form':
+        if tag == 'form' and attributes.get('id') in ('download-form', 'downloadForm'):
             self.action = attributes.get('action')
+        elif tag == 'a' and attributes.get('id') == 'uc-download-link':
+            self.action = attributes.get('href')
         elif tag == 'input' and self.action is not None and attributes.get('name'):
             self.fields[attributes['name']] = attributes.get('value') or ''

@@ -76,8 +76,11 @@ def random_weights(shapes, seed=0):
     return weights
 
 
-def unet(weights, num_res_blocks, x, timesteps, labels=None, head_channels=64):
-    """The network's raw output for `x` [N, C, H, W] at `timesteps` [N], with integer `labels` [N]."""
+def unet(weights, num_res_blocks, x, timesteps, labels=None, head_channels=64, heads=None, heads_first=False):
+    """The network's raw output for `x` [N, C, H, W] at `timesteps` [N], with integer `labels` [N].
+
+    `heads`: their number at every level, instead of their `head_channels`. `heads_first`: QKVAttentionLegacy's order of channels.
+    """
     def affine(name, h, function=F.linear, **kwargs):
         return function(h, weights[f'{name}.weight'], weights[f'{name}.bias'], **kwargs)
 
@@ -99,8 +102,10 @@ def unet(weights, num_res_blocks, x, timesteps, labels=None, head_channels=64):
 
     def attention(name, h):
         n, c, height, width = h.shape
-        q, k, v = affine(f'{name}.qkv', norm(f'{name}.norm', h), F.conv2d).reshape(n, 3, c // head_channels, head_channels, -1).unbind(1)
-        scores = torch.einsum('nhdi,nhdj->nhij', q, k) / math.sqrt(head_channels)
+        count = heads or c // head_channels
+        order, parts = ((count, 3), 2) if heads_first else ((3, count), 1)
+        q, k, v = affine(f'{name}.qkv', norm(f'{name}.norm', h), F.conv2d).reshape(n, *order, c // count, -1).unbind(parts)
+        scores = torch.einsum('nhdi,nhdj->nhij', q, k) / math.sqrt(c // count)
         out = torch.einsum('nhij,nhdj->nhdi', scores.softmax(dim=-1), v).reshape(n, c, height, width)
         return h + affine(f'{name}.proj_out', out, F.conv2d)
 

@@ -4,14 +4,17 @@ import pickle
 import random
 import resource
 import signal
+import zipfile
 
 import numpy as np
 import pytest
 import torch
+from foreign import assert_same_tensors, tensors
 
 from dnnlib import UserError
+from torch_utils.sealed_file import SEAL_LENGTH, sealed
 from training import networks
-from training.checkpoint import SEAL_LENGTH, load_network, load_state, save_snapshot, save_state
+from training.checkpoint import load_network, load_state, save_snapshot, save_state
 from training.consistency_ops import student_grid
 
 GOLDEN = {  # file: class, positional constructor arguments, some of the named ones
@@ -31,17 +34,6 @@ def small_net(cls=networks.EDMPrecond, **kwargs):
     for parameter in net.parameters():  # the output layers start at zero
         torch.nn.init.normal_(parameter, std=0.1)
     return net
-
-
-def tensors(net):
-    return {**dict(net.named_parameters()), **dict(net.named_buffers())}
-
-
-def assert_same_tensors(a, b):
-    a, b = tensors(a), tensors(b)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype and torch.equal(a[name].cpu(), b[name].cpu()), name
 
 
 @pytest.fixture
@@ -262,6 +254,33 @@ def test_every_damage_to_a_training_state_is_noticed(tmp_path):
             path.write_bytes(damaged)
             with pytest.raises(UserError, match=r'state\.pt'):
                 load_state(path)
+
+
+def test_a_training_state_that_is_sealed_but_broken_is_one_clear_error(tmp_path):
+    """Whatever PyTorch makes of it; some changes it does not mind."""
+    save_state(tmp_path / 'state.pt', STATE)
+    data, draw = (tmp_path / 'state.pt').read_bytes()[:-SEAL_LENGTH], random.Random(0)
+    refused = 0
+    for position in positions(len(data), 150):
+        with sealed(tmp_path / 'state.pt') as file:
+            file.write(data[:position] + bytes([draw.randrange(256)]) + data[position + draw.randrange(3):])
+        try:
+            load_state(tmp_path / 'state.pt')
+        except UserError as error:
+            refused += 'state.pt' in str(error) and '\n' not in str(error)
+    assert refused > 50
+
+
+def test_a_training_state_cannot_unpack_to_more_than_its_length(tmp_path):
+    """100 MB of zeros, 100 kB compressed."""
+    save_state(tmp_path / 'plain.pt', dict(a=torch.zeros(25_000_000)))
+    with zipfile.ZipFile(tmp_path / 'plain.pt') as source, zipfile.ZipFile(tmp_path / 'bomb', 'w', zipfile.ZIP_DEFLATED) as bomb:
+        for entry in source.infolist():
+            bomb.writestr(entry.filename, source.read(entry))
+    with sealed(tmp_path / 'state.pt') as file:
+        file.write((tmp_path / 'bomb').read_bytes())
+    with pytest.raises(UserError, match='compressed'):
+        load_state(tmp_path / 'state.pt')
 
 
 def test_a_training_state_that_would_run_code_is_refused(tmp_path, monkeypatch):

@@ -1,11 +1,16 @@
 """convert.py: OpenAI's weights in, safetensors both ways, diffusers out, and what is in a file."""
+import functools
+import http.server
 import json
+import math
 import os
 import pickle
 import random
 import struct
 import subprocess
 import sys
+import threading
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -19,11 +24,12 @@ from test_persistence import STAND_IN
 
 import convert
 import train
-from dnnlib import UserError
-from training import networks, samplers
-from training.checkpoint import load_network, save_snapshot
+from dnnlib import UserError, util
+from training import consistency_ops as ops
+from training import networks, networks_edm2, samplers
+from training.checkpoint import load_network, save_snapshot, save_state
 from training.interchange.diffusers import save_diffusers
-from training.interchange.openai import build_network, infer_layout, load_openai, parameter_names
+from training.interchange.openai import Untold, build_network, infer_layout, load_openai, parameter_names
 from training.interchange.safetensors import from_json, load_safetensors, save_safetensors, to_json
 
 SMALL = dict(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_levels={1}, scale_shift=True)
@@ -43,6 +49,13 @@ def published(path, **config):
     weights = random_weights(unet_shapes(**{**SMALL, **config}))
     torch.save(weights, path)
     return weights
+
+
+def oracle(weights, net, x, sigma, labels=None, num_res_blocks=1, **heads):
+    """D(x; sigma) of a diffusion model of these weights, by a network that shares nothing with ours."""
+    noise, total = sigma[:, None, None, None], (sigma ** 2 + 0.25)[:, None, None, None]
+    raw = unet(weights, num_res_blocks, x / total.sqrt(), 250 * sigma.log(), labels if net.label_dim else None, **heads)
+    return 0.25 / total * x + 0.5 * noise / total.sqrt() * raw
 
 
 def assert_same_network(a, b):
@@ -98,11 +111,51 @@ def test_networks_of_other_shapes_compute_what_openais_would(tmp_path, config):
     n, size = 3, 8 << (len(config['channel_mult']) - 1)
     assert net.img_resolution == size and net.label_dim == config.get('num_classes', 0)
     x, sigma, labels = torch.randn(n, net.img_channels, size, size), torch.tensor([0.01, 1.0, 50.0]), torch.arange(n) % 4
-    noise, total = sigma[:, None, None, None], (sigma ** 2 + 0.25)[:, None, None, None]
-    raw = unet(weights, config['num_res_blocks'], x / total.sqrt(), 250 * sigma.log(), labels if net.label_dim else None)
-    expected = 0.25 / total * x + 0.5 * noise / total.sqrt() * raw
+    expected = oracle(weights, net, x, sigma, labels, config['num_res_blocks'])
     denoised = net(x, sigma, torch.eye(4)[labels] if net.label_dim else None)
     assert (denoised - expected).abs().max() < 1e-4 * expected.std()
+
+
+WIDER = dict(model_channels=32, channel_mult=(1, 2, 3), attention_levels={1, 2})   # attention over 64 and 96 channels
+
+
+@pytest.mark.parametrize('options, heads, config', [
+    (['--channels-per-head=32'], dict(head_channels=32), WIDER),
+    (['--channels-per-head=16', '--attention-order=heads-first'], dict(head_channels=16, heads_first=True), WIDER),
+    (['--heads=4'], dict(heads=4), WIDER),
+    (['--heads=1', '--attention-order=heads-first'], dict(heads=1, heads_first=True), WIDER),
+    (['--attention-order=heads-first'], dict(heads_first=True), dict(channel_mult=(1, 4))),
+    ([], {}, dict(channel_mult=(4, 8), model_channels=16)),
+    ([], {}, dict(channel_mult=(2, 1, 2), attention_levels=set())),
+], ids=str)
+def test_what_the_shapes_do_not_tell_can_be_told(tmp_path, options, heads, config):
+    """And survives as a snapshot: the arguments travel with the network."""
+    weights = published(tmp_path / 'net.pt', **config)
+    result = invoke('--from=openai', '--kind=edm', *options, tmp_path / 'net.pt', tmp_path / 'net.pkl')
+    assert result.exit_code == 0, result.stderr
+    net = load_network(tmp_path / 'net.pkl')
+    x, sigma = torch.randn(2, 3, net.img_resolution, net.img_resolution), torch.tensor([0.1, 5.0])
+    expected = oracle(weights, net, x, sigma, **heads)
+    assert (net(x, sigma) - expected).abs().max() < 1e-4 * expected.std()
+    if heads:
+        assert (expected - oracle(weights, net, x, sigma, head_channels=8)).abs().max() > 0.01 * expected.std(), 'any heads would do'
+
+
+def test_heads_that_cannot_be_are_refused_and_the_options_named(tmp_path):
+    published(tmp_path / 'net.pt', **WIDER)
+    for options, words in (([], 'over 96 channels, which cannot be split into heads of 64 channels'), (['--channels-per-head=48'], 'over 64'),
+                           (['--heads=5'], 'into 5 heads'), (['--channels-per-head=128'], 'over 64 channels')):
+        result = invoke('--from=openai', *options, tmp_path / 'net.pt', tmp_path / 'net.pkl')
+        assert_one_clear_error(result, 'net.pt', words, '--channels-per-head or --heads')
+    assert not (tmp_path / 'net.pkl').exists()
+
+
+def test_a_conversion_says_what_it_assumed(source, tmp_path):
+    result = invoke('--from=openai', source[0], tmp_path / 'net.pkl')
+    for word in ('a consistency model', 'images of 16x16', '64 channels an attention head', 'q, k, v first', 'weights.pt does not tell'):
+        assert word in result.stdout
+    told = ['--kind=edm', '--resolution=32', '--heads=1', '--attention-order=qkv-first']
+    assert 'ssumed' not in invoke('--from=openai', *told, source[0], tmp_path / 'net.pkl').stdout
 
 
 @pytest.mark.parametrize('config, resolution, attention, millions', [
@@ -113,7 +166,7 @@ def test_networks_of_other_shapes_compute_what_openais_would(tmp_path, config):
 ], ids=['ImageNet-64', 'LSUN-256'])
 def test_the_published_layouts_are_recognised_from_their_shapes(config, resolution, attention, millions):
     shapes = unet_shapes(**config)
-    net = build_network(infer_layout(shapes), 'consistency', None)
+    net = build_network(infer_layout(shapes), Untold())
     assert (net.img_resolution, net.label_dim) == (resolution, config.get('num_classes', 0))
     assert net.init_kwargs['attn_resolutions'] == attention and net.init_kwargs['channel_mult'] == list(config['channel_mult'])
     assert net.init_kwargs['num_blocks'] == config['num_res_blocks'] and net.init_kwargs['adaptive_scale'] == config['scale_shift']
@@ -132,19 +185,63 @@ def test_a_resolution_can_be_given_and_must_fit(source, tmp_path):
 
 
 def test_half_precision_weights_stay_half(source, tmp_path):
-    torch.save({name: tensor.half() for name, tensor in torch.load(source[0], weights_only=True).items()}, tmp_path / 'half.pt')
-    net = load_openai(tmp_path / 'half.pt')
-    assert all(parameter.dtype == torch.float16 for parameter in net.parameters())
-    difference = net(torch.ones(1, 3, 16, 16), 1.0) - load_openai(source[0])(torch.ones(1, 3, 16, 16), 1.0)
-    assert 0 < difference.abs().max() < 0.01
+    """OpenAI's convert_to_fp16 leaves embeddings and output layer in FP32."""
+    weights = torch.load(source[0], weights_only=True)
+    images = load_openai(source[0])(torch.ones(1, 3, 16, 16), 1.0)
+    for torso, halved in ((False, lambda name: True), (True, lambda name: '_block' in name)):
+        torch.save({name: tensor.half() if halved(name) else tensor for name, tensor in weights.items()}, tmp_path / 'half.pt')
+        net = load_openai(tmp_path / 'half.pt')
+        dtypes = {parameter.dtype for parameter in net.parameters()}
+        assert dtypes == ({torch.float16, torch.float32} if torso else {torch.float16})
+        assert 0 < (net(torch.ones(1, 3, 16, 16), 1.0) - images).abs().max() < 0.01
 
 
-def test_a_student_is_distilled_from_a_converted_teacher(tmp_path, digits):
-    published(tmp_path / 'edm.pt', num_classes=10, image_channels=1)
-    invoke('--from=openai', '--kind=edm', '--resolution=8', tmp_path / 'edm.pt', tmp_path / 'teacher.pkl')
-    run('train.py', f'--outdir={tmp_path / "run"}', f'--data={digits}', '--cond=1', '--consistency=True', f'--teacher={tmp_path / "teacher.pkl"}',
-        *FAST, '--batch=16', '--duration=0.000032', '--S=2', '--T_start=4', '--T_end=4', '--dump=0')
-    student = load_network(max((tmp_path / 'run').glob('network-snapshot-*.pkl')))
+@pytest.mark.parametrize('wrap, key', [
+    (lambda w: {'model_state_dict': w, 'step': 3, 'optimizer': {'state': {0: {'exp_avg': torch.zeros(3)}}, 'param_groups': [{'lr': 0.1}]}}, None),
+    (lambda w: {f'module.{name}': tensor for name, tensor in w.items()}, None),
+    (lambda w: {'n_averaged': torch.tensor(7), **{f'module.{name}': tensor for name, tensor in w.items()}}, None),
+    (lambda w: {'state': {'ema': {f'module._orig_mod.{name}': tensor for name, tensor in w.items()}}}, None),
+    (lambda w: {'model': {name: -tensor for name, tensor in w.items()}, 'ema': w}, 'ema'),
+    (lambda w: {'a': {'model': {name: -tensor for name, tensor in w.items()}}, 'b': {'module': w}}, 'b.module'),
+], ids=['wrapped', 'data parallel', 'averaged model', 'nested', 'several', 'several nested'])
+def test_weights_are_found_under_an_entry_or_a_prefix(source, tmp_path, wrap, key):
+    torch.save(wrap(torch.load(source[0], weights_only=True)), tmp_path / 'wrapped.pt')
+    found, expected = load_openai(tmp_path / 'wrapped.pt', key=key), load_openai(source[0])
+    assert_same_network(found, expected)
+
+
+def test_of_several_networks_one_must_be_chosen(source, tmp_path):
+    weights = torch.load(source[0], weights_only=True)
+    torch.save({'model': weights, 'ema': {'module': weights}}, tmp_path / 'two.pt')
+    convert_two = lambda *options: invoke('--from=openai', *options, tmp_path / 'two.pt', tmp_path / 'net.pkl')
+    assert_one_clear_error(convert_two(), 'several networks: ema.module, model', '--key')
+    assert_one_clear_error(convert_two('--key=em'), "no network 'em' but others: ema.module, model")
+    assert_one_clear_error(invoke('info', tmp_path / 'two.pt'), 'several networks')
+    assert convert_two('--key=ema').exit_code == 0 and invoke('info', '--key=model', tmp_path / 'two.pt').exit_code == 0
+
+
+def test_weights_that_were_saved_on_a_gpu_load_without_one(source, tmp_path, monkeypatch):
+    """The file names its tensors' device; here the name is put there by hand."""
+    monkeypatch.setattr(torch.serialization, 'location_tag', lambda storage: 'cuda:3')
+    torch.save(torch.load(source[0], weights_only=True), tmp_path / 'gpu.pt')
+    monkeypatch.undo()
+    assert b'cuda:3' in (tmp_path / 'gpu.pt').read_bytes()
+    assert_same_network(load_openai(tmp_path / 'gpu.pt'), load_openai(source[0]))
+
+
+@pytest.fixture(scope='module')
+def run_folder(digits, tmp_path_factory):
+    """A run of two steps with all that it writes; its teacher is a converted one."""
+    folder = tmp_path_factory.mktemp('run')
+    published(folder / 'edm.pt', num_classes=10, image_channels=1)
+    invoke('--from=openai', '--kind=edm', '--resolution=8', folder / 'edm.pt', folder / 'teacher.pkl')
+    run('train.py', f'--outdir={folder}', f'--data={digits}', '--cond=1', '--consistency=True', f'--teacher={folder / "teacher.pkl"}',
+        *FAST, '--batch=16', '--duration=0.000032', '--S=2', '--T_start=4', '--T_end=4', '--phema=0.05', '--dump=1')
+    return folder
+
+
+def test_a_student_is_distilled_from_a_converted_teacher(run_folder):
+    student = load_network(max(run_folder.glob('network-snapshot-*.pkl')))
     assert isinstance(student, networks.CMPrecond) and student.metadata['objective'] == 'mcd' and student.boundary == 0
 
 
@@ -181,25 +278,28 @@ def edited(**changes):
 
 
 @pytest.mark.parametrize('content, words', [
-    ({'weight': torch.zeros(2, 2)}, 'time_embed.0.weight'),
-    ({}, 'state dict'),
-    ([torch.zeros(1)], 'state dict'),
-    ({'net': {'weight': torch.zeros(1)}}, 'state dict'),
+    ({'weight': torch.zeros(2, 2)}, 'a tensor time_embed.0.weight is expected, and there is weight.'),
+    ({}, 'there is nothing'),
+    ([torch.zeros(1)], 'there is a list'),
+    ({'net': {'weight': torch.zeros(1)}, **{str(i): 0 for i in range(9)}}, 'there is net, 0, 1, 2, 3, ...'),
     (edited(out__0__bias=None), 'lacks tensors: out.0.bias'),
     (edited(extra=torch.zeros(1)), 'unexpected tensors: extra'),
-    (edited(out__2__bias=torch.zeros(6), out__2__weight=torch.zeros(6, 32, 3, 3)), 'out.2.weight in the place of'),
+    (edited(out__2__bias=torch.zeros(6), out__2__weight=torch.zeros(6, 32, 3, 3)), 'learn_sigma'),
+    (edited(out__2__bias=torch.zeros(4), out__2__weight=torch.zeros(4, 32, 3, 3)), 'out.2.weight in the place of'),
+    ({name: tensor for name, tensor in edited().items() if not name.startswith('input_blocks.2.')}, 'by pooling (input_blocks.2 has no weights)'),
     (edited(middle_block__1__qkv__weight=torch.zeros(192, 64, 1)), 'middle_block.1.qkv.weight in the place of'),
     (edited(time_embed__0__weight=torch.zeros(0, 0)), 'time_embed.0.weight'),
-    (edited(time_embed__0__weight=torch.zeros(128, 128)), 'not multiples of 128'),
+    (edited(time_embed__0__weight=torch.zeros(128, 128)), "not multiples of 32 and of the time embedding's 128"),
+    (edited(time_embed__0__weight=torch.zeros(128, 1)), "the time embedding's 1, an even number"),
     (edited(input_blocks__2__0__op__weight=torch.zeros(32, 32, 3, 3)), 'resamples by a convolution (input_blocks.2.0.op.weight)'),
     (edited(output_blocks__1__2__in_layers__2__weight=None), 'cannot be converted'),
     (edited(output_blocks__3__0__in_layers__2__weight=None), '3 blocks in its decoder, of which 1 upsample'),
-    (edited(out__0__bias=torch.zeros(32).to_sparse()), 'state dict'),
-    (edited(out__0__bias=torch.zeros(32, dtype=torch.int64)), 'state dict'),
+    (edited(out__0__bias=torch.zeros(32).to_sparse()), 'out.0.bias should be a tensor'),
+    (edited(out__0__bias=torch.zeros(32, dtype=torch.int64)), 'out.0.bias should be a tensor'),
+    (edited(out__0__bias='x'), 'out.0.bias should be a tensor'),
     (edited(time_embed__0__weight=torch.zeros(1).expand(1 << 20, 1 << 20)), 'share memory'),
-    (random_weights(unet_shapes(**{**SMALL, 'model_channels': 16})), 'not multiples of 16 and 32'),
-    (random_weights(unet_shapes(**{**SMALL, 'channel_mult': (1, 3)})), 'heads of 64 do not divide'),
-], ids=range(18))
+    (random_weights(unet_shapes(**{**SMALL, 'model_channels': 16})), 'levels of 16, 32 channels'),
+], ids=range(21))
 def test_other_weights_are_refused_by_name(tmp_path, content, words):
     torch.save(content, tmp_path / 'weights.pt')
     result = invoke('--from=openai', tmp_path / 'weights.pt', tmp_path / 'net.pkl')
@@ -229,6 +329,28 @@ def test_nothing_in_a_pytorch_file_is_executed(tmp_path, function):
     (tmp_path / 'bare.pt').write_bytes(pickle.dumps(Hostile(function, argument)))
     assert_one_clear_error(invoke('--from=openai', tmp_path / 'bare.pt', tmp_path / 'net.pkl'), 'bare.pt')
     assert not canary.exists()
+
+
+def test_dicts_without_end_are_given_up(tmp_path):
+    """One that holds itself twice, and ones that hold each other a thousand times at each of four depths: followed up, they would fill the memory."""
+    endless = {'leaf': 0}
+    endless['x'] = endless['y'] = endless
+    many = {}
+    for _ in range(4):
+        many = dict.fromkeys(map(str, range(999)), many)
+    for content in (endless, many):
+        torch.save(content, tmp_path / 'weights.pt')
+        tracemalloc.start()
+        with pytest.raises(UserError, match='is expected, and there is'):
+            load_openai(tmp_path / 'weights.pt')
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 100e6
+
+
+def test_a_file_of_an_old_pytorch_is_named_as_such(tmp_path):
+    torch.save(edited(), tmp_path / 'old.pt', _use_new_zipfile_serialization=False)
+    assert_one_clear_error(invoke('--from=openai', tmp_path / 'old.pt', tmp_path / 'net.pkl'), 'old.pt', 'PyTorch 1.6')
 
 
 def test_a_compressed_archive_is_not_unpacked(tmp_path, source):
@@ -263,7 +385,7 @@ def test_damage_to_a_pytorch_file_ends_in_an_error_or_changes_nothing(source):
 #----------------------------------------------------------------------------
 # safetensors.
 
-SNAPSHOTS = ['edm-adm-cond', 'edm-ddpmpp-uncond-augment', 've-ncsnpp-uncond', 'vp-ddpmpp-cond', 'iddpm-adm-cond', 'published-student']
+SNAPSHOTS = ['edm-adm-cond', 'edm-ddpmpp-uncond-augment', 've-ncsnpp-uncond', 'vp-ddpmpp-cond', 'iddpm-adm-cond', 'published-student', 'edm2-cond']
 
 
 @pytest.mark.parametrize('name', SNAPSHOTS)
@@ -298,6 +420,19 @@ def test_what_json_cannot_say_is_kept(awkward):
     assert_same_network(net, loaded)
     assert loaded.init_kwargs['channel_mult'] == (1, 2) and loaded.sigma_max == float('inf') and not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_tensors_keep_their_types(tmp_path, dtype):
+    """EDM2's gains are tensors without dimensions."""
+    torch.manual_seed(0)
+    net = networks_edm2.Precond(8, 1, 3, model_channels=16, channel_mult=[1], num_blocks=1, attn_resolutions=[]).eval().requires_grad_(False)
+    net.metadata = dict(objective='diffusion', kimg=1.5)
+    net.unet.enc.to(dtype)
+    save_safetensors(tmp_path / 'net.safetensors', net)
+    loaded = load_safetensors(tmp_path / 'net.safetensors')
+    assert_same_network(net, loaded)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype, torch.float32}
 
 
 def test_the_configuration_is_strict_json_in_the_files_header(awkward):
@@ -397,37 +532,90 @@ def test_diffusers_gives_the_golden_output_of_a_converted_model(fixtures, pipeli
     assert np.abs(images.numpy() - family['openai.onestep']).max() < 1e-4 * family['openai.onestep'].std()
 
 
-@pytest.mark.parametrize('config', [DEEP, {**DEEP, 'attention_levels': set(), 'scale_shift': True}], ids=['additive', 'attention in the middle'])
-def test_diffusers_agrees_on_other_layouts(tmp_path, pipeline, config):
+def test_diffusers_samples_in_several_steps_as_openai_does(pipeline, consistency, family, monkeypatch):
+    """`timesteps` [22, 0] of 40 are OpenAI's ts=0,22,39; the noise between the steps is given, the pipeline would draw it."""
+    pipe, noises = pipeline(consistency), torch.as_tensor(family['openai.noises'])
+    assert np.abs(pipe.scheduler.sigmas.numpy() / family['openai.ts_sigmas_40'] - 1).max() < 1e-6
+    module = sys.modules[type(pipe.scheduler).__module__]
+    given = iter(noises[1:])
+    monkeypatch.setattr(module, 'randn_tensor', lambda *args, **kwargs: next(given))
+    labels = torch.as_tensor(family['openai.labels'])
+    images = pipe(batch_size=4, num_inference_steps=None, timesteps=[22, 0], latents=noises[0], class_labels=labels, output_type='pt').images * 2 - 1
+    expected = np.clip(family['openai.multistep_0_22_39'], -1, 1)
+    assert np.abs(images.numpy() - expected).max() < 1e-4 * expected.std()
+
+
+def test_the_pipelines_timesteps_count_what_the_model_was_trained_on(tmp_path, source):
+    """Told at the conversion or at the export; 40, Song et al.'s where they distil, if nobody knows."""
+    def exported(*options, src):
+        folder = tmp_path / f'folder{len(list(tmp_path.iterdir()))}'
+        result = invoke('--to=diffusers', *options, src, folder)
+        assert result.exit_code == 0, result.stderr
+        return json.loads((folder / 'scheduler' / 'scheduler_config.json').read_text())['num_train_timesteps']
+
+    invoke('--from=openai', source[0], tmp_path / 'cd.pkl')
+    invoke('--from=openai', '--timesteps=201', source[0], tmp_path / 'ct.pkl')
+    assert load_network(tmp_path / 'ct.pkl').metadata['num_timesteps'] == 201
+    assert [exported(src=tmp_path / 'cd.pkl'), exported(src=tmp_path / 'ct.pkl'), exported('--timesteps=151', src=tmp_path / 'ct.pkl'),
+            exported('--from=openai', '--timesteps=18', src=source[0])] == [40, 201, 151, 18]
+
+
+def test_diffusers_scheduler_has_our_karras_nodes(tmp_path, source):
+    diffusers = pytest.importorskip('diffusers')
+    invoke('--from=openai', '--to=diffusers', '--timesteps=151', source[0], tmp_path / 'folder')
+    scheduler = diffusers.CMStochasticIterativeScheduler.from_pretrained(tmp_path / 'folder' / 'scheduler')
+    expected = ops.karras_sigmas(151, 0.002, 80, 7)
+    torch.testing.assert_close(scheduler.sigmas, expected, rtol=1e-12, atol=0)
+    scheduler.set_timesteps(timesteps=[150, 62, 0])
+    torch.testing.assert_close(scheduler.sigmas, expected[[0, 62, 150, 150]].float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize('config, told', [
+    (DEEP, {}), ({**DEEP, 'attention_levels': set(), 'scale_shift': True}, {}), ({**DEEP, 'attention_levels': {2}}, dict(channels_per_head=32)),
+], ids=['additive', 'attention in the middle', 'smaller heads'])
+def test_diffusers_agrees_on_other_layouts(tmp_path, pipeline, config, told):
     published(tmp_path / 'net.pt', **config)
-    net = load_openai(tmp_path / 'net.pt')
+    net = load_openai(tmp_path / 'net.pt', **told)
     x, sigma = torch.randn(3, 1, 32, 32), torch.tensor([0.01, 1.0, 50.0])
     denoised = net(x, sigma)
     assert (through_diffusers(pipeline(net), x, sigma, None) - denoised).abs().max() < 1e-4 * denoised.std()
 
 
-def built(cls=networks.CMPrecond, channels=32, **kwargs):
+def built(cls=networks.CMPrecond, channels=32, metadata=None, **kwargs):
     options = dict(boundary=0.002, sigma_max=80.0) if cls is networks.CMPrecond else {}
     net = cls(16, 3, **{**options, **dict(model_channels=channels, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[]), **kwargs})
-    net.metadata = {}
+    net.metadata = metadata or {}
     return net
 
 
 @pytest.mark.parametrize('make, words', [
     (lambda: built(networks.EDMPrecond), "EDM's time embedding, ln(sigma) / 4"),
     (lambda: built(networks.VPPrecond, model_type='DhariwalUNet'), 'VPPrecond'),
-    (lambda: built(boundary=0), 'diffusion model'),
-    (lambda: built(sigma_max=float('inf')), 'upper end'),
+    (lambda: built(boundary=0), 'a diffusion model or a student of several steps'),
+    (lambda: built(sigma_max=float('inf')), 'noise levels from 0.002 to inf'),
+    (lambda: built(boundary=90.0), 'noise levels from 90 to 80'),
     (lambda: built(model_type='SongUNet'), 'SongUNet'),
     (lambda: built(augment_dim=9), 'augmentation labels'),
     (lambda: built(channel_mult=[2, 2]), '2 times as wide'),
-    (lambda: built(channel_mult=[1, 3]), 'attention over 96 channels'),
+    (lambda: built(channel_mult=[1, 2, 3], attn_resolutions=[8]), 'attention heads of 64 or 96 channels'),
     (lambda: built(), 'normalisation in 8 or 16 or 24 or 32 groups'),
-], ids=range(9))
+], ids=range(10))
 def test_what_diffusers_cannot_express_is_refused_by_name(tmp_path, make, words):
     save_snapshot(tmp_path / 'net.pkl', make())
     assert_one_clear_error(invoke('--to=diffusers', tmp_path / 'net.pkl', tmp_path / 'folder'), words)
     assert [path.name for path in tmp_path.iterdir()] == ['net.pkl']
+
+
+@pytest.mark.parametrize('metadata, words', [
+    (dict(rho='7'), "rho = '7'"), (dict(rho=math.inf), 'rho = inf'), (dict(num_timesteps=1), 'timesteps 1'),
+    (dict(num_timesteps=40.0), 'timesteps 40.0'),
+])
+def test_a_scheduler_that_could_not_be_is_refused(tmp_path, metadata, words):
+    with pytest.raises(UserError, match=words):
+        save_diffusers(tmp_path / 'folder', built(metadata=metadata, min_channels_per_group=1))
+    with pytest.raises(UserError, match='sigma_data = nan'):
+        save_diffusers(tmp_path / 'folder', built(sigma_data=math.nan, min_channels_per_group=1))
+    assert not (tmp_path / 'folder').exists()
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path, consistency, monkeypatch):
@@ -459,12 +647,65 @@ def test_info_says_what_is_in_every_kind_of_file(fixtures, tmp_path, consistency
 
     raw = facts(fixtures / 'openai-cm-cond.pt')
     assert (raw['format'], raw['preconditioning'], raw['objective'], raw['labels']) == ('openai', 'CMPrecond', None, 10)
+    assert raw['assumed'] == dict(resolution=16, channels_per_head=64, attention_order='qkv-first')
+    edm2 = facts(fixtures / 'edm2-cond.pkl')
+    assert (edm2['preconditioning'], edm2['architecture'], edm2['labels'], edm2['objective']) == ('Precond', 'UNet', 10, 'diffusion')
 
     save_snapshot(tmp_path / 'net.pkl', consistency, **consistency.metadata, kimg=2.5)
     save_safetensors(tmp_path / 'net.safetensors', load_network(tmp_path / 'net.pkl'))
     kept = [facts(tmp_path / name) for name in ('net.pkl', 'net.safetensors')]
     assert [fact['format'] for fact in kept] == ['snapshot', 'safetensors'] and kept[0]['kimg'] == 2.5 and kept[0]['grid'] == [80, 0]
     assert {**kept[0], 'file': 0, 'format': 0} == {**kept[1], 'file': 0, 'format': 0}
+
+
+def test_info_of_weights_whose_heads_cannot_be_of_64_says_what_it_assumes(tmp_path):
+    published(tmp_path / 'net.pt', **WIDER)
+    facts = json.loads(invoke('info', tmp_path / 'net.pt', '--json').stdout)
+    assert facts['assumed'] == dict(resolution=32, channels_per_head=32, attention_order='qkv-first')
+
+
+def test_info_of_a_run_says_where_it_stands_and_which_average_a_snapshot_is(run_folder):
+    def facts(names):
+        return json.loads(invoke('info', max(names, key=lambda path: path.stat().st_mtime_ns), '--json').stdout)
+
+    snapshots, averages = (set(run_folder.glob(f'network-snapshot-*{end}.pkl')) for end in ('', '-0.050'))
+    state, average, snapshot = map(facts, (run_folder.glob('training-state-*.pt'), averages, snapshots - averages))
+    assert (state['format'], state['tick'], state['averages']) == ('training state', 2, ['ema', 'phema-0.050'])
+    assert state['options']['loss']['T_end'] == 4 and state['options']['batch_size'] == 16
+    assert (average['metadata']['ema'], average['metadata']['ema_std'], snapshot['metadata']['ema']) == ('phema-0.050', 0.05, 'ema')
+    for name in ('preconditioning', 'arguments', 'parameters', 'resolution', 'labels', 'objective', 'grid', 'kimg'):
+        assert state[name] == snapshot[name] == average[name], name
+    assert state['kimg'] == 0.032 and state['objective'] == 'mcd' and len(state['grid']) == 3
+    text = invoke('info', state['file']).stdout
+    assert 'training state' in text and 'phema-0.050' in text and 'kimg             0.032' in text
+
+
+def test_a_state_that_is_damaged_or_of_another_program_is_named(run_folder, tmp_path):
+    state = max(run_folder.glob('training-state-*.pt'))
+    for name, content in (('odd', dict(options='{}')), ('empty', {}), ('list', [1]), ('text', dict(options='{'))):
+        save_state(tmp_path / f'{name}.pt', content)
+        assert_one_clear_error(invoke('info', tmp_path / f'{name}.pt'), f'{name}.pt', 'no training state')
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / 'damaged.pt').write_bytes(data)
+    assert_one_clear_error(invoke('info', tmp_path / 'damaged.pt'), 'damaged.pt', 'checksum')
+    assert_one_clear_error(invoke(state, tmp_path / 'net.pkl'), 'is a training state', 'network-snapshot')
+    assert_one_clear_error(invoke('--from=openai', state, tmp_path / 'net.pkl'), 'there is net, ')
+
+
+def test_checkpoints_are_read_from_urls_with_their_digest(fixtures, tmp_path, monkeypatch):
+    monkeypatch.setattr(util, 'DEFAULT_CACHE_DIR', tmp_path / 'cache')
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(fixtures))
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, 'log_message', lambda *_: None)
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01)).start()
+        url = f'http://127.0.0.1:{server.server_port}/openai-cm-cond.pt'
+        digest = util.file_sha256(fixtures / 'openai-cm-cond.pt')
+        assert_one_clear_error(invoke('info', f'{url}#sha256={"0" * 64}'), url, digest)
+        assert json.loads(invoke('info', '--json', f'{url}#sha256={digest}').stdout)['format'] == 'openai'
+        server.shutdown()
+    assert invoke('--from=openai', url, tmp_path / 'net.pkl').exit_code == 0, 'it is in the cache'
+    assert_one_clear_error(invoke('info', 's3://bucket/net.pkl'), 's3: is not supported')
 
 
 def test_info_as_text_has_a_line_for_every_fact(fixtures):
@@ -481,12 +722,32 @@ def test_a_rewritten_snapshot_keeps_the_network_and_sheds_the_rest(fixtures, tmp
     assert (tmp_path / 'net.pkl').stat().st_size < 0.6 * (fixtures / 'published-student.pkl').stat().st_size
 
 
-def test_wrong_use_is_told_from_wrong_files(tmp_path, source):
-    assert_one_clear_error(invoke('--kind=edm', source[0], tmp_path / 'net.pkl'), '--from=openai', status=2)
-    assert_one_clear_error(invoke('--from=nonsense', source[0], tmp_path / 'net.pkl'), 'nonsense', status=2)
-    assert_one_clear_error(invoke(source[0]), 'DST', status=2)
-    assert_one_clear_error(invoke('info'), 'FILE', status=2)
-    assert_one_clear_error(invoke(source[0], tmp_path / 'net.pkl'), 'weights.pt')
+@pytest.mark.parametrize('arguments, words', [
+    ('--kind=edm a b', '--kind: for --from=openai only'),
+    ('--heads=2 --attention-order=qkv-first a b', '--heads, --attention-order: for --from=openai only'),
+    ('--from=openai --heads=2 --channels-per-head=2 a b', 'exclude each other'),
+    ('--from=openai --kind=edm --timesteps=40 a b', '--timesteps is for consistency models'),
+    ('--timesteps=40 a b', '--timesteps is for consistency models'),
+    ('--from=nonsense a b', 'nonsense'),
+    ('', 'SRC'),
+    ('a', 'DST'),
+    ('a b c', 'extra argument'),
+    ('info', 'FILE'),
+    ('info --from=openai a', '--from'),
+])
+def test_wrong_usage_names_the_program_as_people_call_it(arguments, words):
+    result = invoke(*arguments.split())
+    assert_one_clear_error(result, words, status=2)
+    command = 'convert.py info' if 'info' in arguments else 'convert.py'
+    assert result.stderr.startswith(f'Usage: {command} [OPTIONS]') and f"Try '{command} --help'" in result.stderr
+
+
+def test_wrong_use_is_told_from_wrong_files(fixtures, tmp_path, source):
+    save_safetensors(tmp_path / 'net.safetensors', load_openai(source[0]))
+    assert_one_clear_error(invoke(tmp_path / 'net.safetensors', tmp_path / 'net.pkl'), 'is a safetensors, not a snapshot', '--from=safetensors')
+    assert_one_clear_error(invoke('--from=safetensors', fixtures / 'edm2-cond.pkl', tmp_path / 'net.pkl'), '--from=snapshot')
+    assert_one_clear_error(invoke(source[0], tmp_path / 'net.pkl'), 'weights.pt is a PyTorch file', '--from=openai')
+    assert_one_clear_error(invoke('info', '--key=ema', fixtures / 'edm2-cond.pkl'), 'is a snapshot: leave it out')
     assert_one_clear_error(invoke('info', tmp_path / 'nothing.pkl'), 'nothing.pkl does not exist')
     assert_one_clear_error(invoke('--from=openai', source[0], tmp_path / 'nowhere' / 'net.pkl'), 'nowhere')
     net = built()
@@ -498,7 +759,14 @@ def test_wrong_use_is_told_from_wrong_files(tmp_path, source):
     assert not (tmp_path / 'net.pkl').exists()
 
 
-def test_the_script_runs_and_its_help_shows_both_uses(source, tmp_path):
-    result = run('convert.py', '--help')
-    assert all(word in result.stdout for word in ('--from', '--to', '--kind', 'info', 'SRC DST', "OpenAI's"))
+@pytest.mark.parametrize('arguments', ['--help', '-h', '--from=openai --help', 'info --help'])
+def test_the_help_describes_everything_in_80_columns(arguments):
+    lines = CliRunner().invoke(convert.main, arguments.split(), prog_name='convert.py', terminal_width=80, max_content_width=80).stdout.splitlines()
+    assert max(map(len, lines)) <= 80 and lines[0].startswith('Usage: convert.py')
+    described = ['  FILE  '] if 'info' in arguments else ['  SRC  ', '  DST  ', '       convert.py info [OPTIONS] FILE']
+    assert all(any(line.startswith(words) for line in lines) for words in described), lines
+    assert lines.count('Arguments:') == 1 and not any('ositional' in line for line in lines)
+
+
+def test_the_script_runs(source, tmp_path):
     assert 'objective cm' in run('convert.py', '--from=openai', source[0], tmp_path / 'net.pkl').stdout

@@ -11,6 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from latents import npy, random_latents
 from PIL import Image
 
 from dnnlib import UserError
@@ -151,6 +152,152 @@ def test_zip_members_outside_the_archive_are_read_but_never_extracted(tmp_path):
     path = write_zip(tmp_path / 'data.zip', {'../../escape.png': png(random_images(1)[0])})
     assert ImageFolderDataset(path)[0][0].shape == (3, 4, 4)
     assert [p.name for p in tmp_path.rglob('*')] == ['data.zip']
+
+#----------------------------------------------------------------------------
+# Latents.
+
+LATENT_NAMES = [f'{i // 3:05d}/img-mean-std-{i:08d}.npy' for i in range(5)]
+
+
+@pytest.fixture
+def latent_files():
+    """Five files as EDM2 names them, in two folders, with labels."""
+    contents = {name: npy(values) for name, values in zip(LATENT_NAMES, random_latents(5))}
+    return {**contents, 'dataset.json': label_json([[name, i % 3] for i, name in enumerate(LATENT_NAMES)])}
+
+
+@pytest.fixture(params=['folder', 'zip'])
+def latent_data(request, tmp_path, latent_files):
+    return write_folder(tmp_path / 'data', latent_files) if request.param == 'folder' else write_zip(tmp_path / 'data.zip', latent_files)
+
+
+def test_latents_are_read_as_they_are_stored(latent_data):
+    dataset = ImageFolderDataset(latent_data, resolution=4, use_labels=True, cache=True)
+    assert (len(dataset), dataset.image_shape, dataset.num_channels, dataset.label_dim) == (5, [8, 4, 4], 8, 3)
+    assert dataset.holds_latents and dataset.encoder is None
+    for repeat in range(2):  # the second time from the cache
+        for i, values in enumerate(random_latents(5)):
+            item, label = dataset[i]
+            assert item.dtype == np.float32 and label.argmax() == i % 3
+            np.testing.assert_array_equal(item, values)
+            item[:] = repeat
+
+
+def test_images_hold_no_latents(data):
+    assert not ImageFolderDataset(data).holds_latents
+
+
+def test_mirrored_latents_are_turned_left_to_right(latent_data):
+    dataset = ImageFolderDataset(latent_data, xflip=True)
+    np.testing.assert_array_equal(dataset[7][0], random_latents(5)[2][:, :, ::-1])
+
+
+def test_workers_batch_latents(latent_data):
+    loader = torch.utils.data.DataLoader(ImageFolderDataset(latent_data), batch_size=5, num_workers=2)
+    images, _ = next(iter(loader))
+    assert images.dtype == torch.float32 and np.array_equal(images, random_latents(5))
+
+
+@pytest.mark.parametrize('store', [
+    lambda x: npy(x.astype(np.float16)), lambda x: npy(x.astype('>f4')), lambda x: npy(np.asfortranarray(x)), lambda x: version_2(x)],
+    ids=['half', 'big-endian', 'column-major', 'version 2'])
+def test_the_forms_that_numpy_writes_are_read_alike(tmp_path, store):
+    values = random_latents(2).astype(np.float16).astype(np.float32)  # which half precision holds exactly
+    dataset = ImageFolderDataset(write_zip(tmp_path / 'data.zip', {'a.npy': store(values[0]), 'b.npy': npy(values[1])}))
+    for i in range(2):
+        assert dataset[i][0].dtype == np.float32
+        np.testing.assert_array_equal(dataset[i][0], values[i])
+
+
+def version_2(values):
+    data = io.BytesIO()
+    np.lib.format.write_array(data, values, version=(2, 0))
+    return data.getvalue()
+
+
+@pytest.mark.parametrize('label_file, encoder', [
+    ({}, None), ({'labels': None}, None), ({'labels': None, 'encoder': {'class_name': 'E', 'x': [1, 2]}}, {'class_name': 'E', 'x': [1, 2]})])
+def test_the_label_file_may_say_how_latents_were_made(tmp_path, latent_files, label_file, encoder):
+    latent_files['dataset.json'] = json.dumps(label_file).encode()
+    assert ImageFolderDataset(write_zip(tmp_path / 'data.zip', latent_files)).encoder == encoder
+
+
+@pytest.mark.parametrize('content, message', [
+    (b'[1]', 'is not {"labels"'), (b'{', 'is not {"labels"'), (b'{"encoder": 3}', 'no object of constructor')])
+def test_a_label_file_that_says_nothing_sensible_is_refused(tmp_path, latent_files, content, message):
+    latent_files['dataset.json'] = content
+    with pytest.raises(UserError, match=message):
+        ImageFolderDataset(write_zip(tmp_path / 'data.zip', latent_files))
+
+
+def test_images_and_latents_do_not_mix(tmp_path, latent_files, files):
+    for path in (write_zip(tmp_path / 'data.zip', {**files, **latent_files}), write_folder(tmp_path / 'data', {**files, **latent_files})):
+        with pytest.raises(UserError, match=r'holds images and latents \(a/img0\.png, 00000/img-mean-std-00000000\.npy'):
+            ImageFolderDataset(path)
+
+
+def test_latents_unlike_the_first_are_named_with_both_shapes(tmp_path, latent_files, monkeypatch):
+    path = write_zip(tmp_path / 'data.zip', {**latent_files, LATENT_NAMES[3]: npy(random_latents(1, channels=4)[0])})
+    message = r'img-mean-std-00000003\.npy is 4x4x4, but 00000/img-mean-std-00000000\.npy is 4x4x8'
+    with pytest.raises(UserError, match=message):
+        ImageFolderDataset(path)
+    monkeypatch.setattr('training.dataset.HEADER_CHECK_LIMIT', 4)  # as in a data set too large to look at every header
+    dataset = ImageFolderDataset(path)
+    dataset[2]
+    with pytest.raises(UserError, match=message):
+        dataset[3]
+    with pytest.raises(UserError, match=r'is 4x2x8, not square'):
+        ImageFolderDataset(write_zip(tmp_path / 'wide.zip', {'a.npy': npy(random_latents(1)[0][:, ::2])}))
+
+
+def header_of(text):
+    return b'\x93NUMPY\x01\x00' + len(text).to_bytes(2, 'little') + text
+
+
+GOOD_HEADER = b"{'descr': '<f4', 'fortran_order': False, 'shape': (8, 4, 4), }\n"
+
+
+@pytest.mark.parametrize('content, message', [
+    (b'', 'header cannot be read'), (b'no array', 'header cannot be read'), (npy(np.zeros(3))[:9], 'not a readable'),
+    (npy(random_latents(1)[0])[:-1], 'shorter or longer'), (npy(random_latents(1)[0]) + b'x', 'shorter or longer'),
+    (npy(random_latents(1)[0])[:40], 'header cannot be read'), (npy(random_latents(1)), 'three dimensions'), (npy(np.zeros([8, 4, 4])), 'float32'),
+    (npy(np.zeros([8, 4, 4], np.uint8)), 'float32'), (npy(np.float32(1)), 'three dimensions'), (npy(np.zeros([8, 0, 0], np.float32)), 'is empty'),
+    (npy(np.full([8, 4, 4], np.nan, np.float32)), 'not finite'), (npy(np.full([8, 4, 4], np.inf, np.float16)), 'not finite'),
+    (header_of(b"{'descr': '<f4', 'fortran_order': False, 'shape': (8, 99999, 99999), }\n") + bytes(512), 'shorter or longer'),
+    (header_of(b"{'descr': '<f4', 'fortran_order': False, 'shape': (" + b'9' * 60_000 + b', 4, 4), }\n'), 'header cannot be read'),
+    (header_of(b'(' * 60_000), 'header cannot be read'), (header_of(b"__import__('os').mkdir('canary')"), 'header cannot be read'),
+    (header_of(b'(' * 9_000), 'header cannot be read'),
+    (header_of(GOOD_HEADER.replace(b'<f4', b'|O')) + pickle.dumps(np.zeros([8, 4, 4])), 'its header says')])
+def test_a_file_that_holds_no_latents_is_named(tmp_path, content, message):
+    """Whatever its header claims, no memory is taken for it and nothing is evaluated or unpickled."""
+    files = {'a.npy': content}
+    for path in (write_folder(tmp_path / 'data', files), write_zip(tmp_path / 'data.zip', files)):
+        with pytest.raises(UserError, match=r'a\.npy is not a readable file of latents') as error:
+            ImageFolderDataset(path)[0]
+        assert message in str(error.value)
+
+
+def test_a_header_written_by_hand_is_as_good(tmp_path):
+    values = random_latents(1)[0]
+    path = write_zip(tmp_path / 'data.zip', {'a.npy': header_of(GOOD_HEADER) + values.tobytes()})
+    np.testing.assert_array_equal(ImageFolderDataset(path)[0][0], values)
+
+
+def test_flipped_bits_of_latents_in_a_zip_are_noticed(tmp_path, latent_files):
+    path = write_zip(tmp_path / 'data.zip', latent_files)
+    content = path.read_bytes()
+    place = content.index(latent_files[LATENT_NAMES[1]]) + 400
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+    with pytest.raises(UserError, match=r'00000001\.npy is not a readable file of latents'):
+        ImageFolderDataset(path)[1]
+
+
+def test_the_values_of_latents_are_not_read_at_construction(tmp_path, latent_files):
+    """Only the headers are: a cut-off file shows when it is used."""
+    latent_files[LATENT_NAMES[4]] = latent_files[LATENT_NAMES[4]][:200]
+    dataset = ImageFolderDataset(write_folder(tmp_path / 'data', latent_files))
+    with pytest.raises(UserError, match='shorter or longer'):
+        dataset[4]
 
 #----------------------------------------------------------------------------
 # Processes.

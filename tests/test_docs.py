@@ -16,25 +16,30 @@ import dataset_tool
 import demo
 import fid
 import generate
+import reconstruct_phema
 import train
 import validation
-from benchmarks import step
+from benchmarks import scaling, step
 from dnnlib import EasyDict
 from metrics import rulers
 from torch_utils import training_stats
+from torch_utils.flat import FlatParameters
 from training import consistency_ops as ops
 from training import networks
 from training.draws import SampleDraws
 from training.loss_cd import ConsistencyDistillationLoss
-from training.training_loop import tick_stats
+from training.phema import WeightAverages
+from training.training_loop import network_stats, tick_stats
+from training.weight_update import WeightUpdate
 
 PAGES = sorted((ROOT / 'docs').glob('*.md'))
 COMMANDS = {'train.py': train.main, 'generate.py': generate.main, 'fid.py calc': fid.calc, 'fid.py ref': fid.ref, 'validation.py': validation.main,
-            'dataset_tool.py': dataset_tool.main, 'demo.py': demo.main, 'convert.py': convert.files, 'convert.py info': convert.info,
-            'benchmarks/step.py': step.main, 'python -m metrics.rulers': rulers.main}
+            'reconstruct_phema.py': reconstruct_phema.main,
+            'dataset_tool.py': dataset_tool.main, 'demo.py': demo.main, 'convert.py': convert.main, 'convert.py info': convert.info,
+            'benchmarks/step.py': step.main, 'benchmarks/scaling.py': scaling.main, 'python -m metrics.rulers': rulers.main}
 # Options of torchrun and srun.
 FOREIGN = {'standalone', 'nproc_per_node', 'nnodes', 'node_rank', 'rdzv_backend', 'rdzv_endpoint', 'rdzv_id', 'numa-binding', 'numa_binding',
-           'ntasks', 'ntasks-per-node', 'kill-on-bad-exit'}
+           'ntasks', 'ntasks-per-node', 'kill-on-bad-exit', 'nodes', 'gpus-per-node', 'signal', 'requeue', 'signals-to-handle', 'shutdown-timeout'}
 
 
 def blocks(page, language):
@@ -220,9 +225,13 @@ def test_formats_md_names_every_statistic():
         teacher, S=1, T_start=8, T_end=8, T_anneal_kimg=0, rho=7.0, sigma_min=0.002, sigma_max=80.0, student_grid='edm', sampling_mode='edm',
         cd_loss='l2', cd_weight_mode='flat', sigma_data=0.5, terminal_anchor=True, terminal_teacher_hop=True, sync_dropout=True)
     loss(student(), torch.zeros(64, 1, 8, 8), None, SampleDraws(0, 0, 64))
-    averages = EasyDict(halflife_at=lambda nimg: 1)
-    ticks = tick_stats(EasyDict(tick=0, nimg=64, tick_start_nimg=0), 1e-3, averages, 0, 0, 0, 1, torch.device('cpu'))
-    names = {re.sub(r'/sigma_.*', '/sigma_<low>-<high>', re.sub(r'segment\d+', 'segment<j>', name)) for name in [*training_stats.collect(), *ticks]}
+    flat = FlatParameters(student())
+    averages = WeightAverages(student(), flat, 1e3, None, [])
+    c = EasyDict(lr=1, batch_size=64, total_nimg=64, lr_rampup_nimg=0, lr_schedule='constant', lr_ref_nimg=0)
+    ticks = tick_stats(EasyDict(tick=0, nimg=64, tick_start_nimg=0), c, averages, 0, 0, 0, 0, 1, torch.device('cpu'))
+    ticks |= network_stats(WeightUpdate(flat, (0.9, 0.999), 1e-8), averages)
+    names = {name.replace('EMA/ema_', 'EMA/<average>_') for name in [*training_stats.collect(), *ticks]}
+    names = {re.sub(r'/sigma_.*', '/sigma_<low>-<high>', re.sub(r'segment\d+', 'segment<j>', name)) for name in names}
     text = (ROOT / 'docs' / 'formats.md').read_text()
-    documented = set(re.findall(r'`((?:Loss|Edges|Progress|Timing|Resources)/[^`]+)`', text))
-    assert documented == names | {'Loss/cd', 'Loss/diffusion', 'Progress/grad_norm'}
+    documented = set(re.findall(r'`((?:Loss|Edges|Progress|EMA|Timing|Resources)/[^`]+)`', text))
+    assert documented == names | {'Loss/cd', 'Loss/diffusion', 'Loss/weighted_error', 'Progress/grad_norm'}

@@ -1,15 +1,19 @@
 """generate.py, example.py and the code they share."""
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from helpers import assert_one_clear_error, run, torchrun
+from latents import npy, random_latents, save_latent_network, save_vae, use_stand_in
 from PIL import Image
 
 import generate
-from training import generation
+import validation
+from dnnlib import EasyDict, UserError
+from training import encoders, generation, samplers
 from training.checkpoint import load_network, save_snapshot
 from training.consistency_ops import student_grid
 
@@ -113,10 +117,123 @@ def test_latents_come_before_labels_and_churn_noise():
     assert torch.equal(churn[1], torch.randn(3, generator=g))
 
 
-def test_rounding_is_edms():
-    values = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).reshape(5, 1, 1, 1)
-    assert generation.to_uint8(values).flatten().tolist() == [0, 0, 128, 255, 255]
+#----------------------------------------------------------------------------
+# Latents.
 
+@pytest.fixture
+def latent_network(tmp_path):
+    return save_latent_network(tmp_path / 'latent.pkl', dict(raw_mean=[0.5] * 4, raw_std=[0.3] * 4))
+
+
+def test_latents_are_written_as_the_sampler_gives_them(tmp_path, latent_network, monkeypatch):
+    """float32 of its float64, one file a seed; and no VAE is needed."""
+    monkeypatch.setitem(sys.modules, 'diffusers', None)
+    result = invoke(f'--network={latent_network}', f'--outdir={tmp_path / "out"}', '--seeds=3,1000-1001', '--steps=4', '--latents', '--subdirs')
+    assert result.exit_code == 0 and 'Generating 3 latents' in result.output, result.output
+    net = load_network(latent_network)
+    noise = generation.SeededNoise([3, 1000, 1001], 'cpu').randn([4, 8, 8])
+    expected = samplers.sample(net, noise, None, 'heun', 4)
+    assert sorted(str(path.relative_to(tmp_path / 'out')) for path in (tmp_path / 'out').rglob('*.*')) == [
+        '000000/000003.npy', '001000/001000.npy', '001000/001001.npy']
+    for seed, latents in zip([3, 1000, 1001], expected):
+        written = np.load(tmp_path / 'out' / f'{seed - seed % 1000:06d}' / f'{seed:06d}.npy')
+        assert written.dtype == np.float32 and np.array_equal(written, latents.float().numpy())
+
+
+def test_any_network_can_write_what_it_draws_before_rounding(tmp_path, student):
+    invoke(f'--network={student}', f'--outdir={tmp_path}', '--seeds=0', '--latents')
+    invoke(f'--network={student}', f'--outdir={tmp_path}', '--seeds=0')
+    drawn = torch.from_numpy(np.load(tmp_path / '000000.npy'))
+    level = pixels(tmp_path)['000000.png'].astype(int)
+    assert drawn.shape == (1, 8, 8) and np.abs(encoders.StandardRGBEncoder().decode(drawn)[0].numpy() - level).max() <= 1
+
+
+def test_images_of_a_latent_network_come_from_its_vae(tmp_path, latent_network, monkeypatch):
+    """The stand-in doubles the sides and takes the latents, their map undone, for colours."""
+    use_stand_in(monkeypatch)
+    result = invoke(f'--network={latent_network}', f'--outdir={tmp_path}', '--seeds=0-2', '--batch=2', '--steps=4')
+    assert result.exit_code == 0, result.output
+    invoke(f'--network={latent_network}', f'--outdir={tmp_path}', '--seeds=0-2', '--batch=2', '--steps=4', '--latents')
+    for seed in range(3):
+        colours = np.load(tmp_path / f'{seed:06d}.npy')[:3] / 0.5 * 0.3 + 0.5
+        image = pixels(tmp_path)[f'{seed:06d}.png']
+        expected = np.repeat(np.repeat(colours.transpose(1, 2, 0), 2, axis=0), 2, axis=1).clip(0, 1) * 255
+        assert image.shape == (16, 16, 3) and np.abs(image - expected).max() <= 1.01  # cut off, from a rounded map
+        assert image.std() > 5
+
+
+def test_a_real_vae_decodes_from_the_command_line(tmp_path):
+    network = save_latent_network(tmp_path / 'latent.pkl', dict(vae_name=save_vae(tmp_path / 'vae')))
+    result = invoke(f'--network={network}', f'--outdir={tmp_path / "out"}', '--seeds=0-2', '--steps=4')
+    assert result.exit_code == 0, result.output
+    net = load_network(network)
+    expected = generation.generate_batch(net, [0, 1, 2], steps=4).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(np.stack(list(pixels(tmp_path / 'out').values())), expected) and expected.shape == (3, 16, 16, 3)
+
+
+def test_images_of_a_latent_network_without_diffusers_are_one_clear_error_before_any_is_made(tmp_path, latent_network, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'diffusers', None)
+    encoders.load_vae.cache_clear()
+    result = invoke(f'--network={latent_network}', f'--outdir={tmp_path / "out"}', '--seeds=0')
+    assert_one_clear_error(result, 'pip install diffusers', '--latents')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_latents_never_appear_half_written(tmp_path, monkeypatch):
+    def full(file, values):
+        file.write(b'half')
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(np, 'save', full)
+    (tmp_path / 'a.npy').write_bytes(b'earlier')
+    with pytest.raises(UserError, match=r'a\.npy cannot be written: No space left'):
+        generation.save_latents(torch.zeros(1, 4, 2, 2), [str(tmp_path / 'a.npy')])
+    assert (tmp_path / 'a.npy').read_bytes() == b'earlier'
+
+
+class ChannelMeans(torch.nn.Module):
+    """A feature detector for images of 16x16 pixels only."""
+
+    def forward(self, x):
+        assert x.dtype == torch.uint8 and list(x.shape[1:]) == [3, 16, 16]
+        return torch.cat([x.float().mean(dim=[2, 3]), x.float().std(dim=[2, 3])], dim=1)
+
+
+def val_options(tmp_path, **options):
+    torch.jit.script(ChannelMeans()).save(tmp_path / 'means.pt')
+    return EasyDict(dict(ref=None, detector=tmp_path / 'means.pt', steps=4, num=16, batch=8, seed=0, label='auto', dump_images_dir=None,
+                         overwrite=False), **options)
+
+
+def test_validation_sees_the_decoded_images_of_a_latent_network(tmp_path, latent_network, monkeypatch):
+    """Against a reference made of the very images that it is going to generate: distance 0."""
+    use_stand_in(monkeypatch)
+    invoke(f'--network={latent_network}', f'--outdir={tmp_path / "ref"}', '--seeds=0-15', '--batch=8', '--steps=4')
+    net = load_network(latent_network)
+    options = val_options(tmp_path, ref_data=tmp_path / 'ref')
+    validator = validation.Validator(options, None, str(tmp_path), torch.device('cpu'), [4, 8, 8], 0, net.metadata['encoder'])
+    assert abs(validator.run(net, nimg=0, ema='ema')['fid']) < 1e-6
+    options.seed = 100
+    assert validator.run(net, nimg=0, ema='ema')['fid'] > 1e-3
+
+
+def test_latents_are_no_reference(tmp_path, latent_network, monkeypatch):
+    use_stand_in(monkeypatch)
+    (tmp_path / 'latents').mkdir()
+    (tmp_path / 'latents' / 'a.npy').write_bytes(npy(random_latents(1)[0]))
+    with pytest.raises(UserError, match='holds latents, and a reference is made of images'):
+        validation.Validator(val_options(tmp_path, ref_data=tmp_path / 'latents'), None, str(tmp_path), torch.device('cpu'), [4, 8, 8], 0,
+                             dict(class_name='StabilityVAEEncoder'))
+
+
+def test_validation_misses_a_vae_at_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'diffusers', None)
+    encoders.load_vae.cache_clear()
+    with pytest.raises(UserError, match='pip install diffusers'):
+        validation.Validator(val_options(tmp_path, ref_data=tmp_path), None, str(tmp_path), torch.device('cpu'), [4, 8, 8], 0,
+                             dict(class_name='StabilityVAEEncoder'))
+
+#----------------------------------------------------------------------------
+# The other ways to images.
 
 def test_the_example_draws_a_grid_for_students_and_teachers(tmp_path, student, teacher):
     for name, snapshot in dict(student=student, teacher=teacher).items():

@@ -23,6 +23,8 @@ def test_the_learning_rate_ramps_up_and_decays():
     assert [rate(n, 'linear') for n in (50, 100, 500, 1000)] == pytest.approx([0.95, 1.8, 1, 0])
     assert [rate(n, 'cosine') for n in (500, 1000)] == pytest.approx([1, 0])
     assert misc.learning_rate(2.0, 0, 1000, 0) == 2
+    edm2 = lambda nimg: misc.learning_rate(2.0, nimg, 1000, 100, 'sqrt', ref_nimg=200)
+    assert [edm2(n) for n in (0, 50, 200, 800, 1800)] == pytest.approx([0, 1, 2, 1, 2 / 3])
 
 
 def test_statistics_are_moments_and_start_anew_after_each_collection():

@@ -13,7 +13,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     tomllib = None
 
-SCRIPTS = ['train.py', 'generate.py', 'fid.py', 'validation.py', 'dataset_tool.py', 'demo.py', 'convert.py']
+SCRIPTS = ['train.py', 'generate.py', 'fid.py', 'validation.py', 'dataset_tool.py', 'demo.py', 'convert.py', 'reconstruct_phema.py']
 
 
 def test_the_linter_is_content():

@@ -1,9 +1,13 @@
 """Hostile snapshots: each gets an error that names the file, quickly, and nothing in it runs."""
+import contextlib
 import copy
+import gc
+import importlib
 import io
 import os
 import pickle
 import random
+import re
 import struct
 import subprocess
 from collections import OrderedDict
@@ -12,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import assert_one_clear_error, run
 
 from dnnlib import EasyDict, UserError
-from torch_utils import restricted_pickle
+from torch_utils import restricted_pickle, stored_tensors
 from torch_utils.restricted_pickle import MalformedPickle, plain, read_pickle
-from training import networks
+from training import checkpoint, networks
 from training.checkpoint import load_network
 
 pytestmark = pytest.mark.timeout(60)
@@ -120,12 +125,23 @@ RAW = {
     'extension registry': (b'\x80\x02\x82\x01.', 'opcode 0x82'),
     'persistent id, text': (b'Pfoo\n.', 'opcode 0x50'),
     'persistent id': (b'\x80\x02K\x01Q.', 'refers to objects outside'),
-    'NEWOBJ_EX': (b'\x80\x04)}\x92.', 'opcode 0x92'),
+    'NEWOBJ_EX': (b'\x80\x04)}\x92.', 'well-formed'),
+    'NEWOBJ_EX of something': (b'\x80\x04cos\nsystem\n)}\x92.', "names 'os.system'"),
+    'duplicate': (b'\x80\x02}2.', 'opcode 0x32'),
+    'buffer from elsewhere': (b'\x80\x05\x97.', 'opcode 0x97'),
+    'partial application': (b'\x80\x02cfunctools\npartial\n.', "names 'functools.partial'"),
+    'imports': (b'\x80\x02c__builtin__\n__import__\n.', "names '__builtin__.__import__'"),
+    'codecs': (names('_codecs', 'decode'), "names '_codecs.decode'"),
+    'PyTorch code': (names('torch', 'load'), "names 'torch.load'"),
     'call of a record': (b'\x80\x02ccollections\nOrderedDict\n(tR)R.', 'calls something'),
     'call of a call': (b'\x80\x02ctorch\nSize\n)R)R.', 'calls something'),
-    'state for a dict': (b'\x80\x02}}b.', 'fills a dict'),
+    'state for a list': (b'\x80\x02]}b.', 'fills a list'),
     'state for a name': (b'\x80\x02ctorch.storage\n_load_from_bytes\n}b.', 'fills a Name'),
     'items for a list': (b'\x80\x02]K\x01K\x02s.', 'fills a list'),
+    'entries for a dict': (b'\x80\x02}K\x01a.', 'fills a dict'),
+    'odd number of items': (b'\x80\x02}(K\x01u.', 'key without a value'),
+    'mark left over': (b'\x80\x02}(.', 'well-formed'),
+    'name without an end': (b'\x80\x02c' + b'x' * 1000, 'name without an end'),
     'empty stack': (b'\x80\x02.', 'well-formed'),
     'missing mark': (b'\x80\x02t.', 'well-formed'),
     'missing memo': (b'\x80\x02h\x07.', 'well-formed'),
@@ -185,7 +201,8 @@ def test_an_unknown_class_is_named_with_those_that_are_known(net, refused):
 
 @pytest.mark.parametrize('state', [{'_modules': 3}, {'_modules': {'model': 3}}, {'_parameters': {'x': 3}}, {'_modules': {}}, {'_init_args': 3},
                                    {'_init_kwargs': {'model_type': 'torch'}}, {'_init_kwargs': {'num_blocks': 'many'}},
-                                   {'_init_kwargs': {'__class__': 3}}, {'sigma_data': 'x'}, {'img_resolution': 10 ** 9}])
+                                   {'_init_kwargs': {'__class__': 3}}, {'sigma_data': 'x'}, {'sigma_data': 10 ** 600},
+                                   {'img_resolution': 10 ** 9}])
 def test_a_state_that_is_not_the_class_s_own_is_refused(net, refused, state):
     refused(altered(net, **state), 'cannot be used')
 
@@ -218,6 +235,13 @@ def test_a_tensor_that_is_not_within_its_storage_is_refused(net, refused, shape,
 def test_a_tensor_that_repeats_the_elements_of_its_storage_is_refused(net, refused):
     """Otherwise a few bytes would fill any memory."""
     refused(with_tensor(net, (16,), (0,), storage=torch.zeros(1).untyped_storage()), 'does not fit into its storage of 1 elements')
+
+
+def test_a_tensor_that_stands_for_the_negative_of_its_storage_is_refused(net, refused):
+    """PyTorch can write such, by a flag; read without it the network would be another one."""
+    storage = torch.zeros(16)._typed_storage()
+    net.model.out_norm._parameters['bias'] = Calls(torch._utils._rebuild_tensor_v2, storage, 0, (16,), (1,), False, OrderedDict(), {'neg': True})
+    refused(snapshot_of(net), 'negative')
 
 
 def test_a_view_into_a_larger_storage_is_read_for_what_it_is(net, tmp_path):
@@ -260,10 +284,58 @@ def test_nests_that_would_take_for_ever_are_refused(net, refused):
     refused(altered(net, _modules={'model': modules}), 'without end')
 
 
-def test_keys_that_would_take_for_ever_to_hash_are_refused(refused):
+def test_keys_that_would_take_for_ever_to_hash_or_collide_are_not_hashed(refused):
+    """A nest of pairs, each of one object twice; 100,000 integers and as many pairs that Python hashes alike (modulo 2**61 − 1)."""
     nest = b')' + b'\x94h\x00\x86' + b''.join(b'\x94h' + bytes([i]) + b'\x86' for i in range(1, 60))
-    refused(b'\x80\x04}' + nest + b'K\x01s.', 'tuple for a key')
-    refused(b'\x80\x04\x8f(' + nest + b'\x90.', 'tuple for a key')
+    refused(b'\x80\x04}' + nest + b'K\x01s.', 'it has none')
+    refused(b'\x80\x04\x8f(' + nest + b'\x90.', 'not a dict')
+    numbers = [b'\x8a\x0f' + ((2 ** 61 - 1) * i).to_bytes(15, 'little') for i in range(1, 100_001)]
+    refused(b'\x80\x04}(' + b''.join(number + b'N' for number in numbers) + b'u.', 'it has none')
+    refused(b'\x80\x04}(' + b''.join(number + number + b'\x86N' for number in numbers) + b'u.', 'it has none')
+
+
+def test_a_name_that_is_a_nest_is_not_written_out(refused):
+    """Its text would have 2**60 characters."""
+    nest = b']\x94' + b''.join(b']\x94(h' + bytes([i]) + b'h' + bytes([i]) + b'e' for i in range(60))
+    refused(b'\x80\x04' + nest + b'\x8c\x01x\x93.', 'names something by what is no text')
+    refused(b'\x80\x04\x8c\x01x' + nest + b'\x93.', 'names something by what is no text')
+    refused(b'\x80\x04' + nest + b')R.', 'not a function')
+
+
+def test_a_long_name_shared_by_many_modules_is_not_repeated(net, refused):
+    """100 kB in the file; a dotted name for each of 20,000 parameters would be 2 GB."""
+    function, (meta,) = net.model.out_norm.__reduce__()
+    table = {'x' * 100_000: net.model.out_norm.weight}
+    child = Calls(function, {**meta, 'state': {**meta['state'], '_parameters': table}})
+    refused(altered(net, _modules={'model': child, **{f'{i}': child for i in range(20_000)}}), 'names are no text or without end')
+
+
+def test_records_are_limited_in_number(refused, monkeypatch):
+    """Each may take a hundred times the memory that it takes in the file."""
+    monkeypatch.setattr(restricted_pickle, 'MAX_RECORDS', 1000)
+    refused(b'\x80\x04' + b'}' * 2000 + b'.', 'more than 1,000 records')
+
+
+def test_integers_of_any_length_are_read_in_no_time(net, tmp_path, refused):
+    """A million digits would take minutes to print. As an attribute that no one needs they do not matter."""
+    huge = 1 << 4_000_000
+    refused(snapshot_of(net, metadata=dict(S=huge)), 'holds a Span')
+    net.extra = huge
+    (tmp_path / 'net.pkl').write_bytes(snapshot_of(net))
+    load_network(tmp_path / 'net.pkl')
+
+
+NAMES = dict(line='a\nError: b', escape='\x1b[31m', surrogate='\ud800', long='x' * 10 ** 6, direction='\u202e')
+
+
+@pytest.mark.parametrize('name', NAMES.values(), ids=NAMES)
+def test_messages_are_one_printable_line_whatever_the_file_calls_things(net, refused, tmp_path, name):
+    for data in (snapshot_of(Calls(net.__reduce__()[0], {**net.__reduce__()[1][0], 'class_name': name})), pickle.dumps({name: net}),
+                 altered(net, _init_kwargs={name: 1}), altered(net, _modules={name[:900]: net.model}), altered(net, sigma_data=name)):
+        refused(data)
+        with pytest.raises(UserError) as caught:
+            load_network(tmp_path / 'hostile.pkl')
+        assert str(caught.value).isprintable()
 
 
 def test_cycles_and_depth_are_refused_without_a_crash(net, refused):
@@ -272,6 +344,7 @@ def test_cycles_and_depth_are_refused_without_a_crash(net, refused):
     refused(snapshot_of(net, metadata=cycle), 'without end')
     refused(b'\x80\x04}\x8c\x03ema' + b']' * 200_000 + b'a' * 199_999 + b's.', "no network 'ema'")
     refused(b'\x80\x04}\x8c\x03ema' + b')' + b'\x85' * 200_000 + b's.', "no network 'ema'")
+    refused(b'\x80\x04}\x8c\x03emactorch\nSize\n\x94' + b'h\x00' * 200_000 + b')' + b'R\x85' * 200_000 + b'Rs.', "no network 'ema'")
 
 #----------------------------------------------------------------------------
 # Damage to snapshots that have no checksum.
@@ -339,9 +412,53 @@ def test_other_numpy_values_are_no_plain_data(number):
         plain(loads(pickle.dumps(number, protocol=4)))
 
 
-def test_no_table_allows_a_name_that_does_something():
+REBUILDERS = {'torch_utils.persistence._reconstruct_persistent_obj', 'torch._utils._rebuild_parameter', 'torch._utils._rebuild_parameter_with_state',
+              'torch._utils._rebuild_tensor_v2', 'torch._utils._rebuild_tensor_v3', 'torch._tensor._rebuild_from_type_v2', '_codecs.encode',
+              'torch.storage._load_from_bytes', 'numpy.core.multiarray.scalar', 'numpy._core.multiarray.scalar', 'numpy.core.numeric._frombuffer',
+              'numpy._core.numeric._frombuffer', 'numpy.core.multiarray._reconstruct', 'numpy._core.multiarray._reconstruct',
+              'copyreg._reconstructor', 'copy_reg._reconstructor'}
+
+
+def test_the_table_has_types_of_data_and_what_rebuilds_them_and_nothing_else():
     """The names are inert; but a list that grows carelessly is how such readers fail."""
-    modules = {name.rpartition('.')[0] for name in restricted_pickle.SNAPSHOT_NAMES}
-    assert modules <= {'torch', 'torch._utils', 'torch.storage', 'torch.nn.modules.container', 'torch_utils.persistence', 'collections',
-                       'dnnlib.util', 'numpy', 'numpy.core.multiarray', 'numpy._core.multiarray', 'builtins', '__builtin__'}
-    assert not any(name in Path(restricted_pickle.__file__).read_text() for name in ('import_module', '__import__', 'torch.load(', 'pickle.load'))
+    assert REBUILDERS < restricted_pickle.SNAPSHOT_NAMES
+    for name in restricted_pickle.SNAPSHOT_NAMES - REBUILDERS:
+        assert re.fullmatch(r'[a-z_.]+\.\w+', name), f'{name}: a dotted name reaches into a class'
+        module, _, attribute = name.rpartition('.')
+        with contextlib.suppress(ImportError):  # other versions of Python
+            value = getattr(importlib.import_module(module), attribute, None)
+            assert value is None or isinstance(value, (type, torch.dtype)), name
+
+
+def test_no_module_that_reads_snapshots_can_run_anything():
+    for module in (restricted_pickle, stored_tensors, checkpoint):
+        source = Path(module.__file__).read_text()
+        assert not re.search(r'import_module|__import__|pickle\.load|Unpickler|(?<![.\w])(eval|exec)\(', source), module
+    assert source.count('torch.load(') == source.count('torch.load(file, map_location=\'cpu\', weights_only=True)') == 1
+
+#----------------------------------------------------------------------------
+# The process, the command line.
+
+def test_pythons_garbage_collector_is_as_it_was_after_loading(net, refused, tmp_path):
+    (tmp_path / 'net.pkl').write_bytes(snapshot_of(net))
+    for switch in (gc.disable, gc.enable):
+        switch()
+        enabled = gc.isenabled()
+        refused(b'')
+        load_network(tmp_path / 'net.pkl')
+        assert gc.isenabled() == enabled
+
+
+def test_loading_does_not_import_pytorchs_compiler(net, tmp_path):
+    """It takes more than a second, and building a network on the meta device with random weights would import it, `sympy` first of all."""
+    (tmp_path / 'net.pkl').write_bytes(snapshot_of(net))
+    code = 'import sys; from training.checkpoint import load_network; load_network(sys.argv[1]); assert "sympy" not in sys.modules'
+    run('-c', code, tmp_path / 'net.pkl')
+
+
+def test_generating_from_a_hostile_file_is_one_clear_error(net, canary, tmp_path):
+    net.model.out_conv._parameters['weight'] = Calls(os.system, f'touch {canary}')
+    (tmp_path / 'net.pkl').write_bytes(snapshot_of(net))
+    done = run('generate.py', f'--network={tmp_path / "net.pkl"}', f'--outdir={tmp_path / "out"}', check=False)
+    assert_one_clear_error(done, 'net.pkl', 'posix.system', 'nothing was executed')
+    assert not (tmp_path / 'out').exists()

@@ -11,7 +11,7 @@ from helpers import FAST, ROOT, TINY_NETWORK, assert_one_clear_error, run, torch
 
 import train
 from training.checkpoint import load_network, load_state
-from training.training_loop import states_to_keep
+from training.run_files import states_to_keep
 
 README_COMMAND = '''
     --outdir=training-runs/imagenet64-cd-s8 --data=/path/to/imagenet-64x64.zip --cond=1 --arch=adm --precond=edm --batch=2048 --batch-gpu=64
@@ -54,8 +54,8 @@ def test_the_published_command_is_accepted_option_by_option(tmp_path, digits, te
     assert c['loss'] == dict(S=8, T_start=64, T_end=1280, T_anneal_kimg=104800, rho=7, student_grid='edm', sampling_mode='edm', hop='heun',
                              cd_loss='pseudo_huber', cd_weight_mode='sqrt_karras', terminal_anchor=True, terminal_teacher_hop=True,
                              sync_dropout=True, anchor_hops=None, sigma_min=0.002, sigma_max=80, sigma_data=0.5)
-    assert c['validation'] == dict(ref=str(rulers / 'pca.npz'), ref_data=None, detector=None, steps=8, every=20, at_start=False, teacher=False,
-                                   num=50000, batch=64, seed=0, label='auto', dump_images_dir=None, overwrite=False)
+    assert c['validation'] == dict(ref=str(rulers / 'pca.npz'), ref_data=None, detector=None, steps=8, every=20, emas=['ema'], at_start=False,
+                                   teacher=False, num=50000, batch=64, seed=0, label='auto', dump_images_dir=None, overwrite=False)
 
 
 def test_the_readme_of_this_repository_repeats_the_published_command():
@@ -108,7 +108,7 @@ def test_defaults_are_edms(tmp_path, digits):
     assert (c['total_nimg'], c['batch_size'], c['lr'], c['ema_halflife_nimg'], c['augment']) == (200_000_000, 512, 1e-3, 500_000, 0.12)
     assert c['network']['kwargs']['model_type'] == 'SongUNet' and c['network']['kwargs']['channel_mult'] == [2, 2, 2]
     assert (c['kimg_per_tick'], c['snapshot_ticks'], c['state_dump_ticks']) == (50, 50, 500)
-    assert c['network']['class_name'] == 'EDMPrecond' and c['loss'] == dict(kind='edm')
+    assert c['network']['class_name'] == 'EDMPrecond' and c['loss'] == dict(kind='edm', P_mean=-1.2, P_std=1.2)
 
 
 def test_consistency_defaults_are_those_of_the_released_student(tmp_path, digits, teacher):

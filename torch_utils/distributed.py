@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -109,6 +109,60 @@ def gather_objects(obj: Any) -> list[Any]:
     boxes = [None] * get_world_size()
     dist.all_gather_object(boxes, obj)
     return boxes
+
+
+def same_everywhere(tensor: torch.Tensor) -> bool:
+    """Whether all processes hold the same bits in `tensor`, whose length is a multiple of 16 (by 16 checksums). Waits for the device."""
+    if not dist.is_initialized():
+        return True
+    least = tensor.detach().view(torch.int32).view(-1, 16).sum(dim=0, dtype=torch.int64)
+    most = least.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return torch.equal(least, most)
+
+
+class HostAgreement:
+    """Flags that the processes' hosts agree on without waiting for each other or for the devices: what they hear is a step old.
+
+    Every process must call `exchange` and `any` in the same order.
+    """
+
+    def __init__(self):
+        self._group = dist.new_group(backend='gloo') if dist.is_initialized() else None
+        self._pending: tuple[Any, torch.Tensor] | None = None
+
+    def exchange(self, values: list[int]) -> list[int]:
+        """The maxima over all processes of what they gave at the previous call, zeros at the first; a process alone hears itself at once."""
+        if self._group is None:
+            return values
+        earlier, tensor = self._pending, torch.tensor(values)
+        self._pending = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group, async_op=True), tensor
+        if earlier is None:
+            return [0] * len(values)
+        earlier[0].wait()
+        return earlier[1].tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so now. Waits for the other hosts."""
+        if self._group is None:
+            return flag
+        tensor = torch.tensor(int(flag))
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
+        return bool(tensor)
+
+    def close(self) -> None:
+        """Hear what is still on its way."""
+        if self._pending is not None:
+            self._pending[0].wait()
+            self._pending = None
+
+
+def fail_together(message: str) -> NoReturn:
+    """End all processes, which call this together, with exit status 1 and one message."""
+    if is_main():
+        raise UserError(message)
+    raise SystemExit(1)
 
 
 def print0(*args, **kwargs) -> None:

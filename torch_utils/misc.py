@@ -26,15 +26,37 @@ def gradient_sync(net: torch.nn.Module, sync: bool):
     return net.no_sync()
 
 
-LR_SCHEDULES = ('constant', 'linear', 'cosine')
+class LateReading:
+    """A number on the device as the host can know it without waiting: on a GPU, the one of the latest step that the device has finished."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == 'cuda'
+        self._value, self._arrived = torch.zeros([], dtype=torch.int64, pin_memory=self._on_gpu), None
+        self._latest = 0
+
+    def read(self, tensor: torch.Tensor) -> int:
+        """The latest value known of `tensor`, int64 []."""
+        if not self._on_gpu:
+            return int(tensor)
+        if self._arrived is None or self._arrived.query():
+            self._latest = int(self._value)
+            self._value.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        return self._latest
 
 
-def learning_rate(base: float, nimg: int, total_nimg: int, rampup_nimg: float, schedule: str = 'constant') -> float:
-    """Learning rate after `nimg` images: a linear ramp from 0 over `rampup_nimg`, times a decay to 0 at `total_nimg`.
+LR_SCHEDULES = ('constant', 'linear', 'cosine', 'sqrt')
 
-    Schedules: constant; linear 1 − p; cosine (1 + cos(pi p)) / 2, with p = nimg / total_nimg.
+
+def learning_rate(base: float, nimg: int, total_nimg: int, rampup_nimg: float, schedule: str = 'constant', ref_nimg: float = 0) -> float:
+    """Learning rate after `nimg` images: a linear ramp from 0 over `rampup_nimg`, times a decay.
+
+    Schedules: constant; linear 1 − p and cosine (1 + cos(pi p)) / 2, with p = nimg / total_nimg; sqrt 1 / sqrt(max(nimg / ref_nimg, 1)),
+    that of EDM2 (Karras et al. 2024).
     """
     ramp = min(nimg / rampup_nimg, 1.0) if rampup_nimg > 0 else 1.0
     done = min(nimg / total_nimg, 1.0)
-    decay = dict(constant=1.0, linear=1 - done, cosine=(1 + math.cos(math.pi * done)) / 2)[schedule]
-    return base * ramp * decay
+    if schedule == 'sqrt':
+        return base * ramp * min(math.sqrt(ref_nimg / nimg), 1.0) if nimg else base * ramp
+    return base * ramp * dict(constant=1.0, linear=1 - done, cosine=(1 + math.cos(math.pi * done)) / 2)[schedule]

@@ -3,90 +3,40 @@
 Nothing in a file is ever executed. A snapshot is read as data (`torch_utils.restricted_pickle`): the class name selects one of our
 networks, its recorded constructor arguments build it, the tensors are copied in. Training states are `torch.load`ed with `weights_only=True`.
 
-Files that we write end in a line `#sha256 <hex digits>` over all bytes before it, which other readers of pickles and PyTorch files
+Files that we write end in a line `#checksum <hex digits>` over all bytes before it, which other readers of pickles and PyTorch files
 ignore. A snapshot's metadata has a digest of what the network is as well; it survives re-pickling by other tools.
 """
 from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import hashlib
+import itertools
 import json
-import math
 import os
 import pickle
-import re
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import struct
+import zipfile
 from typing import BinaryIO
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 import dnnlib
 from dnnlib import UserError
-from torch_utils.restricted_pickle import MalformedPickle, StoredTensor, module_tensors, persistent_object, plain, read_pickle, read_tensor
-from training import networks, networks_edm2
+from torch_utils.restricted_pickle import MalformedPickle, persistent_object, plain, read_pickle
+from torch_utils.sealed_file import DamagedFile, find_seal, read_parts, read_sealed, sealed
+from torch_utils.stored_tensors import LocatedTensor, Storages, StoredTensor, module_tensors
+from training import encoders, networks, networks_edm2
 from training.consistency_ops import student_grid
 
 STUDENT_LOSS = 'EDMConsistencyDistillLoss'  # the class that identifies a published student's snapshot
-SEAL_LENGTH = len(b'\n#sha256 ') + 64 + len(b'\n')
 NETWORKS = {**networks.PRECONDS, **networks_edm2.PRECONDS}  # class name -> class: what a snapshot may hold
+MAX_STEPS = 10_000  # of a student
+READING_ERRORS = (zipfile.BadZipFile, pickle.UnpicklingError, struct.error, OSError, MemoryError, RuntimeError, EOFError, LookupError, TypeError,
+                  ValueError, ArithmeticError, AttributeError, AssertionError)  # what files that are not its own cause in PyTorch
 GEOMETRY = ('img_resolution', 'img_channels', 'label_dim')
-
-#----------------------------------------------------------------------------
-# Sealed files: contents, then their checksum.
-
-class _SealingFile:
-    """Passes what is written on to a file and hashes it on the way."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.hash = file, hashlib.sha256()
-        self.failure: OSError | None = None
-
-    def write(self, data) -> int:
-        self.hash.update(data)
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.failure = error
-            raise
-
-    def flush(self):
-        self.file.flush()
-
-
-@contextlib.contextmanager
-def _sealed(path: str | os.PathLike) -> Iterator[_SealingFile]:
-    """A file to write to, which appears under its name when it is complete, sealed and on disk."""
-    with dnnlib.util.atomic_write(path) as file:
-        sealing = _SealingFile(file)
-        try:
-            yield sealing
-        except RuntimeError:  # what PyTorch's writer makes of a full disk
-            if sealing.failure:
-                raise sealing.failure from None
-            raise
-        file.write(b'\n#sha256 ' + sealing.hash.hexdigest().encode() + b'\n')
-
-
-def _find_seal(file: BinaryIO) -> tuple[int, str | None]:
-    """(length of the contents, the checksum that follows them or None); leaves the file at its start."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(size - SEAL_LENGTH, 0))
-    seal = re.fullmatch(rb'\n#sha256 ([0-9a-f]{64})\n', file.read())
-    file.seek(0)
-    return (size, None) if seal is None else (size - SEAL_LENGTH, seal[1].decode())
-
-
-def _check_contents(file: BinaryIO, size: int, checksum: str):
-    """Raises MalformedPickle where the first `size` bytes have another checksum; leaves the file at its start."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    while size and (count := file.readinto(block[:min(size, len(block))])):
-        digest.update(block[:count])
-        size -= count
-    if digest.hexdigest() != checksum:
-        raise MalformedPickle('is damaged: its contents do not match its checksum. Copy or download it again')
-    file.seek(0)
 
 #----------------------------------------------------------------------------
 # Reading snapshots.
@@ -102,29 +52,47 @@ def load_network(source: str | os.PathLike, device: str | torch.device = 'cpu', 
         source: path or http(s) URL.
     Raises: UserError, naming the source, for files that are missing, damaged, hostile, or hold no network that we know.
     """
-    with dnnlib.open_url(source) as file, dnnlib.open_url(source) as contents, ThreadPoolExecutor(1) as pool:
-        size, checksum = _find_seal(file)
-        check = pool.submit(_check_contents, contents, size, checksum) if checksum else None
+    with dnnlib.open_url(source) as file, _garbage_left_alone():
+        size, seal = find_seal(file)
         try:
             try:
-                return _read_network(file, size, key, torch.device(device), sealed=checksum is not None)
-            finally:
-                if check:
-                    check.result()  # damage is the better explanation of whatever else went wrong
-        except MalformedPickle as error:
-            raise UserError(f'{os.fspath(source)} cannot be used as a network snapshot: it {error}.') from error
+                return _read_network(file, size, seal, key, torch.device(device))
+            except MalformedPickle:
+                if seal:
+                    read_sealed(file, size, seal)  # damage is the better explanation
+                raise
+        except (MalformedPickle, DamagedFile) as error:
+            raise UserError(f'{os.fspath(source)} cannot be used as a network snapshot: it {_one_line(error)}.') from error
 
 
-def _read_network(file: BinaryIO, size: int, key: str, device: torch.device, sealed: bool) -> torch.nn.Module:
+@contextlib.contextmanager
+def _garbage_left_alone():
+    """Reading makes a hundred thousand small objects and hardly any garbage, for which Python would search the whole process again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _one_line(error: Exception) -> str:
+    """The error's message, fit for a terminal: parts of it may be the file's."""
+    text = ''.join(char if char.isprintable() else ascii(char)[1:-1] for char in str(error))
+    return text if len(text) <= 500 else f'{text[:500]}...'
+
+
+def _read_network(file: BinaryIO, size: int, seal: str | None, key: str, device: torch.device) -> torch.nn.Module:
     snapshot = read_pickle(file, stop=size)
     if file.tell() != size:
         raise MalformedPickle('goes on after the end of its pickle (truncated or damaged?)')
     record = _network_record(snapshot, key)
     net = build_unfilled(record)
-    _fill(net, module_tensors(record), file, size, device)
+    _fill(net, _read_tensors(_locate(net, module_tensors(record), file, size), file, size, seal), device)
     restore_attributes(net, persistent_object(record)[1])
     net.metadata = _metadata(snapshot, net)
-    if not sealed and 'digest' in net.metadata and net.metadata['digest'] != network_digest(net, net.metadata):
+    if not seal and 'digest' in net.metadata and net.metadata['digest'] != network_digest(net, net.metadata):
         raise MalformedPickle('is damaged: its network does not match the digest in its metadata. Copy or download it again')
     return net
 
@@ -132,26 +100,48 @@ def _read_network(file: BinaryIO, size: int, key: str, device: torch.device, sea
 def _network_record(snapshot, key: str):
     if not isinstance(snapshot, dict):
         raise MalformedPickle('is not a dict of networks, as snapshots are')
-    held = [name for name, value in snapshot.items() if persistent_object(value)]
+    held = [name for name, value in snapshot.items() if isinstance(name, str) and '_modules' in (persistent_object(value) or ('', ()))[1]]
     if key not in held:
-        raise MalformedPickle(f'has no network {key!r}; it has {", ".join(map(repr, held)) or "none"}')
+        raise MalformedPickle(f'has no network {key!r}; it has {", ".join(map(repr, held[:20])) or "none"}')
     return snapshot[key]
 
 
+MAX_ENTRIES, MAX_SIZE = 16, 1 << 17     # of an argument: entries of a list, largest number
+LIMITS = {'num_blocks': 32, 'M': 10_000, 'channel_mult': 1024, 'channel_mult_emb': 1024, 'channel_mult_noise': 1024, 'label_dim': 1 << 20}
+
+
 def _check_arguments(values):
-    """Refuses sizes that no network has: building one would go on for ever, even without memory behind its tensors."""
+    """Refuses sizes that no network has: building one would go on for ever, or repeat a list or text until it fills the memory."""
     for name, value in values:
-        limit = {'num_blocks': 64, 'M': 10_000}.get(name, 1 << 20)
+        limit = LIMITS.get(name, MAX_SIZE)
+        if (isinstance(value, (list, tuple)) and len(value) > MAX_ENTRIES) or (isinstance(value, str) and len(value) > 32):
+            raise MalformedPickle(f'asks for a network whose {name} has {len(value)} entries')
         if isinstance(value, (list, tuple)):
-            if len(value) > 32:
-                raise MalformedPickle(f'asks for a network whose {name} has {len(value)} entries')
             _check_arguments((name, item) for item in value)
         elif isinstance(value, int) and abs(value) > limit:
             raise MalformedPickle(f'asks for a network whose {name} is beyond {limit:,}')
 
 
+class _Unfilled(TorchFunctionMode):
+    """Tensors that a network makes for itself have no memory: they are on the meta device, and stay what they are when it initialises them.
+
+    Under `torch.device('meta')` alone PyTorch works out what initialising would give, in Python, with its compiler: a second to import it.
+    """
+
+    FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand)
+    INITIALISERS = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.mul)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in self.FACTORIES:
+            return torch.empty(*args, **{**kwargs, 'device': 'meta'})
+        if function in self.INITIALISERS and args[0].is_meta:
+            return args[0]
+        return function(*args, **kwargs)
+
+
 def build_unfilled(record) -> torch.nn.Module:
-    """The network of a record's class and constructor arguments, on the meta device: its tensors have shapes but no memory."""
+    """The network of a record's class and constructor arguments, on the meta device: its parameters have shapes but no memory."""
     class_name, state = persistent_object(record)
     cls = NETWORKS.get(class_name)
     if cls is None:
@@ -161,7 +151,7 @@ def build_unfilled(record) -> torch.nn.Module:
         raise MalformedPickle('has no record of its constructor arguments')
     _check_arguments([*((f'argument {i}', value) for i, value in enumerate(args)), *kwargs.items()])
     try:
-        with torch.device('meta'):
+        with _Unfilled():
             net = cls(*args, **kwargs)
     except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, NameError, RuntimeError) as error:  # what wrong arguments can cause
         raise MalformedPickle(f'has constructor arguments that {class_name} cannot be built from: {error}') from error
@@ -172,25 +162,49 @@ def _tensors(net: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(net.named_parameters()), **dict(net.named_buffers())}
 
 
-def _fill(net: torch.nn.Module, stored: dict[str, StoredTensor], file: BinaryIO, size: int, device: torch.device):
-    """Reads the stored tensors into the network that has none yet, each with its own dtype, after comparing every name and shape."""
+def _locate(net: torch.nn.Module, stored: dict[str, StoredTensor], file: BinaryIO, size: int) -> dict[str, LocatedTensor]:
+    """Where the network's tensors lie in the file. Raises: MalformedPickle where they are others, by name, shape or kind of number."""
     expected = _tensors(net)
     for what, names in (('lacks', expected.keys() - stored.keys()), ('has unexpected', stored.keys() - expected.keys())):
         if names:
             raise MalformedPickle(f'{what} tensors: {", ".join(sorted(names)[:5])}{", ..." if len(names) > 5 else ""}')
+    storages, located = Storages(file), {}
     for name, tensor in expected.items():
         if stored[name].shape != tuple(tensor.shape):
             raise MalformedPickle(f'has {name} of shape {list(stored[name].shape)}, its constructor arguments say {list(tensor.shape)}')
-    left = size  # however often a file refers to one storage, its tensors are not larger than itself
-    for name, tensor in expected.items():
-        value = read_tensor(file, stored[name])
-        left -= value.nbytes
-        if left < 0 or value.is_floating_point() != tensor.is_floating_point():
-            raise MalformedPickle(f'has {name} as {value.dtype}, or its tensors share memory')
-        owner, _, leaf = name.rpartition('.')
-        value = value.to(device)
-        is_parameter = isinstance(tensor, torch.nn.Parameter)
-        setattr(net.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False) if is_parameter else value)
+        located[name] = storages.locate(stored[name])
+        if located[name].dtype.is_floating_point != tensor.is_floating_point():
+            raise MalformedPickle(f'has {name} as {located[name].dtype}')
+    if sum(tensor.nbytes for tensor in located.values()) > size:
+        raise MalformedPickle('has tensors that share memory: together they are larger than the file')
+    return located
+
+
+def _read_tensors(located: dict[str, LocatedTensor], file: BinaryIO, size: int, seal: str | None) -> dict[str, torch.Tensor]:
+    """The tensors, read from the file, all of which is compared with its seal, if it has one."""
+    # Memory is this thread's: what PyTorch's allocator has at hand for other threads it gives back in between.
+    elements = {name: torch.empty(tensor.extent, dtype=tensor.dtype) for name, tensor in located.items()}
+    parts = []
+    for name, tensor in located.items():
+        memory = elements[name].view(torch.uint8).numpy()
+        if tensor.text is None:
+            parts.append((tensor.start, memory))
+        else:
+            memory.data[:] = tensor.text_bytes()
+    if seal:
+        read_sealed(file, size, seal, parts)
+    else:
+        read_parts(file, parts)
+    return {name: tensor.view(elements.pop(name)) for name, tensor in located.items()}
+
+
+def _fill(net: torch.nn.Module, tensors: dict[str, torch.Tensor], device: torch.device):
+    """Gives a network that has none its tensors, each with its own dtype."""
+    for prefix, module in net.named_modules():
+        for table in (module._parameters, module._buffers):
+            for name in [name for name, tensor in table.items() if tensor is not None]:
+                tensor = tensors.pop(f'{prefix}.{name}' if prefix else name).to(device)
+                table[name] = torch.nn.Parameter(tensor, requires_grad=False) if table is module._parameters else tensor
 
 
 def restore_attributes(net: torch.nn.Module, state: dict):
@@ -199,7 +213,8 @@ def restore_attributes(net: torch.nn.Module, state: dict):
         if name not in state:
             continue
         stored = plain(state[name])
-        if not isinstance(stored, (bool, int, float)) or (name in GEOMETRY and stored != value):
+        beyond = isinstance(stored, int) and abs(stored) >= 1 << 63
+        if not isinstance(stored, (bool, int, float)) or beyond or (name in GEOMETRY and stored != value):
             raise MalformedPickle(f'contradicts itself: {name} is {stored!r}, its constructor arguments say {value!r}')
         setattr(net, name, stored)
 
@@ -212,23 +227,50 @@ def numeric_attributes(net: torch.nn.Module) -> dict[str, bool | int | float]:
 
 def _metadata(snapshot: dict, net: torch.nn.Module) -> dict:
     metadata = plain(snapshot.get('metadata') or {})
-    dataset_kwargs = plain(snapshot.get('dataset_kwargs') or {})
-    if not isinstance(metadata, dict) or not isinstance(dataset_kwargs, dict):
-        raise MalformedPickle('has metadata or dataset_kwargs that are not dicts')
+    if not isinstance(metadata, dict):
+        raise MalformedPickle('has metadata that are not a dict')
+    dataset_kwargs = plain(snapshot['dataset_kwargs'], leave_out=True) if isinstance(snapshot.get('dataset_kwargs'), dict) else {}
     if not metadata:
         class_name, loss = persistent_object(snapshot.get('loss_fn')) or (None, {})
         metadata = _published_student(loss, net) if class_name == STUDENT_LOSS else dict(objective='diffusion')
-    return {**metadata, **({'dataset_kwargs': dataset_kwargs} if dataset_kwargs else {})}
+    _check_grid(metadata)
+    encoder = _encoder(snapshot['encoder']) if snapshot.get('encoder') is not None else metadata.get('encoder')
+    if encoder is not None and not (isinstance(encoder, dict) and isinstance(encoder.get('class_name'), str)):
+        raise MalformedPickle('has metadata whose encoder is no dict with a class_name')
+    return {**metadata, **({'dataset_kwargs': dataset_kwargs} if dataset_kwargs else {}), **({'encoder': encoder} if encoder else {})}
+
+
+def _encoder(node) -> dict | None:
+    """A snapshot's encoder as `encoders.build` takes it; None for pixels. Of a class that we do not know, its name alone."""
+    class_name, state = persistent_object(node) or (None, {})
+    known = class_name in encoders.ENCODERS
+    args, kwargs = (plain(state.get(name, empty)) if known else empty for name, empty in (('_init_args', ()), ('_init_kwargs', {})))
+    if class_name is None or not isinstance(args, tuple) or not isinstance(kwargs, dict):
+        raise MalformedPickle('has an encoder without class or constructor arguments')
+    return encoders.record(class_name, args, kwargs)
+
+
+def _check_grid(metadata: dict):
+    """Refuses noise levels that no student steps on."""
+    levels = metadata.get('sigmas', [1, 0])
+    listed = isinstance(levels, (list, tuple)) and 2 <= len(levels) <= MAX_STEPS + 1
+    numbers = [*(levels if listed else [None]), *(metadata[name] for name in ('sigma_min', 'sigma_max', 'rho') if name in metadata)]
+    if not all(isinstance(number, (int, float)) and 0 <= number < 1e300 for number in numbers):
+        raise MalformedPickle('has metadata with noise levels that are no numbers')
+    if levels[-1] != 0 or any(high <= low for high, low in itertools.pairwise(levels)):
+        raise MalformedPickle('has metadata with noise levels that do not fall to zero')
 
 
 def _published_student(loss: dict, net: torch.nn.Module) -> dict:
     """Metadata of a student whose snapshot has none: its loss knows the grid that it was trained on."""
     S, sigma_min, sigma_max, rho = numbers = [plain(loss.get(name)) for name in ('S', 'sigma_min', 'sigma_max', 'rho')]
-    if not (all(isinstance(number, (int, float)) and math.isfinite(number) and number > 0 for number in numbers)
-            and isinstance(S, int) and S <= 10_000 and sigma_min < sigma_max):
-        raise MalformedPickle(f'has a {STUDENT_LOSS} with impossible S, sigma_min, sigma_max, rho: {numbers}')
-    sigma_min, sigma_max = (float(min(max(sigma, net.sigma_min), net.sigma_max)) for sigma in (sigma_min, sigma_max))
-    sigmas = student_grid(S, sigma_min, sigma_max, rho, 'edm').tolist()
+    try:
+        if not isinstance(S, int) or S > MAX_STEPS:
+            raise ValueError
+        sigma_min, sigma_max = (float(min(max(sigma, net.sigma_min), net.sigma_max)) for sigma in (sigma_min, sigma_max))
+        sigmas = student_grid(S, sigma_min, sigma_max, rho, 'edm').tolist()
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise MalformedPickle(f'has a {STUDENT_LOSS} with impossible S, sigma_min, sigma_max, rho: {numbers}') from error
     return dict(objective='mcd', S=S, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, student_grid='edm', sigmas=sigmas)
 
 #----------------------------------------------------------------------------
@@ -238,8 +280,8 @@ def save_snapshot(path: str | os.PathLike, net: torch.nn.Module, **metadata):
     """Writes a network and plain-data metadata as a snapshot that `load_network` and EDM's own tools read.
 
     The network is saved as it would sample, in evaluation mode and without gradients, its tensors with their dtypes; `net` itself is
-    left alone. `dataset_kwargs` goes where EDM's tools expect it. `digest` (sha256 over class, constructor arguments, numeric
-    attributes, metadata and tensors) is added, so `save_snapshot(copy, net, **net.metadata)` copies a snapshot.
+    left alone. `dataset_kwargs` and `encoder` go where EDM's and EDM2's tools expect them. `digest` (sha256 over class, constructor
+    arguments, numeric attributes, metadata and tensors) is added, so `save_snapshot(copy, net, **net.metadata)` copies a snapshot.
     Raises: TypeError where the network is none of ours or the metadata is not plain data; UserError where the file cannot be written.
     """
     if type(net) not in NETWORKS.values():
@@ -251,7 +293,9 @@ def save_snapshot(path: str | os.PathLike, net: torch.nn.Module, **metadata):
     metadata['digest'] = network_digest(net, metadata)
     dataset_kwargs = metadata.pop('dataset_kwargs', {})
     snapshot = dict(ema=_frozen(net), loss_fn=None, augment_pipe=None, dataset_kwargs=dataset_kwargs, metadata=metadata)
-    with _sealed(path) as file:
+    if metadata.get('encoder', {}).get('class_name') in encoders.ENCODERS:
+        snapshot['encoder'] = encoders.build(metadata.pop('encoder'))
+    with sealed(path) as file:
         pickle.dump(snapshot, file, protocol=4)
 
 
@@ -284,7 +328,7 @@ def save_state(path: str | os.PathLike, state: dict):
     Raises: TypeError where the state holds anything else, which could not be read back; UserError where the file cannot be written.
     """
     _check_state(state, 'state')
-    with _sealed(path) as file:
+    with sealed(path) as file:
         torch.save(state, file)
 
 
@@ -300,6 +344,18 @@ def _check_state(value, where: str):
         raise TypeError(f'{where} is a {type(value).__name__}; a training state holds tensors and plain data only')
 
 
+def verify(path: str | os.PathLike):
+    """Reads a file of ours back. Raises: UserError where it is not what was written."""
+    with dnnlib.open_url(path) as file:
+        size, seal = find_seal(file)
+        try:
+            if seal is None:
+                raise DamagedFile('has no checksum at its end')
+            read_sealed(file, size, seal)
+        except DamagedFile as error:
+            raise UserError(f'{os.fspath(path)} was not written well: it {error}.') from error
+
+
 def load_state(path: str | os.PathLike) -> dict:
     """Reads a training state, its tensors to the CPU, without executing anything in it.
 
@@ -307,11 +363,17 @@ def load_state(path: str | os.PathLike) -> dict:
     """
     with dnnlib.open_url(path) as file:
         try:
-            size, checksum = _find_seal(file)
-            if checksum is None:
-                raise MalformedPickle('has no checksum at its end: it is damaged, incomplete, or no training state of ours')
-            _check_contents(file, size, checksum)
+            size, seal = find_seal(file)
+            if seal is None:
+                raise DamagedFile('has no checksum at its end: it is damaged, incomplete, or no training state of ours')
+            read_sealed(file, size, seal)
+            with zipfile.ZipFile(file) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > size:
+                    raise DamagedFile('has compressed entries, which ours have not')
+            file.seek(0)
             return torch.load(file, map_location='cpu', weights_only=True)
-        except (MalformedPickle, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
-            reason = str(error) if isinstance(error, MalformedPickle) else f'cannot be read as plain data and tensors ({str(error).splitlines()[0]})'
-            raise UserError(f'{os.fspath(path)} cannot be used as a training state: it {reason}.') from error
+        except DamagedFile as error:
+            raise UserError(f'{os.fspath(path)} cannot be used as a training state: it {error}.') from error
+        except READING_ERRORS as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f'{os.fspath(path)} cannot be used as a training state: it is no file of plain data and tensors ({reason}).') from error

@@ -1,7 +1,8 @@
-"""EDM's image data sets, and the order in which processes read them.
+"""EDM's data sets of images and EDM2's of latents, and the order in which processes read them.
 
-A data set is a folder or a zip of equally sized square images, greyscale or RGB, in any nesting. An optional `dataset.json` holds
-`{"labels": [[name, class index or vector], ...]}` or `{"labels": null}`. `dataset_tool.py` makes such a data set.
+A data set is a folder or a zip of equally sized square images, greyscale or RGB, in any nesting; or of latents, `.npy` files of float32
+or float16 [C, H, W]. An optional `dataset.json` holds `{"labels": [[name, class index or vector], ...]}` or `{"labels": null}`, and for
+latents may say under `"encoder"` how they were made. `dataset_tool.py` makes such a data set.
 """
 from __future__ import annotations
 
@@ -9,11 +10,13 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import struct
+import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -24,7 +27,9 @@ from dnnlib import UserError
 
 HEADER_CHECK_LIMIT = 10_000  # up to so many images all headers are compared at construction; beyond, each image when it is read
 MAX_CLASSES = 1_000_000      # a class index beyond is taken for a damaged file: one-hot labels would not fit in memory
+MAX_LATENT_BYTES = 1 << 30   # of one file of latents; a header that claims more is damaged
 LABEL_FILE = 'dataset.json'
+LATENT_EXTENSION = '.npy'
 
 # What Pillow and zipfile raise on damaged, encrypted or oversized files.
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
@@ -33,7 +38,7 @@ UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, struct.e
 # Files of a folder or a zip, by name.
 
 class ImageFiles:
-    """The images and label files of a folder or a zip, by their sorted names with forward slashes.
+    """The images, or latents, and label files of a folder or a zip, by their sorted names with forward slashes.
 
     A zip is opened anew by each process that reads from it: a handle shared over a fork would share its file position too.
     Nothing is ever extracted. Hidden files and macOS resource forks are left out.
@@ -46,8 +51,11 @@ class ImageFiles:
             raise UserError(f'{self.path}: no such file or folder')
         self.is_folder = os.path.isdir(self.path)
         names = {name for name in (self._walk() if self.is_folder else self._archive().namelist()) if not _is_hidden(name)}
-        extensions = _readable_extensions()
-        self.images = sorted(name for name in names if os.path.splitext(name)[1].lower() in extensions)
+        pictures, latents = (sorted(name for name in names if os.path.splitext(name)[1].lower() in extensions)
+                             for extensions in (_readable_extensions(), {LATENT_EXTENSION}))
+        if pictures and latents:
+            raise UserError(f'{self.path} holds images and latents ({pictures[0]}, {latents[0]}, ...); keep one kind, or put them into two folders')
+        self.images, self.holds_latents = pictures or latents, bool(latents)
         self.label_files = sorted(name for name in names if os.path.basename(name) == LABEL_FILE and name.count('/') <= 1)
         if not self.images:
             raise UserError(f'{self.path} holds no images; dataset_tool.py converts other sources')
@@ -83,6 +91,45 @@ class ImageFiles:
         except UNREADABLE as error:
             raise UserError(f'{self.path}: {name} is not a readable image ({error}); replace or remove it') from error
 
+    @contextlib.contextmanager
+    def open_latents(self, name: str) -> Iterator[LatentFile]:
+        """The latents of that name: at first their header, and with `load()`, inside the block, their values. Raises: UserError."""
+        try:
+            with self.open(name) as file:
+                yield LatentFile(file)
+        except UNREADABLE as error:
+            raise UserError(f'{self.path}: {name} is not a readable file of latents ({error}); make it again with dataset_tool.py') from error
+
+
+class LatentFile:
+    """A `.npy` file of float32 or float16 [C, H, W]. Nothing but such a header is understood, and it is checked before memory is taken.
+
+    Raises: ValueError for any other contents.
+    """
+
+    def __init__(self, file: BinaryIO):
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        try:
+            self.shape, fortran_order, self._dtype = readers[np.lib.format.read_magic(file)](file)
+        except (ValueError, SyntaxError, KeyError, tokenize.TokenError) as error:
+            raise ValueError('its header cannot be read') from error
+        self._file, self._order = file, 'F' if fortran_order else 'C'
+        if len(self.shape) != 3 or self._dtype.kind != 'f' or self._dtype.itemsize > 4:
+            raise ValueError(f'its header says {self._dtype} {list(self.shape)}, not float32 or float16 and three dimensions')
+        if min(self.shape) < 1:
+            raise ValueError('it is empty')
+
+    def load(self) -> np.ndarray:
+        """float32 [C, H, W]"""
+        size = math.prod(self.shape) * self._dtype.itemsize
+        data = self._file.read(size + 1) if size <= MAX_LATENT_BYTES else b''
+        if len(data) != size:
+            raise ValueError('it is shorter or longer than its header says')
+        values = np.frombuffer(data, self._dtype).reshape(self.shape, order=self._order).astype(np.float32, order='C')
+        if not np.isfinite(values).all():
+            raise ValueError('it holds numbers that are not finite')
+        return values
+
 
 def _is_hidden(name: str) -> bool:
     return any(part == '__MACOSX' or (part[:1] == '.' and part not in ('.', '..')) for part in name.split('/'))
@@ -103,13 +150,8 @@ def read_labels(files: ImageFiles) -> np.ndarray | None:
     Returns: [N] int64 class indices or [N, D] float32 vectors.
     Raises: UserError where the file is malformed or leaves out an image.
     """
-    if not files.label_files:
-        return None
-    at_root = LABEL_FILE in files.label_files
-    if not at_root and len(files.label_files) > 1:
-        raise UserError(f'{files.path} holds several label files ({", ".join(files.label_files[:3])}, ...); keep one, or convert each data set alone')
-    name = LABEL_FILE if at_root else files.label_files[0]
-    table = _read_label_table(files, name)
+    name = _label_file(files)
+    table = None if name is None else _read_label_table(files, name)
     if table is None:
         return None
     folder = name.removesuffix(LABEL_FILE)
@@ -120,10 +162,33 @@ def read_labels(files: ImageFiles) -> np.ndarray | None:
     return _label_array([table[key] for key in keys], f'{files.path}: {name}')
 
 
+def read_encoder(files: ImageFiles) -> dict | None:
+    """How latents were made, as `encoders.build` takes it, from the entry `"encoder"` of `dataset.json`; None where it has none."""
+    name = _label_file(files)
+    try:
+        encoder = None if name is None else _read_json(files, name).get('encoder')
+    except (*UNREADABLE, AttributeError) as error:
+        raise UserError(f'{files.path}: {name} is not {{"labels": [[name, label], ...]}} ({type(error).__name__}: {error})') from error
+    if not isinstance(encoder, (dict, type(None))):
+        raise UserError(f'{files.path}: the encoder in {name} is no object of constructor arguments; make it again with dataset_tool.py')
+    return encoder
+
+
+def _label_file(files: ImageFiles) -> str | None:
+    at_root = LABEL_FILE in files.label_files
+    if not at_root and len(files.label_files) > 1:
+        raise UserError(f'{files.path} holds several label files ({", ".join(files.label_files[:3])}, ...); keep one, or convert each data set alone')
+    return LABEL_FILE if at_root else next(iter(files.label_files), None)
+
+
+def _read_json(files: ImageFiles, name: str):
+    with files.open(name) as file:
+        return json.loads(file.read())
+
+
 def _read_label_table(files: ImageFiles, name: str) -> dict | None:
     try:
-        with files.open(name) as file:
-            pairs = json.loads(file.read())['labels']
+        pairs = _read_json(files, name)['labels']
         return None if pairs is None else {image.replace('\\', '/'): label for image, label in pairs}
     except (*UNREADABLE, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{files.path}: {name} is not {{"labels": [[name, label], ...]}} ({type(error).__name__}: {error})') from error
@@ -153,30 +218,37 @@ def _image_shape(image: Image.Image, source: str) -> tuple[int, int, int]:
     return len(kind), image.height, image.width
 
 
+def _image_pixels(image: Image.Image) -> np.ndarray:
+    """[C, H, W]"""
+    image.load()
+    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+
+
 def is_16_bit(image: Image.Image) -> bool:
     """Whether the file has more than 8 bits a channel. Pillow reduces 16-bit RGB on its own, and only the raw mode of the decoder tells."""
     return image.mode[0] in 'IF' or (image.format == 'PNG' and any(';16' in str(tile[3]) for tile in image.tile))
 
 
 class ImageFolderDataset(torch.utils.data.Dataset):
-    """Images and labels of a folder or zip in EDM's format.
+    """Images or latents and their labels, of a folder or zip in EDM's format.
 
     Args:
         path: folder or zip file.
         resolution: side that the images must have, in pixels; None takes any.
         use_labels: read `dataset.json`; without, labels have length 0.
         max_size: keep a random subset of so many images, drawn by `seed` (the subset that EDM draws).
-        xflip: follow the images by their mirror images: twice as many.
-        cache: keep decoded images in memory, for each process its own.
-    Items: (uint8 [C, H, W], float32 [label_dim]); an integer label is one-hot.
+        xflip: follow the images by their mirror images: twice as many. Of latents, mirrored latents, which are those of mirrored images roughly.
+        cache: keep decoded images in memory, for each process its own; None: images yes, latents, which are larger, no.
+    Items: (uint8 [C, H, W] or, of latents, float32 [C, H, W]; float32 [label_dim]); an integer label is one-hot.
     Raises: UserError, at construction or, for more than 10,000 images, when an unfit image is read.
     """
 
     def __init__(self, path: str | os.PathLike, resolution: int | None = None, use_labels: bool = False, max_size: int | None = None,
-                 xflip: bool = False, cache: bool = False, seed: int = 0):
+                 xflip: bool = False, cache: bool | None = False, seed: int = 0):
         self._files = ImageFiles(path)
         self._index = _subset(len(self._files.images), max_size, seed)
-        self._mirrored, self._cache = xflip, ({} if cache else None)
+        self.caches = not self._files.holds_latents if cache is None else cache
+        self._mirrored, self._cache = xflip, ({} if self.caches else None)
         self._shape = self._check_headers()
         if resolution not in (None, self.resolution):
             raise UserError(f'{self._files.path} has {self._describe(self._shape)} images, not {resolution}x{resolution}; '
@@ -187,8 +259,22 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._labels = None if labels is None else labels[self._index]
         self._label_dim = 0 if labels is None else labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
 
+        self.holds_latents = self._files.holds_latents
+        self.encoder = read_encoder(self._files) if self.holds_latents else None
+
     def __getstate__(self):
         return dict(self.__dict__, _cache=None if self._cache is None else {})
+
+    @contextlib.contextmanager
+    def _open(self, i: int) -> Iterator[tuple[tuple[int, int, int], Callable[[], np.ndarray]]]:
+        """(shape, function that reads the values) of file number i, within the block."""
+        name = self._files.images[i]
+        if self._files.holds_latents:
+            with self._files.open_latents(name) as latents:
+                yield latents.shape, latents.load
+        else:
+            with self._files.open_image(name) as image:
+                yield _image_shape(image, self._source(i)), functools.partial(_image_pixels, image)
 
     def _check_headers(self) -> tuple[int, int, int]:
         """The shape of the first image, once all others, where they are few, have been found to share it."""
@@ -202,8 +288,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return shape
 
     def _header(self, i: int) -> tuple[int, int, int]:
-        with self._files.open_image(self._files.images[i]) as image:
-            return _image_shape(image, self._source(i))
+        with self._open(i) as (shape, _):
+            return shape
 
     def _check_shape(self, shape: tuple, expected: tuple, i: int) -> None:
         if shape != expected:
@@ -221,10 +307,9 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         """[C, H, W] of file number i."""
         if self._cache is not None and i in self._cache:
             return self._cache[i]
-        with self._files.open_image(self._files.images[i]) as image:
-            self._check_shape(_image_shape(image, self._source(i)), self._shape, i)
-            image.load()
-        pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+        with self._open(i) as (shape, read):
+            self._check_shape(shape, self._shape, i)
+            pixels = read()
         if self._cache is not None:
             self._cache[i] = pixels
         return pixels
@@ -253,7 +338,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     @property
     def image_shape(self) -> list[int]:
-        """[channels, height, width]"""
+        """[channels, height, width] of the items; `encoders.for_dataset` says what a network sees of latents."""
         return list(self._shape)
 
     @property

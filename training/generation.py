@@ -1,15 +1,18 @@
-"""From seeds to 8-bit images: what generate.py, validation and the demo share."""
+"""From seeds to 8-bit images or latents: what generate.py, validation and the demo share."""
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from dnnlib import UserError
-from training import samplers
+from training import encoders, samplers
 
 LabelChooser = Callable[['SeededNoise', int], Tensor]
 
@@ -51,21 +54,24 @@ def fixed_labels(class_idx: int) -> LabelChooser:
     return choose
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] to 0 ... 255, [N, C, H, W] uint8, as EDM rounds."""
-    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
-
-
 @torch.no_grad()
-def generate_batch(net, seeds: Sequence[int], choose_labels: LabelChooser = uniform_labels, solver=None, steps=None, **options) -> Tensor:
-    """Images of the given seeds, [N, C, H, W] uint8 on the network's device. Options: see `samplers.sample`."""
-    device = next(net.parameters()).device
-    noise = SeededNoise(seeds, device)
+def generate_latents(net, seeds: Sequence[int], choose_labels: LabelChooser = uniform_labels, solver=None, steps=None, **options) -> Tensor:
+    """What the network draws for the given seeds, [N, C, H, W] float64 on its device, before decoding. Options: see `samplers.sample`."""
+    noise = SeededNoise(seeds, next(net.parameters()).device)
     latents = noise.randn([net.img_channels, net.img_resolution, net.img_resolution])
     labels = choose_labels(noise, net.label_dim) if net.label_dim else None
     if solver != 'student' and options.get('S_churn'):
         options['randn_like'] = noise.randn_like
-    return to_uint8(samplers.sample(net, latents, labels, solver, steps, **options))
+    return samplers.sample(net, latents, labels, solver, steps, **options)
+
+
+def generate_batch(net, seeds: Sequence[int], choose_labels: LabelChooser = uniform_labels, solver=None, steps=None, **options) -> Tensor:
+    """Images of the given seeds, [N, C, H, W] uint8 on the network's device, decoded by its encoder. Arguments: see `generate_latents`.
+
+    Raises: UserError where the network's images cannot be decoded.
+    """
+    encoder = encoders.encoder_of(net, next(net.parameters()).device)
+    return encoder.decode(generate_latents(net, seeds, choose_labels, solver, steps, **options))
 
 
 def split_batches(items: Sequence, batch: int, rank: int = 0, world_size: int = 1) -> Iterator[Sequence]:
@@ -80,12 +86,27 @@ def save_images(images: Tensor, paths: Sequence[str]) -> None:
     A file appears under its name when it is complete. Raises: UserError where it cannot be written.
     """
     for image, path in zip(images.permute(0, 2, 3, 1).cpu().numpy(), paths):
-        try:
-            os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-            Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(f'{path}.tmp', format='png')
-            os.replace(f'{path}.tmp', path)
-        except OSError as error:
-            raise UserError(f'{path} cannot be written: {error.strerror or error}') from error
+        with _complete_file(path) as file:
+            Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(file, format='png')
+
+
+def save_latents(latents: Tensor, paths: Sequence[str]) -> None:
+    """Write latents [N, C, H, W] to `.npy` files, float32 [C, H, W], as `save_images` writes images."""
+    for values, path in zip(latents.float().cpu().numpy(), paths):
+        with _complete_file(path) as file:
+            np.save(file, values)
+
+
+@contextlib.contextmanager
+def _complete_file(path: str) -> Iterator[BinaryIO]:
+    """A file to write to, which takes its name at the end. Many are written: unlike `atomic_write` this does not wait for the disk."""
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        with open(f'{path}.tmp', 'wb') as file:
+            yield file
+        os.replace(f'{path}.tmp', path)
+    except OSError as error:
+        raise UserError(f'{path} cannot be written: {error.strerror or error}') from error
 
 
 def image_grid(images: Tensor, columns: int) -> Tensor:

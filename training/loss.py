@@ -31,10 +31,17 @@ class DiffusionLoss:
     def __call__(self, net, images, labels, draws, augment_labels=None):
         sigma = self.noise_levels(draws)
         noisy = images + expand_like(sigma, images).to(images.dtype) * draws.normal('noise', images.shape[1:])
-        denoised = net(noisy, sigma, labels, augment_labels=augment_labels, dropout_masks=student_masks(net, draws))
-        loss = self.weight(sigma) * (denoised - images).square().flatten(1).sum(dim=1)
+        loss = self.compare(self.predict(net, noisy, sigma, labels, augment_labels, student_masks(net, draws)), images, sigma)
         report_by_sigma('Loss', sigma, loss.detach())
         return loss
+
+    def predict(self, net, noisy, sigma, labels, augment_labels, masks, **kwargs):
+        """What the network is asked."""
+        return net(noisy, sigma, labels, augment_labels=augment_labels, dropout_masks=masks, **kwargs)
+
+    def compare(self, prediction, images, sigma):
+        """The loss of what it answered, [N]."""
+        return self.weight(sigma) * (prediction - images).square().flatten(1).sum(dim=1)
 
 
 def unwrap(net: torch.nn.Module) -> torch.nn.Module:
@@ -59,6 +66,24 @@ class EDMLoss(DiffusionLoss):
 
     def weight(self, sigma):
         return sigma ** -2 + self.sigma_data ** -2
+
+
+class UncertaintyLoss(EDMLoss):
+    """EDM2's loss: w(sigma) / e^u |D − y|² + u for every value of an image, u(sigma) being the network's own estimate of the first term's
+    logarithm, so that all noise levels count the same throughout training (Karras et al. 2024, following Kendall et al. 2018)."""
+
+    def __init__(self, P_mean: float = -0.4, P_std: float = 1.0, sigma_data: float = 0.5):
+        super().__init__(P_mean, P_std, sigma_data)
+
+    def predict(self, *args):
+        return super().predict(*args, return_logvar=True)
+
+    def compare(self, prediction, images, sigma):
+        denoised, logvar = prediction
+        error = super().compare(denoised, images, sigma)
+        training_stats.report('Loss/weighted_error', error.detach())
+        logvar = logvar.flatten()
+        return error / logvar.exp() + logvar * images[0].numel()
 
 
 class VPLoss(DiffusionLoss):
@@ -90,4 +115,4 @@ class VELoss(DiffusionLoss):
         return sigma ** -2
 
 
-DIFFUSION_LOSSES = dict(edm=EDMLoss, vp=VPLoss, ve=VELoss)
+DIFFUSION_LOSSES = dict(edm=EDMLoss, edm2=UncertaintyLoss, vp=VPLoss, ve=VELoss)

@@ -124,7 +124,7 @@ class FourierEmbedding(Module):
         self.register_buffer('freqs', frequencies)
 
     def forward(self, x):
-        angles = torch.outer(x, self.freqs.to(x.dtype) * (2 * math.pi))
+        angles = torch.outer(x, (self.freqs * (2 * math.pi)).to(x.dtype))  # in the precision of the frequencies, as in EDM
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -199,7 +199,9 @@ class UNet(Module):
     """What both U-Nets share: levels, dropout per resolution, the pass down and up. Modules are named `<res>x<res>_<what>`."""
 
     def _levels(self):
-        """(level, name prefix, channel multiplier, attention here) from the finest level to the coarsest."""
+        """(level, name prefix, channel multiplier, attention here) from the finest level to the coarsest. Raises: ValueError where none is."""
+        if not self.channel_mult:
+            raise ValueError('channel_mult is empty: a U-Net has one level at least')
         for level, mult in enumerate(self.channel_mult):
             res = self.img_resolution >> level
             yield level, f'{res}x{res}', mult, res in self.attn_resolutions
@@ -356,20 +358,20 @@ class DhariwalUNet(UNet):
     """ADM (Dhariwal & Nichol 2021), as in EDM (Karras et al. 2022, Table 7). `dout_resolutions`: see `SongUNet`.
 
     Some weights of Song et al. 2023 differ: the embedding only shifts (`adaptive_scale` False), norms have 32 groups whatever their width
-    (`min_channels_per_group` 1).
+    (`min_channels_per_group` 1), attention has heads of another size (`channels_per_head`) or the same number everywhere (`num_heads`).
     """
 
     def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0, model_channels=192, channel_mult=(1, 2, 3, 4),
                  channel_mult_emb=4, num_blocks=3, attn_resolutions=(32, 16, 8), dropout=0.10, label_dropout=0, dout_resolutions=None,
-                 adaptive_scale=True, min_channels_per_group=4):
+                 adaptive_scale=True, min_channels_per_group=4, channels_per_head=64, num_heads=None):
         super().__init__()
         self.img_resolution, self.channel_mult, self.attn_resolutions = img_resolution, channel_mult, attn_resolutions
         self.dropout, self.dout_resolutions, self.label_dropout = dropout, dout_resolutions, label_dropout
         emb_channels = model_channels * channel_mult_emb
         init = dict(init_mode='kaiming_uniform', init_weight=math.sqrt(1 / 3), init_bias=math.sqrt(1 / 3))
         init_zero = dict(init_mode='kaiming_uniform', init_weight=0, init_bias=0)
-        self.block_kwargs = dict(emb_channels=emb_channels, channels_per_head=64, adaptive_scale=adaptive_scale,
-                                 min_channels_per_group=min_channels_per_group, init=init, init_zero=init_zero)
+        self.block_kwargs = dict(emb_channels=emb_channels, num_heads=num_heads, channels_per_head=channels_per_head,
+                                 adaptive_scale=adaptive_scale, min_channels_per_group=min_channels_per_group, init=init, init_zero=init_zero)
 
         self.map_noise = PositionalEmbedding(model_channels)
         self.map_augment = Linear(augment_dim, model_channels, bias=False, **init_zero) if augment_dim else None
@@ -430,6 +432,7 @@ class Precond(Module):
     def __init__(self, img_resolution, img_channels, label_dim, use_fp16, sigma_min, sigma_max, model_type, model_kwargs, out_channels=None):
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim, self.use_fp16 = img_resolution, img_channels, label_dim, use_fp16
+        self.use_bf16 = False
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         unets = dict(SongUNet=SongUNet, DhariwalUNet=DhariwalUNet)
         if model_type not in unets:
@@ -440,10 +443,12 @@ class Precond(Module):
     def forward(self, x, sigma, class_labels=None, force_fp32=False, **model_kwargs):
         """Denoised images [N, C, H, W] in FP32 (FP64 where the weights are) from noisy `x` at noise levels `sigma`, [N] or scalar.
 
-        FP16 runs inside where `use_fp16` is set and the device is a GPU. `model_kwargs`: `augment_labels`, `dropout_masks`.
+        Inside runs BF16 where `use_bf16` is set, or FP16 where `use_fp16` is and the device is a GPU, unless `force_fp32`.
+        `model_kwargs`: `augment_labels`, `dropout_masks`.
         """
         full = torch.float64 if self.model.map_layer0.weight.dtype == torch.float64 else torch.float32
-        inner = torch.float16 if self.use_fp16 and not force_fp32 and x.device.type == 'cuda' else full
+        half = torch.bfloat16 if self.use_bf16 else torch.float16 if self.use_fp16 and x.device.type == 'cuda' else full
+        inner = full if force_fp32 else half
         x = x.to(full)
         sigma = torch.as_tensor(sigma, device=x.device).to(full).reshape(-1, 1, 1, 1)
         if self.label_dim == 0:

@@ -273,6 +273,7 @@ class Precond(Module):
     def __init__(self, img_resolution, img_channels, label_dim, use_fp16=True, sigma_data=0.5, logvar_channels=128, **model_kwargs):
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim, self.use_fp16 = img_resolution, img_channels, label_dim, use_fp16
+        self.use_bf16 = False
         self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, 0, float('inf')
         self.unet = UNet(img_resolution, img_channels, label_dim, **model_kwargs)
         self.logvar_fourier = MPFourier(logvar_channels)
@@ -287,13 +288,15 @@ class Precond(Module):
         """Denoised images [N, C, H, W] in FP32 (FP64 where the weights are) from noisy `x` at noise levels `sigma`, [N] or scalar.
 
         With `return_logvar`, a pair: the images and u(sigma), the log-variance of the loss, [N, 1, 1, 1] (Eq. 21).
-        FP16 runs inside where `use_fp16` is set and the device is a GPU. `model_kwargs`: `dropout_masks`.
+        Inside runs BF16 where `use_bf16` is set, or FP16 where `use_fp16` is and the device is a GPU, unless `force_fp32`.
+        `model_kwargs`: `dropout_masks`.
         Raises: ValueError for augmentation labels, which EDM2 has no use for.
         """
         if augment_labels is not None:
             raise ValueError('EDM2 networks take no augmentation labels')
         full = torch.promote_types(self.unet.out_gain.dtype, torch.float32)
-        inner = torch.float16 if self.use_fp16 and not force_fp32 and x.device.type == 'cuda' else full
+        half = torch.bfloat16 if self.use_bf16 else torch.float16 if self.use_fp16 and x.device.type == 'cuda' else full
+        inner = full if force_fp32 else half
         x = x.to(full)
         sigma = torch.as_tensor(sigma, device=x.device).to(full).reshape(-1, 1, 1, 1)
         if self.label_dim == 0:

@@ -1,44 +1,43 @@
 """The training loop, for teachers and students alike. Read it from top to bottom: set-up, step, tick, save."""
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
 
 import psutil
 import torch
-import tqdm
 
 import validation
 from dnnlib import EasyDict, UserError
 from torch_utils import distributed, misc, training_stats
 from torch_utils.flat import FlatParameters
-from training import checkpoint
+from torch_utils.preemption import StopRequest, WorkerShield
+from training import checkpoint, encoders, run_files
 from training.augment import AugmentPipe
-from training.consistency_ops import student_grid
 from training.dataset import ImageFolderDataset, InfiniteSampler
-from training.draws import SampleDraws
+from training.draws import SampleDraws, derive_seed
 from training.loss import DIFFUSION_LOSSES
 from training.loss_cd import ConsistencyDistillationLoss
 from training.phema import WeightAverages
+from training.run_log import RunLog
+from training.weight_update import WeightUpdate
 
 
-def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teacher: torch.nn.Module | None = None, state: dict | None = None) -> None:
-    """Train until `c.total_nimg` images were seen.
+def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teacher: torch.nn.Module | None = None, state: dict | None = None) -> bool:
+    """Train until `c.total_nimg` images were seen, or until a signal asks to stop.
 
     Args:
         c: the configuration that train.py prints with --dry-run and writes to training_options.json.
         run_dir: existing folder for everything that the run writes.
         dataset: the training set that `c.dataset` describes.
         teacher: frozen network to distil, where `c.objective` needs one.
-        state: training state to go on from.
+        state: training state to go on from; it is emptied.
+    Returns: whether the training is finished. Where it is not, a state and `preempted.json` are in `run_dir`.
     """
     start_time = time.time()
     device, rank, world_size = distributed.get_device(), distributed.get_rank(), distributed.get_world_size()
     torch.manual_seed(c.seed)
     torch.backends.cudnn.benchmark = c.cudnn_benchmark
-    log = RunLog(run_dir, enabled=rank == 0, total_kimg=c.total_nimg / 1e3)
 
     # Data. Sample g of the run is the same image with the same noise, whichever process handles it.
     rank_batch = c.batch_size // world_size
@@ -46,98 +45,119 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
     rounds = rank_batch // batch_gpu
 
     # Networks, loss, optimiser, averages.
-    teacher = teacher.to(device) if teacher is not None else None
-    net = build_network(c, teacher).to(device).train()
+    teacher = in_precision(teacher, c.precision).to(device) if teacher is not None else None
+    net = in_precision(build_network(c, teacher), c.precision).to(device).train()
     loss_fn = build_loss(c, teacher)
+    encoder = encoders.build(c.encoder)
     augment_pipe = AugmentPipe(p=c.augment) if c.augment > 0 else None
     flat = FlatParameters(net)
-    optimizer = torch.optim.Adam([flat.weights], lr=c.lr, betas=tuple(c.betas), eps=c.eps, fused=True)
+    update = WeightUpdate(flat, tuple(c.betas), c.eps, c.loss_scaling, c.grad_clip)
     averages = WeightAverages(net, flat, c.ema_halflife_nimg, c.ema_rampup_ratio, c.phema_stds)
-    describe_run(log, c, net, dataset, rounds, batch_gpu)
+    torch.manual_seed(derive_seed(c.seed, 'process', rank))  # for whatever draws without `SampleDraws`
 
     # Where we are.
-    progress = EasyDict(nimg=0, tick=0, tick_start_nimg=0, fid=None, states={}, names={})
+    progress, made_by = EasyDict(nimg=0, tick=0, tick_start_nimg=0, due=False, begun=False, fid=None, states={}, names={}, wandb_id=None), world_size
     if state is not None:
-        progress.update(restore(c.resume, state, net, optimizer, averages))
-        log(f'Resumed from {c.resume} at {progress.nimg / 1e3:.1f} kimg.')
-        if progress.nimg >= c.total_nimg:
-            log(f'Nothing to do: --duration is {c.total_nimg / 1e3:g} kimg.')
-            log.close()
-            return
+        earlier, made_by = run_files.restore(c.resume, state, net, update, averages, device)
+        progress.update(earlier)
     start_nimg = progress.nimg
+    log = RunLog(run_dir, enabled=rank == 0)
+    files = run_files.RunFiles(c, run_dir, net, update, averages, log)
+    describe_run(log, c, net, dataset, rounds, batch_gpu)
+    if state is not None:
+        files.tidy()
+        describe_resume(log, c, progress, made_by, world_size)
+        if start_nimg >= c.total_nimg and not progress.due:
+            log(f'Nothing to do: --duration is {c.total_nimg / 1e3:g} kimg.')
+            return True
+
+    # Processes.
     ddp = net
     if world_size > 1:  # buffers are constants
         device_ids = [device] if device.type == 'cuda' else None
         ddp = torch.nn.parallel.DistributedDataParallel(net, device_ids=device_ids, broadcast_buffers=False)
+    files.check_weights()
+    hosts, bad_reading = distributed.HostAgreement(), misc.LateReading(device)
     sampler = InfiniteSampler(len(dataset), c.batch_size, rank=rank, num_replicas=world_size, seed=c.seed, start=start_nimg)
-    loader = iter(torch.utils.data.DataLoader(dataset, sampler=sampler, batch_size=batch_gpu, num_workers=c.workers,
-                                              pin_memory=device.type == 'cuda', prefetch_factor=2 if c.workers else None))
-    validator = validation.Validator(c.validation, dataset, run_dir, device, dataset.image_shape, dataset.label_dim) if c.validation else None
-    if validator and c.validation.teacher and teacher is not None and start_nimg == 0:
-        log(validator.run(teacher, nimg=0, ema='teacher', steps=None))
-    if validator and c.validation.at_start and start_nimg == 0:
-        log(validator.run(averages.ema, nimg=0, ema='ema', metadata=snapshot_metadata(c, 0)))
+    with WorkerShield() as shield, StopRequest(hosts) as stop:
+        loader = iter(torch.utils.data.DataLoader(dataset, sampler=sampler, batch_size=batch_gpu, num_workers=c.workers, worker_init_fn=shield,
+                                                  pin_memory=device.type == 'cuda', prefetch_factor=2 if c.workers else None))
+        log.start(c.total_nimg, resumed_at=start_nimg if state is not None else None, wandb=c.wandb and dict(c.wandb, id=progress.wandb_id),
+                  config=c, tensorboard=c.tensorboard)  # after the workers, which must not inherit its threads and sockets
+        progress.wandb_id = distributed.broadcast_object(log.wandb_id) or progress.wandb_id
+        validator = build_validator(c, run_dir, dataset, net, device, resumed=state is not None) if c.validation else None
+        if validator and not progress.begun and evaluate_at_start(validator, c, averages, teacher, log, stop) is None:
+            return stop_here(progress, files, log, stop, hosts)
+        progress.begun = True
+        log(f'Training for {c.total_nimg / 1e3:g} kimg...')
+        tick_start_time, maintenance_time = time.time(), time.time() - start_time
+        while True:
+            # The hosts hear of each other a step late, so that none waits.
+            stopping, bad_in_a_row = hosts.exchange([stop.here(), bad_reading.read(update.bad_in_a_row)])
+            if stopping:
+                return stop_here(progress, files, log, stop, hosts)
+            if bad_in_a_row >= c.max_bad_steps:
+                give_up(c, progress, log, bad_in_a_row)
 
-    log(f'Training for {c.total_nimg / 1e3:g} kimg...')
-    tick_start_time, maintenance_time = time.time(), time.time() - start_time
-    while True:
-        # One optimiser step.
-        loss_fn.begin_step(progress.nimg)
-        flat.weights.grad.zero_()
-        for round_idx in range(rounds):
-            with misc.gradient_sync(ddp, round_idx == rounds - 1):
-                first = progress.nimg + rank * rank_batch + round_idx * batch_gpu
-                accumulate_gradients(ddp, loss_fn, next_batch(loader), SampleDraws(c.seed, first, batch_gpu, device), augment_pipe,
-                                     c.loss_scaling / rank_batch, c.network.kwargs.get('augment_dim', 0))
-        lr = misc.learning_rate(c.lr, progress.nimg, c.total_nimg, c.lr_rampup_nimg, c.lr_schedule)
-        progress.nimg += c.batch_size
-        update_weights(flat, optimizer, averages, lr, progress.nimg, c.batch_size)
-        log.advance(progress.nimg / 1e3)
+            # One optimiser step. A run that was stopped before the work at the end of a tick goes on with that work.
+            if not progress.due:
+                loss_fn.begin_step(progress.nimg)
+                flat.weights.grad.zero_()
+                for round_idx in range(rounds):
+                    with misc.gradient_sync(ddp, round_idx == rounds - 1):
+                        first = progress.nimg + rank * rank_batch + round_idx * batch_gpu
+                        accumulate_gradients(ddp, loss_fn, next_batch(loader), SampleDraws(c.seed, first, batch_gpu, device), update, 1 / rank_batch,
+                                             encoder, augment_pipe, c.network.kwargs.get('augment_dim', 0))
+                update.step(misc.learning_rate(c.lr, progress.nimg, c.total_nimg, c.lr_rampup_nimg, c.lr_schedule, c.lr_ref_nimg))
+                progress.nimg += c.batch_size
+                averages.update(progress.nimg, c.batch_size)
+                log.advance(progress.nimg)
 
-        # A tick: report, validate, save. The first one follows the first step, as in EDM.
-        done = progress.nimg >= c.total_nimg
-        if not done and progress.tick and progress.nimg < progress.tick_start_nimg + c.kimg_per_tick * 1e3:
-            continue
-        now = time.time()
-        stats = training_stats.collect() | tick_stats(progress, lr, averages, start_time, tick_start_time, maintenance_time, now, device)
-        remaining = (c.total_nimg - progress.nimg) * (now - start_time) / (progress.nimg - start_nimg)
-        log(tick_line(stats, f'Loss/{loss_fn.name}', remaining))
-        log.stats(stats)
+            # A tick: validate, report, save. The first one follows the first step, as in EDM.
+            done = progress.nimg >= c.total_nimg
+            progress.due = done or progress.tick == 0 or progress.nimg >= progress.tick_start_nimg + c.kimg_per_tick * 1e3
+            if not progress.due:
+                continue
+            now, fids = time.time(), {}
+            if validator and progress.tick and (done or progress.tick % c.validation.every == 0):
+                fids = evaluate(validator, c, averages, progress.nimg, log, stop)
+                if fids is None:  # asked to stop in the middle
+                    return stop_here(progress, files, log, stop, hosts)
+            progress.fid = next(iter(fids.values()), None)
+            stats = training_stats.collect() | network_stats(update, averages) | tick_stats(
+                progress, c, averages, start_time, tick_start_time, start_nimg, maintenance_time, now, device)
+            log(tick_line(stats, f'Loss/{loss_fn.name}', (c.total_nimg - progress.nimg) * (now - start_time) / max(progress.nimg - start_nimg, 1)))
+            log.stats(stats)
+            files.save(progress, run_files.snapshot_metadata(c, progress.nimg), fids, done)
+            if done:
+                break
+            progress.update(run_files.next_tick(progress))
+            tick_start_time = time.time()
+            maintenance_time = tick_start_time - now
 
-        maintenance_start = time.time()
-        if validator and progress.tick and (done or progress.tick % c.validation.every == 0):
-            record = validator.run(averages.ema, nimg=progress.nimg, ema='ema', metadata=snapshot_metadata(c, progress.nimg))
-            log(record)
-            progress.fid = record['fid']
-        else:
-            progress.fid = None
-        save_all(c, run_dir, progress, net, optimizer, averages, done)
-        if done:
-            break
-        progress.tick += 1
-        progress.tick_start_nimg = progress.nimg
-        tick_start_time = time.time()
-        maintenance_time = tick_start_time - maintenance_start
-
+    hosts.close()
     log.close()
     log('Done.')
+    return True
 
 #----------------------------------------------------------------------------
 # The step. Nothing here waits for the device.
 
-def accumulate_gradients(net, loss_fn, batch, draws: SampleDraws, augment_pipe, scale: float, augment_dim: int = 0) -> None:
-    """Forward and backward pass for a batch of (uint8 images [N, C, H, W], labels [N, label_dim]); the loss is `scale` × the sum over images.
+def accumulate_gradients(net, loss_fn, batch, draws: SampleDraws, update: WeightUpdate, scale: float, encoder, augment_pipe=None,
+                         augment_dim: int = 0) -> None:
+    """Forward and backward pass for a batch of (raw images [N, C, H, W], labels [N, label_dim]); the loss is `scale` × the sum over images.
 
     A network with augmentation labels gets zeros, 'not augmented', where there is no `augment_pipe`: DDP wants every parameter used.
     """
-    images, labels = (t.to(draws.device, non_blocking=True) for t in batch)
-    images = images.float() / 127.5 - 1
+    raw, labels = (t.to(draws.device, non_blocking=True) for t in batch)
+    noise_shape = encoder.noise_shape(raw.shape[1:])
+    images = encoder.encode_latents(raw, draws.normal('latents', noise_shape) if noise_shape else None)
     augment_labels = images.new_zeros(len(images), augment_dim) if augment_dim else None
     if augment_pipe is not None:
         images, augment_labels = augment_pipe(images, generator=draws.generator('augment'))
     loss = loss_fn(net, images, labels, draws, augment_labels)
     training_stats.report(f'Loss/{loss_fn.name}', loss)
-    (loss.sum() * scale).backward()
+    (update.poison(loss).sum() * scale).backward()
 
 
 def next_batch(loader):
@@ -147,16 +167,6 @@ def next_batch(loader):
     except UserError as error:
         raise UserError(str(error).strip().splitlines()[-1].removeprefix('dnnlib.util.UserError: ')) from error
 
-
-def update_weights(flat: FlatParameters, optimizer, averages: WeightAverages, lr: float, nimg: int, batch_size: int) -> None:
-    """Optimiser step and weight averages, from the gradients that `flat` holds; `nimg` counts this step's images."""
-    for group in optimizer.param_groups:
-        group['lr'] = lr
-    gradient = flat.weights.grad
-    torch.nan_to_num(gradient, nan=0, posinf=1e5, neginf=-1e5, out=gradient)
-    training_stats.report('Progress/grad_norm', gradient.norm())
-    optimizer.step()
-    averages.update(nimg, batch_size)
 
 #----------------------------------------------------------------------------
 # Set-up.
@@ -168,7 +178,7 @@ def build_network(c: EasyDict, teacher: torch.nn.Module | None) -> torch.nn.Modu
         net.load_state_dict(teacher.state_dict())
         net.sigma_min, net.sigma_max = teacher.sigma_min, teacher.sigma_max
     net.requires_grad_(True)
-    if hasattr(net, 'logvar_linear'):  # EDM2's uncertainty: no loss here asks for it, and DDP wants every parameter used
+    if hasattr(net, 'logvar_linear') and c.loss.get('kind') != 'edm2':  # EDM2's uncertainty: DDP wants every parameter used that has a gradient
         net.logvar_linear.requires_grad_(False)
     if c.transfer:
         source, own = checkpoint.load_network(c.transfer).state_dict(), net.state_dict()
@@ -179,21 +189,24 @@ def build_network(c: EasyDict, teacher: torch.nn.Module | None) -> torch.nn.Modu
     return net
 
 
+def in_precision(net: torch.nn.Module, precision: str) -> torch.nn.Module:
+    """The network, set to compute in `precision`; its weights are FP32, or FP64 with fp64."""
+    net.use_fp16, net.use_bf16 = precision == 'fp16', precision == 'bf16'
+    return net.double() if precision == 'fp64' else net
+
+
 def build_loss(c: EasyDict, teacher: torch.nn.Module | None):
     """The loss function of `c.objective`."""
     if c.objective == 'mcd':
         return ConsistencyDistillationLoss(teacher, **c.loss)
-    return DIFFUSION_LOSSES[c.loss.kind]()
+    return DIFFUSION_LOSSES[c.loss.kind](**{name: value for name, value in c.loss.items() if name != 'kind'})
 
 
-def snapshot_metadata(c: EasyDict, nimg: int) -> dict:
-    """Plain data that a snapshot carries, so that samplers know what the network is."""
-    metadata = dict(objective=c.objective, kimg=nimg / 1e3, nimg=nimg)
-    if c.objective == 'mcd':
-        grid = {name: c.loss[name] for name in ('S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_data')}
-        sigmas = student_grid(grid['S'], grid['sigma_min'], grid['sigma_max'], grid['rho'], grid['student_grid'])
-        metadata.update(grid, sigmas=sigmas.tolist())
-    return metadata
+def build_validator(c: EasyDict, run_dir: str, dataset, net, device, resumed: bool) -> validation.Validator:
+    """What evaluates the averages of `net` in training. A resumed run makes the images of interrupted evaluations again."""
+    options = EasyDict(c.validation, overwrite=c.validation.overwrite or resumed)
+    image_shape = [net.img_channels, net.img_resolution, net.img_resolution]
+    return validation.Validator(options, dataset, run_dir, device, image_shape, dataset.label_dim, c.encoder)
 
 
 def describe_run(log: RunLog, c: EasyDict, net, dataset, rounds: int, batch_gpu: int) -> None:
@@ -210,17 +223,78 @@ def describe_run(log: RunLog, c: EasyDict, net, dataset, rounds: int, batch_gpu:
     if missing:
         log(f'Warning: --dout_resolutions names {", ".join(map(str, missing))}, which this network does not have.')
 
-#----------------------------------------------------------------------------
-# Reporting.
+def describe_resume(log: RunLog, c: EasyDict, progress: EasyDict, made_by: int, world_size: int) -> None:
+    """Say where a resumed run goes on, and what cannot be as if it had never stopped."""
+    log(f'Resumed from {c.resume} at {progress.nimg / 1e3:.1f} kimg.')
+    if made_by != world_size:
+        log(f'Warning: that state was made by {made_by} process(es), now there are {world_size}: every image is seen as before, but sums are '
+            'rounded differently, so the result will not be bit for bit that of an uninterrupted run.')
 
-def tick_stats(progress: EasyDict, lr: float, averages: WeightAverages, start_time: float, tick_start_time: float, maintenance_time: float,
-               now: float, device: torch.device) -> dict[str, dict]:
+#----------------------------------------------------------------------------
+# Stopping, evaluating, reporting.
+
+def stop_here(progress: EasyDict, files: run_files.RunFiles, log: RunLog, stop: StopRequest, hosts: distributed.HostAgreement) -> bool:
+    """Save where the run is, in the middle of a tick or not, and leave a note; returns that the training is not finished."""
+    hosts.close()
+    signal_name = next(name for name in distributed.gather_objects(stop.requested) if name)
+    log(f'{signal_name}: stopping at {progress.nimg / 1e3:.1f} kimg.')
+    state = files.save_state(progress, dict(progress))
+    files.leave_note(signal_name, progress.nimg, state)
+    log(f'Saved {state}; --resume goes on from it.' if state else 'The state could not be saved.')
+    log.close()
+    return False
+
+
+def give_up(c: EasyDict, progress: EasyDict, log: RunLog, bad_in_a_row: int) -> None:
+    """End all processes because the numbers stay broken; nothing is saved, so that the states that are there stay."""
+    log.close(exit_code=1)
+    newest = next(iter(progress.states and reversed(progress.states)), None)
+    cure = f'resume from {newest}.pt' if newest else 'start again'
+    distributed.fail_together(f'{bad_in_a_row} steps in a row had a loss or gradient that is not finite, up to {progress.nimg / 1e3:.1f} kimg; '
+                              f'none of them changed the weights. Lower --lr, set --grad-clip, or use --precision=bf16 or fp32, and {cure}.')
+
+
+def evaluate(validator: validation.Validator, c: EasyDict, averages: WeightAverages, nimg: int, log: RunLog, stop: StopRequest) -> dict | None:
+    """FID of each average of --val_emas, by name, the same on all processes; None, and nothing recorded, where a signal asked to stop meanwhile."""
+    records = {}
+    for name in c.validation.emas:
+        records[name] = validator.run(averages.networks[name], nimg=nimg, ema=name, metadata=run_files.snapshot_metadata(c, nimg), stop=stop)
+        if records[name] is None:
+            return None
+    for name, record in records.items():
+        log.evaluation(record, validator.sample_grid(averages.networks[name], nimg, name))
+    return distributed.broadcast_object({name: record['fid'] for name, record in records.items()})
+
+
+def evaluate_at_start(validator: validation.Validator, c: EasyDict, averages: WeightAverages, teacher, log: RunLog, stop: StopRequest) -> dict | None:
+    """What --val_teacher and --val_at_start ask for; None where a signal asked to stop meanwhile."""
+    if c.validation.teacher and teacher is not None:
+        record = validator.run(teacher, nimg=0, ema='teacher', steps=None, stop=stop)
+        if record is None:
+            return None
+        log.evaluation(record)
+    return evaluate(validator, c, averages, 0, log, stop) if c.validation.at_start else {}
+
+
+def network_stats(update: WeightUpdate, averages: WeightAverages) -> dict[str, dict]:
+    """How far each average is from the weights, relative to them, and what became of broken steps. Waits for the device."""
+    weights = update.weights.detach()
+    values = {f'EMA/{name}_distance': torch.dist(vector.detach(), weights) / weights.norm() for name, vector in averages.vectors.items()}
+    values |= {'Progress/loss_scale': update.scale, 'Progress/bad_steps': update.bad_steps}
+    return {name: dict(num=1, mean=value.item(), std=0) for name, value in values.items()}
+
+
+def tick_stats(progress: EasyDict, c: EasyDict, averages: WeightAverages, start_time: float, tick_start_time: float, start_nimg: int,
+               maintenance_time: float, now: float, device: torch.device) -> dict[str, dict]:
     """Progress, timing and resources of a tick, in the form of `training_stats.collect`."""
-    tick_time, seen = now - tick_start_time, progress.nimg - progress.tick_start_nimg
-    values = {'Progress/tick': progress.tick, 'Progress/kimg': progress.nimg / 1e3, 'Progress/lr': lr,
-              'Progress/ema_halflife_kimg': averages.halflife_at(progress.nimg) / 1e3, 'Timing/total_sec': now - start_time,
-              'Timing/sec_per_tick': tick_time, 'Timing/sec_per_kimg': tick_time / seen * 1e3, 'Timing/images_per_sec': seen / tick_time,
-              'Timing/maintenance_sec': maintenance_time, 'Resources/cpu_mem_gb': psutil.Process(os.getpid()).memory_info().rss / 2**30,
+    tick_time, seen = now - tick_start_time, progress.nimg - max(progress.tick_start_nimg, start_nimg)
+    lr = misc.learning_rate(c.lr, progress.nimg - c.batch_size, c.total_nimg, c.lr_rampup_nimg, c.lr_schedule, c.lr_ref_nimg)
+    values = {'Progress/tick': progress.tick, 'Progress/nimg': progress.nimg, 'Progress/kimg': progress.nimg / 1e3,
+              'Progress/step': progress.nimg // c.batch_size, 'Progress/lr': lr,
+              'Progress/ema_halflife_kimg': averages.halflife_at(progress.nimg) / 1e3,
+              'Timing/total_sec': now - start_time, 'Timing/sec_per_tick': tick_time, 'Timing/sec_per_kimg': tick_time / max(seen, 1) * 1e3,
+              'Timing/images_per_sec': seen / tick_time, 'Timing/maintenance_sec': maintenance_time,
+              'Resources/cpu_mem_gb': psutil.Process(os.getpid()).memory_info().rss / 2**30,
               'Resources/peak_gpu_mem_gb': torch.cuda.max_memory_allocated(device) / 2**30 if device.type == 'cuda' else 0}
     return {name: dict(num=1, mean=value, std=0) for name, value in values.items()}
 
@@ -229,105 +303,9 @@ def tick_line(stats: dict, loss_name: str, remaining_sec: float) -> str:
     """The console line of a tick."""
     mean = lambda name: stats[name]['mean']
     fields = [f'tick {mean("Progress/tick"):<5.0f}', f'kimg {mean("Progress/kimg"):<9.1f}',
-              f'loss {mean(loss_name):<9.4g}',
+              f'loss {stats.get(loss_name, {}).get("mean", float("nan")):<9.4g}',
               f'time {misc.format_time(mean("Timing/total_sec")):<8}', f'img/s {mean("Timing/images_per_sec"):<8.4g}',
               f'sec/kimg {mean("Timing/sec_per_kimg"):<7.3g}', f'maint {mean("Timing/maintenance_sec"):<5.1f}',
               f'mem {mean("Resources/cpu_mem_gb"):<5.2f}', f'gpu {mean("Resources/peak_gpu_mem_gb"):<5.2f}',
               f'ETA {misc.format_time(remaining_sec)}']
     return ' '.join(fields)
-
-
-class RunLog:
-    """Lines to the console and log.txt, statistics to stats.jsonl, a progress bar where the output is a terminal; rank 0 only."""
-
-    def __init__(self, run_dir: str, enabled: bool, total_kimg: float):
-        self.run_dir, self.enabled = run_dir, enabled
-        self.bar = tqdm.tqdm(total=total_kimg, unit='kimg', disable=not enabled or not sys.stderr.isatty(), dynamic_ncols=True, leave=False,
-                             bar_format='{percentage:3.0f}%|{bar}| {n:.1f}/{total:g} kimg {remaining}')
-
-    def __call__(self, line: str | dict) -> None:
-        if self.enabled:
-            line = json.dumps(line) if isinstance(line, dict) else line
-            with tqdm.tqdm.external_write_mode(file=sys.stdout):
-                print(line, flush=True)
-            self._append('log.txt', line)
-
-    def stats(self, stats: dict) -> None:
-        """One object a tick."""
-        if self.enabled:
-            self._append('stats.jsonl', json.dumps(dict(stats, timestamp=time.time())))
-
-    def _append(self, name: str, line: str) -> None:
-        with open(os.path.join(self.run_dir, name), 'a', encoding='utf-8') as file:
-            file.write(line + '\n')
-
-    def advance(self, kimg: float) -> None:
-        """Move the progress bar."""
-        self.bar.update(kimg - self.bar.n)
-
-    def close(self) -> None:
-        """Remove the progress bar."""
-        self.bar.close()
-
-#----------------------------------------------------------------------------
-# Saving and restoring.
-
-def file_stem(progress: EasyDict) -> str:
-    """`<kimg:06d>` for the files saved now, with `-<nimg>` appended where files of another moment of this run have the same kimg."""
-    stem = f'{progress.nimg // 1000:06d}'
-    if progress.names.setdefault(stem, progress.nimg) != progress.nimg:
-        stem += f'-{progress.nimg}'
-    return stem
-
-
-def save_all(c: EasyDict, run_dir: str, progress: EasyDict, net, optimizer, averages: WeightAverages, done: bool) -> None:
-    """Write the snapshots and the state that are due at this tick; rank 0 writes, all wait."""
-    due = lambda every: bool(every) and (done or progress.tick % every == 0)
-    snapshot_due, phema_due = due(c.snapshot_ticks), bool(averages.phema) and due(c.phema_snapshot_ticks)
-    state_due = due(c.state_dump_ticks) and (progress.tick > 0 or done)
-    if distributed.is_main() and (snapshot_due or phema_due or state_due):
-        stem = file_stem(progress)
-        common = dict(snapshot_metadata(c, progress.nimg), dataset_kwargs=dict(c.dataset))
-        path = os.path.join(run_dir, f'network-snapshot-{stem}')
-        if snapshot_due:
-            checkpoint.save_snapshot(f'{path}.pkl', averages.ema, **common, ema='ema', ema_halflife_kimg=c.ema_halflife_nimg / 1e3, fid=progress.fid)
-        if phema_due:
-            for std, average in averages.phema.items():
-                checkpoint.save_snapshot(f'{path}-{std:.3f}.pkl', average, **common, ema=f'phema-{std:.3f}', ema_std=std)
-        if state_due:
-            save_state(c, run_dir, progress, stem, net, optimizer, averages)
-    distributed.barrier()
-
-
-def states_to_keep(states: dict[str, float | None]) -> set[str]:
-    """Of saved states, {stem: validation FID or None} from the oldest to the newest: the two newest, and the one with the least FID."""
-    measured = {stem: fid for stem, fid in states.items() if fid is not None}
-    return {*list(states)[-2:], *([min(measured, key=measured.get)] if measured else [])}
-
-
-def save_state(c, run_dir, progress: EasyDict, stem: str, net, optimizer, averages) -> None:
-    """Write a training state, then delete those that are not to be kept."""
-    progress.states = {**{s: fid for s, fid in progress.states.items() if s != stem}, stem: progress.fid}
-    keep = states_to_keep(progress.states)
-    stale = [s for s in progress.states if s not in keep]
-    progress.states = {s: fid for s, fid in progress.states.items() if s in keep}
-    # A resumed run continues with the tick after this one.
-    position = dict(progress, tick=progress.tick + 1, tick_start_nimg=progress.nimg)
-    checkpoint.save_state(os.path.join(run_dir, f'training-state-{stem}.pt'), dict(
-        net=dict(net.state_dict()), optimizer=optimizer.state_dict(), averages=averages.state_dict(), progress=position, options=json.dumps(c)))
-    for old in stale:
-        path = os.path.join(run_dir, f'training-state-{old}.pt')
-        if os.path.exists(path):
-            os.remove(path)
-
-
-def restore(path: str, state: dict, net, optimizer, averages: WeightAverages) -> dict:
-    """Put a training state into the given objects; returns its `progress`."""
-    try:
-        net.load_state_dict(state['net'])
-        optimizer.load_state_dict(state['optimizer'])
-        averages.load_state_dict(state['averages'])
-    except (KeyError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f'--resume={path} is the state of another run or network ({reason}): resume with the options it was made with') from error
-    return state['progress']

@@ -2,9 +2,15 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 
 import torch
+
+from dnnlib import EasyDict, UserError
+from torch_utils.restricted_pickle import PERSISTENT_OBJECT, Call, MalformedPickle
+from training import checkpoint
+from training.run_files import snapshot_metadata
 
 
 def describe(net: torch.nn.Module) -> dict:
@@ -29,6 +35,26 @@ def describe(net: torch.nn.Module) -> dict:
         kimg=metadata.pop('kimg', None),
         metadata=metadata,
     )
+
+
+def describe_state(source) -> dict:
+    """Plain data about a training state: what `describe` says of a snapshot of that moment, and where the run stands.
+
+    Raises: UserError, naming the source, where it is damaged or no training state of ours.
+    """
+    state = checkpoint.load_state(source)
+    try:
+        options, position = EasyDict(json.loads(state['options'])), state['progress']
+        record = dict(class_name=options.network['class_name'], state=dict(_init_args=(), _init_kwargs=options.network['kwargs']))
+        net = checkpoint.build_unfilled(Call(PERSISTENT_OBJECT, (record,)))
+        net.metadata = snapshot_metadata(options, position['nimg'])
+        averages = ['ema', *(f'phema-{std:.3f}' for std in state['averages']['phema'])]
+    except (LookupError, AttributeError) as error:
+        raise UserError(f'{source} is no training state of this version of the program: it lacks {error.args[0]!r}.') from error
+    except (TypeError, ValueError, MalformedPickle) as error:
+        raise UserError(f'{source} is no training state that can be described: {error}.') from error
+    return dict(describe(net), tick=position.get('tick'), averages=averages,
+                options={name: value for name, value in options.items() if name not in ('objective', 'network')})
 
 
 def constructor_arguments(net: torch.nn.Module) -> dict:

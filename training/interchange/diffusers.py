@@ -22,8 +22,7 @@ import dnnlib
 from dnnlib import UserError
 from training import networks
 
-CHANNELS_PER_HEAD = 64
-NUM_TIMESTEPS = 40  # Karras nodes that the pipeline's `timesteps` index; 40 where Song et al. distil, 201 or 151 where they train
+NUM_TIMESTEPS, RHO = 40, 7.0    # of the Karras nodes that the pipeline's `timesteps` count, where the metadata does not say: see `scheduler_config`
 BLOCK_NAMES = dict(norm0='norm1', conv0='conv1', affine='time_emb_proj', norm1='norm2', conv1='conv2', skip='conv_shortcut')
 ATTENTION_NAMES = dict(norm2='group_norm', qkv='qkv', proj='to_out.0')
 
@@ -34,12 +33,12 @@ def save_diffusers(folder: str | os.PathLike, net: torch.nn.Module) -> None:
     Raises: UserError, naming what diffusers cannot express, or why the folder cannot be written.
     """
     check_expressible(net)
-    unet, weights = unet_config(net), unet_weights(net)
+    scheduler, unet, weights = scheduler_config(net), unet_config(net), unet_weights(net)
     with new_folder(folder) as place:
         write_json(place / 'model_index.json', dict(_class_name='ConsistencyModelPipeline', unet=['diffusers', 'UNet2DModel'],
                                                     scheduler=['diffusers', 'CMStochasticIterativeScheduler']))
         write_json(place / 'unet' / 'config.json', unet)
-        write_json(place / 'scheduler' / 'scheduler_config.json', scheduler_config(net))
+        write_json(place / 'scheduler' / 'scheduler_config.json', scheduler)
         with dnnlib.util.atomic_write(place / 'unet' / 'diffusion_pytorch_model.safetensors') as file:
             file.write(safetensors.torch.save(weights, dict(format='pt')))
 
@@ -53,18 +52,17 @@ def check_expressible(net: torch.nn.Module) -> None:
     if not isinstance(net, networks.CMPrecond):
         refuse(f'{type(net).__name__}: the scheduler has the preconditioning of OpenAI\'s consistency models only')
     if not net.boundary:
-        refuse('a diffusion model: the pipeline samples consistency models, for which D(x; sigma_min) = x')
-    if not math.isfinite(net.sigma_max):
-        refuse('noise levels without an upper end: the scheduler starts at sigma_max')
+        refuse('a diffusion model or a student of several steps: the pipeline samples consistency models, for which D(x; sigma_min) = x')
+    if not 0 < net.boundary < net.sigma_max < math.inf:
+        refuse(f'noise levels from {net.boundary:g} to {net.sigma_max:g}: the scheduler begins at sigma_max and ends at sigma_min')
     if not isinstance(net.model, networks.DhariwalUNet):
         refuse(f'{type(net.model).__name__}: UNet2DModel has no counterpart')
     if net.model.map_augment is not None:
         refuse('augmentation labels')
     if net.model.channel_mult[0] != 1:
         refuse(f'a first level {net.model.channel_mult[0]} times as wide as the time embedding')
-    for block in attentions(net.model):
-        if block.out_channels % CHANNELS_PER_HEAD:
-            refuse(f'attention over {block.out_channels} channels, which heads of {CHANNELS_PER_HEAD} do not divide')
+    if len(sizes := head_sizes(net.model)) > 1:
+        refuse(f'attention heads of {" or ".join(map(str, sizes))} channels: UNet2DModel has the same size everywhere')
     if len(groups := group_counts(net.model)) > 1:
         refuse(f'normalisation in {" or ".join(map(str, groups))} groups: UNet2DModel has the same number everywhere')
 
@@ -73,8 +71,9 @@ def refuse(what: str):
     raise UserError(f'diffusers cannot express {what}. Use --to=safetensors, or keep the snapshot.')
 
 
-def attentions(model: networks.DhariwalUNet) -> list[networks.UNetBlock]:
-    return [block for block in [*model.enc.values(), *model.dec.values()] if getattr(block, 'num_heads', 0)]
+def head_sizes(model: networks.DhariwalUNet) -> list[int]:
+    blocks = [*model.enc.values(), *model.dec.values()]
+    return sorted({block.out_channels // block.num_heads for block in blocks if getattr(block, 'num_heads', 0)})
 
 
 def group_counts(model: torch.nn.Module) -> list[int]:
@@ -84,14 +83,24 @@ def group_counts(model: torch.nn.Module) -> list[int]:
 # Configurations and weights.
 
 def scheduler_config(net: networks.CMPrecond) -> dict:
-    """Arguments of `CMStochasticIterativeScheduler`."""
-    return dict(_class_name='CMStochasticIterativeScheduler', num_train_timesteps=NUM_TIMESTEPS, sigma_min=net.boundary, sigma_max=net.sigma_max,
-                sigma_data=net.sigma_data, rho=net.metadata.get('rho', 7.0), s_noise=1.0, clip_denoised=True)
+    """Arguments of `CMStochasticIterativeScheduler`.
+
+    Its `timesteps` count `num_train_timesteps` Karras nodes from sigma_max (0) down to sigma_min; one-step sampling begins at 0 whatever
+    their number. Song et al. have 40 where they distil, 201 (ImageNet-64) or 151 (LSUN) where they train: `num_timesteps` of the metadata.
+    """
+    timesteps, rho = (net.metadata.get(name, default) for name, default in (('num_timesteps', NUM_TIMESTEPS), ('rho', RHO)))
+    if type(timesteps) is not int or timesteps < 2:
+        refuse(f'the number of timesteps {timesteps!r} in the metadata')
+    if type(rho) not in (int, float) or not 0 < rho < math.inf or not 0 < net.sigma_data < math.inf:
+        refuse(f'rho = {rho!r} in the metadata with sigma_data = {net.sigma_data!r}')
+    return dict(_class_name='CMStochasticIterativeScheduler', num_train_timesteps=timesteps, sigma_min=net.boundary, sigma_max=net.sigma_max,
+                sigma_data=net.sigma_data, rho=rho, s_noise=1.0, clip_denoised=True)
 
 
 def unet_config(net: networks.CMPrecond) -> dict:
     """Arguments of `UNet2DModel`."""
     model, (num_groups,) = net.model, group_counts(net.model)
+    (head_size,) = head_sizes(model) or [None]
     firsts = [model.enc[f'{at}_block0'] for at in levels(model)]
     attention = [bool(block.num_heads) for block in firsts]
     return dict(
@@ -99,7 +108,7 @@ def unet_config(net: networks.CMPrecond) -> dict:
         block_out_channels=[block.out_channels for block in firsts], layers_per_block=sum('_block' in name for name in model.enc) // len(firsts),
         down_block_types=['AttnDownBlock2D' if here else 'ResnetDownsampleBlock2D' for here in attention], downsample_type='resnet',
         up_block_types=['AttnUpBlock2D' if here else 'ResnetUpsampleBlock2D' for here in reversed(attention)], upsample_type='resnet',
-        add_attention=any('mid_block.attentions' in name for name in unet_places(model)), attention_head_dim=CHANNELS_PER_HEAD,
+        add_attention=any('mid_block.attentions' in name for name in unet_places(model)), attention_head_dim=head_size,
         norm_num_groups=num_groups, attn_norm_num_groups=num_groups, norm_eps=model.out_norm.eps,
         resnet_time_scale_shift='scale_shift' if model.block_kwargs['adaptive_scale'] else 'default',
         time_embedding_type='positional', time_embedding_dim=model.map_layer0.out_features, flip_sin_to_cos=True, freq_shift=0,

@@ -1,4 +1,4 @@
-"""Reads the UNet weights that OpenAI published with Song et al. 2023 (consistency models and their EDM teachers) into our ADM.
+"""Reads the UNet weights of OpenAI's consistency_models (Song et al. 2023: consistency models and their EDM teachers) into our ADM.
 
 Both are the ADM of Dhariwal & Nichol 2021 under other parameter names. What differs, and where it is dealt with:
 
@@ -7,16 +7,19 @@ Both are the ADM of Dhariwal & Nichol 2021 under other parameter names. What dif
 - Channels of attention are ordered (q, k, v), head, feature; ours head, feature, (q, k, v). Labels are an embedding table, ours a matrix that
   one-hot vectors are multiplied by: its transpose. Both are rearranged here.
 
-The files say nothing but names and shapes; the architecture is inferred from those.
+The files hold nothing but tensors by name. Their names and shapes tell widths, levels, blocks, where attention is, classes, and how the
+embedding enters (`infer_layout`). They do not tell `Untold`: that has the values of all published models unless the caller knows better.
 """
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import pickle
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,61 +30,158 @@ from dnnlib import UserError
 from training import networks
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0    # of all published models
-CHANNELS_PER_HEAD, NUM_GROUPS = 64, 32          # likewise; shapes do not tell
+NUM_GROUPS = 32                                 # of every norm in consistency_models
 COARSEST = 8                                    # pixels: the level at which all published U-Nets end
+FIRST_LAYER = 'time_embed.0.weight'             # a UNet is found by it
+MAX_ENTRIES, MAX_DEPTH = 200_000, 8             # of dicts in dicts: tensors, and an optimiser's numbers
 READING_ERRORS = (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, OSError, MemoryError, RuntimeError, EOFError, LookupError,
                   TypeError, ValueError, ArithmeticError, AttributeError, AssertionError)  # what damaged files cause in zipfile and PyTorch
 
 
-def load_openai(source: str | os.PathLike, kind: str = 'consistency', resolution: int | None = None) -> torch.nn.Module:
-    """The network of a state dict of OpenAI's consistency_models, as `load_network` would give it; tensors keep their dtypes.
+@dataclass(frozen=True)
+class Untold:
+    """What the names and shapes of a UNet's weights do not say.
 
-    Args:
-        source: path or http(s) URL of the `.pt` file.
-        kind: `consistency` (distilled or trained; D(x; sigma_min) = x) or `edm` (a diffusion model, their teacher). The file does not tell.
-        resolution: of the images; None: the one at which the coarsest level has 8x8 pixels, as in all that were published.
-    Raises: UserError, naming the source, where the file is damaged, hostile, or of another layout.
+    kind: `consistency` (distilled or trained; D(x; sigma_min) = x) or `edm` (a diffusion model, their teacher).
+    resolution: of the images; None: the one at which the coarsest level has 8x8 pixels. It does not change what the network computes.
+    channels_per_head: channels of each attention head (`num_head_channels`).
+    heads: their number at every level instead (`num_heads`, where `num_head_channels` is -1).
+    attention_order: what the channels of attention are ordered by first, `qkv-first`, or `heads-first` (`QKVAttentionLegacy`).
     """
-    weights = read_state_dict(source)
-    try:
-        return _convert(weights, kind, resolution)
-    except UnknownLayout as error:
-        raise UserError(f'{os.fspath(source)} cannot be converted: it {error}.') from error
+
+    kind: str = 'consistency'
+    resolution: int | None = None
+    channels_per_head: int = 64
+    heads: int | None = None
+    attention_order: str = 'qkv-first'
+
+    def __post_init__(self):
+        if self.kind not in ('consistency', 'edm') or self.attention_order not in ('qkv-first', 'heads-first'):
+            raise ValueError(f'{self.kind!r} is no kind of model, or {self.attention_order!r} no order of attention')
+
+    def heads_over(self, channels: int) -> int:
+        """The number of heads in attention over so many channels. Raises: UnknownLayout where there is none."""
+        heads = self.heads or channels // self.channels_per_head
+        if not heads or channels % heads or (self.heads is None and channels % self.channels_per_head):
+            what = f'{self.heads} heads' if self.heads else f'heads of {self.channels_per_head} channels'
+            raise UnknownLayout(f'has attention over {channels} channels, which cannot be split into {what}: '
+                                'say how it was trained with --channels-per-head or --heads')
+        return heads
 
 
 class UnknownLayout(ValueError):
     """The weights are not those of a UNet that we can express. The message completes 'it ...'."""
 
+
+def load_openai(source: str | os.PathLike, kind: str = 'consistency', resolution: int | None = None, key: str | None = None,
+                **untold) -> torch.nn.Module:
+    """The network of a state dict of OpenAI's consistency_models, as `load_network` would give it; tensors keep their dtypes.
+
+    Args:
+        source: path or http(s) URL of the `.pt` file.
+        kind, resolution, untold: see `Untold`.
+        key: where in the file the weights are, such as `ema`, if it holds several networks.
+    Raises: UserError, naming the source, where the file is damaged, hostile, or of another layout.
+    """
+    told = Untold(kind, resolution, **untold)
+    return _load(source, key, lambda layout: told)
+
+
+def inspect_openai(source: str | os.PathLike, key: str | None = None) -> tuple[torch.nn.Module, dict]:
+    """For people who want to know what is in a file: (the network as far as names and shapes tell, what was assumed for the rest).
+
+    Attention heads are of 64 channels or, where these do not fit, the largest that do. Arguments and errors are `load_openai`'s.
+    """
+    def fitting(layout: Layout) -> Untold:
+        return Untold('edm', channels_per_head=math.gcd(Untold.channels_per_head, *layout.attention_widths))
+
+    net = _load(source, key, fitting)
+    net.metadata['objective'] = None
+    per_head = net.init_kwargs.get('channels_per_head', Untold.channels_per_head)
+    return net, dict(resolution=net.img_resolution, channels_per_head=per_head, attention_order=Untold.attention_order)
+
+
+def _load(source, key: str | None, choose: Callable[[Layout], Untold]) -> torch.nn.Module:
+    weights = read_state_dict(source, key)
+    try:
+        layout = infer_layout({name: tuple(tensor.shape) for name, tensor in weights.items()})
+        return _convert(weights, layout, choose(layout))
+    except UnknownLayout as error:
+        raise UserError(f'{os.fspath(source)} cannot be converted: it {error}.') from error
+
 #----------------------------------------------------------------------------
 # The file.
 
-def read_state_dict(source: str | os.PathLike) -> dict[str, Tensor]:
-    """The named tensors of a PyTorch file, on the CPU, without executing anything in it.
+def read_state_dict(source: str | os.PathLike, key: str | None = None) -> dict[str, Tensor]:
+    """The named tensors of a UNet in a PyTorch file, on the CPU, without executing anything in it.
 
-    Raises: UserError where it holds anything else, is damaged, or would take more memory than its length.
+    They may lie under an entry of the file (`ema`, `model_state_dict`, ...) and their names have a prefix (`module.` of data-parallel training).
+    Raises: UserError where there are none or several such sets, the file is damaged, or would take more memory than its length.
     """
-    path = dnnlib.util.local_path(source)
+    contents, size = _read(source)
+    name, entries = os.fspath(source), _entries(contents) if isinstance(contents, dict) else {}
+    prefixes = [entry.removesuffix(FIRST_LAYER) for entry in entries if entry == FIRST_LAYER or entry.endswith(f'.{FIRST_LAYER}')]
+    if not prefixes:
+        raise UserError(f"{name} holds no weights of OpenAI's consistency_models: a state dict with a tensor {FIRST_LAYER} is expected, "
+                        f'and there is {_outline(contents)}.')
+    chosen = prefixes if key is None else [prefix for prefix in prefixes if f'{prefix}.'.startswith(f'{key}.')]
+    if len(chosen) != 1:
+        found = 'several networks' if chosen else f'no network {key!r} but others'
+        raise UserError(f'{name} holds {found}: {", ".join(prefix.rstrip(".") for prefix in prefixes)}. Say which one with --key.')
+    (prefix,) = chosen
+    weights = {entry.removeprefix(prefix): value for entry, value in entries.items() if entry.startswith(prefix)}
+    if odd := [entry for entry, value in weights.items() if not _is_plain(value)]:
+        raise UserError(f'{name} is not a state dict: {odd[0]} should be a tensor of floating-point numbers.')
+    if sum(tensor.nbytes for tensor in weights.values()) > size:
+        raise UserError(f'{name} is not a state dict: its tensors share memory, or claim more than the file has.')
+    return weights
+
+
+def _read(source: str | os.PathLike) -> tuple[object, int]:
+    """(the contents of a PyTorch file, its length)."""
+    path, name = dnnlib.util.local_path(source), os.fspath(source)
     size = path.stat().st_size
+    if not zipfile.is_zipfile(path):
+        raise UserError(f'{name} is no zip archive, as files of PyTorch 1.6 and newer are. Load and save an older one with a newer PyTorch; '
+                        'copy or download a damaged one again.')
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > size:
-                raise UserError(f'{os.fspath(source)} is not a PyTorch file: its entries are compressed.')
+                raise UserError(f'{name} is not a PyTorch file: its entries are compressed.')
             if (damaged := archive.testzip()) is not None:
-                raise UserError(f'{os.fspath(source)} is damaged: {damaged} does not match its checksum. Copy or download it again.')
-        weights = torch.load(path, map_location='cpu', weights_only=True)
+                raise UserError(f'{name} is damaged: {damaged} does not match its checksum. Copy or download it again.')
+        return torch.load(path, map_location='cpu', weights_only=True), size
     except READING_ERRORS as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f'{os.fspath(source)} cannot be read as a PyTorch file of tensors ({reason}). Nothing in it was executed.') from error
-    if not (isinstance(weights, dict) and weights and all(isinstance(name, str) and _is_plain(value) for name, value in weights.items())):
-        raise UserError(f'{os.fspath(source)} is not a state dict: it should hold tensors by name and nothing else.')
-    if sum(tensor.nbytes for tensor in weights.values()) > size:
-        raise UserError(f'{os.fspath(source)} is not a state dict: its tensors share memory, or claim more than the file has.')
-    return dict(weights)
+        raise UserError(f'{name} cannot be read as a PyTorch file of tensors ({reason}). Nothing in it was executed.') from error
+
+
+def _entries(contents: dict) -> dict[str, object]:
+    """{dotted name: value} of all that lies in nested dicts; as much of it as any checkpoint has."""
+    found, queue, left = {}, [('', contents, 0)], MAX_ENTRIES
+    while queue and left > 0:
+        prefix, table, depth = queue.pop()
+        left -= 1 + len(table)
+        for name, value in table.items():
+            if isinstance(value, dict) and isinstance(name, (str, int)) and depth < MAX_DEPTH:
+                queue.append((f'{prefix}{name}.', value, depth + 1))
+            elif isinstance(name, str):
+                found[f'{prefix}{name}'] = value
+    return found
+
+
+def _outline(contents) -> str:
+    """What a file holds instead, in a few words."""
+    if not isinstance(contents, dict):
+        return f'a {type(contents).__name__}'
+    names = [name[:100] if isinstance(name, str) else type(name).__name__ for name in itertools.islice(contents, 5)]
+    return ', '.join([*names, '...'] if len(contents) > len(names) else names) or 'nothing'
 
 
 def _is_plain(value) -> bool:
     return (isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == 'cpu' and not value.is_quantized
             and value.is_floating_point())
+
 
 #----------------------------------------------------------------------------
 # The architecture, from names and shapes.
@@ -95,8 +195,14 @@ class Layout:
     model_channels: int
     channel_mult: list[int]
     num_blocks: int
-    attention: list[bool]   # by level, finest first
+    attention: list[bool]   # by level, finest first; there is attention in the middle always
     adaptive_scale: bool
+
+    @property
+    def attention_widths(self) -> list[int]:
+        """The numbers of channels that there is attention over."""
+        there = [*itertools.compress(self.channel_mult, self.attention), self.channel_mult[-1]]
+        return sorted({mult * self.model_channels for mult in there})
 
 
 def infer_layout(shapes: dict[str, tuple[int, ...]]) -> Layout:
@@ -106,9 +212,8 @@ def infer_layout(shapes: dict[str, tuple[int, ...]]) -> Layout:
             raise UnknownLayout(f"has no {dims}-dimensional {name}, which every UNet of OpenAI's consistency_models has")
         return shapes[name]
 
-    if plain := [name for name in shapes if name.endswith(('.op.weight', '.conv.weight'))]:
-        raise UnknownLayout(f'resamples by a convolution ({plain[0]}); our ADM has residual blocks there (resblock_updown=True)')
-    _, model_channels = shape('time_embed.0.weight', 2)
+    _check_expressible(shapes)
+    _, model_channels = shape(FIRST_LAYER, 2)
     _, img_channels, _, _ = shape('input_blocks.0.0.weight', 4)
     count = next(k for k in itertools.count() if f'output_blocks.{k}.0.in_layers.2.weight' not in shapes)
     levels = 1 + sum(f'output_blocks.{k}.{last}.in_layers.2.weight' in shapes for k in range(count) for last in (1, 2))
@@ -117,18 +222,26 @@ def infer_layout(shapes: dict[str, tuple[int, ...]]) -> Layout:
                             "no UNet of OpenAI's consistency_models has that")
     firsts = [1 + level * (count // levels) for level in range(levels)]  # each level's first block in the encoder
     widths = [shape(f'input_blocks.{first}.0.in_layers.2.weight', 4)[0] for first in firsts]
-    attention = [f'input_blocks.{first}.1.qkv.weight' in shapes for first in firsts]
-    if model_channels % NUM_GROUPS or any(width % model_channels for width in widths):
-        raise UnknownLayout(f'has levels of {widths} channels, which are not multiples of {model_channels} and {NUM_GROUPS}')
-    for width in [*itertools.compress(widths, attention), widths[-1]]:
-        if width % CHANNELS_PER_HEAD:
-            raise UnknownLayout(f'has attention over {width} channels, which heads of {CHANNELS_PER_HEAD} do not divide')
+    if model_channels % 2 or any(width % model_channels or width % NUM_GROUPS for width in widths):
+        raise UnknownLayout(f'has levels of {", ".join(map(str, widths))} channels, which are not multiples of {NUM_GROUPS} and of the '
+                            f"time embedding's {model_channels}, an even number: our ADM has no other widths")
+    if (outputs := shape('out.2.weight', 4)[0]) == 2 * img_channels:
+        raise UnknownLayout(f'has {outputs} output channels for {img_channels} input channels: it predicts a variance too (learn_sigma), '
+                            'as diffusion models with a discrete schedule do, not EDM nor consistency models')
     modulation = shape('input_blocks.1.0.emb_layers.1.weight', 2)[0]
     label_dim = shape('label_emb.weight', 2)[0] if 'label_emb.weight' in shapes else 0
-    return Layout(img_channels, label_dim, model_channels, [width // model_channels for width in widths], count // levels - 1, attention,
-                  adaptive_scale=modulation == 2 * widths[0])
+    return Layout(img_channels, label_dim, model_channels, [width // model_channels for width in widths], count // levels - 1,
+                  [f'input_blocks.{first}.1.qkv.weight' in shapes for first in firsts], adaptive_scale=modulation == 2 * widths[0])
 
 
+def _check_expressible(shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises UnknownLayout for levels that are joined by something else than residual blocks."""
+    theirs, ours = 'resamples {}', '; our ADM has residual blocks there (resblock_updown=True)'
+    if convolutions := [name for name in shapes if name.endswith(('.op.weight', '.conv.weight'))]:
+        raise UnknownLayout(theirs.format(f'by a convolution ({convolutions[0]})') + ours)
+    found = {int(parts[1]) for parts in (name.split('.') for name in shapes) if parts[0] == 'input_blocks' and parts[1].isdecimal()}
+    if gaps := sorted(set(range(max(found, default=0))) - found):
+        raise UnknownLayout(theirs.format(f'by pooling (input_blocks.{gaps[0]} has no weights)') + ours)
 def parameter_names(model: networks.DhariwalUNet) -> dict[str, str]:
     """{our parameter's name: OpenAI's}, for every parameter of an ADM."""
     modules = {'map_layer0': 'time_embed.0', 'map_layer1': 'time_embed.2', 'out_norm': 'out.0', 'out_conv': 'out.2'}
@@ -162,52 +275,52 @@ def _block_names(ours: str, theirs: str, part: int, block: torch.nn.Module) -> d
 #----------------------------------------------------------------------------
 # The network.
 
-def _convert(weights: dict[str, Tensor], kind: str, resolution: int | None) -> torch.nn.Module:
-    layout = infer_layout({name: tuple(tensor.shape) for name, tensor in weights.items()})
-    net = build_network(layout, kind, resolution)
+def _convert(weights: dict[str, Tensor], layout: Layout, untold: Untold) -> torch.nn.Module:
+    net = build_network(layout, untold)
     names = parameter_names(net.model)
     for what, found in (('lacks', set(names.values()) - weights.keys()), ('has unexpected', weights.keys() - set(names.values()))):
         if found:
             raise UnknownLayout(f'{what} tensors: {", ".join(sorted(found)[:5])}{", ..." if len(found) > 5 else ""}')
-    state = dict(net.named_buffers()) | {f'model.{ours}': to_our_order(ours, weights[theirs]) for ours, theirs in names.items()}
+    state = dict(net.named_buffers()) | {f'model.{ours}': to_our_order(ours, weights[theirs], untold) for ours, theirs in names.items()}
     for name, tensor in net.named_parameters():
         if state[name].shape != tensor.shape:
             raise UnknownLayout(f'has {names[name.removeprefix("model.")]} in the place of our {name}, with shape {list(state[name].shape)} '
                                 f'instead of {list(tensor.shape)}')
     net.load_state_dict(state, assign=True)
-    net.metadata = _metadata(kind)
+    net.metadata = _metadata(untold.kind)
     return net.eval().requires_grad_(False)
 
 
-def build_network(layout: Layout, kind: str, resolution: int | None) -> networks.CMPrecond:
-    """Our network of a layout; its parameters have shapes but no memory. Raises: UnknownLayout for an impossible resolution."""
+def build_network(layout: Layout, untold: Untold) -> networks.CMPrecond:
+    """Our network of a layout; its parameters have shapes but no memory. Raises: UnknownLayout for what does not fit the layout."""
     levels = len(layout.channel_mult)
-    resolution = resolution or COARSEST << (levels - 1)
+    resolution = untold.resolution or COARSEST << (levels - 1)
     if resolution % (1 << (levels - 1)):
         raise UnknownLayout(f'has {levels} levels, which do not fit images of {resolution}x{resolution}')
-    if kind == 'consistency':
-        span = dict(sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, boundary=SIGMA_MIN)
-    elif kind == 'edm':
-        span = {}
-    else:
-        raise ValueError(f'kind {kind!r} is neither consistency nor edm')
+    for width in layout.attention_widths:
+        untold.heads_over(width)
+    heads = dict(num_heads=untold.heads) if untold.heads else {}
+    if untold.channels_per_head != Untold.channels_per_head:
+        heads['channels_per_head'] = untold.channels_per_head
+    span = dict(sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, boundary=SIGMA_MIN) if untold.kind == 'consistency' else {}
     attn_resolutions = [resolution >> level for level, attention in enumerate(layout.attention) if attention]
     with torch.device('meta'):
         net = networks.CMPrecond(resolution, layout.img_channels, label_dim=layout.label_dim, **span, model_channels=layout.model_channels,
                                  channel_mult=layout.channel_mult, num_blocks=layout.num_blocks, attn_resolutions=attn_resolutions, dropout=0,
-                                 adaptive_scale=layout.adaptive_scale, min_channels_per_group=1)
+                                 adaptive_scale=layout.adaptive_scale, min_channels_per_group=1, **heads)
     for module in net.modules():  # constants, which `meta` has left without values
         if isinstance(module, networks.Conv2d) and module.resample_filter is not None:
             module.resample_filter = networks.Conv2d(1, 1, kernel=0, up=True).resample_filter
     return net
 
 
-def to_our_order(name: str, tensor: Tensor) -> Tensor:
+def to_our_order(name: str, tensor: Tensor, untold: Untold) -> Tensor:
     """A tensor of OpenAI's, for our parameter `name`."""
-    if name.endswith(('.qkv.weight', '.qkv.bias')):     # (q, k, v), head, feature -> head, feature, (q, k, v)
-        if tensor.shape[0] % (3 * CHANNELS_PER_HEAD):
-            raise UnknownLayout(f'has {tensor.shape[0]} channels of attention where three times a multiple of {CHANNELS_PER_HEAD} is expected')
-        return tensor.unflatten(0, (3, -1, CHANNELS_PER_HEAD)).movedim(0, 2).flatten(0, 2)
+    if name.endswith(('.qkv.weight', '.qkv.bias')) and tensor.shape[0] % 3 == 0:
+        heads = untold.heads_over(tensor.shape[0] // 3)
+        if untold.attention_order == 'heads-first':     # head, (q, k, v), feature -> head, feature, (q, k, v)
+            return tensor.unflatten(0, (heads, 3, -1)).movedim(1, 2).flatten(0, 2)
+        return tensor.unflatten(0, (3, heads, -1)).movedim(0, 2).flatten(0, 2)
     return tensor.mT.contiguous() if name == 'map_label.weight' else tensor
 
 

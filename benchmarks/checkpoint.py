@@ -1,0 +1,112 @@
+"""Time and memory of loading and saving a network with random weights, beside PyTorch's own `torch.load` and `torch.save` of its tensors.
+
+Every row is measured in processes of its own, one after the other in several rounds; figures are minima over rounds. `first` is the first call
+in a process, which has no memory to reuse yet, `again` the best of those after it. `peak` is resident memory above what it was before and,
+when loading, above the network itself. Files are in the page cache; `save_snapshot` waits until its file is on the disk, `torch.save` does not.
+"""
+from __future__ import annotations
+
+import gc
+import json
+import os
+import pickle
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dnnlib import cli
+from training import networks
+from training.checkpoint import load_network, save_snapshot
+
+FILES = {'torch': 'net.pt', 'ours': 'net.pkl', 'edm': 'edm.pkl'}
+LOADS = {'torch.load, weights only': 'torch', 'load_network, sealed': 'ours', "load_network, EDM's": 'edm'}
+SAVES = {'torch.save': 'torch', 'save_snapshot': 'ours'}
+
+
+def write_files(folder: Path, channels: int, resolution: int) -> tuple[int, int]:
+    """One network in three files: PyTorch's, ours, and as EDM writes it. Returns: (parameters, bytes of its tensors)."""
+    torch.manual_seed(0)
+    net = networks.EDMPrecond(resolution, 3, 1000, model_type='DhariwalUNet', model_channels=channels, channel_mult=[1, 2, 3, 4])
+    torch.save(net.state_dict(), folder / FILES['torch'])
+    save_snapshot(folder / FILES['ours'], net)
+    with open(folder / FILES['edm'], 'wb') as file:
+        pickle.dump(dict(ema=net, loss_fn=None, augment_pipe=None, dataset_kwargs={}), file)
+    return sum(p.numel() for p in net.parameters()), sum(tensor.nbytes for tensor in net.state_dict().values())
+
+
+def resident(peak: bool) -> int:
+    """Bytes of resident memory of this process, now or at its peak (Linux)."""
+    return int(re.search(rf'^Vm{"HWM" if peak else "RSS"}:\s+(\d+) kB', Path('/proc/self/status').read_text(), re.M)[1]) * 1024
+
+
+def measure(row: str, folder: Path, repeats: int) -> dict:
+    """Seconds of the first call and the best of the others, bytes of memory at the peak of the first; run in a process of its own."""
+    if row in LOADS:
+        path = folder / FILES[LOADS[row]]
+        call = (lambda: torch.load(path, weights_only=True)) if LOADS[row] == 'torch' else (lambda: load_network(path))
+    else:
+        net, path = load_network(folder / FILES['ours']), folder / 'saved'
+        call = (lambda: torch.save(net.state_dict(), path)) if SAVES[row] == 'torch' else (lambda: save_snapshot(path, net))
+    gc.collect()
+    Path('/proc/self/clear_refs').write_text('5')  # forgets the peak so far
+    before, seconds = resident(peak=False), []
+    for attempt in range(1 + repeats):
+        start = time.perf_counter()
+        result = call()
+        seconds.append(time.perf_counter() - start)
+        if attempt == 0:
+            peak = resident(peak=True) - before
+        del result
+    return dict(first=seconds[0], again=min(seconds[1:]), peak=peak)
+
+
+def measure_apart(row: str, folder: Path, repeats: int) -> dict:
+    command = [sys.executable, __file__, f'--measure={row}', f'--folder={folder}', f'--repeats={repeats}']
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
+
+
+@click.command(cls=cli.Command)
+@cli.option('--channels', metavar='INT', type=click.IntRange(min=4), default=192, show_default=True, help='Width of the network, an ADM.')
+@cli.option('--res', metavar='INT', type=click.IntRange(min=8), default=64, show_default=True, help='Resolution of its images.')
+@cli.option('--rounds', metavar='INT', type=click.IntRange(min=1), default=3, show_default=True, help='Processes for every row.')
+@cli.option('--repeats', metavar='INT', type=click.IntRange(min=1), default=5, show_default=True, help='Calls after the first in each of them.')
+@cli.option('--folder', metavar='DIR', help='Where to write the files, 3.6 GB by default.  [default: a temporary folder]')
+@cli.option('--measure', 'row', metavar='ROW', hidden=True)
+@cli.option('--json', 'as_json', is_flag=True, help='Print one JSON object.')
+def main(channels, res, rounds, repeats, folder, row, as_json):
+    """Time loading and saving a network."""
+    if row is not None:
+        click.echo(json.dumps(measure(row, Path(folder), repeats)))
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        temporary = Path(temporary)
+        parameters, nbytes = write_files(temporary, channels, res)
+        runs = [{row: measure_apart(row, temporary, repeats) for row in (*LOADS, *SAVES)} for _ in range(rounds)]
+        sizes = {kind: os.path.getsize(temporary / name) for kind, name in FILES.items()}
+    rows = {row: {what: min(run[row][what] for run in runs) for what in ('first', 'again', 'peak')} for row in runs[0]}
+    for row in LOADS:
+        rows[row]['peak'] -= nbytes
+    machine = f'{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads'
+    if as_json:
+        click.echo(json.dumps(dict(device=machine, torch=torch.__version__, parameters=parameters, bytes=sizes, rows=rows)))
+        return
+    click.echo(f'{machine}, torch {torch.__version__}; {parameters:,} parameters, {sizes["ours"] / 1e9:.2f} GB\n')
+    click.echo('| | first | ratio | again | ratio | peak | of the file |\n| :-- | --: | --: | --: | --: | --: | --: |')
+    for row, values in rows.items():
+        base = rows[next(iter(LOADS if row in LOADS else SAVES))]
+        ratios = [f'{values[what]:.3f} s | {values[what] / base[what]:.2f}' for what in ('first', 'again')]
+        click.echo(f'| {row} | {" | ".join(ratios)} | {values["peak"] / 1e6:.0f} MB | {values["peak"] / sizes[(LOADS | SAVES)[row]]:.0%} |')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,79 @@
+"""Time and memory of saving, reading back and restoring a training state, beside PyTorch's own `torch.save` and `torch.load`.
+
+The state is that of a run with an EMA and two phEMA: six vectors of FP32 numbers, as long as the network has parameters. `peak` is resident memory
+above what it was before. A save waits until the file is on the disk, `torch.save` does not; reading finds the file in the page cache where it fits.
+"""
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.checkpoint import resident
+from dnnlib import cli
+from training import checkpoint
+
+VECTORS = ('net', 'exp_avg', 'exp_avg_sq', 'ema', 'phema-0.050', 'phema-0.100')
+SAVES, LOADS = ('torch.save', 'save_state', 'verify'), ('torch.load', 'load_state')
+
+
+def new_state(parameters: int) -> dict:
+    """As many numbers as a run with a network of `parameters` would save, in tensors of a million."""
+    sizes = [1 << 20] * (parameters >> 20) + [parameters % (1 << 20)]
+    return {name: {str(i): torch.full([size], 0.5) for i, size in enumerate(sizes)} for name in VECTORS}
+
+
+def measure(rows: tuple[str, ...], folder: Path, parameters: int) -> dict[str, dict]:
+    """Seconds and bytes at the peak of each row, one after the other."""
+    state = new_state(parameters) if 'save_state' in rows else None
+    calls = {'torch.save': lambda: torch.save(state, folder / 'theirs.pt'), 'save_state': lambda: checkpoint.save_state(folder / 'ours.pt', state),
+             'verify': lambda: checkpoint.verify(folder / 'ours.pt'), 'load_state': lambda: checkpoint.load_state(folder / 'ours.pt'),
+             'torch.load': lambda: torch.load(folder / 'ours.pt', weights_only=True)}
+    found = {}
+    for row in rows:
+        gc.collect()
+        Path('/proc/self/clear_refs').write_text('5')  # forgets the peak so far
+        before, start = resident(peak=False), time.perf_counter()
+        result = calls[row]()
+        found[row] = dict(seconds=time.perf_counter() - start, peak=resident(peak=True) - before)
+        del result
+        (folder / 'theirs.pt').unlink(missing_ok=True)
+    return found
+
+
+@click.command(cls=cli.Command)
+@cli.option('--parameters', metavar='INT', type=click.IntRange(min=1), default=295_899_267, show_default=True, help='Of the network.')
+@cli.option('--folder', metavar='DIR', help='Where to write the files, twice 7.1 GB by default.  [default: a temporary folder]')
+@cli.option('--rows', hidden=True)
+def main(parameters, folder, rows):
+    """Time saving and restoring a training state."""
+    if rows is not None:
+        click.echo(json.dumps(measure(tuple(rows.split(',')), Path(folder), parameters)))
+        return
+    table = {}
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        for group in (SAVES, LOADS):  # in processes of their own: what one has allocated must not serve the other
+            command = [sys.executable, __file__, f'--rows={",".join(group)}', f'--folder={temporary}', f'--parameters={parameters}']
+            table |= json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        size = os.path.getsize(Path(temporary) / 'ours.pt')
+    click.echo(f'{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}; {parameters:,} parameters, '
+               f'state of {size / 1e9:.2f} GB\n')
+    click.echo('| | seconds | GB/s | peak | of the state |\n| :-- | --: | --: | --: | --: |')
+    for row, values in table.items():
+        seconds, peak = values['seconds'], values['peak']
+        click.echo(f'| {row} | {seconds:.2f} | {size / seconds / 1e9:.2f} | {peak / 1e9:.2f} GB | {peak / size:.0%} |')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,74 @@
+"""Being asked to stop: signals of schedulers and users, noticed at the next step by all processes together."""
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+
+from torch_utils.distributed import HostAgreement
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # of SLURM at its time limit, of its --signal=USR1, of the keyboard
+SAME_REQUEST_SEC = 5.0  # a terminal, torchrun and SLURM may each deliver the same signal
+EXIT_PREEMPTED = 75     # EX_TEMPFAIL of sysexits.h: come again
+
+
+class StopRequest:
+    """A context in which signals to stop are remembered instead of ending the process; `requested` is the first one's name, or None.
+
+    Repeats within five seconds count as one; a later one ends the process at once.
+    """
+
+    def __init__(self, hosts: HostAgreement):
+        self._hosts = hosts
+        self.requested: str | None = None
+        self._first_time = 0.0
+        self._previous: dict = {}
+
+    def __enter__(self) -> StopRequest:
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            # Once asked to stop, it is on its way out, which a repeated signal must not end with another exit status.
+            signal.signal(number, signal.SIG_IGN if self.here() else handler)
+
+    def here(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.requested is not None
+
+    def anywhere(self) -> bool:
+        """Whether any process was, for all processes to ask together. Waits for the other hosts."""
+        return self._hosts.any(self.here())
+
+    def _handle(self, number: int, _frame) -> None:
+        now = time.monotonic()
+        if self.requested is None:
+            self.requested, self._first_time = signal.Signals(number).name, now
+        elif now - self._first_time > SAME_REQUEST_SEC:
+            os.write(sys.__stderr__.fileno(), b'Stopping at once.\n')  # a print could interrupt another print
+            os._exit(128 + number)
+
+
+class WorkerShield:
+    """A context in which processes that load data, given this as their `worker_init_fn`, outlive signals to stop: a scheduler may send them to
+    every process, and the step at hand needs its data. On the way out they obey SIGTERM again, by which Python ends them."""
+
+    def __init__(self):
+        self._leaving = multiprocessing.Event()
+
+    def __enter__(self) -> WorkerShield:
+        return self
+
+    def __exit__(self, *_):
+        self._leaving.set()
+
+    def __call__(self, _worker: int) -> None:
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame) -> None:
+        if number == signal.SIGTERM and self._leaving.is_set():
+            os._exit(0)

@@ -1,0 +1,185 @@
+"""Tensors in pickled modules: which there are, and where in the file their elements lie.
+
+A tensor is pickled as a call that gets its storage, and its offset, shape and stride in it. A storage is a byte string in PyTorch's legacy
+format: five pickles (magic number, version, system, the storage's description, its key), the number of elements, the elements. All of
+these are read as data (`restricted_pickle`); the elements not at all, so that they can be read straight into a tensor's memory.
+"""
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass, replace
+from typing import BinaryIO
+
+import torch
+
+from torch_utils import restricted_pickle
+from torch_utils.restricted_pickle import Call, MalformedPickle, Name, Reader, Span, latin1, persistent_object, text_of_bytes
+
+MAX_ENTRIES, MAX_NAME = 100_000, 1000           # parameters, buffers and modules of a network; length of their dotted names
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor that is still in the file: its storage, or the text that stands for it, and its view of the storage, in elements."""
+    storage: Span | str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype | None = None    # None: the storage's own
+
+
+def _called(node, names: set[str], least: int) -> bool:
+    return isinstance(node, Call) and node.name in names and len(node.args) >= least
+
+
+def stored_tensor(node) -> StoredTensor:
+    """The tensor or parameter that a record stands for."""
+    if _called(node, restricted_pickle.PARAMETERS, 1):
+        node = node.args[0]
+    if _called(node, {restricted_pickle.TENSOR_WITH_ATTRIBUTES}, 3) and isinstance(node.args[0], Name) and isinstance(node.args[2], tuple):
+        node = Call(node.args[0].path, node.args[2])
+    if not _called(node, {restricted_pickle.TENSOR}, 4) and not _called(node, {restricted_pickle.TYPED_TENSOR}, 7):
+        raise MalformedPickle('has something else where a tensor is expected')
+    storage, offset, shape, stride = node.args[:4]
+    if not _called(storage, {restricted_pickle.STORAGE}, 1):
+        raise MalformedPickle('has a tensor without storage')
+    if _called(shape, {'torch.Size'}, 1):
+        shape, = shape.args
+    if not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride) <= 16
+            and all(type(number) is int and 0 <= number < 2 ** 48 for number in (offset, *shape, *stride))):
+        raise MalformedPickle('has a tensor of impossible shape')
+    dtype, flags = None, node.args[6:]
+    if node.name == restricted_pickle.TYPED_TENSOR:
+        dtype, flags = _dtype(flags[0]), flags[1:]
+    if any(flags):
+        raise MalformedPickle('has a tensor that stands for the negative or the conjugate of what is stored')
+    data = storage.args[0] if isinstance(storage.args[0], Span) else text_of_bytes(storage.args[0])
+    if data is None:
+        raise MalformedPickle('has a tensor without storage')
+    return StoredTensor(data, offset, shape, stride, dtype)
+
+
+def _dtype(node) -> torch.dtype:
+    for dtype in restricted_pickle.DTYPES.values():
+        if isinstance(node, Name) and node.path == str(dtype):
+            return dtype
+    raise MalformedPickle('has a tensor of unknown type')
+
+
+def module_tensors(node) -> dict[str, StoredTensor]:
+    """Parameters and buffers of a module's record and the modules in it, by their dotted names."""
+    found: dict[str, StoredTensor] = {}
+    queue, entries = [('', node)], 0
+    while queue:
+        prefix, node = queue.pop()
+        state = node.state if isinstance(node, Call) and node.name in restricted_pickle.CONTAINERS else (persistent_object(node) or (None, None))[1]
+        tables = [state.get(kind) for kind in ('_parameters', '_buffers', '_modules')] if isinstance(state, dict) else [None]
+        if not all(isinstance(table, dict) for table in tables):
+            raise MalformedPickle(f'has something else where the module {prefix.rstrip(".") or "at the top"!r} is expected')
+        entries += sum(len(table) for table in tables)
+        if entries > MAX_ENTRIES:
+            raise MalformedPickle('nests modules without end')
+        parameters, buffers, children = ([(_joined(prefix, name), value) for name, value in table.items() if value is not None] for table in tables)
+        found.update((name, stored_tensor(value)) for name, value in [*parameters, *buffers])
+        queue.extend((f'{name}.', child) for name, child in children)
+    return found
+
+
+def _joined(prefix: str, name: object) -> str:
+    if not isinstance(name, str) or len(prefix) + len(name) > MAX_NAME:
+        raise MalformedPickle('has modules or tensors whose names are no text or without end')
+    return prefix + name
+
+
+@dataclass(frozen=True, slots=True)
+class LocatedTensor:
+    """A tensor whose elements have been found."""
+    text: str | None    # that stands for its storage; None: they are in the file
+    start: int          # place of the first element in the file, or in the text, in bytes
+    extent: int         # elements from the first to the last, those between them included
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return self.extent * self.dtype.itemsize
+
+    def text_bytes(self) -> bytes:
+        """The elements, where they are in a text."""
+        return latin1(self.text[self.start:self.start + self.nbytes])
+
+    def view(self, elements: torch.Tensor) -> torch.Tensor:
+        """The tensor that has these elements [extent], in their memory where it fills that."""
+        view = elements.as_strided(self.shape, self.stride)
+        return view if view.is_contiguous() else view.clone()
+
+
+class Storages:
+    """Finds tensors' elements in a file, whose storages are in PyTorch's legacy format.
+
+    The format: five pickles (magic number, version, system, the storage's description, its key), the number of elements, the elements.
+    The device in the description does not matter: the elements are in the file.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.preamble = b''                     # the first three pickles of the storage before: most often the same in all of a file
+        self.known: dict[int, _Elements] = {}   # by the identity of a storage, which several tensors may share
+
+    def locate(self, tensor: StoredTensor) -> LocatedTensor:
+        """Raises: MalformedPickle where the tensor would reach beyond its storage or repeat elements of it."""
+        elements = self.known.get(id(tensor.storage))
+        if elements is None:
+            elements = self.known[id(tensor.storage)] = self._read_header(tensor.storage)
+        dtype = tensor.dtype or elements.dtype
+        numel, count = elements.nbytes // dtype.itemsize, math.prod(tensor.shape)
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride)) if count else 0
+        if count > numel or tensor.offset + extent > numel:
+            raise MalformedPickle(f'claims a tensor of shape {list(tensor.shape)} that does not fit into its storage of {numel:,} elements')
+        return LocatedTensor(elements.text, elements.start + tensor.offset * dtype.itemsize, extent, dtype, tensor.shape, tensor.stride)
+
+    def _read_header(self, storage: Span | str) -> _Elements:
+        if isinstance(storage, str):
+            data = latin1(storage)
+            return self._parse_header(storage, io.BytesIO(data), 0, len(data))
+        return self._parse_header(None, self.file, storage.start, storage.start + storage.size)
+
+    def _parse_header(self, text: str | None, file: BinaryIO, start: int, stop: int) -> _Elements:
+        reader = Reader(file, start, stop, frozenset(restricted_pickle.STORAGE_TYPES), persistent_ids=True)
+        if not self.preamble or reader.take(min(len(self.preamble), stop - start)) != self.preamble:
+            reader.move_to(start)
+            magic, _version, system = (reader.next_pickle() for _ in range(3))
+            if magic != 0x1950a86a20f9469cfc6c or not isinstance(system, dict) or system.get('little_endian') is not True:
+                raise MalformedPickle('has a tensor that is not in the little-endian format of PyTorch')
+            file.seek(start)
+            self.preamble = file.read(reader.position() - start)
+        description, _keys = reader.next_pickle(), reader.next_pickle()
+        record = description.args if isinstance(description, Call) else None
+        if not isinstance(record, tuple) or len(record) not in (5, 6) or not isinstance(record[1], Name):
+            raise MalformedPickle('has a tensor of unknown type')
+        dtype, numel = restricted_pickle.STORAGE_TYPES[record[1].path], reader.number(8)
+        elements = _Elements(text, reader.position(), dtype, numel * dtype.itemsize)
+        if elements.start + elements.nbytes != stop:
+            raise MalformedPickle('has a tensor whose length is not what it claims')
+        return elements if len(record) == 5 or record[5] is None else _part(elements, record[5])
+
+
+@dataclass(frozen=True, slots=True)
+class _Elements:
+    """The elements of a storage: where the first one is, in bytes, and the size of all."""
+    text: str | None
+    start: int
+    dtype: torch.dtype
+    nbytes: int
+
+
+def _part(elements: _Elements, view: object) -> _Elements:
+    """The part of a storage that old versions of PyTorch describe by (key, first element, number of elements)."""
+    if not (isinstance(view, tuple) and len(view) == 3 and all(type(number) is int and 0 <= number < 2 ** 48 for number in view[1:])
+            and sum(view[1:]) * elements.dtype.itemsize <= elements.nbytes):
+        raise MalformedPickle('has a view of a storage that reaches beyond it')
+    first, numel = (number * elements.dtype.itemsize for number in view[1:])
+    return replace(elements, start=elements.start + first, nbytes=numel)

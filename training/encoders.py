@@ -1,0 +1,194 @@
+"""Between what a data set stores and what a network sees: pixels, or latents of a VAE, as in EDM2 (Karras et al. 2024).
+
+    pixels  --encode_pixels-->  raw  --encode_latents-->  final  --decode-->  pixels
+
+*Pixels* are uint8 [N, C, H, W]. *Raw* is what a data set stores: the pixels themselves, or mean and standard deviation of a VAE's latent
+distribution. *Final* is what the network is trained on and draws: pixels in [-1, 1], or latents of about zero mean and the data's sigma.
+
+Class names and constructor arguments are those of EDM2's snapshots. A snapshot carries this file's source in its `encoder` entry, so it
+imports nothing but the standard library, numpy, torch and `torch_utils.persistence`; diffusers and our own modules where they are needed.
+"""
+import functools
+import inspect
+
+import numpy as np
+import torch
+
+from torch_utils.persistence import persistent_class
+
+#----------------------------------------------------------------------------
+# Encoders. `init(device)` makes ready for pixels on a device; `noise_shape` tells what `encode_latents` needs to be a pure function.
+
+@persistent_class
+class StandardRGBEncoder:
+    """Pixels: 0 ... 255 and [-1, 1], rounded as EDM rounds. Needs no noise and no preparation."""
+
+    def init(self, device):
+        pass
+
+    def noise_shape(self, raw_shape):
+        return None
+
+    def encode_pixels(self, pixels):
+        return pixels
+
+    def encode_latents(self, raw, noise=None):
+        """uint8 [N, C, H, W] to float32 in [-1, 1]."""
+        return raw.float() / 127.5 - 1
+
+    def decode(self, final):
+        """[N, C, H, W] in [-1, 1] to uint8."""
+        return (final * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+@persistent_class
+class StabilityVAEEncoder:
+    """Latents of a VAE: drawn from its distribution, then brought from assumed statistics to wanted ones, channel by channel.
+
+        final = (mean + std · noise - raw_mean) / raw_std · final_std + final_mean
+
+    Pixels are given to the VAE as 0 ... 1, not -1 ... 1, and come back so: EDM2's convention, under which the default statistics were measured.
+
+    Args:
+        vae_name: folder or Hugging Face repository of a diffusers `AutoencoderKL`.
+        raw_mean, raw_std: [C] statistics of the raw latents.
+        final_mean, final_std: those of the final latents, one number or [C].
+        batch_size: images that pass through the VAE at a time.
+    """
+
+    def __init__(self, vae_name='stabilityai/sd-vae-ft-mse', raw_mean=(5.81, 3.25, 0.12, -2.15), raw_std=(4.17, 4.62, 3.71, 3.28),
+                 final_mean=0, final_std=0.5, batch_size=8):
+        scale = np.float32(final_std) / np.float32(raw_std)
+        bias = np.float32(final_mean) - np.float32(raw_mean) * scale
+        if bias.ndim != 1 or scale.shape != bias.shape or not np.isfinite(bias).all() or not (scale > 0).all() or int(batch_size) < 1:
+            raise ValueError('raw_mean and raw_std must be as long as each other, deviations and batch_size positive')
+        if not isinstance(vae_name, str):
+            raise TypeError(f'vae_name is a {type(vae_name).__name__}, not a string')
+        self.vae_name, self.batch_size, self.channels = vae_name, int(batch_size), len(scale)
+        self.scale, self.bias = scale.tolist(), bias.tolist()  # float32 values
+
+    def init(self, device):
+        """Load the VAE. Raises: ImportError without diffusers; OSError, RuntimeError, ValueError for what is no VAE of these latents."""
+        vae = load_vae(self.vae_name, torch.empty(0, device=device).device)  # 'cuda' becomes 'cuda:0'
+        if vae.config.latent_channels != self.channels:
+            raise ValueError(f'it has {vae.config.latent_channels} latent channels, not {self.channels}')
+
+    def noise_shape(self, raw_shape):
+        """Shape of one image's noise for raw latents of `raw_shape` [2 C, H, W]."""
+        return (raw_shape[0] // 2, *raw_shape[1:])
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels):
+        """uint8 [N, 3, H, W] to float32 [N, 2 C, h, w]: mean and standard deviation of each latent."""
+        vae = load_vae(self.vae_name, pixels.device)
+        parts = [vae.encode(part.float() / 255).latent_dist for part in pixels.split(self.batch_size)]
+        return torch.cat([torch.cat([part.mean, part.std], dim=1) for part in parts])
+
+    def encode_latents(self, raw, noise=None):
+        """Raw latents [N, 2 C, h, w] and standard normal `noise` [N, C, h, w] (None: drawn here) to final latents, float32."""
+        mean, std = raw.float().chunk(2, dim=1)
+        latents = mean + std * (torch.randn_like(mean) if noise is None else noise)
+        return latents * per_channel(self.scale, latents) + per_channel(self.bias, latents)
+
+    @torch.no_grad()
+    def decode(self, final):
+        """Final latents [N, C, h, w] to uint8 [N, 3, H, W], cut off as EDM2 does it, not rounded."""
+        vae, final = load_vae(self.vae_name, final.device), final.float()
+        latents = (final - per_channel(self.bias, final)) / per_channel(self.scale, final)
+        parts = [vae.decode(part).sample for part in latents.split(self.batch_size)]
+        return (torch.cat(parts).clamp(0, 1) * 255).to(torch.uint8)
+
+
+def per_channel(values, like):
+    """[1, C, 1, 1] constants, filled on the device: a copy from the host would wait for it."""
+    return torch.stack([like.new_full([], value) for value in values]).reshape(1, -1, 1, 1)
+
+
+@functools.lru_cache(maxsize=1)
+def load_vae(vae_name, device):
+    """The VAE, from a folder, from the local cache of Hugging Face, or downloaded into it. Only safetensors are read: no pickles."""
+    from diffusers import AutoencoderKL
+    load = functools.partial(AutoencoderKL.from_pretrained, vae_name, use_safetensors=True, low_cpu_mem_usage=False)
+    try:
+        vae = load(local_files_only=True)  # without asking the server whether there is news
+    except OSError:
+        vae = load()
+    return vae.eval().requires_grad_(False).to(device)
+
+#----------------------------------------------------------------------------
+# Encoders as plain data: dict(class_name=..., **constructor arguments), or None for pixels. So they stand in a network's metadata, in the
+# configuration of a run, and in the dataset.json of latents.
+
+ENCODERS = {cls.__name__: cls for cls in (StandardRGBEncoder, StabilityVAEEncoder)}
+HINT = '; generate.py --latents writes latents as they are'
+
+
+def record(class_name, args=(), kwargs=()):
+    """The record of an encoder's class and constructor arguments; of an unknown class, its name alone."""
+    if class_name == 'StandardRGBEncoder':
+        return None
+    if class_name not in ENCODERS:
+        return dict(class_name=class_name)
+    names = inspect.signature(ENCODERS[class_name]).parameters
+    return {'class_name': class_name, **dict(zip(names, args)), **dict(kwargs)}
+
+
+def record_of(encoder):
+    """The record of an encoder."""
+    return record(type(encoder).__name__, encoder.init_args, encoder.init_kwargs)
+
+
+def build(record, device=None):
+    """The encoder of a record, ready for pixels where a device is given. Raises: UserError."""
+    from dnnlib import UserError
+    arguments = dict(record or dict(class_name='StandardRGBEncoder'))
+    class_name = str(arguments.pop('class_name', None))
+    if class_name not in ENCODERS:
+        raise UserError(f'The encoder {class_name!r} is none that we know ({", ".join(ENCODERS)}), so there is no way from or to its latents{HINT}')
+    try:
+        encoder = ENCODERS[class_name](**arguments)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f'The encoder {class_name} cannot be built from the arguments that are recorded for it: {error}') from error
+    if device is not None:
+        make_ready(encoder, device, HINT)
+    return encoder
+
+
+def make_ready(encoder, device, hint=''):
+    """`encoder.init(device)`, with a UserError where diffusers or the VAE's weights are missing; `hint` ends its message."""
+    from dnnlib import UserError
+    try:
+        encoder.init(device)
+    except ImportError as error:
+        raise UserError(f'The VAE {encoder.vae_name} needs the diffusers package ({error}): pip install diffusers{hint}') from error
+    except (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f'The VAE {encoder.vae_name} cannot be loaded ({reason}): connect to the Hugging Face hub, or name a folder '
+                        f'that AutoencoderKL.save_pretrained wrote{hint}') from error
+
+
+def encoder_of(net, device=None):
+    """The encoder of a loaded network, ready to decode where a device is given. Raises: UserError."""
+    from dnnlib import UserError
+    encoder = build(getattr(net, 'metadata', {}).get('encoder'))
+    if net.img_channels not in ([1, 3] if isinstance(encoder, StandardRGBEncoder) else [encoder.channels]):
+        raise UserError(f'The network makes images of {net.img_channels} channels, which its {type(encoder).__name__} cannot decode{HINT}')
+    if device is not None:
+        make_ready(encoder, device, HINT)
+    return encoder
+
+
+def for_dataset(dataset, teacher=None):
+    """(encoder, channels of the network) for a data set; latents are encoded as the teacher's were, where it says how.
+
+    Raises: UserError where the data set's channels are not the encoder's.
+    """
+    from dnnlib import UserError
+    if not dataset.holds_latents:
+        return StandardRGBEncoder(), dataset.num_channels
+    taught = teacher.metadata.get('encoder') if teacher is not None else None
+    encoder = build(taught or dataset.encoder or dict(class_name='StabilityVAEEncoder'))
+    if isinstance(encoder, StandardRGBEncoder) or dataset.num_channels != 2 * encoder.channels:
+        raise UserError(f'The latents of {dataset.name} have {dataset.num_channels} channels, which {type(encoder).__name__} does not take: '
+                        'make them with dataset_tool.py --encode-vae')
+    return encoder, encoder.channels

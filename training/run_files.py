@@ -1,0 +1,196 @@
+"""The files that a run leaves in its folder: what they are called, which states are kept, and from which one a run goes on."""
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+
+import dnnlib
+from dnnlib import EasyDict, UserError
+from torch_utils import distributed, training_stats
+from training import checkpoint
+from training.consistency_ops import student_grid
+from training.phema import WeightAverages
+from training.weight_update import WeightUpdate
+
+PREEMPTED = 'preempted.json'  # left by a run that stopped because it was asked to, for the script that starts it again
+
+#----------------------------------------------------------------------------
+# Names and choices.
+
+def file_stem(progress: EasyDict, kind: str) -> str:
+    """`<kind>-<kimg:06d>` for a file saved now, with `-<nimg>` appended where one of another moment of this run has the same kimg."""
+    stem = f'{kind}-{progress.nimg // 1000:06d}'
+    if progress.names.setdefault(stem, progress.nimg) != progress.nimg:
+        stem += f'-{progress.nimg}'
+    return stem
+
+
+def states_to_keep(states: dict[str, float | None], newest: int = 2) -> set[str]:
+    """Of saved states, {stem: validation FID or None} from the oldest to the newest: the `newest`, and the one with the least FID."""
+    measured = {stem: fid for stem, fid in states.items() if fid is not None}
+    return {*list(states)[-newest:], *([min(measured, key=measured.get)] if measured else [])}
+
+
+def saved_states(folder: str | os.PathLike) -> list[Path]:
+    """The training states in a folder, the newest first."""
+    found = []
+    for path in Path(folder).glob('training-state-*.pt'):
+        if match := re.fullmatch(r'training-state-(\d+)(?:-(\d+))?\.pt', path.name):
+            found.append((int(match[1]), int(match[2] or 0), path))
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def load_state(resume: str, report=print) -> tuple[str, dict]:
+    """(path, contents) of the state to go on from: the file `resume`, or the newest whole one in the folder `resume`.
+
+    Damaged states of a folder are reported and passed over.
+    Raises: UserError where there is none.
+    """
+    if not os.path.isdir(resume):
+        return resume, checkpoint.load_state(resume)
+    problem = 'it holds no training-state-*.pt'
+    for path in saved_states(resume):
+        try:
+            return os.fspath(path), checkpoint.load_state(path)
+        except UserError as error:
+            problem = 'none of its states is whole'
+            report(f'Warning: {error} Using the state before it.')
+    raise UserError(f'--resume={resume}: {problem}. Give a training state or the folder of a run that saved one, or start anew without --resume.')
+
+#----------------------------------------------------------------------------
+# Writing.
+
+def snapshot_metadata(c: EasyDict, nimg: int) -> dict:
+    """Plain data that a snapshot carries, so that samplers know what the network is."""
+    metadata = dict(objective=c.objective, kimg=nimg / 1e3, nimg=nimg, seed=c.seed, **({'encoder': c.encoder} if c.encoder else {}))
+    if c.objective == 'mcd':
+        grid = {name: c.loss[name] for name in ('S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_data')}
+        sigmas = student_grid(grid['S'], grid['sigma_min'], grid['sigma_max'], grid['rho'], grid['student_grid'])
+        metadata.update(grid, sigmas=sigmas.tolist())
+    return metadata
+
+
+class RunFiles:
+    """Writes a run's snapshots and states. All processes call the methods together; the main one writes.
+
+    Args:
+        c, run_dir: the run's configuration and folder.
+        net, update, averages: what a state holds.
+        log: called with lines for people.
+    """
+
+    def __init__(self, c: EasyDict, run_dir: str, net: torch.nn.Module, update: WeightUpdate, averages: WeightAverages, log):
+        self.c, self.run_dir, self.net, self.update, self.averages, self.log = c, Path(run_dir), net, update, averages, log
+        self._newest: tuple[tuple, str] | None = None  # position and name of the last state that was written
+
+    def save(self, progress: EasyDict, metadata: dict, fids: dict[str, float], done: bool) -> None:
+        """Everything that is due at the end of this tick. `fids`: of the averages evaluated at it, by name; `metadata`: see `save_snapshot`."""
+        c = self.c
+        due = lambda every: bool(every) and (done or progress.tick % every == 0)
+        best = progress.fid is not None and progress.fid < min((fid for fid in progress.states.values() if fid is not None), default=float('inf'))
+        if due(c.snapshot_ticks):
+            extra = dict(ema='ema', ema_halflife_kimg=c.ema_halflife_nimg / 1e3)
+            self._guarded(lambda: self._snapshot(progress, '', self.averages.ema, metadata | extra, fids))
+        for std, average in self.averages.phema.items():
+            if due(c.phema_snapshot_ticks):
+                extra = dict(ema=f'phema-{std:.3f}', ema_std=std)
+                self._guarded(lambda: self._snapshot(progress, f'-{std:.3f}', average, metadata | extra, fids))  # noqa: B023  (called at once)
+        if (due(c.state_dump_ticks) and (progress.tick > 0 or done)) or (c.state_dump_ticks and best):
+            self.save_state(progress, next_tick(progress))
+
+    def _snapshot(self, progress: EasyDict, suffix: str, net: torch.nn.Module, metadata: dict, fids: dict[str, float]) -> None:
+        path = self.run_dir / f'{file_stem(progress, "network-snapshot")}{suffix}.pkl'
+        checkpoint.save_snapshot(path, net, **metadata, dataset_kwargs=dict(self.c.dataset), fid=fids.get(metadata['ema']))
+
+    def check_weights(self) -> None:
+        """Ends all processes where they do not hold the same weights."""
+        if not distributed.same_everywhere(self.update.weights):
+            distributed.fail_together('the processes hold different weights: a GPU or its memory is faulty. The states saved before are whole; '
+                                      'resume from the newest one on other machines.')
+
+    def save_state(self, progress: EasyDict, position: dict) -> str | None:
+        """Write a state from which a run goes on at `position`; older ones are deleted once it has been read back. Returns its file's name."""
+        where = position['nimg'], position['tick'], position['due']
+        if self._newest and self._newest[0] == where:
+            return self._newest[1]
+        self.check_weights()
+        rng = dict(cpu=torch.get_rng_state(), **({'cuda': torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}))
+        state = dict(net=dict(self.net.state_dict()), update=self.update.state_dict(), averages=self.averages.state_dict(),
+                     progress=dict(position), stats=training_stats.state(), rng=distributed.gather_objects(rng), options=json.dumps(self.c))
+        stem = file_stem(progress, 'training-state')
+        if not self._guarded(lambda: self._write_state(progress, stem, state)):
+            return None
+        progress.states = distributed.broadcast_object(progress.states)  # which of later ones is the best, all processes have to know
+        self._newest = where, f'{stem}.pt'
+        return f'{stem}.pt'
+
+    def _write_state(self, progress: EasyDict, stem: str, state: dict) -> None:
+        states = {**{name: fid for name, fid in progress.states.items() if name != stem}, stem: progress.fid}
+        kept = states_to_keep(states, self.c.states_kept)
+        state['progress'] |= dict(names=progress.names, states={name: fid for name, fid in states.items() if name in kept})
+        path = self.run_dir / f'{stem}.pt'
+        checkpoint.save_state(path, state)
+        checkpoint.verify(path)
+        progress.states = state['progress']['states']
+        for stale in states.keys() - kept:
+            (self.run_dir / f'{stale}.pt').unlink(missing_ok=True)
+
+    def _guarded(self, write) -> bool:
+        """Whether the main process could `write()`. Where it could not, --on-save-error decides: all processes stop, or all go on."""
+        problem = None
+        if distributed.is_main():
+            try:
+                write()
+            except UserError as error:
+                problem = str(error)
+        problem = distributed.broadcast_object(problem)
+        if problem is None:
+            return True
+        if self.c.on_save_error == 'stop':
+            distributed.fail_together(f'{problem} The states saved before are whole: make room and resume. (--on-save-error=continue trains on.)')
+        self.log(f'Warning: {problem} Training goes on (--on-save-error=continue).')
+        return False
+
+    def leave_note(self, signal_name: str, nimg: int, state: str | None) -> None:
+        """Say in the folder that the run stopped on request, and which state it goes on from."""
+        def write():
+            with dnnlib.util.atomic_write(self.run_dir / PREEMPTED) as file:
+                file.write(json.dumps(dict(signal=signal_name, nimg=nimg, state=state)).encode() + b'\n')
+        self._guarded(write)
+
+    def tidy(self) -> None:
+        """What a resumed run removes: the note that it stopped, and files that a killed one was writing."""
+        if distributed.is_main():
+            (self.run_dir / PREEMPTED).unlink(missing_ok=True)
+            for leftover in self.run_dir.glob('.*.tmp'):
+                leftover.unlink(missing_ok=True)
+
+
+def next_tick(progress: EasyDict) -> dict:
+    """The position of a run whose tick has been dealt with."""
+    return dict(progress, tick=progress.tick + 1, tick_start_nimg=progress.nimg, due=False, fid=None)
+
+#----------------------------------------------------------------------------
+# Going on.
+
+def restore(path: str, state: dict, net: torch.nn.Module, update: WeightUpdate, averages: WeightAverages, device: torch.device) -> tuple[dict, int]:
+    """Put a training state into the given objects, and empty it; returns its `progress` and the number of processes that made it."""
+    try:
+        net.load_state_dict(state.pop('net'))
+        update.load_state_dict(state.pop('update'))
+        averages.load_state_dict(state.pop('averages'))
+        training_stats.load_state(state.pop('stats'), device)
+        progress, rng = state.pop('progress'), state.pop('rng')
+        if len(rng) == distributed.get_world_size():
+            own = rng[distributed.get_rank()]
+            torch.set_rng_state(own['cpu'])
+            if 'cuda' in own and device.type == 'cuda':
+                torch.cuda.set_rng_state(own['cuda'], device)
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f'--resume={path} is the state of another run or network ({reason}): resume with the options it was made with') from error
+    return progress, len(rng)

@@ -1,0 +1,438 @@
+"""What a run tells about itself, and where: console and log.txt, stats.jsonl, metrics-val.jsonl, a progress bar, W&B, TensorBoard.
+
+Nothing that goes wrong here ends a training. docs/logging.md says what is written where.
+"""
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import math
+import os
+import struct
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+
+import tqdm
+
+from dnnlib import UserError
+from dnnlib.util import atomic_write
+
+LOG, STATS, METRICS = 'log.txt', 'stats.jsonl', 'metrics-val.jsonl'
+CIRCUMSTANCES = ('kimg', 'nimg', 'num_images', 'steps', 'nfe', 'seconds')  # entries of an evaluation that are no results
+INIT_TIMEOUT = 60.0     # seconds that W&B has for beginning a run
+FINISH_TIMEOUT = 300.0  # and for sending what is left when it ends
+
+
+class RunLog:
+    """The voice of a run. Only the main process, which is `enabled`, is heard.
+
+    Lines can be said at once; statistics and evaluations follow `start`. Lines that a full disk refuses are kept and written when it takes them.
+    """
+
+    def __init__(self, run_dir: str, enabled: bool):
+        self.run_dir, self.enabled = os.path.abspath(run_dir), enabled
+        self.wandb_id: str | None = None  # for the training state: a resumed run goes on with the W&B run of this name
+        self._bar: tqdm.tqdm | None = None
+        self._wandb: WandbRun | None = None
+        self._tensorboard: TensorBoard | None = None
+        self._unwritten: dict[str, str] = {}  # by file name
+        self._told = False  # whether it was said that they cannot be written
+
+    def start(self, total_nimg: int, resumed_at: int | None = None, wandb: dict | None = None, config: dict | None = None,
+              tensorboard: bool = False) -> None:
+        """Begin a run, or go on with one at `resumed_at` images: what the folder has beyond is forgotten, because it will be computed again.
+
+        Args:
+            total_nimg: images at the end of the run.
+            resumed_at: images that the training state has seen; None for a new run.
+            wandb: `project`, `entity`, `name`, `tags`, `mode` and, from the training state, `id` of the W&B run, each possibly None; or None.
+            config: the run's configuration, plain data, shown by W&B.
+            tensorboard: whether to write TensorBoard's event files into the run folder.
+        Raises: UserError where a package is missing, or the disk is too full to shorten a file.
+        """
+        self.wandb_id = wandb and wandb.get('id')
+        if not self.enabled:
+            return
+        seen = -1 if resumed_at is None else resumed_at  # a run that was killed before its first state begins anew in its folder
+        latest, history = forget_future(self.run_dir, seen)
+        if tensorboard:
+            self._tensorboard = TensorBoard(self.run_dir, seen + 1, say=self)
+        if wandb and wandb.get('mode') != 'disabled':
+            self._wandb = WandbRun(self.run_dir, wandb, config, latest, say=self)
+            self.wandb_id = self._wandb.id
+            for step, values in sorted(history.items()):
+                self._wandb.add(step, values)
+        self._bar = tqdm.tqdm(initial=(resumed_at or 0) / 1e3, total=total_nimg / 1e3, unit='kimg', disable=not sys.stderr.isatty(), leave=False,
+                              dynamic_ncols=True, bar_format='{percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} kimg {remaining}')
+
+    def __call__(self, line: str) -> None:
+        """A line for people."""
+        if self.enabled:
+            with contextlib.suppress(OSError), tqdm.tqdm.external_write_mode(file=sys.stdout):  # the terminal may be gone
+                print(line, flush=True)
+            self._append(LOG, line)
+
+    def stats(self, stats: dict[str, dict]) -> None:
+        """The statistics of a tick, {name: {"num", "mean", "std"}}; `Progress/nimg` says which tick."""
+        if self.enabled:
+            self._append(STATS, json_line(dict(stats, timestamp=time.time())))
+            self._show(images_seen(stats), scalars(stats), {})
+
+    def evaluation(self, record: dict, grid: str | None = None) -> None:
+        """The result of evaluating the average `record['ema']` at `record['nimg']` images; `grid` is the path of a PNG with samples."""
+        if self.enabled:
+            self(json_line(record))
+            self._append(METRICS, json_line(record))
+            self._show(record['nimg'], scalars(record), {f'Samples{average_suffix(record)}': grid} if grid else {})
+
+    def advance(self, nimg: int) -> None:
+        """Move the progress bar; cheap enough for every step."""
+        if self._wandb:
+            self._wandb.advance(nimg)
+        if self._bar is not None:
+            with contextlib.suppress(OSError):
+                self._bar.update(nimg / 1e3 - self._bar.n)
+
+    def close(self, exit_code: int = 0) -> None:
+        """End the bar, W&B (with this exit code) and TensorBoard. A second call does nothing."""
+        if self._bar is not None:
+            with contextlib.suppress(OSError):
+                self._bar.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish(exit_code)
+        self._bar = self._tensorboard = self._wandb = None
+        self._write()
+
+    def _show(self, step: int, values: dict[str, float], images: dict[str, str]) -> None:
+        if self._tensorboard:
+            self._tensorboard.add(step, values, images)
+        if self._wandb:
+            self._wandb.add(step, values, images)
+
+    def _append(self, name: str, line: str) -> None:
+        self._unwritten[name] = self._unwritten.get(name, '') + line + '\n'
+        self._write()
+
+    def _write(self) -> None:
+        for name, lines in list(self._unwritten.items()):
+            try:
+                append_lines(os.path.join(self.run_dir, name), lines)
+                del self._unwritten[name]
+            except OSError as error:
+                if not self._told:
+                    with contextlib.suppress(OSError):
+                        print(f'Cannot write {name} in {self.run_dir}: {error.strerror}. Training goes on; what is missing is written when '
+                              'that is possible again.', file=sys.stderr, flush=True)
+                self._told = True
+        self._told &= bool(self._unwritten)
+
+
+def check_available(wandb: dict | None, tensorboard: bool) -> None:
+    """Before anything is created. Raises: UserError where the options ask for something that cannot work."""
+    if tensorboard:
+        summary_writer_class()
+    if wandb and wandb.get('mode') != 'disabled':
+        package = import_wandb()
+        try:
+            package.Settings(project=wandb.get('project'))
+        except (package.errors.UsageError, ValueError) as error:
+            raise UserError(f'--wandb_project={wandb["project"]} cannot be the name of a W&B project ({error}): choose another.') from error
+
+#----------------------------------------------------------------------------
+# Lines of JSON.
+
+def json_line(record: dict) -> str:
+    """A record as one line of strict JSON, in which a number that is not finite is null."""
+    def finite(value):
+        if isinstance(value, dict):
+            return {key: finite(entry) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(entry) for entry in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(finite(record))
+
+
+def scalars(record: dict) -> dict[str, float]:
+    """The numbers of a line of stats.jsonl or metrics-val.jsonl, by the names they have in W&B and TensorBoard."""
+    if 'nimg' in record:
+        values = {f'Metrics/{name}{average_suffix(record)}': value for name, value in record.items()
+                  if isinstance(value, (int, float)) and name not in CIRCUMSTANCES}
+    else:
+        moments = {name: entry for name, entry in record.items() if isinstance(entry, dict)}
+        values = {name: entry.get('mean') for name, entry in moments.items()}
+        values.update({f'{name}_std': entry.get('std') for name, entry in moments.items() if entry.get('num', 0) > 1})
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def average_suffix(record: dict) -> str:
+    """Nothing for the run's exponential average; `/<name>` for other averages and the teacher."""
+    name = record.get('ema', 'ema')
+    return '' if name == 'ema' else f'/{name}'
+
+
+def append_lines(path: str, lines: str) -> None:
+    """Append whole lines, all or none. What a kill has left of a line is ended first or, in a .jsonl file, removed where it is no record.
+
+    Raises: OSError, such as that of a full disk; then the file is as it was.
+    """
+    with open(path, 'a+b', buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        if file.read(1) not in (b'', b'\n'):
+            file.seek(0)
+            data = file.read()
+            last = data[data.rfind(b'\n') + 1:]
+            if path.endswith('.jsonl') and parse(last) is None:
+                end -= len(last)
+                file.truncate(end)
+            else:
+                lines = '\n' + lines
+        data = lines.encode()
+        try:
+            while data:
+                data = data[file.write(data):]
+        except OSError:
+            file.truncate(end)  # a disk that fills up takes the beginning
+            raise
+
+
+def parse(line: bytes) -> dict | None:
+    """The record of a line; None where it is none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def images_seen(record: dict) -> int | None:
+    """The images that the run had seen at a record of either file; None where it does not say."""
+    count = record.get('nimg', record.get('Progress/nimg'))
+    count = count.get('mean') if isinstance(count, dict) else count
+    return int(count) if isinstance(count, (int, float)) else None
+
+
+def forget_future(run_dir: str, nimg: int) -> tuple[int, dict[int, dict[str, float]]]:
+    """Remove from stats.jsonl and metrics-val.jsonl what was recorded beyond `nimg` images, and a last line that a kill cut short.
+
+    Returns: the most images that any record told of (-1 for none), and the numbers that are left by images seen.
+    """
+    latest, history = -1, {}
+    for path in (os.path.join(run_dir, name) for name in (STATS, METRICS)):
+        if not os.path.exists(path):
+            continue
+        with open(path, 'rb') as file:
+            *lines, rest = file.read().split(b'\n')
+        kept = []
+        for line in [*lines, rest] if parse(rest) else lines:
+            record = parse(line) or {}
+            seen = images_seen(record)
+            if seen is not None:
+                latest = max(latest, seen)
+                if seen > nimg:
+                    continue
+                history.setdefault(seen, {}).update(scalars(record))
+            kept.append(line + b'\n')
+        if rest or len(kept) < len(lines):
+            with atomic_write(path) as file:
+                file.writelines(kept)
+    return latest, history
+
+#----------------------------------------------------------------------------
+# Weights & Biases.
+
+class WandbRun:
+    """A run at W&B, whose steps are images seen. What fails there is told once, and from then on nothing is sent.
+
+    W&B takes each step once, in ascending order, and keeps what it has. A resumed run therefore begins with what W&B does not have: it adds
+    the recorded history again, and later what it computes again, and steps that are there already are passed over.
+
+    Args:
+        run_dir: folder in which W&B keeps its own, `wandb`.
+        options, config: as `RunLog.start` takes them.
+        latest: most images that the run had recorded before it was resumed.
+        say: takes a line for people.
+    """
+
+    def __init__(self, run_dir: str, options: dict, config: dict | None, latest: int, say: Callable[[str], None]):
+        self.id: str | None = options.get('id')
+        self._say, self._run, self._failed = say, None, False
+        self._last_step, self._step, self._row, self._images = -1, -1, {}, {}
+        with self._tolerating():
+            self._begin(run_dir, options, config, latest)
+
+    def _begin(self, run_dir: str, options: dict, config: dict | None, latest: int) -> None:
+        wandb = import_wandb()
+        earlier = glob.glob(os.path.join(glob.escape(run_dir), 'wandb', f'*run-*-{self.id}*', f'run-{self.id}.wandb')) if self.id else []
+        settings = wandb.Settings(silent=True, console='off', save_code=False, disable_code=True, init_timeout=INIT_TIMEOUT,
+                                  finish_timeout=FINISH_TIMEOUT, finish_timeout_raises=True)
+        wandb.setup(settings)  # or its first messages would not be silent, and it would ask at a terminal for a key
+        run = wandb.init(project=options.get('project'), entity=options.get('entity'), name=options.get('name') or os.path.basename(run_dir),
+                         tags=options.get('tags') or None, mode=options.get('mode'), id=self.id, resume='allow', dir=run_dir, config=config,
+                         settings=settings)
+        if run.disabled:  # by an environment variable
+            return
+        if not run.offline:
+            self._last_step = run.starting_step - 1
+        elif earlier:
+            self._last_step = max(map(last_step_in_file, earlier))
+        elif self.id:
+            self._last_step = latest  # what was there has been uploaded and removed
+        self._run, self.id = run, run.id
+        self._say(f'W&B: {run.sync_dir} (wandb sync uploads it)' if run.offline else f'W&B: {run.url}')
+
+    def add(self, step: int, values: dict[str, float], images: dict[str, str] | None = None) -> None:
+        """Numbers and PNG files of a step; several calls may tell of one step."""
+        self.advance(step)
+        self._step = step
+        self._row.update(values)
+        self._images.update(images or {})
+
+    def advance(self, step: int) -> None:
+        """Send what was added, once training has come to a later step."""
+        if step > self._step:
+            self._send()
+
+    def _send(self) -> None:
+        row, images, self._row, self._images = self._row, self._images, {}, {}
+        if self._run is None or not row or self._step <= self._last_step:
+            return
+        with self._tolerating():
+            pictures = {name: import_wandb().Image(path) for name, path in images.items()}
+            self._run.log({**row, **pictures}, step=self._step, commit=True)
+            self._last_step = self._step
+
+    def finish(self, exit_code: int) -> None:
+        """End the run and W&B's service process."""
+        self._send()
+        with self._tolerating():
+            if self._run is not None:
+                self._run.finish(exit_code=exit_code)
+        with self._tolerating():
+            import_wandb().teardown(exit_code=exit_code)  # a service that has died would be complained of at exit
+
+    @contextlib.contextmanager
+    def _tolerating(self) -> Iterator[None]:
+        """A block in which W&B may fail.
+
+        Its own exceptions have no base class in common, and those of a service process that has died or hangs are private (wandb.sdk.mailbox),
+        so the package of their class tells them. Besides there are OSError (broken connections, time-outs, full disks) and ValueError
+        (settings in the environment).
+        """
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, (OSError, ValueError)) and type(error).__module__.partition('.')[0] != 'wandb':
+                raise
+            self._run = None
+            if not self._failed:
+                self._failed = True
+                self._say(f'W&B failed, and training goes on without it: {type(error).__name__}: {" ".join(str(error).split())} ({STATS} and '
+                          f'{METRICS} have everything; resuming the run with --wandb=1 sends what W&B lacks)')
+
+
+def import_wandb():
+    """The package. Raises: UserError where it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f'--wandb=1 needs the package wandb ({error}): pip install wandb') from error
+    return wandb
+
+
+def last_step_in_file(path: str) -> int:
+    """The largest step in a .wandb file; -1 for none. What a kill has cut short is not counted."""
+    from wandb.proto import wandb_internal_pb2
+    with open(path, 'rb') as file:
+        records = map(wandb_internal_pb2.Record.FromString, leveldb_records(file.read()))
+        return max((record.history.step.num for record in records if record.WhichOneof('record_type') == 'history'), default=-1)
+
+
+def leveldb_records(data: bytes) -> Iterator[bytes]:
+    """The records of a log in LevelDB's format, as far as they are intact: a .wandb file has 7 bytes of its own and then such a log.
+
+    Blocks of 32 KiB, counted from the start of the file, hold pieces with a header of 7 bytes: CRC-32 of what follows the length, length,
+    kind (1 a whole record, 2 its first piece, 3 a middle one, 4 its last). Less than a header at the end of a block is padding.
+    """
+    position, record = 7, b''
+    while position + 7 <= len(data):
+        room = -position % 32768 or 32768
+        if room < 7:
+            position += room
+            continue
+        checksum, length, kind = struct.unpack_from('<IHB', data, position)
+        piece = data[position + 7:position + 7 + length]
+        if len(piece) < length or zlib.crc32(bytes([kind]) + piece) != checksum:
+            return
+        record = piece if kind in (1, 2) else record + piece
+        if kind in (1, 4):
+            yield record
+        position += 7 + length
+
+#----------------------------------------------------------------------------
+# TensorBoard.
+
+class TensorBoard:
+    """Event files in the run folder. After a failure, told once, the next call begins a new file.
+
+    Args:
+        run_dir: where they go.
+        purge_step: what earlier files hold from this step on is not shown.
+        say: takes a line for people.
+    Raises: UserError where tensorboard is not installed.
+    """
+
+    def __init__(self, run_dir: str, purge_step: int, say: Callable[[str], None]):
+        self._new_writer = summary_writer_class()
+        self._run_dir, self._say = run_dir, say
+        self._purge_step: int | None = purge_step  # None once it is written
+        self._writer, self._failed = None, False
+
+    def add(self, step: int, values: dict[str, float], images: dict[str, str]) -> None:
+        """Numbers and PNG files of a step."""
+        with self._tolerating():
+            self._writer = self._writer or self._new_writer(self._run_dir, purge_step=self._purge_step)
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            for name, path in images.items():
+                self._writer.add_image(name, pixels_of(path), step, dataformats='HWC')
+            self._writer.flush()
+            self._purge_step, self._failed = None, False
+
+    def close(self) -> None:
+        """End the file."""
+        if self._writer is not None:
+            with self._tolerating():
+                self._writer.close()
+
+    @contextlib.contextmanager
+    def _tolerating(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writer = None  # its thread has ended
+            if not self._failed:
+                self._failed = True
+                self._say(f'TensorBoard: cannot write into {self._run_dir}: {error.strerror or error}. Training goes on.')
+
+
+def summary_writer_class():
+    """torch's writer of event files. Raises: UserError where the package tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(f'--tensorboard=1 needs the package tensorboard ({error}): pip install tensorboard') from error
+    return SummaryWriter
+
+
+def pixels_of(path: str):
+    """A PNG file as [H, W, 3] uint8."""
+    import numpy as np
+    import PIL.Image
+    with PIL.Image.open(path) as image:
+        return np.asarray(image.convert('RGB'))

@@ -1,0 +1,73 @@
+"""From gradients to weights: loss scaling, clipping, Adam, and steps that are left out because their numbers are broken. Waits for no device."""
+from __future__ import annotations
+
+import torch
+
+from torch_utils import training_stats
+from torch_utils.flat import FlatParameters
+
+DYNAMIC_START, DYNAMIC_MAX, GROWTH_INTERVAL = 2.0 ** 16, 2.0 ** 24, 2000  # of the dynamic loss scale; steps between doublings
+
+
+class WeightUpdate:
+    """Adam on a network's flat parameters.
+
+    A step whose gradient is not finite changes neither weights nor moments. Gradients are sums over all processes, so every process finds
+    the same. `poison` makes that hold for losses too.
+
+    Args:
+        weights: the parameters, with all gradients in `weights.weights.grad`.
+        betas, eps: of Adam.
+        loss_scale: factor on the loss, taken out of the gradient again, against underflow in FP16; None: dynamic, halved after every
+            broken step and doubled after 2000 whole ones (Micikevicius et al. 2018).
+        grad_clip: largest norm of the gradient; longer ones are shortened. None: no limit.
+    """
+
+    def __init__(self, weights: FlatParameters, betas: tuple[float, float], eps: float, loss_scale: float | None = 1.0,
+                 grad_clip: float | None = None):
+        self.weights, self.grad_clip, self.dynamic = weights.weights, grad_clip, loss_scale is None
+        self.adam = torch.optim.Adam([self.weights], betas=betas, eps=eps, fused=True)
+        device = self.weights.device
+        self.scale = torch.tensor(DYNAMIC_START if self.dynamic else loss_scale, dtype=torch.float32, device=device)
+        self.whole_in_a_row, self.bad_in_a_row, self.bad_steps = torch.zeros([3], dtype=torch.int64, device=device).unbind()
+
+    def poison(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss [N], scaled, so that its gradient is NaN where any of its values is not finite."""
+        return loss * (self.scale + 0 * loss.detach().sum())
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """New weights from the gradients that have been gathered."""
+        gradient = self.weights.grad
+        norm = torch.linalg.vector_norm(gradient).float() / self.scale
+        whole = norm.isfinite()
+        divisor = self.scale
+        if self.grad_clip is not None:
+            divisor = divisor * (norm / self.grad_clip).clamp(min=1)
+        # Adam's fused kernel divides by the one and does nothing where the other is 1.
+        self.adam.grad_scale, self.adam.found_inf = divisor, (~whole).float()
+        for group in self.adam.param_groups:
+            group['lr'] = lr
+        self.adam.step()
+        self._count(whole)
+        training_stats.report('Progress/grad_norm', norm)
+
+    def _count(self, whole: torch.Tensor) -> None:
+        self.bad_steps += ~whole
+        self.bad_in_a_row.add_(1).mul_(~whole)
+        if self.dynamic:
+            self.whole_in_a_row.add_(1).mul_(whole)
+            grow = self.whole_in_a_row >= GROWTH_INTERVAL
+            self.whole_in_a_row.mul_(~grow)
+            self.scale.mul_(torch.where(whole, 1 + grow.float(), 0.5)).clamp_(min=1, max=DYNAMIC_MAX)
+
+    def state_dict(self) -> dict:
+        """Tensors and plain data, for a training state."""
+        return dict(adam=self.adam.state_dict(), scale=self.scale, whole_in_a_row=self.whole_in_a_row, bad_in_a_row=self.bad_in_a_row,
+                    bad_steps=self.bad_steps)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Inverse of `state_dict`. A fixed loss scale stays as it was chosen."""
+        self.adam.load_state_dict(state['adam'])
+        for name in ('whole_in_a_row', 'bad_in_a_row', 'bad_steps', *(['scale'] if self.dynamic else [])):
+            getattr(self, name).copy_(state[name])
