@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_teachers import TEACHERS, new_teacher
 
 from torch_utils import persistence
 from training import networks
@@ -151,32 +152,36 @@ def _reconstruct_persistent_obj(meta):
 '''
 
 STOCK_SCRIPT = '''
-import importlib.util, pickle, sys
+import importlib.util, pathlib, pickle
 import numpy as np, torch
 assert importlib.util.find_spec('training') is None and importlib.util.find_spec('dnnlib') is None
-with open(sys.argv[1], 'rb') as file:
-    data = pickle.load(file)
-assert data['loss_fn'] is None and data['augment_pipe'] is None and data['dataset_kwargs'] == {'resolution': 8}
-net, given = data['ema'], np.load(sys.argv[2])
-assert not net.training and not any(parameter.requires_grad for parameter in net.parameters())
-assert type(net).__module__.startswith('embedded') or type(net).__module__ == 'torch_utils.persistence'
-np.save(sys.argv[3], net(*(torch.as_tensor(given[name]) for name in ('x', 'sigma', 'labels'))).numpy())
+given = np.load('given.npz')
+for path in pathlib.Path().glob('*.pkl'):
+    data = pickle.loads(path.read_bytes())
+    assert data['loss_fn'] is None and data['augment_pipe'] is None and data['dataset_kwargs'] == {'resolution': 8}
+    net = data['ema']
+    assert not net.training and not any(parameter.requires_grad for parameter in net.parameters())
+    assert type(net).__module__.startswith('embedded') or type(net).__module__ == 'torch_utils.persistence'
+    np.save(path.with_suffix('.npy'), net(*(torch.as_tensor(given[name]) for name in ('x', 'sigma', 'labels'))).numpy())
 '''
 
 
-def test_stock_edm_loads_our_snapshot_with_nothing_of_ours_at_hand(tmp_path):
+def test_stock_edm_loads_our_snapshots_of_every_kind_with_nothing_of_ours_at_hand(tmp_path):
     """In a process of its own, whose only `torch_utils.persistence` is a stand-in for EDM's."""
     (tmp_path / 'torch_utils').mkdir()
     (tmp_path / 'torch_utils' / '__init__.py').touch()
     (tmp_path / 'torch_utils' / 'persistence.py').write_text(STAND_IN)
     (tmp_path / 'script.py').write_text(STOCK_SCRIPT)
-    net = small_net().train().requires_grad_(True)
-    given = dict(x=torch.randn(2, 1, 8, 8), sigma=torch.tensor([0.5, 2.0]), labels=torch.eye(3)[:2])
+    given = dict(x=torch.randn(2, 1, 8, 8), sigma=torch.tensor([0.5, 2.0]), labels=torch.eye(10)[:2])
     np.savez(tmp_path / 'given.npz', **{name: value.numpy() for name, value in given.items()})
-    save_snapshot(tmp_path / 'net.pkl', net, objective='mcd', dataset_kwargs={'resolution': 8})
+    nets = {}
+    for i, kind in enumerate(TEACHERS):
+        nets[i] = new_teacher(TEACHERS[kind], tmp_path / f'{i}.pkl').train().requires_grad_(True)
+        save_snapshot(tmp_path / f'{i}.pkl', nets[i], objective='mcd', dataset_kwargs={'resolution': 8})
 
     environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
-    subprocess.run([sys.executable, 'script.py', 'net.pkl', 'given.npz', 'out.npy'], cwd=tmp_path, env=environment, check=True, timeout=120)
-    with torch.no_grad():
-        expected = net.eval()(*given.values()).numpy()
-    np.testing.assert_allclose(np.load(tmp_path / 'out.npy'), expected, rtol=0, atol=1e-6)
+    subprocess.run([sys.executable, 'script.py'], cwd=tmp_path, env=environment, check=True, timeout=120)
+    for i, net in nets.items():
+        with torch.no_grad():
+            expected = net.eval()(*given.values()).numpy()
+        np.testing.assert_allclose(np.load(tmp_path / f'{i}.npy'), expected, rtol=0, atol=1e-6 * expected.std())
