@@ -344,7 +344,8 @@ def check_same_run(opts: EasyDict, c: EasyDict, earlier: dict) -> None:
     def settings(config):
         names = ('objective', 'teacher_digest', 'encoder', 'batch_size', 'seed', 'augment', 'phema_stds', 'precision')
         chosen = {name: config.get(name) for name in names}
-        return {**chosen, 'network': config['network']['class_name'], **config['network']['kwargs'], **config['loss']}
+        return {**chosen, 'xflip': config['dataset']['xflip'], 'network': config['network']['class_name'], **config['network']['kwargs'],
+                **config['loss']}
 
     then, now = settings(earlier), settings(json.loads(json.dumps(c)))
     for name in {**then, **now}:

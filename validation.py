@@ -148,12 +148,14 @@ class Validator:
         choose = label_chooser(self.options.label, net.label_dim, self.dataset)
         seeds = range(self.options.seed, self.options.seed + self.options.num)
         folder = self.options.dump_images_dir and os.path.join(self.options.dump_images_dir, f'{nimg:09d}-{ema}')
-        for batch in generation.split_batches(seeds, self.options.batch, distributed.get_rank(), distributed.get_world_size()):
+        processes = distributed.get_world_size()
+        shared = -(-len(seeds) // self.options.batch) // processes  # batches that every process has, after which all can agree to stop
+        for k, batch in enumerate(generation.split_batches(seeds, self.options.batch, distributed.get_rank(), processes)):
             images = generation.generate_batch(net, batch, choose, solver, steps)
             if folder:
                 generation.save_images(images, [os.path.join(folder, f'{seed:06d}.png') for seed in batch])
             yield images
-            if stop is not None and stop.here():
+            if stop is not None and k < shared and stop.anywhere():
                 return
 
 

@@ -56,14 +56,12 @@ class Pickler(pickle._Pickler):
         self.style = style
 
     def save(self, obj, save_persistent_id=True):
-        if not isinstance(obj, (Named, Rebuilt)):
-            if self.style.python2 and isinstance(obj, bytes):
-                self.write((b'U' + bytes([len(obj)]) if len(obj) < 256 else b'T' + struct.pack('<i', len(obj))) + obj)
-                return self.memoize(obj)
+        python2 = self.style.python2 and isinstance(obj, bytes)
+        if id(obj) in self.memo or not (python2 or isinstance(obj, (Named, Rebuilt))):
             return super().save(obj, save_persistent_id)
-        if id(obj) in self.memo:
-            return self.write(self.get(self.memo[id(obj)][0]))
-        if isinstance(obj, Named):
+        if python2:
+            self.write((b'U' + bytes([len(obj)]) if len(obj) < 256 else b'T' + struct.pack('<i', len(obj))) + obj)
+        elif isinstance(obj, Named):
             self.save_name(obj)
         else:
             self.save(obj.function)

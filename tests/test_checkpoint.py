@@ -1,5 +1,6 @@
 """Snapshots and training states: golden outputs, round trips, metadata, damage."""
 import copy
+import json
 import pickle
 import random
 import resource
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from foreign import assert_same_tensors, tensors
+from helpers import run
 
 from dnnlib import UserError
 from torch_utils.sealed_file import SEAL_LENGTH, sealed
@@ -293,3 +295,11 @@ def test_a_training_state_that_would_run_code_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r'state\.pt'):
         load_state(tmp_path / 'state.pt')
     assert not (tmp_path / 'canary').exists()
+
+#----------------------------------------------------------------------------
+# The benchmark.
+
+@pytest.mark.slow
+def test_the_benchmark_measures_every_way_of_loading_and_saving():
+    done = json.loads(run('benchmarks/checkpoint.py', '--channels=8', '--res=8', '--rounds=1', '--repeats=1', '--json').stdout)
+    assert len(done['rows']) == 5 and all(min(row['first'], row['again']) > 0 for row in done['rows'].values())

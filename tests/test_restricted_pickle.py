@@ -211,11 +211,25 @@ def test_an_unknown_constructor_argument_is_named(net, refused):
     refused(altered(net, _init_kwargs={**net.init_kwargs, 'flux': 3}), "unexpected keyword argument 'flux'")
 
 
-@pytest.mark.parametrize('kwargs', [
-    dict(num_blocks=10 ** 9), dict(model_channels=10 ** 9), dict(model_channels=10 ** 6), dict(model_channels=-16), dict(model_channels=0),
-    dict(channel_mult=[1] * 10 ** 5), dict(channel_mult=[]), dict(attn_resolutions=list(range(10 ** 5)))])
-def test_sizes_that_no_memory_holds_are_refused_at_once(net, refused, kwargs):
-    refused(altered(net, _init_kwargs={**net.init_kwargs, **kwargs}), 'cannot be used')
+@pytest.mark.parametrize('kwargs, pattern', [
+    (dict(num_blocks=10 ** 9), 'num_blocks is beyond 32'), (dict(model_channels=10 ** 9), 'model_channels is beyond'),
+    (dict(model_channels=10 ** 5), 'lacks tensors'), (dict(model_channels=-16), 'negative'), (dict(model_channels=0), 'built'),
+    (dict(channel_mult=[1] * 10 ** 5), 'channel_mult has 100000 entries'), (dict(channel_mult=[1, 10 ** 6]), 'channel_mult is beyond 1,024'),
+    (dict(channel_mult=[1, [2, [10 ** 6]]]), 'channel_mult is beyond 1,024'), (dict(channel_mult=[]), 'channel_mult is empty'),
+    (dict(attn_resolutions=list(range(10 ** 5))), '100000 entries'), (dict(model_type='x' * 10 ** 5), '100000 entries'),
+    (dict(model_channels=[1] * 16, channel_mult_emb=10 ** 9), 'channel_mult_emb is beyond')], ids=str)
+def test_sizes_that_no_memory_holds_are_refused_at_once(net, refused, kwargs, pattern):
+    refused(altered(net, _init_kwargs={**net.init_kwargs, **kwargs}), pattern)
+
+
+@pytest.mark.parametrize('count', [0, 15, 17, 10 ** 12, -1])
+def test_a_storage_that_claims_another_length_than_it_has_is_refused(net, refused, count):
+    """17: it would begin to read what comes after it; 10**12: it would fill the memory. The count is what comes before the elements."""
+    stored = torch.zeros(16)._typed_storage().__reduce__()[1][0]
+    stored = stored[:-72] + struct.pack('<q', count) + stored[-64:]
+    tensor = Calls(torch._utils._rebuild_tensor_v2, Calls(torch.storage._load_from_bytes, stored), 0, (16,), (1,), False, OrderedDict())
+    net.model.out_norm._parameters['bias'] = tensor
+    refused(snapshot_of(net), 'length is not what it claims')
 
 
 def with_tensor(net, shape, stride, offset=0, storage=None) -> bytes:

@@ -13,9 +13,13 @@ import pytest
 import torch
 from helpers import FAST, ROOT, TINY_NETWORK, assert_one_clear_error, run, torchrun
 
+from dnnlib import EasyDict
+from torch_utils.flat import FlatParameters
 from training.checkpoint import load_network, load_state
+from training.phema import WeightAverages
+from training.run_files import PREEMPTED, RunFiles, next_tick, saved_states, states_to_keep
 from training.run_files import load_state as newest_state
-from training.run_files import saved_states, states_to_keep
+from training.weight_update import WeightUpdate
 
 STEPS = 40                                   # of 64 images
 ARGUMENTS = ['--cond=1', *TINY_NETWORK, *FAST, '--batch=64', f'--duration={STEPS * 64e-6}', '--tick=0.32', '--snap=1', '--dump=1', '--augment=0.1',
@@ -204,9 +208,51 @@ def test_another_number_of_processes_goes_on_with_the_same_images_and_says_what_
     assert [tick['Loss/diffusion']['num'] for tick in a] == [tick['Loss/diffusion']['num'] for tick in b]
 
 
+def small_run(folder, **options):
+    """The files of a run of a network with eight weights, and where that run is."""
+    net = torch.nn.Linear(3, 2)
+    flat = FlatParameters(net)
+    c = EasyDict(dict(states_kept=10, on_save_error='stop', resume=None), **options)
+    files = RunFiles(c, folder, net, WeightUpdate(flat, (0.9, 0.99), 1e-8), WeightAverages(net, flat, 1e3, None, []), log=print)
+    return files, EasyDict(nimg=1000, tick=1, tick_start_nimg=0, due=False, begun=True, fid=None, states={}, names={}, wandb_id=None)
+
+
+def test_a_state_that_is_saved_again_keeps_its_distance(tmp_path):
+    """As by a signal right after a resume: it is still the best one."""
+    files, progress = small_run(tmp_path)
+    progress.fid = 3.0
+    state = tmp_path / files.save_state(progress, next_tick(progress))
+    files, _ = small_run(tmp_path, resume=str(state))
+    progress = EasyDict(load_state(state)['progress'])
+    assert progress.fid is None and tmp_path / files.save_state(progress, dict(progress)) == state
+    assert load_state(state)['progress']['states'] == {state.stem: 3.0}
+
+
+def test_states_beyond_the_one_that_a_run_goes_on_from_are_deleted_when_a_new_one_is_whole(tmp_path):
+    """Or the folder's newest state would be one of a future that was computed differently, whose statistics are gone."""
+    files, progress = small_run(tmp_path)
+    for nimg in (1000, 2000, 3000, 4000):
+        progress.nimg = nimg
+        files.save_state(progress, next_tick(progress))
+    middle = tmp_path / 'training-state-000002.pt'
+    files, _ = small_run(tmp_path, resume=str(middle))
+    progress = EasyDict(load_state(middle)['progress'], nimg=2500)
+    files.tidy()
+    assert len(saved_states(tmp_path)) == 4
+    files.save_state(progress, next_tick(progress))
+    assert [path.stem.removeprefix('training-state-') for path in saved_states(tmp_path)] == ['000002-2500', '000002', '000001']
+
+
+def test_a_run_that_starts_anew_tidies_up_after_one_that_was_killed_and_leaves_other_files_alone(tmp_path):
+    for name in ('.training-state-000001.pt.7-0a1b2c3d.tmp', PREEMPTED, '.notes.tmp'):
+        (tmp_path / name).touch()
+    small_run(tmp_path)[0].tidy()
+    assert [path.name for path in tmp_path.iterdir()] == ['.notes.tmp']
+
+
 @pytest.mark.parametrize('option, words', [
     ('--cbase=16', 'model_channels = 8'), ('--batch=32', 'batch_size = 64'), ('--seed=1', 'seed = 0'), ('--phema=0.2', 'phema_stds = [0.1]'),
-    ('--precision=bf16', 'precision = "fp32"')])
+    ('--precision=bf16', 'precision = "fp32"'), ('--xflip=1', 'xflip = false')])
 def test_a_changed_option_that_makes_another_run_is_refused_by_name(digits, whole, option, words):
     result = run(*command(digits, whole, f'--resume={whole}', option), check=False)
     assert_one_clear_error(result, words, '--resume-override')
@@ -248,6 +294,15 @@ def test_a_run_may_go_on_without_saving(tmp_path, digits, whole, sizes):
     done = run(*command(digits, tmp_path, '--on-save-error=continue'), **limited(sizes))
     assert 'Training goes on' in done.stdout and not saved_states(tmp_path)
     assert_same_run(tmp_path, whole)
+
+
+def test_a_run_that_is_stopped_and_cannot_save_does_not_promise_a_state(tmp_path, digits, sizes):
+    """Requeued by its note, it would begin anew again and again."""
+    process = Process(command(digits, tmp_path, '--on-save-error=continue', '--duration=1'), **limited(sizes))
+    process.wait_for(lambda: ticks(tmp_path) >= 2)
+    process.popen.send_signal(signal.SIGTERM)
+    status, out, err = process.end()
+    assert status == 75 and 'none to resume from' in out and not (tmp_path / 'preempted.json').exists(), (out, err)
 
 
 def test_all_processes_stop_together_when_one_cannot_write(tmp_path, digits, sizes):

@@ -80,11 +80,25 @@ def test_a_signal_during_an_evaluation_gives_it_up_and_a_resume_makes_it_again(t
     assert time.monotonic() - start < 60
     note = json.loads((tmp_path / 'preempted.json').read_text())
     assert note['nimg'] == 256 and not (tmp_path / 'metrics-val.jsonl').exists()
+    assert len(list(tmp_path.glob('images/*/*.png'))) < 10_000  # the process that was not asked has not done its half either
 
     torchrun(2, *student_command(digits, teacher, rulers, tmp_path, f'--resume={tmp_path}'))
+    run(*student_command(digits, teacher, rulers, tmp_path, f'--resume={tmp_path}'))  # as if killed before the next state: from the same one
     assert [record['nimg'] for record in lines(tmp_path / 'metrics-val.jsonl')] == [256, 384]
     nimg = [tick['Progress/nimg']['mean'] for tick in lines(tmp_path / 'stats.jsonl')]
     assert nimg == [64, 128, 192, 256, 320, 384]
+
+
+def test_a_picture_that_cannot_be_written_need_not_stop_a_run(tmp_path, digits, teacher, rulers):
+    arguments = ['--val_at_start=1', '--duration=0.000064', '--snap=0']
+    for choice in ('continue', 'stop'):
+        folder = tmp_path / choice
+        (folder / 'fakes-000000000-ema.png' / 'in the way').mkdir(parents=True)
+        result = run(*student_command(digits, teacher, rulers, folder, *arguments, f'--on-save-error={choice}'), check=False)
+        if choice == 'stop':
+            assert_one_clear_error(result, 'fakes-000000000-ema.png', '--on-save-error=continue')
+        else:
+            assert result.returncode == 0 and 'Training goes on' in result.stdout and len(lines(folder / 'metrics-val.jsonl')) == 1, result.stderr
 
 
 @pytest.mark.parametrize('emas', ['0.07', 'ema,ema', 'median'])

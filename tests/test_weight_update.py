@@ -116,6 +116,16 @@ def test_a_gradient_that_would_vanish_in_half_precision_survives_with_the_scale(
     assert half_gradient(1) == 0 and half_gradient(DYNAMIC_START) == pytest.approx(1e-9, rel=0.01)
 
 
+def test_a_state_brings_its_moments_and_not_the_betas_that_made_them():
+    """A resumed run follows its own --beta2, as it follows its own --lr."""
+    problem, flat = Problem(), Problem().flat
+    problem.step(0)
+    update = WeightUpdate(flat, (0.9, 0.5), 1e-8)
+    update.load_state_dict(copy.deepcopy(problem.update.state_dict()))
+    assert [group['betas'] for group in update.adam.param_groups] == [(0.9, 0.5)]
+    assert torch.equal(update.adam.state_dict()['state'][0]['exp_avg'], problem.update.adam.state_dict()['state'][0]['exp_avg'])
+
+
 def test_a_state_gives_back_moments_scale_and_counts():
     problem, other = Problem(loss_scale=None), Problem(loss_scale=None)
     for i in range(3):

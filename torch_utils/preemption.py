@@ -1,6 +1,7 @@
 """Being asked to stop: signals of schedulers and users, noticed at the next step by all processes together."""
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -48,7 +49,8 @@ class StopRequest:
         if self.requested is None:
             self.requested, self._first_time = signal.Signals(number).name, now
         elif now - self._first_time > SAME_REQUEST_SEC:
-            os.write(sys.__stderr__.fileno(), b'Stopping at once.\n')  # a print could interrupt another print
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(sys.__stderr__.fileno(), b'Stopping at once.\n')  # a print could interrupt another print
             os._exit(128 + number)
 
 
@@ -57,18 +59,18 @@ class WorkerShield:
     every process, and the step at hand needs its data. On the way out they obey SIGTERM again, by which Python ends them."""
 
     def __init__(self):
-        self._leaving = multiprocessing.Event()
+        self._leaving = multiprocessing.RawValue('b', 0)  # without a lock, which a signal in the handler would wait for in vain
 
     def __enter__(self) -> WorkerShield:
         return self
 
     def __exit__(self, *_):
-        self._leaving.set()
+        self._leaving.value = 1
 
     def __call__(self, _worker: int) -> None:
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame) -> None:
-        if number == signal.SIGTERM and self._leaving.is_set():
+        if number == signal.SIGTERM and self._leaving.value:
             os._exit(0)

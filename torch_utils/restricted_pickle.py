@@ -125,11 +125,10 @@ class Reader:
         return self.start + self.at
 
     def refill(self, size: int):
-        """Has at least `size` bytes in the window. Lengths are checked against the file before anything is allocated."""
+        """Has at least `size` bytes in the window. Nothing is allocated beyond what the file has."""
         self.move_to(self.position())
-        if size <= self.stop - self.start:
-            self.file.seek(self.start)
-            self.window = self.file.read(min(max(size, WINDOW), self.stop - self.start))
+        self.file.seek(self.start)
+        self.window = self.file.read(min(max(size, WINDOW), self.stop - self.start))
         if len(self.window) < size:
             raise MalformedPickle('ends in the middle of a record (truncated?)')
 

@@ -86,6 +86,7 @@ class RunFiles:
     def __init__(self, c: EasyDict, run_dir: str, net: torch.nn.Module, update: WeightUpdate, averages: WeightAverages, log):
         self.c, self.run_dir, self.net, self.update, self.averages, self.log = c, Path(run_dir), net, update, averages, log
         self._newest: tuple[tuple, str] | None = None  # position and name of the last state that was written
+        self._abandoned: set[str] = set()  # states beyond the one that the run goes on from
 
     def save(self, progress: EasyDict, metadata: dict, fids: dict[str, float], done: bool) -> None:
         """Everything that is due at the end of this tick. `fids`: of the averages evaluated at it, by name; `metadata`: see `save_snapshot`."""
@@ -94,11 +95,11 @@ class RunFiles:
         best = progress.fid is not None and progress.fid < min((fid for fid in progress.states.values() if fid is not None), default=float('inf'))
         if due(c.snapshot_ticks):
             extra = dict(ema='ema', ema_halflife_kimg=c.ema_halflife_nimg / 1e3)
-            self._guarded(lambda: self._snapshot(progress, '', self.averages.ema, metadata | extra, fids))
+            self.guarded(lambda: self._snapshot(progress, '', self.averages.ema, metadata | extra, fids))
         for std, average in self.averages.phema.items():
             if due(c.phema_snapshot_ticks):
                 extra = dict(ema=f'phema-{std:.3f}', ema_std=std)
-                self._guarded(lambda: self._snapshot(progress, f'-{std:.3f}', average, metadata | extra, fids))  # noqa: B023  (called at once)
+                self.guarded(lambda: self._snapshot(progress, f'-{std:.3f}', average, metadata | extra, fids))  # noqa: B023  (called at once)
         if (due(c.state_dump_ticks) and (progress.tick > 0 or done)) or (c.state_dump_ticks and best):
             self.save_state(progress, next_tick(progress))
 
@@ -122,24 +123,26 @@ class RunFiles:
         state = dict(net=dict(self.net.state_dict()), update=self.update.state_dict(), averages=self.averages.state_dict(),
                      progress=dict(position), stats=training_stats.state(), rng=distributed.gather_objects(rng), options=json.dumps(self.c))
         stem = file_stem(progress, 'training-state')
-        if not self._guarded(lambda: self._write_state(progress, stem, state)):
+        if not self.guarded(lambda: self._write_state(progress, stem, state)):
             return None
         progress.states = distributed.broadcast_object(progress.states)  # which of later ones is the best, all processes have to know
         self._newest = where, f'{stem}.pt'
         return f'{stem}.pt'
 
     def _write_state(self, progress: EasyDict, stem: str, state: dict) -> None:
-        states = {**{name: fid for name, fid in progress.states.items() if name != stem}, stem: progress.fid}
+        fid = progress.states.get(stem) if progress.fid is None else progress.fid  # it may be there already, with its distance
+        states = {**{name: other for name, other in progress.states.items() if name != stem}, stem: fid}
         kept = states_to_keep(states, self.c.states_kept)
         state['progress'] |= dict(names=progress.names, states={name: fid for name, fid in states.items() if name in kept})
         path = self.run_dir / f'{stem}.pt'
         checkpoint.save_state(path, state)
         checkpoint.verify(path)
         progress.states = state['progress']['states']
-        for stale in states.keys() - kept:
+        for stale in (states.keys() | self._abandoned) - kept:
             (self.run_dir / f'{stale}.pt').unlink(missing_ok=True)
+        self._abandoned = set()
 
-    def _guarded(self, write) -> bool:
+    def guarded(self, write) -> bool:
         """Whether the main process could `write()`. Where it could not, --on-save-error decides: all processes stop, or all go on."""
         problem = None
         if distributed.is_main():
@@ -160,14 +163,28 @@ class RunFiles:
         def write():
             with dnnlib.util.atomic_write(self.run_dir / PREEMPTED) as file:
                 file.write(json.dumps(dict(signal=signal_name, nimg=nimg, state=state)).encode() + b'\n')
-        self._guarded(write)
+        self.guarded(write)
 
     def tidy(self) -> None:
-        """What a resumed run removes: the note that it stopped, and files that a killed one was writing."""
-        if distributed.is_main():
-            (self.run_dir / PREEMPTED).unlink(missing_ok=True)
-            for leftover in self.run_dir.glob('.*.tmp'):
+        """What a run removes when it starts: the note of one that stopped, and files that a killed one was writing.
+
+        States beyond the one that it goes on from, of a future that is computed again, stay until the first new state is whole.
+        """
+        if not distributed.is_main():
+            return
+        (self.run_dir / PREEMPTED).unlink(missing_ok=True)
+        for kind in ('network-snapshot-*', 'training-state-*', PREEMPTED, '*.jsonl', 'training_options.json'):
+            for leftover in self.run_dir.glob(f'.{kind}.*.tmp'):
                 leftover.unlink(missing_ok=True)
+        there, own = [path.stem for path in saved_states(self.run_dir)], Path(self.c.resume or '').stem
+        self._abandoned = set(there[:there.index(own)]) if own in there else set()
+        if self._abandoned:
+            self.log(f'{", ".join(sorted(self._abandoned))}: beyond the state that this run goes on from, deleted as soon as a new one is saved.')
+
+
+def newest_state(progress: EasyDict) -> str | None:
+    """The file of the newest state that was saved and kept; None where there is none."""
+    return f'{next(reversed(progress.states))}.pt' if progress.states else None
 
 
 def next_tick(progress: EasyDict) -> dict:
@@ -191,6 +208,6 @@ def restore(path: str, state: dict, net: torch.nn.Module, update: WeightUpdate, 
             if 'cuda' in own and device.type == 'cuda':
                 torch.cuda.set_rng_state(own['cuda'], device)
     except (KeyError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = ' '.join(line.strip() for line in str(error).strip().splitlines()[:2])  # PyTorch's first line says where, the next one what
         raise UserError(f'--resume={path} is the state of another run or network ({reason}): resume with the options it was made with') from error
     return progress, len(rng)

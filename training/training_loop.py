@@ -64,8 +64,8 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
     log = RunLog(run_dir, enabled=rank == 0)
     files = run_files.RunFiles(c, run_dir, net, update, averages, log)
     describe_run(log, c, net, dataset, rounds, batch_gpu)
+    files.tidy()
     if state is not None:
-        files.tidy()
         describe_resume(log, c, progress, made_by, world_size)
         if start_nimg >= c.total_nimg and not progress.due:
             log(f'Nothing to do: --duration is {c.total_nimg / 1e3:g} kimg.')
@@ -82,11 +82,12 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
     with WorkerShield() as shield, StopRequest(hosts) as stop:
         loader = iter(torch.utils.data.DataLoader(dataset, sampler=sampler, batch_size=batch_gpu, num_workers=c.workers, worker_init_fn=shield,
                                                   pin_memory=device.type == 'cuda', prefetch_factor=2 if c.workers else None))
-        log.start(c.total_nimg, resumed_at=start_nimg if state is not None else None, wandb=c.wandb and dict(c.wandb, id=progress.wandb_id),
+        redone = int(progress.due or not progress.begun)  # the evaluations at this very point, of which a killed run may have recorded some
+        log.start(c.total_nimg, resumed_at=start_nimg - redone if state is not None else None, wandb=c.wandb and dict(c.wandb, id=progress.wandb_id),
                   config=c, tensorboard=c.tensorboard)  # after the workers, which must not inherit its threads and sockets
         progress.wandb_id = distributed.broadcast_object(log.wandb_id) or progress.wandb_id
         validator = build_validator(c, run_dir, dataset, net, device, resumed=state is not None) if c.validation else None
-        if validator and not progress.begun and evaluate_at_start(validator, c, averages, teacher, log, stop) is None:
+        if validator and not progress.begun and evaluate_at_start(validator, c, averages, teacher, files, stop) is None:
             return stop_here(progress, files, log, stop, hosts)
         progress.begun = True
         log(f'Training for {c.total_nimg / 1e3:g} kimg...')
@@ -120,7 +121,7 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
                 continue
             now, fids = time.time(), {}
             if validator and progress.tick and (done or progress.tick % c.validation.every == 0):
-                fids = evaluate(validator, c, averages, progress.nimg, log, stop)
+                fids = evaluate(validator, c, averages, progress.nimg, files, stop)
                 if fids is None:  # asked to stop in the middle
                     return stop_here(progress, files, log, stop, hosts)
             progress.fid = next(iter(fids.values()), None)
@@ -238,9 +239,12 @@ def stop_here(progress: EasyDict, files: run_files.RunFiles, log: RunLog, stop: 
     hosts.close()
     signal_name = next(name for name in distributed.gather_objects(stop.requested) if name)
     log(f'{signal_name}: stopping at {progress.nimg / 1e3:.1f} kimg.')
-    state = files.save_state(progress, dict(progress))
-    files.leave_note(signal_name, progress.nimg, state)
-    log(f'Saved {state}; --resume goes on from it.' if state else 'The state could not be saved.')
+    saved = files.save_state(progress, dict(progress))
+    state = saved or run_files.newest_state(progress)
+    if state:  # else there is nothing to come back to
+        files.leave_note(signal_name, progress.nimg, state)
+    log(f'{f"Saved {saved}" if saved else "The state could not be saved"}; '
+        f'{f"--resume goes on from {state}" if state else "there is none to resume from"}.')
     log.close()
     return False
 
@@ -248,32 +252,35 @@ def stop_here(progress: EasyDict, files: run_files.RunFiles, log: RunLog, stop: 
 def give_up(c: EasyDict, progress: EasyDict, log: RunLog, bad_in_a_row: int) -> None:
     """End all processes because the numbers stay broken; nothing is saved, so that the states that are there stay."""
     log.close(exit_code=1)
-    newest = next(iter(progress.states and reversed(progress.states)), None)
-    cure = f'resume from {newest}.pt' if newest else 'start again'
+    newest = run_files.newest_state(progress)
+    cure = f'resume from {newest}' if newest else 'start again'
     distributed.fail_together(f'{bad_in_a_row} steps in a row had a loss or gradient that is not finite, up to {progress.nimg / 1e3:.1f} kimg; '
                               f'none of them changed the weights. Lower --lr, set --grad-clip, or use --precision=bf16 or fp32, and {cure}.')
 
 
-def evaluate(validator: validation.Validator, c: EasyDict, averages: WeightAverages, nimg: int, log: RunLog, stop: StopRequest) -> dict | None:
+def evaluate(validator: validation.Validator, c: EasyDict, averages: WeightAverages, nimg: int, files: run_files.RunFiles,
+             stop: StopRequest) -> dict | None:
     """FID of each average of --val_emas, by name, the same on all processes; None, and nothing recorded, where a signal asked to stop meanwhile."""
-    records = {}
+    records, grids = {}, {}
     for name in c.validation.emas:
         records[name] = validator.run(averages.networks[name], nimg=nimg, ema=name, metadata=run_files.snapshot_metadata(c, nimg), stop=stop)
         if records[name] is None:
             return None
     for name, record in records.items():
-        log.evaluation(record, validator.sample_grid(averages.networks[name], nimg, name))
+        files.guarded(lambda: grids.update({name: validator.sample_grid(averages.networks[name], nimg, name)}))  # noqa: B023  (called at once)
+        files.log.evaluation(record, grids.get(name))
     return distributed.broadcast_object({name: record['fid'] for name, record in records.items()})
 
 
-def evaluate_at_start(validator: validation.Validator, c: EasyDict, averages: WeightAverages, teacher, log: RunLog, stop: StopRequest) -> dict | None:
+def evaluate_at_start(validator: validation.Validator, c: EasyDict, averages: WeightAverages, teacher, files: run_files.RunFiles,
+                      stop: StopRequest) -> dict | None:
     """What --val_teacher and --val_at_start ask for; None where a signal asked to stop meanwhile."""
     if c.validation.teacher and teacher is not None:
         record = validator.run(teacher, nimg=0, ema='teacher', steps=None, stop=stop)
         if record is None:
             return None
-        log.evaluation(record)
-    return evaluate(validator, c, averages, 0, log, stop) if c.validation.at_start else {}
+        files.log.evaluation(record)
+    return evaluate(validator, c, averages, 0, files, stop) if c.validation.at_start else {}
 
 
 def network_stats(update: WeightUpdate, averages: WeightAverages) -> dict[str, dict]:

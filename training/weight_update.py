@@ -67,7 +67,7 @@ class WeightUpdate:
                     bad_steps=self.bad_steps)
 
     def load_state_dict(self, state: dict) -> None:
-        """Inverse of `state_dict`. A fixed loss scale stays as it was chosen."""
-        self.adam.load_state_dict(state['adam'])
+        """Inverse of `state_dict`. A fixed loss scale, betas and eps stay as they were chosen."""
+        self.adam.load_state_dict(dict(state['adam'], param_groups=self.adam.state_dict()['param_groups']))
         for name in ('whole_in_a_row', 'bad_in_a_row', 'bad_steps', *(['scale'] if self.dynamic else [])):
             getattr(self, name).copy_(state[name])

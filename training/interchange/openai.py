@@ -182,7 +182,6 @@ def _is_plain(value) -> bool:
     return (isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == 'cpu' and not value.is_quantized
             and value.is_floating_point())
 
-
 #----------------------------------------------------------------------------
 # The architecture, from names and shapes.
 
@@ -242,6 +241,8 @@ def _check_expressible(shapes: dict[str, tuple[int, ...]]) -> None:
     found = {int(parts[1]) for parts in (name.split('.') for name in shapes) if parts[0] == 'input_blocks' and parts[1].isdecimal()}
     if gaps := sorted(set(range(max(found, default=0))) - found):
         raise UnknownLayout(theirs.format(f'by pooling (input_blocks.{gaps[0]} has no weights)') + ours)
+
+
 def parameter_names(model: networks.DhariwalUNet) -> dict[str, str]:
     """{our parameter's name: OpenAI's}, for every parameter of an ADM."""
     modules = {'map_layer0': 'time_embed.0', 'map_layer1': 'time_embed.2', 'out_norm': 'out.0', 'out_conv': 'out.2'}
