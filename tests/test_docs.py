@@ -19,7 +19,9 @@ import generate
 import reconstruct_phema
 import train
 import validation
+from benchmarks import checkpoint as checkpoint_benchmark
 from benchmarks import scaling, step
+from benchmarks import state as state_benchmark
 from dnnlib import EasyDict
 from metrics import rulers
 from torch_utils import training_stats
@@ -36,7 +38,9 @@ PAGES = sorted((ROOT / 'docs').glob('*.md'))
 COMMANDS = {'train.py': train.main, 'generate.py': generate.main, 'fid.py calc': fid.calc, 'fid.py ref': fid.ref, 'validation.py': validation.main,
             'reconstruct_phema.py': reconstruct_phema.main,
             'dataset_tool.py': dataset_tool.main, 'demo.py': demo.main, 'convert.py': convert.main, 'convert.py info': convert.info,
-            'benchmarks/step.py': step.main, 'benchmarks/scaling.py': scaling.main, 'python -m metrics.rulers': rulers.main}
+            'benchmarks/step.py': step.main, 'benchmarks/scaling.py': scaling.main,
+            'benchmarks/checkpoint.py': checkpoint_benchmark.main, 'benchmarks/state.py': state_benchmark.main,
+            'python -m metrics.rulers': rulers.main}
 # Options of torchrun and srun.
 FOREIGN = {'standalone', 'nproc_per_node', 'nnodes', 'node_rank', 'rdzv_backend', 'rdzv_endpoint', 'rdzv_id', 'numa-binding', 'numa_binding',
            'ntasks', 'ntasks-per-node', 'kill-on-bad-exit', 'nodes', 'gpus-per-node', 'signal', 'requeue', 'signals-to-handle', 'shutdown-timeout'}
@@ -51,7 +55,7 @@ def blocks(page, language):
 # Options.
 
 def options_of(command):
-    return [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    return [parameter for parameter in command.params if isinstance(parameter, click.Option) and not parameter.hidden]
 
 
 def documented_default(option):

@@ -185,6 +185,8 @@ class UNet(Module):
         super().__init__()
         self.label_balance, self.concat_balance = label_balance, concat_balance
         self.dropout, self.dout_resolutions, self.block_kwargs = dropout, dout_resolutions, block_kwargs
+        if not channel_mult:
+            raise ValueError('channel_mult is empty: a U-Net has one level at least')
         levels = [(img_resolution >> level, model_channels * mult) for level, mult in enumerate(channel_mult)]
         finest, coarsest = levels[0], levels[-1]
         noise_channels = finest[1] if channel_mult_noise is None else model_channels * channel_mult_noise
