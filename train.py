@@ -188,14 +188,15 @@ def switch(name: str, **kwargs):
 @cli.option('--resume', metavar='PT|DIR', group=IO, help='Continue from a training state, in its folder; of a run folder, the newest whole one.')
 @cli.option('--resume-override', is_flag=True, group=IO, help='Resume although options differ that make it another run.')
 @cli.option('-n', '--dry-run', is_flag=True, group=IO, help='Print the configuration as JSON and exit.')
-@cli.option('--wandb', type=bool, default=False, show_default=True, group=LOGS, help='Log to Weights & Biases.')
+@cli.option('--wandb', type=bool, is_flag=False, flag_value=True, default=False, show_default=True, group=LOGS, help='Log to Weights & Biases.')
 @cli.option('--wandb_project', metavar='STR', group=LOGS, help="Project.  [default: the environment's, or W&B's]")
 @cli.option('--wandb_entity', metavar='STR', group=LOGS, help='User or team.  [default: yours]')
 @cli.option('--wandb_run', metavar='STR', group=LOGS, help="Name of the run.  [default: the run folder's]")
 @cli.option('--wandb_tags', metavar='LIST', group=LOGS, help='Comma-separated tags.  [default: none]')
 @cli.option('--wandb_mode', type=click.Choice(['online', 'offline', 'disabled']), group=LOGS,
             help="Upload at once, or write into the run folder for `wandb sync`.  [default: the environment's, or online]")
-@cli.option('--tensorboard', type=bool, default=False, show_default=True, group=LOGS, help='Write TensorBoard events into the run folder.')
+@cli.option('--tensorboard', type=bool, is_flag=False, flag_value=True, default=False, show_default=True, group=LOGS,
+            help='Write TensorBoard events into the run folder.')
 @click.pass_context
 def main(ctx, **kwargs):
     """Train a diffusion model (a teacher), or distil a teacher into a student that samples in --S evaluations.

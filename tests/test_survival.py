@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from helpers import FAST, ROOT, TINY_NETWORK, assert_one_clear_error, run, torchrun
+from wandb.proto import wandb_internal_pb2
 
 from dnnlib import EasyDict
 from torch_utils.flat import FlatParameters
@@ -19,6 +20,7 @@ from training.checkpoint import load_network, load_state
 from training.phema import WeightAverages
 from training.run_files import PREEMPTED, RunFiles, next_tick, saved_states, states_to_keep
 from training.run_files import load_state as newest_state
+from training.run_log import leveldb_records
 from training.weight_update import WeightUpdate
 
 STEPS = 40                                   # of 64 images
@@ -248,6 +250,20 @@ def test_a_run_that_starts_anew_tidies_up_after_one_that_was_killed_and_leaves_o
         (tmp_path / name).touch()
     small_run(tmp_path)[0].tidy()
     assert [path.name for path in tmp_path.iterdir()] == ['.notes.tmp']
+
+
+def test_a_resumed_run_goes_on_with_its_wandb_run_and_tells_every_tick_once(tmp_path, digits):
+    """Offline: the second folder carries the same id, and the two together have every step."""
+    options = ['--wandb', '--wandb_mode=offline', '--wandb_project=tests', '--tensorboard=1']
+    environment = {f'WANDB_{name}_DIR': str(tmp_path / name) for name in ('CONFIG', 'CACHE', 'DATA')}
+    run(*command(digits, tmp_path / 'run', f'--duration={21 * 64e-6}', *options), env=environment)
+    run(*command(digits, tmp_path / 'run', f'--resume={tmp_path / "run"}', *options), env=environment)
+    files = sorted((tmp_path / 'run').glob('wandb/offline-run-*/run-*.wandb'))
+    assert len(files) == 2 and len({path.name for path in files}) == 1
+    records = [wandb_internal_pb2.Record.FromString(record) for path in files for record in leveldb_records(path.read_bytes())]
+    steps = [record.history.step.num for record in records if record.WhichOneof('record_type') == 'history']
+    assert sorted(steps) == [tick['Progress/nimg']['mean'] for tick in lines(tmp_path / 'run' / 'stats.jsonl')] and len(steps) == 9
+    assert list((tmp_path / 'run').glob('events.out.tfevents.*'))
 
 
 @pytest.mark.parametrize('option, words', [
