@@ -304,6 +304,7 @@ def reconstruct(inputs: list[Stored], outputs: list[EasyDict], advance=lambda: N
     the sums and one input, and while a file is written, the sums and its bytes.
     """
     from training.checkpoint import save_snapshot
+    from training.phema import average_name
     *others, last = inputs
     net, metadata = load(last)
     dtypes = {name: parameter.dtype for name, parameter in net.named_parameters()}
@@ -317,7 +318,7 @@ def reconstruct(inputs: list[Stored], outputs: list[EasyDict], advance=lambda: N
     for output, total in zip(outputs, sums):
         for name, parameter in net.named_parameters():
             parameter.data = total.pop(name).to(dtypes[name])
-        save_snapshot(output.path, net, **metadata, ema=f'phema-{output.std:.3f}', ema_std=output.std, reconstructed=True, profile_error=output.error)
+        save_snapshot(output.path, net, **metadata, ema=average_name(output.std), ema_std=output.std, reconstructed=True, profile_error=output.error)
 
 
 def load(average: Stored) -> tuple[torch.nn.Module, dict]:

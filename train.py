@@ -31,7 +31,6 @@ ARCHITECTURES = dict(
 )
 PRECONDITIONING = dict(edm='EDMPrecond', vp='VPPrecond', ve='VEPrecond')
 EDM2 = 'Precond'  # EDM2's class: EDM's preconditioning around its own U-Net
-LOG_NORMAL = dict(edm=(-1.2, 1.2), edm2=(-0.4, 1.0))  # of the noise levels that teachers are trained at: P_mean, P_std
 AUGMENT_DIM = 9  # labels of EDM's augmentation pipeline
 
 MAIN, HYPER, NET, CD, VAL, PERF, IO, LOGS = ('Main', 'Hyperparameters', 'Network', 'Consistency distillation (--consistency=True)', 'Validation',
@@ -311,7 +310,8 @@ def fill_defaults(opts: EasyDict, dataset, teacher, earlier: dict | None) -> Non
 
 def averages_to_evaluate(opts: EasyDict) -> list[str]:
     """The names of the averages that --val_emas means: `ema`, `phema-0.050`, ..."""
-    known = {'ema': 'ema', **{f'{std:.3f}': f'phema-{std:.3f}' for std in opts.phema or []}}
+    from training.phema import average_name
+    known = {'ema': 'ema', **{f'{std:.3f}': average_name(std) for std in opts.phema or []}}
     if opts.val_emas == 'all':
         return list(known.values())
     names = []
@@ -386,14 +386,14 @@ def load_teacher(opts: EasyDict, dataset):
 
 def network_of_teacher(opts: EasyDict, teacher) -> EasyDict:
     """The student's network: the teacher's, with the options that leave its weights alone; UserError where options contradict it."""
-    from training.interchange.describe import constructor_arguments
+    from training.checkpoint import constructor_arguments
     kwargs = constructor_arguments(teacher)
     wanted = dict(PRECONDITIONING=opts.precond and preconditioning(opts), **(ARCHITECTURES[opts.arch] if opts.arch else {}))
     own = dict(kwargs, PRECONDITIONING=type(teacher).__name__)
     own.setdefault('model_type', type(teacher.model).__name__)
     for option, keys in (('precond', ['PRECONDITIONING']), ('arch', ['model_type', 'embedding_type', 'encoder_type'])):
         for key in keys:
-            theirs = own.get(key) or default_of(teacher.model, key)
+            theirs = own.get(key) or default_of(type(teacher.model), key)
             if wanted.get(key) is not None and wanted[key] != theirs:
                 raise UserError(f'--{option}={opts[option]} contradicts --teacher={opts.teacher}, which has {theirs}: leave it out.')
     for option, key in NETWORK_OPTIONS.items():
@@ -402,17 +402,17 @@ def network_of_teacher(opts: EasyDict, teacher) -> EasyDict:
         if option in FREE_FOR_STUDENTS:
             kwargs[key] = opts[option]
             continue
-        theirs = as_list(kwargs.get(key, default_of(teacher.model, key)))
+        theirs = as_list(kwargs.get(key, default_of(type(teacher.model), key)))
         if opts[option] != theirs:
             raise UserError(f'--{option}={opts[option]} contradicts --teacher={opts.teacher}, which has {theirs}: leave it out.')
     kwargs['use_fp16'] = opts.precision == 'fp16'
     return EasyDict(class_name=type(teacher).__name__, kwargs=kwargs)
 
 
-def default_of(model, argument: str):
-    """The default of a constructor argument of the model's class; None where it has no such argument."""
+def default_of(cls: type, argument: str):
+    """The default of a constructor argument of a class; None where it has no such argument."""
     import inspect
-    parameter = inspect.signature(type(model)).parameters.get(argument)
+    parameter = inspect.signature(cls).parameters.get(argument)
     return parameter and parameter.default
 
 
@@ -428,10 +428,9 @@ def preconditioning(opts: EasyDict) -> str:
     return PRECONDITIONING[opts.precond or 'edm']
 
 
-def network_from_scratch(opts: EasyDict, dataset) -> EasyDict:
-    """The network that the options describe."""
-    from training import encoders
-    kwargs = dict(img_resolution=dataset.resolution, img_channels=encoders.for_dataset(dataset)[1], label_dim=dataset.label_dim,
+def network_from_scratch(opts: EasyDict, dataset, channels: int) -> EasyDict:
+    """The network that the options describe, for encoded images of so many channels."""
+    kwargs = dict(img_resolution=dataset.resolution, img_channels=channels, label_dim=dataset.label_dim,
                   use_fp16=opts.precision == 'fp16', **ARCHITECTURES[opts.arch or 'ddpmpp'])
     for option, key in NETWORK_OPTIONS.items():
         if opts[option] is not None:
@@ -466,6 +465,7 @@ def configure(opts: EasyDict, dataset, teacher) -> EasyDict:
     from torch_utils import distributed
     from training import encoders, samplers
     from training.checkpoint import network_digest
+    from training.loss import DIFFUSION_LOSSES
     processes = distributed.get_world_size()
     if opts.batch % processes or (opts.batch_gpu and opts.batch // processes % min(opts.batch_gpu, opts.batch // processes)):
         parts = f'equal parts of --batch-gpu={opts.batch_gpu}' if opts.batch_gpu else 'equal parts'
@@ -473,8 +473,9 @@ def configure(opts: EasyDict, dataset, teacher) -> EasyDict:
     c = EasyDict(objective=opts.objective, teacher=opts.teacher, total_nimg=max(round(opts.duration * 1e6), 1))
     c.teacher_digest = network_digest(teacher, {}) if teacher is not None else None
     c.dataset = EasyDict(path=opts.data, use_labels=opts.cond, resolution=dataset.resolution, xflip=opts.xflip, cache=dataset.caches)
-    c.encoder = encoders.record_of(encoders.for_dataset(dataset, teacher)[0])
-    c.network = network_of_teacher(opts, teacher) if teacher is not None else network_from_scratch(opts, dataset)
+    encoder, channels = encoders.for_dataset(dataset, teacher)
+    c.encoder = encoders.record_of(encoder)
+    c.network = network_of_teacher(opts, teacher) if teacher is not None else network_from_scratch(opts, dataset, channels)
     if teacher is not None:
         sigma_min, sigma_max = samplers.clip_range(teacher, opts.sigma_min, opts.sigma_max)
         names = ('S', 'T_start', 'T_end', 'T_anneal_kimg', 'rho', 'student_grid', 'sampling_mode', 'hop', 'cd_loss', 'cd_weight_mode',
@@ -483,9 +484,9 @@ def configure(opts: EasyDict, dataset, teacher) -> EasyDict:
                           sigma_data=float(getattr(teacher, 'sigma_data', 0.5)))
     else:
         c.loss = EasyDict(kind='edm2' if opts.edm2 else opts.precond or 'edm')
-        if c.loss.kind in LOG_NORMAL:
-            P_mean, P_std = LOG_NORMAL[c.loss.kind]
-            c.loss.update(P_mean=P_mean if opts.P_mean is None else opts.P_mean, P_std=opts.P_std or P_std)
+        for name in ('P_mean', 'P_std'):  # of losses that have them
+            if (default := default_of(DIFFUSION_LOSSES[c.loss.kind], name)) is not None:
+                c.loss[name] = default if opts[name] is None else opts[name]
     c.update(batch_size=opts.batch, batch_gpu=opts.batch_gpu, lr=opts.lr, betas=[0.9, opts.beta2], eps=1e-8, lr_rampup_nimg=opts.lr_rampup * 1e3,
              lr_schedule=opts.lr_schedule, lr_ref_nimg=(opts.lr_decay or 0) * opts.batch, loss_scaling=None if opts.ls == 'dynamic' else opts.ls,
              grad_clip=opts.grad_clip, precision=opts.precision, max_bad_steps=opts.max_bad_steps, augment=opts.augment)

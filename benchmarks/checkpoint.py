@@ -48,6 +48,13 @@ def resident(peak: bool) -> int:
     return int(re.search(rf'^Vm{"HWM" if peak else "RSS"}:\s+(\d+) kB', Path('/proc/self/status').read_text(), re.M)[1]) * 1024
 
 
+def forget_peak() -> int:
+    """Bytes of resident memory now, from which on a new peak counts (Linux)."""
+    gc.collect()
+    Path('/proc/self/clear_refs').write_text('5')
+    return resident(peak=False)
+
+
 def measure(row: str, folder: Path, repeats: int) -> dict:
     """Seconds of the first call and the best of the others, bytes of memory at the peak of the first; run in a process of its own."""
     if row in LOADS:
@@ -56,9 +63,7 @@ def measure(row: str, folder: Path, repeats: int) -> dict:
     else:
         net, path = load_network(folder / FILES['ours']), folder / 'saved'
         call = (lambda: torch.save(net.state_dict(), path)) if SAVES[row] == 'torch' else (lambda: save_snapshot(path, net))
-    gc.collect()
-    Path('/proc/self/clear_refs').write_text('5')  # forgets the peak so far
-    before, seconds = resident(peak=False), []
+    before, seconds = forget_peak(), []
     for attempt in range(1 + repeats):
         start = time.perf_counter()
         result = call()

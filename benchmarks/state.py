@@ -5,7 +5,6 @@ above what it was before. A save waits until the file is on the disk, `torch.sav
 """
 from __future__ import annotations
 
-import gc
 import json
 import os
 import platform
@@ -20,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.checkpoint import resident
+from benchmarks.checkpoint import forget_peak, resident
 from dnnlib import cli
 from training import checkpoint
 
@@ -42,9 +41,7 @@ def measure(rows: tuple[str, ...], folder: Path, parameters: int) -> dict[str, d
              'torch.load': lambda: torch.load(folder / 'ours.pt', weights_only=True)}
     found = {}
     for row in rows:
-        gc.collect()
-        Path('/proc/self/clear_refs').write_text('5')  # forgets the peak so far
-        before, start = resident(peak=False), time.perf_counter()
+        before, start = forget_peak(), time.perf_counter()
         result = calls[row]()
         found[row] = dict(seconds=time.perf_counter() - start, peak=resident(peak=True) - before)
         del result

@@ -89,6 +89,11 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def unfinished(folder: Path, pattern: str) -> Iterator[Path]:
+    """What `atomic_write` was writing for names that match a pattern: by now, or by a process that was killed."""
+    return folder.glob(f'.{pattern}.*.tmp')
+
+
 def _sync_directory(directory: Path) -> None:
     """Flush a rename to disk."""
     descriptor = os.open(directory, os.O_RDONLY)
@@ -228,7 +233,7 @@ def _cache_problem(path: Path, sha256: str | None) -> str | None:
 
 def _remove_leftovers(path: Path) -> None:
     """Delete what downloads that were killed have left; one that is under way has written lately."""
-    for leftover in path.parent.glob(f'.{path.name}.*.tmp'):
+    for leftover in unfinished(path.parent, path.name):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
                 leftover.unlink()

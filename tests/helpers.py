@@ -1,4 +1,5 @@
 """Digits, a tiny teacher, and runs of the scripts, for tests."""
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,11 @@ def run(*arguments, check=True, timeout=300, **kwargs) -> subprocess.CompletedPr
 def torchrun(processes: int, *arguments, **kwargs) -> subprocess.CompletedProcess:
     """The same under torchrun with gloo."""
     return run('-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', *arguments, **kwargs)
+
+
+def lines(path: Path) -> list[dict]:
+    """The records of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def assert_one_clear_error(result, *words, status=1):

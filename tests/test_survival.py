@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 import torch
-from helpers import FAST, ROOT, TINY_NETWORK, assert_one_clear_error, run, torchrun
+from helpers import FAST, ROOT, TINY_NETWORK, assert_one_clear_error, lines, run, torchrun
 from wandb.proto import wandb_internal_pb2
 
 from dnnlib import EasyDict
@@ -58,10 +58,6 @@ class Process:
         """(exit status, stdout, stderr)"""
         out, err = self.popen.communicate(timeout=timeout)
         return self.popen.returncode, out, err
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def ticks(folder):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import FAST, TINY_NETWORK, assert_one_clear_error
+from helpers import FAST, TINY_NETWORK, assert_one_clear_error, lines
 
 import generate
 import train
@@ -56,7 +56,7 @@ def test_a_student_is_distilled_from_every_kind_of_teacher(tmp_path, digits, kin
                     '--S=2', '--T_start=8', '--T_end=8', '--anchor_hops=2', '--dropout=0.1', *augment, *FAST, '--batch=32',
                     '--duration=0.00128', '--tick=0.32', f'--lr={lr}', '--dump=0', '--ema=1kimg')
     assert result.exit_code == 0, result.output
-    stats = [json.loads(line) for line in (tmp_path / 'stats.jsonl').read_text().splitlines()]
+    stats = lines(tmp_path / 'stats.jsonl')
     losses = [tick['Loss/cd']['mean'] for tick in stats]
     assert losses[-1] < 0.95 * losses[0], losses
 
@@ -90,7 +90,7 @@ def test_an_edm2_teacher_trains_with_its_own_loss_and_learning_rate(tmp_path, di
     result = invoke(train.main, f'--outdir={tmp_path}', f'--data={digits}', '--cond=1', '--arch=edm2', '--cbase=16', '--cres=1,2', '--num_blocks=1',
                     *FAST, '--batch=64', '--duration=0.0064', '--tick=1.6', '--lr_decay=25', '--snap=1', '--dump=0', '--ema=1kimg', '--phema=none')
     assert result.exit_code == 0, result.output
-    stats = [json.loads(line) for line in (tmp_path / 'stats.jsonl').read_text().splitlines()]
+    stats = lines(tmp_path / 'stats.jsonl')
     errors = [tick['Loss/weighted_error']['mean'] for tick in stats]
     assert errors[-1] < 0.8 * errors[0] and stats[-1]['Loss/diffusion']['mean'] < stats[0]['Loss/diffusion']['mean']
     assert stats[-1]['Progress/lr']['mean'] == pytest.approx(0.01 / (99 / 25) ** 0.5)

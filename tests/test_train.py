@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import FAST, ROOT, TINY_NETWORK, assert_one_clear_error, run, torchrun
+from helpers import FAST, ROOT, TINY_NETWORK, assert_one_clear_error, lines, run, torchrun
 
 import train
 from training.checkpoint import load_network, load_state
@@ -32,9 +32,6 @@ def readme_command(**replaced):
     options |= {f'--{name.replace("batch_gpu", "batch-gpu")}': str(value) for name, value in replaced.items()}
     return [f'{name}={value}' if value else name for name, value in options.items()]
 
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 #----------------------------------------------------------------------------
 # The README's command.

@@ -5,9 +5,9 @@ import signal
 import time
 
 import pytest
-from helpers import FAST, assert_one_clear_error, run, torchrun
+from helpers import FAST, assert_one_clear_error, lines, run, torchrun
 from PIL import Image
-from test_survival import Process, lines
+from test_survival import Process
 
 from training.checkpoint import load_network
 

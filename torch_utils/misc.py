@@ -46,9 +46,6 @@ class LateReading:
         return self._latest
 
 
-LR_SCHEDULES = ('constant', 'linear', 'cosine', 'sqrt')
-
-
 def learning_rate(base: float, nimg: int, total_nimg: int, rampup_nimg: float, schedule: str = 'constant', ref_nimg: float = 0) -> float:
     """Learning rate after `nimg` images: a linear ramp from 0 over `rampup_nimg`, times a decay.
 

@@ -12,12 +12,14 @@ import contextlib
 import copy
 import gc
 import hashlib
+import inspect
 import itertools
 import json
 import os
 import pickle
 import struct
 import zipfile
+import zlib
 from typing import BinaryIO
 
 import torch
@@ -34,8 +36,8 @@ from training.consistency_ops import student_grid
 STUDENT_LOSS = 'EDMConsistencyDistillLoss'  # the class that identifies a published student's snapshot
 NETWORKS = {**networks.PRECONDS, **networks_edm2.PRECONDS}  # class name -> class: what a snapshot may hold
 MAX_STEPS = 10_000  # of a student
-READING_ERRORS = (zipfile.BadZipFile, pickle.UnpicklingError, struct.error, OSError, MemoryError, RuntimeError, EOFError, LookupError, TypeError,
-                  ValueError, ArithmeticError, AttributeError, AssertionError)  # what files that are not its own cause in PyTorch
+READING_ERRORS = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, struct.error, OSError, MemoryError, RuntimeError, EOFError, LookupError,
+                  TypeError, ValueError, ArithmeticError, AttributeError, AssertionError)  # what files that are not its own cause in PyTorch
 GEOMETRY = ('img_resolution', 'img_channels', 'label_dim')
 
 #----------------------------------------------------------------------------
@@ -88,9 +90,10 @@ def _read_network(file: BinaryIO, size: int, seal: str | None, key: str, device:
     if file.tell() != size:
         raise MalformedPickle('goes on after the end of its pickle (truncated or damaged?)')
     record = _network_record(snapshot, key)
-    net = build_unfilled(record)
+    class_name, state = persistent_object(record)
+    net = build_unfilled(class_name, state.get('_init_args', ()), state.get('_init_kwargs', {}))
     _fill(net, _read_tensors(_locate(net, module_tensors(record), file, size), file, size, seal), device)
-    restore_attributes(net, persistent_object(record)[1])
+    restore_attributes(net, state)
     net.metadata = _metadata(snapshot, net)
     if not seal and 'digest' in net.metadata and net.metadata['digest'] != network_digest(net, net.metadata):
         raise MalformedPickle('is damaged: its network does not match the digest in its metadata. Copy or download it again')
@@ -140,13 +143,15 @@ class _Unfilled(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def build_unfilled(record) -> torch.nn.Module:
-    """The network of a record's class and constructor arguments, on the meta device: its parameters have shapes but no memory."""
-    class_name, state = persistent_object(record)
+def build_unfilled(class_name: str, args, kwargs) -> torch.nn.Module:
+    """The network of a class and constructor arguments that a file has, on the meta device: its parameters have shapes but no memory.
+
+    Raises: MalformedPickle where there is no such network.
+    """
     cls = NETWORKS.get(class_name)
     if cls is None:
         raise MalformedPickle(f'holds a {class_name!r}, which is none of our networks: {", ".join(NETWORKS)}')
-    args, kwargs = plain(state.get('_init_args', ())), plain(state.get('_init_kwargs', {}))
+    args, kwargs = plain(args), plain(kwargs)
     if not isinstance(args, tuple) or not isinstance(kwargs, dict):
         raise MalformedPickle('has no record of its constructor arguments')
     _check_arguments([*((f'argument {i}', value) for i, value in enumerate(args)), *kwargs.items()])
@@ -156,6 +161,12 @@ def build_unfilled(record) -> torch.nn.Module:
     except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, NameError, RuntimeError) as error:  # what wrong arguments can cause
         raise MalformedPickle(f'has constructor arguments that {class_name} cannot be built from: {error}') from error
     return net.eval().requires_grad_(False)
+
+
+def constructor_arguments(net: torch.nn.Module) -> dict:
+    """The arguments that a network was built with, by name."""
+    bound = inspect.signature(type(net).__init__).bind(net, *net.init_args, **net.init_kwargs).arguments
+    return {**{name: value for name, value in bound.items() if name not in ('self', 'model_kwargs')}, **bound.get('model_kwargs', {})}
 
 
 def _tensors(net: torch.nn.Module) -> dict[str, torch.Tensor]:

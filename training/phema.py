@@ -78,6 +78,11 @@ def posthoc_error(in_ofs, in_std, out_ofs, out_std, weights) -> np.ndarray:
     return np.sqrt(np.maximum(own - 2 * shared + combined, 0) / own)
 
 
+def average_name(std: float) -> str:
+    """What files, logs and --val_emas call a power-function average: `phema-0.050`."""
+    return f'phema-{std:.3f}'
+
+
 class WeightAverages:
     """Averages of a network's weights, updated after every optimiser step.
 
@@ -93,7 +98,7 @@ class WeightAverages:
         self.halflife_nimg, self.rampup_ratio, self.source = halflife_nimg, rampup_ratio, weights
         self.ema, *others = (copy.deepcopy(net).eval().requires_grad_(False) for _ in range(1 + len(phema_stds)))
         self.phema = dict(zip(phema_stds, others))
-        self.networks = {'ema': self.ema, **{f'phema-{std:.3f}': average for std, average in self.phema.items()}}  # by the names that files say
+        self.networks = {'ema': self.ema, **{average_name(std): average for std, average in self.phema.items()}}  # by the names that files say
         self.vectors = {name: FlatParameters(average).weights for name, average in self.networks.items()}
         self._exponents = [float(std_to_exp(std)) for std in phema_stds]
 

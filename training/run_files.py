@@ -13,7 +13,7 @@ from dnnlib import EasyDict, UserError
 from torch_utils import distributed, training_stats
 from training import checkpoint
 from training.consistency_ops import student_grid
-from training.phema import WeightAverages
+from training.phema import WeightAverages, average_name
 from training.weight_update import WeightUpdate
 
 PREEMPTED = 'preempted.json'  # left by a run that stopped because it was asked to, for the script that starts it again
@@ -98,7 +98,7 @@ class RunFiles:
             self.guarded(lambda: self._snapshot(progress, '', self.averages.ema, metadata | extra, fids))
         for std, average in self.averages.phema.items():
             if due(c.phema_snapshot_ticks):
-                extra = dict(ema=f'phema-{std:.3f}', ema_std=std)
+                extra = dict(ema=average_name(std), ema_std=std)
                 self.guarded(lambda: self._snapshot(progress, f'-{std:.3f}', average, metadata | extra, fids))  # noqa: B023  (called at once)
         if (due(c.state_dump_ticks) and (progress.tick > 0 or done)) or (c.state_dump_ticks and best):
             self.save_state(progress, next_tick(progress))
@@ -158,7 +158,7 @@ class RunFiles:
         self.log(f'Warning: {problem} Training goes on (--on-save-error=continue).')
         return False
 
-    def leave_note(self, signal_name: str, nimg: int, state: str | None) -> None:
+    def leave_note(self, signal_name: str, nimg: int, state: str) -> None:
         """Say in the folder that the run stopped on request, and which state it goes on from."""
         def write():
             with dnnlib.util.atomic_write(self.run_dir / PREEMPTED) as file:
@@ -174,7 +174,7 @@ class RunFiles:
             return
         (self.run_dir / PREEMPTED).unlink(missing_ok=True)
         for kind in ('network-snapshot-*', 'training-state-*', PREEMPTED, '*.jsonl', 'training_options.json'):
-            for leftover in self.run_dir.glob(f'.{kind}.*.tmp'):
+            for leftover in dnnlib.util.unfinished(self.run_dir, kind):
                 leftover.unlink(missing_ok=True)
         there, own = [path.stem for path in saved_states(self.run_dir)], Path(self.c.resume or '').stem
         self._abandoned = set(there[:there.index(own)]) if own in there else set()

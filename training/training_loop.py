@@ -109,7 +109,7 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
                         first = progress.nimg + rank * rank_batch + round_idx * batch_gpu
                         accumulate_gradients(ddp, loss_fn, next_batch(loader), SampleDraws(c.seed, first, batch_gpu, device), update, 1 / rank_batch,
                                              encoder, augment_pipe, c.network.kwargs.get('augment_dim', 0))
-                update.step(misc.learning_rate(c.lr, progress.nimg, c.total_nimg, c.lr_rampup_nimg, c.lr_schedule, c.lr_ref_nimg))
+                update.step(learning_rate(c, progress.nimg))
                 progress.nimg += c.batch_size
                 averages.update(progress.nimg, c.batch_size)
                 log.advance(progress.nimg)
@@ -159,6 +159,11 @@ def accumulate_gradients(net, loss_fn, batch, draws: SampleDraws, update: Weight
     loss = loss_fn(net, images, labels, draws, augment_labels)
     training_stats.report(f'Loss/{loss_fn.name}', loss)
     (update.poison(loss).sum() * scale).backward()
+
+
+def learning_rate(c: EasyDict, nimg: int) -> float:
+    """Of the step that follows `nimg` images."""
+    return misc.learning_rate(c.lr, nimg, c.total_nimg, c.lr_rampup_nimg, c.lr_schedule, c.lr_ref_nimg)
 
 
 def next_batch(loader):
@@ -295,9 +300,8 @@ def tick_stats(progress: EasyDict, c: EasyDict, averages: WeightAverages, start_
                maintenance_time: float, now: float, device: torch.device) -> dict[str, dict]:
     """Progress, timing and resources of a tick, in the form of `training_stats.collect`."""
     tick_time, seen = now - tick_start_time, progress.nimg - max(progress.tick_start_nimg, start_nimg)
-    lr = misc.learning_rate(c.lr, progress.nimg - c.batch_size, c.total_nimg, c.lr_rampup_nimg, c.lr_schedule, c.lr_ref_nimg)
     values = {'Progress/tick': progress.tick, 'Progress/nimg': progress.nimg, 'Progress/kimg': progress.nimg / 1e3,
-              'Progress/step': progress.nimg // c.batch_size, 'Progress/lr': lr,
+              'Progress/step': progress.nimg // c.batch_size, 'Progress/lr': learning_rate(c, progress.nimg - c.batch_size),
               'Progress/ema_halflife_kimg': averages.halflife_at(progress.nimg) / 1e3,
               'Timing/total_sec': now - start_time, 'Timing/sec_per_tick': tick_time, 'Timing/sec_per_kimg': tick_time / max(seen, 1) * 1e3,
               'Timing/images_per_sec': seen / tick_time, 'Timing/maintenance_sec': maintenance_time,

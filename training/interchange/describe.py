@@ -1,21 +1,21 @@
 """What a network is, in the words of `convert.py info`."""
 from __future__ import annotations
 
-import inspect
 import json
 import math
 
 import torch
 
 from dnnlib import EasyDict, UserError
-from torch_utils.restricted_pickle import PERSISTENT_OBJECT, Call, MalformedPickle
+from torch_utils.restricted_pickle import MalformedPickle
 from training import checkpoint
+from training.phema import average_name
 from training.run_files import snapshot_metadata
 
 
 def describe(net: torch.nn.Module) -> dict:
     """Plain data about a network with `metadata`: what it is built of, what it works on, how it was trained, and the rest of its metadata."""
-    arguments = constructor_arguments(net)
+    arguments = checkpoint.constructor_arguments(net)
     metadata = dict(net.metadata)
     unet = next(child for child in net.children() if any(True for _ in child.parameters()))
     return dict(
@@ -45,22 +45,15 @@ def describe_state(source) -> dict:
     state = checkpoint.load_state(source)
     try:
         options, position = EasyDict(json.loads(state['options'])), state['progress']
-        record = dict(class_name=options.network['class_name'], state=dict(_init_args=(), _init_kwargs=options.network['kwargs']))
-        net = checkpoint.build_unfilled(Call(PERSISTENT_OBJECT, (record,)))
+        net = checkpoint.build_unfilled(options.network['class_name'], (), options.network['kwargs'])
         net.metadata = snapshot_metadata(options, position['nimg'])
-        averages = ['ema', *(f'phema-{std:.3f}' for std in state['averages']['phema'])]
+        averages = ['ema', *(average_name(std) for std in state['averages']['phema'])]
     except (LookupError, AttributeError) as error:
         raise UserError(f'{source} is no training state of this version of the program: it lacks {error.args[0]!r}.') from error
     except (TypeError, ValueError, MalformedPickle) as error:
         raise UserError(f'{source} is no training state that can be described: {error}.') from error
     return dict(describe(net), tick=position.get('tick'), averages=averages,
                 options={name: value for name, value in options.items() if name not in ('objective', 'network')})
-
-
-def constructor_arguments(net: torch.nn.Module) -> dict:
-    """The arguments that a network was built with, by name."""
-    bound = inspect.signature(type(net).__init__).bind(net, *net.init_args, **net.init_kwargs).arguments
-    return {**{name: value for name, value in bound.items() if name not in ('self', 'model_kwargs')}, **bound.get('model_kwargs', {})}
 
 
 def printable(value):

@@ -15,10 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import pickle
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,15 +24,13 @@ from torch import Tensor
 
 import dnnlib
 from dnnlib import UserError
-from training import networks
+from training import checkpoint, networks
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0    # of all published models
 NUM_GROUPS = 32                                 # of every norm in consistency_models
 COARSEST = 8                                    # pixels: the level at which all published U-Nets end
 FIRST_LAYER = 'time_embed.0.weight'             # a UNet is found by it
 MAX_ENTRIES, MAX_DEPTH = 200_000, 8             # of dicts in dicts: tensors, and an optimiser's numbers
-READING_ERRORS = (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, OSError, MemoryError, RuntimeError, EOFError, LookupError,
-                  TypeError, ValueError, ArithmeticError, AttributeError, AssertionError)  # what damaged files cause in zipfile and PyTorch
 
 
 @dataclass(frozen=True)
@@ -151,7 +146,7 @@ def _read(source: str | os.PathLike) -> tuple[object, int]:
             if (damaged := archive.testzip()) is not None:
                 raise UserError(f'{name} is damaged: {damaged} does not match its checksum. Copy or download it again.')
         return torch.load(path, map_location='cpu', weights_only=True), size
-    except READING_ERRORS as error:
+    except checkpoint.READING_ERRORS as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f'{name} cannot be read as a PyTorch file of tensors ({reason}). Nothing in it was executed.') from error
 
@@ -305,14 +300,10 @@ def build_network(layout: Layout, untold: Untold) -> networks.CMPrecond:
         heads['channels_per_head'] = untold.channels_per_head
     span = dict(sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, boundary=SIGMA_MIN) if untold.kind == 'consistency' else {}
     attn_resolutions = [resolution >> level for level, attention in enumerate(layout.attention) if attention]
-    with torch.device('meta'):
-        net = networks.CMPrecond(resolution, layout.img_channels, label_dim=layout.label_dim, **span, model_channels=layout.model_channels,
-                                 channel_mult=layout.channel_mult, num_blocks=layout.num_blocks, attn_resolutions=attn_resolutions, dropout=0,
-                                 adaptive_scale=layout.adaptive_scale, min_channels_per_group=1, **heads)
-    for module in net.modules():  # constants, which `meta` has left without values
-        if isinstance(module, networks.Conv2d) and module.resample_filter is not None:
-            module.resample_filter = networks.Conv2d(1, 1, kernel=0, up=True).resample_filter
-    return net
+    return checkpoint.build_unfilled(networks.CMPrecond.__name__, (), dict(
+        img_resolution=resolution, img_channels=layout.img_channels, label_dim=layout.label_dim, **span, model_channels=layout.model_channels,
+        channel_mult=layout.channel_mult, num_blocks=layout.num_blocks, attn_resolutions=attn_resolutions, dropout=0,
+        adaptive_scale=layout.adaptive_scale, min_channels_per_group=1, **heads))
 
 
 def to_our_order(name: str, tensor: Tensor, untold: Untold) -> Tensor:

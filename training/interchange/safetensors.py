@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 import dnnlib
 from dnnlib import UserError
-from torch_utils.restricted_pickle import PERSISTENT_OBJECT, Call, MalformedPickle, plain
+from torch_utils.restricted_pickle import MalformedPickle, plain
 from training import checkpoint
 
 FORMAT = 'multistep-consistency-edm 1'
@@ -79,7 +79,7 @@ def load_safetensors(source: str | os.PathLike) -> torch.nn.Module:
     try:
         with safe_open(path, framework='pt') as file:
             config = _parse_config((file.metadata() or {}).get('config'))
-            net = _build(config)
+            net = checkpoint.build_unfilled(config['class_name'], config['args'], config['kwargs'])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         net.load_state_dict(tensors, assign=True)
         checkpoint.restore_attributes(net, config['attributes'])
@@ -105,9 +105,3 @@ def _parse_config(text: str | None) -> dict:
     if config['format'] != FORMAT:
         raise MalformedPickle(f'is in format {config["format"]!r}; this version reads {FORMAT!r}')
     return config
-
-
-def _build(config: dict) -> torch.nn.Module:
-    """The network without its tensors, with the checks that snapshots undergo."""
-    state = dict(_init_args=config['args'], _init_kwargs=config['kwargs'])
-    return checkpoint.build_unfilled(Call(PERSISTENT_OBJECT, (dict(class_name=config['class_name'], state=state),)))
