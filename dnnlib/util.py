@@ -60,11 +60,12 @@ class EasyDict(dict):
 # Writing.
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike, durable: bool = True) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` only when the `with` block has ended well.
 
     It is written under a hidden name in the same directory, flushed to disk, then renamed: a reader, a full disk
     or a kill finds either the previous file or the whole new one. Where the block raises, nothing is left behind.
+    Many small files that can be made again need not wait for the disk: not `durable`, they may be lost to a power cut.
 
     Raises: UserError where the directory is missing or closed to writing, or the disk is full.
     """
@@ -77,10 +78,12 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     try:
         with file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_directory(path.parent)
+        if durable:
+            _sync_directory(path.parent)
     except OSError as error:
         if error.errno in DISK_ERRORS or temporary.name in str(error.filename):
             raise UserError(f'Cannot write {path}: {error.strerror}. Free some space or choose another place.') from error
@@ -107,9 +110,9 @@ def _sync_directory(directory: Path) -> None:
 # Reading, by path or URL.
 
 def open_url(source: str | os.PathLike, cache_dir: str | os.PathLike | None = None, sha256: str | None = None,
-             timeout: float = TIMEOUT) -> BinaryIO:
+             timeout: float = TIMEOUT, pinned: bool = False) -> BinaryIO:
     """The file at a path or an http(s) URL, opened for reading, seekable. Arguments and errors are `local_path`'s."""
-    path = local_path(source, cache_dir, sha256, timeout)
+    path = local_path(source, cache_dir, sha256, timeout, pinned)
     try:
         return open(path, 'rb')
     except OSError as error:
@@ -117,7 +120,7 @@ def open_url(source: str | os.PathLike, cache_dir: str | os.PathLike | None = No
 
 
 def local_path(source: str | os.PathLike, cache_dir: str | os.PathLike | None = None, sha256: str | None = None,
-               timeout: float = TIMEOUT) -> Path:
+               timeout: float = TIMEOUT, pinned: bool = False) -> Path:
     """The path of a file on this machine that holds `source`; a URL is downloaded once and then served from the cache.
 
     A cached file whose length is not what was downloaded, or whose digest is not the expected one, is downloaded again.
@@ -128,6 +131,7 @@ def local_path(source: str | os.PathLike, cache_dir: str | os.PathLike | None = 
         cache_dir: where downloads live; `~/.cache/multistep-consistency-edm` unless told.
         sha256: the digest too, for callers; also for paths.
         timeout: seconds without a byte after which a connection counts as stalled.
+        pinned: whether a URL without a digest must stay the file that it was when it was first downloaded into this cache (trust on first use).
     Raises: UserError for a missing file, another scheme, a failed or incomplete download, another digest, or a malformed one.
     """
     source = os.fspath(source)
@@ -136,7 +140,7 @@ def local_path(source: str | os.PathLike, cache_dir: str | os.PathLike | None = 
         url, fragment = _split_url(source)
         if fragment is not None and expected not in (None, fragment):
             raise UserError(f'{source} names another SHA-256 digest than the one that is expected, {expected}. Give one of them.')
-        return _cached(url, Path(cache_dir or DEFAULT_CACHE_DIR).expanduser(), fragment or expected, timeout)
+        return _cached(url, Path(cache_dir or DEFAULT_CACHE_DIR).expanduser(), fragment or expected, timeout, pinned)
     if not os.path.isfile(source):
         raise UserError(_why_no_file(source))
     if expected is not None and file_sha256(source) != expected:
@@ -191,15 +195,19 @@ def _digest_of_version(path: str, mtime_ns: int, size: int) -> str:
     return digest.hexdigest()
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The cache: a file for every URL, and beside it a record of its length. The file comes first: one without a record is not relied on.
+# The cache: a file for every URL, and beside it a record of its length and digest. The file comes first: one without a record is not relied on.
 
-def _cached(url: str, cache_dir: Path, sha256: str | None, timeout: float) -> Path:
+def _cached(url: str, cache_dir: Path, sha256: str | None, timeout: float, pinned: bool) -> Path:
     """The cached file of a URL, downloaded where it is not there or not what it should be."""
     name = re.sub(r'[^A-Za-z0-9._-]', '_', urllib.parse.urlsplit(url).path.rsplit('/', 1)[-1])[-100:]
     path = cache_dir / f'{hashlib.sha256(url.encode(errors="surrogateescape")).hexdigest()[:16]}-{name or "file"}'
+    record = _read_record(path)
+    first = record.get('sha256') if pinned and sha256 is None else None
     if path.is_file():
-        problem = _cache_problem(path, sha256)
+        problem = _cache_problem(path, record, sha256 or first)
         if problem is None:
+            if sha256 not in (None, record['sha256']):  # the file is the one that the caller expects: so be it from now on
+                _write_record(path, url, record['bytes'], sha256)
             return path
         print(f'{path} {problem}.', file=sys.stderr)
     print(f'Downloading {url}', file=sys.stderr, flush=True)
@@ -208,9 +216,14 @@ def _cached(url: str, cache_dir: Path, sha256: str | None, timeout: float) -> Pa
     except OSError as error:
         raise UserError(f'Cannot create the download cache {path.parent}: {error.strerror}.') from error
     _remove_leftovers(path)
-    size = _download(url, path, sha256, timeout)
-    with atomic_write(_record_path(path)) as file:
-        file.write(json.dumps(dict(url=url, bytes=size)).encode() + b'\n')
+    try:
+        size, digest = _download(url, path, sha256 or first, timeout)
+    except AnotherFile as error:
+        cure = 'Check the URL and the expected digest.' if first is None else (
+            f'That was the digest of its first download. If the file was replaced for a good reason, expect the new one '
+            f'(--detector-sha256={error.digest}, or #sha256= and the digest at the end of the URL), or delete {_record_path(path)}.')
+        raise UserError(f'{error} {cure}') from error
+    _write_record(path, url, size, digest)
     return path
 
 
@@ -218,13 +231,23 @@ def _record_path(path: Path) -> Path:
     return path.with_name(f'{path.name}.json')
 
 
-def _cache_problem(path: Path, sha256: str | None) -> str | None:
-    """Why a cached file cannot be relied on, as 'is ...' or 'does not ...'; None where it can."""
+def _read_record(path: Path) -> dict:
+    """What is recorded of a cached file: url, bytes, sha256. Empty where that cannot be read."""
     try:
         record = json.loads(_record_path(path).read_bytes())
     except (OSError, ValueError):
-        record = None
-    if not isinstance(record, dict) or record.get('bytes') != path.stat().st_size:
+        return {}
+    return record if isinstance(record, dict) and record.keys() >= {'bytes', 'sha256'} else {}
+
+
+def _write_record(path: Path, url: str, size: int, digest: str) -> None:
+    with atomic_write(_record_path(path)) as file:
+        file.write(json.dumps(dict(url=url, bytes=size, sha256=digest)).encode() + b'\n')
+
+
+def _cache_problem(path: Path, record: dict, sha256: str | None) -> str | None:
+    """Why a cached file cannot be relied on, as 'is ...' or 'does not ...'; None where it can."""
+    if record.get('bytes') != path.stat().st_size:
         return 'is not as long as what was downloaded'
     if sha256 is not None and file_sha256(path) != sha256:
         return 'does not have the expected SHA-256 digest'
@@ -245,8 +268,19 @@ class BrokenDownload(Exception):
     """A connection that ended before the file did. The message completes 'Cannot download it: ...'; another attempt may do better."""
 
 
-def _download(url: str, path: Path, sha256: str | None, timeout: float) -> int:
-    """Bring `url` to `path`, whole, and return its length; try again where the connection breaks or stalls, or the server has a bad moment."""
+class AnotherFile(Exception):
+    """A download that came whole and has another digest than the expected one: `digest`. The message says so and lacks a cure."""
+
+    def __init__(self, url: str, digest: str, expected: str):
+        super().__init__(f'{url} has the SHA-256 digest {digest}, not {expected}.')
+        self.digest = digest
+
+
+def _download(url: str, path: Path, sha256: str | None, timeout: float) -> tuple[int, str]:
+    """Bring `url` to `path`, whole; try again where the connection breaks or stalls, or the server has a bad moment.
+
+    Returns: (its length, its SHA-256 digest). Raises: UserError, or AnotherFile where the digest is not the expected one.
+    """
     import requests  # slow to import, and most runs read local files
     problem, cause = '', None
     for attempt in range(ATTEMPTS):
@@ -272,8 +306,8 @@ def _download(url: str, path: Path, sha256: str | None, timeout: float) -> int:
                     'Check the connection and try again, or download it elsewhere and give the path.') from cause
 
 
-def _fetch(session, url: str, file: BinaryIO, sha256: str | None, timeout: float) -> int:
-    """One attempt: the bytes of `url` into `file`, their number checked against what the server announced. Returns the file's length."""
+def _fetch(session, url: str, file: BinaryIO, sha256: str | None, timeout: float) -> tuple[int, str]:
+    """One attempt: the bytes of `url` into `file`, their number checked against what the server announced. Returns (length, digest)."""
     with _request(session, url, timeout) as response:
         length = _announced_length(url, response, sha256)
         if length is not None and length > (free := shutil.disk_usage(os.path.dirname(file.name)).free):
@@ -287,8 +321,8 @@ def _fetch(session, url: str, file: BinaryIO, sha256: str | None, timeout: float
     if PAGE_START.match(start):
         raise UserError(_page_message(url))
     if sha256 is not None and digest.hexdigest() != sha256:
-        raise UserError(f'{url} has the SHA-256 digest {digest.hexdigest()}, not {sha256}. Check the URL and the expected digest.')
-    return file.tell()
+        raise AnotherFile(url, digest.hexdigest(), sha256)
+    return file.tell(), digest.hexdigest()
 
 
 def _body(response, length: int | None, timeout: float) -> Iterator[bytes]:

@@ -185,7 +185,7 @@ def test_latents_never_appear_half_written(tmp_path, monkeypatch):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(np, 'save', full)
     (tmp_path / 'a.npy').write_bytes(b'earlier')
-    with pytest.raises(UserError, match=r'a\.npy cannot be written: No space left'):
+    with pytest.raises(UserError, match=r'Cannot write .*a\.npy: No space left'):
         generation.save_latents(torch.zeros(1, 4, 2, 2), [str(tmp_path / 'a.npy')])
     assert (tmp_path / 'a.npy').read_bytes() == b'earlier'
 
@@ -220,7 +220,7 @@ def test_latents_are_no_reference(tmp_path, latent_network, monkeypatch):
     use_stand_in(monkeypatch)
     (tmp_path / 'latents').mkdir()
     (tmp_path / 'latents' / 'a.npy').write_bytes(npy(random_latents(1)[0]))
-    with pytest.raises(UserError, match='holds latents, and a reference is made of images'):
+    with pytest.raises(UserError, match='holds latents .*, not images'):
         validation.Validator(val_options(tmp_path, ref_data=tmp_path / 'latents'), None, str(tmp_path), torch.device('cpu'), [4, 8, 8], 0,
                              dict(class_name='StabilityVAEEncoder'))
 

@@ -19,6 +19,8 @@ from dnnlib.util import UserError, atomic_write, local_path, open_url
 
 CONTENT = bytes(range(256)) * 1000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
+REPLACEMENT = b'new' + CONTENT[3:]
+NEW_DIGEST = hashlib.sha256(REPLACEMENT).hexdigest()
 CONFIRM = (b'<html><form id="download-form" action="/confirmed" method="get"><input type="hidden" name="id" value="x1">'
            b'<input type="hidden" name="confirm" value="t"></form>')
 OLDER_CONFIRM = {
@@ -119,6 +121,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send(b'<html>log in</html>', Content_Type='text/html')
         elif path == '/unnamed-page':
             self.send(b'\n<!DOCTYPE html><html>log in' + bytes(2_000_000), Content_Type='application/octet-stream')
+        elif path == '/replaced':
+            self.send(CONTENT if len(self.server.requests) == 1 else REPLACEMENT)
         else:
             self.send(b'', status=404)
 
@@ -162,7 +166,7 @@ def test_a_download_is_whole_and_happens_once(server, tmp_path):
     assert server.requests == ['/file.bin']
     name, record = sorted(files_in(tmp_path))
     assert name.endswith('-file.bin') and record == f'{name}.json'
-    assert json.loads((tmp_path / 'cache' / record).read_text()) == dict(url=f'{server.url}/file.bin', bytes=len(CONTENT))
+    assert json.loads((tmp_path / 'cache' / record).read_text()) == dict(url=f'{server.url}/file.bin', bytes=len(CONTENT), sha256=DIGEST)
 
 
 def test_equal_names_at_different_addresses_do_not_collide(server, tmp_path):
@@ -278,6 +282,57 @@ def test_a_changed_byte_in_the_cache_is_noticed_where_the_digest_is_known(server
     path.write_bytes(b'X' + CONTENT[1:])
     assert local_path(f'{server.url}/file.bin', cache_dir=tmp_path).read_bytes() != CONTENT
     assert local_path(f'{server.url}/file.bin#sha256={DIGEST}', cache_dir=tmp_path).read_bytes() == CONTENT
+
+
+def test_a_pinned_file_that_changed_in_the_cache_is_downloaded_again(server, tmp_path, capfd):
+    path = local_path(f'{server.url}/file.bin', cache_dir=tmp_path, pinned=True)
+    path.write_bytes(REPLACEMENT)
+    with open_url(f'{server.url}/file.bin', cache_dir=tmp_path, pinned=True) as file:
+        assert file.read() == CONTENT
+    assert len(server.requests) == 2 and f'{path} does not have the expected SHA-256' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('damage', [
+    lambda path: path.write_bytes(b'bad' + CONTENT[3:]),
+    lambda path: path.write_bytes(CONTENT[:-1]),
+    lambda path: path.unlink(),
+], ids=['changed', 'cut', 'gone'])
+def test_a_pinned_file_that_was_replaced_on_the_server_is_refused(server, tmp_path, damage):
+    """Both digests and both cures are named; the record of the first download stays, so that the next run is refused too."""
+    url = f'{server.url}/replaced'
+    path = local_path(url, cache_dir=tmp_path, pinned=True)
+    record = util._record_path(path)
+    damage(path)
+    for _ in range(2):
+        with pytest.raises(UserError, match=f'{NEW_DIGEST}, not {DIGEST}') as error:
+            local_path(url, cache_dir=tmp_path, pinned=True)
+        assert f'--detector-sha256={NEW_DIGEST}' in str(error.value) and f'delete {record}' in str(error.value)
+        assert json.loads(record.read_text())['sha256'] == DIGEST and not [name for name in files_in(tmp_path) if name.endswith('.tmp')]
+    assert local_path(url, cache_dir=tmp_path, pinned=True, sha256=NEW_DIGEST).read_bytes() == REPLACEMENT
+    assert local_path(url, cache_dir=tmp_path, pinned=True).read_bytes() == REPLACEMENT and len(server.requests) == 4
+
+
+def test_an_expected_digest_that_the_cached_file_has_becomes_the_recorded_one(server, tmp_path):
+    path = local_path(f'{server.url}/file.bin', cache_dir=tmp_path, pinned=True)
+    path.write_bytes(REPLACEMENT)
+    for sha256 in (NEW_DIGEST, None):
+        assert local_path(f'{server.url}/file.bin', cache_dir=tmp_path, pinned=True, sha256=sha256).read_bytes() == REPLACEMENT
+    assert server.requests == ['/file.bin']
+
+
+def test_deleting_the_record_accepts_a_replaced_file(server, tmp_path):
+    path = local_path(f'{server.url}/replaced', cache_dir=tmp_path, pinned=True)
+    util._record_path(path).unlink()
+    assert local_path(f'{server.url}/replaced', cache_dir=tmp_path, pinned=True).read_bytes() == REPLACEMENT
+    path.write_bytes(CONTENT)
+    assert local_path(f'{server.url}/replaced', cache_dir=tmp_path, pinned=True).read_bytes() == REPLACEMENT
+
+
+def test_who_does_not_pin_does_not_pay_for_a_digest(server, tmp_path, monkeypatch):
+    path = local_path(f'{server.url}/file.bin', cache_dir=tmp_path, pinned=True)
+    monkeypatch.setattr(util, 'file_sha256', lambda path: pytest.fail('the file was read'))
+    assert local_path(f'{server.url}/file.bin', cache_dir=tmp_path) == path
+    assert local_path(path, pinned=True) == path
 
 
 def download_in_a_process(url, cache_dir):

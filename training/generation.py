@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dnnlib import UserError
+from dnnlib.util import atomic_write
 from training import encoders, samplers
 
 LabelChooser = Callable[['SeededNoise', int], Tensor]
@@ -99,14 +100,13 @@ def save_latents(latents: Tensor, paths: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _complete_file(path: str) -> Iterator[BinaryIO]:
-    """A file to write to, which takes its name at the end. Many are written: unlike `atomic_write` this does not wait for the disk."""
+    """A file to write to, in a folder that is made where needed, which takes its name at the end."""
     try:
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        with open(f'{path}.tmp', 'wb') as file:
-            yield file
-        os.replace(f'{path}.tmp', path)
     except OSError as error:
-        raise UserError(f'{path} cannot be written: {error.strerror or error}') from error
+        raise UserError(f'{path} cannot be written: {error.strerror}') from error
+    with atomic_write(path, durable=False) as file:
+        yield file
 
 
 def image_grid(images: Tensor, columns: int) -> Tensor:
