@@ -1,7 +1,7 @@
 # make demo       set up .venv, then run the whole story on real digits (minutes on a laptop)
 # make test       the same set-up, then the tests
 # make test-slow  the long tests too
-# make bench      time the training step, sampling, loading and saving
+# make bench      time the training step, sampling, loading and saving, evaluation
 
 PYTHON ?= python3
 VENV   := .venv
@@ -31,6 +31,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/step.py $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/state.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/frechet.py
+	$(BIN)/python benchmarks/images.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

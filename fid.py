@@ -1,27 +1,66 @@
-"""Fréchet Inception distance (Heusel et al. 2017) between images and reference statistics."""
+"""Measures of generated images: Fréchet inception distance (Heusel et al. 2017) and the others that papers report."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
 import click
 
-from dnnlib import cli
-from dnnlib.util import UserError, atomic_write
+from dnnlib import EasyDict, UserError, cli
+from dnnlib.util import atomic_write
+from generate import sampling_arguments, sampling_options
 
 FEW_IMAGES = 10_000
+DEFAULT_NUM = 50_000
+NETWORK, DETECTOR, SPEED = 'Images of a network', 'Detector', 'Speed'
+
+
+class Measures(click.ParamType):
+    """Comma-separated names of measures, of all or of some."""
+
+    name = 'list'
+
+    def __init__(self, *some: str):
+        self.some = some
+
+    def convert(self, value, param, ctx):
+        from metrics.measures import MEASURES
+        names, known = value.split(','), self.some or tuple(MEASURES)
+        for name in names:
+            if name not in known or names.count(name) > 1:
+                self.fail(f'{name!r} is {"named twice" if name in known else "none of " + ", ".join(known)}', param, ctx)
+        return {name: MEASURES[name] for name in names}
+
+
+class SeedSet(cli.IntRanges):
+    """Seeds, with the words that name them."""
+
+    def convert(self, value, param, ctx):
+        return value if isinstance(value, tuple) else (value, super().convert(value, param, ctx))
 
 
 def shared_options(command):
     """The options that `calc` and `ref` have in common."""
     for option in reversed([
-        cli.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, show_default=True, help='Which random subset; the bootstrap too.'),
-        cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images at a time, for each process.'),
-        cli.option('--detector', metavar='PATH|URL',
-                   help="TorchScript file: uint8 images [N, C, H, W] to features [N, D].  [default: NVIDIA's Inception, downloaded once]"),
-        cli.option('--detector-sha256', metavar='HEX', help='Digest that the detector file must have.'),
+        cli.option('--skip-bad', is_flag=True, help='Leave out images that cannot be read, or are unlike the first, and count them.'),
+        cli.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, show_default=True,
+                   help='Of every random choice: subsets, resamples.'),
+        cli.option('--detector', metavar='PATH|URL', group=DETECTOR,
+                   help="TorchScript file: uint8 images [N, C, H, W] to features [N, D]; pytorch-fid's weights; dinov2 or dinov2:FOLDER.  "
+                        "[default: NVIDIA's Inception, downloaded once]"),
+        cli.option('--dinov2', metavar='DIR', group=DETECTOR,
+                   help="DINOv2 ViT-L/14 for fd_dinov2, as transformers' save_pretrained writes it.  [default: downloaded once]"),
+        cli.option('--detector-sha256', metavar='HEX', group=DETECTOR, help='Digest that the detector file must have.'),
+        cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, group=SPEED,
+                   help='Images at a time, for each process.'),
+        cli.option('--workers', metavar='INT', type=click.IntRange(min=1), default=4, show_default=True, group=SPEED,
+                   help='Threads that decode images, for each process.'),
+        cli.option('--cache', metavar='DIR', group=SPEED,
+                   help='Keep features here: what was stopped goes on, other measures of the same images start from them.'),
     ]):
         command = option(command)
     return command
@@ -29,12 +68,16 @@ def shared_options(command):
 
 @click.group(cls=cli.Group)
 def main():
-    """Fréchet Inception distance (FID) of images, and the reference statistics that it needs.
+    """Fréchet inception distance (FID) of images, other measures of theirs, and the reference statistics that they need.
 
     \b
     Distance of 50,000 images, in 1 or 4 processes:
       python fid.py calc --images=samples --ref=fid-refs/imagenet-64x64.npz
       torchrun --standalone --nproc_per_node=4 fid.py calc --images=samples --ref=fid-refs/imagenet-64x64.npz
+    \b
+    Of a network, three times, as EDM reports it, without writing an image:
+      python fid.py calc --network=network-snapshot-157698.pkl --ref=fid-refs/imagenet-64x64.npz \\
+          --seeds=0-49999 --seeds=50000-99999 --seeds=100000-149999
     \b
     Reference statistics of a data set:
       python fid.py ref --data=datasets/imagenet-64x64.zip --dest=fid-refs/imagenet-64x64.npz
@@ -45,107 +88,244 @@ def main():
 
 
 @main.command()
-@cli.option('--images', 'path', metavar='PATH|ZIP', required=True, help='Images to measure: a folder (with its subfolders) or a zip.')
-@cli.option('--ref', metavar='PATH|URL', required=True, help='Reference statistics: an .npz with mu and sigma.')
-@cli.option('--num', metavar='INT', type=click.IntRange(min=2), default=50000, show_default=True,
-            help='Images to use: a random subset where there are more, an error where there are fewer.')
+@cli.option('--images', 'paths', metavar='PATH', multiple=True,
+            help='Images to measure: a folder (with its subfolders), a zip, or an .npz or .npy of uint8 images. Several: each by itself.')
+@cli.option('--ref', metavar='PATH|URL', help='Reference: statistics (.npz, .pkl), or the images themselves (folder, zip, array).')
+@cli.option('--metrics', 'measures', metavar='LIST', type=Measures(), default='fid', show_default=True,
+            help='What to compute, from one pass: fid, fid_inf, kid, precision, recall, density, coverage, is, fd_dinov2.')
+@cli.option('--num', metavar='INT', type=click.IntRange(min=2),
+            help=f'Images to use: a random subset where there are more, an error where there are fewer.  [default: {DEFAULT_NUM}]')
 @cli.option('--bootstrap', metavar='INT', type=click.IntRange(min=0), default=0, show_default=True,
             help='Resamples for a 95 % interval of the sampling noise (not the bias); each costs about one more distance. 0 for none.')
-@cli.option('--json', 'json_path', metavar='FILE', help='Write the result to this file too.')
+@cli.option('--nearest-k', metavar='INT', type=click.IntRange(min=1),
+            help='Neighbour that sets the radius.  [default: 3 for precision and recall, 5 for density and coverage]')
+@cli.option('--json', 'json_path', metavar='FILE', help='Write the results to this file too.')
 @shared_options
-def calc(path, ref, num, bootstrap, json_path, seed, batch, detector, detector_sha256):
-    """Distance between images and reference statistics."""
-    from metrics.images import open_images
-    from metrics.reference import check_same_detector, load_reference
+@cli.option('--network', metavar='PKL|URL', group=NETWORK, help='Snapshot whose images are measured, without writing them.')
+@cli.option('--seeds', 'seed_sets', metavar='LIST', type=SeedSet(), multiple=True, group=NETWORK,
+            help='Seeds of its images, as in 0-49999. Several: each by itself, then mean and minimum.')
+@sampling_options(NETWORK)
+def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, seed_sets, sampling, **options):
+    """Measures of images, or of a network's, against a reference."""
+    from metrics.measures import Comparison
+    from metrics.uncertainty import check_enough_to_extrapolate
+    options = EasyDict(options)
+    check_usage(paths, ref, measures, num, bootstrap, network, seed_sets)
     with _processes() as is_main:
-        reference = load_reference(ref)
-        images = open_images(path, num, seed)
-        _make_folder(json_path)
-        network = _load_detector(detector, detector_sha256, images)
-        check_same_detector(reference, network, ref)
-        if num < FEW_IMAGES:
-            _say(f'Warning: {network.metric_name} of as few as {num} images is too high on average. Compare it with values of {num} images only.')
-        stats = _statistics(images, network, batch, keep=bootstrap > 0)
+        make_folder(json_path)
+        references = read_references(ref, measures)
+        sources = images_of_network(network, seed_sets, sampling, options.batch) if network else images_of_paths(paths, num or DEFAULT_NUM, options)
+        detectors = load_detectors({measure.entry for measure in measures.values()}, sources[0].image_shape, options)
+        if 'fid_inf' in measures:
+            check_enough_to_extrapolate(min(map(len, sources)), detectors[measures['fid_inf'].entry].dim)
+        references = complete_references(references, ref, measures, detectors, sources[0].image_shape, options)
+        results = {name: [] for name in measures}
+        for source in sources:
+            seen = look_at(source, detectors, options, keep=any(m.features or (bootstrap and m.frechet) for m in measures.values()),
+                           classes={m.entry for m in measures.values() if m.classes})
+            if not is_main:
+                continue
+            warn_about(source, next(iter(seen.values())), measures, detectors)
+            for entry, detector in detectors.items():
+                comparison = Comparison(seen[entry], references.get(entry), detector.device, bootstrap, nearest_k, options.seed)
+                for name, measure in measures.items():
+                    if measure.entry == entry:
+                        title = measure.title or detector.metric_name
+                        facts = facts_about(title, source, seen[entry], detector, ref, comparison.reference)
+                        results[name].append(measure.compute(comparison) | facts)
+                        say(sentence(results[name][-1]))
         if is_main:
-            value, interval = _distance(stats, reference, bootstrap, seed)
-            noise = f', 95 % interval {interval[0]:.6g} to {interval[1]:.6g}' if interval else ''
-            _say(f'{network.metric_name} of {stats.count} images in {path} against {ref}{noise}:')
-            click.echo(f'{value:.10g}')
-            _write_json(json_path, value, interval, num_images=stats.count, detector=network.name, detector_digest=network.digest, reference=ref)
+            summaries = {name: summary(found) for name, found in results.items()}
+            write_json(json_path, summaries)
+            click.echo(f'{summaries[next(iter(measures))]["value"]:.10g}')
 
 
 @main.command()
-@cli.option('--data', 'path', metavar='PATH|ZIP', required=True, help='Data set: a folder (with its subfolders) or a zip.')
+@cli.option('--data', 'path', metavar='PATH', required=True, help='Data set: a folder (with its subfolders), a zip, an .npz or .npy of uint8 images.')
 @cli.option('--dest', metavar='FILE', required=True, help='The .npz to write.')
+@cli.option('--metrics', 'measures', metavar='LIST', type=Measures('fid', 'fd_dinov2'), default='fid', show_default=True,
+            help='Of which detectors: fid, the one of --detector, and fd_dinov2.')
 @cli.option('--num', metavar='INT', type=click.IntRange(min=2), help='Images to use, a random subset.  [default: all]')
+@cli.option('--features', metavar='INT', type=click.IntRange(min=0), default=0, show_default=True,
+            help='Store the features of so many images too, a random subset: kid, precision, recall, density and coverage need them.')
 @shared_options
-def ref(path, dest, num, seed, batch, detector, detector_sha256):
+def ref(path, dest, measures, num, features, **options):
     """Reference statistics of a data set."""
+    import numpy as np
+
+    from metrics.calc import reference_of
     from metrics.images import open_images
-    from metrics.reference import Reference, save_reference
+    from metrics.reference import save_reference
+    options = EasyDict(options)
     with _processes() as is_main:
-        images = open_images(path, num, seed)
-        _make_folder(dest)
-        network = _load_detector(detector, detector_sha256, images)
-        stats = _statistics(images, network, batch)
+        source = open_images(path, num, options.seed, options.skip_bad)
+        make_folder(dest)
+        detectors = load_detectors(measures, source.image_shape, options)
+        keep = np.random.RandomState(options.seed).permutation(len(source)) < features
+        seen = look_at(source, detectors, options, keep=keep)
         if is_main:
-            channels, height, width = images.image_shape
-            save_reference(dest, Reference(stats.mu, stats.sigma, network.name, network.digest, stats.count, f'{width}x{height}x{channels}'))
-            _say(f'Statistics of {stats.count} images written to {dest}')
+            warn_about(source, seen[next(iter(measures))])
+            save_reference(dest, {entry: reference_of(source, seen[entry], detector) for entry, detector in detectors.items()})
+            say(f'Statistics of {seen[next(iter(measures))].stats.count} images written to {dest}')
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured, and against what.
+
+def check_usage(paths, ref, measures, num, bootstrap, network, seed_sets) -> None:
+    """UsageError where options contradict each other or lack one another."""
+    if bool(paths) == bool(network):
+        raise click.UsageError('Give either --images or --network.')
+    if bool(network) != bool(seed_sets):
+        raise click.UsageError('--network and --seeds belong together: give both, or --images.')
+    if network and num is not None:
+        raise click.UsageError('--num is for --images; how many images a network makes is said by --seeds.')
+    if ref is None and (needy := [name for name, measure in measures.items() if measure.frechet or measure.reference_features]):
+        raise click.UsageError(f'--ref is missing, and {", ".join(needy)} compare with a reference.')
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        raise click.UsageError('The same --images are given twice.')
+    seeds = [seed for _, seeds in seed_sets for seed in seeds]
+    if len(set(seeds)) < len(seeds):
+        raise click.UsageError('Some seeds are given twice; the same images again say nothing new.')
+    if bootstrap and not any(measure.frechet for measure in measures.values()):
+        raise click.UsageError('--bootstrap is for fid and fd_dinov2.')
 
 
-@contextlib.contextmanager
-def _processes():
-    """Join the other processes, if there are some; yields whether this is the one that reports."""
+def images_of_paths(paths, num: int, options) -> list:
+    """A source of each path."""
+    from metrics.images import open_images
+    return [open_images(path, num, options.seed, options.skip_bad) for path in paths]
+
+
+def images_of_network(network: str, seed_sets, sampling: dict, batch: int) -> list:
+    """A source of each set of seeds."""
+    from metrics.generated import GeneratedImages
     from torch_utils import distributed
-    distributed.init()
-    yield distributed.is_main()
-    distributed.shutdown()
-
-
-def _load_detector(source, sha256, images):
-    """The detector, having seen one image so that it knows how many features it returns. The main process goes first and downloads."""
-    import torch
-
-    from metrics.detectors import INCEPTION_URL, load_detector
-    from torch_utils import distributed
+    from training.checkpoint import load_network, network_digest
     with distributed.main_process_first():
-        detector = load_detector(source or INCEPTION_URL, distributed.get_device(), sha256)
-    detector(torch.from_numpy(images[0][0])[None])
-    return detector
+        net = load_network(network, distributed.get_device())
+    arguments = sampling_arguments(net, network, **sampling)
+    identity = f'{network_digest(net, net.metadata)} {json.dumps(sampling, sort_keys=True)}'
+    return [GeneratedImages(net, seeds, batch, name=f'{network}, seeds {text}', identity=identity, **arguments) for text, seeds in seed_sets]
 
 
-def _statistics(images, detector, batch, keep=False):
-    """Feature statistics of all images, over all processes; with a bar on stderr where a person is watching."""
+def load_detectors(entries, image_shape, options) -> dict:
+    """The detectors by the entries of references that they belong to, the main one first. The main process goes first and downloads."""
+    from metrics.calc import count_features
+    from metrics.detectors import DINOV2, INCEPTION_URL, load_detector
+    from metrics.measures import FD_DINOV2, FID
+    from torch_utils import distributed
+    sources = {FID: (options.detector or INCEPTION_URL, options.detector_sha256),
+               FD_DINOV2: (f'{DINOV2}:{options.dinov2}' if options.dinov2 else DINOV2, None)}
+    with distributed.main_process_first():
+        detectors = {entry: load_detector(source, distributed.get_device(), sha256)
+                     for entry, (source, sha256) in sources.items() if entry in entries}
+    for detector in detectors.values():
+        count_features(detector, image_shape)
+    return detectors
+
+
+def entries_to_compare(measures) -> set[str]:
+    return {measure.entry for measure in measures.values() if measure.frechet or measure.reference_features}
+
+
+def read_references(ref, measures) -> dict:
+    """The references by entry, where `ref` is a file of statistics; none where it is images."""
+    from metrics.reference import holds_statistics, load_reference
+    return {entry: load_reference(ref, entry) for entry in entries_to_compare(measures) if holds_statistics(ref)}
+
+
+def complete_references(references, ref, measures, detectors, image_shape, options) -> dict:
+    """The references by entry, checked, with what measures need: where `ref` is images, or holds them, that is computed."""
+    from metrics.calc import reference_of
+    from metrics.images import open_images
+    from metrics.reference import check_same_detector
+    needy = {measure.entry: name for name, measure in measures.items() if measure.reference_features}
+    if references:
+        for entry, reference in references.items():
+            check_same_detector(reference, detectors[entry], ref, image_shape)
+            if entry in needy and reference.features is None:
+                references[entry] = dataclasses.replace(reference, features=features_of_reference(ref, needy[entry], detectors[entry], options))
+    elif entries := entries_to_compare(measures):
+        source = open_images(ref, None, options.seed, options.skip_bad)
+        seen = look_at(source, {entry: detectors[entry] for entry in entries}, options, keep=bool(needy))
+        warn_about(source, next(iter(seen.values())))
+        references = {entry: reference_of(source, seen[entry], detectors[entry]) for entry in entries}
+    return references
+
+
+def features_of_reference(ref, measure: str, detector, options):
+    """Features of the images that a reference of OpenAI's holds. Raises: UserError where it holds none."""
+    from dnnlib.util import local_path
+    from metrics.images import open_images
+    from metrics.reference import reference_images
+    if reference_images(ref) is None:
+        raise UserError(f'{ref} has no features, which {measure} needs. Make it again with fid.py ref --features=50000, or give the images as --ref.')
+    return look_at(open_images(local_path(ref)), {measure: detector}, options, keep=True)[measure].features
+
+
+def look_at(source, detectors, options, keep, classes=()) -> dict:
+    """`observe` on all processes, with a bar on stderr where a person is watching."""
     from tqdm import tqdm
 
-    from metrics.calc import feature_statistics
-    from metrics.images import image_batches
+    from metrics.calc import observe
     from torch_utils import distributed
-    batches = image_batches(images, batch, distributed.get_rank(), distributed.get_world_size())
-    total = -(-len(images) // (batch * distributed.get_world_size()))
     hidden = None if distributed.is_main() else True  # None: unless stderr is a terminal
-    return feature_statistics(tqdm(batches, total=total, unit='batch', disable=hidden), detector, keep)
+    with tqdm(total=len(source), unit='img', disable=hidden, dynamic_ncols=True) as bar:
+        return observe(source, detectors, options.batch, keep, classes, options.cache, options.workers, bar.update)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said about it.
+
+def warn_about(source, seen, measures=None, detectors=None) -> None:
+    """What a reader of the numbers has to know about the images. Raises: UserError where most of them were left out."""
+    if seen.skipped > len(source) // 2:
+        raise UserError(f'{seen.skipped} of {len(source)} images in {source.name} cannot be used, such as: {"; ".join(seen.problems[:1])}')
+    if seen.skipped:
+        say(f'Warning: {seen.skipped} of {len(source)} images in {source.name} were left out, such as: {"; ".join(seen.problems[:3])}')
+    if seen.copies:
+        say(f'Warning: {seen.copies} of {seen.stats.count} images in {source.name} are exact copies of others.')
+    for name, measure in (measures or {}).items():
+        if measure.frechet and name != 'fid_inf' and seen.stats.count < FEW_IMAGES:
+            title, count = measure.title or detectors[measure.entry].metric_name, seen.stats.count
+            say(f'Warning: {title} of as few as {count} images is too high on average. Compare it with values of {count} images only; '
+                'kid has no such bias, fid_inf extrapolates.')
 
 
-def _distance(stats, reference, bootstrap, seed):
-    """(distance, its interval or None)"""
-    from metrics.frechet import frechet_distance
-    from metrics.statistics import bootstrap_interval
-    value = frechet_distance(stats.mu, stats.sigma, reference.mu, reference.sigma)
-    interval = bootstrap_interval(stats.features, reference.mu, reference.sigma, num=bootstrap, seed=seed) if bootstrap else None
-    return value, interval
+def facts_about(title: str, source, seen, detector, ref, reference) -> dict:
+    """Where a value comes from, for the JSON file."""
+    facts = dict(name=title, images=source.name, num_images=seen.stats.count, skipped=seen.skipped, copies=seen.copies,
+                 detector=detector.name, detector_digest=detector.digest)
+    return facts | (dict(reference=ref, reference_images=reference.num_images) if reference is not None else {})
 
 
-def _write_json(path, value, interval, **facts):
-    if path is None:
-        return
-    result = dict(value=value, **(dict(interval=interval) if interval else {}), **facts)
-    with atomic_write(path) as file:
-        file.write(json.dumps(dict(fid=result), indent=2).encode() + b'\n')
+def sentence(found: dict) -> str:
+    """A result for people."""
+    noise = [f'95 % interval {found["interval"][0]:.6g} to {found["interval"][1]:.6g}'] if 'interval' in found else []
+    noise += [f'{name} {found[name]:.2g}' for name in ('error', 'std') if found.get(name) is not None]
+    against = f', against {found["reference"]}' if 'reference' in found else ''
+    of = f' ({found["reference_images"]} images)' if found.get('reference_images') else ''
+    return (f'{found["name"]} {found["value"]:.6g}{"".join(f", {part}" for part in noise)}: {found["num_images"]} images of {found["images"]}, '
+            f'detector {found["detector"]}{against}{of}')
 
 
-def _make_folder(path):
+def summary(found: list[dict]) -> dict:
+    """The result for a measure: of one set of images its own, of several their mean, their minimum and each."""
+    if len(found) == 1:
+        return found[0]
+    values = [result['value'] for result in found]
+    mean, minimum = sum(values) / len(values), min(values)
+    say(f'{found[0]["name"]} of {len(values)} sets: mean {mean:.6g}, minimum {minimum:.6g} (EDM reports the minimum of three)')
+    return dict(value=mean, mean=mean, minimum=minimum, sets=found)
+
+
+def write_json(path, results: dict) -> None:
+    """Results by measure, whole or not at all."""
+    if path is not None:
+        with atomic_write(path) as file:
+            file.write(json.dumps(results, indent=2).encode() + b'\n')
+
+
+def make_folder(path) -> None:
     """The folder of a file to be written, before hours of work go into its contents."""
     if path is None:
         return
@@ -157,9 +337,22 @@ def _make_folder(path):
         raise UserError(f'Cannot create the folder of {path}: {error.strerror}. Choose another place.') from error
 
 
-def _say(message):
+def say(message: str) -> None:
+    """To people, from the main process."""
+    from tqdm import tqdm
+
     from torch_utils import distributed
-    distributed.print0(message, file=sys.stderr, flush=True)
+    if distributed.is_main():
+        tqdm.write(message, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _processes():
+    """Join the other processes, if there are some; yields whether this is the one that reports."""
+    from torch_utils import distributed
+    distributed.init()
+    yield distributed.is_main()
+    distributed.shutdown()
 
 
 if __name__ == '__main__':

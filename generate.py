@@ -1,6 +1,7 @@
 """Images, or latents, from a snapshot, one for each seed."""
 from __future__ import annotations
 
+import functools
 import os
 
 import click
@@ -10,30 +11,62 @@ from dnnlib import UserError, cli
 STUDENT, TEACHER = 'Students', 'Teachers (probability-flow ODE)'
 
 
+def sampling_options(group: str | None = None):
+    """A decorator for commands: the options that say how a network is sampled, as a dict `sampling`. `group` heads the general ones."""
+    general, student, teacher = dict(group=group), dict(group=STUDENT), dict(group=TEACHER)
+    options = [
+        cli.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), **general,
+                   help='Class of all images.  [default: random, by seed]'),
+        cli.option('--steps', metavar='INT', type=click.IntRange(min=1), **general,
+                   help="Sampling steps.  [default: a student's own; 18 for a teacher]"),
+        cli.option('--solver', type=click.Choice(['student', 'euler', 'heun']), **general,
+                   help='Sampler.  [default: what the snapshot is: student, or heun for a teacher]'),
+        cli.option('--sigma_min', metavar='FLOAT', type=cli.POSITIVE, **general, help='Lowest noise level.  [default: varies]'),
+        cli.option('--sigma_max', metavar='FLOAT', type=cli.POSITIVE, **general, help='Highest noise level.  [default: varies]'),
+        cli.option('--rho', metavar='FLOAT', type=cli.RHO, **general, help='Exponent of the noise levels.  [default: 7]'),
+        cli.option('--force-steps', is_flag=True, **student, help='Sample a student with another number of steps than it was trained for.'),
+        cli.option('--S_churn', 'S_churn', metavar='FLOAT', type=cli.Number(min=0), **teacher, help='Amount of noise added.  [default: 0]'),
+        cli.option('--S_min', 'S_min', metavar='FLOAT', type=cli.Number(min=0), **teacher, help='Lowest noise level with added noise.  [default: 0]'),
+        cli.option('--S_max', 'S_max', metavar='FLOAT', type=cli.Number(min=0, infinite=True), **teacher, help='Highest such level.  [default: inf]'),
+        cli.option('--S_noise', 'S_noise', metavar='FLOAT', type=cli.Number(), **teacher, help='Scale of the added noise.  [default: 1]'),
+        cli.option('--disc', 'discretization', type=click.Choice(['edm', 'vp', 've', 'iddpm']), **teacher, help='Time steps.  [default: edm]'),
+        cli.option('--schedule', type=click.Choice(['linear', 'vp', 've']), **teacher, help='Noise schedule sigma(t).  [default: linear]'),
+        cli.option('--scaling', type=click.Choice(['none', 'vp']), **teacher, help='Signal scaling s(t).  [default: none]'),
+    ]
+
+    def decorate(command):
+        @functools.wraps(command)
+        def collected(**values):
+            return command(sampling={name: values.pop(name) for name in names}, **values)
+        for option in reversed(options):
+            collected = option(collected)
+        names = [parameter.name for parameter in collected.__click_params__[-len(options):]]
+        return collected
+    return decorate
+
+
+def sampling_arguments(net, network: str, class_idx: int | None, solver: str | None, steps: int | None, force_steps: bool, **options) -> dict:
+    """What `generation.generate_batch` takes, from the values of `sampling_options`. Raises: UserError where they do not fit the network."""
+    from training import generation, samplers
+    solver, steps = samplers.resolve(net, solver, steps, force_steps)
+    choose_labels = generation.uniform_labels
+    if class_idx is not None:
+        if class_idx >= net.label_dim:
+            raise UserError(f'--class={class_idx} does not exist: {network} has {net.label_dim or "no"} classes')
+        choose_labels = generation.fixed_labels(class_idx)
+    options = {name: value for name, value in options.items() if value is not None}
+    return dict(choose_labels=choose_labels, solver=solver, steps=steps, force_steps=force_steps, **options)
+
+
 @click.command(cls=cli.Command)
 @cli.option('--network', metavar='PKL|URL', required=True, help='Snapshot to sample from.')
 @cli.option('--outdir', metavar='DIR', required=True, help='Folder for the images, %06d.png after their seeds.')
 @cli.option('--seeds', metavar='LIST', type=cli.IntRanges(), default='0-63', show_default=True, help='Seeds, as in 1,2,5-10.')
 @cli.option('--subdirs', is_flag=True, help='A folder for every 1000 seeds.')
 @cli.option('--latents', 'as_latents', is_flag=True, help='Write what the network draws, undecoded: float32 [C, H, W], %06d.npy.')
-@cli.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), help='Class of all images.  [default: random, by seed]')
 @cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images that a process generates at a time.')
-@cli.option('--steps', metavar='INT', type=click.IntRange(min=1), help="Sampling steps.  [default: a student's own; 18 for a teacher]")
-@cli.option('--solver', type=click.Choice(['student', 'euler', 'heun']),
-            help='Sampler.  [default: what the snapshot is: student, or heun for a teacher]')
-@cli.option('--sigma_min', metavar='FLOAT', type=cli.POSITIVE, help='Lowest noise level.  [default: varies]')
-@cli.option('--sigma_max', metavar='FLOAT', type=cli.POSITIVE, help='Highest noise level.  [default: varies]')
-@cli.option('--rho', metavar='FLOAT', type=cli.RHO, help='Exponent of the noise levels.  [default: 7]')
-@cli.option('--force-steps', is_flag=True, group=STUDENT, help='Sample a student with another number of steps than it was trained for.')
-@cli.option('--S_churn', 'S_churn', metavar='FLOAT', type=cli.Number(min=0), group=TEACHER, help='Amount of noise added.  [default: 0]')
-@cli.option('--S_min', 'S_min', metavar='FLOAT', type=cli.Number(min=0), group=TEACHER,
-            help='Lowest noise level with added noise.  [default: 0]')
-@cli.option('--S_max', 'S_max', metavar='FLOAT', type=cli.Number(min=0, infinite=True), group=TEACHER, help='Highest such level.  [default: inf]')
-@cli.option('--S_noise', 'S_noise', metavar='FLOAT', type=cli.Number(), group=TEACHER, help='Scale of the added noise.  [default: 1]')
-@cli.option('--disc', 'discretization', type=click.Choice(['edm', 'vp', 've', 'iddpm']), group=TEACHER, help='Time steps.  [default: edm]')
-@cli.option('--schedule', type=click.Choice(['linear', 'vp', 've']), group=TEACHER, help='Noise schedule sigma(t).  [default: linear]')
-@cli.option('--scaling', type=click.Choice(['none', 'vp']), group=TEACHER, help='Signal scaling s(t).  [default: none]')
-def main(network, outdir, seeds, subdirs, as_latents, class_idx, batch, steps, solver, force_steps, **options):
+@sampling_options()
+def main(network, outdir, seeds, subdirs, as_latents, batch, sampling):
     """Generate images from a snapshot: a student by its own grid, a teacher by solving the probability-flow ODE.
 
     \b
@@ -56,13 +89,7 @@ def main(network, outdir, seeds, subdirs, as_latents, class_idx, batch, steps, s
         net = load_network(network, distributed.get_device())
         if not as_latents:  # a VAE that is missing is better missed now
             encoders.encoder_of(net, distributed.get_device())
-    solver, steps = samplers.resolve(net, solver, steps, force_steps)
-    options = {name: value for name, value in options.items() if value is not None}
-    choose = generation.uniform_labels
-    if class_idx is not None:
-        if class_idx >= net.label_dim:
-            raise UserError(f'--class={class_idx} does not exist: {network} has {net.label_dim or "no"} classes')
-        choose = generation.fixed_labels(class_idx)
+    arguments = sampling_arguments(net, network, **sampling)
     try:
         os.makedirs(outdir, exist_ok=True)
     except OSError as error:
@@ -70,11 +97,12 @@ def main(network, outdir, seeds, subdirs, as_latents, class_idx, batch, steps, s
 
     generate, save, extension = ((generation.generate_latents, generation.save_latents, 'npy') if as_latents else
                                  (generation.generate_batch, generation.save_images, 'png'))
+    nfe = samplers.evaluations(arguments['solver'], arguments['steps'])
     what = f'{len(seeds)} {"latents" if as_latents else "images"}'
-    distributed.print0(f'Generating {what} to "{outdir}" ({solver}, {samplers.evaluations(solver, steps)} evaluations each)...')
+    distributed.print0(f'Generating {what} to "{outdir}" ({arguments["solver"]}, {nfe} evaluations each)...')
     batches = list(generation.split_batches(seeds, batch, distributed.get_rank(), distributed.get_world_size()))
     for part in tqdm.tqdm(batches, unit='batch', disable=None if distributed.is_main() else True, dynamic_ncols=True):
-        drawn = generate(net, part, choose, solver, steps, force_steps=force_steps, **options)
+        drawn = generate(net, part, **arguments)
         folders = [os.path.join(outdir, f'{seed - seed % 1000:06d}') if subdirs else outdir for seed in part]
         save(drawn, [os.path.join(folder, f'{seed:06d}.{extension}') for folder, seed in zip(folders, part)])
     distributed.barrier()

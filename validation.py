@@ -88,17 +88,10 @@ class Validator:
         distributed.barrier()  # every process has looked before any writes
 
     def _reference_of(self, path: str):
-        from metrics.calc import feature_statistics
-        from metrics.images import image_batches
-        from metrics.reference import Reference
-        from torch_utils import distributed
-        from training.dataset import ImageFolderDataset
-        data = ImageFolderDataset(path)
-        if data.holds_latents:
-            raise UserError(f'{path} holds latents, and a reference is made of images: name those that the latents were made from')
-        batches = image_batches(data, self.options.batch, distributed.get_rank(), distributed.get_world_size())
-        stats = feature_statistics(batches, self.detector)
-        return Reference(stats.mu, stats.sigma, self.detector.name, self.detector.digest, stats.count)
+        from metrics.calc import observe, reference_of
+        from metrics.images import open_images
+        source = open_images(path)
+        return reference_of(source, observe(source, {'': self.detector}, self.options.batch)[''], self.detector)
 
     def run(self, net, nimg: int, ema: str, steps: int | None = -1, metadata: dict | None = None, stop: StopRequest | None = None) -> dict | None:
         """One line of metrics-val.jsonl: the distance of `options.num` images of `net`, as `{"kimg", "nimg", "fid", ...}`.
@@ -106,16 +99,17 @@ class Validator:
         `steps`: None for the network's default, else `options.steps`. `metadata` says what a network in training is (its grid).
         Where `stop` is asked for meanwhile, on any process, the evaluation is given up on all, and the result is None.
         """
-        from metrics.calc import feature_statistics
+        from metrics.calc import observe
         from metrics.frechet import frechet_distance
         from training import samplers
         start = time.time()
         if metadata is not None:
             net.metadata = metadata
         solver, steps = samplers.resolve(net, None, self.options.steps if steps == -1 else steps)
-        stats = feature_statistics(self._images(net, solver, steps, nimg, ema, stop), self.detector)
-        if stop is not None and stop.anywhere():
+        seen = observe(self._images(net, solver, steps, nimg, ema), {'': self.detector}, self.options.batch, stop=stop and stop.anywhere)
+        if seen is None:
             return None
+        stats = seen[''].stats
         fid = frechet_distance(stats.mu, stats.sigma, self.reference.mu, self.reference.sigma)
         return dict(kimg=nimg / 1e3, nimg=nimg, fid=fid, num_images=stats.count, steps=steps, nfe=samplers.evaluations(solver, steps), ema=ema,
                     seconds=round(time.time() - start, 3))
@@ -142,21 +136,12 @@ class Validator:
         generation.save_images(picture.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)[None], [path])
         return path
 
-    def _images(self, net, solver: str, steps: int, nimg: int, ema: str, stop: StopRequest | None):
-        from torch_utils import distributed
-        from training import generation
+    def _images(self, net, solver: str, steps: int, nimg: int, ema: str):
+        from metrics.generated import GeneratedImages
         choose = label_chooser(self.options.label, net.label_dim, self.dataset)
         seeds = range(self.options.seed, self.options.seed + self.options.num)
         folder = self.options.dump_images_dir and os.path.join(self.options.dump_images_dir, f'{nimg:09d}-{ema}')
-        processes = distributed.get_world_size()
-        shared = -(-len(seeds) // self.options.batch) // processes  # batches that every process has, after which all can agree to stop
-        for k, batch in enumerate(generation.split_batches(seeds, self.options.batch, distributed.get_rank(), processes)):
-            images = generation.generate_batch(net, batch, choose, solver, steps)
-            if folder:
-                generation.save_images(images, [os.path.join(folder, f'{seed:06d}.png') for seed in batch])
-            yield images
-            if stop is not None and k < shared and stop.anywhere():
-                return
+        return GeneratedImages(net, seeds, self.options.batch, choose, solver, steps, dump=folder)
 
 
 @click.command(cls=cli.Command)

@@ -88,6 +88,10 @@ class Number(click.FloatRange):
         return number
 
 
+    def _describe_range(self):
+        return super()._describe_range() if (self.min, self.max) != (None, None) else ''
+
+
 POSITIVE = Number(min=0, min_open=True)
 RHO = Number(min=0.1)  # exponents of noise levels; below, powers overflow
 

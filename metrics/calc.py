@@ -1,36 +1,159 @@
-"""Statistics of a stream of images: what fid.py, validation and the demo have in common."""
+"""From images to features and their statistics: one pass, on all processes, under any number of detectors. All that evaluates goes through it."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from dnnlib.util import UserError
+from dnnlib import UserError
+from metrics.cache import FeatureCache
 from metrics.detectors import Detector
+from metrics.images import ImageSource
+from metrics.reference import Reference
 from metrics.statistics import FeatureStats
 from torch_utils import distributed
 
 
-def feature_statistics(batches: Iterable[torch.Tensor], detector: Detector, keep: bool = False) -> FeatureStats:
-    """Statistics of the detector's features of all images, of all processes together.
+@dataclass(frozen=True)
+class Observed:
+    """What a detector saw in a set of images.
+
+    Attributes:
+        stats: moments of the features, on every process.
+        skipped: how many images were left out.
+        problems: why, of those that were not left out by an earlier run that filled the cache. This and what follows: on the main process only.
+        copies: how many images have the very pixels of another one before them.
+        features: [n, D] float32 on the CPU, in the order of the images; None where they were not asked for.
+        probabilities: [n, K] of its classes, likewise.
+    """
+
+    stats: FeatureStats
+    skipped: int = 0
+    problems: list[str] = field(default_factory=list)
+    copies: int = 0
+    features: Tensor | None = None
+    probabilities: Tensor | None = None
+
+
+def observe(source: ImageSource, detectors: Mapping[str, Detector], batch: int, keep: np.ndarray | bool = False,
+            classes: Container[str] = (), cache: str | None = None, workers: int = 4,
+            advance: Callable[[int], object] = lambda count: None, stop: Callable[[], bool] | None = None) -> dict[str, Observed] | None:
+    """What each detector sees in all images, of all processes together.
+
+    Batch k holds the images k·batch … (k + 1)·batch − 1, whichever process computes it, and the last one is filled up before a detector sees
+    it: features do not depend on the number of processes.
 
     Args:
-        batches: this process's images, uint8 [n, C, H, W] a batch. A process may have none, but every process must call.
-        detector: from `load_detector`.
-        keep: whether to keep the features (for `bootstrap_interval`).
-    Returns: the reduced statistics, the same on every process.
-    Raises: UserError where there are no images at all.
+        source: of images; see metrics/images.py. Every process calls with the same.
+        detectors: by the names that the result has.
+        keep: whether to keep features; or [len(source)] bool, of which images.
+        classes: the names of detectors whose class probabilities are to be kept.
+        cache: folder in which features are kept and found again; see `FeatureCache`.
+        workers: threads that decode.
+        advance: called with the number of images, of all processes, that a step of this process stands for.
+        stop: asked by all processes together, now and then; where it says so the images are left, and the result is None. Not with a cache.
+    Raises: UserError where there are no images, or one cannot be used.
     """
-    stats = None
-    for images in batches:
-        features = detector(images)
-        if stats is None:
-            stats = FeatureStats(features.shape[1], detector.device, keep)
-        stats.append(features)
-    dims = {dim for dim in distributed.gather_objects(detector.dim) if dim is not None}
-    if not dims:
-        raise UserError('There are no images to compute statistics of.')
-    if stats is None:
-        detector.dim = dims.pop()
-        stats = FeatureStats(detector.dim, detector.device, keep)
-    return stats.reduce()
+    parts = [range(start, min(start + batch, len(source))) for start in range(0, len(source), batch)]
+    rank, processes = distributed.get_rank(), distributed.get_world_size()
+    keep = np.full(len(source), keep) if isinstance(keep, bool) else keep
+    watches = {name: _Watch(detector, source, batch, keep, name in classes, cache) for name, detector in detectors.items()}
+    images_of_round = lambda k: sum(map(len, parts[k - rank:k - rank + processes]))
+    missing = []
+    for k in range(rank, len(parts), processes):
+        recalled = [watch.recall(parts[k]) for watch in watches.values()]
+        if all(recalled):
+            advance(images_of_round(k))
+        else:
+            missing.append(k)
+    for k, (part, images, indices) in zip(missing, source.stream([parts[k] for k in missing], workers)):
+        filled = torch.cat([images, images[-1:].expand(batch - len(images), -1, -1, -1)]) if 0 < len(images) < batch else images
+        for watch in watches.values():
+            watch.see(part, filled, indices)
+        advance(images_of_round(k))
+        if stop and k - rank + processes <= len(parts) and stop():  # of the rounds in which every process has a batch
+            return None
+    if stop and stop():
+        return None
+    return {name: watch.result() for name, watch in watches.items()}
+
+
+def count_features(detector: Detector, image_shape: list[int]) -> None:
+    """See to it that the detector's `dim` is known, if need be by an empty image [C, H, W]."""
+    if detector.dim is None:
+        detector(torch.zeros([1, *image_shape], dtype=torch.uint8))
+
+
+class _Watch:
+    """One detector's view of the images, as far as this process sees them."""
+
+    def __init__(self, detector: Detector, source: ImageSource, batch: int, keep: np.ndarray, classes: bool, cache: str | None):
+        count_features(detector, source.image_shape)
+        self.detector, self.source, self.keep, self.classes = detector, source, torch.from_numpy(keep), classes
+        self.stats = FeatureStats(detector.dim, detector.device)
+        self.kept: dict[int, dict[str, Tensor]] = {}  # of each batch, by its first image: digests, and what is to be kept
+        self.cache = cache and FeatureCache(cache, detector.name, dict(images=source.fingerprint(), detector=detector.digest, batch=batch))
+
+    def recall(self, part: range) -> bool:
+        """Add a batch from the cache; whether it was there."""
+        names = {'indices', 'digests', 'features', *(['probabilities'] if self.classes else [])}
+        found = self.cache and self.cache.load(part, names)
+        if found:
+            self._add(part, {name: torch.from_numpy(found[name]) for name in names})
+        return bool(found)
+
+    def see(self, part: range, images: Tensor, indices: list[int]) -> None:
+        """Add a batch of images, of which the first `len(indices)` count; nothing where it was recalled, or none is left of it."""
+        count = len(indices)
+        if part.start in self.kept or count == 0:
+            return
+        found = dict(indices=torch.tensor(indices), digests=image_digests(images[:count]))
+        if self.classes:
+            found['features'], found['probabilities'] = self.detector.with_probabilities(images)
+        else:
+            found['features'] = self.detector(images)
+        found = {name: values[:count].float() if values.is_floating_point() else values for name, values in found.items()}
+        if self.cache:
+            self.cache.save(part, {name: values.cpu().numpy() for name, values in found.items()})
+        self._add(part, found)
+
+    def _add(self, part: range, found: dict[str, Tensor]) -> None:
+        self.stats.append(found['features'])
+        kept = dict(digests=found['digests'], features=found['features'][self.keep[found['indices']].to(found['features'].device)])
+        if self.classes:
+            kept['probabilities'] = found['probabilities']
+        self.kept[part.start] = {name: values.cpu() for name, values in kept.items()}
+
+    def result(self) -> Observed:
+        """Over all processes."""
+        if self.stats.reduce().count == 0:
+            raise UserError(f'There are no images in {self.source.name} to compute statistics of.')
+        skipped = len(self.source) - self.stats.count
+        shares = distributed.gather_on_main((self.kept, self.source.skipped))
+        if not shares:
+            return Observed(self.stats, skipped)
+        kept, problems = ({key: value for share in column for key, value in share.items()} for column in zip(*shares))
+        joined = {name: torch.cat([kept[start][name] for start in sorted(kept)]) for name in kept[min(kept)]}
+        return Observed(self.stats, skipped, [problems[i] for i in sorted(problems)], len(joined['digests']) - len(joined['digests'].unique()),
+                        joined['features'] if self.keep.any() else None, joined.get('probabilities'))
+
+
+def reference_of(source: ImageSource, seen: Observed, detector: Detector) -> Reference:
+    """What a detector saw, as a reference for other images."""
+    channels, height, width = source.image_shape
+    features = None if seen.features is None else seen.features.numpy()
+    return Reference(seen.stats.mu, seen.stats.sigma, detector.name, detector.digest, seen.stats.count, f'{width}x{height}x{channels}', features)
+
+
+def image_digests(images: Tensor) -> Tensor:
+    """[n] int64 digests of uint8 images [n, C, H, W], where they live: sums of random multiples of their pixels, modulo 2⁶⁴.
+
+    Two images that differ have the same one with a probability of about 2⁻⁵⁶. They tell copies by accident, and no forgeries.
+    """
+    pixels = images.flatten(1)
+    generator = torch.Generator().manual_seed(0)
+    multiples = torch.randint(-1 << 63, (1 << 63) - 1, [pixels.shape[1]], generator=generator).to(pixels.device)
+    return (pixels * multiples).sum(dim=1)

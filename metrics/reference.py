@@ -1,20 +1,51 @@
-"""Reference statistics on disk, in EDM's format: an .npz file with `mu` and `sigma`; ours says how they were made too."""
+"""Reference statistics on disk.
+
+| format | holds |
+| --- | --- |
+| ours, `.npz` | `mu`, `sigma` and how they were made: `detector`, `detector_digest`, `num_images`, `resolution`; perhaps `features` |
+| EDM's and pytorch-fid's, `.npz` | `mu`, `sigma` |
+| OpenAI's guided-diffusion, `.npz` | `mu`, `sigma`; `arr_0`, some of the images; `mu_s`, `sigma_s` of spatial features, which are not used |
+| EDM2's, `.pkl` | `{'num_images': ..., 'fid': {'mu': ..., 'sigma': ...}, 'fd_dinov2': {...}}` |
+
+An entry is the statistics of one detector. Ours has `fid` under plain keys, where other tools look for it, and any other behind its name:
+`fd_dinov2.mu`. Nothing in a file is executed: arrays with Python objects are refused, and pickles are read as data.
+"""
 from __future__ import annotations
 
+import math
 import os
+import re
 import sys
-import zipfile
-import zlib
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from dnnlib.util import UserError, atomic_write, open_url
+from dnnlib.util import UserError, atomic_write, local_path
+from metrics.arrays import ArchivedArrays, Header, may_be_images
 from metrics.detectors import Detector
 from metrics.frechet import check_gaussian
 from torch_utils import distributed
+from torch_utils.restricted_pickle import (
+    DICTS,
+    ENCODED_BYTES,
+    NUMPY_ARRAYS,
+    NUMPY_SCALARS,
+    NUMPY_TYPES,
+    Call,
+    MalformedPickle,
+    Span,
+    latin1,
+    plain,
+    read_pickle,
+    text_of_bytes,
+)
 
-UNREADABLE = (ValueError, OSError, EOFError, KeyError, NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error)
+MAIN_ENTRY = 'fid'
+AGAIN = 'Make the reference again with fid.py ref.'
+PICKLE_NAMES = frozenset(NUMPY_ARRAYS | NUMPY_SCALARS | NUMPY_TYPES | DICTS | {ENCODED_BYTES})
+ROWS = 4096  # of features, looked at together
 
 
 @dataclass(frozen=True)
@@ -25,7 +56,8 @@ class Reference:
         mu, sigma: [D] and [D, D], float64.
         detector, detector_digest: name and SHA-256 of the detector's file.
         num_images: how many images they are of.
-        resolution: of the images, as in '64x64x3'.
+        resolution: of the images, width x height x channels, as in '64x64x3'.
+        features: [n, D] of some of the images, float32, mapped from the file: they take no memory before they are used.
     """
 
     mu: np.ndarray
@@ -34,41 +66,68 @@ class Reference:
     detector_digest: str | None = None
     num_images: int | None = None
     resolution: str | None = None
+    features: np.ndarray | None = None
 
 
-def load_reference(source: str | os.PathLike) -> Reference:
-    """Reference statistics from a path or URL. Pickled contents are refused, not loaded.
+def load_reference(source: str | os.PathLike, entry: str = MAIN_ENTRY) -> Reference:
+    """Reference statistics from a path or URL, in any of the formats above.
 
-    Raises: UserError for a missing or broken file, missing keys, or values that are no mean and covariance.
+    Args:
+        entry: 'fid', 'fd_dinov2' or another that the file has.
+    Raises: UserError that names file and key: for a missing or broken file, an entry or key that is not there, or values that are no mean,
+        covariance, count, resolution or features.
     """
-    with open_url(source) as file:
-        if file.read(2) != b'PK':
-            raise UserError(f'{source} is not an .npz file. Make a reference with fid.py ref.')
-        file.seek(0)
-        try:
-            with np.load(file, allow_pickle=False) as archive:
-                values = {key: archive[key] for key in Reference.__dataclass_fields__ if key in archive}
-        except UNREADABLE as error:
-            raise UserError(f'{source} cannot be read as an .npz file of plain arrays: {error}. Make the reference again with fid.py ref.') from error
-    if missing := [key for key in ('mu', 'sigma') if key not in values]:
-        raise UserError(f'{source} has no {" and no ".join(missing)}. Make a reference with fid.py ref.')
-    mu, sigma = check_gaussian(values.pop('mu'), values.pop('sigma'), os.fspath(source))
-    try:
-        notes = {key: int(value) if key == 'num_images' else str(value) for key, value in values.items()}
-    except (TypeError, ValueError) as error:
-        raise UserError(f'{source}: num_images is not a number. Make the reference again with fid.py ref.') from error
+    with _open_arrays(source) as arrays:
+        prefix = _prefix(entry)
+        _check_there(arrays, entry, prefix)
+        mu = _read_finite(arrays, f'{prefix}mu')
+        sigma = _read_covariance(arrays, f'{prefix}sigma', mu)
+        notes = {name: read(arrays, f'{prefix}{name}') for name, read in NOTES.items() if f'{prefix}{name}' in arrays.keys}
+        if 'resolution' not in notes and not prefix and 'arr_0' in arrays.keys:
+            notes['resolution'] = _resolution_of_images(arrays)
+        if f'{prefix}features' in arrays.keys:
+            notes['features'] = _map_features(arrays, f'{prefix}features', len(mu), notes.get('num_images'))
     return Reference(mu, sigma, **notes)
 
 
-def save_reference(path: str | os.PathLike, reference: Reference) -> None:
-    """Write an .npz file that EDM's tools read too, whole or not at all."""
+def holds_statistics(source: str | os.PathLike) -> bool:
+    """Whether `source` is a file of statistics, or something wrong; not where it is a folder, zip or array of images."""
+    if os.path.isdir(source) or os.path.splitext(os.fspath(source))[1].lower() in ('.zip', '.npy'):
+        return False
+    with _open_arrays(source) as arrays:
+        if 'arr_0' in arrays.keys or any(key in ('mu', 'sigma') or key.endswith(('.mu', '.sigma')) for key in arrays.keys):
+            return 'mu' in arrays.keys or 'arr_0' not in arrays.keys
+        return not any(may_be_images(arrays.header(key)) for key in arrays.keys)
+
+
+def reference_images(source: str | os.PathLike) -> np.ndarray | None:
+    """The images in a reference of OpenAI's, uint8 [N, H, W, 3], mapped from the file; None where there are none.
+
+    They are 10,000 or so, of which features can be had; `mu` and `sigma` are of many more.
+    """
+    with _open_arrays(source) as arrays:
+        if 'arr_0' not in arrays.keys:
+            return None
+        _resolution_of_images(arrays)
+        return arrays.map('arr_0')
+
+
+def save_reference(path: str | os.PathLike, entries: Mapping[str, Reference]) -> None:
+    """Write an .npz file, whole or not at all; other tools read its entry 'fid'.
+
+    Args:
+        entries: by name, such as {'fid': ..., 'fd_dinov2': ...}.
+    """
     with atomic_write(path) as file:
-        np.savez(file, **{key: value for key, value in asdict(reference).items() if value is not None})
+        np.savez(file, **{f'{_prefix(entry)}{key}': value for entry, reference in entries.items()
+                          for key, value in vars(reference).items() if value is not None})
 
 
-def check_same_detector(reference: Reference, detector: Detector, source: str | os.PathLike) -> None:
-    """Refuse a reference of another detector; where `source` does not record its detector, say so on stderr.
+def check_same_detector(reference: Reference, detector: Detector, source: str | os.PathLike, image_shape: list[int] | None = None) -> None:
+    """Refuse a reference of another detector. Warn, on stderr, where `source` does not record its detector, or was made at another resolution.
 
+    Args:
+        image_shape: [C, H, W] of the images that will be compared with it. Channels may differ: grey images become colour images.
     Raises: UserError for another detector, or another number of features once the detector's is known.
     """
     if reference.detector_digest is not None and reference.detector_digest != detector.digest:
@@ -80,3 +139,205 @@ def check_same_detector(reference: Reference, detector: Detector, source: str | 
                         'Pass the detector that made the reference, or make the reference again with fid.py ref.')
     if reference.detector_digest is None:
         distributed.print0(f'Warning: {source} does not record its detector; taking it for {detector.name}.', file=sys.stderr)
+    if image_shape is not None and reference.resolution is not None:
+        width, height, _ = reference.resolution.split('x')
+        if [int(height), int(width)] != list(image_shape[1:]):
+            distributed.print0(f'Warning: {source} is of {width}x{height} images, and these are {image_shape[2]}x{image_shape[1]}: '
+                               'the distance will be that of their sharpness too.', file=sys.stderr)
+
+#----------------------------------------------------------------------------
+# Entries and their keys.
+
+def _prefix(entry: str) -> str:
+    return '' if entry == MAIN_ENTRY else f'{entry}.'
+
+
+def _check_there(arrays: ArchivedArrays | PickledArrays, entry: str, prefix: str) -> None:
+    """Refuse a file that lacks the entry or its mean or covariance, by saying what it has."""
+    missing = [f'{prefix}{key}' for key in ('mu', 'sigma') if f'{prefix}{key}' not in arrays.keys]
+    keys = [key for key in arrays.keys if key.isprintable()]
+    others = [key.removesuffix('mu').removesuffix('.') or MAIN_ENTRY for key in keys if key == 'mu' or key.endswith('.mu')]
+    if len(missing) == 2 and others:
+        raise UserError(f'{arrays.name} has no entry {entry}, only {", ".join(others)}. '
+                        f'Make a reference that has it with fid.py ref --metrics={",".join([*others, entry])}.')
+    if missing:
+        held = f' (it holds {", ".join(keys[:4])}{", ..." if len(keys) > 4 else ""})' if keys else ''
+        raise UserError(f'{arrays.name} has no {" and no ".join(missing)}{held}. Make a reference with fid.py ref.')
+
+
+def _read_finite(arrays: ArchivedArrays | PickledArrays, key: str) -> np.ndarray:
+    """A float64 array without NaN and infinity."""
+    values = arrays.read(key)
+    if values.dtype.kind not in 'fiu':
+        raise UserError(f'{arrays.name}: {key} is of type {values.dtype}, not of real numbers. {AGAIN}')
+    values = values.astype(np.float64, copy=False)
+    if not np.isfinite(values).all():
+        raise UserError(f'{arrays.name}: {key} has values that are NaN or infinite. Check detector and images. {AGAIN}')
+    return values
+
+
+def _read_covariance(arrays: ArchivedArrays | PickledArrays, key: str, mu: np.ndarray) -> np.ndarray:
+    """The covariance [D, D] that goes with a mean [D]. Its shape is looked at before its values are."""
+    shape = arrays.header(key).shape
+    if mu.ndim != 1 or len(mu) == 0 or shape != (len(mu), len(mu)):
+        raise UserError(f'{arrays.name}: a mean of shape {list(mu.shape)} does not go with {key} of shape {list(shape)}; '
+                        f'expected are [D] and [D, D]. {AGAIN}')
+    _, sigma = check_gaussian(mu, _read_finite(arrays, key), f'{arrays.name}: {key}')
+    if sigma.diagonal().min() < 0:
+        raise UserError(f'{arrays.name}: {key} is no covariance: feature {sigma.diagonal().argmin()} has a negative variance. {AGAIN}')
+    return sigma
+
+
+def _read_text(arrays: ArchivedArrays | PickledArrays, key: str) -> str:
+    value = arrays.read(key)
+    if value.ndim or value.dtype.kind != 'U':
+        raise UserError(f'{arrays.name}: {key} is no text. {AGAIN}')
+    return str(value)
+
+
+def _read_count(arrays: ArchivedArrays | PickledArrays, key: str) -> int:
+    value = arrays.read(key)
+    if value.ndim or value.dtype.kind not in 'iu' or value < 1:
+        raise UserError(f'{arrays.name}: {key} is no number of images. {AGAIN}')
+    return int(value)
+
+
+def _read_resolution(arrays: ArchivedArrays | PickledArrays, key: str) -> str:
+    text = _read_text(arrays, key)
+    if not re.fullmatch(r'[0-9]{1,6}x[0-9]{1,6}x[0-9]{1,3}', text):
+        raise UserError(f'{arrays.name}: {key} is {text[:40]!r}, not width x height x channels as in 64x64x3. {AGAIN}')
+    return text
+
+
+NOTES = dict(detector=_read_text, detector_digest=_read_text, num_images=_read_count, resolution=_read_resolution)
+
+
+def _map_features(arrays: ArchivedArrays | PickledArrays, key: str, dim: int, num_images: int | None) -> np.ndarray:
+    """float32 [n, D]"""
+    header = arrays.header(key)
+    if header.dtype.kind != 'f' or len(header.shape) != 2 or header.shape[1] != dim or header.shape[0] > (num_images or header.shape[0]):
+        raise UserError(f'{arrays.name}: {key} is {header.dtype} {list(header.shape)}; expected is float32 '
+                        f'[at most {num_images or "N"}, {dim}]. {AGAIN}')
+    features = arrays.map(key, verify=True)
+    if not all(np.isfinite(features[row:row + ROWS]).all() for row in range(0, len(features), ROWS)):
+        raise UserError(f'{arrays.name}: {key} has values that are NaN or infinite. Check detector and images. {AGAIN}')
+    return features.astype(np.float32, copy=False)
+
+
+def _resolution_of_images(arrays: ArchivedArrays | PickledArrays) -> str:
+    """Of OpenAI's `arr_0`, from its header. Raises: UserError where it is no array of colour images."""
+    header = arrays.header('arr_0')
+    if header.dtype != np.uint8 or len(header.shape) != 4 or header.shape[3] != 3:
+        raise UserError(f'{arrays.name}: arr_0 is {header.dtype} {list(header.shape)}, not images, uint8 [N, H, W, 3]. '
+                        'Take the original file, or make a reference with fid.py ref.')
+    _, height, width, channels = header.shape
+    return f'{width}x{height}x{channels}'
+
+#----------------------------------------------------------------------------
+# Files.
+
+def _open_arrays(source: str | os.PathLike) -> ArchivedArrays | PickledArrays:
+    """The arrays of a file by key, whatever its format; with EDM2's under the keys that ours would have."""
+    path = local_path(source)
+    try:
+        with open(path, 'rb') as file:
+            start = file.read(2)
+    except OSError as error:
+        raise UserError(f'Cannot read {source}: {error.strerror}. Check its permissions.') from error
+    if start == b'PK':
+        return ArchivedArrays(path, source)
+    if start[:1] == b'\x80':
+        return PickledArrays(path, source)
+    raise UserError(f"{source} is not an .npz file, nor a pickle as EDM2's references are. Make a reference with fid.py ref.")
+
+
+class PickledArrays:
+    """The arrays and numbers of a pickled dict, and of dicts in it, by the keys that `save_reference` gives. A context manager.
+
+    The pickle is read by `restricted_pickle`: as data, and whatever it names but arrays is refused.
+    """
+
+    def __init__(self, path: Path, name: str | os.PathLike):
+        self.name, self._path = os.fspath(name), path
+        try:
+            with open(path, 'rb') as file:
+                tree = read_pickle(file, os.path.getsize(path), PICKLE_NAMES)
+        except MalformedPickle as error:
+            raise UserError(f"{name} cannot be read as one of EDM2's references: it {error}. "
+                            'Take the original file, or make a reference with fid.py ref.') from error
+        self._nodes = {}
+        entries = tree if isinstance(tree, dict) else {}
+        shared = {key: entries[key] for key in ('num_images',) if key in entries}  # EDM2 counts once for all entries
+        for entry, node in entries.items():
+            if isinstance(entry, str) and isinstance(node, dict):
+                self._nodes |= {f'{_prefix(entry)}{key}': value for key, value in (shared | node).items() if isinstance(key, str)}
+
+    def __enter__(self) -> PickledArrays:
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self._nodes)
+
+    def header(self, key: str) -> Header:
+        return self._array(key)[0]
+
+    def read(self, key: str) -> np.ndarray:
+        header, data = self._array(key)
+        return np.frombuffer(data(), header.dtype).reshape(header.shape, order=header.order)
+
+    def map(self, key: str, verify: bool = False) -> np.ndarray:
+        return self.read(key)
+
+    def _array(self, key: str):
+        """(header, function that reads the bytes) of an array, or of a number or text."""
+        node = self._nodes[key]
+        try:
+            parts = _array_parts(node)
+            if parts is None:
+                value = np.array(plain(node))
+                if value.dtype.kind not in 'biufU':
+                    raise MalformedPickle(f'is of type {type(node).__name__}')
+                return Header(value.shape, value.dtype, 'C'), value.tobytes
+            header, data = parts
+            size = data.size if isinstance(data, Span) else len(data)
+            if size != header.nbytes:
+                raise MalformedPickle(f'says {header.dtype} {list(header.shape)}, and has {size:,} bytes')
+        except (MalformedPickle, ValueError) as error:
+            raise UserError(f'{self.name}: {key} is no readable plain array: it {error}. '
+                            'Take the original file, or make a reference with fid.py ref.') from error
+        return header, lambda: self._bytes(data)
+
+    def _bytes(self, data: Span | bytes) -> bytes:
+        if isinstance(data, bytes) or data.data is not None:
+            return data if isinstance(data, bytes) else data.data
+        with open(self._path, 'rb') as file:
+            file.seek(data.start)
+            return file.read(data.size)
+
+
+def _array_parts(node) -> tuple[Header, Span | bytes] | None:
+    """Header and values of a pickled numpy array; None for what is none.
+
+    Protocols 2 to 4 call `_reconstruct` and give it the state (version, shape, type, whether Fortran's order, values); protocol 5 calls
+    `_frombuffer` with (values, type, shape, order).
+    """
+    match node:
+        case Call(name=name, args=(values, Call(name='numpy.dtype') as dtype, tuple(shape), str(order))) if name in NUMPY_ARRAYS:
+            pass
+        case Call(name=name, state=(_, tuple(shape), Call(name='numpy.dtype') as dtype, bool(fortran), values)) if name in NUMPY_ARRAYS:
+            order = 'F' if fortran else 'C'
+        case _:
+            return None
+    code = dtype.args[0] if dtype.args else None
+    byte_order = dtype.state[1] if isinstance(dtype.state, tuple) and len(dtype.state) > 1 else None
+    if not (isinstance(code, str) and re.fullmatch(r'[iu][1248]|f[248]', code) and byte_order in ('<', '>', '|') and order in ('C', 'F')):
+        raise MalformedPickle('is an array of something else than numbers')
+    if not all(type(size) is int and size >= 0 for size in shape) or math.prod(shape) > sys.maxsize:
+        raise MalformedPickle('has no shape')
+    if not isinstance(values, Span):
+        values = latin1(text_of_bytes(values) or '')
+    return Header(shape, np.dtype(byte_order + code), order), values

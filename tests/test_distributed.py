@@ -24,13 +24,13 @@ total = distributed.all_reduce_sum(torch.tensor(rank + 1.0, dtype=torch.float64,
 assert total == 3, total
 assert distributed.broadcast_object({'from': rank}) == {'from': 0}
 assert distributed.gather_objects('ab'[rank]) == ['a', 'b']
+assert distributed.gather_on_main('ab'[rank]) == (['a', 'b'] if rank == 0 else [])
 distributed.barrier()
 features = torch.randn(21, 4, generator=torch.Generator().manual_seed(0))
-stats = FeatureStats(4, distributed.get_device(), keep=True)
+stats = FeatureStats(4, distributed.get_device())
 stats.append(features.split([13, 8])[rank].to(distributed.get_device()))
 stats.reduce()
 assert (torch.from_numpy(stats.sigma) - features.double().T.cov()).abs().max() < 1e-12
-assert (stats.features == features.numpy()).all()
 distributed.print0(f'rank {rank} speaks')
 distributed.shutdown()
 '''
@@ -41,7 +41,7 @@ def test_one_process_needs_no_group():
     x = torch.ones(3)
     assert distributed.all_reduce_sum(x) is x
     assert (distributed.get_rank(), distributed.get_world_size(), distributed.is_main()) == (0, 1, True)
-    assert distributed.broadcast_object('x') == 'x' and distributed.gather_objects('x') == ['x']
+    assert distributed.broadcast_object('x') == 'x' and distributed.gather_objects('x') == distributed.gather_on_main('x') == ['x']
     assert not torch.distributed.is_initialized()
     distributed.barrier()
     distributed.shutdown()

@@ -20,6 +20,8 @@ import reconstruct_phema
 import train
 import validation
 from benchmarks import checkpoint as checkpoint_benchmark
+from benchmarks import frechet as frechet_benchmark
+from benchmarks import images as images_benchmark
 from benchmarks import scaling, step
 from benchmarks import state as state_benchmark
 from dnnlib import EasyDict
@@ -39,6 +41,7 @@ COMMANDS = {'train.py': train.main, 'generate.py': generate.main, 'fid.py calc':
             'reconstruct_phema.py': reconstruct_phema.main,
             'dataset_tool.py': dataset_tool.main, 'demo.py': demo.main, 'convert.py': convert.main, 'convert.py info': convert.info,
             'benchmarks/step.py': step.main, 'benchmarks/scaling.py': scaling.main,
+            'benchmarks/frechet.py': frechet_benchmark.main, 'benchmarks/images.py': images_benchmark.main,
             'benchmarks/checkpoint.py': checkpoint_benchmark.main, 'benchmarks/state.py': state_benchmark.main,
             'python -m metrics.rulers': rulers.main}
 # Options of torchrun and srun.

@@ -11,10 +11,16 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers import assert_one_clear_error
 from PIL import Image
 
 import fid
+import generate
 from metrics.frechet import frechet_distance
+from metrics.inception_score import inception_score
+from metrics.kernel import kernel_distance
+from metrics.neighbours import density_coverage, precision_recall
+from metrics.uncertainty import frechet_infinity
 
 ROOT = Path(__file__).resolve().parents[1]
 DIM = 5
@@ -27,11 +33,20 @@ class Moments(torch.nn.Module):
         return images[:, 0, 1, 1:6].float() / 255
 
 
+class Classes(torch.nn.Module):
+    """The same, and two classes by the first of them, in the manner of NVIDIA's Inception."""
+
+    def forward(self, images, return_features: bool = False):
+        features = images[:, 0, 1, 1:6].float() / 255
+        return features if return_features else torch.stack([features[:, 0], 1 - features[:, 0]], dim=1)
+
+
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
     """A folder with a detector, 60 images in nested folders and a zip of 40 others; `pixels` of each."""
     folder = tmp_path_factory.mktemp('lab')
     torch.jit.script(Moments()).save(folder / 'detector.pt')
+    torch.jit.script(Classes()).save(folder / 'classes.pt')
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 200, (60, 8, 8), dtype=np.uint8), rng.integers(60, 256, (40, 8, 8), dtype=np.uint8)
     for i, pixels in enumerate(a):
@@ -49,9 +64,13 @@ def run(*arguments):
     return CliRunner().invoke(fid.main, [str(argument) for argument in arguments])
 
 
+def features(pixels):
+    return torch.from_numpy(pixels[:, 1, 1:6].astype(np.float32) / np.float32(255))
+
+
 def gaussian(pixels):
-    features = (pixels[:, 1, 1:6].astype(np.float32) / np.float32(255)).astype(np.float64)
-    return features.mean(axis=0), np.cov(features, rowvar=False)
+    values = features(pixels).double().numpy()
+    return values.mean(axis=0), np.cov(values, rowvar=False)
 
 
 @pytest.fixture(scope='module')
@@ -78,7 +97,7 @@ def test_the_distance_is_that_of_the_images(lab, reference):
     result = calc(lab, reference, '--num=60', '--batch=7')
     assert result.exit_code == 0, result.output
     assert float(result.stdout) == pytest.approx(frechet_distance(*gaussian(lab[1]), *gaussian(lab[2])), rel=1e-8)
-    assert 'Fréchet distance of 60 images' in result.stderr and 'FID' not in result.stderr
+    assert f'60 images of {lab[0]}/samples, detector detector' in result.stderr and 'FID 'not in result.stderr
     assert 'Compare it with values of 60 images only' in result.stderr
 
 
@@ -110,18 +129,138 @@ def test_the_json_file_holds_value_interval_and_origin(lab, reference, tmp_path)
     assert 'interval' not in json.loads(path.read_text())['fid']
 
 
-def test_two_processes_agree_with_one(lab, reference, tmp_path):
-    """One run in a real process, one in two under torchrun, to 1e-9; the last line on stdout is the number."""
+def test_every_number_of_processes_gives_the_same_numbers(lab, reference, tmp_path):
+    """One real process, and 2 and 3 under torchrun, to 1e-9: batches of 8 of 51 images, so that shares are unequal and the last batch is filled up.
+    The only line on stdout is the number."""
     values = []
-    for launcher in ([], ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--']):
-        path = tmp_path / f'{len(values)}.json'
-        command = [sys.executable, *launcher, 'fid.py', 'calc', f'--images={lab[0]}/samples', f'--ref={reference}',
-                   f'--detector={lab[0]}/detector.pt', '--num=51', '--batch=8', '--bootstrap=20', f'--json={path}']
+    for processes in (1, 2, 3):
+        path = tmp_path / f'{processes}.json'
+        launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '--'] if processes > 1 else []
+        command = [sys.executable, *launcher, 'fid.py', 'calc', f'--images={lab[0]}/samples', f'--ref={lab[0]}/data.zip',
+                   '--metrics=fid,kid,recall,is', f'--detector={lab[0]}/classes.pt', '--num=51',
+                   '--batch=8', '--bootstrap=20', f'--json={path}', f'--cache={tmp_path}/{processes}']
         result = subprocess.run(command, cwd=ROOT, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''}, capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, result.stderr
         assert len(result.stdout.splitlines()) == 1
-        values.append([float(result.stdout), *json.loads(path.read_text())['fid']['interval']])
-    np.testing.assert_allclose(values[0], values[1], rtol=1e-9)
+        found = json.loads(path.read_text())
+        assert found['fid']['num_images'] == 51
+        values.append([float(result.stdout), *found['fid']['interval'], *(found[name]['value'] for name in ('fid', 'kid', 'recall', 'is'))])
+    np.testing.assert_allclose(values[1:], values[:1] * 2, rtol=1e-9)
+
+
+def test_all_measures_come_from_one_pass_and_are_those_of_the_library(lab, tmp_path):
+    """Against the images themselves as the reference; every entry says what it is and of what."""
+    folder, a, b = lab
+    names = 'kid,fid,fid_inf,precision,recall,density,coverage,is'
+    result = run('calc', f'--images={folder}/samples', f'--ref={folder}/data.zip', f'--detector={folder}/classes.pt', f'--metrics={names}',
+                 '--num=60', '--batch=25', '--nearest-k=4', '--seed=3', f'--json={tmp_path}/all.json')
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / 'all.json').read_text())
+    x, y = features(a), features(b)
+    mu, sigma = gaussian(b)
+    (precision, recall), (density, coverage) = precision_recall(x, y, 4), density_coverage(x, y, 4)
+    expected = dict(kid=kernel_distance(x, y, seed=3)['value'], fid=frechet_distance(*gaussian(a), mu, sigma),
+                    fid_inf=frechet_infinity(x, mu, sigma, seed=3)['value'],
+                    precision=precision, recall=recall, density=density, coverage=coverage,
+                    **{'is': inception_score(torch.stack([x[:, 0], 1 - x[:, 0]], dim=1))['value']})
+    assert {name: entry['value'] for name, entry in found.items()} == pytest.approx(expected, rel=1e-6) and len(found) == 8
+    assert float(result.stdout) == pytest.approx(expected['kid'], rel=1e-6)
+    assert {entry['name'] for entry in found.values()} >= {'KID', 'FID', 'Inception Score'}
+    assert (found['recall']['k'], found['recall']['reference_features'], found['fid']['reference_images']) == (4, 40, 40)
+    assert all(entry['num_images'] == 60 and entry['detector'] == 'classes' and entry['skipped'] == 0 for entry in found.values())
+
+
+def test_measures_of_features_find_them_in_the_reference(lab, tmp_path):
+    """In ours, if it was made with --features; in OpenAI's, by its images."""
+    folder, _, b = lab
+    detector = f'--detector={folder}/detector.pt'
+    calc_kid = lambda ref: run('calc', f'--images={folder}/samples', f'--ref={ref}', detector, '--metrics=kid', '--num=60')
+    expected = float(calc_kid(folder / 'data.zip').stdout)
+    run('ref', f'--data={folder}/data.zip', f'--dest={tmp_path}/ours.npz', detector, '--features=40')
+    mu, sigma = gaussian(b)
+    np.savez(tmp_path / 'openai.npz', mu=mu, sigma=sigma, arr_0=np.repeat(b[..., None], 3, axis=3))
+    np.savez(tmp_path / 'images.npz', arr_0=b)
+    for name in ('ours', 'openai', 'images'):
+        assert float(calc_kid(tmp_path / f'{name}.npz').stdout) == pytest.approx(expected, rel=1e-6), name
+    run('ref', f'--data={folder}/data.zip', f'--dest={tmp_path}/few.npz', detector, '--features=10')
+    with np.load(tmp_path / 'few.npz') as file:
+        assert file['features'].shape == (10, DIM) and int(file['num_images']) == 40
+    run('ref', f'--data={folder}/data.zip', f'--dest={tmp_path}/bare.npz', detector)
+    assert_one_clear_error(calc_kid(tmp_path / 'bare.npz'), 'has no features, which kid needs', '--features')
+
+
+def test_a_detector_without_classes_has_no_inception_score(lab):
+    result = run('calc', f'--images={lab[0]}/samples', f'--detector={lab[0]}/detector.pt', '--metrics=is', '--num=60')
+    assert_one_clear_error(result, 'Detector detector has no classes')
+
+
+def test_an_extrapolation_of_too_few_images_is_refused_before_any_work(lab, reference):
+    """Four images for each of the five features are needed."""
+    assert_one_clear_error(calc(lab, reference, '--metrics=fid_inf', '--num=19'), '19 images are too few', 'at least 20')
+
+
+def test_arrays_are_measured_like_folders(lab, reference, tmp_path):
+    expected = float(calc(lab, reference, '--num=60').stdout)
+    np.save(tmp_path / 'grey.npy', lab[1])
+    np.savez(tmp_path / 'rgb.npz', np.repeat(lab[1][..., None], 3, axis=3))
+    for name in ('grey.npy', 'rgb.npz'):
+        result = run('calc', f'--images={tmp_path}/{name}', f'--ref={reference}', f'--detector={lab[0]}/detector.pt', '--num=60')
+        assert float(result.stdout) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_networks_images_are_measured_without_writing_them(lab, teacher, tmp_path):
+    """The same as those that generate.py writes; of two sets each value, mean and minimum."""
+    ref, detector = f'--ref={lab[0]}/data.zip', f'--detector={lab[0]}/detector.pt'
+    values = []
+    for seeds in ('0-19', '20-39'):
+        CliRunner().invoke(generate.main, [f'--network={teacher}', f'--outdir={tmp_path}/{seeds}', f'--seeds={seeds}', '--steps=3'])
+        values.append(float(run('calc', f'--images={tmp_path}/{seeds}', ref, detector, '--num=20').stdout))
+    result = run('calc', f'--network={teacher}', '--seeds=0-19', '--seeds=20-39', '--steps=3', '--batch=8', ref, detector,
+                 f'--json={tmp_path}/fid.json')
+    found = json.loads((tmp_path / 'fid.json').read_text())['fid']
+    assert [entry['value'] for entry in found['sets']] == pytest.approx(values, rel=1e-2)  # a level of rounding here and there
+    assert found['sets'][1]['images'] == f'{teacher}, seeds 20-39' and found['sets'][1]['num_images'] == 20
+    assert found['value'] == found['mean'] == pytest.approx(sum(entry['value'] for entry in found['sets']) / 2)
+    assert found['minimum'] == min(entry['value'] for entry in found['sets']) and float(result.stdout) == pytest.approx(found['mean'], rel=1e-9)
+    assert 'mean' in result.stderr and 'minimum' in result.stderr
+
+
+def test_features_in_the_cache_are_not_computed_again(lab, reference, tmp_path):
+    """With a detector that has meanwhile become unable to see: its digest alone is what the cache knows it by."""
+    first = calc(lab, reference, '--num=60', f'--cache={tmp_path}')
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*.npz')}
+    second = calc(lab, reference, '--num=60', f'--cache={tmp_path}', '--bootstrap=5')
+    assert first.stdout == second.stdout and stamps and {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*.npz')} == stamps
+
+
+def test_bad_images_are_left_out_on_request_and_counted(lab, reference, tmp_path):
+    for i in range(30):
+        Image.fromarray(lab[1][i]).save(tmp_path / f'{i:02d}.png')
+    (tmp_path / '07.png').write_bytes((tmp_path / '07.png').read_bytes()[:60])
+    Image.fromarray(lab[1][8]).convert('RGB').save(tmp_path / '08.png')
+    arguments = [f'--images={tmp_path}', f'--ref={reference}', f'--detector={lab[0]}/detector.pt', '--num=30', f'--json={tmp_path}/out.json']
+    assert_one_clear_error(run('calc', *arguments), '07.png')
+    assert not (tmp_path / 'out.json').exists()
+    result = run('calc', *arguments, '--skip-bad')
+    found = json.loads((tmp_path / 'out.json').read_text())['fid']
+    assert (found['num_images'], found['skipped']) == (28, 2) and '2 of 30 images' in result.stderr and '07.png' in result.stderr
+    kept = np.delete(lab[1][:30], [7, 8], axis=0)
+    assert found['value'] == pytest.approx(frechet_distance(*gaussian(kept), *gaussian(lab[2])), rel=1e-8)
+    Image.fromarray(lab[1][0]).convert('RGB').save(tmp_path / '00.png')  # the one that the others are compared with
+    assert_one_clear_error(run('calc', *arguments, '--skip-bad'), '28 of 30 images', '01.png')
+
+
+def test_copies_are_noted(lab, reference, tmp_path):
+    for i in range(12):
+        Image.fromarray(lab[1][i % 10]).save(tmp_path / f'{i}.png')
+    result = run('calc', f'--images={tmp_path}', f'--ref={reference}', f'--detector={lab[0]}/detector.pt', '--num=12')
+    assert '2 of 12 images' in result.stderr and 'exact copies' in result.stderr
+
+
+def test_a_reference_of_another_resolution_is_noted(lab, reference, tmp_path):
+    np.save(tmp_path / 'larger.npy', np.repeat(np.repeat(lab[1], 2, axis=1), 2, axis=2))
+    result = run('calc', f'--images={tmp_path}/larger.npy', f'--ref={reference}', f'--detector={lab[0]}/detector.pt', '--num=60')
+    assert 'is of 8x8 images, and these are 16x16' in result.stderr and result.exit_code == 0
 
 
 def test_too_few_images_are_an_error_that_names_the_option(lab, reference):
@@ -159,13 +298,13 @@ def test_unusable_references_are_named_and_nothing_in_them_runs(lab, reference, 
         'half': (dict(mu=np.zeros(DIM)), 'has no sigma'),
         'dims': (dict(mu=np.zeros(7), sigma=np.eye(7), detector_digest=digest), 'is of 7 features, detector detector returns 5'),
         'other': (dict(mu=np.zeros(DIM), sigma=np.eye(DIM), detector='inception', detector_digest='b' * 64), 'was made with detector inception'),
-        'pickled': (dict(mu=np.array([Hostile()], dtype=object), sigma=np.eye(1)), 'plain arrays'),
+        'pickled': (dict(mu=np.array([Hostile()], dtype=object), sigma=np.eye(1)), 'no readable plain array'),
     }
     for name, (arrays, words) in cases.items():
         np.savez(tmp_path / f'{name}.npz', **arrays)
         assert words in one_line_error(calc(lab, tmp_path / f'{name}.npz', '--num=60'))
     (tmp_path / 'bare.npz').write_bytes(pickle.dumps(Hostile()))
-    assert 'not an .npz' in one_line_error(calc(lab, tmp_path / 'bare.npz', '--num=60'))
+    assert 'refused, nothing was executed' in one_line_error(calc(lab, tmp_path / 'bare.npz', '--num=60'))
     assert not marker.exists()
 
 
@@ -177,8 +316,22 @@ def test_a_reference_of_unknown_origin_is_used_with_a_warning(lab, tmp_path):
 
 
 def test_usage_errors_exit_with_2():
-    for arguments in (['calc'], ['calc', '--images=x', '--ref=y', '--num=many'], ['measure']):
-        assert run(*arguments).exit_code == 2
+    for arguments, words in {
+        'measure': 'No such command',
+        'calc': 'either --images or --network',
+        'calc --images=x --network=y --ref=z': 'either --images or --network',
+        'calc --network=y --ref=z': 'belong together',
+        'calc --network=y --seeds=0-9 --num=10 --ref=z': '--num is for --images',
+        'calc --network=y --seeds=0-9 --seeds=9-12 --ref=z': 'Some seeds are given twice',
+        'calc --images=x --images=./x --ref=z': 'The same --images',
+        'calc --images=x': '--ref is missing',
+        'calc --images=x --ref=y --metrics=is --bootstrap=5': '--bootstrap is for',
+        'calc --images=x --ref=y --num=many': 'many',
+        'calc --images=x --ref=y --metrics=fid,lpips': "'lpips' is none of",
+        'calc --images=x --ref=y --metrics=fid,kid,fid': "'fid' is named twice",
+        'ref --data=x --dest=y --metrics=kid': "'kid' is none of fid, fd_dinov2",
+    }.items():
+        assert_one_clear_error(run(*arguments.split()), words, status=2)
 
 
 def test_help_loads_nothing_heavy():

@@ -104,7 +104,7 @@ def test_a_call_hidden_anywhere_in_a_snapshot_is_refused_by_name(net, canary, re
         net = Calls(net.__reduce__()[0], call)
     entries = {'key': {'other': call}, 'metadata': {'metadata': {'S': call}}, 'loss': {'loss_fn': call}}.get(place, {})
     data = pickle.dumps(call, protocol=4) if place == 'top' else pickle.dumps({**dict(ema=net, dataset_kwargs={}), **entries}, protocol=4)
-    refused(data, f"names '[a-z_.]*{function.__name__}', which a snapshot has no use for")
+    refused(data, f"names '[a-z_.]*{function.__name__}', which such a file has no use for")
 
 
 def names(module: str, name: str) -> bytes:

@@ -111,6 +111,15 @@ def gather_objects(obj: Any) -> list[Any]:
     return boxes
 
 
+def gather_on_main(obj: Any) -> list[Any]:
+    """Every process's `obj` (anything that pickles), in the order of ranks, on the main process; an empty list on the others."""
+    if not dist.is_initialized():
+        return [obj]
+    boxes = [None] * get_world_size() if is_main() else None
+    dist.gather_object(obj, boxes)
+    return boxes or []
+
+
 def same_everywhere(tensor: torch.Tensor) -> bool:
     """Whether all processes hold the same bits in `tensor`, whose length is a multiple of 16 (by 16 checksums). Waits for the device."""
     if not dist.is_initialized():

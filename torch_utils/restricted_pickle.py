@@ -216,7 +216,7 @@ class Reader:
     def push_name(self, module: object, name: object):
         if not (isinstance(module, str) and isinstance(name, str) and (path := f'{module}.{name}') in self.names):
             refused = repr(path) if isinstance(module, str) and isinstance(name, str) else 'something by what is no text'
-            raise MalformedPickle(f'names {refused}, which a snapshot has no use for (refused, nothing was executed)')
+            raise MalformedPickle(f'names {refused}, which such a file has no use for (refused, nothing was executed)')
         self.stack.append(Name(path))
 
     def call(self):

@@ -210,7 +210,7 @@ def _label_array(labels: list, source: str) -> np.ndarray:
 #----------------------------------------------------------------------------
 # The data set.
 
-def _image_shape(image: Image.Image, source: str) -> tuple[int, int, int]:
+def image_shape_of(image: Image.Image, source: str) -> tuple[int, int, int]:
     """(channels, height, width) of an image that training takes as it is."""
     kind = '16-bit ' + image.mode if is_16_bit(image) else image.mode
     if kind not in ('L', 'RGB'):
@@ -218,7 +218,7 @@ def _image_shape(image: Image.Image, source: str) -> tuple[int, int, int]:
     return len(kind), image.height, image.width
 
 
-def _image_pixels(image: Image.Image) -> np.ndarray:
+def image_pixels(image: Image.Image) -> np.ndarray:
     """[C, H, W]"""
     image.load()
     return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
@@ -246,7 +246,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def __init__(self, path: str | os.PathLike, resolution: int | None = None, use_labels: bool = False, max_size: int | None = None,
                  xflip: bool = False, cache: bool | None = False, seed: int = 0):
         self._files = ImageFiles(path)
-        self._index = _subset(len(self._files.images), max_size, seed)
+        self._index = random_subset(len(self._files.images), max_size, seed)
         self.caches = not self._files.holds_latents if cache is None else cache
         self._mirrored, self._cache = xflip, ({} if self.caches else None)
         self._shape = self._check_headers()
@@ -274,7 +274,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                 yield latents.shape, latents.load
         else:
             with self._files.open_image(name) as image:
-                yield _image_shape(image, self._source(i)), functools.partial(_image_pixels, image)
+                yield image_shape_of(image, self._source(i)), functools.partial(image_pixels, image)
 
     def _check_headers(self) -> tuple[int, int, int]:
         """The shape of the first image, once all others, where they are few, have been found to share it."""
@@ -363,7 +363,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return [self._label_dim]
 
 
-def _subset(count: int, max_size: int | None, seed: int) -> np.ndarray:
+def random_subset(count: int, max_size: int | None, seed: int) -> np.ndarray:
     """Sorted indices of the images to keep."""
     if max_size is None or max_size >= count:
         return np.arange(count)

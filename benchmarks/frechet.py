@@ -1,0 +1,94 @@
+"""Time of a Fréchet distance beside that of the usual ways to compute it, on covariances like those of a detector's features.
+
+Eigenvalues fall as a power law from 1 to 1e-6, as Inception's do; one covariance is that law, in a random basis, the other that of five images a
+dimension. The rows: `sqrtm` of the product, as pytorch-fid has it; singular values of the Cholesky factors' product, exact whatever the spectrum and
+our way where eigenvalues are not accurate enough; `frechet_distance`, checks of its input included; the same for a Gaussian factored before, as
+the bootstrap has it; and for a sample of fewer images than dimensions, whose covariance is singular. All in one process, one after the other in
+several rounds; seconds are minima over rounds. `difference` is from the row of singular values.
+"""
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+import scipy.linalg
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dnnlib import cli
+from metrics.frechet import Gaussian, frechet_distance
+
+CONDITION = 1e6  # ratio of the largest to the smallest eigenvalue
+BASE, EXACT = 'sqrtm of the product', 'singular values of the factors'
+
+
+def make_covariances(dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Covariances [D, D]: the law's, that of a sample of 5 D images, that of D/4 images."""
+    rng = np.random.default_rng(0)
+    deviations = np.arange(1, dim + 1) ** (-np.log(CONDITION) / np.log(dim) / 2)
+    root = scipy.linalg.qr(rng.normal(size=(dim, dim)))[0] * deviations
+    samples = [rng.normal(size=(count, dim)) @ root.T for count in (5 * dim, dim // 4)]
+    return root @ root.T, *(np.cov(sample, rowvar=False) for sample in samples)
+
+
+def by_square_root(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
+    return np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(scipy.linalg.sqrtm(sigma1 @ sigma2)).real
+
+
+def by_singular_values(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
+    a, b = (scipy.linalg.cholesky(sigma, lower=True) for sigma in (sigma1, sigma2))
+    return np.trace(sigma1) + np.trace(sigma2) - 2 * scipy.linalg.svdvals(b.T @ a).sum()
+
+
+def make_rows(dim: int) -> dict[str, Callable[[], float]]:
+    """What is timed, by name; each computes a distance."""
+    zero, (law, sample, few) = np.zeros(dim), make_covariances(dim)
+    factored = Gaussian(zero, law)
+    factored.distance(factored)
+    return {
+        BASE: lambda: by_square_root(law, sample),
+        EXACT: lambda: by_singular_values(law, sample),
+        'frechet_distance': lambda: frechet_distance(zero, law, zero, sample),
+        'one of the two factored before': lambda: factored.distance(Gaussian(zero, sample)),
+        'frechet_distance, D/4 images': lambda: frechet_distance(zero, law, zero, few),
+    }
+
+
+def measure(rows: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict]:
+    """{row: least seconds, distance}."""
+    results = {name: dict(seconds=float('inf')) for name in rows}
+    for _ in range(rounds):
+        for name, call in rows.items():
+            start = time.perf_counter()
+            results[name]['distance'] = float(call())
+            results[name]['seconds'] = min(results[name]['seconds'], time.perf_counter() - start)
+    return results
+
+
+@click.command(cls=cli.Command)
+@cli.option('--dim', metavar='INT', type=click.IntRange(min=8), default=2048, show_default=True, help='Features.')
+@cli.option('--rounds', metavar='INT', type=click.IntRange(min=1), default=3, show_default=True, help='How often to time every row.')
+@cli.option('--json', 'as_json', is_flag=True, help='Print one JSON object.')
+def main(dim, rounds, as_json):
+    """Time a Fréchet distance against a matrix square root."""
+    results = measure(make_rows(dim), rounds)
+    machine = f'{platform.machine()} CPU, {torch.get_num_threads()} threads, SciPy {scipy.__version__}, NumPy {np.__version__}'
+    if as_json:
+        click.echo(json.dumps(dict(device=machine, dim=dim, rows=results)))
+        return
+    click.echo(f'{machine}; {dim} features\n\n| | seconds | times faster | distance | difference |\n| :-- | --: | --: | --: | --: |')
+    for name, result in results.items():
+        distance, speed = result['distance'], results[BASE]['seconds'] / result['seconds']
+        difference = '' if 'images' in name else f'{distance - results[EXACT]["distance"]:.1e}'
+        click.echo(f'| {name} | {result["seconds"]:.3f} | {speed:.1f} | {distance:.6f} | {difference} |')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,185 @@
+"""Images per second on their way to a detector, which itself is left out, and whether memory grows with their number.
+
+PNGs, crops of scikit-learn's two photographs, in a zip. They are decoded, resized to the 299x299 that Inception wants, and a fixed random
+projection of them, 2048 features, goes into the FP64 statistics of fid.py. `decode` is measured in one thread, without the rest; `threads` and
+`processes` decode in as many as `--workers` says, as fid.py does or in a `torch.utils.data.DataLoader`; `all` is the whole pipeline on threads.
+Measured in turns, in several rounds; figures are minima over rounds, and count what it takes to start workers.
+
+`peak` is resident memory of a process above what it had before it opened the images, of 32x32 pixels; they are not resized, to save time.
+"""
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.checkpoint import forget_peak, resident
+from dnnlib import cli
+from metrics.images import open_images
+from metrics.statistics import FeatureStats
+
+DIM, INPUT, POOLED = 2048, 299, 16
+BATCH = 32
+RESOLUTIONS = {64: 8, 256: 1}  # and how many times as many images are timed
+MEMORY_RESOLUTION, DISTINCT = 32, 500
+
+
+def write_zip(path: Path, resolution: int, count: int) -> Path:
+    """A zip of `count` PNGs, of which `DISTINCT` at most are different."""
+    from sklearn.datasets import load_sample_images
+    rng, photographs = np.random.default_rng(0), load_sample_images().images
+    files = []
+    for i in range(min(count, DISTINCT)):
+        photograph = photographs[i % len(photographs)]
+        top, left = (rng.integers(side - 256) for side in photograph.shape[:2])
+        crop = Image.fromarray(photograph[top:top + 256, left:left + 256]).resize([resolution] * 2, Image.Resampling.BOX)
+        crop.save(file := io.BytesIO(), 'png')
+        files.append(file.getvalue())
+    with zipfile.ZipFile(path, 'w') as archive:
+        for i in range(count):
+            archive.writestr(f'{i:06d}.png', files[i % len(files)])
+    return path
+
+
+@functools.cache
+def projection() -> torch.Tensor:
+    return torch.randn(3 * POOLED ** 2, DIM, generator=torch.Generator().manual_seed(0))
+
+
+def resize(images: torch.Tensor) -> torch.Tensor:
+    """[N, 3, 299, 299] float32"""
+    return torch.nn.functional.interpolate(images.float(), [INPUT, INPUT], mode='bilinear')
+
+
+def features(images: torch.Tensor) -> torch.Tensor:
+    """[N, 2048]: means over 16x16 fields, projected."""
+    return torch.nn.functional.adaptive_avg_pool2d(images, POOLED).flatten(1) @ projection()
+
+
+def parts_of(source) -> list[range]:
+    return [range(start, min(start + BATCH, len(source))) for start in range(0, len(source), BATCH)]
+
+
+def pipeline(source, workers: int, prepare=resize) -> FeatureStats:
+    stats = FeatureStats(DIM)
+    for _, images, _ in source.stream(parts_of(source), workers):
+        stats.append(features(prepare(images)))
+    return stats
+
+
+class Batches(torch.utils.data.Dataset):
+    """The batches of a source, for a DataLoader."""
+
+    def __init__(self, source):
+        self.source, self.parts = source, parts_of(source)
+
+    def __len__(self):
+        return len(self.parts)
+
+    def __getitem__(self, k):
+        return self.source.batch(self.parts[k])[0]
+
+
+def in_processes(source, workers: int) -> int:
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'This DataLoader will create')  # more processes than cores
+        return sum(len(images) for images in torch.utils.data.DataLoader(Batches(source), batch_size=None, num_workers=workers))
+
+
+def in_threads(source, workers: int) -> int:
+    return sum(len(images) for _, images, _ in source.stream(parts_of(source), workers))
+
+
+def time_parts(path: Path, workers: int, rounds: int) -> dict[str, float]:
+    """Least microseconds an image of every part."""
+    source = open_images(path)
+    batch, _ = source.batch(range(BATCH))
+    stats, small, large = FeatureStats(DIM), resize(batch), BATCH * 8
+    vectors = features(small)
+    tasks = {
+        'decode': (lambda: in_threads(source, 0), len(source)),
+        'threads': (lambda: in_threads(source, workers), len(source)),
+        'processes': (lambda: in_processes(source, workers), len(source)),
+        'resize': (lambda: [resize(batch) for _ in range(8)], large),
+        'statistics': (lambda: [stats.append(vectors) for _ in range(8)], large),
+        'all': (lambda: pipeline(source, workers), len(source)),
+    }
+    least = dict.fromkeys(tasks, float('inf'))
+    for _ in range(rounds):
+        for name, (task, images) in tasks.items():
+            start = time.perf_counter()
+            task()
+            least[name] = min(least[name], (time.perf_counter() - start) / images * 1e6)
+    return least
+
+
+def peak_memory(path: Path, count: int, workers: int) -> int:
+    """Bytes above those before, in this process."""
+    pipeline(open_images(path, num=BATCH), workers, torch.Tensor.float)  # what a first use takes for good
+    before = forget_peak()
+    stats = pipeline(open_images(path, num=count), workers, torch.Tensor.float)
+    if stats.count != count or not np.isfinite(stats.sigma).all():
+        raise RuntimeError('the statistics are not those of all images')
+    return resident(peak=True) - before
+
+
+def peak_memory_apart(path: Path, count: int, workers: int) -> int:
+    command = [sys.executable, __file__, f'--measure={count}', f'--folder={path.parent}', f'--workers={workers}']
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@click.command(cls=cli.Command)
+@cli.option('--images', metavar='INT', type=click.IntRange(min=BATCH), default=500, show_default=True,
+            help='Images of 256x256 for every timing; of 64x64 it takes 8 times as many.')
+@cli.option('--rounds', metavar='INT', type=click.IntRange(min=1), default=3, show_default=True, help='Times that each is timed.')
+@cli.option('--workers', metavar='INT', type=click.IntRange(min=1), default=4, show_default=True, help='Threads or processes that decode.')
+@cli.option('--memory', metavar='INT', type=click.IntRange(min=1), default=50_000, show_default=True,
+            help='Images whose peak memory is compared with that of a fifth of them.')
+@cli.option('--folder', metavar='DIR', help='Where to write the images, 200 MB by default.  [default: a temporary folder]')
+@cli.option('--measure', metavar='INT', type=int, hidden=True)
+@cli.option('--json', 'as_json', is_flag=True, help='Print one JSON object.')
+def main(images, rounds, workers, memory, folder, measure, as_json):
+    """Time images on their way to a detector, and measure the memory that they take."""
+    if measure is not None:
+        click.echo(peak_memory(Path(folder) / 'memory.zip', measure, workers))
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        temporary = Path(temporary)
+        times = {resolution: time_parts(write_zip(temporary / f'{resolution}.zip', resolution, images * factor), workers, rounds)
+                 for resolution, factor in RESOLUTIONS.items()}
+        path = write_zip(temporary / 'memory.zip', MEMORY_RESOLUTION, memory)
+        peaks = {count: peak_memory_apart(path, count, workers) for count in (-(-memory // 5), memory)}
+    machine = f'{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads'
+    if as_json:
+        click.echo(json.dumps(dict(device=machine, torch=torch.__version__, workers=workers, microseconds=times, peaks=peaks)))
+        return
+    click.echo(f'{machine}, torch {torch.__version__}; {workers} workers\n')
+    click.echo('| PNGs | decode | threads | processes | threads / processes | resize | statistics | all | images/s |\n'
+               '| :-- | --: | --: | --: | --: | --: | --: | --: | --: |')
+    for resolution, parts in times.items():
+        cells = [f'{parts[name] / 1e3:.2f} ms' for name in ('decode', 'threads', 'processes')]
+        cells += [f'{parts["threads"] / parts["processes"]:.2f}', *(f'{parts[name] / 1e3:.2f} ms' for name in ('resize', 'statistics', 'all'))]
+        click.echo(f'| {resolution}x{resolution} | {" | ".join(cells)} | {1e6 / parts["all"]:.0f} |')
+    click.echo('\n| images | peak |\n| --: | --: |')
+    for count, peak in peaks.items():
+        click.echo(f'| {count:,} | {peak / 1e6:.0f} MB |')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,189 @@
+"""NumPy's .npy and .npz files, read as data: pickled contents are refused, and no memory is taken on a header's word."""
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import struct
+import tempfile
+import tokenize
+import zipfile
+import zlib
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from dnnlib.util import DISK_ERRORS, UserError
+
+NPY_START = b'\x93NUMPY'
+KINDS = 'biufUS'                             # numbers, truth values and text
+LIMIT_BYTES, LIMIT_RATIO = 64 << 20, 100     # statistics and images hardly compress: what inflates further is an attack, or of no use
+CHUNK = 1 << 20
+HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+# What NumPy and zipfile raise on damaged, encrypted or hostile files.
+UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, TypeError, MemoryError, RuntimeError, struct.error, tokenize.TokenError,
+              zipfile.BadZipFile, zlib.error)
+
+
+class Header(NamedTuple):
+    """What a .npy file says of its array."""
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    order: str  # 'C' or 'F'
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(file: BinaryIO) -> Header:
+    """The header of the .npy file at the file's position, which then is where the values begin. Raises: one of `UNREADABLE`."""
+    version = np.lib.format.read_magic(file)
+    if version not in HEADER_READERS:
+        raise ValueError(f'its format {version[0]}.{version[1]} is not one of plain arrays')
+    shape, fortran_order, dtype = HEADER_READERS[version](file)
+    if dtype.kind not in KINDS:
+        raise ValueError(f'it holds values of type {dtype}, not plain numbers or text (refused, nothing was executed)')
+    if any(size < 0 for size in shape):
+        raise ValueError(f'its shape is {list(shape)}')
+    return Header(shape, dtype, 'F' if fortran_order else 'C')
+
+
+def may_be_images(header: Header) -> bool:
+    """Whether an array has the type of images, and as many dimensions as grey or colour images."""
+    return header.dtype == np.uint8 and len(header.shape) in (3, 4)
+
+
+def map_npy(path: str | os.PathLike) -> np.ndarray:
+    """The array of a .npy file, mapped: its values are read when they are used. Changes to it stay in memory.
+
+    Raises: UserError for a file that is no such array, or shorter or longer than its header says.
+    """
+    try:
+        with open(path, 'rb') as file:
+            return _map(file, read_header(file), file.tell(), os.path.getsize(path))
+    except UNREADABLE as error:
+        raise UserError(f'{path} is no readable .npy file: {_reason(error)}. Copy or make it again.') from error
+
+
+def _map(file: BinaryIO, header: Header, start: int, stop: int) -> np.ndarray:
+    """The array whose values are file[start:stop]."""
+    if stop - start != header.nbytes:
+        raise ValueError(f'its header says {header.dtype} {list(header.shape)}, and {stop - start:,} bytes follow instead of {header.nbytes:,}')
+    if header.nbytes == 0:
+        return np.empty(header.shape, header.dtype)
+    return np.memmap(file, header.dtype, 'c', start, header.shape, header.order)
+
+
+class ArchivedArrays:
+    """The arrays of an .npz file by name. Only what is asked for is read. A context manager.
+
+    Args:
+        path: the file.
+        name: what messages call it.
+    Raises (every method): UserError that says which array cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike, name: str | os.PathLike):
+        self.path, self.name = Path(path), os.fspath(name)
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except UNREADABLE as error:
+            raise UserError(f'{self.name} is no complete .npz file: {_reason(error)}. Copy or make it again.') from error
+        self._members = {}
+        for info in self._zip.infolist():
+            if info.filename.endswith('.npy'):
+                key = info.filename.removesuffix('.npy')
+                if key in self._members:
+                    raise UserError(f'{self.name} has two arrays called {key}. Make it again.')
+                self._members[key] = info
+
+    def __enter__(self) -> ArchivedArrays:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._zip.close()
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self._members)
+
+    def header(self, key: str) -> Header:
+        """Type and shape of an array, whose values are not read."""
+        try:
+            with self._zip.open(self._members[key]) as file:
+                return self._checked_header(key, file)
+        except UNREADABLE as error:
+            raise self._unreadable(key, error) from error
+
+    def read(self, key: str) -> np.ndarray:
+        """An array, in memory."""
+        try:
+            with self._zip.open(self._members[key]) as file:
+                header = self._checked_header(key, file)
+                values = np.empty(math.prod(header.shape), header.dtype)  # takes memory only where it is written to
+                _fill(file, memoryview(values.view(np.uint8)))
+            return values.reshape(header.shape, order=header.order)
+        except UNREADABLE as error:
+            raise self._unreadable(key, error) from error
+
+    def map(self, key: str, verify: bool = False) -> np.ndarray:
+        """An array whose values are read when they are used: in place or, of a compressed file, from a temporary copy that goes with the array.
+
+        Args:
+            verify: whether to read it once for its checksum, which for a copy is compared anyway.
+        """
+        info = self._members[key]
+        try:
+            with self._zip.open(info) as member:
+                header = self._checked_header(key, member)
+                start = member.tell()
+                if info.compress_type == zipfile.ZIP_STORED:
+                    while verify and member.read(CHUNK):
+                        pass
+                    with open(self.path, 'rb') as file:
+                        begin = _member_start(file, info)
+                        return _map(file, header, begin + start, begin + info.file_size)
+                with tempfile.TemporaryFile() as file:
+                    shutil.copyfileobj(member, file, CHUNK)
+                    file.flush()
+                    return _map(file, header, 0, file.tell())
+        except UNREADABLE as error:
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise UserError(f'{self.name}: {key} cannot be unpacked into {tempfile.gettempdir()}: {error.strerror}. '
+                                'Set TMPDIR to a folder with more space, or save it uncompressed, with np.savez.') from error
+            raise self._unreadable(key, error) from error
+
+    def _checked_header(self, key: str, file: BinaryIO) -> Header:
+        info, header = self._members[key], read_header(file)
+        if file.tell() + header.nbytes != info.file_size:
+            raise ValueError(f'its header says {header.dtype} {list(header.shape)}, {header.nbytes:,} bytes, and it has {info.file_size:,}')
+        if header.nbytes > max(LIMIT_BYTES, LIMIT_RATIO * info.compress_size):
+            raise ValueError(f'it claims {header.nbytes:,} bytes in {info.compress_size:,} of the file')
+        return header
+
+    def _unreadable(self, key: str, error: BaseException) -> UserError:
+        return UserError(f'{self.name}: {key} is no readable plain array: {_reason(error)}. Copy or make the file again.')
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error says; its name where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _fill(file: BinaryIO, view: memoryview) -> None:
+    """Read as many bytes as there is room for, a little at a time, to the end of the file, where its checksum is compared."""
+    for start in range(0, len(view), CHUNK):
+        part = file.read(min(CHUNK, len(view) - start))
+        if not part:
+            raise ValueError(f'it ends after {start:,} of {len(view):,} bytes')
+        view[start:start + len(part)] = part
+
+
+def _member_start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+    """Where the bytes of an uncompressed member begin: behind its local header, which repeats its name (PKWARE's APPNOTE, 4.3.7)."""
+    file.seek(info.header_offset)
+    name, extra = struct.unpack('<26x2H', file.read(30))
+    return info.header_offset + 30 + name + extra

@@ -1,0 +1,173 @@
+"""DINOv2 (Oquab et al. 2023) as a feature detector, for FD-DINOv2 (Stein et al. 2023) as EDM2 computes it.
+
+The network is the one of `transformers`, and three things are done as in the code that published numbers come from. Images are resized
+to 224x224, bicubically with antialiasing, neither rounded nor clipped after it. The feature is the CLS token after the last layer norm. And
+the learnt position embeddings, of 37x37 patches in the released models, are resampled to 16x16 as in the authors' own code, which
+`transformers` does not do (`resample_positions`).
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dnnlib.util import UserError, file_sha256, local_path
+
+REPOSITORY = 'facebook/dinov2-large'
+LARGE = (1024, 24, 14)      # features, layers, pixels along a patch: ViT-L/14, the one that FD-DINOv2 means
+RESOLUTION = 224
+OFFSET = 0.1                # of the authors' `interpolate_offset`
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours
+WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
+SIZES = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'image_size', 'patch_size')
+FIELDS = dict.fromkeys((*SIZES, 'mlp_ratio', 'num_channels'), int) | dict(layer_norm_eps=float, hidden_act=str) | dict.fromkeys(
+    ('qkv_bias', 'use_swiglu_ffn', 'use_mask_token'), bool)  # of the configuration: what describes the network
+CURE = f'Give a folder with {REPOSITORY}, as save_pretrained writes it.'
+
+
+def resample_positions(positions: Tensor, side: int) -> Tensor:
+    """Position embeddings of another number of patches, as the authors' code resamples them for the released models.
+
+    Bicubic, without antialiasing, with a scale of (side + 0.1) / old side where side / old side would be meant: the 0.1 was a guard against
+    rounding, and as it enters the sampling positions it has become part of what the network computes.
+
+    Args:
+        positions: [1, 1 + K², D]: the CLS token's, then those of K x K patches, row by row.
+        side: patches along an edge now.
+    Returns: [1, 1 + side², D].
+    """
+    cls, patches = positions[:, :1], positions[:, 1:]
+    old = math.isqrt(patches.shape[1])
+    if old == side:
+        return positions
+    scale = (side + OFFSET) / old
+    grid = patches.unflatten(1, (old, old)).movedim(-1, 1)
+    grid = F.interpolate(grid, scale_factor=(scale, scale), mode='bicubic')
+    return torch.cat([cls, grid.flatten(2).mT], dim=1)
+
+
+class DINOv2(torch.nn.Module):
+    """uint8 images [N, 3, H, W] of any size to the CLS features [N, D] of a `Dinov2Model`, whose position embeddings are resampled here."""
+
+    img_channels, has_classes = 3, False
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        config = model.config
+        sizes = (config.hidden_size, config.num_hidden_layers, config.patch_size)
+        self.name = 'dinov2-large' if sizes == LARGE else f'dinov2-{sizes[0]}x{sizes[1]}'
+        self.metric_name = 'FD-DINOv2' if sizes == LARGE else 'Fréchet distance'
+        embeddings = model.embeddings
+        resampled = resample_positions(embeddings.position_embeddings.detach(), RESOLUTION // config.patch_size)
+        embeddings.position_embeddings = torch.nn.Parameter(resampled)
+        self.model = model
+        self.register_buffer('mean', torch.tensor(MEAN).reshape(-1, 1, 1))
+        self.register_buffer('std', torch.tensor(STD).reshape(-1, 1, 1))
+
+    def features(self, images: Tensor) -> Tensor:
+        """float32 [N, D]."""
+        x = F.interpolate(images.float(), size=(RESOLUTION, RESOLUTION), mode='bicubic', antialias=True) / 255
+        return self.model((x - self.mean) / self.std).last_hidden_state[:, 0]
+
+
+def load_dinov2(folder: str | None, device: torch.device, sha256: str | None = None) -> tuple[DINOv2, str]:
+    """(the network, SHA-256 digest of its weights) from a folder that `save_pretrained` wrote; None: the released ViT-L/14.
+
+    That one is taken from Hugging Face's cache where it is there, else downloaded and pinned like any URL (`local_path`). Weights are read from
+    safetensors only and the configuration as plain data, so that no code of a repository runs.
+
+    Raises: UserError without the package `transformers`, for a failed download, another digest, or files of anything else than DINOv2.
+    """
+    with _quiet_transformers() as transformers:
+        config_path, weights_path = _files(folder, sha256)
+        config = transformers.Dinov2Config(**_read_config(config_path))
+        model = _build(transformers.Dinov2Model, config, weights_path)
+    return DINOv2(model).eval().requires_grad_(False).to(device), file_sha256(weights_path)
+
+
+@contextlib.contextmanager
+def _quiet_transformers():
+    """The package, without its progress bars and warnings; what matters of these is checked here."""
+    try:
+        import transformers  # takes seconds
+        from transformers.utils import logging
+    except ImportError as error:
+        raise UserError(f'DINOv2 needs the package transformers ({error}): pip install -e .[dinov2]') from error
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield transformers
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _files(folder: str | None, sha256: str | None) -> tuple[Path, Path]:
+    """Paths of the configuration and of the weights, which have the digest `sha256` where one is given."""
+    if folder is None:
+        return _released(CONFIG), _released(WEIGHTS, sha256)
+    if not os.path.isdir(folder):
+        raise UserError(f'dinov2:{folder}: there is no such folder. {CURE}')
+    for name in (CONFIG, WEIGHTS):
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise UserError(f'{folder} has no {name}. {CURE}')
+    return Path(folder, CONFIG), local_path(Path(folder, WEIGHTS), sha256=sha256)
+
+
+def _released(name: str, sha256: str | None = None) -> Path:
+    """A file of the released model on this machine."""
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache
+    cached = try_to_load_from_cache(REPOSITORY, name)
+    try:
+        return local_path(cached if isinstance(cached, str) else hf_hub_url(REPOSITORY, name), sha256=sha256, pinned=True)
+    except UserError as error:
+        raise UserError(f"{error} Or, where there is a connection, transformers.Dinov2Model.from_pretrained('{REPOSITORY}')"
+                        ".save_pretrained('FOLDER'), and here that folder (dinov2:FOLDER).") from error
+
+
+def _read_config(path: Path) -> dict:
+    """The configuration, as far as it describes the network. Raises: UserError for anything else than a DINOv2 that fits our images."""
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path} cannot be read as the configuration of a model ({_first_line(error)}). {CURE}') from error
+    kind = config.get('model_type') if isinstance(config, dict) else None
+    if kind != 'dinov2':
+        raise UserError(f'{path} is of a model of type {kind!r}, not dinov2. {CURE}')
+    fields = {name: config[name] for name in FIELDS if name in config}
+    for name, value in fields.items():
+        if type(value) is not FIELDS[name] or (FIELDS[name] is int and value < 1):
+            raise UserError(f'{path}: {name} is {value!r}, which no released DINOv2 has. {CURE}')
+    if absent := [name for name in SIZES if name not in fields]:
+        raise UserError(f'{path} does not say {", ".join(absent)}. {CURE}')
+    if RESOLUTION % fields['patch_size'] or fields.get('num_channels', 3) != 3:
+        raise UserError(f'{path} is of a DINOv2 for other images than colour images of {RESOLUTION}x{RESOLUTION}. {CURE}')
+    return fields
+
+
+def _build(model_class, config, path: Path) -> torch.nn.Module:
+    """The model with the weights of a file, in FP32. Raises: UserError where they are damaged, or more or less than the model's."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        weights = {name: tensor.float() for name, tensor in load_file(path).items()}
+        model, report = model_class.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, attn_implementation='sdpa')
+    except (OSError, SafetensorError, RuntimeError, ValueError, LookupError) as error:
+        raise UserError(f'{path} cannot be read as the weights that its {CONFIG} describes ({_first_line(error)}). {CURE}') from error
+    if wrong := sorted(name for kind in ('missing_keys', 'unexpected_keys') for name in report[kind]):
+        raise UserError(f'{path} does not hold exactly the weights that its {CONFIG} describes: {len(wrong)} differ, such as {wrong[0]}. {CURE}')
+    if broken := sorted(name for name, tensor in weights.items() if not tensor.isfinite().all()):
+        raise UserError(f'{path} has NaN or infinite numbers at {broken[0]}. {CURE}')
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

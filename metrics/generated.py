@@ -1,0 +1,54 @@
+"""A network's images as a source, like a folder's: made when they are looked at, and never written unless someone wants to see them."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from training import encoders, generation
+
+
+class GeneratedImages:
+    """Images of a network, one for each seed; a source as in metrics/images.py.
+
+    Args:
+        net: network, on its device.
+        seeds: of the images.
+        batch: images that the network makes at a time; a batch that is not full is filled up, so that it runs like the others.
+        choose_labels, solver, steps, options: as for `generation.generate_batch`.
+        name: for messages.
+        identity: what decides the images besides the seeds, for `fingerprint`.
+        dump: folder for the images, `<seed>.png`; None: they are not written.
+    Raises: UserError where the network's images cannot be decoded.
+    """
+
+    def __init__(self, net, seeds: Sequence[int], batch: int, choose_labels=generation.uniform_labels, solver: str | None = None,
+                 steps: int | None = None, name: str = 'network', identity: str = '', dump: str | None = None, **options):
+        self.net, self.seeds, self.size, self.name, self.identity, self.dump = net, seeds, batch, name, identity, dump
+        self.skipped: dict[int, str] = {}
+        self.arguments = dict(choose_labels=choose_labels, solver=solver, steps=steps, **options)
+        device = next(net.parameters()).device
+        latents = torch.zeros([1, net.img_channels, net.img_resolution, net.img_resolution], device=device)
+        self.image_shape = list(encoders.encoder_of(net, device).decode(latents).shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def fingerprint(self) -> str:
+        """Changes with whatever changes the images."""
+        return f'{self.identity} {list(self.seeds)}'
+
+    def batch(self, indices: range) -> tuple[Tensor, list[int]]:
+        """Images [n, C, H, W] uint8 on the network's device, and their places among the seeds."""
+        seeds = [self.seeds[i] for i in indices]
+        images = generation.generate_batch(self.net, seeds + seeds[-1:] * (self.size - len(seeds)), **self.arguments)[:len(seeds)]
+        if self.dump:
+            generation.save_images(images, [os.path.join(self.dump, f'{seed:06d}.png') for seed in seeds])
+        return images, list(indices)
+
+    def stream(self, parts: Sequence[range], workers: int = 0) -> Iterator[tuple[range, Tensor, list[int]]]:
+        """(part, images, indices) of each part, one after another: the network is busy anyway."""
+        for part in parts:
+            yield part, *self.batch(part)

@@ -1,0 +1,40 @@
+"""Inception Score (Salimans et al. 2016)."""
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+from dnnlib.util import UserError
+
+NORMALISED = 1e-3  # how far from 1 probabilities may sum: those of half precision do
+
+
+def inception_score(probabilities: torch.Tensor, splits: int = 10) -> dict:
+    """exp E_x KL(p(y|x) ‖ p(y)), from 1 to the number of classes (Salimans et al. 2016, Sec. 4): mean and deviation over `splits` parts.
+
+    Parts are contiguous, in the order of the images, and p(y) is the mean over a part. A part of more images scores higher; 50,000 in 10 parts is
+    what everyone quotes. Images sorted by their classes score far too little: shuffle them.
+
+    Args:
+        probabilities: [N, K] p(y|x).
+        splits: number of parts; part i is images ⌊iN/splits⌋ to ⌊(i+1)N/splits⌋ − 1.
+    Returns: dict of `value` (mean over parts), `std` (the same way, of the population) and `splits`.
+    Raises: UserError for what are no probabilities, or fewer images than parts.
+    """
+    probabilities = torch.as_tensor(probabilities).double()
+    if probabilities.ndim != 2 or not (probabilities >= 0).all() or not ((probabilities.sum(dim=1) - 1).abs() < NORMALISED).all():
+        raise UserError(f'Class probabilities of shape {tuple(probabilities.shape)} must be [N, K], not negative, and sum to 1 for every image. '
+                        'Check the detector.')
+    n = len(probabilities)
+    if splits < 1 or n < splits:
+        raise UserError(f'{n} images cannot be split into {splits} parts for the Inception Score. Use more images or fewer parts.')
+    bounds = [i * n // splits for i in range(splits + 1)]
+    scores = torch.stack([_score(probabilities[start:end]) for start, end in pairwise(bounds)])
+    return dict(value=scores.mean().item(), std=scores.std(correction=0).item(), splits=splits)
+
+
+def _score(probabilities: torch.Tensor) -> torch.Tensor:
+    """exp of the mean divergence of p(y|x) [N, K] from its mean, with 0 log 0 = 0."""
+    marginal = probabilities.mean(dim=0)
+    return (torch.xlogy(probabilities, probabilities) - torch.xlogy(probabilities, marginal)).sum(dim=1).mean().exp()

@@ -1,0 +1,125 @@
+"""The measures that fid.py knows: what each needs of the images and of a reference, and how it is computed from that."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from metrics.calc import Observed
+from metrics.frechet import frechet_distance
+from metrics.inception_score import inception_score
+from metrics.kernel import kernel_distance
+from metrics.neighbours import density_coverage, precision_recall
+from metrics.reference import Reference
+from metrics.uncertainty import bootstrap_interval, frechet_infinity
+
+
+@dataclass
+class Comparison:
+    """Images beside a reference, as one detector sees them.
+
+    Args:
+        images: what it saw in the images.
+        reference: made with the same detector; None for measures that need none.
+        device: where features are compared.
+        bootstrap: resamples for the interval of a Fréchet distance; 0 for none.
+        neighbours: k of precision, recall, density and coverage; None for what their papers take.
+        seed: of whatever is drawn.
+    """
+
+    images: Observed
+    reference: Reference | None = None
+    device: torch.device | str = 'cpu'
+    bootstrap: int = 0
+    neighbours: int | None = None
+    seed: int = 0
+
+    @cached_property
+    def features(self) -> torch.Tensor:
+        """[n, D] of the images, on the device."""
+        return self.images.features.to(self.device)
+
+    @cached_property
+    def reference_features(self) -> torch.Tensor:
+        """[m, D] of the reference, on the device."""
+        return torch.as_tensor(self.reference.features).to(self.device)
+
+    def frechet(self) -> dict:
+        stats, reference = self.images.stats, self.reference
+        result = dict(value=frechet_distance(stats.mu, stats.sigma, reference.mu, reference.sigma))
+        if self.bootstrap:
+            result['interval'] = list(bootstrap_interval(self.features, reference.mu, reference.sigma, num=self.bootstrap, seed=self.seed))
+        return result
+
+    def frechet_infinity(self) -> dict:
+        return frechet_infinity(self.features, self.reference.mu, self.reference.sigma, seed=self.seed)
+
+    def kernel(self) -> dict:
+        return kernel_distance(self.features, self.reference_features, seed=self.seed)
+
+    def inception_score(self) -> dict:
+        return inception_score(self.images.probabilities.to(self.device))
+
+    @cached_property
+    def _precision_recall(self) -> dict[str, dict]:
+        return self._neighbours(precision_recall, 3)
+
+    @cached_property
+    def _density_coverage(self) -> dict[str, dict]:
+        return self._neighbours(density_coverage, 5)
+
+    def _neighbours(self, function, k: int) -> list[dict]:
+        k = self.neighbours or k
+        facts = dict(k=k, reference_features=len(self.reference_features))
+        return [dict(value=value, **facts) for value in function(self.features, self.reference_features, k=k)]
+
+    def precision(self) -> dict:
+        return self._precision_recall[0]
+
+    def recall(self) -> dict:
+        return self._precision_recall[1]
+
+    def density(self) -> dict:
+        return self._density_coverage[0]
+
+    def coverage(self) -> dict:
+        return self._density_coverage[1]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure: what it computes, and what it needs.
+
+    Attributes:
+        compute: of a `Comparison`, {'value': float, ...}.
+        title: for people; None for the detector's own name of a Fréchet distance.
+        entry: which detector, and which of a reference's entries: `fid`, the main one, or `fd_dinov2`.
+        frechet: whether it compares with a reference's mean and covariance.
+        features: whether it needs the images' features, all of them.
+        reference_features: whether it needs features of reference images too.
+        classes: whether it needs class probabilities.
+    """
+
+    compute: Callable[[Comparison], dict]
+    title: str | None = None
+    entry: str = 'fid'
+    frechet: bool = False
+    features: bool = False
+    reference_features: bool = False
+    classes: bool = False
+
+
+FID, FD_DINOV2 = 'fid', 'fd_dinov2'
+MEASURES = {
+    FID: Measure(Comparison.frechet, frechet=True),
+    'fid_inf': Measure(Comparison.frechet_infinity, 'FID-infinity', frechet=True, features=True),
+    'kid': Measure(Comparison.kernel, 'KID', features=True, reference_features=True),
+    'precision': Measure(Comparison.precision, 'precision', features=True, reference_features=True),
+    'recall': Measure(Comparison.recall, 'recall', features=True, reference_features=True),
+    'density': Measure(Comparison.density, 'density', features=True, reference_features=True),
+    'coverage': Measure(Comparison.coverage, 'coverage', features=True, reference_features=True),
+    'is': Measure(Comparison.inception_score, 'Inception Score', classes=True),
+    FD_DINOV2: Measure(Comparison.frechet, 'FD-DINOv2', entry=FD_DINOV2, frechet=True),
+}
