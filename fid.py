@@ -29,7 +29,7 @@ class Measures(click.ParamType):
 
     def convert(self, value, param, ctx):
         from metrics.measures import MEASURES
-        names, known = value.split(','), self.some or tuple(MEASURES)
+        names, known = [name.strip() for name in value.split(',')], self.some or tuple(MEASURES)
         for name in names:
             if name not in known or names.count(name) > 1:
                 self.fail(f'{name!r} is {"named twice" if name in known else "none of " + ", ".join(known)}', param, ctx)
@@ -47,7 +47,7 @@ def shared_options(command):
     """The options that `calc` and `ref` have in common."""
     for option in reversed([
         cli.option('--skip-bad', is_flag=True, help='Leave out images that cannot be read, or are unlike the first, and count them.'),
-        cli.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, show_default=True,
+        cli.option('--seed', metavar='INT', type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True,
                    help='Of every random choice: subsets, resamples.'),
         cli.option('--detector', metavar='PATH|URL', group=DETECTOR,
                    help="TorchScript file: uint8 images [N, C, H, W] to features [N, D]; pytorch-fid's weights; dinov2 or dinov2:FOLDER.  "
@@ -110,7 +110,8 @@ def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, se
     from metrics.measures import Comparison
     from metrics.uncertainty import check_enough_to_extrapolate
     options = EasyDict(options)
-    check_usage(paths, ref, measures, num, bootstrap, network, seed_sets)
+    check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_sets, sampling)
+    check_detector_options(measures, options)
     with _processes() as is_main:
         make_folder(json_path)
         references = read_references(ref, measures)
@@ -118,20 +119,19 @@ def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, se
         detectors = load_detectors({measure.entry for measure in measures.values()}, sources[0].image_shape, options)
         if 'fid_inf' in measures:
             check_enough_to_extrapolate(min(map(len, sources)), detectors[measures['fid_inf'].entry].dim)
-        references = complete_references(references, ref, measures, detectors, sources[0].image_shape, options)
+        references = complete_references(references, ref, measures, detectors, sources, options)
         results = {name: [] for name in measures}
-        for source in sources:
-            seen = look_at(source, detectors, options, keep=any(m.features or (bootstrap and m.frechet) for m in measures.values()),
-                           classes={m.entry for m in measures.values() if m.classes})
-            if not is_main:
-                continue
+        keep = any(m.features or (bootstrap and m.frechet) for m in measures.values())
+        classes = {m.entry for m in measures.values() if m.classes}
+        views = [look_at(source, detectors, options, keep, classes) for source in sources]  # all before the main process compares: none waits for it
+        for source, seen in zip(sources, views) if is_main else ():
             warn_about(source, next(iter(seen.values())), measures, detectors)
             for entry, detector in detectors.items():
                 comparison = Comparison(seen[entry], references.get(entry), detector.device, bootstrap, nearest_k, options.seed)
                 for name, measure in measures.items():
                     if measure.entry == entry:
-                        title = measure.title or detector.metric_name
-                        facts = facts_about(title, source, seen[entry], detector, ref, comparison.reference)
+                        title = measure.title.format(detector.metric_name)
+                        facts = facts_about(title, source, seen[entry], detector, *((ref, comparison.reference) if measure.compares else ()))
                         results[name].append(measure.compute(comparison) | facts)
                         say(sentence(results[name][-1]))
         if is_main:
@@ -157,6 +157,7 @@ def ref(path, dest, measures, num, features, **options):
     from metrics.images import open_images
     from metrics.reference import save_reference
     options = EasyDict(options)
+    check_detector_options(measures, options)
     with _processes() as is_main:
         source = open_images(path, num, options.seed, options.skip_bad)
         make_folder(dest)
@@ -171,23 +172,40 @@ def ref(path, dest, measures, num, features, **options):
 # ---------------------------------------------------------------------------------------------------------------------
 # What is measured, and against what.
 
-def check_usage(paths, ref, measures, num, bootstrap, network, seed_sets) -> None:
+def check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_sets, sampling) -> None:
     """UsageError where options contradict each other or lack one another."""
     if bool(paths) == bool(network):
         raise click.UsageError('Give either --images or --network.')
     if bool(network) != bool(seed_sets):
         raise click.UsageError('--network and --seeds belong together: give both, or --images.')
+    if paths and (idle := [name for name, value in sampling.items() if value not in (None, False)]):
+        raise click.UsageError(f'{option_names(idle)}: the images of --images are made already; this is for --network.')
     if network and num is not None:
         raise click.UsageError('--num is for --images; how many images a network makes is said by --seeds.')
-    if ref is None and (needy := [name for name, measure in measures.items() if measure.frechet or measure.reference_features]):
+    if ref is None and (needy := [name for name, measure in measures.items() if measure.compares]):
         raise click.UsageError(f'--ref is missing, and {", ".join(needy)} compare with a reference.')
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise click.UsageError('The same --images are given twice.')
-    seeds = [seed for _, seeds in seed_sets for seed in seeds]
+    seeds = [seed % (1 << 32) for _, seeds in seed_sets for seed in seeds]  # the generators know no more of them
     if len(set(seeds)) < len(seeds):
         raise click.UsageError('Some seeds are given twice; the same images again say nothing new.')
-    if bootstrap and not any(measure.frechet for measure in measures.values()):
+    if bootstrap and not measures.keys() & {'fid', 'fd_dinov2'}:
         raise click.UsageError('--bootstrap is for fid and fd_dinov2.')
+    if nearest_k and not measures.keys() & {'precision', 'recall', 'density', 'coverage'}:
+        raise click.UsageError('--nearest-k is for precision, recall, density and coverage.')
+
+
+def check_detector_options(measures, options) -> None:
+    """UsageError where a detector, or its digest, is given that no measure uses."""
+    main = {measure.entry for measure in measures.values()} - {'fd_dinov2'}
+    idle = ['dinov2'] * ('fd_dinov2' not in measures) + ['detector', 'detector_sha256'] * (not main)
+    if given := [name for name in idle if options[name] is not None]:
+        raise click.UsageError(f'{option_names(given)}: not used by {", ".join(measures)}. '
+                               'fd_dinov2 has the detector of --dinov2, all else that of --detector.')
+
+
+def option_names(parameters: list[str]) -> str:
+    return ', '.join(option.opts[0] for option in click.get_current_context().command.params if option.name in parameters)
 
 
 def images_of_paths(paths, num: int, options) -> list:
@@ -205,7 +223,8 @@ def images_of_network(network: str, seed_sets, sampling: dict, batch: int) -> li
         net = load_network(network, distributed.get_device())
     arguments = sampling_arguments(net, network, **sampling)
     identity = f'{network_digest(net, net.metadata)} {json.dumps(sampling, sort_keys=True)}'
-    return [GeneratedImages(net, seeds, batch, name=f'{network}, seeds {text}', identity=identity, **arguments) for text, seeds in seed_sets]
+    given = ''.join(f', {option_names([name])}={value}' for name, value in sampling.items() if value not in (None, False))
+    return [GeneratedImages(net, seeds, batch, name=f'{network}, seeds {text}{given}', identity=identity, **arguments) for text, seeds in seed_sets]
 
 
 def load_detectors(entries, image_shape, options) -> dict:
@@ -225,7 +244,7 @@ def load_detectors(entries, image_shape, options) -> dict:
 
 
 def entries_to_compare(measures) -> set[str]:
-    return {measure.entry for measure in measures.values() if measure.frechet or measure.reference_features}
+    return {measure.entry for measure in measures.values() if measure.compares}
 
 
 def read_references(ref, measures) -> dict:
@@ -234,23 +253,34 @@ def read_references(ref, measures) -> dict:
     return {entry: load_reference(ref, entry) for entry in entries_to_compare(measures) if holds_statistics(ref)}
 
 
-def complete_references(references, ref, measures, detectors, image_shape, options) -> dict:
+def complete_references(references, ref, measures, detectors, sources, options) -> dict:
     """The references by entry, checked, with what measures need: where `ref` is images, or holds them, that is computed."""
-    from metrics.calc import reference_of
-    from metrics.images import open_images
     from metrics.reference import check_same_detector
     needy = {measure.entry: name for name, measure in measures.items() if measure.reference_features}
-    if references:
-        for entry, reference in references.items():
-            check_same_detector(reference, detectors[entry], ref, image_shape)
-            if entry in needy and reference.features is None:
-                references[entry] = dataclasses.replace(reference, features=features_of_reference(ref, needy[entry], detectors[entry], options))
-    elif entries := entries_to_compare(measures):
-        source = open_images(ref, None, options.seed, options.skip_bad)
-        seen = look_at(source, {entry: detectors[entry] for entry in entries}, options, keep=bool(needy))
-        warn_about(source, next(iter(seen.values())))
-        references = {entry: reference_of(source, seen[entry], detectors[entry]) for entry in entries}
+    of_images = not references
+    if of_images:
+        compared = {entry: detectors[entry] for entry in entries_to_compare(measures)}
+        references = references_of_images(ref, compared, sources, options, keep=bool(needy))
+    for entry, reference in references.items():
+        for shape in dict.fromkeys(tuple(source.image_shape) for source in sources):
+            check_same_detector(reference, detectors[entry], ref, list(shape))
+        if entry in needy and reference.features is None and not of_images:
+            references[entry] = dataclasses.replace(reference, features=features_of_reference(ref, needy[entry], detectors[entry], options))
     return references
+
+
+def references_of_images(ref, detectors, sources, options, keep: bool) -> dict:
+    """The references by entry that the images at `ref` make."""
+    from metrics.calc import reference_of
+    from metrics.images import open_images
+    if not detectors:
+        return {}
+    source = open_images(ref, None, options.seed, options.skip_bad)
+    if any(os.path.realpath(images.name) == os.path.realpath(ref) for images in sources):
+        say(f'Warning: --images and --ref are both {ref}: images compared with themselves.')
+    seen = look_at(source, detectors, options, keep)
+    warn_about(source, next(iter(seen.values())))
+    return {entry: reference_of(source, seen[entry], detector) for entry, detector in detectors.items()}
 
 
 def features_of_reference(ref, measure: str, detector, options):
@@ -286,13 +316,13 @@ def warn_about(source, seen, measures=None, detectors=None) -> None:
         say(f'Warning: {seen.copies} of {seen.stats.count} images in {source.name} are exact copies of others.')
     for name, measure in (measures or {}).items():
         if measure.frechet and name != 'fid_inf' and seen.stats.count < FEW_IMAGES:
-            title, count = measure.title or detectors[measure.entry].metric_name, seen.stats.count
+            title, count = measure.title.format(detectors[measure.entry].metric_name), seen.stats.count
             say(f'Warning: {title} of as few as {count} images is too high on average. Compare it with values of {count} images only; '
                 'kid has no such bias, fid_inf extrapolates.')
 
 
-def facts_about(title: str, source, seen, detector, ref, reference) -> dict:
-    """Where a value comes from, for the JSON file."""
+def facts_about(title: str, source, seen, detector, ref=None, reference=None) -> dict:
+    """Where a value comes from, for the JSON file; `reference` only where it was compared with one."""
     facts = dict(name=title, images=source.name, num_images=seen.stats.count, skipped=seen.skipped, copies=seen.copies,
                  detector=detector.name, detector_digest=detector.digest)
     return facts | (dict(reference=ref, reference_images=reference.num_images) if reference is not None else {})
@@ -303,7 +333,8 @@ def sentence(found: dict) -> str:
     noise = [f'95 % interval {found["interval"][0]:.6g} to {found["interval"][1]:.6g}'] if 'interval' in found else []
     noise += [f'{name} {found[name]:.2g}' for name in ('error', 'std') if found.get(name) is not None]
     against = f', against {found["reference"]}' if 'reference' in found else ''
-    of = f' ({found["reference_images"]} images)' if found.get('reference_images') else ''
+    count = found.get('reference_features') or found.get('reference_images')
+    of = f' ({count} images)' if count else ''
     return (f'{found["name"]} {found["value"]:.6g}{"".join(f", {part}" for part in noise)}: {found["num_images"]} images of {found["images"]}, '
             f'detector {found["detector"]}{against}{of}')
 
@@ -314,7 +345,8 @@ def summary(found: list[dict]) -> dict:
         return found[0]
     values = [result['value'] for result in found]
     mean, minimum = sum(values) / len(values), min(values)
-    say(f'{found[0]["name"]} of {len(values)} sets: mean {mean:.6g}, minimum {minimum:.6g} (EDM reports the minimum of three)')
+    custom = ' (EDM reports the minimum of three)' if found[0]['name'] == 'FID' else ''  # of other measures the minimum may be the worst
+    say(f'{found[0]["name"]} of {len(values)} sets: mean {mean:.6g}, minimum {minimum:.6g}{custom}')
     return dict(value=mean, mean=mean, minimum=minimum, sets=found)
 
 

@@ -78,7 +78,7 @@ class Validator:
             self.detector(pixels)  # now it knows how many features it returns
         if options.ref:
             self.reference = load_reference(options.ref)
-            check_same_detector(self.reference, self.detector, options.ref)
+            check_same_detector(self.reference, self.detector, options.ref, list(pixels.shape[1:]))
         else:
             self.reference = self._reference_of(options.ref_data)
         label_chooser(options.label, label_dim, dataset)

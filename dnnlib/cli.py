@@ -8,6 +8,7 @@ import click
 
 from dnnlib.util import UserError
 
+MAX_NUMBERS = 10_000_000  # of a range of integers: more are a slip of the keyboard
 HELP_SETTINGS = dict(max_content_width=120, help_option_names=['-h', '--help'])
 
 
@@ -109,7 +110,10 @@ class IntRanges(click.ParamType):
             match = re.fullmatch(r'\s*(\d+)(?:-(\d+))?\s*', part)
             if match is None or (match[2] and int(match[2]) < int(match[1])):
                 self.fail(f'{part!r} is neither an integer nor a range such as 0-63', param, ctx)
-            values.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+            numbers = range(int(match[1]), int(match[2] or match[1]) + 1)
+            if numbers.stop - numbers.start > MAX_NUMBERS:
+                self.fail(f'{part!r} has more than {MAX_NUMBERS:,} numbers', param, ctx)
+            values.extend(numbers)
         return values
 
 

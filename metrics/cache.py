@@ -35,21 +35,21 @@ class FeatureCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f'--cache={root} cannot be made: {error.strerror}. Choose another place.') from error
-        if distributed.is_main():
+        if distributed.is_main() and not (self.folder / FACTS).exists():  # a cache that is only read need not be writable
             with atomic_write(self.folder / FACTS) as file:
                 file.write(text.encode() + b'\n')
 
     def load(self, part: range, names: set[str]) -> dict[str, np.ndarray] | None:
-        """The arrays of a batch, `names` at least; None where they are not there, or damaged."""
+        """The arrays of a batch, `names` at least, with a row for each of its images; None where they are not there, or damaged."""
         try:
             with np.load(self._path(part), allow_pickle=False) as file:
                 arrays = dict(file)
         except DAMAGED:
             return None
-        return arrays if names <= arrays.keys() and len({len(array) for array in arrays.values()}) == 1 else None
+        return arrays if names <= arrays.keys() and all(len(array) == len(part) for array in arrays.values()) else None
 
     def save(self, part: range, arrays: dict[str, np.ndarray]) -> None:
-        """Keep the arrays of a batch, which all have one row for each of its images."""
+        """Keep the arrays of a batch, which all have a row for each of its images."""
         with atomic_write(self._path(part), durable=False) as file:
             np.savez(file, **arrays)
 

@@ -24,7 +24,7 @@ class Observed:
     Attributes:
         stats: moments of the features, on every process.
         skipped: how many images were left out.
-        problems: why, of those that were not left out by an earlier run that filled the cache. This and what follows: on the main process only.
+        problems: why. This and what follows: on the main process only.
         copies: how many images have the very pixels of another one before them.
         features: [n, D] float32 on the CPU, in the order of the images; None where they were not asked for.
         probabilities: [n, K] of its classes, likewise.
@@ -95,42 +95,49 @@ class _Watch:
         self.detector, self.source, self.keep, self.classes = detector, source, torch.from_numpy(keep), classes
         self.stats = FeatureStats(detector.dim, detector.device)
         self.kept: dict[int, dict[str, Tensor]] = {}  # of each batch, by its first image: digests, and what is to be kept
-        self.cache = cache and FeatureCache(cache, detector.name, dict(images=source.fingerprint(), detector=detector.digest, batch=batch))
+        self.cache = None
+        if cache:
+            images = distributed.broadcast_object(source.fingerprint() if distributed.is_main() else None)  # machines may have copies of other times
+            self.cache = FeatureCache(cache, detector.name, dict(images=images, detector=detector.digest, batch=batch))
 
     def recall(self, part: range) -> bool:
         """Add a batch from the cache; whether it was there."""
-        names = {'indices', 'digests', 'features', *(['probabilities'] if self.classes else [])}
-        found = self.cache and self.cache.load(part, names)
+        names = {'digests', 'features', *(['probabilities'] if self.classes else [])}
+        found = self.cache.load(part, names) if self.cache else None
         if found:
-            self._add(part, {name: torch.from_numpy(found[name]) for name in names})
+            self._add(part, list(part), {name: torch.from_numpy(found[name]) for name in names})
         return bool(found)
 
     def see(self, part: range, images: Tensor, indices: list[int]) -> None:
-        """Add a batch of images, of which the first `len(indices)` count; nothing where it was recalled, or none is left of it."""
+        """Add a batch of images, of which the first `len(indices)` count; nothing where it was recalled, or none is left of it.
+
+        A batch of which images were left out is not cached: what was wrong with them is told every time, and an error without --skip-bad.
+        """
         count = len(indices)
         if part.start in self.kept or count == 0:
             return
-        found = dict(indices=torch.tensor(indices), digests=image_digests(images[:count]))
+        found = dict(digests=image_digests(images[:count]))
         if self.classes:
             found['features'], found['probabilities'] = self.detector.with_probabilities(images)
         else:
             found['features'] = self.detector(images)
         found = {name: values[:count].float() if values.is_floating_point() else values for name, values in found.items()}
-        if self.cache:
+        if self.cache and count == len(part):
             self.cache.save(part, {name: values.cpu().numpy() for name, values in found.items()})
-        self._add(part, found)
+        self._add(part, indices, found)
 
-    def _add(self, part: range, found: dict[str, Tensor]) -> None:
+    def _add(self, part: range, indices: list[int], found: dict[str, Tensor]) -> None:
         self.stats.append(found['features'])
-        kept = dict(digests=found['digests'], features=found['features'][self.keep[found['indices']].to(found['features'].device)])
+        kept = dict(digests=found['digests'], features=found['features'][self.keep[indices].to(found['features'].device)])
         if self.classes:
             kept['probabilities'] = found['probabilities']
         self.kept[part.start] = {name: values.cpu() for name, values in kept.items()}
 
     def result(self) -> Observed:
         """Over all processes."""
-        if self.stats.reduce().count == 0:
-            raise UserError(f'There are no images in {self.source.name} to compute statistics of.')
+        if self.stats.reduce().count < 2:
+            found = 'is only one image' if self.stats.count else 'are no images'
+            raise UserError(f'There {found} in {self.source.name} to compute statistics of, and at least two are needed.')
         skipped = len(self.source) - self.stats.count
         shares = distributed.gather_on_main((self.kept, self.source.skipped))
         if not shares:

@@ -47,7 +47,8 @@ class ImageSource:
     def __init__(self, path: str | os.PathLike, count: int, num: int | None, seed: int):
         self.name = os.fspath(path)
         if num is not None and count < num:
-            raise UserError(f'{self.name} holds {count} images, expected at least {num}. Make more images, or pass --num={count}.')
+            cure = f'Make more images, or pass --num={count}.' if count > 1 else 'Make more images.'
+            raise UserError(f'{self.name} holds {count} images, expected at least {num}. {cure}')
         self.index = random_subset(count, num, seed)
         self.skipped: dict[int, str] = {}
         self.skip_bad = False
@@ -83,7 +84,7 @@ class ImageSource:
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest that changes whenever the images may have changed, and is the same on every process. Reads no images."""
+        """Hexadecimal digest that changes whenever the images may have changed. Reads no images."""
         raise NotImplementedError
 
 
@@ -139,12 +140,15 @@ def _zip_checksums(files: ImageFiles) -> dict[str, tuple[int, int]]:
 
 
 def _file_state(folder: str, name: str) -> tuple:
-    """(size, nanoseconds of its last change); nothing of a file that is not there, which reading will tell."""
+    """(size, time of its last change in nanoseconds, and of its inode's); nothing of a file that is not there, which reading will tell.
+
+    Programs that unpack and copy set the first time to what it was elsewhere, and uncompressed images are all of one size. None can set the second.
+    """
     try:
         status = os.stat(os.path.join(folder, name))
     except OSError:
         return ()
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 class ArrayImages(ImageSource):

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from metrics.calc import Observed
-from metrics.frechet import frechet_distance
+from metrics.frechet import Gaussian
 from metrics.inception_score import inception_score
 from metrics.kernel import kernel_distance
 from metrics.neighbours import density_coverage, precision_recall
@@ -48,7 +48,8 @@ class Comparison:
 
     def frechet(self) -> dict:
         stats, reference = self.images.stats, self.reference
-        result = dict(value=frechet_distance(stats.mu, stats.sigma, reference.mu, reference.sigma))
+        ours, theirs = Gaussian(stats.mu, stats.sigma, 'the images'), Gaussian(reference.mu, reference.sigma, 'the reference')
+        result = dict(value=ours.distance(theirs))
         if self.bootstrap:
             result['interval'] = list(bootstrap_interval(self.features, reference.mu, reference.sigma, num=self.bootstrap, seed=self.seed))
         return result
@@ -57,7 +58,7 @@ class Comparison:
         return frechet_infinity(self.features, self.reference.mu, self.reference.sigma, seed=self.seed)
 
     def kernel(self) -> dict:
-        return kernel_distance(self.features, self.reference_features, seed=self.seed)
+        return kernel_distance(self.features, self.reference_features, seed=self.seed) | dict(reference_features=len(self.reference_features))
 
     def inception_score(self) -> dict:
         return inception_score(self.images.probabilities.to(self.device))
@@ -94,7 +95,7 @@ class Measure:
 
     Attributes:
         compute: of a `Comparison`, {'value': float, ...}.
-        title: for people; None for the detector's own name of a Fréchet distance.
+        title: for people; {} stands for the detector's own name of a Fréchet distance.
         entry: which detector, and which of a reference's entries: `fid`, the main one, or `fd_dinov2`.
         frechet: whether it compares with a reference's mean and covariance.
         features: whether it needs the images' features, all of them.
@@ -103,23 +104,28 @@ class Measure:
     """
 
     compute: Callable[[Comparison], dict]
-    title: str | None = None
+    title: str
     entry: str = 'fid'
     frechet: bool = False
     features: bool = False
     reference_features: bool = False
     classes: bool = False
 
+    @property
+    def compares(self) -> bool:
+        """Whether it needs a reference."""
+        return self.frechet or self.reference_features
+
 
 FID, FD_DINOV2 = 'fid', 'fd_dinov2'
 MEASURES = {
-    FID: Measure(Comparison.frechet, frechet=True),
-    'fid_inf': Measure(Comparison.frechet_infinity, 'FID-infinity', frechet=True, features=True),
+    FID: Measure(Comparison.frechet, '{}', frechet=True),
+    'fid_inf': Measure(Comparison.frechet_infinity, '{}-infinity', frechet=True, features=True),
     'kid': Measure(Comparison.kernel, 'KID', features=True, reference_features=True),
     'precision': Measure(Comparison.precision, 'precision', features=True, reference_features=True),
     'recall': Measure(Comparison.recall, 'recall', features=True, reference_features=True),
     'density': Measure(Comparison.density, 'density', features=True, reference_features=True),
     'coverage': Measure(Comparison.coverage, 'coverage', features=True, reference_features=True),
     'is': Measure(Comparison.inception_score, 'Inception Score', classes=True),
-    FD_DINOV2: Measure(Comparison.frechet, 'FD-DINOv2', entry=FD_DINOV2, frechet=True),
+    FD_DINOV2: Measure(Comparison.frechet, '{}', entry=FD_DINOV2, frechet=True),
 }

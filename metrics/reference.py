@@ -268,6 +268,7 @@ class PickledArrays:
         self._nodes = {}
         entries = tree if isinstance(tree, dict) else {}
         shared = {key: entries[key] for key in ('num_images',) if key in entries}  # EDM2 counts once for all entries
+        self._nodes |= {key: node for key, node in entries.items() if isinstance(key, str) and not isinstance(node, dict)}
         for entry, node in entries.items():
             if isinstance(entry, str) and isinstance(node, dict):
                 self._nodes |= {f'{_prefix(entry)}{key}': value for key, value in (shared | node).items() if isinstance(key, str)}

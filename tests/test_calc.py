@@ -170,8 +170,8 @@ def test_a_reference_is_what_was_seen():
 # The cache.
 
 def test_an_interrupted_pass_goes_on_where_it_was(tmp_path):
-    """To the bit; of five batches the second run computes those that the first one had not."""
-    x, bad = images(19), (1, 18)
+    """To the bit; of five batches the second run computes those that the first one had not, and every run the last, of which an image is bad."""
+    x, bad = images(19), (18,)
     plain = look(Pixels(x, bad), keep=True, classes={'x'})
     with pytest.raises(KeyboardInterrupt):
         look(Pixels(x, bad), Sums(limit=2), keep=True, classes={'x'}, cache=tmp_path)
@@ -179,10 +179,25 @@ def test_an_interrupted_pass_goes_on_where_it_was(tmp_path):
     again = look(Pixels(x, bad), detector, keep=True, classes={'x'}, cache=tmp_path)
     assert len(detector.shapes) == 3
     assert torch.equal(again.features, plain.features) and torch.equal(again.probabilities, plain.probabilities)
-    assert (again.skipped, again.copies, again.problems) == (2, 0, ['image 18 is bad'])
-    third = look(Pixels(x, bad), Sums(limit=0), cache=tmp_path)
+    assert (again.skipped, again.copies, again.problems) == (1, 0, ['image 18 is bad'])
+    third = look(Pixels(x, bad), Sums(limit=1), cache=tmp_path)
     np.testing.assert_allclose(third.stats.sigma, plain.stats.sigma, rtol=1e-12)
-    assert third.skipped == 2
+    assert (third.skipped, third.problems) == (1, ['image 18 is bad'])
+
+
+def test_a_cache_does_not_hide_bad_images_from_those_who_want_none(tmp_path):
+    """What --skip-bad left out is an error again without it."""
+    look(Pixels(images(8), bad=(5,)), cache=tmp_path)
+    assert [path.name for path in tmp_path.rglob('*.npz')] == ['000000000.npz']
+    strict = Pixels(images(8), bad=(5,))
+    strict.skip_bad = False
+    with pytest.raises(UserError, match='image 5 is bad'):
+        look(strict, cache=tmp_path)
+
+
+def test_a_single_image_has_no_statistics_and_its_source_is_named():
+    with pytest.raises(UserError, match='only one image in pixels'):
+        look(Pixels(images(1)))
 
 
 def test_a_damaged_or_lacking_batch_is_computed_again(tmp_path):
@@ -195,6 +210,13 @@ def test_a_damaged_or_lacking_batch_is_computed_again(tmp_path):
     assert torch.equal(look(Pixels(x), detector, keep=True, cache=tmp_path).features, x.float().sum(dim=[2, 3])) and len(detector.shapes) == 2
     detector = Sums()
     assert look(Pixels(x), detector, classes={'x'}, cache=tmp_path).probabilities.shape == (12, 2) and len(detector.shapes) == 3
+
+
+def test_a_complete_cache_is_only_read(tmp_path):
+    look(Pixels(images(8)), cache=tmp_path)
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
+    look(Pixels(images(8)), Sums(limit=0), cache=tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')} == stamps
 
 
 def test_other_images_another_detector_or_another_batch_are_not_taken_from_the_cache(tmp_path):

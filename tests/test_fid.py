@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import assert_one_clear_error
+from helpers import assert_one_clear_error, torchrun
 from PIL import Image
 
 import fid
@@ -19,6 +19,7 @@ import generate
 from metrics.frechet import frechet_distance
 from metrics.inception_score import inception_score
 from metrics.kernel import kernel_distance
+from metrics.measures import MEASURES
 from metrics.neighbours import density_coverage, precision_recall
 from metrics.uncertainty import frechet_infinity
 
@@ -167,6 +168,7 @@ def test_all_measures_come_from_one_pass_and_are_those_of_the_library(lab, tmp_p
     assert float(result.stdout) == pytest.approx(expected['kid'], rel=1e-6)
     assert {entry['name'] for entry in found.values()} >= {'KID', 'FID', 'Inception Score'}
     assert (found['recall']['k'], found['recall']['reference_features'], found['fid']['reference_images']) == (4, 40, 40)
+    assert 'reference' not in found['is'] and 'against' not in next(line for line in result.stderr.splitlines() if 'Inception Score' in line)
     assert all(entry['num_images'] == 60 and entry['detector'] == 'classes' and entry['skipped'] == 0 for entry in found.values())
 
 
@@ -185,6 +187,7 @@ def test_measures_of_features_find_them_in_the_reference(lab, tmp_path):
     run('ref', f'--data={folder}/data.zip', f'--dest={tmp_path}/few.npz', detector, '--features=10')
     with np.load(tmp_path / 'few.npz') as file:
         assert file['features'].shape == (10, DIM) and int(file['num_images']) == 40
+    assert 'against' in (said := calc_kid(tmp_path / 'few.npz').stderr) and 'few.npz (10 images)' in said
     run('ref', f'--data={folder}/data.zip', f'--dest={tmp_path}/bare.npz', detector)
     assert_one_clear_error(calc_kid(tmp_path / 'bare.npz'), 'has no features, which kid needs', '--features')
 
@@ -219,10 +222,10 @@ def test_a_networks_images_are_measured_without_writing_them(lab, teacher, tmp_p
                  f'--json={tmp_path}/fid.json')
     found = json.loads((tmp_path / 'fid.json').read_text())['fid']
     assert [entry['value'] for entry in found['sets']] == pytest.approx(values, rel=1e-2)  # a level of rounding here and there
-    assert found['sets'][1]['images'] == f'{teacher}, seeds 20-39' and found['sets'][1]['num_images'] == 20
+    assert found['sets'][1]['images'] == f'{teacher}, seeds 20-39, --steps=3' and found['sets'][1]['num_images'] == 20
     assert found['value'] == found['mean'] == pytest.approx(sum(entry['value'] for entry in found['sets']) / 2)
     assert found['minimum'] == min(entry['value'] for entry in found['sets']) and float(result.stdout) == pytest.approx(found['mean'], rel=1e-9)
-    assert 'mean' in result.stderr and 'minimum' in result.stderr
+    assert 'mean' in result.stderr and 'minimum' in result.stderr and 'EDM' not in result.stderr
 
 
 def test_features_in_the_cache_are_not_computed_again(lab, reference, tmp_path):
@@ -250,6 +253,17 @@ def test_bad_images_are_left_out_on_request_and_counted(lab, reference, tmp_path
     assert_one_clear_error(run('calc', *arguments, '--skip-bad'), '28 of 30 images', '01.png')
 
 
+def test_a_bad_image_on_one_process_of_two_ends_both_without_a_traceback(lab, reference, tmp_path):
+    """It is in the second process's share; the first one waits for it in vain."""
+    for i in range(30):
+        Image.fromarray(lab[1][i]).save(tmp_path / f'{i:02d}.png')
+    (tmp_path / '12.png').write_bytes((tmp_path / '12.png').read_bytes()[:60])
+    result = torchrun(2, '--', 'fid.py', 'calc', f'--images={tmp_path}', f'--ref={reference}', f'--detector={lab[0]}/detector.pt', '--num=30',
+                      '--batch=10', check=False)
+    assert result.returncode == 1 and 'Error: ' in result.stderr and '12.png' in result.stderr and result.stdout == ''
+    assert 'fid.py", line' not in result.stderr, result.stderr  # torchrun itself shows one
+
+
 def test_copies_are_noted(lab, reference, tmp_path):
     for i in range(12):
         Image.fromarray(lab[1][i % 10]).save(tmp_path / f'{i}.png')
@@ -261,10 +275,52 @@ def test_a_reference_of_another_resolution_is_noted(lab, reference, tmp_path):
     np.save(tmp_path / 'larger.npy', np.repeat(np.repeat(lab[1], 2, axis=1), 2, axis=2))
     result = run('calc', f'--images={tmp_path}/larger.npy', f'--ref={reference}', f'--detector={lab[0]}/detector.pt', '--num=60')
     assert 'is of 8x8 images, and these are 16x16' in result.stderr and result.exit_code == 0
+    result = run('calc', f'--images={lab[0]}/samples', f'--images={tmp_path}/larger.npy', f'--ref={lab[0]}/data.zip',
+                 f'--detector={lab[0]}/detector.pt', '--num=60')
+    assert 'data.zip is of 8x8 images, and these are 16x16' in result.stderr and result.exit_code == 0
+
+
+def test_images_compared_with_themselves_are_noted(lab):
+    result = calc(lab, f'{lab[0]}/./samples', '--num=60')
+    assert float(result.stdout) < 1e-12 and 'compared with themselves' in result.stderr
+
+
+def test_the_name_of_a_value_is_that_of_its_detector(lab, reference):
+    """Inception's is FID-infinity; another detector's is not. Nor is FD-DINOv2 that of another size than ViT-L/14."""
+    assert MEASURES['fd_dinov2'].title.format('Fréchet distance') == 'Fréchet distance'
+    result = calc(lab, reference, '--num=60', '--metrics=fid_inf')
+    assert 'Fréchet distance-infinity' in result.stderr and 'FID' not in result.stderr
+
+
+def test_all_images_are_seen_before_any_are_compared(lab, reference, monkeypatch):
+    """The main process compares alone, for minutes perhaps; others that wait for it in the next pass would run into their time limit."""
+    events = []
+    look_at, sentence = fid.look_at, fid.sentence
+    monkeypatch.setattr(fid, 'look_at', lambda *args: (events.append('look'), look_at(*args))[1])
+    monkeypatch.setattr(fid, 'sentence', lambda found: (events.append('compare'), sentence(found))[1])
+    result = calc(lab, reference, f'--images={lab[0]}/data.zip', '--num=40')
+    assert result.exit_code == 0 and events == ['look', 'look', 'compare', 'compare']
 
 
 def test_too_few_images_are_an_error_that_names_the_option(lab, reference):
-    assert '60 images, expected at least 50000' in one_line_error(calc(lab, reference))
+    assert '60 images, expected at least 50000. Make more images, or pass --num=60.' in one_line_error(calc(lab, reference))
+
+
+def test_a_single_image_is_no_reason_to_advise_num_1(lab, reference, tmp_path):
+    Image.fromarray(lab[1][0]).save(tmp_path / '0.png')
+    result = run('calc', f'--images={tmp_path}', f'--ref={reference}', f'--detector={lab[0]}/detector.pt')
+    assert '--num=1' not in one_line_error(result)
+
+
+def test_features_that_are_no_numbers_are_told_of_the_side_that_has_them(lab, reference, tmp_path):
+    class Blind(torch.nn.Module):
+        def forward(self, images):
+            return images[:, 0, 1, 1:6].float() / 0
+
+    torch.jit.script(Blind()).save(tmp_path / 'blind.pt')
+    np.savez(tmp_path / 'edm.npz', mu=np.zeros(DIM), sigma=np.eye(DIM))
+    result = run('calc', f'--images={lab[0]}/samples', f'--ref={tmp_path}/edm.npz', f'--detector={tmp_path}/blind.pt', '--num=60')
+    assert 'the images: some values are NaN' in one_line_error(result)
 
 
 def test_missing_and_empty_inputs_are_named(lab, reference, tmp_path):
@@ -323,10 +379,19 @@ def test_usage_errors_exit_with_2():
         'calc --network=y --ref=z': 'belong together',
         'calc --network=y --seeds=0-9 --num=10 --ref=z': '--num is for --images',
         'calc --network=y --seeds=0-9 --seeds=9-12 --ref=z': 'Some seeds are given twice',
+        f'calc --network=y --seeds=7 --seeds={7 + (1 << 32)} --ref=z': 'Some seeds are given twice',
+        'calc --images=x --ref=y --steps=4 --class=1 --disc=vp --force-steps': '--class, --steps, --force-steps, --disc: the images of --images',
         'calc --images=x --images=./x --ref=z': 'The same --images',
         'calc --images=x': '--ref is missing',
         'calc --images=x --ref=y --metrics=is --bootstrap=5': '--bootstrap is for',
+        'calc --images=x --ref=y --metrics=fid_inf --bootstrap=5': '--bootstrap is for',
+        'calc --images=x --ref=y --nearest-k=4': '--nearest-k is for',
+        'calc --images=x --ref=y --dinov2=d': '--dinov2: not used by fid.',
+        'calc --images=x --ref=y --metrics=fd_dinov2 --detector=d --detector-sha256=e': '--detector, --detector-sha256: not used by fd_dinov2.',
+        'ref --data=x --dest=y --dinov2=d': '--dinov2: not used by fid.',
+        f'ref --data=x --dest=y --seed={1 << 32}': '--seed',
         'calc --images=x --ref=y --num=many': 'many',
+        'calc --network=x --ref=y --seeds=0-99999999999': 'has more than 10,000,000 numbers',
         'calc --images=x --ref=y --metrics=fid,lpips': "'lpips' is none of",
         'calc --images=x --ref=y --metrics=fid,kid,fid': "'fid' is named twice",
         'ref --data=x --dest=y --metrics=kid': "'kid' is none of fid, fd_dinov2",

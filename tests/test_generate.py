@@ -220,7 +220,7 @@ def test_latents_are_no_reference(tmp_path, latent_network, monkeypatch):
     use_stand_in(monkeypatch)
     (tmp_path / 'latents').mkdir()
     (tmp_path / 'latents' / 'a.npy').write_bytes(npy(random_latents(1)[0]))
-    with pytest.raises(UserError, match='holds latents .*, not images'):
+    with pytest.raises(UserError, match=r'holds latents .*, not images'):
         validation.Validator(val_options(tmp_path, ref_data=tmp_path / 'latents'), None, str(tmp_path), torch.device('cpu'), [4, 8, 8], 0,
                              dict(class_name='StabilityVAEEncoder'))
 

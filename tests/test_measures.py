@@ -470,5 +470,5 @@ def test_extrapolation_is_the_intercept_of_a_line_in_the_reciprocal_number(monke
 def test_extrapolation_needs_several_images_a_dimension():
     """Sizes start at n/10 or 2 D."""
     assert frechet_infinity(normal(40, 10, 0), np.zeros(10), np.eye(10), points=3)['sizes'] == [20, 30, 40]
-    with pytest.raises(UserError, match='at least 40 images'):
+    with pytest.raises(UserError, match='at least 40 are needed'):
         frechet_infinity(normal(39, 10, 0), np.zeros(10), np.eye(10))

@@ -137,6 +137,11 @@ def test_edm_and_pytorch_fid_files_are_mu_and_sigma(path, save, dtype):
     assert (reference.detector, reference.detector_digest, reference.num_images, reference.resolution) == (None,) * 4
 
 
+def test_a_flat_pickle_is_read_too(path):
+    path.write_bytes(pickle.dumps(dict(mu=MU, sigma=SIGMA)))
+    assert_equal(load_reference(path), MU, SIGMA)
+
+
 @pytest.mark.parametrize('save', [np.savez, np.savez_compressed])
 def test_openai_references_give_statistics_resolution_and_images(path, save):
     """`arr_0` is a part of the images that `mu` and `sigma` are of, so its length is not their number."""

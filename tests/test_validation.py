@@ -4,6 +4,7 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 from helpers import FAST, assert_one_clear_error, lines, run, torchrun
 from PIL import Image
@@ -106,3 +107,12 @@ def test_an_average_that_is_not_kept_cannot_be_evaluated(tmp_path, digits, teach
     result = run(*student_command(digits, teacher, rulers, tmp_path / 'run', f'--val_emas={emas}'), check=False)
     assert_one_clear_error(result, f'--val_emas={emas}', '0.050, 0.100', status=2)
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_reference_of_another_resolution_is_noted(tmp_path, teacher, rulers):
+    """It is the same check as fid.py's, which knows the size of the network's images."""
+    with np.load(rulers / 'pca.npz') as file:
+        np.savez(tmp_path / 'larger.npz', **{**file, 'resolution': '16x16x1'})
+    result = run('validation.py', f'--ref={tmp_path / "larger.npz"}', f'--detector={rulers / "pca.pt"}', '--num=4', f'--network={teacher}',
+                 f'--outdir={tmp_path}')
+    assert 'is of 16x16 images, and these are 8x8' in result.stderr

@@ -70,10 +70,21 @@ def is_main() -> bool:
     return get_rank() == 0
 
 
+@contextlib.contextmanager
+def _together():
+    """A block that needs the other processes. Raises: UserError where one of them has gone, whose own message says why."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f'Process {get_rank()} lost the others ({reason}). See above what stopped them.') from error
+
+
 def barrier() -> None:
     """Wait for every process."""
     if dist.is_initialized():
-        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == 'nccl' else None)
+        with _together():
+            dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == 'nccl' else None)
 
 
 @contextlib.contextmanager
@@ -89,7 +100,8 @@ def main_process_first():
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over processes, in place; returns `tensor`. With NCCL it has to live on this process's GPU."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        with _together():
+            dist.all_reduce(tensor)
     return tensor
 
 
@@ -98,7 +110,8 @@ def broadcast_object(obj: Any) -> Any:
     if not dist.is_initialized():
         return obj
     box = [obj]
-    dist.broadcast_object_list(box, src=0, device=get_device())
+    with _together():
+        dist.broadcast_object_list(box, src=0, device=get_device())
     return box[0]
 
 
@@ -107,7 +120,8 @@ def gather_objects(obj: Any) -> list[Any]:
     if not dist.is_initialized():
         return [obj]
     boxes = [None] * get_world_size()
-    dist.all_gather_object(boxes, obj)
+    with _together():
+        dist.all_gather_object(boxes, obj)
     return boxes
 
 
@@ -116,7 +130,8 @@ def gather_on_main(obj: Any) -> list[Any]:
     if not dist.is_initialized():
         return [obj]
     boxes = [None] * get_world_size() if is_main() else None
-    dist.gather_object(obj, boxes)
+    with _together():
+        dist.gather_object(obj, boxes)
     return boxes or []
 
 
@@ -126,8 +141,9 @@ def same_everywhere(tensor: torch.Tensor) -> bool:
         return True
     least = tensor.detach().view(torch.int32).view(-1, 16).sum(dim=0, dtype=torch.int64)
     most = least.clone()
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
+    with _together():
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
     return torch.equal(least, most)
 
 
