@@ -190,6 +190,17 @@ def test_squared_mmd_is_the_double_sum_over_pairs():
     assert squared_mmd(*(torch.tensor(v, dtype=torch.float64) for v in (x, y))).item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_frechet_distance_is_that_of_torchmetrics():
+    """Of 60 and 80 images of 3x2x2 values, which are their own features; it takes eigenvalues of the product of covariances."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    theirs = FrechetInceptionDistance(feature=torch.nn.Flatten(), input_img_size=(3, 2, 2)).set_dtype(torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(n, 3, 2, 2, generator=generator, dtype=torch.float64) ** power for n, power in ((60, 1), (80, 2)))
+    theirs.update(x, real=False)
+    theirs.update(y, real=True)
+    assert frechet_distance(*gaussian(x.flatten(1).numpy()), *gaussian(y.flatten(1).numpy())) == pytest.approx(theirs.compute().item(), rel=1e-9)
+
+
 @pytest.mark.filterwarnings('ignore:Metric')  # that it keeps all features
 def test_kernel_distance_of_whole_sets_is_that_of_torchmetrics():
     from torchmetrics.image.kid import KernelInceptionDistance
