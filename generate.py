@@ -8,28 +8,36 @@ import click
 
 from dnnlib import UserError, cli
 
-STUDENT, TEACHER = 'Students', 'Teachers (probability-flow ODE)'
+STUDENT, CM, TEACHER = 'Students', 'Consistency models (--solver=cm)', 'Teachers (probability-flow ODE)'
 
 
 def sampling_options(group: str | None = None):
     """A decorator for commands: the options that say how a network is sampled, as a dict `sampling`. `group` heads the general ones."""
-    general, student, teacher = dict(group=group), dict(group=STUDENT), dict(group=TEACHER)
+    general, student, cm, teacher = (dict(group=name) for name in (group, STUDENT, CM, TEACHER))
     options = [
         cli.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), **general,
                    help='Class of all images.  [default: random, by seed]'),
         cli.option('--steps', metavar='INT', type=click.IntRange(min=1), **general,
-                   help="Sampling steps.  [default: a student's own; 18 for a teacher]"),
-        cli.option('--solver', type=click.Choice(['student', 'euler', 'heun']), **general,
-                   help='Sampler.  [default: what the snapshot is: student, or heun for a teacher]'),
+                   help="Sampling steps.  [default: a student's own; 1 for a consistency model; 18 for a teacher]"),
+        cli.option('--solver', type=click.Choice(['student', 'euler', 'heun', 'addim', 'cm']), **general,
+                   help='Sampler.  [default: what the snapshot is: student, cm for a consistency model, heun for a teacher]'),
         cli.option('--sigma_min', metavar='FLOAT', type=cli.POSITIVE, **general, help='Lowest noise level.  [default: varies]'),
         cli.option('--sigma_max', metavar='FLOAT', type=cli.POSITIVE, **general, help='Highest noise level.  [default: varies]'),
         cli.option('--rho', metavar='FLOAT', type=cli.RHO, **general, help='Exponent of the noise levels.  [default: 7]'),
         cli.option('--force-steps', is_flag=True, **student, help='Sample a student with another number of steps than it was trained for.'),
+        cli.option('--taus', metavar='LIST', type=cli.NumberList(float), **cm, help='Noise levels after sigma_max to ask at, as in 2.5,0.8.'),
+        cli.option('--mid_t', metavar='FLOAT', type=cli.POSITIVE, **cm, help='A single one, for two steps.'),
+        cli.option('--ts', metavar='LIST', type=cli.NumberList(), **cm, help='The same by indices of --timesteps levels, as in 0,22,39.'),
+        cli.option('--timesteps', metavar='INT', type=click.IntRange(min=2), **cm,
+                   help="Levels that --ts counts in.  [default: the snapshot's; 40]"),
+        cli.option('--xvar_scale', metavar='FLOAT', type=cli.Number(min=0), **teacher,
+                   help='Of --solver=addim: factor on the variance that it adds; 0 is DDIM.  [default: 1]'),
         cli.option('--S_churn', 'S_churn', metavar='FLOAT', type=cli.Number(min=0), **teacher, help='Amount of noise added.  [default: 0]'),
         cli.option('--S_min', 'S_min', metavar='FLOAT', type=cli.Number(min=0), **teacher, help='Lowest noise level with added noise.  [default: 0]'),
         cli.option('--S_max', 'S_max', metavar='FLOAT', type=cli.Number(min=0, infinite=True), **teacher, help='Highest such level.  [default: inf]'),
         cli.option('--S_noise', 'S_noise', metavar='FLOAT', type=cli.Number(), **teacher, help='Scale of the added noise.  [default: 1]'),
-        cli.option('--disc', 'discretization', type=click.Choice(['edm', 'vp', 've', 'iddpm']), **teacher, help='Time steps.  [default: edm]'),
+        cli.option('--disc', 'discretization', type=click.Choice(['edm', 'vp', 've', 'iddpm', 'cosine']), **teacher,
+                   help='Time steps.  [default: edm]'),
         cli.option('--schedule', type=click.Choice(['linear', 'vp', 've']), **teacher, help='Noise schedule sigma(t).  [default: linear]'),
         cli.option('--scaling', type=click.Choice(['none', 'vp']), **teacher, help='Signal scaling s(t).  [default: none]'),
     ]
@@ -48,13 +56,13 @@ def sampling_options(group: str | None = None):
 def sampling_arguments(net, network: str, class_idx: int | None, solver: str | None, steps: int | None, force_steps: bool, **options) -> dict:
     """What `generation.generate_batch` takes, from the values of `sampling_options`. Raises: UserError where they do not fit the network."""
     from training import generation, samplers
-    solver, steps = samplers.resolve(net, solver, steps, force_steps)
+    options = {name: value for name, value in options.items() if value is not None}
+    solver, steps = samplers.resolve(net, solver, steps, force_steps, **options)
     choose_labels = generation.uniform_labels
     if class_idx is not None:
         if class_idx >= net.label_dim:
             raise UserError(f'--class={class_idx} does not exist: {network} has {net.label_dim or "no"} classes')
         choose_labels = generation.fixed_labels(class_idx)
-    options = {name: value for name, value in options.items() if value is not None}
     return dict(choose_labels=choose_labels, solver=solver, steps=steps, force_steps=force_steps, **options)
 
 

@@ -61,9 +61,7 @@ def generate_latents(net, seeds: Sequence[int], choose_labels: LabelChooser = un
     noise = SeededNoise(seeds, next(net.parameters()).device)
     latents = noise.randn([net.img_channels, net.img_resolution, net.img_resolution])
     labels = choose_labels(noise, net.label_dim) if net.label_dim else None
-    if solver != 'student' and options.get('S_churn'):
-        options['randn_like'] = noise.randn_like
-    return samplers.sample(net, latents, labels, solver, steps, **options)
+    return samplers.sample(net, latents, labels, solver, steps, randn_like=noise.randn_like, **options)
 
 
 def generate_batch(net, seeds: Sequence[int], choose_labels: LabelChooser = uniform_labels, solver=None, steps=None, **options) -> Tensor:

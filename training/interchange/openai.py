@@ -317,7 +317,8 @@ def to_our_order(name: str, tensor: Tensor, untold: Untold) -> Tensor:
 
 
 def _metadata(kind: str) -> dict:
-    """A consistency model is a student of one step: from sigma_max to 0."""
+    """A consistency model is sampled in one step, from sigma_max to 0, or in several stochastic ones."""
     if kind == 'edm':
         return dict(objective='diffusion', source='openai')
-    return dict(objective='cm', source='openai', S=1, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RHO, student_grid='edm', sigmas=[SIGMA_MAX, 0.0])
+    return dict(objective='cm', source='openai', solver='cm', S=1, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RHO, student_grid='edm',
+                sigmas=[SIGMA_MAX, 0.0])
