@@ -9,18 +9,8 @@ import click
 
 import validation
 from dnnlib import EasyDict, UserError, cli
+from training.objectives import OBJECTIVES, objectives_with
 
-# Defaults that depend on what is trained: EDM's for teachers, those of the released ImageNet-64 student for consistency distillation.
-DEFAULTS = dict(
-    diffusion=dict(lr=10e-4, lr_schedule='constant', beta2=0.999, duration=200.0, batch=512, ema='0.5', augment=0.12, dropout=0.13),
-    mcd=dict(lr=8e-5, lr_schedule='constant', beta2=0.999, duration=210.0, batch=2048, ema='50', augment=0.0),
-)
-# And EDM2's networks, whose weights have unit variance by force: the teachers' are EDM2's, the students' those of ECT's EDM2 models.
-EDM2_DEFAULTS = dict(
-    diffusion=dict(lr=10e-3, lr_schedule='sqrt', lr_decay=70_000, beta2=0.99, duration=2 ** 31 / 1e6, batch=2048, augment=0.0, dropout=0.0,
-                   phema=[0.05, 0.1]),
-    mcd=dict(lr=10e-4, lr_schedule='sqrt', lr_decay=2000, beta2=0.99, phema=[0.05, 0.1]),
-)
 ARCHITECTURES = dict(
     ddpmpp=dict(model_type='SongUNet', embedding_type='positional', encoder_type='standard', decoder_type='standard', channel_mult_noise=1,
                 resample_filter=[1, 1], model_channels=128, channel_mult=[2, 2, 2]),
@@ -33,8 +23,9 @@ PRECONDITIONING = dict(edm='EDMPrecond', vp='VPPrecond', ve='VEPrecond')
 EDM2 = 'Precond'  # EDM2's class: EDM's preconditioning around its own U-Net
 AUGMENT_DIM = 9  # labels of EDM's augmentation pipeline
 
-MAIN, HYPER, NET, CD, VAL, PERF, IO, LOGS = ('Main', 'Hyperparameters', 'Network', 'Consistency distillation (--consistency=True)', 'Validation',
-                                             'Precision and performance', 'Input and output', 'Weights & Biases, TensorBoard')
+MAIN, HYPER, NET, SEG, TEACH, VAL, PERF, IO, LOGS = (
+    'Main', 'Hyperparameters', 'Network', 'Multistep consistency (--objective=mcd, mct, direct)', 'Distillation (--objective=mcd, direct)',
+    'Validation', 'Precision and performance', 'Input and output', 'Weights & Biases, TensorBoard')
 # The network's options: click name -> constructor argument.
 NETWORK_OPTIONS = dict(cbase='model_channels', cres='channel_mult', num_blocks='num_blocks', attn_resolutions='attn_resolutions',
                        dropout='dropout', dout_resolutions='dout_resolutions')
@@ -68,8 +59,8 @@ TICKS = click.IntRange(min=0)
 
 
 def switch(name: str, **kwargs):
-    """A boolean flag as `--name/--no_name`."""
-    return cli.option(f'--{name}/--no_{name}', name, default=True, show_default=True, **kwargs)
+    """A boolean flag as `--name/--no_name`, whose default depends on the objective."""
+    return cli.option(f'--{name}/--no_{name}', name, default=None, **kwargs)
 
 
 @click.command(cls=cli.Command)
@@ -79,7 +70,10 @@ def switch(name: str, **kwargs):
 @cli.option('--arch', type=click.Choice(list(ARCHITECTURES)), group=MAIN, help="Network.  [default: ddpmpp; for students the teacher's]")
 @cli.option('--precond', type=click.Choice(list(PRECONDITIONING)), group=MAIN,
             help="Preconditioning and, for teachers, loss.  [default: edm; for students the teacher's]")
-@cli.option('--consistency', type=bool, default=False, show_default=True, group=MAIN, help='Distil --teacher into a multistep consistency model.')
+@cli.option('--objective', type=click.Choice(list(OBJECTIVES)), group=MAIN,
+            help='diffusion: a teacher; mcd: multistep consistency distillation; mct: the same without a teacher; direct: regression on the '
+                 "teacher's solution of each segment.  [default: diffusion]")
+@cli.option('--consistency', type=bool, group=MAIN, help='True: as --objective=mcd.  [default: False]')
 @cli.option('--duration', metavar='MIMG', type=cli.POSITIVE, group=MAIN,
             help='Length of training in millions of images.  [default: 200; students 210; edm2 teachers 2147]')
 @cli.option('--batch', metavar='INT', type=COUNT, group=HYPER, help='Total batch size.  [default: 512; students and edm2 2048]')
@@ -115,31 +109,43 @@ def switch(name: str, **kwargs):
 @cli.option('--dropout', metavar='FLOAT', type=cli.Number(0, 1, max_open=True), group=NET,
             help="Dropout probability.  [default: 0.13; edm2 0; for students the teacher's]")
 @cli.option('--dout_resolutions', metavar='LIST', type=cli.NumberList(), group=NET, help='Resolutions with dropout.  [default: all]')
-@cli.option('--teacher', metavar='PKL|URL', group=CD, help='Snapshot of the diffusion model to distil.')
-@cli.option('--S', 'S', metavar='INT', type=COUNT, default=8, show_default=True, group=CD, help='Sampling steps of the student.')
-@cli.option('--T_start', 'T_start', metavar='INT', type=COUNT, default=64, show_default=True, group=CD,
-            help='Teacher edges at the start of training (Heek et al. 2024).')
-@cli.option('--T_end', 'T_end', metavar='INT', type=COUNT, default=1280, show_default=True, group=CD, help='And at the end.')
-@cli.option('--T_anneal_kimg', 'T_anneal_kimg', metavar='KIMG', type=cli.Number(min=0), group=CD,
+@cli.option('--S', 'S', metavar='INT', type=COUNT, group=SEG, help='Sampling steps of the student.  [default: 8]')
+@cli.option('--T_start', 'T_start', metavar='INT', type=COUNT, group=SEG,
+            help='Edges of the fine grid at the start of training (Heek et al. 2024).  [default: 64; direct as --T_end]')
+@cli.option('--T_end', 'T_end', metavar='INT', type=COUNT, group=SEG, help='And at the end.  [default: 1280]')
+@cli.option('--T_anneal_kimg', 'T_anneal_kimg', metavar='KIMG', type=cli.Number(min=0), group=SEG,
             help='Thousands of images over which T rises.  [default: half of --duration]')
-@cli.option('--rho', metavar='FLOAT', type=cli.RHO, default=7, show_default=True, group=CD, help='Exponent of the noise levels.')
-@cli.option('--sigma_min', metavar='FLOAT', type=cli.POSITIVE, default=0.002, show_default=True, group=CD, help='Lowest noise level above 0.')
-@cli.option('--sigma_max', metavar='FLOAT', type=cli.POSITIVE, default=80, show_default=True, group=CD, help='Highest noise level.')
-@cli.option('--student_grid', type=click.Choice(['edm', 'full']), default='edm', show_default=True, group=CD,
-            help='The student steps on S Karras nodes and 0 (edm), or on the first S of S+1 nodes and 0 (full).')
-@cli.option('--sampling_mode', type=click.Choice(['edm', 'vp', 'uniform']), default='edm', show_default=True, group=CD,
-            help='How edges are drawn: by the training densities of edm or vp, or uniformly over segments.')
-@cli.option('--hop', type=click.Choice(['heun', 'ddim']), default='heun', show_default=True, group=CD, help="The teacher's step across an edge.")
-@cli.option('--cd_loss', type=click.Choice(['pseudo_huber', 'l2_root', 'l2', 'huber']), default='pseudo_huber', show_default=True, group=CD,
-            help="Distance between the student's image and its target.")
-@cli.option('--cd_weight_mode', default='sqrt_karras', show_default=True, group=CD,
+@cli.option('--T_anneal_steps', 'T_anneal_steps', metavar='INT', type=TICKS, group=SEG, help='The same in optimiser steps.')
+@cli.option('--student_grid', type=click.Choice(['edm', 'full']), group=SEG,
+            help='The student steps on S nodes and 0 (edm), or on the first S of S+1 nodes and 0 (full).  [default: edm]')
+@cli.option('--sigma_grid', type=click.Choice(['karras', 'cosine']), group=SEG,
+            help="How nodes are spaced: Karras's, or evenly in the time of the cosine schedule.  [default: karras]")
+@cli.option('--rho', metavar='FLOAT', type=cli.RHO, group=SEG, help="Exponent of Karras's noise levels.  [default: 7]")
+@cli.option('--sigma_min', metavar='FLOAT', type=cli.POSITIVE, group=SEG, help='Lowest noise level above 0.  [default: 0.002]')
+@cli.option('--sigma_max', metavar='FLOAT', type=cli.POSITIVE, group=SEG, help='Highest noise level.  [default: 80]')
+@cli.option('--sampling_mode', type=click.Choice(['edm', 'vp', 'uniform']), group=SEG,
+            help='How edges are drawn: by the training densities of edm or vp, or uniformly over segments.  [default: edm]')
+@switch('keep_ties', group=SEG, help="Keep the fine grid's nodes that are levels of the student: it is trained at the levels that it samples at.  "
+                                     '[default: off; direct on]')
+@cli.option('--top-mass', metavar='FLOAT', type=cli.Number(0, 1), group=SEG,
+            help='Share of samples on the first edges of segments, where sampling asks; with --keep_ties.  [default: 0; direct 0.5]')
+@cli.option('--cd_loss', type=click.Choice(['pseudo_huber', 'l2_root', 'l2', 'huber']), group=SEG,
+            help="Distance between the student's image and its target.  [default: pseudo_huber]")
+@cli.option('--cd_weight_mode', group=SEG,
             type=click.Choice(['sqrt_karras', 'edm', 'karras', 'vlike', 'snr+1', 'snr', 'truncated-snr', 'flat', 'uniform', 'sqrt_gap']),
-            help='Loss weight by noise level: sqrt_karras = sqrt(1/sigma^2 + 1/sigma_data^2), edm its square, sqrt_gap = sqrt(sigma_t - sigma_s).')
-@switch('terminal_anchor', group=CD, help='Give the first and last edge 1/T each; at sigma_max the target is the teacher\'s own solution.')
-@switch('terminal_teacher_hop', group=CD, help="On the edge to 0, aim at the teacher's denoised image, not at the data.")
-@switch('sync_dropout', group=CD, help='The self-target sees the dropout masks of the student.')
-@cli.option('--anchor_hops', metavar='INT', type=COUNT, group=CD,
-            help='Heun steps of the solution at sigma_max.  [default: 4; 32 where the first segment ends below sigma = 10]')
+            help='Loss weight by noise level: sqrt_karras = sqrt(1/sigma^2 + 1/sigma_data^2), edm its square, sqrt_gap = sqrt(sigma_t - sigma_s).  '
+                 '[default: sqrt_karras]')
+@switch('sync_dropout', group=SEG, help='mcd, mct: the self-target sees the dropout masks of the student.  [default: on]')
+@cli.option('--teacher', metavar='PKL|URL', group=TEACH, help='Snapshot of the diffusion model to distil.')
+@cli.option('--hop', type=click.Choice(['heun', 'ddim', 'addim']), group=TEACH, help="mcd: the teacher's step across an edge.  [default: heun]")
+@cli.option('--xvar_frac', metavar='FLOAT', type=cli.Number(min=0), group=TEACH,
+            help="mcd with --hop=addim: share of the image's squared error that is put back as noise; 0: a guess without the image.  [default: 0.75]")
+@switch('terminal_anchor', group=TEACH, help='mcd: give the first and last edge 1/T each; at sigma_max the target is the teacher\'s own solution.  '
+                                             '[default: on]')
+@switch('terminal_teacher_hop', group=TEACH, help="mcd: on the edge to 0, aim at the teacher's denoised image, not at the data.  [default: on]")
+@cli.option('--anchor_hops', metavar='INT', type=COUNT, group=TEACH,
+            help='mcd: Heun steps of the solution at sigma_max.  [default: 4; 32 where the first segment ends below sigma = 10]')
+@cli.option('--substeps', metavar='INT', type=COUNT, group=TEACH, help='direct: Heun steps of the teacher over a segment.  [default: 3]')
 @cli.option('--val', type=bool, default=False, show_default=True, group=VAL, help='Evaluate the Frechet distance during training.')
 @cli.option('--val_ref', metavar='NPZ|URL', group=VAL, help='Reference statistics, made by fid.py ref.')
 @cli.option('--val_ref_data', metavar='ZIP|DIR', group=VAL, help='Or images to compute them from at the start.')
@@ -223,7 +229,7 @@ def main(ctx, **kwargs):
     if opts.seed is None:
         opts.seed = earlier['seed'] if earlier else distributed.broadcast_object(random.SystemRandom().randrange(1 << 31))
     dataset = open_dataset(opts)
-    teacher = load_teacher(opts, dataset) if opts.consistency else None
+    teacher = load_teacher(opts, dataset) if opts.teacher else None
     fill_defaults(opts, dataset, teacher, earlier)
     c = configure(opts, dataset, teacher)
     if earlier and not opts.resume_override:
@@ -245,31 +251,37 @@ def main(ctx, **kwargs):
 def check_usage(ctx: click.Context, opts: EasyDict) -> None:
     """Combinations of options that make no sense whatever the files hold; exit status 2."""
     given = [p for p in ctx.command.params if ctx.get_parameter_source(p.name) is click.core.ParameterSource.COMMANDLINE]
-    for group, switched_on, cure in ((CD, opts.consistency, '--consistency=True'), (VAL, opts.val, '--val=1'), (LOGS, opts.wandb, '--wandb=1')):
+    choose_objective(opts, [p for p in given if getattr(p, 'group', None) in (SEG, TEACH)])
+    for group, switched_on, cure in ((VAL, opts.val, '--val=1'), (LOGS, opts.wandb, '--wandb=1')):
         stray = [p.opts[0] for p in given if getattr(p, 'group', None) == group and p.name not in ('val', 'wandb', 'tensorboard')]
         if stray and not switched_on:
             raise click.UsageError(f'{", ".join(stray)} needs {cure}.')
     widths = [f'{std:.3f}' for std in opts.phema or []]
     if any(not 0.001 <= std <= 0.28 for std in opts.phema or []) or len(set(widths)) < len(widths):
         raise click.UsageError(f'--phema={",".join(widths)}: widths lie between 0.001 and 0.28 and differ in the third decimal, which names files.')
-    if opts.consistency:
-        if not opts.teacher:
-            raise click.UsageError('--consistency=True needs --teacher=PKL, the diffusion model to distil.')
+    student = opts.objective != 'diffusion'
+    if student:
         if not opts.S <= opts.T_start <= opts.T_end:
             raise click.UsageError(f'--S={opts.S} <= --T_start={opts.T_start} <= --T_end={opts.T_end} does not hold: every segment needs an edge.')
         if opts.sigma_min >= opts.sigma_max:
             raise click.UsageError(f'--sigma_min={opts.sigma_min:g} is not below --sigma_max={opts.sigma_max:g}.')
         if opts.val_steps not in (None, opts.S):
             raise click.UsageError(f'--val_steps={opts.val_steps}, but the student takes --S={opts.S} steps: leave it out.')
+        if opts.top_mass and not opts.keep_ties:
+            raise click.UsageError(f'--top-mass={opts.top_mass:g} needs --keep_ties: without them no edge begins where a segment does.')
+        if opts.T_anneal_steps is not None and opts.T_anneal_kimg is not None:
+            raise click.UsageError('--T_anneal_steps and --T_anneal_kimg say the same: give one of them.')
     stray = [f'--{name}' for name in ('P_mean', 'P_std') if opts[name] is not None]
-    if stray and (opts.consistency or opts.precond in ('vp', 've')):
+    if stray and (student or opts.precond in ('vp', 've')):
         raise click.UsageError(f'{", ".join(stray)}: only teachers with --precond=edm are trained at log-normal noise levels.')
     if opts.arch == 'edm2' and opts.precond in ('vp', 've'):
         raise click.UsageError(f'--arch=edm2 has EDM\'s preconditioning: leave --precond={opts.precond} out.')
     if opts.arch == 'edm2' and opts.augment:
         raise click.UsageError(f'--arch=edm2 has no augmentation labels: leave --augment={opts.augment:g} out.')
-    if opts.val_teacher and not opts.consistency:
-        raise click.UsageError('--val_teacher=1 needs a teacher, that is --consistency=True.')
+    if opts.objective == 'mct' and opts.precond in ('vp', 've'):
+        raise click.UsageError(f'--objective=mct wants EDM\'s preconditioning: leave --precond={opts.precond} out.')
+    if opts.val_teacher and not opts.teacher:
+        raise click.UsageError(f'--val_teacher=1 needs a teacher, and --objective={opts.objective} has none.')
     if opts.val and not (opts.val_ref or opts.val_ref_data):
         raise click.UsageError('--val=1 needs --val_ref=NPZ (made by fid.py ref) or --val_ref_data=ZIP.')
     if opts.fp16 and opts.precision not in (None, 'fp16'):
@@ -280,15 +292,39 @@ def check_usage(ctx: click.Context, opts: EasyDict) -> None:
         raise click.UsageError('--resume and --transfer exclude each other: a training state holds the weights.')
 
 
+def choose_objective(opts: EasyDict, given: list[click.Parameter]) -> None:
+    """Settle `opts.objective` and the options of its own; UsageError where options belong to another one."""
+    if opts.consistency and opts.objective not in (None, 'mcd'):
+        raise click.UsageError(f'--consistency=True means --objective=mcd, not {opts.objective}: leave one of them out.')
+    opts.objective = opts.objective or ('mcd' if opts.consistency else 'diffusion')
+    objective = OBJECTIVES[opts.objective]
+    own = {*objective.options, *(['teacher'] if objective.teacher else []), *(['T_anneal_steps'] if 'T_anneal_kimg' in objective.options else [])}
+    for parameter in given:
+        if parameter.name not in own:
+            name = 'T_anneal_kimg' if parameter.name == 'T_anneal_steps' else parameter.name
+            having = objectives_with(name) or [name for name, other in OBJECTIVES.items() if other.teacher]
+            raise click.UsageError(f'{parameter.opts[0]} is for --objective={" or ".join(having)}, and this is {opts.objective}.'
+                                   + (' (--consistency=True means mcd.)' if 'mcd' in having else ''))
+    if objective.teacher and not opts.teacher:
+        raise click.UsageError(f'--objective={opts.objective} needs --teacher=PKL, the diffusion model to distil.')
+    for name, default in objective.options.items():
+        if opts[name] is None:
+            opts[name] = default
+    if opts.T_start is None:
+        opts.T_start = opts.T_end
+    if opts.hop != 'addim' and any(parameter.name == 'xvar_frac' for parameter in given):
+        raise click.UsageError(f'--xvar_frac is for --hop=addim, not {opts.hop}.')
+
+
 def fill_defaults(opts: EasyDict, dataset, teacher, earlier: dict | None) -> None:
     """The defaults that depend on other options, the data, the teacher, and the run that is resumed."""
-    opts.objective = 'mcd' if opts.consistency else 'diffusion'
+    objective = OBJECTIVES[opts.objective]
     opts.edm2 = type(teacher).__name__ == EDM2 if teacher is not None else opts.arch == 'edm2'
     if dataset.holds_latents:
         if opts.augment:
             raise UserError(f'--augment={opts.augment:g} is for images, but --data={opts.data} holds latents: leave it out.')
         opts.augment = 0.0
-    for name, value in {**DEFAULTS[opts.objective], **(EDM2_DEFAULTS[opts.objective] if opts.edm2 else {})}.items():
+    for name, value in {**objective.defaults, **(objective.edm2 if opts.edm2 else {})}.items():
         if name == 'lr_decay' and opts.lr_schedule != 'sqrt':
             continue
         if opts[name] is None:
@@ -301,7 +337,9 @@ def fill_defaults(opts: EasyDict, dataset, teacher, earlier: dict | None) -> Non
         raise click.UsageError('--phema_snap needs --phema.')
     opts.precision = opts.precision or ('fp16' if opts.fp16 else 'fp32')
     opts.ls = opts.ls or ('dynamic' if opts.precision == 'fp16' else 1.0)
-    if opts.T_anneal_kimg is None:
+    if opts.T_anneal_steps is not None:
+        opts.T_anneal_kimg = opts.T_anneal_steps * opts.batch / 1000
+    elif opts.T_anneal_kimg is None:
         opts.T_anneal_kimg = ((earlier or {}).get('loss') or {}).get('T_anneal_kimg', opts.duration * 500)
     opts.val_emas = averages_to_evaluate(opts)
     if opts.phema_snap is None:
@@ -476,12 +514,9 @@ def configure(opts: EasyDict, dataset, teacher) -> EasyDict:
     encoder, channels = encoders.for_dataset(dataset, teacher)
     c.encoder = encoders.record_of(encoder)
     c.network = network_of_teacher(opts, teacher) if teacher is not None else network_from_scratch(opts, dataset, channels)
-    if teacher is not None:
-        sigma_min, sigma_max = samplers.clip_range(teacher, opts.sigma_min, opts.sigma_max)
-        names = ('S', 'T_start', 'T_end', 'T_anneal_kimg', 'rho', 'student_grid', 'sampling_mode', 'hop', 'cd_loss', 'cd_weight_mode',
-                 'terminal_anchor', 'terminal_teacher_hop', 'sync_dropout', 'anchor_hops')
-        c.loss = EasyDict({name: opts[name] for name in names}, sigma_min=sigma_min, sigma_max=sigma_max,
-                          sigma_data=float(getattr(teacher, 'sigma_data', 0.5)))
+    if own := OBJECTIVES[opts.objective].options:
+        c.loss = EasyDict({name: opts[name] for name in own}, sigma_data=float(getattr(teacher, 'sigma_data', 0.5)))
+        c.loss.sigma_min, c.loss.sigma_max = samplers.clip_range(teacher, opts.sigma_min, opts.sigma_max)
     else:
         c.loss = EasyDict(kind='edm2' if opts.edm2 else opts.precond or 'edm')
         for name in ('P_mean', 'P_std'):  # of losses that have them
@@ -521,7 +556,8 @@ def planned_run_dir(opts: EasyDict, c: EasyDict, data_name: str) -> str:
         raise UserError(f'--outdir={opts.outdir} cannot be read: {error.strerror}') from error
     numbers = [int(m[1]) for m in map(re.compile(r'(\d+)-').match, there) if m]
     arch = opts.arch or ('ddpmpp' if not opts.teacher else 'teacher')
-    words = [data_name, 'cond' if opts.cond else 'uncond', arch, opts.precond or 'edm', *([f'cd-s{opts.S}'] if opts.consistency else []),
+    student = [f'{OBJECTIVES[opts.objective].loss_class().name}-s{opts.S}'] if opts.S else []
+    words = [data_name, 'cond' if opts.cond else 'uncond', arch, opts.precond or 'edm', *student,
              f'gpus{distributed.get_world_size()}', f'batch{opts.batch}', opts.precision, *([opts.desc] if opts.desc else [])]
     return os.path.join(opts.outdir, f'{max(numbers, default=-1) + 1:05d}-{"-".join(words)}')
 

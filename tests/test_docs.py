@@ -1,6 +1,7 @@
 """The documentation against the code: options, commands, links, names, and every Python block."""
 import contextlib
 import io
+import itertools
 import json
 import re
 import shlex
@@ -9,6 +10,7 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner
+from gaussian import Gaussian
 from helpers import ROOT
 
 import convert
@@ -28,8 +30,8 @@ from dnnlib import EasyDict
 from metrics import rulers
 from torch_utils import training_stats
 from torch_utils.flat import FlatParameters
-from training import consistency_ops as ops
 from training import networks
+from training.consistency_loss import Pairs
 from training.draws import SampleDraws
 from training.loss_cd import ConsistencyDistillationLoss
 from training.phema import WeightAverages
@@ -182,7 +184,7 @@ def worked_example():
     (code, _), = blocks(ROOT / 'docs' / 'new-objective.md', 'python')
     namespace = {}
     exec(compile(code, 'new-objective.md', 'exec'), namespace)
-    yield lambda **options: namespace['ConsistencyTrainingLoss'](rho=7, sigma_min=0.002, sigma_max=80, sigma_data=0.5, **options)
+    yield namespace['MidpointDistillationLoss']
     training_stats.reset()
 
 
@@ -193,21 +195,26 @@ def student():
     return net
 
 
-def test_the_worked_example_is_denoising_where_every_edge_ends_a_segment(worked_example):
-    """On a full grid with T = S every edge is snap or terminal, and x* = y: weight times distance of D(x_t; sigma_t) from the image."""
-    net, loss = student(), worked_example(S=4, T=4, student_grid='full')
-    images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    calls = []
-    net.register_forward_pre_hook(lambda _, arguments: calls.append(arguments[:2]))
-    got = loss(net, images, None, SampleDraws(0, 0, 64))
-    x_t, sigma_t = calls[-1]
-    expected = (sigma_t ** -2 + 4).sqrt() * ops.image_distance(net(x_t, sigma_t) - images, 'pseudo_huber')
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
-    assert len(sigma_t.unique()) > 1
+SEGMENTS = dict(T_anneal_kimg=0, rho=7.0, sigma_min=0.002, sigma_max=80.0, sampling_mode='edm', cd_loss='pseudo_huber', cd_weight_mode='sqrt_karras',
+                sigma_data=0.5)
+
+
+def test_the_worked_example_distils_at_second_order(worked_example):
+    """On edges that end a segment the reference is the hop itself: twice as many edges divide its error by about eight."""
+    gaussian = Gaussian(torch.tensor(0.25))
+    x_t = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    errors = []
+    for S in (64, 128, 256):
+        loss = worked_example(gaussian, **SEGMENTS, S=S, T_start=S, T_end=S, student_grid='full')
+        edges = loss.table(torch.device('cpu')).edges
+        sigma_t, sigma_s, kind = edges.sigma_t[S // 2:][:1], edges.sigma_s[S // 2:][:1], edges.kind[S // 2:][:1].double()
+        x_b = loss.reference(gaussian, Pairs(x_t, x_t, x_t, sigma_t, sigma_s, sigma_s, kind, None, None, {}, torch.zeros(1)))
+        errors.append(float((x_b / gaussian.solve(x_t, sigma_t, sigma_s) - 1).abs()))
+    assert all(6 < a / b < 10 for a, b in itertools.pairwise(errors)), errors
 
 
 def test_the_worked_example_trains_and_does_not_depend_on_how_the_batch_is_split(worked_example):
-    net, loss = student(), worked_example(S=2, T=16, student_grid='edm')
+    net, loss = student(), worked_example(student().eval().requires_grad_(False), **SEGMENTS, S=2, T_start=16, T_end=16, student_grid='edm')
     images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     loss.begin_step(0)
     whole = loss(net, images, None, SampleDraws(3, 128, 64))

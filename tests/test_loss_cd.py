@@ -8,6 +8,7 @@ from gaussian import Gaussian
 from torch_utils import training_stats
 from training import consistency_ops as ops
 from training import networks
+from training.consistency_loss import Pairs
 from training.draws import SampleDraws
 from training.loss_cd import ConsistencyDistillationLoss
 
@@ -37,19 +38,18 @@ class LinearStudent(torch.nn.Module):
 
 def all_rows(loss):
     """One row of columns for every edge of the loss's grid."""
-    return loss._schedule(torch.device('cpu'))
+    return loss.table(torch.device('cpu'))
 
 
 def targets(loss, student, y, noise):
     """x_t, x*, and the edges, for one sample on every edge; `y` and `noise` [1, 1, 2, 2]."""
     schedule = all_rows(loss)
     count = len(schedule.edges)
-    row = schedule.columns
+    sigma_t, sigma_s, sigma_b, _, kind = schedule.columns.unbind(dim=1)
     y, noise = y.expand(count, -1, -1, -1), noise.expand(count, -1, -1, -1)
-    x_t = y + ops.expand_like(row[:, 0], y) * noise
-    pinned = torch.arange(1) if loss.pin_top else torch.arange(0)
-    x_b = loss.reference(student, y, x_t, row, None, None, {}, pinned)
-    return x_t, ops.inv_ddim(x_b, x_t, row[:, 0], row[:, 2]), schedule.edges
+    x_t = y + ops.expand_like(sigma_t, y) * noise
+    x_b = loss.reference(student, Pairs(y, noise, x_t, sigma_t, sigma_s, sigma_b, kind, None, None, {}, torch.arange(count)))
+    return x_t, ops.inv_ddim(x_b, x_t, sigma_t, sigma_b), schedule.edges
 
 
 def exact_student(gaussian, grid):
@@ -114,17 +114,21 @@ def student_on(student, edges):
     return Lenient(student.grid, None)
 
 
+def assert_stationary_there_alone(loss, c, edges, rounding=1e-10):
+    """The expected gradient vanishes for the multipliers c, and on no edge for one that is 1 % off."""
+    assert expected_gradients(loss, c, edges).abs().max() < rounding
+    for k in range(len(edges)):
+        wrong = c.clone()
+        wrong[k] *= 1.01
+        assert expected_gradients(loss, wrong, edges)[k].abs().max() > 1e-6, k
+
+
 @pytest.mark.parametrize('hop', ['heun', 'ddim'])
 @pytest.mark.parametrize('teacher_hop', [True, False])
 @pytest.mark.parametrize('S, T, kind', [(1, 8, 'edm'), (4, 16, 'edm'), (4, 17, 'full')])
 def test_the_discrete_consistency_function_has_zero_expected_gradient_and_a_perturbed_one_has_not(hop, teacher_hop, S, T, kind):
     loss = make_loss(Gaussian(VARIANCE), S=S, T_start=T, T_end=T, student_grid=kind, hop=hop, terminal_teacher_hop=teacher_hop)
-    c, edges = discrete_multipliers(loss, hop)
-    assert expected_gradients(loss, c, edges).abs().max() < 1e-10
-    for k in range(len(edges)):
-        wrong = c.clone()
-        wrong[k] *= 1.01
-        assert expected_gradients(loss, wrong, edges)[k].abs().max() > 1e-6, k
+    assert_stationary_there_alone(loss, *discrete_multipliers(loss, hop))
 
 
 @pytest.mark.parametrize('hop, order', [('ddim', 1), ('heun', 2)])
@@ -236,7 +240,7 @@ def test_the_student_is_asked_at_the_upper_end_and_its_own_target_at_the_lower()
     loss = make_loss(small_network(0).eval(), T_start=16, T_end=16)
     loss(student, torch.zeros(64, 1, 8, 8), None, SampleDraws(0, 0, 64))
     (lower, _), (upper, _) = student.calls
-    edges = loss.schedule.edges
+    edges = all_rows(loss).edges
     index = (edges.sigma_t[None] == upper[:, None]).int().argmax(dim=1)
     hopping = edges.kind[index] != ops.TERMINAL
     assert torch.equal(lower[hopping], edges.sigma_s[index][hopping])
@@ -264,7 +268,7 @@ def test_edges_are_drawn_with_their_probabilities():
     student.forward = lambda x, sigma, labels=None, dropout_masks=None, **_: seen.append(sigma) or x.double()
     count = 20_000
     loss(student, torch.zeros(count, 1, 2, 2), None, SampleDraws(0, 0, count))
-    edges = loss.schedule.edges
+    edges = all_rows(loss).edges
     index = (edges.sigma_t[None] == seen[-1][:, None]).int().argmax(dim=1)
     frequency = torch.bincount(index, minlength=len(edges)) / count
     teacher = torch.cat([edges.sigma_t, torch.zeros(1, dtype=torch.float64)])

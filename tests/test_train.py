@@ -50,7 +50,8 @@ def test_the_published_command_is_accepted_option_by_option(tmp_path, digits, te
     assert c['network']['kwargs']['dout_resolutions'] == [16, 8]
     assert c['loss'] == dict(S=8, T_start=64, T_end=1280, T_anneal_kimg=104800, rho=7, student_grid='edm', sampling_mode='edm', hop='heun',
                              cd_loss='pseudo_huber', cd_weight_mode='sqrt_karras', terminal_anchor=True, terminal_teacher_hop=True,
-                             sync_dropout=True, anchor_hops=None, sigma_min=0.002, sigma_max=80, sigma_data=0.5)
+                             sync_dropout=True, anchor_hops=None, sigma_min=0.002, sigma_max=80, sigma_data=0.5, sigma_grid='karras',
+                             keep_ties=False, top_mass=0, xvar_frac=0.75)
     assert c['validation'] == dict(ref=str(rulers / 'pca.npz'), ref_data=None, detector=None, steps=8, every=20, emas=['ema'], at_start=False,
                                    teacher=False, num=50000, batch=64, seed=0, label='auto', dump_images_dir=None, overwrite=False)
 
@@ -242,7 +243,14 @@ def test_in_loop_validation_covers_teacher_start_and_dumped_images(tmp_path, dig
 @pytest.mark.parametrize('arguments, words', [
     (['--nonsense=1'], ['No such option']),
     (['--consistency=True'], ['--teacher=PKL']),
-    (['--S=4'], ['--S needs --consistency=True']),
+    (['--S=4'], ['--S is for --objective=mcd or mct or direct', '--consistency=True means mcd']),
+    (['--objective=mct', '--teacher=t.pkl'], ['--teacher is for --objective=mcd or direct, and this is mct']),
+    (['--objective=mcd', '--teacher=t.pkl', '--substeps=2'], ['--substeps is for --objective=direct']),
+    (['--objective=direct', '--teacher=t.pkl', '--sync_dropout'], ['--sync_dropout is for --objective=mcd or mct']),
+    (['--objective=direct', '--consistency=True', '--teacher=t.pkl'], ['--consistency=True means --objective=mcd']),
+    (['--objective=direct', '--teacher=t.pkl', '--no_keep_ties'], ['--top-mass=0.5 needs --keep_ties']),
+    (['--objective=mct', '--T_anneal_steps=5', '--T_anneal_kimg=5'], ['say the same']),
+    (['--objective=mcd', '--teacher=t.pkl', '--xvar_frac=0.5'], ['--xvar_frac is for --hop=addim']),
     (['--consistency=True', '--teacher=t.pkl', '--S=100'], ['--S=100 <= --T_start=64']),
     (['--consistency=True', '--teacher=t.pkl', '--T_start=128', '--T_end=64'], ['--T_start=128 <= --T_end=64']),
     (['--consistency=True', '--teacher=t.pkl', '--sigma_min=90'], ['--sigma_min=90 is not below']),

@@ -67,9 +67,9 @@ def load_state(resume: str, report=print) -> tuple[str, dict]:
 def snapshot_metadata(c: EasyDict, nimg: int) -> dict:
     """Plain data that a snapshot carries, so that samplers know what the network is."""
     metadata = dict(objective=c.objective, kimg=nimg / 1e3, nimg=nimg, seed=c.seed, **({'encoder': c.encoder} if c.encoder else {}))
-    if c.objective == 'mcd':
-        grid = {name: c.loss[name] for name in ('S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_data')}
-        sigmas = student_grid(grid['S'], grid['sigma_min'], grid['sigma_max'], grid['rho'], grid['student_grid'])
+    if 'S' in c.loss:
+        grid = {name: c.loss[name] for name in ('S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_grid', 'sigma_data')}
+        sigmas = student_grid(grid['S'], grid['sigma_min'], grid['sigma_max'], grid['rho'], grid['student_grid'], grid['sigma_grid'])
         metadata.update(grid, sigmas=sigmas.tolist())
     return metadata
 

@@ -17,7 +17,7 @@ from training.augment import AugmentPipe
 from training.dataset import ImageFolderDataset, InfiniteSampler
 from training.draws import SampleDraws, derive_seed
 from training.loss import DIFFUSION_LOSSES
-from training.loss_cd import ConsistencyDistillationLoss
+from training.objectives import OBJECTIVES
 from training.phema import WeightAverages
 from training.run_log import RunLog
 from training.weight_update import WeightUpdate
@@ -203,8 +203,8 @@ def in_precision(net: torch.nn.Module, precision: str) -> torch.nn.Module:
 
 def build_loss(c: EasyDict, teacher: torch.nn.Module | None):
     """The loss function of `c.objective`."""
-    if c.objective == 'mcd':
-        return ConsistencyDistillationLoss(teacher, **c.loss)
+    if (objective := OBJECTIVES[c.objective]).loss:
+        return objective.loss_class()(*([teacher] if objective.teacher else []), **c.loss)
     return DIFFUSION_LOSSES[c.loss.kind](**{name: value for name, value in c.loss.items() if name != 'kind'})
 
 
