@@ -31,7 +31,7 @@ from metrics import rulers
 from torch_utils import training_stats
 from torch_utils.flat import FlatParameters
 from training import networks
-from training.consistency_loss import Pairs
+from training.consistency_loss import Drawn, Pairs
 from training.draws import SampleDraws
 from training.loss_cd import ConsistencyDistillationLoss
 from training.phema import WeightAverages
@@ -208,7 +208,7 @@ def test_the_worked_example_distils_at_second_order(worked_example):
         loss = worked_example(gaussian, **SEGMENTS, S=S, T_start=S, T_end=S, student_grid='full')
         edges = loss.table(torch.device('cpu')).edges
         sigma_t, sigma_s, kind = edges.sigma_t[S // 2:][:1], edges.sigma_s[S // 2:][:1], edges.kind[S // 2:][:1].double()
-        x_b = loss.reference(gaussian, Pairs(x_t, x_t, x_t, sigma_t, sigma_s, sigma_s, kind, None, None, {}, torch.zeros(1)))
+        x_b = loss.reference(gaussian, Pairs(x_t, x_t, x_t, Drawn(sigma_t, sigma_s, sigma_s, x_t, kind)))
         errors.append(float((x_b / gaussian.solve(x_t, sigma_t, sigma_s) - 1).abs()))
     assert all(6 < a / b < 10 for a, b in itertools.pairwise(errors)), errors
 
@@ -248,4 +248,5 @@ def test_formats_md_names_every_statistic():
     names = {re.sub(r'/sigma_.*', '/sigma_<low>-<high>', re.sub(r'segment\d+', 'segment<j>', name)) for name in names}
     text = (ROOT / 'docs' / 'formats.md').read_text()
     documented = set(re.findall(r'`((?:Loss|Edges|Progress|EMA|Timing|Resources)/[^`]+)`', text))
-    assert documented == names | {'Loss/cd', 'Loss/diffusion', 'Loss/weighted_error', 'Progress/grad_norm'}
+    losses = {f'Loss/{name}' for name in ('cd', 'ct', 'direct', 'ect', 'diffusion', 'weighted_error')}
+    assert documented == names | losses | {'Edges/stage', 'Progress/grad_norm'}

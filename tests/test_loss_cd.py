@@ -8,7 +8,7 @@ from gaussian import Gaussian
 from torch_utils import training_stats
 from training import consistency_ops as ops
 from training import networks
-from training.consistency_loss import Pairs
+from training.consistency_loss import Drawn, Pairs
 from training.draws import SampleDraws
 from training.loss_cd import ConsistencyDistillationLoss
 
@@ -45,10 +45,10 @@ def targets(loss, student, y, noise):
     """x_t, x*, and the edges, for one sample on every edge; `y` and `noise` [1, 1, 2, 2]."""
     schedule = all_rows(loss)
     count = len(schedule.edges)
-    sigma_t, sigma_s, sigma_b, _, kind = schedule.columns.unbind(dim=1)
+    sigma_t, sigma_b = schedule.columns[:, 0], schedule.columns[:, 2]
     y, noise = y.expand(count, -1, -1, -1), noise.expand(count, -1, -1, -1)
     x_t = y + ops.expand_like(sigma_t, y) * noise
-    x_b = loss.reference(student, Pairs(y, noise, x_t, sigma_t, sigma_s, sigma_b, kind, None, None, {}, torch.arange(count)))
+    x_b = loss.reference(student, Pairs(y, noise, x_t, Drawn(*schedule.columns.unbind(dim=1), torch.arange(count))))
     return x_t, ops.inv_ddim(x_b, x_t, sigma_t, sigma_b), schedule.edges
 
 

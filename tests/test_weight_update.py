@@ -18,7 +18,7 @@ class Problem:
         self.plain.load_state_dict(self.net.state_dict())
         self.flat = FlatParameters(self.net)
         self.update = WeightUpdate(self.flat, (0.9, 0.99), 1e-8, **options)
-        self.adam = torch.optim.Adam(self.plain.parameters(), betas=(0.9, 0.99))
+        self.adam = (torch.optim.RAdam if options.get('radam') else torch.optim.Adam)(self.plain.parameters(), betas=(0.9, 0.99))
 
     def batch(self, i):
         return torch.randn(5, 3, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
@@ -48,10 +48,11 @@ def fresh_statistics():
     training_stats.reset()
 
 
+@pytest.mark.parametrize('radam', [False, True])
 @pytest.mark.parametrize('loss_scale', [1.0, 1024.0, None])
-def test_steps_are_adams_whatever_the_loss_scale(loss_scale):
-    """Powers of two scale without rounding, and are taken out before Adam sees the gradient."""
-    problem = Problem(loss_scale=loss_scale)
+def test_steps_are_adams_whatever_the_loss_scale(loss_scale, radam):
+    """Powers of two scale without rounding, and are taken out before the optimiser sees the gradient."""
+    problem = Problem(loss_scale=loss_scale, radam=radam)
     for i in range(10):
         problem.step(i, lr=0.01 * (i + 1))
         problem.plain_step(i, lr=0.01 * (i + 1))
@@ -82,6 +83,21 @@ def test_a_broken_step_changes_nothing_and_is_counted(broken):
     assert (problem.update.bad_steps.item(), problem.update.bad_in_a_row.item()) == (2, 0)
     stats = training_stats.collect()['Progress/grad_norm']
     assert stats['num'] == 2 and stats['mean'] > 0
+
+
+@pytest.mark.parametrize('before', [0, 3])
+def test_a_broken_step_of_radam_leaves_weights_and_moments_as_they_were(before):
+    """At the first step too, when there are no moments yet."""
+    problem = Problem(radam=True)
+    for i in range(before):
+        problem.step(i)
+    moments = problem.update.optimizer.state[problem.flat.weights]
+    state = lambda: [problem.flat.weights.data, moments.get('exp_avg'), moments.get('exp_avg_sq')]
+    kept = [torch.zeros_like(problem.flat.weights.data) if value is None else value.clone() for value in state()]
+    problem.step(9, factor=float('nan'))
+    assert all(torch.equal(a, b) for a, b in zip(state(), kept)) and problem.update.bad_steps.item() == 1
+    problem.step(10)
+    assert not torch.equal(problem.flat.weights.data, kept[0]) and problem.flat.weights.isfinite().all()
 
 
 def test_one_image_with_a_broken_loss_breaks_the_step_even_where_its_gradient_is_zero():
@@ -122,8 +138,8 @@ def test_a_state_brings_its_moments_and_not_the_betas_that_made_them():
     problem.step(0)
     update = WeightUpdate(flat, (0.9, 0.5), 1e-8)
     update.load_state_dict(copy.deepcopy(problem.update.state_dict()))
-    assert [group['betas'] for group in update.adam.param_groups] == [(0.9, 0.5)]
-    assert torch.equal(update.adam.state_dict()['state'][0]['exp_avg'], problem.update.adam.state_dict()['state'][0]['exp_avg'])
+    assert [group['betas'] for group in update.optimizer.param_groups] == [(0.9, 0.5)]
+    assert torch.equal(update.optimizer.state_dict()['state'][0]['exp_avg'], problem.update.optimizer.state_dict()['state'][0]['exp_avg'])
 
 
 def test_a_state_gives_back_moments_scale_and_counts():

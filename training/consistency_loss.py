@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,68 +34,113 @@ class EdgeTable:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """The edges of a batch's samples: float64 columns [N] on the device.
+
+    Edges to zero, which have no hop, have a positive sigma_s all the same, so that arithmetic whose result is not used stays finite.
+    """
+
+    sigma_t: Tensor
+    sigma_s: Tensor
+    sigma_b: Tensor
+    weight: Tensor
+    kind: Tensor                # TERMINAL, SNAP or GENERAL
+    index: Tensor | None = None  # which of a table's, [N] int64, on the host: known without asking the device
+
+
+@dataclass(frozen=True)
 class Pairs:
     """A batch on its edges.
 
     Attributes:
         y, noise, x_t: [N, ...] float64 images, noise, and their sum at sigma_t.
-        sigma_t, sigma_s, sigma_b, kind: [N] float64 columns of the edges. Edges to zero, which have no hop, have a positive sigma_s all the same, so
-            that arithmetic whose result is not used stays finite.
+        edges: of the samples.
         labels, augment_labels: conditions of the images.
         masks: dropout masks of the self-target.
-        index: [N] int64, which edge, on the host: known without asking the device.
     """
 
     y: Tensor
     noise: Tensor
     x_t: Tensor
-    sigma_t: Tensor
-    sigma_s: Tensor
-    sigma_b: Tensor
-    kind: Tensor
-    labels: Tensor | None
-    augment_labels: Tensor | None
-    masks: dict
-    index: Tensor
+    edges: Drawn
+    labels: Tensor | None = None
+    augment_labels: Tensor | None = None
+    masks: dict = field(default_factory=dict)
 
-    def ask(self, net, x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
-        """[N, ...] float64: what a network says to `x` at `sigma` under the images' conditions."""
+    def ask(self, net, x: Tensor, sigma: Tensor, rows: Tensor | None = None, **kwargs) -> Tensor:
+        """[N, ...] float64: what a network says to `x` at `sigma` under the conditions of the images, or of `rows`, indices of some."""
+        pick = lambda value: value if value is None or rows is None else value[rows]
         if self.augment_labels is not None:
-            kwargs['augment_labels'] = self.augment_labels
-        return net(x, sigma, self.labels, **kwargs).double()
+            kwargs['augment_labels'] = pick(self.augment_labels)
+        return net(x, sigma, pick(self.labels), **kwargs).double()
 
-    def some(self, rows: Tensor) -> Pairs:
-        """Those of `rows`, indices on the device, without masks."""
-        pick = lambda value: None if value is None else value[rows]
-        columns = {name: pick(getattr(self, name)) for name in self.__dataclass_fields__ if name not in ('masks', 'index')}
-        return Pairs(**columns, masks={}, index=self.index)
+    def data_hop(self) -> Tensor:
+        """x_s = y + sigma_s n: the data's own step to the lower end."""
+        return self.y + ops.expand_like(self.edges.sigma_s, self.y) * self.noise
 
 
 class ConsistencyLoss:
     """`loss_fn(net, images, labels, draws, augment_labels) -> [N]` for a student `net`; subclasses say of what edges and references.
 
     Args:
-        cd_loss, cd_weight_mode, sigma_data: see `consistency_ops.image_distance` and `edge_weight`.
+        cd_loss, eps: see `consistency_ops.image_distance`.
         sync_dropout: the self-target sees the dropout masks of the student.
     """
 
     name = 'consistency'
-    pin_top = False  # whether the first edge has a reference of its own
 
-    def __init__(self, *, cd_loss: str, cd_weight_mode: str, sigma_data: float, sync_dropout: bool = True):
-        self.cd_loss, self.cd_weight_mode, self.sigma_data, self.sync_dropout = cd_loss, cd_weight_mode, sigma_data, sync_dropout
+    def __init__(self, *, cd_loss: str, eps: float = ops.PSEUDO_HUBER_EPS, sync_dropout: bool = True):
+        self.cd_loss, self.eps, self.sync_dropout = cd_loss, eps, sync_dropout
         self.stage: Hashable = None
-        self._table: EdgeTable | None = None
 
     def begin_step(self, nimg: int) -> None:
         """Set `stage`, what the edges depend on, for the step that follows `nimg` images."""
 
-    def make_edges(self) -> tuple[ops.Edges, Tensor]:
-        """The edges of this stage and their probabilities, [T'] float64, on the host."""
+    def draw(self, draws, device: torch.device) -> Drawn:
+        """An edge for each sample."""
         raise NotImplementedError
 
     def reference(self, net, pairs: Pairs) -> Tensor:
         """x_b [N, ...] float64: where the student should go from x_t, at the boundary. Called without gradients."""
+        raise NotImplementedError
+
+    def report(self, edges: Drawn, loss: Tensor) -> None:
+        """Statistics of a step."""
+        training_stats.report('Edges/log10_sigma_t', edges.sigma_t.log() / math.log(10))
+        report_by_sigma('Loss', edges.sigma_t, loss)
+
+    def __call__(self, net, images, labels, draws, augment_labels=None):
+        edges = self.draw(draws, images.device)
+        y, noise = images.double(), draws.normal('noise', images.shape[1:])
+        x_t = y + ops.expand_like(edges.sigma_t, y) * noise
+        masks = student_masks(net, draws)
+        target_masks = masks if self.sync_dropout else student_masks(net, draws, purpose='target dropout')
+        pairs = Pairs(y, noise, x_t, edges, labels, augment_labels, target_masks)
+        with torch.no_grad():
+            x_star = ops.inv_ddim(self.reference(unwrap(net), pairs), x_t, edges.sigma_t, edges.sigma_b, check=False)
+        prediction = pairs.ask(net, x_t, edges.sigma_t, dropout_masks=masks)
+        loss = edges.weight * ops.image_distance(prediction - x_star, self.cd_loss, self.eps)
+        self.report(edges, loss.detach())
+        return loss
+
+
+class TableLoss(ConsistencyLoss):
+    """A loss on a list of edges, each with a probability, which changes with the stage of training.
+
+    Args:
+        cd_weight_mode, sigma_data: see `consistency_ops.edge_weight`.
+        others: see `ConsistencyLoss`.
+    """
+
+    pin_top = False  # whether the first edge has a reference of its own
+
+    def __init__(self, *, cd_weight_mode: str, sigma_data: float, **others):
+        super().__init__(**others)
+        self.cd_weight_mode, self.sigma_data = cd_weight_mode, sigma_data
+        self._table: EdgeTable | None = None
+
+    def make_edges(self) -> tuple[ops.Edges, Tensor]:
+        """The edges of this stage and their probabilities, [T'] float64, on the host."""
         raise NotImplementedError
 
     def table(self, device: torch.device) -> EdgeTable:
@@ -116,35 +161,22 @@ class ConsistencyLoss:
         return EdgeTable(self.stage, edges, probabilities.cumsum(0), columns.to(device), torch.cat([flags, pinned], dim=1).to(device),
                          edges.segment.to(device))
 
-    def __call__(self, net, images, labels, draws, augment_labels=None):
-        table = self.table(images.device)
-        # The host draws the edges, so that it knows which samples need another reference without asking the device.
-        on_host = torch.searchsorted(table.cumulative, draws.uniform('edge') * table.cumulative[-1], right=True)
-        on_host = on_host.clamp(max=len(table.edges) - 1)
-        index = on_host.to(images.device, non_blocking=True)
-        sigma_t, sigma_s, sigma_b, weight, kind = table.columns[index].unbind(dim=1)
+    def draw(self, draws, device: torch.device) -> Drawn:
+        # The host draws, so that it knows which samples need another reference without asking the device.
+        table = self.table(device)
+        index = torch.searchsorted(table.cumulative, draws.uniform('edge') * table.cumulative[-1], right=True).clamp(max=len(table.edges) - 1)
+        return Drawn(*table.columns[index.to(device, non_blocking=True)].unbind(dim=1), index)
 
-        y, noise = images.double(), draws.normal('noise', images.shape[1:])
-        x_t = y + ops.expand_like(sigma_t, y) * noise
-        masks = student_masks(net, draws)
-        target_masks = masks if self.sync_dropout else student_masks(net, draws, purpose='target dropout')
-        pairs = Pairs(y, noise, x_t, sigma_t, sigma_s, sigma_b, kind, labels, augment_labels, target_masks, on_host)
-        with torch.no_grad():
-            x_star = ops.inv_ddim(self.reference(unwrap(net), pairs), x_t, sigma_t, sigma_b, check=False)
-        loss = weight * ops.image_distance(pairs.ask(net, x_t, sigma_t, dropout_masks=masks) - x_star, self.cd_loss)
-        self._report(table, index, sigma_t, loss.detach())
-        return loss
-
-    def _report(self, table: EdgeTable, index: Tensor, sigma_t: Tensor, loss: Tensor) -> None:
+    def report(self, edges: Drawn, loss: Tensor) -> None:
+        super().report(edges, loss)
+        table, index = self.table(loss.device), edges.index.to(loss.device, non_blocking=True)
         training_stats.report(EDGE_NAMES, table.flags[index])
-        training_stats.report('Edges/T', sigma_t.new_full([1], len(table.edges)))
-        training_stats.report('Edges/log10_sigma_t', sigma_t.log() / math.log(10))
+        training_stats.report('Edges/T', edges.sigma_t.new_full([1], len(table.edges)))
         segments = int(table.edges.segment[-1]) + 1
         training_stats.report_bins([f'Loss/segment{j}' for j in range(segments)], table.segment[index], loss)
-        report_by_sigma('Loss', sigma_t, loss)
 
 
-class SegmentLoss(ConsistencyLoss):
+class SegmentLoss(TableLoss):
     """A loss on the segments of a student of S steps (Heek et al. 2024, Section 3).
 
     Args:
@@ -153,7 +185,7 @@ class SegmentLoss(ConsistencyLoss):
         sigma_grid, rho, sigma_min, sigma_max: noise levels, already clipped to the teacher's range.
         sampling_mode, terminal_anchor, top_mass: distribution of edges, see `consistency_ops.edge_probabilities`.
         keep_ties: see `consistency_ops.teacher_grid`.
-        others: see `ConsistencyLoss`.
+        others: see `TableLoss`.
     """
 
     def __init__(self, *, S: int, student_grid: str, T_start: int, T_end: int, T_anneal_kimg: float, rho: float, sigma_min: float, sigma_max: float,
@@ -179,6 +211,6 @@ class SegmentLoss(ConsistencyLoss):
 
     def self_target(self, net, pairs: Pairs, x_s: Tensor, x_terminal: Tensor) -> Tensor:
         """x_b: where a DDIM step from x_s goes, by the student's word; on edges that end at the boundary x_s itself, on those to 0 x_terminal."""
-        kind = ops.expand_like(pairs.kind, x_s)
-        x_general = ops.ddim_step(x_s, pairs.ask(net, x_s, pairs.sigma_s, dropout_masks=pairs.masks), pairs.sigma_s, pairs.sigma_b)
+        edges, kind = pairs.edges, ops.expand_like(pairs.edges.kind, x_s)
+        x_general = ops.ddim_step(x_s, pairs.ask(net, x_s, edges.sigma_s, dropout_masks=pairs.masks), edges.sigma_s, edges.sigma_b)
         return torch.where(kind == ops.GENERAL, x_general, torch.where(kind == ops.SNAP, x_s, x_terminal))

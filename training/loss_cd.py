@@ -45,22 +45,22 @@ class ConsistencyDistillationLoss(SegmentLoss):
         """See docs/method.md, 'Target'."""
         denoised = None
         if isinstance(self.hop, str) or self.terminal_teacher_hop:
-            denoised = pairs.ask(self.teacher, pairs.x_t, pairs.sigma_t)
+            denoised = pairs.ask(self.teacher, pairs.x_t, pairs.edges.sigma_t)
         x_b = self.self_target(net, pairs, self._hop(pairs, denoised), denoised if self.terminal_teacher_hop else pairs.y)
-        pinned = (pairs.index == 0).nonzero().flatten() if self.pin_top else pairs.index[:0]
+        pinned = (pairs.edges.index == 0).nonzero().flatten() if self.pin_top else pairs.edges.index[:0]
         if len(pinned):
             rows = pinned.to(x_b.device, non_blocking=True)
-            some = pairs.some(rows)
-            x_b = x_b.index_copy(0, rows, ops.solve_ode(lambda x, sigma: some.ask(self.teacher, x, sigma), some.x_t, self.anchor_nodes))
+            x_b = x_b.index_copy(0, rows, ops.solve_ode(lambda x, sigma: pairs.ask(self.teacher, x, sigma, rows), pairs.x_t[rows], self.anchor_nodes))
         return x_b
 
     def _hop(self, pairs: Pairs, denoised: Tensor) -> Tensor:
         """x_s, the teacher's step from sigma_t to sigma_s."""
+        x_t, sigma_t, sigma_s = pairs.x_t, pairs.edges.sigma_t, pairs.edges.sigma_s
         if callable(self.hop):
-            return self.hop(pairs.x_t, pairs.sigma_t, pairs.sigma_s)
+            return self.hop(x_t, sigma_t, sigma_s)
         if self.hop == 'heun':
-            return ops.heun_hop(lambda x, sigma: pairs.ask(self.teacher, x, sigma), pairs.x_t, pairs.sigma_t, pairs.sigma_s, denoised)
+            return ops.heun_hop(lambda x, sigma: pairs.ask(self.teacher, x, sigma), x_t, sigma_t, sigma_s, denoised)
         if self.hop == 'ddim':
-            return ops.ddim_step(pairs.x_t, denoised, pairs.sigma_t, pairs.sigma_s)
-        variance = ops.addim_variance(denoised, pairs.sigma_t, pairs.y if self.xvar_frac else None, self.xvar_frac)
-        return ops.addim_hop(pairs.x_t, denoised, pairs.sigma_t, pairs.sigma_s, variance)
+            return ops.ddim_step(x_t, denoised, sigma_t, sigma_s)
+        variance = ops.addim_variance(denoised, sigma_t, pairs.y if self.xvar_frac else None, self.xvar_frac)
+        return ops.addim_hop(x_t, denoised, sigma_t, sigma_s, variance)

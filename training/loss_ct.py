@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from training import consistency_ops as ops
 from training.consistency_loss import Pairs, SegmentLoss
 
 
@@ -16,5 +15,4 @@ class ConsistencyTrainingLoss(SegmentLoss):
     name = 'ct'
 
     def reference(self, net, pairs: Pairs) -> Tensor:
-        x_s = pairs.y + ops.expand_like(pairs.sigma_s, pairs.y) * pairs.noise
-        return self.self_target(net, pairs, x_s, pairs.y)
+        return self.self_target(net, pairs, pairs.data_hop(), pairs.y)

@@ -27,5 +27,5 @@ class SegmentRegressionLoss(SegmentLoss):
         self.teacher, self.substeps = teacher, substeps
 
     def reference(self, net, pairs: Pairs) -> Tensor:
-        return ops.solve_between(lambda x, sigma: pairs.ask(self.teacher, x, sigma), pairs.x_t, pairs.sigma_t, pairs.sigma_b, self.substeps,
-                                 self.rho, self.sigma_min, self.sigma_grid)
+        return ops.solve_between(lambda x, sigma: pairs.ask(self.teacher, x, sigma), pairs.x_t, pairs.edges.sigma_t, pairs.edges.sigma_b,
+                                 self.substeps, self.rho, self.sigma_min, self.sigma_grid)

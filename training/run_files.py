@@ -71,6 +71,9 @@ def snapshot_metadata(c: EasyDict, nimg: int) -> dict:
         grid = {name: c.loss[name] for name in ('S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_grid', 'sigma_data')}
         sigmas = student_grid(grid['S'], grid['sigma_min'], grid['sigma_max'], grid['rho'], grid['student_grid'], grid['sigma_grid'])
         metadata.update(grid, sigmas=sigmas.tolist())
+    if c.sampling:
+        later = [] if c.sampling.mid_t is None else [c.sampling.mid_t]
+        metadata.update(solver='cm', sigma_min=c.sampling.sigma_min, sigma_max=c.sampling.sigma_max, sigmas=[c.sampling.sigma_max, *later, 0.0])
     return metadata
 
 

@@ -51,7 +51,7 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
     encoder = encoders.build(c.encoder)
     augment_pipe = AugmentPipe(p=c.augment) if c.augment > 0 else None
     flat = FlatParameters(net)
-    update = WeightUpdate(flat, tuple(c.betas), c.eps, c.loss_scaling, c.grad_clip)
+    update = WeightUpdate(flat, tuple(c.betas), c.eps, c.loss_scaling, c.grad_clip, radam=c.optim == 'radam')
     averages = WeightAverages(net, flat, c.ema_halflife_nimg, c.ema_rampup_ratio, c.phema_stds)
     torch.manual_seed(derive_seed(c.seed, 'process', rank))  # for whatever draws without `SampleDraws`
 

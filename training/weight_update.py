@@ -1,4 +1,4 @@
-"""From gradients to weights: loss scaling, clipping, Adam, and steps that are left out because their numbers are broken. Waits for no device."""
+"""From gradients to weights: loss scaling, clipping, the optimiser, and leaving out steps whose numbers are broken. Waits for no device."""
 from __future__ import annotations
 
 import torch
@@ -10,23 +10,26 @@ DYNAMIC_START, DYNAMIC_MAX, GROWTH_INTERVAL = 2.0 ** 16, 2.0 ** 24, 2000  # of t
 
 
 class WeightUpdate:
-    """Adam on a network's flat parameters.
+    """Adam or RAdam (Liu et al. 2020) on a network's flat parameters.
 
     A step whose gradient is not finite changes neither weights nor moments. Gradients are sums over all processes, so every process finds
     the same. `poison` makes that hold for losses too.
 
     Args:
         weights: the parameters, with all gradients in `weights.weights.grad`.
-        betas, eps: of Adam.
+        betas, eps: of the optimiser.
         loss_scale: factor on the loss, taken out of the gradient again, against underflow in FP16; None: dynamic, halved after every
             broken step and doubled after 2000 whole ones (Micikevicius et al. 2018).
         grad_clip: largest norm of the gradient; longer ones are shortened. None: no limit.
+        radam: RAdam in Adam's place.
     """
 
     def __init__(self, weights: FlatParameters, betas: tuple[float, float], eps: float, loss_scale: float | None = 1.0,
-                 grad_clip: float | None = None):
+                 grad_clip: float | None = None, radam: bool = False):
         self.weights, self.grad_clip, self.dynamic = weights.weights, grad_clip, loss_scale is None
-        self.adam = torch.optim.Adam([self.weights], betas=betas, eps=eps, fused=True)
+        self.radam = radam
+        self.optimizer = torch.optim.RAdam([self.weights], betas=betas, eps=eps) if radam else \
+            torch.optim.Adam([self.weights], betas=betas, eps=eps, fused=True)
         device = self.weights.device
         self.scale = torch.tensor(DYNAMIC_START if self.dynamic else loss_scale, dtype=torch.float32, device=device)
         self.whole_in_a_row, self.bad_in_a_row, self.bad_steps = torch.zeros([3], dtype=torch.int64, device=device).unbind()
@@ -44,13 +47,24 @@ class WeightUpdate:
         divisor = self.scale
         if self.grad_clip is not None:
             divisor = divisor * (norm / self.grad_clip).clamp(min=1)
-        # Adam's fused kernel divides by the one and does nothing where the other is 1.
-        self.adam.grad_scale, self.adam.found_inf = divisor, (~whole).float()
-        for group in self.adam.param_groups:
+        for group in self.optimizer.param_groups:
             group['lr'] = lr
-        self.adam.step()
+        if self.radam:
+            self._step_and_undo(divisor, whole)
+        else:  # Adam's fused kernel divides by the one and does nothing where the other is 1
+            self.optimizer.grad_scale, self.optimizer.found_inf = divisor, (~whole).float()
+            self.optimizer.step()
         self._count(whole)
         training_stats.report('Progress/grad_norm', norm)
+
+    def _step_and_undo(self, divisor: torch.Tensor, whole: torch.Tensor) -> None:
+        """A step of an optimiser that knows of no broken ones; after those, weights and moments are what they were. Its count of steps goes on."""
+        moments = lambda: [self.optimizer.state[self.weights].get(name) for name in ('exp_avg', 'exp_avg_sq')]
+        before = [None if value is None else value.clone() for value in (self.weights.data, *moments())]
+        self.weights.grad.div_(divisor)
+        self.optimizer.step()
+        for value, kept in zip((self.weights.data, *moments()), before):
+            value.copy_(torch.where(whole, value, 0 if kept is None else kept))
 
     def _count(self, whole: torch.Tensor) -> None:
         self.bad_steps += ~whole
@@ -63,11 +77,11 @@ class WeightUpdate:
 
     def state_dict(self) -> dict:
         """Tensors and plain data, for a training state."""
-        return dict(adam=self.adam.state_dict(), scale=self.scale, whole_in_a_row=self.whole_in_a_row, bad_in_a_row=self.bad_in_a_row,
+        return dict(optimizer=self.optimizer.state_dict(), scale=self.scale, whole_in_a_row=self.whole_in_a_row, bad_in_a_row=self.bad_in_a_row,
                     bad_steps=self.bad_steps)
 
     def load_state_dict(self, state: dict) -> None:
         """Inverse of `state_dict`. A fixed loss scale, betas and eps stay as they were chosen."""
-        self.adam.load_state_dict(dict(state['adam'], param_groups=self.adam.state_dict()['param_groups']))
+        self.optimizer.load_state_dict(dict(state['optimizer'], param_groups=self.optimizer.state_dict()['param_groups']))
         for name in ('whole_in_a_row', 'bad_in_a_row', 'bad_steps', *(['scale'] if self.dynamic else [])):
             getattr(self, name).copy_(state[name])

@@ -1,0 +1,135 @@
+"""Easy consistency tuning against Gaussian data, where the function that it converges to is known stage by stage."""
+import pytest
+import torch
+from gaussian import Gaussian
+from test_loss_cd import VARIANCE, Recorder, small_network
+
+from torch_utils import training_stats
+from training import consistency_ops as ops
+from training import time_schedules as times
+from training.consistency_loss import Drawn, Pairs
+from training.draws import SampleDraws
+from training.loss_ect import ConsistencyTuningLoss
+
+DEFAULTS = dict(P_mean=-1.1, P_std=2.0, q=2.0, k=8.0, b=1.0, c=0.0, stage_nimg=1000, ect_weight='gap', sigma_data=0.5)
+
+
+def make_loss(stage=0, **options):
+    loss = ConsistencyTuningLoss(**{**DEFAULTS, **options})
+    loss.begin_step(stage * loss.stage_nimg)
+    return loss
+
+
+class Linear(torch.nn.Module):
+    """D(x; t) = multiplier(t) x."""
+
+    def __init__(self, multiplier):
+        super().__init__()
+        self.multiplier = multiplier
+
+    def forward(self, x, sigma, class_labels=None, dropout_masks=None):
+        return torch.stack([self.multiplier(t) for t in sigma.tolist()]) * x
+
+    def dropout_masks(self, batch_size, generator=None):
+        return {}
+
+
+def multiplier(loss, t):
+    """c(t) = (s² + r t) / (s² + t²) c(r), c = s² / (s² + t²) where r = 0: the best answer on average, given the answers at r. c → 1 at 0."""
+    c = torch.ones_like(VARIANCE[0])
+    while t > 1e-7:
+        r = float(times.earlier_time(torch.tensor(t, dtype=torch.float64), loss.stage, loss.q, loss.k, loss.b))
+        c = c * (VARIANCE[0] + r * t) / (VARIANCE[0] + t ** 2)
+        t = r
+    return c
+
+
+def expected_gradients(loss, t, student):
+    """E[(student(x_t) − x*) x_t] / E[x_t²] at the given times, by probing with image and noise alone: all is linear."""
+    gradient = 0
+    for y, noise, moment in ((1, 0, VARIANCE), (0, 1, torch.ones_like(VARIANCE))):
+        y, noise = (torch.full([len(t), 1, 2, 2], float(value), dtype=torch.float64) for value in (y, noise))
+        r = times.earlier_time(t, loss.stage, loss.q, loss.k, loss.b)
+        kind = torch.where(r > 0, ops.GENERAL, ops.TERMINAL)
+        x_t = y + ops.expand_like(t, y) * noise
+        pairs = Pairs(y, noise, x_t, Drawn(t, torch.where(r > 0, r, t / 2), torch.zeros_like(t), t, kind))
+        gradient = gradient + moment * (student(x_t, t) - loss.reference(student, pairs)) * x_t
+    return gradient / (VARIANCE + ops.expand_like(t, VARIANCE.expand(len(t), 1, 2, 2)) ** 2)
+
+
+@pytest.mark.parametrize('stage, q, k', [(0, 2.0, 8.0), (3, 2.0, 8.0), (1, 4.0, 8.0), (4, 2.0, 0.0)])
+def test_the_consistency_function_of_a_stage_has_zero_expected_gradient_and_a_perturbed_one_has_not(stage, q, k):
+    loss, t = make_loss(stage, q=q, k=k), torch.tensor([0.01, 0.1, 0.5, 1.0, 3.0, 20.0, 80.0], dtype=torch.float64)
+    assert expected_gradients(loss, t, Linear(lambda t: multiplier(loss, t))).abs().max() < 1e-10
+    for wrong in t.tolist():
+        student = Linear(lambda t, wrong=wrong: multiplier(loss, t) * (1.01 if t == wrong else 1))
+        assert expected_gradients(loss, t, student)[t == wrong].abs().max() > 1e-7
+
+
+def test_the_consistency_function_tends_to_the_exact_map_as_stages_pass():
+    """s / sqrt(s² + t²); of first order, as the data's hop is: a stage halves the error."""
+    exact = (VARIANCE[0] / (VARIANCE[0] + 1)).sqrt()
+    errors = [(multiplier(make_loss(stage), 1.0) / exact - 1).abs().max() for stage in (6, 7, 8)]
+    assert all(1.8 < a / b < 2.2 for a, b in zip(errors, errors[1:])), errors  # noqa: RUF007
+
+
+def test_where_r_is_zero_it_is_diffusion_training():
+    """At stage 0, with q = 2 and k = 8, r = 0 for t below 5 or so: the distance from the image itself, with weight 1/t."""
+    net, images = small_network(0).double(), torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    student = Recorder(net).train()
+    loss = make_loss(P_std=0.5)
+    got = loss(student, images, None, SampleDraws(0, 0, 64))
+    (_, _), (t, masks) = student.calls
+    assert t.max() < 1.9
+    x_t = images + ops.expand_like(t, images) * SampleDraws(0, 0, 64).normal('noise', [1, 8, 8])
+    expected = ops.image_distance(net(x_t, t, None, dropout_masks=masks) - images, 'l2_root') / t
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('sync', [True, False])
+def test_both_passes_see_the_same_masks_and_the_later_time_is_r(sync):
+    student = Recorder(small_network()).train()
+    make_loss(5, sync_dropout=sync)(student, torch.zeros(16, 1, 8, 8), None, SampleDraws(0, 0, 16))
+    (r, first), (t, second) = student.calls
+    torch.testing.assert_close(r, times.earlier_time(t, 5, 2.0))
+    assert all(torch.equal(first[name], second[name]) for name in first) == sync
+
+
+def test_times_weights_and_distance_are_the_options():
+    """Twice as many draws as options: ln t has the mean and deviation asked for; the weight is 1/t² and the distance has its constant."""
+    student, count = Recorder(small_network(0)).train(), 4000
+    loss = make_loss(4, P_mean=-0.8, P_std=1.6, ect_weight='snr', c=0.06)
+    images = torch.zeros(count, 1, 8, 8)
+    got = loss(student, images, None, SampleDraws(0, 0, count))
+    t = student.calls[-1][0]
+    assert abs(t.log().mean() + 0.8) < 5 * 1.6 / count ** 0.5 and abs(t.log().std() - 1.6) < 0.1
+    edges = loss.draw(SampleDraws(0, 0, count), torch.device('cpu'))
+    assert torch.equal(edges.weight, t ** -2) and loss.eps == 0.06 and (got >= 0).all()
+
+
+def test_stages_follow_the_images_and_are_reported():
+    training_stats.reset()
+    loss = make_loss()
+    stages = []
+    for nimg in (0, 999, 1000, 5500):
+        loss.begin_step(nimg)
+        stages.append(loss.stage)
+    assert stages == [0, 0, 1, 5]
+    loss(small_network(0), torch.zeros(32, 1, 8, 8), None, SampleDraws(0, 0, 32))
+    stats = training_stats.collect()
+    assert stats['Edges/stage']['mean'] == 5 and 0 <= stats['Edges/terminal']['mean'] <= 1
+
+
+def test_losses_do_not_depend_on_how_the_batch_is_split():
+    net, images = small_network(0).double(), torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loss = make_loss(3)
+    whole = loss(net, images, None, SampleDraws(7, 1000, 64))
+    parts = [loss(net, images[a:a + 16], None, SampleDraws(7, 1000 + a, 16)) for a in range(0, 64, 16)]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-9, atol=1e-9)
+
+
+def test_the_exact_map_of_the_gaussian_is_what_sampling_would_see():
+    """At a late stage c(80) x at σ = 80 has the data's variance, to the percent that its first-order hops leave."""
+    gaussian, loss = Gaussian(VARIANCE), make_loss(9)
+    produced = multiplier(loss, 80.0) ** 2 * (VARIANCE[0] + 80.0 ** 2)
+    assert ((produced / gaussian.variance[0]).sqrt() - 1).abs().max() < 0.03

@@ -1,0 +1,53 @@
+"""Easy consistency tuning (Geng et al. 2024): consistency training at continuous times, which begins as diffusion training.
+
+A pair of times t > r lies on one noised image; r is 0 at first and comes closer to t stage by stage.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_utils import training_stats
+from training import consistency_ops as ops
+from training import time_schedules as times
+from training.consistency_loss import ConsistencyLoss, Drawn, Pairs
+
+
+class ConsistencyTuningLoss(ConsistencyLoss):
+    """w(t) ℓ(student(x_t; t) − sg[student(x_r; r)]), x_r = y + r n under the same dropout masks; the image itself where r = 0.
+
+    Args:
+        P_mean, P_std: of ln t.
+        q, k, b: of r(t), see `time_schedules.earlier_time`.
+        stage_nimg: images that a stage lasts.
+        c: constant of the pseudo-Huber distance; 0 for the distance itself.
+        ect_weight, sigma_data: see `time_schedules.ect_weight`.
+        others: see `ConsistencyLoss`.
+    """
+
+    name = 'ect'
+
+    def __init__(self, *, P_mean: float, P_std: float, q: float, k: float, b: float, c: float, stage_nimg: int, ect_weight: str, sigma_data: float,
+                 **others):
+        super().__init__(cd_loss='pseudo_huber', eps=c, **others)
+        self.P_mean, self.P_std, self.q, self.k, self.b = P_mean, P_std, q, k, b
+        self.stage_nimg, self.ect_weight, self.sigma_data = stage_nimg, ect_weight, sigma_data
+        self.stage = 0
+
+    def begin_step(self, nimg: int) -> None:
+        self.stage = times.tuning_stage(nimg, self.stage_nimg)
+
+    def draw(self, draws, device: torch.device) -> Drawn:
+        t = times.lognormal_times(draws.normal('sigma'), self.P_mean, self.P_std)
+        r = times.earlier_time(t, self.stage, self.q, self.k, self.b)
+        kind = torch.where(r > 0, ops.GENERAL, ops.TERMINAL)
+        return Drawn(t, torch.where(r > 0, r, t / 2), torch.zeros_like(t), times.ect_weight(t, r, self.ect_weight, self.sigma_data), kind)
+
+    def reference(self, net, pairs: Pairs) -> Tensor:
+        kind, denoised = ops.expand_like(pairs.edges.kind, pairs.y), pairs.ask(net, pairs.data_hop(), pairs.edges.sigma_s, dropout_masks=pairs.masks)
+        return torch.where(kind == ops.TERMINAL, pairs.y, denoised)
+
+    def report(self, edges: Drawn, loss: Tensor) -> None:
+        super().report(edges, loss)
+        training_stats.report('Edges/stage', edges.sigma_t.new_full([1], self.stage))
+        training_stats.report('Edges/terminal', (edges.kind == ops.TERMINAL).double())
