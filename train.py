@@ -117,7 +117,7 @@ def switch(name: str, **kwargs):
 @switch('keep_ties', group=SEG, help="Keep the fine grid's nodes that are levels of the student: it is trained at the levels that it samples at.  "
                                      '[default: off; direct on]')
 @cli.option('--top-mass', metavar='FLOAT', type=cli.Number(0, 1), group=SEG,
-            help='Share of samples on the first edges of segments, where sampling asks; with --keep_ties.  [default: 0; direct 0.5]')
+            help='Share of samples on the first edges of segments, where sampling asks; with --keep_ties.  [default: 0; direct 0.9]')
 @cli.option('--cd_loss', type=click.Choice(['pseudo_huber', 'l2_root', 'l2', 'huber']), group=SEG,
             help="Distance between the student's image and its target.  [default: pseudo_huber]")
 @cli.option('--cd_weight_mode', group=SEG,

@@ -248,7 +248,7 @@ def test_in_loop_validation_covers_teacher_start_and_dumped_images(tmp_path, dig
     (['--objective=mcd', '--teacher=t.pkl', '--substeps=2'], ['--substeps is for --objective=direct']),
     (['--objective=direct', '--teacher=t.pkl', '--sync_dropout'], ['--sync_dropout is for --objective=mcd or mct']),
     (['--objective=direct', '--consistency=True', '--teacher=t.pkl'], ['--consistency=True means --objective=mcd']),
-    (['--objective=direct', '--teacher=t.pkl', '--no_keep_ties'], ['--top-mass=0.5 needs --keep_ties']),
+    (['--objective=direct', '--teacher=t.pkl', '--no_keep_ties'], ['--top-mass=0.9 needs --keep_ties']),
     (['--objective=mct', '--T_anneal_steps=5', '--T_anneal_kimg=5'], ['say the same']),
     (['--objective=mcd', '--teacher=t.pkl', '--xvar_frac=0.5'], ['--xvar_frac is for --hop=addim']),
     (['--consistency=True', '--teacher=t.pkl', '--S=100'], ['--S=100 <= --T_start=64']),

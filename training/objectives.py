@@ -52,7 +52,7 @@ OBJECTIVES = dict(
     mct=Objective('loss_ct:ConsistencyTrainingLoss', defaults=dict(STUDENT, dropout=0.0), edm2=EDM2_STUDENT,
                   options=dict(SEGMENTS, sync_dropout=True)),
     direct=Objective('loss_direct:SegmentRegressionLoss', teacher=True, defaults=STUDENT, edm2=EDM2_STUDENT,
-                     options=dict(SEGMENTS, T_start=None, keep_ties=True, top_mass=0.5, substeps=3)),
+                     options=dict(SEGMENTS, T_start=None, keep_ties=True, top_mass=0.9, substeps=3)),
     ect=Objective('loss_ect:ConsistencyTuningLoss', edm2=EDM2_STUDENT,
                   defaults=dict(optim='radam', lr=1e-4, lr_rampup=0, lr_schedule='constant', beta2=0.999, duration=51.2, batch=128, ema=0.887e6,
                                 augment=0.0, dropout=0.2),
