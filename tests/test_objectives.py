@@ -8,6 +8,7 @@ import generate
 import train
 from training.checkpoint import load_network
 from training.consistency_ops import student_grid
+from training.interchange.describe import describe_state
 from training.objectives import OBJECTIVES
 
 RUNS = {
@@ -58,5 +59,6 @@ def test_a_run_learns_ends_bit_for_bit_as_a_resumed_one_and_is_sampled(tmp_path,
         assert metadata['sigmas'] == grid.tolist() and (metadata['sigma_grid'] == 'cosine') == (objective == 'mcd')
     else:
         assert (metadata['solver'], metadata['sigmas']) == ('cm', [80.0, 0.8, 0.0])
+    assert describe_state(max(whole.glob('training-state-*.pt')))['objective'] == objective
     done = invoke(generate.main, f'--network={last_snapshot(whole)}', f'--outdir={tmp_path / "out"}', '--seeds=0-3')
     assert f'{"student" if "S" in kind.options else "cm"}, 2 evaluations each' in done.output and len(list((tmp_path / 'out').glob('*.png'))) == 4

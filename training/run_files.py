@@ -72,8 +72,8 @@ def snapshot_metadata(c: EasyDict, nimg: int) -> dict:
         sigmas = student_grid(grid['S'], grid['sigma_min'], grid['sigma_max'], grid['rho'], grid['student_grid'], grid['sigma_grid'])
         metadata.update(grid, sigmas=sigmas.tolist())
     if c.sampling:
-        later = [] if c.sampling.mid_t is None else [c.sampling.mid_t]
-        metadata.update(solver='cm', sigma_min=c.sampling.sigma_min, sigma_max=c.sampling.sigma_max, sigmas=[c.sampling.sigma_max, *later, 0.0])
+        sigma_min, sigma_max, mid_t = (c.sampling[name] for name in ('sigma_min', 'sigma_max', 'mid_t'))
+        metadata.update(solver='cm', sigma_min=sigma_min, sigma_max=sigma_max, sigmas=[sigma_max, *([mid_t] if mid_t else []), 0.0])
     return metadata
 
 
