@@ -286,11 +286,12 @@ def references_of_images(ref, detectors, sources, options, keep: bool) -> dict:
 def features_of_reference(ref, measure: str, detector, options):
     """Features of the images that a reference of OpenAI's holds. Raises: UserError where it holds none."""
     from dnnlib.util import local_path
-    from metrics.images import open_images
+    from metrics.images import ArrayImages
     from metrics.reference import reference_images
-    if reference_images(ref) is None:
+    images = reference_images(ref)
+    if images is None:
         raise UserError(f'{ref} has no features, which {measure} needs. Make it again with fid.py ref --features=50000, or give the images as --ref.')
-    return look_at(open_images(local_path(ref)), {measure: detector}, options, keep=True)[measure].features
+    return look_at(ArrayImages(local_path(ref), array=images), {measure: detector}, options, keep=True)[measure].features
 
 
 def look_at(source, detectors, options, keep, classes=()) -> dict:

@@ -1,6 +1,7 @@
 """From images to features and their statistics: one pass, on all processes, under any number of detectors. All that evaluates goes through it."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 
@@ -60,7 +61,10 @@ def observe(source: ImageSource, detectors: Mapping[str, Detector], batch: int, 
     parts = [range(start, min(start + batch, len(source))) for start in range(0, len(source), batch)]
     rank, processes = distributed.get_rank(), distributed.get_world_size()
     keep = np.full(len(source), keep) if isinstance(keep, bool) else keep
-    watches = {name: _Watch(detector, source, batch, keep, name in classes, cache) for name, detector in detectors.items()}
+    facts = None
+    if cache:  # the main process's word counts: machines may have copies of other times
+        facts = dict(images=distributed.broadcast_object(source.fingerprint() if distributed.is_main() else None), batch=batch)
+    watches = {name: _Watch(detector, source, keep, name in classes, cache, facts) for name, detector in detectors.items()}
     images_of_round = lambda k: sum(map(len, parts[k - rank:k - rank + processes]))
     missing = []
     for k in range(rank, len(parts), processes):
@@ -71,8 +75,9 @@ def observe(source: ImageSource, detectors: Mapping[str, Detector], batch: int, 
             missing.append(k)
     for k, (part, images, indices) in zip(missing, source.stream([parts[k] for k in missing], workers)):
         filled = torch.cat([images, images[-1:].expand(batch - len(images), -1, -1, -1)]) if 0 < len(images) < batch else images
+        digests = image_digests(images)
         for watch in watches.values():
-            watch.see(part, filled, indices)
+            watch.see(part, filled, indices, digests)
         advance(images_of_round(k))
         if stop and k - rank + processes <= len(parts) and stop():  # of the rounds in which every process has a batch
             return None
@@ -90,15 +95,12 @@ def count_features(detector: Detector, image_shape: list[int]) -> None:
 class _Watch:
     """One detector's view of the images, as far as this process sees them."""
 
-    def __init__(self, detector: Detector, source: ImageSource, batch: int, keep: np.ndarray, classes: bool, cache: str | None):
+    def __init__(self, detector: Detector, source: ImageSource, keep: np.ndarray, classes: bool, cache: str | None, facts: dict | None):
         count_features(detector, source.image_shape)
         self.detector, self.source, self.keep, self.classes = detector, source, torch.from_numpy(keep), classes
         self.stats = FeatureStats(detector.dim, detector.device)
         self.kept: dict[int, dict[str, Tensor]] = {}  # of each batch, by its first image: digests, and what is to be kept
-        self.cache = None
-        if cache:
-            images = distributed.broadcast_object(source.fingerprint() if distributed.is_main() else None)  # machines may have copies of other times
-            self.cache = FeatureCache(cache, detector.name, dict(images=images, detector=detector.digest, batch=batch))
+        self.cache = FeatureCache(cache, detector.name, dict(facts, detector=detector.digest)) if cache else None
 
     def recall(self, part: range) -> bool:
         """Add a batch from the cache; whether it was there."""
@@ -108,7 +110,7 @@ class _Watch:
             self._add(part, list(part), {name: torch.from_numpy(found[name]) for name in names})
         return bool(found)
 
-    def see(self, part: range, images: Tensor, indices: list[int]) -> None:
+    def see(self, part: range, images: Tensor, indices: list[int], digests: Tensor) -> None:
         """Add a batch of images, of which the first `len(indices)` count; nothing where it was recalled, or none is left of it.
 
         A batch of which images were left out is not cached: what was wrong with them is told every time, and an error without --skip-bad.
@@ -116,7 +118,7 @@ class _Watch:
         count = len(indices)
         if part.start in self.kept or count == 0:
             return
-        found = dict(digests=image_digests(images[:count]))
+        found = dict(digests=digests)
         if self.classes:
             found['features'], found['probabilities'] = self.detector.with_probabilities(images)
         else:
@@ -161,6 +163,9 @@ def image_digests(images: Tensor) -> Tensor:
     Two images that differ have the same one with a probability of about 2⁻⁵⁶. They tell copies by accident, and no forgeries.
     """
     pixels = images.flatten(1)
-    generator = torch.Generator().manual_seed(0)
-    multiples = torch.randint(-1 << 63, (1 << 63) - 1, [pixels.shape[1]], generator=generator).to(pixels.device)
-    return (pixels * multiples).sum(dim=1)
+    return (pixels * _multiples(pixels.shape[1], pixels.device)).sum(dim=1)
+
+
+@functools.lru_cache(maxsize=1)  # images of one pass have one size
+def _multiples(count: int, device: torch.device) -> Tensor:
+    return torch.randint(-1 << 63, (1 << 63) - 1, [count], generator=torch.Generator().manual_seed(0)).to(device)

@@ -1,12 +1,14 @@
 """A network's images as a source, like a folder's: made when they are looked at, and never written unless someone wants to see them."""
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from metrics.images import prefetch
 from training import encoders, generation
 
 
@@ -21,7 +23,6 @@ class GeneratedImages:
         name: for messages.
         identity: what decides the images besides the seeds, for `fingerprint`.
         dump: folder for the images, `<seed>.png`; None: they are not written.
-    Raises: UserError where the network's images cannot be decoded.
     """
 
     def __init__(self, net, seeds: Sequence[int], batch: int, choose_labels=generation.uniform_labels, solver: str | None = None,
@@ -29,9 +30,13 @@ class GeneratedImages:
         self.net, self.seeds, self.size, self.name, self.identity, self.dump = net, seeds, batch, name, identity, dump
         self.skipped: dict[int, str] = {}
         self.arguments = dict(choose_labels=choose_labels, solver=solver, steps=steps, **options)
-        device = next(net.parameters()).device
-        latents = torch.zeros([1, net.img_channels, net.img_resolution, net.img_resolution], device=device)
-        self.image_shape = list(encoders.encoder_of(net, device).decode(latents).shape[1:])
+
+    @functools.cached_property
+    def image_shape(self) -> list[int]:
+        """[C, H, W], found by decoding. Raises: UserError where the network's images cannot be decoded."""
+        device = next(self.net.parameters()).device
+        latents = torch.zeros([1, self.net.img_channels, self.net.img_resolution, self.net.img_resolution], device=device)
+        return list(encoders.encoder_of(self.net, device).decode(latents).shape[1:])
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -50,5 +55,4 @@ class GeneratedImages:
 
     def stream(self, parts: Sequence[range], workers: int = 0) -> Iterator[tuple[range, Tensor, list[int]]]:
         """(part, images, indices) of each part, one after another: the network is busy anyway."""
-        for part in parts:
-            yield part, *self.batch(part)
+        return prefetch(self, parts, workers=0)

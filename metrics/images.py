@@ -4,7 +4,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -130,9 +129,8 @@ class FileImages(ImageSource):
 
 def _zip_checksums(files: ImageFiles) -> dict[str, tuple[int, int]]:
     """(CRC, size) of each image in a zip by name. Raises: UserError where a name is there twice: which of them is meant cannot be told."""
-    with zipfile.ZipFile(files.path) as archive:
-        wanted = set(files.images)
-        infos = [info for info in archive.infolist() if info.filename in wanted]
+    wanted = set(files.images)
+    infos = [info for info in files.entries() if info.filename in wanted]
     name, times = Counter(info.filename for info in infos).most_common(1)[0]
     if times > 1:
         raise UserError(f'{files.path} lists {name} {times} times. Make the zip again.')
@@ -155,10 +153,13 @@ class ArrayImages(ImageSource):
     """Images in an .npy file, or in an .npz file as `arr_0` or its only uint8 array; mapped, so that they take no memory.
 
     uint8 [N, H, W], [N, H, W, C] or [N, C, H, W], where C is 1 or 3. A shape that could be both of the latter is refused.
+    `array`: the file's array, where someone has it already.
     """
 
-    def __init__(self, path: str | os.PathLike, num: int | None = None, seed: int = 0):
-        name, array = (os.fspath(path), map_npy(path)) if os.fspath(path).lower().endswith('.npy') else _map_images(path)
+    def __init__(self, path: str | os.PathLike, num: int | None = None, seed: int = 0, array: np.ndarray | None = None):
+        name = os.fspath(path)
+        if array is None:
+            name, array = (name, map_npy(path)) if name.lower().endswith('.npy') else _map_images(path)
         self._images = _channels_first(array, name)  # [N, C, H, W], a view
         super().__init__(path, len(array), num, seed)
         self.image_shape = list(self._images.shape[1:])

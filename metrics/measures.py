@@ -12,7 +12,7 @@ from metrics.frechet import Gaussian
 from metrics.inception_score import inception_score
 from metrics.kernel import kernel_distance
 from metrics.neighbours import density_coverage, precision_recall
-from metrics.reference import Reference
+from metrics.reference import MAIN_ENTRY, Reference
 from metrics.uncertainty import bootstrap_interval, frechet_infinity
 
 
@@ -64,11 +64,11 @@ class Comparison:
         return inception_score(self.images.probabilities.to(self.device))
 
     @cached_property
-    def _precision_recall(self) -> dict[str, dict]:
+    def _precision_recall(self) -> list[dict]:
         return self._neighbours(precision_recall, 3)
 
     @cached_property
-    def _density_coverage(self) -> dict[str, dict]:
+    def _density_coverage(self) -> list[dict]:
         return self._neighbours(density_coverage, 5)
 
     def _neighbours(self, function, k: int) -> list[dict]:
@@ -105,7 +105,7 @@ class Measure:
 
     compute: Callable[[Comparison], dict]
     title: str
-    entry: str = 'fid'
+    entry: str = MAIN_ENTRY
     frechet: bool = False
     features: bool = False
     reference_features: bool = False
@@ -117,7 +117,7 @@ class Measure:
         return self.frechet or self.reference_features
 
 
-FID, FD_DINOV2 = 'fid', 'fd_dinov2'
+FID, FD_DINOV2 = MAIN_ENTRY, 'fd_dinov2'
 MEASURES = {
     FID: Measure(Comparison.frechet, '{}', frechet=True),
     'fid_inf': Measure(Comparison.frechet_infinity, '{}-infinity', frechet=True, features=True),

@@ -29,9 +29,9 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, k: int = 3
     Returns: (precision, recall).
     Raises: UserError for features that are not finite or do not match, or that are too few for k neighbours.
     """
-    features, reference = check_features(features, reference, least=k + 1)
-    distances = _Distances(features, reference, chunk)
-    image_radii, real_radii = distances.squared_radii(features, k), distances.squared_radii(reference, k)
+    distances = _Distances(features, reference, k, chunk)
+    features, reference = distances.sets
+    image_radii, real_radii = distances.squared_radii(features), distances.squared_radii(reference)
     precise, recalled = (torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (features, reference))
     for rows, columns, squares in distances.squared(reference, features):
         precise[columns] |= (squares <= real_radii[rows, None] + distances.slack).any(dim=0)
@@ -52,9 +52,9 @@ def density_coverage(features: torch.Tensor, reference: torch.Tensor, k: int = 5
     Returns: (density, coverage).
     Raises: UserError for features that are not finite or do not match, or that are too few for k neighbours.
     """
-    features, reference = check_features(features, reference, least=k + 1)
-    distances = _Distances(features, reference, chunk)
-    radii = distances.squared_radii(reference, k)
+    distances = _Distances(features, reference, k, chunk)
+    features, reference = distances.sets
+    radii = distances.squared_radii(reference)
     inside = torch.zeros(len(reference), dtype=torch.int64, device=reference.device)
     for rows, _, squares in distances.squared(reference, features):
         inside[rows] += (squares < radii[rows, None] - distances.slack).sum(dim=1)
@@ -65,11 +65,13 @@ class _Distances:
     """Distances between the samples of two sets [n, D], [m, D], chunk by chunk, in FP64 around the second set's mean.
 
     Attributes:
+        sets: both, checked. k: which neighbour a ball reaches to.
         slack: how far from the truth the difference of two squared distances may be.
     """
 
-    def __init__(self, features: torch.Tensor, reference: torch.Tensor, chunk: int):
-        self.centre, self.chunk = reference.mean(dim=0, dtype=torch.float64), chunk
+    def __init__(self, features: torch.Tensor, reference: torch.Tensor, k: int, chunk: int):
+        self.sets = features, reference = check_features(features, reference, least=k + 1)
+        self.k, self.centre, self.chunk = k, reference.mean(dim=0, dtype=torch.float64), chunk
         largest = max(self._part(x, rows).square().sum(dim=1).max().item() for x in (features, reference) for rows in self._slices(x))
         self.slack = 8 * features.shape[1] * torch.finfo(torch.float64).eps * largest
 
@@ -82,15 +84,15 @@ class _Distances:
                 squares = torch.addmm(y.square().sum(dim=1)[None], x, y.T, alpha=-2)
                 yield rows, columns, squares.add_(x.square().sum(dim=1, keepdim=True))
 
-    def squared_radii(self, x: torch.Tensor, k: int) -> torch.Tensor:
+    def squared_radii(self, x: torch.Tensor) -> torch.Tensor:
         """[n] squared distance of every sample of x [n, D] from its k-th nearest neighbour among the others."""
         radii = torch.empty(len(x), dtype=torch.float64, device=x.device)
         for rows, columns, squares in self.squared(x, x):
             if columns.start == 0:
-                nearest = squares.new_full([len(squares), k], torch.inf)
+                nearest = squares.new_full([len(squares), self.k], torch.inf)
             if rows == columns:
                 squares.fill_diagonal_(torch.inf)
-            nearest = torch.cat([nearest, squares], dim=1).topk(k, largest=False).values
+            nearest = torch.cat([nearest, squares], dim=1).topk(self.k, largest=False).values
             radii[rows] = nearest[:, -1]  # of the columns so far; the last ones decide
         return radii
 

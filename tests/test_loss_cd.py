@@ -48,7 +48,7 @@ def targets(loss, student, y, noise):
     sigma_t, sigma_b = schedule.columns[:, 0], schedule.columns[:, 2]
     y, noise = y.expand(count, -1, -1, -1), noise.expand(count, -1, -1, -1)
     x_t = y + ops.expand_like(sigma_t, y) * noise
-    x_b = loss.reference(student, Pairs(y, noise, x_t, Drawn(*schedule.columns.unbind(dim=1), torch.arange(count))))
+    x_b = loss.reference(student, Pairs(y, noise, x_t, Drawn(*schedule.columns.unbind(dim=1), torch.arange(count), torch.arange(count))))
     return x_t, ops.inv_ddim(x_b, x_t, sigma_t, sigma_b), schedule.edges
 
 

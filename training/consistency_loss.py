@@ -31,6 +31,7 @@ class EdgeTable:
     columns: Tensor        # [T', 5] device: sigma_t, hop target, sigma_b, weight, kind
     flags: Tensor          # [T', 4] device: indicators of the kinds and of the pinned edge, for statistics
     segment: Tensor        # [T'] int64, device
+    segment_names: list[str]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Drawn:
     sigma_b: Tensor
     weight: Tensor
     kind: Tensor                # TERMINAL, SNAP or GENERAL
-    index: Tensor | None = None  # which of a table's, [N] int64, on the host: known without asking the device
+    index: Tensor | None = None    # which of a table's, [N] int64
+    on_host: Tensor | None = None  # the same, known without asking the device
 
 
 @dataclass(frozen=True)
@@ -159,21 +161,21 @@ class TableLoss(ConsistencyLoss):
         pinned = torch.zeros(len(edges), 1, dtype=torch.float64)
         pinned[0] = self.pin_top
         return EdgeTable(self.stage, edges, probabilities.cumsum(0), columns.to(device), torch.cat([flags, pinned], dim=1).to(device),
-                         edges.segment.to(device))
+                         edges.segment.to(device), [f'Loss/segment{j}' for j in range(int(edges.segment[-1]) + 1)])
 
     def draw(self, draws, device: torch.device) -> Drawn:
         # The host draws, so that it knows which samples need another reference without asking the device.
         table = self.table(device)
-        index = torch.searchsorted(table.cumulative, draws.uniform('edge') * table.cumulative[-1], right=True).clamp(max=len(table.edges) - 1)
-        return Drawn(*table.columns[index.to(device, non_blocking=True)].unbind(dim=1), index)
+        on_host = torch.searchsorted(table.cumulative, draws.uniform('edge') * table.cumulative[-1], right=True).clamp(max=len(table.edges) - 1)
+        index = on_host.to(device, non_blocking=True)
+        return Drawn(*table.columns[index].unbind(dim=1), index, on_host)
 
     def report(self, edges: Drawn, loss: Tensor) -> None:
         super().report(edges, loss)
-        table, index = self.table(loss.device), edges.index.to(loss.device, non_blocking=True)
-        training_stats.report(EDGE_NAMES, table.flags[index])
+        table = self.table(loss.device)
+        training_stats.report(EDGE_NAMES, table.flags[edges.index])
         training_stats.report('Edges/T', edges.sigma_t.new_full([1], len(table.edges)))
-        segments = int(table.edges.segment[-1]) + 1
-        training_stats.report_bins([f'Loss/segment{j}' for j in range(segments)], table.segment[index], loss)
+        training_stats.report_bins(table.segment_names, table.segment[edges.index], loss)
 
 
 class SegmentLoss(TableLoss):

@@ -78,6 +78,10 @@ class ImageFiles:
             raise UserError(f'{self.path} is neither a folder nor a complete zip file ({error}); copy or make it again') from error
         return self._zip
 
+    def entries(self) -> list[zipfile.ZipInfo]:
+        """The directory of the zip."""
+        return self._archive().infolist()
+
     def open(self, name: str) -> BinaryIO:
         """The file of that name, for reading. Raises: one of `UNREADABLE`."""
         return open(os.path.join(self.path, name), 'rb') if self.is_folder else self._archive().open(name)

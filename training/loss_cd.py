@@ -47,7 +47,8 @@ class ConsistencyDistillationLoss(SegmentLoss):
         if isinstance(self.hop, str) or self.terminal_teacher_hop:
             denoised = pairs.ask(self.teacher, pairs.x_t, pairs.edges.sigma_t)
         x_b = self.self_target(net, pairs, self._hop(pairs, denoised), denoised if self.terminal_teacher_hop else pairs.y)
-        pinned = (pairs.edges.index == 0).nonzero().flatten() if self.pin_top else pairs.edges.index[:0]
+        on_host = pairs.edges.on_host
+        pinned = (on_host == 0).nonzero().flatten() if self.pin_top else on_host[:0]
         if len(pinned):
             rows = pinned.to(x_b.device, non_blocking=True)
             x_b = x_b.index_copy(0, rows, ops.solve_ode(lambda x, sigma: pairs.ask(self.teacher, x, sigma, rows), pairs.x_t[rows], self.anchor_nodes))

@@ -21,8 +21,9 @@ from torch import Tensor
 import dnnlib
 from dnnlib import UserError
 from training import networks
+from training.samplers import DEFAULT_TIMESTEPS
 
-NUM_TIMESTEPS, RHO = 40, 7.0    # of the Karras nodes that the pipeline's `timesteps` count, where the metadata does not say: see `scheduler_config`
+RHO = 7.0  # of the Karras nodes that the pipeline's `timesteps` count, where the metadata does not say: see `scheduler_config`
 BLOCK_NAMES = dict(norm0='norm1', conv0='conv1', affine='time_emb_proj', norm1='norm2', conv1='conv2', skip='conv_shortcut')
 ATTENTION_NAMES = dict(norm2='group_norm', qkv='qkv', proj='to_out.0')
 
@@ -88,7 +89,7 @@ def scheduler_config(net: networks.CMPrecond) -> dict:
     Its `timesteps` count `num_train_timesteps` Karras nodes from sigma_max (0) down to sigma_min; one-step sampling begins at 0 whatever
     their number. Song et al. have 40 where they distil, 201 (ImageNet-64) or 151 (LSUN) where they train: `num_timesteps` of the metadata.
     """
-    timesteps, rho = (net.metadata.get(name, default) for name, default in (('num_timesteps', NUM_TIMESTEPS), ('rho', RHO)))
+    timesteps, rho = (net.metadata.get(name, default) for name, default in (('num_timesteps', DEFAULT_TIMESTEPS), ('rho', RHO)))
     if type(timesteps) is not int or timesteps < 2:
         refuse(f'the number of timesteps {timesteps!r} in the metadata')
     if type(rho) not in (int, float) or not 0 < rho < math.inf or not 0 < net.sigma_data < math.inf:
