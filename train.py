@@ -3,19 +3,23 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 
 import click
 
 import validation
-from dnnlib import EasyDict, cli
+from dnnlib import EasyDict, UserError, cli
 from training import configuration
-from training.configuration import ARCHITECTURES, PRECONDITIONING
+from training.configuration import ARCHITECTURES, IN_STEPS, PRECONDITIONING
 from training.objectives import OBJECTIVES, objectives_with
 
-MAIN, HYPER, NET, SEG, TEACH, ECT, VAL, PERF, IO, LOGS = (
-    'Main', 'Hyperparameters', 'Network', 'Multistep consistency (--objective=mcd, mct, direct)', 'Distillation (--objective=mcd, direct)',
-    'Easy consistency tuning (--objective=ect)', 'Validation', 'Precision and performance', 'Input and output', 'Weights & Biases, TensorBoard')
-IN_STEPS = dict(T_anneal_steps='T_anneal_kimg', stage_steps='stage_nimg')  # options that say in optimiser steps what a loss counts in images
+MAIN, HYPER, NET, TEACH, LEVELS, SEG, DIRECT, PD, CM, ECT, TCM, VAL, PERF, IO, LOGS = (
+    'Main', 'Hyperparameters', 'Network', 'Distillation (--objective=mcd, direct, pd, cm-cd, tcm)', 'All objectives but diffusion',
+    'Multistep consistency (--objective=mcd, mct, direct, pd)',
+    'Segment regression (--objective=direct)', 'Progressive distillation (--objective=pd)', 'Consistency models (--objective=cm-cd, cm-ct, ict)',
+    'Easy consistency tuning (--objective=ect, tcm)', 'Truncated consistency models (--objective=tcm)', 'Validation', 'Precision and performance',
+    'Input and output', 'Weights & Biases, TensorBoard')
+OWN = (TEACH, LEVELS, SEG, DIRECT, PD, CM, ECT, TCM)  # groups of options that not every objective has
 
 
 class Images(click.ParamType):
@@ -58,32 +62,39 @@ def switch(name: str, **kwargs):
             help="Preconditioning and, for teachers, loss.  [default: edm; for students the teacher's]")
 @cli.option('--objective', type=click.Choice(list(OBJECTIVES)), group=MAIN,
             help='diffusion: a teacher; mcd: multistep consistency distillation; mct: the same without a teacher; direct: regression on the '
-                 "teacher's solution of each segment; ect: easy consistency tuning.  [default: diffusion]")
+                 "teacher's solution of each segment; pd: progressive distillation; cm-cd, cm-ct: Song et al.'s consistency distillation "
+                 'and training; ict: improved consistency training; ect: easy consistency tuning; tcm: truncated consistency training.  '
+                 '[default: diffusion]')
 @cli.option('--consistency', type=bool, group=MAIN, help='True: as --objective=mcd.  [default: False]')
 @cli.option('--duration', metavar='MIMG', type=cli.POSITIVE, group=MAIN,
-            help='Length of training in millions of images.  [default: 200; students 210; ect 51.2; edm2 teachers 2147]')
-@cli.option('--batch', metavar='INT', type=COUNT, group=HYPER, help='Total batch size.  [default: 512; students and edm2 2048; ect 128]')
+            help='Length of training in millions of images.  [default: 200; mcd, mct, direct 210; pd by --stage_steps; cm, ict 409.6; ect 51.2; '
+                 'tcm 204.8, edm2 122.88; edm2 teachers 2147]')
+@cli.option('--batch', metavar='INT', type=COUNT, group=HYPER,
+            help='Total batch size.  [default: 512; mcd, mct, direct and edm2 teachers 2048; ict, tcm 1024; pd, ect 128]')
 @cli.option('--batch-gpu', metavar='INT', type=COUNT, group=HYPER,
             help='Images a process handles at a time; smaller than its share of the batch, gradients accumulate.  [default: its share]')
-@cli.option('--optim', type=click.Choice(['adam', 'radam']), group=HYPER, help='Optimiser.  [default: adam; ect radam]')
+@cli.option('--optim', type=click.Choice(['adam', 'radam']), group=HYPER,
+            help='Optimiser.  [default: adam; cm, ict, ect, tcm radam; ect, tcm of edm2 adam]')
 @cli.option('--lr', metavar='FLOAT', type=cli.POSITIVE, group=HYPER,
-            help='Learning rate.  [default: 0.001, students 8e-5, ect 1e-4; edm2 0.01, students 0.001]')
+            help='Learning rate.  '
+                 '[default: 0.001; mcd, mct, direct 8e-5; pd 2e-4; cm 4e-4; ict, ect 1e-4; tcm 5e-5; edm2 0.01, students 0.001, tcm 5e-4]')
 @cli.option('--lr_rampup', metavar='KIMG', type=cli.Number(min=0), group=HYPER,
-            help='Images over which the learning rate rises from 0, in thousands.  [default: 10000; ect 0]')
+            help='Images over which the learning rate rises from 0, in thousands.  [default: 10000; pd, cm, ict, ect, tcm 0]')
 @cli.option('--lr_schedule', type=click.Choice(['constant', 'linear', 'cosine', 'sqrt']), group=HYPER,
             help='Decay of the learning rate: to 0 at the end of training (linear, cosine), or as 1/sqrt(steps) after --lr_decay steps (sqrt).  '
-                 '[default: constant; edm2 sqrt]')
+                 '[default: constant; pd linear; edm2 sqrt]')
 @cli.option('--lr_decay', metavar='STEPS', type=COUNT, group=HYPER,
-            help='Optimiser steps after which sqrt decays, t_ref of EDM2.  [default: 70000; students 2000]')
+            help='Optimiser steps after which sqrt decays, t_ref of EDM2.  [default: 70000; students 2000; tcm 8000]')
 @cli.option('--beta2', metavar='FLOAT', type=cli.Number(0, 1, max_open=True), group=HYPER,
             help="Decay of Adam's second moments.  [default: 0.999; edm2 0.99]")
 @cli.option('--P_mean', 'P_mean', metavar='FLOAT', type=cli.Number(), group=HYPER,
-            help='Mean of ln sigma that teachers, with --precond=edm, and ect are trained at.  [default: -1.2; edm2 -0.4; ect -1.1]')
+            help='Mean of ln sigma that teachers, with --precond=edm, ict and ect are trained at.  '
+                 '[default: -1.2; edm2 -0.4; ict, ect -1.1; ect of edm2 -0.8]')
 @cli.option('--P_std', 'P_std', metavar='FLOAT', type=cli.POSITIVE, group=HYPER,
-            help='And its standard deviation.  [default: 1.2; edm2 1.0; ect 2]')
+            help='And its standard deviation.  [default: 1.2; edm2 1.0; ict, ect 2; ect of edm2 1.6]')
 @cli.option('--ema', metavar='MIMG', type=Images(), group=HYPER,
             help='Half-life of the weight average, in millions of images; 500kimg and 50Mimg name their unit.  '
-                 '[default: 0.5; students 50; ect 0.887]')
+                 '[default: 0.5; mcd, mct, direct 50; cm 3.549; ict 10.14; ect 0.887; tcm 7.097]')
 @cli.option('--ema_rampup', metavar='FLOAT', type=cli.Number(min=0), default=0.05, show_default=True, group=HYPER,
             help='The effective half-life is at most this fraction of the images seen; 0 for no limit.')
 @cli.option('--phema', metavar='LIST', type=cli.NumberList(float), group=HYPER,
@@ -96,9 +107,19 @@ def switch(name: str, **kwargs):
 @cli.option('--num_blocks', metavar='INT', type=COUNT, group=NET, help='Residual blocks a level.  [default: by --arch]')
 @cli.option('--attn_resolutions', metavar='LIST', type=cli.NumberList(), group=NET, help='Resolutions with self-attention.  [default: by --arch]')
 @cli.option('--dropout', metavar='FLOAT', type=cli.Number(0, 1, max_open=True), group=NET,
-            help="Dropout probability.  [default: 0.13; edm2 0; mct 0, ect 0.2; for students of a teacher the teacher's]")
+            help="Dropout probability.  [default: 0.13; edm2, mct, cm 0; ict 0.3; ect 0.2; for other students the teacher's]")
 @cli.option('--dout_resolutions', metavar='LIST', type=cli.NumberList(), group=NET, help='Resolutions with dropout.  [default: all]')
-@cli.option('--S', 'S', metavar='INT', type=COUNT, group=SEG, help='Sampling steps of the student.  [default: 8]')
+@cli.option('--teacher', metavar='PKL|URL', group=TEACH,
+            help='Snapshot of the diffusion model to distil; pd: or of a student of 2 --S_start steps; tcm: of the consistency model to go on from.')
+@cli.option('--hop', type=click.Choice(['heun', 'ddim', 'addim']), group=TEACH,
+            help="mcd, cm-cd, pd: the teacher's step from one noise level to the next; heun not for pd.  [default: heun; pd ddim]")
+@cli.option('--xvar_frac', metavar='FLOAT', type=cli.Number(min=0), group=TEACH,
+            help="With --hop=addim: share of the image's squared error that is put back as noise; 0: a guess without the image.  [default: 0.75]")
+@cli.option('--rho', metavar='FLOAT', type=cli.RHO, group=LEVELS, help="Exponent of Karras's noise levels.  [default: 7]")
+@cli.option('--sigma_min', metavar='FLOAT', type=cli.POSITIVE, group=LEVELS, help='Lowest noise level above 0.  [default: 0.002]')
+@cli.option('--sigma_max', metavar='FLOAT', type=cli.POSITIVE, group=LEVELS, help='Highest noise level.  [default: 80]')
+@switch('sync_dropout', group=LEVELS, help='The self-target, where there is one, sees the dropout masks of the student.  [default: on]')
+@cli.option('--S', 'S', metavar='INT', type=COUNT, group=SEG, help='Sampling steps of the student.  [default: 8; pd 1]')
 @cli.option('--T_start', 'T_start', metavar='INT', type=COUNT, group=SEG,
             help='Edges of the fine grid at the start of training (Heek et al. 2024).  [default: 64; direct as --T_end]')
 @cli.option('--T_end', 'T_end', metavar='INT', type=COUNT, group=SEG, help='And at the end.  [default: 1280]')
@@ -106,12 +127,9 @@ def switch(name: str, **kwargs):
             help='Thousands of images over which T rises.  [default: half of --duration]')
 @cli.option('--T_anneal_steps', 'T_anneal_steps', metavar='INT', type=TICKS, group=SEG, help='The same in optimiser steps.')
 @cli.option('--student_grid', type=click.Choice(['edm', 'full']), group=SEG,
-            help='The student steps on S nodes and 0 (edm), or on the first S of S+1 nodes and 0 (full).  [default: edm]')
+            help='The student steps on S nodes and 0 (edm), or on the first S of S+1 nodes and 0 (full).  [default: edm; pd full]')
 @cli.option('--sigma_grid', type=click.Choice(['karras', 'cosine']), group=SEG,
             help="How nodes are spaced: Karras's, or evenly in the time of the cosine schedule.  [default: karras]")
-@cli.option('--rho', metavar='FLOAT', type=cli.RHO, group=SEG, help="Exponent of Karras's noise levels.  [default: 7]")
-@cli.option('--sigma_min', metavar='FLOAT', type=cli.POSITIVE, group=SEG, help='Lowest noise level above 0.  [default: 0.002]')
-@cli.option('--sigma_max', metavar='FLOAT', type=cli.POSITIVE, group=SEG, help='Highest noise level.  [default: 80]')
 @cli.option('--sampling_mode', type=click.Choice(['edm', 'vp', 'uniform']), group=SEG,
             help='How edges are drawn: by the training densities of edm or vp, or uniformly over segments.  [default: edm]')
 @switch('keep_ties', group=SEG, help="Keep the fine grid's nodes that are levels of the student: it is trained at the levels that it samples at.  "
@@ -119,33 +137,59 @@ def switch(name: str, **kwargs):
 @cli.option('--top-mass', metavar='FLOAT', type=cli.Number(0, 1), group=SEG,
             help='Share of samples on the first edges of segments, where sampling asks; with --keep_ties.  [default: 0; direct 0.9]')
 @cli.option('--cd_loss', type=click.Choice(['pseudo_huber', 'l2_root', 'l2', 'huber']), group=SEG,
-            help="Distance between the student's image and its target.  [default: pseudo_huber]")
+            help="Distance between the student's image and its target.  [default: pseudo_huber; pd l2]")
 @cli.option('--cd_weight_mode', group=SEG,
             type=click.Choice(['sqrt_karras', 'edm', 'karras', 'vlike', 'snr+1', 'snr', 'truncated-snr', 'flat', 'uniform', 'sqrt_gap']),
             help='Loss weight by noise level: sqrt_karras = sqrt(1/sigma^2 + 1/sigma_data^2), edm its square, sqrt_gap = sqrt(sigma_t - sigma_s).  '
-                 '[default: sqrt_karras]')
-@switch('sync_dropout', group=SEG, help='mcd, mct: the self-target sees the dropout masks of the student.  [default: on]')
-@cli.option('--teacher', metavar='PKL|URL', group=TEACH, help='Snapshot of the diffusion model to distil.')
-@cli.option('--hop', type=click.Choice(['heun', 'ddim', 'addim']), group=TEACH, help="mcd: the teacher's step across an edge.  [default: heun]")
-@cli.option('--xvar_frac', metavar='FLOAT', type=cli.Number(min=0), group=TEACH,
-            help="mcd with --hop=addim: share of the image's squared error that is put back as noise; 0: a guess without the image.  [default: 0.75]")
-@switch('terminal_anchor', group=TEACH, help='mcd: give the first and last edge 1/T each; at sigma_max the target is the teacher\'s own solution.  '
+                 '[default: sqrt_karras; pd truncated-snr]')
+@switch('terminal_anchor', group=SEG, help='mcd: give the first and last edge 1/T each; at sigma_max the target is the teacher\'s own solution.  '
                                              '[default: on]')
-@switch('terminal_teacher_hop', group=TEACH, help="mcd: on the edge to 0, aim at the teacher's denoised image, not at the data.  [default: on]")
-@cli.option('--anchor_hops', metavar='INT', type=COUNT, group=TEACH,
+@switch('terminal_teacher_hop', group=SEG, help="mcd: on the edge to 0, aim at the teacher's denoised image, not at the data.  [default: on]")
+@cli.option('--anchor_hops', metavar='INT', type=COUNT, group=SEG,
             help='mcd: Heun steps of the solution at sigma_max.  [default: 4; 32 where the first segment ends below sigma = 10]')
-@cli.option('--substeps', metavar='INT', type=COUNT, group=TEACH, help='direct: Heun steps of the teacher over a segment.  [default: 3]')
+@cli.option('--substeps', metavar='INT', type=COUNT, group=DIRECT, help='Heun steps of the teacher over a segment.  [default: 3]')
+@cli.option('--S_start', 'S_start', metavar='INT', type=COUNT, group=PD,
+            help='Sampling steps of the first student, halved from stage to stage down to --S; its teacher is sampled in twice as many.  '
+                 '[default: 512]')
+@cli.option('--N', 'N', metavar='INT', type=click.IntRange(min=2), group=CM,
+            help='Noise levels of the grid, and --mu0 as the decay, throughout.  [default: cm-cd 18; cm-ct: growing from --s0 to --s1]')
+@cli.option('--s0', metavar='INT', type=COUNT, group=CM, help='Levels at the start.  [default: 2; ict 10]')
+@cli.option('--s1', metavar='INT', type=COUNT, group=CM, help='And at the end.  [default: 150; ict 1280]')
+@cli.option('--schedule_steps', metavar='INT', type=COUNT, group=CM, help='Optimiser steps over which the grid grows.  [default: all of --duration]')
+@cli.option('--mu0', metavar='FLOAT', type=cli.Number(0, 1, max_open=True), group=CM,
+            help='cm-cd, cm-ct: decay of the target network at the start; 0: the target is the network itself.  [default: cm-cd 0; cm-ct 0.9]')
+@cli.option('--mu_schedule', type=click.Choice(['adaptive', 'fixed']), group=CM,
+            help='cm-cd, cm-ct: the decay rises with the number of levels (adaptive), or stays.  [default: adaptive]')
+@cli.option('--cm_loss', type=click.Choice(['lpips', 'l2', 'l1', 'pseudo_huber']), group=CM,
+            help="cm-cd, cm-ct: distance between the network's image and its target.  [default: lpips]")
+@cli.option('--lpips', metavar='FILES|URLS', group=CM,
+            help="Weights of --cm_loss=lpips: torchvision's VGG16 and the lpips package's heads, joined by a comma; or one TorchScript file.  "
+                 '[default: the published ones]')
 @cli.option('--q', metavar='FLOAT', type=cli.Number(min=1, min_open=True), group=ECT,
-            help='1 - r/t shrinks by this factor from stage to stage.  [default: 2]')
+            help='1 - r/t shrinks by this factor from stage to stage.  [default: 2; edm2 4]')
 @cli.option('--k', metavar='FLOAT', type=cli.Number(min=0), group=ECT,
             help='Of 1 - r/t = q^-(stage+1) (1 + k sigmoid(-b t)); 0: one ratio for all t.  [default: 8]')
 @cli.option('--b', metavar='FLOAT', type=cli.Number(min=0), group=ECT, help='Slope of the sigmoid.  [default: 1]')
-@cli.option('--c', metavar='FLOAT', type=cli.Number(min=0), group=ECT, help='Constant of the pseudo-Huber distance.  [default: 0]')
-@cli.option('--stage_steps', metavar='INT', type=COUNT, group=ECT, help='Optimiser steps of a stage.  [default: an eighth of --duration]')
+@cli.option('--c', metavar='FLOAT', type=cli.Number(min=0), group=ECT,
+            help='ict too: constant of the pseudo-Huber distance.  '
+                 '[default: 0; tcm 1e-8; edm2 0.06; ict 0.00054 times the root of the number of values]')
+@cli.option('--stage_steps', metavar='INT', type=COUNT, group=ECT,
+            help='pd too, twice for --S=2 and 1: optimiser steps of a stage.  [default: an eighth of --duration; tcm 1; pd 50000]')
 @cli.option('--ect_weight', type=click.Choice(['gap', 'flat', 'inv', 'inv_sum', 'snr', 'karras', 'c_in_squared']), group=ECT,
-            help='Loss weight: gap = 1/(t - r), or of t alone 1, 1/t, 1/t + 1/sigma_data, 1/t^2, 1/t^2 + 1/sigma_data^2, 1/(t^2 + sigma_data^2).  '
-                 '[default: gap]')
-@cli.option('--mid_t', metavar='FLOAT', type=cli.POSITIVE, group=ECT, help='Noise level of the second sampling step.  [default: one step]')
+            help='ect: loss weight: gap = 1/(t - r), or of t alone 1, 1/t, 1/t + 1/sigma_data, 1/t^2, 1/t^2 + 1/sigma_data^2, '
+                 '1/(t^2 + sigma_data^2).  [default: gap]')
+@cli.option('--mid_t', metavar='FLOAT', type=cli.POSITIVE, group=ECT, help='cm too: noise level of the second sampling step.  [default: one step]')
+@cli.option('--dividing_t', metavar='FLOAT', type=cli.POSITIVE, group=TCM,
+            help='Noise level below which the network of the first stage answers.  [default: 1]')
+@cli.option('--boundary_share', metavar='FLOAT', type=cli.Number(0, 1, max_open=True), group=TCM,
+            help='Share of samples at that level.  [default: 0.25]')
+@cli.option('--boundary_weight', metavar='FLOAT', type=cli.Number(min=0), group=TCM, help='Weight of their mean loss.  [default: 0.1]')
+@cli.option('--ratio_cap', metavar='FLOAT', type=cli.Number(0, 1, max_open=True), group=TCM,
+            help='r/t comes no closer to 1.  [default: 0.999; edm2 0.9961]')
+@cli.option('--tcm_weight', type=click.Choice(['flat', 'karras']), group=TCM,
+            help='Weight times t - r: 1, or t / c_out(t)^2.  [default: flat; edm2 karras]')
+@cli.option('--student_scale', metavar='FLOAT', type=cli.POSITIVE, group=TCM, help='ln t is Student-t times this.  [default: 0.2]')
+@cli.option('--student_df', metavar='FLOAT', type=cli.POSITIVE, group=TCM, help='Its degrees of freedom.  [default: 0.01]')
 @cli.option('--val', type=bool, default=False, show_default=True, group=VAL, help='Evaluate the Frechet distance during training.')
 @cli.option('--val_ref', metavar='NPZ|URL', group=VAL, help='Reference statistics, made by fid.py ref.')
 @cli.option('--val_ref_data', metavar='ZIP|DIR', group=VAL, help='Or images to compute them from at the start.')
@@ -219,15 +263,44 @@ def main(ctx, **kwargs):
     opts = EasyDict(kwargs)
     check_usage(ctx, opts)
 
-    import random
-
     from torch_utils import distributed
     from torch_utils.preemption import EXIT_PREEMPTED
-    from training.run_log import check_available
     distributed.init()
+    finished = all(train(run) for run in runs(opts))
+    distributed.shutdown()
+    if not finished:
+        ctx.exit(EXIT_PREEMPTED)
+
+
+def runs(opts: EasyDict) -> Iterator[EasyDict]:
+    """The options of what is to be trained, one run after the other: one, but for the stages of progressive distillation."""
+    if opts.objective != 'pd':
+        yield opts
+        return
+    from training import stages
+    opts.batch = opts.batch or OBJECTIVES['pd'].defaults['batch']
+    run_dir = stages.run_folder(opts.resume) if opts.resume else configuration.planned_run_dir(opts, configuration.open_dataset(opts).name)
+    begun = stages.stage_folders(run_dir)
+    if begun and not opts.resume:
+        raise UserError(f'--outdir={opts.outdir} holds the stages of an earlier run: go on with them by --resume={opts.outdir}, or choose another '
+                        'folder.')
+    if opts.resume and not begun:
+        raise UserError(f'--resume={opts.resume} holds no stages of a progressive distillation: give its run folder, or start anew without --resume.')
+    if opts.seed is None:
+        opts.seed = configuration.recorded_seed(begun[0]) if begun else configuration.random_seed()
+    for run in stages.stages(opts, run_dir):
+        yield run
+        if opts.dry_run:
+            return
+
+
+def train(opts: EasyDict) -> bool:
+    """Train one network, or say what would be trained; whether it is finished."""
+    from torch_utils import distributed
+    from training.run_log import check_available
     state, earlier = configuration.load_earlier(opts) if opts.resume else (None, None)
     if opts.seed is None:
-        opts.seed = earlier['seed'] if earlier else distributed.broadcast_object(random.SystemRandom().randrange(1 << 31))
+        opts.seed = earlier['seed'] if earlier else configuration.random_seed()
     dataset = configuration.open_dataset(opts)
     teacher = configuration.load_teacher(opts, dataset) if opts.teacher else None
     configuration.fill_defaults(opts, dataset, teacher, earlier)
@@ -236,22 +309,20 @@ def main(ctx, **kwargs):
         configuration.check_same_run(opts, c, earlier)
     if opts.dry_run:
         distributed.print0(json.dumps(c, indent=2))
-        return
+        return True
     check_available(c.wandb, c.tensorboard)
+    configuration.check_perceptual(c)
     run_dir = configuration.make_run_dir(opts, c) if distributed.is_main() else None
     run_dir = distributed.broadcast_object(run_dir)
 
     from training.training_loop import training_loop
-    finished = training_loop(c, run_dir, dataset, teacher, state)
-    distributed.shutdown()
-    if not finished:
-        ctx.exit(EXIT_PREEMPTED)
+    return training_loop(c, run_dir, dataset, teacher, state)
 
 
 def check_usage(ctx: click.Context, opts: EasyDict) -> None:
     """Combinations of options that make no sense whatever the files hold; exit status 2."""
     given = [p for p in ctx.command.params if ctx.get_parameter_source(p.name) is click.core.ParameterSource.COMMANDLINE]
-    choose_objective(opts, [p for p in given if getattr(p, 'group', None) in (SEG, TEACH, ECT)])
+    choose_objective(opts, [p for p in given if getattr(p, 'group', None) in OWN])
     for group, switched_on, cure in ((VAL, opts.val, '--val=1'), (LOGS, opts.wandb, '--wandb=1')):
         stray = [p.opts[0] for p in given if getattr(p, 'group', None) == group and p.name not in ('val', 'wandb', 'tensorboard')]
         if stray and not switched_on:
@@ -264,18 +335,24 @@ def check_usage(ctx: click.Context, opts: EasyDict) -> None:
         raise click.UsageError(f'--sigma_min={opts.sigma_min:g} is not below --sigma_max={opts.sigma_max:g}.')
     if opts.mid_t is not None and not opts.sigma_min <= opts.mid_t < opts.sigma_max:
         raise click.UsageError(f'--mid_t={opts.mid_t:g} does not lie between --sigma_min={opts.sigma_min:g} and --sigma_max={opts.sigma_max:g}.')
-    if 'S' in objective.options:
+    if 'S' in objective.options and opts.objective != 'pd' and opts.val_steps not in (None, opts.S):
+        raise click.UsageError(f'--val_steps={opts.val_steps}, but the student takes --S={opts.S} steps: leave it out.')
+    if 'T_end' in objective.options:
         if not opts.S <= opts.T_start <= opts.T_end:
             raise click.UsageError(f'--S={opts.S} <= --T_start={opts.T_start} <= --T_end={opts.T_end} does not hold: every segment needs an edge.')
-        if opts.val_steps not in (None, opts.S):
-            raise click.UsageError(f'--val_steps={opts.val_steps}, but the student takes --S={opts.S} steps: leave it out.')
         if opts.top_mass and not opts.keep_ties:
             raise click.UsageError(f'--top-mass={opts.top_mass:g} needs --keep_ties: without them no edge begins where a segment does.')
         if opts.T_anneal_steps is not None and opts.T_anneal_kimg is not None:
             raise click.UsageError('--T_anneal_steps and --T_anneal_kimg say the same: give one of them.')
+    if opts.objective == 'pd':
+        check_stages(opts)
+    if 's0' in objective.options and not opts.N and opts.s0 > opts.s1:
+        raise click.UsageError(f'--s0={opts.s0} is more than --s1={opts.s1}: the grid becomes finer.')
+    if opts.lpips and opts.cm_loss != 'lpips':
+        raise click.UsageError(f'--lpips is for --cm_loss=lpips, not {opts.cm_loss}.')
     stray = [f'--{name}' for name in ('P_mean', 'P_std') if opts[name] is not None]
     if stray and ((objective.loss and 'P_mean' not in objective.options) or opts.precond in ('vp', 've')):
-        raise click.UsageError(f'{", ".join(stray)}: only teachers with --precond=edm, and ect, are trained at log-normal noise levels.')
+        raise click.UsageError(f'{", ".join(stray)}: only teachers with --precond=edm, ict and ect are trained at log-normal noise levels.')
     if opts.arch == 'edm2' and opts.precond in ('vp', 've'):
         raise click.UsageError(f'--arch=edm2 has EDM\'s preconditioning: leave --precond={opts.precond} out.')
     if opts.arch == 'edm2' and opts.augment:
@@ -300,22 +377,47 @@ def choose_objective(opts: EasyDict, given: list[click.Parameter]) -> None:
         raise click.UsageError(f'--consistency=True means --objective=mcd, not {opts.objective}: leave one of them out.')
     opts.objective = opts.objective or ('mcd' if opts.consistency else 'diffusion')
     objective = OBJECTIVES[opts.objective]
-    own = {**objective.options, **objective.sampling, **({'teacher': None} if objective.teacher else {})}
+    own, names = objective.own, {parameter.name for parameter in given}
     for parameter in given:
-        name = IN_STEPS.get(parameter.name, parameter.name)
-        if name not in own:
-            having = objectives_with(name) or [name for name, other in OBJECTIVES.items() if other.teacher]
+        in_images = IN_STEPS[parameter.name][0] if parameter.name in IN_STEPS else None
+        if parameter.name not in own and in_images not in own:
+            having = [name for name in OBJECTIVES if name in {*objectives_with(parameter.name), *objectives_with(in_images)}]
             raise click.UsageError(f'{parameter.opts[0]} is for --objective={" or ".join(having)}, and this is {opts.objective}.'
                                    + (' (--consistency=True means mcd.)' if 'mcd' in having else ''))
     if objective.teacher and not opts.teacher:
-        raise click.UsageError(f'--objective={opts.objective} needs --teacher=PKL, the diffusion model to distil.')
+        what = 'the diffusion model to distil' if objective.teacher == 'diffusion' else 'the consistency model to go on from'
+        raise click.UsageError(f'--objective={opts.objective} needs --teacher=PKL, {what}.')
+    changing = names & {'s0', 's1', 'mu_schedule', 'schedule_steps'}
+    if 'N' in names and changing:
+        raise click.UsageError(f'--N is a grid that stays as it is: leave out --{sorted(changing)[0]}, or --N.')
     for name, default in own.items():
-        if opts.get(name) is None:
+        if opts.get(name) is None and name not in objective.edm2 and not (name == 'N' and changing):
             opts[name] = default
-    if opts.T_start is None:
+    if 'T_end' in own and opts.T_start is None:
         opts.T_start = opts.T_end
-    if opts.hop != 'addim' and any(parameter.name == 'xvar_frac' for parameter in given):
+    if 'xvar_frac' in names and opts.hop != 'addim':
         raise click.UsageError(f'--xvar_frac is for --hop=addim, not {opts.hop}.')
+
+
+def check_stages(opts: EasyDict) -> None:
+    """UsageError where progressive distillation cannot go from stage to stage."""
+    from training.time_schedules import halving_stages
+    try:
+        halving_stages(opts.S_start, opts.S, opts.stage_steps)
+    except ValueError as error:
+        raise click.UsageError(f'--S_start={opts.S_start}, --S={opts.S}: {error}. Give a --S_start that is --S times a power of two.') from error
+    if opts.student_grid != 'full':
+        raise click.UsageError(f'--student_grid={opts.student_grid}: the stages of pd are nested on full grids alone; leave it out.')
+    if opts.hop == 'heun':
+        raise click.UsageError('--hop=heun: the teacher of pd takes its own steps, ddim or addim.')
+    if opts.duration:
+        raise click.UsageError('--duration is not for pd: a stage lasts --stage_steps optimiser steps.')
+    if opts.val_steps is not None:
+        raise click.UsageError('--val_steps is not for pd: each stage has its own number of steps.')
+    if not opts.snap:
+        raise click.UsageError("--snap=0 leaves no snapshot, and a stage's last one is the next one's teacher.")
+    if opts.transfer:
+        raise click.UsageError('--transfer is not for pd: each student starts from its teacher.')
 
 
 if __name__ == '__main__':

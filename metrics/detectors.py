@@ -158,12 +158,12 @@ def load_detector(source: str | os.PathLike, device: torch.device | str = 'cpu',
         network, digest = load_dinov2(folder, device, sha256)
         return Detector(network, network.name, digest, device)
     path = local_path(source, sha256=sha256, pinned=True)
-    network = _load_script(path, source, device) if _is_torchscript(path) else _load_state_dict(path, source, device)
+    network = _load_script(path, source, device) if is_torchscript(path) else _load_state_dict(path, source, device)
     name = os.path.splitext(os.path.basename(urllib.parse.urlsplit(source).path))[0]
     return Detector(network, name, file_sha256(path), device)
 
 
-def _is_torchscript(path: Path) -> bool:
+def is_torchscript(path: Path) -> bool:
     """Whether a file is a zip with code in it, which `torch.save` never writes."""
     try:
         with zipfile.ZipFile(path) as archive:

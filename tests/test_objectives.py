@@ -1,22 +1,42 @@
 """Every objective through train.py: a short run on digits, resumed half-way, and what its snapshot says."""
+import json
+import os
+import shutil
+
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import FAST, TINY_NETWORK, lines
+from helpers import FAST, TINY_NETWORK, assert_one_clear_error, lines
 
 import generate
 import train
-from training.checkpoint import load_network
+from training.checkpoint import load_network, network_digest, save_snapshot
 from training.consistency_ops import student_grid
 from training.interchange.describe import describe_state
 from training.objectives import OBJECTIVES
+from training.run_files import saved_states
 
 RUNS = {
     'mcd': ['--hop=addim', '--sigma_grid=cosine', '--keep_ties', '--top-mass=0.3', '--T_anneal_steps=6'],
     'mct': [*TINY_NETWORK, '--T_anneal_kimg=0.2'],
     'direct': ['--substeps=2', '--T_end=16', '--student_grid=full'],
+    'cm-cd': ['--N=6', '--mu0=0.5', '--cm_loss=l2', '--hop=ddim', '--mid_t=0.8'],
+    'cm-ct': [*TINY_NETWORK, '--s1=8', '--schedule_steps=20', '--cm_loss=pseudo_huber', '--mid_t=0.8'],
+    'ict': [*TINY_NETWORK, '--s0=4', '--s1=16', '--schedule_steps=20', '--mid_t=0.8'],
     'ect': [*TINY_NETWORK, '--stage_steps=8', '--mid_t=0.8', '--q=4'],
+    'tcm': ['--stage_steps=8', '--mid_t=0.8', '--boundary_share=0.5'],
 }
+
+
+SHORT = ['--cond=1', *FAST, '--batch=64', '--lr=2e-3', '--ema=1kimg', '--dropout=0', '--tick=0.32', '--dump=1', '--snap=1']
+
+
+@pytest.fixture(scope='session')
+def consistency_model(digits, tmp_path_factory):
+    """A snapshot of easy consistency tuning that has seen next to nothing."""
+    folder = tmp_path_factory.mktemp('consistency')
+    invoke(train.main, f'--outdir={folder}', f'--data={digits}', '--objective=ect', *SHORT, *RUNS['ect'], '--duration=0.00064')
+    return last_snapshot(folder)
 
 
 def invoke(command, *arguments):
@@ -30,27 +50,30 @@ def last_snapshot(folder):
 
 
 def test_every_student_objective_is_run_here():
-    assert set(RUNS) | {'diffusion'} == set(OBJECTIVES)
+    assert set(RUNS) | {'diffusion', 'pd'} == set(OBJECTIVES)
 
 
 @pytest.mark.parametrize('objective', RUNS)
-def test_a_run_learns_ends_bit_for_bit_as_a_resumed_one_and_is_sampled(tmp_path, digits, teacher, objective):
+def test_a_run_learns_ends_bit_for_bit_as_a_resumed_one_and_is_sampled(tmp_path, digits, teacher, consistency_model, objective):
     """Twenty steps; against ten, and ten more from the state that they left. The first tick is a single step: its loss is chance."""
     kind = OBJECTIVES[objective]
-    options = [f'--data={digits}', '--cond=1', f'--objective={objective}', *FAST, '--batch=64', '--lr=2e-3', '--ema=1kimg', '--dropout=0',
-               '--tick=0.32', '--dump=1', '--snap=1', *RUNS[objective]]
+    options = [f'--data={digits}', f'--objective={objective}', *SHORT, *RUNS[objective]]
     options += ['--S=2'] if 'S' in kind.options else []
     options += ['--T_start=4', '--T_end=16'] if objective in ('mcd', 'mct') else []
-    options += [f'--teacher={teacher}'] if kind.teacher else []
+    options += [f'--teacher={teacher if kind.teacher == "diffusion" else consistency_model}'] if kind.teacher else []
     whole, half = tmp_path / 'whole', tmp_path / 'half'
     invoke(train.main, f'--outdir={whole}', *options, '--duration=0.00128')
-    options += ['--T_anneal_kimg=0.64'] if 'S' in kind.options and 'T_anneal' not in str(options) else []
+    options += ['--T_anneal_kimg=0.64'] if 'T_end' in kind.options and 'T_anneal' not in str(options) else []
     invoke(train.main, f'--outdir={half}', *options, '--duration=0.00064')
     invoke(train.main, f'--outdir={half}', *options, '--duration=0.00128', f'--resume={half}')
     networks = [load_network(last_snapshot(folder)) for folder in (whole, half)]
     assert all(torch.equal(a, b) for a, b in zip(*(net.state_dict().values() for net in networks)))
-    losses = [tick[f'Loss/{kind.loss_class().name}']['mean'] for tick in lines(whole / 'stats.jsonl')]
-    assert losses[-1] < losses[1], losses
+    ticks = lines(whole / 'stats.jsonl')
+    losses = [tick[f'Loss/{kind.loss_class().name}']['mean'] for tick in ticks]
+    if 's0' in kind.options and objective != 'cm-cd':  # ever finer grids, whose losses do not compare
+        assert ticks[-1]['Edges/T']['mean'] > ticks[0]['Edges/T']['mean']
+    else:
+        assert losses[-1] < losses[1], losses
 
     metadata = networks[0].metadata
     assert (metadata['objective'], metadata['kimg']) == (objective, 1.28)
@@ -62,3 +85,95 @@ def test_a_run_learns_ends_bit_for_bit_as_a_resumed_one_and_is_sampled(tmp_path,
     assert describe_state(max(whole.glob('training-state-*.pt')))['objective'] == objective
     done = invoke(generate.main, f'--network={last_snapshot(whole)}', f'--outdir={tmp_path / "out"}', '--seeds=0-3')
     assert f'{"student" if "S" in kind.options else "cm"}, 2 evaluations each' in done.output and len(list((tmp_path / 'out').glob('*.png'))) == 4
+
+#----------------------------------------------------------------------------
+# Progressive distillation: several runs, one command.
+
+def distil(folder, digits, teacher, *options):
+    return invoke(train.main, f'--outdir={folder}', f'--data={digits}', '--objective=pd', f'--teacher={teacher}', *SHORT, '--keep=9', '--S_start=4',
+                  '--S=1', '--stage_steps=10', *options)
+
+
+def weights(folder):
+    return load_network(last_snapshot(folder)).state_dict()
+
+
+@pytest.fixture(scope='module')
+def progressive(tmp_path_factory, digits, teacher):
+    folder = tmp_path_factory.mktemp('progressive')
+    distil(folder, digits, teacher)
+    return folder
+
+
+def test_progressive_distillation_halves_stage_by_stage(progressive, teacher):
+    """Stages of two steps and of one last twice as long; each is told its teacher's digest."""
+    seen, teachers = {}, [str(teacher)]
+    for S in (4, 2, 1):
+        folder = progressive / f'S{S:04d}'
+        net, record = load_network(last_snapshot(folder)), json.loads((folder / 'training_options.json').read_text())
+        seen[S] = net.metadata['nimg'] // 64
+        assert net.metadata['sigmas'] == student_grid(S, 0.002, 80, 7, 'full').tolist() and record['stages'] == [[4, 10], [2, 20], [1, 20]]
+        assert record['teacher'] == teachers[-1] and record['teacher_digest'] == network_digest(load_network(teachers[-1]), {})
+        teachers.append(str(last_snapshot(folder)))
+    assert seen == {4: 10, 2: 20, 1: 20}
+    losses = [tick['Loss/pd']['mean'] for tick in lines(progressive / 'S0004' / 'stats.jsonl')]
+    assert losses[-1] < losses[1], losses
+
+
+@pytest.mark.parametrize('cut', ['in the second stage', 'between two stages', 'after the end'])
+def test_progressive_distillation_goes_on_where_it_stopped_and_ends_bit_for_bit_the_same(tmp_path, progressive, digits, teacher, cut):
+    folder = tmp_path / 'run'
+    shutil.copytree(progressive, folder)
+    for path in folder.glob('S*/training_options.json'):
+        path.write_text(path.read_text().replace(str(progressive), str(folder)))
+    if cut != 'after the end':
+        shutil.rmtree(folder / 'S0001')
+    if cut == 'in the second stage':
+        states = saved_states(folder / 'S0002')
+        for path in [*(folder / 'S0002').glob('network-snapshot-*.pkl'), *states[:2]]:
+            path.unlink()
+        assert len(states) > 3
+    resume = saved_states(folder / 'S0002')[0] if cut == 'in the second stage' else folder
+    distil(folder, digits, teacher, f'--resume={resume}')
+    for S in (2, 1):
+        assert all(torch.equal(a, b) for a, b in zip(*(weights(run / f'S{S:04d}').values() for run in (progressive, folder))))
+
+
+def test_progressive_distillation_may_start_from_a_student_of_twice_the_steps(tmp_path, progressive, digits, teacher):
+    first = last_snapshot(progressive / 'S0004')
+    options = [f'--data={digits}', '--objective=pd', f'--teacher={first}', *SHORT]
+    invoke(train.main, f'--outdir={tmp_path}', *options, '--S_start=2', '--S=2', '--stage_steps=10')
+    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / 'S0002').values(), weights(progressive / 'S0002').values()))
+    result = CliRunner().invoke(train.main, [f'--outdir={tmp_path / "no"}', *options, '--S_start=4'])
+    assert_one_clear_error(result, 'student of 4 steps', 'student of --student_grid=full and 8 steps')
+
+
+@pytest.mark.parametrize('options, words', [
+    (['--S_start=12', '--S=8'], ['do not become 8 by halving', 'power of two']), (['--duration=1'], ['--stage_steps']),
+    (['--hop=heun'], ['ddim or addim']), (['--student_grid=edm'], ['full grids']), (['--snap=0'], ["next one's teacher"]),
+    (['--val=1', '--val_ref=x.npz', '--val_steps=3'], ['each stage']), (['--T_end=9'], ['mcd or mct or direct']),
+    (['--transfer=x.pkl'], ['starts from its teacher']),
+])
+def test_options_that_progressive_distillation_cannot_have(options, words):
+    arguments = ['--outdir=x', '--data=x', '--objective=pd', '--teacher=x.pkl', *options]
+    assert_one_clear_error(CliRunner().invoke(train.main, arguments), *words, status=2)
+
+
+def test_stages_of_an_earlier_run_are_not_overwritten(progressive, digits, teacher, tmp_path):
+    arguments = [f'--data={digits}', '--objective=pd', f'--teacher={teacher}', *SHORT]
+    assert_one_clear_error(CliRunner().invoke(train.main, [f'--outdir={progressive}', *arguments]), 'holds the stages of an earlier run', '--resume')
+    assert_one_clear_error(CliRunner().invoke(train.main, [f'--outdir={tmp_path}', *arguments, f'--resume={tmp_path}']), 'holds no stages')
+
+
+def test_a_stage_of_another_teacher_is_noticed(tmp_path, progressive, digits, teacher):
+    folder = tmp_path / 'run'
+    shutil.copytree(progressive, folder)
+    os.replace(last_snapshot(folder / 'S0004'), tmp_path / 'aside.pkl')
+    for path in (folder / 'S0004').glob('network-snapshot-*.pkl'):
+        path.unlink()
+    net = load_network(tmp_path / 'aside.pkl')
+    next(net.parameters()).mul_(1.5)
+    save_snapshot(folder / 'S0004' / 'network-snapshot-000000.pkl', net, **net.metadata)
+    options = [f'--data={digits}', '--objective=pd', f'--teacher={teacher}', *SHORT, '--S_start=4', '--stage_steps=10']
+    result = CliRunner().invoke(train.main, [f'--outdir={folder}', *options, f'--resume={folder}'])
+    assert_one_clear_error(result, 'S0002 was distilled from another teacher')

@@ -17,6 +17,7 @@ from wandb.proto import wandb_internal_pb2
 from dnnlib import EasyDict
 from torch_utils.flat import FlatParameters
 from training.checkpoint import load_network, load_state
+from training.loss import Loss
 from training.phema import WeightAverages
 from training.run_files import PREEMPTED, RunFiles, next_tick, saved_states, states_to_keep
 from training.run_files import load_state as newest_state
@@ -211,7 +212,7 @@ def small_run(folder, **options):
     net = torch.nn.Linear(3, 2)
     flat = FlatParameters(net)
     c = EasyDict(dict(states_kept=10, on_save_error='stop', resume=None), **options)
-    files = RunFiles(c, folder, net, WeightUpdate(flat, (0.9, 0.99), 1e-8), WeightAverages(net, flat, 1e3, None, []), log=print)
+    files = RunFiles(c, folder, net, WeightUpdate(flat, (0.9, 0.99), 1e-8), WeightAverages(net, flat, 1e3, None, []), Loss(), log=print)
     return files, EasyDict(nimg=1000, tick=1, tick_start_nimg=0, due=False, begun=True, fid=None, states={}, names={}, wandb_id=None)
 
 

@@ -21,7 +21,8 @@ _sources: dict[type, str] = {}
 def persistent_class(cls: type) -> type:
     """Class decorator: objects remember their constructor arguments and pickle in EDM's format, source included.
 
-    Adds the properties `init_args` (tuple) and `init_kwargs` (dict), the arguments as given to the outermost constructor.
+    Adds the properties `init_args` (tuple) and `init_kwargs` (dict), the arguments as given to the outermost constructor; in the place of an argument
+    that is a persistent object itself, dict(class_name, args, kwargs) says how that was made.
     An attribute `metadata` belongs to the object at hand: copies keep it, pickles leave it out.
     The module's source must be readable (not an interactive session): OSError otherwise.
     """
@@ -30,8 +31,8 @@ def persistent_class(cls: type) -> type:
     @functools.wraps(construct)
     def __init__(self, *args, **kwargs):
         outermost = type(self) is cls
-        recorded = copy.deepcopy((args, kwargs)) if outermost else None  # before the constructor can alter them
-        construct(self, *args, **kwargs)
+        recorded = (tuple(map(_recorded, args)), {name: _recorded(value) for name, value in kwargs.items()}) if outermost else None
+        construct(self, *args, **kwargs)  # which may alter them
         if outermost:
             self._init_args, self._init_kwargs = recorded
 
@@ -43,6 +44,13 @@ def persistent_class(cls: type) -> type:
     _sources[cls] = sys.intern(inspect.getsource(sys.modules[cls.__module__]))  # interned: one copy a module in every pickle
     _classes[cls.__name__, _sources[cls]] = cls
     return cls
+
+
+def _recorded(argument):
+    """A copy of a constructor argument. A persistent object's contents, gigabytes of weights, are no part of how it was made."""
+    if type(argument) in _sources:
+        return dict(class_name=type(argument).__name__, args=argument.init_args, kwargs=argument.init_kwargs)
+    return copy.deepcopy(argument)
 
 
 def _state(obj, leave_out: set[str]) -> dict:

@@ -32,13 +32,14 @@ from torch_utils.sealed_file import DamagedFile, find_seal, read_parts, read_sea
 from torch_utils.stored_tensors import LocatedTensor, Storages, StoredTensor, module_tensors
 from training import encoders, networks, networks_edm2
 from training.consistency_ops import student_grid
+from training.networks_switched import Switched
 
 STUDENT_LOSS = 'EDMConsistencyDistillLoss'  # the class that identifies a published student's snapshot
-NETWORKS = {**networks.PRECONDS, **networks_edm2.PRECONDS}  # class name -> class: what a snapshot may hold
+NETWORKS = {**networks.PRECONDS, **networks_edm2.PRECONDS, Switched.__name__: Switched}  # class name -> class: what a snapshot may hold
 MAX_STEPS = 10_000  # of a student
 READING_ERRORS = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, struct.error, OSError, MemoryError, RuntimeError, EOFError, LookupError,
                   TypeError, ValueError, ArithmeticError, AttributeError, AssertionError)  # what files that are not its own cause in PyTorch
-GEOMETRY = ('img_resolution', 'img_channels', 'label_dim')
+FIXED = ('img_resolution', 'img_channels', 'label_dim', 'switch')  # numbers that are what the constructor was told
 
 #----------------------------------------------------------------------------
 # Reading snapshots.
@@ -93,7 +94,7 @@ def _read_network(file: BinaryIO, size: int, seal: str | None, key: str, device:
     class_name, state = persistent_object(record)
     net = build_unfilled(class_name, state.get('_init_args', ()), state.get('_init_kwargs', {}))
     _fill(net, _read_tensors(_locate(net, module_tensors(record), file, size), file, size, seal), device)
-    restore_attributes(net, state)
+    restore_attributes(net, _stored_attributes(net, state))
     net.metadata = _metadata(snapshot, net)
     if not seal and 'digest' in net.metadata and net.metadata['digest'] != network_digest(net, net.metadata):
         raise MalformedPickle('is damaged: its network does not match the digest in its metadata. Copy or download it again')
@@ -157,10 +158,20 @@ def build_unfilled(class_name: str, args, kwargs) -> torch.nn.Module:
     _check_arguments([*((f'argument {i}', value) for i, value in enumerate(args)), *kwargs.items()])
     try:
         with _Unfilled():
-            net = cls(*args, **kwargs)
+            net = cls(*args, **kwargs) if cls is not Switched else _switched_unfilled(*args, **kwargs)
     except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, NameError, RuntimeError) as error:  # what wrong arguments can cause
         raise MalformedPickle(f'has constructor arguments that {class_name} cannot be built from: {error}') from error
     return net.eval().requires_grad_(False)
+
+
+def _switched_unfilled(high: dict, low: dict, switch: float) -> Switched:
+    """Two networks in one, from what `init_args` says of them. They are of no networks themselves, whatever a file says."""
+    parts = []
+    for part in (high, low):
+        if not isinstance(part, dict) or part.get('class_name') == Switched.__name__:
+            raise MalformedPickle(f'holds a {Switched.__name__!r} of something else than two networks')
+        parts.append(build_unfilled(part.get('class_name'), part.get('args'), part.get('kwargs')))
+    return Switched(*parts, switch)
 
 
 def constructor_arguments(net: torch.nn.Module) -> dict:
@@ -218,22 +229,40 @@ def _fill(net: torch.nn.Module, tensors: dict[str, torch.Tensor], device: torch.
                 table[name] = torch.nn.Parameter(tensor, requires_grad=False) if table is module._parameters else tensor
 
 
+def _parts(net: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The networks that a network is made of: none, or two."""
+    return dict(net.named_children()) if isinstance(net, Switched) else {}
+
+
+def _stored_attributes(net: torch.nn.Module, state: dict) -> dict:
+    """The attributes in a network's record, by the names of `numeric_attributes`."""
+    stored = dict(state)
+    for name, part in _parts(net).items():
+        class_name, inner = persistent_object(state['_modules'][name]) or (None, {})
+        if class_name != type(part).__name__:
+            raise MalformedPickle(f'contradicts itself: {name} is a {class_name!r}, its constructor arguments say {type(part).__name__!r}')
+        stored.update({f'{name}.{attribute}': value for attribute, value in inner.items()})
+    return stored
+
+
 def restore_attributes(net: torch.nn.Module, state: dict):
-    """Numbers and switches that were set after construction (use_fp16, sigma_min, sigma_max, ...)."""
+    """Numbers and switches that were set after construction (use_fp16, sigma_min, high.sigma_max, ...)."""
     for name, value in numeric_attributes(net).items():
         if name not in state:
             continue
         stored = plain(state[name])
         beyond = isinstance(stored, int) and abs(stored) >= 1 << 63
-        if not isinstance(stored, (bool, int, float)) or beyond or (name in GEOMETRY and stored != value):
+        part, _, attribute = name.rpartition('.')
+        if not isinstance(stored, (bool, int, float)) or beyond or (attribute in FIXED and stored != value):
             raise MalformedPickle(f'contradicts itself: {name} is {stored!r}, its constructor arguments say {value!r}')
-        setattr(net, name, stored)
+        setattr(net.get_submodule(part), attribute, stored)
 
 
 def numeric_attributes(net: torch.nn.Module) -> dict[str, bool | int | float]:
-    """A network's own numbers and switches (sigma_min, use_fp16, ...), by name."""
-    return {name: value for name, value in vars(net).items()
-            if not name.startswith('_') and name != 'training' and isinstance(value, (bool, int, float))}
+    """A network's own numbers and switches (sigma_min, use_fp16, ...), by name; those of networks in it as `high.sigma_min`."""
+    own = {name: value for name, value in vars(net).items()
+           if not name.startswith('_') and name != 'training' and isinstance(value, (bool, int, float))}
+    return own | {f'{name}.{inner}': value for name, part in _parts(net).items() for inner, value in numeric_attributes(part).items()}
 
 
 def _metadata(snapshot: dict, net: torch.nn.Module) -> dict:
@@ -295,8 +324,9 @@ def save_snapshot(path: str | os.PathLike, net: torch.nn.Module, **metadata):
     arguments, numeric attributes, metadata and tensors) is added, so `save_snapshot(copy, net, **net.metadata)` copies a snapshot.
     Raises: TypeError where the network is none of ours or the metadata is not plain data; UserError where the file cannot be written.
     """
-    if type(net) not in NETWORKS.values():
-        raise TypeError(f'{type(net).__name__} is none of our networks: {", ".join(NETWORKS)}')
+    for network in (net, *_parts(net).values()):
+        if type(network) not in NETWORKS.values():
+            raise TypeError(f'{type(network).__name__} is none of our networks: {", ".join(NETWORKS)}')
     try:
         metadata = plain({name: value for name, value in metadata.items() if name != 'digest' and (name, value) != ('dataset_kwargs', {})})
     except MalformedPickle as error:

@@ -23,7 +23,11 @@ ARCHITECTURES = dict(
 )
 PRECONDITIONING = dict(edm='EDMPrecond', vp='VPPrecond', ve='VEPrecond')
 EDM2 = 'Precond'  # EDM2's class: EDM's preconditioning around its own U-Net
+BOUNDARY_CLASSES = ('EDMPrecond', 'CMPrecond', 'Precond')  # whose level of the identity can be chosen
 AUGMENT_DIM = 9  # labels of EDM's augmentation pipeline
+
+# Options that say in optimiser steps what a loss counts in images: what it calls that, its unit in images, and the share of --duration by default.
+IN_STEPS = dict(T_anneal_steps=('T_anneal_kimg', 1000, 1 / 2), stage_steps=('stage_nimg', 1, 1 / 8), schedule_steps=('schedule_nimg', 1, 1))
 
 # The network's options: click name -> constructor argument.
 NETWORK_OPTIONS = dict(cbase='model_channels', cres='channel_mult', num_blocks='num_blocks', attn_resolutions='attn_resolutions',
@@ -39,10 +43,11 @@ def fill_defaults(opts: EasyDict, dataset, teacher, earlier: dict | None) -> Non
         if opts.augment:
             raise UserError(f'--augment={opts.augment:g} is for images, but --data={opts.data} holds latents: leave it out.')
         opts.augment = 0.0
-    for name, value in {**objective.defaults, **(objective.edm2 if opts.edm2 else {})}.items():
+    late = {name: objective.own[name] for name in objective.edm2 if name in objective.own}
+    for name, value in {**late, **objective.defaults, **(objective.edm2 if opts.edm2 else {})}.items():
         if name == 'lr_decay' and opts.lr_schedule != 'sqrt':
             continue
-        if opts[name] is None:
+        if opts.get(name) is None:
             opts[name] = value
     if opts.lr_schedule == 'sqrt' and not opts.lr_decay:
         raise click.UsageError('--lr_schedule=sqrt needs --lr_decay=STEPS.')
@@ -52,16 +57,18 @@ def fill_defaults(opts: EasyDict, dataset, teacher, earlier: dict | None) -> Non
         raise click.UsageError('--phema_snap needs --phema.')
     opts.precision = opts.precision or ('fp16' if opts.fp16 else 'fp32')
     opts.ls = opts.ls or ('dynamic' if opts.precision == 'fp16' else 1.0)
-    if opts.T_anneal_steps is not None:
-        opts.T_anneal_kimg = opts.T_anneal_steps * opts.batch / 1000
-    elif opts.T_anneal_kimg is None:
-        opts.T_anneal_kimg = ((earlier or {}).get('loss') or {}).get('T_anneal_kimg', opts.duration * 500)
-    if opts.stage_steps is not None:
-        opts.stage_nimg = opts.stage_steps * opts.batch
-    elif opts.get('stage_nimg') is None:
-        opts.stage_nimg = ((earlier or {}).get('loss') or {}).get('stage_nimg', max(round(opts.duration * 1e6 / 8), 1))
+    for steps, (name, unit, share) in IN_STEPS.items():
+        if opts[steps] is not None:
+            opts[name] = opts[steps] * opts.batch / unit
+        elif opts.get(name) is None:
+            opts[name] = ((earlier or {}).get('loss') or {}).get(name, share * opts.duration * 1e6 / unit)
+        if unit == 1:
+            opts[name] = max(round(opts[name] / opts.batch), 1) * opts.batch
+    opts.batch_size = opts.batch
     if opts.objective == 'ect':
         check_stages(opts)
+    if opts.objective == 'tcm':
+        check_truncation(opts, teacher)
     opts.val_emas = averages_to_evaluate(opts)
     if opts.phema_snap is None:
         opts.phema_snap = opts.snap
@@ -76,6 +83,31 @@ def check_stages(opts: EasyDict) -> None:
         times.earlier_time(torch.ones(1), times.tuning_stage(round(opts.duration * 1e6), opts.stage_nimg), opts.q)
     except ValueError as error:
         raise UserError(f'--stage_steps, --q: {error}.') from error
+
+
+def check_perceptual(c: EasyDict) -> None:
+    """UserError where the loss compares images by a network whose weights are not there, or which cannot see them."""
+    if c.loss.get('cm_loss') != 'lpips':
+        return
+    from torch_utils import distributed
+    from training import lpips
+    if c.network.kwargs.img_channels not in (1, 3):
+        raise UserError('--cm_loss=lpips compares images, not latents: use --cm_loss=pseudo_huber.')
+    with distributed.main_process_first():
+        lpips.load(c.loss.lpips, 'cpu')
+
+
+def check_truncation(opts: EasyDict, teacher) -> None:
+    """UserError where truncated consistency training has no times to train at, or too small a batch for its boundary."""
+    from training import samplers
+    from training import time_schedules as times
+    low, high = samplers.clip_range(teacher, opts.sigma_min, opts.sigma_max)
+    if not low < opts.dividing_t < high:
+        raise UserError(f'--dividing_t={opts.dividing_t:g} does not lie between the noise levels {low:g} and {high:g}.')
+    try:
+        times.boundary_count(opts.batch, opts.boundary_share)
+    except ValueError as error:
+        raise UserError(f'--batch={opts.batch}, --boundary_share={opts.boundary_share:g}: {error}.') from error
 
 
 def averages_to_evaluate(opts: EasyDict) -> list[str]:
@@ -125,6 +157,24 @@ def check_same_run(opts: EasyDict, c: EasyDict, earlier: dict) -> None:
                             f'{json.dumps(now.get(name))}: resume with the options it was made with, or add --resume-override')
 
 
+def random_seed() -> int:
+    """A seed, the same on all processes."""
+    import random
+
+    from torch_utils import distributed
+    return distributed.broadcast_object(random.SystemRandom().randrange(1 << 31))
+
+
+def recorded_seed(run_dir) -> int:
+    """The seed of the run in a folder."""
+    path = os.path.join(run_dir, 'training_options.json')
+    try:
+        with open(path) as file:
+            return int(json.load(file)['seed'])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path} is missing or damaged: give the --seed of that run.') from error
+
+
 def open_dataset(opts: EasyDict):
     """The training set; UserError where labels are asked for and missing."""
     from training.dataset import ImageFolderDataset
@@ -132,15 +182,13 @@ def open_dataset(opts: EasyDict):
 
 
 def load_teacher(opts: EasyDict, dataset):
-    """The teacher, if it fits the data; UserError otherwise."""
+    """The network of --teacher, if it is what the objective starts from and fits the data; UserError otherwise."""
     from torch_utils import distributed
     from training import encoders
     from training.checkpoint import load_network
     with distributed.main_process_first():
         teacher = load_network(opts.teacher)
-    if 'sigmas' in teacher.metadata:
-        steps = len(teacher.metadata['sigmas']) - 1
-        raise UserError(f'--teacher={opts.teacher} is a student of {steps} steps itself: distil from a diffusion model.')
+    check_kind(opts, teacher)
     theirs = (teacher.img_resolution, teacher.img_channels, teacher.label_dim)
     ours = (dataset.resolution, encoders.for_dataset(dataset, teacher)[1], dataset.label_dim)
     if theirs != ours:
@@ -152,6 +200,26 @@ def load_teacher(opts: EasyDict, dataset):
     if opts.augment and not teacher.init_kwargs.get('augment_dim'):
         raise UserError(f'--augment={opts.augment:g} needs a teacher with augmentation labels; --teacher={opts.teacher} has none: use --augment=0.')
     return teacher
+
+
+def check_kind(opts: EasyDict, teacher) -> None:
+    """UserError unless --teacher is of the kind that the objective starts from."""
+    from training.checkpoint import NETWORKS
+    from training.stages import is_stage_of
+    metadata, kind = teacher.metadata, OBJECTIVES[opts.objective].teacher
+    steps = len(metadata.get('sigmas', [0])) - 1
+    one_model = isinstance(teacher, tuple(NETWORKS[name] for name in BOUNDARY_CLASSES))
+    if kind == 'consistency':
+        if metadata.get('solver') != 'cm' or getattr(teacher, 'boundary', 0) or not one_model:
+            raise UserError(f'--teacher={opts.teacher} is no consistency model of the first stage: --objective={opts.objective} goes on '
+                            'from a snapshot of --objective=ect.')
+    elif steps and not (opts.objective == 'pd' and is_stage_of(metadata, opts)):
+        what = 'a consistency model' if metadata.get('solver') == 'cm' else f'a student of {steps} steps'
+        nested = f', or from a student of --student_grid=full and {2 * opts.S_start} steps' if opts.objective == 'pd' else ''
+        raise UserError(f'--teacher={opts.teacher} is {what} itself: distil from a diffusion model{nested}.')
+    elif OBJECTIVES[opts.objective].boundary and not one_model:
+        raise UserError(f'--teacher={opts.teacher} has the preconditioning {type(teacher).__name__}, but --objective={opts.objective} needs one '
+                        f'that can be the identity at sigma_min: {", ".join(BOUNDARY_CLASSES)}.')
 
 
 def network_of_teacher(opts: EasyDict, teacher) -> EasyDict:
@@ -176,6 +244,8 @@ def network_of_teacher(opts: EasyDict, teacher) -> EasyDict:
         if opts[option] != theirs:
             raise UserError(f'--{option}={opts[option]} contradicts --teacher={opts.teacher}, which has {theirs}: leave it out.')
     kwargs['use_fp16'] = opts.precision == 'fp16'
+    if OBJECTIVES[opts.objective].boundary:
+        kwargs['boundary'] = opts.sigma_min
     return EasyDict(class_name=type(teacher).__name__, kwargs=kwargs)
 
 
@@ -207,6 +277,8 @@ def network_from_scratch(opts: EasyDict, dataset, channels: int) -> EasyDict:
             kwargs[key] = opts[option]
     if opts.augment:
         kwargs['augment_dim'] = AUGMENT_DIM
+    if OBJECTIVES[opts.objective].boundary:
+        kwargs['boundary'] = opts.sigma_min
     if not kwargs['channel_mult'] or dataset.resolution % 2 ** (len(kwargs['channel_mult']) - 1):
         raise UserError(f'{len(kwargs["channel_mult"])} levels do not fit images of {dataset.resolution}x{dataset.resolution}: change --cres.')
     if opts.edm2:  # its preconditioning knows one U-Net
@@ -245,12 +317,13 @@ def configure(opts: EasyDict, dataset, teacher) -> EasyDict:
     c.dataset = EasyDict(path=opts.data, use_labels=opts.cond, resolution=dataset.resolution, xflip=opts.xflip, cache=dataset.caches)
     encoder, channels = encoders.for_dataset(dataset, teacher)
     c.encoder = encoders.record_of(encoder)
+    objective = OBJECTIVES[opts.objective]
+    if 'sigma_min' in objective.own:
+        opts.sigma_min, opts.sigma_max = samplers.clip_range(teacher, opts.sigma_min, opts.sigma_max)
     c.network = network_of_teacher(opts, teacher) if teacher is not None else network_from_scratch(opts, dataset, channels)
-    c.sampling = EasyDict({name: opts[name] for name in OBJECTIVES[opts.objective].sampling}) or None
-    if own := OBJECTIVES[opts.objective].options:
-        c.loss = EasyDict({name: opts[name] for name in own}, sigma_data=float(getattr(teacher, 'sigma_data', 0.5)))
-        if 'sigma_min' in own:
-            c.loss.sigma_min, c.loss.sigma_max = samplers.clip_range(teacher, opts.sigma_min, opts.sigma_max)
+    c.sampling = EasyDict({name: opts[name] for name in objective.sampling}) or None
+    if objective.loss:
+        c.loss = EasyDict({name: opts[name] for name in objective.options}, sigma_data=float(getattr(teacher, 'sigma_data', 0.5)))
     else:
         c.loss = EasyDict(kind='edm2' if opts.edm2 else opts.precond or 'edm')
         for name in ('P_mean', 'P_std'):  # of losses that have them
@@ -274,11 +347,12 @@ def configure(opts: EasyDict, dataset, teacher) -> EasyDict:
         c.wandb = EasyDict(project=opts.wandb_project, entity=opts.wandb_entity, name=opts.wandb_run, mode=opts.wandb_mode,
                            tags=[tag.strip() for tag in (opts.wandb_tags or '').split(',') if tag.strip()])
     c.tensorboard = opts.tensorboard
-    c.run_dir = planned_run_dir(opts, c, dataset.name)
+    c.stages = opts.get('stages')
+    c.run_dir = planned_run_dir(opts, dataset.name)
     return c
 
 
-def planned_run_dir(opts: EasyDict, c: EasyDict, data_name: str) -> str:
+def planned_run_dir(opts: EasyDict, data_name: str) -> str:
     """`<outdir>/00000-<data>-<cond>-<arch>-...`, numbered after the highest that is there; --nosubdir: outdir; --resume: the state's folder."""
     if opts.resume:
         return os.path.dirname(os.path.abspath(opts.resume))

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from torch_utils import training_stats
 from training import consistency_ops as ops
-from training.loss import report_by_sigma, student_masks, unwrap
+from training.loss import Loss, report_by_sigma, student_masks, unwrap
 
+HOPS = ('heun', 'ddim', 'addim')  # of a teacher
 EDGE_NAMES = [f'Edges/{name}' for name in (*ops.KIND_NAMES, 'pinned')]
 
 
@@ -47,7 +48,7 @@ class Drawn:
     weight: Tensor
     kind: Tensor                # TERMINAL, SNAP or GENERAL
     index: Tensor | None = None    # which of a table's, [N] int64
-    on_host: Tensor | None = None  # the same, known without asking the device
+    on_host: Tensor | None = None  # what the host has to know of each sample: the same index, or which of two networks it asks
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,18 @@ class Pairs:
         """x_s = y + sigma_s n: the data's own step to the lower end."""
         return self.y + ops.expand_like(self.edges.sigma_s, self.y) * self.noise
 
+    def teacher_hop(self, teacher, x: Tensor, sigma: Tensor, sigma_next: Tensor, hop: str, xvar_frac: float,
+                    denoised: Tensor | None = None) -> Tensor:
+        """A step of the teacher from `x` at `sigma`, by one of HOPS; `denoised` is what it says there, where that is known already."""
+        denoised = self.ask(teacher, x, sigma) if denoised is None else denoised
+        if hop == 'heun':
+            return ops.heun_hop(lambda x, sigma: self.ask(teacher, x, sigma), x, sigma, sigma_next, denoised)
+        if hop == 'ddim':
+            return ops.ddim_step(x, denoised, sigma, sigma_next)
+        return ops.addim_hop(x, denoised, sigma, sigma_next, ops.addim_variance(denoised, sigma, self.y if xvar_frac else None, xvar_frac))
 
-class ConsistencyLoss:
+
+class ConsistencyLoss(Loss):
     """`loss_fn(net, images, labels, draws, augment_labels) -> [N]` for a student `net`; subclasses say of what edges and references.
 
     Args:
@@ -95,9 +106,6 @@ class ConsistencyLoss:
         self.cd_loss, self.eps, self.sync_dropout = cd_loss, eps, sync_dropout
         self.stage: Hashable = None
 
-    def begin_step(self, nimg: int) -> None:
-        """Set `stage`, what the edges depend on, for the step that follows `nimg` images."""
-
     def draw(self, draws, device: torch.device) -> Drawn:
         """An edge for each sample."""
         raise NotImplementedError
@@ -105,6 +113,10 @@ class ConsistencyLoss:
     def reference(self, net, pairs: Pairs) -> Tensor:
         """x_b [N, ...] float64: where the student should go from x_t, at the boundary. Called without gradients."""
         raise NotImplementedError
+
+    def distance(self, prediction: Tensor, x_star: Tensor) -> Tensor:
+        """ℓ of each image's prediction [N, ...] from its target, [N]."""
+        return ops.image_distance(prediction - x_star, self.cd_loss, self.eps)
 
     def report(self, edges: Drawn, loss: Tensor) -> None:
         """Statistics of a step."""
@@ -121,13 +133,13 @@ class ConsistencyLoss:
         with torch.no_grad():
             x_star = ops.inv_ddim(self.reference(unwrap(net), pairs), x_t, edges.sigma_t, edges.sigma_b, check=False)
         prediction = pairs.ask(net, x_t, edges.sigma_t, dropout_masks=masks)
-        loss = edges.weight * ops.image_distance(prediction - x_star, self.cd_loss, self.eps)
+        loss = edges.weight * self.distance(prediction, x_star)
         self.report(edges, loss.detach())
         return loss
 
 
 class TableLoss(ConsistencyLoss):
-    """A loss on a list of edges, each with a probability, which changes with the stage of training.
+    """A loss on a list of edges, each with a probability, which changes with the stage of training: subclasses set `stage` in `begin_step`.
 
     Args:
         cd_weight_mode, sigma_data: see `consistency_ops.edge_weight`.
@@ -136,7 +148,7 @@ class TableLoss(ConsistencyLoss):
 
     pin_top = False  # whether the first edge has a reference of its own
 
-    def __init__(self, *, cd_weight_mode: str, sigma_data: float, **others):
+    def __init__(self, *, sigma_data: float, cd_weight_mode: str = 'flat', **others):
         super().__init__(**others)
         self.cd_weight_mode, self.sigma_data = cd_weight_mode, sigma_data
         self._table: EdgeTable | None = None
@@ -144,6 +156,10 @@ class TableLoss(ConsistencyLoss):
     def make_edges(self) -> tuple[ops.Edges, Tensor]:
         """The edges of this stage and their probabilities, [T'] float64, on the host."""
         raise NotImplementedError
+
+    def weights(self, edges: ops.Edges) -> Tensor:
+        """w of each edge, [T']."""
+        return ops.edge_weight(edges.sigma_t, edges.sigma_s, self.cd_weight_mode, self.sigma_data)
 
     def table(self, device: torch.device) -> EdgeTable:
         """The edges of this stage; made once."""
@@ -155,8 +171,7 @@ class TableLoss(ConsistencyLoss):
         edges, probabilities = self.make_edges()
         ops.check_edges(edges)
         hop_target = torch.where(edges.kind == ops.TERMINAL, edges.sigma_t / 2, edges.sigma_s)
-        weight = ops.edge_weight(edges.sigma_t, edges.sigma_s, self.cd_weight_mode, self.sigma_data)
-        columns = torch.stack([edges.sigma_t, hop_target, edges.sigma_b, weight, edges.kind.double()], dim=1)
+        columns = torch.stack([edges.sigma_t, hop_target, edges.sigma_b, self.weights(edges), edges.kind.double()], dim=1)
         flags = torch.nn.functional.one_hot(edges.kind, 3).double()
         pinned = torch.zeros(len(edges), 1, dtype=torch.float64)
         pinned[0] = self.pin_top

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from torch_utils import training_stats
+from torch_utils.flat import FlatParameters
 from training.consistency_ops import expand_like
 
 SIGMA_BIN_EDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -20,13 +21,36 @@ def report_by_sigma(prefix: str, sigma: torch.Tensor, loss: torch.Tensor) -> Non
     training_stats.report_bins([f'{prefix}/sigma_{name}' for name in SIGMA_BINS], torch.bucketize(sigma.contiguous(), edges), loss)
 
 
-class DiffusionLoss:
+class Loss:
+    """What the training loop asks of a loss besides `loss_fn(net, images, labels, draws, augment_labels) -> [N]`. Nothing, here."""
+
+    name: str  # under which the loop reports it, as `Loss/<name>`
+
+    def attach(self, net: torch.nn.Module, weights: FlatParameters) -> None:
+        """Meet the network that trains, with its first weights, before the first step or before `load_state_dict`."""
+
+    def begin_step(self, nimg: int) -> None:
+        """The next optimiser step follows `nimg` images."""
+
+    def end_step(self) -> None:
+        """The weights are new."""
+
+    def sampled(self, net: torch.nn.Module) -> torch.nn.Module:
+        """What makes images with `net`, an average of the network that trains: `net` itself, where it can do so alone."""
+        return net
+
+    def state_dict(self) -> dict:
+        """Tensors and plain data that a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Inverse of `state_dict`."""
+
+
+class DiffusionLoss(Loss):
     """Weighted denoising error w(sigma) |D(y + sigma n; sigma) − y|²; subclasses give `noise_levels(draws)` and `weight(sigma)`."""
 
     name = 'diffusion'
-
-    def begin_step(self, nimg: int) -> None:
-        """Nothing here depends on the images seen so far."""
 
     def __call__(self, net, images, labels, draws, augment_labels=None):
         sigma = self.noise_levels(draws)

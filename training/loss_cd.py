@@ -11,9 +11,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from training import consistency_ops as ops
-from training.consistency_loss import Pairs, SegmentLoss
-
-HOPS = ('heun', 'ddim', 'addim')
+from training.consistency_loss import HOPS, Pairs, SegmentLoss
 
 
 class ConsistencyDistillationLoss(SegmentLoss):
@@ -56,12 +54,7 @@ class ConsistencyDistillationLoss(SegmentLoss):
 
     def _hop(self, pairs: Pairs, denoised: Tensor) -> Tensor:
         """x_s, the teacher's step from sigma_t to sigma_s."""
-        x_t, sigma_t, sigma_s = pairs.x_t, pairs.edges.sigma_t, pairs.edges.sigma_s
+        edges = pairs.edges
         if callable(self.hop):
-            return self.hop(x_t, sigma_t, sigma_s)
-        if self.hop == 'heun':
-            return ops.heun_hop(lambda x, sigma: pairs.ask(self.teacher, x, sigma), x_t, sigma_t, sigma_s, denoised)
-        if self.hop == 'ddim':
-            return ops.ddim_step(x_t, denoised, sigma_t, sigma_s)
-        variance = ops.addim_variance(denoised, sigma_t, pairs.y if self.xvar_frac else None, self.xvar_frac)
-        return ops.addim_hop(x_t, denoised, sigma_t, sigma_s, variance)
+            return self.hop(pairs.x_t, edges.sigma_t, edges.sigma_s)
+        return pairs.teacher_hop(self.teacher, pairs.x_t, edges.sigma_t, edges.sigma_s, self.hop, self.xvar_frac, denoised)

@@ -472,34 +472,29 @@ class Precond(Module):
 
 @persistent
 class EDMPrecond(Precond):
-    """EDM's preconditioning: unit variance in and out at every noise level (Karras et al. 2022, Eq. 7)."""
+    """EDM's preconditioning: unit variance in and out at every noise level (Karras et al. 2022, Eq. 7).
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=0, sigma_max=float('inf'), sigma_data=0.5,
-                 model_type='DhariwalUNet', **model_kwargs):
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16, sigma_min, sigma_max, model_type, model_kwargs)
-        self.sigma_data = sigma_data
-
-    def coefficients(self, sigma):
-        total = sigma ** 2 + self.sigma_data ** 2
-        return self.sigma_data ** 2 / total, sigma * self.sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
-
-
-@persistent
-class CMPrecond(Precond):
-    """OpenAI's consistency models and the EDM teachers that they were distilled from (Song et al. 2023, Appendix C).
-
-    As EDM's, but D(x; boundary) = x, and the network is told the noise level as 250 ln sigma. Teachers have `boundary` 0.
+    D(x; boundary) = x: at 0 for denoisers, at sigma_min for consistency models (Song et al. 2023, Appendix C).
     """
 
     def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=0, sigma_max=float('inf'), sigma_data=0.5,
-                 boundary=0, model_type='DhariwalUNet', **model_kwargs):
+                 model_type='DhariwalUNet', boundary=0, **model_kwargs):
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, sigma_min, sigma_max, model_type, model_kwargs)
         self.sigma_data, self.boundary = sigma_data, boundary
 
     def coefficients(self, sigma):
         total, above = sigma ** 2 + self.sigma_data ** 2, sigma - self.boundary
         c_skip = self.sigma_data ** 2 / (above ** 2 + self.sigma_data ** 2)
-        return c_skip, above * self.sigma_data / total.sqrt(), 1 / total.sqrt(), 250 * sigma.log()
+        return c_skip, above * self.sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
+
+
+@persistent
+class CMPrecond(EDMPrecond):
+    """OpenAI's consistency models and the EDM teachers that they were distilled from: as EDM's, but the network is told the noise level as
+    250 ln sigma (Song et al. 2023, Appendix C)."""
+
+    def coefficients(self, sigma):
+        return *super().coefficients(sigma)[:3], 250 * sigma.log()
 
 
 @persistent

@@ -269,14 +269,14 @@ class UNet(Module):
 class Precond(Module):
     """EDM's preconditioning (Karras et al. 2022, Eq. 7) around EDM2's U-Net, with its estimate of the loss's log-variance.
 
-    `model_kwargs`: see `UNet`.
+    D(x; boundary) = x: at 0 for denoisers, at sigma_min for consistency models (Song et al. 2023, Appendix C). `model_kwargs`: see `UNet`.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim, use_fp16=True, sigma_data=0.5, logvar_channels=128, **model_kwargs):
+    def __init__(self, img_resolution, img_channels, label_dim, use_fp16=True, sigma_data=0.5, logvar_channels=128, boundary=0, **model_kwargs):
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim, self.use_fp16 = img_resolution, img_channels, label_dim, use_fp16
         self.use_bf16 = False
-        self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, 0, float('inf')
+        self.sigma_data, self.boundary, self.sigma_min, self.sigma_max = sigma_data, boundary, 0, float('inf')
         self.unet = UNet(img_resolution, img_channels, label_dim, **model_kwargs)
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPConv(logvar_channels, 1, kernel=[])
@@ -310,7 +310,9 @@ class Precond(Module):
         total = sigma ** 2 + self.sigma_data ** 2
         c_noise = sigma.flatten().log() / 4
         out = self.unet((x / total.sqrt()).to(inner), c_noise, class_labels, **model_kwargs)
-        denoised = self.sigma_data ** 2 / total * x + sigma * self.sigma_data / total.sqrt() * out.to(full)
+        above = sigma - self.boundary
+        c_skip, c_out = self.sigma_data ** 2 / (above ** 2 + self.sigma_data ** 2), above * self.sigma_data / total.sqrt()
+        denoised = c_skip * x + c_out * out.to(full)
         if return_logvar:
             return denoised, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
         return denoised

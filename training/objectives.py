@@ -5,7 +5,7 @@ Plain data, quick to import. What an objective computes is in its loss, a class 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -15,18 +15,30 @@ class Objective:
 
     Attributes:
         loss: module and class of the loss; None for diffusion, which has several.
-        teacher: whether it is distilled from one.
+        teacher: what it starts from, `diffusion` or `consistency` model; None: from nothing.
         options: its own options of train.py and their defaults, by the names of the loss's arguments.
+        stages: options and defaults of how it goes from stage to stage, which the loss does not know, or not by that name.
         sampling: of networks that are sampled in stochastic steps (`cm`), options and defaults too, of how.
-        defaults: of options that all have: learning rate, length, ... (`ema` in images); EDM2's networks have others, `edm2`.
+        defaults: of options that all have: learning rate, length, ... (`ema` in images).
+        edm2: all of these for EDM2's networks, where they are others.
+        boundary: whether the network is the identity at sigma_min, not at 0.
+        cost: network evaluations that an image costs in training, by the options; a student's forward and backward pass counts 3.
     """
 
     loss: str | None = None
-    teacher: bool = False
+    teacher: str | None = None
     options: Mapping[str, object] = field(default_factory=dict)
+    stages: Mapping[str, object] = field(default_factory=dict)
     sampling: Mapping[str, object] = field(default_factory=dict)
     defaults: Mapping[str, object] = field(default_factory=dict)
     edm2: Mapping[str, object] = field(default_factory=dict)
+    boundary: bool = False
+    cost: Callable[[Mapping], int] = lambda options: 3
+
+    @property
+    def own(self) -> dict[str, object]:
+        """Options that not every objective has, and their defaults."""
+        return {**self.options, **self.stages, **self.sampling, **({'teacher': None} if self.teacher else {})}
 
     def loss_class(self) -> type:
         """The class of the loss, imported."""
@@ -34,11 +46,20 @@ class Objective:
         return getattr(importlib.import_module(f'training.{module}'), name)
 
 
-# The released ImageNet-64 student's; and, for networks of EDM2's, those of ECT's EDM2 models. ECT's own are its CIFAR-10 models'.
+HOP_COST = dict(heun=2, ddim=1, addim=1)
+
+# The released ImageNet-64 student's; and, for networks of EDM2's, those of ECT's EDM2 models. Others' own are of their papers' CIFAR-10 models.
 STUDENT = dict(optim='adam', lr=8e-5, lr_rampup=10_000, lr_schedule='constant', beta2=0.999, duration=210.0, batch=2048, ema=50e6, augment=0.0)
 EDM2_STUDENT = dict(lr=10e-4, lr_schedule='sqrt', lr_decay=2000, beta2=0.99, phema=[0.05, 0.1])
+RADAM = dict(optim='radam', lr_rampup=0, lr_schedule='constant', beta2=0.999, augment=0.0)
+CONSISTENCY_MODEL = dict(RADAM, lr=4e-4, duration=409.6, batch=512, ema=3.549e6, dropout=0.0)  # EMA: 0.9999 a step
 SEGMENTS = dict(S=8, student_grid='edm', sigma_grid='karras', rho=7.0, sigma_min=0.002, sigma_max=80.0, T_start=64, T_end=1280, T_anneal_kimg=None,
                 keep_ties=False, top_mass=0.0, sampling_mode='edm', cd_loss='pseudo_huber', cd_weight_mode='sqrt_karras')
+BOUNDARY = dict(rho=7.0, sigma_min=0.002, sigma_max=80.0, schedule_nimg=None, sync_dropout=True)  # of grids that end at sigma_min
+CM = dict(BOUNDARY, N=None, s0=2, s1=150, mu0=0.9, mu_schedule='adaptive', cm_loss='lpips', lpips=None)
+ECT = dict(P_mean=-1.1, P_std=2.0, q=2.0, k=8.0, b=1.0, c=0.0, stage_nimg=None, ect_weight='gap', sync_dropout=True)
+STOCHASTIC = dict(mid_t=None)
+WHOLE_RANGE = dict(STOCHASTIC, sigma_min=0.002, sigma_max=80.0)
 
 OBJECTIVES = dict(
     diffusion=Objective(
@@ -46,21 +67,42 @@ OBJECTIVES = dict(
                       augment=0.12, dropout=0.13),
         edm2=dict(lr=10e-3, lr_schedule='sqrt', lr_decay=70_000, beta2=0.99, duration=2 ** 31 / 1e6, batch=2048, augment=0.0, dropout=0.0,
                   phema=[0.05, 0.1])),
-    mcd=Objective('loss_cd:ConsistencyDistillationLoss', teacher=True, defaults=STUDENT, edm2=EDM2_STUDENT,
+    mcd=Objective('loss_cd:ConsistencyDistillationLoss', teacher='diffusion', defaults=STUDENT, edm2=EDM2_STUDENT,
                   options=dict(SEGMENTS, sync_dropout=True, hop='heun', xvar_frac=0.75, terminal_anchor=True, terminal_teacher_hop=True,
-                               anchor_hops=None)),
+                               anchor_hops=None),
+                  cost=lambda options: HOP_COST[options['hop']] + 4),
     mct=Objective('loss_ct:ConsistencyTrainingLoss', defaults=dict(STUDENT, dropout=0.0), edm2=EDM2_STUDENT,
-                  options=dict(SEGMENTS, sync_dropout=True)),
-    direct=Objective('loss_direct:SegmentRegressionLoss', teacher=True, defaults=STUDENT, edm2=EDM2_STUDENT,
-                     options=dict(SEGMENTS, T_start=None, keep_ties=True, top_mass=0.9, substeps=3)),
-    ect=Objective('loss_ect:ConsistencyTuningLoss', edm2=EDM2_STUDENT,
-                  defaults=dict(optim='radam', lr=1e-4, lr_rampup=0, lr_schedule='constant', beta2=0.999, duration=51.2, batch=128, ema=0.887e6,
-                                augment=0.0, dropout=0.2),
-                  options=dict(P_mean=-1.1, P_std=2.0, q=2.0, k=8.0, b=1.0, c=0.0, stage_nimg=None, ect_weight='gap', sync_dropout=True),
-                  sampling=dict(sigma_min=0.002, sigma_max=80.0, mid_t=None)),
+                  options=dict(SEGMENTS, sync_dropout=True), cost=lambda options: 4),
+    direct=Objective('loss_direct:SegmentRegressionLoss', teacher='diffusion', defaults=STUDENT, edm2=EDM2_STUDENT,
+                     options=dict(SEGMENTS, T_start=None, keep_ties=True, top_mass=0.9, substeps=3),
+                     cost=lambda options: 2 * options['substeps'] + 3),
+    pd=Objective('loss_pd:ProgressiveDistillationLoss', teacher='diffusion', edm2=EDM2_STUDENT,
+                 stages=dict(S_start=512, stage_steps=50_000),
+                 defaults=dict(optim='adam', lr=2e-4, lr_rampup=0, lr_schedule='linear', beta2=0.999, batch=128, ema=0.5e6, augment=0.0),
+                 options=dict(S=1, student_grid='full', sigma_grid='karras', rho=7.0, sigma_min=0.002, sigma_max=80.0, hop='ddim',
+                              xvar_frac=0.75, cd_loss='l2', cd_weight_mode='truncated-snr'),
+                 cost=lambda options: 2 + 3),
+    **{'cm-cd': Objective('loss_cm:ConsistencyModelDistillationLoss', teacher='diffusion', defaults=CONSISTENCY_MODEL, edm2=EDM2_STUDENT,
+                          options=dict(CM, N=18, mu0=0.0, hop='heun', xvar_frac=0.75), sampling=STOCHASTIC, boundary=True,
+                          cost=lambda options: HOP_COST[options['hop']] + 4),
+       'cm-ct': Objective('loss_cm:ConsistencyModelTrainingLoss', defaults=CONSISTENCY_MODEL, edm2=EDM2_STUDENT, options=CM, sampling=STOCHASTIC,
+                          boundary=True, cost=lambda options: 4)},
+    ict=Objective('loss_ict:ImprovedConsistencyTrainingLoss', edm2=EDM2_STUDENT, boundary=True, sampling=STOCHASTIC,
+                  defaults=dict(RADAM, lr=1e-4, duration=409.6, batch=1024, ema=10.14e6, dropout=0.3),
+                  options=dict(BOUNDARY, s0=10, s1=1280, P_mean=-1.1, P_std=2.0, c=None, batch_size=None), cost=lambda options: 4),
+    ect=Objective('loss_ect:ConsistencyTuningLoss', options=ECT, sampling=WHOLE_RANGE, cost=lambda options: 4,
+                  defaults=dict(RADAM, lr=1e-4, duration=51.2, batch=128, ema=0.887e6, dropout=0.2),
+                  edm2=dict(EDM2_STUDENT, optim='adam', P_mean=-0.8, P_std=1.6, q=4.0, c=0.06)),
+    tcm=Objective('loss_tcm:TruncatedTrainingLoss', teacher='consistency', cost=lambda options: 4,
+                  defaults=dict(RADAM, lr=5e-5, duration=204.8, batch=1024, ema=7.097e6), stages=dict(stage_steps=1),
+                  options=dict(sigma_max=80.0, dividing_t=1.0, student_scale=0.2, student_df=0.01, q=2.0, k=8.0, b=1.0, c=1e-8, ratio_cap=0.999,
+                               stage_nimg=None, tcm_weight='flat', boundary_share=0.25, boundary_weight=0.1, batch_size=None, sync_dropout=True),
+                  sampling=dict(STOCHASTIC, sigma_min=0.002),
+                  edm2=dict(EDM2_STUDENT, optim='adam', lr=5e-4, lr_decay=8000, duration=122.88, q=4.0, c=0.06, ratio_cap=0.9961,
+                            tcm_weight='karras')),
 )
 
 
 def objectives_with(option: str) -> list[str]:
     """The objectives that have an option."""
-    return [name for name, objective in OBJECTIVES.items() if option in {**objective.options, **objective.sampling}]
+    return [name for name, objective in OBJECTIVES.items() if option in objective.own]

@@ -13,6 +13,7 @@ from dnnlib import EasyDict, UserError
 from torch_utils import distributed, training_stats
 from training import checkpoint
 from training.consistency_ops import student_grid
+from training.loss import Loss
 from training.phema import WeightAverages, average_name
 from training.weight_update import WeightUpdate
 
@@ -67,13 +68,15 @@ def load_state(resume: str, report=print) -> tuple[str, dict]:
 def snapshot_metadata(c: EasyDict, nimg: int) -> dict:
     """Plain data that a snapshot carries, so that samplers know what the network is."""
     metadata = dict(objective=c.objective, kimg=nimg / 1e3, nimg=nimg, seed=c.seed, **({'encoder': c.encoder} if c.encoder else {}))
-    if 'S' in c.loss:
-        grid = {name: c.loss[name] for name in ('S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_grid', 'sigma_data')}
-        sigmas = student_grid(grid['S'], grid['sigma_min'], grid['sigma_max'], grid['rho'], grid['student_grid'], grid['sigma_grid'])
-        metadata.update(grid, sigmas=sigmas.tolist())
-    if c.sampling:
-        sigma_min, sigma_max, mid_t = (c.sampling[name] for name in ('sigma_min', 'sigma_max', 'mid_t'))
-        metadata.update(solver='cm', sigma_min=sigma_min, sigma_max=sigma_max, sigmas=[sigma_max, *([mid_t] if mid_t else []), 0.0])
+    known = {**c.loss, **(c.sampling or {})}
+    known['num_timesteps'] = known.get('N')
+    recorded = ('S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_grid', 'sigma_data', 'num_timesteps')
+    metadata.update({name: known[name] for name in recorded if known.get(name) is not None})
+    if 'S' in known:
+        sigmas = student_grid(*(known[name] for name in ('S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_grid')))
+        metadata.update(sigmas=sigmas.tolist())
+    elif c.sampling:
+        metadata.update(solver='cm', sigmas=[known['sigma_max'], *([known['mid_t']] if known['mid_t'] else []), 0.0])
     return metadata
 
 
@@ -82,12 +85,12 @@ class RunFiles:
 
     Args:
         c, run_dir: the run's configuration and folder.
-        net, update, averages: what a state holds.
+        net, update, averages, loss_fn: what a state holds.
         log: called with lines for people.
     """
 
-    def __init__(self, c: EasyDict, run_dir: str, net: torch.nn.Module, update: WeightUpdate, averages: WeightAverages, log):
-        self.c, self.run_dir, self.net, self.update, self.averages, self.log = c, Path(run_dir), net, update, averages, log
+    def __init__(self, c: EasyDict, run_dir: str, net: torch.nn.Module, update: WeightUpdate, averages: WeightAverages, loss_fn: Loss, log):
+        self.c, self.run_dir, self.net, self.update, self.averages, self.loss_fn, self.log = c, Path(run_dir), net, update, averages, loss_fn, log
         self._newest: tuple[tuple, str] | None = None  # position and name of the last state that was written
         self._abandoned: set[str] = set()  # states beyond the one that the run goes on from
 
@@ -108,7 +111,7 @@ class RunFiles:
 
     def _snapshot(self, progress: EasyDict, suffix: str, net: torch.nn.Module, metadata: dict, fids: dict[str, float]) -> None:
         path = self.run_dir / f'{file_stem(progress, "network-snapshot")}{suffix}.pkl'
-        checkpoint.save_snapshot(path, net, **metadata, dataset_kwargs=dict(self.c.dataset), fid=fids.get(metadata['ema']))
+        checkpoint.save_snapshot(path, self.loss_fn.sampled(net), **metadata, dataset_kwargs=dict(self.c.dataset), fid=fids.get(metadata['ema']))
 
     def check_weights(self) -> None:
         """Ends all processes where they do not hold the same weights."""
@@ -124,7 +127,8 @@ class RunFiles:
         self.check_weights()
         rng = dict(cpu=torch.get_rng_state(), **({'cuda': torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}))
         state = dict(net=dict(self.net.state_dict()), update=self.update.state_dict(), averages=self.averages.state_dict(),
-                     progress=dict(position), stats=training_stats.state(), rng=distributed.gather_objects(rng), options=json.dumps(self.c))
+                     loss=self.loss_fn.state_dict(), progress=dict(position), stats=training_stats.state(), rng=distributed.gather_objects(rng),
+                     options=json.dumps(self.c))
         stem = file_stem(progress, 'training-state')
         if not self.guarded(lambda: self._write_state(progress, stem, state)):
             return None
@@ -197,12 +201,14 @@ def next_tick(progress: EasyDict) -> dict:
 #----------------------------------------------------------------------------
 # Going on.
 
-def restore(path: str, state: dict, net: torch.nn.Module, update: WeightUpdate, averages: WeightAverages, device: torch.device) -> tuple[dict, int]:
+def restore(path: str, state: dict, net: torch.nn.Module, update: WeightUpdate, averages: WeightAverages, loss_fn: Loss,
+            device: torch.device) -> tuple[dict, int]:
     """Put a training state into the given objects, and empty it; returns its `progress` and the number of processes that made it."""
     try:
         net.load_state_dict(state.pop('net'))
         update.load_state_dict(state.pop('update'))
         averages.load_state_dict(state.pop('averages'))
+        loss_fn.load_state_dict(state.pop('loss'))
         training_stats.load_state(state.pop('stats'), device)
         progress, rng = state.pop('progress'), state.pop('rng')
         if len(rng) == distributed.get_world_size():

@@ -211,33 +211,6 @@ def cm_sampler(net, latents, class_labels=None, *, steps: int | None = None, tau
         x = x if edit is None else edit(x)
     return x
 
-
-class Switched(torch.nn.Module):
-    """Two networks as one denoiser: `high` where sigma >= `switch`, `low` below it.
-
-    A truncated consistency model (Lee et al. 2025) is the second stage's network above the dividing time and the frozen first stage's below.
-    A scalar sigma costs an evaluation of one network, levels [N] one of each, without waiting for the device.
-    It has the attributes of networks that samplers and generation look at, `metadata` those of `high`.
-    Raises: UserError where the networks are not for the same images and labels.
-    """
-
-    def __init__(self, high: torch.nn.Module, low: torch.nn.Module, switch: float):
-        super().__init__()
-        geometry = ('img_resolution', 'img_channels', 'label_dim')
-        if odd := [name for name in geometry if getattr(high, name) != getattr(low, name)]:
-            raise UserError(f'two networks cannot sample together whose {", ".join(odd)} differ')
-        self.high, self.low, self.switch = high, low, switch
-        self.img_resolution, self.img_channels, self.label_dim = (getattr(high, name) for name in geometry)
-        self.sigma_min, self.sigma_max, self.boundary = low.sigma_min, high.sigma_max, getattr(low, 'boundary', 0)
-        self.metadata = getattr(high, 'metadata', {})
-
-    def forward(self, x, sigma, class_labels=None, **kwargs):
-        above = torch.as_tensor(sigma, device=x.device) >= self.switch
-        if above.ndim == 0:
-            return (self.high if above else self.low)(x, sigma, class_labels, **kwargs)
-        either = (net(x, sigma, class_labels, **kwargs) for net in (self.high, self.low))
-        return torch.where(above.reshape(-1, 1, 1, 1), *either)
-
 #----------------------------------------------------------------------------
 # Teachers. Time t parameterises the ODE: x(t) = s(t) (y + sigma(t) n)   (Karras et al. 2022, Eq. 4).
 

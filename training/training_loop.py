@@ -47,10 +47,11 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
     # Networks, loss, optimiser, averages.
     teacher = in_precision(teacher, c.precision).to(device) if teacher is not None else None
     net = in_precision(build_network(c, teacher), c.precision).to(device).train()
-    loss_fn = build_loss(c, teacher)
+    loss_fn = build_loss(c, teacher, device)
     encoder = encoders.build(c.encoder)
     augment_pipe = AugmentPipe(p=c.augment) if c.augment > 0 else None
     flat = FlatParameters(net)
+    loss_fn.attach(net, flat)
     update = WeightUpdate(flat, tuple(c.betas), c.eps, c.loss_scaling, c.grad_clip, radam=c.optim == 'radam')
     averages = WeightAverages(net, flat, c.ema_halflife_nimg, c.ema_rampup_ratio, c.phema_stds)
     torch.manual_seed(derive_seed(c.seed, 'process', rank))  # for whatever draws without `SampleDraws`
@@ -58,11 +59,11 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
     # Where we are.
     progress, made_by = EasyDict(nimg=0, tick=0, tick_start_nimg=0, due=False, begun=False, fid=None, states={}, names={}, wandb_id=None), world_size
     if state is not None:
-        earlier, made_by = run_files.restore(c.resume, state, net, update, averages, device)
+        earlier, made_by = run_files.restore(c.resume, state, net, update, averages, loss_fn, device)
         progress.update(earlier)
     start_nimg = progress.nimg
     log = RunLog(run_dir, enabled=rank == 0)
-    files = run_files.RunFiles(c, run_dir, net, update, averages, log)
+    files = run_files.RunFiles(c, run_dir, net, update, averages, loss_fn, log)
     describe_run(log, c, net, dataset, rounds, batch_gpu)
     files.tidy()
     if state is not None:
@@ -87,7 +88,7 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
                   config=c, tensorboard=c.tensorboard)  # after the workers, which must not inherit its threads and sockets
         progress.wandb_id = distributed.broadcast_object(log.wandb_id) or progress.wandb_id
         validator = build_validator(c, run_dir, dataset, net, device, resumed=state is not None) if c.validation else None
-        if validator and not progress.begun and evaluate_at_start(validator, c, averages, teacher, files, stop) is None:
+        if validator and not progress.begun and evaluate_at_start(validator, c, averages, loss_fn, teacher, files, stop) is None:
             return stop_here(progress, files, log, stop, hosts)
         progress.begun = True
         log(f'Training for {c.total_nimg / 1e3:g} kimg...')
@@ -110,6 +111,7 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
                         accumulate_gradients(ddp, loss_fn, next_batch(loader), SampleDraws(c.seed, first, batch_gpu, device), update, 1 / rank_batch,
                                              encoder, augment_pipe, c.network.kwargs.get('augment_dim', 0))
                 update.step(learning_rate(c, progress.nimg))
+                loss_fn.end_step()
                 progress.nimg += c.batch_size
                 averages.update(progress.nimg, c.batch_size)
                 log.advance(progress.nimg)
@@ -121,7 +123,7 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
                 continue
             now, fids = time.time(), {}
             if validator and progress.tick and (done or progress.tick % c.validation.every == 0):
-                fids = evaluate(validator, c, averages, progress.nimg, files, stop)
+                fids = evaluate(validator, c, averages, loss_fn, progress.nimg, files, stop)
                 if fids is None:  # asked to stop in the middle
                     return stop_here(progress, files, log, stop, hosts)
             progress.fid = next(iter(fids.values()), None)
@@ -192,6 +194,9 @@ def build_network(c: EasyDict, teacher: torch.nn.Module | None) -> torch.nn.Modu
         if not fitting:
             raise UserError(f'--transfer={c.transfer} has no tensor that fits this network by name and shape')
         net.load_state_dict(fitting, strict=False)
+        if len(fitting) < len(own):
+            distributed.print0(f'Warning: {len(fitting)} of this network\'s {len(own)} tensors are in --transfer={c.transfer} in the same shape; the '
+                               'others start at random. (Options such as --arch and --cbase are not taken from the snapshot.)')
     return net
 
 
@@ -201,10 +206,16 @@ def in_precision(net: torch.nn.Module, precision: str) -> torch.nn.Module:
     return net.double() if precision == 'fp64' else net
 
 
-def build_loss(c: EasyDict, teacher: torch.nn.Module | None):
+def build_loss(c: EasyDict, teacher: torch.nn.Module | None, device: torch.device):
     """The loss function of `c.objective`."""
     if (objective := OBJECTIVES[c.objective]).loss:
-        return objective.loss_class()(*([teacher] if objective.teacher else []), **c.loss)
+        options = dict(c.loss)
+        if 'lpips' in options:
+            from training import lpips
+            weights = options.pop('lpips')
+            with distributed.main_process_first():
+                options['perceptual'] = lpips.load(weights, device) if options['cm_loss'] == 'lpips' else None
+        return objective.loss_class()(*([teacher] if objective.teacher else []), **options)
     return DIFFUSION_LOSSES[c.loss.kind](**{name: value for name, value in c.loss.items() if name != 'kind'})
 
 
@@ -263,21 +274,22 @@ def give_up(c: EasyDict, progress: EasyDict, log: RunLog, bad_in_a_row: int) -> 
                               f'none of them changed the weights. Lower --lr, set --grad-clip, or use --precision=bf16 or fp32, and {cure}.')
 
 
-def evaluate(validator: validation.Validator, c: EasyDict, averages: WeightAverages, nimg: int, files: run_files.RunFiles,
+def evaluate(validator: validation.Validator, c: EasyDict, averages: WeightAverages, loss_fn, nimg: int, files: run_files.RunFiles,
              stop: StopRequest) -> dict | None:
     """FID of each average of --val_emas, by name, the same on all processes; None, and nothing recorded, where a signal asked to stop meanwhile."""
     records, grids = {}, {}
-    for name in c.validation.emas:
-        records[name] = validator.run(averages.networks[name], nimg=nimg, ema=name, metadata=run_files.snapshot_metadata(c, nimg), stop=stop)
+    networks = {name: loss_fn.sampled(averages.networks[name]) for name in c.validation.emas}
+    for name, net in networks.items():
+        records[name] = validator.run(net, nimg=nimg, ema=name, metadata=run_files.snapshot_metadata(c, nimg), stop=stop)
         if records[name] is None:
             return None
     for name, record in records.items():
-        files.guarded(lambda: grids.update({name: validator.sample_grid(averages.networks[name], nimg, name)}))  # noqa: B023  (called at once)
+        files.guarded(lambda: grids.update({name: validator.sample_grid(networks[name], nimg, name)}))  # noqa: B023  (called at once)
         files.log.evaluation(record, grids.get(name))
     return distributed.broadcast_object({name: record['fid'] for name, record in records.items()})
 
 
-def evaluate_at_start(validator: validation.Validator, c: EasyDict, averages: WeightAverages, teacher, files: run_files.RunFiles,
+def evaluate_at_start(validator: validation.Validator, c: EasyDict, averages: WeightAverages, loss_fn, teacher, files: run_files.RunFiles,
                       stop: StopRequest) -> dict | None:
     """What --val_teacher and --val_at_start ask for; None where a signal asked to stop meanwhile."""
     if c.validation.teacher and teacher is not None:
@@ -285,7 +297,7 @@ def evaluate_at_start(validator: validation.Validator, c: EasyDict, averages: We
         if record is None:
             return None
         files.log.evaluation(record)
-    return evaluate(validator, c, averages, 0, files, stop) if c.validation.at_start else {}
+    return evaluate(validator, c, averages, loss_fn, 0, files, stop) if c.validation.at_start else {}
 
 
 def network_stats(update: WeightUpdate, averages: WeightAverages) -> dict[str, dict]:

@@ -1,0 +1,48 @@
+"""Two denoisers as one, of which the noise level chooses.
+
+A snapshot carries this file's source, and each of the two networks brings its own, so it imports nothing but torch and `torch_utils.persistence`.
+"""
+import math
+
+import torch
+from torch.nn import Module
+
+from torch_utils.persistence import persistent_class as persistent
+
+
+@persistent
+class Switched(Module):
+    """`high` where sigma >= `switch`, `low` below it.
+
+    A truncated consistency model (Lee et al. 2025) is the second stage's network above the dividing time and the frozen first stage's below.
+    Nothing is copied: the two networks stay what and where they are. It has the attributes of networks that samplers and generation look at,
+    `metadata` those of `high`.
+    Raises: ValueError for networks that are not of the same images and labels, that are one and the same, or that are switched themselves.
+    """
+
+    def __init__(self, high, low, switch):
+        super().__init__()
+        geometry = ('img_resolution', 'img_channels', 'label_dim')
+        if odd := [name for name in geometry if getattr(high, name) != getattr(low, name)]:
+            raise ValueError(f'two networks cannot sample together whose {", ".join(odd)} differ')
+        if high is low or isinstance(high, Switched) or isinstance(low, Switched):
+            raise ValueError('two networks are needed, neither of them made of two itself')
+        if not 0 < switch < math.inf:
+            raise ValueError(f'there is no noise level {switch} to switch at')
+        self.high, self.low, self.switch = high, low, switch
+        self.img_resolution, self.img_channels, self.label_dim = (getattr(high, name) for name in geometry)
+        self.sigma_min, self.sigma_max, self.boundary = low.sigma_min, high.sigma_max, getattr(low, 'boundary', 0)
+        self.metadata = getattr(high, 'metadata', {})
+
+    def forward(self, x, sigma, class_labels=None, **kwargs):
+        """D [N, C, H, W] of noisy `x` at noise levels `sigma`. A scalar asks one network; levels [N] ask both, without waiting for the device."""
+        above = torch.as_tensor(sigma) >= self.switch
+        if above.ndim == 0:
+            return (self.high if above else self.low)(x, sigma, class_labels, **kwargs)
+        either = (net(x, sigma, class_labels, **kwargs) for net in (self.high, self.low))
+        return torch.where(above.to(x.device).reshape(-1, 1, 1, 1), *either)
+
+    def round_sigma(self, sigma):
+        """The noise levels that the network which answers there was trained at, nearest to `sigma`."""
+        sigma = torch.as_tensor(sigma)
+        return torch.where(sigma >= self.switch, self.high.round_sigma(sigma), self.low.round_sigma(sigma))

@@ -1,0 +1,74 @@
+"""Progressive distillation from stage to stage. Each is a run of its own in a folder of its own, `S0512`, `S0256`, ..., with the states, snapshots
+and logs of any other run; its teacher is the last snapshot of the stage before."""
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from dnnlib import EasyDict, UserError
+from training import time_schedules as times
+
+
+def is_stage_of(metadata: dict, opts: EasyDict) -> bool:
+    """Whether a snapshot's metadata are those of a student whose grid of twice as many steps the first student's is half of."""
+    from training.consistency_ops import student_grid
+    if 'S' not in metadata or metadata['S'] != 2 * opts.S_start:
+        return False
+    grid = student_grid(2 * opts.S_start, metadata['sigma_min'], metadata['sigma_max'], opts.rho, 'full', opts.sigma_grid)
+    return metadata['sigmas'] == grid.tolist()
+
+
+def stages(opts: EasyDict, run_dir: str) -> Iterator[EasyDict]:
+    """The options of each stage that is not finished yet, when its turn comes: a new one's, or those to resume one that was interrupted.
+
+    Args:
+        opts: options of train.py; `batch` and `seed` are settled.
+        run_dir: folder of the stages' folders.
+    Raises: UserError where a stage does not follow from the one before it.
+    """
+    from torch_utils import distributed
+    from training.run_files import saved_states
+    teacher, plan = opts.teacher, times.halving_stages(opts.S_start, opts.S, opts.stage_steps)
+    for S, steps in plan:
+        folder, total = os.path.join(run_dir, f'S{S:04d}'), steps * opts.batch
+        snapshot = distributed.broadcast_object(_finished(folder, total, teacher))
+        if snapshot is None:
+            resume = opts.resume if opts.resume and Path(opts.resume).parent == Path(folder) else folder
+            there = distributed.broadcast_object(bool(saved_states(folder)))
+            yield EasyDict(opts, S=S, S_start=S, stages=plan, teacher=teacher, duration=total / 1e6, outdir=folder, nosubdir=True,
+                           resume=resume if there else None)
+            snapshot = distributed.broadcast_object(_finished(folder, total, teacher))
+        teacher = snapshot
+
+
+def run_folder(resume: str) -> str:
+    """The folder of a progressive distillation's stages from what --resume names: itself, a stage's folder, or a state in one."""
+    path = Path(resume)
+    stage = path.parent if path.suffix == '.pt' else path
+    return os.fspath(stage.parent if re.fullmatch(r'S\d{4,}', stage.name) else stage)
+
+
+def stage_folders(run_dir: str) -> list[Path]:
+    """The folders of the stages that have begun, the first one first."""
+    return sorted((path for path in Path(run_dir).glob('S*') if re.fullmatch(r'S\d{4,}', path.name)), reverse=True)
+
+
+def _finished(folder: str, total_nimg: int, teacher: str) -> str | None:
+    """The snapshot with which a stage ended; None where it has not, or on processes other than the main one."""
+    from torch_utils import distributed
+    from training.checkpoint import load_network, network_digest
+    if not distributed.is_main():
+        return None
+    snapshots = [path for path in Path(folder).glob('network-snapshot-*.pkl') if re.fullmatch(r'network-snapshot-\d+(-\d+)?\.pkl', path.name)]
+    for path in sorted(snapshots, key=os.path.getmtime, reverse=True):
+        if load_network(path).metadata.get('nimg') != total_nimg:
+            continue
+        record = json.loads(Path(folder, 'training_options.json').read_text())
+        if record['teacher_digest'] != network_digest(load_network(teacher), {}):
+            raise UserError(f'{folder} was distilled from another teacher than {teacher}: delete that folder and the ones of fewer steps, '
+                            'or start anew.')
+        return os.fspath(path)
+    return None
