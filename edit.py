@@ -1,0 +1,473 @@
+"""Zero-shot editing: a student or consistency model completes what is known of an image, without having been trained for it."""
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import click
+
+from dnnlib import EasyDict, UserError, cli
+from generate import TEACHER, sampling_arguments, sampling_options
+
+if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
+    import numpy as np
+    from torch import Tensor
+
+    from training.generation import LabelChooser
+
+SOLVERS = ('student', 'cm')
+CM_STEPS = 40      # of consistency models in edits: the more there are, the more of what is known is heeded (docs/editing.md)
+SHOWN = 16         # images of the input in the grid
+SIDE, GAP = 64, 2  # of an image in the grid, at least, and between two, in pixels
+GREY = 128         # of pixels that are to be made up
+
+#----------------------------------------------------------------------------
+# What is edited.
+
+class Input(NamedTuple):
+    """Images as they lie on disk, read when they are asked for.
+
+    Attributes:
+        names: of the chosen images, relative paths without extension.
+        read: from places among the chosen to uint8 [n, C, H, W].
+        shape: [C, H, W].
+        labels: [N] class indices or [N, D] vectors of the chosen; None where the input has none.
+    """
+    names: list[str]
+    read: Callable[[Sequence[int]], Tensor]
+    shape: list[int]
+    labels: np.ndarray | None
+
+
+def open_input(path: str, indices: list[int] | None) -> Input:
+    """A folder, a zip, an array of images, or a single one; of several those at `indices`, by their place. Raises: UserError."""
+    from metrics.images import FileImages, open_images
+    from training.dataset import read_labels
+    if os.path.isfile(path) and os.path.splitext(path)[1].lower() not in ('.zip', '.npz', '.npy'):
+        if indices not in (None, [0]):
+            raise UserError(f'--indices: {path} is a single image; leave the option out')
+        image = read_image(path)
+        return Input([os.path.splitext(os.path.basename(path))[0]], lambda places: image[[0] * len(places)], list(image.shape[1:]), None)
+    source = open_images(path)
+    chosen = list(range(len(source))) if indices is None else indices
+    if max(chosen) >= len(source):
+        raise UserError(f'--indices={max(chosen)} does not exist: {path} holds the {len(source)} images 0 to {len(source) - 1}')
+    from_files = isinstance(source, FileImages)
+    names = [os.path.splitext(source.files.images[i])[0] if from_files else f'{i:06d}' for i in chosen]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f'{path}: {twice} would be edited twice, into the same file: give each image a name, and in --indices a place, of its own')
+    labels = read_labels(source.files) if from_files else None
+    return Input(names, lambda places: source.batch([chosen[i] for i in places])[0], source.image_shape, None if labels is None else labels[chosen])
+
+
+def read_image(path: str, modes: Sequence[str] = ()) -> Tensor:
+    """An image file as uint8 [1, C, H, W]; of grey levels too where it is of one of `modes`, which are turned into them. Raises: UserError."""
+    import torch
+    from PIL import Image
+
+    from training.dataset import UNREADABLE, image_pixels, image_shape_of
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert('L') if opened.mode in modes else opened
+            image_shape_of(image, path)
+            return torch.from_numpy(image_pixels(image).copy())[None]
+    except UNREADABLE as error:
+        raise UserError(f'{path} is not a readable image ({getattr(error, "strerror", None) or error})') from error
+
+
+def check_shape(path: str, shape: Sequence[int], wanted: Sequence[Sequence[int]]) -> None:
+    """UserError where images are of none of the shapes [C, H, W]."""
+    if list(shape) not in [list(one) for one in wanted]:
+        words = lambda c, h, w: f'{w}x{h} {"grey" if c == 1 else "RGB"}'
+        raise UserError(f'--input={path} has images of {words(*shape)}, and here they must be {" or ".join(words(*one) for one in wanted)}: '
+                        'convert them with dataset_tool.py')
+
+#----------------------------------------------------------------------------
+# How it is edited.
+
+class Prepared(NamedTuple):
+    """A batch made ready for the sampler.
+
+    Attributes:
+        known: what the network is told of the images, to be seen in the grid: uint8 [N, C, H, W].
+        latents: [N, C, H, W].
+        options: of `samplers.sample`: an edit, or a start.
+        to_pixels: from what the sampler returns to uint8.
+    """
+    known: Tensor
+    latents: Tensor
+    options: dict
+    to_pixels: Callable[[Tensor], Tensor]
+
+
+Task = Callable[['Tensor', 'Tensor'], Prepared]  # of images, uint8 [N, C, H, W], and latents
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """uint8 to [-1, 1], in float64: what is known stays exact."""
+    return images.double() / 127.5 - 1
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    from training.encoders import StandardRGBEncoder
+    return StandardRGBEncoder().decode(images)
+
+
+def inpainting_task(unknown: Tensor) -> Task:
+    """`unknown`: boolean [H, W]."""
+    from training import editing
+
+    def prepare(images, latents):
+        where = unknown.to(images.device)
+        return Prepared(images.masked_fill(where, GREY), latents, dict(edit=editing.inpainting(to_signed(images), where)), to_pixels)
+    return prepare
+
+
+def colorization_task(images: Tensor, latents: Tensor) -> Prepared:
+    from training import editing
+    grey = editing.grey_pixels(images)
+    return Prepared(grey, latents, dict(edit=editing.colorization(to_signed(grey))), lambda x: to_pixels(editing.contract_colors(x)))
+
+
+def superresolution_task(factor: int, resolution: int) -> Task:
+    """From images of `resolution`, which are averaged, or of a `factor`-th of it."""
+    from training import editing
+
+    def prepare(images, latents):
+        small = to_signed(images)
+        small = editing.block_mean(small, factor) if images.shape[-1] == resolution else small
+        return Prepared(to_pixels(small), latents, dict(edit=editing.superresolution(small, factor)), lambda x: editing.round_blocks(x, factor))
+    return prepare
+
+
+def start_task(sigma: float, add_noise: bool) -> Task:
+    """Sampling begins at the images, with noise of `sigma` that they have already or that is added."""
+    def prepare(images, latents):
+        begin = to_signed(images)
+        noise = latents.double() * add_noise
+        return Prepared(to_pixels(begin + sigma * noise), noise, dict(start=(begin, sigma)), to_pixels)
+    return prepare
+
+
+def given_labels(labels: Tensor) -> LabelChooser:
+    """A chooser of these labels; random ones are drawn all the same, so that noise that comes after them is what it is without labels."""
+    from training.generation import uniform_labels
+
+    def choose(noise, label_dim):
+        return labels.to(uniform_labels(noise, label_dim))
+    return choose
+
+
+def labels_for(net, path: str, labels: np.ndarray | None) -> Tensor | None:
+    """[N, label_dim] of a data set's labels; None where there are none or the network takes none. Raises: UserError where they are not its."""
+    import torch
+    if labels is None or not net.label_dim:
+        return None
+    if labels.ndim == 2 and labels.shape[1] == net.label_dim:
+        return torch.from_numpy(labels)
+    if labels.ndim == 1 and labels.max() < net.label_dim:
+        return torch.nn.functional.one_hot(torch.from_numpy(labels), net.label_dim).float()
+    raise UserError(f'the labels of --input={path} are not of the {net.label_dim} classes of the network: choose one with --class')
+
+
+def load(network: str):
+    """The network, of pixels, on the device that there is. Raises: UserError."""
+    import torch
+
+    from training import encoders
+    from training.checkpoint import load_network
+    net = load_network(network, 'cuda' if torch.cuda.is_available() else 'cpu')
+    if not isinstance(encoders.encoder_of(net), encoders.StandardRGBEncoder):
+        raise UserError(f'{network} makes latents of a VAE, and what is known of an image is known of its pixels: '
+                        'only networks of pixels can edit. interpolate works with both.')
+    return net
+
+
+def editing_arguments(net, network: str, sampling: dict, projects: bool) -> dict:
+    """What `samplers.sample` and the choice of labels take. `projects`: by an edit, which is lost on a single evaluation. Raises: UserError."""
+    arguments = sampling_arguments(net, network, **sampling)
+    if arguments['solver'] not in SOLVERS:
+        raise UserError(f'{network} is sampled as a teacher ({arguments["solver"]}), and only students and consistency models can edit: '
+                        'distil it with train.py --objective=mcd or direct, or tune it with --objective=ect')
+    levels_given = any(sampling[name] is not None for name in ('steps', 'taus', 'mid_t', 'ts'))
+    if projects and arguments['solver'] == 'cm' and not levels_given:
+        arguments['steps'] = CM_STEPS
+    if projects and arguments['steps'] < 2:
+        raise UserError('a single evaluation sees nothing of the known part, only noise: take --steps=2 or more, or a student of more steps')
+    return arguments
+
+
+def edit_batch(net, task: Task, images: Tensor, seeds: Sequence[int], labels: Tensor | None, choose_labels, **arguments) -> tuple[Tensor, Tensor]:
+    """(what is known, results), uint8 [N, C, H, W], of images uint8 [N, ...] with a seed each. An output depends on its image and seed alone."""
+    import torch
+
+    from training import generation, samplers
+    device = next(net.parameters()).device
+    noise = generation.SeededNoise(seeds, device)
+    latents = noise.randn([net.img_channels, net.img_resolution, net.img_resolution])
+    choose = choose_labels if labels is None else given_labels(labels)
+    prepared = task(images.to(device), latents)
+    with torch.no_grad():
+        drawn = samplers.sample(net, prepared.latents, choose(noise, net.label_dim) if net.label_dim else None, randn_like=noise.randn_like,
+                                **arguments, **prepared.options)
+    return prepared.known, prepared.to_pixels(drawn)
+
+#----------------------------------------------------------------------------
+# From files to files.
+
+def edit(c: EasyDict, net, source: Input, task: Task, projects: bool) -> None:
+    """Edit every image once for every seed: `outdir`/images/NAME-SEED.png and `outdir`/grid.png. `c`: the values of `editing_options`."""
+    import tqdm
+
+    from training import generation
+    arguments = editing_arguments(net, c.network, c.sampling, projects)
+    labels = None if c.sampling['class_idx'] is not None else labels_for(net, c.path, source.labels)
+    make_folder(c.outdir)
+    pairs, shown = list(itertools.product(range(len(source.names)), c.seeds)), []
+    print(f'Editing {len(source.names)} images {len(c.seeds)} times to "{c.outdir}" '
+          f'({arguments["solver"]}, up to {arguments["steps"]} evaluations each)...')
+    for part in tqdm.tqdm(list(generation.split_batches(pairs, c.batch)), unit='batch', dynamic_ncols=True, disable=None):
+        places, seeds = map(list, zip(*part))
+        images = source.read(places)
+        known, results = edit_batch(net, task, images, seeds, None if labels is None else labels[places], **arguments)
+        generation.save_images(results, [os.path.join(c.outdir, 'images', f'{source.names[i]}-{seed:06d}.png') for i, seed in part])
+        shown += [tensors for i, *tensors in zip(places, images, known.cpu(), results.cpu()) if i < SHOWN]
+    write_before_and_after(shown, c.seeds, c.outdir)
+
+
+def write_before_and_after(shown: Sequence[Sequence[Tensor]], seeds: Sequence[int], outdir: str) -> None:
+    """The grid: a column for each image; its rows are the input, what is known of it, and a result for each seed.
+
+    Args:
+        shown: (input, known, result), uint8 [C, H, W], of each image and, within it, each seed.
+    """
+    inputs, known = ([three[i] for three in shown[::len(seeds)]] for i in (0, 1))
+    rows = {'input': inputs, 'what is known of it': known}
+    rows |= {f'seed {seed}': [three[2] for three in shown[k::len(seeds)]] for k, seed in enumerate(seeds)}
+    if all(a.shape == b.shape and bool((a == b).all()) for a, b in zip(inputs, known)):
+        del rows['what is known of it']
+    write_grid(list(rows.values()), outdir)
+    print(f'Rows of {os.path.join(outdir, "grid.png")}: {", ".join(rows)}')
+
+
+def write_grid(rows: Sequence[Sequence[Tensor]], outdir: str) -> None:
+    """`outdir`/grid.png of rows of uint8 images [C, H, W]; smaller ones are enlarged to the largest, and all to a size that can be seen."""
+    import torch
+
+    from training import editing, generation
+    flat = [image for row in rows for image in row]
+    channels, size = max(len(image) for image in flat), max(image.shape[-1] for image in flat)
+    factor = max(1, -(-SIDE // size))
+    cells = [editing.repeat(image[None].expand(1, channels, -1, -1), factor * size // image.shape[-1]) for image in flat]
+    padded = torch.nn.functional.pad(torch.cat(cells), (0, GAP, 0, GAP), value=96)
+    generation.save_images(generation.image_grid(padded, len(rows[0]))[None], [os.path.join(outdir, 'grid.png')])
+
+
+def make_folder(outdir: str) -> None:
+    """The folder, or a UserError before any work is done."""
+    try:
+        os.makedirs(outdir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--outdir={outdir} cannot be made: {error.strerror}') from error
+
+#----------------------------------------------------------------------------
+# The command line.
+
+def editing_options(projects: bool):
+    """A decorator: the options that all edits of images have, as one argument `c`. Those of teachers, who cannot edit, are refused and not listed."""
+    options = [
+        cli.option('--network', metavar='PKL|URL', required=True, help='Snapshot of a student or a consistency model.'),
+        cli.option('--input', 'path', metavar='PATH', required=True,
+                   help='An image, or a folder, zip or array of images; labels of its dataset.json are used.'),
+        cli.option('--outdir', metavar='DIR', required=True, help='Folder for images/NAME-SEED.png and grid.png.'),
+        cli.option('--indices', metavar='LIST', type=cli.IntRanges(), help='Images of the input by their place in it, as in 0-7.  [default: all]'),
+        cli.option('--seeds', metavar='LIST', type=cli.IntRanges(), default='0', show_default=True, help='A result of each image for every seed.'),
+        cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images at a time.'),
+    ]
+
+    def decorate(command):
+        @functools.wraps(command)
+        def collected(**values):
+            return command(EasyDict({name: values.pop(name) for name in names}), **values)
+        collected = sampling_options()(collected)
+        for parameter in collected.__click_params__:
+            parameter.hidden = parameter.hidden or parameter.group == TEACHER
+            if parameter.name == 'steps':
+                parameter.help = f"Sampling steps.  [default: a student's own; {CM_STEPS if projects else 1} for a consistency model]"
+            if parameter.name == 'solver':
+                parameter.type, parameter.help = click.Choice(SOLVERS), 'Sampler.  [default: what the snapshot is]'
+        for option in reversed(options):
+            collected = option(collected)
+        names = ['sampling', *(parameter.name for parameter in collected.__click_params__[-len(options):])]
+        return collected
+    return decorate
+
+
+@click.group(cls=cli.Group)
+def main():
+    """Edit images with a student or a consistency model that was not trained for it (Song et al. 2023, Section 6; Meng et al. 2022).
+
+    \b
+    Make up the lower half of the first eight digits, four times each:
+      python edit.py inpaint --network=demo-out/student-8/network-snapshot-000256.pkl --input=demo-out/digits.zip --indices=0-7 \\
+          --box=0,4,8,8 --seeds=0-3 --outdir=edits
+    \b
+    Colour for a grey photograph, and 256 pixels from 64:
+      python edit.py colorize --network=consistency-256.pkl --input=old.png --outdir=colour
+      python edit.py superres --factor=4 --network=consistency-256.pkl --input=small.png --outdir=large
+
+    What is known stays exactly so in the files: pixels outside the mask, the grey version, the averages of blocks.
+    An output depends on its image and seed alone, not on the batch.
+    """
+
+
+class Box(click.ParamType):
+    """LEFT,TOP,RIGHT,BOTTOM in pixels, the last two not included."""
+
+    name = 'box'
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, list):
+            return value
+        box = cli.NumberList(int).convert(value, param, ctx)
+        if len(box) != 4 or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
+            self.fail(f'{value!r} is not LEFT,TOP,RIGHT,BOTTOM, as in 0,4,8,8', param, ctx)
+        return box
+
+
+@main.command()
+@cli.option('--mask', metavar='IMAGE', help='What is to be made up: white in an image of the same size.', group='What is unknown')
+@cli.option('--box', metavar='LIST', type=Box(), help='Or a box: left, top, right, bottom in pixels, as in 0,4,8,8.', group='What is unknown')
+@cli.option('--random-share', metavar='FLOAT', type=cli.Number(min=0, max=1, min_open=True),
+            help='Or this share of the pixels, the same random ones in all images.', group='What is unknown')
+@editing_options(projects=True)
+def inpaint(c, mask, box, random_share):
+    """Make up the pixels under a mask; the others stay as they are, byte for byte."""
+    if sum(given is not None for given in (mask, box, random_share)) != 1:
+        raise click.UsageError('what is unknown: give one of --mask, --box and --random-share')
+    net, source = load(c.network), open_input(c.path, c.indices)
+    check_shape(c.path, source.shape, [[net.img_channels, net.img_resolution, net.img_resolution]])
+    edit(c, net, source, inpainting_task(unknown_pixels(net.img_resolution, mask, box, random_share)), projects=True)
+
+
+def unknown_pixels(resolution: int, mask: str | None, box: list[int] | None, random_share: float | None) -> Tensor:
+    """Boolean [H, W]. Raises: UserError where a mask or box does not fit the images, or nothing is unknown."""
+    import torch
+    unknown = torch.zeros(resolution, resolution, dtype=torch.bool)
+    if mask is not None:
+        image = read_image(mask, modes=['1', 'P', 'RGB'])
+        if list(image.shape[2:]) != [resolution, resolution]:
+            raise UserError(f'--mask={mask} is {image.shape[3]}x{image.shape[2]}, and the images are {resolution}x{resolution}: '
+                            'draw the mask in their size')
+        unknown = image[0, 0] >= 128
+    elif box is not None:
+        left, top, right, bottom = box
+        if max(right, bottom) > resolution:
+            raise UserError(f'--box={",".join(map(str, box))} goes beyond the images, which are {resolution}x{resolution}')
+        unknown[top:bottom, left:right] = True
+    else:
+        order = torch.randperm(unknown.numel(), generator=torch.Generator().manual_seed(0))
+        unknown.view(-1)[order[:round(random_share * unknown.numel())]] = True
+    if not unknown.any():
+        raise UserError(f'nothing is to be made up: {f"--mask={mask} has no white" if mask else "--random-share is less than a pixel"}')
+    return unknown
+
+
+@main.command()
+@editing_options(projects=True)
+def colorize(c):
+    """Make up the colours of grey images, or of colour images that are turned grey first; their grey version stays."""
+    net = load(c.network)
+    if net.img_channels != 3:
+        raise UserError(f'{c.network} makes grey images; colours take a network of RGB images')
+    source = open_input(c.path, c.indices)
+    check_shape(c.path, source.shape, [[channels, net.img_resolution, net.img_resolution] for channels in (1, 3)])
+    edit(c, net, source, colorization_task, projects=True)
+
+
+@main.command()
+@cli.option('--factor', metavar='INT', type=click.IntRange(min=2), required=True, help='Side of the block of pixels that each becomes.')
+@editing_options(projects=True)
+def superres(c, factor):
+    """Make up the detail of small images, or of large ones that are averaged first; the average of every block stays."""
+    net = load(c.network)
+    if net.img_resolution % factor:
+        raise UserError(f'--factor={factor} does not divide {net.img_resolution}, the side of the images that {c.network} makes')
+    source, small = open_input(c.path, c.indices), net.img_resolution // factor
+    check_shape(c.path, source.shape, [[net.img_channels, side, side] for side in (small, net.img_resolution)])
+    edit(c, net, source, superresolution_task(factor, net.img_resolution), projects=True)
+
+
+SIGMA_HELP = 'Standard deviation of the noise, for pixels in [-1, 1]: 127.5 times as many grey levels.'
+
+
+@main.command()
+@cli.option('--sigma', metavar='FLOAT', type=cli.POSITIVE, required=True, help=SIGMA_HELP)
+@editing_options(projects=False)
+def stroke(c, sigma):
+    """Images from strokes of a brush, or from any other rough image: noise is added that drowns what is wrong with them, then removed."""
+    start_at(c, sigma, add_noise=True)
+
+
+@main.command()
+@cli.option('--sigma', metavar='FLOAT', type=cli.POSITIVE, required=True, help=SIGMA_HELP)
+@cli.option('--add-noise', is_flag=True, help='The images have no noise yet: add it.')
+@editing_options(projects=False)
+def denoise(c, sigma, add_noise):
+    """Remove noise of a known level."""
+    start_at(c, sigma, add_noise)
+
+
+def start_at(c: EasyDict, sigma: float, add_noise: bool) -> None:
+    """Sample from images with noise."""
+    net, source = load(c.network), open_input(c.path, c.indices)
+    check_shape(c.path, source.shape, [[net.img_channels, net.img_resolution, net.img_resolution]])
+    edit(c, net, source, start_task(sigma, add_noise), projects=False)
+
+
+@main.command()
+@cli.option('--network', metavar='PKL|URL', required=True, help='Snapshot of any network.')
+@cli.option('--outdir', metavar='DIR', required=True, help='Folder for images/%06d.png and grid.png.')
+@cli.option('--seeds', metavar='LIST', type=cli.IntRanges(), required=True, help='Two seeds or more, from each to the next.')
+@cli.option('--count', metavar='INT', type=click.IntRange(min=2), default=8, show_default=True, help='Images from one seed to the next, with both.')
+@sampling_options()
+def interpolate(network, outdir, seeds, count, sampling):
+    """Images between those of two seeds: latents between theirs, all else that is random as the first one's."""
+    import torch
+
+    from training import encoders, generation
+    from training.checkpoint import load_network
+    if len(seeds) < 2:
+        raise click.UsageError('--seeds: two or more, such as 3,7')
+    net = load_network(network, 'cuda' if torch.cuda.is_available() else 'cpu')
+    encoder = encoders.encoder_of(net, next(net.parameters()).device)
+    arguments = sampling_arguments(net, network, **sampling)
+    make_folder(outdir)
+    rows = [encoder.decode(between(net, *ends, count, **arguments)) for ends in itertools.pairwise(seeds)]
+    images = torch.cat(rows)
+    generation.save_images(images, [os.path.join(outdir, 'images', f'{i:06d}.png') for i in range(len(images))])
+    write_grid(rows, outdir)
+    print(f'Rows of {os.path.join(outdir, "grid.png")}: ' + ', '.join(f'seed {a} to {b}' for a, b in itertools.pairwise(seeds)))
+
+
+def between(net, first: int, last: int, count: int, choose_labels: LabelChooser, **arguments) -> Tensor:
+    """What the network draws at `count` latents from one seed's to another's, [count, C, H, W] float64: label and later noise are the first's."""
+    import torch
+
+    from training import editing, generation, samplers
+    device, shape = next(net.parameters()).device, [net.img_channels, net.img_resolution, net.img_resolution]
+    noise, end = generation.SeededNoise([first] * count, device), generation.SeededNoise([last], device).randn(shape)
+    share = torch.linspace(0, 1, count, dtype=torch.float64, device=device)
+    start = noise.randn(shape).double()
+    latents = editing.slerp(start, end.double().expand_as(start), share)
+    labels = choose_labels(noise, net.label_dim) if net.label_dim else None
+    with torch.no_grad():
+        return samplers.sample(net, latents, labels, randn_like=noise.randn_like, **arguments)
+
+
+if __name__ == '__main__':
+    main()
