@@ -101,6 +101,7 @@ class Measure:
         features: whether it needs the images' features, all of them.
         reference_features: whether it needs features of reference images too.
         classes: whether it needs class probabilities.
+        larger_is_better: whether good images have a large one: a score, not a distance.
     """
 
     compute: Callable[[Comparison], dict]
@@ -110,6 +111,7 @@ class Measure:
     features: bool = False
     reference_features: bool = False
     classes: bool = False
+    larger_is_better: bool = False
 
     @property
     def compares(self) -> bool:
@@ -122,10 +124,10 @@ MEASURES = {
     FID: Measure(Comparison.frechet, '{}', frechet=True),
     'fid_inf': Measure(Comparison.frechet_infinity, '{}-infinity', frechet=True, features=True),
     'kid': Measure(Comparison.kernel, 'KID', features=True, reference_features=True),
-    'precision': Measure(Comparison.precision, 'precision', features=True, reference_features=True),
-    'recall': Measure(Comparison.recall, 'recall', features=True, reference_features=True),
-    'density': Measure(Comparison.density, 'density', features=True, reference_features=True),
-    'coverage': Measure(Comparison.coverage, 'coverage', features=True, reference_features=True),
-    'is': Measure(Comparison.inception_score, 'Inception Score', classes=True),
+    'precision': Measure(Comparison.precision, 'precision', features=True, reference_features=True, larger_is_better=True),
+    'recall': Measure(Comparison.recall, 'recall', features=True, reference_features=True, larger_is_better=True),
+    'density': Measure(Comparison.density, 'density', features=True, reference_features=True, larger_is_better=True),
+    'coverage': Measure(Comparison.coverage, 'coverage', features=True, reference_features=True, larger_is_better=True),
+    'is': Measure(Comparison.inception_score, 'Inception Score', classes=True, larger_is_better=True),
     FD_DINOV2: Measure(Comparison.frechet, '{}', entry=FD_DINOV2, frechet=True),
 }
