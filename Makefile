@@ -1,6 +1,7 @@
 # make demo       set up .venv, then run the whole story on real digits (minutes on a laptop)
 # make test       the same set-up, then the tests
 # make test-slow  the long tests too
+# make compare    all objectives side by side on the digits, for an equal budget (three quarters of an hour on two cores)
 # make bench      time the training step, sampling, loading and saving, evaluation
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow bench lint setup clean
+.PHONY: demo compare test test-slow bench lint setup clean
 
 setup: $(STAMP)
 
@@ -20,6 +21,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python demo.py $(ARGS)
+
+compare: $(STAMP)
+	$(BIN)/python compare.py $(ARGS)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)

@@ -7,86 +7,24 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
-import shlex
-import subprocess
-import sys
-import threading
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
 
 from dnnlib import UserError, cli
+from metrics import digits
+from metrics.story import SHOWN, Story, make_outdir, measure
 
-ROOT = Path(__file__).resolve().parent
-RULERS = dict(classifier='digits classifier, trained here', pca='PCA of raw pixels', random='fixed random convolution')
 IMAGES = 1797  # as many as there are digits
-BATCH = 128
-SHOWN = 40     # images in a grid
-
-NETWORK = ['--arch=adm', '--cbase=16', '--cres=1,2', '--num_blocks=1', '--attn_resolutions=none']
-COMMON = ['--cond=1', f'--batch={BATCH}', '--workers=0', '--seed=0', '--nosubdir', '--snap=10', '--dump=0', '--lr_schedule=cosine']
-TEACHER_STEPS, TEACHER = 4000, ['--lr=2e-3', '--ema=40kimg', '--augment=0', '--dropout=0', '--lr_rampup=20']
-STUDENT = ['--consistency=True', '--lr=1e-3', '--ema=20kimg', '--lr_rampup=5', '--student_grid=full']
+COMMON = [*digits.COMMON, '--cond=1', f'--batch={digits.BATCH}', '--seed=0', '--nosubdir', '--snap=10', '--dump=0']
 STUDENT_STEPS = {8: 2000, 4: 1500, 2: 1000}
 TEACHER_ROWS = [('euler', 8, 8), ('heun', 256, 511)]  # solver, steps, NFE
 
 
-@dataclass
-class Story:
-    """Runs commands of the repository and remembers them; `threads` is what each command may use while several run side by side."""
-
-    outdir: Path
-    threads: int
-    commands: list[str] = field(default_factory=list)
-    running: set[subprocess.Popen] = field(default_factory=set)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def say(self, line: str) -> None:
-        with self.lock:
-            print(line, flush=True)
-
-    def run(self, name: str, *arguments, threads: int | None = None) -> str:
-        """Run `python <arguments>`; its lines appear behind [name], and its stdout is returned."""
-        script = [os.path.relpath(ROOT / arguments[0])] if arguments[0].endswith('.py') else [arguments[0]]
-        shown = ['python', *script, *map(str, arguments[1:])]
-        with self.lock:
-            self.commands.append(shlex.join(shown))
-            print(f'$ {shlex.join(shown)}', flush=True)
-        env = dict(os.environ, OMP_NUM_THREADS=str(threads or self.threads), PYTHONUNBUFFERED='1', PYTHONPATH=str(ROOT))
-        process = subprocess.Popen([sys.executable, '-W', 'ignore', *shown[1:]], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        self.running.add(process)
-        lines = []
-        for line in process.stdout:
-            lines.append(line.rstrip())
-            self.say(f'[{name}] {line.rstrip()}')
-        self.running.discard(process)
-        if process.wait() != 0:
-            raise UserError(f'`{shlex.join(shown)}` failed with exit status {process.returncode}; its last line: {lines[-1] if lines else "none"}')
-        return '\n'.join(lines)
-
-    def stop(self) -> None:
-        """End what still runs: one command failed, and the others' work is of no use."""
-        for process in list(self.running):
-            process.terminate()
-
-    def path(self, *parts: str) -> Path:
-        return self.outdir.joinpath(*parts)
-
-
-def prepare(story: Story) -> None:
-    """Data, rulers, reference statistics."""
-    story.run('data', 'dataset_tool.py', '--source=digits', f'--dest={story.path("digits.zip")}')
-    story.run('rulers', '-m', 'metrics.rulers', f'--data={story.path("digits.zip")}', f'--outdir={story.path("rulers")}')
-    for ruler in RULERS:
-        story.run('rulers', 'fid.py', 'ref', f'--data={story.path("digits.zip")}', f'--dest={story.path("rulers", f"{ruler}.npz")}',
-                  f'--detector={story.path("rulers", f"{ruler}.pt")}', '--batch=256')
-
-
 def train(story: Story, name: str, steps: int, options: list[str], threads: int | None = None) -> Path:
     """Train a network of the demo's size, with ten evaluations on the way; returns its snapshot."""
-    kimg = steps * BATCH / 1000
+    kimg = steps * digits.BATCH / 1000
     story.run(name, 'train.py', f'--outdir={story.path(name)}', f'--data={story.path("digits.zip")}', *COMMON, *options,
               f'--duration={kimg / 1000:g}', f'--tick={kimg / 10:g}',
               '--val=1', '--val_every=1', '--val_num=512', '--val_batch=256', f'--val_ref={story.path("rulers", "classifier.npz")}',
@@ -94,37 +32,26 @@ def train(story: Story, name: str, steps: int, options: list[str], threads: int 
     return max(story.path(name).glob('network-snapshot-*.pkl'), key=os.path.getmtime)
 
 
-def measure(story: Story, name: str, network: Path, model: str, solver: str, steps: int, nfe: int, images: int) -> dict:
+def row_of(story: Story, name: str, network: Path, model: str, solver: str, steps: int, nfe: int, images: int, rulers: dict) -> dict:
     """Sample and measure with every ruler: a row of the table."""
-    folder, start = story.path('samples', name), time.time()
-    story.run(name, 'generate.py', f'--network={network}', f'--outdir={folder}', f'--seeds=0-{images - 1}', '--batch=256', f'--solver={solver}',
-              f'--steps={steps}')
-    row = dict(model=model, solver=solver, nfe=nfe, images=images, seconds=round(time.time() - start, 1))
-    for ruler in RULERS:
-        result = story.path('samples', f'{name}-{ruler}.json')
-        story.run(name, 'fid.py', 'calc', f'--images={folder}', f'--ref={story.path("rulers", f"{ruler}.npz")}', f'--num={images}', '--batch=256',
-                  f'--detector={story.path("rulers", f"{ruler}.pt")}', '--bootstrap=200', f'--json={result}')
-        found = json.loads(result.read_text())['fid']
-        suffix = '' if ruler == 'classifier' else f'_{ruler}'
-        row |= {f'distance{suffix}': found['value'], f'interval{suffix}': found['interval']}
-    return row
+    return dict(model=model, solver=solver, nfe=nfe, **measure(story, name, network, solver, steps, images, rulers, bootstrap=200))
 
 
 def story_of(story: Story, scale: float, jobs: int) -> list[dict]:
     """Teacher first, then students and measurements side by side; returns the rows of the table."""
     images = max(round(IMAGES * min(scale, 1)), 128)
     steps = lambda full: max(round(full * scale), 10)
-    prepare(story)
-    teacher = train(story, 'teacher', steps(TEACHER_STEPS), [*NETWORK, *TEACHER, '--val_steps=9'], threads=story.threads * jobs)
+    _, rulers = digits.prepare(story)
+    teacher = train(story, 'teacher', steps(digits.TEACHER_STEPS), [*digits.TEACHER, '--val_steps=9'], threads=story.threads * jobs)
 
     def student(S: int) -> dict:
-        kimg = steps(STUDENT_STEPS[S]) * BATCH / 1000
-        options = [*STUDENT, f'--teacher={teacher}', f'--S={S}', f'--T_anneal_kimg={kimg / 2:g}']
+        kimg = steps(STUDENT_STEPS[S]) * digits.BATCH / 1000
+        options = ['--consistency=True', *digits.STUDENT, *digits.SEGMENTS, f'--teacher={teacher}', f'--S={S}', f'--T_anneal_kimg={kimg / 2:g}']
         network = train(story, f'student-{S}', steps(STUDENT_STEPS[S]), options)
-        return measure(story, f'student-{S}', network, f'student-{S}', 'student', S, S, images)
+        return row_of(story, f'student-{S}', network, f'student-{S}', 'student', S, S, images, rulers)
 
     def of_teacher(solver: str, solver_steps: int, nfe: int) -> dict:
-        return measure(story, f'teacher-{solver}-{nfe}', teacher, 'teacher', solver, solver_steps, nfe, images)
+        return row_of(story, f'teacher-{solver}-{nfe}', teacher, 'teacher', solver, solver_steps, nfe, images, rulers)
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         # The long ones first, so that no core waits at the end.
@@ -169,7 +96,7 @@ def report(story: Story, rows: list[dict], minutes: float) -> None:
 
     captions = [f'{r["model"]}, {r["solver"]}, {r["nfe"]} evaluations' for r in rows]
     grids = ''.join(pages.embed(str(story.path(f'samples-{name}.png')), caption) for name, caption in zip(names, captions))
-    rulers = '; '.join(f'<b>{name}</b>: {text}' for name, text in RULERS.items())
+    rulers = '; '.join(f'<b>{name}</b>: {text}' for name, text in digits.RULERS.items())
     note = (f'<p>Fréchet distances between {rows[0]["images"]} samples and the 1,797 real digits of scikit-learn, in the features of a small digits '
             'classifier that the demo trains in seconds. This is not FID: no Inception network is involved, and the numbers compare with nothing '
             f'outside this page. Two rulers that nobody trained stand beside it. Rulers: {rulers}. Intervals are the sampling noise (bootstrap). '
@@ -190,10 +117,7 @@ def main(outdir, scale, jobs):
     """Train a teacher on real digits, distil students of 8, 4 and 2 steps, compare them, and write a report. Minutes on two cores."""
     start = time.time()
     outdir = Path(outdir)
-    try:
-        outdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--outdir={outdir} cannot be made: {error.strerror}') from error
+    make_outdir(outdir)
     if any(outdir.iterdir()):
         raise UserError(f'--outdir={outdir} is not empty: remove it, or choose another folder.')
     story = Story(outdir, threads=max((os.cpu_count() or 1) // jobs, 1))

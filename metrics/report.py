@@ -11,9 +11,11 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.isotonic import isotonic_regression
 
 from training.generation import image_grid
 
@@ -48,10 +50,11 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return '<table>' + line(header, 'th') + ''.join(line(row, 'td') for row in rows) + '</table>'
 
 
-def write_grid(paths: Sequence[str], dest: str, columns: int = 8, pixel: int = 4) -> None:
-    """Images from PNG files, tiled into one PNG, each pixel `pixel` pixels wide; the number of files is a multiple of `columns`."""
+def write_grid(paths: Sequence[str], dest: str, columns: int = 8) -> None:
+    """Images from PNG files, tiled into one PNG and enlarged to 32 pixels or more; the number of files is a multiple of `columns`."""
     arrays = [np.asarray(Image.open(path)) for path in paths]
     images = torch.from_numpy(np.stack([a[None] if a.ndim == 2 else a.transpose(2, 0, 1) for a in arrays]))
+    pixel = max(32 // images.shape[3], 1)
     images = torch.nn.functional.pad(images, (0, 1, 0, 1), value=96)
     grid = image_grid(images, columns).permute(1, 2, 0).numpy()
     picture = Image.fromarray(grid[:, :, 0] if grid.shape[2] == 1 else grid)
@@ -80,6 +83,75 @@ def write_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], des
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(dest, dpi=110)
+    plt.close(figure)
+
+
+HUES = dict(blue='#0072B2', orange='#E69F00', green='#009E73', red='#D55E00', purple='#CC79A7', sky='#56B4E9', grey='#777777', black='#000000')
+# Colours that the colour-blind tell apart (Okabe and Ito); relatives share one, and differ in dashes and marks.
+LOOKS = {'mcd': ('blue', '-', 'o'), 'mct': ('blue', '--', 's'), 'direct': ('red', '-', 'o'), 'pd': ('green', '-', 'o'), 'cm-cd': ('orange', '-', 'o'),
+         'cm-ct': ('orange', '--', 's'), 'ict': ('purple', '-', 'o'), 'ect': ('sky', '-', 'o'), 'tcm': ('sky', '--', 's'),
+         'teacher, Euler': ('grey', ':', 'x'), 'teacher, Heun': ('black', ':', 'x')}
+
+
+def spread(values: Sequence[float], gap: float) -> list[float]:
+    """The values, between 0 and 1, moved as little as makes neighbours `gap` apart, in the order of their size (least squares)."""
+    order = np.argsort(values, kind='stable')
+    offsets = gap * np.arange(len(order))
+    moved = isotonic_regression(np.asarray(values)[order] - offsets, y_min=0, y_max=max(1 - offsets[-1], 0)) + offsets
+    return moved[np.argsort(order)].tolist()
+
+
+def write_frontier(lines: dict[str, dict[int, Sequence[float]]], dest: str, ylabel: str, level: tuple[str, float]) -> None:
+    """Distance against network evaluations, {name: {evaluations: a value for each seed}}, on logarithmic axes; a dashed `level` (name, value).
+
+    Lines go through the geometric means of the seeds, and carry their names at their ends.
+    """
+    figure, axes = plt.subplots(figsize=(8, 5))
+    figure.subplots_adjust(left=0.1, right=0.72, bottom=0.11, top=0.97)
+    lines = {name: dict(sorted(points.items())) for name, points in lines.items() if points}
+    axes.axhline(level[1], linestyle='--', color='black', linewidth=1)
+    ends = [(level[0], 'black', '', None, level[1])]
+    for name, points in lines.items():
+        hue, dashes, mark = LOOKS.get(name, ('black', '-.', 'D'))
+        means = [float(np.exp(np.mean(np.log(values)))) for values in points.values()]
+        axes.plot(list(points), means, linestyle=dashes, marker=mark, markersize=5, color=HUES[hue])
+        seeds = [(nfe, value) for nfe, values in points.items() if len(values) > 1 for value in values]
+        axes.scatter(*zip(*seeds) if seeds else ((), ()), s=9, color=HUES[hue], alpha=0.5)
+        ends.append((name, HUES[hue], mark, list(points)[-1], means[-1]))
+    ticks = sorted({nfe for points in lines.values() for nfe in points if nfe & (nfe - 1) == 0} or {1})
+    axes.set(xscale='log', yscale='log', xlabel='network evaluations for an image', ylabel=ylabel, xlim=(min(ticks) / 1.15, max(ticks) * 1.15))
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.minorticks_off()
+    low, high = axes.get_ylim()
+    axes.set_yticks([n * 10.0 ** k for k in range(-9, 10) for n in (1, 2, 5) if low <= n * 10.0 ** k <= high])
+    axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter('%g'))
+    axes.grid(alpha=0.25)
+    place = lambda value: (np.log(value) - np.log(low)) / (np.log(high) - np.log(low))
+    for (name, colour, mark, x, value), y in zip(ends, spread([place(value) for *_, value in ends], 0.05)):
+        right = axes.transAxes.inverted().transform(axes.transData.transform((x, value)))[0] if x else 1
+        axes.plot([right, 1.02, 1.05], [place(value), place(value) if x is None or right > 0.9 else y, y], transform=axes.transAxes, clip_on=False,
+                  color=colour, linewidth=0.8, marker=mark, markevery=[2], markersize=5)
+        axes.text(1.07, y, name, transform=axes.transAxes, va='center', fontsize=10)
+    figure.savefig(dest, dpi=140)
+    plt.close(figure)
+
+
+def write_strips(pictures: dict[str, dict[str, str]], dest: str, rows: int = 5) -> None:
+    """The first lines of the grids {name: {column: PNG file}}, each of `rows` lines, as a table of samples."""
+    columns = list(dict.fromkeys(column for cells in pictures.values() for column in cells))
+    figure, panels = plt.subplots(len(pictures), len(columns), figsize=(2.6 * len(columns) + 1, 0.42 * len(pictures) + 0.4), squeeze=False)
+    figure.subplots_adjust(left=1.2 / (2.6 * len(columns) + 1), right=0.995, top=1 - 0.3 / (0.42 * len(pictures) + 0.4), bottom=0.01, wspace=0.04,
+                           hspace=0.1)
+    for line, (name, cells) in zip(panels, pictures.items()):
+        line[0].text(-0.03, 0.5, name, transform=line[0].transAxes, ha='right', va='center', fontsize=10)
+        for axes, column in zip(line, columns):
+            axes.axis('off')
+            if column in cells:
+                picture = np.asarray(Image.open(cells[column]).convert('RGB'))
+                axes.imshow(picture[:len(picture) // rows], interpolation='nearest')
+    for axes, column in zip(panels[0], columns):
+        axes.set_title(column, fontsize=10)
+    figure.savefig(dest, dpi=130)
     plt.close(figure)
 
 

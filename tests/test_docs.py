@@ -13,12 +13,15 @@ from click.testing import CliRunner
 from gaussian import Gaussian
 from helpers import ROOT
 
+import compare
 import convert
 import dataset_tool
 import demo
+import edit
 import fid
 import generate
 import reconstruct_phema
+import search
 import train
 import validation
 from benchmarks import checkpoint as checkpoint_benchmark
@@ -34,14 +37,17 @@ from training import networks
 from training.consistency_loss import Drawn, Pairs
 from training.draws import SampleDraws
 from training.loss_cd import ConsistencyDistillationLoss
+from training.objectives import OBJECTIVES
 from training.phema import WeightAverages
 from training.training_loop import network_stats, tick_stats
 from training.weight_update import WeightUpdate
 
 PAGES = sorted((ROOT / 'docs').glob('*.md'))
 COMMANDS = {'train.py': train.main, 'generate.py': generate.main, 'fid.py calc': fid.calc, 'fid.py ref': fid.ref, 'validation.py': validation.main,
-            'reconstruct_phema.py': reconstruct_phema.main,
-            'dataset_tool.py': dataset_tool.main, 'demo.py': demo.main, 'convert.py': convert.main, 'convert.py info': convert.info,
+            'reconstruct_phema.py': reconstruct_phema.main, 'search.py': search.main,
+            'dataset_tool.py': dataset_tool.main, 'demo.py': demo.main, 'compare.py': compare.main,
+            'convert.py': convert.main, 'convert.py info': convert.info,
+            **{f'edit.py {name}': command for name, command in edit.main.commands.items()},
             'benchmarks/step.py': step.main, 'benchmarks/scaling.py': scaling.main,
             'benchmarks/frechet.py': frechet_benchmark.main, 'benchmarks/images.py': images_benchmark.main,
             'benchmarks/checkpoint.py': checkpoint_benchmark.main, 'benchmarks/state.py': state_benchmark.main,
@@ -248,5 +254,6 @@ def test_formats_md_names_every_statistic():
     names = {re.sub(r'/sigma_.*', '/sigma_<low>-<high>', re.sub(r'segment\d+', 'segment<j>', name)) for name in names}
     text = (ROOT / 'docs' / 'formats.md').read_text()
     documented = set(re.findall(r'`((?:Loss|Edges|Progress|EMA|Timing|Resources)/[^`]+)`', text))
-    losses = {f'Loss/{name}' for name in ('cd', 'ct', 'direct', 'ect', 'diffusion', 'weighted_error')}
-    assert documented == names | losses | {'Edges/stage', 'Progress/grad_norm'}
+    losses = {objective.loss_class().name for objective in OBJECTIVES.values() if objective.loss} | {'diffusion', 'weighted_error'}
+    of_others = {'Edges/stage', 'Edges/boundary', 'Edges/first_stage', 'Progress/grad_norm'}
+    assert documented == names | {f'Loss/{name}' for name in losses} | of_others

@@ -13,7 +13,8 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     tomllib = None
 
-SCRIPTS = ['train.py', 'generate.py', 'fid.py', 'validation.py', 'dataset_tool.py', 'demo.py', 'convert.py', 'reconstruct_phema.py']
+SCRIPTS = ['train.py', 'generate.py', 'fid.py', 'validation.py', 'dataset_tool.py', 'demo.py', 'convert.py', 'reconstruct_phema.py', 'edit.py',
+           'search.py', 'compare.py']
 
 
 def test_the_linter_is_content():

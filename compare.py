@@ -1,0 +1,424 @@
+"""Objectives side by side: one teacher, an equal budget of network evaluations for each student, the same rulers; a table, a plot, samples.
+
+Drives the scripts of this repository as a user would and prints every command before it runs. Called again, it does what is left to do.
+"""
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import click
+
+from dnnlib import UserError, cli
+from dnnlib.util import atomic_write
+from metrics import comparison, digits
+from metrics.comparison import Model, Request, Training
+from metrics.story import SHOWN, Ruler, Story, make_outdir, measure
+from training.objectives import OBJECTIVES
+
+DIGITS = 'digits'
+STUDENTS = [name for name, objective in OBJECTIVES.items() if objective.loss]
+COUNT = click.IntRange(min=1)
+TRAINING, MEASURING = 'Training', 'Measuring'
+DAMAGED = '{} is damaged: delete it, or choose another --outdir.'
+
+
+class Objectives(click.ParamType):
+    """Comma-separated names of objectives, or `all`."""
+
+    name = 'list'
+
+    def convert(self, value, param, ctx):
+        names = STUDENTS if value == 'all' else [name.strip() for name in value.split(',')] if isinstance(value, str) else value
+        for name in names:
+            if name not in STUDENTS or names.count(name) > 1:
+                self.fail(f'{name!r} is {"named twice" if name in STUDENTS else "none of " + ", ".join(STUDENTS)}', param, ctx)
+        return names
+
+
+class Counts(cli.NumberList):
+    """Comma-separated different positive integers."""
+
+    def convert(self, value, param, ctx):
+        numbers = super().convert(value, param, ctx)
+        if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
+            self.fail(f'{value!r} is no list of different numbers from 1 on', param, ctx)
+        return sorted(numbers)
+
+
+class OptionsFor(click.ParamType):
+    """`NAME:OPTIONS`, such as `direct:--substeps=3 --top-mass=1`."""
+
+    name = 'text'
+
+    def convert(self, value, param, ctx):
+        import shlex
+        if isinstance(value, tuple):
+            return value
+        name, colon, words = value.partition(':')
+        if not colon:
+            self.fail(f'{value!r} is not NAME:OPTIONS, such as direct:--substeps=3', param, ctx)
+        try:
+            return name.strip(), shlex.split(words)
+        except ValueError as error:
+            self.fail(f'{value!r}: {error}', param, ctx)
+
+#----------------------------------------------------------------------------
+# Training and measuring, each thing once.
+
+class Results:
+    """The rows that were measured, in a file that is whole at any time."""
+
+    def __init__(self, path: Path):
+        self.path, self.lock = path, threading.Lock()
+        try:
+            self.rows: dict[str, dict] = {row['model']: row for row in read_json(path, [])}
+        except (KeyError, TypeError) as error:
+            raise UserError(DAMAGED.format(path)) from error
+
+    def add(self, row: dict) -> None:
+        with self.lock:
+            self.rows[row['model']] = row
+            write_json(self.path, list(self.rows.values()))
+
+
+def read_json(path: Path, default: list | dict) -> list | dict:
+    """Contents of a file of ours, with the keys of the default. Raises: UserError where it is damaged."""
+    if not path.exists():
+        return default
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(DAMAGED.format(path)) from error
+    if type(value) is not type(default) or (isinstance(value, dict) and value.keys() != default.keys()):
+        raise UserError(DAMAGED.format(path))
+    return value
+
+
+def write_json(path: Path, value) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=2).encode() + b'\n')
+
+
+def settle(outdir: Path, settings: dict, trainings: Sequence[Training]) -> None:
+    """Write down what a comparison is, or see to it that it is the one that the folder holds; it may grow by trainings.
+
+    Raises: UserError where it is another one.
+    """
+    path, now = outdir / 'plan.json', {training.name: list(training.options) for training in trainings}
+    earlier = read_json(path, dict(settings=settings, trainings={}))
+    for name, value in settings.items():
+        if earlier['settings'].get(name) != value:
+            raise UserError(f'--outdir={outdir} holds a comparison with {name} = {json.dumps(earlier["settings"].get(name))}, now it is '
+                            f'{json.dumps(value)}: go on with the options it was made with, or choose another folder.')
+    for name, options in now.items():
+        then = earlier['trainings'].get(name, options)
+        if then != options:
+            change = ' '.join(option for option in then if option not in options) or 'none of ' + ' '.join(set(options) - set(then))
+            raise UserError(f'--outdir={outdir} holds {name} trained with {change}, and these options make another network of it: go on with the '
+                            'options it was made with, or choose another folder.')
+    write_json(path, dict(settings=settings, trainings={**earlier['trainings'], **now}))
+
+
+def train(story: Story, training: Training, data: Path | str, teacher: str | None, threads: int | None = None) -> None:
+    """See to it that a training is finished: begin it, or go on with it. It starts from the snapshot `teacher`, or from another training's."""
+    folder = story.path('trainings', training.name)
+    if is_finished(folder, training):
+        return
+    begun = any(folder.rglob('training-state-*.pt'))
+    if not begun:
+        shutil.rmtree(folder, ignore_errors=True)
+    source = snapshot(story, training.after) if training.after else teacher
+    origin = [f'{training.start}={source}'] if training.start == '--teacher' or (training.start and not begun) else []
+    origin += [f'--resume={folder}'] if begun else []
+    kimg = training.steps * training.batch / 1e3 / len(training.stages)
+    story.run(training.name, 'train.py', f'--outdir={folder}', '--nosubdir', f'--data={data}', *origin, *training.options,
+              f'--tick={max(kimg / 10, 1e-3):g}', f'--snap={10 ** 6}', '--dump=1', '--keep=1', threads=threads)
+
+
+def is_finished(folder: Path, training: Training) -> bool:
+    """Whether train.py has said so, of the last stage."""
+    log = folder / training.stages[-1][0] / 'log.txt'
+    return log.exists() and log.read_text().rstrip().endswith('\nDone.')
+
+
+def snapshot(story: Story, training: Training, stage: int = -1) -> Path:
+    """The last one of a finished training, or of one of its stages."""
+    folder = story.path('trainings', training.name, training.stages[stage][0])
+    return max(folder.glob('network-snapshot-*.pkl'), key=os.path.getmtime)
+
+
+def measure_model(story: Story, model: Model, teacher: str, rulers: dict[str, Ruler], num: int, batch: int) -> dict:
+    """A row of the results. Of the images a grid is kept."""
+    from metrics.report import write_grid
+    network = snapshot(story, model.training, model.stage) if model.training else teacher
+    row = model.record() | measure(story, model.name, network, model.solver, model.steps, num, rulers, batch)
+    images = story.path('samples', model.name)
+    story.path('grids').mkdir(exist_ok=True)
+    write_grid(sorted(map(str, images.glob('*.png')))[:SHOWN], str(story.path('grids', f'{model.name}.png')))
+    shutil.rmtree(images)
+    return row
+
+
+def jobs_of(story: Story, models: Sequence[Model], data: Path | str, teacher: str, rulers: dict[str, Ruler], num: int, batch: int,
+            results: Results) -> list[tuple[float, str, Callable[[], None]]]:
+    """What is left to do, as (network evaluations, name, function): a training with the measurements of its models each, longest first."""
+    groups: dict[str, list[Model]] = {}
+    for model in models:
+        groups.setdefault(model.training.name if model.training else model.name, []).append(model)
+
+    def do(group: list[Model]) -> None:
+        for training in group[0].training.chain if group[0].training else []:
+            train(story, training, data, teacher)
+        for model in group:
+            results.add(measure_model(story, model, teacher, rulers, num, batch))
+
+    jobs = []
+    for name, group in groups.items():
+        if group := [model for model in group if model.name not in results.rows]:
+            training = group[0].training
+            work = (training.evaluations * training.batch if training else 0) + sum(model.nfe for model in group) * num
+            jobs.append((work, name, lambda group=group: do(group)))
+    return sorted(jobs, key=lambda job: -job[0])
+
+
+@contextlib.contextmanager
+def stopping(story: Story) -> Iterator[None]:
+    """A context that ends what the story runs when something ends the context: an error, the keyboard, SIGTERM."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except BaseException as error:
+        story.stop()
+        if isinstance(error, KeyboardInterrupt):
+            raise UserError('Interrupted: the same command again goes on from here.') from error
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def do_all(story: Story, jobs: list[tuple[float, str, Callable[[], None]]], side_by_side: int) -> list[str]:
+    """Do the jobs; one that fails does not keep the others from being done. Returns what was wrong with those that failed."""
+    with concurrent.futures.ThreadPoolExecutor(side_by_side) as pool, stopping(story):
+        futures = {pool.submit(function): name for _, name, function in jobs}
+        try:
+            return [f'{futures[future]}: {error}' for future in concurrent.futures.as_completed(futures) if (error := failure(future))]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def failure(future: concurrent.futures.Future) -> UserError | None:
+    """The user's error that a job ended with; any other is raised."""
+    error = future.exception()
+    if error is not None and not isinstance(error, UserError):
+        raise error
+    return error
+
+#----------------------------------------------------------------------------
+# Tables and pages.
+
+def of_students(rows: Sequence[dict]) -> dict[str, dict[int, list[dict]]]:
+    """{objective: {evaluations: rows, one for each seed}}, in the order of the registry."""
+    table = {name: {} for name in STUDENTS}
+    for row in sorted((row for row in rows if row['seed'] is not None), key=lambda row: (row['nfe'], row['seed'])):
+        table[row['objective']].setdefault(row['nfe'], []).append(row)
+    return {name: cells for name, cells in table.items() if cells}
+
+
+def of_teacher(rows: Sequence[dict], solver: str) -> dict[int, dict]:
+    """{evaluations: row} of one of the teacher's solvers."""
+    return {row['nfe']: row for row in rows if row['seed'] is None and row['solver'] == solver}
+
+
+def distances_table(rows: Sequence[dict], entry: str) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: ratios to the teacher's distance in many evaluations, and in brackets the distance of each seed."""
+    students, euler, heun = of_students(rows), of_teacher(rows, 'euler'), of_teacher(rows, 'heun')
+    reference = heun[max(heun)][entry]
+    columns = sorted({nfe for cells in students.values() for nfe in cells} | set(euler))
+    text = lambda found: f'{sum(row[entry] for row in found) / len(found) / reference:.2f} ({", ".join(f"{row[entry]:.4g}" for row in found)})'
+    lines = [[name, *(text(cells[n]) if n in cells else '' for n in columns)] for name, cells in students.items()]
+    lines.append(['teacher, Euler', *(text([euler[n]]) if n in euler else '' for n in columns)])
+    near = {n: next((k for k in (n, n - 1) if k in heun and k != max(heun)), None) for n in columns}
+    lines.append(['teacher, Heun', *(f'{text([heun[near[n]]])}, {near[n]} evaluations' if near[n] else '' for n in columns)])
+    return ['objective', *map(str, columns)], [line for line in lines if any(line[1:])]
+
+
+def training_table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: optimiser steps times network evaluations for an image."""
+    students = of_students(rows)
+    columns = sorted({nfe for cells in students.values() for nfe in cells})
+    text = lambda row: f'{row["train_steps"]:,} × {row["cost"]}'
+    lines = [[name, *(text(cells[n][0]) if n in cells else '' for n in columns)] for name, cells in students.items()]
+    return ['objective', *map(str, columns)], lines
+
+
+def notes(rows: Sequence[dict], budget: int, batch: int, rulers: Sequence[str]) -> list[str]:
+    """What a reader of the tables has to know."""
+    students, heun = of_students(rows), of_teacher(rows, 'heun')
+    best = heun[max(heun)]
+    having = lambda condition: [name for name in students if condition(OBJECTIVES[name])]
+    lines = [f'Columns are network evaluations of an image. The budget of a model is {budget:,} network evaluations for each place in the batch of '
+             f"{batch}, where a forward pass counts 1 and the student's forward and backward together 3.",
+             f"Ratios are to the teacher's own distance with {best['nfe']} evaluations (Heun); in brackets the Fréchet distance of "
+             f'{best["images"]:,} images, of each training seed. By {next(iter(rulers))}, that of the teacher is {best["distance"]:.4g}.']
+    about = [(lambda o: 'S' in o.options and 'S_start' not in o.stages, 'a student for each number of steps, each with the whole budget.'),
+             (lambda o: 'S_start' in o.stages, 'one chain of students, which has the budget as a whole; each is what it had made by that number of steps.'),
+             (lambda o: 'S' not in o.options, 'one model for all columns, sampled in that many stochastic steps.'),
+             (lambda o: o.teacher == 'consistency', 'half of the budget for the first stage, ect, half for the second.'),
+             (lambda o: not o.teacher, 'no teacher in training, but its weights to start from.')]
+    lines += [f'{", ".join(names)}: {text}' for condition, text in about if (names := having(condition))]
+    if set(rulers) == set(digits.RULERS):
+        lines.append('The rulers are made for this data: a classifier trained on it, principal components of its pixels, a random convolution. '
+                     'This is not FID, and compares with nothing outside this table.')
+    return lines
+
+
+def report(story: Story, rows: Sequence[dict], budget: int, batch: int, rulers: Sequence[str]) -> None:
+    """table.md, compare.png, samples.png and report.html."""
+    from metrics import report as pages
+    entries = {ruler: f'distance_{ruler}' if i else 'distance' for i, ruler in enumerate(rulers)}
+    tables = {f'Distance by {ruler}': distances_table(rows, entry) for ruler, entry in entries.items()}
+    tables['Optimiser steps × network evaluations for an image'] = training_table(rows)
+    text = notes(rows, budget, batch, rulers)
+    story.path('table.md').write_text('\n'.join([*(f'{title}:\n\n{pages.markdown_table(*table)}' for title, table in tables.items()),
+                                                 *(f'- {line}' for line in text)]) + '\n')
+    students, euler, heun = of_students(rows), of_teacher(rows, 'euler'), of_teacher(rows, 'heun')
+    best = max(heun)
+    lines = {name: {nfe: [row['distance'] for row in found] for nfe, found in cells.items()} for name, cells in students.items()}
+    lines['teacher, Euler'] = {nfe: [row['distance']] for nfe, row in euler.items()}
+    lines['teacher, Heun'] = {nfe: [row['distance']] for nfe, row in heun.items() if nfe != best}
+    pages.write_frontier(lines, str(story.path('compare.png')), f'Fréchet distance ({next(iter(rulers))})',
+                         (f'teacher, {best} evaluations', heun[best]['distance']))
+    grid = lambda row: str(story.path('grids', f'{row["model"]}.png'))
+    pictures = {name: {f'{nfe} evaluations' if nfe > 1 else '1 evaluation': grid(found[0]) for nfe, found in cells.items()}
+                for name, cells in {**students, 'teacher, Euler': {nfe: [row] for nfe, row in euler.items()}}.items()}
+    pages.write_strips(pictures, str(story.path('samples.png')))
+    shown = [pages.embed(grid(row), f'{row["model"]}: {row["distance"]:.4g}') for row in rows]
+    commands = story.record.read_text() if story.record.exists() else ''
+    pages.write_page(str(story.path('report.html')), 'Objectives side by side', [
+        ('', pages.embed(str(story.path('compare.png')), css='wide') + ''.join(f'<p>{pages.html.escape(line)}</p>' for line in text)),
+        *((title, pages.html_table(*table)) for title, table in tables.items()),
+        ('Samples, from the same seeds', pages.embed(str(story.path('samples.png')), css='wide')),
+        ('More of them', f'<div class="grids">{"".join(shown)}</div>'), ('Commands', f'<pre>{pages.html.escape(commands)}</pre>')])
+
+#----------------------------------------------------------------------------
+# Command line.
+
+def check_usage(data: str, teacher: str | None, seeds: Sequence[int], refs: Sequence[str], detectors: Sequence[str]) -> None:
+    """Combinations of options that make no sense whatever the files hold; exit status 2."""
+    if len(set(seeds)) < len(seeds):
+        raise click.UsageError('--seeds: one of them is named twice.')
+    if data != DIGITS and not (teacher and refs):
+        raise click.UsageError(f'--data={data} needs --teacher=PKL and --ref=NPZ (made by fid.py ref).')
+    if data == DIGITS and (refs or detectors):
+        raise click.UsageError('--data=digits has rulers of its own: leave --ref and --detector out.')
+    if detectors and len(detectors) != len(refs):
+        raise click.UsageError(f'{len(detectors)} --detector for {len(refs)} --ref: give one for each, in the same order.')
+
+
+def read_rulers(refs: Sequence[str], detectors: Sequence[str]) -> tuple[dict[str, Ruler], dict[str, list]]:
+    """The rulers by name, and what makes them what they are."""
+    from dnnlib.util import file_sha256, local_path
+    rulers = {Path(ref.partition('#')[0]).stem: Ruler(ref, detector) for ref, detector in zip(refs, detectors or [None] * len(refs))}
+    if len(rulers) < len(refs):
+        raise click.UsageError('--ref: two files have the same name, which names the ruler in the table.')
+    return rulers, {name: [file_sha256(local_path(ruler.ref)), ruler.detector] for name, ruler in rulers.items()}
+
+
+def describe_teacher(teacher: str, needs_options: bool) -> tuple[str, bool, list[str]]:
+    """Digest of a teacher's file, whether it knows classes, and (where they are needed) the options that make its network."""
+    from dnnlib.util import file_sha256, local_path
+    from training.checkpoint import load_network
+    net = load_network(teacher)
+    if 'sigmas' in net.metadata:
+        raise UserError(f'--teacher={teacher} is a student of {len(net.metadata["sigmas"]) - 1} steps itself: compare students of a diffusion model.')
+    return file_sha256(local_path(teacher)), bool(net.label_dim), comparison.network_options(net) if needs_options else []
+
+
+@click.command(cls=cli.Command)
+@cli.option('--outdir', metavar='DIR', default='compare-out', show_default=True,
+            help='Folder for everything that is written; with the same options again, goes on where it was.')
+@cli.option('--data', metavar='ZIP|DIR', default=DIGITS, show_default=True,
+            help="Data set, made by dataset_tool.py; or digits: scikit-learn's, with rulers and options that suit them.")
+@cli.option('--teacher', metavar='PKL|URL', help="Diffusion model that all students start from.  [default: for the digits the demo's, trained first]")
+@cli.option('--jobs', metavar='INT', type=COUNT, default=2, show_default=True, help='Commands that run side by side.')
+@cli.option('--objectives', metavar='LIST', type=Objectives(), default='all', show_default=True, group=TRAINING, help='What to compare.')
+@cli.option('--budget', metavar='INT', type=COUNT, default=10000, show_default=True, group=TRAINING,
+            help="Network evaluations of a training for each place in the batch; a student's forward and backward pass counts 3.")
+@cli.option('--batch', metavar='INT', type=COUNT, default=digits.BATCH, show_default=True, group=TRAINING, help='Batch size of all trainings.')
+@cli.option('--seeds', metavar='LIST', type=cli.IntRanges(), default='0', show_default=True, group=TRAINING, help='Seeds to train each with.')
+@cli.option('--with', 'extra', metavar='NAME:OPTIONS', type=OptionsFor(), multiple=True, group=TRAINING,
+            help="More options of train.py for an objective, or for its student of S steps, as in 'direct:--top-mass=1' or 'direct-8:--substeps=2'.")
+@cli.option('--steps', metavar='LIST', type=Counts(), default='1,2,4,8', show_default=True, group=MEASURING, help='Numbers of sampling steps.')
+@cli.option('--reference-steps', metavar='INT', type=click.IntRange(min=2), default=256, show_default=True, group=MEASURING,
+            help="Heun steps of the teacher's images that all others are held against.")
+@cli.option('--num', metavar='INT', type=click.IntRange(min=SHOWN), group=MEASURING,
+            help='Images of each model.  [default: 50000; on the digits 6000]')
+@cli.option('--ref', 'refs', metavar='NPZ|URL', multiple=True, group=MEASURING,
+            help='Reference statistics, made by fid.py ref. Several: the plot shows the first.  [default: for the digits three rulers]')
+@cli.option('--detector', 'detectors', metavar='PATH|URL', multiple=True, group=MEASURING,
+            help="Detector of each --ref, in the same order.  [default: NVIDIA's Inception]")
+@cli.option('--sample-batch', metavar='INT', type=COUNT, default=256, show_default=True, group=MEASURING, help='Images at a time.')
+@cli.argument('train_options', nargs=-1, type=click.UNPROCESSED, help='Options of train.py for all trainings, behind --.')
+def main(outdir, data, teacher, jobs, objectives, budget, batch, seeds, extra, steps, reference_steps, num, refs, detectors, sample_batch,
+         train_options):
+    """Train a list of objectives from one teacher, for an equal budget of network evaluations, and compare what they make of it.
+
+    \b
+    All of them on digits, on a laptop:
+      python compare.py
+    \b
+    Two on CIFAR-10:
+      python compare.py --outdir=cifar10 --data=datasets/cifar10-32x32.zip --teacher=edm-cifar10-32x32-cond-vp.pkl \\
+          --objectives=mcd,direct --budget=600000 --batch=512 --ref=fid-refs/cifar10-32x32.npz -- --batch-gpu=128
+
+    A student of a fixed number of steps is trained for each of --steps, with the whole budget; a consistency model once, and sampled in each.
+    """
+    on_digits, outdir = data == DIGITS, Path(outdir)
+    check_usage(data, teacher, seeds, refs, detectors)
+    num = num or (6000 if on_digits else 50000)
+    digest, cond, network = 'trained here', True, digits.NETWORK
+    if teacher:
+        digest, cond, network = describe_teacher(teacher, any(not OBJECTIVES[name].teacher or name == 'tcm' for name in objectives))
+    for_some: dict[str, list[str]] = {}
+    for name, words in extra:
+        for_some.setdefault(name, []).extend(words)
+    request = Request(objectives, steps, seeds, budget, batch, cond, network, on_digits, train_options, for_some)
+    first = None if teacher else comparison.teacher_training()
+    models = [*comparison.teacher_models(steps, reference_steps), *comparison.plan(request)]
+    rulers, ruler_facts = read_rulers(refs, detectors)
+    trainings = {training.name: training for model in models if model.training for training in model.training.chain}
+    facts = dict(data=data, teacher=digest, budget=budget, batch=batch, images=num, reference_steps=reference_steps, rulers=ruler_facts)
+    make_outdir(outdir)
+    settle(outdir, facts, list(trainings.values()))
+
+    cores = os.cpu_count() or 1
+    story = Story(outdir, threads=max(cores // jobs, 1), record=outdir / 'commands.txt')
+    results = Results(story.path('results.json'))
+    with stopping(story):
+        if on_digits:
+            data, rulers = digits.prepare(story)
+        if first:
+            train(story, first, data, None, threads=cores)
+            teacher = str(snapshot(story, first))
+    failures = do_all(story, jobs_of(story, models, data, teacher, rulers, num, sample_batch, results), jobs)
+    order = {model.name: i for i, model in enumerate(models)}
+    rows = sorted(results.rows.values(), key=lambda row: order.get(row['model'], len(order)))
+    if any(row['model'] == models[0].name for row in rows):
+        report(story, rows, budget, batch, list(rulers))
+        print('\n' + story.path('table.md').read_text())
+    if failures:
+        raise UserError('\n       '.join([f'{len(failures)} of them failed; the same command again tries them once more.', *failures]))
+    print(f'Open {story.path("report.html")} for the plot, samples and commands.')
+
+
+if __name__ == '__main__':
+    main()

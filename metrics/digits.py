@@ -1,0 +1,36 @@
+"""The digits as a test bed, of demo.py and compare.py: a network and options that suit them, and rulers that mean something on them."""
+from __future__ import annotations
+
+from pathlib import Path
+
+from metrics.story import Ruler, Story
+
+RULERS = dict(classifier='digits classifier, trained here', pca='PCA of raw pixels', random='fixed random convolution')
+BATCH = 128
+NETWORK = ['--arch=adm', '--cbase=16', '--cres=1,2', '--num_blocks=1', '--attn_resolutions=none', '--dropout=0']
+COMMON = ['--workers=0', '--lr_schedule=cosine']
+TEACHER_STEPS, TEACHER = 4000, [*NETWORK, '--lr=2e-3', '--ema=40kimg', '--augment=0', '--lr_rampup=20']
+STUDENT = ['--lr=1e-3', '--ema=20kimg', '--lr_rampup=5']
+SEGMENTS = ['--student_grid=full']
+OWN = dict(mcd=['--keep_ties', '--top-mass=0.5'], direct=['--top-mass=1'], ict=['--s1=160'],  # docs/results.md; a grid that 2,000 steps can follow
+           **{name: ['--cm_loss=pseudo_huber'] for name in ('cm-cd', 'cm-ct')})  # LPIPS has seen photographs
+
+
+def substeps(S: int) -> int:
+    """Of the teacher for a segment of `direct`: about 12 over all S segments are best here (docs/results.md)."""
+    return max(2, -(-12 // S))
+
+
+
+def prepare(story: Story) -> tuple[Path, dict[str, Ruler]]:
+    """Data, rulers and their reference statistics, where they are not there yet; returns the data set and the rulers, the classifier first."""
+    data, file = story.path('digits.zip'), lambda name: str(story.path('rulers', name))
+    rulers = {name: Ruler(file(f'{name}.npz'), file(f'{name}.pt')) for name in RULERS}
+    if not data.exists():
+        story.run('data', 'dataset_tool.py', '--source=digits', f'--dest={data}')
+    if not all(Path(ruler.detector).exists() for ruler in rulers.values()):
+        story.run('rulers', '-m', 'metrics.rulers', f'--data={data}', f'--outdir={story.path("rulers")}')
+    for ruler in rulers.values():
+        if not Path(ruler.ref).exists():
+            story.run('rulers', 'fid.py', 'ref', f'--data={data}', f'--dest={ruler.ref}', f'--detector={ruler.detector}', '--batch=256')
+    return data, rulers

@@ -1,0 +1,115 @@
+"""Stories told by the scripts themselves, as demo.py and compare.py do: commands that are shown and run, several side by side."""
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from dnnlib import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SHOWN = 40  # images in a grid
+
+
+@dataclass
+class Story:
+    """Runs commands of the repository and remembers them.
+
+    Args:
+        outdir: folder for what they write.
+        threads: what each command may use while several run side by side.
+        record: file to which every command is appended as well.
+    """
+
+    outdir: Path
+    threads: int
+    record: Path | None = None
+    commands: list[str] = field(default_factory=list)
+    running: set[subprocess.Popen] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    stopped: bool = False
+
+    def say(self, line: str) -> None:
+        with self.lock:
+            print(line, flush=True)
+
+    def run(self, name: str, *arguments, threads: int | None = None) -> str:
+        """Run `python <arguments>`; its lines appear behind [name], and its stdout is returned. Raises: UserError where it fails."""
+        script = [os.path.relpath(ROOT / arguments[0])] if arguments[0].endswith('.py') else [arguments[0]]
+        shown = ['python', *script, *map(str, arguments[1:])]
+        env = dict(os.environ, OMP_NUM_THREADS=str(threads or self.threads), PYTHONUNBUFFERED='1', PYTHONPATH=str(ROOT))
+        with self.lock:
+            if self.stopped:
+                raise UserError(f'`{shlex.join(shown)}` was not begun.')
+            self.commands.append(shlex.join(shown))
+            print(f'$ {shlex.join(shown)}', flush=True)
+            if self.record:
+                with open(self.record, 'a', encoding='utf-8') as file:
+                    file.write(shlex.join(shown) + '\n')
+            process = subprocess.Popen([sys.executable, '-W', 'ignore', *shown[1:]], env=env, text=True,
+                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            self.running.add(process)
+        lines = []
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            self.say(f'[{name}] {line.rstrip()}')
+        self.running.discard(process)
+        if process.wait() != 0:
+            raise UserError(f'`{shlex.join(shown)}` failed with exit status {process.returncode}; its last line: {lines[-1] if lines else "none"}')
+        return '\n'.join(lines)
+
+    def stop(self) -> None:
+        """End what still runs, and begin nothing more."""
+        with self.lock:
+            self.stopped = True
+            running = list(self.running)
+        for process in running:
+            process.terminate()
+
+    def path(self, *parts: str) -> Path:
+        return self.outdir.joinpath(*parts)
+
+
+class Ruler(NamedTuple):
+    """How a Fréchet distance is measured: reference statistics, and the detector that they were made with (None: fid.py's own)."""
+
+    ref: str
+    detector: str | None
+
+
+def make_outdir(outdir: Path) -> None:
+    """The folder of a story. Raises: UserError where it cannot be made."""
+    try:
+        outdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--outdir={outdir} cannot be made: {error.strerror}') from error
+
+
+def measure(story: Story, name: str, network: Path | str, solver: str, steps: int, images: int, rulers: dict[str, Ruler], batch: int = 256,
+            bootstrap: int = 0) -> dict:
+    """Sample a network, and measure the images with every ruler. The images stay in the folder samples/<name>.
+
+    Returns: `images`, `seconds` of sampling; `distance`, and with `bootstrap` its `interval`; the same as `distance_<ruler>` by all rulers
+    but the first.
+    """
+    folder, start = story.path('samples', name), time.time()
+    shutil.rmtree(folder, ignore_errors=True)  # of a story that was interrupted
+    story.run(name, 'generate.py', f'--network={network}', f'--outdir={folder}', f'--seeds=0-{images - 1}', f'--batch={batch}', f'--solver={solver}',
+              f'--steps={steps}')
+    row = dict(images=images, seconds=round(time.time() - start, 1))
+    for i, (ruler, (ref, detector)) in enumerate(rulers.items()):
+        result = story.path('samples', f'{name}-{ruler}.json')
+        story.run(name, 'fid.py', 'calc', f'--images={folder}', f'--ref={ref}', f'--num={images}', f'--batch={batch}',
+                  *([f'--detector={detector}'] if detector else []), *([f'--bootstrap={bootstrap}'] if bootstrap else []), f'--json={result}')
+        found = json.loads(result.read_text())['fid']
+        suffix = f'_{ruler}' if i else ''
+        row |= {f'distance{suffix}': found['value'], **({f'interval{suffix}': found['interval']} if bootstrap else {})}
+    return row

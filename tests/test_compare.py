@@ -1,0 +1,447 @@
+"""The comparison of objectives: its plan, what it does when it is called again, tables and plot, and two objectives through the real scripts."""
+import json
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import click
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from helpers import assert_one_clear_error, run
+from PIL import Image
+
+import compare
+import train
+from dnnlib import EasyDict, UserError
+from metrics import comparison, digits, report
+from metrics.comparison import Request, plan
+from metrics.story import Ruler, Story
+from training import checkpoint, configuration, networks_edm2
+from training.objectives import OBJECTIVES
+
+STUDENTS = ('mcd', 'mct', 'direct', 'pd', 'cm-cd', 'cm-ct', 'ict', 'ect', 'tcm')
+
+
+def request(objectives=STUDENTS, steps=(1, 2, 4, 8), budget=8000, recipe=True, **kwargs):
+    return Request(objectives, steps, kwargs.pop('seeds', (0,)), budget, kwargs.pop('batch', 128), True, digits.NETWORK, recipe, **kwargs)
+
+
+def parsed(training):
+    """What train.py makes of a training's options."""
+    words = ['--outdir=x', '--data=x', *training.options, f'{training.start}=x']
+    context = train.main.make_context('train.py', words)
+    opts = EasyDict(context.params)
+    train.check_usage(context, opts)
+    return opts
+
+#----------------------------------------------------------------------------
+# The plan.
+
+def test_what_each_objective_gets_for_8000_evaluations():
+    """By hand: mcd 2 + 1 + 3 an image, so 1,333 steps; direct 2 n + 3 for 12, 6, 3 and 2 sub-steps; those without a teacher 1 + 3. pd's steps take
+    5, its nine stage lengths (64, 32, 16, 8, 4 once, 2, 1 twice) 177 steps each; its students of fewer steps stand at the end of a longer chain."""
+    models = plan(request())
+    got = {name: [(m.record()['train_steps'], m.record()['cost']) for m in models if m.objective == name] for name in STUDENTS}
+    same = lambda steps, cost: [(steps, cost)] * 4
+    assert got == {'mcd': same(1333, 6), 'mct': same(2000, 4), 'direct': [(296, 27), (533, 15), (888, 9), (1142, 7)],
+                   'pd': [(1593, 5), (1239, 5), (885, 5), (708, 5)], 'cm-cd': same(1333, 6), 'cm-ct': same(2000, 4), 'ict': same(2000, 4),
+                   'ect': same(2000, 4), 'tcm': same(2000, 4)}
+    assert all(m.record()['evaluations'] == m.record()['train_steps'] * m.record()['cost'] for m in models)
+
+
+@pytest.mark.parametrize('budget', [60, 997, 8000, 1234567])
+def test_no_training_exceeds_the_budget_and_none_has_a_step_to_spare(budget):
+    """What is left over is less than the smallest thing that could still be bought: a step; of pd a step of each of its nine stage lengths; of tcm a
+    step of each of its two stages."""
+    for model in plan(request(budget=budget)):
+        unit = model.training.cost * {'pd': 9, 'tcm': 2}.get(model.objective, 1)
+        assert 0 <= budget - model.training.evaluations < unit, model.name
+
+
+@pytest.mark.parametrize('batch', [128, 96, 33])
+def test_train_py_accepts_every_planned_run_and_makes_as_many_steps_of_it(batch):
+    """--duration is in Mimg, --stage_steps in steps: the loop stops at the first step that reaches the former."""
+    for model in plan(request(budget=12347, batch=batch, seeds=(5,))):
+        for training in model.training.chain:
+            opts = parsed(training)
+            assert (opts.objective, opts.batch, opts.seed, opts.cond) == (training.objective, batch, 5, True)
+            if training.objective == 'pd':
+                assert training.steps == opts.stage_steps * 9
+            else:
+                assert -(-round(opts.duration * 1e6) // batch) == training.steps
+            assert OBJECTIVES[training.objective].cost(opts) == training.cost
+
+
+def test_students_of_a_fixed_grid_are_trained_for_each_number_of_steps_and_consistency_models_once():
+    models = {m.name: m for m in plan(request())}
+    assert len(models) == 36
+    assert len({m.training for m in models.values() if m.objective == 'direct'}) == 4
+    assert [models[f'direct-seed0-{n}'].S for n in (1, 2, 4, 8)] == [1, 2, 4, 8]
+    assert [parsed(models[f'mcd-seed0-{n}'].training).S for n in (1, 2, 4, 8)] == [1, 2, 4, 8]
+    for name in ('cm-cd', 'cm-ct', 'ict', 'ect', 'tcm'):
+        assert len({m.training for m in models.values() if m.objective == name}) == 1
+        assert {(m.solver, m.S) for m in models.values() if m.objective == name} == {('cm', None)}
+
+
+def test_progressive_distillation_is_one_chain_whose_students_are_its_entries():
+    models = {m.nfe: m for m in plan(request(('pd',)))}
+    training, = {m.training for m in models.values()}
+    assert [folder for folder, _ in training.stages] == ['S0064', 'S0032', 'S0016', 'S0008', 'S0004', 'S0002', 'S0001']
+    assert {n: training.stages[m.stage][0] for n, m in models.items()} == {1: 'S0001', 2: 'S0002', 4: 'S0004', 8: 'S0008'}
+    opts = parsed(training)
+    assert (opts.S_start, opts.S, opts.stage_steps) == (64, 1, 177)
+    assert [m.nfe for m in plan(request(('pd',), steps=(2, 8)))] == [2, 8]
+    for steps in ((3, 8), (1, 3, 4)):
+        with pytest.raises(click.UsageError, match='pd'):
+            plan(request(('pd',), steps=steps))
+
+
+def test_truncated_training_spends_half_on_its_first_stage_and_starts_from_it():
+    model, = plan(request(('tcm',), steps=(2,), budget=8001))
+    first = model.training.after
+    assert (first.objective, first.steps, first.start) == ('ect', 1000, '--transfer')
+    assert (model.training.steps, model.training.start) == (1000, '--teacher')
+    assert [t.name for t in model.training.chain] == ['tcm-seed0-stage1', 'tcm-seed0']
+    assert model.record()['train_steps'] == 2000 and model.record()['evaluations'] == 8000
+
+
+def test_objectives_without_a_teacher_start_from_its_weights_in_its_network():
+    for model in plan(request()):
+        training = model.training.chain[0]
+        has_network = '--cbase=16' in training.options
+        expected = '--transfer' if training.objective in ('mct', 'cm-ct', 'ict', 'ect') else '--teacher'
+        assert (training.start, has_network) == (expected, expected == '--transfer')
+
+
+def test_options_for_one_objective_or_one_student_change_that_one_and_its_cost():
+    chosen = {'direct': ['--substeps=2', '--top-mass=0.5'], 'direct-8': ['--substeps=6', '--top-mass=1'], 'mcd': ['--hop=ddim']}
+    models = {m.name: m for m in plan(request(('direct', 'mcd', 'mct'), for_all=['--lr=3e-4'], for_some=chosen))}
+    assert [models[f'direct-seed0-{n}'].training.cost for n in (1, 2, 4, 8)] == [7, 7, 7, 15]
+    assert [parsed(models[f'direct-seed0-{n}'].training).top_mass for n in (4, 8)] == [0.5, 1]
+    assert models['mcd-seed0-4'].training.cost == 5 and models['mct-seed0-4'].training.cost == 4
+    assert all(parsed(m.training).lr == 3e-4 for m in models.values())
+
+
+@pytest.mark.parametrize(('kwargs', 'words'), [
+    (dict(for_all=['--duration=1']), '--duration of train.py is for compare.py'), (dict(for_all=['--S=3']), '--S of train.py'),
+    (dict(for_all=['--resume=x']), '--resume of train.py'), (dict(for_all=['--no-such']), 'no-such'), (dict(for_all=['lr']), "'lr' is no option"),
+    (dict(for_all=['--hop=ddim']), '--hop is for --objective='), (dict(for_some={'mdc': []}), '--with=mdc'),
+    (dict(for_some={'direct-3': []}), '--with=direct-3'), (dict(for_some={'ect': ['--q=0.5']}), 'q')])
+def test_options_that_cannot_be_are_named_before_anything_runs(kwargs, words):
+    with pytest.raises(click.UsageError) as error:
+        plan(request(('direct', 'ect'), **kwargs))
+    assert words in error.value.format_message()
+
+
+def test_a_budget_below_one_step_is_an_error():
+    """direct takes 12 · 2 + 3 in one sampling step; pd's chain at least nine steps of 5."""
+    for objective, price in (('direct', 27), ('pd', 45)):
+        assert plan(request((objective,), steps=(1, 2, 4, 8), budget=price))
+        with pytest.raises(UserError, match='--budget'):
+            plan(request((objective,), budget=price - 1))
+
+
+def test_the_teacher_is_sampled_in_as_many_evaluations_and_in_many():
+    models = comparison.teacher_models([1, 2, 4, 8], 256)
+    assert [(m.solver, m.steps, m.nfe) for m in models] == [
+        ('heun', 256, 511), ('euler', 1, 1), ('euler', 2, 2), ('euler', 4, 4), ('euler', 8, 8), ('heun', 2, 3), ('heun', 4, 7)]
+
+
+@pytest.mark.parametrize('name', ['edm-adm-cond', 'edm-ddpmpp-uncond-augment', 'edm2'])
+def test_options_that_describe_a_network_make_one_that_takes_all_of_its_weights(fixtures, name):
+    """But those of augmentation labels, which students do not have."""
+    net = (networks_edm2.Precond(16, 3, 10, model_channels=64, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[8]) if name == 'edm2' else
+           checkpoint.load_network(fixtures / f'{name}.pkl'))
+    words = ['--outdir=x', '--data=x', '--objective=ect', *comparison.network_options(net)]
+    context = train.main.make_context('train.py', words)
+    opts = EasyDict(context.params, edm2=name.startswith('edm2'), precision='fp32')
+    train.check_usage(context, opts)
+    dataset = SimpleNamespace(resolution=net.img_resolution, label_dim=net.label_dim)
+    made = configuration.network_from_scratch(opts, dataset, net.img_channels)
+    ours = checkpoint.NETWORKS[made.class_name](**made.kwargs)
+    shapes = lambda network: {key: value.shape for key, value in network.state_dict().items() if 'augment' not in key}
+    assert shapes(ours) == shapes(net)
+
+
+@pytest.mark.parametrize('name', ['ve-ncsnpp-uncond', 'vp-ddpmpp-cond', 'edm2-cond'])
+def test_networks_that_no_options_make_are_refused(fixtures, name):
+    """Other preconditioning; or arguments without an option, as the 16 channels for each head of the last one."""
+    with pytest.raises(UserError, match='leave out mct'):
+        comparison.network_options(checkpoint.load_network(fixtures / f'{name}.pkl'))
+
+#----------------------------------------------------------------------------
+# Doing it, with scripts that only pretend.
+
+class PretendStory(Story):
+    """Commands leave the files that the real ones would; those whose words contain `broken` fail."""
+
+    broken = None
+
+    def run(self, name, *arguments, threads=None):
+        words = [str(word) for word in arguments]
+        value = lambda option: next(word.partition('=')[2] for word in words if word.startswith(f'--{option}='))
+        with self.lock:
+            self.commands.append(' '.join(words))
+        if self.broken and self.broken in ' '.join(words):
+            raise UserError(f'{name} broke')
+        if words[0] == 'train.py':
+            stages = ['S0002', 'S0001'] if '--objective=pd' in words else ['']
+            for folder in (Path(value('outdir'), stage) for stage in stages):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / 'network-snapshot-000001.pkl').write_bytes(b'')
+                (folder / 'log.txt').write_text('Training...\nDone.\n')
+        elif words[0] == 'generate.py':
+            folder = Path(value('outdir'))
+            folder.mkdir(parents=True)
+            for i in range(40):
+                Image.fromarray(np.full((8, 8), i, np.uint8)).save(folder / f'{i:06d}.png')
+        else:
+            Path(value('json')).write_text(json.dumps(dict(fid=dict(value=float(len(self.commands))))))
+
+
+RULERS = dict(pca=Ruler('pca.npz', 'pca.pt'), random=Ruler('random.npz', 'random.pt'))
+SETTINGS = dict(budget=100, images=40)
+
+
+def pretend(outdir, objectives=('direct', 'ect'), broken=None, rulers=RULERS, **kwargs):
+    """Carry out a comparison of 1 and 2 steps; returns the commands, as (script, folder), the results, and what failed."""
+    models = [*comparison.teacher_models([1, 2], 4), *plan(request(objectives, (1, 2), 100, batch=16, **kwargs))]
+    compare.settle(outdir, SETTINGS, [t for m in models if m.training for t in m.training.chain])
+    story = PretendStory(outdir, 1)
+    story.broken = broken
+    results = compare.Results(outdir / 'results.json')
+    failures = compare.do_all(story, compare.jobs_of(story, models, 'digits.zip', 'teacher.pkl', rulers, 40, 64, results), 1)
+    return story.commands, results, failures
+
+
+def scripts(commands, script):
+    return [command for command in commands if command.startswith(script)]
+
+
+def test_everything_is_done_once(tmp_path):
+    """Three trainings; three rows of the teacher (Heun's with 2 steps is left out: one step is Euler's), four of students, by two rulers each."""
+    commands, results, failures = pretend(tmp_path)
+    assert not failures and [len(scripts(commands, name)) for name in ('train.py', 'generate.py', 'fid.py')] == [3, 7, 14]
+    rows = json.loads((tmp_path / 'results.json').read_text())
+    assert {row['model'] for row in rows} == set(results.rows) == {
+        'teacher-heun-7', 'teacher-euler-1', 'teacher-euler-2', 'direct-seed0-1', 'direct-seed0-2', 'ect-seed0-1', 'ect-seed0-2'}
+    row = results.rows['direct-seed0-2']
+    assert (row['objective'], row['S'], row['solver'], row['nfe'], row['seed'], row['images']) == ('direct', 2, 'student', 2, 0, 40)
+    assert (row['train_steps'], row['cost'], row['evaluations']) == (6, 15, 90) and row['distance'] != row['distance_random'] and row['seconds'] >= 0
+    assert {path.stem for path in (tmp_path / 'grids').iterdir()} == set(results.rows)
+    assert not any(path.is_dir() for path in (tmp_path / 'samples').iterdir()), 'images are measured, shown in a grid, and deleted'
+    assert pretend(tmp_path)[0] == []
+
+
+def test_a_comparison_grows_by_objectives_and_seeds(tmp_path):
+    pretend(tmp_path)
+    commands, results, _ = pretend(tmp_path, objectives=('direct', 'ect', 'pd'), seeds=(0, 1))
+    assert len(scripts(commands, 'train.py')) == 2 + 1 + 2 and len(scripts(commands, 'generate.py')) == 4 + 4
+    assert not any('teacher-' in command or ('seed0/' in command and 'pd' not in command) for command in commands)
+    compare.settle(tmp_path, SETTINGS, [])
+    assert len(json.loads((tmp_path / 'plan.json').read_text())['trainings']) == 4 + 2 + 2, 'what is not asked for now is remembered'
+    assert results.rows['pd-seed1-1']['train_steps'] > results.rows['pd-seed1-2']['train_steps']
+    assert any('--network=' in c and 'pd-seed0/S0002/' in c for c in commands) and any('pd-seed0/S0001/' in c for c in commands)
+
+
+@pytest.mark.parametrize('begun', [True, False])
+def test_a_training_that_was_cut_goes_on_from_its_state_or_begins_anew(tmp_path, begun):
+    for name in ('ect-seed0', 'direct-2-seed0'):
+        folder = tmp_path / 'trainings' / name
+        folder.mkdir(parents=True)
+        (folder / 'log.txt').write_text('Training...\n')
+        (folder / 'leftover').touch()
+        if begun:
+            (folder / 'training-state-000001.pt').touch()
+    commands = scripts(pretend(tmp_path)[0], 'train.py')
+    for name, start in (('ect-seed0', '--transfer='), ('direct-2-seed0', '--teacher=')):
+        command, = (command for command in commands if f'/{name} ' in command)
+        assert ('--resume=' in command) == begun
+        assert (start in command) == (start == '--teacher=' or not begun), 'train.py refuses --transfer with --resume'
+        assert (tmp_path / 'trainings' / name / 'leftover').exists() == begun
+
+
+def test_a_model_is_not_sampled_from_a_training_that_did_not_finish(tmp_path):
+    """A snapshot alone does not say that the training is over; train.py's last word does."""
+    folder = tmp_path / 'trainings' / 'ect-seed0'
+    folder.mkdir(parents=True)
+    (folder / 'network-snapshot-000000.pkl').touch()
+    (folder / 'log.txt').write_text('Training...\ntick 1\n')
+    commands = pretend(tmp_path, objectives=('ect',))[0]
+    assert len(scripts(commands, 'train.py')) == 1
+    first = next(i for i, command in enumerate(commands) if 'ect-seed0/network' in command)
+    assert any(command.startswith('train.py') for command in commands[:first])
+
+
+def test_what_fails_keeps_nothing_else_from_being_done_and_is_tried_again(tmp_path):
+    commands, results, failures = pretend(tmp_path, broken='--objective=ect')
+    assert failures == ['ect-seed0: ect-seed0 broke'] and len(results.rows) == 5
+    commands, results, failures = pretend(tmp_path)
+    assert not failures and len(results.rows) == 7
+    assert len(scripts(commands, 'train.py')) == 1 and len(scripts(commands, 'generate.py')) == 2
+
+
+def test_the_second_stage_follows_the_first_and_starts_from_its_snapshot(tmp_path):
+    commands = scripts(pretend(tmp_path, objectives=('tcm',))[0], 'train.py')
+    assert ['tcm-seed0-stage1 ' in c for c in commands] == [True, False]
+    assert '--transfer=teacher.pkl' in commands[0]
+    assert f'--teacher={tmp_path / "trainings" / "tcm-seed0-stage1" / "network-snapshot-000001.pkl"}' in commands[1]
+
+
+def test_the_longest_jobs_come_first(tmp_path):
+    """511 evaluations of 6,000 images are more than a training of 8,000 for each of 128 places; a few samples of the teacher are least."""
+    models = [*comparison.teacher_models([1, 8], 256), *plan(request(('ect', 'direct'), (1, 8)))]
+    jobs = compare.jobs_of(Story(tmp_path, 1), models, 'd', 't', RULERS, 6000, 64, compare.Results(tmp_path / 'none.json'))
+    names = [name for _, name, _ in jobs]
+    assert names[0] == 'teacher-heun-511' and names[-1] == 'teacher-euler-1' and len(names) == 1 + 3 + 3
+    assert [work for work, *_ in jobs] == sorted((work for work, *_ in jobs), reverse=True) and jobs[0][0] == 511 * 6000
+
+
+@pytest.mark.parametrize(('settings', 'lr', 'words'), [
+    (dict(SETTINGS, budget=200), '1e-3', ['budget = 100', '200', 'another folder']),
+    (SETTINGS, '2e-3', ['direct-1-seed0', '--lr=0.5e-3', 'another folder'])])
+def test_another_comparison_in_the_same_folder_is_an_error(tmp_path, settings, lr, words):
+    trainings = lambda lr: [m.training for m in plan(request(('direct',), for_all=[f'--lr={lr}']))]
+    compare.settle(tmp_path, SETTINGS, trainings('0.5e-3' if lr == '2e-3' else lr))
+    before = (tmp_path / 'plan.json').read_text()
+    with pytest.raises(UserError) as error:
+        compare.settle(tmp_path, settings, trainings(lr))
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert (tmp_path / 'plan.json').read_text() == before
+
+
+@pytest.mark.parametrize(('name', 'content'), [('plan.json', '[]'), ('plan.json', '{"settings": {}}'), ('plan.json', '{'), ('results.json', '{}'),
+                                               ('results.json', '[{}]'), ('results.json', '[1]')])
+def test_damaged_files_of_a_comparison_are_named(tmp_path, name, content):
+    pretend(tmp_path, objectives=())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f'{name} is damaged: delete it'):
+        pretend(tmp_path, objectives=())
+
+
+def test_an_interruption_ends_what_runs_and_begins_nothing_more(tmp_path):
+    """A job that gets a KeyboardInterrupt stands for Ctrl-C in the main thread."""
+    story, begun = Story(tmp_path, 1), threading.Event()
+
+    def interrupted():
+        begun.set()
+        raise KeyboardInterrupt
+
+    with pytest.raises(UserError, match='the same command again goes on'):
+        compare.do_all(story, [(2, 'a', interrupted), (1, 'b', lambda: story.run('b', '-c', 'pass'))], 1)
+    assert begun.is_set() and story.stopped and not story.commands
+    with pytest.raises(UserError, match='not begun'):
+        story.run('c', '-c', 'pass')
+
+#----------------------------------------------------------------------------
+# Tables and plot.
+
+def row(objective, nfe, distance, seed=0, solver='student', **kwargs):
+    facts = {} if seed is None else dict(train_steps=1000 * nfe, cost=6, evaluations=6000 * nfe)
+    return dict(model=f'{objective}-seed{seed}-{nfe}', objective=objective, S=nfe, solver=solver, nfe=nfe, seed=seed, distance=distance,
+                distance_pca=2 * distance, images=50, seconds=1.0, **facts, **kwargs)
+
+
+ROWS = [row('mcd', 1, 0.4), row('mcd', 1, 0.6, seed=1), row('mcd', 4, 0.1), row('direct', 4, 0.05), row('diffusion', 511, 0.04, None, 'heun'),
+        row('diffusion', 1, 20.0, None, 'euler'), row('diffusion', 4, 0.8, None, 'euler'), row('diffusion', 3, 2.0, None, 'heun')]
+
+
+def test_the_table_has_ratios_of_means_and_every_seed():
+    """0.5 / 0.04 = 12.5; the ruler in second place is twice as long, and so is its reference."""
+    header, lines = compare.distances_table(ROWS, 'distance')
+    assert header == ['objective', '1', '4']
+    assert lines == [['mcd', '12.50 (0.4, 0.6)', '2.50 (0.1)'], ['direct', '', '1.25 (0.05)'], ['teacher, Euler', '500.00 (20)', '20.00 (0.8)'],
+                     ['teacher, Heun', '', '50.00 (2), 3 evaluations']]
+    assert compare.distances_table(ROWS, 'distance_pca')[1][0] == ['mcd', '12.50 (0.8, 1.2)', '2.50 (0.2)']
+    assert compare.training_table(ROWS)[1] == [['mcd', '1,000 × 6', '4,000 × 6'], ['direct', '', '4,000 × 6']]
+
+
+def test_the_notes_say_of_each_objective_what_is_not_equal():
+    rows = [*ROWS, *(row(name, 2, 1.0) for name in ('pd', 'ect', 'tcm'))]
+    text = '\n'.join(compare.notes(rows, 8000, 128, ['pca']))
+    for words in ('8,000 network evaluations', '128', '511 evaluations', '0.04', '50 images', 'mcd, direct: a student for each', 'pd: one chain',
+                  'ect, tcm: one model', 'tcm: half', 'ect: no teacher'):
+        assert words in text, words
+    assert 'not FID' not in text and 'not FID' in '\n'.join(compare.notes(rows, 8000, 128, list(digits.RULERS)))
+
+
+def test_labels_move_as_little_as_keeps_them_apart():
+    assert report.spread([0.1, 0.9, 0.5], 0.1) == pytest.approx([0.1, 0.9, 0.5])
+    assert report.spread([0.5, 0.52, 0.1], 0.1) == pytest.approx([0.46, 0.56, 0.1])
+    assert report.spread([0.5, 0.5, 0.5], 0.2) == pytest.approx([0.3, 0.5, 0.7])
+    assert report.spread([0.02, 0.01, 1], 0.1) == pytest.approx([0.1, 0, 1]) and report.spread([0.99, 1], 0.1) == pytest.approx([0.9, 1])
+
+
+def test_the_plot_has_a_line_through_the_geometric_means_and_a_label_for_each_name(tmp_path, monkeypatch):
+    """sqrt(0.4 · 0.9) = 0.6; labels lie at least a twentieth of the height apart."""
+    figures = []
+    monkeypatch.setattr(plt, 'close', figures.append)
+    names = [*report.LOOKS]
+    lines = {name: {8: [0.1], 1: [0.4, 0.9], 2: [0.3]} for name in names}
+    report.write_frontier(lines, str(tmp_path / 'plot.png'), 'distance', ('reference', 0.05))
+    axes = figures[0].axes[0]
+    assert [*map(float, axes.lines[1].get_xdata())] == [1, 2, 8] and axes.lines[1].get_ydata() == pytest.approx([0.6, 0.3, 0.1])
+    labels = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    assert set(labels) == {*names, 'reference'} and np.diff(sorted(labels.values())).min() > 0.0499
+    assert (axes.get_xscale(), axes.get_yscale()) == ('log', 'log') and len({report.LOOKS[name] for name in names}) == len(names) >= len(STUDENTS) + 2
+    assert (tmp_path / 'plot.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_every_objective_has_a_look_of_its_own():
+    assert set(OBJECTIVES) - {'diffusion'} <= set(report.LOOKS)
+
+#----------------------------------------------------------------------------
+# The command.
+
+def test_two_objectives_through_the_real_scripts(digits, teacher, rulers, tmp_path):
+    """A few steps, one number of steps: that everything runs and is where it should be; and that nothing runs a second time."""
+    out = tmp_path / 'out'
+    arguments = [f'--outdir={out}', f'--data={digits}', f'--teacher={teacher}', f'--ref={rulers / "pca.npz"}',
+                 f'--detector={rulers / "pca.pt"}', '--objectives=direct,ect', '--steps=1', '--budget=54', '--batch=16', '--num=64',
+                 '--reference-steps=2', '--with=direct:--lr=1e-3', '--', '--workers=0']
+    done = CliRunner().invoke(compare.main, arguments)
+    assert done.exit_code == 0, done.output
+    rows = {row['model']: row for row in json.loads((out / 'results.json').read_text())}
+    assert set(rows) == {'teacher-heun-3', 'teacher-euler-1', 'direct-seed0-1', 'ect-seed0-1'}
+    assert (rows['direct-seed0-1']['train_steps'], rows['ect-seed0-1']['train_steps']) == (2, 13)
+    assert all(row['distance'] > 0 and row['images'] == 64 for row in rows.values())
+    for name, nimg in (('direct-1-seed0', 32), ('ect-seed0', 208)):
+        stats = (out / 'trainings' / name / 'stats.jsonl').read_text().splitlines()
+        assert json.loads(stats[-1])['Progress/nimg']['mean'] == nimg
+        assert json.loads((out / 'trainings' / name / 'training_options.json').read_text())['seed'] == 0
+    assert (out / 'table.md').read_text() in done.stdout
+    page = (out / 'report.html').read_text()
+    assert page.count('data:image/png;base64,') == 2 + 4 and 'train.py' in page
+    assert {'compare.png', 'samples.png', 'plan.json', 'commands.txt'} <= {path.name for path in out.iterdir()}
+    again = CliRunner().invoke(compare.main, arguments)
+    assert again.exit_code == 0 and '$ python' not in again.stdout and json.loads((out / 'results.json').read_text()) == list(rows.values())
+    other = [argument.replace('budget=54', 'budget=55') for argument in arguments]
+    assert_one_clear_error(CliRunner().invoke(compare.main, other), 'budget = 54', 'another folder')
+
+
+@pytest.mark.parametrize(('arguments', 'words', 'status'), [
+    (['--data=x.zip'], ['--teacher', '--ref'], 2), (['--objectives=mcd,nonsense'], ['nonsense', 'direct'], 2),
+    (['--objectives=mcd,mcd'], ['twice'], 2),
+    (['--steps=1,1'], ['different'], 2), (['--seeds=0-2,1'], ['--seeds', 'twice'], 2),
+    (['--ref=a.npz'], ['--data=digits'], 2), (['--with=direct'], ['NAME:OPTIONS'], 2),
+    (['--with=direct:"'], ['quotation'], 2), (['--teacher=missing.pkl'], ['missing.pkl'], 1), (['--budget=3'], ['--budget', 'one step'], 1),
+    (['--', '--lr=x'], ['lr'], 2), (['--', '--seed=3'], ['--seed of train.py'], 2),
+    (['--data=x.zip', '--teacher=t', '--ref=a', '--ref=b', '--detector=c'], ['one for each'], 2)])
+def test_wrong_options_are_one_clear_error_and_nothing_is_written(tmp_path, monkeypatch, arguments, words, status):
+    monkeypatch.chdir(tmp_path)
+    assert_one_clear_error(CliRunner().invoke(compare.main, arguments), *words, status=status)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_student_is_no_teacher(tmp_path, fixtures):
+    result = CliRunner().invoke(compare.main, [f'--outdir={tmp_path / "out"}', f'--teacher={fixtures / "published-student.pkl"}'])
+    assert_one_clear_error(result, 'student of', 'diffusion model')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_help_needs_no_torch():
+    done = run('-c', 'import sys; sys.argv = ["compare.py", "--help"]; import runpy\ntry: runpy.run_path("compare.py", run_name="__main__")\n'
+                     'except SystemExit as e: assert not e.code\nassert "torch" not in sys.modules and "scipy" not in sys.modules')
+    assert 'Usage:' in done.stdout
