@@ -270,7 +270,7 @@ def notes(rows: Sequence[dict], budget: int, batch: int, rulers: Sequence[str]) 
              f"Ratios are to the teacher's own distance with {best['nfe']} evaluations (Heun); in brackets the Fréchet distance of "
              f'{best["images"]:,} images, of each training seed. By {next(iter(rulers))}, that of the teacher is {best["distance"]:.4g}.']
     about = [(lambda o: 'S' in o.options and 'S_start' not in o.stages, 'a student for each number of steps, each with the whole budget.'),
-             (lambda o: 'S_start' in o.stages, 'one chain of students, which has the budget as a whole; each is what it had made by that number of steps.'),
+             (lambda o: 'S_start' in o.stages, 'one chain of students, which has the budget as a whole; each is what it had made by then.'),
              (lambda o: 'S' not in o.options, 'one model for all columns, sampled in that many stochastic steps.'),
              (lambda o: o.teacher == 'consistency', 'half of the budget for the first stage, ect, half for the second.'),
              (lambda o: not o.teacher, 'no teacher in training, but its weights to start from.')]

@@ -16,7 +16,7 @@ from training.objectives import OBJECTIVES
 OURS = {'outdir', 'nosubdir', 'desc', 'data', 'consistency', 'teacher', 'transfer', 'resume', 'resume_override', 'tick', 'snap', 'dump', 'keep',
         'dry_run'}  # options of train.py that say where from, where to, and what is saved when
 FROM_ELSEWHERE = {'img_resolution', 'img_channels', 'label_dim', 'augment_dim', 'use_fp16', 'use_bf16'}  # arguments of networks: data, precision
-FINER = 8    # progressive distillation begins with a student of so many times the largest number of steps: the teacher's own steps, DDIM's, are coarse
+FINER = 8    # progressive distillation begins with so many times the largest number of steps, because its teacher's own steps are DDIM's
 PLACE = '.'  # stands for a path in options that are only looked at
 
 
