@@ -365,6 +365,7 @@ def check_usage(ctx: click.Context, opts: EasyDict) -> None:
         raise click.UsageError('--val=1 needs --val_ref=NPZ (made by fid.py ref) or --val_ref_data=ZIP.')
     if opts.fp16 and opts.precision not in (None, 'fp16'):
         raise click.UsageError(f'--fp16=True contradicts --precision={opts.precision}.')
+    opts.precision = opts.precision or ('fp16' if opts.fp16 else 'fp32')
     if opts.resume_override and not opts.resume:
         raise click.UsageError('--resume-override needs --resume.')
     if opts.resume and opts.transfer:

@@ -177,3 +177,55 @@ def test_a_stage_of_another_teacher_is_noticed(tmp_path, progressive, digits, te
     options = [f'--data={digits}', '--objective=pd', f'--teacher={teacher}', *SHORT, '--S_start=4', '--stage_steps=10']
     result = CliRunner().invoke(train.main, [f'--outdir={folder}', *options, f'--resume={folder}'])
     assert_one_clear_error(result, 'S0002 was distilled from another teacher')
+
+#----------------------------------------------------------------------------
+# Defaults.
+
+def configuration_of(*options):
+    return json.loads(invoke(train.main, '--outdir=runs', *options, '--dry-run').stdout)
+
+
+def test_networks_of_edm2_are_tuned_with_their_own_times_and_rates(digits):
+    """Geng et al. 2024, ImageNet-64; what is given overrides."""
+    edm2 = [f'--data={digits}', '--arch=edm2', '--cbase=16', '--cres=1,2', '--objective=ect']
+    c = configuration_of(*edm2)
+    assert [c['loss'][name] for name in ('P_mean', 'P_std', 'q', 'c')] == [-0.8, 1.6, 4.0, 0.06]
+    assert [c[name] for name in ('optim', 'lr', 'lr_schedule')] == ['adam', 1e-3, 'sqrt'] and c['lr_ref_nimg'] == 2000 * 128
+    c = configuration_of(*edm2, '--q=3', '--optim=radam')
+    assert (c['loss']['q'], c['loss']['c'], c['optim']) == (3.0, 0.06, 'radam')
+    c = configuration_of(f'--data={digits}', *TINY_NETWORK, '--objective=ect')
+    assert [c['loss'][name] for name in ('P_mean', 'P_std', 'q', 'c')] == [-1.1, 2.0, 2.0, 0.0] and c['optim'] == 'radam'
+
+
+@pytest.mark.parametrize('options, expected', [
+    (['--objective=cm-cd', '--cm_loss=l2'], dict(N=18, mu0=0.0, hop='heun')),
+    (['--objective=cm-cd', '--cm_loss=l2', '--s0=2', '--s1=40', '--mu0=0.9'], dict(N=None, s0=2, s1=40, mu0=0.9, mu_schedule='adaptive')),
+    (['--objective=cm-ct', '--cm_loss=l1'], dict(N=None, s0=2, s1=150, mu0=0.9, schedule_nimg=409_600_000)),
+    (['--objective=cm-ct', '--cm_loss=l1', '--N=40', '--mu0=0.95'], dict(N=40, mu0=0.95)),
+    (['--objective=ict'], dict(s0=10, s1=1280, P_mean=-1.1, P_std=2.0, c=None, batch_size=1024, schedule_nimg=409_600_000)),
+    (['--objective=tcm'], dict(dividing_t=1.0, ratio_cap=0.999, boundary_share=0.25, boundary_weight=0.1, c=1e-8, stage_nimg=1024, batch_size=1024)),
+    (['--objective=pd', '--S_start=8', '--S=2'], dict(S=8, student_grid='full', hop='ddim', cd_loss='l2', cd_weight_mode='truncated-snr')),
+])
+def test_each_objective_has_its_papers_defaults(digits, teacher, consistency_model, options, expected):
+    objective = OBJECTIVES[options[0].partition('=')[2]]
+    start = [f'--teacher={teacher if objective.teacher == "diffusion" else consistency_model}'] if objective.teacher else TINY_NETWORK
+    c = configuration_of(f'--data={digits}', '--cond=1', *start, *options)
+    assert {name: c['loss'][name] for name in expected} == expected
+    assert c['network']['kwargs'].get('boundary', 0) == (0.002 if objective.boundary else 0)
+
+
+@pytest.mark.parametrize('options, words', [
+    (['--objective=cm-cd', '--N=18', '--s1=40'], ['--N', '--s1']), (['--objective=cm-ct', '--s0=9', '--s1=4'], ['--s0=9', '--s1=4']),
+    (['--objective=cm-ct', '--cm_loss=l2', '--lpips=x.pth'], ['--lpips', 'l2']), (['--objective=ict', '--mu0=0.9'], ['--mu0', 'cm-cd or cm-ct']),
+    (['--objective=ect', '--dividing_t=2'], ['--dividing_t', 'tcm']), (['--objective=mct', '--hop=ddim'], ['--hop', 'mcd or pd or cm-cd']),
+])
+def test_options_that_contradict_each_other_or_the_objective(options, words):
+    teacher = ['--teacher=x.pkl'] if OBJECTIVES[options[0].partition('=')[2]].teacher else []
+    assert_one_clear_error(CliRunner().invoke(train.main, ['--outdir=x', '--data=x', *teacher, *options]), *words, status=2)
+
+
+@pytest.mark.parametrize('objective', [name for name, objective in OBJECTIVES.items() if objective.teacher])
+def test_a_teacher_of_the_wrong_kind_is_refused_by_name(digits, teacher, consistency_model, objective):
+    wrong = consistency_model if OBJECTIVES[objective].teacher == 'diffusion' else teacher
+    options = [f'--data={digits}', '--cond=1', f'--objective={objective}', f'--teacher={wrong}']
+    assert_one_clear_error(CliRunner().invoke(train.main, ['--outdir=x', *options]), str(wrong), 'consistency model')

@@ -55,7 +55,6 @@ def fill_defaults(opts: EasyDict, dataset, teacher, earlier: dict | None) -> Non
         raise click.UsageError(f'--lr_decay is for --lr_schedule=sqrt, not {opts.lr_schedule}.')
     if opts.phema_snap is not None and not opts.phema:
         raise click.UsageError('--phema_snap needs --phema.')
-    opts.precision = opts.precision or ('fp16' if opts.fp16 else 'fp32')
     opts.ls = opts.ls or ('dynamic' if opts.precision == 'fp16' else 1.0)
     for steps, (name, unit, share) in IN_STEPS.items():
         if opts[steps] is not None:
