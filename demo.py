@@ -18,7 +18,7 @@ from metrics.story import SHOWN, Story, make_outdir, measure
 
 IMAGES = 1797  # as many as there are digits
 COMMON = [*digits.COMMON, '--cond=1', f'--batch={digits.BATCH}', '--seed=0', '--nosubdir', '--snap=10', '--dump=0']
-STUDENT_STEPS = {8: 2000, 4: 1500, 2: 1000}
+STUDENTS = {'mcd': ('student', {8: 2000, 4: 1200, 2: 800}), 'direct': ('direct', {8: 1000, 4: 800, 2: 450, 1: 300})}  # name; steps of each S
 TEACHER_ROWS = [('euler', 8, 8), ('heun', 256, 511)]  # solver, steps, NFE
 
 
@@ -44,20 +44,18 @@ def story_of(story: Story, scale: float, jobs: int) -> list[dict]:
     _, rulers = digits.prepare(story)
     teacher = train(story, 'teacher', steps(digits.TEACHER_STEPS), [*digits.TEACHER, '--val_steps=9'], threads=story.threads * jobs)
 
-    def student(S: int) -> dict:
-        kimg = steps(STUDENT_STEPS[S]) * digits.BATCH / 1000
-        options = ['--consistency=True', *digits.STUDENT, *digits.SEGMENTS, f'--teacher={teacher}', f'--S={S}', f'--T_anneal_kimg={kimg / 2:g}']
-        network = train(story, f'student-{S}', steps(STUDENT_STEPS[S]), options)
-        return row_of(story, f'student-{S}', network, f'student-{S}', 'student', S, S, images, rulers)
+    def student(objective: str, S: int, name: str, full_steps: int) -> dict:
+        options = [f'--objective={objective}', f'--teacher={teacher}', f'--S={S}', *digits.student_options(objective, S)]
+        network = train(story, name, steps(full_steps), options)
+        return row_of(story, name, network, name, 'student', S, S, images, rulers)
 
     def of_teacher(solver: str, solver_steps: int, nfe: int) -> dict:
         return row_of(story, f'teacher-{solver}-{nfe}', teacher, 'teacher', solver, solver_steps, nfe, images, rulers)
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        # The long ones first, so that no core waits at the end.
-        students = [pool.submit(student, S) for S in (8, 4)]
-        teachers = [pool.submit(of_teacher, *row) for row in reversed(TEACHER_ROWS)]
-        students.append(pool.submit(student, 2))
+        teachers = [pool.submit(of_teacher, *row) for row in reversed(TEACHER_ROWS)]  # the longest first, so that no core waits at the end
+        students = [pool.submit(student, objective, S, f'{name}-{S}', full_steps)
+                    for objective, (name, runs) in STUDENTS.items() for S, full_steps in runs.items()]
         try:
             concurrent.futures.wait([*students, *teachers], return_when=concurrent.futures.FIRST_EXCEPTION)
             return [future.result() for future in (*reversed(teachers), *students)]
@@ -79,14 +77,14 @@ def report(story: Story, rows: list[dict], minutes: float) -> None:
     names = [f'teacher-{r["solver"]}-{r["nfe"]}' if r['model'] == 'teacher' else r['model'] for r in rows]
     for name in names:
         pages.write_grid(sorted(map(str, story.path('samples', name).glob('*.png')))[:SHOWN], str(story.path(f'samples-{name}.png')))
-    shown = ['teacher-euler-8', 'student-8', 'teacher-heun-511']
+    shown = ['teacher-euler-8', 'student-8', 'direct-8', 'teacher-heun-511']
     captions = dict(zip(names, (f'{r["model"]}, {r["nfe"]} evaluations: distance {r["distance"]:.3g}' for r in rows)))
     pages.write_side_by_side({captions[name]: str(story.path(f'samples-{name}.png')) for name in shown}, str(story.path('samples.png')))
     runs = ['teacher', *(r['model'] for r in rows if r['model'] != 'teacher')]
     losses, distances = {}, {}
     for run in runs:
         stats = pages.read_jsonl(story.path(run, 'stats.jsonl'))[1:]
-        key = 'Loss/diffusion' if run == 'teacher' else 'Loss/cd'
+        key = next(f'Loss/{loss}' for loss in ('diffusion', 'cd', 'direct') if f'Loss/{loss}' in stats[0])
         losses[run] = ([s['Progress/kimg']['mean'] for s in stats], [s[key]['mean'] for s in stats])
         records = pages.read_jsonl(story.path(run, 'metrics-val.jsonl'))
         distances[run] = ([r['kimg'] for r in records], [r['fid'] for r in records])
@@ -97,8 +95,9 @@ def report(story: Story, rows: list[dict], minutes: float) -> None:
     captions = [f'{r["model"]}, {r["solver"]}, {r["nfe"]} evaluations' for r in rows]
     grids = ''.join(pages.embed(str(story.path(f'samples-{name}.png')), caption) for name, caption in zip(names, captions))
     rulers = '; '.join(f'<b>{name}</b>: {text}' for name, text in digits.RULERS.items())
-    note = (f'<p>Fréchet distances between {rows[0]["images"]} samples and the 1,797 real digits of scikit-learn, in the features of a small digits '
-            'classifier that the demo trains in seconds. This is not FID: no Inception network is involved, and the numbers compare with nothing '
+    who = '; '.join(f'<b>{name}-S</b>: students of S steps by --objective={objective}' for objective, (name, _) in STUDENTS.items())
+    note = (f'<p>{who}.</p><p>Fréchet distances between {rows[0]["images"]} samples and the 1,797 real digits of scikit-learn, in the features of a '
+            'small digits classifier that the demo trains in seconds. This is not FID: no Inception network is involved, and the numbers compare with nothing '
             f'outside this page. Two rulers that nobody trained stand beside it. Rulers: {rulers}. Intervals are the sampling noise (bootstrap). '
             f'The whole run took {minutes:.1f} minutes.</p>')
     sections = [('', note + pages.html_table(header, cells)), ('Samples, from the same seeds', f'<div class="grids">{grids}</div>'),
@@ -114,7 +113,7 @@ def report(story: Story, rows: list[dict], minutes: float) -> None:
             help='Factor on the training steps; below 1 on the number of samples too. The table means nothing for small values.')
 @cli.option('--jobs', metavar='INT', type=click.IntRange(min=1), default=2, show_default=True, help='Commands that run side by side.')
 def main(outdir, scale, jobs):
-    """Train a teacher on real digits, distil students of 8, 4 and 2 steps, compare them, and write a report. Minutes on two cores."""
+    """Train a teacher on real digits, distil students of 8 and fewer steps in two ways, compare them, and write a report. Minutes on two cores."""
     start = time.time()
     outdir = Path(outdir)
     make_outdir(outdir)

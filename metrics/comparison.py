@@ -199,8 +199,7 @@ def recipe_of(request: Request, objective: str, S: int | None = None) -> list[st
     known = OBJECTIVES[objective]
     words = [] if known.teacher else list(request.network)
     if request.recipe:
-        words += [*digits.COMMON, *digits.STUDENT, *(digits.SEGMENTS if 'student_grid' in known.options else []), *digits.OWN.get(objective, [])]
-        words += [f'--substeps={digits.substeps(S)}'] if 'substeps' in known.options else []
+        words += [*digits.COMMON, *digits.student_options(objective, S)]
     return words
 
 

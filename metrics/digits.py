@@ -4,6 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from metrics.story import Ruler, Story
+from training.objectives import OBJECTIVES
 
 RULERS = dict(classifier='digits classifier, trained here', pca='PCA of raw pixels', random='fixed random convolution')
 BATCH = 128
@@ -11,15 +12,15 @@ NETWORK = ['--arch=adm', '--cbase=16', '--cres=1,2', '--num_blocks=1', '--attn_r
 COMMON = ['--workers=0', '--lr_schedule=cosine']
 TEACHER_STEPS, TEACHER = 4000, [*NETWORK, '--lr=2e-3', '--ema=40kimg', '--augment=0', '--lr_rampup=20']
 STUDENT = ['--lr=1e-3', '--ema=20kimg', '--lr_rampup=5']
-SEGMENTS = ['--student_grid=full']
 OWN = dict(mcd=['--keep_ties', '--top-mass=0.5'], direct=['--top-mass=1'], ict=['--s1=160'],  # docs/results.md; a grid that 2,000 steps can follow
            **{name: ['--cm_loss=pseudo_huber'] for name in ('cm-cd', 'cm-ct')})  # LPIPS has seen photographs
 
 
-def substeps(S: int) -> int:
-    """Of the teacher for a segment of `direct`: about 12 over all S segments are best here (docs/results.md)."""
-    return max(2, -(-12 // S))
-
+def student_options(objective: str, S: int | None = None) -> list[str]:
+    """What suits a student, of S steps where it has a number of its own. Sub-steps: 12 or more over all segments (docs/results.md)."""
+    own = OBJECTIVES[objective].options
+    return [*STUDENT, *(['--student_grid=full'] if 'student_grid' in own else []), *OWN.get(objective, []),
+            *([f'--substeps={max(2, -(-12 // S))}'] if 'substeps' in own else [])]
 
 
 def prepare(story: Story) -> tuple[Path, dict[str, Ruler]]:
