@@ -97,9 +97,9 @@ def report(story: Story, rows: list[dict], minutes: float) -> None:
     rulers = '; '.join(f'<b>{name}</b>: {text}' for name, text in digits.RULERS.items())
     who = '; '.join(f'<b>{name}-S</b>: students of S steps by --objective={objective}' for objective, (name, _) in STUDENTS.items())
     note = (f'<p>{who}.</p><p>Fréchet distances between {rows[0]["images"]} samples and the 1,797 real digits of scikit-learn, in the features of a '
-            'small digits classifier that the demo trains in seconds. This is not FID: no Inception network is involved, and the numbers compare with nothing '
-            f'outside this page. Two rulers that nobody trained stand beside it. Rulers: {rulers}. Intervals are the sampling noise (bootstrap). '
-            f'The whole run took {minutes:.1f} minutes.</p>')
+            'small digits classifier that the demo trains in seconds. This is not FID: no Inception network is involved, and the numbers compare '
+            f'with nothing outside this page. Two rulers that nobody trained stand beside it. Rulers: {rulers}. Intervals are the sampling noise '
+            f'(bootstrap). The whole run took {minutes:.1f} minutes.</p>')
     sections = [('', note + pages.html_table(header, cells)), ('Samples, from the same seeds', f'<div class="grids">{grids}</div>'),
                 ('Distance during training', pages.embed(str(story.path('distance.png')), css='wide')),
                 ('Loss', pages.embed(str(story.path('loss.png')), css='wide')),
