@@ -204,12 +204,3 @@ def halving_stages(start: int, end: int, stage_steps: int) -> list[tuple[int, in
         raise ValueError(f'{start} steps do not become {end} by halving')
     counts = [start >> i for i in range(halvings + 1)]
     return [(S, stage_steps if S > 2 else 2 * stage_steps) for S in counts]
-
-
-def stage_at(k: int, stages: list[tuple[int, int]]) -> int:
-    """Index of the stage that runs after k optimiser steps of all stages together; the last one does not end."""
-    for i, (_, steps) in enumerate(stages[:-1]):
-        if k < steps:
-            return i
-        k -= steps
-    return len(stages) - 1
