@@ -152,7 +152,8 @@ def switch(name: str, **kwargs):
             help='Sampling steps of the first student, halved from stage to stage down to --S; its teacher is sampled in twice as many.  '
                  '[default: 512]')
 @cli.option('--N', 'N', metavar='INT', type=click.IntRange(min=2), group=CM,
-            help='Noise levels of the grid, and --mu0 as the decay, throughout.  [default: cm-cd 18; cm-ct: growing from --s0 to --s1]')
+            help='Noise levels of the grid, and --mu0 as the decay, throughout.  '
+                 '[default: cm-cd 18, unless --s0, --s1 or --schedule_steps let it grow; cm-ct: growing]')
 @cli.option('--s0', metavar='INT', type=COUNT, group=CM, help='Levels at the start.  [default: 2; ict 10]')
 @cli.option('--s1', metavar='INT', type=COUNT, group=CM, help='And at the end.  [default: 150; ict 1280]')
 @cli.option('--schedule_steps', metavar='INT', type=COUNT, group=CM, help='Optimiser steps over which the grid grows.  [default: all of --duration]')
@@ -195,12 +196,13 @@ def switch(name: str, **kwargs):
 @cli.option('--val_ref_data', metavar='ZIP|DIR', group=VAL, help='Or images to compute them from at the start.')
 @cli.option('--val_detector', metavar='PATH|URL', group=VAL, help="TorchScript feature detector.  [default: NVIDIA's Inception]")
 @cli.option('--val_steps', metavar='INT', type=COUNT, group=VAL,
-            help="Sampling steps.  [default: the student's S; 18 for teachers]")
+            help="Sampling steps.  [default: the student's S; 1 for consistency models, with --mid_t 2; 18 for teachers]")
 @cli.option('--val_every', metavar='TICKS', type=COUNT, default=50, show_default=True, group=VAL, help='How often to evaluate.')
 @cli.option('--val_emas', metavar='LIST', group=VAL,
             help='Averages to evaluate: ema, widths of --phema as in 0.05, or all. The first decides which state is the best.  [default: ema]')
 @cli.option('--val_at_start', type=bool, default=False, show_default=True, group=VAL, help='Evaluate before the first step.')
-@cli.option('--val_teacher', type=bool, default=False, show_default=True, group=VAL, help='Evaluate the teacher (Heun, 18 steps) once at the start.')
+@cli.option('--val_teacher', type=bool, default=False, show_default=True, group=VAL,
+            help='Evaluate the teacher once at the start, as it is sampled by default: a diffusion model by Heun, 18 steps.')
 @cli.option('--val_num', metavar='INT', type=click.IntRange(min=2), default=50000, show_default=True, group=VAL, help='Images to generate.')
 @cli.option('--val_batch', metavar='INT', type=COUNT, default=64, show_default=True, group=VAL,
             help='Images a process makes at a time.')
@@ -287,7 +289,7 @@ def runs(opts: EasyDict) -> Iterator[EasyDict]:
     if opts.resume and not begun:
         raise UserError(f'--resume={opts.resume} holds no stages of a progressive distillation: give its run folder, or start anew without --resume.')
     if opts.seed is None:
-        opts.seed = configuration.recorded_seed(begun[0]) if begun else configuration.random_seed()
+        opts.seed = stages.recorded_options(begun[0])['seed'] if begun else configuration.random_seed()
     for run in stages.stages(opts, run_dir):
         yield run
         if opts.dry_run:
@@ -307,11 +309,12 @@ def train(opts: EasyDict) -> bool:
     c = configuration.configure(opts, dataset, teacher)
     if earlier and not opts.resume_override:
         configuration.check_same_run(opts, c, earlier)
+    check_available(c.wandb, c.tensorboard)
+    if opts.lpips or not opts.dry_run:  # else it would download them
+        configuration.check_perceptual(c)
     if opts.dry_run:
         distributed.print0(json.dumps(c, indent=2))
         return True
-    check_available(c.wandb, c.tensorboard)
-    configuration.check_perceptual(c)
     run_dir = configuration.make_run_dir(opts, c) if distributed.is_main() else None
     run_dir = distributed.broadcast_object(run_dir)
 
@@ -333,8 +336,6 @@ def check_usage(ctx: click.Context, opts: EasyDict) -> None:
     objective = OBJECTIVES[opts.objective]
     if objective.loss and opts.sigma_min >= opts.sigma_max:
         raise click.UsageError(f'--sigma_min={opts.sigma_min:g} is not below --sigma_max={opts.sigma_max:g}.')
-    if opts.mid_t is not None and not opts.sigma_min <= opts.mid_t < opts.sigma_max:
-        raise click.UsageError(f'--mid_t={opts.mid_t:g} does not lie between --sigma_min={opts.sigma_min:g} and --sigma_max={opts.sigma_max:g}.')
     if 'S' in objective.options and opts.objective != 'pd' and opts.val_steps not in (None, opts.S):
         raise click.UsageError(f'--val_steps={opts.val_steps}, but the student takes --S={opts.S} steps: leave it out.')
     if 'T_end' in objective.options:
@@ -388,11 +389,13 @@ def choose_objective(opts: EasyDict, given: list[click.Parameter]) -> None:
     if objective.teacher and not opts.teacher:
         what = 'the diffusion model to distil' if objective.teacher == 'diffusion' else 'the consistency model to go on from'
         raise click.UsageError(f'--objective={opts.objective} needs --teacher=PKL, {what}.')
-    changing = names & {'s0', 's1', 'mu_schedule', 'schedule_steps'}
-    if 'N' in names and changing:
-        raise click.UsageError(f'--N is a grid that stays as it is: leave out --{sorted(changing)[0]}, or --N.')
+    growing = names & {'s0', 's1', 'schedule_steps'}
+    if 'N' in names and growing:
+        raise click.UsageError(f'--N is a grid that stays as it is: leave out --{sorted(growing)[0]}, or --N.')
+    if 'mu_schedule' in names and (own['N'] or 'N' in names) and not growing:
+        raise click.UsageError('--mu_schedule is for grids that grow: give --s0, --s1 or --schedule_steps as well, and no --N.')
     for name, default in own.items():
-        if opts.get(name) is None and name not in objective.edm2 and not (name == 'N' and changing):
+        if opts.get(name) is None and name not in objective.edm2 and not (name == 'N' and growing):
             opts[name] = default
     if 'T_end' in own and opts.T_start is None:
         opts.T_start = opts.T_end

@@ -10,7 +10,7 @@ from helpers import FAST, TINY_NETWORK, assert_one_clear_error, lines
 
 import generate
 import train
-from training.checkpoint import load_network, network_digest, save_snapshot
+from training.checkpoint import load_network, load_state, network_digest, save_snapshot
 from training.consistency_ops import student_grid
 from training.interchange.describe import describe_state
 from training.objectives import OBJECTIVES
@@ -217,7 +217,8 @@ def test_each_objective_has_its_papers_defaults(digits, teacher, consistency_mod
 @pytest.mark.parametrize('options, words', [
     (['--objective=cm-cd', '--N=18', '--s1=40'], ['--N', '--s1']), (['--objective=cm-ct', '--s0=9', '--s1=4'], ['--s0=9', '--s1=4']),
     (['--objective=cm-ct', '--cm_loss=l2', '--lpips=x.pth'], ['--lpips', 'l2']), (['--objective=ict', '--mu0=0.9'], ['--mu0', 'cm-cd or cm-ct']),
-    (['--objective=ect', '--dividing_t=2'], ['--dividing_t', 'tcm']), (['--objective=mct', '--hop=ddim'], ['--hop', 'mcd or pd or cm-cd']),
+    (['--objective=ect', '--dividing_t=2'], ['--dividing_t', 'tcm']),
+    (['--objective=cm-cd', '--mu_schedule=fixed'], ['--mu_schedule', '--s1']), (['--objective=mct', '--hop=ddim'], ['--hop', 'mcd or pd or cm-cd']),
 ])
 def test_options_that_contradict_each_other_or_the_objective(options, words):
     teacher = ['--teacher=x.pkl'] if OBJECTIVES[options[0].partition('=')[2]].teacher else []
@@ -229,3 +230,80 @@ def test_a_teacher_of_the_wrong_kind_is_refused_by_name(digits, teacher, consist
     wrong = consistency_model if OBJECTIVES[objective].teacher == 'diffusion' else teacher
     options = [f'--data={digits}', '--cond=1', f'--objective={objective}', f'--teacher={wrong}']
     assert_one_clear_error(CliRunner().invoke(train.main, ['--outdir=x', *options]), str(wrong), 'consistency model')
+
+
+def resumed(progressive, tmp_path):
+    """A copy of a finished progressive distillation."""
+    folder = tmp_path / 'run'
+    shutil.copytree(progressive, folder)
+    return folder
+
+
+@pytest.mark.parametrize('options, words', [
+    (['--stage_steps=5'], ['[[4, 10], [2, 20], [1, 20]]', '--stage_steps']), (['--S=2'], ['--S_start']),
+    (['--hop=addim'], ['hop = "ddim"', '"addim"'])])
+def test_a_finished_progressive_distillation_is_resumed_with_its_own_options_only(tmp_path, progressive, digits, teacher, options, words):
+    folder = resumed(progressive, tmp_path)
+    arguments = [f'--outdir={folder}', f'--data={digits}', '--objective=pd', f'--teacher={teacher}', *SHORT, '--keep=9', '--S_start=4', '--S=1',
+                 '--stage_steps=10', f'--resume={folder}', *options]
+    assert_one_clear_error(CliRunner().invoke(train.main, arguments), *words)
+
+
+@pytest.mark.parametrize('lost', ['training_options.json', 'network-snapshot-*.pkl'])
+def test_a_stage_that_lost_a_file_says_what_to_delete(tmp_path, progressive, digits, teacher, lost):
+    """Its last snapshot, which the next stage starts from, or what it was made with."""
+    folder = resumed(progressive, tmp_path)
+    for path in (folder / 'S0002').glob(lost):
+        path.unlink()
+    arguments = [f'--outdir={folder}', f'--data={digits}', '--objective=pd', f'--teacher={teacher}', *SHORT, '--keep=9', '--S_start=4', '--S=1',
+                 '--stage_steps=10', f'--resume={folder}']
+    assert_one_clear_error(CliRunner().invoke(train.main, arguments), 'S0002', 'delete that folder and the ones of fewer steps')
+
+
+def test_a_student_of_other_noise_levels_is_no_teacher_of_the_next_stage(tmp_path, progressive, digits):
+    options = [f'--data={digits}', '--objective=pd', f'--teacher={last_snapshot(progressive / "S0004")}', *SHORT, '--S_start=2', '--sigma_max=40']
+    assert_one_clear_error(CliRunner().invoke(train.main, [f'--outdir={tmp_path}', *options]), 'student of 4 steps itself')
+
+#----------------------------------------------------------------------------
+# What only files or numbers tell.
+
+class Means(torch.nn.Module):
+    """A stand-in for NVIDIA's LPIPS."""
+
+    def forward(self, images, return_lpips: bool = False):
+        return images.mean(dim=(2, 3)) / 255
+
+
+def test_a_perceptual_distance_is_loaded_before_anything_is_written(tmp_path, digits):
+    torch.jit.script(Means()).save(tmp_path / 'lpips.pt')
+    options = [f'--data={digits}', '--objective=cm-ct', *TINY_NETWORK, *SHORT, '--s1=4', '--duration=0.000128']
+    invoke(train.main, f'--outdir={tmp_path / "run"}', *options, f'--lpips={tmp_path / "lpips.pt"}')
+    assert 'Loss/cm-ct' in lines(tmp_path / 'run' / 'stats.jsonl')[-1]
+    result = CliRunner().invoke(train.main, [f'--outdir={tmp_path / "no"}', *options, f'--lpips={tmp_path / "missing.pt"}'])
+    assert_one_clear_error(result, 'missing.pt')
+    assert not (tmp_path / 'no').exists()
+
+
+@pytest.mark.parametrize('options, words', [
+    (['--objective=ict', '--P_mean=100', '--P_std=0.1'], ['--P_mean=100', 'between 0.002 and 80']),
+    (['--objective=ect', '--mid_t=100'], ['--mid_t=100', '80']), (['--objective=cm-ct', '--cm_loss=l2', '--mid_t=0.002'], ['--mid_t=0.002']),
+])
+def test_distributions_and_levels_beyond_the_networks_are_refused(digits, options, words):
+    assert_one_clear_error(CliRunner().invoke(train.main, ['--outdir=x', f'--data={digits}', *TINY_NETWORK, *options]), *words)
+
+
+@pytest.mark.parametrize('options, words', [
+    (['--dividing_t=90'], ['--dividing_t=90']), (['--boundary_share=0.0001'], ['--boundary_share=0.0001']),
+    (['--dividing_t=20', '--student_scale=0.01', '--student_df=10000'], ['--student_df=10000'])])
+def test_truncations_that_leave_nothing_to_train_are_refused(digits, consistency_model, options, words):
+    arguments = ['--outdir=x', f'--data={digits}', '--cond=1', '--objective=tcm', f'--teacher={consistency_model}', *options]
+    assert_one_clear_error(CliRunner().invoke(train.main, arguments), *words)
+
+
+def test_a_target_network_may_be_added_on_request(tmp_path, digits):
+    """--resume-override: it begins with the network that was trained so far."""
+    options = [f'--outdir={tmp_path}', f'--data={digits}', '--objective=cm-ct', *TINY_NETWORK, *SHORT, '--cm_loss=l2', '--N=4']
+    invoke(train.main, *options, '--mu0=0', '--duration=0.00064')
+    invoke(train.main, *options, '--mu0=0.5', '--duration=0.00128', f'--resume={tmp_path}', '--resume-override')
+    state = load_state(saved_states(tmp_path)[0])
+    assert state['progress']['nimg'] == 1280 and set(state['loss']) == {'target'}

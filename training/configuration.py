@@ -68,6 +68,8 @@ def fill_defaults(opts: EasyDict, dataset, teacher, earlier: dict | None) -> Non
         check_stages(opts)
     if opts.objective == 'tcm':
         check_truncation(opts, teacher)
+    if opts.objective == 'ict':
+        check_edges(opts)
     opts.val_emas = averages_to_evaluate(opts)
     if opts.phema_snap is None:
         opts.phema_snap = opts.snap
@@ -90,7 +92,7 @@ def check_perceptual(c: EasyDict) -> None:
         return
     from torch_utils import distributed
     from training import lpips
-    if c.network.kwargs.img_channels not in (1, 3):
+    if c.network.kwargs['img_channels'] not in (1, 3):
         raise UserError('--cm_loss=lpips compares images, not latents: use --cm_loss=pseudo_huber.')
     with distributed.main_process_first():
         lpips.load(c.loss.lpips, 'cpu')
@@ -98,6 +100,8 @@ def check_perceptual(c: EasyDict) -> None:
 
 def check_truncation(opts: EasyDict, teacher) -> None:
     """UserError where truncated consistency training has no times to train at, or too small a batch for its boundary."""
+    import torch
+
     from training import samplers
     from training import time_schedules as times
     low, high = samplers.clip_range(teacher, opts.sigma_min, opts.sigma_max)
@@ -107,6 +111,20 @@ def check_truncation(opts: EasyDict, teacher) -> None:
         times.boundary_count(opts.batch, opts.boundary_share)
     except ValueError as error:
         raise UserError(f'--batch={opts.batch}, --boundary_share={opts.boundary_share:g}: {error}.') from error
+    try:
+        times.truncated_log_student_times(torch.zeros(1), opts.dividing_t, high, opts.student_scale, opts.student_df)
+    except ValueError as error:
+        raise UserError(f'--student_scale={opts.student_scale:g}, --student_df={opts.student_df:g}: {error}.') from error
+
+
+def check_edges(opts: EasyDict) -> None:
+    """UserError where improved consistency training would draw no edge of its grid."""
+    from training import consistency_ops as ops
+    from training import time_schedules as times
+    try:
+        times.lognormal_edge_probabilities(ops.karras_sigmas(opts.s0 + 1, opts.sigma_min, opts.sigma_max, opts.rho), opts.P_mean, opts.P_std)
+    except ValueError as error:
+        raise UserError(f'--P_mean={opts.P_mean:g}, --P_std={opts.P_std:g}: {error}.') from error
 
 
 def averages_to_evaluate(opts: EasyDict) -> list[str]:
@@ -164,16 +182,6 @@ def random_seed() -> int:
     return distributed.broadcast_object(random.SystemRandom().randrange(1 << 31))
 
 
-def recorded_seed(run_dir) -> int:
-    """The seed of the run in a folder."""
-    path = os.path.join(run_dir, 'training_options.json')
-    try:
-        with open(path) as file:
-            return int(json.load(file)['seed'])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path} is missing or damaged: give the --seed of that run.') from error
-
-
 def open_dataset(opts: EasyDict):
     """The training set; UserError where labels are asked for and missing."""
     from training.dataset import ImageFolderDataset
@@ -203,6 +211,7 @@ def load_teacher(opts: EasyDict, dataset):
 
 def check_kind(opts: EasyDict, teacher) -> None:
     """UserError unless --teacher is of the kind that the objective starts from."""
+    from training import samplers
     from training.checkpoint import NETWORKS
     from training.stages import is_stage_of
     metadata, kind = teacher.metadata, OBJECTIVES[opts.objective].teacher
@@ -212,7 +221,7 @@ def check_kind(opts: EasyDict, teacher) -> None:
         if metadata.get('solver') != 'cm' or getattr(teacher, 'boundary', 0) or not one_model:
             raise UserError(f'--teacher={opts.teacher} is no consistency model of the first stage: --objective={opts.objective} goes on '
                             'from a snapshot of --objective=ect.')
-    elif steps and not (opts.objective == 'pd' and is_stage_of(metadata, opts)):
+    elif steps and not (opts.objective == 'pd' and is_stage_of(metadata, opts, *samplers.clip_range(teacher, opts.sigma_min, opts.sigma_max))):
         what = 'a consistency model' if metadata.get('solver') == 'cm' else f'a student of {steps} steps'
         nested = f', or from a student of --student_grid=full and {2 * opts.S_start} steps' if opts.objective == 'pd' else ''
         raise UserError(f'--teacher={opts.teacher} is {what} itself: distil from a diffusion model{nested}.')
@@ -319,6 +328,8 @@ def configure(opts: EasyDict, dataset, teacher) -> EasyDict:
     objective = OBJECTIVES[opts.objective]
     if 'sigma_min' in objective.own:
         opts.sigma_min, opts.sigma_max = samplers.clip_range(teacher, opts.sigma_min, opts.sigma_max)
+    if opts.mid_t is not None and not opts.sigma_min < opts.mid_t < opts.sigma_max:
+        raise UserError(f'--mid_t={opts.mid_t:g} does not lie between the noise levels {opts.sigma_min:g} and {opts.sigma_max:g} of the network.')
     c.network = network_of_teacher(opts, teacher) if teacher is not None else network_from_scratch(opts, dataset, channels)
     c.sampling = EasyDict({name: opts[name] for name in objective.sampling}) or None
     if objective.loss:

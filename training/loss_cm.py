@@ -116,9 +116,12 @@ class ConsistencyModelLoss(GridLoss):
     def state_dict(self) -> dict:
         return {} if self.target is None else dict(target=dict(self.target.state_dict()))
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        if self.target is not None:
+        if self.target is not None and 'target' in state:
             self.target.load_state_dict(state['target'])
+        elif self.target is not None:  # of a run that had none: it begins with the network that has been loaded
+            self._average.copy_(self._source)
 
 
 class ConsistencyModelDistillationLoss(ConsistencyModelLoss):

@@ -12,17 +12,16 @@ from dnnlib import EasyDict, UserError
 from training import time_schedules as times
 
 
-def is_stage_of(metadata: dict, opts: EasyDict) -> bool:
+def is_stage_of(metadata: dict, opts: EasyDict, sigma_min: float, sigma_max: float) -> bool:
     """Whether a snapshot's metadata are those of a student whose grid of twice as many steps the first student's is half of."""
     from training.consistency_ops import student_grid
-    if 'S' not in metadata or metadata['S'] != 2 * opts.S_start:
-        return False
-    grid = student_grid(2 * opts.S_start, metadata['sigma_min'], metadata['sigma_max'], opts.rho, 'full', opts.sigma_grid)
-    return metadata['sigmas'] == grid.tolist()
+    grid = student_grid(2 * opts.S_start, sigma_min, sigma_max, opts.rho, 'full', opts.sigma_grid)
+    return 'S' in metadata and metadata['sigmas'] == grid.tolist()
 
 
 def stages(opts: EasyDict, run_dir: str) -> Iterator[EasyDict]:
-    """The options of each stage that is not finished yet, when its turn comes: a new one's, or those to resume one that was interrupted.
+    """The options of each stage when its turn comes: a new one's, or those to resume one that was interrupted. One that is finished is resumed
+    too, where it left states, so that its options are compared with these; there is nothing to do for it.
 
     Args:
         opts: options of train.py; `batch` and `seed` are settled.
@@ -32,15 +31,21 @@ def stages(opts: EasyDict, run_dir: str) -> Iterator[EasyDict]:
     from torch_utils import distributed
     from training.run_files import saved_states
     teacher, plan = opts.teacher, times.halving_stages(opts.S_start, opts.S, opts.stage_steps)
+    for folder in stage_folders(run_dir):
+        if (recorded := recorded_options(folder)['stages']) != [[S, steps] for S, steps in plan]:
+            raise UserError(f'{run_dir} holds a progressive distillation in the stages {json.dumps(recorded)} (sampling steps, optimiser steps), '
+                            f'these options say {json.dumps(plan)}: resume with the --S_start, --S and --stage_steps it was made with.')
     for S, steps in plan:
         folder, total = os.path.join(run_dir, f'S{S:04d}'), steps * opts.batch
-        snapshot = distributed.broadcast_object(_finished(folder, total, teacher))
-        if snapshot is None:
+        snapshot, there = distributed.broadcast_object((_finished(folder, total, teacher), bool(saved_states(folder))))
+        if snapshot is None or there:
             resume = opts.resume if opts.resume and Path(opts.resume).parent == Path(folder) else folder
-            there = distributed.broadcast_object(bool(saved_states(folder)))
             yield EasyDict(opts, S=S, S_start=S, stages=plan, teacher=teacher, duration=total / 1e6, outdir=folder, nosubdir=True,
                            resume=resume if there else None)
             snapshot = distributed.broadcast_object(_finished(folder, total, teacher))
+        if snapshot is None:
+            raise UserError(f'{folder} has no snapshot of {total} images, from which the next stage would start: resume with the --batch it was made '
+                            'with, or delete that folder and the ones of fewer steps.')
         teacher = snapshot
 
 
@@ -56,6 +61,16 @@ def stage_folders(run_dir: str) -> list[Path]:
     return sorted((path for path in Path(run_dir).glob('S*') if re.fullmatch(r'S\d{4,}', path.name)), reverse=True)
 
 
+def recorded_options(folder: str | os.PathLike) -> dict:
+    """The training_options.json of a stage. Raises: UserError where it is missing or damaged."""
+    path = Path(folder, 'training_options.json')
+    try:
+        record = json.loads(path.read_text())
+        return {name: record[name] for name in ('seed', 'stages', 'teacher_digest')}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path} is missing or damaged: delete that folder and the ones of fewer steps, and resume.') from error
+
+
 def _finished(folder: str, total_nimg: int, teacher: str) -> str | None:
     """The snapshot with which a stage ended; None where it has not, or on processes other than the main one."""
     from torch_utils import distributed
@@ -63,11 +78,10 @@ def _finished(folder: str, total_nimg: int, teacher: str) -> str | None:
     if not distributed.is_main():
         return None
     snapshots = [path for path in Path(folder).glob('network-snapshot-*.pkl') if re.fullmatch(r'network-snapshot-\d+(-\d+)?\.pkl', path.name)]
-    for path in sorted(snapshots, key=os.path.getmtime, reverse=True):
+    for path in sorted(snapshots, reverse=True):
         if load_network(path).metadata.get('nimg') != total_nimg:
             continue
-        record = json.loads(Path(folder, 'training_options.json').read_text())
-        if record['teacher_digest'] != network_digest(load_network(teacher), {}):
+        if recorded_options(folder)['teacher_digest'] != network_digest(load_network(teacher), {}):
             raise UserError(f'{folder} was distilled from another teacher than {teacher}: delete that folder and the ones of fewer steps, '
                             'or start anew.')
         return os.fspath(path)

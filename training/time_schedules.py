@@ -60,6 +60,8 @@ def lognormal_edge_probabilities(sigmas: Tensor, P_mean: float = -1.1, P_std: fl
     one; ∝ erf((ln sigma_t − P_mean) / (√2 P_std)) − erf((ln sigma_s − P_mean) / (√2 P_std))   (Song & Dhariwal 2023, Section 3.5)."""
     cumulative = torch.erf((sigmas.double().log() - P_mean) / (math.sqrt(2) * P_std))
     inside = cumulative[:-1] - cumulative[1:]
+    if not inside.sum() > 0:
+        raise ValueError(f'next to no noise level of that distribution lies between {sigmas[-1]:g} and {sigmas[0]:g}')
     return inside / inside.sum()
 
 
@@ -136,6 +138,8 @@ def truncated_log_student_times(u: Tensor, low: float, high: float, scale: float
         raise ValueError(f'0 < low < high < inf does not hold for {low}, {high}')
     # X is symmetric: −X has its small probabilities, which floating point resolves, where times are long.
     first, last = special.stdtr(df, -math.log(low) / scale), special.stdtr(df, -math.log(high) / scale)
+    if not first > last:
+        raise ValueError(f'next to no time of that distribution lies between {low:g} and {high:g}')
     x = -special.stdtrit(df, first + u.double().numpy() * (last - first))
     return (scale * torch.from_numpy(x)).exp().clamp(low, high)
 

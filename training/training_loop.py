@@ -69,7 +69,7 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
     if state is not None:
         describe_resume(log, c, progress, made_by, world_size)
         if start_nimg >= c.total_nimg and not progress.due:
-            log(f'Nothing to do: --duration is {c.total_nimg / 1e3:g} kimg.')
+            log(f'Nothing to do: {c.total_nimg / 1e3:g} kimg is all that it was to see.')
             return True
 
     # Processes.
