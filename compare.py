@@ -5,22 +5,21 @@ Drives the scripts of this repository as a user would and prints every command b
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import json
 import os
 import shutil
-import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
-from dnnlib import UserError, cli
+from dnnlib import EasyDict, UserError, cli
 from dnnlib.util import atomic_write
 from metrics import comparison, digits
 from metrics.comparison import Model, Request, Training
-from metrics.story import SHOWN, Ruler, Story, make_outdir, measure
+from metrics.story import SHOWN, Ruler, Story, make_outdir, measure, newest_snapshot, tell, workers
 from training.objectives import OBJECTIVES
 
 DIGITS = 'digits'
@@ -28,6 +27,8 @@ STUDENTS = [name for name, objective in OBJECTIVES.items() if objective.loss]
 COUNT = click.IntRange(min=1)
 TRAINING, MEASURING = 'Training', 'Measuring'
 DAMAGED = '{} is damaged: delete it, or choose another --outdir.'
+GOES_ON = 'the same command again goes on from here.'
+DIGITS_DATA = EasyDict(resolution=8, num_channels=1, label_dim=10, holds_latents=False)
 
 
 class Objectives(click.ParamType):
@@ -74,14 +75,14 @@ class OptionsFor(click.ParamType):
 # Training and measuring, each thing once.
 
 class Results:
-    """The rows that were measured, in a file that is whole at any time."""
+    """The rows that were measured, by all `rulers`, in a file that is whole at any time."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, rulers: Sequence[str]):
         self.path, self.lock = path, threading.Lock()
-        try:
-            self.rows: dict[str, dict] = {row['model']: row for row in read_json(path, [])}
-        except (KeyError, TypeError) as error:
-            raise UserError(DAMAGED.format(path)) from error
+        found = read_json(path, [])
+        if not all(is_row(row, rulers) for row in found):
+            raise UserError(DAMAGED.format(path))
+        self.rows: dict[str, dict] = {row['model']: row for row in found}
 
     def add(self, row: dict) -> None:
         with self.lock:
@@ -89,15 +90,31 @@ class Results:
             write_json(self.path, list(self.rows.values()))
 
 
+def entries_of(rulers: Sequence[str]) -> dict[str, str]:
+    """{ruler: where a row has the distance by it}"""
+    return {ruler: f'distance_{ruler}' if i else 'distance' for i, ruler in enumerate(rulers)}
+
+
+def is_row(row: object, rulers: Sequence[str]) -> bool:
+    """Whether this has what tables and plots read of a row: the teacher's have `seed` null, and nothing of training."""
+    if not isinstance(row, dict) or row.get('objective') not in list(OBJECTIVES) or 'seed' not in row:
+        return False
+    of_training = [] if row['seed'] is None else ['seed', 'train_steps', 'cost', 'evaluations']
+    numbers = ['nfe', 'images', *of_training, *entries_of(rulers).values()]
+    return (all(isinstance(row.get(name), str) for name in ('model', 'solver')) and
+            all(isinstance(row.get(name), (int, float)) for name in numbers))
+
+
 def read_json(path: Path, default: list | dict) -> list | dict:
-    """Contents of a file of ours, with the keys of the default. Raises: UserError where it is damaged."""
+    """Contents of a file of ours, with the keys of the default, and values of its types. Raises: UserError where it is damaged."""
     if not path.exists():
         return default
     try:
         value = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(DAMAGED.format(path)) from error
-    if type(value) is not type(default) or (isinstance(value, dict) and value.keys() != default.keys()):
+    types = lambda of: {name: type(entry) for name, entry in of.items()} if isinstance(of, dict) else type(of)
+    if types(value) != types(default):
         raise UserError(DAMAGED.format(path))
     return value
 
@@ -151,8 +168,7 @@ def is_finished(folder: Path, training: Training) -> bool:
 
 def snapshot(story: Story, training: Training, stage: int = -1) -> Path:
     """The last one of a finished training, or of one of its stages."""
-    folder = story.path('trainings', training.name, training.stages[stage][0])
-    return max(folder.glob('network-snapshot-*.pkl'), key=os.path.getmtime)
+    return newest_snapshot(story.path('trainings', training.name, training.stages[stage][0]))
 
 
 def measure_model(story: Story, model: Model, teacher: str, rulers: dict[str, Ruler], num: int, batch: int) -> dict:
@@ -189,30 +205,11 @@ def jobs_of(story: Story, models: Sequence[Model], data: Path | str, teacher: st
     return sorted(jobs, key=lambda job: -job[0])
 
 
-@contextlib.contextmanager
-def stopping(story: Story) -> Iterator[None]:
-    """A context that ends what the story runs when something ends the context: an error, the keyboard, SIGTERM."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except BaseException as error:
-        story.stop()
-        if isinstance(error, KeyboardInterrupt):
-            raise UserError('Interrupted: the same command again goes on from here.') from error
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def do_all(story: Story, jobs: list[tuple[float, str, Callable[[], None]]], side_by_side: int) -> list[str]:
     """Do the jobs; one that fails does not keep the others from being done. Returns what was wrong with those that failed."""
-    with concurrent.futures.ThreadPoolExecutor(side_by_side) as pool, stopping(story):
+    with workers(story, side_by_side) as pool:
         futures = {pool.submit(function): name for _, name, function in jobs}
-        try:
-            return [f'{futures[future]}: {error}' for future in concurrent.futures.as_completed(futures) if (error := failure(future))]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        return [f'{futures[future]}: {error}' for future in concurrent.futures.as_completed(futures) if (error := failure(future))]
 
 
 def failure(future: concurrent.futures.Future) -> UserError | None:
@@ -238,15 +235,15 @@ def of_teacher(rows: Sequence[dict], solver: str) -> dict[int, dict]:
     return {row['nfe']: row for row in rows if row['seed'] is None and row['solver'] == solver}
 
 
-def distances_table(rows: Sequence[dict], entry: str) -> tuple[list[str], list[list[str]]]:
-    """Header and lines: ratios to the teacher's distance in many evaluations, and in brackets the distance of each seed."""
+def distances_table(rows: Sequence[dict], best: dict, entry: str) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: ratios to the distance of the row `best`, the teacher's in many evaluations, and in brackets the distance of each seed."""
     students, euler, heun = of_students(rows), of_teacher(rows, 'euler'), of_teacher(rows, 'heun')
-    reference = heun[max(heun)][entry]
+    reference = best[entry]
     columns = sorted({nfe for cells in students.values() for nfe in cells} | set(euler))
     text = lambda found: f'{sum(row[entry] for row in found) / len(found) / reference:.2f} ({", ".join(f"{row[entry]:.4g}" for row in found)})'
     lines = [[name, *(text(cells[n]) if n in cells else '' for n in columns)] for name, cells in students.items()]
     lines.append(['teacher, Euler', *(text([euler[n]]) if n in euler else '' for n in columns)])
-    near = {n: next((k for k in (n, n - 1) if k in heun and k != max(heun)), None) for n in columns}
+    near = {n: next((k for k in (n, n - 1) if k in heun and k != best['nfe']), None) for n in columns}
     lines.append(['teacher, Heun', *(f'{text([heun[near[n]]])}, {near[n]} evaluations' if near[n] else '' for n in columns)])
     return ['objective', *map(str, columns)], [line for line in lines if any(line[1:])]
 
@@ -255,15 +252,14 @@ def training_table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     """Header and lines: optimiser steps times network evaluations for an image."""
     students = of_students(rows)
     columns = sorted({nfe for cells in students.values() for nfe in cells})
-    text = lambda row: f'{row["train_steps"]:,} × {row["cost"]}'
+    text = lambda row: f'{row["train_steps"]:,} × {row["cost"]:.3g}'
     lines = [[name, *(text(cells[n][0]) if n in cells else '' for n in columns)] for name, cells in students.items()]
     return ['objective', *map(str, columns)], lines
 
 
-def notes(rows: Sequence[dict], budget: int, batch: int, rulers: Sequence[str]) -> list[str]:
+def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, rulers: Sequence[str]) -> list[str]:
     """What a reader of the tables has to know."""
-    students, heun = of_students(rows), of_teacher(rows, 'heun')
-    best = heun[max(heun)]
+    students = of_students(rows)
     having = lambda condition: [name for name in students if condition(OBJECTIVES[name])]
     lines = [f'Columns are network evaluations of an image. The budget of a model is {budget:,} network evaluations for each place in the batch of '
              f"{batch}, where a forward pass counts 1 and the student's forward and backward together 3.",
@@ -281,24 +277,22 @@ def notes(rows: Sequence[dict], budget: int, batch: int, rulers: Sequence[str]) 
     return lines
 
 
-def report(story: Story, rows: Sequence[dict], budget: int, batch: int, rulers: Sequence[str]) -> None:
-    """table.md, compare.png, samples.png and report.html."""
+def report(story: Story, rows: Sequence[dict], best: dict, budget: int, batch: int, rulers: Sequence[str]) -> None:
+    """table.md, compare.png, samples.png and report.html; all is held against the row `best`."""
     from metrics import report as pages
-    entries = {ruler: f'distance_{ruler}' if i else 'distance' for i, ruler in enumerate(rulers)}
-    tables = {f'Distance by {ruler}': distances_table(rows, entry) for ruler, entry in entries.items()}
+    tables = {f'Distance by {ruler}': distances_table(rows, best, entry) for ruler, entry in entries_of(rulers).items()}
     tables['Optimiser steps × network evaluations for an image'] = training_table(rows)
-    text = notes(rows, budget, batch, rulers)
+    text = notes(rows, best, budget, batch, rulers)
     story.path('table.md').write_text('\n'.join([*(f'{title}:\n\n{pages.markdown_table(*table)}' for title, table in tables.items()),
                                                  *(f'- {line}' for line in text)]) + '\n')
     students, euler, heun = of_students(rows), of_teacher(rows, 'euler'), of_teacher(rows, 'heun')
-    best = max(heun)
     lines = {name: {nfe: [row['distance'] for row in found] for nfe, found in cells.items()} for name, cells in students.items()}
     lines['teacher, Euler'] = {nfe: [row['distance']] for nfe, row in euler.items()}
-    lines['teacher, Heun'] = {nfe: [row['distance']] for nfe, row in heun.items() if nfe != best}
+    lines['teacher, Heun'] = {nfe: [row['distance']] for nfe, row in heun.items() if row is not best}
     pages.write_frontier(lines, str(story.path('compare.png')), f'Fréchet distance ({next(iter(rulers))})',
-                         (f'teacher, {best} evaluations', heun[best]['distance']))
+                         (f'teacher, {best["nfe"]} evaluations', best['distance']))
     grid = lambda row: str(story.path('grids', f'{row["model"]}.png'))
-    pictures = {name: {f'{nfe} evaluations' if nfe > 1 else '1 evaluation': grid(found[0]) for nfe, found in cells.items()}
+    pictures = {name: {nfe: grid(found[0]) for nfe, found in cells.items()}
                 for name, cells in {**students, 'teacher, Euler': {nfe: [row] for nfe, row in euler.items()}}.items()}
     pages.write_strips(pictures, str(story.path('samples.png')))
     shown = [pages.embed(grid(row), f'{row["model"]}: {row["distance"]:.4g}') for row in rows]
@@ -324,23 +318,60 @@ def check_usage(data: str, teacher: str | None, seeds: Sequence[int], refs: Sequ
         raise click.UsageError(f'{len(detectors)} --detector for {len(refs)} --ref: give one for each, in the same order.')
 
 
-def read_rulers(refs: Sequence[str], detectors: Sequence[str]) -> tuple[dict[str, Ruler], dict[str, list]]:
-    """The rulers by name, and what makes them what they are."""
+def read_rulers(refs: Sequence[str], detectors: Sequence[str], image_shape: list[int] | None) -> tuple[dict[str, Ruler], dict[str, list]]:
+    """The rulers by name, and what makes them what they are: digests of the reference and of the detector.
+
+    Args:
+        image_shape: [C, H, W] of the images to be measured, where that is known.
+    Raises: UserError where a reference or its detector cannot be used.
+    """
     from dnnlib.util import file_sha256, local_path
+    from metrics.calc import count_features
+    from metrics.detectors import INCEPTION_URL, load_detector
+    from metrics.reference import check_same_detector, load_reference
     rulers = {Path(ref.partition('#')[0]).stem: Ruler(ref, detector) for ref, detector in zip(refs, detectors or [None] * len(refs))}
     if len(rulers) < len(refs):
         raise click.UsageError('--ref: two files have the same name, which names the ruler in the table.')
-    return rulers, {name: [file_sha256(local_path(ruler.ref)), ruler.detector] for name, ruler in rulers.items()}
+    facts = {}
+    for name, (ref, source) in rulers.items():
+        reference, detector = load_reference(ref), load_detector(source or INCEPTION_URL)
+        if image_shape:
+            count_features(detector, image_shape)
+        check_same_detector(reference, detector, ref, image_shape)
+        facts[name] = [file_sha256(local_path(ref)), detector.digest]
+    return rulers, facts
 
 
-def describe_teacher(teacher: str, needs_options: bool) -> tuple[str, bool, list[str]]:
-    """Digest of a teacher's file, whether it knows classes, and (where they are needed) the options that make its network."""
+class Teacher(NamedTuple):
+    """What a comparison has to know of its teacher.
+
+    Attributes:
+        digest: of its file.
+        cond: whether it knows classes.
+        network: options of train.py that make its network, where they are needed.
+        image_shape: [C, H, W]; None of a network of latents.
+    """
+
+    digest: str = 'trained here'
+    cond: bool = True
+    network: Sequence[str] = tuple(digits.NETWORK)
+    image_shape: list[int] | None = None
+
+
+def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teacher:
+    """Raises: UserError where it is a student, or not one of such data, or lacks options that `objectives` need."""
     from dnnlib.util import file_sha256, local_path
     from training.checkpoint import load_network
+    from training.configuration import load_teacher
+    from training.dataset import ImageFolderDataset
     net = load_network(teacher)
     if 'sigmas' in net.metadata:
         raise UserError(f'--teacher={teacher} is a student of {len(net.metadata["sigmas"]) - 1} steps itself: compare students of a diffusion model.')
-    return file_sha256(local_path(teacher)), bool(net.label_dim), comparison.network_options(net) if needs_options else []
+    cond, needy = bool(net.label_dim), comparison.starting_from_weights(objectives)
+    dataset = EasyDict(DIGITS_DATA, label_dim=cond * DIGITS_DATA.label_dim) if data == DIGITS else ImageFolderDataset(data, use_labels=cond)
+    load_teacher(EasyDict(teacher=teacher, data=data, objective='mcd', augment=0), dataset)
+    shape = None if 'encoder' in net.metadata else [net.img_channels, net.img_resolution, net.img_resolution]
+    return Teacher(file_sha256(local_path(teacher)), cond, comparison.network_options(net, needy) if needy else [], shape)
 
 
 @click.command(cls=cli.Command)
@@ -385,35 +416,35 @@ def main(outdir, data, teacher, jobs, objectives, budget, batch, seeds, extra, s
     on_digits, outdir = data == DIGITS, Path(outdir)
     check_usage(data, teacher, seeds, refs, detectors)
     num = num or (6000 if on_digits else 50000)
-    digest, cond, network = 'trained here', True, digits.NETWORK
-    if teacher:
-        digest, cond, network = describe_teacher(teacher, any(not OBJECTIVES[name].teacher or name == 'tcm' for name in objectives))
+    origin = describe_teacher(teacher, data, objectives) if teacher else Teacher()
     for_some: dict[str, list[str]] = {}
     for name, words in extra:
         for_some.setdefault(name, []).extend(words)
-    request = Request(objectives, steps, seeds, budget, batch, cond, network, on_digits, train_options, for_some)
+    request = Request(objectives, steps, seeds, budget, batch, origin.cond, origin.network, on_digits, train_options, for_some)
     first = None if teacher else comparison.teacher_training()
     models = [*comparison.teacher_models(steps, reference_steps), *comparison.plan(request)]
-    rulers, ruler_facts = read_rulers(refs, detectors)
+    rulers, ruler_facts = read_rulers(refs, detectors, origin.image_shape)
     trainings = {training.name: training for model in models if model.training for training in model.training.chain}
-    facts = dict(data=data, teacher=digest, budget=budget, batch=batch, images=num, reference_steps=reference_steps, rulers=ruler_facts)
+    facts = dict(data=data, teacher=origin.digest, budget=budget, batch=batch, images=num, reference_steps=reference_steps, rulers=ruler_facts)
     make_outdir(outdir)
     settle(outdir, facts, list(trainings.values()))
 
     cores = os.cpu_count() or 1
     story = Story(outdir, threads=max(cores // jobs, 1), record=outdir / 'commands.txt')
-    results = Results(story.path('results.json'))
-    with stopping(story):
-        if on_digits:
-            data, rulers = digits.prepare(story)
+    results = Results(story.path('results.json'), list(rulers or digits.RULERS))
+
+    def everything() -> tuple[dict[str, Ruler], list[str]]:
+        dataset, used = digits.prepare(story) if on_digits else (data, rulers)
         if first:
-            train(story, first, data, None, threads=cores)
-            teacher = str(snapshot(story, first))
-    failures = do_all(story, jobs_of(story, models, data, teacher, rulers, num, sample_batch, results), jobs)
+            train(story, first, dataset, None, threads=cores)
+        source = str(snapshot(story, first)) if first else teacher
+        return used, do_all(story, jobs_of(story, models, dataset, source, used, num, sample_batch, results), jobs)
+
+    rulers, failures = tell(story, everything, GOES_ON)
     order = {model.name: i for i, model in enumerate(models)}
     rows = sorted(results.rows.values(), key=lambda row: order.get(row['model'], len(order)))
-    if any(row['model'] == models[0].name for row in rows):
-        report(story, rows, budget, batch, list(rulers))
+    if reference := results.rows.get(models[0].name):
+        report(story, rows, reference, budget, batch, list(rulers))
         print('\n' + story.path('table.md').read_text())
     if failures:
         raise UserError('\n       '.join([f'{len(failures)} of them failed; the same command again tries them once more.', *failures]))

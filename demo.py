@@ -14,7 +14,7 @@ import click
 
 from dnnlib import UserError, cli
 from metrics import digits
-from metrics.story import SHOWN, Story, make_outdir, measure
+from metrics.story import SHOWN, Story, make_outdir, measure, newest_snapshot, tell, workers
 
 IMAGES = 1797  # as many as there are digits
 COMMON = [*digits.COMMON, '--cond=1', f'--batch={digits.BATCH}', '--seed=0', '--nosubdir', '--snap=10', '--dump=0']
@@ -29,7 +29,7 @@ def train(story: Story, name: str, steps: int, options: list[str], threads: int 
               f'--duration={kimg / 1000:g}', f'--tick={kimg / 10:g}',
               '--val=1', '--val_every=1', '--val_num=512', '--val_batch=256', f'--val_ref={story.path("rulers", "classifier.npz")}',
               f'--val_detector={story.path("rulers", "classifier.pt")}', threads=threads)
-    return max(story.path(name).glob('network-snapshot-*.pkl'), key=os.path.getmtime)
+    return newest_snapshot(story.path(name))
 
 
 def row_of(story: Story, name: str, network: Path, model: str, solver: str, steps: int, nfe: int, images: int, rulers: dict) -> dict:
@@ -52,17 +52,13 @@ def story_of(story: Story, scale: float, jobs: int) -> list[dict]:
     def of_teacher(solver: str, solver_steps: int, nfe: int) -> dict:
         return row_of(story, f'teacher-{solver}-{nfe}', teacher, 'teacher', solver, solver_steps, nfe, images, rulers)
 
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+    with workers(story, jobs) as pool:
         teachers = [pool.submit(of_teacher, *row) for row in reversed(TEACHER_ROWS)]  # the longest first, so that no core waits at the end
         students = [pool.submit(student, objective, S, f'{name}-{S}', full_steps)
                     for objective, (name, runs) in STUDENTS.items() for S, full_steps in runs.items()]
-        try:
-            concurrent.futures.wait([*students, *teachers], return_when=concurrent.futures.FIRST_EXCEPTION)
-            return [future.result() for future in (*reversed(teachers), *students)]
-        except UserError:
-            pool.shutdown(wait=False, cancel_futures=True)
-            story.stop()
-            raise
+        for future in concurrent.futures.as_completed([*students, *teachers]):
+            future.result()  # the first that fails ends the others
+        return [future.result() for future in (*reversed(teachers), *students)]
 
 
 def report(story: Story, rows: list[dict], minutes: float) -> None:
@@ -120,7 +116,7 @@ def main(outdir, scale, jobs):
     if any(outdir.iterdir()):
         raise UserError(f'--outdir={outdir} is not empty: remove it, or choose another folder.')
     story = Story(outdir, threads=max((os.cpu_count() or 1) // jobs, 1))
-    rows = story_of(story, scale, jobs)
+    rows = tell(story, lambda: story_of(story, scale, jobs), f'remove --outdir={outdir} before you begin again.')
     minutes = (time.time() - start) / 60
     report(story, rows, minutes)
     print('\n' + story.path('table.md').read_text())

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from dnnlib import EasyDict, UserError, cli
-from generate import TEACHER, sampling_arguments, sampling_options
+from generate import sampling_arguments, sampling_options
 
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     import numpy as np
     from torch import Tensor
 
+    from training.dataset import ImageFiles
     from training.generation import LabelChooser
 
 SOLVERS = ('student', 'cm')
-CM_STEPS = 40      # of consistency models in edits: the more there are, the more of what is known is heeded (docs/editing.md)
+CM_STEPS = 40      # of consistency models of one step in edits: the more there are, the more of what is known is heeded (docs/editing.md)
 SHOWN = 16         # images of the input in the grid
 SIDE, GAP = 64, 2  # of an image in the grid, at least, and between two, in pixels
 GREY = 128         # of pixels that are to be made up
@@ -34,23 +35,29 @@ class Input(NamedTuple):
         names: of the chosen images, relative paths without extension.
         read: from places among the chosen to uint8 [n, C, H, W].
         shape: [C, H, W].
-        labels: [N] class indices or [N, D] vectors of the chosen; None where the input has none.
+        read_labels: [N] class indices or [N, D] vectors of the chosen; None where the input has none.
     """
     names: list[str]
     read: Callable[[Sequence[int]], Tensor]
     shape: list[int]
-    labels: np.ndarray | None
+    read_labels: Callable[[], np.ndarray | None]
+
+
+def is_single(path: str) -> bool:
+    """Whether this is one image, not several."""
+    return os.path.isfile(path) and os.path.splitext(path)[1].lower() not in ('.zip', '.npz', '.npy')
 
 
 def open_input(path: str, indices: list[int] | None) -> Input:
     """A folder, a zip, an array of images, or a single one; of several those at `indices`, by their place. Raises: UserError."""
     from metrics.images import FileImages, open_images
     from training.dataset import read_labels
-    if os.path.isfile(path) and os.path.splitext(path)[1].lower() not in ('.zip', '.npz', '.npy'):
+    if is_single(path):
         if indices not in (None, [0]):
             raise UserError(f'--indices: {path} is a single image; leave the option out')
         image = read_image(path)
-        return Input([os.path.splitext(os.path.basename(path))[0]], lambda places: image[[0] * len(places)], list(image.shape[1:]), None)
+        return Input([os.path.splitext(os.path.basename(path))[0]], lambda places: image[[0] * len(places)], list(image.shape[1:]),
+                     lambda: None)
     source = open_images(path)
     chosen = list(range(len(source))) if indices is None else indices
     if max(chosen) >= len(source):
@@ -60,31 +67,58 @@ def open_input(path: str, indices: list[int] | None) -> Input:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f'{path}: {twice} would be edited twice, into the same file: give each image a name, and in --indices a place, of its own')
-    labels = read_labels(source.files) if from_files else None
-    return Input(names, lambda places: source.batch([chosen[i] for i in places])[0], source.image_shape, None if labels is None else labels[chosen])
+    if from_files:
+        check_headers(source.files, chosen, source.image_shape)
+
+    def labels_of_chosen():
+        labels = read_labels(source.files) if from_files else None
+        return None if labels is None else labels[chosen]
+    return Input(names, lambda places: source.batch([chosen[i] for i in places])[0], source.image_shape, labels_of_chosen)
 
 
-def read_image(path: str, modes: Sequence[str] = ()) -> Tensor:
-    """An image file as uint8 [1, C, H, W]; of grey levels too where it is of one of `modes`, which are turned into them. Raises: UserError."""
+def check_headers(files: ImageFiles, chosen: Sequence[int], shape: Sequence[int]) -> None:
+    """UserError, before any is edited, where an image is not of the shape [C, H, W], which is that of the first."""
+    from training.dataset import image_shape_of
+    for i in chosen:
+        name = files.images[i]
+        with files.open_image(name) as image:
+            own = image_shape_of(image, f'{files.path}: {name}')
+        if list(own) != list(shape):
+            raise UserError(f'{files.path}: {name} is {in_words(own)}, but {files.images[0]} is {in_words(shape)}: '
+                            'put those of one size and mode into a folder of their own')
+
+
+def read_image(path: str, as_grey: bool = False) -> Tensor:
+    """An image file, turned as its camera was, as uint8 [1, C, H, W]; `as_grey`: of 8-bit ones of any mode the grey levels. Raises: UserError."""
     import torch
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    from training.dataset import UNREADABLE, image_pixels, image_shape_of
+    from training.dataset import UNREADABLE, image_pixels, image_shape_of, is_16_bit
+    cure = 'save it as 8-bit grey' if as_grey else 'save it as 8-bit grey or RGB'
     try:
         with Image.open(path) as opened:
-            image = opened.convert('L') if opened.mode in modes else opened
-            image_shape_of(image, path)
-            return torch.from_numpy(image_pixels(image).copy())[None]
+            if as_grey and not is_16_bit(opened) and opened.mode != 'LAB':
+                return torch.from_numpy(image_pixels(ImageOps.exif_transpose(opened).convert('L')).copy())[None]
+            image_shape_of(opened, path, cure)
+            return torch.from_numpy(image_pixels(ImageOps.exif_transpose(opened)).copy())[None]
     except UNREADABLE as error:
         raise UserError(f'{path} is not a readable image ({getattr(error, "strerror", None) or error})') from error
 
 
+def in_words(shape: Sequence[int]) -> str:
+    channels, height, width = shape
+    return f'{width}x{height} {"grey" if channels == 1 else "RGB"}'
+
+
 def check_shape(path: str, shape: Sequence[int], wanted: Sequence[Sequence[int]]) -> None:
     """UserError where images are of none of the shapes [C, H, W]."""
-    if list(shape) not in [list(one) for one in wanted]:
-        words = lambda c, h, w: f'{w}x{h} {"grey" if c == 1 else "RGB"}'
-        raise UserError(f'--input={path} has images of {words(*shape)}, and here they must be {" or ".join(words(*one) for one in wanted)}: '
-                        'convert them with dataset_tool.py')
+    if list(shape) in [list(one) for one in wanted]:
+        return
+    cures = [f'resize {"it" if is_single(path) else "them"}'] if list(shape[1:]) not in [list(one[1:]) for one in wanted] else []
+    if shape[0] not in [one[0] for one in wanted]:
+        cures.append(f'save {"it" if is_single(path) else "them"} as 8-bit {"grey" if wanted[0][0] == 1 else "RGB"}')
+    what = 'is an image' if is_single(path) else 'has images'
+    raise UserError(f'--input={path} {what} of {in_words(shape)}, and here it must be {" or ".join(map(in_words, wanted))}: {" and ".join(cures)}')
 
 #----------------------------------------------------------------------------
 # How it is edited.
@@ -162,10 +196,11 @@ def given_labels(labels: Tensor) -> LabelChooser:
     return choose
 
 
-def labels_for(net, path: str, labels: np.ndarray | None) -> Tensor | None:
+def labels_for(net, path: str, source: Input) -> Tensor | None:
     """[N, label_dim] of a data set's labels; None where there are none or the network takes none. Raises: UserError where they are not its."""
     import torch
-    if labels is None or not net.label_dim:
+    labels = source.read_labels() if net.label_dim else None
+    if labels is None:
         return None
     if labels.ndim == 2 and labels.shape[1] == net.label_dim:
         return torch.from_numpy(labels)
@@ -187,17 +222,42 @@ def load(network: str):
     return net
 
 
-def editing_arguments(net, network: str, sampling: dict, projects: bool) -> dict:
-    """What `samplers.sample` and the choice of labels take. `projects`: by an edit, which is lost on a single evaluation. Raises: UserError."""
-    arguments = sampling_arguments(net, network, **sampling)
-    if arguments['solver'] not in SOLVERS:
-        raise UserError(f'{network} is sampled as a teacher ({arguments["solver"]}), and only students and consistency models can edit: '
-                        'distil it with train.py --objective=mcd or direct, or tune it with --objective=ect')
+class Rehearsal:
+    """A network that says what it is, and computes nothing: D = x."""
+
+    def __init__(self, net):
+        self._net = net
+
+    def __getattr__(self, name):
+        return getattr(self._net, name)
+
+    def __call__(self, x, sigma, class_labels):
+        return x
+
+
+def editing_arguments(net, network: str, sampling: dict, sigma: float | None) -> dict:
+    """What `samplers.sample` and the choice of labels take.
+
+    Args:
+        sigma: level at which sampling starts from images; None: an edit projects on what is known, which is lost on a single evaluation.
+    Raises: UserError where they do not go together, found by sampling a pixel.
+    """
+    import torch
+
+    from training import samplers
+    pixel = torch.zeros(1, net.img_channels, 1, 1)
+    start = dict(start=(pixel, sigma)) if sigma else {}
+    arguments = sampling_arguments(net, network, **sampling, **start)
+    if arguments['solver'] not in SOLVERS or net.metadata.get('objective') == 'diffusion':
+        raise UserError(f'{network} is a teacher, or does not say what it is, and only students and consistency models can edit: '
+                        'distil a teacher with train.py --objective=mcd or direct, or tune it with --objective=ect')
     levels_given = any(sampling[name] is not None for name in ('steps', 'taus', 'mid_t', 'ts'))
-    if projects and arguments['solver'] == 'cm' and not levels_given:
+    if not sigma and arguments['solver'] == 'cm' and arguments['steps'] < 2 and not levels_given:
         arguments['steps'] = CM_STEPS
-    if projects and arguments['steps'] < 2:
+    if not sigma and arguments['steps'] < 2:
         raise UserError('a single evaluation sees nothing of the known part, only noise: take --steps=2 or more, or a student of more steps')
+    samplers.sample(Rehearsal(net), pixel, **{name: value for name, value in arguments.items() if name != 'choose_labels'})
+    arguments.pop('start', None)
     return arguments
 
 
@@ -219,13 +279,18 @@ def edit_batch(net, task: Task, images: Tensor, seeds: Sequence[int], labels: Te
 #----------------------------------------------------------------------------
 # From files to files.
 
-def edit(c: EasyDict, net, source: Input, task: Task, projects: bool) -> None:
-    """Edit every image once for every seed: `outdir`/images/NAME-SEED.png and `outdir`/grid.png. `c`: the values of `editing_options`."""
+def edit(c: EasyDict, net, source: Input, task: Task, sigma: float | None = None) -> None:
+    """Edit every image once for every seed: `outdir`/images/NAME-SEED.png and `outdir`/grid.png.
+
+    Args:
+        c: the values of `editing_options`.
+        sigma: see `editing_arguments`.
+    """
     import tqdm
 
     from training import generation
-    arguments = editing_arguments(net, c.network, c.sampling, projects)
-    labels = None if c.sampling['class_idx'] is not None else labels_for(net, c.path, source.labels)
+    arguments = editing_arguments(net, c.network, c.sampling, sigma)
+    labels = None if c.sampling['class_idx'] is not None else labels_for(net, c.path, source)
     make_folder(c.outdir)
     pairs, shown = list(itertools.product(range(len(source.names)), c.seeds)), []
     print(f'Editing {len(source.names)} images {len(c.seeds)} times to "{c.outdir}" '
@@ -277,8 +342,8 @@ def make_folder(outdir: str) -> None:
 #----------------------------------------------------------------------------
 # The command line.
 
-def editing_options(projects: bool):
-    """A decorator: the options that all edits of images have, as one argument `c`. Those of teachers, who cannot edit, are refused and not listed."""
+def editing_options(steps: str):
+    """A decorator: the options that all edits of images have, as one argument `c`. `steps`: the default number, in words."""
     options = [
         cli.option('--network', metavar='PKL|URL', required=True, help='Snapshot of a student or a consistency model.'),
         cli.option('--input', 'path', metavar='PATH', required=True,
@@ -292,14 +357,11 @@ def editing_options(projects: bool):
     def decorate(command):
         @functools.wraps(command)
         def collected(**values):
-            return command(EasyDict({name: values.pop(name) for name in names}), **values)
-        collected = sampling_options()(collected)
-        for parameter in collected.__click_params__:
-            parameter.hidden = parameter.hidden or parameter.group == TEACHER
-            if parameter.name == 'steps':
-                parameter.help = f"Sampling steps.  [default: a student's own; {CM_STEPS if projects else 1} for a consistency model]"
-            if parameter.name == 'solver':
-                parameter.type, parameter.help = click.Choice(SOLVERS), 'Sampler.  [default: what the snapshot is]'
+            c = EasyDict({name: values.pop(name) for name in names})
+            if len(set(c.seeds)) < len(c.seeds):
+                raise click.UsageError('--seeds: one of them is named twice.')
+            return command(c, **values)
+        collected = sampling_options(teachers=False, steps=steps)(collected)
         for option in reversed(options):
             collected = option(collected)
         names = ['sampling', *(parameter.name for parameter in collected.__click_params__[-len(options):])]
@@ -325,6 +387,9 @@ def main():
     """
 
 
+EDITED_STEPS = f"the snapshot's own; {CM_STEPS} for a consistency model of one"
+
+
 class Box(click.ParamType):
     """LEFT,TOP,RIGHT,BOTTOM in pixels, the last two not included."""
 
@@ -344,14 +409,14 @@ class Box(click.ParamType):
 @cli.option('--box', metavar='LIST', type=Box(), help='Or a box: left, top, right, bottom in pixels, as in 0,4,8,8.', group='What is unknown')
 @cli.option('--random-share', metavar='FLOAT', type=cli.Number(min=0, max=1, min_open=True),
             help='Or this share of the pixels, the same random ones in all images.', group='What is unknown')
-@editing_options(projects=True)
+@editing_options(EDITED_STEPS)
 def inpaint(c, mask, box, random_share):
     """Make up the pixels under a mask; the others stay as they are, byte for byte."""
     if sum(given is not None for given in (mask, box, random_share)) != 1:
         raise click.UsageError('what is unknown: give one of --mask, --box and --random-share')
     net, source = load(c.network), open_input(c.path, c.indices)
     check_shape(c.path, source.shape, [[net.img_channels, net.img_resolution, net.img_resolution]])
-    edit(c, net, source, inpainting_task(unknown_pixels(net.img_resolution, mask, box, random_share)), projects=True)
+    edit(c, net, source, inpainting_task(unknown_pixels(net.img_resolution, mask, box, random_share)))
 
 
 def unknown_pixels(resolution: int, mask: str | None, box: list[int] | None, random_share: float | None) -> Tensor:
@@ -359,7 +424,7 @@ def unknown_pixels(resolution: int, mask: str | None, box: list[int] | None, ran
     import torch
     unknown = torch.zeros(resolution, resolution, dtype=torch.bool)
     if mask is not None:
-        image = read_image(mask, modes=['1', 'P', 'RGB'])
+        image = read_image(mask, as_grey=True)
         if list(image.shape[2:]) != [resolution, resolution]:
             raise UserError(f'--mask={mask} is {image.shape[3]}x{image.shape[2]}, and the images are {resolution}x{resolution}: '
                             'draw the mask in their size')
@@ -378,7 +443,7 @@ def unknown_pixels(resolution: int, mask: str | None, box: list[int] | None, ran
 
 
 @main.command()
-@editing_options(projects=True)
+@editing_options(EDITED_STEPS)
 def colorize(c):
     """Make up the colours of grey images, or of colour images that are turned grey first; their grey version stays."""
     net = load(c.network)
@@ -386,12 +451,12 @@ def colorize(c):
         raise UserError(f'{c.network} makes grey images; colours take a network of RGB images')
     source = open_input(c.path, c.indices)
     check_shape(c.path, source.shape, [[channels, net.img_resolution, net.img_resolution] for channels in (1, 3)])
-    edit(c, net, source, colorization_task, projects=True)
+    edit(c, net, source, colorization_task)
 
 
 @main.command()
 @cli.option('--factor', metavar='INT', type=click.IntRange(min=2), required=True, help='Side of the block of pixels that each becomes.')
-@editing_options(projects=True)
+@editing_options(EDITED_STEPS)
 def superres(c, factor):
     """Make up the detail of small images, or of large ones that are averaged first; the average of every block stays."""
     net = load(c.network)
@@ -399,15 +464,16 @@ def superres(c, factor):
         raise UserError(f'--factor={factor} does not divide {net.img_resolution}, the side of the images that {c.network} makes')
     source, small = open_input(c.path, c.indices), net.img_resolution // factor
     check_shape(c.path, source.shape, [[net.img_channels, side, side] for side in (small, net.img_resolution)])
-    edit(c, net, source, superresolution_task(factor, net.img_resolution), projects=True)
+    edit(c, net, source, superresolution_task(factor, net.img_resolution))
 
 
+STARTED_STEPS = "the snapshot's own, as far as they are below --sigma"
 SIGMA_HELP = 'Standard deviation of the noise, for pixels in [-1, 1]: 127.5 times as many grey levels.'
 
 
 @main.command()
 @cli.option('--sigma', metavar='FLOAT', type=cli.POSITIVE, required=True, help=SIGMA_HELP)
-@editing_options(projects=False)
+@editing_options(STARTED_STEPS)
 def stroke(c, sigma):
     """Images from strokes of a brush, or from any other rough image: noise is added that drowns what is wrong with them, then removed."""
     start_at(c, sigma, add_noise=True)
@@ -416,7 +482,7 @@ def stroke(c, sigma):
 @main.command()
 @cli.option('--sigma', metavar='FLOAT', type=cli.POSITIVE, required=True, help=SIGMA_HELP)
 @cli.option('--add-noise', is_flag=True, help='The images have no noise yet: add it.')
-@editing_options(projects=False)
+@editing_options(STARTED_STEPS)
 def denoise(c, sigma, add_noise):
     """Remove noise of a known level."""
     start_at(c, sigma, add_noise)
@@ -426,7 +492,7 @@ def start_at(c: EasyDict, sigma: float, add_noise: bool) -> None:
     """Sample from images with noise."""
     net, source = load(c.network), open_input(c.path, c.indices)
     check_shape(c.path, source.shape, [[net.img_channels, net.img_resolution, net.img_resolution]])
-    edit(c, net, source, start_task(sigma, add_noise), projects=False)
+    edit(c, net, source, start_task(sigma, add_noise), sigma)
 
 
 @main.command()
@@ -434,8 +500,9 @@ def start_at(c: EasyDict, sigma: float, add_noise: bool) -> None:
 @cli.option('--outdir', metavar='DIR', required=True, help='Folder for images/%06d.png and grid.png.')
 @cli.option('--seeds', metavar='LIST', type=cli.IntRanges(), required=True, help='Two seeds or more, from each to the next.')
 @cli.option('--count', metavar='INT', type=click.IntRange(min=2), default=8, show_default=True, help='Images from one seed to the next, with both.')
+@cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images at a time.')
 @sampling_options()
-def interpolate(network, outdir, seeds, count, sampling):
+def interpolate(network, outdir, seeds, count, batch, sampling):
     """Images between those of two seeds: latents between theirs, all else that is random as the first one's."""
     import torch
 
@@ -443,27 +510,30 @@ def interpolate(network, outdir, seeds, count, sampling):
     from training.checkpoint import load_network
     if len(seeds) < 2:
         raise click.UsageError('--seeds: two or more, such as 3,7')
+    if any(a == b for a, b in itertools.pairwise(seeds)):
+        raise click.UsageError('--seeds: there is nothing between a seed and itself.')
     net = load_network(network, 'cuda' if torch.cuda.is_available() else 'cpu')
     encoder = encoders.encoder_of(net, next(net.parameters()).device)
     arguments = sampling_arguments(net, network, **sampling)
     make_folder(outdir)
-    rows = [encoder.decode(between(net, *ends, count, **arguments)) for ends in itertools.pairwise(seeds)]
+    parts = torch.linspace(0, 1, count, dtype=torch.float64).split(batch)
+    rows = [torch.cat([encoder.decode(between(net, *ends, share, **arguments)) for share in parts]) for ends in itertools.pairwise(seeds)]
     images = torch.cat(rows)
     generation.save_images(images, [os.path.join(outdir, 'images', f'{i:06d}.png') for i in range(len(images))])
     write_grid(rows, outdir)
     print(f'Rows of {os.path.join(outdir, "grid.png")}: ' + ', '.join(f'seed {a} to {b}' for a, b in itertools.pairwise(seeds)))
 
 
-def between(net, first: int, last: int, count: int, choose_labels: LabelChooser, **arguments) -> Tensor:
-    """What the network draws at `count` latents from one seed's to another's, [count, C, H, W] float64: label and later noise are the first's."""
+def between(net, first: int, last: int, share: Tensor, choose_labels: LabelChooser, **arguments) -> Tensor:
+    """What the network draws at shares [n] of the way from one seed's latents to another's, [n, C, H, W] float64: label and later noise are
+    the first's."""
     import torch
 
     from training import editing, generation, samplers
     device, shape = next(net.parameters()).device, [net.img_channels, net.img_resolution, net.img_resolution]
-    noise, end = generation.SeededNoise([first] * count, device), generation.SeededNoise([last], device).randn(shape)
-    share = torch.linspace(0, 1, count, dtype=torch.float64, device=device)
+    noise, end = generation.SeededNoise([first] * len(share), device), generation.SeededNoise([last], device).randn(shape)
     start = noise.randn(shape).double()
-    latents = editing.slerp(start, end.double().expand_as(start), share)
+    latents = editing.slerp(start, end.double().expand_as(start), share.to(device))
     labels = choose_labels(noise, net.label_dim) if net.label_dim else None
     with torch.no_grad():
         return samplers.sample(net, latents, labels, randn_like=noise.randn_like, **arguments)

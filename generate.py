@@ -11,16 +11,24 @@ from dnnlib import UserError, cli
 STUDENT, CM, TEACHER = 'Students', 'Consistency models (--solver=cm)', 'Teachers (probability-flow ODE)'
 
 
-def sampling_options(group: str | None = None):
-    """A decorator for commands: the options that say how a network is sampled, as a dict `sampling`. `group` heads the general ones."""
+def sampling_options(group: str | None = None, teachers: bool = True,
+                     steps: str = "a student's own; 1 for a consistency model; 18 for a teacher"):
+    """A decorator for commands: the options that say how a network is sampled, as a dict `sampling`. `group` heads the general ones.
+
+    Args:
+        teachers: whether those of teachers are among them.
+        steps: the default number, in words.
+    """
+    solvers, what_it_is = ['student', 'cm'], 'what the snapshot is'
+    if teachers:
+        solvers, what_it_is = ['student', 'euler', 'heun', 'addim', 'cm'], f'{what_it_is}: student, cm for a consistency model, heun for a teacher'
     general, student, cm, teacher = (dict(group=name) for name in (group, STUDENT, CM, TEACHER))
     options = [
         cli.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), **general,
                    help='Class of all images.  [default: random, by seed]'),
         cli.option('--steps', metavar='INT', type=click.IntRange(min=1), **general,
-                   help="Sampling steps.  [default: a student's own; 1 for a consistency model; 18 for a teacher]"),
-        cli.option('--solver', type=click.Choice(['student', 'euler', 'heun', 'addim', 'cm']), **general,
-                   help='Sampler.  [default: what the snapshot is: student, cm for a consistency model, heun for a teacher]'),
+                   help=f'Sampling steps.  [default: {steps}]'),
+        cli.option('--solver', type=click.Choice(solvers), **general, help=f'Sampler.  [default: {what_it_is}]'),
         cli.option('--sigma_min', metavar='FLOAT', type=cli.POSITIVE, **general, help='Lowest noise level.  [default: varies]'),
         cli.option('--sigma_max', metavar='FLOAT', type=cli.POSITIVE, **general, help='Highest noise level.  [default: varies]'),
         cli.option('--rho', metavar='FLOAT', type=cli.RHO, **general, help='Exponent of the noise levels.  [default: 7]'),
@@ -30,6 +38,8 @@ def sampling_options(group: str | None = None):
         cli.option('--ts', metavar='LIST', type=cli.NumberList(), **cm, help='The same by indices of --timesteps levels, as in 0,22,39.'),
         cli.option('--timesteps', metavar='INT', type=click.IntRange(min=2), **cm,
                    help="Levels that --ts counts in.  [default: the snapshot's; 40]"),
+    ]
+    options += [] if not teachers else [
         cli.option('--xvar_scale', metavar='FLOAT', type=cli.Number(min=0), **teacher,
                    help='Of --solver=addim: factor on the variance that it adds; 0 is DDIM.  [default: 1]'),
         cli.option('--S_churn', 'S_churn', metavar='FLOAT', type=cli.Number(min=0), **teacher, help='Amount of noise added.  [default: 0]'),

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import click
 
 import fid
 from dnnlib import EasyDict, UserError, cli
+from dnnlib.util import DISK_ERRORS
 from generate import sampling_arguments
 
 POINTS, IMAGES = 'Points', 'Images and metric'
@@ -90,16 +92,17 @@ def main(network, log, solver, save, json_path, dry_run, measures, **options):
         return
     for path in (log, save, json_path):
         fid.make_folder(path)
+        check_writable(path)
     evaluate = MetricOfPoints(sampler, measures, references, options)
     settings = {'metric': evaluate.name, 'num': options.num, 'seed': options.seed, 'class': options.class_idx,
                 'network': network_digest(net, net.metadata), 'detector': evaluate.detector.digest,
                 'reference': reference_digest(options.ref, bool(references))}
     found = search(evaluate, SearchLog(log, settings), candidates, plan)
     if distributed.is_main():
+        click.echo(as_options(found['taus']))  # before anything that may fail
+        fid.write_json(json_path, found)
         if save:
             save_copy(save, net, found['sigmas'])
-        fid.write_json(json_path, found)
-        click.echo(as_options(found['taus']))
     distributed.shutdown()
 
 
@@ -119,6 +122,16 @@ def check_usage(network, log, save, measures, options) -> None:
         raise click.UsageError(f'--log={log}: the name of a log ends in .jsonl.')
     if save and os.path.realpath(save) == os.path.realpath(network):
         raise click.UsageError('--save names the network itself; choose another name.')
+
+def check_writable(path: str | None) -> None:
+    """UserError where the folder of a file to be written is closed to writing."""
+    if path is None:
+        return
+    try:
+        with tempfile.TemporaryFile(dir=os.path.dirname(path) or '.'):
+            pass
+    except OSError as error:
+        raise UserError(f'Cannot write {path}: {error.strerror}. Choose another place.') from error
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is searched.
@@ -296,8 +309,8 @@ class SearchLog:
             with open(self.path, 'rb') as file:
                 os.fsync(file.fileno())
         except OSError as error:
-            raise UserError(f'--log={self.path} cannot be written: {error.strerror}. Free some space or choose another place; '
-                            'the same command goes on from what is in it.') from error
+            cure = 'Free some space' if error.errno in DISK_ERRORS else 'Make sure that its folder is there and open to writing'
+            raise UserError(f'--log={self.path} cannot be written: {error.strerror}. {cure}; the same command goes on from what is in it.') from error
 
 
 def read_log(path: str) -> tuple[dict | None, dict[tuple[float, ...], float]]:

@@ -184,7 +184,7 @@ def affordable(name: str, budget: int, cost: int) -> int:
     """How often something can be done. Raises: UserError where it is never."""
     if budget < cost:
         raise UserError(f'--budget: {budget} network evaluations do not pay for one step of {name}, which takes {cost}. Give more.')
-    return budget // cost
+    return int(budget // cost)
 
 #----------------------------------------------------------------------------
 # Options of train.py.
@@ -251,8 +251,13 @@ def teacher_models(steps: Sequence[int], reference_steps: int) -> list[Model]:
     return [teacher, *euler, *heun]
 
 
-def network_options(net) -> list[str]:
-    """Options of train.py that make the network of a snapshot from scratch, so that its weights fit.
+def starting_from_weights(objectives: Sequence[str]) -> list[str]:
+    """Those of the objectives that, or whose first stage, begin with the teacher's weights in a network that options describe."""
+    return [name for name in objectives if OBJECTIVES[name].teacher != 'diffusion']
+
+
+def network_options(net, objectives: Sequence[str]) -> list[str]:
+    """Options of train.py that make the network of a snapshot from scratch, so that its weights fit; `objectives` need them.
 
     Raises: UserError where there are none.
     """
@@ -269,6 +274,5 @@ def network_options(net) -> list[str]:
         if same and type(net).__name__ == (EDM2 if arch == 'edm2' else 'EDMPrecond'):
             values = {option: kwargs.get(name, default(name)) for option, name in NETWORK_OPTIONS.items()}
             return [f'--arch={arch}', *(f'--{option}={text(value)}' for option, value in values.items() if value is not None)]
-    without = ', '.join(name for name, objective in OBJECTIVES.items() if objective.loss and not objective.teacher)
-    raise UserError(f'--teacher: no options of train.py make its network, a {type(net).__name__} around a {kwargs["model_type"]}, so that objectives '
-                    f'without a teacher cannot start from its weights: leave out {without}.')
+    raise UserError(f'--teacher: no options of train.py make its network, a {type(net).__name__} around a {kwargs["model_type"]}, so that students '
+                    f'cannot start from its weights: leave {", ".join(objectives)} out of --objectives.')

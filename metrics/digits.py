@@ -19,8 +19,8 @@ OWN = dict(mcd=['--keep_ties', '--top-mass=0.5'], direct=['--top-mass=1'], ict=[
 def student_options(objective: str, S: int | None = None) -> list[str]:
     """What suits a student, of S steps where it has a number of its own. Sub-steps: 12 or more over all segments (docs/results.md)."""
     own = OBJECTIVES[objective].options
-    return [*STUDENT, *(['--student_grid=full'] if 'student_grid' in own else []), *OWN.get(objective, []),
-            *([f'--substeps={max(2, -(-12 // S))}'] if 'substeps' in own else [])]
+    substeps = [f'--{name}={max(2, -(-12 // S))}' for name in ('substeps', 'anchor_hops') if name in own]
+    return [*STUDENT, *(['--student_grid=full'] if 'student_grid' in own else []), *OWN.get(objective, []), *substeps]
 
 
 def prepare(story: Story) -> tuple[Path, dict[str, Ruler]]:

@@ -101,6 +101,15 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
     return moved[np.argsort(order)].tolist()
 
 
+def apart(numbers: Sequence[int]) -> list[int]:
+    """Those of rising numbers that have room for a label on a logarithmic axis: powers of two first, then the ends, then the others."""
+    chosen: list[int] = []
+    for number in sorted(numbers, key=lambda n: (n & (n - 1) > 0, n not in (numbers[0], numbers[-1]))):
+        if all(max(number, other) >= 1.3 * min(number, other) for other in chosen):
+            chosen.append(number)
+    return sorted(chosen)
+
+
 def write_frontier(lines: dict[str, dict[int, Sequence[float]]], dest: str, ylabel: str, level: tuple[str, float]) -> None:
     """Distance against network evaluations, {name: {evaluations: a value for each seed}}, on logarithmic axes; a dashed `level` (name, value).
 
@@ -118,12 +127,19 @@ def write_frontier(lines: dict[str, dict[int, Sequence[float]]], dest: str, ylab
         seeds = [(nfe, value) for nfe, values in points.items() if len(values) > 1 for value in values]
         axes.scatter(*zip(*seeds) if seeds else ((), ()), s=9, color=HUES[hue], alpha=0.5)
         ends.append((name, HUES[hue], mark, list(points)[-1], means[-1]))
-    ticks = sorted({nfe for points in lines.values() for nfe in points if nfe & (nfe - 1) == 0} or {1})
-    axes.set(xscale='log', yscale='log', xlabel='network evaluations for an image', ylabel=ylabel, xlim=(min(ticks) / 1.15, max(ticks) * 1.15))
+    evaluations = sorted({nfe for points in lines.values() for nfe in points} or {1})
+    ticks = apart(evaluations)
+    axes.set(xscale='log', yscale='log', xlabel='network evaluations for an image', ylabel=ylabel,
+             xlim=(evaluations[0] / 1.15, evaluations[-1] * 1.15))
     axes.set_xticks(ticks, map(str, ticks))
     axes.minorticks_off()
     low, high = axes.get_ylim()
-    axes.set_yticks([n * 10.0 ** k for k in range(-9, 10) for n in (1, 2, 5) if low <= n * 10.0 ** k <= high])
+    numbers = [n * 10.0 ** k for k in range(-9, 10) for n in (1, 2, 5)]
+    for some in (numbers, matplotlib.ticker.MaxNLocator(5).tick_values(low, high)):
+        inside = [value for value in some if low <= value <= high]
+        if len(inside) > 1:
+            break
+    axes.set_yticks(inside)
     axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter('%g'))
     axes.grid(alpha=0.25)
     place = lambda value: (np.log(value) - np.log(low)) / (np.log(high) - np.log(low))
@@ -136,21 +152,22 @@ def write_frontier(lines: dict[str, dict[int, Sequence[float]]], dest: str, ylab
     plt.close(figure)
 
 
-def write_strips(pictures: dict[str, dict[str, str]], dest: str, rows: int = 5) -> None:
-    """The first lines of the grids {name: {column: PNG file}}, each of `rows` lines, as a table of samples."""
-    columns = list(dict.fromkeys(column for cells in pictures.values() for column in cells))
+def write_strips(pictures: dict[str, dict[int, str]], dest: str, rows: int = 5) -> None:
+    """The first lines of the grids {name: {evaluations: PNG file}}, each of `rows` lines, as a table of samples, a column for each number."""
+    columns = sorted({nfe for cells in pictures.values() for nfe in cells})
     figure, panels = plt.subplots(len(pictures), len(columns), figsize=(2.6 * len(columns) + 1, 0.42 * len(pictures) + 0.4), squeeze=False)
     figure.subplots_adjust(left=1.2 / (2.6 * len(columns) + 1), right=0.995, top=1 - 0.3 / (0.42 * len(pictures) + 0.4), bottom=0.01, wspace=0.04,
                            hspace=0.1)
-    for line, (name, cells) in zip(panels, pictures.items()):
-        line[0].text(-0.03, 0.5, name, transform=line[0].transAxes, ha='right', va='center', fontsize=10)
+    places = [[axes.get_position() for axes in line] for line in panels]  # before pictures shrink some of them
+    for line, row, (name, cells) in zip(panels, places, pictures.items()):
+        figure.text(row[0].x0 - 0.03 * row[0].width, (row[0].y0 + row[0].y1) / 2, name, ha='right', va='center', fontsize=10)
         for axes, column in zip(line, columns):
             axes.axis('off')
             if column in cells:
                 picture = np.asarray(Image.open(cells[column]).convert('RGB'))
                 axes.imshow(picture[:len(picture) // rows], interpolation='nearest')
-    for axes, column in zip(panels[0], columns):
-        axes.set_title(column, fontsize=10)
+    for place, nfe in zip(places[0], columns):
+        figure.text((place.x0 + place.x1) / 2, place.y1, f'{nfe} evaluation{"s" * (nfe > 1)}', ha='center', va='bottom', fontsize=10)
     figure.savefig(dest, dpi=130)
     plt.close(figure)
 

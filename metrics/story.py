@@ -1,22 +1,28 @@
 """Stories told by the scripts themselves, as demo.py and compare.py do: commands that are shown and run, several side by side."""
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from dnnlib import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 40  # images in a grid
+T = TypeVar('T')
 
 
 @dataclass
@@ -34,7 +40,7 @@ class Story:
     record: Path | None = None
     commands: list[str] = field(default_factory=list)
     running: set[subprocess.Popen] = field(default_factory=set)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.RLock = field(default_factory=threading.RLock)  # a second signal may come while the first stops the story
     stopped: bool = False
 
     def say(self, line: str) -> None:
@@ -76,6 +82,55 @@ class Story:
 
     def path(self, *parts: str) -> Path:
         return self.outdir.joinpath(*parts)
+
+
+def tell(story: Story, function: Callable[[], T], cure: str) -> T:
+    """What `function` returns, called in a thread. The keyboard and SIGTERM end what the story runs, and with that the function.
+
+    Raises: UserError with the `cure` where they have.
+    """
+    signals: list[int] = []
+
+    def stop(number, frame):
+        signals.append(number)
+        story.stop()
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            future = pool.submit(function)
+            while not future.done():
+                time.sleep(0.1)  # a main thread that waits for another one may miss a signal
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if signals:
+        raise UserError(f'Interrupted: {cure}')
+    return future.result()
+
+
+@contextlib.contextmanager
+def workers(story: Story, count: int) -> Iterator[concurrent.futures.Executor]:
+    """Threads for a story's jobs. When an error ends the context, no other job begins, and the commands of those that have are ended."""
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            story.stop()
+            raise
+
+
+def newest_snapshot(folder: Path) -> Path:
+    """The snapshot of a run after the most images, by its name; those of power-function averages, which have a length in theirs, are left out.
+
+    Raises: UserError where there is none.
+    """
+    found = [(int(match[1]), int(match[2] or 0), path) for path in folder.glob('network-snapshot-*.pkl')
+             if (match := re.fullmatch(r'network-snapshot-(\d+)(?:-(\d+))?\.pkl', path.name))]
+    if not found:
+        raise UserError(f'{folder} holds no network-snapshot-*.pkl, though its training is done: delete the folder to train again.')
+    return max(found)[-1]
 
 
 class Ruler(NamedTuple):

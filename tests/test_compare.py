@@ -1,6 +1,12 @@
 """The comparison of objectives: its plan, what it does when it is called again, tables and plot, and two objectives through the real scripts."""
+import glob
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import assert_one_clear_error, run
+from helpers import ROOT, assert_one_clear_error, run
 from PIL import Image
 
 import compare
@@ -17,7 +23,7 @@ import train
 from dnnlib import EasyDict, UserError
 from metrics import comparison, digits, report
 from metrics.comparison import Request, plan
-from metrics.story import Ruler, Story
+from metrics.story import Ruler, Story, newest_snapshot, tell
 from training import checkpoint, configuration, networks_edm2
 from training.objectives import OBJECTIVES
 
@@ -40,12 +46,13 @@ def parsed(training):
 # The plan.
 
 def test_what_each_objective_gets_for_8000_evaluations():
-    """By hand: mcd 2 + 1 + 3 an image, so 1,333 steps; direct 2 n + 3 for 12, 6, 3 and 2 sub-steps; those without a teacher 1 + 3. pd's steps take
+    """By hand: mcd 2 + 1 + 3 an image, and where a pinned edge takes a share of 0.5 / S, 2 n for 12, 6, 3
+    and 2 sub-steps of it; direct 2 n + 3 for 12, 6, 3 and 2 sub-steps; those without a teacher 1 + 3. pd's steps take
     5, its nine stage lengths (64, 32, 16, 8, 4 once, 2, 1 twice) 177 steps each; its students of fewer steps stand at the end of a longer chain."""
     models = plan(request())
     got = {name: [(m.record()['train_steps'], m.record()['cost']) for m in models if m.objective == name] for name in STUDENTS}
     same = lambda steps, cost: [(steps, cost)] * 4
-    assert got == {'mcd': same(1333, 6), 'mct': same(2000, 4), 'direct': [(296, 27), (533, 15), (888, 9), (1142, 7)],
+    assert got == {'mcd': [(444, 18), (888, 9), (1185, 6.75), (1280, 6.25)], 'mct': same(2000, 4), 'direct': [(296, 27), (533, 15), (888, 9), (1142, 7)],
                    'pd': [(1593, 5), (1239, 5), (885, 5), (708, 5)], 'cm-cd': same(1333, 6), 'cm-ct': same(2000, 4), 'ict': same(2000, 4),
                    'ect': same(2000, 4), 'tcm': same(2000, 4)}
     assert all(m.record()['evaluations'] == m.record()['train_steps'] * m.record()['cost'] for m in models)
@@ -120,7 +127,7 @@ def test_options_for_one_objective_or_one_student_change_that_one_and_its_cost()
     models = {m.name: m for m in plan(request(('direct', 'mcd', 'mct'), for_all=['--lr=3e-4'], for_some=chosen))}
     assert [models[f'direct-seed0-{n}'].training.cost for n in (1, 2, 4, 8)] == [7, 7, 7, 15]
     assert [parsed(models[f'direct-seed0-{n}'].training).top_mass for n in (4, 8)] == [0.5, 1]
-    assert models['mcd-seed0-4'].training.cost == 5 and models['mct-seed0-4'].training.cost == 4
+    assert models['mcd-seed0-4'].training.cost == 5.75 and models['mct-seed0-4'].training.cost == 4
     assert all(parsed(m.training).lr == 3e-4 for m in models.values())
 
 
@@ -154,7 +161,7 @@ def test_options_that_describe_a_network_make_one_that_takes_all_of_its_weights(
     """But those of augmentation labels, which students do not have."""
     net = (networks_edm2.Precond(16, 3, 10, model_channels=64, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[8]) if name == 'edm2' else
            checkpoint.load_network(fixtures / f'{name}.pkl'))
-    words = ['--outdir=x', '--data=x', '--objective=ect', *comparison.network_options(net)]
+    words = ['--outdir=x', '--data=x', '--objective=ect', *comparison.network_options(net, ['ect'])]
     context = train.main.make_context('train.py', words)
     opts = EasyDict(context.params, edm2=name.startswith('edm2'), precision='fp32')
     train.check_usage(context, opts)
@@ -168,8 +175,9 @@ def test_options_that_describe_a_network_make_one_that_takes_all_of_its_weights(
 @pytest.mark.parametrize('name', ['ve-ncsnpp-uncond', 'vp-ddpmpp-cond', 'edm2-cond'])
 def test_networks_that_no_options_make_are_refused(fixtures, name):
     """Other preconditioning; or arguments without an option, as the 16 channels for each head of the last one."""
-    with pytest.raises(UserError, match='leave out mct'):
-        comparison.network_options(checkpoint.load_network(fixtures / f'{name}.pkl'))
+    needy = comparison.starting_from_weights(['mcd', 'tcm', 'ect', 'direct'])
+    with pytest.raises(UserError, match='leave tcm, ect out of --objectives'):
+        comparison.network_options(checkpoint.load_network(fixtures / f'{name}.pkl'), needy)
 
 #----------------------------------------------------------------------------
 # Doing it, with scripts that only pretend.
@@ -211,7 +219,7 @@ def pretend(outdir, objectives=('direct', 'ect'), broken=None, rulers=RULERS, **
     compare.settle(outdir, SETTINGS, [t for m in models if m.training for t in m.training.chain])
     story = PretendStory(outdir, 1)
     story.broken = broken
-    results = compare.Results(outdir / 'results.json')
+    results = compare.Results(outdir / 'results.json', list(rulers))
     failures = compare.do_all(story, compare.jobs_of(story, models, 'digits.zip', 'teacher.pkl', rulers, 40, 64, results), 1)
     return story.commands, results, failures
 
@@ -293,7 +301,7 @@ def test_the_second_stage_follows_the_first_and_starts_from_its_snapshot(tmp_pat
 def test_the_longest_jobs_come_first(tmp_path):
     """511 evaluations of 6,000 images are more than a training of 8,000 for each of 128 places; a few samples of the teacher are least."""
     models = [*comparison.teacher_models([1, 8], 256), *plan(request(('ect', 'direct'), (1, 8)))]
-    jobs = compare.jobs_of(Story(tmp_path, 1), models, 'd', 't', RULERS, 6000, 64, compare.Results(tmp_path / 'none.json'))
+    jobs = compare.jobs_of(Story(tmp_path, 1), models, 'd', 't', RULERS, 6000, 64, compare.Results(tmp_path / 'none.json', list(RULERS)))
     names = [name for _, name, _ in jobs]
     assert names[0] == 'teacher-heun-511' and names[-1] == 'teacher-euler-1' and len(names) == 1 + 3 + 3
     assert [work for work, *_ in jobs] == sorted((work for work, *_ in jobs), reverse=True) and jobs[0][0] == 511 * 6000
@@ -313,7 +321,7 @@ def test_another_comparison_in_the_same_folder_is_an_error(tmp_path, settings, l
 
 
 @pytest.mark.parametrize(('name', 'content'), [('plan.json', '[]'), ('plan.json', '{"settings": {}}'), ('plan.json', '{'), ('results.json', '{}'),
-                                               ('results.json', '[{}]'), ('results.json', '[1]')])
+                                               ('plan.json', '{"settings": [], "trainings": {}}'), ('results.json', '[{}]'), ('results.json', '[1]')])
 def test_damaged_files_of_a_comparison_are_named(tmp_path, name, content):
     pretend(tmp_path, objectives=())
     (tmp_path / name).write_text(content)
@@ -321,17 +329,59 @@ def test_damaged_files_of_a_comparison_are_named(tmp_path, name, content):
         pretend(tmp_path, objectives=())
 
 
+@pytest.mark.parametrize('change', [dict(objective='nonsense'), dict(objective=[]), dict(distance=None), dict(distance_random='1'), dict(nfe=None),
+                                    dict(solver=None), dict(seed=0)])
+def test_a_row_of_the_results_that_tables_cannot_read_is_named(tmp_path, change):
+    """The last is of a teacher's row, which then lacks what is said of a training."""
+    pretend(tmp_path, objectives=())
+    path = tmp_path / 'results.json'
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps([rows[0] | change, *rows[1:]]))
+    with pytest.raises(UserError, match=r'results.json is damaged'):
+        pretend(tmp_path, objectives=())
+
+
+def test_the_newest_snapshot_is_told_by_its_name(tmp_path):
+    """Neither by the times of files, which a copy changes, nor by the alphabet; averages of other lengths are not meant."""
+    names = ['network-snapshot-000999.pkl', 'network-snapshot-1000000.pkl', 'network-snapshot-000998.pkl', 'network-snapshot-1000000-0.050.pkl',
+             'network-snapshot-1000001-0.100.pkl']
+    for age, name in enumerate(names):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (age, age))
+    assert newest_snapshot(tmp_path).name == 'network-snapshot-1000000.pkl'
+    (tmp_path / 'network-snapshot-1000000-1000000512.pkl').touch()
+    assert newest_snapshot(tmp_path).name == 'network-snapshot-1000000-1000000512.pkl'
+    with pytest.raises(UserError, match='holds no network-snapshot'):
+        newest_snapshot(tmp_path / 'empty')
+
+
+@pytest.mark.parametrize('script', ['compare.py', 'demo.py'])
+def test_a_signal_ends_a_script_and_what_it_runs(tmp_path, script):
+    """SIGTERM while the first command is at work: one line, exit status 1, and none of its commands is left, or begun."""
+    out = tmp_path / 'out'
+    process = subprocess.Popen([sys.executable, str(ROOT / script), f'--outdir={out}'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    rest, errors = process.communicate(timeout=60)  # a hundred times what it takes
+    assert process.returncode == 1 and 'Error: Interrupted: ' in errors and 'Traceback' not in errors
+    assert first.startswith('$ python ') and '$ python ' not in rest
+    assert ('same command' in errors) == (script == 'compare.py')
+    running = [Path(path).read_bytes() for path in glob.glob('/proc/[0-9]*/cmdline') if Path(path).exists()]
+    assert not any(str(out).encode() in words for words in running)
+
+
 def test_an_interruption_ends_what_runs_and_begins_nothing_more(tmp_path):
-    """A job that gets a KeyboardInterrupt stands for Ctrl-C in the main thread."""
-    story, begun = Story(tmp_path, 1), threading.Event()
+    """Ctrl-C, twice, while a command is at work that would take a minute."""
+    story = Story(tmp_path, 1)
 
-    def interrupted():
-        begun.set()
-        raise KeyboardInterrupt
+    def long():
+        threading.Timer(0.5, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]).start()
+        story.run('a', '-c', 'import time; time.sleep(60)')
 
-    with pytest.raises(UserError, match='the same command again goes on'):
-        compare.do_all(story, [(2, 'a', interrupted), (1, 'b', lambda: story.run('b', '-c', 'pass'))], 1)
-    assert begun.is_set() and story.stopped and not story.commands
+    start = time.monotonic()
+    with pytest.raises(UserError, match='Interrupted: try again'):
+        tell(story, lambda: compare.do_all(story, [(2, 'a', long), (1, 'b', lambda: story.run('b', '-c', 'pass'))], 1), 'try again')
+    assert time.monotonic() - start < 30 and story.stopped and len(story.commands) == 1
     with pytest.raises(UserError, match='not begun'):
         story.run('c', '-c', 'pass')
 
@@ -347,24 +397,32 @@ def row(objective, nfe, distance, seed=0, solver='student', **kwargs):
 ROWS = [row('mcd', 1, 0.4), row('mcd', 1, 0.6, seed=1), row('mcd', 4, 0.1), row('direct', 4, 0.05), row('diffusion', 511, 0.04, None, 'heun'),
         row('diffusion', 1, 20.0, None, 'euler'), row('diffusion', 4, 0.8, None, 'euler'), row('diffusion', 3, 2.0, None, 'heun')]
 
+BEST = ROWS[4]
+
+
+def test_the_reference_is_what_the_options_say_also_where_others_take_more_evaluations():
+    """--reference-steps=2 --steps=4: Heun's 3 evaluations, which are then no point of the teacher's line; 0.1 / 2 = 0.05."""
+    _, lines = compare.distances_table(ROWS, ROWS[-1], 'distance')
+    assert lines[0] == ['mcd', '0.25 (0.4, 0.6)', '0.05 (0.1)'] and [line[0] for line in lines] == ['mcd', 'direct', 'teacher, Euler']
+
 
 def test_the_table_has_ratios_of_means_and_every_seed():
     """0.5 / 0.04 = 12.5; the ruler in second place is twice as long, and so is its reference."""
-    header, lines = compare.distances_table(ROWS, 'distance')
+    header, lines = compare.distances_table(ROWS, BEST, 'distance')
     assert header == ['objective', '1', '4']
     assert lines == [['mcd', '12.50 (0.4, 0.6)', '2.50 (0.1)'], ['direct', '', '1.25 (0.05)'], ['teacher, Euler', '500.00 (20)', '20.00 (0.8)'],
                      ['teacher, Heun', '', '50.00 (2), 3 evaluations']]
-    assert compare.distances_table(ROWS, 'distance_pca')[1][0] == ['mcd', '12.50 (0.8, 1.2)', '2.50 (0.2)']
+    assert compare.distances_table(ROWS, BEST, 'distance_pca')[1][0] == ['mcd', '12.50 (0.8, 1.2)', '2.50 (0.2)']
     assert compare.training_table(ROWS)[1] == [['mcd', '1,000 × 6', '4,000 × 6'], ['direct', '', '4,000 × 6']]
 
 
 def test_the_notes_say_of_each_objective_what_is_not_equal():
     rows = [*ROWS, *(row(name, 2, 1.0) for name in ('pd', 'ect', 'tcm'))]
-    text = '\n'.join(compare.notes(rows, 8000, 128, ['pca']))
+    text = '\n'.join(compare.notes(rows, BEST, 8000, 128, ['pca']))
     for words in ('8,000 network evaluations', '128', '511 evaluations', '0.04', '50 images', 'mcd, direct: a student for each', 'pd: one chain',
                   'ect, tcm: one model', 'tcm: half', 'ect: no teacher'):
         assert words in text, words
-    assert 'not FID' not in text and 'not FID' in '\n'.join(compare.notes(rows, 8000, 128, list(digits.RULERS)))
+    assert 'not FID' not in text and 'not FID' in '\n'.join(compare.notes(rows, BEST, 8000, 128, list(digits.RULERS)))
 
 
 def test_labels_move_as_little_as_keeps_them_apart():
@@ -389,6 +447,36 @@ def test_the_plot_has_a_line_through_the_geometric_means_and_a_label_for_each_na
     assert (tmp_path / 'plot.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.parametrize(('evaluations', 'labels'), [
+    ([1, 2, 3, 4, 7, 8], [1, 2, 3, 4, 8]), ([3, 5, 6], [3, 6]), ([1, 2, 4, 8, 12], [1, 2, 4, 8, 12]), ([5], [5]), ([9, 10, 11, 12], [9, 12])])
+def test_the_plot_shows_all_evaluations_and_labels_those_with_room(tmp_path, monkeypatch, evaluations, labels):
+    """Also where none is a power of two; and distances have numbers where none of 1, 2, 5 · 10^k is among them, as between 2.2 and 4.5."""
+    figures = []
+    monkeypatch.setattr(plt, 'close', figures.append)
+    lines = {'mcd': {n: [2.2 + 2.3 * i / len(evaluations)] for i, n in enumerate(evaluations)}}
+    report.write_frontier(lines, str(tmp_path / 'plot.png'), 'distance', ('reference', 2.3))
+    axes = figures[0].axes[0]
+    left, right = axes.get_xlim()
+    assert left < evaluations[0] and evaluations[-1] < right and axes.get_xticks().tolist() == labels
+    low, high = axes.get_ylim()
+    assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 2
+
+
+def test_strips_have_a_column_for_each_number_in_order(tmp_path, monkeypatch):
+    """Of rows that lack some; all titles stand at one height."""
+    figures = []
+    monkeypatch.setattr(plt, 'close', figures.append)
+    for k in (1, 2, 4):
+        Image.new('L', [80, 50], 50 * k).save(tmp_path / f'{k}.png')
+    grid = lambda k: str(tmp_path / f'{k}.png')
+    report.write_strips({'pd': {4: grid(4), 1: grid(1)}, 'ect': {2: grid(2), 1: grid(1)}}, str(tmp_path / 'strips.png'))
+    titles = {text.get_text(): text.get_position() for text in figures[0].texts if 'evaluation' in text.get_text()}
+    assert sorted(titles, key=lambda title: titles[title][0]) == ['1 evaluation', '2 evaluations', '4 evaluations']
+    assert len({y for _, y in titles.values()}) == 1
+    shown = [[int(axes.images[0].get_array()[0, 0, 0]) if axes.images else None for axes in figures[0].axes[i:i + 3]] for i in (0, 3)]
+    assert shown == [[50, None, 200], [50, 100, None]]
+
+
 def test_every_objective_has_a_look_of_its_own():
     assert set(OBJECTIVES) - {'diffusion'} <= set(report.LOOKS)
 
@@ -405,9 +493,9 @@ def test_two_objectives_through_the_real_scripts(digits, teacher, rulers, tmp_pa
     assert done.exit_code == 0, done.output
     rows = {row['model']: row for row in json.loads((out / 'results.json').read_text())}
     assert set(rows) == {'teacher-heun-3', 'teacher-euler-1', 'direct-seed0-1', 'ect-seed0-1'}
-    assert (rows['direct-seed0-1']['train_steps'], rows['ect-seed0-1']['train_steps']) == (2, 13)
+    assert (rows['direct-seed0-1']['train_steps'], rows['ect-seed0-1']['train_steps']) == (6, 13)
     assert all(row['distance'] > 0 and row['images'] == 64 for row in rows.values())
-    for name, nimg in (('direct-1-seed0', 32), ('ect-seed0', 208)):
+    for name, nimg in (('direct-1-seed0', 96), ('ect-seed0', 208)):
         stats = (out / 'trainings' / name / 'stats.jsonl').read_text().splitlines()
         assert json.loads(stats[-1])['Progress/nimg']['mean'] == nimg
         assert json.loads((out / 'trainings' / name / 'training_options.json').read_text())['seed'] == 0
@@ -415,6 +503,12 @@ def test_two_objectives_through_the_real_scripts(digits, teacher, rulers, tmp_pa
     page = (out / 'report.html').read_text()
     assert page.count('data:image/png;base64,') == 2 + 4 and 'train.py' in page
     assert {'compare.png', 'samples.png', 'plan.json', 'commands.txt'} <= {path.name for path in out.iterdir()}
+    written = (out / 'plan.json').read_text()
+    for change in (f'--detector={tmp_path / "other.pt"}', f'--detector={rulers / "random.pt"}'):
+        changed = [change if argument.startswith('--detector=') else argument for argument in arguments]
+        assert_one_clear_error(CliRunner().invoke(compare.main, [f'--outdir={tmp_path / "new"}', *changed[1:]]), 'other.pt' if 'other' in change
+                               else 'was made with detector pca')
+    assert not (tmp_path / 'new').exists() and (out / 'plan.json').read_text() == written
     again = CliRunner().invoke(compare.main, arguments)
     assert again.exit_code == 0 and '$ python' not in again.stdout and json.loads((out / 'results.json').read_text()) == list(rows.values())
     other = [argument.replace('budget=54', 'budget=55') for argument in arguments]
@@ -439,6 +533,15 @@ def test_a_student_is_no_teacher(tmp_path, fixtures):
     result = CliRunner().invoke(compare.main, [f'--outdir={tmp_path / "out"}', f'--teacher={fixtures / "published-student.pkl"}'])
     assert_one_clear_error(result, 'student of', 'diffusion model')
     assert not (tmp_path / 'out').exists()
+
+
+def test_data_that_the_teacher_does_not_know_are_refused_before_anything_is_written(tmp_path, fixtures, digits, rulers):
+    """16x16x3 with ten classes is not 8x8x1; nor are digits by their name alone."""
+    out, teacher = tmp_path / 'out', f'--teacher={fixtures / "edm-adm-cond.pkl"}'
+    for data in ([f'--data={digits}', f'--ref={rulers / "pca.npz"}'], []):
+        result = CliRunner().invoke(compare.main, [f'--outdir={out}', teacher, '--objectives=mcd', *data])
+        assert_one_clear_error(result, 'expects images of', '8x8x1 with')
+        assert not out.exists()
 
 
 def test_help_needs_no_torch():

@@ -1,6 +1,7 @@
 """Zero-shot editing: the mathematics of training/editing.py and the command line of edit.py."""
 import itertools
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -151,11 +152,11 @@ def test_slerp_of_latents_in_one_line_is_linear():
 #----------------------------------------------------------------------------
 # The command line.
 
-def save_network(path, channels=1, label_dim=0, seed=0, **metadata):
+def save_network(path, channels=1, label_dim=0, seed=0, boundary=0, **metadata):
     """A tiny network of random weights, none of them zero, so that noise level and label matter."""
     torch.manual_seed(seed)
     net = networks.EDMPrecond(8, channels, label_dim, model_type='DhariwalUNet', model_channels=16, channel_mult=[1], num_blocks=1,
-                              attn_resolutions=[])
+                              attn_resolutions=[], boundary=boundary)
     for parameter in net.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.3)
@@ -173,6 +174,8 @@ def snapshots(tmp_path_factory):
     return dict(student=save_network(folder / 'student.pkl', label_dim=10, **STUDENT), cm=save_network(folder / 'cm.pkl', **CM),
                 student_rgb=save_network(folder / 'student-rgb.pkl', 3, **STUDENT), cm_rgb=save_network(folder / 'cm-rgb.pkl', 3, **CM),
                 teacher=save_network(folder / 'teacher.pkl', objective='diffusion'), one_step=save_network(folder / 'one.pkl', sigmas=[80.0, 0.0]),
+                several=save_network(folder / 'several.pkl', **CM | dict(sigmas=[80.0, 2.0, 0.5, 0.0])),
+                bounded=save_network(folder / 'bounded.pkl', **CM, boundary=0.002),
                 latents=save_latent_network(folder / 'latents.pkl', **STUDENT))
 
 
@@ -311,6 +314,21 @@ def test_edits_of_a_consistency_model_take_several_evaluations_by_default(tmp_pa
     assert '(cm, up to 1 evaluations each)' in invoke('denoise', *common[1:3], '--sigma=1', common[4]).output
 
 
+def test_edits_take_the_levels_that_a_snapshot_records(tmp_path, snapshots):
+    """80, 2 and 0.5: all of them where something is known; from sigma on those below it."""
+    images = write_images(tmp_path / 'images', 1)
+    common = [f'--network={snapshots["several"]}', f'--input={images}', f'--outdir={tmp_path / "out"}']
+    assert '(cm, up to 3 evaluations each)' in invoke('superres', *common, '--factor=2').output
+    for sigma, evaluations in ((5, 3), (2, 2), (0.3, 1)):
+        assert f'(cm, up to {evaluations} evaluations each)' in invoke('denoise', *common, f'--sigma={sigma}').output
+    net = load_network(snapshots['several'])
+    assert samplers.cm_sigmas(net, start=(None, 1.0)) == [1.0, 0.5] == samplers.cm_sigmas(net, 2, start=(None, 1.0))
+    assert len(samplers.cm_sigmas(net, 4, start=(None, 1.0))) == 4
+    _, by_itself = edited('stroke', *common, '--sigma=1')
+    _, as_told = edited('stroke', f'--network={snapshots["cm"]}', *common[1:], '--sigma=1', '--taus=0.5')
+    assert np.array_equal(by_itself['000-000000.png'], as_told['000-000000.png'])
+
+
 @pytest.mark.parametrize('network', ['student', 'teacher', 'cm'])
 def test_interpolation_ends_in_what_generate_makes_of_its_seeds(tmp_path, snapshots, network):
     """Of one class, since the label is the first seed's; and in the first end alone where noise is added, which is the first seed's too."""
@@ -325,8 +343,8 @@ def test_interpolation_ends_in_what_generate_makes_of_its_seeds(tmp_path, snapsh
 
 
 ERRORS = [
-    ('inpaint', 'teacher', ['--box=0,4,8,8'], ['sampled as a teacher (heun)', 'only students and consistency models', '--objective=mcd']),
-    ('stroke', 'teacher', ['--sigma=1'], ['sampled as a teacher']),
+    ('inpaint', 'teacher', ['--box=0,4,8,8'], ['is a teacher', 'only students and consistency models', '--objective=mcd']),
+    ('stroke', 'teacher', ['--sigma=1'], ['is a teacher']),
     ('inpaint', 'one_step', ['--box=0,4,8,8'], ['single evaluation', '--steps=2']),
     ('inpaint', 'cm', ['--box=0,4,8,8', '--steps=1'], ['single evaluation']),
     ('inpaint', 'latents', ['--box=0,4,8,8'], ['latents of a VAE', 'networks of pixels']),
@@ -337,17 +355,28 @@ ERRORS = [
     ('inpaint', 'cm', ['--box=0,4,9,8'], ['--box=0,4,9,8 goes beyond']),
     ('inpaint', 'cm', ['--random-share=0.001'], ['less than a pixel']),
     ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/nothing'], ['nothing: no such file or folder']),
-    ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/small.png'], ['images of 4x4 grey', 'must be 8x8 grey', 'dataset_tool.py']),
+    ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/small.png'], ['an image of 4x4 grey', 'must be 8x8 grey: resize it']),
     ('inpaint', 'cm', ['--box=0,4,8,8', '--indices=1-2'], ['--indices=2 does not exist', '2 images 0 to 1']),
     ('inpaint', 'cm', ['--box=0,4,8,8', '--indices=1,1'], ['edited twice']),
     ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/black.png', '--indices=1'], ['single image']),
     ('inpaint', 'student', ['--box=0,4,8,8', '--input={tmp}/labelled'], ['not of the 10 classes', '--class']),
-    ('inpaint', 'student', ['--box=0,4,8,8', '--S_churn=1'], ['no option S_churn']),
+    ('inpaint', 'student', ['--box=0,4,8,8', '--taus=2,1'], ['student sampler has no option taus']),
+    ('inpaint', 'teacher', ['--box=0,4,8,8', '--solver=cm'], ['is a teacher']),
+    ('inpaint', 'teacher', ['--box=0,4,8,8', '--solver=student', '--steps=4'], ['is a teacher']),
+    ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/rgba.png'], ['RGBA image', 'save it as 8-bit grey or RGB']),
+    ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/deep.png'], ['16-bit', 'save it as 8-bit grey or RGB']),
+    ('inpaint', 'cm', ['--mask={tmp}/deep.png'], ['16-bit', 'save it as 8-bit grey']),
+    ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/rgb.png'], ['8x8 RGB', 'must be 8x8 grey: save it as 8-bit grey']),
+    ('inpaint', 'cm_rgb', ['--box=0,4,8,8'], ['8x8 grey', 'must be 8x8 RGB: save them as 8-bit RGB']),
+    ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/mixed', '--batch=1'], ['001.png is 4x4 grey, but 000.png is 8x8 grey', 'folder of their own']),
     ('colorize', 'cm', [], ['makes grey images']),
     ('colorize', 'cm_rgb', ['--input={tmp}/small.png'], ['must be 8x8 grey or 8x8 RGB']),
     ('superres', 'cm', ['--factor=3'], ['--factor=3 does not divide 8']),
     ('superres', 'cm', ['--factor=4', '--input={tmp}/small.png'], ['must be 2x2 grey or 8x8 grey']),
-    ('stroke', 'cm', ['--sigma=100'], ['cannot start at sigma = 100', 'up to 80'])]
+    ('stroke', 'cm', ['--sigma=100'], ['cannot start at sigma = 100', 'up to 80']),
+    ('stroke', 'student', ['--sigma=100'], ['cannot start at sigma = 100', 'up to 80']),
+    ('stroke', 'cm', ['--sigma=1', '--ts=0,22,39'], ['noise levels 1, 1.38', 'must fall']),
+    ('stroke', 'bounded', ['--sigma=0.002'], ['cannot start at sigma = 0.002', 'above 0.002'])]
 
 
 @pytest.mark.parametrize('task, network, options, words', ERRORS)
@@ -357,14 +386,19 @@ def test_what_cannot_be_done_is_one_clear_error(tmp_path, snapshots, task, netwo
     for name, size in (('black', 8), ('small', 4)):
         Image.new('L', [size, size]).save(tmp_path / f'{name}.png')
     (tmp_path / 'text.png').write_text('no image')
+    for name, mode in (('rgba', 'RGBA'), ('rgb', 'RGB'), ('deep', 'I;16')):
+        Image.new(mode, [8, 8]).save(tmp_path / f'{name}.png')
+    write_images(tmp_path / 'mixed', 1)
+    Image.new('L', [4, 4]).save(tmp_path / 'mixed' / '001.png')
     options = [option.format(tmp=tmp_path) for option in options]
     result = invoke(task, f'--network={snapshots[network]}', f'--input={tmp_path / "images"}', f'--outdir={tmp_path / "out"}', *options)
     assert_one_clear_error(result, *words)
-    assert not names_in(tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize('arguments', [
     ['inpaint'], ['inpaint', '--box=0,0,4,4', '--random-share=0.5'], ['inpaint', '--box=4,0,4,4'], ['inpaint', '--box=1,2,3'], ['superres'],
+    ['inpaint', '--box=0,4,8,8', '--S_churn=1'], ['inpaint', '--box=0,4,8,8', '--seeds=0,0'],
     ['superres', '--factor=1'], ['stroke'], ['denoise', '--sigma=0'], ['inpaint', '--random-share=0'], ['sharpen']])
 def test_wrong_usage_exits_with_status_2(tmp_path, snapshots, arguments):
     result = invoke(*arguments, f'--network={snapshots["cm"]}', f'--input={tmp_path}', f'--outdir={tmp_path / "out"}')
@@ -380,7 +414,55 @@ def test_interpolation_decodes_latents(tmp_path, snapshots, monkeypatch):
 
 
 def test_interpolation_needs_two_seeds(tmp_path, snapshots):
-    assert_one_clear_error(invoke('interpolate', f'--network={snapshots["cm"]}', '--seeds=3', f'--outdir={tmp_path}'), '3,7', status=2)
+    for seeds, words in (('3', '3,7'), ('3,3', 'nothing between')):
+        assert_one_clear_error(invoke('interpolate', f'--network={snapshots["cm"]}', f'--seeds={seeds}', f'--outdir={tmp_path}'), words, status=2)
+
+
+@pytest.mark.parametrize('name', ['../../outside.png', '/outside.png', 'a/../../outside.png', 'a\\..\\outside.png'])
+def test_a_zip_writes_nothing_outside_of_the_folder(tmp_path, snapshots, name):
+    """Names of results are those of the files in it."""
+    write_images(tmp_path / 'images', 1)
+    with zipfile.ZipFile(tmp_path / 'images.zip', 'w') as archive:
+        archive.writestr(zipfile.ZipInfo(name), (tmp_path / 'images' / '000.png').read_bytes())
+    result = invoke('inpaint', f'--network={snapshots["cm"]}', '--box=0,4,8,8', f'--input={tmp_path / "images.zip"}',
+                    f'--outdir={tmp_path / "a" / "out"}')
+    assert_one_clear_error(result, 'outside of itself', 'outside.png')
+    assert not (tmp_path / 'a').exists()
+
+
+@pytest.mark.parametrize('mode', ['1', 'P', 'RGB', 'RGBA', 'LA'])
+def test_a_mask_may_be_of_any_mode_of_eight_bits(tmp_path, mode):
+    drawing = Image.new('L', [8, 8])
+    drawing.paste(255, (0, 4, 8, 8))
+    drawing.convert(mode).save(tmp_path / 'mask.png')
+    unknown = edit.unknown_pixels(8, str(tmp_path / 'mask.png'), None, None)
+    assert unknown.sum() == 32 and bool(unknown[4:].all())
+
+
+def test_a_photograph_is_read_as_its_camera_was_held(tmp_path):
+    """EXIF's orientation 3: upside down."""
+    drawing = Image.new('L', [8, 8])
+    drawing.paste(255, (0, 0, 8, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    drawing.save(tmp_path / 'photo.png', exif=exif)
+    assert edit.read_image(str(tmp_path / 'photo.png'))[0, 0, :, 0].tolist() == [0] * 6 + [255] * 2
+
+
+def test_labels_that_are_not_used_need_not_be_complete(tmp_path, snapshots):
+    """With --class, or where the network takes none."""
+    images = write_images(tmp_path / 'images', 2, labels=[1])
+    common = ['inpaint', f'--input={images}', '--box=0,4,8,8']
+    assert_one_clear_error(invoke(*common, f'--network={snapshots["student"]}', f'--outdir={tmp_path / "a"}'), 'no label for 1 of 2')
+    for options in ([f'--network={snapshots["student"]}', '--class=1'], [f'--network={snapshots["cm"]}', '--steps=2']):
+        assert invoke(*common, *options, f'--outdir={tmp_path / "b"}').exit_code == 0
+
+
+def test_interpolation_in_batches_is_the_same(tmp_path, snapshots):
+    common = ['interpolate', f'--network={snapshots["cm"]}', '--taus=0.5', '--seeds=0,1', '--count=5']
+    _, one = edited(*common, f'--outdir={tmp_path / "a"}')
+    _, two = edited(*common, '--batch=2', f'--outdir={tmp_path / "b"}')
+    assert len(one) == 5 and all(np.abs(two[name] - pixels).max() <= 1 for name, pixels in one.items())
 
 
 def test_help_does_not_list_what_only_teachers_have():

@@ -2,6 +2,7 @@
 import json
 import math
 import shlex
+import tempfile
 
 import numpy as np
 import pytest
@@ -205,6 +206,7 @@ class Distances:
     """A metric of three points, best near 9, 0.8 and 0.1, instead of one of images."""
 
     name = title = 'fid'
+    measure = MEASURES['fid']
 
     def __init__(self):
         self.asked = []
@@ -412,6 +414,39 @@ def test_a_log_that_cannot_be_written_ends_the_search(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r'No space left.*the same command goes on'):
         log.value([1.0], lambda: 2.0)
     assert (tmp_path / 'log.jsonl').read_bytes() == before
+
+
+def test_a_log_whose_folder_is_gone_speaks_of_the_folder(tmp_path):
+    log = search.SearchLog(str(tmp_path / 'new.jsonl'), dict(metric='fid'))
+    log.path = str(tmp_path / 'gone' / 'new.jsonl')
+    with pytest.raises(UserError, match=r'No such file or directory. Make sure that its folder is there') as error:
+        log.value([1.0], lambda: 2.0)
+    assert 'space' not in str(error.value)
+
+
+@pytest.mark.parametrize('option', ['log', 'save', 'json'])
+def test_places_that_cannot_be_written_are_told_before_the_search(lab, tmp_path, counted, monkeypatch, option):
+    """A folder that is closed to writing, also to an administrator: of three files, each once."""
+    closed, make = tmp_path / 'closed', tempfile.TemporaryFile
+
+    def refuse(dir):
+        if dir == str(closed):
+            raise PermissionError(13, 'Permission denied')
+        return make(dir=dir)
+    monkeypatch.setattr(search.tempfile, 'TemporaryFile', refuse)
+    file = closed / dict(log='log.jsonl', save='copy.pkl', json='found.json')[option]
+    assert_one_clear_error(run(lab, tmp_path / 'log.jsonl', f'--{option}={file}'), f'Cannot write {file}: Permission denied', 'another place')
+    assert counted == [] and not any(closed.iterdir())
+
+
+def test_the_result_is_told_also_where_it_cannot_be_saved(lab, tmp_path, monkeypatch):
+    """A disk that fills up during the search."""
+    def full(*arguments):
+        raise UserError('the disk is full')
+    monkeypatch.setattr(search.fid, 'write_json', full)
+    result = run(lab, tmp_path / 'log.jsonl', f'--json={tmp_path}/found.json')
+    assert_one_clear_error(result, 'the disk is full')
+    assert result.stdout.startswith('--solver=cm --taus=')
 
 
 def test_a_line_is_on_disk_before_the_next_evaluation_begins(tmp_path, monkeypatch):

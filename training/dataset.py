@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import struct
 import tokenize
 import zipfile
@@ -59,6 +60,8 @@ class ImageFiles:
         self.label_files = sorted(name for name in names if os.path.basename(name) == LABEL_FILE and name.count('/') <= 1)
         if not self.images:
             raise UserError(f'{self.path} holds no images; dataset_tool.py converts other sources')
+        if outside := [name for name in self.images if name.startswith('/') or ('..' in name and '..' in re.split(r'[/\\]', name))]:
+            raise UserError(f'{self.path} names a file outside of itself, {outside[0]}, as no data set does; make the zip again')
 
     def __getstate__(self):
         return dict(self.__dict__, _zip=None, _zip_owner=None)
@@ -214,11 +217,11 @@ def _label_array(labels: list, source: str) -> np.ndarray:
 #----------------------------------------------------------------------------
 # The data set.
 
-def image_shape_of(image: Image.Image, source: str) -> tuple[int, int, int]:
-    """(channels, height, width) of an image that training takes as it is."""
+def image_shape_of(image: Image.Image, source: str, cure: str = 'convert the data set with dataset_tool.py') -> tuple[int, int, int]:
+    """(channels, height, width) of an image that training takes as it is. Raises: UserError with the `cure` for any other."""
     kind = '16-bit ' + image.mode if is_16_bit(image) else image.mode
     if kind not in ('L', 'RGB'):
-        raise UserError(f'{source} is a {kind} image, and only 8-bit greyscale (L) and RGB are read; convert the data set with dataset_tool.py')
+        raise UserError(f'{source} is a {kind} image, and only 8-bit greyscale (L) and RGB are read; {cure}')
     return len(kind), image.height, image.width
 
 

@@ -22,7 +22,7 @@ class Objective:
         defaults: of options that all have: learning rate, length, ... (`ema` in images).
         edm2: all of these for EDM2's networks, where they are others.
         boundary: whether the network is the identity at sigma_min, not at 0.
-        cost: network evaluations that an image costs in training, by the options; a student's forward and backward pass counts 3.
+        cost: network evaluations that an image costs in training on average, by the options; a student's forward and backward pass counts 3.
     """
 
     loss: str | None = None
@@ -33,7 +33,7 @@ class Objective:
     defaults: Mapping[str, object] = field(default_factory=dict)
     edm2: Mapping[str, object] = field(default_factory=dict)
     boundary: bool = False
-    cost: Callable[[Mapping], int] = lambda options: 3
+    cost: Callable[[Mapping], float] = lambda options: 3
 
     @property
     def own(self) -> dict[str, object]:
@@ -47,6 +47,16 @@ class Objective:
 
 
 HOP_COST = dict(heun=2, ddim=1, addim=1)
+
+
+def distillation_cost(options: Mapping) -> float:
+    """A hop, the self-target, the student, and on the pinned first edge the teacher's solution instead: 2 evaluations a sub-step."""
+    cost = HOP_COST[options['hop']] + 4
+    if options['terminal_anchor']:
+        pinned = options['top_mass'] / options['S'] if options['top_mass'] else 1 / options['T_end']
+        cost += pinned * 2 * (options['anchor_hops'] or 32)
+    return cost
+
 
 # The released ImageNet-64 student's; and, for networks of EDM2's, those of ECT's EDM2 models. Others' own are of their papers' CIFAR-10 models.
 STUDENT = dict(optim='adam', lr=8e-5, lr_rampup=10_000, lr_schedule='constant', beta2=0.999, duration=210.0, batch=2048, ema=50e6, augment=0.0)
@@ -70,7 +80,7 @@ OBJECTIVES = dict(
     mcd=Objective('loss_cd:ConsistencyDistillationLoss', teacher='diffusion', defaults=STUDENT, edm2=EDM2_STUDENT,
                   options=dict(SEGMENTS, sync_dropout=True, hop='heun', xvar_frac=0.75, terminal_anchor=True, terminal_teacher_hop=True,
                                anchor_hops=None),
-                  cost=lambda options: HOP_COST[options['hop']] + 4),
+                  cost=distillation_cost),
     mct=Objective('loss_ct:ConsistencyTrainingLoss', defaults=dict(STUDENT, dropout=0.0), edm2=EDM2_STUDENT,
                   options=dict(SEGMENTS, sync_dropout=True), cost=lambda options: 4),
     direct=Objective('loss_direct:SegmentRegressionLoss', teacher='diffusion', defaults=STUDENT, edm2=EDM2_STUDENT,

@@ -151,8 +151,8 @@ def cm_sigmas(net, steps: int | None = None, *, taus: Sequence[float] | None = N
     - `mid_t`: a single one (Geng et al. 2024: 0.821 for CIFAR-10, 1.526 for ImageNet-64);
     - `ts`: given as indices of `timesteps` Karras nodes from sigma_max (0) to sigma_min (timesteps − 1). The first index stands for the first
       level, the last for the end, which is not evaluated: 0,22,39 of 40 are two evaluations (Song et al. 2023; metadata: `num_timesteps`);
-    - none of these given: those that the network records, at its own number of steps, or else the first n of n+1 Karras nodes, n = `steps`:
-      sigma_min is left out, because a consistency model changes next to nothing there.
+    - none of these given: those that the network records, of them those below `start`, at their number of steps, or else the first n of n+1
+      Karras nodes, n = `steps`: sigma_min is left out, because a consistency model changes next to nothing there.
 
     Raises: UserError where they contradict each other or the network.
     """
@@ -169,10 +169,13 @@ def cm_sigmas(net, steps: int | None = None, *, taus: Sequence[float] | None = N
         sigmas = [top, *([mid_t] if taus is None else taus)]
     else:
         own = metadata.get('sigmas', [high, 0.0])[:-1]
+        own = own if start is None else [top, *(sigma for sigma in own[1:] if sigma < top)]
         steps = len(own) if steps is None else steps
-        as_trained = steps == len(own) and (start, sigma_min, sigma_max) == (None,) * 3
+        as_trained = steps == len(own) and (sigma_min, sigma_max) == (None,) * 2
         sigmas = own if as_trained else ops.student_grid(steps, min(low, top), top, rho, 'full')[:-1].tolist()
     boundary = float(getattr(net, 'boundary', 0))
+    if start is not None and top <= boundary:
+        raise UserError(f'sampling cannot start at sigma = {top:g}, where the network is the identity: choose a noise level above {boundary:g}')
     if not all(above > below for above, below in itertools.pairwise([*sigmas, boundary])):
         raise UserError(f'noise levels {", ".join(f"{sigma:g}" for sigma in sigmas)}: they must fall, and stay above {boundary:g}')
     if steps not in (None, len(sigmas)):
