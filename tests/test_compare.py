@@ -52,7 +52,8 @@ def test_what_each_objective_gets_for_8000_evaluations():
     models = plan(request())
     got = {name: [(m.record()['train_steps'], m.record()['cost']) for m in models if m.objective == name] for name in STUDENTS}
     same = lambda steps, cost: [(steps, cost)] * 4
-    assert got == {'mcd': [(444, 18), (888, 9), (1185, 6.75), (1280, 6.25)], 'mct': same(2000, 4), 'direct': [(296, 27), (533, 15), (888, 9), (1142, 7)],
+    assert got == {'mcd': [(444, 18), (888, 9), (1185, 6.75), (1280, 6.25)], 'mct': same(2000, 4),
+                   'direct': [(296, 27), (533, 15), (888, 9), (1142, 7)],
                    'pd': [(1593, 5), (1239, 5), (885, 5), (708, 5)], 'cm-cd': same(1333, 6), 'cm-ct': same(2000, 4), 'ict': same(2000, 4),
                    'ect': same(2000, 4), 'tcm': same(2000, 4)}
     assert all(m.record()['evaluations'] == m.record()['train_steps'] * m.record()['cost'] for m in models)
