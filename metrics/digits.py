@@ -19,7 +19,7 @@ OWN = dict(mcd=['--keep_ties'], direct=['--top-mass=1'], ict=['--s1=160'],  # a 
 def student_options(objective: str, S: int | None = None) -> list[str]:
     """What suits a student, of S steps where it has a number of its own; why, is in docs/results.md.
 
-    Sub-steps: 12 or more over all segments. Of distillation's samples half at the tops of segments, but for two long ones, which need the others more.
+    Sub-steps: 12 or more over all segments. Half of distillation's samples at the tops of segments, but for two long ones, which need the others.
     """
     own = OBJECTIVES[objective].options
     substeps = [f'--{name}={max(2, -(-12 // S))}' for name in ('substeps', 'anchor_hops') if name in own]
