@@ -248,7 +248,7 @@ def test_a_student_is_distilled_from_a_converted_teacher(run_folder):
 def test_a_consistency_model_is_no_teacher(source, tmp_path, digits):
     invoke('--from=openai', source[0], tmp_path / 'cm.pkl')
     arguments = [f'--outdir={tmp_path}', f'--data={digits}', '--consistency=True', f'--teacher={tmp_path / "cm.pkl"}', '--dry-run']
-    assert_one_clear_error(CliRunner().invoke(train.main, arguments, prog_name='train.py'), 'student of 1 steps')
+    assert_one_clear_error(CliRunner().invoke(train.main, arguments, prog_name='train.py'), 'is a consistency model itself')
 
 
 def test_stock_edm_loads_a_converted_network(fixtures, tmp_path, consistency):

@@ -149,9 +149,10 @@ def test_hidden_files_and_resource_forks_are_not_images(tmp_path, files):
     assert len(ImageFolderDataset(path, use_labels=True)) == 6
 
 
-def test_zip_members_outside_the_archive_are_read_but_never_extracted(tmp_path):
+def test_zip_members_outside_the_archive_are_refused_and_never_extracted(tmp_path):
     path = write_zip(tmp_path / 'data.zip', {'../../escape.png': png(random_images(1)[0])})
-    assert ImageFolderDataset(path)[0][0].shape == (3, 4, 4)
+    with pytest.raises(UserError, match='a file outside of itself'):
+        ImageFolderDataset(path)
     assert [p.name for p in tmp_path.rglob('*')] == ['data.zip']
 
 #----------------------------------------------------------------------------

@@ -244,7 +244,7 @@ def test_in_loop_validation_covers_teacher_start_and_dumped_images(tmp_path, dig
     (['--nonsense=1'], ['No such option']),
     (['--consistency=True'], ['--teacher=PKL']),
     (['--S=4'], ['--S is for --objective=mcd or mct or direct', '--consistency=True means mcd']),
-    (['--objective=mct', '--teacher=t.pkl'], ['--teacher is for --objective=mcd or direct, and this is mct']),
+    (['--objective=mct', '--teacher=t.pkl'], ['--teacher is for --objective=mcd or direct or pd or cm-cd or tcm, and this is mct']),
     (['--objective=mcd', '--teacher=t.pkl', '--substeps=2'], ['--substeps is for --objective=direct']),
     (['--objective=direct', '--teacher=t.pkl', '--sync_dropout'], ['--sync_dropout is for --objective=mcd or mct']),
     (['--objective=direct', '--consistency=True', '--teacher=t.pkl'], ['--consistency=True means --objective=mcd']),

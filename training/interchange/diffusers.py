@@ -48,7 +48,7 @@ def save_diffusers(folder: str | os.PathLike, net: torch.nn.Module) -> None:
 
 def check_expressible(net: torch.nn.Module) -> None:
     """Raises: UserError naming the first thing about a network that ConsistencyModelPipeline has no counterpart for."""
-    if isinstance(net, networks.EDMPrecond):
+    if type(net) is networks.EDMPrecond:
         refuse("EDM's time embedding, ln(sigma) / 4: UNet2DModel's frequencies are fixed, and the scheduler gives 250 ln(sigma)")
     if not isinstance(net, networks.CMPrecond):
         refuse(f'{type(net).__name__}: the scheduler has the preconditioning of OpenAI\'s consistency models only')
