@@ -362,14 +362,12 @@ def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teac
     """Raises: UserError where it is a student, or not one of such data, or lacks options that `objectives` need."""
     from dnnlib.util import file_sha256, local_path
     from training.checkpoint import load_network
-    from training.configuration import load_teacher
+    from training.configuration import check_teacher
     from training.dataset import ImageFolderDataset
     net = load_network(teacher)
-    if 'sigmas' in net.metadata:
-        raise UserError(f'--teacher={teacher} is a student of {len(net.metadata["sigmas"]) - 1} steps itself: compare students of a diffusion model.')
     cond, needy = bool(net.label_dim), comparison.starting_from_weights(objectives)
     dataset = EasyDict(DIGITS_DATA, label_dim=cond * DIGITS_DATA.label_dim) if data == DIGITS else ImageFolderDataset(data, use_labels=cond)
-    load_teacher(EasyDict(teacher=teacher, data=data, objective='mcd', augment=0), dataset)
+    check_teacher(EasyDict(teacher=teacher, data=data, objective='mcd', augment=0), dataset, net)
     shape = None if 'encoder' in net.metadata else [net.img_channels, net.img_resolution, net.img_resolution]
     return Teacher(file_sha256(local_path(teacher)), cond, comparison.network_options(net, needy) if needy else [], shape)
 

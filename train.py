@@ -346,7 +346,7 @@ def check_usage(ctx: click.Context, opts: EasyDict) -> None:
         if opts.T_anneal_steps is not None and opts.T_anneal_kimg is not None:
             raise click.UsageError('--T_anneal_steps and --T_anneal_kimg say the same: give one of them.')
     if opts.objective == 'pd':
-        check_stages(opts)
+        check_halving(opts)
     if 's0' in objective.options and not opts.N and opts.s0 > opts.s1:
         raise click.UsageError(f'--s0={opts.s0} is more than --s1={opts.s1}: the grid becomes finer.')
     if opts.lpips and opts.cm_loss != 'lpips':
@@ -403,7 +403,7 @@ def choose_objective(opts: EasyDict, given: list[click.Parameter]) -> None:
         raise click.UsageError(f'--xvar_frac is for --hop=addim, not {opts.hop}.')
 
 
-def check_stages(opts: EasyDict) -> None:
+def check_halving(opts: EasyDict) -> None:
     """UsageError where progressive distillation cannot go from stage to stage."""
     from training.time_schedules import halving_stages
     try:

@@ -5,7 +5,6 @@ import concurrent.futures
 import contextlib
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -122,15 +121,12 @@ def workers(story: Story, count: int) -> Iterator[concurrent.futures.Executor]:
 
 
 def newest_snapshot(folder: Path) -> Path:
-    """The snapshot of a run after the most images, by its name; those of power-function averages, which have a length in theirs, are left out.
-
-    Raises: UserError where there is none.
-    """
-    found = [(int(match[1]), int(match[2] or 0), path) for path in folder.glob('network-snapshot-*.pkl')
-             if (match := re.fullmatch(r'network-snapshot-(\d+)(?:-(\d+))?\.pkl', path.name))]
+    """The last of `run_files.saved_snapshots`. Raises: UserError where there is none."""
+    from training.run_files import saved_snapshots
+    found = saved_snapshots(folder)
     if not found:
         raise UserError(f'{folder} holds no network-snapshot-*.pkl, though its training is done: delete the folder to train again.')
-    return max(found)[-1]
+    return found[0]
 
 
 class Ruler(NamedTuple):

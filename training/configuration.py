@@ -191,10 +191,16 @@ def open_dataset(opts: EasyDict):
 def load_teacher(opts: EasyDict, dataset):
     """The network of --teacher, if it is what the objective starts from and fits the data; UserError otherwise."""
     from torch_utils import distributed
-    from training import encoders
     from training.checkpoint import load_network
     with distributed.main_process_first():
         teacher = load_network(opts.teacher)
+    check_teacher(opts, dataset, teacher)
+    return teacher
+
+
+def check_teacher(opts: EasyDict, dataset, teacher) -> None:
+    """UserError unless the network of --teacher is what the objective starts from and fits the data."""
+    from training import encoders
     check_kind(opts, teacher)
     theirs = (teacher.img_resolution, teacher.img_channels, teacher.label_dim)
     ours = (dataset.resolution, encoders.for_dataset(dataset, teacher)[1], dataset.label_dim)
@@ -206,7 +212,6 @@ def load_teacher(opts: EasyDict, dataset):
                         f'       Pick the teacher trained on this data, or convert the data with dataset_tool.py {tool}.')
     if opts.augment and not teacher.init_kwargs.get('augment_dim'):
         raise UserError(f'--augment={opts.augment:g} needs a teacher with augmentation labels; --teacher={opts.teacher} has none: use --augment=0.')
-    return teacher
 
 
 def check_kind(opts: EasyDict, teacher) -> None:

@@ -38,9 +38,19 @@ def states_to_keep(states: dict[str, float | None], newest: int = 2) -> set[str]
 
 def saved_states(folder: str | os.PathLike) -> list[Path]:
     """The training states in a folder, the newest first."""
+    return _saved(folder, 'training-state', 'pt')
+
+
+def saved_snapshots(folder: str | os.PathLike) -> list[Path]:
+    """The snapshots in a folder, the newest first; not those of power-function averages, which have their width in the name."""
+    return _saved(folder, 'network-snapshot', 'pkl')
+
+
+def _saved(folder: str | os.PathLike, kind: str, suffix: str) -> list[Path]:
+    """The files that `file_stem` has named, by the images that their names tell, the most first."""
     found = []
-    for path in Path(folder).glob('training-state-*.pt'):
-        if match := re.fullmatch(r'training-state-(\d+)(?:-(\d+))?\.pt', path.name):
+    for path in Path(folder).glob(f'{kind}-*.{suffix}'):
+        if match := re.fullmatch(rf'{kind}-(\d+)(?:-(\d+))?\.{suffix}', path.name):
             found.append((int(match[1]), int(match[2] or 0), path))
     return [path for *_, path in sorted(found, reverse=True)]
 

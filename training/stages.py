@@ -75,10 +75,10 @@ def _finished(folder: str, total_nimg: int, teacher: str) -> str | None:
     """The snapshot with which a stage ended; None where it has not, or on processes other than the main one."""
     from torch_utils import distributed
     from training.checkpoint import load_network, network_digest
+    from training.run_files import saved_snapshots
     if not distributed.is_main():
         return None
-    snapshots = [path for path in Path(folder).glob('network-snapshot-*.pkl') if re.fullmatch(r'network-snapshot-\d+(-\d+)?\.pkl', path.name)]
-    for path in sorted(snapshots, reverse=True):
+    for path in saved_snapshots(folder):
         if load_network(path).metadata.get('nimg') != total_nimg:
             continue
         if recorded_options(folder)['teacher_digest'] != network_digest(load_network(teacher), {}):
