@@ -14,6 +14,7 @@ import pickle
 import sys
 
 FORMAT_VERSION = 6
+HERE_ONLY = {'_compiled_call_impl', 'channels_last', 'checkpoint_activations'}  # attributes of how this process runs an object, not of what it is
 _classes: dict[tuple[str, str], type] = {}  # (class name, source of its module) -> class
 _sources: dict[type, str] = {}
 
@@ -23,7 +24,7 @@ def persistent_class(cls: type) -> type:
 
     Adds the properties `init_args` (tuple) and `init_kwargs` (dict), the arguments as given to the outermost constructor; in the place of an argument
     that is a persistent object itself, dict(class_name, args, kwargs) says how that was made.
-    An attribute `metadata` belongs to the object at hand: copies keep it, pickles leave it out.
+    An attribute `metadata` belongs to the object at hand: copies keep it, pickles leave it out. Both leave out `HERE_ONLY`.
     The module's source must be readable (not an interactive session): OSError otherwise.
     """
     construct = cls.__init__
@@ -68,7 +69,7 @@ def _reduce(self):
     cls = type(self)
     if cls not in _sources:
         raise TypeError(f'{cls.__name__} derives from a persistent class but is not decorated with @persistent_class itself')
-    state = _state(self, leave_out={'metadata', '_compiled_call_impl'})
+    state = _state(self, leave_out={'metadata'} | HERE_ONLY)
     meta = dict(type='class', version=FORMAT_VERSION, module_src=_sources[cls], class_name=cls.__name__, state=state)
     return _reconstruct_persistent_obj, (meta,)
 
@@ -76,7 +77,7 @@ def _reduce(self):
 def _deepcopy(self, memo: dict):
     """Copies the state alone. The generic path would go through `_reduce`, and lose `metadata`."""
     twin = memo[id(self)] = type(self).__new__(type(self))
-    return _restore(twin, copy.deepcopy(_state(self, leave_out={'_compiled_call_impl'}), memo))
+    return _restore(twin, copy.deepcopy(_state(self, leave_out=HERE_ONLY), memo))
 
 
 def _reconstruct_persistent_obj(meta: dict):

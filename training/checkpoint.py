@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 import dnnlib
 from dnnlib import UserError
+from torch_utils.persistence import HERE_ONLY
 from torch_utils.restricted_pickle import MalformedPickle, persistent_object, plain, read_pickle
 from torch_utils.sealed_file import DamagedFile, find_seal, read_parts, read_sealed, sealed
 from torch_utils.stored_tensors import LocatedTensor, Storages, StoredTensor, module_tensors
@@ -261,7 +262,7 @@ def restore_attributes(net: torch.nn.Module, state: dict):
 def numeric_attributes(net: torch.nn.Module) -> dict[str, bool | int | float]:
     """A network's own numbers and switches (sigma_min, use_fp16, ...), by name; those of networks in it as `high.sigma_min`."""
     own = {name: value for name, value in vars(net).items()
-           if not name.startswith('_') and name != 'training' and isinstance(value, (bool, int, float))}
+           if not name.startswith('_') and name not in {'training'} | HERE_ONLY and isinstance(value, (bool, int, float))}
     return own | {f'{name}.{inner}': value for name, part in _parts(net).items() for inner, value in numeric_attributes(part).items()}
 
 

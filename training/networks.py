@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch.nn import Module, ModuleDict, Parameter
+from torch.utils.checkpoint import checkpoint
 
 from torch_utils.persistence import persistent_class as persistent
 
@@ -196,7 +197,12 @@ class UNetBlock(Module):
 # U-Nets.
 
 class UNet(Module):
-    """What both U-Nets share: levels, dropout per resolution, the pass down and up. Modules are named `<res>x<res>_<what>`."""
+    """What both U-Nets share: levels, dropout per resolution, the pass down and up. Modules are named `<res>x<res>_<what>`.
+
+    Where `checkpoint_activations` is set, the backward pass computes what is inside a block again, which then takes no memory meanwhile.
+    """
+
+    checkpoint_activations = False
 
     def _levels(self):
         """(level, name prefix, channel multiplier, attention here) from the finest level to the coarsest. Raises: ValueError where none is."""
@@ -227,6 +233,13 @@ class UNet(Module):
             self.dec[f'{prefix}_in1'] = self._block(prefix, width, width)
         else:
             self.dec[f'{prefix}_up'] = self._block(prefix, width, width, up=True)
+
+    def _run(self, block, x, emb, mask):
+        """`block(x, emb, mask)`"""
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            draws = mask is None and block.dropout > 0
+            return checkpoint(block, x, emb, mask, use_reentrant=False, preserve_rng_state=draws)
+        return block(x, emb, mask)
 
     def _label_embedding(self, class_labels):
         """[N, label_dim] labels, dropped per image with probability `label_dropout` in training."""
@@ -335,7 +348,7 @@ class SongUNet(UNet):
             elif name.endswith('aux_residual'):
                 x = skips[-1] = aux = (x + block(aux)) * math.sqrt(0.5)
             else:
-                x = block(x, emb, masks.get(f'enc.{name}')) if isinstance(block, UNetBlock) else block(x)
+                x = self._run(block, x, emb, masks.get(f'enc.{name}')) if isinstance(block, UNetBlock) else block(x)
                 skips.append(x)
         image = None
         for name, block in self.dec.items():
@@ -349,7 +362,7 @@ class SongUNet(UNet):
             else:
                 if '_block' in name:
                     x = torch.cat([x, skips.pop()], dim=1)
-                x = block(x, emb, masks.get(f'dec.{name}'))
+                x = self._run(block, x, emb, masks.get(f'dec.{name}'))
         return image
 
 
@@ -415,19 +428,24 @@ class DhariwalUNet(UNet):
         emb = self._embed(noise_labels, class_labels, augment_labels)
         skips = []
         for name, block in self.enc.items():
-            x = block(x, emb, masks.get(f'enc.{name}')) if isinstance(block, UNetBlock) else block(x)
+            x = self._run(block, x, emb, masks.get(f'enc.{name}')) if isinstance(block, UNetBlock) else block(x)
             skips.append(x)
         for name, block in self.dec.items():
             if '_block' in name:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = block(x, emb, masks.get(f'dec.{name}'))
+            x = self._run(block, x, emb, masks.get(f'dec.{name}'))
         return self.out_conv(F.silu(self.out_norm(x)))
 
 #----------------------------------------------------------------------------
 # Preconditioning (Karras et al. 2022, Table 1): D(x; sigma) = c_skip x + c_out F(c_in x; c_noise).
 
 class Precond(Module):
-    """The wrapper that all share; each gives `coefficients(sigma) -> c_skip, c_out, c_in, c_noise`."""
+    """The wrapper that all share; each gives `coefficients(sigma) -> c_skip, c_out, c_in, c_noise`.
+
+    Where `channels_last` is set, images inside have their channels next to each other in memory.
+    """
+
+    channels_last = False
 
     def __init__(self, img_resolution, img_channels, label_dim, use_fp16, sigma_min, sigma_max, model_type, model_kwargs, out_channels=None):
         super().__init__()
@@ -458,7 +476,10 @@ class Precond(Module):
         else:
             class_labels = class_labels.to(full).reshape(-1, self.label_dim)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
-        out = self.model((c_in * x).to(inner), c_noise.flatten(), class_labels, **model_kwargs)
+        scaled = (c_in * x).to(inner)
+        if self.channels_last:
+            scaled = scaled.clone(memory_format=torch.channels_last)
+        out = self.model(scaled, c_noise.flatten(), class_labels, **model_kwargs)
         return c_skip * x + c_out * out[:, :self.img_channels].to(full)
 
     def dropout_masks(self, batch_size, generator=None):

@@ -13,6 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch.nn import Module, ModuleDict, Parameter
+from torch.utils.checkpoint import checkpoint
 
 from torch_utils.persistence import persistent_class as persistent
 
@@ -86,9 +87,7 @@ class MPFourier(Module):
 class MPConv(Module):
     """Convolution, or matrix product where `kernel` is [], with weights normalised for every output channel (Eq. 47).
 
-    While training, the stored weights are normalised too, before use (forced weight normalisation, Eq. 66): gradient steps are orthogonal
-    to them, and without it they would only grow. Passes without gradients leave them alone, so these may lie between a forward pass
-    and its backward pass.
+    While training, the stored weights are normalised too, before use (see `force_unit_weights`).
     """
 
     def __init__(self, in_channels, out_channels, kernel):
@@ -97,15 +96,21 @@ class MPConv(Module):
         self.weight = Parameter(torch.randn(out_channels, in_channels, *kernel))
 
     def forward(self, x, gain=1):
-        if self.training and torch.is_grad_enabled():
-            stored = self.weight.detach()
-            stored.copy_(normalize_weight(stored))
         fan_in = self.weight.numel() // self.out_channels
         # The quotient is in the gain's own precision, as in EDM2, whose snapshots have FP16 tensors.
         weight = (normalize_weight(self.weight) * (gain / math.sqrt(fan_in))).to(x.dtype)
         if weight.ndim == 2:
             return F.linear(x, weight)
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
+def force_unit_weights(net):
+    """Normalise the stored weights of all `MPConv` in `net` (forced weight normalisation, Eq. 66): gradient steps are orthogonal to them, and
+    without it they would only grow. Only before a pass with gradients, so that others may lie between a forward pass and its backward pass."""
+    for module in net.modules():
+        if isinstance(module, MPConv):
+            stored = module.weight.detach()
+            stored.copy_(normalize_weight(stored))
 
 
 @persistent
@@ -176,8 +181,11 @@ class UNet(Module):
 
     Embeddings have `model_channels` times `channel_mult_noise` channels for the noise level (by default as the finest level) and times
     `channel_mult_emb` (by default as the widest level). `label_balance` and `concat_balance` are the shares of the class embedding and
-    of the skip connections. `dropout`, everywhere or only at `dout_resolutions`; `block_kwargs`: see `Block`.
+    of the skip connections. `dropout`, everywhere or only at `dout_resolutions`; `block_kwargs`: see `Block`. Where `checkpoint_activations`
+    is set, the backward pass computes what is inside a block again, which then takes no memory meanwhile.
     """
+
+    checkpoint_activations = False
 
     def __init__(self, img_resolution, img_channels, label_dim, model_channels=192, channel_mult=(1, 2, 3, 4), channel_mult_noise=None,
                  channel_mult_emb=None, num_blocks=3, attn_resolutions=(16, 8), label_balance=0.5, concat_balance=0.5, dropout=0,
@@ -241,6 +249,13 @@ class UNet(Module):
                     masks[f'{part}.{name}'] = mask.bernoulli_(1 - block.dropout, generator=generator)
         return masks
 
+    def _run(self, block, x, emb, mask):
+        """`block(x, emb, mask)`"""
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            draws = mask is None and block.dropout > 0
+            return checkpoint(block, x, emb, mask, use_reentrant=False, preserve_rng_state=draws)
+        return block(x, emb, mask)
+
     def _embed(self, noise_labels, class_labels):
         emb = self.emb_noise(self.emb_fourier(noise_labels))
         if self.emb_label is not None:
@@ -254,12 +269,12 @@ class UNet(Module):
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         skips = []
         for name, module in self.enc.items():
-            x = module(x, emb, masks.get(f'enc.{name}')) if isinstance(module, Block) else module(x)
+            x = self._run(module, x, emb, masks.get(f'enc.{name}')) if isinstance(module, Block) else module(x)
             skips.append(x)
         for name, block in self.dec.items():
             if '_block' in name:
                 x = mp_cat(x, skips.pop(), t=self.concat_balance)
-            x = block(x, emb, masks.get(f'dec.{name}'))
+            x = self._run(block, x, emb, masks.get(f'dec.{name}'))
         return self.out_conv(x, gain=self.out_gain)
 
 #----------------------------------------------------------------------------
@@ -270,7 +285,10 @@ class Precond(Module):
     """EDM's preconditioning (Karras et al. 2022, Eq. 7) around EDM2's U-Net, with its estimate of the loss's log-variance.
 
     D(x; boundary) = x: at 0 for denoisers, at sigma_min for consistency models (Song et al. 2023, Appendix C). `model_kwargs`: see `UNet`.
+    Where `channels_last` is set, images inside have their channels next to each other in memory.
     """
+
+    channels_last = False
 
     def __init__(self, img_resolution, img_channels, label_dim, use_fp16=True, sigma_data=0.5, logvar_channels=128, boundary=0, **model_kwargs):
         super().__init__()
@@ -309,11 +327,18 @@ class Precond(Module):
             class_labels = class_labels.to(full).reshape(-1, self.label_dim)
         total = sigma ** 2 + self.sigma_data ** 2
         c_noise = sigma.flatten().log() / 4
-        out = self.unet((x / total.sqrt()).to(inner), c_noise, class_labels, **model_kwargs)
+        if self.training and torch.is_grad_enabled():
+            force_unit_weights(self.unet)
+        scaled = (x / total.sqrt()).to(inner)
+        if self.channels_last:
+            scaled = scaled.clone(memory_format=torch.channels_last)
+        out = self.unet(scaled, c_noise, class_labels, **model_kwargs)
         above = sigma - self.boundary
         c_skip, c_out = self.sigma_data ** 2 / (above ** 2 + self.sigma_data ** 2), above * self.sigma_data / total.sqrt()
         denoised = c_skip * x + c_out * out.to(full)
         if return_logvar:
+            if self.training and torch.is_grad_enabled():
+                force_unit_weights(self.logvar_linear)
             return denoised, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
         return denoised
 

@@ -1,0 +1,177 @@
+"""Precision, memory format, checkpointing and compilation: the same networks, run in other ways."""
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from training import execution, networks, networks_edm2
+from training.checkpoint import load_network, save_snapshot
+from training.networks_switched import Switched
+
+SMALL = dict(img_resolution=8, img_channels=3, label_dim=4)
+KINDS = {
+    'adm': lambda: networks.EDMPrecond(**SMALL, model_type='DhariwalUNet', model_channels=32, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4],
+                                       dropout=0.2, channels_per_head=16),
+    'ddpmpp': lambda: networks.VPPrecond(**SMALL, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.2),
+    'ncsnpp': lambda: networks.EDMPrecond(**SMALL, model_type='SongUNet', model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4],
+                                          embedding_type='fourier', encoder_type='residual', resample_filter=[1, 3, 3, 1], channel_mult_noise=2),
+    'edm2': lambda: networks_edm2.Precond(**SMALL, use_fp16=False, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4],
+                                          dropout=0.2, channels_per_head=16),
+}
+GREY = dict(SMALL, img_channels=1)
+
+
+def build(kind: str) -> torch.nn.Module:
+    """A network whose parameters are all random, the ones too that start as zeros."""
+    torch.manual_seed(0)
+    net = KINDS[kind]().train()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return net
+
+
+def inputs(net, count: int = 5):
+    """x, sigma, labels and dropout masks."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, net.img_channels, net.img_resolution, net.img_resolution, generator=generator)
+    sigma = torch.rand(count, generator=generator) * 3 + 0.1
+    labels = torch.eye(net.label_dim)[torch.randint(net.label_dim, [count], generator=generator)]
+    return x, sigma, labels, net.dropout_masks(count, generator)
+
+
+def answers(net, x, sigma, labels, masks):
+    """D and the gradients of a function of it by the weights."""
+    net.zero_grad()
+    denoised = net(x, sigma, labels, dropout_masks=masks)
+    (denoised * torch.linspace(-1, 1, denoised.numel()).reshape(denoised.shape)).sum().backward()
+    return denoised.detach().clone(), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def assert_alike(ours, theirs, tolerance: float) -> None:
+    """To `tolerance` of the largest value in each tensor."""
+    (denoised, gradients), (expected, expected_gradients) = ours, theirs
+    assert gradients.keys() == expected_gradients.keys() and len(gradients) > 20
+    for name, (a, b) in {'D': (denoised, expected), **{name: (gradients[name], expected_gradients[name]) for name in gradients}}.items():
+        assert (a - b).abs().max() <= tolerance * max(b.abs().max().item(), 1e-3), name
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_channels_last_is_the_same_network_with_another_order_in_memory(kind):
+    """FP32 sums in another order: 1e-4 of the largest value, gradients included."""
+    net = build(kind)
+    given = inputs(net)
+    expected = answers(copy.deepcopy(net), *given)
+    execution.run_with(net, channels_last=True)
+    seen = []
+    block = next(module for name, module in net.model.dec.items() if '_block' in name)
+    block.register_forward_hook(lambda module, args, out: seen.append(out.is_contiguous(memory_format=torch.channels_last)))
+    assert_alike(answers(net, *given), expected, 1e-4)
+    assert seen == [True]
+
+
+def test_channels_last_holds_for_grey_images_whose_one_channel_fits_both_orders():
+    torch.manual_seed(0)
+    net = networks.EDMPrecond(**GREY, model_type='DhariwalUNet', model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[])
+    execution.run_with(net.eval(), channels_last=True)
+    seen = []
+    net.model.dec['8x8_block0'].register_forward_hook(lambda module, args, out: seen.append(out.is_contiguous(memory_format=torch.channels_last)))
+    net(*inputs(net)[:3])
+    assert seen == [True]
+
+
+def saved_bytes(net, given) -> int:
+    """Memory that a forward pass leaves for its backward pass, weights left out."""
+    weights, kept = {p.untyped_storage().data_ptr() for p in net.parameters()}, {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no later tensor takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        net(given[0], given[1], given[2], dropout_masks=given[3])
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_checkpointed_activations_give_the_same_numbers_for_less_memory(kind):
+    """The same operations run twice: bit for bit. What is kept is what goes in and out of blocks: less than half."""
+    net = build(kind)
+    given = inputs(net)
+    before, after = (saved_bytes(execution.run_with(copy.deepcopy(net), checkpoint_activations=set_), given) for set_ in (False, True))
+    twin = execution.run_with(copy.deepcopy(net), checkpoint_activations=True)
+    assert_alike(answers(twin, *given), answers(net, *given), 0)
+    assert all(torch.equal(a, b) for a, b in zip(twin.state_dict().values(), net.state_dict().values()))
+    assert after < before / 2, (before, after)
+
+
+def test_masks_that_a_block_draws_itself_are_the_same_when_it_is_computed_again():
+    """Without given masks, dropout draws from the global generator; the second computation has to see its first state."""
+    net = build('adm')
+    x, sigma, labels, _ = inputs(net)
+    runs = []
+    for checkpointed in (False, True):
+        twin = execution.run_with(copy.deepcopy(net), checkpoint_activations=checkpointed)
+        torch.manual_seed(3)
+        runs.append(answers(twin, x, sigma, labels, None))
+    assert_alike(*runs, 0)
+
+
+def test_copies_and_snapshots_know_nothing_of_how_a_network_runs(tmp_path):
+    """They are of this process: a snapshot made by a compiled run is no other than one made by a plain run."""
+    net = build('adm').eval()
+    for name in ('plain', 'fast'):
+        if name == 'fast':
+            execution.run_with(net, channels_last=True, checkpoint_activations=True, compiled=True)
+        save_snapshot(tmp_path / f'{name}.pkl', net, objective='diffusion')
+    assert (tmp_path / 'plain.pkl').read_bytes() == (tmp_path / 'fast.pkl').read_bytes()
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), load_network(tmp_path / 'fast.pkl')):
+        assert not other.channels_last and not other.model.checkpoint_activations and other._compiled_call_impl is None
+
+
+@pytest.mark.parametrize('kind', ['adm', 'ddpmpp'])
+def test_a_teacher_that_holds_half_precision_answers_bit_for_bit_the_same(kind):
+    """Weights are rounded before instead of at every call."""
+    net = execution.in_precision(build(kind), 'bf16').eval()
+    x, sigma, labels, _ = inputs(net)
+    with torch.no_grad():
+        expected = net(x, sigma, labels)
+        assert torch.equal(execution.hold_in_half(net)(x, sigma, labels), expected)
+    convolutions = [module.weight for module in net.modules() if isinstance(module, networks.Conv2d) and module.weight is not None]
+    assert {weight.dtype for weight in convolutions} == {torch.bfloat16} and net.model.map_layer0.weight.dtype == torch.float32
+    assert execution.hold_in_half(build('adm')).model.out_conv.weight.dtype == torch.float32
+
+
+def test_both_networks_of_a_switched_one_are_set():
+    high, low = build('adm'), build('adm')
+    net = execution.run_with(execution.in_precision(Switched(high, low, 1.0), 'bf16'), channels_last=True)
+    assert net.high.channels_last and net.low.channels_last and net.high.use_bf16 and net.low.use_bf16
+
+
+@pytest.mark.parametrize('kind, backend', [('adm', 'aot_eager'), ('edm2', 'aot_eager'), pytest.param('adm', 'inductor', marks=pytest.mark.slow)])
+def test_a_compiled_network_is_the_same_and_noise_levels_compile_nothing_again(kind, backend, monkeypatch):
+    """Inductor fuses FP32 sums in another order: 1e-4. The compiler may not run again for other noise levels, images, labels and masks; for another
+    batch size it may once, and then never for a third. A break of the graph would be an error (fullgraph)."""
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda net, **kwargs: compile_(net, fullgraph=True, backend=backend))
+    torch._dynamo.reset()
+    net = build(kind)
+    plain = copy.deepcopy(net)
+    execution.run_with(net, compiled=True)
+
+    def compare(given):
+        assert_alike(answers(net, *given), answers(plain, *given), 1e-4)
+        with torch.no_grad():
+            a, b = net(*given[:3], dropout_masks=given[3]), plain(*given[:3], dropout_masks=given[3])
+        assert (a - b).abs().max() < 1e-4 * b.abs().max()
+
+    compare(inputs(net))
+    compare(inputs(net, 7))
+    with torch.compiler.set_stance('fail_on_recompile'):
+        for count, level in ((7, 0.5), (5, 9.0), (6, 40.0)):
+            x, sigma, labels, masks = inputs(net, count)
+            compare((x * level, sigma * level, labels, masks))
