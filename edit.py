@@ -222,19 +222,6 @@ def load(network: str):
     return net
 
 
-class Rehearsal:
-    """A network that says what it is, and computes nothing: D = x."""
-
-    def __init__(self, net):
-        self._net = net
-
-    def __getattr__(self, name):
-        return getattr(self._net, name)
-
-    def __call__(self, x, sigma, class_labels):
-        return x
-
-
 def editing_arguments(net, network: str, sampling: dict, sigma: float | None) -> dict:
     """What `samplers.sample` and the choice of labels take.
 
@@ -244,7 +231,7 @@ def editing_arguments(net, network: str, sampling: dict, sigma: float | None) ->
     """
     import torch
 
-    from training import samplers
+    from training import generation
     pixel = torch.zeros(1, net.img_channels, 1, 1)
     start = dict(start=(pixel, sigma)) if sigma else {}
     arguments = sampling_arguments(net, network, **sampling, **start)
@@ -256,7 +243,7 @@ def editing_arguments(net, network: str, sampling: dict, sigma: float | None) ->
         arguments['steps'] = CM_STEPS
     if not sigma and arguments['steps'] < 2:
         raise UserError('a single evaluation sees nothing of the known part, only noise: take --steps=2 or more, or a student of more steps')
-    samplers.sample(Rehearsal(net), pixel, **{name: value for name, value in arguments.items() if name != 'choose_labels'})
+    generation.rehearse(net, **arguments)
     arguments.pop('start', None)
     return arguments
 

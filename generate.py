@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import functools
-import os
+import itertools
 
 import click
 
 from dnnlib import UserError, cli
 
+SPEED = 'Precision and performance'
 STUDENT, CM, TEACHER = 'Students', 'Consistency models (--solver=cm)', 'Teachers (probability-flow ODE)'
 
 
@@ -76,15 +77,34 @@ def sampling_arguments(net, network: str, class_idx: int | None, solver: str | N
     return dict(choose_labels=choose_labels, solver=solver, steps=steps, force_steps=force_steps, **options)
 
 
+def check_destination(outdir: str | None, dest: str | None, subdirs: bool, as_latents: bool) -> None:
+    """Raises: click.UsageError."""
+    if (outdir is None) == (dest is None):
+        raise click.UsageError('Name a folder with --outdir, or one file with --dest.')
+    if dest is not None and not dest.endswith(('.npz', '.zip')):
+        raise click.UsageError(f'--dest={dest} is neither a .npz nor a .zip file; folders go to --outdir.')
+    if dest is not None and (subdirs or as_latents):
+        raise click.UsageError(f'{"--subdirs" if subdirs else "--latents"} goes with --outdir.')
+
+
 @click.command(cls=cli.Command)
 @cli.option('--network', metavar='PKL|URL', required=True, help='Snapshot to sample from.')
-@cli.option('--outdir', metavar='DIR', required=True, help='Folder for the images, %06d.png after their seeds.')
+@cli.option('--outdir', metavar='DIR', help='Folder for the images, %06d.png after their seeds.')
+@cli.option('--dest', metavar='FILE', help='Or one file: .npz, an array uint8 [N, H, W, C] and the classes, or .zip, a data set.')
 @cli.option('--seeds', metavar='LIST', type=cli.IntRanges(), default='0-63', show_default=True, help='Seeds, as in 1,2,5-10.')
 @cli.option('--subdirs', is_flag=True, help='A folder for every 1000 seeds.')
 @cli.option('--latents', 'as_latents', is_flag=True, help='Write what the network draws, undecoded: float32 [C, H, W], %06d.npy.')
 @cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images that a process generates at a time.')
+@cli.option('--workers', metavar='INT', type=click.IntRange(min=0),
+            help='Processes that encode and write, for each that generates; 0: itself.  [default: half of the CPUs but one, at most 4]')
 @sampling_options()
-def main(network, outdir, seeds, subdirs, as_latents, batch, sampling):
+@cli.option('--precision', type=click.Choice(['fp32', 'fp16', 'bf16']), group=SPEED,
+            help="Arithmetic inside the network; fp16 on GPUs only.  [default: the snapshot's own]")
+@cli.option('--compile', 'compiled', type=bool, is_flag=False, flag_value=True, default=False, show_default=True, group=SPEED,
+            help='Compile the network (torch.compile), on GPUs into CUDA graphs: minutes at the start, faster batches.')
+@cli.option('--channels_last', type=bool, is_flag=False, flag_value=True, default=False, show_default=True, group=SPEED,
+            help='Keep the channels of images together in memory inside the network.')
+def main(network, outdir, dest, seeds, subdirs, as_latents, batch, workers, sampling, precision, compiled, channels_last):
     """Generate images from a snapshot: a student by its own grid, a teacher by solving the probability-flow ODE.
 
     \b
@@ -97,35 +117,80 @@ def main(network, outdir, seeds, subdirs, as_latents, batch, sampling):
 
     An image depends on its seed alone, not on the batch or on the number of processes.
     """
+    from training import writers
+    check_destination(outdir, dest, subdirs, as_latents)
+    destination = writers.FileDestination(dest) if dest else writers.FolderDestination(outdir, subdirs, as_latents)
+    with writers.WriterPool(writers.default_workers() if workers is None else workers) as pool:  # they start while torch is imported
+        from torch_utils import distributed
+        from training import encoders, execution, generation, samplers
+        from training.checkpoint import load_network
+        distributed.init()
+        with distributed.main_process_first():
+            net = load_network(network, distributed.get_device())
+            if not as_latents:  # a VAE that is missing is better missed now
+                encoders.encoder_of(net, distributed.get_device())
+        arguments = sampling_arguments(net, network, **sampling)
+        generation.rehearse(net, **arguments)
+        if precision:
+            execution.in_precision(net, precision)
+        execution.run_with(net, channels_last=channels_last, compiled=compiled, frozen=True, cuda_graphs=True)
+
+        nfe = samplers.evaluations(arguments['solver'], arguments['steps'])
+        what = f'{len(seeds)} {"latents" if as_latents else "images"}'
+        distributed.print0(f'Generating {what} to "{dest or outdir}" ({arguments["solver"]}, {nfe} evaluations each)...')
+        generate_all(net, seeds, batch, destination, pool, as_latents, arguments, fill=compiled)
+        distributed.print0('Done.')
+        distributed.shutdown()
+
+
+def generate_all(net, seeds: list[int], batch: int, destination, pool, as_latents: bool, arguments: dict, fill: bool = False) -> None:
+    """Every image to its destination. While the network is at work on a batch, the one before is fetched from the device, encoded and written.
+
+    `fill`: the last batch, where it is smaller, is made as large as the others, for a network that is compiled for a size.
+    """
     import tqdm
 
     from torch_utils import distributed
-    from training import encoders, generation, samplers
-    from training.checkpoint import load_network
-    distributed.init()
-    with distributed.main_process_first():
-        net = load_network(network, distributed.get_device())
-        if not as_latents:  # a VAE that is missing is better missed now
-            encoders.encoder_of(net, distributed.get_device())
-    arguments = sampling_arguments(net, network, **sampling)
+    from training import generation
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    classes = generation.RecordedClasses(arguments['choose_labels'])
+    arguments = dict(arguments, choose_labels=classes)
+    places = range(len(seeds))
     try:
-        os.makedirs(outdir, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--outdir={outdir} cannot be made: {error.strerror}') from error
+        if distributed.is_main():
+            destination.begin()
+        destination.parts = distributed.broadcast_object(destination.parts)
+        with tqdm.tqdm(total=len(seeds), unit='img', disable=None if rank == 0 else True, dynamic_ncols=True) as bar:
+            under_way = None
+            for part in [*generation.split_batches(places, batch, rank, world_size), None]:
+                before, under_way = under_way, part and (part, draw(net, [seeds[i] for i in part], as_latents, arguments, batch if fill else 0))
+                if before:
+                    written, values = before
+                    destination.add(pool, values.numpy(), [seeds[i] for i in written], written.start)
+                    bar.update(min(len(written) * world_size, len(seeds) - bar.n))
+            pool.finish()
+        shares = distributed.gather_on_main((list(generation.split_batches(places, batch, rank, world_size)), classes.tolist()))
+        if distributed.is_main():
+            destination.complete(in_order(shares) if net.label_dim else None)
+        distributed.barrier()
+    finally:
+        if distributed.is_main():
+            destination.end()
 
-    generate, save, extension = ((generation.generate_latents, generation.save_latents, 'npy') if as_latents else
-                                 (generation.generate_batch, generation.save_images, 'png'))
-    nfe = samplers.evaluations(arguments['solver'], arguments['steps'])
-    what = f'{len(seeds)} {"latents" if as_latents else "images"}'
-    distributed.print0(f'Generating {what} to "{outdir}" ({arguments["solver"]}, {nfe} evaluations each)...')
-    batches = list(generation.split_batches(seeds, batch, distributed.get_rank(), distributed.get_world_size()))
-    for part in tqdm.tqdm(batches, unit='batch', disable=None if distributed.is_main() else True, dynamic_ncols=True):
-        drawn = generate(net, part, **arguments)
-        folders = [os.path.join(outdir, f'{seed - seed % 1000:06d}') if subdirs else outdir for seed in part]
-        save(drawn, [os.path.join(folder, f'{seed:06d}.{extension}') for folder, seed in zip(folders, part)])
-    distributed.barrier()
-    distributed.print0('Done.')
-    distributed.shutdown()
+
+def draw(net, seeds: list[int], as_latents: bool, arguments: dict, at_least: int = 0):
+    """A `HostCopy` of what files hold: uint8 [N, H, W, C] or, of latents, float32 [N, C, H, W]. The network sees `at_least` so many."""
+    from training import generation
+    asked = [*seeds, *seeds[-1:] * (at_least - len(seeds))]
+    if as_latents:
+        return generation.HostCopy(generation.generate_latents(net, asked, **arguments)[:len(seeds)].float())
+    return generation.HostCopy(generation.generate_batch(net, asked, **arguments)[:len(seeds)].permute(0, 2, 3, 1).contiguous())
+
+
+def in_order(shares: list[tuple[list[range], list[int]]]) -> list[int]:
+    """The classes at places 0, 1, ... from each process's batches of places and classes."""
+    by_place = {place: label for parts, classes in shares for place, label in zip(itertools.chain(*parts), classes)}
+    return [by_place[place] for place in sorted(by_place)]
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import gc
 import hashlib
 import html.parser
 import http.client
@@ -58,6 +59,18 @@ class EasyDict(dict):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing.
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """For code that makes very many small objects and hardly any garbage, for which Python would search the whole process again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, durable: bool = True) -> Iterator[BinaryIO]:

@@ -1,25 +1,34 @@
 """generate.py, example.py and the code they share."""
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+import zipfile
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import assert_one_clear_error, run, torchrun
+from helpers import ROOT, assert_one_clear_error, run, torchrun
 from latents import npy, random_latents, save_latent_network, save_vae, use_stand_in
 from PIL import Image
 
 import generate
 import validation
 from dnnlib import EasyDict, UserError
-from training import encoders, generation, samplers
+from metrics.images import open_images
+from training import encoders, generation, samplers, writers
 from training.checkpoint import load_network, save_snapshot
 from training.consistency_ops import student_grid
+from training.dataset import ImageFolderDataset
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(generate.main, list(map(str, arguments)), prog_name='generate.py')
+    """In this process, which writes too."""
+    return CliRunner().invoke(generate.main, ['--workers=0', *map(str, arguments)], prog_name='generate.py')
 
 
 def pixels(folder):
@@ -97,12 +106,20 @@ def test_a_hostile_snapshot_is_refused_and_nothing_of_it_runs(tmp_path):
     assert not (tmp_path / 'canary').exists() and not (tmp_path / 'out').exists()
 
 
+def test_what_is_refused_leaves_no_folder(tmp_path, student, teacher):
+    """The sampler, which refuses some options only when it runs, is rehearsed first."""
+    for network, options in ((student, ['--S_churn=1']), (student, ['--class=10']), (teacher, ['--solver=cm', '--taus=1,2'])):
+        for where in ('--outdir=' + str(tmp_path / 'a' / 'b'), '--dest=' + str(tmp_path / 'a' / 'b.npz')):
+            assert_one_clear_error(invoke(f'--network={network}', where, *options))
+            assert not (tmp_path / 'a').exists()
+
+
 def test_an_unwritable_folder_is_named(tmp_path, student):
     (tmp_path / 'file').write_text('')
     assert_one_clear_error(invoke(f'--network={student}', f'--outdir={tmp_path / "file" / "x"}'), '--outdir')
 
 
-@pytest.mark.parametrize('options', [['--seeds=5-1'], ['--seeds=a'], ['--solver=dpm'], ['--batch=0'], []])
+@pytest.mark.parametrize('options', [['--seeds=5-1'], ['--seeds=a'], ['--solver=dpm'], ['--batch=0'], ['--workers=-1'], ['--dest=a.npz'], []])
 def test_wrong_usage_exits_with_status_2(tmp_path, student, options):
     network = [f'--network={student}'] if options else []
     assert_one_clear_error(invoke(*network, f'--outdir={tmp_path}', *options), status=2)
@@ -116,6 +133,123 @@ def test_latents_come_before_labels_and_churn_noise():
     assert torch.equal(latents[1], torch.randn(1, 2, 2, generator=g)) and labels[1] == torch.randint(10, [], generator=g)
     assert torch.equal(churn[1], torch.randn(3, generator=g))
 
+
+#----------------------------------------------------------------------------
+# One file instead of many.
+
+SCATTERED = [5, 3, 1000, 4, 7, 8, 2]  # neither sorted nor without gaps
+
+
+@pytest.fixture(scope='module')
+def scattered(student, tmp_path_factory):
+    """Images and classes of these seeds, [7, 8, 8, 1] and [7], drawn without generate.py."""
+    classes = generation.RecordedClasses(generation.uniform_labels)
+    images = generation.generate_batch(load_network(student), SCATTERED, classes)
+    return images.permute(0, 2, 3, 1).numpy(), classes.tolist()
+
+
+def seeds_option(seeds):
+    return '--seeds=' + ','.join(map(str, seeds))
+
+
+def test_an_array_holds_the_images_in_the_order_of_seeds_and_their_classes(tmp_path, student, scattered):
+    """A process of its own generates batches of 3; rounding may differ by one level."""
+    images, classes = scattered
+    run('generate.py', f'--network={student}', f'--dest={tmp_path / "new" / "x.npz"}', seeds_option(SCATTERED), '--batch=3', '--workers=2')
+    with np.load(tmp_path / 'new' / 'x.npz') as file:
+        assert sorted(file) == ['arr_0', 'arr_1'] and (file['arr_0'].dtype, file['arr_1'].dtype) == (np.uint8, np.int64)
+        assert np.abs(file['arr_0'].astype(int) - images).max() <= 1 and file['arr_1'].tolist() == classes
+    assert [path.name for path in (tmp_path / 'new').iterdir()] == ['x.npz']
+    seen_by_fid = open_images(tmp_path / 'new' / 'x.npz').batch(range(7))[0]
+    assert np.abs(seen_by_fid.permute(0, 2, 3, 1).numpy().astype(int) - images).max() <= 1
+
+
+def test_a_zip_is_a_data_set(tmp_path, student, scattered):
+    images, classes = scattered
+    (tmp_path / 'x.zip').write_text('an earlier one')
+    result = invoke(f'--network={student}', f'--dest={tmp_path / "x.zip"}', seeds_option(SCATTERED), '--batch=3')
+    assert result.exit_code == 0, result.output
+    dataset = ImageFolderDataset(tmp_path / 'x.zip', use_labels=True)
+    assert len(dataset) == 7 and [dataset.get_label(i).argmax() for i in range(7)] == classes
+    assert all(np.abs(dataset[i][0].transpose(1, 2, 0).astype(int) - image).max() <= 1 for i, image in enumerate(images))
+    assert len(open_images(tmp_path / 'x.zip')) == 7 and [path.name for path in tmp_path.iterdir()] == ['x.zip']
+
+
+def test_processes_fill_one_file_together(tmp_path, student, scattered):
+    """Two processes, of which the first has two of the three batches."""
+    images, classes = scattered
+    torchrun(2, 'generate.py', f'--network={student}', f'--dest={tmp_path / "x.npz"}', seeds_option(SCATTERED), '--batch=3')
+    with np.load(tmp_path / 'x.npz') as file:
+        assert file['arr_1'].tolist() == classes and np.abs(file['arr_0'].astype(int) - images).max() <= 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['x.npz']
+
+
+def test_a_chosen_class_is_in_the_file(tmp_path, student):
+    invoke(f'--network={student}', f'--dest={tmp_path / "x.npz"}', '--seeds=0-4', '--batch=3', '--class=4')
+    assert np.load(tmp_path / 'x.npz')['arr_1'].tolist() == [4] * 5
+
+
+def test_without_classes_there_are_none_in_the_file(tmp_path, monkeypatch, latent_network):
+    use_stand_in(monkeypatch)
+    for name in ('x.npz', 'x.zip'):
+        result = invoke(f'--network={latent_network}', f'--dest={tmp_path / name}', '--seeds=0-1', '--steps=4')
+        assert result.exit_code == 0, result.output
+    assert sorted(np.load(tmp_path / 'x.npz')) == ['arr_0'] and np.load(tmp_path / 'x.npz')['arr_0'].shape == (2, 16, 16, 3)
+    assert json.loads(zipfile.ZipFile(tmp_path / 'x.zip').read('dataset.json')) == {'labels': None}
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path, student):
+    (tmp_path / 'folder.npz').mkdir()
+    (tmp_path / 'file').write_text('')
+    for status, name, word, *options in ((1, 'folder.npz', 'is a folder'), (1, 'file/x.npz', 'cannot be written'), (2, 'folder.png', 'neither'),
+                                         (2, 'x.npz', '--latents', '--latents'), (2, 'x.zip', '--subdirs', '--subdirs')):
+        assert_one_clear_error(invoke(f'--network={student}', f'--dest={tmp_path / name}', *options), word, status=status)
+
+
+def test_an_interrupted_file_never_appears(tmp_path, student, monkeypatch):
+    def fail(*_):
+        raise UserError('the disk is full')
+    monkeypatch.setattr(writers, 'join_arrays', fail)
+    (tmp_path / 'x.npz').write_text('an earlier one')
+    assert_one_clear_error(invoke(f'--network={student}', f'--dest={tmp_path / "x.npz"}', '--seeds=0'), 'the disk is full')
+    assert (tmp_path / 'x.npz').read_text() == 'an earlier one' and len(list(tmp_path.iterdir())) == 1
+
+#----------------------------------------------------------------------------
+# Workers.
+
+def test_workers_write_what_the_process_itself_would(tmp_path, student):
+    for workers in (0, 2):
+        run('generate.py', f'--network={student}', f'--outdir={tmp_path / str(workers)}', '--seeds=0-40', '--batch=16', f'--workers={workers}')
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in '02']
+    assert files[0] == files[1] and len(files[0]) == 41
+
+
+def test_what_a_worker_meets_with_ends_the_command_in_one_line(tmp_path, student):
+    (tmp_path / '000003.png').mkdir()
+    done = run('generate.py', f'--network={student}', f'--outdir={tmp_path}', '--seeds=0-40', '--batch=4', '--workers=1', check=False)
+    assert_one_clear_error(done, '000003.png', 'Cannot write')
+    assert not list(tmp_path.glob('.*'))
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_leaves_complete_files_and_no_process(tmp_path, student, number):
+    """A million seeds; the signal comes when the first files are there."""
+    process = subprocess.Popen([sys.executable, 'generate.py', f'--network={student}', f'--outdir={tmp_path}', '--seeds=0-999999', '--batch=8',
+                                '--workers=1'], cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS='1'), stderr=subprocess.PIPE, start_new_session=True)
+    wait_until(lambda: len(list(tmp_path.glob('*.png'))) > 16)
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # a terminal tells all of them
+    error = process.communicate(timeout=60)[1].decode()
+    assert 'Traceback' not in error and process.returncode == (1 if number == signal.SIGINT else -number), error
+    wait_until(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in family))
+    assert len(family) >= 1 and all(np.asarray(Image.open(path)).shape == (8, 8) for path in tmp_path.glob('*.png'))
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 #----------------------------------------------------------------------------
 # Latents.

@@ -8,9 +8,7 @@ ignore. A snapshot's metadata has a digest of what the network is as well; it su
 """
 from __future__ import annotations
 
-import contextlib
 import copy
-import gc
 import hashlib
 import inspect
 import itertools
@@ -56,7 +54,7 @@ def load_network(source: str | os.PathLike, device: str | torch.device = 'cpu', 
         source: path or http(s) URL.
     Raises: UserError, naming the source, for files that are missing, damaged, hostile, or hold no network that we know.
     """
-    with dnnlib.open_url(source) as file, _garbage_left_alone():
+    with dnnlib.open_url(source) as file, dnnlib.util.without_garbage_collection():
         size, seal = find_seal(file)
         try:
             try:
@@ -67,18 +65,6 @@ def load_network(source: str | os.PathLike, device: str | torch.device = 'cpu', 
                 raise
         except (MalformedPickle, DamagedFile) as error:
             raise UserError(f'{os.fspath(source)} cannot be used as a network snapshot: it {_one_line(error)}.') from error
-
-
-@contextlib.contextmanager
-def _garbage_left_alone():
-    """Reading makes a hundred thousand small objects and hardly any garbage, for which Python would search the whole process again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _one_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -17,7 +18,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -25,6 +26,8 @@ import torch.utils.data
 from PIL import Image
 
 from dnnlib import UserError
+from training import zip_index
+from training.zip_index import ZipIndex
 
 HEADER_CHECK_LIMIT = 10_000  # up to so many images all headers are compared at construction; beyond, each image when it is read
 MAX_CLASSES = 1_000_000      # a class index beyond is taken for a damaged file: one-hot labels would not fit in memory
@@ -51,17 +54,12 @@ class ImageFiles:
         if not os.path.exists(self.path):
             raise UserError(f'{self.path}: no such file or folder')
         self.is_folder = os.path.isdir(self.path)
-        names = {name for name in (self._walk() if self.is_folder else self._archive().namelist()) if not _is_hidden(name)}
-        pictures, latents = (sorted(name for name in names if os.path.splitext(name)[1].lower() in extensions)
-                             for extensions in (_readable_extensions(), {LATENT_EXTENSION}))
-        if pictures and latents:
-            raise UserError(f'{self.path} holds images and latents ({pictures[0]}, {latents[0]}, ...); keep one kind, or put them into two folders')
-        self.images, self.holds_latents = pictures or latents, bool(latents)
-        self.label_files = sorted(name for name in names if os.path.basename(name) == LABEL_FILE and name.count('/') <= 1)
-        if not self.images:
-            raise UserError(f'{self.path} holds no images; dataset_tool.py converts other sources')
-        if outside := [name for name in self.images if name.startswith('/') or ('..' in name and '..' in re.split(r'[/\\]', name))]:
-            raise UserError(f'{self.path} names a file outside of itself, {outside[0]}, as no data set does; make the zip again')
+        self._index = None if self.is_folder else self._read_index()
+        names = sorted(self._walk()) if self.is_folder else self._index.names
+        rows = self.remember('listing', lambda: self._list(names))
+        self.images, self.label_files = ([names[i] for i in rows[which]] if self.is_folder else names[rows[which]]
+                                         for which in ('images', 'label_files'))
+        self.holds_latents = bool(rows['latents'])
 
     def __getstate__(self):
         return dict(self.__dict__, _zip=None, _zip_owner=None)
@@ -71,23 +69,55 @@ class ImageFiles:
             inner = os.path.relpath(folder, self.path)
             yield from (os.path.normpath(os.path.join(inner, file)).replace(os.sep, '/') for file in files)
 
-    def _archive(self) -> zipfile.ZipFile:
+    def _read_index(self) -> ZipIndex:
         try:
-            if self._zip is None:
-                self._zip, self._zip_owner = zipfile.ZipFile(self.path), os.getpid()
-            elif self._zip_owner != os.getpid():  # forked: keep the directory, which takes long to read in a large zip, but not the handle
-                self._zip.fp, self._zip_owner = open(self.path, 'rb'), os.getpid()  # noqa: SIM115  (it stays open)
+            return ZipIndex.read(self.path)
         except UNREADABLE as error:
             raise UserError(f'{self.path} is neither a folder nor a complete zip file ({error}); copy or make it again') from error
-        return self._zip
 
-    def entries(self) -> list[zipfile.ZipInfo]:
+    def _list(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Which of the sorted names are `images`, whether those are `latents`, and which are `label_files`. Of a name that repeats, the last."""
+        readable = _readable_extensions()
+        pictures, latents, label_files = [], [], []
+        for i, (name, following) in enumerate(zip(names, itertools.chain(itertools.islice(names, 1, None), [None]))):
+            if name == following or (('.' in name[:1] or '/.' in name or '__MACOSX' in name) and _is_hidden(name)):
+                continue
+            extension = name[name.rfind('.'):].lower()
+            if extension in readable:
+                pictures.append(i)
+            elif extension == LATENT_EXTENSION:
+                latents.append(i)
+            elif name.endswith(LABEL_FILE) and name.removesuffix(LABEL_FILE)[-1:] in ('', '/') and name.count('/') <= 1:
+                label_files.append(i)
+        if pictures and latents:
+            raise UserError(f'{self.path} holds images and latents ({names[pictures[0]]}, {names[latents[0]]}, ...); keep one kind, or put them into '
+                            'two folders')
+        images = pictures or latents
+        if not images:
+            raise UserError(f'{self.path} holds no images; dataset_tool.py converts other sources')
+        for name in (names[i] for i in images):
+            if name[0] == '/' or ('..' in name and '..' in re.split(r'[/\\]', name)):
+                raise UserError(f'{self.path} names a file outside of itself, {name}, as no data set does; make the zip again')
+        return dict(images=np.array(images), latents=np.array(bool(latents)), label_files=np.array(label_files, dtype=np.int64))
+
+    def remember(self, what: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """What is computed of a zip's directory and label file; for a large zip, what was computed of the same one earlier."""
+        if self.is_folder or self._index.key is None or len(self._index) < zip_index.CACHE_FROM:
+            return compute()
+        kinds = hashlib.blake2b(' '.join(sorted(_readable_extensions())).encode(), digest_size=4).hexdigest()
+        return zip_index.cached(self._index.key, f'{what}-{kinds}', compute)
+
+    def entries(self) -> list[zip_index.Entry]:
         """The directory of the zip."""
-        return self._archive().infolist()
+        return self._index.entries()
 
     def open(self, name: str) -> BinaryIO:
         """The file of that name, for reading. Raises: one of `UNREADABLE`."""
-        return open(os.path.join(self.path, name), 'rb') if self.is_folder else self._archive().open(name)
+        if self.is_folder:
+            return open(os.path.join(self.path, name), 'rb')
+        if self._zip is None or self._zip_owner != os.getpid():
+            self._zip, self._zip_owner = zip_index.open_archive(self.path), os.getpid()
+        return self._zip.open(self._index.info(name))
 
     @contextlib.contextmanager
     def open_image(self, name: str) -> Iterator[Image.Image]:
@@ -157,16 +187,22 @@ def read_labels(files: ImageFiles) -> np.ndarray | None:
     Returns: [N] int64 class indices or [N, D] float32 vectors.
     Raises: UserError where the file is malformed or leaves out an image.
     """
+    return files.remember('labels', lambda: _labels_by_name(files)).get('labels')
+
+
+def _labels_by_name(files: ImageFiles) -> dict[str, np.ndarray]:
+    """`labels`, or nothing."""
     name = _label_file(files)
     table = None if name is None else _read_label_table(files, name)
     if table is None:
-        return None
-    folder = name.removesuffix(LABEL_FILE)
-    keys = [image if image in table else image.removeprefix(folder) for image in files.images]
-    missing = [image for image, key in zip(files.images, keys) if key not in table]
-    if missing:
-        raise UserError(f'{files.path}: {name} has no label for {len(missing)} of {len(keys)} images, such as {missing[0]}; make it again')
-    return _label_array([table[key] for key in keys], f'{files.path}: {name}')
+        return {}
+    folder, images, absent = name.removesuffix(LABEL_FILE), list(files.images), object()
+    labels = [table.get(image, absent) for image in images]
+    if folder:
+        labels = [table.get(image.removeprefix(folder), absent) if label is absent else label for image, label in zip(images, labels)]
+    if missing := [image for image, label in zip(images, labels) if label is absent]:
+        raise UserError(f'{files.path}: {name} has no label for {len(missing)} of {len(images)} images, such as {missing[0]}; make it again')
+    return dict(labels=_label_array(labels, f'{files.path}: {name}'))
 
 
 def read_encoder(files: ImageFiles) -> dict | None:

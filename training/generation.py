@@ -1,19 +1,13 @@
 """From seeds to 8-bit images or latents: what generate.py, validation and the demo share."""
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dnnlib import UserError
-from dnnlib.util import atomic_write
-from training import encoders, samplers
+from training import encoders, samplers, writers
 
 LabelChooser = Callable[['SeededNoise', int], Tensor]
 
@@ -73,6 +67,40 @@ def generate_batch(net, seeds: Sequence[int], choose_labels: LabelChooser = unif
     return encoder.decode(generate_latents(net, seeds, choose_labels, solver, steps, **options))
 
 
+class Rehearsal:
+    """A network that says what it is, and computes nothing: D = x."""
+
+    def __init__(self, net):
+        self._net = net
+
+    def __getattr__(self, name):
+        return getattr(self._net, name)
+
+    def __call__(self, x, sigma, class_labels):
+        return x
+
+
+def rehearse(net, choose_labels: LabelChooser = uniform_labels, **arguments) -> None:
+    """Sample a pixel without the network, with the arguments of `generate_latents`: a UserError that its options meet with comes at once."""
+    samplers.sample(Rehearsal(net), torch.zeros(1, net.img_channels, 1, 1), **arguments)
+
+
+class RecordedClasses:
+    """A chooser of labels that remembers the classes which another one chooses, on the device."""
+
+    def __init__(self, choose_labels: LabelChooser):
+        self._choose_labels, self._chosen = choose_labels, []
+
+    def __call__(self, noise: SeededNoise, label_dim: int) -> Tensor:
+        labels = self._choose_labels(noise, label_dim)
+        self._chosen.append(labels.argmax(dim=1))
+        return labels
+
+    def tolist(self) -> list[int]:
+        """The classes of all images so far. Waits for the device."""
+        return torch.cat(self._chosen).tolist() if self._chosen else []
+
+
 def split_batches(items: Sequence, batch: int, rank: int = 0, world_size: int = 1) -> Iterator[Sequence]:
     """This process's batches of at most `batch` items; batch k goes to process k mod world_size."""
     for start in range(rank * batch, len(items), world_size * batch):
@@ -84,27 +112,29 @@ def save_images(images: Tensor, paths: Sequence[str]) -> None:
 
     A file appears under its name when it is complete. Raises: UserError where it cannot be written.
     """
-    for image, path in zip(images.permute(0, 2, 3, 1).cpu().numpy(), paths):
-        with _complete_file(path) as file:
-            Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(file, format='png')
+    writers.write_images(images.permute(0, 2, 3, 1).cpu().numpy(), paths)
 
 
 def save_latents(latents: Tensor, paths: Sequence[str]) -> None:
     """Write latents [N, C, H, W] to `.npy` files, float32 [C, H, W], as `save_images` writes images."""
-    for values, path in zip(latents.float().cpu().numpy(), paths):
-        with _complete_file(path) as file:
-            np.save(file, values)
+    writers.write_latents(latents.float().cpu().numpy(), paths)
 
 
-@contextlib.contextmanager
-def _complete_file(path: str) -> Iterator[BinaryIO]:
-    """A file to write to, in a folder that is made where needed, which takes its name at the end."""
-    try:
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    except OSError as error:
-        raise UserError(f'{path} cannot be written: {error.strerror}') from error
-    with atomic_write(path, durable=False) as file:
-        yield file
+class HostCopy:
+    """A tensor on its way from the device, which goes on working: the copy begins when the device comes to it, and nobody waits for it yet."""
+
+    def __init__(self, tensor: Tensor):
+        self._arrived, self._tensor = None, tensor
+        if tensor.is_cuda:
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def numpy(self) -> np.ndarray:
+        """The values, once they are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensor.numpy()
 
 
 def image_grid(images: Tensor, columns: int) -> Tensor:

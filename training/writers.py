@@ -1,0 +1,256 @@
+"""Images and latents into files, by processes of their own: the one that generates goes on generating.
+
+Imports no torch, so that a worker is ready at once and never touches a GPU.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+import signal
+import tempfile
+import threading
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import BinaryIO
+
+import numpy as np
+
+from dnnlib import UserError
+from dnnlib.util import atomic_write
+
+AHEAD = 2  # pieces of work that each worker has, or is at
+MOST_WORKERS = 4
+
+#----------------------------------------------------------------------------
+# One file an image.
+
+def write_images(images: np.ndarray, paths: Sequence[str]) -> None:
+    """uint8 [N, H, W, C], grey or RGB, to PNG files. A file appears under its name when it is complete. Raises: UserError."""
+    for image, path in zip(images, paths):
+        with _complete_file(path) as file:
+            _picture(image).save(file, format='png')
+
+
+def write_latents(latents: np.ndarray, paths: Sequence[str]) -> None:
+    """float32 [N, C, H, W] to `.npy` files [C, H, W], likewise."""
+    for values, path in zip(latents, paths):
+        with _complete_file(path) as file:
+            np.save(file, values)
+
+
+def _picture(image: np.ndarray):
+    from PIL import Image
+    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+
+
+@contextlib.contextmanager
+def _complete_file(path: str) -> Iterator[BinaryIO]:
+    """A file to write to, in a folder that is made where needed, which takes its name at the end."""
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{path} cannot be written: {error.strerror}') from error
+    with atomic_write(path, durable=False) as file:
+        yield file
+
+#----------------------------------------------------------------------------
+# The workers.
+
+def default_workers() -> int:
+    """Half of the CPUs but one: without a GPU, the network wants them too."""
+    return min(max(len(os.sched_getaffinity(0)) // 2 - 1, 0), MOST_WORKERS)
+
+
+class WriterPool:
+    """Processes that write; a context, at whose end everything is written.
+
+    They start at once, before there is a GPU to inherit, and know nothing of it. No more than `AHEAD` pieces of work for each are in memory.
+    An error in one of them is raised by a later call. They end with this process, even if it is killed.
+
+    Args:
+        workers: how many; 0 writes in this process.
+    """
+
+    def __init__(self, workers: int):
+        self.workers, self._waiting = workers, deque()
+        self._pool = None
+        if workers:
+            self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), initializer=_become_worker)
+            self._pool.submit(int)  # which starts them
+
+    def __enter__(self) -> WriterPool:
+        return self
+
+    def __exit__(self, kind, *_):
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, write: Callable[..., None], *arguments) -> None:
+        """Have `write(*arguments)` called. Waits while there is enough to do. Raises: UserError that an earlier call has met with."""
+        if self._pool is None:
+            write(*arguments)
+            return
+        with _telling_of_death():
+            self._waiting.append(self._pool.submit(write, *arguments))
+        while len(self._waiting) > AHEAD * self.workers:
+            self._finish_one()
+
+    def finish(self) -> None:
+        """Wait until everything is written. Raises: UserError."""
+        while self._waiting:
+            self._finish_one()
+
+    def _finish_one(self) -> None:
+        with _telling_of_death():
+            self._waiting.popleft().result()
+
+    def shares(self, count: int) -> list[slice]:
+        """`count` things in as many equal parts as there are workers."""
+        size = -(-count // max(self.workers, 1))
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+@contextlib.contextmanager
+def _telling_of_death() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise UserError('A process that writes the images has died (killed, or out of memory?). Try --workers=0.') from error
+
+
+def _become_worker() -> None:
+    """The keyboard interrupts the process that generates, which ends its workers in order; when it is killed, they end by themselves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+#----------------------------------------------------------------------------
+# Where they go: a folder, or one file. The main process calls `begin` first, at the end `complete` with the classes in the order of seeds, and
+# `end` in any case. `parts` is then everyone's. `add` has a batch written, whose first image is at `place` in the order of seeds.
+
+class FolderDestination:
+    """Files in a folder, named after their seeds: PNGs or, of latents, `.npy`.
+
+    Args:
+        subdirs: a folder for every 1000 seeds.
+        latents: whether the values are latents [N, C, H, W] and not images [N, H, W, C].
+    """
+
+    def __init__(self, path: str, subdirs: bool = False, latents: bool = False):
+        self.path, self.subdirs, self.parts = path, subdirs, None
+        self._write, self._extension = (write_latents, 'npy') if latents else (write_images, 'png')
+
+    def begin(self) -> None:
+        try:
+            os.makedirs(self.path, exist_ok=True)
+        except OSError as error:
+            raise UserError(f'--outdir={self.path} cannot be made: {error.strerror}') from error
+
+    def add(self, pool: WriterPool, values: np.ndarray, seeds: Sequence[int], place: int) -> None:
+        paths = [self._path(seed) for seed in seeds]
+        for share in pool.shares(len(paths)):
+            pool.submit(self._write, values[share], paths[share])
+
+    def _path(self, seed: int) -> str:
+        folder = os.path.join(self.path, f'{seed - seed % 1000:06d}') if self.subdirs else self.path
+        return os.path.join(folder, f'{seed:06d}.{self._extension}')
+
+    def complete(self, classes: Sequence[int] | None) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+class FileDestination:
+    """One file, which appears when it is complete. Until then its parts, some for each batch, lie in a hidden folder beside it.
+
+    `.npz`: `arr_0`, uint8 [N, H, W, C], and of a conditional network `arr_1`, the classes, int64 [N]. `.zip`: a data set like those of
+    dataset_tool.py.
+    """
+
+    def __init__(self, path: str):
+        self.path, self.parts = path, None
+        self._as_array = path.endswith('.npz')
+
+    def begin(self) -> None:
+        folder, name = os.path.split(os.path.abspath(self.path))
+        if os.path.isdir(self.path):
+            raise UserError(f'--dest={self.path} is a folder; name a file')
+        try:
+            os.makedirs(folder, exist_ok=True)
+            self.parts = tempfile.mkdtemp(prefix=f'.{name}.', suffix='.tmp', dir=folder)
+        except OSError as error:
+            raise UserError(f'--dest={self.path} cannot be written: {error.strerror}') from error
+
+    def add(self, pool: WriterPool, images: np.ndarray, seeds: Sequence[int], place: int) -> None:
+        for share in pool.shares(len(seeds)):
+            part = os.path.join(self.parts, f'{place + share.start:09d}')
+            if self._as_array:
+                pool.submit(write_array_part, images[share], part)
+            else:
+                pool.submit(write_png_part, images[share], part, place + share.start)
+
+    def complete(self, classes: Sequence[int] | None) -> None:
+        parts = [os.path.join(self.parts, name) for name in sorted(os.listdir(self.parts))]
+        (join_arrays if self._as_array else join_pngs)(parts, classes, self.path)
+
+    def end(self) -> None:
+        if self.parts is not None:
+            shutil.rmtree(self.parts, ignore_errors=True)
+
+
+def write_array_part(images: np.ndarray, path: str) -> None:
+    with atomic_write(path, durable=False) as file:
+        np.save(file, images)
+
+
+def write_png_part(images: np.ndarray, path: str, place: int) -> None:
+    """A zip of PNGs, uncompressed as those of dataset_tool.py, the first of which has that place."""
+    from dataset_tool import PngFiles, png_bytes
+    with atomic_write(path, durable=False) as file, zipfile.ZipFile(file, 'w') as archive:
+        for i, image in enumerate(images, place):
+            archive.writestr(f'{i // 1000:05d}/{PngFiles.pattern.format(i)}', png_bytes(_picture(image)))
+
+
+def join_arrays(parts: Sequence[str], classes: Sequence[int] | None, path: str) -> None:
+    """The `.npz` file of parts [n, H, W, C], which are copied one after another."""
+    arrays = [np.load(part, mmap_mode='r') for part in parts]
+    header = dict(descr='|u1', fortran_order=False, shape=(sum(map(len, arrays)), *arrays[0].shape[1:]))
+    with atomic_write(path) as file, zipfile.ZipFile(file, 'w') as archive:
+        with archive.open('arr_0.npy', 'w', force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for array in arrays:
+                member.write(array.data)
+        if classes is not None:
+            with archive.open('arr_1.npy', 'w') as member:
+                np.lib.format.write_array(member, np.array(classes, dtype=np.int64))
+
+
+def join_pngs(parts: Sequence[str], classes: Sequence[int] | None, path: str) -> None:
+    """The data set of parts with some of its members each, and its labels."""
+    from dataset_tool import open_dest
+    names = []
+    with open_dest(pathlib.Path(path)) as write:
+        for part in parts:
+            with zipfile.ZipFile(part) as archive:
+                for name in archive.namelist():
+                    write(name, archive.read(name))
+                    names.append(name)
+        labels = None if classes is None else [list(pair) for pair in zip(names, classes)]
+        write('dataset.json', json.dumps({'labels': labels}).encode())

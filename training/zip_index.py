@@ -1,0 +1,236 @@
+"""The directory of a zip file as arrays: found in seconds where there are millions of members, and kept for the next time.
+
+Python's zipfile makes an object of every member. Here the directory is read into arrays at once, where it is as plain as directories are that
+dataset_tool.py writes; where not, zipfile reads it. Members are opened by zipfile in any case, with all its checks.
+"""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import struct
+import zipfile
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dnnlib import UserError, util
+
+CACHE_FROM = 100_000  # members; fewer are read as fast as they could be looked up
+FORMAT = 1            # of the cache's arrays
+DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error)
+FIELDS = dict(offset=np.uint64, compressed=np.uint64, size=np.uint64, crc=np.uint32, method=np.uint16, flags=np.uint16)
+EMPTY_ZIP = b'PK\5\6' + bytes(18)
+
+
+class Names(Sequence):
+    """Text in a few arrays: the name number i is `blob[starts[i]:ends[i]]` in UTF-8. Slices are lists."""
+
+    def __init__(self, blob: bytes, starts: np.ndarray, ends: np.ndarray):
+        self.blob, self.starts, self.ends = blob, starts, ends
+
+    @classmethod
+    def of(cls, names: Sequence[bytes]) -> Names:
+        lengths = np.fromiter(map(len, names), np.int64, len(names))
+        ends = np.cumsum(lengths)
+        return cls(b''.join(names), ends - lengths, ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return list(self[np.arange(len(self))[i]])
+        if isinstance(i, np.ndarray):
+            return Names(self.blob, self.starts[i], self.ends[i])
+        return self.blob[self.starts[i]:self.ends[i]].decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return (self.blob[start:end].decode() for start, end in zip(self.starts.tolist(), self.ends.tolist()))
+
+
+class Entry(NamedTuple):
+    """What the directory says of a member."""
+    filename: str
+    file_size: int
+    CRC: int
+
+
+class ZipIndex:
+    """Members of a zip file in the order of their names; of several with one name, the last in the file is the last here.
+
+    Attributes:
+        names: of all members.
+        fields: name to array [N], as in `FIELDS`.
+        key: hexadecimal digest of the directory and the file's size, which decide all of it; None where that cannot be told.
+    """
+
+    def __init__(self, names: Names, fields: dict[str, np.ndarray], key: str | None):
+        self.names, self.fields, self.key = names, fields, key
+
+    @classmethod
+    def read(cls, path: str) -> ZipIndex:
+        """The index of a file, or that of an identical directory which was read earlier.
+
+        Raises: what `zipfile.ZipFile` raises where it cannot be read.
+        """
+        tail = _find_directory(path)
+        key = tail and tail.key()
+
+        def parse():
+            names, fields = (tail and _parse(tail)) or _parse_by_zipfile(path)
+            order = sorted(range(len(names)), key=names.__getitem__)
+            names = Names.of([names[i] for i in order])
+            return dict(blob=np.frombuffer(names.blob, np.uint8), ends=names.ends, **{name: array[order] for name, array in fields.items()})
+        arrays = cached(key if tail and tail.count >= CACHE_FROM else None, 'directory', parse, _consistent)
+        ends = arrays['ends']
+        return cls(Names(arrays['blob'].tobytes(), np.append(0, ends)[:-1], ends), {name: arrays[name] for name in FIELDS}, key)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def entries(self) -> list[Entry]:
+        """All members, repeated ones too."""
+        return list(map(Entry, self.names, self.fields['size'].tolist(), self.fields['crc'].tolist()))
+
+    def info(self, name: str) -> zipfile.ZipInfo:
+        """What zipfile opens the member of that name by. Raises: KeyError."""
+        row = bisect_right(self.names, name) - 1
+        if row < 0 or self.names[row] != name:
+            raise KeyError(f'There is no item named {name!r} in the archive')
+        info = zipfile.ZipInfo(name)
+        info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type, info.flag_bits = (
+            int(self.fields[field][row]) for field in FIELDS)
+        return info
+
+
+def open_archive(path: str) -> zipfile.ZipFile:
+    """A zip file whose directory is not read: its members are opened by their `ZipIndex.info`."""
+    archive = zipfile.ZipFile(io.BytesIO(EMPTY_ZIP))
+    archive.fp, archive.filename = open(path, 'rb'), path  # noqa: SIM115  (it stays open)
+    return archive
+
+#----------------------------------------------------------------------------
+# Reading directories (PKWARE's APPNOTE, 4.3.12 to 4.3.16).
+
+class Tail(NamedTuple):
+    """The end of a zip file from its central directory on.
+
+    Attributes:
+        data: all of it.
+        length: of the directory, which comes first.
+        shift: of the offsets that it tells: bytes before the archive.
+        file_size: of the whole file.
+        count: members, as far as the record at the end tells.
+    """
+    data: bytes
+    length: int
+    shift: int
+    file_size: int
+    count: int
+
+    def key(self) -> str:
+        return hashlib.blake2b(self.data + struct.pack('<QQ', self.file_size, FORMAT), digest_size=16).hexdigest()
+
+
+def _find_directory(path: str) -> Tail | None:
+    """None where there is no such directory, or one is found in an unusual way only. Raises: OSError."""
+    with open(path, 'rb') as file:
+        size = file.seek(0, io.SEEK_END)
+        base = max(size - 22 - 65535 - 76, 0)
+        file.seek(base)
+        data = file.read()
+        end = data.rfind(b'PK\5\6')
+        if end < 0 or len(data) < end + 22:
+            return None
+        count, length, offset, comment = struct.unpack_from('<10xHIIH', data, end)
+        if end + 22 + comment != len(data):
+            return None
+        if data[max(end - 20, 0):end][:4] == b'PK\6\7':  # ZIP64
+            end -= 76
+            if end < 0 or data[end:end + 4] != b'PK\6\6':
+                return None
+            count, length, offset = struct.unpack_from('<32xQQQ', data, end)
+        start = base + end - length
+        if start < offset:
+            return None
+        file.seek(start)
+        return Tail(file.read(), length, start - offset, size, count)
+
+
+def _parse(tail: Tail) -> tuple[list[bytes], dict[str, np.ndarray]] | None:
+    """(names, fields) of a directory with nothing unusual in it: ASCII names, no other extra field than the offsets of ZIP64."""
+    data, position, positions = tail.data, 0, []
+    lengths = struct.Struct('<3H').unpack_from
+    while position < tail.length:
+        if data[position:position + 4] != b'PK\1\2' or position + 46 > tail.length:
+            return None
+        positions.append(position)
+        position += 46 + sum(lengths(data, position + 28))
+    if position != tail.length:
+        return None
+    positions = np.array(positions, dtype=np.int64)
+
+    def field(kind, at):
+        every = np.ndarray([len(data) - 7], kind, data, strides=[1])  # at each byte, also beyond a boundary
+        return every[positions + at]
+    fields = dict(offset=field('<u4', 42).astype(np.uint64), compressed=field('<u4', 20), size=field('<u4', 24), crc=field('<u4', 16),
+                  method=field('<u2', 10), flags=field('<u2', 8))
+    name_length, extra_length = field('<u2', 28).astype(np.int64), field('<u2', 30)
+    far = fields['offset'] == 0xffffffff
+    extra = positions[far] + 46 + name_length[far]
+    every_2, every_8 = (np.ndarray([len(data) - 7], kind, data, strides=[1]) for kind in ('<u2', '<u8'))
+    if ((extra_length != far * 12).any() or (every_2[extra] != 1).any() or (every_2[extra + 2] != 8).any()
+            or max(fields['compressed'].max(initial=0), fields['size'].max(initial=0)) == 0xffffffff or (field('<u2', 6) > 63).any()):
+        return None
+    fields['offset'][far] = every_8[extra + 4]
+    fields['offset'] += np.uint64(tail.shift)
+    names = [data[start:end] for start, end in zip((positions + 46).tolist(), (positions + 46 + name_length).tolist())]
+    joined = b''.join(names)
+    if not joined.isascii() or b'\0' in joined:
+        return None
+    return names, {name: fields[name].astype(kind) for name, kind in FIELDS.items()}
+
+
+def _parse_by_zipfile(path: str) -> tuple[list[bytes], dict[str, np.ndarray]]:
+    with zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+    columns = zip(*((i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type, i.flag_bits) for i in infos))
+    arrays = [np.array(column, dtype=kind) for column, kind in zip(columns, FIELDS.values())] or [np.empty(0, kind) for kind in FIELDS.values()]
+    return [info.filename.encode() for info in infos], dict(zip(FIELDS, arrays))
+
+#----------------------------------------------------------------------------
+# The cache.
+
+def cached(key: str | None, what: str, compute: Callable[[], dict[str, np.ndarray]],
+           sound: Callable[[dict], bool] = lambda arrays: True) -> dict[str, np.ndarray]:
+    """The arrays that an earlier call computed for this key, or that are computed now and kept. What cannot be kept is not.
+
+    Args:
+        key: of whatever decides the arrays; None: they are not kept.
+        sound: whether arrays that were read can be what was computed.
+    """
+    path = None if key is None else Path(util.DEFAULT_CACHE_DIR).expanduser() / 'indices' / f'{key}-{what}.npz'
+    if path is not None:
+        with contextlib.suppress(*DAMAGED), np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)  # zipfile compares checksums
+            if sound(arrays):
+                return arrays
+    with util.without_garbage_collection():
+        arrays = compute()
+    if path is not None:
+        with contextlib.suppress(OSError, UserError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with util.atomic_write(path, durable=False) as file:
+                np.savez(file, **arrays)
+    return arrays
+
+
+def _consistent(arrays: dict[str, np.ndarray]) -> bool:
+    ends = arrays.get('ends', np.empty(0))
+    return (arrays.keys() == {'blob', 'ends', *FIELDS} and all(len(arrays[name]) == len(ends) for name in FIELDS)
+            and len(ends) > 0 and ends[-1] == len(arrays['blob']) and (np.diff(ends, prepend=0) >= 0).all())
