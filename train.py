@@ -218,6 +218,18 @@ def switch(name: str, **kwargs):
             help='Loss scaling: a number, or dynamic.  [default: dynamic with fp16, else 1]')
 @cli.option('--max-bad-steps', metavar='INT', type=COUNT, default=100, show_default=True, group=PERF,
             help='Stop after so many steps in a row whose loss or gradient is not finite; each is left out.')
+@cli.option('--tf32', type=bool, is_flag=False, flag_value=True, default=False, show_default=True, group=PERF,
+            help='Let GPUs compute FP32 in TensorFloat-32 inside.')
+@cli.option('--compile', 'compiled', type=bool, is_flag=False, flag_value=True, default=False, show_default=True, group=PERF,
+            help='Compile the networks (torch.compile): a minute or more at the start, faster steps.')
+@cli.option('--channels_last', type=bool, is_flag=False, flag_value=True, default=False, show_default=True, group=PERF,
+            help='Keep the channels of images together in memory inside the networks.')
+@cli.option('--checkpoint-activations', type=bool, is_flag=False, flag_value=True, default=False, show_default=True, group=PERF,
+            help='Compute activations again in the backward pass: less memory, about a quarter more time.')
+@cli.option('--ema-device', type=click.Choice(['same', 'cpu']), default='same', show_default=True, group=PERF,
+            help='Memory that averages of the weights live in: where the network is, or the host\'s.')
+@cli.option('--profile', 'profile_steps', metavar='STEPS', type=TICKS, default=0, show_default=True, group=PERF,
+            help='Write a Chrome trace of so many steps to the run folder.')
 @cli.option('--bench', type=bool, default=True, show_default=True, group=PERF, help='cuDNN benchmarking.')
 @cli.option('--cache', type=bool, group=PERF, help='Keep decoded images in memory.  [default: True; latents False]')
 @cli.option('--workers', metavar='INT', type=TICKS, default=1, show_default=True, group=PERF, help='Processes that load data.')

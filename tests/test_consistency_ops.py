@@ -265,7 +265,7 @@ def test_the_anchor_solution_is_as_exact_as_promised(sigma_b, tolerance):
     """Relative to the exact solution, for data of standard deviation 0.5 (EDM's sigma_data)."""
     gaussian = Gaussian(0.25)
     x = torch.full([1, 1, 1, 1], 80.0, dtype=torch.float64)
-    got = ops.solve_ode(gaussian, x, ops.anchor_nodes(80.0, sigma_b, 0.002, 7))
+    got = ops.solve_ode(gaussian, x, ops.anchor_nodes(80.0, sigma_b, 0.002, 7).tolist())
     assert abs(got / gaussian.solve(x, 80, sigma_b) - 1) < tolerance
 
 
@@ -355,7 +355,7 @@ def test_a_solution_between_levels_of_their_own_is_every_samples_own_solution(ga
     for i, (top, bottom) in enumerate(zip(BETWEEN_T.tolist(), BETWEEN_B.tolist())):
         nodes = ops.anchor_nodes(top, bottom, min(0.002, top), 7, substeps, spacing)
         torch.testing.assert_close(ops.nodes_between(BETWEEN_T, BETWEEN_B, substeps, 7, 0.002, spacing)[:, i], nodes, rtol=1e-12, atol=0)
-        torch.testing.assert_close(got[i:i + 1], ops.solve_ode(gaussian, x[i:i + 1], nodes), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(got[i:i + 1], ops.solve_ode(gaussian, x[i:i + 1], nodes.tolist()), rtol=1e-10, atol=1e-12)
 
 
 def test_solutions_between_levels_begin_and_end_exactly_there():

@@ -175,3 +175,15 @@ def test_a_compiled_network_is_the_same_and_noise_levels_compile_nothing_again(k
         for count, level in ((7, 0.5), (5, 9.0), (6, 40.0)):
             x, sigma, labels, masks = inputs(net, count)
             compare((x * level, sigma * level, labels, masks))
+
+
+@pytest.mark.parametrize('on_gpu, expected', [(False, {'freezing': True}), (True, {'triton.cudagraphs': True})])
+def test_what_is_frozen_is_packed_on_a_cpu_and_launched_as_graphs_on_a_gpu(on_gpu, expected, monkeypatch):
+    """Weights that move are neither: packed copies would be those of the first step."""
+    net, seen = build('adm').eval(), []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda net, **kwargs: seen.append(kwargs['options']))
+    monkeypatch.setattr(execution, 'is_on_gpu', lambda net: on_gpu)
+    execution.run_with(net, compiled=True, frozen=True, cuda_graphs=True)
+    execution.run_with(net, compiled=True)
+    execution.run_with(net, frozen=True, cuda_graphs=True)
+    assert seen == [expected, None] and all(name in torch._inductor.list_options() for name in expected)

@@ -1,5 +1,6 @@
 """The consistency distillation loss against Gaussian data, where teacher, trajectories and the discrete consistency function are known."""
 import itertools
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from gaussian import Gaussian
 from torch_utils import training_stats
 from training import consistency_ops as ops
 from training import networks
-from training.consistency_loss import Drawn, Pairs
+from training.consistency_loss import Drawn, Pairs, padded_size, split_batch
 from training.draws import SampleDraws
 from training.loss_cd import ConsistencyDistillationLoss
 
@@ -41,6 +42,13 @@ def all_rows(loss):
     return loss.table(torch.device('cpu'))
 
 
+def on_edges(loss, index, few_sizes=False):
+    """Samples on the edges of these indices, [N] int64."""
+    table = all_rows(loss)
+    index, parts = split_batch(loss.parts(table.kinds[index.numpy()]), torch.device('cpu'), few_sizes, index.numpy())
+    return Drawn(*table.columns[index].unbind(dim=1), index, parts)
+
+
 def targets(loss, student, y, noise):
     """x_t, x*, and the edges, for one sample on every edge; `y` and `noise` [1, 1, 2, 2]."""
     schedule = all_rows(loss)
@@ -48,7 +56,7 @@ def targets(loss, student, y, noise):
     sigma_t, sigma_b = schedule.columns[:, 0], schedule.columns[:, 2]
     y, noise = y.expand(count, -1, -1, -1), noise.expand(count, -1, -1, -1)
     x_t = y + ops.expand_like(sigma_t, y) * noise
-    x_b = loss.reference(student, Pairs(y, noise, x_t, Drawn(*schedule.columns.unbind(dim=1), torch.arange(count), torch.arange(count))))
+    x_b = loss.reference(student, Pairs(y, noise, x_t, on_edges(loss, torch.arange(count))))
     return x_t, ops.inv_ddim(x_b, x_t, sigma_t, sigma_b), schedule.edges
 
 
@@ -205,14 +213,22 @@ def small_network(dropout=0.5, **kwargs):
     return networks.EDMPrecond(8, 1, 0, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[], dropout=dropout, **kwargs).train()
 
 
+def general_samples(loss, draws):
+    """Indices of the samples on general edges, pinned ones left out."""
+    index, edges = loss.draw(draws, torch.device('cpu')).index, all_rows(loss).edges
+    return ((edges.kind[index] == ops.GENERAL) & ~(loss.pin_top & (index == 0))).nonzero().flatten()
+
+
 @pytest.mark.parametrize('sync', [True, False])
 def test_both_passes_see_the_same_masks_exactly_where_dropout_is_synchronised(sync):
-    student = Recorder(small_network()).train()
+    """The self-target those of its own samples."""
+    student, draws = Recorder(small_network()).train(), SampleDraws(0, 0, 16)
     loss = make_loss(small_network(0).eval(), sync_dropout=sync)
-    loss(student, torch.zeros(16, 1, 8, 8), None, SampleDraws(0, 0, 16))
+    loss(student, torch.zeros(16, 1, 8, 8), None, draws)
     (_, first), (_, second) = student.calls
-    assert len(first) == len(second) > 4
-    assert all(torch.equal(first[name], second[name]) for name in first) == sync
+    rows = general_samples(loss, draws)
+    assert len(first) == len(second) > 4 and 4 < len(rows) < 16
+    assert all(torch.equal(first[name], second[name][rows]) for name in first) == sync
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -236,14 +252,13 @@ def test_compiled_and_eager_passes_agree_under_the_same_masks():
 
 
 def test_the_student_is_asked_at_the_upper_end_and_its_own_target_at_the_lower():
-    student = Recorder(small_network()).train()
+    student, draws = Recorder(small_network()).train(), SampleDraws(0, 0, 64)
     loss = make_loss(small_network(0).eval(), T_start=16, T_end=16)
-    loss(student, torch.zeros(64, 1, 8, 8), None, SampleDraws(0, 0, 64))
+    loss(student, torch.zeros(64, 1, 8, 8), None, draws)
     (lower, _), (upper, _) = student.calls
     edges = all_rows(loss).edges
     index = (edges.sigma_t[None] == upper[:, None]).int().argmax(dim=1)
-    hopping = edges.kind[index] != ops.TERMINAL
-    assert torch.equal(lower[hopping], edges.sigma_s[index][hopping])
+    assert torch.equal(lower, edges.sigma_s[index][general_samples(loss, draws)])
     assert len(index.unique()) > 5
 
 
@@ -295,3 +310,79 @@ def test_T_follows_the_images_seen():
         loss.begin_step(nimg)
         lengths.append(len(all_rows(loss).edges))
     assert 16 <= lengths[0] < 20 and 32 <= lengths[1] < 36 and 64 <= lengths[2] < 68
+
+#----------------------------------------------------------------------------
+# Parts of a batch: evaluations of those samples alone that need them.
+
+PARTITIONED = {
+    'defaults': dict(terminal_anchor=True),
+    'tops': dict(terminal_anchor=True, keep_ties=True, top_mass=0.5),
+    'to the data': dict(terminal_anchor=True, terminal_teacher_hop=False, hop='ddim'),
+    'addim without a pin': dict(hop='addim', student_grid='full', T_start=6, T_end=6),
+    'one segment': dict(S=1, terminal_anchor=True, anchor_hops=3, top_mass=0.5, keep_ties=True),
+    'no general edge': dict(S=4, T_start=4, T_end=4, student_grid='full', sampling_mode='uniform'),
+}
+
+
+def reference_of_everyone(loss, net, y, noise, edges, masks):
+    """x_b as docs/method.md has it, every network asked for every sample, and then what each sample needs is chosen."""
+    sigma_t, sigma_s, kind, pinned = edges.sigma_t, edges.sigma_s, ops.expand_like(edges.kind, y), ops.expand_like(edges.index == 0, y) > 0
+    x_t, teacher = y + ops.expand_like(sigma_t, y) * noise, lambda x, sigma: loss.teacher(x, sigma).double()
+    denoised = teacher(x_t, sigma_t)
+    x_s = dict(heun=lambda: ops.heun_hop(teacher, x_t, sigma_t, sigma_s), ddim=lambda: ops.ddim_step(x_t, denoised, sigma_t, sigma_s),
+               addim=lambda: ops.addim_hop(x_t, denoised, sigma_t, sigma_s, ops.addim_variance(denoised, sigma_t, y, loss.xvar_frac)))[loss.hop]()
+    x_b = ops.ddim_step(x_s, net(x_s, sigma_s, dropout_masks=masks).double(), sigma_s, edges.sigma_b)
+    x_b = torch.where(kind == ops.GENERAL, x_b, torch.where(kind == ops.SNAP, x_s, denoised if loss.terminal_teacher_hop else y))
+    return torch.where(pinned, ops.solve_ode(teacher, x_t, loss.anchor_levels), x_b) if loss.pin_top else x_b
+
+
+@pytest.mark.parametrize('few_sizes', [False, True])
+@pytest.mark.parametrize('name', PARTITIONED)
+def test_the_reference_is_that_of_a_batch_of_which_every_network_is_asked_for_everyone(name, few_sizes):
+    """With dropout, in FP64: to rounding, 1e-9 of numbers up to 80."""
+    student, teacher = small_network().double(), small_network(0).double().eval()
+    for net in (student, teacher):
+        torch.nn.init.normal_(net.model.out_conv.weight, std=0.1)
+    loss = make_loss(teacher, **PARTITIONED[name])
+    loss.few_sizes, draws = few_sizes, SampleDraws(3, 0, 64)
+    edges, noise = loss.draw(draws, torch.device('cpu')), draws.normal('noise', [1, 8, 8]).double()
+    y = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    masks = student.dropout_masks(64, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        got = loss.reference(student, Pairs(y, noise, y + ops.expand_like(edges.sigma_t, y) * noise, edges, masks=masks))
+        torch.testing.assert_close(got, reference_of_everyone(loss, student, y, noise, edges, masks), rtol=0, atol=1e-9)
+    assert len(edges.kind.unique()) > 1
+
+
+def asked_for(loss, few_sizes):
+    """Sizes of the batches of 64 samples that the teacher and the student's self-target are asked for, and how many samples are of each kind."""
+    sizes, loss.few_sizes = {'teacher': [], 'student': []}, few_sizes
+    counting = lambda who: lambda x, sigma, labels=None, **_: sizes[who].append(len(x)) or x.double() / 2
+    loss.teacher = counting('teacher')
+    edges = loss.draw(SampleDraws(3, 0, 64), torch.device('cpu'))
+    kinds = torch.bincount(torch.from_numpy(all_rows(loss).kinds)[edges.index], minlength=4).tolist()
+    x = torch.ones(64, 1, 2, 2, dtype=torch.float64)
+    loss.reference(counting('student'), Pairs(x, x, x, edges))
+    return sizes, dict(zip((*ops.KIND_NAMES, 'pinned'), kinds))
+
+
+def test_an_evaluation_is_of_the_samples_that_need_it():
+    """Of all the teacher's first, which is the pinned samples' first too; four sub-steps above 0 have seven more."""
+    sizes, kinds = asked_for(make_loss(None, terminal_anchor=True, keep_ties=True, top_mass=0.5, anchor_hops=4), few_sizes=False)
+    assert min(kinds.values()) > 0
+    assert sizes['teacher'] == [64, kinds['general'] + kinds['snap']] + [kinds['pinned']] * 7 and sizes['student'] == [kinds['general']]
+
+
+def test_a_batch_without_general_samples_asks_no_self_target():
+    sizes, kinds = asked_for(make_loss(None, **PARTITIONED['no general edge']), few_sizes=False)
+    assert kinds['general'] == 0 and sizes['student'] == [] and sizes['teacher'] == [64, kinds['snap']]
+
+
+def test_networks_that_are_compiled_see_few_sizes_of_batches():
+    """Powers of two up to an eighth of a batch, eighths above it; every count fits; at most twice as many are asked for, or an eighth more."""
+    for batch in (1, 7, 64, 100, 128):
+        sizes = [padded_size(count, batch) for count in range(1, batch + 1)]
+        assert len(set(sizes)) <= 8 + math.log2(batch) and sizes[-1] == batch
+        assert all(count <= size <= min(max(2 * count - 1, count + -(-batch // 8)), batch) for count, size in enumerate(sizes, start=1))
+    sizes, kinds = asked_for(make_loss(None, terminal_anchor=True, keep_ties=True, top_mass=0.5), few_sizes=True)
+    assert sizes['student'] == [padded_size(kinds['general'], 64)] and sizes['student'] != [kinds['general']]

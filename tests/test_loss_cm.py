@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from gaussian import Gaussian
-from test_loss_cd import VARIANCE, Recorder, all_rows, small_network
+from test_loss_cd import VARIANCE, Recorder, all_rows, on_edges, small_network
 from test_loss_cd import make_loss as make_multistep_loss
 
 from torch_utils import training_stats
@@ -162,7 +162,7 @@ def test_away_from_zero_one_step_multistep_distillation_is_distillation_of_a_con
 
     index = torch.arange(32) % len(own.edges)
     for loss in (multistep, ours):
-        loss.draw = lambda draws, device: Drawn(*own.columns[index].unbind(dim=1), index, index)
+        loss.draw = lambda draws, device, loss=loss: on_edges(loss, index)
     a, b = (loss(student, images, None, SampleDraws(0, 0, 32)) for loss in (multistep, ours))
     torch.testing.assert_close(a, 64 * b, rtol=1e-10, atol=0)
     assert b.min() > 0

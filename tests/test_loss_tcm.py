@@ -1,4 +1,5 @@
 """Truncated consistency training against Gaussian data, where the function that it converges to is known, given the first stage's."""
+import numpy as np
 import pytest
 import torch
 from test_loss_cd import VARIANCE, small_network
@@ -6,7 +7,7 @@ from test_loss_ect import Linear
 
 from torch_utils import training_stats
 from training import consistency_ops as ops
-from training.consistency_loss import Drawn, Pairs
+from training.consistency_loss import Drawn, Pairs, split_batch
 from training.draws import SampleDraws
 from training.loss_tcm import TruncatedTrainingLoss, dropout_rates
 from training.time_schedules import truncated_log_student_times
@@ -45,13 +46,26 @@ def multiplier(t, ratio, dividing_t, first_stage):
     return c * first_stage(t)
 
 
+def drawn_at(t, r, weight, dividing_t=1.0, few_sizes=False):
+    """Samples at times t with their r, [N] each."""
+    low = (r < dividing_t).numpy()
+    index, parts = split_batch(dict(student=~low, teacher=low), CPU, few_sizes, np.arange(len(t)))
+    return Drawn(t, r, torch.zeros_like(t), weight, torch.full_like(index, ops.GENERAL), index, parts)
+
+
+def below(edges):
+    """Which samples the first stage is asked for, [N] bool."""
+    part, mask = edges.parts.get('teacher'), torch.zeros(len(edges.sigma_t), dtype=torch.bool)
+    return mask if part is None else part.put(mask, part.pick(~mask))
+
+
 def expected_gradients(loss, t, student):
     """E[(student(x_t) − x*) x_t] / E[x_t²] at the given times, by probing with image and noise alone: all is linear."""
     gradient, r = 0, torch.tensor([earlier(time, loss.ratio) for time in t.tolist()], dtype=torch.float64)
     for y, noise, moment in ((1, 0, VARIANCE), (0, 1, torch.ones_like(VARIANCE))):
         y, noise = (torch.full([len(t), 1, 2, 2], float(value), dtype=torch.float64) for value in (y, noise))
         x_t = y + ops.expand_like(t, y) * noise
-        pairs = Pairs(y, noise, x_t, Drawn(t, r, torch.zeros_like(t), t, torch.full_like(t, ops.GENERAL), on_host=r < loss.dividing_t))
+        pairs = Pairs(y, noise, x_t, drawn_at(t, r, t, loss.dividing_t))
         gradient = gradient + moment * (student(x_t, t) - loss.reference(student, pairs)) * x_t
     return gradient / (VARIANCE + ops.expand_like(t, VARIANCE.expand(len(t), 1, 2, 2)) ** 2)
 
@@ -98,7 +112,8 @@ def test_times_are_log_student_but_for_the_share_at_the_dividing_time(options):
     low, high = loss.dividing_t, loss.sigma_max
     t = drawn(loss, first=640).sigma_t
     assert int((t == low).sum()) == 16 and bool((t[t != low] > low).all()) and t.max() <= high
-    expected = truncated_log_student_times(SampleDraws(0, 640, 64).uniform('sigma'), low, high, loss.student_scale, loss.student_df)
+    uniform = torch.from_numpy(SampleDraws(0, 640, 64).uniform('sigma'))
+    expected = truncated_log_student_times(uniform, low, high, loss.student_scale, loss.student_df)
     assert torch.equal(t[t != low], expected[t != low])
 
 
@@ -107,7 +122,7 @@ def test_the_earlier_time_comes_closer_stage_by_stage_up_to_the_cap(stage, ratio
     edges = drawn(make_loss(None, stage))
     expected = torch.tensor([earlier(t, ratio) for t in edges.sigma_t.tolist()], dtype=torch.float64)
     torch.testing.assert_close(edges.sigma_s, expected, rtol=1e-10, atol=0)
-    assert torch.equal(edges.on_host, expected < 1)
+    assert torch.equal(below(edges), expected < 1)
 
 
 def test_the_first_stage_is_never_asked_at_zero():
@@ -180,12 +195,13 @@ def test_each_network_is_asked_for_its_own_samples_under_their_own_conditions():
     student, teacher, labels, augment = Scaled(0.2), Scaled(0.5), torch.arange(64.0)[:, None], torch.arange(64.0)[:, None] + 0.5
     loss = make_loss(teacher, 4)
     loss(student, images_of(64), labels, SampleDraws(7, 0, 64), augment)
-    edges, below = loss.draw(SampleDraws(7, 0, 64), CPU), loss.draw(SampleDraws(7, 0, 64), CPU).on_host
-    assert 16 < below.sum() < 64, 'more than those at t\' itself'
+    edges = loss.draw(SampleDraws(7, 0, 64), CPU)
+    low = below(edges)
+    assert 16 < low.sum() < 64, 'more than those at t\' itself'
     (first, *_), (r, own, kwargs), (t, whole, _) = *teacher.calls, *student.calls
-    assert torch.equal(first, edges.sigma_s[below]) and torch.equal(r, edges.sigma_s[~below]) and torch.equal(t, edges.sigma_t)
-    assert torch.equal(teacher.calls[0][1], labels[below]) and torch.equal(own, labels[~below]) and torch.equal(whole, labels)
-    assert torch.equal(teacher.calls[0][2]['augment_labels'], augment[below]) and torch.equal(kwargs['augment_labels'], augment[~below])
+    assert torch.equal(first, edges.sigma_s[low]) and torch.equal(r, edges.sigma_s[~low]) and torch.equal(t, edges.sigma_t)
+    assert torch.equal(teacher.calls[0][1], labels[low]) and torch.equal(own, labels[~low]) and torch.equal(whole, labels)
+    assert torch.equal(teacher.calls[0][2]['augment_labels'], augment[low]) and torch.equal(kwargs['augment_labels'], augment[~low])
 
 
 def test_a_network_that_has_no_samples_is_not_asked():
@@ -194,8 +210,8 @@ def test_a_network_that_has_no_samples_is_not_asked():
     make_loss(teacher, 0, sigma_max=1.5)(student, images_of(64), None, SampleDraws(7, 0, 64))
     assert len(teacher.calls) == 1 and len(student.calls) == 1
     teacher.calls.clear()
-    loss, columns = make_loss(teacher), torch.tensor([[50.0, 45.0, 0.0, 1.0, ops.GENERAL]], dtype=torch.float64).expand(64, 5).unbind(dim=1)
-    loss.draw = lambda draws, device: Drawn(*columns, on_host=columns[1] < 1)
+    loss, one = make_loss(teacher), torch.ones(64, dtype=torch.float64)
+    loss.draw = lambda draws, device: drawn_at(50 * one, 45 * one, one)
     loss(student, images_of(64), None, SampleDraws(7, 0, 64))
     assert teacher.calls == []
 
@@ -207,7 +223,7 @@ def test_gradients_reach_the_student_alone_and_through_its_own_answer_alone():
     loss(student, images, None, SampleDraws(7, 0, 64)).sum().backward()
     edges, noise = loss.draw(SampleDraws(7, 0, 64), CPU), SampleDraws(7, 0, 64).normal('noise', [1, 8, 8]).double()
     x_t, x_r = (images + ops.expand_like(s, images) * noise for s in (edges.sigma_t, edges.sigma_s))
-    d = 0.2 * x_t - torch.where(edges.on_host, 0.5, 0.2).reshape(-1, 1, 1, 1) * x_r
+    d = 0.2 * x_t - torch.where(below(edges), 0.5, 0.2).reshape(-1, 1, 1, 1) * x_r
     expected = (edges.weight * (d * x_t).flatten(1).sum(1) / d.flatten(1).norm(dim=1)).sum()
     torch.testing.assert_close(student.value.grad, expected, rtol=1e-6, atol=0)
     assert teacher.value.grad is None
@@ -245,14 +261,14 @@ def masks_seen(student_dropout, teacher_dropout, **options):
     loss = make_loss(teacher, 4, **options)
     loss.attach(student, None)
     loss(student, images_of(64), None, SampleDraws(0, 0, 64))
-    return *student.masks, *teacher.masks, loss.draw(SampleDraws(0, 0, 64), CPU).on_host
+    return *student.masks, *teacher.masks, below(loss.draw(SampleDraws(0, 0, 64), CPU))
 
 
 @pytest.mark.parametrize('sync', [True, False])
 def test_both_networks_see_the_masks_of_the_student_where_dropout_is_synchronised(sync):
     """Each the rows of its own samples."""
-    own, whole, first, below = masks_seen(0.3, 0.3, sync_dropout=sync)
-    assert torch.equal(own['block'], whole['block'][~below]) == torch.equal(first['block'], whole['block'][below]) == sync
+    own, whole, first, low = masks_seen(0.3, 0.3, sync_dropout=sync)
+    assert torch.equal(own['block'], whole['block'][~low]) == torch.equal(first['block'], whole['block'][low]) == sync
 
 
 def test_a_first_stage_with_another_dropout_is_asked_as_in_sampling():
@@ -279,7 +295,7 @@ def test_stages_follow_the_images_and_shares_are_reported():
     loss(Scaled(0.2), images_of(64), None, SampleDraws(0, 0, 64))
     stats = training_stats.collect()
     assert stats['Edges/stage']['mean'] == 4 and stats['Edges/boundary']['mean'] == 0.25
-    assert stats['Edges/first_stage']['mean'] == loss.draw(SampleDraws(0, 0, 64), CPU).on_host.double().mean()
+    assert stats['Edges/first_stage']['mean'] == below(loss.draw(SampleDraws(0, 0, 64), CPU)).double().mean()
 
 
 def test_images_are_made_by_the_average_above_the_dividing_time_and_by_the_first_stage_below():

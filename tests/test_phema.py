@@ -1,4 +1,7 @@
 """Averages of weights: EDM2's numbers, closed forms, and what the training loop's averages contain."""
+import copy
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +75,67 @@ def test_averages_round_trip_through_their_state():
     second.load_state_dict(first.state_dict())
     assert second.ema.value == first.ema.value
     assert [n.value for n in second.phema.values()] == [n.value for n in first.phema.values()]
+
+def trained(steps, device, state=None, slow=False):
+    """Averages of a small network whose weights are other random numbers at every step, from the given state's step on."""
+    net = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
+    averages = phema.WeightAverages(net, flat := FlatParameters(net), 500, 0.05, [0.05, 0.2], device)
+    if state is not None:
+        averages.load_state_dict(state)
+    if slow:
+        take_in = averages._copies.take_in
+        averages._copies.take_in = lambda weights, decays: time.sleep(0.02) or take_in(weights, decays)
+    for step in steps:
+        averages.let_weights_change()
+        flat.weights.data.copy_(torch.randn(flat.weights.shape, generator=torch.Generator().manual_seed(step)))
+        averages.update((step + 1) * 100, 100)
+    return averages
+
+
+@pytest.mark.parametrize('slow', [False, True])
+def test_averages_that_a_thread_computes_are_bit_for_bit_those_of_the_network_s_own_device(slow):
+    """Also where the thread is slower than the steps, whose weights change meanwhile, and where a run goes on from a state."""
+    plain, threaded = trained(range(12), None), trained(range(5), 'cpu', slow=slow)
+    threaded = trained(range(5, 12), 'cpu', state=copy.deepcopy(threaded.state_dict()), slow=slow)
+    for name, network in plain.networks.items():
+        assert all(torch.equal(a, b) for a, b in zip(network.parameters(), threaded.networks[name].parameters()))
+    assert len(plain.vectors) == 3 and not torch.equal(plain.vectors['ema'], plain.vectors['phema-0.050'])
+    assert threaded.on_device('ema') is threaded.ema and not threaded._copies._pending
+
+
+@pytest.mark.parametrize('read', [lambda a: a.ema, lambda a: a.phema, lambda a: a.vectors, lambda a: a.networks, lambda a: a.state_dict(),
+                                  lambda a: a.on_device('phema-0.200')])
+def test_whoever_reads_averages_waits_for_the_thread(read):
+    """Its last update takes 20 ms."""
+    threaded = trained(range(2), 'cpu', slow=True)
+    assert threaded._copies._pending
+    read(threaded)
+    assert not threaded._copies._pending
+
+
+def test_what_goes_wrong_in_the_thread_ends_the_training():
+    averages = trained(range(1), 'cpu')
+    averages.settle()
+    averages._copies.take_in = lambda weights, decays: 1 / 0
+    averages.update(200, 100)
+    with pytest.raises(ZeroDivisionError):
+        averages.settle()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU: averages on the host, weights on the device')
+def test_averages_in_host_memory_equal_those_on_the_gpu():
+    """To rounding, which may differ between the two: 1e-6."""
+    averages = []
+    for device in (None, 'cpu'):
+        net = torch.nn.Linear(300, 300).cuda()
+        averages.append(phema.WeightAverages(net, flat := FlatParameters(net), 500, None, [0.1], device))
+        for step in range(10):
+            averages[-1].let_weights_change()
+            flat.weights.data.copy_(torch.randn(flat.weights.shape, generator=torch.Generator().manual_seed(step)))
+            averages[-1].update((step + 1) * 100, 100)
+    for name, vector in averages[1].vectors.items():
+        assert vector.device.type == 'cpu' and next(averages[1].on_device(name).parameters()).is_cuda
+        torch.testing.assert_close(vector.data, averages[0].vectors[name].data.cpu(), rtol=1e-6, atol=1e-6)
 
 #----------------------------------------------------------------------------
 # Post-hoc reconstruction: how far it is off.

@@ -1,6 +1,8 @@
 """A network's parameters as views of one vector, so that what treats them alike (optimiser, averages, norms) is one operation each."""
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 ALIGNMENT = 16  # elements: every parameter starts on a 64-byte boundary of FP32
@@ -22,7 +24,7 @@ class FlatParameters:
         if len(kinds) != 1:
             raise ValueError(f'parameters of several types or devices: {sorted(map(str, kinds))}')
         sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
-        starts = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+        starts = [0, *itertools.accumulate(sizes)]
         vector = parameters[0].new_zeros(starts[-1], requires_grad=False)
         gradient = torch.zeros_like(vector)
         for start, parameter in zip(starts, parameters):

@@ -1,7 +1,7 @@
 """Scalar statistics of a training run, gathered on the device and reduced over processes once a tick.
 
-`report` and `report_bins` add to running moments without any transfer; `collect` sums them over all processes, returns
-{name: {"num", "mean", "std"}} and starts anew. Every process must report the same names.
+`report` and `report_bins` add to running moments without any transfer, of tensors that must not change afterwards; `collect` sums them over all
+processes, returns {name: {"num", "mean", "std"}} and starts anew. Every process must report the same names.
 """
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch
 
 from torch_utils import distributed
 
+AT_ONCE = 32  # reports of a name become moments together, since a step of a small network would notice the operations
+
+_waiting: dict[tuple[str, ...], list[tuple[torch.Tensor, ...]]] = {}  # names -> (values,) or (values, index) of each report
 _moments: dict[tuple[str, ...], torch.Tensor] = {}  # names -> [len(names), 3] float64: count, sum, sum of squares
 
 
@@ -23,14 +26,30 @@ def _accumulator(names: tuple[str, ...], device: torch.device) -> torch.Tensor:
 def report(name: str | list[str], values) -> None:
     """Add observations: any tensor for one name, [N, K] for K names, a column each. Those that are not finite are left out."""
     names = (name,) if isinstance(name, str) else tuple(name)
-    moments = _moments_of(torch.as_tensor(values).detach().double().reshape(-1, len(names)))
-    _accumulator(names, moments.device).add_(moments.sum(dim=0))
+    _add(names, torch.as_tensor(values).detach().reshape(-1, len(names)))
 
 
 def report_bins(names: list[str], index: torch.Tensor, values: torch.Tensor) -> None:
     """Add `values` [N] under `names[index]`, index [N] int64. Those that are not finite are left out."""
-    moments = _moments_of(values.detach().double())
-    _accumulator(tuple(names), values.device).index_add_(0, index, moments)
+    _add(tuple(names), values.detach(), index)
+
+
+def _add(names: tuple[str, ...], values: torch.Tensor, *index: torch.Tensor) -> None:
+    _accumulator(names, values.device)  # now, so that all processes know the names in one order
+    reports = _waiting.setdefault(names, [])
+    reports.append((values, *index))
+    if len(reports) >= AT_ONCE:
+        _take_in(names)
+
+
+def _take_in(names: tuple[str, ...]) -> None:
+    """Add the reports that wait to the moments."""
+    values, *index = (torch.cat(column) for column in zip(*_waiting.pop(names)))
+    moments = _moments_of(values.double())
+    if index:
+        _moments[names].index_add_(0, *index, moments)
+    else:
+        _moments[names].add_(moments.sum(dim=0))
 
 
 def _moments_of(values: torch.Tensor) -> torch.Tensor:
@@ -54,6 +73,8 @@ def collect() -> dict[str, dict[str, float]]:
 
 def state() -> list[tuple[list[str], torch.Tensor]]:
     """What was reported since the last collection, summed over processes, for a training state that is made in the middle of a tick."""
+    for names in list(_waiting):
+        _take_in(names)
     if not _moments:
         return []
     totals = distributed.all_reduce_sum(torch.cat(list(_moments.values()))).cpu().split([len(names) for names in _moments])
@@ -70,3 +91,4 @@ def load_state(groups: list[tuple[list[str], torch.Tensor]], device: torch.devic
 def reset() -> None:
     """Forget everything that was reported."""
     _moments.clear()
+    _waiting.clear()

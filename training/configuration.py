@@ -351,7 +351,9 @@ def configure(opts: EasyDict, dataset, teacher) -> EasyDict:
     c.update(ema_halflife_nimg=opts.ema, ema_rampup_ratio=opts.ema_rampup or None, phema_stds=opts.phema or [])
     c.update(kimg_per_tick=opts.tick, snapshot_ticks=opts.snap, phema_snapshot_ticks=opts.phema_snap, state_dump_ticks=opts.dump,
              states_kept=opts.keep, on_save_error=opts.on_save_error,
-             seed=opts.seed, workers=opts.workers, cudnn_benchmark=opts.bench, transfer=opts.transfer, resume=opts.resume)
+             seed=opts.seed, transfer=opts.transfer, resume=opts.resume)
+    c.update(workers=opts.workers, cudnn_benchmark=opts.bench, tf32=opts.tf32, compiled=opts.compiled, channels_last=opts.channels_last,
+             checkpoint_activations=opts.checkpoint_activations, ema_device=opts.ema_device, profile_steps=opts.profile_steps)
     c.validation = None
     if opts.val:
         names = ('ref', 'ref_data', 'detector', 'steps', 'every', 'emas', 'at_start', 'teacher', 'num', 'batch', 'seed', 'label', 'dump_images_dir',

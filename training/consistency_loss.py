@@ -8,17 +8,20 @@ often each is drawn (`make_edges`), and what the reference is (`reference`); noi
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torch_utils import training_stats
 from training import consistency_ops as ops
+from training.draws import upload
 from training.loss import Loss, report_by_sigma, student_masks, unwrap
 
 HOPS = ('heun', 'ddim', 'addim')  # of a teacher
+PINNED = len(ops.KIND_NAMES)  # to the host a kind of its own: the first edge where it has a reference of its own
 EDGE_NAMES = [f'Edges/{name}' for name in (*ops.KIND_NAMES, 'pinned')]
 
 
@@ -26,13 +29,72 @@ EDGE_NAMES = [f'Edges/{name}' for name in (*ops.KIND_NAMES, 'pinned')]
 class EdgeTable:
     """The edges to draw from, and what a training step needs to know of each, on host and device."""
 
-    stage: Hashable        # of training, for which they were made
-    edges: ops.Edges       # on the host
-    cumulative: Tensor     # [T'] host, cumulative probabilities
-    columns: Tensor        # [T', 5] device: sigma_t, hop target, sigma_b, weight, kind
-    flags: Tensor          # [T', 4] device: indicators of the kinds and of the pinned edge, for statistics
-    segment: Tensor        # [T'] int64, device
+    stage: Hashable         # of training, for which they were made
+    edges: ops.Edges        # on the host
+    cumulative: np.ndarray  # [T'] cumulative probabilities
+    kinds: np.ndarray       # [T'] TERMINAL, SNAP, GENERAL or PINNED
+    columns: Tensor         # [T', 5] device: sigma_t, hop target, sigma_b, weight, kind
+    flags: Tensor           # [T', 4] device: indicators of the kinds and of the pinned edge, for statistics
+    segment: Tensor         # [T'] int64, device
     segment_names: list[str]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Those samples of a batch that need an evaluation which the others do without.
+
+    Attributes:
+        mask: [N] bool, which; None: all.
+        rows: [M] indices of those to ask a network for: theirs, which come first, and maybe others, so that networks see few sizes of batches.
+            None: the whole batch is asked, as it lies.
+        count: how many rows are theirs.
+    """
+
+    mask: Tensor | None = None
+    rows: Tensor | None = None
+    count: int = 0
+
+    def pick(self, values: Tensor | None) -> Tensor | None:
+        """[M, ...] of [N, ...]: the rows to ask for."""
+        return values if values is None or self.rows is None else values[self.rows]
+
+    def put(self, batch: Tensor, answers: Tensor) -> Tensor:
+        """The batch [N, ...] with the answers [M, ...] in the places of these samples."""
+        if self.rows is not None:
+            return batch.index_copy(0, self.rows[:self.count], answers[:self.count])
+        return answers if self.mask is None else torch.where(self.mask.reshape(-1, *[1] * (batch.ndim - 1)), answers, batch)
+
+
+EVERYONE = Part()
+
+
+def padded_size(count: int, batch: int) -> int:
+    """The rows to ask for where `count` are needed: a power of two up to an eighth of the batch, then a multiple of that eighth."""
+    eighth = -(-batch // 8)
+    return min(1 << (count - 1).bit_length(), eighth) if count <= eighth else min(-(-count // eighth) * eighth, batch)
+
+
+def split_batch(masks: Mapping[str, np.ndarray], device: torch.device, few_sizes: bool, index: np.ndarray) -> tuple[Tensor, dict[str, Part]]:
+    """(`index` on the device, the parts of a batch by their names), in one transfer. Parts of nobody are left out.
+
+    Args:
+        masks: [N] bool for each part.
+        few_sizes: networks are asked for few sizes of batches (`padded_size`), at the cost of rows that nobody needs.
+        index: [N] int64 numbers that the device needs too.
+    """
+    counts = {name: int(mask.sum()) for name, mask in masks.items() if mask.any()}
+    sizes = {name: padded_size(count, len(index)) if few_sizes else count for name, count in counts.items()}
+    columns = [index]
+    for name, size in sizes.items():  # a stable sort puts the part's rows first, both in their order
+        columns.append(np.argsort(~masks[name], kind='stable')[:size] if size < len(index) else masks[name].astype(np.int64))
+    index, *columns = upload(np.concatenate(columns), device).split([len(column) for column in columns])
+    parts = {}
+    for name, column in zip(sizes, columns):
+        if counts[name] == len(index):
+            parts[name] = EVERYONE
+        else:
+            parts[name] = Part(mask=column.bool()) if sizes[name] == len(index) else Part(rows=column, count=counts[name])
+    return index, parts
 
 
 @dataclass(frozen=True)
@@ -46,9 +108,9 @@ class Drawn:
     sigma_s: Tensor
     sigma_b: Tensor
     weight: Tensor
-    kind: Tensor                # TERMINAL, SNAP or GENERAL
-    index: Tensor | None = None    # which of a table's, [N] int64
-    on_host: Tensor | None = None  # what the host has to know of each sample: the same index, or which of two networks it asks
+    kind: Tensor                 # TERMINAL, SNAP or GENERAL
+    index: Tensor | None = None  # which of a table's, [N] int64
+    parts: Mapping[str, Part] | None = None  # which need evaluations that others do without, by names; nobody those that are not there
 
 
 @dataclass(frozen=True)
@@ -70,26 +132,30 @@ class Pairs:
     augment_labels: Tensor | None = None
     masks: dict = field(default_factory=dict)
 
-    def ask(self, net, x: Tensor, sigma: Tensor, rows: Tensor | None = None, **kwargs) -> Tensor:
-        """[N, ...] float64: what a network says to `x` at `sigma` under the conditions of the images, or of `rows`, indices of some."""
-        pick = lambda value: value if value is None or rows is None else value[rows]
-        if self.augment_labels is not None:
-            kwargs['augment_labels'] = pick(self.augment_labels)
-        return net(x, sigma, pick(self.labels), **kwargs).double()
+    def ask(self, net, x: Tensor, sigma: Tensor, part: Part = EVERYONE, dropout_masks: Mapping[str, Tensor] | None = None) -> Tensor:
+        """[M, ...] float64: what a network says to `x` [M, ...] at `sigma` [M], which are of a part of the batch, under the conditions and
+        dropout masks of that part's rows."""
+        kwargs = {} if self.augment_labels is None else dict(augment_labels=part.pick(self.augment_labels))
+        if dropout_masks is not None:
+            kwargs['dropout_masks'] = {name: part.pick(mask) for name, mask in dropout_masks.items()}
+        return net(x, sigma, part.pick(self.labels), **kwargs).double()
 
     def data_hop(self) -> Tensor:
         """x_s = y + sigma_s n: the data's own step to the lower end."""
         return self.y + ops.expand_like(self.edges.sigma_s, self.y) * self.noise
 
     def teacher_hop(self, teacher, x: Tensor, sigma: Tensor, sigma_next: Tensor, hop: str, xvar_frac: float,
-                    denoised: Tensor | None = None) -> Tensor:
-        """A step of the teacher from `x` at `sigma`, by one of HOPS; `denoised` is what it says there, where that is known already."""
-        denoised = self.ask(teacher, x, sigma) if denoised is None else denoised
+                    denoised: Tensor | None = None, part: Part = EVERYONE) -> Tensor:
+        """A step of the teacher from `x` [M, ...] at `sigma`, of a part of the batch, by one of HOPS; `denoised` is what it says there, where that
+        is known already."""
+        ask = lambda x, sigma: self.ask(teacher, x, sigma, part)
+        denoised = ask(x, sigma) if denoised is None else denoised
         if hop == 'heun':
-            return ops.heun_hop(lambda x, sigma: self.ask(teacher, x, sigma), x, sigma, sigma_next, denoised)
+            return ops.heun_hop(ask, x, sigma, sigma_next, denoised)
         if hop == 'ddim':
             return ops.ddim_step(x, denoised, sigma, sigma_next)
-        return ops.addim_hop(x, denoised, sigma, sigma_next, ops.addim_variance(denoised, sigma, self.y if xvar_frac else None, xvar_frac))
+        y = part.pick(self.y) if xvar_frac else None
+        return ops.addim_hop(x, denoised, sigma, sigma_next, ops.addim_variance(denoised, sigma, y, xvar_frac))
 
 
 class ConsistencyLoss(Loss):
@@ -157,6 +223,10 @@ class TableLoss(ConsistencyLoss):
         """The edges of this stage and their probabilities, [T'] float64, on the host."""
         raise NotImplementedError
 
+    def parts(self, kinds: np.ndarray) -> dict[str, np.ndarray]:
+        """Which samples of a batch need an evaluation that others do without, [N] bool by names, given the kinds [N] of their edges."""
+        return {}
+
     def weights(self, edges: ops.Edges) -> Tensor:
         """w of each edge, [T']."""
         return ops.edge_weight(edges.sigma_t, edges.sigma_s, self.cd_weight_mode, self.sigma_data)
@@ -175,15 +245,17 @@ class TableLoss(ConsistencyLoss):
         flags = torch.nn.functional.one_hot(edges.kind, 3).double()
         pinned = torch.zeros(len(edges), 1, dtype=torch.float64)
         pinned[0] = self.pin_top
-        return EdgeTable(self.stage, edges, probabilities.cumsum(0), columns.to(device), torch.cat([flags, pinned], dim=1).to(device),
-                         edges.segment.to(device), [f'Loss/segment{j}' for j in range(int(edges.segment[-1]) + 1)])
+        kinds = torch.where(pinned[:, 0] > 0, PINNED, edges.kind)
+        on_device = (upload(column.numpy(), device) for column in (columns, torch.cat([flags, pinned], dim=1), edges.segment))
+        return EdgeTable(self.stage, edges, probabilities.cumsum(0).numpy(), kinds.numpy(), *on_device,
+                         [f'Loss/segment{j}' for j in range(int(edges.segment[-1]) + 1)])
 
     def draw(self, draws, device: torch.device) -> Drawn:
-        # The host draws, so that it knows which samples need another reference without asking the device.
+        # The host draws, so that it knows which samples need which evaluations without asking the device.
         table = self.table(device)
-        on_host = torch.searchsorted(table.cumulative, draws.uniform('edge') * table.cumulative[-1], right=True).clamp(max=len(table.edges) - 1)
-        index = on_host.to(device, non_blocking=True)
-        return Drawn(*table.columns[index].unbind(dim=1), index, on_host)
+        index = np.searchsorted(table.cumulative, draws.uniform('edge') * table.cumulative[-1], side='right').clip(max=len(table.edges) - 1)
+        index, parts = split_batch(self.parts(table.kinds[index]), device, self.few_sizes or device.type == 'cuda', index)
+        return Drawn(*table.columns[index].unbind(dim=1), index, parts)
 
     def report(self, edges: Drawn, loss: Tensor) -> None:
         super().report(edges, loss)
@@ -226,8 +298,16 @@ class SegmentLoss(TableLoss):
                                                spacing=self.sigma_grid, top_mass=self.top_mass)
         return ops.edge_table(teacher, self.student), probabilities
 
+    def parts(self, kinds: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(general=kinds == ops.GENERAL)
+
     def self_target(self, net, pairs: Pairs, x_s: Tensor, x_terminal: Tensor) -> Tensor:
         """x_b: where a DDIM step from x_s goes, by the student's word; on edges that end at the boundary x_s itself, on those to 0 x_terminal."""
-        edges, kind = pairs.edges, ops.expand_like(pairs.edges.kind, x_s)
-        x_general = ops.ddim_step(x_s, pairs.ask(net, x_s, edges.sigma_s, dropout_masks=pairs.masks), edges.sigma_s, edges.sigma_b)
-        return torch.where(kind == ops.GENERAL, x_general, torch.where(kind == ops.SNAP, x_s, x_terminal))
+        edges = pairs.edges
+        x_b = torch.where(ops.expand_like(edges.kind, x_s) == ops.TERMINAL, x_terminal, x_s)
+        general = Part(mask=edges.kind == ops.GENERAL) if edges.parts is None else edges.parts.get('general')
+        if general is None:
+            return x_b
+        x_s, sigma_s, sigma_b = (general.pick(values) for values in (x_b, edges.sigma_s, edges.sigma_b))
+        denoised = pairs.ask(net, x_s, sigma_s, general, pairs.masks)
+        return general.put(x_b, ops.ddim_step(x_s, denoised, sigma_s, sigma_b))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -327,15 +327,16 @@ def anchor_nodes(sigma_max: float, sigma_b: float, sigma_min: float, rho: float,
     return _ending_in_zero(sigma_nodes(hops, sigma_min, sigma_max, rho, spacing))
 
 
-def solve_ode(denoiser: Denoiser, x: Tensor, nodes: Tensor) -> Tensor:
-    """Follow the ODE down a list of noise levels by Heun steps; a last step to 0 is Euler's. Returns [N, ...] float64."""
-    levels = nodes.tolist()
+def solve_ode(denoiser: Denoiser, x: Tensor, levels: Sequence[float], denoised: Tensor | None = None) -> Tensor:
+    """Follow the ODE down a list of noise levels by Heun steps; a last step to 0 is Euler's. Returns [N, ...] float64.
+
+    `denoised` is D at x, at the first level, where it is known already.
+    """
     for sigma_t, sigma_s in itertools.pairwise(levels):
         sigma = torch.full([len(x)], sigma_t, dtype=torch.float64, device=x.device)
-        if sigma_s > 0:
-            x = heun_hop(denoiser, x, sigma, torch.full_like(sigma, sigma_s))
-        else:
-            x = denoiser(x, sigma).double()
+        denoised = denoiser(x, sigma).double() if denoised is None else denoised
+        x = heun_hop(denoiser, x, sigma, torch.full_like(sigma, sigma_s), denoised) if sigma_s > 0 else denoised
+        denoised = None
     return x
 
 

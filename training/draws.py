@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,12 @@ def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed from integers and strings, independent for different tuples."""
     digest = hashlib.blake2b('/'.join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, 'little') >> 1
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """What the host has decided, on the device; the host does not wait for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else tensor.to(device)
 
 
 class SampleDraws:
@@ -43,9 +50,9 @@ class SampleDraws:
         """[count, *shape] float32 on the device, standard normal."""
         return self._draw(purpose, shape, self.device, torch.randn)
 
-    def uniform(self, purpose: str) -> Tensor:
-        """[count] float64 on the host, uniform in [0, 1): for choices that the host has to know without asking the device."""
-        return self._draw(purpose, (), torch.device('cpu'), lambda *a, **k: torch.rand(*a, dtype=torch.float64, **k))
+    def uniform(self, purpose: str) -> np.ndarray:
+        """[count] float64, uniform in [0, 1): for choices that the host has to know without asking the device."""
+        return self._draw(purpose, (), torch.device('cpu'), lambda *a, **k: torch.rand(*a, dtype=torch.float64, **k)).numpy()
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator on the device for numbers that belong to this very set of samples (dropout masks, augmentation)."""

@@ -14,7 +14,7 @@ def in_precision(net: torch.nn.Module, precision: str) -> torch.nn.Module:
 
 
 def run_with(net: torch.nn.Module, *, channels_last: bool = False, checkpoint_activations: bool = False, compiled: bool = False,
-             cuda_graphs: bool = False) -> torch.nn.Module:
+             frozen: bool = False, cuda_graphs: bool = False) -> torch.nn.Module:
     """The network, in place, set to run in a certain way, which copies and snapshots of it know nothing of.
 
     Args:
@@ -22,12 +22,14 @@ def run_with(net: torch.nn.Module, *, channels_last: bool = False, checkpoint_ac
         checkpoint_activations: a backward pass keeps what goes in and out of the U-Net's blocks and computes the rest again.
         compiled: by `torch.compile`, at the first calls: once with gradients and once without, and again for batches of any size where another size
             follows the first. Noise levels are tensors, so a new level, or T, compiles nothing.
-        cuda_graphs: compiled, and launched as CUDA graphs; for networks whose outputs are used up before the next call.
+        frozen: the weights stay as they are, and nobody wants gradients: compiled for a CPU, they are packed as its kernels want them, once.
+        cuda_graphs: what is compiled for a GPU is launched as CUDA graphs; for networks whose answer is used up before the next call.
     """
     for part in networks_in(net):
         part.channels_last, part.model.checkpoint_activations = channels_last, checkpoint_activations
-        if compiled or cuda_graphs:
-            part.compile(mode='reduce-overhead' if cuda_graphs else None)
+        if compiled:
+            options = {'freezing': frozen and not is_on_gpu(part), 'triton.cudagraphs': cuda_graphs and is_on_gpu(part)}
+            part.compile(options={name: True for name, chosen in options.items() if chosen} or None)
     return net
 
 
@@ -39,7 +41,7 @@ def hold_in_half(net: torch.nn.Module) -> torch.nn.Module:
     """
     from training.networks import Conv2d
     for part in networks_in(net):
-        half = torch.bfloat16 if part.use_bf16 else torch.float16 if part.use_fp16 and next(part.parameters()).is_cuda else None
+        half = torch.bfloat16 if part.use_bf16 else torch.float16 if part.use_fp16 and is_on_gpu(part) else None
         for module in part.modules() if half else ():
             if isinstance(module, Conv2d):
                 for name in ('weight', 'bias'):
@@ -51,6 +53,11 @@ def hold_in_half(net: torch.nn.Module) -> torch.nn.Module:
 def networks_in(net: torch.nn.Module) -> list[torch.nn.Module]:
     """The denoisers with a U-Net of their own: `net`, or the two that it is made of."""
     return [net] if hasattr(net, 'model') else [net.high, net.low]
+
+
+def is_on_gpu(net: torch.nn.Module) -> bool:
+    """Whether it computes there."""
+    return next(net.parameters()).is_cuda
 
 
 def allow_tf32(allowed: bool) -> None:

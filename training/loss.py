@@ -5,11 +5,14 @@ samples' random numbers (`training.draws.SampleDraws`), and returns one loss per
 """
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from torch_utils import training_stats
 from torch_utils.flat import FlatParameters
 from training.consistency_ops import expand_like
+from training.draws import upload
 
 SIGMA_BIN_EDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 SIGMA_BINS = [f'{low:g}-{high:g}' for low, high in zip((0, *SIGMA_BIN_EDGES), (*SIGMA_BIN_EDGES, float('inf')))]
@@ -17,14 +20,24 @@ SIGMA_BINS = [f'{low:g}-{high:g}' for low, high in zip((0, *SIGMA_BIN_EDGES), (*
 
 def report_by_sigma(prefix: str, sigma: torch.Tensor, loss: torch.Tensor) -> None:
     """Report each image's loss under the bin of noise levels that it falls in, as `<prefix>/sigma_<low>-<high>`."""
-    edges = torch.tensor(SIGMA_BIN_EDGES, dtype=sigma.dtype).to(sigma.device, non_blocking=True)
-    training_stats.report_bins([f'{prefix}/sigma_{name}' for name in SIGMA_BINS], torch.bucketize(sigma.contiguous(), edges), loss)
+    names = [f'{prefix}/sigma_{name}' for name in SIGMA_BINS]
+    training_stats.report_bins(names, torch.bucketize(sigma.contiguous(), _sigma_bin_edges(sigma.dtype, sigma.device)), loss)
+
+
+@functools.cache
+def _sigma_bin_edges(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(SIGMA_BIN_EDGES, dtype=dtype).to(device, non_blocking=True)
 
 
 class Loss:
     """What the training loop asks of a loss besides `loss_fn(net, images, labels, draws, augment_labels) -> [N]`. Nothing, here."""
 
     name: str  # under which the loop reports it, as `Loss/<name>`
+    few_sizes = False  # whether networks are to see few sizes of batches on a CPU too, because they are compiled for each
+
+    def networks(self) -> list[torch.nn.Module]:
+        """Those of its own that it asks, besides the one that trains and the teacher it was given."""
+        return []
 
     def attach(self, net: torch.nn.Module, weights: FlatParameters) -> None:
         """Meet the network that trains, with its first weights, before the first step or before `load_state_dict`."""
@@ -117,9 +130,8 @@ class VPLoss(DiffusionLoss):
         self.beta_d, self.beta_min, self.epsilon_t = beta_d, beta_min, epsilon_t
 
     def noise_levels(self, draws):
-        t = 1 + draws.uniform('sigma') * (self.epsilon_t - 1)
-        sigma = torch.expm1(self.beta_d * t ** 2 / 2 + self.beta_min * t).sqrt()
-        return sigma.float().to(draws.device, non_blocking=True)
+        t = 1 + upload(draws.uniform('sigma'), draws.device) * (self.epsilon_t - 1)
+        return torch.expm1(self.beta_d * t ** 2 / 2 + self.beta_min * t).sqrt().float()
 
     def weight(self, sigma):
         return sigma ** -2
@@ -132,8 +144,7 @@ class VELoss(DiffusionLoss):
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def noise_levels(self, draws):
-        sigma = self.sigma_min * (self.sigma_max / self.sigma_min) ** draws.uniform('sigma')
-        return sigma.float().to(draws.device, non_blocking=True)
+        return (self.sigma_min * (self.sigma_max / self.sigma_min) ** upload(draws.uniform('sigma'), draws.device)).float()
 
     def weight(self, sigma):
         return sigma ** -2

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 from torch import Tensor
 
 from training import consistency_ops as ops
-from training.consistency_loss import HOPS, Pairs, SegmentLoss
+from training.consistency_loss import HOPS, PINNED, Pairs, SegmentLoss
 
 
 class ConsistencyDistillationLoss(SegmentLoss):
@@ -37,24 +38,32 @@ class ConsistencyDistillationLoss(SegmentLoss):
         super().__init__(terminal_anchor=terminal_anchor, **segments)
         self.teacher, self.hop, self.xvar_frac, self.terminal_teacher_hop = teacher, hop, xvar_frac, terminal_teacher_hop
         self.pin_top = terminal_anchor if pin_top is None else pin_top
-        self.anchor_nodes = ops.anchor_nodes(float(self.student[0]), float(self.student[1]), self.sigma_min, self.rho, anchor_hops, self.sigma_grid)
+        top, bottom = float(self.student[0]), float(self.student[1])
+        self.anchor_levels = ops.anchor_nodes(top, bottom, self.sigma_min, self.rho, anchor_hops, self.sigma_grid).tolist()
+
+    def parts(self, kinds: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(super().parts(kinds), hopping=(kinds == ops.GENERAL) | (kinds == ops.SNAP), pinned=kinds == PINNED)
 
     def reference(self, net, pairs: Pairs) -> Tensor:
-        """See docs/method.md, 'Target'."""
-        denoised = None
-        if isinstance(self.hop, str) or self.terminal_teacher_hop:
-            denoised = pairs.ask(self.teacher, pairs.x_t, pairs.edges.sigma_t)
+        """See docs/method.md, 'Target'. An evaluation is of the samples alone whose reference depends on it."""
+        denoised = pairs.ask(self.teacher, pairs.x_t, pairs.edges.sigma_t) if self.terminal_teacher_hop else None
         x_b = self.self_target(net, pairs, self._hop(pairs, denoised), denoised if self.terminal_teacher_hop else pairs.y)
-        on_host = pairs.edges.on_host
-        pinned = (on_host == 0).nonzero().flatten() if self.pin_top else on_host[:0]
-        if len(pinned):
-            rows = pinned.to(x_b.device, non_blocking=True)
-            x_b = x_b.index_copy(0, rows, ops.solve_ode(lambda x, sigma: pairs.ask(self.teacher, x, sigma, rows), pairs.x_t[rows], self.anchor_nodes))
-        return x_b
+        return self._solve_pinned(pairs, x_b, denoised)
 
-    def _hop(self, pairs: Pairs, denoised: Tensor) -> Tensor:
-        """x_s, the teacher's step from sigma_t to sigma_s."""
-        edges = pairs.edges
+    def _hop(self, pairs: Pairs, denoised: Tensor | None) -> Tensor:
+        """x_s, the teacher's step from sigma_t to sigma_s, on the edges that have one; x_t elsewhere."""
+        edges, hopping = pairs.edges, pairs.edges.parts.get('hopping')
+        if hopping is None:
+            return pairs.x_t
+        ends = [hopping.pick(values) for values in (pairs.x_t, edges.sigma_t, edges.sigma_s)]
         if callable(self.hop):
-            return self.hop(pairs.x_t, edges.sigma_t, edges.sigma_s)
-        return pairs.teacher_hop(self.teacher, pairs.x_t, edges.sigma_t, edges.sigma_s, self.hop, self.xvar_frac, denoised)
+            return hopping.put(pairs.x_t, self.hop(*ends))
+        return hopping.put(pairs.x_t, pairs.teacher_hop(self.teacher, *ends, self.hop, self.xvar_frac, hopping.pick(denoised), hopping))
+
+    def _solve_pinned(self, pairs: Pairs, x_b: Tensor, denoised: Tensor | None) -> Tensor:
+        """x_b, with the teacher's solution over sub-steps on the pinned edge."""
+        pinned = pairs.edges.parts.get('pinned')
+        if pinned is None:
+            return x_b
+        ask = lambda x, sigma: pairs.ask(self.teacher, x, sigma, pinned)
+        return pinned.put(x_b, ops.solve_ode(ask, pinned.pick(pairs.x_t), self.anchor_levels, pinned.pick(denoised)))

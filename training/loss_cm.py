@@ -102,6 +102,9 @@ class ConsistencyModelLoss(GridLoss):
 
     # The target network.
 
+    def networks(self) -> list[torch.nn.Module]:
+        return [] if self.target is None else [self.target]
+
     def attach(self, net: torch.nn.Module, weights: FlatParameters) -> None:
         if self.mu0:
             self.target = copy.deepcopy(net).requires_grad_(False)  # in training mode, like the network: it sees the same dropout masks

@@ -4,13 +4,15 @@ The network of the first stage, frozen, knows the way from t' to the image; the 
 """
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torch_utils import training_stats
 from training import consistency_ops as ops
 from training import time_schedules as times
-from training.consistency_loss import ConsistencyLoss, Drawn, Pairs
+from training.consistency_loss import ConsistencyLoss, Drawn, Pairs, split_batch
+from training.draws import upload
 from training.networks_switched import Switched
 
 
@@ -56,28 +58,32 @@ class TruncatedTrainingLoss(ConsistencyLoss):
     def begin_step(self, nimg: int) -> None:
         self.stage, self.ratio = times.tuning_stage(nimg, self.stage_nimg), times.tcm_ratio(nimg, self.stage_nimg, self.q, self.ratio_cap)
 
-    def draw(self, draws, device: torch.device) -> Drawn:
-        # The host draws, so that it knows which samples each network is asked for without asking the device.
-        t = times.truncated_log_student_times(draws.uniform('sigma'), self.dividing_t, self.sigma_max, self.student_scale, self.student_df)
+    def times_on_host(self, draws) -> np.ndarray:
+        """t, r and the weight of each sample, [3, N] float64."""
+        u = torch.from_numpy(draws.uniform('sigma'))
+        t = times.truncated_log_student_times(u, self.dividing_t, self.sigma_max, self.student_scale, self.student_df)
         at_boundary = times.boundary_samples(draws.first, draws.count, self.batch_size, self.boundary_share)
         t = torch.where(at_boundary, self.dividing_t, t)
         r = times.tcm_earlier_time(t, self.ratio, self.k, self.b)
         scales = times.boundary_scales(at_boundary, self.batch_size, self.boundary_share, self.boundary_weight)
-        weight = times.tcm_weight(t, r, self.tcm_weight, self.sigma_data) * scales
-        below = r < self.dividing_t
-        t, r, weight = torch.stack([t, r, weight]).to(device, non_blocking=True)
-        return Drawn(t, r, torch.zeros_like(t), weight, torch.full_like(t, ops.GENERAL, dtype=torch.int64), on_host=below)
+        return torch.stack([t, r, times.tcm_weight(t, r, self.tcm_weight, self.sigma_data) * scales]).numpy()
+
+    def draw(self, draws, device: torch.device) -> Drawn:
+        # The host draws, so that it knows which samples each network is asked for without asking the device.
+        on_host = self.times_on_host(draws)
+        below = on_host[1] < self.dividing_t
+        index, parts = split_batch(dict(student=~below, teacher=below), device, self.few_sizes or device.type == 'cuda', np.arange(draws.count))
+        t, r, weight = upload(on_host, device).unbind()
+        return Drawn(t, r, torch.zeros_like(t), weight, torch.full_like(index, ops.GENERAL), index, parts)
 
     def reference(self, net, pairs: Pairs) -> Tensor:
         """As sigma_b = 0, what is answered at r. Each network is asked for its own samples alone."""
-        x_r, r, below = pairs.data_hop(), pairs.edges.sigma_s, pairs.edges.on_host
-        answers = torch.zeros_like(x_r)
-        for network, asked, masks in ((net, ~below, pairs.masks), (self.teacher, below, pairs.masks if self.same_dropout else {})):
-            rows = asked.nonzero().flatten()
-            if len(rows):
-                rows = rows.to(x_r.device, non_blocking=True)
-                answer = pairs.ask(network, x_r[rows], r[rows], rows, dropout_masks={name: mask[rows] for name, mask in masks.items()})
-                answers = answers.index_copy(0, rows, answer)
+        x_r = pairs.data_hop()
+        answers = x_r
+        for name, network, masks in (('student', net, pairs.masks), ('teacher', self.teacher, pairs.masks if self.same_dropout else {})):
+            if part := pairs.edges.parts.get(name):
+                answer = pairs.ask(network, part.pick(x_r), part.pick(pairs.edges.sigma_s), part, dropout_masks=masks)
+                answers = part.put(answers, answer)
         return answers
 
     def report(self, edges: Drawn, loss: Tensor) -> None:

@@ -22,7 +22,8 @@ class Objective:
         defaults: of options that all have: learning rate, length, ... (`ema` in images).
         edm2: all of these for EDM2's networks, where they are others.
         boundary: whether the network is the identity at sigma_min, not at 0.
-        cost: network evaluations that an image costs in training on average, by the options; a student's forward and backward pass counts 3.
+        cost: network evaluations that an image costs in training on average, by the options; a student's forward and backward pass counts 3. What
+            is saved on samples that need fewer than those of general edges (`consistency_loss.Part`) is not taken off.
     """
 
     loss: str | None = None

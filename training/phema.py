@@ -6,6 +6,9 @@ by p(tau) ∝ tau^gamma; its relative width `std` is that of the profile, (gamma
 from __future__ import annotations
 
 import copy
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -86,33 +89,83 @@ def average_name(std: float) -> str:
 class WeightAverages:
     """Averages of a network's weights, updated after every optimiser step.
 
+    On another device than the network's, the host's, a thread computes them while the network goes on training (`HostCopies`). Whoever reads them
+    finds them up to date: `networks`, `vectors` and `state_dict` wait for the thread.
+
     Args:
         net: the network that trains.
         weights: its parameters as one vector.
         halflife_nimg, rampup_ratio: of the exponential average; its effective half-life is min(halflife_nimg, rampup_ratio × images seen)
             (no ramp where the ratio is None).
         phema_stds: widths of the power-function averages.
+        device: where the averages live: None for the network's own device, or the host, 'cpu'.
     """
 
-    def __init__(self, net: torch.nn.Module, weights: FlatParameters, halflife_nimg: float, rampup_ratio: float | None, phema_stds: list[float]):
+    def __init__(self, net: torch.nn.Module, weights: FlatParameters, halflife_nimg: float, rampup_ratio: float | None, phema_stds: list[float],
+                 device: torch.device | str | None = None):
         self.halflife_nimg, self.rampup_ratio, self.source = halflife_nimg, rampup_ratio, weights
-        self.ema, *others = (copy.deepcopy(net).eval().requires_grad_(False) for _ in range(1 + len(phema_stds)))
-        self.phema = dict(zip(phema_stds, others))
-        self.networks = {'ema': self.ema, **{average_name(std): average for std, average in self.phema.items()}}  # by the names that files say
-        self.vectors = {name: FlatParameters(average).weights for name, average in self.networks.items()}
+        names = ['ema', *map(average_name, phema_stds)]  # by which files know them
+        self._networks = {name: copy.deepcopy(net).eval().requires_grad_(False).to(device) for name in names}
+        self._vectors = {name: FlatParameters(average).weights for name, average in self._networks.items()}
+        self._stds = dict(zip(phema_stds, names[1:]))
         self._exponents = [float(std_to_exp(std)) for std in phema_stds]
+        self._copies = None if device is None else HostCopies(weights.weights, self._take_in)
+
+    @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """The averages as networks, by the names that files say."""
+        self.settle()
+        return self._networks
+
+    @property
+    def vectors(self) -> dict[str, torch.Tensor]:
+        """Their parameters, each as one vector."""
+        self.settle()
+        return self._vectors
+
+    @property
+    def ema(self) -> torch.nn.Module:
+        """The exponential average."""
+        return self.networks['ema']
+
+    @property
+    def phema(self) -> dict[float, torch.nn.Module]:
+        """The power-function averages, by their widths."""
+        return {std: self.networks[name] for std, name in self._stds.items()}
+
+    def on_device(self, name: str) -> torch.nn.Module:
+        """An average where the network trains, to be sampled there: itself, or a copy."""
+        network, device = self.networks[name], self.source.weights.device
+        return network if next(network.parameters()).device == device else copy.deepcopy(network).to(device)
 
     def halflife_at(self, nimg: int) -> float:
         """Effective half-life in images after `nimg` images."""
         return self.halflife_nimg if self.rampup_ratio is None else min(self.halflife_nimg, nimg * self.rampup_ratio)
 
-    @torch.no_grad()
     def update(self, nimg: int, batch_size: int) -> None:
         """Take in the weights after a step; `nimg` counts the images with this step's `batch_size`. Buffers do not change in training."""
         halflife = self.halflife_at(nimg - batch_size)  # the ramp counts the images before this step, as EDM does
         decays = [0.5 ** (batch_size / max(halflife, 1e-8)), *(_decay(exponent, nimg, batch_size) for exponent in self._exponents)]
-        for average, beta in zip(self.vectors.values(), decays):
-            average.lerp_(self.source.weights, 1 - beta)
+        if self._copies is None:
+            self._take_in(self.source.weights, decays)
+        else:
+            self._copies.send(decays)
+
+    @torch.no_grad()
+    def _take_in(self, weights: torch.Tensor, decays: list[float]) -> None:
+        """average <- decay average + (1 − decay) weights, all averages at once."""
+        averages = list(self._vectors.values())
+        torch._foreach_lerp_(averages, [weights] * len(averages), [1 - decay for decay in decays])
+
+    def let_weights_change(self) -> None:
+        """To be called before the optimiser's step: it comes, on the device, after the copy that the last `update` asked for."""
+        if self._copies is not None:
+            self._copies.let_source_change()
+
+    def settle(self) -> None:
+        """Wait until all updates have been taken in."""
+        if self._copies is not None:
+            self._copies.settle()
 
     def state_dict(self) -> dict:
         """Tensors of all averages, for a training state."""
@@ -123,3 +176,53 @@ class WeightAverages:
         self.ema.load_state_dict(state['ema'])
         for std, net in self.phema.items():
             net.load_state_dict(state['phema'][std])
+
+
+class HostCopies:
+    """Copies of a vector to the host, taken in by a thread there in the order in which they were sent; neither host nor device waits for the other.
+
+    On a GPU a stream of its own copies into one of two pinned buffers. A sender that is two copies ahead of the thread waits for it.
+
+    Args:
+        source: the vector.
+        take_in: called in the thread with a copy, and what was sent with it.
+    """
+
+    def __init__(self, source: torch.Tensor, take_in: Callable[[torch.Tensor, object], None]):
+        self.source, self.take_in = source, take_in
+        self.stream = torch.cuda.Stream(source.device) if source.is_cuda else None
+        self._buffers = deque(torch.empty_like(source, device='cpu', pin_memory=source.is_cuda, requires_grad=False) for _ in range(2))
+        self._thread = ThreadPoolExecutor(max_workers=1)  # begins with its first work: processes forked before that do not inherit it
+        self._pending: deque[Future] = deque()
+        self._copied: torch.cuda.Event | None = None
+
+    @torch.no_grad()
+    def send(self, message) -> None:
+        """Let the thread take in the vector as it is now. Raises: what went wrong in taking in an earlier one."""
+        while len(self._pending) >= len(self._buffers):
+            self._pending.popleft().result()
+        buffer = self._buffers[0]
+        self._buffers.rotate(-1)
+        if self.stream is None:
+            buffer.copy_(self.source)
+        else:
+            self.stream.wait_stream(torch.cuda.current_stream(self.source.device))
+            with torch.cuda.stream(self.stream):
+                buffer.copy_(self.source, non_blocking=True)
+                self._copied = self.stream.record_event()
+        self._pending.append(self._thread.submit(self._receive, buffer, self._copied, message))
+
+    def _receive(self, buffer: torch.Tensor, copied: torch.cuda.Event | None, message) -> None:
+        if copied is not None:
+            copied.synchronize()
+        self.take_in(buffer, message)
+
+    def let_source_change(self) -> None:
+        """Whatever the device is asked from now on comes after the last copy."""
+        if self._copied is not None:
+            torch.cuda.current_stream(self.source.device).wait_event(self._copied)
+
+    def settle(self) -> None:
+        """Wait until everything that was sent has been taken in. Raises: what went wrong in that."""
+        while self._pending:
+            self._pending.popleft().result()

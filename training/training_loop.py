@@ -12,13 +12,15 @@ from dnnlib import EasyDict, UserError
 from torch_utils import distributed, misc, training_stats
 from torch_utils.flat import FlatParameters
 from torch_utils.preemption import StopRequest, WorkerShield
-from training import checkpoint, encoders, run_files
+from training import checkpoint, encoders, execution, run_files
 from training.augment import AugmentPipe
 from training.dataset import ImageFolderDataset, InfiniteSampler
 from training.draws import SampleDraws, derive_seed
-from training.loss import DIFFUSION_LOSSES
+from training.feed import Feed
+from training.loss import DIFFUSION_LOSSES, Loss
 from training.objectives import OBJECTIVES
 from training.phema import WeightAverages
+from training.profiling import StepProfile
 from training.run_log import RunLog
 from training.weight_update import WeightUpdate
 
@@ -45,15 +47,17 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
     rounds = rank_batch // batch_gpu
 
     # Networks, loss, optimiser, averages.
-    teacher = in_precision(teacher, c.precision).to(device) if teacher is not None else None
-    net = in_precision(build_network(c, teacher), c.precision).to(device).train()
+    execution.allow_tf32(c.tf32)
+    teacher = execution.in_precision(teacher, c.precision).to(device) if teacher is not None else None
+    net = execution.in_precision(build_network(c, teacher), c.precision).to(device).train()
     loss_fn = build_loss(c, teacher, device)
     encoder = encoders.build(c.encoder)
     augment_pipe = AugmentPipe(p=c.augment) if c.augment > 0 else None
     flat = FlatParameters(net)
     loss_fn.attach(net, flat)
     update = WeightUpdate(flat, tuple(c.betas), c.eps, c.loss_scaling, c.grad_clip, radam=c.optim == 'radam')
-    averages = WeightAverages(net, flat, c.ema_halflife_nimg, c.ema_rampup_ratio, c.phema_stds)
+    averages = WeightAverages(net, flat, c.ema_halflife_nimg, c.ema_rampup_ratio, c.phema_stds, 'cpu' if c.ema_device == 'cpu' else None)
+    speed_up(c, net, teacher, averages, loss_fn)
     torch.manual_seed(derive_seed(c.seed, 'process', rank))  # for whatever draws without `SampleDraws`
 
     # Where we are.
@@ -80,9 +84,9 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
     files.check_weights()
     hosts, bad_reading = distributed.HostAgreement(), misc.LateReading(device)
     sampler = InfiniteSampler(len(dataset), c.batch_size, rank=rank, num_replicas=world_size, seed=c.seed, start=start_nimg)
-    with WorkerShield() as shield, StopRequest(hosts) as stop:
-        loader = iter(torch.utils.data.DataLoader(dataset, sampler=sampler, batch_size=batch_gpu, num_workers=c.workers, worker_init_fn=shield,
-                                                  pin_memory=device.type == 'cuda', prefetch_factor=2 if c.workers else None))
+    profile = StepProfile(c.profile_steps if rank == 0 else 0, run_dir, device, profiled_networks(net, teacher), say=log)
+    with WorkerShield() as shield, StopRequest(hosts) as stop, profile:
+        feed = Feed(dataset, sampler, batch_gpu, c.workers, device, worker_init_fn=shield)
         redone = int(progress.due or not progress.begun)  # the evaluations at this very point, of which a killed run may have recorded some
         log.start(c.total_nimg, resumed_at=start_nimg - redone if state is not None else None, wandb=c.wandb and dict(c.wandb, id=progress.wandb_id),
                   config=c, tensorboard=c.tensorboard)  # after the workers, which must not inherit its threads and sockets
@@ -108,12 +112,19 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
                 for round_idx in range(rounds):
                     with misc.gradient_sync(ddp, round_idx == rounds - 1):
                         first = progress.nimg + rank * rank_batch + round_idx * batch_gpu
-                        accumulate_gradients(ddp, loss_fn, next_batch(loader), SampleDraws(c.seed, first, batch_gpu, device), update, 1 / rank_batch,
-                                             encoder, augment_pipe, c.network.kwargs.get('augment_dim', 0))
-                update.step(learning_rate(c, progress.nimg))
-                loss_fn.end_step()
+                        with profile.part('data'):
+                            batch = next(feed)
+                        with profile.part('gradients'):
+                            accumulate_gradients(ddp, loss_fn, batch, SampleDraws(c.seed, first, batch_gpu, device), update, 1 / rank_batch,
+                                                 encoder, augment_pipe, c.network.kwargs.get('augment_dim', 0))
+                with profile.part('optimiser'):
+                    averages.let_weights_change()
+                    update.step(learning_rate(c, progress.nimg))
+                    loss_fn.end_step()
                 progress.nimg += c.batch_size
-                averages.update(progress.nimg, c.batch_size)
+                with profile.part('averages'):
+                    averages.update(progress.nimg, c.batch_size)
+                profile.step(progress.nimg)
                 log.advance(progress.nimg)
 
             # A tick: validate, report, save. The first one follows the first step, as in EDM.
@@ -128,7 +139,7 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
                     return stop_here(progress, files, log, stop, hosts)
             progress.fid = next(iter(fids.values()), None)
             stats = training_stats.collect() | network_stats(update, averages) | tick_stats(
-                progress, c, averages, start_time, tick_start_time, start_nimg, maintenance_time, now, device)
+                progress, c, averages, start_time, tick_start_time, start_nimg, maintenance_time, now, device, feed.waited())
             log(tick_line(stats, f'Loss/{loss_fn.name}', (c.total_nimg - progress.nimg) * (now - start_time) / max(progress.nimg - start_nimg, 1)))
             log.stats(stats)
             files.save(progress, run_files.snapshot_metadata(c, progress.nimg), fids, done)
@@ -167,15 +178,6 @@ def learning_rate(c: EasyDict, nimg: int) -> float:
     """Of the step that follows `nimg` images."""
     return misc.learning_rate(c.lr, nimg, c.total_nimg, c.lr_rampup_nimg, c.lr_schedule, c.lr_ref_nimg)
 
-
-def next_batch(loader):
-    """The loader's next batch. A worker's `UserError` arrives with the worker's traceback for a text: its last line is the message."""
-    try:
-        return next(loader)
-    except UserError as error:
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix('dnnlib.util.UserError: ')) from error
-
-
 #----------------------------------------------------------------------------
 # Set-up.
 
@@ -200,10 +202,14 @@ def build_network(c: EasyDict, teacher: torch.nn.Module | None) -> torch.nn.Modu
     return net
 
 
-def in_precision(net: torch.nn.Module, precision: str) -> torch.nn.Module:
-    """The network, set to compute in `precision`; its weights are FP32, or FP64 with fp64."""
-    net.use_fp16, net.use_bf16 = precision == 'fp16', precision == 'bf16'
-    return net.double() if precision == 'fp64' else net
+def speed_up(c: EasyDict, net: torch.nn.Module, teacher: torch.nn.Module | None, averages: WeightAverages, loss_fn: Loss) -> None:
+    """Let the networks run as the configuration says. Compilation itself waits for the first calls."""
+    options = dict(channels_last=c.channels_last, checkpoint_activations=c.checkpoint_activations, compiled=c.compiled)
+    for network in (net, *averages.networks.values(), *loss_fn.networks()):
+        execution.run_with(network, **options)
+    if teacher is not None:
+        execution.run_with(execution.hold_in_half(teacher), **options, frozen=True)
+    loss_fn.few_sizes = c.compiled
 
 
 def build_loss(c: EasyDict, teacher: torch.nn.Module | None, device: torch.device):
@@ -224,6 +230,11 @@ def build_validator(c: EasyDict, run_dir: str, dataset, net, device, resumed: bo
     options = EasyDict(c.validation, overwrite=c.validation.overwrite or resumed)
     image_shape = [net.img_channels, net.img_resolution, net.img_resolution]
     return validation.Validator(options, dataset, run_dir, device, image_shape, dataset.label_dim, c.encoder)
+
+
+def profiled_networks(net: torch.nn.Module, teacher: torch.nn.Module | None) -> dict[tuple[str, str], torch.nn.Module]:
+    """Names of the networks' calls with gradients and without, for `StepProfile`."""
+    return {('student', 'self-target'): net, **({} if teacher is None else {('teacher', 'teacher'): teacher})}
 
 
 def describe_run(log: RunLog, c: EasyDict, net, dataset, rounds: int, batch_gpu: int) -> None:
@@ -278,7 +289,7 @@ def evaluate(validator: validation.Validator, c: EasyDict, averages: WeightAvera
              stop: StopRequest) -> dict | None:
     """FID of each average of --val_emas, by name, the same on all processes; None, and nothing recorded, where a signal asked to stop meanwhile."""
     records, grids = {}, {}
-    networks = {name: loss_fn.sampled(averages.networks[name]) for name in c.validation.emas}
+    networks = {name: loss_fn.sampled(averages.on_device(name)) for name in c.validation.emas}
     for name, net in networks.items():
         records[name] = validator.run(net, nimg=nimg, ema=name, metadata=run_files.snapshot_metadata(c, nimg), stop=stop)
         if records[name] is None:
@@ -303,20 +314,21 @@ def evaluate_at_start(validator: validation.Validator, c: EasyDict, averages: We
 def network_stats(update: WeightUpdate, averages: WeightAverages) -> dict[str, dict]:
     """How far each average is from the weights, relative to them, and what became of broken steps. Waits for the device."""
     weights = update.weights.detach()
-    values = {f'EMA/{name}_distance': torch.dist(vector.detach(), weights) / weights.norm() for name, vector in averages.vectors.items()}
+    vectors = {name: vector.detach().to(weights.device) for name, vector in averages.vectors.items()}
+    values = {f'EMA/{name}_distance': torch.dist(vector, weights) / weights.norm() for name, vector in vectors.items()}
     values |= {'Progress/loss_scale': update.scale, 'Progress/bad_steps': update.bad_steps}
     return {name: dict(num=1, mean=value.item(), std=0) for name, value in values.items()}
 
 
 def tick_stats(progress: EasyDict, c: EasyDict, averages: WeightAverages, start_time: float, tick_start_time: float, start_nimg: int,
-               maintenance_time: float, now: float, device: torch.device) -> dict[str, dict]:
-    """Progress, timing and resources of a tick, in the form of `training_stats.collect`."""
+               maintenance_time: float, now: float, device: torch.device, data_wait: float) -> dict[str, dict]:
+    """Progress, timing and resources of a tick, in the form of `training_stats.collect`. All times are in seconds."""
     tick_time, seen = now - tick_start_time, progress.nimg - max(progress.tick_start_nimg, start_nimg)
     values = {'Progress/tick': progress.tick, 'Progress/nimg': progress.nimg, 'Progress/kimg': progress.nimg / 1e3,
               'Progress/step': progress.nimg // c.batch_size, 'Progress/lr': learning_rate(c, progress.nimg - c.batch_size),
               'Progress/ema_halflife_kimg': averages.halflife_at(progress.nimg) / 1e3,
               'Timing/total_sec': now - start_time, 'Timing/sec_per_tick': tick_time, 'Timing/sec_per_kimg': tick_time / max(seen, 1) * 1e3,
-              'Timing/images_per_sec': seen / tick_time, 'Timing/maintenance_sec': maintenance_time,
+              'Timing/images_per_sec': seen / tick_time, 'Timing/maintenance_sec': maintenance_time, 'Timing/data_wait_share': data_wait / tick_time,
               'Resources/cpu_mem_gb': psutil.Process(os.getpid()).memory_info().rss / 2**30,
               'Resources/peak_gpu_mem_gb': torch.cuda.max_memory_allocated(device) / 2**30 if device.type == 'cuda' else 0}
     return {name: dict(num=1, mean=value, std=0) for name, value in values.items()}
@@ -328,7 +340,8 @@ def tick_line(stats: dict, loss_name: str, remaining_sec: float) -> str:
     fields = [f'tick {mean("Progress/tick"):<5.0f}', f'kimg {mean("Progress/kimg"):<9.1f}',
               f'loss {stats.get(loss_name, {}).get("mean", float("nan")):<9.4g}',
               f'time {misc.format_time(mean("Timing/total_sec")):<8}', f'img/s {mean("Timing/images_per_sec"):<8.4g}',
-              f'sec/kimg {mean("Timing/sec_per_kimg"):<7.3g}', f'maint {mean("Timing/maintenance_sec"):<5.1f}',
+              f'sec/kimg {mean("Timing/sec_per_kimg"):<7.3g}', f'data {mean("Timing/data_wait_share"):<6.1%}',
+              f'maint {mean("Timing/maintenance_sec"):<5.1f}',
               f'mem {mean("Resources/cpu_mem_gb"):<5.2f}', f'gpu {mean("Resources/peak_gpu_mem_gb"):<5.2f}',
               f'ETA {misc.format_time(remaining_sec)}']
     return ' '.join(fields)

@@ -1,0 +1,75 @@
+"""training/feed.py: batches ahead of use, and how long they are waited for."""
+import itertools
+import time
+
+import numpy as np
+import pytest
+import torch
+from test_dataset import png, random_images, write_zip
+
+from dnnlib import UserError
+from training.dataset import ImageFolderDataset, InfiniteSampler
+from training.feed import AHEAD, Feed
+
+CPU = torch.device('cpu')
+
+
+class Slow(torch.utils.data.Dataset):
+    """Item i is (i, no label); it takes a while, and leaves a file that tells that it was loaded."""
+
+    def __init__(self, folder, seconds):
+        self.folder, self.seconds = folder, seconds
+
+    def __getitem__(self, i):
+        time.sleep(self.seconds)
+        (self.folder / str(i)).touch()
+        return np.array([i]), np.zeros(0, np.float32)
+
+
+def test_time_that_is_waited_is_counted_once(tmp_path):
+    """Two items of 50 ms a batch; without workers all of it is waited for."""
+    feed = Feed(Slow(tmp_path, 0.05), itertools.count(), 2, 0, CPU)
+    for _ in range(2):
+        next(feed)
+    assert feed.waited() >= 0.2
+    assert feed.waited() == 0
+    next(feed)
+    assert feed.waited() >= 0.1
+
+
+def test_workers_load_ahead_without_being_asked(tmp_path):
+    feed = Feed(Slow(tmp_path, 0), itertools.count(), 3, 1, CPU)
+    assert next(feed)[0].flatten().tolist() == [0, 1, 2]
+    end = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 3 * (1 + AHEAD):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert next(feed)[0].flatten().tolist() == [3, 4, 5]
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_pixels_stay_bytes_on_the_way(tmp_path, workers):
+    """A quarter of the traffic of float32; they become numbers in [-1, 1] where the network is."""
+    pixels = random_images(4)
+    path = write_zip(tmp_path / 'data.zip', {f'{i}.png': png(p) for i, p in enumerate(pixels)})
+    dataset = ImageFolderDataset(path)
+    feed = Feed(dataset, InfiniteSampler(4, 4, shuffle=False), 4, workers, CPU)
+    images, labels = next(feed)
+    assert images.dtype == torch.uint8 and labels.shape == (4, 0)
+    assert np.array_equal(images.numpy(), pixels.transpose(0, 3, 1, 2))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_batches_for_a_gpu_are_in_pinned_memory(tmp_path):
+    images, _ = next(Feed(Slow(tmp_path, 0), itertools.count(), 3, 1, torch.device('cuda')))
+    assert images.is_pinned()
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_an_unreadable_image_is_one_line(tmp_path, workers, monkeypatch):
+    monkeypatch.setattr('training.dataset.HEADER_CHECK_LIMIT', 1)
+    path = write_zip(tmp_path / 'data.zip', {'0.png': png(random_images(1)[0]), '1.png': b'no png'})
+    feed = Feed(ImageFolderDataset(path), InfiniteSampler(2, 2, shuffle=False), 2, workers, CPU)
+    with pytest.raises(UserError) as error:
+        next(feed)
+    assert str(error.value).startswith(f'{path}: 1.png is not a readable image') and '\n' not in str(error.value)
