@@ -2,7 +2,7 @@
 # make test       the same set-up, then the tests
 # make test-slow  the long tests too
 # make compare    all objectives side by side on the digits, for an equal budget (three quarters of an hour on two cores)
-# make bench      time the training step, sampling, loading and saving, evaluation
+# make bench      time the training step, sampling, start-up, data, loading and saving, evaluation; writes benchmarks/RESULTS.md
 
 PYTHON ?= python3
 VENV   := .venv
@@ -32,11 +32,7 @@ test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'slow or not slow' $(ARGS)
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/step.py $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/checkpoint.py
-	$(BIN)/python benchmarks/state.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/frechet.py
-	$(BIN)/python benchmarks/images.py
+	$(BIN)/python -m benchmarks $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -10,9 +10,7 @@ import gc
 import json
 import os
 import pickle
-import platform
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,8 +19,10 @@ from pathlib import Path
 import click
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == '__main__':
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.common import apart, block, machine, table
 from dnnlib import cli
 from training import networks
 from training.checkpoint import load_network, save_snapshot
@@ -75,9 +75,7 @@ def measure(row: str, folder: Path, repeats: int) -> dict:
 
 
 def measure_apart(row: str, folder: Path, repeats: int) -> dict:
-    command = [sys.executable, __file__, f'--measure={row}', f'--folder={folder}', f'--repeats={repeats}']
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout)
+    return apart(__file__, f'--measure={row}', f'--folder={folder}', f'--repeats={repeats}')
 
 
 @click.command(cls=cli.Command)
@@ -101,16 +99,20 @@ def main(channels, res, rounds, repeats, folder, row, as_json):
     rows = {row: {what: min(run[row][what] for run in runs) for what in ('first', 'again', 'peak')} for row in runs[0]}
     for row in LOADS:
         rows[row]['peak'] -= nbytes
-    machine = f'{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads'
     if as_json:
-        click.echo(json.dumps(dict(device=machine, torch=torch.__version__, parameters=parameters, bytes=sizes, rows=rows)))
+        click.echo(json.dumps(dict(device=machine(), parameters=parameters, bytes=sizes, rows=rows)))
         return
-    click.echo(f'{machine}, torch {torch.__version__}; {parameters:,} parameters, {sizes["ours"] / 1e9:.2f} GB\n')
-    click.echo('| | first | ratio | again | ratio | peak | of the file |\n| :-- | --: | --: | --: | --: | --: | --: |')
+    cells = []
     for row, values in rows.items():
-        base = rows[next(iter(LOADS if row in LOADS else SAVES))]
-        ratios = [f'{values[what]:.3f} s | {values[what] / base[what]:.2f}' for what in ('first', 'again')]
-        click.echo(f'| {row} | {" | ".join(ratios)} | {values["peak"] / 1e6:.0f} MB | {values["peak"] / sizes[(LOADS | SAVES)[row]]:.0%} |')
+        base, size = rows[next(iter(LOADS if row in LOADS else SAVES))], sizes[(LOADS | SAVES)[row]]
+        times = [cell for what in ('first', 'again') for cell in (f'{values[what]:.3f} s', f'{values[what] / base[what]:.2f}')]
+        cells.append([row, *times, f'{values["peak"] / 1e6:.0f} MB', f'{values["peak"] / size:.0%}'])
+    click.echo(block(
+        f'Loading and saving a snapshot of {parameters:,} parameters',
+        f'{sizes["ours"] / 1e9:.3g} GB. `first` is the first call in a process, `again` the best of those after it, which reuse its memory; least of '
+        f'{rounds} processes. `peak` is memory above the network\'s own. A sealed file is read and compared with its checksum in one pass, which '
+        'needs a core to itself. `save_snapshot` computes a digest and waits for the disk; `torch.save` does neither.',
+        table(['', 'first', 'ratio', 'again', 'ratio', 'peak', 'of the file'], cells)))
 
 
 if __name__ == '__main__':

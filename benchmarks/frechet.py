@@ -9,7 +9,6 @@ several rounds; seconds are minima over rounds. `difference` is from the row of 
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -18,10 +17,11 @@ from pathlib import Path
 import click
 import numpy as np
 import scipy.linalg
-import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == '__main__':
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.common import block, machine, table
 from dnnlib import cli
 from metrics.frechet import Gaussian, frechet_distance
 
@@ -79,15 +79,19 @@ def measure(rows: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict
 def main(dim, rounds, as_json):
     """Time a Fréchet distance against a matrix square root."""
     results = measure(make_rows(dim), rounds)
-    machine = f'{platform.machine()} CPU, {torch.get_num_threads()} threads, SciPy {scipy.__version__}, NumPy {np.__version__}'
     if as_json:
-        click.echo(json.dumps(dict(device=machine, dim=dim, rows=results)))
+        click.echo(json.dumps(dict(device=machine(), dim=dim, rows=results)))
         return
-    click.echo(f'{machine}; {dim} features\n\n| | seconds | times faster | distance | difference |\n| :-- | --: | --: | --: | --: |')
+    cells = []
     for name, result in results.items():
-        distance, speed = result['distance'], results[BASE]['seconds'] / result['seconds']
-        difference = '' if 'images' in name else f'{distance - results[EXACT]["distance"]:.1e}'
-        click.echo(f'| {name} | {result["seconds"]:.3f} | {speed:.1f} | {distance:.6f} | {difference} |')
+        difference = '' if 'images' in name else f'{result["distance"] - results[EXACT]["distance"]:.1e}'
+        speed = results[BASE]['seconds'] / result['seconds']
+        cells.append([name, f'{result["seconds"]:.3f}', f'{speed:.1f}', f'{result["distance"]:.6f}', difference])
+    click.echo(block(
+        f'Fréchet distance at {dim} dimensions',
+        f'Covariances of condition {CONDITION:.0e}, least of {rounds} rounds; `difference` is from the row of singular values, which is exact. '
+        f'SciPy {scipy.__version__}.',
+        table(['', 'seconds', 'times faster', 'distance', 'difference'], cells)))
 
 
 if __name__ == '__main__':

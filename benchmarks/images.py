@@ -12,9 +12,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,9 +24,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == '__main__':
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.checkpoint import forget_peak, resident
+from benchmarks.common import apart, block, machine, table
 from dnnlib import cli
 from metrics.images import open_images
 from metrics.statistics import FeatureStats
@@ -140,8 +139,7 @@ def peak_memory(path: Path, count: int, workers: int) -> int:
 
 
 def peak_memory_apart(path: Path, count: int, workers: int) -> int:
-    command = [sys.executable, __file__, f'--measure={count}', f'--folder={path.parent}', f'--workers={workers}']
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return apart(__file__, f'--measure={count}', f'--folder={path.parent}', f'--workers={workers}')
 
 
 @click.command(cls=cli.Command)
@@ -165,20 +163,21 @@ def main(images, rounds, workers, memory, folder, measure, as_json):
                  for resolution, factor in RESOLUTIONS.items()}
         path = write_zip(temporary / 'memory.zip', MEMORY_RESOLUTION, memory)
         peaks = {count: peak_memory_apart(path, count, workers) for count in (-(-memory // 5), memory)}
-    machine = f'{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads'
     if as_json:
-        click.echo(json.dumps(dict(device=machine, torch=torch.__version__, workers=workers, microseconds=times, peaks=peaks)))
+        click.echo(json.dumps(dict(device=machine(), workers=workers, microseconds=times, peaks=peaks)))
         return
-    click.echo(f'{machine}, torch {torch.__version__}; {workers} workers\n')
-    click.echo('| PNGs | decode | threads | processes | threads / processes | resize | statistics | all | images/s |\n'
-               '| :-- | --: | --: | --: | --: | --: | --: | --: | --: |')
+    cells = []
     for resolution, parts in times.items():
-        cells = [f'{parts[name] / 1e3:.2f} ms' for name in ('decode', 'threads', 'processes')]
-        cells += [f'{parts["threads"] / parts["processes"]:.2f}', *(f'{parts[name] / 1e3:.2f} ms' for name in ('resize', 'statistics', 'all'))]
-        click.echo(f'| {resolution}x{resolution} | {" | ".join(cells)} | {1e6 / parts["all"]:.0f} |')
-    click.echo('\n| images | peak |\n| --: | --: |')
-    for count, peak in peaks.items():
-        click.echo(f'| {count:,} | {peak / 1e6:.0f} MB |')
+        ms = {name: f'{value / 1e3:.2f} ms' for name, value in parts.items()}
+        cells.append([f'{resolution}x{resolution}', ms['decode'], ms['threads'], ms['processes'], f'{parts["threads"] / parts["processes"]:.2f}',
+                      ms['resize'], ms['statistics'], ms['all'], f'{1e6 / parts["all"]:.0f}'])
+    click.echo(block(
+        'Images on their way to a detector',
+        f'Milliseconds an image, least of {rounds} rounds; decoding by {workers} threads and processes counts starting them. `all` is decode, resize '
+        f'to {INPUT}x{INPUT} and FP64 statistics of {DIM} features, without the network. Memory is the peak above what a process had before it '
+        'opened the images.',
+        table(['PNGs', 'decode', 'threads', 'processes', 'threads / processes', 'resize', 'statistics', 'all', 'images/s'], cells),
+        table(['images', 'peak'], [[f'{count:,}', f'{peak / 1e6:.0f} MB'] for count, peak in peaks.items()])))
 
 
 if __name__ == '__main__':

@@ -2,19 +2,15 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 if __name__ == '__main__':
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.step import SIZES
+from benchmarks.sizes import SIZES, Operations, operations
 from dnnlib import cli
-from training import networks
 
 BYTES = 4                   # of a weight and a gradient, which are FP32 whatever the network computes in
 PASSES = 3                  # of the networks without gradients: the teacher's two, the self-target
@@ -22,44 +18,18 @@ UPDATE_TRANSFERS = 7 + 3    # Adam reads four vectors and writes three; an avera
 HEADROOM = 0.9              # share of the backward pass during which there are finished gradients to send
 
 
-@dataclass(frozen=True)
-class Network:
-    """What the model needs to know of a network: parameters, operations of a pass over one image, and of a pass with its backward pass."""
-    parameters: int
-    forward_flops: float
-    backward_flops: float
-
-    @property
-    def step_flops(self) -> float:
-        """Operations of a training step, for each image."""
-        return (PASSES + 1) * self.forward_flops + self.backward_flops
-
-
-def count(size: str) -> Network:
-    """Counts a network's operations on tensors without memory."""
-    resolution, channels, classes, _, kwargs = SIZES[size]
-    with torch.device('meta'):
-        net = networks.EDMPrecond(resolution, channels, classes, **kwargs)
-        inputs = torch.zeros(1, channels, resolution, resolution), torch.ones(1), torch.zeros(1, classes)
-    with FlopCounterMode(display=False) as forward, torch.no_grad():
-        net(*inputs)
-    with FlopCounterMode(display=False) as both:
-        net(*inputs).sum().backward()
-    forward_flops = forward.get_total_flops()
-    return Network(sum(p.numel() for p in net.parameters()), forward_flops, both.get_total_flops() - forward_flops)
-
-
-def step(net: Network, gpus: int, batch: int, batch_gpu: int, tflops: float, memory: float, node_gpus: int, inner: float, outer: float,
+def step(net: Operations, gpus: int, batch: int, batch_gpu: int, tflops: float, memory: float, node_gpus: int, inner: float, outer: float,
          averages: int) -> dict:
     """Seconds of a step's parts. Speeds: tflops sustained; memory, inner (within a node) and outer (between nodes) in GB/s for each GPU."""
     images = batch / gpus
-    compute = images * net.step_flops / (tflops * 1e12)
-    window = HEADROOM * min(images, batch_gpu) * net.backward_flops / (tflops * 1e12)  # gradients are reduced in the last round only
+    flops = net.of_step(PASSES, 1)
+    compute = images * flops / (tflops * 1e12)
+    window = HEADROOM * min(images, batch_gpu) * net.backward / (tflops * 1e12)  # gradients are reduced in the last round only
     sent = 2 * (gpus - 1) / gpus * net.parameters * BYTES
     reduce = sent / ((inner if gpus <= node_gpus else outer) * 1e9)
     update = (UPDATE_TRANSFERS + 3 * (averages - 1)) * net.parameters * BYTES / (memory * 1e9)
     total = compute + max(reduce - window, 0) + update
-    alone = batch * net.step_flops / (tflops * 1e12)
+    alone = batch * flops / (tflops * 1e12)
     return dict(gpus=gpus, images=images, compute=compute, sent=sent, reduce=reduce, hidden=min(reduce, window), update=update, total=total,
                 efficiency=alone / gpus / total)
 
@@ -78,9 +48,9 @@ def step(net: Network, gpus: int, batch: int, batch_gpu: int, tflops: float, mem
 @cli.option('--averages', metavar='INT', type=click.IntRange(min=1), default=3, show_default=True, help='Averages of the weights: EMA and phEMA.')
 def main(size, gpus, **options):
     """Print what a consistency distillation step should cost on several numbers of GPUs. The defaults are those of H100 nodes on paper."""
-    net = count(size)
-    click.echo(f'{size}: {net.parameters:,} parameters; for each image {net.forward_flops / 1e9:.0f} GFLOP a pass, '
-               f'{net.step_flops / 1e12:.2f} TFLOP a step')
+    net = operations(SIZES[size])
+    click.echo(f'{size}: {net.parameters:,} parameters; for each image {net.forward / 1e9:.0f} GFLOP a pass, '
+               f'{net.of_step(PASSES, 1) / 1e12:.2f} TFLOP a step')
     click.echo('gpus  images/gpu  compute ms  sent GB  reduce ms  hidden ms  update ms  step ms  efficiency  Mimg/day')
     for number in gpus:
         row = step(net, number, **options)

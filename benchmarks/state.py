@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,9 +15,11 @@ from pathlib import Path
 import click
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == '__main__':
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.checkpoint import forget_peak, resident
+from benchmarks.common import apart, block, table
 from dnnlib import cli
 from training import checkpoint
 
@@ -58,18 +58,21 @@ def main(parameters, folder, rows):
     if rows is not None:
         click.echo(json.dumps(measure(tuple(rows.split(',')), Path(folder), parameters)))
         return
-    table = {}
+    found = {}
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         for group in (SAVES, LOADS):  # in processes of their own: what one has allocated must not serve the other
-            command = [sys.executable, __file__, f'--rows={",".join(group)}', f'--folder={temporary}', f'--parameters={parameters}']
-            table |= json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            found |= apart(__file__, f'--rows={",".join(group)}', f'--folder={temporary}', f'--parameters={parameters}')
         size = os.path.getsize(Path(temporary) / 'ours.pt')
-    click.echo(f'{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}; {parameters:,} parameters, '
-               f'state of {size / 1e9:.2f} GB\n')
-    click.echo('| | seconds | GB/s | peak | of the state |\n| :-- | --: | --: | --: | --: |')
-    for row, values in table.items():
+    cells = []
+    for row, values in found.items():
         seconds, peak = values['seconds'], values['peak']
-        click.echo(f'| {row} | {seconds:.2f} | {size / seconds / 1e9:.2f} | {peak / 1e9:.2f} GB | {peak / size:.0%} |')
+        cells.append([row, f'{seconds:.2f}', f'{size / seconds / 1e9:.2f}', f'{peak / 1e9:.2f} GB', f'{peak / size:.0%}'])
+    click.echo(block(
+        f'A training state of {parameters:,} parameters',
+        f'{size / 1e9:.3g} GB: weights, Adam\'s moments, EMA and two phEMA. Training waits for `save_state` and `verify` at every --dump. `peak` is '
+        'memory above what was there before: the state where it is saved, nothing where it is loaded. Speeds of writing are the disk\'s, and vary '
+        'from run to run; rows were measured in this order.',
+        table(['', 'seconds', 'GB/s', 'peak', 'of the state'], cells)))
 
 
 if __name__ == '__main__':

@@ -1,26 +1,37 @@
-"""Time of a consistency distillation step and its parts, and of sampling, for a network of a named size with random weights.
+"""Time of a consistency distillation step and its parts, and what each way of running the networks does to it, with random weights.
 
-The step is the training loop's own (`accumulate_gradients`, `WeightUpdate`, `WeightAverages`). Its parts are measured inside it, by timing every
-call of the networks: teacher hop, self-target, student forward, backward; `rest` is what remains: drawing, noising, hops' arithmetic, loss,
-statistics, optimiser, weight averages. The backward pass of the loss itself counts as backward. T is 1280, as in the second half of training.
+The step is the training loop's own (`accumulate_gradients`, `WeightUpdate`, `WeightAverages`), with T = 1280 as in the second half of training. Its
+parts are calls of the networks: teacher hop, self-target, student forward, backward, which takes in that of the loss; `rest` is what remains.
+
+Every way is measured in a process of its own, step by step in turns with the plain one, on the same images, noise and edges: `plain` is eager FP32
+without TensorFloat-32. On GPUs the parts are timed in steps of their own, since that has to wait for the device inside the step.
 """
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import json
-import platform
+import re
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == '__main__':
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.common import NOT_MEASURED, NamesOf, apart, block, machine, median_ratio, table
+from benchmarks.sizes import SIZES, Operations, operations
 from dnnlib import cli
 from torch_utils.flat import FlatParameters
-from training import networks, samplers
+from training import execution
 from training.draws import SampleDraws
 from training.encoders import StandardRGBEncoder
 from training.loss_cd import ConsistencyDistillationLoss
@@ -28,124 +39,307 @@ from training.phema import WeightAverages
 from training.training_loop import accumulate_gradients
 from training.weight_update import WeightUpdate
 
-SIZES = {
-    'demo': (8, 1, 10, 128, dict(model_type='DhariwalUNet', model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[], dropout=0)),
-    'cifar10-ddpmpp': (32, 3, 10, 32, dict(model_type='SongUNet', model_channels=128, channel_mult=[2, 2, 2], dropout=0.13)),
-    'imagenet64-adm': (64, 3, 1000, 64, dict(model_type='DhariwalUNet', model_channels=192, channel_mult=[1, 2, 3, 4], dropout=0.2,
-                                             dout_resolutions=[16, 8])),
+WARMUP = 3
+PARTS = ('teacher hop', 'self-target', 'student forward', 'backward', 'rest', 'total')
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of running the networks: see `training.execution`.
+
+    Attributes:
+        held: the teacher holds its weights in half precision.
+        gpu: whether it means nothing on a CPU.
+    """
+
+    precision: str = 'fp32'
+    channels_last: bool = False
+    compiled: bool = False
+    checkpoint_activations: bool = False
+    tf32: bool = False
+    held: bool = False
+    gpu: bool = False
+
+
+PLAIN = 'plain'
+WAYS = {
+    PLAIN: Way(),
+    'channels_last': Way(channels_last=True),
+    'compile': Way(compiled=True),
+    'checkpoint': Way(checkpoint_activations=True),
+    'bf16': Way(precision='bf16'),
+    'fast': Way(channels_last=True, compiled=True),
+    'tf32': Way(tf32=True, gpu=True),
+    'fp16': Way(precision='fp16', gpu=True),
+    'fp16-fast': Way(precision='fp16', channels_last=True, compiled=True, held=True, gpu=True),
+}
+OPTIONS = {PLAIN: 'plain', 'channels_last': '--channels_last', 'compile': '--compile', 'checkpoint': '--checkpoint-activations',
+           'bf16': '--precision=bf16', 'fast': '--channels_last --compile', 'tf32': '--tf32', 'fp16': '--precision=fp16',
+           'fp16-fast': '--precision=fp16 --channels_last --compile'}
+
+# Dense products of vendors' data sheets, 10^12 operations a second: FP32 outside tensor cores, TF32, FP16 and BF16 summed in FP32.
+PEAKS = {
+    r'NVIDIA A100.*': dict(fp32=19.5, tf32=156, half=312),
+    r'NVIDIA H100 80GB HBM3': dict(fp32=67, tf32=494.7, half=989.4),
+    r'NVIDIA H200': dict(fp32=67, tf32=494.7, half=989.4),
+    r'NVIDIA L40S': dict(fp32=91.6, tf32=183, half=362),
+    r'NVIDIA GeForce RTX 4090': dict(fp32=82.6, tf32=82.6, half=165.2),
 }
 
+#----------------------------------------------------------------------------
+# The step, and what is measured of it.
 
 class Stopwatch:
-    """Seconds by part; waits for the device at both ends of what it times."""
+    """Seconds of a step by part, and how many images networks were asked about.
 
-    def __init__(self, device: torch.device):
-        self.device, self.parts = device, {}
+    Args:
+        inside: whether to time parts; on a GPU it then waits at both ends of each.
+    """
+
+    def __init__(self, device: torch.device, inside: bool):
+        self.device, self.inside = device, inside
+        self.parts, self.asked, self.start = {}, {True: 0, False: 0}, self.now()
 
     def now(self) -> float:
         if self.device.type == 'cuda':
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def wrap(self, module: torch.nn.Module, part):
-        """Add the time of every forward call of `module` to the part that `part()` names."""
-        starts = []
-        module.register_forward_pre_hook(lambda *_: starts.append(self.now()))
-        module.register_forward_hook(lambda *_: self.add(part(), self.now() - starts.pop()))
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        if not self.inside:
+            yield
+            return
+        start = self.now()
+        yield
+        self.parts[name] = self.parts.get(name, 0) + self.now() - start
 
-    def add(self, part: str, seconds: float) -> None:
-        self.parts[part] = self.parts.get(part, 0) + seconds
-
-
-def build(size: str, batch: int | None, device: torch.device, fp16: bool):
-    """Teacher, student, loss and one batch of a named size."""
-    resolution, channels, classes, default_batch, kwargs = SIZES[size]
-    batch = batch or default_batch
-    torch.manual_seed(0)
-    student = networks.EDMPrecond(resolution, channels, classes, use_fp16=fp16, **kwargs).to(device).train()
-    teacher = networks.EDMPrecond(resolution, channels, classes, use_fp16=fp16, **kwargs).to(device).eval().requires_grad_(False)
-    loss_fn = ConsistencyDistillationLoss(
-        teacher, S=8, T_start=64, T_end=1280, T_anneal_kimg=0, rho=7.0, sigma_min=0.002, sigma_max=80.0, student_grid='edm', sampling_mode='edm',
-        cd_loss='pseudo_huber', cd_weight_mode='sqrt_karras', sigma_data=0.5, terminal_anchor=True, terminal_teacher_hop=True, sync_dropout=True)
-    images = torch.randint(256, [batch, channels, resolution, resolution], dtype=torch.uint8)
-    labels = torch.eye(classes)[torch.randint(classes, [batch])]
-    return teacher, student, loss_fn, (images, labels)
+    def stop(self) -> dict[str, float]:
+        """Seconds of PARTS, zero where there was nothing to do; of the total alone where no parts were timed."""
+        total = self.now() - self.start
+        if not self.inside:
+            return dict(total=total)
+        return {**dict.fromkeys(PARTS, 0), **self.parts, 'rest': total - sum(self.parts.values()), 'total': total}
 
 
-def time_step(size: str, batch: int | None, steps: int, device: torch.device, fp16: bool) -> dict:
-    """Median seconds of the step's parts, after warm-up."""
-    teacher, student, loss_fn, data = build(size, batch, device, fp16)
-    watch = Stopwatch(device)
-    watch.wrap(teacher, lambda: 'teacher hop')
-    watch.wrap(student, lambda: 'student forward' if torch.is_grad_enabled() else 'self-target')
+class Observed:
+    """A network whose calls a stopwatch sees; compiled or not, it is timed from outside."""
+
+    def __init__(self, net: torch.nn.Module, training: Training, is_teacher: bool):
+        self._net, self._training, self._is_teacher = net, training, is_teacher
+
+    def __getattr__(self, name):
+        return getattr(self._net, name)
+
+    def __call__(self, x, *args, **kwargs):
+        differentiated = torch.is_grad_enabled()
+        watch = self._training.watch
+        watch.asked[differentiated] += len(x)
+        with watch.part('teacher hop' if self._is_teacher else 'student forward' if differentiated else 'self-target'):
+            return self._net(x, *args, **kwargs)
+
+
+class Training:
+    """What the training loop sets up for a network of a named size, and its step. `averages_device`: see `WeightAverages`."""
+
+    def __init__(self, size: str, batch: int, device: torch.device, averages_device: torch.device | None = None):
+        self.size, self.batch, self.device, self.watch = SIZES[size], batch, device, None
+        torch.backends.cudnn.benchmark = True  # as train.py does
+        torch.manual_seed(0)
+        self.student = self.size.build().to(device).train()
+        self.teacher = self.size.build().to(device).eval().requires_grad_(False)
+        self.loss_fn = ConsistencyDistillationLoss(
+            Observed(self.teacher, self, is_teacher=True), S=8, T_start=64, T_end=1280, T_anneal_kimg=0, rho=7.0, sigma_min=0.002, sigma_max=80.0,
+            student_grid='edm', sampling_mode='edm', cd_loss='pseudo_huber', cd_weight_mode='sqrt_karras', sigma_data=0.5, terminal_anchor=True,
+            terminal_teacher_hop=True, sync_dropout=True)
+        images = torch.randint(256, [batch, self.size.channels, self.size.resolution, self.size.resolution], dtype=torch.uint8)
+        data = images, torch.eye(self.size.classes)[torch.randint(self.size.classes, [batch])]
+        self.data = [values.pin_memory() for values in data] if device.type == 'cuda' else data
+        self.flat = FlatParameters(self.student)
+        self.loss_fn.attach(self.student, self.flat)
+        self.update = WeightUpdate(self.flat, (0.9, 0.999), 1e-8)
+        self.averages = WeightAverages(self.student, self.flat, 5e5, 0.05, [0.05, 0.10] if size != 'demo' else [], averages_device)
+        self.held_teacher, self.compiled = None, set()
+
+    def use(self, way: Way) -> None:
+        """Run the networks this way from now on. What was compiled stays so, and rests while it is not asked for."""
+        if way.held and self.held_teacher is None:
+            self.held_teacher = execution.hold_in_half(execution.in_precision(copy.deepcopy(self.teacher), way.precision))
+        teacher = self.held_teacher if way.held else self.teacher
+        for net in (self.student, teacher):
+            execution.in_precision(net, way.precision)
+            execution.run_with(net, channels_last=way.channels_last, checkpoint_activations=way.checkpoint_activations,
+                               compiled=way.compiled and net not in self.compiled)
+        self.compiled |= {self.student, teacher} if way.compiled else set()
+        self.loss_fn.teacher = Observed(teacher, self, is_teacher=True)
+        self.loss_fn.few_sizes = way.compiled  # as where a run compiles its networks
+        torch.compiler.set_stance('default' if way.compiled else 'force_eager')
+        execution.allow_tf32(way.tf32)
+
+    def step(self, number: int, inside: bool) -> dict:
+        """Seconds by part, and operations of networks, of the step with that number."""
+        self.watch = watch = Stopwatch(self.device, inside)
+        with observed_backward(watch):
+            self.loss_fn.begin_step(number * self.batch)
+            self.flat.weights.grad.zero_()
+            draws = SampleDraws(0, number * self.batch, self.batch, self.device)
+            accumulate_gradients(Observed(self.student, self, is_teacher=False), self.loss_fn, self.data, draws, self.update, 1 / self.batch,
+                                 StandardRGBEncoder())
+            self.averages.let_weights_change()
+            self.update.step(1e-5)
+            self.loss_fn.end_step()
+            self.averages.update((number + 1) * self.batch, self.batch)
+        return dict(watch.stop(), plain_images=watch.asked[False], differentiated_images=watch.asked[True])
+
+
+@contextlib.contextmanager
+def observed_backward(watch: Stopwatch) -> Iterator[None]:
+    """Within, `Tensor.backward` is timed as a part."""
     backward = torch.Tensor.backward
 
-    def timed_backward(tensor, *args, **kwargs):
-        start = watch.now()
-        backward(tensor, *args, **kwargs)
-        watch.add('backward', watch.now() - start)
+    def timed(tensor, *args, **kwargs):
+        with watch.part('backward'):
+            backward(tensor, *args, **kwargs)
 
-    flat = FlatParameters(student)
-    update = WeightUpdate(flat, (0.9, 0.999), 1e-8, loss_scale=None if fp16 else 1.0)
-    averages = WeightAverages(student, flat, 5e5, 0.05, [0.05, 0.10] if size != 'demo' else [])
-    rows, count, warmup = [], len(data[0]), 2
-    torch.Tensor.backward = timed_backward
+    torch.Tensor.backward = timed
     try:
-        for step in range(warmup + steps):
-            watch.parts.clear()
-            start = watch.now()
-            loss_fn.begin_step(step * count)
-            flat.weights.grad.zero_()
-            accumulate_gradients(student, loss_fn, data, SampleDraws(0, step * count, count, device), update, 1 / count, StandardRGBEncoder())
-            update.step(1e-5)
-            averages.update((step + 1) * count, count)
-            total = watch.now() - start
-            rows.append(dict(watch.parts, rest=total - sum(watch.parts.values()), total=total))
+        yield
     finally:
         torch.Tensor.backward = backward
-    medians = {part: statistics.median(row.get(part, 0) for row in rows[warmup:]) for part in rows[-1]}
-    return dict(size=size, batch=count, parameters=sum(p.numel() for p in student.parameters()), seconds=medians,
-                rest_share=statistics.median(row['rest'] / row['total'] for row in rows[warmup:]), images_per_second=count / medians['total'])
+
+#----------------------------------------------------------------------------
+# Measuring.
+
+def measure(size: str, way: str, batch: int, steps: int, device: torch.device) -> dict:
+    """Seconds of the first steps together and of every step after them, by way: the plain one and the other in turns."""
+    training, rows = Training(size, batch, device), {name: [] for name in dict.fromkeys([PLAIN, way])}
+    warmup = min(WARMUP, steps)
+    for number in range(warmup + steps):
+        for name in rows if number % 2 else reversed(rows):
+            training.use(WAYS[name])
+            on_gpu = device.type == 'cuda'
+            row = training.step(number, inside=not on_gpu)
+            if on_gpu and number >= warmup:
+                row = dict(training.step(number, inside=True), whole=row['total'])
+            rows[name].append(row)
+    return {name: dict(first=sum(row['total'] for row in steps[:warmup]), steps=steps[warmup:]) for name, steps in rows.items()}
 
 
-@torch.no_grad()
-def time_sampling(size: str, batch: int | None, repeats: int, device: torch.device, fp16: bool) -> dict:
-    """Images per second of 8-step student sampling, and the sampler's share of its time that is not the network's."""
-    teacher, _, _, (images, labels) = build(size, batch, device, fp16)
-    watch = Stopwatch(device)
-    watch.wrap(teacher, lambda: 'network')
-    latents, labels = torch.randn(images.shape, device=device), labels.to(device)
+@functools.cache
+def peak(device: torch.device, precision: str, tf32: bool) -> float | None:
+    """Operations a second of the largest products that the machine can do: a GPU's by its data sheet, None of an unknown one; a CPU's measured."""
+    if device.type == 'cuda':
+        kind = 'half' if precision in ('fp16', 'bf16') else 'tf32' if tf32 else 'fp32'
+        figures = next((peaks for pattern, peaks in PEAKS.items() if re.fullmatch(pattern, torch.cuda.get_device_name(device))), None)
+        return figures and figures[kind] * 1e12
+    best = 0
+    for side in (512, 1024, 1536):
+        a, b = torch.randn(2, side, side, dtype=torch.bfloat16 if precision == 'bf16' else torch.float32)
+        for _ in range(6):
+            start = time.perf_counter()
+            a @ b
+            best = max(best, 2 * side ** 3 / (time.perf_counter() - start))
+    return best
+
+
+def ways_for(size: str, device: torch.device, compile_large: bool) -> list[str]:
+    """What can be measured of a size here."""
+    on_gpu = device.type == 'cuda'
+    feasible = [name for name, way in WAYS.items() if on_gpu or not (way.gpu or (way.compiled and SIZES[size].large and not compile_large))]
+    return feasible if on_gpu or size != 'imagenet64-adm' else [name for name in feasible if name == PLAIN or WAYS[name].channels_last]
+
+#----------------------------------------------------------------------------
+# Telling.
+
+def total(step: dict) -> float:
+    """Seconds of a step that nobody has interrupted to time its parts."""
+    return step.get('whole', step['total'])
+
+
+def share_of_peak(steps: list[dict], net: Operations, at_most: float | None) -> str:
+    """Operations of the networks over what the machine could have done meanwhile; median over steps."""
+    if at_most is None:
+        return 'n/a'
+    shares = [net.of_step(step['plain_images'], step['differentiated_images']) / total(step) / at_most for step in steps]
+    return f'{statistics.median(shares):.1%}'
+
+
+def parts_table(runs: dict[str, dict]) -> str:
+    """Median milliseconds of the parts of a step, and their shares of it, by way."""
+    header, rows = [''], [[part] for part in PARTS]
+    for name, run in runs.items():
+        header += [OPTIONS[name] + ', ms', 'share']
+        for row, part in zip(rows, PARTS):
+            row.append(f'{statistics.median(step[part] for step in run["steps"]) * 1e3:.2f}')
+            row.append(f'{statistics.median(step[part] / step["total"] for step in run["steps"]):.1%}')
+    return table(header, rows)
+
+
+def ways_table(results: dict[str, dict], ways: list[str], batch: int, net: Operations, peaks: dict[str, float | None]) -> str:
+    """A row for each of the ways, measured or not."""
     rows = []
-    for _ in range(1 + repeats):
-        watch.parts.clear()
-        start = watch.now()
-        samplers.sample(teacher, latents, labels, 'student', 8)
-        total = watch.now() - start
-        rows.append((total, 1 - watch.parts['network'] / total))
-    total, overhead = (statistics.median(column) for column in zip(*rows[1:]))
-    return dict(size=size, batch=len(latents), nfe=8, images_per_second=len(latents) / total, overhead_share=overhead)
+    for name in ways:
+        if name not in results:
+            rows.append([OPTIONS[name]] + [NOT_MEASURED] * 7)
+            continue
+        run, plain = results[name][name], results[name][PLAIN]
+        times, beside = ([total(step) for step in each['steps']] for each in (run, plain))
+        rows.append([OPTIONS[name], f'{run["first"]:.1f} s', f'{min(times) * 1e3:.2f} ms', f'{statistics.median(times) * 1e3:.2f} ms',
+                     f'{batch / statistics.median(times):.4g}', f'{min(beside) / min(times):.3f}', f'{median_ratio(beside, times):.3f}',
+                     share_of_peak(run['steps'], net, peaks[name])])
+    return table(['', 'first steps', 'least', 'median', 'images/s', 'times faster, least', 'times faster, median', 'of the peak'], rows)
+
+
+def peaks_in_words(device: torch.device, peaks: dict[str, float | None]) -> str:
+    if device.type == 'cuda':
+        return "the vendor's figure for dense products in that precision, where we know it"
+    figures = ', '.join(f'{peaks[name] / 1e9:.0f} in {what}' for name, what in ((PLAIN, 'FP32'), ('bf16', 'BF16')) if name in peaks)
+    return f'the largest matrix product measured in the same run ({figures}; 10^9 operations a second)'
+
+
+def describe(size: str, batch: int, steps: int, net: Operations, device: torch.device, results: dict[str, dict],
+             ways: list[str], peaks: dict) -> str:
+    """The block of RESULTS.md."""
+    prose = (f'{net.parameters:,} parameters, {net.forward / 1e9:.3g} GFLOP a pass for an image, {net.backward / 1e9:.3g} the pass back; '
+             f'{steps} steps. `rest` is all of a step that is no network: drawing, noising, arithmetic of hops, loss, statistics, optimiser, '
+             'averages. Each way of running the networks is measured in turns with the plain one (eager FP32), step by step, in a process of its '
+             'own: `times faster` is the ratio within that process, of the least times and the median over pairs of steps. '
+             f'`first steps` are the first {min(WARMUP, steps)} together, with compilation from an empty cache. `of the peak`: operations of the '
+             f'networks as asked, padded rows included, recomputed activations not, against {peaks_in_words(device, peaks)}.')
+    shown = next(results[name] for name in ('fp16-fast', 'fast', *results) if name in results)
+    return block(f'A step: {SIZES[size].title}, batch {batch}', prose, parts_table(shown), ways_table(results, ways, batch, net, peaks))
 
 
 @click.command(cls=cli.Command)
 @cli.option('--size', type=click.Choice(list(SIZES)), default='demo', show_default=True, help='Network.')
 @cli.option('--batch', metavar='INT', type=click.IntRange(min=1), help="Images a step.  [default: the size's own]")
-@cli.option('--steps', metavar='INT', type=click.IntRange(min=1), default=30, show_default=True, help='Steps to time.')
-@cli.option('--fp16', is_flag=True, help='Half precision inside the networks, on GPUs.')
+@cli.option('--steps', metavar='INT', type=click.IntRange(min=1), help="Steps to time, of each way.  [default: the size's own]")
+@cli.option('--ways', metavar='LIST', type=NamesOf(WAYS), help=f'Of running the networks: {", ".join(WAYS)}.  [default: what suits the machine]')
+@cli.option('--compile-large', is_flag=True, help='Compile large networks on a CPU too.')
+@cli.option('--measure', 'way', hidden=True)
 @cli.option('--json', 'as_json', is_flag=True, help='Print one JSON object.')
-def main(size, batch, steps, fp16, as_json):
-    """Time a consistency distillation step and 8-step sampling."""
+def main(size, batch, steps, ways, compile_large, way, as_json):
+    """Time a consistency distillation step, its parts, and what ways of running the networks do to it."""
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    name = torch.cuda.get_device_name() if device.type == 'cuda' else f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
-    step = time_step(size, batch, steps, device, fp16)
-    sampling = time_sampling(size, batch, max(steps // 5, 1), device, fp16)
-    if as_json:
-        click.echo(json.dumps(dict(device=name, torch=torch.__version__, step=step, sampling=sampling)))
+    batch, steps = batch or SIZES[size].batch_on(device), steps or SIZES[size].steps_on(device)
+    if way is not None:
+        click.echo(json.dumps(measure(size, way, batch, steps, device)))
         return
-    click.echo(f'{name}, torch {torch.__version__}; {size}, {step["parameters"]:,} parameters, batch {step["batch"]}')
-    for part, seconds in step['seconds'].items():
-        click.echo(f'  {part:<16} {seconds * 1e3:9.2f} ms  {seconds / step["seconds"]["total"]:6.1%}')
-    click.echo(f'  rest {step["rest_share"]:.1%} of the step; {step["images_per_second"]:.4g} images/s')
-    click.echo(f'  sampling, 8 evaluations: {sampling["images_per_second"]:.4g} images/s, {sampling["overhead_share"]:.1%} outside the network')
+    ways = ways and list(dict.fromkeys([PLAIN, *ways]))  # which is always measured
+    asked = ways or ways_for(size, device, compile_large)
+    if device.type == 'cpu' and (useless := [name for name in asked if WAYS[name].gpu]):
+        raise click.UsageError(f'--ways={",".join(useless)}: that is for GPUs, and there is none.')
+    peaks = {name: peak(device, WAYS[name].precision, WAYS[name].tf32) for name in asked}
+    net, results = operations(SIZES[size]), {}
+    for name in [name for name in asked if name != PLAIN] or [PLAIN]:
+        with tempfile.TemporaryDirectory() as cache:
+            results[name] = apart(__file__, f'--measure={name}', f'--size={size}', f'--batch={batch}', f'--steps={steps}',
+                                  env=dict(TORCHINDUCTOR_CACHE_DIR=cache))
+    results.setdefault(PLAIN, next(iter(results.values())))
+    if as_json:
+        click.echo(json.dumps(dict(device=machine(), size=size, batch=batch, operations=vars(net), peaks=peaks, ways=results)))
+        return
+    click.echo(describe(size, batch, steps, net, device, results, ways or list(WAYS), peaks))
 
 
 if __name__ == '__main__':

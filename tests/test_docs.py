@@ -24,10 +24,12 @@ import reconstruct_phema
 import search
 import train
 import validation
+from benchmarks import __main__ as all_benchmarks
 from benchmarks import checkpoint as checkpoint_benchmark
+from benchmarks import data as data_benchmark
 from benchmarks import frechet as frechet_benchmark
 from benchmarks import images as images_benchmark
-from benchmarks import scaling, step
+from benchmarks import memory, sampling, scaling, startup, step
 from benchmarks import state as state_benchmark
 from dnnlib import EasyDict
 from metrics import rulers
@@ -48,7 +50,9 @@ COMMANDS = {'train.py': train.main, 'generate.py': generate.main, 'fid.py calc':
             'dataset_tool.py': dataset_tool.main, 'demo.py': demo.main, 'compare.py': compare.main,
             'convert.py': convert.main, 'convert.py info': convert.info,
             **{f'edit.py {name}': command for name, command in edit.main.commands.items()},
-            'benchmarks/step.py': step.main, 'benchmarks/scaling.py': scaling.main,
+            'python -m benchmarks': all_benchmarks.main, 'benchmarks/step.py': step.main, 'benchmarks/scaling.py': scaling.main,
+            'benchmarks/memory.py': memory.main, 'benchmarks/sampling.py': sampling.main, 'benchmarks/startup.py': startup.main,
+            'benchmarks/data.py': data_benchmark.main,
             'benchmarks/frechet.py': frechet_benchmark.main, 'benchmarks/images.py': images_benchmark.main,
             'benchmarks/checkpoint.py': checkpoint_benchmark.main, 'benchmarks/state.py': state_benchmark.main,
             'python -m metrics.rulers': rulers.main}
@@ -248,7 +252,7 @@ def test_formats_md_names_every_statistic():
     flat = FlatParameters(student())
     averages = WeightAverages(student(), flat, 1e3, None, [])
     c = EasyDict(lr=1, batch_size=64, total_nimg=64, lr_rampup_nimg=0, lr_schedule='constant', lr_ref_nimg=0)
-    ticks = tick_stats(EasyDict(tick=0, nimg=64, tick_start_nimg=0), c, averages, 0, 0, 0, 0, 1, torch.device('cpu'))
+    ticks = tick_stats(EasyDict(tick=0, nimg=64, tick_start_nimg=0), c, averages, 0, 0, 0, 0, 1, torch.device('cpu'), 0)
     ticks |= network_stats(WeightUpdate(flat, (0.9, 0.999), 1e-8), averages)
     names = {name.replace('EMA/ema_', 'EMA/<average>_') for name in [*training_stats.collect(), *ticks]}
     names = {re.sub(r'/sigma_.*', '/sigma_<low>-<high>', re.sub(r'segment\d+', 'segment<j>', name)) for name in names}

@@ -78,9 +78,3 @@ def test_the_demo_tells_its_story(tmp_path):
     shown = [line for line in done.stdout.splitlines() if line.startswith('$ python ')]
     assert len(shown) == 2 + 3 + 7 + 8 * 4
     assert_one_clear_error(run('demo.py', f'--outdir={out}', check=False), 'not empty')
-
-
-def test_the_step_benchmark_reports_its_parts():
-    done = json.loads(run('benchmarks/step.py', '--size=demo', '--batch=8', '--steps=2', '--json').stdout)
-    assert set(done['step']['seconds']) == {'teacher hop', 'self-target', 'student forward', 'backward', 'rest', 'total'}
-    assert 0 < done['step']['rest_share'] < 1 and done['sampling']['images_per_second'] > 0

@@ -1,0 +1,95 @@
+"""What the benchmarks share: the machine in words, blocks of Markdown, timing in turns, and processes of their own."""
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).resolve().parents[1]
+NOT_MEASURED = 'not measured'
+WIDTH = 150  # of prose
+
+
+def machine() -> str:
+    """The device and the versions that figures depend on, in a line."""
+    import numpy
+    import torch
+    cpu = f'{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads'
+    device = f'{torch.cuda.get_device_name()}, {cpu}' if torch.cuda.is_available() else cpu
+    return f'{device}; torch {torch.__version__}, NumPy {numpy.__version__}, Python {platform.python_version()}'
+
+
+def command() -> str:
+    """The command line that this process was started with, from the repository's root."""
+    threads = [f'OMP_NUM_THREADS={os.environ["OMP_NUM_THREADS"]}'] if 'OMP_NUM_THREADS' in os.environ else []
+    script = Path(sys.argv[0]).resolve()
+    name = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
+    return shlex.join([*threads, 'python', name, *sys.argv[1:]])
+
+
+def block(title: str, prose: str, *parts: str) -> str:
+    """A section of RESULTS.md, under the command that made it: paragraphs and tables."""
+    prose = textwrap.fill(prose, WIDTH, break_long_words=False, break_on_hyphens=False)
+    return '\n\n'.join([f'## {title}', f'`{command()}`', prose, f'    {machine()}', *(part.strip('\n') for part in parts)])
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table. Raises: ValueError where a row is not as long as the header."""
+    from metrics.report import markdown_table
+    if any(len(row) != len(header) for row in rows):
+        raise ValueError(f'rows of {sorted({len(row) for row in rows})} cells under {len(header)} headings')
+    return markdown_table(header, rows)
+
+
+def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every call, by name, one after the other in every round, so that what else the machine does meets them all."""
+    seconds = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def least(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """The least of each; noise only ever adds."""
+    return {name: min(values) for name, values in seconds.items()}
+
+
+def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    """Median of a / b over rounds in which the two were measured side by side."""
+    return statistics.median(x / y for x, y in zip(a, b))
+
+
+def apart(*arguments, env: dict[str, str] | None = None):
+    """What `python <arguments>`, a benchmark's own measuring, prints as JSON; a process of its own, whose memory and threads nobody has used."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True, env=dict(os.environ, **(env or {})))
+    return json.loads(done.stdout)
+
+
+class NamesOf(click.ParamType):
+    """Comma-separated names, each once, of a few that are known."""
+
+    name = 'list'
+
+    def __init__(self, known: Collection[str]):
+        self.known = known
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, list):
+            return value
+        names = value.split(',')
+        if unknown := [name for name in names if name not in self.known]:
+            self.fail(f'{", ".join(unknown)}: there are {", ".join(self.known)}', param, ctx)
+        return list(dict.fromkeys(names))

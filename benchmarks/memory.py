@@ -1,0 +1,132 @@
+"""Memory of a consistency distillation step by part, from the tensors that a step really holds, with random weights.
+
+What the backward pass needs is counted tensor by tensor as the student's forward pass leaves it (`torch.autograd.graph.saved_tensors_hooks`), for
+one image and for two: the difference is an image's, the remainder (weights rounded to half precision) is there once. Temporary tensors are not
+counted; on a GPU the allocator's peak of real steps stands beside the sum.
+"""
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+import torch
+
+if __name__ == '__main__':
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import NOT_MEASURED, apart, block, table
+from benchmarks.sizes import SIZES
+from benchmarks.step import Training, Way
+from dnnlib import cli
+
+WAYS = {
+    'plain': Way(),
+    '--checkpoint-activations': Way(checkpoint_activations=True),
+    '--precision=bf16': Way(precision='bf16', held=True),
+    '--ema-device=cpu': Way(),
+    'all three': Way(precision='bf16', held=True, checkpoint_activations=True),
+}
+ON_HOST = ('--ema-device=cpu', 'all three')  # where averages take no memory of the device
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes on the device."""
+
+    teacher: int
+    student: int
+    gradients: int
+    adam: int
+    averages: int
+    activations: int
+
+    @property
+    def sum(self) -> int:
+        return sum(vars(self).values())
+
+
+def bytes_of(tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def saved_bytes(training: Training, count: int) -> int:
+    """Memory that a forward pass of the student over `count` images leaves for the backward pass, weights left out."""
+    net, size, kept = training.student, training.size, {}
+    images = torch.randn(count, size.channels, size.resolution, size.resolution, device=training.device)
+    sigma, labels = torch.ones(count, device=training.device), torch.zeros(count, size.classes, device=training.device)
+    weights = training.flat.weights.untyped_storage().data_ptr()
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() != weights:
+            kept[storage.data_ptr()] = storage  # which nothing else can take the place of while it is held
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        denoised = net(images, sigma, labels, dropout_masks=net.dropout_masks(count))
+    total = sum(storage.nbytes() for storage in kept.values())
+    del denoised
+    return total
+
+
+def parts_of(training: Training, way: Way, batch: int, averages_on_host: bool) -> Parts:
+    """Of a step of `batch` images."""
+    training.use(way)
+    teacher = training.held_teacher if way.held else training.teacher
+    one, two = saved_bytes(training, 1), saved_bytes(training, 2)
+    moments = [value for state in training.update.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return Parts(teacher=bytes_of(teacher.parameters()), student=training.flat.weights.nbytes, gradients=training.flat.weights.grad.nbytes,
+                 adam=bytes_of(moments), averages=0 if averages_on_host else bytes_of(training.averages.vectors.values()),
+                 activations=one + (batch - 1) * (two - one))
+
+
+def measured_peak(size: str, name: str, batch: int) -> int:
+    """Bytes at the peak of a GPU's allocator over two steps, in this process."""
+    device = torch.device('cuda')
+    way = WAYS[name]
+    training = Training(size, batch, device, averages_device=torch.device('cpu') if name in ON_HOST else None)
+    training.use(way)
+    if way.held:
+        training.teacher = None  # a run holds one
+    torch.cuda.reset_peak_memory_stats(device)
+    for number in range(2):
+        training.step(number, inside=False)
+    return torch.cuda.max_memory_allocated(device)
+
+
+@click.command(cls=cli.Command)
+@cli.option('--size', type=click.Choice(list(SIZES)), default='imagenet64-adm', show_default=True, help='Network.')
+@cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images that a GPU handles at a time.')
+@cli.option('--measure', hidden=True)
+def main(size, batch, measure):
+    """Count the memory of a consistency distillation step by part."""
+    if measure is not None:
+        click.echo(measured_peak(size, measure, batch))
+        return
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    training = Training(size, 1, device)
+    training.step(0, inside=False)
+    averages = ', '.join(training.averages.vectors)
+    found = {name: parts_of(training, way, batch, name in ON_HOST) for name, way in WAYS.items()}
+    del training
+    peaks = {}
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
+        peaks = {name: apart(__file__, f'--size={size}', f'--batch={batch}', f'--measure={name}') for name in WAYS}
+    unit, one = ('GB', 1e9) if found['plain'].sum > 1e9 else ('MB', 1e6)
+    told = lambda count: f'{count / one:.2f}'
+    rows = [[name, *map(told, vars(parts).values()), told(parts.sum), told(found['plain'].sum - parts.sum),
+             told(peaks[name]) if name in peaks else NOT_MEASURED] for name, parts in found.items()]
+    click.echo(block(
+        f'Memory of a step: {SIZES[size].title}, batch {batch}',
+        f'{unit} ({one:.0e} bytes) by part. Activations are what the student\'s forward pass keeps for the backward pass, {batch} times those of an '
+        f'image (the difference between two images and one); all else, {told(replace(found["plain"], activations=0).sum)} {unit}, does not depend on '
+        f'the batch. Averages: {averages}. In half precision the teacher holds its convolutions in it. `peak` is that of a GPU\'s allocator in '
+        'real steps, temporary tensors included.',
+        table(['', 'teacher', 'student', 'gradients', 'Adam', 'averages', 'activations', 'sum', 'saved', 'peak'], rows)))
+
+
+if __name__ == '__main__':
+    main()

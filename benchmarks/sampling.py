@@ -1,0 +1,119 @@
+"""Images per second of 8-step student sampling to PNG files: a plain loop against generate.py's own, and how much of it is the network's time.
+
+`plain loop` draws a batch by the eager FP32 network, encodes and writes it, and goes on to the next. `generate.py` is `generate.generate_all`, whose
+worker processes encode and write while the network is at work. `network alone` asks for the same evaluations and writes nothing. Weights are random,
+so images are noise, which PNG does not compress: files are larger than those of photographs. Start-up is left out (benchmarks/startup.py).
+"""
+from __future__ import annotations
+
+import functools
+import itertools
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+import torch
+
+if __name__ == '__main__':
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import generate
+from benchmarks.common import NOT_MEASURED, block, in_turns, median_ratio, table
+from benchmarks.sizes import SIZES
+from dnnlib import cli
+from training import execution, generation, writers
+from training.consistency_ops import student_grid
+
+STEPS = 8
+ALONE, PLAIN, OVERLAPPED = 'network alone', 'plain loop', 'generate.py'
+FASTER = {'generate.py, --channels_last': dict(channels_last=True), 'generate.py, compiled': dict(compiled=True)}
+IMAGES = {'demo': (2048, 64), 'cifar10-ddpmpp': (8, 4), 'imagenet64-adm': (4, 2)}  # and their batch, on a CPU
+GPU_IMAGES, GPU_BATCH = 2048, 128
+
+
+def build(size: str, device: torch.device, **ways) -> torch.nn.Module:
+    """A student of 8 steps, with the metadata that a snapshot has."""
+    torch.manual_seed(0)
+    net = execution.run_with(SIZES[size].build().to(device).eval().requires_grad_(False), **ways)
+    net.metadata = dict(sigmas=student_grid(STEPS, 0.002, 80.0, 7.0).tolist())
+    return net
+
+
+class Runs:
+    """Ways of sampling `images` images in batches, each into a folder of its own below `folder`, which is removed again."""
+
+    def __init__(self, images: int, batch: int, folder: Path):
+        self.seeds, self.batch, self.folder = list(range(images)), batch, folder
+
+    def alone(self, net: torch.nn.Module) -> None:
+        for seeds in generation.split_batches(self.seeds, self.batch):
+            last = generation.generate_batch(net, seeds, steps=STEPS)
+        last.cpu()
+
+    def plain(self, net: torch.nn.Module) -> None:
+        for seeds in generation.split_batches(self.seeds, self.batch):
+            paths = [str(self.folder / 'plain' / f'{seed:06d}.png') for seed in seeds]
+            generation.save_images(generation.generate_batch(net, seeds, steps=STEPS), paths)
+        self._tidy('plain')
+
+    def overlapped(self, net: torch.nn.Module, pool: writers.WriterPool) -> None:
+        arguments = dict(choose_labels=generation.uniform_labels, solver='student', steps=STEPS)
+        generate.generate_all(net, self.seeds, self.batch, writers.FolderDestination(str(self.folder / 'overlapped')), pool, False, arguments)
+        self._tidy('overlapped')
+
+    def _tidy(self, name: str) -> None:
+        found = sum(1 for _ in (self.folder / name).glob('*.png'))
+        if found != len(self.seeds):
+            raise RuntimeError(f'{found} of {len(self.seeds)} images were written')
+        shutil.rmtree(self.folder / name)
+
+
+def measure(size: str, images: int, batch: int, rounds: int, workers: int, ways: dict[str, dict], device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every round, by row, measured in turns; each is run once before, so that it is compiled and its workers are there."""
+    net = build(size, device)
+    with tempfile.TemporaryDirectory() as folder, writers.WriterPool(workers) as pool:
+        runs = Runs(images, batch, Path(folder))
+        calls = {ALONE: lambda: runs.alone(net), PLAIN: lambda: runs.plain(net), OVERLAPPED: lambda: runs.overlapped(net, pool)}
+        for name, how in ways.items():
+            calls[name] = functools.partial(runs.overlapped, build(size, device, **how), pool)
+        in_turns(calls, 1)
+        return in_turns(calls, rounds)
+
+
+@click.command(cls=cli.Command)
+@cli.option('--size', type=click.Choice(list(SIZES)), default='demo', show_default=True, help='Network.')
+@cli.option('--images', metavar='INT', type=click.IntRange(min=1), help="To draw in every round.  [default: the size's own]")
+@cli.option('--batch', metavar='INT', type=click.IntRange(min=1), help="Images at a time.  [default: the size's own]")
+@cli.option('--rounds', metavar='INT', type=click.IntRange(min=1), default=5, show_default=True, help='Times that each is timed.')
+@cli.option('--workers', metavar='INT', type=click.IntRange(min=0), help="Processes that write.  [default: generate.py's own]")
+@cli.option('--eager', is_flag=True, help='Leave compilation out.')
+@cli.option('--compile-large', is_flag=True, help='Compile large networks on a CPU too.')
+def main(size, images, batch, rounds, workers, eager, compile_large):
+    """Time 8-step student sampling to files."""
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    own_images, own_batch = (GPU_IMAGES, GPU_BATCH) if device.type == 'cuda' else IMAGES[size]
+    images, batch, workers = images or own_images, batch or own_batch, writers.default_workers() if workers is None else workers
+    execution.allow_tf32(False)
+    compiles = not eager and (device.type == 'cuda' or compile_large or not SIZES[size].large)
+    ways = {name: how for name, how in FASTER.items() if compiles or not how.get('compiled')}
+    seconds = measure(size, images, batch, rounds, workers, ways, device)
+    rows = []
+    for name in itertools.chain((ALONE, PLAIN, OVERLAPPED), FASTER):
+        if name not in seconds:
+            rows.append([name] + [NOT_MEASURED] * 4)
+            continue
+        times = seconds[name]
+        rows.append([name, f'{images / min(times):.4g}', f'{min(seconds[PLAIN]) / min(times):.3f}', f'{median_ratio(seconds[PLAIN], times):.3f}',
+                     f'{min(seconds[ALONE]) / min(times):.1%}'])
+    click.echo(block(
+        f'Sampling in {STEPS} evaluations: {SIZES[size].title}',
+        f'{images} images in batches of {batch}, written as PNG files, {workers} process(es) writing; least of {rounds} rounds in turns, after one '
+        f'that is not counted. `{PLAIN}` draws a batch (eager FP32), encodes and writes it, and goes on; `{OVERLAPPED}` is what generate.py does '
+        f'once its network is loaded. `{ALONE}` writes nothing, and is what the last column compares with. Ratios are over the plain loop.',
+        table(['', 'images/s', 'times faster, least', 'times faster, median', "of the eager network's speed"], rows)))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,83 @@
+"""The networks that benchmarks are about, by name, with random weights; and how many operations they take."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from training import networks
+
+
+@dataclass(frozen=True)
+class Size:
+    """A network of a named size, and how much of it a machine can bear.
+
+    Attributes:
+        title: in words.
+        resolution, channels, classes: of its images.
+        batch, steps: images of a step, and steps to time, on a GPU.
+        cpu_batch, cpu_steps: the same on a CPU.
+        large: whether its compilation is left to GPUs.
+        network: keyword arguments of `networks.EDMPrecond`.
+    """
+
+    title: str
+    resolution: int
+    channels: int
+    classes: int
+    batch: int
+    cpu_batch: int
+    steps: int
+    cpu_steps: int
+    large: bool
+    network: dict
+
+    def build(self, **kwargs) -> torch.nn.Module:
+        return networks.EDMPrecond(self.resolution, self.channels, self.classes, **self.network, **kwargs)
+
+    def batch_on(self, device: torch.device) -> int:
+        return self.batch if device.type == 'cuda' else self.cpu_batch
+
+    def steps_on(self, device: torch.device) -> int:
+        return self.steps if device.type == 'cuda' else self.cpu_steps
+
+
+SIZES = {
+    'demo': Size("the demo's network", 8, 1, 10, batch=128, cpu_batch=128, steps=40, cpu_steps=40, large=False,
+                 network=dict(model_type='DhariwalUNet', model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[], dropout=0)),
+    'cifar10-ddpmpp': Size('CIFAR-10 DDPM++', 32, 3, 10, batch=256, cpu_batch=4, steps=20, cpu_steps=3, large=True,
+                           network=dict(model_type='SongUNet', model_channels=128, channel_mult=[2, 2, 2], dropout=0.13)),
+    'imagenet64-adm': Size('ImageNet-64 ADM', 64, 3, 1000, batch=64, cpu_batch=2, steps=10, cpu_steps=2, large=True,
+                           network=dict(model_type='DhariwalUNet', model_channels=192, channel_mult=[1, 2, 3, 4], dropout=0.2,
+                                        dout_resolutions=[16, 8])),
+}
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations of a network on one image, a multiplication and an addition being two: of a pass, and of the pass back."""
+
+    parameters: int
+    forward: float
+    backward: float
+
+    def of_step(self, plain: float, differentiated: float) -> float:
+        """Of `plain` passes without gradients and `differentiated` with a pass back."""
+        return plain * self.forward + differentiated * (self.forward + self.backward)
+
+
+def count_operations(net: torch.nn.Module, *inputs: torch.Tensor) -> Operations:
+    """Counts products and convolutions of a network on the meta device, where attention too is made of products; the rest is next to nothing."""
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        net(*inputs)
+    with FlopCounterMode(display=False) as both:
+        net(*inputs).sum().backward()
+    return Operations(sum(p.numel() for p in net.parameters()), forward.get_total_flops(), both.get_total_flops() - forward.get_total_flops())
+
+
+def operations(size: Size) -> Operations:
+    """Of a size's network."""
+    with torch.device('meta'):
+        image = torch.zeros(1, size.channels, size.resolution, size.resolution)
+        return count_operations(size.build(), image, torch.ones(1), torch.zeros(1, size.classes))
