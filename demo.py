@@ -18,7 +18,7 @@ from metrics.story import SHOWN, Story, make_outdir, measure, newest_snapshot, t
 
 IMAGES = 1797  # as many as there are digits
 COMMON = [*digits.COMMON, '--cond=1', f'--batch={digits.BATCH}', '--seed=0', '--nosubdir', '--snap=10', '--dump=0']
-STUDENTS = {'mcd': ('student', {8: 2000, 4: 1200, 2: 800}), 'direct': ('direct', {8: 1000, 2: 450, 1: 300})}  # name; steps of each S
+STUDENTS = {'mcd': ('student', {8: 1250, 4: 1000, 2: 800}), 'direct': ('direct', {8: 1000, 2: 450, 1: 300})}  # name; steps of each S
 TEACHER_ROWS = [('euler', 8, 8), ('heun', 256, 511)]  # solver, steps, NFE
 
 

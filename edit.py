@@ -362,7 +362,7 @@ def main():
 
     \b
     Make up the lower half of the first eight digits, four times each:
-      python edit.py inpaint --network=demo-out/student-8/network-snapshot-000256.pkl --input=demo-out/digits.zip --indices=0-7 \\
+      python edit.py inpaint --network=demo-out/student-8/network-snapshot-000160.pkl --input=demo-out/digits.zip --indices=0-7 \\
           --box=0,4,8,8 --seeds=0-3 --outdir=edits
     \b
     Colour for a grey photograph, and 256 pixels from 64:

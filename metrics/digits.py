@@ -12,19 +12,20 @@ NETWORK = ['--arch=adm', '--cbase=16', '--cres=1,2', '--num_blocks=1', '--attn_r
 COMMON = ['--workers=0', '--lr_schedule=cosine']
 TEACHER_STEPS, TEACHER = 4000, [*NETWORK, '--lr=2e-3', '--ema=40kimg', '--augment=0', '--lr_rampup=20']
 STUDENT = ['--lr=1e-3', '--ema=20kimg', '--lr_rampup=5']
-OWN = dict(mcd=['--keep_ties'], direct=['--top-mass=1'], ict=['--s1=160'],  # a grid that 2,000 steps can follow
+OWN = dict(mcd=['--keep_ties', '--top-mass=0.5'], direct=['--top-mass=1'], ict=['--s1=160'],  # a grid that 2,000 steps can follow
            **{name: ['--cm_loss=pseudo_huber'] for name in ('cm-cd', 'cm-ct')})  # LPIPS has seen photographs
 
 
 def student_options(objective: str, S: int | None = None) -> list[str]:
     """What suits a student, of S steps where it has a number of its own; why, is in docs/results.md.
 
-    Sub-steps: 12 or more over all segments. Half of distillation's samples at the tops of segments, but for two long ones, which need the others.
+    A teacher of digits is best in about 16 Heun steps: so many edges has the grid of distillation throughout, and 12 or more are the sub-steps over
+    all segments.
     """
     own = OBJECTIVES[objective].options
     substeps = [f'--{name}={max(2, -(-12 // S))}' for name in ('substeps', 'anchor_hops') if name in own]
-    top_mass = [f'--top-mass={0.2 if S == 2 else 0.5}'] if objective == 'mcd' else []
-    return [*STUDENT, *(['--student_grid=full'] if 'student_grid' in own else []), *OWN.get(objective, []), *top_mass, *substeps]
+    edges = [f'--{name}={max(16, S)}' for name in ('T_start', 'T_end')] if objective == 'mcd' else []
+    return [*STUDENT, *(['--student_grid=full'] if 'student_grid' in own else []), *OWN.get(objective, []), *edges, *substeps]
 
 
 def prepare(story: Story) -> tuple[Path, dict[str, Ruler]]:
