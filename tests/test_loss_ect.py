@@ -74,12 +74,12 @@ def test_the_consistency_function_tends_to_the_exact_map_as_stages_pass():
 
 
 def test_where_r_is_zero_it_is_diffusion_training():
-    """At stage 0, with q = 2 and k = 8, r = 0 for t below 5 or so: the distance from the image itself, with weight 1/t."""
+    """At stage 0, with q = 2 and k = 8, r = 0 for t below 5 or so: the distance from the image itself, with weight 1/t. Nobody is asked for more."""
     net, images = small_network(0).double(), torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     student = Recorder(net).train()
     loss = make_loss(P_std=0.5)
     got = loss(student, images, None, SampleDraws(0, 0, 64))
-    (_, _), (t, masks) = student.calls
+    [(t, masks)] = student.calls
     assert t.max() < 1.9
     x_t = images + ops.expand_like(t, images) * SampleDraws(0, 0, 64).normal('noise', [1, 8, 8])
     expected = ops.image_distance(net(x_t, t, None, dropout_masks=masks) - images, 'l2_root') / t

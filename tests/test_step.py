@@ -13,6 +13,7 @@ from training.consistency_loss import TableLoss
 from training.draws import SampleDraws
 from training.encoders import StandardRGBEncoder
 from training.loss import DIFFUSION_LOSSES
+from training.loss_ect import ConsistencyTuningLoss
 from training.loss_tcm import TruncatedTrainingLoss
 from training.objectives import OBJECTIVES
 from training.phema import WeightAverages
@@ -129,7 +130,8 @@ class Training:
 
 
 WAITING = ('cpu', 'numpy', 'tolist', 'item', '__bool__', '__int__', '__float__', '__index__')
-OF_THE_HOST = ((SampleDraws, 'uniform'), (TableLoss, '_make_table'), (TruncatedTrainingLoss, 'times_on_host'))  # return numpy arrays or constants
+OF_THE_HOST = ((SampleDraws, 'uniform'), (TableLoss, '_make_table'), (TruncatedTrainingLoss, 'times_on_host'),
+               (ConsistencyTuningLoss, 'times_on_host'))  # return numpy arrays or constants
 
 
 @contextlib.contextmanager

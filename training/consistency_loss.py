@@ -112,6 +112,11 @@ class Drawn:
     index: Tensor | None = None  # which of a table's, [N] int64
     parts: Mapping[str, Part] | None = None  # which need evaluations that others do without, by names; nobody those that are not there
 
+    @property
+    def general(self) -> Part | None:
+        """Those on general edges; None where nobody is."""
+        return Part(mask=self.kind == ops.GENERAL) if self.parts is None else self.parts.get('general')
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -305,8 +310,7 @@ class SegmentLoss(TableLoss):
         """x_b: where a DDIM step from x_s goes, by the student's word; on edges that end at the boundary x_s itself, on those to 0 x_terminal."""
         edges = pairs.edges
         x_b = torch.where(ops.expand_like(edges.kind, x_s) == ops.TERMINAL, x_terminal, x_s)
-        general = Part(mask=edges.kind == ops.GENERAL) if edges.parts is None else edges.parts.get('general')
-        if general is None:
+        if (general := edges.general) is None:
             return x_b
         x_s, sigma_s, sigma_b = (general.pick(values) for values in (x_b, edges.sigma_s, edges.sigma_b))
         denoised = pairs.ask(net, x_s, sigma_s, general, pairs.masks)

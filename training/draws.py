@@ -50,8 +50,12 @@ class SampleDraws:
         """[count, *shape] float32 on the device, standard normal."""
         return self._draw(purpose, shape, self.device, torch.randn)
 
+    def normal_on_host(self, purpose: str) -> np.ndarray:
+        """[count] float32, standard normal: for choices that the host has to know without asking the device."""
+        return self._draw(purpose, (), torch.device('cpu'), torch.randn).numpy()
+
     def uniform(self, purpose: str) -> np.ndarray:
-        """[count] float64, uniform in [0, 1): for choices that the host has to know without asking the device."""
+        """[count] float64, uniform in [0, 1), on the host too."""
         return self._draw(purpose, (), torch.device('cpu'), lambda *a, **k: torch.rand(*a, dtype=torch.float64, **k)).numpy()
 
     def generator(self, purpose: str) -> torch.Generator:

@@ -4,13 +4,15 @@ A pair of times t > r lies on one noised image; r is 0 at first and comes closer
 """
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torch_utils import training_stats
 from training import consistency_ops as ops
 from training import time_schedules as times
-from training.consistency_loss import ConsistencyLoss, Drawn, Pairs
+from training.consistency_loss import ConsistencyLoss, Drawn, Pairs, split_batch
+from training.draws import upload
 
 
 class ConsistencyTuningLoss(ConsistencyLoss):
@@ -37,15 +39,27 @@ class ConsistencyTuningLoss(ConsistencyLoss):
     def begin_step(self, nimg: int) -> None:
         self.stage = times.tuning_stage(nimg, self.stage_nimg)
 
+    def times_on_host(self, draws) -> np.ndarray:
+        """t and r of each sample, [2, N] float64."""
+        t = times.lognormal_times(torch.from_numpy(draws.normal_on_host('sigma')), self.P_mean, self.P_std)
+        return torch.stack([t, times.earlier_time(t, self.stage, self.q, self.k, self.b)]).numpy()
+
     def draw(self, draws, device: torch.device) -> Drawn:
-        t = times.lognormal_times(draws.normal('sigma'), self.P_mean, self.P_std)
-        r = times.earlier_time(t, self.stage, self.q, self.k, self.b)
+        # The host draws, so that it knows where r = 0, of which the first stages are full, without asking the device.
+        on_host = self.times_on_host(draws)
+        general = on_host[1] > 0
+        index, parts = split_batch(dict(general=general), device, self.few_sizes or device.type == 'cuda', np.arange(draws.count))
+        t, r = upload(on_host, device).unbind()
         kind = torch.where(r > 0, ops.GENERAL, ops.TERMINAL)
-        return Drawn(t, torch.where(r > 0, r, t / 2), torch.zeros_like(t), times.ect_weight(t, r, self.ect_weight, self.sigma_data), kind)
+        weight = times.ect_weight(t, r, self.ect_weight, self.sigma_data)
+        return Drawn(t, torch.where(r > 0, r, t / 2), torch.zeros_like(t), weight, kind, index, parts)
 
     def reference(self, net, pairs: Pairs) -> Tensor:
-        kind, denoised = ops.expand_like(pairs.edges.kind, pairs.y), pairs.ask(net, pairs.data_hop(), pairs.edges.sigma_s, dropout_masks=pairs.masks)
-        return torch.where(kind == ops.TERMINAL, pairs.y, denoised)
+        """As sigma_b = 0, what is answered at r, or the image where r = 0."""
+        if (general := pairs.edges.general) is None:
+            return pairs.y
+        x_r, r = general.pick(pairs.data_hop()), general.pick(pairs.edges.sigma_s)
+        return general.put(pairs.y, pairs.ask(net, x_r, r, general, pairs.masks))
 
     def report(self, edges: Drawn, loss: Tensor) -> None:
         super().report(edges, loss)
