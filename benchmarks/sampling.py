@@ -28,7 +28,7 @@ from training.consistency_ops import student_grid
 
 STEPS = 8
 ALONE, PLAIN, OVERLAPPED = 'network alone', 'plain loop', 'generate.py'
-FASTER = {'generate.py, --channels_last': dict(channels_last=True), 'generate.py, compiled': dict(compiled=True)}
+FASTER = {'generate.py, --channels_last': dict(channels_last=True), 'generate.py, --compile': dict(compiled=True)}
 IMAGES = {'demo': (2048, 64), 'cifar10-ddpmpp': (8, 4), 'imagenet64-adm': (4, 2)}  # and their batch, on a CPU
 GPU_IMAGES, GPU_BATCH = 2048, 128
 
@@ -36,7 +36,7 @@ GPU_IMAGES, GPU_BATCH = 2048, 128
 def build(size: str, device: torch.device, **ways) -> torch.nn.Module:
     """A student of 8 steps, with the metadata that a snapshot has."""
     torch.manual_seed(0)
-    net = execution.run_with(SIZES[size].build().to(device).eval().requires_grad_(False), **ways)
+    net = execution.run_with(SIZES[size].build().to(device).eval().requires_grad_(False), frozen=True, cuda_graphs=True, **ways)
     net.metadata = dict(sigmas=student_grid(STEPS, 0.002, 80.0, 7.0).tolist())
     return net
 

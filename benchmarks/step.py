@@ -169,7 +169,7 @@ class Training:
         for net in (self.student, teacher):
             execution.in_precision(net, way.precision)
             execution.run_with(net, channels_last=way.channels_last, checkpoint_activations=way.checkpoint_activations,
-                               compiled=way.compiled and net not in self.compiled)
+                               compiled=way.compiled and net not in self.compiled, frozen=net is teacher)
         self.compiled |= {self.student, teacher} if way.compiled else set()
         self.loss_fn.teacher = Observed(teacher, self, is_teacher=True)
         self.loss_fn.few_sizes = way.compiled  # as where a run compiles its networks
