@@ -12,8 +12,9 @@ NETWORK = ['--arch=adm', '--cbase=16', '--cres=1,2', '--num_blocks=1', '--attn_r
 COMMON = ['--workers=0', '--lr_schedule=cosine']
 TEACHER_STEPS, TEACHER = 4000, [*NETWORK, '--lr=2e-3', '--ema=40kimg', '--augment=0', '--lr_rampup=20']
 STUDENT = ['--lr=1e-3', '--ema=20kimg', '--lr_rampup=5']
-OWN = dict(mcd=['--keep_ties', '--top-mass=0.5'], direct=['--top-mass=1'], ict=['--s1=160'],  # a grid that 2,000 steps can follow
-           **{name: ['--cm_loss=pseudo_huber'] for name in ('cm-cd', 'cm-ct')})  # LPIPS has seen photographs
+OWN = {'mcd': ['--keep_ties', '--top-mass=0.5'], 'direct': ['--top-mass=1'],
+       'cm-cd': ['--cm_loss=pseudo_huber'], 'cm-ct': ['--cm_loss=pseudo_huber', '--s1=20'],  # LPIPS has seen photographs
+       'ict': ['--s1=160']}  # grids that 2,000 steps can follow
 
 
 def student_options(objective: str, S: int | None = None) -> list[str]:
