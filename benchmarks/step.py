@@ -294,7 +294,7 @@ def peaks_in_words(device: torch.device, peaks: dict[str, float | None]) -> str:
     if device.type == 'cuda':
         return "the vendor's figure for dense products in that precision, where we know it"
     figures = ', '.join(f'{peaks[name] / 1e9:.0f} in {what}' for name, what in ((PLAIN, 'FP32'), ('bf16', 'BF16')) if name in peaks)
-    return f'the largest matrix product measured in the same run ({figures}; 10^9 operations a second)'
+    return f'the largest matrix product measured in the same run ({figures}; 10^9 operations a second), which convolutions may exceed'
 
 
 def describe(size: str, batch: int, steps: int, net: Operations, device: torch.device, results: dict[str, dict],
