@@ -221,7 +221,7 @@ def switch(name: str, **kwargs):
 @cli.option('--tf32', type=bool, is_flag=False, flag_value=True, default=False, show_default=True, group=PERF,
             help='Let GPUs compute FP32 in TensorFloat-32 inside.')
 @cli.option('--compile', 'compiled', type=bool, is_flag=False, flag_value=True, default=False, show_default=True, group=PERF,
-            help='Compile the networks (torch.compile): a minute or more at the start, faster steps.')
+            help='Compile the networks (torch.compile): minutes at the start, faster steps.')
 @cli.option('--channels_last', type=bool, is_flag=False, flag_value=True, default=False, show_default=True, group=PERF,
             help='Keep the channels of images together in memory inside the networks.')
 @cli.option('--checkpoint-activations', type=bool, is_flag=False, flag_value=True, default=False, show_default=True, group=PERF,

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import click
 
-from benchmarks.common import NOT_MEASURED, NamesOf, machine
+from benchmarks.common import NOT_MEASURED, ROOT, NamesOf, machine
 from dnnlib import UserError, cli
 from dnnlib.util import atomic_write
 
-ROOT = Path(__file__).resolve().parents[1]
 MARK = '<!-- {} -->'
 
 

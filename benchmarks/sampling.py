@@ -23,6 +23,7 @@ import generate
 from benchmarks.common import NOT_MEASURED, block, in_turns, median_ratio, table
 from benchmarks.sizes import SIZES
 from dnnlib import cli
+from torch_utils import misc
 from training import execution, generation, writers
 from training.consistency_ops import student_grid
 
@@ -95,7 +96,7 @@ def main(size, images, batch, rounds, workers, eager, compile_large):
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     own_images, own_batch = (GPU_IMAGES, GPU_BATCH) if device.type == 'cuda' else IMAGES[size]
     images, batch, workers = images or own_images, batch or own_batch, writers.default_workers() if workers is None else workers
-    execution.allow_tf32(False)
+    misc.allow_tf32(False)
     compiles = not eager and (device.type == 'cuda' or compile_large or not SIZES[size].large)
     ways = {name: how for name, how in FASTER.items() if compiles or not how.get('compiled')}
     seconds = measure(size, images, batch, rounds, workers, ways, device)

@@ -19,7 +19,7 @@ if __name__ == '__main__':
 
 from benchmarks.common import ROOT, block, in_turns, least, table
 from dnnlib import cli
-from metrics import digits
+from metrics import digits, story
 
 EVENTS = {'data ready': 'Data: ', 'training begins': 'Training for ', 'first step done': 'tick 0 '}
 
@@ -57,7 +57,7 @@ def time_trainings(rounds: int, folder: Path) -> dict[str, dict[str, float]]:
         teacher = [*short, *digits.TEACHER, f'--outdir={folder / f"teacher-{attempt}"}']
         student = [*short, *digits.student_options('mcd', 8), '--objective=mcd', '--S=8', f'--outdir={folder / f"student-{attempt}"}']
         found.setdefault('teacher', []).append(time_training(*teacher))
-        snapshot = max((folder / f'teacher-{attempt}').glob('network-snapshot-*.pkl'))
+        snapshot = story.newest_snapshot(folder / f'teacher-{attempt}')
         found.setdefault('8-step student', []).append(time_training(*student, f'--teacher={snapshot}'))
     return {name: {event: min(run[event] for run in runs) for event in EVENTS} for name, runs in found.items()}
 

@@ -30,6 +30,7 @@ if __name__ == '__main__':
 from benchmarks.common import NOT_MEASURED, NamesOf, apart, block, machine, median_ratio, table
 from benchmarks.sizes import SIZES, Operations, operations
 from dnnlib import cli
+from torch_utils import misc
 from torch_utils.flat import FlatParameters
 from training import execution
 from training.draws import SampleDraws
@@ -174,7 +175,7 @@ class Training:
         self.loss_fn.teacher = Observed(teacher, self, is_teacher=True)
         self.loss_fn.few_sizes = way.compiled  # as where a run compiles its networks
         torch.compiler.set_stance('default' if way.compiled else 'force_eager')
-        execution.allow_tf32(way.tf32)
+        misc.allow_tf32(way.tf32)
 
     def step(self, number: int, inside: bool) -> dict:
         """Seconds by part, and operations of networks, of the step with that number."""

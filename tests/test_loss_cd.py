@@ -45,7 +45,7 @@ def all_rows(loss):
 def on_edges(loss, index, few_sizes=False):
     """Samples on the edges of these indices, [N] int64."""
     table = all_rows(loss)
-    index, parts = split_batch(loss.parts(table.kinds[index.numpy()]), torch.device('cpu'), few_sizes, index.numpy())
+    parts = split_batch(loss.parts(table.kinds[index.numpy()]), torch.device('cpu'), few_sizes)
     return Drawn(*table.columns[index].unbind(dim=1), index, parts)
 
 

@@ -1,5 +1,4 @@
 """Truncated consistency training against Gaussian data, where the function that it converges to is known, given the first stage's."""
-import numpy as np
 import pytest
 import torch
 from test_loss_cd import VARIANCE, small_network
@@ -49,8 +48,8 @@ def multiplier(t, ratio, dividing_t, first_stage):
 def drawn_at(t, r, weight, dividing_t=1.0, few_sizes=False):
     """Samples at times t with their r, [N] each."""
     low = (r < dividing_t).numpy()
-    index, parts = split_batch(dict(student=~low, teacher=low), CPU, few_sizes, np.arange(len(t)))
-    return Drawn(t, r, torch.zeros_like(t), weight, torch.full_like(index, ops.GENERAL), index, parts)
+    parts = split_batch(dict(student=~low, teacher=low), CPU, few_sizes)
+    return Drawn(t, r, torch.zeros_like(t), weight, torch.full(t.shape, ops.GENERAL), parts=parts)
 
 
 def below(edges):

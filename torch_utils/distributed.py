@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dnnlib.util import UserError
+from torch_utils import misc
 
 
 def init() -> None:
@@ -21,7 +22,7 @@ def init() -> None:
 
     Raises: UserError where the environment is incomplete or the other processes cannot be reached.
     """
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    misc.allow_tf32(False)
     if 'RANK' not in os.environ and 'WORLD_SIZE' not in os.environ:
         return
     rank, world_size = _environment('RANK'), _environment('WORLD_SIZE')

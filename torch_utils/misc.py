@@ -1,4 +1,4 @@
-"""Small things around training: times for people, gradients under DDP, learning rates."""
+"""Small things around training: times for people, gradients under DDP, learning rates, TensorFloat-32."""
 from __future__ import annotations
 
 import contextlib
@@ -24,6 +24,11 @@ def gradient_sync(net: torch.nn.Module, sync: bool):
     if sync or not isinstance(net, torch.nn.parallel.DistributedDataParallel):
         return contextlib.nullcontext()
     return net.no_sync()
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let GPUs round FP32 to TensorFloat-32, 10 bits of mantissa, inside products and convolutions, or not."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 class LateReading:

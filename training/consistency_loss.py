@@ -74,27 +74,24 @@ def padded_size(count: int, batch: int) -> int:
     return min(1 << (count - 1).bit_length(), eighth) if count <= eighth else min(-(-count // eighth) * eighth, batch)
 
 
-def split_batch(masks: Mapping[str, np.ndarray], device: torch.device, few_sizes: bool, index: np.ndarray) -> tuple[Tensor, dict[str, Part]]:
-    """(`index` on the device, the parts of a batch by their names), in one transfer. Parts of nobody are left out.
+def split_batch(masks: Mapping[str, np.ndarray], device: torch.device, few_sizes: bool) -> dict[str, Part]:
+    """The parts of a batch on the device, by their names. Parts of nobody are left out.
 
     Args:
         masks: [N] bool for each part.
         few_sizes: networks are asked for few sizes of batches (`padded_size`), at the cost of rows that nobody needs.
-        index: [N] int64 numbers that the device needs too.
     """
-    counts = {name: int(mask.sum()) for name, mask in masks.items() if mask.any()}
-    sizes = {name: padded_size(count, len(index)) if few_sizes else count for name, count in counts.items()}
-    columns = [index]
-    for name, size in sizes.items():  # a stable sort puts the part's rows first, both in their order
-        columns.append(np.argsort(~masks[name], kind='stable')[:size] if size < len(index) else masks[name].astype(np.int64))
-    index, *columns = upload(np.concatenate(columns), device).split([len(column) for column in columns])
     parts = {}
-    for name, column in zip(sizes, columns):
-        if counts[name] == len(index):
+    for name, mask in masks.items():
+        count = int(mask.sum())
+        size = padded_size(count, len(mask)) if few_sizes else count
+        if count == len(mask):
             parts[name] = EVERYONE
-        else:
-            parts[name] = Part(mask=column.bool()) if sizes[name] == len(index) else Part(rows=column, count=counts[name])
-    return index, parts
+        elif size == len(mask):
+            parts[name] = Part(mask=upload(mask, device))
+        elif count:  # a stable sort puts the part's rows first, both in their order
+            parts[name] = Part(rows=upload(np.argsort(~mask, kind='stable')[:size], device), count=count)
+    return parts
 
 
 @dataclass(frozen=True)
@@ -181,6 +178,10 @@ class ConsistencyLoss(Loss):
         """An edge for each sample."""
         raise NotImplementedError
 
+    def split(self, device: torch.device, **masks: np.ndarray) -> dict[str, Part]:
+        """The parts of a batch by their names, of masks [N] bool: see `split_batch`. GPUs see few sizes always, for their allocator's sake."""
+        return split_batch(masks, device, self.few_sizes or device.type == 'cuda')
+
     def reference(self, net, pairs: Pairs) -> Tensor:
         """x_b [N, ...] float64: where the student should go from x_t, at the boundary. Called without gradients."""
         raise NotImplementedError
@@ -259,7 +260,8 @@ class TableLoss(ConsistencyLoss):
         # The host draws, so that it knows which samples need which evaluations without asking the device.
         table = self.table(device)
         index = np.searchsorted(table.cumulative, draws.uniform('edge') * table.cumulative[-1], side='right').clip(max=len(table.edges) - 1)
-        index, parts = split_batch(self.parts(table.kinds[index]), device, self.few_sizes or device.type == 'cuda', index)
+        parts = self.split(device, **self.parts(table.kinds[index]))
+        index = upload(index, device)
         return Drawn(*table.columns[index].unbind(dim=1), index, parts)
 
     def report(self, edges: Drawn, loss: Tensor) -> None:

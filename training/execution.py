@@ -58,8 +58,3 @@ def networks_in(net: torch.nn.Module) -> list[torch.nn.Module]:
 def is_on_gpu(net: torch.nn.Module) -> bool:
     """Whether it computes there."""
     return next(net.parameters()).is_cuda
-
-
-def allow_tf32(allowed: bool) -> None:
-    """Let GPUs round FP32 to TensorFloat-32, 10 bits of mantissa, inside products and convolutions, or not."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed

@@ -115,11 +115,6 @@ def save_images(images: Tensor, paths: Sequence[str]) -> None:
     writers.write_images(images.permute(0, 2, 3, 1).cpu().numpy(), paths)
 
 
-def save_latents(latents: Tensor, paths: Sequence[str]) -> None:
-    """Write latents [N, C, H, W] to `.npy` files, float32 [C, H, W], as `save_images` writes images."""
-    writers.write_latents(latents.float().cpu().numpy(), paths)
-
-
 class HostCopy:
     """A tensor on its way from the device, which goes on working: the copy begins when the device comes to it, and nobody waits for it yet."""
 

@@ -5,8 +5,7 @@ samples' random numbers (`training.draws.SampleDraws`), and returns one loss per
 """
 from __future__ import annotations
 
-import functools
-
+import numpy as np
 import torch
 
 from torch_utils import training_stats
@@ -21,12 +20,8 @@ SIGMA_BINS = [f'{low:g}-{high:g}' for low, high in zip((0, *SIGMA_BIN_EDGES), (*
 def report_by_sigma(prefix: str, sigma: torch.Tensor, loss: torch.Tensor) -> None:
     """Report each image's loss under the bin of noise levels that it falls in, as `<prefix>/sigma_<low>-<high>`."""
     names = [f'{prefix}/sigma_{name}' for name in SIGMA_BINS]
-    training_stats.report_bins(names, torch.bucketize(sigma.contiguous(), _sigma_bin_edges(sigma.dtype, sigma.device)), loss)
-
-
-@functools.cache
-def _sigma_bin_edges(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.tensor(SIGMA_BIN_EDGES, dtype=dtype).to(device, non_blocking=True)
+    edges = upload(np.array(SIGMA_BIN_EDGES), sigma.device).to(sigma.dtype)
+    training_stats.report_bins(names, torch.bucketize(sigma.contiguous(), edges), loss)
 
 
 class Loss:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_utils import training_stats
 from training import consistency_ops as ops
 from training import time_schedules as times
-from training.consistency_loss import ConsistencyLoss, Drawn, Pairs, split_batch
+from training.consistency_loss import ConsistencyLoss, Drawn, Pairs
 from training.draws import upload
 
 
@@ -47,12 +47,11 @@ class ConsistencyTuningLoss(ConsistencyLoss):
     def draw(self, draws, device: torch.device) -> Drawn:
         # The host draws, so that it knows where r = 0, of which the first stages are full, without asking the device.
         on_host = self.times_on_host(draws)
-        general = on_host[1] > 0
-        index, parts = split_batch(dict(general=general), device, self.few_sizes or device.type == 'cuda', np.arange(draws.count))
+        parts = self.split(device, general=on_host[1] > 0)
         t, r = upload(on_host, device).unbind()
         kind = torch.where(r > 0, ops.GENERAL, ops.TERMINAL)
         weight = times.ect_weight(t, r, self.ect_weight, self.sigma_data)
-        return Drawn(t, torch.where(r > 0, r, t / 2), torch.zeros_like(t), weight, kind, index, parts)
+        return Drawn(t, torch.where(r > 0, r, t / 2), torch.zeros_like(t), weight, kind, parts=parts)
 
     def reference(self, net, pairs: Pairs) -> Tensor:
         """As sigma_b = 0, what is answered at r, or the image where r = 0."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_utils import training_stats
 from training import consistency_ops as ops
 from training import time_schedules as times
-from training.consistency_loss import ConsistencyLoss, Drawn, Pairs, split_batch
+from training.consistency_loss import ConsistencyLoss, Drawn, Pairs
 from training.draws import upload
 from training.networks_switched import Switched
 
@@ -72,9 +72,10 @@ class TruncatedTrainingLoss(ConsistencyLoss):
         # The host draws, so that it knows which samples each network is asked for without asking the device.
         on_host = self.times_on_host(draws)
         below = on_host[1] < self.dividing_t
-        index, parts = split_batch(dict(student=~below, teacher=below), device, self.few_sizes or device.type == 'cuda', np.arange(draws.count))
+        parts = self.split(device, student=~below, teacher=below)
         t, r, weight = upload(on_host, device).unbind()
-        return Drawn(t, r, torch.zeros_like(t), weight, torch.full_like(index, ops.GENERAL), index, parts)
+        kind = torch.full(t.shape, ops.GENERAL, device=device)
+        return Drawn(t, r, torch.zeros_like(t), weight, kind, parts=parts)
 
     def reference(self, net, pairs: Pairs) -> Tensor:
         """As sigma_b = 0, what is answered at r. Each network is asked for its own samples alone."""

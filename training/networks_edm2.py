@@ -328,7 +328,8 @@ class Precond(Module):
         total = sigma ** 2 + self.sigma_data ** 2
         c_noise = sigma.flatten().log() / 4
         if self.training and torch.is_grad_enabled():
-            force_unit_weights(self.unet)
+            for part in (self.unet, self.logvar_linear) if return_logvar else (self.unet,):
+                force_unit_weights(part)
         scaled = (x / total.sqrt()).to(inner)
         if self.channels_last:
             scaled = scaled.clone(memory_format=torch.channels_last)
@@ -337,8 +338,6 @@ class Precond(Module):
         c_skip, c_out = self.sigma_data ** 2 / (above ** 2 + self.sigma_data ** 2), above * self.sigma_data / total.sqrt()
         denoised = c_skip * x + c_out * out.to(full)
         if return_logvar:
-            if self.training and torch.is_grad_enabled():
-                force_unit_weights(self.logvar_linear)
             return denoised, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
         return denoised
 

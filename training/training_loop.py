@@ -47,7 +47,7 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
     rounds = rank_batch // batch_gpu
 
     # Networks, loss, optimiser, averages.
-    execution.allow_tf32(c.tf32)
+    misc.allow_tf32(c.tf32)
     teacher = execution.in_precision(teacher, c.precision).to(device) if teacher is not None else None
     net = execution.in_precision(build_network(c, teacher), c.precision).to(device).train()
     loss_fn = build_loss(c, teacher, device)
