@@ -1,14 +1,19 @@
 """Images per second of 8-step student sampling to PNG files: a plain loop against generate.py's own, and how much of it is the network's time.
 
 `plain loop` draws a batch by the eager FP32 network, encodes and writes it, and goes on to the next. `generate.py` is `generate.generate_all`, whose
-worker processes encode and write while the network is at work. `network alone` asks for the same evaluations and writes nothing. Weights are random,
-so images are noise, which PNG does not compress: files are larger than those of photographs. Start-up is left out (benchmarks/startup.py).
+worker processes encode and write while the network is at work. `torchrun generate.py` is the same in as many processes as there are CPU cores, with a
+thread each. `network alone` asks for the same evaluations and writes nothing. Weights are random, so images are noise, which PNG does not compress:
+files are larger than those of photographs. Start-up is left out (benchmarks/startup.py).
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import multiprocessing
+import os
 import shutil
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -23,13 +28,14 @@ import generate
 from benchmarks.common import NOT_MEASURED, block, in_turns, median_ratio, table
 from benchmarks.sizes import SIZES
 from dnnlib import cli
-from torch_utils import misc
+from torch_utils import distributed
 from training import execution, generation, writers
 from training.consistency_ops import student_grid
 
 STEPS = 8
 ALONE, PLAIN, OVERLAPPED = 'network alone', 'plain loop', 'generate.py'
 FASTER = {'generate.py, --channels_last': dict(channels_last=True), 'generate.py, --compile': dict(compiled=True)}
+SHARED = {'torchrun generate.py': {}, 'torchrun generate.py, --compile': dict(compiled=True)}
 IMAGES = {'demo': (2048, 64), 'cifar10-ddpmpp': (8, 4), 'imagenet64-adm': (4, 2)}  # and their batch, on a CPU
 GPU_IMAGES, GPU_BATCH = 2048, 128
 
@@ -60,8 +66,16 @@ class Runs:
         self._tidy('plain')
 
     def overlapped(self, net: torch.nn.Module, pool: writers.WriterPool) -> None:
+        self.part_of_overlapped(net, pool)
+        self._tidy('overlapped')
+
+    def part_of_overlapped(self, net: torch.nn.Module, pool: writers.WriterPool) -> None:
+        """All of it where there is one process, else this one's share."""
         arguments = dict(choose_labels=generation.uniform_labels, solver='student', steps=STEPS)
         generate.generate_all(net, self.seeds, self.batch, writers.FolderDestination(str(self.folder / 'overlapped')), pool, False, arguments)
+
+    def shared(self, group: Group) -> None:
+        group.run()
         self._tidy('overlapped')
 
     def _tidy(self, name: str) -> None:
@@ -71,16 +85,69 @@ class Runs:
         shutil.rmtree(self.folder / name)
 
 
+class Group:
+    """Processes that have generate.py's work among them, as torchrun starts them, each with one thread; they wait for `run`. A context."""
+
+    def __init__(self, count: int, *arguments):
+        context = multiprocessing.get_context('spawn')
+        with socket.socket() as free:
+            free.bind(('localhost', 0))
+            place = dict(WORLD_SIZE=str(count), MASTER_ADDR='localhost', MASTER_PORT=str(free.getsockname()[1]))
+        self._pipes, theirs = zip(*(context.Pipe() for _ in range(count)))
+        self._processes = [context.Process(target=take_part, args=(dict(place, RANK=str(rank), LOCAL_RANK=str(rank)), pipe, *arguments))
+                           for rank, pipe in enumerate(theirs)]
+        for process, pipe in zip(self._processes, theirs):
+            process.start()
+            pipe.close()  # theirs alone now, so that its end is seen
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, *_):
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join()
+
+    def run(self) -> None:
+        """Have all images made. Raises: EOFError where a process has died, whose own message says why."""
+        for pipe in self._pipes:
+            pipe.send('go')
+        for pipe in self._pipes:
+            pipe.recv()
+
+
+def take_part(place: dict[str, str], pipe, size: str, runs: Runs, how: dict) -> None:
+    """One process of a group."""
+    os.environ.update(place)
+    torch.set_num_threads(1)
+    distributed.init()
+    net = build(size, torch.device('cpu'), **how)
+    with writers.WriterPool(0) as pool, contextlib.suppress(EOFError):  # of a group that has come to its end
+        while pipe.recv():
+            runs.part_of_overlapped(net, pool)
+            pipe.send('done')
+
+
 def measure(size: str, images: int, batch: int, rounds: int, workers: int, ways: dict[str, dict], device: torch.device) -> dict[str, list[float]]:
     """Seconds of every round, by row, measured in turns; each is run once before, so that it is compiled and its workers are there."""
     net = build(size, device)
-    with tempfile.TemporaryDirectory() as folder, writers.WriterPool(workers) as pool:
+    with tempfile.TemporaryDirectory() as folder, writers.WriterPool(workers) as pool, contextlib.ExitStack() as groups:
         runs = Runs(images, batch, Path(folder))
         calls = {ALONE: lambda: runs.alone(net), PLAIN: lambda: runs.plain(net), OVERLAPPED: lambda: runs.overlapped(net, pool)}
         for name, how in ways.items():
-            calls[name] = functools.partial(runs.overlapped, build(size, device, **how), pool)
+            if name in SHARED:
+                group = groups.enter_context(Group(cores(), size, runs, how))
+                calls[name] = functools.partial(runs.shared, group)
+            else:
+                calls[name] = functools.partial(runs.overlapped, build(size, device, **how), pool)
         in_turns(calls, 1)
         return in_turns(calls, rounds)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 @click.command(cls=cli.Command)
@@ -96,12 +163,13 @@ def main(size, images, batch, rounds, workers, eager, compile_large):
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     own_images, own_batch = (GPU_IMAGES, GPU_BATCH) if device.type == 'cuda' else IMAGES[size]
     images, batch, workers = images or own_images, batch or own_batch, writers.default_workers() if workers is None else workers
-    misc.allow_tf32(False)
+    distributed.init()
     compiles = not eager and (device.type == 'cuda' or compile_large or not SIZES[size].large)
-    ways = {name: how for name, how in FASTER.items() if compiles or not how.get('compiled')}
+    shared = SHARED if device.type == 'cpu' and cores() > 1 else {}  # of GPUs there is one
+    ways = {name: how for name, how in (FASTER | shared).items() if compiles or not how.get('compiled')}
     seconds = measure(size, images, batch, rounds, workers, ways, device)
     rows = []
-    for name in itertools.chain((ALONE, PLAIN, OVERLAPPED), FASTER):
+    for name in itertools.chain((ALONE, PLAIN, OVERLAPPED), FASTER, SHARED):
         if name not in seconds:
             rows.append([name] + [NOT_MEASURED] * 4)
             continue
@@ -112,7 +180,8 @@ def main(size, images, batch, rounds, workers, eager, compile_large):
         f'Sampling in {STEPS} evaluations: {SIZES[size].title}',
         f'{images} images in batches of {batch}, written as PNG files, {workers} process(es) writing; least of {rounds} rounds in turns, after one '
         f'that is not counted. `{PLAIN}` draws a batch (eager FP32), encodes and writes it, and goes on; `{OVERLAPPED}` is what generate.py does '
-        f'once its network is loaded. `{ALONE}` writes nothing, and is what the last column compares with. Ratios are over the plain loop.',
+        f'once its network is loaded, and `torchrun {OVERLAPPED}` what it does as {cores()} processes, a core and a thread each. `{ALONE}` writes '
+        'nothing, and is what the last column compares with. Ratios are over the plain loop.',
         table(['', 'images/s', 'times faster, least', 'times faster, median', "of the eager network's speed"], rows)))
 
 
