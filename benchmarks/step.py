@@ -146,6 +146,7 @@ class Training:
     def __init__(self, size: str, batch: int, device: torch.device, averages_device: torch.device | None = None):
         self.size, self.batch, self.device, self.watch = SIZES[size], batch, device, None
         torch.backends.cudnn.benchmark = True  # as train.py does
+        misc.keep_freed_memory()
         torch.manual_seed(0)
         self.student = self.size.build().to(device).train()
         self.teacher = self.size.build().to(device).eval().requires_grad_(False)

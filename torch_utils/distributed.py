@@ -16,13 +16,14 @@ from torch_utils import misc
 
 
 def init() -> None:
-    """Join the group that torchrun describes in the environment (NCCL with CUDA, else gloo); nothing to do without one.
+    """Set the process up, and join the group that torchrun describes in the environment (NCCL with CUDA, else gloo), if there is one.
 
-    FP32 means FP32 from here on: TensorFloat-32 is switched off, as a teacher's slopes over a thousand edges want it.
+    FP32 means FP32 from here on: TensorFloat-32 is switched off, as a teacher's slopes over a thousand edges want it. Freed memory is kept.
 
     Raises: UserError where the environment is incomplete or the other processes cannot be reached.
     """
     misc.allow_tf32(False)
+    misc.keep_freed_memory()
     if 'RANK' not in os.environ and 'WORLD_SIZE' not in os.environ:
         return
     rank, world_size = _environment('RANK'), _environment('WORLD_SIZE')
