@@ -275,10 +275,11 @@ def heun_hop(denoiser: Denoiser, x_t: Tensor, sigma_t: Tensor, sigma_s: Tensor, 
     x_t = x_t.double()
     if denoised is None:
         denoised = denoiser(x_t, sigma_t)
-    x_euler = ddim_step(x_t, denoised, sigma_t, sigma_s)
+    step = expand_like(sigma_s - sigma_t, x_t)
     slope_t = (x_t - denoised.double()) / expand_like(sigma_t, x_t)
+    x_euler = x_t + step * slope_t
     slope_s = (x_euler - denoiser(x_euler, sigma_s).double()) / expand_like(sigma_s, x_t)
-    return x_t + expand_like(sigma_s - sigma_t, x_t) * (slope_t + slope_s) / 2
+    return x_t + step / 2 * (slope_t + slope_s)
 
 
 def addim_hop(x_t: Tensor, denoised: Tensor, sigma_t: Tensor, sigma_s: Tensor, v: Tensor) -> Tensor:
