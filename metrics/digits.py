@@ -20,12 +20,12 @@ OWN = {'mcd': ['--keep_ties', '--top-mass=0.5'], 'direct': ['--top-mass=1'],
 def student_options(objective: str, S: int | None = None) -> list[str]:
     """What suits a student, of S steps where it has a number of its own; why, is in docs/results.md.
 
-    A teacher of digits is best in about 16 Heun steps: so many edges has the grid of distillation throughout, and 12 or more are the sub-steps over
-    all segments.
+    A teacher of digits is best in 12 to 16 Heun steps: so many edges has the grid of distillation throughout, fewer where only two segments share
+    them, and so many are the sub-steps over all segments.
     """
     own = OBJECTIVES[objective].options
     substeps = [f'--{name}={max(2, -(-12 // S))}' for name in ('substeps', 'anchor_hops') if name in own]
-    edges = [f'--{name}={max(16, S)}' for name in ('T_start', 'T_end')] if objective == 'mcd' else []
+    edges = [f'--{name}={10 if S == 2 else max(16, S)}' for name in ('T_start', 'T_end')] if objective == 'mcd' else []
     return [*STUDENT, *(['--student_grid=full'] if 'student_grid' in own else []), *OWN.get(objective, []), *edges, *substeps]
 
 
