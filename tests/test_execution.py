@@ -4,12 +4,15 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from helpers import FAST, lines, run
 
 from training import execution, networks, networks_edm2
 from training.checkpoint import load_network, save_snapshot
 from training.networks_switched import Switched
+from training.run_files import saved_snapshots
 
 SMALL = dict(img_resolution=8, img_channels=3, label_dim=4)
 KINDS = {
@@ -187,3 +190,22 @@ def test_what_is_frozen_is_packed_on_a_cpu_and_launched_as_graphs_on_a_gpu(on_gp
     execution.run_with(net, compiled=True)
     execution.run_with(net, frozen=True, cuda_graphs=True)
     assert seen == [expected, None] and all(name in torch._inductor.list_options() for name in expected)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_plain_run(tmp_path, digits, teacher):
+    """train.py and generate.py themselves, four steps of mcd with T changing, then pictures: losses and weights up to the order of FP32 sums."""
+    stats, weights, pictures = {}, {}, {}
+    for name, ways in {'plain': [], 'compiled': ['--compile', '--channels_last']}.items():
+        outdir = tmp_path / name
+        run('train.py', f'--outdir={outdir}', f'--data={digits}', '--cond=1', f'--teacher={teacher}', '--consistency=True', '--S=2', '--T_start=4',
+            '--T_end=16', '--T_anneal_kimg=0.064', '--batch=32', '--tick=0.032', '--dump=0', '--duration=0.000128', *FAST, *ways, timeout=900)
+        stats[name] = [line['Loss/cd']['mean'] for line in lines(outdir / 'stats.jsonl')]
+        snapshot = saved_snapshots(outdir)[0]
+        weights[name] = load_network(str(snapshot)).state_dict()
+        run('generate.py', f'--network={snapshot}', f'--dest={outdir / "images.npz"}', '--seeds=0-7', '--batch=4', *ways, timeout=900)
+        pictures[name] = np.load(outdir / 'images.npz')['arr_0'].astype(int)
+    assert stats['compiled'] == pytest.approx(stats['plain'], rel=1e-4) and len(stats['plain']) == 4
+    for key, tensor in weights['plain'].items():
+        torch.testing.assert_close(weights['compiled'][key], tensor, rtol=1e-3, atol=1e-5)
+    assert np.abs(pictures['compiled'] - pictures['plain']).max() <= 1
