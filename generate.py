@@ -133,7 +133,7 @@ def main(network, outdir, dest, seeds, subdirs, as_latents, batch, workers, samp
         generation.rehearse(net, **arguments)
         if precision:
             execution.in_precision(net, precision)
-        execution.run_with(net, channels_last=channels_last, compiled=compiled, frozen=True, cuda_graphs=True)
+        execution.run_with(net, channels_last=channels_last, compiled=compiled, cuda_graphs=True)
 
         nfe = samplers.evaluations(arguments['solver'], arguments['steps'])
         what = f'{len(seeds)} {"latents" if as_latents else "images"}'

@@ -6,6 +6,7 @@ counted; on a GPU the allocator's peak of real steps stands beside the sum.
 """
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,6 +112,7 @@ def main(size, batch, measure):
     averages = ', '.join(training.averages.vectors)
     found = {name: parts_of(training, way, batch, name in ON_HOST) for name, way in WAYS.items()}
     del training
+    gc.collect()  # its networks refer to it
     peaks = {}
     if device.type == 'cuda':
         torch.cuda.empty_cache()

@@ -43,7 +43,7 @@ GPU_IMAGES, GPU_BATCH = 2048, 128
 def build(size: str, device: torch.device, **ways) -> torch.nn.Module:
     """A student of 8 steps, with the metadata that a snapshot has."""
     torch.manual_seed(0)
-    net = execution.run_with(SIZES[size].build().to(device).eval().requires_grad_(False), frozen=True, cuda_graphs=True, **ways)
+    net = execution.run_with(SIZES[size].build().to(device).eval().requires_grad_(False), cuda_graphs=True, **ways)
     net.metadata = dict(sigmas=student_grid(STEPS, 0.002, 80.0, 7.0).tolist())
     return net
 

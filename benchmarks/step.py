@@ -49,7 +49,6 @@ class Way:
     """A way of running the networks: see `training.execution`.
 
     Attributes:
-        held: the teacher holds its weights in half precision.
         gpu: whether it means nothing on a CPU.
     """
 
@@ -58,8 +57,12 @@ class Way:
     compiled: bool = False
     checkpoint_activations: bool = False
     tf32: bool = False
-    held: bool = False
     gpu: bool = False
+
+    @property
+    def held(self) -> bool:
+        """Whether the teacher holds its weights in half precision, as in train.py."""
+        return self.precision in ('fp16', 'bf16')
 
 
 PLAIN = 'plain'
@@ -72,7 +75,7 @@ WAYS = {
     'fast': Way(channels_last=True, compiled=True),
     'tf32': Way(tf32=True, gpu=True),
     'fp16': Way(precision='fp16', gpu=True),
-    'fp16-fast': Way(precision='fp16', channels_last=True, compiled=True, held=True, gpu=True),
+    'fp16-fast': Way(precision='fp16', channels_last=True, compiled=True, gpu=True),
 }
 OPTIONS = {PLAIN: 'plain', 'channels_last': '--channels_last', 'compile': '--compile', 'checkpoint': '--checkpoint-activations',
            'bf16': '--precision=bf16', 'fast': '--channels_last --compile', 'tf32': '--tf32', 'fp16': '--precision=fp16',
@@ -171,7 +174,7 @@ class Training:
         for net in (self.student, teacher):
             execution.in_precision(net, way.precision)
             execution.run_with(net, channels_last=way.channels_last, checkpoint_activations=way.checkpoint_activations,
-                               compiled=way.compiled and net not in self.compiled, frozen=net is teacher)
+                               compiled=way.compiled and net not in self.compiled)
         self.compiled |= {self.student, teacher} if way.compiled else set()
         self.loss_fn.teacher = Observed(teacher, self, is_teacher=True)
         self.loss_fn.few_sizes = way.compiled  # as where a run compiles its networks
@@ -183,11 +186,11 @@ class Training:
         self.watch = watch = Stopwatch(self.device, inside)
         with observed_backward(watch):
             self.loss_fn.begin_step(number * self.batch)
+            self.averages.let_weights_change()
             self.flat.weights.grad.zero_()
             draws = SampleDraws(0, number * self.batch, self.batch, self.device)
             accumulate_gradients(Observed(self.student, self, is_teacher=False), self.loss_fn, self.data, draws, self.update, 1 / self.batch,
                                  StandardRGBEncoder())
-            self.averages.let_weights_change()
             self.update.step(1e-5)
             self.loss_fn.end_step()
             self.averages.update((number + 1) * self.batch, self.batch)

@@ -9,10 +9,15 @@ import pytest
 import torch
 from helpers import FAST, lines, run
 
+from dnnlib import EasyDict
+from torch_utils.flat import FlatParameters
 from training import execution, networks, networks_edm2
 from training.checkpoint import load_network, save_snapshot
+from training.loss import Loss
 from training.networks_switched import Switched
+from training.phema import WeightAverages
 from training.run_files import saved_snapshots
+from training.training_loop import speed_up
 
 SMALL = dict(img_resolution=8, img_channels=3, label_dim=4)
 KINDS = {
@@ -180,16 +185,28 @@ def test_a_compiled_network_is_the_same_and_noise_levels_compile_nothing_again(k
             compare((x * level, sigma * level, labels, masks))
 
 
-@pytest.mark.parametrize('on_gpu, expected', [(False, {'freezing': True}), (True, {'triton.cudagraphs': True})])
-def test_what_is_frozen_is_packed_on_a_cpu_and_launched_as_graphs_on_a_gpu(on_gpu, expected, monkeypatch):
-    """Weights that move are neither: packed copies would be those of the first step."""
+@pytest.mark.parametrize('on_gpu, expected', [(False, None), (True, {'triton.cudagraphs': True})])
+def test_what_is_only_asked_is_launched_as_graphs_on_a_gpu(on_gpu, expected, monkeypatch):
+    """Not what trains, whose answers have to outlive the next call."""
     net, seen = build('adm').eval(), []
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda net, **kwargs: seen.append(kwargs['options']))
     monkeypatch.setattr(execution, 'is_on_gpu', lambda net: on_gpu)
-    execution.run_with(net, compiled=True, frozen=True, cuda_graphs=True)
+    execution.run_with(net, compiled=True, cuda_graphs=True)
     execution.run_with(net, compiled=True)
-    execution.run_with(net, frozen=True, cuda_graphs=True)
-    assert seen == [expected, None] and all(name in torch._inductor.list_options() for name in expected)
+    execution.run_with(net, cuda_graphs=True)
+    assert seen == [expected, None] and 'triton.cudagraphs' in torch._inductor.list_options()
+    assert torch._dynamo.config.cache_size_limit >= execution.COMPILATIONS
+
+
+@pytest.mark.parametrize('sampled_too', [False, True])
+def test_a_teacher_that_snapshots_hold_keeps_its_weights(sampled_too):
+    """`tcm` samples with its first stage; others only ask their teacher, which may be rounded then."""
+    net, teacher = build('adm'), execution.in_precision(build('adm').eval(), 'bf16')
+    loss = Loss()
+    loss.sampled = lambda net: Switched(net, teacher, 1.0) if sampled_too else net
+    options = EasyDict(channels_last=False, checkpoint_activations=False, compiled=False)
+    speed_up(options, net, teacher, WeightAverages(net, FlatParameters(net), 1.0, None, []), loss)
+    assert {p.dtype for p in teacher.parameters()} == ({torch.float32} if sampled_too else {torch.float32, torch.bfloat16})
 
 
 @pytest.mark.slow

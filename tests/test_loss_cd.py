@@ -2,6 +2,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from gaussian import Gaussian
@@ -9,7 +10,7 @@ from gaussian import Gaussian
 from torch_utils import training_stats
 from training import consistency_ops as ops
 from training import networks
-from training.consistency_loss import Drawn, Pairs, padded_size, split_batch
+from training.consistency_loss import EVERYONE, Drawn, Pairs, padded_size, split_batch
 from training.draws import SampleDraws
 from training.loss_cd import ConsistencyDistillationLoss
 
@@ -378,11 +379,19 @@ def test_a_batch_without_general_samples_asks_no_self_target():
     assert kinds['general'] == 0 and sizes['student'] == [] and sizes['teacher'] == [64, kinds['snap']]
 
 
+@pytest.mark.parametrize('few_sizes', [False, True])
+def test_nobody_is_no_part_even_of_a_batch_of_one(few_sizes):
+    nobody, everybody = np.zeros(1, bool), np.ones(1, bool)
+    assert split_batch(dict(a=nobody, b=everybody), torch.device('cpu'), few_sizes) == dict(b=EVERYONE)
+
+
 def test_networks_that_are_compiled_see_few_sizes_of_batches():
-    """Powers of two up to an eighth of a batch, eighths above it; every count fits; at most twice as many are asked for, or an eighth more."""
-    for batch in (1, 7, 64, 100, 128):
+    """Powers of two up to an eighth of a batch, eighths above it; every count fits; at most twice as many are asked for, or an eighth more.
+    Never one, for which the compiler would run apart."""
+    for batch in (1, 2, 7, 64, 100, 128):
         sizes = [padded_size(count, batch) for count in range(1, batch + 1)]
         assert len(set(sizes)) <= 8 + math.log2(batch) and sizes[-1] == batch
-        assert all(count <= size <= min(max(2 * count - 1, count + -(-batch // 8)), batch) for count, size in enumerate(sizes, start=1))
+        assert sizes[0] == min(2, batch)
+        assert all(count <= size <= min(max(2 * count - 1, count + -(-batch // 8), 2), batch) for count, size in enumerate(sizes, start=1))
     sizes, kinds = asked_for(make_loss(None, terminal_anchor=True, keep_ties=True, top_mass=0.5), few_sizes=True)
     assert sizes['student'] == [padded_size(kinds['general'], 64)] and sizes['student'] != [kinds['general']]

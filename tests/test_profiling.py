@@ -84,6 +84,15 @@ def test_calls_are_told_apart_by_gradients_and_hooks_go_away(tmp_path):
     assert not net._forward_hooks and not net._forward_pre_hooks
 
 
+def test_calls_of_compiled_networks_are_told_apart_too(tmp_path):
+    net = torch.nn.Linear(3, 3)
+    net.compile(backend='eager')
+    compiled = net._compiled_call_impl
+    profile(tmp_path, 2, WARM_UP + 5, net)
+    names = trace(tmp_path / f'profile-{WARM_UP + 2:06d}.json.gz')
+    assert (names['forward'], names['sampling']) == (2, 2) and net._compiled_call_impl is compiled
+
+
 def test_a_trace_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch):
     def full(self, path):
         open(path, 'w').close()

@@ -1,5 +1,6 @@
 """training/writers.py: processes that write while another one generates."""
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -45,6 +46,22 @@ def test_no_more_work_waits_than_said(tmp_path):
             pool.submit(write_once_there_is, tmp_path / 'go', tmp_path / str(i))
             assert (tmp_path / 'go').exists() and len(pool._waiting) == AHEAD
     assert starter.wait(timeout=60) == 0 and all((tmp_path / str(i)).exists() for i in range(20))
+
+
+def test_more_parts_than_files_may_be_open_become_one_array(tmp_path):
+    """50,000 images are thousands of parts, and 1,024 open files a usual limit."""
+    images = np.random.default_rng(0).integers(0, 256, [120, 4, 4, 3], dtype=np.uint8)
+    parts = [str(tmp_path / f'{i:09d}') for i in range(0, 120, 3)]
+    for i, part in enumerate(parts):
+        writers.write_array_part(images[3 * i:3 * i + 3], part)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir('/proc/self/fd'))) + 8, limits[1]))
+    try:
+        writers.join_arrays(parts, range(120), str(tmp_path / 'a.npz'))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with np.load(tmp_path / 'a.npz') as file:
+        assert np.array_equal(file['arr_0'], images) and file['arr_1'].tolist() == list(range(120))
 
 
 @pytest.mark.parametrize('workers', [0, 1])

@@ -69,9 +69,11 @@ EVERYONE = Part()
 
 
 def padded_size(count: int, batch: int) -> int:
-    """The rows to ask for where `count` are needed: a power of two up to an eighth of the batch, then a multiple of that eighth."""
+    """The rows to ask for where `count` > 0 are needed: a power of two up to an eighth of the batch, then a multiple of that eighth. Never one, for
+    which PyTorch compiles apart, unless the batch is one."""
     eighth = -(-batch // 8)
-    return min(1 << (count - 1).bit_length(), eighth) if count <= eighth else min(-(-count // eighth) * eighth, batch)
+    size = min(1 << (count - 1).bit_length(), eighth) if count <= eighth else -(-count // eighth) * eighth
+    return min(max(size, 2), batch)
 
 
 def split_batch(masks: Mapping[str, np.ndarray], device: torch.device, few_sizes: bool) -> dict[str, Part]:
@@ -83,13 +85,14 @@ def split_batch(masks: Mapping[str, np.ndarray], device: torch.device, few_sizes
     """
     parts = {}
     for name, mask in masks.items():
-        count = int(mask.sum())
+        if not (count := int(mask.sum())):
+            continue
         size = padded_size(count, len(mask)) if few_sizes else count
         if count == len(mask):
             parts[name] = EVERYONE
         elif size == len(mask):
             parts[name] = Part(mask=upload(mask, device))
-        elif count:  # a stable sort puts the part's rows first, both in their order
+        else:  # a stable sort puts the part's rows first, both in their order
             parts[name] = Part(rows=upload(np.argsort(~mask, kind='stable')[:size], device), count=count)
     return parts
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import torch
 
+COMPILATIONS = 64  # far more than a run needs: beyond them PyTorch would go on eagerly, with a warning
 PRECISIONS = ('fp32', 'fp16', 'bf16', 'fp64')
 
 
@@ -14,7 +15,7 @@ def in_precision(net: torch.nn.Module, precision: str) -> torch.nn.Module:
 
 
 def run_with(net: torch.nn.Module, *, channels_last: bool = False, checkpoint_activations: bool = False, compiled: bool = False,
-             frozen: bool = False, cuda_graphs: bool = False) -> torch.nn.Module:
+             cuda_graphs: bool = False) -> torch.nn.Module:
     """The network, in place, set to run in a certain way, which copies and snapshots of it know nothing of.
 
     Args:
@@ -22,14 +23,14 @@ def run_with(net: torch.nn.Module, *, channels_last: bool = False, checkpoint_ac
         checkpoint_activations: a backward pass keeps what goes in and out of the U-Net's blocks and computes the rest again.
         compiled: by `torch.compile`, at the first calls: once with gradients and once without, and again for batches of any size where another size
             follows the first. Noise levels are tensors, so a new level, or T, compiles nothing.
-        frozen: the weights stay as they are, and nobody wants gradients: compiled for a CPU, they are packed as its kernels want them, once.
         cuda_graphs: what is compiled for a GPU is launched as CUDA graphs; for networks whose answer is used up before the next call.
     """
+    if compiled:  # they are of one class, and PyTorch counts what is compiled for all of them together: sizes, with gradients and without
+        torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, COMPILATIONS)
     for part in networks_in(net):
         part.channels_last, part.model.checkpoint_activations = channels_last, checkpoint_activations
         if compiled:
-            options = {'freezing': frozen and not is_on_gpu(part), 'triton.cudagraphs': cuda_graphs and is_on_gpu(part)}
-            part.compile(options={name: True for name, chosen in options.items() if chosen} or None)
+            part.compile(options={'triton.cudagraphs': True} if cuda_graphs and is_on_gpu(part) else None)
     return net
 
 

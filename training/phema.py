@@ -158,7 +158,7 @@ class WeightAverages:
         torch._foreach_lerp_(averages, [weights] * len(averages), [1 - decay for decay in decays])
 
     def let_weights_change(self) -> None:
-        """To be called before the optimiser's step: it comes, on the device, after the copy that the last `update` asked for."""
+        """To be called before a step, which changes the weights: it comes, on the device, after the copy that the last `update` asked for."""
         if self._copies is not None:
             self._copies.let_source_change()
 

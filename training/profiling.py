@@ -27,7 +27,7 @@ class StepProfile:
     def __init__(self, steps: int, run_dir: str, device: torch.device, networks: dict[tuple[str, str], torch.nn.Module], say: Callable[[str], None]):
         self._steps, self._run_dir, self._say = steps, run_dir, say
         self._activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == 'cuda' else [])]
-        self._networks, self._hooks = networks, []
+        self._networks, self._undo = networks, []
         self._profiler, self._done, self._nimg = None, 0, 0
 
     def __enter__(self) -> StepProfile:
@@ -58,6 +58,13 @@ class StepProfile:
         self._profiler.start()
 
     def _name_calls(self, network: torch.nn.Module, with_gradients: str, without: str) -> None:
+        if (compiled := network._compiled_call_impl) is not None:  # which would not see hooks
+            def named(*args, **kwargs):
+                with record_function(with_gradients if torch.is_grad_enabled() else without):
+                    return compiled(*args, **kwargs)
+            network._compiled_call_impl = named
+            self._undo.append(lambda: setattr(network, '_compiled_call_impl', compiled))
+            return
         under_way = []
 
         def enter(*_):
@@ -66,13 +73,13 @@ class StepProfile:
 
         def leave(*_):
             under_way.pop().__exit__(None, None, None)
-        self._hooks += [network.register_forward_pre_hook(enter), network.register_forward_hook(leave, always_call=True)]
+        self._undo += [network.register_forward_pre_hook(enter).remove, network.register_forward_hook(leave, always_call=True).remove]
 
     def _finish(self) -> None:
         profiler, self._profiler = self._profiler, None
         profiler.stop()
-        for hook in self._hooks:
-            hook.remove()
+        for undo in self._undo:
+            undo()
         path = os.path.join(self._run_dir, f'profile-{self._nimg // 1000:06d}.json.gz')
         temporary = os.path.join(self._run_dir, '.profile.tmp.json.gz')
         try:

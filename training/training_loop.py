@@ -108,6 +108,7 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
             # One optimiser step. A run that was stopped before the work at the end of a tick goes on with that work.
             if not progress.due:
                 loss_fn.begin_step(progress.nimg)
+                averages.let_weights_change()
                 flat.weights.grad.zero_()
                 for round_idx in range(rounds):
                     with misc.gradient_sync(ddp, round_idx == rounds - 1):
@@ -118,7 +119,6 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
                             accumulate_gradients(ddp, loss_fn, batch, SampleDraws(c.seed, first, batch_gpu, device), update, 1 / rank_batch,
                                                  encoder, augment_pipe, c.network.kwargs.get('augment_dim', 0))
                 with profile.part('optimiser'):
-                    averages.let_weights_change()
                     update.step(learning_rate(c, progress.nimg))
                     loss_fn.end_step()
                 progress.nimg += c.batch_size
@@ -205,10 +205,11 @@ def build_network(c: EasyDict, teacher: torch.nn.Module | None) -> torch.nn.Modu
 def speed_up(c: EasyDict, net: torch.nn.Module, teacher: torch.nn.Module | None, averages: WeightAverages, loss_fn: Loss) -> None:
     """Let the networks run as the configuration says. Compilation itself waits for the first calls."""
     options = dict(channels_last=c.channels_last, checkpoint_activations=c.checkpoint_activations, compiled=c.compiled)
-    for network in (net, *averages.networks.values(), *loss_fn.networks()):
+    at_hand = [average for name, average in averages.networks.items() if averages.on_device(name) is average]
+    for network in (net, *at_hand, *loss_fn.networks(), *([] if teacher is None else [teacher])):
         execution.run_with(network, **options)
-    if teacher is not None:
-        execution.run_with(execution.hold_in_half(teacher), **options, frozen=True)
+    if teacher is not None and loss_fn.sampled(net) is net:  # else snapshots hold the teacher too, as it is
+        execution.hold_in_half(teacher)
     loss_fn.few_sizes = c.compiled
 
 
@@ -289,13 +290,13 @@ def evaluate(validator: validation.Validator, c: EasyDict, averages: WeightAvera
              stop: StopRequest) -> dict | None:
     """FID of each average of --val_emas, by name, the same on all processes; None, and nothing recorded, where a signal asked to stop meanwhile."""
     records, grids = {}, {}
-    networks = {name: loss_fn.sampled(averages.on_device(name)) for name in c.validation.emas}
-    for name, net in networks.items():
-        records[name] = validator.run(net, nimg=nimg, ema=name, metadata=run_files.snapshot_metadata(c, nimg), stop=stop)
+    sampled = lambda name: loss_fn.sampled(execution.run_with(averages.on_device(name), channels_last=c.channels_last))  # of copies, one at a time
+    for name in c.validation.emas:
+        records[name] = validator.run(sampled(name), nimg=nimg, ema=name, metadata=run_files.snapshot_metadata(c, nimg), stop=stop)
         if records[name] is None:
             return None
     for name, record in records.items():
-        files.guarded(lambda: grids.update({name: validator.sample_grid(networks[name], nimg, name)}))  # noqa: B023  (called at once)
+        files.guarded(lambda: grids.update({name: validator.sample_grid(sampled(name), nimg, name)}))  # noqa: B023  (called at once)
         files.log.evaluation(record, grids.get(name))
     return distributed.broadcast_object({name: record['fid'] for name, record in records.items()})
 

@@ -71,7 +71,7 @@ def default_workers() -> int:
 class WriterPool:
     """Processes that write; a context, at whose end everything is written.
 
-    They start at once, before there is a GPU to inherit, and know nothing of it. No more than `AHEAD` pieces of work for each are in memory.
+    They start at once and know nothing of a GPU. No more than `AHEAD` pieces of work for each are in memory.
     An error in one of them is raised by a later call. They end with this process, even if it is killed.
 
     Args:
@@ -83,7 +83,8 @@ class WriterPool:
         self._pool = None
         if workers:
             self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), initializer=_become_worker)
-            self._pool.submit(int)  # which starts them
+            for _ in range(workers):
+                self._pool.submit(int)  # which starts one
 
     def __enter__(self) -> WriterPool:
         return self
@@ -229,14 +230,14 @@ def write_png_part(images: np.ndarray, path: str, place: int) -> None:
 
 
 def join_arrays(parts: Sequence[str], classes: Sequence[int] | None, path: str) -> None:
-    """The `.npz` file of parts [n, H, W, C], which are copied one after another."""
-    arrays = [np.load(part, mmap_mode='r') for part in parts]
-    header = dict(descr='|u1', fortran_order=False, shape=(sum(map(len, arrays)), *arrays[0].shape[1:]))
+    """The `.npz` file of parts [n, H, W, C], which are opened and copied one after another."""
+    shapes = [np.load(part, mmap_mode='r').shape for part in parts]
+    header = dict(descr='|u1', fortran_order=False, shape=(sum(shape[0] for shape in shapes), *shapes[0][1:]))
     with atomic_write(path) as file, zipfile.ZipFile(file, 'w') as archive:
         with archive.open('arr_0.npy', 'w', force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
-            for array in arrays:
-                member.write(array.data)
+            for part in parts:
+                member.write(np.load(part).data)
         if classes is not None:
             with archive.open('arr_1.npy', 'w') as member:
                 np.lib.format.write_array(member, np.array(classes, dtype=np.int64))
