@@ -118,11 +118,11 @@ class Training:
     def step(self, batch) -> None:
         self.recorded.__func__.name = self.loss_fn.name
         self.loss_fn.begin_step(self.nimg)
+        self.averages.let_weights_change()
         self.flat.weights.grad.zero_()
         for i in range(ROUNDS):
             draws = SampleDraws(7, self.nimg + i * BATCH // ROUNDS, BATCH // ROUNDS, self.device)
             accumulate_gradients(self.net, self.recorded, batch, draws, self.update, 1 / BATCH, StandardRGBEncoder())
-        self.averages.let_weights_change()
         self.update.step(1e-3)
         self.loss_fn.end_step()
         self.nimg += BATCH
