@@ -25,9 +25,9 @@ from dnnlib import cli
 WAYS = {
     'plain': Way(),
     '--checkpoint-activations': Way(checkpoint_activations=True),
-    '--precision=bf16': Way(precision='bf16', held=True),
+    '--precision=bf16': Way(precision='bf16'),
     '--ema-device=cpu': Way(),
-    'all three': Way(precision='bf16', held=True, checkpoint_activations=True),
+    'all three': Way(precision='bf16', checkpoint_activations=True),
 }
 ON_HOST = ('--ema-device=cpu', 'all three')  # where averages take no memory of the device
 

@@ -124,7 +124,7 @@ def test_a_step_asks_the_networks_what_the_objective_says():
 def test_ways_of_running_are_set_and_taken_back():
     training = step.Training('demo', 2, CPU)
     try:
-        training.use(step.Way(precision='bf16', channels_last=True, checkpoint_activations=True, held=True))
+        training.use(step.Way(precision='bf16', channels_last=True, checkpoint_activations=True))
         held = training.loss_fn.teacher
         assert training.student.use_bf16 and held.use_bf16 and held.channels_last and training.student.model.checkpoint_activations
         assert held.model.out_conv.weight.dtype == torch.bfloat16 and training.teacher.model.out_conv.weight.dtype == torch.float32
