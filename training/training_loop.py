@@ -205,7 +205,7 @@ def build_network(c: EasyDict, teacher: torch.nn.Module | None) -> torch.nn.Modu
 def speed_up(c: EasyDict, net: torch.nn.Module, teacher: torch.nn.Module | None, averages: WeightAverages, loss_fn: Loss) -> None:
     """Let the networks run as the configuration says. Compilation itself waits for the first calls."""
     options = dict(channels_last=c.channels_last, checkpoint_activations=c.checkpoint_activations, compiled=c.compiled)
-    at_hand = [average for name, average in averages.networks.items() if averages.on_device(name) is average]
+    at_hand = [average for average in averages.networks.values() if execution.is_on_gpu(average) == execution.is_on_gpu(net)]
     for network in (net, *at_hand, *loss_fn.networks(), *([] if teacher is None else [teacher])):
         execution.run_with(network, **options)
     if teacher is not None and loss_fn.sampled(net) is net:  # else snapshots hold the teacher too, as it is
