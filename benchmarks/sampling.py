@@ -28,6 +28,7 @@ import generate
 from benchmarks.common import NOT_MEASURED, block, in_turns, median_ratio, table
 from benchmarks.sizes import SIZES
 from dnnlib import cli
+from dnnlib.util import usable_cores
 from torch_utils import distributed
 from training import execution, generation, writers
 from training.consistency_ops import student_grid
@@ -137,17 +138,12 @@ def measure(size: str, images: int, batch: int, rounds: int, workers: int, ways:
         calls = {ALONE: lambda: runs.alone(net), PLAIN: lambda: runs.plain(net), OVERLAPPED: lambda: runs.overlapped(net, pool)}
         for name, how in ways.items():
             if name in SHARED:
-                group = groups.enter_context(Group(cores(), size, runs, how))
+                group = groups.enter_context(Group(usable_cores(), size, runs, how))
                 calls[name] = functools.partial(runs.shared, group)
             else:
                 calls[name] = functools.partial(runs.overlapped, build(size, device, **how), pool)
         in_turns(calls, 1)
         return in_turns(calls, rounds)
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 @click.command(cls=cli.Command)
@@ -165,7 +161,7 @@ def main(size, images, batch, rounds, workers, eager, compile_large):
     images, batch, workers = images or own_images, batch or own_batch, writers.default_workers() if workers is None else workers
     distributed.init()
     compiles = not eager and (device.type == 'cuda' or compile_large or not SIZES[size].large)
-    shared = SHARED if device.type == 'cpu' and cores() > 1 else {}  # of GPUs there is one
+    shared = SHARED if device.type == 'cpu' and usable_cores() > 1 else {}  # of GPUs there is one
     ways = {name: how for name, how in (FASTER | shared).items() if compiles or not how.get('compiled')}
     seconds = measure(size, images, batch, rounds, workers, ways, device)
     rows = []
@@ -180,8 +176,8 @@ def main(size, images, batch, rounds, workers, eager, compile_large):
         f'Sampling in {STEPS} evaluations: {SIZES[size].title}',
         f'{images} images in batches of {batch}, written as PNG files, {workers} process(es) writing; least of {rounds} rounds in turns, after one '
         f'that is not counted. `{PLAIN}` draws a batch (eager FP32), encodes and writes it, and goes on; `{OVERLAPPED}` is what generate.py does '
-        f'once its network is loaded, and `torchrun {OVERLAPPED}` what it does as {cores()} processes, a core and a thread each. `{ALONE}` writes '
-        'nothing, and is what the last column compares with. Ratios are over the plain loop.',
+        f'once its network is loaded, and `torchrun {OVERLAPPED}` what it does as {usable_cores()} processes, a core and a thread each. '
+        f'`{ALONE}` writes nothing, and is what the last column compares with. Ratios are over the plain loop.',
         table(['', 'images/s', 'times faster, least', 'times faster, median', "of the eager network's speed"], rows)))
 
 

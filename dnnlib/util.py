@@ -105,6 +105,11 @@ def atomic_write(path: str | os.PathLike, durable: bool = True) -> Iterator[Bina
         temporary.unlink(missing_ok=True)
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def unfinished(folder: Path, pattern: str) -> Iterator[Path]:
     """What `atomic_write` was writing for names that match a pattern: by now, or by a process that was killed."""
     return folder.glob(f'.{pattern}.*.tmp')

@@ -23,7 +23,7 @@ from typing import BinaryIO
 import numpy as np
 
 from dnnlib import UserError
-from dnnlib.util import atomic_write
+from dnnlib.util import atomic_write, usable_cores
 
 AHEAD = 2  # pieces of work that each worker has, or is at
 MOST_WORKERS = 4
@@ -65,7 +65,7 @@ def _complete_file(path: str) -> Iterator[BinaryIO]:
 
 def default_workers() -> int:
     """Half of the CPUs but one: without a GPU, the network wants them too."""
-    return min(max(len(os.sched_getaffinity(0)) // 2 - 1, 0), MOST_WORKERS)
+    return min(max(usable_cores() // 2 - 1, 0), MOST_WORKERS)
 
 
 class WriterPool:
