@@ -215,7 +215,7 @@ def halving_edges(S: int, sigma_min: float, sigma_max: float, rho: float, spacin
 #----------------------------------------------------------------------------
 # Moves between noise levels.
 
-def _level(sigma: Tensor | float, x: Tensor) -> Tensor:
+def noise_level(sigma: Tensor | float, x: Tensor) -> Tensor:
     """Noise levels as float64 beside `x`. A number is filled in there: a copy from the host would wait for the device."""
     if isinstance(sigma, int | float):
         return torch.full([], sigma, dtype=torch.float64, device=x.device)
@@ -224,7 +224,7 @@ def _level(sigma: Tensor | float, x: Tensor) -> Tensor:
 
 def expand_like(sigma: Tensor, x: Tensor) -> Tensor:
     """[N] or scalar noise levels as float64 that broadcast against images [N, ...]."""
-    sigma = _level(sigma, x)
+    sigma = noise_level(sigma, x)
     return sigma.reshape(-1, *[1] * (x.ndim - 1))
 
 
@@ -278,7 +278,7 @@ def heun_hop(denoiser: Denoiser, x_t: Tensor, sigma_t: Tensor, sigma_s: Tensor, 
         denoised: D(x_t, sigma_t) where it is known already.
     Returns: [N, ...] float64.
     """
-    sigma_t, sigma_s = (_level(s, x_t).expand(len(x_t)) for s in (sigma_t, sigma_s))
+    sigma_t, sigma_s = (noise_level(s, x_t).expand(len(x_t)) for s in (sigma_t, sigma_s))
     x_t = x_t.double()
     if denoised is None:
         denoised = denoiser(x_t, sigma_t)
@@ -301,7 +301,7 @@ def addim_hop(x_t: Tensor, denoised: Tensor, sigma_t: Tensor, sigma_s: Tensor, v
         v: [N] expected squared distance of the image from D, see `addim_variance`.
     Returns: [N, ...] float64.
     """
-    sigma_t, sigma_s, v = (_level(s, x_t).expand(len(x_t)) for s in (sigma_t, sigma_s, v))
+    sigma_t, sigma_s, v = (noise_level(s, x_t).expand(len(x_t)) for s in (sigma_t, sigma_s, v))
     denoised = denoised.double()
     noise = (x_t.double() - denoised) / expand_like(sigma_t, x_t)
     square = noise.flatten(1).square().sum(dim=1).clamp(min=1e-100)  # without noise there is nothing to lengthen, and nothing to divide by
@@ -314,7 +314,7 @@ def addim_variance(denoised: Tensor, sigma_t: Tensor, y: Tensor | None = None, x
     a tenth of the posterior variance under a Gaussian prior of variance 1/2 (Heek et al. 2024, Section 3.2)."""
     if y is not None:
         return xvar_frac * (y.double() - denoised.double()).flatten(1).square().sum(dim=1)
-    sigma_t = _level(sigma_t, denoised).expand(len(denoised))
+    sigma_t = noise_level(sigma_t, denoised).expand(len(denoised))
     return 0.1 * denoised[0].numel() / (2 + sigma_t ** -2)
 
 

@@ -126,7 +126,7 @@ def student_sampler(net, latents, class_labels=None, *, steps: int, sigma_min=No
 
 
 def _denoise(net, x: Tensor, sigma: float, class_labels) -> Tensor:
-    return net(x, torch.full([], sigma, dtype=torch.float64, device=x.device), class_labels).double()
+    return net(x, ops.noise_level(sigma, x), class_labels).double()
 
 
 def _begin(latents: Tensor, sigma: float, start: Start | None) -> Tensor:
