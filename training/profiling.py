@@ -58,22 +58,14 @@ class StepProfile:
         self._profiler.start()
 
     def _name_calls(self, network: torch.nn.Module, with_gradients: str, without: str) -> None:
-        if (compiled := network._compiled_call_impl) is not None:  # which would not see hooks
-            def named(*args, **kwargs):
-                with record_function(with_gradients if torch.is_grad_enabled() else without):
-                    return compiled(*args, **kwargs)
-            network._compiled_call_impl = named
-            self._undo.append(lambda: setattr(network, '_compiled_call_impl', compiled))
-            return
-        under_way = []
+        """By what a call goes through before anything else; what is compiled would not see hooks."""
+        before, call = network._compiled_call_impl, network._compiled_call_impl or network._call_impl
 
-        def enter(*_):
-            under_way.append(record_function(with_gradients if torch.is_grad_enabled() else without))
-            under_way[-1].__enter__()
-
-        def leave(*_):
-            under_way.pop().__exit__(None, None, None)
-        self._undo += [network.register_forward_pre_hook(enter).remove, network.register_forward_hook(leave, always_call=True).remove]
+        def named(*args, **kwargs):
+            with record_function(with_gradients if torch.is_grad_enabled() else without):
+                return call(*args, **kwargs)
+        network._compiled_call_impl = named
+        self._undo.append(lambda: setattr(network, '_compiled_call_impl', before))
 
     def _finish(self) -> None:
         profiler, self._profiler = self._profiler, None
