@@ -1,6 +1,7 @@
 """Sources of images: folders, zips and arrays, what is refused, what is left out, and reading ahead."""
 import errno
 import gc
+import inspect
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import torch
 from helpers import run
 from PIL import Image
 
+from benchmarks import images as benchmark
 from dnnlib.util import UserError
 from metrics import arrays
 from metrics.images import ArrayImages, open_images, prefetch
@@ -391,6 +393,16 @@ def test_no_more_is_read_ahead_than_told_and_closing_ends_the_threads():
 
 #----------------------------------------------------------------------------
 # The benchmark.
+
+def test_the_benchmarks_whole_way_takes_every_image_through_every_part(tmp_path, monkeypatch):
+    """`all` is decoding, resizing and statistics, of each image once: which is why it takes longer than each."""
+    path = zipped(write(tmp_path / 'images', pictures(count=10, height=8, width=8)), tmp_path / 'images.zip')
+    seen = []
+    monkeypatch.setattr(benchmark, 'BATCH', 4)
+    stats = benchmark.pipeline(open_images(path), 0, lambda images: seen.append(len(images)) or benchmark.resize(images))
+    assert seen == [4, 4, 2] and stats.count == 10
+    assert inspect.signature(benchmark.pipeline).parameters['prepare'].default is benchmark.resize
+
 
 def test_the_benchmark_times_every_part_and_measures_memory():
     done = json.loads(run('benchmarks/images.py', '--images=32', '--rounds=3', '--memory=300', '--workers=2', '--json').stdout)

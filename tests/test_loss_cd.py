@@ -392,6 +392,6 @@ def test_networks_that_are_compiled_see_few_sizes_of_batches():
         sizes = [padded_size(count, batch) for count in range(1, batch + 1)]
         assert len(set(sizes)) <= 8 + math.log2(batch) and sizes[-1] == batch
         assert sizes[0] == min(2, batch)
-        assert all(count <= size <= min(max(2 * count - 1, count + -(-batch // 8), 2), batch) for count, size in enumerate(sizes, start=1))
+        assert all(count <= size <= min(max(2 * count - 1, count + -(-batch // 8)), batch) for count, size in enumerate(sizes, start=1))
     sizes, kinds = asked_for(make_loss(None, terminal_anchor=True, keep_ties=True, top_mass=0.5), few_sizes=True)
     assert sizes['student'] == [padded_size(kinds['general'], 64)] and sizes['student'] != [kinds['general']]

@@ -1,14 +1,12 @@
 """Times, learning rates, statistics, rulers, and the command-line types."""
 import json
 import platform
-import subprocess
-import sys
 
 import click
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import ROOT, assert_one_clear_error, run, torchrun
+from helpers import assert_one_clear_error, run, torchrun
 
 from dnnlib import EasyDict, UserError, cli
 from metrics import rulers
@@ -55,8 +53,7 @@ print(faults() - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason="of glibc's allocator")
 def test_freed_memory_is_kept_for_what_comes_next():
     """20 MiB are 5,120 pages, ten times."""
-    faults = {mode: int(subprocess.run([sys.executable, '-c', FAULTS, mode], cwd=ROOT, check=True, capture_output=True, text=True).stdout)
-              for mode in ('given back', 'kept')}
+    faults = {mode: int(run('-c', FAULTS, mode).stdout) for mode in ('given back', 'kept')}
     assert faults['kept'] < 100 and faults['given back'] > 10_000, faults
 
 
