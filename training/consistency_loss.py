@@ -38,6 +38,19 @@ class EdgeTable:
     segment: Tensor         # [T'] int64, device
     segment_names: list[str]
 
+    def report(self, index: Tensor, loss: Tensor) -> None:
+        """Statistics of the edges [N] that samples were on, and of their losses [N]."""
+        report_levels(self.columns[index, 0], loss)
+        training_stats.report(EDGE_NAMES, self.flags[index])
+        training_stats.report('Edges/T', torch.full_like(loss, len(self.edges)))
+        training_stats.report_bins(self.segment_names, self.segment[index], loss)
+
+
+def report_levels(sigma_t: Tensor, loss: Tensor) -> None:
+    """Statistics of samples' noise levels [N] and losses [N]."""
+    training_stats.report('Edges/log10_sigma_t', sigma_t.log() / math.log(10))
+    report_by_sigma(sigma_t, loss)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -195,8 +208,7 @@ class ConsistencyLoss(Loss):
 
     def report(self, edges: Drawn, loss: Tensor) -> None:
         """Statistics of a step."""
-        training_stats.report('Edges/log10_sigma_t', edges.sigma_t.log() / math.log(10))
-        report_by_sigma('Loss', edges.sigma_t, loss)
+        training_stats.report_later(report_levels, edges.sigma_t, loss)
 
     def __call__(self, net, images, labels, draws, augment_labels=None):
         edges = self.draw(draws, images.device)
@@ -268,11 +280,7 @@ class TableLoss(ConsistencyLoss):
         return Drawn(*table.columns[index].unbind(dim=1), index, parts)
 
     def report(self, edges: Drawn, loss: Tensor) -> None:
-        super().report(edges, loss)
-        table = self.table(loss.device)
-        training_stats.report(EDGE_NAMES, table.flags[edges.index])
-        training_stats.report('Edges/T', edges.sigma_t.new_full([1], len(table.edges)))
-        training_stats.report_bins(table.segment_names, table.segment[edges.index], loss)
+        training_stats.report_later(self.table(loss.device).report, edges.index, loss)
 
 
 class SegmentLoss(TableLoss):

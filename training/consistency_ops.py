@@ -237,8 +237,7 @@ def ddim_step(x_t: Tensor, denoised: Tensor, sigma_t: Tensor, sigma_s: Tensor) -
     Returns: [N, ...] float64.
     """
     ratio = expand_like(sigma_s, x_t) / expand_like(sigma_t, x_t)
-    denoised = denoised.double()
-    return denoised + ratio * (x_t.double() - denoised)
+    return torch.lerp(denoised.double(), x_t.double(), ratio)
 
 
 def inv_ddim(x_b: Tensor, x_t: Tensor, sigma_t: Tensor, sigma_b: Tensor, check: bool = True) -> Tensor:
@@ -271,6 +270,9 @@ def check_edges(edges: Edges) -> None:
 def heun_hop(denoiser: Denoiser, x_t: Tensor, sigma_t: Tensor, sigma_s: Tensor, denoised: Tensor | None = None) -> Tensor:
     """One Heun step of the ODE from sigma_t to sigma_s (Karras et al. 2022, Algorithm 1): local error O((sigma_t − sigma_s)³).
 
+    With h = sigma_s − sigma_t and slopes d = (x − D) / sigma, x_e = x_t + h d_t is Euler's step, DDIM's; x_t + h (d_t + d_s) / 2 is halfway
+    between x_t and x_e + h d_s = D_s + (2 − sigma_t / sigma_s)(x_e − D_s).
+
     Args:
         denoiser: D(x, sigma) for x [N, ...] and sigma [N].
         x_t: [N, ...] state at sigma_t.
@@ -279,14 +281,11 @@ def heun_hop(denoiser: Denoiser, x_t: Tensor, sigma_t: Tensor, sigma_s: Tensor, 
     Returns: [N, ...] float64.
     """
     sigma_t, sigma_s = (noise_level(s, x_t).expand(len(x_t)) for s in (sigma_t, sigma_s))
-    x_t = x_t.double()
     if denoised is None:
-        denoised = denoiser(x_t, sigma_t)
-    step = expand_like(sigma_s - sigma_t, x_t)
-    slope_t = (x_t - denoised.double()) / expand_like(sigma_t, x_t)
-    x_euler = x_t + step * slope_t
-    slope_s = (x_euler - denoiser(x_euler, sigma_s).double()) / expand_like(sigma_s, x_t)
-    return x_t + step / 2 * (slope_t + slope_s)
+        denoised = denoiser(x_t.double(), sigma_t)
+    x_euler = ddim_step(x_t, denoised, sigma_t, sigma_s)
+    x_twice = torch.lerp(denoiser(x_euler, sigma_s).double(), x_euler, expand_like(2 - sigma_t / sigma_s, x_t))
+    return torch.lerp(x_t.double(), x_twice, 0.5)
 
 
 def addim_hop(x_t: Tensor, denoised: Tensor, sigma_t: Tensor, sigma_s: Tensor, v: Tensor) -> Tensor:

@@ -17,11 +17,10 @@ SIGMA_BIN_EDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 SIGMA_BINS = [f'{low:g}-{high:g}' for low, high in zip((0, *SIGMA_BIN_EDGES), (*SIGMA_BIN_EDGES, float('inf')))]
 
 
-def report_by_sigma(prefix: str, sigma: torch.Tensor, loss: torch.Tensor) -> None:
-    """Report each image's loss under the bin of noise levels that it falls in, as `<prefix>/sigma_<low>-<high>`."""
-    names = [f'{prefix}/sigma_{name}' for name in SIGMA_BINS]
+def report_by_sigma(sigma: torch.Tensor, loss: torch.Tensor) -> None:
+    """Report each image's loss under the bin of noise levels that it falls in, as `Loss/sigma_<low>-<high>`."""
     edges = upload(np.array(SIGMA_BIN_EDGES), sigma.device).to(sigma.dtype)
-    training_stats.report_bins(names, torch.bucketize(sigma.contiguous(), edges), loss)
+    training_stats.report_bins([f'Loss/sigma_{name}' for name in SIGMA_BINS], torch.bucketize(sigma.contiguous(), edges), loss)
 
 
 class Loss:
@@ -64,7 +63,7 @@ class DiffusionLoss(Loss):
         sigma = self.noise_levels(draws)
         noisy = images + expand_like(sigma, images).to(images.dtype) * draws.normal('noise', images.shape[1:])
         loss = self.compare(self.predict(net, noisy, sigma, labels, augment_labels, student_masks(net, draws)), images, sigma)
-        report_by_sigma('Loss', sigma, loss.detach())
+        training_stats.report_later(report_by_sigma, sigma, loss.detach())
         return loss
 
     def predict(self, net, noisy, sigma, labels, augment_labels, masks, **kwargs):

@@ -171,7 +171,7 @@ def accumulate_gradients(net, loss_fn, batch, draws: SampleDraws, update: Weight
         images, augment_labels = augment_pipe(images, generator=draws.generator('augment'))
     loss = loss_fn(net, images, labels, draws, augment_labels)
     training_stats.report(f'Loss/{loss_fn.name}', loss)
-    (update.poison(loss).sum() * scale).backward()
+    (update.poison(loss) * scale).backward()
 
 
 def learning_rate(c: EasyDict, nimg: int) -> float:

@@ -35,8 +35,9 @@ class WeightUpdate:
         self.whole_in_a_row, self.bad_in_a_row, self.bad_steps = torch.zeros([3], dtype=torch.int64, device=device).unbind()
 
     def poison(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss [N], scaled, so that its gradient is NaN where any of its values is not finite."""
-        return loss * (self.scale + 0 * loss.detach().sum())
+        """The sum of the loss [N], scaled, whose gradient is NaN where any of the values is not finite."""
+        total = loss.sum()
+        return total * (self.scale + 0 * total.detach())
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
