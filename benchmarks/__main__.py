@@ -42,6 +42,8 @@ BENCHMARKS = {
     'step-demo-one-thread': Benchmark('step.py', ['--ways=plain'], STEP_QUICK, threads=1),
     'step-cifar10': Benchmark('step.py', ['--size=cifar10-ddpmpp'], [*STEP_QUICK, '--ways=bf16']),
     'step-imagenet64': Benchmark('step.py', ['--size=imagenet64-adm'], [*STEP_QUICK, '--ways=checkpoint']),
+    'pieces-demo': Benchmark('pieces.py', ['--size=demo'], ['--rounds=1']),
+    'pieces-imagenet64': Benchmark('pieces.py', [], ['--size=demo', '--rounds=1']),
     'memory': Benchmark('memory.py', [], ['--size=demo']),
     'sampling-demo': Benchmark('sampling.py', [], ['--images=8', '--batch=4', '--rounds=1', '--eager']),
     'sampling-cifar10': Benchmark('sampling.py', ['--size=cifar10-ddpmpp'], ['--size=demo', '--images=4', '--batch=2', '--rounds=1', '--eager']),

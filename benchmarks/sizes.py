@@ -46,9 +46,9 @@ class Size:
 SIZES = {
     'demo': Size("the demo's network", 8, 1, 10, batch=128, cpu_batch=128, steps=40, cpu_steps=40, large=False,
                  network=dict(model_type='DhariwalUNet', model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[], dropout=0)),
-    'cifar10-ddpmpp': Size('CIFAR-10 DDPM++', 32, 3, 10, batch=256, cpu_batch=4, steps=20, cpu_steps=3, large=True,
+    'cifar10-ddpmpp': Size('CIFAR-10 DDPM++', 32, 3, 10, batch=256, cpu_batch=8, steps=20, cpu_steps=3, large=True,
                            network=dict(model_type='SongUNet', model_channels=128, channel_mult=[2, 2, 2], dropout=0.13)),
-    'imagenet64-adm': Size('ImageNet-64 ADM', 64, 3, 1000, batch=64, cpu_batch=2, steps=10, cpu_steps=2, large=True,
+    'imagenet64-adm': Size('ImageNet-64 ADM', 64, 3, 1000, batch=64, cpu_batch=4, steps=10, cpu_steps=2, large=True,
                            network=dict(model_type='DhariwalUNet', model_channels=192, channel_mult=[1, 2, 3, 4], dropout=0.2,
                                         dout_resolutions=[16, 8])),
 }

@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,14 +109,14 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def timed(self, name: str, call: Callable, *args, **kwargs):
+        """What `call` returns; its time belongs to the part of that name."""
         if not self.inside:
-            yield
-            return
+            return call(*args, **kwargs)
         start = self.now()
-        yield
+        result = call(*args, **kwargs)
         self.parts[name] = self.parts.get(name, 0) + self.now() - start
+        return result
 
     def stop(self) -> dict[str, float]:
         """Seconds of PARTS, zero where there was nothing to do; of the total alone where no parts were timed."""
@@ -139,8 +139,8 @@ class Observed:
         differentiated = torch.is_grad_enabled()
         watch = self._training.watch
         watch.asked[differentiated] += len(x)
-        with watch.part('teacher hop' if self._is_teacher else 'student forward' if differentiated else 'self-target'):
-            return self._net(x, *args, **kwargs)
+        name = 'teacher hop' if self._is_teacher else 'student forward' if differentiated else 'self-target'
+        return watch.timed(name, self._net, x, *args, **kwargs)
 
 
 class Training:
@@ -202,11 +202,7 @@ def observed_backward(watch: Stopwatch) -> Iterator[None]:
     """Within, `Tensor.backward` is timed as a part."""
     backward = torch.Tensor.backward
 
-    def timed(tensor, *args, **kwargs):
-        with watch.part('backward'):
-            backward(tensor, *args, **kwargs)
-
-    torch.Tensor.backward = timed
+    torch.Tensor.backward = lambda *args, **kwargs: watch.timed('backward', backward, *args, **kwargs)
     try:
         yield
     finally:
@@ -251,7 +247,7 @@ def ways_for(size: str, device: torch.device, compile_large: bool) -> list[str]:
     """What can be measured of a size here."""
     on_gpu = device.type == 'cuda'
     feasible = [name for name, way in WAYS.items() if on_gpu or not (way.gpu or (way.compiled and SIZES[size].large and not compile_large))]
-    return feasible if on_gpu or size != 'imagenet64-adm' else [name for name in feasible if name == PLAIN or WAYS[name].channels_last]
+    return feasible if on_gpu or size != 'imagenet64-adm' else [name for name in feasible if name != 'checkpoint']  # of which a step takes a minute
 
 #----------------------------------------------------------------------------
 # Telling.

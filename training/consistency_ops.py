@@ -217,9 +217,9 @@ def halving_edges(S: int, sigma_min: float, sigma_max: float, rho: float, spacin
 
 def noise_level(sigma: Tensor | float, x: Tensor) -> Tensor:
     """Noise levels as float64 beside `x`. A number is filled in there: a copy from the host would wait for the device."""
-    if isinstance(sigma, int | float):
-        return torch.full([], sigma, dtype=torch.float64, device=x.device)
-    return torch.as_tensor(sigma, dtype=torch.float64, device=x.device)
+    if isinstance(sigma, Tensor):
+        return sigma.to(x.device, torch.float64)
+    return torch.full([], sigma, dtype=torch.float64, device=x.device)
 
 
 def expand_like(sigma: Tensor, x: Tensor) -> Tensor:

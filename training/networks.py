@@ -253,6 +253,8 @@ class UNet(Module):
 
         Giving the same masks to two passes synchronises their dropout bit for bit, whatever the precision or compiler.
         """
+        if not self.dropout:
+            return {}
         device, masks = next(self.parameters()).device, {}
         for part in ('enc', 'dec'):
             for name, block in getattr(self, part).items():

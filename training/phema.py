@@ -142,10 +142,14 @@ class WeightAverages:
         """Effective half-life in images after `nimg` images."""
         return self.halflife_nimg if self.rampup_ratio is None else min(self.halflife_nimg, nimg * self.rampup_ratio)
 
+    def decays(self, nimg: int, batch_size: int) -> list[float]:
+        """Of the averages, in their order, for a step: see `update`."""
+        halflife = self.halflife_at(nimg - batch_size)  # the ramp counts the images before this step, as EDM does
+        return [0.5 ** (batch_size / max(halflife, 1e-8)), *(_decay(exponent, nimg, batch_size) for exponent in self._exponents)]
+
     def update(self, nimg: int, batch_size: int) -> None:
         """Take in the weights after a step; `nimg` counts the images with this step's `batch_size`. Buffers do not change in training."""
-        halflife = self.halflife_at(nimg - batch_size)  # the ramp counts the images before this step, as EDM does
-        decays = [0.5 ** (batch_size / max(halflife, 1e-8)), *(_decay(exponent, nimg, batch_size) for exponent in self._exponents)]
+        decays = self.decays(nimg, batch_size)
         if self._copies is None:
             self._take_in(self.source.weights, decays)
         else:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import torch
+from torch.optim.adam import adam
 
 from torch_utils import training_stats
 from torch_utils.flat import FlatParameters
@@ -27,10 +28,13 @@ class WeightUpdate:
     def __init__(self, weights: FlatParameters, betas: tuple[float, float], eps: float, loss_scale: float | None = 1.0,
                  grad_clip: float | None = None, radam: bool = False):
         self.weights, self.grad_clip, self.dynamic = weights.weights, grad_clip, loss_scale is None
-        self.radam = radam
-        self.optimizer = torch.optim.RAdam([self.weights], betas=betas, eps=eps) if radam else \
-            torch.optim.Adam([self.weights], betas=betas, eps=eps, fused=True)
-        device = self.weights.device
+        self.radam, device = radam, self.weights.device
+        if radam:
+            self.optimizer = torch.optim.RAdam([self.weights], betas=betas, eps=eps)
+        else:
+            self.optimizer = torch.optim.Adam([self.weights], betas=betas, eps=eps, fused=True)
+            zeros = lambda: torch.zeros_like(self.weights, requires_grad=False)
+            self.optimizer.state[self.weights] = dict(step=torch.zeros([], device=device), exp_avg=zeros(), exp_avg_sq=zeros())
         self.scale = torch.tensor(DYNAMIC_START if self.dynamic else loss_scale, dtype=torch.float32, device=device)
         self.whole_in_a_row, self.bad_in_a_row, self.bad_steps = torch.zeros([3], dtype=torch.int64, device=device).unbind()
 
@@ -44,37 +48,43 @@ class WeightUpdate:
         """New weights from the gradients that have been gathered."""
         gradient = self.weights.grad
         norm = torch.linalg.vector_norm(gradient).float() / self.scale
-        whole = norm.isfinite()
+        broken = ~(norm < float('inf'))  # infinite, or NaN
         divisor = self.scale
         if self.grad_clip is not None:
             divisor = divisor * (norm / self.grad_clip).clamp(min=1)
-        for group in self.optimizer.param_groups:
-            group['lr'] = lr
+        self.optimizer.param_groups[0]['lr'] = lr
         if self.radam:
-            self._step_and_undo(divisor, whole)
-        else:  # Adam's fused kernel divides by the one and does nothing where the other is 1
-            self.optimizer.grad_scale, self.optimizer.found_inf = divisor, (~whole).float()
-            self.optimizer.step()
-        self._count(whole)
+            self._step_and_undo(divisor, broken)
+        else:
+            self._step_fused(divisor, broken)
+        self._count(broken)
         training_stats.report('Progress/grad_norm', norm)
 
-    def _step_and_undo(self, divisor: torch.Tensor, whole: torch.Tensor) -> None:
+    def _step_fused(self, divisor: torch.Tensor, broken: torch.Tensor) -> None:
+        """Adam's fused kernel, which divides gradients itself and does nothing where they are broken. It is called as a function: what
+        `Optimizer.step` does around it takes longer than a small network's kernel."""
+        group, state = self.optimizer.param_groups[0], self.optimizer.state[self.weights]
+        adam([self.weights], [self.weights.grad], [state['exp_avg']], [state['exp_avg_sq']], [], [state['step']], foreach=False, fused=True,
+             grad_scale=divisor, found_inf=broken.float(), amsgrad=False, beta1=group['betas'][0], beta2=group['betas'][1], lr=group['lr'],
+             weight_decay=0.0, eps=group['eps'], maximize=False)
+
+    def _step_and_undo(self, divisor: torch.Tensor, broken: torch.Tensor) -> None:
         """A step of an optimiser that knows of no broken ones; after those, weights and moments are what they were. Its count of steps goes on."""
         moments = lambda: [self.optimizer.state[self.weights].get(name) for name in ('exp_avg', 'exp_avg_sq')]
         before = [None if value is None else value.clone() for value in (self.weights.data, *moments())]
         self.weights.grad.div_(divisor)
         self.optimizer.step()
         for value, kept in zip((self.weights.data, *moments()), before):
-            value.copy_(torch.where(whole, value, 0 if kept is None else kept))
+            value.copy_(torch.where(broken, 0 if kept is None else kept, value))
 
-    def _count(self, whole: torch.Tensor) -> None:
-        self.bad_steps += ~whole
-        self.bad_in_a_row.add_(1).mul_(~whole)
+    def _count(self, broken: torch.Tensor) -> None:
+        self.bad_steps += broken
+        self.bad_in_a_row.add_(1).mul_(broken)
         if self.dynamic:
-            self.whole_in_a_row.add_(1).mul_(whole)
+            self.whole_in_a_row.add_(1).mul_(~broken)
             grow = self.whole_in_a_row >= GROWTH_INTERVAL
             self.whole_in_a_row.mul_(~grow)
-            self.scale.mul_(torch.where(whole, 1 + grow.float(), 0.5)).clamp_(min=1, max=DYNAMIC_MAX)
+            self.scale.mul_(torch.where(broken, 0.5, 1 + grow.float())).clamp_(min=1, max=DYNAMIC_MAX)
 
     def state_dict(self) -> dict:
         """Tensors and plain data, for a training state."""

@@ -1,0 +1,126 @@
+"""What runs in one way only, without a switch, beside the plain way that it stands in for: time, and how far the numbers are apart.
+
+Attention by `scaled_dot_product_attention` or as softmax(q kᵀ / √d) v; Adam as one fused kernel over a vector of all parameters or by PyTorch's plain
+loop over them; averages of the weights in one pass over such vectors or parameter by parameter. Random weights and gradients; least of several
+rounds in turns.
+"""
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import click
+import torch
+
+if __name__ == '__main__':
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import block, in_turns, least, median_ratio, table
+from benchmarks.sizes import SIZES
+from dnnlib import cli
+from torch_utils import misc
+from torch_utils.flat import FlatParameters
+from training.phema import WeightAverages
+from training.weight_update import WeightUpdate
+
+STDS = [0.05, 0.10]  # of the power-function averages
+ATTENTION = {'cifar10-ddpmpp': (1, 256, 16), 'imagenet64-adm': (6, 64, 32)}  # heads of so many channels on images of so many pixels a side
+
+Way = Callable[[], Iterable[torch.Tensor]]  # does the work, and gives the numbers that it comes to
+
+
+def attention(size: str, device: torch.device) -> tuple[Way, Way]:
+    """Forward and backward pass: the answer and the gradients."""
+    batch = SIZES[size].batch_on(device)
+    heads, channels, side = ATTENTION[size]
+    q, k, v = (torch.randn(batch, heads, side * side, channels, device=device, requires_grad=True) for _ in range(3))
+
+    def way(function):
+        def work():
+            answer = function()
+            return answer.detach(), *torch.autograd.grad(answer.square().sum(), (q, k, v))
+        return work
+
+    return (way(lambda: (q @ k.transpose(-1, -2) / math.sqrt(channels)).softmax(dim=-1) @ v),
+            way(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)))
+
+
+def twins(size: str, device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module, FlatParameters]:
+    """A network, and another with the same weights and gradients, whose own lie in vectors."""
+    plain = SIZES[size].build().to(device)
+    ours = copy.deepcopy(plain)
+    flat = FlatParameters(ours)
+    for p, q in zip(plain.parameters(), ours.parameters()):
+        p.grad = torch.randn_like(p)
+        q.grad.copy_(p.grad)
+    return plain, ours, flat
+
+
+def optimiser(size: str, device: torch.device) -> tuple[Way, Way]:
+    """A step of Adam: the weights."""
+    plain, ours, flat = twins(size, device)
+    adam, update = torch.optim.Adam(plain.parameters(), lr=1e-4, foreach=False), WeightUpdate(flat, (0.9, 0.999), 1e-8)
+    return lambda: adam.step() or plain.parameters(), lambda: update.step(1e-4) or ours.parameters()
+
+
+def averages(size: str, device: torch.device) -> tuple[Way, Way]:
+    """An update of an EMA and the power-function averages, of weights that have grown: the last average."""
+    plain, ours, flat = twins(size, device)
+    kept = WeightAverages(ours, flat, 5e5, None, STDS)
+    *_, last = kept.networks.values()
+    copies = [[p.detach().clone() for p in plain.parameters()] for _ in kept.networks]
+    for p in (*plain.parameters(), *ours.parameters()):
+        p.data.mul_(2)
+    decays = kept.decays(10_000, 100)
+
+    @torch.no_grad()
+    def one_by_one():
+        for averaged, decay in zip(copies, decays):
+            for average, p in zip(averaged, plain.parameters()):
+                average.lerp_(p, 1 - decay)
+        return copies[-1]
+
+    return one_by_one, lambda: kept.update(10_000, 100) or last.parameters()
+
+
+PIECES = {'attention': attention, 'Adam': optimiser, f'averages: EMA and {len(STDS)} phEMA': averages}
+
+
+def difference(numbers: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> float:
+    """The largest between them, over the largest."""
+    pairs = [(a.detach(), b.detach()) for a, b in zip(numbers, others, strict=True)]
+    return max(float((a - b).abs().max()) for a, b in pairs) / max(float(a.abs().max()) for a, _ in pairs)
+
+
+def measure(piece: Callable, size: str, device: torch.device, rounds: int) -> list[str]:
+    """The cells of a row."""
+    torch.manual_seed(0)
+    plain, ours = piece(size, device)
+    apart = difference(plain(), ours())
+    wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    seconds = in_turns({'plain': lambda: (plain(), wait()), 'ours': lambda: (ours(), wait())}, rounds)
+    before, now = least(seconds).values()
+    return [f'{before * 1e3:.3f}', f'{now * 1e3:.3f}', f'{before / now:.2f}', f'{median_ratio(*seconds.values()):.2f}', f'{apart:.1e}']
+
+
+@click.command(cls=cli.Command)
+@cli.option('--size', type=click.Choice(list(SIZES)), default='imagenet64-adm', show_default=True, help='Network.')
+@cli.option('--rounds', metavar='INT', type=click.IntRange(min=1), default=10, show_default=True, help='Times that each is timed.')
+def main(size, rounds):
+    """Time attention, optimiser and averages against the plain way of each."""
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    misc.keep_freed_memory()
+    rows = [[name, *measure(piece, size, device, rounds)] for name, piece in PIECES.items() if piece is not attention or size in ATTENTION]
+    click.echo(block(
+        f'What has no switch: {SIZES[size].title}',
+        f'Milliseconds, least of {rounds} rounds in turns: attention forward and back, a step of Adam, an update of averages, each the plain way '
+        '(softmax of products; one parameter after another) and as it is done here: fused attention, and vectors of all parameters. Our Adam also '
+        'takes the norm of the gradient and looks whether it is finite. `difference`: the largest between their FP32 numbers, over the largest.',
+        table(['', 'plain, ms', 'ours, ms', 'times faster, least', 'times faster, median', 'difference'], rows)))
+
+
+if __name__ == '__main__':
+    main()
