@@ -37,6 +37,7 @@ class Benchmark:
 
 
 STEP_QUICK = ['--size=demo', '--steps=1', '--batch=2']
+SAMPLING_QUICK = ['--size=demo', '--images=4', '--batch=2', '--rounds=1', '--eager']
 BENCHMARKS = {
     'step-demo': Benchmark('step.py', [], [*STEP_QUICK, '--ways=channels_last']),
     'step-demo-one-thread': Benchmark('step.py', ['--ways=plain'], STEP_QUICK, threads=1),
@@ -45,8 +46,9 @@ BENCHMARKS = {
     'pieces-demo': Benchmark('pieces.py', ['--size=demo'], ['--rounds=1']),
     'pieces-imagenet64': Benchmark('pieces.py', [], ['--size=demo', '--rounds=1']),
     'memory': Benchmark('memory.py', [], ['--size=demo']),
-    'sampling-demo': Benchmark('sampling.py', [], ['--images=8', '--batch=4', '--rounds=1', '--eager']),
-    'sampling-cifar10': Benchmark('sampling.py', ['--size=cifar10-ddpmpp'], ['--size=demo', '--images=4', '--batch=2', '--rounds=1', '--eager']),
+    'sampling-demo': Benchmark('sampling.py', [], SAMPLING_QUICK),
+    'sampling-cifar10': Benchmark('sampling.py', ['--size=cifar10-ddpmpp', '--rounds=3'], SAMPLING_QUICK),
+    'sampling-imagenet64': Benchmark('sampling.py', ['--size=imagenet64-adm', '--rounds=1'], SAMPLING_QUICK),
     'startup': Benchmark('startup.py', [], ['--rounds=1', '--scripts=train.py']),
     'data': Benchmark('data.py', [], ['--members=2000', '--images=64', '--workers=0', '--rounds=1'], threads=1),
     'checkpoint': Benchmark('checkpoint.py', ['--rounds=2'], ['--channels=8', '--res=8', '--rounds=1', '--repeats=1'], threads=1),

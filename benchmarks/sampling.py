@@ -2,8 +2,9 @@
 
 `plain loop` draws a batch by the eager FP32 network, encodes and writes it, and goes on to the next. `generate.py` is `generate.generate_all`, whose
 worker processes encode and write while the network is at work. `torchrun generate.py` is the same in as many processes as there are CPU cores, with a
-thread each. `network alone` asks for the same evaluations and writes nothing. Weights are random, so images are noise, which PNG does not compress:
-files are larger than those of photographs. Start-up is left out (benchmarks/startup.py).
+thread each. `network alone` asks for the same evaluations and writes nothing, `writing alone` encodes and writes, in one process; the network sets
+the pace where it is slower than the workers together. Weights are random, so images are noise, which PNG does not compress: files are larger than
+those of photographs. Start-up is left out (benchmarks/startup.py).
 """
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 
 if __name__ == '__main__':
@@ -34,11 +36,12 @@ from training import execution, generation, writers
 from training.consistency_ops import student_grid
 
 STEPS = 8
-ALONE, PLAIN, OVERLAPPED = 'network alone', 'plain loop', 'generate.py'
+ALONE, WRITING, PLAIN, OVERLAPPED = 'network alone', 'writing alone', 'plain loop', 'generate.py'
 FASTER = {'generate.py, --channels_last': dict(channels_last=True), 'generate.py, --compile': dict(compiled=True)}
 SHARED = {'torchrun generate.py': {}, 'torchrun generate.py, --compile': dict(compiled=True)}
 IMAGES = {'demo': (2048, 64), 'cifar10-ddpmpp': (8, 4), 'imagenet64-adm': (4, 2)}  # and their batch, on a CPU
 GPU_IMAGES, GPU_BATCH = 2048, 128
+WRITTEN = 256  # images at least
 
 
 def build(size: str, device: torch.device, **ways) -> torch.nn.Module:
@@ -60,15 +63,19 @@ class Runs:
             last = generation.generate_batch(net, seeds, steps=STEPS)
         last.cpu()
 
+    def writing(self, images: np.ndarray) -> None:
+        writers.write_images(images, [str(self.folder / 'writing' / f'{i:06d}.png') for i in range(len(images))])
+        self._tidy('writing', len(images))
+
     def plain(self, net: torch.nn.Module) -> None:
         for seeds in generation.split_batches(self.seeds, self.batch):
             paths = [str(self.folder / 'plain' / f'{seed:06d}.png') for seed in seeds]
             generation.save_images(generation.generate_batch(net, seeds, steps=STEPS), paths)
-        self._tidy('plain')
+        self._tidy('plain', len(self.seeds))
 
     def overlapped(self, net: torch.nn.Module, pool: writers.WriterPool) -> None:
         self.part_of_overlapped(net, pool)
-        self._tidy('overlapped')
+        self._tidy('overlapped', len(self.seeds))
 
     def part_of_overlapped(self, net: torch.nn.Module, pool: writers.WriterPool) -> None:
         """All of it where there is one process, else this one's share."""
@@ -77,12 +84,12 @@ class Runs:
 
     def shared(self, group: Group) -> None:
         group.run()
-        self._tidy('overlapped')
+        self._tidy('overlapped', len(self.seeds))
 
-    def _tidy(self, name: str) -> None:
+    def _tidy(self, name: str, count: int) -> None:
         found = sum(1 for _ in (self.folder / name).glob('*.png'))
-        if found != len(self.seeds):
-            raise RuntimeError(f'{found} of {len(self.seeds)} images were written')
+        if found != count:
+            raise RuntimeError(f'{found} of {count} images were written')
         shutil.rmtree(self.folder / name)
 
 
@@ -130,12 +137,19 @@ def take_part(place: dict[str, str], pipe, size: str, runs: Runs, how: dict) -> 
             pipe.send('done')
 
 
+def images_to_write(size: str, images: int) -> np.ndarray:
+    """Noise, uint8 [N, H, W, C]; enough of it to time."""
+    of = SIZES[size]
+    return np.random.default_rng(0).integers(256, size=[max(images, WRITTEN), of.resolution, of.resolution, of.channels], dtype=np.uint8)
+
+
 def measure(size: str, images: int, batch: int, rounds: int, workers: int, ways: dict[str, dict], device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every round, by row, measured in turns; each is run once before, so that it is compiled and its workers are there."""
-    net = build(size, device)
+    """Seconds an image in every round, by row, measured in turns; each is run once before, so that it is compiled and its workers are there."""
+    net, pixels = build(size, device), images_to_write(size, images)
     with tempfile.TemporaryDirectory() as folder, writers.WriterPool(workers) as pool, contextlib.ExitStack() as groups:
         runs = Runs(images, batch, Path(folder))
-        calls = {ALONE: lambda: runs.alone(net), PLAIN: lambda: runs.plain(net), OVERLAPPED: lambda: runs.overlapped(net, pool)}
+        calls = {ALONE: lambda: runs.alone(net), WRITING: lambda: runs.writing(pixels), PLAIN: lambda: runs.plain(net),
+                 OVERLAPPED: lambda: runs.overlapped(net, pool)}
         for name, how in ways.items():
             if name in SHARED:
                 group = groups.enter_context(Group(usable_cores(), size, runs, how))
@@ -143,7 +157,7 @@ def measure(size: str, images: int, batch: int, rounds: int, workers: int, ways:
             else:
                 calls[name] = functools.partial(runs.overlapped, build(size, device, **how), pool)
         in_turns(calls, 1)
-        return in_turns(calls, rounds)
+        return {name: [time / (len(pixels) if name == WRITING else images) for time in times] for name, times in in_turns(calls, rounds).items()}
 
 
 @click.command(cls=cli.Command)
@@ -165,19 +179,20 @@ def main(size, images, batch, rounds, workers, eager, compile_large):
     ways = {name: how for name, how in (FASTER | shared).items() if compiles or not how.get('compiled')}
     seconds = measure(size, images, batch, rounds, workers, ways, device)
     rows = []
-    for name in itertools.chain((ALONE, PLAIN, OVERLAPPED), FASTER, SHARED):
+    for name in itertools.chain((ALONE, WRITING, PLAIN, OVERLAPPED), FASTER, SHARED):
         if name not in seconds:
             rows.append([name] + [NOT_MEASURED] * 4)
             continue
         times = seconds[name]
-        rows.append([name, f'{images / min(times):.4g}', f'{min(seconds[PLAIN]) / min(times):.3f}', f'{median_ratio(seconds[PLAIN], times):.3f}',
+        rows.append([name, f'{1 / min(times):.4g}', f'{min(seconds[PLAIN]) / min(times):.3f}', f'{median_ratio(seconds[PLAIN], times):.3f}',
                      f'{min(seconds[ALONE]) / min(times):.1%}'])
     click.echo(block(
         f'Sampling in {STEPS} evaluations: {SIZES[size].title}',
         f'{images} images in batches of {batch}, written as PNG files, {workers} process(es) writing; least of {rounds} rounds in turns, after one '
         f'that is not counted. `{PLAIN}` draws a batch (eager FP32), encodes and writes it, and goes on; `{OVERLAPPED}` is what generate.py does '
         f'once its network is loaded, and `torchrun {OVERLAPPED}` what it does as {usable_cores()} processes, a core and a thread each. '
-        f'`{ALONE}` writes nothing, and is what the last column compares with. Ratios are over the plain loop.',
+        f'`{ALONE}` writes nothing, and is what the last column compares with; `{WRITING}` is a process that encodes and writes noise of that size. '
+        'Ratios are over the plain loop.',
         table(['', 'images/s', 'times faster, least', 'times faster, median', "of the eager network's speed"], rows)))
 
 

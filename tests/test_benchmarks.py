@@ -223,7 +223,7 @@ def test_what_has_no_switch_gives_the_numbers_of_the_plain_way(name, size, toler
 def test_sampling_writes_every_image_in_every_way(monkeypatch):
     table, = check_block(invoke(monkeypatch, 'sampling.py', '--images=5', '--batch=2', '--rounds=1', '--workers=0', '--eager'))
     rates = column(table, 'images/s')
-    assert list(rates) == [sampling.ALONE, sampling.PLAIN, sampling.OVERLAPPED, *sampling.FASTER, *sampling.SHARED]
+    assert list(rates) == [sampling.ALONE, sampling.WRITING, sampling.PLAIN, sampling.OVERLAPPED, *sampling.FASTER, *sampling.SHARED]
     compiled = [rates.pop(name) for name in list(rates) if 'compile' in name]
     assert compiled == [common.NOT_MEASURED] * 2 and all(float(rate) > 0 for rate in rates.values())
 
