@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import FAST, lines, run
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dnnlib import EasyDict
 from torch_utils.flat import FlatParameters
@@ -171,6 +172,18 @@ def test_half_precision_inside_is_the_same_network_with_shorter_numbers(kind, dt
     error = lambda a, b: ((a - b).norm() / b.norm()).item()
     errors = error(seen[1].float(), seen[0]), error(together(gradients.values()), together(expected.values()))
     assert all(0 < e < 12 * torch.finfo(dtype).eps / 2 for e in errors), errors
+
+
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('kind', KINDS)
+def test_attention_is_given_to_fused_kernels_in_a_layout_that_they_take(kind, channels_last):
+    """Forward and back. PyTorch would otherwise multiply the matrices out in silence; here it is not allowed to."""
+    given = inputs(build(kind))
+    ask = lambda: answers(execution.run_with(build(kind), channels_last=channels_last), *given)
+    expected = ask()
+    for backend, tolerance in ((SDPBackend.FLASH_ATTENTION, 0), (SDPBackend.MATH, 1e-4)):
+        with sdpa_kernel(backend):
+            assert_alike(ask(), expected, tolerance)
 
 
 def test_both_networks_of_a_switched_one_are_set():

@@ -174,9 +174,9 @@ class UNetBlock(Module):
         n, c, h, w = x.shape
         # Channels are ordered head, feature, (q, k, v).
         qkv = self.qkv(self.norm2(x)).reshape(n, self.num_heads, c // self.num_heads, 3, h * w)
-        q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(3))
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(-1, -2).reshape(n, c, h, w))
+        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()  # features side by side: fused kernels take nothing else
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h, w, c)
+        return self.proj(out.permute(0, 3, 1, 2))
 
     def forward(self, x, emb, mask=None):
         """`mask`: [N, out_channels, H, W] bool, true where a value is kept; None draws one where the block is training."""
