@@ -2,7 +2,7 @@
 # make test       the same set-up, then the tests
 # make test-slow  the long tests too
 # make compare    all objectives side by side on the digits, for an equal budget (three quarters of an hour on two cores)
-# make bench      time the training step, sampling, start-up, data, loading and saving, evaluation; writes benchmarks/RESULTS.md
+# make bench      time the training step, sampling, start-up, data, loading and saving, evaluation (an hour on two cores); writes benchmarks/RESULTS.md
 
 PYTHON ?= python3
 VENV   := .venv

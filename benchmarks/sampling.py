@@ -41,7 +41,7 @@ FASTER = {'generate.py, --channels_last': dict(channels_last=True), 'generate.py
           'generate.py, --precision=bf16': dict(precision='bf16'),
           'generate.py, --precision=bf16 --compile': dict(precision='bf16', compiled=True)}
 SHARED = {'torchrun generate.py': {}, 'torchrun generate.py, --compile': dict(compiled=True)}
-IMAGES = {'demo': (2048, 64), 'cifar10-ddpmpp': (8, 4), 'imagenet64-adm': (4, 2)}  # and their batch, on a CPU
+IMAGES = {'demo': (2048, 64), 'cifar10-ddpmpp': (8, 4), 'imagenet64-adm': (2, 1)}  # and their batch, on a CPU
 GPU_IMAGES, GPU_BATCH = 2048, 128
 WRITTEN = 256  # images at least
 

@@ -307,7 +307,7 @@ def describe(size: str, batch: int, steps: int, net: Operations, device: torch.d
              'own: `times faster` is the ratio within that process, of the least times and the median over pairs of steps. '
              f'`first steps` are the first {min(WARMUP, steps)} together, with compilation from an empty cache. `of the peak`: operations of the '
              f'networks as asked, padded rows included, recomputed activations not, against {peaks_in_words(device, peaks)}.')
-    shown = next(results[name] for name in ('fp16-fast', 'fast', *results) if name in results)
+    shown = next(results[name] for name in ('fp16-fast', 'fast', 'bf16', *results) if name in results)
     return block(f'A step: {SIZES[size].title}, batch {batch}', prose, parts_table(shown), ways_table(results, ways, batch, net, peaks))
 
 
