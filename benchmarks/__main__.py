@@ -48,7 +48,7 @@ BENCHMARKS = {
     'memory': Benchmark('memory.py', [], ['--size=demo']),
     'sampling-demo': Benchmark('sampling.py', [], SAMPLING_QUICK),
     'sampling-cifar10': Benchmark('sampling.py', ['--size=cifar10-ddpmpp', '--rounds=3'], SAMPLING_QUICK),
-    'sampling-imagenet64': Benchmark('sampling.py', ['--size=imagenet64-adm', '--rounds=1'], SAMPLING_QUICK),
+    'sampling-imagenet64': Benchmark('sampling.py', ['--size=imagenet64-adm', '--rounds=2'], SAMPLING_QUICK),
     'startup': Benchmark('startup.py', [], ['--rounds=1', '--scripts=train.py']),
     'data': Benchmark('data.py', [], ['--members=2000', '--images=64', '--workers=0', '--rounds=1'], threads=1),
     'checkpoint': Benchmark('checkpoint.py', ['--rounds=2'], ['--channels=8', '--res=8', '--rounds=1', '--repeats=1'], threads=1),

@@ -4,7 +4,7 @@ import itertools
 import pytest
 import torch
 
-from training import networks
+from training import networks, networks_edm2
 
 SONG = dict(model_type='SongUNet', model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[8])
 ADM = dict(model_type='DhariwalUNet', model_channels=16, channel_mult=[1, 4], num_blocks=1, attn_resolutions=[4])
@@ -55,6 +55,20 @@ def test_masks_keep_the_right_share_and_scale_what_they_keep():
     name, mask = next(iter(masks.items()))
     block = net.model.enc[name.removeprefix('enc.')]
     assert torch.equal(block._dropout(torch.ones(mask.shape), mask), mask / 0.7)
+
+
+@pytest.mark.parametrize('keep_mask', [networks.keep_mask, networks_edm2.keep_mask], ids=['edm', 'edm2'])
+@pytest.mark.parametrize('probability', [0.13, 0.5, 0.87, 2 ** -16, 1 - 1e-9])
+def test_values_of_masks_are_independent_also_where_they_come_from_one_random_number(keep_mask, probability):
+    shape = [25, 3, 101, 67]  # not a multiple of four
+    kept = keep_mask(shape, probability, 'cpu', torch.Generator().manual_seed(1))
+    again = keep_mask(shape, probability, 'cpu', torch.Generator().manual_seed(1))
+    assert kept.shape == torch.Size(shape) and kept.dtype == torch.bool and torch.equal(kept, again)
+    lanes = kept.flatten()[:kept.numel() // 4 * 4].reshape(-1, 4).double()
+    rate, count = min(probability, 1 - 2 ** -16), len(lanes)
+    assert ((lanes.mean(dim=0) - rate).abs() < 5 * (rate * (1 - rate) / count) ** 0.5).all()
+    together = (lanes - rate).T @ (lanes - rate) / count  # of two of them: no covariance
+    assert (together - together.diag().diag()).abs().max() < 5 * rate * (1 - rate) / count ** 0.5
 
 
 def test_without_masks_a_training_network_drops_and_an_evaluating_one_does_not():

@@ -129,6 +129,13 @@ class FourierEmbedding(Module):
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def keep_mask(shape, probability, device, generator=None):
+    """[*shape] bool, true with a probability in (0, 1), as it is in steps of 2^-16: an int64 is drawn for four values, since CPUs draw slowly."""
+    count = math.prod(shape)
+    lanes = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-2 ** 63, None, generator=generator).view(torch.int16)
+    return lanes[:count].reshape(shape) < min(round(probability * 2 ** 16), 2 ** 16 - 1) - 2 ** 15
+
+
 @persistent
 class UNetBlock(Module):
     """Residual block with noise-level modulation, optional 2x resampling and self-attention.
@@ -260,8 +267,7 @@ class UNet(Module):
             for name, block in getattr(self, part).items():
                 if getattr(block, 'dropout', 0):
                     res = int(name.partition('x')[0])
-                    mask = torch.empty([batch_size, block.out_channels, res, res], dtype=torch.bool, device=device)
-                    masks[f'{part}.{name}'] = mask.bernoulli_(1 - block.dropout, generator=generator)
+                    masks[f'{part}.{name}'] = keep_mask([batch_size, block.out_channels, res, res], 1 - block.dropout, device, generator)
         return masks
 
 

@@ -54,6 +54,13 @@ def mp_cat(a, b, t):
     return torch.cat([a * (scale * (1 - t) / math.sqrt(n_a)), b * (scale * t / math.sqrt(n_b))], dim=1)
 
 
+def keep_mask(shape, probability, device, generator=None):
+    """[*shape] bool, true with a probability in (0, 1), as it is in steps of 2^-16: an int64 is drawn for four values, since CPUs draw slowly."""
+    count = math.prod(shape)
+    lanes = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-2 ** 63, None, generator=generator).view(torch.int16)
+    return lanes[:count].reshape(shape) < min(round(probability * 2 ** 16), 2 ** 16 - 1) - 2 ** 15
+
+
 def resample(x, taps, mode):
     """2x resampling with a separable filter: `mode` is keep, down or up."""
     if mode == 'keep':
@@ -245,8 +252,8 @@ class UNet(Module):
             for name, block in getattr(self, part).items():
                 if getattr(block, 'dropout', 0):
                     res = int(name.partition('x')[0])
-                    mask = torch.empty([batch_size, block.out_channels, res, res], dtype=torch.bool, device=self.out_gain.device)
-                    masks[f'{part}.{name}'] = mask.bernoulli_(1 - block.dropout, generator=generator)
+                    shape = [batch_size, block.out_channels, res, res]
+                    masks[f'{part}.{name}'] = keep_mask(shape, 1 - block.dropout, self.out_gain.device, generator)
         return masks
 
     def _run(self, block, x, emb, mask):
