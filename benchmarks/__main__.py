@@ -40,7 +40,7 @@ STEP_QUICK = ['--size=demo', '--steps=1', '--batch=2']
 SAMPLING_QUICK = ['--size=demo', '--images=4', '--batch=2', '--rounds=1', '--eager']
 BENCHMARKS = {
     'step-demo': Benchmark('step.py', [], [*STEP_QUICK, '--ways=channels_last']),
-    'step-demo-one-thread': Benchmark('step.py', ['--ways=plain'], STEP_QUICK, threads=1),
+    'step-demo-one-thread': Benchmark('step.py', ['--ways=compile'], [*STEP_QUICK, '--ways=plain'], threads=1),
     'step-cifar10': Benchmark('step.py', ['--size=cifar10-ddpmpp'], [*STEP_QUICK, '--ways=bf16']),
     'step-imagenet64': Benchmark('step.py', ['--size=imagenet64-adm'], [*STEP_QUICK, '--ways=checkpoint']),
     'pieces-demo': Benchmark('pieces.py', ['--size=demo'], ['--rounds=1']),
