@@ -1,6 +1,6 @@
 """Load a snapshot, sample a grid of images, save it: the shortest complete use of this repository.
 
-    python example.py demo-out/student-8/network-snapshot-000256.pkl grid.png
+    python example.py demo-out/student-8/network-snapshot-000160.pkl grid.png
 
 Works for teachers and students, ours and EDM's: what the network is, is read from the snapshot.
 """
@@ -8,10 +8,11 @@ import itertools
 import sys
 
 import torch
-from PIL import Image
 
 from dnnlib import UserError
 from training.checkpoint import load_network
+from training.encoders import encoder_of
+from training.generation import image_grid, save_images
 
 
 @torch.no_grad()
@@ -53,15 +54,14 @@ def main(snapshot, dest, rows=4, columns=10):
     else:
         images = heun_sample(net, latents, labels)
 
-    pixels = (images * 127.5 + 128).clip(0, 255).to(torch.uint8).cpu()
-    grid = torch.cat([torch.cat(list(row), dim=-1) for row in pixels.split(columns)], dim=-2)
-    array = grid.permute(1, 2, 0).numpy()
-    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(dest)
+    pixels = encoder_of(net, device).decode(images)
+    save_images(image_grid(pixels, columns)[None], [dest])
 
 
 if __name__ == '__main__':
     if len(sys.argv) != 3:
-        sys.exit('usage: python example.py SNAPSHOT.pkl GRID.png')
+        print('Usage: python example.py SNAPSHOT.pkl GRID.png', file=sys.stderr)
+        sys.exit(2)
     try:
         main(*sys.argv[1:])
     except UserError as error:

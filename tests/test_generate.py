@@ -378,6 +378,9 @@ def test_the_example_draws_a_grid_for_students_and_teachers(tmp_path, student, t
         run('example.py', snapshot, tmp_path / f'{name}.png')
         assert Image.open(tmp_path / f'{name}.png').size == (80, 32)
     assert_one_clear_error(run('example.py', tmp_path / 'none.pkl', tmp_path / 'x.png', check=False), 'none.pkl')
+    assert_one_clear_error(run('example.py', student, student / 'x.png', check=False), 'x.png cannot be written')
+    alone = run('example.py', student, check=False)
+    assert alone.returncode == 2 and alone.stderr.startswith('Usage: python example.py')
 
 
 def test_validation_of_saved_snapshots_writes_the_loops_lines(tmp_path, student, teacher, rulers):
