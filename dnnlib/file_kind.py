@@ -1,0 +1,111 @@
+"""What a file is, told by its first bytes: for messages about a file of another kind than the one that was asked for. Nothing is executed."""
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+import zlib
+
+HEAD = 4096            # bytes that decide; a tar archive shows itself after 257
+PICKLE_HEAD = 1 << 16  # bytes of the pickle inside a PyTorch file, in which its outermost names are looked for
+
+# Pattern of the first bytes, and what such a file is called. The first that matches decides.
+STARTS = [(re.compile(pattern, re.DOTALL), words) for pattern, words in (
+    (rb'version https://git-lfs', 'a Git LFS pointer (the file itself was not downloaded; run git lfs pull)'),
+    (rb'(\xef\xbb\xbf)?\s*<(?i:!doctype\s+html|html|head|body)\b', 'a web page (HTML)'),
+    (rb'(\xef\xbb\xbf)?\s*<(?i:\?xml|error)\b', 'an XML document (a server\'s error message?)'),
+    (rb'\x89PNG\r\n\x1a\n', 'a PNG image'),
+    (rb'\xff\xd8\xff', 'a JPEG image'),
+    (rb'GIF8[79]a', 'a GIF image'),
+    (rb'RIFF....WEBP', 'a WebP image'),
+    (rb'II\x2a\0|MM\0\x2a', 'a TIFF image'),
+    (rb'BM....\0\0\0\0', 'a BMP image'),
+    (rb'P[1-7]\s[\s\d#]', 'a PNM image'),
+    (rb'....ftyp', 'a video or HEIF/AVIF image'),
+    (rb'%PDF-', 'a PDF document'),
+    (rb'PK\x03\x04|PK\x05\x06|PK\x07\x08', 'a zip archive'),
+    (rb'\x1f\x8b\x08', 'a gzip file'),
+    (rb'BZh[1-9]', 'a bzip2 file'),
+    (rb'\xfd7zXZ\0', 'an xz file'),
+    (rb'\x28\xb5\x2f\xfd', 'a Zstandard file'),
+    (rb'7z\xbc\xaf\x27\x1c', 'a 7-Zip archive'),
+    (rb'Rar!\x1a\x07', 'a RAR archive'),
+    (rb'.{257}ustar', 'a tar archive'),
+    (rb'\x93NUMPY', 'a NumPy .npy array'),
+    (rb'\x89HDF\r\n\x1a\n', 'an HDF5 file'),
+    (rb'.{8}\{\s*"', 'a safetensors file'),
+    (rb'GGUF', 'a GGUF file'),
+    (rb'PAR1', 'a Parquet file'),
+    (rb'SQLite format 3\0', 'an SQLite data base'),
+    (rb'.{16}\xde\xc0\xef\xbe', 'an LMDB data base'),
+    (rb'\0\0\x08[\x01-\x04]', 'an IDX file (MNIST\'s format)'),
+    (rb'\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\.', 'a PyTorch file (torch.save, before PyTorch 1.6)'),
+    (rb'\x80[\x02-\x05]', 'a pickle'),
+)]
+
+
+def describe_file(source: str | os.PathLike | bytes) -> str | None:
+    """What a file is, in words that complete 'it is ...', such as 'a web page (HTML)'; None where that cannot be told.
+
+    Args:
+        source: a path, or the first bytes of a file (`HEAD` of them suffice). Only of a path can kinds of zip archives be told apart.
+    Raises: OSError where the file cannot be read.
+    """
+    if isinstance(source, bytes):
+        return _describe_start(source)
+    if os.path.isdir(source):
+        return 'a folder'
+    with open(source, 'rb') as file:
+        words = _describe_start(file.read(HEAD))
+    return _describe_zip(source) if words == 'a zip archive' else words
+
+
+def _describe_start(head: bytes) -> str | None:
+    head = head[:HEAD]
+    if not head:
+        return 'an empty file'
+    if (words := next((words for pattern, words in STARTS if pattern.match(head)), None)) is not None:
+        return words
+    if not head.strip(b'\0'):
+        return 'a file of zeros (an interrupted download or copy?)'
+    if re.search(rb'[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]', head) or not _is_utf8(head):
+        return None
+    return 'a JSON file' if re.match(rb'(\xef\xbb\xbf)?\s*[\[{]', head) else 'text'
+
+
+def _is_utf8(head: bytes) -> bool:
+    """Whether bytes are UTF-8, the last character perhaps cut off."""
+    try:
+        head.decode()
+    except UnicodeDecodeError as error:
+        return error.reason == 'unexpected end of data'
+    return True
+
+
+def _describe_zip(path: str | os.PathLike) -> str:
+    """Which kind of zip archive a file is, by its members' names."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            record = next((name for name in names if re.fullmatch(r'([^/]+/)?data\.pkl', name)), None)
+            if any(name.endswith('/constants.pkl') or '/code/' in name for name in names):
+                return 'a TorchScript file (torch.jit.save)'
+            if record is not None:
+                with archive.open(record) as file:
+                    return _describe_saved(file.read(PICKLE_HEAD))
+    except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        return 'a damaged or incomplete zip archive'
+    if names and all(name.endswith('.npy') and '/' not in name for name in names):
+        return 'a NumPy .npz archive'
+    if '[Content_Types].xml' in names:
+        return 'an Office document'
+    return 'a zip archive'
+
+
+def _describe_saved(pickled: bytes) -> str:
+    """Which kind of contents `torch.save` wrote, by names in its pickle: a state of ours has `update` and `averages`, of EDM's `optimizer_state`."""
+    def names(*words: str) -> bool:
+        return all(b'X' + len(word).to_bytes(4, 'little') + word.encode() in pickled for word in words)
+    if names('optimizer_state') or names('net', 'update'):
+        return 'a training state'
+    return 'a PyTorch file (torch.save)'
