@@ -373,11 +373,12 @@ def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teac
 
 
 @click.command(cls=cli.Command)
-@cli.option('--outdir', metavar='DIR', default='compare-out', show_default=True,
+@cli.option('--outdir', metavar='DIR', type=cli.PATH, default='compare-out', show_default=True,
             help='Folder for everything that is written; with the same options again, goes on where it was.')
-@cli.option('--data', metavar='ZIP|DIR', default=DIGITS, show_default=True,
+@cli.option('--data', metavar='ZIP|DIR', type=cli.PATH, default=DIGITS, show_default=True,
             help="Data set, made by dataset_tool.py; or digits: scikit-learn's, with rulers and options that suit them.")
-@cli.option('--teacher', metavar='PKL|URL', help="Diffusion model that all students start from.  [default: for the digits the demo's, trained first]")
+@cli.option('--teacher', metavar='PKL|URL', type=cli.PATH,
+            help="Diffusion model that all students start from.  [default: for the digits the demo's, trained first]")
 @cli.option('--jobs', metavar='INT', type=COUNT, default=2, show_default=True, help='Commands that run side by side.')
 @cli.option('--objectives', metavar='LIST', type=Objectives(), default='all', show_default=True, group=TRAINING, help='What to compare.')
 @cli.option('--budget', metavar='INT', type=COUNT, default=10000, show_default=True, group=TRAINING,
@@ -391,9 +392,9 @@ def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teac
             help="Heun steps of the teacher's images that all others are held against.")
 @cli.option('--num', metavar='INT', type=click.IntRange(min=SHOWN), group=MEASURING,
             help='Images of each model.  [default: 50000; on the digits 6000]')
-@cli.option('--ref', 'refs', metavar='NPZ|URL', multiple=True, group=MEASURING,
+@cli.option('--ref', 'refs', metavar='NPZ|URL', type=cli.PATH, multiple=True, group=MEASURING,
             help='Reference statistics, made by fid.py ref. Several: the plot shows the first.  [default: for the digits three rulers]')
-@cli.option('--detector', 'detectors', metavar='PATH|URL', multiple=True, group=MEASURING,
+@cli.option('--detector', 'detectors', metavar='PATH|URL', type=cli.PATH, multiple=True, group=MEASURING,
             help="Detector of each --ref, in the same order.  [default: NVIDIA's Inception]")
 @cli.option('--sample-batch', metavar='INT', type=COUNT, default=256, show_default=True, group=MEASURING, help='Images at a time.')
 @cli.argument('train_options', nargs=-1, type=click.UNPROCESSED, help='Options of train.py for all trainings, behind --.')

@@ -29,8 +29,8 @@ class ConvertOrInfo(cli.Command):
 
 
 @click.command(cls=ConvertOrInfo)
-@cli.argument('source', metavar='SRC', help=f'Checkpoint to convert: {URL_HELP}')
-@cli.argument('dest', metavar='DST', help='File to write, or replace; for diffusers a new folder. It appears when it is complete.')
+@cli.argument('source', metavar='SRC', type=cli.PATH, help=f'Checkpoint to convert: {URL_HELP}')
+@cli.argument('dest', metavar='DST', type=cli.PATH, help='File to write, or replace; for diffusers a new folder. It appears when it is complete.')
 @cli.option('--from', 'reader', type=click.Choice(READERS), default='snapshot', show_default=True, help='What SRC is.')
 @cli.option('--to', 'writer', type=click.Choice(WRITERS), default='snapshot', show_default=True, help='What DST shall be; diffusers: a new folder.')
 @cli.option('--timesteps', type=click.IntRange(min=2), metavar='INT',
@@ -85,7 +85,7 @@ def main(source, dest, reader, writer, timesteps, **openai):
 
 
 @click.command(cls=cli.Command)
-@cli.argument('file', metavar='FILE', help=f'Checkpoint: {URL_HELP}')
+@cli.argument('file', metavar='FILE', type=cli.PATH, help=f'Checkpoint: {URL_HELP}')
 @cli.option('--json', 'as_json', is_flag=True, help='Print one JSON object.')
 @cli.option('--key', metavar='NAME', help="Which network, where a file of OpenAI's weights holds several, such as ema.")
 def info(file, as_json, key):

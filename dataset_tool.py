@@ -24,7 +24,7 @@ import click
 import numpy as np
 
 from dnnlib import UserError
-from dnnlib.cli import Command, option
+from dnnlib.cli import PATH, Command, option
 
 if TYPE_CHECKING:  # Pillow is imported where it is used, so that --help stays fast
     import lmdb
@@ -544,16 +544,16 @@ class Resolution(click.ParamType):
 
 
 @click.command(cls=Command)
-@option('--source', required=True, metavar='PATH|digits', group='Input',
+@option('--source', required=True, metavar='PATH|digits', type=PATH, group='Input',
         help='Folder or zip of images; cifar-10-python.tar.gz; MNIST\'s train-images-idx3-ubyte[.gz], its labels beside it (28x28 images are padded '
              'to 32x32); an LSUN *_lmdb folder; or "digits", scikit-learn\'s 1,797 images of 8x8.')
 @option('--max-images', type=click.IntRange(min=1), metavar='INT', group='Input', help='Convert the first so many images only.  [default: all]')
-@option('--dest', required=True, metavar='PATH', group='Output', help='A .zip file, replaced if it exists, or a new or empty folder.')
+@option('--dest', required=True, metavar='PATH', type=PATH, group='Output', help='A .zip file, replaced if it exists, or a new or empty folder.')
 @option('--resolution', type=Resolution(), metavar='WxH', group='Output', help='Resize the images to this size.  [default: keep their size]')
 @option('--transform', type=click.Choice(list(TRANSFORMS)), group='Output',
         help='How non-square images become square: center-crop cuts the largest centred square; center-crop-wide cuts to W:H and pads with black '
              'bars to WxW; center-crop-dhariwal is ADM\'s preprocessing, for ImageNet.  [default: stretch]')
-@option('--encode-vae', 'vae', metavar='NAME|DIR', group='Output',
+@option('--encode-vae', 'vae', metavar='NAME|DIR', type=PATH, group='Output',
         help='Write latents, not images: of this diffusers AutoencoderKL, a name on the Hugging Face hub, such as stabilityai/sd-vae-ft-mse (the VAE '
              'of EDM2), or a folder.')
 def main(source: str, max_images: int | None, dest: str, resolution: tuple[int, int] | None, transform: str | None, vae: str | None) -> None:

@@ -104,7 +104,7 @@ def report(story: Story, rows: list[dict], minutes: float) -> None:
 
 
 @click.command(cls=cli.Command)
-@cli.option('--outdir', metavar='DIR', default='demo-out', show_default=True, help='Folder for everything that the demo writes.')
+@cli.option('--outdir', metavar='DIR', type=cli.PATH, default='demo-out', show_default=True, help='Folder for everything that the demo writes.')
 @cli.option('--scale', metavar='FLOAT', type=cli.POSITIVE, default=1.0, show_default=True,
             help='Factor on the training steps; below 1 on the number of samples too. The table means nothing for small values.')
 @cli.option('--jobs', metavar='INT', type=click.IntRange(min=1), default=2, show_default=True, help='Commands that run side by side.')

@@ -332,10 +332,10 @@ def make_folder(outdir: str) -> None:
 def editing_options(steps: str):
     """A decorator: the options that all edits of images have, as one argument `c`. `steps`: the default number, in words."""
     options = [
-        cli.option('--network', metavar='PKL|URL', required=True, help='Snapshot of a student or a consistency model.'),
-        cli.option('--input', 'path', metavar='PATH', required=True,
+        cli.option('--network', metavar='PKL|URL', type=cli.PATH, required=True, help='Snapshot of a student or a consistency model.'),
+        cli.option('--input', 'path', metavar='PATH', type=cli.PATH, required=True,
                    help='An image, or a folder, zip or array of images; labels of its dataset.json are used.'),
-        cli.option('--outdir', metavar='DIR', required=True, help='Folder for images/NAME-SEED.png and grid.png.'),
+        cli.option('--outdir', metavar='DIR', type=cli.PATH, required=True, help='Folder for images/NAME-SEED.png and grid.png.'),
         cli.option('--indices', metavar='LIST', type=cli.IntRanges(), help='Images of the input by their place in it, as in 0-7.  [default: all]'),
         cli.option('--seeds', metavar='LIST', type=cli.IntRanges(), default='0', show_default=True, help='A result of each image for every seed.'),
         cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images at a time.'),
@@ -392,7 +392,7 @@ class Box(click.ParamType):
 
 
 @main.command()
-@cli.option('--mask', metavar='IMAGE', help='What is to be made up: white in an image of the same size.', group='What is unknown')
+@cli.option('--mask', metavar='IMAGE', type=cli.PATH, help='What is to be made up: white in an image of the same size.', group='What is unknown')
 @cli.option('--box', metavar='LIST', type=Box(), help='Or a box: left, top, right, bottom in pixels, as in 0,4,8,8.', group='What is unknown')
 @cli.option('--random-share', metavar='FLOAT', type=cli.Number(min=0, max=1, min_open=True),
             help='Or this share of the pixels, the same random ones in all images.', group='What is unknown')
@@ -483,8 +483,8 @@ def start_at(c: EasyDict, sigma: float, add_noise: bool) -> None:
 
 
 @main.command()
-@cli.option('--network', metavar='PKL|URL', required=True, help='Snapshot of any network.')
-@cli.option('--outdir', metavar='DIR', required=True, help='Folder for images/%06d.png and grid.png.')
+@cli.option('--network', metavar='PKL|URL', type=cli.PATH, required=True, help='Snapshot of any network.')
+@cli.option('--outdir', metavar='DIR', type=cli.PATH, required=True, help='Folder for images/%06d.png and grid.png.')
 @cli.option('--seeds', metavar='LIST', type=cli.IntRanges(), required=True, help='Two seeds or more, from each to the next.')
 @cli.option('--count', metavar='INT', type=click.IntRange(min=2), default=8, show_default=True, help='Images from one seed to the next, with both.')
 @cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images at a time.')

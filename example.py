@@ -10,6 +10,7 @@ import sys
 import torch
 
 from dnnlib import UserError
+from dnnlib.cli import expand_path
 from training.checkpoint import load_network
 from training.encoders import encoder_of
 from training.generation import image_grid, save_images
@@ -63,6 +64,6 @@ if __name__ == '__main__':
         print('Usage: python example.py SNAPSHOT.pkl GRID.png', file=sys.stderr)
         sys.exit(2)
     try:
-        main(*sys.argv[1:])
+        main(*map(expand_path, sys.argv[1:]))
     except UserError as error:
         sys.exit(f'Error: {error}')

@@ -49,17 +49,17 @@ def shared_options(command):
         cli.option('--skip-bad', is_flag=True, help='Leave out images that cannot be read, or are unlike the first, and count them.'),
         cli.option('--seed', metavar='INT', type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True,
                    help='Of every random choice: subsets, resamples.'),
-        cli.option('--detector', metavar='PATH|URL', group=DETECTOR,
+        cli.option('--detector', metavar='PATH|URL', type=cli.PATH, group=DETECTOR,
                    help="TorchScript file: uint8 images [N, C, H, W] to features [N, D]; pytorch-fid's weights; dinov2 or dinov2:FOLDER.  "
                         "[default: NVIDIA's Inception, downloaded once]"),
-        cli.option('--dinov2', metavar='DIR', group=DETECTOR,
+        cli.option('--dinov2', metavar='DIR', type=cli.PATH, group=DETECTOR,
                    help="DINOv2 ViT-L/14 for fd_dinov2, as transformers' save_pretrained writes it.  [default: downloaded once]"),
         cli.option('--detector-sha256', metavar='HEX', group=DETECTOR, help='Digest that the detector file must have.'),
         cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, group=SPEED,
                    help='Images at a time, for each process.'),
         cli.option('--workers', metavar='INT', type=click.IntRange(min=1), default=4, show_default=True, group=SPEED,
                    help='Threads that decode images, for each process.'),
-        cli.option('--cache', metavar='DIR', group=SPEED,
+        cli.option('--cache', metavar='DIR', type=cli.PATH, group=SPEED,
                    help='Keep features here: what was stopped goes on, other measures of the same images start from them.'),
     ]):
         command = option(command)
@@ -88,9 +88,9 @@ def main():
 
 
 @main.command()
-@cli.option('--images', 'paths', metavar='PATH', multiple=True,
+@cli.option('--images', 'paths', metavar='PATH', type=cli.PATH, multiple=True,
             help='Images to measure: a folder (with its subfolders), a zip, or an .npz or .npy of uint8 images. Several: each by itself.')
-@cli.option('--ref', metavar='PATH|URL', help='Reference: statistics (.npz, .pkl), or the images themselves (folder, zip, array).')
+@cli.option('--ref', metavar='PATH|URL', type=cli.PATH, help='Reference: statistics (.npz, .pkl), or the images themselves (folder, zip, array).')
 @cli.option('--metrics', 'measures', metavar='LIST', type=Measures(), default='fid', show_default=True,
             help='What to compute, from one pass: fid, fid_inf, kid, precision, recall, density, coverage, is, fd_dinov2.')
 @cli.option('--num', metavar='INT', type=click.IntRange(min=2),
@@ -99,9 +99,9 @@ def main():
             help='Resamples for a 95 % interval of the sampling noise (not the bias); each costs about one more distance. 0 for none.')
 @cli.option('--nearest-k', metavar='INT', type=click.IntRange(min=1),
             help='Neighbour that sets the radius.  [default: 3 for precision and recall, 5 for density and coverage]')
-@cli.option('--json', 'json_path', metavar='FILE', help='Write the results to this file too.')
+@cli.option('--json', 'json_path', metavar='FILE', type=cli.PATH, help='Write the results to this file too.')
 @shared_options
-@cli.option('--network', metavar='PKL|URL', group=NETWORK, help='Snapshot whose images are measured, without writing them.')
+@cli.option('--network', metavar='PKL|URL', type=cli.PATH, group=NETWORK, help='Snapshot whose images are measured, without writing them.')
 @cli.option('--seeds', 'seed_sets', metavar='LIST', type=SeedSet(), multiple=True, group=NETWORK,
             help='Seeds of its images, as in 0-49999. Several: each by itself, then mean and minimum.')
 @sampling_options(NETWORK)
@@ -141,8 +141,9 @@ def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, se
 
 
 @main.command()
-@cli.option('--data', 'path', metavar='PATH', required=True, help='Data set: a folder (with its subfolders), a zip, an .npz or .npy of uint8 images.')
-@cli.option('--dest', metavar='FILE', required=True, help='The .npz to write.')
+@cli.option('--data', 'path', metavar='PATH', type=cli.PATH, required=True,
+            help='Data set: a folder (with its subfolders), a zip, an .npz or .npy of uint8 images.')
+@cli.option('--dest', metavar='FILE', type=cli.PATH, required=True, help='The .npz to write.')
 @cli.option('--metrics', 'measures', metavar='LIST', type=Measures('fid', 'fd_dinov2'), default='fid', show_default=True,
             help='Of which detectors: fid, the one of --detector, and fd_dinov2.')
 @cli.option('--num', metavar='INT', type=click.IntRange(min=2), help='Images to use, a random subset.  [default: all]')

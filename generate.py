@@ -88,9 +88,9 @@ def check_destination(outdir: str | None, dest: str | None, subdirs: bool, as_la
 
 
 @click.command(cls=cli.Command)
-@cli.option('--network', metavar='PKL|URL', required=True, help='Snapshot to sample from.')
-@cli.option('--outdir', metavar='DIR', help='Folder for the images, %06d.png after their seeds.')
-@cli.option('--dest', metavar='FILE', help='Or one file: .npz, an array uint8 [N, H, W, C] and the classes, or .zip, a data set.')
+@cli.option('--network', metavar='PKL|URL', type=cli.PATH, required=True, help='Snapshot to sample from.')
+@cli.option('--outdir', metavar='DIR', type=cli.PATH, help='Folder for the images, %06d.png after their seeds.')
+@cli.option('--dest', metavar='FILE', type=cli.PATH, help='Or one file: .npz, an array uint8 [N, H, W, C] and the classes, or .zip, a data set.')
 @cli.option('--seeds', metavar='LIST', type=cli.IntRanges(), default='0-63', show_default=True, help='Seeds, as in 1,2,5-10.')
 @cli.option('--subdirs', is_flag=True, help='A folder for every 1000 seeds.')
 @cli.option('--latents', 'as_latents', is_flag=True, help='Write what the network draws, undecoded: float32 [C, H, W], %06d.npy.')

@@ -60,7 +60,7 @@ class FilePrefix(click.ParamType):
 
 
 @click.command(cls=cli.Command)
-@cli.option('--indir', metavar='DIR', required=True, group=STORED, help='Folder of the run whose averages were stored.')
+@cli.option('--indir', metavar='DIR', type=cli.PATH, required=True, group=STORED, help='Folder of the run whose averages were stored.')
 @cli.option('--inprefix', metavar='STR', type=FilePrefix(), group=STORED,
             help='Use the files called STR-<kimg>-<width>.pkl.  [default: the one such name in the folder]')
 @cli.option('--instd', metavar='LIST', type=Widths(), group=STORED, help='Use these stored widths only.  [default: all]')
@@ -69,7 +69,7 @@ class FilePrefix(click.ParamType):
 @cli.option('--outstd', metavar='LIST', type=Widths(), group=WANTED, help='Widths to reconstruct, as in 0.07,0.15 or 0.01,0.02,...,0.25.')
 @cli.option('--outkimg', metavar='KIMG', type=cli.POSITIVE, group=WANTED,
             help='Training time that they are of; averages must have been stored at it.  [default: the last]')
-@cli.option('--outdir', metavar='DIR', group=WANTED, help='Where to write them.  [default: --indir]')
+@cli.option('--outdir', metavar='DIR', type=cli.PATH, group=WANTED, help='Where to write them.  [default: --indir]')
 @cli.option('--outprefix', metavar='STR', type=FilePrefix(), default='phema', show_default=True, group=WANTED,
             help='Call them STR-<kimg>-<width>.pkl.')
 @cli.option('--skip', is_flag=True, group=WANTED, help='Leave alone outputs that exist.')

@@ -34,11 +34,12 @@ class Metric(fid.Measures):
 
 
 @click.command(cls=cli.Command)
-@cli.option('--network', metavar='PKL|URL', required=True, help='Snapshot of a consistency model.')
-@cli.option('--log', metavar='FILE', required=True, help='Every evaluation, a line each, .jsonl; a search that was stopped goes on from it.')
+@cli.option('--network', metavar='PKL|URL', type=cli.PATH, required=True, help='Snapshot of a consistency model.')
+@cli.option('--log', metavar='FILE', type=cli.PATH, required=True,
+            help='Every evaluation, a line each, .jsonl; a search that was stopped goes on from it.')
 @cli.option('--solver', type=click.Choice(['cm']), help='Take the network for a consistency model where its snapshot does not say that it is one.')
-@cli.option('--save', metavar='PKL', help='Write a copy of the snapshot that is sampled at the points found unless told otherwise.')
-@cli.option('--json', 'json_path', metavar='FILE', help='Write the results to this file too.')
+@cli.option('--save', metavar='PKL', type=cli.PATH, help='Write a copy of the snapshot that is sampled at the points found unless told otherwise.')
+@cli.option('--json', 'json_path', metavar='FILE', type=cli.PATH, help='Write the results to this file too.')
 @cli.option('-n', '--dry-run', is_flag=True, help='Print what would be searched as JSON and exit.')
 @cli.option('--steps', metavar='INT', type=click.IntRange(min=2), default=2, show_default=True, group=POINTS,
             help='Evaluations an image: the first at sigma_max, the others at the points.')
@@ -54,7 +55,8 @@ class Metric(fid.Measures):
 @cli.option('--high', metavar='FLOAT', type=cli.POSITIVE, group=POINTS, help="Search below this level.  [default: the network's sigma_max]")
 @cli.option('--metric', 'measures', metavar='NAME', type=Metric(), default='fid', show_default=True, group=IMAGES,
             help='One of the measures of fid.py calc. Scores such as is and recall are made large, distances small.')
-@cli.option('--ref', metavar='PATH|URL', group=IMAGES, help='Reference: statistics (.npz, .pkl), or the images themselves (folder, zip, array).')
+@cli.option('--ref', metavar='PATH|URL', type=cli.PATH, group=IMAGES,
+            help='Reference: statistics (.npz, .pkl), or the images themselves (folder, zip, array).')
 @cli.option('--num', metavar='INT', type=click.IntRange(min=2), default=fid.DEFAULT_NUM, show_default=True, group=IMAGES,
             help='Images of each evaluation.')
 @cli.option('--seed', metavar='INT', type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True, group=IMAGES,
@@ -62,8 +64,8 @@ class Metric(fid.Measures):
 @cli.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), group=IMAGES, help='Class of all images.  [default: random, by seed]')
 @cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, group=IMAGES,
             help='Images at a time, for each process.')
-@cli.option('--detector', metavar='PATH|URL', group=IMAGES, help="As for fid.py.  [default: NVIDIA's Inception, downloaded once]")
-@cli.option('--dinov2', metavar='DIR', group=IMAGES, help='DINOv2 for fd_dinov2, as for fid.py.  [default: downloaded once]')
+@cli.option('--detector', metavar='PATH|URL', type=cli.PATH, group=IMAGES, help="As for fid.py.  [default: NVIDIA's Inception, downloaded once]")
+@cli.option('--dinov2', metavar='DIR', type=cli.PATH, group=IMAGES, help='DINOv2 for fd_dinov2, as for fid.py.  [default: downloaded once]')
 @cli.option('--detector-sha256', metavar='HEX', group=IMAGES, help='Digest that the detector file must have.')
 def main(network, log, solver, save, json_path, dry_run, measures, **options):
     """Find the noise levels at which a consistency model is asked again, one after another, each by a ternary search.

@@ -54,8 +54,8 @@ def switch(name: str, **kwargs):
 
 
 @click.command(cls=cli.Command)
-@cli.option('--outdir', metavar='DIR', required=True, group=MAIN, help='Where to make the numbered folder of this run.')
-@cli.option('--data', metavar='ZIP|DIR', required=True, group=MAIN, help='Data set, made by dataset_tool.py.')
+@cli.option('--outdir', metavar='DIR', type=cli.PATH, required=True, group=MAIN, help='Where to make the numbered folder of this run.')
+@cli.option('--data', metavar='ZIP|DIR', type=cli.PATH, required=True, group=MAIN, help='Data set, made by dataset_tool.py.')
 @cli.option('--cond', type=bool, default=False, show_default=True, group=MAIN, help='Train a class-conditional model; needs labels.')
 @cli.option('--arch', type=click.Choice(list(ARCHITECTURES)), group=MAIN, help="Network.  [default: ddpmpp; for students the teacher's]")
 @cli.option('--precond', type=click.Choice(list(PRECONDITIONING)), group=MAIN,
@@ -109,7 +109,7 @@ def switch(name: str, **kwargs):
 @cli.option('--dropout', metavar='FLOAT', type=cli.Number(0, 1, max_open=True), group=NET,
             help="Dropout probability.  [default: 0.13; edm2, mct, cm 0; ict 0.3; ect 0.2; for other students the teacher's]")
 @cli.option('--dout_resolutions', metavar='LIST', type=cli.NumberList(), group=NET, help='Resolutions with dropout.  [default: all]')
-@cli.option('--teacher', metavar='PKL|URL', group=TEACH,
+@cli.option('--teacher', metavar='PKL|URL', type=cli.PATH, group=TEACH,
             help='Snapshot of the diffusion model to distil; pd: or of a student of 2 --S_start steps; tcm: of the consistency model to go on from.')
 @cli.option('--hop', type=click.Choice(['heun', 'ddim', 'addim']), group=TEACH,
             help="mcd, cm-cd, pd: the teacher's step from one noise level to the next; heun not for pd.  [default: heun; pd ddim]")
@@ -163,7 +163,7 @@ def switch(name: str, **kwargs):
             help='cm-cd, cm-ct: the decay rises with the number of levels (adaptive), or stays.  [default: adaptive]')
 @cli.option('--cm_loss', type=click.Choice(['lpips', 'l2', 'l1', 'pseudo_huber']), group=CM,
             help="cm-cd, cm-ct: distance between the network's image and its target.  [default: lpips]")
-@cli.option('--lpips', metavar='FILES|URLS', group=CM,
+@cli.option('--lpips', metavar='FILES|URLS', type=cli.PATHS, group=CM,
             help="Weights of --cm_loss=lpips: torchvision's VGG16 and the lpips package's heads, joined by a comma; or one TorchScript file.  "
                  '[default: the published ones]')
 @cli.option('--q', metavar='FLOAT', type=cli.Number(min=1, min_open=True), group=ECT,
@@ -192,9 +192,9 @@ def switch(name: str, **kwargs):
 @cli.option('--student_scale', metavar='FLOAT', type=cli.POSITIVE, group=TCM, help='ln t is Student-t times this.  [default: 0.2]')
 @cli.option('--student_df', metavar='FLOAT', type=cli.POSITIVE, group=TCM, help='Its degrees of freedom.  [default: 0.01]')
 @cli.option('--val', type=bool, default=False, show_default=True, group=VAL, help='Evaluate the Frechet distance during training.')
-@cli.option('--val_ref', metavar='NPZ|URL', group=VAL, help='Reference statistics, made by fid.py ref.')
-@cli.option('--val_ref_data', metavar='ZIP|DIR', group=VAL, help='Or images to compute them from at the start.')
-@cli.option('--val_detector', metavar='PATH|URL', group=VAL, help="TorchScript feature detector.  [default: NVIDIA's Inception]")
+@cli.option('--val_ref', metavar='NPZ|URL', type=cli.PATH, group=VAL, help='Reference statistics, made by fid.py ref.')
+@cli.option('--val_ref_data', metavar='ZIP|DIR', type=cli.PATH, group=VAL, help='Or images to compute them from at the start.')
+@cli.option('--val_detector', metavar='PATH|URL', type=cli.PATH, group=VAL, help="TorchScript feature detector.  [default: NVIDIA's Inception]")
 @cli.option('--val_steps', metavar='INT', type=COUNT, group=VAL,
             help="Sampling steps.  [default: the student's S; 1 for consistency models, with --mid_t 2; 18 for teachers]")
 @cli.option('--val_every', metavar='TICKS', type=COUNT, default=50, show_default=True, group=VAL, help='How often to evaluate.')
@@ -209,7 +209,7 @@ def switch(name: str, **kwargs):
 @cli.option('--val_seed', metavar='INT', type=TICKS, default=0, show_default=True, group=VAL, help='First seed.')
 @cli.option('--val_label', metavar='MODE', type=validation.LabelMode(), default='auto', show_default=True, group=VAL,
             help='Classes: uniform, dataset (those of training images), fixed:K; auto: dataset where it has labels.')
-@cli.option('--val_dump_images_dir', metavar='DIR', group=VAL, help='Keep the generated images, in a folder for each evaluation.')
+@cli.option('--val_dump_images_dir', metavar='DIR', type=cli.PATH, group=VAL, help='Keep the generated images, in a folder for each evaluation.')
 @cli.option('--val_overwrite', type=bool, default=False, show_default=True, group=VAL, help='Replace images that are there already.')
 @cli.option('--precision', type=click.Choice(['fp32', 'fp16', 'bf16', 'fp64']), group=PERF,
             help='Arithmetic inside the network; fp16 on GPUs only. Weights stay FP32, with fp64 FP64.  [default: fp32]')
@@ -247,8 +247,9 @@ def switch(name: str, **kwargs):
 @cli.option('--on-save-error', type=click.Choice(['stop', 'continue']), default='stop', show_default=True, group=IO,
             help='What to do when a file cannot be written, as on a full disk.')
 @cli.option('--seed', metavar='INT', type=TICKS, group=IO, help='Random seed.  [default: random]')
-@cli.option('--transfer', metavar='PKL|URL', group=IO, help='Start from the weights of this snapshot, where they fit.')
-@cli.option('--resume', metavar='PT|DIR', group=IO, help='Continue from a training state, in its folder; of a run folder, the newest whole one.')
+@cli.option('--transfer', metavar='PKL|URL', type=cli.PATH, group=IO, help='Start from the weights of this snapshot, where they fit.')
+@cli.option('--resume', metavar='PT|DIR', type=cli.PATH, group=IO,
+            help='Continue from a training state, in its folder; of a run folder, the newest whole one.')
 @cli.option('--resume-override', is_flag=True, group=IO, help='Resume although options differ that make it another run.')
 @cli.option('-n', '--dry-run', is_flag=True, group=IO, help='Print the configuration as JSON and exit.')
 @cli.option('--wandb', type=bool, is_flag=False, flag_value=True, default=False, show_default=True, group=LOGS, help='Log to Weights & Biases.')

@@ -145,10 +145,12 @@ class Validator:
 
 
 @click.command(cls=cli.Command)
-@cli.option('--network', 'networks', metavar='PKL|URL', multiple=True, required=True, help='Snapshot to evaluate; may be given several times.')
-@cli.option('--ref', metavar='NPZ|URL', required=True, help='Reference statistics, made by fid.py ref.')
-@cli.option('--outdir', metavar='DIR', default='.', show_default=True, help='Folder whose metrics-val.jsonl gets a line for each snapshot.')
-@cli.option('--detector', metavar='PATH|URL', help="TorchScript feature detector.  [default: NVIDIA's Inception]")
+@cli.option('--network', 'networks', metavar='PKL|URL', type=cli.PATH, multiple=True, required=True,
+            help='Snapshot to evaluate; may be given several times.')
+@cli.option('--ref', metavar='NPZ|URL', type=cli.PATH, required=True, help='Reference statistics, made by fid.py ref.')
+@cli.option('--outdir', metavar='DIR', type=cli.PATH, default='.', show_default=True,
+            help='Folder whose metrics-val.jsonl gets a line for each snapshot.')
+@cli.option('--detector', metavar='PATH|URL', type=cli.PATH, help="TorchScript feature detector.  [default: NVIDIA's Inception]")
 @cli.option('--num', metavar='INT', type=click.IntRange(min=2), default=50000, show_default=True, help='Images to generate.')
 @cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images a process generates at a time.')
 @cli.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, show_default=True, help='First seed.')

@@ -102,7 +102,7 @@ def measure(benchmark: Benchmark, quick: bool) -> str | None:
 @click.command(cls=cli.Command)
 @cli.option('--only', 'names', metavar='LIST', type=NamesOf(BENCHMARKS), help=f'Of {", ".join(BENCHMARKS)}.  [default: all]')
 @cli.option('--quick', is_flag=True, help='Small sizes, to see that everything works; the figures mean nothing.')
-@cli.option('--out', metavar='FILE', default='benchmarks/RESULTS.md', show_default=True, help='Page to write.')
+@cli.option('--out', metavar='FILE', type=cli.PATH, default='benchmarks/RESULTS.md', show_default=True, help='Page to write.')
 def main(names, quick, out):
     """Measure everything, and write the page of results, anew after every benchmark. Blocks that are not measured again stay as they are."""
     path = Path(out)

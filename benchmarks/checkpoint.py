@@ -83,7 +83,7 @@ def measure_apart(row: str, folder: Path, repeats: int) -> dict:
 @cli.option('--res', metavar='INT', type=click.IntRange(min=8), default=64, show_default=True, help='Resolution of its images.')
 @cli.option('--rounds', metavar='INT', type=click.IntRange(min=1), default=3, show_default=True, help='Processes for every row.')
 @cli.option('--repeats', metavar='INT', type=click.IntRange(min=1), default=5, show_default=True, help='Calls after the first in each of them.')
-@cli.option('--folder', metavar='DIR', help='Where to write the files, 3.6 GB by default.  [default: a temporary folder]')
+@cli.option('--folder', metavar='DIR', type=cli.PATH, help='Where to write the files, 3.6 GB by default.  [default: a temporary folder]')
 @cli.option('--measure', 'row', metavar='ROW', hidden=True)
 @cli.option('--json', 'as_json', is_flag=True, help='Print one JSON object.')
 def main(channels, res, rounds, repeats, folder, row, as_json):

@@ -149,7 +149,7 @@ def peak_memory_apart(path: Path, count: int, workers: int) -> int:
 @cli.option('--workers', metavar='INT', type=click.IntRange(min=1), default=4, show_default=True, help='Threads or processes that decode.')
 @cli.option('--memory', metavar='INT', type=click.IntRange(min=1), default=50_000, show_default=True,
             help='Images whose peak memory is compared with that of a fifth of them.')
-@cli.option('--folder', metavar='DIR', help='Where to write the images, 200 MB by default.  [default: a temporary folder]')
+@cli.option('--folder', metavar='DIR', type=cli.PATH, help='Where to write the images, 200 MB by default.  [default: a temporary folder]')
 @cli.option('--measure', metavar='INT', type=int, hidden=True)
 @cli.option('--json', 'as_json', is_flag=True, help='Print one JSON object.')
 def main(images, rounds, workers, memory, folder, measure, as_json):

@@ -51,7 +51,7 @@ def measure(rows: tuple[str, ...], folder: Path, parameters: int) -> dict[str, d
 
 @click.command(cls=cli.Command)
 @cli.option('--parameters', metavar='INT', type=click.IntRange(min=1), default=295_899_267, show_default=True, help='Of the network.')
-@cli.option('--folder', metavar='DIR', help='Where to write the files, twice 7.1 GB by default.  [default: a temporary folder]')
+@cli.option('--folder', metavar='DIR', type=cli.PATH, help='Where to write the files, twice 7.1 GB by default.  [default: a temporary folder]')
 @cli.option('--rows', hidden=True)
 def main(parameters, folder, rows):
     """Time saving and restoring a training state."""

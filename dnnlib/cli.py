@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 
 import click
@@ -95,6 +96,44 @@ class Number(click.FloatRange):
 
 POSITIVE = Number(min=0, min_open=True)
 RHO = Number(min=0.1)  # exponents of noise levels; below, powers overflow
+
+
+def expand_path(path: str) -> str:
+    """A path with `~` or `~user` at its start in full, as a shell writes it, which leaves `--dest=~/x` alone. URLs and names stay as they are.
+
+    A word and a colon may come before, as in `dinov2:~/models`. What a shell should have replaced and did not is refused, as the name of a
+    folder it would be one that `rm -r` had better not be told of.
+    Raises: UserError for a user that does not exist, for a path that begins with a variable such as $HOME, and for an empty one.
+    """
+    if not path.strip():
+        raise UserError('it is empty. Give a path; a variable of the shell may not be set')
+    kind, start = re.fullmatch(r'(\w+:(?!//))?(.*)', path, re.DOTALL).groups()
+    if variable := re.match(r'\$(\w+|\{\w+\})', start):
+        raise UserError(f'{path} begins with a variable, {variable[0]}, that no shell has replaced (in single quotes?). '
+                        f'Write the path itself, or ./{start} for a file of that name')
+    expanded = os.path.expanduser(start)
+    if expanded.startswith('~'):
+        raise UserError(f'there is no user {start.partition("/")[0][1:]!r}, whose home {path} would begin with. '
+                        f'Write the path itself, or ./{start} for a file of that name')
+    return (kind or '') + expanded
+
+
+class PathOrURL(click.ParamType):
+    """A path or URL, or `many` joined by commas, as text: see `expand_path`. The type of every option that is one; nothing else expands `~`."""
+
+    name = 'path'
+
+    def __init__(self, many: bool = False):
+        self.many = many
+
+    def convert(self, value, param, ctx):
+        try:
+            return ','.join(map(expand_path, value.split(','))) if self.many else expand_path(value)
+        except UserError as error:
+            self.fail(f'{error}.', param, ctx)
+
+
+PATH, PATHS = PathOrURL(), PathOrURL(many=True)
 
 
 class IntRanges(click.ParamType):

@@ -105,8 +105,8 @@ def make_rulers(images, labels, classes: int) -> tuple[dict, float]:
 
 
 @click.command(cls=cli.Command)
-@cli.option('--data', metavar='ZIP|DIR', required=True, help='Labelled data set of small images.')
-@cli.option('--outdir', metavar='DIR', required=True, help='Folder for classifier.pt, pca.pt and random.pt.')
+@cli.option('--data', metavar='ZIP|DIR', type=cli.PATH, required=True, help='Labelled data set of small images.')
+@cli.option('--outdir', metavar='DIR', type=cli.PATH, required=True, help='Folder for classifier.pt, pca.pt and random.pt.')
 def main(data, outdir):
     """Make three TorchScript feature detectors for a small labelled data set."""
     dataset = ImageFolderDataset(data, use_labels=True)
