@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 
 import click
@@ -20,6 +21,17 @@ MAIN, HYPER, NET, TEACH, LEVELS, SEG, DIRECT, PD, CM, ECT, TCM, VAL, PERF, IO, L
     'Easy consistency tuning (--objective=ect, tcm)', 'Truncated consistency models (--objective=tcm)', 'Validation', 'Precision and performance',
     'Input and output', 'Weights & Biases, TensorBoard')
 OWN = (TEACH, LEVELS, SEG, DIRECT, PD, CM, ECT, TCM)  # groups of options that not every objective has
+
+# Options that turn others off where they are given with this value, and the groups or names of these: they are ignored, and named. One that is off
+# only because it was not given turns nothing off: what depends on it is a usage error then, so that it is not forgotten.
+SWITCHES = {
+    '--val=0': ('val', False, {VAL}), '--wandb=0': ('wandb', False, {'wandb_project', 'wandb_entity', 'wandb_run', 'wandb_tags', 'wandb_mode'}),
+    '--consistency=False': ('consistency', False, {*OWN, 'val_teacher'}), '--cond=0': ('cond', False, {'val_label'}),
+    '--phema=none': ('phema', [], {'phema_snap'}), '--lr_schedule=constant': ('lr_schedule', 'constant', {'lr_decay'}),
+    '--dump=0': ('dump', 0, {'keep'}), '--nosubdir': ('nosubdir', True, {'desc'}),
+    '--no_terminal_anchor': ('terminal_anchor', False, {'anchor_hops'}), '--mu0=0': ('mu0', 0, {'mu_schedule'}), '--k=0': ('k', 0, {'b'}),
+    '--boundary_share=0': ('boundary_share', 0, {'boundary_weight'}),
+}
 
 
 class Images(click.ParamType):
@@ -276,11 +288,13 @@ def main(ctx, **kwargs):
           --teacher=edm-imagenet-64x64-cond-adm.pkl --S=8 --batch-gpu=64 --fp16=True
     """
     opts = EasyDict(kwargs)
-    check_usage(ctx, opts)
+    ignored = check_usage(ctx, opts)
 
     from torch_utils import distributed
     from torch_utils.preemption import EXIT_PREEMPTED
     distributed.init()
+    for line in ignored:
+        distributed.print0(line, file=sys.stderr)
     finished = all(train(run) for run in runs(opts))
     distributed.shutdown()
     if not finished:
@@ -335,9 +349,9 @@ def train(opts: EasyDict) -> bool:
     return training_loop(c, run_dir, dataset, teacher, state)
 
 
-def check_usage(ctx: click.Context, opts: EasyDict) -> None:
-    """Combinations of options that make no sense whatever the files hold; exit status 2."""
-    given = [p for p in ctx.command.params if ctx.get_parameter_source(p.name) is click.core.ParameterSource.COMMANDLINE]
+def check_usage(ctx: click.Context, opts: EasyDict) -> list[str]:
+    """Combinations of options that make no sense whatever the files hold: exit status 2. Returns: lines for people about what is ignored."""
+    given, ignored = leave_out_idle(ctx, opts)
     choose_objective(opts, [p for p in given if getattr(p, 'group', None) in OWN])
     for group, switched_on, cure in ((VAL, opts.val, '--val=1'), (LOGS, opts.wandb, '--wandb=1')):
         stray = [p.opts[0] for p in given if getattr(p, 'group', None) == group and p.name not in ('val', 'wandb', 'tensorboard')]
@@ -377,19 +391,42 @@ def check_usage(ctx: click.Context, opts: EasyDict) -> None:
         raise click.UsageError(f'--val_teacher=1 needs a teacher, and --objective={opts.objective} has none.')
     if opts.val and not (opts.val_ref or opts.val_ref_data):
         raise click.UsageError('--val=1 needs --val_ref=NPZ (made by fid.py ref) or --val_ref_data=ZIP.')
-    if opts.fp16 and opts.precision not in (None, 'fp16'):
-        raise click.UsageError(f'--fp16=True contradicts --precision={opts.precision}.')
+    if (opts.fp16 and opts.precision not in (None, 'fp16')) or (opts.fp16 is False and opts.precision == 'fp16'):
+        raise click.UsageError(f'--fp16={opts.fp16} contradicts --precision={opts.precision}.')
     opts.precision = opts.precision or ('fp16' if opts.fp16 else 'fp32')
     if opts.resume_override and not opts.resume:
         raise click.UsageError('--resume-override needs --resume.')
     if opts.resume and opts.transfer:
         raise click.UsageError('--resume and --transfer exclude each other: a training state holds the weights.')
+    return ignored
+
+
+def leave_out_idle(ctx: click.Context, opts: EasyDict) -> tuple[list[click.Parameter], list[str]]:
+    """(options on the command line that mean something, a line for each of SWITCHES that turns others off). `opts` has the defaults of those left out.
+
+    Values of a loss stay as given, although it does not use them: training states record them, and a resumed run is compared with that.
+    """
+    given = [p for p in ctx.command.params if ctx.get_parameter_source(p.name) is click.core.ParameterSource.COMMANDLINE]
+    lines, names = [], {p.name for p in given}
+    defaults = ctx.command.make_context(ctx.info_name, [], resilient_parsing=True).params
+    own = OBJECTIVES[opts.objective or ('mcd' if opts.consistency else 'diffusion')].own
+    for text, (switch, off, idle) in SWITCHES.items():
+        if switch not in names or opts[switch] != off or (switch == 'consistency' and opts.objective):
+            continue
+        left_out = [p for p in given if p.name != switch and (p.group in idle or p.name in idle)]
+        if left_out:
+            lines.append(f'{text}: ignoring {", ".join(p.opts[0] for p in left_out)}.')
+        opts.update({p.name: defaults[p.name] for p in left_out if p.name not in own})
+        given = [p for p in given if p not in left_out]
+    return given, lines
 
 
 def choose_objective(opts: EasyDict, given: list[click.Parameter]) -> None:
     """Settle `opts.objective` and the options of its own; UsageError where options belong to another one."""
     if opts.consistency and opts.objective not in (None, 'mcd'):
         raise click.UsageError(f'--consistency=True means --objective=mcd, not {opts.objective}: leave one of them out.')
+    if opts.consistency is False and opts.objective == 'mcd':
+        raise click.UsageError('--consistency=False contradicts --objective=mcd: leave one of them out.')
     opts.objective = opts.objective or ('mcd' if opts.consistency else 'diffusion')
     objective = OBJECTIVES[opts.objective]
     own, names = objective.own, {parameter.name for parameter in given}

@@ -238,6 +238,51 @@ def test_in_loop_validation_covers_teacher_start_and_dumped_images(tmp_path, dig
     assert dumped == {'000000000-teacher': 16, '000000000-ema': 16, '000000128-ema': 16}
 
 #----------------------------------------------------------------------------
+# Options that are switched off.
+
+@pytest.mark.parametrize('switch, idle, base', [
+    (['--val=0'], ['--val_ref=none.npz', '--val_steps=3', '--val_teacher=1', '--val_emas=0.05'], []),
+    (['--val=False'], ['--val_num=8', '--val_dump_images_dir=x'], ['--objective=mct', '--S=2']),
+    (['--wandb=0'], ['--wandb_project=p', '--wandb_mode=offline'], ['--tensorboard=0']),
+    (['--consistency=False'], ['--teacher=none.pkl', '--S=8', '--T_start=64', '--terminal_anchor', '--hop=heun', '--rho=7', '--val_teacher=False'], []),
+    (['--cond=0'], ['--val_label=fixed:3'], []),
+    (['--phema=none'], ['--phema_snap=60'], []),
+    (['--lr_schedule=constant'], ['--lr_decay=70000'], []),
+    (['--dump=0'], ['--keep=5'], []),
+    (['--nosubdir'], ['--desc=words'], [])])
+def test_what_is_switched_off_explicitly_is_as_if_its_options_were_not_there(tmp_path, digits, switch, idle, base):
+    """One line names them, on stderr; stdout is one JSON object, the same as without them."""
+    common = [f'--outdir={tmp_path / "runs"}', f'--data={digits}', '--cres=1,2', '--seed=0', '--dry-run', *base, *switch]
+    done, without = invoke(*common, *idle), invoke(*common)
+    assert done.exit_code == without.exit_code == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads(without.stdout) and without.stderr == ''
+    line, = done.stderr.splitlines()
+    names = {option.split('=')[0] for option in idle}
+    assert ': ignoring ' in line and set(line.rstrip('.').partition(': ignoring ')[2].split(', ')) == names
+
+
+@pytest.mark.parametrize('options, idle', [
+    (['--objective=mct', '--wandb=0', '--val=0', '--wandb_run=x', '--val_num=9'], ['--val=0: ignoring --val_num.', '--wandb=0: ignoring --wandb_run.']),
+    (['--objective=ect', '--k=0', '--b=2'], ['--k=0: ignoring --b.']),
+    (['--objective=cm-ct', '--mu0=0', '--mu_schedule=fixed', '--cm_loss=l2'], ['--mu0=0: ignoring --mu_schedule.'])])
+def test_each_switch_has_its_line_and_numbers_of_a_loss_are_recorded_as_they_were(tmp_path, digits, options, idle):
+    done = invoke(f'--outdir={tmp_path}', f'--data={digits}', '--cres=1,2', '--dry-run', *options)
+    assert done.stderr.splitlines() == idle
+    loss = json.loads(done.stdout)['loss']
+    assert all(str(loss[name]) == value for name, value in (('b', '2.0'), ('mu_schedule', 'fixed')) if f'--{name}={value.removesuffix(".0")}' in options)
+
+
+def test_the_published_command_trains_a_teacher_with_consistency_switched_off(tmp_path, digits):
+    """Its own options of distillation are named, all of them, and nothing of them is left in the configuration."""
+    command = readme_command(outdir=tmp_path, data=digits, arch='ddpmpp', consistency=False, val=0)
+    done = invoke(*command, '--dout_resolutions=4', '--cres=1,2', '--dry-run')
+    c = json.loads(done.stdout)
+    assert c['objective'] == 'diffusion' and c['teacher'] is None and c['validation'] is None and c['loss']['kind'] == 'edm'
+    of_val, of_objective = sorted(done.stderr.splitlines(), reverse=True)
+    assert of_val.startswith('--val=0: ignoring --val_ref, ')
+    assert of_objective.startswith('--consistency=False: ignoring --teacher, ') and all(f'--{name}' in of_objective for name in ('S', 'cd_loss', 'rho'))
+
+#----------------------------------------------------------------------------
 # Wrong input: one clear message, no traceback.
 
 @pytest.mark.parametrize('arguments, words', [
@@ -256,6 +301,15 @@ def test_in_loop_validation_covers_teacher_start_and_dumped_images(tmp_path, dig
     (['--consistency=True', '--teacher=t.pkl', '--sigma_min=90'], ['--sigma_min=90 is not below']),
     (['--val=1'], ['--val_ref']),
     (['--val_num=8'], ['--val_num needs --val=1']),
+    (['--val_num=8', '--wandb=0'], ['--val_num needs --val=1']),
+    (['--wandb_run=x'], ['--wandb_run needs --wandb=1']),
+    (['--val_ref='], ['--val_ref', 'empty']),
+    (['--consistency=False', '--objective=mcd', '--teacher=t.pkl'], ['--consistency=False contradicts --objective=mcd']),
+    (['--consistency=False', '--objective=mct', '--substeps=2'], ['--substeps is for --objective=direct']),
+    (['--objective=diffusion', '--S=4'], ['--S is for --objective=mcd']),
+    (['--fp16=False', '--precision=fp16'], ['--fp16=False contradicts --precision=fp16']),
+    (['--lr_schedule=linear', '--lr_decay=5'], ['--lr_decay is for --lr_schedule=sqrt']),
+    (['--phema=none', '--val=1', '--val_ref=r.npz', '--val_emas=0.05'], ["'0.05' is not one more of ema"]),
     (['--consistency=True', '--teacher=t.pkl', '--val=1', '--val_ref=r.npz', '--val_steps=3'], ['--val_steps=3', '--S=8']),
     (['--val=1', '--val_ref=r.npz', '--val_teacher=1'], ['needs a teacher']),
     (['--phema_snap=3'], ['--phema_snap needs --phema']),
