@@ -402,7 +402,7 @@ def check_usage(ctx: click.Context, opts: EasyDict) -> list[str]:
 
 
 def leave_out_idle(ctx: click.Context, opts: EasyDict) -> tuple[list[click.Parameter], list[str]]:
-    """(options on the command line that mean something, a line for each of SWITCHES that turns others off). `opts` has the defaults of those left out.
+    """(options on the command line that mean something, a line for each of SWITCHES that turns others off); `opts` gets the others' defaults.
 
     Values of a loss stay as given, although it does not use them: training states record them, and a resumed run is compared with that.
     """
