@@ -79,7 +79,7 @@ def test_with_exact_hops_the_exact_segment_map_has_zero_loss(S, T, kind):
 
 
 def discrete_multipliers(loss, hop):
-    """c of docs/method.md: the multiplier of x from each edge's upper end to its boundary, [T', 1, 2, 2], and its edges."""
+    """c of docs/method.md in closed form: the multiplier of x from each edge's upper end to its boundary, [T', 1, 2, 2], and its edges."""
     edges = all_rows(loss).edges
     D = lambda sigma: VARIANCE[0] / (VARIANCE[0] + sigma ** 2)
     c = [None] * len(edges)
@@ -140,6 +140,27 @@ def test_the_discrete_consistency_function_has_zero_expected_gradient_and_a_pert
     assert_stationary_there_alone(loss, *discrete_multipliers(loss, hop))
 
 
+def boundary_multiplier(loss, value):
+    """What the loss's own references x_b hold of x_t, by regression, [T', 1, 2, 2], for a student that multiplies by `value` everywhere."""
+    student = LinearStudent(loss.student, lambda sigma, sigma_b: torch.full([1, 1, 1, 1], value, dtype=torch.float64))
+    one, zero = torch.ones(1, 1, 2, 2, dtype=torch.float64), torch.zeros(1, 1, 2, 2, dtype=torch.float64)
+    moment, square = 0, 0
+    for y, noise, second_moment in ((one, zero, VARIANCE), (zero, one, torch.ones_like(VARIANCE))):
+        x_t, x_star, edges = targets(loss, student, y, noise)
+        moment = moment + second_moment * ops.ddim_step(x_t, x_star, edges.sigma_t, edges.sigma_b) * x_t
+        square = square + second_moment * x_t ** 2
+    return moment / square
+
+
+def multipliers_of_targets(loss):
+    """c read off the loss's own targets: they are affine in what the student says at the lower end, which is the next edge's upper one."""
+    offset, full = (boundary_multiplier(loss, value) for value in (0.0, 1.0))
+    edges, c = all_rows(loss).edges, torch.zeros_like(offset)
+    for k in reversed(range(len(c))):
+        c[k] = offset[k] + (full - offset)[k] * (c[k + 1] if edges.kind[k] == ops.GENERAL else 0)
+    return c, edges
+
+
 @pytest.mark.parametrize('hop, order', [('ddim', 1), ('heun', 2)])
 def test_the_discrete_consistency_function_converges_at_the_hops_order(hop, order):
     """Twice the edges divide the distance to the exact map sqrt((s² + sigma_b²) / (s² + sigma_t²)) by about 2**order.
@@ -148,7 +169,7 @@ def test_the_discrete_consistency_function_converges_at_the_hops_order(hop, orde
     errors = []
     for T in (128, 256, 512):
         loss = make_loss(Gaussian(VARIANCE), S=2, T_start=T, T_end=T, student_grid='full', hop=hop)
-        c, edges = discrete_multipliers(loss, hop)
+        c, edges = multipliers_of_targets(loss)
         exact = ((VARIANCE + edges.sigma_b[0] ** 2) / (VARIANCE + edges.sigma_t[0] ** 2)).sqrt()[0]
         errors.append((c[0] / exact - 1).abs().max())
     ratios = [a / b for a, b in itertools.pairwise(errors)]

@@ -1,4 +1,7 @@
 """Easy consistency tuning against Gaussian data, where the function that it converges to is known stage by stage."""
+import itertools
+import math
+
 import pytest
 import torch
 from gaussian import Gaussian
@@ -7,7 +10,7 @@ from test_loss_cd import VARIANCE, Recorder, small_network
 from torch_utils import training_stats
 from training import consistency_ops as ops
 from training import time_schedules as times
-from training.consistency_loss import Drawn, Pairs
+from training.consistency_loss import Pairs
 from training.draws import SampleDraws
 from training.loss_ect import ConsistencyTuningLoss
 
@@ -34,27 +37,74 @@ class Linear(torch.nn.Module):
         return {}
 
 
+class Normals:
+    """Draws whose times are the given ones."""
+
+    def __init__(self, loss, t):
+        self.values = ((t.log() - loss.P_mean) / loss.P_std).numpy()
+
+    def normal_on_host(self, purpose):
+        return self.values
+
+
+def edges_at(loss, t):
+    """The edges that the loss draws at the times [N]."""
+    return loss.draw(Normals(loss, t), torch.device('cpu'))
+
+
+def regressed(loss, edges, values):
+    """E[values(x_t, target) x_t] / E[x_t²] on edges [N], by probing with image and noise alone, of which all is linear, for a student."""
+    def of(student):
+        moment = 0
+        for y, noise, second_moment in ((1, 0, VARIANCE), (0, 1, torch.ones_like(VARIANCE))):
+            y, noise = (torch.full([len(edges.sigma_t), 1, 2, 2], float(value), dtype=torch.float64) for value in (y, noise))
+            x_t = y + ops.expand_like(edges.sigma_t, y) * noise
+            moment = moment + second_moment * values(student, x_t, loss.reference(student, Pairs(y, noise, x_t, edges))) * x_t
+        return moment / (VARIANCE + ops.expand_like(edges.sigma_t, x_t) ** 2)
+    return of
+
+
+def multiplier_of_targets(loss, t):
+    """c(t), read off the loss's own targets: they are affine in what the student says at r, where it is that same c, and c → 1 at 0."""
+    chain = [torch.tensor([t], dtype=torch.float64)]
+    while (edges := edges_at(loss, chain[-1])).kind == ops.GENERAL and float(chain[-1]) > 1e-7:
+        chain.append(edges.sigma_s)
+        assert chain[-1] < chain[-2], 'r has not left t'
+    coefficients = regressed(loss, edges_at(loss, torch.cat(chain)), lambda student, x_t, target: target)
+    offset, full = (coefficients(Linear(lambda t, value=value: torch.full_like(VARIANCE[0], value))) for value in (0.0, 1.0))
+    c = torch.ones_like(VARIANCE[0])
+    for k in reversed(range(len(chain))):
+        c = offset[k] + (full - offset)[k] * c
+    return c
+
+
+def closed_form_earlier_time(t, stage, q, k, b=1.0):
+    """r of DESIGN's table: t max(0, 1 − q^−(a+1) (1 + k / (1 + exp(b t))))."""
+    return t * max(0.0, 1 - q ** -(stage + 1) * (1 + k / (1 + math.exp(b * t))))
+
+
 def multiplier(loss, t):
     """c(t) = (s² + r t) / (s² + t²) c(r), c = s² / (s² + t²) where r = 0: the best answer on average, given the answers at r. c → 1 at 0."""
     c = torch.ones_like(VARIANCE[0])
     while t > 1e-7:
-        r = float(times.earlier_time(torch.tensor(t, dtype=torch.float64), loss.stage, loss.q, loss.k, loss.b))
+        r = closed_form_earlier_time(t, loss.stage, loss.q, loss.k)
         c = c * (VARIANCE[0] + r * t) / (VARIANCE[0] + t ** 2)
         t = r
     return c
 
 
+def accumulated_error(stage, t, q=2.0, k=8.0):
+    """ln c(t) − ln(s / sqrt(s² + t²)) to first order in the hops, of which each adds −(τ − r)² s² / (2 (s² + τ²)²), so that together they are
+    −∫ (τ − r(τ)) s² / (2 (s² + τ²)²) dτ from 0 to t."""
+    log_tau = torch.linspace(math.log(1e-6), math.log(t), 20_001, dtype=torch.float64).reshape(-1, 1, 1, 1)
+    tau = log_tau.exp()
+    gap = tau * q ** -(stage + 1) * (1 + k / (1 + tau.exp()))
+    return -torch.trapezoid(gap * VARIANCE / (2 * (VARIANCE + tau ** 2) ** 2) * tau, log_tau, dim=0)
+
+
 def expected_gradients(loss, t, student):
-    """E[(student(x_t) − x*) x_t] / E[x_t²] at the given times, by probing with image and noise alone: all is linear."""
-    gradient = 0
-    for y, noise, moment in ((1, 0, VARIANCE), (0, 1, torch.ones_like(VARIANCE))):
-        y, noise = (torch.full([len(t), 1, 2, 2], float(value), dtype=torch.float64) for value in (y, noise))
-        r = times.earlier_time(t, loss.stage, loss.q, loss.k, loss.b)
-        kind = torch.where(r > 0, ops.GENERAL, ops.TERMINAL)
-        x_t = y + ops.expand_like(t, y) * noise
-        pairs = Pairs(y, noise, x_t, Drawn(t, torch.where(r > 0, r, t / 2), torch.zeros_like(t), t, kind))
-        gradient = gradient + moment * (student(x_t, t) - loss.reference(student, pairs)) * x_t
-    return gradient / (VARIANCE + ops.expand_like(t, VARIANCE.expand(len(t), 1, 2, 2)) ** 2)
+    """E[(student(x_t) − x*) x_t] / E[x_t²] at the given times."""
+    return regressed(loss, edges_at(loss, t), lambda student, x_t, target: student(x_t, t) - target)(student)
 
 
 @pytest.mark.parametrize('stage, q, k', [(0, 2.0, 8.0), (3, 2.0, 8.0), (1, 4.0, 8.0), (4, 2.0, 0.0)])
@@ -67,10 +117,11 @@ def test_the_consistency_function_of_a_stage_has_zero_expected_gradient_and_a_pe
 
 
 def test_the_consistency_function_tends_to_the_exact_map_as_stages_pass():
-    """s / sqrt(s² + t²); of first order, as the data's hop is: a stage halves the error."""
+    """s / sqrt(s² + t²); of first order, as the data's hop is: a stage halves the error, which is the sum of the hops' to a few of their lengths."""
     exact = (VARIANCE[0] / (VARIANCE[0] + 1)).sqrt()
-    errors = [(multiplier(make_loss(stage), 1.0) / exact - 1).abs().max() for stage in (6, 7, 8)]
-    assert all(1.8 < a / b < 2.2 for a, b in zip(errors, errors[1:])), errors  # noqa: RUF007
+    errors = [(multiplier_of_targets(make_loss(stage), 1.0) / exact).log() for stage in (6, 7, 8)]
+    assert all((a / b > 1.8).all() and (a / b < 2.2).all() for a, b in itertools.pairwise(errors)), errors
+    torch.testing.assert_close(errors[-1], accumulated_error(8, 1.0), rtol=0.03, atol=0)
 
 
 def test_where_r_is_zero_it_is_diffusion_training():
@@ -129,7 +180,9 @@ def test_losses_do_not_depend_on_how_the_batch_is_split():
 
 
 def test_the_exact_map_of_the_gaussian_is_what_sampling_would_see():
-    """At a late stage c(80) x at σ = 80 has the data's variance, to the percent that its first-order hops leave."""
+    """At a late stage c(80) x at σ = 80 has the data's deviation, to the percents that its first-order hops leave, which are known."""
     gaussian, loss = Gaussian(VARIANCE), make_loss(9)
-    produced = multiplier(loss, 80.0) ** 2 * (VARIANCE[0] + 80.0 ** 2)
-    assert ((produced / gaussian.variance[0]).sqrt() - 1).abs().max() < 0.03
+    produced = multiplier_of_targets(loss, 80.0) ** 2 * (VARIANCE[0] + 80.0 ** 2)
+    error = (produced / gaussian.variance[0]).log() / 2
+    assert error.abs().max() < 0.03
+    torch.testing.assert_close(error, accumulated_error(9, 80.0), rtol=0.03, atol=0)

@@ -4,13 +4,16 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from helpers import FAST, ROOT, TINY_NETWORK, assert_one_clear_error, lines, run, torchrun
+from PIL import Image
 
 import train
 from training.checkpoint import load_network, load_state
+from training.dataset import ImageFolderDataset
 from training.run_files import states_to_keep
 
 README_COMMAND = '''
@@ -207,15 +210,30 @@ def test_a_teacher_with_augmentation_labels_is_distilled_by_two_processes(tmp_pa
     assert load_network(max((tmp_path / 's').glob('*.pkl'))).init_kwargs['augment_dim'] == 9
 
 
-def test_an_unreadable_image_is_named_from_a_worker_too(tmp_path):
-    from PIL import Image
+SHOW_WHO_FAILED = """
+import sys, click, train
+try:
+    train.main(standalone_mode=False)
+except click.ClickException as error:
+    error.show()
+    print("read by", "a worker" if "in DataLoader worker process" in str(error.__cause__.__cause__) else "the main process")
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize('workers, reader', [(0, 'the main process'), (1, 'a worker')])
+def test_an_image_whose_pixels_are_damaged_is_named_by_whoever_reads_it(tmp_path, workers, reader):
+    """Its header is sound, so that the data set opens; the worker's error arrives as the cause, with its traceback for a text."""
+    noise = np.random.default_rng(0).integers(256, size=(4, 8, 8), dtype=np.uint8)
     for i in range(4):
-        Image.new('L', (8, 8)).save(tmp_path / f'{i}.png')
-    (tmp_path / '2.png').write_bytes((tmp_path / '2.png').read_bytes()[:40])
-    for workers in (0, 1):
-        result = run('train.py', f'--outdir={tmp_path / "runs"}', f'--data={tmp_path}', '--arch=adm', '--cbase=8', '--cres=1', '--num_blocks=1',
-                     '--batch=8', '--duration=0.0001', f'--workers={workers}', '--cache=0', check=False)
-        assert_one_clear_error(result, '2.png')
+        Image.fromarray(noise[i]).save(tmp_path / f'{i}.png')
+    sound = (tmp_path / '2.png').read_bytes()
+    (tmp_path / '2.png').write_bytes(sound[:sound.index(b'IDAT') + 20])
+    assert len(ImageFolderDataset(tmp_path)) == 4
+    result = run('-c', SHOW_WHO_FAILED, f'--outdir={tmp_path / "runs"}', f'--data={tmp_path}', '--arch=adm', '--cbase=8', '--cres=1',
+                 '--num_blocks=1', '--batch=8', '--duration=0.0001', f'--workers={workers}', '--cache=0', check=False)
+    assert_one_clear_error(result, '2.png')
+    assert result.stdout.splitlines()[-1] == f'read by {reader}'
 
 
 def test_only_the_two_newest_states_and_the_best_are_kept(tmp_path, digits, teacher, rulers):
