@@ -29,7 +29,7 @@ from benchmarks import checkpoint as checkpoint_benchmark
 from benchmarks import data as data_benchmark
 from benchmarks import frechet as frechet_benchmark
 from benchmarks import images as images_benchmark
-from benchmarks import memory, sampling, scaling, startup, step
+from benchmarks import memory, mutants, sampling, scaling, startup, step
 from benchmarks import state as state_benchmark
 from dnnlib import EasyDict
 from metrics import rulers
@@ -55,6 +55,7 @@ COMMANDS = {'train.py': train.main, 'generate.py': generate.main, 'fid.py calc':
             'benchmarks/data.py': data_benchmark.main,
             'benchmarks/frechet.py': frechet_benchmark.main, 'benchmarks/images.py': images_benchmark.main,
             'benchmarks/checkpoint.py': checkpoint_benchmark.main, 'benchmarks/state.py': state_benchmark.main,
+            'benchmarks/mutants.py': mutants.main,
             'python -m metrics.rulers': rulers.main}
 # Options of torchrun and srun.
 FOREIGN = {'standalone', 'nproc_per_node', 'nnodes', 'node_rank', 'rdzv_backend', 'rdzv_endpoint', 'rdzv_id', 'numa-binding', 'numa_binding',

@@ -1,0 +1,339 @@
+"""How many small faults the tests notice: mutants of `training/` and `metrics/`, drawn by a seed,
+each against the tests that execute its line.
+
+Works on a copy of the repository, taken once; the working tree may change meanwhile. The tests run
+once under Coverage.py, which says what executes what and how long it takes. Then each mutant is put
+into a copy, and its tests run in groups, the quickest modules first, until one fails. At the end the
+tests that failed run once more without mutants: what fails there too has caught nothing. Copy, map
+and a line for every mutant stay in --out, and a run that was interrupted resumes there.
+
+Tests that do not end in time have caught a mutant only if they take less than half of that time
+without it; otherwise they are given more. Mutants whose line no test executes count as missed. Those
+that change nothing which a test should hold are left out, by the list `equal_mutants.json`, which
+gives a reason for each; others are drawn in their places.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
+
+import click
+
+if __name__ == '__main__':
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import ROOT, block, table
+from benchmarks.mutation import Mutant, draw
+from dnnlib import UserError, cli
+
+FOLDERS = ('training', 'metrics')
+EQUAL = Path('benchmarks') / 'equal_mutants.json'
+GROUP = 15.0  # seconds of tests that run together
+PASSED, NO_TESTS = 0, 5  # exit statuses of pytest
+OUTCOMES = ('caught', 'survived', 'not covered', 'undecided')
+
+#----------------------------------------------------------------------------
+# Copies of the repository.
+
+
+def repository_files(root: Path) -> list[str]:
+    """Those that git tracks or would track, without the ones that are gone."""
+    listed = subprocess.run(['git', 'ls-files', '--cached', '--others', '--exclude-standard', '-z'], cwd=root, check=True, stdout=subprocess.PIPE)
+    return sorted(name for name in listed.stdout.decode().split('\0') if (root / name).is_file())
+
+
+def copy_tree(source: Path, files: list[str], folder: Path) -> Path:
+    """The files in a folder of their own, beside the same `shared` folder, if there is one. Returns the copy."""
+    copy = folder / 'main'
+    for name in files:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source / name, copy / name)
+    shared = ROOT.parent / 'shared'
+    if shared.is_dir() and not (folder / 'shared').exists():
+        (folder / 'shared').symlink_to(shared, target_is_directory=True)
+    return copy
+
+
+class Tree:
+    """A copy into which one mutant at a time is put."""
+
+    def __init__(self, path: Path):
+        self.path, self._touched = path, int(time.time())
+
+    def write(self, file: str, source: bytes) -> None:
+        """Modules that Python has compiled are told by time and size: every writing has a time of its own."""
+        self._touched = max(self._touched + 2, int(time.time()))
+        (self.path / file).write_bytes(source)
+        os.utime(self.path / file, (self._touched, self._touched))
+
+#----------------------------------------------------------------------------
+# Tests.
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a mutant.
+
+    Attributes:
+        outcome: caught, survived, not covered, or undecided.
+        by: the test that failed, and how; or why nothing is decided.
+        tests, left_out: tests that were run, and those that would have taken too long.
+        seconds: that all took.
+    """
+
+    outcome: str
+    by: str
+    tests: int
+    left_out: int
+    seconds: float
+
+
+def tests_of(mutant: Mutant, found) -> list[str]:
+    """The tests that execute a mutant's lines, by a `CoverageMap`; those of any line of its file where Python executes them at import."""
+    lines = range(1, max(found.tests.get(mutant.file, {0: ()})) + 1) if mutant.lines is None else mutant.lines
+    return found.at(mutant.file, lines)
+
+
+def groups_of(tests: list[str], seconds: dict[str, float], most: float) -> Iterator[list[str]]:
+    """Tests to run together, modules in the order of their time, a slow module's quick tests first; no more than `most` seconds of tests in all."""
+    modules: dict[str, list[str]] = {}
+    for test in sorted(tests, key=lambda test: (seconds[test], test)):
+        modules.setdefault(test.partition('::')[0], []).append(test)
+    ordered = sorted(modules.values(), key=lambda module: (sum(seconds[test] for test in module), module))
+    group, taken, total = [], 0.0, 0.0
+    for test in (test for module in ordered for test in module):
+        if total + seconds[test] > most:
+            continue
+        if group and taken + seconds[test] > GROUP:
+            yield group
+            group, taken = [], 0.0
+        group.append(test)
+        taken, total = taken + seconds[test], total + seconds[test]
+    if group:
+        yield group
+
+
+def run_tests(tree: Path, tests: list[str], limit: float | None, stop: bool = True) -> tuple[int | None, str]:
+    """(pytest's exit status, or None where it did not end in time; what it printed); `stop` at the first failure.
+
+    Processes that the tests started end with it."""
+    shutil.rmtree(tree / '.hypothesis', ignore_errors=True)
+    command = [sys.executable, '-m', 'pytest', *(['-x'] if stop else []), '-q', '--tb=line', '-p', 'no:cacheprovider', '-p', 'no:xdist',
+               '--hypothesis-seed=0', *tests]
+    with subprocess.Popen(command, cwd=tree, env=dict(os.environ, OMP_NUM_THREADS='1'), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, errors='replace', start_new_session=True) as process:
+        try:
+            printed, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None, process.communicate()[0]
+    return process.returncode, printed
+
+
+def failures(printed: str) -> list[str]:
+    """The tests that pytest says failed, each with its error; its last line where it names none."""
+    told = [line.partition(' ')[2] for line in printed.splitlines() if line.startswith(('FAILED ', 'ERROR '))]
+    return [line[:200] for line in told or printed.strip().splitlines()[-1:] or ['nothing printed']]
+
+
+class Undecided(Exception):
+    """The tests say nothing about a mutant."""
+
+
+def notice(tree: Tree, mutant: Mutant, source: bytes, tests: list[str], limit: float) -> str | None:
+    """What notices a mutant among these tests; None where all of them pass."""
+    while True:
+        tree.write(mutant.file, mutant.apply(source))
+        status, printed = run_tests(tree.path, tests, limit)
+        tree.write(mutant.file, source)
+        if status == PASSED:
+            return None
+        if status == NO_TESTS:
+            raise Undecided(f'pytest found none of {len(tests)} tests')
+        if status is not None:
+            return failures(printed)[-1]
+        start = time.perf_counter()
+        status, printed = run_tests(tree.path, tests, 20 * limit)
+        if status != PASSED:
+            raise Undecided(f'without it the tests do not pass either: {failures(printed)[-1]}')
+        if (needed := time.perf_counter() - start) < limit / 2:
+            return f'no end within {limit:.0f} s, {needed:.0f} s without the mutant'
+        limit = 3 * needed
+
+
+def judge(tree: Tree, mutant: Mutant, source: bytes, found, limit: float, most: float) -> Outcome:
+    """Runs a mutant's tests until one fails."""
+    start, tests = time.perf_counter(), tests_of(mutant, found)
+    asked, outcome, by = 0, 'not covered', ''
+    try:
+        for group in groups_of(tests, found.seconds, most):
+            asked, outcome = asked + len(group), 'survived'
+            if by := notice(tree, mutant, source, group, limit) or '':
+                outcome = 'caught'
+                break
+    except Undecided as error:
+        outcome, by = 'undecided', str(error)
+    finally:
+        tree.write(mutant.file, source)
+    return Outcome(outcome, by, asked, len(tests) - asked, time.perf_counter() - start)
+
+
+#----------------------------------------------------------------------------
+# The campaign.
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """A folder with the copy, its map, and a line for every mutant that has been judged."""
+
+    folder: Path
+
+    @property
+    def original(self) -> Path:
+        return self.folder / 'original' / 'main'
+
+    @property
+    def record(self) -> Path:
+        return self.folder / 'mutants.jsonl'
+
+    def prepare(self) -> None:
+        """Takes the copy where there is none yet."""
+        if not self.original.exists():
+            copy_tree(ROOT, repository_files(ROOT), self.folder / 'copying')
+            (self.folder / 'copying').rename(self.original.parent)
+
+    def map(self, jobs: int, arguments: list[str]):
+        """The map of the copy; made where there is none yet."""
+        from benchmarks.coverage_map import load_map, make_map
+        path = self.folder / 'map.json'
+        if not path.exists():
+            click.echo('Running the tests once, to see what executes what...', err=True)
+            make_map(self.original, self.folder / 'coverage', jobs, arguments).save(path)
+        return load_map(path)
+
+    def sources(self) -> dict[str, bytes]:
+        paths = [path for folder in FOLDERS for path in sorted((self.original / folder).rglob('*.py'))]
+        return {path.relative_to(self.original).as_posix(): path.read_bytes() for path in paths}
+
+    def results(self) -> dict[str, dict]:
+        """The last line of each mutant, by its key; what a kill left of a last line is dropped."""
+        lines = self.record.read_text().split('\n')[:-1] if self.record.exists() else []
+        return {line['key']: line for line in map(json.loads, lines)}
+
+    def keep(self, mutant: Mutant, outcome: Outcome) -> None:
+        """Adds a line."""
+        about = dict(key=mutant.key, file=mutant.file, line=mutant.line, operator=mutant.operator, change=mutant.change)
+        with self.record.open('a') as record:
+            record.write(json.dumps(about | asdict(outcome)) + '\n')
+        click.echo(f'{outcome.outcome} {mutant.key} {mutant.file}:{mutant.line} {mutant.change} {outcome.by}', err=True)
+
+    def trees(self, jobs: int) -> list[Tree]:
+        """Copies of the copy, as it is: whatever mutant a kill left in one is gone."""
+        names = (path.relative_to(self.original).as_posix() for path in self.original.rglob('*') if path.is_file())
+        files = sorted(name for name in names if '__pycache__' not in name and not name.startswith('.'))
+        return [Tree(copy_tree(self.original, files, self.folder / f'copy-{i}')) for i in range(jobs)]
+
+    def run(self, mutants: list[Mutant], found, jobs: int, limit: float, most: float) -> None:
+        """Judges those of which nothing is known yet, and confirms what is caught."""
+        sources, known = self.sources(), self.results()
+        if self.record.exists():  # without a half line, to which the next one would be added
+            text = self.record.read_text()
+            self.record.write_text(text[:text.rfind('\n') + 1])
+        waiting = [mutant for mutant in mutants if known.get(mutant.key, {}).get('outcome', 'undecided') == 'undecided']
+        free, adding = SimpleQueue(), Lock()
+        for tree in self.trees(jobs):
+            free.put(tree)
+
+        def one(mutant: Mutant) -> None:
+            tree = free.get()
+            outcome = judge(tree, mutant, sources[mutant.file], found, limit, most)
+            free.put(tree)
+            with adding:
+                self.keep(mutant, outcome)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            for _ in pool.map(one, waiting):
+                pass
+        if waiting:
+            self.confirm(mutants, free.get())
+
+    def confirm(self, mutants: list[Mutant], tree: Tree) -> None:
+        """Runs the tests that caught something once more, without mutants; where they fail, nothing is decided."""
+        caught = {key: line for key, line in self.results().items() if line['outcome'] == 'caught'}
+        by = {mutant.key: caught[mutant.key]['by'].partition(' - ')[0] for mutant in mutants if mutant.key in caught}
+        tests = sorted({name for name in by.values() if '::' in name})
+        if not tests:
+            return
+        status, printed = run_tests(tree.path, tests, None, stop=False)
+        failing = {line.partition(' - ')[0] for line in failures(printed)} if status != PASSED else set()
+        for mutant in mutants:
+            if by.get(mutant.key) in failing:
+                self.keep(mutant, Outcome('undecided', f'without it {by[mutant.key]} fails too', 0, 0, 0.0))
+
+
+def equal_mutants(path: Path) -> dict[str, str]:
+    """Reasons by keys. Raises: UserError where one is missing or given twice."""
+    entries = json.loads(path.read_text())
+    reasons = {entry['key']: entry['reason'].strip() for entry in entries}
+    if len(reasons) < len(entries) or not all(reasons.values()):
+        raise UserError(f'{path}: every mutant is there once and has a reason.')
+    return reasons
+
+
+def report(mutants: list[Mutant], results: dict[str, dict], failed: list[str]) -> str:
+    """The figure, by folder, every mutant that was not caught, and the tests that were not asked."""
+    rows = []
+    for name in (*FOLDERS, ''):
+        chosen = [mutant for mutant in mutants if mutant.file.startswith(name)]
+        counts = Counter(results[mutant.key]['outcome'] for mutant in chosen)
+        share = f'{100 * counts["caught"] / len(chosen):.1f} %' if chosen else ''
+        figures = [len({mutant.file for mutant in chosen}), len(chosen), *(counts[outcome] for outcome in OUTCOMES)]
+        rows.append([f'`{name}/`' if name else 'together', *map(str, figures), share])
+    missed = [f'- {results[m.key]["outcome"]}: `{m.key}`, {m.file}:{m.line}, {m.operator}: `{m.change}`'
+              for m in mutants if results[m.key]['outcome'] != 'caught']
+    unasked = [f'- not asked, because it fails without mutants: {name}' for name in failed]
+    return '\n\n'.join(filter(None, [table(['', 'files', 'mutants', *OUTCOMES, 'share caught'], rows), '\n'.join([*missed, *unasked])]))
+
+
+@click.command(cls=cli.Command)
+@cli.option('--out', metavar='DIR', required=True, help='Folder of the campaign. One that is there resumes.')
+@cli.option('--num', metavar='INT', type=click.IntRange(min=1), default=160, show_default=True, help='Mutants to draw.')
+@cli.option('--seed', metavar='INT', type=int, default=0, show_default=True, help='Of what is drawn.')
+@cli.option('--jobs', metavar='INT', type=click.IntRange(min=1), default=2, show_default=True, help='Mutants at a time.')
+@cli.option('--limit', metavar='SECONDS', type=click.IntRange(min=10), default=60, show_default=True, help='Seconds for a run of tests.')
+@cli.option('--most', metavar='SECONDS', type=click.IntRange(min=1), default=240, show_default=True,
+            help='Seconds of tests for a mutant; the quick ones run first.')
+@cli.option('--files', metavar='LIST', help='Files to draw mutants of.  [default: all]')
+@cli.option('--tests', metavar='LIST', help='Files of tests to ask.  [default: all]')
+def main(out, num, seed, jobs, limit, most, files, tests):
+    """Draw mutants of training/ and metrics/, run the tests that execute their lines, and say how many are caught."""
+    campaign = Campaign(Path(out).resolve())
+    campaign.folder.mkdir(parents=True, exist_ok=True)
+    campaign.prepare()
+    sources = campaign.sources()
+    if files and (unknown := set(files.split(',')) - set(sources)):
+        raise click.UsageError(f'--files: {", ".join(sorted(unknown))}: not in {" or ".join(FOLDERS)}')
+    equal = equal_mutants(ROOT / EQUAL)
+    found = campaign.map(jobs, tests.split(',') if tests else ['tests'])
+    mutants = draw({file: source for file, source in sources.items() if not files or file in files.split(',')}, num, seed, set(equal))
+    campaign.run(mutants, found, jobs, limit, most)
+    click.echo(block(
+        'Mutants', f'{len(mutants)} small faults in {len({m.file for m in mutants})} files, drawn by the seed {seed}, each put into a copy of the '
+        f'repository and shown to the tests that execute its line, until one fails. {len(equal)} that change nothing a test should hold are left '
+        f'out, see `{EQUAL.as_posix()}`. Not covered: no test executes the line.', report(mutants, campaign.results(), found.failed)))
+
+
+if __name__ == '__main__':
+    main(prog_name='python -m benchmarks.mutants')
