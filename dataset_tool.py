@@ -2,20 +2,15 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import io
 import itertools
 import json
 import os
 import pathlib
-import pickle
 import re
 import shutil
-import struct
-import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,332 +21,87 @@ import numpy as np
 from dnnlib import UserError
 from dnnlib.cli import PATH, Command, option
 
-if TYPE_CHECKING:  # Pillow is imported where it is used, so that --help stays fast
-    import lmdb
+if TYPE_CHECKING:  # Pillow and torch are imported where they are used, so that --help stays fast
     from PIL.Image import Image
 
-    from training.dataset import ImageFiles
+    from training.pixels import Picture
+    from training.sources import Label, Selection, Source
 
-# What tarfile, gzip and the pickle machine raise on damaged or hostile archives.
-DAMAGED_ARCHIVE = (OSError, EOFError, tarfile.TarError, zlib.error, struct.error)
-DAMAGED_PICKLE = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError, OverflowError,
-                  MemoryError)
-
-
-class Item(NamedTuple):
-    """One image of a source: its name there, for error messages, and its label: a class index, a vector or None."""
-    name: str
-    image: Image
-    label: int | list[float] | None
-
-
-class Source(NamedTuple):
-    """A sequence of images to convert."""
-    count: int
-    mode: str  # 'L' or 'RGB': what all images are written as
-    items: Iterable[Item]
+TRANSFORMS = ('center-crop', 'center-crop-wide', 'center-crop-letterbox', 'center-crop-dhariwal')  # functions in training/pixels.py
+WIDE = ('center-crop-wide', 'center-crop-letterbox')  # those that pad to a square
+# What an archive, an array or a single file is called, and a folder is not.
+FILE_SUFFIXES = ('.tar', '.gz', '.tgz', '.bz2', '.xz', '.zst', '.7z', '.rar', '.npz', '.npy', '.lmdb', '.mdb', '.h5', '.hdf5', '.pkl', '.pt', '.pth',
+                 '.safetensors', '.tfrecord', '.tfrecords', '.parquet', '.arrow', '.json', '.csv', '.txt', '.png', '.jpg', '.jpeg', '.webp', '.gif')
 
 #----------------------------------------------------------------------------
-# Sources: arrays.
+# Sources.
 
-def array_source(images: np.ndarray, labels: Iterable[int], name: str, limit: int | None) -> Source:
-    """Source of the first `limit` of uint8 [N, H, W] or [N, H, W, 3] images with class indices."""
-    from PIL import Image
+def open_source(source: str, selection: Selection, background: tuple[int, int, int]) -> Source:
+    """What of the source that `--source` names is to be converted."""
+    from training import sources
 
-    images = images[:limit]
-    if images.size == 0:
-        raise UserError(f'{name} holds no images')
-    items = (Item(f'{name}[{i}]', Image.fromarray(image), int(label)) for i, (image, label) in enumerate(zip(images, labels)))
-    return Source(len(images), 'L' if images.ndim == 3 else 'RGB', items)
-
-
-def digits_source(limit: int | None) -> Source:
-    """scikit-learn's bundled digits: 1,797 greyscale images of 8x8 pixels in 0..16, 10 classes."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    return array_source(np.rint(digits.images * 255 / 16).astype(np.uint8), digits.target, 'digits', limit)
-
-
-def read_idx(path: pathlib.Path, magic: int) -> np.ndarray:
-    """The uint8 array of an IDX file, gzipped or not; the magic number's last byte is the number of dimensions."""
-    try:
-        with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as file:
-            data = file.read()
-        found, *shape = struct.unpack_from(f'>{1 + (magic & 0xff)}I', data)
-    except DAMAGED_ARCHIVE as error:
-        raise UserError(f'{path} is not a readable IDX file ({error}); download it again') from error
-    header = 4 * (1 + len(shape))
-    if found != magic or len(data) - header != int(np.prod(shape, dtype=object)):
-        raise UserError(f'{path} is not a complete IDX file: magic number {found:#x} instead of {magic:#x}, or a wrong length; download it again')
-    return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
-
-
-def mnist_source(path: pathlib.Path, limit: int | None) -> Source:
-    """MNIST's images and the labels beside them; 28x28 images get a black border of 2 pixels, as in EDM, since sides are powers of two."""
-    name = path.name.replace('images-idx3', 'labels-idx1')
-    beside = [path.with_name(n) for n in (name, name.removesuffix('.gz'), name + '.gz')]
-    labels_path = next((p for p in beside if p.is_file()), None)
-    if labels_path is None:
-        raise UserError(f'{path} needs its labels beside it, in {beside[0]}')
-    images, labels = read_idx(path, 0x803), read_idx(labels_path, 0x801)
-    if len(images) != len(labels):
-        raise UserError(f'{path} has {len(images)} images, but {labels_path} has {len(labels)} labels; take both from one release')
-    if images.shape[1:] == (28, 28):
-        images = np.pad(images, [(0, 0), (2, 2), (2, 2)])
-    return array_source(images, labels, path.name, limit)
-
-#----------------------------------------------------------------------------
-# Sources: CIFAR-10's pickles, read without running anything that they name.
-
-class InertArray:
-    """Stands in for `numpy.ndarray` in a pickle: takes down a uint8 array's shape and bytes."""
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, column_major, data = state
-        self.fill(data, dtype, shape, 'F' if column_major else 'C')
-
-    def fill(self, data: bytes | str, dtype: InertDtype, shape: tuple, order: str) -> InertArray:
-        if dtype.name not in ('u1', 'uint8', '|u1'):
-            raise ValueError(f'an array of type {dtype.name!r} instead of uint8')
-        data = data.encode('latin1') if isinstance(data, str) else data  # Python 2 wrote bytes as text
-        self.values = np.frombuffer(data, dtype=np.uint8).reshape(shape, order=order)
-        return self
-
-
-class InertDtype:
-    """Stands in for `numpy.dtype` in a pickle: takes down its name."""
-
-    def __init__(self, name: str, *_):
-        self.name = name
-
-    def __setstate__(self, state: tuple) -> None:
-        pass  # byte order and alignment, which bytes do not have
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """Python 3 writes bytes so in pickles for Python 2; any other codec is refused."""
-    if encoding != 'latin1':
-        raise ValueError(f'text in codec {encoding!r}')
-    return text.encode('latin1')
-
-
-ADMITTED = {
-    ('numpy', 'ndarray'): InertArray,
-    ('numpy', 'dtype'): InertDtype,
-    ('_codecs', 'encode'): _encode,
-    **{(f'numpy.{core}.multiarray', '_reconstruct'): lambda *_: InertArray() for core in ('core', '_core')},
-    **{(f'numpy.{core}.numeric', '_frombuffer'): lambda *state: InertArray().fill(*state[:4]) for core in ('core', '_core')},
-}
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads plain data and uint8 arrays. An admitted name maps to one of the harmless stand-ins above; any other is refused, and named."""
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in ADMITTED:
-            raise pickle.UnpicklingError(f'it names {module}.{name}, which is no plain array; nothing of it was run')
-        return ADMITTED[module, name]
-
-
-def read_cifar_batch(data: bytes, source: str) -> tuple[np.ndarray, list[int]]:
-    """uint8 [N, 32, 32, 3] images and N class indices of one pickled CIFAR-10 batch."""
-    try:
-        batch = ArrayUnpickler(io.BytesIO(data), encoding='latin1').load()
-        images, labels = batch['data'].values.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), batch['labels']
-        if len(images) != len(labels) or not all(type(label) is int and 0 <= label < 10 for label in labels):
-            raise ValueError(f'its {len(images)} images do not go with {len(labels)} labels, or a label is not in 0..9')
-    except DAMAGED_PICKLE as error:
-        raise UserError(f'{source} is not a CIFAR-10 batch ({error}); download cifar-10-python.tar.gz again') from error
-    return images, labels
-
-
-def cifar10_source(path: pathlib.Path, limit: int | None) -> Source:
-    """The training batches of `cifar-10-python.tar.gz`: 50,000 images of 32x32, 10 classes."""
-    batches = {}
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if member.isfile() and (match := re.search(r'(?:^|/)data_batch_(\d+)$', member.name)):
-                    batches[int(match[1])] = member.name, archive.extractfile(member).read()
-    except DAMAGED_ARCHIVE as error:
-        raise UserError(f'{path} is not a complete tar archive ({error}); download it again') from error
-    if not batches:
-        raise UserError(f'{path} holds no CIFAR-10 batches (data_batch_1, ...); the tar archive to name is cifar-10-python.tar.gz')
-    images, labels = zip(*(read_cifar_batch(data, f'{path}: {name}') for _, (name, data) in sorted(batches.items())))
-    return array_source(np.concatenate(images), itertools.chain.from_iterable(labels), path.name, limit)
-
-#----------------------------------------------------------------------------
-# Sources: image files.
-
-def folder_labels(names: list[str]) -> list[int] | None:
-    """Class indices from the outermost folders in which sorted names differ; None unless every image lies in a folder."""
-    folders = [name.split('/')[:-1] for name in names]
-    if not all(folders):
-        return None
-    shared = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders))
-    depth = min(len(list(shared)), min(map(len, folders)) - 1)
-    index = {name: i for i, name in enumerate(sorted({folder[depth] for folder in folders}))}
-    click.echo(f'Labels from {len(index)} class folders: ' + ', '.join(f'{name}={i}' for name, i in list(index.items())[:10])
-               + (', ...' if len(index) > 10 else ''), err=True)
-    return [index[folder[depth]] for folder in folders]
-
-
-def is_colour(files: ImageFiles, name: str) -> bool:
-    with files.open_image(name) as image:
-        return image.mode not in ('1', 'L', 'LA', 'La', 'F') and not image.mode.startswith('I')
-
-
-def read_image(files: ImageFiles, name: str) -> Image:
-    with files.open_image(name) as image:
-        image.load()
-    return image
-
-
-def files_source(path: pathlib.Path, limit: int | None) -> Source:
-    """A folder or zip of images, sorted by name. They are written as RGB if any is in colour; in a colour set the first header tells."""
-    from training.dataset import ImageFiles, read_labels
-
-    files = ImageFiles(path)
-    if files.holds_latents:
-        raise UserError(f'{path} holds latents already ({files.images[0]}, ...); it is a data set as it is, or name the images they were made from')
-    labels = read_labels(files)
-    if labels is None:
-        labels = [None] * len(files.images) if files.label_files else folder_labels(files.images) or [None] * len(files.images)
-    else:
-        labels = labels.tolist()
-    names = files.images[:limit]
-    mode = 'RGB' if any(is_colour(files, name) for name in names) else 'L'
-    items = (Item(f'{path}: {name}', read_image(files, name), label) for name, label in zip(names, labels))
-    return Source(len(names), mode, items)
-
-
-@contextlib.contextmanager
-def open_lmdb(path: pathlib.Path) -> Iterator[lmdb.Transaction]:
-    """A read transaction over the data base. Raises: UserError."""
-    try:
-        import lmdb
-    except ImportError as error:
-        raise UserError(f'{path} is an LMDB data base, and the lmdb package is not installed; run: pip install lmdb') from error
-    try:
-        with lmdb.open(str(path), readonly=True, lock=False) as base, base.begin(buffers=True) as transaction:
-            yield transaction
-    except lmdb.Error as error:
-        raise UserError(f'{path} is not a readable LMDB data base ({error}); copy or download it again') from error
-
-
-def lmdb_source(path: pathlib.Path, limit: int | None) -> Source:
-    """An LSUN `*_lmdb` folder of JPEG or WebP images, in the order of its keys, without labels."""
-    with open_lmdb(path) as transaction:
-        count = transaction.stat()['entries']
-    if count == 0:
-        raise UserError(f'{path} holds no images')
-    return Source(count if limit is None else min(limit, count), 'RGB', _lmdb_items(path, limit))
-
-
-def _lmdb_items(path: pathlib.Path, limit: int | None) -> Iterator[Item]:
-    from PIL import Image
-
-    from training.dataset import UNREADABLE
-    with open_lmdb(path) as transaction:
-        for key, value in itertools.islice(transaction.cursor(), limit):
-            name = f'{path}: {bytes(key).decode("ascii", "backslashreplace")}'
-            try:
-                image = Image.open(io.BytesIO(value))
-                image.load()
-            except UNREADABLE as error:
-                raise UserError(f'{name} is not a readable image ({error}); replace or remove it') from error
-            yield Item(name, image, None)
-
-
-def open_source(source: str, limit: int | None) -> Source:
-    """The source that `--source` names, cut to its first `limit` images."""
     if source == 'digits':
-        return digits_source(limit)
+        return sources.digits_source(selection)
     path = pathlib.Path(source)
     if not path.exists():
         raise UserError(f'--source={source}: no such file or folder')
     if path.is_dir():
-        is_lmdb = path.name.endswith('_lmdb') or (path / 'data.mdb').is_file()
-        return (lmdb_source if is_lmdb else files_source)(path, limit)
+        if path.name.endswith('_lmdb') or (path / 'data.mdb').is_file():
+            return sources.lmdb_source(path, selection)
+        return sources.files_source(path, selection, background)
     if re.search(r'\.(tar|tgz|tar\.gz)$', path.name):
-        return cifar10_source(path, limit)
-    return (mnist_source if re.search(r'-images-idx3-ubyte(\.gz)?$', path.name) else files_source)(path, limit)
+        return sources.cifar10_source(path, selection)
+    if re.search(r'-images-idx3-ubyte(\.gz)?$', path.name):
+        return sources.mnist_source(path, selection)
+    if path.suffix.lower() in ('.npz', '.npy'):
+        return image_array_source(path, selection)
+    return sources.files_source(path, selection, background)
+
+
+def image_array_source(path: pathlib.Path, selection: Selection) -> Source:
+    """The images of an .npz or .npy file, as fid.py reads them; of an .npz `arr_1`, as generate.py and ADM write it, are their classes."""
+    from metrics.images import ArrayImages
+    from training import sources
+
+    labels = None if path.suffix.lower() == '.npy' or selection.labels_from == 'none' else read_classes(path)
+    images = ArrayImages(path).images.transpose(0, 2, 3, 1)
+    if labels is not None and len(labels) != len(images):
+        raise UserError(f'{path} has {len(images)} images, but {len(labels)} labels in arr_1; leave them out with --labels-from=none')
+    return sources.array_source(images[:, :, :, 0] if images.shape[3] == 1 else images, labels, path.name, selection)
+
+
+def read_classes(path: pathlib.Path) -> np.ndarray | None:
+    """[N] class indices in an .npz file; None where it has none. Raises: UserError where its `arr_1` is anything else."""
+    from metrics.arrays import ArchivedArrays
+
+    with ArchivedArrays(path, path) as arrays:
+        if 'arr_1' not in arrays.keys:
+            return None
+        header = arrays.header('arr_1')
+        labels = arrays.read('arr_1') if header.dtype.kind in 'iu' and len(header.shape) == 1 else None
+    if labels is None or (labels.size and labels.min() < 0):
+        raise UserError(f'{path}: arr_1 is {header.dtype} {list(header.shape)}, and labels are class indices, whole numbers [N] from 0; '
+                        'leave it out with --labels-from=none')
+    return labels
 
 #----------------------------------------------------------------------------
-# Modes and transforms.
+# Transforms.
 
-def to_mode(image: Image, mode: str, name: str) -> Image:
-    """The image in 8 bits, 'L' or 'RGB'; transparency is dropped, 16-bit values are divided by 257."""
-    from PIL import Image
-
-    if image.mode == 'F':
-        raise UserError(f'{name} is a floating-point image of unknown range; convert it to 8 bits')
-    if image.mode.startswith('I'):
-        image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
-    try:
-        return image if image.mode == mode else image.convert(mode)
-    except ValueError as error:
-        raise UserError(f'{name} cannot be converted to {mode} ({error}); convert it to RGB') from error
-
-
-def crop_centre(image: Image, width: int, height: int) -> Image:
-    """The middle width x height pixels; one pixel nearer to the top left where they cannot be in the middle."""
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def resize(image: Image, width: int, height: int) -> Image:
-    """The image at that size, whatever its own aspect ratio, by Lanczos filter."""
-    from PIL.Image import Resampling
-
-    return image if image.size == (width, height) else image.resize((width, height), Resampling.LANCZOS)
-
-
-def center_crop(image: Image, width: int, height: int) -> Image:
-    """The largest centred square, resized."""
-    side = min(image.size)
-    return resize(crop_centre(image, side, side), width, height)
-
-
-def center_crop_wide(image: Image, width: int, height: int) -> Image:
-    """The largest centred part of the ratio width : height, resized, between black bars that make it a square of `width`."""
-    from PIL import Image
-
-    crop_width = min(image.width, max(round(image.height * width / height), 1))
-    crop_height = min(image.height, max(round(image.width * height / width), 1))
-    canvas = Image.new(image.mode, (width, width))
-    canvas.paste(resize(crop_centre(image, crop_width, crop_height), width, height), (0, (width - height) // 2))
-    return canvas
-
-
-def center_crop_dhariwal(image: Image, width: int, height: int) -> Image:
-    """ADM's preprocessing (Dhariwal & Nichol 2021): halved by box filter while twice too large, the shorter side made exact by bicubic
-    filter, the middle cropped."""
-    from PIL.Image import Resampling
-
-    while min(image.size) >= 2 * width:
-        image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
-    factor = width / min(image.size)
-    image = image.resize((round(image.width * factor), round(image.height * factor)), Resampling.BICUBIC)
-    return crop_centre(image, width, height)
-
-
-TRANSFORMS = {'center-crop': center_crop, 'center-crop-wide': center_crop_wide, 'center-crop-dhariwal': center_crop_dhariwal}
-
-
-def make_transform(name: str | None, resolution: tuple[int, int] | None) -> Callable[[Image], Image]:
-    """The function from a source image to the image written. Raises: UserError where it could not give valid sizes."""
+def make_transform(name: str | None, resolution: tuple[int, int] | None) -> Callable[[Image], Image | None]:
+    """The function from a source image to the image written, or to None where it is left out. Raises: UserError where no size could be valid."""
     if resolution is None:
         return lambda image: image
+    from training import pixels
+
     width, height = resolution
-    if name == 'center-crop-wide':
+    if name in WIDE:
         if height > width:
-            raise UserError(f'--resolution={width}x{height}: center-crop-wide pads to a square of the width, so the height cannot exceed it')
+            raise UserError(f'--resolution={width}x{height}: {name} pads to a square of the width, so the height cannot exceed it')
         check_size(width, width, f'--resolution={width}x{height}')
     else:
         check_size(width, height, f'--resolution={width}x{height}')
-    return lambda image: TRANSFORMS.get(name, resize)(image, width, height)
+    function = pixels.resize if name is None else getattr(pixels, name.replace('-', '_'))
+    return lambda image: function(image, width, height)
 
 
 def check_size(width: int, height: int, what: str) -> None:
@@ -399,12 +149,18 @@ class ZipWriter:
         self.file.close()
 
 
+def is_zip(dest: pathlib.Path) -> bool:
+    return dest.suffix.lower() == '.zip'
+
+
 def check_dest(dest: pathlib.Path) -> None:
     """Raises UserError unless `dest` is a new or existing zip file, or a new or empty folder."""
-    if dest.suffix == '.zip' and dest.is_dir():
+    if is_zip(dest) and dest.is_dir():
         raise UserError(f'--dest={dest} is a folder; name a zip file, or a folder without .zip')
-    if dest.suffix != '.zip' and dest.exists() and not dest.is_dir():
+    if not is_zip(dest) and dest.exists() and not dest.is_dir():
         raise UserError(f'--dest={dest} is a file; name a .zip file or a folder')
+    if dest.suffix.lower() in FILE_SUFFIXES and not dest.is_dir():
+        raise UserError(f'--dest={dest}: data sets are written to a .zip file or a folder, and {dest.suffix} is neither')
     if dest.is_dir() and any(dest.iterdir()):
         raise UserError(f'--dest={dest} is a folder that is not empty; name another, or empty it first')
 
@@ -416,7 +172,7 @@ def open_dest(dest: pathlib.Path) -> Iterator[Callable[[str, bytes], None]]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = pathlib.Path(tempfile.mkdtemp(prefix=f'.{target.name}.', suffix='.tmp', dir=target.parent))
-        with contextlib.closing((ZipWriter if dest.suffix == '.zip' else FolderWriter)(staging / target.name)) as writer:
+        with contextlib.closing((ZipWriter if is_zip(dest) else FolderWriter)(staging / target.name)) as writer:
             yield writer.write
         os.replace(staging / target.name, target)
     except OSError as error:
@@ -434,22 +190,74 @@ def png_bytes(image: Image) -> bytes:
     return data.getvalue()
 
 
-def converted(source: Source, transform: Callable[[Image], Image]) -> Iterator[Item]:
-    """The source's images as they are to be written. Raises UserError where one is of another size than the first."""
-    first, modes = None, Counter()
-    for item in source.items:
-        if item.image.mode != source.mode:
-            modes[item.image.mode] += 1
-        image = transform(to_mode(item.image, source.mode, item.name))
+class Color(NamedTuple):
+    """A color, and what messages call it."""
+    rgb: tuple[int, int, int]
+    name: str
+
+
+class Recipe(NamedTuple):
+    """How an image of a source becomes the image that is written.
+
+    Attributes:
+        transform: from the image in 8 bits to one of the wanted size, or None where it is left out.
+        background: of transparent pixels.
+        upright: whether images are turned as their EXIF orientation says.
+    """
+    transform: Callable[[Image], Image | None]
+    background: Color
+    upright: bool
+
+
+class Written(NamedTuple):
+    """An image to be written: its place in the source, its name there, for messages, the image, and its label."""
+    number: int
+    name: str
+    image: Image
+    label: Label
+
+
+def converted(source: Source, recipe: Recipe) -> Iterator[Written]:
+    """The source's images as they are to be written; afterwards what was done to them is said.
+
+    Raises: UserError where one is of another size than the first, or none is left.
+    """
+    from training import pixels
+
+    first, notes, left_out = None, Counter(), 0
+    for number, name, picture, label in source.items:
+        image, transparent = pixels.prepared(picture, source.mode, recipe.background.rgb, recipe.upright, name)
+        image = recipe.transform(image)
+        if image is None:
+            left_out += 1
+            continue
         if first is None:
-            check_size(*image.size, item.name)
-            first = item.name, image.size
+            check_size(*image.size, name)
+            first = name, image.size
         if image.size != first[1]:
-            raise UserError(f'{item.name} is {image.width}x{image.height}, but {first[0]} is {first[1][0]}x{first[1][1]}; '
+            raise UserError(f'{name} is {image.width}x{image.height}, but {first[0]} is {first[1][0]}x{first[1][1]}; '
                             'bring all to one size with --resolution and --transform')
-        yield item._replace(image=image)
-    for mode, count in sorted(modes.items()):
-        click.echo(f'Note: {count} images were converted from mode {mode} to {source.mode}.', err=True)
+        notes.update(what_was_done(picture, transparent, source.mode, recipe))
+        yield Written(number, name, image, label)
+    if left_out:
+        notes['images are too small for --transform=center-crop-wide and were left out'] = left_out
+    for text, count in sorted(notes.items()):
+        click.echo(f'Note: {count} {text}.', err=True)
+    if first is None:
+        raise UserError(f'None of the {left_out} images is large enough; choose a smaller --resolution, or --transform=center-crop-letterbox')
+
+
+def what_was_done(picture: Picture, transparent: bool, mode: str, recipe: Recipe) -> Iterator[str]:
+    """Sentences, without their number, that say what became of an image."""
+    if picture.image.mode != mode:
+        yield f'images were converted from mode {picture.image.mode} to {mode}'
+    if picture.loses_bits:
+        yield 'images have 16 bits a channel, of which the upper 8 were kept'
+    if transparent:
+        yield f'images have transparent pixels and were composited on --background={recipe.background.name}'
+    if picture.orientation != 1:
+        yield ('images carry an EXIF orientation and were turned by it (--exif=apply)' if recipe.upright else
+               'images carry an EXIF orientation, which was ignored; --exif=apply turns them as viewers do')
 
 
 class PngFiles:
@@ -457,10 +265,10 @@ class PngFiles:
 
     pattern, entries = 'img{:08d}.png', {}
 
-    def contents(self, items: Iterable[Item]) -> Iterator[tuple[bytes, int | list[float] | None]]:
-        """(what to write, label) of each item; afterwards `what` says what these files are."""
-        for _, image, label in items:
-            yield png_bytes(image), label
+    def contents(self, images: Iterable[Written]) -> Iterator[tuple[int, bytes, Label]]:
+        """(number, what to write, label) of each image; afterwards `what` says what these files are."""
+        for number, _, image, label in images:
+            yield number, png_bytes(image), label
         self.what = f'{"RGB" if image.mode == "RGB" else "greyscale"} images of {image.width}x{image.height}'
 
 
@@ -481,20 +289,20 @@ class LatentFiles:
         encoders.make_ready(self.encoder, self.device)
         self.values, self.sums = 0, np.zeros([2, self.encoder.channels])
 
-    def contents(self, items: Iterable[Item]) -> Iterator[tuple[bytes, int | list[float] | None]]:
+    def contents(self, images: Iterable[Written]) -> Iterator[tuple[int, bytes, Label]]:
         """As `PngFiles.contents`."""
-        items = iter(items)
-        while batch := list(itertools.islice(items, self.encoder.batch_size)):
-            for raw, (_, _, label) in zip(self._encode(batch), batch):
+        images = iter(images)
+        while batch := list(itertools.islice(images, self.encoder.batch_size)):
+            for raw, written in zip(self._encode(batch), batch):
                 data = io.BytesIO()
                 np.save(data, raw)
-                yield data.getvalue(), label
+                yield written.number, data.getvalue(), written.label
         self.what = 'latents of {2}x{1}x{0}'.format(*raw.shape)
 
-    def _encode(self, batch: list[Item]) -> np.ndarray:
+    def _encode(self, batch: list[Written]) -> np.ndarray:
         import torch
 
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for _, image, _ in batch])).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.stack([np.asarray(written.image) for written in batch])).permute(0, 3, 1, 2)
         try:
             raw = self.encoder.encode_pixels(pixels.to(self.device)).cpu().numpy()
         except RuntimeError as error:
@@ -513,15 +321,15 @@ class LatentFiles:
         return dict(encoder=dict(class_name='StabilityVAEEncoder', vae_name=self.encoder.vae_name, raw_mean=raw_mean, raw_std=raw_std))
 
 
-def convert(source: Source, dest: pathlib.Path, transform: Callable[[Image], Image], files: PngFiles | LatentFiles) -> str:
-    """Write all images as `files` has it, then `dataset.json`. Returns: a sentence about what was written."""
+def convert(source: Source, dest: pathlib.Path, recipe: Recipe, files: PngFiles | LatentFiles) -> str:
+    """Write all images as `files` has it, numbered as in the source, then `dataset.json`. Returns: a sentence about what was written."""
     from tqdm import tqdm
 
     labels = []
     bar = dict(total=source.count, unit='img', dynamic_ncols=True, disable=None)  # None: no bar where stderr is not a terminal
-    with open_dest(dest) as write, tqdm(converted(source, transform), **bar) as progress:
-        for i, (data, label) in enumerate(files.contents(progress)):
-            name = f'{i // 1000:05d}/{files.pattern.format(i)}'
+    with open_dest(dest) as write, tqdm(converted(source, recipe), **bar) as progress:
+        for number, data, label in files.contents(progress):
+            name = f'{number // 1000:05d}/{files.pattern.format(number)}'
             write(name, data)
             labels.append([name, label])
         labelled = all(label is not None for _, label in labels)
@@ -543,20 +351,49 @@ class Resolution(click.ParamType):
         return int(match[1]), int(match[2])
 
 
+class Background(click.ParamType):
+    """A color as Pillow names it: `white` becomes `Color((255, 255, 255), 'white')`."""
+
+    name = 'COLOR'
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, Color):
+            return value
+        from PIL import ImageColor
+        try:
+            rgb = ImageColor.getrgb(value)
+        except ValueError:
+            rgb = ()
+        if len(rgb) != 3:
+            self.fail(f'{value!r} is not an opaque color: a name of CSS, such as white, black or gray, or #rrggbb, or rgb(255, 255, 255)', param, ctx)
+        return Color(rgb, value)
+
+
 @click.command(cls=Command)
 @option('--source', required=True, metavar='PATH|digits', type=PATH, group='Input',
-        help='Folder or zip of images; cifar-10-python.tar.gz; MNIST\'s train-images-idx3-ubyte[.gz], its labels beside it (28x28 images are padded '
-             'to 32x32); an LSUN *_lmdb folder; or "digits", scikit-learn\'s 1,797 images of 8x8.')
+        help='Folder or zip of images; an .npz or .npy of uint8 images; cifar-10-python.tar.gz; MNIST\'s train-images-idx3-ubyte[.gz], its labels '
+             'beside it (28x28 images are padded to 32x32); an LSUN *_lmdb folder; or "digits", scikit-learn\'s 1,797 images of 8x8.')
 @option('--max-images', type=click.IntRange(min=1), metavar='INT', group='Input', help='Convert the first so many images only.  [default: all]')
+@option('--max-images-per-class', type=click.IntRange(min=1), metavar='INT', group='Input',
+        help='Convert the first so many images of each class only.  [default: all]')
+@option('--labels-from', type=click.Choice(['auto', 'folders', 'dataset.json', 'none']), default='auto', show_default=True, group='Input',
+        help='Where labels come from. auto: the source\'s dataset.json; without one, its class folders, beside which no other images may lie. '
+             'folders: class folders, without the images beside them. none: no labels.')
+@option('--exif', type=click.Choice(['apply', 'ignore']), default='ignore', show_default=True, group='Input',
+        help='Whether images that carry an EXIF orientation are turned by it, as viewers do, or stay as their pixels are stored.')
+@option('--background', type=Background(), default='white', show_default=True, metavar='COLOR', group='Input',
+        help='What transparent pixels lie on: a name of CSS or #rrggbb. Grey images with transparency stay grey if it is grey.')
 @option('--dest', required=True, metavar='PATH', type=PATH, group='Output', help='A .zip file, replaced if it exists, or a new or empty folder.')
 @option('--resolution', type=Resolution(), metavar='WxH', group='Output', help='Resize the images to this size.  [default: keep their size]')
 @option('--transform', type=click.Choice(list(TRANSFORMS)), group='Output',
-        help='How non-square images become square: center-crop cuts the largest centred square; center-crop-wide cuts to W:H and pads with black '
-             'bars to WxW; center-crop-dhariwal is ADM\'s preprocessing, for ImageNet.  [default: stretch]')
+        help='How non-square images become square: center-crop cuts the largest centred square; center-crop-wide is EDM\'s, for LSUN: it cuts the '
+             'middle rows, leaves out images that are smaller than WxH, and pads with black bars to WxW; center-crop-letterbox cuts to W:H and pads; '
+             'center-crop-dhariwal is ADM\'s preprocessing, for ImageNet.  [default: stretch]')
 @option('--encode-vae', 'vae', metavar='NAME|DIR', type=PATH, group='Output',
         help='Write latents, not images: of this diffusers AutoencoderKL, a name on the Hugging Face hub, such as stabilityai/sd-vae-ft-mse (the VAE '
              'of EDM2), or a folder.')
-def main(source: str, max_images: int | None, dest: str, resolution: tuple[int, int] | None, transform: str | None, vae: str | None) -> None:
+def main(source: str, max_images: int | None, max_images_per_class: int | None, labels_from: str, exif: str, background: Color, dest: str,
+         resolution: tuple[int, int] | None, transform: str | None, vae: str | None) -> None:
     """Convert images into a data set for training and evaluation.
 
     The result is a zip or folder of PNGs of one size, square with a power of two as side, greyscale or RGB, and a dataset.json of labels. Labels
@@ -572,12 +409,13 @@ def main(source: str, max_images: int | None, dest: str, resolution: tuple[int, 
     if transform is not None and resolution is None:
         raise click.UsageError(f'--transform={transform} needs --resolution=WxH')
     check_dest(pathlib.Path(dest))
-    function = make_transform(transform, resolution)
+    recipe = Recipe(make_transform(transform, resolution), background, exif == 'apply')
     files = PngFiles() if vae is None else LatentFiles(vae)
-    images = open_source(source, max_images)
+    from training.sources import Selection
+    images = open_source(source, Selection(max_images, max_images_per_class, labels_from), background.rgb)
     if vae is not None:
         images = images._replace(mode='RGB')
-    click.echo(convert(images, pathlib.Path(dest), function, files))
+    click.echo(convert(images, pathlib.Path(dest), recipe, files))
 
 
 if __name__ == '__main__':

@@ -91,16 +91,17 @@ def check_headers(files: ImageFiles, chosen: Sequence[int], shape: Sequence[int]
 def read_image(path: str, as_grey: bool = False) -> Tensor:
     """An image file, turned as its camera was, as uint8 [1, C, H, W]; `as_grey`: of 8-bit ones of any mode the grey levels. Raises: UserError."""
     import torch
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     from training.dataset import UNREADABLE, image_pixels, image_shape_of, is_16_bit
+    from training.pixels import Picture, oriented
     cure = 'save it as 8-bit grey' if as_grey else 'save it as 8-bit grey or RGB'
     try:
         with Image.open(path) as opened:
             if as_grey and not is_16_bit(opened) and opened.mode != 'LAB':
-                return torch.from_numpy(image_pixels(ImageOps.exif_transpose(opened).convert('L')).copy())[None]
+                return torch.from_numpy(image_pixels(oriented(Picture.load(opened), upright=True).convert('L')).copy())[None]
             image_shape_of(opened, path, cure)
-            return torch.from_numpy(image_pixels(ImageOps.exif_transpose(opened)).copy())[None]
+            return torch.from_numpy(image_pixels(oriented(Picture.load(opened), upright=True)).copy())[None]
     except UNREADABLE as error:
         raise UserError(f'{path} is not a readable image ({getattr(error, "strerror", None) or error})') from error
 

@@ -8,6 +8,7 @@ import zlib
 
 HEAD = 4096            # bytes that decide; a tar archive shows itself after 257
 PICKLE_HEAD = 1 << 16  # bytes of the pickle inside a PyTorch file, in which its outermost names are looked for
+ZIP, DAMAGED_ZIP, NPZ, NPY = 'a zip archive', 'a damaged or incomplete zip archive', 'a NumPy .npz archive', 'a NumPy .npy array'
 
 # Pattern of the first bytes, and what such a file is called. The first that matches decides.
 STARTS = [(re.compile(pattern, re.DOTALL), words) for pattern, words in (
@@ -23,7 +24,7 @@ STARTS = [(re.compile(pattern, re.DOTALL), words) for pattern, words in (
     (rb'P[1-7]\s[\s\d#]', 'a PNM image'),
     (rb'....ftyp', 'a video or HEIF/AVIF image'),
     (rb'%PDF-', 'a PDF document'),
-    (rb'PK\x03\x04|PK\x05\x06|PK\x07\x08', 'a zip archive'),
+    (rb'PK\x03\x04|PK\x05\x06|PK\x07\x08', ZIP),
     (rb'\x1f\x8b\x08', 'a gzip file'),
     (rb'BZh[1-9]', 'a bzip2 file'),
     (rb'\xfd7zXZ\0', 'an xz file'),
@@ -31,7 +32,7 @@ STARTS = [(re.compile(pattern, re.DOTALL), words) for pattern, words in (
     (rb'7z\xbc\xaf\x27\x1c', 'a 7-Zip archive'),
     (rb'Rar!\x1a\x07', 'a RAR archive'),
     (rb'.{257}ustar', 'a tar archive'),
-    (rb'\x93NUMPY', 'a NumPy .npy array'),
+    (rb'\x93NUMPY', NPY),
     (rb'\x89HDF\r\n\x1a\n', 'an HDF5 file'),
     (rb'.{8}\{\s*"', 'a safetensors file'),
     (rb'GGUF', 'a GGUF file'),
@@ -57,7 +58,7 @@ def describe_file(source: str | os.PathLike | bytes) -> str | None:
         return 'a folder'
     with open(source, 'rb') as file:
         words = _describe_start(file.read(HEAD))
-    return _describe_zip(source) if words == 'a zip archive' else words
+    return _describe_zip(source) if words == ZIP else words
 
 
 def _describe_start(head: bytes) -> str | None:
@@ -94,12 +95,12 @@ def _describe_zip(path: str | os.PathLike) -> str:
                 with archive.open(record) as file:
                     return _describe_saved(file.read(PICKLE_HEAD))
     except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error):
-        return 'a damaged or incomplete zip archive'
+        return DAMAGED_ZIP
     if names and all(name.endswith('.npy') and '/' not in name for name in names):
-        return 'a NumPy .npz archive'
+        return NPZ
     if '[Content_Types].xml' in names:
         return 'an Office document'
-    return 'a zip archive'
+    return ZIP
 
 
 def _describe_saved(pickled: bytes) -> str:

@@ -124,7 +124,8 @@ class FileImages(ImageSource):
     def fingerprint(self) -> str:
         """Of names, sizes and times of change in a folder; of names, sizes and checksums in a zip."""
         names = [self.files.images[i] for i in self.index]
-        return _fingerprint('files', [(name, *(_file_state(self.name, name) if self.files.is_folder else self._checksums[name])) for name in names])
+        state = (lambda name: _file_state(self.files.path_of(name))) if self.files.is_folder else self._checksums.__getitem__
+        return _fingerprint('files', [(name, *state(name)) for name in names])
 
 
 def _zip_checksums(files: ImageFiles) -> dict[str, tuple[int, int]]:
@@ -137,13 +138,13 @@ def _zip_checksums(files: ImageFiles) -> dict[str, tuple[int, int]]:
     return {info.filename: (info.CRC, info.file_size) for info in infos}
 
 
-def _file_state(folder: str, name: str) -> tuple:
+def _file_state(path: str) -> tuple:
     """(size, time of its last change in nanoseconds, and of its inode's); nothing of a file that is not there, which reading will tell.
 
     Programs that unpack and copy set the first time to what it was elsewhere, and uncompressed images are all of one size. None can set the second.
     """
     try:
-        status = os.stat(os.path.join(folder, name))
+        status = os.stat(path)
     except OSError:
         return ()
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
@@ -164,12 +165,17 @@ class ArrayImages(ImageSource):
         super().__init__(path, len(array), num, seed)
         self.image_shape = list(self._images.shape[1:])
 
+    @property
+    def images(self) -> np.ndarray:
+        """uint8 [N, C, H, W], all that the file has; a view that is mapped."""
+        return self._images
+
     def pixels(self, i: int) -> np.ndarray:
         return self._images[self.index[i]]
 
     def fingerprint(self) -> str:
         """Of the file's size and time of change; the arrays themselves would take long to read."""
-        return _fingerprint('array', [_file_state('', self.name), self._images.shape, self.index.tolist()])
+        return _fingerprint('array', [_file_state(self.name), self._images.shape, self.index.tolist()])
 
 
 def _map_images(path: str | os.PathLike) -> tuple[str, np.ndarray]:

@@ -144,9 +144,28 @@ def test_class_folders_become_integer_labels_in_sorted_order(tmp_path, wrapper):
     np.testing.assert_array_equal(pixels, [random_pixels(4, 4, 3, seed=i) for i in (1, 3, 0, 2)])
 
 
-def test_an_image_outside_the_class_folders_leaves_all_without_labels(tmp_path):
-    source = write_files(tmp_path / 'src', {name: encode(random_pixels(4, 4)) for name in ('cat/1.png', 'dog/1.png', '0.png')})
-    assert convert(source, tmp_path / 'out.zip')[1] is None
+STRAYS = [
+    (['0.png', 'cat/1.png', 'dog/1.png'], ['0.png'], [0, 1]),
+    (['train/0.png', 'train/cat/1.png', 'train/dog/x/1.png'], ['train/0.png'], [0, 1]),
+    (['0.png', 'train/1.png', 'train/cat/1.png', 'train/dog/1.png', 'train/dog/2.png'], ['0.png', 'train/1.png'], [0, 1, 1]),
+]
+
+
+@pytest.mark.parametrize('kind', ['folder', 'zip'])
+@pytest.mark.parametrize('names, strays, labels', STRAYS)
+def test_images_beside_the_class_folders_are_named_and_left_out_or_all_labels_are_by_choice(tmp_path, names, strays, labels, kind):
+    """Also where they lie beside class folders further down, which would become one class."""
+    files = {name: encode(random_pixels(4, 4, seed=i)) for i, name in enumerate(names)}
+    source = (write_files if kind == 'folder' else write_zip)(tmp_path / 'src', files)
+    output = run(f'--source={source}', f'--dest={tmp_path}/out.zip', code=1)
+    assert f'{len(strays)} of {len(names)} images' in output and f'({", ".join(strays)})' in output
+    assert '--labels-from=folders' in output and '--labels-from=none' in output and not (tmp_path / 'out.zip').exists()
+    output = run(f'--source={source}', f'--dest={tmp_path}/out.zip', '--labels-from=folders')
+    pixels, table = load(tmp_path / 'out.zip')
+    assert f'({", ".join(strays)}), and are left out' in output and [label for _, label in table] == labels
+    np.testing.assert_array_equal(pixels, [random_pixels(4, 4, seed=i) for i, name in enumerate(names) if name not in strays])
+    pixels, table = convert(source, tmp_path / 'none.zip', '--labels-from=none')
+    assert len(pixels) == len(names) and table is None
 
 
 @pytest.mark.parametrize('labels, expected', [
@@ -387,13 +406,60 @@ def test_center_crop_then_resizes(tmp_path):
 
 
 @pytest.mark.parametrize('size, box', [((96, 48), (0, 96, 0, 48)), ((96, 72), (0, 96, 12, 60)), ((128, 48), (16, 112, 0, 48))])
-def test_center_crop_wide_cuts_to_the_ratio_and_pads_with_black(tmp_path, size, box):
+def test_center_crop_letterbox_cuts_to_the_ratio_and_pads_with_black(tmp_path, size, box):
     """32x16 wanted: the middle 2:1 part of the source, resized, between bars of 8 rows."""
     pixels = smooth(*size)
     left, right, top, bottom = box
-    out = transformed(tmp_path, pixels, '32x16', 'center-crop-wide')
+    out = transformed(tmp_path, pixels, '32x16', 'center-crop-letterbox')
     assert out.shape == (32, 32, 3) and not out[:8].any() and not out[24:].any()
     assert np.abs(out[8:24] - area_average(pixels[top:bottom, left:right], 32, 16)).max() < 3
+
+
+def edm_wide(pixels, width, height):
+    """EDM's formula in whole numbers: the rows are the image's height at the wanted width, w H / W, halves to the even number."""
+    h, w = pixels.shape[:2]
+    rows, rest = divmod(width * h, w)
+    rows += 2 * rest > w or (2 * rest == w and rows % 2)
+    if w < width or rows < height:
+        return None
+    out = np.zeros([width, width, *pixels.shape[2:]], np.uint8)
+    top = (width - height) // 2
+    cut = Image.fromarray(pixels[(h - rows) // 2:(h + rows) // 2])
+    out[top:top + height] = np.asarray(cut.resize((width, height), Image.Resampling.LANCZOS))
+    return out
+
+
+SIZES = [(32, 16), (32, 15), (32, 17), (32, 24), (32, 29), (31, 40), (33, 16), (33, 21), (33, 64), (47, 22), (47, 23), (47, 71), (48, 24), (64, 31), (64, 32), (64, 33),
+         (64, 47), (96, 64), (97, 64), (101, 77), (20, 40)]  # columns, rows
+
+
+def test_center_crop_wide_leaves_out_and_cuts_what_edm_does(tmp_path):
+    """Odd sizes, just too small and just large enough ones, and halves ((64, 31) and (64, 33) both have 16 rows); the numbers of files are those of the source."""
+    images = [random_pixels(h, w, 3, seed=i) for i, (w, h) in enumerate(SIZES)]
+    source = write_files(tmp_path / 'src', {f'{i:02d}.png': encode(image) for i, image in enumerate(images)})
+    output = run(f'--source={source}', f'--dest={tmp_path}/out', '--resolution=32x16', '--transform=center-crop-wide')
+    expected = {i: out for i, image in enumerate(images) if (out := edm_wide(image, 32, 16)) is not None}
+    assert {SIZES[i] for i in range(len(SIZES)) if i not in expected} == {(32, 15), (31, 40), (47, 22), (20, 40)}
+    assert f'Note: {len(SIZES) - len(expected)} images are too small for --transform=center-crop-wide and were left out' in output
+    assert f'Wrote {len(expected)} RGB images' in output
+    assert sorted(path.stem for path in (tmp_path / 'out').rglob('*.png')) == [f'img{i:08d}' for i in expected]
+    np.testing.assert_array_equal(load(tmp_path / 'out')[0], list(expected.values()))
+
+
+def test_where_every_image_is_too_small_nothing_is_written(tmp_path):
+    source = write_files(tmp_path / 'src', {'0.png': encode(random_pixels(16, 16))})
+    assert 'None of the 1 images is large enough' in run(f'--source={source}', f'--dest={tmp_path}/out.zip', '--resolution=32x16',
+                                                         '--transform=center-crop-wide', code=1)
+    assert os.listdir(tmp_path) == ['src']
+
+
+@pytest.mark.parametrize('size', [(65, 64), (64, 67), (99, 70), (33, 34)])
+def test_center_crop_cuts_the_rows_and_columns_of_edm_where_sizes_are_odd(tmp_path, size):
+    pixels, side = random_pixels(size[1], size[0], 3), min(size)
+    top, left = (size[1] - side) // 2, (size[0] - side) // 2
+    cut = Image.fromarray(pixels[top:top + side, left:left + side])
+    out = transformed(tmp_path, pixels, '32x32', 'center-crop')
+    np.testing.assert_array_equal(out, np.asarray(cut.resize((32, 32), Image.Resampling.LANCZOS)))
 
 
 def adm_oracle(pixels, side):
@@ -529,7 +595,7 @@ def test_misuse_of_options_exits_with_2(tmp_path, options, message):
     (['--resolution=48x48'], 'side 48 is not a power of two'),
     (['--resolution=64x32', '--transform=center-crop'], '64x32 is not square'),
     (['--resolution=32x64', '--transform=center-crop-wide'], 'the height cannot exceed it'),
-    (['--resolution=48x16', '--transform=center-crop-wide'], 'side 48 is not a power of two'),
+    (['--resolution=48x16', '--transform=center-crop-letterbox'], 'side 48 is not a power of two'),
 ])
 def test_sizes_that_networks_cannot_take_are_refused_before_reading(tmp_path, options, message):
     assert message in run('--source=missing', f'--dest={tmp_path}/out.zip', *options, code=1)
@@ -599,7 +665,8 @@ def test_a_full_disk_leaves_the_old_file_and_one_clear_message(tmp_path, monkeyp
 def test_the_script_runs_on_its_own_and_is_quiet_off_a_terminal(tmp_path):
     command = [sys.executable, ROOT / 'dataset_tool.py', '--source=digits', '--dest=digits.zip', '--max-images=3']
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stdout, result.stderr) == (0, 'Wrote 3 greyscale images of 8x8, with labels, to digits.zip\n', '')
+    said = ('Note: --max-images=3 leaves out 7 of 10 classes (3, 4, 5, 6, 7, ...); --max-images-per-class takes as many of each.\n',)
+    assert (result.returncode, result.stdout, result.stderr) == (0, 'Wrote 3 greyscale images of 8x8, with labels, to digits.zip\n', *said)
     result = subprocess.run([*command[:2], '--source=missing', '--dest=x.zip'], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (1, '', 'Error: --source=missing: no such file or folder\n')
 

@@ -18,6 +18,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
@@ -26,7 +27,8 @@ import torch.utils.data
 from PIL import Image
 
 from dnnlib import UserError
-from training import zip_index
+from dnnlib.file_kind import DAMAGED_ZIP, NPY, NPZ, ZIP, describe_file
+from training import file_names, pixels, zip_index
 from training.zip_index import ZipIndex
 
 HEADER_CHECK_LIMIT = 10_000  # up to so many images all headers are compared at construction; beyond, each image when it is read
@@ -45,7 +47,8 @@ class ImageFiles:
     """The images, or latents, and label files of a folder or a zip, by their sorted names with forward slashes.
 
     A zip is opened anew by each process that reads from it: a handle shared over a fork would share its file position too.
-    Nothing is ever extracted. Hidden files and macOS resource forks are left out.
+    Nothing is ever extracted. Hidden files and macOS resource forks are left out. In a folder symbolic links are followed; a zip has none.
+    A backslash in a name separates folders, in a zip as in a folder that such a zip was unpacked to.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -55,7 +58,8 @@ class ImageFiles:
             raise UserError(f'{self.path}: no such file or folder')
         self.is_folder = os.path.isdir(self.path)
         self._index = None if self.is_folder else self._read_index()
-        names = sorted(self._walk()) if self.is_folder else self._index.names
+        self._stored: dict[str, str] = {}  # names in the folder that have backslashes
+        names = self._walk() if self.is_folder else self._index.names
         rows = self.remember('listing', lambda: self._list(names))
         self.images, self.label_files = ([names[i] for i in rows[which]] if self.is_folder else names[rows[which]]
                                          for which in ('images', 'label_files'))
@@ -64,23 +68,37 @@ class ImageFiles:
     def __getstate__(self):
         return dict(self.__dict__, _zip=None, _zip_owner=None)
 
-    def _walk(self) -> Iterator[str]:
-        for folder, _, files in os.walk(self.path):
-            inner = os.path.relpath(folder, self.path)
-            yield from (os.path.normpath(os.path.join(inner, file)).replace(os.sep, '/') for file in files)
+    def _walk(self) -> list[str]:
+        stored = list(file_names.walk(self.path))
+        names = list(map(file_names.with_slashes, stored))
+        self._stored = {name: own for name, own in zip(names, stored) if name != own}
+        if self._stored and len(set(names)) < len(names):
+            twice = next(name for name, times in Counter(names).items() if times > 1)
+            raise UserError(f'{self.path} has both {twice} and {self._stored[twice]}: a backslash separates folders as a slash does, so '
+                            'these are one name; rename one')
+        return sorted(names)
 
     def _read_index(self) -> ZipIndex:
         try:
-            return ZipIndex.read(self.path)
+            index = ZipIndex.read(self.path)
         except UNREADABLE as error:
-            raise UserError(f'{self.path} is neither a folder nor a complete zip file ({error}); copy or make it again') from error
+            kind = None if isinstance(error, PermissionError) else describe_file(self.path)
+            what = error if kind in (None, DAMAGED_ZIP) else f'it is {kind}'
+            raise UserError(f'{self.path} is neither a folder nor a complete zip file ({what}); {cure_of_kind(kind)}') from error
+        if self.path.lower().endswith('.npz'):
+            raise UserError(f'{self.path} is {NPZ}, not a zip of images; {cure_of_kind(NPZ)}')
+        for name in index.links():
+            if not file_names.is_hidden(name):
+                raise UserError(f'{self.path}: {name} is a symbolic link, so the zip holds a path instead of what it leads to; make the zip again '
+                                'with the files that links lead to (zip -r, without -y)')
+        return index
 
     def _list(self, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Which of the sorted names are `images`, whether those are `latents`, and which are `label_files`. Of a name that repeats, the last."""
         readable = _readable_extensions()
         pictures, latents, label_files = [], [], []
         for i, (name, following) in enumerate(zip(names, itertools.chain(itertools.islice(names, 1, None), [None]))):
-            if name == following or (('.' in name[:1] or '/.' in name or '__MACOSX' in name) and _is_hidden(name)):
+            if name == following or (('.' in name[:1] or '/.' in name or '__MACOSX' in name) and file_names.is_hidden(name)):
                 continue
             extension = name[name.rfind('.'):].lower()
             if extension in readable:
@@ -94,9 +112,11 @@ class ImageFiles:
                             'two folders')
         images = pictures or latents
         if not images:
-            raise UserError(f'{self.path} holds no images; dataset_tool.py converts other sources')
+            kind = None if self.is_folder else describe_file(self.path)
+            what = 'holds no images' if kind in (None, ZIP) else f'is {kind} and holds no images'
+            raise UserError(f'{self.path} {what}; dataset_tool.py converts other sources')
         for name in (names[i] for i in images):
-            if name[0] == '/' or ('..' in name and '..' in re.split(r'[/\\]', name)):
+            if name[0] == '/' or ('..' in name and '..' in name.split('/')):
                 raise UserError(f'{self.path} names a file outside of itself, {name}, as no data set does; make the zip again')
         return dict(images=np.array(images), latents=np.array(bool(latents)), label_files=np.array(label_files, dtype=np.int64))
 
@@ -111,10 +131,23 @@ class ImageFiles:
         """The directory of the zip."""
         return self._index.entries()
 
+    def folders(self, inner: str) -> set[str]:
+        """The names of the folders in `inner`, a path that is empty or ends in a slash; of a zip, those that it lists. None that is hidden."""
+        if self.is_folder:
+            with os.scandir(os.path.join(self.path, inner)) as entries:
+                found = {entry.name for entry in entries if entry.is_dir()}
+        else:
+            found = {name[len(inner):].split('/')[0] for name in self._index.names if name.endswith('/') and name.startswith(inner) and name != inner}
+        return {name for name in found if not file_names.is_hidden_part(name)}
+
+    def path_of(self, name: str) -> str:
+        """Where the file of that name lies, of a folder."""
+        return os.path.join(self.path, self._stored.get(name, name))
+
     def open(self, name: str) -> BinaryIO:
         """The file of that name, for reading. Raises: one of `UNREADABLE`."""
         if self.is_folder:
-            return open(os.path.join(self.path, name), 'rb')
+            return open(self.path_of(name), 'rb')
         if self._zip is None or self._zip_owner != os.getpid():
             self._zip, self._zip_owner = zip_index.open_archive(self.path), os.getpid()
         return self._zip.open(self._index.info(name))
@@ -168,8 +201,15 @@ class LatentFile:
         return values
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part == '__MACOSX' or (part[:1] == '.' and part not in ('.', '..')) for part in name.split('/'))
+def cure_of_kind(kind: str | None) -> str:
+    """What to give instead of a file of a kind that `describe_file` tells, where images are expected."""
+    if kind in (NPZ, NPY):
+        return 'dataset_tool.py converts arrays of images to a data set'
+    if kind and kind.endswith('image'):
+        return 'name the folder or the zip that images lie in'
+    if kind and re.search('tar|gzip|bzip2|xz|Zstandard|7-Zip|RAR', kind):
+        return 'unpack it and name the folder'
+    return 'copy or make it again' if kind in (None, DAMAGED_ZIP) else 'name a folder or a zip of images'
 
 
 @functools.lru_cache(maxsize=1)
@@ -201,7 +241,9 @@ def _labels_by_name(files: ImageFiles) -> dict[str, np.ndarray]:
     if folder:
         labels = [table.get(image.removeprefix(folder), absent) if label is absent else label for image, label in zip(images, labels)]
     if missing := [image for image, label in zip(images, labels) if label is absent]:
-        raise UserError(f'{files.path}: {name} has no label for {len(missing)} of {len(images)} images, such as {missing[0]}; make it again')
+        why = file_names.explain_absence(missing[0].removeprefix(folder), table) or file_names.explain_absence(missing[0], table)
+        raise UserError(f'{files.path}: {name} has no label for {len(missing)} of {len(images)} images, such as {missing[0]}'
+                        + (f'. {why}' if why else '; make it again'))
     return dict(labels=_label_array(labels, f'{files.path}: {name}'))
 
 
@@ -269,7 +311,7 @@ def image_pixels(image: Image.Image) -> np.ndarray:
 
 def is_16_bit(image: Image.Image) -> bool:
     """Whether the file has more than 8 bits a channel. Pillow reduces 16-bit RGB on its own, and only the raw mode of the decoder tells."""
-    return image.mode[0] in 'IF' or (image.format == 'PNG' and any(';16' in str(tile[3]) for tile in image.tile))
+    return image.mode[0] in 'IF' or pixels.has_16_bits(pixels.raw_mode(image))
 
 
 class ImageFolderDataset(torch.utils.data.Dataset):
@@ -292,6 +334,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._index = random_subset(len(self._files.images), max_size, seed)
         self.caches = not self._files.holds_latents if cache is None else cache
         self._mirrored, self._cache = xflip, ({} if self.caches else None)
+        self.unturned: set[int] = set()  # file numbers of images that viewers turn (EXIF), among those whose headers are read at construction
+        self._shape = None  # until headers have been read
         self._shape = self._check_headers()
         if resolution not in (None, self.resolution):
             raise UserError(f'{self._files.path} has {self._describe(self._shape)} images, not {resolution}x{resolution}; '
@@ -317,6 +361,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                 yield latents.shape, latents.load
         else:
             with self._files.open_image(name) as image:
+                if self._shape is None and pixels.is_left_unturned(image):
+                    self.unturned.add(int(i))
                 yield image_shape_of(image, self._source(i)), functools.partial(image_pixels, image)
 
     def _check_headers(self) -> tuple[int, int, int]:
@@ -352,10 +398,10 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             return self._cache[i]
         with self._open(i) as (shape, read):
             self._check_shape(shape, self._shape, i)
-            pixels = read()
+            values = read()
         if self._cache is not None:
-            self._cache[i] = pixels
-        return pixels
+            self._cache[i] = values
+        return values
 
     def __len__(self) -> int:
         return len(self._index) * (2 if self._mirrored else 1)
@@ -364,8 +410,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         if not 0 <= i < len(self):
             raise IndexError(f'image {i} of {len(self)}')
         copy, place = divmod(int(i), len(self._index))
-        pixels = self._pixels(self._index[place])
-        return np.array(pixels[:, :, ::-1] if copy else pixels, order='C'), self.get_label(i)
+        values = self._pixels(self._index[place])
+        return np.array(values[:, :, ::-1] if copy else values, order='C'), self.get_label(i)
 
     def get_label(self, i: int) -> np.ndarray:
         """float32 [label_dim] label of item i."""

@@ -243,6 +243,9 @@ def describe_run(log: RunLog, c: EasyDict, net, dataset, rounds: int, batch_gpu:
     params = sum(p.numel() for p in net.parameters())
     steps = c.ema_halflife_nimg / c.batch_size
     log(f'Data: {len(dataset)} images of {dataset.image_shape}, {dataset.label_dim} classes, from {c.dataset.path}')
+    if dataset.unturned:
+        log(f'Note: {len(dataset.unturned)} images carry an EXIF orientation, which is ignored: training sees their pixels as they are stored. '
+            'dataset_tool.py --exif=apply turns them.')
     log(f'Network: {type(net).__name__} / {type(net.model).__name__}, {params:,} parameters')
     log(f'Batch: {c.batch_size} images in {rounds} round(s) of {batch_gpu} on {distributed.get_world_size()} process(es)')
     log(f'EMA half-life: {c.ema_halflife_nimg:,.0f} images = {steps:,.0f} steps')

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import struct
 import zipfile
 import zlib
@@ -19,11 +20,13 @@ from typing import NamedTuple
 import numpy as np
 
 from dnnlib import UserError, util
+from training import file_names
 
 CACHE_FROM = 100_000  # members; fewer are read as fast as they could be looked up
-FORMAT = 1            # of the cache's arrays
+FORMAT = 2            # of the cache's arrays, and of what is made of them
 DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error)
-FIELDS = dict(offset=np.uint64, compressed=np.uint64, size=np.uint64, crc=np.uint32, method=np.uint16, flags=np.uint16)
+FIELDS = dict(offset=np.uint64, compressed=np.uint64, size=np.uint64, crc=np.uint32, method=np.uint16, flags=np.uint16, attributes=np.uint32)
+SYMBOLIC_LINK = 0o12  # the upper four bits of a Unix file's mode, which are the upper four of its attributes
 EMPTY_ZIP = b'PK\5\6' + bytes(18)
 
 
@@ -64,27 +67,29 @@ class ZipIndex:
     """Members of a zip file in the order of their names; of several with one name, the last in the file is the last here.
 
     Attributes:
-        names: of all members.
+        names: of all members, folders separated by slashes; where the file has backslashes, those are in `stored`.
         fields: name to array [N], as in `FIELDS`.
         key: hexadecimal digest of the directory and the file's size, which decide all of it; None where that cannot be told.
     """
 
-    def __init__(self, names: Names, fields: dict[str, np.ndarray], key: str | None):
-        self.names, self.fields, self.key = names, fields, key
+    def __init__(self, stored: Names, fields: dict[str, np.ndarray], key: str | None):
+        self.stored, self.fields, self.key = stored, fields, key
+        self.names = Names(_with_slashes(stored.blob), stored.starts, stored.ends)
 
     @classmethod
     def read(cls, path: str) -> ZipIndex:
         """The index of a file, or that of an identical directory which was read earlier.
 
-        Raises: what `zipfile.ZipFile` raises where it cannot be read.
+        Raises: what `zipfile.ZipFile` raises where it cannot be read; UserError where two names differ in their separators only.
         """
         tail = _find_directory(path)
         key = tail and tail.key()
 
         def parse():
             names, fields = (tail and _parse(tail)) or _parse_by_zipfile(path)
-            order = sorted(range(len(names)), key=names.__getitem__)
+            order = sorted(range(len(names)), key=[_with_slashes(name) for name in names].__getitem__)
             names = Names.of([names[i] for i in order])
+            _check_separators(names, path)
             return dict(blob=np.frombuffer(names.blob, np.uint8), ends=names.ends, **{name: array[order] for name, array in fields.items()})
         arrays = cached(key if tail and tail.count >= CACHE_FROM else None, 'directory', parse, _consistent)
         ends = arrays['ends']
@@ -102,10 +107,29 @@ class ZipIndex:
         row = bisect_right(self.names, name) - 1
         if row < 0 or self.names[row] != name:
             raise KeyError(f'There is no item named {name!r} in the archive')
-        info = zipfile.ZipInfo(name)
-        info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type, info.flag_bits = (
+        info = zipfile.ZipInfo(self.stored[row])
+        info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type, info.flag_bits, info.external_attr = (
             int(self.fields[field][row]) for field in FIELDS)
         return info
+
+    def links(self) -> list[str]:
+        """The members that are symbolic links: their contents are the paths that they lead to."""
+        return list(self.names[np.flatnonzero(self.fields['attributes'] >> 28 == SYMBOLIC_LINK)])
+
+
+def _with_slashes(names: bytes) -> bytes:
+    """As `file_names.with_slashes`; in UTF-8 a byte that looks like a backslash is one."""
+    return names.replace(b'\\', b'/')
+
+
+def _check_separators(stored: Names, path: str) -> None:
+    """UserError where two different names, in the order of their names with slashes, are the same with slashes."""
+    if b'\\' not in stored.blob:
+        return
+    for name, following in itertools.pairwise(stored):
+        if name != following and file_names.with_slashes(name) == file_names.with_slashes(following):
+            raise UserError(f'{path} has both {name} and {following}: backslashes separate folders as slashes do, so these are one name; '
+                            'make the zip again')
 
 
 def open_archive(path: str) -> zipfile.ZipFile:
@@ -179,7 +203,7 @@ def _parse(tail: Tail) -> tuple[list[bytes], dict[str, np.ndarray]] | None:
         every = np.ndarray([len(data) - 7], kind, data, strides=[1])  # at each byte, also beyond a boundary
         return every[positions + at]
     fields = dict(offset=field('<u4', 42).astype(np.uint64), compressed=field('<u4', 20), size=field('<u4', 24), crc=field('<u4', 16),
-                  method=field('<u2', 10), flags=field('<u2', 8))
+                  method=field('<u2', 10), flags=field('<u2', 8), attributes=field('<u4', 38))
     name_length, extra_length = field('<u2', 28).astype(np.int64), field('<u2', 30)
     far = fields['offset'] == 0xffffffff
     extra = positions[far] + 46 + name_length[far]
@@ -199,7 +223,7 @@ def _parse(tail: Tail) -> tuple[list[bytes], dict[str, np.ndarray]] | None:
 def _parse_by_zipfile(path: str) -> tuple[list[bytes], dict[str, np.ndarray]]:
     with zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
-    columns = zip(*((i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type, i.flag_bits) for i in infos))
+    columns = zip(*((i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type, i.flag_bits, i.external_attr) for i in infos))
     arrays = [np.array(column, dtype=kind) for column, kind in zip(columns, FIELDS.values())] or [np.empty(0, kind) for kind in FIELDS.values()]
     return [info.filename.encode() for info in infos], dict(zip(FIELDS, arrays))
 

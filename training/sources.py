@@ -1,0 +1,392 @@
+"""What dataset_tool.py reads: folders, zips, arrays, CIFAR-10, MNIST, LSUN and digits, as images one after another with their labels."""
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import itertools
+import pathlib
+import pickle
+import re
+import struct
+import tarfile
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import click
+import numpy as np
+from PIL import Image
+
+from dnnlib import UserError
+from training import file_names
+from training.dataset import UNREADABLE, ImageFiles, read_labels
+from training.pixels import Picture, is_colour
+
+if TYPE_CHECKING:
+    import lmdb
+
+# What tarfile, gzip and the pickle machine raise on damaged or hostile archives.
+DAMAGED_ARCHIVE = (OSError, EOFError, tarfile.TarError, zlib.error, struct.error)
+DAMAGED_PICKLE = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError, OverflowError,
+                  MemoryError)
+SHOWN = 5  # names that a message lists
+Label = int | list[float] | None
+
+
+class Item(NamedTuple):
+    """One image of a source: its place there, its name there, for messages, and its label: a class index, a vector or None."""
+    number: int
+    name: str
+    picture: Picture
+    label: Label
+
+
+class Source(NamedTuple):
+    """A sequence of images to convert."""
+    count: int
+    mode: str  # 'L' or 'RGB': what all images are written as
+    items: Iterable[Item]
+
+
+class Selection(NamedTuple):
+    """Which images of a source are converted, and with which labels.
+
+    Attributes:
+        max_images: the first so many; None: all.
+        max_per_class: the first so many of each class; None: all.
+        labels_from: auto | folders | dataset.json | none.
+    """
+    max_images: int | None = None
+    max_per_class: int | None = None
+    labels_from: str = 'auto'
+
+    def rows(self, labels: Sequence[Label] | None, count: int, names: Sequence[str] | None = None) -> Sequence[int]:
+        """The places of the chosen images, in order, of `count` with those labels. Says which classes they leave out, by their `names`."""
+        rows: Sequence[int] = range(count)
+        classes = Counter(labels) if labels is not None and count and isinstance(labels[0], int) else None
+        if self.max_per_class is not None:
+            if classes is None:
+                raise UserError('--max-images-per-class needs class labels, and the source has none; use --max-images')
+            if few := [label for label, number in classes.items() if number < self.max_per_class]:
+                note(f'{_listed(few, names)}: {len(few)} of {len(classes)} classes have fewer than {self.max_per_class} images.')
+            rows = first_of_each(labels, self.max_per_class)
+        rows = rows[:self.max_images]
+        if classes is not None and (left_out := classes.keys() - {labels[i] for i in rows}):
+            note(f'--max-images={self.max_images} leaves out {len(left_out)} of {len(classes)} classes ({_listed(left_out, names)}); '
+                 '--max-images-per-class takes as many of each.')
+        return rows
+
+
+def first_of_each(labels: Sequence[int], count: int) -> list[int]:
+    """The places of the first `count` of each label, in order."""
+    seen, rows = Counter(), []
+    for i, label in enumerate(labels):
+        if seen[label] < count:
+            seen[label] += 1
+            rows.append(i)
+    return rows
+
+
+def note(text: str) -> None:
+    click.echo(f'Note: {text}', err=True)
+
+
+def _listed(values: Iterable, names: Sequence[str] | None = None) -> str:
+    """The first of the sorted values, or of the names that they are the places of."""
+    values = sorted(values)
+    shown = ', '.join(str(value) if names is None else f'{names[value]}={value}' for value in values[:SHOWN])
+    return shown + (', ...' if len(values) > SHOWN else '')
+
+#----------------------------------------------------------------------------
+# Arrays.
+
+def array_source(images: np.ndarray, labels: Sequence[int] | None, name: str, selection: Selection) -> Source:
+    """Source of uint8 [N, H, W] or [N, H, W, 3] images with class indices."""
+    if images.size == 0:
+        raise UserError(f'{name} holds no images')
+    if selection.labels_from in ('folders', 'dataset.json'):
+        raise UserError(f'--labels-from={selection.labels_from} is for folders and zips of images, and {name} is none; leave it out')
+    labels = None if labels is None or selection.labels_from == 'none' else [int(label) for label in labels]
+    rows = selection.rows(labels, len(images))
+    items = (Item(i, f'{name}[{row}]', Picture(Image.fromarray(np.ascontiguousarray(images[row]))), None if labels is None else labels[row])
+             for i, row in enumerate(rows))
+    return Source(len(rows), 'L' if images.ndim == 3 else 'RGB', items)
+
+
+def digits_source(selection: Selection) -> Source:
+    """scikit-learn's bundled digits: 1,797 greyscale images of 8x8 pixels in 0..16, 10 classes."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return array_source(np.rint(digits.images * 255 / 16).astype(np.uint8), digits.target, 'digits', selection)
+
+def read_idx(path: pathlib.Path, magic: int) -> np.ndarray:
+    """The uint8 array of an IDX file, gzipped or not; the magic number's last byte is the number of dimensions."""
+    try:
+        with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as file:
+            data = file.read()
+        found, *shape = struct.unpack_from(f'>{1 + (magic & 0xff)}I', data)
+    except DAMAGED_ARCHIVE as error:
+        raise UserError(f'{path} is not a readable IDX file ({error}); download it again') from error
+    header = 4 * (1 + len(shape))
+    if found != magic or len(data) - header != int(np.prod(shape, dtype=object)):
+        raise UserError(f'{path} is not a complete IDX file: magic number {found:#x} instead of {magic:#x}, or a wrong length; download it again')
+    return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
+
+
+def mnist_source(path: pathlib.Path, selection: Selection) -> Source:
+    """MNIST's images and the labels beside them; 28x28 images get a black border of 2 pixels, as in EDM, since sides are powers of two."""
+    name = path.name.replace('images-idx3', 'labels-idx1')
+    beside = [path.with_name(n) for n in (name, name.removesuffix('.gz'), name + '.gz')]
+    labels_path = next((p for p in beside if p.is_file()), None)
+    if labels_path is None:
+        raise UserError(f'{path} needs its labels beside it, in {beside[0]}')
+    images, labels = read_idx(path, 0x803), read_idx(labels_path, 0x801)
+    if len(images) != len(labels):
+        raise UserError(f'{path} has {len(images)} images, but {labels_path} has {len(labels)} labels; take both from one release')
+    if images.shape[1:] == (28, 28):
+        images = np.pad(images, [(0, 0), (2, 2), (2, 2)])
+    return array_source(images, labels, path.name, selection)
+
+#----------------------------------------------------------------------------
+# CIFAR-10's pickles, read without running anything that they name.
+
+class InertArray:
+    """Stands in for `numpy.ndarray` in a pickle: takes down a uint8 array's shape and bytes."""
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, column_major, data = state
+        self.fill(data, dtype, shape, 'F' if column_major else 'C')
+
+    def fill(self, data: bytes | str, dtype: InertDtype, shape: tuple, order: str) -> InertArray:
+        if dtype.name not in ('u1', 'uint8', '|u1'):
+            raise ValueError(f'an array of type {dtype.name!r} instead of uint8')
+        data = data.encode('latin1') if isinstance(data, str) else data  # Python 2 wrote bytes as text
+        self.values = np.frombuffer(data, dtype=np.uint8).reshape(shape, order=order)
+        return self
+
+
+class InertDtype:
+    """Stands in for `numpy.dtype` in a pickle: takes down its name."""
+
+    def __init__(self, name: str, *_):
+        self.name = name
+
+    def __setstate__(self, state: tuple) -> None:
+        pass  # byte order and alignment, which bytes do not have
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Python 3 writes bytes so in pickles for Python 2; any other codec is refused."""
+    if encoding != 'latin1':
+        raise ValueError(f'text in codec {encoding!r}')
+    return text.encode('latin1')
+
+
+ADMITTED = {
+    ('numpy', 'ndarray'): InertArray,
+    ('numpy', 'dtype'): InertDtype,
+    ('_codecs', 'encode'): _encode,
+    **{(f'numpy.{core}.multiarray', '_reconstruct'): lambda *_: InertArray() for core in ('core', '_core')},
+    **{(f'numpy.{core}.numeric', '_frombuffer'): lambda *state: InertArray().fill(*state[:4]) for core in ('core', '_core')},
+}
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads plain data and uint8 arrays. An admitted name maps to one of the harmless stand-ins above; any other is refused, and named."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in ADMITTED:
+            raise pickle.UnpicklingError(f'it names {module}.{name}, which is no plain array; nothing of it was run')
+        return ADMITTED[module, name]
+
+
+def read_cifar_batch(data: bytes, source: str) -> tuple[np.ndarray, list[int]]:
+    """uint8 [N, 32, 32, 3] images and N class indices of one pickled CIFAR-10 batch."""
+    try:
+        batch = ArrayUnpickler(io.BytesIO(data), encoding='latin1').load()
+        images, labels = batch['data'].values.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), batch['labels']
+        if len(images) != len(labels) or not all(type(label) is int and 0 <= label < 10 for label in labels):
+            raise ValueError(f'its {len(images)} images do not go with {len(labels)} labels, or a label is not in 0..9')
+    except DAMAGED_PICKLE as error:
+        raise UserError(f'{source} is not a CIFAR-10 batch ({error}); download cifar-10-python.tar.gz again') from error
+    return images, labels
+
+
+def cifar10_source(path: pathlib.Path, selection: Selection) -> Source:
+    """The training batches of `cifar-10-python.tar.gz`: 50,000 images of 32x32, 10 classes."""
+    batches = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.isfile() and (match := re.search(r'(?:^|/)data_batch_(\d+)$', member.name)):
+                    batches[int(match[1])] = member.name, archive.extractfile(member).read()
+    except DAMAGED_ARCHIVE as error:
+        raise UserError(f'{path} is not a complete tar archive ({error}); download it again') from error
+    if not batches:
+        raise UserError(f'{path} holds no CIFAR-10 batches (data_batch_1, ...); the tar archive to name is cifar-10-python.tar.gz')
+    images, labels = zip(*(read_cifar_batch(data, f'{path}: {name}') for _, (name, data) in sorted(batches.items())))
+    return array_source(np.concatenate(images), list(itertools.chain.from_iterable(labels)), path.name, selection)
+
+#----------------------------------------------------------------------------
+# Labels from class folders.
+
+class ClassFolders(NamedTuple):
+    """How class folders divide images.
+
+    Attributes:
+        prefix: of all class folders: empty, or a path that ends in a slash.
+        names: of the class folders, sorted.
+        labels: of each image: the place of its class folder among `names`; None of an image that lies in no class folder.
+    """
+    prefix: str
+    names: list[str]
+    labels: list[int | None]
+
+
+def class_folders(images: Sequence[str]) -> ClassFolders | None:
+    """The outermost folders in which names of images differ; None where all lie in the root.
+
+    Images that lie beside folders with images are in no class. Where all lie in one folder, that is the only class.
+    """
+    by_folder = defaultdict(list)
+    for i, name in enumerate(images):
+        by_folder[tuple(name.split('/')[:-1])].append(i)
+    folders = set(by_folder)
+    prefix = _common(folders)
+    while prefix in folders and len(folders) > 1:
+        folders.remove(prefix)
+        prefix = _common(folders)
+    depth = len(prefix) - 1 if folders == {prefix} else len(prefix)
+    if depth < 0:
+        return None
+    names = sorted({folder[depth] for folder in folders})
+    index, labels = {name: i for i, name in enumerate(names)}, [None] * len(images)
+    for folder in folders:
+        for i in by_folder[folder]:
+            labels[i] = index[folder[depth]]
+    return ClassFolders(''.join(f'{part}/' for part in prefix[:depth]), names, labels)
+
+
+def _common(folders: set[tuple[str, ...]]) -> tuple[str, ...]:
+    """The folder, as a tuple of names, that all folders lie in or are."""
+    pairs = zip(min(folders), max(folders))
+    return tuple(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def folder_labels(files: ImageFiles, leave_out: bool) -> tuple[list[str], list[int], list[str]] | None:
+    """(names of images, their class indices, names of the classes) by class folders; None where there are no folders.
+
+    Args:
+        leave_out: whether images that lie beside the class folders are left out. Without, they are an error.
+    """
+    found = class_folders(files.images)
+    if found is None:
+        return None
+    if strays := [name for name, label in zip(files.images, found.labels) if label is None]:
+        where = f'{len(strays)} of {len(files.images)} images in {files.path} lie in no class folder ({_listed(strays)})'
+        if not leave_out:
+            raise UserError(f'{where}, and so have no label. Leave them out with --labels-from=folders, write all images without labels with '
+                            '--labels-from=none, or move them.')
+        note(f'{where}, and are left out.')
+    _check_class_names(files, found)
+    click.echo(f'Labels from {len(found.names)} class folders: ' + ', '.join(f'{name}={i}' for i, name in enumerate(found.names[:10]))
+               + (', ...' if len(found.names) > 10 else ''), err=True)
+    pairs = [(name, label) for name, label in zip(files.images, found.labels) if label is not None]
+    return [name for name, _ in pairs], [label for _, label in pairs], found.names
+
+
+def _check_class_names(files: ImageFiles, found: ClassFolders) -> None:
+    """UserError where two class folders look the same; a note where they nearly do, or hold no images."""
+    for key, alike in ((file_names.composed, 'in Unicode normalisation only (composed, NFC, against decomposed, NFD)'),
+                       (str.casefold, 'in case only')):
+        groups = defaultdict(list)
+        for name in found.names:
+            groups[key(name)].append(name)
+        for first, second, *_ in (group for group in groups.values() if len(group) > 1):
+            text = f'{files.path}: the class folders {first!a} and {second!a} differ {alike}'
+            if key is file_names.composed:
+                raise UserError(f'{text}; rename one, or put their images into one folder')
+            note(f'{text}, and are two classes.')
+    if empty := files.folders(found.prefix) - set(found.names):
+        note(f'{len(empty)} folders in {files.path} beside the class folders hold no images, and are no classes ({_listed(empty)}).')
+
+#----------------------------------------------------------------------------
+# Image files.
+
+def files_source(path: pathlib.Path, selection: Selection, background: tuple[int, int, int]) -> Source:
+    """A folder or zip of images, sorted by name. They are written as RGB if any is in colour; in a colour set the first header tells."""
+    files = ImageFiles(path)
+    if files.holds_latents:
+        with files.open_latents(files.images[0]):  # or it holds other arrays
+            pass
+        raise UserError(f'{path} holds latents already ({files.images[0]}, ...); it is a data set as it is, or name the images they were made from')
+    names, labels, classes = labelled_images(files, selection.labels_from)
+    rows = selection.rows(labels, len(names), classes)
+    mode = 'RGB' if any(_is_colour(files, names[row], background) for row in rows) else 'L'
+    items = (Item(i, f'{path}: {names[row]}', _read(files, names[row]), None if labels is None else labels[row]) for i, row in enumerate(rows))
+    return Source(len(rows), mode, items)
+
+
+def labelled_images(files: ImageFiles, labels_from: str) -> tuple[Sequence[str], list[Label] | None, list[str] | None]:
+    """(names of images, their labels or None, names of the classes or None), as `Selection.labels_from` says."""
+    if labels_from == 'none':
+        return files.images, None, None
+    if labels_from == 'dataset.json' or (labels_from == 'auto' and files.label_files):
+        labels = read_labels(files)
+        if labels is None and labels_from == 'dataset.json':
+            raise UserError(f'{files.path} has no dataset.json with labels; leave out --labels-from')
+        return files.images, None if labels is None else labels.tolist(), None
+    by_folder = folder_labels(files, leave_out=labels_from == 'folders')
+    if by_folder is None and labels_from == 'folders':
+        raise UserError(f'{files.path} has no class folders; leave out --labels-from')
+    return by_folder or (files.images, None, None)
+
+
+def _is_colour(files: ImageFiles, name: str, background: tuple[int, int, int]) -> bool:
+    with files.open_image(name) as image:
+        return is_colour(image, background)
+
+
+def _read(files: ImageFiles, name: str) -> Picture:
+    with files.open_image(name) as image:
+        return Picture.load(image)
+
+
+@contextlib.contextmanager
+def open_lmdb(path: pathlib.Path) -> Iterator[lmdb.Transaction]:
+    """A read transaction over the data base. Raises: UserError."""
+    try:
+        import lmdb
+    except ImportError as error:
+        raise UserError(f'{path} is an LMDB data base, and the lmdb package is not installed; run: pip install lmdb') from error
+    try:
+        with lmdb.open(str(path), readonly=True, lock=False) as base, base.begin(buffers=True) as transaction:
+            yield transaction
+    except lmdb.Error as error:
+        raise UserError(f'{path} is not a readable LMDB data base ({error}); copy or download it again') from error
+
+
+def lmdb_source(path: pathlib.Path, selection: Selection) -> Source:
+    """An LSUN `*_lmdb` folder of JPEG or WebP images, in the order of its keys, without labels."""
+    if selection.labels_from in ('folders', 'dataset.json'):
+        raise UserError(f'--labels-from={selection.labels_from} is for folders and zips of images, and {path} is an LMDB data base; leave it out')
+    with open_lmdb(path) as transaction:
+        count = transaction.stat()['entries']
+    if count == 0:
+        raise UserError(f'{path} holds no images')
+    rows = selection.rows(None, count)
+    return Source(len(rows), 'RGB', _lmdb_items(path, len(rows)))
+
+
+def _lmdb_items(path: pathlib.Path, count: int) -> Iterator[Item]:
+    with open_lmdb(path) as transaction:
+        for i, (key, value) in enumerate(itertools.islice(transaction.cursor(), count)):
+            name = f'{path}: {bytes(key).decode("ascii", "backslashreplace")}'
+            try:
+                picture = Picture.load(Image.open(io.BytesIO(value)))
+            except UNREADABLE as error:
+                raise UserError(f'{name} is not a readable image ({error}); replace or remove it') from error
+            yield Item(i, name, picture, None)
