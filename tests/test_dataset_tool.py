@@ -429,12 +429,12 @@ def edm_wide(pixels, width, height):
     return out
 
 
-SIZES = [(32, 16), (32, 15), (32, 17), (32, 24), (32, 29), (31, 40), (33, 16), (33, 21), (33, 64), (47, 22), (47, 23), (47, 71), (48, 24), (64, 31), (64, 32), (64, 33),
-         (64, 47), (96, 64), (97, 64), (101, 77), (20, 40)]  # columns, rows
+SIZES = [(32, 16), (32, 15), (32, 17), (32, 24), (32, 29), (31, 40), (33, 16), (33, 21), (33, 64), (47, 22), (47, 23), (47, 71), (48, 24), (64, 31),
+         (64, 32), (64, 33), (64, 47), (96, 64), (97, 64), (101, 77), (20, 40)]  # columns, rows
 
 
 def test_center_crop_wide_leaves_out_and_cuts_what_edm_does(tmp_path):
-    """Odd sizes, just too small and just large enough ones, and halves ((64, 31) and (64, 33) both have 16 rows); the numbers of files are those of the source."""
+    """Odd sizes, just too small or large enough, and halves: (64, 31) and (64, 33) both have 16 rows. Files are numbered as in the source."""
     images = [random_pixels(h, w, 3, seed=i) for i, (w, h) in enumerate(SIZES)]
     source = write_files(tmp_path / 'src', {f'{i:02d}.png': encode(image) for i, image in enumerate(images)})
     output = run(f'--source={source}', f'--dest={tmp_path}/out', '--resolution=32x16', '--transform=center-crop-wide')
