@@ -29,11 +29,13 @@ from PIL import Image
 from dnnlib import UserError
 from dnnlib.file_kind import DAMAGED_ZIP, NPY, NPZ, ZIP, describe_file
 from training import file_names, pixels, zip_index
+from training.label_space import Labels, LabelSpace
 from training.zip_index import ZipIndex
 
 HEADER_CHECK_LIMIT = 10_000  # up to so many images all headers are compared at construction; beyond, each image when it is read
 MAX_CLASSES = 1_000_000      # a class index beyond is taken for a damaged file: one-hot labels would not fit in memory
 MAX_LATENT_BYTES = 1 << 30   # of one file of latents; a header that claims more is damaged
+DIGESTED_FILES = 16          # whose bytes are in a data set's digest: sizes say little of uncompressed images
 LABEL_FILE = 'dataset.json'
 LATENT_EXTENSION = '.npy'
 
@@ -64,6 +66,7 @@ class ImageFiles:
         self.images, self.label_files = ([names[i] for i in rows[which]] if self.is_folder else names[rows[which]]
                                          for which in ('images', 'label_files'))
         self.holds_latents = bool(rows['latents'])
+        self._image_rows = None if self.is_folder else rows['images']
 
     def __getstate__(self):
         return dict(self.__dict__, _zip=None, _zip_owner=None)
@@ -143,6 +146,15 @@ class ImageFiles:
     def path_of(self, name: str) -> str:
         """Where the file of that name lies, of a folder."""
         return os.path.join(self.path, self._stored.get(name, name))
+
+    def sizes(self) -> np.ndarray:
+        """[N] int64: bytes of each of `images`, uncompressed. A zip's index tells them; in a folder every file is looked at. Raises: UserError."""
+        if not self.is_folder:
+            return self._index.fields['size'][self._image_rows].astype(np.int64)
+        try:
+            return np.fromiter((os.stat(self.path_of(name)).st_size for name in self.images), np.int64, len(self.images))
+        except OSError as error:
+            raise UserError(f'{error.filename} cannot be read: {error.strerror}') from error
 
     def open(self, name: str) -> BinaryIO:
         """The file of that name, for reading. Raises: one of `UNREADABLE`."""
@@ -343,8 +355,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         labels = read_labels(self._files) if use_labels else None
         if use_labels and labels is None:
             raise UserError(f'{self._files.path} has no labels; add them to its {LABEL_FILE}, or train without (--cond=0)')
-        self._labels = None if labels is None else labels[self._index]
-        self._label_dim = 0 if labels is None else labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
+        self._labels_of_all = None if labels is None else Labels.of_data(labels)
+        self.labels = None if labels is None else self._labels_of_all.subset(self._index)
 
         self.holds_latents = self._files.holds_latents
         self.encoder = read_encoder(self._files) if self.holds_latents else None
@@ -415,10 +427,28 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     def get_label(self, i: int) -> np.ndarray:
         """float32 [label_dim] label of item i."""
-        if self._labels is None:
-            return np.zeros(0, dtype=np.float32)
-        label = self._labels[int(i) % len(self._index)]
-        return label.copy() if label.ndim else (np.arange(self._label_dim) == label).astype(np.float32)
+        return np.zeros(0, dtype=np.float32) if self.labels is None else self.labels[int(i) % len(self._index)]
+
+    def digest(self) -> str:
+        """Hexadecimal digest of the whole data set: names and uncompressed sizes of its images, the bytes of a few, and the labels in use.
+
+        The same for a folder and a zip of it, under whatever name, in whatever folder within the zip, and however compressed. It does not
+        depend on `max_size` and `xflip`. Raises: UserError where a file cannot be read.
+        """
+        names, last = list(self._files.images), len(self._files.images) - 1
+        shared = os.path.commonprefix([names[0], names[-1]])  # names are sorted
+        start = shared.rfind('/') + 1
+        digest = hashlib.sha256('\0'.join(name[start:] for name in names).encode(errors='surrogateescape'))
+        digest.update(self._files.sizes().astype('<i8'))
+        for name in dict.fromkeys(names[i * last // (DIGESTED_FILES - 1)] for i in range(DIGESTED_FILES)):
+            try:
+                with self._files.open(name) as file:
+                    digest.update(hashlib.sha256(file.read()).digest())
+            except UNREADABLE as error:
+                raise UserError(f'{self._files.path}: {name} cannot be read ({error}); replace or remove it') from error
+        if self._labels_of_all is not None:
+            digest.update(self._labels_of_all.digest().encode())
+        return digest.hexdigest()
 
     @property
     def name(self) -> str:
@@ -440,16 +470,31 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     @property
     def has_labels(self) -> bool:
-        return self._labels is not None
+        return self.labels is not None
 
     @property
     def label_dim(self) -> int:
         """Classes of the whole data set (`max_size` does not change it), or the length of its label vectors; 0 without labels."""
-        return self._label_dim
+        return self.label_space.dim
+
+    @property
+    def label_space(self) -> LabelSpace:
+        """What the labels are, and which classes have images here."""
+        return LabelSpace(0) if self.labels is None else self.labels.space
 
     @property
     def label_shape(self) -> list[int]:
-        return [self._label_dim]
+        return [self.label_dim]
+
+    @property
+    def num_files(self) -> int:
+        """Images of the whole data set, of which `max_size` may take some, and which `xflip` mirrors."""
+        return len(self._files.images)
+
+    @property
+    def num_images(self) -> int:
+        """Images that are used, without mirrored ones."""
+        return len(self._index)
 
 
 def random_subset(count: int, max_size: int | None, seed: int) -> np.ndarray:

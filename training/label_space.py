@@ -1,0 +1,199 @@
+"""What the labels of a data set or a network are: classes, of which some may have no images, or vectors of numbers.
+
+A label that a network sees is a float32 vector [label_dim]: of a class one-hot, of anything else what `dataset.json` says of the image. A data set
+whose vectors are all one-hot has classes.
+"""
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dnnlib import UserError
+
+KINDS = ('classes', 'vectors')
+SHOWN = 10  # ranges of classes in a message
+
+
+class LabelSpace(NamedTuple):
+    """The labels that a network takes.
+
+    Attributes:
+        dim: length of a label; 0: there are none.
+        kind: 'classes' or 'vectors'; None where nobody says, as in snapshots of other programs.
+        present: the classes that have images in the training set, rising; None: all of them, or nobody says.
+    """
+    dim: int
+    kind: str | None = None
+    present: tuple[int, ...] | None = None
+
+    @property
+    def are_vectors(self) -> bool:
+        return self.kind == 'vectors'
+
+    @property
+    def absent(self) -> list[int]:
+        """The classes without images."""
+        there = set(range(self.dim) if self.present is None else self.present)
+        return [k for k in range(self.dim) if k not in there]
+
+    def differs(self, other: LabelSpace) -> bool:
+        """Whether a label of one cannot be a label of the other."""
+        return self.dim != other.dim or None not in (self.kind, other.kind) and self.kind != other.kind
+
+    def __str__(self) -> str:
+        return f'label vectors of {self.dim} numbers' if self.are_vectors else f'{self.dim or "no"} classes'
+
+    def warning(self) -> str | None:
+        """A sentence about classes without images; None where there are none."""
+        if not (absent := self.absent):
+            return None
+        have, them = ('has', 'It is') if len(absent) == 1 else ('have', 'They are')
+        return f'{len(absent)} of {self.dim} classes {have} no images: {listed(absent)}. {them} not trained, and never drawn in sampling.'
+
+    def check_class(self, class_idx: int, option: str, network: str) -> None:
+        """UserError, which begins with `option`, unless the network was trained on images of that class."""
+        if self.are_vectors:
+            raise UserError(f'{option}: {network} takes {self}, not classes: give --labels=data, or --labels=FILE.npy with vectors')
+        if class_idx >= self.dim:
+            raise UserError(f'{option} does not exist: {network} has {self.dim or "no"} classes')
+        if self.present is not None and class_idx not in self.present:
+            raise UserError(f'{option}: the training set of {network} has no images of class {class_idx}, so it was never trained; '
+                            f'the classes with images are {listed(self.present)}')
+
+    def record(self) -> dict:
+        """As plain data for metadata: `label_kind` and, where some have no images, `classes`, those that have, as in '0-2,5'."""
+        return {**({'label_kind': self.kind} if self.kind else {}), **({} if self.present is None else {'classes': ranges(self.present)})}
+
+    @classmethod
+    def recorded(cls, dim: int, record: dict) -> LabelSpace:
+        """The space of a `record`, or of metadata that has it. Raises: ValueError where it cannot be one."""
+        kind, classes = record.get('label_kind'), record.get('classes')
+        if kind not in (None, *KINDS) or (classes is not None and (kind == 'vectors' or not isinstance(classes, str))):
+            raise ValueError(f'labels of the kind {kind!r}')
+        return cls(dim, kind, None if classes is None else parse_ranges(classes, dim))
+
+
+def space_of(net) -> LabelSpace:
+    """What a loaded network's metadata say of its labels."""
+    return LabelSpace.recorded(net.label_dim, getattr(net, 'metadata', {}))
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers, in short: [1, 2, 3, 7] is '1-3,7'."""
+    runs = [list(run) for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ','.join(f'{run[0][1]}' if len(run) == 1 else f'{run[0][1]}-{run[-1][1]}' for run in runs)
+
+
+def parse_ranges(text: str, limit: int) -> tuple[int, ...]:
+    """The rising numbers below `limit` of a text that `ranges` has written. Raises: ValueError for any other."""
+    if not re.fullmatch(r'\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*', text, re.ASCII):
+        raise ValueError(f'classes {text[:40]!r}')
+    numbers, free = [], 0
+    for part in text.split(','):
+        first, _, last = part.partition('-')
+        first, last = int(first), int(last or first)
+        if not free <= first <= last < limit:
+            raise ValueError(f'classes {part!r} of {limit}, which do not rise')
+        numbers.extend(range(first, last + 1))
+        free = last + 1
+    return tuple(numbers)
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """Rising numbers for a message: the first ranges."""
+    parts = ranges(numbers).split(',')
+    return ', '.join(parts[:SHOWN]) + (f', ... ({len(numbers)} in all)' if len(parts) > SHOWN else '')
+
+#----------------------------------------------------------------------------
+# Many labels.
+
+class Labels(Sequence):
+    """Labels of a space one after another, as a network sees them: float32 [dim].
+
+    Attributes:
+        values: [N] int64 class indices, or [N, dim] float32 vectors.
+        space: what they are labels of.
+    """
+
+    def __init__(self, values: np.ndarray, space: LabelSpace):
+        self.values, self.space = values, space
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        label = self.values[i]
+        return np.array(label) if label.ndim else (np.arange(self.space.dim) == label).astype(np.float32)
+
+    @property
+    def are_vectors(self) -> bool:
+        return self.values.ndim == 2
+
+    def digest(self) -> str:
+        """SHA-256 of the values."""
+        digest = hashlib.sha256(f'{self.values.dtype.str} {list(self.values.shape)} {self.space.dim}\n'.encode())
+        digest.update(np.ascontiguousarray(self.values))
+        return digest.hexdigest()
+
+    @classmethod
+    def of_data(cls, values: np.ndarray) -> Labels:
+        """The labels of a whole data set, as `dataset.read_labels` gives them."""
+        if values.ndim == 2 and not are_one_hot(values):
+            return cls(values, LabelSpace(values.shape[1], 'vectors'))
+        dim, indices = (values.shape[1], values.argmax(axis=1)) if values.ndim == 2 else (int(values.max()) + 1, values)
+        return cls(indices, LabelSpace(dim, 'classes', _present(indices, dim)))
+
+    def subset(self, index: np.ndarray) -> Labels:
+        """Some of them, in the same space but for the classes that are left without images."""
+        values = self.values[index]
+        return Labels(values, self.space if self.are_vectors else self.space._replace(present=_present(values, self.space.dim)))
+
+    @classmethod
+    def checked(cls, values: np.ndarray, space: LabelSpace, source: str, network: str) -> Labels:
+        """Numbers of a file or a data set as labels of a network: [N] class indices, or [N, dim] vectors.
+
+        Raises: UserError, which names `source`, where they are not labels of that network.
+        """
+        wanted = f'{network} takes {space}: ' + ' or '.join(
+            [f'class indices [N] below {space.dim}', f'one-hot rows [N, {space.dim}]'][:0 if space.are_vectors else 2]
+            + [f'vectors [N, {space.dim}] of finite numbers'][:0 if space.kind == 'classes' else 1])
+        if values.dtype.kind not in 'iuf' or values.size == 0:
+            raise UserError(f'{source} holds {values.dtype} {list(values.shape)}, no labels; {wanted}')
+        fits = values.ndim == 2 and values.shape[1] == space.dim or values.ndim == 1 and values.dtype.kind != 'f' and not space.are_vectors
+        if not fits:
+            raise UserError(f'{source} holds {values.dtype} {list(values.shape)}; {wanted}')
+        if values.ndim == 1:
+            return cls(_checked_classes(values, space, source, network), space)
+        with np.errstate(over='ignore'):
+            vectors = np.asarray(values, dtype=np.float32)
+        if bad := int((~np.isfinite(vectors).all(axis=1)).sum()):
+            raise UserError(f'{source}: {bad} of {len(vectors)} rows hold numbers that are not finite, or beyond float32')
+        one_hot = not space.are_vectors and are_one_hot(vectors)
+        if space.kind == 'classes' and not one_hot:
+            raise UserError(f'{source} holds rows that are not one-hot; {wanted}')
+        return cls(_checked_classes(vectors.argmax(axis=1), space, source, network) if one_hot else vectors, space)
+
+
+def are_one_hot(rows: np.ndarray) -> bool:
+    """Whether every row of [N, D] is a 1 among zeros."""
+    return bool(((rows == 0) | (rows == 1)).all() and (rows.sum(axis=1) == 1).all())
+
+
+def _present(indices: np.ndarray, dim: int) -> tuple[int, ...] | None:
+    there = np.unique(indices)
+    return None if len(there) == dim else tuple(there.tolist())
+
+
+def _checked_classes(indices: np.ndarray, space: LabelSpace, source: str, network: str) -> np.ndarray:
+    used = np.unique(indices).tolist()
+    if not 0 <= used[0] <= used[-1] < space.dim:
+        raise UserError(f'{source} holds class indices from {used[0]} to {used[-1]}; {network} has {space.dim} classes, 0 to {space.dim - 1}')
+    if space.present is not None and (untrained := sorted(set(used) - set(space.present))):
+        raise UserError(f'{source} holds labels of classes {listed(untrained)}, of which the training set of {network} has no images, so they were '
+                        f'never trained; the classes with images are {listed(space.present)}')
+    return indices.astype(np.int64)
