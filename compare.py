@@ -11,7 +11,7 @@ import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -22,13 +22,16 @@ from metrics.comparison import Model, Request, Training
 from metrics.story import SHOWN, Ruler, Story, make_outdir, measure, newest_snapshot, tell, workers
 from training.objectives import OBJECTIVES
 
+if TYPE_CHECKING:
+    import numpy as np
+
 DIGITS = 'digits'
 STUDENTS = [name for name, objective in OBJECTIVES.items() if objective.loss]
 COUNT = click.IntRange(min=1)
 TRAINING, MEASURING = 'Training', 'Measuring'
 DAMAGED = '{} is damaged: delete it, or choose another --outdir.'
 GOES_ON = 'the same command again goes on from here.'
-DIGITS_DATA = EasyDict(resolution=8, num_channels=1, label_dim=10, holds_latents=False)
+DIGITS_DATA = EasyDict(resolution=8, num_channels=1, holds_latents=False)
 
 
 class Objectives(click.ParamType):
@@ -171,11 +174,11 @@ def snapshot(story: Story, training: Training, stage: int = -1) -> Path:
     return newest_snapshot(story.path('trainings', training.name, training.stages[stage][0]))
 
 
-def measure_model(story: Story, model: Model, teacher: str, rulers: dict[str, Ruler], num: int, batch: int) -> dict:
-    """A row of the results. Of the images a grid is kept."""
+def measure_model(story: Story, model: Model, teacher: str, rulers: dict[str, Ruler], num: int, batch: int, labels: str | None = None) -> dict:
+    """A row of the results. Of the images a grid is kept. `labels`: as --labels of generate.py."""
     from metrics.report import write_grid
     network = snapshot(story, model.training, model.stage) if model.training else teacher
-    row = model.record() | measure(story, model.name, network, model.solver, model.steps, num, rulers, batch)
+    row = model.record() | measure(story, model.name, network, model.solver, model.steps, num, rulers, batch, labels=labels)
     images = story.path('samples', model.name)
     story.path('grids').mkdir(exist_ok=True)
     write_grid(sorted(map(str, images.glob('*.png')))[:SHOWN], str(story.path('grids', f'{model.name}.png')))
@@ -184,7 +187,7 @@ def measure_model(story: Story, model: Model, teacher: str, rulers: dict[str, Ru
 
 
 def jobs_of(story: Story, models: Sequence[Model], data: Path | str, teacher: str, rulers: dict[str, Ruler], num: int, batch: int,
-            results: Results) -> list[tuple[float, str, Callable[[], None]]]:
+            results: Results, labels: str | None = None) -> list[tuple[float, str, Callable[[], None]]]:
     """What is left to do, as (network evaluations, name, function): a training with the measurements of its models each, longest first."""
     groups: dict[str, list[Model]] = {}
     for model in models:
@@ -194,7 +197,7 @@ def jobs_of(story: Story, models: Sequence[Model], data: Path | str, teacher: st
         for training in group[0].training.chain if group[0].training else []:
             train(story, training, data, teacher)
         for model in group:
-            results.add(measure_model(story, model, teacher, rulers, num, batch))
+            results.add(measure_model(story, model, teacher, rulers, num, batch, labels))
 
     jobs = []
     for name, group in groups.items():
@@ -350,12 +353,14 @@ class Teacher(NamedTuple):
         cond: whether it knows classes.
         network: options of train.py that make its network, where they are needed.
         image_shape: [C, H, W]; None of a network of latents.
+        labels: what --labels of generate.py has to draw from for everyone, where that are not all classes: [N] classes or [N, D] vectors.
     """
 
     digest: str = 'trained here'
     cond: bool = True
     network: Sequence[str] = tuple(digits.NETWORK)
     image_shape: list[int] | None = None
+    labels: np.ndarray | None = None
 
 
 def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teacher:
@@ -364,12 +369,39 @@ def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teac
     from training.checkpoint import load_network
     from training.configuration import check_teacher
     from training.dataset import ImageFolderDataset
+    from training.label_space import LabelSpace
     net = load_network(teacher)
     cond, needy = bool(net.label_dim), comparison.starting_from_weights(objectives)
-    dataset = EasyDict(DIGITS_DATA, label_dim=cond * DIGITS_DATA.label_dim) if data == DIGITS else ImageFolderDataset(data, use_labels=cond)
+    dataset = EasyDict(DIGITS_DATA, label_space=LabelSpace(10 * cond)) if data == DIGITS else ImageFolderDataset(data, use_labels=cond)
     check_teacher(EasyDict(teacher=teacher, data=data, objective='mcd', augment=0), dataset, net)
     shape = None if 'encoder' in net.metadata else [net.img_channels, net.img_resolution, net.img_resolution]
-    return Teacher(file_sha256(local_path(teacher)), cond, comparison.network_options(net, needy) if needy else [], shape)
+    options = comparison.network_options(net, needy) if needy else []
+    return Teacher(file_sha256(local_path(teacher)), cond, options, shape, labels_for_all(net, dataset))
+
+
+def labels_for_all(teacher, dataset) -> np.ndarray | None:
+    """What teacher and students are sampled with, where that is not each of all classes: the vectors of the data, or the classes that both have."""
+    import numpy as np
+
+    from training.label_space import space_of
+    known, there = dataset.label_space, space_of(teacher)
+    if known.are_vectors:
+        return dataset.labels.values
+    absent = {*known.absent, *there.absent}
+    return np.array([k for k in range(known.dim) if k not in absent]) if absent else None
+
+
+def write_labels(outdir: Path, labels: np.ndarray | None) -> str | None:
+    """The file that --labels of generate.py takes."""
+    import numpy as np
+
+    from dnnlib.util import atomic_write
+    if labels is None:
+        return None
+    path = outdir / 'labels.npy'
+    with atomic_write(path) as file:
+        np.save(file, labels)
+    return str(path)
 
 
 @click.command(cls=cli.Command)
@@ -426,6 +458,7 @@ def main(outdir, data, teacher, jobs, objectives, budget, batch, seeds, extra, s
     trainings = {training.name: training for model in models if model.training for training in model.training.chain}
     facts = dict(data=data, teacher=origin.digest, budget=budget, batch=batch, images=num, reference_steps=reference_steps, rulers=ruler_facts)
     make_outdir(outdir)
+    labels = write_labels(outdir, origin.labels)
     settle(outdir, facts, list(trainings.values()))
 
     cores = os.cpu_count() or 1
@@ -437,7 +470,7 @@ def main(outdir, data, teacher, jobs, objectives, budget, batch, seeds, extra, s
         if first:
             train(story, first, dataset, None, threads=cores)
         source = str(snapshot(story, first)) if first else teacher
-        return used, do_all(story, jobs_of(story, models, dataset, source, used, num, sample_batch, results), jobs)
+        return used, do_all(story, jobs_of(story, models, dataset, source, used, num, sample_batch, results, labels), jobs)
 
     rulers, failures = tell(story, everything, GOES_ON)
     order = {model.name: i for i, model in enumerate(models)}

@@ -325,6 +325,7 @@ def convert(source: Source, dest: pathlib.Path, recipe: Recipe, files: PngFiles 
     """Write all images as `files` has it, numbered as in the source, then `dataset.json`. Returns: a sentence about what was written."""
     from tqdm import tqdm
 
+    from training.label_space import Labels, LabelSpace
     labels = []
     bar = dict(total=source.count, unit='img', dynamic_ncols=True, disable=None)  # None: no bar where stderr is not a terminal
     with open_dest(dest) as write, tqdm(converted(source, recipe), **bar) as progress:
@@ -334,7 +335,10 @@ def convert(source: Source, dest: pathlib.Path, recipe: Recipe, files: PngFiles 
             labels.append([name, label])
         labelled = all(label is not None for _, label in labels)
         write('dataset.json', json.dumps({'labels': labels if labelled else None, **files.entries}).encode())
-    return f'Wrote {len(labels)} {files.what}, {"with" if labelled else "without"} labels, to {dest}'
+    space = Labels.of_data(np.array([label for _, label in labels])).space if labelled else LabelSpace(0)
+    if warning := space.warning():
+        click.echo(f'Warning: {warning}', err=True)
+    return f'Wrote {len(labels)} {files.what}, {f"with {space}" if space.are_vectors else "with labels" if labelled else "without labels"}, to {dest}'
 
 
 class Resolution(click.ParamType):

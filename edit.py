@@ -190,24 +190,25 @@ def start_task(sigma: float, add_noise: bool) -> Task:
 
 def given_labels(labels: Tensor) -> LabelChooser:
     """A chooser of these labels; random ones are drawn all the same, so that noise that comes after them is what it is without labels."""
-    from training.generation import uniform_labels
-
     def choose(noise, label_dim):
-        return labels.to(uniform_labels(noise, label_dim))
+        noise.randint(label_dim)
+        return labels.to(noise.device)
     return choose
 
 
 def labels_for(net, path: str, source: Input) -> Tensor | None:
     """[N, label_dim] of a data set's labels; None where there are none or the network takes none. Raises: UserError where they are not its."""
+    import numpy as np
     import torch
+
+    from training.label_space import Labels, space_of
     labels = source.read_labels() if net.label_dim else None
     if labels is None:
         return None
-    if labels.ndim == 2 and labels.shape[1] == net.label_dim:
-        return torch.from_numpy(labels)
-    if labels.ndim == 1 and labels.max() < net.label_dim:
-        return torch.nn.functional.one_hot(torch.from_numpy(labels), net.label_dim).float()
-    raise UserError(f'the labels of --input={path} are not of the {net.label_dim} classes of the network: choose one with --class')
+    try:
+        return torch.from_numpy(np.stack(list(Labels.checked(labels, space_of(net), f'the label file of --input={path}', 'the network'))))
+    except UserError as error:
+        raise UserError(f'{error}. Choose labels with --class or --labels') from error
 
 
 def load(network: str):
@@ -223,11 +224,12 @@ def load(network: str):
     return net
 
 
-def editing_arguments(net, network: str, sampling: dict, sigma: float | None) -> dict:
+def editing_arguments(net, network: str, sampling: dict, sigma: float | None, labels: Tensor | None = None) -> dict:
     """What `samplers.sample` and the choice of labels take.
 
     Args:
         sigma: level at which sampling starts from images; None: an edit projects on what is known, which is lost on a single evaluation.
+        labels: of the images, [N, label_dim], which take the place of what `sampling` says of labels.
     Raises: UserError where they do not go together, found by sampling a pixel.
     """
     import torch
@@ -235,7 +237,8 @@ def editing_arguments(net, network: str, sampling: dict, sigma: float | None) ->
     from training import generation
     pixel = torch.zeros(1, net.img_channels, 1, 1)
     start = dict(start=(pixel, sigma)) if sigma else {}
-    arguments = sampling_arguments(net, network, **sampling, **start)
+    choose_labels = None if labels is None else given_labels(labels)
+    arguments = sampling_arguments(net, network, **sampling, **start, choose_labels=choose_labels)
     if arguments['solver'] not in SOLVERS or net.metadata.get('objective') == 'diffusion':
         raise UserError(f'{network} is a teacher, or does not say what it is, and only students and consistency models can edit: '
                         'distil a teacher with train.py --objective=mcd or direct, or tune it with --objective=ect')
@@ -277,8 +280,9 @@ def edit(c: EasyDict, net, source: Input, task: Task, sigma: float | None = None
     import tqdm
 
     from training import generation
-    arguments = editing_arguments(net, c.network, c.sampling, sigma)
-    labels = None if c.sampling['class_idx'] is not None else labels_for(net, c.path, source)
+    told = c.sampling['class_idx'] is not None or c.sampling['labels'] is not None
+    labels = None if told else labels_for(net, c.path, source)
+    arguments = editing_arguments(net, c.network, c.sampling, sigma, labels)
     make_folder(c.outdir)
     pairs, shown = list(itertools.product(range(len(source.names)), c.seeds)), []
     print(f'Editing {len(source.names)} images {len(c.seeds)} times to "{c.outdir}" '

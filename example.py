@@ -14,6 +14,7 @@ from dnnlib.cli import expand_path
 from training.checkpoint import load_network
 from training.encoders import encoder_of
 from training.generation import image_grid, save_images
+from training.label_space import space_of
 
 
 @torch.no_grad()
@@ -48,7 +49,11 @@ def main(snapshot, dest, rows=4, columns=10):
     device = next(net.parameters()).device
     torch.manual_seed(0)
     latents = torch.randn(rows * columns, net.img_channels, net.img_resolution, net.img_resolution).to(device)
-    labels = torch.eye(net.label_dim, device=device)[torch.arange(rows * columns) % net.label_dim] if net.label_dim else None
+    space = space_of(net)
+    if space.are_vectors:
+        raise UserError(f'{snapshot} takes {space}, and this example knows classes only: see generate.py --labels')
+    classes = itertools.cycle(space.present or range(net.label_dim))  # those that have images in the training set
+    labels = torch.eye(net.label_dim, device=device)[list(itertools.islice(classes, rows * columns))] if net.label_dim else None
 
     if 'sigmas' in net.metadata:
         images = student_sample(net, latents, labels, net.metadata['sigmas'])

@@ -223,7 +223,9 @@ def images_of_network(network: str, seed_sets, sampling: dict, batch: int) -> li
     with distributed.main_process_first():
         net = load_network(network, distributed.get_device())
     arguments = sampling_arguments(net, network, **sampling)
-    identity = f'{network_digest(net, net.metadata)} {json.dumps(sampling, sort_keys=True)}'
+    settings = {name: value for name, value in sampling.items() if name != 'labels'}  # a file of which may change
+    identity = f'{network_digest(net, net.metadata)} {json.dumps(settings, sort_keys=True)}'
+    identity += f' labels {arguments["choose_labels"].digest()}' if sampling['labels'] else ''
     given = ''.join(f', {option_names([name])}={value}' for name, value in sampling.items() if value not in (None, False))
     return [GeneratedImages(net, seeds, batch, name=f'{network}, seeds {text}{given}', identity=identity, **arguments) for text, seeds in seed_sets]
 

@@ -6,10 +6,21 @@ import itertools
 
 import click
 
-from dnnlib import UserError, cli
+from dnnlib import cli
 
 SPEED = 'Precision and performance'
 STUDENT, CM, TEACHER = 'Students', 'Consistency models (--solver=cm)', 'Teachers (probability-flow ODE)'
+
+
+def class_option(group: str | None = None):
+    return cli.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), group=group,
+                      help='Class of all images.  [default: random, by seed]')
+
+
+def labels_option(group: str | None = None):
+    return cli.option('--labels', metavar='NPY|data', type=cli.PATH, group=group,
+                      help='Draw labels, by seed, from a file, class indices [N] or vectors [N, D]; or from those of the training set: data.  '
+                           '[default: classes that have images, uniformly]')
 
 
 def sampling_options(group: str | None = None, teachers: bool = True,
@@ -25,8 +36,8 @@ def sampling_options(group: str | None = None, teachers: bool = True,
         solvers, what_it_is = ['student', 'euler', 'heun', 'addim', 'cm'], f'{what_it_is}: student, cm for a consistency model, heun for a teacher'
     general, student, cm, teacher = (dict(group=name) for name in (group, STUDENT, CM, TEACHER))
     options = [
-        cli.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), **general,
-                   help='Class of all images.  [default: random, by seed]'),
+        class_option(group),
+        labels_option(group),
         cli.option('--steps', metavar='INT', type=click.IntRange(min=1), **general,
                    help=f'Sampling steps.  [default: {steps}]'),
         cli.option('--solver', type=click.Choice(solvers), **general, help=f'Sampler.  [default: {what_it_is}]'),
@@ -64,16 +75,16 @@ def sampling_options(group: str | None = None, teachers: bool = True,
     return decorate
 
 
-def sampling_arguments(net, network: str, class_idx: int | None, solver: str | None, steps: int | None, force_steps: bool, **options) -> dict:
-    """What `generation.generate_batch` takes, from the values of `sampling_options`. Raises: UserError where they do not fit the network."""
-    from training import generation, samplers
+def sampling_arguments(net, network: str, class_idx: int | None = None, solver: str | None = None, steps: int | None = None,
+                       force_steps: bool = False, labels: str | None = None, choose_labels=None, **options) -> dict:
+    """What `generation.generate_batch` takes, from the values of `sampling_options`. Raises: UserError where they do not fit the network.
+
+    `choose_labels`: a chooser that takes the place of what `class_idx` and `labels` say.
+    """
+    from training import label_choosers, samplers
     options = {name: value for name, value in options.items() if value is not None}
     solver, steps = samplers.resolve(net, solver, steps, force_steps, **options)
-    choose_labels = generation.uniform_labels
-    if class_idx is not None:
-        if class_idx >= net.label_dim:
-            raise UserError(f'--class={class_idx} does not exist: {network} has {net.label_dim or "no"} classes')
-        choose_labels = generation.fixed_labels(class_idx)
+    choose_labels = choose_labels or label_choosers.choose(net, network, class_idx, labels)
     return dict(choose_labels=choose_labels, solver=solver, steps=steps, force_steps=force_steps, **options)
 
 
@@ -90,7 +101,7 @@ def check_destination(outdir: str | None, dest: str | None, subdirs: bool, as_la
 @click.command(cls=cli.Command)
 @cli.option('--network', metavar='PKL|URL', type=cli.PATH, required=True, help='Snapshot to sample from.')
 @cli.option('--outdir', metavar='DIR', type=cli.PATH, help='Folder for the images, %06d.png after their seeds.')
-@cli.option('--dest', metavar='FILE', type=cli.PATH, help='Or one file: .npz, an array uint8 [N, H, W, C] and the classes, or .zip, a data set.')
+@cli.option('--dest', metavar='FILE', type=cli.PATH, help='Or one file: .npz, an array uint8 [N, H, W, C] and the labels, or .zip, a data set.')
 @cli.option('--seeds', metavar='LIST', type=cli.IntRanges(), default='0-63', show_default=True, help='Seeds, as in 1,2,5-10.')
 @cli.option('--subdirs', is_flag=True, help='A folder for every 1000 seeds.')
 @cli.option('--latents', 'as_latents', is_flag=True, help='Write what the network draws, undecoded: float32 [C, H, W], %06d.npy.')
@@ -153,8 +164,8 @@ def generate_all(net, seeds: list[int], batch: int, destination, pool, as_latent
     from torch_utils import distributed
     from training import generation
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    classes = generation.RecordedClasses(arguments['choose_labels'])
-    arguments = dict(arguments, choose_labels=classes)
+    labels = generation.RecordedLabels(arguments['choose_labels'])
+    arguments = dict(arguments, choose_labels=labels)
     places = range(len(seeds))
     try:
         if distributed.is_main():
@@ -169,7 +180,7 @@ def generate_all(net, seeds: list[int], batch: int, destination, pool, as_latent
                     destination.add(pool, values.numpy(), [seeds[i] for i in written], written.start)
                     bar.update(min(len(written) * world_size, len(seeds) - bar.n))
             pool.finish()
-        shares = distributed.gather_on_main((list(generation.split_batches(places, batch, rank, world_size)), classes.tolist()))
+        shares = distributed.gather_on_main((list(generation.split_batches(places, batch, rank, world_size)), labels.tolist()))
         if distributed.is_main():
             destination.complete(in_order(shares) if net.label_dim else None)
         distributed.barrier()
@@ -187,9 +198,9 @@ def draw(net, seeds: list[int], as_latents: bool, arguments: dict, at_least: int
     return generation.HostCopy(generation.generate_batch(net, asked, **arguments)[:len(seeds)].permute(0, 2, 3, 1).contiguous())
 
 
-def in_order(shares: list[tuple[list[range], list[int]]]) -> list[int]:
-    """The classes at places 0, 1, ... from each process's batches of places and classes."""
-    by_place = {place: label for parts, classes in shares for place, label in zip(itertools.chain(*parts), classes)}
+def in_order(shares: list[tuple[list[range], list]]) -> list:
+    """The labels at places 0, 1, ... from each process's batches of places and labels."""
+    by_place = {place: label for parts, labels in shares for place, label in zip(itertools.chain(*parts), labels)}
     return [by_place[place] for place in sorted(by_place)]
 
 

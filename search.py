@@ -1,6 +1,7 @@
 """Time points of a consistency model's steps, found by a metric of the images that they give (Song et al. 2023)."""
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import click
 import fid
 from dnnlib import EasyDict, UserError, cli
 from dnnlib.util import DISK_ERRORS
-from generate import sampling_arguments
+from generate import class_option, labels_option, sampling_arguments
 
 POINTS, IMAGES = 'Points', 'Images and metric'
 SPACES = ('log', 'karras-index')
@@ -61,7 +62,8 @@ class Metric(fid.Measures):
             help='Images of each evaluation.')
 @cli.option('--seed', metavar='INT', type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True, group=IMAGES,
             help='First seed of the images, the same for all points; and of every other random choice.')
-@cli.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), group=IMAGES, help='Class of all images.  [default: random, by seed]')
+@class_option(IMAGES)
+@labels_option(IMAGES)
 @cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, group=IMAGES,
             help='Images at a time, for each process.')
 @cli.option('--detector', metavar='PATH|URL', type=cli.PATH, group=IMAGES, help="As for fid.py.  [default: NVIDIA's Inception, downloaded once]")
@@ -85,7 +87,7 @@ def main(network, log, solver, save, json_path, dry_run, measures, **options):
     fid.check_detector_options(measures, options)
     distributed.init()
     net = load_consistency_model(network, solver)
-    sampler = Sampler(net, network, options.class_idx)
+    sampler = Sampler(net, network, options.class_idx, options.labels)
     candidates = candidate_levels(net, options)
     plan = search_plan(candidates, sampler, measures, options)
     references = fid.read_references(options.ref, measures)
@@ -98,7 +100,8 @@ def main(network, log, solver, save, json_path, dry_run, measures, **options):
     evaluate = MetricOfPoints(sampler, measures, references, options)
     settings = {'metric': evaluate.name, 'num': options.num, 'seed': options.seed, 'class': options.class_idx,
                 'network': network_digest(net, net.metadata), 'detector': evaluate.detector.digest,
-                'reference': reference_digest(options.ref, bool(references))}
+                'reference': reference_digest(options.ref, bool(references)),
+                **({'labels': sampler.choose_labels.digest()} if options.labels else {})}
     found = search(evaluate, SearchLog(log, settings), candidates, plan)
     if distributed.is_main():
         click.echo(as_options(found['taus']))  # before anything that may fail
@@ -160,10 +163,17 @@ class Sampler:
     net: object
     network: str
     class_idx: int | None
+    labels: str | None = None
+
+    @functools.cached_property
+    def choose_labels(self):
+        """What --class and --labels mean."""
+        from training.label_choosers import choose
+        return choose(self.net, self.network, self.class_idx, self.labels)
 
     def arguments(self, taus: list[float]) -> dict:
         """What `generation.generate_batch` takes. Raises: UserError where the network cannot be sampled so."""
-        return sampling_arguments(self.net, self.network, class_idx=self.class_idx, solver='cm', steps=None, force_steps=False, taus=taus)
+        return sampling_arguments(self.net, self.network, choose_labels=self.choose_labels, solver='cm', taus=taus)
 
     def images(self, taus: list[float], options):
         """A source as in metrics/images.py."""
@@ -285,8 +295,8 @@ class SearchLog:
         self.values: dict[tuple[float, ...], float] = {}
         if distributed.is_main():
             header, self.values = read_log(path)
-            others = [f'{name} is {json.dumps(settings[name])}, in the log {json.dumps(header.get(name))}'
-                      for name in settings if header is not None and settings[name] != header.get(name)]
+            others = [f'{name} is {json.dumps(settings.get(name))}, in the log {json.dumps(header.get(name))}'
+                      for name in {**settings, **(header or {})} if header is not None and settings.get(name) != header.get(name)]
             if others:
                 raise UserError(f'{path} is the log of another search: {"; ".join(others)}. Give the options of that search, or another --log.')
             self._append(dict(search=settings) if header is None else None)  # at once: that it cannot be written is better known now

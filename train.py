@@ -113,6 +113,8 @@ def switch(name: str, **kwargs):
             help='Relative widths of power-function EMAs to keep as well, as in 0.05,0.10.  [default: none; edm2 0.05,0.1]')
 @cli.option('--augment', metavar='FLOAT', type=cli.Number(0, 1), group=HYPER, help='Augmentation probability.  [default: 0.12; students and edm2 0]')
 @cli.option('--grad-clip', metavar='FLOAT', type=cli.POSITIVE, group=HYPER, help='Shorten gradients whose norm is larger.  [default: never]')
+@cli.option('--max-images', metavar='INT', type=COUNT, group=HYPER,
+            help='Train on so many images only, a random subset that is always the same.  [default: all]')
 @cli.option('--xflip', type=bool, default=False, show_default=True, group=HYPER, help='Add mirrored copies of all images.')
 @cli.option('--cbase', metavar='INT', type=COUNT, group=NET, help='Channels of the finest level.  [default: by --arch]')
 @cli.option('--cres', metavar='LIST', type=cli.NumberList(), group=NET, help='Channel multiplier of each level.  [default: by --arch]')
@@ -263,6 +265,7 @@ def switch(name: str, **kwargs):
 @cli.option('--resume', metavar='PT|DIR', type=cli.PATH, group=IO,
             help='Continue from a training state, in its folder; of a run folder, the newest whole one.')
 @cli.option('--resume-override', is_flag=True, group=IO, help='Resume although options differ that make it another run.')
+@cli.option('--allow-other-data', is_flag=True, group=IO, help='Resume although the data set is another one.')
 @cli.option('-n', '--dry-run', is_flag=True, group=IO, help='Print the configuration as JSON and exit.')
 @cli.option('--wandb', type=bool, is_flag=False, flag_value=True, default=False, show_default=True, group=LOGS, help='Log to Weights & Biases.')
 @cli.option('--wandb_project', metavar='STR', group=LOGS, help="Project.  [default: the environment's, or W&B's]")
@@ -334,8 +337,11 @@ def train(opts: EasyDict) -> bool:
     teacher = configuration.load_teacher(opts, dataset) if opts.teacher else None
     configuration.fill_defaults(opts, dataset, teacher, earlier)
     c = configuration.configure(opts, dataset, teacher)
+    about_data = configuration.check_same_data(opts, c.dataset, earlier['dataset'], opts.resume) if earlier else None
     if earlier and not opts.resume_override:
         configuration.check_same_run(opts, c, earlier)
+    if about_data:
+        distributed.print0(about_data, file=sys.stderr)
     check_available(c.wandb, c.tensorboard)
     if opts.lpips or not opts.dry_run:  # else it would download them
         configuration.check_perceptual(c)
@@ -396,6 +402,8 @@ def check_usage(ctx: click.Context, opts: EasyDict) -> list[str]:
     opts.precision = opts.precision or ('fp16' if opts.fp16 else 'fp32')
     if opts.resume_override and not opts.resume:
         raise click.UsageError('--resume-override needs --resume.')
+    if opts.allow_other_data and not opts.resume:
+        raise click.UsageError('--allow-other-data needs --resume.')
     if opts.resume and opts.transfer:
         raise click.UsageError('--resume and --transfer exclude each other: a training state holds the weights.')
     return ignored

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from dnnlib import EasyDict, UserError, cli
+from generate import labels_option
 
 if TYPE_CHECKING:
     from torch_utils.preemption import StopRequest
+    from training.label_space import LabelSpace
 
 LABEL_MODES = ('auto', 'uniform', 'dataset')
 
@@ -26,45 +28,42 @@ class LabelMode(click.ParamType):
         return value
 
 
-def label_chooser(mode: str, label_dim: int, dataset=None):
-    """How generated images get their classes: a function for `generation.generate_batch`.
+def label_chooser(mode: str, space: LabelSpace, dataset=None):
+    """How generated images get their labels: a function for `generation.generate_batch`.
 
-    `uniform` over classes; `dataset`: those of images drawn from the training set; `fixed:K`; `auto`: `dataset` where there is one with labels.
+    `uniform` over the classes that have images; `dataset`: the labels of images drawn from the training set; `fixed:K`; `auto`: `dataset` where
+    there is one with labels.
+    Raises: UserError where networks of these labels cannot be sampled so.
     """
-    import numpy as np
-    import torch
-
-    from training import generation
+    from training import generation, label_choosers
     has_labels = dataset is not None and dataset.has_labels
     if mode.startswith('fixed:'):
-        if int(mode[6:]) >= label_dim:
-            raise UserError(f'label mode {mode} names a class that the network does not have: it has {label_dim or "none"}')
+        space.check_class(int(mode[6:]), f'label mode {mode}', 'the network')
         return generation.fixed_labels(int(mode[6:]))
     if mode == 'dataset' and not has_labels:
         raise UserError('label mode dataset needs labelled training data: train with --cond=1, or use uniform')
+    if mode == 'uniform' and space.are_vectors and has_labels:
+        raise UserError(f'label mode uniform is for classes, and the training set has {space}: use auto or dataset')
     if mode == 'uniform' or not has_labels:
-        return generation.uniform_labels
-
-    def from_dataset(noise, label_dim):
-        picks = noise.randint(len(dataset)).tolist()
-        return torch.from_numpy(np.stack([dataset.get_label(i) for i in picks])).to(noise.device)
-    return from_dataset
+        return generation.uniform_over(space)
+    return label_choosers.DrawnLabels(dataset.labels)
 
 
 class Validator:
     """Evaluates networks against one reference, on all processes together; keeps detector and reference loaded.
 
     Args:
-        options: ref or ref_data, detector, steps, num, batch, seed, label, dump_images_dir, overwrite (see train.py's options of the same names).
+        options: ref or ref_data, detector, steps, num, batch, seed, label, dump_images_dir, overwrite (see train.py's options of the same names),
+            and perhaps labels, as --labels of generate.py.
         dataset: training set, whose labels `--val_label` may follow; or None.
         run_dir: folder of metrics-val.jsonl.
         device: where networks and detector run.
-        image_shape, label_dim: [C, H, W] and number of classes of the networks to come.
+        image_shape, space: [C, H, W] and labels of the networks to come.
         encoder: how their images become pixels, as `encoders.build` takes it.
     Raises: UserError for an unusable reference, detector, VAE, label mode or folder: at once, not at the first evaluation.
     """
 
-    def __init__(self, options: EasyDict, dataset, run_dir: str, device, image_shape: list[int], label_dim: int, encoder: dict | None = None):
+    def __init__(self, options: EasyDict, dataset, run_dir: str, device, image_shape: list[int], space: LabelSpace, encoder: dict | None = None):
         import torch
 
         from metrics.detectors import INCEPTION_URL, load_detector
@@ -81,7 +80,8 @@ class Validator:
             check_same_detector(self.reference, self.detector, options.ref, list(pixels.shape[1:]))
         else:
             self.reference = self._reference_of(options.ref_data)
-        label_chooser(options.label, label_dim, dataset)
+        if not options.get('labels'):
+            label_chooser(options.label, space, dataset)
         dump = options.dump_images_dir
         if dump and os.path.isdir(dump) and os.listdir(dump) and not options.overwrite:
             raise UserError(f'{dump} holds images of an earlier run: add --val_overwrite=1, or dump elsewhere')
@@ -114,6 +114,14 @@ class Validator:
         return dict(kimg=nimg / 1e3, nimg=nimg, fid=fid, num_images=stats.count, steps=steps, nfe=samplers.evaluations(solver, steps), ema=ema,
                     seconds=round(time.time() - start, 3))
 
+    def _label_chooser(self, net):
+        from training.label_choosers import choose
+        from training.label_space import space_of
+        if self.options.get('labels'):
+            return choose(net, 'the network', labels=self.options.labels)
+        space = space_of(net) if self.dataset is None else self.dataset.label_space
+        return label_chooser(self.options.label, space, self.dataset)
+
     def sample_grid(self, net, nimg: int, ema: str) -> str | None:
         """Path of a PNG with the first images that `run` has evaluated, `fakes-<nimg>-<ema>.png`; None on all but the main process.
 
@@ -127,7 +135,7 @@ class Validator:
             return None
         columns = min(max(512 // net.img_resolution, 2), 8)
         solver, steps = samplers.resolve(net, None, self.options.steps)
-        choose = label_chooser(self.options.label, net.label_dim, self.dataset)
+        choose = self._label_chooser(net)
         seeds = range(self.options.seed, self.options.seed + columns ** 2)
         batches = [generation.generate_batch(net, batch, choose, solver, steps) for batch in generation.split_batches(seeds, self.options.batch)]
         picture = generation.image_grid(torch.cat(batches), columns)
@@ -138,7 +146,7 @@ class Validator:
 
     def _images(self, net, solver: str, steps: int, nimg: int, ema: str):
         from metrics.generated import GeneratedImages
-        choose = label_chooser(self.options.label, net.label_dim, self.dataset)
+        choose = self._label_chooser(net)
         seeds = range(self.options.seed, self.options.seed + self.options.num)
         folder = self.options.dump_images_dir and os.path.join(self.options.dump_images_dir, f'{nimg:09d}-{ema}')
         return GeneratedImages(net, seeds, self.options.batch, choose, solver, steps, dump=folder)
@@ -156,11 +164,15 @@ class Validator:
 @cli.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, show_default=True, help='First seed.')
 @cli.option('--steps', metavar='INT', type=click.IntRange(min=1), help="Sampling steps.  [default: the snapshot's own]")
 @cli.option('--label', metavar='MODE', type=LabelMode(), default='auto', show_default=True, help='Classes: uniform or fixed:K (auto: uniform).')
+@labels_option()
 def main(networks, ref, outdir, detector, **options):
     """Evaluate saved snapshots into the same lines that training writes to metrics-val.jsonl. Also under torchrun."""
     from torch_utils import distributed
     from training.checkpoint import load_network
+    from training.label_space import space_of
     from training.run_log import METRICS, append_lines, json_line
+    if options['labels'] and options['label'] != 'auto':
+        raise click.UsageError('--label and --labels exclude each other.')
     distributed.init()
     try:
         os.makedirs(outdir, exist_ok=True)
@@ -174,7 +186,7 @@ def main(networks, ref, outdir, detector, **options):
             net = load_network(network, device)
         if validator is None:
             shape = [net.img_channels, net.img_resolution, net.img_resolution]
-            validator = Validator(options, None, outdir, device, shape, net.label_dim, net.metadata.get('encoder'))
+            validator = Validator(options, None, outdir, device, shape, space_of(net), net.metadata.get('encoder'))
         record = validator.run(net, nimg=net.metadata.get('nimg', 0), ema=net.metadata.get('ema', 'ema'))
         if distributed.is_main():
             click.echo(json_line(record))

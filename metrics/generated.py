@@ -25,7 +25,7 @@ class GeneratedImages:
         dump: folder for the images, `<seed>.png`; None: they are not written.
     """
 
-    def __init__(self, net, seeds: Sequence[int], batch: int, choose_labels=generation.uniform_labels, solver: str | None = None,
+    def __init__(self, net, seeds: Sequence[int], batch: int, choose_labels: generation.LabelChooser | None = None, solver: str | None = None,
                  steps: int | None = None, name: str = 'network', identity: str = '', dump: str | None = None, **options):
         self.net, self.seeds, self.size, self.name, self.identity, self.dump = net, seeds, batch, name, identity, dump
         self.skipped: dict[int, str] = {}

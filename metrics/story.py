@@ -145,16 +145,17 @@ def make_outdir(outdir: Path) -> None:
 
 
 def measure(story: Story, name: str, network: Path | str, solver: str, steps: int, images: int, rulers: dict[str, Ruler], batch: int = 256,
-            bootstrap: int = 0) -> dict:
+            bootstrap: int = 0, labels: str | None = None) -> dict:
     """Sample a network, and measure the images with every ruler. The images stay in the folder samples/<name>.
 
+    `labels`: as --labels of generate.py.
     Returns: `images`, `seconds` of sampling; `distance`, and with `bootstrap` its `interval`; the same as `distance_<ruler>` by all rulers
     but the first.
     """
     folder, start = story.path('samples', name), time.time()
     shutil.rmtree(folder, ignore_errors=True)  # of a story that was interrupted
     story.run(name, 'generate.py', f'--network={network}', f'--outdir={folder}', f'--seeds=0-{images - 1}', f'--batch={batch}', f'--solver={solver}',
-              f'--steps={steps}')
+              f'--steps={steps}', *([f'--labels={labels}'] if labels else []))
     row = dict(images=images, seconds=round(time.time() - start, 1))
     for i, (ruler, (ref, detector)) in enumerate(rulers.items()):
         result = story.path('samples', f'{name}-{ruler}.json')

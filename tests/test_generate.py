@@ -24,6 +24,7 @@ from training import encoders, generation, samplers, writers
 from training.checkpoint import load_network, save_snapshot
 from training.consistency_ops import student_grid
 from training.dataset import ImageFolderDataset
+from training.label_space import LabelSpace
 
 
 def invoke(*arguments):
@@ -143,7 +144,7 @@ SCATTERED = [5, 3, 1000, 4, 7, 8, 2]  # neither sorted nor without gaps
 @pytest.fixture(scope='module')
 def scattered(student, tmp_path_factory):
     """Images and classes of these seeds, [7, 8, 8, 1] and [7], drawn without generate.py."""
-    classes = generation.RecordedClasses(generation.uniform_labels)
+    classes = generation.RecordedLabels(generation.uniform_labels)
     images = generation.generate_batch(load_network(student), SCATTERED, classes)
     return images.permute(0, 2, 3, 1).numpy(), classes.tolist()
 
@@ -348,7 +349,7 @@ def test_validation_sees_the_decoded_images_of_a_latent_network(tmp_path, latent
     invoke(f'--network={latent_network}', f'--outdir={tmp_path / "ref"}', '--seeds=0-15', '--batch=8', '--steps=4')
     net = load_network(latent_network)
     options = val_options(tmp_path, ref_data=tmp_path / 'ref')
-    validator = validation.Validator(options, None, str(tmp_path), torch.device('cpu'), [4, 8, 8], 0, net.metadata['encoder'])
+    validator = validation.Validator(options, None, str(tmp_path), torch.device('cpu'), [4, 8, 8], LabelSpace(0), net.metadata['encoder'])
     assert abs(validator.run(net, nimg=0, ema='ema')['fid']) < 1e-6
     options.seed = 100
     assert validator.run(net, nimg=0, ema='ema')['fid'] > 1e-3
@@ -359,7 +360,7 @@ def test_latents_are_no_reference(tmp_path, latent_network, monkeypatch):
     (tmp_path / 'latents').mkdir()
     (tmp_path / 'latents' / 'a.npy').write_bytes(npy(random_latents(1)[0]))
     with pytest.raises(UserError, match=r'holds latents .*, not images'):
-        validation.Validator(val_options(tmp_path, ref_data=tmp_path / 'latents'), None, str(tmp_path), torch.device('cpu'), [4, 8, 8], 0,
+        validation.Validator(val_options(tmp_path, ref_data=tmp_path / 'latents'), None, str(tmp_path), torch.device('cpu'), [4, 8, 8], LabelSpace(0),
                              dict(class_name='StabilityVAEEncoder'))
 
 
@@ -367,7 +368,7 @@ def test_validation_misses_a_vae_at_once(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'diffusers', None)
     encoders.load_vae.cache_clear()
     with pytest.raises(UserError, match='pip install diffusers'):
-        validation.Validator(val_options(tmp_path, ref_data=tmp_path), None, str(tmp_path), torch.device('cpu'), [4, 8, 8], 0,
+        validation.Validator(val_options(tmp_path, ref_data=tmp_path), None, str(tmp_path), torch.device('cpu'), [4, 8, 8], LabelSpace(0),
                              dict(class_name='StabilityVAEEncoder'))
 
 #----------------------------------------------------------------------------

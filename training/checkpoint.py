@@ -31,6 +31,7 @@ from torch_utils.sealed_file import DamagedFile, find_seal, read_parts, read_sea
 from torch_utils.stored_tensors import LocatedTensor, Storages, StoredTensor, module_tensors
 from training import encoders, networks, networks_edm2
 from training.consistency_ops import student_grid
+from training.label_space import LabelSpace
 from training.networks_switched import Switched
 
 STUDENT_LOSS = 'EDMConsistencyDistillLoss'  # the class that identifies a published student's snapshot
@@ -261,6 +262,10 @@ def _metadata(snapshot: dict, net: torch.nn.Module) -> dict:
         class_name, loss = persistent_object(snapshot.get('loss_fn')) or (None, {})
         metadata = _published_student(loss, net) if class_name == STUDENT_LOSS else dict(objective='diffusion')
     _check_grid(metadata)
+    try:
+        LabelSpace.recorded(net.label_dim, metadata)
+    except ValueError as error:
+        raise MalformedPickle(f'has metadata with {error}') from error
     encoder = _encoder(snapshot['encoder']) if snapshot.get('encoder') is not None else metadata.get('encoder')
     if encoder is not None and not (isinstance(encoder, dict) and isinstance(encoder.get('class_name'), str)):
         raise MalformedPickle('has metadata whose encoder is no dict with a class_name')

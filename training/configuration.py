@@ -164,7 +164,7 @@ def check_same_run(opts: EasyDict, c: EasyDict, earlier: dict) -> None:
     def settings(config):
         names = ('objective', 'teacher_digest', 'encoder', 'batch_size', 'seed', 'augment', 'phema_stds', 'precision', 'optim')
         chosen = {name: config.get(name) for name in names}
-        return {**chosen, 'xflip': config['dataset']['xflip'], 'network': config['network']['class_name'], **config['network']['kwargs'],
+        return {**chosen, 'network': config['network']['class_name'], **config['network']['kwargs'],
                 **config['loss']}
 
     then, now = settings(earlier), settings(json.loads(json.dumps(c)))
@@ -172,6 +172,44 @@ def check_same_run(opts: EasyDict, c: EasyDict, earlier: dict) -> None:
         if then.get(name) != now.get(name):
             raise UserError(f'--resume={opts.resume} was trained with {name} = {json.dumps(then.get(name))}, these options say '
                             f'{json.dumps(now.get(name))}: resume with the options it was made with, or add --resume-override')
+
+
+def data_record(opts: EasyDict, dataset) -> EasyDict:
+    """The training set as plain data: how it is opened, and what tells it from others, the same on all processes."""
+    from torch_utils import distributed
+    space, some = dataset.label_space, dataset.num_images < dataset.num_files
+    digest = distributed.broadcast_object(dataset.digest() if distributed.is_main() else None)
+    return EasyDict(path=opts.data, use_labels=opts.cond, resolution=dataset.resolution, xflip=opts.xflip, cache=dataset.caches,
+                    max_size=dataset.num_images if some else None, num_images=dataset.num_images, image_shape=dataset.image_shape,
+                    label_dim=space.dim, **space.record(), digest=digest)
+
+
+DATA_FACTS = dict(  # what tells data from others besides their digest: in words, and each of the two values in words
+    use_labels=('--cond={} then, --cond={} now', int), xflip=('--xflip={} then, --xflip={} now', int),
+    max_size=('{} then, {} now', lambda value: 'all images' if value is None else f'--max-images={value}'),
+    num_images=('{} images then, {} now', int), image_shape=('images of {} then, of {} now', '{0[2]}x{0[1]}x{0[0]}'.format),
+    label_dim=('labels of length {} then, {} now', int), label_kind=('{} then, {} now', lambda value: value or 'no labels'),
+    classes=('images of class {} then, {} now', lambda value: value or 'each'))
+
+
+def check_same_data(opts: EasyDict, now: dict, then: dict, source: str) -> str | None:
+    """A line for people about the data of a run that is resumed, where there is something to say.
+
+    Args:
+        now, then: `data_record` of these options, and what `source`, a state or a folder, has recorded.
+    Raises: UserError, which names what differs, where they are other data, unless --allow-other-data.
+    """
+    now, recorded = json.loads(json.dumps(now)), 'digest' in then  # older versions recorded some of it, and had no --max-images
+    words = [text.format(name_it(then.get(name)), name_it(now.get(name))) for name, (text, name_it) in DATA_FACTS.items()
+             if (recorded or name in then or name == 'max_size') and then.get(name) != now.get(name)]
+    if recorded and then['digest'] != now['digest'] and not words:
+        words = ['other names, sizes, contents or labels of files']
+    if words and not opts.allow_other_data:
+        raise UserError(f'--resume={source} was trained on other data than --data={opts.data}: {"; ".join(words)}. '
+                        'Resume with the data it was made with, or add --allow-other-data')
+    if words:
+        return f'Warning: {source} was trained on other data ({"; ".join(words)}); it goes on with --data={opts.data}.'
+    return None if recorded else f'Note: {source} does not record its data; they are taken for {opts.data}, which is recorded from now on.'
 
 
 def random_seed() -> int:
@@ -185,7 +223,7 @@ def random_seed() -> int:
 def open_dataset(opts: EasyDict):
     """The training set; UserError where labels are asked for and missing."""
     from training.dataset import ImageFolderDataset
-    return ImageFolderDataset(opts.data, use_labels=opts.cond, xflip=opts.xflip, cache=opts.cache)
+    return ImageFolderDataset(opts.data, use_labels=opts.cond, max_size=opts.max_images, xflip=opts.xflip, cache=opts.cache)
 
 
 def load_teacher(opts: EasyDict, dataset):
@@ -201,12 +239,13 @@ def load_teacher(opts: EasyDict, dataset):
 def check_teacher(opts: EasyDict, dataset, teacher) -> None:
     """UserError unless the network of --teacher is what the objective starts from and fits the data."""
     from training import encoders
+    from training.label_space import space_of
     check_kind(opts, teacher)
-    theirs = (teacher.img_resolution, teacher.img_channels, teacher.label_dim)
-    ours = (dataset.resolution, encoders.for_dataset(dataset, teacher)[1], dataset.label_dim)
-    if theirs != ours:
-        describe = lambda r, ch, n: f'{r}x{r}x{ch} with {n or "no"} classes'
-        cond = ' (--cond=1 reads labels)' if teacher.label_dim and not dataset.label_dim else ''
+    theirs = (teacher.img_resolution, teacher.img_channels, space_of(teacher))
+    ours = (dataset.resolution, encoders.for_dataset(dataset, teacher)[1], dataset.label_space)
+    if theirs[:2] != ours[:2] or theirs[2].differs(ours[2]):
+        describe = lambda r, ch, labels: f'{r}x{r}x{ch} with {labels}'
+        cond = ' (--cond=1 reads labels)' if theirs[2].dim and not ours[2].dim else ''
         tool = '--encode-vae' if 'encoder' in teacher.metadata and not dataset.holds_latents else f'--resolution={theirs[0]}x{theirs[0]}'
         raise UserError(f'--teacher={opts.teacher} expects images of {describe(*theirs)}, but --data={opts.data} gives {describe(*ours)}{cond}.\n'
                         f'       Pick the teacher trained on this data, or convert the data with dataset_tool.py {tool}.')
@@ -327,7 +366,7 @@ def configure(opts: EasyDict, dataset, teacher) -> EasyDict:
         raise click.UsageError(f'--batch={opts.batch} cannot be split into {parts} on {processes} process(es).')
     c = EasyDict(objective=opts.objective, teacher=opts.teacher, total_nimg=max(round(opts.duration * 1e6), 1))
     c.teacher_digest = network_digest(teacher, {}) if teacher is not None else None
-    c.dataset = EasyDict(path=opts.data, use_labels=opts.cond, resolution=dataset.resolution, xflip=opts.xflip, cache=dataset.caches)
+    c.dataset = data_record(opts, dataset)
     encoder, channels = encoders.for_dataset(dataset, teacher)
     c.encoder = encoders.record_of(encoder)
     objective = OBJECTIVES[opts.objective]

@@ -436,8 +436,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         depend on `max_size` and `xflip`. Raises: UserError where a file cannot be read.
         """
         names, last = list(self._files.images), len(self._files.images) - 1
-        shared = os.path.commonprefix([names[0], names[-1]])  # names are sorted
-        start = shared.rfind('/') + 1
+        shared = itertools.takewhile(lambda parts: parts[0] == parts[1], zip(*(name.split('/')[:-1] for name in (names[0], names[-1]))))
+        start = sum(len(folder) + 1 for folder, _ in shared)  # names are sorted: what the first and the last share, all do
         digest = hashlib.sha256('\0'.join(name[start:] for name in names).encode(errors='surrogateescape'))
         digest.update(self._files.sizes().astype('<i8'))
         for name in dict.fromkeys(names[i * last // (DIGESTED_FILES - 1)] for i in range(DIGESTED_FILES)):

@@ -1,13 +1,16 @@
 """From seeds to 8-bit images or latents: what generate.py, validation and the demo share."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dnnlib import UserError
 from training import encoders, samplers, writers
+from training.label_space import LabelSpace, space_of
 
 LabelChooser = Callable[['SeededNoise', int], Tensor]
 
@@ -35,9 +38,21 @@ class SeededNoise:
         return torch.stack([torch.randint(high, [], generator=g, device=self.device) for g in self.generators])
 
 
-def uniform_labels(noise: SeededNoise, label_dim: int) -> Tensor:
-    """One-hot labels [N, label_dim], uniform, from the images' own seeds."""
-    return torch.nn.functional.one_hot(noise.randint(label_dim), label_dim).float()
+def uniform_labels(noise: SeededNoise, label_dim: int, classes: Sequence[int] | None = None) -> Tensor:
+    """One-hot labels [N, label_dim], uniform over `classes` (None: all), from the images' own seeds."""
+    if classes is None:
+        indices = noise.randint(label_dim)
+    else:
+        indices = torch.tensor(classes, device=noise.device)[noise.randint(len(classes))]
+    return torch.nn.functional.one_hot(indices, label_dim).float()
+
+
+def uniform_over(space: LabelSpace, network: str = 'the network') -> LabelChooser:
+    """A chooser of classes, each as likely of those that have images. Raises: UserError, which names `network`, where labels are vectors."""
+    if space.are_vectors:
+        raise UserError(f'{network} takes {space}, which are not drawn uniformly: give --labels=data, for those of its training set, or '
+                        '--labels=FILE.npy')
+    return uniform_labels if space.present is None else functools.partial(uniform_labels, classes=space.present)
 
 
 def fixed_labels(class_idx: int) -> LabelChooser:
@@ -50,15 +65,20 @@ def fixed_labels(class_idx: int) -> LabelChooser:
 
 
 @torch.no_grad()
-def generate_latents(net, seeds: Sequence[int], choose_labels: LabelChooser = uniform_labels, solver=None, steps=None, **options) -> Tensor:
-    """What the network draws for the given seeds, [N, C, H, W] float64 on its device, before decoding. Options: see `samplers.sample`."""
+def generate_latents(net, seeds: Sequence[int], choose_labels: LabelChooser | None = None, solver=None, steps=None, **options) -> Tensor:
+    """What the network draws for the given seeds, [N, C, H, W] float64 on its device, before decoding. Options: see `samplers.sample`.
+
+    `choose_labels`: None for classes, uniformly over those that have images in the network's training set.
+    Raises: UserError where that is None and the network takes label vectors.
+    """
     noise = SeededNoise(seeds, next(net.parameters()).device)
     latents = noise.randn([net.img_channels, net.img_resolution, net.img_resolution])
+    choose_labels = choose_labels or uniform_over(space_of(net))
     labels = choose_labels(noise, net.label_dim) if net.label_dim else None
     return samplers.sample(net, latents, labels, solver, steps, randn_like=noise.randn_like, **options)
 
 
-def generate_batch(net, seeds: Sequence[int], choose_labels: LabelChooser = uniform_labels, solver=None, steps=None, **options) -> Tensor:
+def generate_batch(net, seeds: Sequence[int], choose_labels: LabelChooser | None = None, solver=None, steps=None, **options) -> Tensor:
     """Images of the given seeds, [N, C, H, W] uint8 on the network's device, decoded by its encoder. Arguments: see `generate_latents`.
 
     Raises: UserError where the network's images cannot be decoded.
@@ -80,24 +100,25 @@ class Rehearsal:
         return x
 
 
-def rehearse(net, choose_labels: LabelChooser = uniform_labels, **arguments) -> None:
+def rehearse(net, choose_labels: LabelChooser | None = None, **arguments) -> None:
     """Sample a pixel without the network, with the arguments of `generate_latents`: a UserError that its options meet with comes at once."""
     samplers.sample(Rehearsal(net), torch.zeros(1, net.img_channels, 1, 1), **arguments)
 
 
-class RecordedClasses:
-    """A chooser of labels that remembers the classes which another one chooses, on the device."""
+class RecordedLabels:
+    """A chooser of labels that remembers those which another one chooses, on the device: classes by their indices, vectors as they are."""
 
     def __init__(self, choose_labels: LabelChooser):
         self._choose_labels, self._chosen = choose_labels, []
+        self._are_vectors = getattr(choose_labels, 'are_vectors', False)
 
     def __call__(self, noise: SeededNoise, label_dim: int) -> Tensor:
         labels = self._choose_labels(noise, label_dim)
-        self._chosen.append(labels.argmax(dim=1))
+        self._chosen.append(labels if self._are_vectors else labels.argmax(dim=1))
         return labels
 
-    def tolist(self) -> list[int]:
-        """The classes of all images so far. Waits for the device."""
+    def tolist(self) -> list[int] | list[list[float]]:
+        """The labels of all images so far. Waits for the device."""
         return torch.cat(self._chosen).tolist() if self._chosen else []
 
 

@@ -43,7 +43,7 @@ class LabelSpace(NamedTuple):
 
     def differs(self, other: LabelSpace) -> bool:
         """Whether a label of one cannot be a label of the other."""
-        return self.dim != other.dim or None not in (self.kind, other.kind) and self.kind != other.kind
+        return self.dim != other.dim or (None not in (self.kind, other.kind) and self.kind != other.kind)
 
     def __str__(self) -> str:
         return f'label vectors of {self.dim} numbers' if self.are_vectors else f'{self.dim or "no"} classes'
@@ -164,10 +164,10 @@ class Labels(Sequence):
             + [f'vectors [N, {space.dim}] of finite numbers'][:0 if space.kind == 'classes' else 1])
         if values.dtype.kind not in 'iuf' or values.size == 0:
             raise UserError(f'{source} holds {values.dtype} {list(values.shape)}, no labels; {wanted}')
-        fits = values.ndim == 2 and values.shape[1] == space.dim or values.ndim == 1 and values.dtype.kind != 'f' and not space.are_vectors
-        if not fits:
+        are_indices = values.ndim == 1 and values.dtype.kind != 'f' and not space.are_vectors
+        if not are_indices and not (values.ndim == 2 and values.shape[1] == space.dim):
             raise UserError(f'{source} holds {values.dtype} {list(values.shape)}; {wanted}')
-        if values.ndim == 1:
+        if are_indices:
             return cls(_checked_classes(values, space, source, network), space)
         with np.errstate(over='ignore'):
             vectors = np.asarray(values, dtype=np.float32)
@@ -192,7 +192,8 @@ def _present(indices: np.ndarray, dim: int) -> tuple[int, ...] | None:
 def _checked_classes(indices: np.ndarray, space: LabelSpace, source: str, network: str) -> np.ndarray:
     used = np.unique(indices).tolist()
     if not 0 <= used[0] <= used[-1] < space.dim:
-        raise UserError(f'{source} holds class indices from {used[0]} to {used[-1]}; {network} has {space.dim} classes, 0 to {space.dim - 1}')
+        raise UserError(f'{source} holds class indices from {used[0]} to {used[-1]}, which are not of the {space.dim} classes of {network}, '
+                        f'0 to {space.dim - 1}')
     if space.present is not None and (untrained := sorted(set(used) - set(space.present))):
         raise UserError(f'{source} holds labels of classes {listed(untrained)}, of which the training set of {network} has no images, so they were '
                         f'never trained; the classes with images are {listed(space.present)}')

@@ -78,6 +78,7 @@ def load_state(resume: str, report=print) -> tuple[str, dict]:
 def snapshot_metadata(c: EasyDict, nimg: int) -> dict:
     """Plain data that a snapshot carries, so that samplers know what the network is."""
     metadata = dict(objective=c.objective, kimg=nimg / 1e3, nimg=nimg, seed=c.seed, **({'encoder': c.encoder} if c.encoder else {}))
+    metadata.update({name: c.dataset[name] for name in ('label_kind', 'classes') if name in c.dataset})  # a `LabelSpace.record`
     known = {**c.loss, **(c.sampling or {})}
     known['num_timesteps'] = known.get('N')
     recorded = ('S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_grid', 'sigma_data', 'num_timesteps')

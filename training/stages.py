@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,8 +30,10 @@ def stages(opts: EasyDict, run_dir: str) -> Iterator[EasyDict]:
     Raises: UserError where a stage does not follow from the one before it.
     """
     from torch_utils import distributed
+    from training import configuration
     from training.run_files import saved_states
     teacher, plan = opts.teacher, times.halving_stages(opts.S_start, opts.S, opts.stage_steps)
+    data = None
     for folder in stage_folders(run_dir):
         if (recorded := recorded_options(folder)['stages']) != [[S, steps] for S, steps in plan]:
             raise UserError(f'{run_dir} holds a progressive distillation in the stages {json.dumps(recorded)} (sampling steps, optimiser steps), '
@@ -43,6 +46,10 @@ def stages(opts: EasyDict, run_dir: str) -> Iterator[EasyDict]:
             yield EasyDict(opts, S=S, S_start=S, stages=plan, teacher=teacher, duration=total / 1e6, outdir=folder, nosubdir=True,
                            resume=resume if there else None)
             snapshot = distributed.broadcast_object(_finished(folder, total, teacher))
+        else:  # its options are in its folder only
+            data = data or configuration.data_record(opts, configuration.open_dataset(opts))
+            if about_data := configuration.check_same_data(opts, data, recorded_options(folder)['dataset'], folder):
+                distributed.print0(about_data, file=sys.stderr)
         if snapshot is None:
             raise UserError(f'{folder} has no snapshot of {total} images, from which the next stage would start: resume with the --batch it was made '
                             'with, or delete that folder and the ones of fewer steps.')
@@ -66,7 +73,7 @@ def recorded_options(folder: str | os.PathLike) -> dict:
     path = Path(folder, 'training_options.json')
     try:
         record = json.loads(path.read_text())
-        return {name: record[name] for name in ('seed', 'stages', 'teacher_digest')}
+        return {name: record[name] for name in ('seed', 'stages', 'teacher_digest', 'dataset')}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f'{path} is missing or damaged: delete that folder and the ones of fewer steps, and resume.') from error
 

@@ -17,6 +17,7 @@ from training.augment import AugmentPipe
 from training.dataset import ImageFolderDataset, InfiniteSampler
 from training.draws import SampleDraws, derive_seed
 from training.feed import Feed
+from training.label_space import LabelSpace, listed, space_of
 from training.loss import DIFFUSION_LOSSES, Loss
 from training.objectives import OBJECTIVES
 from training.phema import WeightAverages
@@ -68,7 +69,7 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
     start_nimg = progress.nimg
     log = RunLog(run_dir, enabled=rank == 0)
     files = run_files.RunFiles(c, run_dir, net, update, averages, loss_fn, log)
-    describe_run(log, c, net, dataset, rounds, batch_gpu)
+    describe_run(log, c, net, dataset, teacher, rounds, batch_gpu)
     files.tidy()
     if state is not None:
         describe_resume(log, c, progress, made_by, world_size)
@@ -191,7 +192,11 @@ def build_network(c: EasyDict, teacher: torch.nn.Module | None) -> torch.nn.Modu
     if hasattr(net, 'logvar_linear') and c.loss.get('kind') != 'edm2':  # EDM2's uncertainty: DDP wants every parameter used that has a gradient
         net.logvar_linear.requires_grad_(False)
     if c.transfer:
-        source, own = checkpoint.load_network(c.transfer).state_dict(), net.state_dict()
+        origin, ours = checkpoint.load_network(c.transfer), LabelSpace.recorded(net.label_dim, c.dataset)
+        source, own = origin.state_dict(), net.state_dict()
+        if origin.label_dim == ours.dim and space_of(origin).differs(ours):
+            distributed.print0(f'Warning: --transfer={c.transfer} was trained with {space_of(origin)}, and these data have {ours}: '
+                               'what it learned of labels means something else here.')
         fitting = {name: tensor for name, tensor in source.items() if name in own and own[name].shape == tensor.shape}
         if not fitting:
             raise UserError(f'--transfer={c.transfer} has no tensor that fits this network by name and shape')
@@ -230,7 +235,7 @@ def build_validator(c: EasyDict, run_dir: str, dataset, net, device, resumed: bo
     """What evaluates the averages of `net` in training. A resumed run makes the images of interrupted evaluations again."""
     options = EasyDict(c.validation, overwrite=c.validation.overwrite or resumed)
     image_shape = [net.img_channels, net.img_resolution, net.img_resolution]
-    return validation.Validator(options, dataset, run_dir, device, image_shape, dataset.label_dim, c.encoder)
+    return validation.Validator(options, dataset, run_dir, device, image_shape, dataset.label_space, c.encoder)
 
 
 def profiled_networks(net: torch.nn.Module, teacher: torch.nn.Module | None) -> dict[tuple[str, str], torch.nn.Module]:
@@ -238,14 +243,20 @@ def profiled_networks(net: torch.nn.Module, teacher: torch.nn.Module | None) -> 
     return {('student', 'self-target'): net, **({} if teacher is None else {('teacher', 'teacher'): teacher})}
 
 
-def describe_run(log: RunLog, c: EasyDict, net, dataset, rounds: int, batch_gpu: int) -> None:
+def describe_run(log: RunLog, c: EasyDict, net, dataset, teacher, rounds: int, batch_gpu: int) -> None:
     """Say what is about to be trained on what."""
     params = sum(p.numel() for p in net.parameters())
     steps = c.ema_halflife_nimg / c.batch_size
-    log(f'Data: {len(dataset)} images of {dataset.image_shape}, {dataset.label_dim} classes, from {c.dataset.path}')
+    subset = f', a random {dataset.num_images} of its {dataset.num_files}' if dataset.num_images < dataset.num_files else ''
+    log(f'Data: {len(dataset)} images of {dataset.image_shape}, {dataset.label_space}, from {c.dataset.path}{subset}')
     if dataset.unturned:
         log(f'Note: {len(dataset.unturned)} images carry an EXIF orientation, which is ignored: training sees their pixels as they are stored. '
             'dataset_tool.py --exif=apply turns them.')
+    if warning := dataset.label_space.warning():
+        log(f'Warning: {warning}')
+    if teacher is not None and (untaught := sorted({*space_of(teacher).absent} - {*dataset.label_space.absent})):
+        log(f'Warning: the training set of {c.teacher} has no images of classes {listed(untaught)}, of which these data have some: '
+            'what the teacher says of them was never trained.')
     log(f'Network: {type(net).__name__} / {type(net.model).__name__}, {params:,} parameters')
     log(f'Batch: {c.batch_size} images in {rounds} round(s) of {batch_gpu} on {distributed.get_world_size()} process(es)')
     log(f'EMA half-life: {c.ema_halflife_nimg:,.0f} images = {steps:,.0f} steps')

@@ -141,7 +141,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 #----------------------------------------------------------------------------
-# Where they go: a folder, or one file. The main process calls `begin` first, at the end `complete` with the classes in the order of seeds, and
+# Where they go: a folder, or one file. The main process calls `begin` first, at the end `complete` with the labels in the order of seeds, and
 # `end` in any case. `parts` is then everyone's. `add` has a batch written, whose first image is at `place` in the order of seeds.
 
 class FolderDestination:
@@ -171,7 +171,7 @@ class FolderDestination:
         folder = os.path.join(self.path, f'{seed - seed % 1000:06d}') if self.subdirs else self.path
         return os.path.join(folder, f'{seed:06d}.{self._extension}')
 
-    def complete(self, classes: Sequence[int] | None) -> None:
+    def complete(self, labels: Sequence | None) -> None:
         pass
 
     def end(self) -> None:
@@ -181,8 +181,8 @@ class FolderDestination:
 class FileDestination:
     """One file, which appears when it is complete. Until then its parts, some for each batch, lie in a hidden folder beside it.
 
-    `.npz`: `arr_0`, uint8 [N, H, W, C], and of a conditional network `arr_1`, the classes, int64 [N]. `.zip`: a data set like those of
-    dataset_tool.py.
+    `.npz`: `arr_0`, uint8 [N, H, W, C], and of a conditional network `arr_1`, the labels: classes, int64 [N], or vectors,
+    float32 [N, D]. `.zip`: a data set like those of dataset_tool.py.
     """
 
     def __init__(self, path: str):
@@ -207,9 +207,9 @@ class FileDestination:
             else:
                 pool.submit(write_png_part, images[share], part, place + share.start)
 
-    def complete(self, classes: Sequence[int] | None) -> None:
+    def complete(self, labels: Sequence | None) -> None:
         parts = [os.path.join(self.parts, name) for name in sorted(os.listdir(self.parts))]
-        (join_arrays if self._as_array else join_pngs)(parts, classes, self.path)
+        (join_arrays if self._as_array else join_pngs)(parts, labels, self.path)
 
     def end(self) -> None:
         if self.parts is not None:
@@ -229,7 +229,7 @@ def write_png_part(images: np.ndarray, path: str, place: int) -> None:
             archive.writestr(f'{i // 1000:05d}/{PngFiles.pattern.format(i)}', png_bytes(_picture(image)))
 
 
-def join_arrays(parts: Sequence[str], classes: Sequence[int] | None, path: str) -> None:
+def join_arrays(parts: Sequence[str], labels: Sequence | None, path: str) -> None:
     """The `.npz` file of parts [n, H, W, C], which are opened and copied one after another."""
     shapes = [np.load(part, mmap_mode='r').shape for part in parts]
     header = dict(descr='|u1', fortran_order=False, shape=(sum(shape[0] for shape in shapes), *shapes[0][1:]))
@@ -238,12 +238,12 @@ def join_arrays(parts: Sequence[str], classes: Sequence[int] | None, path: str) 
             np.lib.format.write_array_header_1_0(member, header)
             for part in parts:
                 member.write(np.load(part).data)
-        if classes is not None:
+        if labels is not None:
             with archive.open('arr_1.npy', 'w') as member:
-                np.lib.format.write_array(member, np.array(classes, dtype=np.int64))
+                np.lib.format.write_array(member, np.array(labels, dtype=np.float32 if labels and isinstance(labels[0], list) else np.int64))
 
 
-def join_pngs(parts: Sequence[str], classes: Sequence[int] | None, path: str) -> None:
+def join_pngs(parts: Sequence[str], labels: Sequence | None, path: str) -> None:
     """The data set of parts with some of its members each, and its labels."""
     from dataset_tool import open_dest
     names = []
@@ -253,5 +253,5 @@ def join_pngs(parts: Sequence[str], classes: Sequence[int] | None, path: str) ->
                 for name in archive.namelist():
                     write(name, archive.read(name))
                     names.append(name)
-        labels = None if classes is None else [list(pair) for pair in zip(names, classes)]
-        write('dataset.json', json.dumps({'labels': labels}).encode())
+        pairs = None if labels is None else [list(pair) for pair in zip(names, labels)]
+        write('dataset.json', json.dumps({'labels': pairs}).encode())
