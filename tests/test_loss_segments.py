@@ -4,7 +4,17 @@ import itertools
 import pytest
 import torch
 from gaussian import Gaussian
-from test_loss_cd import DEFAULTS, VARIANCE, all_rows, assert_stationary_there_alone, exact_student, make_loss, small_network, targets
+from test_loss_cd import (
+    DEFAULTS,
+    VARIANCE,
+    all_rows,
+    assert_stationary_there_alone,
+    exact_student,
+    make_loss,
+    multipliers_of_targets,
+    small_network,
+    targets,
+)
 
 from training import consistency_ops as ops
 from training.draws import SampleDraws
@@ -104,7 +114,7 @@ def test_regression_converges_to_the_exact_map_with_the_square_of_the_substeps()
     errors = []
     for substeps in (8, 16, 32):
         loss = make_direct_loss(Gaussian(VARIANCE), S=4, student_grid='full', substeps=substeps)
-        c, edges = direct_multipliers(loss)
+        c, edges = multipliers_of_targets(loss)
         tops = ops.segment_bounds(torch.cat([edges.sigma_t, edges.sigma_t.new_zeros(1)]), loss.student)[:-1, 0]
         exact = ((VARIANCE + ops.expand_like(edges.sigma_b, VARIANCE.expand(len(c), 1, 2, 2)) ** 2)
                  / (VARIANCE + ops.expand_like(edges.sigma_t, VARIANCE.expand(len(c), 1, 2, 2)) ** 2)).sqrt()

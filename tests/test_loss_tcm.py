@@ -1,4 +1,6 @@
 """Truncated consistency training against Gaussian data, where the function that it converges to is known, given the first stage's."""
+import itertools
+
 import pytest
 import torch
 from test_loss_cd import VARIANCE, small_network
@@ -83,18 +85,50 @@ def test_the_truncated_consistency_function_has_zero_expected_gradient_and_a_per
         assert expected_gradients(loss, t, student)[t == wrong].abs().max() > 1e-6
 
 
-def test_the_truncated_consistency_function_tends_to_the_exact_map_as_times_come_closer():
+@pytest.fixture
+def edges_at(monkeypatch):
+    """The edges that a loss draws where chance gives the times [N]; none at t'."""
+    def edges(loss, t):
+        monkeypatch.setattr('training.loss_tcm.times.truncated_log_student_times', lambda *_: t)
+        return loss.draw(SampleDraws(0, 0, len(t)), CPU)
+    return edges
+
+
+def multiplier_of_targets(edges_at, t, first_stage, **options):
+    """c(t), read off the loss's own targets by regression on x_t: they are affine in what the student says at r, where it is that same c, and the
+    first stage's where r < t'."""
+    loss = make_loss(Linear(first_stage), 20, boundary_share=0.0, **options)
+    chain = [torch.tensor([t], dtype=torch.float64)]
+    while (r := edges_at(loss, chain[-1]).sigma_s) >= loss.dividing_t:
+        assert r < chain[-1]
+        chain.append(r)
+    edges, coefficients = edges_at(loss, torch.cat(chain)), []
+    for value in (0.0, 1.0):
+        student, moment = Linear(lambda t, value=value: torch.full_like(VARIANCE[0], value)), 0
+        for y, noise, second_moment in ((1, 0, VARIANCE), (0, 1, torch.ones_like(VARIANCE))):
+            y, noise = (torch.full([len(chain), 1, 2, 2], float(value), dtype=torch.float64) for value in (y, noise))
+            x_t = y + ops.expand_like(edges.sigma_t, y) * noise
+            moment = moment + second_moment * loss.reference(student, Pairs(y, noise, x_t, edges)) * x_t
+        coefficients.append(moment / (VARIANCE + ops.expand_like(edges.sigma_t, x_t) ** 2))
+    offset, full = coefficients
+    c = torch.zeros_like(VARIANCE[0])
+    for k in reversed(range(len(chain))):
+        c = offset[k] + (full - offset)[k] * c
+    return c
+
+
+def test_the_truncated_consistency_function_tends_to_the_exact_map_as_times_come_closer(edges_at):
     """s / sqrt(s² + t²) where the first stage is exact; of first order, as the data's hop is: half of 1 − ratio halves the error."""
     exact = FIRST_STAGES['exact']
-    errors = [(multiplier(5.0, make_loss(None, 20, ratio_cap=cap).ratio, 1.0, exact) / exact(5.0) - 1).abs().max() for cap in (0.99, 0.995, 0.9975)]
-    assert all(1.8 < a / b < 2.2 for a, b in zip(errors, errors[1:])), errors  # noqa: RUF007
+    errors = [(multiplier_of_targets(edges_at, 5.0, exact, ratio_cap=cap) / exact(5.0) - 1).abs().max() for cap in (0.99, 0.995, 0.9975)]
+    assert all(1.8 < a / b < 2.2 for a, b in itertools.pairwise(errors)), errors
 
 
-def test_an_error_of_the_first_stage_is_passed_on_whole():
+def test_an_error_of_the_first_stage_is_passed_on_whole(edges_at):
     """The student's chain of targets ends below t' and never reaches the image: what is 10 % off there is 10 % off at 80."""
     exact = FIRST_STAGES['exact']
-    wrong = multiplier(80.0, 0.99, 1.0, lambda t: 1.1 * exact(t)) / multiplier(80.0, 0.99, 1.0, exact)
-    torch.testing.assert_close(wrong, torch.full_like(wrong, 1.1))
+    wrong, right = (multiplier_of_targets(edges_at, 80.0, lambda t, scale=scale: scale * exact(t), ratio_cap=0.99) for scale in (1.1, 1.0))
+    torch.testing.assert_close(wrong / right, torch.full_like(wrong, 1.1), rtol=1e-9, atol=0)
 
 #----------------------------------------------------------------------------
 # What is drawn.
