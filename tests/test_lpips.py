@@ -294,3 +294,11 @@ def test_a_script_that_is_cut_off_or_has_no_forward_is_refused(tmp_path):
                 cut.writestr(entry, whole.read(entry))
     with pytest.raises(UserError, match='cannot be loaded'):
         load(str(tmp_path / 'cut.pt'))
+
+
+def test_a_script_from_a_url_is_loaded_from_its_copy_and_named_by_the_url(tmp_path, monkeypatch):
+    copies = {'https://host/vgg16.pt': scripted(Script(), tmp_path / 'one.pt'), 'https://host/features.pt': scripted(Features(), tmp_path / 'two.pt')}
+    monkeypatch.setattr(lpips, 'local_path', lambda source, pinned=False: copies[source])
+    assert isinstance(load('https://host/vgg16.pt'), lpips.ScriptLPIPS)
+    with pytest.raises(UserError, match=r'^https://host/features\.pt is a TorchScript file whose forward'):
+        load('https://host/features.pt')

@@ -101,3 +101,64 @@ def test_iddpm_rounds_to_its_own_levels():
     sigma = net.u[[10, 500, 900]]
     assert torch.equal(net.round_sigma(sigma * 1.0001), sigma)
     assert net.round_sigma(float(net.u[3])) == net.u[3]
+
+
+ROLES = {'map_label', 'map_augment', 'map_layer0', 'conv0', 'conv1', 'affine', 'skip', 'qkv', 'proj'}
+
+
+def spread_of(module):
+    """(largest absolute weight, their root mean square, the same of biases), and how many values go in and come out."""
+    weight, inputs = module.weight.detach(), module.weight[0].numel()
+    bias = torch.zeros(1) if module.bias is None else module.bias.detach()
+    return weight.abs().max().item(), weight.square().mean().sqrt().item(), bias.abs().max().item(), inputs, weight.numel() // inputs
+
+
+def modules_with_weights(net):
+    """Linear and Conv2d modules by name."""
+    found = {name: module for name, module in net.named_modules() if isinstance(module, (networks.Linear, networks.Conv2d))}
+    return {name: module for name, module in found.items() if module.weight is not None}
+
+
+def test_song_begins_with_glorots_weights_and_without_biases():
+    """Uniform in ±√(6 / (fan_in + fan_out)), so √3 above the root mean square; 1e-5 of that before a sum or an output, √(1/5) of it before attention.
+    A convolution's fans are channels times 9, or times 1."""
+    torch.manual_seed(0)
+    found = modules_with_weights(networks.EDMPrecond(8, 3, 5, augment_dim=9, **dict(SONG, model_channels=32)))
+    for name, module in found.items():
+        largest, spread, bias, inputs, outputs = spread_of(module)
+        taps = module.weight[0, 0].numel() if module.weight.ndim == 4 else 1
+        scale = 1e-5 if name.endswith(('conv1', 'proj', 'aux_conv')) else 0.2 ** 0.5 if name.endswith('qkv') else 1
+        bound = scale * (6 / (inputs + outputs * taps)) ** 0.5
+        assert 0.98 * bound < largest <= bound and spread == pytest.approx(bound / 3 ** 0.5, rel=0.1), name
+        assert bias == 0, name
+    assert {name.rpartition('.')[2] for name in found} >= ROLES
+
+
+def test_adm_begins_as_pytorchs_own_layers_do_with_zeros_before_sums_and_outputs():
+    """Weights and biases uniform in ±1/√fan_in; label embeddings normal of unit variance, whatever the number of labels."""
+    torch.manual_seed(0)
+    found = modules_with_weights(networks.EDMPrecond(8, 3, 5, augment_dim=9, **dict(ADM, model_channels=64)))
+    for name, module in found.items():
+        largest, spread, bias, inputs, _ = spread_of(module)
+        if name.endswith(('conv1', 'proj', 'out_conv', 'map_augment')):
+            assert largest == bias == 0, name
+        elif name.endswith('map_label'):
+            assert spread == pytest.approx(1, rel=0.1) and largest > 2.5 and module.bias is None
+        else:
+            bound = inputs ** -0.5
+            assert 0.98 * bound < largest <= bound and spread == pytest.approx(bound / 3 ** 0.5, rel=0.1), name
+            assert 0.8 * bound < bias <= bound, name
+    assert {name.rpartition('.')[2] for name in found} >= ROLES
+
+
+@pytest.mark.parametrize('net', [lambda: networks.EDMPrecond(8, 1, **SONG),
+                                 lambda: networks_edm2.Precond(8, 1, 0, model_channels=8, channel_mult=[1])],
+                         ids=['edm', 'edm2'])
+@pytest.mark.parametrize('width', [0, 4])
+def test_networks_without_classes_take_no_notice_of_labels(net, width):
+    """A data set without labels has some of width 0."""
+    torch.manual_seed(0)
+    net, x = net().eval(), torch.randn(2, 1, 8, 8)
+    for parameter in net.parameters():  # zeros would hide the rest
+        torch.nn.init.normal_(parameter, std=0.1)
+    assert torch.equal(net(x, torch.ones(2), torch.ones(2, width)), net(x, torch.ones(2), None))
