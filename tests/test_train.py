@@ -186,6 +186,19 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path, digi
     assert all(torch.equal(phema[0][name], phema[1][name]) for name in phema[0])
 
 
+def test_the_seconds_of_ticks_and_of_what_lies_between_make_up_the_run(uninterrupted):
+    """And each tick's images, at its speed, make up the 640 of training: the first tick is one step of 64, the others two."""
+    stats = [{name.removeprefix('Timing/'): value['mean'] for name, value in line.items() if name.startswith('Timing/')}
+             for line in lines(uninterrupted / 'stats.jsonl')]
+    total = 0
+    for tick in stats:
+        assert tick['sec_per_tick'] > 0 and tick['maintenance_sec'] > 0 and 0 < tick['data_wait_share'] < 1
+        total += tick['sec_per_tick'] + tick['maintenance_sec']
+        assert tick['total_sec'] == pytest.approx(total, rel=1e-6)
+    images = [round(tick['images_per_sec'] * tick['sec_per_tick'], 6) for tick in stats]
+    assert images == [64, 128, 128, 128, 128, 64] and all(tick['sec_per_kimg'] == pytest.approx(1e3 / tick['images_per_sec']) for tick in stats)
+
+
 def test_a_resumed_run_needs_no_seed_and_a_finished_one_trains_no_further(digits, teacher, uninterrupted):
     state = max(uninterrupted.glob('training-state-*.pt'), key=lambda path: load_state(path)['progress']['nimg'])
     arguments = [f'--outdir={uninterrupted}', f'--data={digits}', '--cond=1', '--consistency=True', f'--teacher={teacher}', '--batch=64',
