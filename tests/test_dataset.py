@@ -67,6 +67,13 @@ def data(request, tmp_path, files):
 #----------------------------------------------------------------------------
 # What is read.
 
+def test_a_data_set_is_named_after_its_folder_however_that_is_written(tmp_path, monkeypatch, files):
+    """As run folders are: with a slash at the end or as the folder one is in, there would be no name."""
+    folder = write_folder(tmp_path / 'data', files)
+    monkeypatch.chdir(folder)
+    assert [ImageFolderDataset(path).name for path in (f'{folder}/', '.', '../data', folder / '..' / 'data')] == ['data'] * 4
+
+
 def test_items_are_the_files_in_sorted_order_with_one_hot_labels(data, files):
     dataset = ImageFolderDataset(data, resolution=4, use_labels=True)
     names = sorted(name for name in files if name.endswith('.png'))
