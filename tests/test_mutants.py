@@ -201,4 +201,4 @@ def test_a_campaign_asks_who_executes_the_line_in_whatever_process_and_resumes(m
 
 def test_the_reasons_of_equal_mutants_are_given():
     reasons = mutants.equal_mutants(ROOT / mutants.EQUAL)
-    assert all(len(key) == 8 and len(reason) > 20 for key, reason in reasons.items())
+    assert reasons and all(len(key) == 8 and len(reason) > 20 for key, reason in reasons.items())
