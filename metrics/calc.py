@@ -27,6 +27,7 @@ class Observed:
         skipped: how many images were left out.
         problems: why. This and what follows: on the main process only.
         copies: how many images have the very pixels of another one before them.
+        unturned: how many images, of those that were read and not recalled, carry an EXIF orientation, which is ignored.
         features: [n, D] float32 on the CPU, in the order of the images; None where they were not asked for.
         probabilities: [n, K] of its classes, likewise.
     """
@@ -37,6 +38,7 @@ class Observed:
     copies: int = 0
     features: Tensor | None = None
     probabilities: Tensor | None = None
+    unturned: int = 0
 
 
 def observe(source: ImageSource, detectors: Mapping[str, Detector], batch: int, keep: np.ndarray | bool = False,
@@ -141,13 +143,13 @@ class _Watch:
             found = 'is only one image' if self.stats.count else 'are no images'
             raise UserError(f'There {found} in {self.source.name} to compute statistics of, and at least two are needed.')
         skipped = len(self.source) - self.stats.count
-        shares = distributed.gather_on_main((self.kept, self.source.skipped))
+        shares = distributed.gather_on_main((self.kept, self.source.skipped, self.source.unturned))
         if not shares:
             return Observed(self.stats, skipped)
-        kept, problems = ({key: value for share in column for key, value in share.items()} for column in zip(*shares))
+        kept, problems, unturned = ({key: value for share in column for key, value in share.items()} for column in zip(*shares))
         joined = {name: torch.cat([kept[start][name] for start in sorted(kept)]) for name in kept[min(kept)]}
         return Observed(self.stats, skipped, [problems[i] for i in sorted(problems)], len(joined['digests']) - len(joined['digests'].unique()),
-                        joined['features'] if self.keep.any() else None, joined.get('probabilities'))
+                        joined['features'] if self.keep.any() else None, joined.get('probabilities'), len(unturned))
 
 
 def reference_of(source: ImageSource, seen: Observed, detector: Detector) -> Reference:

@@ -29,6 +29,7 @@ class GeneratedImages:
                  steps: int | None = None, name: str = 'network', identity: str = '', dump: str | None = None, **options):
         self.net, self.seeds, self.size, self.name, self.identity, self.dump = net, seeds, batch, name, identity, dump
         self.skipped: dict[int, str] = {}
+        self.unturned: dict[int, int] = {}
         self.arguments = dict(choose_labels=choose_labels, solver=solver, steps=steps, **options)
 
     @functools.cached_property

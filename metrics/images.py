@@ -14,6 +14,7 @@ import torch
 from dnnlib.util import UserError
 from metrics.arrays import ArchivedArrays, map_npy, may_be_images
 from training.dataset import ImageFiles, image_pixels, image_shape_of, random_subset
+from training.pixels import is_left_unturned, orientation
 
 WORKERS = 4  # threads that decode: Pillow lets go of the interpreter lock
 AHEAD = 2    # batches that each has done or is at work on, besides the one in use
@@ -41,6 +42,7 @@ class ImageSource:
         name: what messages call them.
         image_shape: [C, H, W]; C is 1 or 3.
         skipped: why images were left out, by index, as far as this process has read.
+        unturned: EXIF orientations other than 1, which are ignored, likewise.
     """
 
     def __init__(self, path: str | os.PathLike, count: int, num: int | None, seed: int):
@@ -50,6 +52,7 @@ class ImageSource:
             raise UserError(f'{self.name} holds {count} images, expected at least {num}. {cure}')
         self.index = random_subset(count, num, seed)
         self.skipped: dict[int, str] = {}
+        self.unturned: dict[int, int] = {}
         self.skip_bad = False
         self.image_shape: list[int] = []
 
@@ -119,6 +122,8 @@ class FileImages(ImageSource):
             if self.image_shape and list(shape) != self.image_shape:
                 raise UserError(f'{self.name}: {file} is {_describe(shape)}, but {self._first} is {_describe(self.image_shape)}. '
                                 'Give all images one size and mode, or leave out those unlike the first with --skip-bad.')
+            if is_left_unturned(image):
+                self.unturned[i] = orientation(image)
             return image_pixels(image)
 
     def fingerprint(self) -> str:
@@ -191,8 +196,9 @@ def _map_images(path: str | os.PathLike) -> tuple[str, np.ndarray]:
 def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
     """A view [N, C, H, W] of an array of images in one of the three layouts. Raises: UserError where it is in none of them, or could be in two."""
     if array.dtype != np.uint8:
-        raise UserError(f'{name} holds {array.dtype}, and images are uint8, 0 to 255. '
-                        'Convert values in [-1, 1] by (x * 127.5 + 128).clip(0, 255).astype(np.uint8).')
+        cure = ('Convert values in [-1, 1] by (x * 127.5 + 128).clip(0, 255).astype(np.uint8).' if array.dtype.kind == 'f' else
+                'Convert 16-bit values by (x / 257).round().astype(np.uint8), others by what is white in them.')
+        raise UserError(f'{name} holds {array.dtype}, and images are uint8, 0 to 255. {cure}')
     shape, views = list(array.shape), []
     if array.size and len(shape) == 3 and shape[2] > 4:  # fewer columns are the channels of a single image
         views.append(array[:, None])

@@ -215,6 +215,113 @@ def test_floating_point_images_are_refused(tmp_path):
     assert 'x.tif is a floating-point image' in run(f'--source={tmp_path}', f'--dest={tmp_path}/out.zip', code=1)
 
 #----------------------------------------------------------------------------
+# Which images, with which labels.
+
+def three_classes(path):
+    files = {f'{name}/{i}.png': encode(random_pixels(4, 4, seed=10 * k + i)) for k, name in enumerate(('ant', 'bee', 'cat')) for i in range(4)}
+    return write_files(path, files)
+
+
+@pytest.mark.parametrize('options, labels, said', [
+    (['--max-images=5'], [0] * 4 + [1], 'leaves out 1 of 3 classes (cat=2)'),
+    (['--max-images=2'], [0, 0], 'leaves out 2 of 3 classes (bee=1, cat=2)'),
+    (['--max-images=9'], [0] * 4 + [1] * 4 + [2], None),
+    (['--max-images-per-class=2'], [0, 0, 1, 1, 2, 2], None),
+    (['--max-images-per-class=1', '--max-images=2'], [0, 1], 'leaves out 1 of 3 classes (cat=2)'),
+    (['--max-images-per-class=5'], [0] * 4 + [1] * 4 + [2] * 4, '3 of 3 classes have fewer than 5 images'),
+])
+def test_classes_that_are_left_out_are_named_and_images_can_be_spread_over_them(tmp_path, options, labels, said):
+    source = three_classes(tmp_path / 'src')
+    output = run(f'--source={source}', f'--dest={tmp_path}/out', *options)
+    pixels, table = load(tmp_path / 'out')
+    assert [label for _, label in table] == labels and (said or 'Wrote') in output and ('leaves out' in output) == ('leaves out' in (said or ''))
+    places = [labels[:i].count(label) for i, label in enumerate(labels)]
+    np.testing.assert_array_equal(pixels, [random_pixels(4, 4, seed=10 * label + i) for label, i in zip(labels, places)])
+
+
+@pytest.mark.parametrize('kind', ['dataset.json', 'digits', 'mnist', 'npz'])
+def test_every_source_with_classes_names_those_left_out_and_spreads(tmp_path, kind):
+    pixels, labels = random_pixels(6, 8, 8), [0, 0, 0, 1, 1, 2]
+    if kind == 'dataset.json':
+        table = {'labels': [[f'{i}.png', label] for i, label in enumerate(labels)]}
+        source = write_zip(tmp_path / 'src.zip', {f'{i}.png': encode(p) for i, p in enumerate(pixels)} | {'dataset.json': json.dumps(table)})
+    elif kind == 'npz':
+        source = tmp_path / 'src.npz'
+        np.savez(source, pixels, np.array(labels))
+    else:
+        source = 'digits' if kind == 'digits' else write_mnist(tmp_path / 'src', pixels, labels)
+    assert f'leaves out {8 if kind == "digits" else 2} of' in run(f'--source={source}', f'--dest={tmp_path}/a.zip', '--max-images=2')
+    output = run(f'--source={source}', f'--dest={tmp_path}/b.zip', '--max-images-per-class=1')
+    assert 'leaves out' not in output
+    assert [label for _, label in load(tmp_path / 'b.zip')[1]] == list(range(10 if kind == 'digits' else 3))
+    assert load_labels(run, source, tmp_path / 'c.zip') is None
+
+
+def load_labels(run, source, dest):
+    run(f'--source={source}', f'--dest={dest}', '--labels-from=none', '--max-images=2')
+    return load(dest)[1]
+
+
+def test_where_labels_come_from_can_be_chosen(tmp_path):
+    source = three_classes(tmp_path / 'src')
+    names = sorted(str(path.relative_to(source)) for path in source.rglob('*.png'))
+    (source / 'dataset.json').write_text(json.dumps({'labels': [[name, 7 + i] for i, name in enumerate(names)]}))
+    chosen = lambda *options: [label for _, label in convert(source, tmp_path / 'out.zip', *options)[1]]
+    assert chosen() == chosen('--labels-from=dataset.json') == list(range(7, 19))
+    assert chosen('--labels-from=folders') == [0] * 4 + [1] * 4 + [2] * 4
+    fails = lambda source, *options: run(f'--source={source}', f'--dest={tmp_path}/no.zip', *options, code=1)
+    assert 'src/ant has no class folders' in fails(source / 'ant', '--labels-from=folders')
+    assert 'src/ant has no dataset.json with labels' in fails(source / 'ant', '--labels-from=dataset.json')
+    assert 'digits is none' in fails('digits', '--labels-from=folders')
+    assert '--max-images-per-class needs class labels' in fails(source / 'ant', '--max-images-per-class=2')
+
+
+@pytest.mark.parametrize('kind', ['folder', 'zip'])
+def test_folders_without_images_beside_the_class_folders_are_named(tmp_path, kind):
+    files = {'t/dog/1.png': encode(random_pixels(4, 4)), 't/emu/1.png': encode(random_pixels(4, 4)), 't/cat/readme.txt': b'', 't/.git/x': b''}
+    if kind == 'folder':
+        source = write_files(tmp_path / 'src', files)
+    else:
+        source = write_zip(tmp_path / 'src.zip', {'t/cat/': b'', 't/.git/': b'', **files})
+    output = run(f'--source={source}', f'--dest={tmp_path}/out.zip')
+    assert '1 folders in' in output and 'are no classes (cat)' in output and 'dog=0, emu=1' in output
+
+#----------------------------------------------------------------------------
+# Arrays of images.
+
+@pytest.mark.parametrize('name', ['a.npy', 'a.npz', 'a.NPZ'])
+@pytest.mark.parametrize('layout', ['NHWC', 'NCHW', 'NHW', 'NHW1'])
+def test_arrays_of_images_are_a_source(tmp_path, name, layout):
+    pixels = random_pixels(5, 8, 8, 3) if layout in ('NHWC', 'NCHW') else random_pixels(5, 8, 8)
+    array = {'NCHW': lambda: pixels.transpose(0, 3, 1, 2), 'NHW1': lambda: pixels[..., None]}.get(layout, lambda: pixels)()
+    with open(tmp_path / name, 'wb') as file:
+        (np.save if name.endswith('npy') else np.savez_compressed)(file, array)
+    found, labels = convert(tmp_path / name, tmp_path / 'out.zip')
+    np.testing.assert_array_equal(found, pixels)
+    assert labels is None and len(convert(tmp_path / name, tmp_path / 'two.zip', '--max-images=2')[0]) == 2
+
+
+def test_the_handed_arrays_are_read(tmp_path, fixtures):
+    for name in ('arr.npy', 'arr.npz'):
+        assert 'Wrote 4 RGB images of 8x8' in run(f'--source={fixtures}/faults/{name}', f'--dest={tmp_path}/out.zip')
+
+
+@pytest.mark.parametrize('arrays, words', [
+    (dict(arr_0=np.zeros([2, 4, 4, 3])), 'holds float64, and images are uint8'),
+    (dict(arr_0=np.zeros([2, 4, 4, 3], np.uint16)), 'Convert 16-bit values by (x / 257)'),
+    (dict(arr_0=np.zeros([4, 4, 3], np.uint8)), 'has the shape [4, 4, 3]'),
+    (dict(mu=np.zeros(3), sigma=np.eye(3)), 'has no array of images'),
+    (dict(arr_0=np.zeros([2, 4, 4, 3], np.uint8), arr_1=np.zeros(2)), 'arr_1 is float64 [2]'),
+    (dict(arr_0=np.zeros([2, 4, 4, 3], np.uint8), arr_1=np.array([0, -1])), 'arr_1 is int64 [2]'),
+    (dict(arr_0=np.zeros([2, 4, 4, 3], np.uint8), arr_1=np.array([0, 1, 2])), '2 images, but 3 labels'),
+    (dict(arr_0=np.zeros([2, 4, 2, 3], np.uint8)), 'is not square'),
+])
+def test_other_arrays_are_refused_by_what_they_are(tmp_path, arrays, words):
+    np.savez(tmp_path / 'a.npz', **arrays)
+    assert words in run(f'--source={tmp_path}/a.npz', f'--dest={tmp_path}/out.zip', code=1)
+    assert os.listdir(tmp_path) == ['a.npz']
+
+#----------------------------------------------------------------------------
 # CIFAR-10.
 
 def write_cifar(path, batches, folder='cifar-10-batches-py'):
@@ -640,6 +747,19 @@ def test_a_destination_in_use_is_refused(tmp_path):
         assert message in run('--source=digits', f'--dest={tmp_path / name}', code=1)
     assert (tmp_path / 'full/precious.txt').read_bytes() == (tmp_path / 'file').read_bytes() == b'data'
     assert sorted(os.listdir(tmp_path)) == ['file', 'folder.zip', 'full']
+
+
+@pytest.mark.parametrize('name', ['x.ZIP', 'x.Zip'])
+def test_a_zip_is_a_zip_in_any_case(tmp_path, name):
+    assert len(convert('digits', tmp_path / name, '--max-images=3')[0]) == 3
+    assert zipfile.is_zipfile(tmp_path / name)
+
+
+@pytest.mark.parametrize('name', ['x.tar', 'x.tar.gz', 'x.npz', 'x.NPY', 'x.lmdb', 'x.h5', 'x.tfrecords'])
+def test_a_destination_that_is_called_another_file_is_refused_and_other_dots_are_a_folders(tmp_path, name):
+    assert 'are written to a .zip file or a folder' in run('--source=digits', f'--dest={tmp_path / name}', code=1)
+    assert not os.listdir(tmp_path)
+    assert len(convert('digits', tmp_path / 'digits.v1', '--max-images=3')[0]) == 3 and (tmp_path / 'digits.v1').is_dir()
 
 
 def test_an_existing_zip_is_replaced_even_by_its_own_conversion(tmp_path):

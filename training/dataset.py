@@ -24,10 +24,10 @@ from typing import BinaryIO
 
 import numpy as np
 import torch.utils.data
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dnnlib import UserError
-from dnnlib.file_kind import DAMAGED_ZIP, NPY, NPZ, ZIP, describe_file
+from dnnlib.file_kind import DAMAGED_ZIP, HEAD, NPY, NPZ, ZIP, describe_file
 from training import file_names, pixels, zip_index
 from training.label_space import Labels, LabelSpace
 from training.zip_index import ZipIndex
@@ -38,6 +38,7 @@ MAX_LATENT_BYTES = 1 << 30   # of one file of latents; a header that claims more
 DIGESTED_FILES = 16          # whose bytes are in a data set's digest: sizes say little of uncompressed images
 LABEL_FILE = 'dataset.json'
 LATENT_EXTENSION = '.npy'
+NOT_A_ZIP = 'File is not a zip file'  # what zipfile says of any file without the record at the end of one
 
 # What Pillow and zipfile raise on damaged, encrypted or oversized files.
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
@@ -86,7 +87,7 @@ class ImageFiles:
             index = ZipIndex.read(self.path)
         except UNREADABLE as error:
             kind = None if isinstance(error, PermissionError) else describe_file(self.path)
-            what = error if kind in (None, DAMAGED_ZIP) else f'it is {kind}'
+            what = error if kind is None or (kind == DAMAGED_ZIP and str(error) != NOT_A_ZIP) else f'it is {kind}'
             raise UserError(f'{self.path} is neither a folder nor a complete zip file ({what}); {cure_of_kind(kind)}') from error
         if self.path.lower().endswith('.npz'):
             raise UserError(f'{self.path} is {NPZ}, not a zip of images; {cure_of_kind(NPZ)}')
@@ -171,7 +172,8 @@ class ImageFiles:
             with self.open(name) as file:
                 yield Image.open(file)
         except UNREADABLE as error:
-            raise UserError(f'{self.path}: {name} is not a readable image ({error}); replace or remove it') from error
+            what = self._what_it_is(name) if isinstance(error, UnidentifiedImageError) else None
+            raise UserError(f'{self.path}: {name} is not a readable image ({what or error}); replace or remove it') from error
 
     @contextlib.contextmanager
     def open_latents(self, name: str) -> Iterator[LatentFile]:
@@ -181,6 +183,14 @@ class ImageFiles:
                 yield LatentFile(file)
         except UNREADABLE as error:
             raise UserError(f'{self.path}: {name} is not a readable file of latents ({error}); make it again with dataset_tool.py') from error
+
+
+    def _what_it_is(self, name: str) -> str | None:
+        """What a file is that is no image, as 'it is ...'; None where that cannot be told."""
+        with contextlib.suppress(*UNREADABLE), self.open(name) as file:
+            kind = describe_file(file.read(HEAD) or b'')
+            return kind and f'it is {kind}'
+        return None
 
 
 class LatentFile:
@@ -219,6 +229,8 @@ def cure_of_kind(kind: str | None) -> str:
         return 'dataset_tool.py converts arrays of images to a data set'
     if kind and kind.endswith('image'):
         return 'name the folder or the zip that images lie in'
+    if kind and kind.startswith(('a web page', 'an XML', 'an empty', 'a file of zeros')):
+        return 'download or copy it again'
     if kind and re.search('tar|gzip|bzip2|xz|Zstandard|7-Zip|RAR', kind):
         return 'unpack it and name the folder'
     return 'copy or make it again' if kind in (None, DAMAGED_ZIP) else 'name a folder or a zip of images'

@@ -11,6 +11,7 @@ from dnnlib import UserError
 
 ORIENTATION = 0x0112  # the EXIF tag
 WHITE_IS_ZERO = 0x0106, 0  # TIFF's tag PhotometricInterpretation, and its value where 0 is white
+SIGNED = 0x0153, 2         # TIFF's tag SampleFormat, and its value for signed integers
 GREY_MODES = ('1', 'L', 'LA', 'La')
 # How a viewer turns the stored pixels, by EXIF orientation (1: not at all), and how that is undone.
 TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270,
@@ -85,11 +86,8 @@ def has_16_bits(raw: str) -> bool:
 
 def is_colour(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> bool:
     """Whether an image, of which only the header need be read, is not grey, or would not stay so on that background."""
-    return not is_grey(image.mode) or (len(set(background)) > 1 and may_be_transparent(image))
-
-
-def is_grey(mode: str) -> bool:
-    return mode in GREY_MODES or mode[0] in 'IF'
+    grey = image.mode in GREY_MODES or image.mode[0] in 'IF' or raw_mode(image) in ('LA;16B', 'LA;16N')  # of 16 bits, which Pillow opens as RGBA
+    return not grey or (len(set(background)) > 1 and may_be_transparent(image))
 
 
 def may_be_transparent(image: Image.Image) -> bool:
@@ -124,7 +122,7 @@ def _equals_key(picture: Picture, name: str) -> np.ndarray:
 def to_mode(picture: Picture, mode: str, name: str) -> Image.Image:
     """The image in 8 bits, 'L' or 'RGB', whatever its opacity. Raises: UserError where its values have no known range."""
     image = picture.image
-    if image.mode[0] in 'IF':
+    if image.mode[0] in 'IF' or _has_tag(image, *SIGNED):
         image = Image.fromarray(_levels(picture, name))
     elif image.mode in ('P', 'La', 'RGBa'):  # to what Pillow converts to any other
         image = image.convert('LA' if image.mode == 'La' else 'RGBA')
@@ -141,15 +139,20 @@ def _levels(picture: Picture, name: str) -> np.ndarray:
         raise UserError(f'{name} is a floating-point image of unknown range; convert it to 8 bits')
     # PNG's samples are unsigned, TIFF's as its mode says; Pillow scales those of PGM and JPEG 2000 to 16 bits, whatever their maximum.
     known = {'PNG': 'I', 'PPM': 'I', 'JPEG2000': 'I;16', 'TIFF': 'I;16'}.get(image.format)
-    if known is None or not image.mode.startswith(known):
+    if known is None or not image.mode.startswith(known) or _has_tag(image, *SIGNED):
         raise UserError(f'{name} has integers of unknown range (mode {image.mode}{", " + picture.raw if picture.raw else ""}); '
                         'convert it to 8 bits, or to unsigned 16 bits from 0, black, to 65535, white')
     white = 4095 if picture.raw.startswith('I;12') else 65535
     values = np.asarray(image).astype(np.float64)
-    tag, value = WHITE_IS_ZERO
-    if image.format == 'TIFF' and image.tag_v2.get(tag) == value:
+    if _has_tag(image, *WHITE_IS_ZERO):
         values = white - values
     return np.rint(values * (255 / white)).astype(np.uint8)
+
+
+def _has_tag(image: Image.Image, tag: int, value: int) -> bool:
+    """Whether a tag of a TIFF has a value, in any channel."""
+    found = image.tag_v2.get(tag) if image.format == 'TIFF' else None
+    return found == value or (isinstance(found, tuple) and value in found)
 
 
 def prepared(picture: Picture, mode: str, background: tuple[int, int, int], upright: bool, name: str) -> tuple[Image.Image, bool]:

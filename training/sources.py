@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from dnnlib import UserError
+from dnnlib.file_kind import describe_file
 from training import file_names
 from training.dataset import UNREADABLE, ImageFiles, read_labels
 from training.pixels import Picture, is_colour
@@ -93,6 +94,12 @@ def note(text: str) -> None:
     click.echo(f'Note: {text}', err=True)
 
 
+def _what_is_wrong(path: pathlib.Path, error: Exception) -> str:
+    """That an archive which cannot be read is a file of another kind, or what the reader says."""
+    kind = None if isinstance(error, PermissionError) else describe_file(path)
+    return str(error) if kind is None or re.search('gzip|tar|IDX', kind) else f'it is {kind}'
+
+
 def _listed(values: Iterable, names: Sequence[str] | None = None) -> str:
     """The first of the sorted values, or of the names that they are the places of."""
     values = sorted(values)
@@ -129,10 +136,11 @@ def read_idx(path: pathlib.Path, magic: int) -> np.ndarray:
             data = file.read()
         found, *shape = struct.unpack_from(f'>{1 + (magic & 0xff)}I', data)
     except DAMAGED_ARCHIVE as error:
-        raise UserError(f'{path} is not a readable IDX file ({error}); download it again') from error
+        raise UserError(f'{path} is not a readable IDX file ({_what_is_wrong(path, error)}); download it again') from error
     header = 4 * (1 + len(shape))
     if found != magic or len(data) - header != int(np.prod(shape, dtype=object)):
-        raise UserError(f'{path} is not a complete IDX file: magic number {found:#x} instead of {magic:#x}, or a wrong length; download it again')
+        what = _what_is_wrong(path, ValueError(f'magic number {found:#x} instead of {magic:#x}, or a wrong length'))
+        raise UserError(f'{path} is not a complete IDX file ({what}); download it again')
     return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
 
 
@@ -224,9 +232,10 @@ def cifar10_source(path: pathlib.Path, selection: Selection) -> Source:
                 if member.isfile() and (match := re.search(r'(?:^|/)data_batch_(\d+)$', member.name)):
                     batches[int(match[1])] = member.name, archive.extractfile(member).read()
     except DAMAGED_ARCHIVE as error:
-        raise UserError(f'{path} is not a complete tar archive ({error}); download it again') from error
+        raise UserError(f'{path} is not a complete tar archive ({_what_is_wrong(path, error)}); download it again') from error
     if not batches:
-        raise UserError(f'{path} holds no CIFAR-10 batches (data_batch_1, ...); the tar archive to name is cifar-10-python.tar.gz')
+        raise UserError(f'{path} holds no CIFAR-10 batches (data_batch_1, ...); the tar archive to name is cifar-10-python.tar.gz; '
+                        'unpack another and name its folder')
     images, labels = zip(*(read_cifar_batch(data, f'{path}: {name}') for _, (name, data) in sorted(batches.items())))
     return array_source(np.concatenate(images), list(itertools.chain.from_iterable(labels)), path.name, selection)
 
