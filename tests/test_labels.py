@@ -331,6 +331,16 @@ def test_classes_and_vectors_of_one_length_are_not_each_other_s_teachers(tmp_pat
     assert 'was trained with label vectors of 2 numbers, and these data have 2 classes' in said
 
 
+def test_a_data_set_of_a_teacher_s_first_classes_says_so_by_one_hot_vectors(tmp_path, gaps):
+    for labels, words in (([1, 2], 'one-hot vectors of length 5 in dataset.json'), (np.eye(5, dtype=int)[[1, 2]].tolist(), None)):
+        data = write_data(tmp_path / 'data.zip', labels)
+        result = invoke(train.main, f'--outdir={tmp_path}', f'--data={data}', '--cond=1', '--consistency=True', f'--teacher={gaps[0]}', '--dry-run')
+        if words:
+            assert_one_clear_error(result, '8x8x1 with 5 classes', 'gives 8x8x1 with 3 classes', words)
+        else:
+            assert json.loads(result.stdout)['dataset']['classes'] == '1-2', result.output
+
+
 def test_a_comparison_samples_everyone_with_the_same_labels(tmp_path, vectors, gaps, teacher, digits):
     told = compare.describe_teacher(str(vectors[0]), str(vectors[2]), ['mcd'])
     assert told.labels.tolist() == VECTORS and compare.describe_teacher(str(gaps[0]), str(gaps[2]), ['mcd']).labels.tolist() == [1, 2, 4]

@@ -247,8 +247,11 @@ def check_teacher(opts: EasyDict, dataset, teacher) -> None:
         describe = lambda r, ch, labels: f'{r}x{r}x{ch} with {labels}'
         cond = ' (--cond=1 reads labels)' if theirs[2].dim and not ours[2].dim else ''
         tool = '--encode-vae' if 'encoder' in teacher.metadata and not dataset.holds_latents else f'--resolution={theirs[0]}x{theirs[0]}'
+        cure = f'convert the data with dataset_tool.py {tool}'
+        if theirs[:2] == ours[:2] and theirs[2].dim > ours[2].dim > 0 and not (theirs[2].are_vectors or ours[2].are_vectors):
+            cure = f'where these are the first of its classes, say so by one-hot vectors of length {theirs[2].dim} in dataset.json'
         raise UserError(f'--teacher={opts.teacher} expects images of {describe(*theirs)}, but --data={opts.data} gives {describe(*ours)}{cond}.\n'
-                        f'       Pick the teacher trained on this data, or convert the data with dataset_tool.py {tool}.')
+                        f'       Pick the teacher trained on this data, or {cure}.')
     if opts.augment and not teacher.init_kwargs.get('augment_dim'):
         raise UserError(f'--augment={opts.augment:g} needs a teacher with augmentation labels; --teacher={opts.teacher} has none: use --augment=0.')
 
