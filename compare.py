@@ -309,10 +309,8 @@ def report(story: Story, rows: Sequence[dict], best: dict, budget: int, batch: i
 #----------------------------------------------------------------------------
 # Command line.
 
-def check_usage(data: str, teacher: str | None, seeds: Sequence[int], refs: Sequence[str], detectors: Sequence[str]) -> None:
+def check_usage(data: str, teacher: str | None, refs: Sequence[str], detectors: Sequence[str]) -> None:
     """Combinations of options that make no sense whatever the files hold; exit status 2."""
-    if len(set(seeds)) < len(seeds):
-        raise click.UsageError('--seeds: one of them is named twice.')
     if data != DIGITS and not (teacher and refs):
         raise click.UsageError(f'--data={data} needs --teacher=PKL and --ref=NPZ (made by fid.py ref).')
     if data == DIGITS and (refs or detectors):
@@ -416,7 +414,7 @@ def write_labels(outdir: Path, labels: np.ndarray | None) -> str | None:
 @cli.option('--budget', metavar='INT', type=COUNT, default=10000, show_default=True, group=TRAINING,
             help="Network evaluations of a training for each place in the batch; a student's forward and backward pass counts 3.")
 @cli.option('--batch', metavar='INT', type=COUNT, default=digits.BATCH, show_default=True, group=TRAINING, help='Batch size of all trainings.')
-@cli.option('--seeds', metavar='LIST', type=cli.IntRanges(), default='0', show_default=True, group=TRAINING, help='Seeds to train each with.')
+@cli.option('--seeds', metavar='LIST', type=cli.Seeds(), default='0', show_default=True, group=TRAINING, help='Seeds to train each with.')
 @cli.option('--with', 'extra', metavar='NAME:OPTIONS', type=OptionsFor(), multiple=True, group=TRAINING,
             help="More options of train.py for an objective, or for its student of S steps, as in 'direct:--top-mass=1' or 'direct-8:--substeps=2'.")
 @cli.option('--steps', metavar='LIST', type=Counts(), default='1,2,4,8', show_default=True, group=MEASURING, help='Numbers of sampling steps.')
@@ -445,7 +443,7 @@ def main(outdir, data, teacher, jobs, objectives, budget, batch, seeds, extra, s
     A student of a fixed number of steps is trained for each of --steps, with the whole budget; a consistency model once, and sampled in each.
     """
     on_digits, outdir = data == DIGITS, Path(outdir)
-    check_usage(data, teacher, seeds, refs, detectors)
+    check_usage(data, teacher, refs, detectors)
     num = num or (6000 if on_digits else 50000)
     origin = describe_teacher(teacher, data, objectives) if teacher else Teacher()
     for_some: dict[str, list[str]] = {}

@@ -82,7 +82,7 @@ def report(story: Story, rows: list[dict], minutes: float) -> None:
         stats = pages.read_jsonl(story.path(run, 'stats.jsonl'))[1:]
         key = next(f'Loss/{loss}' for loss in ('diffusion', 'cd', 'direct') if f'Loss/{loss}' in stats[0])
         losses[run] = ([s['Progress/kimg']['mean'] for s in stats], [s[key]['mean'] for s in stats])
-        records = pages.read_jsonl(story.path(run, 'metrics-val.jsonl'))
+        records = [record for record in pages.read_jsonl(story.path(run, 'metrics-val.jsonl')) if record['fid'] is not None]
         distances[run] = ([r['kimg'] for r in records], [r['fid'] for r in records])
     pages.write_curves(losses, str(story.path('loss.png')), 'training loss')
     pages.write_curves(distances, str(story.path('distance.png')), 'distance of 512 samples',

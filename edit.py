@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from dnnlib import EasyDict, UserError, cli
+from dnnlib import EasyDict, NotFinite, UserError, cli
 from generate import sampling_arguments, sampling_options
 
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
 SOLVERS = ('student', 'cm')
 CM_STEPS = 40      # of consistency models of one step in edits: the more there are, the more of what is known is heeded (docs/editing.md)
 SHOWN = 16         # images of the input in the grid
+NAMED = 20         # images in an error
 SIDE, GAP = 64, 2  # of an image in the grid, at least, and between two, in pixels
 GREY = 128         # of pixels that are to be made up
 
@@ -252,8 +253,12 @@ def editing_arguments(net, network: str, sampling: dict, sigma: float | None, la
     return arguments
 
 
-def edit_batch(net, task: Task, images: Tensor, seeds: Sequence[int], labels: Tensor | None, choose_labels, **arguments) -> tuple[Tensor, Tensor]:
-    """(what is known, results), uint8 [N, C, H, W], of images uint8 [N, ...] with a seed each. An output depends on its image and seed alone."""
+def edit_batch(net, task: Task, images: Tensor, seeds: Sequence[int], labels: Tensor | None, choose_labels,
+               **arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """(what is known, results, which results are finite), uint8 [N, C, H, W] and bool [N], of images uint8 [N, ...] with a seed each.
+
+    An output depends on its image and seed alone.
+    """
     import torch
 
     from training import generation, samplers
@@ -265,7 +270,7 @@ def edit_batch(net, task: Task, images: Tensor, seeds: Sequence[int], labels: Te
     with torch.no_grad():
         drawn = samplers.sample(net, prepared.latents, choose(noise, net.label_dim) if net.label_dim else None, randn_like=noise.randn_like,
                                 **arguments, **prepared.options)
-    return prepared.known, prepared.to_pixels(drawn)
+    return prepared.known, prepared.to_pixels(drawn), generation.all_finite(drawn)
 
 #----------------------------------------------------------------------------
 # From files to files.
@@ -276,6 +281,7 @@ def edit(c: EasyDict, net, source: Input, task: Task, sigma: float | None = None
     Args:
         c: the values of `editing_options`.
         sigma: see `editing_arguments`.
+    Raises: NotFinite, at the end, where results are not finite. They are not written, and neither is the grid.
     """
     import tqdm
 
@@ -284,16 +290,53 @@ def edit(c: EasyDict, net, source: Input, task: Task, sigma: float | None = None
     labels = None if told else labels_for(net, c.path, source)
     arguments = editing_arguments(net, c.network, c.sampling, sigma, labels)
     make_folder(c.outdir)
-    pairs, shown = list(itertools.product(range(len(source.names)), c.seeds)), []
+    pairs, shown, bad = list(itertools.product(range(len(source.names)), c.seeds)), [], []
     print(f'Editing {len(source.names)} images {len(c.seeds)} times to "{c.outdir}" '
           f'({arguments["solver"]}, up to {arguments["steps"]} evaluations each)...')
     for part in tqdm.tqdm(list(generation.split_batches(pairs, c.batch)), unit='batch', dynamic_ncols=True, disable=None):
         places, seeds = map(list, zip(*part))
         images = source.read(places)
-        known, results = edit_batch(net, task, images, seeds, None if labels is None else labels[places], **arguments)
-        generation.save_images(results, [os.path.join(c.outdir, 'images', f'{source.names[i]}-{seed:06d}.png') for i, seed in part])
+        known, results, finite = edit_batch(net, task, images, seeds, None if labels is None else labels[places], **arguments)
+        bad += save_finite(results, finite, [f'{source.names[i]}-{seed:06d}' for i, seed in part], c.outdir)
         shown += [tensors for i, *tensors in zip(places, images, known.cpu(), results.cpu()) if i < SHOWN]
+    refuse_nonfinite(bad, len(pairs), c.outdir)
     write_before_and_after(shown, c.seeds, c.outdir)
+
+
+def save_finite(images: Tensor, finite: Tensor, names: Sequence[str], outdir: str) -> list[str]:
+    """Write images, uint8 [N, C, H, W], to `outdir`/images/NAME.png, those that are finite; returns the names of the others.
+
+    At the names of the others nothing stays, of an earlier run, that would pass for one of this run's.
+    """
+    from training import generation
+    path_of = lambda name: os.path.join(outdir, 'images', f'{name}.png')
+    finite = finite.tolist()
+    generation.save_images(images[[i for i, sound in enumerate(finite) if sound]], [path_of(name) for name, sound in zip(names, finite) if sound])
+    bad = [name for name, sound in zip(names, finite) if not sound]
+    for name in bad:
+        remove(path_of(name))
+    return bad
+
+
+def refuse_nonfinite(bad: Sequence[str], count: int, outdir: str) -> None:
+    """Raises: NotFinite that names the images, of `count`, if there are any; a grid that an earlier run left is removed."""
+    if not bad:
+        return
+    remove(os.path.join(outdir, 'grid.png'))
+    named = ', '.join(bad[:NAMED]) + (f' and {len(bad) - NAMED} more' if len(bad) > NAMED else '')
+    raise NotFinite(f'{len(bad)} of {count} images {"is" if len(bad) == 1 else "are"} not finite (NaN or infinite values): {named}. '
+                    f'Not written to {outdir}, nor is grid.png; the others are there. The network is broken for them, or overflows with these '
+                    'sampling options.', nonfinite=len(bad))
+
+
+def remove(path: str) -> None:
+    """A file that may not be there. Raises: UserError."""
+    try:
+        os.remove(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f'{path}, of an earlier run, cannot be removed: {error.strerror}') from error
 
 
 def write_before_and_after(shown: Sequence[Sequence[Tensor]], seeds: Sequence[int], outdir: str) -> None:
@@ -342,7 +385,7 @@ def editing_options(steps: str):
                    help='An image, or a folder, zip or array of images; labels of its dataset.json are used.'),
         cli.option('--outdir', metavar='DIR', type=cli.PATH, required=True, help='Folder for images/NAME-SEED.png and grid.png.'),
         cli.option('--indices', metavar='LIST', type=cli.IntRanges(), help='Images of the input by their place in it, as in 0-7.  [default: all]'),
-        cli.option('--seeds', metavar='LIST', type=cli.IntRanges(), default='0', show_default=True, help='A result of each image for every seed.'),
+        cli.option('--seeds', metavar='LIST', type=cli.Seeds(), default='0', show_default=True, help='A result of each image for every seed.'),
         cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images at a time.'),
     ]
 
@@ -350,8 +393,6 @@ def editing_options(steps: str):
         @functools.wraps(command)
         def collected(**values):
             c = EasyDict({name: values.pop(name) for name in names})
-            if len(set(c.seeds)) < len(c.seeds):
-                raise click.UsageError('--seeds: one of them is named twice.')
             return command(c, **values)
         collected = sampling_options(teachers=False, steps=steps)(collected)
         for option in reversed(options):
@@ -490,7 +531,7 @@ def start_at(c: EasyDict, sigma: float, add_noise: bool) -> None:
 @main.command()
 @cli.option('--network', metavar='PKL|URL', type=cli.PATH, required=True, help='Snapshot of any network.')
 @cli.option('--outdir', metavar='DIR', type=cli.PATH, required=True, help='Folder for images/%06d.png and grid.png.')
-@cli.option('--seeds', metavar='LIST', type=cli.IntRanges(), required=True, help='Two seeds or more, from each to the next.')
+@cli.option('--seeds', metavar='LIST', type=cli.Seeds(repeats=True), required=True, help='Two seeds or more, from each to the next.')
 @cli.option('--count', metavar='INT', type=click.IntRange(min=2), default=8, show_default=True, help='Images from one seed to the next, with both.')
 @cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images at a time.')
 @sampling_options()
@@ -509,10 +550,11 @@ def interpolate(network, outdir, seeds, count, batch, sampling):
     arguments = sampling_arguments(net, network, **sampling)
     make_folder(outdir)
     parts = torch.linspace(0, 1, count, dtype=torch.float64).split(batch)
-    rows = [torch.cat([encoder.decode(between(net, *ends, share, **arguments)) for share in parts]) for ends in itertools.pairwise(seeds)]
-    images = torch.cat(rows)
-    generation.save_images(images, [os.path.join(outdir, 'images', f'{i:06d}.png') for i in range(len(images))])
-    write_grid(rows, outdir)
+    made = [generation.checked_images(encoder, between(net, *ends, share, **arguments)) for ends in itertools.pairwise(seeds) for share in parts]
+    images, finite = (torch.cat(tensors) for tensors in zip(*made))
+    bad = save_finite(images, finite, [f'{i:06d}' for i in range(len(images))], outdir)
+    refuse_nonfinite(bad, len(images), outdir)
+    write_grid(images.split(count), outdir)
     print(f'Rows of {os.path.join(outdir, "grid.png")}: ' + ', '.join(f'seed {a} to {b}' for a, b in itertools.pairwise(seeds)))
 
 

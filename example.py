@@ -13,7 +13,7 @@ from dnnlib import UserError
 from dnnlib.cli import expand_path
 from training.checkpoint import load_network
 from training.encoders import encoder_of
-from training.generation import image_grid, save_images
+from training.generation import checked_images, image_grid, save_images
 from training.label_space import space_of
 
 
@@ -60,7 +60,9 @@ def main(snapshot, dest, rows=4, columns=10):
     else:
         images = heun_sample(net, latents, labels)
 
-    pixels = encoder_of(net, device).decode(images)
+    pixels, finite = checked_images(encoder_of(net, device), images)
+    if not finite.all():
+        raise UserError(f'{int((~finite).sum())} of {len(images)} images are not finite (NaN or infinite values): {snapshot} is broken for them.')
     save_images(image_grid(pixels, columns)[None], [dest])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from dnnlib import EasyDict, UserError, cli
+from dnnlib import EasyDict, NotFinite, UserError, cli
 from dnnlib.util import atomic_write
 from generate import sampling_arguments, sampling_options
 
@@ -36,7 +36,7 @@ class Measures(click.ParamType):
         return {name: MEASURES[name] for name in names}
 
 
-class SeedSet(cli.IntRanges):
+class SeedSet(cli.Seeds):
     """Seeds, with the words that name them."""
 
     def convert(self, value, param, ctx):
@@ -47,7 +47,7 @@ def shared_options(command):
     """The options that `calc` and `ref` have in common."""
     for option in reversed([
         cli.option('--skip-bad', is_flag=True, help='Leave out images that cannot be read, or are unlike the first, and count them.'),
-        cli.option('--seed', metavar='INT', type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True,
+        cli.option('--seed', metavar='INT', type=cli.SEED, default=0, show_default=True,
                    help='Of every random choice: subsets, resamples.'),
         cli.option('--detector', metavar='PATH|URL', type=cli.PATH, group=DETECTOR,
                    help="TorchScript file: uint8 images [N, C, H, W] to features [N, D]; pytorch-fid's weights; dinov2 or dinov2:FOLDER.  "
@@ -166,9 +166,10 @@ def ref(path, dest, measures, num, features, **options):
         keep = np.random.RandomState(options.seed).permutation(len(source)) < features
         seen = look_at(source, detectors, options, keep=keep)
         if is_main:
-            warn_about(source, seen[next(iter(measures))])
+            first = seen[next(iter(measures))]
+            warn_about(source, first)
             save_reference(dest, {entry: reference_of(source, seen[entry], detector) for entry, detector in detectors.items()})
-            say(f'Statistics of {seen[next(iter(measures))].stats.count} images written to {dest}')
+            say(f'Statistics of {how_many(first.stats.count, source.total, first.skipped)} written to {dest}')
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is measured, and against what.
@@ -187,7 +188,7 @@ def check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_s
         raise click.UsageError(f'--ref is missing, and {", ".join(needy)} compare with a reference.')
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise click.UsageError('The same --images are given twice.')
-    seeds = [seed % (1 << 32) for _, seeds in seed_sets for seed in seeds]  # the generators know no more of them
+    seeds = [seed for _, seeds in seed_sets for seed in seeds]
     if len(set(seeds)) < len(seeds):
         raise click.UsageError('Some seeds are given twice; the same images again say nothing new.')
     if bootstrap and not measures.keys() & {'fid', 'fd_dinov2'}:
@@ -298,14 +299,17 @@ def features_of_reference(ref, measure: str, detector, options):
 
 
 def look_at(source, detectors, options, keep, classes=()) -> dict:
-    """`observe` on all processes, with a bar on stderr where a person is watching."""
+    """`observe` on all processes, with a bar on stderr where a person is watching. What is not finite ends them all, with one message."""
     from tqdm import tqdm
 
     from metrics.calc import observe
     from torch_utils import distributed
     hidden = None if distributed.is_main() else True  # None: unless stderr is a terminal
     with tqdm(total=len(source), unit='img', disable=hidden, dynamic_ncols=True) as bar:
-        return observe(source, detectors, options.batch, keep, classes, options.cache, options.workers, bar.update)
+        try:
+            return observe(source, detectors, options.batch, keep, classes, options.cache, options.workers, bar.update)
+        except NotFinite as error:
+            distributed.fail_together(str(error))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is said about it.
@@ -329,9 +333,14 @@ def warn_about(source, seen, measures=None, detectors=None) -> None:
 
 def facts_about(title: str, source, seen, detector, ref=None, reference=None) -> dict:
     """Where a value comes from, for the JSON file; `reference` only where it was compared with one."""
-    facts = dict(name=title, images=source.name, num_images=seen.stats.count, skipped=seen.skipped, copies=seen.copies,
+    facts = dict(name=title, images=source.name, num_images=seen.stats.count, total_images=source.total, skipped=seen.skipped, copies=seen.copies,
                  detector=detector.name, detector_digest=detector.digest)
     return facts | (dict(reference=ref, reference_images=reference.num_images) if reference is not None else {})
+
+
+def how_many(count: int, total: int, skipped: int = 0) -> str:
+    """`count` images that are measured, in words that tell a subset of `total`; `skipped` more could not be used."""
+    return f'{count} images' if count + skipped == total else f'a random subset of {count} of {total} images'
 
 
 def sentence(found: dict) -> str:
@@ -341,7 +350,8 @@ def sentence(found: dict) -> str:
     against = f', against {found["reference"]}' if 'reference' in found else ''
     count = found.get('reference_features') or found.get('reference_images')
     of = f' ({count} images)' if count else ''
-    return (f'{found["name"]} {found["value"]:.6g}{"".join(f", {part}" for part in noise)}: {found["num_images"]} images of {found["images"]}, '
+    images = how_many(found['num_images'], found['total_images'], found['skipped'])
+    return (f'{found["name"]} {found["value"]:.6g}{"".join(f", {part}" for part in noise)}: {images} of {found["images"]}, '
             f'detector {found["detector"]}{against}{of}')
 
 

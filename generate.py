@@ -88,23 +88,26 @@ def sampling_arguments(net, network: str, class_idx: int | None = None, solver: 
     return dict(choose_labels=choose_labels, solver=solver, steps=steps, force_steps=force_steps, **options)
 
 
-def check_destination(outdir: str | None, dest: str | None, subdirs: bool, as_latents: bool) -> None:
+def check_destination(outdir: str | None, dest: str | None, subdirs: bool, as_latents: bool, strict: bool = False) -> None:
     """Raises: click.UsageError."""
     if (outdir is None) == (dest is None):
         raise click.UsageError('Name a folder with --outdir, or one file with --dest.')
     if dest is not None and not dest.endswith(('.npz', '.zip')):
         raise click.UsageError(f'--dest={dest} is neither a .npz nor a .zip file; folders go to --outdir.')
-    if dest is not None and (subdirs or as_latents):
-        raise click.UsageError(f'{"--subdirs" if subdirs else "--latents"} goes with --outdir.')
+    if dest is not None and (subdirs or as_latents or strict):
+        raise click.UsageError(f'{"--subdirs" if subdirs else "--latents" if as_latents else "--strict-outdir"} goes with --outdir.')
 
 
 @click.command(cls=cli.Command)
 @cli.option('--network', metavar='PKL|URL', type=cli.PATH, required=True, help='Snapshot to sample from.')
 @cli.option('--outdir', metavar='DIR', type=cli.PATH, help='Folder for the images, %06d.png after their seeds.')
 @cli.option('--dest', metavar='FILE', type=cli.PATH, help='Or one file: .npz, an array uint8 [N, H, W, C] and the labels, or .zip, a data set.')
-@cli.option('--seeds', metavar='LIST', type=cli.IntRanges(), default='0-63', show_default=True, help='Seeds, as in 1,2,5-10.')
+@cli.option('--seeds', metavar='LIST', type=cli.Seeds(), default='0-63', show_default=True, help='Seeds, as in 1,2,5-10; each once, below 2^32.')
 @cli.option('--subdirs', is_flag=True, help='A folder for every 1000 seeds.')
+@cli.option('--strict-outdir', is_flag=True, help='Refuse a folder that holds other images than these seeds write.')
 @cli.option('--latents', 'as_latents', is_flag=True, help='Write what the network draws, undecoded: float32 [C, H, W], %06d.npy.')
+@cli.option('--allow-nonfinite', is_flag=True,
+            help='Write images with NaN or infinite values too, and name them. Without it they are an error.')
 @cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images that a process generates at a time.')
 @cli.option('--workers', metavar='INT', type=click.IntRange(min=0),
             help='Processes that encode and write, for each that generates; 0: itself.  [default: half of the CPUs but one, at most 4]')
@@ -115,7 +118,8 @@ def check_destination(outdir: str | None, dest: str | None, subdirs: bool, as_la
             help='Compile the network (torch.compile), on GPUs into CUDA graphs: minutes at the start, faster batches.')
 @cli.option('--channels_last', type=bool, is_flag=False, flag_value=True, default=False, show_default=True, group=SPEED,
             help='Keep the channels of images together in memory inside the network.')
-def main(network, outdir, dest, seeds, subdirs, as_latents, batch, workers, sampling, precision, compiled, channels_last):
+def main(network, outdir, dest, seeds, subdirs, strict_outdir, as_latents, allow_nonfinite, batch, workers, sampling, precision, compiled,
+         channels_last):
     """Generate images from a snapshot: a student by its own grid, a teacher by solving the probability-flow ODE.
 
     \b
@@ -129,13 +133,15 @@ def main(network, outdir, dest, seeds, subdirs, as_latents, batch, workers, samp
     An image depends on its seed alone, not on the batch or on the number of processes.
     """
     from training import writers
-    check_destination(outdir, dest, subdirs, as_latents)
+    check_destination(outdir, dest, subdirs, as_latents, strict_outdir)
     destination = writers.FileDestination(dest) if dest else writers.FolderDestination(outdir, subdirs, as_latents)
     with writers.WriterPool(writers.default_workers() if workers is None else workers) as pool:  # they start while torch is imported
         from torch_utils import distributed
         from training import encoders, execution, generation, samplers
         from training.checkpoint import load_network
         distributed.init()
+        if outdir:
+            check_outdir(destination, seeds, strict_outdir)
         with distributed.main_process_first():
             net = load_network(network, distributed.get_device())
             if not as_latents:  # a VAE that is missing is better missed now
@@ -149,15 +155,34 @@ def main(network, outdir, dest, seeds, subdirs, as_latents, batch, workers, samp
         nfe = samplers.evaluations(arguments['solver'], arguments['steps'])
         what = f'{len(seeds)} {"latents" if as_latents else "images"}'
         distributed.print0(f'Generating {what} to "{dest or outdir}" ({arguments["solver"]}, {nfe} evaluations each)...')
-        generate_all(net, seeds, batch, destination, pool, as_latents, arguments, fill=compiled)
+        generate_all(net, seeds, batch, destination, pool, as_latents, arguments, fill=compiled, allow_nonfinite=allow_nonfinite)
         distributed.print0('Done.')
         distributed.shutdown()
 
 
-def generate_all(net, seeds: list[int], batch: int, destination, pool, as_latents: bool, arguments: dict, fill: bool = False) -> None:
+def check_outdir(destination, seeds: list[int], strict: bool) -> None:
+    """Say which images a folder holds that these seeds will not write over: whoever measures the folder measures them too.
+
+    Raises: where `strict`, UserError on the main process and SystemExit on the others.
+    """
+    from torch_utils import distributed
+    others = distributed.broadcast_object(destination.others(seeds) if distributed.is_main() else None)
+    if not others:
+        return
+    found = '; '.join(f'{len(names)} {what} ({", ".join(names[:3])}{", ..." * (len(names) > 3)})' for what, names in others.items())
+    found = f'--outdir={destination.path} holds other images than these seeds will write: {found}. fid.py and others take all images of a folder.'
+    if strict:
+        distributed.fail_together(f'{found} Choose an empty folder, remove them, or leave out --strict-outdir.')
+    if distributed.is_main():
+        click.echo(f'Warning: {found} --strict-outdir refuses such a folder.', err=True)
+
+
+def generate_all(net, seeds: list[int], batch: int, destination, pool, as_latents: bool, arguments: dict, fill: bool = False,
+                 allow_nonfinite: bool = False) -> None:
     """Every image to its destination. While the network is at work on a batch, the one before is fetched from the device, encoded and written.
 
     `fill`: the last batch, where it is smaller, is made as large as the others, for a network that is compiled for a size.
+    `allow_nonfinite`: see `judge`.
     """
     import tqdm
 
@@ -166,7 +191,7 @@ def generate_all(net, seeds: list[int], batch: int, destination, pool, as_latent
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     labels = generation.RecordedLabels(arguments['choose_labels'])
     arguments = dict(arguments, choose_labels=labels)
-    places = range(len(seeds))
+    places, bad, removed = range(len(seeds)), [], 0
     try:
         if distributed.is_main():
             destination.begin()
@@ -176,10 +201,17 @@ def generate_all(net, seeds: list[int], batch: int, destination, pool, as_latent
             for part in [*generation.split_batches(places, batch, rank, world_size), None]:
                 before, under_way = under_way, part and (part, draw(net, [seeds[i] for i in part], as_latents, arguments, batch if fill else 0))
                 if before:
-                    written, values = before
-                    destination.add(pool, values.numpy(), [seeds[i] for i in written], written.start)
-                    bar.update(min(len(written) * world_size, len(seeds) - bar.n))
+                    made, copy = before
+                    values, finite = copy.numpy()
+                    asked = [seeds[i] for i in made]
+                    bad += itertools.compress(asked, ~finite)
+                    if not (allow_nonfinite or finite.all()):
+                        removed += destination.leave_out(list(itertools.compress(asked, ~finite)))
+                        values, asked = values[finite], list(itertools.compress(asked, finite))
+                    destination.add(pool, values, asked, made.start)
+                    bar.update(min(len(made) * world_size, len(seeds) - bar.n))
             pool.finish()
+        judge(bad, removed, len(seeds), destination, 'latents' if as_latents else 'images', allow_nonfinite)
         shares = distributed.gather_on_main((list(generation.split_batches(places, batch, rank, world_size)), labels.tolist()))
         if distributed.is_main():
             destination.complete(in_order(shares) if net.label_dim else None)
@@ -189,13 +221,42 @@ def generate_all(net, seeds: list[int], batch: int, destination, pool, as_latent
             destination.end()
 
 
+def judge(bad: list[int], removed: int, count: int, destination, what: str, allow: bool) -> None:
+    """Name the seeds, of all processes, whose images are not finite.
+
+    Args:
+        bad, removed: this process's seeds, and how many files of theirs it removed that an earlier run had left.
+        count: how many images were to be made.
+        allow: whether they were written all the same.
+    Raises: unless `allow`, UserError on the main process and SystemExit on the others.
+    """
+    from torch_utils import distributed
+    from training import generation
+    shares = distributed.gather_objects((bad, removed))
+    bad, removed = [seed for share, _ in shares for seed in share], sum(number for _, number in shares)
+    if not bad:
+        return
+    found = generation.nonfinite_seeds(bad, count, what)
+    if not allow:
+        distributed.fail_together(f'{found}. {destination.without(len(bad), removed)} Try --precision=fp32 or other sampling options; '
+                                  f'if the {what} stay so, the network is broken for them. --allow-nonfinite writes them all the same.')
+    if distributed.is_main():
+        click.echo(f'Warning: {found}. Written all the same (--allow-nonfinite).', err=True)
+
+
 def draw(net, seeds: list[int], as_latents: bool, arguments: dict, at_least: int = 0):
-    """A `HostCopy` of what files hold: uint8 [N, H, W, C] or, of latents, float32 [N, C, H, W]. The network sees `at_least` so many."""
+    """A `HostCopy` of what files hold, uint8 [N, H, W, C] or, of latents, float32 [N, C, H, W], and of [N] whether it is finite.
+
+    The network sees `at_least` so many.
+    """
     from training import generation
     asked = [*seeds, *seeds[-1:] * (at_least - len(seeds))]
     if as_latents:
-        return generation.HostCopy(generation.generate_latents(net, asked, **arguments)[:len(seeds)].float())
-    return generation.HostCopy(generation.generate_batch(net, asked, **arguments)[:len(seeds)].permute(0, 2, 3, 1).contiguous())
+        values, finite = generation.checked_latents(generation.generate_latents(net, asked, **arguments))
+    else:
+        images, finite = generation.generate_checked(net, asked, **arguments)
+        values = images.permute(0, 2, 3, 1)
+    return generation.HostCopy(values[:len(seeds)].contiguous(), finite[:len(seeds)])
 
 
 def in_order(shares: list[tuple[list[range], list]]) -> list:

@@ -60,7 +60,7 @@ class Metric(fid.Measures):
             help='Reference: statistics (.npz, .pkl), or the images themselves (folder, zip, array).')
 @cli.option('--num', metavar='INT', type=click.IntRange(min=2), default=fid.DEFAULT_NUM, show_default=True, group=IMAGES,
             help='Images of each evaluation.')
-@cli.option('--seed', metavar='INT', type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True, group=IMAGES,
+@cli.option('--seed', metavar='INT', type=cli.SEED, default=0, show_default=True, group=IMAGES,
             help='First seed of the images, the same for all points; and of every other random choice.')
 @class_option(IMAGES)
 @labels_option(IMAGES)
@@ -121,6 +121,7 @@ def check_usage(network, log, save, measures, options) -> None:
     for option, space in (('tolerance', 'log'), ('timesteps', 'karras-index')):
         if options[option] is not None and options.space != space:
             raise click.UsageError(f'--{option} is for --space={space}.')
+    cli.check_seeds(options.seed, options.num, '--seed', '--num')
     if not (options.low or 0) < (options.high or math.inf):
         raise click.UsageError('--low is not below --high.')
     if not log.endswith('.jsonl'):

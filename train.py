@@ -220,7 +220,7 @@ def switch(name: str, **kwargs):
 @cli.option('--val_num', metavar='INT', type=click.IntRange(min=2), default=50000, show_default=True, group=VAL, help='Images to generate.')
 @cli.option('--val_batch', metavar='INT', type=COUNT, default=64, show_default=True, group=VAL,
             help='Images a process makes at a time.')
-@cli.option('--val_seed', metavar='INT', type=TICKS, default=0, show_default=True, group=VAL, help='First seed.')
+@cli.option('--val_seed', metavar='INT', type=cli.SEED, default=0, show_default=True, group=VAL, help='First seed.')
 @cli.option('--val_label', metavar='MODE', type=validation.LabelMode(), default='auto', show_default=True, group=VAL,
             help='Classes: uniform, dataset (those of training images), fixed:K; auto: dataset where it has labels.')
 @cli.option('--val_dump_images_dir', metavar='DIR', type=cli.PATH, group=VAL, help='Keep the generated images, in a folder for each evaluation.')
@@ -397,6 +397,8 @@ def check_usage(ctx: click.Context, opts: EasyDict) -> list[str]:
         raise click.UsageError(f'--val_teacher=1 needs a teacher, and --objective={opts.objective} has none.')
     if opts.val and not (opts.val_ref or opts.val_ref_data):
         raise click.UsageError('--val=1 needs --val_ref=NPZ (made by fid.py ref) or --val_ref_data=ZIP.')
+    if opts.val:
+        cli.check_seeds(opts.val_seed, max(opts.val_num, validation.SHOWN), '--val_seed', '--val_num')
     if (opts.fp16 and opts.precision not in (None, 'fp16')) or (opts.fp16 is False and opts.precision == 'fp16'):
         raise click.UsageError(f'--fp16={opts.fp16} contradicts --precision={opts.precision}.')
     opts.precision = opts.precision or ('fp16' if opts.fp16 else 'fp32')

@@ -1,19 +1,21 @@
 """Fréchet distance of a network's samples: inside training (`Validator`), and for saved snapshots from the command line."""
 from __future__ import annotations
 
+import math
 import os
 import time
 from typing import TYPE_CHECKING
 
 import click
 
-from dnnlib import EasyDict, UserError, cli
+from dnnlib import EasyDict, NotFinite, UserError, cli
 from generate import labels_option
 
 if TYPE_CHECKING:
     from torch_utils.preemption import StopRequest
     from training.label_space import LabelSpace
 
+SHOWN = 64  # samples in a picture, at most
 LABEL_MODES = ('auto', 'uniform', 'dataset')
 
 
@@ -98,6 +100,7 @@ class Validator:
 
         `steps`: None for the network's default, else `options.steps`. `metadata` says what a network in training is (its grid).
         Where `stop` is asked for meanwhile, on any process, the evaluation is given up on all, and the result is None.
+        Where images or features are not finite, `fid` is None, and the line has `nonfinite` or `nonfinite_features`, their number, and `problem`.
         """
         from metrics.calc import observe
         from metrics.frechet import frechet_distance
@@ -106,13 +109,17 @@ class Validator:
         if metadata is not None:
             net.metadata = metadata
         solver, steps = samplers.resolve(net, None, self.options.steps if steps == -1 else steps)
-        seen = observe(self._images(net, solver, steps, nimg, ema), {'': self.detector}, self.options.batch, stop=stop and stop.anywhere)
-        if seen is None:
-            return None
-        stats = seen[''].stats
-        fid = frechet_distance(stats.mu, stats.sigma, self.reference.mu, self.reference.sigma)
-        return dict(kimg=nimg / 1e3, nimg=nimg, fid=fid, num_images=stats.count, steps=steps, nfe=samplers.evaluations(solver, steps), ema=ema,
-                    seconds=round(time.time() - start, 3))
+        fid, failure = None, {}
+        try:
+            seen = observe(self._images(net, solver, steps, nimg, ema), {'': self.detector}, self.options.batch, stop=stop and stop.anywhere)
+            if seen is None:
+                return None
+            stats = seen[''].stats
+            fid = frechet_distance(stats.mu, stats.sigma, self.reference.mu, self.reference.sigma)
+        except NotFinite as error:
+            failure = dict(error.counts, problem=str(error))
+        return dict(kimg=nimg / 1e3, nimg=nimg, fid=fid, num_images=self.options.num, steps=steps, nfe=samplers.evaluations(solver, steps), ema=ema,
+                    seconds=round(time.time() - start, 3), **failure)
 
     def _label_chooser(self, net):
         from training.label_choosers import choose
@@ -125,7 +132,7 @@ class Validator:
     def sample_grid(self, net, nimg: int, ema: str) -> str | None:
         """Path of a PNG with the first images that `run` has evaluated, `fakes-<nimg>-<ema>.png`; None on all but the main process.
 
-        Small images are enlarged to be seen. Raises: UserError where it cannot be written.
+        Small images are enlarged to be seen. Raises: NotFinite where one of them is not finite; UserError where it cannot be written.
         """
         import torch
 
@@ -133,7 +140,7 @@ class Validator:
         from training import generation, samplers
         if not distributed.is_main():
             return None
-        columns = min(max(512 // net.img_resolution, 2), 8)
+        columns = min(max(512 // net.img_resolution, 2), math.isqrt(SHOWN))
         solver, steps = samplers.resolve(net, None, self.options.steps)
         choose = self._label_chooser(net)
         seeds = range(self.options.seed, self.options.seed + columns ** 2)
@@ -146,10 +153,15 @@ class Validator:
 
     def _images(self, net, solver: str, steps: int, nimg: int, ema: str):
         from metrics.generated import GeneratedImages
+        from torch_utils import distributed
+        from training.writers import FolderDestination
         choose = self._label_chooser(net)
         seeds = range(self.options.seed, self.options.seed + self.options.num)
         folder = self.options.dump_images_dir and os.path.join(self.options.dump_images_dir, f'{nimg:09d}-{ema}')
-        return GeneratedImages(net, seeds, self.options.batch, choose, solver, steps, dump=folder)
+        if folder and distributed.is_main() and (others := FolderDestination(folder).others(seeds)):
+            print(f'Warning: {folder} holds {sum(map(len, others.values()))} other images than those of this evaluation, of an earlier one: '
+                  'whoever measures the folder measures them too.')
+        return GeneratedImages(net, seeds, self.options.batch, choose, solver, steps, name=f'the network at {nimg / 1e3:g} kimg ({ema})', dump=folder)
 
 
 @click.command(cls=cli.Command)
@@ -161,7 +173,7 @@ class Validator:
 @cli.option('--detector', metavar='PATH|URL', type=cli.PATH, help="TorchScript feature detector.  [default: NVIDIA's Inception]")
 @cli.option('--num', metavar='INT', type=click.IntRange(min=2), default=50000, show_default=True, help='Images to generate.')
 @cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images a process generates at a time.')
-@cli.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, show_default=True, help='First seed.')
+@cli.option('--seed', metavar='INT', type=cli.SEED, default=0, show_default=True, help='First seed.')
 @cli.option('--steps', metavar='INT', type=click.IntRange(min=1), help="Sampling steps.  [default: the snapshot's own]")
 @cli.option('--label', metavar='MODE', type=LabelMode(), default='auto', show_default=True, help='Classes: uniform or fixed:K (auto: uniform).')
 @labels_option()
@@ -173,6 +185,7 @@ def main(networks, ref, outdir, detector, **options):
     from training.run_log import METRICS, append_lines, json_line
     if options['labels'] and options['label'] != 'auto':
         raise click.UsageError('--label and --labels exclude each other.')
+    cli.check_seeds(options['seed'], options['num'], '--seed', '--num')
     distributed.init()
     try:
         os.makedirs(outdir, exist_ok=True)
@@ -180,7 +193,7 @@ def main(networks, ref, outdir, detector, **options):
     except OSError as error:
         raise UserError(f'--outdir={outdir} cannot be written to: {error.strerror}') from error
     options = EasyDict(options, ref=ref, ref_data=None, detector=detector, dump_images_dir=None, overwrite=False)
-    device, validator = distributed.get_device(), None
+    device, validator, problems = distributed.get_device(), None, []
     for network in networks:
         with distributed.main_process_first():
             net = load_network(network, device)
@@ -188,12 +201,15 @@ def main(networks, ref, outdir, detector, **options):
             shape = [net.img_channels, net.img_resolution, net.img_resolution]
             validator = Validator(options, None, outdir, device, shape, space_of(net), net.metadata.get('encoder'))
         record = validator.run(net, nimg=net.metadata.get('nimg', 0), ema=net.metadata.get('ema', 'ema'))
+        problems += [f'{network}: {record["problem"]}'] if 'problem' in record else []
         if distributed.is_main():
             click.echo(json_line(record))
             try:
                 append_lines(os.path.join(outdir, METRICS), json_line(record) + '\n')
             except OSError as error:
                 raise UserError(f'{METRICS} in --outdir={outdir} cannot be written: {error.strerror}') from error
+    if problems:
+        distributed.fail_together('\n       '.join(problems))
     distributed.shutdown()
 
 

@@ -1,15 +1,18 @@
 """What every command line of this repository shares: grouped help, errors in one line, EDM's value types."""
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
+from collections.abc import Sequence
 
 import click
 
 from dnnlib.util import UserError
 
 MAX_NUMBERS = 10_000_000  # of a range of integers: more are a slip of the keyboard
+SEED_COUNT = 1 << 32      # of the seeds that the generators tell apart: those below this
 HELP_SETTINGS = dict(max_content_width=120, help_option_names=['-h', '--help'])
 
 
@@ -154,6 +157,45 @@ class IntRanges(click.ParamType):
                 self.fail(f'{part!r} has more than {MAX_NUMBERS:,} numbers', param, ctx)
             values.extend(numbers)
         return values
+
+
+class Seeds(IntRanges):
+    """Seeds, as `IntRanges` reads them, each below 2^32 and, unless `repeats`, each named once."""
+
+    def __init__(self, repeats: bool = False):
+        self.repeats = repeats
+
+    def convert(self, value, param, ctx):
+        seeds = super().convert(value, param, ctx)
+        if max(seeds) >= SEED_COUNT:
+            self.fail(f'there is no seed {max(seeds)}: seeds are below 2^32 = {SEED_COUNT}', param, ctx)
+        if not self.repeats and len(set(seeds)) < len(seeds):
+            again = sorted({a for a, b in itertools.pairwise(sorted(seeds)) if a == b})
+            self.fail(f'{as_ranges(again)} of {len(seeds)} seeds named twice: the same seed again gives the same again. Name each once', param, ctx)
+        return seeds
+
+
+SEED = click.IntRange(0, SEED_COUNT - 1)
+
+
+def check_seeds(first: int, count: int, seed_option: str, count_option: str) -> None:
+    """UsageError where `count` seeds from `first` on go beyond those that there are."""
+    if first + count > SEED_COUNT:
+        raise click.UsageError(f'{seed_option}={first} and {count_option}={count} ask for seeds up to {first + count - 1}, and seeds are below '
+                               f'2^32 = {SEED_COUNT}: lower {seed_option}.')
+
+
+def as_ranges(numbers: Sequence[int], limit: int = 20) -> str:
+    """Ascending integers as `IntRanges` reads them, `0-3,7`; after `limit` ranges, how many numbers there are besides."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    text = ','.join(f'{low}-{high}' if low < high else f'{low}' for low, high in ranges[:limit])
+    rest = sum(high - low + 1 for low, high in ranges[limit:])
+    return text + (f' and {rest} more' if rest else '')
 
 
 class NumberList(click.ParamType):

@@ -38,6 +38,18 @@ class UserError(Exception):
     """
 
 
+class NotFinite(UserError):
+    """Numbers that ought to be finite are NaN or infinite: images of a network, or what a detector makes of images.
+
+    Attributes:
+        counts: how many of what, {'nonfinite': images} or {'nonfinite_features': images}.
+    """
+
+    def __init__(self, message: str, **counts: int):
+        super().__init__(message)
+        self.counts = counts
+
+
 class EasyDict(dict):
     """A dict whose string keys are attributes too."""
 

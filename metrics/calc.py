@@ -2,14 +2,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container, Mapping
+import itertools
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dnnlib import UserError
+from dnnlib import NotFinite, UserError
 from metrics.cache import FeatureCache
 from metrics.detectors import Detector
 from metrics.images import ImageSource
@@ -58,7 +59,8 @@ def observe(source: ImageSource, detectors: Mapping[str, Detector], batch: int, 
         workers: threads that decode.
         advance: called with the number of images, of all processes, that a step of this process stands for.
         stop: asked by all processes together, now and then; where it says so the images are left, and the result is None. Not with a cache.
-    Raises: UserError where there are no images, or one cannot be used.
+    Raises: NotFinite, on all processes, where images of a network, or a detector's answers to images, are not finite; UserError where there
+        are no images, or one cannot be used.
     """
     parts = [range(start, min(start + batch, len(source))) for start in range(0, len(source), batch)]
     rank, processes = distributed.get_rank(), distributed.get_world_size()
@@ -85,7 +87,21 @@ def observe(source: ImageSource, detectors: Mapping[str, Detector], batch: int, 
             return None
     if stop and stop():
         return None
+    check_finite(source, parts, watches.values())
     return {name: watch.result() for name, watch in watches.items()}
+
+
+def check_finite(source: ImageSource, parts: Sequence[range], watches: Collection[_Watch]) -> None:
+    """Raises: NotFinite, on all processes together, where any of them met with what is not finite. What follows would be a number all the same."""
+    own = [i for part in parts for i in source.nonfinite(part)], [watch.nonfinite for watch in watches]
+    images, features = zip(*distributed.gather_objects(own))
+    if bad := sorted(itertools.chain(*images)):
+        raise NotFinite(source.describe_nonfinite(bad), nonfinite=len(bad))
+    for watch, count in zip(watches, map(sum, zip(*features))):
+        if count:
+            raise NotFinite(f'Detector {watch.detector.name} gives features that are not finite (NaN or infinite) for {count} of {len(source)} '
+                            f'images of {source.name}: there is no measure of them. Use another detector, or mend this one.',
+                            nonfinite_features=count)
 
 
 def count_features(detector: Detector, image_shape: list[int]) -> None:
@@ -101,6 +117,7 @@ class _Watch:
         count_features(detector, source.image_shape)
         self.detector, self.source, self.keep, self.classes = detector, source, torch.from_numpy(keep), classes
         self.stats = FeatureStats(detector.dim, detector.device)
+        self.nonfinite = 0  # images whose features, or probabilities, are not finite
         self.kept: dict[int, dict[str, Tensor]] = {}  # of each batch, by its first image: digests, and what is to be kept
         self.cache = FeatureCache(cache, detector.name, dict(facts, detector=detector.digest)) if cache else None
 
@@ -116,6 +133,7 @@ class _Watch:
         """Add a batch of images, of which the first `len(indices)` count; nothing where it was recalled, or none is left of it.
 
         A batch of which images were left out is not cached: what was wrong with them is told every time, and an error without --skip-bad.
+        Neither is one with images or features that are not finite.
         """
         count = len(indices)
         if part.start in self.kept or count == 0:
@@ -126,16 +144,22 @@ class _Watch:
         else:
             found['features'] = self.detector(images)
         found = {name: values[:count].float() if values.is_floating_point() else values for name, values in found.items()}
-        if self.cache and count == len(part):
+        sound = self._add(part, indices, found)
+        if self.cache and count == len(part) and sound and not self.source.nonfinite(part):
             self.cache.save(part, {name: values.cpu().numpy() for name, values in found.items()})
-        self._add(part, indices, found)
 
-    def _add(self, part: range, indices: list[int], found: dict[str, Tensor]) -> None:
+    def _add(self, part: range, indices: list[int], found: dict[str, Tensor]) -> bool:
+        """Whether all that the detector gave was finite."""
         self.stats.append(found['features'])
         kept = dict(digests=found['digests'], features=found['features'][self.keep[indices].to(found['features'].device)])
+        finite = found['features'].isfinite().all(dim=1)
         if self.classes:
             kept['probabilities'] = found['probabilities']
+            finite = finite & found['probabilities'].isfinite().all(dim=1)
         self.kept[part.start] = {name: values.cpu() for name, values in kept.items()}
+        broken = len(finite) - int(finite.sum())
+        self.nonfinite += broken
+        return broken == 0
 
     def result(self) -> Observed:
         """Over all processes."""

@@ -40,6 +40,7 @@ class ImageSource:
 
     Attributes:
         name: what messages call them.
+        total: how many there are, of which these may be a random subset.
         image_shape: [C, H, W]; C is 1 or 3.
         skipped: why images were left out, by index, as far as this process has read.
         unturned: EXIF orientations other than 1, which are ignored, likewise.
@@ -50,7 +51,7 @@ class ImageSource:
         if num is not None and count < num:
             cure = f'Make more images, or pass --num={count}.' if count > 1 else 'Make more images.'
             raise UserError(f'{self.name} holds {count} images, expected at least {num}. {cure}')
-        self.index = random_subset(count, num, seed)
+        self.total, self.index = count, random_subset(count, num, seed)
         self.skipped: dict[int, str] = {}
         self.unturned: dict[int, int] = {}
         self.skip_bad = False
@@ -84,6 +85,10 @@ class ImageSource:
     def pixels(self, i: int) -> np.ndarray:
         """uint8 [C, H, W]"""
         raise NotImplementedError
+
+    def nonfinite(self, indices: range) -> list[int]:
+        """Which images of a batch that was read had values that are not finite before they became 8-bit. In files nothing tells: none."""
+        return []
 
     def fingerprint(self) -> str:
         """Hexadecimal digest that changes whenever the images may have changed. Reads no images."""

@@ -154,8 +154,8 @@ def measure(story: Story, name: str, network: Path | str, solver: str, steps: in
     """
     folder, start = story.path('samples', name), time.time()
     shutil.rmtree(folder, ignore_errors=True)  # of a story that was interrupted
-    story.run(name, 'generate.py', f'--network={network}', f'--outdir={folder}', f'--seeds=0-{images - 1}', f'--batch={batch}', f'--solver={solver}',
-              f'--steps={steps}', *([f'--labels={labels}'] if labels else []))
+    story.run(name, 'generate.py', f'--network={network}', f'--outdir={folder}', '--strict-outdir', f'--seeds=0-{images - 1}', f'--batch={batch}',
+              f'--solver={solver}', f'--steps={steps}', *([f'--labels={labels}'] if labels else []))
     row = dict(images=images, seconds=round(time.time() - start, 1))
     for i, (ruler, (ref, detector)) in enumerate(rulers.items()):
         result = story.path('samples', f'{name}-{ruler}.json')

@@ -312,7 +312,7 @@ def test_a_single_image_is_no_reason_to_advise_num_1(lab, reference, tmp_path):
     assert '--num=1' not in one_line_error(result)
 
 
-def test_features_that_are_no_numbers_are_told_of_the_side_that_has_them(lab, reference, tmp_path):
+def test_a_detector_whose_features_are_no_numbers_is_named_with_their_count(lab, reference, tmp_path):
     class Blind(torch.nn.Module):
         def forward(self, images):
             return images[:, 0, 1, 1:6].float() / 0
@@ -320,7 +320,7 @@ def test_features_that_are_no_numbers_are_told_of_the_side_that_has_them(lab, re
     torch.jit.script(Blind()).save(tmp_path / 'blind.pt')
     np.savez(tmp_path / 'edm.npz', mu=np.zeros(DIM), sigma=np.eye(DIM))
     result = run('calc', f'--images={lab[0]}/samples', f'--ref={tmp_path}/edm.npz', f'--detector={tmp_path}/blind.pt', '--num=60')
-    assert 'the images: some values are NaN' in one_line_error(result)
+    assert 'Detector blind gives features that are not finite (NaN or infinite) for 60 of 60 images' in one_line_error(result)
 
 
 def test_missing_and_empty_inputs_are_named(lab, reference, tmp_path):
@@ -379,7 +379,8 @@ def test_usage_errors_exit_with_2():
         'calc --network=y --ref=z': 'belong together',
         'calc --network=y --seeds=0-9 --num=10 --ref=z': '--num is for --images',
         'calc --network=y --seeds=0-9 --seeds=9-12 --ref=z': 'Some seeds are given twice',
-        f'calc --network=y --seeds=7 --seeds={7 + (1 << 32)} --ref=z': 'Some seeds are given twice',
+        'calc --network=y --seeds=0-9,3-4 --ref=z': '3-4 of 12 seeds named twice',
+        f'calc --network=y --seeds=7 --seeds={7 + (1 << 32)} --ref=z': f'no seed {7 + (1 << 32)}',
         'calc --images=x --ref=y --steps=4 --class=1 --disc=vp --force-steps': '--class, --steps, --force-steps, --disc: the images of --images',
         'calc --images=x --images=./x --ref=z': 'The same --images',
         'calc --images=x': '--ref is missing',

@@ -240,6 +240,12 @@ def cure_of_kind(kind: str | None) -> str:
 def _readable_extensions() -> frozenset[str]:
     return frozenset(extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
+
+def image_names(folder: str | os.PathLike) -> list[str]:
+    """The sorted names of what `ImageFiles` takes for images or for latents in a folder, both at once if there are both; none is no error."""
+    kinds = _readable_extensions() | {LATENT_EXTENSION}
+    return sorted(name for name in file_names.walk(os.fspath(folder)) if os.path.splitext(name)[1].lower() in kinds)
+
 #----------------------------------------------------------------------------
 # Labels.
 

@@ -1,9 +1,10 @@
 """Between what a data set stores and what a network sees: pixels, or latents of a VAE, as in EDM2 (Karras et al. 2024).
 
-    pixels  --encode_pixels-->  raw  --encode_latents-->  final  --decode-->  pixels
+    pixels  --encode_pixels-->  raw  --encode_latents-->  final  --decode_levels-->  levels  --to_pixels-->  pixels
 
 *Pixels* are uint8 [N, C, H, W]. *Raw* is what a data set stores: the pixels themselves, or mean and standard deviation of a VAE's latent
 distribution. *Final* is what the network is trained on and draws: pixels in [-1, 1], or latents of about zero mean and the data's sigma.
+*Levels* are 0 ... 255 in floating point, the last place where a number that is not finite shows; `decode` makes both steps.
 
 Class names and constructor arguments are those of EDM2's snapshots. A snapshot carries this file's source in its `encoder` entry, so it
 imports nothing but the standard library, numpy, torch and `torch_utils.persistence`; diffusers and our own modules where they are needed.
@@ -36,9 +37,13 @@ class StandardRGBEncoder:
         """uint8 [N, C, H, W] to float32 in [-1, 1]."""
         return raw.float() / 127.5 - 1
 
+    def decode_levels(self, final):
+        """[N, C, H, W] in [-1, 1] to grey levels, floating point: what `decode` casts."""
+        return final * 127.5 + 128
+
     def decode(self, final):
         """[N, C, H, W] in [-1, 1] to uint8."""
-        return (final * 127.5 + 128).clip(0, 255).to(torch.uint8)
+        return to_pixels(self.decode_levels(final))
 
 
 @persistent_class
@@ -91,12 +96,21 @@ class StabilityVAEEncoder:
         return latents * per_channel(self.scale, latents) + per_channel(self.bias, latents)
 
     @torch.no_grad()
-    def decode(self, final):
-        """Final latents [N, C, h, w] to uint8 [N, 3, H, W], cut off as EDM2 does it, not rounded."""
+    def decode_levels(self, final):
+        """Final latents [N, C, h, w] to grey levels [N, 3, H, W], floating point: what `decode` casts."""
         vae, final = load_vae(self.vae_name, final.device), final.float()
         latents = (final - per_channel(self.bias, final)) / per_channel(self.scale, final)
         parts = [vae.decode(part).sample for part in latents.split(self.batch_size)]
-        return (torch.cat(parts).clamp(0, 1) * 255).to(torch.uint8)
+        return torch.cat(parts).float() * 255
+
+    def decode(self, final):
+        """Final latents [N, C, h, w] to uint8 [N, 3, H, W], cut off as EDM2 does it, not rounded."""
+        return to_pixels(self.decode_levels(final))
+
+
+def to_pixels(levels):
+    """Grey levels, cut off at 0 and 255, to uint8. What is not finite becomes some level or other: look before."""
+    return levels.clip(0, 255).to(torch.uint8)
 
 
 def per_channel(values, like):

@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dnnlib import UserError
+from dnnlib import NotFinite, UserError, cli
 from training import encoders, samplers, writers
 from training.label_space import LabelSpace, space_of
 
@@ -18,12 +19,14 @@ LabelChooser = Callable[['SeededNoise', int], Tensor]
 class SeededNoise:
     """Random numbers for a batch of images, each from its own generator: an image depends on its seed alone, not on its batch.
 
-    The order of draws is EDM's: latents, then the label, then churn noise.
+    The order of draws is EDM's: latents, then the label, then churn noise. Seeds are below 2^32.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str):
         self.device = torch.device(device)
-        self.generators = [torch.Generator(self.device).manual_seed(int(seed) % (1 << 32)) for seed in seeds]
+        if beyond := [seed for seed in seeds if not 0 <= seed < cli.SEED_COUNT]:
+            raise ValueError(f'there is no seed {beyond[0]}: seeds are from 0 to 2^32 - 1')
+        self.generators = [torch.Generator(self.device).manual_seed(int(seed)) for seed in seeds]
 
     def randn(self, shape: Sequence[int], dtype=torch.float32) -> Tensor:
         """[len(seeds), *shape] standard normal."""
@@ -78,13 +81,60 @@ def generate_latents(net, seeds: Sequence[int], choose_labels: LabelChooser | No
     return samplers.sample(net, latents, labels, solver, steps, randn_like=noise.randn_like, **options)
 
 
-def generate_batch(net, seeds: Sequence[int], choose_labels: LabelChooser | None = None, solver=None, steps=None, **options) -> Tensor:
-    """Images of the given seeds, [N, C, H, W] uint8 on the network's device, decoded by its encoder. Arguments: see `generate_latents`.
+class Checked(NamedTuple):
+    """Images, or latents, and which of them are sound, both on the device: nobody has waited for either.
+
+    Attributes:
+        values: [N, C, H, W].
+        finite: [N] bool, whether all of an image's values were finite, those that the network drew and those that became `values`.
+    """
+
+    values: Tensor
+    finite: Tensor
+
+
+def all_finite(values: Tensor) -> Tensor:
+    """[N] bool: which of the images [N, ...] have no NaN and no infinite value."""
+    return values.isfinite().flatten(1).all(dim=1)
+
+
+def checked_images(encoder, drawn: Tensor) -> Checked:
+    """What a network drew, [N, C, H, W], as images uint8 [N, C', H', W']. The encoder is ready; looks before numbers become 8 bits."""
+    levels = encoder.decode_levels(drawn)
+    return Checked(encoders.to_pixels(levels), all_finite(drawn) & all_finite(levels))
+
+
+def checked_latents(drawn: Tensor) -> Checked:
+    """What a network drew, [N, C, H, W], as float32."""
+    values = drawn.float()
+    return Checked(values, all_finite(values))
+
+
+def generate_checked(net, seeds: Sequence[int], choose_labels: LabelChooser | None = None, solver=None, steps=None, **options) -> Checked:
+    """Images of the given seeds, uint8 on the network's device, decoded by its encoder. Arguments: see `generate_latents`.
 
     Raises: UserError where the network's images cannot be decoded.
     """
     encoder = encoders.encoder_of(net, next(net.parameters()).device)
-    return encoder.decode(generate_latents(net, seeds, choose_labels, solver, steps, **options))
+    return checked_images(encoder, generate_latents(net, seeds, choose_labels, solver, steps, **options))
+
+
+def generate_batch(net, seeds: Sequence[int], choose_labels: LabelChooser | None = None, solver=None, steps=None, **options) -> Tensor:
+    """The images of `generate_checked`, [N, C, H, W] uint8. Waits for the device.
+
+    Raises: NotFinite where some are not finite; UserError where the network's images cannot be decoded.
+    """
+    images, finite = generate_checked(net, seeds, choose_labels, solver, steps, **options)
+    if bad := [seed for seed, sound in zip(seeds, finite.tolist()) if not sound]:
+        raise NotFinite(nonfinite_seeds(bad, len(seeds)), nonfinite=len(bad))
+    return images
+
+
+def nonfinite_seeds(bad: Sequence[int], count: int, what: str = 'images') -> str:
+    """A clause that names the seeds, of `count`, whose images are not finite."""
+    one = len(bad) == 1
+    return (f'{len(bad)} of {count} {what} {"is" if one else "are"} not finite (NaN or infinite values), '
+            f'of seed{"s" * (not one)} {cli.as_ranges(sorted(bad))}')
 
 
 class Rehearsal:
@@ -137,20 +187,20 @@ def save_images(images: Tensor, paths: Sequence[str]) -> None:
 
 
 class HostCopy:
-    """A tensor on its way from the device, which goes on working: the copy begins when the device comes to it, and nobody waits for it yet."""
+    """Tensors on their way from the device, which goes on working: the copy begins when the device comes to it, and nobody waits for it yet."""
 
-    def __init__(self, tensor: Tensor):
-        self._arrived, self._tensor = None, tensor
-        if tensor.is_cuda:
-            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    def __init__(self, *tensors: Tensor):
+        self._arrived, self._tensors = None, tensors
+        if tensors[0].is_cuda:
+            self._tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def numpy(self) -> np.ndarray:
+    def numpy(self) -> list[np.ndarray]:
         """The values, once they are there."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._tensor.numpy()
+        return [tensor.numpy() for tensor in self._tensors]
 
 
 def image_grid(images: Tensor, columns: int) -> Tensor:

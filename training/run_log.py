@@ -82,9 +82,14 @@ class RunLog:
             self._show(images_seen(stats), scalars(stats), {})
 
     def evaluation(self, record: dict, grid: str | None = None) -> None:
-        """The result of evaluating the average `record['ema']` at `record['nimg']` images; `grid` is the path of a PNG with samples."""
+        """The result of evaluating the average `record['ema']` at `record['nimg']` images; `grid` is the path of a PNG with samples.
+
+        One that failed has no `fid` but a `problem`, of which people are warned.
+        """
         if self.enabled:
             self(json_line(record))
+            if 'problem' in record:
+                self(f'Warning: there is no FID of {record["ema"]} at {record["nimg"] / 1e3:g} kimg: {record["problem"]}')
             self._append(METRICS, json_line(record))
             self._show(record['nimg'], scalars(record), {f'Samples{average_suffix(record)}': grid} if grid else {})
 

@@ -121,12 +121,17 @@ def student_sampler(net, latents, class_labels=None, *, steps: int, sigma_min=No
     x = _begin(latents, sigmas[0], start)
     for sigma, sigma_next in itertools.pairwise(sigmas):
         denoised = _denoise(net, x, sigma, class_labels)
-        x = ops.ddim_step(x, denoised if edit is None else edit(denoised), sigma, sigma_next)
+        x = ops.ddim_step(x, denoised if edit is None else still_broken(edit(denoised), denoised), sigma, sigma_next)
     return x
 
 
 def _denoise(net, x: Tensor, sigma: float, class_labels) -> Tensor:
     return net(x, ops.noise_level(sigma, x), class_labels).double()
+
+
+def still_broken(changed: Tensor, denoised: Tensor) -> Tensor:
+    """D after a clamp or an edit, [N, C, H, W]: NaN where D itself is not finite, which a clamp would make 1, and an edit may put a pixel over."""
+    return torch.where(denoised.isfinite(), changed, torch.nan)
 
 
 def _begin(latents: Tensor, sigma: float, start: Start | None) -> Tensor:
@@ -209,9 +214,10 @@ def cm_sampler(net, latents, class_labels=None, *, steps: int | None = None, tau
     for i, sigma in enumerate(sigmas):
         if i > 0:
             x = x + math.sqrt(sigma ** 2 - boundary ** 2) * randn_like(x)
-        x = _denoise(net, x, sigma, class_labels)
+        denoised = x = _denoise(net, x, sigma, class_labels)
         x = x.clamp(-1, 1) if clip_denoised else x
         x = x if edit is None else edit(x)
+        x = still_broken(x, denoised)
     return x
 
 #----------------------------------------------------------------------------

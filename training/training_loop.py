@@ -8,7 +8,7 @@ import psutil
 import torch
 
 import validation
-from dnnlib import EasyDict, UserError
+from dnnlib import EasyDict, NotFinite, UserError
 from torch_utils import distributed, misc, training_stats
 from torch_utils.flat import FlatParameters
 from torch_utils.preemption import StopRequest, WorkerShield
@@ -302,7 +302,10 @@ def give_up(c: EasyDict, progress: EasyDict, log: RunLog, bad_in_a_row: int) -> 
 
 def evaluate(validator: validation.Validator, c: EasyDict, averages: WeightAverages, loss_fn, nimg: int, files: run_files.RunFiles,
              stop: StopRequest) -> dict | None:
-    """FID of each average of --val_emas, by name, the same on all processes; None, and nothing recorded, where a signal asked to stop meanwhile."""
+    """FID of each average of --val_emas, by name, the same on all processes; None, and nothing recorded, where a signal asked to stop meanwhile.
+
+    An average whose images are not finite has None for its FID. That is recorded and told, and training goes on.
+    """
     records, grids = {}, {}
     sampled = lambda name: loss_fn.sampled(execution.run_with(averages.on_device(name), channels_last=c.channels_last))  # of copies, one at a time
     for name in c.validation.emas:
@@ -310,9 +313,18 @@ def evaluate(validator: validation.Validator, c: EasyDict, averages: WeightAvera
         if records[name] is None:
             return None
     for name, record in records.items():
-        files.guarded(lambda: grids.update({name: validator.sample_grid(sampled(name), nimg, name)}))  # noqa: B023  (called at once)
+        files.guarded(lambda: grids.update({name: picture(validator, sampled(name), nimg, name, files.log)}))  # noqa: B023  (called at once)
         files.log.evaluation(record, grids.get(name))
     return distributed.broadcast_object({name: record['fid'] for name, record in records.items()})
+
+
+def picture(validator: validation.Validator, net, nimg: int, name: str, log: RunLog) -> str | None:
+    """The path of `sample_grid`; None, and a line in the log, where images of it are not finite."""
+    try:
+        return validator.sample_grid(net, nimg, name)
+    except NotFinite as error:
+        log(f'Warning: no picture of samples ({name}): {error}.')
+        return None
 
 
 def evaluate_at_start(validator: validation.Validator, c: EasyDict, averages: WeightAverages, loss_fn, teacher, files: run_files.RunFiles,

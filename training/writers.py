@@ -142,7 +142,8 @@ def _end_with_parent() -> None:
 
 #----------------------------------------------------------------------------
 # Where they go: a folder, or one file. The main process calls `begin` first, at the end `complete` with the labels in the order of seeds, and
-# `end` in any case. `parts` is then everyone's. `add` has a batch written, whose first image is at `place` in the order of seeds.
+# `end` in any case. `parts` is then everyone's. `add` has a batch written, whose first image is at `place` in the order of seeds. Where images are
+# left out, `leave_out` is told their seeds, `complete` is not called, and `without` says what became of the others.
 
 class FolderDestination:
     """Files in a folder, named after their seeds: PNGs or, of latents, `.npy`.
@@ -162,14 +163,59 @@ class FolderDestination:
         except OSError as error:
             raise UserError(f'--outdir={self.path} cannot be made: {error.strerror}') from error
 
+    def others(self, seeds: Sequence[int]) -> dict[str, list[str]]:
+        """What the folder holds of images, or latents, that these seeds will not be written over: {what they are: relative paths}."""
+        from training.dataset import image_names
+        asked, found = set(seeds), {}
+        for name in image_names(self.path) if os.path.isdir(self.path) else ():
+            seed = self._seed(name)
+            if seed is None:
+                what = 'of other names'
+            elif seed not in asked:
+                what = 'of other seeds'
+            elif name == self._name(seed, self.subdirs):
+                continue
+            else:
+                what = f'of these seeds, but {"not " * self.subdirs}in folders as by --subdirs'
+            found.setdefault(what, []).append(name)
+        return found
+
     def add(self, pool: WriterPool, values: np.ndarray, seeds: Sequence[int], place: int) -> None:
-        paths = [self._path(seed) for seed in seeds]
+        paths = [self.path_of(seed) for seed in seeds]
         for share in pool.shares(len(paths)):
             pool.submit(self._write, values[share], paths[share])
 
-    def _path(self, seed: int) -> str:
-        folder = os.path.join(self.path, f'{seed - seed % 1000:06d}') if self.subdirs else self.path
-        return os.path.join(folder, f'{seed:06d}.{self._extension}')
+    def leave_out(self, seeds: Sequence[int]) -> int:
+        """Remove what an earlier run left at the names of these seeds, which would pass for this one's; returns how many files that were."""
+        removed = 0
+        for seed in seeds:
+            path = self.path_of(seed)
+            try:
+                os.remove(path)
+                removed += 1
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise UserError(f'{path}, of an earlier run, cannot be removed: {error.strerror}') from error
+        return removed
+
+    def without(self, count: int, removed: int) -> str:
+        earlier = f', and {removed} of the same names, of an earlier run, removed' if removed else ''
+        return f'{"It was" if count == 1 else "They were"} not written to {self.path}{earlier}; the others are there.'
+
+    def path_of(self, seed: int) -> str:
+        """The file of a seed."""
+        return os.path.join(self.path, self._name(seed, self.subdirs))
+
+    def _name(self, seed: int, subdirs: bool) -> str:
+        return f'{seed - seed % 1000:06d}/' * subdirs + f'{seed:06d}.{self._extension}'
+
+    def _seed(self, name: str) -> int | None:
+        """The seed that a file is named after, in either layout; None where it is called otherwise."""
+        stem, _, extension = name.rpartition('/')[2].rpartition('.')
+        if extension == self._extension and stem.isdecimal() and name in (self._name(int(stem), subdirs) for subdirs in (False, True)):
+            return int(stem)
+        return None
 
     def complete(self, labels: Sequence | None) -> None:
         pass
@@ -206,6 +252,13 @@ class FileDestination:
                 pool.submit(write_array_part, images[share], part)
             else:
                 pool.submit(write_png_part, images[share], part, place + share.start)
+
+    def leave_out(self, seeds: Sequence[int]) -> int:
+        return 0
+
+    def without(self, count: int, removed: int) -> str:
+        earlier = '; the file of that name is of an earlier run' if os.path.exists(self.path) else ''
+        return f'{self.path} was not written{earlier}.'
 
     def complete(self, labels: Sequence | None) -> None:
         parts = [os.path.join(self.parts, name) for name in sorted(os.listdir(self.parts))]
