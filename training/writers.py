@@ -118,7 +118,7 @@ class WriterPool:
 
     def shares(self, count: int) -> list[slice]:
         """`count` things in as many equal parts as there are workers."""
-        size = -(-count // max(self.workers, 1))
+        size = max(-(-count // max(self.workers, 1)), 1)
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
