@@ -132,7 +132,7 @@ def test_decode_is_what_it_was():
     """Levels cut off and cast, for EDM2's tools, which call it with an encoder's embedded source."""
     values = torch.linspace(-1.5, 1.5, 301)[None, None]
     assert torch.equal(encoders.StandardRGBEncoder().decode(values), (values * 127.5 + 128).clip(0, 255).to(torch.uint8))
-    with pytest.raises(NotFinite, match='1 of 2 images is not finite .*of seed 5'):
+    with pytest.raises(NotFinite, match=r'1 of 2 images is not finite .*of seed 5'):
         net = Broken(evaluation=1, image=1)
         generation.generate_batch(net, [3, 5], solver='euler', steps=2)
 
@@ -301,7 +301,7 @@ def test_images_come_before_features(tmp_path):
         observe(GeneratedImages(net, [3, 4], 2, solver='euler', steps=2), {'x': blind}, 2)
     assert error.value.counts == {'nonfinite': 1}
     np.save(tmp_path / 'a.npy', np.zeros([2, 8, 8, 3], np.uint8))
-    with pytest.raises(NotFinite, match='Detector blind .* 2 of 2') as error:
+    with pytest.raises(NotFinite, match=r'Detector blind .* 2 of 2') as error:
         observe(ArrayImages(tmp_path / 'a.npy'), {'x': blind}, 2)
     assert error.value.counts == {'nonfinite_features': 2}
 
@@ -325,9 +325,9 @@ def failing(monkeypatch):
 def train_with_evaluations(folder, digits, rulers, *extra):
     """Evaluations at 64 (the second step), 96 and 128 images; a state at every tick."""
     return CliRunner().invoke(train.main, [
-        f'--outdir={folder}', f'--data={digits}', '--cond=1', *TINY_NETWORK, *FAST, '--batch=32', '--duration=0.000128', '--tick=0.032', '--augment=0',
-        '--ema=10kimg', '--snap=1', '--dump=1', '--keep=1', '--val=1', '--val_every=1', '--val_num=8', '--val_batch=8', '--val_steps=2',
-        f'--val_ref={rulers / "pca.npz"}', f'--val_detector={rulers / "pca.pt"}', *extra])
+        f'--outdir={folder}', f'--data={digits}', '--cond=1', *TINY_NETWORK, *FAST, '--batch=32', '--duration=0.000128', '--tick=0.032',
+        '--augment=0', '--ema=10kimg', '--snap=1', '--dump=1', '--keep=1', '--val=1', '--val_every=1', '--val_num=8', '--val_batch=8',
+        '--val_steps=2', f'--val_ref={rulers / "pca.npz"}', f'--val_detector={rulers / "pca.pt"}', *extra])
 
 
 def test_an_evaluation_in_training_that_fails_is_recorded_warned_of_and_never_the_best(tmp_path, digits, rulers, failing):
