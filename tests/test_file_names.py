@@ -155,6 +155,16 @@ def test_backslashes_separate_folders_in_zips_in_labels_and_in_what_was_unpacked
     assert read_labels(ImageFiles(unpacked)).tolist() == [5, 7, 6]
 
 
+@pytest.mark.parametrize('other, label, fine', [('a.png', 1, True), ('a.png', 2, False), ('b\\a.png', 2, True)])
+def test_two_labels_of_one_file_are_an_error_unless_they_are_the_same(tmp_path, other, label, fine):
+    path = archive(tmp_path / 'a.zip', 'a.png', labels=[['a.png', 1], [other, label]])
+    if fine:
+        assert read_labels(ImageFiles(path)).tolist() == [1]
+    else:
+        with pytest.raises(UserError, match=r'dataset\.json gives a\.png two different labels'):
+            read_labels(ImageFiles(path))
+
+
 def test_a_name_with_either_separator_is_one_name_and_both_are_named(tmp_path):
     for source in (archive(tmp_path / 'a.zip', 'a/b.png', 'a\\b.png'), folder(tmp_path / 'a', 'a/b.png', 'a\\b.png')):
         with pytest.raises(UserError, match=r'has both a/b\.png and a\\b\.png'):

@@ -304,9 +304,15 @@ def _read_json(files: ImageFiles, name: str):
 def _read_label_table(files: ImageFiles, name: str) -> dict | None:
     try:
         pairs = _read_json(files, name)['labels']
-        return None if pairs is None else {image.replace('\\', '/'): label for image, label in pairs}
+        if pairs is None:
+            return None
+        pairs = [(file_names.with_slashes(image), label) for image, label in pairs]
     except (*UNREADABLE, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{files.path}: {name} is not {{"labels": [[name, label], ...]}} ({type(error).__name__}: {error})') from error
+    table = dict(pairs)
+    if len(table) < len(pairs) and (twice := next((image for image, label in pairs if table[image] != label), None)) is not None:
+        raise UserError(f'{files.path}: {name} gives {twice} two different labels; make it again')
+    return table
 
 
 def _label_array(labels: list, source: str) -> np.ndarray:
@@ -471,7 +477,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     @property
     def name(self) -> str:
         """File or folder name without `.zip`."""
-        return os.path.basename(os.path.abspath(self._files.path)).removesuffix('.zip')
+        return os.path.basename(os.path.abspath(self._files.path)).removesuffix('.zip').removesuffix('.ZIP')
 
     @property
     def image_shape(self) -> list[int]:
