@@ -217,6 +217,7 @@ def test_an_unknown_constructor_argument_is_named(net, refused):
     (dict(channel_mult=[1] * 10 ** 5), 'channel_mult has 100000 entries'), (dict(channel_mult=[1, 10 ** 6]), 'channel_mult is beyond 1,024'),
     (dict(channel_mult=[1, [2, [10 ** 6]]]), 'channel_mult is beyond 1,024'), (dict(channel_mult=[]), 'channel_mult is empty'),
     (dict(attn_resolutions=list(range(10 ** 5))), '100000 entries'), (dict(model_type='x' * 10 ** 5), '100000 entries'),
+    (dict(label_dim=1 << 20), r'say \[64, 1048576\]'), (dict(label_dim=(1 << 20) + 1), 'label_dim is beyond 1,048,576'),
     (dict(model_channels=[1] * 16, channel_mult_emb=10 ** 9), 'channel_mult_emb is beyond')], ids=str)
 def test_sizes_that_no_memory_holds_are_refused_at_once(net, refused, kwargs, pattern):
     refused(altered(net, _init_kwargs={**net.init_kwargs, **kwargs}), pattern)
