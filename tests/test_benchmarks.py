@@ -295,7 +295,9 @@ def check_page(path: Path) -> dict[str, str]:
 
 
 def test_the_results_page_is_whole_and_its_commands_are_those_of_the_driver():
-    for name, block in check_page(ROOT / 'benchmarks' / 'RESULTS.md').items():
+    blocks = check_page(ROOT / 'benchmarks' / 'RESULTS.md')
+    assert set(blocks) == set(driver.BENCHMARKS)
+    for name, block in blocks.items():
         benchmark = driver.BENCHMARKS[name]
         threads = [f'OMP_NUM_THREADS={benchmark.threads}'] if benchmark.threads else []
         assert commands(block)[0] == shlex.join([*threads, 'python', f'benchmarks/{benchmark.script}', *benchmark.arguments]), name

@@ -144,9 +144,11 @@ def test_every_command_parses_and_its_options_go_together():
 
 
 def test_torchrun_is_kept_from_reading_num():
-    for page, before, name, arguments in shell_commands():
-        if 'torchrun' in before and any(argument.startswith('--num=') for argument in arguments):
-            assert before[-1] == '--', f'{page}: {name}'
+    calls = [(page, before, name) for page, before, name, arguments in shell_commands()
+             if 'torchrun' in before and any(argument.startswith('--num=') for argument in arguments)]
+    assert calls
+    for page, before, name in calls:
+        assert before[-1] == '--', f'{page}: {name}'
 
 #----------------------------------------------------------------------------
 # Links and names.
@@ -158,12 +160,13 @@ def anchors(path):
 
 
 def test_links_lead_to_files_and_headings():
-    for page in PAGES:
-        for target in re.findall(r'\]\(([^)\s]+)\)', page.read_text()):
-            path, _, anchor = target.partition('#')
-            path = (page.parent / path).resolve() if path else page
-            assert path.is_file(), f'{page.name}: {target}'
-            assert not anchor or anchor in anchors(path), f'{page.name}: {target}'
+    links = [(page, target) for page in PAGES for target in re.findall(r'\]\(([^)\s]+)\)', page.read_text())]
+    assert len(links) > 50
+    for page, target in links:
+        path, _, anchor = target.partition('#')
+        path = (page.parent / path).resolve() if path else page
+        assert path.is_file(), f'{page.name}: {target}'
+        assert not anchor or anchor in anchors(path), f'{page.name}: {target}'
 
 
 def test_the_index_names_every_page():
@@ -172,11 +175,12 @@ def test_the_index_names_every_page():
 
 
 def test_files_and_functions_that_the_pages_name_exist():
-    for page in PAGES:
-        for path, name in re.findall(r'`([\w/]+\.py)(?:: (\w+))?`', page.read_text()):
-            assert (ROOT / path).is_file(), f'{page.name}: {path}'
-            definition = rf'^\s*(?:def|class) {name}\b|^{name}\b.* = '
-            assert not name or re.search(definition, (ROOT / path).read_text(), re.M), f'{page.name}: {path}: {name}'
+    named = [(page.name, path, name) for page in PAGES for path, name in re.findall(r'`([\w/]+\.py)(?:: (\w+))?`', page.read_text())]
+    assert len(named) > 100 and sum(bool(name) for _, _, name in named) > 50
+    for page, path, name in named:
+        assert (ROOT / path).is_file(), f'{page}: {path}'
+        definition = rf'^\s*(?:def|class) {name}\b|^{name}\b.* = '
+        assert not name or re.search(definition, (ROOT / path).read_text(), re.M), f'{page}: {path}: {name}'
 
 #----------------------------------------------------------------------------
 # Python blocks.

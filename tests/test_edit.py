@@ -200,7 +200,9 @@ def edited(task, *arguments):
     result = invoke(task, *arguments)
     assert result.exit_code == 0, result.output
     outdir = next(a for a in map(str, arguments) if a.startswith('--outdir=')).removeprefix('--outdir=')
-    return outdir, {path: np.asarray(Image.open(f'{outdir}/images/{path}')).astype(int) for path in names_in(f'{outdir}/images')}
+    results = {path: np.asarray(Image.open(f'{outdir}/images/{path}')).astype(int) for path in names_in(f'{outdir}/images')}
+    assert results, 'no image was written'
+    return outdir, results
 
 
 def names_in(folder):

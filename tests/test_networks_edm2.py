@@ -33,7 +33,9 @@ def rms(x, dims):
 
 
 def weights(net):
-    return {name: p for name, p in net.named_parameters() if name.endswith('weight')}
+    found = {name: p for name, p in net.named_parameters() if name.endswith('weight')}
+    assert len(found) > 20
+    return found
 
 #----------------------------------------------------------------------------
 # Snapshots.

@@ -65,6 +65,7 @@ def test_a_power_function_average_is_the_integral_over_its_profile():
     """For the trajectory tau itself, the profile (gamma+1) tau^gamma averages to (gamma+1) / (gamma+2); 4,000 steps, error of order 1/steps."""
     steps = 4000
     averages = averages_of([(i + 1) / steps for i in range(steps)])
+    assert len(averages.phema) == 2
     for std, net in averages.phema.items():
         gamma = phema.std_to_exp(std)
         assert net.value.item() == pytest.approx((gamma + 1) / (gamma + 2), abs=2e-3)

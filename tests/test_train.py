@@ -168,7 +168,9 @@ def uninterrupted(digits, teacher, tmp_path_factory):
 def test_the_split_of_the_batch_does_not_matter(tmp_path, digits, teacher, uninterrupted, processes, extra):
     """Same images, noise and edges, whoever handles them: after ten steps, the losses agree to FP32 rounding."""
     split = student_run(digits, teacher, tmp_path / 'split', *extra, processes=processes)
-    for a, b in zip(lines(uninterrupted / 'stats.jsonl'), lines(split / 'stats.jsonl')):
+    ours, theirs = lines(uninterrupted / 'stats.jsonl'), lines(split / 'stats.jsonl')
+    assert len(ours) == len(theirs) == 6
+    for a, b in zip(ours, theirs):
         assert a['Loss/cd']['num'] == b['Loss/cd']['num']
         assert a['Loss/cd']['mean'] == pytest.approx(b['Loss/cd']['mean'], rel=1e-3)
         assert a['Edges/general'] == pytest.approx(b['Edges/general'])
