@@ -14,6 +14,7 @@ from foreign import assert_same_tensors, tensors
 from helpers import run
 
 from dnnlib import UserError
+from torch_utils.flat import FlatParameters
 from torch_utils.sealed_file import SEAL_LENGTH, sealed
 from training import networks
 from training.checkpoint import load_network, load_state, save_snapshot, save_state
@@ -60,6 +61,19 @@ def test_snapshots_of_edm_load_with_their_arguments_and_give_the_golden_output(f
     augment = {key: golden[key] for key in ['augment_labels'] if key in golden}
     denoised = net(golden['x'], golden['sigma'], golden.get('class_labels'), **augment)
     assert (denoised - golden['D']).abs().max() < 1e-4 * golden['D'].std()
+
+
+def test_a_snapshot_of_weights_that_are_views_of_one_vector_is_no_larger(tmp_path):
+    """As in training, where all parameters share their memory: each would bring the whole of it along."""
+    torch.manual_seed(0)
+    net = networks.EDMPrecond(8, 1, 0, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[])
+    save_snapshot(tmp_path / 'plain.pkl', net)
+    flat = FlatParameters(net)
+    assert all(p.untyped_storage().nbytes() == 4 * flat.weights.numel() for p in net.parameters())
+    save_snapshot(tmp_path / 'flat.pkl', net)
+    plain, views = ((tmp_path / f'{name}.pkl').stat().st_size for name in ('plain', 'flat'))
+    assert abs(views - plain) < 0.02 * plain
+    assert_same_tensors(load_network(tmp_path / 'plain.pkl'), load_network(tmp_path / 'flat.pkl'))
 
 
 @pytest.mark.parametrize('name', GOLDEN)

@@ -290,3 +290,9 @@ def test_a_student_is_distilled_from_a_teacher_which_stays_as_it_is():
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2, losses
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_the_widths_of_embeddings_are_those_of_the_widest_level_or_multiples_that_are_asked_for():
+    """The Fourier features' are the first level's."""
+    widths = lambda **options: (small_net(**options).unet.emb_fourier.freqs.numel(), small_net(**options).unet.emb_noise.weight.shape[0])
+    assert widths() == (16, 32) and widths(channel_mult_noise=3, channel_mult_emb=5) == (48, 80)

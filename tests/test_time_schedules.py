@@ -134,6 +134,16 @@ def test_lognormal_times_have_that_distribution(P_mean, P_std):
     assert times.lognormal_times(torch.zeros(1)).dtype == torch.float64
 
 
+def test_times_are_by_default_those_of_cifar10():
+    """ECT and TCM: ln t of mean −1.1 and deviation 2; r by k = 8, b = 1; a Student distribution of scale 0.2 and 0.01 degrees of freedom."""
+    t, normal = torch.tensor([0.5, 2.0, 30.0], dtype=torch.float64), torch.tensor([-1.0, 0.0, 1.5], dtype=torch.float64)
+    torch.testing.assert_close(times.lognormal_times(normal), (2 * normal - 1.1).exp(), rtol=1e-12, atol=0)
+    sigmoid = 1 / (1 + t.exp())
+    torch.testing.assert_close(times.earlier_time(t, 4, 2.0), t * (1 - 2.0 ** -5 * (1 + 8 * sigmoid)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(times.tcm_earlier_time(t, 0.9), t - t * 0.1 * (1 + 8 * sigmoid), rtol=1e-12, atol=0)
+    assert torch.equal(times.truncated_log_student_times(UNIFORM, 1, 80), times.truncated_log_student_times(UNIFORM, 1, 80, 0.2, 0.01))
+
+
 def test_tuning_weights_are_their_formulas():
     t, r = torch.tensor([2.0, 0.5], dtype=torch.float64), torch.tensor([1.0, 0.25], dtype=torch.float64)
     expected = dict(gap=[1, 4], flat=[1, 1], inv=[0.5, 2], snr=[0.25, 4], inv_sum=[2.5, 4], karras=[4.25, 8], c_in_squared=[1 / 4.25, 2])
