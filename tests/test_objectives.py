@@ -216,7 +216,8 @@ def test_each_objective_has_its_papers_defaults(digits, teacher, consistency_mod
 
 @pytest.mark.parametrize('objective, optim, lr, rampup_kimg, batch, mimg, ema_mimg, dropout', [
     ('diffusion', 'adam', 1e-3, 10_000, 512, 200, 0.5, 0.13), ('mcd', 'adam', 8e-5, 10_000, 2048, 210, 50, 0),
-    ('mct', 'adam', 8e-5, 10_000, 2048, 210, 50, 0), ('direct', 'adam', 8e-5, 10_000, 2048, 210, 50, 0), ('pd', 'adam', 2e-4, 0, 128, 6.4, 0.5, 0), ('cm-cd', 'radam', 4e-4, 0, 512, 409.6, 3.549, 0),
+    ('mct', 'adam', 8e-5, 10_000, 2048, 210, 50, 0), ('direct', 'adam', 8e-5, 10_000, 2048, 210, 50, 0),
+    ('pd', 'adam', 2e-4, 0, 128, 6.4, 0.5, 0), ('cm-cd', 'radam', 4e-4, 0, 512, 409.6, 3.549, 0),
     ('cm-ct', 'radam', 4e-4, 0, 512, 409.6, 3.549, 0), ('ict', 'radam', 1e-4, 0, 1024, 409.6, 10.14, 0.3),
     ('ect', 'radam', 1e-4, 0, 128, 51.2, 0.887, 0.2), ('tcm', 'radam', 5e-5, 0, 1024, 204.8, 7.097, 0)])
 def test_each_objective_is_optimized_as_in_its_paper(digits, teacher, consistency_model, objective, optim, lr, rampup_kimg, batch, mimg, ema_mimg,
