@@ -139,18 +139,18 @@ OTHER = {
     'names': (dict(renamed=[4]), [], 'other names, sizes, contents or labels'),
     'size': (dict(size=16), [], 'images of 8x8x1 then, of 16x16x1 now'),
     'subset': ({}, ['--max-images=9'], 'all images then, --max-images=9 now'),
-    'mirrored': ({}, ['--xflip=1'], '--xflip=0 then, --xflip=1 now'),
+    'mirrored': ({}, ['--xflip=1'], 'xflip = false then, true now'),
     'unlabelled': ({}, ['--cond=0'], '--cond=1 then, --cond=0 now'),
 }
 
 
 @pytest.mark.parametrize('case', OTHER)
 def test_other_data_are_refused_by_what_differs(run_folder, tmp_path, case):
-    """--resume-override does not cover them."""
+    """--resume-override does not cover them, but for mirrored images of the same data."""
     options, extra, words = OTHER[case]
     other = write_folder(tmp_path / 'other', **options)
     before = {path.name: path.read_bytes() for path in run_folder.iterdir()}
-    for override in ([], ['--resume-override']):
+    for override in ([], ['--resume-override'][:case != 'mirrored']):
         assert_one_clear_error(resume(run_folder, other, *extra, *override), 'was trained on other data', words, '--allow-other-data')
     assert before == {path.name: path.read_bytes() for path in run_folder.iterdir()}
 
@@ -164,6 +164,11 @@ def test_whoever_insists_goes_on_with_other_data_which_are_recorded(run_folder, 
     assert words in result.stderr and 'Resumed' in result.output
     again = invoke(other, run_folder, f'--resume={run_folder}', '--duration=0.000016', *extra)
     assert again.exit_code == 0 and 'Warning' not in again.stderr, again.output
+
+
+def test_mirrored_images_of_the_same_data_are_insisted_on_by_either_option(run_folder, data):
+    result = resume(run_folder, data, '--xflip=1', '--resume-override')
+    assert result.exit_code == 0 and 'xflip = false then, true now' in result.stderr and 'Resumed' in result.output, result.output
 
 
 def test_insisting_needs_a_run_to_resume(tmp_path, data):
@@ -182,7 +187,7 @@ def test_a_state_that_does_not_record_its_data_resumes_with_a_line_and_records_t
     for path in saved_states(run_folder):
         of_an_older_version(path)
     assert_one_clear_error(resume(run_folder, data, '--max-images=9'), 'all images then, --max-images=9 now')
-    assert_one_clear_error(resume(run_folder, data, '--xflip=1'), '--xflip=0 then')
+    assert_one_clear_error(resume(run_folder, data, '--xflip=1'), 'xflip = false then')
     result = resume(run_folder, data)
     assert result.exit_code == 0 and result.stderr.count('does not record its data') == 1, result.output
     assert json.loads(load_state(saved_states(run_folder)[0])['options'])['dataset']['num_images'] == COUNT

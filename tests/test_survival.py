@@ -265,7 +265,7 @@ def test_a_resumed_run_goes_on_with_its_wandb_run_and_tells_every_tick_once(tmp_
 
 @pytest.mark.parametrize('option, words', [
     ('--cbase=16', 'model_channels = 8'), ('--batch=32', 'batch_size = 64'), ('--seed=1', 'seed = 0'), ('--phema=0.2', 'phema_stds = [0.1]'),
-    ('--precision=bf16', 'precision = "fp32"')])
+    ('--precision=bf16', 'precision = "fp32"'), ('--xflip=1', 'xflip = false')])
 def test_a_changed_option_that_makes_another_run_is_refused_by_name(digits, whole, option, words):
     result = run(*command(digits, whole, f'--resume={whole}', option), check=False)
     assert_one_clear_error(result, words, '--resume-override')

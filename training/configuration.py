@@ -185,7 +185,7 @@ def data_record(opts: EasyDict, dataset) -> EasyDict:
 
 
 DATA_FACTS = dict(  # what tells data from others besides their digest: in words, and each of the two values in words
-    use_labels=('--cond={} then, --cond={} now', int), xflip=('--xflip={} then, --xflip={} now', int),
+    use_labels=('--cond={} then, --cond={} now', int), xflip=('xflip = {} then, {} now', json.dumps),
     max_size=('{} then, {} now', lambda value: 'all images' if value is None else f'--max-images={value}'),
     num_images=('{} images then, {} now', int), image_shape=('images of {} then, of {} now', '{0[2]}x{0[1]}x{0[0]}'.format),
     label_dim=('labels of length {} then, {} now', int), label_kind=('{} then, {} now', lambda value: value or 'no labels'),
@@ -197,18 +197,21 @@ def check_same_data(opts: EasyDict, now: dict, then: dict, source: str) -> str |
 
     Args:
         now, then: `data_record` of these options, and what `source`, a state or a folder, has recorded.
-    Raises: UserError, which names what differs, where they are other data, unless --allow-other-data.
+    Raises: UserError, which names what differs, where they are other data, unless --allow-other-data. For mirrored images of the same data,
+        --resume-override does too.
     """
     now, recorded = json.loads(json.dumps(now)), 'digest' in then  # older versions recorded some of it, and had no --max-images
-    words = [text.format(name_it(then.get(name)), name_it(now.get(name))) for name, (text, name_it) in DATA_FACTS.items()
-             if (recorded or name in then or name == 'max_size') and then.get(name) != now.get(name)]
+    words = {name: text.format(name_it(then.get(name)), name_it(now.get(name))) for name, (text, name_it) in DATA_FACTS.items()
+             if (recorded or name in then or name == 'max_size') and then.get(name) != now.get(name)}
     if recorded and then['digest'] != now['digest'] and not words:
-        words = ['other names, sizes, contents or labels of files']
-    if words and not opts.allow_other_data:
-        raise UserError(f'--resume={source} was trained on other data than --data={opts.data}: {"; ".join(words)}. '
-                        'Resume with the data it was made with, or add --allow-other-data')
+        words = {'digest': 'other names, sizes, contents or labels of files'}
+    listed, mirrored = '; '.join(words.values()), words.keys() == {'xflip'}
+    if words and not (opts.allow_other_data or (mirrored and opts.resume_override)):
+        cure = '--allow-other-data' + ' or --resume-override' * mirrored
+        raise UserError(f'--resume={source} was trained on other data than --data={opts.data}: {listed}. '
+                        f'Resume with the data it was made with, or add {cure}')
     if words:
-        return f'Warning: {source} was trained on other data ({"; ".join(words)}); it goes on with --data={opts.data}.'
+        return f'Warning: {source} was trained on other data ({listed}); it goes on with --data={opts.data}.'
     return None if recorded else f'Note: {source} does not record its data; they are taken for {opts.data}, which is recorded from now on.'
 
 
