@@ -326,16 +326,21 @@ def read_rulers(refs: Sequence[str], detectors: Sequence[str], image_shape: list
         image_shape: [C, H, W] of the images to be measured, where that is known.
     Raises: UserError where a reference or its detector cannot be used.
     """
-    from dnnlib.util import file_sha256, local_path
+    from dnnlib.util import file_sha256, local_path, named
     from metrics.calc import count_features
     from metrics.detectors import INCEPTION_URL, load_detector
     from metrics.reference import check_same_detector, load_reference
     rulers = {Path(ref.partition('#')[0]).stem: Ruler(ref, detector) for ref, detector in zip(refs, detectors or [None] * len(refs))}
     if len(rulers) < len(refs):
         raise click.UsageError('--ref: two files have the same name, which names the ruler in the table.')
-    facts = {}
+    facts, references = {}, {}
+    for name, (ref, _) in rulers.items():  # all of them before the first detector, which may be a download
+        with named('--ref'):
+            references[name] = load_reference(ref)
     for name, (ref, source) in rulers.items():
-        reference, detector = load_reference(ref), load_detector(source or INCEPTION_URL)
+        with named('--detector'):
+            detector = load_detector(source or INCEPTION_URL)
+        reference = references[name]
         if image_shape:
             count_features(detector, image_shape)
         check_same_detector(reference, detector, ref, image_shape)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import click
 
@@ -117,12 +118,14 @@ def read(source: str, reader: str, **openai):
     kind = recognise(source)
     if kind == 'training state':
         raise UserError(f'{source} is a training state, from which training goes on. Convert a network-snapshot-*.pkl of the same run.')
+    from training.checkpoint import load_network
     if kind != reader:
+        if kind == 'snapshot':
+            load_network(source)  # says what it is, where it is none
         raise UserError(f'{source} is {"a PyTorch file" if kind == "openai" else f"a {kind}"}, not a {reader}. Say so with --from={kind}.')
     if reader == 'safetensors':
         from training.interchange.safetensors import load_safetensors
         return load_safetensors(source)
-    from training.checkpoint import load_network
     return load_network(source)
 
 
@@ -142,18 +145,22 @@ def write(dest: str, net, writer: str) -> None:
 
 
 def recognise(source: str) -> str:
-    """What a file is by its first bytes, one of READERS or 'training state'.
+    """What a file is by its contents, one of READERS or 'training state'; what is none of them passes for a snapshot, whose reader says what it is.
 
-    A zip archive is a PyTorch file, ours where a checksum follows it; a JSON object after its length is safetensors.
+    A PyTorch file is a training state where a checksum follows it: large networks' names may hide what else there is.
     """
     import dnnlib
+    from dnnlib.file_kind import describe_file
     from torch_utils.sealed_file import find_seal
+    from training.saved_files import why_no_snapshot
+    if os.path.isdir(source):
+        raise UserError(f'{source} cannot be read: it {why_no_snapshot(source)}')
     with dnnlib.open_url(source) as file:
         _, checksum = find_seal(file)
-        start = file.read(9)
-    if start[:4] == b'PK\x03\x04':
+        kind = describe_file(file.name) or ''
+    if kind.startswith(('a training state of train.py', 'a PyTorch file (torch.save)', 'a damaged')):
         return 'training state' if checksum is not None else 'openai'
-    return 'safetensors' if start[8:] == b'{' else 'snapshot'
+    return 'safetensors' if kind == 'a safetensors file' else 'snapshot'
 
 
 def assumed(net, told: dict) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from dnnlib import EasyDict, NotFinite, UserError, cli
+from dnnlib.file_kind import describe_file
 from generate import sampling_arguments, sampling_options
 
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
@@ -104,7 +105,9 @@ def read_image(path: str, as_grey: bool = False) -> Tensor:
             image_shape_of(opened, path, cure)
             return torch.from_numpy(image_pixels(oriented(Picture.load(opened), upright=True)).copy())[None]
     except UNREADABLE as error:
-        raise UserError(f'{path} is not a readable image ({getattr(error, "strerror", None) or error})') from error
+        kind = describe_file(path) if os.path.isfile(path) and os.access(path, os.R_OK) else None
+        reason = f'it is {kind}' if kind and not kind.endswith(' image') else getattr(error, 'strerror', None) or error
+        raise UserError(f'{path} is not a readable image ({reason})') from error
 
 
 def in_words(shape: Sequence[int]) -> str:

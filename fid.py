@@ -252,9 +252,16 @@ def entries_to_compare(measures) -> set[str]:
 
 
 def read_references(ref, measures) -> dict:
-    """The references by entry, where `ref` is a file of statistics; none where it is images."""
+    """The references by entry, where `ref` is a file of statistics; none where it is images. Before any detector: a missing one is said at once."""
+    from dnnlib.util import named
+    from metrics.images import open_images
     from metrics.reference import holds_statistics, load_reference
-    return {entry: load_reference(ref, entry) for entry in entries_to_compare(measures) if holds_statistics(ref)}
+    entries = entries_to_compare(measures)
+    with named('--ref'):
+        if entries and not holds_statistics(ref):
+            open_images(ref)  # they are looked at after the detector is loaded, and may be missing
+            return {}
+        return {entry: load_reference(ref, entry) for entry in entries}
 
 
 def complete_references(references, ref, measures, detectors, sources, options) -> dict:

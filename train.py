@@ -335,6 +335,8 @@ def train(opts: EasyDict) -> bool:
         opts.seed = earlier['seed'] if earlier else configuration.random_seed()
     dataset = configuration.open_dataset(opts)
     teacher = configuration.load_teacher(opts, dataset) if opts.teacher else None
+    if opts.transfer:
+        configuration.check_transfer(opts)
     configuration.fill_defaults(opts, dataset, teacher, earlier)
     c = configuration.configure(opts, dataset, teacher)
     about_data = configuration.check_same_data(opts, c.dataset, earlier['dataset'], opts.resume) if earlier else None
@@ -348,6 +350,8 @@ def train(opts: EasyDict) -> bool:
     if opts.dry_run:
         distributed.print0(json.dumps(c, indent=2))
         return True
+    if c.validation:
+        validation.read_reference(c.validation)  # a reference that is missing is better missed before there is a folder
     run_dir = configuration.make_run_dir(opts, c) if distributed.is_main() else None
     run_dir = distributed.broadcast_object(run_dir)
 

@@ -51,6 +51,19 @@ def label_chooser(mode: str, space: LabelSpace, dataset=None):
     return label_choosers.DrawnLabels(dataset.labels)
 
 
+def read_reference(options: EasyDict, option_prefix: str = 'val_'):
+    """The statistics of `ref`, or the images of `ref_data` from which they are computed: before anything else is loaded or downloaded.
+
+    Raises: UserError that names the option, where they are missing or unusable.
+    """
+    from dnnlib.util import named
+    from metrics.images import open_images
+    from metrics.reference import load_reference
+    from torch_utils import distributed
+    with distributed.main_process_first(), named(f'--{option_prefix}{"ref" if options.ref else "ref_data"}'):
+        return load_reference(options.ref) if options.ref else open_images(options.ref_data)
+
+
 class Validator:
     """Evaluates networks against one reference, on all processes together; keeps detector and reference loaded.
 
@@ -62,26 +75,31 @@ class Validator:
         device: where networks and detector run.
         image_shape, space: [C, H, W] and labels of the networks to come.
         encoder: how their images become pixels, as `encoders.build` takes it.
+        option_prefix: of the options that name files, for messages: `val_` in train.py.
     Raises: UserError for an unusable reference, detector, VAE, label mode or folder: at once, not at the first evaluation.
     """
 
-    def __init__(self, options: EasyDict, dataset, run_dir: str, device, image_shape: list[int], space: LabelSpace, encoder: dict | None = None):
+    def __init__(self, options: EasyDict, dataset, run_dir: str, device, image_shape: list[int], space: LabelSpace, encoder: dict | None = None,
+                 option_prefix: str = 'val_'):
         import torch
 
+        from dnnlib.util import named
         from metrics.detectors import INCEPTION_URL, load_detector
-        from metrics.reference import check_same_detector, load_reference
+        from metrics.reference import check_same_detector
         from torch_utils import distributed
         from training import encoders
         self.options, self.dataset, self.run_dir, self.device = options, dataset, run_dir, device
+        reference = read_reference(options, option_prefix)
         with distributed.main_process_first():
             pixels = encoders.build(encoder, device).decode(torch.zeros([1, *image_shape], device=device))
-            self.detector = load_detector(options.detector or INCEPTION_URL, device)
+            with named(f'--{option_prefix}detector'):
+                self.detector = load_detector(options.detector or INCEPTION_URL, device)
             self.detector(pixels)  # now it knows how many features it returns
         if options.ref:
-            self.reference = load_reference(options.ref)
+            self.reference = reference
             check_same_detector(self.reference, self.detector, options.ref, list(pixels.shape[1:]))
         else:
-            self.reference = self._reference_of(options.ref_data)
+            self.reference = self._reference_of(reference)
         if not options.get('labels'):
             label_chooser(options.label, space, dataset)
         dump = options.dump_images_dir
@@ -89,10 +107,8 @@ class Validator:
             raise UserError(f'{dump} holds images of an earlier run: add --val_overwrite=1, or dump elsewhere')
         distributed.barrier()  # every process has looked before any writes
 
-    def _reference_of(self, path: str):
+    def _reference_of(self, source):
         from metrics.calc import observe, reference_of
-        from metrics.images import open_images
-        source = open_images(path)
         return reference_of(source, observe(source, {'': self.detector}, self.options.batch)[''], self.detector)
 
     def run(self, net, nimg: int, ema: str, steps: int | None = -1, metadata: dict | None = None, stop: StopRequest | None = None) -> dict | None:
@@ -187,19 +203,20 @@ def main(networks, ref, outdir, detector, **options):
         raise click.UsageError('--label and --labels exclude each other.')
     cli.check_seeds(options['seed'], options['num'], '--seed', '--num')
     distributed.init()
+    options = EasyDict(options, ref=ref, ref_data=None, detector=detector, dump_images_dir=None, overwrite=False)
+    read_reference(options, option_prefix='')
     try:
         os.makedirs(outdir, exist_ok=True)
         append_lines(os.path.join(outdir, METRICS), '')
     except OSError as error:
         raise UserError(f'--outdir={outdir} cannot be written to: {error.strerror}') from error
-    options = EasyDict(options, ref=ref, ref_data=None, detector=detector, dump_images_dir=None, overwrite=False)
     device, validator, problems = distributed.get_device(), None, []
     for network in networks:
         with distributed.main_process_first():
             net = load_network(network, device)
         if validator is None:
             shape = [net.img_channels, net.img_resolution, net.img_resolution]
-            validator = Validator(options, None, outdir, device, shape, space_of(net), net.metadata.get('encoder'))
+            validator = Validator(options, None, outdir, device, shape, space_of(net), net.metadata.get('encoder'), option_prefix='')
         record = validator.run(net, nimg=net.metadata.get('nimg', 0), ema=net.metadata.get('ema', 'ema'))
         problems += [f'{network}: {record["problem"]}'] if 'problem' in record else []
         if distributed.is_main():

@@ -308,7 +308,7 @@ def report(mutants: list[Mutant], results: dict[str, dict], failed: list[str]) -
 
 
 @click.command(cls=cli.Command)
-@cli.option('--out', metavar='DIR', required=True, help='Folder of the campaign. One that is there resumes.')
+@cli.option('--out', metavar='DIR', type=cli.PATH, required=True, help='Folder of the campaign. One that is there resumes.')
 @cli.option('--num', metavar='INT', type=click.IntRange(min=1), default=160, show_default=True, help='Mutants to draw.')
 @cli.option('--seed', metavar='INT', type=int, default=0, show_default=True, help='Of what is drawn.')
 @cli.option('--jobs', metavar='INT', type=click.IntRange(min=1), default=2, show_default=True, help='Mutants at a time.')

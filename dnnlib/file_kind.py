@@ -5,9 +5,10 @@ import os
 import re
 import zipfile
 import zlib
+from collections.abc import Mapping, Sequence
 
 HEAD = 4096            # bytes that decide; a tar archive shows itself after 257
-PICKLE_HEAD = 1 << 16  # bytes of the pickle inside a PyTorch file, in which its outermost names are looked for
+PICKLE_HEAD = 1 << 22  # bytes of the pickle inside a PyTorch file, in which its outermost names are looked for, behind those of a network's tensors
 ZIP, DAMAGED_ZIP, NPZ, NPY = 'a zip archive', 'a damaged or incomplete zip archive', 'a NumPy .npz archive', 'a NumPy .npy array'
 
 # Pattern of the first bytes, and what such a file is called. The first that matches decides.
@@ -41,8 +42,23 @@ STARTS = [(re.compile(pattern, re.DOTALL), words) for pattern, words in (
     (rb'.{16}\xde\xc0\xef\xbe', 'an LMDB data base'),
     (rb'\0\0\x08[\x01-\x04]', 'an IDX file (MNIST\'s format)'),
     (rb'\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\.', 'a PyTorch file (torch.save, before PyTorch 1.6)'),
+    (rb'\x80[\x02-\x05].{0,300}torch_utils\.persistence', 'a network snapshot'),
     (rb'\x80[\x02-\x05]', 'a pickle'),
 )]
+
+# By the beginning of what a file is called: what to do with it where another kind was asked for. What is wanted takes the place of {}.
+INSTEAD = {
+    'a web page': 'It may be a log-in, a quota, or a wrong link: download the file in a browser and give its path.',
+    'an XML document': 'Check where it was downloaded from, and give {}.',
+    'an empty file': 'Was it truncated? Copy or download it again.', 'a file of zeros': 'Copy or download it again.',
+    DAMAGED_ZIP: 'Copy or download it again.',
+    **dict.fromkeys(('a gzip', 'a bzip2', 'an xz', 'a Zstandard', 'a 7-Zip', 'a RAR', 'a tar'), 'Unpack it, and give {}.'),
+    'a training state of EDM': 'Give {}.',
+    'a training state': 'Training goes on from it by train.py --resume. Give {}.',
+    'a network snapshot': 'Networks are for --network, --teacher and --transfer. Give {}.',
+    'a TorchScript file': 'Feature detectors are for --detector. Give {}.',
+    'a NumPy': 'Statistics are for --ref, arrays of images for --images. Give {}.',
+}
 
 
 def describe_file(source: str | os.PathLike | bytes) -> str | None:
@@ -59,6 +75,23 @@ def describe_file(source: str | os.PathLike | bytes) -> str | None:
     with open(source, 'rb') as file:
         words = _describe_start(file.read(HEAD))
     return _describe_zip(source) if words == ZIP else words
+
+
+def another_kind(path: str | os.PathLike, wanted: str, own: Sequence[str] = (), instead: Mapping[str, str] | None = None) -> str | None:
+    """What a file is and what to give instead, to complete 'it ...': 'is a web page (HTML). It may be ...'.
+
+    Args:
+        wanted: what was asked for, such as 'a network snapshot (.pkl)'.
+        own: beginnings of what files of the wanted kind are called, broken ones as well.
+        instead: by such beginnings, cures that come before those of `INSTEAD`.
+    Returns: None where the file is of its own kind, or of none that is known.
+    """
+    words = describe_file(path)
+    if words is None or words.startswith(tuple(own)):
+        return None
+    cures = {**(instead or {}), **{start: cure.format(wanted) for start, cure in INSTEAD.items() if start not in (instead or {})}}
+    cure = next((cure for start, cure in cures.items() if words.startswith(start)), f'Give {wanted}.')
+    return f'is {words}. {cure}'
 
 
 def _describe_start(head: bytes) -> str | None:
@@ -107,6 +140,8 @@ def _describe_saved(pickled: bytes) -> str:
     """Which kind of contents `torch.save` wrote, by names in its pickle: a state of ours has `update` and `averages`, of EDM's `optimizer_state`."""
     def names(*words: str) -> bool:
         return all(b'X' + len(word).to_bytes(4, 'little') + word.encode() in pickled for word in words)
-    if names('optimizer_state') or names('net', 'update'):
-        return 'a training state'
+    if names('optimizer_state'):
+        return 'a training state of EDM'
+    if names('net', 'update'):
+        return 'a training state of train.py'
     return 'a PyTorch file (torch.save)'

@@ -50,6 +50,15 @@ class NotFinite(UserError):
         self.counts = counts
 
 
+@contextlib.contextmanager
+def named(option: str) -> Iterator[None]:
+    """For the contents of a file that an option names: a `UserError` from the `with` block begins with the option."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f'{option}: {error}') from error
+
+
 class EasyDict(dict):
     """A dict whose string keys are attributes too."""
 
@@ -111,7 +120,8 @@ def atomic_write(path: str | os.PathLike, durable: bool = True) -> Iterator[Bina
             _sync_directory(path.parent)
     except OSError as error:
         if error.errno in DISK_ERRORS or temporary.name in str(error.filename):
-            raise UserError(f'Cannot write {path}: {error.strerror}. Free some space or choose another place.') from error
+            cure = 'Free some space or choose' if error.errno in DISK_ERRORS else 'Choose'
+            raise UserError(f'Cannot write {path}: {error.strerror}. {cure} another place.') from error
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from dnnlib.file_kind import another_kind
 from dnnlib.util import DISK_ERRORS, UserError
 
 NPY_START = b'\x93NUMPY'
@@ -65,7 +66,13 @@ def map_npy(path: str | os.PathLike) -> np.ndarray:
         with open(path, 'rb') as file:
             return _map(file, read_header(file), file.tell(), os.path.getsize(path))
     except UNREADABLE as error:
-        raise UserError(f'{path} is no readable .npy file: {_reason(error)}. Copy or make it again.') from error
+        raise UserError(f'{path} is no readable .npy file: {_what_it_is(path, error, "an array of images (.npy)", "a NumPy .npy")}') from error
+
+
+def _what_it_is(path: str | os.PathLike, error: BaseException, wanted: str, own: str) -> str:
+    """The reason why a file cannot be read and what to do about it: that it is of another kind, or else what the reader said."""
+    kind = another_kind(path, wanted, own=(own, 'text')) if os.access(path, os.R_OK) else None
+    return f'it {kind}' if kind else f'{_reason(error)}. Copy or make it again.'
 
 
 def _map(file: BinaryIO, header: Header, start: int, stop: int) -> np.ndarray:
@@ -91,7 +98,8 @@ class ArchivedArrays:
         try:
             self._zip = zipfile.ZipFile(path)
         except UNREADABLE as error:
-            raise UserError(f'{self.name} is no complete .npz file: {_reason(error)}. Copy or make it again.') from error
+            reason = _what_it_is(path, error, 'an archive of arrays (.npz)', 'a damaged')
+            raise UserError(f'{self.name} is no complete .npz file: {reason}') from error
         self._members = {}
         for info in self._zip.infolist():
             if info.filename.endswith('.npy'):

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dnnlib.file_kind import another_kind
 from dnnlib.util import UserError, file_sha256, local_path
 from training.checkpoint import READING_ERRORS
 
@@ -188,6 +189,10 @@ def _load_script(path: Path, source: str, device: torch.device) -> ScriptNetwork
 
 def _load_state_dict(path: Path, source: str, device: torch.device) -> torch.nn.Module:
     from metrics.inception import build_inception
+    wanted = f'a feature detector: {KINDS}'
+    if kind := another_kind(path, 'a feature detector', own=('a PyTorch file', 'a pickle', 'text'), instead=dict.fromkeys(
+            ('a training state', 'a network snapshot', 'a NumPy', 'a zip archive'), f'Give {wanted}.')):
+        raise UserError(f'{source} is no detector: it {kind}')
     if _is_plain_pickle(path):
         raise UserError(f'{source} is a pickle, which could run any code when loaded, so it is not. For the Inception of EDM and StyleGAN use '
                         f"NVIDIA's TorchScript file of the same network, the default: {INCEPTION_URL}")

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dnnlib.file_kind import another_kind
 from dnnlib.util import UserError, atomic_write, local_path
 from metrics.arrays import ArchivedArrays, Header, may_be_images
 from metrics.detectors import Detector
@@ -43,6 +44,7 @@ from torch_utils.restricted_pickle import (
 )
 
 MAIN_ENTRY = 'fid'
+WANTED = 'reference statistics (.npz, made by fid.py ref)'
 AGAIN = 'Make the reference again with fid.py ref.'
 PICKLE_NAMES = frozenset(NUMPY_ARRAYS | NUMPY_SCALARS | NUMPY_TYPES | DICTS | {ENCODED_BYTES})
 ROWS = 4096  # of features, looked at together
@@ -160,6 +162,8 @@ def _check_there(arrays: ArchivedArrays | PickledArrays, entry: str, prefix: str
     if len(missing) == 2 and others:
         raise UserError(f'{arrays.name} has no entry {entry}, only {", ".join(others)}. '
                         f'Make a reference that has it with fid.py ref --metrics={",".join([*others, entry])}.')
+    if not arrays.keys and isinstance(arrays, ArchivedArrays) and (kind := _another_kind(arrays.path)):
+        raise UserError(f'{arrays.name} holds no statistics: it {kind}')
     if missing:
         held = f' (it holds {", ".join(keys[:4])}{", ..." if len(keys) > 4 else ""})' if keys else ''
         raise UserError(f'{arrays.name} has no {" and no ".join(missing)}{held}. Make a reference with fid.py ref.')
@@ -244,11 +248,18 @@ def _open_arrays(source: str | os.PathLike) -> ArchivedArrays | PickledArrays:
             start = file.read(2)
     except OSError as error:
         raise UserError(f'Cannot read {source}: {error.strerror}. Check its permissions.') from error
+    kind = _another_kind(path)
     if start == b'PK':
         return ArchivedArrays(path, source)
-    if start[:1] == b'\x80':
+    if start[:1] == b'\x80' and kind is None:
         return PickledArrays(path, source)
-    raise UserError(f"{source} is not an .npz file, nor a pickle as EDM2's references are. Make a reference with fid.py ref.")
+    raise UserError(f"{source} is not an .npz file, nor a pickle as EDM2's references are{f': it {kind}' if kind else '. Make one with fid.py ref.'}")
+
+
+def _another_kind(path: Path) -> str | None:
+    """What a file is and what to give instead, to complete 'it ...'; None for what can hold statistics, and where that cannot be told."""
+    return another_kind(path, WANTED, own=('a NumPy .npz', 'a damaged', 'a pickle', 'text'), instead={
+        'a zip archive': f'Of a zip of images make {WANTED}.', 'a NumPy .npy': f'Of images make {WANTED}.', 'a network snapshot': f'Give {WANTED}.'})
 
 
 class PickledArrays:

@@ -27,6 +27,10 @@ class MalformedPickle(ValueError):
     """The file is damaged, hostile, or of a kind that this reader does not know. The message completes 'it ...'."""
 
 
+class RefusedName(MalformedPickle):
+    """The file names something that has no place in it."""
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Name:
     """A global that the file names."""
@@ -59,6 +63,7 @@ PERSISTENT_OBJECT = 'torch_utils.persistence._reconstruct_persistent_obj'
 PARAMETERS = {'torch._utils._rebuild_parameter', 'torch._utils._rebuild_parameter_with_state'}
 TENSOR, TYPED_TENSOR, STORAGE = 'torch._utils._rebuild_tensor_v2', 'torch._utils._rebuild_tensor_v3', 'torch.storage._load_from_bytes'
 TENSOR_WITH_ATTRIBUTES = 'torch._tensor._rebuild_from_type_v2'
+TENSORS = PARAMETERS | {TENSOR, TYPED_TENSOR, TENSOR_WITH_ATTRIBUTES}
 ENCODED_BYTES = '_codecs.encode'  # how protocol 2, which has no bytes, writes them: as text in Latin-1
 DTYPES = {'Float': torch.float32, 'Double': torch.float64, 'Half': torch.float16, 'BFloat16': torch.bfloat16,
           'Long': torch.int64, 'Int': torch.int32, 'Short': torch.int16, 'Char': torch.int8, 'Byte': torch.uint8}
@@ -130,7 +135,7 @@ class Reader:
         self.file.seek(self.start)
         self.window = self.file.read(min(max(size, WINDOW), self.stop - self.start))
         if len(self.window) < size:
-            raise MalformedPickle('ends in the middle of a record (truncated?)')
+            raise MalformedPickle('ends in the middle of a record (truncated?): copy or download it again')
 
     def move_to(self, position: int):
         self.window, self.at, self.start = b'', 0, position
@@ -216,7 +221,7 @@ class Reader:
     def push_name(self, module: object, name: object):
         if not (isinstance(module, str) and isinstance(name, str) and (path := f'{module}.{name}') in self.names):
             refused = repr(path) if isinstance(module, str) and isinstance(name, str) else 'something by what is no text'
-            raise MalformedPickle(f'names {refused}, which such a file has no use for (refused, nothing was executed)')
+            raise RefusedName(f'names {refused}, which such a file has no use for (refused, nothing was executed)')
         self.stack.append(Name(path))
 
     def call(self):

@@ -26,10 +26,10 @@ from torch.overrides import TorchFunctionMode
 import dnnlib
 from dnnlib import UserError
 from torch_utils.persistence import HERE_ONLY
-from torch_utils.restricted_pickle import MalformedPickle, persistent_object, plain, read_pickle
+from torch_utils.restricted_pickle import NUMPY_ARRAYS, TENSORS, Call, MalformedPickle, RefusedName, persistent_object, plain, read_pickle
 from torch_utils.sealed_file import DamagedFile, find_seal, read_parts, read_sealed, sealed
 from torch_utils.stored_tensors import LocatedTensor, Storages, StoredTensor, module_tensors
-from training import encoders, networks, networks_edm2
+from training import encoders, networks, networks_edm2, saved_files
 from training.consistency_ops import student_grid
 from training.label_space import LabelSpace
 from training.networks_switched import Switched
@@ -53,14 +53,21 @@ def load_network(source: str | os.PathLike, device: str | torch.device = 'cpu', 
 
     Args:
         source: path or http(s) URL.
-    Raises: UserError, naming the source, for files that are missing, damaged, hostile, or hold no network that we know.
+    Raises: UserError, naming the source, for files that are missing, damaged, hostile, of another kind, or hold no network that we know.
     """
+    if os.path.isdir(source):
+        raise UserError(f'{os.fspath(source)} cannot be used as a network snapshot: it {saved_files.why_no_snapshot(source)}')
     with dnnlib.open_url(source) as file, dnnlib.util.without_garbage_collection():
         size, seal = find_seal(file)
         try:
             try:
                 return _read_network(file, size, seal, key, torch.device(device))
-            except MalformedPickle:
+            except RefusedName:
+                raise
+            except MalformedPickle as error:
+                if (reason := saved_files.why_no_snapshot(file.name)) is not None:
+                    as_pickle = f' (as a pickle it {error})' if reason.startswith('is text') else ''  # which the oldest pickles are
+                    raise MalformedPickle(f'{reason.removesuffix(".")}{as_pickle}') from error
                 if seal:
                     read_sealed(file, size, seal)  # damage is the better explanation
                 raise
@@ -94,8 +101,20 @@ def _network_record(snapshot, key: str):
         raise MalformedPickle('is not a dict of networks, as snapshots are')
     held = [name for name, value in snapshot.items() if isinstance(name, str) and '_modules' in (persistent_object(value) or ('', ()))[1]]
     if key not in held:
-        raise MalformedPickle(f'has no network {key!r}; it has {", ".join(map(repr, held[:20])) or "none"}')
+        raise MalformedPickle(f'has no network {key!r}; it has {", ".join(map(repr, held[:20])) or "none"}{_held_instead(snapshot, key)}')
     return snapshot[key]
+
+
+def _held_instead(snapshot: dict, key: str) -> str:
+    """Words on what a dict of no networks holds, to follow '... it has none'."""
+    if any(isinstance(value, dict) and {'mu', 'sigma'} <= value.keys() for value in [snapshot, *snapshot.values()]):
+        return ' but the statistics of a reference, which are for --ref'
+    holders = [('', snapshot), *((f' under {name!r}', value) for name, value in snapshot.items() if name == key)]
+    for where, value in holders:
+        if isinstance(value, dict) and any(isinstance(item, Call) and item.name in TENSORS | NUMPY_ARRAYS for item in value.values()):
+            return (f' but weights by name{where} (a state dict), which do not say which network they are of: give the snapshot that they were '
+                    'taken from')
+    return ''
 
 
 MAX_ENTRIES, MAX_SIZE = 16, 1 << 17     # of an argument: entries of a list, largest number
@@ -397,6 +416,8 @@ def load_state(path: str | os.PathLike) -> dict:
     with dnnlib.open_url(path) as file:
         try:
             size, seal = find_seal(file)
+            if (reason := saved_files.why_no_state(file.name, sealed=seal is not None)) is not None:
+                raise DamagedFile(reason.removesuffix('.'))
             if seal is None:
                 raise DamagedFile('has no checksum at its end: it is damaged, incomplete, or no training state of ours')
             read_sealed(file, size, seal)

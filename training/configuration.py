@@ -239,6 +239,15 @@ def load_teacher(opts: EasyDict, dataset):
     return teacher
 
 
+def check_transfer(opts: EasyDict) -> None:
+    """UserError where --transfer is no network: before there is a folder, and in a dry run."""
+    from dnnlib.util import named
+    from torch_utils import distributed
+    from training.checkpoint import load_network
+    with distributed.main_process_first(), named('--transfer'):
+        load_network(opts.transfer)
+
+
 def check_teacher(opts: EasyDict, dataset, teacher) -> None:
     """UserError unless the network of --teacher is what the objective starts from and fits the data."""
     from training import encoders

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dnnlib.file_kind import another_kind
 from dnnlib.util import UserError, local_path
 from metrics.detectors import is_torchscript
 from metrics.weights import load_weights
@@ -27,6 +28,7 @@ RESOLUTION = 224    # that smaller images are brought to, ...
 SMALL = 256         # and which ones are smaller
 CHANNEL_MEAN, CHANNEL_STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of ImageNet in [-1, 1]
 WHAT = "torchvision's vgg16 (features.*) and the lpips package's vgg heads (lin0 to lin4, here heads.0 to heads.4)"
+OURS = dict.fromkeys(('a training state', 'a network snapshot', 'a NumPy'), '')  # kinds of files of which no more is said than what they are
 LAYOUTS = {  # names in files -> ours
     r'features\.(\d+)\.(weight|bias)': r'features.\1.\2',                # torchvision
     r'net\.slice\d\.(\d+)\.(weight|bias)': r'features.\1.\2',            # the lpips package, all of it
@@ -148,14 +150,16 @@ def _read_tensors(file: str | os.PathLike, source: str) -> dict[str, object]:
     try:
         named = torch.load(file, map_location='cpu', weights_only=True)
     except READING_ERRORS as error:
-        raise UserError(f'{source} cannot be read: it is no file of plain tensors. Give {WHAT}, or one TorchScript file.') from error
+        kind = another_kind(file, 'weights of LPIPS', own=('a PyTorch file', 'text'), instead=OURS)
+        raise UserError(f'{source} cannot be read: it {(kind or "is no file of plain tensors.").rstrip()} Give {WHAT}, or one TorchScript file.') from error
     found = {}
     for name, tensor in named.items() if isinstance(named, Mapping) else ():
         for pattern, ours in LAYOUTS.items():
             if match := re.fullmatch(pattern, str(name)):
                 found[match.expand(ours)] = tensor
     if not found:
-        raise UserError(f'{source} has no weights of LPIPS. Give {WHAT}, or one TorchScript file.')
+        kind = another_kind(file, 'weights of LPIPS', own=('a PyTorch file',), instead=OURS)
+        raise UserError(f'{source} has no weights of LPIPS{f": it {kind.rstrip()}" if kind else "."} Give {WHAT}, or one TorchScript file.')
     return found
 
 

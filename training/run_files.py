@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from training import checkpoint
 from training.consistency_ops import student_grid
 from training.loss import Loss
 from training.phema import WeightAverages, average_name
+from training.saved_files import saved_snapshots, saved_states  # noqa: F401 (people look for both here)
 from training.weight_update import WeightUpdate
 
 PREEMPTED = 'preempted.json'  # left by a run that stopped because it was asked to, for the script that starts it again
@@ -34,25 +34,6 @@ def states_to_keep(states: dict[str, float | None], newest: int = 2) -> set[str]
     """Of saved states, {stem: validation FID or None} from the oldest to the newest: the `newest`, and the one with the least FID."""
     measured = {stem: fid for stem, fid in states.items() if fid is not None}
     return {*list(states)[-newest:], *([min(measured, key=measured.get)] if measured else [])}
-
-
-def saved_states(folder: str | os.PathLike) -> list[Path]:
-    """The training states in a folder, the newest first."""
-    return _saved(folder, 'training-state', 'pt')
-
-
-def saved_snapshots(folder: str | os.PathLike) -> list[Path]:
-    """The snapshots in a folder, the newest first; not those of power-function averages, which have their width in the name."""
-    return _saved(folder, 'network-snapshot', 'pkl')
-
-
-def _saved(folder: str | os.PathLike, kind: str, suffix: str) -> list[Path]:
-    """The files that `file_stem` has named, by the images that their names tell, the most first."""
-    found = []
-    for path in Path(folder).glob(f'{kind}-*.{suffix}'):
-        if match := re.fullmatch(rf'{kind}-(\d+)(?:-(\d+))?\.{suffix}', path.name):
-            found.append((int(match[1]), int(match[2] or 0), path))
-    return [path for *_, path in sorted(found, reverse=True)]
 
 
 def load_state(resume: str, report=print) -> tuple[str, dict]:

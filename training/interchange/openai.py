@@ -24,6 +24,7 @@ from torch import Tensor
 
 import dnnlib
 from dnnlib import UserError
+from dnnlib.file_kind import another_kind
 from training import checkpoint, networks
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0    # of all published models
@@ -136,6 +137,10 @@ def _read(source: str | os.PathLike) -> tuple[object, int]:
     """(the contents of a PyTorch file, its length)."""
     path, name = dnnlib.util.local_path(source), os.fspath(source)
     size = path.stat().st_size
+    own = ('a PyTorch file', 'a training state of train.py', 'a pickle', 'a damaged', 'text')
+    instead = {'a network snapshot': 'Leave out --from=openai.', 'a safetensors file': 'Say so with --from=safetensors.'}
+    if kind := another_kind(path, "weights of OpenAI's consistency_models (.pt)", own, instead):
+        raise UserError(f"{name} cannot be read as weights of OpenAI's: it {kind}")
     if not zipfile.is_zipfile(path):
         raise UserError(f'{name} is no zip archive, as files of PyTorch 1.6 and newer are. Load and save an older one with a newer PyTorch; '
                         'copy or download a damaged one again.')

@@ -1,0 +1,67 @@
+"""The files of a run by their names, and what a file or folder is that is given in the place of one: which file to give instead.
+
+Imports no torch.
+"""
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from dnnlib.file_kind import another_kind
+
+SNAPSHOT, STATE = 'a network snapshot (network-snapshot-*.pkl)', 'a training state (training-state-*.pt)'
+
+
+def saved_states(folder: str | os.PathLike) -> list[Path]:
+    """The training states in a folder, the newest first."""
+    return _saved(folder, 'training-state', 'pt')
+
+
+def saved_snapshots(folder: str | os.PathLike) -> list[Path]:
+    """The snapshots in a folder, the newest first; not those of power-function averages, which have their width in the name."""
+    return _saved(folder, 'network-snapshot', 'pkl')
+
+
+def _saved(folder: str | os.PathLike, kind: str, suffix: str) -> list[Path]:
+    """The files `<kind>-<kimg>[-<nimg>].<suffix>`, by the images that their names tell, the most first."""
+    found = []
+    for path in Path(folder).glob(f'{kind}-*.{suffix}'):
+        if match := re.fullmatch(rf'{kind}-(\d+)(?:-(\d+))?\.{suffix}', path.name):
+            found.append((int(match[1]), int(match[2] or 0), path))
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def why_no_snapshot(path: str | os.PathLike) -> str | None:
+    """What a file or folder is and what to give instead, to complete 'it ...'; None for a pickle, and where that cannot be told."""
+    if os.path.isdir(path):
+        return _why_no_folder(path)
+    beside = saved_snapshots(Path(path).parent)
+    same = [snapshot for snapshot in beside if snapshot.stem.removeprefix('network-snapshot') == Path(path).stem.removeprefix('training-state')]
+    snapshot = (same or beside or [None])[0]
+    return another_kind(path, SNAPSHOT, own=('a network snapshot', 'a pickle'), instead={
+        'a training state': f'It is for train.py --resume; for sampling and as a teacher give {snapshot or f"{SNAPSHOT} of the same run"}.',
+        'a PyTorch file': f"OpenAI's consistency models become snapshots by convert.py --from=openai {path} NAME.pkl. Other weights by name (state "
+                          'dicts) do not say which network they are of: give the snapshot that they were taken from.',
+        'a safetensors file': f'What convert.py wrote becomes a snapshot again by convert.py --from=safetensors {path} NAME.pkl.'})
+
+
+def _why_no_folder(folder: str | os.PathLike) -> str:
+    runs = [Path(folder), *sorted((path for path in Path(folder).iterdir() if path.is_dir()), reverse=True)]
+    newest = next((found[0] for run in runs if (found := saved_snapshots(run))), None)
+    if newest is not None:
+        return f'is the folder of a run. Give a file in it, such as {newest}.'
+    if any(Path(folder, name).is_file() for name in ('model_index.json', 'config.json')):
+        return 'is a folder of diffusers or transformers. convert.py writes such folders and does not read them: give the snapshot.'
+    return 'is a folder, and holds no network-snapshot-*.pkl. Check the path.'
+
+
+def why_no_state(path: str | os.PathLike, sealed: bool) -> str | None:
+    """The same of what is given as a training state; None for one of ours, whole or damaged. `sealed`: it ends in a checksum, as ours do."""
+    beside = saved_states(Path(path).parent)
+    resume = f'go on from {beside[0]}, or ' if beside else ''
+    weights = f'It has weights alone, without the state of the optimizer: {resume}start anew from them by --transfer={path}.'
+    return another_kind(path, STATE, own=('a training state of train.py', 'a damaged', *(['a PyTorch file'] if sealed else [])), instead={
+        'a network snapshot': weights,
+        'a training state of EDM': f'Its optimizer is not ours: {resume}start anew from the network-snapshot-*.pkl beside it by --transfer.',
+        'a PyTorch file': f'Give {STATE} that train.py wrote.'})
