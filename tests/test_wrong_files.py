@@ -195,3 +195,12 @@ def test_a_reference_is_missed_before_any_detector(tmp_path, digits, teacher, no
     done = run(search.main, [f'--network={teacher}', '--solver=cm', f'--ref={path}', f'--log={tmp_path / "l.jsonl"}'])
     assert_one_clear_error(done, '--ref', ref)
     assert not (tmp_path / 'l.jsonl').exists() and not (tmp_path / 'c').exists()
+
+
+def test_what_is_given_to_transfer_is_looked_at_in_a_dry_run_and_before_there_is_a_folder(tmp_path, digits):
+    for options in ([], ['--dry-run']):
+        (tmp_path / 'ref.npz').write_bytes(KINDS['a NumPy .npz archive'])
+        done = CliRunner().invoke(train.main, [f'--outdir={tmp_path / "runs"}', f'--data={digits}', '--cres=1,2', *FAST,
+                                               f'--transfer={tmp_path / "ref.npz"}', *options])
+        assert_one_clear_error(done, '--transfer', 'is a NumPy .npz archive')
+        assert not (tmp_path / 'runs').exists()

@@ -151,7 +151,8 @@ def _read_tensors(file: str | os.PathLike, source: str) -> dict[str, object]:
         named = torch.load(file, map_location='cpu', weights_only=True)
     except READING_ERRORS as error:
         kind = another_kind(file, 'weights of LPIPS', own=('a PyTorch file', 'text'), instead=OURS)
-        raise UserError(f'{source} cannot be read: it {(kind or "is no file of plain tensors.").rstrip()} Give {WHAT}, or one TorchScript file.') from error
+        reason = kind.rstrip() if kind else 'is no file of plain tensors.'
+        raise UserError(f'{source} cannot be read: it {reason} Give {WHAT}, or one TorchScript file.') from error
     found = {}
     for name, tensor in named.items() if isinstance(named, Mapping) else ():
         for pattern, ours in LAYOUTS.items():
