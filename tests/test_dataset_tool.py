@@ -276,6 +276,17 @@ def test_where_labels_come_from_can_be_chosen(tmp_path):
     assert '--max-images-per-class needs class labels' in fails(source / 'ant', '--max-images-per-class=2')
 
 
+@pytest.mark.parametrize('folder', ['', 'inner/'])
+def test_labels_of_images_that_are_not_there_are_counted(tmp_path, folder):
+    """Half of a data set was copied, say."""
+    names = [f'{i}.png' for i in range(5)]
+    labels = json.dumps({'labels': [[name, int(name[0]) % 2] for name in names]}).encode()
+    write_zip(tmp_path / 'in.zip', {f'{folder}dataset.json': labels, **{folder + name: encode(random_pixels(8, 8)) for name in names[:2]}})
+    assert 'Note: 3 labels in dataset.json are of no image' in run(f'--source={tmp_path / "in.zip"}', f'--dest={tmp_path / "out.zip"}')
+    assert ImageFolderDataset(tmp_path / 'in.zip', use_labels=True).unused_labels == 3
+    assert ImageFolderDataset(tmp_path / 'out.zip', use_labels=True).unused_labels == 0
+
+
 @pytest.mark.parametrize('kind', ['folder', 'zip'])
 def test_folders_without_images_beside_the_class_folders_are_named(tmp_path, kind):
     files = {'t/dog/1.png': encode(random_pixels(4, 4)), 't/emu/1.png': encode(random_pixels(4, 4)), 't/cat/readme.txt': b'', 't/.git/x': b''}

@@ -263,3 +263,16 @@ def test_integers_of_unknown_range_are_refused_and_nothing_saturates(tmp_path, w
     """Signed ones too; values beyond 65535 became white."""
     assert_one_clear_error(run(write(tmp_path / 'src')), 'a.tif has integers of unknown range', 'convert it to 8 bits')
     assert not (tmp_path / 'src.zip').exists()
+
+#----------------------------------------------------------------------------
+# Frames and pages.
+
+@pytest.mark.parametrize('kind', ['gif', 'tiff', 'webp', 'png'])
+def test_files_of_several_frames_or_pages_are_counted_and_the_first_is_taken(tmp_path, kind):
+    frames = [Image.fromarray(np.full([8, 8, 3], level, np.uint8)) for level in (10, 100, 200)]
+    (tmp_path / 'in').mkdir()
+    frames[0].save(tmp_path / 'in' / f'a.{kind}', save_all=True, append_images=frames[1:], lossless=True)
+    pixels, said = converted(tmp_path / 'in')
+    assert (pixels == 10).all() and 'Note: 1 files hold several frames or pages, of which the first was taken.' in said
+    frames[0].save(tmp_path / 'in' / f'a.{kind}', lossless=True)
+    assert 'several frames' not in converted(tmp_path / 'in')[1]

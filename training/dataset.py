@@ -260,21 +260,24 @@ def read_labels(files: ImageFiles) -> np.ndarray | None:
     return files.remember('labels', lambda: _labels_by_name(files)).get('labels')
 
 
+def count_unused_labels(files: ImageFiles) -> int:
+    """How many labels in `dataset.json` are of no image that is there: of a copy that lacks some, perhaps. Raises: as `read_labels`."""
+    return int(files.remember('labels', lambda: _labels_by_name(files)).get('unused', 0))
+
+
 def _labels_by_name(files: ImageFiles) -> dict[str, np.ndarray]:
-    """`labels`, or nothing."""
+    """`labels` and how many others are `unused`, or nothing."""
     name = _label_file(files)
     table = None if name is None else _read_label_table(files, name)
     if table is None:
         return {}
-    folder, images, absent = name.removesuffix(LABEL_FILE), list(files.images), object()
-    labels = [table.get(image, absent) for image in images]
-    if folder:
-        labels = [table.get(image.removeprefix(folder), absent) if label is absent else label for image, label in zip(images, labels)]
-    if missing := [image for image, label in zip(images, labels) if label is absent]:
+    folder, images = name.removesuffix(LABEL_FILE), list(files.images)
+    keys = images if not folder else [image if image in table else image.removeprefix(folder) for image in images]
+    if missing := [image for image, key in zip(images, keys) if key not in table]:
         why = file_names.explain_absence(missing[0].removeprefix(folder), table) or file_names.explain_absence(missing[0], table)
         raise UserError(f'{files.path}: {name} has no label for {len(missing)} of {len(images)} images, such as {missing[0]}'
                         + (f'. {why}' if why else '; make it again'))
-    return dict(labels=_label_array(labels, f'{files.path}: {name}'))
+    return dict(labels=_label_array([table[key] for key in keys], f'{files.path}: {name}'), unused=np.array(len(table) - len(set(keys))))
 
 
 def read_encoder(files: ImageFiles) -> dict | None:
@@ -379,6 +382,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         labels = read_labels(self._files) if use_labels else None
         if use_labels and labels is None:
             raise UserError(f'{self._files.path} has no labels; add them to its {LABEL_FILE}, or train without (--cond=0)')
+        self.unused_labels = count_unused_labels(self._files) if use_labels else 0
         self._labels_of_all = None if labels is None else Labels.of_data(labels)
         self.labels = None if labels is None else self._labels_of_all.subset(self._index)
 

@@ -27,19 +27,22 @@ class Picture(NamedTuple):
         orientation: 1 to 8, by which viewers turn it (EXIF).
         turned: whether `image` is so turned already: Pillow does that to TIFF.
         raw: the mode of the file's samples, in the name of Pillow's decoder, such as 'RGB;16B'; '' where there is none.
+        frames: how many pictures the file holds, of an animation or pages; `image` is the first.
     """
     image: Image.Image
     orientation: int = 1
     turned: bool = False
     raw: str = ''
+    frames: int = 1
 
     @classmethod
     def load(cls, image: Image.Image) -> Picture:
         """Of an image that is open, and whose pixels have not been read. Raises: what Pillow raises of damaged files."""
         raw, before = raw_mode(image), orientation(image) if image.format == 'TIFF' else 1
+        frames = getattr(image, 'n_frames', 1)
         image.load()
         after = orientation(image)
-        return cls(image, max(before, after), before > after, raw)
+        return cls(image, max(before, after), before > after, raw, frames)
 
     @property
     def loses_bits(self) -> bool:

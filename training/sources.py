@@ -22,7 +22,7 @@ from PIL import Image
 from dnnlib import UserError
 from dnnlib.file_kind import describe_file
 from training import file_names
-from training.dataset import UNREADABLE, ImageFiles, read_labels
+from training.dataset import UNREADABLE, ImageFiles, count_unused_labels, read_labels
 from training.pixels import Picture, is_colour
 
 if TYPE_CHECKING:
@@ -347,6 +347,8 @@ def labelled_images(files: ImageFiles, labels_from: str) -> tuple[Sequence[str],
         labels = read_labels(files)
         if labels is None and labels_from == 'dataset.json':
             raise UserError(f'{files.path} has no dataset.json with labels; leave out --labels-from')
+        if unused := count_unused_labels(files):
+            note(f'{unused} labels in dataset.json are of no image in {files.path}. Is it complete?')
         return files.images, None if labels is None else labels.tolist(), None
     by_folder = folder_labels(files, leave_out=labels_from == 'folders')
     if by_folder is None and labels_from == 'folders':

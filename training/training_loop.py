@@ -249,6 +249,8 @@ def describe_run(log: RunLog, c: EasyDict, net, dataset, teacher, rounds: int, b
     steps = c.ema_halflife_nimg / c.batch_size
     subset = f', a random {dataset.num_images} of its {dataset.num_files}' if dataset.num_images < dataset.num_files else ''
     log(f'Data: {len(dataset)} images of {dataset.image_shape}, {dataset.label_space}, from {c.dataset.path}{subset}')
+    if dataset.unused_labels:
+        log(f'Warning: {dataset.unused_labels} labels in dataset.json are of no image in {c.dataset.path}. Is it complete?')
     if dataset.unturned:
         log(f'Note: {len(dataset.unturned)} images carry an EXIF orientation, which is ignored: training sees their pixels as they are stored. '
             'dataset_tool.py --exif=apply turns them.')
