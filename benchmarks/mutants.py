@@ -41,7 +41,7 @@ from dnnlib import UserError, cli
 FOLDERS = ('training', 'metrics')
 EQUAL = Path('benchmarks') / 'equal_mutants.json'
 GROUP = 15.0  # seconds of tests that run together
-PASSED, NO_TESTS = 0, 5  # exit statuses of pytest
+PASSED, FAILED = 0, 1  # exit statuses of pytest: of tests; others are of pytest itself, which may not find or import them
 OUTCOMES = ('caught', 'survived', 'not covered', 'undecided')
 
 #----------------------------------------------------------------------------
@@ -153,22 +153,26 @@ class Undecided(Exception):
 
 
 def notice(tree: Tree, mutant: Mutant, source: bytes, tests: list[str], limit: float) -> str | None:
-    """What notices a mutant among these tests; None where all of them pass."""
+    """What notices a mutant among these tests; None where all of them pass.
+
+    Where they do not end, or cannot be run, they have to without it. Raises: Undecided where they do not.
+    """
     while True:
         tree.write(mutant.file, mutant.apply(source))
         status, printed = run_tests(tree.path, tests, limit)
         tree.write(mutant.file, source)
         if status == PASSED:
             return None
-        if status == NO_TESTS:
-            raise Undecided(f'pytest found none of {len(tests)} tests')
-        if status is not None:
+        if status == FAILED:
             return failures(printed)[-1]
         start = time.perf_counter()
-        status, printed = run_tests(tree.path, tests, 20 * limit)
-        if status != PASSED:
-            raise Undecided(f'without it the tests do not pass either: {failures(printed)[-1]}')
-        if (needed := time.perf_counter() - start) < limit / 2:
+        sound, without = run_tests(tree.path, tests, 20 * limit)
+        if sound != PASSED:
+            raise Undecided(f'without it the tests do not pass either: {failures(without)[-1]}')
+        needed = time.perf_counter() - start
+        if status is not None:
+            return failures(printed)[-1]
+        if needed < limit / 2:
             return f'no end within {limit:.0f} s, {needed:.0f} s without the mutant'
         limit = 3 * needed
 

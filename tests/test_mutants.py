@@ -111,14 +111,17 @@ def mutant(tmp_path):
     return mutants.Tree(tmp_path), mutants_of('a.py', SOURCE, seed=0)[0], SOURCE, ['a.py::test']
 
 
-def test_no_end_in_time_is_caught_only_where_the_tests_are_quick_without_the_mutant(monkeypatch, mutant):
+def test_tests_that_do_not_end_or_run_have_caught_something_only_where_they_do_without_the_mutant(monkeypatch, mutant):
     Clock(monkeypatch, (None, 60), (0, 20))
     assert mutants.notice(*mutant, limit=60) == 'no end within 60 s, 20 s without the mutant'
     clock = Clock(monkeypatch, (None, 60), (0, 40), (0, 90))
     assert mutants.notice(*mutant, limit=60) is None and clock.limits[2] == 120
-    Clock(monkeypatch, (None, 60), (1, 40))
-    with pytest.raises(mutants.Undecided, match=r'do not pass either: a\.py::test - wrong'):
-        mutants.notice(*mutant, limit=60)
+    Clock(monkeypatch, (2, 5), (0, 5))
+    assert mutants.notice(*mutant, limit=60) == 'a.py::test - wrong'
+    for status in (None, 4):
+        Clock(monkeypatch, (status, 60), (4, 40))
+        with pytest.raises(mutants.Undecided, match=r'do not pass either: a\.py::test - wrong'):
+            mutants.notice(*mutant, limit=60)
 
 
 def test_the_file_is_whole_again_after_every_mutant(monkeypatch, mutant):
