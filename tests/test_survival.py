@@ -242,6 +242,16 @@ def test_states_beyond_the_one_that_a_run_goes_on_from_are_deleted_when_a_new_on
     assert [path.stem.removeprefix('training-state-') for path in saved_states(tmp_path)] == ['000002-2500', '000002', '000001']
 
 
+def test_a_state_that_somebody_has_deleted_is_not_missed(tmp_path):
+    files, progress = small_run(tmp_path)
+    for nimg in (1000, 2000, 3000, 4000):
+        progress.nimg = nimg
+        assert files.save_state(progress, next_tick(progress)) == f'training-state-{nimg // 1000:06d}.pt'
+        for path in saved_states(tmp_path)[1:]:  # all but the newest
+            path.unlink()
+    assert [path.name for path in saved_states(tmp_path)] == ['training-state-000004.pt']
+
+
 def test_a_run_that_starts_anew_tidies_up_after_one_that_was_killed_and_leaves_other_files_alone(tmp_path):
     for name in ('.training-state-000001.pt.7-0a1b2c3d.tmp', PREEMPTED, '.notes.tmp'):
         (tmp_path / name).touch()
