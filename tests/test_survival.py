@@ -243,7 +243,7 @@ def test_states_beyond_the_one_that_a_run_goes_on_from_are_deleted_when_a_new_on
 
 
 def test_a_state_that_somebody_has_deleted_is_not_missed(tmp_path):
-    files, progress = small_run(tmp_path)
+    files, progress = small_run(tmp_path, states_kept=2)
     for nimg in (1000, 2000, 3000, 4000):
         progress.nimg = nimg
         assert files.save_state(progress, next_tick(progress)) == f'training-state-{nimg // 1000:06d}.pt'
