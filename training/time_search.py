@@ -81,8 +81,10 @@ def scanned(count: int, scan: int) -> list[int]:
 def most_evaluations(count: int, points: int = 1, scan: int = 0) -> int:
     """Evaluations that `least` makes at most for `count` candidates; with `points`, those of `find_points`."""
     count -= points - 1
-    scan = min(scan, count)
-    between = math.ceil(2 * (count + 1) / (scan + 1)) - 1 if scan else count
+    scan, between = min(scan, count), count
+    if scan:  # then the search is between places that are two apart
+        places = [-1, *scanned(count, scan), count]
+        between = max(end - start for start, end in zip(places, places[2:])) - 1
     evaluations, shorter, longer = 1, 1, 2
     while longer <= between:
         shorter, longer, evaluations = longer, shorter + longer, evaluations + 1
