@@ -310,6 +310,9 @@ class LatentFiles:
         except RuntimeError as error:
             raise UserError(f'{batch[0].name}: the VAE cannot encode images of {pixels.shape[3]}x{pixels.shape[2]} ({str(error).splitlines()[0]}); '
                             'choose another --resolution') from error
+        if bad := [item.name for item, values in zip(batch, raw) if not np.isfinite(values).all()]:
+            raise UserError(f'{bad[0]}: the VAE {self.encoder.vae_name} makes latents of it that are not finite (NaN or infinite values): '
+                            'its weights are damaged, or it overflows in its precision; use another, such as stabilityai/sd-vae-ft-mse')
         mean, std = np.split(raw.astype(np.float64), 2, axis=1)
         self.values += mean[:, 0].size
         self.sums += [mean.sum((0, 2, 3)), (mean ** 2 + std ** 2).sum((0, 2, 3))]

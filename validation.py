@@ -150,8 +150,6 @@ class Validator:
 
         Small images are enlarged to be seen. Raises: NotFinite where one of them is not finite; UserError where it cannot be written.
         """
-        import torch
-
         from torch_utils import distributed
         from training import generation, samplers
         if not distributed.is_main():
@@ -160,8 +158,8 @@ class Validator:
         solver, steps = samplers.resolve(net, None, self.options.steps)
         choose = self._label_chooser(net)
         seeds = range(self.options.seed, self.options.seed + columns ** 2)
-        batches = [generation.generate_batch(net, batch, choose, solver, steps) for batch in generation.split_batches(seeds, self.options.batch)]
-        picture = generation.image_grid(torch.cat(batches), columns)
+        batches = [generation.generate_checked(net, batch, choose, solver, steps) for batch in generation.split_batches(seeds, self.options.batch)]
+        picture = generation.image_grid(generation.finite_images(batches, seeds), columns)
         path = os.path.join(self.run_dir, f'fakes-{nimg:09d}-{ema}.png')
         zoom = max(256 // picture.shape[-1], 1)
         generation.save_images(picture.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)[None], [path])
@@ -177,7 +175,7 @@ class Validator:
         if folder and distributed.is_main() and (others := FolderDestination(folder).others(seeds)):
             print(f'Warning: {folder} holds {sum(map(len, others.values()))} other images than those of this evaluation, of an earlier one: '
                   'whoever measures the folder measures them too.')
-        return GeneratedImages(net, seeds, self.options.batch, choose, solver, steps, name=f'the network at {nimg / 1e3:g} kimg ({ema})', dump=folder)
+        return GeneratedImages(net, seeds, self.options.batch, choose, solver, steps, name='the network', dump=folder)
 
 
 @click.command(cls=cli.Command)

@@ -63,8 +63,8 @@ class Runs:
 
     def alone(self, net: torch.nn.Module) -> None:
         for seeds in generation.split_batches(self.seeds, self.batch):
-            last = generation.generate_batch(net, seeds, steps=STEPS)
-        last.cpu()
+            last = generation.generate_checked(net, seeds, steps=STEPS)
+        last.finite.cpu()
 
     def writing(self, images: np.ndarray) -> None:
         writers.write_images(images, [str(self.folder / 'writing' / f'{i:06d}.png') for i in range(len(images))])

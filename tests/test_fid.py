@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -209,6 +210,25 @@ def test_arrays_are_measured_like_folders(lab, reference, tmp_path):
     for name in ('grey.npy', 'rgb.npz'):
         result = run('calc', f'--images={tmp_path}/{name}', f'--ref={reference}', f'--detector={lab[0]}/detector.pt', '--num=60')
         assert float(result.stdout) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_random_subset_is_called_one_and_of_how_many(lab, reference, tmp_path):
+    """Of a folder, an array and a data set; all images are no subset, and those that are left out are none of it."""
+    detector = f'--detector={lab[0]}/detector.pt'
+    np.save(tmp_path / 'grey.npy', lab[1])
+    for images in (lab[0] / 'samples', tmp_path / 'grey.npy'):
+        result = run('calc', f'--images={images}', f'--ref={reference}', detector, '--num=20', f'--json={tmp_path}/fid.json')
+        assert f'a random subset of 20 of 60 images of {images}' in result.stderr
+        found = json.loads((tmp_path / 'fid.json').read_text())['fid']
+        assert (found['num_images'], found['total_images']) == (20, 60)
+    assert ': 60 images of' in calc(lab, reference, '--num=60').stderr
+    said = run('ref', f'--data={lab[0]}/data.zip', f'--dest={tmp_path}/ref.npz', detector, '--num=30').stderr
+    assert 'Statistics of a random subset of 30 of 40 images written' in said
+    assert 'Statistics of 40 images written' in run('ref', f'--data={lab[0]}/data.zip', f'--dest={tmp_path}/ref.npz', detector).stderr
+    shutil.copytree(lab[0] / 'samples', tmp_path / 'samples')
+    (tmp_path / 'samples' / '00' / '000007.png').write_bytes(b'no image')
+    said = [run('calc', f'--images={tmp_path}/samples', f'--ref={reference}', detector, '--skip-bad', f'--num={num}').stderr for num in (60, 59)]
+    assert ': 59 images of' in said[0] and 'a random subset of 5' in said[1] and 'of 60 images of' in said[1]
 
 
 def test_a_networks_images_are_measured_without_writing_them(lab, teacher, tmp_path):

@@ -115,6 +115,33 @@ def test_what_is_refused_leaves_no_folder(tmp_path, student, teacher):
             assert not (tmp_path / 'a').exists()
 
 
+@pytest.mark.parametrize('kind', [[], ['--subdirs'], ['--latents'], ['--latents', '--subdirs']])
+def test_images_that_a_folder_holds_besides_are_told_and_refused_if_wanted(tmp_path, student, kind):
+    """Those of other seeds, in folders or not; of the same seeds in the other layout; and of names that are no seeds. Text is none of them."""
+    run_with = lambda *options: invoke(f'--network={student}', f'--outdir={tmp_path}', *options)
+    assert 'holds other' not in run_with('--seeds=0-5,1000-1001', *kind).stderr
+    assert 'holds other' not in run_with('--seeds=0-5,1000-1001', *kind, '--strict-outdir').stderr  # its own are written over
+    before = {path: path.read_bytes() for path in tmp_path.rglob('*.*')}
+    refused = run_with('--seeds=4-6', *kind, '--strict-outdir')
+    assert_one_clear_error(refused, '6 of other seeds (', '000000.', '--strict-outdir')
+    assert {path: path.read_bytes() for path in tmp_path.rglob('*.*')} == before and 'Generating' not in refused.output
+
+    other_layout = [option for option in kind if option != '--subdirs'] + ['--subdirs'] * ('--subdirs' not in kind)
+    result = run_with('--seeds=4-6', *other_layout)
+    assert result.exit_code == 0 and 'Warning' in result.stderr and '6 of other seeds' in result.stderr
+    assert '2 of these seeds, but ' in result.stderr and 'folders as by --subdirs' in result.stderr
+    (tmp_path / 'notes.txt').write_text('nothing')
+    (tmp_path / '.hidden.png').write_bytes(b'')
+    (tmp_path / 'more').mkdir()
+    Image.new('L', (8, 8)).save(tmp_path / 'more' / 'other.jpg')
+    Image.new('L', (8, 8)).save(tmp_path / '7.png')  # a seed is written with six digits
+    assert '2 of other names (7.png, more/other.jpg)' in run_with('--seeds=0-6,1000-1001', *kind).stderr
+
+
+def test_a_single_file_has_no_folder_to_be_strict_about(tmp_path, student):
+    assert_one_clear_error(invoke(f'--network={student}', f'--dest={tmp_path / "a.npz"}', '--strict-outdir'), '--strict-outdir goes with', status=2)
+
+
 def test_an_unwritable_folder_is_named(tmp_path, student):
     (tmp_path / 'file').write_text('')
     assert_one_clear_error(invoke(f'--network={student}', f'--outdir={tmp_path / "file" / "x"}'), '--outdir')

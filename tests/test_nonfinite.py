@@ -13,6 +13,7 @@ from helpers import FAST, TINY_NETWORK, assert_one_clear_error, lines, torchrun
 from latents import StandInVAE, save_latent_network
 from PIL import Image
 
+import dataset_tool
 import edit
 import fid
 import generate
@@ -126,6 +127,22 @@ def test_a_vae_that_overflows_is_noticed_and_so_are_latents_that_it_would_not_sh
     result = CliRunner().invoke(generate.main, [f'--network={network}', f'--outdir={tmp_path / "o"}', '--seeds=0-1', '--steps=2', '--workers=0'])
     assert_one_clear_error(result, '2 of 2 images are not finite', 'of seeds 0-1')
     assert not list((tmp_path / 'o').iterdir())
+
+
+def test_latents_of_a_data_set_are_not_written_where_the_vae_overflows(tmp_path, monkeypatch):
+    """One of three images; a data set with NaN in it, and in its statistics, would only be noticed by training."""
+    class Overflowing(StandInVAE):
+        def encode(self, x):
+            found = super().encode(x)
+            found.latent_dist.mean[(x.mean(dim=(1, 2, 3)) > 0.9)] = torch.inf
+            return found
+    monkeypatch.setattr('training.encoders.load_vae', lambda name, device: Overflowing())
+    (tmp_path / 'images').mkdir()
+    for i, level in enumerate((0, 255, 100)):
+        Image.fromarray(np.full([8, 8, 3], level, np.uint8)).save(tmp_path / 'images' / f'{i}.png')
+    result = CliRunner().invoke(dataset_tool.main, [f'--source={tmp_path / "images"}', f'--dest={tmp_path / "latents.zip"}', '--encode-vae=x'])
+    assert_one_clear_error(result, '1.png', 'not finite')
+    assert not (tmp_path / 'latents.zip').exists()
 
 
 def test_decode_is_what_it_was():

@@ -124,7 +124,12 @@ def generate_batch(net, seeds: Sequence[int], choose_labels: LabelChooser | None
 
     Raises: NotFinite where some are not finite; UserError where the network's images cannot be decoded.
     """
-    images, finite = generate_checked(net, seeds, choose_labels, solver, steps, **options)
+    return finite_images([generate_checked(net, seeds, choose_labels, solver, steps, **options)], seeds)
+
+
+def finite_images(batches: Sequence[Checked], seeds: Sequence[int]) -> Tensor:
+    """The images of batches together, [N, C, H, W]. Waits for the device. Raises: NotFinite where some are not finite."""
+    images, finite = (torch.cat(tensors) for tensors in zip(*batches))
     if bad := [seed for seed, sound in zip(seeds, finite.tolist()) if not sound]:
         raise NotFinite(nonfinite_seeds(bad, len(seeds)), nonfinite=len(bad))
     return images
