@@ -392,6 +392,8 @@ def test_latents_are_no_reference(tmp_path, latent_network, monkeypatch):
 
 
 def test_validation_misses_a_vae_at_once(tmp_path, monkeypatch):
+    """With a reference of images that are there: those are looked for first."""
+    Image.new('RGB', (16, 16)).save(tmp_path / 'reference.png')
     monkeypatch.setitem(sys.modules, 'diffusers', None)
     encoders.load_vae.cache_clear()
     with pytest.raises(UserError, match='pip install diffusers'):
