@@ -23,6 +23,13 @@ def labels_option(group: str | None = None):
                            '[default: classes that have images, uniformly]')
 
 
+def clip_option(group: str | None = None):
+    """The option whether a consistency model's images are clamped between evaluations."""
+    return cli.option('--clip_denoised/--no_clip_denoised', 'clip_denoised', default=None, group=group,
+                      help="Clamp every image that the network gives to [-1, 1], as Song et al. do and ECT and TCM do not.  "
+                           "[default: the snapshot's; on]")
+
+
 def sampling_options(group: str | None = None, teachers: bool = True,
                      steps: str = "a student's own; 1 for a consistency model; 18 for a teacher"):
     """A decorator for commands: the options that say how a network is sampled, as a dict `sampling`. `group` heads the general ones.
@@ -50,6 +57,7 @@ def sampling_options(group: str | None = None, teachers: bool = True,
         cli.option('--ts', metavar='LIST', type=cli.NumberList(), **cm, help='The same by indices of --timesteps levels, as in 0,22,39.'),
         cli.option('--timesteps', metavar='INT', type=click.IntRange(min=2), **cm,
                    help="Levels that --ts counts in.  [default: the snapshot's; 40]"),
+        clip_option(CM),
     ]
     options += [] if not teachers else [
         cli.option('--xvar_scale', metavar='FLOAT', type=cli.Number(min=0), **teacher,

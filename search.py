@@ -15,7 +15,7 @@ import click
 import fid
 from dnnlib import EasyDict, UserError, cli
 from dnnlib.util import DISK_ERRORS
-from generate import class_option, labels_option, sampling_arguments
+from generate import class_option, clip_option, labels_option, sampling_arguments
 
 POINTS, IMAGES = 'Points', 'Images and metric'
 SPACES = ('log', 'karras-index')
@@ -64,6 +64,7 @@ class Metric(fid.Measures):
             help='First seed of the images, the same for all points; and of every other random choice.')
 @class_option(IMAGES)
 @labels_option(IMAGES)
+@clip_option(IMAGES)
 @cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, group=IMAGES,
             help='Images at a time, for each process.')
 @cli.option('--detector', metavar='PATH|URL', type=cli.PATH, group=IMAGES, help="As for fid.py.  [default: NVIDIA's Inception, downloaded once]")
@@ -87,7 +88,7 @@ def main(network, log, solver, save, json_path, dry_run, measures, **options):
     fid.check_detector_options(measures, options)
     distributed.init()
     net = load_consistency_model(network, solver)
-    sampler = Sampler(net, network, options.class_idx, options.labels)
+    sampler = Sampler(net, network, options.class_idx, options.labels, options.clip_denoised)
     candidates = candidate_levels(net, options)
     plan = search_plan(candidates, sampler, measures, options)
     references = fid.read_references(options.ref, measures)
@@ -100,14 +101,15 @@ def main(network, log, solver, save, json_path, dry_run, measures, **options):
     evaluate = MetricOfPoints(sampler, measures, references, options)
     settings = {'metric': evaluate.name, 'num': options.num, 'seed': options.seed, 'class': options.class_idx,
                 'network': network_digest(net, net.metadata), 'detector': evaluate.detector.digest,
-                'reference': reference_digest(options.ref, bool(references)),
-                **({'labels': sampler.choose_labels.digest()} if options.labels else {})}
+                'reference': reference_digest(options.ref, bool(references))}
+    extra = {'labels': sampler.choose_labels.digest() if options.labels else None, 'clip_denoised': options.clip_denoised}
+    settings |= {name: value for name, value in extra.items() if value is not None}
     found = search(evaluate, SearchLog(log, settings), candidates, plan)
     if distributed.is_main():
-        click.echo(as_options(found['taus']))  # before anything that may fail
+        click.echo(as_options(found['taus'], options.clip_denoised))  # before anything that may fail
         fid.write_json(json_path, found)
         if save:
-            save_copy(save, net, found['sigmas'])
+            save_copy(save, net, found['sigmas'], options.clip_denoised)
     distributed.shutdown()
 
 
@@ -165,6 +167,7 @@ class Sampler:
     network: str
     class_idx: int | None
     labels: str | None = None
+    clip_denoised: bool | None = None
 
     @functools.cached_property
     def choose_labels(self):
@@ -174,7 +177,8 @@ class Sampler:
 
     def arguments(self, taus: list[float]) -> dict:
         """What `generation.generate_batch` takes. Raises: UserError where the network cannot be sampled so."""
-        return sampling_arguments(self.net, self.network, choose_labels=self.choose_labels, solver='cm', taus=taus)
+        return sampling_arguments(self.net, self.network, choose_labels=self.choose_labels, solver='cm', taus=taus,
+                                  clip_denoised=self.clip_denoised)
 
     def images(self, taus: list[float], options):
         """A source as in metrics/images.py."""
@@ -183,9 +187,10 @@ class Sampler:
         return GeneratedImages(self.net, seeds, options.batch, name=f'{self.network}, {as_options(taus)}', **self.arguments(taus))
 
 
-def as_options(taus: list[float]) -> str:
+def as_options(taus: list[float], clip_denoised: bool | None = None) -> str:
     """Points as options of generate.py and fid.py; a number's shortest digits are the number itself."""
-    return f'--solver=cm --taus={",".join(map(repr, taus))}'
+    clip = {None: '', True: ' --clip_denoised', False: ' --no_clip_denoised'}[clip_denoised]
+    return f'--solver=cm --taus={",".join(map(repr, taus))}{clip}'
 
 
 def candidate_levels(net, options) -> list[float]:
@@ -364,11 +369,13 @@ def reference_digest(ref: str | None, holds_statistics: bool) -> str | None:
     return file_sha256(local_path(ref)) if holds_statistics else open_images(ref).fingerprint()
 
 
-def save_copy(path: str, net, sigmas: list[float]) -> None:
-    """The network as a snapshot that is sampled at `sigmas`, which end in 0. Of its metadata, what was measured at others is left out."""
+def save_copy(path: str, net, sigmas: list[float], clip_denoised: bool | None = None) -> None:
+    """The network as a snapshot that is sampled at `sigmas`, which end in 0, and clamped as the search did where that was given. Of its metadata,
+    what was measured at others is left out."""
     from training.checkpoint import save_snapshot
     reserved = ('path', 'net')  # what only a file that was tampered with has
     metadata = {name: value for name, value in net.metadata.items() if name not in ('fid', *reserved)}
+    metadata |= {} if clip_denoised is None else dict(clip_denoised=clip_denoised)
     save_snapshot(path, net, **metadata | dict(solver='cm', sigmas=sigmas) | ({'S': len(sigmas) - 1} if 'S' in metadata else {}))
 
 

@@ -79,8 +79,8 @@ def switch(name: str, **kwargs):
                  '[default: diffusion]')
 @cli.option('--consistency', type=bool, group=MAIN, help='True: as --objective=mcd.  [default: False]')
 @cli.option('--duration', metavar='MIMG', type=cli.POSITIVE, group=MAIN,
-            help='Length of training in millions of images.  [default: 200; mcd, mct, direct 210; pd by --stage_steps; cm, ict 409.6; ect 51.2; '
-                 'tcm 204.8, edm2 122.88; edm2 teachers 2147]')
+            help='Length of training in millions of images.  [default: 200; mcd, mct, direct 210; pd by --stage_steps; cm, ict 409.6; ect 51.2, '
+                 'edm2 12.8; tcm 204.8, edm2 122.88; edm2 teachers by size, S 1073.7, of latents 2147.5]')
 @cli.option('--batch', metavar='INT', type=COUNT, group=HYPER,
             help='Total batch size.  [default: 512; mcd, mct, direct and edm2 teachers 2048; ict, tcm 1024; pd, ect 128]')
 @cli.option('--batch-gpu', metavar='INT', type=COUNT, group=HYPER,
@@ -89,28 +89,30 @@ def switch(name: str, **kwargs):
             help='Optimiser.  [default: adam; cm, ict, ect, tcm radam; ect, tcm of edm2 adam]')
 @cli.option('--lr', metavar='FLOAT', type=cli.POSITIVE, group=HYPER,
             help='Learning rate.  '
-                 '[default: 0.001; mcd, mct, direct 8e-5; pd 2e-4; cm 4e-4; ict, ect 1e-4; tcm 5e-5; edm2 0.01, students 0.001, tcm 5e-4]')
+                 '[default: 0.001; mcd, mct, direct 8e-5; pd 2e-4; cm 4e-4; ict, ect 1e-4; tcm 5e-5; edm2 by size, S 0.01, students 0.001, ect by '
+                 'size, S 0.001, tcm 5e-4]')
 @cli.option('--lr_rampup', metavar='KIMG', type=cli.Number(min=0), group=HYPER,
             help='Images over which the learning rate rises from 0, in thousands.  [default: 10000; pd, cm, ict, ect, tcm 0]')
 @cli.option('--lr_schedule', type=click.Choice(['constant', 'linear', 'cosine', 'sqrt']), group=HYPER,
             help='Decay of the learning rate: to 0 at the end of training (linear, cosine), or as 1/sqrt(steps) after --lr_decay steps (sqrt).  '
                  '[default: constant; pd linear; edm2 sqrt]')
 @cli.option('--lr_decay', metavar='STEPS', type=COUNT, group=HYPER,
-            help='Optimiser steps after which sqrt decays, t_ref of EDM2.  [default: 70000; students 2000; tcm 8000]')
+            help='Optimiser steps after which sqrt decays, t_ref of EDM2.  [default: 35000; of latents 70000; students 2000; tcm 8000]')
 @cli.option('--beta2', metavar='FLOAT', type=cli.Number(0, 1, max_open=True), group=HYPER,
             help="Decay of Adam's second moments.  [default: 0.999; edm2 0.99]")
 @cli.option('--P_mean', 'P_mean', metavar='FLOAT', type=cli.Number(), group=HYPER,
             help='Mean of ln sigma that teachers, with --precond=edm, ict and ect are trained at.  '
-                 '[default: -1.2; edm2 -0.4; ict, ect -1.1; ect of edm2 -0.8]')
+                 '[default: -1.2; edm2 -0.8, of latents -0.4; ict, ect -1.1; ect of edm2 -0.8]')
 @cli.option('--P_std', 'P_std', metavar='FLOAT', type=cli.POSITIVE, group=HYPER,
-            help='And its standard deviation.  [default: 1.2; edm2 1.0; ict, ect 2; ect of edm2 1.6]')
+            help='And its standard deviation.  [default: 1.2; edm2 1.6, of latents 1; ict, ect 2; ect of edm2 1.6]')
 @cli.option('--ema', metavar='MIMG', type=Images(), group=HYPER,
             help='Half-life of the weight average, in millions of images; 500kimg and 50Mimg name their unit.  '
                  '[default: 0.5; mcd, mct, direct 50; cm 3.549; ict 10.14; ect 0.887; tcm 7.097]')
-@cli.option('--ema_rampup', metavar='FLOAT', type=cli.Number(min=0), default=0.05, show_default=True, group=HYPER,
-            help='The effective half-life is at most this fraction of the images seen; 0 for no limit.')
+@cli.option('--ema_rampup', metavar='FLOAT', type=cli.Number(min=0), group=HYPER,
+            help='The effective half-life is at most this fraction of the images seen; 0 for no limit.  [default: 0.05; cm, ict, ect, tcm 0]')
 @cli.option('--phema', metavar='LIST', type=cli.NumberList(float), group=HYPER,
-            help='Relative widths of power-function EMAs to keep as well, as in 0.05,0.10.  [default: none; edm2 0.05,0.1]')
+            help='Relative widths of power-function EMAs to keep as well, as in 0.05,0.10.  '
+                 '[default: none; edm2 0.05,0.1; ect of edm2 0.01,0.05,0.1]')
 @cli.option('--augment', metavar='FLOAT', type=cli.Number(0, 1), group=HYPER, help='Augmentation probability.  [default: 0.12; students and edm2 0]')
 @cli.option('--grad-clip', metavar='FLOAT', type=cli.POSITIVE, group=HYPER, help='Shorten gradients whose norm is larger.  [default: never]')
 @cli.option('--max-images', metavar='INT', type=COUNT, group=HYPER,
@@ -121,8 +123,10 @@ def switch(name: str, **kwargs):
 @cli.option('--num_blocks', metavar='INT', type=COUNT, group=NET, help='Residual blocks a level.  [default: by --arch]')
 @cli.option('--attn_resolutions', metavar='LIST', type=cli.NumberList(), group=NET, help='Resolutions with self-attention.  [default: by --arch]')
 @cli.option('--dropout', metavar='FLOAT', type=cli.Number(0, 1, max_open=True), group=NET,
-            help="Dropout probability.  [default: 0.13; edm2, mct, cm 0; ict 0.3; ect 0.2; for other students the teacher's]")
-@cli.option('--dout_resolutions', metavar='LIST', type=cli.NumberList(), group=NET, help='Resolutions with dropout.  [default: all]')
+            help="Dropout probability.  [default: 0.13; mct, cm 0; ict 0.3; ect 0.2; edm2 by size, S 0; ect of edm2 by size, S 0.4; "
+                 "for other students the teacher's]")
+@cli.option('--dout_resolutions', metavar='LIST', type=cli.NumberList(), group=NET,
+            help='Resolutions with dropout.  [default: all; ect of edm2 those up to 16]')
 @cli.option('--teacher', metavar='PKL|URL', type=cli.PATH, group=TEACH,
             help='Snapshot of the diffusion model to distil; pd: or of a student of 2 --S_start steps; tcm: of the consistency model to go on from.')
 @cli.option('--hop', type=click.Choice(['heun', 'ddim', 'addim']), group=TEACH,
@@ -189,11 +193,14 @@ def switch(name: str, **kwargs):
             help='ict too: constant of the pseudo-Huber distance.  '
                  '[default: 0; tcm 1e-8; edm2 0.06; ict 0.00054 times the root of the number of values]')
 @cli.option('--stage_steps', metavar='INT', type=COUNT, group=ECT,
-            help='pd too, twice for --S=2 and 1: optimiser steps of a stage.  [default: an eighth of --duration; tcm 1; pd 50000]')
+            help='pd too, twice for --S=2 and 1: optimiser steps of a stage.  '
+                 '[default: --duration in equal stages, 8 for --q=2, 4 for --q=4, until 1 - r/t is about 1/256; tcm 1; pd 50000]')
 @cli.option('--ect_weight', type=click.Choice(['gap', 'flat', 'inv', 'inv_sum', 'snr', 'karras', 'c_in_squared']), group=ECT,
             help='ect: loss weight: gap = 1/(t - r), or of t alone 1, 1/t, 1/t + 1/sigma_data, 1/t^2, 1/t^2 + 1/sigma_data^2, '
-                 '1/(t^2 + sigma_data^2).  [default: gap]')
+                 '1/(t^2 + sigma_data^2).  [default: gap; edm2 karras]')
 @cli.option('--mid_t', metavar='FLOAT', type=cli.POSITIVE, group=ECT, help='cm too: noise level of the second sampling step.  [default: one step]')
+@switch('clip_denoised', group=ECT, help='cm, ict, tcm too: sampling clamps every image that the network gives to [-1, 1]; recorded in snapshots.  '
+                                         '[default: on]')
 @cli.option('--dividing_t', metavar='FLOAT', type=cli.POSITIVE, group=TCM,
             help='Noise level below which the network of the first stage answers.  [default: 1]')
 @cli.option('--boundary_share', metavar='FLOAT', type=cli.Number(0, 1, max_open=True), group=TCM,
@@ -348,6 +355,9 @@ def train(opts: EasyDict) -> bool:
     if opts.lpips or not opts.dry_run:  # else it would download them
         configuration.check_perceptual(c)
     if opts.dry_run:
+        from training.resolution import unresolved_gap
+        if warning := unresolved_gap(c, teacher):
+            distributed.print0(warning, file=sys.stderr)
         distributed.print0(json.dumps(c, indent=2))
         return True
     if c.validation:

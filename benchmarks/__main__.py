@@ -54,6 +54,7 @@ BENCHMARKS = {
     'checkpoint': Benchmark('checkpoint.py', ['--rounds=2'], ['--channels=8', '--res=8', '--rounds=1', '--repeats=1'], threads=1),
     'state': Benchmark('state.py', [], ['--parameters=100000']),
     'frechet': Benchmark('frechet.py', [], ['--dim=16', '--rounds=1'], threads=1),
+    'precision': Benchmark('precision.py', ['--batch=32'], ['--batch=2'], threads=1),
     'images': Benchmark('images.py', [], ['--images=32', '--rounds=1', '--memory=300', '--workers=2']),
 }
 

@@ -11,7 +11,7 @@ BATCH = 128
 NETWORK = ['--arch=adm', '--cbase=16', '--cres=1,2', '--num_blocks=1', '--attn_resolutions=none', '--dropout=0']
 COMMON = ['--workers=0', '--lr_schedule=cosine']
 TEACHER_STEPS, TEACHER = 4000, [*NETWORK, '--lr=2e-3', '--ema=40kimg', '--augment=0', '--lr_rampup=20']
-STUDENT = ['--lr=1e-3', '--ema=20kimg', '--lr_rampup=5']
+STUDENT = ['--lr=1e-3', '--ema=20kimg', '--ema_rampup=0.05', '--lr_rampup=5']  # runs as short as these, and all alike, want a ramp-up
 OWN = {'mcd': ['--keep_ties', '--top-mass=0.5'], 'direct': ['--top-mass=1'],
        'cm-cd': ['--cm_loss=pseudo_huber'], 'cm-ct': ['--cm_loss=pseudo_huber', '--s1=20'],  # LPIPS has seen photographs
        'ict': ['--s1=160']}  # grids that 2,000 steps can follow

@@ -14,10 +14,11 @@ from click.testing import CliRunner
 from helpers import ROOT, assert_one_clear_error, run
 
 from benchmarks import __main__ as driver
-from benchmarks import checkpoint, common, data, frechet, images, memory, pieces, sampling, scaling, sizes, startup, state, step
+from benchmarks import checkpoint, common, data, frechet, images, memory, pieces, precision, sampling, scaling, sizes, startup, state, step
 
 SCRIPTS = {'step.py': step, 'pieces.py': pieces, 'memory.py': memory, 'sampling.py': sampling, 'startup.py': startup, 'data.py': data,
-           'checkpoint.py': checkpoint, 'state.py': state, 'frechet.py': frechet, 'images.py': images, 'scaling.py': scaling}
+           'checkpoint.py': checkpoint, 'state.py': state, 'frechet.py': frechet, 'images.py': images, 'precision.py': precision,
+           'scaling.py': scaling}
 CPU = torch.device('cpu')
 
 #----------------------------------------------------------------------------

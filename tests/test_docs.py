@@ -30,6 +30,7 @@ from benchmarks import data as data_benchmark
 from benchmarks import frechet as frechet_benchmark
 from benchmarks import images as images_benchmark
 from benchmarks import memory, mutants, sampling, scaling, startup, step
+from benchmarks import precision as precision_benchmark
 from benchmarks import state as state_benchmark
 from dnnlib import EasyDict
 from metrics import rulers
@@ -52,7 +53,7 @@ COMMANDS = {'train.py': train.main, 'generate.py': generate.main, 'fid.py calc':
             **{f'edit.py {name}': command for name, command in edit.main.commands.items()},
             'python -m benchmarks': all_benchmarks.main, 'benchmarks/step.py': step.main, 'benchmarks/scaling.py': scaling.main,
             'benchmarks/memory.py': memory.main, 'benchmarks/sampling.py': sampling.main, 'benchmarks/startup.py': startup.main,
-            'benchmarks/data.py': data_benchmark.main,
+            'benchmarks/data.py': data_benchmark.main, 'benchmarks/precision.py': precision_benchmark.main,
             'benchmarks/frechet.py': frechet_benchmark.main, 'benchmarks/images.py': images_benchmark.main,
             'benchmarks/checkpoint.py': checkpoint_benchmark.main, 'benchmarks/state.py': state_benchmark.main,
             'benchmarks/mutants.py': mutants.main,

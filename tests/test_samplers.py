@@ -215,6 +215,19 @@ def test_every_output_of_a_consistency_model_is_clamped_but_latents_are_not(late
     assert run(net).abs().max() > 5 and run(net, clip_denoised=True).abs().max() <= 1
 
 
+@pytest.mark.parametrize('recorded, given, clamped', [
+    (None, None, True), (False, None, False), (True, None, True), (False, True, True), (True, False, False)])
+def test_a_network_records_whether_it_is_clamped_and_an_option_overrides_it(latents, recorded, given, clamped):
+    net = ExactConsistency(Gaussian(100.0), **({} if recorded is None else dict(clip_denoised=recorded)))
+    largest = samplers.sample(net, latents, None, 'cm', **({} if given is None else dict(clip_denoised=given))).abs().max()
+    assert (largest <= 1) == clamped and (largest > 5) != clamped
+
+
+def test_a_recorded_clamp_holds_for_latents_too(latents):
+    net = ExactConsistency(Gaussian(100.0), encoder=dict(class_name='StabilityVAEEncoder'), clip_denoised=True)
+    assert samplers.sample(net, latents, None, 'cm').abs().max() <= 1
+
+
 @pytest.mark.parametrize('options, metadata, expected', [
     (dict(), dict(), [80]),
     (dict(sigma_max=20), dict(), [20]),

@@ -279,6 +279,23 @@ def test_another_search_of_the_same_values_begins_with_those_that_are_known(lab,
     assert again and not set(first) & set(again) and len(set(again)) == len(again)
 
 
+def test_a_search_without_the_clamp_measures_without_it_and_says_so(lab, tmp_path):
+    """Its points as options, and the network that it saves, are sampled as it sampled; its values are fid.py's without the clamp, and no others."""
+    options = [f'--save={tmp_path}/two.pkl', '--no_clip_denoised']
+    result = run(lab, tmp_path / 'log.jsonl', *options)
+    assert result.exit_code == 0, result.output
+    line, = result.stdout.splitlines()
+    assert line.endswith(' --no_clip_denoised') and load_network(tmp_path / 'two.pkl').metadata['clip_denoised'] is False
+    best = min(evaluations(tmp_path / 'log.jsonl')[1:], key=lambda record: record['value'])
+    measured = [f'--ref={lab}/ref.npz', f'--detector={lab}/moments.pt', '--seeds=0-11', '--batch=5']
+    for network, sampling in ((f'{lab}/cm.pkl', shlex.split(line)), (f'{tmp_path}/two.pkl', [])):
+        told = CliRunner().invoke(fid.main, ['calc', f'--network={network}', *measured, *sampling])
+        assert float(told.stdout.split()[-1]) == pytest.approx(best['value'], rel=1e-6), told.output
+    sampler = search.Sampler(load_network(lab / 'cm.pkl'), 'cm.pkl', None, clip_denoised=False)
+    assert sampler.arguments([1.0])['clip_denoised'] is False
+    assert 'another search' in run(lab, tmp_path / 'log.jsonl').stderr
+
+
 def test_a_log_of_other_settings_is_refused_and_left_alone(lab, tmp_path, counted):
     log = tmp_path / 'log.jsonl'
     run(lab, log)
@@ -286,6 +303,7 @@ def test_a_log_of_other_settings_is_refused_and_left_alone(lab, tmp_path, counte
     before = log.read_bytes()
     for options, words in (([f'--network={lab}/one.pkl'], ['network is']), (['--num=13'], ['num is 13, in the log 12']),
                            (['--seed=1'], ['seed is 1, in the log 0']), (['--class=1'], ['class is 1, in the log null']),
+                           (['--no_clip_denoised'], ['clip_denoised is false, in the log null']),
                            (['--metric=kid'], ['metric is "kid", in the log "fid"']), ([f'--ref={lab}/other.npy'], ['reference is'])):
         assert_one_clear_error(run(lab, log, *options), 'log of another search', 'or another --log', *words)
     assert log.read_bytes() == before and counted == []

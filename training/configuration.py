@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 
 import click
 
@@ -26,8 +27,8 @@ EDM2 = 'Precond'  # EDM2's class: EDM's preconditioning around its own U-Net
 BOUNDARY_CLASSES = ('EDMPrecond', 'CMPrecond', 'Precond')  # whose level of the identity can be chosen
 AUGMENT_DIM = 9  # labels of EDM's augmentation pipeline
 
-# Options that say in optimiser steps what a loss counts in images: what it calls that, its unit in images, and the share of --duration by default.
-IN_STEPS = dict(T_anneal_steps=('T_anneal_kimg', 1000, 1 / 2), stage_steps=('stage_nimg', 1, 1 / 8), schedule_steps=('schedule_nimg', 1, 1))
+# Options that say in optimiser steps what a loss counts in images: what it calls that, and its unit in images.
+IN_STEPS = dict(T_anneal_steps=('T_anneal_kimg', 1000), stage_steps=('stage_nimg', 1), schedule_steps=('schedule_nimg', 1))
 
 # The network's options: click name -> constructor argument.
 NETWORK_OPTIONS = dict(cbase='model_channels', cres='channel_mult', num_blocks='num_blocks', attn_resolutions='attn_resolutions',
@@ -44,7 +45,11 @@ def fill_defaults(opts: EasyDict, dataset, teacher, earlier: dict | None) -> Non
             raise UserError(f'--augment={opts.augment:g} is for images, but --data={opts.data} holds latents: leave it out.')
         opts.augment = 0.0
     late = {name: objective.own[name] for name in objective.edm2 if name in objective.own}
-    for name, value in {**late, **objective.defaults, **(objective.edm2 if opts.edm2 else {})}.items():
+    edm2 = objective.edm2_defaults(edm2_width(opts, teacher), dataset.holds_latents) if opts.edm2 else {}
+    if limit := edm2.pop('max_dropout_resolution', None):
+        levels = opts.cres or ARCHITECTURES['edm2']['channel_mult']
+        edm2['dout_resolutions'] = [res for i in range(len(levels)) if (res := dataset.resolution >> i) <= limit]
+    for name, value in {**late, **objective.defaults, **edm2, **options_of_run(earlier, opts.objective, late)}.items():
         if name == 'lr_decay' and opts.lr_schedule != 'sqrt':
             continue
         if opts.get(name) is None:
@@ -56,13 +61,13 @@ def fill_defaults(opts: EasyDict, dataset, teacher, earlier: dict | None) -> Non
     if opts.phema_snap is not None and not opts.phema:
         raise click.UsageError('--phema_snap needs --phema.')
     opts.ls = opts.ls or ('dynamic' if opts.precision == 'fp16' else 1.0)
-    for steps, (name, unit, share) in IN_STEPS.items():
+    for steps, (name, unit) in IN_STEPS.items():
         if opts[steps] is not None:
             opts[name] = opts[steps] * opts.batch / unit
         elif opts.get(name) is None:
-            opts[name] = ((earlier or {}).get('loss') or {}).get(name, share * opts.duration * 1e6 / unit)
+            opts[name] = ((earlier or {}).get('loss') or {}).get(name, default_length(opts, steps) / unit)
         if unit == 1:
-            opts[name] = max(round(opts[name] / opts.batch), 1) * opts.batch
+            opts[name] = round(opts[name])
     opts.batch_size = opts.batch
     if opts.objective == 'ect':
         check_stages(opts)
@@ -75,13 +80,63 @@ def fill_defaults(opts: EasyDict, dataset, teacher, earlier: dict | None) -> Non
         opts.phema_snap = opts.snap
 
 
+def edm2_width(opts: EasyDict, teacher) -> int:
+    """Channels at the finest level of a network of EDM2's, by which its sizes go."""
+    if teacher is None:
+        return opts.cbase or ARCHITECTURES['edm2']['model_channels']
+    from training.checkpoint import constructor_arguments
+    return constructor_arguments(teacher).get('model_channels') or default_of(type(teacher.model), 'model_channels')
+
+
+def options_of_run(earlier: dict | None, objective: str, own: Iterable[str]) -> dict:
+    """What a run was trained with, as options that take the place of defaults where it is resumed: whatever the defaults have become since, the same
+    command goes on with the same training.
+
+    Args:
+        earlier: its configuration; None, and one of another objective, have none.
+        own: names of the objective's own options among them.
+    """
+    if not earlier or earlier.get('objective') != objective:
+        return {}
+    network, loss, batch = earlier['network']['kwargs'], earlier['loss'], earlier['batch_size']
+    names = ('optim', 'lr', 'lr_schedule', 'augment')
+    settings = {name: earlier.get(name) for name in names} | {name: loss.get(name) for name in (*own, 'P_mean', 'P_std')}
+    settings |= dict(batch=batch, duration=earlier['total_nimg'] / 1e6, beta2=earlier['betas'][1], ema=earlier['ema_halflife_nimg'],
+                     ema_rampup=earlier['ema_rampup_ratio'] or 0.0, phema=earlier['phema_stds'], dropout=network.get('dropout'),
+                     lr_rampup=earlier['lr_rampup_nimg'] / 1e3, lr_decay=round(earlier['lr_ref_nimg'] / batch) or None)
+    return {name: value for name, value in settings.items() if value is not None} | dict(dout_resolutions=network.get('dout_resolutions'))
+
+
+def training_steps(opts: EasyDict) -> int:
+    """Optimiser steps of the run."""
+    return -(-total_images(opts) // opts.batch)
+
+
+def total_images(opts: EasyDict) -> int:
+    """--duration in images."""
+    return max(round(opts.duration * 1e6), 1)
+
+
+def default_length(opts: EasyDict, option: str) -> float:
+    """Images that an option of IN_STEPS means by default: T rises over half of the run, a grid grows over all of it, and easy consistency tuning
+    goes through the stages that suit its q, the last of which may be shorter."""
+    if option == 'T_anneal_steps':
+        return opts.duration * 1e6 / 2
+    if option == 'schedule_steps':
+        return training_steps(opts) * opts.batch
+    if opts.objective != 'ect':
+        return 0
+    from training import time_schedules as times
+    return -(-training_steps(opts) // times.tuning_stages(opts.q)) * opts.batch
+
+
 def check_stages(opts: EasyDict) -> None:
     """UserError where the last of ECT's stages is too late for its times to differ."""
     import torch
 
     from training import time_schedules as times
     try:
-        times.earlier_time(torch.ones(1), times.tuning_stage(round(opts.duration * 1e6), opts.stage_nimg), opts.q)
+        times.earlier_time(torch.ones(1), times.tuning_stage((training_steps(opts) - 1) * opts.batch, opts.stage_nimg), opts.q)
     except ValueError as error:
         raise UserError(f'--stage_steps, --q: {error}.') from error
 
@@ -379,7 +434,7 @@ def configure(opts: EasyDict, dataset, teacher) -> EasyDict:
     if opts.batch % processes or (opts.batch_gpu and opts.batch // processes % min(opts.batch_gpu, opts.batch // processes)):
         parts = f'equal parts of --batch-gpu={opts.batch_gpu}' if opts.batch_gpu else 'equal parts'
         raise click.UsageError(f'--batch={opts.batch} cannot be split into {parts} on {processes} process(es).')
-    c = EasyDict(objective=opts.objective, teacher=opts.teacher, total_nimg=max(round(opts.duration * 1e6), 1))
+    c = EasyDict(objective=opts.objective, teacher=opts.teacher, total_nimg=total_images(opts))
     c.teacher_digest = network_digest(teacher, {}) if teacher is not None else None
     c.dataset = data_record(opts, dataset)
     encoder, channels = encoders.for_dataset(dataset, teacher)

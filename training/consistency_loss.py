@@ -7,6 +7,7 @@ often each is drawn (`make_edges`), and what the reference is (`reference`); noi
 """
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
@@ -243,6 +244,17 @@ class TableLoss(ConsistencyLoss):
     def make_edges(self) -> tuple[ops.Edges, Tensor]:
         """The edges of this stage and their probabilities, [T'] float64, on the host."""
         raise NotImplementedError
+
+    def self_target_gap(self, nimg: int) -> float | None:
+        if not self.gap_option:
+            return None
+        then = copy.copy(self)
+        then.begin_step(nimg)
+        edges, probabilities = then.make_edges()
+        general = edges.kind == ops.GENERAL
+        gap, order = (1 - edges.sigma_s / edges.sigma_t)[general].sort()
+        cumulative = probabilities[general][order].cumsum(0)
+        return float(gap[torch.searchsorted(cumulative, cumulative[-1] / 2)]) if len(gap) else None
 
     def parts(self, kinds: np.ndarray) -> dict[str, np.ndarray]:
         """Which samples of a batch need an evaluation that others do without, [N] bool by names, given the kinds [N] of their edges."""

@@ -27,6 +27,7 @@ class Loss:
     """What the training loop asks of a loss besides `loss_fn(net, images, labels, draws, augment_labels) -> [N]`. Nothing, here."""
 
     name: str  # under which the loop reports it, as `Loss/<name>`
+    gap_option = ''  # of train.py, by which `self_target_gap` goes; empty where the network is not compared with itself
     few_sizes = False  # whether networks are to see few sizes of batches on a CPU too, because they are compiled for each
 
     def networks(self) -> list[torch.nn.Module]:
@@ -41,6 +42,10 @@ class Loss:
 
     def end_step(self) -> None:
         """The weights are new."""
+
+    def self_target_gap(self, nimg: int) -> float | None:
+        """Median of 1 − r/t over the pairs of times whose outputs the step after `nimg` images compares; None: it compares no two outputs."""
+        return None
 
     def sampled(self, net: torch.nn.Module) -> torch.nn.Module:
         """What makes images with `net`, an average of the network that trains: `net` itself, where it can do so alone."""

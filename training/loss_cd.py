@@ -30,6 +30,7 @@ class ConsistencyDistillationLoss(SegmentLoss):
     """
 
     name = 'cd'
+    gap_option = '--T_end'
 
     def __init__(self, teacher, *, terminal_anchor: bool, terminal_teacher_hop: bool, hop: str | Callable = 'heun', xvar_frac: float = 0.75,
                  anchor_hops: int | None = None, pin_top: bool | None = None, **segments):

@@ -31,6 +31,8 @@ class GridLoss(TableLoss):
         others: see `TableLoss`.
     """
 
+    gap_option = '--s1 or --N'
+
     def __init__(self, *, rho: float, sigma_min: float, sigma_max: float, c: float | None = None, **others):
         super().__init__(cd_loss='pseudo_huber', **others)
         self.rho, self.sigma_min, self.sigma_max, self.c = rho, sigma_min, sigma_max, c

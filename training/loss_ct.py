@@ -13,6 +13,7 @@ class ConsistencyTrainingLoss(SegmentLoss):
     """Multistep consistency training; on the edge to zero the target is the image. Arguments: see `SegmentLoss`."""
 
     name = 'ct'
+    gap_option = '--T_end'
 
     def reference(self, net, pairs: Pairs) -> Tensor:
         return self.self_target(net, pairs, pairs.data_hop(), pairs.y)

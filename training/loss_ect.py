@@ -28,6 +28,7 @@ class ConsistencyTuningLoss(ConsistencyLoss):
     """
 
     name = 'ect'
+    gap_option = '--stage_steps or --q'
 
     def __init__(self, *, P_mean: float, P_std: float, q: float, k: float, b: float, c: float, stage_nimg: int, ect_weight: str, sigma_data: float,
                  **others):
@@ -38,6 +39,10 @@ class ConsistencyTuningLoss(ConsistencyLoss):
 
     def begin_step(self, nimg: int) -> None:
         self.stage = times.tuning_stage(nimg, self.stage_nimg)
+
+    def self_target_gap(self, nimg: int) -> float:
+        t = torch.tensor(self.P_mean, dtype=torch.float64).exp()  # the gap falls with t, so its median is the median time's
+        return float(1 - times.earlier_time(t, times.tuning_stage(nimg, self.stage_nimg), self.q, self.k, self.b) / t)
 
     def times_on_host(self, draws) -> np.ndarray:
         """t and r of each sample, [2, N] float64."""

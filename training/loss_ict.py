@@ -20,6 +20,7 @@ class ImprovedConsistencyTrainingLoss(GridLoss):
     """
 
     name = 'ict'
+    gap_option = '--s1'
 
     def __init__(self, *, s0: int, s1: int, schedule_nimg: int, batch_size: int, P_mean: float, P_std: float, **grid):
         super().__init__(**grid)

@@ -36,6 +36,7 @@ class TruncatedTrainingLoss(ConsistencyLoss):
     """
 
     name = 'tcm'
+    gap_option = '--ratio_cap'
 
     def __init__(self, teacher, *, sigma_max: float, dividing_t: float, student_scale: float, student_df: float, q: float, k: float, b: float,
                  ratio_cap: float, stage_nimg: int, c: float, tcm_weight: str, sigma_data: float, batch_size: int, boundary_share: float,
@@ -57,6 +58,12 @@ class TruncatedTrainingLoss(ConsistencyLoss):
 
     def begin_step(self, nimg: int) -> None:
         self.stage, self.ratio = times.tuning_stage(nimg, self.stage_nimg), times.tcm_ratio(nimg, self.stage_nimg, self.q, self.ratio_cap)
+
+    def self_target_gap(self, nimg: int) -> float:
+        half = torch.tensor([0.5], dtype=torch.float64)
+        t = times.truncated_log_student_times(half, self.dividing_t, self.sigma_max, self.student_scale, self.student_df)
+        ratio = times.tcm_ratio(nimg, self.stage_nimg, self.q, self.ratio_cap)
+        return float(1 - times.tcm_earlier_time(t, ratio, self.k, self.b) / t)
 
     def times_on_host(self, draws) -> np.ndarray:
         """t, r and the weight of each sample, [3, N] float64."""

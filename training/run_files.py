@@ -62,7 +62,7 @@ def snapshot_metadata(c: EasyDict, nimg: int) -> dict:
     metadata.update({name: c.dataset[name] for name in ('label_kind', 'classes') if name in c.dataset})  # a `LabelSpace.record`
     known = {**c.loss, **(c.sampling or {})}
     known['num_timesteps'] = known.get('N')
-    recorded = ('S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_grid', 'sigma_data', 'num_timesteps')
+    recorded = ('S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_grid', 'sigma_data', 'num_timesteps', 'clip_denoised')
     metadata.update({name: known[name] for name in recorded if known.get(name) is not None})
     if 'S' in known:
         sigmas = student_grid(*(known[name] for name in ('S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_grid')))

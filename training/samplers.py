@@ -204,12 +204,12 @@ def cm_sampler(net, latents, class_labels=None, *, steps: int | None = None, tau
     """x <- D(sigma_max n); for each further level tau: x <- D(x + sqrt(tau² − sigma_e²) z; tau)   (Song et al. 2023, Algorithm 1).
 
     sigma_e is the level at which the network is the identity, `net.boundary`: its outputs have that much noise. Levels: see `cm_sigmas`.
-    Every D is clamped to [-1, 1] (`clip_denoised`; None: not for a network of latents), then given to `edit`. `start`: instead of pure noise,
-    an image with so much noise (SDEdit, Meng et al. 2022). `randn_like(x)` gives z, one draw for each level but the first.
+    Every D is clamped to [-1, 1] (`clip_denoised`; None: as the network records, else not for one of latents), then given to `edit`. `start`:
+    instead of pure noise, an image with so much noise (SDEdit, Meng et al. 2022). `randn_like(x)` gives z, one draw for each level but the first.
     """
     sigmas = cm_sigmas(net, steps, taus=taus, mid_t=mid_t, ts=ts, timesteps=timesteps, start=start, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
     boundary, metadata = float(getattr(net, 'boundary', 0)), getattr(net, 'metadata', None) or {}
-    clip_denoised = not metadata.get('encoder') if clip_denoised is None else clip_denoised
+    clip_denoised = metadata.get('clip_denoised', not metadata.get('encoder')) if clip_denoised is None else clip_denoised
     x = _begin(latents, sigmas[0], start)
     for i, sigma in enumerate(sigmas):
         if i > 0:

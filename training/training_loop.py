@@ -12,7 +12,7 @@ from dnnlib import EasyDict, NotFinite, UserError
 from torch_utils import distributed, misc, training_stats
 from torch_utils.flat import FlatParameters
 from torch_utils.preemption import StopRequest, WorkerShield
-from training import checkpoint, encoders, execution, run_files
+from training import checkpoint, encoders, execution, resolution, run_files
 from training.augment import AugmentPipe
 from training.dataset import ImageFolderDataset, InfiniteSampler
 from training.draws import SampleDraws, derive_seed
@@ -70,6 +70,8 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
     log = RunLog(run_dir, enabled=rank == 0)
     files = run_files.RunFiles(c, run_dir, net, update, averages, loss_fn, log)
     describe_run(log, c, net, dataset, teacher, rounds, batch_gpu)
+    if warning := resolution.unresolved_gap(c, teacher):
+        log(warning)
     files.tidy()
     if state is not None:
         describe_resume(log, c, progress, made_by, world_size)
@@ -264,6 +266,10 @@ def describe_run(log: RunLog, c: EasyDict, net, dataset, teacher, rounds: int, b
     log(f'EMA half-life: {c.ema_halflife_nimg:,.0f} images = {steps:,.0f} steps')
     if steps < 100:
         log(f'Warning: an EMA with a half-life of {steps:.3g} steps averages next to nothing; --ema is in Mimg (--ema=500kimg says it otherwise).')
+    remaining = 0.0 if c.ema_rampup_ratio else 0.5 ** (c.total_nimg / c.ema_halflife_nimg)
+    if remaining > 0.01:
+        log(f'Warning: with a half-life of {c.ema_halflife_nimg:,.0f} images throughout, {remaining:.0%} of the average will still be the weights '
+            'that training began with; shorten --ema, or set --ema_rampup=0.05.')
     missing = [r for r in c.network.kwargs.get('dout_resolutions') or [] if not any(name.startswith(f'{r}x{r}_') for name in net.model.enc)]
     if missing:
         log(f'Warning: --dout_resolutions names {", ".join(map(str, missing))}, which this network does not have.')

@@ -95,7 +95,8 @@ def scheduler_config(net: networks.CMPrecond) -> dict:
     if type(rho) not in (int, float) or not 0 < rho < math.inf or not 0 < net.sigma_data < math.inf:
         refuse(f'rho = {rho!r} in the metadata with sigma_data = {net.sigma_data!r}')
     return dict(_class_name='CMStochasticIterativeScheduler', num_train_timesteps=timesteps, sigma_min=net.boundary, sigma_max=net.sigma_max,
-                sigma_data=net.sigma_data, rho=rho, s_noise=1.0, clip_denoised=True)
+                sigma_data=net.sigma_data, rho=rho, s_noise=1.0,
+                clip_denoised=bool(net.metadata.get('clip_denoised', True)))
 
 
 def unet_config(net: networks.CMPrecond) -> dict:

@@ -1,0 +1,46 @@
+"""Whether the precision of a network resolves what its loss compares: two outputs of it, at times that come ever closer.
+
+The gradient of such a loss goes by the difference of the outputs at t and r, which shrinks with 1 − r/t, while the rounding inside the network stays.
+Measured by `benchmarks/precision.py`: see docs/performance.md, 'What precision a self-target needs'.
+"""
+from __future__ import annotations
+
+import torch
+
+from training.objectives import OBJECTIVES
+
+# Largest relative error of rounding. Where 1 − r/t is as small, the gradient's cosine with that in FP64 is about 0.6 or less on three of four
+# networks.
+ROUNDING = dict(bf16=2.0 ** -8, fp16=2.0 ** -11, tf32=2.0 ** -11, fp32=2.0 ** -24, fp64=2.0 ** -53)
+
+
+def arithmetic(precision: str, tf32: bool) -> str:
+    """Which of ROUNDING products inside the network are rounded to."""
+    return 'tf32' if precision == 'fp32' and tf32 else precision
+
+
+def loss_of(c, teacher: torch.nn.Module | None):
+    """The loss of a configuration, without the weights by which it may compare images; None for diffusion."""
+    objective, options = OBJECTIVES[c.objective], dict(c.loss)
+    if not objective.loss:
+        return None
+    options.pop('lpips', None)
+    if options.get('cm_loss') == 'lpips':
+        options['perceptual'] = torch.nn.Identity()
+    return objective.loss_class()(*([teacher] if objective.teacher else []), **options)
+
+
+def unresolved_gap(c, teacher: torch.nn.Module | None) -> str | None:
+    """A warning where the pairs of the run's last step are closer than the network's numbers, as its gradient then is noise for the most part.
+
+    Args:
+        c: configuration of the run.
+        teacher: the network of `c.teacher`.
+    """
+    loss_fn, last_nimg = loss_of(c, teacher), (-(-c.total_nimg // c.batch_size) - 1) * c.batch_size
+    gap, kind = loss_fn and loss_fn.self_target_gap(last_nimg), arithmetic(c.precision, c.tf32)
+    if gap is None or gap >= ROUNDING[kind]:
+        return None
+    cure = '--tf32=False' if kind == 'tf32' else '--precision=fp32' if kind in ('bf16', 'fp16') else '--precision=fp64'
+    return (f'Warning: by the last step, half of the pairs of times that the loss compares are within 1 - r/t = {gap:.1e} of each other, and {kind} '
+            f'rounds by up to {ROUNDING[kind]:.1e}: the gradient will be rounding for the most part. Use {cure}, or change {loss_fn.gap_option}.')
