@@ -339,8 +339,9 @@ def convert(source: Source, dest: pathlib.Path, recipe: Recipe, files: PngFiles 
             write(name, data)
             labels.append([name, label])
         labelled = all(label is not None for _, label in labels)
-        write('dataset.json', json.dumps({'labels': labels if labelled else None, **files.entries}).encode())
-    space = Labels.of_data(np.array([label for _, label in labels])).space if labelled else LabelSpace(0)
+        space = Labels.of_data(np.array([label for _, label in labels]), source.vectors).space if labelled else LabelSpace(0)
+        kind = {'label_kind': space.kind} if space.are_vectors else {}
+        write('dataset.json', json.dumps({'labels': labels if labelled else None, **kind, **files.entries}).encode())
     if warning := space.warning():
         click.echo(f'Warning: {warning}', err=True)
     return f'Wrote {len(labels)} {files.what}, {f"with {space}" if space.are_vectors else "with labels" if labelled else "without labels"}, to {dest}'

@@ -327,6 +327,8 @@ def warn_about(source, seen, measures=None, detectors=None) -> None:
         raise UserError(f'{seen.skipped} of {len(source)} images in {source.name} cannot be used, such as: {"; ".join(seen.problems[:1])}')
     if seen.skipped:
         say(f'Warning: {seen.skipped} of {len(source)} images in {source.name} were left out, such as: {"; ".join(seen.problems[:3])}')
+    if about := getattr(source, 'about_others', lambda: None)():
+        say(f'Note: {about}.')
     if seen.unturned:
         say(f'Note: {seen.unturned} images in {source.name} carry an EXIF orientation, which is ignored: pixels count as they are stored.')
     if seen.copies:

@@ -360,8 +360,8 @@ def train(opts: EasyDict) -> bool:
             distributed.print0(warning, file=sys.stderr)
         distributed.print0(json.dumps(c, indent=2))
         return True
-    if c.validation:
-        validation.read_reference(c.validation)  # a reference that is missing is better missed before there is a folder
+    if c.validation:  # what is missing or wrong is better said before there is a folder
+        validation.check_files(c.validation, dataset)
     run_dir = configuration.make_run_dir(opts, c) if distributed.is_main() else None
     run_dir = distributed.broadcast_object(run_dir)
 

@@ -64,6 +64,18 @@ def read_reference(options: EasyDict, option_prefix: str = 'val_'):
         return load_reference(options.ref) if options.ref else open_images(options.ref_data)
 
 
+def check_files(options: EasyDict, dataset) -> None:
+    """UserError, which names the option, where reference, detector or labels cannot be used. Those of URLs are downloaded."""
+    from dnnlib.util import named
+    from metrics.detectors import load_detector
+    from torch_utils import distributed
+    read_reference(options)
+    label_chooser(options.label, dataset.label_space, dataset)
+    if options.detector:
+        with distributed.main_process_first(), named('--val_detector'):
+            load_detector(options.detector, 'cpu')
+
+
 class Validator:
     """Evaluates networks against one reference, on all processes together; keeps detector and reference loaded.
 

@@ -108,6 +108,10 @@ class FileImages(ImageSource):
         self.skip_bad = skip_bad
         self._first, self.image_shape = self._find_first()
 
+    def about_others(self) -> str | None:
+        """A sentence about files that are left out, as they are no images by their names; None where there are none."""
+        return self.files.about_others()
+
     def _find_first(self) -> tuple[str, list[int]]:
         """Name and shape of the first image that can be read."""
         problem = None

@@ -64,8 +64,8 @@ class ImageFiles:
         self._stored: dict[str, str] = {}  # names in the folder that have backslashes
         names = self._walk() if self.is_folder else self._index.names
         rows = self.remember('listing', lambda: self._list(names))
-        self.images, self.label_files = ([names[i] for i in rows[which]] if self.is_folder else names[rows[which]]
-                                         for which in ('images', 'label_files'))
+        self.images, self.label_files, self.others = ([names[i] for i in rows[which]] if self.is_folder else names[rows[which]]
+                                                      for which in ('images', 'label_files', 'others'))
         self.holds_latents = bool(rows['latents'])
         self._image_rows = None if self.is_folder else rows['images']
 
@@ -98,9 +98,12 @@ class ImageFiles:
         return index
 
     def _list(self, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Which of the sorted names are `images`, whether those are `latents`, and which are `label_files`. Of a name that repeats, the last."""
+        """Which of the sorted names are `images`, whether those are `latents`, and which are `label_files` and `others`.
+
+        Label files are told whatever their case and depth, so that none is passed over. Of a name that repeats, the last counts.
+        """
         readable = _readable_extensions()
-        pictures, latents, label_files = [], [], []
+        pictures, latents, label_files, others = [], [], [], []
         for i, (name, following) in enumerate(zip(names, itertools.chain(itertools.islice(names, 1, None), [None]))):
             if name == following or (('.' in name[:1] or '/.' in name or '__MACOSX' in name) and file_names.is_hidden(name)):
                 continue
@@ -109,8 +112,10 @@ class ImageFiles:
                 pictures.append(i)
             elif extension == LATENT_EXTENSION:
                 latents.append(i)
-            elif name.endswith(LABEL_FILE) and name.removesuffix(LABEL_FILE)[-1:] in ('', '/') and name.count('/') <= 1:
+            elif name[-len(LABEL_FILE):].lower() == LABEL_FILE and name[:-len(LABEL_FILE)][-1:] in ('', '/'):
                 label_files.append(i)
+            elif name[-1:] != '/':
+                others.append(i)
         if pictures and latents:
             raise UserError(f'{self.path} holds images and latents ({names[pictures[0]]}, {names[latents[0]]}, ...); keep one kind, or put them into '
                             'two folders')
@@ -122,7 +127,8 @@ class ImageFiles:
         for name in (names[i] for i in images):
             if name[0] == '/' or ('..' in name and '..' in name.split('/')):
                 raise UserError(f'{self.path} names a file outside of itself, {name}, as no data set does; make the zip again')
-        return dict(images=np.array(images), latents=np.array(bool(latents)), label_files=np.array(label_files, dtype=np.int64))
+        return dict(images=np.array(images), latents=np.array(bool(latents)), label_files=np.array(label_files, dtype=np.int64),
+                    others=np.array(others, dtype=np.int64))
 
     def remember(self, what: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """What is computed of a zip's directory and label file; for a large zip, what was computed of the same one earlier."""
@@ -134,6 +140,13 @@ class ImageFiles:
     def entries(self) -> list[zip_index.Entry]:
         """The directory of the zip."""
         return self._index.entries()
+
+    def about_others(self) -> str | None:
+        """A sentence about files that are neither images by their names nor label files; None where there are none."""
+        if not len(self.others):
+            return None
+        shown = ', '.join(self.others[:3]) + (', ...' if len(self.others) > 3 else '')
+        return f'{len(self.others)} files in {self.path} are no images by their names, and are left out: {shown}'
 
     def folders(self, inner: str) -> set[str]:
         """The names of the folders in `inner`, a path that is empty or ends in a slash; of a zip, those that it lists. None that is hidden."""
@@ -252,12 +265,17 @@ def image_names(folder: str | os.PathLike) -> list[str]:
 def read_labels(files: ImageFiles) -> np.ndarray | None:
     """The labels of `files.images`, in their order; None where there is no `dataset.json` or its labels are null.
 
-    `dataset.json` lies at the root or one folder down; it names images from the root or from its own folder.
+    `dataset.json` lies at the root, or is the only one in a folder below; it names images from the root or from its own folder.
 
     Returns: [N] int64 class indices or [N, D] float32 vectors.
     Raises: UserError where the file is malformed or leaves out an image.
     """
     return files.remember('labels', lambda: _labels_by_name(files)).get('labels')
+
+
+def are_label_vectors(files: ImageFiles) -> bool:
+    """Whether `dataset.json` says that its labels are vectors, also where they look like classes. Raises: as `read_labels`."""
+    return bool(files.remember('labels', lambda: _labels_by_name(files)).get('vectors', False))
 
 
 def count_unused_labels(files: ImageFiles) -> int:
@@ -266,9 +284,9 @@ def count_unused_labels(files: ImageFiles) -> int:
 
 
 def _labels_by_name(files: ImageFiles) -> dict[str, np.ndarray]:
-    """`labels` and how many others are `unused`, or nothing."""
+    """`labels`, how many others are `unused`, and whether they are told to be `vectors`; or nothing."""
     name = _label_file(files)
-    table = None if name is None else _read_label_table(files, name)
+    table, vectors = (None, False) if name is None else _read_label_table(files, name)
     if table is None:
         return {}
     folder, images = name.removesuffix(LABEL_FILE), list(files.images)
@@ -277,7 +295,8 @@ def _labels_by_name(files: ImageFiles) -> dict[str, np.ndarray]:
         why = file_names.explain_absence(missing[0].removeprefix(folder), table) or file_names.explain_absence(missing[0], table)
         raise UserError(f'{files.path}: {name} has no label for {len(missing)} of {len(images)} images, such as {missing[0]}'
                         + (f'. {why}' if why else '; make it again'))
-    return dict(labels=_label_array([table[key] for key in keys], f'{files.path}: {name}'), unused=np.array(len(table) - len(set(keys))))
+    return dict(labels=_label_array([table[key] for key in keys], f'{files.path}: {name}'), unused=np.array(len(table) - len(set(keys))),
+                vectors=np.array(vectors))
 
 
 def read_encoder(files: ImageFiles) -> dict | None:
@@ -296,26 +315,37 @@ def _label_file(files: ImageFiles) -> str | None:
     at_root = LABEL_FILE in files.label_files
     if not at_root and len(files.label_files) > 1:
         raise UserError(f'{files.path} holds several label files ({", ".join(files.label_files[:3])}, ...); keep one, or convert each data set alone')
-    return LABEL_FILE if at_root else next(iter(files.label_files), None)
+    name = LABEL_FILE if at_root else next(iter(files.label_files), None)
+    if name is not None and not name.endswith(LABEL_FILE):
+        raise UserError(f'{files.path}: {name} differs from {LABEL_FILE} in upper and lower case; rename it, or remove it where it holds no labels')
+    return name
 
 
 def _read_json(files: ImageFiles, name: str):
     with files.open(name) as file:
-        return json.loads(file.read())
+        return json.loads(file.read(), object_pairs_hook=_without_repeats)
 
 
-def _read_label_table(files: ImageFiles, name: str) -> dict | None:
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
+    if len(entries := dict(pairs)) < len(pairs):
+        raise ValueError('one of its keys is there twice')
+    return entries
+
+
+def _read_label_table(files: ImageFiles, name: str) -> tuple[dict | None, bool]:
+    """(labels by the names of images, or None; whether they are told to be vectors)."""
     try:
-        pairs = _read_json(files, name)['labels']
+        content = _read_json(files, name)
+        pairs, vectors = content['labels'], content.get('label_kind') == 'vectors'
         if pairs is None:
-            return None
+            return None, vectors
         pairs = [(file_names.with_slashes(image), label) for image, label in pairs]
     except (*UNREADABLE, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{files.path}: {name} is not {{"labels": [[name, label], ...]}} ({type(error).__name__}: {error})') from error
     table = dict(pairs)
     if len(table) < len(pairs) and (twice := next((image for image, label in pairs if table[image] != label), None)) is not None:
         raise UserError(f'{files.path}: {name} gives {twice} two different labels; make it again')
-    return table
+    return table, vectors
 
 
 def _label_array(labels: list, source: str) -> np.ndarray:
@@ -324,11 +354,15 @@ def _label_array(labels: list, source: str) -> np.ndarray:
             raise UserError(f'{source}: class indices from {min(labels)} to {max(labels)} are not in [0, {MAX_CLASSES})')
         return np.array(labels, dtype=np.int64)
     try:
-        vectors = np.array(labels, dtype=np.float32)
+        with np.errstate(over='ignore'):
+            vectors = np.array(labels, dtype=np.float32)
     except (ValueError, TypeError, OverflowError):
         vectors = np.empty(0)
-    if vectors.ndim != 2 or not all(isinstance(label, list) for label in labels) or not np.isfinite(vectors).all():
-        raise UserError(f'{source}: labels are neither all class indices nor all vectors of one length of finite numbers')
+    if vectors.ndim != 2 or not vectors.size or not all(isinstance(label, list) for label in labels) or not np.isfinite(vectors).all():
+        ordinary = next((type(label) for label in labels if type(label) in (int, list)), None)
+        odd = [label for label in labels if type(label) is not ordinary][:1]
+        raise UserError(f'{source}: labels are neither all class indices nor all vectors of one length of finite numbers that float32 holds'
+                        + (f', such as {json.dumps(odd[0])[:80]}' if odd else ''))
     return vectors
 
 #----------------------------------------------------------------------------
@@ -337,6 +371,8 @@ def _label_array(labels: list, source: str) -> np.ndarray:
 def image_shape_of(image: Image.Image, source: str, cure: str = 'convert the data set with dataset_tool.py') -> tuple[int, int, int]:
     """(channels, height, width) of an image that training takes as it is. Raises: UserError with the `cure` for any other."""
     kind = '16-bit ' + image.mode if is_16_bit(image) else image.mode
+    if 'transparency' in image.info:
+        raise UserError(f'{source} is a {kind} image in which a color stands for transparent pixels, which training and measuring would see; {cure}')
     if kind not in ('L', 'RGB'):
         raise UserError(f'{source} is a {kind} image, and only 8-bit greyscale (L) and RGB are read; {cure}')
     return len(kind), image.height, image.width
@@ -383,7 +419,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         if use_labels and labels is None:
             raise UserError(f'{self._files.path} has no labels; add them to its {LABEL_FILE}, or train without (--cond=0)')
         self.unused_labels = count_unused_labels(self._files) if use_labels else 0
-        self._labels_of_all = None if labels is None else Labels.of_data(labels)
+        self._labels_of_all = None if labels is None else Labels.of_data(labels, are_label_vectors(self._files))
         self.labels = None if labels is None else self._labels_of_all.subset(self._index)
 
         self.holds_latents = self._files.holds_latents
@@ -513,6 +549,10 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     @property
     def label_shape(self) -> list[int]:
         return [self.label_dim]
+
+    def about_others(self) -> str | None:
+        """A sentence about files that are left out, as they are no images by their names; None where there are none."""
+        return self._files.about_others()
 
     @property
     def num_files(self) -> int:

@@ -15,7 +15,8 @@ def walk(root: str) -> Iterator[str]:
     """The files of a folder and its subfolders, symbolic links followed, by their paths from the folder; none that is hidden.
 
     A folder that is reached twice, by two links say, is there twice.
-    Raises: UserError that names a link to a folder which it lies in, a link to nothing, or a folder that cannot be read.
+    Raises: UserError that names a link to a folder which it lies in, a link to nothing, a folder that cannot be read, or what is neither
+        file nor folder.
     """
     yield from _walk(root, '', [])
 
@@ -41,8 +42,10 @@ def _walk(root: str, inner: str, above: list[tuple[int, int]]) -> Iterator[str]:
                             'mend or remove it')
         if entry.is_dir():
             yield from _walk(root, f'{inner}{entry.name}/', [*above, identity])
-        else:
+        elif entry.is_file():
             yield inner + entry.name
+        else:
+            raise UserError(f'{root}: {inner}{entry.name} is neither a file nor a folder (a pipe, a socket or a device); remove it')
 
 
 def is_hidden_part(part: str) -> bool:

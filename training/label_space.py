@@ -141,9 +141,9 @@ class Labels(Sequence):
         return digest.hexdigest()
 
     @classmethod
-    def of_data(cls, values: np.ndarray) -> Labels:
-        """The labels of a whole data set, as `dataset.read_labels` gives them."""
-        if values.ndim == 2 and not are_one_hot(values):
+    def of_data(cls, values: np.ndarray, vectors: bool = False) -> Labels:
+        """The labels of a whole data set, as `dataset.read_labels` gives them; `vectors`: even if all are one-hot, they are not classes."""
+        if values.ndim == 2 and (vectors or not are_one_hot(values)):
             return cls(values, LabelSpace(values.shape[1], 'vectors'))
         dim, indices = (values.shape[1], values.argmax(axis=1)) if values.ndim == 2 else (int(values.max()) + 1, values)
         return cls(indices, LabelSpace(dim, 'classes', _present(indices, dim)))

@@ -22,7 +22,8 @@ from PIL import Image
 from dnnlib import UserError
 from dnnlib.file_kind import describe_file
 from training import file_names
-from training.dataset import UNREADABLE, ImageFiles, count_unused_labels, read_labels
+from training.dataset import UNREADABLE, ImageFiles, are_label_vectors, count_unused_labels, read_labels
+from training.label_space import Labels
 from training.pixels import Picture, is_colour
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Source(NamedTuple):
     count: int
     mode: str  # 'L' or 'RGB': what all images are written as
     items: Iterable[Item]
+    vectors: bool = False  # whether labels are vectors, even if those of the chosen images look like classes
 
 
 class Selection(NamedTuple):
@@ -336,7 +338,10 @@ def files_source(path: pathlib.Path, selection: Selection, background: tuple[int
     rows = selection.rows(labels, len(names), classes)
     mode = 'RGB' if any(_is_colour(files, names[row], background) for row in rows) else 'L'
     items = (Item(i, f'{path}: {names[row]}', _read(files, names[row]), None if labels is None else labels[row]) for i, row in enumerate(rows))
-    return Source(len(rows), mode, items)
+    vectors = bool(labels) and isinstance(labels[0], list) and Labels.of_data(np.array(labels), are_label_vectors(files)).are_vectors
+    if about := files.about_others():
+        note(f'{about}.')
+    return Source(len(rows), mode, items, vectors)
 
 
 def labelled_images(files: ImageFiles, labels_from: str) -> tuple[Sequence[str], list[Label] | None, list[str] | None]:

@@ -253,6 +253,8 @@ def describe_run(log: RunLog, c: EasyDict, net, dataset, teacher, rounds: int, b
     log(f'Data: {len(dataset)} images of {dataset.image_shape}, {dataset.label_space}, from {c.dataset.path}{subset}')
     if dataset.unused_labels:
         log(f'Warning: {dataset.unused_labels} labels in dataset.json are of no image in {c.dataset.path}. Is it complete?')
+    if about := dataset.about_others():
+        log(f'Note: {about}.')
     if dataset.unturned:
         log(f'Note: {len(dataset.unturned)} images carry an EXIF orientation, which is ignored: training sees their pixels as they are stored. '
             'dataset_tool.py --exif=apply turns them.')

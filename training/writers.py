@@ -307,4 +307,5 @@ def join_pngs(parts: Sequence[str], labels: Sequence | None, path: str) -> None:
                     write(name, archive.read(name))
                     names.append(name)
         pairs = None if labels is None else [list(pair) for pair in zip(names, labels)]
-        write('dataset.json', json.dumps({'labels': pairs}).encode())
+        kind = {'label_kind': 'vectors'} if labels and isinstance(labels[0], list) else {}
+        write('dataset.json', json.dumps({'labels': pairs, **kind}).encode())
