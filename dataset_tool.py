@@ -72,10 +72,15 @@ def image_array_source(path: pathlib.Path, selection: Selection) -> Source:
 
 def read_classes(path: pathlib.Path) -> np.ndarray | None:
     """[N] class indices in an .npz file; None where it has none. Raises: UserError where its `arr_1` is anything else."""
-    from metrics.arrays import ArchivedArrays
+    from metrics.arrays import ArchivedArrays, may_be_images
+    from training import sources
 
     with ArchivedArrays(path, path) as arrays:
-        if 'arr_1' not in arrays.keys:
+        keys = arrays.keys
+        images = ['arr_0'] if 'arr_0' in keys else [key for key in keys if may_be_images(arrays.header(key))]
+        if unused := [ascii(key)[1:-1] for key in keys if key not in (*images, 'arr_1')]:
+            sources.note(f'arrays in {path} that are not read: {", ".join(unused[:5])}. Labels are those called arr_1.')
+        if 'arr_1' not in keys:
             return None
         header = arrays.header('arr_1')
         labels = arrays.read('arr_1') if header.dtype.kind in 'iu' and len(header.shape) == 1 else None

@@ -276,6 +276,68 @@ def test_where_labels_come_from_can_be_chosen(tmp_path):
     assert '--max-images-per-class needs class labels' in fails(source / 'ant', '--max-images-per-class=2')
 
 
+def labelled(names, labels):
+    return json.dumps({'labels': [list(pair) for pair in zip(names, labels)]}).encode()
+
+
+def test_a_label_file_is_found_however_deep_it_lies(tmp_path):
+    """Numbered folders of a data set that was zipped with the folders above it are no classes."""
+    names = [f'{i // 2:05d}/{i}.png' for i in range(4)]
+    files = {f'a/b/{name}': encode(random_pixels(8, 8, seed=i)) for i, name in enumerate(names)}
+    files['a/b/dataset.json'] = labelled(names, [2, 0, 1, 2])
+    _, table = convert(write_zip(tmp_path / 'in.zip', files), tmp_path / 'out.zip')
+    assert [label for _, label in table] == [2, 0, 1, 2]
+
+
+@pytest.mark.parametrize('name', ['Dataset.json', 'x/DATASET.JSON'])
+def test_a_label_file_in_other_letters_is_named_and_not_passed_over(tmp_path, name):
+    files = {name: labelled(['a/0.png'], [1]), 'a/0.png': encode(random_pixels(8, 8)), 'b/1.png': encode(random_pixels(8, 8))}
+    said = run(f'--source={write_zip(tmp_path / "in.zip", files)}', f'--dest={tmp_path / "out.zip"}', code=1)
+    assert f'{name} differs from dataset.json in upper and lower case' in said
+
+
+def test_a_key_that_is_twice_in_a_label_file_is_an_error(tmp_path):
+    content = b'{"labels": [["0.png", 0]], "labels": [["0.png", 1]]}'
+    files = {'dataset.json': content, '0.png': encode(random_pixels(8, 8))}
+    assert 'twice' in run(f'--source={write_zip(tmp_path / "in.zip", files)}', f'--dest={tmp_path / "out.zip"}', code=1)
+
+
+@pytest.mark.parametrize('label, odd', [(0.0, '0.0'), ('1', '"1"'), (True, 'true'), (None, 'null'), ([], None), ([1e39], None)])
+def test_labels_that_are_none_are_refused_by_an_example(tmp_path, label, odd):
+    files = {'dataset.json': labelled(['0.png', '1.png'], [label, label]), **{f'{i}.png': encode(random_pixels(8, 8)) for i in range(2)}}
+    said = run(f'--source={write_zip(tmp_path / "in.zip", files)}', f'--dest={tmp_path / "out.zip"}', code=1)
+    assert 'neither all class indices nor all vectors' in said and (odd is None or f'such as {odd}' in said) and 'Warning' not in said
+
+
+def test_vectors_that_look_one_hot_in_a_subset_stay_vectors(tmp_path):
+    files = {'dataset.json': labelled(['0.png', '1.png'], [[1.0, 0.0], [0.5, 0.2]]), **{f'{i}.png': encode(random_pixels(8, 8)) for i in range(2)}}
+    write_zip(tmp_path / 'in.zip', files)
+    assert 'label vectors of 2 numbers' in run(f'--source={tmp_path / "in.zip"}', f'--dest={tmp_path / "one.zip"}', '--max-images=1')
+    assert ImageFolderDataset(tmp_path / 'one.zip', use_labels=True).label_space.are_vectors
+    run(f'--source={tmp_path / "one.zip"}', f'--dest={tmp_path / "again.zip"}')
+    assert ImageFolderDataset(tmp_path / 'again.zip', use_labels=True).label_space.are_vectors
+
+
+@pytest.mark.parametrize('stray', ['b/2', 'b/3.png_', 'notes.txt'])
+def test_files_that_are_no_images_by_their_names_are_counted(tmp_path, stray):
+    pixels = encode(random_pixels(8, 8))
+    folder = write_files(tmp_path / 'in', {'a/0.png': pixels, 'b/1.png': pixels, stray: pixels})
+    said = run(f'--source={folder}', f'--dest={tmp_path / "out.zip"}')
+    assert f'1 files in {folder} are no images by their names, and are left out: {stray}' in said
+    assert ImageFolderDataset(folder).about_others() and ImageFolderDataset(tmp_path / 'out.zip').about_others() is None
+
+
+def test_a_pipe_among_images_is_named_and_not_waited_for(tmp_path):
+    folder = write_files(tmp_path / 'in', {'0.png': encode(random_pixels(8, 8))})
+    os.mkfifo(folder / '1.png')
+    assert '1.png is neither a file nor a folder' in run(f'--source={folder}', f'--dest={tmp_path / "out.zip"}', code=1)
+
+
+def test_arrays_of_an_archive_that_are_not_read_are_named(tmp_path):
+    np.savez(tmp_path / 'in.npz', images=random_pixels(3, 8, 8), labels=np.arange(3))
+    assert 'not read: labels.' in run(f'--source={tmp_path / "in.npz"}', f'--dest={tmp_path / "out.zip"}')
+
+
 @pytest.mark.parametrize('folder', ['', 'inner/'])
 def test_labels_of_images_that_are_not_there_are_counted(tmp_path, folder):
     """Half of a data set was copied, say."""

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 import dataset_tool
 import edit
 import fid
-from dnnlib import EasyDict
+from dnnlib import EasyDict, UserError
 from metrics.calc import observe
 from metrics.images import open_images
 from training.dataset import ImageFolderDataset
@@ -209,7 +209,7 @@ def test_data_sets_and_images_to_be_measured_count_what_they_do_not_turn(tmp_pat
     dataset, said = ImageFolderDataset(folder), []
     net = torch.nn.Sequential(torch.nn.Linear(1, 1))
     net.model = net[0]
-    c = EasyDict(dataset=EasyDict(path=str(folder)), batch_size=4, ema_halflife_nimg=1000, network=EasyDict(kwargs={}))
+    c = EasyDict(dataset=EasyDict(path=str(folder)), batch_size=4, ema_halflife_nimg=1000, ema_rampup_ratio=0.05, network=EasyDict(kwargs={}))
     describe_run(said.append, c, net, dataset, None, rounds=1, batch_gpu=4)
     assert any('Note: 3 images carry an EXIF orientation, which is ignored' in line and '--exif=apply' in line for line in said)
     source, detector = open_images(folder), lambda images: images.float().mean((2, 3))
@@ -276,3 +276,14 @@ def test_files_of_several_frames_or_pages_are_counted_and_the_first_is_taken(tmp
     assert (pixels == 10).all() and 'Note: 1 files hold several frames or pages, of which the first was taken.' in said
     frames[0].save(tmp_path / 'in' / f'a.{kind}', lossless=True)
     assert 'several frames' not in converted(tmp_path / 'in')[1]
+
+
+def test_a_color_that_stands_for_transparent_is_refused_where_pixels_are_taken_as_they_are(tmp_path):
+    """Of RGB and of grey: what viewers do not show would be trained on and measured."""
+    for mode, key in (('RGB', (255, 0, 255)), ('L', 0)):
+        (tmp_path / mode).mkdir()
+        Image.new(mode, (8, 8), key).save(tmp_path / mode / 'a.png', transparency=key)
+        with pytest.raises(UserError, match='a color stands for transparent pixels'):
+            ImageFolderDataset(tmp_path / mode)
+        with pytest.raises(UserError, match='a color stands for transparent pixels'):
+            open_images(tmp_path / mode)
