@@ -106,8 +106,8 @@ def test_defaults_for_edm2_are_its_own(tmp_path, digits):
     config = lambda *arguments: json.loads(invoke(train.main, f'--outdir={tmp_path}', f'--data={digits}', '--cond=1', *arguments, '-n').stdout)
     c = config('--arch=edm2')
     assert c['network'] == dict(class_name='Precond', kwargs=dict(DIGITS, use_fp16=False, model_channels=192, channel_mult=[1, 2, 3, 4], dropout=0))
-    assert c['loss'] == dict(kind='edm2', P_mean=-0.4, P_std=1.0) and c['betas'] == [0.9, 0.99] and c['phema_stds'] == [0.05, 0.1]
-    assert (c['lr'], c['lr_schedule'], c['lr_ref_nimg'], c['lr_rampup_nimg']) == (0.01, 'sqrt', 70_000 * 2048, 10_000_000)
+    assert c['loss'] == dict(kind='edm2', P_mean=-0.8, P_std=1.6) and c['betas'] == [0.9, 0.99] and c['phema_stds'] == [0.05, 0.1]
+    assert (c['lr'], c['lr_schedule'], c['lr_ref_nimg'], c['lr_rampup_nimg']) == (0.01, 'sqrt', 35_000 * 2048, 10_000_000)
 
     new_teacher(TEACHERS['EDM2'], tmp_path / 'teacher.pkl')
     c = config('--consistency=True', f'--teacher={tmp_path / "teacher.pkl"}', '--arch=edm2', '--precond=edm', '--batch=128')
