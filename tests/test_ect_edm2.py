@@ -9,6 +9,7 @@ from training import networks_edm2
 from training.draws import SampleDraws
 from training.loss_ect import ConsistencyTuningLoss
 from training.objectives import OBJECTIVES
+from training.resolution import ROUNDING
 
 COUNT, STAGE_NIMG = 48, 3_200_000
 
@@ -81,3 +82,9 @@ def test_no_other_weight_is_the_published_one(weight):
         loss.begin_step(3)
         value[name] = loss(net, images, torch.eye(3).double()[torch.zeros(COUNT, dtype=int)], SampleDraws(5, 0, COUNT)).mean().item()
     assert abs(value[weight] / value['karras'] - 1) > 0.01
+
+
+def test_the_roundings_that_gaps_are_held_against_are_those_of_the_formats():
+    """Half of the distance from 1 to the next number; TF32 has FP16's 10 bits of mantissa."""
+    formats = dict(bf16=torch.bfloat16, fp16=torch.float16, tf32=torch.float16, fp32=torch.float32, fp64=torch.float64)
+    assert {name: torch.finfo(kind).eps / 2 for name, kind in formats.items()} == ROUNDING

@@ -11,12 +11,15 @@ import torch
 from helpers import FAST, TINY_NETWORK, assert_one_clear_error, run
 from latents import DEVIATIONS, npy, random_latents, save_latent_network, save_vae, use_stand_in
 
-from dnnlib import UserError
+from dnnlib import EasyDict, UserError
 from torch_utils import persistence
 from training import encoders
 from training.checkpoint import load_network, save_snapshot
+from training.configuration import check_teacher
 from training.draws import SampleDraws
 from training.encoders import StabilityVAEEncoder, StandardRGBEncoder
+from training.label_space import LabelSpace
+from training.networks import EDMPrecond
 
 RAW_MEAN, RAW_STD = [5.81, 3.25, 0.12, -2.15], [4.17, 4.62, 3.71, 3.28]  # EDM2's, of ImageNet-512
 
@@ -241,6 +244,15 @@ def test_a_data_set_says_what_the_network_sees():
 def test_latents_of_other_channels_are_refused(dataset):
     with pytest.raises(UserError, match=r'The latents of data have \d+ channels.*--encode-vae'):
         encoders.for_dataset(dataset)
+
+
+@pytest.mark.parametrize('holds_latents, cure', [(True, r'--encode-vae from images of another size\.$'), (False, r'--encode-vae\.$')])
+def test_data_that_do_not_fit_a_teacher_of_latents_are_to_be_encoded(holds_latents, cure):
+    net = EDMPrecond(8, 4, model_type='DhariwalUNet', model_channels=32, channel_mult=[1], num_blocks=1, attn_resolutions=[])
+    net.metadata = dict(encoder=dict(class_name='StabilityVAEEncoder'), objective='diffusion')
+    data = SimpleNamespace(**vars(data_set(8, holds_latents=holds_latents)), resolution=16, label_space=LabelSpace(0))
+    with pytest.raises(UserError, match=cure):
+        check_teacher(EasyDict(teacher='t.pkl', data='d.zip', objective='mcd', augment=0), data, net)
 
 #----------------------------------------------------------------------------
 # Snapshots.

@@ -313,7 +313,9 @@ def check_teacher(opts: EasyDict, dataset, teacher) -> None:
     if theirs[:2] != ours[:2] or theirs[2].differs(ours[2]):
         describe = lambda r, ch, labels: f'{r}x{r}x{ch} with {labels}'
         cond = ' (--cond=1 reads labels)' if theirs[2].dim and not ours[2].dim else ''
-        tool = '--encode-vae' if 'encoder' in teacher.metadata and not dataset.holds_latents else f'--resolution={theirs[0]}x{theirs[0]}'
+        tool = f'--resolution={theirs[0]}x{theirs[0]}'
+        if 'encoder' in teacher.metadata:
+            tool = '--encode-vae' + ' from images of another size' * dataset.holds_latents
         cure = f'convert the data with dataset_tool.py {tool}'
         if theirs[:2] == ours[:2] and theirs[2].dim > ours[2].dim > 0 and not (theirs[2].are_vectors or ours[2].are_vectors):
             cure = f'where these are the first of its classes, say so by one-hot vectors of length {theirs[2].dim} in dataset.json'
