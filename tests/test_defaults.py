@@ -11,11 +11,14 @@ from helpers import FAST, TINY_NETWORK, assert_one_clear_error
 from latents import npy, random_latents
 
 import train
+from dnnlib import EasyDict
 from training import configuration, networks_edm2
 from training import time_schedules as times
 from training.checkpoint import load_network, load_state, save_snapshot
+from training.dataset import ImageFolderDataset
 from training.objectives import OBJECTIVES
 from training.run_files import saved_snapshots, saved_states
+from training.training_loop import describe_run
 
 EDM2 = ['--arch=edm2', '--cres=1,2']
 DIVIDED = dict(solver='cm', sigmas=[80.0, 0.0], objective='ect')  # metadata of a consistency model
@@ -259,6 +262,16 @@ def test_an_average_that_mostly_is_its_beginning_is_warned_of(tmp_path, digits):
     assert '41% of the average will still be the weights' in (tmp_path / 'a' / 'log.txt').read_text()
     trained(tmp_path / 'b', digits, '--objective=ect', '--ema=1kimg', '--ema_rampup=0.05', '--duration=0.00128')
     assert 'of the average will still be' not in (tmp_path / 'b' / 'log.txt').read_text()
+
+
+@pytest.mark.parametrize('halflife, warned', [(6399, True), (6400, False)])
+def test_a_half_life_of_fewer_than_a_hundred_steps_is_warned_of(digits, halflife, warned):
+    """In batches of 64 images a hundred steps are 6400."""
+    net, said = torch.nn.Sequential(torch.nn.Linear(1, 1)), []
+    net.model = net[0]
+    c = EasyDict(dataset=EasyDict(path=str(digits)), batch_size=64, ema_halflife_nimg=halflife, ema_rampup_ratio=0.05, network=EasyDict(kwargs={}))
+    describe_run(said.append, c, net, ImageFolderDataset(digits), None, rounds=1, batch_gpu=64)
+    assert any('averages next to nothing' in line for line in said) is warned
 
 
 def test_a_run_says_at_its_start_what_its_precision_does_not_resolve(tmp_path, digits):
