@@ -57,6 +57,7 @@ class ImageFiles:
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
         self._zip, self._zip_owner = None, None
+        self.label_entries: dict[str, np.ndarray] | None = None  # what `read_labels` and the like have read
         if not os.path.exists(self.path):
             raise UserError(f'{self.path}: no such file or folder')
         self.is_folder = os.path.isdir(self.path)
@@ -70,7 +71,7 @@ class ImageFiles:
         self._image_rows = None if self.is_folder else rows['images']
 
     def __getstate__(self):
-        return dict(self.__dict__, _zip=None, _zip_owner=None)
+        return dict(self.__dict__, _zip=None, _zip_owner=None, label_entries=None)
 
     def _walk(self) -> list[str]:
         stored = list(file_names.walk(self.path))
@@ -270,17 +271,24 @@ def read_labels(files: ImageFiles) -> np.ndarray | None:
     Returns: [N] int64 class indices or [N, D] float32 vectors.
     Raises: UserError where the file is malformed or leaves out an image.
     """
-    return files.remember('labels', lambda: _labels_by_name(files)).get('labels')
+    return _label_entries(files).get('labels')
 
 
 def are_label_vectors(files: ImageFiles) -> bool:
     """Whether `dataset.json` says that its labels are vectors, also where they look like classes. Raises: as `read_labels`."""
-    return bool(files.remember('labels', lambda: _labels_by_name(files)).get('vectors', False))
+    return bool(_label_entries(files).get('vectors', False))
 
 
 def count_unused_labels(files: ImageFiles) -> int:
     """How many labels in `dataset.json` are of no image that is there: of a copy that lacks some, perhaps. Raises: as `read_labels`."""
-    return int(files.remember('labels', lambda: _labels_by_name(files)).get('unused', 0))
+    return int(_label_entries(files).get('unused', 0))
+
+
+def _label_entries(files: ImageFiles) -> dict[str, np.ndarray]:
+    """As `_labels_by_name`; a label file is read once, whatever is asked of it."""
+    if files.label_entries is None:
+        files.label_entries = files.remember('labels', lambda: _labels_by_name(files))
+    return files.label_entries
 
 
 def _labels_by_name(files: ImageFiles) -> dict[str, np.ndarray]:
