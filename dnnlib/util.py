@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from dnnlib.text import printable
+
 DEFAULT_CACHE_DIR = Path('~/.cache/multistep-consistency-edm')
 DRIVE_HOSTS = ('drive.google.com', 'docs.google.com', 'drive.usercontent.google.com')
 ATTEMPTS = 3                # of a download whose connection breaks, stalls, or ends in a server's error
@@ -27,15 +29,23 @@ TIMEOUT = 15                # seconds without a byte after which a connection co
 SLOWEST = 1000              # bytes a second, on average after the first TIMEOUT
 LEFTOVER_SECONDS = 24 * 3600
 CHUNK = 1 << 20
+LONGEST_MESSAGE = 4000      # characters
 PAGE_START = re.compile(rb'\s*<(!doctype\s+html|html)\b', re.IGNORECASE)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class UserError(Exception):
-    """An input that cannot be used. The message is one line or two that name the cause and the cure.
+    """An input that cannot be used. The message names the cause and the cure; what it repeats of a file is made fit for a terminal.
 
     Command lines (`dnnlib.cli.Command`) print it as `Error: ...` and exit with status 1, without a traceback.
+
+    Args:
+        message: one line.
+        more: a second line, for long ones.
     """
+
+    def __init__(self, message: str, more: str | None = None):
+        super().__init__('\n       '.join(printable(line, LONGEST_MESSAGE) for line in (message, more) if line is not None))
 
 
 class NotFinite(UserError):

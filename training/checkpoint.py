@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 import dnnlib
 from dnnlib import UserError
+from dnnlib.text import printable
 from torch_utils.persistence import HERE_ONLY
 from torch_utils.restricted_pickle import NUMPY_ARRAYS, TENSORS, Call, MalformedPickle, RefusedName, persistent_object, plain, read_pickle
 from torch_utils.sealed_file import DamagedFile, find_seal, read_parts, read_sealed, sealed
@@ -72,13 +73,7 @@ def load_network(source: str | os.PathLike, device: str | torch.device = 'cpu', 
                     read_sealed(file, size, seal)  # damage is the better explanation
                 raise
         except (MalformedPickle, DamagedFile) as error:
-            raise UserError(f'{os.fspath(source)} cannot be used as a network snapshot: it {_one_line(error)}.') from error
-
-
-def _one_line(error: Exception) -> str:
-    """The error's message, fit for a terminal: parts of it may be the file's."""
-    text = ''.join(char if char.isprintable() else ascii(char)[1:-1] for char in str(error))
-    return text if len(text) <= 500 else f'{text[:500]}...'
+            raise UserError(f'{os.fspath(source)} cannot be used as a network snapshot: it {printable(error, 500)}.') from error
 
 
 def _read_network(file: BinaryIO, size: int, seal: str | None, key: str, device: torch.device) -> torch.nn.Module:

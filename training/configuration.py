@@ -319,8 +319,8 @@ def check_teacher(opts: EasyDict, dataset, teacher) -> None:
         cure = f'convert the data with dataset_tool.py {tool}'
         if theirs[:2] == ours[:2] and theirs[2].dim > ours[2].dim > 0 and not (theirs[2].are_vectors or ours[2].are_vectors):
             cure = f'where these are the first of its classes, say so by one-hot vectors of length {theirs[2].dim} in dataset.json'
-        raise UserError(f'--teacher={opts.teacher} expects images of {describe(*theirs)}, but --data={opts.data} gives {describe(*ours)}{cond}.\n'
-                        f'       Pick the teacher trained on this data, or {cure}.')
+        raise UserError(f'--teacher={opts.teacher} expects images of {describe(*theirs)}, but --data={opts.data} gives {describe(*ours)}{cond}.',
+                        more=f'Pick the teacher trained on this data, or {cure}.')
     if opts.augment and not teacher.init_kwargs.get('augment_dim'):
         raise UserError(f'--augment={opts.augment:g} needs a teacher with augmentation labels; --teacher={opts.teacher} has none: use --augment=0.')
 

@@ -1,0 +1,63 @@
+"""What files of strangers may cost: caps on memory, each from what the thing is, and the readers that keep them.
+
+A cap stands in front of a parser: whoever reads a file asks for its size first, or reads no more of it than the cap. Nothing here parses.
+"""
+from __future__ import annotations
+
+import lzma
+import pickle
+import struct
+import tarfile
+import tokenize
+import zipfile
+import zlib
+from typing import BinaryIO
+
+KB, MB = 1 << 10, 1 << 20
+
+# Bytes that a reader takes of a thing, at most.
+JSON_FILE = 16 * MB             # options, records, configurations: kilobytes in practice; parsed, 24 times as much in the worst case
+JSON_LINE = 1 * MB              # a line of stats.jsonl has a few kilobytes
+LABELS_OF_IMAGE = 16 * KB       # of dataset.json for each image, where that is more than JSON_FILE: a name and a vector of 800 numbers
+IMAGE_FILE = 256 * MB           # one image: 40 million pixels of 16-bit RGB, uncompressed
+SAVED_STRUCTURE = 16 * MB       # of a PyTorch file without its tensors: about 200 bytes for each of those
+PICKLED_BATCH = 64 * MB         # a CIFAR-10 batch has 30 MB
+ARRAY_HEADER = 64 * KB          # of a .npy file
+
+# What compression may make of a file: images, statistics and labels compress less; what inflates further is an attack, or of no use.
+INFLATED, INFLATED_RATIO = 64 * MB, 100
+
+# Numbers.
+MAX_STEPS = 10_000              # of a sampler, a student, a teacher's grid in a snapshot
+MAX_DIGITS = 32                 # of a number on the command line, in a file name or the environment
+MAX_TEXT = 1000                 # characters that a message repeats of a file, at most
+
+# What parsers raise on damaged or hostile files, whatever library they are of. Subclasses are not listed: LookupError has IndexError and KeyError,
+# ValueError has those of JSON and Unicode, RuntimeError has RecursionError and NotImplementedError.
+UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError,
+              RuntimeError, struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, pickle.UnpicklingError,
+              tokenize.TokenError)
+
+
+class TooLarge(ValueError):
+    """Something is larger than what it claims to be ever is. The message completes 'it ...'."""
+
+
+def check_size(size: int, limit: int, what: str) -> None:
+    """Raises: TooLarge where `size` bytes are more than the `limit` of `what`."""
+    if size > limit:
+        raise TooLarge(f'has {size:,} bytes, and {what} has at most {limit:,}')
+
+
+def check_inflation(size: int, compressed: int, what: str) -> None:
+    """Raises: TooLarge where `compressed` bytes of a file claim to be so many more that they are no honest data."""
+    if size > max(INFLATED, INFLATED_RATIO * compressed):
+        raise TooLarge(f'claims {size:,} bytes for {what} in {compressed:,} of the file')
+
+
+def read_at_most(file: BinaryIO, limit: int, what: str) -> bytes:
+    """The rest of a file, of which no more is read than shows that it is too long. Raises: TooLarge, and what the file raises."""
+    data = file.read(limit + 1)
+    if len(data) > limit:
+        raise TooLarge(f'has more than the {limit:,} bytes that {what} has at most')
+    return data

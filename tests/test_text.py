@@ -1,0 +1,23 @@
+"""Text of strangers in messages: one line, without anything that a terminal obeys."""
+import pytest
+
+from dnnlib import UserError
+from dnnlib.text import printable
+
+
+@pytest.mark.parametrize('text, shown', [
+    ('a\nError: all is well', r'a\nError: all is well'), ('\x1b[2J\x1b[31mred', r'\x1b[2J\x1b[31mred'), ('a\rb\tc\0', r'a\rb\tc\x00'),
+    ('gpj.\u202eexe', r'gpj.\u202eexe'), ('half \udcff', r'half \udcff'), ('\u2028line', r'\u2028line'), ('\x9b31m', r'\x9b31m'),
+    ('Straße 日本 é ñ 😀', 'Straße 日本 é ñ 😀'), ('', '')])
+def test_what_is_no_visible_character_is_escaped_and_everything_else_stays(text, shown):
+    assert printable(text) == shown
+    assert str(UserError(text)) == shown
+
+
+def test_long_texts_are_cut_off_and_say_so():
+    assert printable('x' * 1500, 1000) == 'x' * 1000 + '... (500 characters more)'
+    assert len(str(UserError('\n' * 10**7))) < 10_000
+
+
+def test_an_error_has_a_second_line_only_where_the_program_gives_it_one():
+    assert str(UserError('a\n       b', more='c\n       d')) == 'a\\n       b\n       c\\n       d'
