@@ -366,7 +366,8 @@ def train(opts: EasyDict) -> bool:
     run_dir = distributed.broadcast_object(run_dir)
 
     from training.training_loop import training_loop
-    return training_loop(c, run_dir, dataset, teacher, state)
+    with distributed.among_others():
+        return training_loop(c, run_dir, dataset, teacher, state)
 
 
 def check_usage(ctx: click.Context, opts: EasyDict) -> list[str]:

@@ -45,7 +45,10 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, more: str | None = None):
-        super().__init__('\n       '.join(printable(line, LONGEST_MESSAGE) for line in (message, more) if line is not None))
+        super().__init__(*(printable(line, LONGEST_MESSAGE) for line in (message, more) if line is not None))
+
+    def __str__(self) -> str:
+        return '\n       '.join(self.args)
 
 
 class NotFinite(UserError):

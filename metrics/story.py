@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from dnnlib import UserError
+from dnnlib.processes import how_ended
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 40  # images in a grid
@@ -68,7 +69,7 @@ class Story:
             self.say(f'[{name}] {line.rstrip()}')
         self.running.discard(process)
         if process.wait() != 0:
-            raise UserError(f'`{shlex.join(shown)}` failed with exit status {process.returncode}; its last line: {lines[-1] if lines else "none"}')
+            raise UserError(f'`{shlex.join(shown)}` failed ({how_ended(process.returncode)}); its last line: {lines[-1] if lines else "none"}')
         return '\n'.join(lines)
 
     def stop(self) -> None:

@@ -1,5 +1,7 @@
 """training/feed.py: batches ahead of use, and how long they are waited for."""
 import itertools
+import os
+import signal
 import time
 
 import numpy as np
@@ -8,6 +10,8 @@ import torch
 from test_dataset import png, random_images, write_zip
 
 from dnnlib import UserError
+from dnnlib.processes import how_ended
+from dnnlib.util import atomic_write
 from training.dataset import ImageFolderDataset, InfiniteSampler
 from training.feed import AHEAD, Feed
 
@@ -73,3 +77,49 @@ def test_an_unreadable_image_is_one_line(tmp_path, workers, monkeypatch):
     with pytest.raises(UserError) as error:
         next(feed)
     assert str(error.value).startswith(f'{path}: 1.png is not a readable image') and '\n' not in str(error.value)
+
+
+def killed_worker(tmp_path, number=signal.SIGKILL):
+    """A feed whose only worker is gone, with batches that it had made."""
+    feed = Feed(Slow(tmp_path, 0), itertools.count(), 1, 1, CPU)
+    next(feed)
+    worker, = feed._workers
+    os.kill(worker.pid, number)
+    worker.join()
+    return feed
+
+
+def batches_until_the_end(feed):
+    for _ in range(100):
+        next(feed)
+
+
+def test_a_worker_that_was_killed_is_told_of_by_the_batch_that_is_missing(tmp_path):
+    with pytest.raises(UserError, match=r'has died \(killed by SIGBUS, as when /dev/shm.*--workers.*--cache=False'):
+        batches_until_the_end(killed_worker(tmp_path, signal.SIGBUS))
+
+
+def test_the_death_of_a_worker_interrupts_nothing(tmp_path):
+    """PyTorch would raise here, in whatever is done at the moment, such as the writing of a state."""
+    with atomic_write(tmp_path / 'state') as file:
+        file.write(b'one half')
+        feed = killed_worker(tmp_path)
+        time.sleep(0.2)
+        file.write(b', the other')
+    assert (tmp_path / 'state').read_bytes() == b'one half, the other' and signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    with pytest.raises(UserError, match='SIGKILL'):
+        batches_until_the_end(feed)
+
+
+class Broken(Slow):
+    def __getitem__(self, i):
+        raise RuntimeError('a bug of ours')
+
+
+def test_an_error_of_the_program_itself_is_not_taken_for_a_death(tmp_path):
+    with pytest.raises(RuntimeError, match='a bug of ours'):
+        next(Feed(Broken(tmp_path, 0), itertools.count(), 1, 1, CPU))
+
+
+def test_how_a_process_has_ended_is_said_in_words():
+    assert [how_ended(status) for status in (0, 3, -15, -40)] == ['exit status 0', 'exit status 3', 'killed by SIGTERM', 'killed by signal 40']

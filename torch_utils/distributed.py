@@ -78,8 +78,23 @@ def _together():
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f'Process {get_rank()} lost the others ({reason}). See above what stopped them.') from error
+        _lost(error)
+
+
+@contextlib.contextmanager
+def among_others():
+    """A block that needs the other processes now and then, as backward passes do. Raises: UserError where one has gone; other errors as they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or 'gloo/transport' in str(error):
+            _lost(error)
+        raise
+
+
+def _lost(error: RuntimeError) -> NoReturn:
+    reason = str(error).strip().splitlines()[-1]
+    raise UserError(f'Process {get_rank()} lost the others ({reason}). See above what stopped them.') from error
 
 
 def barrier() -> None:

@@ -1,19 +1,50 @@
 """The batches of training, from the disk to the step, and how long the step waited for them."""
 from __future__ import annotations
 
+import contextlib
+import signal
 import time
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
 
 from dnnlib import UserError
+from dnnlib.processes import how_one_died, starting
 
 AHEAD = 2  # batches that each worker has ready
 
 
-def stacked(samples: list[tuple[np.ndarray, ...]]) -> tuple[torch.Tensor, ...]:
+class Samples(torch.utils.data.Dataset):
+    """A data set whose `UserError` comes in the place of a batch: `DataLoader` would put a worker's traceback into its message."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[np.ndarray, ...]] | UserError:
+        try:
+            return [self.dataset[i] for i in indices]
+        except UserError as error:
+            return error
+
+
+def stacked(samples: list[tuple[np.ndarray, ...]] | UserError) -> tuple[torch.Tensor, ...] | UserError:
     """The samples as a batch: each of their arrays stacked, once, and not tensor by tensor."""
-    return tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples))
+    return samples if isinstance(samples, UserError) else tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples))
+
+
+@contextlib.contextmanager
+def unchanged_handler(number: signal.Signals) -> Iterator[None]:
+    """A block after which the signal does what it did before.
+
+    `DataLoader` has SIGCHLD raise where a worker has died, in the middle of whatever is done then, which may be a save. It also looks at its
+    workers while it waits for them, and that is early enough.
+    """
+    before = signal.getsignal(number)
+    yield
+    if signal.getsignal(number) is not before:
+        signal.signal(number, before or signal.SIG_DFL)
 
 
 class Feed:
@@ -28,20 +59,28 @@ class Feed:
     """
 
     def __init__(self, dataset, sampler, batch_size: int, workers: int, device: torch.device, worker_init_fn=None):
-        self._batches = iter(torch.utils.data.DataLoader(
-            dataset, sampler=sampler, batch_size=batch_size, num_workers=workers, worker_init_fn=worker_init_fn,
-            collate_fn=stacked, pin_memory=device.type == 'cuda', prefetch_factor=AHEAD if workers else None))
+        self._workers: list[BaseProcess] = []
+        with unchanged_handler(signal.SIGCHLD), starting(self._workers):
+            self._batches = iter(torch.utils.data.DataLoader(
+                Samples(dataset), sampler=sampler, batch_size=batch_size, num_workers=workers, worker_init_fn=worker_init_fn,
+                collate_fn=stacked, pin_memory=device.type == 'cuda', prefetch_factor=AHEAD if workers else None))
         self._seconds = 0.0
 
     def __next__(self):
-        """The next batch. A worker's `UserError` arrives with the worker's traceback for a text: its last line is the message."""
+        """The next batch. Raises: UserError where an image cannot be read, or a worker was killed: within seconds of the first batch missing."""
         start = time.perf_counter()
         try:
-            return next(self._batches)
-        except UserError as error:
-            raise UserError(str(error).strip().splitlines()[-1].removeprefix('dnnlib.util.UserError: ')) from error
+            batch = next(self._batches)
+        except RuntimeError as error:
+            if (ending := how_one_died(self._workers)) is None:
+                raise
+            raise UserError(f'A process that loads data has died ({ending}). Use fewer --workers, --cache=False, or a machine with more memory; '
+                            '--resume goes on from the newest training state.') from error
         finally:
             self._seconds += time.perf_counter() - start
+        if isinstance(batch, UserError):
+            raise batch
+        return batch
 
     def waited(self) -> float:
         """Seconds that this process has spent on waiting for batches, or loading them, since the last call."""

@@ -16,13 +16,14 @@ import threading
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import BinaryIO
 
 import numpy as np
 
 from dnnlib import UserError
+from dnnlib.processes import how_one_died, starting
 from dnnlib.util import atomic_write, usable_cores
 
 AHEAD = 2  # pieces of work that each worker has, or is at
@@ -80,11 +81,11 @@ class WriterPool:
 
     def __init__(self, workers: int):
         self.workers, self._waiting = workers, deque()
-        self._pool = None
+        self._pool, self._processes = None, []
         if workers:
             self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), initializer=_become_worker)
             for _ in range(workers):
-                self._pool.submit(int)  # which starts one
+                self._hand_over(int)  # which starts one
 
     def __enter__(self) -> WriterPool:
         return self
@@ -102,8 +103,7 @@ class WriterPool:
         if self._pool is None:
             write(*arguments)
             return
-        with _telling_of_death():
-            self._waiting.append(self._pool.submit(write, *arguments))
+        self._waiting.append(self._hand_over(write, *arguments))
         while len(self._waiting) > AHEAD * self.workers:
             self._finish_one()
 
@@ -112,22 +112,26 @@ class WriterPool:
         while self._waiting:
             self._finish_one()
 
+    def _hand_over(self, function: Callable, *arguments) -> Future:
+        with self._telling_of_death(), starting(self._processes):
+            return self._pool.submit(function, *arguments)
+
     def _finish_one(self) -> None:
-        with _telling_of_death():
+        with self._telling_of_death():
             self._waiting.popleft().result()
+
+    @contextlib.contextmanager
+    def _telling_of_death(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenProcessPool as error:
+            ending = how_one_died(self._processes) or 'nobody knows how'
+            raise UserError(f'A process that writes the images has died ({ending}). Use --workers=0, or a machine with more memory.') from error
 
     def shares(self, count: int) -> list[slice]:
         """`count` things in as many equal parts as there are workers."""
         size = max(-(-count // max(self.workers, 1)), 1)
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-@contextlib.contextmanager
-def _telling_of_death() -> Iterator[None]:
-    try:
-        yield
-    except BrokenProcessPool as error:
-        raise UserError('A process that writes the images has died (killed, or out of memory?). Try --workers=0.') from error
 
 
 def _become_worker() -> None:
