@@ -256,7 +256,7 @@ def what_was_done(picture: Picture, transparent: bool, mode: str, recipe: Recipe
     """Sentences, without their number, that say what became of an image."""
     if picture.image.mode != mode:
         yield f'images were converted from mode {picture.image.mode} to {mode}'
-    if picture.frames > 1:
+    if picture.animated:
         yield 'files hold several frames or pages, of which the first was taken'
     if picture.loses_bits:
         yield 'images have 16 bits a channel, of which the upper 8 were kept'

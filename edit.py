@@ -93,13 +93,12 @@ def check_headers(files: ImageFiles, chosen: Sequence[int], shape: Sequence[int]
 def read_image(path: str, as_grey: bool = False) -> Tensor:
     """An image file, turned as its camera was, as uint8 [1, C, H, W]; `as_grey`: of 8-bit ones of any mode the grey levels. Raises: UserError."""
     import torch
-    from PIL import Image
 
-    from training.dataset import UNREADABLE, image_pixels, image_shape_of, is_16_bit
-    from training.pixels import Picture, oriented
+    from training.dataset import image_pixels, image_shape_of, is_16_bit
+    from training.pixels import UNREADABLE, Picture, open_image, oriented
     cure = 'save it as 8-bit grey' if as_grey else 'save it as 8-bit grey or RGB'
     try:
-        with Image.open(path) as opened:
+        with open_image(path) as opened:
             if as_grey and not is_16_bit(opened) and opened.mode != 'LAB':
                 return torch.from_numpy(image_pixels(oriented(Picture.load(opened), upright=True).convert('L')).copy())[None]
             image_shape_of(opened, path, cure)

@@ -3,9 +3,10 @@ from __future__ import annotations
 
 import os
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
+
+from dnnlib import limits
+from dnnlib.archives import BoundedZip, open_member
 
 HEAD = 4096            # bytes that decide; a tar archive shows itself after 257
 PICKLE_HEAD = 1 << 22  # bytes of the pickle inside a PyTorch file, in which its outermost names are looked for, behind those of a network's tensors
@@ -24,6 +25,9 @@ STARTS = [(re.compile(pattern, re.DOTALL), words) for pattern, words in (
     (rb'BM....\0\0\0\0', 'a BMP image'),
     (rb'P[1-7]\s[\s\d#]', 'a PNM image'),
     (rb'....ftyp', 'a video or HEIF/AVIF image'),
+    (rb'\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51', 'a JPEG 2000 image'),
+    (rb'8BPS', 'a Photoshop file'),
+    (rb'%!PS|\xc5\xd0\xd3\xc6', 'a PostScript document (EPS)'),
     (rb'%PDF-', 'a PDF document'),
     (rb'PK\x03\x04|PK\x05\x06|PK\x07\x08', ZIP),
     (rb'\x1f\x8b\x08', 'a gzip file'),
@@ -119,15 +123,17 @@ def _is_utf8(head: bytes) -> bool:
 def _describe_zip(path: str | os.PathLike) -> str:
     """Which kind of zip archive a file is, by its members' names."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with BoundedZip(path) as archive:
             names = archive.namelist()
             record = next((name for name in names if re.fullmatch(r'([^/]+/)?data\.pkl', name)), None)
             if any(name.endswith('/constants.pkl') or '/code/' in name for name in names):
                 return 'a TorchScript file (torch.jit.save)'
             if record is not None:
-                with archive.open(record) as file:
+                with open_member(archive, archive.getinfo(record), limits.SAVED_STRUCTURE, 'the pickle of a PyTorch file') as file:
                     return _describe_saved(file.read(PICKLE_HEAD))
-    except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+    except limits.TooLarge:
+        return ZIP
+    except limits.UNREADABLE:
         return DAMAGED_ZIP
     if names and all(name.endswith('.npy') and '/' not in name for name in names):
         return NPZ

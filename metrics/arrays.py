@@ -6,50 +6,20 @@ import os
 import shutil
 import struct
 import tempfile
-import tokenize
 import zipfile
-import zlib
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
+from dnnlib import npy
+from dnnlib.archives import BoundedZip
 from dnnlib.file_kind import another_kind
+from dnnlib.limits import UNREADABLE, check_inflation
+from dnnlib.npy import Header
 from dnnlib.util import DISK_ERRORS, UserError
 
-NPY_START = b'\x93NUMPY'
-KINDS = 'biufUS'                             # numbers, truth values and text
-LIMIT_BYTES, LIMIT_RATIO = 64 << 20, 100     # statistics and images hardly compress: what inflates further is an attack, or of no use
 CHUNK = 1 << 20
-HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-
-# What NumPy and zipfile raise on damaged, encrypted or hostile files.
-UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, TypeError, MemoryError, RuntimeError, struct.error, tokenize.TokenError,
-              zipfile.BadZipFile, zlib.error)
-
-
-class Header(NamedTuple):
-    """What a .npy file says of its array."""
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    order: str  # 'C' or 'F'
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def read_header(file: BinaryIO) -> Header:
-    """The header of the .npy file at the file's position, which then is where the values begin. Raises: one of `UNREADABLE`."""
-    version = np.lib.format.read_magic(file)
-    if version not in HEADER_READERS:
-        raise ValueError(f'its format {version[0]}.{version[1]} is not one of plain arrays')
-    shape, fortran_order, dtype = HEADER_READERS[version](file)
-    if dtype.kind not in KINDS:
-        raise ValueError(f'it holds values of type {dtype}, not plain numbers or text (refused, nothing was executed)')
-    if any(size < 0 for size in shape):
-        raise ValueError(f'its shape is {list(shape)}')
-    return Header(shape, dtype, 'F' if fortran_order else 'C')
 
 
 def may_be_images(header: Header) -> bool:
@@ -64,7 +34,7 @@ def map_npy(path: str | os.PathLike) -> np.ndarray:
     """
     try:
         with open(path, 'rb') as file:
-            return _map(file, read_header(file), file.tell(), os.path.getsize(path))
+            return _map(file, npy.read_header(file), file.tell(), os.path.getsize(path))
     except UNREADABLE as error:
         raise UserError(f'{path} is no readable .npy file: {_what_it_is(path, error, "an array of images (.npy)", "a NumPy .npy")}') from error
 
@@ -96,7 +66,7 @@ class ArchivedArrays:
     def __init__(self, path: str | os.PathLike, name: str | os.PathLike):
         self.path, self.name = Path(path), os.fspath(name)
         try:
-            self._zip = zipfile.ZipFile(path)
+            self._zip = BoundedZip(path)
         except UNREADABLE as error:
             reason = _what_it_is(path, error, 'an archive of arrays (.npz)', 'a damaged')
             raise UserError(f'{self.name} is no complete .npz file: {reason}') from error
@@ -165,11 +135,13 @@ class ArchivedArrays:
             raise self._unreadable(key, error) from error
 
     def _checked_header(self, key: str, file: BinaryIO) -> Header:
-        info, header = self._members[key], read_header(file)
+        info = self._members[key]
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError('it is compressed as NumPy never does')
+        header = npy.read_header(file)
         if file.tell() + header.nbytes != info.file_size:
             raise ValueError(f'its header says {header.dtype} {list(header.shape)}, {header.nbytes:,} bytes, and it has {info.file_size:,}')
-        if header.nbytes > max(LIMIT_BYTES, LIMIT_RATIO * info.compress_size):
-            raise ValueError(f'it claims {header.nbytes:,} bytes in {info.compress_size:,} of the file')
+        check_inflation(header.nbytes, info.compress_size, 'its values')
         return header
 
     def _unreadable(self, key: str, error: BaseException) -> UserError:

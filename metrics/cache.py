@@ -4,18 +4,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from dnnlib import UserError
 from dnnlib.util import atomic_write
+from metrics.arrays import ArchivedArrays
 from torch_utils import distributed
 
 FACTS = 'facts.json'
-DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 class FeatureCache:
@@ -42,11 +40,11 @@ class FeatureCache:
     def load(self, part: range, names: set[str]) -> dict[str, np.ndarray] | None:
         """The arrays of a batch, `names` at least, with a row for each of its images; None where they are not there, or damaged."""
         try:
-            with np.load(self._path(part), allow_pickle=False) as file:
-                arrays = dict(file)
-        except DAMAGED:
+            with ArchivedArrays(self._path(part), self._path(part)) as file:
+                arrays = {key: file.read(key) for key in file.keys}
+        except UserError:
             return None
-        return arrays if names <= arrays.keys() and all(len(array) == len(part) for array in arrays.values()) else None
+        return arrays if names <= arrays.keys() and all(array.shape[:1] == (len(part),) for array in arrays.values()) else None
 
     def save(self, part: range, arrays: dict[str, np.ndarray]) -> None:
         """Keep the arrays of a batch, which all have a row for each of its images."""

@@ -18,6 +18,7 @@ from PIL import Image
 from sklearn.isotonic import isotonic_regression
 
 from training.generation import image_grid
+from training.pixels import open_image
 
 STYLE = '''
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c1e21; }
@@ -52,7 +53,7 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def write_grid(paths: Sequence[str], dest: str, columns: int = 8) -> None:
     """Images from PNG files, tiled into one PNG and enlarged to 32 pixels or more; the number of files is a multiple of `columns`."""
-    arrays = [np.asarray(Image.open(path)) for path in paths]
+    arrays = [np.asarray(open_image(path)) for path in paths]
     images = torch.from_numpy(np.stack([a[None] if a.ndim == 2 else a.transpose(2, 0, 1) for a in arrays]))
     pixel = max(32 // images.shape[3], 1)
     images = torch.nn.functional.pad(images, (0, 1, 0, 1), value=96)
@@ -65,7 +66,7 @@ def write_side_by_side(pictures: dict[str, str], dest: str) -> None:
     """PNG files in a row, each under its caption."""
     figure, panels = plt.subplots(1, len(pictures), figsize=(4 * len(pictures), 3), constrained_layout=True)
     for axes, (caption, path) in zip(panels, pictures.items()):
-        axes.imshow(np.asarray(Image.open(path).convert('L')), cmap='gray', interpolation='nearest')
+        axes.imshow(np.asarray(open_image(path).convert('L')), cmap='gray', interpolation='nearest')
         axes.set_title(caption, fontsize=10)
         axes.axis('off')
     figure.savefig(dest, dpi=110)
@@ -164,7 +165,7 @@ def write_strips(pictures: dict[str, dict[int, str]], dest: str, rows: int = 5) 
         for axes, column in zip(line, columns):
             axes.axis('off')
             if column in cells:
-                picture = np.asarray(Image.open(cells[column]).convert('RGB'))
+                picture = np.asarray(open_image(cells[column]).convert('RGB'))
                 axes.imshow(picture[:len(picture) // rows], interpolation='nearest')
     for place, nfe in zip(places[0], columns):
         figure.text((place.x0 + place.x1) / 2, place.y1, f'{nfe} evaluation{"s" * (nfe > 1)}', ha='center', va='bottom', fontsize=10)

@@ -1,6 +1,9 @@
 """From files to pixels by dataset_tool.py: transparency, orientation and ranges of every kind, against the formulas; and nothing lost in silence."""
+import ast
 import io
 import struct
+import time
+import tracemalloc
 import zipfile
 import zlib
 
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import assert_one_clear_error
+from helpers import ROOT, assert_one_clear_error
 from PIL import Image, ImageOps
 
 import dataset_tool
@@ -287,3 +290,99 @@ def test_a_color_that_stands_for_transparent_is_refused_where_pixels_are_taken_a
             ImageFolderDataset(tmp_path / mode)
         with pytest.raises(UserError, match='a color stands for transparent pixels'):
             open_images(tmp_path / mode)
+
+#----------------------------------------------------------------------------
+# Which files are opened.
+
+EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(canary) (w) file closefile showpage\n%%EOF\n'
+
+
+def test_every_image_is_opened_by_the_one_function():
+    calls = [f'{path.name}:{node.lineno}' for path in ROOT.rglob('*.py') if not {'.venv', 'tests', 'benchmarks'} & set(path.parts)
+             for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, ast.Attribute) and node.attr == 'open' and ast.unparse(node.value).endswith('Image')]
+    assert len(calls) == 1 and calls[0].startswith('pixels.py'), calls
+
+
+@pytest.mark.parametrize('name', ['a.png', 'a.jpg', 'a.tif'])
+@pytest.mark.parametrize('content', [EPS, b'\xc5\xd0\xd3\xc6' + struct.pack('<II', 32, len(EPS)) + bytes(20) + EPS])
+def test_postscript_starts_no_program_whatever_its_name(tmp_path, monkeypatch, name, content):
+    monkeypatch.setattr('subprocess.Popen', lambda *args, **_: pytest.fail(f'started {args}'))
+    monkeypatch.setattr('subprocess.check_call', lambda *args, **_: pytest.fail(f'started {args}'))
+    (tmp_path / 'src').mkdir()
+    (tmp_path / 'src' / name).write_bytes(content)
+    for result in (run(tmp_path / 'src'), CliRunner().invoke(fid.main, ['ref', f'--data={tmp_path / "src"}', f'--dest={tmp_path}/x.npz'])):
+        assert_one_clear_error(result, f'{name} is not a readable image (it is a PostScript document (EPS))')
+    with pytest.raises(UserError, match='PostScript'):
+        edit.read_image(str(tmp_path / 'src' / name))
+    with pytest.raises(UserError, match='PostScript'):
+        ImageFolderDataset(tmp_path / 'src')
+
+
+@pytest.mark.parametrize('kind', ['eps', 'psd', 'pdf', 'fli', 'wmf', 'im', 'h5'])
+def test_files_of_formats_that_are_not_read_are_named_and_left_out(tmp_path, kind):
+    folder = saved(tmp_path / 'src', Image.fromarray(NOISE[..., :3]))
+    (folder / f'b.{kind.upper()}').write_bytes(EPS)
+    assert f'are left out: b.{kind.upper()}' in converted(folder)[1]
+
+
+@pytest.mark.parametrize('kind, options', [
+    ('png', {}), ('apng', {}), ('jpg', {}), ('jpeg', {}), ('jfif', {}), ('mpo', {}), ('webp', dict(lossless=True)), ('gif', {}), ('bmp', {}),
+    ('dib', {}), ('tif', {}), ('tiff', dict(compression='tiff_lzw')), ('ppm', {}), ('pnm', {}), ('jp2', {}), ('j2k', {}), ('tga', {}), ('avif', {})])
+def test_the_formats_that_are_read(tmp_path, kind, options):
+    pixels, _ = converted(saved(tmp_path / 'in', Image.fromarray(np.full([8, 8, 3], 120, np.uint8)), kind, **options))
+    assert np.abs(pixels.astype(int) - 120).max() <= 3
+
+
+def claiming(width, height, depth=8, color_type=0, *chunks):
+    """A PNG that says so, with hardly any pixels in it."""
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    header = struct.pack('>IIBBBBB', width, height, depth, color_type, 0, 0, 0)
+    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + b''.join(chunk(*c) for c in chunks) + chunk(b'IDAT', zlib.compress(bytes(1000)))
+            + chunk(b'IEND', b''))
+
+
+def bomb(size):
+    return zlib.compress(bytes(size), 9)
+
+
+def many_frames(count):
+    """A GIF of 1x1, whose frames are 15 bytes each."""
+    frame = b',' + struct.pack('<4HB', 0, 0, 1, 1, 0) + b'\x02\x02D\x01\0'
+    return b'GIF89a' + struct.pack('<2H3B', 1, 1, 0x80, 0, 0) + bytes(6) + frame * count + b';'
+
+
+HOSTILE_IMAGES = {
+    'a gigapixel': (claiming(40_000, 40_000), 'pixel'), 'a line of 2**31 pixels': (claiming(2 ** 31 - 1, 1), 'pixel'),
+    'a column of 2**31 pixels': (claiming(1, 2 ** 31 - 1), 'pixel'), '100 million pixels': (claiming(10_000, 10_000), 'at most 67,108,864'),
+    'longer than any JPEG': (claiming(70_000, 1), 'no side longer than'),
+    'more than it has': (claiming(8000, 8000, 8, 2), 'claims 192,000,000 bytes'),
+    'a BMP of two gigapixels': (b'BM' + struct.pack('<I4xI', 60, 54) + struct.pack('<IiiHHI', 40, 65000, 30000, 1, 24, 0) + bytes(24), 'pixel'),
+    'a TIFF of a gigapixel': (b'II*\0\x08\0\0\0\x03\0' + b''.join(struct.pack('<HHII', *tag) for tag in (
+        (256, 4, 1, 60_000), (257, 4, 1, 60_000), (258, 3, 1, 8))) + bytes(40), ''),
+    'a TIFF tag of 16 GB': (b'II*\0\x08\0\0\0\x02\0' + struct.pack('<HHIIHHII4x', 256, 12, 0x7fffffff, 8, 257, 4, 1, 8), ''),
+    'a text of a gigabyte': (claiming(8, 8, 8, 0, (b'zTXt', b'a\0\0' + bomb(1 << 27))), 'MAX_TEXT_CHUNK'),
+    'a profile of a gigabyte': (claiming(8, 8, 8, 0, (b'iCCP', b'a\0\0' + bomb(1 << 27))), ''),
+}
+
+
+@pytest.mark.parametrize('case', HOSTILE_IMAGES)
+def test_images_that_claim_too_much_are_one_error_and_take_no_memory(tmp_path, case):
+    content, words = HOSTILE_IMAGES[case]
+    (tmp_path / 'src').mkdir()
+    (tmp_path / 'src/a.png').write_bytes(content)
+    tracemalloc.start()
+    result = run(tmp_path / 'src')
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    tracemalloc.stop()
+    if case != 'a profile of a gigabyte':  # which is left out, as viewers do
+        assert_one_clear_error(result, 'a.png', words)
+        assert 'Warning' not in result.stderr
+
+
+def test_frames_are_not_counted(tmp_path):
+    (tmp_path / 'in').mkdir()
+    (tmp_path / 'in/a.gif').write_bytes(many_frames(1_000_000))
+    start = time.monotonic()
+    assert 'files hold several frames or pages' in converted(tmp_path / 'in')[1] and time.monotonic() - start < 5

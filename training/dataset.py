@@ -11,13 +11,8 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
-import struct
-import tokenize
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
@@ -26,22 +21,21 @@ import numpy as np
 import torch.utils.data
 from PIL import Image, UnidentifiedImageError
 
-from dnnlib import UserError
+from dnnlib import UserError, limits
+from dnnlib.archives import open_member
 from dnnlib.file_kind import DAMAGED_ZIP, HEAD, NPY, NPZ, ZIP, describe_file
+from dnnlib.npy import read_header
 from training import file_names, pixels, zip_index
 from training.label_space import Labels, LabelSpace
+from training.pixels import IMAGE_EXTENSIONS, UNREADABLE, open_image
 from training.zip_index import ZipIndex
 
 HEADER_CHECK_LIMIT = 10_000  # up to so many images all headers are compared at construction; beyond, each image when it is read
 MAX_CLASSES = 1_000_000      # a class index beyond is taken for a damaged file: one-hot labels would not fit in memory
-MAX_LATENT_BYTES = 1 << 30   # of one file of latents; a header that claims more is damaged
 DIGESTED_FILES = 16          # whose bytes are in a data set's digest: sizes say little of uncompressed images
 LABEL_FILE = 'dataset.json'
 LATENT_EXTENSION = '.npy'
 NOT_A_ZIP = 'File is not a zip file'  # what zipfile says of any file without the record at the end of one
-
-# What Pillow and zipfile raise on damaged, encrypted or oversized files.
-UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
 
 #----------------------------------------------------------------------------
 # Files of a folder or a zip, by name.
@@ -103,13 +97,12 @@ class ImageFiles:
 
         Label files are told whatever their case and depth, so that none is passed over. Of a name that repeats, the last counts.
         """
-        readable = _readable_extensions()
         pictures, latents, label_files, others = [], [], [], []
         for i, (name, following) in enumerate(zip(names, itertools.chain(itertools.islice(names, 1, None), [None]))):
             if name == following or (('.' in name[:1] or '/.' in name or '__MACOSX' in name) and file_names.is_hidden(name)):
                 continue
             extension = name[name.rfind('.'):].lower()
-            if extension in readable:
+            if extension in IMAGE_EXTENSIONS:
                 pictures.append(i)
             elif extension == LATENT_EXTENSION:
                 latents.append(i)
@@ -135,7 +128,7 @@ class ImageFiles:
         """What is computed of a zip's directory and label file; for a large zip, what was computed of the same one earlier."""
         if self.is_folder or self._index.key is None or len(self._index) < zip_index.CACHE_FROM:
             return compute()
-        kinds = hashlib.blake2b(' '.join(sorted(_readable_extensions())).encode(), digest_size=4).hexdigest()
+        kinds = hashlib.blake2b(' '.join(sorted(IMAGE_EXTENSIONS)).encode(), digest_size=4).hexdigest()
         return zip_index.cached(self._index.key, f'{what}-{kinds}', compute)
 
     def entries(self) -> list[zip_index.Entry]:
@@ -171,20 +164,21 @@ class ImageFiles:
         except OSError as error:
             raise UserError(f'{error.filename} cannot be read: {error.strerror}') from error
 
-    def open(self, name: str) -> BinaryIO:
-        """The file of that name, for reading. Raises: one of `UNREADABLE`."""
+    def open(self, name: str, limit: int = limits.IMAGE_FILE, what: str = 'an image') -> BinaryIO:
+        """The file of that name, for reading, of at most `limit` bytes, as `what` has. Raises: one of `limits.UNREADABLE`."""
         if self.is_folder:
-            return open(self.path_of(name), 'rb')
+            limits.check_size(os.stat(path := self.path_of(name)).st_size, limit, what)
+            return open(path, 'rb')
         if self._zip is None or self._zip_owner != os.getpid():
             self._zip, self._zip_owner = zip_index.open_archive(self.path), os.getpid()
-        return self._zip.open(self._index.info(name))
+        return open_member(self._zip, self._index.info(name), limit, what)
 
     @contextlib.contextmanager
     def open_image(self, name: str) -> Iterator[Image.Image]:
         """The image of that name: at first its header, and with `load()`, inside the block, its pixels too. Raises: UserError."""
         try:
             with self.open(name) as file:
-                yield Image.open(file)
+                yield open_image(file, self._size_of(name))
         except UNREADABLE as error:
             what = self._what_it_is(name) if isinstance(error, UnidentifiedImageError) else None
             raise UserError(f'{self.path}: {name} is not a readable image ({what or error}); replace or remove it') from error
@@ -193,11 +187,13 @@ class ImageFiles:
     def open_latents(self, name: str) -> Iterator[LatentFile]:
         """The latents of that name: at first their header, and with `load()`, inside the block, their values. Raises: UserError."""
         try:
-            with self.open(name) as file:
+            with self.open(name, limits.LATENTS_FILE, 'a file of latents') as file:
                 yield LatentFile(file)
         except UNREADABLE as error:
             raise UserError(f'{self.path}: {name} is not a readable file of latents ({error}); make it again with dataset_tool.py') from error
 
+    def _size_of(self, name: str) -> int:
+        return os.stat(self.path_of(name)).st_size if self.is_folder else self._index.info(name).file_size
 
     def _what_it_is(self, name: str) -> str | None:
         """What a file is that is no image, as 'it is ...'; None where that cannot be told."""
@@ -214,24 +210,23 @@ class LatentFile:
     """
 
     def __init__(self, file: BinaryIO):
-        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         try:
-            self.shape, fortran_order, self._dtype = readers[np.lib.format.read_magic(file)](file)
-        except (ValueError, SyntaxError, KeyError, tokenize.TokenError) as error:
-            raise ValueError('its header cannot be read') from error
-        self._file, self._order = file, 'F' if fortran_order else 'C'
-        if len(self.shape) != 3 or self._dtype.kind != 'f' or self._dtype.itemsize > 4:
-            raise ValueError(f'its header says {self._dtype} {list(self.shape)}, not float32 or float16 and three dimensions')
+            self._header = read_header(file)
+        except limits.UNREADABLE as error:
+            raise ValueError(f'its header cannot be read: {error}') from error
+        self._file, self.shape, dtype = file, self._header.shape, self._header.dtype
+        if len(self.shape) != 3 or dtype.kind != 'f' or dtype.itemsize > 4:
+            raise ValueError(f'its header says {dtype} {list(self.shape)}, not float32 or float16 and three dimensions')
         if min(self.shape) < 1:
             raise ValueError('it is empty')
 
     def load(self) -> np.ndarray:
         """float32 [C, H, W]"""
-        size = math.prod(self.shape) * self._dtype.itemsize
-        data = self._file.read(size + 1) if size <= MAX_LATENT_BYTES else b''
+        size = self._header.nbytes
+        data = self._file.read(size + 1) if size <= limits.LATENTS_FILE else b''
         if len(data) != size:
             raise ValueError('it is shorter or longer than its header says')
-        values = np.frombuffer(data, self._dtype).reshape(self.shape, order=self._order).astype(np.float32, order='C')
+        values = np.frombuffer(data, self._header.dtype).reshape(self.shape, order=self._header.order).astype(np.float32, order='C')
         if not np.isfinite(values).all():
             raise ValueError('it holds numbers that are not finite')
         return values
@@ -250,14 +245,9 @@ def cure_of_kind(kind: str | None) -> str:
     return 'copy or make it again' if kind in (None, DAMAGED_ZIP) else 'name a folder or a zip of images'
 
 
-@functools.lru_cache(maxsize=1)
-def _readable_extensions() -> frozenset[str]:
-    return frozenset(extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN)
-
-
 def image_names(folder: str | os.PathLike) -> list[str]:
     """The sorted names of what `ImageFiles` takes for images or for latents in a folder, both at once if there are both; none is no error."""
-    kinds = _readable_extensions() | {LATENT_EXTENSION}
+    kinds = IMAGE_EXTENSIONS | {LATENT_EXTENSION}
     return sorted(name for name in file_names.walk(os.fspath(folder)) if os.path.splitext(name)[1].lower() in kinds)
 
 #----------------------------------------------------------------------------
@@ -312,7 +302,7 @@ def read_encoder(files: ImageFiles) -> dict | None:
     name = _label_file(files)
     try:
         encoder = None if name is None else _read_json(files, name).get('encoder')
-    except (*UNREADABLE, AttributeError) as error:
+    except limits.UNREADABLE as error:
         raise UserError(f'{files.path}: {name} is not {{"labels": [[name, label], ...]}} ({type(error).__name__}: {error})') from error
     if not isinstance(encoder, (dict, type(None))):
         raise UserError(f'{files.path}: the encoder in {name} is no object of constructor arguments; make it again with dataset_tool.py')
@@ -330,7 +320,8 @@ def _label_file(files: ImageFiles) -> str | None:
 
 
 def _read_json(files: ImageFiles, name: str):
-    with files.open(name) as file:
+    limit = max(limits.JSON_FILE, limits.LABELS_OF_IMAGE * len(files.images))
+    with files.open(name, limit, f'a label file of {len(files.images):,} images') as file:
         return json.loads(file.read(), object_pairs_hook=_without_repeats)
 
 
@@ -348,7 +339,7 @@ def _read_label_table(files: ImageFiles, name: str) -> tuple[dict | None, bool]:
         if pairs is None:
             return None, vectors
         pairs = [(file_names.with_slashes(image), label) for image, label in pairs]
-    except (*UNREADABLE, KeyError, TypeError, AttributeError) as error:
+    except limits.UNREADABLE as error:
         raise UserError(f'{files.path}: {name} is not {{"labels": [[name, label], ...]}} ({type(error).__name__}: {error})') from error
     table = dict(pairs)
     if len(table) < len(pairs) and (twice := next((image for image, label in pairs if table[image] != label), None)) is not None:

@@ -1,18 +1,36 @@
-"""From what an image file holds to 8-bit pixels, grey or RGB: orientation, transparency, ranges of integers; and the ways to a square."""
+"""From image files, of formats that are listed here, to 8-bit pixels, grey or RGB: orientation, transparency, ranges of integers; and the ways
+to a square."""
 from __future__ import annotations
 
-from typing import NamedTuple
+import contextlib
+import functools
+import importlib
+import os
+import warnings
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 from PIL.Image import Resampling, Transpose
 
-from dnnlib import UserError
+from dnnlib import UserError, limits
+
+# The formats that are read, with the module of Pillow that reads them, and their extensions. Pillow tells a file's format by its contents and knows
+# more: some start programs (EPS: Ghostscript), others hold no pixels or are hardly ever seen, and so hardly ever tested against hostile files.
+IMAGE_FORMATS = dict(
+    PNG=('Png', '.png .apng'), JPEG=('Jpeg', '.jpg .jpeg .jpe .jfif'), MPO=('Mpo', '.mpo'), WEBP=('WebP', '.webp'), AVIF=('Avif', '.avif .avifs'),
+    GIF=('Gif', '.gif'), BMP=('Bmp', '.bmp'), DIB=('Bmp', '.dib'), TIFF=('Tiff', '.tif .tiff'), PPM=('Ppm', '.pbm .pgm .ppm .pnm .pfm'),
+    JPEG2000=('Jpeg2K', '.jp2 .j2k .j2c .jpc .jpf .jpx'), TGA=('Tga', '.tga .icb .vda .vst'))
+IMAGE_EXTENSIONS = frozenset(extension for _, extensions in IMAGE_FORMATS.values() for extension in extensions.split())
+UNREADABLE = (*limits.UNREADABLE, Image.DecompressionBombError)  # what `open_image` and `load` of what it opens raise
+
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # from a size on that `open_image` refuses
 
 ORIENTATION = 0x0112  # the EXIF tag
 WHITE_IS_ZERO = 0x0106, 0  # TIFF's tag PhotometricInterpretation, and its value where 0 is white
 SIGNED = 0x0153, 2         # TIFF's tag SampleFormat, and its value for signed integers
 GREY_MODES = ('1', 'L', 'LA', 'La')
+PART = 1 << 20  # pixels that are looked up together
 # How a viewer turns the stored pixels, by EXIF orientation (1: not at all), and how that is undone.
 TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270,
          7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
@@ -27,27 +45,60 @@ class Picture(NamedTuple):
         orientation: 1 to 8, by which viewers turn it (EXIF).
         turned: whether `image` is so turned already: Pillow does that to TIFF.
         raw: the mode of the file's samples, in the name of Pillow's decoder, such as 'RGB;16B'; '' where there is none.
-        frames: how many pictures the file holds, of an animation or pages; `image` is the first.
+        animated: whether the file holds several pictures, of an animation or pages; `image` is the first.
     """
     image: Image.Image
     orientation: int = 1
     turned: bool = False
     raw: str = ''
-    frames: int = 1
+    animated: bool = False
 
     @classmethod
     def load(cls, image: Image.Image) -> Picture:
         """Of an image that is open, and whose pixels have not been read. Raises: what Pillow raises of damaged files."""
         raw, before = raw_mode(image), orientation(image) if image.format == 'TIFF' else 1
-        frames = getattr(image, 'n_frames', 1)
+        animated = getattr(image, 'is_animated', False)  # frames are not counted: there may be millions
         image.load()
         after = orientation(image)
-        return cls(image, max(before, after), before > after, raw, frames)
+        return cls(image, max(before, after), before > after, raw, animated)
 
     @property
     def loses_bits(self) -> bool:
         """Whether Pillow has kept the upper 8 bits only of 16 a channel."""
         return self.image.mode[0] not in 'IF' and has_16_bits(self.raw)
+
+#----------------------------------------------------------------------------
+# Files.
+
+@functools.lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """Those of `IMAGE_FORMATS` that this Pillow reads. No other plugins are loaded for them."""
+    for module in dict.fromkeys(module for module, _ in IMAGE_FORMATS.values()):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f'PIL.{module}ImagePlugin')
+    return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
+
+
+def open_image(file: str | os.PathLike | BinaryIO, size: int | None = None) -> Image.Image:
+    """An image of which only the header has been read, of one of `IMAGE_FORMATS` and of no more pixels than `limits.IMAGE_PIXELS`.
+
+    Args:
+        file: path, or a binary file, which has to stay open.
+        size: bytes of the file; only needed where `file` is no path.
+    Raises: one of `UNREADABLE`.
+    """
+    size = os.stat(file).st_size if size is None else size
+    limits.check_size(size, limits.IMAGE_FILE, 'an image')
+    image = Image.open(file, formats=_formats())
+    try:
+        if image.width * image.height > limits.IMAGE_PIXELS or max(image.size) > limits.IMAGE_SIDE:
+            raise limits.TooLarge(f'has {image.width} x {image.height} pixels, and an image has at most {limits.IMAGE_PIXELS:,}, '
+                                  f'and no side longer than {limits.IMAGE_SIDE:,}')
+        limits.check_inflation(image.width * image.height * len(image.getbands()), size, 'pixels')
+    except limits.TooLarge:
+        image.close()
+        raise
+    return image
 
 #----------------------------------------------------------------------------
 # Orientation.
@@ -56,7 +107,7 @@ def orientation(image: Image.Image) -> int:
     """1 to 8, of an image whose header is read; 1 where it says nothing sensible. Its pixels are not read for it."""
     try:
         value = Image.Image.getexif(image).get(ORIENTATION, 1)  # a PNG's own method reads the pixels, as the tag may follow them
-    except (OSError, ValueError, SyntaxError, KeyError, TypeError, IndexError, AttributeError, OverflowError, ArithmeticError):  # damaged EXIF
+    except UNREADABLE:  # damaged EXIF
         return 1
     return value if value in TURNS else 1
 
@@ -146,10 +197,11 @@ def _levels(picture: Picture, name: str) -> np.ndarray:
         raise UserError(f'{name} has integers of unknown range (mode {image.mode}{", " + picture.raw if picture.raw else ""}); '
                         'convert it to 8 bits, or to unsigned 16 bits from 0, black, to 65535, white')
     white = 4095 if picture.raw.startswith('I;12') else 65535
-    values = np.asarray(image).astype(np.float64)
+    levels = np.rint(np.arange(white + 1) * (255 / white)).astype(np.uint8)
     if _has_tag(image, *WHITE_IS_ZERO):
-        values = white - values
-    return np.rint(values * (255 / white)).astype(np.uint8)
+        levels = levels[::-1]
+    values = np.asarray(image).reshape(-1)
+    return np.concatenate([levels[values[i:i + PART]] for i in range(0, len(values), PART)]).reshape(image.height, image.width)
 
 
 def _has_tag(image: Image.Image, tag: int, value: int) -> bool:

@@ -438,6 +438,7 @@ def summary_writer_class():
 def pixels_of(path: str):
     """A PNG file as [H, W, 3] uint8."""
     import numpy as np
-    import PIL.Image
-    with PIL.Image.open(path) as image:
+
+    from training.pixels import open_image
+    with open_image(path) as image:
         return np.asarray(image.convert('RGB'))

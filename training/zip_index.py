@@ -11,7 +11,6 @@ import io
 import itertools
 import struct
 import zipfile
-import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,12 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dnnlib import UserError, util
+from dnnlib import UserError, limits, util
+from dnnlib.archives import BoundedZip
 from training import file_names
 
 CACHE_FROM = 100_000  # members; fewer are read as fast as they could be looked up
 FORMAT = 2            # of the cache's arrays, and of what is made of them
-DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error)
 FIELDS = dict(offset=np.uint64, compressed=np.uint64, size=np.uint64, crc=np.uint32, method=np.uint16, flags=np.uint16, attributes=np.uint32)
 SYMBOLIC_LINK = 0o12  # the upper four bits of a Unix file's mode, which are the upper four of its attributes
 EMPTY_ZIP = b'PK\5\6' + bytes(18)
@@ -86,10 +85,12 @@ class ZipIndex:
         key = tail and tail.key()
 
         def parse():
-            names, fields = (tail and _parse(tail)) or _parse_by_zipfile(path)
+            names, fields = (tail and _parse(tail)) or _parse_by_zipfile(path, limits.DATA_DIRECTORY if tail else limits.ZIP_DIRECTORY)
             order = sorted(range(len(names)), key=[_with_slashes(name) for name in names].__getitem__)
             names = Names.of([names[i] for i in order])
             _check_separators(names, path)
+            if fields['compressed'].astype(np.float64).sum() > Path(path).stat().st_size:
+                raise zipfile.BadZipFile('its members overlap, or lie beyond its end')
             return dict(blob=np.frombuffer(names.blob, np.uint8), ends=names.ends, **{name: array[order] for name, array in fields.items()})
         arrays = cached(key if tail and tail.count >= CACHE_FROM else None, 'directory', parse, _consistent)
         ends = arrays['ends']
@@ -162,7 +163,7 @@ class Tail(NamedTuple):
 
 
 def _find_directory(path: str) -> Tail | None:
-    """None where there is no such directory, or one is found in an unusual way only. Raises: OSError."""
+    """None where there is no such directory, or one is found in an unusual way only. Raises: OSError, BadZipFile, TooLarge."""
     with open(path, 'rb') as file:
         size = file.seek(0, io.SEEK_END)
         base = max(size - 22 - 65535 - 76, 0)
@@ -182,6 +183,10 @@ def _find_directory(path: str) -> Tail | None:
         start = base + end - length
         if start < offset:
             return None
+        limits.check_size(size - start, limits.DATA_DIRECTORY, 'the directory of a zip archive')
+        file.seek(start)
+        if length and file.read(4) != b'PK\1\2':
+            raise zipfile.BadZipFile('its directory is not where it says')
         file.seek(start)
         return Tail(file.read(), length, start - offset, size, count)
 
@@ -220,8 +225,8 @@ def _parse(tail: Tail) -> tuple[list[bytes], dict[str, np.ndarray]] | None:
     return names, {name: fields[name].astype(kind) for name, kind in FIELDS.items()}
 
 
-def _parse_by_zipfile(path: str) -> tuple[list[bytes], dict[str, np.ndarray]]:
-    with zipfile.ZipFile(path) as archive:
+def _parse_by_zipfile(path: str, directory: int) -> tuple[list[bytes], dict[str, np.ndarray]]:
+    with BoundedZip(path, directory) as archive:
         infos = archive.infolist()
     columns = zip(*((i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type, i.flag_bits, i.external_attr) for i in infos))
     arrays = [np.array(column, dtype=kind) for column, kind in zip(columns, FIELDS.values())] or [np.empty(0, kind) for kind in FIELDS.values()]
@@ -240,7 +245,7 @@ def cached(key: str | None, what: str, compute: Callable[[], dict[str, np.ndarra
     """
     path = None if key is None else Path(util.DEFAULT_CACHE_DIR).expanduser() / 'indices' / f'{key}-{what}.npz'
     if path is not None:
-        with contextlib.suppress(*DAMAGED), np.load(path, allow_pickle=False) as file:
+        with contextlib.suppress(*limits.UNREADABLE), np.load(path, allow_pickle=False) as file:
             arrays = dict(file)  # zipfile compares checksums
             if sound(arrays):
                 return arrays

@@ -1,0 +1,85 @@
+"""Zip and tar archives of strangers, read by Python's own modules, which get no more of a file at once than the kind of archive needs."""
+from __future__ import annotations
+
+import functools
+import io
+import os
+import tarfile
+import zipfile
+from typing import BinaryIO
+
+from dnnlib import limits
+
+PIECE = 4096  # compressed bytes of a method that may make a megabyte of 50: Python's zipfile takes all that these give at once
+
+
+class BoundedFile:
+    """A binary file of which no more than `at_once` bytes are read together, and none beyond `end`.
+
+    Raises: TooLarge, of `what`, where more is wanted.
+    """
+
+    def __init__(self, file: BinaryIO, at_once: int, what: str, end: int | None = None):
+        self.file, self.at_once, self.what, self.end = file, at_once, what, end
+        self.tell, self.close = file.tell, file.close
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or size < 0:
+            here, size = self.file.tell(), self.file.seek(0, os.SEEK_END)
+            size -= self.file.seek(here)
+        limits.check_size(size, self.at_once, self.what)
+        return self.file.read(size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if self.end is not None and whence == os.SEEK_SET:
+            limits.check_size(offset, self.end, self.what)
+        return self.file.seek(offset, whence)
+
+    def seekable(self) -> bool:
+        return True
+
+
+class BoundedZip(zipfile.ZipFile):
+    """A zip archive for reading, whose directory has at most `directory` bytes. Raises: one of `limits.UNREADABLE`."""
+
+    _file = None
+
+    def __init__(self, path: str | os.PathLike, directory: int = limits.ZIP_DIRECTORY):
+        self._file = BoundedFile(open(path, 'rb'), directory, 'the directory of a zip archive')  # noqa: SIM115 (closed below)
+        try:
+            super().__init__(self._file)
+        except BaseException:
+            self._file.close()
+            raise
+        self.filename = os.fspath(path)
+
+    def close(self) -> None:
+        super().close()
+        if self._file is not None:
+            self._file.close()
+
+
+def open_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int, what: str) -> BinaryIO:
+    """A member of a zip archive, for reading; it gives no more than the directory says, which is looked at first.
+
+    Args:
+        limit: bytes, uncompressed, that `what` has at most.
+    Raises: TooLarge, and what zipfile raises.
+    """
+    limits.check_size(info.file_size, limit, what)
+    limits.check_inflation(info.file_size, info.compress_size, what)
+    member = archive.open(info)
+    if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return member
+    with member:
+        return io.BytesIO(b''.join(iter(functools.partial(member.read, PIECE), b'')))
+
+
+class BoundedTar(tarfile.TarFile):
+    """A tar archive for reading, compressed or not, by `BoundedTar.open(fileobj=file)`; unpacked, it has at most `limits.TAR_ARCHIVE` bytes.
+
+    Raises: TooLarge, and what tarfile raises.
+    """
+
+    def __init__(self, name: str | None, mode: str, fileobj: BinaryIO, **others):
+        super().__init__(name, mode, BoundedFile(fileobj, limits.PICKLED_BATCH, "CIFAR-10's archive", limits.TAR_ARCHIVE), **others)

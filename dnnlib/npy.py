@@ -1,0 +1,64 @@
+"""Headers of NumPy's .npy files, read as data: nothing is executed, and no memory is taken on their word."""
+from __future__ import annotations
+
+import ast
+import math
+import re
+import struct
+import sys
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from dnnlib import limits
+
+START = b'\x93NUMPY'
+LENGTHS = {(1, 0): '<H', (2, 0): '<I'}  # of the header, by the version of the format
+KINDS = 'biufUS'                        # numbers, truth values and text
+MAX_DIMENSIONS = 32
+
+
+class Header(NamedTuple):
+    """What a .npy file says of its array."""
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    order: str  # 'C' or 'F'
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(file: BinaryIO) -> Header:
+    """The header of the .npy file at the file's position, which then is where the values begin.
+
+    Raises: one of `limits.UNREADABLE` where there is none, or it is of something else than plain numbers and text.
+    """
+    start = file.read(len(START) + 2)
+    if start[:len(START)] != START or len(start) < len(START) + 2:
+        raise ValueError('it does not begin as a .npy file does')
+    if (version := tuple(start[-2:])) not in LENGTHS:
+        raise ValueError(f'its format {version[0]}.{version[1]} is not one of plain arrays')
+    size, = struct.unpack(LENGTHS[version], file.read(struct.calcsize(LENGTHS[version])))
+    limits.check_size(size, limits.ARRAY_HEADER, 'the header of an array')
+    text = file.read(size).decode('latin-1')
+    if len(text) < size or '\\' in text:
+        raise ValueError('its header is damaged')
+    entries = ast.literal_eval(re.sub(r'(?<=\d)L\b', '', text.strip()))  # Python 2 wrote 3L
+    if not isinstance(entries, dict) or entries.keys() != {'descr', 'fortran_order', 'shape'}:
+        raise ValueError('its header does not say type, shape and order')
+    shape, dtype = entries['shape'], _dtype(entries['descr'])
+    if not isinstance(shape, tuple) or len(shape) > MAX_DIMENSIONS or not all(type(side) is int and side >= 0 for side in shape):
+        raise ValueError(f'its shape is {str(list(shape) if isinstance(shape, tuple) else shape)[:80]}')
+    if math.prod(max(side, 1) for side in shape) * dtype.itemsize > sys.maxsize:
+        raise ValueError(f'its shape is {str(list(shape))[:80]}, which no computer holds')
+    return Header(shape, dtype, 'F' if entries['fortran_order'] else 'C')
+
+
+def _dtype(code: object) -> np.dtype:
+    plain = isinstance(code, str) and re.fullmatch(r'[<>|=]?[a-zA-Z?]\d{0,9}', code)
+    dtype = np.dtype(code) if plain else None
+    if dtype is None or dtype.kind not in KINDS or dtype.itemsize == 0:
+        shown = str(code)[:40] if dtype is None else dtype
+        raise ValueError(f'it holds values of type {shown}, as its header says, not plain numbers or text (refused, nothing was executed)')
+    return dtype
