@@ -12,7 +12,6 @@ An entry is the statistics of one detector. Ours has `fid` under plain keys, whe
 """
 from __future__ import annotations
 
-import math
 import os
 import re
 import sys
@@ -23,30 +22,19 @@ from pathlib import Path
 import numpy as np
 
 from dnnlib.file_kind import another_kind
+from dnnlib.limits import MAX_TEXT, PICKLED_REFERENCE, UNREADABLE, check_size
+from dnnlib.npy import Header
 from dnnlib.util import UserError, atomic_write, local_path
-from metrics.arrays import ArchivedArrays, Header, may_be_images
+from metrics.arrays import ArchivedArrays, may_be_images
 from metrics.detectors import Detector
 from metrics.frechet import check_gaussian
 from torch_utils import distributed
-from torch_utils.restricted_pickle import (
-    DICTS,
-    ENCODED_BYTES,
-    NUMPY_ARRAYS,
-    NUMPY_SCALARS,
-    NUMPY_TYPES,
-    Call,
-    MalformedPickle,
-    Span,
-    latin1,
-    plain,
-    read_pickle,
-    text_of_bytes,
-)
+from torch_utils.restricted_pickle import MalformedPickle, plain, read_pickle
+from torch_utils.stored_arrays import PICKLE_NAMES, StoredArray, stored_array
 
 MAIN_ENTRY = 'fid'
 WANTED = 'reference statistics (.npz, made by fid.py ref)'
 AGAIN = 'Make the reference again with fid.py ref.'
-PICKLE_NAMES = frozenset(NUMPY_ARRAYS | NUMPY_SCALARS | NUMPY_TYPES | DICTS | {ENCODED_BYTES})
 ROWS = 4096  # of features, looked at together
 
 
@@ -271,9 +259,10 @@ class PickledArrays:
     def __init__(self, path: Path, name: str | os.PathLike):
         self.name, self._path = os.fspath(name), path
         try:
+            check_size(size := os.path.getsize(path), PICKLED_REFERENCE, 'a pickled reference')
             with open(path, 'rb') as file:
-                tree = read_pickle(file, os.path.getsize(path), PICKLE_NAMES)
-        except MalformedPickle as error:
+                tree = read_pickle(file, size, PICKLE_NAMES)
+        except UNREADABLE as error:
             raise UserError(f"{name} cannot be read as one of EDM2's references: it {error}. "
                             'Take the original file, or make a reference with fid.py ref.') from error
         self._nodes = {}
@@ -295,61 +284,34 @@ class PickledArrays:
         return list(self._nodes)
 
     def header(self, key: str) -> Header:
-        return self._array(key)[0]
+        found = self._find(key)
+        return found.header if isinstance(found, StoredArray) else Header(found.shape, found.dtype, 'C')
 
     def read(self, key: str) -> np.ndarray:
-        header, data = self._array(key)
-        return np.frombuffer(data(), header.dtype).reshape(header.shape, order=header.order)
+        found = self._find(key)
+        if not isinstance(found, StoredArray):
+            return found
+        with open(self._path, 'rb') as file:
+            return found.read(file)
 
     def map(self, key: str, verify: bool = False) -> np.ndarray:
         return self.read(key)
 
-    def _array(self, key: str):
-        """(header, function that reads the bytes) of an array, or of a number or text."""
+    def _find(self, key: str) -> StoredArray | np.ndarray:
+        """An array, whose values are still in the file, or a number, a text or a list of numbers."""
         node = self._nodes[key]
         try:
-            parts = _array_parts(node)
-            if parts is None:
-                value = np.array(plain(node))
-                if value.dtype.kind not in 'biufU':
-                    raise MalformedPickle(f'is of type {type(node).__name__}')
-                return Header(value.shape, value.dtype, 'C'), value.tobytes
-            header, data = parts
-            size = data.size if isinstance(data, Span) else len(data)
-            if size != header.nbytes:
-                raise MalformedPickle(f'says {header.dtype} {list(header.shape)}, and has {size:,} bytes')
-        except (MalformedPickle, ValueError) as error:
+            return stored_array(node) or _plain_array(node)
+        except UNREADABLE as error:
             raise UserError(f'{self.name}: {key} is no readable plain array: it {error}. '
                             'Take the original file, or make a reference with fid.py ref.') from error
-        return header, lambda: self._bytes(data)
-
-    def _bytes(self, data: Span | bytes) -> bytes:
-        if isinstance(data, bytes) or data.data is not None:
-            return data if isinstance(data, bytes) else data.data
-        with open(self._path, 'rb') as file:
-            file.seek(data.start)
-            return file.read(data.size)
 
 
-def _array_parts(node) -> tuple[Header, Span | bytes] | None:
-    """Header and values of a pickled numpy array; None for what is none.
-
-    Protocols 2 to 4 call `_reconstruct` and give it the state (version, shape, type, whether Fortran's order, values); protocol 5 calls
-    `_frombuffer` with (values, type, shape, order).
-    """
-    match node:
-        case Call(name=name, args=(values, Call(name='numpy.dtype') as dtype, tuple(shape), str(order))) if name in NUMPY_ARRAYS:
-            pass
-        case Call(name=name, state=(_, tuple(shape), Call(name='numpy.dtype') as dtype, bool(fortran), values)) if name in NUMPY_ARRAYS:
-            order = 'F' if fortran else 'C'
-        case _:
-            return None
-    code = dtype.args[0] if dtype.args else None
-    byte_order = dtype.state[1] if isinstance(dtype.state, tuple) and len(dtype.state) > 1 else None
-    if not (isinstance(code, str) and re.fullmatch(r'[iu][1248]|f[248]', code) and byte_order in ('<', '>', '|') and order in ('C', 'F')):
-        raise MalformedPickle('is an array of something else than numbers')
-    if not all(type(size) is int and size >= 0 for size in shape) or math.prod(shape) > sys.maxsize:
-        raise MalformedPickle('has no shape')
-    if not isinstance(values, Span):
-        values = latin1(text_of_bytes(values) or '')
-    return Header(shape, np.dtype(byte_order + code), order), values
+def _plain_array(node) -> np.ndarray:
+    """Of a number, a text or a list of numbers; texts in lists, which would all take as much as the longest, are none of a file of statistics."""
+    value = plain(node)
+    if isinstance(value, (list, tuple)):
+        return np.array(value, np.float64)
+    if not isinstance(value, (int, float, str)) or len(str(value)) > MAX_TEXT:
+        raise MalformedPickle(f'is of type {type(node).__name__}')
+    return np.array(value)

@@ -1,6 +1,7 @@
 """Reads pickles as data. Nothing is imported, called or executed, whatever the file says.
 
-The reader knows the opcodes that Python's binary protocols 2 to 5 emit, and turns names and calls into inert records:
+The reader knows the opcodes that Python's binary protocols 2 to 5 emit, and the first ones that one meets in protocol 0, so that what such a file
+names is told. It turns names and calls into inert records:
 `Name('collections.OrderedDict')`, `Call(name, args, state)`. Long byte strings are not read: a `Span` says where they lie, so that
 tensors can be read later, straight into their memory, or not at all. Opcodes and names outside the tables are refused.
 
@@ -236,6 +237,17 @@ class Reader:
         if isinstance(target, Call):
             target.state = state
 
+    def short_integer(self):
+        line = self.line()
+        if not re.fullmatch(r'-?[0-9]{1,19}', line):
+            raise MalformedPickle('has a number that is none')
+        self.stack.append({'00': False, '01': True}.get(line, int(line)))  # Python 2's booleans, which NumPy wrote with protocol 2 too
+
+    def push_dict(self):
+        items = self.pop_to_mark()
+        self.stack.append({})
+        self.set_items(items)
+
     def persistent_id(self):
         if not self.persistent_ids:
             raise MalformedPickle('refers to objects outside of it')
@@ -272,6 +284,10 @@ OPCODES: dict[int, Callable[[Reader], object]] = {code[0]: handler for code, han
     b')': lambda r: r.stack.append(()),
     b'\x8f': lambda r: r.stack.append(Call('builtins.set', ())),
     b'\x91': lambda r: r.replace_mark(lambda items: Call('builtins.frozenset', (items,))),
+    b'd': Reader.push_dict,                             # this one and the next three: protocol 0, short lines only
+    b'I': Reader.short_integer,
+    b'V': lambda r: r.stack.append(r.line()),
+    b'p': lambda r: r.memo.__setitem__(r.line(), r.stack[-1]),
     b'l': lambda r: r.replace_mark(list),
     b't': lambda r: r.replace_mark(tuple),
     b'\x85': lambda r: r.stack.append(tuple(r.pop(1))),

@@ -1,38 +1,38 @@
 """What dataset_tool.py reads: folders, zips, arrays, CIFAR-10, MNIST, LSUN and digits, as images one after another with their labels."""
 from __future__ import annotations
 
-import contextlib
 import gzip
+import importlib.util
 import io
 import itertools
+import math
+import mmap
+import os
 import pathlib
-import pickle
 import re
+import signal
 import struct
-import tarfile
-import zlib
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import click
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from dnnlib import UserError
-from dnnlib.file_kind import describe_file
-from training import file_names
-from training.dataset import UNREADABLE, ImageFiles, are_label_vectors, count_unused_labels, read_labels
+from dnnlib import UserError, limits
+from dnnlib.archives import BoundedTar
+from dnnlib.file_kind import HEAD, describe_file
+from dnnlib.text import printable
+from torch_utils.restricted_pickle import MalformedPickle, read_pickle
+from torch_utils.stored_arrays import PICKLE_NAMES, stored_array
+from training import file_names, lmdb_pipe
+from training.dataset import ImageFiles, are_label_vectors, count_unused_labels, read_labels
 from training.label_space import Labels
-from training.pixels import Picture, is_colour
+from training.pixels import UNREADABLE, Picture, is_colour, open_image
 
-if TYPE_CHECKING:
-    import lmdb
-
-# What tarfile, gzip and the pickle machine raise on damaged or hostile archives.
-DAMAGED_ARCHIVE = (OSError, EOFError, tarfile.TarError, zlib.error, struct.error)
-DAMAGED_PICKLE = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError, OverflowError,
-                  MemoryError)
 SHOWN = 5  # names that a message lists
 Label = int | list[float] | None
 
@@ -93,7 +93,7 @@ def first_of_each(labels: Sequence[int], count: int) -> list[int]:
 
 
 def note(text: str) -> None:
-    click.echo(f'Note: {text}', err=True)
+    click.echo(f'Note: {printable(text)}', err=True)
 
 
 def _what_is_wrong(path: pathlib.Path, error: Exception) -> str:
@@ -135,15 +135,19 @@ def read_idx(path: pathlib.Path, magic: int) -> np.ndarray:
     """The uint8 array of an IDX file, gzipped or not; the magic number's last byte is the number of dimensions."""
     try:
         with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as file:
-            data = file.read()
-        found, *shape = struct.unpack_from(f'>{1 + (magic & 0xff)}I', data)
-    except DAMAGED_ARCHIVE as error:
+            header = struct.Struct(f'>{1 + (magic & 0xff)}I')
+            found, *shape = header.unpack(file.read(header.size))
+            size = math.prod(shape)
+            if found == magic:
+                limits.check_size(size, limits.IDX_FILE, 'an IDX file')
+                limits.check_inflation(size, path.stat().st_size, 'its values')
+            data = file.read(size + 1) if found == magic else b''
+    except UNREADABLE as error:
         raise UserError(f'{path} is not a readable IDX file ({_what_is_wrong(path, error)}); download it again') from error
-    header = 4 * (1 + len(shape))
-    if found != magic or len(data) - header != int(np.prod(shape, dtype=object)):
+    if found != magic or len(data) != size:
         what = _what_is_wrong(path, ValueError(f'magic number {found:#x} instead of {magic:#x}, or a wrong length'))
         raise UserError(f'{path} is not a complete IDX file ({what}); download it again')
-    return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
+    return np.frombuffer(data, dtype=np.uint8).reshape(shape)
 
 
 def mnist_source(path: pathlib.Path, selection: Selection) -> Source:
@@ -163,65 +167,18 @@ def mnist_source(path: pathlib.Path, selection: Selection) -> Source:
 #----------------------------------------------------------------------------
 # CIFAR-10's pickles, read without running anything that they name.
 
-class InertArray:
-    """Stands in for `numpy.ndarray` in a pickle: takes down a uint8 array's shape and bytes."""
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, column_major, data = state
-        self.fill(data, dtype, shape, 'F' if column_major else 'C')
-
-    def fill(self, data: bytes | str, dtype: InertDtype, shape: tuple, order: str) -> InertArray:
-        if dtype.name not in ('u1', 'uint8', '|u1'):
-            raise ValueError(f'an array of type {dtype.name!r} instead of uint8')
-        data = data.encode('latin1') if isinstance(data, str) else data  # Python 2 wrote bytes as text
-        self.values = np.frombuffer(data, dtype=np.uint8).reshape(shape, order=order)
-        return self
-
-
-class InertDtype:
-    """Stands in for `numpy.dtype` in a pickle: takes down its name."""
-
-    def __init__(self, name: str, *_):
-        self.name = name
-
-    def __setstate__(self, state: tuple) -> None:
-        pass  # byte order and alignment, which bytes do not have
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """Python 3 writes bytes so in pickles for Python 2; any other codec is refused."""
-    if encoding != 'latin1':
-        raise ValueError(f'text in codec {encoding!r}')
-    return text.encode('latin1')
-
-
-ADMITTED = {
-    ('numpy', 'ndarray'): InertArray,
-    ('numpy', 'dtype'): InertDtype,
-    ('_codecs', 'encode'): _encode,
-    **{(f'numpy.{core}.multiarray', '_reconstruct'): lambda *_: InertArray() for core in ('core', '_core')},
-    **{(f'numpy.{core}.numeric', '_frombuffer'): lambda *state: InertArray().fill(*state[:4]) for core in ('core', '_core')},
-}
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads plain data and uint8 arrays. An admitted name maps to one of the harmless stand-ins above; any other is refused, and named."""
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in ADMITTED:
-            raise pickle.UnpicklingError(f'it names {module}.{name}, which is no plain array; nothing of it was run')
-        return ADMITTED[module, name]
-
-
 def read_cifar_batch(data: bytes, source: str) -> tuple[np.ndarray, list[int]]:
-    """uint8 [N, 32, 32, 3] images and N class indices of one pickled CIFAR-10 batch."""
+    """uint8 [N, 32, 32, 3] images and N class indices of one pickled CIFAR-10 batch, which is read as data."""
+    file = io.BytesIO(data)
     try:
-        batch = ArrayUnpickler(io.BytesIO(data), encoding='latin1').load()
-        images, labels = batch['data'].values.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), batch['labels']
+        batch = read_pickle(file, len(data), PICKLE_NAMES)
+        images, labels = stored_array(batch['data'], wanted='uint8', codes='u1').read(file), batch['labels']
+        images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         if len(images) != len(labels) or not all(type(label) is int and 0 <= label < 10 for label in labels):
             raise ValueError(f'its {len(images)} images do not go with {len(labels)} labels, or a label is not in 0..9')
-    except DAMAGED_PICKLE as error:
-        raise UserError(f'{source} is not a CIFAR-10 batch ({error}); download cifar-10-python.tar.gz again') from error
+    except UNREADABLE as error:
+        what = f'it {error}' if isinstance(error, MalformedPickle) else error
+        raise UserError(f'{source} is not a CIFAR-10 batch ({what}); download cifar-10-python.tar.gz again') from error
     return images, labels
 
 
@@ -229,11 +186,16 @@ def cifar10_source(path: pathlib.Path, selection: Selection) -> Source:
     """The training batches of `cifar-10-python.tar.gz`: 50,000 images of 32x32, 10 classes."""
     batches = {}
     try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if member.isfile() and (match := re.search(r'(?:^|/)data_batch_(\d+)$', member.name)):
+        with open(path, 'rb') as file, BoundedTar.open(fileobj=file) as archive:
+            for number, member in enumerate(archive):
+                if number == limits.TAR_MEMBERS:
+                    raise limits.TooLarge(f'has more than {number:,} files')
+                if member.isreg() and (match := re.search(r'(?:^|/)data_batch_([0-9]{1,3})$', member.name)):
+                    limits.check_size(member.size, limits.PICKLED_BATCH, 'a CIFAR-10 batch')
                     batches[int(match[1])] = member.name, archive.extractfile(member).read()
-    except DAMAGED_ARCHIVE as error:
+    except limits.TooLarge as error:
+        raise UserError(f'{path} is not cifar-10-python.tar.gz (it {error}); unpack other archives and name their folder') from error
+    except UNREADABLE as error:
         raise UserError(f'{path} is not a complete tar archive ({_what_is_wrong(path, error)}); download it again') from error
     if not batches:
         raise UserError(f'{path} holds no CIFAR-10 batches (data_batch_1, ...); the tar archive to name is cifar-10-python.tar.gz; '
@@ -303,8 +265,8 @@ def folder_labels(files: ImageFiles, leave_out: bool) -> tuple[list[str], list[i
                             '--labels-from=none, or move them.')
         note(f'{where}, and are left out.')
     _check_class_names(files, found)
-    click.echo(f'Labels from {len(found.names)} class folders: ' + ', '.join(f'{name}={i}' for i, name in enumerate(found.names[:10]))
-               + (', ...' if len(found.names) > 10 else ''), err=True)
+    shown = ', '.join(f'{name}={i}' for i, name in enumerate(found.names[:10])) + (', ...' if len(found.names) > 10 else '')
+    click.echo(printable(f'Labels from {len(found.names)} class folders: {shown}'), err=True)
     pairs = [(name, label) for name, label in zip(files.images, found.labels) if label is not None]
     return [name for name, _ in pairs], [label for _, label in pairs], found.names
 
@@ -371,26 +333,72 @@ def _read(files: ImageFiles, name: str) -> Picture:
         return Picture.load(image)
 
 
-@contextlib.contextmanager
-def open_lmdb(path: pathlib.Path) -> Iterator[lmdb.Transaction]:
-    """A read transaction over the data base. Raises: UserError."""
+def read_lmdb(path: pathlib.Path, count: int) -> Iterator[int | tuple[bytes, bytes]]:
+    """How many records a data base has, then the first `count` of them, (key, value). Raises: UserError.
+
+    They come from a process of their own (`lmdb_pipe`): where pages are damaged or missing, it ends by a signal, and this process does not.
+    """
+    if importlib.util.find_spec('lmdb') is None:
+        raise UserError(f'{path} is an LMDB data base, and the lmdb package is not installed; run: pip install lmdb')
+    command = [sys.executable, lmdb_pipe.__file__, os.path.abspath(path), str(count)]
     try:
-        import lmdb
-    except ImportError as error:
-        raise UserError(f'{path} is an LMDB data base, and the lmdb package is not installed; run: pip install lmdb') from error
-    try:
-        with lmdb.open(str(path), readonly=True, lock=False) as base, base.begin(buffers=True) as transaction:
-            yield transaction
-    except lmdb.Error as error:
+        shortage = _shortage_of_lmdb(path / 'data.mdb')
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            try:
+                total, = lmdb_pipe.HEAD.unpack(_take(process, lmdb_pipe.HEAD.size))
+                yield total
+                for _ in range(min(count, total)):
+                    key, value = lmdb_pipe.LENGTHS.unpack(_take(process, lmdb_pipe.LENGTHS.size))
+                    limits.check_size(key + value, limits.IMAGE_FILE, 'an image')
+                    yield _take(process, key), _take(process, value)
+            except EOFError as error:
+                said, status = process.stderr.read().decode(errors='replace').strip().splitlines(), process.wait()
+                signaled = f'it is damaged: reading it ends in {signal.Signals(-status).name}' if status < 0 else 'it ends before its last record'
+                raise ValueError(said[-1] if said else shortage or signaled) from error
+            finally:
+                process.kill()
+    except UNREADABLE as error:
         raise UserError(f'{path} is not a readable LMDB data base ({error}); copy or download it again') from error
+
+
+def _take(process: subprocess.Popen, size: int) -> bytes:
+    """What a process writes next. Raises: EOFError where it has ended before."""
+    data = process.stdout.read(size)
+    if len(data) < size:
+        raise EOFError
+    return data
+
+
+def _shortage_of_lmdb(path: pathlib.Path) -> str:
+    """Words for a file that is shorter than the newer of its two meta pages says; '' where it is not.
+
+    Pages at its end that were never used may be missing, so only their reader can tell. Raises: ValueError where it could not: a page ends within
+    a page of memory, whose rest would be zeros, or the meta pages are none; OSError.
+
+    A page begins with 16 bytes of its own. Magic number, version, address, size of the map, two tables of 48 bytes, of which the first begins with
+    the size of pages, number of the last page and of the transaction follow (LMDB's mdb.c, MDB_meta, data version 1).
+    """
+    meta = struct.Struct('<16xIIQQI92xQQ')
+    with open(path, 'rb') as file:
+        length = os.fstat(file.fileno()).st_size
+        pages = [meta.unpack(file.read(meta.size).ljust(meta.size, b'\0'))]
+        size = pages[0][4]
+        if pages[0][:2] != (0xbeefc0de, 1) or size not in (1 << bits for bits in range(8, 17)):
+            raise ValueError('it does not begin as one')
+        file.seek(size)
+        pages.append(meta.unpack(file.read(meta.size).ljust(meta.size, b'\0')))
+    wanted = (max(pages, key=lambda page: page[6])[5] + 1) * size
+    shortage = f'it has {length:,} bytes, and {wanted:,} by its own account' if length < wanted else ''
+    if length % size or (shortage and length % mmap.PAGESIZE):
+        raise ValueError(shortage or f'it ends within a page of {size:,} bytes')
+    return shortage
 
 
 def lmdb_source(path: pathlib.Path, selection: Selection) -> Source:
     """An LSUN `*_lmdb` folder of JPEG or WebP images, in the order of its keys, without labels."""
     if selection.labels_from in ('folders', 'dataset.json'):
         raise UserError(f'--labels-from={selection.labels_from} is for folders and zips of images, and {path} is an LMDB data base; leave it out')
-    with open_lmdb(path) as transaction:
-        count = transaction.stat()['entries']
+    count, = read_lmdb(path, 0)
     if count == 0:
         raise UserError(f'{path} holds no images')
     rows = selection.rows(None, count)
@@ -398,11 +406,13 @@ def lmdb_source(path: pathlib.Path, selection: Selection) -> Source:
 
 
 def _lmdb_items(path: pathlib.Path, count: int) -> Iterator[Item]:
-    with open_lmdb(path) as transaction:
-        for i, (key, value) in enumerate(itertools.islice(transaction.cursor(), count)):
-            name = f'{path}: {bytes(key).decode("ascii", "backslashreplace")}'
-            try:
-                picture = Picture.load(Image.open(io.BytesIO(value)))
-            except UNREADABLE as error:
-                raise UserError(f'{name} is not a readable image ({error}); replace or remove it') from error
-            yield Item(i, name, picture, None)
+    records = read_lmdb(path, count)
+    next(records)
+    for i, (key, value) in enumerate(records):
+        name = f'{path}: {key.decode("ascii", "backslashreplace")}'
+        try:
+            picture = Picture.load(open_image(io.BytesIO(value), len(value)))
+        except UNREADABLE as error:
+            what = describe_file(value[:HEAD]) if isinstance(error, UnidentifiedImageError) else None
+            raise UserError(f'{name} is not a readable image ({f"it is {what}" if what else error}); replace or remove it') from error
+        yield Item(i, name, picture, None)
