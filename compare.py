@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 DIGITS = 'digits'
 STUDENTS = [name for name, objective in OBJECTIVES.items() if objective.loss]
-COUNT = click.IntRange(min=1)
 TRAINING, MEASURING = 'Training', 'Measuring'
 DAMAGED = '{} is damaged: delete it, or choose another --outdir.'
 GOES_ON = 'the same command again goes on from here.'
@@ -52,7 +51,7 @@ class Counts(cli.NumberList):
 
     def convert(self, value, param, ctx):
         numbers = super().convert(value, param, ctx)
-        if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
+        if not numbers or len(set(numbers)) < len(numbers):
             self.fail(f'{value!r} is no list of different numbers from 1 on', param, ctx)
         return sorted(numbers)
 
@@ -414,24 +413,25 @@ def write_labels(outdir: Path, labels: np.ndarray | None) -> str | None:
             help="Data set, made by dataset_tool.py; or digits: scikit-learn's, with rulers and options that suit them.")
 @cli.option('--teacher', metavar='PKL|URL', type=cli.PATH,
             help="Diffusion model that all students start from.  [default: for the digits the demo's, trained first]")
-@cli.option('--jobs', metavar='INT', type=COUNT, default=2, show_default=True, help='Commands that run side by side.')
+@cli.option('--jobs', metavar='INT', type=cli.SOME_WORKERS, default=2, show_default=True, help='Commands that run side by side.')
 @cli.option('--objectives', metavar='LIST', type=Objectives(), default='all', show_default=True, group=TRAINING, help='What to compare.')
-@cli.option('--budget', metavar='INT', type=COUNT, default=10000, show_default=True, group=TRAINING,
+@cli.option('--budget', metavar='INT', type=cli.COUNT, default=10000, show_default=True, group=TRAINING,
             help="Network evaluations of a training for each place in the batch; a student's forward and backward pass counts 3.")
-@cli.option('--batch', metavar='INT', type=COUNT, default=digits.BATCH, show_default=True, group=TRAINING, help='Batch size of all trainings.')
+@cli.option('--batch', metavar='INT', type=cli.BATCH, default=digits.BATCH, show_default=True, group=TRAINING, help='Batch size of all trainings.')
 @cli.option('--seeds', metavar='LIST', type=cli.Seeds(), default='0', show_default=True, group=TRAINING, help='Seeds to train each with.')
 @cli.option('--with', 'extra', metavar='NAME:OPTIONS', type=OptionsFor(), multiple=True, group=TRAINING,
             help="More options of train.py for an objective, or for its student of S steps, as in 'direct:--top-mass=1' or 'direct-8:--substeps=2'.")
-@cli.option('--steps', metavar='LIST', type=Counts(), default='1,2,4,8', show_default=True, group=MEASURING, help='Numbers of sampling steps.')
-@cli.option('--reference-steps', metavar='INT', type=click.IntRange(min=2), default=256, show_default=True, group=MEASURING,
+@cli.option('--steps', metavar='LIST', type=Counts(cli.STEPS), default='1,2,4,8', show_default=True, group=MEASURING,
+            help='Numbers of sampling steps.')
+@cli.option('--reference-steps', metavar='INT', type=cli.LEVELS, default=256, show_default=True, group=MEASURING,
             help="Heun steps of the teacher's images that all others are held against.")
-@cli.option('--num', metavar='INT', type=click.IntRange(min=SHOWN), group=MEASURING,
+@cli.option('--num', metavar='INT', type=cli.Integer(min=SHOWN), group=MEASURING,
             help='Images of each model.  [default: 50000; on the digits 6000]')
 @cli.option('--ref', 'refs', metavar='NPZ|URL', type=cli.PATH, multiple=True, group=MEASURING,
             help='Reference statistics, made by fid.py ref. Several: the plot shows the first.  [default: for the digits three rulers]')
 @cli.option('--detector', 'detectors', metavar='PATH|URL', type=cli.PATH, multiple=True, group=MEASURING,
             help="Detector of each --ref, in the same order.  [default: NVIDIA's Inception]")
-@cli.option('--sample-batch', metavar='INT', type=COUNT, default=256, show_default=True, group=MEASURING, help='Images at a time.')
+@cli.option('--sample-batch', metavar='INT', type=cli.BATCH, default=256, show_default=True, group=MEASURING, help='Images at a time.')
 @cli.argument('train_options', nargs=-1, type=click.UNPROCESSED, help='Options of train.py for all trainings, behind --.')
 def main(outdir, data, teacher, jobs, objectives, budget, batch, seeds, extra, steps, reference_steps, num, refs, detectors, sample_batch,
          train_options):

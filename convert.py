@@ -34,16 +34,16 @@ class ConvertOrInfo(cli.Command):
 @cli.argument('dest', metavar='DST', type=cli.PATH, help='File to write, or replace; for diffusers a new folder. It appears when it is complete.')
 @cli.option('--from', 'reader', type=click.Choice(READERS), default='snapshot', show_default=True, help='What SRC is.')
 @cli.option('--to', 'writer', type=click.Choice(WRITERS), default='snapshot', show_default=True, help='What DST shall be; diffusers: a new folder.')
-@cli.option('--timesteps', type=click.IntRange(min=2), metavar='INT',
+@cli.option('--timesteps', type=cli.LEVELS, metavar='INT',
             help="Noise levels that a consistency model was trained on, in which diffusers' multistep sampling counts: 40 for cd_*.pt, "
                  '201 for ct_imagenet64.pt, 151 for the other ct_*.pt.  [default: what a snapshot says; 40]')
 @cli.option('--kind', type=click.Choice(['consistency', 'edm']), group=OPENAI,
             help='Consistency model (cd_*.pt, ct_*.pt) or diffusion model (edm_*.pt).  [default: consistency]')
-@cli.option('--resolution', type=click.IntRange(min=1), metavar='INT', group=OPENAI,
+@cli.option('--resolution', type=cli.SIDE, metavar='INT', group=OPENAI,
             help='Image resolution.  [default: the coarsest level is taken to be 8x8, as in all that were published]')
-@cli.option('--channels-per-head', type=click.IntRange(min=1), metavar='INT', group=OPENAI,
+@cli.option('--channels-per-head', type=cli.SIDE, metavar='INT', group=OPENAI,
             help='Channels of an attention head, num_head_channels there.  [default: 64]')
-@cli.option('--heads', type=click.IntRange(min=1), metavar='INT', group=OPENAI,
+@cli.option('--heads', type=cli.SIDE, metavar='INT', group=OPENAI,
             help='Number of attention heads at every level instead, num_heads there.')
 @cli.option('--attention-order', type=click.Choice(['qkv-first', 'heads-first']), group=OPENAI,
             help='What the channels of attention are ordered by first. heads-first: trained without flash attention.  [default: qkv-first]')

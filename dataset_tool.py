@@ -19,7 +19,7 @@ import click
 import numpy as np
 
 from dnnlib import UserError
-from dnnlib.cli import PATH, Command, option
+from dnnlib.cli import COUNT, PATH, Command, option, shown
 
 if TYPE_CHECKING:  # Pillow and torch are imported where they are used, so that --help stays fast
     from PIL.Image import Image
@@ -360,9 +360,9 @@ class Resolution(click.ParamType):
     def convert(self, value, param, ctx):
         if isinstance(value, tuple):
             return value
-        match = re.fullmatch(r'([1-9]\d*)x([1-9]\d*)', value)
+        match = re.fullmatch(r'([1-9][0-9]{0,4})x([1-9][0-9]{0,4})', value)
         if match is None:
-            self.fail(f'{value!r} is not WIDTHxHEIGHT, such as 64x64', param, ctx)
+            self.fail(f'{shown(value)} is not WIDTHxHEIGHT, such as 64x64', param, ctx)
         return int(match[1]), int(match[2])
 
 
@@ -379,8 +379,9 @@ class Background(click.ParamType):
             rgb = ImageColor.getrgb(value)
         except ValueError:
             rgb = ()
-        if len(rgb) != 3:
-            self.fail(f'{value!r} is not an opaque color: a name of CSS, such as white, black or gray, or #rrggbb, or rgb(255, 255, 255)', param, ctx)
+        if len(rgb) != 3 or max(rgb) > 255:
+            self.fail(f'{shown(value)} is not an opaque color: a name of CSS, such as white, black or gray, or #rrggbb, or rgb(255, 255, 255)',
+                      param, ctx)
         return Color(rgb, value)
 
 
@@ -388,8 +389,8 @@ class Background(click.ParamType):
 @option('--source', required=True, metavar='PATH|digits', type=PATH, group='Input',
         help='Folder or zip of images; an .npz or .npy of uint8 images; cifar-10-python.tar.gz; MNIST\'s train-images-idx3-ubyte[.gz], its labels '
              'beside it (28x28 images are padded to 32x32); an LSUN *_lmdb folder; or "digits", scikit-learn\'s 1,797 images of 8x8.')
-@option('--max-images', type=click.IntRange(min=1), metavar='INT', group='Input', help='Convert the first so many images only.  [default: all]')
-@option('--max-images-per-class', type=click.IntRange(min=1), metavar='INT', group='Input',
+@option('--max-images', type=COUNT, metavar='INT', group='Input', help='Convert the first so many images only.  [default: all]')
+@option('--max-images-per-class', type=COUNT, metavar='INT', group='Input',
         help='Convert the first so many images of each class only.  [default: all]')
 @option('--labels-from', type=click.Choice(['auto', 'folders', 'dataset.json', 'none']), default='auto', show_default=True, group='Input',
         help='Where labels come from. auto: the source\'s dataset.json; without one, its class folders, beside which no other images may lie. '

@@ -105,9 +105,9 @@ def report(story: Story, rows: list[dict], minutes: float) -> None:
 
 @click.command(cls=cli.Command)
 @cli.option('--outdir', metavar='DIR', type=cli.PATH, default='demo-out', show_default=True, help='Folder for everything that the demo writes.')
-@cli.option('--scale', metavar='FLOAT', type=cli.POSITIVE, default=1.0, show_default=True,
+@cli.option('--scale', metavar='FLOAT', type=cli.SOME_FACTOR, default=1.0, show_default=True,
             help='Factor on the training steps; below 1 on the number of samples too. The table means nothing for small values.')
-@cli.option('--jobs', metavar='INT', type=click.IntRange(min=1), default=2, show_default=True, help='Commands that run side by side.')
+@cli.option('--jobs', metavar='INT', type=cli.SOME_WORKERS, default=2, show_default=True, help='Commands that run side by side.')
 def main(outdir, scale, jobs):
     """Train a teacher on real digits, distil students of 8 and fewer steps in two ways, compare them, and write a report. Minutes on two cores."""
     start = time.time()

@@ -388,7 +388,7 @@ def editing_options(steps: str):
         cli.option('--outdir', metavar='DIR', type=cli.PATH, required=True, help='Folder for images/NAME-SEED.png and grid.png.'),
         cli.option('--indices', metavar='LIST', type=cli.IntRanges(), help='Images of the input by their place in it, as in 0-7.  [default: all]'),
         cli.option('--seeds', metavar='LIST', type=cli.Seeds(), default='0', show_default=True, help='A result of each image for every seed.'),
-        cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images at a time.'),
+        cli.option('--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, help='Images at a time.'),
     ]
 
     def decorate(command):
@@ -433,7 +433,7 @@ class Box(click.ParamType):
     def convert(self, value, param, ctx):
         if isinstance(value, list):
             return value
-        box = cli.NumberList(int).convert(value, param, ctx)
+        box = cli.NumberList(cli.Integer(min=0, max=1 << 16)).convert(value, param, ctx)
         if len(box) != 4 or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
             self.fail(f'{value!r} is not LEFT,TOP,RIGHT,BOTTOM, as in 0,4,8,8', param, ctx)
         return box
@@ -490,7 +490,7 @@ def colorize(c):
 
 
 @main.command()
-@cli.option('--factor', metavar='INT', type=click.IntRange(min=2), required=True, help='Side of the block of pixels that each becomes.')
+@cli.option('--factor', metavar='INT', type=cli.Integer(min=2, max=1 << 16), required=True, help='Side of the block of pixels that each becomes.')
 @editing_options(EDITED_STEPS)
 def superres(c, factor):
     """Make up the detail of small images, or of large ones that are averaged first; the average of every block stays."""
@@ -507,7 +507,7 @@ SIGMA_HELP = 'Standard deviation of the noise, for pixels in [-1, 1]: 127.5 time
 
 
 @main.command()
-@cli.option('--sigma', metavar='FLOAT', type=cli.POSITIVE, required=True, help=SIGMA_HELP)
+@cli.option('--sigma', metavar='FLOAT', type=cli.SIGMA, required=True, help=SIGMA_HELP)
 @editing_options(STARTED_STEPS)
 def stroke(c, sigma):
     """Images from strokes of a brush, or from any other rough image: noise is added that drowns what is wrong with them, then removed."""
@@ -515,7 +515,7 @@ def stroke(c, sigma):
 
 
 @main.command()
-@cli.option('--sigma', metavar='FLOAT', type=cli.POSITIVE, required=True, help=SIGMA_HELP)
+@cli.option('--sigma', metavar='FLOAT', type=cli.SIGMA, required=True, help=SIGMA_HELP)
 @cli.option('--add-noise', is_flag=True, help='The images have no noise yet: add it.')
 @editing_options(STARTED_STEPS)
 def denoise(c, sigma, add_noise):
@@ -534,8 +534,8 @@ def start_at(c: EasyDict, sigma: float, add_noise: bool) -> None:
 @cli.option('--network', metavar='PKL|URL', type=cli.PATH, required=True, help='Snapshot of any network.')
 @cli.option('--outdir', metavar='DIR', type=cli.PATH, required=True, help='Folder for images/%06d.png and grid.png.')
 @cli.option('--seeds', metavar='LIST', type=cli.Seeds(repeats=True), required=True, help='Two seeds or more, from each to the next.')
-@cli.option('--count', metavar='INT', type=click.IntRange(min=2), default=8, show_default=True, help='Images from one seed to the next, with both.')
-@cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images at a time.')
+@cli.option('--count', metavar='INT', type=cli.LEVELS, default=8, show_default=True, help='Images from one seed to the next, with both.')
+@cli.option('--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, help='Images at a time.')
 @sampling_options()
 def interpolate(network, outdir, seeds, count, batch, sampling):
     """Images between those of two seeds: latents between theirs, all else that is random as the first one's."""

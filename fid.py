@@ -55,9 +55,9 @@ def shared_options(command):
         cli.option('--dinov2', metavar='DIR', type=cli.PATH, group=DETECTOR,
                    help="DINOv2 ViT-L/14 for fd_dinov2, as transformers' save_pretrained writes it.  [default: downloaded once]"),
         cli.option('--detector-sha256', metavar='HEX', group=DETECTOR, help='Digest that the detector file must have.'),
-        cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, group=SPEED,
+        cli.option('--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, group=SPEED,
                    help='Images at a time, for each process.'),
-        cli.option('--workers', metavar='INT', type=click.IntRange(min=1), default=4, show_default=True, group=SPEED,
+        cli.option('--workers', metavar='INT', type=cli.SOME_WORKERS, default=4, show_default=True, group=SPEED,
                    help='Threads that decode images, for each process.'),
         cli.option('--cache', metavar='DIR', type=cli.PATH, group=SPEED,
                    help='Keep features here: what was stopped goes on, other measures of the same images start from them.'),
@@ -93,11 +93,11 @@ def main():
 @cli.option('--ref', metavar='PATH|URL', type=cli.PATH, help='Reference: statistics (.npz, .pkl), or the images themselves (folder, zip, array).')
 @cli.option('--metrics', 'measures', metavar='LIST', type=Measures(), default='fid', show_default=True,
             help='What to compute, from one pass: fid, fid_inf, kid, precision, recall, density, coverage, is, fd_dinov2.')
-@cli.option('--num', metavar='INT', type=click.IntRange(min=2),
+@cli.option('--num', metavar='INT', type=cli.Integer(min=2),
             help=f'Images to use: a random subset where there are more, an error where there are fewer.  [default: {DEFAULT_NUM}]')
-@cli.option('--bootstrap', metavar='INT', type=click.IntRange(min=0), default=0, show_default=True,
+@cli.option('--bootstrap', metavar='INT', type=cli.Integer(min=0, max=1_000_000), default=0, show_default=True,
             help='Resamples for a 95 % interval of the sampling noise (not the bias); each costs about one more distance. 0 for none.')
-@cli.option('--nearest-k', metavar='INT', type=click.IntRange(min=1),
+@cli.option('--nearest-k', metavar='INT', type=cli.COUNT,
             help='Neighbour that sets the radius.  [default: 3 for precision and recall, 5 for density and coverage]')
 @cli.option('--json', 'json_path', metavar='FILE', type=cli.PATH, help='Write the results to this file too.')
 @shared_options
@@ -146,8 +146,8 @@ def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, se
 @cli.option('--dest', metavar='FILE', type=cli.PATH, required=True, help='The .npz to write.')
 @cli.option('--metrics', 'measures', metavar='LIST', type=Measures('fid', 'fd_dinov2'), default='fid', show_default=True,
             help='Of which detectors: fid, the one of --detector, and fd_dinov2.')
-@cli.option('--num', metavar='INT', type=click.IntRange(min=2), help='Images to use, a random subset.  [default: all]')
-@cli.option('--features', metavar='INT', type=click.IntRange(min=0), default=0, show_default=True,
+@cli.option('--num', metavar='INT', type=cli.Integer(min=2), help='Images to use, a random subset.  [default: all]')
+@cli.option('--features', metavar='INT', type=cli.Integer(min=0), default=0, show_default=True,
             help='Store the features of so many images too, a random subset: kid, precision, recall, density and coverage need them.')
 @shared_options
 def ref(path, dest, measures, num, features, **options):
@@ -188,8 +188,9 @@ def check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_s
         raise click.UsageError(f'--ref is missing, and {", ".join(needy)} compare with a reference.')
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise click.UsageError('The same --images are given twice.')
-    seeds = [seed for _, seeds in seed_sets for seed in seeds]
-    if len(set(seeds)) < len(seeds):
+    if sum(len(seeds) for _, seeds in seed_sets) > cli.MAX_NUMBERS:
+        raise click.UsageError(f'--seeds: more than {cli.MAX_NUMBERS:,} in all.')
+    if cli.repeated(seed for _, seeds in seed_sets for seed in seeds):
         raise click.UsageError('Some seeds are given twice; the same images again say nothing new.')
     if bootstrap and not measures.keys() & {'fid', 'fd_dinov2'}:
         raise click.UsageError('--bootstrap is for fid and fd_dinov2.')

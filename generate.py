@@ -13,7 +13,7 @@ STUDENT, CM, TEACHER = 'Students', 'Consistency models (--solver=cm)', 'Teachers
 
 
 def class_option(group: str | None = None):
-    return cli.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), group=group,
+    return cli.option('--class', 'class_idx', metavar='INT', type=cli.Integer(min=0), group=group,
                       help='Class of all images.  [default: random, by seed]')
 
 
@@ -45,27 +45,27 @@ def sampling_options(group: str | None = None, teachers: bool = True,
     options = [
         class_option(group),
         labels_option(group),
-        cli.option('--steps', metavar='INT', type=click.IntRange(min=1), **general,
+        cli.option('--steps', metavar='INT', type=cli.STEPS, **general,
                    help=f'Sampling steps.  [default: {steps}]'),
         cli.option('--solver', type=click.Choice(solvers), **general, help=f'Sampler.  [default: {what_it_is}]'),
-        cli.option('--sigma_min', metavar='FLOAT', type=cli.POSITIVE, **general, help='Lowest noise level.  [default: varies]'),
-        cli.option('--sigma_max', metavar='FLOAT', type=cli.POSITIVE, **general, help='Highest noise level.  [default: varies]'),
+        cli.option('--sigma_min', metavar='FLOAT', type=cli.SIGMA, **general, help='Lowest noise level.  [default: varies]'),
+        cli.option('--sigma_max', metavar='FLOAT', type=cli.SIGMA, **general, help='Highest noise level.  [default: varies]'),
         cli.option('--rho', metavar='FLOAT', type=cli.RHO, **general, help='Exponent of the noise levels.  [default: 7]'),
         cli.option('--force-steps', is_flag=True, **student, help='Sample a student with another number of steps than it was trained for.'),
-        cli.option('--taus', metavar='LIST', type=cli.NumberList(float), **cm, help='Noise levels after sigma_max to ask at, as in 2.5,0.8.'),
-        cli.option('--mid_t', metavar='FLOAT', type=cli.POSITIVE, **cm, help='A single one, for two steps.'),
-        cli.option('--ts', metavar='LIST', type=cli.NumberList(), **cm, help='The same by indices of --timesteps levels, as in 0,22,39.'),
-        cli.option('--timesteps', metavar='INT', type=click.IntRange(min=2), **cm,
+        cli.option('--taus', metavar='LIST', type=cli.NumberList(cli.SIGMA), **cm, help='Noise levels after sigma_max to ask at, as in 2.5,0.8.'),
+        cli.option('--mid_t', metavar='FLOAT', type=cli.SIGMA, **cm, help='A single one, for two steps.'),
+        cli.option('--ts', metavar='LIST', type=cli.NumberList(cli.INDEX), **cm, help='The same by indices of --timesteps levels, as in 0,22,39.'),
+        cli.option('--timesteps', metavar='INT', type=cli.LEVELS, **cm,
                    help="Levels that --ts counts in.  [default: the snapshot's; 40]"),
         clip_option(CM),
     ]
     options += [] if not teachers else [
-        cli.option('--xvar_scale', metavar='FLOAT', type=cli.Number(min=0), **teacher,
+        cli.option('--xvar_scale', metavar='FLOAT', type=cli.FACTOR, **teacher,
                    help='Of --solver=addim: factor on the variance that it adds; 0 is DDIM.  [default: 1]'),
-        cli.option('--S_churn', 'S_churn', metavar='FLOAT', type=cli.Number(min=0), **teacher, help='Amount of noise added.  [default: 0]'),
-        cli.option('--S_min', 'S_min', metavar='FLOAT', type=cli.Number(min=0), **teacher, help='Lowest noise level with added noise.  [default: 0]'),
+        cli.option('--S_churn', 'S_churn', metavar='FLOAT', type=cli.FACTOR, **teacher, help='Amount of noise added.  [default: 0]'),
+        cli.option('--S_min', 'S_min', metavar='FLOAT', type=cli.FACTOR, **teacher, help='Lowest noise level with added noise.  [default: 0]'),
         cli.option('--S_max', 'S_max', metavar='FLOAT', type=cli.Number(min=0, infinite=True), **teacher, help='Highest such level.  [default: inf]'),
-        cli.option('--S_noise', 'S_noise', metavar='FLOAT', type=cli.Number(), **teacher, help='Scale of the added noise.  [default: 1]'),
+        cli.option('--S_noise', 'S_noise', metavar='FLOAT', type=cli.SIGNED_FACTOR, **teacher, help='Scale of the added noise.  [default: 1]'),
         cli.option('--disc', 'discretization', type=click.Choice(['edm', 'vp', 've', 'iddpm', 'cosine']), **teacher,
                    help='Time steps.  [default: edm]'),
         cli.option('--schedule', type=click.Choice(['linear', 'vp', 've']), **teacher, help='Noise schedule sigma(t).  [default: linear]'),
@@ -116,8 +116,8 @@ def check_destination(outdir: str | None, dest: str | None, subdirs: bool, as_la
 @cli.option('--latents', 'as_latents', is_flag=True, help='Write what the network draws, undecoded: float32 [C, H, W], %06d.npy.')
 @cli.option('--allow-nonfinite', is_flag=True,
             help='Write images with NaN or infinite values too, and name them. Without it they are an error.')
-@cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images that a process generates at a time.')
-@cli.option('--workers', metavar='INT', type=click.IntRange(min=0),
+@cli.option('--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, help='Images that a process generates at a time.')
+@cli.option('--workers', metavar='INT', type=cli.WORKERS,
             help='Processes that encode and write, for each that generates; 0: itself.  [default: half of the CPUs but one, at most 4]')
 @sampling_options()
 @cli.option('--precision', type=click.Choice(['fp32', 'fp16', 'bf16']), group=SPEED,

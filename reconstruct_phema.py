@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 STORED, WANTED = 'Stored averages', 'Reconstructed averages'
+MOST_WIDTHS = 280  # that three dots stand for: from 0.001 to 0.28, they differ in the third decimal
 ROUGH = 0.05  # profile error from which an average is something else than what it is called
 OF_ONE_SNAPSHOT = ('nimg', 'kimg', 'ema', 'ema_std', 'fid', 'digest', 'reconstructed', 'profile_error')  # metadata that differs within a run
 OF_A_MACHINE = ('path', 'cache')  # entries of dataset_kwargs that may change when a run resumes
@@ -28,22 +29,29 @@ class Widths(click.ParamType):
             return value
         words = [word.strip() for word in value.split(',')]
         try:
-            numbers = [number for i, word in enumerate(words) for number in (_between(words, i) if word == '...' else [float(word)])]
+            numbers = [number for i, word in enumerate(words) for number in (_between(words, i) if word == '...' else [width(word)])]
         except (ValueError, IndexError, ZeroDivisionError, OverflowError):
-            self.fail(f'{value!r} is not a list of widths such as 0.05,0.1 or 0.05,0.1,...,0.25', param, ctx)
+            self.fail(f'{cli.shown(value)} is not a list of widths such as 0.05,0.1 or 0.05,0.1,...,0.25', param, ctx)
         if not all(0.001 <= std <= 0.28 for std in numbers) or len({f'{std:.3f}' for std in numbers}) < len(numbers):
-            self.fail(f'{value!r}: widths lie between 0.001 and 0.28 and differ in the third decimal, which names files', param, ctx)
+            self.fail(f'{cli.shown(value)}: widths lie between 0.001 and 0.28 and differ in the third decimal, which names files', param, ctx)
         return sorted(numbers)
+
+
+def width(word: str) -> float:
+    """Raises: ValueError where it is no number."""
+    if not cli.NUMBER.fullmatch(word):
+        raise ValueError(f'{word} is no number')
+    return float(word)
 
 
 def _between(words: list[str], dots: int) -> list[float]:
     """The numbers that three dots stand for; ValueError where their neighbours do not say."""
     if dots < 2:
         raise ValueError('two numbers must come first')
-    first, second, last = (float(words[dots + offset]) for offset in (-2, -1, 1))
+    first, second, last = (width(words[dots + offset]) for offset in (-2, -1, 1))
     step = second - first
     count = round((last - second) / step)
-    if count < 1 or abs(second + count * step - last) > 1e-6:
+    if not 1 <= count <= MOST_WIDTHS or abs(second + count * step - last) > 1e-6:
         raise ValueError('the end must be some steps away')
     return [round(second + k * step, 9) for k in range(1, count)]
 
@@ -64,16 +72,16 @@ class FilePrefix(click.ParamType):
 @cli.option('--inprefix', metavar='STR', type=FilePrefix(), group=STORED,
             help='Use the files called STR-<kimg>-<width>.pkl.  [default: the one such name in the folder]')
 @cli.option('--instd', metavar='LIST', type=Widths(), group=STORED, help='Use these stored widths only.  [default: all]')
-@cli.option('--training_batch', metavar='INT', type=click.IntRange(min=1), default=1024, show_default=True, group=STORED,
+@cli.option('--training_batch', metavar='INT', type=cli.BATCH, default=1024, show_default=True, group=STORED,
             help='Images a training step, for files that do not say how many images they have seen: the multiple that fits the name.')
 @cli.option('--outstd', metavar='LIST', type=Widths(), group=WANTED, help='Widths to reconstruct, as in 0.07,0.15 or 0.01,0.02,...,0.25.')
-@cli.option('--outkimg', metavar='KIMG', type=cli.POSITIVE, group=WANTED,
+@cli.option('--outkimg', metavar='KIMG', type=cli.KIMG, group=WANTED,
             help='Training time that they are of; averages must have been stored at it.  [default: the last]')
 @cli.option('--outdir', metavar='DIR', type=cli.PATH, group=WANTED, help='Where to write them.  [default: --indir]')
 @cli.option('--outprefix', metavar='STR', type=FilePrefix(), default='phema', show_default=True, group=WANTED,
             help='Call them STR-<kimg>-<width>.pkl.')
 @cli.option('--skip', is_flag=True, group=WANTED, help='Leave alone outputs that exist.')
-@cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=1, show_default=True, group=WANTED,
+@cli.option('--batch', metavar='INT', type=cli.COUNT, default=1, show_default=True, group=WANTED,
             help='Widths to sum up in one pass over the files. Memory holds one network more than that.')
 @cli.option('--list', 'list_only', is_flag=True, help='Say what is stored, and with --outstd how well it would do. Writes nothing.')
 def main(indir, inprefix, instd, training_batch, outstd, outkimg, outdir, outprefix, skip, batch, list_only):

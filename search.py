@@ -14,6 +14,7 @@ import click
 
 import fid
 from dnnlib import EasyDict, UserError, cli
+from dnnlib.limits import MAX_STEPS
 from dnnlib.util import DISK_ERRORS
 from generate import class_option, clip_option, labels_option, sampling_arguments
 
@@ -42,30 +43,30 @@ class Metric(fid.Measures):
 @cli.option('--save', metavar='PKL', type=cli.PATH, help='Write a copy of the snapshot that is sampled at the points found unless told otherwise.')
 @cli.option('--json', 'json_path', metavar='FILE', type=cli.PATH, help='Write the results to this file too.')
 @cli.option('-n', '--dry-run', is_flag=True, help='Print what would be searched as JSON and exit.')
-@cli.option('--steps', metavar='INT', type=click.IntRange(min=2), default=2, show_default=True, group=POINTS,
+@cli.option('--steps', metavar='INT', type=cli.LEVELS, default=2, show_default=True, group=POINTS,
             help='Evaluations an image: the first at sigma_max, the others at the points.')
 @cli.option('--space', type=click.Choice(SPACES), default='log', show_default=True, group=POINTS,
             help='Candidates: levels evenly spaced in ln sigma, or those that --ts of generate.py counts.')
 @cli.option('--tolerance', metavar='FLOAT', type=cli.Number(min=1e-4, max=1), group=POINTS,
             help=f'Of --space=log: relative distance of neighbouring candidates.  [default: {DEFAULT_TOLERANCE}]')
-@cli.option('--timesteps', metavar='INT', type=click.IntRange(min=3), group=POINTS,
+@cli.option('--timesteps', metavar='INT', type=cli.Integer(min=3, max=MAX_STEPS), group=POINTS,
             help="Of --space=karras-index: their number, both ends included.  [default: the snapshot's; 40]")
-@cli.option('--scan', metavar='INT', type=click.IntRange(min=0), default=8, show_default=True, group=POINTS,
+@cli.option('--scan', metavar='INT', type=cli.INDEX, default=8, show_default=True, group=POINTS,
             help='Look at so many candidates, evenly spread, before each search, and search around the best of them. 0: a plain ternary search.')
-@cli.option('--low', metavar='FLOAT', type=cli.POSITIVE, group=POINTS, help="Search above this level.  [default: the network's sigma_min]")
-@cli.option('--high', metavar='FLOAT', type=cli.POSITIVE, group=POINTS, help="Search below this level.  [default: the network's sigma_max]")
+@cli.option('--low', metavar='FLOAT', type=cli.SIGMA, group=POINTS, help="Search above this level.  [default: the network's sigma_min]")
+@cli.option('--high', metavar='FLOAT', type=cli.SIGMA, group=POINTS, help="Search below this level.  [default: the network's sigma_max]")
 @cli.option('--metric', 'measures', metavar='NAME', type=Metric(), default='fid', show_default=True, group=IMAGES,
             help='One of the measures of fid.py calc. Scores such as is and recall are made large, distances small.')
 @cli.option('--ref', metavar='PATH|URL', type=cli.PATH, group=IMAGES,
             help='Reference: statistics (.npz, .pkl), or the images themselves (folder, zip, array).')
-@cli.option('--num', metavar='INT', type=click.IntRange(min=2), default=fid.DEFAULT_NUM, show_default=True, group=IMAGES,
+@cli.option('--num', metavar='INT', type=cli.Integer(min=2), default=fid.DEFAULT_NUM, show_default=True, group=IMAGES,
             help='Images of each evaluation.')
 @cli.option('--seed', metavar='INT', type=cli.SEED, default=0, show_default=True, group=IMAGES,
             help='First seed of the images, the same for all points; and of every other random choice.')
 @class_option(IMAGES)
 @labels_option(IMAGES)
 @clip_option(IMAGES)
-@cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, group=IMAGES,
+@cli.option('--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, group=IMAGES,
             help='Images at a time, for each process.')
 @cli.option('--detector', metavar='PATH|URL', type=cli.PATH, group=IMAGES, help="As for fid.py.  [default: NVIDIA's Inception, downloaded once]")
 @cli.option('--dinov2', metavar='DIR', type=cli.PATH, group=IMAGES, help='DINOv2 for fd_dinov2, as for fid.py.  [default: downloaded once]')

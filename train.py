@@ -42,9 +42,9 @@ class Images(click.ParamType):
     def convert(self, value, param, ctx):
         match = re.fullmatch(r'([0-9.eE+-]+)\s*(Mimg|kimg|)', str(value))
         try:
-            return cli.POSITIVE.convert(match[1], param, ctx) * (1e3 if match[2] == 'kimg' else 1e6)
+            return (cli.SOME_KIMG if match[2] == 'kimg' else cli.SOME_MIMG).convert(match[1], param, ctx) * (1e3 if match[2] == 'kimg' else 1e6)
         except TypeError:
-            self.fail(f'{value!r} is not a number of images such as 50, 50Mimg or 500kimg', param, ctx)
+            self.fail(f'{cli.shown(value)} is not a number of images such as 50, 50Mimg or 500kimg', param, ctx)
 
 
 class LossScale(click.ParamType):
@@ -56,8 +56,8 @@ class LossScale(click.ParamType):
         return value if value == 'dynamic' else cli.POSITIVE.convert(value, param, ctx)
 
 
-COUNT = click.IntRange(min=1)
-TICKS = click.IntRange(min=0)
+COUNT = cli.COUNT
+TICKS = cli.Integer(min=0)
 
 
 def switch(name: str, **kwargs):
@@ -78,12 +78,12 @@ def switch(name: str, **kwargs):
                  'and training; ict: improved consistency training; ect: easy consistency tuning; tcm: truncated consistency training.  '
                  '[default: diffusion]')
 @cli.option('--consistency', type=bool, group=MAIN, help='True: as --objective=mcd.  [default: False]')
-@cli.option('--duration', metavar='MIMG', type=cli.POSITIVE, group=MAIN,
+@cli.option('--duration', metavar='MIMG', type=cli.SOME_MIMG, group=MAIN,
             help='Length of training in millions of images.  [default: 200; mcd, mct, direct 210; pd by --stage_steps; cm, ict 409.6; ect 51.2, '
                  'edm2 12.8; tcm 204.8, edm2 122.88; edm2 teachers by size, S 1073.7, of latents 2147.5]')
-@cli.option('--batch', metavar='INT', type=COUNT, group=HYPER,
+@cli.option('--batch', metavar='INT', type=cli.BATCH, group=HYPER,
             help='Total batch size.  [default: 512; mcd, mct, direct and edm2 teachers 2048; ict, tcm 1024; pd, ect 128]')
-@cli.option('--batch-gpu', metavar='INT', type=COUNT, group=HYPER,
+@cli.option('--batch-gpu', metavar='INT', type=cli.BATCH, group=HYPER,
             help='Images a process handles at a time; smaller than its share of the batch, gradients accumulate.  [default: its share]')
 @cli.option('--optim', type=click.Choice(['adam', 'radam']), group=HYPER,
             help='Optimiser.  [default: adam; cm, ict, ect, tcm radam; ect, tcm of edm2 adam]')
@@ -91,7 +91,7 @@ def switch(name: str, **kwargs):
             help='Learning rate.  '
                  '[default: 0.001; mcd, mct, direct 8e-5; pd 2e-4; cm 4e-4; ict, ect 1e-4; tcm 5e-5; edm2 by size, S 0.01, students 0.001, ect by '
                  'size, S 0.001, tcm 5e-4]')
-@cli.option('--lr_rampup', metavar='KIMG', type=cli.Number(min=0), group=HYPER,
+@cli.option('--lr_rampup', metavar='KIMG', type=cli.KIMG, group=HYPER,
             help='Images over which the learning rate rises from 0, in thousands.  [default: 10000; pd, cm, ict, ect, tcm 0]')
 @cli.option('--lr_schedule', type=click.Choice(['constant', 'linear', 'cosine', 'sqrt']), group=HYPER,
             help='Decay of the learning rate: to 0 at the end of training (linear, cosine), or as 1/sqrt(steps) after --lr_decay steps (sqrt).  '
@@ -100,17 +100,17 @@ def switch(name: str, **kwargs):
             help='Optimiser steps after which sqrt decays, t_ref of EDM2.  [default: 35000; of latents 70000; students 2000; tcm 8000]')
 @cli.option('--beta2', metavar='FLOAT', type=cli.Number(0, 1, max_open=True), group=HYPER,
             help="Decay of Adam's second moments.  [default: 0.999; edm2 0.99]")
-@cli.option('--P_mean', 'P_mean', metavar='FLOAT', type=cli.Number(), group=HYPER,
+@cli.option('--P_mean', 'P_mean', metavar='FLOAT', type=cli.Number(min=-100, max=100), group=HYPER,
             help='Mean of ln sigma that teachers, with --precond=edm, ict and ect are trained at.  '
                  '[default: -1.2; edm2 -0.8, of latents -0.4; ict, ect -1.1; ect of edm2 -0.8]')
-@cli.option('--P_std', 'P_std', metavar='FLOAT', type=cli.POSITIVE, group=HYPER,
+@cli.option('--P_std', 'P_std', metavar='FLOAT', type=cli.Number(min=0, max=100, min_open=True), group=HYPER,
             help='And its standard deviation.  [default: 1.2; edm2 1.6, of latents 1; ict, ect 2; ect of edm2 1.6]')
 @cli.option('--ema', metavar='MIMG', type=Images(), group=HYPER,
             help='Half-life of the weight average, in millions of images; 500kimg and 50Mimg name their unit.  '
                  '[default: 0.5; mcd, mct, direct 50; cm 3.549; ict 10.14; ect 0.887; tcm 7.097]')
-@cli.option('--ema_rampup', metavar='FLOAT', type=cli.Number(min=0), group=HYPER,
+@cli.option('--ema_rampup', metavar='FLOAT', type=cli.FACTOR, group=HYPER,
             help='The effective half-life is at most this fraction of the images seen; 0 for no limit.  [default: 0.05; cm, ict, ect, tcm 0]')
-@cli.option('--phema', metavar='LIST', type=cli.NumberList(float), group=HYPER,
+@cli.option('--phema', metavar='LIST', type=cli.NumberList(cli.FACTOR), group=HYPER,
             help='Relative widths of power-function EMAs to keep as well, as in 0.05,0.10.  '
                  '[default: none; edm2 0.05,0.1; ect of edm2 0.01,0.05,0.1]')
 @cli.option('--augment', metavar='FLOAT', type=cli.Number(0, 1), group=HYPER, help='Augmentation probability.  [default: 0.12; students and edm2 0]')
@@ -118,30 +118,31 @@ def switch(name: str, **kwargs):
 @cli.option('--max-images', metavar='INT', type=COUNT, group=HYPER,
             help='Train on so many images only, a random subset that is always the same.  [default: all]')
 @cli.option('--xflip', type=bool, default=False, show_default=True, group=HYPER, help='Add mirrored copies of all images.')
-@cli.option('--cbase', metavar='INT', type=COUNT, group=NET, help='Channels of the finest level.  [default: by --arch]')
-@cli.option('--cres', metavar='LIST', type=cli.NumberList(), group=NET, help='Channel multiplier of each level.  [default: by --arch]')
-@cli.option('--num_blocks', metavar='INT', type=COUNT, group=NET, help='Residual blocks a level.  [default: by --arch]')
-@cli.option('--attn_resolutions', metavar='LIST', type=cli.NumberList(), group=NET, help='Resolutions with self-attention.  [default: by --arch]')
+@cli.option('--cbase', metavar='INT', type=cli.SIDE, group=NET, help='Channels of the finest level.  [default: by --arch]')
+@cli.option('--cres', metavar='LIST', type=cli.NumberList(cli.SIDE), group=NET, help='Channel multiplier of each level.  [default: by --arch]')
+@cli.option('--num_blocks', metavar='INT', type=cli.Integer(min=1, max=1000), group=NET, help='Residual blocks a level.  [default: by --arch]')
+@cli.option('--attn_resolutions', metavar='LIST', type=cli.NumberList(cli.SIDE), group=NET,
+            help='Resolutions with self-attention.  [default: by --arch]')
 @cli.option('--dropout', metavar='FLOAT', type=cli.Number(0, 1, max_open=True), group=NET,
             help="Dropout probability.  [default: 0.13; mct, cm 0; ict 0.3; ect 0.2; edm2 by size, S 0; ect of edm2 by size, S 0.4; "
                  "for other students the teacher's]")
-@cli.option('--dout_resolutions', metavar='LIST', type=cli.NumberList(), group=NET,
+@cli.option('--dout_resolutions', metavar='LIST', type=cli.NumberList(cli.SIDE), group=NET,
             help='Resolutions with dropout.  [default: all; ect of edm2 those up to 16]')
 @cli.option('--teacher', metavar='PKL|URL', type=cli.PATH, group=TEACH,
             help='Snapshot of the diffusion model to distil; pd: or of a student of 2 --S_start steps; tcm: of the consistency model to go on from.')
 @cli.option('--hop', type=click.Choice(['heun', 'ddim', 'addim']), group=TEACH,
             help="mcd, cm-cd, pd: the teacher's step from one noise level to the next; heun not for pd.  [default: heun; pd ddim]")
-@cli.option('--xvar_frac', metavar='FLOAT', type=cli.Number(min=0), group=TEACH,
+@cli.option('--xvar_frac', metavar='FLOAT', type=cli.FACTOR, group=TEACH,
             help="With --hop=addim: share of the image's squared error that is put back as noise; 0: a guess without the image.  [default: 0.75]")
 @cli.option('--rho', metavar='FLOAT', type=cli.RHO, group=LEVELS, help="Exponent of Karras's noise levels.  [default: 7]")
-@cli.option('--sigma_min', metavar='FLOAT', type=cli.POSITIVE, group=LEVELS, help='Lowest noise level above 0.  [default: 0.002]')
-@cli.option('--sigma_max', metavar='FLOAT', type=cli.POSITIVE, group=LEVELS, help='Highest noise level.  [default: 80]')
+@cli.option('--sigma_min', metavar='FLOAT', type=cli.SIGMA, group=LEVELS, help='Lowest noise level above 0.  [default: 0.002]')
+@cli.option('--sigma_max', metavar='FLOAT', type=cli.SIGMA, group=LEVELS, help='Highest noise level.  [default: 80]')
 @switch('sync_dropout', group=LEVELS, help='The self-target, where there is one, sees the dropout masks of the student.  [default: on]')
-@cli.option('--S', 'S', metavar='INT', type=COUNT, group=SEG, help='Sampling steps of the student.  [default: 8; pd 1]')
-@cli.option('--T_start', 'T_start', metavar='INT', type=COUNT, group=SEG,
+@cli.option('--S', 'S', metavar='INT', type=cli.STEPS, group=SEG, help='Sampling steps of the student.  [default: 8; pd 1]')
+@cli.option('--T_start', 'T_start', metavar='INT', type=cli.STEPS, group=SEG,
             help='Edges of the fine grid at the start of training (Heek et al. 2024).  [default: 64; direct as --T_end]')
-@cli.option('--T_end', 'T_end', metavar='INT', type=COUNT, group=SEG, help='And at the end.  [default: 1280]')
-@cli.option('--T_anneal_kimg', 'T_anneal_kimg', metavar='KIMG', type=cli.Number(min=0), group=SEG,
+@cli.option('--T_end', 'T_end', metavar='INT', type=cli.STEPS, group=SEG, help='And at the end.  [default: 1280]')
+@cli.option('--T_anneal_kimg', 'T_anneal_kimg', metavar='KIMG', type=cli.KIMG, group=SEG,
             help='Thousands of images over which T rises.  [default: half of --duration]')
 @cli.option('--T_anneal_steps', 'T_anneal_steps', metavar='INT', type=TICKS, group=SEG, help='The same in optimiser steps.')
 @cli.option('--student_grid', type=click.Choice(['edm', 'full']), group=SEG,
@@ -163,17 +164,17 @@ def switch(name: str, **kwargs):
 @switch('terminal_anchor', group=SEG, help='mcd: give the first and last edge 1/T each; at sigma_max the target is the teacher\'s own solution.  '
                                              '[default: on]')
 @switch('terminal_teacher_hop', group=SEG, help="mcd: on the edge to 0, aim at the teacher's denoised image, not at the data.  [default: on]")
-@cli.option('--anchor_hops', metavar='INT', type=COUNT, group=SEG,
+@cli.option('--anchor_hops', metavar='INT', type=cli.STEPS, group=SEG,
             help='mcd: Heun steps of the solution at sigma_max.  [default: 4; 32 where the first segment ends below sigma = 10]')
-@cli.option('--substeps', metavar='INT', type=COUNT, group=DIRECT, help='Heun steps of the teacher over a segment.  [default: 3]')
-@cli.option('--S_start', 'S_start', metavar='INT', type=COUNT, group=PD,
+@cli.option('--substeps', metavar='INT', type=cli.STEPS, group=DIRECT, help='Heun steps of the teacher over a segment.  [default: 3]')
+@cli.option('--S_start', 'S_start', metavar='INT', type=cli.STEPS, group=PD,
             help='Sampling steps of the first student, halved from stage to stage down to --S; its teacher is sampled in twice as many.  '
                  '[default: 512]')
-@cli.option('--N', 'N', metavar='INT', type=click.IntRange(min=2), group=CM,
+@cli.option('--N', 'N', metavar='INT', type=cli.LEVELS, group=CM,
             help='Noise levels of the grid, and --mu0 as the decay, throughout.  '
                  '[default: cm-cd 18, unless --s0, --s1 or --schedule_steps let it grow; cm-ct: growing]')
-@cli.option('--s0', metavar='INT', type=COUNT, group=CM, help='Levels at the start.  [default: 2; ict 10]')
-@cli.option('--s1', metavar='INT', type=COUNT, group=CM, help='And at the end.  [default: 150; ict 1280]')
+@cli.option('--s0', metavar='INT', type=cli.STEPS, group=CM, help='Levels at the start.  [default: 2; ict 10]')
+@cli.option('--s1', metavar='INT', type=cli.STEPS, group=CM, help='And at the end.  [default: 150; ict 1280]')
 @cli.option('--schedule_steps', metavar='INT', type=COUNT, group=CM, help='Optimiser steps over which the grid grows.  [default: all of --duration]')
 @cli.option('--mu0', metavar='FLOAT', type=cli.Number(0, 1, max_open=True), group=CM,
             help='cm-cd, cm-ct: decay of the target network at the start; 0: the target is the network itself.  [default: cm-cd 0; cm-ct 0.9]')
@@ -184,12 +185,12 @@ def switch(name: str, **kwargs):
 @cli.option('--lpips', metavar='FILES|URLS', type=cli.PATHS, group=CM,
             help="Weights of --cm_loss=lpips: torchvision's VGG16 and the lpips package's heads, joined by a comma; or one TorchScript file.  "
                  '[default: the published ones]')
-@cli.option('--q', metavar='FLOAT', type=cli.Number(min=1, min_open=True), group=ECT,
+@cli.option('--q', metavar='FLOAT', type=cli.Number(min=1, max=1e6, min_open=True), group=ECT,
             help='1 - r/t shrinks by this factor from stage to stage.  [default: 2; edm2 4]')
-@cli.option('--k', metavar='FLOAT', type=cli.Number(min=0), group=ECT,
+@cli.option('--k', metavar='FLOAT', type=cli.FACTOR, group=ECT,
             help='Of 1 - r/t = q^-(stage+1) (1 + k sigmoid(-b t)); 0: one ratio for all t.  [default: 8]')
-@cli.option('--b', metavar='FLOAT', type=cli.Number(min=0), group=ECT, help='Slope of the sigmoid.  [default: 1]')
-@cli.option('--c', metavar='FLOAT', type=cli.Number(min=0), group=ECT,
+@cli.option('--b', metavar='FLOAT', type=cli.FACTOR, group=ECT, help='Slope of the sigmoid.  [default: 1]')
+@cli.option('--c', metavar='FLOAT', type=cli.FACTOR, group=ECT,
             help='ict too: constant of the pseudo-Huber distance.  '
                  '[default: 0; tcm 1e-8; edm2 0.06; ict 0.00054 times the root of the number of values]')
 @cli.option('--stage_steps', metavar='INT', type=COUNT, group=ECT,
@@ -198,25 +199,25 @@ def switch(name: str, **kwargs):
 @cli.option('--ect_weight', type=click.Choice(['gap', 'flat', 'inv', 'inv_sum', 'snr', 'karras', 'c_in_squared']), group=ECT,
             help='ect: loss weight: gap = 1/(t - r), or of t alone 1, 1/t, 1/t + 1/sigma_data, 1/t^2, 1/t^2 + 1/sigma_data^2, '
                  '1/(t^2 + sigma_data^2).  [default: gap; edm2 karras]')
-@cli.option('--mid_t', metavar='FLOAT', type=cli.POSITIVE, group=ECT, help='cm too: noise level of the second sampling step.  [default: one step]')
+@cli.option('--mid_t', metavar='FLOAT', type=cli.SIGMA, group=ECT, help='cm too: noise level of the second sampling step.  [default: one step]')
 @switch('clip_denoised', group=ECT, help='cm, ict, tcm too: sampling clamps every image that the network gives to [-1, 1]; recorded in snapshots.  '
                                          '[default: on]')
-@cli.option('--dividing_t', metavar='FLOAT', type=cli.POSITIVE, group=TCM,
+@cli.option('--dividing_t', metavar='FLOAT', type=cli.SIGMA, group=TCM,
             help='Noise level below which the network of the first stage answers.  [default: 1]')
 @cli.option('--boundary_share', metavar='FLOAT', type=cli.Number(0, 1, max_open=True), group=TCM,
             help='Share of samples at that level.  [default: 0.25]')
-@cli.option('--boundary_weight', metavar='FLOAT', type=cli.Number(min=0), group=TCM, help='Weight of their mean loss.  [default: 0.1]')
+@cli.option('--boundary_weight', metavar='FLOAT', type=cli.FACTOR, group=TCM, help='Weight of their mean loss.  [default: 0.1]')
 @cli.option('--ratio_cap', metavar='FLOAT', type=cli.Number(0, 1, max_open=True), group=TCM,
             help='r/t comes no closer to 1.  [default: 0.999; edm2 0.9961]')
 @cli.option('--tcm_weight', type=click.Choice(['flat', 'karras']), group=TCM,
             help='Weight times t - r: 1, or t / c_out(t)^2.  [default: flat; edm2 karras]')
-@cli.option('--student_scale', metavar='FLOAT', type=cli.POSITIVE, group=TCM, help='ln t is Student-t times this.  [default: 0.2]')
-@cli.option('--student_df', metavar='FLOAT', type=cli.POSITIVE, group=TCM, help='Its degrees of freedom.  [default: 0.01]')
+@cli.option('--student_scale', metavar='FLOAT', type=cli.SOME_FACTOR, group=TCM, help='ln t is Student-t times this.  [default: 0.2]')
+@cli.option('--student_df', metavar='FLOAT', type=cli.SOME_FACTOR, group=TCM, help='Its degrees of freedom.  [default: 0.01]')
 @cli.option('--val', type=bool, default=False, show_default=True, group=VAL, help='Evaluate the Frechet distance during training.')
 @cli.option('--val_ref', metavar='NPZ|URL', type=cli.PATH, group=VAL, help='Reference statistics, made by fid.py ref.')
 @cli.option('--val_ref_data', metavar='ZIP|DIR', type=cli.PATH, group=VAL, help='Or images to compute them from at the start.')
 @cli.option('--val_detector', metavar='PATH|URL', type=cli.PATH, group=VAL, help="TorchScript feature detector.  [default: NVIDIA's Inception]")
-@cli.option('--val_steps', metavar='INT', type=COUNT, group=VAL,
+@cli.option('--val_steps', metavar='INT', type=cli.STEPS, group=VAL,
             help="Sampling steps.  [default: the student's S; 1 for consistency models, with --mid_t 2; 18 for teachers]")
 @cli.option('--val_every', metavar='TICKS', type=COUNT, default=50, show_default=True, group=VAL, help='How often to evaluate.')
 @cli.option('--val_emas', metavar='LIST', group=VAL,
@@ -224,8 +225,8 @@ def switch(name: str, **kwargs):
 @cli.option('--val_at_start', type=bool, default=False, show_default=True, group=VAL, help='Evaluate before the first step.')
 @cli.option('--val_teacher', type=bool, default=False, show_default=True, group=VAL,
             help='Evaluate the teacher once at the start, as it is sampled by default: a diffusion model by Heun, 18 steps.')
-@cli.option('--val_num', metavar='INT', type=click.IntRange(min=2), default=50000, show_default=True, group=VAL, help='Images to generate.')
-@cli.option('--val_batch', metavar='INT', type=COUNT, default=64, show_default=True, group=VAL,
+@cli.option('--val_num', metavar='INT', type=cli.Integer(min=2), default=50000, show_default=True, group=VAL, help='Images to generate.')
+@cli.option('--val_batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, group=VAL,
             help='Images a process makes at a time.')
 @cli.option('--val_seed', metavar='INT', type=cli.SEED, default=0, show_default=True, group=VAL, help='First seed.')
 @cli.option('--val_label', metavar='MODE', type=validation.LabelMode(), default='auto', show_default=True, group=VAL,
@@ -253,10 +254,10 @@ def switch(name: str, **kwargs):
             help='Write a Chrome trace of so many steps to the run folder.')
 @cli.option('--bench', type=bool, default=True, show_default=True, group=PERF, help='cuDNN benchmarking.')
 @cli.option('--cache', type=bool, group=PERF, help='Keep decoded images in memory.  [default: True; latents False]')
-@cli.option('--workers', metavar='INT', type=TICKS, default=1, show_default=True, group=PERF, help='Processes that load data.')
+@cli.option('--workers', metavar='INT', type=cli.WORKERS, default=1, show_default=True, group=PERF, help='Processes that load data.')
 @cli.option('--desc', metavar='STR', group=IO, help="Words to add to the run folder's name.")
 @cli.option('--nosubdir', is_flag=True, group=IO, help='Write into --outdir itself.')
-@cli.option('--tick', metavar='KIMG', type=cli.POSITIVE, default=50, show_default=True, group=IO,
+@cli.option('--tick', metavar='KIMG', type=cli.SOME_KIMG, default=50, show_default=True, group=IO,
             help='How often to print progress; fractions allowed.')
 @cli.option('--snap', metavar='TICKS', type=TICKS, default=50, show_default=True, group=IO,
             help='How often to save snapshots; 0: never.')
@@ -267,7 +268,7 @@ def switch(name: str, **kwargs):
             help='Training states to keep: the newest so many, and the one with the least distance in validation.')
 @cli.option('--on-save-error', type=click.Choice(['stop', 'continue']), default='stop', show_default=True, group=IO,
             help='What to do when a file cannot be written, as on a full disk.')
-@cli.option('--seed', metavar='INT', type=TICKS, group=IO, help='Random seed.  [default: random]')
+@cli.option('--seed', metavar='INT', type=cli.Integer(min=0, max=(1 << 63) - 1), group=IO, help='Random seed.  [default: random]')
 @cli.option('--transfer', metavar='PKL|URL', type=cli.PATH, group=IO, help='Start from the weights of this snapshot, where they fit.')
 @cli.option('--resume', metavar='PT|DIR', type=cli.PATH, group=IO,
             help='Continue from a training state, in its folder; of a run folder, the newest whole one.')

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,8 @@ class LabelMode(click.ParamType):
     name = 'mode'
 
     def convert(self, value, param, ctx):
-        if value not in LABEL_MODES and not (value.startswith('fixed:') and value[6:].isdigit()):
-            self.fail(f'{value!r} is not auto, uniform, dataset or fixed:K (K a class index)', param, ctx)
+        if value not in LABEL_MODES and not re.fullmatch('fixed:[0-9]{1,9}', value):
+            self.fail(f'{cli.shown(value)} is not auto, uniform, dataset or fixed:K (K a class index)', param, ctx)
         return value
 
 
@@ -197,10 +198,10 @@ class Validator:
 @cli.option('--outdir', metavar='DIR', type=cli.PATH, default='.', show_default=True,
             help='Folder whose metrics-val.jsonl gets a line for each snapshot.')
 @cli.option('--detector', metavar='PATH|URL', type=cli.PATH, help="TorchScript feature detector.  [default: NVIDIA's Inception]")
-@cli.option('--num', metavar='INT', type=click.IntRange(min=2), default=50000, show_default=True, help='Images to generate.')
-@cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images a process generates at a time.')
+@cli.option('--num', metavar='INT', type=cli.Integer(min=2), default=50000, show_default=True, help='Images to generate.')
+@cli.option('--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, help='Images a process generates at a time.')
 @cli.option('--seed', metavar='INT', type=cli.SEED, default=0, show_default=True, help='First seed.')
-@cli.option('--steps', metavar='INT', type=click.IntRange(min=1), help="Sampling steps.  [default: the snapshot's own]")
+@cli.option('--steps', metavar='INT', type=cli.STEPS, help="Sampling steps.  [default: the snapshot's own]")
 @cli.option('--label', metavar='MODE', type=LabelMode(), default='auto', show_default=True, help='Classes: uniform or fixed:K (auto: uniform).')
 @labels_option()
 def main(networks, ref, outdir, detector, **options):

@@ -2,17 +2,23 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import click
 
+from dnnlib.limits import MAX_DIGITS, MAX_STEPS
+from dnnlib.text import printable
 from dnnlib.util import UserError
 
-MAX_NUMBERS = 10_000_000  # of a range of integers: more are a slip of the keyboard
+MAX_NUMBERS = 10_000_000  # of a list of integers: more are a slip of the keyboard
+MOST, LARGEST = 10 ** 12, 1e38  # of what is counted, and of other numbers: FP32 has them
+INTEGER = re.compile(r'[+-]?[0-9]+')  # also in other scripts than Latin there are digits, which Python reads
+NUMBER = re.compile(r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?')
+INFINITY = re.compile(r'[+-]?inf(inity)?', re.IGNORECASE)
 SEED_COUNT = 1 << 32      # of the seeds that the generators tell apart: those below this
+LONGEST_USAGE_ERROR = 400  # characters of what is wrong with a value, which it repeats
 HELP_SETTINGS = dict(max_content_width=120, help_option_names=['-h', '--help'])
 
 
@@ -42,6 +48,13 @@ class Command(click.Command):
 
     def __init__(self, *args, context_settings=None, **kwargs):
         super().__init__(*args, context_settings={**HELP_SETTINGS, **(context_settings or {})}, **kwargs)
+
+    def make_context(self, *args, **kwargs):
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.UsageError as error:
+            error.message = printable(error.message, LONGEST_USAGE_ERROR)
+            raise
 
     def invoke(self, ctx):
         try:
@@ -79,26 +92,58 @@ def argument(*names, help: str, **kwargs):
     return click.argument(*names, cls=Argument, description=help, **kwargs)
 
 
+def shown(value: object) -> str:
+    """A value of the command line in quotes, shortened."""
+    return f"'{printable(value, MAX_DIGITS)}'"
+
+
+class Integer(click.IntRange):
+    """A whole number in a range, in decimal digits; none is beyond `MOST`, where the range ends no earlier."""
+
+    def convert(self, value, param, ctx):
+        text = str(value).strip()
+        if not INTEGER.fullmatch(text) or len(text) > MAX_DIGITS:
+            self.fail(f'{shown(value)} is not a whole number' + f' of at most {MAX_DIGITS} digits' * (len(text) > MAX_DIGITS), param, ctx)
+        number = super().convert(text, param, ctx)
+        if self.max is None and number > MOST:
+            self.fail(f'{number} is too large: {MOST} is the most that counts go to', param, ctx)
+        return number
+
+
 class Number(click.FloatRange):
-    """A finite number in a range; `inf` only where `infinite` says so."""
+    """A finite number in a range, in decimal digits, none beyond `LARGEST`; `inf` only where `infinite` says so."""
 
     def __init__(self, *args, infinite: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.infinite = infinite
 
     def convert(self, value, param, ctx):
-        number = super().convert(value, param, ctx)
-        if math.isnan(number) or (math.isinf(number) and not self.infinite):
-            self.fail(f'{value} is not a finite number', param, ctx)
+        text = str(value).strip()
+        if not (self.infinite and INFINITY.fullmatch(text)) and (not NUMBER.fullmatch(text) or len(text) > MAX_DIGITS):
+            self.fail(f'{shown(value)} is not a finite number' + f' of at most {MAX_DIGITS} characters' * (len(text) > MAX_DIGITS), param, ctx)
+        number = super().convert(text, param, ctx)
+        if abs(number) > LARGEST and not (self.infinite and INFINITY.fullmatch(text)):
+            self.fail(f'{shown(value)} is too large: {LARGEST:g} is as far as numbers go here', param, ctx)
         return number
-
 
     def _describe_range(self):
         return super()._describe_range() if (self.min, self.max) != (None, None) else ''
 
 
+COUNT = Integer(min=1)
+STEPS = Integer(min=1, max=MAX_STEPS)   # of a sampler, and of grids of noise levels
+LEVELS = Integer(min=2, max=MAX_STEPS)  # of such a grid
+INDEX = Integer(min=0, max=MAX_STEPS)   # of a level
+BATCH = Integer(min=1, max=1 << 20)     # images
+SIDE = Integer(min=1, max=1 << 16)      # pixels or channels
+WORKERS, SOME_WORKERS = Integer(min=0, max=1024), Integer(min=1, max=1024)
 POSITIVE = Number(min=0, min_open=True)
-RHO = Number(min=0.1)  # exponents of noise levels; below, powers overflow
+SIGMA = Number(min=1e-9, max=1e6)       # noise levels: their squares are FP32 numbers
+RHO = Number(min=0.1, max=1000)         # exponents of noise levels; below, powers overflow
+FACTOR = Number(min=0, max=1e6)
+SOME_FACTOR, SIGNED_FACTOR = Number(min=0, max=1e6, min_open=True), Number(min=-1e6, max=1e6)
+KIMG = Number(min=0, max=1e9)           # a trillion images
+SOME_MIMG, SOME_KIMG = Number(min=0, max=1e6, min_open=True), Number(min=0, max=1e9, min_open=True)
 
 
 def expand_path(path: str) -> str:
@@ -149,13 +194,13 @@ class IntRanges(click.ParamType):
             return value
         values = []
         for part in value.split(','):
-            match = re.fullmatch(r'\s*(\d+)(?:-(\d+))?\s*', part)
+            match = re.fullmatch(rf'\s*([0-9]{{1,{MAX_DIGITS}}})(?:-([0-9]{{1,{MAX_DIGITS}}}))?\s*', part)
             if match is None or (match[2] and int(match[2]) < int(match[1])):
-                self.fail(f'{part!r} is neither an integer nor a range such as 0-63', param, ctx)
-            numbers = range(int(match[1]), int(match[2] or match[1]) + 1)
-            if numbers.stop - numbers.start > MAX_NUMBERS:
-                self.fail(f'{part!r} has more than {MAX_NUMBERS:,} numbers', param, ctx)
-            values.extend(numbers)
+                self.fail(f'{shown(part)} is neither an integer nor a range such as 0-63', param, ctx)
+            first, last = int(match[1]), int(match[2] or match[1])
+            if len(values) + last - first >= MAX_NUMBERS:
+                self.fail(f'{shown(value)} has more than {MAX_NUMBERS:,} numbers', param, ctx)
+            values.extend(range(first, last + 1))
         return values
 
 
@@ -169,13 +214,17 @@ class Seeds(IntRanges):
         seeds = super().convert(value, param, ctx)
         if max(seeds) >= SEED_COUNT:
             self.fail(f'there is no seed {max(seeds)}: seeds are below 2^32 = {SEED_COUNT}', param, ctx)
-        if not self.repeats and len(set(seeds)) < len(seeds):
-            again = sorted({a for a, b in itertools.pairwise(sorted(seeds)) if a == b})
+        if not self.repeats and (again := repeated(seeds)):
             self.fail(f'{as_ranges(again)} of {len(seeds)} seeds named twice: the same seed again gives the same again. Name each once', param, ctx)
         return seeds
 
 
-SEED = click.IntRange(0, SEED_COUNT - 1)
+SEED = Integer(0, SEED_COUNT - 1)
+
+
+def repeated(numbers: Iterable[int]) -> list[int]:
+    """Ascending, those that are there more than once. A set of ten million would take a gigabyte."""
+    return sorted({a for a, b in itertools.pairwise(sorted(numbers)) if a == b})
 
 
 def check_seeds(first: int, count: int, seed_option: str, count_option: str) -> None:
@@ -203,15 +252,18 @@ class NumberList(click.ParamType):
 
     name = 'list'
 
-    def __init__(self, kind: type = int):
+    def __init__(self, kind: Integer | Number = COUNT):
         self.kind = kind
 
     def convert(self, value, param, ctx):
         if isinstance(value, list):
             return value
-        if value.strip().lower() in ('', 'none'):
+        if value.strip().lower() == 'none':
             return []
+        words = value.split(',')
+        if len(words) > MAX_STEPS:
+            self.fail(f'{shown(value)} has more than {MAX_STEPS:,} numbers', param, ctx)
         try:
-            return [self.kind(part) for part in value.split(',')]
-        except ValueError:
-            self.fail(f'{value!r} is not a comma-separated list of {self.kind.__name__} numbers', param, ctx)
+            return [self.kind.convert(word, param, ctx) for word in words]
+        except click.BadParameter as error:
+            self.fail(f'{shown(value)} is not a comma-separated list of such numbers: {error.message}', param, ctx)

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
+from dnnlib.limits import MAX_DIGITS
+from dnnlib.text import printable
 from dnnlib.util import UserError
 from torch_utils import misc
 
@@ -46,8 +49,8 @@ def init() -> None:
 
 def _environment(name: str) -> int:
     value = os.environ.get(name, '')
-    if not value.isdecimal():
-        raise UserError(f'The environment variable {name} is {value!r}, not a number. '
+    if not re.fullmatch('[0-9]{1,9}', value):
+        raise UserError(f"The environment variable {name} is '{printable(value, MAX_DIGITS)}', not a number of at most 9 digits. "
                         'Start the processes with torchrun, or unset RANK and WORLD_SIZE.')
     return int(value)
 

@@ -190,7 +190,7 @@ def averages_to_evaluate(opts: EasyDict) -> list[str]:
         return list(known.values())
     names = []
     for word in (opts.val_emas or 'ema').split(','):
-        number = re.fullmatch(r'(?:phema-)?(0?\.\d+)', word.strip())
+        number = re.fullmatch(r'(?:phema-)?(0?\.[0-9]{1,9})', word.strip())
         name = known.get(f'{float(number[1]):.3f}' if number else word.strip())
         if name is None or name in names:
             there = ', '.join(known)
@@ -491,7 +491,7 @@ def planned_run_dir(opts: EasyDict, data_name: str) -> str:
         there = os.listdir(opts.outdir) if os.path.isdir(opts.outdir) else []
     except OSError as error:
         raise UserError(f'--outdir={opts.outdir} cannot be read: {error.strerror}') from error
-    numbers = [int(m[1]) for m in map(re.compile(r'(\d+)-').match, there) if m]
+    numbers = [int(m[1]) for m in map(re.compile(r'([0-9]{1,9})-').match, there) if m]
     arch = opts.arch or ('ddpmpp' if not opts.teacher else 'teacher')
     objective = OBJECTIVES[opts.objective]
     student = [objective.loss_class().name + (f'-s{opts.S}' if opts.S else '')] if objective.loss else []

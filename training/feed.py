@@ -4,8 +4,10 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
+import traceback
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,22 +18,30 @@ from dnnlib.processes import how_one_died, starting
 AHEAD = 2  # batches that each worker has ready
 
 
+class Failure(NamedTuple):
+    """What a worker has met with, in the place of a batch, and its traceback. `DataLoader` would put that into the error's message."""
+    error: UserError
+    traceback: str
+
+
 class Samples(torch.utils.data.Dataset):
-    """A data set whose `UserError` comes in the place of a batch: `DataLoader` would put a worker's traceback into its message."""
+    """A data set in batches."""
 
     def __init__(self, dataset):
         self.dataset = dataset
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[np.ndarray, ...]] | UserError:
+    def __getitems__(self, indices: list[int]) -> list[tuple[np.ndarray, ...]] | Failure:
         try:
             return [self.dataset[i] for i in indices]
         except UserError as error:
-            return error
+            if (worker := torch.utils.data.get_worker_info()) is None:
+                raise
+            return Failure(error, f'in DataLoader worker process {worker.id}:\n{traceback.format_exc()}')
 
 
-def stacked(samples: list[tuple[np.ndarray, ...]] | UserError) -> tuple[torch.Tensor, ...] | UserError:
+def stacked(samples: list[tuple[np.ndarray, ...]] | Failure) -> tuple[torch.Tensor, ...] | Failure:
     """The samples as a batch: each of their arrays stacked, once, and not tensor by tensor."""
-    return samples if isinstance(samples, UserError) else tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples))
+    return samples if isinstance(samples, Failure) else tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples))
 
 
 @contextlib.contextmanager
@@ -78,8 +88,8 @@ class Feed:
                             '--resume goes on from the newest training state.') from error
         finally:
             self._seconds += time.perf_counter() - start
-        if isinstance(batch, UserError):
-            raise batch
+        if isinstance(batch, Failure):
+            raise batch.error from RuntimeError(batch.traceback)
         return batch
 
     def waited(self) -> float:
