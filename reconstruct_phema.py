@@ -75,7 +75,7 @@ class FilePrefix(click.ParamType):
 @cli.option('--training_batch', metavar='INT', type=cli.BATCH, default=1024, show_default=True, group=STORED,
             help='Images a training step, for files that do not say how many images they have seen: the multiple that fits the name.')
 @cli.option('--outstd', metavar='LIST', type=Widths(), group=WANTED, help='Widths to reconstruct, as in 0.07,0.15 or 0.01,0.02,...,0.25.')
-@cli.option('--outkimg', metavar='KIMG', type=cli.KIMG, group=WANTED,
+@cli.option('--outkimg', metavar='KIMG', type=cli.SOME_KIMG, group=WANTED,
             help='Training time that they are of; averages must have been stored at it.  [default: the last]')
 @cli.option('--outdir', metavar='DIR', type=cli.PATH, group=WANTED, help='Where to write them.  [default: --indir]')
 @cli.option('--outprefix', metavar='STR', type=FilePrefix(), default='phema', show_default=True, group=WANTED,
