@@ -482,7 +482,7 @@ def main(outdir, data, teacher, jobs, objectives, budget, batch, seeds, extra, s
         report(story, rows, reference, budget, batch, list(rulers))
         print('\n' + story.path('table.md').read_text())
     if failures:
-        raise UserError('\n       '.join([f'{len(failures)} of them failed; the same command again tries them once more.', *failures]))
+        raise UserError(f'{len(failures)} of them failed; the same command again tries them once more.', *failures)
     print(f'Open {story.path("report.html")} for the plot, samples and commands.')
 
 

@@ -237,7 +237,7 @@ def main(networks, ref, outdir, detector, **options):
             except OSError as error:
                 raise UserError(f'{METRICS} in --outdir={outdir} cannot be written: {error.strerror}') from error
     if problems:
-        distributed.fail_together('\n       '.join(problems))
+        distributed.fail_together(*problems)
     distributed.shutdown()
 
 

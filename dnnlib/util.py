@@ -41,11 +41,11 @@ class UserError(Exception):
 
     Args:
         message: one line.
-        more: a second line, for long ones.
+        lines, more: further lines, for long ones.
     """
 
-    def __init__(self, message: str, more: str | None = None):
-        super().__init__(*(printable(line, LONGEST_MESSAGE) for line in (message, more) if line is not None))
+    def __init__(self, message: str, *lines: str, more: str | None = None):
+        super().__init__(*(printable(line, LONGEST_MESSAGE) for line in (message, *lines, more) if line is not None))
 
     def __str__(self) -> str:
         return '\n       '.join(self.args)
@@ -69,7 +69,8 @@ def named(option: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f'{option}: {error}') from error
+        first, *lines = error.args
+        raise UserError(f'{option}: {first}', *lines) from error
 
 
 class EasyDict(dict):

@@ -1,8 +1,11 @@
 """Text of strangers in messages: one line, without anything that a terminal obeys."""
+import pickle
+
 import pytest
 
 from dnnlib import UserError
 from dnnlib.text import printable
+from dnnlib.util import named
 
 
 @pytest.mark.parametrize('text, shown', [
@@ -21,3 +24,11 @@ def test_long_texts_are_cut_off_and_say_so():
 
 def test_an_error_has_a_second_line_only_where_the_program_gives_it_one():
     assert str(UserError('a\n       b', more='c\n       d')) == 'a\\n       b\n       c\\n       d'
+
+
+def test_an_error_of_several_lines_keeps_them_between_processes_and_behind_options():
+    error = UserError('one\nline', 'two', more='three')
+    assert str(error) == 'one\\nline\n       two\n       three' == str(pickle.loads(pickle.dumps(error)))
+    with pytest.raises(UserError) as raised, named('--ref'):
+        raise error
+    assert str(raised.value) == f'--ref: {error}'

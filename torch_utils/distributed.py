@@ -203,10 +203,10 @@ class HostAgreement:
             self._pending = None
 
 
-def fail_together(message: str) -> NoReturn:
+def fail_together(*lines: str) -> NoReturn:
     """End all processes, which call this together, with exit status 1 and one message."""
     if is_main():
-        raise UserError(message)
+        raise UserError(*lines)
     raise SystemExit(1)
 
 
