@@ -15,7 +15,7 @@ import click
 import fid
 from dnnlib import EasyDict, UserError, cli
 from dnnlib.limits import MAX_STEPS
-from dnnlib.util import DISK_ERRORS
+from dnnlib.util import DISK_ERRORS, named
 from generate import class_option, clip_option, labels_option, sampling_arguments
 
 POINTS, IMAGES = 'Points', 'Images and metric'
@@ -337,24 +337,23 @@ def read_log(path: str) -> tuple[dict | None, dict[tuple[float, ...], float]]:
 
     Raises: UserError where the file is something else, or damaged.
     """
-    from training.run_log import parse
+    from training.run_log import records
     try:
-        with open(path, 'rb') as file:
-            *lines, rest = file.read().split(b'\n')
+        with named('--log'):
+            lines = list(records(path))
     except FileNotFoundError:
         return None, {}
     except OSError as error:
         raise UserError(f'--log={path} cannot be read: {error.strerror}.') from error
-    lines += [rest] if parse(rest) else []
-    if not lines and b'{"search": '.startswith(rest[:11]):
+    torn = lines.pop()[0] if lines and lines[-1][1] is None and not lines[-1][0].endswith(b'\n') else b''
+    if not lines and b'{"search": '.startswith(torn[:11]):
         return None, {}
-    settings = (parse(lines[0]) or {}).get('search') if lines else None
+    settings = (lines[0][1] or {}).get('search') if lines else None
     if not isinstance(settings, dict):
         raise UserError(f'--log={path} is a file, and no log of search.py. Choose another name.')
     values = {}
-    for number, line in enumerate(lines[1:], start=2):
-        record = parse(line) or {}
-        taus, value = record.get('taus'), record.get('value')
+    for number, (_, record) in enumerate(lines[1:], start=2):
+        taus, value = (record or {}).get('taus'), (record or {}).get('value')
         if not isinstance(taus, list) or not all(isinstance(number, (int, float)) for number in [*taus, value]):
             raise UserError(f'--log={path} is damaged: line {number} is no evaluation. Remove that line, or choose another name.')
         values[tuple(taus)] = value

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from dnnlib.file_kind import another_kind
 from dnnlib.util import UserError, file_sha256, local_path
-from training.checkpoint import READING_ERRORS
+from torch_utils.restricted_pickle import MalformedPickle
+from torch_utils.saved_tensors import read_saved
 
 INCEPTION_URL = 'https://api.ngc.nvidia.com/v2/models/nvidia/research/stylegan3/versions/1/files/metrics/inception-2015-12-05.pt'
 DINOV2 = 'dinov2'
@@ -197,8 +198,9 @@ def _load_state_dict(path: Path, source: str, device: torch.device) -> torch.nn.
         raise UserError(f'{source} is a pickle, which could run any code when loaded, so it is not. For the Inception of EDM and StyleGAN use '
                         f"NVIDIA's TorchScript file of the same network, the default: {INCEPTION_URL}")
     try:
-        weights = torch.load(path, map_location='cpu', weights_only=True)
-    except READING_ERRORS as error:
+        with open(path, 'rb') as file:
+            weights = read_saved(file)
+    except MalformedPickle as error:
         raise UserError(f'{source} is no detector. Give {KINDS}; save your own with torch.jit.script(network).save(path).') from error
     return build_inception(weights, source, device)
 

@@ -65,6 +65,7 @@ PARAMETERS = {'torch._utils._rebuild_parameter', 'torch._utils._rebuild_paramete
 TENSOR, TYPED_TENSOR, STORAGE = 'torch._utils._rebuild_tensor_v2', 'torch._utils._rebuild_tensor_v3', 'torch.storage._load_from_bytes'
 TENSOR_WITH_ATTRIBUTES = 'torch._tensor._rebuild_from_type_v2'
 TENSORS = PARAMETERS | {TENSOR, TYPED_TENSOR, TENSOR_WITH_ATTRIBUTES}
+PERSISTENT_ID = 'persistent_id'  # what references to what is outside of the pickle are called here
 ENCODED_BYTES = '_codecs.encode'  # how protocol 2, which has no bytes, writes them: as text in Latin-1
 DTYPES = {'Float': torch.float32, 'Double': torch.float64, 'Half': torch.float16, 'BFloat16': torch.bfloat16,
           'Long': torch.int64, 'Int': torch.int32, 'Short': torch.int16, 'Char': torch.int8, 'Byte': torch.uint8}
@@ -251,7 +252,7 @@ class Reader:
     def persistent_id(self):
         if not self.persistent_ids:
             raise MalformedPickle('refers to objects outside of it')
-        self.stack.append(Call('persistent_id', *self.pop(1)))
+        self.stack.append(Call(PERSISTENT_ID, *self.pop(1)))
 
 
 STOP = ord('.')

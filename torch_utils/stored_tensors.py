@@ -22,7 +22,7 @@ MAX_ENTRIES, MAX_NAME = 100_000, 1000           # parameters, buffers and module
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor that is still in the file: its storage, or the text that stands for it, and its view of the storage, in elements."""
-    storage: Span | str
+    storage: Span | str | Call      # a call: by a persistent ID, for `saved_tensors`
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -42,7 +42,7 @@ def stored_tensor(node) -> StoredTensor:
     if not _called(node, {restricted_pickle.TENSOR}, 4) and not _called(node, {restricted_pickle.TYPED_TENSOR}, 7):
         raise MalformedPickle('has something else where a tensor is expected')
     storage, offset, shape, stride = node.args[:4]
-    if not _called(storage, {restricted_pickle.STORAGE}, 1):
+    if not _called(storage, {restricted_pickle.STORAGE, restricted_pickle.PERSISTENT_ID}, 1):
         raise MalformedPickle('has a tensor without storage')
     if _called(shape, {'torch.Size'}, 1):
         shape, = shape.args
@@ -54,6 +54,8 @@ def stored_tensor(node) -> StoredTensor:
         dtype, flags = _dtype(flags[0]), flags[1:]
     if any(flags):
         raise MalformedPickle('has a tensor that stands for the negative or the conjugate of what is stored')
+    if storage.name == restricted_pickle.PERSISTENT_ID:
+        return StoredTensor(storage, offset, shape, stride, dtype)
     data = storage.args[0] if isinstance(storage.args[0], Span) else text_of_bytes(storage.args[0])
     if data is None:
         raise MalformedPickle('has a tensor without storage')
@@ -127,7 +129,7 @@ class Storages:
     def __init__(self, file: BinaryIO):
         self.file = file
         self.preamble = b''                     # the first three pickles of the storage before: most often the same in all of a file
-        self.known: dict[int, _Elements] = {}   # by the identity of a storage, which several tensors may share
+        self.known: dict[int, Elements] = {}   # by the identity of a storage, which several tensors may share
 
     def locate(self, tensor: StoredTensor) -> LocatedTensor:
         """Raises: MalformedPickle where the tensor would reach beyond its storage or repeat elements of it."""
@@ -138,16 +140,17 @@ class Storages:
         numel, count = elements.nbytes // dtype.itemsize, math.prod(tensor.shape)
         extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride)) if count else 0
         if count > numel or tensor.offset + extent > numel:
-            raise MalformedPickle(f'claims a tensor of shape {list(tensor.shape)} that does not fit into its storage of {numel:,} elements')
+            raise MalformedPickle(f'claims a tensor of shape {list(tensor.shape)} that does not fit into its storage of {numel:,} elements'
+                                  + ' (its own would share memory)' * (tensor.offset + extent <= numel))
         return LocatedTensor(elements.text, elements.start + tensor.offset * dtype.itemsize, extent, dtype, tensor.shape, tensor.stride)
 
-    def _read_header(self, storage: Span | str) -> _Elements:
+    def _read_header(self, storage: Span | str) -> Elements:
         if isinstance(storage, str):
             data = latin1(storage)
             return self._parse_header(storage, io.BytesIO(data), 0, len(data))
         return self._parse_header(None, self.file, storage.start, storage.start + storage.size)
 
-    def _parse_header(self, text: str | None, file: BinaryIO, start: int, stop: int) -> _Elements:
+    def _parse_header(self, text: str | None, file: BinaryIO, start: int, stop: int) -> Elements:
         reader = Reader(file, start, stop, frozenset(restricted_pickle.STORAGE_TYPES), persistent_ids=True)
         if not self.preamble or reader.take(min(len(self.preamble), stop - start)) != self.preamble:
             reader.move_to(start)
@@ -161,25 +164,24 @@ class Storages:
         if not isinstance(record, tuple) or len(record) not in (5, 6) or not isinstance(record[1], Name):
             raise MalformedPickle('has a tensor of unknown type')
         dtype, numel = restricted_pickle.STORAGE_TYPES[record[1].path], reader.number(8)
-        elements = _Elements(text, reader.position(), dtype, numel * dtype.itemsize)
+        elements = Elements(text, reader.position(), dtype, numel * dtype.itemsize)
         if elements.start + elements.nbytes != stop:
             raise MalformedPickle('has a tensor whose length is not what it claims')
-        return elements if len(record) == 5 or record[5] is None else _part(elements, record[5])
+        return elements if len(record) == 5 or record[5] is None else elements.part(record[5])
 
 
 @dataclass(frozen=True, slots=True)
-class _Elements:
+class Elements:
     """The elements of a storage: where the first one is, in bytes, and the size of all."""
     text: str | None
     start: int
     dtype: torch.dtype
     nbytes: int
 
-
-def _part(elements: _Elements, view: object) -> _Elements:
-    """The part of a storage that old versions of PyTorch describe by (key, first element, number of elements)."""
-    if not (isinstance(view, tuple) and len(view) == 3 and all(type(number) is int and 0 <= number < 2 ** 48 for number in view[1:])
-            and sum(view[1:]) * elements.dtype.itemsize <= elements.nbytes):
-        raise MalformedPickle('has a view of a storage that reaches beyond it')
-    first, numel = (number * elements.dtype.itemsize for number in view[1:])
-    return replace(elements, start=elements.start + first, nbytes=numel)
+    def part(self, view: object) -> Elements:
+        """The part of a storage that old versions of PyTorch describe by (key, first element, number of elements)."""
+        if not (isinstance(view, tuple) and len(view) == 3 and all(type(number) is int and 0 <= number < 2 ** 48 for number in view[1:])
+                and sum(view[1:]) * self.dtype.itemsize <= self.nbytes):
+            raise MalformedPickle('has a view of a storage that reaches beyond it')
+        first, numel = (number * self.dtype.itemsize for number in view[1:])
+        return replace(self, start=self.start + first, nbytes=numel)

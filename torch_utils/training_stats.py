@@ -99,9 +99,11 @@ def state() -> list[tuple[list[str], torch.Tensor]]:
 
 
 def load_state(groups: list[tuple[list[str], torch.Tensor]], device: torch.device) -> None:
-    """Inverse of `state`: every process knows the names, the main one has what was reported."""
+    """Inverse of `state`: every process knows the names, the main one has what was reported. Raises: ValueError where these do not go together."""
     reset()
     for names, total in groups:
+        if total.shape != (len(names), 3):
+            raise ValueError(f'statistics of {len(names)} names have the shape {list(total.shape)}')
         _moments[tuple(names)] = (total if distributed.is_main() else torch.zeros_like(total)).to(device)
 
 

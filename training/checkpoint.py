@@ -1,7 +1,8 @@
 """Snapshots (`.pkl`, networks for sampling, in EDM's format) and training states (`.pt`, everything needed to resume).
 
 Nothing in a file is ever executed. A snapshot is read as data (`torch_utils.restricted_pickle`): the class name selects one of our
-networks, its recorded constructor arguments build it, the tensors are copied in. Training states are `torch.load`ed with `weights_only=True`.
+networks, its recorded constructor arguments build it, the tensors are copied in. Training states are checked in the same way
+(`torch_utils.saved_tensors`) before they are `torch.load`ed with `weights_only=True`.
 
 Files that we write end in a line `#checksum <hex digits>` over all bytes before it, which other readers of pickles and PyTorch files
 ignore. A snapshot's metadata has a digest of what the network is as well; it survives re-pickling by other tools.
@@ -13,11 +14,9 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
 import os
 import pickle
-import struct
-import zipfile
-import zlib
 from typing import BinaryIO
 
 import torch
@@ -25,21 +24,21 @@ from torch.overrides import TorchFunctionMode
 
 import dnnlib
 from dnnlib import UserError
+from dnnlib.limits import UNREADABLE
+from dnnlib.schema import Mismatch, check
 from dnnlib.text import printable
 from torch_utils.persistence import HERE_ONLY
 from torch_utils.restricted_pickle import NUMPY_ARRAYS, TENSORS, Call, MalformedPickle, RefusedName, persistent_object, plain, read_pickle
+from torch_utils.saved_tensors import check_saved
 from torch_utils.sealed_file import DamagedFile, find_seal, read_parts, read_sealed, sealed
 from torch_utils.stored_tensors import LocatedTensor, Storages, StoredTensor, module_tensors
-from training import encoders, networks, networks_edm2, saved_files
+from training import encoders, networks, networks_edm2, run_schema, saved_files
 from training.consistency_ops import student_grid
 from training.label_space import LabelSpace
 from training.networks_switched import Switched
 
 STUDENT_LOSS = 'EDMConsistencyDistillLoss'  # the class that identifies a published student's snapshot
 NETWORKS = {**networks.PRECONDS, **networks_edm2.PRECONDS, Switched.__name__: Switched}  # class name -> class: what a snapshot may hold
-MAX_STEPS = 10_000  # of a student
-READING_ERRORS = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, struct.error, OSError, MemoryError, RuntimeError, EOFError, LookupError,
-                  TypeError, ValueError, ArithmeticError, AttributeError, AssertionError)  # what files that are not its own cause in PyTorch
 FIXED = ('img_resolution', 'img_channels', 'label_dim', 'switch')  # numbers that are what the constructor was told
 
 #----------------------------------------------------------------------------
@@ -72,7 +71,7 @@ def load_network(source: str | os.PathLike, device: str | torch.device = 'cpu', 
                 if seal:
                     read_sealed(file, size, seal)  # damage is the better explanation
                 raise
-        except (MalformedPickle, DamagedFile) as error:
+        except (MalformedPickle, DamagedFile, Mismatch) as error:
             raise UserError(f'{os.fspath(source)} cannot be used as a network snapshot: it {printable(error, 500)}.') from error
 
 
@@ -258,6 +257,12 @@ def restore_attributes(net: torch.nn.Module, state: dict):
         if not isinstance(stored, (bool, int, float)) or beyond or (attribute in FIXED and stored != value):
             raise MalformedPickle(f'contradicts itself: {name} is {stored!r}, its constructor arguments say {value!r}')
         setattr(net.get_submodule(part), attribute, stored)
+    for name, value in numeric_attributes(net).items():
+        kind = run_schema.FLAG if isinstance(value, bool) else run_schema.NETWORK_NUMBERS.get(name.rpartition('.')[2], run_schema.NUMBER)
+        check(value, kind, name)
+    for part in (net, *_parts(net).values()):
+        if getattr(part, 'sigma_min', 0) >= getattr(part, 'sigma_max', math.inf):
+            raise MalformedPickle(f'is of a network whose sigma_min = {part.sigma_min:g} is not below its sigma_max = {part.sigma_max:g}')
 
 
 def numeric_attributes(net: torch.nn.Module) -> dict[str, bool | int | float]:
@@ -275,6 +280,7 @@ def _metadata(snapshot: dict, net: torch.nn.Module) -> dict:
     if not metadata:
         class_name, loss = persistent_object(snapshot.get('loss_fn')) or (None, {})
         metadata = _published_student(loss, net) if class_name == STUDENT_LOSS else dict(objective='diffusion')
+    check(metadata, run_schema.METADATA, 'metadata')
     _check_grid(metadata)
     try:
         LabelSpace.recorded(net.label_dim, metadata)
@@ -299,10 +305,8 @@ def _encoder(node) -> dict | None:
 def _check_grid(metadata: dict):
     """Refuses noise levels that no student steps on."""
     levels = metadata.get('sigmas', [1, 0])
-    listed = isinstance(levels, (list, tuple)) and 2 <= len(levels) <= MAX_STEPS + 1
-    numbers = [*(levels if listed else [None]), *(metadata[name] for name in ('sigma_min', 'sigma_max', 'rho') if name in metadata)]
-    if not all(isinstance(number, (int, float)) and 0 <= number < 1e300 for number in numbers):
-        raise MalformedPickle('has metadata with noise levels that are no numbers')
+    if metadata.get('S', len(levels) - 1) != len(levels) - 1:
+        raise MalformedPickle(f'has metadata with S = {metadata["S"]} and {len(levels)} noise levels')
     if levels[-1] != 0 or any(high <= low for high, low in itertools.pairwise(levels)):
         raise MalformedPickle('has metadata with noise levels that do not fall to zero')
 
@@ -311,8 +315,8 @@ def _published_student(loss: dict, net: torch.nn.Module) -> dict:
     """Metadata of a student whose snapshot has none: its loss knows the grid that it was trained on."""
     S, sigma_min, sigma_max, rho = numbers = [plain(loss.get(name)) for name in ('S', 'sigma_min', 'sigma_max', 'rho')]
     try:
-        if not isinstance(S, int) or S > MAX_STEPS:
-            raise ValueError
+        check(S, run_schema.STEPS, 'S')
+        check(rho, run_schema.RHO, 'rho')
         sigma_min, sigma_max = (float(min(max(sigma, net.sigma_min), net.sigma_max)) for sigma in (sigma_min, sigma_max))
         sigmas = student_grid(S, sigma_min, sigma_max, rho, 'edm').tolist()
     except (ValueError, TypeError, ArithmeticError) as error:
@@ -416,13 +420,10 @@ def load_state(path: str | os.PathLike) -> dict:
             if seal is None:
                 raise DamagedFile('has no checksum at its end: it is damaged, incomplete, or no training state of ours')
             read_sealed(file, size, seal)
-            with zipfile.ZipFile(file) as archive:
-                if sum(entry.file_size for entry in archive.infolist()) > size:
-                    raise DamagedFile('has compressed entries, which ours have not')
-            file.seek(0)
+            check_saved(file)
             return torch.load(file, map_location='cpu', weights_only=True)
-        except DamagedFile as error:
+        except (DamagedFile, MalformedPickle) as error:
             raise UserError(f'{os.fspath(path)} cannot be used as a training state: it {error}.') from error
-        except READING_ERRORS as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+        except UNREADABLE as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(f'{os.fspath(path)} cannot be used as a training state: it is no file of plain data and tensors ({reason}).') from error

@@ -202,16 +202,13 @@ def averages_to_evaluate(opts: EasyDict) -> list[str]:
 def load_earlier(opts: EasyDict) -> tuple[dict, dict]:
     """The training state of --resume, whose path takes the place of a folder's, and the configuration that it was made with."""
     from torch_utils import distributed
-    from training import checkpoint, run_files
+    from training import run_files
     state = None
     if distributed.is_main():
         opts.resume, state = run_files.load_state(opts.resume, report=lambda line: click.echo(line, err=True))
     opts.resume = distributed.broadcast_object(opts.resume)
-    state = state or checkpoint.load_state(opts.resume)
-    try:
-        return state, json.loads(state['options'])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f'--resume={opts.resume} holds no configuration of a run: name a training-state-*.pt file that train.py wrote') from error
+    state = state or run_files.read_state(opts.resume)
+    return state, state['options']
 
 
 def check_same_run(opts: EasyDict, c: EasyDict, earlier: dict) -> None:

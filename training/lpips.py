@@ -19,7 +19,8 @@ from dnnlib.file_kind import another_kind
 from dnnlib.util import UserError, local_path
 from metrics.detectors import is_torchscript
 from metrics.weights import load_weights
-from training.checkpoint import READING_ERRORS
+from torch_utils.restricted_pickle import MalformedPickle
+from torch_utils.saved_tensors import read_saved
 
 URLS = ('https://download.pytorch.org/models/vgg16-397923af.pth,'
         'https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth')
@@ -148,8 +149,9 @@ def load(paths: str | None = None, device: torch.device | str = 'cpu') -> Percep
 def _read_tensors(file: str | os.PathLike, source: str) -> dict[str, object]:
     """What a file holds of LPIPS's weights, by our names."""
     try:
-        named = torch.load(file, map_location='cpu', weights_only=True)
-    except READING_ERRORS as error:
+        with open(file, 'rb') as opened:
+            named = read_saved(opened)
+    except MalformedPickle as error:
         kind = another_kind(file, 'weights of LPIPS', own=('a PyTorch file', 'text'), instead=OURS)
         reason = kind.rstrip() if kind else 'is no file of plain tensors.'
         raise UserError(f'{source} cannot be read: it {reason} Give {WHAT}, or one TorchScript file.') from error

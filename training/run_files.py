@@ -9,8 +9,10 @@ import torch
 
 import dnnlib
 from dnnlib import EasyDict, UserError
+from dnnlib.limits import JSON_FILE
+from dnnlib.schema import check, parse_json
 from torch_utils import distributed, training_stats
-from training import checkpoint
+from training import checkpoint, run_schema
 from training.consistency_ops import student_grid
 from training.loss import Loss
 from training.phema import WeightAverages, average_name
@@ -36,6 +38,18 @@ def states_to_keep(states: dict[str, float | None], newest: int = 2) -> set[str]
     return {*list(states)[-newest:], *([min(measured, key=measured.get)] if measured else [])}
 
 
+def read_state(path: str | os.PathLike) -> dict:
+    """A training state of a run; `options` is its configuration as a dict. Raises: UserError, naming the file and the entry that cannot be one."""
+    state = checkpoint.load_state(path)
+    try:
+        check(state, run_schema.STATE, 'the state')
+        options = parse_json(state['options'], JSON_FILE, 'the configuration of a run')
+        return {**state, 'options': check(options, run_schema.OPTIONS, 'options')}
+    except ValueError as error:
+        raise UserError(f'{os.fspath(path)} is no training state that can be used: it {error}. '
+                        'Name a training-state-*.pt that train.py wrote.') from error
+
+
 def load_state(resume: str, report=print) -> tuple[str, dict]:
     """(path, contents) of the state to go on from: the file `resume`, or the newest whole one in the folder `resume`.
 
@@ -43,11 +57,11 @@ def load_state(resume: str, report=print) -> tuple[str, dict]:
     Raises: UserError where there is none.
     """
     if not os.path.isdir(resume):
-        return resume, checkpoint.load_state(resume)
+        return resume, read_state(resume)
     problem = 'it holds no training-state-*.pt'
     for path in saved_states(resume):
         try:
-            return os.fspath(path), checkpoint.load_state(path)
+            return os.fspath(path), read_state(path)
         except UserError as error:
             problem = 'none of its states is whole'
             report(f'Warning: {error} Using the state before it.')

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import itertools
 import json
 import math
 import os
@@ -18,12 +19,16 @@ from collections.abc import Callable, Iterator
 import tqdm
 
 from dnnlib import UserError
+from dnnlib.limits import JSON_LINE, check_size
+from dnnlib.schema import Integer, Mismatch, Real, Record, Text, check, parse_json
 from dnnlib.util import atomic_write
 
 LOG, STATS, METRICS = 'log.txt', 'stats.jsonl', 'metrics-val.jsonl'
 CIRCUMSTANCES = ('kimg', 'nimg', 'num_images', 'steps', 'nfe', 'seconds')  # entries of an evaluation that are no results
 INIT_TIMEOUT = 60.0     # seconds that W&B has for beginning a run
 FINISH_TIMEOUT = 300.0  # and for sending what is left when it ends
+LINE = Record({'nimg': Integer(), 'kimg': Real(0), 'ema': Text(longest=64), 'timestamp': Real(0),  # of either file; other numbers are finite or null
+               'Progress/nimg': Record(dict(mean=Real(0, 1e15)), ['mean'])})
 
 
 class RunLog:
@@ -192,7 +197,7 @@ def append_lines(path: str, lines: str) -> None:
             file.seek(0)
             data = file.read()
             last = data[data.rfind(b'\n') + 1:]
-            if path.endswith('.jsonl') and parse(last) is None:
+            if path.endswith('.jsonl') and not _is_record(last):
                 end -= len(last)
                 file.truncate(end)
             else:
@@ -206,13 +211,35 @@ def append_lines(path: str, lines: str) -> None:
             raise
 
 
+def _is_record(line: bytes) -> bool:
+    with contextlib.suppress(Mismatch):
+        return parse(line) is not None
+    return False
+
+
 def parse(line: bytes) -> dict | None:
-    """The record of a line; None where it is none."""
+    """The record of a line; None where it is none. Raises: Mismatch where it is one that no run writes."""
     try:
-        record = json.loads(line)
+        record = parse_json(line, JSON_LINE, 'a line of statistics')
     except ValueError:
         return None
-    return record if isinstance(record, dict) else None
+    return check(record, LINE, 'the record') if isinstance(record, dict) else None
+
+
+def records(path: str) -> Iterator[tuple[bytes, dict | None]]:
+    """The lines of a .jsonl file and their records; None of a line that is none. The last line may lack its end.
+
+    Raises: UserError, which names the line, for a record that no run writes, and for a line without end.
+    """
+    with open(path, 'rb') as file:
+        for number in itertools.count(1):
+            if not (line := file.readline(JSON_LINE + 1)):
+                return
+            try:
+                check_size(len(line), JSON_LINE, 'a line of statistics')
+                yield line, parse(line)
+            except ValueError as error:
+                raise UserError(f'{path}: line {number} {error}. Remove that line, or restore the file.') from error
 
 
 def images_seen(record: dict) -> int | None:
@@ -226,24 +253,25 @@ def forget_future(run_dir: str, nimg: int) -> tuple[int, dict[int, dict[str, flo
     """Remove from stats.jsonl and metrics-val.jsonl what was recorded beyond `nimg` images, and a last line that a kill cut short.
 
     Returns: the most images that any record told of (-1 for none), and the numbers that are left by images seen.
+    Raises: UserError, which names the line, for a record that no run writes.
     """
     latest, history = -1, {}
     for path in (os.path.join(run_dir, name) for name in (STATS, METRICS)):
         if not os.path.exists(path):
             continue
-        with open(path, 'rb') as file:
-            *lines, rest = file.read().split(b'\n')
-        kept = []
-        for line in [*lines, rest] if parse(rest) else lines:
-            record = parse(line) or {}
-            seen = images_seen(record)
+        kept, count, whole = [], 0, True
+        for line, record in records(path):
+            count, whole = count + 1, line.endswith(b'\n')
+            if record is None and not whole:  # the last one
+                continue
+            seen = images_seen(record or {})
             if seen is not None:
                 latest = max(latest, seen)
                 if seen > nimg:
                     continue
                 history.setdefault(seen, {}).update(scalars(record))
-            kept.append(line + b'\n')
-        if rest or len(kept) < len(lines):
+            kept.append(line if whole else line + b'\n')
+        if not whole or len(kept) < count:
             with atomic_write(path) as file:
                 file.writelines(kept)
     return latest, history

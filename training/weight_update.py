@@ -92,7 +92,10 @@ class WeightUpdate:
                     bad_steps=self.bad_steps)
 
     def load_state_dict(self, state: dict) -> None:
-        """Inverse of `state_dict`. A fixed loss scale, betas and eps stay as they were chosen."""
+        """Inverse of `state_dict`. A fixed loss scale, betas and eps stay as they were chosen. Raises: ValueError for moments of another network."""
+        for name, value in state['optimizer']['state'].get(0, {}).items():
+            if value.shape != (self.weights.shape if name != 'step' else ()):
+                raise ValueError(f'the optimizer has {name} of shape {list(value.shape)}, and the network {len(self.weights):,} weights')
         self.optimizer.load_state_dict(dict(state['optimizer'], param_groups=self.optimizer.state_dict()['param_groups']))
         for name in ('whole_in_a_row', 'bad_in_a_row', 'bad_steps', *(['scale'] if self.dynamic else [])):
             getattr(self, name).copy_(state[name])

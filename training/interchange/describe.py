@@ -1,16 +1,14 @@
 """What a network is, in the words of `convert.py info`."""
 from __future__ import annotations
 
-import json
 import math
 
 import torch
 
 from dnnlib import EasyDict, UserError
 from torch_utils.restricted_pickle import MalformedPickle
-from training import checkpoint
+from training import checkpoint, run_files
 from training.phema import average_name
-from training.run_files import snapshot_metadata
 
 
 def describe(net: torch.nn.Module) -> dict:
@@ -42,11 +40,11 @@ def describe_state(source) -> dict:
 
     Raises: UserError, naming the source, where it is damaged or no training state of ours.
     """
-    state = checkpoint.load_state(source)
+    state = run_files.read_state(source)
     try:
-        options, position = EasyDict(json.loads(state['options'])), state['progress']
+        options, position = EasyDict(state['options']), state['progress']
         net = checkpoint.build_unfilled(options.network['class_name'], (), options.network['kwargs'])
-        net.metadata = snapshot_metadata(options, position['nimg'])
+        net.metadata = run_files.snapshot_metadata(options, position['nimg'])
         averages = ['ema', *(average_name(std) for std in state['averages']['phema'])]
     except (LookupError, AttributeError) as error:
         raise UserError(f'{source} is no training state of this version of the program: it lacks {error.args[0]!r}.') from error

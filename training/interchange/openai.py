@@ -25,6 +25,8 @@ from torch import Tensor
 import dnnlib
 from dnnlib import UserError
 from dnnlib.file_kind import another_kind
+from torch_utils.restricted_pickle import MalformedPickle
+from torch_utils.saved_tensors import read_saved
 from training import checkpoint, networks
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0    # of all published models
@@ -114,7 +116,7 @@ def read_state_dict(source: str | os.PathLike, key: str | None = None) -> dict[s
     They may lie under an entry of the file (`ema`, `model_state_dict`, ...) and their names have a prefix (`module.` of data-parallel training).
     Raises: UserError where there are none or several such sets, the file is damaged, or would take more memory than its length.
     """
-    contents, size = _read(source)
+    contents = _read(source)
     name, entries = os.fspath(source), _entries(contents) if isinstance(contents, dict) else {}
     prefixes = [entry.removesuffix(FIRST_LAYER) for entry in entries if entry == FIRST_LAYER or entry.endswith(f'.{FIRST_LAYER}')]
     if not prefixes:
@@ -128,15 +130,12 @@ def read_state_dict(source: str | os.PathLike, key: str | None = None) -> dict[s
     weights = {entry.removeprefix(prefix): value for entry, value in entries.items() if entry.startswith(prefix)}
     if odd := [entry for entry, value in weights.items() if not _is_plain(value)]:
         raise UserError(f'{name} is not a state dict: {odd[0]} should be a tensor of floating-point numbers.')
-    if sum(tensor.nbytes for tensor in weights.values()) > size:
-        raise UserError(f'{name} is not a state dict: its tensors share memory, or claim more than the file has.')
     return weights
 
 
-def _read(source: str | os.PathLike) -> tuple[object, int]:
-    """(the contents of a PyTorch file, its length)."""
+def _read(source: str | os.PathLike):
+    """The contents of a PyTorch file."""
     path, name = dnnlib.util.local_path(source), os.fspath(source)
-    size = path.stat().st_size
     own = ('a PyTorch file', 'a training state of train.py', 'a pickle', 'a damaged', 'text')
     instead = {'a network snapshot': 'Leave out --from=openai.', 'a safetensors file': 'Say so with --from=safetensors.'}
     if kind := another_kind(path, "weights of OpenAI's consistency_models (.pt)", own, instead):
@@ -145,15 +144,10 @@ def _read(source: str | os.PathLike) -> tuple[object, int]:
         raise UserError(f'{name} is no zip archive, as files of PyTorch 1.6 and newer are. Load and save an older one with a newer PyTorch; '
                         'copy or download a damaged one again.')
     try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > size:
-                raise UserError(f'{name} is not a PyTorch file: its entries are compressed.')
-            if (damaged := archive.testzip()) is not None:
-                raise UserError(f'{name} is damaged: {damaged} does not match its checksum. Copy or download it again.')
-        return torch.load(path, map_location='cpu', weights_only=True), size
-    except checkpoint.READING_ERRORS as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f'{name} cannot be read as a PyTorch file of tensors ({reason}). Nothing in it was executed.') from error
+        with open(path, 'rb') as file:
+            return read_saved(file)
+    except MalformedPickle as error:
+        raise UserError(f'{name} cannot be read as a PyTorch file of tensors: it {error}. Nothing in it was executed.') from error
 
 
 def _entries(contents: dict) -> dict[str, object]:

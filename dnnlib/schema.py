@@ -1,0 +1,220 @@
+"""What plain data in a file must be: tables of name, type and range, checked at the door, so that nobody behind it meets anything else.
+
+A table is made of the kinds below; `check(value, kind, where)` goes through a value with it. `where` is how people call the value: 'progress.nimg'.
+"""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dnnlib.limits import UNREADABLE, check_size
+from dnnlib.text import printable
+
+MAX_DEPTH, MAX_VALUES = 32, 1_000_000   # of plain data whose kind no table tells
+LARGEST = 2 ** 63 - 1                   # integer, where no table tells another
+
+
+class Mismatch(ValueError):
+    """A value is not what its table says. The message completes 'it ...'."""
+
+
+class Kind:
+    """What a value may be: anything. Subclasses say in `words` what else, and `check` it. Raises: Mismatch."""
+
+    words = 'any value'
+
+    def check(self, value, where: str) -> None:
+        """Raises: Mismatch, which calls the value `where`."""
+
+    def refuse(self, value, where: str):
+        raise Mismatch(f'has {shown(value)} for {printable(where, 200)}, which is {self.words}')
+
+
+def check(value, kind: Kind, where: str):
+    """The value. Raises: Mismatch, which names the first part of it that is not of its kind."""
+    kind.check(value, where)
+    return value
+
+
+def shown(value) -> str:
+    """A value of a file in a message: a number or text itself, of anything else its type."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return 'a huge integer'
+    return printable(repr(value), 60) if value is None or isinstance(value, (bool, int, float, str)) else f'a {type(value).__name__}'
+
+
+@dataclass(frozen=True)
+class Integer(Kind):
+    low: int = 0
+    high: int = LARGEST
+
+    @property
+    def words(self) -> str:
+        return f'an integer from {self.low:,} to {self.high:,}'
+
+    def check(self, value, where):
+        if type(value) is not int or not self.low <= value <= self.high:
+            self.refuse(value, where)
+
+
+@dataclass(frozen=True)
+class Real(Kind):
+    """A finite number; `inf` as well where the range includes it."""
+    low: float = -1e300
+    high: float = 1e300
+
+    @property
+    def words(self) -> str:
+        return 'a finite number' if (self.low, self.high) == (-1e300, 1e300) else f'a number from {self.low:g} to {self.high:g}'
+
+    def check(self, value, where):
+        if type(value) not in (int, float) or not self.low <= value <= self.high:  # NaN is in no range
+            self.refuse(value, where)
+
+
+@dataclass(frozen=True)
+class Text(Kind):
+    pattern: str = ''       # that all of it matches; empty: any
+    longest: int = 4096     # characters
+    words: str = 'text'
+
+    def check(self, value, where):
+        if type(value) is not str or len(value) > self.longest or (self.pattern and not re.fullmatch(self.pattern, value, re.ASCII)):
+            self.refuse(value, where)
+
+
+class Flag(Kind):
+    words = 'true or false'
+
+    def check(self, value, where):
+        if type(value) is not bool:
+            self.refuse(value, where)
+
+
+@dataclass(frozen=True)
+class OneOf(Kind):
+    values: tuple
+
+    @property
+    def words(self) -> str:
+        return f'one of {", ".join(map(str, self.values))}'
+
+    def check(self, value, where):
+        if type(value) is not str or value not in self.values:
+            self.refuse(value, where)
+
+
+@dataclass(frozen=True)
+class Maybe(Kind):
+    """None, or of a kind."""
+    kind: Kind
+
+    def check(self, value, where):
+        if value is not None:
+            self.kind.check(value, where)
+
+
+@dataclass(frozen=True)
+class ListOf(Kind):
+    kind: Kind
+    longest: int = 10_000
+    shortest: int = 0
+
+    @property
+    def words(self) -> str:
+        return f'a list of {self.shortest:,} to {self.longest:,} entries'
+
+    def check(self, value, where):
+        if not isinstance(value, (list, tuple)) or not self.shortest <= len(value) <= self.longest:
+            self.refuse(value, where)
+        for i, item in enumerate(value):
+            self.kind.check(item, f'{where}[{i}]')
+
+
+@dataclass(frozen=True)
+class Row(Kind):
+    """A list of as many entries as there are kinds, each of its own."""
+    kinds: tuple[Kind, ...]
+
+    @property
+    def words(self) -> str:
+        return f'a list of {len(self.kinds)} entries'
+
+    def check(self, value, where):
+        if not isinstance(value, (list, tuple)) or len(value) != len(self.kinds):
+            self.refuse(value, where)
+        for i, (item, kind) in enumerate(zip(value, self.kinds)):
+            kind.check(item, f'{where}[{i}]')
+
+
+@dataclass(frozen=True)
+class Dict(Kind):
+    """Entries by keys that the file chooses, all of one kind."""
+    keys: Kind
+    kind: Kind
+    longest: int = 100_000
+    words = 'a table of entries'
+
+    def check(self, value, where):
+        if not isinstance(value, dict) or len(value) > self.longest:
+            self.refuse(value, where)
+        for key, item in value.items():
+            self.keys.check(key, f'a name in {where}')
+            self.kind.check(item, f'{where}.{key}')
+
+
+class Plain(Kind):
+    """Any plain data whose numbers are finite, as deep as anyone nests it."""
+    words = 'plain data'
+
+    def check(self, value, where):
+        self._check(value, where, 0, [MAX_VALUES])
+
+    def _check(self, value, where, depth, left):
+        left[0] -= 1
+        if depth > MAX_DEPTH or left[0] < 0:
+            raise Mismatch(f'nests or repeats values in {printable(where, 200)} without end')
+        if isinstance(value, (dict, list, tuple)):
+            if isinstance(value, dict) and not all(type(name) is str for name in value):
+                raise Mismatch(f'has a name in {printable(where, 200)} that is no text')
+            for item in value.values() if isinstance(value, dict) else value:
+                self._check(item, where, depth + 1, left)
+        elif type(value) in (int, float):
+            if not -1e300 <= value <= 1e300:
+                self.refuse(value, f'a number in {where}')
+        elif not (value is None or type(value) in (bool, str)):
+            self.refuse(value, where)
+
+
+@dataclass(frozen=True)
+class Record(Kind):
+    """Entries of names and kinds that a table tells; where `others` is None no more than those."""
+    fields: Mapping[str, Kind]
+    required: Sequence[str] = ()
+    others: Kind | None = field(default_factory=Plain)
+    words = 'a table of entries by name'
+
+    def check(self, value, where):
+        if not isinstance(value, dict):
+            self.refuse(value, where)
+        if absent := [name for name in self.required if name not in value]:
+            raise Mismatch(f'has no {absent[0]} in {printable(where, 200)}')
+        for name, item in value.items():
+            kind = self.fields.get(name, self.others) if type(name) is str else None
+            if kind is None:
+                raise Mismatch(f'has an entry {shown(name)} in {printable(where, 200)}, where none of that name belongs')
+            kind.check(item, f'{where}.{name}')
+
+
+def parse_json(data: bytes | str, limit: int, what: str):
+    """The value of JSON text of at most `limit` bytes. Numbers may be NaN or infinite, as Python writes them, until a table is asked.
+
+    Raises: ValueError that completes 'it ...' for anything else, also where it nests deeper or has longer numbers than Python reads.
+    """
+    check_size(len(data), limit, what)
+    try:
+        return json.loads(data)
+    except UNREADABLE as error:
+        raise ValueError(f'is no JSON ({printable(error, 200)})') from error

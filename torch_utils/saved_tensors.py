@@ -1,0 +1,239 @@
+"""Files that `torch.save` writes, read as data: nothing in them is imported, called or executed.
+
+Since PyTorch 1.6 such a file is a zip archive, stored without compression: `<name>/data.pkl` holds everything but the tensors' elements, and
+`<name>/data/<key>` the elements of each storage. Before, it was five pickles (magic number, version, system, the contents, the storages' keys) and,
+for each key, the number of elements and the elements. Memory is at most what the file has, since what it claims is compared with that first.
+"""
+from __future__ import annotations
+
+import io
+import re
+import struct
+import zipfile
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+import torch
+
+from dnnlib.limits import SAVED_STRUCTURE, UNREADABLE, check_size
+from dnnlib.text import printable
+from torch_utils import restricted_pickle
+from torch_utils.restricted_pickle import Call, Key, MalformedPickle, Name, Reader, Span, latin1, read_pickle, text_of_bytes
+from torch_utils.sealed_file import DamagedFile, Part, find_seal, read_parts
+from torch_utils.stored_tensors import Elements, Storages, stored_tensor
+
+NAMES = frozenset({'collections.OrderedDict', 'torch.Size', 'torch.Tensor', 'torch.nn.parameter.Parameter', 'torch.serialization._get_layout',
+                   'torch._utils._rebuild_sparse_tensor', restricted_pickle.ENCODED_BYTES, *restricted_pickle.TENSORS,
+                   *restricted_pickle.TORCH_DTYPES, *restricted_pickle.STORAGE_TYPES})
+MAGIC = 0x1950a86a20f9469cfc6c      # of the format before 1.6
+MAX_DEPTH = 32                      # of dicts and lists in each other
+
+
+def read_saved(file: BinaryIO):
+    """The contents of a PyTorch file: dicts, lists, tuples, scalars, bytes, and tensors on the CPU, each in memory of its own.
+
+    What else the file would have built, such as a sparse tensor, is an inert `Call` or `Name`.
+
+    Args:
+        file: seekable, with a file descriptor. A checksum of ours may follow its end.
+    Raises: MalformedPickle, whose message completes 'it ...', for a file that is damaged, hostile, or of another kind.
+    """
+    contents, parts = _open(file, verify=True)
+    try:
+        read_parts(file, parts)
+    except DamagedFile as error:
+        raise MalformedPickle(str(error)) from error
+    return contents
+
+
+def check_saved(file: BinaryIO) -> None:
+    """What `read_saved` checks before it reads the tensors' elements, whose checksums are somebody else's. Raises: MalformedPickle."""
+    _open(file, verify=False)
+    file.seek(0)
+
+
+def _open(file: BinaryIO, verify: bool) -> tuple[object, list[Part]]:
+    """The contents, whose tensors have memory that nothing has been written to yet, and which parts of the file belong there."""
+    size, _ = find_seal(file)
+    try:
+        tree, places, pickled = _read_zip(file, size, verify) if zipfile.is_zipfile(file) else _read_legacy(file, size)
+        assembly = _Assembly(_SavedStorages(file, places), pickled, size)
+        return assembly.value(tree), assembly.parts
+    except MalformedPickle:
+        raise
+    except UNREADABLE as error:
+        raise MalformedPickle(f'is no complete PyTorch file ({printable(error, 200) or type(error).__name__})') from error
+
+#----------------------------------------------------------------------------
+# The two formats. Each gives the tree of the contents, {key: (start, stop)} of the storages in the file, and the file that byte strings in the tree
+# refer to.
+
+Places = dict[str, tuple[int, int]]
+
+
+def _read_zip(file: BinaryIO, size: int, verify: bool) -> tuple[object, Places, BinaryIO]:
+    file.seek(0)
+    with zipfile.ZipFile(file) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+        if len({name.lower() for name in members}) < len(archive.infolist()):  # another reader may take the other one
+            raise MalformedPickle('has two entries of one name')
+        file.seek(max(size - 22, 0))
+        if file.read(22)[:4] != b'PK\5\6':
+            raise MalformedPickle('goes on behind its zip archive')
+        if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()) or sum(info.file_size for info in members.values()) > size:
+            raise MalformedPickle('has compressed or overlapping entries, which PyTorch files have not')
+        record = next((name for name in members if re.fullmatch(r'([^/]+/)?data\.pkl', name)), None)
+        if record is None:
+            raise MalformedPickle('is a zip archive without data.pkl, which PyTorch files have')
+        folder = record.removesuffix('data.pkl')
+        if (order := members.get(f'{folder}byteorder')) is not None and archive.read(order)[:10] != b'little':
+            raise MalformedPickle('is not of a little-endian machine')
+        check_size(members[record].file_size, SAVED_STRUCTURE, 'a PyTorch file without its tensors')
+        pickled = io.BytesIO(archive.read(record))
+        if verify and (damaged := archive.testzip()) is not None:
+            raise MalformedPickle(f'is damaged: {printable(damaged, 200)} does not match its checksum')
+    tree = read_pickle(pickled, len(pickled.getbuffer()), NAMES, persistent_ids=True)
+    places = {name.removeprefix(f'{folder}data/'): _place(file, info) for name, info in members.items() if name.startswith(f'{folder}data/')}
+    return tree, places, pickled
+
+
+def _place(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
+    """Where a member's bytes begin, behind its local header (PKWARE's APPNOTE, 4.3.7), and end."""
+    file.seek(info.header_offset)
+    name, extra = struct.unpack('<26x2H', file.read(30))
+    start = info.header_offset + 30 + name + extra
+    return start, start + info.file_size
+
+
+def _read_legacy(file: BinaryIO, size: int) -> tuple[object, Places, BinaryIO]:
+    reader = Reader(file, 0, min(size, SAVED_STRUCTURE), NAMES, persistent_ids=True)
+    if reader.next_pickle() != MAGIC:
+        raise MalformedPickle('is no PyTorch file')
+    _version, system, tree, keys = (reader.next_pickle() for _ in range(4))
+    if not isinstance(system, dict) or system.get('little_endian') is not True:
+        raise MalformedPickle('is not of a little-endian machine')
+    itemsizes = {storage.key: storage.dtype.itemsize for storage in map(_Storage.of, _persistent_ids(tree))}
+    places, position = {}, reader.position()
+    for key in keys if isinstance(keys, list) else ():
+        if not isinstance(key, str) or key not in itemsizes:
+            raise MalformedPickle('has a storage of no tensor')
+        file.seek(position)
+        start = position + 8
+        places[key] = start, start + int.from_bytes(file.read(8), 'little') * itemsizes[key]
+        _, position = places[key]
+    return tree, places, file
+
+
+def _persistent_ids(tree) -> Iterator[Call]:
+    """The records of storages in a tree, each once."""
+    queue, seen = [tree], set()
+    while queue:
+        node = queue.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, Call) and node.name == restricted_pickle.PERSISTENT_ID:
+            yield node
+        elif isinstance(node, Call):
+            queue += [node.args, node.state]
+        elif isinstance(node, (list, tuple)):
+            queue += node
+        elif isinstance(node, dict):
+            queue += node.values()
+
+#----------------------------------------------------------------------------
+# From the tree to values.
+
+class _Storage(NamedTuple):
+    """What a tensor's record says of its storage."""
+    dtype: torch.dtype
+    key: str
+    numel: int
+    view: tuple | None      # (first element, number of elements) of the part that is meant, in old files
+
+    @classmethod
+    def of(cls, record: Call) -> _Storage:
+        """From ('storage', type, key, device, number of elements[, (key of the view, first, number)])."""
+        match record.args:
+            case ('storage', Name(path=path), str(key), _, int(numel), *rest) if path in restricted_pickle.STORAGE_TYPES and numel >= 0:
+                view = rest[0] if rest else None
+                return cls(restricted_pickle.STORAGE_TYPES[path], key, numel, view)
+        raise MalformedPickle('has a tensor of unknown type or place')
+
+
+class _SavedStorages(Storages):
+    """Storages at places that are known."""
+
+    def __init__(self, file: BinaryIO, places: Places):
+        super().__init__(file)
+        self.places = places
+
+    def _read_header(self, record: Call) -> Elements:
+        storage = _Storage.of(record)
+        start, stop = self.places.get(storage.key, (0, 0))
+        elements = Elements(None, start, storage.dtype, storage.numel * storage.dtype.itemsize)
+        if elements.nbytes != stop - start:
+            raise MalformedPickle(f'claims {storage.numel:,} numbers for a storage of {stop - start:,} bytes')
+        return elements if storage.view is None else elements.part(storage.view)
+
+
+class _Assembly:
+    """Values from the tree. Tensors have memory, and `parts` says what of the file belongs there."""
+
+    def __init__(self, storages: Storages, pickled: BinaryIO, size: int):
+        self.storages, self.pickled, self.left = storages, pickled, size
+        self.parts: list[Part] = []
+        self.known: dict[int, tuple] = {}   # by the identity of nodes, which a file may repeat without end: (node, value)
+
+    def value(self, node, depth: int = 0):
+        """What a node stands for."""
+        if node is None or type(node) in (bool, int, float, str):
+            return node
+        if depth > MAX_DEPTH:
+            raise MalformedPickle('nests values without end')
+        if id(node) in self.known:
+            return self.known[id(node)][1]
+        if isinstance(node, (dict, list)):  # may hold themselves
+            value = type(node)()
+            self.known[id(node)] = node, value
+            self._fill(value, node, depth + 1)
+        else:
+            value = self._new(node, depth + 1)
+            self.known[id(node)] = node, value
+        return value
+
+    def _fill(self, value: dict | list, node: dict | list, depth: int) -> None:
+        if isinstance(node, dict):
+            value.update((self._key(key), self.value(item, depth)) for key, item in node.items())
+        else:
+            value.extend(self.value(item, depth) for item in node)
+
+    def _new(self, node, depth: int):
+        match node:
+            case tuple():
+                return tuple(self.value(item, depth) for item in node)
+            case Call(name='torch.Size', args=(tuple(sizes),)):
+                return self.value(sizes, depth)
+            case Call(name=restricted_pickle.ENCODED_BYTES):
+                return latin1(text_of_bytes(node) or '')
+            case Call(name=name) if name in restricted_pickle.TENSORS:
+                return self._tensor(node)
+            case Span():
+                self.pickled.seek(node.start)
+                return self.pickled.read(node.size)
+        return node
+
+    def _key(self, key):
+        key = key.value if isinstance(key, Key) else key
+        if type(key) not in (bool, int, float, str):
+            raise MalformedPickle('has a key that is neither text nor a number')
+        return key
+
+    def _tensor(self, node: Call) -> torch.Tensor:
+        located = self.storages.locate(stored_tensor(node))
+        self.left -= located.nbytes
+        if self.left < 0:
+            raise MalformedPickle('has tensors that share memory: together they are larger than the file')
+        elements = torch.empty(located.extent, dtype=located.dtype)
+        self.parts.append((located.start, elements.view(torch.uint8).numpy()))
+        return elements.as_strided(located.shape, located.stride)

@@ -1,0 +1,117 @@
+"""What the files of a run hold: tables of name, type and range for training states, options, metadata of snapshots and statistics.
+
+Files of older versions lack entries and those of newer ones have more: what no table names is any plain data, and only what resuming cannot do
+without is required.
+"""
+from __future__ import annotations
+
+import torch
+
+from dnnlib.limits import JSON_FILE, MAX_STEPS
+from dnnlib.schema import Dict, Flag, Integer, Kind, ListOf, Maybe, OneOf, Real, Record, Row, Text
+
+STEM = r'(network-snapshot|training-state)-\d{6,18}(-\d{1,18})?'    # of a saved file
+DIGEST = Text('[0-9a-f]{64}', words='a SHA-256 digest')
+NAME = Text(r'[\w.+-]{1,64}', words='a name')
+WORDS, FLAG, COUNT, SHARE = Text(), Flag(), Integer(1), Real(0, 1)
+NUMBER, AMOUNT, POSITIVE = Real(), Real(0), Real(1e-30)
+SIGMA, RHO, STEPS = Real(1e-9, 1e6), Real(0.1, 1e4), Integer(1, MAX_STEPS)
+
+#----------------------------------------------------------------------------
+# Tensors.
+
+class Numbers(Kind):
+    """A dense tensor on the CPU of one of the given types and, where it matters, shape."""
+
+    def __init__(self, *dtypes: torch.dtype, shape: tuple[int, ...] | None = None):
+        self.dtypes, self.shape = dtypes, shape
+        self.words = f'a tensor of {" or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)}' + (
+            f' of shape {list(shape)}' if shape is not None else '')
+
+    def check(self, value, where):
+        if (not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_meta or value.dtype not in self.dtypes
+                or self.shape not in (None, tuple(value.shape))):
+            self.refuse(value, where)
+
+
+FLOATS = Numbers(torch.float32, torch.float64, torch.float16, torch.bfloat16)
+TENSORS = Dict(Text(r'[\w.-]{1,1000}'), Numbers(*FLOATS.dtypes, torch.int64, torch.int32, torch.bool))
+COUNTER = Numbers(torch.int64, torch.int32, shape=())
+
+#----------------------------------------------------------------------------
+# Networks: their numbers, as attributes and constructor arguments. Those of no name here are finite.
+
+NETWORK_NUMBERS = dict(sigma_data=Real(1e-6, 1e6), sigma_min=Real(0, 1e6), sigma_max=Real(1e-9, float('inf')), beta_d=Real(1e-6, 1e6),
+                       beta_min=Real(0, 1e6), M=Integer(1, 10_000), epsilon_t=Real(0, 1), epsilon_s=Real(0, 1), boundary=Real(0, 1e6),
+                       switch=SIGMA)
+
+#----------------------------------------------------------------------------
+# The configuration of a run, as in training_options.json and in states.
+
+LOSS = dict(
+    kind=NAME, S=STEPS, student_grid=OneOf(('edm', 'full')), sigma_grid=OneOf(('karras', 'cosine')), rho=RHO, sigma_min=SIGMA, sigma_max=SIGMA,
+    sigma_data=Real(1e-6, 1e6), T_start=Integer(1, 1_000_000), T_end=Integer(1, 1_000_000), T_anneal_kimg=AMOUNT, keep_ties=FLAG, top_mass=SHARE,
+    sampling_mode=NAME, cd_loss=NAME, cd_weight_mode=NAME, sync_dropout=FLAG, hop=NAME, xvar_frac=AMOUNT, terminal_anchor=FLAG,
+    terminal_teacher_hop=FLAG, anchor_hops=Maybe(STEPS), substeps=STEPS, schedule_nimg=Integer(), N=Maybe(Integer(2, 1_000_000)),
+    s0=Integer(1, 1_000_000), s1=Integer(1, 1_000_000), mu0=SHARE, mu_schedule=NAME, cm_loss=NAME, lpips=Maybe(WORDS), P_mean=Real(-1e3, 1e3),
+    P_std=Real(1e-9, 1e3), c=Maybe(AMOUNT), batch_size=COUNT, q=Real(1, 1e6), k=AMOUNT, b=AMOUNT, stage_nimg=Integer(), ect_weight=NAME,
+    dividing_t=SIGMA, student_scale=POSITIVE, student_df=POSITIVE, ratio_cap=SHARE, tcm_weight=NAME, boundary_share=SHARE, boundary_weight=AMOUNT)
+
+DATASET = Record(dict(
+    path=WORDS, use_labels=FLAG, resolution=COUNT, xflip=FLAG, cache=FLAG, max_size=Maybe(COUNT), num_images=COUNT,
+    image_shape=ListOf(COUNT, 3, 3), label_dim=Integer(0, 1 << 20), label_kind=OneOf(('classes', 'vectors')),
+    classes=Text(longest=1 << 20), digest=DIGEST), required=['path'])
+
+OPTIONS = Record(dict(
+    objective=NAME, teacher=Maybe(WORDS), total_nimg=COUNT, teacher_digest=Maybe(DIGEST), dataset=DATASET, encoder=Maybe(Record({})),
+    network=Record(dict(class_name=NAME, kwargs=Record({})), required=['class_name', 'kwargs']),
+    sampling=Maybe(Record(dict(mid_t=Maybe(SIGMA), clip_denoised=Maybe(FLAG)))), loss=Record(LOSS),
+    batch_size=COUNT, batch_gpu=Maybe(COUNT), optim=NAME, lr=POSITIVE, betas=ListOf(SHARE, 2, 2), eps=AMOUNT, lr_rampup_nimg=AMOUNT, lr_schedule=NAME,
+    lr_ref_nimg=AMOUNT, loss_scaling=Maybe(POSITIVE), grad_clip=Maybe(POSITIVE), precision=NAME, max_bad_steps=COUNT, augment=SHARE,
+    ema_halflife_nimg=AMOUNT, ema_rampup_ratio=Maybe(AMOUNT), phema_stds=ListOf(SHARE, 1000), kimg_per_tick=POSITIVE, snapshot_ticks=Integer(),
+    phema_snapshot_ticks=Integer(), state_dump_ticks=Integer(), states_kept=Integer(), on_save_error=NAME, seed=Integer(), transfer=Maybe(WORDS),
+    resume=Maybe(WORDS), workers=Integer(), stages=Maybe(ListOf(ListOf(COUNT, 2, 2), 64)), run_dir=WORDS),
+    required=['objective', 'dataset', 'network', 'loss', 'total_nimg', 'batch_size', 'betas', 'seed', 'ema_halflife_nimg', 'ema_rampup_ratio',
+              'phema_stds', 'lr_rampup_nimg', 'lr_ref_nimg'])
+
+#----------------------------------------------------------------------------
+# Training states.
+
+PROGRESS = Record(dict(
+    nimg=Integer(0, 10 ** 15), tick=Integer(0, 10 ** 12), tick_start_nimg=Integer(0, 10 ** 15), due=FLAG, begun=FLAG, fid=Maybe(NUMBER),
+    states=Dict(Text(STEM, words='the name of a saved file'), Maybe(NUMBER)), names=Dict(Text(STEM, words='the name of a saved file'), Integer()),
+    wandb_id=Maybe(Text(r'[\w-]{1,128}', words='the name of a run at W&B'))), required=['nimg', 'tick', 'tick_start_nimg'])
+
+class Moments(Kind):
+    """What the optimizer knows of the one vector that holds all parameters; nothing before the first step."""
+    words = 'the moments of one vector of parameters'
+    fields = Record(dict(step=FLOATS, exp_avg=FLOATS, exp_avg_sq=FLOATS), others=None)
+
+    def check(self, value, where):
+        if not isinstance(value, dict) or not value.keys() <= {0}:
+            self.refuse(value, where)
+        for moments in value.values():
+            self.fields.check(moments, where)
+
+
+UPDATE = Record(dict(
+    optimizer=Record(dict(state=Moments()), required=['state']),
+    scale=FLOATS, whole_in_a_row=COUNTER, bad_in_a_row=COUNTER, bad_steps=COUNTER),
+    required=['optimizer', 'scale', 'whole_in_a_row', 'bad_in_a_row', 'bad_steps'])
+
+STATE = Record(dict(
+    net=TENSORS, update=UPDATE, averages=Record(dict(ema=TENSORS, phema=Dict(SHARE, TENSORS, 1000)), ['ema', 'phema'], others=None),
+    loss=Record(dict(target=TENSORS), others=Kind()), progress=PROGRESS,
+    stats=ListOf(Row((ListOf(Text(longest=200)), Numbers(torch.float64)))),
+    rng=ListOf(Record(dict(cpu=Numbers(torch.uint8), cuda=Numbers(torch.uint8)), ['cpu'], others=None), longest=100_000),
+    options=Text(longest=JSON_FILE)),
+    required=['net', 'update', 'averages', 'loss', 'progress', 'stats', 'rng', 'options'], others=Kind())
+
+#----------------------------------------------------------------------------
+# Metadata of snapshots.
+
+METADATA = Record(dict(
+    objective=NAME, kimg=AMOUNT, nimg=Integer(), seed=Integer(), S=STEPS, sigma_min=Real(0, 1e6), sigma_max=Real(1e-9, float('inf')), rho=RHO,
+    student_grid=OneOf(('edm', 'full')), sigma_grid=OneOf(('karras', 'cosine')), sigma_data=Real(1e-6, 1e6), num_timesteps=Integer(2, 1_000_000),
+    clip_denoised=FLAG, sigmas=ListOf(Real(0, 1e6), MAX_STEPS + 1, 2), solver=NAME, label_kind=OneOf(('classes', 'vectors')),
+    classes=Text(longest=1 << 20), encoder=Record({}), ema=NAME, ema_halflife_kimg=AMOUNT, ema_std=SHARE, fid=Maybe(NUMBER), digest=DIGEST))
