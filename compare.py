@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from dnnlib import EasyDict, UserError, cli
+from dnnlib import EasyDict, UserError, cli, schema
 from dnnlib.util import atomic_write
 from metrics import comparison, digits
 from metrics.comparison import Model, Request, Training
@@ -112,7 +112,7 @@ def read_json(path: Path, default: list | dict) -> list | dict:
     if not path.exists():
         return default
     try:
-        value = json.loads(path.read_text())
+        value = schema.read_json(path, schema.Plain(), 'a record of results')
     except ValueError as error:
         raise UserError(DAMAGED.format(path)) from error
     types = lambda of: {name: type(entry) for name, entry in of.items()} if isinstance(of, dict) else type(of)

@@ -5,11 +5,12 @@ A table is made of the kinds below; `check(value, kind, where)` goes through a v
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dnnlib.limits import UNREADABLE, check_size
+from dnnlib.limits import JSON_FILE, UNREADABLE, check_size, read_at_most
 from dnnlib.text import printable
 
 MAX_DEPTH, MAX_VALUES = 32, 1_000_000   # of plain data whose kind no table tells
@@ -218,3 +219,9 @@ def parse_json(data: bytes | str, limit: int, what: str):
         return json.loads(data)
     except UNREADABLE as error:
         raise ValueError(f'is no JSON ({printable(error, 200)})') from error
+
+
+def read_json(path: str | os.PathLike, kind: Kind, what: str):
+    """The value of a JSON file. Raises: OSError where it cannot be read; ValueError that completes 'it ...' where it is not of the kind."""
+    with open(path, 'rb') as file:
+        return check(parse_json(read_at_most(file, JSON_FILE, what), JSON_FILE, what), kind, what)

@@ -287,11 +287,12 @@ def _record_path(path: Path) -> Path:
 
 def _read_record(path: Path) -> dict:
     """What is recorded of a cached file: url, bytes, sha256. Empty where that cannot be read."""
+    from dnnlib import schema
+    kind = schema.Record(dict(bytes=schema.Integer(), sha256=schema.Text('[0-9a-f]{64}')), required=['bytes', 'sha256'])
     try:
-        record = json.loads(_record_path(path).read_bytes())
+        return schema.read_json(_record_path(path), kind, 'the record of a download')
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) and record.keys() >= {'bytes', 'sha256'} else {}
 
 
 def _write_record(path: Path, url: str, size: int, digest: str) -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import os
 from collections.abc import Sequence
 
@@ -17,8 +16,10 @@ import torch
 from PIL import Image
 from sklearn.isotonic import isotonic_regression
 
+from dnnlib import UserError
 from training.generation import image_grid
 from training.pixels import open_image
+from training.run_log import records
 
 STYLE = '''
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c1e21; }
@@ -32,11 +33,13 @@ img.wide { max-width: 100%; }
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """The objects of a .jsonl file; an empty list where there is none."""
+    """The records of a .jsonl file of a run; an empty list where there is none. Raises: UserError, which names the line, for what is no record."""
     if not os.path.exists(path):
         return []
-    with open(path, encoding='utf-8') as file:
-        return [json.loads(line) for line in file]
+    found = [record for _, record in records(path)]
+    if None in found:
+        raise UserError(f'{path}: line {found.index(None) + 1} is no record of a run. Remove that line, or restore the file.')
+    return found
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

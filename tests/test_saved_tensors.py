@@ -10,8 +10,9 @@ import torch
 from torch_utils.restricted_pickle import Call, MalformedPickle
 from torch_utils.saved_tensors import check_saved, read_saved
 
-CONTENTS = dict(a=torch.arange(6.).view(2, 3), half=torch.ones(3, dtype=torch.float16), empty=torch.empty(0), number=torch.tensor(7), turned=torch.arange(6).view(2, 3).t(),
-                parameter=torch.nn.Parameter(torch.ones(2)), plain=[1, -2.5, None, True, 'text', b'bytes', (1, (2,)), 10 ** 30], state={0: {0.5: 1}},
+CONTENTS = dict(a=torch.arange(6.).view(2, 3), half=torch.ones(3, dtype=torch.float16), empty=torch.empty(0), number=torch.tensor(7),
+                turned=torch.arange(6).view(2, 3).t(), parameter=torch.nn.Parameter(torch.ones(2)),
+                plain=[1, -2.5, None, True, 'text', b'bytes', (1, (2,)), 10 ** 30], state={0: {0.5: 1}},
                 shape=torch.Size([1, 2]))
 FLAT = torch.arange(10.)
 
@@ -124,7 +125,8 @@ def test_lists_that_hold_a_list_many_times_take_no_time(tmp_path):
 
 @pytest.mark.parametrize('make', [
     lambda good: good[:len(good) // 2], lambda good: good[:-1], lambda good: b'', lambda good: b'PK\5\6' + bytes(18), lambda good: good + b'x',
-    lambda good: pickle.dumps([1]), lambda good: b'\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.', lambda good: bytes(1000)], ids=range(8))
+    lambda good: pickle.dumps([1]), lambda good: bytes(1000),
+    lambda good: b'\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.'], ids=range(8))
 @pytest.mark.parametrize('new', [True, False])
 def test_files_that_are_cut_off_or_of_another_kind_are_refused(tmp_path, make, new):
     buffer = io.BytesIO()

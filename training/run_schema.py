@@ -5,6 +5,8 @@ without is required.
 """
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from dnnlib.limits import JSON_FILE, MAX_STEPS
@@ -73,6 +75,8 @@ OPTIONS = Record(dict(
     resume=Maybe(WORDS), workers=Integer(), stages=Maybe(ListOf(ListOf(COUNT, 2, 2), 64)), run_dir=WORDS),
     required=['objective', 'dataset', 'network', 'loss', 'total_nimg', 'batch_size', 'betas', 'seed', 'ema_halflife_nimg', 'ema_rampup_ratio',
               'phema_stds', 'lr_rampup_nimg', 'lr_ref_nimg'])
+
+STAGE_OPTIONS = replace(OPTIONS, required=[*OPTIONS.required, 'stages', 'teacher_digest'])
 
 #----------------------------------------------------------------------------
 # Training states.

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dnnlib import EasyDict, UserError
+from dnnlib.schema import read_json
 from training import time_schedules as times
 
 
@@ -70,12 +71,13 @@ def stage_folders(run_dir: str) -> list[Path]:
 
 def recorded_options(folder: str | os.PathLike) -> dict:
     """The training_options.json of a stage. Raises: UserError where it is missing or damaged."""
+    from training import run_schema
     path = Path(folder, 'training_options.json')
     try:
-        record = json.loads(path.read_text())
-        return {name: record[name] for name in ('seed', 'stages', 'teacher_digest', 'dataset')}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path} is missing or damaged: delete that folder and the ones of fewer steps, and resume.') from error
+        return read_json(path, run_schema.STAGE_OPTIONS, 'the configuration')
+    except (OSError, ValueError) as error:
+        reason = '' if isinstance(error, FileNotFoundError) else f' (it {error})'
+        raise UserError(f'{path} is missing or damaged{reason}: delete that folder and the ones of fewer steps, and resume.') from error
 
 
 def _finished(folder: str, total_nimg: int, teacher: str) -> str | None:
