@@ -24,6 +24,7 @@ LATENTS_FILE = 64 * MB          # latents of one image: float32 [8, 1024, 1024] 
 SAVED_STRUCTURE = 16 * MB       # of a PyTorch file without its tensors: about 200 bytes for each of those
 PICKLED_BATCH = 64 * MB         # a CIFAR-10 batch has 30 MB
 ARRAY_HEADER = 10_000           # of a .npy file: NumPy's own limit
+SAFETENSORS_HEADER = 16 * MB     # about 100 bytes for each tensor, and a configuration
 PICKLED_REFERENCE = 256 * MB    # EDM2's statistics have 42 MB
 IDX_FILE = 640 * MB             # unpacked: EMNIST has 547 MB
 TAR_ARCHIVE = 512 * MB          # unpacked: CIFAR-10 has 186 MB

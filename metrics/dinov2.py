@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dnnlib.limits import JSON_FILE, SAFETENSORS_HEADER, UNREADABLE, check_size, read_at_most
 from dnnlib.util import UserError, file_sha256, local_path
 
 REPOSITORY = 'facebook/dinov2-large'
@@ -28,6 +29,7 @@ WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 SIZES = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'image_size', 'patch_size')
 FIELDS = dict.fromkeys((*SIZES, 'mlp_ratio', 'num_channels'), int) | dict(layer_norm_eps=float, hidden_act=str) | dict.fromkeys(
     ('qkv_bias', 'use_swiglu_ffn', 'use_mask_token'), bool)  # of the configuration: what describes the network
+MAX_FIELD, MAX_LAYERS = 1_000_000, 100
 CURE = f'Give a folder with {REPOSITORY}, as save_pretrained writes it.'
 
 
@@ -136,16 +138,18 @@ def _released(name: str, sha256: str | None = None) -> Path:
 def _read_config(path: Path) -> dict:
     """The configuration, as far as it describes the network. Raises: UserError for anything else than a DINOv2 that fits our images."""
     try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        with open(path, 'rb') as file:
+            config = json.loads(read_at_most(file, JSON_FILE, 'a configuration'))
+    except UNREADABLE as error:
         raise UserError(f'{path} cannot be read as the configuration of a model ({_first_line(error)}). {CURE}') from error
     kind = config.get('model_type') if isinstance(config, dict) else None
     if kind != 'dinov2':
         raise UserError(f'{path} is of a model of type {kind!r}, not dinov2. {CURE}')
     fields = {name: config[name] for name in FIELDS if name in config}
     for name, value in fields.items():
-        if type(value) is not FIELDS[name] or (FIELDS[name] is int and value < 1):
-            raise UserError(f'{path}: {name} is {value!r}, which no released DINOv2 has. {CURE}')
+        most = MAX_LAYERS if name == 'num_hidden_layers' else MAX_FIELD
+        if type(value) is not FIELDS[name] or (FIELDS[name] in (int, float) and not 0 < value <= most):
+            raise UserError(f'{path}: {name} is {repr(value)[:40]}, which no released DINOv2 has. {CURE}')
     if absent := [name for name in SIZES if name not in fields]:
         raise UserError(f'{path} does not say {", ".join(absent)}. {CURE}')
     if RESOLUTION % fields['patch_size'] or fields.get('num_channels', 3) != 3:
@@ -158,15 +162,25 @@ def _build(model_class, config, path: Path) -> torch.nn.Module:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     try:
+        with open(path, 'rb') as file:
+            check_size(int.from_bytes(file.read(8), 'little'), SAFETENSORS_HEADER, 'the header of a safetensors file')
+            if (least := _least_weights(config)) > os.fstat(file.fileno()).st_size:
+                raise ValueError(f'which are at least {least:,} bytes')
         weights = {name: tensor.float() for name, tensor in load_file(path).items()}
         model, report = model_class.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, attn_implementation='sdpa')
-    except (OSError, SafetensorError, RuntimeError, ValueError, LookupError) as error:
+    except (SafetensorError, *UNREADABLE) as error:
         raise UserError(f'{path} cannot be read as the weights that its {CONFIG} describes ({_first_line(error)}). {CURE}') from error
     if wrong := sorted(name for kind in ('missing_keys', 'unexpected_keys') for name in report[kind]):
         raise UserError(f'{path} does not hold exactly the weights that its {CONFIG} describes: {len(wrong)} differ, such as {wrong[0]}. {CURE}')
     if broken := sorted(name for name, tensor in weights.items() if not tensor.isfinite().all()):
         raise UserError(f'{path} has NaN or infinite numbers at {broken[0]}. {CURE}')
     return model
+
+
+def _least_weights(config) -> int:
+    """Bytes that such a network has at least: those of its matrices, one byte a number. It is built in memory before it is compared with the file."""
+    width, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
+    return width * (patches + 3 * config.patch_size ** 2) + config.num_hidden_layers * width ** 2 * (4 + 2 * config.mlp_ratio)
 
 
 def _first_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -549,6 +550,77 @@ def test_a_bad_lmdb_is_named_by_file_or_key(tmp_path, monkeypatch):
     assert 'bad_lmdb is not a readable LMDB' in fails(tmp_path / 'bad_lmdb')
     monkeypatch.setitem(sys.modules, 'lmdb', None)  # as if not installed
     assert 'pip install lmdb' in fails(source)
+
+@pytest.fixture
+def large_lmdb(tmp_path):
+    """41 pages, of which most belong to images."""
+    noise = random_pixels(12, 64, 64, 3)
+    return write_lmdb(tmp_path / 'cat_lmdb', {b'%03d' % i: encode(p, kind='PNG') for i, p in enumerate(noise)}) / 'data.mdb'
+
+
+@pytest.mark.parametrize('length, words', [
+    (0.25, 'by its own account'), (0.5, 'by its own account'), (0.75, 'by its own account'), (0, 'does not begin as one'),
+    (100, 'by its own account'), (-4096, 'by its own account'), (-100, 'by its own account')])
+def test_an_lmdb_that_is_cut_off_is_one_error_and_not_the_end_of_the_process(large_lmdb, tmp_path, length, words):
+    """Its pages are mapped: one that is not there ends whoever reads it by SIGBUS."""
+    data = large_lmdb.read_bytes()
+    large_lmdb.write_bytes(data[:int(len(data) * length) if 0 < length < 1 else length])
+    said = run(f'--source={large_lmdb.parent}', f'--dest={tmp_path}/out.zip', code=1)
+    assert 'cat_lmdb is not a readable LMDB data base' in said and words in said and not (tmp_path / 'out.zip').exists()
+
+
+def test_damage_that_ends_the_reader_of_an_lmdb_is_named(large_lmdb, tmp_path):
+    """Images that are said to be larger than the file."""
+    data = bytearray(large_lmdb.read_bytes())
+    for page in range(2, len(data) // 4096):
+        if struct.unpack_from('<QxxH', data, page * 4096) == (page, 2):  # a leaf: its nodes begin with the size of an image
+            for node in struct.unpack_from('<12H', data, page * 4096 + 16):
+                struct.pack_into('<I', data, page * 4096 + node, 700_000)
+    large_lmdb.write_bytes(data)
+    assert 'it is damaged: reading it ends in SIG' in run(f'--source={large_lmdb.parent}', f'--dest={tmp_path}/out.zip', code=1)
+
+
+def test_pages_at_the_end_of_an_lmdb_that_were_never_used_may_be_missing(tmp_path):
+    """LMDB numbers pages that a transaction uses and gives back, and does not write them."""
+    pixels = random_pixels(3, 4, 4, 3)
+    source = write_lmdb(tmp_path / 'cat_lmdb', {b'%d' % i: encode(p, kind='PNG') for i, p in enumerate(pixels)})
+    data = bytearray((source / 'data.mdb').read_bytes())
+    for meta in (0, 4096):
+        struct.pack_into('<Q', data, meta + 136, len(data) // 4096 + 5)
+    (source / 'data.mdb').write_bytes(data)
+    np.testing.assert_array_equal(convert(source, tmp_path / 'cat.zip')[0], pixels)
+
+
+@pytest.mark.parametrize('shape, words', [
+    ((2 ** 32 - 1,) * 3, 'an IDX file has at most'), ((500_000, 28, 28), 'claims 392,000,000 bytes'), ((3, 28, 29), 'a wrong length')])
+def test_an_idx_file_takes_no_memory_on_its_word(tmp_path, shape, words):
+    source = write_mnist(tmp_path / 'src', random_pixels(3, 28, 28), [7, 0, 9], '.gz')
+    source.write_bytes(gzip.compress(struct.pack('>4I', 0x803, *shape) + bytes(1 << 27), 1))
+    tracemalloc.start()
+    said = run(f'--source={source}', f'--dest={tmp_path}/out.zip', code=1)
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20 and words in said
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize('batch', [
+    b'\x80\x02Nr\xff\xff\xff\x7f.', b'\x80\x02\x8b\xff\xff\xff\x7f',
+    b'\x80\x02}Nq\0' + b'0h\0h\0\x86q\0' * 60 + b'Ns.', b'\x80\x04\x8e' + b'\xff' * 8])
+def test_a_cifar_batch_takes_no_memory_on_its_word(tmp_path, batch):
+    source = write_cifar(tmp_path / 'cifar-10-python.tar.gz', {'data_batch_1': batch})
+    tracemalloc.start()
+    assert 'data_batch_1 is not a CIFAR-10 batch' in run(f'--source={source}', f'--dest={tmp_path}/out.zip', code=1)
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize('name, kind, size', [
+    ('data_batch_1', b'0', 1 << 37), ('x', b'L', 1 << 33), ('x', b'x', 1 << 33), ('data_batch_1', b'0', 1 << 27)])
+def test_members_of_a_tar_take_no_memory_on_their_word(tmp_path, name, kind, size):
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    source = tmp_path / 'cifar-10-python.tar.gz'
+    source.write_bytes(gzip.compress(member.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 20)))
+    assert 'is not cifar-10-python.tar.gz' in run(f'--source={source}', f'--dest={tmp_path}/out.zip', code=1)
 
 #----------------------------------------------------------------------------
 # Transforms.

@@ -180,8 +180,8 @@ class ImageFiles:
             with self.open(name) as file:
                 yield open_image(file, self._size_of(name))
         except UNREADABLE as error:
-            what = self._what_it_is(name) if isinstance(error, UnidentifiedImageError) else None
-            raise UserError(f'{self.path}: {name} is not a readable image ({what or error}); replace or remove it') from error
+            what = self._what_it_is(name) if isinstance(error, UnidentifiedImageError) else error
+            raise UserError(f'{self.path}: {name} is not a readable image ({what}); replace or remove it') from error
 
     @contextlib.contextmanager
     def open_latents(self, name: str) -> Iterator[LatentFile]:
@@ -195,12 +195,11 @@ class ImageFiles:
     def _size_of(self, name: str) -> int:
         return os.stat(self.path_of(name)).st_size if self.is_folder else self._index.info(name).file_size
 
-    def _what_it_is(self, name: str) -> str | None:
-        """What a file is that is no image, as 'it is ...'; None where that cannot be told."""
+    def _what_it_is(self, name: str) -> str:
+        """What a file is that is no image, as 'it is ...'."""
         with contextlib.suppress(*UNREADABLE), self.open(name) as file:
-            kind = describe_file(file.read(HEAD) or b'')
-            return kind and f'it is {kind}'
-        return None
+            return what_it_is(file.read(HEAD))
+        return 'it cannot be read'
 
 
 class LatentFile:
@@ -230,6 +229,14 @@ class LatentFile:
         if not np.isfinite(values).all():
             raise ValueError('it holds numbers that are not finite')
         return values
+
+
+def what_it_is(head: bytes) -> str:
+    """What a file is, by its first bytes, that cannot be opened as an image: 'it is ...'."""
+    kind = describe_file(head)
+    if kind is None:
+        return 'it is of no format that is read'
+    return f'it is {kind}' + (', of which the header is damaged' if kind.endswith(' image') else '')
 
 
 def cure_of_kind(kind: str | None) -> str:

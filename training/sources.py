@@ -29,7 +29,7 @@ from dnnlib.text import printable
 from torch_utils.restricted_pickle import MalformedPickle, read_pickle
 from torch_utils.stored_arrays import PICKLE_NAMES, stored_array
 from training import file_names, lmdb_pipe
-from training.dataset import ImageFiles, are_label_vectors, count_unused_labels, read_labels
+from training.dataset import ImageFiles, are_label_vectors, count_unused_labels, read_labels, what_it_is
 from training.label_space import Labels
 from training.pixels import UNREADABLE, Picture, is_colour, open_image
 
@@ -186,6 +186,7 @@ def cifar10_source(path: pathlib.Path, selection: Selection) -> Source:
     """The training batches of `cifar-10-python.tar.gz`: 50,000 images of 32x32, 10 classes."""
     batches = {}
     try:
+        limits.check_size(path.stat().st_size, limits.TAR_ARCHIVE, "CIFAR-10's archive")
         with open(path, 'rb') as file, BoundedTar.open(fileobj=file) as archive:
             for number, member in enumerate(archive):
                 if number == limits.TAR_MEMBERS:
@@ -413,6 +414,6 @@ def _lmdb_items(path: pathlib.Path, count: int) -> Iterator[Item]:
         try:
             picture = Picture.load(open_image(io.BytesIO(value), len(value)))
         except UNREADABLE as error:
-            what = describe_file(value[:HEAD]) if isinstance(error, UnidentifiedImageError) else None
-            raise UserError(f'{name} is not a readable image ({f"it is {what}" if what else error}); replace or remove it') from error
+            what = what_it_is(value[:HEAD]) if isinstance(error, UnidentifiedImageError) else error
+            raise UserError(f'{name} is not a readable image ({what}); replace or remove it') from error
         yield Item(i, name, picture, None)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 import dnnlib
 from dnnlib import UserError
+from dnnlib.limits import SAFETENSORS_HEADER, UNREADABLE, TooLarge, check_size
 from torch_utils.restricted_pickle import MalformedPickle, plain
 from training import checkpoint
 
@@ -77,14 +78,16 @@ def load_safetensors(source: str | os.PathLike) -> torch.nn.Module:
     """
     path = dnnlib.util.local_path(source)
     try:
+        with open(path, 'rb') as file:
+            check_size(int.from_bytes(file.read(8), 'little'), SAFETENSORS_HEADER, 'the header of a safetensors file')
         with safe_open(path, framework='pt') as file:
             config = _parse_config((file.metadata() or {}).get('config'))
             net = checkpoint.build_unfilled(config['class_name'], config['args'], config['kwargs'])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         net.load_state_dict(tensors, assign=True)
         checkpoint.restore_attributes(net, config['attributes'])
-    except (SafetensorError, MalformedPickle, RuntimeError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0] if not isinstance(error, MalformedPickle) else f'it {error}'
+    except (SafetensorError, *UNREADABLE) as error:
+        reason = f'it {error}' if isinstance(error, (MalformedPickle, TooLarge)) else str(error).partition('\n')[0] or type(error).__name__
         raise UserError(f'{os.fspath(source)} cannot be used as a network in safetensors format: {reason}.') from error
     net.requires_grad_(False).metadata = config['metadata']
     if checkpoint.network_digest(net, net.metadata) != net.metadata.get('digest'):
@@ -100,7 +103,7 @@ def _parse_config(text: str | None) -> dict:
         kinds = dict(format=str, class_name=str, args=tuple, kwargs=dict, attributes=dict, metadata=dict)
         if not isinstance(config, dict) or any(not isinstance(config.get(name), kind) for name, kind in kinds.items()):
             raise ValueError('entries are missing')
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise MalformedPickle(f'has a configuration that makes no sense ({error})') from error
     if config['format'] != FORMAT:
         raise MalformedPickle(f'is in format {config["format"]!r}; this version reads {FORMAT!r}')
