@@ -4,6 +4,8 @@ Drives the scripts of this repository as a user would and prints every command b
 """
 from __future__ import annotations
 
+import dnnlib.interrupts  # noqa: F401  (first)
+
 import concurrent.futures
 import json
 import os

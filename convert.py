@@ -1,6 +1,8 @@
 """Checkpoints in and out: other formats to snapshots, snapshots to other formats, and what is in a file."""
 from __future__ import annotations
 
+import dnnlib.interrupts  # noqa: F401  (first)
+
 import json
 import os
 

@@ -1,6 +1,8 @@
 """Convert any image source into a data set in EDM's format: a zip or a folder of equally sized square PNGs, or of latents, with `dataset.json`."""
 from __future__ import annotations
 
+import dnnlib.interrupts  # noqa: F401  (first)
+
 import contextlib
 import io
 import itertools

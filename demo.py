@@ -4,6 +4,8 @@ Drives the scripts of this repository as a user would, prints every command befo
 """
 from __future__ import annotations
 
+import dnnlib.interrupts  # noqa: F401  (first)
+
 import concurrent.futures
 import json
 import os
@@ -110,14 +112,14 @@ def report(story: Story, rows: list[dict], minutes: float) -> None:
 @cli.option('--jobs', metavar='INT', type=cli.SOME_WORKERS, default=2, show_default=True, help='Commands that run side by side.')
 def main(outdir, scale, jobs):
     """Train a teacher on real digits, distil students of 8 and fewer steps in two ways, compare them, and write a report. Minutes on two cores."""
-    start = time.time()
+    start = time.monotonic()
     outdir = Path(outdir)
     make_outdir(outdir)
     if any(outdir.iterdir()):
         raise UserError(f'--outdir={outdir} is not empty: remove it, or choose another folder.')
     story = Story(outdir, threads=max((os.cpu_count() or 1) // jobs, 1))
     rows = tell(story, lambda: story_of(story, scale, jobs), f'remove --outdir={outdir} before you begin again.')
-    minutes = (time.time() - start) / 60
+    minutes = (time.monotonic() - start) / 60
     report(story, rows, minutes)
     print('\n' + story.path('table.md').read_text())
     print(f'{minutes:.1f} minutes. Open {story.path("report.html")} for the samples, curves and commands.')

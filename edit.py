@@ -1,6 +1,8 @@
 """Zero-shot editing: a student or consistency model completes what is known of an image, without having been trained for it."""
 from __future__ import annotations
 
+import dnnlib.interrupts  # noqa: F401  (first)
+
 import functools
 import itertools
 import os
@@ -11,6 +13,7 @@ import click
 
 from dnnlib import EasyDict, NotFinite, UserError, cli
 from dnnlib.file_kind import describe_file
+from dnnlib.util import remove
 from generate import sampling_arguments, sampling_options
 
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
@@ -329,16 +332,6 @@ def refuse_nonfinite(bad: Sequence[str], count: int, outdir: str) -> None:
     raise NotFinite(f'{len(bad)} of {count} images {"is" if len(bad) == 1 else "are"} not finite (NaN or infinite values): {named}. '
                     f'Not written to {outdir}, nor is grid.png; the others are there. The network is broken for them, or overflows with these '
                     'sampling options.', nonfinite=len(bad))
-
-
-def remove(path: str) -> None:
-    """A file that may not be there. Raises: UserError."""
-    try:
-        os.remove(path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise UserError(f'{path}, of an earlier run, cannot be removed: {error.strerror}') from error
 
 
 def write_before_and_after(shown: Sequence[Sequence[Tensor]], seeds: Sequence[int], outdir: str) -> None:

@@ -4,6 +4,8 @@
 
 Works for teachers and students, ours and EDM's: what the network is, is read from the snapshot.
 """
+import dnnlib.interrupts  # noqa: F401  (first)
+
 import itertools
 import sys
 

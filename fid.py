@@ -1,6 +1,8 @@
 """Measures of generated images: Fréchet inception distance (Heusel et al. 2017) and the others that papers report."""
 from __future__ import annotations
 
+import dnnlib.interrupts  # noqa: F401  (first)
+
 import contextlib
 import dataclasses
 import json

@@ -1,6 +1,8 @@
 """Images, or latents, from a snapshot, one for each seed."""
 from __future__ import annotations
 
+import dnnlib.interrupts  # noqa: F401  (first)
+
 import functools
 import itertools
 

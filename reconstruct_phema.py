@@ -1,6 +1,8 @@
 """Power-function averages of any width, after training, from those that were stored during it."""
 from __future__ import annotations
 
+import dnnlib.interrupts  # noqa: F401  (first)
+
 import os
 import re
 from typing import TYPE_CHECKING, NamedTuple

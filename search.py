@@ -1,6 +1,8 @@
 """Time points of a consistency model's steps, found by a metric of the images that they give (Song et al. 2023)."""
 from __future__ import annotations
 
+import dnnlib.interrupts  # noqa: F401  (first)
+
 import functools
 import json
 import math
@@ -313,10 +315,10 @@ class SearchLog:
         """The value at these points: the one known, or that which `compute` gives, once it is on disk."""
         from torch_utils import distributed
         if tuple(taus) not in self.values:
-            start = time.time()
+            start = time.monotonic()
             value = compute()
             if distributed.is_main():
-                self._append(dict(taus=taus, metric=self.metric, value=value, seconds=round(time.time() - start, 3)))
+                self._append(dict(taus=taus, metric=self.metric, value=value, seconds=round(time.monotonic() - start, 3)))
             self.values[tuple(taus)] = value
         return self.values[tuple(taus)]
 

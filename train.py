@@ -1,6 +1,8 @@
 """Train a diffusion model, or distil one into a multistep consistency model."""
 from __future__ import annotations
 
+import dnnlib.interrupts  # noqa: F401  (first)
+
 import json
 import re
 import sys

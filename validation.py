@@ -1,6 +1,8 @@
 """Fréchet distance of a network's samples: inside training (`Validator`), and for saved snapshots from the command line."""
 from __future__ import annotations
 
+import dnnlib.interrupts  # noqa: F401  (first)
+
 import math
 import os
 import re
@@ -134,7 +136,7 @@ class Validator:
         from metrics.calc import observe
         from metrics.frechet import frechet_distance
         from training import samplers
-        start = time.time()
+        start = time.monotonic()
         if metadata is not None:
             net.metadata = metadata
         solver, steps = samplers.resolve(net, None, self.options.steps if steps == -1 else steps)
@@ -148,7 +150,7 @@ class Validator:
         except NotFinite as error:
             failure = dict(error.counts, problem=str(error))
         return dict(kimg=nimg / 1e3, nimg=nimg, fid=fid, num_images=self.options.num, steps=steps, nfe=samplers.evaluations(solver, steps), ema=ema,
-                    seconds=round(time.time() - start, 3), **failure)
+                    seconds=round(time.monotonic() - start, 3), **failure)
 
     def _label_chooser(self, net):
         from training.label_choosers import choose

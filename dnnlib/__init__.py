@@ -1,4 +1,6 @@
 """Small helpers that know nothing of networks: errors, downloads, command lines."""
+import dnnlib.interrupts  # noqa: F401  (first)
+
 from dnnlib.util import EasyDict, NotFinite, UserError, open_url
 
 __all__ = ['EasyDict', 'NotFinite', 'UserError', 'open_url']

@@ -14,12 +14,14 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
 import time
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from dnnlib import interrupts
 from dnnlib.text import printable
 
 DEFAULT_CACHE_DIR = Path('~/.cache/multistep-consistency-edm')
@@ -117,6 +119,7 @@ def atomic_write(path: str | os.PathLike, durable: bool = True) -> Iterator[Bina
 
     Raises: UserError where the directory is missing or closed to writing, or the disk is full.
     """
+    interrupts.at_work()
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp')
     try:
@@ -139,6 +142,26 @@ def atomic_write(path: str | os.PathLike, durable: bool = True) -> Iterator[Bina
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """Raises: UserError where no file can be made in a folder: closed to writing, on a disk that is read-only or full."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f'Cannot write to the folder {folder}: {error.strerror}. Make it writable, or choose another place.') from error
+
+
+def remove(path: str | os.PathLike) -> bool:
+    """Whether a file was there, which is not any more. Raises: UserError where it stays."""
+    try:
+        os.remove(path)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UserError(f'{path}, of an earlier run, cannot be removed: {error.strerror}.') from error
+    return True
 
 
 def usable_cores() -> int:

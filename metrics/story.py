@@ -153,11 +153,11 @@ def measure(story: Story, name: str, network: Path | str, solver: str, steps: in
     Returns: `images`, `seconds` of sampling; `distance`, and with `bootstrap` its `interval`; the same as `distance_<ruler>` by all rulers
     but the first.
     """
-    folder, start = story.path('samples', name), time.time()
+    folder, start = story.path('samples', name), time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)  # of a story that was interrupted
     story.run(name, 'generate.py', f'--network={network}', f'--outdir={folder}', '--strict-outdir', f'--seeds=0-{images - 1}', f'--batch={batch}',
               f'--solver={solver}', f'--steps={steps}', *([f'--labels={labels}'] if labels else []))
-    row = dict(images=images, seconds=round(time.time() - start, 1))
+    row = dict(images=images, seconds=round(time.monotonic() - start, 1))
     for i, (ruler, (ref, detector)) in enumerate(rulers.items()):
         result = story.path('samples', f'{name}-{ruler}.json')
         story.run(name, 'fid.py', 'calc', f'--images={folder}', f'--ref={ref}', f'--num={images}', f'--batch={batch}',

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from dnnlib import interrupts
 from dnnlib.limits import MAX_DIGITS
 from dnnlib.text import printable
 from dnnlib.util import UserError
@@ -25,6 +26,7 @@ def init() -> None:
 
     Raises: UserError where the environment is incomplete or the other processes cannot be reached.
     """
+    interrupts.at_work()
     misc.allow_tf32(False)
     misc.keep_freed_memory()
     if 'RANK' not in os.environ and 'WORLD_SIZE' not in os.environ:

@@ -288,7 +288,28 @@ def load_teacher(opts: EasyDict, dataset):
     with distributed.main_process_first():
         teacher = load_network(opts.teacher)
     check_teacher(opts, dataset, teacher)
+    check_numbers(teacher, f'--teacher={opts.teacher}')
     return teacher
+
+
+def check_numbers(net, name: str) -> None:
+    """UserError where weights of a network, or what it makes of noise at a middle level, are not finite: training would end in broken steps."""
+    import torch
+
+    from torch_utils import distributed
+    broken = [name for name, tensor in net.state_dict().items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f'{name} has values that are not finite (NaN or infinite) in {", ".join(broken[:3])}{", ..." * (len(broken) > 3)}: '
+                        'its training had diverged, or the file is damaged. Take an earlier snapshot, or another one.')
+    net.to(distributed.get_device())
+    low, high = max(net.sigma_min, 0.002), min(net.sigma_max, 80)
+    sigma = (low * high) ** 0.5
+    noise = torch.randn([1, net.img_channels, net.img_resolution, net.img_resolution], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        denoised = net((sigma * noise).to(distributed.get_device()), torch.tensor(sigma))
+    if not denoised.isfinite().all():
+        raise UserError(f'{name} makes values that are not finite (NaN or infinite) of noise of sigma = {sigma:.3g}, though its weights are finite. '
+                        'Take an earlier snapshot, or another one.')
 
 
 def check_transfer(opts: EasyDict) -> None:
@@ -297,7 +318,8 @@ def check_transfer(opts: EasyDict) -> None:
     from torch_utils import distributed
     from training.checkpoint import load_network
     with distributed.main_process_first(), named('--transfer'):
-        load_network(opts.transfer)
+        origin = load_network(opts.transfer)
+    check_numbers(origin, f'--transfer={opts.transfer}')
 
 
 def check_teacher(opts: EasyDict, dataset, teacher) -> None:
@@ -499,9 +521,10 @@ def planned_run_dir(opts: EasyDict, data_name: str) -> str:
 
 def make_run_dir(opts: EasyDict, c: EasyDict) -> str:
     """Create the run folder with training_options.json; a resumed run's folder is there already."""
+    from dnnlib.util import atomic_write, check_writable
     if opts.resume:
+        check_writable(c.run_dir)
         return c.run_dir
-    from dnnlib.util import atomic_write
     from training.run_files import saved_states
     if saved_states(c.run_dir):
         raise UserError(f'--outdir={opts.outdir} holds training states of an earlier run: go on with it by --resume={opts.outdir}, or choose '

@@ -152,7 +152,7 @@ class RunFiles:
         checkpoint.verify(path)
         progress.states = state['progress']['states']
         for stale in (states.keys() | self._abandoned) - kept:
-            (self.run_dir / f'{stale}.pt').unlink(missing_ok=True)
+            dnnlib.util.remove(self.run_dir / f'{stale}.pt')
         self._abandoned = set()
 
     def guarded(self, write) -> bool:
@@ -185,10 +185,10 @@ class RunFiles:
         """
         if not distributed.is_main():
             return
-        (self.run_dir / PREEMPTED).unlink(missing_ok=True)
+        dnnlib.util.remove(self.run_dir / PREEMPTED)
         for kind in ('network-snapshot-*', 'training-state-*', PREEMPTED, '*.jsonl', 'training_options.json'):
             for leftover in dnnlib.util.unfinished(self.run_dir, kind):
-                leftover.unlink(missing_ok=True)
+                dnnlib.util.remove(leftover)
         there, own = [path.stem for path in saved_states(self.run_dir)], Path(self.c.resume or '').stem
         self._abandoned = set(there[:there.index(own)]) if own in there else set()
         if self._abandoned:

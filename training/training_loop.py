@@ -37,7 +37,7 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
         state: training state to go on from; it is emptied.
     Returns: whether the training is finished. Where it is not, a state and `preempted.json` are in `run_dir`.
     """
-    start_time = time.time()
+    start_time = time.monotonic()
     device, rank, world_size = distributed.get_device(), distributed.get_rank(), distributed.get_world_size()
     torch.manual_seed(c.seed)
     torch.backends.cudnn.benchmark = c.cudnn_benchmark
@@ -99,7 +99,7 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
             return stop_here(progress, files, log, stop, hosts)
         progress.begun = True
         log(f'Training for {c.total_nimg / 1e3:g} kimg...')
-        tick_start_time, maintenance_time = time.time(), time.time() - start_time
+        tick_start_time, maintenance_time = time.monotonic(), time.monotonic() - start_time
         while True:
             # The hosts hear of each other a step late, so that none waits.
             stopping, bad_in_a_row = hosts.exchange([stop.here(), bad_reading.read(update.bad_in_a_row)])
@@ -135,7 +135,7 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
             progress.due = done or progress.tick == 0 or progress.nimg >= progress.tick_start_nimg + c.kimg_per_tick * 1e3
             if not progress.due:
                 continue
-            now, fids = time.time(), {}
+            now, fids = time.monotonic(), {}
             if validator and progress.tick and (done or progress.tick % c.validation.every == 0):
                 fids = evaluate(validator, c, averages, loss_fn, progress.nimg, files, stop)
                 if fids is None:  # asked to stop in the middle
@@ -149,7 +149,7 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
             if done:
                 break
             progress.update(run_files.next_tick(progress))
-            tick_start_time = time.time()
+            tick_start_time = time.monotonic()
             maintenance_time = tick_start_time - now
 
     hosts.close()
@@ -361,11 +361,12 @@ def tick_stats(progress: EasyDict, c: EasyDict, averages: WeightAverages, start_
                maintenance_time: float, now: float, device: torch.device, data_wait: float) -> dict[str, dict]:
     """Progress, timing and resources of a tick, in the form of `training_stats.collect`. All times are in seconds."""
     tick_time, seen = now - tick_start_time, progress.nimg - max(progress.tick_start_nimg, start_nimg)
+    a_second = lambda amount: amount / tick_time if tick_time > 0 else 0.0  # clocks of machines that were put to sleep may stand still
     values = {'Progress/tick': progress.tick, 'Progress/nimg': progress.nimg, 'Progress/kimg': progress.nimg / 1e3,
               'Progress/step': progress.nimg // c.batch_size, 'Progress/lr': learning_rate(c, progress.nimg - c.batch_size),
               'Progress/ema_halflife_kimg': averages.halflife_at(progress.nimg) / 1e3,
               'Timing/total_sec': now - start_time, 'Timing/sec_per_tick': tick_time, 'Timing/sec_per_kimg': tick_time / max(seen, 1) * 1e3,
-              'Timing/images_per_sec': seen / tick_time, 'Timing/maintenance_sec': maintenance_time, 'Timing/data_wait_share': data_wait / tick_time,
+              'Timing/images_per_sec': a_second(seen), 'Timing/maintenance_sec': maintenance_time, 'Timing/data_wait_share': a_second(data_wait),
               'Resources/cpu_mem_gb': psutil.Process(os.getpid()).memory_info().rss / 2**30,
               'Resources/peak_gpu_mem_gb': torch.cuda.max_memory_allocated(device) / 2**30 if device.type == 'cuda' else 0}
     return {name: dict(num=1, mean=value, std=0) for name, value in values.items()}

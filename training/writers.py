@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import pathlib
 import shutil
-import signal
 import tempfile
 import threading
 import zipfile
@@ -22,9 +21,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from dnnlib import UserError
+from dnnlib import UserError, interrupts
 from dnnlib.processes import how_one_died, starting
-from dnnlib.util import atomic_write, usable_cores
+from dnnlib.util import atomic_write, remove, usable_cores
 
 AHEAD = 2  # pieces of work that each worker has, or is at
 MOST_WORKERS = 4
@@ -80,6 +79,7 @@ class WriterPool:
     """
 
     def __init__(self, workers: int):
+        interrupts.at_work()
         self.workers, self._waiting = workers, deque()
         self._pool, self._processes = None, []
         if workers:
@@ -113,7 +113,7 @@ class WriterPool:
             self._finish_one()
 
     def _hand_over(self, function: Callable, *arguments) -> Future:
-        with self._telling_of_death(), starting(self._processes):
+        with self._telling_of_death(), starting(self._processes), interrupts.kept_from_children():
             return self._pool.submit(function, *arguments)
 
     def _finish_one(self) -> None:
@@ -135,8 +135,7 @@ class WriterPool:
 
 
 def _become_worker() -> None:
-    """The keyboard interrupts the process that generates, which ends its workers in order; when it is killed, they end by themselves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """It is the process that generates that ends its workers, in order; when it is killed, they end by themselves."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -191,17 +190,7 @@ class FolderDestination:
 
     def leave_out(self, seeds: Sequence[int]) -> int:
         """Remove what an earlier run left at the names of these seeds, which would pass for this one's; returns how many files that were."""
-        removed = 0
-        for seed in seeds:
-            path = self.path_of(seed)
-            try:
-                os.remove(path)
-                removed += 1
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                raise UserError(f'{path}, of an earlier run, cannot be removed: {error.strerror}') from error
-        return removed
+        return sum(remove(self.path_of(seed)) for seed in seeds)
 
     def without(self, count: int, removed: int) -> str:
         earlier = f', and {removed} of the same names, of an earlier run, removed' if removed else ''
