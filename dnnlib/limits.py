@@ -16,7 +16,7 @@ from typing import BinaryIO
 KB, MB = 1 << 10, 1 << 20
 
 # Bytes that a reader takes of a thing, at most.
-JSON_FILE = 16 * MB             # options, records, configurations: kilobytes in practice; parsed, 24 times as much in the worst case
+JSON_FILE = 4 * MB              # options, records, configurations: kilobytes in practice; parsed, 24 times as much in the worst case
 JSON_LINE = 1 * MB              # a line of stats.jsonl has a few kilobytes
 LABELS_OF_IMAGE = 16 * KB       # of dataset.json for each image, where that is more than JSON_FILE: a name and a vector of 800 numbers
 IMAGE_FILE = 256 * MB           # one image: 40 million pixels of 16-bit RGB, uncompressed

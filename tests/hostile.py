@@ -6,6 +6,7 @@ and runs that. Payloads in files make the file CANARY in the working directory.
 """
 import argparse
 import gzip
+import importlib
 import io
 import json
 import os
@@ -23,6 +24,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hostile_networks
 import numpy as np
 
 MEMORY, SECONDS = 6 << 30, 10  # of address space: importing torch takes two, and threads have stacks; for a file
@@ -88,7 +90,7 @@ def describe(path: str) -> None:
 
 READERS: dict[str, Callable[[str], None]] = dict(
     images=read_images, convert=convert, measure=measure, reference=read_reference, edit=edit_image, labels=read_label_file,
-    safetensors=read_safetensors, describe=describe)
+    safetensors=read_safetensors, describe=describe, **hostile_networks.READERS)
 
 #----------------------------------------------------------------------------
 # Makers of bytes.
@@ -334,6 +336,7 @@ def cases() -> Iterator[tuple[str, str, bytes | Callable[[Path], None]]]:
         for kind, start in (('zeros', b''), ('pickle', b'\x80\x04\x8e' + struct.pack('<Q', 1 << 36)), ('npy', npy(version=(2, 0), size=2 ** 32 - 1)),
                             ('image', png()[:33] + b'\x7f\xff\xff\xfftEXt')):
             yield reader, f'hollow-{kind}-{name}', hollow(1 << 37, start)
+    yield from hostile_networks.cases(PICKLES, hollow)
     try:
         import lmdb  # noqa: F401 (whether it is installed)
     except ImportError:
@@ -372,7 +375,9 @@ def main(folder: str) -> None:
     from dnnlib import UserError
     warnings.simplefilter('ignore')
     lines, sys.stdout, sys.stderr = os.fdopen(os.dup(1), 'w'), io.StringIO(), io.StringIO()
-    import dataset_tool  # noqa: F401 (imports are no part of what a file costs)
+    for name in ('dataset_tool', 'convert', 'compare', 'search', 'metrics.report', 'metrics.detectors', 'training.lpips', 'training.run_files',
+                 'requests'):
+        importlib.import_module(name)  # imports are no part of what a file costs
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
     def give_up(*_):
