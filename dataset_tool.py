@@ -10,8 +10,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
-import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +20,7 @@ import numpy as np
 
 from dnnlib import UserError
 from dnnlib.cli import COUNT, PATH, Command, option, shown
+from dnnlib.util import temporary_folder
 
 if TYPE_CHECKING:  # Pillow and torch are imported where they are used, so that --help stays fast
     from PIL.Image import Image
@@ -175,18 +174,15 @@ def check_dest(dest: pathlib.Path) -> None:
 @contextlib.contextmanager
 def open_dest(dest: pathlib.Path) -> Iterator[Callable[[str, bytes], None]]:
     """A function that writes a file into `dest`, which comes into being, whole, at the end of the block, and not at all after an error."""
-    staging, target = None, dest.resolve()  # through a link, so that it is not replaced itself
+    target = dest.resolve()  # through a link, so that it is not replaced itself
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = pathlib.Path(tempfile.mkdtemp(prefix=f'.{target.name}.', suffix='.tmp', dir=target.parent))
-        with contextlib.closing((ZipWriter if is_zip(dest) else FolderWriter)(staging / target.name)) as writer:
-            yield writer.write
-        os.replace(staging / target.name, target)
+        with temporary_folder(target) as staging:
+            with contextlib.closing((ZipWriter if is_zip(dest) else FolderWriter)(staging / target.name)) as writer:
+                yield writer.write
+            os.replace(staging / target.name, target)
     except OSError as error:
         raise UserError(f'cannot write --dest={dest} ({error}); free space or name another place') from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
 
 #----------------------------------------------------------------------------
 # Conversion.

@@ -110,18 +110,21 @@ def without_garbage_collection() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike, durable: bool = True) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike, durable: bool = True, tidy: bool = True) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` only when the `with` block has ended well.
 
     It is written under a hidden name in the same directory, flushed to disk, then renamed: a reader, a full disk
     or a kill finds either the previous file or the whole new one. Where the block raises, nothing is left behind.
     Many small files that can be made again need not wait for the disk: not `durable`, they may be lost to a power cut.
+    `tidy`: what processes that were killed have left in the directory is removed; see `remove_leftovers`.
 
     Raises: UserError where the directory is missing or closed to writing, or the disk is full.
     """
     interrupts.at_work()
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp')
+    temporary = path.with_name(temporary_name(path.name))
+    if tidy:
+        remove_leftovers(path.parent.absolute())
     try:
         file = open(temporary, 'xb')  # noqa: SIM115 (closed below; its own errors are told apart from the block's)
     except OSError as error:
@@ -142,6 +145,61 @@ def atomic_write(path: str | os.PathLike, durable: bool = True) -> Iterator[Bina
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def temporary_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A hidden folder beside `path`, for the parts of what will be there; it is gone at the end of the block. Raises: OSError."""
+    interrupts.at_work()
+    path = Path(path)
+    remove_leftovers(path.parent.absolute())
+    folder = path.with_name(temporary_name(path.name))
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def temporary_name(name: str) -> str:
+    """Of what becomes `name`: hidden, and one that tells the process that writes it."""
+    return f'.{name}.{_this_machine()}-{os.getpid()}-{secrets.token_hex(3)}.tmp'
+
+
+@functools.cache
+def _this_machine() -> str:
+    """Six hexadecimal digits that stand for where process ids tell processes apart: a machine, since it was started, and a container on it."""
+    facts = [os.uname().nodename]
+    with contextlib.suppress(OSError):  # not Linux
+        facts += [Path('/proc/sys/kernel/random/boot_id').read_text(), os.readlink('/proc/self/ns/pid')]
+    return hashlib.sha256(' '.join(facts).encode()).hexdigest()[:6]
+
+
+@functools.cache
+def remove_leftovers(folder: Path) -> None:
+    """Remove from a folder, once a process, what others were writing when they were killed: files of `atomic_write`, and temporary folders.
+
+    Whether a process of another machine, or of this one before its last start, is gone cannot be told: its files go when they are a day old.
+    """
+    for path in folder.glob('.*.tmp'):
+        match = re.fullmatch(r'\..+\.([0-9a-f]{6})-([0-9]{1,9})-[0-9a-f]{6}\.tmp', path.name, re.DOTALL)
+        with contextlib.suppress(OSError):
+            if match and (not _is_running(int(match[2])) if match[1] == _this_machine() else _is_old(path)):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
+def _is_old(path: Path) -> bool:
+    return time.time() - path.stat().st_mtime > LEFTOVER_SECONDS
 
 
 def check_writable(folder: str | os.PathLike) -> None:
@@ -319,7 +377,7 @@ def _read_record(path: Path) -> dict:
 
 
 def _write_record(path: Path, url: str, size: int, digest: str) -> None:
-    with atomic_write(_record_path(path)) as file:
+    with atomic_write(_record_path(path), tidy=False) as file:
         file.write(json.dumps(dict(url=url, bytes=size, sha256=digest)).encode() + b'\n')
 
 
@@ -336,7 +394,7 @@ def _remove_leftovers(path: Path) -> None:
     """Delete what downloads that were killed have left; one that is under way has written lately."""
     for leftover in unfinished(path.parent, path.name):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+            if _is_old(leftover):
                 leftover.unlink()
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,7 +422,7 @@ def _download(url: str, path: Path, sha256: str | None, timeout: float) -> tuple
     for attempt in range(ATTEMPTS):
         time.sleep(2 ** attempt - 1)
         try:
-            with requests.Session() as session, atomic_write(path) as file:
+            with requests.Session() as session, atomic_write(path, tidy=False) as file:
                 return _fetch(session, url, file, sha256, timeout)
         except requests.exceptions.InvalidSchema as error:
             raise UserError(f'Cannot download {url}: it redirects to something else than http(s) ({error}). Check the URL.') from error

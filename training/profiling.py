@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
+from dnnlib.util import temporary_folder
+
 WARM_UP = 2  # steps before the first one that is recorded: by then memory is taken and kernels are chosen
 
 
@@ -73,14 +75,11 @@ class StepProfile:
         for undo in self._undo:
             undo()
         path = os.path.join(self._run_dir, f'profile-{self._nimg // 1000:06d}.json.gz')
-        temporary = os.path.join(self._run_dir, '.profile.tmp.json.gz')
         try:
-            profiler.export_chrome_trace(temporary)
-            os.replace(temporary, path)
+            with temporary_folder(path) as folder:
+                profiler.export_chrome_trace(str(folder / 'profile.json.gz'))
+                os.replace(folder / 'profile.json.gz', path)
         except OSError as error:
             self._say(f'Cannot write {path}: {error.strerror}. Training goes on.')
         else:
             self._say(f'Profile of {self._done - WARM_UP} steps: {path}')
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)

@@ -9,8 +9,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import shutil
-import tempfile
 import threading
 import zipfile
 from collections import deque
@@ -23,7 +21,7 @@ import numpy as np
 
 from dnnlib import UserError, interrupts
 from dnnlib.processes import how_one_died, starting
-from dnnlib.util import atomic_write, remove, usable_cores
+from dnnlib.util import atomic_write, remove, temporary_folder, usable_cores
 
 AHEAD = 2  # pieces of work that each worker has, or is at
 MOST_WORKERS = 4
@@ -226,15 +224,15 @@ class FileDestination:
 
     def __init__(self, path: str):
         self.path, self.parts = path, None
+        self._cleanup = contextlib.ExitStack()
         self._as_array = path.endswith('.npz')
 
     def begin(self) -> None:
-        folder, name = os.path.split(os.path.abspath(self.path))
         if os.path.isdir(self.path):
             raise UserError(f'--dest={self.path} is a folder; name a file')
         try:
-            os.makedirs(folder, exist_ok=True)
-            self.parts = tempfile.mkdtemp(prefix=f'.{name}.', suffix='.tmp', dir=folder)
+            os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
+            self.parts = str(self._cleanup.enter_context(temporary_folder(os.path.abspath(self.path))))
         except OSError as error:
             raise UserError(f'--dest={self.path} cannot be written: {error.strerror}') from error
 
@@ -258,8 +256,7 @@ class FileDestination:
         (join_arrays if self._as_array else join_pngs)(parts, labels, self.path)
 
     def end(self) -> None:
-        if self.parts is not None:
-            shutil.rmtree(self.parts, ignore_errors=True)
+        self._cleanup.close()
 
 
 def write_array_part(images: np.ndarray, path: str) -> None:

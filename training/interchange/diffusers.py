@@ -9,8 +9,6 @@ import contextlib
 import json
 import math
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -184,17 +182,14 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     Raises: UserError where `path` is a file or a folder that is not empty, or cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp')
     try:
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise UserError(f'{path} exists already. Give the name of a new folder, or remove it.')
-        temporary.mkdir()
-        yield temporary
-        os.replace(temporary, path)
+        with dnnlib.util.temporary_folder(path) as temporary:
+            yield temporary
+            os.replace(temporary, path)
     except OSError as error:
         raise UserError(f'Cannot write {path}: {error.strerror}. Choose an existing directory that you may write to.') from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, value: dict) -> None:
