@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from golden import golden_numbers
 from helpers import FAST, TINY_NETWORK, run
+from runs import command
 
 
 @pytest.fixture(scope='session')
@@ -48,4 +49,20 @@ def rulers(digits, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('rulers')
     run('-m', 'metrics.rulers', f'--data={digits}', f'--outdir={folder}')
     run('fid.py', 'ref', f'--data={digits}', f'--dest={folder / "pca.npz"}', f'--detector={folder / "pca.pt"}', '--batch=256')
+    return folder
+
+
+@pytest.fixture(scope='session')
+def whole(digits, tmp_path_factory) -> Path:
+    """An uninterrupted run of one process (see `runs.command`)."""
+    folder = tmp_path_factory.mktemp('whole')
+    run(*command(digits, folder))
+    return folder
+
+
+@pytest.fixture(scope='session')
+def whole_of_two(digits, tmp_path_factory) -> Path:
+    """And of two."""
+    folder = tmp_path_factory.mktemp('whole2')
+    run(*command(digits, folder, processes=2))
     return folder
