@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dnnlib.interrupts  # noqa: F401  (first)
 
+import contextlib
 import json
 import re
 import sys
@@ -274,6 +275,8 @@ def switch(name: str, **kwargs):
 @cli.option('--transfer', metavar='PKL|URL', type=cli.PATH, group=IO, help='Start from the weights of this snapshot, where they fit.')
 @cli.option('--resume', metavar='PT|DIR', type=cli.PATH, group=IO,
             help='Continue from a training state, in its folder; of a run folder, the newest whole one.')
+@cli.option('--take-lock', is_flag=True, group=IO,
+            help='Take the run folder from another run that has it (run.lock), and stop that run.')
 @cli.option('--resume-override', is_flag=True, group=IO, help='Resume although options differ that make it another run.')
 @cli.option('--allow-other-data', is_flag=True, group=IO, help='Resume although the data set is another one.')
 @cli.option('-n', '--dry-run', is_flag=True, group=IO, help='Print the configuration as JSON and exit.')
@@ -308,20 +311,38 @@ def main(ctx, **kwargs):
     distributed.init()
     for line in ignored:
         distributed.print0(line, file=sys.stderr)
-    finished = all(train(run) for run in runs(opts))
+    if not opts.dry_run:
+        from training import restart
+        restart.go_on(opts)
+    with contextlib.ExitStack() as held:
+        for run in runs(opts, held):
+            with contextlib.ExitStack() as lock:
+                finished = train(run, lock)
+            if not finished:
+                break
     distributed.shutdown()
     if not finished:
         ctx.exit(EXIT_PREEMPTED)
 
 
-def runs(opts: EasyDict) -> Iterator[EasyDict]:
-    """The options of what is to be trained, one run after the other: one, but for the stages of progressive distillation."""
+def runs(opts: EasyDict, held: contextlib.ExitStack) -> Iterator[EasyDict]:
+    """The options of what is to be trained, one run after the other: one, but for the stages of progressive distillation, whose folder is locked
+    until `held` is closed."""
     if opts.objective != 'pd':
         yield opts
         return
-    from training import stages
+    from torch_utils import distributed
+    from training import restart, run_lock, stages
     opts.batch = opts.batch or OBJECTIVES['pd'].defaults['batch']
-    run_dir = stages.run_folder(opts.resume) if opts.resume else configuration.planned_run_dir(opts, configuration.open_dataset(opts).name)
+    if opts.resume:
+        run_dir = stages.run_folder(opts.resume)
+    else:
+        choose = configuration.planned_run_dir if opts.dry_run else configuration.make_run_dir
+        run_dir = distributed.from_main(lambda: choose(opts, configuration.open_dataset(opts).name))
+        if not (opts.nosubdir or opts.dry_run):
+            held.callback(configuration.remove_if_empty, run_dir)
+    if not opts.dry_run:
+        held.enter_context(run_lock.locked(run_dir, opts.take_lock))
     begun = stages.stage_folders(run_dir)
     if begun and not opts.resume:
         raise UserError(f'--outdir={opts.outdir} holds the stages of an earlier run: go on with them by --resume={opts.outdir}, or choose another '
@@ -330,15 +351,20 @@ def runs(opts: EasyDict) -> Iterator[EasyDict]:
         raise UserError(f'--resume={opts.resume} holds no stages of a progressive distillation: give its run folder, or start anew without --resume.')
     if opts.seed is None:
         opts.seed = stages.recorded_options(begun[0])['seed'] if begun else configuration.random_seed()
+    if not opts.dry_run:
+        restart.remember(run_dir, opts.seed, opts.resume)
     for run in stages.stages(opts, run_dir):
         yield run
         if opts.dry_run:
             return
 
 
-def train(opts: EasyDict) -> bool:
-    """Train one network, or say what would be trained; whether it is finished."""
+def train(opts: EasyDict, held: contextlib.ExitStack) -> bool:
+    """Train one network, or say what would be trained; whether it is finished. Its folder is locked until `held` is closed."""
     from torch_utils import distributed
+    from training import restart, run_lock
+    if opts.resume and not opts.dry_run:  # before the choice of a state: another run may be about to write one
+        held.enter_context(run_lock.locked(run_lock.folder_of(opts.resume), opts.take_lock))
     from training.run_log import check_available
     state, earlier = configuration.load_earlier(opts) if opts.resume else (None, None)
     if opts.seed is None:
@@ -365,12 +391,16 @@ def train(opts: EasyDict) -> bool:
         return True
     if c.validation:  # what is missing or wrong is better said before there is a folder
         validation.check_files(c.validation, dataset)
-    run_dir = configuration.make_run_dir(opts, c) if distributed.is_main() else None
-    run_dir = distributed.broadcast_object(run_dir)
+    if not opts.resume:
+        c.run_dir = distributed.from_main(lambda: configuration.make_run_dir(opts, dataset.name))
+        held.enter_context(run_lock.locked(c.run_dir, opts.take_lock))
+        distributed.from_main(lambda: configuration.record_options(opts, c))
+    if opts.objective != 'pd':  # of which the stages' common folder has it
+        restart.remember(c.run_dir, opts.seed, opts.resume)
 
     from training.training_loop import training_loop
     with distributed.among_others():
-        return training_loop(c, run_dir, dataset, teacher, state)
+        return training_loop(c, c.run_dir, dataset, teacher, state)
 
 
 def check_usage(ctx: click.Context, opts: EasyDict) -> list[str]:

@@ -60,7 +60,8 @@ COMMANDS = {'train.py': train.main, 'generate.py': generate.main, 'fid.py calc':
             'python -m metrics.rulers': rulers.main}
 # Options of torchrun and srun.
 FOREIGN = {'standalone', 'nproc_per_node', 'nnodes', 'node_rank', 'rdzv_backend', 'rdzv_endpoint', 'rdzv_id', 'numa-binding', 'numa_binding',
-           'ntasks', 'ntasks-per-node', 'kill-on-bad-exit', 'nodes', 'gpus-per-node', 'signal', 'requeue', 'signals-to-handle', 'shutdown-timeout'}
+           'ntasks', 'ntasks-per-node', 'kill-on-bad-exit', 'nodes', 'gpus-per-node', 'signal', 'requeue', 'signals-to-handle', 'shutdown-timeout',
+           'max-restarts'}
 
 
 def blocks(page, language):

@@ -7,6 +7,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
+import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -16,19 +19,21 @@ from dnnlib import interrupts
 from dnnlib.limits import MAX_DIGITS
 from dnnlib.text import printable
 from dnnlib.util import UserError
-from torch_utils import misc
+from torch_utils import elastic, misc
 
 
 def init() -> None:
     """Set the process up, and join the group that torchrun describes in the environment (NCCL with CUDA, else gloo), if there is one.
 
     FP32 means FP32 from here on: TensorFloat-32 is switched off, as a teacher's slopes over a thousand edges want it. Freed memory is kept.
+    A process that torchrun started ends when torchrun is gone.
 
     Raises: UserError where the environment is incomplete or the other processes cannot be reached.
     """
     interrupts.at_work()
     misc.allow_tf32(False)
     misc.keep_freed_memory()
+    elastic.end_with_torchrun()
     if 'RANK' not in os.environ and 'WORLD_SIZE' not in os.environ:
         return
     rank, world_size = _environment('RANK'), _environment('WORLD_SIZE')
@@ -42,11 +47,36 @@ def init() -> None:
     if world_size == 1 or dist.is_initialized():
         return
     try:
-        dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', init_method='env://')
+        where = dict(store=_store_of_this_start(rank, world_size), rank=rank, world_size=world_size) if elastic.restarts()[1] else {}
+        dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', **where)
     except (RuntimeError, ValueError) as error:  # torch's own network and store errors are RuntimeErrors
         reason = str(error).strip().splitlines()[0]
         raise UserError(f'Process {rank} of {world_size} could not join the others: {reason} '
                         'Start the processes with torchrun, and check MASTER_ADDR, MASTER_PORT and the network.') from error
+
+
+def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
+    """torchrun's store, under a prefix that the main process chooses and hands to the others.
+
+    When torchrun starts its processes again, the store still has the addresses of those that have ended, and how often that was is no prefix:
+    torchruns on several machines count for themselves. Each process makes up a name; that of one that has ended never answers.
+    """
+    store, *_ = next(dist.rendezvous('env://', rank, world_size))
+    name, deadline = secrets.token_hex(8), time.monotonic() + store.timeout.total_seconds()
+    if rank:
+        store.set(f'name/{rank}', name)
+        prefix = store.get(f'prefix for {name}').decode()  # waits
+        store.set(f'{prefix}/joined/{rank}', '')
+        return dist.PrefixStore(prefix, store)
+    missing = range(1, world_size)
+    while missing := [other for other in missing if not store.check([f'{name}/joined/{other}'])]:
+        for other in missing:
+            if store.check([f'name/{other}']):
+                store.set(f'prefix for {store.get(f"name/{other}").decode()}', name)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f'processes {", ".join(map(str, missing[:20]))} did not come.')
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
 
 
 def _environment(name: str) -> int:
@@ -210,6 +240,20 @@ def fail_together(*lines: str) -> NoReturn:
     if is_main():
         raise UserError(*lines)
     raise SystemExit(1)
+
+
+def from_main(function: Callable[[], Any]) -> Any:
+    """What `function()` returns on the main process (anything that pickles), on every process; where it raises UserError, all end together."""
+    result, problem = None, None
+    if is_main():
+        try:
+            result = function()
+        except UserError as error:
+            problem = error.args
+    result, problem = broadcast_object((result, problem))
+    if problem is not None:
+        fail_together(*problem)
+    return result
 
 
 def print0(*args, **kwargs) -> None:

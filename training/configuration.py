@@ -4,6 +4,7 @@ Options that contradict the files they name are `UserError`s here; those that co
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -519,20 +520,32 @@ def planned_run_dir(opts: EasyDict, data_name: str) -> str:
     return os.path.join(opts.outdir, f'{max(numbers, default=-1) + 1:05d}-{"-".join(words)}')
 
 
-def make_run_dir(opts: EasyDict, c: EasyDict) -> str:
-    """Create the run folder with training_options.json; a resumed run's folder is there already."""
-    from dnnlib.util import atomic_write, check_writable
-    if opts.resume:
-        check_writable(c.run_dir)
-        return c.run_dir
+def make_run_dir(opts: EasyDict, data_name: str) -> str:
+    """Create the folder of a new run: the next number where another run has just taken one, or --outdir itself, which may be there."""
+    while True:
+        run_dir = planned_run_dir(opts, data_name)
+        try:
+            os.makedirs(run_dir, exist_ok=opts.nosubdir)
+            return run_dir
+        except FileExistsError as error:
+            if opts.nosubdir:
+                raise UserError(f'--outdir={opts.outdir} is a file: name a folder') from error
+        except OSError as error:
+            raise UserError(f'--outdir={opts.outdir} cannot be written to: {error.strerror or error}') from error
+
+
+def remove_if_empty(folder: str) -> None:
+    """Leave no folder of a run that ended before it wrote anything."""
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
+
+
+def record_options(opts: EasyDict, c: EasyDict) -> None:
+    """Write training_options.json into the folder of a new run, which is locked. Raises: UserError where another run has left states there."""
+    from dnnlib.util import atomic_write
     from training.run_files import saved_states
     if saved_states(c.run_dir):
         raise UserError(f'--outdir={opts.outdir} holds training states of an earlier run: go on with it by --resume={opts.outdir}, or choose '
                         'another folder.')
-    try:
-        os.makedirs(c.run_dir, exist_ok=opts.nosubdir)
-        with atomic_write(os.path.join(c.run_dir, 'training_options.json')) as file:
-            file.write(json.dumps(c, indent=2).encode())
-    except OSError as error:
-        raise UserError(f'--outdir={opts.outdir} cannot be written to: {error.strerror or error}') from error
-    return c.run_dir
+    with atomic_write(os.path.join(c.run_dir, 'training_options.json')) as file:
+        file.write(json.dumps(c, indent=2).encode())

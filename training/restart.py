@@ -1,0 +1,116 @@
+"""Runs whose processes torchrun has started again (--max-restarts): they go on from where the earlier attempt came to, and no others by themselves.
+
+Where torchrun may do so, a run leaves `launch.json` in its folder: which torchruns, one for each machine, it was started by. An attempt is of the
+same run where one of its own is among them.
+"""
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+from dnnlib import EasyDict, identity, limits
+from dnnlib.util import atomic_write
+from torch_utils import distributed, elastic
+from training import run_lock, stages
+from training.saved_files import saved_states
+
+LAUNCH = 'launch.json'
+
+
+def remember(folder: str, seed: int, resume: str | None) -> None:
+    """Record in the folder of a run, which this process has locked, which launch it is of. All processes call it together.
+
+    Args:
+        seed: of the run.
+        resume: what it goes on from, as on the command line or later. States beyond are of a course that is given up.
+    Raises: UserError where the file cannot be written.
+    """
+    if not elastic.restarts()[1]:
+        return
+    launch = _launch()
+
+    def write():
+        earlier = _recorded(Path(folder))
+        record = launch | (dict(seed=seed, resume=resume, passed_over=_beyond(resume)) if earlier is None or not _same(earlier, launch) else
+                           {name: earlier[name] for name in ('seed', 'resume', 'passed_over')})
+        with atomic_write(os.path.join(folder, LAUNCH)) as file:
+            file.write(json.dumps(record, indent=2).encode())
+    distributed.from_main(write)
+
+
+def go_on(opts: EasyDict) -> None:
+    """Where torchrun has started this process again: change the options to those that resume the same run, or begin it again in its folder."""
+    if not elastic.restarts()[1]:
+        return
+    restarted = max(distributed.gather_objects(elastic.restarts()[0]))  # each torchrun counts those of its own processes
+    if not restarted:
+        return
+    launch = _launch()
+    changes, line = distributed.from_main(lambda: _changes(opts, launch))
+    opts.update(changes)
+    distributed.print0(f'Started again by torchrun (restart {restarted}): {line}.', file=sys.stderr)
+
+
+def _changes(opts: EasyDict, launch: dict) -> tuple[dict, str]:
+    """(options that change, what the run does)."""
+    for folder in _candidates(opts):
+        if (record := _recorded(folder)) is not None and _same(record, launch):
+            break
+    else:
+        return {}, 'no earlier attempt has got as far as a run folder, so it starts as the options say'
+    overwrite = dict(val_overwrite=True) if opts.val else {}
+    given = record['resume']
+    with_states = folder if given is None or os.path.isdir(given) else Path(given).parent
+    states, passed_over = saved_states(with_states), dict(map(tuple, record['passed_over']))
+    own = [path for path in states if passed_over.get(path.name) != path.stat().st_mtime_ns]
+    if opts.objective == 'pd' and not passed_over and stages.stage_folders(folder):
+        return dict(overwrite, resume=os.fspath(folder)), f'resuming the stages in {folder}'
+    if own:  # a folder's damaged ones are passed over, but so may be those that are not given up
+        resume = os.fspath(own[0] if len(own) < len(states) else with_states)
+        return dict(overwrite, resume=resume), f'resuming from {own[0]}'
+    return (dict(overwrite, resume=None, outdir=os.fspath(folder), nosubdir=True, seed=record['seed']),
+            f'it had saved no state, so it begins again in {folder}')
+
+
+def _candidates(opts: EasyDict) -> list[Path]:
+    """The folders that the earlier attempt may have trained in."""
+    if opts.resume:
+        return [Path(stages.run_folder(opts.resume) if opts.objective == 'pd' else run_lock.folder_of(opts.resume))]
+    if opts.nosubdir:
+        return [Path(opts.outdir)]
+    return sorted((path.parent for path in Path(opts.outdir).glob(f'*/{LAUNCH}') if re.match(r'\d+-', path.parent.name)), reverse=True)
+
+
+def _launch() -> dict:
+    """What tells one launch from others: torchrun's id of it, and all the torchruns. Collective."""
+    torchruns = distributed.gather_objects(elastic.torchrun())
+    return dict(run_id=os.environ.get('TORCHELASTIC_RUN_ID'), torchruns=[torchrun for torchrun in torchruns if torchrun is not None])
+
+
+def _same(record: dict, launch: dict) -> bool:
+    return record['run_id'] == launch['run_id'] and any(identity.same(a, b) for a in record['torchruns'] for b in launch['torchruns'])
+
+
+def _beyond(resume: str | None) -> list[tuple[str, int]]:
+    """The states beside `resume`, where it is one, that are newer: their names and modification times."""
+    if resume is None or os.path.isdir(resume):
+        return []
+    newer = itertools.takewhile(lambda path: path.name != Path(resume).name, saved_states(Path(resume).parent))
+    return [(path.name, path.stat().st_mtime_ns) for path in newer]
+
+
+def _recorded(folder: Path) -> dict | None:
+    """A folder's record; None where there is none, or it is damaged."""
+    try:
+        with open(folder / LAUNCH, 'rb') as file:
+            record = json.loads(limits.read_at_most(file, limits.JSON_FILE, LAUNCH))
+        valid = (isinstance(record['seed'], int) and record['seed'] >= 0 and isinstance(record['resume'], str | None)
+                 and all(map(identity.is_valid, record['torchruns']))
+                 and all(isinstance(name, str) and isinstance(time, int) for name, time in record['passed_over']))
+        return {name: record[name] for name in ('run_id', 'torchruns', 'seed', 'resume', 'passed_over')} if valid else None
+    except limits.UNREADABLE:
+        return None

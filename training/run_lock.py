@@ -1,0 +1,257 @@
+"""One run in a folder at a time: a lock that the main process holds for as long as it may write there.
+
+`run.lock` tells who has the folder. It comes into being at once and complete, by a hard link, on network file systems as well, and its
+modification time is a heartbeat. A lock whose process is gone is taken over: on this machine that is known, of another one it is concluded from
+a heartbeat that stands still.
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import itertools
+import json
+import os
+import re
+import secrets
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dnnlib import UserError, identity, limits
+from dnnlib.text import printable
+from dnnlib.util import check_writable
+from torch_utils import distributed, elastic
+
+LOCK = 'run.lock'
+PERIOD = 10.0         # seconds from one heartbeat to the next
+MISSED = 10           # heartbeats after which a process that cannot be seen counts as gone
+CHECK_SEC = 1.0       # how often a run looks whether the lock is still its own
+FAREWELL_SEC = 15.0   # for a run to notice that the lock was taken from it, or that its torchrun is gone, and to end
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """Who has a lock, as its file tells.
+
+    Attributes:
+        token: of this lock alone.
+        process: see `identity.of_process`; None where the file is damaged.
+        torchrun: the same of the torchrun that started it, or None.
+        since: when it took the lock, in seconds since the epoch.
+        period: seconds between its heartbeats.
+        beat: the last one, by the clock of the file system.
+    """
+
+    token: str
+    process: dict | None
+    torchrun: dict | None
+    since: float
+    period: float
+    beat: float
+
+    def has_ended(self) -> bool | None:
+        """Whether the process is gone; None where only its heartbeat can tell."""
+        return identity.has_ended(self.process) if self.process else None
+
+    def __str__(self):
+        if self.process is None:
+            return f'a process that {LOCK} does not tell, since it is damaged'
+        return (f'process {self.process["pid"]} on {printable(self.process["host"], 100)}, '
+                f'since {time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))}')
+
+
+def read_holder(path: Path) -> Holder | None:
+    """Who has the lock `path`; None where there is no such file. Raises: OSError, UserError where it is no regular file."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f'{path} is no file that train.py made, and in its place: remove it')
+        with open(path, 'rb') as file:
+            status = os.fstat(file.fileno())
+            data = file.read(limits.KB * 16)
+    except FileNotFoundError:
+        return None
+    try:
+        record = json.loads(data)
+        token, since, period = record['token'], record['timestamp'], record['period']
+        process, torchrun = record['process'], record['torchrun']
+        valid = bool(re.fullmatch('[0-9a-f]{32}', token)) and 0 <= since < 1 << 33 and 0 < period <= 3600
+        if valid and all(map(identity.is_valid, [process, *([] if torchrun is None else [torchrun])])):
+            return Holder(token, process, torchrun, since, period, status.st_mtime)
+    except limits.UNREADABLE:
+        pass
+    return Holder(f'{status.st_ino:x}-{status.st_mtime_ns:x}', None, None, 0.0, PERIOD, status.st_mtime)
+
+
+class RunLock:
+    """The lock of a folder.
+
+    Args:
+        folder: an existing one.
+        take: take the lock from a run that has it.
+        say: called with lines for people.
+        on_loss: called with an error, in another thread, when another process has taken the lock; by default it ends this one.
+    """
+
+    def __init__(self, folder: str | os.PathLike, take: bool = False, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+                 on_loss: Callable[[str], None] = identity.end_at_once):
+        self.folder, self.path, self.take, self.say, self.on_loss = Path(folder), Path(folder, LOCK), take, say, on_loss
+        self.token = secrets.token_hex(16)
+        self._record = json.dumps(dict(
+            token=self.token, process=identity.of_process(), torchrun=elastic.torchrun(), timestamp=time.time(),
+            period=PERIOD, processes=distributed.get_world_size()), indent=2).encode()
+        self._over, self._watcher = threading.Event(), threading.Thread(target=self._watch, name='run-lock', daemon=True)
+
+    def acquire(self) -> None:
+        """Take the lock, and keep it until `release`. Raises: UserError that tells who has it, or why the folder cannot be locked."""
+        check_writable(self.folder)
+        seen, since, told = None, 0.0, False
+        try:
+            while not self._create(self.path):
+                holder = read_holder(self.path)
+                if holder is None:
+                    continue
+                if seen is None or holder.token != seen.token:
+                    seen, since, told = holder, time.monotonic(), False
+                ended, waited, still = holder.has_ended(), time.monotonic() - since, holder.beat == seen.beat
+                silence = max(waited, self._now() - holder.beat)
+                if ended or self.take or (ended is None and still and silence >= MISSED * holder.period):
+                    if self._replace(holder):
+                        self._watcher.start()
+                        self._bid_farewell(holder, ended)
+                        return
+                elif ended is None and still:  # perhaps of a node that died: so it is where a job starts again on another
+                    if not told:
+                        remaining = MISSED * holder.period - silence
+                        self.say(f'{self.folder} belongs to {holder}. Waiting up to {remaining:.0f} seconds for its heartbeat.')
+                        told = True
+                elif not (holder.torchrun and identity.has_ended(holder.torchrun) and waited < FAREWELL_SEC):  # else it is about to end
+                    raise UserError(f'{self.folder} is the folder of a run that goes on: {holder}, last heartbeat '
+                                    f'{max(self._now() - holder.beat, 0):.0f} seconds ago. Wait for its end, choose another folder, or take '
+                                    'this one from it by --take-lock, which stops that run')
+                time.sleep(CHECK_SEC / 4)
+        except OSError as error:
+            raise UserError(f'{self.folder} cannot be locked: {error.strerror or error}. Choose another place.') from error
+        self._watcher.start()
+
+    def release(self) -> None:
+        """Remove the lock, if it is still this one."""
+        self._over.set()
+        self._watcher.join(timeout=PERIOD)
+        with contextlib.suppress(OSError, UserError):
+            if self._is_own(self.path):
+                self.path.unlink()
+
+    def _bid_farewell(self, holder: Holder, ended: bool | None) -> None:
+        """Say whose lock it was, and wait for the end of a run that may be going on: it notices, and writes no more then."""
+        if ended or not self.take:
+            self.say(f'{self.folder} was locked by {holder}, which is gone: taking over.')
+            return
+        self.say(f'Taking {self.folder} from {holder}; waiting up to {FAREWELL_SEC:.0f} seconds until it has noticed.')
+        deadline = time.monotonic() + FAREWELL_SEC
+        while time.monotonic() < deadline and not holder.has_ended():
+            time.sleep(CHECK_SEC / 4)
+
+    def _watch(self) -> None:
+        """The heartbeat; and `on_loss` when the lock has become another's. One that somebody has removed is made again."""
+        beat = time.monotonic()
+        while not self._over.wait(CHECK_SEC):
+            try:
+                if not self._is_own(self.path) and not self._create(self.path):
+                    holder = read_holder(self.path)
+                    if holder is not None and holder.process is not None and holder.token != self.token:
+                        self.on_loss(f'Error: {self.folder} was taken from this run, by {holder}: nothing more is written. '
+                                     f'What it has saved is whole; the other run goes on from there.')
+                        return
+                if time.monotonic() - beat >= PERIOD:
+                    os.utime(self.path)  # by the clock of the file system, which a time of ours would not be
+                    beat = time.monotonic()
+            except (OSError, UserError):  # a full or read-only disk, a server that is away: no reason to stop
+                continue
+
+    def _is_own(self, path: Path) -> bool:
+        holder = read_holder(path)
+        return holder is not None and holder.token == self.token
+
+    def _now(self) -> float:
+        """The time by the clock of the file system."""
+        with self._written() as path:
+            return path.stat().st_mtime
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[Path]:
+        """A hidden file with this lock's record, which is removed unless it has been renamed."""
+        path = self.folder / f'.{LOCK}.{os.getpid()}-{secrets.token_hex(4)}.tmp'
+        try:
+            with open(path, 'xb') as file:
+                file.write(self._record)
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _create(self, path: Path) -> bool:
+        """Whether `path` is this lock's record now, after an attempt to make it, which fails where there is such a file."""
+        with self._written() as own:
+            try:
+                os.link(own, path)
+            except FileExistsError:  # or a server has linked it and its first answer was lost: what is there tells
+                pass
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                with contextlib.suppress(FileExistsError), open(path, 'xb') as file:
+                    file.write(self._record)
+        return self._is_own(path)
+
+    def _replace(self, holder: Holder) -> bool:
+        """Whether this lock has taken the place of another one. Of several that try, one does: the one that has the claim to that lock's token.
+
+        A claim of a process that died holding it is passed over for the next number, which only one process gets either.
+        """
+        claims = []
+        for number in itertools.count():
+            claims.append(self.folder / f'.{LOCK}.{holder.token}.{number}')
+            if self._create(claims[-1]):
+                break
+            other = read_holder(claims[-1])
+            gone = other and other.has_ended()
+            if other is None or gone is False or (gone is None and self._now() - other.beat < MISSED * PERIOD):
+                return False
+        try:
+            now = read_holder(self.path)
+            if now is None or now.token != holder.token:  # whoever had the claim before has taken it
+                claims = claims[-1:]
+                return False
+            with self._written() as own:
+                os.replace(own, self.path)
+            return True
+        finally:
+            for claim in claims:
+                claim.unlink(missing_ok=True)
+
+
+def folder_of(resume: str) -> str:
+    """The folder that a run resumed from a state or folder writes to."""
+    return resume if os.path.isdir(resume) else os.path.dirname(os.path.abspath(resume))
+
+
+@contextlib.contextmanager
+def locked(folder: str, take: bool = False) -> Iterator[None]:
+    """A block in which the main process holds the lock of a folder, if it is there. All processes enter it together, or end with one message."""
+    def acquire():
+        nonlocal lock
+        if os.path.isdir(folder):
+            lock = RunLock(folder, take)
+            lock.acquire()
+
+    lock = None
+    distributed.from_main(acquire)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
