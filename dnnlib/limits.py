@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from typing import BinaryIO
 
-KB, MB = 1 << 10, 1 << 20
+KB, MB, GB = 1 << 10, 1 << 20, 1 << 30
 
 # Bytes that a reader takes of a thing, at most.
 JSON_FILE = 4 * MB              # options, records, configurations: kilobytes in practice; parsed, 24 times as much in the worst case
@@ -30,6 +30,9 @@ IDX_FILE = 640 * MB             # unpacked: EMNIST has 547 MB
 TAR_ARCHIVE = 512 * MB          # unpacked: CIFAR-10 has 186 MB
 ZIP_DIRECTORY = 16 * MB         # of arrays, networks and states: 300,000 members
 DATA_DIRECTORY = 1024 * MB      # of a data set: 13 million members
+
+# Downloads whose length a server does not announce: bytes of one, and what stays free on its disk.
+UNANNOUNCED_DOWNLOAD, KEPT_FREE = 64 * GB, 256 * MB
 
 # What compression may make of a file: images, statistics and labels compress less; what inflates further is an attack, or of no use.
 INFLATED, INFLATED_RATIO = 64 * MB, 100

@@ -13,26 +13,30 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from dnnlib import interrupts
+from dnnlib.limits import KEPT_FREE, UNANNOUNCED_DOWNLOAD
 from dnnlib.text import printable
 
 DEFAULT_CACHE_DIR = Path('~/.cache/multistep-consistency-edm')
 DRIVE_HOSTS = ('drive.google.com', 'docs.google.com', 'drive.usercontent.google.com')
 ATTEMPTS = 3                # of a download whose connection breaks, stalls, or ends in a server's error
 TIMEOUT = 15                # seconds without a byte after which a connection counts as stalled
+ANSWER = 4                  # times that, within which a server has to be found and answer, all redirections included, whatever comes meanwhile
 SLOWEST = 1000              # bytes a second, on average after the first TIMEOUT
 LEFTOVER_SECONDS = 24 * 3600
 CHUNK = 1 << 20
 LONGEST_MESSAGE = 4000      # characters
 PAGE_START = re.compile(rb'\s*<(!doctype\s+html|html)\b', re.IGNORECASE)
+T = TypeVar('T')
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
@@ -422,8 +426,8 @@ def _download(url: str, path: Path, sha256: str | None, timeout: float) -> tuple
     for attempt in range(ATTEMPTS):
         time.sleep(2 ** attempt - 1)
         try:
-            with requests.Session() as session, atomic_write(path, tidy=False) as file:
-                return _fetch(session, url, file, sha256, timeout)
+            with requests.Session() as session, Deadlines() as deadlines, atomic_write(path, tidy=False) as file:
+                return _fetch(session, deadlines, url, file, sha256, timeout)
         except requests.exceptions.InvalidSchema as error:
             raise UserError(f'Cannot download {url}: it redirects to something else than http(s) ({error}). Check the URL.') from error
         except requests.TooManyRedirects as error:
@@ -442,18 +446,50 @@ def _download(url: str, path: Path, sha256: str | None, timeout: float) -> tuple
                     'Check the connection and try again, or download it elsewhere and give the path.') from cause
 
 
-def _fetch(session, url: str, file: BinaryIO, sha256: str | None, timeout: float) -> tuple[int, str]:
+class Deadlines:
+    """Calls that block, in a thread of their own, so that there is an end to them: timeouts of sockets begin anew with every byte.
+
+    A call that takes too long goes on in that thread, which nobody waits for, until the other end gives up, or this process ends.
+    """
+
+    def __init__(self):
+        from multiprocessing.pool import ThreadPool
+        self._threads = ThreadPool(1)
+
+    def __enter__(self) -> Deadlines:
+        return self
+
+    def __exit__(self, *_):
+        self._threads.terminate()
+
+    def within(self, seconds: float, function: Callable[..., T], *arguments) -> T:
+        """What `function` returns, or raises. Raises: TimeoutError where it takes longer."""
+        call = self._threads.apply_async(function, arguments)
+        call.wait(seconds)
+        if not call.ready():
+            raise TimeoutError
+        return call.get()
+
+
+def _fetch(session, deadlines: Deadlines, url: str, file: BinaryIO, sha256: str | None, timeout: float) -> tuple[int, str]:
     """One attempt: the bytes of `url` into `file`, their number checked against what the server announced. Returns (length, digest)."""
-    with _request(session, url, timeout) as response:
-        length = _announced_length(url, response, sha256)
-        if length is not None and length > (free := shutil.disk_usage(os.path.dirname(file.name)).free):
-            raise UserError(f'Cannot download {url}: it has {length:,} bytes, and {free:,} are free in {os.path.dirname(file.name)}. '
-                            'Free some space, or download it elsewhere and give the path.')
-        digest, start = hashlib.sha256(), b''
-        for chunk in _body(response, length, timeout):
-            file.write(chunk)
-            digest.update(chunk)
-            start = start or chunk[:100]
+    try:
+        response = deadlines.within(ANSWER * timeout, _request, session, url, timeout)
+    except TimeoutError as error:
+        raise BrokenDownload(f'the server took more than {ANSWER * timeout:g} seconds to answer') from error
+    length, folder = _announced_length(url, response, sha256), os.path.dirname(file.name)
+    if length is not None and length > (free := shutil.disk_usage(folder).free):
+        raise UserError(f'Cannot download {url}: it has {length:,} bytes, and {free:,} are free in {folder}. '
+                        'Free some space, or download it elsewhere and give the path.')
+    digest, start = hashlib.sha256(), b''
+    for chunk in _body(response, deadlines, length, timeout):
+        if length is None and (file.tell() > UNANNOUNCED_DOWNLOAD or shutil.disk_usage(folder).free < KEPT_FREE):
+            raise UserError(f'Cannot download {url}: the server does not say how long it is, more than {file.tell():,} bytes have come, and there is '
+                            f'no room for more in {folder}. Check the URL, or download it elsewhere and give the path.')
+        file.write(chunk)
+        digest.update(chunk)
+        start = start or chunk[:100]
+    response.close()
     if PAGE_START.match(start):
         raise UserError(_page_message(url))
     if sha256 is not None and digest.hexdigest() != sha256:
@@ -461,7 +497,7 @@ def _fetch(session, url: str, file: BinaryIO, sha256: str | None, timeout: float
     return file.tell(), digest.hexdigest()
 
 
-def _body(response, length: int | None, timeout: float) -> Iterator[bytes]:
+def _body(response, deadlines: Deadlines, length: int | None, timeout: float) -> Iterator[bytes]:
     """The bytes of a response as they come, to the end of the connection, where there must be as many as were announced.
 
     They are read from underneath `requests`, which stops where the announced length ends and so would miss that more bytes come.
@@ -473,8 +509,9 @@ def _body(response, length: int | None, timeout: float) -> Iterator[bytes]:
     received, since = 0, time.monotonic()
     while length is None or received <= length:
         try:
-            chunk = stream.read1(CHUNK)
+            chunk = deadlines.within(2 * timeout, stream.read1, CHUNK)  # headers of chunks, and what may follow the last one, come in it
         except TimeoutError as error:
+            _hang_up(response)
             if received == length:  # a server that keeps the connection open although it was asked to close it
                 return
             raise BrokenDownload(f'the connection stalled after {received:,} bytes') from error
@@ -488,6 +525,12 @@ def _body(response, length: int | None, timeout: float) -> Iterator[bytes]:
             raise BrokenDownload(f'the connection stalled after {received:,} bytes, less than {SLOWEST:,} a second')
     if length is not None and received != length:
         raise BrokenDownload(f'{length:,} bytes were announced, and {"more" if received > length else f"{received:,}"} came')
+
+
+def _hang_up(response) -> None:
+    """End the connection of a response, which another thread may be reading: to close it would wait for that thread."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(response.raw.fileno())) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _announced_length(url: str, response, sha256: str | None) -> int | None:
@@ -508,10 +551,14 @@ def _announced_length(url: str, response, sha256: str | None) -> int | None:
 def _request(session, url: str, timeout: float):
     """The response whose body is the file. Compression is declined, so that Content-Length counts the file's bytes; the body is the last
     thing on its connection, so that its end shows."""
+    def forget(response, **_):
+        session.get_adapter(response.url).close()  # or a redirection could use a connection that closes
+        if response.is_redirect:
+            response.close()  # or its body would be read to the end
+
     def get(address, fields=None):
         headers = {'Accept-Encoding': 'identity', 'Connection': 'close'}
-        forget = dict(response=lambda response, **_: session.get_adapter(response.url).close())  # or a redirection could use a connection that closes
-        response = session.get(address, params=fields, stream=True, timeout=timeout, headers=headers, hooks=forget)
+        response = session.get(address, params=fields, stream=True, timeout=timeout, headers=headers, hooks=dict(response=forget))
         if response.status_code >= 500 or response.status_code == 429:
             response.raise_for_status()  # worth another attempt
         if response.status_code != 200:

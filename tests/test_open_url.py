@@ -1,6 +1,7 @@
 """Downloads against a local server that misbehaves on purpose, and files that appear whole or not at all."""
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import socket
@@ -30,6 +31,17 @@ OLDER_CONFIRM = {
 STATUSES = {'/busy': 503, '/broken': 500, '/too-many': 429, '/gone': 410}
 REDIRECTIONS = {'/moved': '/file.bin', '/loop': '/loop', '/to-disk': 'file:///etc/hostname', '/to-data': 'data:text/plain,x', '/to-ftp': 'ftp://h/x',
                 '/to-nowhere': 'http://['}
+OK, CHUNKED = b'HTTP/1.1 200 OK\r\n', b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n'
+DRIPPING = {  # parts of an answer that is never over, a moment after one another
+    '/status': lambda: itertools.chain([b'HTTP/1.1 200 '], itertools.repeat(b'O')),
+    '/header': lambda: itertools.chain([OK, b'X: '], itertools.repeat(b'x')),
+    '/not-yet': lambda: itertools.repeat(b'HTTP/1.1 100 Continue\r\n\r\n'),
+    '/moved-slowly': lambda: itertools.chain([b'HTTP/1.1 302 Found\r\nLocation: /'], itertools.repeat(b'x')),
+    '/slow-page': lambda: itertools.chain([OK, b'Content-Type: text/html\r\nContent-Length: 999999\r\n\r\n'], itertools.repeat(b'x')),
+    '/chunk-size': lambda: itertools.chain([CHUNKED, b'5;'], itertools.repeat(b'x')),
+    '/trailers': lambda: itertools.chain([CHUNKED, b'3\r\nabc\r\n0\r\n'], itertools.repeat(b'X: y\r\n')),
+    '/last-trailer': lambda: itertools.chain([CHUNKED, b'3\r\nabc\r\n0\r\nX: '], itertools.repeat(b'y')),
+}
 sleep = time.sleep
 
 
@@ -121,6 +133,15 @@ class Handler(BaseHTTPRequestHandler):
             self.send(b'<html>log in</html>', Content_Type='text/html')
         elif path == '/unnamed-page':
             self.send(b'\n<!DOCTYPE html><html>log in' + bytes(2_000_000), Content_Type='application/octet-stream')
+        elif path in DRIPPING:
+            for part in DRIPPING[path]():
+                self.wfile.write(part)
+                if self.server.released.wait(0.02):
+                    break
+            self.close_connection = True
+        elif path == '/hop':
+            self.server.released.wait(0.04)
+            self.send(b'', status=302, Location=f'/hop?{len(self.server.requests)}')
         elif path == '/replaced':
             self.send(CONTENT if len(self.server.requests) == 1 else REPLACEMENT)
         else:
@@ -447,3 +468,43 @@ def test_atomic_write_explains_a_full_disk_and_a_missing_folder(tmp_path):
     assert files_in(tmp_path) == []
     with pytest.raises(UserError, match='existing directory'), atomic_write(tmp_path / 'nowhere' / 'a.bin'):
         pass
+
+
+@pytest.mark.parametrize('path', [*DRIPPING, '/hop'])
+def test_an_answer_that_is_never_over_is_given_up(server, tmp_path, monkeypatch, path):
+    """Something comes all the time: no timeout of a socket would end it."""
+    monkeypatch.setattr(util, 'ATTEMPTS', 2)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r'took more than 0.4 seconds to answer|stalled after'):
+        local_path(f'{server.url}{path}', cache_dir=tmp_path, timeout=0.1)
+    assert time.monotonic() - start < 5 and not files_in(tmp_path)
+
+
+def test_a_process_that_has_given_up_ends(server, tmp_path):
+    """Although the thread that was at it still waits."""
+    code = f'from dnnlib import util\nutil.ATTEMPTS = 1\nutil.local_path({server.url + "/header"!r}, {str(tmp_path)!r}, timeout=0.2)'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert 'took more than 0.8 seconds to answer' in done.stderr
+
+
+def test_a_million_lines_of_header_are_no_answer(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(util, 'ATTEMPTS', 1)
+    monkeypatch.setitem(DRIPPING, '/header', lambda: [OK + b'X: y\r\n' * 1_000_000])
+    with pytest.raises(UserError, match='the connection failed'):
+        local_path(f'{server.url}/header', cache_dir=tmp_path)
+
+
+def test_the_body_of_a_redirection_is_not_read(server, tmp_path, monkeypatch):
+    moved = b'HTTP/1.1 302 Found\r\nLocation: /file.bin\r\nContent-Length: 99999999999\r\n\r\n'
+    monkeypatch.setitem(DRIPPING, '/header', lambda: itertools.chain([moved], itertools.repeat(b'x' * 1000)))
+    assert local_path(f'{server.url}/header', cache_dir=tmp_path, timeout=1).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize('limit', ['UNANNOUNCED_DOWNLOAD', 'KEPT_FREE'])
+def test_chunks_without_end_stop_where_there_is_no_room(server, tmp_path, monkeypatch, limit):
+    chunk = b'%x\r\n%b\r\n' % (len(CONTENT), CONTENT)
+    monkeypatch.setitem(DRIPPING, '/header', lambda: itertools.chain([CHUNKED], itertools.repeat(chunk)))
+    monkeypatch.setattr(util, limit, {'UNANNOUNCED_DOWNLOAD': 2 * len(CONTENT), 'KEPT_FREE': 10 ** 18}[limit])
+    with pytest.raises(UserError, match=r'does not say how long it is, .* no room'):
+        local_path(f'{server.url}/header#sha256={DIGEST}', cache_dir=tmp_path)
+    assert not files_in(tmp_path)
