@@ -327,9 +327,9 @@ def read_rulers(refs: Sequence[str], detectors: Sequence[str], image_shape: list
         image_shape: [C, H, W] of the images to be measured, where that is known.
     Raises: UserError where a reference or its detector cannot be used.
     """
-    from dnnlib.util import file_sha256, local_path, named
+    from dnnlib.util import file_sha256, local_path, named, pinned
     from metrics.calc import count_features
-    from metrics.detectors import INCEPTION_URL, load_detector
+    from metrics.detectors import INCEPTION_URL, ScriptNetwork, load_detector
     from metrics.reference import check_same_detector, load_reference
     rulers = {Path(ref.partition('#')[0]).stem: Ruler(ref, detector) for ref, detector in zip(refs, detectors or [None] * len(refs))}
     if len(rulers) < len(refs):
@@ -346,6 +346,8 @@ def read_rulers(refs: Sequence[str], detectors: Sequence[str], image_shape: list
             count_features(detector, image_shape)
         check_same_detector(reference, detector, ref, image_shape)
         facts[name] = [file_sha256(local_path(ref)), detector.digest]
+        if isinstance(detector.network, ScriptNetwork) and source:
+            rulers[name] = Ruler(ref, pinned(source, detector.digest))
     return rulers, facts
 
 
@@ -432,7 +434,7 @@ def write_labels(outdir: Path, labels: np.ndarray | None) -> str | None:
 @cli.option('--ref', 'refs', metavar='NPZ|URL', type=cli.PATH, multiple=True, group=MEASURING,
             help='Reference statistics, made by fid.py ref. Several: the plot shows the first.  [default: for the digits three rulers]')
 @cli.option('--detector', 'detectors', metavar='PATH|URL', type=cli.PATH, multiple=True, group=MEASURING,
-            help="Detector of each --ref, in the same order.  [default: NVIDIA's Inception]")
+            help=f"Detector of each --ref, in the same order. {cli.PROGRAM}  [default: NVIDIA's Inception]")
 @cli.option('--sample-batch', metavar='INT', type=cli.BATCH, default=256, show_default=True, group=MEASURING, help='Images at a time.')
 @cli.argument('train_options', nargs=-1, type=click.UNPROCESSED, help='Options of train.py for all trainings, behind --.')
 def main(outdir, data, teacher, jobs, objectives, budget, batch, seeds, extra, steps, reference_steps, num, refs, detectors, sample_batch,

@@ -16,7 +16,7 @@ import click
 
 from dnnlib import UserError, cli
 from metrics import digits
-from metrics.story import SHOWN, Story, make_outdir, measure, newest_snapshot, tell, workers
+from metrics.story import SHOWN, Ruler, Story, make_outdir, measure, newest_snapshot, tell, workers
 
 IMAGES = 1797  # as many as there are digits
 COMMON = [*digits.COMMON, '--cond=1', f'--batch={digits.BATCH}', '--seed=0', '--nosubdir', '--snap=10', '--dump=0']
@@ -24,13 +24,13 @@ STUDENTS = {'mcd': ('student', {8: 1250, 4: 1000, 2: 800}), 'direct': ('direct',
 TEACHER_ROWS = [('euler', 8, 8), ('heun', 256, 511)]  # solver, steps, NFE
 
 
-def train(story: Story, name: str, steps: int, options: list[str], threads: int | None = None) -> Path:
-    """Train a network of the demo's size, with five evaluations on the way; returns its snapshot."""
+def train(story: Story, name: str, steps: int, options: list[str], ruler: Ruler, threads: int | None = None) -> Path:
+    """Train a network of the demo's size, with five evaluations on the way, by a ruler; returns its snapshot."""
     kimg = steps * digits.BATCH / 1000
     story.run(name, 'train.py', f'--outdir={story.path(name)}', f'--data={story.path("digits.zip")}', *COMMON, *options,
               f'--duration={kimg / 1000:g}', f'--tick={kimg / 5:g}',
-              '--val=1', '--val_every=1', '--val_num=512', '--val_batch=256', f'--val_ref={story.path("rulers", "classifier.npz")}',
-              f'--val_detector={story.path("rulers", "classifier.pt")}', threads=threads)
+              '--val=1', '--val_every=1', '--val_num=512', '--val_batch=256', f'--val_ref={ruler.ref}',
+              f'--val_detector={ruler.detector}', threads=threads)
     return newest_snapshot(story.path(name))
 
 
@@ -44,11 +44,12 @@ def story_of(story: Story, scale: float, jobs: int) -> list[dict]:
     images = max(round(IMAGES * min(scale, 1)), 128)
     steps = lambda full: max(round(full * scale), 10)
     _, rulers = digits.prepare(story)
-    teacher = train(story, 'teacher', steps(digits.TEACHER_STEPS), [*digits.TEACHER, '--val_steps=9'], threads=story.threads * jobs)
+    teacher = train(story, 'teacher', steps(digits.TEACHER_STEPS), [*digits.TEACHER, '--val_steps=9'], rulers['classifier'],
+                    threads=story.threads * jobs)
 
     def student(objective: str, S: int, name: str, full_steps: int) -> dict:
         options = [f'--objective={objective}', f'--teacher={teacher}', f'--S={S}', *digits.student_options(objective, S)]
-        network = train(story, name, steps(full_steps), options)
+        network = train(story, name, steps(full_steps), options, rulers['classifier'])
         return row_of(story, name, network, name, 'student', S, S, images, rulers)
 
     def of_teacher(solver: str, solver_steps: int, nfe: int) -> dict:

@@ -52,8 +52,8 @@ def shared_options(command):
         cli.option('--seed', metavar='INT', type=cli.SEED, default=0, show_default=True,
                    help='Of every random choice: subsets, resamples.'),
         cli.option('--detector', metavar='PATH|URL', type=cli.PATH, group=DETECTOR,
-                   help="TorchScript file: uint8 images [N, C, H, W] to features [N, D]; pytorch-fid's weights; dinov2 or dinov2:FOLDER.  "
-                        "[default: NVIDIA's Inception, downloaded once]"),
+                   help="TorchScript file: uint8 images [N, C, H, W] to features [N, D]; pytorch-fid's weights; dinov2 or dinov2:FOLDER. "
+                        f"{cli.PROGRAM}  [default: NVIDIA's Inception, downloaded once]"),
         cli.option('--dinov2', metavar='DIR', type=cli.PATH, group=DETECTOR,
                    help="DINOv2 ViT-L/14 for fd_dinov2, as transformers' save_pretrained writes it.  [default: downloaded once]"),
         cli.option('--detector-sha256', metavar='HEX', group=DETECTOR, help='Digest that the detector file must have.'),

@@ -70,7 +70,8 @@ class Metric(fid.Measures):
 @clip_option(IMAGES)
 @cli.option('--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, group=IMAGES,
             help='Images at a time, for each process.')
-@cli.option('--detector', metavar='PATH|URL', type=cli.PATH, group=IMAGES, help="As for fid.py.  [default: NVIDIA's Inception, downloaded once]")
+@cli.option('--detector', metavar='PATH|URL', type=cli.PATH, group=IMAGES,
+            help=f"As for fid.py. {cli.PROGRAM}  [default: NVIDIA's Inception, downloaded once]")
 @cli.option('--dinov2', metavar='DIR', type=cli.PATH, group=IMAGES, help='DINOv2 for fd_dinov2, as for fid.py.  [default: downloaded once]')
 @cli.option('--detector-sha256', metavar='HEX', group=IMAGES, help='Digest that the detector file must have.')
 def main(network, log, solver, save, json_path, dry_run, measures, **options):

@@ -186,8 +186,8 @@ def switch(name: str, **kwargs):
 @cli.option('--cm_loss', type=click.Choice(['lpips', 'l2', 'l1', 'pseudo_huber']), group=CM,
             help="cm-cd, cm-ct: distance between the network's image and its target.  [default: lpips]")
 @cli.option('--lpips', metavar='FILES|URLS', type=cli.PATHS, group=CM,
-            help="Weights of --cm_loss=lpips: torchvision's VGG16 and the lpips package's heads, joined by a comma; or one TorchScript file.  "
-                 '[default: the published ones]')
+            help="Weights of --cm_loss=lpips: torchvision's VGG16 and the lpips package's heads, joined by a comma; or one TorchScript file. "
+                 f'{cli.PROGRAM}  [default: the published ones]')
 @cli.option('--q', metavar='FLOAT', type=cli.Number(min=1, max=1e6, min_open=True), group=ECT,
             help='1 - r/t shrinks by this factor from stage to stage.  [default: 2; edm2 4]')
 @cli.option('--k', metavar='FLOAT', type=cli.FACTOR, group=ECT,
@@ -219,7 +219,8 @@ def switch(name: str, **kwargs):
 @cli.option('--val', type=bool, default=False, show_default=True, group=VAL, help='Evaluate the Frechet distance during training.')
 @cli.option('--val_ref', metavar='NPZ|URL', type=cli.PATH, group=VAL, help='Reference statistics, made by fid.py ref.')
 @cli.option('--val_ref_data', metavar='ZIP|DIR', type=cli.PATH, group=VAL, help='Or images to compute them from at the start.')
-@cli.option('--val_detector', metavar='PATH|URL', type=cli.PATH, group=VAL, help="TorchScript feature detector.  [default: NVIDIA's Inception]")
+@cli.option('--val_detector', metavar='PATH|URL', type=cli.PATH, group=VAL,
+            help=f"TorchScript feature detector. {cli.PROGRAM}  [default: NVIDIA's Inception]")
 @cli.option('--val_steps', metavar='INT', type=cli.STEPS, group=VAL,
             help="Sampling steps.  [default: the student's S; 1 for consistency models, with --mid_t 2; 18 for teachers]")
 @cli.option('--val_every', metavar='TICKS', type=COUNT, default=50, show_default=True, group=VAL, help='How often to evaluate.')

@@ -199,7 +199,8 @@ class Validator:
 @cli.option('--ref', metavar='NPZ|URL', type=cli.PATH, required=True, help='Reference statistics, made by fid.py ref.')
 @cli.option('--outdir', metavar='DIR', type=cli.PATH, default='.', show_default=True,
             help='Folder whose metrics-val.jsonl gets a line for each snapshot.')
-@cli.option('--detector', metavar='PATH|URL', type=cli.PATH, help="TorchScript feature detector.  [default: NVIDIA's Inception]")
+@cli.option('--detector', metavar='PATH|URL', type=cli.PATH,
+            help=f"TorchScript feature detector. {cli.PROGRAM}  [default: NVIDIA's Inception]")
 @cli.option('--num', metavar='INT', type=cli.Integer(min=2), default=50000, show_default=True, help='Images to generate.')
 @cli.option('--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, help='Images a process generates at a time.')
 @cli.option('--seed', metavar='INT', type=cli.SEED, default=0, show_default=True, help='First seed.')

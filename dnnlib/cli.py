@@ -92,6 +92,9 @@ def argument(*names, help: str, **kwargs):
     return click.argument(*names, cls=Argument, description=help, **kwargs)
 
 
+PROGRAM = 'A TorchScript file is a program that PyTorch runs: give one that you trust, with #sha256= and its digest behind it.'
+
+
 def shown(value: object) -> str:
     """A value of the command line in quotes, shortened."""
     return f"'{printable(value, MAX_DIGITS)}'"

@@ -265,8 +265,8 @@ def local_path(source: str | os.PathLike, cache_dir: str | os.PathLike | None = 
     A cached file whose length is not what was downloaded, or whose digest is not the expected one, is downloaded again.
 
     Args:
-        source: a path, or an http(s) URL (Google Drive links included). `#sha256=<64 hexadecimal digits>` at the end of a URL names the
-            digest that the file must have.
+        source: a path, or an http(s) URL (Google Drive links included). `#sha256=<64 hexadecimal digits>` at its end names the digest that the
+            file must have.
         cache_dir: where downloads live; `~/.cache/multistep-consistency-edm` unless told.
         sha256: the digest too, for callers; also for paths.
         timeout: seconds without a byte after which a connection counts as stalled.
@@ -280,11 +280,20 @@ def local_path(source: str | os.PathLike, cache_dir: str | os.PathLike | None = 
         if fragment is not None and expected not in (None, fragment):
             raise UserError(f'{source} names another SHA-256 digest than the one that is expected, {expected}. Give one of them.')
         return _cached(url, Path(cache_dir or DEFAULT_CACHE_DIR).expanduser(), fragment or expected, timeout, pinned)
+    if (match := re.fullmatch(r'(.+)#sha256=([0-9A-Fa-f]{64})', source, re.DOTALL)) and not os.path.exists(source):
+        if expected not in (None, match[2].lower()):
+            raise UserError(f'{source} names another SHA-256 digest than the one that is expected, {expected}. Give one of them.')
+        source, expected = match[1], match[2].lower()
     if not os.path.isfile(source):
         raise UserError(_why_no_file(source))
     if expected is not None and file_sha256(source) != expected:
         raise UserError(f'{source} does not have the SHA-256 digest {expected}. Check the expected digest and the file.')
     return Path(source)
+
+
+def pinned(source: str, digest: str) -> str:
+    """A path or URL with the digest that its file must have, as `local_path` understands it."""
+    return f'{source.partition("#sha256=")[0]}#sha256={digest}'
 
 
 def _why_no_file(source: str) -> str:

@@ -12,9 +12,11 @@ for uint8 images [N, img_channels, H, W] on its device: a TorchScript file (`Scr
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pickle
 import re
+import sys
 import urllib.parse
 import zipfile
 from collections.abc import Callable
@@ -24,7 +26,9 @@ import torch
 from torch import Tensor
 
 from dnnlib.file_kind import another_kind
+from dnnlib.text import printable
 from dnnlib.util import UserError, file_sha256, local_path
+from torch_utils import distributed
 from torch_utils.restricted_pickle import MalformedPickle
 from torch_utils.saved_tensors import read_saved
 
@@ -160,9 +164,20 @@ def load_detector(source: str | os.PathLike, device: torch.device | str = 'cpu',
         network, digest = load_dinov2(folder, device, sha256)
         return Detector(network, network.name, digest, device)
     path = local_path(source, sha256=sha256, pinned=True)
-    network = _load_script(path, source, device) if is_torchscript(path) else _load_state_dict(path, source, device)
+    script = is_torchscript(path)
+    if script and sha256 is None and source != INCEPTION_URL:
+        warn_of_program(source, path)
+    network = _load_script(path, source, device) if script else _load_state_dict(path, source, device)
     name = os.path.splitext(os.path.basename(urllib.parse.urlsplit(source).path))[0]
     return Detector(network, name, file_sha256(path), device)
+
+
+@functools.cache
+def warn_of_program(source: str, path: Path) -> None:
+    """Say, once for all processes, that a file is a program, unless its source names the digest that it has."""
+    if '#sha256=' not in source and distributed.is_main():
+        print(f'Note: {printable(source)} is a TorchScript file, a program that PyTorch runs. Be sure that you trust it; '
+              f'to name this very file, write #sha256={file_sha256(path)} behind it.', file=sys.stderr, flush=True)
 
 
 def is_torchscript(path: Path) -> bool:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dnnlib.util import file_sha256, pinned
 from metrics.story import Ruler, Story
 from training.objectives import OBJECTIVES
 
@@ -37,6 +38,7 @@ def prepare(story: Story) -> tuple[Path, dict[str, Ruler]]:
         story.run('data', 'dataset_tool.py', '--source=digits', f'--dest={data}')
     if not all(Path(ruler.detector).exists() for ruler in rulers.values()):
         story.run('rulers', '-m', 'metrics.rulers', f'--data={data}', f'--outdir={story.path("rulers")}')
+    rulers = {name: ruler._replace(detector=pinned(ruler.detector, file_sha256(ruler.detector))) for name, ruler in rulers.items()}
     for ruler in rulers.values():
         if not Path(ruler.ref).exists():
             story.run('rulers', 'fid.py', 'ref', f'--data={data}', f'--dest={ruler.ref}', f'--detector={ruler.detector}', '--batch=256')

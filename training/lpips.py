@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dnnlib.file_kind import another_kind
 from dnnlib.util import UserError, local_path
-from metrics.detectors import is_torchscript
+from metrics.detectors import is_torchscript, warn_of_program
 from metrics.weights import load_weights
 from torch_utils.restricted_pickle import MalformedPickle
 from torch_utils.saved_tensors import read_saved
@@ -134,6 +134,7 @@ def load(paths: str | None = None, device: torch.device | str = 'cpu') -> Percep
     if scripts and len(sources) > 1:
         raise UserError(f'{scripts[0]} is a TorchScript file, which is all of LPIPS by itself. Give it alone.')
     if scripts:
+        warn_of_program(sources[0], files[0])
         return _load_script(files[0], sources[0], device)
     weights = {}
     for source, file in zip(sources, files):
