@@ -18,14 +18,15 @@ import pickle
 import re
 import sys
 import urllib.parse
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dnnlib.archives import BoundedZip
 from dnnlib.file_kind import another_kind
+from dnnlib.limits import UNREADABLE
 from dnnlib.text import printable
 from dnnlib.util import UserError, file_sha256, local_path
 from torch_utils import distributed
@@ -183,9 +184,9 @@ def warn_of_program(source: str, path: Path) -> None:
 def is_torchscript(path: Path) -> bool:
     """Whether a file is a zip with code in it, which `torch.save` never writes."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with BoundedZip(path) as archive:
             return any(name.endswith('/constants.pkl') or '/code/' in name for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError):
+    except UNREADABLE:
         return False
 
 

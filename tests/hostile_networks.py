@@ -378,6 +378,10 @@ def cases(pickles: list[bytes], hollow: Callable) -> Iterator[tuple[str, str, Co
         yield 'results', f'{i}.json', text
     for i, answer in enumerate(answers()):
         yield 'url', f'{i}.http', answer
+    seal = b'\n#checksum ' + b'0' * 64 + b'\n'
+    yield 'state', 'hollow-sealed/training-state-000000.pt', hollow(1 << 37, zip_of(b'\x80\x02N.'), seal)
+    yield 'state', 'hollow-zip/training-state-000000.pt', hollow(1 << 37, b'', zip_of(b'\x80\x02N.') + seal)
+    yield 'snapshot', 'hollow-sealed.pkl', hollow(1 << 37, pickle.dumps({}), seal)
     snapshot = good_snapshot()
     for i, data in enumerate(
         [*patched(snapshot), snapshot[:-300], snapshot[:100], snapshot[:-1] + b'x', snapshot + b'x', snapshot * 2, snapshot[200:]]

@@ -15,7 +15,8 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
-from dnnlib.limits import SAVED_STRUCTURE, UNREADABLE, check_size
+from dnnlib.archives import BoundedFile
+from dnnlib.limits import SAVED_STRUCTURE, UNREADABLE, ZIP_DIRECTORY, check_size
 from dnnlib.text import printable
 from torch_utils import restricted_pickle
 from torch_utils.restricted_pickle import Call, Key, MalformedPickle, Name, Reader, Span, latin1, read_pickle, text_of_bytes
@@ -73,15 +74,18 @@ Places = dict[str, tuple[int, int]]
 
 def _read_zip(file: BinaryIO, size: int, verify: bool) -> tuple[object, Places, BinaryIO]:
     file.seek(0)
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(BoundedFile(file, ZIP_DIRECTORY, 'the directory of a PyTorch file')) as archive:
         members = {info.filename: info for info in archive.infolist()}
         if len({name.lower() for name in members}) < len(archive.infolist()):  # another reader may take the other one
             raise MalformedPickle('has two entries of one name')
         file.seek(max(size - 22, 0))
         if file.read(22)[:4] != b'PK\5\6':
             raise MalformedPickle('goes on behind its zip archive')
-        if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()) or sum(info.file_size for info in members.values()) > size:
+        held = sum(info.file_size for info in members.values())
+        if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()) or held > size:
             raise MalformedPickle('has compressed or overlapping entries, which PyTorch files have not')
+        if size - held > 512 + sum(512 + 2 * len(name.encode(errors='replace')) for name in members):  # headers, names, alignment
+            raise MalformedPickle(f'has {size - held:,} bytes that belong to none of its entries')
         record = next((name for name in members if re.fullmatch(r'([^/]+/)?data\.pkl', name)), None)
         if record is None:
             raise MalformedPickle('is a zip archive without data.pkl, which PyTorch files have')
@@ -118,9 +122,11 @@ def _read_legacy(file: BinaryIO, size: int) -> tuple[object, Places, BinaryIO]:
         if not isinstance(key, str) or key not in itemsizes:
             raise MalformedPickle('has a storage of no tensor')
         file.seek(position)
-        start = position + 8
-        places[key] = start, start + int.from_bytes(file.read(8), 'little') * itemsizes[key]
-        _, position = places[key]
+        start, numel = position + 8, int.from_bytes(file.read(8), 'little')
+        position = start + numel * itemsizes[key]
+        if position > size:
+            raise MalformedPickle('ends in the middle of a tensor (truncated?)')
+        places[key] = start, position
     return tree, places, file
 
 

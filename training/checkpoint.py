@@ -111,6 +111,7 @@ def _held_instead(snapshot: dict, key: str) -> str:
     return ''
 
 
+LARGE = 1 << 30                         # bytes
 MAX_ENTRIES, MAX_SIZE = 16, 1 << 17     # of an argument: entries of a list, largest number
 LIMITS = {'num_blocks': 32, 'M': 10_000, 'channel_mult': 1024, 'channel_mult_emb': 1024, 'channel_mult_noise': 1024, 'label_dim': 1 << 20}
 
@@ -419,6 +420,8 @@ def load_state(path: str | os.PathLike) -> dict:
                 raise DamagedFile(reason.removesuffix('.'))
             if seal is None:
                 raise DamagedFile('has no checksum at its end: it is damaged, incomplete, or no training state of ours')
+            if size > LARGE:  # reading all of it takes seconds: first see whether there is anything in it
+                check_saved(file)
             read_sealed(file, size, seal)
             check_saved(file)
             return torch.load(file, map_location='cpu', weights_only=True)
