@@ -9,6 +9,7 @@ import os
 import click
 
 from dnnlib import UserError, cli
+from dnnlib.text import printable
 
 READERS, WRITERS = ['snapshot', 'openai', 'safetensors'], ['snapshot', 'safetensors', 'diffusers']
 OPENAI = "What OpenAI's files do not tell (--from=openai)"
@@ -82,9 +83,9 @@ def main(source, dest, reader, writer, timesteps, **openai):
     if timesteps:
         net.metadata['num_timesteps'] = timesteps
     write(dest, net, writer)
-    click.echo(f'{dest}: {summary(net)}')
+    click.echo(printable(f'{dest}: {summary(net)}'))
     if reader == 'openai' and (guessed := assumed(net, openai)):
-        click.echo(f'Assumed, because {source} does not tell: {guessed}. See --help if that is not so.')
+        click.echo(printable(f'Assumed, because {source} does not tell: {guessed}. See --help if that is not so.'))
 
 
 @click.command(cls=cli.Command)

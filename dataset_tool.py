@@ -20,6 +20,7 @@ import numpy as np
 
 from dnnlib import UserError
 from dnnlib.cli import COUNT, PATH, Command, option, shown
+from dnnlib.text import printable
 from dnnlib.util import temporary_folder
 
 if TYPE_CHECKING:  # Pillow and torch are imported where they are used, so that --help stays fast
@@ -245,7 +246,7 @@ def converted(source: Source, recipe: Recipe) -> Iterator[Written]:
     if left_out:
         notes['images are too small for --transform=center-crop-wide and were left out'] = left_out
     for text, count in sorted(notes.items()):
-        click.echo(f'Note: {count} {text}.', err=True)
+        click.echo(printable(f'Note: {count} {text}.'), err=True)
     if first is None:
         raise UserError(f'None of the {left_out} images is large enough; choose a smaller --resolution, or --transform=center-crop-letterbox')
 
@@ -346,7 +347,7 @@ def convert(source: Source, dest: pathlib.Path, recipe: Recipe, files: PngFiles 
         kind = {'label_kind': space.kind} if space.are_vectors else {}
         write('dataset.json', json.dumps({'labels': labels if labelled else None, **kind, **files.entries}).encode())
     if warning := space.warning():
-        click.echo(f'Warning: {warning}', err=True)
+        click.echo(printable(f'Warning: {warning}'), err=True)
     return f'Wrote {len(labels)} {files.what}, {f"with {space}" if space.are_vectors else "with labels" if labelled else "without labels"}, to {dest}'
 
 
@@ -429,7 +430,7 @@ def main(source: str, max_images: int | None, max_images_per_class: int | None, 
     images = open_source(source, Selection(max_images, max_images_per_class, labels_from), background.rgb)
     if vae is not None:
         images = images._replace(mode='RGB')
-    click.echo(convert(images, pathlib.Path(dest), recipe, files))
+    click.echo(printable(convert(images, pathlib.Path(dest), recipe, files)))
 
 
 if __name__ == '__main__':

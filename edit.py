@@ -13,6 +13,7 @@ import click
 
 from dnnlib import EasyDict, NotFinite, UserError, cli
 from dnnlib.file_kind import describe_file
+from dnnlib.text import printable
 from dnnlib.util import remove
 from generate import sampling_arguments, sampling_options
 
@@ -296,8 +297,8 @@ def edit(c: EasyDict, net, source: Input, task: Task, sigma: float | None = None
     arguments = editing_arguments(net, c.network, c.sampling, sigma, labels)
     make_folder(c.outdir)
     pairs, shown, bad = list(itertools.product(range(len(source.names)), c.seeds)), [], []
-    print(f'Editing {len(source.names)} images {len(c.seeds)} times to "{c.outdir}" '
-          f'({arguments["solver"]}, up to {arguments["steps"]} evaluations each)...')
+    print(printable(f'Editing {len(source.names)} images {len(c.seeds)} times to "{c.outdir}" '
+          f'({arguments["solver"]}, up to {arguments["steps"]} evaluations each)...'))
     for part in tqdm.tqdm(list(generation.split_batches(pairs, c.batch)), unit='batch', dynamic_ncols=True, disable=None):
         places, seeds = map(list, zip(*part))
         images = source.read(places)

@@ -13,7 +13,8 @@ from pathlib import Path
 import click
 
 from dnnlib import EasyDict, NotFinite, UserError, cli
-from dnnlib.util import atomic_write
+from dnnlib.text import printable
+from dnnlib.util import LONGEST_MESSAGE, atomic_write
 from generate import sampling_arguments, sampling_options
 
 FEW_IMAGES = 10_000
@@ -403,7 +404,7 @@ def say(message: str) -> None:
 
     from torch_utils import distributed
     if distributed.is_main():
-        tqdm.write(message, file=sys.stderr)
+        tqdm.write(printable(message, LONGEST_MESSAGE), file=sys.stderr)
 
 
 @contextlib.contextmanager

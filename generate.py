@@ -9,6 +9,7 @@ import itertools
 import click
 
 from dnnlib import cli
+from dnnlib.text import printable
 
 SPEED = 'Precision and performance'
 STUDENT, CM, TEACHER = 'Students', 'Consistency models (--solver=cm)', 'Teachers (probability-flow ODE)'
@@ -184,7 +185,7 @@ def check_outdir(destination, seeds: list[int], strict: bool) -> None:
     if strict:
         distributed.fail_together(f'{found} Choose an empty folder, remove them, or leave out --strict-outdir.')
     if distributed.is_main():
-        click.echo(f'Warning: {found} --strict-outdir refuses such a folder.', err=True)
+        click.echo(printable(f'Warning: {found} --strict-outdir refuses such a folder.'), err=True)
 
 
 def generate_all(net, seeds: list[int], batch: int, destination, pool, as_latents: bool, arguments: dict, fill: bool = False,

@@ -13,6 +13,7 @@ import click
 
 import validation
 from dnnlib import EasyDict, UserError, cli
+from dnnlib.text import printable
 from training import configuration
 from training.configuration import ARCHITECTURES, IN_STEPS, PRECONDITIONING
 from training.objectives import OBJECTIVES, objectives_with
@@ -311,7 +312,7 @@ def main(ctx, **kwargs):
     from torch_utils.preemption import EXIT_PREEMPTED
     distributed.init()
     for line in ignored:
-        distributed.print0(line, file=sys.stderr)
+        distributed.print0(printable(line), file=sys.stderr)
     if not opts.dry_run:
         from training import restart
         restart.go_on(opts)
@@ -380,14 +381,14 @@ def train(opts: EasyDict, held: contextlib.ExitStack) -> bool:
     if earlier and not opts.resume_override:
         configuration.check_same_run(opts, c, earlier)
     if about_data:
-        distributed.print0(about_data, file=sys.stderr)
+        distributed.print0(printable(about_data), file=sys.stderr)
     check_available(c.wandb, c.tensorboard)
     if opts.lpips or not opts.dry_run:  # else it would download them
         configuration.check_perceptual(c)
     if opts.dry_run:
         from training.resolution import unresolved_gap
         if warning := unresolved_gap(c, teacher):
-            distributed.print0(warning, file=sys.stderr)
+            distributed.print0(printable(warning), file=sys.stderr)
         distributed.print0(json.dumps(c, indent=2))
         return True
     if c.validation:  # what is missing or wrong is better said before there is a folder

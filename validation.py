@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dnnlib import EasyDict, NotFinite, UserError, cli
+from dnnlib.text import printable
 from generate import labels_option
 
 if TYPE_CHECKING:
@@ -188,8 +189,8 @@ class Validator:
         seeds = range(self.options.seed, self.options.seed + self.options.num)
         folder = self.options.dump_images_dir and os.path.join(self.options.dump_images_dir, f'{nimg:09d}-{ema}')
         if folder and distributed.is_main() and (others := FolderDestination(folder).others(seeds)):
-            print(f'Warning: {folder} holds {sum(map(len, others.values()))} other images than those of this evaluation, of an earlier one: '
-                  'whoever measures the folder measures them too.')
+            print(printable(f'Warning: {folder} holds {sum(map(len, others.values()))} other images than those of this evaluation, of an '
+                            'earlier one: whoever measures the folder measures them too.'))
         return GeneratedImages(net, seeds, self.options.batch, choose, solver, steps, name='the network', dump=folder)
 
 

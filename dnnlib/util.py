@@ -357,8 +357,8 @@ def _cached(url: str, cache_dir: Path, sha256: str | None, timeout: float, pinne
             if sha256 not in (None, record['sha256']):  # the file is the one that the caller expects: so be it from now on
                 _write_record(path, url, record['bytes'], sha256)
             return path
-        print(f'{path} {problem}.', file=sys.stderr)
-    print(f'Downloading {url}', file=sys.stderr, flush=True)
+        print(printable(f'{path} {problem}.'), file=sys.stderr)
+    print(printable(f'Downloading {url}'), file=sys.stderr, flush=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

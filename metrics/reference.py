@@ -24,6 +24,7 @@ import numpy as np
 from dnnlib.file_kind import another_kind
 from dnnlib.limits import MAX_TEXT, PICKLED_REFERENCE, UNREADABLE, check_size
 from dnnlib.npy import Header
+from dnnlib.text import printable
 from dnnlib.util import UserError, atomic_write, local_path
 from metrics.arrays import ArchivedArrays, may_be_images
 from metrics.detectors import Detector
@@ -128,12 +129,12 @@ def check_same_detector(reference: Reference, detector: Detector, source: str | 
         raise UserError(f'{source} is of {len(reference.mu)} features, detector {detector.name} returns {detector.dim}. '
                         'Pass the detector that made the reference, or make the reference again with fid.py ref.')
     if reference.detector_digest is None:
-        distributed.print0(f'Warning: {source} does not record its detector; taking it for {detector.name}.', file=sys.stderr)
+        distributed.print0(printable(f'Warning: {source} does not record its detector; taking it for {detector.name}.'), file=sys.stderr)
     if image_shape is not None and reference.resolution is not None:
         width, height, _ = reference.resolution.split('x')
         if [int(height), int(width)] != list(image_shape[1:]):
-            distributed.print0(f'Warning: {source} is of {width}x{height} images, and these are {image_shape[2]}x{image_shape[1]}: '
-                               'the distance will be that of their sharpness too.', file=sys.stderr)
+            distributed.print0(printable(f'Warning: {source} is of {width}x{height} images, and these are {image_shape[2]}x{image_shape[1]}: '
+                                         'the distance will be that of their sharpness too.'), file=sys.stderr)
 
 #----------------------------------------------------------------------------
 # Entries and their keys.

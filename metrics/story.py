@@ -19,6 +19,8 @@ from typing import NamedTuple, TypeVar
 
 from dnnlib import UserError
 from dnnlib.processes import how_ended
+from dnnlib.text import printable
+from dnnlib.util import LONGEST_MESSAGE
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 40  # images in a grid
@@ -45,7 +47,7 @@ class Story:
 
     def say(self, line: str) -> None:
         with self.lock:
-            print(line, flush=True)
+            print(printable(line, LONGEST_MESSAGE), flush=True)
 
     def run(self, name: str, *arguments, threads: int | None = None) -> str:
         """Run `python <arguments>`; its lines appear behind [name], and its stdout is returned. Raises: UserError where it fails."""

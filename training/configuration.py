@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import click
 
 from dnnlib import EasyDict, UserError
+from dnnlib.text import printable
 from training.objectives import OBJECTIVES
 
 ARCHITECTURES = dict(
@@ -206,7 +207,7 @@ def load_earlier(opts: EasyDict) -> tuple[dict, dict]:
     from training import run_files
     state = None
     if distributed.is_main():
-        opts.resume, state = run_files.load_state(opts.resume, report=lambda line: click.echo(line, err=True))
+        opts.resume, state = run_files.load_state(opts.resume, report=lambda line: click.echo(printable(line), err=True))
     opts.resume = distributed.broadcast_object(opts.resume)
     state = state or run_files.read_state(opts.resume)
     return state, state['options']

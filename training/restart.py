@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from dnnlib import EasyDict, identity, limits
+from dnnlib.text import printable
 from dnnlib.util import atomic_write
 from torch_utils import distributed, elastic
 from training import run_lock, stages
@@ -52,7 +53,7 @@ def go_on(opts: EasyDict) -> None:
     launch = _launch()
     changes, line = distributed.from_main(lambda: _changes(opts, launch))
     opts.update(changes)
-    distributed.print0(f'Started again by torchrun (restart {restarted}): {line}.', file=sys.stderr)
+    distributed.print0(printable(f'Started again by torchrun (restart {restarted}): {line}.'), file=sys.stderr)
 
 
 def _changes(opts: EasyDict, launch: dict) -> tuple[dict, str]:

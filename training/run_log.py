@@ -21,7 +21,8 @@ import tqdm
 from dnnlib import UserError
 from dnnlib.limits import JSON_LINE, check_size
 from dnnlib.schema import Integer, Mismatch, Real, Record, Text, check, parse_json
-from dnnlib.util import atomic_write
+from dnnlib.text import printable
+from dnnlib.util import LONGEST_MESSAGE, atomic_write
 
 LOG, STATS, METRICS = 'log.txt', 'stats.jsonl', 'metrics-val.jsonl'
 CIRCUMSTANCES = ('kimg', 'nimg', 'num_images', 'steps', 'nfe', 'seconds')  # entries of an evaluation that are no results
@@ -76,6 +77,7 @@ class RunLog:
     def __call__(self, line: str) -> None:
         """A line for people."""
         if self.enabled:
+            line = printable(line, LONGEST_MESSAGE)
             with contextlib.suppress(OSError), tqdm.tqdm.external_write_mode(file=sys.stdout):  # the terminal may be gone
                 print(line, flush=True)
             self._append(LOG, line)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dnnlib import EasyDict, UserError
 from dnnlib.schema import read_json
+from dnnlib.text import printable
 from training import time_schedules as times
 
 
@@ -50,7 +51,7 @@ def stages(opts: EasyDict, run_dir: str) -> Iterator[EasyDict]:
         else:  # its options are in its folder only
             data = data or configuration.data_record(opts, configuration.open_dataset(opts))
             if about_data := configuration.check_same_data(opts, data, recorded_options(folder)['dataset'], folder):
-                distributed.print0(about_data, file=sys.stderr)
+                distributed.print0(printable(about_data), file=sys.stderr)
         if snapshot is None:
             raise UserError(f'{folder} has no snapshot of {total} images, from which the next stage would start: resume with the --batch it was made '
                             'with, or delete that folder and the ones of fewer steps.')

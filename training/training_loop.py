@@ -9,6 +9,7 @@ import torch
 
 import validation
 from dnnlib import EasyDict, NotFinite, UserError
+from dnnlib.text import printable
 from torch_utils import distributed, misc, training_stats
 from torch_utils.flat import FlatParameters
 from torch_utils.preemption import StopRequest, WorkerShield
@@ -197,8 +198,8 @@ def build_network(c: EasyDict, teacher: torch.nn.Module | None) -> torch.nn.Modu
         origin, ours = checkpoint.load_network(c.transfer), LabelSpace.recorded(net.label_dim, c.dataset)
         source, own = origin.state_dict(), net.state_dict()
         if origin.label_dim == ours.dim and space_of(origin).differs(ours):
-            distributed.print0(f'Warning: --transfer={c.transfer} was trained with {space_of(origin)}, and these data have {ours}: '
-                               'what it learned of labels means something else here.')
+            distributed.print0(printable(f'Warning: --transfer={c.transfer} was trained with {space_of(origin)}, and these data have {ours}: '
+                                         'what it learned of labels means something else here.'))
         fitting = {name: tensor for name, tensor in source.items() if name in own and own[name].shape == tensor.shape}
         if not fitting:
             raise UserError(f'--transfer={c.transfer} has no tensor that fits this network by name and shape')

@@ -6,6 +6,7 @@ import math
 import torch
 
 from dnnlib import EasyDict, UserError
+from dnnlib.text import printable as text_of
 from torch_utils.restricted_pickle import MalformedPickle
 from training import checkpoint, run_files
 from training.phema import average_name
@@ -67,14 +68,14 @@ def printable(value):
 
 def as_text(facts: dict) -> str:
     """One line a fact, names in a column; nested facts are indented; long lists keep on one line."""
-    width = max(len(name) for name in facts)
+    width = max(len(text_of(name)) for name in facts)
     lines = []
     for name, value in facts.items():
         if isinstance(value, dict):
-            lines.append(name + ('' if value else ': none'))
+            lines.append(text_of(name) + ('' if value else ': none'))
             lines.extend('    ' + line for line in (as_text(value).splitlines() if value else []))
         else:
-            lines.append(f'{name:{width}}  {as_phrase(value)}')
+            lines.append(f'{text_of(name):{width}}  {text_of(as_phrase(value))}')
     return '\n'.join(lines)
 
 
