@@ -281,12 +281,12 @@ def _metadata(snapshot: dict, net: torch.nn.Module) -> dict:
     if not metadata:
         class_name, loss = persistent_object(snapshot.get('loss_fn')) or (None, {})
         metadata = _published_student(loss, net) if class_name == STUDENT_LOSS else dict(objective='diffusion')
-    check(metadata, run_schema.METADATA, 'metadata')
-    _check_grid(metadata)
     try:
         LabelSpace.recorded(net.label_dim, metadata)
     except ValueError as error:
         raise MalformedPickle(f'has metadata with {error}') from error
+    check(metadata, run_schema.METADATA, 'metadata')
+    _check_grid(metadata)
     encoder = _encoder(snapshot['encoder']) if snapshot.get('encoder') is not None else metadata.get('encoder')
     if encoder is not None and not (isinstance(encoder, dict) and isinstance(encoder.get('class_name'), str)):
         raise MalformedPickle('has metadata whose encoder is no dict with a class_name')
