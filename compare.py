@@ -19,9 +19,9 @@ import click
 
 from dnnlib import EasyDict, UserError, cli, schema
 from dnnlib.util import atomic_write
-from metrics import comparison, digits
-from metrics.comparison import Model, Request, Training
-from metrics.story import SHOWN, Ruler, Story, make_outdir, measure, newest_snapshot, tell, workers
+from experiments import comparison, digits
+from experiments.comparison import Model, Request, Training
+from experiments.story import SHOWN, Ruler, Story, make_outdir, measure, newest_snapshot, tell, workers
 from training.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def snapshot(story: Story, training: Training, stage: int = -1) -> Path:
 
 def measure_model(story: Story, model: Model, teacher: str, rulers: dict[str, Ruler], num: int, batch: int, labels: str | None = None) -> dict:
     """A row of the results. Of the images a grid is kept. `labels`: as --labels of generate.py."""
-    from metrics.report import write_grid
+    from experiments.report import write_grid
     network = snapshot(story, model.training, model.stage) if model.training else teacher
     row = model.record() | measure(story, model.name, network, model.solver, model.steps, num, rulers, batch, labels=labels)
     images = story.path('samples', model.name)
@@ -283,7 +283,7 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, rulers: Seq
 
 def report(story: Story, rows: Sequence[dict], best: dict, budget: int, batch: int, rulers: Sequence[str]) -> None:
     """table.md, compare.png, samples.png and report.html; all is held against the row `best`."""
-    from metrics import report as pages
+    from experiments import report as pages
     tables = {f'Distance by {ruler}': distances_table(rows, best, entry) for ruler, entry in entries_of(rulers).items()}
     tables['Optimiser steps × network evaluations for an image'] = training_table(rows)
     text = notes(rows, best, budget, batch, rulers)
@@ -371,11 +371,11 @@ class Teacher(NamedTuple):
 
 def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teacher:
     """Raises: UserError where it is a student, or not one of such data, or lacks options that `objectives` need."""
+    from data.dataset import ImageFolderDataset
+    from data.label_space import LabelSpace
     from dnnlib.util import file_sha256, local_path
     from training.checkpoint import load_network
     from training.configuration import check_teacher
-    from training.dataset import ImageFolderDataset
-    from training.label_space import LabelSpace
     net = load_network(teacher)
     cond, needy = bool(net.label_dim), comparison.starting_from_weights(objectives)
     dataset = EasyDict(DIGITS_DATA, label_space=LabelSpace(10 * cond)) if data == DIGITS else ImageFolderDataset(data, use_labels=cond)
@@ -389,7 +389,7 @@ def labels_for_all(teacher, dataset) -> np.ndarray | None:
     """What teacher and students are sampled with, where that is not each of all classes: the vectors of the data, or the classes that both have."""
     import numpy as np
 
-    from training.label_space import space_of
+    from data.label_space import space_of
     known, there = dataset.label_space, space_of(teacher)
     if known.are_vectors:
         return dataset.labels.values

@@ -3,14 +3,12 @@ from __future__ import annotations
 
 import dnnlib.interrupts  # noqa: F401  (first)
 
-import contextlib
 import io
 import itertools
 import json
 import os
 import pathlib
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,29 +16,26 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 import numpy as np
 
+from data.archive_writer import IMAGE_NAME, check_dest, open_dest, png_bytes
 from dnnlib import UserError
 from dnnlib.cli import COUNT, PATH, Command, option, shown
 from dnnlib.text import printable
-from dnnlib.util import temporary_folder
 
 if TYPE_CHECKING:  # Pillow and torch are imported where they are used, so that --help stays fast
     from PIL.Image import Image
 
-    from training.pixels import Picture
-    from training.sources import Label, Selection, Source
+    from data.pixels import Picture
+    from data.sources import Label, Selection, Source
 
-TRANSFORMS = ('center-crop', 'center-crop-wide', 'center-crop-letterbox', 'center-crop-dhariwal')  # functions in training/pixels.py
+TRANSFORMS = ('center-crop', 'center-crop-wide', 'center-crop-letterbox', 'center-crop-dhariwal')  # functions in data/pixels.py
 WIDE = ('center-crop-wide', 'center-crop-letterbox')  # those that pad to a square
 # What an archive, an array or a single file is called, and a folder is not.
-FILE_SUFFIXES = ('.tar', '.gz', '.tgz', '.bz2', '.xz', '.zst', '.7z', '.rar', '.npz', '.npy', '.lmdb', '.mdb', '.h5', '.hdf5', '.pkl', '.pt', '.pth',
-                 '.safetensors', '.tfrecord', '.tfrecords', '.parquet', '.arrow', '.json', '.csv', '.txt', '.png', '.jpg', '.jpeg', '.webp', '.gif')
-
 #----------------------------------------------------------------------------
 # Sources.
 
 def open_source(source: str, selection: Selection, background: tuple[int, int, int]) -> Source:
     """What of the source that `--source` names is to be converted."""
-    from training import sources
+    from data import sources
 
     if source == 'digits':
         return sources.digits_source(selection)
@@ -62,8 +57,8 @@ def open_source(source: str, selection: Selection, background: tuple[int, int, i
 
 def image_array_source(path: pathlib.Path, selection: Selection) -> Source:
     """The images of an .npz or .npy file, as fid.py reads them; of an .npz `arr_1`, as generate.py and ADM write it, are their classes."""
+    from data import sources
     from metrics.images import ArrayImages
-    from training import sources
 
     labels = None if path.suffix.lower() == '.npy' or selection.labels_from == 'none' else read_classes(path)
     images = ArrayImages(path).images.transpose(0, 2, 3, 1)
@@ -74,8 +69,8 @@ def image_array_source(path: pathlib.Path, selection: Selection) -> Source:
 
 def read_classes(path: pathlib.Path) -> np.ndarray | None:
     """[N] class indices in an .npz file; None where it has none. Raises: UserError where its `arr_1` is anything else."""
-    from metrics.arrays import ArchivedArrays, may_be_images
-    from training import sources
+    from data import sources
+    from data.arrays import ArchivedArrays, may_be_images
 
     with ArchivedArrays(path, path) as arrays:
         keys = arrays.keys
@@ -98,7 +93,7 @@ def make_transform(name: str | None, resolution: tuple[int, int] | None) -> Call
     """The function from a source image to the image written, or to None where it is left out. Raises: UserError where no size could be valid."""
     if resolution is None:
         return lambda image: image
-    from training import pixels
+    from data import pixels
 
     width, height = resolution
     if name in WIDE:
@@ -119,80 +114,7 @@ def check_size(width: int, height: int, what: str) -> None:
         raise UserError(f'{what}: side {width} is not a power of two, as networks need; choose such a --resolution, such as 64x64')
 
 #----------------------------------------------------------------------------
-# Destination.
-
-class FolderWriter:
-    """Writes files into a new folder."""
-
-    def __init__(self, path: pathlib.Path):
-        self.path = path
-        path.mkdir()
-
-    def write(self, name: str, data: bytes) -> None:
-        target = self.path / name
-        target.parent.mkdir(exist_ok=True)
-        target.write_bytes(data)
-
-    def close(self) -> None:
-        pass
-
-
-class ZipWriter:
-    """Writes files into an uncompressed zip whose bytes depend on nothing but names and contents."""
-
-    def __init__(self, path: pathlib.Path):
-        self.file = path.open('wb')
-        self.zip = zipfile.ZipFile(self.file, 'w', zipfile.ZIP_STORED)
-
-    def write(self, name: str, data: bytes) -> None:
-        entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-        entry.create_system, entry.external_attr = 3, 0o644 << 16  # Unix, whatever this system is
-        self.zip.writestr(entry, data)
-
-    def close(self) -> None:
-        self.zip.close()
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-
-
-def is_zip(dest: pathlib.Path) -> bool:
-    return dest.suffix.lower() == '.zip'
-
-
-def check_dest(dest: pathlib.Path) -> None:
-    """Raises UserError unless `dest` is a new or existing zip file, or a new or empty folder."""
-    if is_zip(dest) and dest.is_dir():
-        raise UserError(f'--dest={dest} is a folder; name a zip file, or a folder without .zip')
-    if not is_zip(dest) and dest.exists() and not dest.is_dir():
-        raise UserError(f'--dest={dest} is a file; name a .zip file or a folder')
-    if dest.suffix.lower() in FILE_SUFFIXES and not dest.is_dir():
-        raise UserError(f'--dest={dest}: data sets are written to a .zip file or a folder, and {dest.suffix} is neither')
-    if dest.is_dir() and any(dest.iterdir()):
-        raise UserError(f'--dest={dest} is a folder that is not empty; name another, or empty it first')
-
-
-@contextlib.contextmanager
-def open_dest(dest: pathlib.Path) -> Iterator[Callable[[str, bytes], None]]:
-    """A function that writes a file into `dest`, which comes into being, whole, at the end of the block, and not at all after an error."""
-    target = dest.resolve()  # through a link, so that it is not replaced itself
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_folder(target) as staging:
-            with contextlib.closing((ZipWriter if is_zip(dest) else FolderWriter)(staging / target.name)) as writer:
-                yield writer.write
-            os.replace(staging / target.name, target)
-    except OSError as error:
-        raise UserError(f'cannot write --dest={dest} ({error}); free space or name another place') from error
-
-#----------------------------------------------------------------------------
 # Conversion.
-
-def png_bytes(image: Image) -> bytes:
-    data = io.BytesIO()
-    image.save(data, format='PNG', compress_level=0)
-    return data.getvalue()
-
 
 class Color(NamedTuple):
     """A color, and what messages call it."""
@@ -226,7 +148,7 @@ def converted(source: Source, recipe: Recipe) -> Iterator[Written]:
 
     Raises: UserError where one is of another size than the first, or none is left.
     """
-    from training import pixels
+    from data import pixels
 
     first, notes, left_out = None, Counter(), 0
     for number, name, picture, label in source.items:
@@ -269,7 +191,7 @@ def what_was_done(picture: Picture, transparent: bool, mode: str, recipe: Recipe
 class PngFiles:
     """Images as uncompressed PNGs."""
 
-    pattern, entries = 'img{:08d}.png', {}
+    pattern, entries = IMAGE_NAME, {}
 
     def contents(self, images: Iterable[Written]) -> Iterator[tuple[int, bytes, Label]]:
         """(number, what to write, label) of each image; afterwards `what` says what these files are."""
@@ -289,7 +211,7 @@ class LatentFiles:
     def __init__(self, vae: str):
         import torch
 
-        from training import encoders
+        from training.networks import encoders
         self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
         self.encoder = encoders.StabilityVAEEncoder(vae_name=os.path.abspath(vae) if os.path.isdir(vae) else vae)
         encoders.make_ready(self.encoder, self.device)
@@ -334,7 +256,7 @@ def convert(source: Source, dest: pathlib.Path, recipe: Recipe, files: PngFiles 
     """Write all images as `files` has it, numbered as in the source, then `dataset.json`. Returns: a sentence about what was written."""
     from tqdm import tqdm
 
-    from training.label_space import Labels, LabelSpace
+    from data.label_space import Labels, LabelSpace
     labels = []
     bar = dict(total=source.count, unit='img', dynamic_ncols=True, disable=None)  # None: no bar where stderr is not a terminal
     with open_dest(dest) as write, tqdm(converted(source, recipe), **bar) as progress:
@@ -426,7 +348,7 @@ def main(source: str, max_images: int | None, max_images_per_class: int | None, 
     check_dest(pathlib.Path(dest))
     recipe = Recipe(make_transform(transform, resolution), background, exif == 'apply')
     files = PngFiles() if vae is None else LatentFiles(vae)
-    from training.sources import Selection
+    from data.sources import Selection
     images = open_source(source, Selection(max_images, max_images_per_class, labels_from), background.rgb)
     if vae is not None:
         images = images._replace(mode='RGB')

@@ -15,8 +15,8 @@ from pathlib import Path
 import click
 
 from dnnlib import UserError, cli
-from metrics import digits
-from metrics.story import SHOWN, Ruler, Story, make_outdir, measure, newest_snapshot, tell, workers
+from experiments import digits
+from experiments.story import SHOWN, Ruler, Story, make_outdir, measure, newest_snapshot, tell, workers
 
 IMAGES = 1797  # as many as there are digits
 COMMON = [*digits.COMMON, '--cond=1', f'--batch={digits.BATCH}', '--seed=0', '--nosubdir', '--snap=10', '--dump=0']
@@ -66,7 +66,7 @@ def story_of(story: Story, scale: float, jobs: int) -> list[dict]:
 
 def report(story: Story, rows: list[dict], minutes: float) -> None:
     """results.json, table.md, the pictures and report.html."""
-    from metrics import report as pages
+    from experiments import report as pages
     story.path('results.json').write_text(json.dumps(rows, indent=2) + '\n')
     header = ['Model', 'Solver', 'NFE', 'Distance (95 % interval)', 'PCA ruler', 'Random ruler', 'Seconds']
     cells = [[r['model'], r['solver'], r['nfe'], f'{r["distance"]:.3f} ({r["interval"][0]:.3f} to {r["interval"][1]:.3f})',

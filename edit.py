@@ -15,14 +15,14 @@ from dnnlib import EasyDict, NotFinite, UserError, cli
 from dnnlib.file_kind import describe_file
 from dnnlib.text import printable
 from dnnlib.util import remove
-from generate import sampling_arguments, sampling_options
+from sampling.options import sampling_arguments, sampling_options
 
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     import numpy as np
     from torch import Tensor
 
-    from training.dataset import ImageFiles
-    from training.generation import LabelChooser
+    from data.dataset import ImageFiles
+    from sampling.generation import LabelChooser
 
 SOLVERS = ('student', 'cm')
 CM_STEPS = 40      # of consistency models of one step in edits: the more there are, the more of what is known is heeded (docs/editing.md)
@@ -56,8 +56,8 @@ def is_single(path: str) -> bool:
 
 def open_input(path: str, indices: list[int] | None) -> Input:
     """A folder, a zip, an array of images, or a single one; of several those at `indices`, by their place. Raises: UserError."""
+    from data.dataset import read_labels
     from metrics.images import FileImages, open_images
-    from training.dataset import read_labels
     if is_single(path):
         if indices not in (None, [0]):
             raise UserError(f'--indices: {path} is a single image; leave the option out')
@@ -84,7 +84,7 @@ def open_input(path: str, indices: list[int] | None) -> Input:
 
 def check_headers(files: ImageFiles, chosen: Sequence[int], shape: Sequence[int]) -> None:
     """UserError, before any is edited, where an image is not of the shape [C, H, W], which is that of the first."""
-    from training.dataset import image_shape_of
+    from data.dataset import image_shape_of
     for i in chosen:
         name = files.images[i]
         with files.open_image(name) as image:
@@ -98,8 +98,8 @@ def read_image(path: str, as_grey: bool = False) -> Tensor:
     """An image file, turned as its camera was, as uint8 [1, C, H, W]; `as_grey`: of 8-bit ones of any mode the grey levels. Raises: UserError."""
     import torch
 
-    from training.dataset import image_pixels, image_shape_of, is_16_bit
-    from training.pixels import UNREADABLE, Picture, open_image, oriented
+    from data.dataset import image_pixels, image_shape_of, is_16_bit
+    from data.pixels import UNREADABLE, Picture, open_image, oriented
     cure = 'save it as 8-bit grey' if as_grey else 'save it as 8-bit grey or RGB'
     try:
         with open_image(path) as opened:
@@ -155,13 +155,13 @@ def to_signed(images: Tensor) -> Tensor:
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    from training.encoders import StandardRGBEncoder
+    from training.networks.encoders import StandardRGBEncoder
     return StandardRGBEncoder().decode(images)
 
 
 def inpainting_task(unknown: Tensor) -> Task:
     """`unknown`: boolean [H, W]."""
-    from training import editing
+    from sampling import editing
 
     def prepare(images, latents):
         where = unknown.to(images.device)
@@ -170,14 +170,14 @@ def inpainting_task(unknown: Tensor) -> Task:
 
 
 def colorization_task(images: Tensor, latents: Tensor) -> Prepared:
-    from training import editing
+    from sampling import editing
     grey = editing.grey_pixels(images)
     return Prepared(grey, latents, dict(edit=editing.colorization(to_signed(grey))), lambda x: to_pixels(editing.contract_colors(x)))
 
 
 def superresolution_task(factor: int, resolution: int) -> Task:
     """From images of `resolution`, which are averaged, or of a `factor`-th of it."""
-    from training import editing
+    from sampling import editing
 
     def prepare(images, latents):
         small = to_signed(images)
@@ -208,7 +208,7 @@ def labels_for(net, path: str, source: Input) -> Tensor | None:
     import numpy as np
     import torch
 
-    from training.label_space import Labels, space_of
+    from data.label_space import Labels, space_of
     labels = source.read_labels() if net.label_dim else None
     if labels is None:
         return None
@@ -222,8 +222,8 @@ def load(network: str):
     """The network, of pixels, on the device that there is. Raises: UserError."""
     import torch
 
-    from training import encoders
     from training.checkpoint import load_network
+    from training.networks import encoders
     net = load_network(network, 'cuda' if torch.cuda.is_available() else 'cpu')
     if not isinstance(encoders.encoder_of(net), encoders.StandardRGBEncoder):
         raise UserError(f'{network} makes latents of a VAE, and what is known of an image is known of its pixels: '
@@ -241,7 +241,7 @@ def editing_arguments(net, network: str, sampling: dict, sigma: float | None, la
     """
     import torch
 
-    from training import generation
+    from sampling import generation
     pixel = torch.zeros(1, net.img_channels, 1, 1)
     start = dict(start=(pixel, sigma)) if sigma else {}
     choose_labels = None if labels is None else given_labels(labels)
@@ -267,7 +267,8 @@ def edit_batch(net, task: Task, images: Tensor, seeds: Sequence[int], labels: Te
     """
     import torch
 
-    from training import generation, samplers
+    from sampling import generation
+    from training import samplers
     device = next(net.parameters()).device
     noise = generation.SeededNoise(seeds, device)
     latents = noise.randn([net.img_channels, net.img_resolution, net.img_resolution])
@@ -291,7 +292,7 @@ def edit(c: EasyDict, net, source: Input, task: Task, sigma: float | None = None
     """
     import tqdm
 
-    from training import generation
+    from sampling import generation
     told = c.sampling['class_idx'] is not None or c.sampling['labels'] is not None
     labels = None if told else labels_for(net, c.path, source)
     arguments = editing_arguments(net, c.network, c.sampling, sigma, labels)
@@ -314,7 +315,7 @@ def save_finite(images: Tensor, finite: Tensor, names: Sequence[str], outdir: st
 
     At the names of the others nothing stays, of an earlier run, that would pass for one of this run's.
     """
-    from training import generation
+    from sampling import generation
     path_of = lambda name: os.path.join(outdir, 'images', f'{name}.png')
     finite = finite.tolist()
     generation.save_images(images[[i for i, sound in enumerate(finite) if sound]], [path_of(name) for name, sound in zip(names, finite) if sound])
@@ -354,7 +355,7 @@ def write_grid(rows: Sequence[Sequence[Tensor]], outdir: str) -> None:
     """`outdir`/grid.png of rows of uint8 images [C, H, W]; smaller ones are enlarged to the largest, and all to a size that can be seen."""
     import torch
 
-    from training import editing, generation
+    from sampling import editing, generation
     flat = [image for row in rows for image in row]
     channels, size = max(len(image) for image in flat), max(image.shape[-1] for image in flat)
     factor = max(1, -(-SIDE // size))
@@ -535,8 +536,9 @@ def interpolate(network, outdir, seeds, count, batch, sampling):
     """Images between those of two seeds: latents between theirs, all else that is random as the first one's."""
     import torch
 
-    from training import encoders, generation
+    from sampling import generation
     from training.checkpoint import load_network
+    from training.networks import encoders
     if len(seeds) < 2:
         raise click.UsageError('--seeds: two or more, such as 3,7')
     if any(a == b for a, b in itertools.pairwise(seeds)):
@@ -559,7 +561,8 @@ def between(net, first: int, last: int, share: Tensor, choose_labels: LabelChoos
     the first's."""
     import torch
 
-    from training import editing, generation, samplers
+    from sampling import editing, generation
+    from training import samplers
     device, shape = next(net.parameters()).device, [net.img_channels, net.img_resolution, net.img_resolution]
     noise, end = generation.SeededNoise([first] * len(share), device), generation.SeededNoise([last], device).randn(shape)
     start = noise.randn(shape).double()

@@ -11,12 +11,12 @@ import sys
 
 import torch
 
+from data.label_space import space_of
 from dnnlib import UserError
 from dnnlib.cli import expand_path
+from sampling.generation import checked_images, image_grid, save_images
 from training.checkpoint import load_network
-from training.encoders import encoder_of
-from training.generation import checked_images, image_grid, save_images
-from training.label_space import space_of
+from training.networks.encoders import encoder_of
 
 
 @torch.no_grad()

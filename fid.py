@@ -4,39 +4,30 @@ from __future__ import annotations
 import dnnlib.interrupts  # noqa: F401  (first)
 
 import contextlib
-import dataclasses
 import json
 import os
-import sys
-from pathlib import Path
 
 import click
 
-from dnnlib import EasyDict, NotFinite, UserError, cli
-from dnnlib.text import printable
-from dnnlib.util import LONGEST_MESSAGE, atomic_write
-from generate import sampling_arguments, sampling_options
+from dnnlib import EasyDict, cli
+from metrics.evaluation import (
+    DEFAULT_NUM,
+    Measures,
+    check_detector_options,
+    complete_references,
+    how_many,
+    load_detectors,
+    look_at,
+    make_folder,
+    option_names,
+    read_references,
+    say,
+    warn_about,
+    write_json,
+)
+from sampling.options import sampling_arguments, sampling_options
 
-FEW_IMAGES = 10_000
-DEFAULT_NUM = 50_000
 NETWORK, DETECTOR, SPEED = 'Images of a network', 'Detector', 'Speed'
-
-
-class Measures(click.ParamType):
-    """Comma-separated names of measures, of all or of some."""
-
-    name = 'list'
-
-    def __init__(self, *some: str):
-        self.some = some
-
-    def convert(self, value, param, ctx):
-        from metrics.measures import MEASURES
-        names, known = [name.strip() for name in value.split(',')], self.some or tuple(MEASURES)
-        for name in names:
-            if name not in known or names.count(name) > 1:
-                self.fail(f'{name!r} is {"named twice" if name in known else "none of " + ", ".join(known)}', param, ctx)
-        return {name: MEASURES[name] for name in names}
 
 
 class SeedSet(cli.Seeds):
@@ -201,19 +192,6 @@ def check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_s
         raise click.UsageError('--nearest-k is for precision, recall, density and coverage.')
 
 
-def check_detector_options(measures, options) -> None:
-    """UsageError where a detector, or its digest, is given that no measure uses."""
-    main = {measure.entry for measure in measures.values()} - {'fd_dinov2'}
-    idle = ['dinov2'] * ('fd_dinov2' not in measures) + ['detector', 'detector_sha256'] * (not main)
-    if given := [name for name in idle if options[name] is not None]:
-        raise click.UsageError(f'{option_names(given)}: not used by {", ".join(measures)}. '
-                               'fd_dinov2 has the detector of --dinov2, all else that of --detector.')
-
-
-def option_names(parameters: list[str]) -> str:
-    return ', '.join(option.opts[0] for option in click.get_current_context().command.params if option.name in parameters)
-
-
 def images_of_paths(paths, num: int, options) -> list:
     """A source of each path."""
     from metrics.images import open_images
@@ -235,125 +213,14 @@ def images_of_network(network: str, seed_sets, sampling: dict, batch: int) -> li
     return [GeneratedImages(net, seeds, batch, name=f'{network}, seeds {text}{given}', identity=identity, **arguments) for text, seeds in seed_sets]
 
 
-def load_detectors(entries, image_shape, options) -> dict:
-    """The detectors by the entries of references that they belong to, the main one first. The main process goes first and downloads."""
-    from metrics.calc import count_features
-    from metrics.detectors import DINOV2, INCEPTION_URL, load_detector
-    from metrics.measures import FD_DINOV2, FID
-    from torch_utils import distributed
-    sources = {FID: (options.detector or INCEPTION_URL, options.detector_sha256),
-               FD_DINOV2: (f'{DINOV2}:{options.dinov2}' if options.dinov2 else DINOV2, None)}
-    with distributed.main_process_first():
-        detectors = {entry: load_detector(source, distributed.get_device(), sha256)
-                     for entry, (source, sha256) in sources.items() if entry in entries}
-    for detector in detectors.values():
-        count_features(detector, image_shape)
-    return detectors
-
-
-def entries_to_compare(measures) -> set[str]:
-    return {measure.entry for measure in measures.values() if measure.compares}
-
-
-def read_references(ref, measures) -> dict:
-    """The references by entry, where `ref` is a file of statistics; none where it is images. Before any detector: a missing one is said at once."""
-    from dnnlib.util import named
-    from metrics.images import open_images
-    from metrics.reference import holds_statistics, load_reference
-    entries = entries_to_compare(measures)
-    with named('--ref'):
-        if entries and not holds_statistics(ref):
-            open_images(ref)  # they are looked at after the detector is loaded, and may be missing
-            return {}
-        return {entry: load_reference(ref, entry) for entry in entries}
-
-
-def complete_references(references, ref, measures, detectors, sources, options) -> dict:
-    """The references by entry, checked, with what measures need: where `ref` is images, or holds them, that is computed."""
-    from metrics.reference import check_same_detector
-    needy = {measure.entry: name for name, measure in measures.items() if measure.reference_features}
-    of_images = not references
-    if of_images:
-        compared = {entry: detectors[entry] for entry in entries_to_compare(measures)}
-        references = references_of_images(ref, compared, sources, options, keep=bool(needy))
-    for entry, reference in references.items():
-        for shape in dict.fromkeys(tuple(source.image_shape) for source in sources):
-            check_same_detector(reference, detectors[entry], ref, list(shape))
-        if entry in needy and reference.features is None and not of_images:
-            references[entry] = dataclasses.replace(reference, features=features_of_reference(ref, needy[entry], detectors[entry], options))
-    return references
-
-
-def references_of_images(ref, detectors, sources, options, keep: bool) -> dict:
-    """The references by entry that the images at `ref` make."""
-    from metrics.calc import reference_of
-    from metrics.images import open_images
-    if not detectors:
-        return {}
-    source = open_images(ref, None, options.seed, options.skip_bad)
-    if any(os.path.realpath(images.name) == os.path.realpath(ref) for images in sources):
-        say(f'Warning: --images and --ref are both {ref}: images compared with themselves.')
-    seen = look_at(source, detectors, options, keep)
-    warn_about(source, next(iter(seen.values())))
-    return {entry: reference_of(source, seen[entry], detector) for entry, detector in detectors.items()}
-
-
-def features_of_reference(ref, measure: str, detector, options):
-    """Features of the images that a reference of OpenAI's holds. Raises: UserError where it holds none."""
-    from dnnlib.util import local_path
-    from metrics.images import ArrayImages
-    from metrics.reference import reference_images
-    images = reference_images(ref)
-    if images is None:
-        raise UserError(f'{ref} has no features, which {measure} needs. Make it again with fid.py ref --features=50000, or give the images as --ref.')
-    return look_at(ArrayImages(local_path(ref), array=images), {measure: detector}, options, keep=True)[measure].features
-
-
-def look_at(source, detectors, options, keep, classes=()) -> dict:
-    """`observe` on all processes, with a bar on stderr where a person is watching. What is not finite ends them all, with one message."""
-    from tqdm import tqdm
-
-    from metrics.calc import observe
-    from torch_utils import distributed
-    hidden = None if distributed.is_main() else True  # None: unless stderr is a terminal
-    with tqdm(total=len(source), unit='img', disable=hidden, dynamic_ncols=True) as bar:
-        try:
-            return observe(source, detectors, options.batch, keep, classes, options.cache, options.workers, bar.update)
-        except NotFinite as error:
-            distributed.fail_together(str(error))
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What is said about it.
-
-def warn_about(source, seen, measures=None, detectors=None) -> None:
-    """What a reader of the numbers has to know about the images. Raises: UserError where most of them were left out."""
-    if seen.skipped > len(source) // 2:
-        raise UserError(f'{seen.skipped} of {len(source)} images in {source.name} cannot be used, such as: {"; ".join(seen.problems[:1])}')
-    if seen.skipped:
-        say(f'Warning: {seen.skipped} of {len(source)} images in {source.name} were left out, such as: {"; ".join(seen.problems[:3])}')
-    if about := getattr(source, 'about_others', lambda: None)():
-        say(f'Note: {about}.')
-    if seen.unturned:
-        say(f'Note: {seen.unturned} images in {source.name} carry an EXIF orientation, which is ignored: pixels count as they are stored.')
-    if seen.copies:
-        say(f'Warning: {seen.copies} of {seen.stats.count} images in {source.name} are exact copies of others.')
-    for name, measure in (measures or {}).items():
-        if measure.frechet and name != 'fid_inf' and seen.stats.count < FEW_IMAGES:
-            title, count = measure.title.format(detectors[measure.entry].metric_name), seen.stats.count
-            say(f'Warning: {title} of as few as {count} images is too high on average. Compare it with values of {count} images only; '
-                'kid has no such bias, fid_inf extrapolates.')
-
 
 def facts_about(title: str, source, seen, detector, ref=None, reference=None) -> dict:
     """Where a value comes from, for the JSON file; `reference` only where it was compared with one."""
     facts = dict(name=title, images=source.name, num_images=seen.stats.count, total_images=source.total, skipped=seen.skipped, copies=seen.copies,
                  detector=detector.name, detector_digest=detector.digest)
     return facts | (dict(reference=ref, reference_images=reference.num_images) if reference is not None else {})
-
-
-def how_many(count: int, total: int, skipped: int = 0) -> str:
-    """`count` images that are measured, in words that tell a subset of `total`; `skipped` more could not be used."""
-    return f'{count} images' if count + skipped == total else f'a random subset of {count} of {total} images'
 
 
 def sentence(found: dict) -> str:
@@ -377,34 +244,6 @@ def summary(found: list[dict]) -> dict:
     custom = ' (EDM reports the minimum of three)' if found[0]['name'] == 'FID' else ''  # of other measures the minimum may be the worst
     say(f'{found[0]["name"]} of {len(values)} sets: mean {mean:.6g}, minimum {minimum:.6g}{custom}')
     return dict(value=mean, mean=mean, minimum=minimum, sets=found)
-
-
-def write_json(path, results: dict) -> None:
-    """Results by measure, whole or not at all."""
-    if path is not None:
-        with atomic_write(path) as file:
-            file.write(json.dumps(results, indent=2).encode() + b'\n')
-
-
-def make_folder(path) -> None:
-    """The folder of a file to be written, before hours of work go into its contents."""
-    if path is None:
-        return
-    if Path(path).is_dir():
-        raise UserError(f'{path} is a directory. Give the name of the file to write.')
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'Cannot create the folder of {path}: {error.strerror}. Choose another place.') from error
-
-
-def say(message: str) -> None:
-    """To people, from the main process."""
-    from tqdm import tqdm
-
-    from torch_utils import distributed
-    if distributed.is_main():
-        tqdm.write(printable(message, LONGEST_MESSAGE), file=sys.stderr)
 
 
 @contextlib.contextmanager

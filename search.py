@@ -14,18 +14,18 @@ from dataclasses import dataclass
 
 import click
 
-import fid
 from dnnlib import EasyDict, UserError, cli
 from dnnlib.limits import MAX_STEPS
 from dnnlib.util import DISK_ERRORS, named
-from generate import class_option, clip_option, labels_option, sampling_arguments
+from metrics import evaluation
+from sampling.options import class_option, clip_option, labels_option, sampling_arguments
 
 POINTS, IMAGES = 'Points', 'Images and metric'
 SPACES = ('log', 'karras-index')
 DEFAULT_TOLERANCE = 0.05
 
 
-class Metric(fid.Measures):
+class Metric(evaluation.Measures):
     """The name of one measure."""
 
     name = 'name'
@@ -61,7 +61,7 @@ class Metric(fid.Measures):
             help='One of the measures of fid.py calc. Scores such as is and recall are made large, distances small.')
 @cli.option('--ref', metavar='PATH|URL', type=cli.PATH, group=IMAGES,
             help='Reference: statistics (.npz, .pkl), or the images themselves (folder, zip, array).')
-@cli.option('--num', metavar='INT', type=cli.Integer(min=2), default=fid.DEFAULT_NUM, show_default=True, group=IMAGES,
+@cli.option('--num', metavar='INT', type=cli.Integer(min=2), default=evaluation.DEFAULT_NUM, show_default=True, group=IMAGES,
             help='Images of each evaluation.')
 @cli.option('--seed', metavar='INT', type=cli.SEED, default=0, show_default=True, group=IMAGES,
             help='First seed of the images, the same for all points; and of every other random choice.')
@@ -89,18 +89,18 @@ def main(network, log, solver, save, json_path, dry_run, measures, **options):
     from training.checkpoint import network_digest
     options = EasyDict(options, skip_bad=False, cache=None, workers=4)  # of images that a reference may be made of
     check_usage(network, log, save, measures, options)
-    fid.check_detector_options(measures, options)
+    evaluation.check_detector_options(measures, options)
     distributed.init()
     net = load_consistency_model(network, solver)
     sampler = Sampler(net, network, options.class_idx, options.labels, options.clip_denoised)
     candidates = candidate_levels(net, options)
     plan = search_plan(candidates, sampler, measures, options)
-    references = fid.read_references(options.ref, measures)
+    references = evaluation.read_references(options.ref, measures)
     if dry_run:
         distributed.print0(json.dumps(plan, indent=2))
         return
     for path in (log, save, json_path):
-        fid.make_folder(path)
+        evaluation.make_folder(path)
         check_writable(path)
     evaluate = MetricOfPoints(sampler, measures, references, options)
     settings = {'metric': evaluate.name, 'num': options.num, 'seed': options.seed, 'class': options.class_idx,
@@ -111,7 +111,7 @@ def main(network, log, solver, save, json_path, dry_run, measures, **options):
     found = search(evaluate, SearchLog(log, settings), candidates, plan)
     if distributed.is_main():
         click.echo(as_options(found['taus'], options.clip_denoised))  # before anything that may fail
-        fid.write_json(json_path, found)
+        evaluation.write_json(json_path, found)
         if save:
             save_copy(save, net, found['sigmas'], options.clip_denoised)
     distributed.shutdown()
@@ -176,7 +176,7 @@ class Sampler:
     @functools.cached_property
     def choose_labels(self):
         """What --class and --labels mean."""
-        from training.label_choosers import choose
+        from sampling.label_choosers import choose
         return choose(self.net, self.network, self.class_idx, self.labels)
 
     def arguments(self, taus: list[float]) -> dict:
@@ -199,7 +199,8 @@ def as_options(taus: list[float], clip_denoised: bool | None = None) -> str:
 
 def candidate_levels(net, options) -> list[float]:
     """The falling noise levels to choose from. Raises: UserError where they are too few."""
-    from training import samplers, time_search
+    from sampling import time_search
+    from training import samplers
     lowest, highest = samplers.clip_range(net, net.metadata.get('sigma_min', 0.002), net.metadata.get('sigma_max', 80.0))
     low, high = max(options.low or 0, lowest), min(options.high or math.inf, highest)
     if options.space == 'karras-index':
@@ -216,7 +217,8 @@ def candidate_levels(net, options) -> list[float]:
 
 def search_plan(candidates: list[float], sampler: Sampler, measures, options) -> dict:
     """What will be done, for --dry-run. Raises: UserError where the network cannot be sampled so."""
-    from training import samplers, time_search
+    from sampling import time_search
+    from training import samplers
     points = options.steps - 1
     arguments = sampler.arguments(candidates[-points:])
     most = 1 + time_search.most_evaluations(len(candidates), points, options.scan)
@@ -236,11 +238,11 @@ class MetricOfPoints:
         (self.name, self.measure), = measures.items()
         self.sampler, self.options = sampler, options
         source = sampler.images([], options)
-        detectors = fid.load_detectors({self.measure.entry}, source.image_shape, options)
+        detectors = evaluation.load_detectors({self.measure.entry}, source.image_shape, options)
         self.detector = detectors[self.measure.entry]
         if self.name == 'fid_inf':
             check_enough_to_extrapolate(options.num, self.detector.dim)
-        self.reference = fid.complete_references(references, options.ref, measures, detectors, [source], options).get(self.measure.entry)
+        self.reference = evaluation.complete_references(references, options.ref, measures, detectors, [source], options).get(self.measure.entry)
         self.title = self.measure.title.format(self.detector.metric_name)
 
     def __call__(self, taus: list[float]) -> float:
@@ -248,7 +250,7 @@ class MetricOfPoints:
         from torch_utils import distributed
         classes = {self.measure.entry} if self.measure.classes else set()
         source = self.sampler.images(taus, self.options)
-        seen = fid.look_at(source, {self.measure.entry: self.detector}, self.options, self.measure.features, classes)[self.measure.entry]
+        seen = evaluation.look_at(source, {self.measure.entry: self.detector}, self.options, self.measure.features, classes)[self.measure.entry]
         value = None
         if distributed.is_main():
             value = float(self.measure.compute(Comparison(seen, self.reference, self.detector.device, seed=self.options.seed))['value'])
@@ -259,25 +261,25 @@ class MetricOfPoints:
 
 def search(evaluate: MetricOfPoints, log: SearchLog, candidates: list[float], plan: dict) -> dict:
     """The points found, as --json has them; what is told on the way goes to stderr."""
-    from training import time_search
+    from sampling import time_search
     sign = -1 if evaluate.measure.larger_is_better else 1
     asked: list[list[float]] = []
-    fid.say(f'{plan["points"]} of {len(candidates)} noise levels from {candidates[0]:g} to {candidates[-1]:g}, by {evaluate.title}: at most '
+    evaluation.say(f'{plan["points"]} of {len(candidates)} noise levels from {candidates[0]:g} to {candidates[-1]:g}, by {evaluate.title}: at most '
             f'{plan["evaluations_at_most"]} evaluations of {plan["images_each"]} images; {len(log.values)} are in {log.path}.')
 
     def value_of(taus: list[float]) -> float:
         asked.append(taus)
         value = log.value(taus, lambda: evaluate(taus))
-        fid.say(f'{len(asked)}: {listed(taus)}: {value:.6g}')
+        evaluation.say(f'{len(asked)}: {listed(taus)}: {value:.6g}')
         return value
 
     by_steps = [dict(steps=1, taus=[], value=value_of([]))]
     for taus, signed in time_search.find_points(lambda taus: sign * value_of(taus), candidates, plan['points'], plan['scan']):
         by_steps.append(dict(steps=len(taus) + 1, taus=taus, value=sign * signed))
-        fid.say(f'{len(taus) + 1} steps: {as_options(taus)}, {evaluate.title} {sign * signed:.6g}')
+        evaluation.say(f'{len(taus) + 1} steps: {as_options(taus)}, {evaluate.title} {sign * signed:.6g}')
         if signed >= sign * by_steps[-2]['value']:
-            fid.say(f'Warning: no better than {len(taus)} step{"s" * (len(taus) > 1)} at any level that was tried. If one more step helps at all, '
-                    'a larger --scan may find where; --low and --high may leave out the rest.')
+            evaluation.say(f'Warning: no better than {len(taus)} step{"s" * (len(taus) > 1)} at any level that was tried. If one more step helps '
+                           'at all, a larger --scan may find where; --low and --high may leave out the rest.')
     best = by_steps[-1]
     return dict(metric=evaluate.name, name=evaluate.title, **best, sigmas=[plan['highest'], *best['taus'], 0.0], by_steps=by_steps,
                 evaluations=len(asked), num_images=plan['images_each'])

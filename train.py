@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import click
 
-import validation
 from dnnlib import EasyDict, UserError, cli
 from dnnlib.text import printable
+from metrics.validator import SHOWN, LabelMode, check_files
 from training import configuration
 from training.configuration import ARCHITECTURES, IN_STEPS, PRECONDITIONING
 from training.objectives import OBJECTIVES, objectives_with
@@ -234,7 +234,7 @@ def switch(name: str, **kwargs):
 @cli.option('--val_batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, group=VAL,
             help='Images a process makes at a time.')
 @cli.option('--val_seed', metavar='INT', type=cli.SEED, default=0, show_default=True, group=VAL, help='First seed.')
-@cli.option('--val_label', metavar='MODE', type=validation.LabelMode(), default='auto', show_default=True, group=VAL,
+@cli.option('--val_label', metavar='MODE', type=LabelMode(), default='auto', show_default=True, group=VAL,
             help='Classes: uniform, dataset (those of training images), fixed:K; auto: dataset where it has labels.')
 @cli.option('--val_dump_images_dir', metavar='DIR', type=cli.PATH, group=VAL, help='Keep the generated images, in a folder for each evaluation.')
 @cli.option('--val_overwrite', type=bool, default=False, show_default=True, group=VAL, help='Replace images that are there already.')
@@ -392,7 +392,7 @@ def train(opts: EasyDict, held: contextlib.ExitStack) -> bool:
         distributed.print0(json.dumps(c, indent=2))
         return True
     if c.validation:  # what is missing or wrong is better said before there is a folder
-        validation.check_files(c.validation, dataset)
+        check_files(c.validation, dataset)
     if not opts.resume:
         c.run_dir = distributed.from_main(lambda: configuration.make_run_dir(opts, dataset.name))
         held.enter_context(run_lock.locked(c.run_dir, opts.take_lock))
@@ -448,7 +448,7 @@ def check_usage(ctx: click.Context, opts: EasyDict) -> list[str]:
     if opts.val and not (opts.val_ref or opts.val_ref_data):
         raise click.UsageError('--val=1 needs --val_ref=NPZ (made by fid.py ref) or --val_ref_data=ZIP.')
     if opts.val:
-        cli.check_seeds(opts.val_seed, max(opts.val_num, validation.SHOWN), '--val_seed', '--val_num')
+        cli.check_seeds(opts.val_seed, max(opts.val_num, SHOWN), '--val_seed', '--val_num')
     if (opts.fp16 and opts.precision not in (None, 'fp16')) or (opts.fp16 is False and opts.precision == 'fp16'):
         raise click.UsageError(f'--fp16={opts.fp16} contradicts --precision={opts.precision}.')
     opts.precision = opts.precision or ('fp16' if opts.fp16 else 'fp32')
@@ -515,7 +515,7 @@ def choose_objective(opts: EasyDict, given: list[click.Parameter]) -> None:
 
 def check_halving(opts: EasyDict) -> None:
     """UsageError where progressive distillation cannot go from stage to stage."""
-    from training.time_schedules import halving_stages
+    from training.objectives.time_schedules import halving_stages
     try:
         halving_stages(opts.S_start, opts.S, opts.stage_steps)
     except ValueError as error:

@@ -45,7 +45,7 @@ def block(title: str, prose: str, *parts: str) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table. Raises: ValueError where a row is not as long as the header."""
-    from metrics.report import markdown_table
+    from experiments.report import markdown_table
     if any(len(row) != len(header) for row in rows):
         raise ValueError(f'rows of {sorted({len(row) for row in rows})} cells under {len(header)} headings')
     return markdown_table(header, rows)

@@ -95,7 +95,7 @@ def time_opening(path: str, how: str) -> list[float]:
     """Seconds in this process, imports left out, and those of them that it was at work."""
     import zipfile
 
-    from training.dataset import ImageFolderDataset
+    from data.dataset import ImageFolderDataset
     start, at_work = time.perf_counter(), time.process_time()
     if how == 'zipfile':
         zipfile.ZipFile(path).close()
@@ -122,8 +122,8 @@ def time_reading(path: Path, count: int, workers: list[int], rounds: int) -> dic
     """Images a second."""
     import torch
 
-    from training.dataset import ImageFolderDataset, InfiniteSampler
-    from training.feed import Feed
+    from data.dataset import ImageFolderDataset, InfiniteSampler
+    from data.feed import Feed
     dataset = ImageFolderDataset(path, use_labels=True)
     order = np.random.default_rng(0).permutation(len(dataset))[:count].tolist()
 

@@ -29,7 +29,7 @@ def gradient(net, precision: str, gap: float, images, labels, ect: dict, tf32: b
     from torch_utils import misc
     from training import execution
     from training.draws import SampleDraws
-    from training.loss_ect import ConsistencyTuningLoss
+    from training.objectives.loss_ect import ConsistencyTuningLoss
     misc.allow_tf32(tf32)
     net = execution.in_precision(copy.deepcopy(net), precision).train().requires_grad_(True)
     loss = ConsistencyTuningLoss(q=1 / gap, k=0.0, b=1.0, stage_nimg=len(images), sigma_data=net.sigma_data, **ect)  # the gap is that of stage 0
@@ -42,7 +42,8 @@ def random_network(arch: str):
     """A network of 16x16 images that begins with what training would find, layers that are no zeros."""
     import torch
 
-    from training import networks, networks_edm2
+    from training import networks
+    from training.networks import edm2 as networks_edm2
     torch.manual_seed(0)
     size = dict(img_resolution=16, img_channels=3, label_dim=0, use_fp16=False, model_channels=32, channel_mult=[1, 2], num_blocks=2,
                 attn_resolutions=[8], dropout=0)
@@ -66,7 +67,7 @@ def some_of(data: str, label_dim: int, count: int, device):
     """Images in [-1, 1] and labels from all over a data set."""
     import torch
 
-    from training.dataset import ImageFolderDataset
+    from data.dataset import ImageFolderDataset
     dataset = ImageFolderDataset(data, use_labels=bool(label_dim))
     samples = [dataset[i * len(dataset) // count] for i in range(count)]
     images, labels = (torch.stack([torch.as_tensor(sample[i]) for sample in samples]).to(device) for i in (0, 1))

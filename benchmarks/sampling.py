@@ -31,8 +31,9 @@ from benchmarks.common import NOT_MEASURED, block, in_turns, median_ratio, table
 from benchmarks.sizes import SIZES
 from dnnlib import cli
 from dnnlib.util import usable_cores
+from sampling import generation, writers
 from torch_utils import distributed
-from training import execution, generation, writers
+from training import execution
 from training.consistency_ops import student_grid
 
 STEPS = 8

@@ -19,7 +19,7 @@ if __name__ == '__main__':
 
 from benchmarks.common import ROOT, block, in_turns, least, table
 from dnnlib import cli
-from metrics import digits, story
+from experiments import digits, story
 
 EVENTS = {'data ready': 'Data: ', 'training begins': 'Training for ', 'first step done': 'tick 0 '}
 

@@ -34,8 +34,8 @@ from torch_utils import misc
 from torch_utils.flat import FlatParameters
 from training import execution
 from training.draws import SampleDraws
-from training.encoders import StandardRGBEncoder
-from training.loss_cd import ConsistencyDistillationLoss
+from training.networks.encoders import StandardRGBEncoder
+from training.objectives.loss_cd import ConsistencyDistillationLoss
 from training.phema import WeightAverages
 from training.training_loop import accumulate_gradients
 from training.weight_update import WeightUpdate

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data.arrays import ArchivedArrays
 from dnnlib import UserError
 from dnnlib.util import atomic_write
-from metrics.arrays import ArchivedArrays
 from torch_utils import distributed
 
 FACTS = 'facts.json'

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from metrics.images import prefetch
-from training import encoders, generation
-from training.writers import FolderDestination
+from sampling import generation
+from sampling.writers import FolderDestination
+from training.networks import encoders
 
 
 class GeneratedImages:

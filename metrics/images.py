@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from data.arrays import ArchivedArrays, map_npy, may_be_images
+from data.dataset import ImageFiles, image_pixels, image_shape_of, random_subset
+from data.pixels import is_left_unturned, orientation
 from dnnlib.util import UserError
-from metrics.arrays import ArchivedArrays, map_npy, may_be_images
-from training.dataset import ImageFiles, image_pixels, image_shape_of, random_subset
-from training.pixels import is_left_unturned, orientation
 
 WORKERS = 4  # threads that decode: Pillow lets go of the interpreter lock
 AHEAD = 2    # batches that each has done or is at work on, besides the one in use

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data.dataset import ImageFolderDataset
 from dnnlib import UserError, cli
 from dnnlib.util import atomic_write
-from training.dataset import ImageFolderDataset
 
 FEATURES = 64  # of every ruler
 SEED = 0

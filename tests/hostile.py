@@ -35,7 +35,7 @@ CANARY = 'canary'
 
 def read_images(path: str) -> None:
     """All of a data set, with its labels, as training does."""
-    from training.dataset import ImageFolderDataset
+    from data.dataset import ImageFolderDataset
     dataset = ImageFolderDataset(path, use_labels=_has_labels(path))
     for i in range(len(dataset)):
         dataset[i]
@@ -43,7 +43,7 @@ def read_images(path: str) -> None:
 
 
 def _has_labels(path: str) -> bool:
-    from training.dataset import ImageFiles
+    from data.dataset import ImageFiles
     return bool(ImageFiles(path).label_files)
 
 
@@ -73,8 +73,8 @@ def edit_image(path: str) -> None:
 
 
 def read_label_file(path: str) -> None:
-    from training.label_choosers import read_labels
-    from training.label_space import LabelSpace
+    from data.label_space import LabelSpace
+    from sampling.label_choosers import read_labels
     read_labels(path, LabelSpace(10), 'network')
 
 
@@ -375,7 +375,7 @@ def main(folder: str) -> None:
     from dnnlib import UserError
     warnings.simplefilter('ignore')
     lines, sys.stdout, sys.stderr = os.fdopen(os.dup(1), 'w'), io.StringIO(), io.StringIO()
-    for name in ('dataset_tool', 'convert', 'compare', 'search', 'metrics.report', 'metrics.detectors', 'training.lpips', 'training.run_files',
+    for name in ('dataset_tool', 'convert', 'compare', 'search', 'experiments.report', 'metrics.detectors', 'metrics.lpips', 'training.run_files',
                  'requests'):
         importlib.import_module(name)  # imports are no part of what a file costs
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

@@ -53,13 +53,13 @@ def read_detector(path: str) -> None:
 
 
 def read_lpips(path: str) -> None:
-    from training import lpips
+    from metrics import lpips
 
     lpips.load(path)
 
 
 def read_statistics(folder: str) -> None:
-    from metrics.report import read_jsonl
+    from experiments.report import read_jsonl
     from training.run_log import forget_future
 
     forget_future(folder, 10)

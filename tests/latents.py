@@ -36,7 +36,7 @@ class StandInVAE:
 def use_stand_in(monkeypatch) -> StandInVAE:
     """Puts a stand-in where the VAE would be loaded, so that diffusers is not needed."""
     vae = StandInVAE()
-    monkeypatch.setattr('training.encoders.load_vae', lambda name, device: vae)
+    monkeypatch.setattr('training.networks.encoders.load_vae', lambda name, device: vae)
     return vae
 
 

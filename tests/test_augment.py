@@ -1,10 +1,10 @@
-"""training/augment.py against pixel permutations, analytic images and the formulas of Karras et al. 2022, Table 6."""
+"""training/networks/augment.py against pixel permutations, analytic images and the formulas of Karras et al. 2022, Table 6."""
 import math
 
 import pytest
 import torch
 
-from training.augment import AugmentPipe, Parameters, warp
+from training.networks.augment import AugmentPipe, Parameters, warp
 
 GEOMETRY_OFF = dict(scale=0, rotate_frac=0, aniso=0, translate_frac=0)
 

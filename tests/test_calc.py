@@ -9,7 +9,7 @@ from metrics.calc import image_digests, observe, reference_of
 from metrics.generated import GeneratedImages
 from metrics.images import ImageSource
 from metrics.statistics import FeatureStats
-from training import generation
+from sampling import generation
 from training.checkpoint import load_network
 
 BATCH = 4

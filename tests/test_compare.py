@@ -21,10 +21,11 @@ from PIL import Image
 import compare
 import train
 from dnnlib import EasyDict, UserError
-from metrics import comparison, digits, report
-from metrics.comparison import Request, plan
-from metrics.story import Ruler, Story, newest_snapshot, tell
-from training import checkpoint, configuration, networks_edm2
+from experiments import comparison, digits, report
+from experiments.comparison import Request, plan
+from experiments.story import Ruler, Story, newest_snapshot, tell
+from training import checkpoint, configuration
+from training.networks import edm2 as networks_edm2
 from training.objectives import OBJECTIVES
 
 STUDENTS = ('mcd', 'mct', 'direct', 'pd', 'cm-cd', 'cm-ct', 'ict', 'ect', 'tcm')

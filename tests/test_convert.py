@@ -26,11 +26,12 @@ import convert
 import train
 from dnnlib import UserError, util
 from training import consistency_ops as ops
-from training import networks, networks_edm2, samplers
+from training import networks, samplers
 from training.checkpoint import load_network, save_snapshot, save_state
 from training.interchange.diffusers import save_diffusers
 from training.interchange.openai import Untold, build_network, infer_layout, load_openai, parameter_names
 from training.interchange.safetensors import from_json, load_safetensors, save_safetensors, to_json
+from training.networks import edm2 as networks_edm2
 
 SMALL = dict(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_levels={1}, scale_shift=True)
 DEEP = dict(model_channels=64, channel_mult=(1, 1, 2), num_res_blocks=2, attention_levels={1, 2}, scale_shift=False, image_channels=1)

@@ -1,4 +1,4 @@
-"""training/dataset.py: what a data set on disk becomes, which files are refused and how, and the order of training."""
+"""data/dataset.py: what a data set on disk becomes, which files are refused and how, and the order of training."""
 import io
 import itertools
 import json
@@ -15,8 +15,8 @@ import torch
 from latents import npy, random_latents
 from PIL import Image
 
+from data.dataset import ImageFiles, ImageFolderDataset, InfiniteSampler
 from dnnlib import UserError
-from training.dataset import ImageFiles, ImageFolderDataset, InfiniteSampler
 
 
 def png(pixels, mode=None, **options):
@@ -250,7 +250,7 @@ def test_latents_unlike_the_first_are_named_with_both_shapes(tmp_path, latent_fi
     message = r'img-mean-std-00000003\.npy is 4x4x4, but 00000/img-mean-std-00000000\.npy is 4x4x8'
     with pytest.raises(UserError, match=message):
         ImageFolderDataset(path)
-    monkeypatch.setattr('training.dataset.HEADER_CHECK_LIMIT', 4)  # as in a data set too large to look at every header
+    monkeypatch.setattr('data.dataset.HEADER_CHECK_LIMIT', 4)  # as in a data set too large to look at every header
     dataset = ImageFolderDataset(path)
     dataset[2]
     with pytest.raises(UserError, match=message):
@@ -392,7 +392,7 @@ def test_an_image_unlike_the_first_is_named_with_both_shapes(tmp_path, files, od
     message = rf'b/img1\.png is {size}x{size}x{channels}, but a/img0\.png is 4x4x3'
     with pytest.raises(UserError, match=message):
         ImageFolderDataset(path)
-    monkeypatch.setattr('training.dataset.HEADER_CHECK_LIMIT', 5)  # as in a data set too large to look at every header
+    monkeypatch.setattr('data.dataset.HEADER_CHECK_LIMIT', 5)  # as in a data set too large to look at every header
     dataset = ImageFolderDataset(path)
     dataset[3]
     with pytest.raises(UserError, match=message):
@@ -400,7 +400,7 @@ def test_an_image_unlike_the_first_is_named_with_both_shapes(tmp_path, files, od
 
 
 def test_headers_beyond_the_limit_are_not_read_at_construction(tmp_path, files, monkeypatch):
-    monkeypatch.setattr('training.dataset.HEADER_CHECK_LIMIT', 5)
+    monkeypatch.setattr('data.dataset.HEADER_CHECK_LIMIT', 5)
     opened = []
     original = ImageFiles.open
     monkeypatch.setattr(ImageFiles, 'open', lambda self, name: opened.append(name) or original(self, name))
@@ -427,7 +427,7 @@ def rgb16_png():
 
 
 def test_a_16_bit_image_is_refused_when_it_is_read_too(tmp_path, monkeypatch):
-    monkeypatch.setattr('training.dataset.HEADER_CHECK_LIMIT', 1)
+    monkeypatch.setattr('data.dataset.HEADER_CHECK_LIMIT', 1)
     files = {'a.png': png(random_images(1, size=2)[0]), 'b.png': rgb16_png()}
     with pytest.raises(UserError, match=r'b\.png is a 16-bit RGB image'):
         ImageFolderDataset(write_zip(tmp_path / 'data.zip', files))[1]

@@ -21,8 +21,8 @@ from latents import npy, random_latents, save_vae, use_stand_in
 from PIL import Image
 
 import dataset_tool
-from training import encoders
-from training.dataset import ImageFolderDataset
+from data.dataset import ImageFolderDataset
+from training.networks import encoders
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

@@ -11,12 +11,13 @@ from helpers import FAST, TINY_NETWORK, assert_one_clear_error
 from latents import npy, random_latents
 
 import train
+from data.dataset import ImageFolderDataset
 from dnnlib import EasyDict
-from training import configuration, networks_edm2
-from training import time_schedules as times
+from training import configuration
 from training.checkpoint import load_network, load_state, save_snapshot
-from training.dataset import ImageFolderDataset
+from training.networks import edm2 as networks_edm2
 from training.objectives import OBJECTIVES
+from training.objectives import time_schedules as times
 from training.run_files import saved_snapshots, saved_states
 from training.training_loop import describe_run
 

@@ -37,10 +37,10 @@ from metrics import rulers
 from torch_utils import training_stats
 from torch_utils.flat import FlatParameters
 from training import networks
-from training.consistency_loss import Drawn, Pairs
 from training.draws import SampleDraws
-from training.loss_cd import ConsistencyDistillationLoss
 from training.objectives import OBJECTIVES
+from training.objectives.consistency_loss import Drawn, Pairs
+from training.objectives.loss_cd import ConsistencyDistillationLoss
 from training.phema import WeightAverages
 from training.training_loop import network_stats, tick_stats
 from training.weight_update import WeightUpdate

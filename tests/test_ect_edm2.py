@@ -5,10 +5,10 @@ import pytest
 import torch
 from test_loss_cd import Recorder
 
-from training import networks_edm2
 from training.draws import SampleDraws
-from training.loss_ect import ConsistencyTuningLoss
+from training.networks import edm2 as networks_edm2
 from training.objectives import OBJECTIVES
+from training.objectives.loss_ect import ConsistencyTuningLoss
 from training.resolution import ROUNDING
 
 COUNT, STAGE_NIMG = 48, 3_200_000

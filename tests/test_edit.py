@@ -1,4 +1,4 @@
-"""Zero-shot editing: the mathematics of training/editing.py and the command line of edit.py."""
+"""Zero-shot editing: the mathematics of sampling/editing.py and the command line of edit.py."""
 import itertools
 import json
 import zipfile
@@ -16,7 +16,8 @@ from PIL import Image
 
 import edit
 import generate
-from training import editing, networks, samplers
+from sampling import editing
+from training import networks, samplers
 from training.checkpoint import load_network, save_snapshot
 
 SHAPE = [2, 3, 4, 4]

@@ -1,4 +1,4 @@
-"""training/encoders.py: the affine map and its inverse, noise by sample, records, and what a snapshot's `encoder` entry may do."""
+"""training/networks/encoders.py: the affine map and its inverse, noise by sample, records, and what a snapshot's `encoder` entry may do."""
 import os
 import pickle
 import subprocess
@@ -11,15 +11,14 @@ import torch
 from helpers import FAST, TINY_NETWORK, assert_one_clear_error, run
 from latents import DEVIATIONS, npy, random_latents, save_latent_network, save_vae, use_stand_in
 
+from data.label_space import LabelSpace
 from dnnlib import EasyDict, UserError
 from torch_utils import persistence
-from training import encoders
 from training.checkpoint import load_network, save_snapshot
 from training.configuration import check_teacher
 from training.draws import SampleDraws
-from training.encoders import StabilityVAEEncoder, StandardRGBEncoder
-from training.label_space import LabelSpace
-from training.networks import EDMPrecond
+from training.networks import EDMPrecond, encoders
+from training.networks.encoders import StabilityVAEEncoder, StandardRGBEncoder
 
 RAW_MEAN, RAW_STD = [5.81, 3.25, 0.12, -2.15], [4.17, 4.62, 3.71, 3.28]  # EDM2's, of ImageNet-512
 

@@ -12,10 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dnnlib import EasyDict
 from torch_utils.flat import FlatParameters
-from training import execution, networks, networks_edm2
+from training import execution, networks
 from training.checkpoint import load_network, save_snapshot
-from training.loss import Loss
-from training.networks_switched import Switched
+from training.networks import edm2 as networks_edm2
+from training.networks.switched import Switched
+from training.objectives.loss import Loss
 from training.phema import WeightAverages
 from training.run_files import saved_snapshots
 from training.training_loop import speed_up

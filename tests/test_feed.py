@@ -1,4 +1,4 @@
-"""training/feed.py: batches ahead of use, and how long they are waited for."""
+"""data/feed.py: batches ahead of use, and how long they are waited for."""
 import itertools
 import os
 import signal
@@ -9,11 +9,11 @@ import pytest
 import torch
 from test_dataset import png, random_images, write_zip
 
+from data.dataset import ImageFolderDataset, InfiniteSampler
+from data.feed import AHEAD, Feed
 from dnnlib import UserError
 from dnnlib.processes import how_ended
 from dnnlib.util import atomic_write
-from training.dataset import ImageFolderDataset, InfiniteSampler
-from training.feed import AHEAD, Feed
 
 CPU = torch.device('cpu')
 
@@ -71,7 +71,7 @@ def test_batches_for_a_gpu_are_in_pinned_memory(tmp_path):
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_an_unreadable_image_is_one_line(tmp_path, workers, monkeypatch):
-    monkeypatch.setattr('training.dataset.HEADER_CHECK_LIMIT', 1)
+    monkeypatch.setattr('data.dataset.HEADER_CHECK_LIMIT', 1)
     path = write_zip(tmp_path / 'data.zip', {'0.png': png(random_images(1)[0]), '1.png': b'no png'})
     feed = Feed(ImageFolderDataset(path), InfiniteSampler(2, 2, shuffle=False), 2, workers, CPU)
     with pytest.raises(UserError) as error:

@@ -13,10 +13,10 @@ from helpers import assert_one_clear_error
 from PIL import Image
 
 import dataset_tool
+from data import zip_index
+from data.dataset import ImageFiles, ImageFolderDataset, read_labels
 from dnnlib import UserError
 from metrics.images import open_images
-from training import zip_index
-from training.dataset import ImageFiles, ImageFolderDataset, read_labels
 
 READERS = [ImageFiles, ImageFolderDataset, open_images]
 

@@ -12,9 +12,10 @@ import torch
 from foreign import Named, Rebuilt, Style, assert_same_tensors, tensors
 
 from dnnlib import EasyDict, UserError
-from training import networks, networks_edm2
+from training import networks
 from training.checkpoint import load_network, save_snapshot
 from training.consistency_ops import student_grid
+from training.networks import edm2 as networks_edm2
 
 OPTIONS = dict(model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], label_dropout=0.1)
 EDM2 = dict(model_channels=16, channel_mult=[1, 2], num_blocks=1)
@@ -202,7 +203,7 @@ def test_edm2s_snapshots_load_with_their_encoders(tmp_path):
                  batch_size=8, _vae=None, _init_args=(), _init_kwargs=dict(vae_name='vae'))
     loss = foreign.persistent('EDM2Loss', dict(P_mean=-0.4, P_std=1.0, sigma_data=0.5, _init_args=(), _init_kwargs={}))
     record = EasyDict(ema=foreign.network(net, style), encoder=foreign.persistent('StabilityVAEEncoder', state), loss_fn=loss,
-                      dataset_kwargs=EasyDict(class_name='training.dataset.ImageFolderDataset', path='x.zip'))
+                      dataset_kwargs=EasyDict(class_name='data.dataset.ImageFolderDataset', path='x.zip'))
     loaded = assert_loads_as(tmp_path / 'net.pkl', net, foreign.dumps(record, style))
     assert loaded.metadata['encoder'] == dict(class_name='StabilityVAEEncoder', vae_name='vae')
     assert {tensor.dtype for tensor in tensors(loaded).values()} == {torch.float16}

@@ -18,13 +18,15 @@ from PIL import Image
 
 import generate
 import validation
+from data.dataset import ImageFolderDataset
+from data.label_space import LabelSpace
 from dnnlib import EasyDict, UserError
 from metrics.images import open_images
-from training import encoders, generation, samplers, writers
+from sampling import generation, writers
+from training import samplers
 from training.checkpoint import load_network, save_snapshot
 from training.consistency_ops import student_grid
-from training.dataset import ImageFolderDataset
-from training.label_space import LabelSpace
+from training.networks import encoders
 
 
 def invoke(*arguments):

@@ -16,10 +16,10 @@ from helpers import run
 from PIL import Image
 
 from benchmarks import images as benchmark
+from data import arrays
+from data.dataset import ImageFolderDataset
 from dnnlib.util import UserError
-from metrics import arrays
 from metrics.images import ArrayImages, open_images, prefetch
-from training.dataset import ImageFolderDataset
 
 COUNT, HEIGHT, WIDTH = 12, 6, 9
 

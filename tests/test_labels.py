@@ -19,11 +19,13 @@ import generate
 import search
 import train
 import validation
+from data.dataset import ImageFolderDataset
+from data.label_space import Labels, LabelSpace, listed, parse_ranges, ranges, space_of
 from dnnlib import UserError
-from training import generation, label_choosers, networks
+from metrics import validator
+from sampling import generation, label_choosers
+from training import networks
 from training.checkpoint import load_network, save_snapshot
-from training.dataset import ImageFolderDataset
-from training.label_space import Labels, LabelSpace, listed, parse_ranges, ranges, space_of
 
 VECTORS = [[0.5, 0.25], [1, 0], [-3, 7], [0.125, 1]]
 
@@ -181,7 +183,7 @@ def test_a_class_that_was_never_trained_is_refused_by_every_command(tmp_path, ga
     assert not (tmp_path / 'o').exists()
     mode = option.replace('--class=', 'fixed:')
     with pytest.raises(UserError, match='fixed'):
-        validation.label_chooser(mode, space_of(load_network(gaps[0])))
+        validator.label_chooser(mode, space_of(load_network(gaps[0])))
 
 
 def test_labels_of_an_input_that_were_never_trained_are_refused(tmp_path, students):
@@ -300,9 +302,9 @@ def test_validation_in_training_of_vectors_takes_the_data_s(vectors, mode, probl
     dataset = ImageFolderDataset(vectors[2], use_labels=True)
     if problem:
         with pytest.raises(UserError, match=problem):
-            validation.label_chooser(mode, dataset.label_space, dataset)
+            validator.label_chooser(mode, dataset.label_space, dataset)
     else:
-        labels = validation.label_chooser(mode, dataset.label_space, dataset)(generation.SeededNoise(range(40), 'cpu'), 2)
+        labels = validator.label_chooser(mode, dataset.label_space, dataset)(generation.SeededNoise(range(40), 'cpu'), 2)
         assert {tuple(row) for row in labels.tolist()} == {tuple(map(float, row)) for row in VECTORS}
 
 

@@ -7,7 +7,7 @@ from scipy import stats
 
 from torch_utils import training_stats
 from training.draws import SampleDraws
-from training.loss import EDMLoss, UncertaintyLoss, VELoss, VPLoss
+from training.objectives.loss import EDMLoss, UncertaintyLoss, VELoss, VPLoss
 
 COUNT = 40_000
 

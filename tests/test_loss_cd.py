@@ -10,9 +10,9 @@ from gaussian import Gaussian
 from torch_utils import training_stats
 from training import consistency_ops as ops
 from training import networks
-from training.consistency_loss import EVERYONE, Drawn, Pairs, padded_size, split_batch
 from training.draws import SampleDraws
-from training.loss_cd import ConsistencyDistillationLoss
+from training.objectives.consistency_loss import EVERYONE, Drawn, Pairs, padded_size, split_batch
+from training.objectives.loss_cd import ConsistencyDistillationLoss
 
 VARIANCE = torch.tensor([0.02, 0.25, 1.0, 4.0], dtype=torch.float64).reshape(1, 1, 2, 2)
 DEFAULTS = dict(S=4, T_start=16, T_end=16, T_anneal_kimg=0, rho=7.0, sigma_min=0.002, sigma_max=80.0, student_grid='edm', sampling_mode='edm',

@@ -10,16 +10,16 @@ from gaussian import Gaussian
 from test_loss_cd import VARIANCE, Recorder, all_rows, on_edges, small_network
 from test_loss_cd import make_loss as make_multistep_loss
 
+from metrics.lpips import LPIPS
 from torch_utils import training_stats
 from torch_utils.flat import FlatParameters
 from training import consistency_ops as ops
 from training import networks
-from training.consistency_loss import Drawn, Pairs
 from training.draws import SampleDraws
-from training.loss_cm import ConsistencyModelDistillationLoss, ConsistencyModelTrainingLoss
-from training.loss_ict import ImprovedConsistencyTrainingLoss
-from training.lpips import LPIPS
 from training.objectives import OBJECTIVES
+from training.objectives.consistency_loss import Drawn, Pairs
+from training.objectives.loss_cm import ConsistencyModelDistillationLoss, ConsistencyModelTrainingLoss
+from training.objectives.loss_ict import ImprovedConsistencyTrainingLoss
 
 GRID = dict(rho=7.0, sigma_min=0.002, sigma_max=80.0, sync_dropout=True, sigma_data=0.5)
 CM = dict(GRID, N=12, s0=2, s1=150, schedule_nimg=1000, mu0=0.0, mu_schedule='adaptive', cm_loss='l2')

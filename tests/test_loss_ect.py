@@ -9,10 +9,10 @@ from test_loss_cd import VARIANCE, Recorder, small_network
 
 from torch_utils import training_stats
 from training import consistency_ops as ops
-from training import time_schedules as times
-from training.consistency_loss import Pairs
 from training.draws import SampleDraws
-from training.loss_ect import ConsistencyTuningLoss
+from training.objectives import time_schedules as times
+from training.objectives.consistency_loss import Pairs
+from training.objectives.loss_ect import ConsistencyTuningLoss
 
 DEFAULTS = dict(P_mean=-1.1, P_std=2.0, q=2.0, k=8.0, b=1.0, c=0.0, stage_nimg=1000, ect_weight='gap', sigma_data=0.5)
 

@@ -8,7 +8,7 @@ from test_loss_cd import VARIANCE, LinearStudent, all_rows, assert_stationary_th
 
 from training import consistency_ops as ops
 from training.draws import SampleDraws
-from training.loss_pd import ProgressiveDistillationLoss
+from training.objectives.loss_pd import ProgressiveDistillationLoss
 
 DEFAULTS = dict(student_grid='full', sigma_grid='karras', rho=7.0, sigma_min=0.002, sigma_max=80.0, hop='ddim', xvar_frac=0.75, cd_loss='l2',
                 cd_weight_mode='truncated-snr', sigma_data=0.5)

@@ -18,8 +18,8 @@ from test_loss_cd import (
 
 from training import consistency_ops as ops
 from training.draws import SampleDraws
-from training.loss_ct import ConsistencyTrainingLoss
-from training.loss_direct import SegmentRegressionLoss
+from training.objectives.loss_ct import ConsistencyTrainingLoss
+from training.objectives.loss_direct import SegmentRegressionLoss
 
 SEGMENTS = {name: value for name, value in DEFAULTS.items() if name not in ('terminal_anchor', 'terminal_teacher_hop', 'sync_dropout')}
 

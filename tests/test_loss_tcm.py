@@ -8,10 +8,10 @@ from test_loss_ect import Linear
 
 from torch_utils import training_stats
 from training import consistency_ops as ops
-from training.consistency_loss import Drawn, Pairs, split_batch
 from training.draws import SampleDraws
-from training.loss_tcm import TruncatedTrainingLoss, dropout_rates
-from training.time_schedules import truncated_log_student_times
+from training.objectives.consistency_loss import Drawn, Pairs, split_batch
+from training.objectives.loss_tcm import TruncatedTrainingLoss, dropout_rates
+from training.objectives.time_schedules import truncated_log_student_times
 
 DEFAULTS = dict(sigma_max=80.0, dividing_t=1.0, student_scale=0.2, student_df=0.01, q=2.0, k=8.0, b=1.0, c=1e-8, ratio_cap=0.999, stage_nimg=1000,
                 tcm_weight='flat', boundary_share=0.25, boundary_weight=0.1, batch_size=64, sigma_data=0.5)
@@ -89,7 +89,7 @@ def test_the_truncated_consistency_function_has_zero_expected_gradient_and_a_per
 def edges_at(monkeypatch):
     """The edges that a loss draws where chance gives the times [N]; none at t'."""
     def edges(loss, t):
-        monkeypatch.setattr('training.loss_tcm.times.truncated_log_student_times', lambda *_: t)
+        monkeypatch.setattr('training.objectives.loss_tcm.times.truncated_log_student_times', lambda *_: t)
         return loss.draw(SampleDraws(0, 0, len(t)), CPU)
     return edges
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from dnnlib.util import UserError
-from training import lpips
-from training.lpips import LPIPS, load
+from metrics import lpips
+from metrics.lpips import LPIPS, load
 
 VGG16 = [64, 64, 'pool', 128, 128, 'pool', 256, 256, 256, 'pool', 512, 512, 512, 'pool', 512, 512, 512]
 MEASURED = (2, 4, 7, 10, 13)  # after how many convolutions

@@ -4,7 +4,8 @@ import itertools
 import pytest
 import torch
 
-from training import networks, networks_edm2
+from training import networks
+from training.networks import edm2 as networks_edm2
 
 SONG = dict(model_type='SongUNet', model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[8])
 ADM = dict(model_type='DhariwalUNet', model_channels=16, channel_mult=[1, 4], num_blocks=1, attn_resolutions=[4])

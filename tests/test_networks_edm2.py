@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from torch_utils.flat import FlatParameters
-from training import networks_edm2 as edm2
 from training.checkpoint import load_network, save_snapshot
 from training.draws import SampleDraws
-from training.loss import EDMLoss
-from training.loss_cd import ConsistencyDistillationLoss
+from training.networks import edm2 as edm2
+from training.objectives.loss import EDMLoss
+from training.objectives.loss_cd import ConsistencyDistillationLoss
 
 SMALL = dict(model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], channels_per_head=16)
 

@@ -22,9 +22,10 @@ import generate
 import reconstruct_phema
 from dnnlib import UserError
 from training import consistency_ops as ops
-from training import networks, networks_edm2, samplers
+from training import networks, samplers
 from training.checkpoint import constructor_arguments, load_network, network_digest, numeric_attributes, save_snapshot
-from training.networks_switched import Switched
+from training.networks import edm2 as networks_edm2
+from training.networks.switched import Switched
 
 ADM = dict(model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[])
 EDM2 = dict(model_channels=16, channel_mult=[1], num_blocks=1, attn_resolutions=[], channels_per_head=16, use_fp16=False)

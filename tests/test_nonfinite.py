@@ -24,8 +24,10 @@ from dnnlib import NotFinite
 from metrics.calc import observe
 from metrics.generated import GeneratedImages
 from metrics.images import ArrayImages
-from training import editing, encoders, generation, samplers
+from sampling import editing, generation
+from training import samplers
 from training.checkpoint import load_network, save_snapshot
+from training.networks import encoders
 
 SEEDS = range(8)
 BROKEN = 4  # the class that overflows
@@ -114,7 +116,7 @@ class OverflowingVAE(StandInVAE):
 
 def test_a_vae_that_overflows_is_noticed_and_so_are_latents_that_it_would_not_show(tmp_path, monkeypatch):
     """In half precision 3e4 · x overflows from x = 2.18 on. Of the other image the network itself draws one infinity, where the VAE does not look."""
-    monkeypatch.setattr('training.encoders.load_vae', lambda name, device: OverflowingVAE())
+    monkeypatch.setattr('training.networks.encoders.load_vae', lambda name, device: OverflowingVAE())
     encoder = encoders.StabilityVAEEncoder(raw_mean=[0] * 4, raw_std=[0.5] * 4)
     drawn = torch.zeros(3, 4, 4, 4, dtype=torch.float64)
     drawn[1, 0, 0, 0], drawn[2, 3, 0, 0] = 3, torch.inf
@@ -136,7 +138,7 @@ def test_latents_of_a_data_set_are_not_written_where_the_vae_overflows(tmp_path,
             found = super().encode(x)
             found.latent_dist.mean[(x.mean(dim=(1, 2, 3)) > 0.9)] = torch.inf
             return found
-    monkeypatch.setattr('training.encoders.load_vae', lambda name, device: Overflowing())
+    monkeypatch.setattr('training.networks.encoders.load_vae', lambda name, device: Overflowing())
     (tmp_path / 'images').mkdir()
     for i, level in enumerate((0, 255, 100)):
         Image.fromarray(np.full([8, 8, 3], level, np.uint8)).save(tmp_path / 'images' / f'{i}.png')

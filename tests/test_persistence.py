@@ -71,7 +71,7 @@ def test_pickles_are_in_version_6_of_the_format_and_carry_the_source_once():
     function, (meta,) = small_net().__reduce__()
     assert function.__module__ == 'torch_utils.persistence' and function.__name__ == '_reconstruct_persistent_obj'
     assert (meta['type'], meta['version'], meta['class_name']) == ('class', 6, 'EDMPrecond')
-    assert meta['module_src'] == Path(networks.__file__).read_text()
+    assert meta['module_src'] == Path(networks.edm.__file__).read_text()
     assert pickle.dumps(small_net()).count(b'class DhariwalUNet(') == 1
 
 

@@ -17,11 +17,11 @@ from PIL import Image, ImageOps
 import dataset_tool
 import edit
 import fid
+from data.dataset import ImageFolderDataset
+from data.pixels import TURNS
 from dnnlib import EasyDict, UserError
 from metrics.calc import observe
 from metrics.images import open_images
-from training.dataset import ImageFolderDataset
-from training.pixels import TURNS
 from training.training_loop import describe_run
 
 NOISE = np.random.default_rng(0).integers(0, 256, [8, 8, 4], dtype=np.uint8)

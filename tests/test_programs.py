@@ -8,9 +8,8 @@ from helpers import ROOT
 
 from dnnlib import UserError
 from dnnlib.util import file_sha256, local_path, pinned
-from metrics import detectors
+from metrics import detectors, lpips
 from metrics.detectors import load_detector
-from training import lpips
 
 
 class Mean(torch.nn.Module):

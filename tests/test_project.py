@@ -1,8 +1,10 @@
 """The project's own files: one list of dependencies, a clean linter, its demo, quick --help."""
+import ast
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -20,6 +22,23 @@ SCRIPTS = ['train.py', 'generate.py', 'fid.py', 'validation.py', 'dataset_tool.p
 def test_the_linter_is_content():
     done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '.'], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_arrows_between_rooms_go_down():
+    """The contract in pyproject.toml: who may import whom."""
+    done = subprocess.run([Path(sys.executable).with_name('lint-imports'), '--no-cache'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and '1 kept' in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize('folder', ['.', 'experiments', 'training', 'metrics', 'sampling', 'data', 'torch_utils', 'dnnlib'])
+def test_no_script_is_imported(folder):
+    """What scripts share lies in the rooms. compare.py asks train.py for its options, until these are declared in a room."""
+    scripts, found = {path.stem for path in ROOT.glob('*.py')}, set()
+    for path in (ROOT / folder).glob('*.py' if folder == '.' else '**/*.py'):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, 'module', None)]
+            found |= {(path.stem, name) for name in names if name in scripts and isinstance(node, (ast.Import, ast.ImportFrom))}
+    assert found <= {('comparison', 'train')}
 
 
 def test_conda_installs_the_one_list_of_dependencies_under_the_tested_versions():

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metrics import report
+from experiments import report
 
 
 @pytest.mark.parametrize('shape', [(4, 4), (4, 4, 3), (64, 64, 3)], ids=['grey', 'color', 'large'])

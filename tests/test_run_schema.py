@@ -10,8 +10,8 @@ from helpers import FAST, TINY_NETWORK, assert_one_clear_error, run
 from dnnlib import UserError
 from dnnlib.schema import Dict, Integer, ListOf, Maybe, Mismatch, OneOf, Plain, Real, Record, Row, Text, check, parse_json
 from training import checkpoint, run_schema
-from training.checkpoint import load_network, save_snapshot, save_state
-from training.run_files import read_state, saved_states
+from training.checkpoint import load_network, read_state, save_snapshot, save_state
+from training.run_files import saved_states
 from training.run_log import forget_future
 from training.stages import recorded_options
 

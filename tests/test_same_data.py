@@ -11,9 +11,9 @@ from helpers import FAST, TINY_NETWORK, assert_one_clear_error, torchrun
 from PIL import Image
 
 import train
+from data.dataset import DIGESTED_FILES, ImageFolderDataset, random_subset
 from dnnlib import UserError
 from training.checkpoint import load_network, load_state, save_state
-from training.dataset import DIGESTED_FILES, ImageFolderDataset, random_subset
 from training.run_files import saved_states
 
 COUNT = 40

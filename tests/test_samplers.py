@@ -8,10 +8,10 @@ import torch
 from gaussian import Gaussian
 
 from dnnlib import UserError
+from sampling.generation import SeededNoise
 from training import consistency_ops as ops
 from training import samplers
 from training.checkpoint import load_network
-from training.generation import SeededNoise
 from training.interchange.openai import load_openai
 
 GOLDEN_NETWORKS = ('edm-adm-cond', 'vp-ddpmpp-cond', 've-ncsnpp-uncond')

@@ -17,10 +17,10 @@ import generate
 import search
 from dnnlib import UserError
 from metrics.measures import MEASURES
+from sampling.time_search import find_points, least, log_levels, most_evaluations
 from training import networks, samplers
 from training.checkpoint import load_network, save_snapshot
 from training.consistency_ops import karras_sigmas
-from training.time_search import find_points, least, log_levels, most_evaluations
 
 #----------------------------------------------------------------------------
 # The search.

@@ -14,7 +14,7 @@ import search
 import train
 import validation
 from dnnlib import cli
-from training.generation import SeededNoise
+from sampling.generation import SeededNoise
 
 TOP = (1 << 32) - 1
 EDIT = ['--network=x', '--input=x', '--outdir=x']

@@ -8,14 +8,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 
 from torch_utils import training_stats
 from torch_utils.flat import FlatParameters
-from training import networks, networks_edm2
-from training.consistency_loss import TableLoss
+from training import networks
 from training.draws import SampleDraws
-from training.encoders import StandardRGBEncoder
-from training.loss import DIFFUSION_LOSSES
-from training.loss_ect import ConsistencyTuningLoss
-from training.loss_tcm import TruncatedTrainingLoss
+from training.networks import edm2 as networks_edm2
+from training.networks.encoders import StandardRGBEncoder
 from training.objectives import OBJECTIVES
+from training.objectives.consistency_loss import TableLoss
+from training.objectives.loss import DIFFUSION_LOSSES
+from training.objectives.loss_ect import ConsistencyTuningLoss
+from training.objectives.loss_tcm import TruncatedTrainingLoss
 from training.phema import WeightAverages
 from training.training_loop import accumulate_gradients
 from training.weight_update import WeightUpdate

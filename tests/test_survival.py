@@ -17,7 +17,7 @@ from wandb.proto import wandb_internal_pb2
 from dnnlib import EasyDict
 from torch_utils.flat import FlatParameters
 from training.checkpoint import load_network, load_state
-from training.loss import Loss
+from training.objectives.loss import Loss
 from training.phema import WeightAverages
 from training.run_files import PREEMPTED, RunFiles, next_tick, saved_states, states_to_keep
 from training.run_files import load_state as newest_state

@@ -9,10 +9,11 @@ from helpers import FAST, TINY_NETWORK, assert_one_clear_error, lines
 
 import generate
 import train
-from training import networks, networks_edm2
+from training import networks
 from training.checkpoint import load_network, save_snapshot
 from training.draws import SampleDraws
-from training.loss import UncertaintyLoss
+from training.networks import edm2 as networks_edm2
+from training.objectives.loss import UncertaintyLoss
 
 DIGITS = dict(img_resolution=8, img_channels=1, label_dim=10)
 ADM = dict(model_type='DhariwalUNet', model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])

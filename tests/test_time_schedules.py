@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from training import consistency_ops as ops
-from training import time_schedules as times
+from training.objectives import time_schedules as times
 
 TIMES = torch.logspace(-2.7, 1.9, 24, dtype=torch.float64)
 UNIFORM = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000  # the quantiles of a uniform draw

@@ -12,8 +12,8 @@ from helpers import FAST, ROOT, TINY_NETWORK, assert_one_clear_error, lines, run
 from PIL import Image
 
 import train
+from data.dataset import ImageFolderDataset
 from training.checkpoint import load_network, load_state
-from training.dataset import ImageFolderDataset
 from training.run_files import states_to_keep
 
 README_COMMAND = '''

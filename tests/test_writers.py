@@ -1,4 +1,4 @@
-"""training/writers.py: processes that write while another one generates."""
+"""sampling/writers.py: processes that write while another one generates."""
 import os
 import resource
 import signal
@@ -12,8 +12,8 @@ from helpers import ROOT
 from PIL import Image
 
 from dnnlib import UserError
-from training import writers
-from training.writers import AHEAD, WriterPool
+from sampling import writers
+from sampling.writers import AHEAD, WriterPool
 
 
 def write_once_there_is(signal_file, path):
@@ -99,5 +99,5 @@ def test_grey_and_colour_images_are_written_as_they_are(tmp_path):
 
 def test_workers_do_without_torch():
     """It takes seconds to import, and a GPU may come with it."""
-    code = 'import sys, training.writers, dataset_tool; print(*{"torch", "scipy", "sklearn"} & set(sys.modules))'
+    code = 'import sys, sampling.writers, dataset_tool; print(*{"torch", "scipy", "sklearn"} & set(sys.modules))'
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == ''

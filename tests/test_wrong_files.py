@@ -19,9 +19,9 @@ import search
 import train
 import validation
 from dnnlib import UserError
+from metrics import lpips
 from metrics.detectors import load_detector
 from metrics.reference import load_reference
-from training import lpips
 from training.checkpoint import load_network, load_state, save_state
 
 

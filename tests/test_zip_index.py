@@ -1,4 +1,4 @@
-"""training/zip_index.py: zip directories as arrays against Python's zipfile, and the cache of them."""
+"""data/zip_index.py: zip directories as arrays against Python's zipfile, and the cache of them."""
 import io
 import json
 import os
@@ -10,10 +10,10 @@ import pytest
 from helpers import run
 from PIL import Image
 
+from data import zip_index
+from data.dataset import ImageFiles, ImageFolderDataset
+from data.zip_index import ZipIndex, open_archive
 from dnnlib import UserError, util
-from training import zip_index
-from training.dataset import ImageFiles, ImageFolderDataset
-from training.zip_index import ZipIndex, open_archive
 
 
 def png(value, size=4):
@@ -167,7 +167,7 @@ def without_reading(monkeypatch, path):
     with monkeypatch.context() as patch:
         for module, name in ((zip_index, '_parse'), (zip_index, '_parse_by_zipfile')):
             patch.setattr(module, name, refuse)
-        patch.setattr('training.dataset._read_json', refuse)
+        patch.setattr('data.dataset._read_json', refuse)
         return contents(path)
 
 

@@ -23,19 +23,21 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import dnnlib
-from dnnlib import UserError
-from dnnlib.limits import UNREADABLE
-from dnnlib.schema import Mismatch, check
+from data.label_space import LabelSpace
+from dnnlib import EasyDict, UserError
+from dnnlib.limits import JSON_FILE, UNREADABLE
+from dnnlib.schema import Mismatch, check, parse_json
 from dnnlib.text import printable
 from torch_utils.persistence import HERE_ONLY
 from torch_utils.restricted_pickle import NUMPY_ARRAYS, TENSORS, Call, MalformedPickle, RefusedName, persistent_object, plain, read_pickle
 from torch_utils.saved_tensors import check_saved
 from torch_utils.sealed_file import DamagedFile, find_seal, read_parts, read_sealed, sealed
 from torch_utils.stored_tensors import LocatedTensor, Storages, StoredTensor, module_tensors
-from training import encoders, networks, networks_edm2, run_schema, saved_files
+from training import networks, run_schema, saved_files
 from training.consistency_ops import student_grid
-from training.label_space import LabelSpace
-from training.networks_switched import Switched
+from training.networks import edm2 as networks_edm2
+from training.networks import encoders
+from training.networks.switched import Switched
 
 STUDENT_LOSS = 'EDMConsistencyDistillLoss'  # the class that identifies a published student's snapshot
 NETWORKS = {**networks.PRECONDS, **networks_edm2.PRECONDS, Switched.__name__: Switched}  # class name -> class: what a snapshot may hold
@@ -351,6 +353,22 @@ def save_snapshot(path: str | os.PathLike, net: torch.nn.Module, **metadata):
         pickle.dump(snapshot, file, protocol=4)
 
 
+def snapshot_metadata(c: EasyDict, nimg: int) -> dict:
+    """Plain data that a snapshot carries, so that samplers know what the network is."""
+    metadata = dict(objective=c.objective, kimg=nimg / 1e3, nimg=nimg, seed=c.seed, **({'encoder': c.encoder} if c.encoder else {}))
+    metadata.update({name: c.dataset[name] for name in ('label_kind', 'classes') if name in c.dataset})  # a `LabelSpace.record`
+    known = {**c.loss, **(c.sampling or {})}
+    known['num_timesteps'] = known.get('N')
+    recorded = ('S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_grid', 'sigma_data', 'num_timesteps', 'clip_denoised')
+    metadata.update({name: known[name] for name in recorded if known.get(name) is not None})
+    if 'S' in known:
+        sigmas = student_grid(*(known[name] for name in ('S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_grid')))
+        metadata.update(sigmas=sigmas.tolist())
+    elif c.sampling:
+        metadata.update(solver='cm', sigmas=[known['sigma_max'], *([known['mid_t']] if known['mid_t'] else []), 0.0])
+    return metadata
+
+
 def _frozen(net: torch.nn.Module) -> torch.nn.Module:
     """A copy for evaluation whose tensors are the network's own where these are on the CPU."""
     def own(tensor):
@@ -430,3 +448,15 @@ def load_state(path: str | os.PathLike) -> dict:
         except UNREADABLE as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(f'{os.fspath(path)} cannot be used as a training state: it is no file of plain data and tensors ({reason}).') from error
+
+
+def read_state(path: str | os.PathLike) -> dict:
+    """A training state of a run; `options` is its configuration as a dict. Raises: UserError, naming the file and the entry that cannot be one."""
+    state = load_state(path)
+    try:
+        check(state, run_schema.STATE, 'the state')
+        options = parse_json(state['options'], JSON_FILE, 'the configuration of a run')
+        return {**state, 'options': check(options, run_schema.OPTIONS, 'options')}
+    except ValueError as error:
+        raise UserError(f'{os.fspath(path)} is no training state that can be used: it {error}. '
+                        'Name a training-state-*.pt that train.py wrote.') from error

@@ -128,7 +128,7 @@ def default_length(opts: EasyDict, option: str) -> float:
         return training_steps(opts) * opts.batch
     if opts.objective != 'ect':
         return 0
-    from training import time_schedules as times
+    from training.objectives import time_schedules as times
     return -(-training_steps(opts) // times.tuning_stages(opts.q)) * opts.batch
 
 
@@ -136,7 +136,7 @@ def check_stages(opts: EasyDict) -> None:
     """UserError where the last of ECT's stages is too late for its times to differ."""
     import torch
 
-    from training import time_schedules as times
+    from training.objectives import time_schedules as times
     try:
         times.earlier_time(torch.ones(1), times.tuning_stage((training_steps(opts) - 1) * opts.batch, opts.stage_nimg), opts.q)
     except ValueError as error:
@@ -147,8 +147,8 @@ def check_perceptual(c: EasyDict) -> None:
     """UserError where the loss compares images by a network whose weights are not there, or which cannot see them."""
     if c.loss.get('cm_loss') != 'lpips':
         return
+    from metrics import lpips
     from torch_utils import distributed
-    from training import lpips
     if c.network.kwargs['img_channels'] not in (1, 3):
         raise UserError('--cm_loss=lpips compares images, not latents: use --cm_loss=pseudo_huber.')
     with distributed.main_process_first():
@@ -160,7 +160,7 @@ def check_truncation(opts: EasyDict, teacher) -> None:
     import torch
 
     from training import samplers
-    from training import time_schedules as times
+    from training.objectives import time_schedules as times
     low, high = samplers.clip_range(teacher, opts.sigma_min, opts.sigma_max)
     if not low < opts.dividing_t < high:
         raise UserError(f'--dividing_t={opts.dividing_t:g} does not lie between the noise levels {low:g} and {high:g}.')
@@ -177,7 +177,7 @@ def check_truncation(opts: EasyDict, teacher) -> None:
 def check_edges(opts: EasyDict) -> None:
     """UserError where improved consistency training would draw no edge of its grid."""
     from training import consistency_ops as ops
-    from training import time_schedules as times
+    from training.objectives import time_schedules as times
     try:
         times.lognormal_edge_probabilities(ops.karras_sigmas(opts.s0 + 1, opts.sigma_min, opts.sigma_max, opts.rho), opts.P_mean, opts.P_std)
     except ValueError as error:
@@ -204,12 +204,12 @@ def averages_to_evaluate(opts: EasyDict) -> list[str]:
 def load_earlier(opts: EasyDict) -> tuple[dict, dict]:
     """The training state of --resume, whose path takes the place of a folder's, and the configuration that it was made with."""
     from torch_utils import distributed
-    from training import run_files
+    from training import checkpoint, run_files
     state = None
     if distributed.is_main():
         opts.resume, state = run_files.load_state(opts.resume, report=lambda line: click.echo(printable(line), err=True))
     opts.resume = distributed.broadcast_object(opts.resume)
-    state = state or run_files.read_state(opts.resume)
+    state = state or checkpoint.read_state(opts.resume)
     return state, state['options']
 
 
@@ -279,7 +279,7 @@ def random_seed() -> int:
 
 def open_dataset(opts: EasyDict):
     """The training set; UserError where labels are asked for and missing."""
-    from training.dataset import ImageFolderDataset
+    from data.dataset import ImageFolderDataset
     return ImageFolderDataset(opts.data, use_labels=opts.cond, max_size=opts.max_images, xflip=opts.xflip, cache=opts.cache)
 
 
@@ -326,8 +326,8 @@ def check_transfer(opts: EasyDict) -> None:
 
 def check_teacher(opts: EasyDict, dataset, teacher) -> None:
     """UserError unless the network of --teacher is what the objective starts from and fits the data."""
-    from training import encoders
-    from training.label_space import space_of
+    from data.label_space import space_of
+    from training.networks import encoders
     check_kind(opts, teacher)
     theirs = (teacher.img_resolution, teacher.img_channels, space_of(teacher))
     ours = (dataset.resolution, encoders.for_dataset(dataset, teacher)[1], dataset.label_space)
@@ -350,7 +350,6 @@ def check_kind(opts: EasyDict, teacher) -> None:
     """UserError unless --teacher is of the kind that the objective starts from."""
     from training import samplers
     from training.checkpoint import NETWORKS
-    from training.stages import is_stage_of
     metadata, kind = teacher.metadata, OBJECTIVES[opts.objective].teacher
     steps = len(metadata.get('sigmas', [0])) - 1
     one_model = isinstance(teacher, tuple(NETWORKS[name] for name in BOUNDARY_CLASSES))
@@ -365,6 +364,13 @@ def check_kind(opts: EasyDict, teacher) -> None:
     elif OBJECTIVES[opts.objective].boundary and not one_model:
         raise UserError(f'--teacher={opts.teacher} has the preconditioning {type(teacher).__name__}, but --objective={opts.objective} needs one '
                         f'that can be the identity at sigma_min: {", ".join(BOUNDARY_CLASSES)}.')
+
+
+def is_stage_of(metadata: dict, opts: EasyDict, sigma_min: float, sigma_max: float) -> bool:
+    """Whether a snapshot's metadata are those of a student whose grid of twice as many steps the first student's is half of."""
+    from training.consistency_ops import student_grid
+    grid = student_grid(2 * opts.S_start, sigma_min, sigma_max, opts.rho, 'full', opts.sigma_grid)
+    return 'S' in metadata and metadata['sigmas'] == grid.tolist()
 
 
 def network_of_teacher(opts: EasyDict, teacher) -> EasyDict:
@@ -450,9 +456,10 @@ def try_network(network: EasyDict) -> None:
 def configure(opts: EasyDict, dataset, teacher) -> EasyDict:
     """The whole run as plain data: what --dry-run prints, training_options.json records and `training_loop` takes."""
     from torch_utils import distributed
-    from training import encoders, samplers
+    from training import samplers
     from training.checkpoint import network_digest
-    from training.loss import DIFFUSION_LOSSES
+    from training.networks import encoders
+    from training.objectives.loss import DIFFUSION_LOSSES
     processes = distributed.get_world_size()
     if opts.batch % processes or (opts.batch_gpu and opts.batch // processes % min(opts.batch_gpu, opts.batch // processes)):
         parts = f'equal parts of --batch-gpu={opts.batch_gpu}' if opts.batch_gpu else 'equal parts'

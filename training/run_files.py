@@ -9,12 +9,9 @@ import torch
 
 import dnnlib
 from dnnlib import EasyDict, UserError
-from dnnlib.limits import JSON_FILE
-from dnnlib.schema import check, parse_json
 from torch_utils import distributed, training_stats
-from training import checkpoint, run_schema
-from training.consistency_ops import student_grid
-from training.loss import Loss
+from training import checkpoint
+from training.objectives.loss import Loss
 from training.phema import WeightAverages, average_name
 from training.saved_files import saved_snapshots, saved_states  # noqa: F401 (people look for both here)
 from training.weight_update import WeightUpdate
@@ -38,18 +35,6 @@ def states_to_keep(states: dict[str, float | None], newest: int = 2) -> set[str]
     return {*list(states)[-newest:], *([min(measured, key=measured.get)] if measured else [])}
 
 
-def read_state(path: str | os.PathLike) -> dict:
-    """A training state of a run; `options` is its configuration as a dict. Raises: UserError, naming the file and the entry that cannot be one."""
-    state = checkpoint.load_state(path)
-    try:
-        check(state, run_schema.STATE, 'the state')
-        options = parse_json(state['options'], JSON_FILE, 'the configuration of a run')
-        return {**state, 'options': check(options, run_schema.OPTIONS, 'options')}
-    except ValueError as error:
-        raise UserError(f'{os.fspath(path)} is no training state that can be used: it {error}. '
-                        'Name a training-state-*.pt that train.py wrote.') from error
-
-
 def load_state(resume: str, report=print) -> tuple[str, dict]:
     """(path, contents) of the state to go on from: the file `resume`, or the newest whole one in the folder `resume`.
 
@@ -57,11 +42,11 @@ def load_state(resume: str, report=print) -> tuple[str, dict]:
     Raises: UserError where there is none.
     """
     if not os.path.isdir(resume):
-        return resume, read_state(resume)
+        return resume, checkpoint.read_state(resume)
     problem = 'it holds no training-state-*.pt'
     for path in saved_states(resume):
         try:
-            return os.fspath(path), read_state(path)
+            return os.fspath(path), checkpoint.read_state(path)
         except UserError as error:
             problem = 'none of its states is whole'
             report(f'Warning: {error} Using the state before it.')
@@ -69,22 +54,6 @@ def load_state(resume: str, report=print) -> tuple[str, dict]:
 
 #----------------------------------------------------------------------------
 # Writing.
-
-def snapshot_metadata(c: EasyDict, nimg: int) -> dict:
-    """Plain data that a snapshot carries, so that samplers know what the network is."""
-    metadata = dict(objective=c.objective, kimg=nimg / 1e3, nimg=nimg, seed=c.seed, **({'encoder': c.encoder} if c.encoder else {}))
-    metadata.update({name: c.dataset[name] for name in ('label_kind', 'classes') if name in c.dataset})  # a `LabelSpace.record`
-    known = {**c.loss, **(c.sampling or {})}
-    known['num_timesteps'] = known.get('N')
-    recorded = ('S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_grid', 'sigma_data', 'num_timesteps', 'clip_denoised')
-    metadata.update({name: known[name] for name in recorded if known.get(name) is not None})
-    if 'S' in known:
-        sigmas = student_grid(*(known[name] for name in ('S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_grid')))
-        metadata.update(sigmas=sigmas.tolist())
-    elif c.sampling:
-        metadata.update(solver='cm', sigmas=[known['sigma_max'], *([known['mid_t']] if known['mid_t'] else []), 0.0])
-    return metadata
-
 
 class RunFiles:
     """Writes a run's snapshots and states. All processes call the methods together; the main one writes.

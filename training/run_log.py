@@ -469,6 +469,6 @@ def pixels_of(path: str):
     """A PNG file as [H, W, 3] uint8."""
     import numpy as np
 
-    from training.pixels import open_image
+    from data.pixels import open_image
     with open_image(path) as image:
         return np.asarray(image.convert('RGB'))

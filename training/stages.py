@@ -12,14 +12,7 @@ from pathlib import Path
 from dnnlib import EasyDict, UserError
 from dnnlib.schema import read_json
 from dnnlib.text import printable
-from training import time_schedules as times
-
-
-def is_stage_of(metadata: dict, opts: EasyDict, sigma_min: float, sigma_max: float) -> bool:
-    """Whether a snapshot's metadata are those of a student whose grid of twice as many steps the first student's is half of."""
-    from training.consistency_ops import student_grid
-    grid = student_grid(2 * opts.S_start, sigma_min, sigma_max, opts.rho, 'full', opts.sigma_grid)
-    return 'S' in metadata and metadata['sigmas'] == grid.tolist()
+from training.objectives import time_schedules as times
 
 
 def stages(opts: EasyDict, run_dir: str) -> Iterator[EasyDict]:

@@ -7,20 +7,21 @@ import time
 import psutil
 import torch
 
-import validation
+from data.dataset import ImageFolderDataset, InfiniteSampler
+from data.feed import Feed
+from data.label_space import LabelSpace, listed, space_of
 from dnnlib import EasyDict, NotFinite, UserError
 from dnnlib.text import printable
+from metrics.validator import Validator
 from torch_utils import distributed, misc, training_stats
 from torch_utils.flat import FlatParameters
 from torch_utils.preemption import StopRequest, WorkerShield
-from training import checkpoint, encoders, execution, resolution, run_files
-from training.augment import AugmentPipe
-from training.dataset import ImageFolderDataset, InfiniteSampler
+from training import checkpoint, execution, resolution, run_files
 from training.draws import SampleDraws, derive_seed
-from training.feed import Feed
-from training.label_space import LabelSpace, listed, space_of
-from training.loss import DIFFUSION_LOSSES, Loss
+from training.networks import encoders
+from training.networks.augment import AugmentPipe
 from training.objectives import OBJECTIVES
+from training.objectives.loss import DIFFUSION_LOSSES, Loss
 from training.phema import WeightAverages
 from training.profiling import StepProfile
 from training.run_log import RunLog
@@ -146,7 +147,7 @@ def training_loop(c: EasyDict, run_dir: str, dataset: ImageFolderDataset, teache
                 progress, c, averages, start_time, tick_start_time, start_nimg, maintenance_time, now, device, feed.waited())
             log(tick_line(stats, f'Loss/{loss_fn.name}', (c.total_nimg - progress.nimg) * (now - start_time) / max(progress.nimg - start_nimg, 1)))
             log.stats(stats)
-            files.save(progress, run_files.snapshot_metadata(c, progress.nimg), fids, done)
+            files.save(progress, checkpoint.snapshot_metadata(c, progress.nimg), fids, done)
             if done:
                 break
             progress.update(run_files.next_tick(progress))
@@ -226,7 +227,7 @@ def build_loss(c: EasyDict, teacher: torch.nn.Module | None, device: torch.devic
     if (objective := OBJECTIVES[c.objective]).loss:
         options = dict(c.loss)
         if 'lpips' in options:
-            from training import lpips
+            from metrics import lpips
             weights = options.pop('lpips')
             with distributed.main_process_first():
                 options['perceptual'] = lpips.load(weights, device) if options['cm_loss'] == 'lpips' else None
@@ -234,11 +235,11 @@ def build_loss(c: EasyDict, teacher: torch.nn.Module | None, device: torch.devic
     return DIFFUSION_LOSSES[c.loss.kind](**{name: value for name, value in c.loss.items() if name != 'kind'})
 
 
-def build_validator(c: EasyDict, run_dir: str, dataset, net, device, resumed: bool) -> validation.Validator:
+def build_validator(c: EasyDict, run_dir: str, dataset, net, device, resumed: bool) -> Validator:
     """What evaluates the averages of `net` in training. A resumed run makes the images of interrupted evaluations again."""
     options = EasyDict(c.validation, overwrite=c.validation.overwrite or resumed)
     image_shape = [net.img_channels, net.img_resolution, net.img_resolution]
-    return validation.Validator(options, dataset, run_dir, device, image_shape, dataset.label_space, c.encoder)
+    return Validator(options, dataset, run_dir, device, image_shape, dataset.label_space, c.encoder)
 
 
 def profiled_networks(net: torch.nn.Module, teacher: torch.nn.Module | None) -> dict[tuple[str, str], torch.nn.Module]:
@@ -311,7 +312,7 @@ def give_up(c: EasyDict, progress: EasyDict, log: RunLog, bad_in_a_row: int) -> 
                               f'none of them changed the weights. Lower --lr, set --grad-clip, or use --precision=bf16 or fp32, and {cure}.')
 
 
-def evaluate(validator: validation.Validator, c: EasyDict, averages: WeightAverages, loss_fn, nimg: int, files: run_files.RunFiles,
+def evaluate(validator: Validator, c: EasyDict, averages: WeightAverages, loss_fn, nimg: int, files: run_files.RunFiles,
              stop: StopRequest) -> dict | None:
     """FID of each average of --val_emas, by name, the same on all processes; None, and nothing recorded, where a signal asked to stop meanwhile.
 
@@ -320,7 +321,7 @@ def evaluate(validator: validation.Validator, c: EasyDict, averages: WeightAvera
     records, grids = {}, {}
     sampled = lambda name: loss_fn.sampled(execution.run_with(averages.on_device(name), channels_last=c.channels_last))  # of copies, one at a time
     for name in c.validation.emas:
-        records[name] = validator.run(sampled(name), nimg=nimg, ema=name, metadata=run_files.snapshot_metadata(c, nimg), stop=stop)
+        records[name] = validator.run(sampled(name), nimg=nimg, ema=name, metadata=checkpoint.snapshot_metadata(c, nimg), stop=stop)
         if records[name] is None:
             return None
     for name, record in records.items():
@@ -329,7 +330,7 @@ def evaluate(validator: validation.Validator, c: EasyDict, averages: WeightAvera
     return distributed.broadcast_object({name: record['fid'] for name, record in records.items()})
 
 
-def picture(validator: validation.Validator, net, nimg: int, name: str, log: RunLog) -> str | None:
+def picture(validator: Validator, net, nimg: int, name: str, log: RunLog) -> str | None:
     """The path of `sample_grid`; None, and a line in the log, where images of it are not finite."""
     try:
         return validator.sample_grid(net, nimg, name)
@@ -338,7 +339,7 @@ def picture(validator: validation.Validator, net, nimg: int, name: str, log: Run
         return None
 
 
-def evaluate_at_start(validator: validation.Validator, c: EasyDict, averages: WeightAverages, loss_fn, teacher, files: run_files.RunFiles,
+def evaluate_at_start(validator: Validator, c: EasyDict, averages: WeightAverages, loss_fn, teacher, files: run_files.RunFiles,
                       stop: StopRequest) -> dict | None:
     """What --val_teacher and --val_at_start ask for; None where a signal asked to stop meanwhile."""
     if c.validation.teacher and teacher is not None:

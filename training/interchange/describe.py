@@ -8,7 +8,7 @@ import torch
 from dnnlib import EasyDict, UserError
 from dnnlib.text import printable as text_of
 from torch_utils.restricted_pickle import MalformedPickle
-from training import checkpoint, run_files
+from training import checkpoint
 from training.phema import average_name
 
 
@@ -41,11 +41,11 @@ def describe_state(source) -> dict:
 
     Raises: UserError, naming the source, where it is damaged or no training state of ours.
     """
-    state = run_files.read_state(source)
+    state = checkpoint.read_state(source)
     try:
         options, position = EasyDict(state['options']), state['progress']
         net = checkpoint.build_unfilled(options.network['class_name'], (), options.network['kwargs'])
-        net.metadata = run_files.snapshot_metadata(options, position['nimg'])
+        net.metadata = checkpoint.snapshot_metadata(options, position['nimg'])
         averages = ['ema', *(average_name(std) for std in state['averages']['phema'])]
     except (LookupError, AttributeError) as error:
         raise UserError(f'{source} is no training state of this version of the program: it lacks {error.args[0]!r}.') from error

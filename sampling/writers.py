@@ -166,7 +166,7 @@ class FolderDestination:
 
     def others(self, seeds: Sequence[int]) -> dict[str, list[str]]:
         """What the folder holds of images, or latents, that these seeds will not be written over: {what they are: relative paths}."""
-        from training.dataset import image_names
+        from data.dataset import image_names
         asked, found = set(seeds), {}
         for name in image_names(self.path) if os.path.isdir(self.path) else ():
             seed = self._seed(name)
@@ -266,10 +266,10 @@ def write_array_part(images: np.ndarray, path: str) -> None:
 
 def write_png_part(images: np.ndarray, path: str, place: int) -> None:
     """A zip of PNGs, uncompressed as those of dataset_tool.py, the first of which has that place."""
-    from dataset_tool import PngFiles, png_bytes
+    from data.archive_writer import IMAGE_NAME, png_bytes
     with atomic_write(path, durable=False) as file, zipfile.ZipFile(file, 'w') as archive:
         for i, image in enumerate(images, place):
-            archive.writestr(f'{i // 1000:05d}/{PngFiles.pattern.format(i)}', png_bytes(_picture(image)))
+            archive.writestr(f'{i // 1000:05d}/{IMAGE_NAME.format(i)}', png_bytes(_picture(image)))
 
 
 def join_arrays(parts: Sequence[str], labels: Sequence | None, path: str) -> None:
@@ -288,7 +288,7 @@ def join_arrays(parts: Sequence[str], labels: Sequence | None, path: str) -> Non
 
 def join_pngs(parts: Sequence[str], labels: Sequence | None, path: str) -> None:
     """The data set of parts with some of its members each, and its labels."""
-    from dataset_tool import open_dest
+    from data.archive_writer import open_dest
     names = []
     with open_dest(pathlib.Path(path)) as write:
         for part in parts:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from training.consistency_loss import Pairs, SegmentLoss
+from training.objectives.consistency_loss import Pairs, SegmentLoss
 
 
 class ConsistencyTrainingLoss(SegmentLoss):

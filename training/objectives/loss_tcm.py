@@ -10,10 +10,10 @@ from torch import Tensor
 
 from torch_utils import training_stats
 from training import consistency_ops as ops
-from training import time_schedules as times
-from training.consistency_loss import ConsistencyLoss, Drawn, Pairs
 from training.draws import upload
-from training.networks_switched import Switched
+from training.networks.switched import Switched
+from training.objectives import time_schedules as times
+from training.objectives.consistency_loss import ConsistencyLoss, Drawn, Pairs
 
 
 class TruncatedTrainingLoss(ConsistencyLoss):

@@ -56,7 +56,7 @@ class Objective:
     def loss_class(self) -> type:
         """The class of the loss, imported."""
         module, name = self.loss.split(':')
-        return getattr(importlib.import_module(f'training.{module}'), name)
+        return getattr(importlib.import_module(f'training.objectives.{module}'), name)
 
 
 HOP_COST = dict(heun=2, ddim=1, addim=1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import click
 
 from dnnlib import EasyDict, UserError
-from metrics import digits
+from experiments import digits
 from training.objectives import OBJECTIVES
 
 OURS = {'outdir', 'nosubdir', 'desc', 'data', 'consistency', 'teacher', 'transfer', 'resume', 'resume_override', 'tick', 'snap', 'dump', 'keep',
@@ -161,7 +161,7 @@ def make_training(request: Request, name: str, objective: str, seed: int, budget
 
 def halving_training(request: Request, name: str, objective: str, seed: int) -> Training:
     """Progressive distillation down to the smallest number of sampling steps, whose stages share the budget."""
-    from training.time_schedules import halving_stages
+    from training.objectives.time_schedules import halving_stages
     most, least = FINER * max(request.steps), min(request.steps)
     fixed = [*fixed_options(request, objective, seed), f'--S_start={most}', f'--S={least}']
     words = [*recipe_of(request, objective), *own_options(request, objective, None, {*names_of(fixed), 'stage_steps'}), *fixed]

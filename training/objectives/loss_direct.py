@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from training import consistency_ops as ops
-from training.consistency_loss import Pairs, SegmentLoss
+from training.objectives.consistency_loss import Pairs, SegmentLoss
 
 
 class SegmentRegressionLoss(SegmentLoss):

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data import file_names
 from dnnlib import UserError, limits, util
 from dnnlib.archives import BoundedZip
-from training import file_names
 
 CACHE_FROM = 100_000  # members; fewer are read as fast as they could be looked up
 FORMAT = 2            # of the cache's arrays, and of what is made of them

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from torch_utils.flat import FlatParameters
 from training import consistency_ops as ops
-from training import time_schedules as times
-from training.consistency_loss import HOPS, Pairs, TableLoss
+from training.objectives import time_schedules as times
+from training.objectives.consistency_loss import HOPS, Pairs, TableLoss
 
 CM_LOSSES = ('l1', 'l2', 'pseudo_huber', 'lpips')
 MU_SCHEDULES = ('adaptive', 'fixed')
@@ -69,7 +69,7 @@ class ConsistencyModelLoss(GridLoss):
         mu0: decay of the target network a step: throughout where N is given, or with mu_schedule 'fixed'; where N grows and mu_schedule is
             'adaptive' that of N = s0 + 1, see `time_schedules.target_ema`. 0: the network is its own target.
         cm_loss: `l1`, `l2` means over an image's values; `pseudo_huber` as in `GridLoss`; `lpips` the distance `perceptual`.
-        perceptual: module (images, images) -> [N], see `training.lpips`.
+        perceptual: module (images, images) -> [N], see `metrics.lpips`.
         grid: see `GridLoss`.
     """
 

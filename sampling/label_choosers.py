@@ -7,9 +7,9 @@ import click
 import numpy as np
 import torch
 
+from data.label_space import Labels, LabelSpace, space_of
 from dnnlib import UserError
-from training import generation
-from training.label_space import Labels, LabelSpace, space_of
+from sampling import generation
 
 MAX_LABEL_BYTES = 1 << 30  # of a file of labels
 DATA = 'data'              # what stands for the training set in the place of a file
@@ -50,7 +50,7 @@ def choose(net, network: str, class_idx: int | None = None, labels: str | None =
 
 def read_labels(path: str, space: LabelSpace, network: str) -> Labels:
     """The labels in a .npy file. Raises: UserError where they are none of the network."""
-    from metrics.arrays import map_npy
+    from data.arrays import map_npy
     if not path.endswith('.npy'):
         raise UserError(f'--labels={path} is no .npy file; save the labels with numpy.save, or give --labels={DATA}')
     values = map_npy(path)
@@ -61,7 +61,7 @@ def read_labels(path: str, space: LabelSpace, network: str) -> Labels:
 
 def labels_of_training_set(net, network: str) -> Labels:
     """The labels of the data set that a snapshot records. Raises: UserError where it is not there, or is another one by now."""
-    from training.dataset import ImageFolderDataset
+    from data.dataset import ImageFolderDataset
     record = net.metadata.get('dataset_kwargs', {})
     path, max_size = record.get('path'), record.get('max_size')
     cure = 'give --labels=FILE.npy'

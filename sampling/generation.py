@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.label_space import LabelSpace, space_of
 from dnnlib import NotFinite, UserError, cli
-from training import encoders, samplers, writers
-from training.label_space import LabelSpace, space_of
+from sampling import writers
+from training import samplers
+from training.networks import encoders
 
 LabelChooser = Callable[['SeededNoise', int], Tensor]
 

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from sklearn.isotonic import isotonic_regression
 
+from data.pixels import open_image
 from dnnlib import UserError
-from training.generation import image_grid
-from training.pixels import open_image
+from sampling.generation import image_grid
 from training.run_log import records
 
 STYLE = '''

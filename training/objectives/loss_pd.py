@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from training import consistency_ops as ops
-from training.consistency_loss import Pairs, TableLoss
+from training.objectives.consistency_loss import Pairs, TableLoss
 
 HOPS = ('ddim', 'addim')
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch_utils import training_stats
 from training import consistency_ops as ops
 from training.draws import upload
-from training.loss import Loss, report_by_sigma, student_masks, unwrap
+from training.objectives.loss import Loss, report_by_sigma, student_masks, unwrap
 
 HOPS = ('heun', 'ddim', 'addim')  # of a teacher
 PINNED = len(ops.KIND_NAMES)  # to the host a kind of its own: the first edge where it has a reference of its own

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from training import consistency_ops as ops
-from training import time_schedules as times
-from training.loss_cm import GridLoss
+from training.objectives import time_schedules as times
+from training.objectives.loss_cm import GridLoss
 
 
 class ImprovedConsistencyTrainingLoss(GridLoss):

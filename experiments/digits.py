@@ -4,7 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dnnlib.util import file_sha256, pinned
-from metrics.story import Ruler, Story
+from experiments.story import Ruler, Story
 from training.objectives import OBJECTIVES
 
 RULERS = dict(classifier='digits classifier, trained here', pca='PCA of raw pixels', random='fixed random convolution')

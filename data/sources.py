@@ -22,16 +22,16 @@ import click
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from data import file_names, lmdb_pipe
+from data.dataset import ImageFiles, are_label_vectors, count_unused_labels, read_labels, what_it_is
+from data.label_space import Labels
+from data.pixels import UNREADABLE, Picture, is_colour, open_image
 from dnnlib import UserError, limits
 from dnnlib.archives import BoundedTar
 from dnnlib.file_kind import HEAD, describe_file
 from dnnlib.text import printable
 from torch_utils.restricted_pickle import MalformedPickle, read_pickle
 from torch_utils.stored_arrays import PICKLE_NAMES, stored_array
-from training import file_names, lmdb_pipe
-from training.dataset import ImageFiles, are_label_vectors, count_unused_labels, read_labels, what_it_is
-from training.label_space import Labels
-from training.pixels import UNREADABLE, Picture, is_colour, open_image
 
 SHOWN = 5  # names that a message lists
 Label = int | list[float] | None

@@ -1,0 +1,1 @@
+"""What compare.py and demo.py do: commands, tables, reports."""

@@ -1,0 +1,1 @@
+"""Images from networks: generating, writing, editing, searching for time points."""
