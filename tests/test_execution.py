@@ -19,7 +19,7 @@ from training.networks.switched import Switched
 from training.objectives.loss import Loss
 from training.phema import WeightAverages
 from training.run_files import saved_snapshots
-from training.training_loop import speed_up
+from training.setup import speed_up
 
 SMALL = dict(img_resolution=8, img_channels=3, label_dim=4)
 KINDS = {

@@ -19,7 +19,7 @@ from torch_utils.flat import FlatParameters
 from training.checkpoint import load_network, load_state
 from training.objectives.loss import Loss
 from training.phema import WeightAverages
-from training.run_files import PREEMPTED, RunFiles, next_tick, saved_states, states_to_keep
+from training.run_files import PREEMPTED, Progress, RunFiles, saved_states, states_to_keep
 from training.run_files import load_state as newest_state
 from training.run_log import leveldb_records
 from training.weight_update import WeightUpdate
@@ -138,17 +138,17 @@ def small_run(folder, **options):
     flat = FlatParameters(net)
     c = EasyDict(dict(states_kept=10, on_save_error='stop', resume=None), **options)
     files = RunFiles(c, folder, net, WeightUpdate(flat, (0.9, 0.99), 1e-8), WeightAverages(net, flat, 1e3, None, []), Loss(), log=print)
-    return files, EasyDict(nimg=1000, tick=1, tick_start_nimg=0, due=False, begun=True, fid=None, states={}, names={}, wandb_id=None)
+    return files, Progress(nimg=1000, tick=1, begun=True)
 
 
 def test_a_state_that_is_saved_again_keeps_its_distance(tmp_path):
     """As by a signal right after a resume: it is still the best one."""
     files, progress = small_run(tmp_path)
     progress.fid = 3.0
-    state = tmp_path / files.save_state(progress, next_tick(progress))
+    state = tmp_path / files.save_state(progress, progress.next_position())
     files, _ = small_run(tmp_path, resume=str(state))
-    progress = EasyDict(load_state(state)['progress'])
-    assert progress.fid is None and tmp_path / files.save_state(progress, dict(progress)) == state
+    progress = Progress(**load_state(state)['progress'])
+    assert progress.fid is None and tmp_path / files.save_state(progress, progress.position()) == state
     assert load_state(state)['progress']['states'] == {state.stem: 3.0}
 
 
@@ -157,13 +157,13 @@ def test_states_beyond_the_one_that_a_run_goes_on_from_are_deleted_when_a_new_on
     files, progress = small_run(tmp_path)
     for nimg in (1000, 2000, 3000, 4000):
         progress.nimg = nimg
-        files.save_state(progress, next_tick(progress))
+        files.save_state(progress, progress.next_position())
     middle = tmp_path / 'training-state-000002.pt'
     files, _ = small_run(tmp_path, resume=str(middle))
-    progress = EasyDict(load_state(middle)['progress'], nimg=2500)
+    progress = Progress(**{**load_state(middle)['progress'], 'nimg': 2500})
     files.tidy()
     assert len(saved_states(tmp_path)) == 4
-    files.save_state(progress, next_tick(progress))
+    files.save_state(progress, progress.next_position())
     assert [path.stem.removeprefix('training-state-') for path in saved_states(tmp_path)] == ['000002-2500', '000002', '000001']
 
 
@@ -171,7 +171,7 @@ def test_a_state_that_somebody_has_deleted_is_not_missed(tmp_path):
     files, progress = small_run(tmp_path, states_kept=2)
     for nimg in (1000, 2000, 3000, 4000):
         progress.nimg = nimg
-        assert files.save_state(progress, next_tick(progress)) == f'training-state-{nimg // 1000:06d}.pt'
+        assert files.save_state(progress, progress.next_position()) == f'training-state-{nimg // 1000:06d}.pt'
         for path in saved_states(tmp_path)[1:]:  # all but the newest
             path.unlink()
     assert [path.name for path in saved_states(tmp_path)] == ['training-state-000004.pt']

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -19,9 +21,41 @@ from training.weight_update import WeightUpdate
 PREEMPTED = 'preempted.json'  # left by a run that stopped because it was asked to, for the script that starts it again
 
 #----------------------------------------------------------------------------
+# Where a run stands.
+
+@dataclass
+class Progress:
+    """Where a run stands, all of which is in its training states."""
+    nimg: int = 0               # images seen
+    tick: int = 0               # ticks ended
+    tick_start_nimg: int = 0    # images seen when this tick began
+    due: bool = False           # whether the work at the end of the tick is still to be done
+    begun: bool = False         # whether the evaluations before the first step are over
+    fid: float | None = None    # of the first average that was evaluated at the end of this tick
+    states: dict[str, float | None] = field(default_factory=dict)   # states that are kept, the oldest first, and their FID
+    names: dict[str, int] = field(default_factory=dict)             # names of files so far, and the images seen at each
+    wandb_id: str | None = None
+
+    @classmethod
+    def restored(cls, entries: dict) -> Progress:
+        """From a training state; what only another version knows is left out."""
+        return cls(**{entry.name: entries[entry.name] for entry in fields(cls) if entry.name in entries})
+
+    def position(self) -> dict:
+        """All of it, as plain data."""
+        return asdict(self)
+
+    def next_position(self) -> dict:
+        """The same once the tick has been dealt with."""
+        return {**asdict(self), 'tick': self.tick + 1, 'tick_start_nimg': self.nimg, 'due': False, 'fid': None}
+
+    def begin_tick(self) -> None:
+        self.tick, self.tick_start_nimg, self.due, self.fid = self.tick + 1, self.nimg, False, None
+
+#----------------------------------------------------------------------------
 # Names and choices.
 
-def file_stem(progress: EasyDict, kind: str) -> str:
+def file_stem(progress: Progress, kind: str) -> str:
     """`<kind>-<kimg:06d>` for a file saved now, with `-<nimg>` appended where one of another moment of this run has the same kimg."""
     stem = f'{kind}-{progress.nimg // 1000:06d}'
     if progress.names.setdefault(stem, progress.nimg) != progress.nimg:
@@ -69,22 +103,22 @@ class RunFiles:
         self._newest: tuple[tuple, str] | None = None  # position and name of the last state that was written
         self._abandoned: set[str] = set()  # states beyond the one that the run goes on from
 
-    def save(self, progress: EasyDict, metadata: dict, fids: dict[str, float], done: bool) -> None:
+    def save(self, progress: Progress, metadata: dict, fids: dict[str, float], done: bool) -> None:
         """Everything that is due at the end of this tick. `fids`: of the averages evaluated at it, by name; `metadata`: see `save_snapshot`."""
         c = self.c
         due = lambda every: bool(every) and (done or progress.tick % every == 0)
-        best = progress.fid is not None and progress.fid < min((fid for fid in progress.states.values() if fid is not None), default=float('inf'))
+        least = min((fid for fid in progress.states.values() if fid is not None), default=float('inf'))
+        best = progress.fid is not None and progress.fid < least
         if due(c.snapshot_ticks):
             extra = dict(ema='ema', ema_halflife_kimg=c.ema_halflife_nimg / 1e3)
-            self.guarded(lambda: self._snapshot(progress, '', self.averages.ema, metadata | extra, fids))
-        for std, average in self.averages.phema.items():
-            if due(c.phema_snapshot_ticks):
-                extra = dict(ema=average_name(std), ema_std=std)
-                self.guarded(lambda: self._snapshot(progress, f'-{std:.3f}', average, metadata | extra, fids))  # noqa: B023  (called at once)
+            self.guarded(self._snapshot, progress, '', self.averages.ema, metadata | extra, fids)
+        for std, average in self.averages.phema.items() if due(c.phema_snapshot_ticks) else ():
+            extra = dict(ema=average_name(std), ema_std=std)
+            self.guarded(self._snapshot, progress, f'-{std:.3f}', average, metadata | extra, fids)
         if (due(c.state_dump_ticks) and (progress.tick > 0 or done)) or (c.state_dump_ticks and best):
-            self.save_state(progress, next_tick(progress))
+            self.save_state(progress, progress.next_position())
 
-    def _snapshot(self, progress: EasyDict, suffix: str, net: torch.nn.Module, metadata: dict, fids: dict[str, float]) -> None:
+    def _snapshot(self, progress: Progress, suffix: str, net: torch.nn.Module, metadata: dict, fids: dict[str, float]) -> None:
         path = self.run_dir / f'{file_stem(progress, "network-snapshot")}{suffix}.pkl'
         checkpoint.save_snapshot(path, self.loss_fn.sampled(net), **metadata, dataset_kwargs=dict(self.c.dataset), fid=fids.get(metadata['ema']))
 
@@ -94,7 +128,7 @@ class RunFiles:
             distributed.fail_together('the processes hold different weights: a GPU or its memory is faulty. The states saved before are whole; '
                                       'resume from the newest one on other machines.')
 
-    def save_state(self, progress: EasyDict, position: dict) -> str | None:
+    def save_state(self, progress: Progress, position: dict) -> str | None:
         """Write a state from which a run goes on at `position`; older ones are deleted once it has been read back. Returns its file's name."""
         where = position['nimg'], position['tick'], position['due']
         if self._newest and self._newest[0] == where:
@@ -105,13 +139,13 @@ class RunFiles:
                      loss=self.loss_fn.state_dict(), progress=dict(position), stats=training_stats.state(), rng=distributed.gather_objects(rng),
                      options=json.dumps(self.c))
         stem = file_stem(progress, 'training-state')
-        if not self.guarded(lambda: self._write_state(progress, stem, state)):
+        if not self.guarded(self._write_state, progress, stem, state):
             return None
         progress.states = distributed.broadcast_object(progress.states)  # which of later ones is the best, all processes have to know
         self._newest = where, f'{stem}.pt'
         return f'{stem}.pt'
 
-    def _write_state(self, progress: EasyDict, stem: str, state: dict) -> None:
+    def _write_state(self, progress: Progress, stem: str, state: dict) -> None:
         fid = progress.states.get(stem) if progress.fid is None else progress.fid  # it may be there already, with its distance
         states = {**{name: other for name, other in progress.states.items() if name != stem}, stem: fid}
         kept = states_to_keep(states, self.c.states_kept)
@@ -124,21 +158,25 @@ class RunFiles:
             dnnlib.util.remove(self.run_dir / f'{stale}.pt')
         self._abandoned = set()
 
-    def guarded(self, write) -> bool:
-        """Whether the main process could `write()`. Where it could not, --on-save-error decides: all processes stop, or all go on."""
-        problem = None
+    def guarded(self, write: Callable, *args) -> bool:
+        """Whether the main process could `write(*args)`. Where it could not, --on-save-error decides: all processes stop, or all go on."""
+        return self.attempt(write, *args)[0]
+
+    def attempt(self, write: Callable, *args) -> tuple[bool, object]:
+        """The same, and what `write` returned on the main process."""
+        problem = result = None
         if distributed.is_main():
             try:
-                write()
+                result = write(*args)
             except UserError as error:
                 problem = str(error)
         problem = distributed.broadcast_object(problem)
         if problem is None:
-            return True
+            return True, result
         if self.c.on_save_error == 'stop':
             distributed.fail_together(f'{problem} The states saved before are whole: make room and resume. (--on-save-error=continue trains on.)')
         self.log(f'Warning: {problem} Training goes on (--on-save-error=continue).')
-        return False
+        return False, None
 
     def leave_note(self, signal_name: str, nimg: int, state: str) -> None:
         """Say in the folder that the run stopped on request, and which state it goes on from."""
@@ -164,21 +202,16 @@ class RunFiles:
             self.log(f'{", ".join(sorted(self._abandoned))}: beyond the state that this run goes on from, deleted as soon as a new one is saved.')
 
 
-def newest_state(progress: EasyDict) -> str | None:
+def newest_state(progress: Progress) -> str | None:
     """The file of the newest state that was saved and kept; None where there is none."""
     return f'{next(reversed(progress.states))}.pt' if progress.states else None
-
-
-def next_tick(progress: EasyDict) -> dict:
-    """The position of a run whose tick has been dealt with."""
-    return dict(progress, tick=progress.tick + 1, tick_start_nimg=progress.nimg, due=False, fid=None)
 
 #----------------------------------------------------------------------------
 # Going on.
 
 def restore(path: str, state: dict, net: torch.nn.Module, update: WeightUpdate, averages: WeightAverages, loss_fn: Loss,
-            device: torch.device) -> tuple[dict, int]:
-    """Put a training state into the given objects, and empty it; returns its `progress` and the number of processes that made it."""
+            device: torch.device) -> tuple[Progress, int]:
+    """Put a training state into the given objects, and empty it; returns where it stands, and the number of processes that made it."""
     try:
         net.load_state_dict(state.pop('net'))
         update.load_state_dict(state.pop('update'))
@@ -194,4 +227,4 @@ def restore(path: str, state: dict, net: torch.nn.Module, update: WeightUpdate, 
     except (KeyError, RuntimeError, ValueError) as error:
         reason = ' '.join(line.strip() for line in str(error).strip().splitlines()[:2])  # PyTorch's first line says where, the next one what
         raise UserError(f'--resume={path} is the state of another run or network ({reason}): resume with the options it was made with') from error
-    return progress, len(rng)
+    return Progress.restored(progress), len(rng)
