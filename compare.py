@@ -9,6 +9,7 @@ import dnnlib.interrupts  # noqa: F401  (first)
 import concurrent.futures
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 DIGITS = 'digits'
 STUDENTS = [name for name, objective in OBJECTIVES.items() if objective.loss]
 TRAINING, MEASURING = 'Training', 'Measuring'
+NAME = re.compile(r'[\w.+-]{1,100}', re.ASCII)  # of a model, which is the name of a file as well, and of a solver
 DAMAGED = '{} is damaged: delete it, or choose another --outdir.'
 GOES_ON = 'the same command again goes on from here.'
 DIGITS_DATA = EasyDict(resolution=8, num_channels=1, holds_latents=False)
@@ -105,8 +107,8 @@ def is_row(row: object, rulers: Sequence[str]) -> bool:
         return False
     of_training = [] if row['seed'] is None else ['seed', 'train_steps', 'cost', 'evaluations']
     numbers = ['nfe', 'images', *of_training, *entries_of(rulers).values()]
-    return (all(isinstance(row.get(name), str) for name in ('model', 'solver')) and
-            all(isinstance(row.get(name), (int, float)) for name in numbers))
+    return (all(isinstance(row.get(name), str) and NAME.fullmatch(row[name]) for name in ('model', 'solver')) and
+            all(isinstance(row.get(name), (int, float)) for name in numbers) and all(row[name] > 0 for name in entries_of(rulers).values()))
 
 
 def read_json(path: Path, default: list | dict) -> list | dict:
@@ -115,7 +117,7 @@ def read_json(path: Path, default: list | dict) -> list | dict:
         return default
     try:
         value = schema.read_json(path, schema.Plain(), 'a record of results')
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(DAMAGED.format(path)) from error
     types = lambda of: {name: type(entry) for name, entry in of.items()} if isinstance(of, dict) else type(of)
     if types(value) != types(default):

@@ -11,6 +11,12 @@ import sys
 import threading
 from collections.abc import Iterator
 
+# Who started this process, as long as that can be seen: imports take seconds, in which a torchrun may be killed.
+PARENT = os.getppid()
+PARENT_COMMAND: list[str] = []
+if 'TORCHELASTIC_RUN_ID' in os.environ:
+    with contextlib.suppress(OSError), open(f'/proc/{PARENT}/cmdline', 'rb') as _file:
+        PARENT_COMMAND = os.fsdecode(_file.read()).split('\0')[:-1]
 SCRIPTS = ('train', 'generate', 'fid', 'validation', 'dataset_tool', 'demo', 'convert', 'reconstruct_phema', 'edit', 'search', 'compare', 'example')
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 

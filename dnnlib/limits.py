@@ -4,8 +4,11 @@ A cap stands in front of a parser: whoever reads a file asks for its size first,
 """
 from __future__ import annotations
 
+import errno
 import lzma
+import os
 import pickle
+import stat
 import struct
 import tarfile
 import tokenize
@@ -53,6 +56,15 @@ UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, TypeError, LookupError
 
 class TooLarge(ValueError):
     """Something is larger than what it claims to be ever is. The message completes 'it ...'."""
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """A file for reading. Raises: OSError, also for folders, and for pipes and devices, which could keep a reader waiting for ever."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), 'rb')
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, 'It is no regular file', os.fspath(path))
+    return file
 
 
 def check_size(size: int, limit: int, what: str) -> None:

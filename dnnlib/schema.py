@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dnnlib.limits import JSON_FILE, UNREADABLE, check_size, read_at_most
+from dnnlib.limits import JSON_FILE, UNREADABLE, check_size, open_regular, read_at_most
 from dnnlib.text import printable
 
 MAX_DEPTH, MAX_VALUES = 32, 1_000_000   # of plain data whose kind no table tells
@@ -223,5 +223,5 @@ def parse_json(data: bytes | str, limit: int, what: str):
 
 def read_json(path: str | os.PathLike, kind: Kind, what: str):
     """The value of a JSON file. Raises: OSError where it cannot be read; ValueError that completes 'it ...' where it is not of the kind."""
-    with open(path, 'rb') as file:
+    with open_regular(path) as file:
         return check(parse_json(read_at_most(file, JSON_FILE, what), JSON_FILE, what), kind, what)

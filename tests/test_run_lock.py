@@ -296,6 +296,38 @@ def test_a_rank_ends_with_its_torchrun_in_one_line_and_takes_its_data_loaders_al
     assert parent.stderr.read().splitlines() == [f'torchrun (process {parent.pid}) is gone: process {pids[0]}, rank 0, ends with it.']
 
 
+IMPORTING = '''
+import os, sys, time
+import dnnlib
+with open(sys.argv[1] + ".tmp", "w") as file:
+    file.write(f"{os.getpid()}")
+os.rename(sys.argv[1] + ".tmp", sys.argv[1])
+parent = os.getppid()
+while os.getppid() == parent:  # as imports take seconds
+    time.sleep(0.01)
+from torch_utils import elastic
+elastic.end_with_torchrun()
+time.sleep(60)
+'''
+
+
+@pytest.mark.parametrize('launcher, between, ends', [('torchrun', [], True), ('torchrun', ['bash', '-c'], False), ('shell.py', [], False)])
+def test_a_rank_whose_torchrun_is_killed_while_it_imports_ends_too(tmp_path, monkeypatch, launcher, between, ends):
+    """By then its parent is the system's first process; which one it was is seen at the first import."""
+    monkeypatch.setattr(sys.modules[__name__], 'WATCHED', IMPORTING)
+    _, (pid,) = orphans(tmp_path, launcher, *between)
+    if 'bash' in between:  # it lives on, so the process waits for its end
+        psutil.Process(pid).parent().kill()
+    deadline = time.monotonic() + 20
+    while ends and not gone(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0 if ends else 8)
+    assert gone(pid) == ends
+    if not ends:
+        os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize('launcher, between', [
     ('torchrun', ['bash', '-c']), ('shell.py', []), ('shell.py', ['nohup']), ('shell.py', ['setsid', '--wait'])])
 def test_a_process_that_torchrun_did_not_start_itself_outlives_its_parent(tmp_path, launcher, between):

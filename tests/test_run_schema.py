@@ -188,6 +188,24 @@ HOSTILE = [
     put('options', 'network', 'kwargs', []),
     put('options', 'network', 'class_name', 7),
     put('options', 'dataset', 'image_shape', [1]),
+    *(put('update', 'optimizer', 'state', 0, name, put) for name in ('step', 'exp_avg', 'exp_avg_sq')),
+    *(
+        put('update', 'optimizer', 'state', 0, name, torch.tensor(value))
+        for name, value in (('step', NAN), ('step', -5.0), ('exp_avg', NAN), ('exp_avg', INF), ('exp_avg_sq', -1.0), ('exp_avg_sq', NAN))
+    ),
+    *(
+        put(*path, torch.full([3, 3], value))
+        for path in (['net', 'x'], ['averages', 'ema', 'x'], ['averages', 'phema', 0.1, 'x'])
+        for value in (NAN, INF)
+    ),
+    put('update', 'bad_in_a_row', torch.tensor(-(10**9))),
+    put('update', 'scale', torch.tensor(0.0)),
+    put('progress', 'tick_start_nimg', 10**15),
+    *(
+        put('options', name, value)
+        for name, value in (('lr_schedule', 'x'), ('lr_schedule', 'sqrt'), ('optim', 'x'), ('precision', 'x'), ('lr', 1e300), ('lr', 0))
+    ),
+    *(put('options', 'loss', name, 'x') for name in run_schema.LOSS_CHOICES),
     put('update', 'scale', 'x'),
     put('update', 'optimizer', 'state', {1: {}}),
     put('update', 'optimizer', 'state', {0: {'exp_avg': 'x'}}),
@@ -403,6 +421,15 @@ def test_a_stage_whose_options_are_damaged_is_named(tmp_path, text):
     (tmp_path / 'training_options.json').write_text(text)
     with pytest.raises(UserError, match=r'training_options\.json is missing or damaged'):
         recorded_options(tmp_path)
+
+
+def test_the_table_has_the_choices_of_the_command_line():
+    import click
+
+    import train
+    theirs = {p.name: tuple(p.type.choices) for p in train.main.params if isinstance(p.type, click.Choice)}
+    for name, kind in {**run_schema.LOSS_CHOICES, **run_schema.RUN_CHOICES}.items():
+        assert theirs[name] == kind.values, name
 
 
 def test_every_option_of_a_loss_is_in_the_table():

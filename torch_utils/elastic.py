@@ -11,7 +11,7 @@ from pathlib import PurePath
 
 import psutil
 
-from dnnlib import identity
+from dnnlib import identity, interrupts
 
 PARENT_CHECK_SEC = 0.5
 MODULES = ('torch.distributed.run', 'torch.distributed.launch')
@@ -37,6 +37,8 @@ def end_with_torchrun() -> None:
 
     One that a shell has started, or nohup, setsid or srun, in whatever environment, outlives its parent as ever.
     """
+    if os.getppid() != interrupts.PARENT and _is_torchrun(interrupts.PARENT_COMMAND):  # killed while this process was importing
+        _end_with(interrupts.PARENT)
     if (parent := torchrun()) is not None:
         threading.Thread(target=_end_with, args=[parent['pid']], name='end-with-torchrun', daemon=True).start()
 

@@ -455,8 +455,12 @@ def read_state(path: str | os.PathLike) -> dict:
     state = load_state(path)
     try:
         check(state, run_schema.STATE, 'the state')
-        options = parse_json(state['options'], JSON_FILE, 'the configuration of a run')
-        return {**state, 'options': check(options, run_schema.OPTIONS, 'options')}
+        options = check(parse_json(state['options'], JSON_FILE, 'the configuration of a run'), run_schema.OPTIONS, 'options')
+        if state['progress']['tick_start_nimg'] > state['progress']['nimg']:
+            raise Mismatch('has a tick that begins after the images that it has seen')
+        if options.get('lr_schedule') == 'sqrt' and not options['lr_ref_nimg']:
+            raise Mismatch('has options.lr_schedule = sqrt without options.lr_ref_nimg')
+        return {**state, 'options': options}
     except ValueError as error:
         raise UserError(f'{os.fspath(path)} is no training state that can be used: it {error}. '
                         'Name a training-state-*.pt that train.py wrote.') from error

@@ -107,7 +107,7 @@ def _beyond(resume: str | None) -> list[tuple[str, int]]:
 def _recorded(folder: Path) -> dict | None:
     """A folder's record; None where there is none, or it is damaged."""
     try:
-        with open(folder / LAUNCH, 'rb') as file:
+        with limits.open_regular(folder / LAUNCH) as file:
             record = json.loads(limits.read_at_most(file, limits.JSON_FILE, LAUNCH))
         valid = (isinstance(record['seed'], int) and record['seed'] >= 0 and isinstance(record['resume'], str | None)
                  and all(map(identity.is_valid, record['torchruns']))

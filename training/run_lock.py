@@ -25,6 +25,7 @@ from dnnlib import UserError, identity, limits
 from dnnlib.text import printable
 from dnnlib.util import check_writable
 from torch_utils import distributed, elastic
+from training import saved_files
 
 LOCK = 'run.lock'
 PERIOD = 10.0         # seconds from one heartbeat to the next
@@ -68,9 +69,9 @@ class Holder:
 def read_holder(path: Path) -> Holder | None:
     """Who has the lock `path`; None where there is no such file. Raises: OSError, UserError where it is no regular file."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        if not stat.S_ISREG(path.lstat().st_mode):  # nor a link: what it leads to is nobody's lock
             raise UserError(f'{path} is no file that train.py made, and in its place: remove it')
-        with open(path, 'rb') as file:
+        with limits.open_regular(path) as file:
             status = os.fstat(file.fileno())
             data = file.read(limits.KB * 16)
     except FileNotFoundError:
@@ -109,6 +110,7 @@ class RunLock:
     def acquire(self) -> None:
         """Take the lock, and keep it until `release`. Raises: UserError that tells who has it, or why the folder cannot be locked."""
         check_writable(self.folder)
+        saved_files.check_own_files(self.folder)
         seen, since, told = None, 0.0, False
         try:
             while not self._create(self.path):

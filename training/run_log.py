@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import tqdm
 
 from dnnlib import UserError
-from dnnlib.limits import JSON_LINE, check_size
+from dnnlib.limits import JSON_LINE, check_size, open_regular
 from dnnlib.schema import Integer, Mismatch, Real, Record, Text, check, parse_json
 from dnnlib.text import printable
 from dnnlib.util import LONGEST_MESSAGE, atomic_write
@@ -196,10 +196,10 @@ def append_lines(path: str, lines: str) -> None:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(end - 1, 0))
         if file.read(1) not in (b'', b'\n'):
-            file.seek(0)
-            data = file.read()
+            file.seek(max(end - JSON_LINE, 0))
+            data = file.read() if path.endswith('.jsonl') else b''
             last = data[data.rfind(b'\n') + 1:]
-            if path.endswith('.jsonl') and not _is_record(last):
+            if path.endswith('.jsonl') and len(last) < JSON_LINE and not _is_record(last):
                 end -= len(last)
                 file.truncate(end)
             else:
@@ -233,7 +233,7 @@ def records(path: str) -> Iterator[tuple[bytes, dict | None]]:
 
     Raises: UserError, which names the line, for a record that no run writes, and for a line without end.
     """
-    with open(path, 'rb') as file:
+    with open_regular(path) as file:
         for number in itertools.count(1):
             if not (line := file.readline(JSON_LINE + 1)):
                 return

@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from pathlib import Path
 
+from dnnlib import UserError
 from dnnlib.file_kind import another_kind
 
+OWN_FILES = ('log.txt', 'stats.jsonl', 'metrics-val.jsonl', 'training_options.json', 'preempted.json', 'launch.json')
 SNAPSHOT, STATE = 'a network snapshot (network-snapshot-*.pkl)', 'a training state (training-state-*.pt)'
 
 
@@ -30,6 +33,14 @@ def _saved(folder: str | os.PathLike, kind: str, suffix: str) -> list[Path]:
         if match := re.fullmatch(rf'{kind}-(\d+)(?:-(\d+))?\.{suffix}', path.name):
             found.append((int(match[1]), int(match[2] or 0), path))
     return [path for *_, path in sorted(found, reverse=True)]
+
+
+def check_own_files(folder: str | os.PathLike) -> None:
+    """Raises: UserError where something else lies in the place of a file that a run writes or appends to: a link would lead out of the folder."""
+    for path in (Path(folder, name) for name in OWN_FILES):
+        if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+            kind = 'a link' if path.is_symlink() else 'a folder' if path.is_dir() else 'no regular file'
+            raise UserError(f'{path} is {kind}, in the place of a file that the run writes: move it away')
 
 
 def why_no_snapshot(path: str | os.PathLike) -> str | None:
