@@ -142,7 +142,7 @@ def time_reading(path: Path, count: int, workers: list[int], rounds: int) -> dic
 @click.command(cls=cli.Command)
 @cli.option('--members', metavar='INT', type=click.IntRange(min=1), default=1_281_167, show_default=True, help='Images of the zip that is indexed.')
 @cli.option('--images', metavar='INT', type=click.IntRange(min=BATCH), default=2000, show_default=True, help='Images of 64x64 that are read a round.')
-@cli.option('--workers', metavar='LIST', type=cli.NumberList(), default='0,1,2', show_default=True, help='Numbers of processes that load.')
+@cli.option('--workers', metavar='LIST', type=cli.NumberList(cli.WORKERS), default='0,1,2', show_default=True, help='Numbers of processes that load.')
 @cli.option('--rounds', metavar='INT', type=click.IntRange(min=1), default=3, show_default=True, help='Times that each is timed. The least counts.')
 @cli.option('--folder', metavar='DIR', type=cli.PATH, help='Where to write the files, 0.5 GB by default.  [default: a temporary folder]')
 @cli.option('--measure', hidden=True)

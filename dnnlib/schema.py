@@ -62,16 +62,17 @@ class Integer(Kind):
 
 @dataclass(frozen=True)
 class Real(Kind):
-    """A finite number; `inf` as well where the range includes it."""
+    """A finite number; infinity as well where the range includes it, and NaN where `nan` says so."""
     low: float = -1e300
     high: float = 1e300
+    nan: bool = False
 
     @property
     def words(self) -> str:
         return 'a finite number' if (self.low, self.high) == (-1e300, 1e300) else f'a number from {self.low:g} to {self.high:g}'
 
     def check(self, value, where):
-        if type(value) not in (int, float) or not self.low <= value <= self.high:  # NaN is in no range
+        if type(value) not in (int, float) or not (self.low <= value <= self.high or (self.nan and value != value)):  # NaN is in no range
             self.refuse(value, where)
 
 

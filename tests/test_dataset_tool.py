@@ -21,6 +21,7 @@ from latents import npy, random_latents, save_vae, use_stand_in
 from PIL import Image
 
 import dataset_tool
+from data import archive_writer
 from data.dataset import ImageFolderDataset
 from training.networks import encoders
 
@@ -922,7 +923,7 @@ def test_a_full_disk_leaves_the_old_file_and_one_clear_message(tmp_path, monkeyp
         written.append(name)
         if len(written) == 5:
             raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(dataset_tool.ZipWriter, 'write', fail)
+    monkeypatch.setattr(archive_writer.ZipWriter, 'write', fail)
     assert 'No space left on device' in run('--source=digits', f'--dest={tmp_path}/out.zip', code=1)
     assert os.listdir(tmp_path) == ['out.zip'] and (tmp_path / 'out.zip').read_bytes() == b'old'
 

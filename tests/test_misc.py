@@ -100,7 +100,7 @@ def test_statistics_of_processes_add_up(tmp_path):
 
 @click.command(cls=cli.Command)
 @cli.option('--seeds', type=cli.IntRanges(), group='Numbers')
-@cli.option('--widths', type=cli.NumberList(float), group='Numbers')
+@cli.option('--widths', type=cli.NumberList(cli.FACTOR), group='Numbers')
 @click.option('--fail', is_flag=True)
 def command(seeds, widths, fail):
     if fail:

@@ -337,7 +337,7 @@ def test_a_state_that_does_not_fit_the_network_is_refused_when_it_is_put_in(tmp_
         dict(kimg='x'),
         dict(nimg=-1),
         dict(nimg=10**400),
-        dict(fid=NAN),
+        dict(fid='x'),
         dict(ema=7),
         dict(ema='a\nb'),
         dict(objective=['x']),

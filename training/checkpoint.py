@@ -70,7 +70,7 @@ def load_network(source: str | os.PathLike, device: str | torch.device = 'cpu', 
                 if (reason := saved_files.why_no_snapshot(file.name)) is not None:
                     as_pickle = f' (as a pickle it {error})' if reason.startswith('is text') else ''  # which the oldest pickles are
                     raise MalformedPickle(f'{reason.removesuffix(".")}{as_pickle}') from error
-                if seal:
+                if seal and size <= LARGE:
                     read_sealed(file, size, seal)  # damage is the better explanation
                 raise
         except (MalformedPickle, DamagedFile, Mismatch) as error:
@@ -113,7 +113,7 @@ def _held_instead(snapshot: dict, key: str) -> str:
     return ''
 
 
-LARGE = 1 << 30                         # bytes
+LARGE = 1 << 30                         # bytes: reading so many takes seconds, which is too long for files that hold nothing
 MAX_ENTRIES, MAX_SIZE = 16, 1 << 17     # of an argument: entries of a list, largest number
 LIMITS = {'num_blocks': 32, 'M': 10_000, 'channel_mult': 1024, 'channel_mult_emb': 1024, 'channel_mult_noise': 1024, 'label_dim': 1 << 20}
 
@@ -438,7 +438,7 @@ def load_state(path: str | os.PathLike) -> dict:
                 raise DamagedFile(reason.removesuffix('.'))
             if seal is None:
                 raise DamagedFile('has no checksum at its end: it is damaged, incomplete, or no training state of ours')
-            if size > LARGE:  # reading all of it takes seconds: first see whether there is anything in it
+            if size > LARGE:
                 check_saved(file)
             read_sealed(file, size, seal)
             check_saved(file)
