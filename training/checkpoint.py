@@ -89,6 +89,7 @@ def _read_network(file: BinaryIO, size: int, seal: str | None, key: str, device:
     net.metadata = _metadata(snapshot, net)
     if not seal and 'digest' in net.metadata and net.metadata['digest'] != network_digest(net, net.metadata):
         raise MalformedPickle('is damaged: its network does not match the digest in its metadata. Copy or download it again')
+    _check_grid(net.metadata)
     return net
 
 
@@ -288,7 +289,6 @@ def _metadata(snapshot: dict, net: torch.nn.Module) -> dict:
     except ValueError as error:
         raise MalformedPickle(f'has metadata with {error}') from error
     check(metadata, run_schema.METADATA, 'metadata')
-    _check_grid(metadata)
     encoder = _encoder(snapshot['encoder']) if snapshot.get('encoder') is not None else metadata.get('encoder')
     if encoder is not None and not (isinstance(encoder, dict) and isinstance(encoder.get('class_name'), str)):
         raise MalformedPickle('has metadata whose encoder is no dict with a class_name')
