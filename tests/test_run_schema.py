@@ -379,6 +379,15 @@ def test_networks_whose_numbers_make_images_of_one_color_are_refused(tmp_path, t
         load_network(tmp_path / 'net.pkl')
 
 
+@pytest.mark.parametrize('metadata', [dict(S=10**9), dict(rho=0), dict(sigmas=[2, 3, 0]), dict(kimg='x'), dict(classes=[1])], ids=str)
+def test_metadata_of_safetensors_files_are_checked_likewise(tmp_path, teacher, metadata):
+    from training.interchange.safetensors import load_safetensors, save_safetensors
+    net = load_network(teacher)
+    net.metadata = {'objective': 'mcd', 'S': 2, 'sigmas': [80.0, 1.0, 0.0], **metadata}
+    save_safetensors(tmp_path / 'net.safetensors', net)
+    with pytest.raises(UserError, match=r'net\.safetensors cannot be used'):
+        load_safetensors(tmp_path / 'net.safetensors')
+
 #----------------------------------------------------------------------------
 # Statistics and records.
 

@@ -89,7 +89,7 @@ def _read_network(file: BinaryIO, size: int, seal: str | None, key: str, device:
     net.metadata = _metadata(snapshot, net)
     if not seal and 'digest' in net.metadata and net.metadata['digest'] != network_digest(net, net.metadata):
         raise MalformedPickle('is damaged: its network does not match the digest in its metadata. Copy or download it again')
-    _check_grid(net.metadata)
+    check_metadata(net)
     return net
 
 
@@ -284,11 +284,6 @@ def _metadata(snapshot: dict, net: torch.nn.Module) -> dict:
     if not metadata:
         class_name, loss = persistent_object(snapshot.get('loss_fn')) or (None, {})
         metadata = _published_student(loss, net) if class_name == STUDENT_LOSS else dict(objective='diffusion')
-    try:
-        LabelSpace.recorded(net.label_dim, metadata)
-    except ValueError as error:
-        raise MalformedPickle(f'has metadata with {error}') from error
-    check(metadata, run_schema.METADATA, 'metadata')
     encoder = _encoder(snapshot['encoder']) if snapshot.get('encoder') is not None else metadata.get('encoder')
     if encoder is not None and not (isinstance(encoder, dict) and isinstance(encoder.get('class_name'), str)):
         raise MalformedPickle('has metadata whose encoder is no dict with a class_name')
@@ -305,8 +300,14 @@ def _encoder(node) -> dict | None:
     return encoders.record(class_name, args, kwargs)
 
 
-def _check_grid(metadata: dict):
-    """Refuses noise levels that no student steps on."""
+def check_metadata(net: torch.nn.Module):
+    """Raises: ValueError that completes 'it ...' where a network's metadata are not those of a snapshot, or have levels that no student steps on."""
+    metadata = net.metadata
+    try:
+        LabelSpace.recorded(net.label_dim, metadata)
+    except ValueError as error:
+        raise MalformedPickle(f'has metadata with {error}') from error
+    check(metadata, run_schema.METADATA, 'metadata')
     levels = metadata.get('sigmas', [1, 0])
     if metadata.get('S', len(levels) - 1) != len(levels) - 1:
         raise MalformedPickle(f'has metadata with S = {metadata["S"]} and {len(levels)} noise levels')

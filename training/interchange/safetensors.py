@@ -92,6 +92,10 @@ def load_safetensors(source: str | os.PathLike) -> torch.nn.Module:
     net.requires_grad_(False).metadata = config['metadata']
     if checkpoint.network_digest(net, net.metadata) != net.metadata.get('digest'):
         raise UserError(f'{os.fspath(source)} is damaged: its contents do not match their digest. Copy or download it again.')
+    try:
+        checkpoint.check_metadata(net)
+    except ValueError as error:
+        raise UserError(f'{os.fspath(source)} cannot be used as a network in safetensors format: it {error}.') from error
     return net
 
 
