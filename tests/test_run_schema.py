@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 from helpers import FAST, TINY_NETWORK, assert_one_clear_error, run
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dnnlib import UserError
 from dnnlib.schema import Dict, Integer, ListOf, Maybe, Mismatch, OneOf, Plain, Real, Record, Row, Text, check, parse_json
-from training import checkpoint, run_schema
+from training import checkpoint, run_log, run_schema
 from training.checkpoint import load_network, read_state, save_snapshot, save_state
 from training.run_files import saved_states
 from training.run_log import forget_future
@@ -229,6 +231,25 @@ def test_a_state_that_holds_anything_else_is_refused_in_one_line(tmp_path, state
     with pytest.raises(UserError, match='training state') as caught:
         read_state(tmp_path / 'training-state-000000.pt')
     assert '\n' not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=20), inner),
+)
+
+
+@given(JSON, st.sampled_from([name for table in (run_schema.PROGRESS, run_schema.OPTIONS) for name in table.fields]))
+def test_any_entry_is_of_its_kind_or_a_mismatch(value, name):
+    """Nothing else is raised, whatever JSON lies there; and what passes survives being written and read."""
+    for table in (run_schema.PROGRESS, run_schema.OPTIONS, run_schema.METADATA, run_log.LINE):
+        for record in (value, {name: value}):
+            try:
+                check(record, table, 'it')
+            except Mismatch as error:
+                assert str(error).isprintable() and len(str(error)) < 1000
+            else:
+                assert json.dumps(check(json.loads(json.dumps(record)), table, 'it')) == json.dumps(record)
 
 
 def test_states_of_runs_are_read_whole(folder, state):

@@ -2,6 +2,8 @@
 import pickle
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dnnlib import UserError
 from dnnlib.text import printable
@@ -15,6 +17,12 @@ from dnnlib.util import named
 def test_what_is_no_visible_character_is_escaped_and_everything_else_stays(text, shown):
     assert printable(text) == shown
     assert str(UserError(text)) == shown
+
+
+@given(st.text(st.characters(codec=None)))
+def test_whatever_a_text_is_a_terminal_shows_it_as_one_line(text):
+    shown = printable(text)
+    assert shown.isprintable() and (shown == text) == (text.isprintable() and len(text) <= 1000)
 
 
 def test_long_texts_are_cut_off_and_say_so():
