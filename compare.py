@@ -255,7 +255,7 @@ def distances_table(rows: Sequence[dict], best: dict, entry: str) -> tuple[list[
 
 
 def training_table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines: optimiser steps times network evaluations for an image."""
+    """Header and lines: optimizer steps times network evaluations for an image."""
     students = of_students(rows)
     columns = sorted({nfe for cells in students.values() for nfe in cells})
     text = lambda row: f'{row["train_steps"]:,} × {row["cost"]:.3g}'
@@ -287,7 +287,7 @@ def report(story: Story, rows: Sequence[dict], best: dict, budget: int, batch: i
     """table.md, compare.png, samples.png and report.html; all is held against the row `best`."""
     from experiments import report as pages
     tables = {f'Distance by {ruler}': distances_table(rows, best, entry) for ruler, entry in entries_of(rulers).items()}
-    tables['Optimiser steps × network evaluations for an image'] = training_table(rows)
+    tables['Optimizer steps × network evaluations for an image'] = training_table(rows)
     text = notes(rows, best, budget, batch, rulers)
     story.path('table.md').write_text('\n'.join([*(f'{title}:\n\n{pages.markdown_table(*table)}' for title, table in tables.items()),
                                                  *(f'- {line}' for line in text)]) + '\n')

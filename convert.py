@@ -98,7 +98,7 @@ def info(file, as_json, key):
     FILE is a snapshot, a training state, a safetensors file that convert.py wrote, or OpenAI's weights; its first and last bytes tell which.
     """
     from training.interchange import describe
-    kind = recognise(file)
+    kind = recognize(file)
     if key is not None and kind != 'openai':
         raise UserError(f"--key={key} is for OpenAI's weights, and {file} is a {kind}: leave it out.")
     if kind == 'training state':
@@ -118,7 +118,7 @@ def read(source: str, reader: str, **openai):
     if reader == 'openai':
         from training.interchange.openai import load_openai
         return load_openai(source, **openai)
-    kind = recognise(source)
+    kind = recognize(source)
     if kind == 'training state':
         raise UserError(f'{source} is a training state, from which training goes on. Convert a network-snapshot-*.pkl of the same run.')
     from training.checkpoint import load_network
@@ -147,7 +147,7 @@ def write(dest: str, net, writer: str) -> None:
         save_snapshot(dest, net, **net.metadata)
 
 
-def recognise(source: str) -> str:
+def recognize(source: str) -> str:
     """What a file is by its contents, one of READERS or 'training state'; what is none of them passes for a snapshot, whose reader says what it is.
 
     A PyTorch file is a training state where a checksum follows it: large networks' names may hide what else there is.

@@ -197,7 +197,7 @@ class PngFiles:
         """(number, what to write, label) of each image; afterwards `what` says what these files are."""
         for number, _, image, label in images:
             yield number, png_bytes(image), label
-        self.what = f'{"RGB" if image.mode == "RGB" else "greyscale"} images of {image.width}x{image.height}'
+        self.what = f'{"RGB" if image.mode == "RGB" else "grayscale"} images of {image.width}x{image.height}'
 
 
 class LatentFiles:
@@ -264,13 +264,13 @@ def convert(source: Source, dest: pathlib.Path, recipe: Recipe, files: PngFiles 
             name = f'{number // 1000:05d}/{files.pattern.format(number)}'
             write(name, data)
             labels.append([name, label])
-        labelled = all(label is not None for _, label in labels)
-        space = Labels.of_data(np.array([label for _, label in labels]), source.vectors).space if labelled else LabelSpace(0)
+        labeled = all(label is not None for _, label in labels)
+        space = Labels.of_data(np.array([label for _, label in labels]), source.vectors).space if labeled else LabelSpace(0)
         kind = {'label_kind': space.kind} if space.are_vectors else {}
-        write('dataset.json', json.dumps({'labels': labels if labelled else None, **kind, **files.entries}).encode())
+        write('dataset.json', json.dumps({'labels': labels if labeled else None, **kind, **files.entries}).encode())
     if warning := space.warning():
         click.echo(printable(f'Warning: {warning}'), err=True)
-    return f'Wrote {len(labels)} {files.what}, {f"with {space}" if space.are_vectors else "with labels" if labelled else "without labels"}, to {dest}'
+    return f'Wrote {len(labels)} {files.what}, {f"with {space}" if space.are_vectors else "with labels" if labeled else "without labels"}, to {dest}'
 
 
 class Resolution(click.ParamType):
@@ -319,11 +319,11 @@ class Background(click.ParamType):
 @option('--exif', type=click.Choice(['apply', 'ignore']), default='ignore', show_default=True, group='Input',
         help='Whether images that carry an EXIF orientation are turned by it, as viewers do, or stay as their pixels are stored.')
 @option('--background', type=Background(), default='white', show_default=True, metavar='COLOR', group='Input',
-        help='What transparent pixels lie on: a name of CSS or #rrggbb. Grey images with transparency stay grey if it is grey.')
+        help='What transparent pixels lie on: a name of CSS or #rrggbb. Gray images with transparency stay gray if it is gray.')
 @option('--dest', required=True, metavar='PATH', type=PATH, group='Output', help='A .zip file, replaced if it exists, or a new or empty folder.')
 @option('--resolution', type=Resolution(), metavar='WxH', group='Output', help='Resize the images to this size.  [default: keep their size]')
 @option('--transform', type=click.Choice(list(TRANSFORMS)), group='Output',
-        help='How non-square images become square: center-crop cuts the largest centred square; center-crop-wide is EDM\'s, for LSUN: it cuts the '
+        help='How non-square images become square: center-crop cuts the largest centered square; center-crop-wide is EDM\'s, for LSUN: it cuts the '
              'middle rows, leaves out images that are smaller than WxH, and pads with black bars to WxW; center-crop-letterbox cuts to W:H and pads; '
              'center-crop-dhariwal is ADM\'s preprocessing, for ImageNet.  [default: stretch]')
 @option('--encode-vae', 'vae', metavar='NAME|DIR', type=PATH, group='Output',
@@ -333,7 +333,7 @@ def main(source: str, max_images: int | None, max_images_per_class: int | None, 
          resolution: tuple[int, int] | None, transform: str | None, vae: str | None) -> None:
     """Convert images into a data set for training and evaluation.
 
-    The result is a zip or folder of PNGs of one size, square with a power of two as side, greyscale or RGB, and a dataset.json of labels. Labels
+    The result is a zip or folder of PNGs of one size, square with a power of two as side, grayscale or RGB, and a dataset.json of labels. Labels
     come from the source's own dataset.json; without one, the class folders become the labels 0, 1, ... in sorted order.
 
     \b

@@ -29,7 +29,7 @@ CM_STEPS = 40      # of consistency models of one step in edits: the more there 
 SHOWN = 16         # images of the input in the grid
 NAMED = 20         # images in an error
 SIDE, GAP = 64, 2  # of an image in the grid, at least, and between two, in pixels
-GREY = 128         # of pixels that are to be made up
+GRAY = 128         # of pixels that are to be made up
 
 #----------------------------------------------------------------------------
 # What is edited.
@@ -94,16 +94,16 @@ def check_headers(files: ImageFiles, chosen: Sequence[int], shape: Sequence[int]
                             'put those of one size and mode into a folder of their own')
 
 
-def read_image(path: str, as_grey: bool = False) -> Tensor:
-    """An image file, turned as its camera was, as uint8 [1, C, H, W]; `as_grey`: of 8-bit ones of any mode the grey levels. Raises: UserError."""
+def read_image(path: str, as_gray: bool = False) -> Tensor:
+    """An image file, turned as its camera was, as uint8 [1, C, H, W]; `as_gray`: of 8-bit ones of any mode the gray levels. Raises: UserError."""
     import torch
 
     from data.dataset import image_pixels, image_shape_of, is_16_bit
     from data.pixels import UNREADABLE, Picture, open_image, oriented
-    cure = 'save it as 8-bit grey' if as_grey else 'save it as 8-bit grey or RGB'
+    cure = 'save it as 8-bit gray' if as_gray else 'save it as 8-bit gray or RGB'
     try:
         with open_image(path) as opened:
-            if as_grey and not is_16_bit(opened) and opened.mode != 'LAB':
+            if as_gray and not is_16_bit(opened) and opened.mode != 'LAB':
                 return torch.from_numpy(image_pixels(oriented(Picture.load(opened), upright=True).convert('L')).copy())[None]
             image_shape_of(opened, path, cure)
             return torch.from_numpy(image_pixels(oriented(Picture.load(opened), upright=True)).copy())[None]
@@ -115,7 +115,7 @@ def read_image(path: str, as_grey: bool = False) -> Tensor:
 
 def in_words(shape: Sequence[int]) -> str:
     channels, height, width = shape
-    return f'{width}x{height} {"grey" if channels == 1 else "RGB"}'
+    return f'{width}x{height} {"gray" if channels == 1 else "RGB"}'
 
 
 def check_shape(path: str, shape: Sequence[int], wanted: Sequence[Sequence[int]]) -> None:
@@ -124,7 +124,7 @@ def check_shape(path: str, shape: Sequence[int], wanted: Sequence[Sequence[int]]
         return
     cures = [f'resize {"it" if is_single(path) else "them"}'] if list(shape[1:]) not in [list(one[1:]) for one in wanted] else []
     if shape[0] not in [one[0] for one in wanted]:
-        cures.append(f'save {"it" if is_single(path) else "them"} as 8-bit {"grey" if wanted[0][0] == 1 else "RGB"}')
+        cures.append(f'save {"it" if is_single(path) else "them"} as 8-bit {"gray" if wanted[0][0] == 1 else "RGB"}')
     what = 'is an image' if is_single(path) else 'has images'
     raise UserError(f'--input={path} {what} of {in_words(shape)}, and here it must be {" or ".join(map(in_words, wanted))}: {" and ".join(cures)}')
 
@@ -165,14 +165,14 @@ def inpainting_task(unknown: Tensor) -> Task:
 
     def prepare(images, latents):
         where = unknown.to(images.device)
-        return Prepared(images.masked_fill(where, GREY), latents, dict(edit=editing.inpainting(to_signed(images), where)), to_pixels)
+        return Prepared(images.masked_fill(where, GRAY), latents, dict(edit=editing.inpainting(to_signed(images), where)), to_pixels)
     return prepare
 
 
 def colorization_task(images: Tensor, latents: Tensor) -> Prepared:
     from sampling import editing
-    grey = editing.grey_pixels(images)
-    return Prepared(grey, latents, dict(edit=editing.colorization(to_signed(grey))), lambda x: to_pixels(editing.contract_colors(x)))
+    gray = editing.gray_pixels(images)
+    return Prepared(gray, latents, dict(edit=editing.colorization(to_signed(gray))), lambda x: to_pixels(editing.contract_colors(x)))
 
 
 def superresolution_task(factor: int, resolution: int) -> Task:
@@ -408,11 +408,11 @@ def main():
       python edit.py inpaint --network=demo-out/student-8/network-snapshot-000160.pkl --input=demo-out/digits.zip --indices=0-7 \\
           --box=0,4,8,8 --seeds=0-3 --outdir=edits
     \b
-    Colour for a grey photograph, and 256 pixels from 64:
-      python edit.py colorize --network=consistency-256.pkl --input=old.png --outdir=colour
+    Color for a gray photograph, and 256 pixels from 64:
+      python edit.py colorize --network=consistency-256.pkl --input=old.png --outdir=color
       python edit.py superres --factor=4 --network=consistency-256.pkl --input=small.png --outdir=large
 
-    What is known stays exactly so in the files: pixels outside the mask, the grey version, the averages of blocks.
+    What is known stays exactly so in the files: pixels outside the mask, the gray version, the averages of blocks.
     An output depends on its image and seed alone, not on the batch.
     """
 
@@ -454,7 +454,7 @@ def unknown_pixels(resolution: int, mask: str | None, box: list[int] | None, ran
     import torch
     unknown = torch.zeros(resolution, resolution, dtype=torch.bool)
     if mask is not None:
-        image = read_image(mask, as_grey=True)
+        image = read_image(mask, as_gray=True)
         if list(image.shape[2:]) != [resolution, resolution]:
             raise UserError(f'--mask={mask} is {image.shape[3]}x{image.shape[2]}, and the images are {resolution}x{resolution}: '
                             'draw the mask in their size')
@@ -475,10 +475,10 @@ def unknown_pixels(resolution: int, mask: str | None, box: list[int] | None, ran
 @main.command()
 @editing_options(EDITED_STEPS)
 def colorize(c):
-    """Make up the colours of grey images, or of colour images that are turned grey first; their grey version stays."""
+    """Make up the colors of gray images, or of color images that are turned gray first; their gray version stays."""
     net = load(c.network)
     if net.img_channels != 3:
-        raise UserError(f'{c.network} makes grey images; colours take a network of RGB images')
+        raise UserError(f'{c.network} makes gray images; colors take a network of RGB images')
     source = open_input(c.path, c.indices)
     check_shape(c.path, source.shape, [[channels, net.img_resolution, net.img_resolution] for channels in (1, 3)])
     edit(c, net, source, colorization_task)
@@ -498,7 +498,7 @@ def superres(c, factor):
 
 
 STARTED_STEPS = "the snapshot's own, as far as they are below --sigma"
-SIGMA_HELP = 'Standard deviation of the noise, for pixels in [-1, 1]: 127.5 times as many grey levels.'
+SIGMA_HELP = 'Standard deviation of the noise, for pixels in [-1, 1]: 127.5 times as many gray levels.'
 
 
 @main.command()

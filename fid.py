@@ -92,7 +92,7 @@ def main():
 @cli.option('--bootstrap', metavar='INT', type=cli.Integer(min=0, max=1_000_000), default=0, show_default=True,
             help='Resamples for a 95 % interval of the sampling noise (not the bias); each costs about one more distance. 0 for none.')
 @cli.option('--nearest-k', metavar='INT', type=cli.COUNT,
-            help='Neighbour that sets the radius.  [default: 3 for precision and recall, 5 for density and coverage]')
+            help='Neighbor that sets the radius.  [default: 3 for precision and recall, 5 for density and coverage]')
 @cli.option('--json', 'json_path', metavar='FILE', type=cli.PATH, help='Write the results to this file too.')
 @shared_options
 @cli.option('--network', metavar='PKL|URL', type=cli.PATH, group=NETWORK, help='Snapshot whose images are measured, without writing them.')

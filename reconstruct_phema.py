@@ -47,7 +47,7 @@ def width(word: str) -> float:
 
 
 def _between(words: list[str], dots: int) -> list[float]:
-    """The numbers that three dots stand for; ValueError where their neighbours do not say."""
+    """The numbers that three dots stand for; ValueError where their neighbors do not say."""
     if dots < 2:
         raise ValueError('two numbers must come first')
     first, second, last = (width(words[dots + offset]) for offset in (-2, -1, 1))

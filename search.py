@@ -50,7 +50,7 @@ class Metric(evaluation.Measures):
 @cli.option('--space', type=click.Choice(SPACES), default='log', show_default=True, group=POINTS,
             help='Candidates: levels evenly spaced in ln sigma, or those that --ts of generate.py counts.')
 @cli.option('--tolerance', metavar='FLOAT', type=cli.Number(min=1e-4, max=1), group=POINTS,
-            help=f'Of --space=log: relative distance of neighbouring candidates.  [default: {DEFAULT_TOLERANCE}]')
+            help=f'Of --space=log: relative distance of neighboring candidates.  [default: {DEFAULT_TOLERANCE}]')
 @cli.option('--timesteps', metavar='INT', type=cli.Integer(min=3, max=MAX_STEPS), group=POINTS,
             help="Of --space=karras-index: their number, both ends included.  [default: the snapshot's; 40]")
 @cli.option('--scan', metavar='INT', type=cli.INDEX, default=8, show_default=True, group=POINTS,

@@ -90,7 +90,7 @@ def switch(name: str, **kwargs):
 @cli.option('--batch-gpu', metavar='INT', type=cli.BATCH, group=HYPER,
             help='Images a process handles at a time; smaller than its share of the batch, gradients accumulate.  [default: its share]')
 @cli.option('--optim', type=click.Choice(['adam', 'radam']), group=HYPER,
-            help='Optimiser.  [default: adam; cm, ict, ect, tcm radam; ect, tcm of edm2 adam]')
+            help='Optimizer.  [default: adam; cm, ict, ect, tcm radam; ect, tcm of edm2 adam]')
 @cli.option('--lr', metavar='FLOAT', type=cli.POSITIVE, group=HYPER,
             help='Learning rate.  '
                  '[default: 0.001; mcd, mct, direct 8e-5; pd 2e-4; cm 4e-4; ict, ect 1e-4; tcm 5e-5; edm2 by size, S 0.01, students 0.001, ect by '
@@ -101,7 +101,7 @@ def switch(name: str, **kwargs):
             help='Decay of the learning rate: to 0 at the end of training (linear, cosine), or as 1/sqrt(steps) after --lr_decay steps (sqrt).  '
                  '[default: constant; pd linear; edm2 sqrt]')
 @cli.option('--lr_decay', metavar='STEPS', type=COUNT, group=HYPER,
-            help='Optimiser steps after which sqrt decays, t_ref of EDM2.  [default: 35000; of latents 70000; students 2000; tcm 8000]')
+            help='Optimizer steps after which sqrt decays, t_ref of EDM2.  [default: 35000; of latents 70000; students 2000; tcm 8000]')
 @cli.option('--beta2', metavar='FLOAT', type=cli.Number(0, 1, max_open=True), group=HYPER,
             help="Decay of Adam's second moments.  [default: 0.999; edm2 0.99]")
 @cli.option('--P_mean', 'P_mean', metavar='FLOAT', type=cli.Number(min=-100, max=100), group=HYPER,
@@ -148,7 +148,7 @@ def switch(name: str, **kwargs):
 @cli.option('--T_end', 'T_end', metavar='INT', type=cli.STEPS, group=SEG, help='And at the end.  [default: 1280]')
 @cli.option('--T_anneal_kimg', 'T_anneal_kimg', metavar='KIMG', type=cli.KIMG, group=SEG,
             help='Thousands of images over which T rises.  [default: half of --duration]')
-@cli.option('--T_anneal_steps', 'T_anneal_steps', metavar='INT', type=TICKS, group=SEG, help='The same in optimiser steps.')
+@cli.option('--T_anneal_steps', 'T_anneal_steps', metavar='INT', type=TICKS, group=SEG, help='The same in optimizer steps.')
 @cli.option('--student_grid', type=click.Choice(['edm', 'full']), group=SEG,
             help='The student steps on S nodes and 0 (edm), or on the first S of S+1 nodes and 0 (full).  [default: edm; pd full]')
 @cli.option('--sigma_grid', type=click.Choice(['karras', 'cosine']), group=SEG,
@@ -179,7 +179,7 @@ def switch(name: str, **kwargs):
                  '[default: cm-cd 18, unless --s0, --s1 or --schedule_steps let it grow; cm-ct: growing]')
 @cli.option('--s0', metavar='INT', type=cli.STEPS, group=CM, help='Levels at the start.  [default: 2; ict 10]')
 @cli.option('--s1', metavar='INT', type=cli.STEPS, group=CM, help='And at the end.  [default: 150; ict 1280]')
-@cli.option('--schedule_steps', metavar='INT', type=COUNT, group=CM, help='Optimiser steps over which the grid grows.  [default: all of --duration]')
+@cli.option('--schedule_steps', metavar='INT', type=COUNT, group=CM, help='Optimizer steps over which the grid grows.  [default: all of --duration]')
 @cli.option('--mu0', metavar='FLOAT', type=cli.Number(0, 1, max_open=True), group=CM,
             help='cm-cd, cm-ct: decay of the target network at the start; 0: the target is the network itself.  [default: cm-cd 0; cm-ct 0.9]')
 @cli.option('--mu_schedule', type=click.Choice(['adaptive', 'fixed']), group=CM,
@@ -198,7 +198,7 @@ def switch(name: str, **kwargs):
             help='ict too: constant of the pseudo-Huber distance.  '
                  '[default: 0; tcm 1e-8; edm2 0.06; ict 0.00054 times the root of the number of values]')
 @cli.option('--stage_steps', metavar='INT', type=COUNT, group=ECT,
-            help='pd too, twice for --S=2 and 1: optimiser steps of a stage.  '
+            help='pd too, twice for --S=2 and 1: optimizer steps of a stage.  '
                  '[default: --duration in equal stages, 8 for --q=2, 4 for --q=4, until 1 - r/t is about 1/256; tcm 1; pd 50000]')
 @cli.option('--ect_weight', type=click.Choice(['gap', 'flat', 'inv', 'inv_sum', 'snr', 'karras', 'c_in_squared']), group=ECT,
             help='ect: loss weight: gap = 1/(t - r), or of t alone 1, 1/t, 1/t + 1/sigma_data, 1/t^2, 1/t^2 + 1/sigma_data^2, '
@@ -525,7 +525,7 @@ def check_halving(opts: EasyDict) -> None:
     if opts.hop == 'heun':
         raise click.UsageError('--hop=heun: the teacher of pd takes its own steps, ddim or addim.')
     if opts.duration:
-        raise click.UsageError('--duration is not for pd: a stage lasts --stage_steps optimiser steps.')
+        raise click.UsageError('--duration is not for pd: a stage lasts --stage_steps optimizer steps.')
     if opts.val_steps is not None:
         raise click.UsageError('--val_steps is not for pd: each stage has its own number of steps.')
     if not opts.snap:

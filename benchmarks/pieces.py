@@ -59,7 +59,7 @@ def twins(size: str, device: torch.device) -> tuple[torch.nn.Module, torch.nn.Mo
     return plain, ours, flat
 
 
-def optimiser(size: str, device: torch.device) -> tuple[Way, Way]:
+def optimizer(size: str, device: torch.device) -> tuple[Way, Way]:
     """A step of Adam: the weights."""
     plain, ours, flat = twins(size, device)
     adam, update = torch.optim.Adam(plain.parameters(), lr=1e-4, foreach=False), WeightUpdate(flat, (0.9, 0.999), 1e-8)
@@ -86,7 +86,7 @@ def averages(size: str, device: torch.device) -> tuple[Way, Way]:
     return one_by_one, lambda: kept.update(10_000, 100) or last.parameters()
 
 
-PIECES = {'attention': attention, 'Adam': optimiser, f'averages: EMA and {len(STDS)} phEMA': averages}
+PIECES = {'attention': attention, 'Adam': optimizer, f'averages: EMA and {len(STDS)} phEMA': averages}
 
 
 def difference(numbers: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> float:
@@ -110,7 +110,7 @@ def measure(piece: Callable, size: str, device: torch.device, rounds: int) -> li
 @cli.option('--size', type=click.Choice(list(SIZES)), default='imagenet64-adm', show_default=True, help='Network.')
 @cli.option('--rounds', metavar='INT', type=click.IntRange(min=1), default=10, show_default=True, help='Times that each is timed.')
 def main(size, rounds):
-    """Time attention, optimiser and averages against the plain way of each."""
+    """Time attention, optimizer and averages against the plain way of each."""
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     misc.keep_freed_memory()
     rows = [[name, *measure(piece, size, device, rounds)] for name, piece in PIECES.items() if piece is not attention or size in ATTENTION]

@@ -302,7 +302,7 @@ def describe(size: str, batch: int, steps: int, net: Operations, device: torch.d
              ways: list[str], peaks: dict) -> str:
     """The block of RESULTS.md."""
     prose = (f'{net.parameters:,} parameters, {net.forward / 1e9:.3g} GFLOP a pass for an image, {net.backward / 1e9:.3g} the pass back; '
-             f'{steps} steps. `rest` is all of a step that is no network: drawing, noising, arithmetic of hops, loss, statistics, optimiser, '
+             f'{steps} steps. `rest` is all of a step that is no network: drawing, noising, arithmetic of hops, loss, statistics, optimizer, '
              'averages. Each way of running the networks is measured in turns with the plain one (eager FP32), step by step, in a process of its '
              'own: `times faster` is the ratio within that process, of the least times and the median over pairs of steps. '
              f'`first steps` are the first {min(WARMUP, steps)} together, with compilation from an empty cache. `of the peak`: operations of the '

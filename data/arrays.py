@@ -23,7 +23,7 @@ CHUNK = 1 << 20
 
 
 def may_be_images(header: Header) -> bool:
-    """Whether an array has the type of images, and as many dimensions as grey or colour images."""
+    """Whether an array has the type of images, and as many dimensions as gray or color images."""
     return header.dtype == np.uint8 and len(header.shape) in (3, 4)
 
 

@@ -1,6 +1,6 @@
 """EDM's data sets of images and EDM2's of latents, and the order in which processes read them.
 
-A data set is a folder or a zip of equally sized square images, greyscale or RGB, in any nesting; or of latents, `.npy` files of float32
+A data set is a folder or a zip of equally sized square images, grayscale or RGB, in any nesting; or of latents, `.npy` files of float32
 or float16 [C, H, W]. An optional `dataset.json` holds `{"labels": [[name, class index or vector], ...]}` or `{"labels": null}`, and for
 latents may say under `"encoder"` how they were made. `dataset_tool.py` makes such a data set.
 """
@@ -380,7 +380,7 @@ def image_shape_of(image: Image.Image, source: str, cure: str = 'convert the dat
     if 'transparency' in image.info:
         raise UserError(f'{source} is a {kind} image in which a color stands for transparent pixels, which training and measuring would see; {cure}')
     if kind not in ('L', 'RGB'):
-        raise UserError(f'{source} is a {kind} image, and only 8-bit greyscale (L) and RGB are read; {cure}')
+        raise UserError(f'{source} is a {kind} image, and only 8-bit grayscale (L) and RGB are read; {cure}')
     return len(kind), image.height, image.width
 
 

@@ -65,7 +65,7 @@ def with_slashes(name: str) -> str:
 # Names that look the same.
 
 def composed(name: str) -> str:
-    """The name in Unicode's normalisation form NFC: an accented letter is one character, where it can be."""
+    """The name in Unicode's normalization form NFC: an accented letter is one character, where it can be."""
     return unicodedata.normalize('NFC', name)
 
 
@@ -83,7 +83,7 @@ def _as_utf8(name: str) -> str:
 
 # What a name has in common with one that is meant, why they differ, and the cure.
 LOOKALIKES: list[tuple[Callable[[str], str], str, str]] = [
-    (composed, 'which looks the same in another Unicode normalisation ({} against {})', 'Give both one form: unicodedata.normalize in Python'),
+    (composed, 'which looks the same in another Unicode normalization ({} against {})', 'Give both one form: unicodedata.normalize in Python'),
     (lambda name: composed(name).casefold(), 'which differs in upper and lower case only', 'Write it as the file is called'),
     (lambda name: composed(urllib.parse.unquote(name)), 'which has characters written as %XX', 'Write it as the file is called'),
     (lambda name: os.path.normpath(name).lstrip('/'), 'which is another path to it', 'Write it without ./ and a first /'),

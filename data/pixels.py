@@ -1,4 +1,4 @@
-"""From image files, of formats that are listed here, to 8-bit pixels, grey or RGB: orientation, transparency, ranges of integers; and the ways
+"""From image files, of formats that are listed here, to 8-bit pixels, gray or RGB: orientation, transparency, ranges of integers; and the ways
 to a square."""
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # fr
 ORIENTATION = 0x0112  # the EXIF tag
 WHITE_IS_ZERO = 0x0106, 0  # TIFF's tag PhotometricInterpretation, and its value where 0 is white
 SIGNED = 0x0153, 2         # TIFF's tag SampleFormat, and its value for signed integers
-GREY_MODES = ('1', 'L', 'LA', 'La')
+GRAY_MODES = ('1', 'L', 'LA', 'La')
 PART = 1 << 20  # pixels that are looked up together
 # How a viewer turns the stored pixels, by EXIF orientation (1: not at all), and how that is undone.
 TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270,
@@ -138,10 +138,10 @@ def has_16_bits(raw: str) -> bool:
     return ';16' in raw and not raw.startswith('BGR')
 
 
-def is_colour(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> bool:
-    """Whether an image, of which only the header need be read, is not grey, or would not stay so on that background."""
-    grey = image.mode in GREY_MODES or image.mode[0] in 'IF' or raw_mode(image) in ('LA;16B', 'LA;16N')  # of 16 bits, which Pillow opens as RGBA
-    return not grey or (len(set(background)) > 1 and may_be_transparent(image))
+def is_color(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> bool:
+    """Whether an image, of which only the header need be read, is not gray, or would not stay so on that background."""
+    gray = image.mode in GRAY_MODES or image.mode[0] in 'IF' or raw_mode(image) in ('LA;16B', 'LA;16N')  # of 16 bits, which Pillow opens as RGBA
+    return not gray or (len(set(background)) > 1 and may_be_transparent(image))
 
 
 def may_be_transparent(image: Image.Image) -> bool:
@@ -187,7 +187,7 @@ def to_mode(picture: Picture, mode: str, name: str) -> Image.Image:
 
 
 def _levels(picture: Picture, name: str) -> np.ndarray:
-    """uint8 [H, W] of grey values of more than 8 bits, of which black and white are known. Raises: UserError where they are not."""
+    """uint8 [H, W] of gray values of more than 8 bits, of which black and white are known. Raises: UserError where they are not."""
     image = picture.image
     if image.mode == 'F':
         raise UserError(f'{name} is a floating-point image of unknown range; convert it to 8 bits')
@@ -213,7 +213,7 @@ def _has_tag(image: Image.Image, tag: int, value: int) -> bool:
 def prepared(picture: Picture, mode: str, background: tuple[int, int, int], upright: bool, name: str) -> tuple[Image.Image, bool]:
     """(the 8-bit image 'L' or 'RGB', composited on the background and turned or not, whether any of its pixels is transparent).
 
-    'L' takes a grey background. Raises: UserError.
+    'L' takes a gray background. Raises: UserError.
     """
     alpha, image = opacity(picture, name), to_mode(picture, mode, name)
     if alpha is not None:
@@ -224,7 +224,7 @@ def prepared(picture: Picture, mode: str, background: tuple[int, int, int], upri
 #----------------------------------------------------------------------------
 # Transforms.
 
-def crop_centre(image: Image.Image, width: int, height: int) -> Image.Image:
+def crop_center(image: Image.Image, width: int, height: int) -> Image.Image:
     """The middle width x height pixels; one pixel nearer to the top left where they cannot be in the middle."""
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
@@ -236,9 +236,9 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def center_crop(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The largest centred square, resized."""
+    """The largest centered square, resized."""
     side = min(image.size)
-    return resize(crop_centre(image, side, side), width, height)
+    return resize(crop_center(image, side, side), width, height)
 
 
 def letterboxed(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -258,14 +258,14 @@ def center_crop_wide(image: Image.Image, width: int, height: int) -> Image.Image
     rows = round(width * image.height / image.width)
     if image.width < width or rows < height:
         return None
-    return letterboxed(crop_centre(image, image.width, rows), width, height)
+    return letterboxed(crop_center(image, image.width, rows), width, height)
 
 
 def center_crop_letterbox(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The largest centred part of the ratio width : height, resized, between black bars that make it a square of `width`."""
+    """The largest centered part of the ratio width : height, resized, between black bars that make it a square of `width`."""
     crop_width = min(image.width, max(round(image.height * width / height), 1))
     crop_height = min(image.height, max(round(image.width * height / width), 1))
-    return letterboxed(crop_centre(image, crop_width, crop_height), width, height)
+    return letterboxed(crop_center(image, crop_width, crop_height), width, height)
 
 
 def center_crop_dhariwal(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -275,4 +275,4 @@ def center_crop_dhariwal(image: Image.Image, width: int, height: int) -> Image.I
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
     factor = width / min(image.size)
     image = image.resize((round(image.width * factor), round(image.height * factor)), Resampling.BICUBIC)
-    return crop_centre(image, width, height)
+    return crop_center(image, width, height)

@@ -25,7 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from data import file_names, lmdb_pipe
 from data.dataset import ImageFiles, are_label_vectors, count_unused_labels, read_labels, what_it_is
 from data.label_space import Labels
-from data.pixels import UNREADABLE, Picture, is_colour, open_image
+from data.pixels import UNREADABLE, Picture, is_color, open_image
 from dnnlib import UserError, limits
 from dnnlib.archives import BoundedTar
 from dnnlib.file_kind import HEAD, describe_file
@@ -125,7 +125,7 @@ def array_source(images: np.ndarray, labels: Sequence[int] | None, name: str, se
 
 
 def digits_source(selection: Selection) -> Source:
-    """scikit-learn's bundled digits: 1,797 greyscale images of 8x8 pixels in 0..16, 10 classes."""
+    """scikit-learn's bundled digits: 1,797 grayscale images of 8x8 pixels in 0..16, 10 classes."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -274,7 +274,7 @@ def folder_labels(files: ImageFiles, leave_out: bool) -> tuple[list[str], list[i
 
 def _check_class_names(files: ImageFiles, found: ClassFolders) -> None:
     """UserError where two class folders look the same; a note where they nearly do, or hold no images."""
-    for key, alike in ((file_names.composed, 'in Unicode normalisation only (composed, NFC, against decomposed, NFD)'),
+    for key, alike in ((file_names.composed, 'in Unicode normalization only (composed, NFC, against decomposed, NFD)'),
                        (str.casefold, 'in case only')):
         groups = defaultdict(list)
         for name in found.names:
@@ -291,15 +291,15 @@ def _check_class_names(files: ImageFiles, found: ClassFolders) -> None:
 # Image files.
 
 def files_source(path: pathlib.Path, selection: Selection, background: tuple[int, int, int]) -> Source:
-    """A folder or zip of images, sorted by name. They are written as RGB if any is in colour; in a colour set the first header tells."""
+    """A folder or zip of images, sorted by name. They are written as RGB if any is in color; in a color set the first header tells."""
     files = ImageFiles(path)
     if files.holds_latents:
         with files.open_latents(files.images[0]):  # or it holds other arrays
             pass
         raise UserError(f'{path} holds latents already ({files.images[0]}, ...); it is a data set as it is, or name the images they were made from')
-    names, labels, classes = labelled_images(files, selection.labels_from)
+    names, labels, classes = labeled_images(files, selection.labels_from)
     rows = selection.rows(labels, len(names), classes)
-    mode = 'RGB' if any(_is_colour(files, names[row], background) for row in rows) else 'L'
+    mode = 'RGB' if any(_is_color(files, names[row], background) for row in rows) else 'L'
     items = (Item(i, f'{path}: {names[row]}', _read(files, names[row]), None if labels is None else labels[row]) for i, row in enumerate(rows))
     vectors = bool(labels) and isinstance(labels[0], list) and Labels.of_data(np.array(labels), are_label_vectors(files)).are_vectors
     if about := files.about_others():
@@ -307,7 +307,7 @@ def files_source(path: pathlib.Path, selection: Selection, background: tuple[int
     return Source(len(rows), mode, items, vectors)
 
 
-def labelled_images(files: ImageFiles, labels_from: str) -> tuple[Sequence[str], list[Label] | None, list[str] | None]:
+def labeled_images(files: ImageFiles, labels_from: str) -> tuple[Sequence[str], list[Label] | None, list[str] | None]:
     """(names of images, their labels or None, names of the classes or None), as `Selection.labels_from` says."""
     if labels_from == 'none':
         return files.images, None, None
@@ -324,9 +324,9 @@ def labelled_images(files: ImageFiles, labels_from: str) -> tuple[Sequence[str],
     return by_folder or (files.images, None, None)
 
 
-def _is_colour(files: ImageFiles, name: str, background: tuple[int, int, int]) -> bool:
+def _is_color(files: ImageFiles, name: str, background: tuple[int, int, int]) -> bool:
     with files.open_image(name) as image:
-        return is_colour(image, background)
+        return is_color(image, background)
 
 
 def _read(files: ImageFiles, name: str) -> Picture:

@@ -30,7 +30,7 @@ class Training:
         options: of train.py that decide what it is: all but paths and what is saved when.
         start: option that names the snapshot it starts from; None: from nothing.
         after: the training whose snapshot that is; None: the teacher's.
-        steps, cost: optimiser steps, and network evaluations for an image of one.
+        steps, cost: optimizer steps, and network evaluations for an image of one.
         batch: images of a step.
         stages: folders and steps so far of the students that one training makes one after another; '' is the training's own folder.
     """
@@ -101,7 +101,7 @@ class Request:
     Attributes:
         objectives, steps, seeds: each objective is trained with each seed, and sampled in each number of steps.
         budget: network evaluations for each place in the batch, of the trainings behind one place in the table.
-        batch: images of an optimiser step.
+        batch: images of an optimizer step.
         cond: whether the teacher, and so everyone, knows classes.
         network: options that describe the teacher's network, for objectives that only start from its weights.
         recipe: whether the options are those that suit the digits; else train.py's defaults.

@@ -90,15 +90,15 @@ def write_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], des
     plt.close(figure)
 
 
-HUES = dict(blue='#0072B2', orange='#E69F00', green='#009E73', red='#D55E00', purple='#CC79A7', sky='#56B4E9', grey='#777777', black='#000000')
-# Colours that the colour-blind tell apart (Okabe and Ito); relatives share one, and differ in dashes and marks.
+HUES = dict(blue='#0072B2', orange='#E69F00', green='#009E73', red='#D55E00', purple='#CC79A7', sky='#56B4E9', gray='#777777', black='#000000')
+# Colors that the color-blind tell apart (Okabe and Ito); relatives share one, and differ in dashes and marks.
 LOOKS = {'mcd': ('blue', '-', 'o'), 'mct': ('blue', '--', 's'), 'direct': ('red', '-', 'o'), 'pd': ('green', '-', 'o'), 'cm-cd': ('orange', '-', 'o'),
          'cm-ct': ('orange', '--', 's'), 'ict': ('purple', '-', 'o'), 'ect': ('sky', '-', 'o'), 'tcm': ('sky', '--', 's'),
-         'teacher, Euler': ('grey', ':', 'x'), 'teacher, Heun': ('black', ':', 'x')}
+         'teacher, Euler': ('gray', ':', 'x'), 'teacher, Heun': ('black', ':', 'x')}
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:
-    """The values, between 0 and 1, moved as little as makes neighbours `gap` apart, in the order of their size (least squares)."""
+    """The values, between 0 and 1, moved as little as makes neighbors `gap` apart, in the order of their size (least squares)."""
     order = np.argsort(values, kind='stable')
     offsets = gap * np.arange(len(order))
     moved = isotonic_regression(np.asarray(values)[order] - offsets, y_min=0, y_max=max(1 - offsets[-1], 0)) + offsets
@@ -147,10 +147,10 @@ def write_frontier(lines: dict[str, dict[int, Sequence[float]]], dest: str, ylab
     axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter('%g'))
     axes.grid(alpha=0.25)
     place = lambda value: (np.log(value) - np.log(low)) / (np.log(high) - np.log(low))
-    for (name, colour, mark, x, value), y in zip(ends, spread([place(value) for *_, value in ends], 0.05)):
+    for (name, color, mark, x, value), y in zip(ends, spread([place(value) for *_, value in ends], 0.05)):
         right = axes.transAxes.inverted().transform(axes.transData.transform((x, value)))[0] if x else 1
         axes.plot([right, 1.02, 1.05], [place(value), place(value) if x is None or right > 0.9 else y, y], transform=axes.transAxes, clip_on=False,
-                  color=colour, linewidth=0.8, marker=mark, markevery=[2], markersize=5)
+                  color=color, linewidth=0.8, marker=mark, markevery=[2], markersize=5)
         axes.text(1.07, y, name, transform=axes.transAxes, va='center', fontsize=10)
     figure.savefig(dest, dpi=140)
     plt.close(figure)

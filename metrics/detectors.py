@@ -48,7 +48,7 @@ class Detector:
         name: of the file, without its suffix; of DINOv2, its size.
         digest: SHA-256 (hexadecimal) of the file with the weights.
         metric_name: of a Fréchet distance between its features: 'FID' for both Inceptions, 'FD-DINOv2', for others 'Fréchet distance'.
-        img_channels: channels of images; grey ones are repeated.
+        img_channels: channels of images; gray ones are repeated.
         dim: D, number of features; None until the first call.
         has_classes: whether there are class probabilities.
     """
@@ -120,7 +120,7 @@ def full_precision():
 class ScriptNetwork:
     """A TorchScript file: `forward` takes uint8 images [N, C, H, W] and returns features [N, D].
 
-    It may declare `img_channels`, an int attribute, where it wants something else than colour images. One whose `forward` has an argument
+    It may declare `img_channels`, an int attribute, where it wants something else than color images. One whose `forward` has an argument
     `return_features`, like NVIDIA's Inception, is asked for its features; without it, it returns class probabilities.
     """
 
@@ -133,7 +133,7 @@ class ScriptNetwork:
         self.for_probabilities = dict(no_output_bias=True) if 'no_output_bias' in arguments else {}
 
     def features(self, images: Tensor) -> Tensor:
-        with torch.jit.optimized_execution(False):  # or a program's first calls, before it is optimised, differ from later ones in rounding
+        with torch.jit.optimized_execution(False):  # or a program's first calls, before it is optimized, differ from later ones in rounding
             return self.module(images, **self.for_features)
 
     def with_probabilities(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 The network is the one of `transformers`, and three things are done as in the code that published numbers come from. Images are resized
 to 224x224, bicubically with antialiasing, neither rounded nor clipped after it. The feature is the CLS token after the last layer norm. And
-the learnt position embeddings, of 37x37 patches in the released models, are resampled to 16x16 as in the authors' own code, which
+the learned position embeddings, of 37x37 patches in the released models, are resampled to 16x16 as in the authors' own code, which
 `transformers` does not do (`resample_positions`).
 """
 from __future__ import annotations
@@ -24,7 +24,7 @@ REPOSITORY = 'facebook/dinov2-large'
 LARGE = (1024, 24, 14)      # features, layers, pixels along a patch: ViT-L/14, the one that FD-DINOv2 means
 RESOLUTION = 224
 OFFSET = 0.1                # of the authors' `interpolate_offset`
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colors
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 SIZES = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'image_size', 'patch_size')
 FIELDS = dict.fromkeys((*SIZES, 'mlp_ratio', 'num_channels'), int) | dict(layer_norm_eps=float, hidden_act=str) | dict.fromkeys(
@@ -153,7 +153,7 @@ def _read_config(path: Path) -> dict:
     if absent := [name for name in SIZES if name not in fields]:
         raise UserError(f'{path} does not say {", ".join(absent)}. {CURE}')
     if RESOLUTION % fields['patch_size'] or fields.get('num_channels', 3) != 3:
-        raise UserError(f'{path} is of a DINOv2 for other images than colour images of {RESOLUTION}x{RESOLUTION}. {CURE}')
+        raise UserError(f'{path} is of a DINOv2 for other images than color images of {RESOLUTION}x{RESOLUTION}. {CURE}')
     return fields
 
 

@@ -27,7 +27,7 @@ def open_images(path: str | os.PathLike, num: int | None = None, seed: int = 0, 
         num: how many, a random subset where there are more. None: all.
         seed: which subset; the one that training takes of as many.
         skip_bad: leave out images that cannot be read or differ from the first in size or mode. Without, the first such image is an error.
-    Raises: UserError where there are fewer than `num`, or what there is are no 8-bit grey or RGB images.
+    Raises: UserError where there are fewer than `num`, or what there is are no 8-bit gray or RGB images.
     """
     kind = os.path.splitext(os.fspath(path))[1].lower()
     if kind in ('.npz', '.npy') and os.path.isfile(path):
@@ -96,7 +96,7 @@ class ImageSource:
 
 
 class FileImages(ImageSource):
-    """The images of a folder or zip: PNG, JPEG or whatever else Pillow opens; grey (L) or RGB as they are, with the pixels that training sees."""
+    """The images of a folder or zip: PNG, JPEG or whatever else Pillow opens; gray (L) or RGB as they are, with the pixels that training sees."""
 
     def __init__(self, path: str | os.PathLike, num: int | None = None, seed: int = 0, skip_bad: bool = False):
         self.files = ImageFiles(path)
@@ -221,7 +221,7 @@ def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
 
 def _describe(shape: Iterable[int]) -> str:
     channels, height, width = shape
-    return f'{width}x{height} {"grey" if channels == 1 else "RGB"}'
+    return f'{width}x{height} {"gray" if channels == 1 else "RGB"}'
 
 
 def _fingerprint(*parts) -> str:

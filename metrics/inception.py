@@ -23,7 +23,7 @@ WHAT = "pytorch-fid's Inception"
 # pairs of convolutions whose outputs are put side by side.
 
 class Conv(NamedTuple):
-    """A convolution without bias, batch normalisation, ReLU. `kernel` is (height, width), or one number for both."""
+    """A convolution without bias, batch normalization, ReLU. `kernel` is (height, width), or one number for both."""
 
     name: str
     width: int

@@ -7,7 +7,7 @@ import torch
 
 from dnnlib.util import UserError
 
-NORMALISED = 1e-3  # how far from 1 probabilities may sum: those of half precision do
+NORMALIZED = 1e-3  # how far from 1 probabilities may sum: those of half precision do
 
 
 def inception_score(probabilities: torch.Tensor, splits: int = 10) -> dict:
@@ -23,7 +23,7 @@ def inception_score(probabilities: torch.Tensor, splits: int = 10) -> dict:
     Raises: UserError for what are no probabilities, or fewer images than parts.
     """
     probabilities = torch.as_tensor(probabilities).double()
-    if probabilities.ndim != 2 or not (probabilities >= 0).all() or not ((probabilities.sum(dim=1) - 1).abs() < NORMALISED).all():
+    if probabilities.ndim != 2 or not (probabilities >= 0).all() or not ((probabilities.sum(dim=1) - 1).abs() < NORMALIZED).all():
         raise UserError(f'Class probabilities of shape {tuple(probabilities.shape)} must be [N, K], not negative, and sum to 1 for every image. '
                         'Check the detector.')
     n = len(probabilities)

@@ -1,4 +1,4 @@
-"""LPIPS, a perceptual distance of images that trains networks (Zhang et al. 2018), in its form with VGG16 and learnt heads, version 0.1.
+"""LPIPS, a perceptual distance of images that trains networks (Zhang et al. 2018), in its form with VGG16 and learned heads, version 0.1.
 
     LPIPS(a, b) = sum over layers l of mean over positions of  w_l · (f_l(a) − f_l(b))²,   f_l of unit length over its channels
 
@@ -40,7 +40,7 @@ LAYOUTS = {  # names in files -> ours
 class PerceptualDistance(torch.nn.Module):
     """[N] from two batches of images [N, 1 or 3, H, W] in [-1, 1]; gradients flow to the images. Frozen, and computes in FP32.
 
-    Grey images are repeated to colour, those with a side below 256 pixels are brought to `resolution` bilinearly; None: as they are.
+    Gray images are repeated to color, those with a side below 256 pixels are brought to `resolution` bilinearly; None: as they are.
     """
 
     def __init__(self, resolution: int | None = RESOLUTION):
@@ -48,7 +48,7 @@ class PerceptualDistance(torch.nn.Module):
         self.resolution = resolution
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
-        """Of colour images in FP32 at their final size."""
+        """Of color images in FP32 at their final size."""
         raise NotImplementedError
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class PerceptualDistance(torch.nn.Module):
 
     def _prepare(self, images: Tensor) -> Tensor:
         if images.shape[1] not in (1, 3):
-            raise UserError(f'LPIPS compares grey or colour images, and these have {images.shape[1]} channels. Use --cm_loss=pseudo_huber for them.')
+            raise UserError(f'LPIPS compares gray or color images, and these have {images.shape[1]} channels. Use --cm_loss=pseudo_huber for them.')
         images = images.float().expand(-1, 3, -1, -1)
         if self.resolution and min(images.shape[2:]) < SMALL:
             images = F.interpolate(images, [self.resolution] * 2, mode='bilinear', align_corners=False)
@@ -115,7 +115,7 @@ class ScriptLPIPS(PerceptualDistance):
         return (self._embed(a) - self._embed(b)).square().sum(dim=1)
 
     def _embed(self, images: Tensor) -> Tensor:
-        with torch.jit.optimized_execution(False):  # or the first calls, before it is optimised, differ from later ones in rounding
+        with torch.jit.optimized_execution(False):  # or the first calls, before it is optimized, differ from later ones in rounding
             return self.module((images + 1) * (255 / 2), **self.options)
 
 
@@ -180,7 +180,7 @@ def _load_script(file: str | os.PathLike, source: str, device: torch.device | st
     try:
         embedding = network._embed(torch.zeros(2, 3, RESOLUTION, RESOLUTION, device=device))
     except (RuntimeError, torch.jit.Error) as error:
-        raise UserError(f'{source} fails on colour images of {RESOLUTION}x{RESOLUTION}: {str(error).strip().splitlines()[-1]}. {cure}') from error
+        raise UserError(f'{source} fails on color images of {RESOLUTION}x{RESOLUTION}: {str(error).strip().splitlines()[-1]}. {cure}') from error
     if not isinstance(embedding, Tensor) or embedding.ndim != 2 or len(embedding) != 2 or not embedding.is_floating_point():
         raise UserError(f'{source} does not return one vector of floating-point numbers an image, [N, D]. {cure}')
     return network

@@ -11,7 +11,7 @@ from metrics.calc import Observed
 from metrics.frechet import Gaussian
 from metrics.inception_score import inception_score
 from metrics.kernel import kernel_distance
-from metrics.neighbours import density_coverage, precision_recall
+from metrics.neighbors import density_coverage, precision_recall
 from metrics.reference import MAIN_ENTRY, Reference
 from metrics.uncertainty import bootstrap_interval, frechet_infinity
 
@@ -25,7 +25,7 @@ class Comparison:
         reference: made with the same detector; None for measures that need none.
         device: where features are compared.
         bootstrap: resamples for the interval of a Fréchet distance; 0 for none.
-        neighbours: k of precision, recall, density and coverage; None for what their papers take.
+        neighbors: k of precision, recall, density and coverage; None for what their papers take.
         seed: of whatever is drawn.
     """
 
@@ -33,7 +33,7 @@ class Comparison:
     reference: Reference | None = None
     device: torch.device | str = 'cpu'
     bootstrap: int = 0
-    neighbours: int | None = None
+    neighbors: int | None = None
     seed: int = 0
 
     @cached_property
@@ -65,14 +65,14 @@ class Comparison:
 
     @cached_property
     def _precision_recall(self) -> list[dict]:
-        return self._neighbours(precision_recall, 3)
+        return self._neighbors(precision_recall, 3)
 
     @cached_property
     def _density_coverage(self) -> list[dict]:
-        return self._neighbours(density_coverage, 5)
+        return self._neighbors(density_coverage, 5)
 
-    def _neighbours(self, function, k: int) -> list[dict]:
-        k = self.neighbours or k
+    def _neighbors(self, function, k: int) -> list[dict]:
+        k = self.neighbors or k
         facts = dict(k=k, reference_features=len(self.reference_features))
         return [dict(value=value, **facts) for value in function(self.features, self.reference_features, k=k)]
 

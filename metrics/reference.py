@@ -118,7 +118,7 @@ def check_same_detector(reference: Reference, detector: Detector, source: str | 
     """Refuse a reference of another detector. Warn, on stderr, where `source` does not record its detector, or was made at another resolution.
 
     Args:
-        image_shape: [C, H, W] of the images that will be compared with it. Channels may differ: grey images become colour images.
+        image_shape: [C, H, W] of the images that will be compared with it. Channels may differ: gray images become color images.
     Raises: UserError for another detector, or another number of features once the detector's is known.
     """
     if reference.detector_digest is not None and reference.detector_digest != detector.digest:
@@ -218,7 +218,7 @@ def _map_features(arrays: ArchivedArrays | PickledArrays, key: str, dim: int, nu
 
 
 def _resolution_of_images(arrays: ArchivedArrays | PickledArrays) -> str:
-    """Of OpenAI's `arr_0`, from its header. Raises: UserError where it is no array of colour images."""
+    """Of OpenAI's `arr_0`, from its header. Raises: UserError where it is no array of color images."""
     header = arrays.header('arr_0')
     if header.dtype != np.uint8 or len(header.shape) != 4 or header.shape[3] != 3:
         raise UserError(f'{arrays.name}: arr_0 is {header.dtype} {list(header.shape)}, not images, uint8 [N, H, W, 3]. '

@@ -105,10 +105,10 @@ def make_rulers(images, labels, classes: int) -> tuple[dict, float]:
 
 
 @click.command(cls=cli.Command)
-@cli.option('--data', metavar='ZIP|DIR', type=cli.PATH, required=True, help='Labelled data set of small images.')
+@cli.option('--data', metavar='ZIP|DIR', type=cli.PATH, required=True, help='Labeled data set of small images.')
 @cli.option('--outdir', metavar='DIR', type=cli.PATH, required=True, help='Folder for classifier.pt, pca.pt and random.pt.')
 def main(data, outdir):
-    """Make three TorchScript feature detectors for a small labelled data set."""
+    """Make three TorchScript feature detectors for a small labeled data set."""
     dataset = ImageFolderDataset(data, use_labels=True)
     pairs = [dataset[i] for i in range(len(dataset))]
     images = torch.from_numpy(np.stack([image for image, _ in pairs]))

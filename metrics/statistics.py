@@ -65,7 +65,7 @@ class FeatureStats:
 
     @property
     def sigma(self) -> np.ndarray:
-        """[D, D] covariance, normalised by count - 1."""
+        """[D, D] covariance, normalized by count - 1."""
         self._require(2)
         return ((self._scatter + self._scatter.T) / (2 * (self.count - 1))).cpu().numpy()
 

@@ -38,7 +38,7 @@ def frechet_infinity(features: torch.Tensor, reference_mu: np.ndarray, reference
     """Fréchet distance extrapolated to infinitely many images, where it has no bias of their number (Chong & Forsyth 2020, Sec. 3).
 
     The expected distance of N images is linear in 1/N up to terms of higher order. It is taken for `points` sizes, evenly spaced from n/10 to n
-    (with 50,000 images the paper's 5,000 to 50,000), each a random subset, and a least-squares line in 1/N goes to its intercept. Towards N = D,
+    (with 50,000 images the paper's 5,000 to 50,000), each a random subset, and a least-squares line in 1/N goes to its intercept. Toward N = D,
     where the covariance becomes singular, higher orders take over: sizes start at 2 D where n/10 is less, and n itself must be 4 D or more.
     What they leave makes the value too small, by a tenth of the bias of FID at n for features of equal variance and less for others.
 
@@ -79,7 +79,7 @@ class _Sample:
 
     def __init__(self, features: torch.Tensor, reference_mu: np.ndarray, reference_sigma: np.ndarray):
         self.features = torch.as_tensor(features)
-        self.centre = self.features.mean(dim=0, dtype=torch.float64)
+        self.center = self.features.mean(dim=0, dtype=torch.float64)
         self.reference = Gaussian(reference_mu, reference_sigma, 'the reference')
 
     def __len__(self) -> int:
@@ -87,14 +87,14 @@ class _Sample:
 
     def distance(self, counts: np.ndarray) -> float:
         """Fréchet distance from the reference where image i is there counts[i] times; images that are not there cost nothing."""
-        device, dim = self.features.device, len(self.centre)
+        device, dim = self.features.device, len(self.center)
         total = torch.zeros([dim], dtype=torch.float64, device=device)
         outer = torch.zeros([dim, dim], dtype=torch.float64, device=device)
         for rows in np.array_split(np.flatnonzero(counts), -(-len(self) // CHUNK)):
-            x = self.features[torch.from_numpy(rows).to(device)].double() - self.centre
+            x = self.features[torch.from_numpy(rows).to(device)].double() - self.center
             weighted = x * torch.from_numpy(counts[rows].astype(np.float64)).to(device)[:, None]
             total += weighted.sum(dim=0)
             outer.addmm_(weighted.T, x)
         n = counts.sum()
         sigma = (outer - torch.outer(total, total) / n) / (n - 1)
-        return self.reference.distance(Gaussian((self.centre + total / n).cpu().numpy(), sigma.cpu().numpy(), 'the images'))
+        return self.reference.distance(Gaussian((self.center + total / n).cpu().numpy(), sigma.cpu().numpy(), 'the images'))

@@ -45,7 +45,7 @@ def label_chooser(mode: str, space: LabelSpace, dataset=None):
         space.check_class(int(mode[6:]), f'label mode {mode}', 'the network')
         return generation.fixed_labels(int(mode[6:]))
     if mode == 'dataset' and not has_labels:
-        raise UserError('label mode dataset needs labelled training data: train with --cond=1, or use uniform; of a snapshot, --labels=data')
+        raise UserError('label mode dataset needs labeled training data: train with --cond=1, or use uniform; of a snapshot, --labels=data')
     if mode == 'uniform' and space.are_vectors and has_labels:
         raise UserError(f'label mode uniform is for classes, and the training set has {space}: use auto or dataset')
     if mode == 'uniform' or not has_labels:

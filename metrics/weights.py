@@ -13,7 +13,7 @@ SHOWN = 3  # names of each kind in a message
 def load_weights(network: torch.nn.Module, weights: object, source: str, what: str) -> None:
     """Copies `weights`, {name: tensor}, into a network that has exactly these names and shapes.
 
-    The counters of batch normalisation (`num_batches_tracked`) may be absent, as in files of PyTorch before 0.4.1; they change nothing.
+    The counters of batch normalization (`num_batches_tracked`) may be absent, as in files of PyTorch before 0.4.1; they change nothing.
 
     Args:
         source, what: for messages: the file, and what it should be.

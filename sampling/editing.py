@@ -28,11 +28,11 @@ def inpainting(image: Tensor, unknown: Tensor) -> Edit:
     return lambda denoised: torch.where(unknown, denoised, image.to(denoised.dtype))
 
 
-def colorization(grey: Tensor) -> Edit:
-    """Gives RGB images the luma `grey` [N, 1, H, W]; the two directions of colour at right angles to it are D's."""
+def colorization(gray: Tensor) -> Edit:
+    """Gives RGB images the luma `gray` [N, 1, H, W]; the two directions of color at right angles to it are D's."""
     def edit(denoised):
         weights = _luma_weights(denoised)
-        return denoised + weights / weights.square().sum() * (grey - luma(denoised))
+        return denoised + weights / weights.square().sum() * (gray - luma(denoised))
     return edit
 
 
@@ -76,26 +76,26 @@ def from_blocks(blocks: Tensor, factor: int) -> Tensor:
 #----------------------------------------------------------------------------
 # Into 8 bits. With the right known component D may be outside [-1, 1]: bright at one side of a block whose mean is brighter still.
 
-def contract(values: Tensor, centre: Tensor, dim: int) -> Tensor:
-    """Values along `dim`, drawn towards `centre` by one factor until they are in [-1, 1]; as they are where they are inside. `centre` is inside.
+def contract(values: Tensor, center: Tensor, dim: int) -> Tensor:
+    """Values along `dim`, drawn toward `center` by one factor until they are in [-1, 1]; as they are where they are inside. `center` is inside.
 
-    A weighted mean of theirs stays what it is if it is the centre.
+    A weighted mean of theirs stays what it is if it is the center.
     """
-    offset = values - centre
-    room = (1 - centre * offset.sign()).clamp(min=ROOM)
-    return centre + offset / (offset.abs() / room).amax(dim, keepdim=True).clamp(min=1)
+    offset = values - center
+    room = (1 - center * offset.sign()).clamp(min=ROOM)
+    return center + offset / (offset.abs() / room).amax(dim, keepdim=True).clamp(min=1)
 
 
 def contract_colors(images: Tensor) -> Tensor:
-    """RGB images [N, 3, H, W] within [-1, 1]: colours outside are made paler, at the same luma, which must be inside."""
+    """RGB images [N, 3, H, W] within [-1, 1]: colors outside are made paler, at the same luma, which must be inside."""
     return contract(images, luma(images).clamp(-1, 1), 1)
 
 
 def round_blocks(images: Tensor, factor: int) -> Tensor:
-    """To uint8 without changing the blocks' sums, which must be whole numbers of grey levels, as averages of uint8 images are.
+    """To uint8 without changing the blocks' sums, which must be whole numbers of gray levels, as averages of uint8 images are.
 
-    Values outside [-1, 1] are drawn towards their block's mean; then all are rounded down, and those with the largest remainders up
-    instead, as many as the sum lacks. No value moves by a whole grey level.
+    Values outside [-1, 1] are drawn toward their block's mean; then all are rounded down, and those with the largest remainders up
+    instead, as many as the sum lacks. No value moves by a whole gray level.
     """
     blocks = to_blocks(images.double(), factor)
     levels = (contract(blocks, blocks.mean(-1, keepdim=True).clamp(-1, 1), -1) + 1) * 127.5
@@ -105,7 +105,7 @@ def round_blocks(images: Tensor, factor: int) -> Tensor:
     return from_blocks(lower + (rank < lacking), factor).to(torch.uint8)
 
 
-def grey_pixels(images: Tensor) -> Tensor:
+def gray_pixels(images: Tensor) -> Tensor:
     """Luma of uint8 images [N, 1 or 3, H, W], rounded as Pillow's convert('L') rounds it: uint8 [N, 1, H, W]."""
     if images.shape[1] == 1:
         return images

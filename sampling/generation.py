@@ -186,7 +186,7 @@ def split_batches(items: Sequence, batch: int, rank: int = 0, world_size: int = 
 
 
 def save_images(images: Tensor, paths: Sequence[str]) -> None:
-    """Write uint8 images [N, C, H, W], grey or RGB, to PNG files; their folders are made where needed.
+    """Write uint8 images [N, C, H, W], gray or RGB, to PNG files; their folders are made where needed.
 
     A file appears under its name when it is complete. Raises: UserError where it cannot be written.
     """

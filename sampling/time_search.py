@@ -2,7 +2,7 @@
 
 More steps give a consistency model better images where its noise levels tau_1 > tau_2 > ... are well chosen. Song et al. choose greedily: tau_1 alone
 first, then tau_2 below it with tau_1 held fixed, and so on, each by a ternary search, as if the metric had a single valley along each of them. What
-is searched is a list of candidates in falling order, and what is minimised any function of a list of points.
+is searched is a list of candidates in falling order, and what is minimized any function of a list of points.
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def find_points(function: Callable[[list[float]], float], candidates: Sequence[f
     """The best points and the function's value at them: of one point, then of two of which the first stays, up to `points`.
 
     Args:
-        function: to be minimised, of a list of candidates in their order.
+        function: to be minimized, of a list of candidates in their order.
         candidates: at least as many as `points`. Each search leaves enough of them for the points to come.
         scan: see `least`.
     """
@@ -44,7 +44,7 @@ def least(function: Callable[[int], float], count: int, scan: int = 0) -> tuple[
     several valleys the result is the least of what was evaluated, the first of equals.
 
     Args:
-        scan: so many places, evenly spread, are looked at first, and the search is between the neighbours of the best of them. A function with
+        scan: so many places, evenly spread, are looked at first, and the search is between the neighbors of the best of them. A function with
             plateaus, or with a hump in the middle, would otherwise send the search to the wrong side.
     """
     values: dict[int, float] = {}

@@ -30,7 +30,7 @@ MOST_WORKERS = 4
 # One file an image.
 
 def write_images(images: np.ndarray, paths: Sequence[str]) -> None:
-    """uint8 [N, H, W, C], grey or RGB, to PNG files. A file appears under its name when it is complete. Raises: UserError."""
+    """uint8 [N, H, W, C], gray or RGB, to PNG files. A file appears under its name when it is complete. Raises: UserError."""
     for image, path in zip(images, paths):
         with _complete_file(path) as file:
             _picture(image).save(file, format='png')

@@ -24,8 +24,8 @@ class StandInVAE:
     def encode(self, x):
         self.seen.append(x)
         self.batches.append(len(x))
-        colours = F.avg_pool2d(x, 2)
-        mean = torch.cat([colours, colours.sum(1, keepdim=True)], dim=1)
+        colors = F.avg_pool2d(x, 2)
+        mean = torch.cat([colors, colors.sum(1, keepdim=True)], dim=1)
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=DEVIATIONS.reshape(1, 4, 1, 1).expand_as(mean)))
 
     def decode(self, z):

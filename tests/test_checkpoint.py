@@ -92,7 +92,7 @@ def test_attributes_come_from_the_file_not_from_recomputation(fixtures):
     assert load_network(fixtures / 'iddpm-adm-cond.pkl').sigma_max == 20291.171875
 
 
-def test_a_published_student_is_recognised_by_its_loss(fixtures):
+def test_a_published_student_is_recognized_by_its_loss(fixtures):
     metadata = load_network(fixtures / 'published-student.pkl').metadata
     assert metadata['dataset_kwargs']['resolution'] == 16
     expected = dict(objective='mcd', S=8, sigma_min=0.002, sigma_max=80.0, rho=7.0, student_grid='edm')

@@ -165,7 +165,7 @@ def test_a_conversion_says_what_it_assumed(source, tmp_path):
     (dict(model_channels=256, channel_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2, attention_levels={3, 4, 5}, scale_shift=False),
      256, [32, 16, 8], 526.5),
 ], ids=['ImageNet-64', 'LSUN-256'])
-def test_the_published_layouts_are_recognised_from_their_shapes(config, resolution, attention, millions):
+def test_the_published_layouts_are_recognized_from_their_shapes(config, resolution, attention, millions):
     shapes = unet_shapes(**config)
     net = build_network(infer_layout(shapes), Untold())
     assert (net.img_resolution, net.label_dim) == (resolution, config.get('num_classes', 0))
@@ -599,7 +599,7 @@ def built(cls=networks.CMPrecond, channels=32, metadata=None, **kwargs):
     (lambda: built(augment_dim=9), 'augmentation labels'),
     (lambda: built(channel_mult=[2, 2]), '2 times as wide'),
     (lambda: built(channel_mult=[1, 2, 3], attn_resolutions=[8]), 'attention heads of 64 or 96 channels'),
-    (lambda: built(), 'normalisation in 8 or 16 or 24 or 32 groups'),
+    (lambda: built(), 'normalization in 8 or 16 or 24 or 32 groups'),
 ], ids=range(10))
 def test_what_diffusers_cannot_express_is_refused_by_name(tmp_path, make, words):
     save_snapshot(tmp_path / 'net.pkl', make())

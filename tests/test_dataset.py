@@ -88,9 +88,9 @@ def test_items_are_the_files_in_sorted_order_with_one_hot_labels(data, files):
         np.testing.assert_array_equal(dataset.get_label(i), label)
 
 
-def test_greyscale_images_have_one_channel_and_unused_labels_length_zero(tmp_path):
+def test_grayscale_images_have_one_channel_and_unused_labels_length_zero(tmp_path):
     pixels = random_images(2, channels=1)
-    dataset = ImageFolderDataset(write_zip(tmp_path / 'grey.zip', {f'{i}.png': png(p) for i, p in enumerate(pixels)}))
+    dataset = ImageFolderDataset(write_zip(tmp_path / 'gray.zip', {f'{i}.png': png(p) for i, p in enumerate(pixels)}))
     np.testing.assert_array_equal(dataset[1][0], pixels[1][None])
     assert dataset[0][1].shape == (0,) and dataset.label_dim == 0 and not dataset.has_labels
 

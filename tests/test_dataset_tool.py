@@ -84,7 +84,7 @@ def digit_pixels():
 
 def test_digits_make_a_round_trip_through_a_zip_pixel_for_pixel(tmp_path):
     output = run('--source=digits', f'--dest={tmp_path}/new/folder/digits.zip')
-    assert 'Wrote 1797 greyscale images of 8x8, with labels' in output
+    assert 'Wrote 1797 grayscale images of 8x8, with labels' in output
     dataset = ImageFolderDataset(tmp_path / 'new/folder/digits.zip', resolution=8, use_labels=True)
     pixels, target = digit_pixels()
     assert (len(dataset), dataset.image_shape, dataset.label_dim, dataset.name) == (1797, [1, 8, 8], 10, 'digits')
@@ -188,12 +188,12 @@ def test_max_images_takes_the_first_in_sorted_order(tmp_path):
     np.testing.assert_array_equal(convert(source, tmp_path / 'out.zip', '--max-images=2')[0], [random_pixels(4, 4, seed=i) for i in (1, 2)])
 
 
-def test_a_greyscale_image_among_colours_becomes_rgb_even_if_it_is_first(tmp_path):
-    grey, colour = random_pixels(4, 4), random_pixels(4, 4, 3)
-    source = write_files(tmp_path / 'src', {'0.png': encode(grey), '1.png': encode(colour)})
+def test_a_grayscale_image_among_colors_becomes_rgb_even_if_it_is_first(tmp_path):
+    gray, color = random_pixels(4, 4), random_pixels(4, 4, 3)
+    source = write_files(tmp_path / 'src', {'0.png': encode(gray), '1.png': encode(color)})
     output = run(f'--source={source}', f'--dest={tmp_path}/out.zip')
     assert 'Note: 1 images were converted from mode L to RGB' in output
-    np.testing.assert_array_equal(load(tmp_path / 'out.zip')[0], [np.stack([grey] * 3, -1), colour])
+    np.testing.assert_array_equal(load(tmp_path / 'out.zip')[0], [np.stack([gray] * 3, -1), color])
 
 
 @pytest.mark.parametrize('mode', ['RGBA', 'P', 'LA', '1', 'CMYK'])
@@ -206,7 +206,7 @@ def test_other_modes_are_converted_with_a_note(tmp_path, mode):
     np.testing.assert_array_equal(load(tmp_path / 'out.zip')[0][0], np.asarray(image.convert(expected)))
 
 
-def test_16_bit_greyscale_is_divided_by_257(tmp_path):
+def test_16_bit_grayscale_is_divided_by_257(tmp_path):
     values = np.array([[0, 128, 129, 257], [65535, 65406, 65407, 300], [1000] * 4, [40000] * 4], dtype=np.uint16)
     source = write_files(tmp_path / 'src', {'0.png': encode(values)})
     np.testing.assert_array_equal(convert(source, tmp_path / 'out.zip')[0][0], np.rint(values / 257))
@@ -278,7 +278,7 @@ def test_where_labels_come_from_can_be_chosen(tmp_path):
     assert '--max-images-per-class needs class labels' in fails(source / 'ant', '--max-images-per-class=2')
 
 
-def labelled(names, labels):
+def labeled(names, labels):
     return json.dumps({'labels': [list(pair) for pair in zip(names, labels)]}).encode()
 
 
@@ -286,14 +286,14 @@ def test_a_label_file_is_found_however_deep_it_lies(tmp_path):
     """Numbered folders of a data set that was zipped with the folders above it are no classes."""
     names = [f'{i // 2:05d}/{i}.png' for i in range(4)]
     files = {f'a/b/{name}': encode(random_pixels(8, 8, seed=i)) for i, name in enumerate(names)}
-    files['a/b/dataset.json'] = labelled(names, [2, 0, 1, 2])
+    files['a/b/dataset.json'] = labeled(names, [2, 0, 1, 2])
     _, table = convert(write_zip(tmp_path / 'in.zip', files), tmp_path / 'out.zip')
     assert [label for _, label in table] == [2, 0, 1, 2]
 
 
 @pytest.mark.parametrize('name', ['Dataset.json', 'x/DATASET.JSON'])
 def test_a_label_file_in_other_letters_is_named_and_not_passed_over(tmp_path, name):
-    files = {name: labelled(['a/0.png'], [1]), 'a/0.png': encode(random_pixels(8, 8)), 'b/1.png': encode(random_pixels(8, 8))}
+    files = {name: labeled(['a/0.png'], [1]), 'a/0.png': encode(random_pixels(8, 8)), 'b/1.png': encode(random_pixels(8, 8))}
     said = run(f'--source={write_zip(tmp_path / "in.zip", files)}', f'--dest={tmp_path / "out.zip"}', code=1)
     assert f'{name} differs from dataset.json in upper and lower case' in said
 
@@ -306,13 +306,13 @@ def test_a_key_that_is_twice_in_a_label_file_is_an_error(tmp_path):
 
 @pytest.mark.parametrize('label, odd', [(0.0, '0.0'), ('1', '"1"'), (True, 'true'), (None, 'null'), ([], None), ([1e39], None)])
 def test_labels_that_are_none_are_refused_by_an_example(tmp_path, label, odd):
-    files = {'dataset.json': labelled(['0.png', '1.png'], [label, label]), **{f'{i}.png': encode(random_pixels(8, 8)) for i in range(2)}}
+    files = {'dataset.json': labeled(['0.png', '1.png'], [label, label]), **{f'{i}.png': encode(random_pixels(8, 8)) for i in range(2)}}
     said = run(f'--source={write_zip(tmp_path / "in.zip", files)}', f'--dest={tmp_path / "out.zip"}', code=1)
     assert 'neither all class indices nor all vectors' in said and (odd is None or f'such as {odd}' in said) and 'Warning' not in said
 
 
 def test_vectors_that_look_one_hot_in_a_subset_stay_vectors(tmp_path):
-    files = {'dataset.json': labelled(['0.png', '1.png'], [[1.0, 0.0], [0.5, 0.2]]), **{f'{i}.png': encode(random_pixels(8, 8)) for i in range(2)}}
+    files = {'dataset.json': labeled(['0.png', '1.png'], [[1.0, 0.0], [0.5, 0.2]]), **{f'{i}.png': encode(random_pixels(8, 8)) for i in range(2)}}
     write_zip(tmp_path / 'in.zip', files)
     assert 'label vectors of 2 numbers' in run(f'--source={tmp_path / "in.zip"}', f'--dest={tmp_path / "one.zip"}', '--max-images=1')
     assert ImageFolderDataset(tmp_path / 'one.zip', use_labels=True).label_space.are_vectors
@@ -740,8 +740,8 @@ def test_without_a_transform_the_image_is_stretched(tmp_path):
 #----------------------------------------------------------------------------
 # Latents.
 
-def write_colours(path, count=11, size=8):
-    """RGB images of random colours in two class folders, and their pixels in the order of the files."""
+def write_colors(path, count=11, size=8):
+    """RGB images of random colors in two class folders, and their pixels in the order of the files."""
     pixels = random_pixels(count, size, size, 3)
     write_zip(path, {f'{"ab"[i > count // 2]}/{i:02d}.png': encode(p) for i, p in enumerate(pixels)})
     return pixels
@@ -757,7 +757,7 @@ def stand_in_latents(pixels):
 
 def test_a_vae_encodes_all_images_with_their_labels(tmp_path, monkeypatch):
     """In EDM2's format and names, in batches of 8; the same bytes again."""
-    vae, pixels = use_stand_in(monkeypatch), write_colours(tmp_path / 'src.zip')
+    vae, pixels = use_stand_in(monkeypatch), write_colors(tmp_path / 'src.zip')
     output = run(f'--source={tmp_path}/src.zip', f'--dest={tmp_path}/a.zip', '--encode-vae=some/name')
     assert 'Wrote 11 latents of 4x4x8, with labels' in output and vae.batches == [8, 3]
     dataset = ImageFolderDataset(tmp_path / 'a.zip', use_labels=True)
@@ -775,7 +775,7 @@ def test_a_vae_encodes_all_images_with_their_labels(tmp_path, monkeypatch):
 def test_the_label_file_names_the_vae_and_the_statistics_of_what_is_drawn_from_it(tmp_path, monkeypatch):
     """Drawing from the latents and mapping them gives mean 0 and deviation 0.5 in every channel: within 0.01 for 512,000 values each."""
     use_stand_in(monkeypatch)
-    pixels = write_colours(tmp_path / 'src.zip', count=20)
+    pixels = write_colors(tmp_path / 'src.zip', count=20)
     run(f'--source={tmp_path}/src.zip', f'--dest={tmp_path}/data', '--encode-vae=some/name')
     dataset = ImageFolderDataset(tmp_path / 'data')
     record, latents = dataset.encoder, stand_in_latents(pixels)
@@ -788,7 +788,7 @@ def test_the_label_file_names_the_vae_and_the_statistics_of_what_is_drawn_from_i
     assert channels == 4 and final.mean((0, 2, 3)).abs().max() < 0.01 and (final.std((0, 2, 3)) - 0.5).abs().max() < 0.01
 
 
-def test_greyscale_images_are_encoded_as_colour_and_transformed_before(tmp_path, monkeypatch):
+def test_grayscale_images_are_encoded_as_color_and_transformed_before(tmp_path, monkeypatch):
     use_stand_in(monkeypatch)
     output = run('--source=digits', f'--dest={tmp_path}/latents.zip', '--encode-vae=some/name', '--max-images=3', '--resolution=32x32')
     assert '3 images were converted from mode L to RGB' in output and 'Wrote 3 latents of 16x16x8' in output
@@ -798,7 +798,7 @@ def test_greyscale_images_are_encoded_as_colour_and_transformed_before(tmp_path,
 
 def test_a_real_vae_encodes_from_a_folder(tmp_path, monkeypatch):
     """A relative folder is recorded by its whole path, so that the data set finds it from elsewhere."""
-    pixels, name = write_colours(tmp_path / 'src.zip'), save_vae(tmp_path / 'vae')
+    pixels, name = write_colors(tmp_path / 'src.zip'), save_vae(tmp_path / 'vae')
     monkeypatch.chdir(tmp_path)
     run('--source=src.zip', '--dest=latents.zip', '--encode-vae=vae')
     dataset = ImageFolderDataset('latents.zip')
@@ -932,7 +932,7 @@ def test_the_script_runs_on_its_own_and_is_quiet_off_a_terminal(tmp_path):
     command = [sys.executable, ROOT / 'dataset_tool.py', '--source=digits', '--dest=digits.zip', '--max-images=3']
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     said = ('Note: --max-images=3 leaves out 7 of 10 classes (3, 4, 5, 6, 7, ...); --max-images-per-class takes as many of each.\n',)
-    assert (result.returncode, result.stdout, result.stderr) == (0, 'Wrote 3 greyscale images of 8x8, with labels, to digits.zip\n', *said)
+    assert (result.returncode, result.stdout, result.stderr) == (0, 'Wrote 3 grayscale images of 8x8, with labels, to digits.zip\n', *said)
     result = subprocess.run([*command[:2], '--source=missing', '--dest=x.zip'], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (1, '', 'Error: --source=missing: no such file or folder\n')
 

@@ -50,7 +50,7 @@ class Pooled(torch.nn.Module):
         return self.conv(images.float() / 255).relu().mean([2, 3])
 
 
-class Grey(Pooled):
+class Gray(Pooled):
     def __init__(self, img_channels=1):
         super().__init__(channels=1)
         self.img_channels = img_channels
@@ -79,18 +79,18 @@ class Images(torch.nn.Module):
         return images
 
 
-class Labelled(torch.nn.Module):
+class Labeled(torch.nn.Module):
     def forward(self, images, labels):
         return labels
 
 
-def test_grey_images_become_colour_unless_the_detector_wants_grey(tmp_path):
-    colour, grey = load_detector(save(Pooled(), tmp_path / 'c.pt')), load_detector(save(Grey(), tmp_path / 'g.pt'))
+def test_gray_images_become_color_unless_the_detector_wants_gray(tmp_path):
+    color, gray = load_detector(save(Pooled(), tmp_path / 'c.pt')), load_detector(save(Gray(), tmp_path / 'g.pt'))
     x = images(4, channels=1)
-    torch.testing.assert_close(colour(x), colour(x.repeat(1, 3, 1, 1)))
-    assert (colour.img_channels, grey.img_channels, grey(x).shape, grey.dim, grey.name) == (3, 1, (4, 6), 6, 'g')
+    torch.testing.assert_close(color(x), color(x.repeat(1, 3, 1, 1)))
+    assert (color.img_channels, gray.img_channels, gray(x).shape, gray.dim, gray.name) == (3, 1, (4, 6), 6, 'g')
     with pytest.raises(UserError, match='wants images of 1 channels'):
-        grey(images(4))
+        gray(images(4))
 
 
 def test_a_detector_with_two_heads_gives_features_and_probabilities_without_the_output_bias(tmp_path):
@@ -165,8 +165,8 @@ def code_in_a_zip(path):
     (lambda path: torch.save([1], path), 'holds a list'),
     (lambda path: torch.save({1: torch.zeros(2)}, path), 'holds a dict'),
     (lambda path: torch.save(dict(a=torch.zeros(2)), path), r'lacks Conv2d_1a_3x3.conv.weight, .* and \d+ more; has besides a'),
-    (lambda path: save(Grey(img_channels=0), path), 'img_channels=0'),
-    (lambda path: save(Grey(img_channels='RGB'), path), "img_channels='RGB'"),
+    (lambda path: save(Gray(img_channels=0), path), 'img_channels=0'),
+    (lambda path: save(Gray(img_channels='RGB'), path), "img_channels='RGB'"),
 ], ids=['junk', 'empty', 'object', 'broken script', 'pickle', 'old object', 'list', 'odd names', 'other weights', 'no channels', 'odd channels'])
 def test_files_that_are_no_detectors_are_refused_without_running_them(tmp_path, write, words):
     path = tmp_path / 'file.pkl'
@@ -177,7 +177,7 @@ def test_files_that_are_no_detectors_are_refused_without_running_them(tmp_path, 
 
 
 def test_what_a_detector_cannot_do_is_one_clear_error(tmp_path):
-    for module, words in ((Images(), 'did not return one feature vector'), (Labelled(), 'failed on uint8 images')):
+    for module, words in ((Images(), 'did not return one feature vector'), (Labeled(), 'failed on uint8 images')):
         with pytest.raises(UserError, match=words):
             load_detector(save(module, tmp_path / 'd.pt'))(images(2))
     with pytest.raises(UserError, match='did not return one probability vector'):
@@ -220,7 +220,7 @@ def test_running_out_of_gpu_memory_names_the_option():
         Detector(network, 'large', '', torch.device('cpu'))(images(1))
 
 
-def test_scripts_run_unoptimised_so_that_their_first_calls_are_like_the_later_ones(tmp_path):
+def test_scripts_run_unoptimized_so_that_their_first_calls_are_like_the_later_ones(tmp_path):
     """On a GPU the profiling executor fuses a program after its first calls, and the rounding changes; on a CPU nothing shows."""
     network = ScriptNetwork(torch.jit.load(save(TwoHeads(), tmp_path / 'd.pt')), 3)
     seen = []
@@ -363,9 +363,9 @@ def sampled_positions(positions):
     edges the outermost patches are repeated, and the kernel is not widened (a = −3/4)."""
     at = (np.arange(16) + 0.5) * 37 / 16.1 - 0.5
     matrix = np.zeros((16, 37))
-    for row, centre in enumerate(at):
-        for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
-            matrix[row, np.clip(tap, 0, 36)] += cubic(centre - tap, -0.75)
+    for row, center in enumerate(at):
+        for tap in range(int(np.floor(center)) - 1, int(np.floor(center)) + 3):
+            matrix[row, np.clip(tap, 0, 36)] += cubic(center - tap, -0.75)
     grid = positions[1:].reshape(37, 37, -1)
     return np.concatenate([positions[:1], np.einsum('ij,kl,jld->ikd', matrix, matrix, grid).reshape(256, -1)])
 
@@ -482,8 +482,8 @@ def change_weights(folder, change):
     (lambda folder: (folder / 'config.json').write_text('[]'), 'type None, not dinov2'),
     (lambda folder: change_config(folder, model_type='vit'), "type 'vit', not dinov2"),
     (lambda folder: change_config(folder, model_type='dinov2_with_registers'), "'dinov2_with_registers', not dinov2"),
-    (lambda folder: change_config(folder, patch_size=15), 'other images than colour images of 224x224'),
-    (lambda folder: change_config(folder, num_channels=1), 'other images than colour images'),
+    (lambda folder: change_config(folder, patch_size=15), 'other images than color images of 224x224'),
+    (lambda folder: change_config(folder, num_channels=1), 'other images than color images'),
     (lambda folder: change_config(folder, hidden_size='16'), "hidden_size is '16'"),
     (lambda folder: change_config(folder, num_hidden_layers=0), 'num_hidden_layers is 0'),
     (lambda folder: change_config(folder, image_size=[518, 518]), 'image_size is'),

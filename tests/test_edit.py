@@ -33,7 +33,7 @@ def known_component(task):
     return dict(inpaint=lambda x: x[..., :3], colorize=editing.luma, superres=lambda x: editing.block_mean(x, 2))[task]
 
 
-def edit_towards(task, image):
+def edit_toward(task, image):
     """The edit that knows A·image."""
     unknown = torch.arange(4) == 3
     return dict(inpaint=lambda: editing.inpainting(image, unknown), colorize=lambda: editing.colorization(editing.luma(image)),
@@ -48,7 +48,7 @@ def edit_towards(task, image):
 def test_an_edit_is_the_orthogonal_projection_on_the_images_with_the_known_component(task, seed):
     """The known component is right, a second edit changes nothing, and the way there is at right angles to all such images: it is the shortest."""
     image, denoised, other = randn(seed), randn(seed + 1), randn(seed + 2)
-    apply, known = edit_towards(task, image), known_component(task)
+    apply, known = edit_toward(task, image), known_component(task)
     edited = apply(denoised)
     torch.testing.assert_close(known(edited), known(image), rtol=0, atol=1e-13)
     torch.testing.assert_close(apply(edited), edited, rtol=0, atol=1e-13)
@@ -76,7 +76,7 @@ def test_edits_of_gaussian_data_on_a_line_close_in_on_the_conditional_mean(task)
         return variance / (variance + sigma ** 2) * found[-1] * u
 
     samplers.sample(denoiser, randn(4, [1, 3, 4, 4]), None, 'cm', taus=[1e-4 * 0.99 ** i for i in range(9)], sigma_min=1e-6,
-                    edit=edit_towards(task, image), clip_denoised=False, randn_like=torch.zeros_like)
+                    edit=edit_toward(task, image), clip_denoised=False, randn_like=torch.zeros_like)
     errors = [z - 0.8 for z in found[1:]]
     A = torch.autograd.functional.jacobian(known_component(task), u).reshape(-1, u.numel())
     rate = 1 - float((torch.linalg.pinv(A) @ A @ u.flatten()).square().sum())
@@ -103,16 +103,16 @@ def test_rounded_blocks_have_the_sums_that_they_had(seed, factor, spread):
 
 @given(seed=st.integers(0, 10_000), spread=st.sampled_from([0.1, 1.0, 10.0]))
 @settings(max_examples=40, deadline=None)
-def test_a_colored_image_turned_grey_by_pillow_is_the_grey_image(seed, spread):
+def test_a_colored_image_turned_gray_by_pillow_is_the_gray_image(seed, spread):
     """Rounding moves luma by half a level at most, and Pillow rounds it to the nearest; black and white are among the pixels."""
-    grey = torch.randint(256, [1, 1, 6, 6], generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    grey[..., 0], grey[..., 1] = 0, 255
-    known = grey.double() / 127.5 - 1
+    gray = torch.randint(256, [1, 1, 6, 6], generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    gray[..., 0], gray[..., 1] = 0, 255
+    known = gray.double() / 127.5 - 1
     images = editing.contract_colors(editing.colorization(known)(spread * randn(seed, [1, 3, 6, 6])))
     torch.testing.assert_close(editing.luma(images), known, rtol=0, atol=1e-10)
     assert images.abs().max() <= 1 + 1e-10
     pixels = edit.to_pixels(images)[0].permute(1, 2, 0).numpy()
-    assert np.array_equal(np.asarray(Image.fromarray(pixels).convert('L')), grey[0, 0].numpy())
+    assert np.array_equal(np.asarray(Image.fromarray(pixels).convert('L')), gray[0, 0].numpy())
 
 
 def test_images_within_the_range_are_not_contracted():
@@ -120,11 +120,11 @@ def test_images_within_the_range_are_not_contracted():
     assert torch.equal(editing.contract_colors(images), editing.luma(images) + (images - editing.luma(images)))
 
 
-def test_grey_pixels_are_pillows():
+def test_gray_pixels_are_pillows():
     images = torch.randint(256, [1, 3, 64, 64], generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    grey = np.asarray(Image.fromarray(images[0].permute(1, 2, 0).numpy()).convert('L'))
-    assert np.array_equal(editing.grey_pixels(images)[0, 0].numpy(), grey)
-    assert torch.equal(editing.grey_pixels(images[:, :1]), images[:, :1])
+    gray = np.asarray(Image.fromarray(images[0].permute(1, 2, 0).numpy()).convert('L'))
+    assert np.array_equal(editing.gray_pixels(images)[0, 0].numpy(), gray)
+    assert torch.equal(editing.gray_pixels(images[:, :1]), images[:, :1])
 
 
 def test_blocks_that_do_not_divide_are_refused():
@@ -216,7 +216,7 @@ def original(folder, name):
 
 @pytest.mark.parametrize('network', ['student', 'cm'])
 def test_known_pixels_of_an_inpainting_are_the_files_bytes(tmp_path, snapshots, network):
-    """And those under the mask, white in a drawing of two colours, differ from seed to seed."""
+    """And those under the mask, white in a drawing of two colors, differ from seed to seed."""
     images = write_images(tmp_path / 'images', 3)
     unknown = np.random.default_rng(0).random([8, 8]) < 0.5
     Image.fromarray(unknown).save(tmp_path / 'mask.png')
@@ -254,12 +254,12 @@ def test_the_averages_of_a_super_resolution_are_its_input_exactly(tmp_path, snap
 
 @pytest.mark.parametrize('network', ['student_rgb', 'cm_rgb'])
 @pytest.mark.parametrize('channels', [1, 3])
-def test_a_colorization_turned_grey_is_its_input(tmp_path, snapshots, network, channels):
+def test_a_colorization_turned_gray_is_its_input(tmp_path, snapshots, network, channels):
     images = write_images(tmp_path / 'images', 2, channels)
     outdir, results = edited('colorize', f'--network={snapshots[network]}', f'--input={images}', f'--outdir={tmp_path / "out"}')
     for name, pixels in results.items():
-        grey = [np.asarray(Image.open(path).convert('L')) for path in (images / f'{name[:3]}.png', f'{outdir}/images/{name}')]
-        assert np.array_equal(*grey) and np.ptp(pixels, axis=2).max() > 10
+        gray = [np.asarray(Image.open(path).convert('L')) for path in (images / f'{name[:3]}.png', f'{outdir}/images/{name}')]
+        assert np.array_equal(*gray) and np.ptp(pixels, axis=2).max() > 10
 
 
 @pytest.mark.parametrize('task', [['inpaint', '--box=0,4,8,8'], ['stroke', '--sigma=0.7'], ['denoise', '--sigma=0.5', '--add-noise']])
@@ -358,24 +358,24 @@ ERRORS = [
     ('inpaint', 'cm', ['--box=0,4,9,8'], ['--box=0,4,9,8 goes beyond']),
     ('inpaint', 'cm', ['--random-share=0.001'], ['less than a pixel']),
     ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/nothing'], ['nothing: no such file or folder']),
-    ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/small.png'], ['an image of 4x4 grey', 'must be 8x8 grey: resize it']),
+    ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/small.png'], ['an image of 4x4 gray', 'must be 8x8 gray: resize it']),
     ('inpaint', 'cm', ['--box=0,4,8,8', '--indices=1-2'], ['--indices=2 does not exist', '2 images 0 to 1']),
     ('inpaint', 'cm', ['--box=0,4,8,8', '--indices=1,1'], ['edited twice']),
     ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/black.png', '--indices=1'], ['single image']),
-    ('inpaint', 'student', ['--box=0,4,8,8', '--input={tmp}/labelled'], ['not of the 10 classes', '--class']),
+    ('inpaint', 'student', ['--box=0,4,8,8', '--input={tmp}/labeled'], ['not of the 10 classes', '--class']),
     ('inpaint', 'student', ['--box=0,4,8,8', '--taus=2,1'], ['student sampler has no option taus']),
     ('inpaint', 'teacher', ['--box=0,4,8,8', '--solver=cm'], ['is a teacher']),
     ('inpaint', 'teacher', ['--box=0,4,8,8', '--solver=student', '--steps=4'], ['is a teacher']),
-    ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/rgba.png'], ['RGBA image', 'save it as 8-bit grey or RGB']),
-    ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/deep.png'], ['16-bit', 'save it as 8-bit grey or RGB']),
-    ('inpaint', 'cm', ['--mask={tmp}/deep.png'], ['16-bit', 'save it as 8-bit grey']),
-    ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/rgb.png'], ['8x8 RGB', 'must be 8x8 grey: save it as 8-bit grey']),
-    ('inpaint', 'cm_rgb', ['--box=0,4,8,8'], ['8x8 grey', 'must be 8x8 RGB: save them as 8-bit RGB']),
-    ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/mixed', '--batch=1'], ['001.png is 4x4 grey, but 000.png is 8x8 grey', 'folder of their own']),
-    ('colorize', 'cm', [], ['makes grey images']),
-    ('colorize', 'cm_rgb', ['--input={tmp}/small.png'], ['must be 8x8 grey or 8x8 RGB']),
+    ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/rgba.png'], ['RGBA image', 'save it as 8-bit gray or RGB']),
+    ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/deep.png'], ['16-bit', 'save it as 8-bit gray or RGB']),
+    ('inpaint', 'cm', ['--mask={tmp}/deep.png'], ['16-bit', 'save it as 8-bit gray']),
+    ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/rgb.png'], ['8x8 RGB', 'must be 8x8 gray: save it as 8-bit gray']),
+    ('inpaint', 'cm_rgb', ['--box=0,4,8,8'], ['8x8 gray', 'must be 8x8 RGB: save them as 8-bit RGB']),
+    ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/mixed', '--batch=1'], ['001.png is 4x4 gray, but 000.png is 8x8 gray', 'folder of their own']),
+    ('colorize', 'cm', [], ['makes gray images']),
+    ('colorize', 'cm_rgb', ['--input={tmp}/small.png'], ['must be 8x8 gray or 8x8 RGB']),
     ('superres', 'cm', ['--factor=3'], ['--factor=3 does not divide 8']),
-    ('superres', 'cm', ['--factor=4', '--input={tmp}/small.png'], ['must be 2x2 grey or 8x8 grey']),
+    ('superres', 'cm', ['--factor=4', '--input={tmp}/small.png'], ['must be 2x2 gray or 8x8 gray']),
     ('stroke', 'cm', ['--sigma=100'], ['cannot start at sigma = 100', 'up to 80']),
     ('stroke', 'student', ['--sigma=100'], ['cannot start at sigma = 100', 'up to 80']),
     ('stroke', 'cm', ['--sigma=1', '--ts=0,22,39'], ['noise levels 1, 1.38', 'must fall']),
@@ -385,7 +385,7 @@ ERRORS = [
 @pytest.mark.parametrize('task, network, options, words', ERRORS)
 def test_what_cannot_be_done_is_one_clear_error(tmp_path, snapshots, task, network, options, words):
     write_images(tmp_path / 'images', 2)
-    write_images(tmp_path / 'labelled', 2, labels=[0, 10])
+    write_images(tmp_path / 'labeled', 2, labels=[0, 10])
     for name, size in (('black', 8), ('small', 4)):
         Image.new('L', [size, size]).save(tmp_path / f'{name}.png')
     (tmp_path / 'text.png').write_text('no image')

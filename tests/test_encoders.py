@@ -109,10 +109,10 @@ def test_pixels_pass_through_the_vae_as_0_to_1_in_small_batches(monkeypatch):
 
 
 def test_decoding_undoes_the_map_and_cuts_off_to_8_bits(monkeypatch):
-    """The stand-in's latents are the colours themselves: 0.5 is 127.5, cut off to 127; values beyond 0 ... 1 are clipped."""
+    """The stand-in's latents are the colors themselves: 0.5 is 127.5, cut off to 127; values beyond 0 ... 1 are clipped."""
     vae, encoder = use_stand_in(monkeypatch), StabilityVAEEncoder(batch_size=2)
-    colours = torch.tensor([-1, 0.1001, 0.5, 0.9999, 3]).reshape(5, 1, 1, 1).expand(5, 4, 2, 2)
-    final = encoder.encode_latents(torch.cat([colours, torch.zeros_like(colours)], dim=1), torch.zeros_like(colours))
+    colors = torch.tensor([-1, 0.1001, 0.5, 0.9999, 3]).reshape(5, 1, 1, 1).expand(5, 4, 2, 2)
+    final = encoder.encode_latents(torch.cat([colors, torch.zeros_like(colors)], dim=1), torch.zeros_like(colors))
     pixels = encoder.decode(final.double())  # the sampler's precision
     assert vae.batches == [2, 2, 1] and pixels.dtype == torch.uint8 and pixels.shape == (5, 3, 4, 4)
     assert pixels[:, 0, 0, 0].tolist() == [0, 25, 127, 254, 255] and not pixels.requires_grad
@@ -212,7 +212,7 @@ def test_arguments_by_position_are_recorded_by_name():
 @pytest.mark.parametrize('record, words', [
     (dict(class_name='Other'), "'Other' is none that we know"), (dict(vae_name='a'), "'None' is none that we know"),
     (dict(class_name=[1]), 'none that we know'), (dict(class_name='StabilityVAEEncoder', vae_name=5), 'vae_name is a int'),
-    (dict(class_name='StabilityVAEEncoder', colour=3), 'cannot be built'), (dict(class_name='StabilityVAEEncoder', raw_mean=[1, 2]), 'cannot be'),
+    (dict(class_name='StabilityVAEEncoder', color=3), 'cannot be built'), (dict(class_name='StabilityVAEEncoder', raw_mean=[1, 2]), 'cannot be'),
     (dict(class_name='StabilityVAEEncoder', raw_std=[1, 1, 0, 1]), 'deviations'), (dict(class_name='StabilityVAEEncoder', raw_std='x'), 'cannot be'),
     (dict(class_name='StabilityVAEEncoder', batch_size=0), 'batch_size'), (dict(class_name='StabilityVAEEncoder', raw_mean=None), 'cannot be built'),
     (dict(class_name='StabilityVAEEncoder', final_std=float('nan')), 'deviations')])

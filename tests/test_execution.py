@@ -31,7 +31,7 @@ KINDS = {
     'edm2': lambda: networks_edm2.Precond(**SMALL, use_fp16=False, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4],
                                           dropout=0.2, channels_per_head=16),
 }
-GREY = dict(SMALL, img_channels=1)
+GRAY = dict(SMALL, img_channels=1)
 
 
 def build(kind: str) -> torch.nn.Module:
@@ -83,9 +83,9 @@ def test_channels_last_is_the_same_network_with_another_order_in_memory(kind):
     assert seen == [True]
 
 
-def test_channels_last_holds_for_grey_images_whose_one_channel_fits_both_orders():
+def test_channels_last_holds_for_gray_images_whose_one_channel_fits_both_orders():
     torch.manual_seed(0)
-    net = networks.EDMPrecond(**GREY, model_type='DhariwalUNet', model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[])
+    net = networks.EDMPrecond(**GRAY, model_type='DhariwalUNet', model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[])
     execution.run_with(net.eval(), channels_last=True)
     seen = []
     net.model.dec['8x8_block0'].register_forward_hook(lambda module, args, out: seen.append(out.is_contiguous(memory_format=torch.channels_last)))

@@ -21,7 +21,7 @@ from metrics.frechet import frechet_distance
 from metrics.inception_score import inception_score
 from metrics.kernel import kernel_distance
 from metrics.measures import MEASURES
-from metrics.neighbours import density_coverage, precision_recall
+from metrics.neighbors import density_coverage, precision_recall
 from metrics.uncertainty import frechet_infinity
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +29,7 @@ DIM = 5
 
 
 class Moments(torch.nn.Module):
-    """Grey levels of five fixed pixels: features that a test can compute by itself."""
+    """Gray levels of five fixed pixels: features that a test can compute by itself."""
 
     def forward(self, images):
         return images[:, 0, 1, 1:6].float() / 255
@@ -205,9 +205,9 @@ def test_an_extrapolation_of_too_few_images_is_refused_before_any_work(lab, refe
 
 def test_arrays_are_measured_like_folders(lab, reference, tmp_path):
     expected = float(calc(lab, reference, '--num=60').stdout)
-    np.save(tmp_path / 'grey.npy', lab[1])
+    np.save(tmp_path / 'gray.npy', lab[1])
     np.savez(tmp_path / 'rgb.npz', np.repeat(lab[1][..., None], 3, axis=3))
-    for name in ('grey.npy', 'rgb.npz'):
+    for name in ('gray.npy', 'rgb.npz'):
         result = run('calc', f'--images={tmp_path}/{name}', f'--ref={reference}', f'--detector={lab[0]}/detector.pt', '--num=60')
         assert float(result.stdout) == pytest.approx(expected, rel=1e-9)
 
@@ -215,8 +215,8 @@ def test_arrays_are_measured_like_folders(lab, reference, tmp_path):
 def test_a_random_subset_is_called_one_and_of_how_many(lab, reference, tmp_path):
     """Of a folder, an array and a data set; all images are no subset, and those that are left out are none of it."""
     detector = f'--detector={lab[0]}/detector.pt'
-    np.save(tmp_path / 'grey.npy', lab[1])
-    for images in (lab[0] / 'samples', tmp_path / 'grey.npy'):
+    np.save(tmp_path / 'gray.npy', lab[1])
+    for images in (lab[0] / 'samples', tmp_path / 'gray.npy'):
         result = run('calc', f'--images={images}', f'--ref={reference}', detector, '--num=20', f'--json={tmp_path}/fid.json')
         assert f'a random subset of 20 of 60 images of {images}' in result.stderr
         found = json.loads((tmp_path / 'fid.json').read_text())['fid']

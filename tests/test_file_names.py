@@ -198,7 +198,7 @@ NFC, NFD = (unicodedata.normalize(form, 'ä.png') for form in ('NFC', 'NFD'))
 @pytest.mark.parametrize('file, label, words', [
     (NFD, NFC, ("'a\\u0308.png'", "'\\xe4.png'", 'composed, NFC against decomposed, NFD', 'unicodedata.normalize')),
     (NFC, NFD, ("'a\\u0308.png'", "'\\xe4.png'", 'decomposed, NFD against composed, NFC', 'unicodedata.normalize')),
-    (f'sub/{NFD}', f'sub\\{NFC}', ('normalisation',)),
+    (f'sub/{NFD}', f'sub\\{NFC}', ('normalization',)),
     ('A.png', 'a.PNG', ('upper and lower case',)),
     ('a b.png', 'a%20b.png', ('%XX',)),
     ('a.png', './a.png', ('another path',)),
@@ -225,13 +225,13 @@ def test_names_of_zips_without_the_flag_are_read_as_code_page_437_and_utf_8_is_t
 
 def test_class_folders_that_look_the_same_are_an_error_or_noted(tmp_path):
     error = run(archive(tmp_path / 'a.zip', f'{NFC}/1.png', f'{NFD}/1.png'), tmp_path / 'out.zip')
-    assert_one_clear_error(error, "'a\\u0308.png' and '\\xe4.png' differ in Unicode normalisation only")
+    assert_one_clear_error(error, "'a\\u0308.png' and '\\xe4.png' differ in Unicode normalization only")
     result = run(archive(tmp_path / 'b.zip', 'Cat/1.png', 'cat/1.png'), tmp_path / 'out.zip')
     assert "'Cat' and 'cat' differ in case only, and are two classes" in result.output and labels_of(tmp_path / 'out.zip') == [0, 1]
 
 
 def test_the_handed_zip_with_a_decomposed_name_is_explained(tmp_path, fixtures):
-    assert_one_clear_error(run(fixtures / 'faults/nfd.zip', tmp_path / 'out.zip'), 'Unicode normalisation', 'composed', 'decomposed')
+    assert_one_clear_error(run(fixtures / 'faults/nfd.zip', tmp_path / 'out.zip'), 'Unicode normalization', 'composed', 'decomposed')
 
 #----------------------------------------------------------------------------
 # Files of other kinds.

@@ -13,7 +13,7 @@ def make_net():
 
 
 def test_training_on_the_vector_equals_training_on_the_parameters():
-    """Two optimisers over ten steps, bit for bit but for the order of sums inside the optimiser: 1e-6."""
+    """Two optimizers over ten steps, bit for bit but for the order of sums inside the optimizer: 1e-6."""
     plain, moved = make_net(), make_net()
     flat = FlatParameters(moved)
     first, second = torch.optim.Adam(plain.parameters(), lr=1e-2), torch.optim.Adam([flat.weights], lr=1e-2)

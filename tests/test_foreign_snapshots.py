@@ -216,7 +216,7 @@ def student_loss(net, **changes):
     return foreign.persistent('EDMConsistencyDistillLoss', {**state, **changes})
 
 
-def test_students_of_other_settings_are_recognised_and_their_teachers_left_in_the_file(tmp_path):
+def test_students_of_other_settings_are_recognized_and_their_teachers_left_in_the_file(tmp_path):
     net = network_of('adm with heads')
     loaded = assert_loads_as(tmp_path / 'net.pkl', net, foreign.snapshot(net, loss_fn=student_loss(net), metadata=None))
     sigmas = student_grid(4, 0.002, 80.0, 7, 'edm').tolist()

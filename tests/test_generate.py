@@ -317,15 +317,15 @@ def test_any_network_can_write_what_it_draws_before_rounding(tmp_path, student):
 
 
 def test_images_of_a_latent_network_come_from_its_vae(tmp_path, latent_network, monkeypatch):
-    """The stand-in doubles the sides and takes the latents, their map undone, for colours."""
+    """The stand-in doubles the sides and takes the latents, their map undone, for colors."""
     use_stand_in(monkeypatch)
     result = invoke(f'--network={latent_network}', f'--outdir={tmp_path}', '--seeds=0-2', '--batch=2', '--steps=4')
     assert result.exit_code == 0, result.output
     invoke(f'--network={latent_network}', f'--outdir={tmp_path}', '--seeds=0-2', '--batch=2', '--steps=4', '--latents')
     for seed in range(3):
-        colours = np.load(tmp_path / f'{seed:06d}.npy')[:3] / 0.5 * 0.3 + 0.5
+        colors = np.load(tmp_path / f'{seed:06d}.npy')[:3] / 0.5 * 0.3 + 0.5
         image = pixels(tmp_path)[f'{seed:06d}.png']
-        expected = np.repeat(np.repeat(colours.transpose(1, 2, 0), 2, axis=0), 2, axis=1).clip(0, 1) * 255
+        expected = np.repeat(np.repeat(colors.transpose(1, 2, 0), 2, axis=0), 2, axis=1).clip(0, 1) * 255
         assert image.shape == (16, 16, 3) and np.abs(image - expected).max() <= 1.01  # cut off, from a rounded map
         assert image.std() > 5
 

@@ -52,13 +52,13 @@ def pixels():
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory, pixels):
-    """Twelve colour images, 9 wide and 6 high, in two folders."""
+    """Twelve color images, 9 wide and 6 high, in two folders."""
     return write(tmp_path_factory.mktemp('images'), pixels)
 
 
 @pytest.fixture
 def broken(folder, tmp_path):
-    """The same, of which number 3 is cut off, 5 is no image and 7 is grey."""
+    """The same, of which number 3 is cut off, 5 is no image and 7 is gray."""
     copy = shutil.copytree(folder, tmp_path / 'broken')
     (copy / '00' / '000003.png').write_bytes((folder / '00' / '000003.png').read_bytes()[:100])
     (copy / '00' / '000005.png').write_bytes(b'no image')
@@ -87,7 +87,7 @@ def refused(path, *words, **kwargs):
 @pytest.mark.parametrize('channels', [1, 3])
 @pytest.mark.parametrize('kind', ['folder', 'zip'])
 def test_images_of_folders_and_zips_are_those_written(tmp_path, kind, channels):
-    """Grey and colour, not square, in the order of their names."""
+    """Gray and color, not square, in the order of their names."""
     expected = pictures(channels)
     path = write(tmp_path / 'images', expected)
     source = open_images(path if kind == 'folder' else zipped(path, tmp_path / 'images.zip'))
@@ -135,7 +135,7 @@ def test_other_modes_are_refused_by_name_and_cure(tmp_path, pixels, mode, kind):
 
 
 @pytest.mark.parametrize('other, words', [
-    (pictures(1)[0, ..., 0], ('z.png is 9x6 grey, but 00/000000.png is 9x6 RGB', '--skip-bad')),
+    (pictures(1)[0, ..., 0], ('z.png is 9x6 gray, but 00/000000.png is 9x6 RGB', '--skip-bad')),
     (pictures(3, height=9, width=6)[0], ('z.png is 6x9 RGB, but 00/000000.png is 9x6 RGB',)),
 ])
 def test_images_unlike_the_first_are_refused_by_both_names(folder, tmp_path, other, words):
@@ -167,7 +167,7 @@ def test_the_first_bad_image_is_named(broken):
     for workers in (0, 2):
         with pytest.raises(UserError, match=r'000003\.png is not a readable image'):
             everything(source, batch=2, workers=workers)
-    with pytest.raises(UserError, match=r'000007\.png is 9x6 grey'):
+    with pytest.raises(UserError, match=r'000007\.png is 9x6 gray'):
         source.batch(range(7, 8))
 
 
@@ -179,7 +179,7 @@ def test_bad_images_are_left_out_and_counted(broken, tmp_path, pixels, kind, wor
     images, indices = everything(source, batch=1, workers=workers)
     assert indices == [i for i in range(COUNT) if i not in (3, 5, 7)] and sorted(source.skipped) == [3, 5, 7]
     np.testing.assert_array_equal(images, pixels[indices])
-    for i, words in {3: '000003.png is not a readable image', 5: '000005.png is not a', 7: '000007.png is 9x6 grey'}.items():
+    for i, words in {3: '000003.png is not a readable image', 5: '000005.png is not a', 7: '000007.png is 9x6 gray'}.items():
         assert words in source.skipped[i]
 
 

@@ -31,7 +31,7 @@ VECTORS = [[0.5, 0.25], [1, 0], [-3, 7], [0.125, 1]]
 
 
 def write_data(path, labels, size=8):
-    """A data set of random grey images with these labels; None: without."""
+    """A data set of random gray images with these labels; None: without."""
     rng = np.random.default_rng(0)
     with zipfile.ZipFile(path, 'w') as archive:
         for i in range(len(labels)):

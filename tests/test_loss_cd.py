@@ -242,7 +242,7 @@ def general_samples(loss, draws):
 
 
 @pytest.mark.parametrize('sync', [True, False])
-def test_both_passes_see_the_same_masks_exactly_where_dropout_is_synchronised(sync):
+def test_both_passes_see_the_same_masks_exactly_where_dropout_is_synchronized(sync):
     """The self-target those of its own samples."""
     student, draws = Recorder(small_network()).train(), SampleDraws(0, 0, 16)
     loss = make_loss(small_network(0).eval(), sync_dropout=sync)
@@ -266,7 +266,7 @@ def test_compiled_and_eager_passes_agree_under_the_same_masks():
     net = small_network()
     masks = net.dropout_masks(4, torch.Generator().manual_seed(0))
     x, sigma = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.ones(4)
-    for parameter in net.parameters():  # zero-initialised layers would hide the dropout
+    for parameter in net.parameters():  # zero-initialized layers would hide the dropout
         torch.nn.init.normal_(parameter, std=0.1)
     compiled = torch.compile(net, backend='aot_eager')
     torch.testing.assert_close(compiled(x, sigma, None, dropout_masks=masks), net(x, sigma, None, dropout_masks=masks))

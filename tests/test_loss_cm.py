@@ -146,7 +146,7 @@ def test_addim_hops_are_the_engines():
 def random_network(boundary, dropout=0.0):
     torch.manual_seed(0)
     net = networks.EDMPrecond(8, 1, 0, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[], dropout=dropout, boundary=boundary)
-    for parameter in net.parameters():  # zero-initialised layers would hide the rest
+    for parameter in net.parameters():  # zero-initialized layers would hide the rest
         torch.nn.init.normal_(parameter, std=0.1)
     return net.double().train()
 
@@ -359,7 +359,7 @@ def test_the_target_is_the_target_networks_answer_which_is_the_network_itself_wi
 
 @pytest.mark.parametrize('sync', [True, False])
 @pytest.mark.parametrize('mu0', [0.0, 0.9])
-def test_the_target_sees_the_students_masks_exactly_where_dropout_is_synchronised(mu0, sync):
+def test_the_target_sees_the_students_masks_exactly_where_dropout_is_synchronized(mu0, sync):
     student = Recorder(random_network(SMALLEST, dropout=0.5)).train()
     loss = plain_training(mu0=mu0, sync_dropout=sync)
     loss.attach(student, FlatParameters(student))

@@ -44,7 +44,7 @@ def test_hops_that_lengthen_the_noise_have_another_student():
 
 
 def test_the_stages_compound_to_the_exact_map_at_first_order():
-    """Where each stage is learnt exactly, S steps of the student are 2 S of its teacher; ever more of them approach the solution of the ODE."""
+    """Where each stage is learned exactly, S steps of the student are 2 S of its teacher; ever more of them approach the solution of the ODE."""
     exact = ((VARIANCE[0] + 0.002 ** 2) / (VARIANCE[0] + 80 ** 2)).sqrt()
     errors = []
     for S in (128, 256, 512):

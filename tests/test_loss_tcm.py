@@ -298,7 +298,7 @@ def masks_seen(student_dropout, teacher_dropout, **options):
 
 
 @pytest.mark.parametrize('sync', [True, False])
-def test_both_networks_see_the_masks_of_the_student_where_dropout_is_synchronised(sync):
+def test_both_networks_see_the_masks_of_the_student_where_dropout_is_synchronized(sync):
     """Each the rows of its own samples."""
     own, whole, first, low = masks_seen(0.3, 0.3, sync_dropout=sync)
     assert torch.equal(own['block'], whole['block'][~low]) == torch.equal(first['block'], whole['block'][low]) == sync

@@ -120,9 +120,9 @@ def test_oblong_images_are_small_by_their_short_side():
     assert measured_at(lpips.PerceptualDistance(), pictures(2, size=300)[..., :200]).shape == (2, 3, 224, 224)
 
 
-def test_grey_images_are_repeated_to_colour_and_others_refused(network):
-    grey = pictures(2, channels=1)
-    assert torch.equal(measured_at(network, grey), measured_at(network, grey.repeat(1, 3, 1, 1)))
+def test_gray_images_are_repeated_to_color_and_others_refused(network):
+    gray = pictures(2, channels=1)
+    assert torch.equal(measured_at(network, gray), measured_at(network, gray.repeat(1, 3, 1, 1)))
     with pytest.raises(UserError, match=r'these have 4 channels\. Use --cm_loss=pseudo_huber'):
         network(pictures(1, channels=4), pictures(1, channels=4))
 
@@ -210,7 +210,7 @@ class Single(torch.nn.Module):
 
 class Picky(torch.nn.Module):
     def forward(self, images, return_lpips: bool = False):
-        assert images.shape[1] == 1, 'grey images please'
+        assert images.shape[1] == 1, 'gray images please'
         return images.flatten(1)
 
 
@@ -280,7 +280,7 @@ def test_text_is_no_file_of_weights(tmp_path):
         load(tmp_path.joinpath('page.html').as_posix())
 
 
-@pytest.mark.parametrize('module, words', [(Features(), 'no argument return_lpips'), (Single(), r'\[N, D\]'), (Picky(), 'grey images please')])
+@pytest.mark.parametrize('module, words', [(Features(), 'no argument return_lpips'), (Single(), r'\[N, D\]'), (Picky(), 'gray images please')])
 def test_scripts_of_another_kind_are_refused(tmp_path, module, words):
     with pytest.raises(UserError, match=words):
         load(scripted(module, tmp_path / 'script.pt'))

@@ -1,4 +1,4 @@
-"""The mathematics of evaluation: Fréchet and kernel distance, neighbours, Inception Score, bootstrap and extrapolation."""
+"""The mathematics of evaluation: Fréchet and kernel distance, neighbors, Inception Score, bootstrap and extrapolation."""
 import json
 import math
 
@@ -18,7 +18,7 @@ from metrics import frechet
 from metrics.frechet import Gaussian, frechet_distance
 from metrics.inception_score import inception_score
 from metrics.kernel import kernel_distance, squared_mmd
-from metrics.neighbours import density_coverage, precision_recall
+from metrics.neighbors import density_coverage, precision_recall
 from metrics.uncertainty import _Sample, bootstrap_interval, frechet_infinity
 
 
@@ -38,7 +38,7 @@ def rotated(spectrum, seed):
 
 
 def by_singular_values(sigma1, sigma2):
-    """Distance of centred Gaussians from the singular values of Bᵀ A, Σ1 = A Aᵀ, Σ2 = B Bᵀ: no root of anything small is taken."""
+    """Distance of centered Gaussians from the singular values of Bᵀ A, Σ1 = A Aᵀ, Σ2 = B Bᵀ: no root of anything small is taken."""
     a, b = (scipy.linalg.cholesky(sigma, lower=True) for sigma in (sigma1, sigma2))
     return np.trace(sigma1) + np.trace(sigma2) - 2 * scipy.linalg.svdvals(b.T @ a).sum()
 
@@ -275,9 +275,9 @@ def test_a_block_of_one_sample_is_refused():
         kernel_distance(torch.zeros(5, 3), torch.zeros(5, 3), block=1)
 
 #----------------------------------------------------------------------------
-# Neighbours.
+# Neighbors.
 
-def by_neighbours(features, reference, k):
+def by_neighbors(features, reference, k):
     """All four measures from scikit-learn's trees and a full table of distances; for data without ties."""
     distances = scipy.spatial.distance.cdist(reference, features)
     radius = lambda x: NearestNeighbors(n_neighbors=k, algorithm='kd_tree').fit(x).kneighbors()[0][:, -1]  # without the points themselves
@@ -286,9 +286,9 @@ def by_neighbours(features, reference, k):
 
 
 @pytest.mark.parametrize('k', [1, 3, 5])
-def test_neighbour_measures_are_those_of_scikit_learn(k):
+def test_neighbor_measures_are_those_of_scikit_learn(k):
     features, reference = normal(150, 4, 0) + 1, normal(120, 4, 1)
-    expected = by_neighbours(features.numpy(), reference.numpy(), k)
+    expected = by_neighbors(features.numpy(), reference.numpy(), k)
     assert all(0.3 < value < 0.9 for value in expected)
     assert (*precision_recall(features, reference, k), *density_coverage(features, reference, k)) == pytest.approx(expected, rel=1e-12)
 
@@ -310,7 +310,7 @@ def test_no_more_than_a_chunk_of_distances_is_in_memory(monkeypatch):
 
 
 def test_a_set_against_itself_is_precise_complete_and_of_density_one():
-    """A ball of radius r_k holds its centre and the k − 1 nearer neighbours, and its boundary the k-th: density counts k, exactly."""
+    """A ball of radius r_k holds its center and the k − 1 nearer neighbors, and its boundary the k-th: density counts k, exactly."""
     x = normal(200, 8, 3)
     assert precision_recall(x, x) == (1, 1)
     assert density_coverage(x, x) == (1, 1)
@@ -338,7 +338,7 @@ def test_boundaries_belong_to_balls_of_precision_and_not_of_density():
         assert density_coverage(x, y, k=1) == (0, 0)
 
 
-def test_duplicates_are_neighbours_but_a_sample_is_not_its_own():
+def test_duplicates_are_neighbors_but_a_sample_is_not_its_own():
     """Reference 0, 0, 0, 5, 6, 7: at k = 2 balls reach 0, 0, 0, 2, 1, 2 far, at k = 3 they reach 5, 5, 5, 5, 6, 7."""
     reference = torch.tensor([0.0, 0, 0, 5, 6, 7])[:, None] / 3
     images = torch.tensor([0.0, 0.3, 40, 41])[:, None] / 3
@@ -347,7 +347,7 @@ def test_duplicates_are_neighbours_but_a_sample_is_not_its_own():
     assert density_coverage(images, reference, k=3) == (9 / 3 / 4, 1)  # 0 in three balls, 0.3 in all six
 
 
-def test_too_few_samples_for_k_neighbours_are_refused():
+def test_too_few_samples_for_k_neighbors_are_refused():
     with pytest.raises(UserError, match='3 features of the images are too few: at least 4'):
         precision_recall(normal(3, 2, 0), normal(9, 2, 1))
     with pytest.raises(UserError, match='5 features of the reference are too few: at least 6'):

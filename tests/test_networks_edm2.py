@@ -1,4 +1,4 @@
-"""EDM2's network: golden output, magnitudes, forced weight normalisation, dropout, distillation."""
+"""EDM2's network: golden output, magnitudes, forced weight normalization, dropout, distillation."""
 import numpy as np
 import pytest
 import torch
@@ -113,7 +113,7 @@ def test_fourier_features_have_unit_variance():
     assert abs(rms(features, (0, 1)) - 1) < 0.01 and features.mean().abs() < 0.01
 
 
-def test_normalisation_is_exact_in_every_precision():
+def test_normalization_is_exact_in_every_precision():
     x = torch.randn(4, 64, 3, generator=torch.Generator().manual_seed(0)).double() * 1e4  # its norm is beyond FP16
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-5), (torch.float16, 2e-3)):
         y = edm2.normalize(x.to(dtype), dims=(1,))
@@ -121,7 +121,7 @@ def test_normalisation_is_exact_in_every_precision():
 
 
 def test_activations_keep_their_size_through_the_whole_network():
-    """At initialisation, with data of EDM's scale, every block's output has a magnitude within 30 % of one."""
+    """At initialization, with data of EDM's scale, every block's output has a magnitude within 30 % of one."""
     net = small_net(3, model_channels=64, channel_mult=[1, 2], num_blocks=2, channels_per_head=64).eval()
     magnitudes = {}
     for name, block in [*net.unet.enc.items(), *net.unet.dec.items()]:
@@ -147,10 +147,10 @@ def test_the_output_is_bounded_by_the_clip():
     assert block(torch.randn(1, 16, 4, 4), torch.randn(1, 16)).abs().max() == 0.25
 
 #----------------------------------------------------------------------------
-# Forced weight normalisation.
+# Forced weight normalization.
 
-def test_a_training_pass_normalises_all_weights_in_place_through_one_vector():
-    """Magnitude one for every output channel; normalisation's 1e-4 is more where a weight is small by chance."""
+def test_a_training_pass_normalizes_all_weights_in_place_through_one_vector():
+    """Magnitude one for every output channel; normalization's 1e-4 is more where a weight is small by chance."""
     net = small_net().train()
     flat = FlatParameters(net)
     flat.weights.data.mul_(3)
@@ -162,7 +162,7 @@ def test_a_training_pass_normalises_all_weights_in_place_through_one_vector():
 
 @pytest.mark.parametrize('mode', ['evaluation', 'without gradients'])
 def test_other_passes_leave_the_weights_alone_and_say_the_same(mode):
-    """The weights' scale means nothing: 1e-3 covers what normalisation adds to it, 1e-4 in every layer."""
+    """The weights' scale means nothing: 1e-3 covers what normalization adds to it, 1e-4 in every layer."""
     net = small_net().train()
     for weight in weights(net).values():
         weight.data.mul_(3)

@@ -213,7 +213,7 @@ def test_no_edit_hides_it(kind, solver):
 def test_edit_names_image_and_seed_and_leaves_no_grid(tmp_path, digits, monkeypatch):
     net = Broken(1, 1, metadata=dict(objective='mcd', solver='cm', sigmas=[80.0, 1.0, 0.0], S=2))
     net.img_channels, net.img_resolution = 1, 8
-    net.forward = functools.partial(grey_broken, net)
+    net.forward = functools.partial(gray_broken, net)
     monkeypatch.setattr(edit, 'load', lambda network: net)
     (tmp_path / 'images').mkdir()
     (tmp_path / 'grid.png').write_bytes(b'earlier')
@@ -223,7 +223,7 @@ def test_edit_names_image_and_seed_and_leaves_no_grid(tmp_path, digits, monkeypa
     assert [path.name for path in (tmp_path / 'images').rglob('*.png')] == ['img00000000-000007.png'] and not (tmp_path / 'grid.png').exists()
 
 
-def grey_broken(net, x, sigma, class_labels=None):
+def gray_broken(net, x, sigma, class_labels=None):
     denoised = x / (1 + sigma ** 2)
     if net.calls == net.evaluation:
         denoised[net.image] = torch.inf

@@ -155,7 +155,7 @@ def combination(out_std, out_ofs=1.0, in_ofs=(0.25, 0.5, 0.75, 1.0), in_std=(0.0
 
 @pytest.mark.parametrize('out_std', [0.01, 0.07, 0.15, 0.25])
 def test_the_profile_error_is_that_of_numerical_integration(out_std):
-    """Gauss-Legendre with 400 nodes between neighbouring times of storage, where profiles are smooth: exact to 1e-9."""
+    """Gauss-Legendre with 400 nodes between neighboring times of storage, where profiles are smooth: exact to 1e-9."""
     ofs, std, weights, error = combination(out_std)
     nodes, node_weights = np.polynomial.legendre.leggauss(400)
     density = lambda std, t, tau: np.where(tau <= t, (g := float(phema.std_to_exp(std))) + 1, 0) * (tau / t) ** g / t

@@ -70,10 +70,10 @@ def raw_tiff(folder, bits, data, photometric=1, sample_format=1):
 #----------------------------------------------------------------------------
 # Transparency.
 
-def over(colour, background, alpha=ALPHA):
+def over(color, background, alpha=ALPHA):
     """The formula of compositing, rounded."""
-    alpha = alpha[..., None] / 255 if colour.ndim == 3 else alpha / 255
-    return np.rint(colour * alpha + np.array(background) * (1 - alpha))
+    alpha = alpha[..., None] / 255 if color.ndim == 3 else alpha / 255
+    return np.rint(color * alpha + np.array(background) * (1 - alpha))
 
 
 @pytest.mark.parametrize('kind, options', [('png', {}), ('webp', dict(lossless=True, exact=True)), ('tif', {})])
@@ -91,11 +91,11 @@ def test_an_opaque_alpha_channel_is_not_called_transparent(tmp_path):
     assert 'transparent' not in said and np.array_equal(pixels, NOISE[..., :3])
 
 
-@pytest.mark.parametrize('background, shape, colour', [('white', (8, 8), 255), ('#808080', (8, 8), 128), ('red', (8, 8, 3), (255, 0, 0))])
-def test_grey_stays_grey_on_a_grey_background(tmp_path, background, shape, colour):
+@pytest.mark.parametrize('background, shape, color', [('white', (8, 8), 255), ('#808080', (8, 8), 128), ('red', (8, 8, 3), (255, 0, 0))])
+def test_gray_stays_gray_on_a_gray_background(tmp_path, background, shape, color):
     pixels, _ = converted(saved(tmp_path / 'src', Image.fromarray(np.dstack([NOISE[..., 0], ALPHA]), 'LA')), f'--background={background}')
     opaque = pixels[:, 2, 0] if pixels.ndim == 3 else pixels[:, 2]
-    assert pixels.shape == shape and (pixels[:, 0] == colour).all() and np.array_equal(opaque, NOISE[:, 2, 0])
+    assert pixels.shape == shape and (pixels[:, 0] == color).all() and np.array_equal(opaque, NOISE[:, 2, 0])
 
 
 @pytest.mark.parametrize('kind, transparency', [('png', 2), ('png', bytes([255, 0, 128, 255])), ('gif', 2)])
@@ -108,14 +108,14 @@ def test_palettes_are_transparent_by_entry(tmp_path, kind, transparency):
     assert 'transparent' in said
 
 
-def test_a_color_named_transparent_is_so_in_grey_rgb_and_fewer_or_more_bits(tmp_path):
+def test_a_color_named_transparent_is_so_in_gray_rgb_and_fewer_or_more_bits(tmp_path):
     """The chunk tRNS counts in the samples' own units; Pillow leaves it so, and scales the samples."""
     expected = NOISE[..., :3].copy()
     expected[0, 0] = 255
     rgb = saved(tmp_path / 'rgb', Image.fromarray(NOISE[..., :3]), transparency=tuple(NOISE[0, 0, :3].tolist()))
     np.testing.assert_array_equal(converted(rgb)[0], expected)
-    grey = saved(tmp_path / 'grey', Image.fromarray(NOISE[..., 0]), transparency=int(NOISE[0, 0, 0]))
-    np.testing.assert_array_equal(converted(grey)[0], np.where(NOISE[..., 0] == NOISE[0, 0, 0], 255, NOISE[..., 0]))
+    gray = saved(tmp_path / 'gray', Image.fromarray(NOISE[..., 0]), transparency=int(NOISE[0, 0, 0]))
+    np.testing.assert_array_equal(converted(gray)[0], np.where(NOISE[..., 0] == NOISE[0, 0, 0], 255, NOISE[..., 0]))
     for depth, row, key, levels in ((1, b'\x0f', 0, [255] * 8), (2, b'\x1b\x1b', 2, [0, 85, 255, 255] * 2),
                                     (4, b'\x01\x5a\xff\x37', 5, [0, 17, 255, 170, 255, 255, 51, 119])):
         folder = raw_png(tmp_path / str(depth), depth, 0, [row] * 8, (b'tRNS', struct.pack('>H', key)))
@@ -282,7 +282,7 @@ def test_files_of_several_frames_or_pages_are_counted_and_the_first_is_taken(tmp
 
 
 def test_a_color_that_stands_for_transparent_is_refused_where_pixels_are_taken_as_they_are(tmp_path):
-    """Of RGB and of grey: what viewers do not show would be trained on and measured."""
+    """Of RGB and of gray: what viewers do not show would be trained on and measured."""
     for mode, key in (('RGB', (255, 0, 255)), ('L', 0)):
         (tmp_path / mode).mkdir()
         Image.new(mode, (8, 8), key).save(tmp_path / mode / 'a.png', transparency=key)

@@ -34,8 +34,8 @@ def test_a_trace_shows_the_parts_of_the_steps_by_name(runs):
     plain, profiled = runs
     path, = profiled.glob('profile-*')
     names = trace(path)
-    assert {name: names[name] for name in ('data', 'gradients', 'optimiser', 'averages', 'student')} == dict.fromkeys(
-        ('data', 'gradients', 'optimiser', 'averages', 'student'), 3)
+    assert {name: names[name] for name in ('data', 'gradients', 'optimizer', 'averages', 'student')} == dict.fromkeys(
+        ('data', 'gradients', 'optimizer', 'averages', 'student'), 3)
     assert names['teacher'] >= 3 and names['self-target'] <= 3
     assert path.name == 'profile-000000.json.gz' and f'Profile of 3 steps: {path}' in (profiled / 'log.txt').read_text()
     assert not list(plain.glob('*profile*')) and not list(profiled.glob('.profile*'))

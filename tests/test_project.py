@@ -65,7 +65,7 @@ def test_the_tested_torch_is_installed():
     assert torch.__version__.split('+')[0] == pinned
 
 
-def test_the_licence_is_named():
+def test_the_license_is_named():
     text = (ROOT / 'LICENSE.txt').read_text()
     assert 'CC-BY-NC-SA-4.0' in text and 'https://creativecommons.org/licenses/by-nc-sa/4.0/' in text and 'EDM' in text
 

@@ -6,7 +6,7 @@ from PIL import Image
 from experiments import report
 
 
-@pytest.mark.parametrize('shape', [(4, 4), (4, 4, 3), (64, 64, 3)], ids=['grey', 'color', 'large'])
+@pytest.mark.parametrize('shape', [(4, 4), (4, 4, 3), (64, 64, 3)], ids=['gray', 'color', 'large'])
 def test_a_grid_has_the_files_in_rows_with_a_line_after_each_enlarged_to_32_pixels(tmp_path, shape):
     """Small images eightfold, large ones as they are; a pixel of gray 96 on the right and below."""
     images = np.random.default_rng(0).integers(256, size=(6, *shape), dtype=np.uint8)

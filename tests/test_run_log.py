@@ -671,8 +671,8 @@ def test_tensorboard_shows_every_step_once_after_a_resume(run_dir):
     log.start(TOTAL, tensorboard=True, resumed_at=128)
     train(log, 192)
     log.stats(tick(256))
-    PIL.Image.new('L', (6, 4)).save(run_dir / 'grey.png')
-    log.evaluation(evaluation(256), grid=str(run_dir / 'grey.png'))
+    PIL.Image.new('L', (6, 4)).save(run_dir / 'gray.png')
+    log.evaluation(evaluation(256), grid=str(run_dir / 'gray.png'))
     log.close()
     numbers, pictures = shown_by_tensorboard(run_dir)
     assert numbers['Loss/cd'] == [(step, step / 10) for step in (64, 128, 192, 256)]

@@ -20,7 +20,7 @@ COUNT = 40
 
 
 def write_folder(path, count=COUNT, size=8, labels=True, changed=(), renamed=(), seed=0):
-    """Random grey images of classes 0 to 3 in two folders; uncompressed, so that all files are of one length."""
+    """Random gray images of classes 0 to 3 in two folders; uncompressed, so that all files are of one length."""
     for i in range(count):
         rng = np.random.default_rng([seed, i + 1000 * (i in changed)])
         name = path / f'{i % 2}' / f'{i:03d}{"x" * (i in renamed)}.png'
@@ -99,13 +99,13 @@ def test_other_names_sizes_contents_and_labels_are_other_data(tmp_path, data):
     place = next(i for i in range(COUNT) if i not in {k * (COUNT - 1) // (DIGESTED_FILES - 1) for k in range(DIGESTED_FILES)})
     with open(sorted(longer.rglob('*.png'))[place], 'ab') as file:
         file.write(b'.')
-    relabelled = shutil.copytree(data, tmp_path / 'relabelled')
-    text = (relabelled / 'dataset.json').read_text()
-    (relabelled / 'dataset.json').write_text(text.replace('39.png", 3]', '39.png", 2]'))
-    assert (relabelled / 'dataset.json').read_text() != text
-    seen = {digest(other, use_labels=True) for other in (*others, longer, relabelled)}
+    relabeled = shutil.copytree(data, tmp_path / 'relabeled')
+    text = (relabeled / 'dataset.json').read_text()
+    (relabeled / 'dataset.json').write_text(text.replace('39.png", 3]', '39.png", 2]'))
+    assert (relabeled / 'dataset.json').read_text() != text
+    seen = {digest(other, use_labels=True) for other in (*others, longer, relabeled)}
     assert len(seen) == len(others) + 2 and whole not in seen
-    assert digest(relabelled) == digest(data) != whole, 'labels count where they are used'
+    assert digest(relabeled) == digest(data) != whole, 'labels count where they are used'
 
 
 def test_a_digest_needs_files_that_can_be_read(tmp_path):
@@ -140,7 +140,7 @@ OTHER = {
     'size': (dict(size=16), [], 'images of 8x8x1 then, of 16x16x1 now'),
     'subset': ({}, ['--max-images=9'], 'all images then, --max-images=9 now'),
     'mirrored': ({}, ['--xflip=1'], 'xflip = false then, true now'),
-    'unlabelled': ({}, ['--cond=0'], '--cond=1 then, --cond=0 now'),
+    'unlabeled': ({}, ['--cond=0'], '--cond=1 then, --cond=0 now'),
 }
 
 

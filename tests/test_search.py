@@ -92,7 +92,7 @@ def test_a_scan_finds_a_valley_beyond_a_plateau():
     plain search begins with, the one beyond the hump wins, and the valley is lost. Of eight first looks, 24 places from each other, one sees it."""
     metric = lambda i: 1 - i / 1e6 + 2 * math.exp(-((i - 110) / 20) ** 2) - math.exp(-((i - 30) / 12) ** 2)
     assert least(metric, 217)[1] > 0.9 and least(metric, 217, scan=8) == (30, metric(30))
-    assert most_evaluations(217, scan=8) == 8 + 8  # between two neighbours of a place there are 48 others
+    assert most_evaluations(217, scan=8) == 8 + 8  # between two neighbors of a place there are 48 others
 
 
 @settings(deadline=None, derandomize=True)
@@ -100,11 +100,11 @@ def test_a_scan_finds_a_valley_beyond_a_plateau():
 def test_the_minimum_over_sigma_is_found_to_the_tolerance(log_low, width, share, tolerance, power):
     """f = |ln sigma − c|^p with c anywhere between the ends: the level found is next to c, with a millionth for six digits.
     Candidates fall, lie between the ends, and have no wider gap."""
-    low, high, centre = math.exp(log_low), math.exp(log_low + width), log_low + share * width
+    low, high, center = math.exp(log_low), math.exp(log_low + width), log_low + share * width
     levels = log_levels(low, high, tolerance)
     assert all(1 < a / b <= (1 + tolerance) * (1 + 1e-5) for a, b in zip([high, *levels], [*levels, low]))
-    ((tau,), _), = find_points(lambda taus: abs(math.log(taus[0]) - centre) ** power, levels, 1)
-    assert abs(math.log(tau) - centre) <= math.log1p(tolerance) + 1e-5
+    ((tau,), _), = find_points(lambda taus: abs(math.log(taus[0]) - center) ** power, levels, 1)
+    assert abs(math.log(tau) - center) <= math.log1p(tolerance) + 1e-5
 
 
 @settings(deadline=None, derandomize=True)
@@ -132,7 +132,7 @@ def test_points_are_found_one_after_another_each_below_the_last(points, spare, w
 
 
 class Moments(torch.nn.Module):
-    """Grey levels of three pixels, and two classes by the first, in the manner of NVIDIA's Inception."""
+    """Gray levels of three pixels, and two classes by the first, in the manner of NVIDIA's Inception."""
 
     def forward(self, images, return_features: bool = False):
         features = images[:, 0, 1, 1:4].float() / 255

@@ -6,7 +6,7 @@ from helpers import run
 
 from training.objectives import OBJECTIVES
 
-BUDGET = 10_000  # network evaluations for each place in the batch: 370 to 2,500 optimiser steps; with a third of it cm-cd has not begun (30)
+BUDGET = 10_000  # network evaluations for each place in the batch: 370 to 2,500 optimizer steps; with a third of it cm-cd has not begun (30)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The whole optimiser step of every objective waits for no device: it runs on tensors that have no values."""
+"""The whole optimizer step of every objective waits for no device: it runs on tensors that have no values."""
 import contextlib
 
 import pytest
@@ -113,7 +113,7 @@ class Training:
         return self.losses[-1]
 
     def steps_counted(self) -> list[torch.Tensor]:
-        """What the optimiser keeps on the host, on every device."""
+        """What the optimizer keeps on the host, on every device."""
         return [state['step'] for state in self.update.optimizer.state.values()] if isinstance(self.update.optimizer, torch.optim.RAdam) else []
 
     def step(self, batch) -> None:

@@ -71,7 +71,7 @@ def test_a_student_is_distilled_from_every_kind_of_teacher(tmp_path, digits, kin
 #----------------------------------------------------------------------------
 # EDM2 from scratch.
 
-def test_the_uncertainty_that_minimises_edm2s_loss_is_the_logarithm_of_the_error_per_value():
+def test_the_uncertainty_that_minimizes_edm2s_loss_is_the_logarithm_of_the_error_per_value():
     """w/e^u |D − y|² + 64 u has its minimum, 64 (1 + ln(e/64)), where e^u is the weighted error e of a value; the loss's value is checked there."""
     logvar = torch.zeros(16, requires_grad=True)
     answer = lambda x, sigma, labels, **kwargs: (torch.zeros_like(x), logvar.reshape(-1, 1, 1, 1))

@@ -74,7 +74,7 @@ def test_doubling_has_equally_long_stages_up_to_its_cap():
 
 @pytest.mark.parametrize('P_mean, P_std', [(-1.1, 2.0), (0.3, 0.7)])
 def test_lognormal_edges_have_the_mass_of_their_interval(P_mean, P_std):
-    """SciPy's normal distribution function, between the ends of each edge and normalised by that of the whole grid."""
+    """SciPy's normal distribution function, between the ends of each edge and normalized by that of the whole grid."""
     sigmas = ops.karras_sigmas(41, 0.002, 80, 7)
     cdf = stats.norm(P_mean, P_std).cdf(sigmas.log().numpy())
     expected = torch.from_numpy((cdf[:-1] - cdf[1:]) / (cdf[0] - cdf[-1]))
@@ -247,7 +247,7 @@ def test_the_mean_of_scaled_losses_is_the_sum_of_the_two_means(share):
 # Progressive distillation.
 
 def test_halving_equals_the_published_schedule(family):
-    """Column 1: from 1024 steps, 50,000 optimiser steps a stage, and twice that for the last two stages."""
+    """Column 1: from 1024 steps, 50,000 optimizer steps a stage, and twice that for the last two stages."""
     schedule = [S for S, steps in times.halving_stages(1024, 1, 50_000) for _ in range(steps // 50_000)]  # S of every 50,000 steps
     got = [schedule[min(k // 50_000, len(schedule) - 1)] for k in family['openai.steps'].tolist()]
     assert got == family['openai.progdist'][:, 1].tolist()

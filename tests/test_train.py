@@ -394,7 +394,7 @@ def test_wrong_files_exit_with_status_1(tmp_path, digits, teacher, uninterrupted
     flat.write_text('in the way')
     changes = {
         'no data': dict(data=tmp_path / 'missing.zip'), 'cut data': dict(data=truncated(digits, tmp_path)),
-        'no labels': dict(data=unlabelled(tmp_path)), 'no teacher': dict(teacher=tmp_path / 'nowhere.pkl'),
+        'no labels': dict(data=unlabeled(tmp_path)), 'no teacher': dict(teacher=tmp_path / 'nowhere.pkl'),
         'hostile teacher': dict(teacher=hostile(tmp_path)), 'not a snapshot': dict(teacher=digits), 'teacher needs labels': dict(cond=0),
         'contradiction': dict(cbase=64), 'other arch': dict(arch='ddpmpp'), 'other precond': dict(precond='vp'), 'augment': dict(augment=0.1),
         'student as teacher': dict(teacher=uninterrupted / 'network-snapshot-000000-640.pkl'),
@@ -418,7 +418,7 @@ def reference_of(tmp_path, dim):
     return path
 
 
-def unlabelled(tmp_path: Path):
+def unlabeled(tmp_path: Path):
     from PIL import Image
     folder = tmp_path / 'plain'
     folder.mkdir()

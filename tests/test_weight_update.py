@@ -51,7 +51,7 @@ def fresh_statistics():
 @pytest.mark.parametrize('radam', [False, True])
 @pytest.mark.parametrize('loss_scale', [1.0, 1024.0, None])
 def test_steps_are_adams_whatever_the_loss_scale(loss_scale, radam):
-    """Powers of two scale without rounding, and are taken out before the optimiser sees the gradient."""
+    """Powers of two scale without rounding, and are taken out before the optimizer sees the gradient."""
     problem = Problem(loss_scale=loss_scale, radam=radam)
     for i in range(10):
         problem.step(i, lr=0.01 * (i + 1))

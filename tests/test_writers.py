@@ -88,7 +88,7 @@ def test_a_batch_is_shared_by_all_workers(workers, count, parts):
     assert [i for share in shares for i in range(count)[share]] == list(range(count))
 
 
-def test_grey_and_colour_images_are_written_as_they_are(tmp_path):
+def test_gray_and_color_images_are_written_as_they_are(tmp_path):
     for channels, mode in ((1, 'L'), (3, 'RGB')):
         images = np.random.default_rng(0).integers(0, 256, [2, 4, 4, channels], dtype=np.uint8)
         writers.write_images(images, [str(tmp_path / mode / f'{i}.png') for i in range(2)])

@@ -1,4 +1,4 @@
-"""A network's parameters as views of one vector, so that what treats them alike (optimiser, averages, norms) is one operation each."""
+"""A network's parameters as views of one vector, so that what treats them alike (optimizer, averages, norms) is one operation each."""
 from __future__ import annotations
 
 import itertools

@@ -132,19 +132,19 @@ def _check_arguments(values):
 
 
 class _Unfilled(TorchFunctionMode):
-    """Tensors that a network makes for itself have no memory: they are on the meta device, and stay what they are when it initialises them.
+    """Tensors that a network makes for itself have no memory: they are on the meta device, and stay what they are when it initializes them.
 
-    Under `torch.device('meta')` alone PyTorch works out what initialising would give, in Python, with its compiler: a second to import it.
+    Under `torch.device('meta')` alone PyTorch works out what initializing would give, in Python, with its compiler: a second to import it.
     """
 
     FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand)
-    INITIALISERS = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.mul)
+    INITIALIZERS = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.mul)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in self.FACTORIES:
             return torch.empty(*args, **{**kwargs, 'device': 'meta'})
-        if function in self.INITIALISERS and args[0].is_meta:
+        if function in self.INITIALIZERS and args[0].is_meta:
             return args[0]
         return function(*args, **kwargs)
 

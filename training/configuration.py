@@ -29,7 +29,7 @@ EDM2 = 'Precond'  # EDM2's class: EDM's preconditioning around its own U-Net
 BOUNDARY_CLASSES = ('EDMPrecond', 'CMPrecond', 'Precond')  # whose level of the identity can be chosen
 AUGMENT_DIM = 9  # labels of EDM's augmentation pipeline
 
-# Options that say in optimiser steps what a loss counts in images: what it calls that, and its unit in images.
+# Options that say in optimizer steps what a loss counts in images: what it calls that, and its unit in images.
 IN_STEPS = dict(T_anneal_steps=('T_anneal_kimg', 1000), stage_steps=('stage_nimg', 1), schedule_steps=('schedule_nimg', 1))
 
 # The network's options: click name -> constructor argument.
@@ -110,7 +110,7 @@ def options_of_run(earlier: dict | None, objective: str, own: Iterable[str]) -> 
 
 
 def training_steps(opts: EasyDict) -> int:
-    """Optimiser steps of the run."""
+    """Optimizer steps of the run."""
     return -(-total_images(opts) // opts.batch)
 
 

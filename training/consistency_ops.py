@@ -3,7 +3,7 @@
 Pure functions in FP64, without networks or state. Notation: x_sigma = y + sigma n; the probability-flow ODE is
 dx/dsigma = (x − D(x; sigma)) / sigma (Karras et al. 2022, Eq. 1 with s(t) = 1, sigma(t) = t).
 
-A *grid* is a decreasing [n+1] tensor of noise levels that ends in 0; its n *edges* join neighbours. The student's grid has S edges, its
+A *grid* is a decreasing [n+1] tensor of noise levels that ends in 0; its n *edges* join neighbors. The student's grid has S edges, its
 *segments*; the teacher's has about T, each of them inside one segment or cut off at that segment's lower end, its *boundary*.
 """
 from __future__ import annotations
@@ -248,7 +248,7 @@ def inv_ddim(x_b: Tensor, x_t: Tensor, sigma_t: Tensor, sigma_b: Tensor, check: 
     Args:
         x_b, x_t: [N, ...] states at the two noise levels.
         sigma_t, sigma_b: [N] noise levels, sigma_t > sigma_b >= 0.
-        check: look at the levels, which synchronises with the device. Training checks its whole table once instead (`check_edges`).
+        check: look at the levels, which synchronizes with the device. Training checks its whole table once instead (`check_edges`).
     Returns: [N, ...] float64.
     Raises: ValueError where sigma_t <= sigma_b.
     """
@@ -350,7 +350,7 @@ def solve_ode(denoiser: Denoiser, x: Tensor, levels: Sequence[float], denoised: 
 def nodes_between(sigma_t: Tensor, sigma_b: Tensor, substeps: int, rho: float, sigma_min: float, spacing: str = 'karras') -> Tensor:
     """`anchor_nodes` for levels that differ from sample to sample: [substeps+1, N] float64, from sigma_t [N] down to sigma_b [N].
 
-    Where sigma_b = 0 the last but one is sigma_min, or sigma_t where that is lower. Does not synchronise with the device.
+    Where sigma_b = 0 the last but one is sigma_min, or sigma_t where that is lower. Does not synchronize with the device.
     """
     to_zero = sigma_b == 0
     bottom = torch.where(to_zero, sigma_t.clamp(max=sigma_min), sigma_b)

@@ -38,7 +38,7 @@ def hold_in_half(net: torch.nn.Module) -> torch.nn.Module:
     """The network, in place, whose convolutions hold their weights in the half precision that they compute in; for one that is only asked.
 
     They are rounded before instead of at every call, so the answers are the same, bit for bit. EDM2's weights stay as they are, since they are
-    normalised in FP32 at every call.
+    normalized in FP32 at every call.
     """
     from training.networks import Conv2d
     for part in networks_in(net):

@@ -87,7 +87,7 @@ def average_name(std: float) -> str:
 
 
 class WeightAverages:
-    """Averages of a network's weights, updated after every optimiser step.
+    """Averages of a network's weights, updated after every optimizer step.
 
     On another device than the network's, the host's, a thread computes them while the network goes on training (`HostCopies`). Whoever reads them
     finds them up to date: `networks`, `vectors` and `state_dict` wait for the thread.

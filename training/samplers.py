@@ -2,7 +2,7 @@
 
 A denoiser is any function D(x, sigma, class_labels) of x [N, C, H, W] and a scalar noise level. States are FP64. Students walk their own grid
 (`student`). Consistency models, whose every output is an image, are asked once, or again after adding noise (`cm`). Teachers follow the
-probability-flow ODE by Euler or Heun steps (`euler`, `heun`: Karras et al. 2022, Algorithms 1 and 2), with EDM's discretisations, schedules and
+probability-flow ODE by Euler or Heun steps (`euler`, `heun`: Karras et al. 2022, Algorithms 1 and 2), with EDM's discretizations, schedules and
 scalings to choose from, or by DDIM steps that make up for missing variance (`addim`: Heek et al. 2024).
 
 A snapshot's metadata say what it is. `solver`: its sampler; where that is not recorded, `student` if there is a grid, `heun` if not.
@@ -30,7 +30,7 @@ SCALINGS = ('none', 'vp')
 DEFAULT_TEACHER_STEPS = 18
 DEFAULT_TIMESTEPS = 40  # of a consistency model's indices `ts`: Song et al.'s where they distil
 SIGMA_RANGES = dict(edm=(0.002, 80), cosine=(0.002, 80), ve=(0.02, 100), iddpm=(0.002, 81))  # vp's follow from its betas
-VP_EPSILON = 1e-3  # smallest time of the vp discretisation
+VP_EPSILON = 1e-3  # smallest time of the vp discretization
 
 Edit = Callable[[Tensor], Tensor]   # of a denoised image, such as putting its known pixels in place
 Start = tuple[Tensor, float]        # (image, sigma): sampling begins at image + sigma · latents
@@ -304,7 +304,7 @@ def discretize(kind: str, steps: int, sigma_min: float, sigma_max: float, rho: f
 
 
 def default_range(discretization: str) -> tuple[float, float]:
-    """(sigma_min, sigma_max) of a discretisation; vp's are those of its usual betas, 19.9 and 0.1."""
+    """(sigma_min, sigma_max) of a discretization; vp's are those of its usual betas, 19.9 and 0.1."""
     if discretization == 'vp':
         sigma = vp_schedule(19.9, 0.1).sigma
         return sigma(VP_EPSILON), sigma(1.0)

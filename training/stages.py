@@ -31,7 +31,7 @@ def stages(opts: EasyDict, run_dir: str) -> Iterator[EasyDict]:
     data = None
     for folder in stage_folders(run_dir):
         if (recorded := recorded_options(folder)['stages']) != [[S, steps] for S, steps in plan]:
-            raise UserError(f'{run_dir} holds a progressive distillation in the stages {json.dumps(recorded)} (sampling steps, optimiser steps), '
+            raise UserError(f'{run_dir} holds a progressive distillation in the stages {json.dumps(recorded)} (sampling steps, optimizer steps), '
                             f'these options say {json.dumps(plan)}: resume with the --S_start, --S and --stage_steps it was made with.')
     for S, steps in plan:
         folder, total = os.path.join(run_dir, f'S{S:04d}'), steps * opts.batch

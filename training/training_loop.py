@@ -46,7 +46,7 @@ def train_step(run: Run, feed: Feed, profile: StepProfile) -> None:
                                  c.network.kwargs.get('augment_dim', 0))
 
     # A step whose gradient is not finite leaves the weights as they are.
-    with profile.part('optimiser'):
+    with profile.part('optimizer'):
         run.update.step(learning_rate(c, progress.nimg))
         run.loss_fn.end_step()
     progress.nimg += c.batch_size

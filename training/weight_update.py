@@ -1,4 +1,4 @@
-"""From gradients to weights: loss scaling, clipping, the optimiser, and leaving out steps whose numbers are broken. Waits for no device."""
+"""From gradients to weights: loss scaling, clipping, the optimizer, and leaving out steps whose numbers are broken. Waits for no device."""
 from __future__ import annotations
 
 import torch
@@ -18,7 +18,7 @@ class WeightUpdate:
 
     Args:
         weights: the parameters, with all gradients in `weights.weights.grad`.
-        betas, eps: of the optimiser.
+        betas, eps: of the optimizer.
         loss_scale: factor on the loss, taken out of the gradient again, against underflow in FP16; None: dynamic, halved after every
             broken step and doubled after 2000 whole ones (Micikevicius et al. 2018).
         grad_clip: largest norm of the gradient; longer ones are shortened. None: no limit.
@@ -69,7 +69,7 @@ class WeightUpdate:
              weight_decay=0.0, eps=group['eps'], maximize=False)
 
     def _step_and_undo(self, divisor: torch.Tensor, broken: torch.Tensor) -> None:
-        """A step of an optimiser that knows of no broken ones; after those, weights and moments are what they were. Its count of steps goes on."""
+        """A step of an optimizer that knows of no broken ones; after those, weights and moments are what they were. Its count of steps goes on."""
         moments = lambda: [self.optimizer.state[self.weights].get(name) for name in ('exp_avg', 'exp_avg_sq')]
         before = [None if value is None else value.clone() for value in (self.weights.data, *moments())]
         self.weights.grad.div_(divisor)

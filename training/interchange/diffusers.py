@@ -63,7 +63,7 @@ def check_expressible(net: torch.nn.Module) -> None:
     if len(sizes := head_sizes(net.model)) > 1:
         refuse(f'attention heads of {" or ".join(map(str, sizes))} channels: UNet2DModel has the same size everywhere')
     if len(groups := group_counts(net.model)) > 1:
-        refuse(f'normalisation in {" or ".join(map(str, groups))} groups: UNet2DModel has the same number everywhere')
+        refuse(f'normalization in {" or ".join(map(str, groups))} groups: UNet2DModel has the same number everywhere')
 
 
 def refuse(what: str):

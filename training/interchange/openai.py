@@ -33,7 +33,7 @@ SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0    # of all published models
 NUM_GROUPS = 32                                 # of every norm in consistency_models
 COARSEST = 8                                    # pixels: the level at which all published U-Nets end
 FIRST_LAYER = 'time_embed.0.weight'             # a UNet is found by it
-MAX_ENTRIES, MAX_DEPTH = 200_000, 8             # of dicts in dicts: tensors, and an optimiser's numbers
+MAX_ENTRIES, MAX_DEPTH = 200_000, 8             # of dicts in dicts: tensors, and an optimizer's numbers
 
 
 @dataclass(frozen=True)

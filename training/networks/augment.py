@@ -4,7 +4,7 @@ Table 6's transforms, in its order: flips in x and y, isotropic scale, rotation,
 probability; the parameters it took, or zeros, are the image's augmentation labels, so that sampling with zero labels gives clean images.
 
 Where this differs from EDM's pipeline:
-- Only the transforms of EDM's training preset exist; its integer shifts and quarter turns and its colour transforms do not.
+- Only the transforms of EDM's training preset exist; its integer shifts and quarter turns and its color transforms do not.
 - Beyond its edges an image goes on as its own mirror image, to any distance: no margin depends on the drawn parameters, and so nothing
   waits for the device. (EDM pads by a data-dependent margin that leaves out the edge pixel's repetition.)
 - The anti-aliasing filter is symmetric, so that flips and quarter turns commute with it; the sym6 wavelet is not.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-# One half of the symmetric anti-aliasing filter, at 1/4, 3/4, 5/4, ... pixels from its centre. A least-squares design of our own: up to twice
+# One half of the symmetric anti-aliasing filter, at 1/4, 3/4, 5/4, ... pixels from its center. A least-squares design of our own: up to twice
 # the sampling rate and down again is the identity within 1e-4 (autocorrelation 1, 0, 0, ... at whole pixels, which no symmetric filter but
 # Haar's attains exactly), with the least energy from 0.75 to 1 cycles a pixel, where upsampling leaves images of the spectrum.
 HALF_FILTER = (0.9686003, 0.1772385, -0.1703621, -0.0031990, 0.0361462, -0.0082490, 0.0013851, -0.0015662)
@@ -61,14 +61,14 @@ def warp(images: Tensor, inverse: Tensor) -> Tensor:
 
     Args:
         images: [N, C, H, W] floating point; mirrored at the edges without end.
-        inverse: [N, 3, 3] homogeneous matrices in pixels, x to the right, y down, origin at the image's centre.
+        inverse: [N, 3, 3] homogeneous matrices in pixels, x to the right, y down, origin at the image's center.
     Returns: [N, C, H, W].
     """
     height, width = images.shape[2:]
     fine = _upsampling_matrix(height, images) @ images @ _upsampling_matrix(width, images).T
     down_y, down_x = _downsampling_matrix(height, images), _downsampling_matrix(width, images)
-    centred = lambda count: (torch.arange(count, device=images.device, dtype=images.dtype) + 0.5 - count / 2) / 2
-    y, x = torch.meshgrid(centred(down_y.shape[1]), centred(down_x.shape[1]), indexing='ij')
+    centered = lambda count: (torch.arange(count, device=images.device, dtype=images.dtype) + 0.5 - count / 2) / 2
+    y, x = torch.meshgrid(centered(down_y.shape[1]), centered(down_x.shape[1]), indexing='ij')
     points = torch.stack([x, y, torch.ones_like(x)], dim=-1).flatten(0, 1)  # [H'·W', 3]
     source = (points @ inverse[:, :2].mT).unflatten(1, x.shape)             # [N, H', W', 2]
     scale = torch.stack([x.new_full((), 2 / width), x.new_full((), 2 / height)])  # grid_sample's edges are at ±1

@@ -29,7 +29,7 @@ def init_tensor(shape, mode, fan_in, fan_out):
 
 @persistent
 class Linear(Module):
-    """Affine map with an explicit initialisation."""
+    """Affine map with an explicit initialization."""
 
     def __init__(self, in_features, out_features, bias=True, init_mode='kaiming_normal', init_weight=1, init_bias=0):
         super().__init__()
@@ -88,7 +88,7 @@ class Conv2d(Module):
 
 @persistent
 class GroupNorm(Module):
-    """Group normalisation (Wu & He 2018) with at least `min_channels_per_group` channels a group."""
+    """Group normalization (Wu & He 2018) with at least `min_channels_per_group` channels a group."""
 
     def __init__(self, num_channels, num_groups=32, min_channels_per_group=4, eps=1e-5):
         super().__init__()
@@ -258,7 +258,7 @@ class UNet(Module):
     def dropout_masks(self, batch_size, generator=None):
         """Masks for one pass: {block name: [N, C, H, W] bool, true where kept}, empty without dropout.
 
-        Giving the same masks to two passes synchronises their dropout bit for bit, whatever the precision or compiler.
+        Giving the same masks to two passes synchronizes their dropout bit for bit, whatever the precision or compiler.
         """
         if not self.dropout:
             return {}

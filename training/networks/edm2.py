@@ -92,9 +92,9 @@ class MPFourier(Module):
 
 @persistent
 class MPConv(Module):
-    """Convolution, or matrix product where `kernel` is [], with weights normalised for every output channel (Eq. 47).
+    """Convolution, or matrix product where `kernel` is [], with weights normalized for every output channel (Eq. 47).
 
-    While training, the stored weights are normalised too, before use (see `force_unit_weights`).
+    While training, the stored weights are normalized too, before use (see `force_unit_weights`).
     """
 
     def __init__(self, in_channels, out_channels, kernel):
@@ -112,7 +112,7 @@ class MPConv(Module):
 
 
 def force_unit_weights(net):
-    """Normalise the stored weights of all `MPConv` in `net` (forced weight normalisation, Eq. 66): gradient steps are orthogonal to them, and
+    """Normalize the stored weights of all `MPConv` in `net` (forced weight normalization, Eq. 66): gradient steps are orthogonal to them, and
     without it they would only grow. Only before a pass with gradients, so that others may lie between a forward pass and its backward pass."""
     for module in net.modules():
         if isinstance(module, MPConv):
@@ -124,7 +124,7 @@ def force_unit_weights(net):
 class Block(Module):
     """Residual block with noise-level modulation, optional 2x resampling and self-attention.
 
-    An encoder block (`flavor` enc) projects and normalises its main path first, a decoder block (dec) projects it last. Attention has one
+    An encoder block (`flavor` enc) projects and normalizes its main path first, a decoder block (dec) projects it last. Attention has one
     head for every `channels_per_head` channels: none at all where there are fewer. `res_balance` and `attn_balance` are the shares of the
     residual branches (`mp_sum`'s t), `clip_act` bounds the output. `dropout` acts before the second convolution.
     """
@@ -159,7 +159,7 @@ class Block(Module):
 
     def _attention(self, x):
         n, c, h, w = x.shape
-        # Channels are ordered head, feature, (q, k, v); each of the three is normalised over its features, so that logits are bounded.
+        # Channels are ordered head, feature, (q, k, v); each of the three is normalized over its features, so that logits are bounded.
         qkv = normalize(self.attn_qkv(x).reshape(n, self.num_heads, c // self.num_heads, 3, h * w), dims=(2,))
         q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()  # features side by side: fused kernels take nothing else
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h, w, c)
@@ -245,7 +245,7 @@ class UNet(Module):
     def dropout_masks(self, batch_size, generator=None):
         """Masks for one pass: {block name: [N, C, H, W] bool, true where kept}, empty without dropout.
 
-        Giving the same masks to two passes synchronises their dropout bit for bit, whatever the precision or compiler.
+        Giving the same masks to two passes synchronizes their dropout bit for bit, whatever the precision or compiler.
         """
         masks = {}
         for part in ('enc', 'dec'):

@@ -38,7 +38,7 @@ class StandardRGBEncoder:
         return raw.float() / 127.5 - 1
 
     def decode_levels(self, final):
-        """[N, C, H, W] in [-1, 1] to grey levels, floating point: what `decode` casts."""
+        """[N, C, H, W] in [-1, 1] to gray levels, floating point: what `decode` casts."""
         return final * 127.5 + 128
 
     def decode(self, final):
@@ -97,7 +97,7 @@ class StabilityVAEEncoder:
 
     @torch.no_grad()
     def decode_levels(self, final):
-        """Final latents [N, C, h, w] to grey levels [N, 3, H, W], floating point: what `decode` casts."""
+        """Final latents [N, C, h, w] to gray levels [N, 3, H, W], floating point: what `decode` casts."""
         vae, final = load_vae(self.vae_name, final.device), final.float()
         latents = (final - per_channel(self.bias, final)) / per_channel(self.scale, final)
         parts = [vae.decode(part).sample for part in latents.split(self.batch_size)]
@@ -109,7 +109,7 @@ class StabilityVAEEncoder:
 
 
 def to_pixels(levels):
-    """Grey levels, cut off at 0 and 255, to uint8. What is not finite becomes some level or other: look before."""
+    """Gray levels, cut off at 0 and 255, to uint8. What is not finite becomes some level or other: look before."""
     return levels.clip(0, 255).to(torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""The engine of the objectives that train a student towards a point on its own trajectory.
+"""The engine of the objectives that train a student toward a point on its own trajectory.
 
     loss = w(sigma_t) ℓ(student(x_t; sigma_t) − x*),   x_t = y + sigma_t n
 

@@ -38,7 +38,7 @@ class Loss:
         """Meet the network that trains, with its first weights, before the first step or before `load_state_dict`."""
 
     def begin_step(self, nimg: int) -> None:
-        """The next optimiser step follows `nimg` images."""
+        """The next optimizer step follows `nimg` images."""
 
     def end_step(self) -> None:
         """The weights are new."""

@@ -1,7 +1,7 @@
 """Multistep consistency distillation (Heek et al. 2024, Section 3) in EDM's noise schedule.
 
 An image is noised to the upper end of a teacher edge, the teacher hops to the lower end, the student's own (stopped) prediction there carries it
-on to the boundary of the segment, and the student at the upper end is trained towards the denoised image from which a DDIM step would reach the
+on to the boundary of the segment, and the student at the upper end is trained toward the denoised image from which a DDIM step would reach the
 same place.
 """
 from __future__ import annotations

@@ -10,11 +10,11 @@ from training.objectives.loss_cm import GridLoss
 
 
 class ImprovedConsistencyTrainingLoss(GridLoss):
-    """Consistency training without a target network, whose average biases what is learnt (Song & Dhariwal 2023, Section 3.2).
+    """Consistency training without a target network, whose average biases what is learned (Song & Dhariwal 2023, Section 3.2).
 
     Args:
         s0, s1, schedule_nimg, batch_size: of the grid, which has s0 + 1 nodes at first and s1 + 1 at last, see `time_schedules.doubling_steps`: the
-            schedule counts whole optimiser steps, of batch_size images each.
+            schedule counts whole optimizer steps, of batch_size images each.
         P_mean, P_std: distribution of ln sigma, see `time_schedules.lognormal_edge_probabilities`.
         grid: see `GridLoss`.
     """

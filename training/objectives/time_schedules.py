@@ -1,6 +1,6 @@
 """What changes with the training step, and how times are drawn: consistency models, iCT, ECT, TCM and progressive distillation.
 
-Pure functions without networks or state. A schedule takes the number of optimiser steps done so far and gives plain numbers, known to the host; what
+Pure functions without networks or state. A schedule takes the number of optimizer steps done so far and gives plain numbers, known to the host; what
 is a function of noise levels takes and gives FP64 tensors of any shape, on any device, and never waits for it. As in EDM time is noise level:
 t = sigma. A consistency pair is t > r >= 0 on one trajectory x_t = y + t n.
 """
@@ -75,7 +75,7 @@ def pseudo_huber_eps(values: int) -> float:
     return 0.00054 * math.sqrt(values)
 
 #----------------------------------------------------------------------------
-# ECT (Geng et al. 2024): continuous times, r moves from 0 (diffusion) towards t stage by stage.
+# ECT (Geng et al. 2024): continuous times, r moves from 0 (diffusion) toward t stage by stage.
 
 def lognormal_times(normal: Tensor, P_mean: float = -1.1, P_std: float = 2.0) -> Tensor:
     """t with ln t ~ N(P_mean, P_std²) from standard normal numbers; float64, of their shape and device (Geng et al. 2024, Table 2)."""
@@ -204,7 +204,7 @@ def boundary_scales(at_boundary: Tensor, batch: int, share: float, w_b: float) -
 # Progressive distillation (Salimans & Ho 2022); the edges of a stage are `consistency_ops.halving_edges`.
 
 def halving_stages(start: int, end: int, stage_steps: int) -> list[tuple[int, int]]:
-    """(S, optimiser steps) of each stage: S = start, start/2, …, end. Stages of two sampling steps and of one take twice as long
+    """(S, optimizer steps) of each stage: S = start, start/2, …, end. Stages of two sampling steps and of one take twice as long
     (Salimans & Ho 2022; OpenAI's consistency_models).
 
     The first stage's teacher takes 2 start steps. Raises: ValueError unless start is end times a power of two.

@@ -1,11 +1,11 @@
-"""How two sets of features cover each other, by balls around nearest neighbours: precision and recall, density and coverage.
+"""How two sets of features cover each other, by balls around nearest neighbors: precision and recall, density and coverage.
 
-The ball of a sample reaches to its k-th nearest neighbour in its own set. The sample itself is left out by its index, so a duplicate of it is a
-neighbour like any other. No more than chunk² distances are in memory at a time, and results do not depend on `chunk`.
+The ball of a sample reaches to its k-th nearest neighbor in its own set. The sample itself is left out by its index, so a duplicate of it is a
+neighbor like any other. No more than chunk² distances are in memory at a time, and results do not depend on `chunk`.
 
 Squared distances are |a|² + |b|² − 2 a·b, in FP64 around the reference's mean. That leaves an error of a few D·ε of the largest |a|², 1e-12 of it or
 so, where features themselves are known to 1e-7 of theirs. Distances and radii closer than this (`slack`) count as equal; otherwise
-chance would decide about samples on a boundary, and the k-th neighbour of every sample is on one.
+chance would decide about samples on a boundary, and the k-th neighbor of every sample is on one.
 """
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, k: int = 3
 
     Args:
         features: y, [n, D] of the images. reference: x, [m, D], on the same device.
-        k: which neighbour a ball reaches to.
+        k: which neighbor a ball reaches to.
         chunk: samples of each set at a time.
     Returns: (precision, recall).
-    Raises: UserError for features that are not finite or do not match, or that are too few for k neighbours.
+    Raises: UserError for features that are not finite or do not match, or that are too few for k neighbors.
     """
     distances = _Distances(features, reference, k, chunk)
     features, reference = distances.sets
@@ -47,10 +47,10 @@ def density_coverage(features: torch.Tensor, reference: torch.Tensor, k: int = 5
 
     Args:
         features: y, [n, D] of the images. reference: x, [m, D], on the same device.
-        k: which neighbour a ball reaches to.
+        k: which neighbor a ball reaches to.
         chunk: samples of each set at a time.
     Returns: (density, coverage).
-    Raises: UserError for features that are not finite or do not match, or that are too few for k neighbours.
+    Raises: UserError for features that are not finite or do not match, or that are too few for k neighbors.
     """
     distances = _Distances(features, reference, k, chunk)
     features, reference = distances.sets
@@ -65,13 +65,13 @@ class _Distances:
     """Distances between the samples of two sets [n, D], [m, D], chunk by chunk, in FP64 around the second set's mean.
 
     Attributes:
-        sets: both, checked. k: which neighbour a ball reaches to.
+        sets: both, checked. k: which neighbor a ball reaches to.
         slack: how far from the truth the difference of two squared distances may be.
     """
 
     def __init__(self, features: torch.Tensor, reference: torch.Tensor, k: int, chunk: int):
         self.sets = features, reference = check_features(features, reference, least=k + 1)
-        self.k, self.centre, self.chunk = k, reference.mean(dim=0, dtype=torch.float64), chunk
+        self.k, self.center, self.chunk = k, reference.mean(dim=0, dtype=torch.float64), chunk
         largest = max(self._part(x, rows).square().sum(dim=1).max().item() for x in (features, reference) for rows in self._slices(x))
         self.slack = 8 * features.shape[1] * torch.finfo(torch.float64).eps * largest
 
@@ -85,7 +85,7 @@ class _Distances:
                 yield rows, columns, squares.add_(x.square().sum(dim=1, keepdim=True))
 
     def squared_radii(self, x: torch.Tensor) -> torch.Tensor:
-        """[n] squared distance of every sample of x [n, D] from its k-th nearest neighbour among the others."""
+        """[n] squared distance of every sample of x [n, D] from its k-th nearest neighbor among the others."""
         radii = torch.empty(len(x), dtype=torch.float64, device=x.device)
         for rows, columns, squares in self.squared(x, x):
             if columns.start == 0:
@@ -100,4 +100,4 @@ class _Distances:
         return [slice(start, min(start + self.chunk, len(x))) for start in range(0, len(x), self.chunk)]
 
     def _part(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
-        return x[rows].double() - self.centre
+        return x[rows].double() - self.center
