@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import multiprocessing
 import os
 import platform
@@ -12,6 +11,9 @@ from typing import NoReturn
 
 import psutil
 
+from dnnlib.schema import Integer, Real, Record, Text
+
+KIND = Record(dict(host=Text(), boot=Text(), pid=Integer(1, 2 ** 31 - 1), started=Real()), ['host', 'boot', 'pid', 'started'])  # in a file
 SAME_START_SEC = 2.0  # the time of booting, from which starts are counted, is a whole number of seconds that corrections of the clock move
 
 
@@ -27,13 +29,6 @@ def of_process(pid: int | None = None) -> dict:
     """Plain data that no other process ever has: `machine()`, `pid`, and `started`, in seconds after booting. Raises: psutil.Error."""
     process = psutil.Process(pid)
     return dict(machine(), pid=process.pid, started=_started(process))
-
-
-def is_valid(value) -> bool:
-    """Whether something read from a file has the form of an identity."""
-    return (isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ('host', 'boot'))
-            and isinstance(value.get('pid'), int) and 0 < value['pid'] < 1 << 31
-            and isinstance(value.get('started'), int | float) and math.isfinite(value['started']))
 
 
 def same(a: dict, b: dict) -> bool:

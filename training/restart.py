@@ -5,6 +5,7 @@ same run where one of its own is among them.
 """
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -12,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from dnnlib import EasyDict, identity, limits
+from dnnlib import EasyDict, identity, schema
 from dnnlib.text import printable
 from dnnlib.util import atomic_write
 from torch_utils import distributed, elastic
@@ -20,6 +21,10 @@ from training import run_lock, stages
 from training.saved_files import saved_states
 
 LAUNCH = 'launch.json'
+RECORD = schema.Record(
+    dict(run_id=schema.Maybe(schema.Text()), torchruns=schema.ListOf(identity.KIND), seed=schema.Integer(), resume=schema.Maybe(schema.Text()),
+         passed_over=schema.ListOf(schema.Row((schema.Text(), schema.Integer())))),
+    required=['run_id', 'torchruns', 'seed', 'resume', 'passed_over'])
 
 
 def remember(folder: str, seed: int, resume: str | None) -> None:
@@ -106,12 +111,6 @@ def _beyond(resume: str | None) -> list[tuple[str, int]]:
 
 def _recorded(folder: Path) -> dict | None:
     """A folder's record; None where there is none, or it is damaged."""
-    try:
-        with limits.open_regular(folder / LAUNCH) as file:
-            record = json.loads(limits.read_at_most(file, limits.JSON_FILE, LAUNCH))
-        valid = (isinstance(record['seed'], int) and record['seed'] >= 0 and isinstance(record['resume'], str | None)
-                 and all(map(identity.is_valid, record['torchruns']))
-                 and all(isinstance(name, str) and isinstance(time, int) for name, time in record['passed_over']))
-        return {name: record[name] for name in ('run_id', 'torchruns', 'seed', 'resume', 'passed_over')} if valid else None
-    except limits.UNREADABLE:
-        return None
+    with contextlib.suppress(OSError, ValueError):
+        return schema.read_json(folder / LAUNCH, RECORD, LAUNCH)
+    return None

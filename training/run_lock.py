@@ -12,7 +12,6 @@ import errno
 import itertools
 import json
 import os
-import re
 import secrets
 import stat
 import sys
@@ -21,13 +20,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dnnlib import UserError, identity, limits
+from dnnlib import UserError, identity, limits, schema
 from dnnlib.text import printable
 from dnnlib.util import check_writable
 from torch_utils import distributed, elastic
 from training import saved_files
 
 LOCK = 'run.lock'
+RECORD = schema.Record(
+    dict(token=schema.Text('[0-9a-f]{32}'), process=identity.KIND, torchrun=schema.Maybe(identity.KIND), timestamp=schema.Real(0, 1 << 33),
+         period=schema.Real(1e-6, 3600)),
+    required=['token', 'process', 'torchrun', 'timestamp', 'period'])
 PERIOD = 10.0         # seconds from one heartbeat to the next
 MISSED = 10           # heartbeats after which a process that cannot be seen counts as gone
 CHECK_SEC = 1.0       # how often a run looks whether the lock is still its own
@@ -77,15 +80,10 @@ def read_holder(path: Path) -> Holder | None:
     except FileNotFoundError:
         return None
     try:
-        record = json.loads(data)
-        token, since, period = record['token'], record['timestamp'], record['period']
-        process, torchrun = record['process'], record['torchrun']
-        valid = bool(re.fullmatch('[0-9a-f]{32}', token)) and 0 <= since < 1 << 33 and 0 < period <= 3600
-        if valid and all(map(identity.is_valid, [process, *([] if torchrun is None else [torchrun])])):
-            return Holder(token, process, torchrun, since, period, status.st_mtime)
-    except limits.UNREADABLE:
-        pass
-    return Holder(f'{status.st_ino:x}-{status.st_mtime_ns:x}', None, None, 0.0, PERIOD, status.st_mtime)
+        record = schema.check(schema.parse_json(data, limits.JSON_FILE, LOCK), RECORD, LOCK)
+    except ValueError:
+        return Holder(f'{status.st_ino:x}-{status.st_mtime_ns:x}', None, None, 0.0, PERIOD, status.st_mtime)
+    return Holder(record['token'], record['process'], record['torchrun'], record['timestamp'], record['period'], status.st_mtime)
 
 
 class RunLock:
