@@ -10,6 +10,7 @@ import click
 
 from dnnlib import UserError, cli
 from dnnlib.text import printable
+from dnnlib.util import check_other_file
 
 READERS, WRITERS = ['snapshot', 'openai', 'safetensors'], ['snapshot', 'safetensors', 'diffusers']
 OPENAI = "What OpenAI's files do not tell (--from=openai)"
@@ -71,6 +72,8 @@ def main(source, dest, reader, writer, timesteps, **openai):
     What is in a snapshot, a training state, or any of the above:
       python convert.py info network-snapshot-157698.pkl
     """
+    if (reader, writer) != ('snapshot', 'snapshot'):
+        check_other_file(source, dest, 'DST')
     openai = {name: value for name, value in openai.items() if value is not None}
     if openai and reader != 'openai':
         names = ', '.join(f'--{name.replace("_", "-")}' for name in openai)

@@ -14,6 +14,7 @@ import torch
 from data.label_space import space_of
 from dnnlib import UserError
 from dnnlib.cli import expand_path
+from dnnlib.util import check_other_file
 from sampling.generation import checked_images, image_grid, save_images
 from training.checkpoint import load_network
 from training.networks.encoders import encoder_of
@@ -47,6 +48,7 @@ def heun_sample(net, latents, class_labels, steps=18, sigma_min=0.002, sigma_max
 
 
 def main(snapshot, dest, rows=4, columns=10):
+    check_other_file(snapshot, dest, 'GRID.png')
     net = load_network(snapshot, device='cuda' if torch.cuda.is_available() else 'cpu')
     device = next(net.parameters()).device
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ import os
 import click
 
 from dnnlib import EasyDict, cli
+from dnnlib.util import check_other_file
 from metrics.evaluation import (
     DEFAULT_NUM,
     Measures,
@@ -153,6 +154,7 @@ def ref(path, dest, measures, num, features, **options):
     from metrics.reference import save_reference
     options = EasyDict(options)
     check_detector_options(measures, options)
+    check_other_file(path, dest, '--dest')
     with _processes() as is_main:
         source = open_images(path, num, options.seed, options.skip_bad)
         make_folder(dest)

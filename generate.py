@@ -9,6 +9,7 @@ import click
 
 from dnnlib import cli
 from dnnlib.text import printable
+from dnnlib.util import check_other_file
 from sampling.options import sampling_arguments, sampling_options
 
 SPEED = 'Precision and performance'
@@ -58,6 +59,8 @@ def main(network, outdir, dest, seeds, subdirs, strict_outdir, as_latents, allow
     """
     from sampling import writers
     check_destination(outdir, dest, subdirs, as_latents, strict_outdir)
+    if dest is not None:
+        check_other_file(network, dest, '--dest')
     destination = writers.FileDestination(dest) if dest else writers.FolderDestination(outdir, subdirs, as_latents)
     with writers.WriterPool(writers.default_workers() if workers is None else workers) as pool:  # they start while torch is imported
         from sampling import generation

@@ -215,6 +215,12 @@ def check_writable(folder: str | os.PathLike) -> None:
         raise UserError(f'Cannot write to the folder {folder}: {error.strerror}. Make it writable, or choose another place.') from error
 
 
+def check_other_file(source: str | os.PathLike, dest: str | os.PathLike, option: str) -> None:
+    """Raises: UserError, which names the option, where writing `dest` would replace `source`, which is read."""
+    if os.path.exists(source) and os.path.exists(dest) and os.path.samefile(source, dest):
+        raise UserError(f'{option}={dest} is the file that is read, and would be lost: choose another name.')
+
+
 def remove(path: str | os.PathLike) -> bool:
     """Whether a file was there, which is not any more. Raises: UserError where it stays."""
     try:

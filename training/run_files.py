@@ -83,8 +83,9 @@ def load_state(resume: str, report=print) -> tuple[str, dict]:
             return os.fspath(path), checkpoint.read_state(path)
         except UserError as error:
             problem = 'none of its states is whole'
-            report(f'Warning: {error} Using the state before it.')
-    raise UserError(f'--resume={resume}: {problem}. Give a training state or the folder of a run that saved one, or start anew without --resume.')
+            report(f'Warning: {error}' + ' Trying the state before it.' * (path != saved_states(resume)[-1]))
+    raise UserError(f'--resume={resume}: {problem}. Give a training state or the folder of a run that saved one, or start anew without --resume, '
+                    'in another folder.')
 
 #----------------------------------------------------------------------------
 # Writing.

@@ -215,7 +215,7 @@ def stop_here(run: Run, stop: StopRequest, hosts: distributed.HostAgreement) -> 
     if state:  # else there is nothing to come back to
         files.leave_note(signal_name, progress.nimg, state)
     log(f'{f"Saved {saved}" if saved else "The state could not be saved"}; '
-        f'{f"--resume goes on from {state}" if state else "there is none to resume from"}.')
+        f'{f"--resume={files.run_dir} goes on from {state}" if state else "there is none to resume from"}.')
     log.close()
     return False
 
