@@ -8,7 +8,8 @@ from helpers import assert_one_clear_error, run
 
 @pytest.mark.parametrize('program, arguments', [
     ('convert.py', ['--to=safetensors', '{a}', '{b}']), ('convert.py', ['--from=safetensors', '{a}', '{b}']),
-    ('dataset_tool.py', ['--source={a}', '--dest={b}', '--resolution=4x4', '--transform=center-crop']), ('fid.py', ['ref', '--data={a}', '--dest={b}']),
+    ('dataset_tool.py', ['--source={a}', '--dest={b}', '--resolution=4x4', '--transform=center-crop']),
+    ('fid.py', ['ref', '--data={a}', '--dest={b}']),
     ('generate.py', ['--network={a}', '--dest={b}', '--seeds=0']), ('example.py', ['{a}', '{b}'])])
 @pytest.mark.parametrize('another_name', [False, True])
 def test_what_is_read_is_not_written_over(tmp_path, digits, teacher, program, arguments, another_name):
