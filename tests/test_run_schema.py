@@ -366,7 +366,6 @@ def test_a_state_that_does_not_fit_the_network_is_refused_when_it_is_put_in(tmp_
         dict(clip_denoised='yes'),
         dict(solver=7),
         dict(encoder={}),
-        dict(whatever=[INF]),
     ],
     ids=str,
 )

@@ -475,7 +475,7 @@ def test_the_result_is_told_also_where_it_cannot_be_saved(lab, tmp_path, monkeyp
     """A disk that fills up during the search."""
     def full(*arguments):
         raise UserError('the disk is full')
-    monkeypatch.setattr(search.fid, 'write_json', full)
+    monkeypatch.setattr(search.evaluation, 'write_json', full)
     result = run(lab, tmp_path / 'log.jsonl', f'--json={tmp_path}/found.json')
     assert_one_clear_error(result, 'the disk is full')
     assert result.stdout.startswith('--solver=cm --taus=')

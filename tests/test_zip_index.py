@@ -258,7 +258,7 @@ def test_how_latents_were_made_is_read_from_a_cached_directory_too(tmp_path, cac
 def test_processes_that_begin_together_all_read_the_data(tmp_path, cache):
     """Three processes, an empty cache; each writes what it computed, whole."""
     path = write_data(tmp_path / 'data.zip', values=range(100), classes=range(100))
-    code = ('import sys; sys.path.insert(0, "tests"); from dnnlib import util; from training import zip_index; from multiprocessing import Pool; '
+    code = ('import sys; sys.path.insert(0, "tests"); from dnnlib import util; from data import zip_index; from multiprocessing import Pool; '
             'util.DEFAULT_CACHE_DIR, zip_index.CACHE_FROM = sys.argv[2], 1; import test_zip_index as t\n'
             'with Pool(3) as pool: print(len({tuple(c) for c in pool.map(t.contents, [sys.argv[1]] * 6, 1)}))')
     assert run('-c', code, path, tmp_path / 'cache').stdout.strip() == '1'

@@ -139,4 +139,5 @@ METADATA = Record(dict(
     objective=NAME, kimg=AMOUNT, nimg=Integer(), seed=Integer(), S=STEPS, sigma_min=Real(0, 1e6), sigma_max=Real(1e-9, float('inf')), rho=RHO,
     student_grid=OneOf(('edm', 'full')), sigma_grid=OneOf(('karras', 'cosine')), sigma_data=Real(1e-6, 1e6), num_timesteps=Integer(2, 1_000_000),
     clip_denoised=FLAG, sigmas=ListOf(Real(0, 1e6), MAX_STEPS + 1, 2), solver=NAME, label_kind=OneOf(('classes', 'vectors')),
-    classes=Text(longest=1 << 20), encoder=Kind(), ema=NAME, ema_halflife_kimg=AMOUNT, ema_std=SHARE, fid=Maybe(Real(nan=True)), digest=DIGEST))
+    classes=Text(longest=1 << 20), encoder=Kind(), ema=NAME, ema_halflife_kimg=AMOUNT, ema_std=SHARE, fid=Maybe(Real(nan=True)), digest=DIGEST),
+    others=Kind())  # which readers have found to be plain
