@@ -4,7 +4,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import struct
 import tempfile
 import zipfile
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from dnnlib import npy
-from dnnlib.archives import BoundedZip
+from dnnlib.archives import BoundedZip, member_start
 from dnnlib.file_kind import another_kind
 from dnnlib.limits import UNREADABLE, check_inflation
 from dnnlib.npy import Header
@@ -122,7 +121,7 @@ class ArchivedArrays:
                     while verify and member.read(CHUNK):
                         pass
                     with open(self.path, 'rb') as file:
-                        begin = _member_start(file, info)
+                        begin = member_start(file, info)
                         return _map(file, header, begin + start, begin + info.file_size)
                 with tempfile.TemporaryFile() as file:
                     shutil.copyfileobj(member, file, CHUNK)
@@ -160,10 +159,3 @@ def _fill(file: BinaryIO, view: memoryview) -> None:
         if not part:
             raise ValueError(f'it ends after {start:,} of {len(view):,} bytes')
         view[start:start + len(part)] = part
-
-
-def _member_start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """Where the bytes of an uncompressed member begin: behind its local header, which repeats its name (PKWARE's APPNOTE, 4.3.7)."""
-    file.seek(info.header_offset)
-    name, extra = struct.unpack('<26x2H', file.read(30))
-    return info.header_offset + 30 + name + extra

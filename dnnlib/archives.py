@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import struct
 import tarfile
 import zipfile
 from typing import BinaryIO
@@ -73,6 +74,13 @@ def open_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int, wha
         return member
     with member:
         return io.BytesIO(b''.join(iter(functools.partial(member.read, PIECE), b'')))
+
+
+def member_start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+    """Where the bytes of a member begin: behind its local header, which repeats its name (PKWARE's APPNOTE, 4.3.7)."""
+    file.seek(info.header_offset)
+    name, extra = struct.unpack('<26x2H', file.read(30))
+    return info.header_offset + 30 + name + extra
 
 
 class BoundedTar(tarfile.TarFile):

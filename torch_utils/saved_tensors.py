@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import io
 import re
-import struct
 import zipfile
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 import torch
 
-from dnnlib.archives import BoundedFile
+from dnnlib.archives import BoundedFile, member_start
 from dnnlib.limits import SAVED_STRUCTURE, UNREADABLE, ZIP_DIRECTORY, check_size
 from dnnlib.text import printable
 from torch_utils import restricted_pickle
@@ -97,16 +96,9 @@ def _read_zip(file: BinaryIO, size: int, verify: bool) -> tuple[object, Places, 
         if verify and (damaged := archive.testzip()) is not None:
             raise MalformedPickle(f'is damaged: {printable(damaged, 200)} does not match its checksum')
     tree = read_pickle(pickled, len(pickled.getbuffer()), NAMES, persistent_ids=True)
-    places = {name.removeprefix(f'{folder}data/'): _place(file, info) for name, info in members.items() if name.startswith(f'{folder}data/')}
+    starts = {name: member_start(file, info) for name, info in members.items() if name.startswith(f'{folder}data/')}
+    places = {name.removeprefix(f'{folder}data/'): (start, start + members[name].file_size) for name, start in starts.items()}
     return tree, places, pickled
-
-
-def _place(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
-    """Where a member's bytes begin, behind its local header (PKWARE's APPNOTE, 4.3.7), and end."""
-    file.seek(info.header_offset)
-    name, extra = struct.unpack('<26x2H', file.read(30))
-    start = info.header_offset + 30 + name + extra
-    return start, start + info.file_size
 
 
 def _read_legacy(file: BinaryIO, size: int) -> tuple[object, Places, BinaryIO]:
