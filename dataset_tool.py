@@ -20,7 +20,6 @@ from data.archive_writer import IMAGE_NAME, check_dest, open_dest, png_bytes
 from dnnlib import UserError
 from dnnlib.cli import COUNT, PATH, Command, option, shown
 from dnnlib.text import printable
-from dnnlib.util import check_other_file
 
 if TYPE_CHECKING:  # Pillow and torch are imported where they are used, so that --help stays fast
     from PIL.Image import Image
@@ -346,7 +345,6 @@ def main(source: str, max_images: int | None, max_images_per_class: int | None, 
     """
     if transform is not None and resolution is None:
         raise click.UsageError(f'--transform={transform} needs --resolution=WxH')
-    check_other_file(source, dest, '--dest')
     check_dest(pathlib.Path(dest))
     recipe = Recipe(make_transform(transform, resolution), background, exif == 'apply')
     files = PngFiles() if vae is None else LatentFiles(vae)

@@ -388,12 +388,18 @@ def test_a_resume_a_second_after_torchrun_was_killed_is_the_only_course(tmp_path
 
 
 def test_a_run_ends_when_its_folder_is_taken(tmp_path, digits, whole):
+    """The first run is halted meanwhile: a fast machine would have it past the end of the second one before that has started."""
     first = Process(command(digits, tmp_path, '--duration=1'))
     first.wait_for(lambda: saved_states(tmp_path))
-    second = run(*command(digits, tmp_path, f'--resume={tmp_path}', '--take-lock'))
+    first.popen.send_signal(signal.SIGSTOP)
+    holder = read_holder(tmp_path / LOCK)
+    second = Process(command(digits, tmp_path, f'--resume={tmp_path}', '--take-lock'))
+    second.wait_for(lambda: read_holder(tmp_path / LOCK).token != holder.token)
+    first.popen.send_signal(signal.SIGCONT)
     status, _, error = first.end()
     assert status == 1 and error.count('Error:') == 1 and 'was taken from this run' in error, error
-    assert 'Taking' in second.stderr
+    status, _, error = second.end()
+    assert status == 0 and 'Taking' in error, error
     assert_same_run(tmp_path, whole)
 
 
