@@ -2,6 +2,7 @@
 
 Drives the scripts of this repository as a user would and prints every command before it runs. Called again, it does what is left to do.
 """
+
 from __future__ import annotations
 
 import dnnlib.interrupts  # noqa: F401  (first)
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 DIGITS = 'digits'
 STUDENTS = [name for name, objective in OBJECTIVES.items() if objective.loss]
 TRAINING, MEASURING = 'Training', 'Measuring'
-NAME = re.compile(r'[\w.+-]{1,100}', re.ASCII)  # of a model, which is the name of a file as well, and of a solver
+NAME = re.compile(
+    r'[\w.+-]{1,100}', re.ASCII
+)  # of a model, which is the name of a file as well, and of a solver
 DAMAGED = '{} is damaged: delete it, or choose another --outdir.'
 GOES_ON = 'the same command again goes on from here.'
 DIGITS_DATA = EasyDict(resolution=8, num_channels=1, holds_latents=False)
@@ -43,10 +46,20 @@ class Objectives(click.ParamType):
     name = 'list'
 
     def convert(self, value, param, ctx):
-        names = STUDENTS if value == 'all' else [name.strip() for name in value.split(',')] if isinstance(value, str) else value
+        names = (
+            STUDENTS
+            if value == 'all'
+            else [name.strip() for name in value.split(',')]
+            if isinstance(value, str)
+            else value
+        )
         for name in names:
             if name not in STUDENTS or names.count(name) > 1:
-                self.fail(f'{name!r} is {"named twice" if name in STUDENTS else "none of " + ", ".join(STUDENTS)}', param, ctx)
+                self.fail(
+                    f'{name!r} is {"named twice" if name in STUDENTS else "none of " + ", ".join(STUDENTS)}',
+                    param,
+                    ctx,
+                )
         return names
 
 
@@ -67,6 +80,7 @@ class OptionsFor(click.ParamType):
 
     def convert(self, value, param, ctx):
         import shlex
+
         if isinstance(value, tuple):
             return value
         name, colon, words = value.partition(':')
@@ -77,8 +91,10 @@ class OptionsFor(click.ParamType):
         except ValueError as error:
             self.fail(f'{value!r}: {error}', param, ctx)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Training and measuring, each thing once.
+
 
 class Results:
     """The rows that were measured, by all `rulers`, in a file that is whole at any time."""
@@ -107,8 +123,11 @@ def is_row(row: object, rulers: Sequence[str]) -> bool:
         return False
     of_training = [] if row['seed'] is None else ['seed', 'train_steps', 'cost', 'evaluations']
     numbers = ['nfe', 'images', *of_training, *entries_of(rulers).values()]
-    return (all(isinstance(row.get(name), str) and NAME.fullmatch(row[name]) for name in ('model', 'solver')) and
-            all(isinstance(row.get(name), (int, float)) for name in numbers) and all(row[name] > 0 for name in entries_of(rulers).values()))
+    return (
+        all(isinstance(row.get(name), str) and NAME.fullmatch(row[name]) for name in ('model', 'solver'))
+        and all(isinstance(row.get(name), (int, float)) for name in numbers)
+        and all(row[name] > 0 for name in entries_of(rulers).values())
+    )
 
 
 def read_json(path: Path, default: list | dict) -> list | dict:
@@ -139,18 +158,26 @@ def settle(outdir: Path, settings: dict, trainings: Sequence[Training]) -> None:
     earlier = read_json(path, dict(settings=settings, trainings={}))
     for name, value in settings.items():
         if earlier['settings'].get(name) != value:
-            raise UserError(f'--outdir={outdir} holds a comparison with {name} = {json.dumps(earlier["settings"].get(name))}, now it is '
-                            f'{json.dumps(value)}: go on with the options it was made with, or choose another folder.')
+            raise UserError(
+                f'--outdir={outdir} holds a comparison with {name} = {json.dumps(earlier["settings"].get(name))}, now it is '
+                f'{json.dumps(value)}: go on with the options it was made with, or choose another folder.'
+            )
     for name, options in now.items():
         then = earlier['trainings'].get(name, options)
         if then != options:
-            change = ' '.join(option for option in then if option not in options) or 'none of ' + ' '.join(set(options) - set(then))
-            raise UserError(f'--outdir={outdir} holds {name} trained with {change}, and these options make another network of it: go on with the '
-                            'options it was made with, or choose another folder.')
+            change = ' '.join(option for option in then if option not in options) or 'none of ' + ' '.join(
+                set(options) - set(then)
+            )
+            raise UserError(
+                f'--outdir={outdir} holds {name} trained with {change}, and these options make another network of it: go on with the '
+                'options it was made with, or choose another folder.'
+            )
     write_json(path, dict(settings=settings, trainings={**earlier['trainings'], **now}))
 
 
-def train(story: Story, training: Training, data: Path | str, teacher: str | None, threads: int | None = None) -> None:
+def train(
+    story: Story, training: Training, data: Path | str, teacher: str | None, threads: int | None = None
+) -> None:
     """See to it that a training is finished: begin it, or go on with it. It starts from the snapshot `teacher`, or from another training's."""
     folder = story.path('trainings', training.name)
     if is_finished(folder, training):
@@ -159,11 +186,27 @@ def train(story: Story, training: Training, data: Path | str, teacher: str | Non
     if not begun:
         shutil.rmtree(folder, ignore_errors=True)
     source = snapshot(story, training.after) if training.after else teacher
-    origin = [f'{training.start}={source}'] if training.start == '--teacher' or (training.start and not begun) else []
+    origin = (
+        [f'{training.start}={source}']
+        if training.start == '--teacher' or (training.start and not begun)
+        else []
+    )
     origin += [f'--resume={folder}'] if begun else []
     kimg = training.steps * training.batch / 1e3 / len(training.stages)
-    story.run(training.name, 'train.py', f'--outdir={folder}', '--nosubdir', f'--data={data}', *origin, *training.options,
-              f'--tick={max(kimg / 10, 1e-3):g}', f'--snap={10 ** 6}', '--dump=1', '--keep=1', threads=threads)
+    story.run(
+        training.name,
+        'train.py',
+        f'--outdir={folder}',
+        '--nosubdir',
+        f'--data={data}',
+        *origin,
+        *training.options,
+        f'--tick={max(kimg / 10, 1e-3):g}',
+        f'--snap={10**6}',
+        '--dump=1',
+        '--keep=1',
+        threads=threads,
+    )
 
 
 def is_finished(folder: Path, training: Training) -> bool:
@@ -177,11 +220,22 @@ def snapshot(story: Story, training: Training, stage: int = -1) -> Path:
     return newest_snapshot(story.path('trainings', training.name, training.stages[stage][0]))
 
 
-def measure_model(story: Story, model: Model, teacher: str, rulers: dict[str, Ruler], num: int, batch: int, labels: str | None = None) -> dict:
+def measure_model(
+    story: Story,
+    model: Model,
+    teacher: str,
+    rulers: dict[str, Ruler],
+    num: int,
+    batch: int,
+    labels: str | None = None,
+) -> dict:
     """A row of the results. Of the images a grid is kept. `labels`: as --labels of generate.py."""
     from experiments.report import write_grid
+
     network = snapshot(story, model.training, model.stage) if model.training else teacher
-    row = model.record() | measure(story, model.name, network, model.solver, model.steps, num, rulers, batch, labels=labels)
+    row = model.record() | measure(
+        story, model.name, network, model.solver, model.steps, num, rulers, batch, labels=labels
+    )
     images = story.path('samples', model.name)
     story.path('grids').mkdir(exist_ok=True)
     write_grid(sorted(map(str, images.glob('*.png')))[:SHOWN], str(story.path('grids', f'{model.name}.png')))
@@ -189,8 +243,17 @@ def measure_model(story: Story, model: Model, teacher: str, rulers: dict[str, Ru
     return row
 
 
-def jobs_of(story: Story, models: Sequence[Model], data: Path | str, teacher: str, rulers: dict[str, Ruler], num: int, batch: int,
-            results: Results, labels: str | None = None) -> list[tuple[float, str, Callable[[], None]]]:
+def jobs_of(
+    story: Story,
+    models: Sequence[Model],
+    data: Path | str,
+    teacher: str,
+    rulers: dict[str, Ruler],
+    num: int,
+    batch: int,
+    results: Results,
+    labels: str | None = None,
+) -> list[tuple[float, str, Callable[[], None]]]:
     """What is left to do, as (network evaluations, name, function): a training with the measurements of its models each, longest first."""
     groups: dict[str, list[Model]] = {}
     for model in models:
@@ -206,7 +269,9 @@ def jobs_of(story: Story, models: Sequence[Model], data: Path | str, teacher: st
     for name, group in groups.items():
         if group := [model for model in group if model.name not in results.rows]:
             training = group[0].training
-            work = (training.evaluations * training.batch if training else 0) + sum(model.nfe for model in group) * num
+            work = (training.evaluations * training.batch if training else 0) + sum(
+                model.nfe for model in group
+            ) * num
             jobs.append((work, name, lambda group=group: do(group)))
     return sorted(jobs, key=lambda job: -job[0])
 
@@ -215,7 +280,11 @@ def do_all(story: Story, jobs: list[tuple[float, str, Callable[[], None]]], side
     """Do the jobs; one that fails does not keep the others from being done. Returns what was wrong with those that failed."""
     with workers(story, side_by_side) as pool:
         futures = {pool.submit(function): name for _, name, function in jobs}
-        return [f'{futures[future]}: {error}' for future in concurrent.futures.as_completed(futures) if (error := failure(future))]
+        return [
+            f'{futures[future]}: {error}'
+            for future in concurrent.futures.as_completed(futures)
+            if (error := failure(future))
+        ]
 
 
 def failure(future: concurrent.futures.Future) -> UserError | None:
@@ -225,13 +294,17 @@ def failure(future: concurrent.futures.Future) -> UserError | None:
         raise error
     return error
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Tables and pages.
+
 
 def of_students(rows: Sequence[dict]) -> dict[str, dict[int, list[dict]]]:
     """{objective: {evaluations: rows, one for each seed}}, in the order of the registry."""
     table = {name: {} for name in STUDENTS}
-    for row in sorted((row for row in rows if row['seed'] is not None), key=lambda row: (row['nfe'], row['seed'])):
+    for row in sorted(
+        (row for row in rows if row['seed'] is not None), key=lambda row: (row['nfe'], row['seed'])
+    ):
         table[row['objective']].setdefault(row['nfe'], []).append(row)
     return {name: cells for name, cells in table.items() if cells}
 
@@ -246,11 +319,20 @@ def distances_table(rows: Sequence[dict], best: dict, entry: str) -> tuple[list[
     students, euler, heun = of_students(rows), of_teacher(rows, 'euler'), of_teacher(rows, 'heun')
     reference = best[entry]
     columns = sorted({nfe for cells in students.values() for nfe in cells} | set(euler))
-    text = lambda found: f'{sum(row[entry] for row in found) / len(found) / reference:.2f} ({", ".join(f"{row[entry]:.4g}" for row in found)})'
-    lines = [[name, *(text(cells[n]) if n in cells else '' for n in columns)] for name, cells in students.items()]
+    text = lambda found: (
+        f'{sum(row[entry] for row in found) / len(found) / reference:.2f} ({", ".join(f"{row[entry]:.4g}" for row in found)})'
+    )
+    lines = [
+        [name, *(text(cells[n]) if n in cells else '' for n in columns)] for name, cells in students.items()
+    ]
     lines.append(['teacher, Euler', *(text([euler[n]]) if n in euler else '' for n in columns)])
     near = {n: next((k for k in (n, n - 1) if k in heun and k != best['nfe']), None) for n in columns}
-    lines.append(['teacher, Heun', *(f'{text([heun[near[n]]])}, {near[n]} evaluations' if near[n] else '' for n in columns)])
+    lines.append(
+        [
+            'teacher, Heun',
+            *(f'{text([heun[near[n]]])}, {near[n]} evaluations' if near[n] else '' for n in columns),
+        ]
+    )
     return ['objective', *map(str, columns)], [line for line in lines if any(line[1:])]
 
 
@@ -259,7 +341,10 @@ def training_table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     students = of_students(rows)
     columns = sorted({nfe for cells in students.values() for nfe in cells})
     text = lambda row: f'{row["train_steps"]:,} × {row["cost"]:.3g}'
-    lines = [[name, *(text(cells[n][0]) if n in cells else '' for n in columns)] for name, cells in students.items()]
+    lines = [
+        [name, *(text(cells[n][0]) if n in cells else '' for n in columns)]
+        for name, cells in students.items()
+    ]
     return ['objective', *map(str, columns)], lines
 
 
@@ -267,50 +352,99 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, rulers: Seq
     """What a reader of the tables has to know."""
     students = of_students(rows)
     having = lambda condition: [name for name in students if condition(OBJECTIVES[name])]
-    lines = [f'Columns are network evaluations of an image. The budget of a model is {budget:,} network evaluations for each place in the batch of '
-             f"{batch}, where a forward pass counts 1 and the student's forward and backward together 3.",
-             f"Ratios are to the teacher's own distance with {best['nfe']} evaluations (Heun); in brackets the Fréchet distance of "
-             f'{best["images"]:,} images, of each training seed. By {next(iter(rulers))}, that of the teacher is {best["distance"]:.4g}.']
-    about = [(lambda o: 'S' in o.options and 'S_start' not in o.stages, 'a student for each number of steps, each with the whole budget.'),
-             (lambda o: 'S_start' in o.stages, 'one chain of students, which has the budget as a whole; each is what it had made by then.'),
-             (lambda o: 'S' not in o.options, 'one model for all columns, sampled in that many stochastic steps.'),
-             (lambda o: o.teacher == 'consistency', 'half of the budget for the first stage, ect, half for the second.'),
-             (lambda o: not o.teacher, 'no teacher in training, but its weights to start from.')]
+    lines = [
+        f'Columns are network evaluations of an image. The budget of a model is {budget:,} network evaluations for each place in the batch of '
+        f"{batch}, where a forward pass counts 1 and the student's forward and backward together 3.",
+        f"Ratios are to the teacher's own distance with {best['nfe']} evaluations (Heun); in brackets the Fréchet distance of "
+        f'{best["images"]:,} images, of each training seed. By {next(iter(rulers))}, that of the teacher is {best["distance"]:.4g}.',
+    ]
+    about = [
+        (
+            lambda o: 'S' in o.options and 'S_start' not in o.stages,
+            'a student for each number of steps, each with the whole budget.',
+        ),
+        (
+            lambda o: 'S_start' in o.stages,
+            'one chain of students, which has the budget as a whole; each is what it had made by then.',
+        ),
+        (lambda o: 'S' not in o.options, 'one model for all columns, sampled in that many stochastic steps.'),
+        (
+            lambda o: o.teacher == 'consistency',
+            'half of the budget for the first stage, ect, half for the second.',
+        ),
+        (lambda o: not o.teacher, 'no teacher in training, but its weights to start from.'),
+    ]
     lines += [f'{", ".join(names)}: {text}' for condition, text in about if (names := having(condition))]
     if set(rulers) == set(digits.RULERS):
-        lines.append('The rulers are made for this data: a classifier trained on it, principal components of its pixels, a random convolution. '
-                     'This is not FID, and compares with nothing outside this table.')
+        lines.append(
+            'The rulers are made for this data: a classifier trained on it, principal components of its pixels, a random convolution. '
+            'This is not FID, and compares with nothing outside this table.'
+        )
     return lines
 
 
-def report(story: Story, rows: Sequence[dict], best: dict, budget: int, batch: int, rulers: Sequence[str]) -> None:
+def report(
+    story: Story, rows: Sequence[dict], best: dict, budget: int, batch: int, rulers: Sequence[str]
+) -> None:
     """table.md, compare.png, samples.png and report.html; all is held against the row `best`."""
     from experiments import report as pages
-    tables = {f'Distance by {ruler}': distances_table(rows, best, entry) for ruler, entry in entries_of(rulers).items()}
+
+    tables = {
+        f'Distance by {ruler}': distances_table(rows, best, entry)
+        for ruler, entry in entries_of(rulers).items()
+    }
     tables['Optimizer steps × network evaluations for an image'] = training_table(rows)
     text = notes(rows, best, budget, batch, rulers)
-    story.path('table.md').write_text('\n'.join([*(f'{title}:\n\n{pages.markdown_table(*table)}' for title, table in tables.items()),
-                                                 *(f'- {line}' for line in text)]) + '\n')
+    story.path('table.md').write_text(
+        '\n'.join(
+            [
+                *(f'{title}:\n\n{pages.markdown_table(*table)}' for title, table in tables.items()),
+                *(f'- {line}' for line in text),
+            ]
+        )
+        + '\n'
+    )
     students, euler, heun = of_students(rows), of_teacher(rows, 'euler'), of_teacher(rows, 'heun')
-    lines = {name: {nfe: [row['distance'] for row in found] for nfe, found in cells.items()} for name, cells in students.items()}
+    lines = {
+        name: {nfe: [row['distance'] for row in found] for nfe, found in cells.items()}
+        for name, cells in students.items()
+    }
     lines['teacher, Euler'] = {nfe: [row['distance']] for nfe, row in euler.items()}
     lines['teacher, Heun'] = {nfe: [row['distance']] for nfe, row in heun.items() if row is not best}
-    pages.write_frontier(lines, str(story.path('compare.png')), f'Fréchet distance ({next(iter(rulers))})',
-                         (f'teacher, {best["nfe"]} evaluations', best['distance']))
+    pages.write_frontier(
+        lines,
+        str(story.path('compare.png')),
+        f'Fréchet distance ({next(iter(rulers))})',
+        (f'teacher, {best["nfe"]} evaluations', best['distance']),
+    )
     grid = lambda row: str(story.path('grids', f'{row["model"]}.png'))
-    pictures = {name: {nfe: grid(found[0]) for nfe, found in cells.items()}
-                for name, cells in {**students, 'teacher, Euler': {nfe: [row] for nfe, row in euler.items()}}.items()}
+    pictures = {
+        name: {nfe: grid(found[0]) for nfe, found in cells.items()}
+        for name, cells in {**students, 'teacher, Euler': {nfe: [row] for nfe, row in euler.items()}}.items()
+    }
     pages.write_strips(pictures, str(story.path('samples.png')))
     shown = [pages.embed(grid(row), f'{row["model"]}: {row["distance"]:.4g}') for row in rows]
     commands = story.record.read_text() if story.record.exists() else ''
-    pages.write_page(str(story.path('report.html')), 'Objectives side by side', [
-        ('', pages.embed(str(story.path('compare.png')), css='wide') + ''.join(f'<p>{pages.html.escape(line)}</p>' for line in text)),
-        *((title, pages.html_table(*table)) for title, table in tables.items()),
-        ('Samples, from the same seeds', pages.embed(str(story.path('samples.png')), css='wide')),
-        ('More of them', f'<div class="grids">{"".join(shown)}</div>'), ('Commands', f'<pre>{pages.html.escape(commands)}</pre>')])
+    pages.write_page(
+        str(story.path('report.html')),
+        'Objectives side by side',
+        [
+            (
+                '',
+                pages.embed(str(story.path('compare.png')), css='wide')
+                + ''.join(f'<p>{pages.html.escape(line)}</p>' for line in text),
+            ),
+            *((title, pages.html_table(*table)) for title, table in tables.items()),
+            ('Samples, from the same seeds', pages.embed(str(story.path('samples.png')), css='wide')),
+            ('More of them', f'<div class="grids">{"".join(shown)}</div>'),
+            ('Commands', f'<pre>{pages.html.escape(commands)}</pre>'),
+        ],
+    )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Command line.
+
 
 def check_usage(data: str, teacher: str | None, refs: Sequence[str], detectors: Sequence[str]) -> None:
     """Combinations of options that make no sense whatever the files hold; exit status 2."""
@@ -319,10 +453,14 @@ def check_usage(data: str, teacher: str | None, refs: Sequence[str], detectors: 
     if data == DIGITS and (refs or detectors):
         raise click.UsageError('--data=digits has rulers of its own: leave --ref and --detector out.')
     if detectors and len(detectors) != len(refs):
-        raise click.UsageError(f'{len(detectors)} --detector for {len(refs)} --ref: give one for each, in the same order.')
+        raise click.UsageError(
+            f'{len(detectors)} --detector for {len(refs)} --ref: give one for each, in the same order.'
+        )
 
 
-def read_rulers(refs: Sequence[str], detectors: Sequence[str], image_shape: list[int] | None) -> tuple[dict[str, Ruler], dict[str, list]]:
+def read_rulers(
+    refs: Sequence[str], detectors: Sequence[str], image_shape: list[int] | None
+) -> tuple[dict[str, Ruler], dict[str, list]]:
     """The rulers by name, and what makes them what they are: digests of the reference and of the detector.
 
     Args:
@@ -333,7 +471,11 @@ def read_rulers(refs: Sequence[str], detectors: Sequence[str], image_shape: list
     from metrics.calc import count_features
     from metrics.detectors import INCEPTION_URL, ScriptNetwork, load_detector
     from metrics.reference import check_same_detector, load_reference
-    rulers = {Path(ref.partition('#')[0]).stem: Ruler(ref, detector) for ref, detector in zip(refs, detectors or [None] * len(refs))}
+
+    rulers = {
+        Path(ref.partition('#')[0]).stem: Ruler(ref, detector)
+        for ref, detector in zip(refs, detectors or [None] * len(refs))
+    }
     if len(rulers) < len(refs):
         raise click.UsageError('--ref: two files have the same name, which names the ruler in the table.')
     facts, references = {}, {}
@@ -378,9 +520,14 @@ def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teac
     from dnnlib.util import file_sha256, local_path
     from training.checkpoint import load_network
     from training.configuration import check_teacher
+
     net = load_network(teacher)
     cond, needy = bool(net.label_dim), comparison.starting_from_weights(objectives)
-    dataset = EasyDict(DIGITS_DATA, label_space=LabelSpace(10 * cond)) if data == DIGITS else ImageFolderDataset(data, use_labels=cond)
+    dataset = (
+        EasyDict(DIGITS_DATA, label_space=LabelSpace(10 * cond))
+        if data == DIGITS
+        else ImageFolderDataset(data, use_labels=cond)
+    )
     check_teacher(EasyDict(teacher=teacher, data=data, objective='mcd', augment=0), dataset, net)
     shape = None if 'encoder' in net.metadata else [net.img_channels, net.img_resolution, net.img_resolution]
     options = comparison.network_options(net, needy) if needy else []
@@ -392,6 +539,7 @@ def labels_for_all(teacher, dataset) -> np.ndarray | None:
     import numpy as np
 
     from data.label_space import space_of
+
     known, there = dataset.label_space, space_of(teacher)
     if known.are_vectors:
         return dataset.labels.values
@@ -404,6 +552,7 @@ def write_labels(outdir: Path, labels: np.ndarray | None) -> str | None:
     import numpy as np
 
     from dnnlib.util import atomic_write
+
     if labels is None:
         return None
     path = outdir / 'labels.npy'
@@ -413,34 +562,157 @@ def write_labels(outdir: Path, labels: np.ndarray | None) -> str | None:
 
 
 @click.command(cls=cli.Command)
-@cli.option('--outdir', metavar='DIR', type=cli.PATH, default='compare-out', show_default=True,
-            help='Folder for everything that is written; with the same options again, goes on where it was.')
-@cli.option('--data', metavar='ZIP|DIR', type=cli.PATH, default=DIGITS, show_default=True,
-            help="Data set, made by dataset_tool.py; or digits: scikit-learn's, with rulers and options that suit them.")
-@cli.option('--teacher', metavar='PKL|URL', type=cli.PATH,
-            help="Diffusion model that all students start from.  [default: for the digits the demo's, trained first]")
-@cli.option('--jobs', metavar='INT', type=cli.SOME_WORKERS, default=2, show_default=True, help='Commands that run side by side.')
-@cli.option('--objectives', metavar='LIST', type=Objectives(), default='all', show_default=True, group=TRAINING, help='What to compare.')
-@cli.option('--budget', metavar='INT', type=cli.COUNT, default=10000, show_default=True, group=TRAINING,
-            help="Network evaluations of a training for each place in the batch; a student's forward and backward pass counts 3.")
-@cli.option('--batch', metavar='INT', type=cli.BATCH, default=digits.BATCH, show_default=True, group=TRAINING, help='Batch size of all trainings.')
-@cli.option('--seeds', metavar='LIST', type=cli.Seeds(), default='0', show_default=True, group=TRAINING, help='Seeds to train each with.')
-@cli.option('--with', 'extra', metavar='NAME:OPTIONS', type=OptionsFor(), multiple=True, group=TRAINING,
-            help="More options of train.py for an objective, or for its student of S steps, as in 'direct:--top-mass=1' or 'direct-8:--substeps=2'.")
-@cli.option('--steps', metavar='LIST', type=Counts(cli.STEPS), default='1,2,4,8', show_default=True, group=MEASURING,
-            help='Numbers of sampling steps.')
-@cli.option('--reference-steps', metavar='INT', type=cli.LEVELS, default=256, show_default=True, group=MEASURING,
-            help="Heun steps of the teacher's images that all others are held against.")
-@cli.option('--num', metavar='INT', type=cli.Integer(min=SHOWN), group=MEASURING,
-            help='Images of each model.  [default: 50000; on the digits 6000]')
-@cli.option('--ref', 'refs', metavar='NPZ|URL', type=cli.PATH, multiple=True, group=MEASURING,
-            help='Reference statistics, made by fid.py ref. Several: the plot shows the first.  [default: for the digits three rulers]')
-@cli.option('--detector', 'detectors', metavar='PATH|URL', type=cli.PATH, multiple=True, group=MEASURING,
-            help=f"Detector of each --ref, in the same order. {cli.PROGRAM}  [default: NVIDIA's Inception]")
-@cli.option('--sample-batch', metavar='INT', type=cli.BATCH, default=256, show_default=True, group=MEASURING, help='Images at a time.')
-@cli.argument('train_options', nargs=-1, type=click.UNPROCESSED, help='Options of train.py for all trainings, behind --.')
-def main(outdir, data, teacher, jobs, objectives, budget, batch, seeds, extra, steps, reference_steps, num, refs, detectors, sample_batch,
-         train_options):
+@cli.option(
+    '--outdir',
+    metavar='DIR',
+    type=cli.PATH,
+    default='compare-out',
+    show_default=True,
+    help='Folder for everything that is written; with the same options again, goes on where it was.',
+)
+@cli.option(
+    '--data',
+    metavar='ZIP|DIR',
+    type=cli.PATH,
+    default=DIGITS,
+    show_default=True,
+    help="Data set, made by dataset_tool.py; or digits: scikit-learn's, with rulers and options that suit them.",
+)
+@cli.option(
+    '--teacher',
+    metavar='PKL|URL',
+    type=cli.PATH,
+    help="Diffusion model that all students start from.  [default: for the digits the demo's, trained first]",
+)
+@cli.option(
+    '--jobs',
+    metavar='INT',
+    type=cli.SOME_WORKERS,
+    default=2,
+    show_default=True,
+    help='Commands that run side by side.',
+)
+@cli.option(
+    '--objectives',
+    metavar='LIST',
+    type=Objectives(),
+    default='all',
+    show_default=True,
+    group=TRAINING,
+    help='What to compare.',
+)
+@cli.option(
+    '--budget',
+    metavar='INT',
+    type=cli.COUNT,
+    default=10000,
+    show_default=True,
+    group=TRAINING,
+    help="Network evaluations of a training for each place in the batch; a student's forward and backward pass counts 3.",
+)
+@cli.option(
+    '--batch',
+    metavar='INT',
+    type=cli.BATCH,
+    default=digits.BATCH,
+    show_default=True,
+    group=TRAINING,
+    help='Batch size of all trainings.',
+)
+@cli.option(
+    '--seeds',
+    metavar='LIST',
+    type=cli.Seeds(),
+    default='0',
+    show_default=True,
+    group=TRAINING,
+    help='Seeds to train each with.',
+)
+@cli.option(
+    '--with',
+    'extra',
+    metavar='NAME:OPTIONS',
+    type=OptionsFor(),
+    multiple=True,
+    group=TRAINING,
+    help="More options of train.py for an objective, or for its student of S steps, as in 'direct:--top-mass=1' or 'direct-8:--substeps=2'.",
+)
+@cli.option(
+    '--steps',
+    metavar='LIST',
+    type=Counts(cli.STEPS),
+    default='1,2,4,8',
+    show_default=True,
+    group=MEASURING,
+    help='Numbers of sampling steps.',
+)
+@cli.option(
+    '--reference-steps',
+    metavar='INT',
+    type=cli.LEVELS,
+    default=256,
+    show_default=True,
+    group=MEASURING,
+    help="Heun steps of the teacher's images that all others are held against.",
+)
+@cli.option(
+    '--num',
+    metavar='INT',
+    type=cli.Integer(min=SHOWN),
+    group=MEASURING,
+    help='Images of each model.  [default: 50000; on the digits 6000]',
+)
+@cli.option(
+    '--ref',
+    'refs',
+    metavar='NPZ|URL',
+    type=cli.PATH,
+    multiple=True,
+    group=MEASURING,
+    help='Reference statistics, made by fid.py ref. Several: the plot shows the first.  [default: for the digits three rulers]',
+)
+@cli.option(
+    '--detector',
+    'detectors',
+    metavar='PATH|URL',
+    type=cli.PATH,
+    multiple=True,
+    group=MEASURING,
+    help=f"Detector of each --ref, in the same order. {cli.PROGRAM}  [default: NVIDIA's Inception]",
+)
+@cli.option(
+    '--sample-batch',
+    metavar='INT',
+    type=cli.BATCH,
+    default=256,
+    show_default=True,
+    group=MEASURING,
+    help='Images at a time.',
+)
+@cli.argument(
+    'train_options',
+    nargs=-1,
+    type=click.UNPROCESSED,
+    help='Options of train.py for all trainings, behind --.',
+)
+def main(
+    outdir,
+    data,
+    teacher,
+    jobs,
+    objectives,
+    budget,
+    batch,
+    seeds,
+    extra,
+    steps,
+    reference_steps,
+    num,
+    refs,
+    detectors,
+    sample_batch,
+    train_options,
+):
     """Train a list of objectives from one teacher, for an equal budget of network evaluations, and compare what they make of it.
 
     \b
@@ -460,12 +732,33 @@ def main(outdir, data, teacher, jobs, objectives, budget, batch, seeds, extra, s
     for_some: dict[str, list[str]] = {}
     for name, words in extra:
         for_some.setdefault(name, []).extend(words)
-    request = Request(objectives, steps, seeds, budget, batch, origin.cond, origin.network, on_digits, train_options, for_some)
+    request = Request(
+        objectives,
+        steps,
+        seeds,
+        budget,
+        batch,
+        origin.cond,
+        origin.network,
+        on_digits,
+        train_options,
+        for_some,
+    )
     first = None if teacher else comparison.teacher_training()
     models = [*comparison.teacher_models(steps, reference_steps), *comparison.plan(request)]
     rulers, ruler_facts = read_rulers(refs, detectors, origin.image_shape)
-    trainings = {training.name: training for model in models if model.training for training in model.training.chain}
-    facts = dict(data=data, teacher=origin.digest, budget=budget, batch=batch, images=num, reference_steps=reference_steps, rulers=ruler_facts)
+    trainings = {
+        training.name: training for model in models if model.training for training in model.training.chain
+    }
+    facts = dict(
+        data=data,
+        teacher=origin.digest,
+        budget=budget,
+        batch=batch,
+        images=num,
+        reference_steps=reference_steps,
+        rulers=ruler_facts,
+    )
     make_outdir(outdir)
     labels = write_labels(outdir, origin.labels)
     settle(outdir, facts, list(trainings.values()))
@@ -479,7 +772,9 @@ def main(outdir, data, teacher, jobs, objectives, budget, batch, seeds, extra, s
         if first:
             train(story, first, dataset, None, threads=cores)
         source = str(snapshot(story, first)) if first else teacher
-        return used, do_all(story, jobs_of(story, models, dataset, source, used, num, sample_batch, results, labels), jobs)
+        return used, do_all(
+            story, jobs_of(story, models, dataset, source, used, num, sample_batch, results, labels), jobs
+        )
 
     rulers, failures = tell(story, everything, GOES_ON)
     order = {model.name: i for i, model in enumerate(models)}
@@ -488,7 +783,9 @@ def main(outdir, data, teacher, jobs, objectives, budget, batch, seeds, extra, s
         report(story, rows, reference, budget, batch, list(rulers))
         print('\n' + story.path('table.md').read_text())
     if failures:
-        raise UserError(f'{len(failures)} of them failed; the same command again tries them once more.', *failures)
+        raise UserError(
+            f'{len(failures)} of them failed; the same command again tries them once more.', *failures
+        )
     print(f'Open {story.path("report.html")} for the plot, samples and commands.')
 
 

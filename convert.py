@@ -1,4 +1,5 @@
 """Checkpoints in and out: other formats to snapshots, snapshots to other formats, and what is in a file."""
+
 from __future__ import annotations
 
 import dnnlib.interrupts  # noqa: F401  (first)
@@ -35,23 +36,66 @@ class ConvertOrInfo(cli.Command):
 
 @click.command(cls=ConvertOrInfo)
 @cli.argument('source', metavar='SRC', type=cli.PATH, help=f'Checkpoint to convert: {URL_HELP}')
-@cli.argument('dest', metavar='DST', type=cli.PATH, help='File to write, or replace; for diffusers a new folder. It appears when it is complete.')
-@cli.option('--from', 'reader', type=click.Choice(READERS), default='snapshot', show_default=True, help='What SRC is.')
-@cli.option('--to', 'writer', type=click.Choice(WRITERS), default='snapshot', show_default=True, help='What DST shall be; diffusers: a new folder.')
-@cli.option('--timesteps', type=cli.LEVELS, metavar='INT',
-            help="Noise levels that a consistency model was trained on, in which diffusers' multistep sampling counts: 40 for cd_*.pt, "
-                 '201 for ct_imagenet64.pt, 151 for the other ct_*.pt.  [default: what a snapshot says; 40]')
-@cli.option('--kind', type=click.Choice(['consistency', 'edm']), group=OPENAI,
-            help='Consistency model (cd_*.pt, ct_*.pt) or diffusion model (edm_*.pt).  [default: consistency]')
-@cli.option('--resolution', type=cli.SIDE, metavar='INT', group=OPENAI,
-            help='Image resolution.  [default: the coarsest level is taken to be 8x8, as in all that were published]')
-@cli.option('--channels-per-head', type=cli.SIDE, metavar='INT', group=OPENAI,
-            help='Channels of an attention head, num_head_channels there.  [default: 64]')
-@cli.option('--heads', type=cli.SIDE, metavar='INT', group=OPENAI,
-            help='Number of attention heads at every level instead, num_heads there.')
-@cli.option('--attention-order', type=click.Choice(['qkv-first', 'heads-first']), group=OPENAI,
-            help='What the channels of attention are ordered by first. heads-first: trained without flash attention.  [default: qkv-first]')
-@cli.option('--key', metavar='NAME', group=OPENAI, help='Which network, where the file holds several, such as ema.')
+@cli.argument(
+    'dest',
+    metavar='DST',
+    type=cli.PATH,
+    help='File to write, or replace; for diffusers a new folder. It appears when it is complete.',
+)
+@cli.option(
+    '--from', 'reader', type=click.Choice(READERS), default='snapshot', show_default=True, help='What SRC is.'
+)
+@cli.option(
+    '--to',
+    'writer',
+    type=click.Choice(WRITERS),
+    default='snapshot',
+    show_default=True,
+    help='What DST shall be; diffusers: a new folder.',
+)
+@cli.option(
+    '--timesteps',
+    type=cli.LEVELS,
+    metavar='INT',
+    help="Noise levels that a consistency model was trained on, in which diffusers' multistep sampling counts: 40 for cd_*.pt, "
+    '201 for ct_imagenet64.pt, 151 for the other ct_*.pt.  [default: what a snapshot says; 40]',
+)
+@cli.option(
+    '--kind',
+    type=click.Choice(['consistency', 'edm']),
+    group=OPENAI,
+    help='Consistency model (cd_*.pt, ct_*.pt) or diffusion model (edm_*.pt).  [default: consistency]',
+)
+@cli.option(
+    '--resolution',
+    type=cli.SIDE,
+    metavar='INT',
+    group=OPENAI,
+    help='Image resolution.  [default: the coarsest level is taken to be 8x8, as in all that were published]',
+)
+@cli.option(
+    '--channels-per-head',
+    type=cli.SIDE,
+    metavar='INT',
+    group=OPENAI,
+    help='Channels of an attention head, num_head_channels there.  [default: 64]',
+)
+@cli.option(
+    '--heads',
+    type=cli.SIDE,
+    metavar='INT',
+    group=OPENAI,
+    help='Number of attention heads at every level instead, num_heads there.',
+)
+@cli.option(
+    '--attention-order',
+    type=click.Choice(['qkv-first', 'heads-first']),
+    group=OPENAI,
+    help='What the channels of attention are ordered by first. heads-first: trained without flash attention.  [default: qkv-first]',
+)
+@cli.option(
+    '--key', metavar='NAME', group=OPENAI, help='Which network, where the file holds several, such as ema.'
+)
 def main(source, dest, reader, writer, timesteps, **openai):
     """Convert the checkpoint SRC to DST, or say what is in FILE.
 
@@ -81,26 +125,35 @@ def main(source, dest, reader, writer, timesteps, **openai):
     if 'heads' in openai and 'channels_per_head' in openai:
         raise click.UsageError('--heads and --channels-per-head exclude each other.')
     if timesteps and (openai.get('kind') == 'edm' or (reader != 'openai' and writer != 'diffusers')):
-        raise click.UsageError('--timesteps is for consistency models: with --from=openai, or with --to=diffusers.')
+        raise click.UsageError(
+            '--timesteps is for consistency models: with --from=openai, or with --to=diffusers.'
+        )
     net = read(source, reader, **openai)
     if timesteps:
         net.metadata['num_timesteps'] = timesteps
     write(dest, net, writer)
     click.echo(printable(f'{dest}: {summary(net)}'))
     if reader == 'openai' and (guessed := assumed(net, openai)):
-        click.echo(printable(f'Assumed, because {source} does not tell: {guessed}. See --help if that is not so.'))
+        click.echo(
+            printable(f'Assumed, because {source} does not tell: {guessed}. See --help if that is not so.')
+        )
 
 
 @click.command(cls=cli.Command)
 @cli.argument('file', metavar='FILE', type=cli.PATH, help=f'Checkpoint: {URL_HELP}')
 @cli.option('--json', 'as_json', is_flag=True, help='Print one JSON object.')
-@cli.option('--key', metavar='NAME', help="Which network, where a file of OpenAI's weights holds several, such as ema.")
+@cli.option(
+    '--key',
+    metavar='NAME',
+    help="Which network, where a file of OpenAI's weights holds several, such as ema.",
+)
 def info(file, as_json, key):
     """Say what is in a checkpoint: architecture, arguments, parameters, resolution, labels, preconditioning, objective, grid, kimg.
 
     FILE is a snapshot, a training state, a safetensors file that convert.py wrote, or OpenAI's weights; its first and last bytes tell which.
     """
     from training.interchange import describe
+
     kind = recognize(file)
     if key is not None and kind != 'openai':
         raise UserError(f"--key={key} is for OpenAI's weights, and {file} is a {kind}: leave it out.")
@@ -108,29 +161,41 @@ def info(file, as_json, key):
         facts = describe.describe_state(file)
     elif kind == 'openai':
         from training.interchange.openai import inspect_openai
+
         net, guessed = inspect_openai(file, key)
         facts = dict(describe.describe(net), assumed=guessed)
     else:
         facts = describe.describe(read(file, kind))
     facts = dict(file=file, format=kind, **facts)
-    click.echo(json.dumps(describe.printable(facts), indent=2, allow_nan=False) if as_json else describe.as_text(facts))
+    click.echo(
+        json.dumps(describe.printable(facts), indent=2, allow_nan=False)
+        if as_json
+        else describe.as_text(facts)
+    )
 
 
 def read(source: str, reader: str, **openai):
     """The network of a checkpoint in one of the formats READERS."""
     if reader == 'openai':
         from training.interchange.openai import load_openai
+
         return load_openai(source, **openai)
     kind = recognize(source)
     if kind == 'training state':
-        raise UserError(f'{source} is a training state, from which training goes on. Convert a network-snapshot-*.pkl of the same run.')
+        raise UserError(
+            f'{source} is a training state, from which training goes on. Convert a network-snapshot-*.pkl of the same run.'
+        )
     from training.checkpoint import load_network
+
     if kind != reader:
         if kind == 'snapshot':
             load_network(source)  # says what it is, where it is none
-        raise UserError(f'{source} is {"a PyTorch file" if kind == "openai" else f"a {kind}"}, not a {reader}. Say so with --from={kind}.')
+        raise UserError(
+            f'{source} is {"a PyTorch file" if kind == "openai" else f"a {kind}"}, not a {reader}. Say so with --from={kind}.'
+        )
     if reader == 'safetensors':
         from training.interchange.safetensors import load_safetensors
+
         return load_safetensors(source)
     return load_network(source)
 
@@ -139,14 +204,19 @@ def write(dest: str, net, writer: str) -> None:
     """Write a network in one of the formats WRITERS."""
     if writer == 'diffusers':
         from training.interchange.diffusers import save_diffusers
+
         save_diffusers(dest, net)
     elif writer == 'safetensors':
         from training.interchange.safetensors import save_safetensors
+
         save_safetensors(dest, net)
     else:
         from training.checkpoint import save_snapshot
+
         if reserved := {'path', 'net'} & net.metadata.keys():
-            raise UserError(f'the metadata has entries named {", ".join(sorted(reserved))}, which a snapshot has no room for')
+            raise UserError(
+                f'the metadata has entries named {", ".join(sorted(reserved))}, which a snapshot has no room for'
+            )
         save_snapshot(dest, net, **net.metadata)
 
 
@@ -159,6 +229,7 @@ def recognize(source: str) -> str:
     from dnnlib.file_kind import describe_file
     from torch_utils.sealed_file import find_seal
     from training.saved_files import why_no_snapshot
+
     if os.path.isdir(source):
         raise UserError(f'{source} cannot be read: it {why_no_snapshot(source)}')
     with dnnlib.open_url(source) as file:
@@ -171,8 +242,12 @@ def recognize(source: str) -> str:
 
 def assumed(net, told: dict) -> str:
     """What was taken for granted in a conversion of OpenAI's weights, in words; '' where all was told."""
-    words = dict(kind='a consistency model', resolution=f'images of {net.img_resolution}x{net.img_resolution}',
-                 channels_per_head='64 channels an attention head', attention_order='channels of attention ordered q, k, v first')
+    words = dict(
+        kind='a consistency model',
+        resolution=f'images of {net.img_resolution}x{net.img_resolution}',
+        channels_per_head='64 channels an attention head',
+        attention_order='channels of attention ordered q, k, v first',
+    )
     if 'heads' in told:
         del words['channels_per_head']
     return ', '.join(phrase for name, phrase in words.items() if name not in told)
@@ -181,8 +256,10 @@ def assumed(net, told: dict) -> str:
 def summary(net) -> str:
     """One line for people to check a conversion by."""
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    return (f'{type(net).__name__}, {net.img_resolution}x{net.img_resolution}x{net.img_channels}, {net.label_dim or "no"} classes, '
-            f'{parameters:,} parameters, objective {net.metadata.get("objective", "unknown")}')
+    return (
+        f'{type(net).__name__}, {net.img_resolution}x{net.img_resolution}x{net.img_channels}, {net.label_dim or "no"} classes, '
+        f'{parameters:,} parameters, objective {net.metadata.get("objective", "unknown")}'
+    )
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@
 
 Works for teachers and students, ours and EDM's: what the network is, is read from the snapshot.
 """
+
 import dnnlib.interrupts  # noqa: F401  (first)
 
 import itertools
@@ -55,9 +56,17 @@ def main(snapshot, dest, rows=4, columns=10):
     latents = torch.randn(rows * columns, net.img_channels, net.img_resolution, net.img_resolution).to(device)
     space = space_of(net)
     if space.are_vectors:
-        raise UserError(f'{snapshot} takes {space}, and this example knows classes only: see generate.py --labels')
-    classes = itertools.cycle(space.present or range(net.label_dim))  # those that have images in the training set
-    labels = torch.eye(net.label_dim, device=device)[list(itertools.islice(classes, rows * columns))] if net.label_dim else None
+        raise UserError(
+            f'{snapshot} takes {space}, and this example knows classes only: see generate.py --labels'
+        )
+    classes = itertools.cycle(
+        space.present or range(net.label_dim)
+    )  # those that have images in the training set
+    labels = (
+        torch.eye(net.label_dim, device=device)[list(itertools.islice(classes, rows * columns))]
+        if net.label_dim
+        else None
+    )
 
     if 'sigmas' in net.metadata:
         images = student_sample(net, latents, labels, net.metadata['sigmas'])
@@ -66,7 +75,9 @@ def main(snapshot, dest, rows=4, columns=10):
 
     pixels, finite = checked_images(encoder_of(net, device), images)
     if not finite.all():
-        raise UserError(f'{int((~finite).sum())} of {len(images)} images are not finite (NaN or infinite values): {snapshot} is broken for them.')
+        raise UserError(
+            f'{int((~finite).sum())} of {len(images)} images are not finite (NaN or infinite values): {snapshot} is broken for them.'
+        )
     save_images(image_grid(pixels, columns)[None], [dest])
 
 

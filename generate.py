@@ -1,4 +1,5 @@
 """Images, or latents, from a snapshot, one for each seed."""
+
 from __future__ import annotations
 
 import dnnlib.interrupts  # noqa: F401  (first)
@@ -13,38 +14,114 @@ from dnnlib.util import check_other_file
 from sampling.options import sampling_arguments, sampling_options
 
 SPEED = 'Precision and performance'
-def check_destination(outdir: str | None, dest: str | None, subdirs: bool, as_latents: bool, strict: bool = False) -> None:
+
+
+def check_destination(
+    outdir: str | None, dest: str | None, subdirs: bool, as_latents: bool, strict: bool = False
+) -> None:
     """Raises: click.UsageError."""
     if (outdir is None) == (dest is None):
         raise click.UsageError('Name a folder with --outdir, or one file with --dest.')
     if dest is not None and not dest.endswith(('.npz', '.zip')):
         raise click.UsageError(f'--dest={dest} is neither a .npz nor a .zip file; folders go to --outdir.')
     if dest is not None and (subdirs or as_latents or strict):
-        raise click.UsageError(f'{"--subdirs" if subdirs else "--latents" if as_latents else "--strict-outdir"} goes with --outdir.')
+        raise click.UsageError(
+            f'{"--subdirs" if subdirs else "--latents" if as_latents else "--strict-outdir"} goes with --outdir.'
+        )
 
 
 @click.command(cls=cli.Command)
 @cli.option('--network', metavar='PKL|URL', type=cli.PATH, required=True, help='Snapshot to sample from.')
-@cli.option('--outdir', metavar='DIR', type=cli.PATH, help='Folder for the images, %06d.png after their seeds.')
-@cli.option('--dest', metavar='FILE', type=cli.PATH, help='Or one file: .npz, an array uint8 [N, H, W, C] and the labels, or .zip, a data set.')
-@cli.option('--seeds', metavar='LIST', type=cli.Seeds(), default='0-63', show_default=True, help='Seeds, as in 1,2,5-10; each once, below 2^32.')
+@cli.option(
+    '--outdir', metavar='DIR', type=cli.PATH, help='Folder for the images, %06d.png after their seeds.'
+)
+@cli.option(
+    '--dest',
+    metavar='FILE',
+    type=cli.PATH,
+    help='Or one file: .npz, an array uint8 [N, H, W, C] and the labels, or .zip, a data set.',
+)
+@cli.option(
+    '--seeds',
+    metavar='LIST',
+    type=cli.Seeds(),
+    default='0-63',
+    show_default=True,
+    help='Seeds, as in 1,2,5-10; each once, below 2^32.',
+)
 @cli.option('--subdirs', is_flag=True, help='A folder for every 1000 seeds.')
-@cli.option('--strict-outdir', is_flag=True, help='Refuse a folder that holds other images than these seeds write.')
-@cli.option('--latents', 'as_latents', is_flag=True, help='Write what the network draws, undecoded: float32 [C, H, W], %06d.npy.')
-@cli.option('--allow-nonfinite', is_flag=True,
-            help='Write images with NaN or infinite values too, and name them. Without it they are an error.')
-@cli.option('--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, help='Images that a process generates at a time.')
-@cli.option('--workers', metavar='INT', type=cli.WORKERS,
-            help='Processes that encode and write, for each that generates; 0: itself.  [default: half of the CPUs but one, at most 4]')
+@cli.option(
+    '--strict-outdir', is_flag=True, help='Refuse a folder that holds other images than these seeds write.'
+)
+@cli.option(
+    '--latents',
+    'as_latents',
+    is_flag=True,
+    help='Write what the network draws, undecoded: float32 [C, H, W], %06d.npy.',
+)
+@cli.option(
+    '--allow-nonfinite',
+    is_flag=True,
+    help='Write images with NaN or infinite values too, and name them. Without it they are an error.',
+)
+@cli.option(
+    '--batch',
+    metavar='INT',
+    type=cli.BATCH,
+    default=64,
+    show_default=True,
+    help='Images that a process generates at a time.',
+)
+@cli.option(
+    '--workers',
+    metavar='INT',
+    type=cli.WORKERS,
+    help='Processes that encode and write, for each that generates; 0: itself.  [default: half of the CPUs but one, at most 4]',
+)
 @sampling_options()
-@cli.option('--precision', type=click.Choice(['fp32', 'fp16', 'bf16']), group=SPEED,
-            help="Arithmetic inside the network; fp16 on GPUs only.  [default: the snapshot's own]")
-@cli.option('--compile', 'compiled', type=bool, is_flag=False, flag_value=True, default=False, show_default=True, group=SPEED,
-            help='Compile the network (torch.compile), on GPUs into CUDA graphs: minutes at the start, faster batches.')
-@cli.option('--channels_last', type=bool, is_flag=False, flag_value=True, default=False, show_default=True, group=SPEED,
-            help='Keep the channels of images together in memory inside the network.')
-def main(network, outdir, dest, seeds, subdirs, strict_outdir, as_latents, allow_nonfinite, batch, workers, sampling, precision, compiled,
-         channels_last):
+@cli.option(
+    '--precision',
+    type=click.Choice(['fp32', 'fp16', 'bf16']),
+    group=SPEED,
+    help="Arithmetic inside the network; fp16 on GPUs only.  [default: the snapshot's own]",
+)
+@cli.option(
+    '--compile',
+    'compiled',
+    type=bool,
+    is_flag=False,
+    flag_value=True,
+    default=False,
+    show_default=True,
+    group=SPEED,
+    help='Compile the network (torch.compile), on GPUs into CUDA graphs: minutes at the start, faster batches.',
+)
+@cli.option(
+    '--channels_last',
+    type=bool,
+    is_flag=False,
+    flag_value=True,
+    default=False,
+    show_default=True,
+    group=SPEED,
+    help='Keep the channels of images together in memory inside the network.',
+)
+def main(
+    network,
+    outdir,
+    dest,
+    seeds,
+    subdirs,
+    strict_outdir,
+    as_latents,
+    allow_nonfinite,
+    batch,
+    workers,
+    sampling,
+    precision,
+    compiled,
+    channels_last,
+):
     """Generate images from a snapshot: a student by its own grid, a teacher by solving the probability-flow ODE.
 
     \b
@@ -58,16 +135,22 @@ def main(network, outdir, dest, seeds, subdirs, strict_outdir, as_latents, allow
     An image depends on its seed alone, not on the batch or on the number of processes.
     """
     from sampling import writers
+
     check_destination(outdir, dest, subdirs, as_latents, strict_outdir)
     if dest is not None:
         check_other_file(network, dest, '--dest')
-    destination = writers.FileDestination(dest) if dest else writers.FolderDestination(outdir, subdirs, as_latents)
-    with writers.WriterPool(writers.default_workers() if workers is None else workers) as pool:  # they start while torch is imported
+    destination = (
+        writers.FileDestination(dest) if dest else writers.FolderDestination(outdir, subdirs, as_latents)
+    )
+    with writers.WriterPool(
+        writers.default_workers() if workers is None else workers
+    ) as pool:  # they start while torch is imported
         from sampling import generation
         from torch_utils import distributed
         from training import execution, samplers
         from training.checkpoint import load_network
         from training.networks import encoders
+
         distributed.init()
         if outdir:
             check_outdir(destination, seeds, strict_outdir)
@@ -83,8 +166,20 @@ def main(network, outdir, dest, seeds, subdirs, strict_outdir, as_latents, allow
 
         nfe = samplers.evaluations(arguments['solver'], arguments['steps'])
         what = f'{len(seeds)} {"latents" if as_latents else "images"}'
-        distributed.print0(f'Generating {what} to "{dest or outdir}" ({arguments["solver"]}, {nfe} evaluations each)...')
-        generate_all(net, seeds, batch, destination, pool, as_latents, arguments, fill=compiled, allow_nonfinite=allow_nonfinite)
+        distributed.print0(
+            f'Generating {what} to "{dest or outdir}" ({arguments["solver"]}, {nfe} evaluations each)...'
+        )
+        generate_all(
+            net,
+            seeds,
+            batch,
+            destination,
+            pool,
+            as_latents,
+            arguments,
+            fill=compiled,
+            allow_nonfinite=allow_nonfinite,
+        )
         distributed.print0('Done.')
         distributed.shutdown()
 
@@ -95,19 +190,34 @@ def check_outdir(destination, seeds: list[int], strict: bool) -> None:
     Raises: where `strict`, UserError on the main process and SystemExit on the others.
     """
     from torch_utils import distributed
+
     others = distributed.broadcast_object(destination.others(seeds) if distributed.is_main() else None)
     if not others:
         return
-    found = '; '.join(f'{len(names)} {what} ({", ".join(names[:3])}{", ..." * (len(names) > 3)})' for what, names in others.items())
+    found = '; '.join(
+        f'{len(names)} {what} ({", ".join(names[:3])}{", ..." * (len(names) > 3)})'
+        for what, names in others.items()
+    )
     found = f'--outdir={destination.path} holds other images than these seeds will write: {found}. fid.py and others take all images of a folder.'
     if strict:
-        distributed.fail_together(f'{found} Choose an empty folder, remove them, or leave out --strict-outdir.')
+        distributed.fail_together(
+            f'{found} Choose an empty folder, remove them, or leave out --strict-outdir.'
+        )
     if distributed.is_main():
         click.echo(printable(f'Warning: {found} --strict-outdir refuses such a folder.'), err=True)
 
 
-def generate_all(net, seeds: list[int], batch: int, destination, pool, as_latents: bool, arguments: dict, fill: bool = False,
-                 allow_nonfinite: bool = False) -> None:
+def generate_all(
+    net,
+    seeds: list[int],
+    batch: int,
+    destination,
+    pool,
+    as_latents: bool,
+    arguments: dict,
+    fill: bool = False,
+    allow_nonfinite: bool = False,
+) -> None:
     """Every image to its destination. While the network is at work on a batch, the one before is fetched from the device, encoded and written.
 
     `fill`: the last batch, where it is smaller, is made as large as the others, for a network that is compiled for a size.
@@ -117,6 +227,7 @@ def generate_all(net, seeds: list[int], batch: int, destination, pool, as_latent
 
     from sampling import generation
     from torch_utils import distributed
+
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     labels = generation.RecordedLabels(arguments['choose_labels'])
     arguments = dict(arguments, choose_labels=labels)
@@ -125,10 +236,19 @@ def generate_all(net, seeds: list[int], batch: int, destination, pool, as_latent
         if distributed.is_main():
             destination.begin()
         destination.parts = distributed.broadcast_object(destination.parts)
-        with tqdm.tqdm(total=len(seeds), unit='img', disable=None if rank == 0 else True, dynamic_ncols=True) as bar:
+        with tqdm.tqdm(
+            total=len(seeds), unit='img', disable=None if rank == 0 else True, dynamic_ncols=True
+        ) as bar:
             under_way = None
             for part in [*generation.split_batches(places, batch, rank, world_size), None]:
-                before, under_way = under_way, part and (part, draw(net, [seeds[i] for i in part], as_latents, arguments, batch if fill else 0))
+                before, under_way = (
+                    under_way,
+                    part
+                    and (
+                        part,
+                        draw(net, [seeds[i] for i in part], as_latents, arguments, batch if fill else 0),
+                    ),
+                )
                 if before:
                     made, copy = before
                     values, finite = copy.numpy()
@@ -141,7 +261,9 @@ def generate_all(net, seeds: list[int], batch: int, destination, pool, as_latent
                     bar.update(min(len(made) * world_size, len(seeds) - bar.n))
             pool.finish()
         judge(bad, removed, len(seeds), destination, 'latents' if as_latents else 'images', allow_nonfinite)
-        shares = distributed.gather_on_main((list(generation.split_batches(places, batch, rank, world_size)), labels.tolist()))
+        shares = distributed.gather_on_main(
+            (list(generation.split_batches(places, batch, rank, world_size)), labels.tolist())
+        )
         if distributed.is_main():
             destination.complete(in_order(shares) if net.label_dim else None)
         distributed.barrier()
@@ -161,14 +283,17 @@ def judge(bad: list[int], removed: int, count: int, destination, what: str, allo
     """
     from sampling import generation
     from torch_utils import distributed
+
     shares = distributed.gather_objects((bad, removed))
     bad, removed = [seed for share, _ in shares for seed in share], sum(number for _, number in shares)
     if not bad:
         return
     found = generation.nonfinite_seeds(bad, count, what)
     if not allow:
-        distributed.fail_together(f'{found}. {destination.without(len(bad), removed)} Try --precision=fp32 or other sampling options; '
-                                  f'if the {what} stay so, the network is broken for them. --allow-nonfinite writes them all the same.')
+        distributed.fail_together(
+            f'{found}. {destination.without(len(bad), removed)} Try --precision=fp32 or other sampling options; '
+            f'if the {what} stay so, the network is broken for them. --allow-nonfinite writes them all the same.'
+        )
     if distributed.is_main():
         click.echo(f'Warning: {found}. Written all the same (--allow-nonfinite).', err=True)
 
@@ -179,18 +304,21 @@ def draw(net, seeds: list[int], as_latents: bool, arguments: dict, at_least: int
     The network sees `at_least` so many.
     """
     from sampling import generation
+
     asked = [*seeds, *seeds[-1:] * (at_least - len(seeds))]
     if as_latents:
         values, finite = generation.checked_latents(generation.generate_latents(net, asked, **arguments))
     else:
         images, finite = generation.generate_checked(net, asked, **arguments)
         values = images.permute(0, 2, 3, 1)
-    return generation.HostCopy(values[:len(seeds)].contiguous(), finite[:len(seeds)])
+    return generation.HostCopy(values[: len(seeds)].contiguous(), finite[: len(seeds)])
 
 
 def in_order(shares: list[tuple[list[range], list]]) -> list:
     """The labels at places 0, 1, ... from each process's batches of places and labels."""
-    by_place = {place: label for parts, labels in shares for place, label in zip(itertools.chain(*parts), labels)}
+    by_place = {
+        place: label for parts, labels in shares for place, label in zip(itertools.chain(*parts), labels)
+    }
     return [by_place[place] for place in sorted(by_place)]
 
 

@@ -1,4 +1,5 @@
 """Time points of a consistency model's steps, found by a metric of the images that they give (Song et al. 2023)."""
+
 from __future__ import annotations
 
 import dnnlib.interrupts  # noqa: F401  (first)
@@ -38,41 +39,144 @@ class Metric(evaluation.Measures):
 
 
 @click.command(cls=cli.Command)
-@cli.option('--network', metavar='PKL|URL', type=cli.PATH, required=True, help='Snapshot of a consistency model.')
-@cli.option('--log', metavar='FILE', type=cli.PATH, required=True,
-            help='Every evaluation, a line each, .jsonl; a search that was stopped goes on from it.')
-@cli.option('--solver', type=click.Choice(['cm']), help='Take the network for a consistency model where its snapshot does not say that it is one.')
-@cli.option('--save', metavar='PKL', type=cli.PATH, help='Write a copy of the snapshot that is sampled at the points found unless told otherwise.')
+@cli.option(
+    '--network', metavar='PKL|URL', type=cli.PATH, required=True, help='Snapshot of a consistency model.'
+)
+@cli.option(
+    '--log',
+    metavar='FILE',
+    type=cli.PATH,
+    required=True,
+    help='Every evaluation, a line each, .jsonl; a search that was stopped goes on from it.',
+)
+@cli.option(
+    '--solver',
+    type=click.Choice(['cm']),
+    help='Take the network for a consistency model where its snapshot does not say that it is one.',
+)
+@cli.option(
+    '--save',
+    metavar='PKL',
+    type=cli.PATH,
+    help='Write a copy of the snapshot that is sampled at the points found unless told otherwise.',
+)
 @cli.option('--json', 'json_path', metavar='FILE', type=cli.PATH, help='Write the results to this file too.')
 @cli.option('-n', '--dry-run', is_flag=True, help='Print what would be searched as JSON and exit.')
-@cli.option('--steps', metavar='INT', type=cli.LEVELS, default=2, show_default=True, group=POINTS,
-            help='Evaluations an image: the first at sigma_max, the others at the points.')
-@cli.option('--space', type=click.Choice(SPACES), default='log', show_default=True, group=POINTS,
-            help='Candidates: levels evenly spaced in ln sigma, or those that --ts of generate.py counts.')
-@cli.option('--tolerance', metavar='FLOAT', type=cli.Number(min=1e-4, max=1), group=POINTS,
-            help=f'Of --space=log: relative distance of neighboring candidates.  [default: {DEFAULT_TOLERANCE}]')
-@cli.option('--timesteps', metavar='INT', type=cli.Integer(min=3, max=MAX_STEPS), group=POINTS,
-            help="Of --space=karras-index: their number, both ends included.  [default: the snapshot's; 40]")
-@cli.option('--scan', metavar='INT', type=cli.INDEX, default=8, show_default=True, group=POINTS,
-            help='Look at so many candidates, evenly spread, before each search, and search around the best of them. 0: a plain ternary search.')
-@cli.option('--low', metavar='FLOAT', type=cli.SIGMA, group=POINTS, help="Search above this level.  [default: the network's sigma_min]")
-@cli.option('--high', metavar='FLOAT', type=cli.SIGMA, group=POINTS, help="Search below this level.  [default: the network's sigma_max]")
-@cli.option('--metric', 'measures', metavar='NAME', type=Metric(), default='fid', show_default=True, group=IMAGES,
-            help='One of the measures of fid.py calc. Scores such as is and recall are made large, distances small.')
-@cli.option('--ref', metavar='PATH|URL', type=cli.PATH, group=IMAGES,
-            help='Reference: statistics (.npz, .pkl), or the images themselves (folder, zip, array).')
-@cli.option('--num', metavar='INT', type=cli.Integer(min=2), default=evaluation.DEFAULT_NUM, show_default=True, group=IMAGES,
-            help='Images of each evaluation.')
-@cli.option('--seed', metavar='INT', type=cli.SEED, default=0, show_default=True, group=IMAGES,
-            help='First seed of the images, the same for all points; and of every other random choice.')
+@cli.option(
+    '--steps',
+    metavar='INT',
+    type=cli.LEVELS,
+    default=2,
+    show_default=True,
+    group=POINTS,
+    help='Evaluations an image: the first at sigma_max, the others at the points.',
+)
+@cli.option(
+    '--space',
+    type=click.Choice(SPACES),
+    default='log',
+    show_default=True,
+    group=POINTS,
+    help='Candidates: levels evenly spaced in ln sigma, or those that --ts of generate.py counts.',
+)
+@cli.option(
+    '--tolerance',
+    metavar='FLOAT',
+    type=cli.Number(min=1e-4, max=1),
+    group=POINTS,
+    help=f'Of --space=log: relative distance of neighboring candidates.  [default: {DEFAULT_TOLERANCE}]',
+)
+@cli.option(
+    '--timesteps',
+    metavar='INT',
+    type=cli.Integer(min=3, max=MAX_STEPS),
+    group=POINTS,
+    help="Of --space=karras-index: their number, both ends included.  [default: the snapshot's; 40]",
+)
+@cli.option(
+    '--scan',
+    metavar='INT',
+    type=cli.INDEX,
+    default=8,
+    show_default=True,
+    group=POINTS,
+    help='Look at so many candidates, evenly spread, before each search, and search around the best of them. 0: a plain ternary search.',
+)
+@cli.option(
+    '--low',
+    metavar='FLOAT',
+    type=cli.SIGMA,
+    group=POINTS,
+    help="Search above this level.  [default: the network's sigma_min]",
+)
+@cli.option(
+    '--high',
+    metavar='FLOAT',
+    type=cli.SIGMA,
+    group=POINTS,
+    help="Search below this level.  [default: the network's sigma_max]",
+)
+@cli.option(
+    '--metric',
+    'measures',
+    metavar='NAME',
+    type=Metric(),
+    default='fid',
+    show_default=True,
+    group=IMAGES,
+    help='One of the measures of fid.py calc. Scores such as is and recall are made large, distances small.',
+)
+@cli.option(
+    '--ref',
+    metavar='PATH|URL',
+    type=cli.PATH,
+    group=IMAGES,
+    help='Reference: statistics (.npz, .pkl), or the images themselves (folder, zip, array).',
+)
+@cli.option(
+    '--num',
+    metavar='INT',
+    type=cli.Integer(min=2),
+    default=evaluation.DEFAULT_NUM,
+    show_default=True,
+    group=IMAGES,
+    help='Images of each evaluation.',
+)
+@cli.option(
+    '--seed',
+    metavar='INT',
+    type=cli.SEED,
+    default=0,
+    show_default=True,
+    group=IMAGES,
+    help='First seed of the images, the same for all points; and of every other random choice.',
+)
 @class_option(IMAGES)
 @labels_option(IMAGES)
 @clip_option(IMAGES)
-@cli.option('--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, group=IMAGES,
-            help='Images at a time, for each process.')
-@cli.option('--detector', metavar='PATH|URL', type=cli.PATH, group=IMAGES,
-            help=f"As for fid.py. {cli.PROGRAM}  [default: NVIDIA's Inception, downloaded once]")
-@cli.option('--dinov2', metavar='DIR', type=cli.PATH, group=IMAGES, help='DINOv2 for fd_dinov2, as for fid.py.  [default: downloaded once]')
+@cli.option(
+    '--batch',
+    metavar='INT',
+    type=cli.BATCH,
+    default=64,
+    show_default=True,
+    group=IMAGES,
+    help='Images at a time, for each process.',
+)
+@cli.option(
+    '--detector',
+    metavar='PATH|URL',
+    type=cli.PATH,
+    group=IMAGES,
+    help=f"As for fid.py. {cli.PROGRAM}  [default: NVIDIA's Inception, downloaded once]",
+)
+@cli.option(
+    '--dinov2',
+    metavar='DIR',
+    type=cli.PATH,
+    group=IMAGES,
+    help='DINOv2 for fd_dinov2, as for fid.py.  [default: downloaded once]',
+)
 @cli.option('--detector-sha256', metavar='HEX', group=IMAGES, help='Digest that the detector file must have.')
 def main(network, log, solver, save, json_path, dry_run, measures, **options):
     """Find the noise levels at which a consistency model is asked again, one after another, each by a ternary search.
@@ -87,7 +191,10 @@ def main(network, log, solver, save, json_path, dry_run, measures, **options):
     """
     from torch_utils import distributed
     from training.checkpoint import network_digest
-    options = EasyDict(options, skip_bad=False, cache=None, workers=4)  # of images that a reference may be made of
+
+    options = EasyDict(
+        options, skip_bad=False, cache=None, workers=4
+    )  # of images that a reference may be made of
     check_usage(network, log, save, measures, options)
     evaluation.check_detector_options(measures, options)
     distributed.init()
@@ -103,10 +210,19 @@ def main(network, log, solver, save, json_path, dry_run, measures, **options):
         evaluation.make_folder(path)
         check_writable(path)
     evaluate = MetricOfPoints(sampler, measures, references, options)
-    settings = {'metric': evaluate.name, 'num': options.num, 'seed': options.seed, 'class': options.class_idx,
-                'network': network_digest(net, net.metadata), 'detector': evaluate.detector.digest,
-                'reference': reference_digest(options.ref, bool(references))}
-    extra = {'labels': sampler.choose_labels.digest() if options.labels else None, 'clip_denoised': options.clip_denoised}
+    settings = {
+        'metric': evaluate.name,
+        'num': options.num,
+        'seed': options.seed,
+        'class': options.class_idx,
+        'network': network_digest(net, net.metadata),
+        'detector': evaluate.detector.digest,
+        'reference': reference_digest(options.ref, bool(references)),
+    }
+    extra = {
+        'labels': sampler.choose_labels.digest() if options.labels else None,
+        'clip_denoised': options.clip_denoised,
+    }
     settings |= {name: value for name, value in extra.items() if value is not None}
     found = search(evaluate, SearchLog(log, settings), candidates, plan)
     if distributed.is_main():
@@ -119,7 +235,7 @@ def main(network, log, solver, save, json_path, dry_run, measures, **options):
 
 def check_usage(network, log, save, measures, options) -> None:
     """UsageError where options contradict each other or lack one another."""
-    (name, measure), = measures.items()
+    ((name, measure),) = measures.items()
     if measure.compares and options.ref is None:
         raise click.UsageError(f'--ref is missing, and {name} compares with a reference.')
     if not measure.compares and options.ref is not None:
@@ -135,6 +251,7 @@ def check_usage(network, log, save, measures, options) -> None:
     if save and os.path.realpath(save) == os.path.realpath(network):
         raise click.UsageError('--save names the network itself; choose another name.')
 
+
 def check_writable(path: str | None) -> None:
     """UserError where the folder of a file to be written is closed to writing."""
     if path is None:
@@ -145,21 +262,29 @@ def check_writable(path: str | None) -> None:
     except OSError as error:
         raise UserError(f'Cannot write {path}: {error.strerror}. Choose another place.') from error
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is searched.
+
 
 def load_consistency_model(network: str, solver: str | None):
     """The network. Raises: UserError where it is no consistency model, or does not say so and `solver` does not either."""
     from torch_utils import distributed
     from training.checkpoint import load_network
+
     with distributed.main_process_first():
         net = load_network(network, distributed.get_device())
     steps, objective = len(net.metadata.get('sigmas', ())) - 1, net.metadata.get('objective', 'unknown')
     if solver is None and net.metadata.get('solver') != 'cm' and steps != 1:
-        problem = (f'is a student of {steps} steps: its noise levels are those it was trained for' if steps > 0 else
-                   f'does not say that it is one (objective {objective}): if it is, add --solver=cm; '
-                   'a diffusion model becomes one by train.py --objective=ect')
-        raise UserError(f'Time points are found for consistency models, whose every output is an image, and {network} {problem}.')
+        problem = (
+            f'is a student of {steps} steps: its noise levels are those it was trained for'
+            if steps > 0
+            else f'does not say that it is one (objective {objective}): if it is, add --solver=cm; '
+            'a diffusion model becomes one by train.py --objective=ect'
+        )
+        raise UserError(
+            f'Time points are found for consistency models, whose every output is an image, and {network} {problem}.'
+        )
     return net
 
 
@@ -177,18 +302,28 @@ class Sampler:
     def choose_labels(self):
         """What --class and --labels mean."""
         from sampling.label_choosers import choose
+
         return choose(self.net, self.network, self.class_idx, self.labels)
 
     def arguments(self, taus: list[float]) -> dict:
         """What `generation.generate_batch` takes. Raises: UserError where the network cannot be sampled so."""
-        return sampling_arguments(self.net, self.network, choose_labels=self.choose_labels, solver='cm', taus=taus,
-                                  clip_denoised=self.clip_denoised)
+        return sampling_arguments(
+            self.net,
+            self.network,
+            choose_labels=self.choose_labels,
+            solver='cm',
+            taus=taus,
+            clip_denoised=self.clip_denoised,
+        )
 
     def images(self, taus: list[float], options):
         """A source as in metrics/images.py."""
         from metrics.generated import GeneratedImages
+
         seeds = range(options.seed, options.seed + options.num)
-        return GeneratedImages(self.net, seeds, options.batch, name=f'{self.network}, {as_options(taus)}', **self.arguments(taus))
+        return GeneratedImages(
+            self.net, seeds, options.batch, name=f'{self.network}, {as_options(taus)}', **self.arguments(taus)
+        )
 
 
 def as_options(taus: list[float], clip_denoised: bool | None = None) -> str:
@@ -201,17 +336,28 @@ def candidate_levels(net, options) -> list[float]:
     """The falling noise levels to choose from. Raises: UserError where they are too few."""
     from sampling import time_search
     from training import samplers
-    lowest, highest = samplers.clip_range(net, net.metadata.get('sigma_min', 0.002), net.metadata.get('sigma_max', 80.0))
+
+    lowest, highest = samplers.clip_range(
+        net, net.metadata.get('sigma_min', 0.002), net.metadata.get('sigma_max', 80.0)
+    )
     low, high = max(options.low or 0, lowest), min(options.high or math.inf, highest)
     if options.space == 'karras-index':
         count = options.timesteps or net.metadata.get('num_timesteps', samplers.DEFAULT_TIMESTEPS)
-        levels = [sigma for sigma in samplers.cm_sigmas(net, ts=range(count), timesteps=count)[1:] if low < sigma < high]
+        levels = [
+            sigma
+            for sigma in samplers.cm_sigmas(net, ts=range(count), timesteps=count)[1:]
+            if low < sigma < high
+        ]
     else:
-        levels = time_search.log_levels(low, high, options.tolerance or DEFAULT_TOLERANCE) if low < high else []
+        levels = (
+            time_search.log_levels(low, high, options.tolerance or DEFAULT_TOLERANCE) if low < high else []
+        )
     if len(levels) < options.steps - 1:
         cure = 'more --timesteps' if options.space == 'karras-index' else 'a smaller --tolerance'
-        raise UserError(f'There are {len(levels)} noise levels to choose from between {low:g} and {high:g}, and {options.steps} steps need '
-                        f'{options.steps - 1}: widen --low and --high, or take {cure}.')
+        raise UserError(
+            f'There are {len(levels)} noise levels to choose from between {low:g} and {high:g}, and {options.steps} steps need '
+            f'{options.steps - 1}: widen --low and --high, or take {cure}.'
+        )
     return levels
 
 
@@ -219,12 +365,23 @@ def search_plan(candidates: list[float], sampler: Sampler, measures, options) ->
     """What will be done, for --dry-run. Raises: UserError where the network cannot be sampled so."""
     from sampling import time_search
     from training import samplers
+
     points = options.steps - 1
     arguments = sampler.arguments(candidates[-points:])
     most = 1 + time_search.most_evaluations(len(candidates), points, options.scan)
-    return dict(network=sampler.network, metric=next(iter(measures)), points=points, highest=samplers.cm_sigmas(sampler.net, taus=[])[0],
-                candidates=len(candidates), first=candidates[0], last=candidates[-1], scan=options.scan, evaluations_at_most=most,
-                images_each=options.num, nfe=samplers.evaluations(arguments['solver'], arguments['steps']))
+    return dict(
+        network=sampler.network,
+        metric=next(iter(measures)),
+        points=points,
+        highest=samplers.cm_sigmas(sampler.net, taus=[])[0],
+        candidates=len(candidates),
+        first=candidates[0],
+        last=candidates[-1],
+        scan=options.scan,
+        evaluations_at_most=most,
+        images_each=options.num,
+        nfe=samplers.evaluations(arguments['solver'], arguments['steps']),
+    )
 
 
 class MetricOfPoints:
@@ -235,37 +392,52 @@ class MetricOfPoints:
 
     def __init__(self, sampler: Sampler, measures, references, options):
         from metrics.uncertainty import check_enough_to_extrapolate
-        (self.name, self.measure), = measures.items()
+
+        ((self.name, self.measure),) = measures.items()
         self.sampler, self.options = sampler, options
         source = sampler.images([], options)
         detectors = evaluation.load_detectors({self.measure.entry}, source.image_shape, options)
         self.detector = detectors[self.measure.entry]
         if self.name == 'fid_inf':
             check_enough_to_extrapolate(options.num, self.detector.dim)
-        self.reference = evaluation.complete_references(references, options.ref, measures, detectors, [source], options).get(self.measure.entry)
+        self.reference = evaluation.complete_references(
+            references, options.ref, measures, detectors, [source], options
+        ).get(self.measure.entry)
         self.title = self.measure.title.format(self.detector.metric_name)
 
     def __call__(self, taus: list[float]) -> float:
         from metrics.measures import Comparison
         from torch_utils import distributed
+
         classes = {self.measure.entry} if self.measure.classes else set()
         source = self.sampler.images(taus, self.options)
-        seen = evaluation.look_at(source, {self.measure.entry: self.detector}, self.options, self.measure.features, classes)[self.measure.entry]
+        seen = evaluation.look_at(
+            source, {self.measure.entry: self.detector}, self.options, self.measure.features, classes
+        )[self.measure.entry]
         value = None
         if distributed.is_main():
-            value = float(self.measure.compute(Comparison(seen, self.reference, self.detector.device, seed=self.options.seed))['value'])
+            value = float(
+                self.measure.compute(
+                    Comparison(seen, self.reference, self.detector.device, seed=self.options.seed)
+                )['value']
+            )
         return distributed.broadcast_object(value)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The search and its log.
 
+
 def search(evaluate: MetricOfPoints, log: SearchLog, candidates: list[float], plan: dict) -> dict:
     """The points found, as --json has them; what is told on the way goes to stderr."""
     from sampling import time_search
+
     sign = -1 if evaluate.measure.larger_is_better else 1
     asked: list[list[float]] = []
-    evaluation.say(f'{plan["points"]} of {len(candidates)} noise levels from {candidates[0]:g} to {candidates[-1]:g}, by {evaluate.title}: at most '
-            f'{plan["evaluations_at_most"]} evaluations of {plan["images_each"]} images; {len(log.values)} are in {log.path}.')
+    evaluation.say(
+        f'{plan["points"]} of {len(candidates)} noise levels from {candidates[0]:g} to {candidates[-1]:g}, by {evaluate.title}: at most '
+        f'{plan["evaluations_at_most"]} evaluations of {plan["images_each"]} images; {len(log.values)} are in {log.path}.'
+    )
 
     def value_of(taus: list[float]) -> float:
         asked.append(taus)
@@ -274,15 +446,26 @@ def search(evaluate: MetricOfPoints, log: SearchLog, candidates: list[float], pl
         return value
 
     by_steps = [dict(steps=1, taus=[], value=value_of([]))]
-    for taus, signed in time_search.find_points(lambda taus: sign * value_of(taus), candidates, plan['points'], plan['scan']):
+    for taus, signed in time_search.find_points(
+        lambda taus: sign * value_of(taus), candidates, plan['points'], plan['scan']
+    ):
         by_steps.append(dict(steps=len(taus) + 1, taus=taus, value=sign * signed))
         evaluation.say(f'{len(taus) + 1} steps: {as_options(taus)}, {evaluate.title} {sign * signed:.6g}')
         if signed >= sign * by_steps[-2]['value']:
-            evaluation.say(f'Warning: no better than {len(taus)} step{"s" * (len(taus) > 1)} at any level that was tried. If one more step helps '
-                           'at all, a larger --scan may find where; --low and --high may leave out the rest.')
+            evaluation.say(
+                f'Warning: no better than {len(taus)} step{"s" * (len(taus) > 1)} at any level that was tried. If one more step helps '
+                'at all, a larger --scan may find where; --low and --high may leave out the rest.'
+            )
     best = by_steps[-1]
-    return dict(metric=evaluate.name, name=evaluate.title, **best, sigmas=[plan['highest'], *best['taus'], 0.0], by_steps=by_steps,
-                evaluations=len(asked), num_images=plan['images_each'])
+    return dict(
+        metric=evaluate.name,
+        name=evaluate.title,
+        **best,
+        sigmas=[plan['highest'], *best['taus'], 0.0],
+        by_steps=by_steps,
+        evaluations=len(asked),
+        num_images=plan['images_each'],
+    )
 
 
 def listed(taus: list[float]) -> str:
@@ -303,38 +486,58 @@ class SearchLog:
 
     def __init__(self, path: str, settings: dict):
         from torch_utils import distributed
+
         self.path, self.metric = path, settings['metric']
         self.values: dict[tuple[float, ...], float] = {}
         if distributed.is_main():
             header, self.values = read_log(path)
-            others = [f'{name} is {json.dumps(settings.get(name))}, in the log {json.dumps(header.get(name))}'
-                      for name in {**settings, **(header or {})} if header is not None and settings.get(name) != header.get(name)]
+            others = [
+                f'{name} is {json.dumps(settings.get(name))}, in the log {json.dumps(header.get(name))}'
+                for name in {**settings, **(header or {})}
+                if header is not None and settings.get(name) != header.get(name)
+            ]
             if others:
-                raise UserError(f'{path} is the log of another search: {"; ".join(others)}. Give the options of that search, or another --log.')
-            self._append(dict(search=settings) if header is None else None)  # at once: that it cannot be written is better known now
+                raise UserError(
+                    f'{path} is the log of another search: {"; ".join(others)}. Give the options of that search, or another --log.'
+                )
+            self._append(
+                dict(search=settings) if header is None else None
+            )  # at once: that it cannot be written is better known now
         self.values = distributed.broadcast_object(self.values)
 
     def value(self, taus: list[float], compute: Callable[[], float]) -> float:
         """The value at these points: the one known, or that which `compute` gives, once it is on disk."""
         from torch_utils import distributed
+
         if tuple(taus) not in self.values:
             start = time.monotonic()
             value = compute()
             if distributed.is_main():
-                self._append(dict(taus=taus, metric=self.metric, value=value, seconds=round(time.monotonic() - start, 3)))
+                self._append(
+                    dict(
+                        taus=taus, metric=self.metric, value=value, seconds=round(time.monotonic() - start, 3)
+                    )
+                )
             self.values[tuple(taus)] = value
         return self.values[tuple(taus)]
 
     def _append(self, record: dict | None) -> None:
         """A line, on disk; in any case what a kill has left of the line before it is gone."""
         from training.run_log import append_lines, json_line
+
         try:
             append_lines(self.path, f'{json_line(record)}\n' if record else '')
             with open(self.path, 'rb') as file:
                 os.fsync(file.fileno())
         except OSError as error:
-            cure = 'Free some space' if error.errno in DISK_ERRORS else 'Make sure that its folder is there and open to writing'
-            raise UserError(f'--log={self.path} cannot be written: {error.strerror}. {cure}; the same command goes on from what is in it.') from error
+            cure = (
+                'Free some space'
+                if error.errno in DISK_ERRORS
+                else 'Make sure that its folder is there and open to writing'
+            )
+            raise UserError(
+                f'--log={self.path} cannot be written: {error.strerror}. {cure}; the same command goes on from what is in it.'
+            ) from error
 
 
 def read_log(path: str) -> tuple[dict | None, dict[tuple[float, ...], float]]:
@@ -343,6 +546,7 @@ def read_log(path: str) -> tuple[dict | None, dict[tuple[float, ...], float]]:
     Raises: UserError where the file is something else, or damaged.
     """
     from training.run_log import records
+
     try:
         with named('--log'):
             lines = list(records(path))
@@ -359,8 +563,12 @@ def read_log(path: str) -> tuple[dict | None, dict[tuple[float, ...], float]]:
     values = {}
     for number, (_, record) in enumerate(lines[1:], start=2):
         taus, value = (record or {}).get('taus'), (record or {}).get('value')
-        if not isinstance(taus, list) or not all(isinstance(number, (int, float)) for number in [*taus, value]):
-            raise UserError(f'--log={path} is damaged: line {number} is no evaluation. Remove that line, or choose another name.')
+        if not isinstance(taus, list) or not all(
+            isinstance(number, (int, float)) for number in [*taus, value]
+        ):
+            raise UserError(
+                f'--log={path} is damaged: line {number} is no evaluation. Remove that line, or choose another name.'
+            )
         values[tuple(taus)] = value
     return settings, values
 
@@ -369,6 +577,7 @@ def reference_digest(ref: str | None, holds_statistics: bool) -> str | None:
     """What tells a reference from others: of its file or, where it is images, of their names, sizes and times; None where there is none."""
     from dnnlib.util import file_sha256, local_path
     from metrics.images import open_images
+
     if ref is None:
         return None
     return file_sha256(local_path(ref)) if holds_statistics else open_images(ref).fingerprint()
@@ -378,10 +587,15 @@ def save_copy(path: str, net, sigmas: list[float], clip_denoised: bool | None = 
     """The network as a snapshot that is sampled at `sigmas`, which end in 0, and clamped as the search did where that was given. Of its metadata,
     what was measured at others is left out."""
     from training.checkpoint import save_snapshot
+
     reserved = ('path', 'net')  # what only a file that was tampered with has
     metadata = {name: value for name, value in net.metadata.items() if name not in ('fid', *reserved)}
     metadata |= {} if clip_denoised is None else dict(clip_denoised=clip_denoised)
-    save_snapshot(path, net, **metadata | dict(solver='cm', sigmas=sigmas) | ({'S': len(sigmas) - 1} if 'S' in metadata else {}))
+    save_snapshot(
+        path,
+        net,
+        **metadata | dict(solver='cm', sigmas=sigmas) | ({'S': len(sigmas) - 1} if 'S' in metadata else {}),
+    )
 
 
 if __name__ == '__main__':

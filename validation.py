@@ -1,4 +1,5 @@
 """Fréchet distances of saved snapshots, in the lines that training writes."""
+
 from __future__ import annotations
 
 import dnnlib.interrupts  # noqa: F401  (first)
@@ -13,18 +14,58 @@ from sampling.options import labels_option
 
 
 @click.command(cls=cli.Command)
-@cli.option('--network', 'networks', metavar='PKL|URL', type=cli.PATH, multiple=True, required=True,
-            help='Snapshot to evaluate; may be given several times.')
-@cli.option('--ref', metavar='NPZ|URL', type=cli.PATH, required=True, help='Reference statistics, made by fid.py ref.')
-@cli.option('--outdir', metavar='DIR', type=cli.PATH, default='.', show_default=True,
-            help='Folder whose metrics-val.jsonl gets a line for each snapshot.')
-@cli.option('--detector', metavar='PATH|URL', type=cli.PATH,
-            help=f"TorchScript feature detector. {cli.PROGRAM}  [default: NVIDIA's Inception]")
-@cli.option('--num', metavar='INT', type=cli.Integer(min=2), default=50000, show_default=True, help='Images to generate.')
-@cli.option('--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, help='Images a process generates at a time.')
+@cli.option(
+    '--network',
+    'networks',
+    metavar='PKL|URL',
+    type=cli.PATH,
+    multiple=True,
+    required=True,
+    help='Snapshot to evaluate; may be given several times.',
+)
+@cli.option(
+    '--ref', metavar='NPZ|URL', type=cli.PATH, required=True, help='Reference statistics, made by fid.py ref.'
+)
+@cli.option(
+    '--outdir',
+    metavar='DIR',
+    type=cli.PATH,
+    default='.',
+    show_default=True,
+    help='Folder whose metrics-val.jsonl gets a line for each snapshot.',
+)
+@cli.option(
+    '--detector',
+    metavar='PATH|URL',
+    type=cli.PATH,
+    help=f"TorchScript feature detector. {cli.PROGRAM}  [default: NVIDIA's Inception]",
+)
+@cli.option(
+    '--num',
+    metavar='INT',
+    type=cli.Integer(min=2),
+    default=50000,
+    show_default=True,
+    help='Images to generate.',
+)
+@cli.option(
+    '--batch',
+    metavar='INT',
+    type=cli.BATCH,
+    default=64,
+    show_default=True,
+    help='Images a process generates at a time.',
+)
 @cli.option('--seed', metavar='INT', type=cli.SEED, default=0, show_default=True, help='First seed.')
 @cli.option('--steps', metavar='INT', type=cli.STEPS, help="Sampling steps.  [default: the snapshot's own]")
-@cli.option('--label', metavar='MODE', type=LabelMode(), default='auto', show_default=True, help='Classes: uniform or fixed:K (auto: uniform).')
+@cli.option(
+    '--label',
+    metavar='MODE',
+    type=LabelMode(),
+    default='auto',
+    show_default=True,
+    help='Classes: uniform or fixed:K (auto: uniform).',
+)
 @labels_option()
 def main(networks, ref, outdir, detector, **options):
     """Evaluate saved snapshots into the same lines that training writes to metrics-val.jsonl. Also under torchrun."""
@@ -32,11 +73,14 @@ def main(networks, ref, outdir, detector, **options):
     from torch_utils import distributed
     from training.checkpoint import load_network
     from training.run_log import METRICS, append_lines, json_line
+
     if options['labels'] and options['label'] != 'auto':
         raise click.UsageError('--label and --labels exclude each other.')
     cli.check_seeds(options['seed'], options['num'], '--seed', '--num')
     distributed.init()
-    options = EasyDict(options, ref=ref, ref_data=None, detector=detector, dump_images_dir=None, overwrite=False)
+    options = EasyDict(
+        options, ref=ref, ref_data=None, detector=detector, dump_images_dir=None, overwrite=False
+    )
     read_reference(options, option_prefix='')
     try:
         os.makedirs(outdir, exist_ok=True)
@@ -49,7 +93,16 @@ def main(networks, ref, outdir, detector, **options):
             net = load_network(network, device)
         if validator is None:
             shape = [net.img_channels, net.img_resolution, net.img_resolution]
-            validator = Validator(options, None, outdir, device, shape, space_of(net), net.metadata.get('encoder'), option_prefix='')
+            validator = Validator(
+                options,
+                None,
+                outdir,
+                device,
+                shape,
+                space_of(net),
+                net.metadata.get('encoder'),
+                option_prefix='',
+            )
         record = validator.run(net, nimg=net.metadata.get('nimg', 0), ema=net.metadata.get('ema', 'ema'))
         problems += [f'{network}: {record["problem"]}'] if 'problem' in record else []
         if distributed.is_main():
@@ -57,7 +110,9 @@ def main(networks, ref, outdir, detector, **options):
             try:
                 append_lines(os.path.join(outdir, METRICS), json_line(record) + '\n')
             except OSError as error:
-                raise UserError(f'{METRICS} in --outdir={outdir} cannot be written: {error.strerror}') from error
+                raise UserError(
+                    f'{METRICS} in --outdir={outdir} cannot be written: {error.strerror}'
+                ) from error
     if problems:
         distributed.fail_together(*problems)
     distributed.shutdown()

@@ -3,6 +3,7 @@
 The page is made of blocks. Each is what a script prints, under the command that makes it alone; a comment before it says which benchmark it is of, so
 that some can be measured again and the others stay.
 """
+
 from __future__ import annotations
 
 import os
@@ -40,7 +41,9 @@ STEP_QUICK = ['--size=demo', '--steps=1', '--batch=2']
 SAMPLING_QUICK = ['--size=demo', '--images=4', '--batch=2', '--rounds=1', '--eager']
 BENCHMARKS = {
     'step-demo': Benchmark('step.py', [], [*STEP_QUICK, '--ways=channels_last']),
-    'step-demo-one-thread': Benchmark('step.py', ['--ways=compile'], [*STEP_QUICK, '--ways=plain'], threads=1),
+    'step-demo-one-thread': Benchmark(
+        'step.py', ['--ways=compile'], [*STEP_QUICK, '--ways=plain'], threads=1
+    ),
     'step-cifar10': Benchmark('step.py', ['--size=cifar10-ddpmpp'], [*STEP_QUICK, '--ways=bf16']),
     'step-imagenet64': Benchmark('step.py', ['--size=imagenet64-adm'], [*STEP_QUICK, '--ways=checkpoint']),
     'pieces-demo': Benchmark('pieces.py', ['--size=demo'], ['--rounds=1']),
@@ -50,19 +53,23 @@ BENCHMARKS = {
     'sampling-cifar10': Benchmark('sampling.py', ['--size=cifar10-ddpmpp', '--rounds=3'], SAMPLING_QUICK),
     'sampling-imagenet64': Benchmark('sampling.py', ['--size=imagenet64-adm', '--rounds=2'], SAMPLING_QUICK),
     'startup': Benchmark('startup.py', [], ['--rounds=1', '--scripts=train.py']),
-    'data': Benchmark('data.py', [], ['--members=2000', '--images=64', '--workers=0', '--rounds=1'], threads=1),
-    'checkpoint': Benchmark('checkpoint.py', ['--rounds=2'], ['--channels=8', '--res=8', '--rounds=1', '--repeats=1'], threads=1),
+    'data': Benchmark(
+        'data.py', [], ['--members=2000', '--images=64', '--workers=0', '--rounds=1'], threads=1
+    ),
+    'checkpoint': Benchmark(
+        'checkpoint.py', ['--rounds=2'], ['--channels=8', '--res=8', '--rounds=1', '--repeats=1'], threads=1
+    ),
     'state': Benchmark('state.py', [], ['--parameters=100000']),
     'frechet': Benchmark('frechet.py', [], ['--dim=16', '--rounds=1'], threads=1),
     'precision': Benchmark('precision.py', ['--batch=32'], ['--batch=2'], threads=1),
     'images': Benchmark('images.py', [], ['--images=32', '--rounds=1', '--memory=300', '--workers=2']),
 }
 
-INTRODUCTION = '''# Measured
+INTRODUCTION = """# Measured
 
 Written by `make bench` (`python -m benchmarks`). Each block is the output of the command above it. Ratios within one run are what to compare: they
 are measured in turns, in the same minutes of the same machine. What the pages of [docs](../docs/performance.md) say of speed refers to this one.
-'''
+"""
 
 
 def read_blocks(path: Path) -> dict[str, str]:
@@ -85,14 +92,21 @@ def write_page(path: Path, blocks: dict[str, str]) -> None:
     sections = [f'{MARK.format(name)}\n{blocks[name]}' for name in BENCHMARKS if name in blocks]
     try:
         with atomic_write(path) as file:
-            file.write('\n\n'.join([INTRODUCTION.strip('\n'), *notes, *sections, '']).rstrip('\n').encode() + b'\n')
+            file.write(
+                '\n\n'.join([INTRODUCTION.strip('\n'), *notes, *sections, '']).rstrip('\n').encode() + b'\n'
+            )
     except OSError as error:
         raise UserError(f'--out={path} cannot be written: {error.strerror}') from error
 
 
 def measure(benchmark: Benchmark, quick: bool) -> str | None:
     """What the script prints; None where it fails, which its own last lines explain."""
-    command = [sys.executable, f'benchmarks/{benchmark.script}', *benchmark.arguments, *(benchmark.quick if quick else [])]
+    command = [
+        sys.executable,
+        f'benchmarks/{benchmark.script}',
+        *benchmark.arguments,
+        *(benchmark.quick if quick else []),
+    ]
     env = {name: value for name, value in os.environ.items() if name != 'OMP_NUM_THREADS'}
     if benchmark.threads is not None:
         env['OMP_NUM_THREADS'] = str(benchmark.threads)
@@ -101,15 +115,32 @@ def measure(benchmark: Benchmark, quick: bool) -> str | None:
 
 
 @click.command(cls=cli.Command)
-@cli.option('--only', 'names', metavar='LIST', type=NamesOf(BENCHMARKS), help=f'Of {", ".join(BENCHMARKS)}.  [default: all]')
-@cli.option('--quick', is_flag=True, help='Small sizes, to see that everything works; the figures mean nothing.')
-@cli.option('--out', metavar='FILE', type=cli.PATH, default='benchmarks/RESULTS.md', show_default=True, help='Page to write.')
+@cli.option(
+    '--only',
+    'names',
+    metavar='LIST',
+    type=NamesOf(BENCHMARKS),
+    help=f'Of {", ".join(BENCHMARKS)}.  [default: all]',
+)
+@cli.option(
+    '--quick', is_flag=True, help='Small sizes, to see that everything works; the figures mean nothing.'
+)
+@cli.option(
+    '--out',
+    metavar='FILE',
+    type=cli.PATH,
+    default='benchmarks/RESULTS.md',
+    show_default=True,
+    help='Page to write.',
+)
 def main(names, quick, out):
     """Measure everything, and write the page of results, anew after every benchmark. Blocks that are not measured again stay as they are."""
     path = Path(out)
     blocks, failed = read_blocks(path), []
     if names and path.exists() and not blocks:
-        raise UserError(f'{out} has no blocks that could stay as they are: leave out --only, or choose another --out.')
+        raise UserError(
+            f'{out} has no blocks that could stay as they are: leave out --only, or choose another --out.'
+        )
     if not path.parent.is_dir():
         raise UserError(f'--out={out} cannot be written: {path.parent} is no folder.')
     for name in names or BENCHMARKS:

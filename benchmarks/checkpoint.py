@@ -4,6 +4,7 @@ Every row is measured in processes of its own, one after the other in several ro
 in a process, which has no memory to reuse yet, `again` the best of those after it. `peak` is resident memory above what it was before and,
 when loading, above the network itself. Files are in the page cache; `save_snapshot` waits until its file is on the disk, `torch.save` does not.
 """
+
 from __future__ import annotations
 
 import gc
@@ -35,17 +36,28 @@ SAVES = {'torch.save': 'torch', 'save_snapshot': 'ours'}
 def write_files(folder: Path, channels: int, resolution: int) -> tuple[int, int]:
     """One network in three files: PyTorch's, ours, and as EDM writes it. Returns: (parameters, bytes of its tensors)."""
     torch.manual_seed(0)
-    net = networks.EDMPrecond(resolution, 3, 1000, model_type='DhariwalUNet', model_channels=channels, channel_mult=[1, 2, 3, 4])
+    net = networks.EDMPrecond(
+        resolution, 3, 1000, model_type='DhariwalUNet', model_channels=channels, channel_mult=[1, 2, 3, 4]
+    )
     torch.save(net.state_dict(), folder / FILES['torch'])
     save_snapshot(folder / FILES['ours'], net)
     with open(folder / FILES['edm'], 'wb') as file:
         pickle.dump(dict(ema=net, loss_fn=None, augment_pipe=None, dataset_kwargs={}), file)
-    return sum(p.numel() for p in net.parameters()), sum(tensor.nbytes for tensor in net.state_dict().values())
+    return sum(p.numel() for p in net.parameters()), sum(
+        tensor.nbytes for tensor in net.state_dict().values()
+    )
 
 
 def resident(peak: bool) -> int:
     """Bytes of resident memory of this process, now or at its peak (Linux)."""
-    return int(re.search(rf'^Vm{"HWM" if peak else "RSS"}:\s+(\d+) kB', Path('/proc/self/status').read_text(), re.M)[1]) * 1024
+    return (
+        int(
+            re.search(
+                rf'^Vm{"HWM" if peak else "RSS"}:\s+(\d+) kB', Path('/proc/self/status').read_text(), re.M
+            )[1]
+        )
+        * 1024
+    )
 
 
 def forget_peak() -> int:
@@ -59,10 +71,18 @@ def measure(row: str, folder: Path, repeats: int) -> dict:
     """Seconds of the first call and the best of the others, bytes of memory at the peak of the first; run in a process of its own."""
     if row in LOADS:
         path = folder / FILES[LOADS[row]]
-        call = (lambda: torch.load(path, weights_only=True)) if LOADS[row] == 'torch' else (lambda: load_network(path))
+        call = (
+            (lambda: torch.load(path, weights_only=True))
+            if LOADS[row] == 'torch'
+            else (lambda: load_network(path))
+        )
     else:
         net, path = load_network(folder / FILES['ours']), folder / 'saved'
-        call = (lambda: torch.save(net.state_dict(), path)) if SAVES[row] == 'torch' else (lambda: save_snapshot(path, net))
+        call = (
+            (lambda: torch.save(net.state_dict(), path))
+            if SAVES[row] == 'torch'
+            else (lambda: save_snapshot(path, net))
+        )
     before, seconds = forget_peak(), []
     for attempt in range(1 + repeats):
         start = time.perf_counter()
@@ -79,11 +99,44 @@ def measure_apart(row: str, folder: Path, repeats: int) -> dict:
 
 
 @click.command(cls=cli.Command)
-@cli.option('--channels', metavar='INT', type=click.IntRange(min=4), default=192, show_default=True, help='Width of the network, an ADM.')
-@cli.option('--res', metavar='INT', type=click.IntRange(min=8), default=64, show_default=True, help='Resolution of its images.')
-@cli.option('--rounds', metavar='INT', type=click.IntRange(min=1), default=3, show_default=True, help='Processes for every row.')
-@cli.option('--repeats', metavar='INT', type=click.IntRange(min=1), default=5, show_default=True, help='Calls after the first in each of them.')
-@cli.option('--folder', metavar='DIR', type=cli.PATH, help='Where to write the files, 3.6 GB by default.  [default: a temporary folder]')
+@cli.option(
+    '--channels',
+    metavar='INT',
+    type=click.IntRange(min=4),
+    default=192,
+    show_default=True,
+    help='Width of the network, an ADM.',
+)
+@cli.option(
+    '--res',
+    metavar='INT',
+    type=click.IntRange(min=8),
+    default=64,
+    show_default=True,
+    help='Resolution of its images.',
+)
+@cli.option(
+    '--rounds',
+    metavar='INT',
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help='Processes for every row.',
+)
+@cli.option(
+    '--repeats',
+    metavar='INT',
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help='Calls after the first in each of them.',
+)
+@cli.option(
+    '--folder',
+    metavar='DIR',
+    type=cli.PATH,
+    help='Where to write the files, 3.6 GB by default.  [default: a temporary folder]',
+)
 @cli.option('--measure', 'row', metavar='ROW', hidden=True)
 @cli.option('--json', 'as_json', is_flag=True, help='Print one JSON object.')
 def main(channels, res, rounds, repeats, folder, row, as_json):
@@ -94,9 +147,14 @@ def main(channels, res, rounds, repeats, folder, row, as_json):
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         temporary = Path(temporary)
         parameters, nbytes = write_files(temporary, channels, res)
-        runs = [{row: measure_apart(row, temporary, repeats) for row in (*LOADS, *SAVES)} for _ in range(rounds)]
+        runs = [
+            {row: measure_apart(row, temporary, repeats) for row in (*LOADS, *SAVES)} for _ in range(rounds)
+        ]
         sizes = {kind: os.path.getsize(temporary / name) for kind, name in FILES.items()}
-    rows = {row: {what: min(run[row][what] for run in runs) for what in ('first', 'again', 'peak')} for row in runs[0]}
+    rows = {
+        row: {what: min(run[row][what] for run in runs) for what in ('first', 'again', 'peak')}
+        for row in runs[0]
+    }
     for row in LOADS:
         rows[row]['peak'] -= nbytes
     if as_json:
@@ -105,14 +163,21 @@ def main(channels, res, rounds, repeats, folder, row, as_json):
     cells = []
     for row, values in rows.items():
         base, size = rows[next(iter(LOADS if row in LOADS else SAVES))], sizes[(LOADS | SAVES)[row]]
-        times = [cell for what in ('first', 'again') for cell in (f'{values[what]:.3f} s', f'{values[what] / base[what]:.2f}')]
+        times = [
+            cell
+            for what in ('first', 'again')
+            for cell in (f'{values[what]:.3f} s', f'{values[what] / base[what]:.2f}')
+        ]
         cells.append([row, *times, f'{values["peak"] / 1e6:.0f} MB', f'{values["peak"] / size:.0%}'])
-    click.echo(block(
-        f'Loading and saving a snapshot of {parameters:,} parameters',
-        f'{sizes["ours"] / 1e9:.3g} GB. `first` is the first call in a process, `again` the best of those after it, which reuse its memory; least of '
-        f'{rounds} processes. `peak` is memory above the network\'s own. A sealed file is read and compared with its checksum in one pass, which '
-        'needs a core to itself. `save_snapshot` computes a digest and waits for the disk; `torch.save` does neither.',
-        table(['', 'first', 'ratio', 'again', 'ratio', 'peak', 'of the file'], cells)))
+    click.echo(
+        block(
+            f'Loading and saving a snapshot of {parameters:,} parameters',
+            f'{sizes["ours"] / 1e9:.3g} GB. `first` is the first call in a process, `again` the best of those after it, which reuse its memory; least of '
+            f"{rounds} processes. `peak` is memory above the network's own. A sealed file is read and compared with its checksum in one pass, which "
+            'needs a core to itself. `save_snapshot` computes a digest and waits for the disk; `torch.save` does neither.',
+            table(['', 'first', 'ratio', 'again', 'ratio', 'peak', 'of the file'], cells),
+        )
+    )
 
 
 if __name__ == '__main__':

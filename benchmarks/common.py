@@ -1,4 +1,5 @@
 """What the benchmarks share: the machine in words, blocks of Markdown, timing in turns, and processes of their own."""
+
 from __future__ import annotations
 
 import json
@@ -24,9 +25,12 @@ def machine() -> str:
     """The device and the versions that figures depend on, in a line."""
     import numpy
     import torch
+
     cpu = f'{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads'
     device = f'{torch.cuda.get_device_name()}, {cpu}' if torch.cuda.is_available() else cpu
-    return f'{device}; torch {torch.__version__}, NumPy {numpy.__version__}, Python {platform.python_version()}'
+    return (
+        f'{device}; torch {torch.__version__}, NumPy {numpy.__version__}, Python {platform.python_version()}'
+    )
 
 
 def command() -> str:
@@ -40,12 +44,15 @@ def command() -> str:
 def block(title: str, prose: str, *parts: str) -> str:
     """A section of RESULTS.md, under the command that made it: paragraphs and tables."""
     prose = textwrap.fill(prose, WIDTH, break_long_words=False, break_on_hyphens=False)
-    return '\n\n'.join([f'## {title}', f'`{command()}`', prose, f'    {machine()}', *(part.strip('\n') for part in parts)])
+    return '\n\n'.join(
+        [f'## {title}', f'`{command()}`', prose, f'    {machine()}', *(part.strip('\n') for part in parts)]
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table. Raises: ValueError where a row is not as long as the header."""
     from experiments.report import markdown_table
+
     if any(len(row) != len(header) for row in rows):
         raise ValueError(f'rows of {sorted({len(row) for row in rows})} cells under {len(header)} headings')
     return markdown_table(header, rows)
@@ -74,7 +81,13 @@ def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
 
 def apart(*arguments, env: dict[str, str] | None = None):
     """What `python <arguments>`, a benchmark's own measuring, prints as JSON; a process of its own, whose memory and threads nobody has used."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True, env=dict(os.environ, **(env or {})))
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ, **(env or {})),
+    )
     return json.loads(done.stdout)
 
 

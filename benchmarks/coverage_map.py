@@ -5,6 +5,7 @@ Coverage.py runs in every process, under a context that names the test or fixtur
 the processes of pytest, inherited by others through the environment. A test executes its own lines
 and those of every fixture it uses, wherever these were set up.
 """
+
 from __future__ import annotations
 
 import json
@@ -21,7 +22,7 @@ import pytest
 PLUGIN = 'mutants_coverage_plugin'
 CONTEXT = 'COVERAGE_TEST'  # environment variable: the test or fixture at work
 NONE = 'none'
-CONFIG = '''[run]
+CONFIG = """[run]
 parallel = true
 branch = false
 concurrency = multiprocessing, thread
@@ -31,15 +32,16 @@ source = {tree}
 omit = {tree}/tests/*, {tree}/benchmarks/*
 data_file = {folder}/data/coverage
 disable_warnings = no-data-collected, module-not-imported, not-measured, couldnt-parse, trace-changed, module-not-measured
-'''
+"""
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # The plugin, which a copy of this file is.
 
 
 def switch(name: str) -> str:
     """From here on lines belong to `name`, in this process and in those that it starts. Returns the name they belonged to before."""
     import coverage
+
     before = os.environ.get(CONTEXT, NONE)
     os.environ[CONTEXT] = name
     if (current := coverage.Coverage.current()) is not None:
@@ -61,7 +63,9 @@ def pytest_fixture_setup(fixturedef, request):
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item, nextitem):
     definitions = item._fixtureinfo.name2fixturedefs
-    item.user_properties.append(('fixtures', sorted(fixture_name(found[-1]) for found in definitions.values())))
+    item.user_properties.append(
+        ('fixtures', sorted(fixture_name(found[-1]) for found in definitions.values()))
+    )
     before = switch(item.nodeid)
     yield
     switch(before)
@@ -70,6 +74,7 @@ def pytest_runtest_protocol(item, nextitem):
 def pytest_sessionfinish(session):
     """xdist ends its workers without what Python does at exit."""
     import coverage
+
     if (current := coverage.Coverage.current()) is not None and hasattr(session.config, 'workerinput'):
         current.stop()
         current.save()
@@ -90,7 +95,8 @@ def pytest_unconfigure(config):
     if not hasattr(config, 'workerinput') and (path := os.environ.get('COVERAGE_REPORTS')):
         Path(path).write_text(json.dumps(REPORTS))
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The map.
 
 
@@ -116,9 +122,21 @@ class CoverageMap:
     def save(self, path: Path) -> None:
         names = sorted(self.seconds)
         index = {name: i for i, name in enumerate(names)}
-        tests = {file: {line: [index[name] for name in found] for line, found in lines.items()} for file, lines in self.tests.items()}
+        tests = {
+            file: {line: [index[name] for name in found] for line, found in lines.items()}
+            for file, lines in self.tests.items()
+        }
         partial = path.with_suffix('.partial')
-        partial.write_text(json.dumps(dict(names=names, seconds=[self.seconds[name] for name in names], tests=tests, failed=self.failed)))
+        partial.write_text(
+            json.dumps(
+                dict(
+                    names=names,
+                    seconds=[self.seconds[name] for name in names],
+                    tests=tests,
+                    failed=self.failed,
+                )
+            )
+        )
         partial.replace(path)
 
 
@@ -126,7 +144,10 @@ def load_map(path: Path) -> CoverageMap:
     """A map that `save` wrote."""
     record = json.loads(path.read_text())
     names = record['names']
-    tests = {file: {int(line): [names[i] for i in found] for line, found in lines.items()} for file, lines in record['tests'].items()}
+    tests = {
+        file: {int(line): [names[i] for i in found] for line, found in lines.items()}
+        for file, lines in record['tests'].items()
+    }
     return CoverageMap(dict(zip(names, record['seconds'])), tests, record['failed'])
 
 
@@ -145,9 +166,27 @@ def make_map(tree: Path, folder: Path, jobs: int, arguments: list[str]) -> Cover
     (folder / 'site' / 'sitecustomize.py').write_text('import coverage\ncoverage.process_startup()\n')
     shutil.copy(__file__, folder / 'site' / f'{PLUGIN}.py')
     path = os.pathsep.join([str(folder / 'site'), *filter(None, [os.environ.get('PYTHONPATH')])])
-    env = dict(os.environ, PYTHONPATH=path, COVERAGE_PROCESS_START=str(config), COVERAGE_REPORTS=str(reports), OMP_NUM_THREADS='1')
-    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', PLUGIN, '--timeout=900',
-               f'--numprocesses={jobs}', '--dist=loadfile', *arguments]
+    env = dict(
+        os.environ,
+        PYTHONPATH=path,
+        COVERAGE_PROCESS_START=str(config),
+        COVERAGE_REPORTS=str(reports),
+        OMP_NUM_THREADS='1',
+    )
+    command = [
+        sys.executable,
+        '-m',
+        'pytest',
+        '-q',
+        '-p',
+        'no:cacheprovider',
+        '-p',
+        PLUGIN,
+        '--timeout=900',
+        f'--numprocesses={jobs}',
+        '--dist=loadfile',
+        *arguments,
+    ]
     with (folder / 'pytest.log').open('w') as log:
         subprocess.run(command, cwd=tree, env=env, stdout=log, stderr=subprocess.STDOUT, check=False)
     return read_map(tree, folder / 'data', json.loads(reports.read_text()))
@@ -156,19 +195,27 @@ def make_map(tree: Path, folder: Path, jobs: int, arguments: list[str]) -> Cover
 def read_map(tree: Path, data: Path, reports: dict[str, dict]) -> CoverageMap:
     """The map of what every process wrote, and of pytest's reports."""
     import coverage
+
     contexts = defaultdict(lambda: defaultdict(set))  # file, line -> names
     for path in sorted(data.glob('coverage.*')):
         found = coverage.CoverageData(str(path))
         found.read()
         for file in found.measured_files():
             for line, names in found.contexts_by_lineno(file).items():
-                contexts[str(Path(file).relative_to(tree))][line].update(name.removeprefix(f'{NONE}|') for name in names)
+                contexts[str(Path(file).relative_to(tree))][line].update(
+                    name.removeprefix(f'{NONE}|') for name in names
+                )
     passed = {name: report for name, report in reports.items() if report['outcome'] == 'passed'}
     users = defaultdict(set)  # context -> tests
     for name, report in passed.items():
         for context in (name, *report['fixtures']):
             users[context].add(name)
-    tests = {file: {line: sorted(set().union(*(users.get(name, ()) for name in names))) for line, names in lines.items()}
-             for file, lines in contexts.items()}
+    tests = {
+        file: {
+            line: sorted(set().union(*(users.get(name, ()) for name in names)))
+            for line, names in lines.items()
+        }
+        for file, lines in contexts.items()
+    }
     failed = sorted(name for name, report in reports.items() if report['outcome'] == 'failed')
     return CoverageMap({name: report['seconds'] for name, report in passed.items()}, tests, failed)

@@ -5,6 +5,7 @@ nothing cached, then with the index that this leaves; beside them what Python's 
 a second in one process. `loader`: the same through training's `Feed`, by number of workers, uint8 batches as the step gets them. The PNGs are
 crops of photographs, uncompressed as dataset_tool.py writes them; files are in the page cache. Figures are minima over rounds, taken in turns.
 """
+
 from __future__ import annotations
 
 import json
@@ -27,14 +28,19 @@ from dnnlib import cli
 RESOLUTIONS = {32: 2, 64: 1}  # and how many times as many images are read
 BATCH = 64
 CLASSES = 1000
-CHUNK = 1 << 16               # members written at a time
+CHUNK = 1 << 16  # members written at a time
 
 
 def write_alike(path: Path, data: bytes, count: int) -> None:
     """A zip of `count` stored members with the same data, `00000/img00000000.png` and so on, and labels; in seconds, as no zip library would."""
-    names = np.char.add(np.char.add(np.char.zfill((np.arange(count) // 1000).astype('S5'), 5), b'/img'),
-                        np.char.add(np.char.zfill(np.arange(count).astype('S8'), 8), b'.png'))
-    length, facts = names.itemsize, struct.pack('<IIIHH', zlib.crc32(data), len(data), len(data), names.itemsize, 0)
+    names = np.char.add(
+        np.char.add(np.char.zfill((np.arange(count) // 1000).astype('S5'), 5), b'/img'),
+        np.char.add(np.char.zfill(np.arange(count).astype('S8'), 8), b'.png'),
+    )
+    length, facts = (
+        names.itemsize,
+        struct.pack('<IIIHH', zlib.crc32(data), len(data), len(data), names.itemsize, 0),
+    )
     fixed = struct.pack('<HHHHH', 20, 0, 0, 0, 0x21)
     stride = 30 + length + len(data)
     labels = [[name.decode(), i % CLASSES] for i, name in enumerate(names)]
@@ -42,20 +48,35 @@ def write_alike(path: Path, data: bytes, count: int) -> None:
     last_facts = struct.pack('<IIIHH', zlib.crc32(last), len(last), len(last), len('dataset.json'), 0)
     with open(path, 'wb') as file:
         for start in range(0, count, CHUNK):
-            part = np.frombuffer(names[start:start + CHUNK].tobytes(), np.uint8).reshape(-1, length)
+            part = np.frombuffer(names[start : start + CHUNK].tobytes(), np.uint8).reshape(-1, length)
             file.write(_rows(b'PK\3\4' + fixed + facts, part, data))
         file.write(b'PK\3\4' + fixed + last_facts + b'dataset.json' + last)
         directory = file.tell()
         for start in range(0, count, CHUNK):
-            part = np.frombuffer(names[start:start + CHUNK].tobytes(), np.uint8).reshape(-1, length)
-            rows = np.frombuffer(bytearray(_rows(b'PK\1\2\x14\0' + fixed + facts + bytes(14), part, b'')), np.uint8).reshape(len(part), -1)
-            rows[:, 42:46] = (np.arange(start, start + len(part), dtype='<u4') * np.uint32(stride))[:, None].view(np.uint8)
+            part = np.frombuffer(names[start : start + CHUNK].tobytes(), np.uint8).reshape(-1, length)
+            rows = np.frombuffer(
+                bytearray(_rows(b'PK\1\2\x14\0' + fixed + facts + bytes(14), part, b'')), np.uint8
+            ).reshape(len(part), -1)
+            rows[:, 42:46] = (np.arange(start, start + len(part), dtype='<u4') * np.uint32(stride))[
+                :, None
+            ].view(np.uint8)
             file.write(rows.tobytes())
-        file.write(b'PK\1\2\x14\0' + fixed + last_facts + bytes(10) + struct.pack('<I', count * stride) + b'dataset.json')
+        file.write(
+            b'PK\1\2\x14\0'
+            + fixed
+            + last_facts
+            + bytes(10)
+            + struct.pack('<I', count * stride)
+            + b'dataset.json'
+        )
         end = file.tell()
-        file.write(struct.pack('<4sQHHIIQQQQ', b'PK\6\6', 44, 45, 45, 0, 0, count + 1, count + 1, end - directory, directory))
+        file.write(
+            struct.pack(
+                '<4sQHHIIQQQQ', b'PK\6\6', 44, 45, 45, 0, 0, count + 1, count + 1, end - directory, directory
+            )
+        )
         file.write(struct.pack('<4sIQI', b'PK\6\7', 0, end, 1))
-        file.write(struct.pack('<4sHHHHIIH', b'PK\5\6', 0, 0, 0xffff, 0xffff, 0xffffffff, 0xffffffff, 0))
+        file.write(struct.pack('<4sHHHHIIH', b'PK\5\6', 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0))
 
 
 def _rows(before: bytes, names: np.ndarray, after: bytes) -> bytes:
@@ -70,12 +91,13 @@ def photographs(resolution: int, count: int) -> list[bytes]:
     from sklearn.datasets import load_sample_images
 
     from dataset_tool import png_bytes
+
     rng, pictures = np.random.default_rng(0), load_sample_images().images
     files = []
     for i in range(count):
         picture = pictures[i % len(pictures)]
         top, left = (rng.integers(side - 256) for side in picture.shape[:2])
-        crop = Image.fromarray(picture[top:top + 256, left:left + 256])
+        crop = Image.fromarray(picture[top : top + 256, left : left + 256])
         files.append(png_bytes(crop.resize([resolution] * 2, Image.Resampling.BOX)))
     return files
 
@@ -83,11 +105,14 @@ def photographs(resolution: int, count: int) -> list[bytes]:
 def write_photographs(path: Path, resolution: int, count: int) -> Path:
     """A data set of `count` images, of which 200 differ."""
     import zipfile
+
     files = photographs(resolution, min(count, 200))
     with zipfile.ZipFile(path, 'w') as archive:
         for i in range(count):
             archive.writestr(f'{i:08d}.png', files[i % len(files)])
-        archive.writestr('dataset.json', json.dumps(dict(labels=[[f'{i:08d}.png', i % 10] for i in range(count)])))
+        archive.writestr(
+            'dataset.json', json.dumps(dict(labels=[[f'{i:08d}.png', i % 10] for i in range(count)]))
+        )
     return path
 
 
@@ -96,6 +121,7 @@ def time_opening(path: str, how: str) -> list[float]:
     import zipfile
 
     from data.dataset import ImageFolderDataset
+
     start, at_work = time.perf_counter(), time.process_time()
     if how == 'zipfile':
         zipfile.ZipFile(path).close()
@@ -124,6 +150,7 @@ def time_reading(path: Path, count: int, workers: list[int], rounds: int) -> dic
 
     from data.dataset import ImageFolderDataset, InfiniteSampler
     from data.feed import Feed
+
     dataset = ImageFolderDataset(path, use_labels=True)
     order = np.random.default_rng(0).permutation(len(dataset))[:count].tolist()
 
@@ -134,17 +161,58 @@ def time_reading(path: Path, count: int, workers: list[int], rounds: int) -> dic
         def read():
             for _ in range(count // BATCH):
                 next(feed)
+
         return read
-    calls = {'decode': lambda: [dataset[i] for i in order], **{f'{number} workers': load(number) for number in workers}}
-    return {name: (count if name == 'decode' else count // BATCH * BATCH) / seconds for name, seconds in least(in_turns(calls, rounds)).items()}
+
+    calls = {
+        'decode': lambda: [dataset[i] for i in order],
+        **{f'{number} workers': load(number) for number in workers},
+    }
+    return {
+        name: (count if name == 'decode' else count // BATCH * BATCH) / seconds
+        for name, seconds in least(in_turns(calls, rounds)).items()
+    }
 
 
 @click.command(cls=cli.Command)
-@cli.option('--members', metavar='INT', type=click.IntRange(min=1), default=1_281_167, show_default=True, help='Images of the zip that is indexed.')
-@cli.option('--images', metavar='INT', type=click.IntRange(min=BATCH), default=2000, show_default=True, help='Images of 64x64 that are read a round.')
-@cli.option('--workers', metavar='LIST', type=cli.NumberList(cli.WORKERS), default='0,1,2', show_default=True, help='Numbers of processes that load.')
-@cli.option('--rounds', metavar='INT', type=click.IntRange(min=1), default=3, show_default=True, help='Times that each is timed. The least counts.')
-@cli.option('--folder', metavar='DIR', type=cli.PATH, help='Where to write the files, 0.5 GB by default.  [default: a temporary folder]')
+@cli.option(
+    '--members',
+    metavar='INT',
+    type=click.IntRange(min=1),
+    default=1_281_167,
+    show_default=True,
+    help='Images of the zip that is indexed.',
+)
+@cli.option(
+    '--images',
+    metavar='INT',
+    type=click.IntRange(min=BATCH),
+    default=2000,
+    show_default=True,
+    help='Images of 64x64 that are read a round.',
+)
+@cli.option(
+    '--workers',
+    metavar='LIST',
+    type=cli.NumberList(cli.WORKERS),
+    default='0,1,2',
+    show_default=True,
+    help='Numbers of processes that load.',
+)
+@cli.option(
+    '--rounds',
+    metavar='INT',
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help='Times that each is timed. The least counts.',
+)
+@cli.option(
+    '--folder',
+    metavar='DIR',
+    type=cli.PATH,
+    help='Where to write the files, 0.5 GB by default.  [default: a temporary folder]',
+)
 @cli.option('--measure', hidden=True)
 @cli.option('--json', 'as_json', is_flag=True, help='Print one JSON object.')
 def main(members, images, workers, rounds, folder, measure, as_json):
@@ -161,14 +229,25 @@ def main(members, images, workers, rounds, folder, measure, as_json):
     if as_json:
         click.echo(json.dumps(dict(members=members, seconds=index, images_per_second=rates)))
         return
-    prose = (f'A zip of {members:,} stored PNGs with labels: seconds to open it as training does, the first time and with the index that this '
-             'leaves, and those that Python\'s zipfile takes for the directory alone; in brackets the time of the processor, which others may '
-             f'share. Images a second of PNGs without compression: `decode` in one process without batches, then in uint8 batches of {BATCH} '
-             f'through training\'s feed. {rounds} rounds, in turns; the least time counts.')
+    prose = (
+        f'A zip of {members:,} stored PNGs with labels: seconds to open it as training does, the first time and with the index that this '
+        "leaves, and those that Python's zipfile takes for the directory alone; in brackets the time of the processor, which others may "
+        f'share. Images a second of PNGs without compression: `decode` in one process without batches, then in uint8 batches of {BATCH} '
+        f"through training's feed. {rounds} rounds, in turns; the least time counts."
+    )
     opening = [f'{wall:.2f} s ({at_work:.2f} s)' for wall, at_work in index.values()]
-    reading = [[f'{resolution}x{resolution}', *(f'{rate:.0f} /s' for rate in row.values())] for resolution, row in rates.items()]
-    click.echo(block('Data: opening and reading', prose, table(['members', 'zipfile', 'first time', 'again'], [[f'{members:,}', *opening]]),
-                     table(['PNGs', *next(iter(rates.values()))], reading)))
+    reading = [
+        [f'{resolution}x{resolution}', *(f'{rate:.0f} /s' for rate in row.values())]
+        for resolution, row in rates.items()
+    ]
+    click.echo(
+        block(
+            'Data: opening and reading',
+            prose,
+            table(['members', 'zipfile', 'first time', 'again'], [[f'{members:,}', *opening]]),
+            table(['PNGs', *next(iter(rates.values()))], reading),
+        )
+    )
 
 
 if __name__ == '__main__':

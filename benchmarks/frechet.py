@@ -6,6 +6,7 @@ our way where eigenvalues are not accurate enough; `frechet_distance`, checks of
 the bootstrap has it; and for a sample of fewer images than dimensions, whose covariance is singular. All in one process, one after the other in
 several rounds; seconds are minima over rounds. `difference` is from the row of singular values.
 """
+
 from __future__ import annotations
 
 import json
@@ -73,8 +74,17 @@ def measure(rows: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict
 
 
 @click.command(cls=cli.Command)
-@cli.option('--dim', metavar='INT', type=click.IntRange(min=8), default=2048, show_default=True, help='Features.')
-@cli.option('--rounds', metavar='INT', type=click.IntRange(min=1), default=3, show_default=True, help='How often to time every row.')
+@cli.option(
+    '--dim', metavar='INT', type=click.IntRange(min=8), default=2048, show_default=True, help='Features.'
+)
+@cli.option(
+    '--rounds',
+    metavar='INT',
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help='How often to time every row.',
+)
 @cli.option('--json', 'as_json', is_flag=True, help='Print one JSON object.')
 def main(dim, rounds, as_json):
     """Time a Fréchet distance against a matrix square root."""
@@ -86,12 +96,17 @@ def main(dim, rounds, as_json):
     for name, result in results.items():
         difference = '' if 'images' in name else f'{result["distance"] - results[EXACT]["distance"]:.1e}'
         speed = results[BASE]['seconds'] / result['seconds']
-        cells.append([name, f'{result["seconds"]:.3f}', f'{speed:.1f}', f'{result["distance"]:.6f}', difference])
-    click.echo(block(
-        f'Fréchet distance at {dim} dimensions',
-        f'Covariances of condition {CONDITION:.0e}, least of {rounds} rounds; `difference` is from the row of singular values, which is exact. '
-        f'SciPy {scipy.__version__}.',
-        table(['', 'seconds', 'times faster', 'distance', 'difference'], cells)))
+        cells.append(
+            [name, f'{result["seconds"]:.3f}', f'{speed:.1f}', f'{result["distance"]:.6f}', difference]
+        )
+    click.echo(
+        block(
+            f'Fréchet distance at {dim} dimensions',
+            f'Covariances of condition {CONDITION:.0e}, least of {rounds} rounds; `difference` is from the row of singular values, which is exact. '
+            f'SciPy {scipy.__version__}.',
+            table(['', 'seconds', 'times faster', 'distance', 'difference'], cells),
+        )
+    )
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ Measured in turns, in several rounds; figures are minima over rounds, and count 
 
 `peak` is resident memory of a process above what it had before it opened the images, of 32x32 pixels; they are not resized, to save time.
 """
+
 from __future__ import annotations
 
 import functools
@@ -42,12 +43,15 @@ MEMORY_RESOLUTION, DISTINCT = 32, 500
 def write_zip(path: Path, resolution: int, count: int) -> Path:
     """A zip of `count` PNGs, of which `DISTINCT` at most are different."""
     from sklearn.datasets import load_sample_images
+
     rng, photographs = np.random.default_rng(0), load_sample_images().images
     files = []
     for i in range(min(count, DISTINCT)):
         photograph = photographs[i % len(photographs)]
         top, left = (rng.integers(side - 256) for side in photograph.shape[:2])
-        crop = Image.fromarray(photograph[top:top + 256, left:left + 256]).resize([resolution] * 2, Image.Resampling.BOX)
+        crop = Image.fromarray(photograph[top : top + 256, left : left + 256]).resize(
+            [resolution] * 2, Image.Resampling.BOX
+        )
         crop.save(file := io.BytesIO(), 'png')
         files.append(file.getvalue())
     with zipfile.ZipFile(path, 'w') as archive:
@@ -58,7 +62,7 @@ def write_zip(path: Path, resolution: int, count: int) -> Path:
 
 @functools.cache
 def projection() -> torch.Tensor:
-    return torch.randn(3 * POOLED ** 2, DIM, generator=torch.Generator().manual_seed(0))
+    return torch.randn(3 * POOLED**2, DIM, generator=torch.Generator().manual_seed(0))
 
 
 def resize(images: torch.Tensor) -> torch.Tensor:
@@ -98,7 +102,10 @@ class Batches(torch.utils.data.Dataset):
 def in_processes(source, workers: int) -> int:
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'This DataLoader will create')  # more processes than cores
-        return sum(len(images) for images in torch.utils.data.DataLoader(Batches(source), batch_size=None, num_workers=workers))
+        return sum(
+            len(images)
+            for images in torch.utils.data.DataLoader(Batches(source), batch_size=None, num_workers=workers)
+        )
 
 
 def in_threads(source, workers: int) -> int:
@@ -143,13 +150,44 @@ def peak_memory_apart(path: Path, count: int, workers: int) -> int:
 
 
 @click.command(cls=cli.Command)
-@cli.option('--images', metavar='INT', type=click.IntRange(min=BATCH), default=500, show_default=True,
-            help='Images of 256x256 for every timing; of 64x64 it takes 8 times as many.')
-@cli.option('--rounds', metavar='INT', type=click.IntRange(min=1), default=3, show_default=True, help='Times that each is timed.')
-@cli.option('--workers', metavar='INT', type=click.IntRange(min=1), default=4, show_default=True, help='Threads or processes that decode.')
-@cli.option('--memory', metavar='INT', type=click.IntRange(min=1), default=50_000, show_default=True,
-            help='Images whose peak memory is compared with that of a fifth of them.')
-@cli.option('--folder', metavar='DIR', type=cli.PATH, help='Where to write the images, 200 MB by default.  [default: a temporary folder]')
+@cli.option(
+    '--images',
+    metavar='INT',
+    type=click.IntRange(min=BATCH),
+    default=500,
+    show_default=True,
+    help='Images of 256x256 for every timing; of 64x64 it takes 8 times as many.',
+)
+@cli.option(
+    '--rounds',
+    metavar='INT',
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help='Times that each is timed.',
+)
+@cli.option(
+    '--workers',
+    metavar='INT',
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help='Threads or processes that decode.',
+)
+@cli.option(
+    '--memory',
+    metavar='INT',
+    type=click.IntRange(min=1),
+    default=50_000,
+    show_default=True,
+    help='Images whose peak memory is compared with that of a fifth of them.',
+)
+@cli.option(
+    '--folder',
+    metavar='DIR',
+    type=cli.PATH,
+    help='Where to write the images, 200 MB by default.  [default: a temporary folder]',
+)
 @cli.option('--measure', metavar='INT', type=int, hidden=True)
 @cli.option('--json', 'as_json', is_flag=True, help='Print one JSON object.')
 def main(images, rounds, workers, memory, folder, measure, as_json):
@@ -159,8 +197,12 @@ def main(images, rounds, workers, memory, folder, measure, as_json):
         return
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         temporary = Path(temporary)
-        times = {resolution: time_parts(write_zip(temporary / f'{resolution}.zip', resolution, images * factor), workers, rounds)
-                 for resolution, factor in RESOLUTIONS.items()}
+        times = {
+            resolution: time_parts(
+                write_zip(temporary / f'{resolution}.zip', resolution, images * factor), workers, rounds
+            )
+            for resolution, factor in RESOLUTIONS.items()
+        }
         path = write_zip(temporary / 'memory.zip', MEMORY_RESOLUTION, memory)
         peaks = {count: peak_memory_apart(path, count, workers) for count in (-(-memory // 5), memory)}
     if as_json:
@@ -169,15 +211,44 @@ def main(images, rounds, workers, memory, folder, measure, as_json):
     cells = []
     for resolution, parts in times.items():
         ms = {name: f'{value / 1e3:.2f} ms' for name, value in parts.items()}
-        cells.append([f'{resolution}x{resolution}', ms['decode'], ms['threads'], ms['processes'], f'{parts["threads"] / parts["processes"]:.2f}',
-                      ms['resize'], ms['statistics'], ms['all'], f'{1e6 / parts["all"]:.0f}'])
-    click.echo(block(
-        'Images on their way to a detector',
-        f'Milliseconds an image, least of {rounds} rounds; decoding by {workers} threads and processes counts starting them. `all` is decode, resize '
-        f'to {INPUT}x{INPUT} and FP64 statistics of {DIM} features, without the network. Memory is the peak above what a process had before it '
-        'opened the images.',
-        table(['PNGs', 'decode', 'threads', 'processes', 'threads / processes', 'resize', 'statistics', 'all', 'images/s'], cells),
-        table(['images', 'peak'], [[f'{count:,}', f'{peak / 1e6:.0f} MB'] for count, peak in peaks.items()])))
+        cells.append(
+            [
+                f'{resolution}x{resolution}',
+                ms['decode'],
+                ms['threads'],
+                ms['processes'],
+                f'{parts["threads"] / parts["processes"]:.2f}',
+                ms['resize'],
+                ms['statistics'],
+                ms['all'],
+                f'{1e6 / parts["all"]:.0f}',
+            ]
+        )
+    click.echo(
+        block(
+            'Images on their way to a detector',
+            f'Milliseconds an image, least of {rounds} rounds; decoding by {workers} threads and processes counts starting them. `all` is decode, resize '
+            f'to {INPUT}x{INPUT} and FP64 statistics of {DIM} features, without the network. Memory is the peak above what a process had before it '
+            'opened the images.',
+            table(
+                [
+                    'PNGs',
+                    'decode',
+                    'threads',
+                    'processes',
+                    'threads / processes',
+                    'resize',
+                    'statistics',
+                    'all',
+                    'images/s',
+                ],
+                cells,
+            ),
+            table(
+                ['images', 'peak'], [[f'{count:,}', f'{peak / 1e6:.0f} MB'] for count, peak in peaks.items()]
+            ),
+        )
+    )
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ What the backward pass needs is counted tensor by tensor as the student's forwar
 one image and for two: the difference is an image's, the remainder (weights rounded to half precision) is there once. Temporary tensors are not
 counted; on a GPU the allocator's peak of real steps stands beside the sum.
 """
+
 from __future__ import annotations
 
 import gc
@@ -56,7 +57,10 @@ def saved_bytes(training: Training, count: int) -> int:
     """Memory that a forward pass of the student over `count` images leaves for the backward pass, weights left out."""
     net, size, kept = training.student, training.size, {}
     images = torch.randn(count, size.channels, size.resolution, size.resolution, device=training.device)
-    sigma, labels = torch.ones(count, device=training.device), torch.zeros(count, size.classes, device=training.device)
+    sigma, labels = (
+        torch.ones(count, device=training.device),
+        torch.zeros(count, size.classes, device=training.device),
+    )
     weights = training.flat.weights.untyped_storage().data_ptr()
 
     def keep(tensor):
@@ -77,10 +81,20 @@ def parts_of(training: Training, way: Way, batch: int, averages_on_host: bool) -
     training.use(way)
     teacher = training.held_teacher if way.held else training.teacher
     one, two = saved_bytes(training, 1), saved_bytes(training, 2)
-    moments = [value for state in training.update.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    return Parts(teacher=bytes_of(teacher.parameters()), student=training.flat.weights.nbytes, gradients=training.flat.weights.grad.nbytes,
-                 adam=bytes_of(moments), averages=0 if averages_on_host else bytes_of(training.averages.vectors.values()),
-                 activations=one + (batch - 1) * (two - one))
+    moments = [
+        value
+        for state in training.update.optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value)
+    ]
+    return Parts(
+        teacher=bytes_of(teacher.parameters()),
+        student=training.flat.weights.nbytes,
+        gradients=training.flat.weights.grad.nbytes,
+        adam=bytes_of(moments),
+        averages=0 if averages_on_host else bytes_of(training.averages.vectors.values()),
+        activations=one + (batch - 1) * (two - one),
+    )
 
 
 def measured_peak(size: str, name: str, batch: int) -> int:
@@ -98,8 +112,17 @@ def measured_peak(size: str, name: str, batch: int) -> int:
 
 
 @click.command(cls=cli.Command)
-@cli.option('--size', type=click.Choice(list(SIZES)), default='imagenet64-adm', show_default=True, help='Network.')
-@cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images that a GPU handles at a time.')
+@cli.option(
+    '--size', type=click.Choice(list(SIZES)), default='imagenet64-adm', show_default=True, help='Network.'
+)
+@cli.option(
+    '--batch',
+    metavar='INT',
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help='Images that a GPU handles at a time.',
+)
 @cli.option('--measure', hidden=True)
 def main(size, batch, measure):
     """Count the memory of a consistency distillation step by part."""
@@ -116,18 +139,45 @@ def main(size, batch, measure):
     peaks = {}
     if device.type == 'cuda':
         torch.cuda.empty_cache()
-        peaks = {name: apart(__file__, f'--size={size}', f'--batch={batch}', f'--measure={name}') for name in WAYS}
+        peaks = {
+            name: apart(__file__, f'--size={size}', f'--batch={batch}', f'--measure={name}') for name in WAYS
+        }
     unit, one = ('GB', 1e9) if found['plain'].sum > 1e9 else ('MB', 1e6)
     told = lambda count: f'{count / one:.2f}'
-    rows = [[name, *map(told, vars(parts).values()), told(parts.sum), told(found['plain'].sum - parts.sum),
-             told(peaks[name]) if name in peaks else NOT_MEASURED] for name, parts in found.items()]
-    click.echo(block(
-        f'Memory of a step: {SIZES[size].title}, batch {batch}',
-        f'{unit} ({one:.0e} bytes) by part. Activations are what the student\'s forward pass keeps for the backward pass, {batch} times those of an '
-        f'image (the difference between two images and one); all else, {told(replace(found["plain"], activations=0).sum)} {unit}, does not depend on '
-        f'the batch. Averages: {averages}. In half precision the teacher holds its convolutions in it. `peak` is that of a GPU\'s allocator in '
-        'real steps, temporary tensors included.',
-        table(['', 'teacher', 'student', 'gradients', 'Adam', 'averages', 'activations', 'sum', 'saved', 'peak'], rows)))
+    rows = [
+        [
+            name,
+            *map(told, vars(parts).values()),
+            told(parts.sum),
+            told(found['plain'].sum - parts.sum),
+            told(peaks[name]) if name in peaks else NOT_MEASURED,
+        ]
+        for name, parts in found.items()
+    ]
+    click.echo(
+        block(
+            f'Memory of a step: {SIZES[size].title}, batch {batch}',
+            f"{unit} ({one:.0e} bytes) by part. Activations are what the student's forward pass keeps for the backward pass, {batch} times those of an "
+            f'image (the difference between two images and one); all else, {told(replace(found["plain"], activations=0).sum)} {unit}, does not depend on '
+            f"the batch. Averages: {averages}. In half precision the teacher holds its convolutions in it. `peak` is that of a GPU's allocator in "
+            'real steps, temporary tensors included.',
+            table(
+                [
+                    '',
+                    'teacher',
+                    'student',
+                    'gradients',
+                    'Adam',
+                    'averages',
+                    'activations',
+                    'sum',
+                    'saved',
+                    'peak',
+                ],
+                rows,
+            ),
+        )
+    )
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ without it; otherwise they are given more. Mutants whose line no test executes c
 that change nothing which a test should hold are left out, by the list `equal_mutants.json`, which
 gives a reason for each; others are drawn in their places.
 """
+
 from __future__ import annotations
 
 import json
@@ -41,16 +42,24 @@ from dnnlib import UserError, cli
 FOLDERS = ('training', 'metrics')
 EQUAL = Path('benchmarks') / 'equal_mutants.json'
 GROUP = 15.0  # seconds of tests that run together
-PASSED, FAILED = 0, 1  # exit statuses of pytest: of tests; others are of pytest itself, which may not find or import them
+PASSED, FAILED = (
+    0,
+    1,
+)  # exit statuses of pytest: of tests; others are of pytest itself, which may not find or import them
 OUTCOMES = ('caught', 'survived', 'not covered', 'undecided')
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Copies of the repository.
 
 
 def repository_files(root: Path) -> list[str]:
     """Those that git tracks or would track, without the ones that are gone."""
-    listed = subprocess.run(['git', 'ls-files', '--cached', '--others', '--exclude-standard', '-z'], cwd=root, check=True, stdout=subprocess.PIPE)
+    listed = subprocess.run(
+        ['git', 'ls-files', '--cached', '--others', '--exclude-standard', '-z'],
+        cwd=root,
+        check=True,
+        stdout=subprocess.PIPE,
+    )
     return sorted(name for name in listed.stdout.decode().split('\0') if (root / name).is_file())
 
 
@@ -78,7 +87,8 @@ class Tree:
         (self.path / file).write_bytes(source)
         os.utime(self.path / file, (self._touched, self._touched))
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Tests.
 
 
@@ -130,10 +140,31 @@ def run_tests(tree: Path, tests: list[str], limit: float | None, stop: bool = Tr
 
     Processes that the tests started end with it."""
     shutil.rmtree(tree / '.hypothesis', ignore_errors=True)
-    command = [sys.executable, '-m', 'pytest', *(['-x'] if stop else []), '-q', '--tb=line', '-p', 'no:cacheprovider', '-p', 'no:xdist',
-               '--hypothesis-seed=0', *tests]
-    with subprocess.Popen(command, cwd=tree, env=dict(os.environ, OMP_NUM_THREADS='1'), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, errors='replace', start_new_session=True) as process:
+    command = [
+        sys.executable,
+        '-m',
+        'pytest',
+        *(['-x'] if stop else []),
+        '-q',
+        '--tb=line',
+        '-p',
+        'no:cacheprovider',
+        '-p',
+        'no:xdist',
+        '--hypothesis-seed=0',
+        *tests,
+    ]
+    with subprocess.Popen(
+        command,
+        cwd=tree,
+        env=dict(os.environ, OMP_NUM_THREADS='1'),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors='replace',
+        start_new_session=True,
+    ) as process:
         try:
             printed, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -194,7 +225,7 @@ def judge(tree: Tree, mutant: Mutant, source: bytes, found, limit: float, most: 
     return Outcome(outcome, by, asked, len(tests) - asked, time.perf_counter() - start)
 
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # The campaign.
 
 
@@ -221,6 +252,7 @@ class Campaign:
     def map(self, jobs: int, arguments: list[str]):
         """The map of the copy; made where there is none yet."""
         from benchmarks.coverage_map import load_map, make_map
+
         path = self.folder / 'map.json'
         if not path.exists():
             click.echo('Running the tests once, to see what executes what...', err=True)
@@ -238,14 +270,21 @@ class Campaign:
 
     def keep(self, mutant: Mutant, outcome: Outcome) -> None:
         """Adds a line."""
-        about = dict(key=mutant.key, file=mutant.file, line=mutant.line, operator=mutant.operator, change=mutant.change)
+        about = dict(
+            key=mutant.key, file=mutant.file, line=mutant.line, operator=mutant.operator, change=mutant.change
+        )
         with self.record.open('a') as record:
             record.write(json.dumps(about | asdict(outcome)) + '\n')
-        click.echo(f'{outcome.outcome} {mutant.key} {mutant.file}:{mutant.line} {mutant.change} {outcome.by}', err=True)
+        click.echo(
+            f'{outcome.outcome} {mutant.key} {mutant.file}:{mutant.line} {mutant.change} {outcome.by}',
+            err=True,
+        )
 
     def trees(self, jobs: int) -> list[Tree]:
         """Copies of the copy, as it is: whatever mutant a kill left in one is gone."""
-        names = (path.relative_to(self.original).as_posix() for path in self.original.rglob('*') if path.is_file())
+        names = (
+            path.relative_to(self.original).as_posix() for path in self.original.rglob('*') if path.is_file()
+        )
         files = sorted(name for name in names if '__pycache__' not in name and not name.startswith('.'))
         return [Tree(copy_tree(self.original, files, self.folder / f'copy-{i}')) for i in range(jobs)]
 
@@ -254,8 +293,12 @@ class Campaign:
         sources, known = self.sources(), self.results()
         if self.record.exists():  # without a half line, to which the next one would be added
             text = self.record.read_text()
-            self.record.write_text(text[:text.rfind('\n') + 1])
-        waiting = [mutant for mutant in mutants if known.get(mutant.key, {}).get('outcome', 'undecided') == 'undecided']
+            self.record.write_text(text[: text.rfind('\n') + 1])
+        waiting = [
+            mutant
+            for mutant in mutants
+            if known.get(mutant.key, {}).get('outcome', 'undecided') == 'undecided'
+        ]
         free, adding = SimpleQueue(), Lock()
         for tree in self.trees(jobs):
             free.put(tree)
@@ -276,7 +319,11 @@ class Campaign:
     def confirm(self, mutants: list[Mutant], tree: Tree) -> None:
         """Runs the tests that caught something once more, without mutants; where they fail, nothing is decided."""
         caught = {key: line for key, line in self.results().items() if line['outcome'] == 'caught'}
-        by = {mutant.key: caught[mutant.key]['by'].partition(' - ')[0] for mutant in mutants if mutant.key in caught}
+        by = {
+            mutant.key: caught[mutant.key]['by'].partition(' - ')[0]
+            for mutant in mutants
+            if mutant.key in caught
+        }
         tests = sorted({name for name in by.values() if '::' in name})
         if not tests:
             return
@@ -303,22 +350,70 @@ def report(mutants: list[Mutant], results: dict[str, dict], failed: list[str]) -
         chosen = [mutant for mutant in mutants if mutant.file.startswith(name)]
         counts = Counter(results[mutant.key]['outcome'] for mutant in chosen)
         share = f'{100 * counts["caught"] / len(chosen):.1f} %' if chosen else ''
-        figures = [len({mutant.file for mutant in chosen}), len(chosen), *(counts[outcome] for outcome in OUTCOMES)]
+        figures = [
+            len({mutant.file for mutant in chosen}),
+            len(chosen),
+            *(counts[outcome] for outcome in OUTCOMES),
+        ]
         rows.append([f'`{name}/`' if name else 'together', *map(str, figures), share])
-    missed = [f'- {results[m.key]["outcome"]}: `{m.key}`, {m.file}:{m.line}, {m.operator}: `{m.change}`'
-              for m in mutants if results[m.key]['outcome'] != 'caught']
+    missed = [
+        f'- {results[m.key]["outcome"]}: `{m.key}`, {m.file}:{m.line}, {m.operator}: `{m.change}`'
+        for m in mutants
+        if results[m.key]['outcome'] != 'caught'
+    ]
     unasked = [f'- not asked, because it fails without mutants: {name}' for name in failed]
-    return '\n\n'.join(filter(None, [table(['', 'files', 'mutants', *OUTCOMES, 'share caught'], rows), '\n'.join([*missed, *unasked])]))
+    return '\n\n'.join(
+        filter(
+            None,
+            [
+                table(['', 'files', 'mutants', *OUTCOMES, 'share caught'], rows),
+                '\n'.join([*missed, *unasked]),
+            ],
+        )
+    )
 
 
 @click.command(cls=cli.Command)
-@cli.option('--out', metavar='DIR', type=cli.PATH, required=True, help='Folder of the campaign. One that is there resumes.')
-@cli.option('--num', metavar='INT', type=click.IntRange(min=1), default=160, show_default=True, help='Mutants to draw.')
+@cli.option(
+    '--out',
+    metavar='DIR',
+    type=cli.PATH,
+    required=True,
+    help='Folder of the campaign. One that is there resumes.',
+)
+@cli.option(
+    '--num',
+    metavar='INT',
+    type=click.IntRange(min=1),
+    default=160,
+    show_default=True,
+    help='Mutants to draw.',
+)
 @cli.option('--seed', metavar='INT', type=int, default=0, show_default=True, help='Of what is drawn.')
-@cli.option('--jobs', metavar='INT', type=click.IntRange(min=1), default=2, show_default=True, help='Mutants at a time.')
-@cli.option('--limit', metavar='SECONDS', type=click.IntRange(min=10), default=60, show_default=True, help='Seconds for a run of tests.')
-@cli.option('--most', metavar='SECONDS', type=click.IntRange(min=1), default=240, show_default=True,
-            help='Seconds of tests for a mutant; the quick ones run first.')
+@cli.option(
+    '--jobs',
+    metavar='INT',
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help='Mutants at a time.',
+)
+@cli.option(
+    '--limit',
+    metavar='SECONDS',
+    type=click.IntRange(min=10),
+    default=60,
+    show_default=True,
+    help='Seconds for a run of tests.',
+)
+@cli.option(
+    '--most',
+    metavar='SECONDS',
+    type=click.IntRange(min=1),
+    default=240,
+    show_default=True,
+    help='Seconds of tests for a mutant; the quick ones run first.',
+)
 @cli.option('--files', metavar='LIST', help='Files to draw mutants of.  [default: all]')
 @cli.option('--tests', metavar='LIST', help='Files of tests to ask.  [default: all]')
 def main(out, num, seed, jobs, limit, most, files, tests):
@@ -331,12 +426,22 @@ def main(out, num, seed, jobs, limit, most, files, tests):
         raise click.UsageError(f'--files: {", ".join(sorted(unknown))}: not in {" or ".join(FOLDERS)}')
     equal = equal_mutants(ROOT / EQUAL)
     found = campaign.map(jobs, tests.split(',') if tests else ['tests'])
-    mutants = draw({file: source for file, source in sources.items() if not files or file in files.split(',')}, num, seed, set(equal))
+    mutants = draw(
+        {file: source for file, source in sources.items() if not files or file in files.split(',')},
+        num,
+        seed,
+        set(equal),
+    )
     campaign.run(mutants, found, jobs, limit, most)
-    click.echo(block(
-        'Mutants', f'{len(mutants)} small faults in {len({m.file for m in mutants})} files, drawn by the seed {seed}, each put into a copy of the '
-        f'repository and shown to the tests that execute its line, until one fails. {len(equal)} that change nothing a test should hold are left '
-        f'out, see `{EQUAL.as_posix()}`. Not covered: no test executes the line.', report(mutants, campaign.results(), found.failed)))
+    click.echo(
+        block(
+            'Mutants',
+            f'{len(mutants)} small faults in {len({m.file for m in mutants})} files, drawn by the seed {seed}, each put into a copy of the '
+            f'repository and shown to the tests that execute its line, until one fails. {len(equal)} that change nothing a test should hold are left '
+            f'out, see `{EQUAL.as_posix()}`. Not covered: no test executes the line.',
+            report(mutants, campaign.results(), found.failed),
+        )
+    )
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ A place is a node of the syntax tree with what may stand there instead. Left out
 should hold: docstrings, annotations, imports, texts of errors and of what is printed, `__all__`,
 blocks for type checkers and for scripts.
 """
+
 from __future__ import annotations
 
 import ast
@@ -14,14 +15,61 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-COMPARISONS = {ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.LtE), ast.GtE: (ast.Gt, ast.Lt),
-               ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,), ast.In: (ast.NotIn,), ast.NotIn: (ast.In,)}
-ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Div, ast.Mod: ast.FloorDiv,
-              ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift, ast.RShift: ast.LShift}
-NAMES = {'min': 'max', 'max': 'min', 'amin': 'amax', 'amax': 'amin', 'minimum': 'maximum', 'maximum': 'minimum', 'any': 'all', 'all': 'any',
-         'floor': 'ceil', 'ceil': 'floor', 'sum': 'mean', 'mean': 'sum', 'argmin': 'argmax', 'argmax': 'argmin', 'sin': 'cos', 'cos': 'sin',
-         'zeros': 'ones', 'ones': 'zeros', 'zeros_like': 'ones_like', 'ones_like': 'zeros_like', 'sqrt': 'square', 'square': 'sqrt', 'rfind': 'find',
-         'partition': 'rpartition', 'rpartition': 'partition', 'startswith': 'endswith', 'endswith': 'startswith', 'append': 'extend'}
+COMPARISONS = {
+    ast.Lt: (ast.LtE, ast.GtE),
+    ast.LtE: (ast.Lt, ast.Gt),
+    ast.Gt: (ast.GtE, ast.LtE),
+    ast.GtE: (ast.Gt, ast.Lt),
+    ast.Eq: (ast.NotEq,),
+    ast.NotEq: (ast.Eq,),
+    ast.Is: (ast.IsNot,),
+    ast.IsNot: (ast.Is,),
+    ast.In: (ast.NotIn,),
+    ast.NotIn: (ast.In,),
+}
+ARITHMETIC = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Div,
+    ast.Mod: ast.FloorDiv,
+    ast.Pow: ast.Mult,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+    ast.LShift: ast.RShift,
+    ast.RShift: ast.LShift,
+}
+NAMES = {
+    'min': 'max',
+    'max': 'min',
+    'amin': 'amax',
+    'amax': 'amin',
+    'minimum': 'maximum',
+    'maximum': 'minimum',
+    'any': 'all',
+    'all': 'any',
+    'floor': 'ceil',
+    'ceil': 'floor',
+    'sum': 'mean',
+    'mean': 'sum',
+    'argmin': 'argmax',
+    'argmax': 'argmin',
+    'sin': 'cos',
+    'cos': 'sin',
+    'zeros': 'ones',
+    'ones': 'zeros',
+    'zeros_like': 'ones_like',
+    'ones_like': 'zeros_like',
+    'sqrt': 'square',
+    'square': 'sqrt',
+    'rfind': 'find',
+    'partition': 'rpartition',
+    'rpartition': 'partition',
+    'startswith': 'endswith',
+    'endswith': 'startswith',
+    'append': 'extend',
+}
 # Calls whose arguments are read by people.
 TELLING = {'print', 'warn', 'warning', 'echo', 'UserError', 'UsageError', 'ClickException', 'BadParameter'}
 
@@ -73,20 +121,29 @@ class Mutant:
     text: str
 
     def apply(self, source: bytes) -> bytes:
-        return source[:self.start] + self.text.encode() + source[self.end:]
+        return source[: self.start] + self.text.encode() + source[self.end :]
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Faults of a node.
 
 
 def called(node: ast.Call) -> str:
     """The last name of what is called; '' where it has none."""
     function = node.func
-    return function.attr if isinstance(function, ast.Attribute) else function.id if isinstance(function, ast.Name) else ''
+    return (
+        function.attr
+        if isinstance(function, ast.Attribute)
+        else function.id
+        if isinstance(function, ast.Name)
+        else ''
+    )
 
 
 def is_text(node: ast.AST) -> bool:
-    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)))
+    return isinstance(node, ast.JoinedStr) or (
+        isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes))
+    )
 
 
 def negated(node: ast.expr) -> ast.expr:
@@ -122,17 +179,33 @@ def root(node: ast.expr) -> str:
 def of_call(node: ast.Call, imported: set[str]) -> Iterator[tuple[str, ast.AST]]:
     name, plain = called(node), not any(isinstance(argument, ast.Starred) for argument in node.args)
     if other := NAMES.get(name):
-        function = ast.Attribute(node.func.value, other, ast.Load()) if isinstance(node.func, ast.Attribute) else ast.Name(other, ast.Load())
+        function = (
+            ast.Attribute(node.func.value, other, ast.Load())
+            if isinstance(node.func, ast.Attribute)
+            else ast.Name(other, ast.Load())
+        )
         yield 'other function', ast.Call(function, node.args, node.keywords)
     if plain and len(node.args) >= 2 and ast.dump(node.args[0]) != ast.dump(node.args[1]):
-        yield 'arguments swapped', ast.Call(node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords)
-    if plain and len(node.args) == 1 and not node.keywords and name[:1].islower() and name not in ('range', 'iter', 'next', 'len'):
+        yield (
+            'arguments swapped',
+            ast.Call(node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords),
+        )
+    if (
+        plain
+        and len(node.args) == 1
+        and not node.keywords
+        and name[:1].islower()
+        and name not in ('range', 'iter', 'next', 'len')
+    ):
         yield 'call replaced by its argument', node.args[0]
     if isinstance(node.func, ast.Attribute) and root(node.func) not in imported:
         yield 'method left out', node.func.value
     for i, keyword in enumerate(node.keywords):
         if keyword.arg and not name[:1].isupper() and name != 'dict':
-            yield 'keyword left out', ast.Call(node.func, node.args, node.keywords[:i] + node.keywords[i + 1:])
+            yield (
+                'keyword left out',
+                ast.Call(node.func, node.args, node.keywords[:i] + node.keywords[i + 1 :]),
+            )
 
 
 def of_expression(node: ast.AST, imported: set[str]) -> Iterator[tuple[str, ast.AST]]:
@@ -144,8 +217,20 @@ def of_expression(node: ast.AST, imported: set[str]) -> Iterator[tuple[str, ast.
             yield 'comparison', ast.Compare(node.left, [other()], node.comparators)
     elif isinstance(node, ast.Compare):
         for i, op in enumerate(node.ops):
-            yield 'comparison', ast.Compare(node.left, [*node.ops[:i], COMPARISONS[type(op)][0](), *node.ops[i + 1:]], node.comparators)
-    elif isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC and not is_text(node.left) and not is_text(node.right):
+            yield (
+                'comparison',
+                ast.Compare(
+                    node.left,
+                    [*node.ops[:i], COMPARISONS[type(op)][0](), *node.ops[i + 1 :]],
+                    node.comparators,
+                ),
+            )
+    elif (
+        isinstance(node, ast.BinOp)
+        and type(node.op) in ARITHMETIC
+        and not is_text(node.left)
+        and not is_text(node.right)
+    ):
         yield 'arithmetic', ast.BinOp(node.left, ARITHMETIC[type(node.op)](), node.right)
         if isinstance(node.op, (ast.Sub, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow)):
             yield 'operands swapped', ast.BinOp(node.right, node.op, node.left)
@@ -156,7 +241,7 @@ def of_expression(node: ast.AST, imported: set[str]) -> Iterator[tuple[str, ast.
     elif isinstance(node, ast.BoolOp):
         yield 'and, or', ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)
         for i in range(len(node.values)):
-            rest = node.values[:i] + node.values[i + 1:]
+            rest = node.values[:i] + node.values[i + 1 :]
             yield 'condition left out', rest[0] if len(rest) == 1 else ast.BoolOp(node.op, rest)
     elif isinstance(node, ast.IfExp):
         yield 'branch', node.body
@@ -167,7 +252,9 @@ def of_expression(node: ast.AST, imported: set[str]) -> Iterator[tuple[str, ast.
         bounds = node.slice
         for name in ('lower', 'upper', 'step'):
             if getattr(bounds, name) is not None:
-                rest = ast.Slice(**{**{n: getattr(bounds, n) for n in ('lower', 'upper', 'step')}, name: None})
+                rest = ast.Slice(
+                    **{**{n: getattr(bounds, n) for n in ('lower', 'upper', 'step')}, name: None}
+                )
                 yield 'slice bound left out', ast.Subscript(node.value, rest, ast.Load())
 
 
@@ -188,11 +275,14 @@ def of_statement(node: ast.stmt, arguments: list[str]) -> Iterator[tuple[str, as
             yield 'statement left out', ast.Pass()
     elif isinstance(node, ast.Return) and node.value is not None and not isinstance(node.value, ast.Constant):
         yield 'None returned', ast.Return(ast.Constant(None))
-        others = [name for name in arguments if not (isinstance(node.value, ast.Name) and node.value.id == name)]
+        others = [
+            name for name in arguments if not (isinstance(node.value, ast.Name) and node.value.id == name)
+        ]
         if others:
             yield 'argument returned', ast.Return(ast.Name(others[0], ast.Load()))
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Places of a file.
 
 
@@ -214,7 +304,10 @@ class Finder(ast.NodeVisitor):
         self.seen: Counter = Counter()
 
     def span(self, node: ast.AST) -> tuple[int, int]:
-        return (self.offsets[node.lineno - 1] + node.col_offset, self.offsets[node.end_lineno - 1] + node.end_col_offset)
+        return (
+            self.offsets[node.lineno - 1] + node.col_offset,
+            self.offsets[node.end_lineno - 1] + node.end_col_offset,
+        )
 
     def add(self, node: ast.AST, faults: Iterator[tuple[str, ast.AST]]) -> None:
         start, end = self.span(node)
@@ -222,15 +315,31 @@ class Finder(ast.NodeVisitor):
         body = getattr(self.statement, 'body', None)
         if isinstance(body, list) and body:  # its head
             last = max(self.span(body[0])[0], end)
-        before, text, after = (' '.join(self.source[a:b].decode().split()) for a, b in ((first, start), (start, end), (end, last)))
+        before, text, after = (
+            ' '.join(self.source[a:b].decode().split())
+            for a, b in ((first, start), (start, end), (end, last))
+        )
         found = []
         for operator, other in faults:
             written = ast.unparse(ast.fix_missing_locations(other))
             found.append((operator, written if isinstance(node, ast.stmt) else f'({written})'))
         if found:
             key = (*self.scope, before, text, after)
-            self.places.append(Place(self.file, node.lineno, '.'.join(self.scope), before, text, after, start, end, self.lines, tuple(found),
-                                     self.seen[key]))
+            self.places.append(
+                Place(
+                    self.file,
+                    node.lineno,
+                    '.'.join(self.scope),
+                    before,
+                    text,
+                    after,
+                    start,
+                    end,
+                    self.lines,
+                    tuple(found),
+                    self.seen[key],
+                )
+            )
             self.seen[key] += 1
 
     def visit(self, node: ast.AST) -> None:
@@ -272,12 +381,25 @@ class Finder(ast.NodeVisitor):
     def visit_plain(self, node: ast.stmt) -> None:
         body = getattr(node, 'body', None)
         if self.inside:
-            last = body[0].lineno - 1 if isinstance(body, list) and body and body[0].lineno > node.lineno else node.end_lineno
+            last = (
+                body[0].lineno - 1
+                if isinstance(body, list) and body and body[0].lineno > node.lineno
+                else node.end_lineno
+            )
             self.lines = range(node.lineno, max(last, node.lineno) + 1)
         self.add(node, of_statement(node, self.arguments))
         if isinstance(node, (ast.If, ast.While)):
-            self.add(node.test, ((name, test) for name, test in (('always', ast.Constant(True)), ('never', ast.Constant(False)),
-                                                                 ('condition negated', negated(node.test)))))
+            self.add(
+                node.test,
+                (
+                    (name, test)
+                    for name, test in (
+                        ('always', ast.Constant(True)),
+                        ('never', ast.Constant(False)),
+                        ('condition negated', negated(node.test)),
+                    )
+                ),
+            )
         if isinstance(node, ast.Raise):
             return
         for name, value in ast.iter_fields(node):
@@ -296,7 +418,10 @@ class Finder(ast.NodeVisitor):
         for decorator in node.decorator_list:
             self.visit(decorator)
         outer = self.inside, self.arguments
-        self.inside, self.arguments = True, [a.arg for a in [*node.args.posonlyargs, *node.args.args] if a.arg not in ('self', 'cls')]
+        self.inside, self.arguments = (
+            True,
+            [a.arg for a in [*node.args.posonlyargs, *node.args.args] if a.arg not in ('self', 'cls')],
+        )
         for child in without_docstring(node.body):
             self.visit(child)
         self.inside, self.arguments = outer
@@ -313,7 +438,9 @@ class Finder(ast.NodeVisitor):
 
     def is_left_out(self, node: ast.stmt) -> bool:
         if isinstance(node, ast.Expr):
-            return isinstance(node.value, ast.Constant) or (isinstance(node.value, ast.Call) and called(node.value) in TELLING)
+            return isinstance(node.value, ast.Constant) or (
+                isinstance(node.value, ast.Call) and called(node.value) in TELLING
+            )
         if isinstance(node, ast.Assign):
             return any(isinstance(target, ast.Name) and target.id == '__all__' for target in node.targets)
         words = ast.unparse(node.test) if isinstance(node, ast.If) else ''
@@ -322,7 +449,13 @@ class Finder(ast.NodeVisitor):
 
 def without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
     first = body[0] if body else None
-    return body[1:] if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str) else body
+    return (
+        body[1:]
+        if isinstance(first, ast.Expr)
+        and isinstance(first.value, ast.Constant)
+        and isinstance(first.value.value, str)
+        else body
+    )
 
 
 def places_of(file: str, source: bytes) -> list[Place]:
@@ -345,8 +478,17 @@ def mutants_of(file: str, source: bytes, seed: int) -> list[Mutant]:
         operator, text = min(place.faults, key=lambda fault: rank(seed, *place.key, *fault))
         where, what = (place.before[-40:], place.after[:40]), ' '.join(text.split())
         written = (' '.join([where[0], f'[{words}]', where[1]]).strip() for words in (place.text, what))
-        mutant = Mutant(rank(0, *place.key, operator, text).hex()[:8], f'{place.function or "module"}: {" -> ".join(written)}',
-                        file, place.line, place.lines, operator, place.start, place.end, text)
+        mutant = Mutant(
+            rank(0, *place.key, operator, text).hex()[:8],
+            f'{place.function or "module"}: {" -> ".join(written)}',
+            file,
+            place.line,
+            place.lines,
+            operator,
+            place.start,
+            place.end,
+            text,
+        )
         found.append((rank(seed, *place.key), mutant))
     return [mutant for _, mutant in sorted(found, key=lambda pair: pair[0])]
 
@@ -372,7 +514,7 @@ def draw(sources: dict[str, bytes], num: int, seed: int, left_out: Collection[st
     share = {file: max(num * len(mutants) / total, 1) for file, mutants in ready.items()}
     counts = {file: int(value) for file, value in share.items()}
     by_remainder = sorted(ready, key=lambda file: (counts[file] - share[file], file))
-    for file in by_remainder[:max(num - sum(counts.values()), 0)]:
+    for file in by_remainder[: max(num - sum(counts.values()), 0)]:
         counts[file] += 1
     chosen = []
     for file, mutants in ready.items():

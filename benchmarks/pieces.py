@@ -4,6 +4,7 @@ Attention by `scaled_dot_product_attention` or as softmax(q kᵀ / √d) v; Adam
 loop over them; averages of the weights in one pass over such vectors or parameter by parameter. Random weights and gradients; least of several
 rounds in turns.
 """
+
 from __future__ import annotations
 
 import copy
@@ -27,7 +28,10 @@ from training.phema import WeightAverages
 from training.weight_update import WeightUpdate
 
 STDS = [0.05, 0.10]  # of the power-function averages
-ATTENTION = {'cifar10-ddpmpp': (1, 256, 16), 'imagenet64-adm': (6, 64, 32)}  # heads of so many channels on images of so many pixels a side
+ATTENTION = {
+    'cifar10-ddpmpp': (1, 256, 16),
+    'imagenet64-adm': (6, 64, 32),
+}  # heads of so many channels on images of so many pixels a side
 
 Way = Callable[[], Iterable[torch.Tensor]]  # does the work, and gives the numbers that it comes to
 
@@ -36,16 +40,21 @@ def attention(size: str, device: torch.device) -> tuple[Way, Way]:
     """Forward and backward pass: the answer and the gradients."""
     batch = SIZES[size].batch_on(device)
     heads, channels, side = ATTENTION[size]
-    q, k, v = (torch.randn(batch, heads, side * side, channels, device=device, requires_grad=True) for _ in range(3))
+    q, k, v = (
+        torch.randn(batch, heads, side * side, channels, device=device, requires_grad=True) for _ in range(3)
+    )
 
     def way(function):
         def work():
             answer = function()
             return answer.detach(), *torch.autograd.grad(answer.square().sum(), (q, k, v))
+
         return work
 
-    return (way(lambda: (q @ k.transpose(-1, -2) / math.sqrt(channels)).softmax(dim=-1) @ v),
-            way(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)))
+    return (
+        way(lambda: (q @ k.transpose(-1, -2) / math.sqrt(channels)).softmax(dim=-1) @ v),
+        way(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)),
+    )
 
 
 def twins(size: str, device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module, FlatParameters]:
@@ -62,7 +71,10 @@ def twins(size: str, device: torch.device) -> tuple[torch.nn.Module, torch.nn.Mo
 def optimizer(size: str, device: torch.device) -> tuple[Way, Way]:
     """A step of Adam: the weights."""
     plain, ours, flat = twins(size, device)
-    adam, update = torch.optim.Adam(plain.parameters(), lr=1e-4, foreach=False), WeightUpdate(flat, (0.9, 0.999), 1e-8)
+    adam, update = (
+        torch.optim.Adam(plain.parameters(), lr=1e-4, foreach=False),
+        WeightUpdate(flat, (0.9, 0.999), 1e-8),
+    )
     return lambda: adam.step() or plain.parameters(), lambda: update.step(1e-4) or ours.parameters()
 
 
@@ -103,23 +115,48 @@ def measure(piece: Callable, size: str, device: torch.device, rounds: int) -> li
     wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
     seconds = in_turns({'plain': lambda: (plain(), wait()), 'ours': lambda: (ours(), wait())}, rounds)
     before, now = least(seconds).values()
-    return [f'{before * 1e3:.3f}', f'{now * 1e3:.3f}', f'{before / now:.2f}', f'{median_ratio(*seconds.values()):.2f}', f'{apart:.1e}']
+    return [
+        f'{before * 1e3:.3f}',
+        f'{now * 1e3:.3f}',
+        f'{before / now:.2f}',
+        f'{median_ratio(*seconds.values()):.2f}',
+        f'{apart:.1e}',
+    ]
 
 
 @click.command(cls=cli.Command)
-@cli.option('--size', type=click.Choice(list(SIZES)), default='imagenet64-adm', show_default=True, help='Network.')
-@cli.option('--rounds', metavar='INT', type=click.IntRange(min=1), default=10, show_default=True, help='Times that each is timed.')
+@cli.option(
+    '--size', type=click.Choice(list(SIZES)), default='imagenet64-adm', show_default=True, help='Network.'
+)
+@cli.option(
+    '--rounds',
+    metavar='INT',
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help='Times that each is timed.',
+)
 def main(size, rounds):
     """Time attention, optimizer and averages against the plain way of each."""
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     misc.keep_freed_memory()
-    rows = [[name, *measure(piece, size, device, rounds)] for name, piece in PIECES.items() if piece is not attention or size in ATTENTION]
-    click.echo(block(
-        f'What has no switch: {SIZES[size].title}',
-        f'Milliseconds, least of {rounds} rounds in turns: attention forward and back, a step of Adam, an update of averages, each the plain way '
-        '(softmax of products; one parameter after another) and as it is done here: fused attention, and vectors of all parameters. Our Adam also '
-        'takes the norm of the gradient and looks whether it is finite. `difference`: the largest between their FP32 numbers, over the largest.',
-        table(['', 'plain, ms', 'ours, ms', 'times faster, least', 'times faster, median', 'difference'], rows)))
+    rows = [
+        [name, *measure(piece, size, device, rounds)]
+        for name, piece in PIECES.items()
+        if piece is not attention or size in ATTENTION
+    ]
+    click.echo(
+        block(
+            f'What has no switch: {SIZES[size].title}',
+            f'Milliseconds, least of {rounds} rounds in turns: attention forward and back, a step of Adam, an update of averages, each the plain way '
+            '(softmax of products; one parameter after another) and as it is done here: fused attention, and vectors of all parameters. Our Adam also '
+            'takes the norm of the gradient and looks whether it is finite. `difference`: the largest between their FP32 numbers, over the largest.',
+            table(
+                ['', 'plain, ms', 'ours, ms', 'times faster, least', 'times faster, median', 'difference'],
+                rows,
+            ),
+        )
+    )
 
 
 if __name__ == '__main__':

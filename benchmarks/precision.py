@@ -4,6 +4,7 @@ The loss is that of easy consistency tuning with one ratio r/t for all times (`-
 network's outputs at t and r differ by less than the rounding inside it, and what remains of the gradient is noise. Runs are warned below
 `training/resolution.py: ROUNDING`, which these tables are for.
 """
+
 from __future__ import annotations
 
 import copy
@@ -19,7 +20,7 @@ if __name__ == '__main__':
 from benchmarks.common import block, table
 from dnnlib import cli
 
-GAPS = [2.0 ** -i for i in range(2, 17, 2)]
+GAPS = [2.0**-i for i in range(2, 17, 2)]
 
 
 def gradient(net, precision: str, gap: float, images, labels, ect: dict, tf32: bool = False):
@@ -30,10 +31,16 @@ def gradient(net, precision: str, gap: float, images, labels, ect: dict, tf32: b
     from training import execution
     from training.draws import SampleDraws
     from training.objectives.loss_ect import ConsistencyTuningLoss
+
     misc.allow_tf32(tf32)
     net = execution.in_precision(copy.deepcopy(net), precision).train().requires_grad_(True)
-    loss = ConsistencyTuningLoss(q=1 / gap, k=0.0, b=1.0, stage_nimg=len(images), sigma_data=net.sigma_data, **ect)  # the gap is that of stage 0
-    images, draws = images.double() if precision == 'fp64' else images, SampleDraws(0, 0, len(images), images.device)
+    loss = ConsistencyTuningLoss(
+        q=1 / gap, k=0.0, b=1.0, stage_nimg=len(images), sigma_data=net.sigma_data, **ect
+    )  # the gap is that of stage 0
+    images, draws = (
+        images.double() if precision == 'fp64' else images,
+        SampleDraws(0, 0, len(images), images.device),
+    )
     loss(net, images, labels, draws).mean().backward()
     return torch.cat([p.grad.double().flatten() for p in net.parameters() if p.grad is not None])
 
@@ -44,10 +51,24 @@ def random_network(arch: str):
 
     from training import networks
     from training.networks import edm2 as networks_edm2
+
     torch.manual_seed(0)
-    size = dict(img_resolution=16, img_channels=3, label_dim=0, use_fp16=False, model_channels=32, channel_mult=[1, 2], num_blocks=2,
-                attn_resolutions=[8], dropout=0)
-    net = networks_edm2.Precond(**size) if arch == 'edm2' else networks.EDMPrecond(**size, model_type='DhariwalUNet')
+    size = dict(
+        img_resolution=16,
+        img_channels=3,
+        label_dim=0,
+        use_fp16=False,
+        model_channels=32,
+        channel_mult=[1, 2],
+        num_blocks=2,
+        attn_resolutions=[8],
+        dropout=0,
+    )
+    net = (
+        networks_edm2.Precond(**size)
+        if arch == 'edm2'
+        else networks.EDMPrecond(**size, model_type='DhariwalUNet')
+    )
     for name, parameter in net.named_parameters():
         if name.endswith('gain'):
             torch.nn.init.constant_(parameter, 0.7)
@@ -59,7 +80,10 @@ def random_network(arch: str):
 def random_images(count: int):
     """[count, 3, 16, 16] of standard deviation 0.5, smooth over 3x3 pixels."""
     import torch
-    images = torch.nn.functional.avg_pool2d(torch.randn(count, 3, 18, 18, generator=torch.Generator().manual_seed(0)), 3, stride=1)
+
+    images = torch.nn.functional.avg_pool2d(
+        torch.randn(count, 3, 18, 18, generator=torch.Generator().manual_seed(0)), 3, stride=1
+    )
     return images * (0.5 / images.std())
 
 
@@ -68,16 +92,31 @@ def some_of(data: str, label_dim: int, count: int, device):
     import torch
 
     from data.dataset import ImageFolderDataset
+
     dataset = ImageFolderDataset(data, use_labels=bool(label_dim))
     samples = [dataset[i * len(dataset) // count] for i in range(count)]
-    images, labels = (torch.stack([torch.as_tensor(sample[i]) for sample in samples]).to(device) for i in (0, 1))
+    images, labels = (
+        torch.stack([torch.as_tensor(sample[i]) for sample in samples]).to(device) for i in (0, 1)
+    )
     return images.float() / 127.5 - 1, labels
 
 
 @click.command(cls=cli.Command)
-@cli.option('--network', metavar='PKL|URL', type=cli.PATH, help='Snapshot whose gradients are compared.  [default: random ones of ADM and EDM2]')
-@cli.option('--data', metavar='ZIP|DIR', type=cli.PATH, help='Images like those that it was trained on.  [default: random]')
-@cli.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images.')
+@cli.option(
+    '--network',
+    metavar='PKL|URL',
+    type=cli.PATH,
+    help='Snapshot whose gradients are compared.  [default: random ones of ADM and EDM2]',
+)
+@cli.option(
+    '--data',
+    metavar='ZIP|DIR',
+    type=cli.PATH,
+    help='Images like those that it was trained on.  [default: random]',
+)
+@cli.option(
+    '--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images.'
+)
 def main(network, data, batch):
     """The cosine between gradients of consistency tuning in every precision and in FP64, by 1 - r/t.
 
@@ -87,16 +126,23 @@ def main(network, data, batch):
 
     from torch_utils import distributed
     from training.checkpoint import load_network
+
     if (network is None) != (data is None):
         raise click.UsageError('--network and --data go together.')
     device = distributed.get_device()
-    nets = [random_network(arch).to(device) for arch in ('adm', 'edm2')] if network is None else [load_network(network, device)]
+    nets = (
+        [random_network(arch).to(device) for arch in ('adm', 'edm2')]
+        if network is None
+        else [load_network(network, device)]
+    )
     if data is None:
         images, labels = random_images(batch).to(device), torch.zeros(batch, 0, device=device)
     else:
         images, labels = some_of(data, nets[0].label_dim, batch, device)
     tables = [part for net in nets for part in (f'{type(net.model).__name__}:', cosines(net, images, labels))]
-    click.echo(block('Gradients of a self-target', f'Cosine with the gradient in FP64, of {batch} images.', *tables))
+    click.echo(
+        block('Gradients of a self-target', f'Cosine with the gradient in FP64, of {batch} images.', *tables)
+    )
 
 
 def cosines(net, images, labels) -> str:
@@ -104,16 +150,29 @@ def cosines(net, images, labels) -> str:
     import torch
 
     from training.objectives import OBJECTIVES
+
     device = images.device
     ect = {name: OBJECTIVES['ect'].edm2[name] for name in ('P_mean', 'P_std', 'c', 'ect_weight')}
     ways = {'bf16': ('bf16', False), 'fp32': ('fp32', False)}
     if device.type == 'cuda':
-        ways = {'bf16': ('bf16', False), 'fp16': ('fp16', False), 'fp32, TF32': ('fp32', True), 'fp32': ('fp32', False)}
+        ways = {
+            'bf16': ('bf16', False),
+            'fp16': ('fp16', False),
+            'fp32, TF32': ('fp32', True),
+            'fp32': ('fp32', False),
+        }
     rows = []
     for gap in GAPS:
         exact = gradient(net, 'fp64', gap, images, labels, ect)
-        rounded = [gradient(net, precision, gap, images, labels, ect, tf32) for precision, tf32 in ways.values()]
-        rows.append([f'2^{math.log2(gap):.0f}', *(f'{torch.cosine_similarity(vector, exact, dim=0):.3f}' for vector in rounded)])
+        rounded = [
+            gradient(net, precision, gap, images, labels, ect, tf32) for precision, tf32 in ways.values()
+        ]
+        rows.append(
+            [
+                f'2^{math.log2(gap):.0f}',
+                *(f'{torch.cosine_similarity(vector, exact, dim=0):.3f}' for vector in rounded),
+            ]
+        )
     return table(['1 - r/t', *ways], rows)
 
 

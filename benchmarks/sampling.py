@@ -6,6 +6,7 @@ thread each. `network alone` asks for the same evaluations and writes nothing, `
 the pace where it is slower than the workers together. Weights are random, so images are noise, which PNG does not compress: files are larger than
 those of photographs. Start-up is left out (benchmarks/startup.py).
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -38,9 +39,12 @@ from training.consistency_ops import student_grid
 
 STEPS = 8
 ALONE, WRITING, PLAIN, OVERLAPPED = 'network alone', 'writing alone', 'plain loop', 'generate.py'
-FASTER = {'generate.py, --channels_last': dict(channels_last=True), 'generate.py, --compile': dict(compiled=True),
-          'generate.py, --precision=bf16': dict(precision='bf16'),
-          'generate.py, --precision=bf16 --compile': dict(precision='bf16', compiled=True)}
+FASTER = {
+    'generate.py, --channels_last': dict(channels_last=True),
+    'generate.py, --compile': dict(compiled=True),
+    'generate.py, --precision=bf16': dict(precision='bf16'),
+    'generate.py, --precision=bf16 --compile': dict(precision='bf16', compiled=True),
+}
 SHARED = {'torchrun generate.py': {}, 'torchrun generate.py, --compile': dict(compiled=True)}
 IMAGES = {'demo': (2048, 64), 'cifar10-ddpmpp': (8, 4), 'imagenet64-adm': (2, 1)}  # and their batch, on a CPU
 GPU_IMAGES, GPU_BATCH = 2048, 128
@@ -68,7 +72,9 @@ class Runs:
         last.finite.cpu()
 
     def writing(self, images: np.ndarray) -> None:
-        writers.write_images(images, [str(self.folder / 'writing' / f'{i:06d}.png') for i in range(len(images))])
+        writers.write_images(
+            images, [str(self.folder / 'writing' / f'{i:06d}.png') for i in range(len(images))]
+        )
         self._tidy('writing', len(images))
 
     def plain(self, net: torch.nn.Module) -> None:
@@ -84,7 +90,15 @@ class Runs:
     def part_of_overlapped(self, net: torch.nn.Module, pool: writers.WriterPool) -> None:
         """All of it where there is one process, else this one's share."""
         arguments = dict(choose_labels=generation.uniform_labels, solver='student', steps=STEPS)
-        generate.generate_all(net, self.seeds, self.batch, writers.FolderDestination(str(self.folder / 'overlapped')), pool, False, arguments)
+        generate.generate_all(
+            net,
+            self.seeds,
+            self.batch,
+            writers.FolderDestination(str(self.folder / 'overlapped')),
+            pool,
+            False,
+            arguments,
+        )
 
     def shared(self, group: Group) -> None:
         group.run()
@@ -104,10 +118,16 @@ class Group:
         context = multiprocessing.get_context('spawn')
         with socket.socket() as free:
             free.bind(('localhost', 0))
-            place = dict(WORLD_SIZE=str(count), MASTER_ADDR='localhost', MASTER_PORT=str(free.getsockname()[1]))
+            place = dict(
+                WORLD_SIZE=str(count), MASTER_ADDR='localhost', MASTER_PORT=str(free.getsockname()[1])
+            )
         self._pipes, theirs = zip(*(context.Pipe() for _ in range(count)))
-        self._processes = [context.Process(target=take_part, args=(dict(place, RANK=str(rank), LOCAL_RANK=str(rank)), pipe, *arguments))
-                           for rank, pipe in enumerate(theirs)]
+        self._processes = [
+            context.Process(
+                target=take_part, args=(dict(place, RANK=str(rank), LOCAL_RANK=str(rank)), pipe, *arguments)
+            )
+            for rank, pipe in enumerate(theirs)
+        ]
         for process, pipe in zip(self._processes, theirs):
             process.start()
             pipe.close()  # theirs alone now, so that its end is seen
@@ -144,16 +164,28 @@ def take_part(place: dict[str, str], pipe, size: str, runs: Runs, how: dict) -> 
 def images_to_write(size: str, images: int) -> np.ndarray:
     """Noise, uint8 [N, H, W, C]; enough of it to time."""
     of = SIZES[size]
-    return np.random.default_rng(0).integers(256, size=[max(images, WRITTEN), of.resolution, of.resolution, of.channels], dtype=np.uint8)
+    return np.random.default_rng(0).integers(
+        256, size=[max(images, WRITTEN), of.resolution, of.resolution, of.channels], dtype=np.uint8
+    )
 
 
-def measure(size: str, images: int, batch: int, rounds: int, workers: int, ways: dict[str, dict], device: torch.device) -> dict[str, list[float]]:
+def measure(
+    size: str, images: int, batch: int, rounds: int, workers: int, ways: dict[str, dict], device: torch.device
+) -> dict[str, list[float]]:
     """Seconds an image in every round, by row, measured in turns; each is run once before, so that it is compiled and its workers are there."""
     net, pixels = build(size, device), images_to_write(size, images)
-    with tempfile.TemporaryDirectory() as folder, writers.WriterPool(workers) as pool, contextlib.ExitStack() as groups:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        writers.WriterPool(workers) as pool,
+        contextlib.ExitStack() as groups,
+    ):
         runs = Runs(images, batch, Path(folder))
-        calls = {ALONE: lambda: runs.alone(net), WRITING: lambda: runs.writing(pixels), PLAIN: lambda: runs.plain(net),
-                 OVERLAPPED: lambda: runs.overlapped(net, pool)}
+        calls = {
+            ALONE: lambda: runs.alone(net),
+            WRITING: lambda: runs.writing(pixels),
+            PLAIN: lambda: runs.plain(net),
+            OVERLAPPED: lambda: runs.overlapped(net, pool),
+        }
         for name, how in ways.items():
             if name in SHARED:
                 group = groups.enter_context(Group(usable_cores(), size, runs, how))
@@ -161,22 +193,48 @@ def measure(size: str, images: int, batch: int, rounds: int, workers: int, ways:
             else:
                 calls[name] = functools.partial(runs.overlapped, build(size, device, **how), pool)
         in_turns(calls, 1)
-        return {name: [time / (len(pixels) if name == WRITING else images) for time in times] for name, times in in_turns(calls, rounds).items()}
+        return {
+            name: [time / (len(pixels) if name == WRITING else images) for time in times]
+            for name, times in in_turns(calls, rounds).items()
+        }
 
 
 @click.command(cls=cli.Command)
 @cli.option('--size', type=click.Choice(list(SIZES)), default='demo', show_default=True, help='Network.')
-@cli.option('--images', metavar='INT', type=click.IntRange(min=1), help="To draw in every round.  [default: the size's own]")
-@cli.option('--batch', metavar='INT', type=click.IntRange(min=1), help="Images at a time.  [default: the size's own]")
-@cli.option('--rounds', metavar='INT', type=click.IntRange(min=1), default=5, show_default=True, help='Times that each is timed.')
-@cli.option('--workers', metavar='INT', type=click.IntRange(min=0), help="Processes that write.  [default: generate.py's own]")
+@cli.option(
+    '--images',
+    metavar='INT',
+    type=click.IntRange(min=1),
+    help="To draw in every round.  [default: the size's own]",
+)
+@cli.option(
+    '--batch', metavar='INT', type=click.IntRange(min=1), help="Images at a time.  [default: the size's own]"
+)
+@cli.option(
+    '--rounds',
+    metavar='INT',
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help='Times that each is timed.',
+)
+@cli.option(
+    '--workers',
+    metavar='INT',
+    type=click.IntRange(min=0),
+    help="Processes that write.  [default: generate.py's own]",
+)
 @cli.option('--eager', is_flag=True, help='Leave compilation out.')
 @cli.option('--compile-large', is_flag=True, help='Compile large networks on a CPU too.')
 def main(size, images, batch, rounds, workers, eager, compile_large):
     """Time 8-step student sampling to files."""
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     own_images, own_batch = (GPU_IMAGES, GPU_BATCH) if device.type == 'cuda' else IMAGES[size]
-    images, batch, workers = images or own_images, batch or own_batch, writers.default_workers() if workers is None else workers
+    images, batch, workers = (
+        images or own_images,
+        batch or own_batch,
+        writers.default_workers() if workers is None else workers,
+    )
     distributed.init()
     compiles = not eager and (device.type == 'cuda' or compile_large or not SIZES[size].large)
     shared = SHARED if device.type == 'cpu' and usable_cores() > 1 else {}  # of GPUs there is one
@@ -191,16 +249,35 @@ def main(size, images, batch, rounds, workers, eager, compile_large):
         if name == WRITING:  # which is no way of sampling
             rows.append([name, f'{1 / min(times):.4g}', '', '', ''])
             continue
-        rows.append([name, f'{1 / min(times):.4g}', f'{min(seconds[PLAIN]) / min(times):.3f}', f'{median_ratio(seconds[PLAIN], times):.3f}',
-                     f'{min(seconds[ALONE]) / min(times):.1%}'])
-    click.echo(block(
-        f'Sampling in {STEPS} evaluations: {SIZES[size].title}',
-        f'{images} images in batches of {batch}, written as PNG files, {workers} process(es) writing; least of {rounds} rounds in turns, after one '
-        f'that is not counted. `{PLAIN}` draws a batch (eager FP32), encodes and writes it, and goes on; `{OVERLAPPED}` is what generate.py does '
-        f'once its network is loaded, and `torchrun {OVERLAPPED}` what it does as {usable_cores()} processes, a core and a thread each. '
-        f'`{ALONE}` writes nothing, and is what the last column compares with; `{WRITING}` is a process that encodes and writes noise of that size. '
-        'Ratios are over the plain loop.',
-        table(['', 'images/s', 'times faster, least', 'times faster, median', "of the eager network's speed"], rows)))
+        rows.append(
+            [
+                name,
+                f'{1 / min(times):.4g}',
+                f'{min(seconds[PLAIN]) / min(times):.3f}',
+                f'{median_ratio(seconds[PLAIN], times):.3f}',
+                f'{min(seconds[ALONE]) / min(times):.1%}',
+            ]
+        )
+    click.echo(
+        block(
+            f'Sampling in {STEPS} evaluations: {SIZES[size].title}',
+            f'{images} images in batches of {batch}, written as PNG files, {workers} process(es) writing; least of {rounds} rounds in turns, after one '
+            f'that is not counted. `{PLAIN}` draws a batch (eager FP32), encodes and writes it, and goes on; `{OVERLAPPED}` is what generate.py does '
+            f'once its network is loaded, and `torchrun {OVERLAPPED}` what it does as {usable_cores()} processes, a core and a thread each. '
+            f'`{ALONE}` writes nothing, and is what the last column compares with; `{WRITING}` is a process that encodes and writes noise of that size. '
+            'Ratios are over the plain loop.',
+            table(
+                [
+                    '',
+                    'images/s',
+                    'times faster, least',
+                    'times faster, median',
+                    "of the eager network's speed",
+                ],
+                rows,
+            ),
+        )
+    )
 
 
 if __name__ == '__main__':

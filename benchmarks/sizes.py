@@ -1,4 +1,5 @@
 """The networks that benchmarks are about, by name, with random weights; and how many operations they take."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -44,13 +45,55 @@ class Size:
 
 
 SIZES = {
-    'demo': Size("the demo's network", 8, 1, 10, batch=128, cpu_batch=128, steps=40, cpu_steps=40, large=False,
-                 network=dict(model_type='DhariwalUNet', model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[], dropout=0)),
-    'cifar10-ddpmpp': Size('CIFAR-10 DDPM++', 32, 3, 10, batch=256, cpu_batch=8, steps=20, cpu_steps=3, large=True,
-                           network=dict(model_type='SongUNet', model_channels=128, channel_mult=[2, 2, 2], dropout=0.13)),
-    'imagenet64-adm': Size('ImageNet-64 ADM', 64, 3, 1000, batch=64, cpu_batch=4, steps=10, cpu_steps=2, large=True,
-                           network=dict(model_type='DhariwalUNet', model_channels=192, channel_mult=[1, 2, 3, 4], dropout=0.2,
-                                        dout_resolutions=[16, 8])),
+    'demo': Size(
+        "the demo's network",
+        8,
+        1,
+        10,
+        batch=128,
+        cpu_batch=128,
+        steps=40,
+        cpu_steps=40,
+        large=False,
+        network=dict(
+            model_type='DhariwalUNet',
+            model_channels=16,
+            channel_mult=[1, 2],
+            num_blocks=1,
+            attn_resolutions=[],
+            dropout=0,
+        ),
+    ),
+    'cifar10-ddpmpp': Size(
+        'CIFAR-10 DDPM++',
+        32,
+        3,
+        10,
+        batch=256,
+        cpu_batch=8,
+        steps=20,
+        cpu_steps=3,
+        large=True,
+        network=dict(model_type='SongUNet', model_channels=128, channel_mult=[2, 2, 2], dropout=0.13),
+    ),
+    'imagenet64-adm': Size(
+        'ImageNet-64 ADM',
+        64,
+        3,
+        1000,
+        batch=64,
+        cpu_batch=4,
+        steps=10,
+        cpu_steps=2,
+        large=True,
+        network=dict(
+            model_type='DhariwalUNet',
+            model_channels=192,
+            channel_mult=[1, 2, 3, 4],
+            dropout=0.2,
+            dout_resolutions=[16, 8],
+        ),
+    ),
 }
 
 
@@ -73,7 +116,11 @@ def count_operations(net: torch.nn.Module, *inputs: torch.Tensor) -> Operations:
         net(*inputs)
     with FlopCounterMode(display=False) as both:
         net(*inputs).sum().backward()
-    return Operations(sum(p.numel() for p in net.parameters()), forward.get_total_flops(), both.get_total_flops() - forward.get_total_flops())
+    return Operations(
+        sum(p.numel() for p in net.parameters()),
+        forward.get_total_flops(),
+        both.get_total_flops() - forward.get_total_flops(),
+    )
 
 
 def operations(size: Size) -> Operations:

@@ -3,6 +3,7 @@
 Training is timed from outside: from the start of `train.py` until it says what the data are, until it says that training begins, and until the line
 of its first tick, which follows the first step.
 """
+
 from __future__ import annotations
 
 import os
@@ -37,13 +38,17 @@ def time_training(*options) -> dict[str, float]:
     """Seconds from the start of train.py to each of EVENTS."""
     command = [sys.executable, 'train.py', *map(str, options)]
     start, seconds = time.perf_counter(), {}
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONUNBUFFERED='1')) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONUNBUFFERED='1')
+    ) as process:
         for line in process.stdout:
             for event, words in EVENTS.items():
                 if words in line:
                     seconds.setdefault(event, time.perf_counter() - start)
     if process.returncode or seconds.keys() != EVENTS.keys():
-        raise RuntimeError(f'train.py ended with {process.returncode} and told of {", ".join(seconds) or "nothing"}')
+        raise RuntimeError(
+            f'train.py ended with {process.returncode} and told of {", ".join(seconds) or "nothing"}'
+        )
     return seconds
 
 
@@ -51,19 +56,43 @@ def time_trainings(rounds: int, folder: Path) -> dict[str, dict[str, float]]:
     """Least seconds to each event, by what is trained: a teacher of the demo's, then its student of 8 steps."""
     data = folder / 'digits.zip'
     run('dataset_tool.py', '--source=digits', f'--dest={data}')
-    short = [f'--data={data}', '--cond=1', *digits.COMMON, f'--batch={digits.BATCH}', '--seed=0', '--nosubdir', '--duration=0.000128', '--dump=0']
+    short = [
+        f'--data={data}',
+        '--cond=1',
+        *digits.COMMON,
+        f'--batch={digits.BATCH}',
+        '--seed=0',
+        '--nosubdir',
+        '--duration=0.000128',
+        '--dump=0',
+    ]
     found = {}
     for attempt in range(rounds):
         teacher = [*short, *digits.TEACHER, f'--outdir={folder / f"teacher-{attempt}"}']
-        student = [*short, *digits.student_options('mcd', 8), '--objective=mcd', '--S=8', f'--outdir={folder / f"student-{attempt}"}']
+        student = [
+            *short,
+            *digits.student_options('mcd', 8),
+            '--objective=mcd',
+            '--S=8',
+            f'--outdir={folder / f"student-{attempt}"}',
+        ]
         found.setdefault('teacher', []).append(time_training(*teacher))
         snapshot = story.newest_snapshot(folder / f'teacher-{attempt}')
         found.setdefault('8-step student', []).append(time_training(*student, f'--teacher={snapshot}'))
-    return {name: {event: min(run[event] for run in runs) for event in EVENTS} for name, runs in found.items()}
+    return {
+        name: {event: min(run[event] for run in runs) for event in EVENTS} for name, runs in found.items()
+    }
 
 
 @click.command(cls=cli.Command)
-@cli.option('--rounds', metavar='INT', type=click.IntRange(min=1), default=3, show_default=True, help='Times that each is timed.')
+@cli.option(
+    '--rounds',
+    metavar='INT',
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help='Times that each is timed.',
+)
 @cli.option('--scripts', 'names', metavar='LIST', help='Scripts whose help is timed.  [default: all]')
 def main(rounds, names):
     """Time the help of every script, and the way to the first step of a training."""
@@ -73,11 +102,21 @@ def main(rounds, names):
     helped = least(in_turns({name: lambda name=name: run(name, '--help') for name in names}, rounds))
     with tempfile.TemporaryDirectory() as folder:
         trained = time_trainings(rounds, Path(folder))
-    click.echo(block(
-        'Start-up', f'Seconds, least of {rounds}: `--help` of every script, and train.py with the network and options of the demo, from its start to '
-        f'what it says at each point; the first step is of {digits.BATCH} images.',
-        table(['`--help` of', 'seconds'], [[name, f'{seconds:.2f}'] for name, seconds in helped.items()]),
-        table(['train.py', *EVENTS], [[name, *(f'{seconds:.1f}' for seconds in events.values())] for name, events in trained.items()])))
+    click.echo(
+        block(
+            'Start-up',
+            f'Seconds, least of {rounds}: `--help` of every script, and train.py with the network and options of the demo, from its start to '
+            f'what it says at each point; the first step is of {digits.BATCH} images.',
+            table(['`--help` of', 'seconds'], [[name, f'{seconds:.2f}'] for name, seconds in helped.items()]),
+            table(
+                ['train.py', *EVENTS],
+                [
+                    [name, *(f'{seconds:.1f}' for seconds in events.values())]
+                    for name, events in trained.items()
+                ],
+            ),
+        )
+    )
 
 
 if __name__ == '__main__':

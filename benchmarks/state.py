@@ -3,6 +3,7 @@
 The state is that of a run with an EMA and two phEMA: six vectors of FP32 numbers, as long as the network has parameters. `peak` is resident memory
 above what it was before. A save waits until the file is on the disk, `torch.save` does not; reading finds the file in the page cache where it fits.
 """
+
 from __future__ import annotations
 
 import json
@@ -36,9 +37,13 @@ def new_state(parameters: int) -> dict:
 def measure(rows: tuple[str, ...], folder: Path, parameters: int) -> dict[str, dict]:
     """Seconds and bytes at the peak of each row, one after the other."""
     state = new_state(parameters) if 'save_state' in rows else None
-    calls = {'torch.save': lambda: torch.save(state, folder / 'theirs.pt'), 'save_state': lambda: checkpoint.save_state(folder / 'ours.pt', state),
-             'verify': lambda: checkpoint.verify(folder / 'ours.pt'), 'load_state': lambda: checkpoint.load_state(folder / 'ours.pt'),
-             'torch.load': lambda: torch.load(folder / 'ours.pt', weights_only=True)}
+    calls = {
+        'torch.save': lambda: torch.save(state, folder / 'theirs.pt'),
+        'save_state': lambda: checkpoint.save_state(folder / 'ours.pt', state),
+        'verify': lambda: checkpoint.verify(folder / 'ours.pt'),
+        'load_state': lambda: checkpoint.load_state(folder / 'ours.pt'),
+        'torch.load': lambda: torch.load(folder / 'ours.pt', weights_only=True),
+    }
     found = {}
     for row in rows:
         before, start = forget_peak(), time.perf_counter()
@@ -50,8 +55,20 @@ def measure(rows: tuple[str, ...], folder: Path, parameters: int) -> dict[str, d
 
 
 @click.command(cls=cli.Command)
-@cli.option('--parameters', metavar='INT', type=click.IntRange(min=1), default=295_899_267, show_default=True, help='Of the network.')
-@cli.option('--folder', metavar='DIR', type=cli.PATH, help='Where to write the files, twice 7.1 GB by default.  [default: a temporary folder]')
+@cli.option(
+    '--parameters',
+    metavar='INT',
+    type=click.IntRange(min=1),
+    default=295_899_267,
+    show_default=True,
+    help='Of the network.',
+)
+@cli.option(
+    '--folder',
+    metavar='DIR',
+    type=cli.PATH,
+    help='Where to write the files, twice 7.1 GB by default.  [default: a temporary folder]',
+)
 @cli.option('--rows', hidden=True)
 def main(parameters, folder, rows):
     """Time saving and restoring a training state."""
@@ -60,19 +77,35 @@ def main(parameters, folder, rows):
         return
     found = {}
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        for group in (SAVES, LOADS):  # in processes of their own: what one has allocated must not serve the other
-            found |= apart(__file__, f'--rows={",".join(group)}', f'--folder={temporary}', f'--parameters={parameters}')
+        for group in (
+            SAVES,
+            LOADS,
+        ):  # in processes of their own: what one has allocated must not serve the other
+            found |= apart(
+                __file__, f'--rows={",".join(group)}', f'--folder={temporary}', f'--parameters={parameters}'
+            )
         size = os.path.getsize(Path(temporary) / 'ours.pt')
     cells = []
     for row, values in found.items():
         seconds, peak = values['seconds'], values['peak']
-        cells.append([row, f'{seconds:.2f}', f'{size / seconds / 1e9:.2f}', f'{peak / 1e9:.2f} GB', f'{peak / size:.0%}'])
-    click.echo(block(
-        f'A training state of {parameters:,} parameters',
-        f'{size / 1e9:.3g} GB: weights, Adam\'s moments, EMA and two phEMA. Training waits for `save_state` and `verify` at every --dump. `peak` is '
-        'memory above what was there before: the state where it is saved, nothing where it is loaded. Speeds of writing are the disk\'s, and vary '
-        'from run to run; rows were measured in this order.',
-        table(['', 'seconds', 'GB/s', 'peak', 'of the state'], cells)))
+        cells.append(
+            [
+                row,
+                f'{seconds:.2f}',
+                f'{size / seconds / 1e9:.2f}',
+                f'{peak / 1e9:.2f} GB',
+                f'{peak / size:.0%}',
+            ]
+        )
+    click.echo(
+        block(
+            f'A training state of {parameters:,} parameters',
+            f"{size / 1e9:.3g} GB: weights, Adam's moments, EMA and two phEMA. Training waits for `save_state` and `verify` at every --dump. `peak` is "
+            "memory above what was there before: the state where it is saved, nothing where it is loaded. Speeds of writing are the disk's, and vary "
+            'from run to run; rows were measured in this order.',
+            table(['', 'seconds', 'GB/s', 'peak', 'of the state'], cells),
+        )
+    )
 
 
 if __name__ == '__main__':

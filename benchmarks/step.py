@@ -6,6 +6,7 @@ parts are calls of the networks: teacher hop, self-target, student forward, back
 Every way is measured in a process of its own, step by step in turns with the plain one, on the same images, noise and edges: `plain` is eager FP32
 without TensorFloat-32. On GPUs the parts are timed in steps of their own, since that has to wait for the device inside the step.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -77,9 +78,17 @@ WAYS = {
     'fp16': Way(precision='fp16', gpu=True),
     'fp16-fast': Way(precision='fp16', channels_last=True, compiled=True, gpu=True),
 }
-OPTIONS = {PLAIN: 'plain', 'channels_last': '--channels_last', 'compile': '--compile', 'checkpoint': '--checkpoint-activations',
-           'bf16': '--precision=bf16', 'fast': '--channels_last --compile', 'tf32': '--tf32', 'fp16': '--precision=fp16',
-           'fp16-fast': '--precision=fp16 --channels_last --compile'}
+OPTIONS = {
+    PLAIN: 'plain',
+    'channels_last': '--channels_last',
+    'compile': '--compile',
+    'checkpoint': '--checkpoint-activations',
+    'bf16': '--precision=bf16',
+    'fast': '--channels_last --compile',
+    'tf32': '--tf32',
+    'fp16': '--precision=fp16',
+    'fp16-fast': '--precision=fp16 --channels_last --compile',
+}
 
 # Dense products of vendors' data sheets, 10^12 operations a second: FP32 outside tensor cores, TF32, FP16 and BF16 summed in FP32.
 PEAKS = {
@@ -90,8 +99,9 @@ PEAKS = {
     r'NVIDIA GeForce RTX 4090': dict(fp32=82.6, tf32=82.6, half=165.2),
 }
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # The step, and what is measured of it.
+
 
 class Stopwatch:
     """Seconds of a step by part, and how many images networks were asked about.
@@ -123,7 +133,12 @@ class Stopwatch:
         total = self.now() - self.start
         if not self.inside:
             return dict(total=total)
-        return {**dict.fromkeys(PARTS, 0), **self.parts, 'rest': total - sum(self.parts.values()), 'total': total}
+        return {
+            **dict.fromkeys(PARTS, 0),
+            **self.parts,
+            'rest': total - sum(self.parts.values()),
+            'total': total,
+        }
 
 
 class Observed:
@@ -146,7 +161,9 @@ class Observed:
 class Training:
     """What the training loop sets up for a network of a named size, and its step. `averages_device`: see `WeightAverages`."""
 
-    def __init__(self, size: str, batch: int, device: torch.device, averages_device: torch.device | None = None):
+    def __init__(
+        self, size: str, batch: int, device: torch.device, averages_device: torch.device | None = None
+    ):
         self.size, self.batch, self.device, self.watch = SIZES[size], batch, device, None
         torch.backends.cudnn.benchmark = True  # as train.py does
         misc.keep_freed_memory()
@@ -154,27 +171,51 @@ class Training:
         self.student = self.size.build().to(device).train()
         self.teacher = self.size.build().to(device).eval().requires_grad_(False)
         self.loss_fn = ConsistencyDistillationLoss(
-            Observed(self.teacher, self, is_teacher=True), S=8, T_start=64, T_end=1280, T_anneal_kimg=0, rho=7.0, sigma_min=0.002, sigma_max=80.0,
-            student_grid='edm', sampling_mode='edm', cd_loss='pseudo_huber', cd_weight_mode='sqrt_karras', sigma_data=0.5, terminal_anchor=True,
-            terminal_teacher_hop=True, sync_dropout=True)
-        images = torch.randint(256, [batch, self.size.channels, self.size.resolution, self.size.resolution], dtype=torch.uint8)
+            Observed(self.teacher, self, is_teacher=True),
+            S=8,
+            T_start=64,
+            T_end=1280,
+            T_anneal_kimg=0,
+            rho=7.0,
+            sigma_min=0.002,
+            sigma_max=80.0,
+            student_grid='edm',
+            sampling_mode='edm',
+            cd_loss='pseudo_huber',
+            cd_weight_mode='sqrt_karras',
+            sigma_data=0.5,
+            terminal_anchor=True,
+            terminal_teacher_hop=True,
+            sync_dropout=True,
+        )
+        images = torch.randint(
+            256, [batch, self.size.channels, self.size.resolution, self.size.resolution], dtype=torch.uint8
+        )
         data = images, torch.eye(self.size.classes)[torch.randint(self.size.classes, [batch])]
         self.data = [values.pin_memory() for values in data] if device.type == 'cuda' else data
         self.flat = FlatParameters(self.student)
         self.loss_fn.attach(self.student, self.flat)
         self.update = WeightUpdate(self.flat, (0.9, 0.999), 1e-8)
-        self.averages = WeightAverages(self.student, self.flat, 5e5, 0.05, [0.05, 0.10] if size != 'demo' else [], averages_device)
+        self.averages = WeightAverages(
+            self.student, self.flat, 5e5, 0.05, [0.05, 0.10] if size != 'demo' else [], averages_device
+        )
         self.held_teacher, self.compiled = None, set()
 
     def use(self, way: Way) -> None:
         """Run the networks this way from now on. What was compiled stays so, and rests while it is not asked for."""
         if way.held and self.held_teacher is None:
-            self.held_teacher = execution.hold_in_half(execution.in_precision(copy.deepcopy(self.teacher), way.precision))
+            self.held_teacher = execution.hold_in_half(
+                execution.in_precision(copy.deepcopy(self.teacher), way.precision)
+            )
         teacher = self.held_teacher if way.held else self.teacher
         for net in (self.student, teacher):
             execution.in_precision(net, way.precision)
-            execution.run_with(net, channels_last=way.channels_last, checkpoint_activations=way.checkpoint_activations,
-                               compiled=way.compiled and net not in self.compiled)
+            execution.run_with(
+                net,
+                channels_last=way.channels_last,
+                checkpoint_activations=way.checkpoint_activations,
+                compiled=way.compiled and net not in self.compiled,
+            )
         self.compiled |= {self.student, teacher} if way.compiled else set()
         self.loss_fn.teacher = Observed(teacher, self, is_teacher=True)
         self.loss_fn.few_sizes = way.compiled  # as where a run compiles its networks
@@ -189,8 +230,15 @@ class Training:
             self.averages.let_weights_change()
             self.flat.weights.grad.zero_()
             draws = SampleDraws(0, number * self.batch, self.batch, self.device)
-            accumulate_gradients(Observed(self.student, self, is_teacher=False), self.loss_fn, self.data, draws, self.update, 1 / self.batch,
-                                 StandardRGBEncoder())
+            accumulate_gradients(
+                Observed(self.student, self, is_teacher=False),
+                self.loss_fn,
+                self.data,
+                draws,
+                self.update,
+                1 / self.batch,
+                StandardRGBEncoder(),
+            )
             self.update.step(1e-5)
             self.loss_fn.end_step()
             self.averages.update((number + 1) * self.batch, self.batch)
@@ -208,8 +256,10 @@ def observed_backward(watch: Stopwatch) -> Iterator[None]:
     finally:
         torch.Tensor.backward = backward
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Measuring.
+
 
 def measure(size: str, way: str, batch: int, steps: int, device: torch.device) -> dict:
     """Seconds of the first steps together and of every step after them, by way: the plain one and the other in turns."""
@@ -223,7 +273,10 @@ def measure(size: str, way: str, batch: int, steps: int, device: torch.device) -
             if on_gpu and number >= warmup:
                 row = dict(training.step(number, inside=True), whole=row['total'])
             rows[name].append(row)
-    return {name: dict(first=sum(row['total'] for row in steps[:warmup]), steps=steps[warmup:]) for name, steps in rows.items()}
+    return {
+        name: dict(first=sum(row['total'] for row in steps[:warmup]), steps=steps[warmup:])
+        for name, steps in rows.items()
+    }
 
 
 @functools.cache
@@ -231,7 +284,14 @@ def peak(device: torch.device, precision: str, tf32: bool) -> float | None:
     """Operations a second of the largest products that the machine can do: a GPU's by its data sheet, None of an unknown one; a CPU's measured."""
     if device.type == 'cuda':
         kind = 'half' if precision in ('fp16', 'bf16') else 'tf32' if tf32 else 'fp32'
-        figures = next((peaks for pattern, peaks in PEAKS.items() if re.fullmatch(pattern, torch.cuda.get_device_name(device))), None)
+        figures = next(
+            (
+                peaks
+                for pattern, peaks in PEAKS.items()
+                if re.fullmatch(pattern, torch.cuda.get_device_name(device))
+            ),
+            None,
+        )
         return figures and figures[kind] * 1e12
     best = 0
     for side in (512, 1024, 1536):
@@ -239,18 +299,28 @@ def peak(device: torch.device, precision: str, tf32: bool) -> float | None:
         for _ in range(6):
             start = time.perf_counter()
             a @ b
-            best = max(best, 2 * side ** 3 / (time.perf_counter() - start))
+            best = max(best, 2 * side**3 / (time.perf_counter() - start))
     return best
 
 
 def ways_for(size: str, device: torch.device, compile_large: bool) -> list[str]:
     """What can be measured of a size here."""
     on_gpu = device.type == 'cuda'
-    feasible = [name for name, way in WAYS.items() if on_gpu or not (way.gpu or (way.compiled and SIZES[size].large and not compile_large))]
-    return feasible if on_gpu or size != 'imagenet64-adm' else [name for name in feasible if name != 'checkpoint']  # of which a step takes a minute
+    feasible = [
+        name
+        for name, way in WAYS.items()
+        if on_gpu or not (way.gpu or (way.compiled and SIZES[size].large and not compile_large))
+    ]
+    return (
+        feasible
+        if on_gpu or size != 'imagenet64-adm'
+        else [name for name in feasible if name != 'checkpoint']
+    )  # of which a step takes a minute
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Telling.
+
 
 def total(step: dict) -> float:
     """Seconds of a step that nobody has interrupted to time its parts."""
@@ -261,7 +331,10 @@ def share_of_peak(steps: list[dict], net: Operations, at_most: float | None) -> 
     """Operations of the networks over what the machine could have done meanwhile; median over steps."""
     if at_most is None:
         return 'n/a'
-    shares = [net.of_step(step['plain_images'], step['differentiated_images']) / total(step) / at_most for step in steps]
+    shares = [
+        net.of_step(step['plain_images'], step['differentiated_images']) / total(step) / at_most
+        for step in steps
+    ]
     return f'{statistics.median(shares):.1%}'
 
 
@@ -276,7 +349,9 @@ def parts_table(runs: dict[str, dict]) -> str:
     return table(header, rows)
 
 
-def ways_table(results: dict[str, dict], ways: list[str], batch: int, net: Operations, peaks: dict[str, float | None]) -> str:
+def ways_table(
+    results: dict[str, dict], ways: list[str], batch: int, net: Operations, peaks: dict[str, float | None]
+) -> str:
     """A row for each of the ways, measured or not."""
     rows = []
     for name in ways:
@@ -285,37 +360,89 @@ def ways_table(results: dict[str, dict], ways: list[str], batch: int, net: Opera
             continue
         run, plain = results[name][name], results[name][PLAIN]
         times, beside = ([total(step) for step in each['steps']] for each in (run, plain))
-        rows.append([OPTIONS[name], f'{run["first"]:.1f} s', f'{min(times) * 1e3:.2f} ms', f'{statistics.median(times) * 1e3:.2f} ms',
-                     f'{batch / statistics.median(times):.4g}', f'{min(beside) / min(times):.3f}', f'{median_ratio(beside, times):.3f}',
-                     share_of_peak(run['steps'], net, peaks[name])])
-    return table(['', 'first steps', 'least', 'median', 'images/s', 'times faster, least', 'times faster, median', 'of the peak'], rows)
+        rows.append(
+            [
+                OPTIONS[name],
+                f'{run["first"]:.1f} s',
+                f'{min(times) * 1e3:.2f} ms',
+                f'{statistics.median(times) * 1e3:.2f} ms',
+                f'{batch / statistics.median(times):.4g}',
+                f'{min(beside) / min(times):.3f}',
+                f'{median_ratio(beside, times):.3f}',
+                share_of_peak(run['steps'], net, peaks[name]),
+            ]
+        )
+    return table(
+        [
+            '',
+            'first steps',
+            'least',
+            'median',
+            'images/s',
+            'times faster, least',
+            'times faster, median',
+            'of the peak',
+        ],
+        rows,
+    )
 
 
 def peaks_in_words(device: torch.device, peaks: dict[str, float | None]) -> str:
     if device.type == 'cuda':
         return "the vendor's figure for dense products in that precision, where we know it"
-    figures = ', '.join(f'{peaks[name] / 1e9:.0f} in {what}' for name, what in ((PLAIN, 'FP32'), ('bf16', 'BF16')) if name in peaks)
+    figures = ', '.join(
+        f'{peaks[name] / 1e9:.0f} in {what}'
+        for name, what in ((PLAIN, 'FP32'), ('bf16', 'BF16'))
+        if name in peaks
+    )
     return f'the largest matrix product measured in the same run ({figures}; 10^9 operations a second), which convolutions may exceed'
 
 
-def describe(size: str, batch: int, steps: int, net: Operations, device: torch.device, results: dict[str, dict],
-             ways: list[str], peaks: dict) -> str:
+def describe(
+    size: str,
+    batch: int,
+    steps: int,
+    net: Operations,
+    device: torch.device,
+    results: dict[str, dict],
+    ways: list[str],
+    peaks: dict,
+) -> str:
     """The block of RESULTS.md."""
-    prose = (f'{net.parameters:,} parameters, {net.forward / 1e9:.3g} GFLOP a pass for an image, {net.backward / 1e9:.3g} the pass back; '
-             f'{steps} steps. `rest` is all of a step that is no network: drawing, noising, arithmetic of hops, loss, statistics, optimizer, '
-             'averages. Each way of running the networks is measured in turns with the plain one (eager FP32), step by step, in a process of its '
-             'own: `times faster` is the ratio within that process, of the least times and the median over pairs of steps. '
-             f'`first steps` are the first {min(WARMUP, steps)} together, with compilation from an empty cache. `of the peak`: operations of the '
-             f'networks as asked, padded rows included, recomputed activations not, against {peaks_in_words(device, peaks)}.')
+    prose = (
+        f'{net.parameters:,} parameters, {net.forward / 1e9:.3g} GFLOP a pass for an image, {net.backward / 1e9:.3g} the pass back; '
+        f'{steps} steps. `rest` is all of a step that is no network: drawing, noising, arithmetic of hops, loss, statistics, optimizer, '
+        'averages. Each way of running the networks is measured in turns with the plain one (eager FP32), step by step, in a process of its '
+        'own: `times faster` is the ratio within that process, of the least times and the median over pairs of steps. '
+        f'`first steps` are the first {min(WARMUP, steps)} together, with compilation from an empty cache. `of the peak`: operations of the '
+        f'networks as asked, padded rows included, recomputed activations not, against {peaks_in_words(device, peaks)}.'
+    )
     shown = next(results[name] for name in ('fp16-fast', 'fast', 'bf16', *results) if name in results)
-    return block(f'A step: {SIZES[size].title}, batch {batch}', prose, parts_table(shown), ways_table(results, ways, batch, net, peaks))
+    return block(
+        f'A step: {SIZES[size].title}, batch {batch}',
+        prose,
+        parts_table(shown),
+        ways_table(results, ways, batch, net, peaks),
+    )
 
 
 @click.command(cls=cli.Command)
 @cli.option('--size', type=click.Choice(list(SIZES)), default='demo', show_default=True, help='Network.')
-@cli.option('--batch', metavar='INT', type=click.IntRange(min=1), help="Images a step.  [default: the size's own]")
-@cli.option('--steps', metavar='INT', type=click.IntRange(min=1), help="Steps to time, of each way.  [default: the size's own]")
-@cli.option('--ways', metavar='LIST', type=NamesOf(WAYS), help=f'Of running the networks: {", ".join(WAYS)}.  [default: what suits the machine]')
+@cli.option(
+    '--batch', metavar='INT', type=click.IntRange(min=1), help="Images a step.  [default: the size's own]"
+)
+@cli.option(
+    '--steps',
+    metavar='INT',
+    type=click.IntRange(min=1),
+    help="Steps to time, of each way.  [default: the size's own]",
+)
+@cli.option(
+    '--ways',
+    metavar='LIST',
+    type=NamesOf(WAYS),
+    help=f'Of running the networks: {", ".join(WAYS)}.  [default: what suits the machine]',
+)
 @cli.option('--compile-large', is_flag=True, help='Compile large networks on a CPU too.')
 @cli.option('--measure', 'way', hidden=True)
 @cli.option('--json', 'as_json', is_flag=True, help='Print one JSON object.')
@@ -334,11 +461,23 @@ def main(size, batch, steps, ways, compile_large, way, as_json):
     net, results = operations(SIZES[size]), {}
     for name in [name for name in asked if name != PLAIN] or [PLAIN]:
         with tempfile.TemporaryDirectory() as cache:
-            results[name] = apart(__file__, f'--measure={name}', f'--size={size}', f'--batch={batch}', f'--steps={steps}',
-                                  env=dict(TORCHINDUCTOR_CACHE_DIR=cache))
+            results[name] = apart(
+                __file__,
+                f'--measure={name}',
+                f'--size={size}',
+                f'--batch={batch}',
+                f'--steps={steps}',
+                env=dict(TORCHINDUCTOR_CACHE_DIR=cache),
+            )
     results.setdefault(PLAIN, next(iter(results.values())))
     if as_json:
-        click.echo(json.dumps(dict(device=machine(), size=size, batch=batch, operations=vars(net), peaks=peaks, ways=results)))
+        click.echo(
+            json.dumps(
+                dict(
+                    device=machine(), size=size, batch=batch, operations=vars(net), peaks=peaks, ways=results
+                )
+            )
+        )
         return
     click.echo(describe(size, batch, steps, net, device, results, ways or list(WAYS), peaks))
 

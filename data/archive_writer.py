@@ -1,4 +1,5 @@
 """Data sets into zips and folders, which come into being when they are whole."""
+
 from __future__ import annotations
 
 import contextlib
@@ -16,8 +17,38 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGE_NAME = 'img{:08d}.png'  # of an image by its number
-FILE_SUFFIXES = ('.tar', '.gz', '.tgz', '.bz2', '.xz', '.zst', '.7z', '.rar', '.npz', '.npy', '.lmdb', '.mdb', '.h5', '.hdf5', '.pkl', '.pt', '.pth',
-                 '.safetensors', '.tfrecord', '.tfrecords', '.parquet', '.arrow', '.json', '.csv', '.txt', '.png', '.jpg', '.jpeg', '.webp', '.gif')
+FILE_SUFFIXES = (
+    '.tar',
+    '.gz',
+    '.tgz',
+    '.bz2',
+    '.xz',
+    '.zst',
+    '.7z',
+    '.rar',
+    '.npz',
+    '.npy',
+    '.lmdb',
+    '.mdb',
+    '.h5',
+    '.hdf5',
+    '.pkl',
+    '.pt',
+    '.pth',
+    '.safetensors',
+    '.tfrecord',
+    '.tfrecords',
+    '.parquet',
+    '.arrow',
+    '.json',
+    '.csv',
+    '.txt',
+    '.png',
+    '.jpg',
+    '.jpeg',
+    '.webp',
+    '.gif',
+)
 
 
 class FolderWriter:
@@ -66,7 +97,9 @@ def check_dest(dest: pathlib.Path) -> None:
     if not is_zip(dest) and dest.exists() and not dest.is_dir():
         raise UserError(f'--dest={dest} is a file; name a .zip file or a folder')
     if dest.suffix.lower() in FILE_SUFFIXES and not dest.is_dir():
-        raise UserError(f'--dest={dest}: data sets are written to a .zip file or a folder, and {dest.suffix} is neither')
+        raise UserError(
+            f'--dest={dest}: data sets are written to a .zip file or a folder, and {dest.suffix} is neither'
+        )
     if dest.is_dir() and any(dest.iterdir()):
         raise UserError(f'--dest={dest} is a folder that is not empty; name another, or empty it first')
 
@@ -78,7 +111,9 @@ def open_dest(dest: pathlib.Path) -> Iterator[Callable[[str, bytes], None]]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(target) as staging:
-            with contextlib.closing((ZipWriter if is_zip(dest) else FolderWriter)(staging / target.name)) as writer:
+            with contextlib.closing(
+                (ZipWriter if is_zip(dest) else FolderWriter)(staging / target.name)
+            ) as writer:
                 yield writer.write
             os.replace(staging / target.name, target)
     except OSError as error:

@@ -1,4 +1,5 @@
 """NumPy's .npy and .npz files, read as data: pickled contents are refused, and no memory is taken on a header's word."""
+
 from __future__ import annotations
 
 import math
@@ -35,7 +36,9 @@ def map_npy(path: str | os.PathLike) -> np.ndarray:
         with open(path, 'rb') as file:
             return _map(file, npy.read_header(file), file.tell(), os.path.getsize(path))
     except UNREADABLE as error:
-        raise UserError(f'{path} is no readable .npy file: {_what_it_is(path, error, "an array of images (.npy)", "a NumPy .npy")}') from error
+        raise UserError(
+            f'{path} is no readable .npy file: {_what_it_is(path, error, "an array of images (.npy)", "a NumPy .npy")}'
+        ) from error
 
 
 def _what_it_is(path: str | os.PathLike, error: BaseException, wanted: str, own: str) -> str:
@@ -47,7 +50,9 @@ def _what_it_is(path: str | os.PathLike, error: BaseException, wanted: str, own:
 def _map(file: BinaryIO, header: Header, start: int, stop: int) -> np.ndarray:
     """The array whose values are file[start:stop]."""
     if stop - start != header.nbytes:
-        raise ValueError(f'its header says {header.dtype} {list(header.shape)}, and {stop - start:,} bytes follow instead of {header.nbytes:,}')
+        raise ValueError(
+            f'its header says {header.dtype} {list(header.shape)}, and {stop - start:,} bytes follow instead of {header.nbytes:,}'
+        )
     if header.nbytes == 0:
         return np.empty(header.shape, header.dtype)
     return np.memmap(file, header.dtype, 'c', start, header.shape, header.order)
@@ -100,7 +105,9 @@ class ArchivedArrays:
         try:
             with self._zip.open(self._members[key]) as file:
                 header = self._checked_header(key, file)
-                values = np.empty(math.prod(header.shape), header.dtype)  # takes memory only where it is written to
+                values = np.empty(
+                    math.prod(header.shape), header.dtype
+                )  # takes memory only where it is written to
                 _fill(file, memoryview(values.view(np.uint8)))
             return values.reshape(header.shape, order=header.order)
         except UNREADABLE as error:
@@ -129,8 +136,10 @@ class ArchivedArrays:
                     return _map(file, header, 0, file.tell())
         except UNREADABLE as error:
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-                raise UserError(f'{self.name}: {key} cannot be unpacked into {tempfile.gettempdir()}: {error.strerror}. '
-                                'Set TMPDIR to a folder with more space, or save it uncompressed, with np.savez.') from error
+                raise UserError(
+                    f'{self.name}: {key} cannot be unpacked into {tempfile.gettempdir()}: {error.strerror}. '
+                    'Set TMPDIR to a folder with more space, or save it uncompressed, with np.savez.'
+                ) from error
             raise self._unreadable(key, error) from error
 
     def _checked_header(self, key: str, file: BinaryIO) -> Header:
@@ -139,12 +148,16 @@ class ArchivedArrays:
             raise ValueError('it is compressed as NumPy never does')
         header = npy.read_header(file)
         if file.tell() + header.nbytes != info.file_size:
-            raise ValueError(f'its header says {header.dtype} {list(header.shape)}, {header.nbytes:,} bytes, and it has {info.file_size:,}')
+            raise ValueError(
+                f'its header says {header.dtype} {list(header.shape)}, {header.nbytes:,} bytes, and it has {info.file_size:,}'
+            )
         check_inflation(header.nbytes, info.compress_size, 'its values')
         return header
 
     def _unreadable(self, key: str, error: BaseException) -> UserError:
-        return UserError(f'{self.name}: {key} is no readable plain array: {_reason(error)}. Copy or make the file again.')
+        return UserError(
+            f'{self.name}: {key} is no readable plain array: {_reason(error)}. Copy or make the file again.'
+        )
 
 
 def _reason(error: BaseException) -> str:
@@ -158,4 +171,4 @@ def _fill(file: BinaryIO, view: memoryview) -> None:
         part = file.read(min(CHUNK, len(view) - start))
         if not part:
             raise ValueError(f'it ends after {start:,} of {len(view):,} bytes')
-        view[start:start + len(part)] = part
+        view[start : start + len(part)] = part

@@ -4,6 +4,7 @@ A data set is a folder or a zip of equally sized square images, grayscale or RGB
 or float16 [C, H, W]. An optional `dataset.json` holds `{"labels": [[name, class index or vector], ...]}` or `{"labels": null}`, and for
 latents may say under `"encoder"` how they were made. `dataset_tool.py` makes such a data set.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -31,14 +32,17 @@ from dnnlib.file_kind import DAMAGED_ZIP, HEAD, NPY, NPZ, ZIP, describe_file
 from dnnlib.npy import read_header
 
 HEADER_CHECK_LIMIT = 10_000  # up to so many images all headers are compared at construction; beyond, each image when it is read
-MAX_CLASSES = 1_000_000      # a class index beyond is taken for a damaged file: one-hot labels would not fit in memory
-DIGESTED_FILES = 16          # whose bytes are in a data set's digest: sizes say little of uncompressed images
+MAX_CLASSES = (
+    1_000_000  # a class index beyond is taken for a damaged file: one-hot labels would not fit in memory
+)
+DIGESTED_FILES = 16  # whose bytes are in a data set's digest: sizes say little of uncompressed images
 LABEL_FILE = 'dataset.json'
 LATENT_EXTENSION = '.npy'
 NOT_A_ZIP = 'File is not a zip file'  # what zipfile says of any file without the record at the end of one
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Files of a folder or a zip, by name.
+
 
 class ImageFiles:
     """The images, or latents, and label files of a folder or a zip, by their sorted names with forward slashes.
@@ -59,8 +63,10 @@ class ImageFiles:
         self._stored: dict[str, str] = {}  # names in the folder that have backslashes
         names = self._walk() if self.is_folder else self._index.names
         rows = self.remember('listing', lambda: self._list(names))
-        self.images, self.label_files, self.others = ([names[i] for i in rows[which]] if self.is_folder else names[rows[which]]
-                                                      for which in ('images', 'label_files', 'others'))
+        self.images, self.label_files, self.others = (
+            [names[i] for i in rows[which]] if self.is_folder else names[rows[which]]
+            for which in ('images', 'label_files', 'others')
+        )
         self.holds_latents = bool(rows['latents'])
         self._image_rows = None if self.is_folder else rows['images']
 
@@ -73,8 +79,10 @@ class ImageFiles:
         self._stored = {name: own for name, own in zip(names, stored) if name != own}
         if self._stored and len(set(names)) < len(names):
             twice = next(name for name, times in Counter(names).items() if times > 1)
-            raise UserError(f'{self.path} has both {twice} and {self._stored[twice]}: a backslash separates folders as a slash does, so '
-                            'these are one name; rename one')
+            raise UserError(
+                f'{self.path} has both {twice} and {self._stored[twice]}: a backslash separates folders as a slash does, so '
+                'these are one name; rename one'
+            )
         return sorted(names)
 
     def _read_index(self) -> ZipIndex:
@@ -82,14 +90,22 @@ class ImageFiles:
             index = ZipIndex.read(self.path)
         except UNREADABLE as error:
             kind = None if isinstance(error, PermissionError) else describe_file(self.path)
-            what = error if kind is None or (kind == DAMAGED_ZIP and str(error) != NOT_A_ZIP) else f'it is {kind}'
-            raise UserError(f'{self.path} is neither a folder nor a complete zip file ({what}); {cure_of_kind(kind)}') from error
+            what = (
+                error
+                if kind is None or (kind == DAMAGED_ZIP and str(error) != NOT_A_ZIP)
+                else f'it is {kind}'
+            )
+            raise UserError(
+                f'{self.path} is neither a folder nor a complete zip file ({what}); {cure_of_kind(kind)}'
+            ) from error
         if self.path.lower().endswith('.npz'):
             raise UserError(f'{self.path} is {NPZ}, not a zip of images; {cure_of_kind(NPZ)}')
         for name in index.links():
             if not file_names.is_hidden(name):
-                raise UserError(f'{self.path}: {name} is a symbolic link, so the zip holds a path instead of what it leads to; make the zip again '
-                                'with the files that links lead to (zip -r, without -y)')
+                raise UserError(
+                    f'{self.path}: {name} is a symbolic link, so the zip holds a path instead of what it leads to; make the zip again '
+                    'with the files that links lead to (zip -r, without -y)'
+                )
         return index
 
     def _list(self, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -98,21 +114,30 @@ class ImageFiles:
         Label files are told whatever their case and depth, so that none is passed over. Of a name that repeats, the last counts.
         """
         pictures, latents, label_files, others = [], [], [], []
-        for i, (name, following) in enumerate(zip(names, itertools.chain(itertools.islice(names, 1, None), [None]))):
-            if name == following or (('.' in name[:1] or '/.' in name or '__MACOSX' in name) and file_names.is_hidden(name)):
+        for i, (name, following) in enumerate(
+            zip(names, itertools.chain(itertools.islice(names, 1, None), [None]))
+        ):
+            if name == following or (
+                ('.' in name[:1] or '/.' in name or '__MACOSX' in name) and file_names.is_hidden(name)
+            ):
                 continue
-            extension = name[name.rfind('.'):].lower()
+            extension = name[name.rfind('.') :].lower()
             if extension in IMAGE_EXTENSIONS:
                 pictures.append(i)
             elif extension == LATENT_EXTENSION:
                 latents.append(i)
-            elif name[-len(LABEL_FILE):].lower() == LABEL_FILE and name[:-len(LABEL_FILE)][-1:] in ('', '/'):
+            elif name[-len(LABEL_FILE) :].lower() == LABEL_FILE and name[: -len(LABEL_FILE)][-1:] in (
+                '',
+                '/',
+            ):
                 label_files.append(i)
             elif name[-1:] != '/':
                 others.append(i)
         if pictures and latents:
-            raise UserError(f'{self.path} holds images and latents ({names[pictures[0]]}, {names[latents[0]]}, ...); keep one kind, or put them into '
-                            'two folders')
+            raise UserError(
+                f'{self.path} holds images and latents ({names[pictures[0]]}, {names[latents[0]]}, ...); keep one kind, or put them into '
+                'two folders'
+            )
         images = pictures or latents
         if not images:
             kind = None if self.is_folder else describe_file(self.path)
@@ -120,9 +145,15 @@ class ImageFiles:
             raise UserError(f'{self.path} {what}; dataset_tool.py converts other sources')
         for name in (names[i] for i in images):
             if name[0] == '/' or ('..' in name and '..' in name.split('/')):
-                raise UserError(f'{self.path} names a file outside of itself, {name}, as no data set does; make the zip again')
-        return dict(images=np.array(images), latents=np.array(bool(latents)), label_files=np.array(label_files, dtype=np.int64),
-                    others=np.array(others, dtype=np.int64))
+                raise UserError(
+                    f'{self.path} names a file outside of itself, {name}, as no data set does; make the zip again'
+                )
+        return dict(
+            images=np.array(images),
+            latents=np.array(bool(latents)),
+            label_files=np.array(label_files, dtype=np.int64),
+            others=np.array(others, dtype=np.int64),
+        )
 
     def remember(self, what: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """What is computed of a zip's directory and label file; for a large zip, what was computed of the same one earlier."""
@@ -140,7 +171,9 @@ class ImageFiles:
         if not len(self.others):
             return None
         shown = ', '.join(self.others[:3]) + (', ...' if len(self.others) > 3 else '')
-        return f'{len(self.others)} files in {self.path} are no images by their names, and are left out: {shown}'
+        return (
+            f'{len(self.others)} files in {self.path} are no images by their names, and are left out: {shown}'
+        )
 
     def folders(self, inner: str) -> set[str]:
         """The names of the folders in `inner`, a path that is empty or ends in a slash; of a zip, those that it lists. None that is hidden."""
@@ -148,7 +181,11 @@ class ImageFiles:
             with os.scandir(os.path.join(self.path, inner)) as entries:
                 found = {entry.name for entry in entries if entry.is_dir()}
         else:
-            found = {name[len(inner):].split('/')[0] for name in self._index.names if name.endswith('/') and name.startswith(inner) and name != inner}
+            found = {
+                name[len(inner) :].split('/')[0]
+                for name in self._index.names
+                if name.endswith('/') and name.startswith(inner) and name != inner
+            }
         return {name for name in found if not file_names.is_hidden_part(name)}
 
     def path_of(self, name: str) -> str:
@@ -160,7 +197,9 @@ class ImageFiles:
         if not self.is_folder:
             return self._index.fields['size'][self._image_rows].astype(np.int64)
         try:
-            return np.fromiter((os.stat(self.path_of(name)).st_size for name in self.images), np.int64, len(self.images))
+            return np.fromiter(
+                (os.stat(self.path_of(name)).st_size for name in self.images), np.int64, len(self.images)
+            )
         except OSError as error:
             raise UserError(f'{error.filename} cannot be read: {error.strerror}') from error
 
@@ -181,7 +220,9 @@ class ImageFiles:
                 yield open_image(file, self._size_of(name))
         except UNREADABLE as error:
             what = self._what_it_is(name) if isinstance(error, UnidentifiedImageError) else error
-            raise UserError(f'{self.path}: {name} is not a readable image ({what}); replace or remove it') from error
+            raise UserError(
+                f'{self.path}: {name} is not a readable image ({what}); replace or remove it'
+            ) from error
 
     @contextlib.contextmanager
     def open_latents(self, name: str) -> Iterator[LatentFile]:
@@ -190,7 +231,9 @@ class ImageFiles:
             with self.open(name, limits.LATENTS_FILE, 'a file of latents') as file:
                 yield LatentFile(file)
         except UNREADABLE as error:
-            raise UserError(f'{self.path}: {name} is not a readable file of latents ({error}); make it again with dataset_tool.py') from error
+            raise UserError(
+                f'{self.path}: {name} is not a readable file of latents ({error}); make it again with dataset_tool.py'
+            ) from error
 
     def _size_of(self, name: str) -> int:
         return os.stat(self.path_of(name)).st_size if self.is_folder else self._index.info(name).file_size
@@ -215,7 +258,9 @@ class LatentFile:
             raise ValueError(f'its header cannot be read: {error}') from error
         self._file, self.shape, dtype = file, self._header.shape, self._header.dtype
         if len(self.shape) != 3 or dtype.kind != 'f' or dtype.itemsize > 4:
-            raise ValueError(f'its header says {dtype} {list(self.shape)}, not float32 or float16 and three dimensions')
+            raise ValueError(
+                f'its header says {dtype} {list(self.shape)}, not float32 or float16 and three dimensions'
+            )
         if min(self.shape) < 1:
             raise ValueError('it is empty')
 
@@ -225,7 +270,11 @@ class LatentFile:
         data = self._file.read(size + 1) if size <= limits.LATENTS_FILE else b''
         if len(data) != size:
             raise ValueError('it is shorter or longer than its header says')
-        values = np.frombuffer(data, self._header.dtype).reshape(self.shape, order=self._header.order).astype(np.float32, order='C')
+        values = (
+            np.frombuffer(data, self._header.dtype)
+            .reshape(self.shape, order=self._header.order)
+            .astype(np.float32, order='C')
+        )
         if not np.isfinite(values).all():
             raise ValueError('it holds numbers that are not finite')
         return values
@@ -255,10 +304,14 @@ def cure_of_kind(kind: str | None) -> str:
 def image_names(folder: str | os.PathLike) -> list[str]:
     """The sorted names of what `ImageFiles` takes for images or for latents in a folder, both at once if there are both; none is no error."""
     kinds = IMAGE_EXTENSIONS | {LATENT_EXTENSION}
-    return sorted(name for name in file_names.walk(os.fspath(folder)) if os.path.splitext(name)[1].lower() in kinds)
+    return sorted(
+        name for name in file_names.walk(os.fspath(folder)) if os.path.splitext(name)[1].lower() in kinds
+    )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Labels.
+
 
 def read_labels(files: ImageFiles) -> np.ndarray | None:
     """The labels of `files.images`, in their order; None where there is no `dataset.json` or its labels are null.
@@ -295,13 +348,24 @@ def _labels_by_name(files: ImageFiles) -> dict[str, np.ndarray]:
     if table is None:
         return {}
     folder, images = name.removesuffix(LABEL_FILE), list(files.images)
-    keys = images if not folder else [image if image in table else image.removeprefix(folder) for image in images]
+    keys = (
+        images
+        if not folder
+        else [image if image in table else image.removeprefix(folder) for image in images]
+    )
     if missing := [image for image, key in zip(images, keys) if key not in table]:
-        why = file_names.explain_absence(missing[0].removeprefix(folder), table) or file_names.explain_absence(missing[0], table)
-        raise UserError(f'{files.path}: {name} has no label for {len(missing)} of {len(images)} images, such as {missing[0]}'
-                        + (f'. {why}' if why else '; make it again'))
-    return dict(labels=_label_array([table[key] for key in keys], f'{files.path}: {name}'), unused=np.array(len(table) - len(set(keys))),
-                vectors=np.array(vectors))
+        why = file_names.explain_absence(
+            missing[0].removeprefix(folder), table
+        ) or file_names.explain_absence(missing[0], table)
+        raise UserError(
+            f'{files.path}: {name} has no label for {len(missing)} of {len(images)} images, such as {missing[0]}'
+            + (f'. {why}' if why else '; make it again')
+        )
+    return dict(
+        labels=_label_array([table[key] for key in keys], f'{files.path}: {name}'),
+        unused=np.array(len(table) - len(set(keys))),
+        vectors=np.array(vectors),
+    )
 
 
 def read_encoder(files: ImageFiles) -> dict | None:
@@ -310,19 +374,27 @@ def read_encoder(files: ImageFiles) -> dict | None:
     try:
         encoder = None if name is None else _read_json(files, name).get('encoder')
     except limits.UNREADABLE as error:
-        raise UserError(f'{files.path}: {name} is not {{"labels": [[name, label], ...]}} ({type(error).__name__}: {error})') from error
+        raise UserError(
+            f'{files.path}: {name} is not {{"labels": [[name, label], ...]}} ({type(error).__name__}: {error})'
+        ) from error
     if not isinstance(encoder, (dict, type(None))):
-        raise UserError(f'{files.path}: the encoder in {name} is no object of constructor arguments; make it again with dataset_tool.py')
+        raise UserError(
+            f'{files.path}: the encoder in {name} is no object of constructor arguments; make it again with dataset_tool.py'
+        )
     return encoder
 
 
 def _label_file(files: ImageFiles) -> str | None:
     at_root = LABEL_FILE in files.label_files
     if not at_root and len(files.label_files) > 1:
-        raise UserError(f'{files.path} holds several label files ({", ".join(files.label_files[:3])}, ...); keep one, or convert each data set alone')
+        raise UserError(
+            f'{files.path} holds several label files ({", ".join(files.label_files[:3])}, ...); keep one, or convert each data set alone'
+        )
     name = LABEL_FILE if at_root else next(iter(files.label_files), None)
     if name is not None and not name.endswith(LABEL_FILE):
-        raise UserError(f'{files.path}: {name} differs from {LABEL_FILE} in upper and lower case; rename it, or remove it where it holds no labels')
+        raise UserError(
+            f'{files.path}: {name} differs from {LABEL_FILE} in upper and lower case; rename it, or remove it where it holds no labels'
+        )
     return name
 
 
@@ -347,9 +419,14 @@ def _read_label_table(files: ImageFiles, name: str) -> tuple[dict | None, bool]:
             return None, vectors
         pairs = [(file_names.with_slashes(image), label) for image, label in pairs]
     except limits.UNREADABLE as error:
-        raise UserError(f'{files.path}: {name} is not {{"labels": [[name, label], ...]}} ({type(error).__name__}: {error})') from error
+        raise UserError(
+            f'{files.path}: {name} is not {{"labels": [[name, label], ...]}} ({type(error).__name__}: {error})'
+        ) from error
     table = dict(pairs)
-    if len(table) < len(pairs) and (twice := next((image for image, label in pairs if table[image] != label), None)) is not None:
+    if (
+        len(table) < len(pairs)
+        and (twice := next((image for image, label in pairs if table[image] != label), None)) is not None
+    ):
         raise UserError(f'{files.path}: {name} gives {twice} two different labels; make it again')
     return table, vectors
 
@@ -357,28 +434,43 @@ def _read_label_table(files: ImageFiles, name: str) -> tuple[dict | None, bool]:
 def _label_array(labels: list, source: str) -> np.ndarray:
     if all(type(label) is int for label in labels):  # not bool
         if not 0 <= min(labels) <= max(labels) < MAX_CLASSES:
-            raise UserError(f'{source}: class indices from {min(labels)} to {max(labels)} are not in [0, {MAX_CLASSES})')
+            raise UserError(
+                f'{source}: class indices from {min(labels)} to {max(labels)} are not in [0, {MAX_CLASSES})'
+            )
         return np.array(labels, dtype=np.int64)
     try:
         with np.errstate(over='ignore'):
             vectors = np.array(labels, dtype=np.float32)
     except (ValueError, TypeError, OverflowError):
         vectors = np.empty(0)
-    if vectors.ndim != 2 or not vectors.size or not all(isinstance(label, list) for label in labels) or not np.isfinite(vectors).all():
+    if (
+        vectors.ndim != 2
+        or not vectors.size
+        or not all(isinstance(label, list) for label in labels)
+        or not np.isfinite(vectors).all()
+    ):
         ordinary = next((type(label) for label in labels if type(label) in (int, list)), None)
         odd = [label for label in labels if type(label) is not ordinary][:1]
-        raise UserError(f'{source}: labels are neither all class indices nor all vectors of one length of finite numbers that float32 holds'
-                        + (f', such as {json.dumps(odd[0])[:80]}' if odd else ''))
+        raise UserError(
+            f'{source}: labels are neither all class indices nor all vectors of one length of finite numbers that float32 holds'
+            + (f', such as {json.dumps(odd[0])[:80]}' if odd else '')
+        )
     return vectors
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The data set.
 
-def image_shape_of(image: Image.Image, source: str, cure: str = 'convert the data set with dataset_tool.py') -> tuple[int, int, int]:
+
+def image_shape_of(
+    image: Image.Image, source: str, cure: str = 'convert the data set with dataset_tool.py'
+) -> tuple[int, int, int]:
     """(channels, height, width) of an image that training takes as it is. Raises: UserError with the `cure` for any other."""
     kind = '16-bit ' + image.mode if is_16_bit(image) else image.mode
     if 'transparency' in image.info:
-        raise UserError(f'{source} is a {kind} image in which a color stands for transparent pixels, which training and measuring would see; {cure}')
+        raise UserError(
+            f'{source} is a {kind} image in which a color stands for transparent pixels, which training and measuring would see; {cure}'
+        )
     if kind not in ('L', 'RGB'):
         raise UserError(f'{source} is a {kind} image, and only 8-bit grayscale (L) and RGB are read; {cure}')
     return len(kind), image.height, image.width
@@ -409,23 +501,39 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     Raises: UserError, at construction or, for more than 10,000 images, when an unfit image is read.
     """
 
-    def __init__(self, path: str | os.PathLike, resolution: int | None = None, use_labels: bool = False, max_size: int | None = None,
-                 xflip: bool = False, cache: bool | None = False, seed: int = 0):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        resolution: int | None = None,
+        use_labels: bool = False,
+        max_size: int | None = None,
+        xflip: bool = False,
+        cache: bool | None = False,
+        seed: int = 0,
+    ):
         self._files = ImageFiles(path)
         self._index = random_subset(len(self._files.images), max_size, seed)
         self.caches = not self._files.holds_latents if cache is None else cache
         self._mirrored, self._cache = xflip, ({} if self.caches else None)
-        self.unturned: set[int] = set()  # file numbers of images that viewers turn (EXIF), among those whose headers are read at construction
+        self.unturned: set[int] = (
+            set()
+        )  # file numbers of images that viewers turn (EXIF), among those whose headers are read at construction
         self._shape = None  # until headers have been read
         self._shape = self._check_headers()
         if resolution not in (None, self.resolution):
-            raise UserError(f'{self._files.path} has {self._describe(self._shape)} images, not {resolution}x{resolution}; '
-                            f'convert it with dataset_tool.py --resolution={resolution}x{resolution}')
+            raise UserError(
+                f'{self._files.path} has {self._describe(self._shape)} images, not {resolution}x{resolution}; '
+                f'convert it with dataset_tool.py --resolution={resolution}x{resolution}'
+            )
         labels = read_labels(self._files) if use_labels else None
         if use_labels and labels is None:
-            raise UserError(f'{self._files.path} has no labels; add them to its {LABEL_FILE}, or train without (--cond=0)')
+            raise UserError(
+                f'{self._files.path} has no labels; add them to its {LABEL_FILE}, or train without (--cond=0)'
+            )
         self.unused_labels = count_unused_labels(self._files) if use_labels else 0
-        self._labels_of_all = None if labels is None else Labels.of_data(labels, are_label_vectors(self._files))
+        self._labels_of_all = (
+            None if labels is None else Labels.of_data(labels, are_label_vectors(self._files))
+        )
         self.labels = None if labels is None else self._labels_of_all.subset(self._index)
 
         self.holds_latents = self._files.holds_latents
@@ -451,8 +559,10 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         """The shape of the first image, once all others, where they are few, have been found to share it."""
         shape = self._header(self._index[0])
         if shape[1] != shape[2]:
-            raise UserError(f'{self._source(self._index[0])} is {self._describe(shape)}, not square; convert the data set with dataset_tool.py '
-                            '--transform=center-crop')
+            raise UserError(
+                f'{self._source(self._index[0])} is {self._describe(shape)}, not square; convert the data set with dataset_tool.py '
+                '--transform=center-crop'
+            )
         if len(self._index) <= HEADER_CHECK_LIMIT:
             for i in self._index:
                 self._check_shape(self._header(i), shape, i)
@@ -464,8 +574,10 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     def _check_shape(self, shape: tuple, expected: tuple, i: int) -> None:
         if shape != expected:
-            raise UserError(f'{self._source(i)} is {self._describe(shape)}, but {self._files.images[self._index[0]]} is '
-                            f'{self._describe(expected)}; give all images one size and mode with dataset_tool.py')
+            raise UserError(
+                f'{self._source(i)} is {self._describe(shape)}, but {self._files.images[self._index[0]]} is '
+                f'{self._describe(expected)}; give all images one size and mode with dataset_tool.py'
+            )
 
     def _source(self, i: int) -> str:
         return f'{self._files.path}: {self._files.images[i]}'
@@ -497,7 +609,9 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     def get_label(self, i: int) -> np.ndarray:
         """float32 [label_dim] label of item i."""
-        return np.zeros(0, dtype=np.float32) if self.labels is None else self.labels[int(i) % len(self._index)]
+        return (
+            np.zeros(0, dtype=np.float32) if self.labels is None else self.labels[int(i) % len(self._index)]
+        )
 
     def digest(self) -> str:
         """Hexadecimal digest of the whole data set: names and uncompressed sizes of its images, the bytes of a few, and the labels in use.
@@ -506,8 +620,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         depend on `max_size` and `xflip`. Raises: UserError where a file cannot be read.
         """
         names, last = list(self._files.images), len(self._files.images) - 1
-        shared = itertools.takewhile(lambda parts: parts[0] == parts[1], zip(*(name.split('/')[:-1] for name in (names[0], names[-1]))))
-        start = sum(len(folder) + 1 for folder, _ in shared)  # names are sorted: what the first and the last share, all do
+        shared = itertools.takewhile(
+            lambda parts: parts[0] == parts[1], zip(*(name.split('/')[:-1] for name in (names[0], names[-1])))
+        )
+        start = sum(
+            len(folder) + 1 for folder, _ in shared
+        )  # names are sorted: what the first and the last share, all do
         digest = hashlib.sha256('\0'.join(name[start:] for name in names).encode(errors='surrogateescape'))
         digest.update(self._files.sizes().astype('<i8'))
         for name in dict.fromkeys(names[i * last // (DIGESTED_FILES - 1)] for i in range(DIGESTED_FILES)):
@@ -515,7 +633,9 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                 with self._files.open(name) as file:
                     digest.update(hashlib.sha256(file.read()).digest())
             except UNREADABLE as error:
-                raise UserError(f'{self._files.path}: {name} cannot be read ({error}); replace or remove it') from error
+                raise UserError(
+                    f'{self._files.path}: {name} cannot be read ({error}); replace or remove it'
+                ) from error
         if self._labels_of_all is not None:
             digest.update(self._labels_of_all.digest().encode())
         return digest.hexdigest()
@@ -578,10 +698,12 @@ def random_subset(count: int, max_size: int | None, seed: int) -> np.ndarray:
     if max_size < 1:
         raise UserError(f'a data set of at most {max_size} images is empty; keep at least one')
     # RandomState, unlike numpy's newer generators, promises the same stream for ever.
-    return np.sort(np.random.RandomState(seed % 2 ** 32).permutation(count)[:max_size])
+    return np.sort(np.random.RandomState(seed % 2**32).permutation(count)[:max_size])
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The order of training.
+
 
 class InfiniteSampler(torch.utils.data.Sampler):
     """The endless global stream of image indices, of which each process takes its share.
@@ -599,11 +721,24 @@ class InfiniteSampler(torch.utils.data.Sampler):
         start: images of the stream to skip.
     """
 
-    def __init__(self, size: int, batch_size: int, rank: int = 0, num_replicas: int = 1, seed: int = 0, shuffle: bool = True, start: int = 0):
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        rank: int = 0,
+        num_replicas: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        start: int = 0,
+    ):
         if size < 1 or batch_size < 1 or start < 0 or not 0 <= rank < num_replicas:
-            raise ValueError(f'no stream from image {start} of {size}, {batch_size} at a time, for process {rank} of {num_replicas}')
+            raise ValueError(
+                f'no stream from image {start} of {size}, {batch_size} at a time, for process {rank} of {num_replicas}'
+            )
         if batch_size % num_replicas:
-            raise UserError(f'a batch of {batch_size} images does not divide among {num_replicas} processes; choose a multiple of {num_replicas}')
+            raise UserError(
+                f'a batch of {batch_size} images does not divide among {num_replicas} processes; choose a multiple of {num_replicas}'
+            )
         self.size, self.batch_size, self.rank, self.num_replicas = size, batch_size, rank, num_replicas
         self.seed, self.shuffle, self.start = seed, shuffle, start
 
@@ -611,7 +746,7 @@ class InfiniteSampler(torch.utils.data.Sampler):
         """[size] order of the data set in that epoch; a function of (seed, epoch) alone."""
         if not self.shuffle:
             return np.arange(self.size)
-        key = np.array([self.seed % 2 ** 64, epoch], dtype=np.uint64)
+        key = np.array([self.seed % 2**64, epoch], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key)).permutation(self.size)
 
     def __iter__(self) -> Iterator[int]:

@@ -1,4 +1,5 @@
 """The batches of training, from the disk to the step, and how long the step waited for them."""
+
 from __future__ import annotations
 
 import contextlib
@@ -20,6 +21,7 @@ AHEAD = 2  # batches that each worker has ready
 
 class Failure(NamedTuple):
     """What a worker has met with, in the place of a batch, and its traceback. `DataLoader` would put that into the error's message."""
+
     error: UserError
     traceback: str
 
@@ -41,7 +43,11 @@ class Samples(torch.utils.data.Dataset):
 
 def stacked(samples: list[tuple[np.ndarray, ...]] | Failure) -> tuple[torch.Tensor, ...] | Failure:
     """The samples as a batch: each of their arrays stacked, once, and not tensor by tensor."""
-    return samples if isinstance(samples, Failure) else tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples))
+    return (
+        samples
+        if isinstance(samples, Failure)
+        else tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples))
+    )
 
 
 @contextlib.contextmanager
@@ -68,12 +74,23 @@ class Feed:
         worker_init_fn: called in each worker with its number.
     """
 
-    def __init__(self, dataset, sampler, batch_size: int, workers: int, device: torch.device, worker_init_fn=None):
+    def __init__(
+        self, dataset, sampler, batch_size: int, workers: int, device: torch.device, worker_init_fn=None
+    ):
         self._workers: list[BaseProcess] = []
         with unchanged_handler(signal.SIGCHLD), starting(self._workers):
-            self._batches = iter(torch.utils.data.DataLoader(
-                Samples(dataset), sampler=sampler, batch_size=batch_size, num_workers=workers, worker_init_fn=worker_init_fn,
-                collate_fn=stacked, pin_memory=device.type == 'cuda', prefetch_factor=AHEAD if workers else None))
+            self._batches = iter(
+                torch.utils.data.DataLoader(
+                    Samples(dataset),
+                    sampler=sampler,
+                    batch_size=batch_size,
+                    num_workers=workers,
+                    worker_init_fn=worker_init_fn,
+                    collate_fn=stacked,
+                    pin_memory=device.type == 'cuda',
+                    prefetch_factor=AHEAD if workers else None,
+                )
+            )
         self._seconds = 0.0
 
     def __next__(self):
@@ -84,8 +101,10 @@ class Feed:
         except RuntimeError as error:
             if (ending := how_one_died(self._workers)) is None:
                 raise
-            raise UserError(f'A process that loads data has died ({ending}). Use fewer --workers, --cache=False, or a machine with more memory; '
-                            '--resume goes on from the newest training state.') from error
+            raise UserError(
+                f'A process that loads data has died ({ending}). Use fewer --workers, --cache=False, or a machine with more memory; '
+                '--resume goes on from the newest training state.'
+            ) from error
         finally:
             self._seconds += time.perf_counter() - start
         if isinstance(batch, Failure):

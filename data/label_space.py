@@ -3,6 +3,7 @@
 A label that a network sees is a float32 vector [label_dim]: of a class one-hot, of anything else what `dataset.json` says of the image. A data set
 whose vectors are all one-hot has classes.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -27,6 +28,7 @@ class LabelSpace(NamedTuple):
         kind: 'classes' or 'vectors'; None where nobody says, as in snapshots of other programs.
         present: the classes that have images in the training set, rising; None: all of them, or nobody says.
     """
+
     dim: int
     kind: str | None = None
     present: tuple[int, ...] | None = None
@@ -58,22 +60,31 @@ class LabelSpace(NamedTuple):
     def check_class(self, class_idx: int, option: str, network: str) -> None:
         """UserError, which begins with `option`, unless the network was trained on images of that class."""
         if self.are_vectors:
-            raise UserError(f'{option}: {network} takes {self}, not classes: give --labels=data, or --labels=FILE.npy with vectors')
+            raise UserError(
+                f'{option}: {network} takes {self}, not classes: give --labels=data, or --labels=FILE.npy with vectors'
+            )
         if class_idx >= self.dim:
             raise UserError(f'{option} does not exist: {network} has {self.dim or "no"} classes')
         if self.present is not None and class_idx not in self.present:
-            raise UserError(f'{option}: the training set of {network} has no images of class {class_idx}, so it was never trained; '
-                            f'the classes with images are {listed(self.present)}')
+            raise UserError(
+                f'{option}: the training set of {network} has no images of class {class_idx}, so it was never trained; '
+                f'the classes with images are {listed(self.present)}'
+            )
 
     def record(self) -> dict:
         """As plain data for metadata: `label_kind` and, where some have no images, `classes`, those that have, as in '0-2,5'."""
-        return {**({'label_kind': self.kind} if self.kind else {}), **({} if self.present is None else {'classes': ranges(self.present)})}
+        return {
+            **({'label_kind': self.kind} if self.kind else {}),
+            **({} if self.present is None else {'classes': ranges(self.present)}),
+        }
 
     @classmethod
     def recorded(cls, dim: int, record: dict) -> LabelSpace:
         """The space of a `record`, or of metadata that has it. Raises: ValueError where it cannot be one."""
         kind, classes = record.get('label_kind'), record.get('classes')
-        if kind not in (None, *KINDS) or (classes is not None and (kind == 'vectors' or not isinstance(classes, str))):
+        if kind not in (None, *KINDS) or (
+            classes is not None and (kind == 'vectors' or not isinstance(classes, str))
+        ):
             raise ValueError(f'labels of the kind {kind!r}')
         return cls(dim, kind, None if classes is None else parse_ranges(classes, dim))
 
@@ -109,8 +120,10 @@ def listed(numbers: Sequence[int]) -> str:
     parts = ranges(numbers).split(',')
     return ', '.join(parts[:SHOWN]) + (f', ... ({len(numbers)} in all)' if len(parts) > SHOWN else '')
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Many labels.
+
 
 class Labels(Sequence):
     """Labels of a space one after another, as a network sees them: float32 [dim].
@@ -136,7 +149,9 @@ class Labels(Sequence):
 
     def digest(self) -> str:
         """SHA-256 of the values."""
-        digest = hashlib.sha256(f'{self.values.dtype.str} {list(self.values.shape)} {self.space.dim}\n'.encode())
+        digest = hashlib.sha256(
+            f'{self.values.dtype.str} {list(self.values.shape)} {self.space.dim}\n'.encode()
+        )
         digest.update(np.ascontiguousarray(self.values))
         return digest.hexdigest()
 
@@ -145,13 +160,18 @@ class Labels(Sequence):
         """The labels of a whole data set, as `dataset.read_labels` gives them; `vectors`: even if all are one-hot, they are not classes."""
         if values.ndim == 2 and (vectors or not are_one_hot(values)):
             return cls(values, LabelSpace(values.shape[1], 'vectors'))
-        dim, indices = (values.shape[1], values.argmax(axis=1)) if values.ndim == 2 else (int(values.max()) + 1, values)
+        dim, indices = (
+            (values.shape[1], values.argmax(axis=1)) if values.ndim == 2 else (int(values.max()) + 1, values)
+        )
         return cls(indices, LabelSpace(dim, 'classes', _present(indices, dim)))
 
     def subset(self, index: np.ndarray) -> Labels:
         """Some of them, in the same space but for the classes that are left without images."""
         values = self.values[index]
-        return Labels(values, self.space if self.are_vectors else self.space._replace(present=_present(values, self.space.dim)))
+        return Labels(
+            values,
+            self.space if self.are_vectors else self.space._replace(present=_present(values, self.space.dim)),
+        )
 
     @classmethod
     def checked(cls, values: np.ndarray, space: LabelSpace, source: str, network: str) -> Labels:
@@ -160,8 +180,11 @@ class Labels(Sequence):
         Raises: UserError, which names `source`, where they are not labels of that network.
         """
         wanted = f'{network} takes {space}: ' + ' or '.join(
-            [f'class indices [N] below {space.dim}', f'one-hot rows [N, {space.dim}]'][:0 if space.are_vectors else 2]
-            + [f'vectors [N, {space.dim}] of finite numbers'][:0 if space.kind == 'classes' else 1])
+            [f'class indices [N] below {space.dim}', f'one-hot rows [N, {space.dim}]'][
+                : 0 if space.are_vectors else 2
+            ]
+            + [f'vectors [N, {space.dim}] of finite numbers'][: 0 if space.kind == 'classes' else 1]
+        )
         if values.dtype.kind not in 'iuf' or values.size == 0:
             raise UserError(f'{source} holds {values.dtype} {list(values.shape)}, no labels; {wanted}')
         are_indices = values.ndim == 1 and values.dtype.kind != 'f' and not space.are_vectors
@@ -172,11 +195,15 @@ class Labels(Sequence):
         with np.errstate(over='ignore'):
             vectors = np.asarray(values, dtype=np.float32)
         if bad := int((~np.isfinite(vectors).all(axis=1)).sum()):
-            raise UserError(f'{source}: {bad} of {len(vectors)} rows hold numbers that are not finite, or beyond float32')
+            raise UserError(
+                f'{source}: {bad} of {len(vectors)} rows hold numbers that are not finite, or beyond float32'
+            )
         one_hot = not space.are_vectors and are_one_hot(vectors)
         if space.kind == 'classes' and not one_hot:
             raise UserError(f'{source} holds rows that are not one-hot; {wanted}')
-        return cls(_checked_classes(vectors.argmax(axis=1), space, source, network) if one_hot else vectors, space)
+        return cls(
+            _checked_classes(vectors.argmax(axis=1), space, source, network) if one_hot else vectors, space
+        )
 
 
 def are_one_hot(rows: np.ndarray) -> bool:
@@ -192,9 +219,13 @@ def _present(indices: np.ndarray, dim: int) -> tuple[int, ...] | None:
 def _checked_classes(indices: np.ndarray, space: LabelSpace, source: str, network: str) -> np.ndarray:
     used = np.unique(indices).tolist()
     if not 0 <= used[0] <= used[-1] < space.dim:
-        raise UserError(f'{source} holds class indices from {used[0]} to {used[-1]}, which are not of the {space.dim} classes of {network}, '
-                        f'0 to {space.dim - 1}')
+        raise UserError(
+            f'{source} holds class indices from {used[0]} to {used[-1]}, which are not of the {space.dim} classes of {network}, '
+            f'0 to {space.dim - 1}'
+        )
     if space.present is not None and (untrained := sorted(set(used) - set(space.present))):
-        raise UserError(f'{source} holds labels of classes {listed(untrained)}, of which the training set of {network} has no images, so they were '
-                        f'never trained; the classes with images are {listed(space.present)}')
+        raise UserError(
+            f'{source} holds labels of classes {listed(untrained)}, of which the training set of {network} has no images, so they were '
+            f'never trained; the classes with images are {listed(space.present)}'
+        )
     return indices.astype(np.int64)

@@ -4,6 +4,7 @@
 
 writes the number of records, then the first COUNT of them, as lengths of key and value followed by these. It imports nothing of this project.
 """
+
 import signal
 import struct
 import sys
@@ -15,6 +16,7 @@ PATIENCE = 60  # seconds for a record, then SIGALRM ends it: a damaged tree of p
 
 def main(folder: str, count: int) -> None:
     import lmdb
+
     write = sys.stdout.buffer.write
     try:
         with lmdb.open(folder, readonly=True, lock=False) as base, base.begin(buffers=True) as transaction:

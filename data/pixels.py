@@ -1,5 +1,6 @@
 """From image files, of formats that are listed here, to 8-bit pixels, gray or RGB: orientation, transparency, ranges of integers; and the ways
 to a square."""
+
 from __future__ import annotations
 
 import contextlib
@@ -18,22 +19,46 @@ from dnnlib import UserError, limits
 # The formats that are read, with the module of Pillow that reads them, and their extensions. Pillow tells a file's format by its contents and knows
 # more: some start programs (EPS: Ghostscript), others hold no pixels or are hardly ever seen, and so hardly ever tested against hostile files.
 IMAGE_FORMATS = dict(
-    PNG=('Png', '.png .apng'), JPEG=('Jpeg', '.jpg .jpeg .jpe .jfif'), MPO=('Mpo', '.mpo'), WEBP=('WebP', '.webp'), AVIF=('Avif', '.avif .avifs'),
-    GIF=('Gif', '.gif'), BMP=('Bmp', '.bmp'), DIB=('Bmp', '.dib'), TIFF=('Tiff', '.tif .tiff'), PPM=('Ppm', '.pbm .pgm .ppm .pnm .pfm'),
-    JPEG2000=('Jpeg2K', '.jp2 .j2k .j2c .jpc .jpf .jpx'), TGA=('Tga', '.tga .icb .vda .vst'))
-IMAGE_EXTENSIONS = frozenset(extension for _, extensions in IMAGE_FORMATS.values() for extension in extensions.split())
-UNREADABLE = (*limits.UNREADABLE, Image.DecompressionBombError)  # what `open_image` and `load` of what it opens raise
+    PNG=('Png', '.png .apng'),
+    JPEG=('Jpeg', '.jpg .jpeg .jpe .jfif'),
+    MPO=('Mpo', '.mpo'),
+    WEBP=('WebP', '.webp'),
+    AVIF=('Avif', '.avif .avifs'),
+    GIF=('Gif', '.gif'),
+    BMP=('Bmp', '.bmp'),
+    DIB=('Bmp', '.dib'),
+    TIFF=('Tiff', '.tif .tiff'),
+    PPM=('Ppm', '.pbm .pgm .ppm .pnm .pfm'),
+    JPEG2000=('Jpeg2K', '.jp2 .j2k .j2c .jpc .jpf .jpx'),
+    TGA=('Tga', '.tga .icb .vda .vst'),
+)
+IMAGE_EXTENSIONS = frozenset(
+    extension for _, extensions in IMAGE_FORMATS.values() for extension in extensions.split()
+)
+UNREADABLE = (
+    *limits.UNREADABLE,
+    Image.DecompressionBombError,
+)  # what `open_image` and `load` of what it opens raise
 
-warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # from a size on that `open_image` refuses
+warnings.filterwarnings(
+    'ignore', category=Image.DecompressionBombWarning
+)  # from a size on that `open_image` refuses
 
 ORIENTATION = 0x0112  # the EXIF tag
 WHITE_IS_ZERO = 0x0106, 0  # TIFF's tag PhotometricInterpretation, and its value where 0 is white
-SIGNED = 0x0153, 2         # TIFF's tag SampleFormat, and its value for signed integers
+SIGNED = 0x0153, 2  # TIFF's tag SampleFormat, and its value for signed integers
 GRAY_MODES = ('1', 'L', 'LA', 'La')
 PART = 1 << 20  # pixels that are looked up together
 # How a viewer turns the stored pixels, by EXIF orientation (1: not at all), and how that is undone.
-TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270,
-         7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
+TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
 TURNS_BACK = {**TURNS, 6: Transpose.ROTATE_90, 8: Transpose.ROTATE_270}
 
 
@@ -47,6 +72,7 @@ class Picture(NamedTuple):
         raw: the mode of the file's samples, in the name of Pillow's decoder, such as 'RGB;16B'; '' where there is none.
         animated: whether the file holds several pictures, of an animation or pages; `image` is the first.
     """
+
     image: Image.Image
     orientation: int = 1
     turned: bool = False
@@ -67,8 +93,10 @@ class Picture(NamedTuple):
         """Whether Pillow has kept the upper 8 bits only of 16 a channel."""
         return self.image.mode[0] not in 'IF' and has_16_bits(self.raw)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Files.
+
 
 @functools.lru_cache(maxsize=1)
 def _formats() -> tuple[str, ...]:
@@ -92,21 +120,27 @@ def open_image(file: str | os.PathLike | BinaryIO, size: int | None = None) -> I
     image = Image.open(file, formats=_formats())
     try:
         if image.width * image.height > limits.IMAGE_PIXELS or max(image.size) > limits.IMAGE_SIDE:
-            raise limits.TooLarge(f'has {image.width} x {image.height} pixels, and an image has at most {limits.IMAGE_PIXELS:,}, '
-                                  f'and no side longer than {limits.IMAGE_SIDE:,}')
+            raise limits.TooLarge(
+                f'has {image.width} x {image.height} pixels, and an image has at most {limits.IMAGE_PIXELS:,}, '
+                f'and no side longer than {limits.IMAGE_SIDE:,}'
+            )
         limits.check_inflation(image.width * image.height * len(image.getbands()), size, 'pixels')
     except limits.TooLarge:
         image.close()
         raise
     return image
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Orientation.
+
 
 def orientation(image: Image.Image) -> int:
     """1 to 8, of an image whose header is read; 1 where it says nothing sensible. Its pixels are not read for it."""
     try:
-        value = Image.Image.getexif(image).get(ORIENTATION, 1)  # a PNG's own method reads the pixels, as the tag may follow them
+        value = Image.Image.getexif(image).get(
+            ORIENTATION, 1
+        )  # a PNG's own method reads the pixels, as the tag may follow them
     except UNREADABLE:  # damaged EXIF
         return 1
     return value if value in TURNS else 1
@@ -123,8 +157,10 @@ def oriented(picture: Picture, upright: bool) -> Image.Image:
         return picture.image
     return picture.image.transpose((TURNS if upright else TURNS_BACK)[picture.orientation])
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Modes.
+
 
 def raw_mode(image: Image.Image) -> str:
     """The mode of the samples in the file of an image that is open; '' where its decoder names none."""
@@ -140,7 +176,9 @@ def has_16_bits(raw: str) -> bool:
 
 def is_color(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> bool:
     """Whether an image, of which only the header need be read, is not gray, or would not stay so on that background."""
-    gray = image.mode in GRAY_MODES or image.mode[0] in 'IF' or raw_mode(image) in ('LA;16B', 'LA;16N')  # of 16 bits, which Pillow opens as RGBA
+    gray = (
+        image.mode in GRAY_MODES or image.mode[0] in 'IF' or raw_mode(image) in ('LA;16B', 'LA;16N')
+    )  # of 16 bits, which Pillow opens as RGBA
     return not gray or (len(set(background)) > 1 and may_be_transparent(image))
 
 
@@ -166,7 +204,9 @@ def _equals_key(picture: Picture, name: str) -> np.ndarray:
     """[H, W] whether a pixel has the color that the file names as transparent (PNG's chunk tRNS, GIF), in the units of its samples."""
     image, key = picture.image, picture.image.info['transparency']
     if picture.loses_bits:
-        raise UserError(f'{name} has 16 bits a channel and a transparent color, and Pillow reads only the upper 8 bits; convert it to 8 bits')
+        raise UserError(
+            f'{name} has 16 bits a channel and a transparent color, and Pillow reads only the upper 8 bits; convert it to 8 bits'
+        )
     values = np.asarray(image.convert('L') if image.mode == '1' else image)
     if picture.raw in ('L;2', 'L;4'):  # Pillow scales the samples to 0 ... 255, but not the key
         key = key * 255 // (2 ** int(picture.raw[2:]) - 1)
@@ -194,14 +234,18 @@ def _levels(picture: Picture, name: str) -> np.ndarray:
     # PNG's samples are unsigned, TIFF's as its mode says; Pillow scales those of PGM and JPEG 2000 to 16 bits, whatever their maximum.
     known = {'PNG': 'I', 'PPM': 'I', 'JPEG2000': 'I;16', 'TIFF': 'I;16'}.get(image.format)
     if known is None or not image.mode.startswith(known) or _has_tag(image, *SIGNED):
-        raise UserError(f'{name} has integers of unknown range (mode {image.mode}{", " + picture.raw if picture.raw else ""}); '
-                        'convert it to 8 bits, or to unsigned 16 bits from 0, black, to 65535, white')
+        raise UserError(
+            f'{name} has integers of unknown range (mode {image.mode}{", " + picture.raw if picture.raw else ""}); '
+            'convert it to 8 bits, or to unsigned 16 bits from 0, black, to 65535, white'
+        )
     white = 4095 if picture.raw.startswith('I;12') else 65535
     levels = np.rint(np.arange(white + 1) * (255 / white)).astype(np.uint8)
     if _has_tag(image, *WHITE_IS_ZERO):
         levels = levels[::-1]
     values = np.asarray(image).reshape(-1)
-    return np.concatenate([levels[values[i:i + PART]] for i in range(0, len(values), PART)]).reshape(image.height, image.width)
+    return np.concatenate([levels[values[i : i + PART]] for i in range(0, len(values), PART)]).reshape(
+        image.height, image.width
+    )
 
 
 def _has_tag(image: Image.Image, tag: int, value: int) -> bool:
@@ -210,7 +254,9 @@ def _has_tag(image: Image.Image, tag: int, value: int) -> bool:
     return found == value or (isinstance(found, tuple) and value in found)
 
 
-def prepared(picture: Picture, mode: str, background: tuple[int, int, int], upright: bool, name: str) -> tuple[Image.Image, bool]:
+def prepared(
+    picture: Picture, mode: str, background: tuple[int, int, int], upright: bool, name: str
+) -> tuple[Image.Image, bool]:
     """(the 8-bit image 'L' or 'RGB', composited on the background and turned or not, whether any of its pixels is transparent).
 
     'L' takes a gray background. Raises: UserError.
@@ -221,8 +267,10 @@ def prepared(picture: Picture, mode: str, background: tuple[int, int, int], upri
         image = Image.composite(image, canvas, alpha)
     return oriented(picture._replace(image=image), upright), alpha is not None
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Transforms.
+
 
 def crop_center(image: Image.Image, width: int, height: int) -> Image.Image:
     """The middle width x height pixels; one pixel nearer to the top left where they cannot be in the middle."""

@@ -1,4 +1,5 @@
 """What dataset_tool.py reads: folders, zips, arrays, CIFAR-10, MNIST, LSUN and digits, as images one after another with their labels."""
+
 from __future__ import annotations
 
 import gzip
@@ -39,6 +40,7 @@ Label = int | list[float] | None
 
 class Item(NamedTuple):
     """One image of a source: its place there, its name there, for messages, and its label: a class index, a vector or None."""
+
     number: int
     name: str
     picture: Picture
@@ -47,6 +49,7 @@ class Item(NamedTuple):
 
 class Source(NamedTuple):
     """A sequence of images to convert."""
+
     count: int
     mode: str  # 'L' or 'RGB': what all images are written as
     items: Iterable[Item]
@@ -61,24 +64,33 @@ class Selection(NamedTuple):
         max_per_class: the first so many of each class; None: all.
         labels_from: auto | folders | dataset.json | none.
     """
+
     max_images: int | None = None
     max_per_class: int | None = None
     labels_from: str = 'auto'
 
-    def rows(self, labels: Sequence[Label] | None, count: int, names: Sequence[str] | None = None) -> Sequence[int]:
+    def rows(
+        self, labels: Sequence[Label] | None, count: int, names: Sequence[str] | None = None
+    ) -> Sequence[int]:
         """The places of the chosen images, in order, of `count` with those labels. Says which classes they leave out, by their `names`."""
         rows: Sequence[int] = range(count)
         classes = Counter(labels) if labels is not None and count and isinstance(labels[0], int) else None
         if self.max_per_class is not None:
             if classes is None:
-                raise UserError('--max-images-per-class needs class labels, and the source has none; use --max-images')
+                raise UserError(
+                    '--max-images-per-class needs class labels, and the source has none; use --max-images'
+                )
             if few := [label for label, number in classes.items() if number < self.max_per_class]:
-                note(f'{_listed(few, names)}: {len(few)} of {len(classes)} classes have fewer than {self.max_per_class} images.')
+                note(
+                    f'{_listed(few, names)}: {len(few)} of {len(classes)} classes have fewer than {self.max_per_class} images.'
+                )
             rows = first_of_each(labels, self.max_per_class)
-        rows = rows[:self.max_images]
+        rows = rows[: self.max_images]
         if classes is not None and (left_out := classes.keys() - {labels[i] for i in rows}):
-            note(f'--max-images={self.max_images} leaves out {len(left_out)} of {len(classes)} classes ({_listed(left_out, names)}); '
-                 '--max-images-per-class takes as many of each.')
+            note(
+                f'--max-images={self.max_images} leaves out {len(left_out)} of {len(classes)} classes ({_listed(left_out, names)}); '
+                '--max-images-per-class takes as many of each.'
+            )
         return rows
 
 
@@ -108,19 +120,30 @@ def _listed(values: Iterable, names: Sequence[str] | None = None) -> str:
     shown = ', '.join(str(value) if names is None else f'{names[value]}={value}' for value in values[:SHOWN])
     return shown + (', ...' if len(values) > SHOWN else '')
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Arrays.
+
 
 def array_source(images: np.ndarray, labels: Sequence[int] | None, name: str, selection: Selection) -> Source:
     """Source of uint8 [N, H, W] or [N, H, W, 3] images with class indices."""
     if images.size == 0:
         raise UserError(f'{name} holds no images')
     if selection.labels_from in ('folders', 'dataset.json'):
-        raise UserError(f'--labels-from={selection.labels_from} is for folders and zips of images, and {name} is none; leave it out')
+        raise UserError(
+            f'--labels-from={selection.labels_from} is for folders and zips of images, and {name} is none; leave it out'
+        )
     labels = None if labels is None or selection.labels_from == 'none' else [int(label) for label in labels]
     rows = selection.rows(labels, len(images))
-    items = (Item(i, f'{name}[{row}]', Picture(Image.fromarray(np.ascontiguousarray(images[row]))), None if labels is None else labels[row])
-             for i, row in enumerate(rows))
+    items = (
+        Item(
+            i,
+            f'{name}[{row}]',
+            Picture(Image.fromarray(np.ascontiguousarray(images[row]))),
+            None if labels is None else labels[row],
+        )
+        for i, row in enumerate(rows)
+    )
     return Source(len(rows), 'L' if images.ndim == 3 else 'RGB', items)
 
 
@@ -129,13 +152,16 @@ def digits_source(selection: Selection) -> Source:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    return array_source(np.rint(digits.images * 255 / 16).astype(np.uint8), digits.target, 'digits', selection)
+    return array_source(
+        np.rint(digits.images * 255 / 16).astype(np.uint8), digits.target, 'digits', selection
+    )
+
 
 def read_idx(path: pathlib.Path, magic: int) -> np.ndarray:
     """The uint8 array of an IDX file, gzipped or not; the magic number's last byte is the number of dimensions."""
     try:
         with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as file:
-            header = struct.Struct(f'>{1 + (magic & 0xff)}I')
+            header = struct.Struct(f'>{1 + (magic & 0xFF)}I')
             found, *shape = header.unpack(file.read(header.size))
             size = math.prod(shape)
             if found == magic:
@@ -143,9 +169,13 @@ def read_idx(path: pathlib.Path, magic: int) -> np.ndarray:
                 limits.check_inflation(size, path.stat().st_size, 'its values')
             data = file.read(size + 1) if found == magic else b''
     except UNREADABLE as error:
-        raise UserError(f'{path} is not a readable IDX file ({_what_is_wrong(path, error)}); download it again') from error
+        raise UserError(
+            f'{path} is not a readable IDX file ({_what_is_wrong(path, error)}); download it again'
+        ) from error
     if found != magic or len(data) != size:
-        what = _what_is_wrong(path, ValueError(f'magic number {found:#x} instead of {magic:#x}, or a wrong length'))
+        what = _what_is_wrong(
+            path, ValueError(f'magic number {found:#x} instead of {magic:#x}, or a wrong length')
+        )
         raise UserError(f'{path} is not a complete IDX file ({what}); download it again')
     return np.frombuffer(data, dtype=np.uint8).reshape(shape)
 
@@ -159,13 +189,17 @@ def mnist_source(path: pathlib.Path, selection: Selection) -> Source:
         raise UserError(f'{path} needs its labels beside it, in {beside[0]}')
     images, labels = read_idx(path, 0x803), read_idx(labels_path, 0x801)
     if len(images) != len(labels):
-        raise UserError(f'{path} has {len(images)} images, but {labels_path} has {len(labels)} labels; take both from one release')
+        raise UserError(
+            f'{path} has {len(images)} images, but {labels_path} has {len(labels)} labels; take both from one release'
+        )
     if images.shape[1:] == (28, 28):
         images = np.pad(images, [(0, 0), (2, 2), (2, 2)])
     return array_source(images, labels, path.name, selection)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # CIFAR-10's pickles, read without running anything that they name.
+
 
 def read_cifar_batch(data: bytes, source: str) -> tuple[np.ndarray, list[int]]:
     """uint8 [N, 32, 32, 3] images and N class indices of one pickled CIFAR-10 batch, which is read as data."""
@@ -175,10 +209,14 @@ def read_cifar_batch(data: bytes, source: str) -> tuple[np.ndarray, list[int]]:
         images, labels = stored_array(batch['data'], wanted='uint8', codes='u1').read(file), batch['labels']
         images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         if len(images) != len(labels) or not all(type(label) is int and 0 <= label < 10 for label in labels):
-            raise ValueError(f'its {len(images)} images do not go with {len(labels)} labels, or a label is not in 0..9')
+            raise ValueError(
+                f'its {len(images)} images do not go with {len(labels)} labels, or a label is not in 0..9'
+            )
     except UNREADABLE as error:
         what = f'it {error}' if isinstance(error, MalformedPickle) else error
-        raise UserError(f'{source} is not a CIFAR-10 batch ({what}); download cifar-10-python.tar.gz again') from error
+        raise UserError(
+            f'{source} is not a CIFAR-10 batch ({what}); download cifar-10-python.tar.gz again'
+        ) from error
     return images, labels
 
 
@@ -195,17 +233,29 @@ def cifar10_source(path: pathlib.Path, selection: Selection) -> Source:
                     limits.check_size(member.size, limits.PICKLED_BATCH, 'a CIFAR-10 batch')
                     batches[int(match[1])] = member.name, archive.extractfile(member).read()
     except limits.TooLarge as error:
-        raise UserError(f'{path} is not cifar-10-python.tar.gz (it {error}); unpack other archives and name their folder') from error
+        raise UserError(
+            f'{path} is not cifar-10-python.tar.gz (it {error}); unpack other archives and name their folder'
+        ) from error
     except UNREADABLE as error:
-        raise UserError(f'{path} is not a complete tar archive ({_what_is_wrong(path, error)}); download it again') from error
+        raise UserError(
+            f'{path} is not a complete tar archive ({_what_is_wrong(path, error)}); download it again'
+        ) from error
     if not batches:
-        raise UserError(f'{path} holds no CIFAR-10 batches (data_batch_1, ...); the tar archive to name is cifar-10-python.tar.gz; '
-                        'unpack another and name its folder')
-    images, labels = zip(*(read_cifar_batch(data, f'{path}: {name}') for _, (name, data) in sorted(batches.items())))
-    return array_source(np.concatenate(images), list(itertools.chain.from_iterable(labels)), path.name, selection)
+        raise UserError(
+            f'{path} holds no CIFAR-10 batches (data_batch_1, ...); the tar archive to name is cifar-10-python.tar.gz; '
+            'unpack another and name its folder'
+        )
+    images, labels = zip(
+        *(read_cifar_batch(data, f'{path}: {name}') for _, (name, data) in sorted(batches.items()))
+    )
+    return array_source(
+        np.concatenate(images), list(itertools.chain.from_iterable(labels)), path.name, selection
+    )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Labels from class folders.
+
 
 class ClassFolders(NamedTuple):
     """How class folders divide images.
@@ -215,6 +265,7 @@ class ClassFolders(NamedTuple):
         names: of the class folders, sorted.
         labels: of each image: the place of its class folder among `names`; None of an image that lies in no class folder.
     """
+
     prefix: str
     names: list[str]
     labels: list[int | None]
@@ -262,11 +313,15 @@ def folder_labels(files: ImageFiles, leave_out: bool) -> tuple[list[str], list[i
     if strays := [name for name, label in zip(files.images, found.labels) if label is None]:
         where = f'{len(strays)} of {len(files.images)} images in {files.path} lie in no class folder ({_listed(strays)})'
         if not leave_out:
-            raise UserError(f'{where}, and so have no label. Leave them out with --labels-from=folders, write all images without labels with '
-                            '--labels-from=none, or move them.')
+            raise UserError(
+                f'{where}, and so have no label. Leave them out with --labels-from=folders, write all images without labels with '
+                '--labels-from=none, or move them.'
+            )
         note(f'{where}, and are left out.')
     _check_class_names(files, found)
-    shown = ', '.join(f'{name}={i}' for i, name in enumerate(found.names[:10])) + (', ...' if len(found.names) > 10 else '')
+    shown = ', '.join(f'{name}={i}' for i, name in enumerate(found.names[:10])) + (
+        ', ...' if len(found.names) > 10 else ''
+    )
     click.echo(printable(f'Labels from {len(found.names)} class folders: {shown}'), err=True)
     pairs = [(name, label) for name, label in zip(files.images, found.labels) if label is not None]
     return [name for name, _ in pairs], [label for _, label in pairs], found.names
@@ -274,8 +329,10 @@ def folder_labels(files: ImageFiles, leave_out: bool) -> tuple[list[str], list[i
 
 def _check_class_names(files: ImageFiles, found: ClassFolders) -> None:
     """UserError where two class folders look the same; a note where they nearly do, or hold no images."""
-    for key, alike in ((file_names.composed, 'in Unicode normalization only (composed, NFC, against decomposed, NFD)'),
-                       (str.casefold, 'in case only')):
+    for key, alike in (
+        (file_names.composed, 'in Unicode normalization only (composed, NFC, against decomposed, NFD)'),
+        (str.casefold, 'in case only'),
+    ):
         groups = defaultdict(list)
         for name in found.names:
             groups[key(name)].append(name)
@@ -285,10 +342,14 @@ def _check_class_names(files: ImageFiles, found: ClassFolders) -> None:
                 raise UserError(f'{text}; rename one, or put their images into one folder')
             note(f'{text}, and are two classes.')
     if empty := files.folders(found.prefix) - set(found.names):
-        note(f'{len(empty)} folders in {files.path} beside the class folders hold no images, and are no classes ({_listed(empty)}).')
+        note(
+            f'{len(empty)} folders in {files.path} beside the class folders hold no images, and are no classes ({_listed(empty)}).'
+        )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Image files.
+
 
 def files_source(path: pathlib.Path, selection: Selection, background: tuple[int, int, int]) -> Source:
     """A folder or zip of images, sorted by name. They are written as RGB if any is in color; in a color set the first header tells."""
@@ -296,18 +357,29 @@ def files_source(path: pathlib.Path, selection: Selection, background: tuple[int
     if files.holds_latents:
         with files.open_latents(files.images[0]):  # or it holds other arrays
             pass
-        raise UserError(f'{path} holds latents already ({files.images[0]}, ...); it is a data set as it is, or name the images they were made from')
+        raise UserError(
+            f'{path} holds latents already ({files.images[0]}, ...); it is a data set as it is, or name the images they were made from'
+        )
     names, labels, classes = labeled_images(files, selection.labels_from)
     rows = selection.rows(labels, len(names), classes)
     mode = 'RGB' if any(_is_color(files, names[row], background) for row in rows) else 'L'
-    items = (Item(i, f'{path}: {names[row]}', _read(files, names[row]), None if labels is None else labels[row]) for i, row in enumerate(rows))
-    vectors = bool(labels) and isinstance(labels[0], list) and Labels.of_data(np.array(labels), are_label_vectors(files)).are_vectors
+    items = (
+        Item(i, f'{path}: {names[row]}', _read(files, names[row]), None if labels is None else labels[row])
+        for i, row in enumerate(rows)
+    )
+    vectors = (
+        bool(labels)
+        and isinstance(labels[0], list)
+        and Labels.of_data(np.array(labels), are_label_vectors(files)).are_vectors
+    )
     if about := files.about_others():
         note(f'{about}.')
     return Source(len(rows), mode, items, vectors)
 
 
-def labeled_images(files: ImageFiles, labels_from: str) -> tuple[Sequence[str], list[Label] | None, list[str] | None]:
+def labeled_images(
+    files: ImageFiles, labels_from: str
+) -> tuple[Sequence[str], list[Label] | None, list[str] | None]:
     """(names of images, their labels or None, names of the classes or None), as `Selection.labels_from` says."""
     if labels_from == 'none':
         return files.images, None, None
@@ -340,26 +412,39 @@ def read_lmdb(path: pathlib.Path, count: int) -> Iterator[int | tuple[bytes, byt
     They come from a process of their own (`lmdb_pipe`): where pages are damaged or missing, it ends by a signal, and this process does not.
     """
     if importlib.util.find_spec('lmdb') is None:
-        raise UserError(f'{path} is an LMDB data base, and the lmdb package is not installed; run: pip install lmdb')
+        raise UserError(
+            f'{path} is an LMDB data base, and the lmdb package is not installed; run: pip install lmdb'
+        )
     command = [sys.executable, lmdb_pipe.__file__, os.path.abspath(path), str(count)]
     try:
         shortage = _shortage_of_lmdb(path / 'data.mdb')
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
             try:
-                total, = lmdb_pipe.HEAD.unpack(_take(process, lmdb_pipe.HEAD.size))
+                (total,) = lmdb_pipe.HEAD.unpack(_take(process, lmdb_pipe.HEAD.size))
                 yield total
                 for _ in range(min(count, total)):
                     key, value = lmdb_pipe.LENGTHS.unpack(_take(process, lmdb_pipe.LENGTHS.size))
                     limits.check_size(key + value, limits.IMAGE_FILE, 'an image')
                     yield _take(process, key), _take(process, value)
             except EOFError as error:
-                said, status = process.stderr.read().decode(errors='replace').strip().splitlines(), process.wait()
-                signaled = f'it is damaged: reading it ends in {signal.Signals(-status).name}' if status < 0 else 'it ends before its last record'
+                said, status = (
+                    process.stderr.read().decode(errors='replace').strip().splitlines(),
+                    process.wait(),
+                )
+                signaled = (
+                    f'it is damaged: reading it ends in {signal.Signals(-status).name}'
+                    if status < 0
+                    else 'it ends before its last record'
+                )
                 raise ValueError(said[-1] if said else shortage or signaled) from error
             finally:
                 process.kill()
     except UNREADABLE as error:
-        raise UserError(f'{path} is not a readable LMDB data base ({error}); copy or download it again') from error
+        raise UserError(
+            f'{path} is not a readable LMDB data base ({error}); copy or download it again'
+        ) from error
 
 
 def _take(process: subprocess.Popen, size: int) -> bytes:
@@ -384,7 +469,7 @@ def _shortage_of_lmdb(path: pathlib.Path) -> str:
         length = os.fstat(file.fileno()).st_size
         pages = [meta.unpack(file.read(meta.size).ljust(meta.size, b'\0'))]
         size = pages[0][4]
-        if pages[0][:2] != (0xbeefc0de, 1) or size not in (1 << bits for bits in range(8, 17)):
+        if pages[0][:2] != (0xBEEFC0DE, 1) or size not in (1 << bits for bits in range(8, 17)):
             raise ValueError('it does not begin as one')
         file.seek(size)
         pages.append(meta.unpack(file.read(meta.size).ljust(meta.size, b'\0')))
@@ -398,8 +483,10 @@ def _shortage_of_lmdb(path: pathlib.Path) -> str:
 def lmdb_source(path: pathlib.Path, selection: Selection) -> Source:
     """An LSUN `*_lmdb` folder of JPEG or WebP images, in the order of its keys, without labels."""
     if selection.labels_from in ('folders', 'dataset.json'):
-        raise UserError(f'--labels-from={selection.labels_from} is for folders and zips of images, and {path} is an LMDB data base; leave it out')
-    count, = read_lmdb(path, 0)
+        raise UserError(
+            f'--labels-from={selection.labels_from} is for folders and zips of images, and {path} is an LMDB data base; leave it out'
+        )
+    (count,) = read_lmdb(path, 0)
     if count == 0:
         raise UserError(f'{path} holds no images')
     rows = selection.rows(None, count)

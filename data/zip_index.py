@@ -3,6 +3,7 @@
 Python's zipfile makes an object of every member. Here the directory is read into arrays at once, where it is as plain as directories are that
 dataset_tool.py writes; where not, zipfile reads it. Members are opened by zipfile in any case, with all its checks.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -23,8 +24,16 @@ from dnnlib import UserError, limits, util
 from dnnlib.archives import BoundedZip
 
 CACHE_FROM = 100_000  # members; fewer are read as fast as they could be looked up
-FORMAT = 2            # of the cache's arrays, and of what is made of them
-FIELDS = dict(offset=np.uint64, compressed=np.uint64, size=np.uint64, crc=np.uint32, method=np.uint16, flags=np.uint16, attributes=np.uint32)
+FORMAT = 2  # of the cache's arrays, and of what is made of them
+FIELDS = dict(
+    offset=np.uint64,
+    compressed=np.uint64,
+    size=np.uint64,
+    crc=np.uint32,
+    method=np.uint16,
+    flags=np.uint16,
+    attributes=np.uint32,
+)
 SYMBOLIC_LINK = 0o12  # the upper four bits of a Unix file's mode, which are the upper four of its attributes
 EMPTY_ZIP = b'PK\5\6' + bytes(18)
 
@@ -49,7 +58,7 @@ class Names(Sequence):
             return list(self[np.arange(len(self))[i]])
         if isinstance(i, np.ndarray):
             return Names(self.blob, self.starts[i], self.ends[i])
-        return self.blob[self.starts[i]:self.ends[i]].decode()
+        return self.blob[self.starts[i] : self.ends[i]].decode()
 
     def __iter__(self) -> Iterator[str]:
         return (self.blob[start:end].decode() for start, end in zip(self.starts.tolist(), self.ends.tolist()))
@@ -57,6 +66,7 @@ class Names(Sequence):
 
 class Entry(NamedTuple):
     """What the directory says of a member."""
+
     filename: str
     file_size: int
     CRC: int
@@ -85,16 +95,27 @@ class ZipIndex:
         key = tail and tail.key()
 
         def parse():
-            names, fields = (tail and _parse(tail)) or _parse_by_zipfile(path, limits.DATA_DIRECTORY if tail else limits.ZIP_DIRECTORY)
+            names, fields = (tail and _parse(tail)) or _parse_by_zipfile(
+                path, limits.DATA_DIRECTORY if tail else limits.ZIP_DIRECTORY
+            )
             order = sorted(range(len(names)), key=[_with_slashes(name) for name in names].__getitem__)
             names = Names.of([names[i] for i in order])
             _check_separators(names, path)
             if fields['compressed'].astype(np.float64).sum() > Path(path).stat().st_size:
                 raise zipfile.BadZipFile('its members overlap, or lie beyond its end')
-            return dict(blob=np.frombuffer(names.blob, np.uint8), ends=names.ends, **{name: array[order] for name, array in fields.items()})
+            return dict(
+                blob=np.frombuffer(names.blob, np.uint8),
+                ends=names.ends,
+                **{name: array[order] for name, array in fields.items()},
+            )
+
         arrays = cached(key if tail and tail.count >= CACHE_FROM else None, 'directory', parse, _consistent)
         ends = arrays['ends']
-        return cls(Names(arrays['blob'].tobytes(), np.append(0, ends)[:-1], ends), {name: arrays[name] for name in FIELDS}, key)
+        return cls(
+            Names(arrays['blob'].tobytes(), np.append(0, ends)[:-1], ends),
+            {name: arrays[name] for name in FIELDS},
+            key,
+        )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -109,8 +130,15 @@ class ZipIndex:
         if row < 0 or self.names[row] != name:
             raise KeyError(f'There is no item named {name!r} in the archive')
         info = zipfile.ZipInfo(self.stored[row])
-        info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type, info.flag_bits, info.external_attr = (
-            int(self.fields[field][row]) for field in FIELDS)
+        (
+            info.header_offset,
+            info.compress_size,
+            info.file_size,
+            info.CRC,
+            info.compress_type,
+            info.flag_bits,
+            info.external_attr,
+        ) = (int(self.fields[field][row]) for field in FIELDS)
         return info
 
     def links(self) -> list[str]:
@@ -129,8 +157,10 @@ def _check_separators(stored: Names, path: str) -> None:
         return
     for name, following in itertools.pairwise(stored):
         if name != following and file_names.with_slashes(name) == file_names.with_slashes(following):
-            raise UserError(f'{path} has both {name} and {following}: backslashes separate folders as slashes do, so these are one name; '
-                            'make the zip again')
+            raise UserError(
+                f'{path} has both {name} and {following}: backslashes separate folders as slashes do, so these are one name; '
+                'make the zip again'
+            )
 
 
 def open_archive(path: str) -> zipfile.ZipFile:
@@ -139,8 +169,10 @@ def open_archive(path: str) -> zipfile.ZipFile:
     archive.fp, archive.filename = open(path, 'rb'), path  # noqa: SIM115  (it stays open)
     return archive
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Reading directories (PKWARE's APPNOTE, 4.3.12 to 4.3.16).
+
 
 class Tail(NamedTuple):
     """The end of a zip file from its central directory on.
@@ -152,6 +184,7 @@ class Tail(NamedTuple):
         file_size: of the whole file.
         count: members, as far as the record at the end tells.
     """
+
     data: bytes
     length: int
     shift: int
@@ -159,7 +192,9 @@ class Tail(NamedTuple):
     count: int
 
     def key(self) -> str:
-        return hashlib.blake2b(self.data + struct.pack('<QQ', self.file_size, FORMAT), digest_size=16).hexdigest()
+        return hashlib.blake2b(
+            self.data + struct.pack('<QQ', self.file_size, FORMAT), digest_size=16
+        ).hexdigest()
 
 
 def _find_directory(path: str) -> Tail | None:
@@ -175,9 +210,9 @@ def _find_directory(path: str) -> Tail | None:
         count, length, offset, comment = struct.unpack_from('<10xHIIH', data, end)
         if end + 22 + comment != len(data):
             return None
-        if data[max(end - 20, 0):end][:4] == b'PK\6\7':  # ZIP64
+        if data[max(end - 20, 0) : end][:4] == b'PK\6\7':  # ZIP64
             end -= 76
-            if end < 0 or data[end:end + 4] != b'PK\6\6':
+            if end < 0 or data[end : end + 4] != b'PK\6\6':
                 return None
             count, length, offset = struct.unpack_from('<32xQQQ', data, end)
         start = base + end - length
@@ -196,7 +231,7 @@ def _parse(tail: Tail) -> tuple[list[bytes], dict[str, np.ndarray]] | None:
     data, position, positions = tail.data, 0, []
     lengths = struct.Struct('<3H').unpack_from
     while position < tail.length:
-        if data[position:position + 4] != b'PK\1\2' or position + 46 > tail.length:
+        if data[position : position + 4] != b'PK\1\2' or position + 46 > tail.length:
             return None
         positions.append(position)
         position += 46 + sum(lengths(data, position + 28))
@@ -207,18 +242,34 @@ def _parse(tail: Tail) -> tuple[list[bytes], dict[str, np.ndarray]] | None:
     def field(kind, at):
         every = np.ndarray([len(data) - 7], kind, data, strides=[1])  # at each byte, also beyond a boundary
         return every[positions + at]
-    fields = dict(offset=field('<u4', 42).astype(np.uint64), compressed=field('<u4', 20), size=field('<u4', 24), crc=field('<u4', 16),
-                  method=field('<u2', 10), flags=field('<u2', 8), attributes=field('<u4', 38))
+
+    fields = dict(
+        offset=field('<u4', 42).astype(np.uint64),
+        compressed=field('<u4', 20),
+        size=field('<u4', 24),
+        crc=field('<u4', 16),
+        method=field('<u2', 10),
+        flags=field('<u2', 8),
+        attributes=field('<u4', 38),
+    )
     name_length, extra_length = field('<u2', 28).astype(np.int64), field('<u2', 30)
-    far = fields['offset'] == 0xffffffff
+    far = fields['offset'] == 0xFFFFFFFF
     extra = positions[far] + 46 + name_length[far]
     every_2, every_8 = (np.ndarray([len(data) - 7], kind, data, strides=[1]) for kind in ('<u2', '<u8'))
-    if ((extra_length != far * 12).any() or (every_2[extra] != 1).any() or (every_2[extra + 2] != 8).any()
-            or max(fields['compressed'].max(initial=0), fields['size'].max(initial=0)) == 0xffffffff or (field('<u2', 6) > 63).any()):
+    if (
+        (extra_length != far * 12).any()
+        or (every_2[extra] != 1).any()
+        or (every_2[extra + 2] != 8).any()
+        or max(fields['compressed'].max(initial=0), fields['size'].max(initial=0)) == 0xFFFFFFFF
+        or (field('<u2', 6) > 63).any()
+    ):
         return None
     fields['offset'][far] = every_8[extra + 4]
     fields['offset'] += np.uint64(tail.shift)
-    names = [data[start:end] for start, end in zip((positions + 46).tolist(), (positions + 46 + name_length).tolist())]
+    names = [
+        data[start:end]
+        for start, end in zip((positions + 46).tolist(), (positions + 46 + name_length).tolist())
+    ]
     joined = b''.join(names)
     if not joined.isascii() or b'\0' in joined:
         return None
@@ -228,22 +279,45 @@ def _parse(tail: Tail) -> tuple[list[bytes], dict[str, np.ndarray]] | None:
 def _parse_by_zipfile(path: str, directory: int) -> tuple[list[bytes], dict[str, np.ndarray]]:
     with BoundedZip(path, directory) as archive:
         infos = archive.infolist()
-    columns = zip(*((i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type, i.flag_bits, i.external_attr) for i in infos))
-    arrays = [np.array(column, dtype=kind) for column, kind in zip(columns, FIELDS.values())] or [np.empty(0, kind) for kind in FIELDS.values()]
+    columns = zip(
+        *(
+            (
+                i.header_offset,
+                i.compress_size,
+                i.file_size,
+                i.CRC,
+                i.compress_type,
+                i.flag_bits,
+                i.external_attr,
+            )
+            for i in infos
+        )
+    )
+    arrays = [np.array(column, dtype=kind) for column, kind in zip(columns, FIELDS.values())] or [
+        np.empty(0, kind) for kind in FIELDS.values()
+    ]
     return [info.filename.encode() for info in infos], dict(zip(FIELDS, arrays))
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The cache.
 
-def cached(key: str | None, what: str, compute: Callable[[], dict[str, np.ndarray]],
-           sound: Callable[[dict], bool] = lambda arrays: True) -> dict[str, np.ndarray]:
+
+def cached(
+    key: str | None,
+    what: str,
+    compute: Callable[[], dict[str, np.ndarray]],
+    sound: Callable[[dict], bool] = lambda arrays: True,
+) -> dict[str, np.ndarray]:
     """The arrays that an earlier call computed for this key, or that are computed now and kept. What cannot be kept is not.
 
     Args:
         key: of whatever decides the arrays; None: they are not kept.
         sound: whether arrays that were read can be what was computed.
     """
-    path = None if key is None else Path(util.DEFAULT_CACHE_DIR).expanduser() / 'indices' / f'{key}-{what}.npz'
+    path = (
+        None if key is None else Path(util.DEFAULT_CACHE_DIR).expanduser() / 'indices' / f'{key}-{what}.npz'
+    )
     if path is not None:
         with contextlib.suppress(*limits.UNREADABLE), np.load(path, allow_pickle=False) as file:
             arrays = dict(file)  # zipfile compares checksums
@@ -261,5 +335,10 @@ def cached(key: str | None, what: str, compute: Callable[[], dict[str, np.ndarra
 
 def _consistent(arrays: dict[str, np.ndarray]) -> bool:
     ends = arrays.get('ends', np.empty(0))
-    return (arrays.keys() == {'blob', 'ends', *FIELDS} and all(len(arrays[name]) == len(ends) for name in FIELDS)
-            and len(ends) > 0 and ends[-1] == len(arrays['blob']) and (np.diff(ends, prepend=0) >= 0).all())
+    return (
+        arrays.keys() == {'blob', 'ends', *FIELDS}
+        and all(len(arrays[name]) == len(ends) for name in FIELDS)
+        and len(ends) > 0
+        and ends[-1] == len(arrays['blob'])
+        and (np.diff(ends, prepend=0) >= 0).all()
+    )

@@ -1,4 +1,5 @@
 """Small helpers that know nothing of networks: errors, downloads, command lines."""
+
 import dnnlib.interrupts  # noqa: F401  (first)
 
 from dnnlib.util import EasyDict, NotFinite, UserError, open_url

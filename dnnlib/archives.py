@@ -1,4 +1,5 @@
 """Zip and tar archives of strangers, read by Python's own modules, which get no more of a file at once than the kind of archive needs."""
+
 from __future__ import annotations
 
 import functools
@@ -90,4 +91,9 @@ class BoundedTar(tarfile.TarFile):
     """
 
     def __init__(self, name: str | None, mode: str, fileobj: BinaryIO, **others):
-        super().__init__(name, mode, BoundedFile(fileobj, limits.PICKLED_BATCH, "CIFAR-10's archive", limits.TAR_ARCHIVE), **others)
+        super().__init__(
+            name,
+            mode,
+            BoundedFile(fileobj, limits.PICKLED_BATCH, "CIFAR-10's archive", limits.TAR_ARCHIVE),
+            **others,
+        )

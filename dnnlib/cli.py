@@ -1,4 +1,5 @@
 """What every command line of this repository shares: grouped help, errors in one line, EDM's value types."""
+
 from __future__ import annotations
 
 import itertools
@@ -13,11 +14,11 @@ from dnnlib.text import printable
 from dnnlib.util import UserError
 
 MAX_NUMBERS = 10_000_000  # of a list of integers: more are a slip of the keyboard
-MOST, LARGEST = 10 ** 12, 1e38  # of what is counted, and of other numbers: FP32 has them
+MOST, LARGEST = 10**12, 1e38  # of what is counted, and of other numbers: FP32 has them
 INTEGER = re.compile(r'[+-]?[0-9]+')  # also in other scripts than Latin there are digits, which Python reads
 NUMBER = re.compile(r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?')
 INFINITY = re.compile(r'[+-]?inf(inity)?', re.IGNORECASE)
-SEED_COUNT = 1 << 32      # of the seeds that the generators tell apart: those below this
+SEED_COUNT = 1 << 32  # of the seeds that the generators tell apart: those below this
 LONGEST_USAGE_ERROR = 400  # characters of what is wrong with a value, which it repeats
 HELP_SETTINGS = dict(max_content_width=120, help_option_names=['-h', '--help'])
 
@@ -35,7 +36,9 @@ class Argument(click.Argument):
 
     group = 'Arguments'
 
-    def __init__(self, *args, description: str, **kwargs):  # newer versions of click have `help`, and list it elsewhere
+    def __init__(
+        self, *args, description: str, **kwargs
+    ):  # newer versions of click have `help`, and list it elsewhere
         super().__init__(*args, **kwargs)
         self.description = description
 
@@ -106,7 +109,12 @@ class Integer(click.IntRange):
     def convert(self, value, param, ctx):
         text = str(value).strip()
         if not INTEGER.fullmatch(text) or len(text) > MAX_DIGITS:
-            self.fail(f'{shown(value)} is not a whole number' + f' of at most {MAX_DIGITS} digits' * (len(text) > MAX_DIGITS), param, ctx)
+            self.fail(
+                f'{shown(value)} is not a whole number'
+                + f' of at most {MAX_DIGITS} digits' * (len(text) > MAX_DIGITS),
+                param,
+                ctx,
+            )
         number = super().convert(text, param, ctx)
         if self.max is None and number > MOST:
             self.fail(f'{number} is too large: {MOST} is the most that counts go to', param, ctx)
@@ -122,8 +130,15 @@ class Number(click.FloatRange):
 
     def convert(self, value, param, ctx):
         text = str(value).strip()
-        if not (self.infinite and INFINITY.fullmatch(text)) and (not NUMBER.fullmatch(text) or len(text) > MAX_DIGITS):
-            self.fail(f'{shown(value)} is not a finite number' + f' of at most {MAX_DIGITS} characters' * (len(text) > MAX_DIGITS), param, ctx)
+        if not (self.infinite and INFINITY.fullmatch(text)) and (
+            not NUMBER.fullmatch(text) or len(text) > MAX_DIGITS
+        ):
+            self.fail(
+                f'{shown(value)} is not a finite number'
+                + f' of at most {MAX_DIGITS} characters' * (len(text) > MAX_DIGITS),
+                param,
+                ctx,
+            )
         number = super().convert(text, param, ctx)
         if abs(number) > LARGEST and not (self.infinite and INFINITY.fullmatch(text)):
             self.fail(f'{shown(value)} is too large: {LARGEST:g} is as far as numbers go here', param, ctx)
@@ -134,18 +149,18 @@ class Number(click.FloatRange):
 
 
 COUNT = Integer(min=1)
-STEPS = Integer(min=1, max=MAX_STEPS)   # of a sampler, and of grids of noise levels
+STEPS = Integer(min=1, max=MAX_STEPS)  # of a sampler, and of grids of noise levels
 LEVELS = Integer(min=2, max=MAX_STEPS)  # of such a grid
-INDEX = Integer(min=0, max=MAX_STEPS)   # of a level
-BATCH = Integer(min=1, max=1 << 20)     # images
-SIDE = Integer(min=1, max=1 << 16)      # pixels or channels
+INDEX = Integer(min=0, max=MAX_STEPS)  # of a level
+BATCH = Integer(min=1, max=1 << 20)  # images
+SIDE = Integer(min=1, max=1 << 16)  # pixels or channels
 WORKERS, SOME_WORKERS = Integer(min=0, max=1024), Integer(min=1, max=1024)
 POSITIVE = Number(min=0, min_open=True)
-SIGMA = Number(min=1e-9, max=1e6)       # noise levels: their squares are FP32 numbers
-RHO = Number(min=0.1, max=1000)         # exponents of noise levels; below, powers overflow
+SIGMA = Number(min=1e-9, max=1e6)  # noise levels: their squares are FP32 numbers
+RHO = Number(min=0.1, max=1000)  # exponents of noise levels; below, powers overflow
 FACTOR = Number(min=0, max=1e6)
 SOME_FACTOR, SIGNED_FACTOR = Number(min=0, max=1e6, min_open=True), Number(min=-1e6, max=1e6)
-KIMG = Number(min=0, max=1e9)           # a trillion images
+KIMG = Number(min=0, max=1e9)  # a trillion images
 SOME_MIMG, SOME_KIMG = Number(min=0, max=1e6, min_open=True), Number(min=0, max=1e9, min_open=True)
 
 
@@ -160,12 +175,16 @@ def expand_path(path: str) -> str:
         raise UserError('it is empty. Give a path; a variable of the shell may not be set')
     kind, start = re.fullmatch(r'(\w+:(?!//))?(.*)', path, re.DOTALL).groups()
     if variable := re.match(r'\$(\w+|\{\w+\})', start):
-        raise UserError(f'{path} begins with a variable, {variable[0]}, that no shell has replaced (in single quotes?). '
-                        f'Write the path itself, or ./{start} for a file of that name')
+        raise UserError(
+            f'{path} begins with a variable, {variable[0]}, that no shell has replaced (in single quotes?). '
+            f'Write the path itself, or ./{start} for a file of that name'
+        )
     expanded = os.path.expanduser(start)
     if expanded.startswith('~'):
-        raise UserError(f'there is no user {start.partition("/")[0][1:]!r}, whose home {path} would begin with. '
-                        f'Write the path itself, or ./{start} for a file of that name')
+        raise UserError(
+            f'there is no user {start.partition("/")[0][1:]!r}, whose home {path} would begin with. '
+            f'Write the path itself, or ./{start} for a file of that name'
+        )
     return (kind or '') + expanded
 
 
@@ -218,7 +237,11 @@ class Seeds(IntRanges):
         if max(seeds) >= SEED_COUNT:
             self.fail(f'there is no seed {max(seeds)}: seeds are below 2^32 = {SEED_COUNT}', param, ctx)
         if not self.repeats and (again := repeated(seeds)):
-            self.fail(f'{as_ranges(again)} of {len(seeds)} seeds named twice: the same seed again gives the same again. Name each once', param, ctx)
+            self.fail(
+                f'{as_ranges(again)} of {len(seeds)} seeds named twice: the same seed again gives the same again. Name each once',
+                param,
+                ctx,
+            )
         return seeds
 
 
@@ -233,8 +256,10 @@ def repeated(numbers: Iterable[int]) -> list[int]:
 def check_seeds(first: int, count: int, seed_option: str, count_option: str) -> None:
     """UsageError where `count` seeds from `first` on go beyond those that there are."""
     if first + count > SEED_COUNT:
-        raise click.UsageError(f'{seed_option}={first} and {count_option}={count} ask for seeds up to {first + count - 1}, and seeds are below '
-                               f'2^32 = {SEED_COUNT}: lower {seed_option}.')
+        raise click.UsageError(
+            f'{seed_option}={first} and {count_option}={count} ask for seeds up to {first + count - 1}, and seeds are below '
+            f'2^32 = {SEED_COUNT}: lower {seed_option}.'
+        )
 
 
 def as_ranges(numbers: Sequence[int], limit: int = 20) -> str:
@@ -269,4 +294,6 @@ class NumberList(click.ParamType):
         try:
             return [self.kind.convert(word, param, ctx) for word in words]
         except click.BadParameter as error:
-            self.fail(f'{shown(value)} is not a comma-separated list of such numbers: {error.message}', param, ctx)
+            self.fail(
+                f'{shown(value)} is not a comma-separated list of such numbers: {error.message}', param, ctx
+            )

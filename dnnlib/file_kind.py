@@ -1,4 +1,5 @@
 """What a file is, told by its first bytes: for messages about a file of another kind than the one that was asked for. Nothing is executed."""
+
 from __future__ import annotations
 
 import os
@@ -8,55 +9,74 @@ from collections.abc import Mapping, Sequence
 from dnnlib import limits
 from dnnlib.archives import BoundedZip, open_member
 
-HEAD = 4096            # bytes that decide; a tar archive shows itself after 257
-PICKLE_HEAD = 1 << 22  # bytes of the pickle inside a PyTorch file, in which its outermost names are looked for, behind those of a network's tensors
-ZIP, DAMAGED_ZIP, NPZ, NPY = 'a zip archive', 'a damaged or incomplete zip archive', 'a NumPy .npz archive', 'a NumPy .npy array'
+HEAD = 4096  # bytes that decide; a tar archive shows itself after 257
+PICKLE_HEAD = (
+    1 << 22
+)  # bytes of the pickle inside a PyTorch file, in which its outermost names are looked for, behind those of a network's tensors
+ZIP, DAMAGED_ZIP, NPZ, NPY = (
+    'a zip archive',
+    'a damaged or incomplete zip archive',
+    'a NumPy .npz archive',
+    'a NumPy .npy array',
+)
 
 # Pattern of the first bytes, and what such a file is called. The first that matches decides.
-STARTS = [(re.compile(pattern, re.DOTALL), words) for pattern, words in (
-    (rb'version https://git-lfs', 'a Git LFS pointer (the file itself was not downloaded; run git lfs pull)'),
-    (rb'(\xef\xbb\xbf)?\s*<(?i:!doctype\s+html|html|head|body)\b', 'a web page (HTML)'),
-    (rb'(\xef\xbb\xbf)?\s*<(?i:\?xml|error)\b', 'an XML document (a server\'s error message?)'),
-    (rb'\x89PNG\r\n\x1a\n', 'a PNG image'),
-    (rb'\xff\xd8\xff', 'a JPEG image'),
-    (rb'GIF8[79]a', 'a GIF image'),
-    (rb'RIFF....WEBP', 'a WebP image'),
-    (rb'II\x2a\0|MM\0\x2a', 'a TIFF image'),
-    (rb'BM....\0\0\0\0', 'a BMP image'),
-    (rb'P[1-7]\s[\s\d#]', 'a PNM image'),
-    (rb'....ftyp', 'a video or HEIF/AVIF image'),
-    (rb'\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51', 'a JPEG 2000 image'),
-    (rb'8BPS', 'a Photoshop file'),
-    (rb'%!PS|\xc5\xd0\xd3\xc6', 'a PostScript document (EPS)'),
-    (rb'%PDF-', 'a PDF document'),
-    (rb'PK\x03\x04|PK\x05\x06|PK\x07\x08', ZIP),
-    (rb'\x1f\x8b\x08', 'a gzip file'),
-    (rb'BZh[1-9]', 'a bzip2 file'),
-    (rb'\xfd7zXZ\0', 'an xz file'),
-    (rb'\x28\xb5\x2f\xfd', 'a Zstandard file'),
-    (rb'7z\xbc\xaf\x27\x1c', 'a 7-Zip archive'),
-    (rb'Rar!\x1a\x07', 'a RAR archive'),
-    (rb'.{257}ustar', 'a tar archive'),
-    (rb'\x93NUMPY', NPY),
-    (rb'\x89HDF\r\n\x1a\n', 'an HDF5 file'),
-    (rb'.{8}\{\s*"', 'a safetensors file'),
-    (rb'GGUF', 'a GGUF file'),
-    (rb'PAR1', 'a Parquet file'),
-    (rb'SQLite format 3\0', 'an SQLite data base'),
-    (rb'.{16}\xde\xc0\xef\xbe', 'an LMDB data base'),
-    (rb'\0\0\x08[\x01-\x04]', 'an IDX file (MNIST\'s format)'),
-    (rb'\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\.', 'a PyTorch file (torch.save, before PyTorch 1.6)'),
-    (rb'\x80[\x02-\x05].{0,300}torch_utils\.persistence', 'a network snapshot'),
-    (rb'\x80[\x02-\x05]', 'a pickle'),
-)]
+STARTS = [
+    (re.compile(pattern, re.DOTALL), words)
+    for pattern, words in (
+        (
+            rb'version https://git-lfs',
+            'a Git LFS pointer (the file itself was not downloaded; run git lfs pull)',
+        ),
+        (rb'(\xef\xbb\xbf)?\s*<(?i:!doctype\s+html|html|head|body)\b', 'a web page (HTML)'),
+        (rb'(\xef\xbb\xbf)?\s*<(?i:\?xml|error)\b', "an XML document (a server's error message?)"),
+        (rb'\x89PNG\r\n\x1a\n', 'a PNG image'),
+        (rb'\xff\xd8\xff', 'a JPEG image'),
+        (rb'GIF8[79]a', 'a GIF image'),
+        (rb'RIFF....WEBP', 'a WebP image'),
+        (rb'II\x2a\0|MM\0\x2a', 'a TIFF image'),
+        (rb'BM....\0\0\0\0', 'a BMP image'),
+        (rb'P[1-7]\s[\s\d#]', 'a PNM image'),
+        (rb'....ftyp', 'a video or HEIF/AVIF image'),
+        (rb'\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51', 'a JPEG 2000 image'),
+        (rb'8BPS', 'a Photoshop file'),
+        (rb'%!PS|\xc5\xd0\xd3\xc6', 'a PostScript document (EPS)'),
+        (rb'%PDF-', 'a PDF document'),
+        (rb'PK\x03\x04|PK\x05\x06|PK\x07\x08', ZIP),
+        (rb'\x1f\x8b\x08', 'a gzip file'),
+        (rb'BZh[1-9]', 'a bzip2 file'),
+        (rb'\xfd7zXZ\0', 'an xz file'),
+        (rb'\x28\xb5\x2f\xfd', 'a Zstandard file'),
+        (rb'7z\xbc\xaf\x27\x1c', 'a 7-Zip archive'),
+        (rb'Rar!\x1a\x07', 'a RAR archive'),
+        (rb'.{257}ustar', 'a tar archive'),
+        (rb'\x93NUMPY', NPY),
+        (rb'\x89HDF\r\n\x1a\n', 'an HDF5 file'),
+        (rb'.{8}\{\s*"', 'a safetensors file'),
+        (rb'GGUF', 'a GGUF file'),
+        (rb'PAR1', 'a Parquet file'),
+        (rb'SQLite format 3\0', 'an SQLite data base'),
+        (rb'.{16}\xde\xc0\xef\xbe', 'an LMDB data base'),
+        (rb'\0\0\x08[\x01-\x04]', "an IDX file (MNIST's format)"),
+        (
+            rb'\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\.',
+            'a PyTorch file (torch.save, before PyTorch 1.6)',
+        ),
+        (rb'\x80[\x02-\x05].{0,300}torch_utils\.persistence', 'a network snapshot'),
+        (rb'\x80[\x02-\x05]', 'a pickle'),
+    )
+]
 
 # By the beginning of what a file is called: what to do with it where another kind was asked for. What is wanted takes the place of {}.
 INSTEAD = {
     'a web page': 'It may be a log-in, a quota, or a wrong link: download the file in a browser and give its path.',
     'an XML document': 'Check where it was downloaded from, and give {}.',
-    'an empty file': 'Was it truncated? Copy or download it again.', 'a file of zeros': 'Copy or download it again.',
+    'an empty file': 'Was it truncated? Copy or download it again.',
+    'a file of zeros': 'Copy or download it again.',
     DAMAGED_ZIP: 'Copy or download it again.',
-    **dict.fromkeys(('a gzip', 'a bzip2', 'an xz', 'a Zstandard', 'a 7-Zip', 'a RAR', 'a tar'), 'Unpack it, and give {}.'),
+    **dict.fromkeys(
+        ('a gzip', 'a bzip2', 'an xz', 'a Zstandard', 'a 7-Zip', 'a RAR', 'a tar'), 'Unpack it, and give {}.'
+    ),
     'a training state of EDM': 'Give {}.',
     'a training state': 'Training goes on from it by train.py --resume. Give {}.',
     'a network snapshot': 'Networks are for --network, --teacher and --transfer. Give {}.',
@@ -81,7 +101,9 @@ def describe_file(source: str | os.PathLike | bytes) -> str | None:
     return _describe_zip(source) if words == ZIP else words
 
 
-def another_kind(path: str | os.PathLike, wanted: str, own: Sequence[str] = (), instead: Mapping[str, str] | None = None) -> str | None:
+def another_kind(
+    path: str | os.PathLike, wanted: str, own: Sequence[str] = (), instead: Mapping[str, str] | None = None
+) -> str | None:
     """What a file is and what to give instead, to complete 'it ...': 'is a web page (HTML). It may be ...'.
 
     Args:
@@ -93,7 +115,10 @@ def another_kind(path: str | os.PathLike, wanted: str, own: Sequence[str] = (), 
     words = describe_file(path)
     if words is None or words.startswith(tuple(own)):
         return None
-    cures = {**(instead or {}), **{start: cure.format(wanted) for start, cure in INSTEAD.items() if start not in (instead or {})}}
+    cures = {
+        **(instead or {}),
+        **{start: cure.format(wanted) for start, cure in INSTEAD.items() if start not in (instead or {})},
+    }
     cure = next((cure for start, cure in cures.items() if words.startswith(start)), f'Give {wanted}.')
     return f'is {words}. {cure}'
 
@@ -129,7 +154,9 @@ def _describe_zip(path: str | os.PathLike) -> str:
             if any(name.endswith('/constants.pkl') or '/code/' in name for name in names):
                 return 'a TorchScript file (torch.jit.save)'
             if record is not None:
-                with open_member(archive, archive.getinfo(record), limits.SAVED_STRUCTURE, 'the pickle of a PyTorch file') as file:
+                with open_member(
+                    archive, archive.getinfo(record), limits.SAVED_STRUCTURE, 'the pickle of a PyTorch file'
+                ) as file:
                     return _describe_saved(file.read(PICKLE_HEAD))
     except limits.TooLarge:
         return ZIP
@@ -144,8 +171,10 @@ def _describe_zip(path: str | os.PathLike) -> str:
 
 def _describe_saved(pickled: bytes) -> str:
     """Which kind of contents `torch.save` wrote, by names in its pickle: a state of ours has `update` and `averages`, of EDM's `optimizer_state`."""
+
     def names(*words: str) -> bool:
         return all(b'X' + len(word).to_bytes(4, 'little') + word.encode() in pickled for word in words)
+
     if names('optimizer_state'):
         return 'a training state of EDM'
     if names('net', 'update'):

@@ -1,4 +1,5 @@
 """Processes by what tells them from all others: whether one is gone, and how this one ends at once."""
+
 from __future__ import annotations
 
 import contextlib
@@ -13,7 +14,10 @@ import psutil
 
 from dnnlib.schema import Integer, Real, Record, Text
 
-KIND = Record(dict(host=Text(), boot=Text(), pid=Integer(1, 2 ** 31 - 1), started=Real()), ['host', 'boot', 'pid', 'started'])  # in a file
+KIND = Record(
+    dict(host=Text(), boot=Text(), pid=Integer(1, 2**31 - 1), started=Real()),
+    ['host', 'boot', 'pid', 'started'],
+)  # in a file
 SAME_START_SEC = 2.0  # the time of booting, from which starts are counted, is a whole number of seconds that corrections of the clock move
 
 
@@ -33,7 +37,10 @@ def of_process(pid: int | None = None) -> dict:
 
 def same(a: dict, b: dict) -> bool:
     """Whether two identities are of one process."""
-    return all(a[name] == b[name] for name in ('host', 'boot', 'pid')) and abs(a['started'] - b['started']) <= SAME_START_SEC
+    return (
+        all(a[name] == b[name] for name in ('host', 'boot', 'pid'))
+        and abs(a['started'] - b['started']) <= SAME_START_SEC
+    )
 
 
 def has_ended(process: dict) -> bool | None:
@@ -42,7 +49,10 @@ def has_ended(process: dict) -> bool | None:
         return None
     try:
         found = psutil.Process(process['pid'])
-        return found.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) or abs(_started(found) - process['started']) > SAME_START_SEC
+        return (
+            found.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+            or abs(_started(found) - process['started']) > SAME_START_SEC
+        )
     except psutil.AccessDenied:
         return None
     except psutil.NoSuchProcess:
@@ -67,7 +77,9 @@ def _answers(pid: int) -> bool:
 def end_at_once(line: str, status: int = 1) -> NoReturn:
     """End this process and those that load data for it, from any thread, with a line on stderr. Nothing else is run or written."""
     with contextlib.suppress(OSError):  # the terminal may be gone
-        os.write(sys.__stderr__.fileno(), f'{line}\n'.encode())  # a print could wait for one that is interrupted
+        os.write(
+            sys.__stderr__.fileno(), f'{line}\n'.encode()
+        )  # a print could wait for one that is interrupted
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(status)

@@ -2,6 +2,7 @@
 
 Scripts import this first, before what takes time. For other programs that import `dnnlib` it does nothing.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -17,7 +18,20 @@ PARENT_COMMAND: list[str] = []
 if 'TORCHELASTIC_RUN_ID' in os.environ:
     with contextlib.suppress(OSError), open(f'/proc/{PARENT}/cmdline', 'rb') as _file:
         PARENT_COMMAND = os.fsdecode(_file.read()).split('\0')[:-1]
-SCRIPTS = ('train', 'generate', 'fid', 'validation', 'dataset_tool', 'demo', 'convert', 'reconstruct_phema', 'edit', 'search', 'compare', 'example')
+SCRIPTS = (
+    'train',
+    'generate',
+    'fid',
+    'validation',
+    'dataset_tool',
+    'demo',
+    'convert',
+    'reconstruct_phema',
+    'edit',
+    'search',
+    'compare',
+    'example',
+)
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -31,7 +45,10 @@ def leave(*_) -> None:
 def is_script() -> bool:
     """Whether one of the scripts is what Python runs."""
     folder, name = os.path.split(os.path.abspath(getattr(sys.modules['__main__'], '__file__', None) or ''))
-    return folder == os.path.dirname(os.path.dirname(os.path.abspath(__file__))) and name.removesuffix('.py') in SCRIPTS
+    return (
+        folder == os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        and name.removesuffix('.py') in SCRIPTS
+    )
 
 
 def at_work() -> None:
@@ -57,7 +74,9 @@ def unraisable(unraised) -> None:
     sys.__unraisablehook__(unraised)
 
 
-if is_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored in the background of a shell
+if (
+    is_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):  # it is ignored in the background of a shell
     sys.unraisablehook = unraisable
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGINT, leave)

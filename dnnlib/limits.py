@@ -2,6 +2,7 @@
 
 A cap stands in front of a parser: whoever reads a file asks for its size first, or reads no more of it than the cap. Nothing here parses.
 """
+
 from __future__ import annotations
 
 import errno
@@ -19,20 +20,24 @@ from typing import BinaryIO
 KB, MB, GB = 1 << 10, 1 << 20, 1 << 30
 
 # Bytes that a reader takes of a thing, at most.
-JSON_FILE = 4 * MB              # options, records, configurations: kilobytes in practice; parsed, 24 times as much in the worst case
-JSON_LINE = 1 * MB              # a line of stats.jsonl has a few kilobytes
-LABELS_OF_IMAGE = 16 * KB       # of dataset.json for each image, where that is more than JSON_FILE: a name and a vector of 800 numbers
-IMAGE_FILE = 256 * MB           # one image: 40 million pixels of 16-bit RGB, uncompressed
-LATENTS_FILE = 64 * MB          # latents of one image: float32 [8, 1024, 1024] have 32 MB
-SAVED_STRUCTURE = 16 * MB       # of a PyTorch file without its tensors: about 200 bytes for each of those
-PICKLED_BATCH = 64 * MB         # a CIFAR-10 batch has 30 MB
-ARRAY_HEADER = 10_000           # of a .npy file: NumPy's own limit
-SAFETENSORS_HEADER = 16 * MB     # about 100 bytes for each tensor, and a configuration
-PICKLED_REFERENCE = 256 * MB    # EDM2's statistics have 42 MB
-IDX_FILE = 640 * MB             # unpacked: EMNIST has 547 MB
-TAR_ARCHIVE = 512 * MB          # unpacked: CIFAR-10 has 186 MB
-ZIP_DIRECTORY = 16 * MB         # of arrays, networks and states: 300,000 members
-DATA_DIRECTORY = 1024 * MB      # of a data set: 13 million members
+JSON_FILE = (
+    4 * MB
+)  # options, records, configurations: kilobytes in practice; parsed, 24 times as much in the worst case
+JSON_LINE = 1 * MB  # a line of stats.jsonl has a few kilobytes
+LABELS_OF_IMAGE = (
+    16 * KB
+)  # of dataset.json for each image, where that is more than JSON_FILE: a name and a vector of 800 numbers
+IMAGE_FILE = 256 * MB  # one image: 40 million pixels of 16-bit RGB, uncompressed
+LATENTS_FILE = 64 * MB  # latents of one image: float32 [8, 1024, 1024] have 32 MB
+SAVED_STRUCTURE = 16 * MB  # of a PyTorch file without its tensors: about 200 bytes for each of those
+PICKLED_BATCH = 64 * MB  # a CIFAR-10 batch has 30 MB
+ARRAY_HEADER = 10_000  # of a .npy file: NumPy's own limit
+SAFETENSORS_HEADER = 16 * MB  # about 100 bytes for each tensor, and a configuration
+PICKLED_REFERENCE = 256 * MB  # EDM2's statistics have 42 MB
+IDX_FILE = 640 * MB  # unpacked: EMNIST has 547 MB
+TAR_ARCHIVE = 512 * MB  # unpacked: CIFAR-10 has 186 MB
+ZIP_DIRECTORY = 16 * MB  # of arrays, networks and states: 300,000 members
+DATA_DIRECTORY = 1024 * MB  # of a data set: 13 million members
 
 # Downloads whose length a server does not announce: bytes of one, and what stays free on its disk.
 UNANNOUNCED_DOWNLOAD, KEPT_FREE = 64 * GB, 256 * MB
@@ -42,16 +47,33 @@ INFLATED, INFLATED_RATIO = 64 * MB, 100
 
 # Numbers.
 IMAGE_PIXELS, IMAGE_SIDE = 1 << 26, 65_535  # of an image: 8192 x 8192, and the longest side of a JPEG
-MAX_STEPS = 10_000              # of a sampler, a student, a teacher's grid in a snapshot
-TAR_MEMBERS = 10_000            # CIFAR-10 has ten
-MAX_DIGITS = 32                 # of a number on the command line, in a file name or the environment
-MAX_TEXT = 1000                 # characters that a message repeats of a file, at most
+MAX_STEPS = 10_000  # of a sampler, a student, a teacher's grid in a snapshot
+TAR_MEMBERS = 10_000  # CIFAR-10 has ten
+MAX_DIGITS = 32  # of a number on the command line, in a file name or the environment
+MAX_TEXT = 1000  # characters that a message repeats of a file, at most
 
 # What parsers raise on damaged or hostile files, whatever library they are of. Subclasses are not listed: LookupError has IndexError and KeyError,
 # ValueError has those of JSON and Unicode, RuntimeError has RecursionError and NotImplementedError.
-UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError,
-              RuntimeError, struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, pickle.UnpicklingError,
-              tokenize.TokenError)
+UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    pickle.UnpicklingError,
+    tokenize.TokenError,
+)
 
 
 class TooLarge(ValueError):

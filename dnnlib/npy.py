@@ -1,4 +1,5 @@
 """Headers of NumPy's .npy files, read as data: nothing is executed, and no memory is taken on their word."""
+
 from __future__ import annotations
 
 import ast
@@ -14,12 +15,13 @@ from dnnlib import limits
 
 START = b'\x93NUMPY'
 LENGTHS = {(1, 0): '<H', (2, 0): '<I'}  # of the header, by the version of the format
-KINDS = 'biufUS'                        # numbers, truth values and text
+KINDS = 'biufUS'  # numbers, truth values and text
 MAX_DIMENSIONS = 32
 
 
 class Header(NamedTuple):
     """What a .npy file says of its array."""
+
     shape: tuple[int, ...]
     dtype: np.dtype
     order: str  # 'C' or 'F'
@@ -35,11 +37,11 @@ def read_header(file: BinaryIO) -> Header:
     Raises: one of `limits.UNREADABLE` where there is none, or it is of something else than plain numbers and text.
     """
     start = file.read(len(START) + 2)
-    if start[:len(START)] != START or len(start) < len(START) + 2:
+    if start[: len(START)] != START or len(start) < len(START) + 2:
         raise ValueError('it does not begin as a .npy file does')
     if (version := tuple(start[-2:])) not in LENGTHS:
         raise ValueError(f'its format {version[0]}.{version[1]} is not one of plain arrays')
-    size, = struct.unpack(LENGTHS[version], file.read(struct.calcsize(LENGTHS[version])))
+    (size,) = struct.unpack(LENGTHS[version], file.read(struct.calcsize(LENGTHS[version])))
     limits.check_size(size, limits.ARRAY_HEADER, 'the header of an array')
     text = file.read(size).decode('latin-1')
     if len(text) < size or '\\' in text:
@@ -48,7 +50,11 @@ def read_header(file: BinaryIO) -> Header:
     if not isinstance(entries, dict) or entries.keys() != {'descr', 'fortran_order', 'shape'}:
         raise ValueError('its header does not say type, shape and order')
     shape, dtype = entries['shape'], _dtype(entries['descr'])
-    if not isinstance(shape, tuple) or len(shape) > MAX_DIMENSIONS or not all(type(side) is int and side >= 0 for side in shape):
+    if (
+        not isinstance(shape, tuple)
+        or len(shape) > MAX_DIMENSIONS
+        or not all(type(side) is int and side >= 0 for side in shape)
+    ):
         raise ValueError(f'its shape is {str(list(shape) if isinstance(shape, tuple) else shape)[:80]}')
     if math.prod(max(side, 1) for side in shape) * dtype.itemsize > sys.maxsize:
         raise ValueError(f'its shape is {str(list(shape))[:80]}, which no computer holds')
@@ -60,5 +66,7 @@ def _dtype(code: object) -> np.dtype:
     dtype = np.dtype(code) if plain else None
     if dtype is None or dtype.kind not in KINDS or dtype.itemsize == 0:
         shown = str(code)[:40] if dtype is None else dtype
-        raise ValueError(f'it holds values of type {shown}, as its header says, not plain numbers or text (refused, nothing was executed)')
+        raise ValueError(
+            f'it holds values of type {shown}, as its header says, not plain numbers or text (refused, nothing was executed)'
+        )
     return dtype

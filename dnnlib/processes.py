@@ -1,4 +1,5 @@
 """Processes that this one has started: which they are, and in words how they have ended."""
+
 from __future__ import annotations
 
 import contextlib
@@ -7,7 +8,10 @@ import signal
 from collections.abc import Iterator, Sequence
 from multiprocessing.process import BaseProcess
 
-CAUSES = {signal.SIGKILL: ', as the system does when memory runs out', signal.SIGBUS: ', as when /dev/shm or a disk is full'}
+CAUSES = {
+    signal.SIGKILL: ', as the system does when memory runs out',
+    signal.SIGBUS: ', as when /dev/shm or a disk is full',
+}
 
 
 def how_ended(status: int) -> str:
@@ -23,7 +27,10 @@ def how_ended(status: int) -> str:
 
 def how_one_died(processes: Sequence[BaseProcess]) -> str | None:
     """`how_ended` of one that did not end well, None where there is none. SIGTERM, by which a broken pool ends the others, comes last."""
-    statuses = sorted((process.exitcode for process in processes if process.exitcode), key=lambda status: status == -signal.SIGTERM)
+    statuses = sorted(
+        (process.exitcode for process in processes if process.exitcode),
+        key=lambda status: status == -signal.SIGTERM,
+    )
     return how_ended(statuses[0]) if statuses else None
 
 

@@ -2,6 +2,7 @@
 
 A table is made of the kinds below; `check(value, kind, where)` goes through a value with it. `where` is how people call the value: 'progress.nimg'.
 """
+
 from __future__ import annotations
 
 import json
@@ -13,8 +14,8 @@ from dataclasses import dataclass, field
 from dnnlib.limits import JSON_FILE, UNREADABLE, check_size, open_regular, read_at_most
 from dnnlib.text import printable
 
-MAX_DEPTH, MAX_VALUES = 32, 1_000_000   # of plain data whose kind no table tells
-LARGEST = 2 ** 63 - 1                   # integer, where no table tells another
+MAX_DEPTH, MAX_VALUES = 32, 1_000_000  # of plain data whose kind no table tells
+LARGEST = 2**63 - 1  # integer, where no table tells another
 
 
 class Mismatch(ValueError):
@@ -43,7 +44,11 @@ def shown(value) -> str:
     """A value of a file in a message: a number or text itself, of anything else its type."""
     if isinstance(value, int) and abs(value) > LARGEST:
         return 'a huge integer'
-    return printable(repr(value), 60) if value is None or isinstance(value, (bool, int, float, str)) else f'a {type(value).__name__}'
+    return (
+        printable(repr(value), 60)
+        if value is None or isinstance(value, (bool, int, float, str))
+        else f'a {type(value).__name__}'
+    )
 
 
 @dataclass(frozen=True)
@@ -63,27 +68,38 @@ class Integer(Kind):
 @dataclass(frozen=True)
 class Real(Kind):
     """A finite number; infinity as well where the range includes it, and NaN where `nan` says so."""
+
     low: float = -1e300
     high: float = 1e300
     nan: bool = False
 
     @property
     def words(self) -> str:
-        return 'a finite number' if (self.low, self.high) == (-1e300, 1e300) else f'a number from {self.low:g} to {self.high:g}'
+        return (
+            'a finite number'
+            if (self.low, self.high) == (-1e300, 1e300)
+            else f'a number from {self.low:g} to {self.high:g}'
+        )
 
     def check(self, value, where):
-        if type(value) not in (int, float) or not (self.low <= value <= self.high or (self.nan and value != value)):  # NaN is in no range
+        if type(value) not in (int, float) or not (
+            self.low <= value <= self.high or (self.nan and value != value)
+        ):  # NaN is in no range
             self.refuse(value, where)
 
 
 @dataclass(frozen=True)
 class Text(Kind):
-    pattern: str = ''       # that all of it matches; empty: any
-    longest: int = 4096     # characters
+    pattern: str = ''  # that all of it matches; empty: any
+    longest: int = 4096  # characters
     words: str = 'text'
 
     def check(self, value, where):
-        if type(value) is not str or len(value) > self.longest or (self.pattern and not re.fullmatch(self.pattern, value, re.ASCII)):
+        if (
+            type(value) is not str
+            or len(value) > self.longest
+            or (self.pattern and not re.fullmatch(self.pattern, value, re.ASCII))
+        ):
             self.refuse(value, where)
 
 
@@ -111,6 +127,7 @@ class OneOf(Kind):
 @dataclass(frozen=True)
 class Maybe(Kind):
     """None, or of a kind."""
+
     kind: Kind
 
     def check(self, value, where):
@@ -138,6 +155,7 @@ class ListOf(Kind):
 @dataclass(frozen=True)
 class Row(Kind):
     """A list of as many entries as there are kinds, each of its own."""
+
     kinds: tuple[Kind, ...]
 
     @property
@@ -154,6 +172,7 @@ class Row(Kind):
 @dataclass(frozen=True)
 class Dict(Kind):
     """Entries by keys that the file chooses, all of one kind."""
+
     keys: Kind
     kind: Kind
     longest: int = 100_000
@@ -169,6 +188,7 @@ class Dict(Kind):
 
 class Plain(Kind):
     """Any plain data whose numbers are finite, as deep as anyone nests it."""
+
     words = 'plain data'
 
     def check(self, value, where):
@@ -193,6 +213,7 @@ class Plain(Kind):
 @dataclass(frozen=True)
 class Record(Kind):
     """Entries of names and kinds that a table tells; where `others` is None no more than those."""
+
     fields: Mapping[str, Kind]
     required: Sequence[str] = ()
     others: Kind | None = field(default_factory=Plain)
@@ -206,7 +227,9 @@ class Record(Kind):
         for name, item in value.items():
             kind = self.fields.get(name, self.others) if type(name) is str else None
             if kind is None:
-                raise Mismatch(f'has an entry {shown(name)} in {printable(where, 200)}, where none of that name belongs')
+                raise Mismatch(
+                    f'has an entry {shown(name)} in {printable(where, 200)}, where none of that name belongs'
+                )
             kind.check(item, f'{where}.{name}')
 
 

@@ -1,4 +1,5 @@
 """Text of strangers (names in archives, words in files, what servers say) in messages for people: it cannot forge lines or move the cursor."""
+
 from __future__ import annotations
 
 from dnnlib.limits import MAX_TEXT

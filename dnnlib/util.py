@@ -1,4 +1,5 @@
 """EasyDict, the error that users see, files by path or URL, and files written whole or not at all."""
+
 from __future__ import annotations
 
 import contextlib
@@ -28,13 +29,13 @@ from dnnlib.text import printable
 
 DEFAULT_CACHE_DIR = Path('~/.cache/multistep-consistency-edm')
 DRIVE_HOSTS = ('drive.google.com', 'docs.google.com', 'drive.usercontent.google.com')
-ATTEMPTS = 3                # of a download whose connection breaks, stalls, or ends in a server's error
-TIMEOUT = 15                # seconds without a byte after which a connection counts as stalled
-ANSWER = 4                  # times that, within which a server has to be found and answer, all redirections included, whatever comes meanwhile
-SLOWEST = 1000              # bytes a second, on average after the first TIMEOUT
+ATTEMPTS = 3  # of a download whose connection breaks, stalls, or ends in a server's error
+TIMEOUT = 15  # seconds without a byte after which a connection counts as stalled
+ANSWER = 4  # times that, within which a server has to be found and answer, all redirections included, whatever comes meanwhile
+SLOWEST = 1000  # bytes a second, on average after the first TIMEOUT
 LEFTOVER_SECONDS = 24 * 3600
 CHUNK = 1 << 20
-LONGEST_MESSAGE = 4000      # characters
+LONGEST_MESSAGE = 4000  # characters
 PAGE_START = re.compile(rb'\s*<(!doctype\s+html|html)\b', re.IGNORECASE)
 T = TypeVar('T')
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -51,7 +52,9 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, *lines: str, more: str | None = None):
-        super().__init__(*(printable(line, LONGEST_MESSAGE) for line in (message, *lines, more) if line is not None))
+        super().__init__(
+            *(printable(line, LONGEST_MESSAGE) for line in (message, *lines, more) if line is not None)
+        )
 
     def __str__(self) -> str:
         return '\n       '.join(self.args)
@@ -101,6 +104,7 @@ class EasyDict(dict):
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing.
 
+
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
     """For code that makes very many small objects and hardly any garbage, for which Python would search the whole process again and again."""
@@ -132,7 +136,9 @@ def atomic_write(path: str | os.PathLike, durable: bool = True, tidy: bool = Tru
     try:
         file = open(temporary, 'xb')  # noqa: SIM115 (closed below; its own errors are told apart from the block's)
     except OSError as error:
-        raise UserError(f'Cannot write {path}: {error.strerror}. Choose an existing directory that you may write to.') from error
+        raise UserError(
+            f'Cannot write {path}: {error.strerror}. Choose an existing directory that you may write to.'
+        ) from error
     try:
         with file:
             yield file
@@ -212,7 +218,9 @@ def check_writable(folder: str | os.PathLike) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f'Cannot write to the folder {folder}: {error.strerror}. Make it writable, or choose another place.') from error
+        raise UserError(
+            f'Cannot write to the folder {folder}: {error.strerror}. Make it writable, or choose another place.'
+        ) from error
 
 
 def check_other_file(source: str | os.PathLike, dest: str | os.PathLike, option: str) -> None:
@@ -254,8 +262,14 @@ def _sync_directory(directory: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading, by path or URL.
 
-def open_url(source: str | os.PathLike, cache_dir: str | os.PathLike | None = None, sha256: str | None = None,
-             timeout: float = TIMEOUT, pinned: bool = False) -> BinaryIO:
+
+def open_url(
+    source: str | os.PathLike,
+    cache_dir: str | os.PathLike | None = None,
+    sha256: str | None = None,
+    timeout: float = TIMEOUT,
+    pinned: bool = False,
+) -> BinaryIO:
     """The file at a path or an http(s) URL, opened for reading, seekable. Arguments and errors are `local_path`'s."""
     path = local_path(source, cache_dir, sha256, timeout, pinned)
     try:
@@ -264,8 +278,13 @@ def open_url(source: str | os.PathLike, cache_dir: str | os.PathLike | None = No
         raise UserError(f'Cannot read {path}: {error.strerror}. Check its permissions.') from error
 
 
-def local_path(source: str | os.PathLike, cache_dir: str | os.PathLike | None = None, sha256: str | None = None,
-               timeout: float = TIMEOUT, pinned: bool = False) -> Path:
+def local_path(
+    source: str | os.PathLike,
+    cache_dir: str | os.PathLike | None = None,
+    sha256: str | None = None,
+    timeout: float = TIMEOUT,
+    pinned: bool = False,
+) -> Path:
     """The path of a file on this machine that holds `source`; a URL is downloaded once and then served from the cache.
 
     A cached file whose length is not what was downloaded, or whose digest is not the expected one, is downloaded again.
@@ -284,16 +303,26 @@ def local_path(source: str | os.PathLike, cache_dir: str | os.PathLike | None = 
     if re.match(r'https?://', source, re.IGNORECASE):
         url, fragment = _split_url(source)
         if fragment is not None and expected not in (None, fragment):
-            raise UserError(f'{source} names another SHA-256 digest than the one that is expected, {expected}. Give one of them.')
-        return _cached(url, Path(cache_dir or DEFAULT_CACHE_DIR).expanduser(), fragment or expected, timeout, pinned)
-    if (match := re.fullmatch(r'(.+)#sha256=([0-9A-Fa-f]{64})', source, re.DOTALL)) and not os.path.exists(source):
+            raise UserError(
+                f'{source} names another SHA-256 digest than the one that is expected, {expected}. Give one of them.'
+            )
+        return _cached(
+            url, Path(cache_dir or DEFAULT_CACHE_DIR).expanduser(), fragment or expected, timeout, pinned
+        )
+    if (match := re.fullmatch(r'(.+)#sha256=([0-9A-Fa-f]{64})', source, re.DOTALL)) and not os.path.exists(
+        source
+    ):
         if expected not in (None, match[2].lower()):
-            raise UserError(f'{source} names another SHA-256 digest than the one that is expected, {expected}. Give one of them.')
+            raise UserError(
+                f'{source} names another SHA-256 digest than the one that is expected, {expected}. Give one of them.'
+            )
         source, expected = match[1], match[2].lower()
     if not os.path.isfile(source):
         raise UserError(_why_no_file(source))
     if expected is not None and file_sha256(source) != expected:
-        raise UserError(f'{source} does not have the SHA-256 digest {expected}. Check the expected digest and the file.')
+        raise UserError(
+            f'{source} does not have the SHA-256 digest {expected}. Check the expected digest and the file.'
+        )
     return Path(source)
 
 
@@ -321,13 +350,17 @@ def _split_url(source: str) -> tuple[str, str | None]:
         raise UserError(f'{source} is not a well-formed URL ({error}). Check the URL.') from error
     name, _, digest = fragment.partition('=')
     if fragment and name != 'sha256':
-        raise UserError(f'{source}: #{fragment} means nothing here. After # only sha256=<64 hexadecimal digits> is understood.')
+        raise UserError(
+            f'{source}: #{fragment} means nothing here. After # only sha256=<64 hexadecimal digits> is understood.'
+        )
     return url, _checked_digest(digest, source) if fragment else None
 
 
 def _checked_digest(digest: str, where: str) -> str:
     if not re.fullmatch(r'[0-9A-Fa-f]{64}', digest):
-        raise UserError(f'{where}: a SHA-256 digest has 64 hexadecimal digits, and {digest!r} is none. Check the digest.')
+        raise UserError(
+            f'{where}: a SHA-256 digest has 64 hexadecimal digits, and {digest!r} is none. Check the digest.'
+        )
     return digest.lower()
 
 
@@ -348,19 +381,27 @@ def _digest_of_version(path: str, mtime_ns: int, size: int) -> str:
             digest.update(chunk)
     return digest.hexdigest()
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The cache: a file for every URL, and beside it a record of its length and digest. The file comes first: one without a record is not relied on.
+
 
 def _cached(url: str, cache_dir: Path, sha256: str | None, timeout: float, pinned: bool) -> Path:
     """The cached file of a URL, downloaded where it is not there or not what it should be."""
     name = re.sub(r'[^A-Za-z0-9._-]', '_', urllib.parse.urlsplit(url).path.rsplit('/', 1)[-1])[-100:]
-    path = cache_dir / f'{hashlib.sha256(url.encode(errors="surrogateescape")).hexdigest()[:16]}-{name or "file"}'
+    path = (
+        cache_dir
+        / f'{hashlib.sha256(url.encode(errors="surrogateescape")).hexdigest()[:16]}-{name or "file"}'
+    )
     record = _read_record(path)
     first = record.get('sha256') if pinned and sha256 is None else None
     if path.is_file():
         problem = _cache_problem(path, record, sha256 or first)
         if problem is None:
-            if sha256 not in (None, record['sha256']):  # the file is the one that the caller expects: so be it from now on
+            if sha256 not in (
+                None,
+                record['sha256'],
+            ):  # the file is the one that the caller expects: so be it from now on
                 _write_record(path, url, record['bytes'], sha256)
             return path
         print(printable(f'{path} {problem}.'), file=sys.stderr)
@@ -373,9 +414,14 @@ def _cached(url: str, cache_dir: Path, sha256: str | None, timeout: float, pinne
     try:
         size, digest = _download(url, path, sha256 or first, timeout)
     except AnotherFile as error:
-        cure = 'Check the URL and the expected digest.' if first is None else (
-            f'That was the digest of its first download. If the file was replaced for a good reason, expect the new one '
-            f'(--detector-sha256={error.digest}, or #sha256= and the digest at the end of the URL), or delete {_record_path(path)}.')
+        cure = (
+            'Check the URL and the expected digest.'
+            if first is None
+            else (
+                f'That was the digest of its first download. If the file was replaced for a good reason, expect the new one '
+                f'(--detector-sha256={error.digest}, or #sha256= and the digest at the end of the URL), or delete {_record_path(path)}.'
+            )
+        )
         raise UserError(f'{error} {cure}') from error
     _write_record(path, url, size, digest)
     return path
@@ -388,7 +434,10 @@ def _record_path(path: Path) -> Path:
 def _read_record(path: Path) -> dict:
     """What is recorded of a cached file: url, bytes, sha256. Empty where that cannot be read."""
     from dnnlib import schema
-    kind = schema.Record(dict(bytes=schema.Integer(), sha256=schema.Text('[0-9a-f]{64}')), required=['bytes', 'sha256'])
+
+    kind = schema.Record(
+        dict(bytes=schema.Integer(), sha256=schema.Text('[0-9a-f]{64}')), required=['bytes', 'sha256']
+    )
     try:
         return schema.read_json(_record_path(path), kind, 'the record of a download')
     except (OSError, ValueError):
@@ -416,8 +465,10 @@ def _remove_leftovers(path: Path) -> None:
             if _is_old(leftover):
                 leftover.unlink()
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Downloads.
+
 
 class BrokenDownload(Exception):
     """A connection that ended before the file did. The message completes 'Cannot download it: ...'; another attempt may do better."""
@@ -437,28 +488,40 @@ def _download(url: str, path: Path, sha256: str | None, timeout: float) -> tuple
     Returns: (its length, its SHA-256 digest). Raises: UserError, or AnotherFile where the digest is not the expected one.
     """
     import requests  # slow to import, and most runs read local files
+
     problem, cause = '', None
     for attempt in range(ATTEMPTS):
-        time.sleep(2 ** attempt - 1)
+        time.sleep(2**attempt - 1)
         try:
-            with requests.Session() as session, Deadlines() as deadlines, atomic_write(path, tidy=False) as file:
+            with (
+                requests.Session() as session,
+                Deadlines() as deadlines,
+                atomic_write(path, tidy=False) as file,
+            ):
                 return _fetch(session, deadlines, url, file, sha256, timeout)
         except requests.exceptions.InvalidSchema as error:
-            raise UserError(f'Cannot download {url}: it redirects to something else than http(s) ({error}). Check the URL.') from error
+            raise UserError(
+                f'Cannot download {url}: it redirects to something else than http(s) ({error}). Check the URL.'
+            ) from error
         except requests.TooManyRedirects as error:
             raise UserError(f'Cannot download {url}: it redirects without end. Check the URL.') from error
         except ValueError as error:  # of a URL that cannot be taken apart, its own or a redirection's
             raise UserError(f'Cannot download {url}: {error}. Check the URL.') from error
         except requests.HTTPError as error:
-            problem, cause = f'the server answered {error.response.status_code} {error.response.reason}', error
+            problem, cause = (
+                f'the server answered {error.response.status_code} {error.response.reason}',
+                error,
+            )
         except requests.Timeout as error:
             problem, cause = f'nothing came for {timeout:g} seconds', error
         except requests.RequestException as error:
             problem, cause = 'the connection failed', error
         except BrokenDownload as error:
             problem, cause = str(error), error
-    raise UserError(f'Cannot download {url}: {problem} ({ATTEMPTS} attempts). '
-                    'Check the connection and try again, or download it elsewhere and give the path.') from cause
+    raise UserError(
+        f'Cannot download {url}: {problem} ({ATTEMPTS} attempts). '
+        'Check the connection and try again, or download it elsewhere and give the path.'
+    ) from cause
 
 
 class Deadlines:
@@ -469,6 +532,7 @@ class Deadlines:
 
     def __init__(self):
         from multiprocessing.pool import ThreadPool
+
         self._threads = ThreadPool(1)
 
     def __enter__(self) -> Deadlines:
@@ -486,7 +550,9 @@ class Deadlines:
         return call.get()
 
 
-def _fetch(session, deadlines: Deadlines, url: str, file: BinaryIO, sha256: str | None, timeout: float) -> tuple[int, str]:
+def _fetch(
+    session, deadlines: Deadlines, url: str, file: BinaryIO, sha256: str | None, timeout: float
+) -> tuple[int, str]:
     """One attempt: the bytes of `url` into `file`, their number checked against what the server announced. Returns (length, digest)."""
     try:
         response = deadlines.within(ANSWER * timeout, _request, session, url, timeout)
@@ -494,13 +560,19 @@ def _fetch(session, deadlines: Deadlines, url: str, file: BinaryIO, sha256: str 
         raise BrokenDownload(f'the server took more than {ANSWER * timeout:g} seconds to answer') from error
     length, folder = _announced_length(url, response, sha256), os.path.dirname(file.name)
     if length is not None and length > (free := shutil.disk_usage(folder).free):
-        raise UserError(f'Cannot download {url}: it has {length:,} bytes, and {free:,} are free in {folder}. '
-                        'Free some space, or download it elsewhere and give the path.')
+        raise UserError(
+            f'Cannot download {url}: it has {length:,} bytes, and {free:,} are free in {folder}. '
+            'Free some space, or download it elsewhere and give the path.'
+        )
     digest, start = hashlib.sha256(), b''
     for chunk in _body(response, deadlines, length, timeout):
-        if length is None and (file.tell() > UNANNOUNCED_DOWNLOAD or shutil.disk_usage(folder).free < KEPT_FREE):
-            raise UserError(f'Cannot download {url}: the server does not say how long it is, more than {file.tell():,} bytes have come, and there is '
-                            f'no room for more in {folder}. Check the URL, or download it elsewhere and give the path.')
+        if length is None and (
+            file.tell() > UNANNOUNCED_DOWNLOAD or shutil.disk_usage(folder).free < KEPT_FREE
+        ):
+            raise UserError(
+                f'Cannot download {url}: the server does not say how long it is, more than {file.tell():,} bytes have come, and there is '
+                f'no room for more in {folder}. Check the URL, or download it elsewhere and give the path.'
+            )
         file.write(chunk)
         digest.update(chunk)
         start = start or chunk[:100]
@@ -518,16 +590,22 @@ def _body(response, deadlines: Deadlines, length: int | None, timeout: float) ->
     They are read from underneath `requests`, which stops where the announced length ends and so would miss that more bytes come.
     Raises: BrokenDownload.
     """
-    stream = response.raw._original_response  # http.client's; its read1 gives what is there and loses nothing to a timeout
+    stream = (
+        response.raw._original_response
+    )  # http.client's; its read1 gives what is there and loses nothing to a timeout
     if not stream.chunked:
         stream.length = None
     received, since = 0, time.monotonic()
     while length is None or received <= length:
         try:
-            chunk = deadlines.within(2 * timeout, stream.read1, CHUNK)  # headers of chunks, and what may follow the last one, come in it
+            chunk = deadlines.within(
+                2 * timeout, stream.read1, CHUNK
+            )  # headers of chunks, and what may follow the last one, come in it
         except TimeoutError as error:
             _hang_up(response)
-            if received == length:  # a server that keeps the connection open although it was asked to close it
+            if (
+                received == length
+            ):  # a server that keeps the connection open although it was asked to close it
                 return
             raise BrokenDownload(f'the connection stalled after {received:,} bytes') from error
         except (OSError, http.client.HTTPException) as error:
@@ -537,9 +615,13 @@ def _body(response, deadlines: Deadlines, length: int | None, timeout: float) ->
         yield chunk
         received += len(chunk)
         if received < SLOWEST * (time.monotonic() - since - timeout):
-            raise BrokenDownload(f'the connection stalled after {received:,} bytes, less than {SLOWEST:,} a second')
+            raise BrokenDownload(
+                f'the connection stalled after {received:,} bytes, less than {SLOWEST:,} a second'
+            )
     if length is not None and received != length:
-        raise BrokenDownload(f'{length:,} bytes were announced, and {"more" if received > length else f"{received:,}"} came')
+        raise BrokenDownload(
+            f'{length:,} bytes were announced, and {"more" if received > length else f"{received:,}"} came'
+        )
 
 
 def _hang_up(response) -> None:
@@ -551,21 +633,28 @@ def _hang_up(response) -> None:
 def _announced_length(url: str, response, sha256: str | None) -> int | None:
     """The length of the response's body; None where its end shows otherwise: in chunks, or by the file's digest."""
     if (coding := response.headers.get('Content-Encoding', 'identity').lower()) != 'identity':
-        raise UserError(f'Cannot download {url}: the server encodes it ({coding}), though asked not to. Download it elsewhere and give the path.')
+        raise UserError(
+            f'Cannot download {url}: the server encodes it ({coding}), though asked not to. Download it elsewhere and give the path.'
+        )
     if 'chunked' in response.headers.get('Transfer-Encoding', '').lower():
         return None
     length = response.headers.get('Content-Length')
     if length is None and sha256 is None:
-        raise UserError(f'Cannot download {url}: the server does not say how long the file is, so a broken download would go unnoticed. '
-                        'Add #sha256= and its digest to the URL, or download it elsewhere and give the path.')
+        raise UserError(
+            f'Cannot download {url}: the server does not say how long the file is, so a broken download would go unnoticed. '
+            'Add #sha256= and its digest to the URL, or download it elsewhere and give the path.'
+        )
     if length is not None and not re.fullmatch(r'[0-9]{1,18}', length):
-        raise UserError(f'Cannot download {url}: the server announced a length of {length!r}. Download it elsewhere and give the path.')
+        raise UserError(
+            f'Cannot download {url}: the server announced a length of {length!r}. Download it elsewhere and give the path.'
+        )
     return None if length is None else int(length)
 
 
 def _request(session, url: str, timeout: float):
     """The response whose body is the file. Compression is declined, so that Content-Length counts the file's bytes; the body is the last
     thing on its connection, so that its end shows."""
+
     def forget(response, **_):
         session.get_adapter(response.url).close()  # or a redirection could use a connection that closes
         if response.is_redirect:
@@ -573,12 +662,16 @@ def _request(session, url: str, timeout: float):
 
     def get(address, fields=None):
         headers = {'Accept-Encoding': 'identity', 'Connection': 'close'}
-        response = session.get(address, params=fields, stream=True, timeout=timeout, headers=headers, hooks=dict(response=forget))
+        response = session.get(
+            address, params=fields, stream=True, timeout=timeout, headers=headers, hooks=dict(response=forget)
+        )
         if response.status_code >= 500 or response.status_code == 429:
             response.raise_for_status()  # worth another attempt
         if response.status_code != 200:
-            raise UserError(f'Cannot download {url}: the server answered {response.status_code} {response.reason}. '
-                            'Check the URL, or download the file elsewhere and give the path.')
+            raise UserError(
+                f'Cannot download {url}: the server answered {response.status_code} {response.reason}. '
+                'Check the URL, or download the file elsewhere and give the path.'
+            )
         return response
 
     response = get(_drive_address(url))

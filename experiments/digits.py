@@ -1,4 +1,5 @@
 """The digits as a test bed, of demo.py and compare.py: a network and options that suit them, and rulers that mean something on them."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -7,15 +8,33 @@ from dnnlib.util import file_sha256, pinned
 from experiments.story import Ruler, Story
 from training.objectives import OBJECTIVES
 
-RULERS = dict(classifier='digits classifier, trained here', pca='PCA of raw pixels', random='fixed random convolution')
+RULERS = dict(
+    classifier='digits classifier, trained here', pca='PCA of raw pixels', random='fixed random convolution'
+)
 BATCH = 128
-NETWORK = ['--arch=adm', '--cbase=16', '--cres=1,2', '--num_blocks=1', '--attn_resolutions=none', '--dropout=0']
+NETWORK = [
+    '--arch=adm',
+    '--cbase=16',
+    '--cres=1,2',
+    '--num_blocks=1',
+    '--attn_resolutions=none',
+    '--dropout=0',
+]
 COMMON = ['--workers=0', '--lr_schedule=cosine']
 TEACHER_STEPS, TEACHER = 4000, [*NETWORK, '--lr=2e-3', '--ema=40kimg', '--augment=0', '--lr_rampup=20']
-STUDENT = ['--lr=1e-3', '--ema=20kimg', '--ema_rampup=0.05', '--lr_rampup=5']  # runs as short as these, and all alike, want a ramp-up
-OWN = {'mcd': ['--keep_ties', '--top-mass=0.5'], 'direct': ['--top-mass=1'],
-       'cm-cd': ['--cm_loss=pseudo_huber'], 'cm-ct': ['--cm_loss=pseudo_huber', '--s1=20'],  # LPIPS has seen photographs
-       'ict': ['--s1=160']}  # grids that 2,000 steps can follow
+STUDENT = [
+    '--lr=1e-3',
+    '--ema=20kimg',
+    '--ema_rampup=0.05',
+    '--lr_rampup=5',
+]  # runs as short as these, and all alike, want a ramp-up
+OWN = {
+    'mcd': ['--keep_ties', '--top-mass=0.5'],
+    'direct': ['--top-mass=1'],
+    'cm-cd': ['--cm_loss=pseudo_huber'],
+    'cm-ct': ['--cm_loss=pseudo_huber', '--s1=20'],  # LPIPS has seen photographs
+    'ict': ['--s1=160'],
+}  # grids that 2,000 steps can follow
 
 
 def student_options(objective: str, S: int | None = None) -> list[str]:
@@ -26,8 +45,18 @@ def student_options(objective: str, S: int | None = None) -> list[str]:
     """
     own = OBJECTIVES[objective].options
     substeps = [f'--{name}={max(2, -(-12 // S))}' for name in ('substeps', 'anchor_hops') if name in own]
-    edges = [f'--{name}={10 if S == 2 else max(16, S)}' for name in ('T_start', 'T_end')] if objective == 'mcd' else []
-    return [*STUDENT, *(['--student_grid=full'] if 'student_grid' in own else []), *OWN.get(objective, []), *edges, *substeps]
+    edges = (
+        [f'--{name}={10 if S == 2 else max(16, S)}' for name in ('T_start', 'T_end')]
+        if objective == 'mcd'
+        else []
+    )
+    return [
+        *STUDENT,
+        *(['--student_grid=full'] if 'student_grid' in own else []),
+        *OWN.get(objective, []),
+        *edges,
+        *substeps,
+    ]
 
 
 def prepare(story: Story) -> tuple[Path, dict[str, Ruler]]:
@@ -38,8 +67,19 @@ def prepare(story: Story) -> tuple[Path, dict[str, Ruler]]:
         story.run('data', 'dataset_tool.py', '--source=digits', f'--dest={data}')
     if not all(Path(ruler.detector).exists() for ruler in rulers.values()):
         story.run('rulers', '-m', 'metrics.rulers', f'--data={data}', f'--outdir={story.path("rulers")}')
-    rulers = {name: ruler._replace(detector=pinned(ruler.detector, file_sha256(ruler.detector))) for name, ruler in rulers.items()}
+    rulers = {
+        name: ruler._replace(detector=pinned(ruler.detector, file_sha256(ruler.detector)))
+        for name, ruler in rulers.items()
+    }
     for ruler in rulers.values():
         if not Path(ruler.ref).exists():
-            story.run('rulers', 'fid.py', 'ref', f'--data={data}', f'--dest={ruler.ref}', f'--detector={ruler.detector}', '--batch=256')
+            story.run(
+                'rulers',
+                'fid.py',
+                'ref',
+                f'--data={data}',
+                f'--dest={ruler.ref}',
+                f'--detector={ruler.detector}',
+                '--batch=256',
+            )
     return data, rulers

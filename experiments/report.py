@@ -1,4 +1,5 @@
 """Tables, sample grids and curves of a set of runs, as files and as one self-contained HTML page."""
+
 from __future__ import annotations
 
 import base64
@@ -21,7 +22,7 @@ from dnnlib import UserError
 from sampling.generation import image_grid
 from training.run_log import records
 
-STYLE = '''
+STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c1e21; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; } th, td { padding: .35rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
@@ -29,7 +30,7 @@ th:first-child, td:first-child { text-align: left; } th { font-weight: 600; back
 .grids { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; } figure img { image-rendering: pixelated; display: block; }
 figcaption { font-size: .85rem; color: #555; margin-top: .2rem; } pre { background: #f6f7f8; padding: .8rem; overflow-x: auto; font-size: .8rem; }
 img.wide { max-width: 100%; }
-'''
+"""
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
@@ -38,7 +39,9 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
         return []
     found = [record for _, record in records(path)]
     if None in found:
-        raise UserError(f'{path}: line {found.index(None) + 1} is no record of a run. Remove that line, or restore the file.')
+        raise UserError(
+            f'{path}: line {found.index(None) + 1} is no record of a run. Remove that line, or restore the file.'
+        )
     return found
 
 
@@ -50,7 +53,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The same as HTML."""
-    line = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{html.escape(str(cell))}</{tag}>' for cell in cells) + '</tr>'
+    line = lambda cells, tag: (
+        '<tr>' + ''.join(f'<{tag}>{html.escape(str(cell))}</{tag}>' for cell in cells) + '</tr>'
+    )
     return '<table>' + line(header, 'th') + ''.join(line(row, 'td') for row in rows) + '</table>'
 
 
@@ -76,7 +81,12 @@ def write_side_by_side(pictures: dict[str, str], dest: str) -> None:
     plt.close(figure)
 
 
-def write_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], dest: str, ylabel: str, levels: dict[str, float] | None = None) -> None:
+def write_curves(
+    curves: dict[str, tuple[Sequence[float], Sequence[float]]],
+    dest: str,
+    ylabel: str,
+    levels: dict[str, float] | None = None,
+) -> None:
     """Line plot of {name: (kimg, values)} on a logarithmic axis, with horizontal dashed `levels`."""
     figure, axes = plt.subplots(figsize=(7, 3.6), constrained_layout=True)
     for name, (x, y) in curves.items():
@@ -90,18 +100,40 @@ def write_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], des
     plt.close(figure)
 
 
-HUES = dict(blue='#0072B2', orange='#E69F00', green='#009E73', red='#D55E00', purple='#CC79A7', sky='#56B4E9', gray='#777777', black='#000000')
+HUES = dict(
+    blue='#0072B2',
+    orange='#E69F00',
+    green='#009E73',
+    red='#D55E00',
+    purple='#CC79A7',
+    sky='#56B4E9',
+    gray='#777777',
+    black='#000000',
+)
 # Colors that the color-blind tell apart (Okabe and Ito); relatives share one, and differ in dashes and marks.
-LOOKS = {'mcd': ('blue', '-', 'o'), 'mct': ('blue', '--', 's'), 'direct': ('red', '-', 'o'), 'pd': ('green', '-', 'o'), 'cm-cd': ('orange', '-', 'o'),
-         'cm-ct': ('orange', '--', 's'), 'ict': ('purple', '-', 'o'), 'ect': ('sky', '-', 'o'), 'tcm': ('sky', '--', 's'),
-         'teacher, Euler': ('gray', ':', 'x'), 'teacher, Heun': ('black', ':', 'x')}
+LOOKS = {
+    'mcd': ('blue', '-', 'o'),
+    'mct': ('blue', '--', 's'),
+    'direct': ('red', '-', 'o'),
+    'pd': ('green', '-', 'o'),
+    'cm-cd': ('orange', '-', 'o'),
+    'cm-ct': ('orange', '--', 's'),
+    'ict': ('purple', '-', 'o'),
+    'ect': ('sky', '-', 'o'),
+    'tcm': ('sky', '--', 's'),
+    'teacher, Euler': ('gray', ':', 'x'),
+    'teacher, Heun': ('black', ':', 'x'),
+}
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:
     """The values, between 0 and 1, moved as little as makes neighbors `gap` apart, in the order of their size (least squares)."""
     order = np.argsort(values, kind='stable')
     offsets = gap * np.arange(len(order))
-    moved = isotonic_regression(np.asarray(values)[order] - offsets, y_min=0, y_max=max(1 - offsets[-1], 0)) + offsets
+    moved = (
+        isotonic_regression(np.asarray(values)[order] - offsets, y_min=0, y_max=max(1 - offsets[-1], 0))
+        + offsets
+    )
     return moved[np.argsort(order)].tolist()
 
 
@@ -114,7 +146,9 @@ def apart(numbers: Sequence[int]) -> list[int]:
     return sorted(chosen)
 
 
-def write_frontier(lines: dict[str, dict[int, Sequence[float]]], dest: str, ylabel: str, level: tuple[str, float]) -> None:
+def write_frontier(
+    lines: dict[str, dict[int, Sequence[float]]], dest: str, ylabel: str, level: tuple[str, float]
+) -> None:
     """Distance against network evaluations, {name: {evaluations: a value for each seed}}, on logarithmic axes; a dashed `level` (name, value).
 
     Lines go through the geometric means of the seeds, and carry their names at their ends.
@@ -133,12 +167,17 @@ def write_frontier(lines: dict[str, dict[int, Sequence[float]]], dest: str, ylab
         ends.append((name, HUES[hue], mark, list(points)[-1], means[-1]))
     evaluations = sorted({nfe for points in lines.values() for nfe in points} or {1})
     ticks = apart(evaluations)
-    axes.set(xscale='log', yscale='log', xlabel='network evaluations for an image', ylabel=ylabel,
-             xlim=(evaluations[0] / 1.15, evaluations[-1] * 1.15))
+    axes.set(
+        xscale='log',
+        yscale='log',
+        xlabel='network evaluations for an image',
+        ylabel=ylabel,
+        xlim=(evaluations[0] / 1.15, evaluations[-1] * 1.15),
+    )
     axes.set_xticks(ticks, map(str, ticks))
     axes.minorticks_off()
     low, high = axes.get_ylim()
-    numbers = [n * 10.0 ** k for k in range(-9, 10) for n in (1, 2, 5)]
+    numbers = [n * 10.0**k for k in range(-9, 10) for n in (1, 2, 5)]
     for some in (numbers, matplotlib.ticker.MaxNLocator(5).tick_values(low, high)):
         inside = [value for value in some if low <= value <= high]
         if len(inside) > 1:
@@ -149,8 +188,17 @@ def write_frontier(lines: dict[str, dict[int, Sequence[float]]], dest: str, ylab
     place = lambda value: (np.log(value) - np.log(low)) / (np.log(high) - np.log(low))
     for (name, color, mark, x, value), y in zip(ends, spread([place(value) for *_, value in ends], 0.05)):
         right = axes.transAxes.inverted().transform(axes.transData.transform((x, value)))[0] if x else 1
-        axes.plot([right, 1.02, 1.05], [place(value), place(value) if x is None or right > 0.9 else y, y], transform=axes.transAxes, clip_on=False,
-                  color=color, linewidth=0.8, marker=mark, markevery=[2], markersize=5)
+        axes.plot(
+            [right, 1.02, 1.05],
+            [place(value), place(value) if x is None or right > 0.9 else y, y],
+            transform=axes.transAxes,
+            clip_on=False,
+            color=color,
+            linewidth=0.8,
+            marker=mark,
+            markevery=[2],
+            markersize=5,
+        )
         axes.text(1.07, y, name, transform=axes.transAxes, va='center', fontsize=10)
     figure.savefig(dest, dpi=140)
     plt.close(figure)
@@ -159,19 +207,46 @@ def write_frontier(lines: dict[str, dict[int, Sequence[float]]], dest: str, ylab
 def write_strips(pictures: dict[str, dict[int, str]], dest: str, rows: int = 5) -> None:
     """The first lines of the grids {name: {evaluations: PNG file}}, each of `rows` lines, as a table of samples, a column for each number."""
     columns = sorted({nfe for cells in pictures.values() for nfe in cells})
-    figure, panels = plt.subplots(len(pictures), len(columns), figsize=(2.6 * len(columns) + 1, 0.42 * len(pictures) + 0.4), squeeze=False)
-    figure.subplots_adjust(left=1.2 / (2.6 * len(columns) + 1), right=0.995, top=1 - 0.3 / (0.42 * len(pictures) + 0.4), bottom=0.01, wspace=0.04,
-                           hspace=0.1)
-    places = [[axes.get_position() for axes in line] for line in panels]  # before pictures shrink some of them
+    figure, panels = plt.subplots(
+        len(pictures),
+        len(columns),
+        figsize=(2.6 * len(columns) + 1, 0.42 * len(pictures) + 0.4),
+        squeeze=False,
+    )
+    figure.subplots_adjust(
+        left=1.2 / (2.6 * len(columns) + 1),
+        right=0.995,
+        top=1 - 0.3 / (0.42 * len(pictures) + 0.4),
+        bottom=0.01,
+        wspace=0.04,
+        hspace=0.1,
+    )
+    places = [
+        [axes.get_position() for axes in line] for line in panels
+    ]  # before pictures shrink some of them
     for line, row, (name, cells) in zip(panels, places, pictures.items()):
-        figure.text(row[0].x0 - 0.03 * row[0].width, (row[0].y0 + row[0].y1) / 2, name, ha='right', va='center', fontsize=10)
+        figure.text(
+            row[0].x0 - 0.03 * row[0].width,
+            (row[0].y0 + row[0].y1) / 2,
+            name,
+            ha='right',
+            va='center',
+            fontsize=10,
+        )
         for axes, column in zip(line, columns):
             axes.axis('off')
             if column in cells:
                 picture = np.asarray(open_image(cells[column]).convert('RGB'))
-                axes.imshow(picture[:len(picture) // rows], interpolation='nearest')
+                axes.imshow(picture[: len(picture) // rows], interpolation='nearest')
     for place, nfe in zip(places[0], columns):
-        figure.text((place.x0 + place.x1) / 2, place.y1, f'{nfe} evaluation{"s" * (nfe > 1)}', ha='center', va='bottom', fontsize=10)
+        figure.text(
+            (place.x0 + place.x1) / 2,
+            place.y1,
+            f'{nfe} evaluation{"s" * (nfe > 1)}',
+            ha='center',
+            va='bottom',
+            fontsize=10,
+        )
     figure.savefig(dest, dpi=130)
     plt.close(figure)
 
@@ -186,7 +261,11 @@ def embed(path: str, caption: str | None = None, css: str = '') -> str:
 
 def write_page(dest: str, title: str, sections: Sequence[tuple[str, str]]) -> None:
     """A self-contained page of (heading, HTML) sections."""
-    body = ''.join(f'<h2>{html.escape(heading)}</h2>{content}' if heading else content for heading, content in sections)
+    body = ''.join(
+        f'<h2>{html.escape(heading)}</h2>{content}' if heading else content for heading, content in sections
+    )
     with open(dest, 'w', encoding='utf-8') as file:
-        file.write(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-                   f'<h1>{html.escape(title)}</h1>{body}</html>\n')
+        file.write(
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+            f'<h1>{html.escape(title)}</h1>{body}</html>\n'
+        )

@@ -1,4 +1,5 @@
 """Stories told by the scripts themselves, as demo.py and compare.py do: commands that are shown and run, several side by side."""
+
 from __future__ import annotations
 
 import concurrent.futures
@@ -42,7 +43,9 @@ class Story:
     record: Path | None = None
     commands: list[str] = field(default_factory=list)
     running: set[subprocess.Popen] = field(default_factory=set)
-    lock: threading.RLock = field(default_factory=threading.RLock)  # a second signal may come while the first stops the story
+    lock: threading.RLock = field(
+        default_factory=threading.RLock
+    )  # a second signal may come while the first stops the story
     stopped: bool = False
 
     def say(self, line: str) -> None:
@@ -53,7 +56,12 @@ class Story:
         """Run `python <arguments>`; its lines appear behind [name], and its stdout is returned. Raises: UserError where it fails."""
         script = [os.path.relpath(ROOT / arguments[0])] if arguments[0].endswith('.py') else [arguments[0]]
         shown = ['python', *script, *map(str, arguments[1:])]
-        env = dict(os.environ, OMP_NUM_THREADS=str(threads or self.threads), PYTHONUNBUFFERED='1', PYTHONPATH=str(ROOT))
+        env = dict(
+            os.environ,
+            OMP_NUM_THREADS=str(threads or self.threads),
+            PYTHONUNBUFFERED='1',
+            PYTHONPATH=str(ROOT),
+        )
         with self.lock:
             if self.stopped:
                 raise UserError(f'`{shlex.join(shown)}` was not begun.')
@@ -62,8 +70,13 @@ class Story:
             if self.record:
                 with open(self.record, 'a', encoding='utf-8') as file:
                     file.write(shlex.join(shown) + '\n')
-            process = subprocess.Popen([sys.executable, '-W', 'ignore', *shown[1:]], env=env, text=True,
-                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                [sys.executable, '-W', 'ignore', *shown[1:]],
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
             self.running.add(process)
         lines = []
         for line in process.stdout:
@@ -71,7 +84,9 @@ class Story:
             self.say(f'[{name}] {line.rstrip()}')
         self.running.discard(process)
         if process.wait() != 0:
-            raise UserError(f'`{shlex.join(shown)}` failed ({how_ended(process.returncode)}); its last line: {lines[-1] if lines else "none"}')
+            raise UserError(
+                f'`{shlex.join(shown)}` failed ({how_ended(process.returncode)}); its last line: {lines[-1] if lines else "none"}'
+            )
         return '\n'.join(lines)
 
     def stop(self) -> None:
@@ -126,9 +141,12 @@ def workers(story: Story, count: int) -> Iterator[concurrent.futures.Executor]:
 def newest_snapshot(folder: Path) -> Path:
     """The last of `run_files.saved_snapshots`. Raises: UserError where there is none."""
     from training.run_files import saved_snapshots
+
     found = saved_snapshots(folder)
     if not found:
-        raise UserError(f'{folder} holds no network-snapshot-*.pkl, though its training is done: delete the folder to train again.')
+        raise UserError(
+            f'{folder} holds no network-snapshot-*.pkl, though its training is done: delete the folder to train again.'
+        )
     return found[0]
 
 
@@ -147,8 +165,18 @@ def make_outdir(outdir: Path) -> None:
         raise UserError(f'--outdir={outdir} cannot be made: {error.strerror}') from error
 
 
-def measure(story: Story, name: str, network: Path | str, solver: str, steps: int, images: int, rulers: dict[str, Ruler], batch: int = 256,
-            bootstrap: int = 0, labels: str | None = None) -> dict:
+def measure(
+    story: Story,
+    name: str,
+    network: Path | str,
+    solver: str,
+    steps: int,
+    images: int,
+    rulers: dict[str, Ruler],
+    batch: int = 256,
+    bootstrap: int = 0,
+    labels: str | None = None,
+) -> dict:
     """Sample a network, and measure the images with every ruler. The images stay in the folder samples/<name>.
 
     `labels`: as --labels of generate.py.
@@ -157,14 +185,37 @@ def measure(story: Story, name: str, network: Path | str, solver: str, steps: in
     """
     folder, start = story.path('samples', name), time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)  # of a story that was interrupted
-    story.run(name, 'generate.py', f'--network={network}', f'--outdir={folder}', '--strict-outdir', f'--seeds=0-{images - 1}', f'--batch={batch}',
-              f'--solver={solver}', f'--steps={steps}', *([f'--labels={labels}'] if labels else []))
+    story.run(
+        name,
+        'generate.py',
+        f'--network={network}',
+        f'--outdir={folder}',
+        '--strict-outdir',
+        f'--seeds=0-{images - 1}',
+        f'--batch={batch}',
+        f'--solver={solver}',
+        f'--steps={steps}',
+        *([f'--labels={labels}'] if labels else []),
+    )
     row = dict(images=images, seconds=round(time.monotonic() - start, 1))
     for i, (ruler, (ref, detector)) in enumerate(rulers.items()):
         result = story.path('samples', f'{name}-{ruler}.json')
-        story.run(name, 'fid.py', 'calc', f'--images={folder}', f'--ref={ref}', f'--num={images}', f'--batch={batch}',
-                  *([f'--detector={detector}'] if detector else []), *([f'--bootstrap={bootstrap}'] if bootstrap else []), f'--json={result}')
+        story.run(
+            name,
+            'fid.py',
+            'calc',
+            f'--images={folder}',
+            f'--ref={ref}',
+            f'--num={images}',
+            f'--batch={batch}',
+            *([f'--detector={detector}'] if detector else []),
+            *([f'--bootstrap={bootstrap}'] if bootstrap else []),
+            f'--json={result}',
+        )
         found = json.loads(result.read_text())['fid']
         suffix = f'_{ruler}' if i else ''
-        row |= {f'distance{suffix}': found['value'], **({f'interval{suffix}': found['interval']} if bootstrap else {})}
+        row |= {
+            f'distance{suffix}': found['value'],
+            **({f'interval{suffix}': found['interval']} if bootstrap else {}),
+        }
     return row

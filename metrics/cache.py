@@ -1,4 +1,5 @@
 """Features on disk, batch by batch: an evaluation that was stopped goes on where it was, and another one of the same images starts from them."""
+
 from __future__ import annotations
 
 import hashlib
@@ -32,8 +33,12 @@ class FeatureCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f'--cache={root} cannot be made: {error.strerror}. Choose another place.') from error
-        if distributed.is_main() and not (self.folder / FACTS).exists():  # a cache that is only read need not be writable
+            raise UserError(
+                f'--cache={root} cannot be made: {error.strerror}. Choose another place.'
+            ) from error
+        if (
+            distributed.is_main() and not (self.folder / FACTS).exists()
+        ):  # a cache that is only read need not be writable
             with atomic_write(self.folder / FACTS) as file:
                 file.write(text.encode() + b'\n')
 
@@ -44,7 +49,11 @@ class FeatureCache:
                 arrays = {key: file.read(key) for key in file.keys}
         except UserError:
             return None
-        return arrays if names <= arrays.keys() and all(array.shape[:1] == (len(part),) for array in arrays.values()) else None
+        return (
+            arrays
+            if names <= arrays.keys() and all(array.shape[:1] == (len(part),) for array in arrays.values())
+            else None
+        )
 
     def save(self, part: range, arrays: dict[str, np.ndarray]) -> None:
         """Keep the arrays of a batch, which all have a row for each of its images."""

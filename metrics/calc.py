@@ -1,4 +1,5 @@
 """From images to features and their statistics: one pass, on all processes, under any number of detectors. All that evaluates goes through it."""
+
 from __future__ import annotations
 
 import functools
@@ -42,9 +43,17 @@ class Observed:
     unturned: int = 0
 
 
-def observe(source: ImageSource, detectors: Mapping[str, Detector], batch: int, keep: np.ndarray | bool = False,
-            classes: Container[str] = (), cache: str | None = None, workers: int = 4,
-            advance: Callable[[int], object] = lambda count: None, stop: Callable[[], bool] | None = None) -> dict[str, Observed] | None:
+def observe(
+    source: ImageSource,
+    detectors: Mapping[str, Detector],
+    batch: int,
+    keep: np.ndarray | bool = False,
+    classes: Container[str] = (),
+    cache: str | None = None,
+    workers: int = 4,
+    advance: Callable[[int], object] = lambda count: None,
+    stop: Callable[[], bool] | None = None,
+) -> dict[str, Observed] | None:
     """What each detector sees in all images, of all processes together.
 
     Batch k holds the images k·batch … (k + 1)·batch − 1, whichever process computes it, and the last one is filled up before a detector sees
@@ -67,9 +76,15 @@ def observe(source: ImageSource, detectors: Mapping[str, Detector], batch: int, 
     keep = np.full(len(source), keep) if isinstance(keep, bool) else keep
     facts = None
     if cache:  # the main process's word counts: machines may have copies of other times
-        facts = dict(images=distributed.broadcast_object(source.fingerprint() if distributed.is_main() else None), batch=batch)
-    watches = {name: _Watch(detector, source, keep, name in classes, cache, facts) for name, detector in detectors.items()}
-    images_of_round = lambda k: sum(map(len, parts[k - rank:k - rank + processes]))
+        facts = dict(
+            images=distributed.broadcast_object(source.fingerprint() if distributed.is_main() else None),
+            batch=batch,
+        )
+    watches = {
+        name: _Watch(detector, source, keep, name in classes, cache, facts)
+        for name, detector in detectors.items()
+    }
+    images_of_round = lambda k: sum(map(len, parts[k - rank : k - rank + processes]))
     missing = []
     for k in range(rank, len(parts), processes):
         recalled = [watch.recall(parts[k]) for watch in watches.values()]
@@ -78,12 +93,18 @@ def observe(source: ImageSource, detectors: Mapping[str, Detector], batch: int, 
         else:
             missing.append(k)
     for k, (part, images, indices) in zip(missing, source.stream([parts[k] for k in missing], workers)):
-        filled = torch.cat([images, images[-1:].expand(batch - len(images), -1, -1, -1)]) if 0 < len(images) < batch else images
+        filled = (
+            torch.cat([images, images[-1:].expand(batch - len(images), -1, -1, -1)])
+            if 0 < len(images) < batch
+            else images
+        )
         digests = image_digests(images)
         for watch in watches.values():
             watch.see(part, filled, indices, digests)
         advance(images_of_round(k))
-        if stop and k - rank + processes <= len(parts) and stop():  # of the rounds in which every process has a batch
+        if (
+            stop and k - rank + processes <= len(parts) and stop()
+        ):  # of the rounds in which every process has a batch
             return None
     if stop and stop():
         return None
@@ -99,9 +120,11 @@ def check_finite(source: ImageSource, parts: Sequence[range], watches: Collectio
         raise NotFinite(source.describe_nonfinite(bad), nonfinite=len(bad))
     for watch, count in zip(watches, map(sum, zip(*features))):
         if count:
-            raise NotFinite(f'Detector {watch.detector.name} gives features that are not finite (NaN or infinite) for {count} of {len(source)} '
-                            f'images of {source.name}: there is no measure of them. Use another detector, or mend this one.',
-                            nonfinite_features=count)
+            raise NotFinite(
+                f'Detector {watch.detector.name} gives features that are not finite (NaN or infinite) for {count} of {len(source)} '
+                f'images of {source.name}: there is no measure of them. Use another detector, or mend this one.',
+                nonfinite_features=count,
+            )
 
 
 def count_features(detector: Detector, image_shape: list[int]) -> None:
@@ -113,13 +136,30 @@ def count_features(detector: Detector, image_shape: list[int]) -> None:
 class _Watch:
     """One detector's view of the images, as far as this process sees them."""
 
-    def __init__(self, detector: Detector, source: ImageSource, keep: np.ndarray, classes: bool, cache: str | None, facts: dict | None):
+    def __init__(
+        self,
+        detector: Detector,
+        source: ImageSource,
+        keep: np.ndarray,
+        classes: bool,
+        cache: str | None,
+        facts: dict | None,
+    ):
         count_features(detector, source.image_shape)
-        self.detector, self.source, self.keep, self.classes = detector, source, torch.from_numpy(keep), classes
+        self.detector, self.source, self.keep, self.classes = (
+            detector,
+            source,
+            torch.from_numpy(keep),
+            classes,
+        )
         self.stats = FeatureStats(detector.dim, detector.device)
         self.nonfinite = 0  # images whose features, or probabilities, are not finite
-        self.kept: dict[int, dict[str, Tensor]] = {}  # of each batch, by its first image: digests, and what is to be kept
-        self.cache = FeatureCache(cache, detector.name, dict(facts, detector=detector.digest)) if cache else None
+        self.kept: dict[
+            int, dict[str, Tensor]
+        ] = {}  # of each batch, by its first image: digests, and what is to be kept
+        self.cache = (
+            FeatureCache(cache, detector.name, dict(facts, detector=detector.digest)) if cache else None
+        )
 
     def recall(self, part: range) -> bool:
         """Add a batch from the cache; whether it was there."""
@@ -143,7 +183,10 @@ class _Watch:
             found['features'], found['probabilities'] = self.detector.with_probabilities(images)
         else:
             found['features'] = self.detector(images)
-        found = {name: values[:count].float() if values.is_floating_point() else values for name, values in found.items()}
+        found = {
+            name: values[:count].float() if values.is_floating_point() else values
+            for name, values in found.items()
+        }
         sound = self._add(part, indices, found)
         if self.cache and count == len(part) and sound and not self.source.nonfinite(part):
             self.cache.save(part, {name: values.cpu().numpy() for name, values in found.items()})
@@ -151,7 +194,10 @@ class _Watch:
     def _add(self, part: range, indices: list[int], found: dict[str, Tensor]) -> bool:
         """Whether all that the detector gave was finite."""
         self.stats.append(found['features'])
-        kept = dict(digests=found['digests'], features=found['features'][self.keep[indices].to(found['features'].device)])
+        kept = dict(
+            digests=found['digests'],
+            features=found['features'][self.keep[indices].to(found['features'].device)],
+        )
         finite = found['features'].isfinite().all(dim=1)
         if self.classes:
             kept['probabilities'] = found['probabilities']
@@ -165,22 +211,41 @@ class _Watch:
         """Over all processes."""
         if self.stats.reduce().count < 2:
             found = 'is only one image' if self.stats.count else 'are no images'
-            raise UserError(f'There {found} in {self.source.name} to compute statistics of, and at least two are needed.')
+            raise UserError(
+                f'There {found} in {self.source.name} to compute statistics of, and at least two are needed.'
+            )
         skipped = len(self.source) - self.stats.count
         shares = distributed.gather_on_main((self.kept, self.source.skipped, self.source.unturned))
         if not shares:
             return Observed(self.stats, skipped)
-        kept, problems, unturned = ({key: value for share in column for key, value in share.items()} for column in zip(*shares))
+        kept, problems, unturned = (
+            {key: value for share in column for key, value in share.items()} for column in zip(*shares)
+        )
         joined = {name: torch.cat([kept[start][name] for start in sorted(kept)]) for name in kept[min(kept)]}
-        return Observed(self.stats, skipped, [problems[i] for i in sorted(problems)], len(joined['digests']) - len(joined['digests'].unique()),
-                        joined['features'] if self.keep.any() else None, joined.get('probabilities'), len(unturned))
+        return Observed(
+            self.stats,
+            skipped,
+            [problems[i] for i in sorted(problems)],
+            len(joined['digests']) - len(joined['digests'].unique()),
+            joined['features'] if self.keep.any() else None,
+            joined.get('probabilities'),
+            len(unturned),
+        )
 
 
 def reference_of(source: ImageSource, seen: Observed, detector: Detector) -> Reference:
     """What a detector saw, as a reference for other images."""
     channels, height, width = source.image_shape
     features = None if seen.features is None else seen.features.numpy()
-    return Reference(seen.stats.mu, seen.stats.sigma, detector.name, detector.digest, seen.stats.count, f'{width}x{height}x{channels}', features)
+    return Reference(
+        seen.stats.mu,
+        seen.stats.sigma,
+        detector.name,
+        detector.digest,
+        seen.stats.count,
+        f'{width}x{height}x{channels}',
+        features,
+    )
 
 
 def image_digests(images: Tensor) -> Tensor:
@@ -194,4 +259,6 @@ def image_digests(images: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1)  # images of one pass have one size
 def _multiples(count: int, device: torch.device) -> Tensor:
-    return torch.randint(-1 << 63, (1 << 63) - 1, [count], generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.randint(-1 << 63, (1 << 63) - 1, [count], generator=torch.Generator().manual_seed(0)).to(
+        device
+    )

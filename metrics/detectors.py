@@ -9,6 +9,7 @@ Three kinds stand behind one interface, `Detector`. Each wraps a network that ha
 for uint8 images [N, img_channels, H, W] on its device: a TorchScript file (`ScriptNetwork`), FID's Inception from pytorch-fid's state dict
 (`metrics.inception`), or DINOv2 (`metrics.dinov2`).
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -77,9 +78,13 @@ class Detector:
         Raises: UserError where the detector has no classes, and as `__call__`.
         """
         if not self.has_classes:
-            raise UserError(f'Detector {self.name} has no classes, which the Inception Score needs. Use an Inception network, such as the default.')
+            raise UserError(
+                f'Detector {self.name} has no classes, which the Inception Score needs. Use an Inception network, such as the default.'
+            )
         outputs = self._run(self.network.with_probabilities, images)
-        for output, what in zip(outputs, ('one feature vector an image, [N, D]', 'one probability vector an image, [N, K]')):
+        for output, what in zip(
+            outputs, ('one feature vector an image, [N, D]', 'one probability vector an image, [N, K]')
+        ):
             self._check(output, images, what)
         self.dim = outputs[0].shape[1]
         return outputs
@@ -88,21 +93,34 @@ class Detector:
         if images.shape[1] == 1:
             images = images.expand(-1, self.img_channels, -1, -1)
         if images.shape[1] != self.img_channels:
-            raise UserError(f'Detector {self.name} wants images of {self.img_channels} channels, these have {images.shape[1]}. '
-                            'Convert the images, or use another detector.')
+            raise UserError(
+                f'Detector {self.name} wants images of {self.img_channels} channels, these have {images.shape[1]}. '
+                'Convert the images, or use another detector.'
+            )
         try:
             with torch.no_grad(), full_precision():
                 return compute(images.to(self.device))
         except torch.OutOfMemoryError as error:
-            raise UserError(f'Detector {self.name} ran out of GPU memory on {len(images)} images. Lower --batch.') from error
+            raise UserError(
+                f'Detector {self.name} ran out of GPU memory on {len(images)} images. Lower --batch.'
+            ) from error
         except (RuntimeError, torch.jit.Error) as error:
             reason = str(error).strip().splitlines()[-1]
-            raise UserError(f'Detector {self.name} failed on uint8 images of shape {tuple(images.shape)}: {reason}. '
-                            'Use a detector for such images.') from error
+            raise UserError(
+                f'Detector {self.name} failed on uint8 images of shape {tuple(images.shape)}: {reason}. '
+                'Use a detector for such images.'
+            ) from error
 
     def _check(self, output: object, images: Tensor, wanted: str) -> None:
-        if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images) or not output.is_floating_point():
-            raise UserError(f'Detector {self.name} did not return {wanted}, as floating-point numbers. Use a detector that does.')
+        if (
+            not isinstance(output, Tensor)
+            or output.ndim != 2
+            or len(output) != len(images)
+            or not output.is_floating_point()
+        ):
+            raise UserError(
+                f'Detector {self.name} did not return {wanted}, as floating-point numbers. Use a detector that does.'
+            )
 
 
 @contextlib.contextmanager
@@ -133,7 +151,9 @@ class ScriptNetwork:
         self.for_probabilities = dict(no_output_bias=True) if 'no_output_bias' in arguments else {}
 
     def features(self, images: Tensor) -> Tensor:
-        with torch.jit.optimized_execution(False):  # or a program's first calls, before it is optimized, differ from later ones in rounding
+        with torch.jit.optimized_execution(
+            False
+        ):  # or a program's first calls, before it is optimized, differ from later ones in rounding
             return self.module(images, **self.for_features)
 
     def with_probabilities(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +163,9 @@ class ScriptNetwork:
             return features, self.module(images, **self.for_probabilities)
 
 
-def load_detector(source: str | os.PathLike, device: torch.device | str = 'cpu', sha256: str | None = None) -> Detector:
+def load_detector(
+    source: str | os.PathLike, device: torch.device | str = 'cpu', sha256: str | None = None
+) -> Detector:
     """The detector at a path or URL, or of a name, ready for images on `device`.
 
     Args:
@@ -161,6 +183,7 @@ def load_detector(source: str | os.PathLike, device: torch.device | str = 'cpu',
     source, device = os.fspath(source), torch.device(device)
     if source == DINOV2 or source.startswith(f'{DINOV2}:'):
         from metrics.dinov2 import load_dinov2
+
         folder = None if source == DINOV2 else source.removeprefix(f'{DINOV2}:')
         network, digest = load_dinov2(folder, device, sha256)
         return Detector(network, network.name, digest, device)
@@ -177,8 +200,12 @@ def load_detector(source: str | os.PathLike, device: torch.device | str = 'cpu',
 def warn_of_program(source: str, path: Path) -> None:
     """Say, once for all processes, that a file is a program, unless its source names the digest that it has."""
     if '#sha256=' not in source and distributed.is_main():
-        print(f'Note: {printable(source)} is a TorchScript file, a program that PyTorch runs. Be sure that you trust it; '
-              f'to name this very file, write #sha256={file_sha256(path)} behind it.', file=sys.stderr, flush=True)
+        print(
+            f'Note: {printable(source)} is a TorchScript file, a program that PyTorch runs. Be sure that you trust it; '
+            f'to name this very file, write #sha256={file_sha256(path)} behind it.',
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def is_torchscript(path: Path) -> bool:
@@ -195,10 +222,14 @@ def _load_script(path: Path, source: str, device: torch.device) -> ScriptNetwork
         module = torch.jit.load(path, map_location=device).eval()
         takes_images, channels = hasattr(module, 'forward'), getattr(module, 'img_channels', 3)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f'{source} is a TorchScript file that cannot be loaded. Save it again with torch.jit.script(network).save(path), '
-                        'or download it again.') from error
+        raise UserError(
+            f'{source} is a TorchScript file that cannot be loaded. Save it again with torch.jit.script(network).save(path), '
+            'or download it again.'
+        ) from error
     if not takes_images:
-        raise UserError(f'{source} has no forward method. Save detectors with torch.jit.script(network).save(path).')
+        raise UserError(
+            f'{source} has no forward method. Save detectors with torch.jit.script(network).save(path).'
+        )
     if not isinstance(channels, int) or channels < 1:
         raise UserError(f'{source} declares img_channels={channels!r}. It must be a positive whole number.')
     return ScriptNetwork(module, channels)
@@ -206,18 +237,29 @@ def _load_script(path: Path, source: str, device: torch.device) -> ScriptNetwork
 
 def _load_state_dict(path: Path, source: str, device: torch.device) -> torch.nn.Module:
     from metrics.inception import build_inception
+
     wanted = f'a feature detector: {KINDS}'
-    if kind := another_kind(path, 'a feature detector', own=('a PyTorch file', 'a pickle', 'text'), instead=dict.fromkeys(
-            ('a training state', 'a network snapshot', 'a NumPy', 'a zip archive'), f'Give {wanted}.')):
+    if kind := another_kind(
+        path,
+        'a feature detector',
+        own=('a PyTorch file', 'a pickle', 'text'),
+        instead=dict.fromkeys(
+            ('a training state', 'a network snapshot', 'a NumPy', 'a zip archive'), f'Give {wanted}.'
+        ),
+    ):
         raise UserError(f'{source} is no detector: it {kind}')
     if _is_plain_pickle(path):
-        raise UserError(f'{source} is a pickle, which could run any code when loaded, so it is not. For the Inception of EDM and StyleGAN use '
-                        f"NVIDIA's TorchScript file of the same network, the default: {INCEPTION_URL}")
+        raise UserError(
+            f'{source} is a pickle, which could run any code when loaded, so it is not. For the Inception of EDM and StyleGAN use '
+            f"NVIDIA's TorchScript file of the same network, the default: {INCEPTION_URL}"
+        )
     try:
         with open(path, 'rb') as file:
             weights = read_saved(file)
     except MalformedPickle as error:
-        raise UserError(f'{source} is no detector. Give {KINDS}; save your own with torch.jit.script(network).save(path).') from error
+        raise UserError(
+            f'{source} is no detector. Give {KINDS}; save your own with torch.jit.script(network).save(path).'
+        ) from error
     return build_inception(weights, source, device)
 
 

@@ -5,6 +5,7 @@ to 224x224, bicubically with antialiasing, neither rounded nor clipped after it.
 the learned position embeddings, of 37x37 patches in the released models, are resampled to 16x16 as in the authors' own code, which
 `transformers` does not do (`resample_positions`).
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -21,14 +22,17 @@ from dnnlib.limits import JSON_FILE, SAFETENSORS_HEADER, UNREADABLE, check_size,
 from dnnlib.util import UserError, file_sha256, local_path
 
 REPOSITORY = 'facebook/dinov2-large'
-LARGE = (1024, 24, 14)      # features, layers, pixels along a patch: ViT-L/14, the one that FD-DINOv2 means
+LARGE = (1024, 24, 14)  # features, layers, pixels along a patch: ViT-L/14, the one that FD-DINOv2 means
 RESOLUTION = 224
-OFFSET = 0.1                # of the authors' `interpolate_offset`
+OFFSET = 0.1  # of the authors' `interpolate_offset`
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colors
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 SIZES = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'image_size', 'patch_size')
-FIELDS = dict.fromkeys((*SIZES, 'mlp_ratio', 'num_channels'), int) | dict(layer_norm_eps=float, hidden_act=str) | dict.fromkeys(
-    ('qkv_bias', 'use_swiglu_ffn', 'use_mask_token'), bool)  # of the configuration: what describes the network
+FIELDS = (
+    dict.fromkeys((*SIZES, 'mlp_ratio', 'num_channels'), int)
+    | dict(layer_norm_eps=float, hidden_act=str)
+    | dict.fromkeys(('qkv_bias', 'use_swiglu_ffn', 'use_mask_token'), bool)
+)  # of the configuration: what describes the network
 MAX_FIELD, MAX_LAYERS = 1_000_000, 100
 CURE = f'Give a folder with {REPOSITORY}, as save_pretrained writes it.'
 
@@ -66,7 +70,9 @@ class DINOv2(torch.nn.Module):
         self.name = 'dinov2-large' if sizes == LARGE else f'dinov2-{sizes[0]}x{sizes[1]}'
         self.metric_name = 'FD-DINOv2' if sizes == LARGE else 'Fréchet distance'
         embeddings = model.embeddings
-        resampled = resample_positions(embeddings.position_embeddings.detach(), RESOLUTION // config.patch_size)
+        resampled = resample_positions(
+            embeddings.position_embeddings.detach(), RESOLUTION // config.patch_size
+        )
         embeddings.position_embeddings = torch.nn.Parameter(resampled)
         self.model = model
         self.register_buffer('mean', torch.tensor(MEAN).reshape(-1, 1, 1))
@@ -100,7 +106,9 @@ def _quiet_transformers():
         import transformers  # takes seconds
         from transformers.utils import logging
     except ImportError as error:
-        raise UserError(f'DINOv2 needs the package transformers ({error}): pip install -e .[dinov2]') from error
+        raise UserError(
+            f'DINOv2 needs the package transformers ({error}): pip install -e .[dinov2]'
+        ) from error
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -127,12 +135,17 @@ def _files(folder: str | None, sha256: str | None) -> tuple[Path, Path]:
 def _released(name: str, sha256: str | None = None) -> Path:
     """A file of the released model on this machine."""
     from huggingface_hub import hf_hub_url, try_to_load_from_cache
+
     cached = try_to_load_from_cache(REPOSITORY, name)
     try:
-        return local_path(cached if isinstance(cached, str) else hf_hub_url(REPOSITORY, name), sha256=sha256, pinned=True)
+        return local_path(
+            cached if isinstance(cached, str) else hf_hub_url(REPOSITORY, name), sha256=sha256, pinned=True
+        )
     except UserError as error:
-        raise UserError(f"{error} Or, where there is a connection, transformers.Dinov2Model.from_pretrained('{REPOSITORY}')"
-                        ".save_pretrained('FOLDER'), and here that folder (dinov2:FOLDER).") from error
+        raise UserError(
+            f"{error} Or, where there is a connection, transformers.Dinov2Model.from_pretrained('{REPOSITORY}')"
+            ".save_pretrained('FOLDER'), and here that folder (dinov2:FOLDER)."
+        ) from error
 
 
 def _read_config(path: Path) -> dict:
@@ -141,7 +154,9 @@ def _read_config(path: Path) -> dict:
         with open(path, 'rb') as file:
             config = json.loads(read_at_most(file, JSON_FILE, 'a configuration'))
     except UNREADABLE as error:
-        raise UserError(f'{path} cannot be read as the configuration of a model ({_first_line(error)}). {CURE}') from error
+        raise UserError(
+            f'{path} cannot be read as the configuration of a model ({_first_line(error)}). {CURE}'
+        ) from error
     kind = config.get('model_type') if isinstance(config, dict) else None
     if kind != 'dinov2':
         raise UserError(f'{path} is of a model of type {kind!r}, not dinov2. {CURE}')
@@ -153,7 +168,9 @@ def _read_config(path: Path) -> dict:
     if absent := [name for name in SIZES if name not in fields]:
         raise UserError(f'{path} does not say {", ".join(absent)}. {CURE}')
     if RESOLUTION % fields['patch_size'] or fields.get('num_channels', 3) != 3:
-        raise UserError(f'{path} is of a DINOv2 for other images than color images of {RESOLUTION}x{RESOLUTION}. {CURE}')
+        raise UserError(
+            f'{path} is of a DINOv2 for other images than color images of {RESOLUTION}x{RESOLUTION}. {CURE}'
+        )
     return fields
 
 
@@ -161,17 +178,26 @@ def _build(model_class, config, path: Path) -> torch.nn.Module:
     """The model with the weights of a file, in FP32. Raises: UserError where they are damaged, or more or less than the model's."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+
     try:
         with open(path, 'rb') as file:
-            check_size(int.from_bytes(file.read(8), 'little'), SAFETENSORS_HEADER, 'the header of a safetensors file')
+            check_size(
+                int.from_bytes(file.read(8), 'little'), SAFETENSORS_HEADER, 'the header of a safetensors file'
+            )
             if (least := _least_weights(config)) > os.fstat(file.fileno()).st_size:
                 raise ValueError(f'which are at least {least:,} bytes')
         weights = {name: tensor.float() for name, tensor in load_file(path).items()}
-        model, report = model_class.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, attn_implementation='sdpa')
+        model, report = model_class.from_pretrained(
+            None, config=config, state_dict=weights, output_loading_info=True, attn_implementation='sdpa'
+        )
     except (SafetensorError, *UNREADABLE) as error:
-        raise UserError(f'{path} cannot be read as the weights that its {CONFIG} describes ({_first_line(error)}). {CURE}') from error
+        raise UserError(
+            f'{path} cannot be read as the weights that its {CONFIG} describes ({_first_line(error)}). {CURE}'
+        ) from error
     if wrong := sorted(name for kind in ('missing_keys', 'unexpected_keys') for name in report[kind]):
-        raise UserError(f'{path} does not hold exactly the weights that its {CONFIG} describes: {len(wrong)} differ, such as {wrong[0]}. {CURE}')
+        raise UserError(
+            f'{path} does not hold exactly the weights that its {CONFIG} describes: {len(wrong)} differ, such as {wrong[0]}. {CURE}'
+        )
     if broken := sorted(name for name, tensor in weights.items() if not tensor.isfinite().all()):
         raise UserError(f'{path} has NaN or infinite numbers at {broken[0]}. {CURE}')
     return model
@@ -180,7 +206,9 @@ def _build(model_class, config, path: Path) -> torch.nn.Module:
 def _least_weights(config) -> int:
     """Bytes that such a network has at least: those of its matrices, one byte a number. It is built in memory before it is compared with the file."""
     width, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
-    return width * (patches + 3 * config.patch_size ** 2) + config.num_hidden_layers * width ** 2 * (4 + 2 * config.mlp_ratio)
+    return width * (patches + 3 * config.patch_size**2) + config.num_hidden_layers * width**2 * (
+        4 + 2 * config.mlp_ratio
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,5 @@
 """What fid.py and search.py share: which measures, which detectors and references they take, looking at images once for all of them."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -27,10 +28,15 @@ class Measures(click.ParamType):
 
     def convert(self, value, param, ctx):
         from metrics.measures import MEASURES
+
         names, known = [name.strip() for name in value.split(',')], self.some or tuple(MEASURES)
         for name in names:
             if name not in known or names.count(name) > 1:
-                self.fail(f'{name!r} is {"named twice" if name in known else "none of " + ", ".join(known)}', param, ctx)
+                self.fail(
+                    f'{name!r} is {"named twice" if name in known else "none of " + ", ".join(known)}',
+                    param,
+                    ctx,
+                )
         return {name: MEASURES[name] for name in names}
 
 
@@ -39,12 +45,16 @@ def check_detector_options(measures, options) -> None:
     main = {measure.entry for measure in measures.values()} - {'fd_dinov2'}
     idle = ['dinov2'] * ('fd_dinov2' not in measures) + ['detector', 'detector_sha256'] * (not main)
     if given := [name for name in idle if options[name] is not None]:
-        raise click.UsageError(f'{option_names(given)}: not used by {", ".join(measures)}. '
-                               'fd_dinov2 has the detector of --dinov2, all else that of --detector.')
+        raise click.UsageError(
+            f'{option_names(given)}: not used by {", ".join(measures)}. '
+            'fd_dinov2 has the detector of --dinov2, all else that of --detector.'
+        )
 
 
 def option_names(parameters: list[str]) -> str:
-    return ', '.join(option.opts[0] for option in click.get_current_context().command.params if option.name in parameters)
+    return ', '.join(
+        option.opts[0] for option in click.get_current_context().command.params if option.name in parameters
+    )
 
 
 def load_detectors(entries, image_shape, options) -> dict:
@@ -53,11 +63,17 @@ def load_detectors(entries, image_shape, options) -> dict:
     from metrics.detectors import DINOV2, INCEPTION_URL, load_detector
     from metrics.measures import FD_DINOV2, FID
     from torch_utils import distributed
-    sources = {FID: (options.detector or INCEPTION_URL, options.detector_sha256),
-               FD_DINOV2: (f'{DINOV2}:{options.dinov2}' if options.dinov2 else DINOV2, None)}
+
+    sources = {
+        FID: (options.detector or INCEPTION_URL, options.detector_sha256),
+        FD_DINOV2: (f'{DINOV2}:{options.dinov2}' if options.dinov2 else DINOV2, None),
+    }
     with distributed.main_process_first():
-        detectors = {entry: load_detector(source, distributed.get_device(), sha256)
-                     for entry, (source, sha256) in sources.items() if entry in entries}
+        detectors = {
+            entry: load_detector(source, distributed.get_device(), sha256)
+            for entry, (source, sha256) in sources.items()
+            if entry in entries
+        }
     for detector in detectors.values():
         count_features(detector, image_shape)
     return detectors
@@ -72,6 +88,7 @@ def read_references(ref, measures) -> dict:
     from dnnlib.util import named
     from metrics.images import open_images
     from metrics.reference import holds_statistics, load_reference
+
     entries = entries_to_compare(measures)
     with named('--ref'):
         if entries and not holds_statistics(ref):
@@ -83,6 +100,7 @@ def read_references(ref, measures) -> dict:
 def complete_references(references, ref, measures, detectors, sources, options) -> dict:
     """The references by entry, checked, with what measures need: where `ref` is images, or holds them, that is computed."""
     from metrics.reference import check_same_detector
+
     needy = {measure.entry: name for name, measure in measures.items() if measure.reference_features}
     of_images = not references
     if of_images:
@@ -92,7 +110,9 @@ def complete_references(references, ref, measures, detectors, sources, options) 
         for shape in dict.fromkeys(tuple(source.image_shape) for source in sources):
             check_same_detector(reference, detectors[entry], ref, list(shape))
         if entry in needy and reference.features is None and not of_images:
-            references[entry] = dataclasses.replace(reference, features=features_of_reference(ref, needy[entry], detectors[entry], options))
+            references[entry] = dataclasses.replace(
+                reference, features=features_of_reference(ref, needy[entry], detectors[entry], options)
+            )
     return references
 
 
@@ -100,6 +120,7 @@ def references_of_images(ref, detectors, sources, options, keep: bool) -> dict:
     """The references by entry that the images at `ref` make."""
     from metrics.calc import reference_of
     from metrics.images import open_images
+
     if not detectors:
         return {}
     source = open_images(ref, None, options.seed, options.skip_bad)
@@ -115,10 +136,15 @@ def features_of_reference(ref, measure: str, detector, options):
     from dnnlib.util import local_path
     from metrics.images import ArrayImages
     from metrics.reference import reference_images
+
     images = reference_images(ref)
     if images is None:
-        raise UserError(f'{ref} has no features, which {measure} needs. Make it again with fid.py ref --features=50000, or give the images as --ref.')
-    return look_at(ArrayImages(local_path(ref), array=images), {measure: detector}, options, keep=True)[measure].features
+        raise UserError(
+            f'{ref} has no features, which {measure} needs. Make it again with fid.py ref --features=50000, or give the images as --ref.'
+        )
+    return look_at(ArrayImages(local_path(ref), array=images), {measure: detector}, options, keep=True)[
+        measure
+    ].features
 
 
 def look_at(source, detectors, options, keep, classes=()) -> dict:
@@ -127,10 +153,13 @@ def look_at(source, detectors, options, keep, classes=()) -> dict:
 
     from metrics.calc import observe
     from torch_utils import distributed
+
     hidden = None if distributed.is_main() else True  # None: unless stderr is a terminal
     with tqdm(total=len(source), unit='img', disable=hidden, dynamic_ncols=True) as bar:
         try:
-            return observe(source, detectors, options.batch, keep, classes, options.cache, options.workers, bar.update)
+            return observe(
+                source, detectors, options.batch, keep, classes, options.cache, options.workers, bar.update
+            )
         except NotFinite as error:
             distributed.fail_together(str(error))
 
@@ -138,20 +167,30 @@ def look_at(source, detectors, options, keep, classes=()) -> dict:
 def warn_about(source, seen, measures=None, detectors=None) -> None:
     """What a reader of the numbers has to know about the images. Raises: UserError where most of them were left out."""
     if seen.skipped > len(source) // 2:
-        raise UserError(f'{seen.skipped} of {len(source)} images in {source.name} cannot be used, such as: {"; ".join(seen.problems[:1])}')
+        raise UserError(
+            f'{seen.skipped} of {len(source)} images in {source.name} cannot be used, such as: {"; ".join(seen.problems[:1])}'
+        )
     if seen.skipped:
-        say(f'Warning: {seen.skipped} of {len(source)} images in {source.name} were left out, such as: {"; ".join(seen.problems[:3])}')
+        say(
+            f'Warning: {seen.skipped} of {len(source)} images in {source.name} were left out, such as: {"; ".join(seen.problems[:3])}'
+        )
     if about := getattr(source, 'about_others', lambda: None)():
         say(f'Note: {about}.')
     if seen.unturned:
-        say(f'Note: {seen.unturned} images in {source.name} carry an EXIF orientation, which is ignored: pixels count as they are stored.')
+        say(
+            f'Note: {seen.unturned} images in {source.name} carry an EXIF orientation, which is ignored: pixels count as they are stored.'
+        )
     if seen.copies:
-        say(f'Warning: {seen.copies} of {seen.stats.count} images in {source.name} are exact copies of others.')
+        say(
+            f'Warning: {seen.copies} of {seen.stats.count} images in {source.name} are exact copies of others.'
+        )
     for name, measure in (measures or {}).items():
         if measure.frechet and name != 'fid_inf' and seen.stats.count < FEW_IMAGES:
             title, count = measure.title.format(detectors[measure.entry].metric_name), seen.stats.count
-            say(f'Warning: {title} of as few as {count} images is too high on average. Compare it with values of {count} images only; '
-                'kid has no such bias, fid_inf extrapolates.')
+            say(
+                f'Warning: {title} of as few as {count} images is too high on average. Compare it with values of {count} images only; '
+                'kid has no such bias, fid_inf extrapolates.'
+            )
 
 
 def how_many(count: int, total: int, skipped: int = 0) -> str:
@@ -175,7 +214,9 @@ def make_folder(path) -> None:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f'Cannot create the folder of {path}: {error.strerror}. Choose another place.') from error
+        raise UserError(
+            f'Cannot create the folder of {path}: {error.strerror}. Choose another place.'
+        ) from error
 
 
 def say(message: str) -> None:
@@ -183,5 +224,6 @@ def say(message: str) -> None:
     from tqdm import tqdm
 
     from torch_utils import distributed
+
     if distributed.is_main():
         tqdm.write(printable(message, LONGEST_MESSAGE), file=sys.stderr)

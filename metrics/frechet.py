@@ -1,4 +1,5 @@
 """Fréchet distance between Gaussians, the D in FID (Heusel et al. 2017, Eq. 6; Dowson & Landau 1982)."""
+
 from __future__ import annotations
 
 from functools import cached_property
@@ -8,9 +9,9 @@ import scipy.linalg
 
 from dnnlib.util import UserError
 
-ASYMMETRY = 1e-6         # relative to the largest entry: what FP32 statistics show
+ASYMMETRY = 1e-6  # relative to the largest entry: what FP32 statistics show
 WELL_CONDITIONED = 1e-9  # ratio of Cholesky pivots, far above rounding errors
-ACCURACY = 1e-11         # of the distance, relative to tr Σ1 + tr Σ2, below which eigenvalues are good enough
+ACCURACY = 1e-11  # of the distance, relative to tr Σ1 + tr Σ2, below which eigenvalues are good enough
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
@@ -22,7 +23,9 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     Returns: a float, never negative, computed in FP64.
     Raises: UserError for values that are not finite, shapes that do not match, or matrices that are not covariances.
     """
-    return Gaussian(mu1, sigma1, 'the first statistics').distance(Gaussian(mu2, sigma2, 'the second statistics'))
+    return Gaussian(mu1, sigma1, 'the first statistics').distance(
+        Gaussian(mu2, sigma2, 'the second statistics')
+    )
 
 
 class Gaussian:
@@ -58,16 +61,20 @@ class Gaussian:
             return self.lower
         values, vectors = scipy.linalg.eigh(self.sigma, check_finite=False)
         if values[0] < -ASYMMETRY * np.abs(values).max():
-            raise UserError(f'{self.name}: the covariance has a negative eigenvalue ({values[0]:.3g}), so it is none. '
-                            'Make the statistics again with fid.py ref.')
+            raise UserError(
+                f'{self.name}: the covariance has a negative eigenvalue ({values[0]:.3g}), so it is none. '
+                'Make the statistics again with fid.py ref.'
+            )
         kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
         return vectors[:, kept] * np.sqrt(values[kept])
 
     def distance(self, other: Gaussian) -> float:
         """Squared 2-Wasserstein distance, as `frechet_distance`."""
         if self.mu.shape != other.mu.shape:
-            raise UserError(f'The statistics have {len(self.mu)} and {len(other.mu)} dimensions: they come from different detectors. '
-                            'Use one detector for both.')
+            raise UserError(
+                f'The statistics have {len(self.mu)} and {len(other.mu)} dimensions: they come from different detectors. '
+                'Use one detector for both.'
+            )
         traces = np.trace(self.sigma) + np.trace(other.sigma)
         product = other.factor.T @ self.factor
         overlap = None
@@ -95,19 +102,27 @@ def _regular_overlap(product: np.ndarray, log_det: float, tolerance: float) -> f
     if values[0] <= 0:
         return None
     delta = abs(np.log(values).sum() - log_det) / (1 / values).sum()
-    return np.sqrt(values).sum() if delta * (values ** -0.5).sum() <= tolerance else None
+    return np.sqrt(values).sum() if delta * (values**-0.5).sum() <= tolerance else None
 
 
 def check_gaussian(mu: np.ndarray, sigma: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Mean [D] and exactly symmetric covariance [D, D] in FP64, or a UserError that says what is wrong with `name`."""
     if any(np.asarray(value).dtype.kind not in 'fiu' for value in (mu, sigma)):
-        raise UserError(f'{name}: mean and covariance must be real numbers. Make the statistics again with fid.py ref.')
+        raise UserError(
+            f'{name}: mean and covariance must be real numbers. Make the statistics again with fid.py ref.'
+        )
     mu, sigma = np.atleast_1d(np.asarray(mu, np.float64)), np.atleast_2d(np.asarray(sigma, np.float64))
     if mu.ndim != 1 or len(mu) == 0 or sigma.shape != (len(mu), len(mu)):
-        raise UserError(f'{name}: a mean of shape {mu.shape} and a covariance of shape {sigma.shape}, expected [D] and [D, D]. '
-                        'Make the statistics again with fid.py ref.')
+        raise UserError(
+            f'{name}: a mean of shape {mu.shape} and a covariance of shape {sigma.shape}, expected [D] and [D, D]. '
+            'Make the statistics again with fid.py ref.'
+        )
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise UserError(f'{name}: some values are NaN or infinite. Check the detector and the images, and make the statistics again.')
+        raise UserError(
+            f'{name}: some values are NaN or infinite. Check the detector and the images, and make the statistics again.'
+        )
     if np.abs(sigma - sigma.T).max() > ASYMMETRY * np.abs(sigma).max():
-        raise UserError(f'{name}: the covariance is not symmetric. Make the statistics again with fid.py ref.')
+        raise UserError(
+            f'{name}: the covariance is not symmetric. Make the statistics again with fid.py ref.'
+        )
     return mu, (sigma + sigma.T) / 2

@@ -1,4 +1,5 @@
 """A network's images as a source, like a folder's: made when they are looked at, and never written unless someone wants to see them."""
+
 from __future__ import annotations
 
 import functools
@@ -26,9 +27,27 @@ class GeneratedImages:
         dump: folder for the images, `<seed>.png`, those that are finite; None: they are not written.
     """
 
-    def __init__(self, net, seeds: Sequence[int], batch: int, choose_labels: generation.LabelChooser | None = None, solver: str | None = None,
-                 steps: int | None = None, name: str = 'network', identity: str = '', dump: str | None = None, **options):
-        self.net, self.seeds, self.size, self.name, self.identity, self.dump = net, seeds, batch, name, identity, dump
+    def __init__(
+        self,
+        net,
+        seeds: Sequence[int],
+        batch: int,
+        choose_labels: generation.LabelChooser | None = None,
+        solver: str | None = None,
+        steps: int | None = None,
+        name: str = 'network',
+        identity: str = '',
+        dump: str | None = None,
+        **options,
+    ):
+        self.net, self.seeds, self.size, self.name, self.identity, self.dump = (
+            net,
+            seeds,
+            batch,
+            name,
+            identity,
+            dump,
+        )
         self.total = len(seeds)
         self.skipped: dict[int, str] = {}
         self.unturned: dict[int, int] = {}
@@ -39,7 +58,9 @@ class GeneratedImages:
     def image_shape(self) -> list[int]:
         """[C, H, W], found by decoding. Raises: UserError where the network's images cannot be decoded."""
         device = next(self.net.parameters()).device
-        latents = torch.zeros([1, self.net.img_channels, self.net.img_resolution, self.net.img_resolution], device=device)
+        latents = torch.zeros(
+            [1, self.net.img_channels, self.net.img_resolution, self.net.img_resolution], device=device
+        )
         return list(encoders.encoder_of(self.net, device).decode(latents).shape[1:])
 
     def __len__(self) -> int:
@@ -52,8 +73,10 @@ class GeneratedImages:
     def batch(self, indices: range) -> tuple[Tensor, list[int]]:
         """Images [n, C, H, W] uint8 on the network's device, and their places among the seeds."""
         seeds = [self.seeds[i] for i in indices]
-        images, finite = generation.generate_checked(self.net, seeds + seeds[-1:] * (self.size - len(seeds)), **self.arguments)
-        images, self._finite[indices.start] = images[:len(seeds)], generation.HostCopy(finite[:len(seeds)])
+        images, finite = generation.generate_checked(
+            self.net, seeds + seeds[-1:] * (self.size - len(seeds)), **self.arguments
+        )
+        images, self._finite[indices.start] = images[: len(seeds)], generation.HostCopy(finite[: len(seeds)])
         if self.dump:
             self._write(images, seeds, self.nonfinite(indices))
         return images, list(indices)
@@ -70,14 +93,16 @@ class GeneratedImages:
         """The places among the seeds, in a batch that was made here, of images that were not finite. Waits for the device."""
         if indices.start not in self._finite:
             return []
-        finite, = self._finite[indices.start].numpy()
+        (finite,) = self._finite[indices.start].numpy()
         return [i for i, sound in zip(indices, finite.tolist()) if not sound]
 
     def describe_nonfinite(self, places: Sequence[int]) -> str:
         """A sentence that names the seeds at these places."""
         found = generation.nonfinite_seeds([self.seeds[i] for i in places], len(self.seeds))
-        return (f'{self.name}: {found}. There is no measure of such images: the network is broken for them, or overflows with these sampling '
-                'options or in this precision. generate.py with the same options writes the others.')
+        return (
+            f'{self.name}: {found}. There is no measure of such images: the network is broken for them, or overflows with these sampling '
+            'options or in this precision. generate.py with the same options writes the others.'
+        )
 
     def stream(self, parts: Sequence[range], workers: int = 0) -> Iterator[tuple[range, Tensor, list[int]]]:
         """(part, images, indices) of each part, one after another: the network is busy anyway."""

@@ -1,4 +1,5 @@
 """Images to be measured: those of a folder, a zip or an array, read in batches and decoded ahead of use."""
+
 from __future__ import annotations
 
 import hashlib
@@ -17,10 +18,12 @@ from data.pixels import is_left_unturned, orientation
 from dnnlib.util import UserError
 
 WORKERS = 4  # threads that decode: Pillow lets go of the interpreter lock
-AHEAD = 2    # batches that each has done or is at work on, besides the one in use
+AHEAD = 2  # batches that each has done or is at work on, besides the one in use
 
 
-def open_images(path: str | os.PathLike, num: int | None = None, seed: int = 0, skip_bad: bool = False) -> ImageSource:
+def open_images(
+    path: str | os.PathLike, num: int | None = None, seed: int = 0, skip_bad: bool = False
+) -> ImageSource:
     """The images of a folder (with its subfolders), a zip, an .npz or an .npy file.
 
     Args:
@@ -76,9 +79,11 @@ class ImageSource:
                 self.skipped[i] = str(error)
             else:
                 read.append(i)
-        return torch.from_numpy(images[:len(read)]), read
+        return torch.from_numpy(images[: len(read)]), read
 
-    def stream(self, parts: Iterable[range], workers: int = WORKERS) -> Iterator[tuple[range, torch.Tensor, list[int]]]:
+    def stream(
+        self, parts: Iterable[range], workers: int = WORKERS
+    ) -> Iterator[tuple[range, torch.Tensor, list[int]]]:
         """(part, images, which they are) for each part in turn, as `batch` returns them, read ahead of use. See `prefetch`."""
         return prefetch(self, parts, workers)
 
@@ -98,11 +103,15 @@ class ImageSource:
 class FileImages(ImageSource):
     """The images of a folder or zip: PNG, JPEG or whatever else Pillow opens; gray (L) or RGB as they are, with the pixels that training sees."""
 
-    def __init__(self, path: str | os.PathLike, num: int | None = None, seed: int = 0, skip_bad: bool = False):
+    def __init__(
+        self, path: str | os.PathLike, num: int | None = None, seed: int = 0, skip_bad: bool = False
+    ):
         self.files = ImageFiles(path)
         if self.files.holds_latents:
-            raise UserError(f'{self.files.path} holds latents ({self.files.images[0]}, ...), not images. '
-                            'Give the images, or decode the latents first.')
+            raise UserError(
+                f'{self.files.path} holds latents ({self.files.images[0]}, ...), not images. '
+                'Give the images, or decode the latents first.'
+            )
         self._checksums = {} if self.files.is_folder else _zip_checksums(self.files)
         super().__init__(path, len(self.files.images), num, seed)
         self.skip_bad = skip_bad
@@ -122,15 +131,19 @@ class FileImages(ImageSource):
                 if not self.skip_bad:
                     raise
                 problem = problem or error
-        raise UserError(f'None of the {len(self)} images in {self.name} can be read. The first problem: {problem}')
+        raise UserError(
+            f'None of the {len(self)} images in {self.name} can be read. The first problem: {problem}'
+        )
 
     def pixels(self, i: int) -> np.ndarray:
         file = self.files.images[self.index[i]]
         with self.files.open_image(file) as image:
             shape = image_shape_of(image, f'{self.name}: {file}')
             if self.image_shape and list(shape) != self.image_shape:
-                raise UserError(f'{self.name}: {file} is {_describe(shape)}, but {self._first} is {_describe(self.image_shape)}. '
-                                'Give all images one size and mode, or leave out those unlike the first with --skip-bad.')
+                raise UserError(
+                    f'{self.name}: {file} is {_describe(shape)}, but {self._first} is {_describe(self.image_shape)}. '
+                    'Give all images one size and mode, or leave out those unlike the first with --skip-bad.'
+                )
             if is_left_unturned(image):
                 self.unturned[i] = orientation(image)
             return image_pixels(image)
@@ -138,7 +151,11 @@ class FileImages(ImageSource):
     def fingerprint(self) -> str:
         """Of names, sizes and times of change in a folder; of names, sizes and checksums in a zip."""
         names = [self.files.images[i] for i in self.index]
-        state = (lambda name: _file_state(self.files.path_of(name))) if self.files.is_folder else self._checksums.__getitem__
+        state = (
+            (lambda name: _file_state(self.files.path_of(name)))
+            if self.files.is_folder
+            else self._checksums.__getitem__
+        )
         return _fingerprint('files', [(name, *state(name)) for name in names])
 
 
@@ -171,7 +188,9 @@ class ArrayImages(ImageSource):
     `array`: the file's array, where someone has it already.
     """
 
-    def __init__(self, path: str | os.PathLike, num: int | None = None, seed: int = 0, array: np.ndarray | None = None):
+    def __init__(
+        self, path: str | os.PathLike, num: int | None = None, seed: int = 0, array: np.ndarray | None = None
+    ):
         name = os.fspath(path)
         if array is None:
             name, array = (name, map_npy(path)) if name.lower().endswith('.npy') else _map_images(path)
@@ -195,18 +214,27 @@ class ArrayImages(ImageSource):
 def _map_images(path: str | os.PathLike) -> tuple[str, np.ndarray]:
     """(what messages call it, the array of images) of an .npz file."""
     with ArchivedArrays(path, path) as arrays:
-        found = ['arr_0'] if 'arr_0' in arrays.keys else [key for key in arrays.keys if key.isprintable() and may_be_images(arrays.header(key))]
+        found = (
+            ['arr_0']
+            if 'arr_0' in arrays.keys
+            else [key for key in arrays.keys if key.isprintable() and may_be_images(arrays.header(key))]
+        )
         if len(found) != 1:
-            raise UserError(f'{path} has {"several arrays of images (" + ", ".join(found) + ")" if found else "no array of images"}. '
-                            'Save them as the only one: np.savez(file, images), uint8 [N, H, W, 3].')
+            raise UserError(
+                f'{path} has {"several arrays of images (" + ", ".join(found) + ")" if found else "no array of images"}. '
+                'Save them as the only one: np.savez(file, images), uint8 [N, H, W, 3].'
+            )
         return f'{os.fspath(path)}: {found[0]}', arrays.map(found[0])
 
 
 def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
     """A view [N, C, H, W] of an array of images in one of the three layouts. Raises: UserError where it is in none of them, or could be in two."""
     if array.dtype != np.uint8:
-        cure = ('Convert values in [-1, 1] by (x * 127.5 + 128).clip(0, 255).astype(np.uint8).' if array.dtype.kind == 'f' else
-                'Convert 16-bit values by (x / 257).round().astype(np.uint8), others by what is white in them.')
+        cure = (
+            'Convert values in [-1, 1] by (x * 127.5 + 128).clip(0, 255).astype(np.uint8).'
+            if array.dtype.kind == 'f'
+            else 'Convert 16-bit values by (x / 257).round().astype(np.uint8), others by what is white in them.'
+        )
         raise UserError(f'{name} holds {array.dtype}, and images are uint8, 0 to 255. {cure}')
     shape, views = list(array.shape), []
     if array.size and len(shape) == 3 and shape[2] > 4:  # fewer columns are the channels of a single image
@@ -214,7 +242,11 @@ def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
     if array.size and len(shape) == 4:
         views += [array.transpose(0, 3, 1, 2)] * (shape[3] in (1, 3)) + [array] * (shape[1] in (1, 3))
     if len(views) != 1:
-        why = 'could be [N, H, W, C] or [N, C, H, W]' if views else 'is none of [N, H, W], [N, H, W, C] and [N, C, H, W] with C = 1 or 3'
+        why = (
+            'could be [N, H, W, C] or [N, C, H, W]'
+            if views
+            else 'is none of [N, H, W], [N, H, W, C] and [N, C, H, W] with C = 1 or 3'
+        )
         raise UserError(f'{name} has the shape {shape}, which {why}. Save images as uint8 [N, H, W, 3].')
     return views[0]
 
@@ -227,10 +259,14 @@ def _describe(shape: Iterable[int]) -> str:
 def _fingerprint(*parts) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Decoding ahead.
 
-def prefetch(source: ImageSource, parts: Iterable[range], workers: int = WORKERS) -> Iterator[tuple[range, torch.Tensor, list[int]]]:
+
+def prefetch(
+    source: ImageSource, parts: Iterable[range], workers: int = WORKERS
+) -> Iterator[tuple[range, torch.Tensor, list[int]]]:
     """(part, images, which they are) for each part in turn, as `source.batch` returns them, read ahead of use by threads.
 
     No more than `AHEAD` batches a worker are in memory. What a worker raises is raised here, when it is its part's turn. Closing the

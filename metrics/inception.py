@@ -4,6 +4,7 @@ It is the network of TensorFlow's graph `inception-2015-12-05` (Szegedy et al. 2
 graph is not quite the Inception v3 of later libraries: average pools leave out the padding, and the last block pools by maximum. Modules
 have the names of pytorch-fid's state dict.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from metrics.weights import load_weights
 
-CLASSES = 1008          # of the graph: ImageNet's 1000 and some unused ones
+CLASSES = 1008  # of the graph: ImageNet's 1000 and some unused ones
 RESOLUTION = 299
 WHAT = "pytorch-fid's Inception"
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # The architecture. A block is a list of branches, side by side; a branch is a list of steps, one after another: convolutions, pools, and
 # pairs of convolutions whose outputs are put side by side.
+
 
 class Conv(NamedTuple):
     """A convolution without bias, batch normalization, ReLU. `kernel` is (height, width), or one number for both."""
@@ -29,7 +31,7 @@ class Conv(NamedTuple):
     width: int
     kernel: int | tuple[int, int] = 1
     stride: int = 1
-    padded: bool = True     # to keep the size at stride 1
+    padded: bool = True  # to keep the size at stride 1
 
 
 def average_pool(x: Tensor) -> Tensor:
@@ -60,8 +62,13 @@ def mixed_17(inner: int) -> list[list]:
     return [
         [Conv('branch1x1', 192)],
         [Conv('branch7x7_1', inner), Conv('branch7x7_2', inner, row), Conv('branch7x7_3', 192, column)],
-        [Conv('branch7x7dbl_1', inner), Conv('branch7x7dbl_2', inner, column), Conv('branch7x7dbl_3', inner, row),
-         Conv('branch7x7dbl_4', inner, column), Conv('branch7x7dbl_5', 192, row)],
+        [
+            Conv('branch7x7dbl_1', inner),
+            Conv('branch7x7dbl_2', inner, column),
+            Conv('branch7x7dbl_3', inner, row),
+            Conv('branch7x7dbl_4', inner, column),
+            Conv('branch7x7dbl_5', 192, row),
+        ],
         [average_pool, Conv('branch_pool', 192)],
     ]
 
@@ -72,7 +79,11 @@ def mixed_8(pool) -> list[list]:
     return [
         [Conv('branch1x1', 320)],
         [Conv('branch3x3_1', 384), (Conv('branch3x3_2a', 384, row), Conv('branch3x3_2b', 384, column))],
-        [Conv('branch3x3dbl_1', 448), Conv('branch3x3dbl_2', 384, 3), (Conv('branch3x3dbl_3a', 384, row), Conv('branch3x3dbl_3b', 384, column))],
+        [
+            Conv('branch3x3dbl_1', 448),
+            Conv('branch3x3dbl_2', 384, 3),
+            (Conv('branch3x3dbl_3a', 384, row), Conv('branch3x3dbl_3b', 384, column)),
+        ],
         [pool, Conv('branch_pool', 192)],
     ]
 
@@ -88,27 +99,42 @@ LAYERS = [
     ('Mixed_5b', mixed_35(pooled=32)),
     ('Mixed_5c', mixed_35(pooled=64)),
     ('Mixed_5d', mixed_35(pooled=64)),
-    ('Mixed_6a', [
-        [Conv('branch3x3', 384, 3, stride=2)],
-        [Conv('branch3x3dbl_1', 64), Conv('branch3x3dbl_2', 96, 3), Conv('branch3x3dbl_3', 96, 3, stride=2)],
-        [halving_pool],
-    ]),
+    (
+        'Mixed_6a',
+        [
+            [Conv('branch3x3', 384, 3, stride=2)],
+            [
+                Conv('branch3x3dbl_1', 64),
+                Conv('branch3x3dbl_2', 96, 3),
+                Conv('branch3x3dbl_3', 96, 3, stride=2),
+            ],
+            [halving_pool],
+        ],
+    ),
     ('Mixed_6b', mixed_17(inner=128)),
     ('Mixed_6c', mixed_17(inner=160)),
     ('Mixed_6d', mixed_17(inner=160)),
     ('Mixed_6e', mixed_17(inner=192)),
-    ('Mixed_7a', [
-        [Conv('branch3x3_1', 192), Conv('branch3x3_2', 320, 3, stride=2)],
-        [Conv('branch7x7x3_1', 192), Conv('branch7x7x3_2', 192, (1, 7)), Conv('branch7x7x3_3', 192, (7, 1)),
-         Conv('branch7x7x3_4', 192, 3, stride=2)],
-        [halving_pool],
-    ]),
+    (
+        'Mixed_7a',
+        [
+            [Conv('branch3x3_1', 192), Conv('branch3x3_2', 320, 3, stride=2)],
+            [
+                Conv('branch7x7x3_1', 192),
+                Conv('branch7x7x3_2', 192, (1, 7)),
+                Conv('branch7x7x3_3', 192, (7, 1)),
+                Conv('branch7x7x3_4', 192, 3, stride=2),
+            ],
+            [halving_pool],
+        ],
+    ),
     ('Mixed_7b', mixed_8(average_pool)),
     ('Mixed_7c', mixed_8(max_pool)),
 ]
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Its modules.
+
 
 class NormalizedConv(torch.nn.Module):
     """relu(bn(conv(x))), as a `Conv` says. `width` is the number of its output channels."""
@@ -169,7 +195,11 @@ class FIDInception(torch.nn.Module):
             if callable(layer):
                 self.steps.append(layer)
                 continue
-            name, module = (layer.name, NormalizedConv(width, layer)) if isinstance(layer, Conv) else (layer[0], Mixed(width, layer[1]))
+            name, module = (
+                (layer.name, NormalizedConv(width, layer))
+                if isinstance(layer, Conv)
+                else (layer[0], Mixed(width, layer[1]))
+            )
             width = module.width
             self.add_module(name, module)
             self.steps.append(name)
@@ -194,5 +224,7 @@ def build_inception(weights: object, source: str, device: torch.device) -> FIDIn
         network = FIDInception()
     network = network.to_empty(device='cpu')
     load_weights(network, weights, source, WHAT)
-    layout = torch.channels_last if device.type == 'cpu' else torch.preserve_format  # 1.5 times as fast on a CPU
+    layout = (
+        torch.channels_last if device.type == 'cpu' else torch.preserve_format
+    )  # 1.5 times as fast on a CPU
     return network.eval().requires_grad_(False).to(device, memory_format=layout)

@@ -1,4 +1,5 @@
 """Inception Score (Salimans et al. 2016)."""
+
 from __future__ import annotations
 
 from itertools import pairwise
@@ -23,12 +24,20 @@ def inception_score(probabilities: torch.Tensor, splits: int = 10) -> dict:
     Raises: UserError for what are no probabilities, or fewer images than parts.
     """
     probabilities = torch.as_tensor(probabilities).double()
-    if probabilities.ndim != 2 or not (probabilities >= 0).all() or not ((probabilities.sum(dim=1) - 1).abs() < NORMALIZED).all():
-        raise UserError(f'Class probabilities of shape {tuple(probabilities.shape)} must be [N, K], not negative, and sum to 1 for every image. '
-                        'Check the detector.')
+    if (
+        probabilities.ndim != 2
+        or not (probabilities >= 0).all()
+        or not ((probabilities.sum(dim=1) - 1).abs() < NORMALIZED).all()
+    ):
+        raise UserError(
+            f'Class probabilities of shape {tuple(probabilities.shape)} must be [N, K], not negative, and sum to 1 for every image. '
+            'Check the detector.'
+        )
     n = len(probabilities)
     if splits < 1 or n < splits:
-        raise UserError(f'{n} images cannot be split into {splits} parts for the Inception Score. Use more images or fewer parts.')
+        raise UserError(
+            f'{n} images cannot be split into {splits} parts for the Inception Score. Use more images or fewer parts.'
+        )
     bounds = [i * n // splits for i in range(splits + 1)]
     scores = torch.stack([_score(probabilities[start:end]) for start, end in pairwise(bounds)])
     return dict(value=scores.mean().item(), std=scores.std(correction=0).item(), splits=splits)
@@ -37,4 +46,9 @@ def inception_score(probabilities: torch.Tensor, splits: int = 10) -> dict:
 def _score(probabilities: torch.Tensor) -> torch.Tensor:
     """exp of the mean divergence of p(y|x) [N, K] from its mean, with 0 log 0 = 0."""
     marginal = probabilities.mean(dim=0)
-    return (torch.xlogy(probabilities, probabilities) - torch.xlogy(probabilities, marginal)).sum(dim=1).mean().exp()
+    return (
+        (torch.xlogy(probabilities, probabilities) - torch.xlogy(probabilities, marginal))
+        .sum(dim=1)
+        .mean()
+        .exp()
+    )

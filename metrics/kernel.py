@@ -1,4 +1,5 @@
 """Kernel distance between two sets of features, the KD in KID (Bińkowski et al. 2018)."""
+
 from __future__ import annotations
 
 import math
@@ -8,7 +9,9 @@ import torch
 from dnnlib.util import UserError
 
 
-def kernel_distance(features: torch.Tensor, reference: torch.Tensor, block: int = 1000, blocks: int = 100, seed: int = 0) -> dict:
+def kernel_distance(
+    features: torch.Tensor, reference: torch.Tensor, block: int = 1000, blocks: int = 100, seed: int = 0
+) -> dict:
     """Squared maximum mean discrepancy under k(x, y) = (x·y/D + 1)³, the mean over blocks of samples (Bińkowski et al. 2018, Sec. 4).
 
     A block is `block` images against as many of the reference, and its value the unbiased estimate `squared_mmd`, whose expectation does not
@@ -32,7 +35,9 @@ def kernel_distance(features: torch.Tensor, reference: torch.Tensor, block: int 
     features, reference = check_features(features, reference, least=2)
     n, m = len(features), len(reference)
     if block < 2 or blocks < 1:
-        raise UserError(f'{blocks} blocks of {block} samples say nothing: a kernel distance needs one block or more, of 2 or more samples.')
+        raise UserError(
+            f'{blocks} blocks of {block} samples say nothing: a kernel distance needs one block or more, of 2 or more samples.'
+        )
     block = min(block, n, m)
     disjoint = min(n, m) // block
     blocks = 1 if n == m == block else blocks
@@ -41,9 +46,17 @@ def kernel_distance(features: torch.Tensor, reference: torch.Tensor, block: int 
     while len(values) < blocks:
         ours, theirs = (torch.randperm(count, generator=generator).to(features.device) for count in (n, m))
         for start in range(0, min(disjoint, blocks - len(values)) * block, block):
-            values.append(squared_mmd(features[ours[start:start + block]], reference[theirs[start:start + block]]))
+            values.append(
+                squared_mmd(features[ours[start : start + block]], reference[theirs[start : start + block]])
+            )
     values = torch.stack(values).cpu()
-    return dict(value=values.mean().item(), std=values.std(correction=0).item(), error=_standard_error(values, disjoint), blocks=blocks, block=block)
+    return dict(
+        value=values.mean().item(),
+        std=values.std(correction=0).item(),
+        error=_standard_error(values, disjoint),
+        blocks=blocks,
+        block=block,
+    )
 
 
 def squared_mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -71,15 +84,23 @@ def check_features(features, reference, least: int) -> tuple[torch.Tensor, torch
     features, reference = torch.as_tensor(features), torch.as_tensor(reference)
     for name, values in (('images', features), ('reference', reference)):
         if values.ndim != 2:
-            raise UserError(f'Features of the {name} have shape {tuple(values.shape)}, expected [N, D]. '
-                            'Use a detector with one feature vector an image.')
+            raise UserError(
+                f'Features of the {name} have shape {tuple(values.shape)}, expected [N, D]. '
+                'Use a detector with one feature vector an image.'
+            )
         if len(values) < least:
-            raise UserError(f'{len(values)} features of the {name} are too few: at least {least} are needed. Use more images.')
+            raise UserError(
+                f'{len(values)} features of the {name} are too few: at least {least} are needed. Use more images.'
+            )
         if not values.isfinite().all():
-            raise UserError(f'Some features of the {name} are NaN or infinite. Check the detector and the images.')
+            raise UserError(
+                f'Some features of the {name} are NaN or infinite. Check the detector and the images.'
+            )
     if features.shape[1] != reference.shape[1]:
-        raise UserError(f'Images and reference have {features.shape[1]} and {reference.shape[1]} features: they come from different detectors. '
-                        'Use one detector for both.')
+        raise UserError(
+            f'Images and reference have {features.shape[1]} and {reference.shape[1]} features: they come from different detectors. '
+            'Use one detector for both.'
+        )
     return features, reference
 
 

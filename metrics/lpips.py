@@ -5,6 +5,7 @@
 Nothing of torchvision or the `lpips` package is needed, only the weights that they publish. Song et al. 2023 measure with LPIPS at 224x224, and so do
 we; their code averages where VGG16 pools by maximum, which heads and network were not trained for, and which we leave out.
 """
+
 from __future__ import annotations
 
 import os
@@ -22,18 +23,28 @@ from metrics.weights import load_weights
 from torch_utils.restricted_pickle import MalformedPickle
 from torch_utils.saved_tensors import read_saved
 
-URLS = ('https://download.pytorch.org/models/vgg16-397923af.pth,'
-        'https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth')
-STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # VGG16's convolutions and their width, a 2x2 pool between stages
-RESOLUTION = 224    # that smaller images are brought to, ...
-SMALL = 256         # and which ones are smaller
+URLS = (
+    'https://download.pytorch.org/models/vgg16-397923af.pth,'
+    'https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth'
+)
+STAGES = (
+    (2, 64),
+    (2, 128),
+    (3, 256),
+    (3, 512),
+    (3, 512),
+)  # VGG16's convolutions and their width, a 2x2 pool between stages
+RESOLUTION = 224  # that smaller images are brought to, ...
+SMALL = 256  # and which ones are smaller
 CHANNEL_MEAN, CHANNEL_STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of ImageNet in [-1, 1]
 WHAT = "torchvision's vgg16 (features.*) and the lpips package's vgg heads (lin0 to lin4, here heads.0 to heads.4)"
-OURS = dict.fromkeys(('a training state', 'a network snapshot', 'a NumPy'), '')  # kinds of files of which no more is said than what they are
+OURS = dict.fromkeys(
+    ('a training state', 'a network snapshot', 'a NumPy'), ''
+)  # kinds of files of which no more is said than what they are
 LAYOUTS = {  # names in files -> ours
-    r'features\.(\d+)\.(weight|bias)': r'features.\1.\2',                # torchvision
-    r'net\.slice\d\.(\d+)\.(weight|bias)': r'features.\1.\2',            # the lpips package, all of it
-    r'lin(\d)\.model\.\d\.weight': r'heads.\1.weight',                   # the lpips package, its heads
+    r'features\.(\d+)\.(weight|bias)': r'features.\1.\2',  # torchvision
+    r'net\.slice\d\.(\d+)\.(weight|bias)': r'features.\1.\2',  # the lpips package, all of it
+    r'lin(\d)\.model\.\d\.weight': r'heads.\1.weight',  # the lpips package, its heads
 }
 
 
@@ -56,7 +67,9 @@ class PerceptualDistance(torch.nn.Module):
 
     def _prepare(self, images: Tensor) -> Tensor:
         if images.shape[1] not in (1, 3):
-            raise UserError(f'LPIPS compares gray or color images, and these have {images.shape[1]} channels. Use --cm_loss=pseudo_huber for them.')
+            raise UserError(
+                f'LPIPS compares gray or color images, and these have {images.shape[1]} channels. Use --cm_loss=pseudo_huber for them.'
+            )
         images = images.float().expand(-1, 3, -1, -1)
         if self.resolution and min(images.shape[2:]) < SMALL:
             images = F.interpolate(images, [self.resolution] * 2, mode='bilinear', align_corners=False)
@@ -76,7 +89,9 @@ class LPIPS(PerceptualDistance):
         self.features, self.heads = torch.nn.ModuleDict(), torch.nn.ModuleList()
         channels, number, self.stages = 3, 0, []
         for convolutions, width in STAGES:
-            self.stages.append([str(number + 2 * i) for i in range(convolutions)])  # each is followed by its ReLU
+            self.stages.append(
+                [str(number + 2 * i) for i in range(convolutions)]
+            )  # each is followed by its ReLU
             for name in self.stages[-1]:
                 self.features[name] = torch.nn.Conv2d(channels, width, 3, padding=1)
                 channels = width
@@ -95,7 +110,9 @@ class LPIPS(PerceptualDistance):
             x = F.max_pool2d(x, 2) if outputs else x
             for name in stage:
                 x = F.relu(self.features[name](x))
-            outputs.append(x / x.square().sum(dim=1, keepdim=True).clamp(min=1e-20).sqrt())  # where all is 0 the root has no slope
+            outputs.append(
+                x / x.square().sum(dim=1, keepdim=True).clamp(min=1e-20).sqrt()
+            )  # where all is 0 the root has no slope
         return outputs
 
 
@@ -109,13 +126,17 @@ class ScriptLPIPS(PerceptualDistance):
         for parameter in module.parameters():  # scripts have no requires_grad_ of their own
             parameter.requires_grad_(False)
         arguments = {argument.name for argument in module.forward.schema.arguments}
-        self.options = dict(return_lpips=True, **({'resize_images': False} if 'resize_images' in arguments else {}))
+        self.options = dict(
+            return_lpips=True, **({'resize_images': False} if 'resize_images' in arguments else {})
+        )
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
         return (self._embed(a) - self._embed(b)).square().sum(dim=1)
 
     def _embed(self, images: Tensor) -> Tensor:
-        with torch.jit.optimized_execution(False):  # or the first calls, before it is optimized, differ from later ones in rounding
+        with torch.jit.optimized_execution(
+            False
+        ):  # or the first calls, before it is optimized, differ from later ones in rounding
             return self.module((images + 1) * (255 / 2), **self.options)
 
 
@@ -132,7 +153,9 @@ def load(paths: str | None = None, device: torch.device | str = 'cpu') -> Percep
     files = [local_path(source, pinned=True) for source in sources]
     scripts = [source for source, file in zip(sources, files) if is_torchscript(file)]
     if scripts and len(sources) > 1:
-        raise UserError(f'{scripts[0]} is a TorchScript file, which is all of LPIPS by itself. Give it alone.')
+        raise UserError(
+            f'{scripts[0]} is a TorchScript file, which is all of LPIPS by itself. Give it alone.'
+        )
     if scripts:
         warn_of_program(sources[0], files[0])
         return _load_script(files[0], sources[0], device)
@@ -140,7 +163,9 @@ def load(paths: str | None = None, device: torch.device | str = 'cpu') -> Percep
     for source, file in zip(sources, files):
         found = _read_tensors(file, source)
         if twice := sorted(weights.keys() & found.keys()):
-            raise UserError(f'{source} holds {twice[0]} once more, which a file before it has. Give {WHAT}, each once.')
+            raise UserError(
+                f'{source} holds {twice[0]} once more, which a file before it has. Give {WHAT}, each once.'
+            )
         weights.update(found)
     network = LPIPS()
     load_weights(network, weights, ', '.join(sources), f'LPIPS, those of {WHAT}')
@@ -155,7 +180,9 @@ def _read_tensors(file: str | os.PathLike, source: str) -> dict[str, object]:
     except MalformedPickle as error:
         kind = another_kind(file, 'weights of LPIPS', own=('a PyTorch file', 'text'), instead=OURS)
         reason = kind.rstrip() if kind else 'is no file of plain tensors.'
-        raise UserError(f'{source} cannot be read: it {reason} Give {WHAT}, or one TorchScript file.') from error
+        raise UserError(
+            f'{source} cannot be read: it {reason} Give {WHAT}, or one TorchScript file.'
+        ) from error
     found = {}
     for name, tensor in named.items() if isinstance(named, Mapping) else ():
         for pattern, ours in LAYOUTS.items():
@@ -163,7 +190,9 @@ def _read_tensors(file: str | os.PathLike, source: str) -> dict[str, object]:
                 found[match.expand(ours)] = tensor
     if not found:
         kind = another_kind(file, 'weights of LPIPS', own=('a PyTorch file',), instead=OURS)
-        raise UserError(f'{source} has no weights of LPIPS{f": it {kind.rstrip()}" if kind else "."} Give {WHAT}, or one TorchScript file.')
+        raise UserError(
+            f'{source} has no weights of LPIPS{f": it {kind.rstrip()}" if kind else "."} Give {WHAT}, or one TorchScript file.'
+        )
     return found
 
 
@@ -173,14 +202,27 @@ def _load_script(file: str | os.PathLike, source: str, device: torch.device | st
         module = torch.jit.load(file, map_location=device)
         arguments = {argument.name for argument in module.forward.schema.arguments}
     except (RuntimeError, ValueError, AttributeError) as error:
-        raise UserError(f'{source} is a TorchScript file that cannot be loaded, or has no forward method. {cure}') from error
+        raise UserError(
+            f'{source} is a TorchScript file that cannot be loaded, or has no forward method. {cure}'
+        ) from error
     if 'return_lpips' not in arguments:
-        raise UserError(f'{source} is a TorchScript file whose forward method has no argument return_lpips. {cure}')
+        raise UserError(
+            f'{source} is a TorchScript file whose forward method has no argument return_lpips. {cure}'
+        )
     network = ScriptLPIPS(module)
     try:
         embedding = network._embed(torch.zeros(2, 3, RESOLUTION, RESOLUTION, device=device))
     except (RuntimeError, torch.jit.Error) as error:
-        raise UserError(f'{source} fails on color images of {RESOLUTION}x{RESOLUTION}: {str(error).strip().splitlines()[-1]}. {cure}') from error
-    if not isinstance(embedding, Tensor) or embedding.ndim != 2 or len(embedding) != 2 or not embedding.is_floating_point():
-        raise UserError(f'{source} does not return one vector of floating-point numbers an image, [N, D]. {cure}')
+        raise UserError(
+            f'{source} fails on color images of {RESOLUTION}x{RESOLUTION}: {str(error).strip().splitlines()[-1]}. {cure}'
+        ) from error
+    if (
+        not isinstance(embedding, Tensor)
+        or embedding.ndim != 2
+        or len(embedding) != 2
+        or not embedding.is_floating_point()
+    ):
+        raise UserError(
+            f'{source} does not return one vector of floating-point numbers an image, [N, D]. {cure}'
+        )
     return network

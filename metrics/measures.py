@@ -1,4 +1,5 @@
 """The measures that fid.py knows: what each needs of the images and of a reference, and how it is computed from that."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -48,17 +49,26 @@ class Comparison:
 
     def frechet(self) -> dict:
         stats, reference = self.images.stats, self.reference
-        ours, theirs = Gaussian(stats.mu, stats.sigma, 'the images'), Gaussian(reference.mu, reference.sigma, 'the reference')
+        ours, theirs = (
+            Gaussian(stats.mu, stats.sigma, 'the images'),
+            Gaussian(reference.mu, reference.sigma, 'the reference'),
+        )
         result = dict(value=ours.distance(theirs))
         if self.bootstrap:
-            result['interval'] = list(bootstrap_interval(self.features, reference.mu, reference.sigma, num=self.bootstrap, seed=self.seed))
+            result['interval'] = list(
+                bootstrap_interval(
+                    self.features, reference.mu, reference.sigma, num=self.bootstrap, seed=self.seed
+                )
+            )
         return result
 
     def frechet_infinity(self) -> dict:
         return frechet_infinity(self.features, self.reference.mu, self.reference.sigma, seed=self.seed)
 
     def kernel(self) -> dict:
-        return kernel_distance(self.features, self.reference_features, seed=self.seed) | dict(reference_features=len(self.reference_features))
+        return kernel_distance(self.features, self.reference_features, seed=self.seed) | dict(
+            reference_features=len(self.reference_features)
+        )
 
     def inception_score(self) -> dict:
         return inception_score(self.images.probabilities.to(self.device))
@@ -124,10 +134,18 @@ MEASURES = {
     FID: Measure(Comparison.frechet, '{}', frechet=True),
     'fid_inf': Measure(Comparison.frechet_infinity, '{}-infinity', frechet=True, features=True),
     'kid': Measure(Comparison.kernel, 'KID', features=True, reference_features=True),
-    'precision': Measure(Comparison.precision, 'precision', features=True, reference_features=True, larger_is_better=True),
-    'recall': Measure(Comparison.recall, 'recall', features=True, reference_features=True, larger_is_better=True),
-    'density': Measure(Comparison.density, 'density', features=True, reference_features=True, larger_is_better=True),
-    'coverage': Measure(Comparison.coverage, 'coverage', features=True, reference_features=True, larger_is_better=True),
+    'precision': Measure(
+        Comparison.precision, 'precision', features=True, reference_features=True, larger_is_better=True
+    ),
+    'recall': Measure(
+        Comparison.recall, 'recall', features=True, reference_features=True, larger_is_better=True
+    ),
+    'density': Measure(
+        Comparison.density, 'density', features=True, reference_features=True, larger_is_better=True
+    ),
+    'coverage': Measure(
+        Comparison.coverage, 'coverage', features=True, reference_features=True, larger_is_better=True
+    ),
     'is': Measure(Comparison.inception_score, 'Inception Score', classes=True, larger_is_better=True),
     FD_DINOV2: Measure(Comparison.frechet, '{}', entry=FD_DINOV2, frechet=True),
 }

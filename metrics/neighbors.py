@@ -7,6 +7,7 @@ Squared distances are |a|² + |b|² − 2 a·b, in FP64 around the reference's m
 so, where features themselves are known to 1e-7 of theirs. Distances and radii closer than this (`slack`) count as equal; otherwise
 chance would decide about samples on a boundary, and the k-th neighbor of every sample is on one.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ import torch
 from metrics.kernel import check_features
 
 
-def precision_recall(features: torch.Tensor, reference: torch.Tensor, k: int = 3, chunk: int = 2048) -> tuple[float, float]:
+def precision_recall(
+    features: torch.Tensor, reference: torch.Tensor, k: int = 3, chunk: int = 2048
+) -> tuple[float, float]:
     """Share of images inside balls of the reference, and of the reference inside balls of the images (Kynkäänniemi et al. 2019, Eqs. 1 and 2).
 
     precision = 1/n Σ_j max_i 1[‖y_j − x_i‖ ≤ r_k(x_i)]; recall is the same with the sets exchanged. Balls contain their boundary.
@@ -32,14 +35,18 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, k: int = 3
     distances = _Distances(features, reference, k, chunk)
     features, reference = distances.sets
     image_radii, real_radii = distances.squared_radii(features), distances.squared_radii(reference)
-    precise, recalled = (torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (features, reference))
+    precise, recalled = (
+        torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (features, reference)
+    )
     for rows, columns, squares in distances.squared(reference, features):
         precise[columns] |= (squares <= real_radii[rows, None] + distances.slack).any(dim=0)
         recalled[rows] |= (squares <= image_radii[columns] + distances.slack).any(dim=1)
     return precise.double().mean().item(), recalled.double().mean().item()
 
 
-def density_coverage(features: torch.Tensor, reference: torch.Tensor, k: int = 5, chunk: int = 2048) -> tuple[float, float]:
+def density_coverage(
+    features: torch.Tensor, reference: torch.Tensor, k: int = 5, chunk: int = 2048
+) -> tuple[float, float]:
     """How densely images lie in balls of the reference, and the share of those balls that hold any (Naeem et al. 2020, Sec. 3).
 
     density = 1/(k n) Σ_j Σ_i 1[‖y_j − x_i‖ < r_k(x_i)], near 1 for equal distributions and not bounded by it;
@@ -72,7 +79,11 @@ class _Distances:
     def __init__(self, features: torch.Tensor, reference: torch.Tensor, k: int, chunk: int):
         self.sets = features, reference = check_features(features, reference, least=k + 1)
         self.k, self.center, self.chunk = k, reference.mean(dim=0, dtype=torch.float64), chunk
-        largest = max(self._part(x, rows).square().sum(dim=1).max().item() for x in (features, reference) for rows in self._slices(x))
+        largest = max(
+            self._part(x, rows).square().sum(dim=1).max().item()
+            for x in (features, reference)
+            for rows in self._slices(x)
+        )
         self.slack = 8 * features.shape[1] * torch.finfo(torch.float64).eps * largest
 
     def squared(self, a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:

@@ -10,6 +10,7 @@
 An entry is the statistics of one detector. Ours has `fid` under plain keys, where other tools look for it, and any other behind its name:
 `fd_dinov2.mu`. Nothing in a file is executed: arrays with Python objects are refused, and pickles are read as data.
 """
+
 from __future__ import annotations
 
 import os
@@ -73,7 +74,11 @@ def load_reference(source: str | os.PathLike, entry: str = MAIN_ENTRY) -> Refere
         _check_there(arrays, entry, prefix)
         mu = _read_finite(arrays, f'{prefix}mu')
         sigma = _read_covariance(arrays, f'{prefix}sigma', mu)
-        notes = {name: read(arrays, f'{prefix}{name}') for name, read in NOTES.items() if f'{prefix}{name}' in arrays.keys}
+        notes = {
+            name: read(arrays, f'{prefix}{name}')
+            for name, read in NOTES.items()
+            if f'{prefix}{name}' in arrays.keys
+        }
         if 'resolution' not in notes and not prefix and 'arr_0' in arrays.keys:
             notes['resolution'] = _resolution_of_images(arrays)
         if f'{prefix}features' in arrays.keys:
@@ -86,7 +91,9 @@ def holds_statistics(source: str | os.PathLike) -> bool:
     if os.path.isdir(source) or os.path.splitext(os.fspath(source))[1].lower() in ('.zip', '.npy'):
         return False
     with _open_arrays(source) as arrays:
-        if 'arr_0' in arrays.keys or any(key in ('mu', 'sigma') or key.endswith(('.mu', '.sigma')) for key in arrays.keys):
+        if 'arr_0' in arrays.keys or any(
+            key in ('mu', 'sigma') or key.endswith(('.mu', '.sigma')) for key in arrays.keys
+        ):
             return 'mu' in arrays.keys or 'arr_0' not in arrays.keys
         return not any(may_be_images(arrays.header(key)) for key in arrays.keys)
 
@@ -110,11 +117,20 @@ def save_reference(path: str | os.PathLike, entries: Mapping[str, Reference]) ->
         entries: by name, such as {'fid': ..., 'fd_dinov2': ...}.
     """
     with atomic_write(path) as file:
-        np.savez(file, **{f'{_prefix(entry)}{key}': value for entry, reference in entries.items()
-                          for key, value in vars(reference).items() if value is not None})
+        np.savez(
+            file,
+            **{
+                f'{_prefix(entry)}{key}': value
+                for entry, reference in entries.items()
+                for key, value in vars(reference).items()
+                if value is not None
+            },
+        )
 
 
-def check_same_detector(reference: Reference, detector: Detector, source: str | os.PathLike, image_shape: list[int] | None = None) -> None:
+def check_same_detector(
+    reference: Reference, detector: Detector, source: str | os.PathLike, image_shape: list[int] | None = None
+) -> None:
     """Refuse a reference of another detector. Warn, on stderr, where `source` does not record its detector, or was made at another resolution.
 
     Args:
@@ -122,22 +138,36 @@ def check_same_detector(reference: Reference, detector: Detector, source: str | 
     Raises: UserError for another detector, or another number of features once the detector's is known.
     """
     if reference.detector_digest is not None and reference.detector_digest != detector.digest:
-        raise UserError(f'{source} was made with detector {reference.detector} (SHA-256 {reference.detector_digest[:12]}...), '
-                        f'not with {detector.name} ({detector.digest[:12]}...). '
-                        'Pass the same --detector, or make the reference again with fid.py ref.')
+        raise UserError(
+            f'{source} was made with detector {reference.detector} (SHA-256 {reference.detector_digest[:12]}...), '
+            f'not with {detector.name} ({detector.digest[:12]}...). '
+            'Pass the same --detector, or make the reference again with fid.py ref.'
+        )
     if detector.dim is not None and detector.dim != len(reference.mu):
-        raise UserError(f'{source} is of {len(reference.mu)} features, detector {detector.name} returns {detector.dim}. '
-                        'Pass the detector that made the reference, or make the reference again with fid.py ref.')
+        raise UserError(
+            f'{source} is of {len(reference.mu)} features, detector {detector.name} returns {detector.dim}. '
+            'Pass the detector that made the reference, or make the reference again with fid.py ref.'
+        )
     if reference.detector_digest is None:
-        distributed.print0(printable(f'Warning: {source} does not record its detector; taking it for {detector.name}.'), file=sys.stderr)
+        distributed.print0(
+            printable(f'Warning: {source} does not record its detector; taking it for {detector.name}.'),
+            file=sys.stderr,
+        )
     if image_shape is not None and reference.resolution is not None:
         width, height, _ = reference.resolution.split('x')
         if [int(height), int(width)] != list(image_shape[1:]):
-            distributed.print0(printable(f'Warning: {source} is of {width}x{height} images, and these are {image_shape[2]}x{image_shape[1]}: '
-                                         'the distance will be that of their sharpness too.'), file=sys.stderr)
+            distributed.print0(
+                printable(
+                    f'Warning: {source} is of {width}x{height} images, and these are {image_shape[2]}x{image_shape[1]}: '
+                    'the distance will be that of their sharpness too.'
+                ),
+                file=sys.stderr,
+            )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Entries and their keys.
+
 
 def _prefix(entry: str) -> str:
     return '' if entry == MAIN_ENTRY else f'{entry}.'
@@ -147,15 +177,23 @@ def _check_there(arrays: ArchivedArrays | PickledArrays, entry: str, prefix: str
     """Refuse a file that lacks the entry or its mean or covariance, by saying what it has."""
     missing = [f'{prefix}{key}' for key in ('mu', 'sigma') if f'{prefix}{key}' not in arrays.keys]
     keys = [key for key in arrays.keys if key.isprintable()]
-    others = [key.removesuffix('mu').removesuffix('.') or MAIN_ENTRY for key in keys if key == 'mu' or key.endswith('.mu')]
+    others = [
+        key.removesuffix('mu').removesuffix('.') or MAIN_ENTRY
+        for key in keys
+        if key == 'mu' or key.endswith('.mu')
+    ]
     if len(missing) == 2 and others:
-        raise UserError(f'{arrays.name} has no entry {entry}, only {", ".join(others)}. '
-                        f'Make a reference that has it with fid.py ref --metrics={",".join([*others, entry])}.')
+        raise UserError(
+            f'{arrays.name} has no entry {entry}, only {", ".join(others)}. '
+            f'Make a reference that has it with fid.py ref --metrics={",".join([*others, entry])}.'
+        )
     if not arrays.keys and isinstance(arrays, ArchivedArrays) and (kind := _another_kind(arrays.path)):
         raise UserError(f'{arrays.name} holds no statistics: it {kind}')
     if missing:
         held = f' (it holds {", ".join(keys[:4])}{", ..." if len(keys) > 4 else ""})' if keys else ''
-        raise UserError(f'{arrays.name} has no {" and no ".join(missing)}{held}. Make a reference with fid.py ref.')
+        raise UserError(
+            f'{arrays.name} has no {" and no ".join(missing)}{held}. Make a reference with fid.py ref.'
+        )
 
 
 def _read_finite(arrays: ArchivedArrays | PickledArrays, key: str) -> np.ndarray:
@@ -165,7 +203,9 @@ def _read_finite(arrays: ArchivedArrays | PickledArrays, key: str) -> np.ndarray
         raise UserError(f'{arrays.name}: {key} is of type {values.dtype}, not of real numbers. {AGAIN}')
     values = values.astype(np.float64, copy=False)
     if not np.isfinite(values).all():
-        raise UserError(f'{arrays.name}: {key} has values that are NaN or infinite. Check detector and images. {AGAIN}')
+        raise UserError(
+            f'{arrays.name}: {key} has values that are NaN or infinite. Check detector and images. {AGAIN}'
+        )
     return values
 
 
@@ -173,11 +213,15 @@ def _read_covariance(arrays: ArchivedArrays | PickledArrays, key: str, mu: np.nd
     """The covariance [D, D] that goes with a mean [D]. Its shape is looked at before its values are."""
     shape = arrays.header(key).shape
     if mu.ndim != 1 or len(mu) == 0 or shape != (len(mu), len(mu)):
-        raise UserError(f'{arrays.name}: a mean of shape {list(mu.shape)} does not go with {key} of shape {list(shape)}; '
-                        f'expected are [D] and [D, D]. {AGAIN}')
+        raise UserError(
+            f'{arrays.name}: a mean of shape {list(mu.shape)} does not go with {key} of shape {list(shape)}; '
+            f'expected are [D] and [D, D]. {AGAIN}'
+        )
     _, sigma = check_gaussian(mu, _read_finite(arrays, key), f'{arrays.name}: {key}')
     if sigma.diagonal().min() < 0:
-        raise UserError(f'{arrays.name}: {key} is no covariance: feature {sigma.diagonal().argmin()} has a negative variance. {AGAIN}')
+        raise UserError(
+            f'{arrays.name}: {key} is no covariance: feature {sigma.diagonal().argmin()} has a negative variance. {AGAIN}'
+        )
     return sigma
 
 
@@ -198,22 +242,37 @@ def _read_count(arrays: ArchivedArrays | PickledArrays, key: str) -> int:
 def _read_resolution(arrays: ArchivedArrays | PickledArrays, key: str) -> str:
     text = _read_text(arrays, key)
     if not re.fullmatch(r'[0-9]{1,6}x[0-9]{1,6}x[0-9]{1,3}', text):
-        raise UserError(f'{arrays.name}: {key} is {text[:40]!r}, not width x height x channels as in 64x64x3. {AGAIN}')
+        raise UserError(
+            f'{arrays.name}: {key} is {text[:40]!r}, not width x height x channels as in 64x64x3. {AGAIN}'
+        )
     return text
 
 
-NOTES = dict(detector=_read_text, detector_digest=_read_text, num_images=_read_count, resolution=_read_resolution)
+NOTES = dict(
+    detector=_read_text, detector_digest=_read_text, num_images=_read_count, resolution=_read_resolution
+)
 
 
-def _map_features(arrays: ArchivedArrays | PickledArrays, key: str, dim: int, num_images: int | None) -> np.ndarray:
+def _map_features(
+    arrays: ArchivedArrays | PickledArrays, key: str, dim: int, num_images: int | None
+) -> np.ndarray:
     """float32 [n, D]"""
     header = arrays.header(key)
-    if header.dtype.kind != 'f' or len(header.shape) != 2 or header.shape[1] != dim or header.shape[0] > (num_images or header.shape[0]):
-        raise UserError(f'{arrays.name}: {key} is {header.dtype} {list(header.shape)}; expected is float32 '
-                        f'[at most {num_images or "N"}, {dim}]. {AGAIN}')
+    if (
+        header.dtype.kind != 'f'
+        or len(header.shape) != 2
+        or header.shape[1] != dim
+        or header.shape[0] > (num_images or header.shape[0])
+    ):
+        raise UserError(
+            f'{arrays.name}: {key} is {header.dtype} {list(header.shape)}; expected is float32 '
+            f'[at most {num_images or "N"}, {dim}]. {AGAIN}'
+        )
     features = arrays.map(key, verify=True)
-    if not all(np.isfinite(features[row:row + ROWS]).all() for row in range(0, len(features), ROWS)):
-        raise UserError(f'{arrays.name}: {key} has values that are NaN or infinite. Check detector and images. {AGAIN}')
+    if not all(np.isfinite(features[row : row + ROWS]).all() for row in range(0, len(features), ROWS)):
+        raise UserError(
+            f'{arrays.name}: {key} has values that are NaN or infinite. Check detector and images. {AGAIN}'
+        )
     return features.astype(np.float32, copy=False)
 
 
@@ -221,13 +280,17 @@ def _resolution_of_images(arrays: ArchivedArrays | PickledArrays) -> str:
     """Of OpenAI's `arr_0`, from its header. Raises: UserError where it is no array of color images."""
     header = arrays.header('arr_0')
     if header.dtype != np.uint8 or len(header.shape) != 4 or header.shape[3] != 3:
-        raise UserError(f'{arrays.name}: arr_0 is {header.dtype} {list(header.shape)}, not images, uint8 [N, H, W, 3]. '
-                        'Take the original file, or make a reference with fid.py ref.')
+        raise UserError(
+            f'{arrays.name}: arr_0 is {header.dtype} {list(header.shape)}, not images, uint8 [N, H, W, 3]. '
+            'Take the original file, or make a reference with fid.py ref.'
+        )
     _, height, width, channels = header.shape
     return f'{width}x{height}x{channels}'
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Files.
+
 
 def _open_arrays(source: str | os.PathLike) -> ArchivedArrays | PickledArrays:
     """The arrays of a file by key, whatever its format; with EDM2's under the keys that ours would have."""
@@ -242,13 +305,23 @@ def _open_arrays(source: str | os.PathLike) -> ArchivedArrays | PickledArrays:
         return ArchivedArrays(path, source)
     if start[:1] == b'\x80' and kind is None:
         return PickledArrays(path, source)
-    raise UserError(f"{source} is not an .npz file, nor a pickle as EDM2's references are{f': it {kind}' if kind else '. Make one with fid.py ref.'}")
+    raise UserError(
+        f"{source} is not an .npz file, nor a pickle as EDM2's references are{f': it {kind}' if kind else '. Make one with fid.py ref.'}"
+    )
 
 
 def _another_kind(path: Path) -> str | None:
     """What a file is and what to give instead, to complete 'it ...'; None for what can hold statistics, and where that cannot be told."""
-    return another_kind(path, WANTED, own=('a NumPy .npz', 'a damaged', 'a pickle', 'text'), instead={
-        'a zip archive': f'Of a zip of images make {WANTED}.', 'a NumPy .npy': f'Of images make {WANTED}.', 'a network snapshot': f'Give {WANTED}.'})
+    return another_kind(
+        path,
+        WANTED,
+        own=('a NumPy .npz', 'a damaged', 'a pickle', 'text'),
+        instead={
+            'a zip archive': f'Of a zip of images make {WANTED}.',
+            'a NumPy .npy': f'Of images make {WANTED}.',
+            'a network snapshot': f'Give {WANTED}.',
+        },
+    )
 
 
 class PickledArrays:
@@ -264,15 +337,25 @@ class PickledArrays:
             with open(path, 'rb') as file:
                 tree = read_pickle(file, size, PICKLE_NAMES)
         except UNREADABLE as error:
-            raise UserError(f"{name} cannot be read as one of EDM2's references: it {error}. "
-                            'Take the original file, or make a reference with fid.py ref.') from error
+            raise UserError(
+                f"{name} cannot be read as one of EDM2's references: it {error}. "
+                'Take the original file, or make a reference with fid.py ref.'
+            ) from error
         self._nodes = {}
         entries = tree if isinstance(tree, dict) else {}
-        shared = {key: entries[key] for key in ('num_images',) if key in entries}  # EDM2 counts once for all entries
-        self._nodes |= {key: node for key, node in entries.items() if isinstance(key, str) and not isinstance(node, dict)}
+        shared = {
+            key: entries[key] for key in ('num_images',) if key in entries
+        }  # EDM2 counts once for all entries
+        self._nodes |= {
+            key: node for key, node in entries.items() if isinstance(key, str) and not isinstance(node, dict)
+        }
         for entry, node in entries.items():
             if isinstance(entry, str) and isinstance(node, dict):
-                self._nodes |= {f'{_prefix(entry)}{key}': value for key, value in (shared | node).items() if isinstance(key, str)}
+                self._nodes |= {
+                    f'{_prefix(entry)}{key}': value
+                    for key, value in (shared | node).items()
+                    if isinstance(key, str)
+                }
 
     def __enter__(self) -> PickledArrays:
         return self
@@ -304,8 +387,10 @@ class PickledArrays:
         try:
             return stored_array(node) or _plain_array(node)
         except UNREADABLE as error:
-            raise UserError(f'{self.name}: {key} is no readable plain array: it {error}. '
-                            'Take the original file, or make a reference with fid.py ref.') from error
+            raise UserError(
+                f'{self.name}: {key} is no readable plain array: it {error}. '
+                'Take the original file, or make a reference with fid.py ref.'
+            ) from error
 
 
 def _plain_array(node) -> np.ndarray:

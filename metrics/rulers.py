@@ -3,6 +3,7 @@
 `python -m metrics.rulers --data=digits.zip --outdir=rulers` writes the three as TorchScript files for fid.py and train.py. The classifier is
 trained on the very data it then judges; the other two are not trained, so that what all three agree on is no quirk of one of them.
 """
+
 from __future__ import annotations
 
 import os
@@ -57,8 +58,12 @@ class RandomConvolution(torch.nn.Module):
         super().__init__()
         self.img_channels = channels
         width = FEATURES // 4
-        self.register_buffer('first', torch.randn(width, channels, 3, 3, generator=generator) / (9 * channels) ** 0.5)
-        self.register_buffer('second', torch.randn(width, width, 3, 3, generator=generator) / (9 * width / 2) ** 0.5)
+        self.register_buffer(
+            'first', torch.randn(width, channels, 3, 3, generator=generator) / (9 * channels) ** 0.5
+        )
+        self.register_buffer(
+            'second', torch.randn(width, width, 3, 3, generator=generator) / (9 * width / 2) ** 0.5
+        )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = F.relu(F.conv2d(images.float() / 127.5 - 1, self.first, padding=1))
@@ -79,11 +84,13 @@ def train_classifier(images, labels, classes: int, epochs: int = 20):
         torch.manual_seed(SEED)
         net = Classifier(images.shape[1], classes)
         order = torch.randperm(len(images))
-        held_out, training = order[:len(order) // 5], order[len(order) // 5:]
+        held_out, training = order[: len(order) // 5], order[len(order) // 5 :]
         optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
         for _ in range(epochs):
             for batch in training[torch.randperm(len(training))].split(64):
-                loss = F.cross_entropy(net.out(F.dropout(net(images[batch]), 0.2)), labels[batch], label_smoothing=0.1)
+                loss = F.cross_entropy(
+                    net.out(F.dropout(net(images[batch]), 0.2)), labels[batch], label_smoothing=0.1
+                )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -99,14 +106,25 @@ def make_rulers(images, labels, classes: int) -> tuple[dict, float]:
     mean = pixels.mean(dim=0)
     components = torch.linalg.svd(pixels - mean, full_matrices=False).Vh[:FEATURES].T.contiguous()
     channels = images.shape[1]
-    rulers = dict(classifier=classifier, pca=PixelPCA(mean, components, channels),
-                  random=RandomConvolution(channels, torch.Generator().manual_seed(SEED)))
+    rulers = dict(
+        classifier=classifier,
+        pca=PixelPCA(mean, components, channels),
+        random=RandomConvolution(channels, torch.Generator().manual_seed(SEED)),
+    )
     return {name: torch.jit.script(module.eval()) for name, module in rulers.items()}, accuracy
 
 
 @click.command(cls=cli.Command)
-@cli.option('--data', metavar='ZIP|DIR', type=cli.PATH, required=True, help='Labeled data set of small images.')
-@cli.option('--outdir', metavar='DIR', type=cli.PATH, required=True, help='Folder for classifier.pt, pca.pt and random.pt.')
+@cli.option(
+    '--data', metavar='ZIP|DIR', type=cli.PATH, required=True, help='Labeled data set of small images.'
+)
+@cli.option(
+    '--outdir',
+    metavar='DIR',
+    type=cli.PATH,
+    required=True,
+    help='Folder for classifier.pt, pca.pt and random.pt.',
+)
 def main(data, outdir):
     """Make three TorchScript feature detectors for a small labeled data set."""
     dataset = ImageFolderDataset(data, use_labels=True)

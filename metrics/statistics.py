@@ -1,4 +1,5 @@
 """Mean and covariance of features, batch by batch and over processes."""
+
 from __future__ import annotations
 
 import math
@@ -30,8 +31,10 @@ class FeatureStats:
     def append(self, features: torch.Tensor) -> None:
         """Add a batch: features [m, D]."""
         if features.ndim != 2 or features.shape[1] != self.dim:
-            raise UserError(f'The detector returned features of shape {tuple(features.shape)} after some of {self.dim} dimensions. '
-                            'Use a detector with one feature vector an image.')
+            raise UserError(
+                f'The detector returned features of shape {tuple(features.shape)} after some of {self.dim} dimensions. '
+                'Use a detector with one feature vector an image.'
+            )
         if self._reduced:
             raise RuntimeError('these statistics were already summed over the processes')
         n, m = self.count, len(features)

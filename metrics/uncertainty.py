@@ -1,4 +1,5 @@
 """How much chance and how much bias is in a Fréchet distance: bootstrap, and extrapolation to infinitely many images."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -10,8 +11,14 @@ from metrics.frechet import Gaussian
 CHUNK = 4096  # samples lifted to FP64 at a time
 
 
-def bootstrap_interval(features: torch.Tensor, reference_mu: np.ndarray, reference_sigma: np.ndarray,
-                       num: int = 200, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(
+    features: torch.Tensor,
+    reference_mu: np.ndarray,
+    reference_sigma: np.ndarray,
+    num: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
     """Where the Fréchet distance of another sample of as many images would lie, the reference held fixed.
 
     Images are drawn with replacement `num` times (Efron 1979). A resample holds repeated images and so looks poorer
@@ -34,7 +41,13 @@ def bootstrap_interval(features: torch.Tensor, reference_mu: np.ndarray, referen
     return max(0.0, float(low)), float(high)
 
 
-def frechet_infinity(features: torch.Tensor, reference_mu: np.ndarray, reference_sigma: np.ndarray, points: int = 15, seed: int = 0) -> dict:
+def frechet_infinity(
+    features: torch.Tensor,
+    reference_mu: np.ndarray,
+    reference_sigma: np.ndarray,
+    points: int = 15,
+    seed: int = 0,
+) -> dict:
     """Fréchet distance extrapolated to infinitely many images, where it has no bias of their number (Chong & Forsyth 2020, Sec. 3).
 
     The expected distance of N images is linear in 1/N up to terms of higher order. It is taken for `points` sizes, evenly spaced from n/10 to n
@@ -70,8 +83,10 @@ def frechet_infinity(features: torch.Tensor, reference_mu: np.ndarray, reference
 def check_enough_to_extrapolate(n: int, dim: int) -> None:
     """Raises: UserError where n images are too few for `frechet_infinity` with D features."""
     if n < 4 * dim:
-        raise UserError(f'{n} images are too few to extrapolate a Fréchet distance of {dim} features: at least {4 * dim} are needed. '
-                        'Use more images, or KID, which has no bias.')
+        raise UserError(
+            f'{n} images are too few to extrapolate a Fréchet distance of {dim} features: at least {4 * dim} are needed. '
+            'Use more images, or KID, which has no bias.'
+        )
 
 
 class _Sample:
@@ -97,4 +112,6 @@ class _Sample:
             outer.addmm_(weighted.T, x)
         n = counts.sum()
         sigma = (outer - torch.outer(total, total) / n) / (n - 1)
-        return self.reference.distance(Gaussian((self.center + total / n).cpu().numpy(), sigma.cpu().numpy(), 'the images'))
+        return self.reference.distance(
+            Gaussian((self.center + total / n).cpu().numpy(), sigma.cpu().numpy(), 'the images')
+        )

@@ -1,4 +1,5 @@
 """Fréchet distance of a network's samples: in training, and of saved snapshots."""
+
 from __future__ import annotations
 
 import math
@@ -28,7 +29,9 @@ class LabelMode(click.ParamType):
 
     def convert(self, value, param, ctx):
         if value not in LABEL_MODES and not re.fullmatch('fixed:[0-9]{1,9}', value):
-            self.fail(f'{cli.shown(value)} is not auto, uniform, dataset or fixed:K (K a class index)', param, ctx)
+            self.fail(
+                f'{cli.shown(value)} is not auto, uniform, dataset or fixed:K (K a class index)', param, ctx
+            )
         return value
 
 
@@ -40,14 +43,19 @@ def label_chooser(mode: str, space: LabelSpace, dataset=None):
     Raises: UserError where networks of these labels cannot be sampled so.
     """
     from sampling import generation, label_choosers
+
     has_labels = dataset is not None and dataset.has_labels
     if mode.startswith('fixed:'):
         space.check_class(int(mode[6:]), f'label mode {mode}', 'the network')
         return generation.fixed_labels(int(mode[6:]))
     if mode == 'dataset' and not has_labels:
-        raise UserError('label mode dataset needs labeled training data: train with --cond=1, or use uniform; of a snapshot, --labels=data')
+        raise UserError(
+            'label mode dataset needs labeled training data: train with --cond=1, or use uniform; of a snapshot, --labels=data'
+        )
     if mode == 'uniform' and space.are_vectors and has_labels:
-        raise UserError(f'label mode uniform is for classes, and the training set has {space}: use auto or dataset')
+        raise UserError(
+            f'label mode uniform is for classes, and the training set has {space}: use auto or dataset'
+        )
     if mode == 'uniform' or not has_labels:
         return generation.uniform_over(space)
     return label_choosers.DrawnLabels(dataset.labels)
@@ -62,6 +70,7 @@ def read_reference(options: EasyDict, option_prefix: str = 'val_'):
     from metrics.images import open_images
     from metrics.reference import load_reference
     from torch_utils import distributed
+
     with distributed.main_process_first(), named(f'--{option_prefix}{"ref" if options.ref else "ref_data"}'):
         return load_reference(options.ref) if options.ref else open_images(options.ref_data)
 
@@ -71,6 +80,7 @@ def check_files(options: EasyDict, dataset) -> None:
     from dnnlib.util import named
     from metrics.detectors import load_detector
     from torch_utils import distributed
+
     read_reference(options)
     label_chooser(options.label, dataset.label_space, dataset)
     if options.detector:
@@ -93,8 +103,17 @@ class Validator:
     Raises: UserError for an unusable reference, detector, VAE, label mode or folder: at once, not at the first evaluation.
     """
 
-    def __init__(self, options: EasyDict, dataset, run_dir: str, device, image_shape: list[int], space: LabelSpace, encoder: dict | None = None,
-                 option_prefix: str = 'val_'):
+    def __init__(
+        self,
+        options: EasyDict,
+        dataset,
+        run_dir: str,
+        device,
+        image_shape: list[int],
+        space: LabelSpace,
+        encoder: dict | None = None,
+        option_prefix: str = 'val_',
+    ):
         import torch
 
         from dnnlib.util import named
@@ -102,6 +121,7 @@ class Validator:
         from metrics.reference import check_same_detector
         from torch_utils import distributed
         from training.networks import encoders
+
         self.options, self.dataset, self.run_dir, self.device = options, dataset, run_dir, device
         reference = read_reference(options, option_prefix)
         with distributed.main_process_first():
@@ -118,14 +138,27 @@ class Validator:
             label_chooser(options.label, space, dataset)
         dump = options.dump_images_dir
         if dump and os.path.isdir(dump) and os.listdir(dump) and not options.overwrite:
-            raise UserError(f'{dump} holds images of an earlier run: add --val_overwrite=1, or dump elsewhere')
+            raise UserError(
+                f'{dump} holds images of an earlier run: add --val_overwrite=1, or dump elsewhere'
+            )
         distributed.barrier()  # every process has looked before any writes
 
     def _reference_of(self, source):
         from metrics.calc import observe, reference_of
-        return reference_of(source, observe(source, {'': self.detector}, self.options.batch)[''], self.detector)
 
-    def run(self, net, nimg: int, ema: str, steps: int | None = -1, metadata: dict | None = None, stop: StopRequest | None = None) -> dict | None:
+        return reference_of(
+            source, observe(source, {'': self.detector}, self.options.batch)[''], self.detector
+        )
+
+    def run(
+        self,
+        net,
+        nimg: int,
+        ema: str,
+        steps: int | None = -1,
+        metadata: dict | None = None,
+        stop: StopRequest | None = None,
+    ) -> dict | None:
         """One line of metrics-val.jsonl: the distance of `options.num` images of `net`, as `{"kimg", "nimg", "fid", ...}`.
 
         `steps`: None for the network's default, else `options.steps`. `metadata` says what a network in training is (its grid).
@@ -135,25 +168,41 @@ class Validator:
         from metrics.calc import observe
         from metrics.frechet import frechet_distance
         from training import samplers
+
         start = time.monotonic()
         if metadata is not None:
             net.metadata = metadata
         solver, steps = samplers.resolve(net, None, self.options.steps if steps == -1 else steps)
         fid, failure = None, {}
         try:
-            seen = observe(self._images(net, solver, steps, nimg, ema), {'': self.detector}, self.options.batch, stop=stop and stop.anywhere)
+            seen = observe(
+                self._images(net, solver, steps, nimg, ema),
+                {'': self.detector},
+                self.options.batch,
+                stop=stop and stop.anywhere,
+            )
             if seen is None:
                 return None
             stats = seen[''].stats
             fid = frechet_distance(stats.mu, stats.sigma, self.reference.mu, self.reference.sigma)
         except NotFinite as error:
             failure = dict(error.counts, problem=str(error))
-        return dict(kimg=nimg / 1e3, nimg=nimg, fid=fid, num_images=self.options.num, steps=steps, nfe=samplers.evaluations(solver, steps), ema=ema,
-                    seconds=round(time.monotonic() - start, 3), **failure)
+        return dict(
+            kimg=nimg / 1e3,
+            nimg=nimg,
+            fid=fid,
+            num_images=self.options.num,
+            steps=steps,
+            nfe=samplers.evaluations(solver, steps),
+            ema=ema,
+            seconds=round(time.monotonic() - start, 3),
+            **failure,
+        )
 
     def _label_chooser(self, net):
         from data.label_space import space_of
         from sampling.label_choosers import choose
+
         if self.options.get('labels'):
             return choose(net, 'the network', labels=self.options.labels)
         space = space_of(net) if self.dataset is None else self.dataset.label_space
@@ -167,13 +216,17 @@ class Validator:
         from sampling import generation
         from torch_utils import distributed
         from training import samplers
+
         if not distributed.is_main():
             return None
         columns = min(max(512 // net.img_resolution, 2), math.isqrt(SHOWN))
         solver, steps = samplers.resolve(net, None, self.options.steps)
         choose = self._label_chooser(net)
-        seeds = range(self.options.seed, self.options.seed + columns ** 2)
-        batches = [generation.generate_checked(net, batch, choose, solver, steps) for batch in generation.split_batches(seeds, self.options.batch)]
+        seeds = range(self.options.seed, self.options.seed + columns**2)
+        batches = [
+            generation.generate_checked(net, batch, choose, solver, steps)
+            for batch in generation.split_batches(seeds, self.options.batch)
+        ]
         picture = generation.image_grid(generation.finite_images(batches, seeds), columns)
         path = os.path.join(self.run_dir, f'fakes-{nimg:09d}-{ema}.png')
         zoom = max(256 // picture.shape[-1], 1)
@@ -184,10 +237,19 @@ class Validator:
         from metrics.generated import GeneratedImages
         from sampling.writers import FolderDestination
         from torch_utils import distributed
+
         choose = self._label_chooser(net)
         seeds = range(self.options.seed, self.options.seed + self.options.num)
-        folder = self.options.dump_images_dir and os.path.join(self.options.dump_images_dir, f'{nimg:09d}-{ema}')
+        folder = self.options.dump_images_dir and os.path.join(
+            self.options.dump_images_dir, f'{nimg:09d}-{ema}'
+        )
         if folder and distributed.is_main() and (others := FolderDestination(folder).others(seeds)):
-            print(printable(f'Warning: {folder} holds {sum(map(len, others.values()))} other images than those of this evaluation, of an '
-                            'earlier one: whoever measures the folder measures them too.'))
-        return GeneratedImages(net, seeds, self.options.batch, choose, solver, steps, name='the network', dump=folder)
+            print(
+                printable(
+                    f'Warning: {folder} holds {sum(map(len, others.values()))} other images than those of this evaluation, of an '
+                    'earlier one: whoever measures the folder measures them too.'
+                )
+            )
+        return GeneratedImages(
+            net, seeds, self.options.batch, choose, solver, steps, name='the network', dump=folder
+        )

@@ -10,6 +10,7 @@ Edits are given to `samplers.sample(..., edit=...)`, which makes them after ever
 
 What follows an edit in this file brings such an image to 8 bits without losing again what was known.
 """
+
 from __future__ import annotations
 
 import torch
@@ -17,11 +18,16 @@ from torch import Tensor
 
 from training.samplers import Edit
 
-LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # Rec. 601's 0.299, 0.587, 0.114 in the 16-bit fixed point of Pillow's convert('L')
+LUMA = (
+    19595 / 65536,
+    38470 / 65536,
+    7471 / 65536,
+)  # Rec. 601's 0.299, 0.587, 0.114 in the 16-bit fixed point of Pillow's convert('L')
 ROOM = 1e-12  # least distance to the ends of the range that is divided by
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Edits.
+
 
 def inpainting(image: Tensor, unknown: Tensor) -> Edit:
     """Keeps `image` [N, C, H, W] bit for bit except where `unknown`, boolean and broadcast against it, is true."""
@@ -30,9 +36,11 @@ def inpainting(image: Tensor, unknown: Tensor) -> Edit:
 
 def colorization(gray: Tensor) -> Edit:
     """Gives RGB images the luma `gray` [N, 1, H, W]; the two directions of color at right angles to it are D's."""
+
     def edit(denoised):
         weights = _luma_weights(denoised)
         return denoised + weights / weights.square().sum() * (gray - luma(denoised))
+
     return edit
 
 
@@ -73,8 +81,10 @@ def from_blocks(blocks: Tensor, factor: int) -> Tensor:
     n, c, h, w, _ = blocks.shape
     return blocks.unflatten(4, (factor, factor)).transpose(3, 4).reshape(n, c, h * factor, w * factor)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Into 8 bits. With the right known component D may be outside [-1, 1]: bright at one side of a block whose mean is brighter still.
+
 
 def contract(values: Tensor, center: Tensor, dim: int) -> Tensor:
     """Values along `dim`, drawn toward `center` by one factor until they are in [-1, 1]; as they are where they are inside. `center` is inside.
@@ -109,11 +119,17 @@ def gray_pixels(images: Tensor) -> Tensor:
     """Luma of uint8 images [N, 1 or 3, H, W], rounded as Pillow's convert('L') rounds it: uint8 [N, 1, H, W]."""
     if images.shape[1] == 1:
         return images
-    weights = (torch.tensor(LUMA, dtype=torch.float64, device=images.device) * 65536).to(torch.int64).reshape(3, 1, 1)
+    weights = (
+        (torch.tensor(LUMA, dtype=torch.float64, device=images.device) * 65536)
+        .to(torch.int64)
+        .reshape(3, 1, 1)
+    )
     return ((images * weights).sum(1, keepdim=True) + 32768).div(65536, rounding_mode='floor').to(torch.uint8)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Between latents.
+
 
 def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
     """Spherical interpolation: [N, ...] points at `share` [N] of the angle θ from a [N, ...] to b, (sin((1−t)θ) a + sin(tθ) b) / sin θ.
@@ -127,5 +143,8 @@ def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
     angle = ((a * b).sum(dims) / norms).clamp(-1, 1).acos()
     straight = angle.sin() < 1e-6
     divisor = torch.where(straight, 1, angle.sin())
-    weights = (torch.where(straight, t, (t * angle).sin() / divisor).reshape(-1, *[1] * len(dims)) for t in (1 - share, share))
+    weights = (
+        torch.where(straight, t, (t * angle).sin() / divisor).reshape(-1, *[1] * len(dims))
+        for t in (1 - share, share)
+    )
     return sum(weight * end for weight, end in zip(weights, (a, b)))

@@ -1,4 +1,5 @@
 """From seeds to 8-bit images or latents: what generate.py, validation and the demo share."""
+
 from __future__ import annotations
 
 import functools
@@ -32,7 +33,9 @@ class SeededNoise:
 
     def randn(self, shape: Sequence[int], dtype=torch.float32) -> Tensor:
         """[len(seeds), *shape] standard normal."""
-        return torch.stack([torch.randn(*shape, generator=g, device=self.device, dtype=dtype) for g in self.generators])
+        return torch.stack(
+            [torch.randn(*shape, generator=g, device=self.device, dtype=dtype) for g in self.generators]
+        )
 
     def randn_like(self, x: Tensor) -> Tensor:
         """Standard normal in the shape and type of `x` [len(seeds), ...]."""
@@ -40,7 +43,9 @@ class SeededNoise:
 
     def randint(self, high: int) -> Tensor:
         """[len(seeds)] int64, uniform in 0 ... high − 1."""
-        return torch.stack([torch.randint(high, [], generator=g, device=self.device) for g in self.generators])
+        return torch.stack(
+            [torch.randint(high, [], generator=g, device=self.device) for g in self.generators]
+        )
 
 
 def uniform_labels(noise: SeededNoise, label_dim: int, classes: Sequence[int] | None = None) -> Tensor:
@@ -55,22 +60,32 @@ def uniform_labels(noise: SeededNoise, label_dim: int, classes: Sequence[int] | 
 def uniform_over(space: LabelSpace, network: str = 'the network') -> LabelChooser:
     """A chooser of classes, each as likely of those that have images. Raises: UserError, which names `network`, where labels are vectors."""
     if space.are_vectors:
-        raise UserError(f'{network} takes {space}, which are not drawn uniformly: give --labels=data, for those of its training set, or '
-                        '--labels=FILE.npy')
-    return uniform_labels if space.present is None else functools.partial(uniform_labels, classes=space.present)
+        raise UserError(
+            f'{network} takes {space}, which are not drawn uniformly: give --labels=data, for those of its training set, or '
+            '--labels=FILE.npy'
+        )
+    return (
+        uniform_labels if space.present is None else functools.partial(uniform_labels, classes=space.present)
+    )
 
 
 def fixed_labels(class_idx: int) -> LabelChooser:
     """A chooser that gives every image the class `class_idx`."""
+
     def choose(noise, label_dim):
-        labels = torch.zeros_like(uniform_labels(noise, label_dim))  # drawn all the same, as in EDM: churn noise comes after it
+        labels = torch.zeros_like(
+            uniform_labels(noise, label_dim)
+        )  # drawn all the same, as in EDM: churn noise comes after it
         labels[:, class_idx] = 1
         return labels
+
     return choose
 
 
 @torch.no_grad()
-def generate_latents(net, seeds: Sequence[int], choose_labels: LabelChooser | None = None, solver=None, steps=None, **options) -> Tensor:
+def generate_latents(
+    net, seeds: Sequence[int], choose_labels: LabelChooser | None = None, solver=None, steps=None, **options
+) -> Tensor:
     """What the network draws for the given seeds, [N, C, H, W] float64 on its device, before decoding. Options: see `samplers.sample`.
 
     `choose_labels`: None for classes, uniformly over those that have images in the network's training set.
@@ -112,7 +127,9 @@ def checked_latents(drawn: Tensor) -> Checked:
     return Checked(values, all_finite(values))
 
 
-def generate_checked(net, seeds: Sequence[int], choose_labels: LabelChooser | None = None, solver=None, steps=None, **options) -> Checked:
+def generate_checked(
+    net, seeds: Sequence[int], choose_labels: LabelChooser | None = None, solver=None, steps=None, **options
+) -> Checked:
     """Images of the given seeds, uint8 on the network's device, decoded by its encoder. Arguments: see `generate_latents`.
 
     Raises: UserError where the network's images cannot be decoded.
@@ -121,7 +138,9 @@ def generate_checked(net, seeds: Sequence[int], choose_labels: LabelChooser | No
     return checked_images(encoder, generate_latents(net, seeds, choose_labels, solver, steps, **options))
 
 
-def generate_batch(net, seeds: Sequence[int], choose_labels: LabelChooser | None = None, solver=None, steps=None, **options) -> Tensor:
+def generate_batch(
+    net, seeds: Sequence[int], choose_labels: LabelChooser | None = None, solver=None, steps=None, **options
+) -> Tensor:
     """The images of `generate_checked`, [N, C, H, W] uint8. Waits for the device.
 
     Raises: NotFinite where some are not finite; UserError where the network's images cannot be decoded.
@@ -140,8 +159,10 @@ def finite_images(batches: Sequence[Checked], seeds: Sequence[int]) -> Tensor:
 def nonfinite_seeds(bad: Sequence[int], count: int, what: str = 'images') -> str:
     """A clause that names the seeds, of `count`, whose images are not finite."""
     one = len(bad) == 1
-    return (f'{len(bad)} of {count} {what} {"is" if one else "are"} not finite (NaN or infinite values), '
-            f'of seed{"s" * (not one)} {cli.as_ranges(sorted(bad))}')
+    return (
+        f'{len(bad)} of {count} {what} {"is" if one else "are"} not finite (NaN or infinite values), '
+        f'of seed{"s" * (not one)} {cli.as_ranges(sorted(bad))}'
+    )
 
 
 class Rehearsal:
@@ -182,7 +203,7 @@ class RecordedLabels:
 def split_batches(items: Sequence, batch: int, rank: int = 0, world_size: int = 1) -> Iterator[Sequence]:
     """This process's batches of at most `batch` items; batch k goes to process k mod world_size."""
     for start in range(rank * batch, len(items), world_size * batch):
-        yield items[start:start + batch]
+        yield items[start : start + batch]
 
 
 def save_images(images: Tensor, paths: Sequence[str]) -> None:
@@ -199,7 +220,10 @@ class HostCopy:
     def __init__(self, *tensors: Tensor):
         self._arrived, self._tensors = None, tensors
         if tensors[0].is_cuda:
-            self._tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+            self._tensors = [
+                torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+                for t in tensors
+            ]
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
@@ -213,4 +237,8 @@ class HostCopy:
 def image_grid(images: Tensor, columns: int) -> Tensor:
     """uint8 images [N, C, H, W] as one picture [C, rows × H, columns × W]; N is a multiple of `columns`."""
     n, c, h, w = images.shape
-    return images.reshape(n // columns, columns, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, n // columns * h, columns * w)
+    return (
+        images.reshape(n // columns, columns, c, h, w)
+        .permute(2, 0, 3, 1, 4)
+        .reshape(c, n // columns * h, columns * w)
+    )

@@ -1,4 +1,5 @@
 """Which labels generated images get: one class, labels drawn from a file or from the training set, or classes drawn uniformly."""
+
 from __future__ import annotations
 
 import os
@@ -12,7 +13,7 @@ from dnnlib import UserError
 from sampling import generation
 
 MAX_LABEL_BYTES = 1 << 30  # of a file of labels
-DATA = 'data'              # what stands for the training set in the place of a file
+DATA = 'data'  # what stands for the training set in the place of a file
 
 
 class DrawnLabels:
@@ -30,7 +31,9 @@ class DrawnLabels:
         return self.labels.digest()
 
 
-def choose(net, network: str, class_idx: int | None = None, labels: str | None = None) -> generation.LabelChooser:
+def choose(
+    net, network: str, class_idx: int | None = None, labels: str | None = None
+) -> generation.LabelChooser:
     """What --class and --labels mean for a network, which messages call `network`; without both, classes are drawn uniformly.
 
     Raises: UserError where the network has no such labels, or needs to be told which; click.UsageError where both are given.
@@ -45,32 +48,44 @@ def choose(net, network: str, class_idx: int | None = None, labels: str | None =
         return generation.uniform_over(space, network)
     if not space.dim:
         raise UserError(f'--labels={labels}: {network} takes no labels; leave the option out')
-    return DrawnLabels(labels_of_training_set(net, network) if labels == DATA else read_labels(labels, space, network))
+    return DrawnLabels(
+        labels_of_training_set(net, network) if labels == DATA else read_labels(labels, space, network)
+    )
 
 
 def read_labels(path: str, space: LabelSpace, network: str) -> Labels:
     """The labels in a .npy file. Raises: UserError where they are none of the network."""
     from data.arrays import map_npy
+
     if not path.endswith('.npy'):
-        raise UserError(f'--labels={path} is no .npy file; save the labels with numpy.save, or give --labels={DATA}')
+        raise UserError(
+            f'--labels={path} is no .npy file; save the labels with numpy.save, or give --labels={DATA}'
+        )
     values = map_npy(path)
     if values.nbytes > MAX_LABEL_BYTES:
-        raise UserError(f'--labels={path} has {values.nbytes:,} bytes, and labels at most {MAX_LABEL_BYTES:,}: save fewer of them')
+        raise UserError(
+            f'--labels={path} has {values.nbytes:,} bytes, and labels at most {MAX_LABEL_BYTES:,}: save fewer of them'
+        )
     return Labels.checked(values, space, f'--labels={path}', network)
 
 
 def labels_of_training_set(net, network: str) -> Labels:
     """The labels of the data set that a snapshot records. Raises: UserError where it is not there, or is another one by now."""
     from data.dataset import ImageFolderDataset
+
     record = net.metadata.get('dataset_kwargs', {})
     path, max_size = record.get('path'), record.get('max_size')
     cure = 'give --labels=FILE.npy'
     if not isinstance(path, str) or type(max_size) not in (int, type(None)):
         raise UserError(f'--labels={DATA}: {network} does not record its training set; {cure}')
     if not (os.path.isfile(path) or os.path.isdir(path)):
-        raise UserError(f'--labels={DATA}: the training set of {network}, {path}, is not there; run where it is, or {cure}')
+        raise UserError(
+            f'--labels={DATA}: the training set of {network}, {path}, is not there; run where it is, or {cure}'
+        )
     dataset = ImageFolderDataset(path, use_labels=True, max_size=max_size)
     if record.get('digest') not in (None, dataset.digest()) or dataset.label_space.differs(space_of(net)):
-        raise UserError(f'--labels={DATA}: {path} holds another data set ({dataset.num_images} images, {dataset.label_space}) than {network} was '
-                        f'trained on; put that back, or {cure}')
+        raise UserError(
+            f'--labels={DATA}: {path} holds another data set ({dataset.num_images} images, {dataset.label_space}) than {network} was '
+            f'trained on; put that back, or {cure}'
+        )
     return dataset.labels

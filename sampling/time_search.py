@@ -4,6 +4,7 @@ More steps give a consistency model better images where its noise levels tau_1 >
 first, then tau_2 below it with tau_1 held fixed, and so on, each by a ternary search, as if the metric had a single valley along each of them. What
 is searched is a list of candidates in falling order, and what is minimized any function of a list of points.
 """
+
 from __future__ import annotations
 
 import math
@@ -19,8 +20,9 @@ def log_levels(low: float, high: float, tolerance: float) -> list[float]:
     return [float(f'{high * (low / high) ** (i / count):.6g}') for i in range(1, count)]
 
 
-def find_points(function: Callable[[list[float]], float], candidates: Sequence[float], points: int,
-                scan: int = 0) -> Iterator[tuple[list[float], float]]:
+def find_points(
+    function: Callable[[list[float]], float], candidates: Sequence[float], points: int, scan: int = 0
+) -> Iterator[tuple[list[float], float]]:
     """The best points and the function's value at them: of one point, then of two of which the first stays, up to `points`.
 
     Args:
@@ -30,7 +32,7 @@ def find_points(function: Callable[[list[float]], float], candidates: Sequence[f
     """
     found, first = [], 0
     for still_to_come in reversed(range(points)):
-        free = candidates[first:len(candidates) - still_to_come]
+        free = candidates[first : len(candidates) - still_to_come]
         place, value = least(lambda i: function([*found, free[i]]), len(free), scan)  # noqa: B023  (called at once)
         found, first = [*found, free[place]], first + place + 1
         yield found, value

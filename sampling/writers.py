@@ -2,6 +2,7 @@
 
 Imports no torch, so that a worker is ready at once and never touches a GPU.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -26,8 +27,9 @@ from dnnlib.util import atomic_write, remove, temporary_folder, usable_cores
 AHEAD = 2  # pieces of work that each worker has, or is at
 MOST_WORKERS = 4
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # One file an image.
+
 
 def write_images(images: np.ndarray, paths: Sequence[str]) -> None:
     """uint8 [N, H, W, C], gray or RGB, to PNG files. A file appears under its name when it is complete. Raises: UserError."""
@@ -45,6 +47,7 @@ def write_latents(latents: np.ndarray, paths: Sequence[str]) -> None:
 
 def _picture(image: np.ndarray):
     from PIL import Image
+
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
 
@@ -58,8 +61,10 @@ def _complete_file(path: str) -> Iterator[BinaryIO]:
     with atomic_write(path, durable=False) as file:
         yield file
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The workers.
+
 
 def default_workers() -> int:
     """Half of the CPUs but one: without a GPU, the network wants them too."""
@@ -81,7 +86,9 @@ class WriterPool:
         self.workers, self._waiting = workers, deque()
         self._pool, self._processes = None, []
         if workers:
-            self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), initializer=_become_worker)
+            self._pool = ProcessPoolExecutor(
+                workers, multiprocessing.get_context('spawn'), initializer=_become_worker
+            )
             for _ in range(workers):
                 self._hand_over(int)  # which starts one
 
@@ -124,7 +131,9 @@ class WriterPool:
             yield
         except BrokenProcessPool as error:
             ending = how_one_died(self._processes) or 'nobody knows how'
-            raise UserError(f'A process that writes the images has died ({ending}). Use --workers=0, or a machine with more memory.') from error
+            raise UserError(
+                f'A process that writes the images has died ({ending}). Use --workers=0, or a machine with more memory.'
+            ) from error
 
     def shares(self, count: int) -> list[slice]:
         """`count` things in as many equal parts as there are workers."""
@@ -141,10 +150,12 @@ def _end_with_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Where they go: a folder, or one file. The main process calls `begin` first, at the end `complete` with the labels in the order of seeds, and
 # `end` in any case. `parts` is then everyone's. `add` has a batch written, whose first image is at `place` in the order of seeds. Where images are
 # left out, `leave_out` is told their seeds, `complete` is not called, and `without` says what became of the others.
+
 
 class FolderDestination:
     """Files in a folder, named after their seeds: PNGs or, of latents, `.npy`.
@@ -167,6 +178,7 @@ class FolderDestination:
     def others(self, seeds: Sequence[int]) -> dict[str, list[str]]:
         """What the folder holds of images, or latents, that these seeds will not be written over: {what they are: relative paths}."""
         from data.dataset import image_names
+
         asked, found = set(seeds), {}
         for name in image_names(self.path) if os.path.isdir(self.path) else ():
             seed = self._seed(name)
@@ -204,7 +216,11 @@ class FolderDestination:
     def _seed(self, name: str) -> int | None:
         """The seed that a file is named after, in either layout; None where it is called otherwise."""
         stem, _, extension = name.rpartition('/')[2].rpartition('.')
-        if extension == self._extension and stem.isdecimal() and name in (self._name(int(stem), subdirs) for subdirs in (False, True)):
+        if (
+            extension == self._extension
+            and stem.isdecimal()
+            and name in (self._name(int(stem), subdirs) for subdirs in (False, True))
+        ):
             return int(stem)
         return None
 
@@ -267,6 +283,7 @@ def write_array_part(images: np.ndarray, path: str) -> None:
 def write_png_part(images: np.ndarray, path: str, place: int) -> None:
     """A zip of PNGs, uncompressed as those of dataset_tool.py, the first of which has that place."""
     from data.archive_writer import IMAGE_NAME, png_bytes
+
     with atomic_write(path, durable=False) as file, zipfile.ZipFile(file, 'w') as archive:
         for i, image in enumerate(images, place):
             archive.writestr(f'{i // 1000:05d}/{IMAGE_NAME.format(i)}', png_bytes(_picture(image)))
@@ -283,12 +300,18 @@ def join_arrays(parts: Sequence[str], labels: Sequence | None, path: str) -> Non
                 member.write(np.load(part).data)
         if labels is not None:
             with archive.open('arr_1.npy', 'w') as member:
-                np.lib.format.write_array(member, np.array(labels, dtype=np.float32 if labels and isinstance(labels[0], list) else np.int64))
+                np.lib.format.write_array(
+                    member,
+                    np.array(
+                        labels, dtype=np.float32 if labels and isinstance(labels[0], list) else np.int64
+                    ),
+                )
 
 
 def join_pngs(parts: Sequence[str], labels: Sequence | None, path: str) -> None:
     """The data set of parts with some of its members each, and its labels."""
     from data.archive_writer import open_dest
+
     names = []
     with open_dest(pathlib.Path(path)) as write:
         for part in parts:

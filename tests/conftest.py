@@ -1,4 +1,5 @@
 """Fixtures that tests share."""
+
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,21 @@ def digits(tmp_path_factory) -> Path:
 def teacher(digits, tmp_path_factory) -> Path:
     """A snapshot of a small digits teacher that has seen next to nothing."""
     folder = tmp_path_factory.mktemp('teacher')
-    run('train.py', f'--outdir={folder}', f'--data={digits}', '--cond=1', *TINY_NETWORK, *FAST, '--batch=64', '--duration=0.00128', '--tick=10',
-        '--augment=0', '--ema=10kimg', '--lr=2e-3', '--dump=0')
+    run(
+        'train.py',
+        f'--outdir={folder}',
+        f'--data={digits}',
+        '--cond=1',
+        *TINY_NETWORK,
+        *FAST,
+        '--batch=64',
+        '--duration=0.00128',
+        '--tick=10',
+        '--augment=0',
+        '--ema=10kimg',
+        '--lr=2e-3',
+        '--dump=0',
+    )
     return max(folder.glob('network-snapshot-*.pkl'))
 
 
@@ -48,7 +62,14 @@ def rulers(digits, tmp_path_factory) -> Path:
     """A folder with pca.pt and pca.npz: a feature detector and the digits' statistics under it."""
     folder = tmp_path_factory.mktemp('rulers')
     run('-m', 'metrics.rulers', f'--data={digits}', f'--outdir={folder}')
-    run('fid.py', 'ref', f'--data={digits}', f'--dest={folder / "pca.npz"}', f'--detector={folder / "pca.pt"}', '--batch=256')
+    run(
+        'fid.py',
+        'ref',
+        f'--data={digits}',
+        f'--dest={folder / "pca.npz"}',
+        f'--detector={folder / "pca.pt"}',
+        '--batch=256',
+    )
     return folder
 
 

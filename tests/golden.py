@@ -1,4 +1,5 @@
 """Golden numbers that travel with the repository: see tests/golden/README.md."""
+
 from pathlib import Path
 
 import numpy as np

@@ -1,4 +1,5 @@
 """Digits, a tiny teacher, and runs of the scripts, for tests."""
+
 import json
 import os
 import subprocess
@@ -6,7 +7,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY_NETWORK = ['--arch=adm', '--cbase=8', '--cres=1,2', '--num_blocks=1', '--attn_resolutions=none', '--dropout=0']
+TINY_NETWORK = [
+    '--arch=adm',
+    '--cbase=8',
+    '--cres=1,2',
+    '--num_blocks=1',
+    '--attn_resolutions=none',
+    '--dropout=0',
+]
 FAST = ['--workers=0', '--seed=0', '--nosubdir', '--lr_rampup=0.1']
 
 
@@ -14,14 +22,18 @@ def run(*arguments, check=True, timeout=300, **kwargs) -> subprocess.CompletedPr
     """`python <arguments>` in the repository, single-threaded."""
     env = dict(os.environ, OMP_NUM_THREADS='1', **kwargs.pop('env', {}))
     command = [sys.executable, '-W', 'ignore', *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=timeout, **kwargs)
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=timeout, **kwargs
+    )
     assert not check or done.returncode == 0, done.stderr
     return done
 
 
 def torchrun(processes: int, *arguments, **kwargs) -> subprocess.CompletedProcess:
     """The same under torchrun with gloo."""
-    return run('-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', *arguments, **kwargs)
+    return run(
+        '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', *arguments, **kwargs
+    )
 
 
 def lines(path: Path) -> list[dict]:

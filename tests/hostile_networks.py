@@ -17,7 +17,7 @@ import torch
 
 Content = bytes | Callable[[Path], None]
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Readers: what a script does with a path. They import what they need, which is no part of what a file costs.
 
 
@@ -106,7 +106,9 @@ def download(path: str) -> None:
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         try:
-            dnnlib.util.open_url(f'http://127.0.0.1:{server.getsockname()[1]}/net.pkl', cache_dir=cache, timeout=1).close()
+            dnnlib.util.open_url(
+                f'http://127.0.0.1:{server.getsockname()[1]}/net.pkl', cache_dir=cache, timeout=1
+            ).close()
         finally:
             server.shutdown(socket.SHUT_RDWR)
             thread.join()
@@ -126,7 +128,7 @@ READERS = dict(
     url=download,
 )
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Makers of files.
 
 
@@ -170,7 +172,12 @@ class Named:
 
 
 def claiming(
-    numel: int, shape: tuple[int, ...], stride: tuple[int, ...], offset: int = 0, key: str = '0', member: bytes = bytes(16)
+    numel: int,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    offset: int = 0,
+    key: str = '0',
+    member: bytes = bytes(16),
 ) -> bytes:
     """A PyTorch file with one tensor, which says so of itself and has a storage of these bytes."""
 
@@ -181,9 +188,17 @@ def claiming(
     def text(value: str) -> bytes:
         return b'X' + struct.pack('<I', len(value.encode())) + value.encode()
 
-    storage = b'(' + text('storage') + b'ctorch\nFloatStorage\n' + text(key) + text('cpu') + integer(numel) + b'tQ'
+    storage = (
+        b'(' + text('storage') + b'ctorch\nFloatStorage\n' + text(key) + text('cpu') + integer(numel) + b'tQ'
+    )
     sizes = [b'(' + b''.join(map(integer, numbers)) + b't' for numbers in (shape, stride)]
-    tensor = b'ctorch._utils\n_rebuild_tensor_v2\n(' + storage + integer(offset) + b''.join(sizes) + b'\x89ccollections\nOrderedDict\n)RtR'
+    tensor = (
+        b'ctorch._utils\n_rebuild_tensor_v2\n('
+        + storage
+        + integer(offset)
+        + b''.join(sizes)
+        + b'\x89ccollections\nOrderedDict\n)RtR'
+    )
     return zip_of(b'\x80\x02}' + text('time_embed.0.weight') + tensor + b's.', (f'x/data/{key}', member))
 
 
@@ -272,7 +287,8 @@ def answers() -> Iterator[bytes]:
         ok + b'Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n' + b'X: y\r\n' * 9999 + b'\r\n',
         ok + b'Content-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc',
         ok + b'Content-Type: text/html\r\nContent-Length: 30\r\n\r\n<html>Error: \x1b[2J</html>    ',
-        ok + b'Content-Type: text/html\r\n\r\n<form id="download-form" action="file:///etc/passwd"><input name="a">',
+        ok
+        + b'Content-Type: text/html\r\n\r\n<form id="download-form" action="file:///etc/passwd"><input name="a">',
         ok + b'Content-Type: text/html\r\n\r\n<form id="download-form" action="http://[::1">',
         ok + b'Content-Length: 0\r\n\r\n',
     )
@@ -311,7 +327,14 @@ def good_snapshot() -> bytes:
 
     with tempfile.TemporaryDirectory() as folder:
         save_snapshot(
-            Path(folder, 'net.pkl'), good_network(), objective='mcd', S=2, sigmas=[80.0, 1.0, 0.0], rho=7.0, sigma_min=0.002, sigma_max=80.0
+            Path(folder, 'net.pkl'),
+            good_network(),
+            objective='mcd',
+            S=2,
+            sigmas=[80.0, 1.0, 0.0],
+            rho=7.0,
+            sigma_min=0.002,
+            sigma_max=80.0,
         )
         return Path(folder, 'net.pkl').read_bytes()
 
@@ -384,7 +407,15 @@ def cases(pickles: list[bytes], hollow: Callable) -> Iterator[tuple[str, str, Co
     yield 'snapshot', 'hollow-sealed.pkl', hollow(1 << 37, pickle.dumps({}), seal)
     snapshot = good_snapshot()
     for i, data in enumerate(
-        [*patched(snapshot), snapshot[:-300], snapshot[:100], snapshot[:-1] + b'x', snapshot + b'x', snapshot * 2, snapshot[200:]]
+        [
+            *patched(snapshot),
+            snapshot[:-300],
+            snapshot[:100],
+            snapshot[:-1] + b'x',
+            snapshot + b'x',
+            snapshot * 2,
+            snapshot[200:],
+        ]
     ):
         yield ('snapshot', 'info')[i % 2], f'net{i}.pkl', data
     for reader, name in (

@@ -2,13 +2,22 @@
 
 Written from the architecture (Dhariwal & Nichol 2021; Song et al. 2023), names as in the published files; it shares nothing with our networks.
 """
+
 import math
 
 import torch
 import torch.nn.functional as F
 
 
-def unet_shapes(model_channels, channel_mult, num_res_blocks, attention_levels, scale_shift, num_classes=0, image_channels=3):
+def unet_shapes(
+    model_channels,
+    channel_mult,
+    num_res_blocks,
+    attention_levels,
+    scale_shift,
+    num_classes=0,
+    image_channels=3,
+):
     """{name: shape} of every parameter."""
     emb, shapes = 4 * model_channels, {}
 
@@ -72,7 +81,9 @@ def random_weights(shapes, seed=0):
     weights = {}
     for name, shape in shapes.items():
         scale = math.sqrt(1 / math.prod(shape[1:])) if len(shape) > 1 else 0.2
-        weights[name] = torch.randn(shape, generator=generator) * scale + (1.0 if len(shape) == 1 and name.endswith('weight') else 0.0)
+        weights[name] = torch.randn(shape, generator=generator) * scale + (
+            1.0 if len(shape) == 1 and name.endswith('weight') else 0.0
+        )
     return weights
 
 
@@ -81,6 +92,7 @@ def unet(weights, num_res_blocks, x, timesteps, labels=None, head_channels=64, h
 
     `heads`: their number at every level, instead of their `head_channels`. `heads_first`: QKVAttentionLegacy's order of channels.
     """
+
     def affine(name, h, function=F.linear, **kwargs):
         return function(h, weights[f'{name}.weight'], weights[f'{name}.bias'], **kwargs)
 
@@ -89,7 +101,9 @@ def unet(weights, num_res_blocks, x, timesteps, labels=None, head_channels=64, h
 
     def resblock(name, h, resample):
         skip = resample(h)
-        h = affine(f'{name}.in_layers.2', resample(F.silu(norm(f'{name}.in_layers.0', h))), F.conv2d, padding=1)
+        h = affine(
+            f'{name}.in_layers.2', resample(F.silu(norm(f'{name}.in_layers.0', h))), F.conv2d, padding=1
+        )
         modulation = affine(f'{name}.emb_layers.1', F.silu(emb))[:, :, None, None]
         if modulation.shape[1] == 2 * h.shape[1]:
             scale, shift = modulation.chunk(2, dim=1)
@@ -104,7 +118,11 @@ def unet(weights, num_res_blocks, x, timesteps, labels=None, head_channels=64, h
         n, c, height, width = h.shape
         count = heads or c // head_channels
         order, parts = ((count, 3), 2) if heads_first else ((3, count), 1)
-        q, k, v = affine(f'{name}.qkv', norm(f'{name}.norm', h), F.conv2d).reshape(n, *order, c // count, -1).unbind(parts)
+        q, k, v = (
+            affine(f'{name}.qkv', norm(f'{name}.norm', h), F.conv2d)
+            .reshape(n, *order, c // count, -1)
+            .unbind(parts)
+        )
         scores = torch.einsum('nhdi,nhdj->nhij', q, k) / math.sqrt(c // count)
         out = torch.einsum('nhij,nhdj->nhdi', scores.softmax(dim=-1), v).reshape(n, c, height, width)
         return h + affine(f'{name}.proj_out', out, F.conv2d)
@@ -126,7 +144,9 @@ def unet(weights, num_res_blocks, x, timesteps, labels=None, head_channels=64, h
 
     half = weights['time_embed.0.weight'].shape[1] // 2
     angles = timesteps[:, None] * torch.exp(-math.log(10000) * torch.arange(half) / half)
-    emb = affine('time_embed.2', F.silu(affine('time_embed.0', torch.cat([angles.cos(), angles.sin()], dim=1))))
+    emb = affine(
+        'time_embed.2', F.silu(affine('time_embed.0', torch.cat([angles.cos(), angles.sin()], dim=1)))
+    )
     if labels is not None:
         emb = emb + weights['label_emb.weight'][labels]
     blocks = len({key.split('.')[1] for key in weights if key.startswith('input_blocks.')})
@@ -138,6 +158,10 @@ def unet(weights, num_res_blocks, x, timesteps, labels=None, head_channels=64, h
     x = sequence('middle_block', x, {})
     for i in range(blocks):
         last = 1 + (f'output_blocks.{i}.1.qkv.weight' in weights)
-        up = {last: lambda h: h.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)} if len(parts(f'output_blocks.{i}')) == 2 else {}
+        up = (
+            {last: lambda h: h.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)}
+            if len(parts(f'output_blocks.{i}')) == 2
+            else {}
+        )
         x = sequence(f'output_blocks.{i}', torch.cat([x, skips.pop()], dim=1), up)
     return affine('out.2', F.silu(norm('out.0', x)), F.conv2d, padding=1)

@@ -1,4 +1,5 @@
 """Short training runs as real processes: how one is started, watched and compared with another."""
+
 import os
 import subprocess
 import sys
@@ -11,15 +12,36 @@ from helpers import FAST, ROOT, TINY_NETWORK, lines
 
 from training.checkpoint import load_network
 
-STEPS = 40                                   # of 64 images
-ARGUMENTS = ['--cond=1', *TINY_NETWORK, *FAST, '--batch=64', f'--duration={STEPS * 64e-6}', '--tick=0.32', '--snap=1', '--dump=1', '--augment=0.1',
-             '--dropout=0.1', '--ema=10kimg', '--phema=0.1']
+STEPS = 40  # of 64 images
+ARGUMENTS = [
+    '--cond=1',
+    *TINY_NETWORK,
+    *FAST,
+    '--batch=64',
+    f'--duration={STEPS * 64e-6}',
+    '--tick=0.32',
+    '--snap=1',
+    '--dump=1',
+    '--augment=0.1',
+    '--dropout=0.1',
+    '--ema=10kimg',
+    '--phema=0.1',
+]
 
 
 def command(digits, folder, *extra, processes=1):
     """The command line of a diffusion training of `STEPS` steps, with dropout and augmentation, that saves after every fifth."""
-    launcher = [] if processes == 1 else ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}',
-                                          '--signals-to-handle=SIGTERM,SIGINT,SIGUSR1']
+    launcher = (
+        []
+        if processes == 1
+        else [
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            f'--nproc_per_node={processes}',
+            '--signals-to-handle=SIGTERM,SIGINT,SIGUSR1',
+        ]
+    )
     return [*launcher, 'train.py', f'--outdir={folder}', f'--data={digits}', *ARGUMENTS, *map(str, extra)]
 
 
@@ -28,18 +50,31 @@ class Process:
 
     def __init__(self, arguments, **kwargs):
         env = dict(os.environ, OMP_NUM_THREADS='1')
-        self.popen = subprocess.Popen([sys.executable, '-W', 'ignore', *arguments], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-                                      stderr=subprocess.PIPE, **kwargs)
+        self.popen = subprocess.Popen(
+            [sys.executable, '-W', 'ignore', *arguments],
+            cwd=ROOT,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            **kwargs,
+        )
 
     def ranks(self):
         """Process ids of the workers that torchrun has started, or of the run itself."""
-        children = [child for child in psutil.Process(self.popen.pid).children() if 'train.py' in ' '.join(child.cmdline())]
+        children = [
+            child
+            for child in psutil.Process(self.popen.pid).children()
+            if 'train.py' in ' '.join(child.cmdline())
+        ]
         return [child.pid for child in children] or [self.popen.pid]
 
     def wait_for(self, condition, timeout=120):
         deadline = time.monotonic() + timeout
         while not condition():
-            assert self.popen.poll() is None and time.monotonic() < deadline, self.popen.communicate(timeout=10)
+            assert self.popen.poll() is None and time.monotonic() < deadline, self.popen.communicate(
+                timeout=10
+            )
             time.sleep(0.002)
 
     def end(self, timeout=120):
@@ -60,12 +95,25 @@ def assert_same_run(folder, whole):
     assert [path.name for path in sorted(folder.glob('network-snapshot-*.pkl'))] == names
     for name in names[-2:]:
         a, b = load_network(folder / name), load_network(whole / name)
-        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)), name
+        assert all(
+            torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+        ), name
         assert a.metadata == b.metadata
-    measured = [[{key: value for key, value in tick.items() if not key.startswith(('Timing/', 'Resources/', 'timestamp'))}
-                 for tick in lines(run / 'stats.jsonl')] for run in (folder, whole)]
+    measured = [
+        [
+            {
+                key: value
+                for key, value in tick.items()
+                if not key.startswith(('Timing/', 'Resources/', 'timestamp'))
+            }
+            for tick in lines(run / 'stats.jsonl')
+        ]
+        for run in (folder, whole)
+    ]
     assert len(measured[0]) == len(measured[1])
     for a, b in zip(*measured):
         assert a.keys() == b.keys()
         for key in a:  # sums of a tick that was interrupted are added in another order
-            assert a[key]['num'] == b[key]['num'] and a[key]['mean'] == pytest.approx(b[key]['mean'], rel=1e-12, nan_ok=True), key
+            assert a[key]['num'] == b[key]['num'] and a[key]['mean'] == pytest.approx(
+                b[key]['mean'], rel=1e-12, nan_ok=True
+            ), key

@@ -1,4 +1,5 @@
 """training/networks/augment.py against pixel permutations, analytic images and the formulas of Karras et al. 2022, Table 6."""
+
 import math
 
 import pytest
@@ -15,13 +16,19 @@ def noise(*shape, seed=0, dtype=torch.float64):
 
 def parameters(count, **given):
     """Parameters of the identity but for those given, for every image the same."""
-    zeros = {name: torch.zeros(count, dtype=torch.float64) for name in Parameters._fields} | dict(shift=torch.zeros(count, 2, dtype=torch.float64))
-    return Parameters(**{name: zeros[name] + torch.as_tensor(given.get(name, 0), dtype=torch.float64) for name in zeros})
+    zeros = {name: torch.zeros(count, dtype=torch.float64) for name in Parameters._fields} | dict(
+        shift=torch.zeros(count, 2, dtype=torch.float64)
+    )
+    return Parameters(
+        **{name: zeros[name] + torch.as_tensor(given.get(name, 0), dtype=torch.float64) for name in zeros}
+    )
 
 
 def blob(x, y):
     """A smooth image without symmetry that is 0 at the borders of a 32x32 image."""
-    return torch.exp(-((x - 3) ** 2 + (y + 2) ** 2 * 2) / 18) - 0.5 * torch.exp(-((x + 4) ** 2 * 1.5 + (y - 1) ** 2) / 12)
+    return torch.exp(-((x - 3) ** 2 + (y + 2) ** 2 * 2) / 18) - 0.5 * torch.exp(
+        -((x + 4) ** 2 * 1.5 + (y - 1) ** 2) / 12
+    )
 
 
 def grid(size=32):
@@ -33,8 +40,10 @@ def grid(size=32):
 def moved(**given):
     return AugmentPipe().transform(blob(*grid())[None, None], parameters(1, **given))[0, 0]
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Geometry.
+
 
 def test_flips_are_exact_permutations_that_their_labels_tell():
     images = noise(64, 3, 8, 8, dtype=torch.float32)
@@ -47,7 +56,9 @@ def test_flips_are_exact_permutations_that_their_labels_tell():
 
 def test_the_identity_comes_back_bit_for_bit_beside_images_that_change():
     images = noise(8, 3, 16, 16, dtype=torch.float32)
-    a = parameters(8)._replace(angle=torch.tensor([0., 1, 0, 0, 0, 0, 0, 0]), aniso_angle=torch.linspace(0, 1, 8))
+    a = parameters(8)._replace(
+        angle=torch.tensor([0.0, 1, 0, 0, 0, 0, 0, 0]), aniso_angle=torch.linspace(0, 1, 8)
+    )
     out = AugmentPipe().transform(images, Parameters(*(v.float() for v in a)))
     same = [torch.equal(o, i) for o, i in zip(out, images)]
     assert same == [True, False] + [True] * 6
@@ -73,7 +84,7 @@ def test_quarter_turns_and_mirrors_commute_with_the_filter():
     turn = lambda angle: AugmentPipe().inverse_matrix(parameters(1, angle=angle), 8, 8)
     in_place = warp(images, torch.eye(3, dtype=torch.float64)[None])
     torch.testing.assert_close(warp(images, turn(math.pi / 2)), in_place.rot90(1, (2, 3)), atol=1e-10, rtol=0)
-    mirror = torch.diag(torch.tensor([-1., 1, 1], dtype=torch.float64))[None]
+    mirror = torch.diag(torch.tensor([-1.0, 1, 1], dtype=torch.float64))[None]
     torch.testing.assert_close(warp(images, mirror), in_place.flip(3), atol=1e-10, rtol=0)
 
 
@@ -89,17 +100,23 @@ def test_beyond_the_edge_an_image_goes_on_as_its_mirror_image():
     in_place = warp(image, torch.eye(3, dtype=torch.float64)[None])
     mirrored = torch.cat([in_place, in_place.flip(3)], dim=3)
     for pixels in (3, 8, 11, 29, 24 * 1000 + 3):
-        out = pipe.transform(image, parameters(1, shift=[pixels, 0.]))
+        out = pipe.transform(image, parameters(1, shift=[pixels, 0.0]))
         torch.testing.assert_close(out, mirrored.roll(pixels, 3)[..., :12], atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize('given, source', [
-    (dict(scale=2.0), lambda x, y: (x / 2 ** 0.4, y / 2 ** 0.4)),
-    (dict(aniso=1.5), lambda x, y: (x / 2 ** 0.3, y * 2 ** 0.3)),
-    (dict(aniso=1.5, aniso_angle=math.pi / 2), lambda x, y: (x * 2 ** 0.3, y / 2 ** 0.3)),
-    (dict(angle=0.3), lambda x, y: (x * math.cos(0.3) - y * math.sin(0.3), x * math.sin(0.3) + y * math.cos(0.3))),
-    (dict(shift=[0.3, 0.1]), lambda x, y: (x - 1.2, y - 0.4)),
-])
+@pytest.mark.parametrize(
+    'given, source',
+    [
+        (dict(scale=2.0), lambda x, y: (x / 2**0.4, y / 2**0.4)),
+        (dict(aniso=1.5), lambda x, y: (x / 2**0.3, y * 2**0.3)),
+        (dict(aniso=1.5, aniso_angle=math.pi / 2), lambda x, y: (x * 2**0.3, y / 2**0.3)),
+        (
+            dict(angle=0.3),
+            lambda x, y: (x * math.cos(0.3) - y * math.sin(0.3), x * math.sin(0.3) + y * math.cos(0.3)),
+        ),
+        (dict(shift=[0.3, 0.1]), lambda x, y: (x - 1.2, y - 0.4)),
+    ],
+)
 def test_each_transform_samples_the_analytic_image_where_its_formula_says(given, source):
     torch.testing.assert_close(moved(**given), blob(*source(*grid())), atol=8e-3, rtol=0)
 
@@ -107,20 +124,34 @@ def test_each_transform_samples_the_analytic_image_where_its_formula_says(given,
 def test_a_stretch_at_an_angle_is_along_that_direction():
     """Counter-clockwise angles: at 45 degrees an upward-right diagonal grows by 2^0.2 and its perpendicular shrinks; y points down."""
     inverse = AugmentPipe().inverse_matrix(parameters(1, aniso=1.0, aniso_angle=math.pi / 4), 8, 8)[0]
-    up_right, down_right = (torch.tensor(v, dtype=torch.float64) for v in ([1., -1, 0], [1., 1, 0]))
-    torch.testing.assert_close(inverse @ up_right, up_right / 2 ** 0.2)
-    torch.testing.assert_close(inverse @ down_right, down_right * 2 ** 0.2)
+    up_right, down_right = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, -1, 0], [1.0, 1, 0]))
+    torch.testing.assert_close(inverse @ up_right, up_right / 2**0.2)
+    torch.testing.assert_close(inverse @ down_right, down_right * 2**0.2)
 
 
 def test_transforms_follow_one_another_in_the_papers_order():
     """Scale, rotation, anisotropy, translation: the inverse of the product of the forward matrices."""
     a = parameters(1, scale=0.7, angle=0.4, aniso=-1.1, aniso_angle=0.9, shift=[0.6, -0.2])
     matrix = lambda *rows: torch.tensor([*rows, [0, 0, 1]], dtype=torch.float64)
-    turn = lambda t: matrix([math.cos(t), math.sin(t), 0], [-math.sin(t), math.cos(t), 0])  # counter-clockwise with y down
+    turn = lambda t: matrix(
+        [math.cos(t), math.sin(t), 0], [-math.sin(t), math.cos(t), 0]
+    )  # counter-clockwise with y down
     stretch = lambda x, y: matrix([x, 0, 0], [0, y, 0])
     s, q = 2 ** (0.2 * 0.7), 2 ** (0.2 * -1.1)
-    forward = matrix([1, 0, 0.6 * 20 / 8], [0, 1, -0.2 * 12 / 8]) @ turn(0.9) @ stretch(q, 1 / q) @ turn(-0.9) @ turn(0.4) @ stretch(s, s)
-    torch.testing.assert_close(AugmentPipe().inverse_matrix(a, 12, 20)[0] @ forward, torch.eye(3, dtype=torch.float64), atol=1e-12, rtol=0)
+    forward = (
+        matrix([1, 0, 0.6 * 20 / 8], [0, 1, -0.2 * 12 / 8])
+        @ turn(0.9)
+        @ stretch(q, 1 / q)
+        @ turn(-0.9)
+        @ turn(0.4)
+        @ stretch(s, s)
+    )
+    torch.testing.assert_close(
+        AugmentPipe().inverse_matrix(a, 12, 20)[0] @ forward,
+        torch.eye(3, dtype=torch.float64),
+        atol=1e-12,
+        rtol=0,
+    )
 
 
 def test_constant_images_stay_constant_and_rectangles_keep_their_shape():
@@ -129,12 +160,24 @@ def test_constant_images_stay_constant_and_rectangles_keep_their_shape():
     assert out.shape == images.shape
     torch.testing.assert_close(out, images, atol=1e-12, rtol=0)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Labels and randomness.
+
 
 def test_labels_are_table_6s_in_edms_order():
     a = parameters(1, xflip=1, yflip=1, scale=0.7, angle=0.4, aniso=-1.1, aniso_angle=0.9, shift=[0.6, -0.2])
-    expected = [1, 1, 0.7, math.cos(0.4) - 1, math.sin(0.4), -1.1 * math.cos(0.9), -1.1 * math.sin(0.9), 0.6, -0.2]
+    expected = [
+        1,
+        1,
+        0.7,
+        math.cos(0.4) - 1,
+        math.sin(0.4),
+        -1.1 * math.cos(0.9),
+        -1.1 * math.sin(0.9),
+        0.6,
+        -0.2,
+    ]
     torch.testing.assert_close(AugmentPipe().labels(a), torch.tensor([expected]))
     assert AugmentPipe().augment_dim == 9
 
@@ -174,7 +217,9 @@ def test_the_generator_decides_everything():
 def test_frequencies_and_spreads_are_those_of_the_options():
     """20,000 draws: frequencies within 0.015 (4 standard errors), spreads within 5 %."""
     images = torch.zeros(20_000, 1, 1, 1)
-    a = AugmentPipe(p=0.2, yflip=2, scale=0.5, rotate_frac_max=0.5).draw(images, torch.Generator().manual_seed(0))
+    a = AugmentPipe(p=0.2, yflip=2, scale=0.5, rotate_frac_max=0.5).draw(
+        images, torch.Generator().manual_seed(0)
+    )
     rate = lambda v: (v != 0).float().mean().item()
     expected = dict(xflip=0.5, yflip=0.2, scale=0.1, angle=0.2, aniso_angle=0.5, aniso=0.2)
     assert all(abs(rate(getattr(a, name)) - value) < 0.015 for name, value in expected.items())

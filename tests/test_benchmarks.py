@@ -1,4 +1,5 @@
 """The benchmarks: what they count is right, and the pages that they write are whole. How fast anything is, is not tested."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -14,15 +15,42 @@ from click.testing import CliRunner
 from helpers import ROOT, assert_one_clear_error, run
 
 from benchmarks import __main__ as driver
-from benchmarks import checkpoint, common, data, frechet, images, memory, pieces, precision, sampling, scaling, sizes, startup, state, step
+from benchmarks import (
+    checkpoint,
+    common,
+    data,
+    frechet,
+    images,
+    memory,
+    pieces,
+    precision,
+    sampling,
+    scaling,
+    sizes,
+    startup,
+    state,
+    step,
+)
 
-SCRIPTS = {'step.py': step, 'pieces.py': pieces, 'memory.py': memory, 'sampling.py': sampling, 'startup.py': startup, 'data.py': data,
-           'checkpoint.py': checkpoint, 'state.py': state, 'frechet.py': frechet, 'images.py': images, 'precision.py': precision,
-           'scaling.py': scaling}
+SCRIPTS = {
+    'step.py': step,
+    'pieces.py': pieces,
+    'memory.py': memory,
+    'sampling.py': sampling,
+    'startup.py': startup,
+    'data.py': data,
+    'checkpoint.py': checkpoint,
+    'state.py': state,
+    'frechet.py': frechet,
+    'images.py': images,
+    'precision.py': precision,
+    'scaling.py': scaling,
+}
 CPU = torch.device('cpu')
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Pages and blocks.
+
 
 def tables(text: str) -> list[list[list[str]]]:
     """The cells of every table of a page, by rows."""
@@ -48,7 +76,12 @@ def check_command(words: str) -> None:
 def check_block(text: str) -> list[list[list[str]]]:
     """A heading, the command, prose, the machine, then tables with columns of equal number and nothing empty; returns the tables."""
     heading, command, prose, device, *_ = text.split('\n\n')
-    assert re.fullmatch(r'## \S.*', heading) and commands(command) == [command.strip('`')] and device.startswith('    ') and 'torch' in device
+    assert (
+        re.fullmatch(r'## \S.*', heading)
+        and commands(command) == [command.strip('`')]
+        and device.startswith('    ')
+        and 'torch' in device
+    )
     check_command(command.strip('`'))
     assert 'nan' not in text.split() and all(len(line) <= common.WIDTH for line in prose.splitlines())
     found = tables(text)
@@ -74,18 +107,26 @@ def column(table: list[list[str]], name: str) -> dict[str, str]:
     header, _, *rows = [[cell.strip() for cell in row] for row in table]
     return {row[0]: row[header.index(name)] for row in rows}
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # What is counted.
+
 
 def test_operations_are_those_counted_by_hand():
     """3x3 from 3 to 8 channels, then 1x1 from 8 to 4, on 16x16: 2 a product. Back, each asks for the gradient of its weights, as many again, and the
     second for that of its input too; the image needs none."""
     with torch.device('meta'):
-        net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(8, 4, 1))
+        net = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(8, 4, 1)
+        )
         found = sizes.count_operations(net, torch.zeros(1, 3, 16, 16))
     first, second = 2 * 256 * 9 * 3 * 8, 2 * 256 * 8 * 4
-    assert found == sizes.Operations(parameters=9 * 3 * 8 + 8 + 8 * 4 + 4, forward=first + second, backward=first + 2 * second)
-    assert found.of_step(plain=5, differentiated=2) == 5 * found.forward + 2 * (found.forward + found.backward)
+    assert found == sizes.Operations(
+        parameters=9 * 3 * 8 + 8 + 8 * 4 + 4, forward=first + second, backward=first + 2 * second
+    )
+    assert found.of_step(plain=5, differentiated=2) == 5 * found.forward + 2 * (
+        found.forward + found.backward
+    )
 
 
 def test_operations_of_a_network_are_those_of_its_layers():
@@ -105,7 +146,7 @@ def test_operations_of_a_network_are_those_of_its_layers():
             module.register_forward_hook(hook)
     net(torch.zeros(1, 1, 8, 8), torch.ones(1), torch.zeros(1, 10))
     positions = 4 * 4
-    attention = 2 * (2 * positions ** 2 * 32)
+    attention = 2 * (2 * positions**2 * 32)
     resampling = 2 * (2 * 4 * 16 * positions) + 2 * (2 * 4 * 32 * positions)
     assert sizes.operations(size).forward == sum(counted) + attention + resampling
 
@@ -127,27 +168,48 @@ def test_ways_of_running_are_set_and_taken_back():
     try:
         training.use(step.Way(precision='bf16', channels_last=True, checkpoint_activations=True))
         held = training.loss_fn.teacher
-        assert training.student.use_bf16 and held.use_bf16 and held.channels_last and training.student.model.checkpoint_activations
-        assert held.model.out_conv.weight.dtype == torch.bfloat16 and training.teacher.model.out_conv.weight.dtype == torch.float32
+        assert (
+            training.student.use_bf16
+            and held.use_bf16
+            and held.channels_last
+            and training.student.model.checkpoint_activations
+        )
+        assert (
+            held.model.out_conv.weight.dtype == torch.bfloat16
+            and training.teacher.model.out_conv.weight.dtype == torch.float32
+        )
         training.step(0, inside=False)
         training.use(step.Way())
         plain = training.loss_fn.teacher
-        assert not (training.student.use_bf16 or training.student.channels_last or training.student.model.checkpoint_activations or plain.use_bf16)
+        assert not (
+            training.student.use_bf16
+            or training.student.channels_last
+            or training.student.model.checkpoint_activations
+            or plain.use_bf16
+        )
         assert plain.model.out_conv.weight.dtype == torch.float32
     finally:
         torch.compiler.set_stance('default')
 
 
-@pytest.mark.parametrize('name, precision, tf32, expected', [
-    ('NVIDIA A100-SXM4-80GB', 'fp32', True, 156e12), ('NVIDIA H100 80GB HBM3', 'fp16', False, 989.4e12), ('NVIDIA H200', 'fp32', False, 67e12),
-    ('NVIDIA H100 PCIe', 'fp16', False, None), ('NVIDIA H200 NVL', 'bf16', False, None)])
+@pytest.mark.parametrize(
+    'name, precision, tf32, expected',
+    [
+        ('NVIDIA A100-SXM4-80GB', 'fp32', True, 156e12),
+        ('NVIDIA H100 80GB HBM3', 'fp16', False, 989.4e12),
+        ('NVIDIA H200', 'fp32', False, 67e12),
+        ('NVIDIA H100 PCIe', 'fp16', False, None),
+        ('NVIDIA H200 NVL', 'bf16', False, None),
+    ],
+)
 def test_peaks_are_of_cards_that_are_known_by_their_whole_names(monkeypatch, name, precision, tf32, expected):
     """Cards of nearly the same name are slower: no figure is better than a wrong one."""
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
     found = step.peak.__wrapped__(torch.device('cuda'), precision, tf32)
     assert found == expected
-    assert step.share_of_peak([dict(total=1.0, plain_images=3, differentiated_images=1)], sizes.Operations(1, 1e12, 2e12), found) == (
-        'n/a' if found is None else f'{6e12 / expected:.1%}')
+    assert step.share_of_peak(
+        [dict(total=1.0, plain_images=3, differentiated_images=1)], sizes.Operations(1, 1e12, 2e12), found
+    ) == ('n/a' if found is None else f'{6e12 / expected:.1%}')
 
 
 def test_memory_counts_every_vector_of_the_run_and_less_of_it_where_an_option_saves_some():
@@ -155,43 +217,85 @@ def test_memory_counts_every_vector_of_the_run_and_less_of_it_where_an_option_sa
     training = step.Training('demo', 1, CPU)
     try:
         training.step(0, inside=False)
-        found = {name: memory.parts_of(training, way, 64, name in memory.ON_HOST) for name, way in memory.WAYS.items()}
+        found = {
+            name: memory.parts_of(training, way, 64, name in memory.ON_HOST)
+            for name, way in memory.WAYS.items()
+        }
     finally:
         torch.compiler.set_stance('default')
     plain = found['plain']
     parameters = sum(p.numel() for p in training.student.parameters())
-    assert plain.teacher == 4 * parameters <= plain.student == plain.gradients == plain.averages < 1.05 * plain.teacher
+    assert (
+        plain.teacher
+        == 4 * parameters
+        <= plain.student
+        == plain.gradients
+        == plain.averages
+        < 1.05 * plain.teacher
+    )
     assert 2 * plain.student <= plain.adam <= 2 * plain.student + 16  # and the number of steps
     assert plain.sum == plain.teacher + 3 * plain.student + plain.adam + plain.activations
     assert found['--checkpoint-activations'].activations < plain.activations / 2
     assert plain.teacher / 2 < found['--precision=bf16'].teacher < plain.teacher * 0.75  # linear layers stay
     assert found['--precision=bf16'].activations < plain.activations
-    assert found['--ema-device=cpu'].averages == 0 < found['all three'].sum < min(found[name].sum for name in found if name != 'all three')
+    assert (
+        found['--ema-device=cpu'].averages
+        == 0
+        < found['all three'].sum
+        < min(found[name].sum for name in found if name != 'all three')
+    )
     doubled = memory.parts_of(training, step.Way(), 128, False)
     torch.compiler.set_stance('default')
     assert doubled.activations / plain.activations == pytest.approx(2, rel=0.02)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # What is written.
+
 
 def test_the_step_writes_its_parts_and_a_row_for_every_way(monkeypatch):
     text = invoke(monkeypatch, 'step.py', '--steps=1', '--batch=2', '--ways=channels_last')
     parts, ways = check_block(text)
     assert list(column(parts, 'share')) == list(step.PARTS) and column(parts, 'share')['total'] == '100.0%'
-    assert column(ways, 'times faster, median')['plain'] == '1.000' and list(column(ways, 'least')) == ['plain', '--channels_last']
+    assert column(ways, 'times faster, median')['plain'] == '1.000' and list(column(ways, 'least')) == [
+        'plain',
+        '--channels_last',
+    ]
 
 
 def test_what_a_machine_cannot_measure_stands_in_the_table():
-    measured = dict(first=1.0, steps=[dict.fromkeys(step.PARTS, 0.5) | dict(total=2.0, plain_images=6, differentiated_images=2)])
-    table = tables(step.ways_table({'plain': {'plain': measured}}, list(step.WAYS), 2, sizes.Operations(1, 1.0, 2.0), {'plain': 12.0}))[0]
+    measured = dict(
+        first=1.0,
+        steps=[dict.fromkeys(step.PARTS, 0.5) | dict(total=2.0, plain_images=6, differentiated_images=2)],
+    )
+    table = tables(
+        step.ways_table(
+            {'plain': {'plain': measured}}, list(step.WAYS), 2, sizes.Operations(1, 1.0, 2.0), {'plain': 12.0}
+        )
+    )[0]
     assert [row[0].strip() for row in table[2:]] == list(step.OPTIONS.values())
-    assert [cell.strip() for cell in table[2][1:]] == ['1.0 s', '2000.00 ms', '2000.00 ms', '1', '1.000', '1.000', '50.0%']  # 12 operations in 2 s
+    assert [cell.strip() for cell in table[2][1:]] == [
+        '1.0 s',
+        '2000.00 ms',
+        '2000.00 ms',
+        '1',
+        '1.000',
+        '1.000',
+        '50.0%',
+    ]  # 12 operations in 2 s
     assert {cell.strip() for row in table[3:] for cell in row[1:]} == {common.NOT_MEASURED}
 
 
 def test_large_networks_are_not_compiled_on_a_cpu_unless_asked():
     assert step.ways_for('cifar10-ddpmpp', CPU, False) == ['plain', 'channels_last', 'checkpoint', 'bf16']
-    assert step.ways_for('cifar10-ddpmpp', CPU, True) == ['plain', 'channels_last', 'compile', 'checkpoint', 'bf16', 'fast']
+    assert step.ways_for('cifar10-ddpmpp', CPU, True) == [
+        'plain',
+        'channels_last',
+        'compile',
+        'checkpoint',
+        'bf16',
+        'fast',
+    ]
     assert step.ways_for('imagenet64-adm', CPU, False) == ['plain', 'channels_last', 'bf16']
     assert step.ways_for('imagenet64-adm', torch.device('cuda'), False) == list(step.WAYS)
 
@@ -202,14 +306,22 @@ def test_ways_that_do_not_exist_or_need_a_gpu_are_usage_errors(monkeypatch):
         assert_one_clear_error(CliRunner().invoke(step.main, arguments), words, status=2)
 
 
-@pytest.mark.parametrize('script, arguments', [
-    ('memory.py', ['--size=demo']), ('frechet.py', ['--dim=16', '--rounds=1']), ('pieces.py', ['--size=demo', '--rounds=1'])])
+@pytest.mark.parametrize(
+    'script, arguments',
+    [
+        ('memory.py', ['--size=demo']),
+        ('frechet.py', ['--dim=16', '--rounds=1']),
+        ('pieces.py', ['--size=demo', '--rounds=1']),
+    ],
+)
 def test_scripts_write_a_block(monkeypatch, script, arguments):
     check_block(invoke(monkeypatch, script, *arguments))
 
 
-@pytest.mark.parametrize('name, size, tolerance', [
-    ('attention', 'cifar10-ddpmpp', 1e-5), ('Adam', 'demo', 1e-6), ('averages: EMA and 2 phEMA', 'demo', 0)])
+@pytest.mark.parametrize(
+    'name, size, tolerance',
+    [('attention', 'cifar10-ddpmpp', 1e-5), ('Adam', 'demo', 1e-6), ('averages: EMA and 2 phEMA', 'demo', 0)],
+)
 def test_what_has_no_switch_gives_the_numbers_of_the_plain_way(name, size, tolerance):
     """FP32 sums in another order, to so much of the largest number; after a second call too, for which moments and averages have changed."""
     torch.manual_seed(0)
@@ -222,20 +334,36 @@ def test_what_has_no_switch_gives_the_numbers_of_the_plain_way(name, size, toler
 
 
 def test_sampling_writes_every_image_in_every_way(monkeypatch):
-    table, = check_block(invoke(monkeypatch, 'sampling.py', '--images=5', '--batch=2', '--rounds=1', '--workers=0', '--eager'))
+    (table,) = check_block(
+        invoke(monkeypatch, 'sampling.py', '--images=5', '--batch=2', '--rounds=1', '--workers=0', '--eager')
+    )
     rates = column(table, 'images/s')
-    assert list(rates) == [sampling.ALONE, sampling.WRITING, sampling.PLAIN, sampling.OVERLAPPED, *sampling.FASTER, *sampling.SHARED]
+    assert list(rates) == [
+        sampling.ALONE,
+        sampling.WRITING,
+        sampling.PLAIN,
+        sampling.OVERLAPPED,
+        *sampling.FASTER,
+        *sampling.SHARED,
+    ]
     compiled = [rates.pop(name) for name in list(rates) if 'compile' in name]
     assert compiled == [common.NOT_MEASURED] * 3 and all(float(rate) > 0 for rate in rates.values())
 
 
 def test_start_up_knows_the_scripts_and_what_training_says(monkeypatch, tmp_path):
     """`train.py` itself is run by the test of the whole page."""
-    assert {'train.py', 'generate.py', 'fid.py', 'demo.py'} <= set(startup.scripts()) and 'example.py' not in startup.scripts()
-    (tmp_path / 'train.py').write_text("print('Data: 9 images'); print('Training for 1 kimg...'); print('tick 0     kimg 1')")
+    assert {'train.py', 'generate.py', 'fid.py', 'demo.py'} <= set(
+        startup.scripts()
+    ) and 'example.py' not in startup.scripts()
+    (tmp_path / 'train.py').write_text(
+        "print('Data: 9 images'); print('Training for 1 kimg...'); print('tick 0     kimg 1')"
+    )
     monkeypatch.setattr(startup, 'ROOT', tmp_path)
     seconds = startup.time_training()
-    assert list(seconds) == list(startup.EVENTS) and 0 < seconds['data ready'] <= seconds['training begins'] <= seconds['first step done']
+    assert (
+        list(seconds) == list(startup.EVENTS)
+        and 0 < seconds['data ready'] <= seconds['training begins'] <= seconds['first step done']
+    )
     (tmp_path / 'train.py').write_text("print('Data: 9 images')")
     with pytest.raises(RuntimeError, match='data ready'):
         startup.time_training()
@@ -245,8 +373,10 @@ def test_rows_that_are_not_as_long_as_their_heading_are_errors():
     with pytest.raises(ValueError, match=r'\[3\] cells'):
         common.table(['a', 'b'], [['1', '2', '3']])
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The page.
+
 
 def test_some_blocks_are_measured_again_and_the_others_stay(tmp_path, monkeypatch):
     page = tmp_path / 'page.md'
@@ -255,7 +385,9 @@ def test_some_blocks_are_measured_again_and_the_others_stay(tmp_path, monkeypatc
     invoke_driver = lambda *arguments: CliRunner().invoke(driver.main, [f'--out={page}', *arguments])
     assert invoke_driver('--only=frechet,step-demo').exit_code == 0
     assert driver.read_blocks(page) == {'step-demo': '## Two\n\nsecond', 'frechet': '## One\n\nfirst'}
-    assert page.read_text().index('second') < page.read_text().index('first')  # the order of the page, not of the command line
+    assert page.read_text().index('second') < page.read_text().index(
+        'first'
+    )  # the order of the page, not of the command line
     assert invoke_driver('--only=frechet').exit_code == 0
     assert driver.read_blocks(page) == {'step-demo': '## Two\n\nsecond', 'frechet': '## One\n\nagain'}
     missing = ','.join(name for name in driver.BENCHMARKS if name not in ('frechet', 'step-demo'))
@@ -266,8 +398,12 @@ def test_some_blocks_are_measured_again_and_the_others_stay(tmp_path, monkeypatc
 def test_a_benchmark_that_fails_leaves_the_old_block_and_is_named(tmp_path, monkeypatch):
     page = tmp_path / 'page.md'
     driver.write_page(page, {'frechet': 'old', 'state': 'old'})
-    monkeypatch.setattr(driver, 'measure', lambda benchmark, quick: None if benchmark.script == 'frechet.py' else 'new')
-    assert_one_clear_error(CliRunner().invoke(driver.main, [f'--out={page}', '--only=frechet,state']), 'frechet failed')
+    monkeypatch.setattr(
+        driver, 'measure', lambda benchmark, quick: None if benchmark.script == 'frechet.py' else 'new'
+    )
+    assert_one_clear_error(
+        CliRunner().invoke(driver.main, [f'--out={page}', '--only=frechet,state']), 'frechet failed'
+    )
     assert driver.read_blocks(page) == {'state': 'new', 'frechet': 'old'}
 
 
@@ -275,13 +411,24 @@ def test_a_script_that_ends_with_an_error_has_no_block():
     assert driver.measure(driver.Benchmark('frechet.py', ['--dim=1']), quick=False) is None
 
 
-@pytest.mark.parametrize('arguments, words, status', [
-    (['--only=step-demo,warp'], 'warp', 2), (['--only=frechet', '--out={tmp}/other.md'], 'leave out --only', 1),
-    (['--only=frechet', '--out={tmp}/nowhere/page.md'], 'no folder', 1)])
-def test_the_driver_refuses_what_it_cannot_do_before_it_measures(tmp_path, monkeypatch, arguments, words, status):
+@pytest.mark.parametrize(
+    'arguments, words, status',
+    [
+        (['--only=step-demo,warp'], 'warp', 2),
+        (['--only=frechet', '--out={tmp}/other.md'], 'leave out --only', 1),
+        (['--only=frechet', '--out={tmp}/nowhere/page.md'], 'no folder', 1),
+    ],
+)
+def test_the_driver_refuses_what_it_cannot_do_before_it_measures(
+    tmp_path, monkeypatch, arguments, words, status
+):
     (tmp_path / 'other.md').write_text('# Another page\n')
     monkeypatch.setattr(driver, 'measure', lambda *_: pytest.fail('measured'))
-    assert_one_clear_error(CliRunner().invoke(driver.main, [word.format(tmp=tmp_path) for word in arguments]), words, status=status)
+    assert_one_clear_error(
+        CliRunner().invoke(driver.main, [word.format(tmp=tmp_path) for word in arguments]),
+        words,
+        status=status,
+    )
     assert (tmp_path / 'other.md').read_text() == '# Another page\n'
 
 
@@ -301,7 +448,9 @@ def test_the_results_page_is_whole_and_its_commands_are_those_of_the_driver():
     for name, block in blocks.items():
         benchmark = driver.BENCHMARKS[name]
         threads = [f'OMP_NUM_THREADS={benchmark.threads}'] if benchmark.threads else []
-        assert commands(block)[0] == shlex.join([*threads, 'python', f'benchmarks/{benchmark.script}', *benchmark.arguments]), name
+        assert commands(block)[0] == shlex.join(
+            [*threads, 'python', f'benchmarks/{benchmark.script}', *benchmark.arguments]
+        ), name
 
 
 def test_the_driver_runs_a_benchmark_in_a_process_of_its_own(tmp_path):
@@ -320,7 +469,11 @@ def test_everything_can_be_measured_quickly(tmp_path):
 
 @pytest.mark.slow
 def test_compiled_networks_are_measured_in_turns_with_plain_ones():
-    done = json.loads(run('benchmarks/step.py', '--steps=2', '--batch=4', '--ways=fast', '--json', timeout=1500).stdout)
+    done = json.loads(
+        run('benchmarks/step.py', '--steps=2', '--batch=4', '--ways=fast', '--json', timeout=1500).stdout
+    )
     fast, plain = done['ways']['fast']['fast'], done['ways']['fast']['plain']
     assert len(fast['steps']) == len(plain['steps']) == 2
-    assert [row['differentiated_images'] for row in fast['steps']] == [4, 4] and fast['first'] > plain['first']
+    assert [row['differentiated_images'] for row in fast['steps']] == [4, 4] and fast['first'] > plain[
+        'first'
+    ]

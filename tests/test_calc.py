@@ -1,4 +1,5 @@
 """From images to features: one pass, its cache, its statistics, and a network's images as a source."""
+
 import numpy as np
 import pytest
 import torch
@@ -34,8 +35,16 @@ class Pixels(ImageSource):
 class Sums:
     """A detector whose three features are sums over the channels; two classes by the first. Counts its calls, and refuses from `limit` on."""
 
-    def __init__(self, digest='d', limit=10 ** 9, dim=3):
-        self.name, self.digest, self.dim, self.device, self.has_classes, self.limit, self.shapes = 'sums', digest, dim, 'cpu', True, limit, []
+    def __init__(self, digest='d', limit=10**9, dim=3):
+        self.name, self.digest, self.dim, self.device, self.has_classes, self.limit, self.shapes = (
+            'sums',
+            digest,
+            dim,
+            'cpu',
+            True,
+            limit,
+            [],
+        )
 
     def __call__(self, images):
         self.shapes.append(tuple(images.shape))
@@ -57,8 +66,10 @@ def images(count, seed=0):
 def look(source, detector=None, **options):
     return observe(source, {'x': detector or Sums()}, BATCH, **options)['x']
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Statistics.
+
 
 def test_streaming_equals_one_pass_over_everything():
     features = np.random.default_rng(2).normal(3.0, 2.0, (101, 5)).astype(np.float32)
@@ -67,7 +78,9 @@ def test_streaming_equals_one_pass_over_everything():
         stats.append(torch.from_numpy(batch))
     assert stats.reduce() is stats and stats.count == 101
     np.testing.assert_allclose(stats.mu, features.mean(axis=0, dtype=np.float64), rtol=1e-12)
-    np.testing.assert_allclose(stats.sigma, np.cov(features.astype(np.float64), rowvar=False), rtol=0, atol=1e-11)
+    np.testing.assert_allclose(
+        stats.sigma, np.cov(features.astype(np.float64), rowvar=False), rtol=0, atol=1e-11
+    )
 
 
 def test_features_far_from_zero_lose_no_digits():
@@ -98,24 +111,35 @@ def test_features_of_another_length_are_refused():
     with pytest.raises(UserError, match=r'shape \(2, 4\) after some of 3'):
         FeatureStats(3).append(torch.zeros(2, 4))
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # One pass.
+
 
 def test_a_pass_sees_every_image_once_in_order_and_always_full_batches():
     x, detector = images(10), Sums(dim=None)
     seen = look(Pixels(x), detector, keep=True, classes={'x'})
-    assert set(detector.shapes[1:]) == {(BATCH, 3, 8, 8)} and detector.shapes[0] == (1, 3, 8, 8)  # the first tells how many features there are
+    assert set(detector.shapes[1:]) == {(BATCH, 3, 8, 8)} and detector.shapes[0] == (
+        1,
+        3,
+        8,
+        8,
+    )  # the first tells how many features there are
     torch.testing.assert_close(seen.features, x.float().sum(dim=[2, 3]), rtol=0, atol=0)
     torch.testing.assert_close(seen.probabilities.sum(dim=1), torch.ones(10))
     assert (seen.stats.count, seen.skipped, seen.copies) == (10, 0, 0)
-    np.testing.assert_allclose(seen.stats.sigma, np.cov(seen.features.double().numpy(), rowvar=False), rtol=1e-9)
+    np.testing.assert_allclose(
+        seen.stats.sigma, np.cov(seen.features.double().numpy(), rowvar=False), rtol=1e-9
+    )
 
 
 def test_nothing_is_kept_that_was_not_asked_for():
     seen = look(Pixels(images(10)))
     assert seen.features is None and seen.probabilities is None
     keep = np.arange(10) % 3 == 0
-    torch.testing.assert_close(look(Pixels(images(10)), keep=keep).features, images(10).float().sum(dim=[2, 3])[keep])
+    torch.testing.assert_close(
+        look(Pixels(images(10)), keep=keep).features, images(10).float().sum(dim=[2, 3])[keep]
+    )
 
 
 def test_images_that_cannot_be_used_are_left_out_and_counted():
@@ -124,7 +148,12 @@ def test_images_that_cannot_be_used_are_left_out_and_counted():
     good = [i for i in range(11) if i not in bad]
     seen = look(Pixels(x, bad), keep=True)
     torch.testing.assert_close(seen.features, x[good].float().sum(dim=[2, 3]))
-    assert (seen.stats.count, seen.skipped, seen.problems[0], len(seen.problems)) == (5, 6, 'image 0 is bad', 6)
+    assert (seen.stats.count, seen.skipped, seen.problems[0], len(seen.problems)) == (
+        5,
+        6,
+        'image 0 is bad',
+        6,
+    )
     keep = np.arange(11) >= 8
     torch.testing.assert_close(look(Pixels(x, bad), keep=keep).features, x[[8, 9]].float().sum(dim=[2, 3]))
     with pytest.raises(UserError, match='no images in pixels'):
@@ -150,7 +179,10 @@ def test_digests_tell_images_apart_by_their_pixels_alone():
 def test_a_pass_that_is_asked_to_stop_has_no_result():
     calls = iter([False, True])
     detector = Sums()
-    assert observe(Pixels(images(40)), {'x': detector}, BATCH, stop=lambda: next(calls)) is None and len(detector.shapes) == 2
+    assert (
+        observe(Pixels(images(40)), {'x': detector}, BATCH, stop=lambda: next(calls)) is None
+        and len(detector.shapes) == 2
+    )
     assert observe(Pixels(images(4)), {'x': Sums()}, BATCH, stop=lambda: False) is not None
 
 
@@ -163,11 +195,18 @@ def test_progress_counts_images():
 def test_a_reference_is_what_was_seen():
     seen = look(Pixels(images(10)), keep=np.arange(10) < 3)
     reference = reference_of(Pixels(images(10)), seen, Sums())
-    assert (reference.detector, reference.detector_digest, reference.num_images, reference.resolution) == ('sums', 'd', 10, '8x8x3')
+    assert (reference.detector, reference.detector_digest, reference.num_images, reference.resolution) == (
+        'sums',
+        'd',
+        10,
+        '8x8x3',
+    )
     np.testing.assert_array_equal(reference.features, images(10)[:3].float().sum(dim=[2, 3]))
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The cache.
+
 
 def test_an_interrupted_pass_goes_on_where_it_was(tmp_path):
     """To the bit; of five batches the second run computes those that the first one had not, and every run the last, of which an image is bad."""
@@ -178,7 +217,9 @@ def test_an_interrupted_pass_goes_on_where_it_was(tmp_path):
     detector = Sums()
     again = look(Pixels(x, bad), detector, keep=True, classes={'x'}, cache=tmp_path)
     assert len(detector.shapes) == 3
-    assert torch.equal(again.features, plain.features) and torch.equal(again.probabilities, plain.probabilities)
+    assert torch.equal(again.features, plain.features) and torch.equal(
+        again.probabilities, plain.probabilities
+    )
     assert (again.skipped, again.copies, again.problems) == (1, 0, ['image 18 is bad'])
     third = look(Pixels(x, bad), Sums(limit=1), cache=tmp_path)
     np.testing.assert_allclose(third.stats.sigma, plain.stats.sigma, rtol=1e-12)
@@ -207,9 +248,15 @@ def test_a_damaged_or_lacking_batch_is_computed_again(tmp_path):
     first.write_bytes(first.read_bytes()[:-30])
     second.unlink()
     detector = Sums()
-    assert torch.equal(look(Pixels(x), detector, keep=True, cache=tmp_path).features, x.float().sum(dim=[2, 3])) and len(detector.shapes) == 2
+    assert (
+        torch.equal(look(Pixels(x), detector, keep=True, cache=tmp_path).features, x.float().sum(dim=[2, 3]))
+        and len(detector.shapes) == 2
+    )
     detector = Sums()
-    assert look(Pixels(x), detector, classes={'x'}, cache=tmp_path).probabilities.shape == (12, 2) and len(detector.shapes) == 3
+    assert (
+        look(Pixels(x), detector, classes={'x'}, cache=tmp_path).probabilities.shape == (12, 2)
+        and len(detector.shapes) == 3
+    )
 
 
 def test_a_complete_cache_is_only_read(tmp_path):
@@ -232,7 +279,9 @@ def test_two_detectors_see_the_same_pass_and_each_has_its_own_cache(tmp_path):
     source, first, second = Pixels(images(8)), Sums('a'), Sums('b')
     observe(source, {'a': first}, BATCH, cache=tmp_path)
     seen = observe(source, {'a': first, 'b': second}, BATCH, keep=True, cache=tmp_path)
-    assert len(first.shapes) == len(second.shapes) == 2 and torch.equal(seen['a'].features, seen['b'].features)
+    assert len(first.shapes) == len(second.shapes) == 2 and torch.equal(
+        seen['a'].features, seen['b'].features
+    )
 
 
 def test_a_cache_that_cannot_be_made_is_one_clear_error(tmp_path):
@@ -240,8 +289,10 @@ def test_a_cache_that_cannot_be_made_is_one_clear_error(tmp_path):
     with pytest.raises(UserError, match=r'--cache=.*file cannot be made'):
         look(Pixels(images(4)), cache=tmp_path / 'file')
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # A network's images.
+
 
 @pytest.fixture(scope='module')
 def net(teacher):
@@ -254,7 +305,11 @@ def test_a_networks_images_are_those_that_generate_makes(net, tmp_path):
     source = GeneratedImages(net, seeds, BATCH, steps=2, dump=str(tmp_path / 'dump'))
     expected = generation.generate_batch(net, seeds, steps=2)
     made = torch.cat([x for _, x, _ in source.stream([range(4), range(4, 5)])])
-    assert (made.int() - expected.int()).abs().max() <= 1 and source.image_shape == [1, 8, 8] and len(source) == 5
+    assert (
+        (made.int() - expected.int()).abs().max() <= 1
+        and source.image_shape == [1, 8, 8]
+        and len(source) == 5
+    )
     dumped = [np.asarray(Image.open(tmp_path / 'dump' / f'{seed:06d}.png')) for seed in seeds]
     np.testing.assert_array_equal(np.stack(dumped), made[:, 0].numpy())
 

@@ -1,4 +1,5 @@
 """Snapshots and training states: golden outputs, round trips, metadata, damage."""
+
 import copy
 import json
 import pickle
@@ -23,7 +24,11 @@ from training.consistency_ops import student_grid
 GOLDEN = {  # file: class, positional constructor arguments, some of the named ones
     'edm-adm-cond': ('EDMPrecond', (16, 3, 10), dict(model_type='DhariwalUNet')),
     'edm-ddpmpp-uncond-augment': ('EDMPrecond', (16, 3, 0), dict(model_type='SongUNet', augment_dim=9)),
-    've-ncsnpp-uncond': ('VEPrecond', (16, 3, 0), dict(encoder_type='residual', resample_filter=[1, 3, 3, 1])),
+    've-ncsnpp-uncond': (
+        'VEPrecond',
+        (16, 3, 0),
+        dict(encoder_type='residual', resample_filter=[1, 3, 3, 1]),
+    ),
     'vp-ddpmpp-cond': ('VPPrecond', (16, 3, 10), dict(channel_mult=[1, 2, 2])),
     'iddpm-adm-cond': ('iDDPMPrecond', (16, 3, 10), dict(model_channels=16)),
     'published-student': ('EDMPrecond', (16, 3, 10), dict(dropout=0.2, dout_resolutions=[8])),
@@ -32,7 +37,9 @@ GOLDEN = {  # file: class, positional constructor arguments, some of the named o
 
 def small_net(cls=networks.EDMPrecond, **kwargs):
     torch.manual_seed(0)
-    options = dict(model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], model_type='DhariwalUNet')
+    options = dict(
+        model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], model_type='DhariwalUNet'
+    )
     net = cls(8, 1, label_dim=3, **{**options, **kwargs})
     for parameter in net.parameters():  # the output layers start at zero
         torch.nn.init.normal_(parameter, std=0.1)
@@ -43,11 +50,21 @@ def small_net(cls=networks.EDMPrecond, **kwargs):
 def snapshot(tmp_path):
     """A snapshot of ours: (path, the network that went in)."""
     net = small_net()
-    save_snapshot(tmp_path / 'net.pkl', net, objective='mcd', S=2, sigmas=[80.0, 1.0, 0.0], fid=float('nan'), dataset_kwargs={'resolution': 8})
+    save_snapshot(
+        tmp_path / 'net.pkl',
+        net,
+        objective='mcd',
+        S=2,
+        sigmas=[80.0, 1.0, 0.0],
+        fid=float('nan'),
+        dataset_kwargs={'resolution': 8},
+    )
     return tmp_path / 'net.pkl', net
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Snapshots that others wrote.
+
 
 @pytest.mark.parametrize('name', GOLDEN)
 def test_snapshots_of_edm_load_with_their_arguments_and_give_the_golden_output(fixtures, name):
@@ -66,7 +83,9 @@ def test_snapshots_of_edm_load_with_their_arguments_and_give_the_golden_output(f
 def test_a_snapshot_of_weights_that_are_views_of_one_vector_is_no_larger(tmp_path):
     """As in training, where all parameters share their memory: each would bring the whole of it along."""
     torch.manual_seed(0)
-    net = networks.EDMPrecond(8, 1, 0, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[])
+    net = networks.EDMPrecond(
+        8, 1, 0, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[]
+    )
     save_snapshot(tmp_path / 'plain.pkl', net)
     flat = FlatParameters(net)
     assert all(p.untyped_storage().nbytes() == 4 * flat.weights.numel() for p in net.parameters())
@@ -83,7 +102,11 @@ def test_a_round_trip_keeps_every_tensor_argument_and_attribute(fixtures, tmp_pa
     again = load_network(tmp_path / 'again.pkl')
     assert_same_tensors(first, again)
     assert (again.init_args, again.init_kwargs, again.sigma_min, again.sigma_max) == (
-        first.init_args, first.init_kwargs, first.sigma_min, first.sigma_max)
+        first.init_args,
+        first.init_kwargs,
+        first.sigma_min,
+        first.sigma_max,
+    )
     assert again.metadata.pop('digest') and again.metadata == first.metadata
 
 
@@ -113,8 +136,10 @@ def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r'nothing-here\.pkl'):
         load_network(tmp_path / 'nothing-here.pkl')
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Our own snapshots.
+
 
 def test_a_snapshot_gives_back_network_and_metadata(snapshot):
     path, net = snapshot
@@ -141,12 +166,20 @@ def test_half_precision_weights_views_and_set_attributes_survive(tmp_path):
     save_snapshot(tmp_path / 'net.pkl', net)
     loaded = load_network(tmp_path / 'net.pkl')
     assert_same_tensors(net, loaded)
-    assert loaded.use_fp16 is True and loaded.sigma_min == 0.5 and loaded.model.map_layer0.weight.dtype == torch.float16
-    assert loaded.model.out_conv.weight.untyped_storage().nbytes() == base[1].nbytes, 'the tensors beside the view were saved too'
+    assert (
+        loaded.use_fp16 is True
+        and loaded.sigma_min == 0.5
+        and loaded.model.map_layer0.weight.dtype == torch.float16
+    )
+    assert loaded.model.out_conv.weight.untyped_storage().nbytes() == base[1].nbytes, (
+        'the tensors beside the view were saved too'
+    )
 
 
 def test_numpy_numbers_in_arguments_and_metadata_become_plain(tmp_path):
-    save_snapshot(tmp_path / 'net.pkl', small_net(dropout=np.float64(0.25)), fid=np.float32(1.5), kimg=np.int64(3))
+    save_snapshot(
+        tmp_path / 'net.pkl', small_net(dropout=np.float64(0.25)), fid=np.float32(1.5), kimg=np.int64(3)
+    )
     loaded = load_network(tmp_path / 'net.pkl')
     assert type(loaded.init_kwargs['dropout']) is float and loaded.init_kwargs['dropout'] == 0.25
     assert (type(loaded.metadata['fid']), type(loaded.metadata['kimg'])) == (float, int)
@@ -175,8 +208,10 @@ def test_changed_metadata_changes_the_digest_and_nothing_else_does(tmp_path):
         digests.append(load_network(tmp_path / f'{i}.pkl').metadata['digest'])
     assert digests[0] == digests[1] != digests[2]
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Damage.
+
 
 def positions(length, count):
     return random.Random(0).sample(range(length), count)
@@ -186,7 +221,7 @@ def test_every_flipped_bit_in_our_snapshot_is_noticed(snapshot):
     path, _ = snapshot
     data = path.read_bytes()
     for position in [*positions(len(data), 180), *range(len(data) - 20, len(data))]:
-        path.write_bytes(data[:position] + bytes([data[position] ^ 1 << position % 8]) + data[position + 1:])
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1 << position % 8]) + data[position + 1 :])
         with pytest.raises(UserError, match=r'net\.pkl'):
             load_network(path)
 
@@ -200,13 +235,21 @@ def test_every_truncation_of_our_snapshot_is_noticed(snapshot):
             load_network(path)
 
 
-@pytest.mark.parametrize('alter', [
-    lambda data: data['ema'].model.out_conv.weight.mul_(1.001),
-    lambda data: data['metadata'].update(S=4),
-    lambda data: data['dataset_kwargs'].update(resolution=16),
-    lambda data: setattr(data['ema'], 'sigma_data', 0.6),
-    lambda data: setattr(data['ema'].model.out_conv, 'weight', torch.nn.Parameter(data['ema'].model.out_conv.weight.mT[:, :8])),
-], ids=['tensor', 'metadata', 'dataset_kwargs', 'attribute', 'shape'])
+@pytest.mark.parametrize(
+    'alter',
+    [
+        lambda data: data['ema'].model.out_conv.weight.mul_(1.001),
+        lambda data: data['metadata'].update(S=4),
+        lambda data: data['dataset_kwargs'].update(resolution=16),
+        lambda data: setattr(data['ema'], 'sigma_data', 0.6),
+        lambda data: setattr(
+            data['ema'].model.out_conv,
+            'weight',
+            torch.nn.Parameter(data['ema'].model.out_conv.weight.mT[:, :8]),
+        ),
+    ],
+    ids=['tensor', 'metadata', 'dataset_kwargs', 'attribute', 'shape'],
+)
 def test_a_change_by_a_tool_that_rewrites_the_pickle_is_noticed(snapshot, alter):
     """Such a tool drops the checksum at the end of the file; the digest in the metadata remains."""
     path, _ = snapshot
@@ -219,18 +262,28 @@ def test_a_change_by_a_tool_that_rewrites_the_pickle_is_noticed(snapshot, alter)
     with pytest.raises(UserError, match=r'digest|shape'):
         load_network(path)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Training states.
 
-STATE = dict(net=dict(weight=torch.arange(6.0).reshape(2, 3), half=torch.ones(3, dtype=torch.float16)), nimg=12_800, rng=[torch.get_rng_state()],
-             options=dict(lr=8e-5, betas=(0.9, 0.999), label=None, desc='digits'))
+STATE = dict(
+    net=dict(weight=torch.arange(6.0).reshape(2, 3), half=torch.ones(3, dtype=torch.float16)),
+    nimg=12_800,
+    rng=[torch.get_rng_state()],
+    options=dict(lr=8e-5, betas=(0.9, 0.999), label=None, desc='digits'),
+)
 
 
 def test_a_training_state_gives_back_what_was_saved(tmp_path):
     save_state(tmp_path / 'state.pt', STATE)
     loaded = load_state(tmp_path / 'state.pt')
-    assert loaded.keys() == STATE.keys() and loaded['nimg'] == 12_800 and loaded['options'] == STATE['options']
-    assert torch.equal(loaded['net']['weight'], STATE['net']['weight']) and loaded['net']['half'].dtype == torch.float16
+    assert (
+        loaded.keys() == STATE.keys() and loaded['nimg'] == 12_800 and loaded['options'] == STATE['options']
+    )
+    assert (
+        torch.equal(loaded['net']['weight'], STATE['net']['weight'])
+        and loaded['net']['half'].dtype == torch.float16
+    )
     assert torch.equal(loaded['rng'][0], STATE['rng'][0])
 
 
@@ -239,7 +292,13 @@ def test_a_training_state_is_an_ordinary_pytorch_file(tmp_path):
     assert torch.load(tmp_path / 'state.pt', weights_only=True)['nimg'] == 12_800
 
 
-@pytest.mark.parametrize('save', [lambda path: save_state(path, dict(a=torch.zeros(100_000))), lambda path: save_snapshot(path, small_net())])
+@pytest.mark.parametrize(
+    'save',
+    [
+        lambda path: save_state(path, dict(a=torch.zeros(100_000))),
+        lambda path: save_snapshot(path, small_net()),
+    ],
+)
 def test_a_full_disk_leaves_the_previous_file_whole(tmp_path, save):
     """A limit on file sizes stands in for the disk; its error number is treated alike."""
     path = tmp_path / 'previous'
@@ -266,7 +325,10 @@ def test_every_damage_to_a_training_state_is_noticed(tmp_path):
     save_state(path, STATE)
     data = path.read_bytes()
     for position in positions(len(data), 100):
-        for damaged in (data[:position], data[:position] + bytes([data[position] ^ 1 << position % 8]) + data[position + 1:]):
+        for damaged in (
+            data[:position],
+            data[:position] + bytes([data[position] ^ 1 << position % 8]) + data[position + 1 :],
+        ):
             path.write_bytes(damaged)
             with pytest.raises(UserError, match=r'state\.pt'):
                 load_state(path)
@@ -279,7 +341,7 @@ def test_a_training_state_that_is_sealed_but_broken_is_one_clear_error(tmp_path)
     refused = 0
     for position in positions(len(data), 150):
         with sealed(tmp_path / 'state.pt') as file:
-            file.write(data[:position] + bytes([draw.randrange(256)]) + data[position + draw.randrange(3):])
+            file.write(data[:position] + bytes([draw.randrange(256)]) + data[position + draw.randrange(3) :])
         try:
             load_state(tmp_path / 'state.pt')
         except UserError as error:
@@ -290,7 +352,10 @@ def test_a_training_state_that_is_sealed_but_broken_is_one_clear_error(tmp_path)
 def test_a_training_state_cannot_unpack_to_more_than_its_length(tmp_path):
     """100 MB of zeros, 100 kB compressed."""
     save_state(tmp_path / 'plain.pt', dict(a=torch.zeros(25_000_000)))
-    with zipfile.ZipFile(tmp_path / 'plain.pt') as source, zipfile.ZipFile(tmp_path / 'bomb', 'w', zipfile.ZIP_DEFLATED) as bomb:
+    with (
+        zipfile.ZipFile(tmp_path / 'plain.pt') as source,
+        zipfile.ZipFile(tmp_path / 'bomb', 'w', zipfile.ZIP_DEFLATED) as bomb,
+    ):
         for entry in source.infolist():
             bomb.writestr(entry.filename, source.read(entry))
     with sealed(tmp_path / 'state.pt') as file:
@@ -301,19 +366,29 @@ def test_a_training_state_cannot_unpack_to_more_than_its_length(tmp_path):
 
 def test_a_training_state_that_would_run_code_is_refused(tmp_path, monkeypatch):
     """Even with a valid checksum: the file is one that `save_state` would have written, had it not checked."""
+
     class Hostile:
         def __reduce__(self):
             return open, (str(tmp_path / 'canary'), 'w')
+
     monkeypatch.setattr('training.checkpoint._check_state', lambda *_: None)
     save_state(tmp_path / 'state.pt', dict(a=Hostile()))
     with pytest.raises(UserError, match=r'state\.pt'):
         load_state(tmp_path / 'state.pt')
     assert not (tmp_path / 'canary').exists()
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The benchmark.
+
 
 @pytest.mark.slow
 def test_the_benchmark_measures_every_way_of_loading_and_saving():
-    done = json.loads(run('benchmarks/checkpoint.py', '--channels=8', '--res=8', '--rounds=1', '--repeats=1', '--json').stdout)
-    assert len(done['rows']) == 5 and all(min(row['first'], row['again']) > 0 for row in done['rows'].values())
+    done = json.loads(
+        run(
+            'benchmarks/checkpoint.py', '--channels=8', '--res=8', '--rounds=1', '--repeats=1', '--json'
+        ).stdout
+    )
+    assert len(done['rows']) == 5 and all(
+        min(row['first'], row['again']) > 0 for row in done['rows'].values()
+    )

@@ -1,4 +1,5 @@
 """The comparison of objectives: its plan, what it does when it is called again, tables and plot, and two objectives through the real scripts."""
+
 import glob
 import json
 import os
@@ -32,7 +33,17 @@ STUDENTS = ('mcd', 'mct', 'direct', 'pd', 'cm-cd', 'cm-ct', 'ict', 'ect', 'tcm')
 
 
 def request(objectives=STUDENTS, steps=(1, 2, 4, 8), budget=8000, recipe=True, **kwargs):
-    return Request(objectives, steps, kwargs.pop('seeds', (0,)), budget, kwargs.pop('batch', 128), True, digits.NETWORK, recipe, **kwargs)
+    return Request(
+        objectives,
+        steps,
+        kwargs.pop('seeds', (0,)),
+        budget,
+        kwargs.pop('batch', 128),
+        True,
+        digits.NETWORK,
+        recipe,
+        **kwargs,
+    )
 
 
 def parsed(training):
@@ -43,20 +54,32 @@ def parsed(training):
     train.check_usage(context, opts)
     return opts
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The plan.
+
 
 def test_what_each_objective_gets_for_8000_evaluations():
     """By hand: mcd 2 + 1 + 3 an image, and where a pinned edge takes a share of 0.5 / S, 2 n for 12,
     6, 3 and 2 sub-steps of it; direct 2 n + 3 for 12, 6, 3 and 2 sub-steps; those without a teacher 1 + 3. pd's steps take
     5, its nine stage lengths (64, 32, 16, 8, 4 once, 2, 1 twice) 177 steps each; its students of fewer steps stand at the end of a longer chain."""
     models = plan(request())
-    got = {name: [(m.record()['train_steps'], m.record()['cost']) for m in models if m.objective == name] for name in STUDENTS}
+    got = {
+        name: [(m.record()['train_steps'], m.record()['cost']) for m in models if m.objective == name]
+        for name in STUDENTS
+    }
     same = lambda steps, cost: [(steps, cost)] * 4
-    assert got == {'mcd': [(444, 18), (888, 9), (1185, 6.75), (1280, 6.25)], 'mct': same(2000, 4),
-                   'direct': [(296, 27), (533, 15), (888, 9), (1142, 7)],
-                   'pd': [(1593, 5), (1239, 5), (885, 5), (708, 5)], 'cm-cd': same(1333, 6), 'cm-ct': same(2000, 4), 'ict': same(2000, 4),
-                   'ect': same(2000, 4), 'tcm': same(2000, 4)}
+    assert got == {
+        'mcd': [(444, 18), (888, 9), (1185, 6.75), (1280, 6.25)],
+        'mct': same(2000, 4),
+        'direct': [(296, 27), (533, 15), (888, 9), (1142, 7)],
+        'pd': [(1593, 5), (1239, 5), (885, 5), (708, 5)],
+        'cm-cd': same(1333, 6),
+        'cm-ct': same(2000, 4),
+        'ict': same(2000, 4),
+        'ect': same(2000, 4),
+        'tcm': same(2000, 4),
+    }
     assert all(m.record()['evaluations'] == m.record()['train_steps'] * m.record()['cost'] for m in models)
 
 
@@ -96,9 +119,22 @@ def test_students_of_a_fixed_grid_are_trained_for_each_number_of_steps_and_consi
 
 def test_progressive_distillation_is_one_chain_whose_students_are_its_entries():
     models = {m.nfe: m for m in plan(request(('pd',)))}
-    training, = {m.training for m in models.values()}
-    assert [folder for folder, _ in training.stages] == ['S0064', 'S0032', 'S0016', 'S0008', 'S0004', 'S0002', 'S0001']
-    assert {n: training.stages[m.stage][0] for n, m in models.items()} == {1: 'S0001', 2: 'S0002', 4: 'S0004', 8: 'S0008'}
+    (training,) = {m.training for m in models.values()}
+    assert [folder for folder, _ in training.stages] == [
+        'S0064',
+        'S0032',
+        'S0016',
+        'S0008',
+        'S0004',
+        'S0002',
+        'S0001',
+    ]
+    assert {n: training.stages[m.stage][0] for n, m in models.items()} == {
+        1: 'S0001',
+        2: 'S0002',
+        4: 'S0004',
+        8: 'S0008',
+    }
     opts = parsed(training)
     assert (opts.S_start, opts.S, opts.stage_steps) == (64, 1, 177)
     assert [m.nfe for m in plan(request(('pd',), steps=(2, 8)))] == [2, 8]
@@ -108,7 +144,7 @@ def test_progressive_distillation_is_one_chain_whose_students_are_its_entries():
 
 
 def test_truncated_training_spends_half_on_its_first_stage_and_starts_from_it():
-    model, = plan(request(('tcm',), steps=(2,), budget=8001))
+    (model,) = plan(request(('tcm',), steps=(2,), budget=8001))
     first = model.training.after
     assert (first.objective, first.steps, first.start) == ('ect', 1000, '--transfer')
     assert (model.training.steps, model.training.start) == (1000, '--teacher')
@@ -125,19 +161,34 @@ def test_objectives_without_a_teacher_start_from_its_weights_in_its_network():
 
 
 def test_options_for_one_objective_or_one_student_change_that_one_and_its_cost():
-    chosen = {'direct': ['--substeps=2', '--top-mass=0.5'], 'direct-8': ['--substeps=6', '--top-mass=1'], 'mcd': ['--hop=ddim']}
-    models = {m.name: m for m in plan(request(('direct', 'mcd', 'mct'), for_all=['--lr=3e-4'], for_some=chosen))}
+    chosen = {
+        'direct': ['--substeps=2', '--top-mass=0.5'],
+        'direct-8': ['--substeps=6', '--top-mass=1'],
+        'mcd': ['--hop=ddim'],
+    }
+    models = {
+        m.name: m for m in plan(request(('direct', 'mcd', 'mct'), for_all=['--lr=3e-4'], for_some=chosen))
+    }
     assert [models[f'direct-seed0-{n}'].training.cost for n in (1, 2, 4, 8)] == [7, 7, 7, 15]
     assert [parsed(models[f'direct-seed0-{n}'].training).top_mass for n in (4, 8)] == [0.5, 1]
     assert models['mcd-seed0-4'].training.cost == 5.75 and models['mct-seed0-4'].training.cost == 4
     assert all(parsed(m.training).lr == 3e-4 for m in models.values())
 
 
-@pytest.mark.parametrize(('kwargs', 'words'), [
-    (dict(for_all=['--duration=1']), '--duration of train.py is for compare.py'), (dict(for_all=['--S=3']), '--S of train.py'),
-    (dict(for_all=['--resume=x']), '--resume of train.py'), (dict(for_all=['--no-such']), 'no-such'), (dict(for_all=['lr']), "'lr' is no option"),
-    (dict(for_all=['--hop=ddim']), '--hop is for --objective='), (dict(for_some={'mdc': []}), '--with=mdc'),
-    (dict(for_some={'direct-3': []}), '--with=direct-3'), (dict(for_some={'ect': ['--q=0.5']}), 'q')])
+@pytest.mark.parametrize(
+    ('kwargs', 'words'),
+    [
+        (dict(for_all=['--duration=1']), '--duration of train.py is for compare.py'),
+        (dict(for_all=['--S=3']), '--S of train.py'),
+        (dict(for_all=['--resume=x']), '--resume of train.py'),
+        (dict(for_all=['--no-such']), 'no-such'),
+        (dict(for_all=['lr']), "'lr' is no option"),
+        (dict(for_all=['--hop=ddim']), '--hop is for --objective='),
+        (dict(for_some={'mdc': []}), '--with=mdc'),
+        (dict(for_some={'direct-3': []}), '--with=direct-3'),
+        (dict(for_some={'ect': ['--q=0.5']}), 'q'),
+    ],
+)
 def test_options_that_cannot_be_are_named_before_anything_runs(kwargs, words):
     with pytest.raises(click.UsageError) as error:
         plan(request(('direct', 'ect'), **kwargs))
@@ -155,14 +206,26 @@ def test_a_budget_below_one_step_is_an_error():
 def test_the_teacher_is_sampled_in_as_many_evaluations_and_in_many():
     models = comparison.teacher_models([1, 2, 4, 8], 256)
     assert [(m.solver, m.steps, m.nfe) for m in models] == [
-        ('heun', 256, 511), ('euler', 1, 1), ('euler', 2, 2), ('euler', 4, 4), ('euler', 8, 8), ('heun', 2, 3), ('heun', 4, 7)]
+        ('heun', 256, 511),
+        ('euler', 1, 1),
+        ('euler', 2, 2),
+        ('euler', 4, 4),
+        ('euler', 8, 8),
+        ('heun', 2, 3),
+        ('heun', 4, 7),
+    ]
 
 
 @pytest.mark.parametrize('name', ['edm-adm-cond', 'edm-ddpmpp-uncond-augment', 'edm2'])
 def test_options_that_describe_a_network_make_one_that_takes_all_of_its_weights(fixtures, name):
     """But those of augmentation labels, which students do not have."""
-    net = (networks_edm2.Precond(16, 3, 10, model_channels=64, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[8]) if name == 'edm2' else
-           checkpoint.load_network(fixtures / f'{name}.pkl'))
+    net = (
+        networks_edm2.Precond(
+            16, 3, 10, model_channels=64, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[8]
+        )
+        if name == 'edm2'
+        else checkpoint.load_network(fixtures / f'{name}.pkl')
+    )
     words = ['--outdir=x', '--data=x', '--objective=ect', *comparison.network_options(net, ['ect'])]
     context = train.main.make_context('train.py', words)
     opts = EasyDict(context.params, edm2=name.startswith('edm2'), precision='fp32')
@@ -170,7 +233,9 @@ def test_options_that_describe_a_network_make_one_that_takes_all_of_its_weights(
     dataset = SimpleNamespace(resolution=net.img_resolution, label_dim=net.label_dim)
     made = configuration.network_from_scratch(opts, dataset, net.img_channels)
     ours = checkpoint.NETWORKS[made.class_name](**made.kwargs)
-    shapes = lambda network: {key: value.shape for key, value in network.state_dict().items() if 'augment' not in key}
+    shapes = lambda network: {
+        key: value.shape for key, value in network.state_dict().items() if 'augment' not in key
+    }
     assert shapes(ours) == shapes(net)
 
 
@@ -181,8 +246,10 @@ def test_networks_that_no_options_make_are_refused(fixtures, name):
     with pytest.raises(UserError, match='leave tcm, ect out of --objectives'):
         comparison.network_options(checkpoint.load_network(fixtures / f'{name}.pkl'), needy)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Doing it, with scripts that only pretend.
+
 
 class PretendStory(Story):
     """Commands leave the files that the real ones would; those whose words contain `broken` fail."""
@@ -191,7 +258,9 @@ class PretendStory(Story):
 
     def run(self, name, *arguments, threads=None):
         words = [str(word) for word in arguments]
-        value = lambda option: next(word.partition('=')[2] for word in words if word.startswith(f'--{option}='))
+        value = lambda option: next(
+            word.partition('=')[2] for word in words if word.startswith(f'--{option}=')
+        )
         with self.lock:
             self.commands.append(' '.join(words))
         if self.broken and self.broken in ' '.join(words):
@@ -217,12 +286,17 @@ SETTINGS = dict(budget=100, images=40)
 
 def pretend(outdir, objectives=('direct', 'ect'), broken=None, rulers=RULERS, **kwargs):
     """Carry out a comparison of 1 and 2 steps; returns the commands, as (script, folder), the results, and what failed."""
-    models = [*comparison.teacher_models([1, 2], 4), *plan(request(objectives, (1, 2), 100, batch=16, **kwargs))]
+    models = [
+        *comparison.teacher_models([1, 2], 4),
+        *plan(request(objectives, (1, 2), 100, batch=16, **kwargs)),
+    ]
     compare.settle(outdir, SETTINGS, [t for m in models if m.training for t in m.training.chain])
     story = PretendStory(outdir, 1)
     story.broken = broken
     results = compare.Results(outdir / 'results.json', list(rulers))
-    failures = compare.do_all(story, compare.jobs_of(story, models, 'digits.zip', 'teacher.pkl', rulers, 40, 64, results), 1)
+    failures = compare.do_all(
+        story, compare.jobs_of(story, models, 'digits.zip', 'teacher.pkl', rulers, 40, 64, results), 1
+    )
     return story.commands, results, failures
 
 
@@ -233,15 +307,41 @@ def scripts(commands, script):
 def test_everything_is_done_once(tmp_path):
     """Three trainings; three rows of the teacher (Heun's with 2 steps is left out: one step is Euler's), four of students, by two rulers each."""
     commands, results, failures = pretend(tmp_path)
-    assert not failures and [len(scripts(commands, name)) for name in ('train.py', 'generate.py', 'fid.py')] == [3, 7, 14]
+    assert not failures and [
+        len(scripts(commands, name)) for name in ('train.py', 'generate.py', 'fid.py')
+    ] == [3, 7, 14]
     rows = json.loads((tmp_path / 'results.json').read_text())
-    assert {row['model'] for row in rows} == set(results.rows) == {
-        'teacher-heun-7', 'teacher-euler-1', 'teacher-euler-2', 'direct-seed0-1', 'direct-seed0-2', 'ect-seed0-1', 'ect-seed0-2'}
+    assert (
+        {row['model'] for row in rows}
+        == set(results.rows)
+        == {
+            'teacher-heun-7',
+            'teacher-euler-1',
+            'teacher-euler-2',
+            'direct-seed0-1',
+            'direct-seed0-2',
+            'ect-seed0-1',
+            'ect-seed0-2',
+        }
+    )
     row = results.rows['direct-seed0-2']
-    assert (row['objective'], row['S'], row['solver'], row['nfe'], row['seed'], row['images']) == ('direct', 2, 'student', 2, 0, 40)
-    assert (row['train_steps'], row['cost'], row['evaluations']) == (6, 15, 90) and row['distance'] != row['distance_random'] and row['seconds'] >= 0
+    assert (row['objective'], row['S'], row['solver'], row['nfe'], row['seed'], row['images']) == (
+        'direct',
+        2,
+        'student',
+        2,
+        0,
+        40,
+    )
+    assert (
+        (row['train_steps'], row['cost'], row['evaluations']) == (6, 15, 90)
+        and row['distance'] != row['distance_random']
+        and row['seconds'] >= 0
+    )
     assert {path.stem for path in (tmp_path / 'grids').iterdir()} == set(results.rows)
-    assert not any(path.is_dir() for path in (tmp_path / 'samples').iterdir()), 'images are measured, shown in a grid, and deleted'
+    assert not any(path.is_dir() for path in (tmp_path / 'samples').iterdir()), (
+        'images are measured, shown in a grid, and deleted'
+    )
     assert pretend(tmp_path)[0] == []
 
 
@@ -249,11 +349,17 @@ def test_a_comparison_grows_by_objectives_and_seeds(tmp_path):
     pretend(tmp_path)
     commands, results, _ = pretend(tmp_path, objectives=('direct', 'ect', 'pd'), seeds=(0, 1))
     assert len(scripts(commands, 'train.py')) == 2 + 1 + 2 and len(scripts(commands, 'generate.py')) == 4 + 4
-    assert not any('teacher-' in command or ('seed0/' in command and 'pd' not in command) for command in commands)
+    assert not any(
+        'teacher-' in command or ('seed0/' in command and 'pd' not in command) for command in commands
+    )
     compare.settle(tmp_path, SETTINGS, [])
-    assert len(json.loads((tmp_path / 'plan.json').read_text())['trainings']) == 4 + 2 + 2, 'what is not asked for now is remembered'
+    assert len(json.loads((tmp_path / 'plan.json').read_text())['trainings']) == 4 + 2 + 2, (
+        'what is not asked for now is remembered'
+    )
     assert results.rows['pd-seed1-1']['train_steps'] > results.rows['pd-seed1-2']['train_steps']
-    assert any('--network=' in c and 'pd-seed0/S0002/' in c for c in commands) and any('pd-seed0/S0001/' in c for c in commands)
+    assert any('--network=' in c and 'pd-seed0/S0002/' in c for c in commands) and any(
+        'pd-seed0/S0001/' in c for c in commands
+    )
 
 
 @pytest.mark.parametrize('begun', [True, False])
@@ -267,9 +373,11 @@ def test_a_training_that_was_cut_goes_on_from_its_state_or_begins_anew(tmp_path,
             (folder / 'training-state-000001.pt').touch()
     commands = scripts(pretend(tmp_path)[0], 'train.py')
     for name, start in (('ect-seed0', '--transfer='), ('direct-2-seed0', '--teacher=')):
-        command, = (command for command in commands if f'/{name} ' in command)
+        (command,) = (command for command in commands if f'/{name} ' in command)
         assert ('--resume=' in command) == begun
-        assert (start in command) == (start == '--teacher=' or not begun), 'train.py refuses --transfer with --resume'
+        assert (start in command) == (start == '--teacher=' or not begun), (
+            'train.py refuses --transfer with --resume'
+        )
         assert (tmp_path / 'trainings' / name / 'leftover').exists() == begun
 
 
@@ -297,21 +405,39 @@ def test_the_second_stage_follows_the_first_and_starts_from_its_snapshot(tmp_pat
     commands = scripts(pretend(tmp_path, objectives=('tcm',))[0], 'train.py')
     assert ['tcm-seed0-stage1 ' in c for c in commands] == [True, False]
     assert '--transfer=teacher.pkl' in commands[0]
-    assert f'--teacher={tmp_path / "trainings" / "tcm-seed0-stage1" / "network-snapshot-000001.pkl"}' in commands[1]
+    assert (
+        f'--teacher={tmp_path / "trainings" / "tcm-seed0-stage1" / "network-snapshot-000001.pkl"}'
+        in commands[1]
+    )
 
 
 def test_the_longest_jobs_come_first(tmp_path):
     """511 evaluations of 6,000 images are more than a training of 8,000 for each of 128 places; a few samples of the teacher are least."""
     models = [*comparison.teacher_models([1, 8], 256), *plan(request(('ect', 'direct'), (1, 8)))]
-    jobs = compare.jobs_of(Story(tmp_path, 1), models, 'd', 't', RULERS, 6000, 64, compare.Results(tmp_path / 'none.json', list(RULERS)))
+    jobs = compare.jobs_of(
+        Story(tmp_path, 1),
+        models,
+        'd',
+        't',
+        RULERS,
+        6000,
+        64,
+        compare.Results(tmp_path / 'none.json', list(RULERS)),
+    )
     names = [name for _, name, _ in jobs]
     assert names[0] == 'teacher-heun-511' and names[-1] == 'teacher-euler-1' and len(names) == 1 + 3 + 3
-    assert [work for work, *_ in jobs] == sorted((work for work, *_ in jobs), reverse=True) and jobs[0][0] == 511 * 6000
+    assert [work for work, *_ in jobs] == sorted((work for work, *_ in jobs), reverse=True) and jobs[0][
+        0
+    ] == 511 * 6000
 
 
-@pytest.mark.parametrize(('settings', 'lr', 'words'), [
-    (dict(SETTINGS, budget=200), '1e-3', ['budget = 100', '200', 'another folder']),
-    (SETTINGS, '2e-3', ['direct-1-seed0', '--lr=0.5e-3', 'another folder'])])
+@pytest.mark.parametrize(
+    ('settings', 'lr', 'words'),
+    [
+        (dict(SETTINGS, budget=200), '1e-3', ['budget = 100', '200', 'another folder']),
+        (SETTINGS, '2e-3', ['direct-1-seed0', '--lr=0.5e-3', 'another folder']),
+    ],
+)
 def test_another_comparison_in_the_same_folder_is_an_error(tmp_path, settings, lr, words):
     trainings = lambda lr: [m.training for m in plan(request(('direct',), for_all=[f'--lr={lr}']))]
     compare.settle(tmp_path, SETTINGS, trainings('0.5e-3' if lr == '2e-3' else lr))
@@ -322,8 +448,18 @@ def test_another_comparison_in_the_same_folder_is_an_error(tmp_path, settings, l
     assert (tmp_path / 'plan.json').read_text() == before
 
 
-@pytest.mark.parametrize(('name', 'content'), [('plan.json', '[]'), ('plan.json', '{"settings": {}}'), ('plan.json', '{'), ('results.json', '{}'),
-                                               ('plan.json', '{"settings": [], "trainings": {}}'), ('results.json', '[{}]'), ('results.json', '[1]')])
+@pytest.mark.parametrize(
+    ('name', 'content'),
+    [
+        ('plan.json', '[]'),
+        ('plan.json', '{"settings": {}}'),
+        ('plan.json', '{'),
+        ('results.json', '{}'),
+        ('plan.json', '{"settings": [], "trainings": {}}'),
+        ('results.json', '[{}]'),
+        ('results.json', '[1]'),
+    ],
+)
 def test_damaged_files_of_a_comparison_are_named(tmp_path, name, content):
     pretend(tmp_path, objectives=())
     (tmp_path / name).write_text(content)
@@ -331,8 +467,18 @@ def test_damaged_files_of_a_comparison_are_named(tmp_path, name, content):
         pretend(tmp_path, objectives=())
 
 
-@pytest.mark.parametrize('change', [dict(objective='nonsense'), dict(objective=[]), dict(distance=None), dict(distance_random='1'), dict(nfe=None),
-                                    dict(solver=None), dict(seed=0)])
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(objective='nonsense'),
+        dict(objective=[]),
+        dict(distance=None),
+        dict(distance_random='1'),
+        dict(nfe=None),
+        dict(solver=None),
+        dict(seed=0),
+    ],
+)
 def test_a_row_of_the_results_that_tables_cannot_read_is_named(tmp_path, change):
     """The last is of a teacher's row, which then lacks what is said of a training."""
     pretend(tmp_path, objectives=())
@@ -345,8 +491,13 @@ def test_a_row_of_the_results_that_tables_cannot_read_is_named(tmp_path, change)
 
 def test_the_newest_snapshot_is_told_by_its_name(tmp_path):
     """Neither by the times of files, which a copy changes, nor by the alphabet; averages of other lengths are not meant."""
-    names = ['network-snapshot-000999.pkl', 'network-snapshot-1000000.pkl', 'network-snapshot-000998.pkl', 'network-snapshot-1000000-0.050.pkl',
-             'network-snapshot-1000001-0.100.pkl']
+    names = [
+        'network-snapshot-000999.pkl',
+        'network-snapshot-1000000.pkl',
+        'network-snapshot-000998.pkl',
+        'network-snapshot-1000000-0.050.pkl',
+        'network-snapshot-1000001-0.100.pkl',
+    ]
     for age, name in enumerate(names):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (age, age))
@@ -361,7 +512,12 @@ def test_the_newest_snapshot_is_told_by_its_name(tmp_path):
 def test_a_signal_ends_a_script_and_what_it_runs(tmp_path, script):
     """SIGTERM while the first command is at work: one line, exit status 1, and none of its commands is left, or begun."""
     out = tmp_path / 'out'
-    process = subprocess.Popen([sys.executable, str(ROOT / script), f'--outdir={out}'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script), f'--outdir={out}'],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     first = process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     rest, errors = process.communicate(timeout=60)  # a hundred times what it takes
@@ -382,22 +538,50 @@ def test_an_interruption_ends_what_runs_and_begins_nothing_more(tmp_path):
 
     start = time.monotonic()
     with pytest.raises(UserError, match='Interrupted: try again'):
-        tell(story, lambda: compare.do_all(story, [(2, 'a', long), (1, 'b', lambda: story.run('b', '-c', 'pass'))], 1), 'try again')
+        tell(
+            story,
+            lambda: compare.do_all(
+                story, [(2, 'a', long), (1, 'b', lambda: story.run('b', '-c', 'pass'))], 1
+            ),
+            'try again',
+        )
     assert time.monotonic() - start < 30 and story.stopped and len(story.commands) == 1
     with pytest.raises(UserError, match='not begun'):
         story.run('c', '-c', 'pass')
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Tables and plot.
+
 
 def row(objective, nfe, distance, seed=0, solver='student', **kwargs):
     facts = {} if seed is None else dict(train_steps=1000 * nfe, cost=6, evaluations=6000 * nfe)
-    return dict(model=f'{objective}-seed{seed}-{nfe}', objective=objective, S=nfe, solver=solver, nfe=nfe, seed=seed, distance=distance,
-                distance_pca=2 * distance, images=50, seconds=1.0, **facts, **kwargs)
+    return dict(
+        model=f'{objective}-seed{seed}-{nfe}',
+        objective=objective,
+        S=nfe,
+        solver=solver,
+        nfe=nfe,
+        seed=seed,
+        distance=distance,
+        distance_pca=2 * distance,
+        images=50,
+        seconds=1.0,
+        **facts,
+        **kwargs,
+    )
 
 
-ROWS = [row('mcd', 1, 0.4), row('mcd', 1, 0.6, seed=1), row('mcd', 4, 0.1), row('direct', 4, 0.05), row('diffusion', 511, 0.04, None, 'heun'),
-        row('diffusion', 1, 20.0, None, 'euler'), row('diffusion', 4, 0.8, None, 'euler'), row('diffusion', 3, 2.0, None, 'heun')]
+ROWS = [
+    row('mcd', 1, 0.4),
+    row('mcd', 1, 0.6, seed=1),
+    row('mcd', 4, 0.1),
+    row('direct', 4, 0.05),
+    row('diffusion', 511, 0.04, None, 'heun'),
+    row('diffusion', 1, 20.0, None, 'euler'),
+    row('diffusion', 4, 0.8, None, 'euler'),
+    row('diffusion', 3, 2.0, None, 'heun'),
+]
 
 BEST = ROWS[4]
 
@@ -405,33 +589,59 @@ BEST = ROWS[4]
 def test_the_reference_is_what_the_options_say_also_where_others_take_more_evaluations():
     """--reference-steps=2 --steps=4: Heun's 3 evaluations, which are then no point of the teacher's line; 0.1 / 2 = 0.05."""
     _, lines = compare.distances_table(ROWS, ROWS[-1], 'distance')
-    assert lines[0] == ['mcd', '0.25 (0.4, 0.6)', '0.05 (0.1)'] and [line[0] for line in lines] == ['mcd', 'direct', 'teacher, Euler']
+    assert lines[0] == ['mcd', '0.25 (0.4, 0.6)', '0.05 (0.1)'] and [line[0] for line in lines] == [
+        'mcd',
+        'direct',
+        'teacher, Euler',
+    ]
 
 
 def test_the_table_has_ratios_of_means_and_every_seed():
     """0.5 / 0.04 = 12.5; the ruler in second place is twice as long, and so is its reference."""
     header, lines = compare.distances_table(ROWS, BEST, 'distance')
     assert header == ['objective', '1', '4']
-    assert lines == [['mcd', '12.50 (0.4, 0.6)', '2.50 (0.1)'], ['direct', '', '1.25 (0.05)'], ['teacher, Euler', '500.00 (20)', '20.00 (0.8)'],
-                     ['teacher, Heun', '', '50.00 (2), 3 evaluations']]
-    assert compare.distances_table(ROWS, BEST, 'distance_pca')[1][0] == ['mcd', '12.50 (0.8, 1.2)', '2.50 (0.2)']
+    assert lines == [
+        ['mcd', '12.50 (0.4, 0.6)', '2.50 (0.1)'],
+        ['direct', '', '1.25 (0.05)'],
+        ['teacher, Euler', '500.00 (20)', '20.00 (0.8)'],
+        ['teacher, Heun', '', '50.00 (2), 3 evaluations'],
+    ]
+    assert compare.distances_table(ROWS, BEST, 'distance_pca')[1][0] == [
+        'mcd',
+        '12.50 (0.8, 1.2)',
+        '2.50 (0.2)',
+    ]
     assert compare.training_table(ROWS)[1] == [['mcd', '1,000 × 6', '4,000 × 6'], ['direct', '', '4,000 × 6']]
 
 
 def test_the_notes_say_of_each_objective_what_is_not_equal():
     rows = [*ROWS, *(row(name, 2, 1.0) for name in ('pd', 'ect', 'tcm'))]
     text = '\n'.join(compare.notes(rows, BEST, 8000, 128, ['pca']))
-    for words in ('8,000 network evaluations', '128', '511 evaluations', '0.04', '50 images', 'mcd, direct: a student for each', 'pd: one chain',
-                  'ect, tcm: one model', 'tcm: half', 'ect: no teacher'):
+    for words in (
+        '8,000 network evaluations',
+        '128',
+        '511 evaluations',
+        '0.04',
+        '50 images',
+        'mcd, direct: a student for each',
+        'pd: one chain',
+        'ect, tcm: one model',
+        'tcm: half',
+        'ect: no teacher',
+    ):
         assert words in text, words
-    assert 'not FID' not in text and 'not FID' in '\n'.join(compare.notes(rows, BEST, 8000, 128, list(digits.RULERS)))
+    assert 'not FID' not in text and 'not FID' in '\n'.join(
+        compare.notes(rows, BEST, 8000, 128, list(digits.RULERS))
+    )
 
 
 def test_labels_move_as_little_as_keeps_them_apart():
     assert report.spread([0.1, 0.9, 0.5], 0.1) == pytest.approx([0.1, 0.9, 0.5])
     assert report.spread([0.5, 0.52, 0.1], 0.1) == pytest.approx([0.46, 0.56, 0.1])
     assert report.spread([0.5, 0.5, 0.5], 0.2) == pytest.approx([0.3, 0.5, 0.7])
-    assert report.spread([0.02, 0.01, 1], 0.1) == pytest.approx([0.1, 0, 1]) and report.spread([0.99, 1], 0.1) == pytest.approx([0.9, 1])
+    assert report.spread([0.02, 0.01, 1], 0.1) == pytest.approx([0.1, 0, 1]) and report.spread(
+        [0.99, 1], 0.1
+    ) == pytest.approx([0.9, 1])
 
 
 def test_the_plot_has_a_line_through_the_geometric_means_and_a_label_for_each_name(tmp_path, monkeypatch):
@@ -442,16 +652,30 @@ def test_the_plot_has_a_line_through_the_geometric_means_and_a_label_for_each_na
     lines = {name: {8: [0.1], 1: [0.4, 0.9], 2: [0.3]} for name in names}
     report.write_frontier(lines, str(tmp_path / 'plot.png'), 'distance', ('reference', 0.05))
     axes = figures[0].axes[0]
-    assert [*map(float, axes.lines[1].get_xdata())] == [1, 2, 8] and axes.lines[1].get_ydata() == pytest.approx([0.6, 0.3, 0.1])
+    assert [*map(float, axes.lines[1].get_xdata())] == [1, 2, 8] and axes.lines[
+        1
+    ].get_ydata() == pytest.approx([0.6, 0.3, 0.1])
     labels = {text.get_text(): text.get_position()[1] for text in axes.texts}
     assert set(labels) == {*names, 'reference'} and np.diff(sorted(labels.values())).min() > 0.0499
-    assert (axes.get_xscale(), axes.get_yscale()) == ('log', 'log') and len({report.LOOKS[name] for name in names}) == len(names) >= len(STUDENTS) + 2
+    assert (axes.get_xscale(), axes.get_yscale()) == ('log', 'log') and len(
+        {report.LOOKS[name] for name in names}
+    ) == len(names) >= len(STUDENTS) + 2
     assert (tmp_path / 'plot.png').read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.parametrize(('evaluations', 'labels'), [
-    ([1, 2, 3, 4, 7, 8], [1, 2, 3, 4, 8]), ([3, 5, 6], [3, 6]), ([1, 2, 4, 8, 12], [1, 2, 4, 8, 12]), ([5], [5]), ([9, 10, 11, 12], [9, 12])])
-def test_the_plot_shows_all_evaluations_and_labels_those_with_room(tmp_path, monkeypatch, evaluations, labels):
+@pytest.mark.parametrize(
+    ('evaluations', 'labels'),
+    [
+        ([1, 2, 3, 4, 7, 8], [1, 2, 3, 4, 8]),
+        ([3, 5, 6], [3, 6]),
+        ([1, 2, 4, 8, 12], [1, 2, 4, 8, 12]),
+        ([5], [5]),
+        ([9, 10, 11, 12], [9, 12]),
+    ],
+)
+def test_the_plot_shows_all_evaluations_and_labels_those_with_room(
+    tmp_path, monkeypatch, evaluations, labels
+):
     """Also where none is a power of two; and distances have numbers where none of 1, 2, 5 · 10^k is among them, as between 2.2 and 4.5."""
     figures = []
     monkeypatch.setattr(plt, 'close', figures.append)
@@ -471,26 +695,55 @@ def test_strips_have_a_column_for_each_number_in_order(tmp_path, monkeypatch):
     for k in (1, 2, 4):
         Image.new('L', [80, 50], 50 * k).save(tmp_path / f'{k}.png')
     grid = lambda k: str(tmp_path / f'{k}.png')
-    report.write_strips({'pd': {4: grid(4), 1: grid(1)}, 'ect': {2: grid(2), 1: grid(1)}}, str(tmp_path / 'strips.png'))
-    titles = {text.get_text(): text.get_position() for text in figures[0].texts if 'evaluation' in text.get_text()}
-    assert sorted(titles, key=lambda title: titles[title][0]) == ['1 evaluation', '2 evaluations', '4 evaluations']
+    report.write_strips(
+        {'pd': {4: grid(4), 1: grid(1)}, 'ect': {2: grid(2), 1: grid(1)}}, str(tmp_path / 'strips.png')
+    )
+    titles = {
+        text.get_text(): text.get_position() for text in figures[0].texts if 'evaluation' in text.get_text()
+    }
+    assert sorted(titles, key=lambda title: titles[title][0]) == [
+        '1 evaluation',
+        '2 evaluations',
+        '4 evaluations',
+    ]
     assert len({y for _, y in titles.values()}) == 1
-    shown = [[int(axes.images[0].get_array()[0, 0, 0]) if axes.images else None for axes in figures[0].axes[i:i + 3]] for i in (0, 3)]
+    shown = [
+        [
+            int(axes.images[0].get_array()[0, 0, 0]) if axes.images else None
+            for axes in figures[0].axes[i : i + 3]
+        ]
+        for i in (0, 3)
+    ]
     assert shown == [[50, None, 200], [50, 100, None]]
 
 
 def test_every_objective_has_a_look_of_its_own():
     assert set(OBJECTIVES) - {'diffusion'} <= set(report.LOOKS)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The command.
+
 
 def test_two_objectives_through_the_real_scripts(digits, teacher, rulers, tmp_path):
     """A few steps, one number of steps: that everything runs and is where it should be; and that nothing runs a second time."""
     out = tmp_path / 'out'
-    arguments = [f'--outdir={out}', f'--data={digits}', f'--teacher={teacher}', f'--ref={rulers / "pca.npz"}',
-                 f'--detector={rulers / "pca.pt"}', '--objectives=direct,ect', '--steps=1', '--budget=54', '--batch=16', '--num=64',
-                 '--reference-steps=2', '--with=direct:--lr=1e-3', '--', '--workers=0']
+    arguments = [
+        f'--outdir={out}',
+        f'--data={digits}',
+        f'--teacher={teacher}',
+        f'--ref={rulers / "pca.npz"}',
+        f'--detector={rulers / "pca.pt"}',
+        '--objectives=direct,ect',
+        '--steps=1',
+        '--budget=54',
+        '--batch=16',
+        '--num=64',
+        '--reference-steps=2',
+        '--with=direct:--lr=1e-3',
+        '--',
+        '--workers=0',
+    ]
     done = CliRunner().invoke(compare.main, arguments)
     assert done.exit_code == 0, done.output
     rows = {row['model']: row for row in json.loads((out / 'results.json').read_text())}
@@ -504,40 +757,64 @@ def test_two_objectives_through_the_real_scripts(digits, teacher, rulers, tmp_pa
     assert (out / 'table.md').read_text() in done.stdout
     page = (out / 'report.html').read_text()
     assert page.count('data:image/png;base64,') == 2 + 4 and 'train.py' in page
-    assert {'compare.png', 'samples.png', 'plan.json', 'commands.txt'} <= {path.name for path in out.iterdir()}
+    assert {'compare.png', 'samples.png', 'plan.json', 'commands.txt'} <= {
+        path.name for path in out.iterdir()
+    }
     written = (out / 'plan.json').read_text()
     for change in (f'--detector={tmp_path / "other.pt"}', f'--detector={rulers / "random.pt"}'):
         changed = [change if argument.startswith('--detector=') else argument for argument in arguments]
-        assert_one_clear_error(CliRunner().invoke(compare.main, [f'--outdir={tmp_path / "new"}', *changed[1:]]), 'other.pt' if 'other' in change
-                               else 'was made with detector pca')
+        assert_one_clear_error(
+            CliRunner().invoke(compare.main, [f'--outdir={tmp_path / "new"}', *changed[1:]]),
+            'other.pt' if 'other' in change else 'was made with detector pca',
+        )
     assert not (tmp_path / 'new').exists() and (out / 'plan.json').read_text() == written
     again = CliRunner().invoke(compare.main, arguments)
-    assert again.exit_code == 0 and '$ python' not in again.stdout and json.loads((out / 'results.json').read_text()) == list(rows.values())
+    assert (
+        again.exit_code == 0
+        and '$ python' not in again.stdout
+        and json.loads((out / 'results.json').read_text()) == list(rows.values())
+    )
     other = [argument.replace('budget=54', 'budget=55') for argument in arguments]
     assert_one_clear_error(CliRunner().invoke(compare.main, other), 'budget = 54', 'another folder')
 
 
-@pytest.mark.parametrize(('arguments', 'words', 'status'), [
-    (['--data=x.zip'], ['--teacher', '--ref'], 2), (['--objectives=mcd,nonsense'], ['nonsense', 'direct'], 2),
-    (['--objectives=mcd,mcd'], ['twice'], 2),
-    (['--steps=1,1'], ['different'], 2), (['--seeds=0-2,1'], ['--seeds', 'twice'], 2),
-    (['--ref=a.npz'], ['--data=digits'], 2), (['--with=direct'], ['NAME:OPTIONS'], 2),
-    (['--with=direct:"'], ['quotation'], 2), (['--teacher=missing.pkl'], ['missing.pkl'], 1), (['--budget=3'], ['--budget', 'one step'], 1),
-    (['--', '--lr=x'], ['lr'], 2), (['--', '--seed=3'], ['--seed of train.py'], 2),
-    (['--data=x.zip', '--teacher=t', '--ref=a', '--ref=b', '--detector=c'], ['one for each'], 2)])
-def test_wrong_options_are_one_clear_error_and_nothing_is_written(tmp_path, monkeypatch, arguments, words, status):
+@pytest.mark.parametrize(
+    ('arguments', 'words', 'status'),
+    [
+        (['--data=x.zip'], ['--teacher', '--ref'], 2),
+        (['--objectives=mcd,nonsense'], ['nonsense', 'direct'], 2),
+        (['--objectives=mcd,mcd'], ['twice'], 2),
+        (['--steps=1,1'], ['different'], 2),
+        (['--seeds=0-2,1'], ['--seeds', 'twice'], 2),
+        (['--ref=a.npz'], ['--data=digits'], 2),
+        (['--with=direct'], ['NAME:OPTIONS'], 2),
+        (['--with=direct:"'], ['quotation'], 2),
+        (['--teacher=missing.pkl'], ['missing.pkl'], 1),
+        (['--budget=3'], ['--budget', 'one step'], 1),
+        (['--', '--lr=x'], ['lr'], 2),
+        (['--', '--seed=3'], ['--seed of train.py'], 2),
+        (['--data=x.zip', '--teacher=t', '--ref=a', '--ref=b', '--detector=c'], ['one for each'], 2),
+    ],
+)
+def test_wrong_options_are_one_clear_error_and_nothing_is_written(
+    tmp_path, monkeypatch, arguments, words, status
+):
     monkeypatch.chdir(tmp_path)
     assert_one_clear_error(CliRunner().invoke(compare.main, arguments), *words, status=status)
     assert not any(tmp_path.iterdir())
 
 
 def test_a_student_is_no_teacher(tmp_path, fixtures):
-    result = CliRunner().invoke(compare.main, [f'--outdir={tmp_path / "out"}', f'--teacher={fixtures / "published-student.pkl"}'])
+    result = CliRunner().invoke(
+        compare.main, [f'--outdir={tmp_path / "out"}', f'--teacher={fixtures / "published-student.pkl"}']
+    )
     assert_one_clear_error(result, 'student of', 'diffusion model')
     assert not (tmp_path / 'out').exists()
 
 
-def test_data_that_the_teacher_does_not_know_are_refused_before_anything_is_written(tmp_path, fixtures, digits, rulers):
+def test_data_that_the_teacher_does_not_know_are_refused_before_anything_is_written(
+    tmp_path, fixtures, digits, rulers
+):
     """16x16x3 with ten classes is not 8x8x1; nor are digits by their name alone."""
     out, teacher = tmp_path / 'out', f'--teacher={fixtures / "edm-adm-cond.pkl"}'
     for data in ([f'--data={digits}', f'--ref={rulers / "pca.npz"}'], []):
@@ -547,6 +824,9 @@ def test_data_that_the_teacher_does_not_know_are_refused_before_anything_is_writ
 
 
 def test_help_needs_no_torch():
-    done = run('-c', 'import sys; sys.argv = ["compare.py", "--help"]; import runpy\ntry: runpy.run_path("compare.py", run_name="__main__")\n'
-                     'except SystemExit as e: assert not e.code\nassert "torch" not in sys.modules and "scipy" not in sys.modules')
+    done = run(
+        '-c',
+        'import sys; sys.argv = ["compare.py", "--help"]; import runpy\ntry: runpy.run_path("compare.py", run_name="__main__")\n'
+        'except SystemExit as e: assert not e.code\nassert "torch" not in sys.modules and "scipy" not in sys.modules',
+    )
     assert 'Usage:' in done.stdout

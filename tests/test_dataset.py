@@ -1,4 +1,5 @@
 """data/dataset.py: what a data set on disk becomes, which files are refused and how, and the order of training."""
+
 import io
 import itertools
 import json
@@ -62,16 +63,24 @@ def files():
 def data(request, tmp_path, files):
     if request.param == 'folder':
         return write_folder(tmp_path / 'data', files)
-    return write_zip(tmp_path / 'data.zip', files, zipfile.ZIP_DEFLATED if request.param == 'deflated' else zipfile.ZIP_STORED)
+    return write_zip(
+        tmp_path / 'data.zip',
+        files,
+        zipfile.ZIP_DEFLATED if request.param == 'deflated' else zipfile.ZIP_STORED,
+    )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # What is read.
+
 
 def test_a_data_set_is_named_after_its_folder_however_that_is_written(tmp_path, monkeypatch, files):
     """As run folders are: with a slash at the end or as the folder one is in, there would be no name."""
     folder = write_folder(tmp_path / 'data', files)
     monkeypatch.chdir(folder)
-    assert [ImageFolderDataset(path).name for path in (f'{folder}/', '.', '../data', folder / '..' / 'data')] == ['data'] * 4
+    assert [
+        ImageFolderDataset(path).name for path in (f'{folder}/', '.', '../data', folder / '..' / 'data')
+    ] == ['data'] * 4
 
 
 def test_items_are_the_files_in_sorted_order_with_one_hot_labels(data, files):
@@ -83,14 +92,18 @@ def test_items_are_the_files_in_sorted_order_with_one_hot_labels(data, files):
     for i, name in enumerate(names):
         image, label = dataset[i]
         assert image.dtype == np.uint8 and label.dtype == np.float32
-        np.testing.assert_array_equal(image, np.asarray(Image.open(io.BytesIO(files[name]))).transpose(2, 0, 1))
+        np.testing.assert_array_equal(
+            image, np.asarray(Image.open(io.BytesIO(files[name]))).transpose(2, 0, 1)
+        )
         np.testing.assert_array_equal(label, np.eye(3)[i % 3])
         np.testing.assert_array_equal(dataset.get_label(i), label)
 
 
 def test_grayscale_images_have_one_channel_and_unused_labels_length_zero(tmp_path):
     pixels = random_images(2, channels=1)
-    dataset = ImageFolderDataset(write_zip(tmp_path / 'gray.zip', {f'{i}.png': png(p) for i, p in enumerate(pixels)}))
+    dataset = ImageFolderDataset(
+        write_zip(tmp_path / 'gray.zip', {f'{i}.png': png(p) for i, p in enumerate(pixels)})
+    )
     np.testing.assert_array_equal(dataset[1][0], pixels[1][None])
     assert dataset[0][1].shape == (0,) and dataset.label_dim == 0 and not dataset.has_labels
 
@@ -112,7 +125,10 @@ def test_max_size_keeps_a_sorted_subset_that_the_seed_draws(data):
     kept = {}
     for seed in range(20):
         subset = ImageFolderDataset(data, use_labels=True, max_size=3, seed=seed)
-        places = [next(j for j in range(6) if (everything[j][0] == image).all()) for image, _ in (subset[i] for i in range(3))]
+        places = [
+            next(j for j in range(6) if (everything[j][0] == image).all())
+            for image, _ in (subset[i] for i in range(3))
+        ]
         assert places == sorted(set(places)) and len(subset) == 3 and subset.label_dim == 3
         for i, j in enumerate(places):
             np.testing.assert_array_equal(subset[i][1], everything[j][1])
@@ -152,7 +168,10 @@ def test_label_vectors_are_passed_on(tmp_path, files):
 
 
 def test_hidden_files_and_resource_forks_are_not_images(tmp_path, files):
-    path = write_zip(tmp_path / 'data.zip', {**files, '__MACOSX/a/._img0.png': b'fork', 'a/.hidden.png': b'', 'notes.txt': b''})
+    path = write_zip(
+        tmp_path / 'data.zip',
+        {**files, '__MACOSX/a/._img0.png': b'fork', 'a/.hidden.png': b'', 'notes.txt': b''},
+    )
     assert len(ImageFolderDataset(path, use_labels=True)) == 6
 
 
@@ -162,7 +181,8 @@ def test_zip_members_outside_the_archive_are_refused_and_never_extracted(tmp_pat
         ImageFolderDataset(path)
     assert [p.name for p in tmp_path.rglob('*')] == ['data.zip']
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Latents.
 
 LATENT_NAMES = [f'{i // 3:05d}/img-mean-std-{i:08d}.npy' for i in range(5)]
@@ -177,12 +197,21 @@ def latent_files():
 
 @pytest.fixture(params=['folder', 'zip'])
 def latent_data(request, tmp_path, latent_files):
-    return write_folder(tmp_path / 'data', latent_files) if request.param == 'folder' else write_zip(tmp_path / 'data.zip', latent_files)
+    return (
+        write_folder(tmp_path / 'data', latent_files)
+        if request.param == 'folder'
+        else write_zip(tmp_path / 'data.zip', latent_files)
+    )
 
 
 def test_latents_are_read_as_they_are_stored(latent_data):
     dataset = ImageFolderDataset(latent_data, resolution=4, use_labels=True, cache=True)
-    assert (len(dataset), dataset.image_shape, dataset.num_channels, dataset.label_dim) == (5, [8, 4, 4], 8, 3)
+    assert (len(dataset), dataset.image_shape, dataset.num_channels, dataset.label_dim) == (
+        5,
+        [8, 4, 4],
+        8,
+        3,
+    )
     assert dataset.holds_latents and dataset.encoder is None
     for repeat in range(2):  # the second time from the cache
         for i, values in enumerate(random_latents(5)):
@@ -207,12 +236,21 @@ def test_workers_batch_latents(latent_data):
     assert images.dtype == torch.float32 and np.array_equal(images, random_latents(5))
 
 
-@pytest.mark.parametrize('store', [
-    lambda x: npy(x.astype(np.float16)), lambda x: npy(x.astype('>f4')), lambda x: npy(np.asfortranarray(x)), lambda x: version_2(x)],
-    ids=['half', 'big-endian', 'column-major', 'version 2'])
+@pytest.mark.parametrize(
+    'store',
+    [
+        lambda x: npy(x.astype(np.float16)),
+        lambda x: npy(x.astype('>f4')),
+        lambda x: npy(np.asfortranarray(x)),
+        lambda x: version_2(x),
+    ],
+    ids=['half', 'big-endian', 'column-major', 'version 2'],
+)
 def test_the_forms_that_numpy_writes_are_read_alike(tmp_path, store):
     values = random_latents(2).astype(np.float16).astype(np.float32)  # which half precision holds exactly
-    dataset = ImageFolderDataset(write_zip(tmp_path / 'data.zip', {'a.npy': store(values[0]), 'b.npy': npy(values[1])}))
+    dataset = ImageFolderDataset(
+        write_zip(tmp_path / 'data.zip', {'a.npy': store(values[0]), 'b.npy': npy(values[1])})
+    )
     for i in range(2):
         assert dataset[i][0].dtype == np.float32
         np.testing.assert_array_equal(dataset[i][0], values[i])
@@ -224,15 +262,27 @@ def version_2(values):
     return data.getvalue()
 
 
-@pytest.mark.parametrize('label_file, encoder', [
-    ({}, None), ({'labels': None}, None), ({'labels': None, 'encoder': {'class_name': 'E', 'x': [1, 2]}}, {'class_name': 'E', 'x': [1, 2]})])
+@pytest.mark.parametrize(
+    'label_file, encoder',
+    [
+        ({}, None),
+        ({'labels': None}, None),
+        ({'labels': None, 'encoder': {'class_name': 'E', 'x': [1, 2]}}, {'class_name': 'E', 'x': [1, 2]}),
+    ],
+)
 def test_the_label_file_may_say_how_latents_were_made(tmp_path, latent_files, label_file, encoder):
     latent_files['dataset.json'] = json.dumps(label_file).encode()
     assert ImageFolderDataset(write_zip(tmp_path / 'data.zip', latent_files)).encoder == encoder
 
 
-@pytest.mark.parametrize('content, message', [
-    (b'[1]', 'is not {"labels"'), (b'{', 'is not {"labels"'), (b'{"encoder": 3}', 'no object of constructor')])
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (b'[1]', 'is not {"labels"'),
+        (b'{', 'is not {"labels"'),
+        (b'{"encoder": 3}', 'no object of constructor'),
+    ],
+)
 def test_a_label_file_that_says_nothing_sensible_is_refused(tmp_path, latent_files, content, message):
     latent_files['dataset.json'] = content
     with pytest.raises(UserError, match=message):
@@ -240,17 +290,26 @@ def test_a_label_file_that_says_nothing_sensible_is_refused(tmp_path, latent_fil
 
 
 def test_images_and_latents_do_not_mix(tmp_path, latent_files, files):
-    for path in (write_zip(tmp_path / 'data.zip', {**files, **latent_files}), write_folder(tmp_path / 'data', {**files, **latent_files})):
-        with pytest.raises(UserError, match=r'holds images and latents \(a/img0\.png, 00000/img-mean-std-00000000\.npy'):
+    for path in (
+        write_zip(tmp_path / 'data.zip', {**files, **latent_files}),
+        write_folder(tmp_path / 'data', {**files, **latent_files}),
+    ):
+        with pytest.raises(
+            UserError, match=r'holds images and latents \(a/img0\.png, 00000/img-mean-std-00000000\.npy'
+        ):
             ImageFolderDataset(path)
 
 
 def test_latents_unlike_the_first_are_named_with_both_shapes(tmp_path, latent_files, monkeypatch):
-    path = write_zip(tmp_path / 'data.zip', {**latent_files, LATENT_NAMES[3]: npy(random_latents(1, channels=4)[0])})
+    path = write_zip(
+        tmp_path / 'data.zip', {**latent_files, LATENT_NAMES[3]: npy(random_latents(1, channels=4)[0])}
+    )
     message = r'img-mean-std-00000003\.npy is 4x4x4, but 00000/img-mean-std-00000000\.npy is 4x4x8'
     with pytest.raises(UserError, match=message):
         ImageFolderDataset(path)
-    monkeypatch.setattr('data.dataset.HEADER_CHECK_LIMIT', 4)  # as in a data set too large to look at every header
+    monkeypatch.setattr(
+        'data.dataset.HEADER_CHECK_LIMIT', 4
+    )  # as in a data set too large to look at every header
     dataset = ImageFolderDataset(path)
     dataset[2]
     with pytest.raises(UserError, match=message):
@@ -266,17 +325,42 @@ def header_of(text):
 GOOD_HEADER = b"{'descr': '<f4', 'fortran_order': False, 'shape': (8, 4, 4), }\n"
 
 
-@pytest.mark.parametrize('content, message', [
-    (b'', 'header cannot be read'), (b'no array', 'header cannot be read'), (npy(np.zeros(3))[:9], 'not a readable'),
-    (npy(random_latents(1)[0])[:-1], 'shorter or longer'), (npy(random_latents(1)[0]) + b'x', 'shorter or longer'),
-    (npy(random_latents(1)[0])[:40], 'header cannot be read'), (npy(random_latents(1)), 'three dimensions'), (npy(np.zeros([8, 4, 4])), 'float32'),
-    (npy(np.zeros([8, 4, 4], np.uint8)), 'float32'), (npy(np.float32(1)), 'three dimensions'), (npy(np.zeros([8, 0, 0], np.float32)), 'is empty'),
-    (npy(np.full([8, 4, 4], np.nan, np.float32)), 'not finite'), (npy(np.full([8, 4, 4], np.inf, np.float16)), 'not finite'),
-    (header_of(b"{'descr': '<f4', 'fortran_order': False, 'shape': (8, 99999, 99999), }\n") + bytes(512), 'shorter or longer'),
-    (header_of(b"{'descr': '<f4', 'fortran_order': False, 'shape': (" + b'9' * 60_000 + b', 4, 4), }\n'), 'header cannot be read'),
-    (header_of(b'(' * 60_000), 'header cannot be read'), (header_of(b"__import__('os').mkdir('canary')"), 'header cannot be read'),
-    (header_of(b'(' * 9_000), 'header cannot be read'),
-    (header_of(GOOD_HEADER.replace(b'<f4', b'|O')) + pickle.dumps(np.zeros([8, 4, 4])), 'its header says')])
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (b'', 'header cannot be read'),
+        (b'no array', 'header cannot be read'),
+        (npy(np.zeros(3))[:9], 'not a readable'),
+        (npy(random_latents(1)[0])[:-1], 'shorter or longer'),
+        (npy(random_latents(1)[0]) + b'x', 'shorter or longer'),
+        (npy(random_latents(1)[0])[:40], 'header cannot be read'),
+        (npy(random_latents(1)), 'three dimensions'),
+        (npy(np.zeros([8, 4, 4])), 'float32'),
+        (npy(np.zeros([8, 4, 4], np.uint8)), 'float32'),
+        (npy(np.float32(1)), 'three dimensions'),
+        (npy(np.zeros([8, 0, 0], np.float32)), 'is empty'),
+        (npy(np.full([8, 4, 4], np.nan, np.float32)), 'not finite'),
+        (npy(np.full([8, 4, 4], np.inf, np.float16)), 'not finite'),
+        (
+            header_of(b"{'descr': '<f4', 'fortran_order': False, 'shape': (8, 99999, 99999), }\n")
+            + bytes(512),
+            'shorter or longer',
+        ),
+        (
+            header_of(
+                b"{'descr': '<f4', 'fortran_order': False, 'shape': (" + b'9' * 60_000 + b', 4, 4), }\n'
+            ),
+            'header cannot be read',
+        ),
+        (header_of(b'(' * 60_000), 'header cannot be read'),
+        (header_of(b"__import__('os').mkdir('canary')"), 'header cannot be read'),
+        (header_of(b'(' * 9_000), 'header cannot be read'),
+        (
+            header_of(GOOD_HEADER.replace(b'<f4', b'|O')) + pickle.dumps(np.zeros([8, 4, 4])),
+            'its header says',
+        ),
+    ],
+)
 def test_a_file_that_holds_no_latents_is_named(tmp_path, content, message):
     """Whatever its header claims, no memory is taken for it and nothing is evaluated or unpickled."""
     files = {'a.npy': content}
@@ -296,7 +380,7 @@ def test_flipped_bits_of_latents_in_a_zip_are_noticed(tmp_path, latent_files):
     path = write_zip(tmp_path / 'data.zip', latent_files)
     content = path.read_bytes()
     place = content.index(latent_files[LATENT_NAMES[1]]) + 400
-    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     with pytest.raises(UserError, match=r'00000001\.npy is not a readable file of latents'):
         ImageFolderDataset(path)[1]
 
@@ -308,8 +392,10 @@ def test_the_values_of_latents_are_not_read_at_construction(tmp_path, latent_fil
     with pytest.raises(UserError, match='shorter or longer'):
         dataset[4]
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Processes.
+
 
 def _read_in_child(dataset, queue):
     queue.put([int(dataset[i % 6][0].astype(int).sum()) for i in range(60)])
@@ -348,19 +434,28 @@ def test_pickling_leaves_handle_and_cache_behind(data):
 
 def test_a_data_loader_with_workers_batches_the_data_set(data):
     dataset = ImageFolderDataset(data, use_labels=True)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=2, num_workers=1, sampler=InfiniteSampler(6, 2, shuffle=False))
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=2, num_workers=1, sampler=InfiniteSampler(6, 2, shuffle=False)
+    )
     images, labels = next(iter(loader))
     assert images.shape == (2, 3, 4, 4) and images.dtype == torch.uint8
     assert labels.tolist() == [[1, 0, 0], [0, 1, 0]]
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # What is refused.
+
 
 def test_an_unusable_path_is_named(tmp_path):
     (tmp_path / 'text.zip').write_text('no zip')
     (tmp_path / 'empty').mkdir()
     write_zip(tmp_path / 'empty.zip', {'readme.txt': b''})
-    for name, message in [('missing', 'no such file'), ('text.zip', 'complete zip'), ('empty', 'no images'), ('empty.zip', 'no images')]:
+    for name, message in [
+        ('missing', 'no such file'),
+        ('text.zip', 'complete zip'),
+        ('empty', 'no images'),
+        ('empty.zip', 'no images'),
+    ]:
         with pytest.raises(UserError, match=message) as error:
             ImageFolderDataset(tmp_path / name)
         assert name in str(error.value)
@@ -369,7 +464,7 @@ def test_an_unusable_path_is_named(tmp_path):
 @pytest.mark.parametrize('part', [0.3, 0.9, 0.999])
 def test_a_truncated_zip_is_refused(tmp_path, files, part):
     content = write_zip(tmp_path / 'data.zip', files).read_bytes()
-    (tmp_path / 'data.zip').write_bytes(content[:int(len(content) * part)])
+    (tmp_path / 'data.zip').write_bytes(content[: int(len(content) * part)])
     with pytest.raises(UserError, match='complete zip'):
         ImageFolderDataset(tmp_path / 'data.zip')
 
@@ -392,7 +487,9 @@ def test_an_image_unlike_the_first_is_named_with_both_shapes(tmp_path, files, od
     message = rf'b/img1\.png is {size}x{size}x{channels}, but a/img0\.png is 4x4x3'
     with pytest.raises(UserError, match=message):
         ImageFolderDataset(path)
-    monkeypatch.setattr('data.dataset.HEADER_CHECK_LIMIT', 5)  # as in a data set too large to look at every header
+    monkeypatch.setattr(
+        'data.dataset.HEADER_CHECK_LIMIT', 5
+    )  # as in a data set too large to look at every header
     dataset = ImageFolderDataset(path)
     dataset[3]
     with pytest.raises(UserError, match=message):
@@ -411,7 +508,10 @@ def test_headers_beyond_the_limit_are_not_read_at_construction(tmp_path, files, 
 @pytest.mark.parametrize('mode', ['RGBA', 'P', 'LA', '1', '16-bit I;16', '16-bit RGB'])
 def test_other_modes_are_refused_with_the_cure(tmp_path, mode):
     pixels = random_images(1)[0]
-    content = {'16-bit I;16': lambda: png(pixels[:, :, 0].astype(np.uint16) * 257), '16-bit RGB': rgb16_png}.get(mode, lambda: png(pixels, mode))()
+    content = {
+        '16-bit I;16': lambda: png(pixels[:, :, 0].astype(np.uint16) * 257),
+        '16-bit RGB': rgb16_png,
+    }.get(mode, lambda: png(pixels, mode))()
     with pytest.raises(UserError, match=rf'x\.png is a {mode} image.*dataset_tool\.py'):
         ImageFolderDataset(write_zip(tmp_path / 'data.zip', {'x.png': content}))
 
@@ -420,10 +520,18 @@ def rgb16_png():
     """A 16-bit RGB PNG of 2x2 pixels, which Pillow reads but does not write."""
     import struct
     import zlib
-    chunk = lambda kind, body: struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
+
+    chunk = lambda kind, body: (
+        struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
+    )
     rows = (b'\0' + bytes(range(12))) * 2
     header = struct.pack('>IIBBBBB', 2, 2, 16, 2, 0, 0, 0)
-    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+    return (
+        b'\x89PNG\r\n\x1a\n'
+        + chunk(b'IHDR', header)
+        + chunk(b'IDAT', zlib.compress(rows))
+        + chunk(b'IEND', b'')
+    )
 
 
 def test_a_16_bit_image_is_refused_when_it_is_read_too(tmp_path, monkeypatch):
@@ -433,7 +541,15 @@ def test_a_16_bit_image_is_refused_when_it_is_read_too(tmp_path, monkeypatch):
         ImageFolderDataset(write_zip(tmp_path / 'data.zip', files))[1]
 
 
-@pytest.mark.parametrize('damage', [lambda c: b'not a png', lambda c: c[:60], lambda c: b'', lambda c: c[:len(c) // 2] + bytes(len(c) - len(c) // 2)])
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda c: b'not a png',
+        lambda c: c[:60],
+        lambda c: b'',
+        lambda c: c[: len(c) // 2] + bytes(len(c) - len(c) // 2),
+    ],
+)
 def test_a_corrupt_image_is_named(tmp_path, files, damage):
     files['b/img0.png'] = damage(files['b/img0.png'])
     for path in (write_folder(tmp_path / 'data', files), write_zip(tmp_path / 'data.zip', files)):
@@ -445,29 +561,47 @@ def test_flipped_bytes_inside_a_zip_are_noticed(tmp_path, files):
     path = write_zip(tmp_path / 'data.zip', files)
     content = path.read_bytes()
     place = content.index(files['b/img0.png']) + len(files['b/img0.png']) // 2
-    path.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1:])
+    path.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
     with pytest.raises(UserError, match=r'b/img0\.png is not a readable image'):
         ImageFolderDataset(path)[3]
 
 
-@pytest.mark.parametrize('content, message', [
-    (None, 'has no labels'),
-    (label_json(None), 'has no labels'),
-    (b'{"labels": [', 'is not {"labels"'),
-    (b'[' * 100_000, 'is not {"labels"'),
-    (b'[]', 'is not {"labels"'),
-    (b'{}', 'is not {"labels"'),
-    (label_json([['a/img0.png']]), 'is not {"labels"'),
-    (label_json([[3, 3]]), 'is not {"labels"'),
-    (label_json([['a/img0.png', 1]]), 'no label for 5 of 6 images, such as a/img1.png'),
-    (label_json([[f'{f}/img{i}.png', -1] for f in 'ab' for i in range(3)]), 'not in'),
-    (label_json([[f'{f}/img{i}.png', 10 ** 30] for f in 'ab' for i in range(3)]), 'not in'),
-    (label_json([[f'{f}/img{i}.png', 'cat'] for f in 'ab' for i in range(3)]), 'neither all class indices'),
-    (label_json([[f'{f}/img{i}.png', True] for f in 'ab' for i in range(3)]), 'neither all class indices'),
-    (label_json([[f'{f}/img{i}.png', [0] * (i + 1)] for f in 'ab' for i in range(3)]), 'neither all class indices'),
-    (label_json([[f'{f}/img{i}.png', [float('nan')]] for f in 'ab' for i in range(3)]), 'neither all class indices'),
-    (label_json([[f'{f}/img{i}.png', [i] if i else 0] for f in 'ab' for i in range(3)]), 'neither all class indices'),
-])
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (None, 'has no labels'),
+        (label_json(None), 'has no labels'),
+        (b'{"labels": [', 'is not {"labels"'),
+        (b'[' * 100_000, 'is not {"labels"'),
+        (b'[]', 'is not {"labels"'),
+        (b'{}', 'is not {"labels"'),
+        (label_json([['a/img0.png']]), 'is not {"labels"'),
+        (label_json([[3, 3]]), 'is not {"labels"'),
+        (label_json([['a/img0.png', 1]]), 'no label for 5 of 6 images, such as a/img1.png'),
+        (label_json([[f'{f}/img{i}.png', -1] for f in 'ab' for i in range(3)]), 'not in'),
+        (label_json([[f'{f}/img{i}.png', 10**30] for f in 'ab' for i in range(3)]), 'not in'),
+        (
+            label_json([[f'{f}/img{i}.png', 'cat'] for f in 'ab' for i in range(3)]),
+            'neither all class indices',
+        ),
+        (
+            label_json([[f'{f}/img{i}.png', True] for f in 'ab' for i in range(3)]),
+            'neither all class indices',
+        ),
+        (
+            label_json([[f'{f}/img{i}.png', [0] * (i + 1)] for f in 'ab' for i in range(3)]),
+            'neither all class indices',
+        ),
+        (
+            label_json([[f'{f}/img{i}.png', [float('nan')]] for f in 'ab' for i in range(3)]),
+            'neither all class indices',
+        ),
+        (
+            label_json([[f'{f}/img{i}.png', [i] if i else 0] for f in 'ab' for i in range(3)]),
+            'neither all class indices',
+        ),
+    ],
+)
 def test_labels_that_do_not_fit_are_refused(tmp_path, files, content, message):
     files.pop('dataset.json')
     path = write_zip(tmp_path / 'data.zip', files if content is None else {**files, 'dataset.json': content})
@@ -483,8 +617,10 @@ def test_two_nested_label_files_are_ambiguous(tmp_path, files):
     with pytest.raises(UserError, match='several label files'):
         ImageFolderDataset(path, use_labels=True)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The sampler.
+
 
 def take(sampler, count):
     return list(itertools.islice(sampler, count))
@@ -492,7 +628,7 @@ def take(sampler, count):
 
 def test_every_epoch_is_another_permutation_of_the_data_set():
     stream = take(InfiniteSampler(10, 4, seed=1), 40)
-    epochs = [tuple(stream[i:i + 10]) for i in range(0, 40, 10)]
+    epochs = [tuple(stream[i : i + 10]) for i in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len(set(epochs)) == 4
     assert stream == take(InfiniteSampler(10, 4, seed=1), 40) != take(InfiniteSampler(10, 4, seed=2), 40)
@@ -503,15 +639,21 @@ def test_every_epoch_is_another_permutation_of_the_data_set():
 def test_processes_share_each_global_batch_in_contiguous_parts(replicas):
     """The stream does not depend on the number of processes, whether or not batches divide the epoch."""
     stream = take(InfiniteSampler(10, 12, seed=5), 48)
-    shares = [take(InfiniteSampler(10, 12, rank=r, num_replicas=replicas, seed=5), 48 // replicas) for r in range(replicas)]
+    shares = [
+        take(InfiniteSampler(10, 12, rank=r, num_replicas=replicas, seed=5), 48 // replicas)
+        for r in range(replicas)
+    ]
     size = 12 // replicas
-    joined = [i for k in range(4) for share in shares for i in share[k * size:(k + 1) * size]]
+    joined = [i for k in range(4) for share in shares for i in share[k * size : (k + 1) * size]]
     assert joined == stream
 
 
 @pytest.mark.parametrize('start', [4, 10, 12, 1000])
 def test_a_resumed_stream_goes_on_where_it_stopped(start):
-    assert take(InfiniteSampler(10, 4, seed=3, start=start), 20) == take(InfiniteSampler(10, 4, seed=3), start + 20)[start:]
+    assert (
+        take(InfiniteSampler(10, 4, seed=3, start=start), 20)
+        == take(InfiniteSampler(10, 4, seed=3), start + 20)[start:]
+    )
 
 
 def test_without_shuffling_the_order_is_that_of_the_data_set():
@@ -521,9 +663,11 @@ def test_without_shuffling_the_order_is_that_of_the_data_set():
 def test_a_far_start_costs_one_permutation_and_none_is_drawn_twice(monkeypatch):
     drawn = []
     original = InfiniteSampler.permutation
-    monkeypatch.setattr(InfiniteSampler, 'permutation', lambda self, epoch: drawn.append(epoch) or original(self, epoch))
-    take(InfiniteSampler(10, 4, start=10 ** 12 + 8), 24)
-    assert drawn == [10 ** 11, 10 ** 11 + 1, 10 ** 11 + 2, 10 ** 11 + 3]
+    monkeypatch.setattr(
+        InfiniteSampler, 'permutation', lambda self, epoch: drawn.append(epoch) or original(self, epoch)
+    )
+    take(InfiniteSampler(10, 4, start=10**12 + 8), 24)
+    assert drawn == [10**11, 10**11 + 1, 10**11 + 2, 10**11 + 3]
 
 
 def test_a_seed_may_be_any_integer_and_a_batch_must_divide_among_processes():
@@ -545,7 +689,10 @@ def test_a_missing_file_after_construction_is_a_clear_error(tmp_path, files):
 
 def test_memory_does_not_grow_over_epochs(tmp_path):
     """Reading a zip 20 times more leaves what Python allocates where it was, to a thousandth of what was read."""
-    write_zip(tmp_path / 'data.zip', {f'{i}.png': png(pixels) for i, pixels in enumerate(random_images(50, size=64))})
+    write_zip(
+        tmp_path / 'data.zip',
+        {f'{i}.png': png(pixels) for i, pixels in enumerate(random_images(50, size=64))},
+    )
     dataset = ImageFolderDataset(tmp_path / 'data.zip')
     stream = iter(InfiniteSampler(len(dataset), 10, seed=0))
 

@@ -1,4 +1,5 @@
 """dataset_tool.py: every source to EDM's format, transforms against slow oracles, and nothing left behind by a failure."""
+
 import gzip
 import hashlib
 import io
@@ -45,8 +46,12 @@ def load(dest):
     """Pixels [N, H, W] or [N, H, W, 3] and the label table of a data set."""
     dataset = ImageFolderDataset(dest)
     pixels = np.stack([dataset[i][0] for i in range(len(dataset))])
-    content = (dest / 'dataset.json').read_bytes() if dest.is_dir() else zipfile.ZipFile(dest).read('dataset.json')
-    return pixels[:, 0] if pixels.shape[1] == 1 else pixels.transpose(0, 2, 3, 1), json.loads(content)['labels']
+    content = (
+        (dest / 'dataset.json').read_bytes() if dest.is_dir() else zipfile.ZipFile(dest).read('dataset.json')
+    )
+    return pixels[:, 0] if pixels.shape[1] == 1 else pixels.transpose(0, 2, 3, 1), json.loads(content)[
+        'labels'
+    ]
 
 
 def random_pixels(*shape, seed=0):
@@ -73,13 +78,18 @@ def write_zip(path, files):
             archive.writestr(name, content)
     return path
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Digits, and the form of what is written.
+
 
 def digit_pixels():
     from sklearn.datasets import load_digits
+
     digits = load_digits()
-    return np.array([[[round(v * 255 / 16) for v in row] for row in image] for image in digits.images], dtype=np.uint8), digits.target
+    return np.array(
+        [[[round(v * 255 / 16) for v in row] for row in image] for image in digits.images], dtype=np.uint8
+    ), digits.target
 
 
 def test_digits_make_a_round_trip_through_a_zip_pixel_for_pixel(tmp_path):
@@ -87,7 +97,12 @@ def test_digits_make_a_round_trip_through_a_zip_pixel_for_pixel(tmp_path):
     assert 'Wrote 1797 grayscale images of 8x8, with labels' in output
     dataset = ImageFolderDataset(tmp_path / 'new/folder/digits.zip', resolution=8, use_labels=True)
     pixels, target = digit_pixels()
-    assert (len(dataset), dataset.image_shape, dataset.label_dim, dataset.name) == (1797, [1, 8, 8], 10, 'digits')
+    assert (len(dataset), dataset.image_shape, dataset.label_dim, dataset.name) == (
+        1797,
+        [1, 8, 8],
+        10,
+        'digits',
+    )
     np.testing.assert_array_equal(np.stack([dataset[i][0][0] for i in range(1797)]), pixels)
     np.testing.assert_array_equal([dataset.get_label(i).argmax() for i in range(1797)], target)
 
@@ -97,11 +112,17 @@ def test_a_zip_is_stored_plain_and_named_as_in_edm_with_bytes_that_never_change(
         run('--source=digits', f'--dest={tmp_path / name}', '--max-images=1002')
     assert (tmp_path / 'a.zip').read_bytes() == (tmp_path / 'b.zip').read_bytes()
     entries = zipfile.ZipFile(tmp_path / 'a.zip').infolist()
-    assert all(e.compress_type == zipfile.ZIP_STORED and e.date_time == (1980, 1, 1, 0, 0, 0) for e in entries)
+    assert all(
+        e.compress_type == zipfile.ZIP_STORED and e.date_time == (1980, 1, 1, 0, 0, 0) for e in entries
+    )
     names = [e.filename for e in entries]
     assert names[0] == '00000/img00000000.png' and names[1001:] == ['00001/img00001001.png', 'dataset.json']
     labels = json.loads(zipfile.ZipFile(tmp_path / 'a.zip').read('dataset.json'))['labels']
-    assert labels[:3] == [['00000/img00000000.png', 0], ['00000/img00000001.png', 1], ['00000/img00000002.png', 2]]
+    assert labels[:3] == [
+        ['00000/img00000000.png', 0],
+        ['00000/img00000001.png', 1],
+        ['00000/img00000002.png', 2],
+    ]
 
 
 def test_pngs_are_not_compressed_so_that_training_need_not_inflate_them(tmp_path):
@@ -134,13 +155,18 @@ def test_a_data_set_converts_to_itself(tmp_path):
     run(f'--source={tmp_path}/b', f'--dest={tmp_path}/c.zip')
     assert (tmp_path / 'a.zip').read_bytes() == (tmp_path / 'c.zip').read_bytes()
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Folders and zips of images.
+
 
 @pytest.mark.parametrize('wrapper', ['', 'train/'])
 def test_class_folders_become_integer_labels_in_sorted_order(tmp_path, wrapper):
     names = ['dog/2.png', 'cat/x/1.png', 'emu/0.png', 'dog/1.png']
-    source = write_files(tmp_path / 'src', {wrapper + name: encode(random_pixels(4, 4, 3, seed=i)) for i, name in enumerate(names)})
+    source = write_files(
+        tmp_path / 'src',
+        {wrapper + name: encode(random_pixels(4, 4, 3, seed=i)) for i, name in enumerate(names)},
+    )
     pixels, labels = convert(source, tmp_path / 'out.zip')
     assert [label for _, label in labels] == [0, 1, 1, 2]
     np.testing.assert_array_equal(pixels, [random_pixels(4, 4, 3, seed=i) for i in (1, 3, 0, 2)])
@@ -149,43 +175,67 @@ def test_class_folders_become_integer_labels_in_sorted_order(tmp_path, wrapper):
 STRAYS = [
     (['0.png', 'cat/1.png', 'dog/1.png'], ['0.png'], [0, 1]),
     (['train/0.png', 'train/cat/1.png', 'train/dog/x/1.png'], ['train/0.png'], [0, 1]),
-    (['0.png', 'train/1.png', 'train/cat/1.png', 'train/dog/1.png', 'train/dog/2.png'], ['0.png', 'train/1.png'], [0, 1, 1]),
+    (
+        ['0.png', 'train/1.png', 'train/cat/1.png', 'train/dog/1.png', 'train/dog/2.png'],
+        ['0.png', 'train/1.png'],
+        [0, 1, 1],
+    ),
 ]
 
 
 @pytest.mark.parametrize('kind', ['folder', 'zip'])
 @pytest.mark.parametrize('names, strays, labels', STRAYS)
-def test_images_beside_the_class_folders_are_named_and_left_out_or_all_labels_are_by_choice(tmp_path, names, strays, labels, kind):
+def test_images_beside_the_class_folders_are_named_and_left_out_or_all_labels_are_by_choice(
+    tmp_path, names, strays, labels, kind
+):
     """Also where they lie beside class folders further down, which would become one class."""
     files = {name: encode(random_pixels(4, 4, seed=i)) for i, name in enumerate(names)}
     source = (write_files if kind == 'folder' else write_zip)(tmp_path / 'src', files)
     output = run(f'--source={source}', f'--dest={tmp_path}/out.zip', code=1)
     assert f'{len(strays)} of {len(names)} images' in output and f'({", ".join(strays)})' in output
-    assert '--labels-from=folders' in output and '--labels-from=none' in output and not (tmp_path / 'out.zip').exists()
+    assert (
+        '--labels-from=folders' in output
+        and '--labels-from=none' in output
+        and not (tmp_path / 'out.zip').exists()
+    )
     output = run(f'--source={source}', f'--dest={tmp_path}/out.zip', '--labels-from=folders')
     pixels, table = load(tmp_path / 'out.zip')
     assert f'({", ".join(strays)}), and are left out' in output and [label for _, label in table] == labels
-    np.testing.assert_array_equal(pixels, [random_pixels(4, 4, seed=i) for i, name in enumerate(names) if name not in strays])
+    np.testing.assert_array_equal(
+        pixels, [random_pixels(4, 4, seed=i) for i, name in enumerate(names) if name not in strays]
+    )
     pixels, table = convert(source, tmp_path / 'none.zip', '--labels-from=none')
     assert len(pixels) == len(names) and table is None
 
 
-@pytest.mark.parametrize('labels, expected', [
-    ([['a/0.png', 7], ['b/0.png', 3]], [7, 3]),
-    ([['sub/a/0.png', 7], ['sub/b/0.png', 3]], [7, 3]),
-    ([['a/0.png', [0.5, 1]], ['b/0.png', [0, 2]]], [[0.5, 1], [0, 2]]),
-    (None, None),
-])
+@pytest.mark.parametrize(
+    'labels, expected',
+    [
+        ([['a/0.png', 7], ['b/0.png', 3]], [7, 3]),
+        ([['sub/a/0.png', 7], ['sub/b/0.png', 3]], [7, 3]),
+        ([['a/0.png', [0.5, 1]], ['b/0.png', [0, 2]]], [[0.5, 1], [0, 2]]),
+        (None, None),
+    ],
+)
 def test_a_nested_label_file_wins_over_class_folders(tmp_path, labels, expected):
-    files = {f'sub/{folder}/0.png': encode(random_pixels(4, 4)) for folder in 'ab'} | {'sub/dataset.json': json.dumps({'labels': labels}).encode()}
+    files = {f'sub/{folder}/0.png': encode(random_pixels(4, 4)) for folder in 'ab'} | {
+        'sub/dataset.json': json.dumps({'labels': labels}).encode()
+    }
     for source in (write_files(tmp_path / 'src', files), write_zip(tmp_path / 'src.zip', files)):
         found = convert(source, tmp_path / f'{source.name}-out.zip')[1]
-        assert found == (expected and [[f'00000/img0000000{i}.png', label] for i, label in enumerate(expected)])
+        assert found == (
+            expected and [[f'00000/img0000000{i}.png', label] for i, label in enumerate(expected)]
+        )
 
 
 def test_max_images_takes_the_first_in_sorted_order(tmp_path):
-    source = write_files(tmp_path / 'src', {f'{i}.png': encode(random_pixels(4, 4, seed=i)) for i in (3, 1, 2)})
-    np.testing.assert_array_equal(convert(source, tmp_path / 'out.zip', '--max-images=2')[0], [random_pixels(4, 4, seed=i) for i in (1, 2)])
+    source = write_files(
+        tmp_path / 'src', {f'{i}.png': encode(random_pixels(4, 4, seed=i)) for i in (3, 1, 2)}
+    )
+    np.testing.assert_array_equal(
+        convert(source, tmp_path / 'out.zip', '--max-images=2')[0],
+        [random_pixels(4, 4, seed=i) for i in (1, 2)],
+    )
 
 
 def test_a_grayscale_image_among_colors_becomes_rgb_even_if_it_is_first(tmp_path):
@@ -207,38 +257,63 @@ def test_other_modes_are_converted_with_a_note(tmp_path, mode):
 
 
 def test_16_bit_grayscale_is_divided_by_257(tmp_path):
-    values = np.array([[0, 128, 129, 257], [65535, 65406, 65407, 300], [1000] * 4, [40000] * 4], dtype=np.uint16)
+    values = np.array(
+        [[0, 128, 129, 257], [65535, 65406, 65407, 300], [1000] * 4, [40000] * 4], dtype=np.uint16
+    )
     source = write_files(tmp_path / 'src', {'0.png': encode(values)})
     np.testing.assert_array_equal(convert(source, tmp_path / 'out.zip')[0][0], np.rint(values / 257))
 
 
 def test_floating_point_images_are_refused(tmp_path):
     Image.fromarray(np.ones([4, 4], np.float32)).save(tmp_path / 'x.tif')
-    assert 'x.tif is a floating-point image' in run(f'--source={tmp_path}', f'--dest={tmp_path}/out.zip', code=1)
+    assert 'x.tif is a floating-point image' in run(
+        f'--source={tmp_path}', f'--dest={tmp_path}/out.zip', code=1
+    )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Which images, with which labels.
 
+
 def three_classes(path):
-    files = {f'{name}/{i}.png': encode(random_pixels(4, 4, seed=10 * k + i)) for k, name in enumerate(('ant', 'bee', 'cat')) for i in range(4)}
+    files = {
+        f'{name}/{i}.png': encode(random_pixels(4, 4, seed=10 * k + i))
+        for k, name in enumerate(('ant', 'bee', 'cat'))
+        for i in range(4)
+    }
     return write_files(path, files)
 
 
-@pytest.mark.parametrize('options, labels, said', [
-    (['--max-images=5'], [0] * 4 + [1], 'leaves out 1 of 3 classes (cat=2)'),
-    (['--max-images=2'], [0, 0], 'leaves out 2 of 3 classes (bee=1, cat=2)'),
-    (['--max-images=9'], [0] * 4 + [1] * 4 + [2], None),
-    (['--max-images-per-class=2'], [0, 0, 1, 1, 2, 2], None),
-    (['--max-images-per-class=1', '--max-images=2'], [0, 1], 'leaves out 1 of 3 classes (cat=2)'),
-    (['--max-images-per-class=5'], [0] * 4 + [1] * 4 + [2] * 4, '3 of 3 classes have fewer than 5 images'),
-])
-def test_classes_that_are_left_out_are_named_and_images_can_be_spread_over_them(tmp_path, options, labels, said):
+@pytest.mark.parametrize(
+    'options, labels, said',
+    [
+        (['--max-images=5'], [0] * 4 + [1], 'leaves out 1 of 3 classes (cat=2)'),
+        (['--max-images=2'], [0, 0], 'leaves out 2 of 3 classes (bee=1, cat=2)'),
+        (['--max-images=9'], [0] * 4 + [1] * 4 + [2], None),
+        (['--max-images-per-class=2'], [0, 0, 1, 1, 2, 2], None),
+        (['--max-images-per-class=1', '--max-images=2'], [0, 1], 'leaves out 1 of 3 classes (cat=2)'),
+        (
+            ['--max-images-per-class=5'],
+            [0] * 4 + [1] * 4 + [2] * 4,
+            '3 of 3 classes have fewer than 5 images',
+        ),
+    ],
+)
+def test_classes_that_are_left_out_are_named_and_images_can_be_spread_over_them(
+    tmp_path, options, labels, said
+):
     source = three_classes(tmp_path / 'src')
     output = run(f'--source={source}', f'--dest={tmp_path}/out', *options)
     pixels, table = load(tmp_path / 'out')
-    assert [label for _, label in table] == labels and (said or 'Wrote') in output and ('leaves out' in output) == ('leaves out' in (said or ''))
+    assert (
+        [label for _, label in table] == labels
+        and (said or 'Wrote') in output
+        and ('leaves out' in output) == ('leaves out' in (said or ''))
+    )
     places = [labels[:i].count(label) for i, label in enumerate(labels)]
-    np.testing.assert_array_equal(pixels, [random_pixels(4, 4, seed=10 * label + i) for label, i in zip(labels, places)])
+    np.testing.assert_array_equal(
+        pixels, [random_pixels(4, 4, seed=10 * label + i) for label, i in zip(labels, places)]
+    )
 
 
 @pytest.mark.parametrize('kind', ['dataset.json', 'digits', 'mnist', 'npz'])
@@ -246,13 +321,18 @@ def test_every_source_with_classes_names_those_left_out_and_spreads(tmp_path, ki
     pixels, labels = random_pixels(6, 8, 8), [0, 0, 0, 1, 1, 2]
     if kind == 'dataset.json':
         table = {'labels': [[f'{i}.png', label] for i, label in enumerate(labels)]}
-        source = write_zip(tmp_path / 'src.zip', {f'{i}.png': encode(p) for i, p in enumerate(pixels)} | {'dataset.json': json.dumps(table)})
+        source = write_zip(
+            tmp_path / 'src.zip',
+            {f'{i}.png': encode(p) for i, p in enumerate(pixels)} | {'dataset.json': json.dumps(table)},
+        )
     elif kind == 'npz':
         source = tmp_path / 'src.npz'
         np.savez(source, pixels, np.array(labels))
     else:
         source = 'digits' if kind == 'digits' else write_mnist(tmp_path / 'src', pixels, labels)
-    assert f'leaves out {8 if kind == "digits" else 2} of' in run(f'--source={source}', f'--dest={tmp_path}/a.zip', '--max-images=2')
+    assert f'leaves out {8 if kind == "digits" else 2} of' in run(
+        f'--source={source}', f'--dest={tmp_path}/a.zip', '--max-images=2'
+    )
     output = run(f'--source={source}', f'--dest={tmp_path}/b.zip', '--max-images-per-class=1')
     assert 'leaves out' not in output
     assert [label for _, label in load(tmp_path / 'b.zip')[1]] == list(range(10 if kind == 'digits' else 3))
@@ -267,7 +347,9 @@ def load_labels(run, source, dest):
 def test_where_labels_come_from_can_be_chosen(tmp_path):
     source = three_classes(tmp_path / 'src')
     names = sorted(str(path.relative_to(source)) for path in source.rglob('*.png'))
-    (source / 'dataset.json').write_text(json.dumps({'labels': [[name, 7 + i] for i, name in enumerate(names)]}))
+    (source / 'dataset.json').write_text(
+        json.dumps({'labels': [[name, 7 + i] for i, name in enumerate(names)]})
+    )
     chosen = lambda *options: [label for _, label in convert(source, tmp_path / 'out.zip', *options)[1]]
     assert chosen() == chosen('--labels-from=dataset.json') == list(range(7, 19))
     assert chosen('--labels-from=folders') == [0] * 4 + [1] * 4 + [2] * 4
@@ -293,7 +375,11 @@ def test_a_label_file_is_found_however_deep_it_lies(tmp_path):
 
 @pytest.mark.parametrize('name', ['Dataset.json', 'x/DATASET.JSON'])
 def test_a_label_file_in_other_letters_is_named_and_not_passed_over(tmp_path, name):
-    files = {name: labeled(['a/0.png'], [1]), 'a/0.png': encode(random_pixels(8, 8)), 'b/1.png': encode(random_pixels(8, 8))}
+    files = {
+        name: labeled(['a/0.png'], [1]),
+        'a/0.png': encode(random_pixels(8, 8)),
+        'b/1.png': encode(random_pixels(8, 8)),
+    }
     said = run(f'--source={write_zip(tmp_path / "in.zip", files)}', f'--dest={tmp_path / "out.zip"}', code=1)
     assert f'{name} differs from dataset.json in upper and lower case' in said
 
@@ -301,20 +387,36 @@ def test_a_label_file_in_other_letters_is_named_and_not_passed_over(tmp_path, na
 def test_a_key_that_is_twice_in_a_label_file_is_an_error(tmp_path):
     content = b'{"labels": [["0.png", 0]], "labels": [["0.png", 1]]}'
     files = {'dataset.json': content, '0.png': encode(random_pixels(8, 8))}
-    assert 'twice' in run(f'--source={write_zip(tmp_path / "in.zip", files)}', f'--dest={tmp_path / "out.zip"}', code=1)
+    assert 'twice' in run(
+        f'--source={write_zip(tmp_path / "in.zip", files)}', f'--dest={tmp_path / "out.zip"}', code=1
+    )
 
 
-@pytest.mark.parametrize('label, odd', [(0.0, '0.0'), ('1', '"1"'), (True, 'true'), (None, 'null'), ([], None), ([1e39], None)])
+@pytest.mark.parametrize(
+    'label, odd', [(0.0, '0.0'), ('1', '"1"'), (True, 'true'), (None, 'null'), ([], None), ([1e39], None)]
+)
 def test_labels_that_are_none_are_refused_by_an_example(tmp_path, label, odd):
-    files = {'dataset.json': labeled(['0.png', '1.png'], [label, label]), **{f'{i}.png': encode(random_pixels(8, 8)) for i in range(2)}}
+    files = {
+        'dataset.json': labeled(['0.png', '1.png'], [label, label]),
+        **{f'{i}.png': encode(random_pixels(8, 8)) for i in range(2)},
+    }
     said = run(f'--source={write_zip(tmp_path / "in.zip", files)}', f'--dest={tmp_path / "out.zip"}', code=1)
-    assert 'neither all class indices nor all vectors' in said and (odd is None or f'such as {odd}' in said) and 'Warning' not in said
+    assert (
+        'neither all class indices nor all vectors' in said
+        and (odd is None or f'such as {odd}' in said)
+        and 'Warning' not in said
+    )
 
 
 def test_vectors_that_look_one_hot_in_a_subset_stay_vectors(tmp_path):
-    files = {'dataset.json': labeled(['0.png', '1.png'], [[1.0, 0.0], [0.5, 0.2]]), **{f'{i}.png': encode(random_pixels(8, 8)) for i in range(2)}}
+    files = {
+        'dataset.json': labeled(['0.png', '1.png'], [[1.0, 0.0], [0.5, 0.2]]),
+        **{f'{i}.png': encode(random_pixels(8, 8)) for i in range(2)},
+    }
     write_zip(tmp_path / 'in.zip', files)
-    assert 'label vectors of 2 numbers' in run(f'--source={tmp_path / "in.zip"}', f'--dest={tmp_path / "one.zip"}', '--max-images=1')
+    assert 'label vectors of 2 numbers' in run(
+        f'--source={tmp_path / "in.zip"}', f'--dest={tmp_path / "one.zip"}', '--max-images=1'
+    )
     assert ImageFolderDataset(tmp_path / 'one.zip', use_labels=True).label_space.are_vectors
     run(f'--source={tmp_path / "one.zip"}', f'--dest={tmp_path / "again.zip"}')
     assert ImageFolderDataset(tmp_path / 'again.zip', use_labels=True).label_space.are_vectors
@@ -326,13 +428,18 @@ def test_files_that_are_no_images_by_their_names_are_counted(tmp_path, stray):
     folder = write_files(tmp_path / 'in', {'a/0.png': pixels, 'b/1.png': pixels, stray: pixels})
     said = run(f'--source={folder}', f'--dest={tmp_path / "out.zip"}')
     assert f'1 files in {folder} are no images by their names, and are left out: {stray}' in said
-    assert ImageFolderDataset(folder).about_others() and ImageFolderDataset(tmp_path / 'out.zip').about_others() is None
+    assert (
+        ImageFolderDataset(folder).about_others()
+        and ImageFolderDataset(tmp_path / 'out.zip').about_others() is None
+    )
 
 
 def test_a_pipe_among_images_is_named_and_not_waited_for(tmp_path):
     folder = write_files(tmp_path / 'in', {'0.png': encode(random_pixels(8, 8))})
     os.mkfifo(folder / '1.png')
-    assert '1.png is neither a file nor a folder' in run(f'--source={folder}', f'--dest={tmp_path / "out.zip"}', code=1)
+    assert '1.png is neither a file nor a folder' in run(
+        f'--source={folder}', f'--dest={tmp_path / "out.zip"}', code=1
+    )
 
 
 def test_arrays_of_an_archive_that_are_not_read_are_named(tmp_path):
@@ -345,15 +452,28 @@ def test_labels_of_images_that_are_not_there_are_counted(tmp_path, folder):
     """Half of a data set was copied, say."""
     names = [f'{i}.png' for i in range(5)]
     labels = json.dumps({'labels': [[name, int(name[0]) % 2] for name in names]}).encode()
-    write_zip(tmp_path / 'in.zip', {f'{folder}dataset.json': labels, **{folder + name: encode(random_pixels(8, 8)) for name in names[:2]}})
-    assert 'Note: 3 labels in dataset.json are of no image' in run(f'--source={tmp_path / "in.zip"}', f'--dest={tmp_path / "out.zip"}')
+    write_zip(
+        tmp_path / 'in.zip',
+        {
+            f'{folder}dataset.json': labels,
+            **{folder + name: encode(random_pixels(8, 8)) for name in names[:2]},
+        },
+    )
+    assert 'Note: 3 labels in dataset.json are of no image' in run(
+        f'--source={tmp_path / "in.zip"}', f'--dest={tmp_path / "out.zip"}'
+    )
     assert ImageFolderDataset(tmp_path / 'in.zip', use_labels=True).unused_labels == 3
     assert ImageFolderDataset(tmp_path / 'out.zip', use_labels=True).unused_labels == 0
 
 
 @pytest.mark.parametrize('kind', ['folder', 'zip'])
 def test_folders_without_images_beside_the_class_folders_are_named(tmp_path, kind):
-    files = {'t/dog/1.png': encode(random_pixels(4, 4)), 't/emu/1.png': encode(random_pixels(4, 4)), 't/cat/readme.txt': b'', 't/.git/x': b''}
+    files = {
+        't/dog/1.png': encode(random_pixels(4, 4)),
+        't/emu/1.png': encode(random_pixels(4, 4)),
+        't/cat/readme.txt': b'',
+        't/.git/x': b'',
+    }
     if kind == 'folder':
         source = write_files(tmp_path / 'src', files)
     else:
@@ -361,14 +481,18 @@ def test_folders_without_images_beside_the_class_folders_are_named(tmp_path, kin
     output = run(f'--source={source}', f'--dest={tmp_path}/out.zip')
     assert '1 folders in' in output and 'are no classes (cat)' in output and 'dog=0, emu=1' in output
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Arrays of images.
+
 
 @pytest.mark.parametrize('name', ['a.npy', 'a.npz', 'a.NPZ'])
 @pytest.mark.parametrize('layout', ['NHWC', 'NCHW', 'NHW', 'NHW1'])
 def test_arrays_of_images_are_a_source(tmp_path, name, layout):
     pixels = random_pixels(5, 8, 8, 3) if layout in ('NHWC', 'NCHW') else random_pixels(5, 8, 8)
-    array = {'NCHW': lambda: pixels.transpose(0, 3, 1, 2), 'NHW1': lambda: pixels[..., None]}.get(layout, lambda: pixels)()
+    array = {'NCHW': lambda: pixels.transpose(0, 3, 1, 2), 'NHW1': lambda: pixels[..., None]}.get(
+        layout, lambda: pixels
+    )()
     with open(tmp_path / name, 'wb') as file:
         (np.save if name.endswith('npy') else np.savez_compressed)(file, array)
     found, labels = convert(tmp_path / name, tmp_path / 'out.zip')
@@ -378,26 +502,33 @@ def test_arrays_of_images_are_a_source(tmp_path, name, layout):
 
 def test_the_handed_arrays_are_read(tmp_path, fixtures):
     for name in ('arr.npy', 'arr.npz'):
-        assert 'Wrote 4 RGB images of 8x8' in run(f'--source={fixtures}/faults/{name}', f'--dest={tmp_path}/out.zip')
+        assert 'Wrote 4 RGB images of 8x8' in run(
+            f'--source={fixtures}/faults/{name}', f'--dest={tmp_path}/out.zip'
+        )
 
 
-@pytest.mark.parametrize('arrays, words', [
-    (dict(arr_0=np.zeros([2, 4, 4, 3])), 'holds float64, and images are uint8'),
-    (dict(arr_0=np.zeros([2, 4, 4, 3], np.uint16)), 'Convert 16-bit values by (x / 257)'),
-    (dict(arr_0=np.zeros([4, 4, 3], np.uint8)), 'has the shape [4, 4, 3]'),
-    (dict(mu=np.zeros(3), sigma=np.eye(3)), 'has no array of images'),
-    (dict(arr_0=np.zeros([2, 4, 4, 3], np.uint8), arr_1=np.zeros(2)), 'arr_1 is float64 [2]'),
-    (dict(arr_0=np.zeros([2, 4, 4, 3], np.uint8), arr_1=np.array([0, -1])), 'arr_1 is int64 [2]'),
-    (dict(arr_0=np.zeros([2, 4, 4, 3], np.uint8), arr_1=np.array([0, 1, 2])), '2 images, but 3 labels'),
-    (dict(arr_0=np.zeros([2, 4, 2, 3], np.uint8)), 'is not square'),
-])
+@pytest.mark.parametrize(
+    'arrays, words',
+    [
+        (dict(arr_0=np.zeros([2, 4, 4, 3])), 'holds float64, and images are uint8'),
+        (dict(arr_0=np.zeros([2, 4, 4, 3], np.uint16)), 'Convert 16-bit values by (x / 257)'),
+        (dict(arr_0=np.zeros([4, 4, 3], np.uint8)), 'has the shape [4, 4, 3]'),
+        (dict(mu=np.zeros(3), sigma=np.eye(3)), 'has no array of images'),
+        (dict(arr_0=np.zeros([2, 4, 4, 3], np.uint8), arr_1=np.zeros(2)), 'arr_1 is float64 [2]'),
+        (dict(arr_0=np.zeros([2, 4, 4, 3], np.uint8), arr_1=np.array([0, -1])), 'arr_1 is int64 [2]'),
+        (dict(arr_0=np.zeros([2, 4, 4, 3], np.uint8), arr_1=np.array([0, 1, 2])), '2 images, but 3 labels'),
+        (dict(arr_0=np.zeros([2, 4, 2, 3], np.uint8)), 'is not square'),
+    ],
+)
 def test_other_arrays_are_refused_by_what_they_are(tmp_path, arrays, words):
     np.savez(tmp_path / 'a.npz', **arrays)
     assert words in run(f'--source={tmp_path}/a.npz', f'--dest={tmp_path}/out.zip', code=1)
     assert os.listdir(tmp_path) == ['a.npz']
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # CIFAR-10.
+
 
 def write_cifar(path, batches, folder='cifar-10-batches-py'):
     with tarfile.open(path, 'w:gz') as archive:
@@ -413,22 +544,66 @@ def python2_batch(pixels, labels):
     text = lambda s: b'U' + bytes([len(s)]) + s
     raw = pixels.transpose(0, 3, 1, 2).tobytes()
     integer = lambda i: b'J' + struct.pack('<i', i)
-    dtype = (b'cnumpy\ndtype\n(' + text(b'u1') + integer(0) + integer(1) + b'tR(' +
-             integer(3) + text(b'|') + b'NNN' + integer(-1) * 2 + integer(0) + b'tb')
-    array = (b'cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(' + integer(0) + b't' + text(b'b') + b'tR(' + integer(1) +
-             b'(' + integer(len(pixels)) + integer(3072) + b't' + dtype + b'I00\n' + b'T' + struct.pack('<i', len(raw)) + raw + b'tb')
-    return b'\x80\x02}(' + text(b'data') + array + text(b'labels') + b'](' + b''.join(map(integer, labels)) + b'e' + b'u.'
+    dtype = (
+        b'cnumpy\ndtype\n('
+        + text(b'u1')
+        + integer(0)
+        + integer(1)
+        + b'tR('
+        + integer(3)
+        + text(b'|')
+        + b'NNN'
+        + integer(-1) * 2
+        + integer(0)
+        + b'tb'
+    )
+    array = (
+        b'cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n('
+        + integer(0)
+        + b't'
+        + text(b'b')
+        + b'tR('
+        + integer(1)
+        + b'('
+        + integer(len(pixels))
+        + integer(3072)
+        + b't'
+        + dtype
+        + b'I00\n'
+        + b'T'
+        + struct.pack('<i', len(raw))
+        + raw
+        + b'tb'
+    )
+    return (
+        b'\x80\x02}('
+        + text(b'data')
+        + array
+        + text(b'labels')
+        + b']('
+        + b''.join(map(integer, labels))
+        + b'e'
+        + b'u.'
+    )
 
 
 def numpy_batch(pixels, labels, protocol):
-    return pickle.dumps({'data': pixels.transpose(0, 3, 1, 2).reshape(len(pixels), 3072).copy(), 'labels': labels}, protocol=protocol)
+    return pickle.dumps(
+        {'data': pixels.transpose(0, 3, 1, 2).reshape(len(pixels), 3072).copy(), 'labels': labels},
+        protocol=protocol,
+    )
 
 
 @pytest.mark.parametrize('writer', [python2_batch] + [lambda *a, p=p: numpy_batch(*a, p) for p in (2, 4, 5)])
 def test_cifar_batches_are_joined_in_order(tmp_path, writer):
     pixels = random_pixels(8, 32, 32, 3)
-    batches = {f'data_batch_{i}': writer(pixels[k * 2:k * 2 + 2], [k, 9 - k]) for k, i in [(1, 2), (0, 1), (3, 10), (2, 3)]}
-    source = write_cifar(tmp_path / 'cifar-10-python.tar.gz', {**batches, 'test_batch': b'never read', 'batches.meta': b''})
+    batches = {
+        f'data_batch_{i}': writer(pixels[k * 2 : k * 2 + 2], [k, 9 - k])
+        for k, i in [(1, 2), (0, 1), (3, 10), (2, 3)]
+    }
+    source = write_cifar(
+        tmp_path / 'cifar-10-python.tar.gz', {**batches, 'test_batch': b'never read', 'batches.meta': b''}
+    )
     found, labels = convert(source, tmp_path / 'cifar.zip')
     np.testing.assert_array_equal(found, pixels)
     assert [label for _, label in labels] == [0, 9, 1, 8, 2, 7, 3, 6]
@@ -459,15 +634,30 @@ def test_arrays_with_objects_inside_cannot_be_forged(tmp_path):
     """Raw bytes taken for an array of objects would be taken for pointers."""
     batch = numpy_batch(random_pixels(1, 32, 32, 3), [0], 4).replace(b'u1', b'O8')
     write_cifar(tmp_path / 'cifar-10-python.tar.gz', {'data_batch_1': batch})
-    assert "type 'O8' instead of uint8" in run(f'--source={tmp_path}/cifar-10-python.tar.gz', f'--dest={tmp_path}/out.zip', code=1)
+    assert "type 'O8' instead of uint8" in run(
+        f'--source={tmp_path}/cifar-10-python.tar.gz', f'--dest={tmp_path}/out.zip', code=1
+    )
 
 
-@pytest.mark.parametrize('batch', [
-    b'', b'\x80', b'garbage', pickle.dumps([1]), pickle.dumps({'data': 1, 'labels': [0]}), pickle.dumps({'labels': [0]}),
-    numpy_batch(random_pixels(2, 32, 32, 3), [0], 4), numpy_batch(random_pixels(1, 32, 32, 3), ['0'], 4),
-    numpy_batch(random_pixels(1, 32, 32, 3), [10], 4), numpy_batch(random_pixels(1, 32, 32, 3), [0], 4)[:-500],
-    b'\x80\x02cnumpy\nndarray\n.', b'\x80\x02}U\x04datacnumpy\nndarray\n)Rs.', b'\x80\x02Pid.', b'\x80\x02\x82\x01.',
-])
+@pytest.mark.parametrize(
+    'batch',
+    [
+        b'',
+        b'\x80',
+        b'garbage',
+        pickle.dumps([1]),
+        pickle.dumps({'data': 1, 'labels': [0]}),
+        pickle.dumps({'labels': [0]}),
+        numpy_batch(random_pixels(2, 32, 32, 3), [0], 4),
+        numpy_batch(random_pixels(1, 32, 32, 3), ['0'], 4),
+        numpy_batch(random_pixels(1, 32, 32, 3), [10], 4),
+        numpy_batch(random_pixels(1, 32, 32, 3), [0], 4)[:-500],
+        b'\x80\x02cnumpy\nndarray\n.',
+        b'\x80\x02}U\x04datacnumpy\nndarray\n)Rs.',
+        b'\x80\x02Pid.',
+        b'\x80\x02\x82\x01.',
+    ],
+)
 def test_a_malformed_cifar_batch_is_an_error_that_names_it(tmp_path, batch):
     source = write_cifar(tmp_path / 'cifar-10-python.tar.gz', {'data_batch_1': batch})
     output = run(f'--source={source}', f'--dest={tmp_path}/out.zip', code=1)
@@ -480,10 +670,14 @@ def test_a_tar_without_batches_or_cut_short_is_refused(tmp_path):
     source = write_cifar(source, {'data_batch_1': numpy_batch(random_pixels(20, 32, 32, 3), [0] * 20, 4)})
     for size in (0, 10, 5000):
         source.write_bytes(source.read_bytes()[:size] if size else b'nothing')
-        assert 'is not a complete tar archive' in run(f'--source={source}', f'--dest={tmp_path}/out.zip', code=1)
+        assert 'is not a complete tar archive' in run(
+            f'--source={source}', f'--dest={tmp_path}/out.zip', code=1
+        )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # MNIST and LSUN.
+
 
 def idx(array):
     return struct.pack(f'>{1 + array.ndim}I', 0x800 + array.ndim, *array.shape) + array.tobytes()
@@ -491,7 +685,10 @@ def idx(array):
 
 def write_mnist(folder, pixels, labels, suffix='', labels_suffix=None):
     folder.mkdir(exist_ok=True)
-    for name, array, end in [('images-idx3', pixels, suffix), ('labels-idx1', labels, suffix if labels_suffix is None else labels_suffix)]:
+    for name, array, end in [
+        ('images-idx3', pixels, suffix),
+        ('labels-idx1', labels, suffix if labels_suffix is None else labels_suffix),
+    ]:
         content = idx(np.asarray(array, dtype=np.uint8))
         (folder / f'train-{name}-ubyte{end}').write_bytes(gzip.compress(content) if end else content)
     return folder / f'train-images-idx3-ubyte{suffix}'
@@ -500,7 +697,9 @@ def write_mnist(folder, pixels, labels, suffix='', labels_suffix=None):
 @pytest.mark.parametrize('suffix, labels_suffix', [('', ''), ('.gz', '.gz'), ('.gz', ''), ('', '.gz')])
 def test_mnist_is_padded_to_32_pixels(tmp_path, suffix, labels_suffix):
     pixels = random_pixels(3, 28, 28)
-    found, labels = convert(write_mnist(tmp_path / 'src', pixels, [7, 0, 9], suffix, labels_suffix), tmp_path / 'mnist.zip')
+    found, labels = convert(
+        write_mnist(tmp_path / 'src', pixels, [7, 0, 9], suffix, labels_suffix), tmp_path / 'mnist.zip'
+    )
     assert found.shape == (3, 32, 32) and [label for _, label in labels] == [7, 0, 9]
     np.testing.assert_array_equal(found[:, 2:30, 2:30], pixels)
     assert found.astype(int).sum() == pixels.astype(int).sum()
@@ -511,7 +710,14 @@ def test_malformed_mnist_files_are_named(tmp_path):
     fails = lambda: run(f'--source={source}', f'--dest={tmp_path}/out.zip', code=1)
     assert '3 images, but' in fails() and '2 labels' in fails()
     content = source.read_bytes()
-    for damaged in (content[:-1], content + b'x', content[:3], b'', b'\0\0\x08\x01' + content[4:], content[:4] + b'\xff' * 12 + content[16:]):
+    for damaged in (
+        content[:-1],
+        content + b'x',
+        content[:3],
+        b'',
+        b'\0\0\x08\x01' + content[4:],
+        content[:4] + b'\xff' * 12 + content[16:],
+    ):
         source.write_bytes(damaged)
         assert 'images-idx3-ubyte is not a' in fails()
     source.write_bytes(idx(random_pixels(0, 28, 28)))
@@ -534,7 +740,9 @@ def write_lmdb(path, values):
 
 def test_an_lmdb_is_read_in_the_order_of_its_keys(tmp_path):
     pixels = random_pixels(3, 4, 4, 3)
-    source = write_lmdb(tmp_path / 'cat_lmdb', {k: encode(p, kind='PNG') for k, p in zip((b'c', b'a', b'b'), pixels)})
+    source = write_lmdb(
+        tmp_path / 'cat_lmdb', {k: encode(p, kind='PNG') for k, p in zip((b'c', b'a', b'b'), pixels)}
+    )
     found, labels = convert(source, tmp_path / 'cat.zip')
     np.testing.assert_array_equal(found, pixels[[1, 2, 0]])
     assert labels is None
@@ -552,39 +760,65 @@ def test_a_bad_lmdb_is_named_by_file_or_key(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'lmdb', None)  # as if not installed
     assert 'pip install lmdb' in fails(source)
 
+
 @pytest.fixture
 def large_lmdb(tmp_path):
     """41 pages, of which most belong to images."""
     noise = random_pixels(12, 64, 64, 3)
-    return write_lmdb(tmp_path / 'cat_lmdb', {b'%03d' % i: encode(p, kind='PNG') for i, p in enumerate(noise)}) / 'data.mdb'
+    return (
+        write_lmdb(tmp_path / 'cat_lmdb', {b'%03d' % i: encode(p, kind='PNG') for i, p in enumerate(noise)})
+        / 'data.mdb'
+    )
 
 
-@pytest.mark.parametrize('length, words', [
-    (0.25, 'by its own account'), (0.5, 'by its own account'), (0.75, 'by its own account'), (0, 'does not begin as one'),
-    (100, 'by its own account'), (-4096, 'by its own account'), (-100, 'by its own account')])
-def test_an_lmdb_that_is_cut_off_is_one_error_and_not_the_end_of_the_process(large_lmdb, tmp_path, length, words):
+@pytest.mark.parametrize(
+    'length, words',
+    [
+        (0.25, 'by its own account'),
+        (0.5, 'by its own account'),
+        (0.75, 'by its own account'),
+        (0, 'does not begin as one'),
+        (100, 'by its own account'),
+        (-4096, 'by its own account'),
+        (-100, 'by its own account'),
+    ],
+)
+def test_an_lmdb_that_is_cut_off_is_one_error_and_not_the_end_of_the_process(
+    large_lmdb, tmp_path, length, words
+):
     """Its pages are mapped: one that is not there ends whoever reads it by SIGBUS."""
     data = large_lmdb.read_bytes()
-    large_lmdb.write_bytes(data[:int(len(data) * length) if 0 < length < 1 else length])
+    large_lmdb.write_bytes(data[: int(len(data) * length) if 0 < length < 1 else length])
     said = run(f'--source={large_lmdb.parent}', f'--dest={tmp_path}/out.zip', code=1)
-    assert 'cat_lmdb is not a readable LMDB data base' in said and words in said and not (tmp_path / 'out.zip').exists()
+    assert (
+        'cat_lmdb is not a readable LMDB data base' in said
+        and words in said
+        and not (tmp_path / 'out.zip').exists()
+    )
 
 
 def test_damage_that_ends_the_reader_of_an_lmdb_is_named(large_lmdb, tmp_path):
     """Images that are said to be larger than the file."""
     data = bytearray(large_lmdb.read_bytes())
     for page in range(2, len(data) // 4096):
-        if struct.unpack_from('<QxxH', data, page * 4096) == (page, 2):  # a leaf: its nodes begin with the size of an image
+        if struct.unpack_from('<QxxH', data, page * 4096) == (
+            page,
+            2,
+        ):  # a leaf: its nodes begin with the size of an image
             for node in struct.unpack_from('<12H', data, page * 4096 + 16):
                 struct.pack_into('<I', data, page * 4096 + node, 700_000)
     large_lmdb.write_bytes(data)
-    assert 'it is damaged: reading it ends in SIG' in run(f'--source={large_lmdb.parent}', f'--dest={tmp_path}/out.zip', code=1)
+    assert 'it is damaged: reading it ends in SIG' in run(
+        f'--source={large_lmdb.parent}', f'--dest={tmp_path}/out.zip', code=1
+    )
 
 
 def test_pages_at_the_end_of_an_lmdb_that_were_never_used_may_be_missing(tmp_path):
     """LMDB numbers pages that a transaction uses and gives back, and does not write them."""
     pixels = random_pixels(3, 4, 4, 3)
-    source = write_lmdb(tmp_path / 'cat_lmdb', {b'%d' % i: encode(p, kind='PNG') for i, p in enumerate(pixels)})
+    source = write_lmdb(
+        tmp_path / 'cat_lmdb', {b'%d' % i: encode(p, kind='PNG') for i, p in enumerate(pixels)}
+    )
     data = bytearray((source / 'data.mdb').read_bytes())
     for meta in (0, 4096):
         struct.pack_into('<Q', data, meta + 136, len(data) // 4096 + 5)
@@ -592,8 +826,14 @@ def test_pages_at_the_end_of_an_lmdb_that_were_never_used_may_be_missing(tmp_pat
     np.testing.assert_array_equal(convert(source, tmp_path / 'cat.zip')[0], pixels)
 
 
-@pytest.mark.parametrize('shape, words', [
-    ((2 ** 32 - 1,) * 3, 'an IDX file has at most'), ((500_000, 28, 28), 'claims 392,000,000 bytes'), ((3, 28, 29), 'a wrong length')])
+@pytest.mark.parametrize(
+    'shape, words',
+    [
+        ((2**32 - 1,) * 3, 'an IDX file has at most'),
+        ((500_000, 28, 28), 'claims 392,000,000 bytes'),
+        ((3, 28, 29), 'a wrong length'),
+    ],
+)
 def test_an_idx_file_takes_no_memory_on_its_word(tmp_path, shape, words):
     source = write_mnist(tmp_path / 'src', random_pixels(3, 28, 28), [7, 0, 9], '.gz')
     source.write_bytes(gzip.compress(struct.pack('>4I', 0x803, *shape) + bytes(1 << 27), 1))
@@ -603,19 +843,34 @@ def test_an_idx_file_takes_no_memory_on_its_word(tmp_path, shape, words):
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize('batch', [
-    b'\x80\x02Nr\xff\xff\xff\x7f.', b'\x80\x02\x8b\xff\xff\xff\x7f',
-    b'\x80\x02}Nq\0' + b'0h\0h\0\x86q\0' * 60 + b'Ns.', b'\x80\x04\x8e' + b'\xff' * 8])
+@pytest.mark.parametrize(
+    'batch',
+    [
+        b'\x80\x02Nr\xff\xff\xff\x7f.',
+        b'\x80\x02\x8b\xff\xff\xff\x7f',
+        b'\x80\x02}Nq\0' + b'0h\0h\0\x86q\0' * 60 + b'Ns.',
+        b'\x80\x04\x8e' + b'\xff' * 8,
+    ],
+)
 def test_a_cifar_batch_takes_no_memory_on_its_word(tmp_path, batch):
     source = write_cifar(tmp_path / 'cifar-10-python.tar.gz', {'data_batch_1': batch})
     tracemalloc.start()
-    assert 'data_batch_1 is not a CIFAR-10 batch' in run(f'--source={source}', f'--dest={tmp_path}/out.zip', code=1)
+    assert 'data_batch_1 is not a CIFAR-10 batch' in run(
+        f'--source={source}', f'--dest={tmp_path}/out.zip', code=1
+    )
     assert tracemalloc.get_traced_memory()[1] < 20 << 20
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize('name, kind, size', [
-    ('data_batch_1', b'0', 1 << 37), ('x', b'L', 1 << 33), ('x', b'x', 1 << 33), ('data_batch_1', b'0', 1 << 27)])
+@pytest.mark.parametrize(
+    'name, kind, size',
+    [
+        ('data_batch_1', b'0', 1 << 37),
+        ('x', b'L', 1 << 33),
+        ('x', b'x', 1 << 33),
+        ('data_batch_1', b'0', 1 << 27),
+    ],
+)
 def test_members_of_a_tar_take_no_memory_on_their_word(tmp_path, name, kind, size):
     member = tarfile.TarInfo(name)
     member.size, member.type = size, kind
@@ -623,8 +878,10 @@ def test_members_of_a_tar_take_no_memory_on_their_word(tmp_path, name, kind, siz
     source.write_bytes(gzip.compress(member.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 20)))
     assert 'is not cifar-10-python.tar.gz' in run(f'--source={source}', f'--dest={tmp_path}/out.zip', code=1)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Transforms.
+
 
 def smooth(width, height):
     """An RGB image that changes slowly enough for any good filter to agree with area averages."""
@@ -645,11 +902,15 @@ def transformed(tmp_path, pixels, resolution, transform=None):
     return convert(source, tmp_path / 'out.zip', *options)[0][0].astype(float)
 
 
-@pytest.mark.parametrize('size, box', [((96, 64), (16, 80, 0, 64)), ((64, 97), (0, 64, 16, 80)), ((65, 64), (0, 64, 0, 64))])
+@pytest.mark.parametrize(
+    'size, box', [((96, 64), (16, 80, 0, 64)), ((64, 97), (0, 64, 16, 80)), ((65, 64), (0, 64, 0, 64))]
+)
 def test_center_crop_cuts_the_middle_square_exactly(tmp_path, size, box):
     pixels = random_pixels(size[1], size[0], 3)
     left, right, top, bottom = box
-    np.testing.assert_array_equal(transformed(tmp_path, pixels, '64x64', 'center-crop'), pixels[top:bottom, left:right])
+    np.testing.assert_array_equal(
+        transformed(tmp_path, pixels, '64x64', 'center-crop'), pixels[top:bottom, left:right]
+    )
 
 
 def test_center_crop_then_resizes(tmp_path):
@@ -658,7 +919,9 @@ def test_center_crop_then_resizes(tmp_path):
     assert np.abs(out - area_average(pixels[:, 32:160], 32, 32)).max() < 2.5
 
 
-@pytest.mark.parametrize('size, box', [((96, 48), (0, 96, 0, 48)), ((96, 72), (0, 96, 12, 60)), ((128, 48), (16, 112, 0, 48))])
+@pytest.mark.parametrize(
+    'size, box', [((96, 48), (0, 96, 0, 48)), ((96, 72), (0, 96, 12, 60)), ((128, 48), (16, 112, 0, 48))]
+)
 def test_center_crop_letterbox_cuts_to_the_ratio_and_pads_with_black(tmp_path, size, box):
     """32x16 wanted: the middle 2:1 part of the source, resized, between bars of 8 rows."""
     pixels = smooth(*size)
@@ -677,32 +940,70 @@ def edm_wide(pixels, width, height):
         return None
     out = np.zeros([width, width, *pixels.shape[2:]], np.uint8)
     top = (width - height) // 2
-    cut = Image.fromarray(pixels[(h - rows) // 2:(h + rows) // 2])
-    out[top:top + height] = np.asarray(cut.resize((width, height), Image.Resampling.LANCZOS))
+    cut = Image.fromarray(pixels[(h - rows) // 2 : (h + rows) // 2])
+    out[top : top + height] = np.asarray(cut.resize((width, height), Image.Resampling.LANCZOS))
     return out
 
 
-SIZES = [(32, 16), (32, 15), (32, 17), (32, 24), (32, 29), (31, 40), (33, 16), (33, 21), (33, 64), (47, 22), (47, 23), (47, 71), (48, 24), (64, 31),
-         (64, 32), (64, 33), (64, 47), (96, 64), (97, 64), (101, 77), (20, 40)]  # columns, rows
+SIZES = [
+    (32, 16),
+    (32, 15),
+    (32, 17),
+    (32, 24),
+    (32, 29),
+    (31, 40),
+    (33, 16),
+    (33, 21),
+    (33, 64),
+    (47, 22),
+    (47, 23),
+    (47, 71),
+    (48, 24),
+    (64, 31),
+    (64, 32),
+    (64, 33),
+    (64, 47),
+    (96, 64),
+    (97, 64),
+    (101, 77),
+    (20, 40),
+]  # columns, rows
 
 
 def test_center_crop_wide_leaves_out_and_cuts_what_edm_does(tmp_path):
     """Odd sizes, just too small or large enough, and halves: (64, 31) and (64, 33) both have 16 rows. Files are numbered as in the source."""
     images = [random_pixels(h, w, 3, seed=i) for i, (w, h) in enumerate(SIZES)]
     source = write_files(tmp_path / 'src', {f'{i:02d}.png': encode(image) for i, image in enumerate(images)})
-    output = run(f'--source={source}', f'--dest={tmp_path}/out', '--resolution=32x16', '--transform=center-crop-wide')
+    output = run(
+        f'--source={source}', f'--dest={tmp_path}/out', '--resolution=32x16', '--transform=center-crop-wide'
+    )
     expected = {i: out for i, image in enumerate(images) if (out := edm_wide(image, 32, 16)) is not None}
-    assert {SIZES[i] for i in range(len(SIZES)) if i not in expected} == {(32, 15), (31, 40), (47, 22), (20, 40)}
-    assert f'Note: {len(SIZES) - len(expected)} images are too small for --transform=center-crop-wide and were left out' in output
+    assert {SIZES[i] for i in range(len(SIZES)) if i not in expected} == {
+        (32, 15),
+        (31, 40),
+        (47, 22),
+        (20, 40),
+    }
+    assert (
+        f'Note: {len(SIZES) - len(expected)} images are too small for --transform=center-crop-wide and were left out'
+        in output
+    )
     assert f'Wrote {len(expected)} RGB images' in output
-    assert sorted(path.stem for path in (tmp_path / 'out').rglob('*.png')) == [f'img{i:08d}' for i in expected]
+    assert sorted(path.stem for path in (tmp_path / 'out').rglob('*.png')) == [
+        f'img{i:08d}' for i in expected
+    ]
     np.testing.assert_array_equal(load(tmp_path / 'out')[0], list(expected.values()))
 
 
 def test_where_every_image_is_too_small_nothing_is_written(tmp_path):
     source = write_files(tmp_path / 'src', {'0.png': encode(random_pixels(16, 16))})
-    assert 'None of the 1 images is large enough' in run(f'--source={source}', f'--dest={tmp_path}/out.zip', '--resolution=32x16',
-                                                         '--transform=center-crop-wide', code=1)
+    assert 'None of the 1 images is large enough' in run(
+        f'--source={source}',
+        f'--dest={tmp_path}/out.zip',
+        '--resolution=32x16',
+        '--transform=center-crop-wide',
+        code=1,
+    )
     assert os.listdir(tmp_path) == ['src']
 
 
@@ -710,7 +1011,7 @@ def test_where_every_image_is_too_small_nothing_is_written(tmp_path):
 def test_center_crop_cuts_the_rows_and_columns_of_edm_where_sizes_are_odd(tmp_path, size):
     pixels, side = random_pixels(size[1], size[0], 3), min(size)
     top, left = (size[1] - side) // 2, (size[0] - side) // 2
-    cut = Image.fromarray(pixels[top:top + side, left:left + side])
+    cut = Image.fromarray(pixels[top : top + side, left : left + side])
     out = transformed(tmp_path, pixels, '32x32', 'center-crop')
     np.testing.assert_array_equal(out, np.asarray(cut.resize((32, 32), Image.Resampling.LANCZOS)))
 
@@ -724,21 +1025,25 @@ def adm_oracle(pixels, side):
     factor = side / min(h, w)
     image = Image.fromarray(pixels).resize((round(w * factor), round(h * factor)), Image.Resampling.BICUBIC)
     top, left = (image.height - side) // 2, (image.width - side) // 2
-    return np.asarray(image)[top:top + side, left:left + side]
+    return np.asarray(image)[top : top + side, left : left + side]
 
 
 @pytest.mark.parametrize('size', [(256, 192), (64, 72), (80, 96), (20, 16)])
 def test_center_crop_dhariwal_halves_by_box_then_bicubic_then_crops(tmp_path, size):
     pixels = random_pixels(size[1], size[0], 3)
-    np.testing.assert_array_equal(transformed(tmp_path, pixels, '32x32', 'center-crop-dhariwal'), adm_oracle(pixels, 32))
+    np.testing.assert_array_equal(
+        transformed(tmp_path, pixels, '32x32', 'center-crop-dhariwal'), adm_oracle(pixels, 32)
+    )
 
 
 def test_without_a_transform_the_image_is_stretched(tmp_path):
     pixels = smooth(128, 64)
     assert np.abs(transformed(tmp_path, pixels, '16x16') - area_average(pixels, 16, 16)).max() < 2.5
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Latents.
+
 
 def write_colors(path, count=11, size=8):
     """RGB images of random colors in two class folders, and their pixels in the order of the files."""
@@ -761,7 +1066,9 @@ def test_a_vae_encodes_all_images_with_their_labels(tmp_path, monkeypatch):
     output = run(f'--source={tmp_path}/src.zip', f'--dest={tmp_path}/a.zip', '--encode-vae=some/name')
     assert 'Wrote 11 latents of 4x4x8, with labels' in output and vae.batches == [8, 3]
     dataset = ImageFolderDataset(tmp_path / 'a.zip', use_labels=True)
-    np.testing.assert_allclose(np.stack([dataset[i][0] for i in range(11)]), stand_in_latents(pixels), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        np.stack([dataset[i][0] for i in range(11)]), stand_in_latents(pixels), rtol=1e-5, atol=1e-6
+    )
     assert [dataset[i][1].argmax() for i in range(11)] == [0] * 6 + [1] * 5
     with zipfile.ZipFile(tmp_path / 'a.zip') as archive:
         assert archive.namelist()[10:] == ['00000/img-mean-std-00000010.npy', 'dataset.json']
@@ -781,16 +1088,30 @@ def test_the_label_file_names_the_vae_and_the_statistics_of_what_is_drawn_from_i
     record, latents = dataset.encoder, stand_in_latents(pixels)
     assert (record['class_name'], record['vae_name']) == ('StabilityVAEEncoder', 'some/name')
     np.testing.assert_allclose(record['raw_mean'], latents[:, :4].mean((0, 2, 3)), rtol=1e-5)
-    np.testing.assert_allclose(record['raw_std'], (latents[:, :4].var((0, 2, 3)) + latents[0, 4:, 0, 0] ** 2) ** 0.5, rtol=1e-5)
+    np.testing.assert_allclose(
+        record['raw_std'], (latents[:, :4].var((0, 2, 3)) + latents[0, 4:, 0, 0] ** 2) ** 0.5, rtol=1e-5
+    )
     encoder, channels = encoders.for_dataset(dataset)
     raw = torch.from_numpy(np.stack([dataset[i][0] for i in range(20)])).repeat(1600, 1, 1, 1)
-    final = encoder.encode_latents(raw, torch.randn(32_000, 4, 4, 4, generator=torch.Generator().manual_seed(0)))
-    assert channels == 4 and final.mean((0, 2, 3)).abs().max() < 0.01 and (final.std((0, 2, 3)) - 0.5).abs().max() < 0.01
+    final = encoder.encode_latents(
+        raw, torch.randn(32_000, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    )
+    assert (
+        channels == 4
+        and final.mean((0, 2, 3)).abs().max() < 0.01
+        and (final.std((0, 2, 3)) - 0.5).abs().max() < 0.01
+    )
 
 
 def test_grayscale_images_are_encoded_as_color_and_transformed_before(tmp_path, monkeypatch):
     use_stand_in(monkeypatch)
-    output = run('--source=digits', f'--dest={tmp_path}/latents.zip', '--encode-vae=some/name', '--max-images=3', '--resolution=32x32')
+    output = run(
+        '--source=digits',
+        f'--dest={tmp_path}/latents.zip',
+        '--encode-vae=some/name',
+        '--max-images=3',
+        '--resolution=32x32',
+    )
     assert '3 images were converted from mode L to RGB' in output and 'Wrote 3 latents of 16x16x8' in output
     latents = ImageFolderDataset(tmp_path / 'latents.zip')[0][0]
     np.testing.assert_allclose(latents[0], latents[1])
@@ -803,9 +1124,13 @@ def test_a_real_vae_encodes_from_a_folder(tmp_path, monkeypatch):
     run('--source=src.zip', '--dest=latents.zip', '--encode-vae=vae')
     dataset = ImageFolderDataset('latents.zip')
     assert dataset.encoder['vae_name'] == name
-    expected = encoders.build(dataset.encoder).encode_pixels(torch.from_numpy(pixels).permute(0, 3, 1, 2)).numpy()
+    expected = (
+        encoders.build(dataset.encoder).encode_pixels(torch.from_numpy(pixels).permute(0, 3, 1, 2)).numpy()
+    )
     np.testing.assert_allclose(np.stack([dataset[i][0] for i in range(11)]), expected, rtol=1e-4, atol=1e-5)
-    assert 'the VAE cannot encode images of 1x1' in run('--source=src.zip', '--dest=small.zip', '--encode-vae=vae', '--resolution=1x1', code=1)
+    assert 'the VAE cannot encode images of 1x1' in run(
+        '--source=src.zip', '--dest=small.zip', '--encode-vae=vae', '--resolution=1x1', code=1
+    )
     assert not (tmp_path / 'small.zip').exists()
 
 
@@ -821,49 +1146,72 @@ def test_a_vae_that_is_not_there_is_named(tmp_path, monkeypatch):
     pytest.importorskip('diffusers')
     encoders.load_vae.cache_clear()
     (tmp_path / 'empty').mkdir()
-    output = run('--source=digits', f'--dest={tmp_path}/latents.zip', f'--encode-vae={tmp_path}/empty', code=1)
+    output = run(
+        '--source=digits', f'--dest={tmp_path}/latents.zip', f'--encode-vae={tmp_path}/empty', code=1
+    )
     assert f'The VAE {tmp_path}/empty cannot be loaded' in output and 'name a folder' in output
 
 
 def test_latents_are_not_encoded_again(tmp_path):
-    source = write_zip(tmp_path / 'latents.zip', {f'{i}.npy': npy(x) for i, x in enumerate(random_latents(2))})
-    assert 'holds latents already (0.npy, ...)' in run(f'--source={source}', f'--dest={tmp_path}/out.zip', code=1)
+    source = write_zip(
+        tmp_path / 'latents.zip', {f'{i}.npy': npy(x) for i, x in enumerate(random_latents(2))}
+    )
+    assert 'holds latents already (0.npy, ...)' in run(
+        f'--source={source}', f'--dest={tmp_path}/out.zip', code=1
+    )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Errors.
 
-@pytest.mark.parametrize('options, message', [
-    (['--source=digits', '--transform=center-crop'], '--transform=center-crop needs --resolution'),
-    (['--source=digits', '--resolution=64'], 'is not WIDTHxHEIGHT'),
-    (['--source=digits', '--resolution=0x0'], 'is not WIDTHxHEIGHT'),
-    (['--source=digits', '--max-images=0'], 'max-images'),
-    (['--source=digits', '--transform=zoom'], 'zoom'),
-    ([], '--source'),
-])
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (['--source=digits', '--transform=center-crop'], '--transform=center-crop needs --resolution'),
+        (['--source=digits', '--resolution=64'], 'is not WIDTHxHEIGHT'),
+        (['--source=digits', '--resolution=0x0'], 'is not WIDTHxHEIGHT'),
+        (['--source=digits', '--max-images=0'], 'max-images'),
+        (['--source=digits', '--transform=zoom'], 'zoom'),
+        ([], '--source'),
+    ],
+)
 def test_misuse_of_options_exits_with_2(tmp_path, options, message):
     assert message in run(*options, f'--dest={tmp_path}/out.zip', code=2)
 
 
-@pytest.mark.parametrize('options, message', [
-    (['--resolution=48x48'], 'side 48 is not a power of two'),
-    (['--resolution=64x32', '--transform=center-crop'], '64x32 is not square'),
-    (['--resolution=32x64', '--transform=center-crop-wide'], 'the height cannot exceed it'),
-    (['--resolution=48x16', '--transform=center-crop-letterbox'], 'side 48 is not a power of two'),
-])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (['--resolution=48x48'], 'side 48 is not a power of two'),
+        (['--resolution=64x32', '--transform=center-crop'], '64x32 is not square'),
+        (['--resolution=32x64', '--transform=center-crop-wide'], 'the height cannot exceed it'),
+        (['--resolution=48x16', '--transform=center-crop-letterbox'], 'side 48 is not a power of two'),
+    ],
+)
 def test_sizes_that_networks_cannot_take_are_refused_before_reading(tmp_path, options, message):
     assert message in run('--source=missing', f'--dest={tmp_path}/out.zip', *options, code=1)
 
 
-@pytest.mark.parametrize('files, message', [
-    ({'0.png': encode(random_pixels(6, 6))}, '0.png: side 6 is not a power of two'),
-    ({'0.png': encode(random_pixels(4, 8))}, '0.png: 8x4 is not square'),
-    ({'0.png': encode(random_pixels(4, 4)), '1.png': encode(random_pixels(8, 8))}, '1.png is 8x8, but'),
-    ({'0.png': encode(random_pixels(4, 4)), '1.png': b'no image'}, '1.png is not a readable image'),
-    ({'0.png': encode(random_pixels(4, 4, 3)), '1.png': encode(random_pixels(4, 4, 3))[:-30]}, '1.png is not a readable image'),
-    ({'0.png': encode(random_pixels(4, 4)), 'dataset.json': b'{"labels": [["1.png", 3]]}'}, 'no label for 1 of 1 images, such as 0.png'),
-    ({'0.png': encode(random_pixels(4, 4)), 'dataset.json': b'{'}, 'dataset.json is not'),
-    ({'readme.txt': b''}, 'holds no images'),
-])
+@pytest.mark.parametrize(
+    'files, message',
+    [
+        ({'0.png': encode(random_pixels(6, 6))}, '0.png: side 6 is not a power of two'),
+        ({'0.png': encode(random_pixels(4, 8))}, '0.png: 8x4 is not square'),
+        ({'0.png': encode(random_pixels(4, 4)), '1.png': encode(random_pixels(8, 8))}, '1.png is 8x8, but'),
+        ({'0.png': encode(random_pixels(4, 4)), '1.png': b'no image'}, '1.png is not a readable image'),
+        (
+            {'0.png': encode(random_pixels(4, 4, 3)), '1.png': encode(random_pixels(4, 4, 3))[:-30]},
+            '1.png is not a readable image',
+        ),
+        (
+            {'0.png': encode(random_pixels(4, 4)), 'dataset.json': b'{"labels": [["1.png", 3]]}'},
+            'no label for 1 of 1 images, such as 0.png',
+        ),
+        ({'0.png': encode(random_pixels(4, 4)), 'dataset.json': b'{'}, 'dataset.json is not'),
+        ({'readme.txt': b''}, 'holds no images'),
+    ],
+)
 def test_unfit_images_are_named_and_nothing_is_left_behind(tmp_path, files, message):
     """Whatever was at the destination stays as it was, and no temporary file remains."""
     write_files(tmp_path / 'src', files)
@@ -889,7 +1237,12 @@ def test_a_destination_in_use_is_refused(tmp_path):
     write_files(tmp_path / 'full', {'precious.txt': b'data'})
     write_files(tmp_path / 'folder.zip', {'precious.txt': b'data'})
     (tmp_path / 'file').write_bytes(b'data')
-    for name, message in [('full', 'not empty'), ('folder.zip', 'is a folder'), ('file', 'is a file'), ('file/out.zip', 'cannot write')]:
+    for name, message in [
+        ('full', 'not empty'),
+        ('folder.zip', 'is a folder'),
+        ('file', 'is a file'),
+        ('file/out.zip', 'cannot write'),
+    ]:
         assert message in run('--source=digits', f'--dest={tmp_path / name}', code=1)
     assert (tmp_path / 'full/precious.txt').read_bytes() == (tmp_path / 'file').read_bytes() == b'data'
     assert sorted(os.listdir(tmp_path)) == ['file', 'folder.zip', 'full']
@@ -903,13 +1256,20 @@ def test_a_zip_is_a_zip_in_any_case(tmp_path, name):
 
 @pytest.mark.parametrize('name', ['x.tar', 'x.tar.gz', 'x.npz', 'x.NPY', 'x.lmdb', 'x.h5', 'x.tfrecords'])
 def test_a_destination_that_is_called_another_file_is_refused_and_other_dots_are_a_folders(tmp_path, name):
-    assert 'are written to a .zip file or a folder' in run('--source=digits', f'--dest={tmp_path / name}', code=1)
+    assert 'are written to a .zip file or a folder' in run(
+        '--source=digits', f'--dest={tmp_path / name}', code=1
+    )
     assert not os.listdir(tmp_path)
-    assert len(convert('digits', tmp_path / 'digits.v1', '--max-images=3')[0]) == 3 and (tmp_path / 'digits.v1').is_dir()
+    assert (
+        len(convert('digits', tmp_path / 'digits.v1', '--max-images=3')[0]) == 3
+        and (tmp_path / 'digits.v1').is_dir()
+    )
 
 
 def test_an_existing_zip_is_replaced_even_by_its_own_conversion(tmp_path):
-    source = write_zip(tmp_path / 'data.zip', {f'{i}.png': encode(random_pixels(8, 8, seed=i)) for i in range(3)})
+    source = write_zip(
+        tmp_path / 'data.zip', {f'{i}.png': encode(random_pixels(8, 8, seed=i)) for i in range(3)}
+    )
     before = hashlib.sha256(source.read_bytes()).digest()
     assert convert(source, source, '--resolution=4x4')[0].shape == (3, 4, 4)
     assert hashlib.sha256(source.read_bytes()).digest() != before
@@ -923,23 +1283,50 @@ def test_a_full_disk_leaves_the_old_file_and_one_clear_message(tmp_path, monkeyp
         written.append(name)
         if len(written) == 5:
             raise OSError(28, 'No space left on device')
+
     monkeypatch.setattr(archive_writer.ZipWriter, 'write', fail)
     assert 'No space left on device' in run('--source=digits', f'--dest={tmp_path}/out.zip', code=1)
     assert os.listdir(tmp_path) == ['out.zip'] and (tmp_path / 'out.zip').read_bytes() == b'old'
 
 
 def test_the_script_runs_on_its_own_and_is_quiet_off_a_terminal(tmp_path):
-    command = [sys.executable, ROOT / 'dataset_tool.py', '--source=digits', '--dest=digits.zip', '--max-images=3']
+    command = [
+        sys.executable,
+        ROOT / 'dataset_tool.py',
+        '--source=digits',
+        '--dest=digits.zip',
+        '--max-images=3',
+    ]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    said = ('Note: --max-images=3 leaves out 7 of 10 classes (3, 4, 5, 6, 7, ...); --max-images-per-class takes as many of each.\n',)
-    assert (result.returncode, result.stdout, result.stderr) == (0, 'Wrote 3 grayscale images of 8x8, with labels, to digits.zip\n', *said)
-    result = subprocess.run([*command[:2], '--source=missing', '--dest=x.zip'], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stdout, result.stderr) == (1, '', 'Error: --source=missing: no such file or folder\n')
+    said = (
+        'Note: --max-images=3 leaves out 7 of 10 classes (3, 4, 5, 6, 7, ...); --max-images-per-class takes as many of each.\n',
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (
+        0,
+        'Wrote 3 grayscale images of 8x8, with labels, to digits.zip\n',
+        *said,
+    )
+    result = subprocess.run(
+        [*command[:2], '--source=missing', '--dest=x.zip'],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (
+        1,
+        '',
+        'Error: --source=missing: no such file or folder\n',
+    )
 
 
 def test_help_does_not_import_heavy_packages():
-    code = ("import sys, dataset_tool; dataset_tool.main(['--help'], standalone_mode=False); "
-            "print(sorted({'torch', 'PIL', 'sklearn'} & set(sys.modules)))")
-    result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    code = (
+        "import sys, dataset_tool; dataset_tool.main(['--help'], standalone_mode=False); "
+        "print(sorted({'torch', 'PIL', 'sklearn'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert result.stdout.endswith('[]\n'), result.stdout + result.stderr
     assert '28x28' in result.stdout and 'digits' in result.stdout

@@ -1,4 +1,5 @@
 """Feature detectors: TorchScript files, FID's Inception against pytorch-fid's numbers, DINOv2 against its formulas."""
+
 import functools
 import http.server
 import json
@@ -27,15 +28,19 @@ def save(module, path):
 
 
 def images(count, channels=3, size=(8, 8), seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, channels, *size), dtype=np.uint8))
+    return torch.from_numpy(
+        np.random.default_rng(seed).integers(0, 256, (count, channels, *size), dtype=np.uint8)
+    )
 
 
 class Bomb:
     def __reduce__(self):
         return exec, ('raise SystemExit("code ran")',)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # TorchScript.
+
 
 class Pooled(torch.nn.Module):
     """Fixed random features: convolution, ReLU, mean over the image."""
@@ -44,7 +49,9 @@ class Pooled(torch.nn.Module):
         super().__init__()
         self.conv = torch.nn.Conv2d(channels, dim, 3, bias=False)
         with torch.no_grad():
-            self.conv.weight.copy_(torch.randn(self.conv.weight.shape, generator=torch.Generator().manual_seed(dim)))
+            self.conv.weight.copy_(
+                torch.randn(self.conv.weight.shape, generator=torch.Generator().manual_seed(dim))
+            )
 
     def forward(self, images):
         return self.conv(images.float() / 255).relu().mean([2, 3])
@@ -59,7 +66,9 @@ class Gray(Pooled):
 class TwoHeads(Pooled):
     """Classes unless asked for features, with the arguments of NVIDIA's Inception. The biased classes are all the first one."""
 
-    def forward(self, images, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False):
+    def forward(
+        self, images, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False
+    ):
         features = self.conv(images.float() / 255).relu().mean([2, 3])
         if return_features:
             return features
@@ -85,10 +94,19 @@ class Labeled(torch.nn.Module):
 
 
 def test_gray_images_become_color_unless_the_detector_wants_gray(tmp_path):
-    color, gray = load_detector(save(Pooled(), tmp_path / 'c.pt')), load_detector(save(Gray(), tmp_path / 'g.pt'))
+    color, gray = (
+        load_detector(save(Pooled(), tmp_path / 'c.pt')),
+        load_detector(save(Gray(), tmp_path / 'g.pt')),
+    )
     x = images(4, channels=1)
     torch.testing.assert_close(color(x), color(x.repeat(1, 3, 1, 1)))
-    assert (color.img_channels, gray.img_channels, gray(x).shape, gray.dim, gray.name) == (3, 1, (4, 6), 6, 'g')
+    assert (color.img_channels, gray.img_channels, gray(x).shape, gray.dim, gray.name) == (
+        3,
+        1,
+        (4, 6),
+        6,
+        'g',
+    )
     with pytest.raises(UserError, match='wants images of 1 channels'):
         gray(images(4))
 
@@ -99,7 +117,11 @@ def test_a_detector_with_two_heads_gives_features_and_probabilities_without_the_
     plain = load_detector(save(Pooled(), tmp_path / 'plain.pt'))
     expected = plain(images(3))
     features, probabilities = detector.with_probabilities(images(3))
-    assert (detector.metric_name, detector.has_classes, detector.dim) == ('FID', True, 6) and not features.requires_grad
+    assert (detector.metric_name, detector.has_classes, detector.dim) == (
+        'FID',
+        True,
+        6,
+    ) and not features.requires_grad
     assert (plain.metric_name, plain.has_classes) == ('Fréchet distance', False)
     for actual in (features, detector(images(3))):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
@@ -125,7 +147,9 @@ def served(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setattr(util, 'DEFAULT_CACHE_DIR', tmp_path / 'cache')
     handler = type('Quiet', (http.server.SimpleHTTPRequestHandler,), dict(log_message=lambda *args: None))
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(handler, directory=folder)) as server:
+    with http.server.ThreadingHTTPServer(
+        ('127.0.0.1', 0), functools.partial(handler, directory=folder)
+    ) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
         thread.start()
         yield folder, f'http://127.0.0.1:{server.server_port}'
@@ -155,19 +179,38 @@ def code_in_a_zip(path):
         archive.writestr('a/code/b.py', 'x')
 
 
-@pytest.mark.parametrize('write, words', [
-    (lambda path: path.write_bytes(b'junk'), 'is no detector. Give a TorchScript file'),
-    (lambda path: path.write_bytes(b''), 'is no detector'),
-    (lambda path: torch.save(Bomb(), path), 'is no detector'),
-    (code_in_a_zip, 'TorchScript file that cannot be loaded'),
-    (lambda path: path.write_bytes(pickle.dumps(Bomb())), INCEPTION_URL),
-    (lambda path: torch.save(Bomb(), path, _use_new_zipfile_serialization=False), 'is no detector'),
-    (lambda path: torch.save([1], path), 'holds a list'),
-    (lambda path: torch.save({1: torch.zeros(2)}, path), 'holds a dict'),
-    (lambda path: torch.save(dict(a=torch.zeros(2)), path), r'lacks Conv2d_1a_3x3.conv.weight, .* and \d+ more; has besides a'),
-    (lambda path: save(Gray(img_channels=0), path), 'img_channels=0'),
-    (lambda path: save(Gray(img_channels='RGB'), path), "img_channels='RGB'"),
-], ids=['junk', 'empty', 'object', 'broken script', 'pickle', 'old object', 'list', 'odd names', 'other weights', 'no channels', 'odd channels'])
+@pytest.mark.parametrize(
+    'write, words',
+    [
+        (lambda path: path.write_bytes(b'junk'), 'is no detector. Give a TorchScript file'),
+        (lambda path: path.write_bytes(b''), 'is no detector'),
+        (lambda path: torch.save(Bomb(), path), 'is no detector'),
+        (code_in_a_zip, 'TorchScript file that cannot be loaded'),
+        (lambda path: path.write_bytes(pickle.dumps(Bomb())), INCEPTION_URL),
+        (lambda path: torch.save(Bomb(), path, _use_new_zipfile_serialization=False), 'is no detector'),
+        (lambda path: torch.save([1], path), 'holds a list'),
+        (lambda path: torch.save({1: torch.zeros(2)}, path), 'holds a dict'),
+        (
+            lambda path: torch.save(dict(a=torch.zeros(2)), path),
+            r'lacks Conv2d_1a_3x3.conv.weight, .* and \d+ more; has besides a',
+        ),
+        (lambda path: save(Gray(img_channels=0), path), 'img_channels=0'),
+        (lambda path: save(Gray(img_channels='RGB'), path), "img_channels='RGB'"),
+    ],
+    ids=[
+        'junk',
+        'empty',
+        'object',
+        'broken script',
+        'pickle',
+        'old object',
+        'list',
+        'odd names',
+        'other weights',
+        'no channels',
+        'odd channels',
+    ],
+)
 def test_files_that_are_no_detectors_are_refused_without_running_them(tmp_path, write, words):
     path = tmp_path / 'file.pkl'
     write(path)
@@ -177,7 +220,10 @@ def test_files_that_are_no_detectors_are_refused_without_running_them(tmp_path, 
 
 
 def test_what_a_detector_cannot_do_is_one_clear_error(tmp_path):
-    for module, words in ((Images(), 'did not return one feature vector'), (Labeled(), 'failed on uint8 images')):
+    for module, words in (
+        (Images(), 'did not return one feature vector'),
+        (Labeled(), 'failed on uint8 images'),
+    ):
         with pytest.raises(UserError, match=words):
             load_detector(save(module, tmp_path / 'd.pt'))(images(2))
     with pytest.raises(UserError, match='did not return one probability vector'):
@@ -228,8 +274,10 @@ def test_scripts_run_unoptimized_so_that_their_first_calls_are_like_the_later_on
     network.with_probabilities(images(1))
     assert seen == [False, False] and torch._C._get_graph_executor_optimize()
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # FID's Inception.
+
 
 @pytest.fixture(scope='module')
 def golden():
@@ -270,8 +318,14 @@ def test_inception_from_a_state_dict_equals_pytorch_fid(golden, inception_weight
     features, probabilities = detector.with_probabilities(torch.from_numpy(golden['images']))
     expected = golden['features']
     assert np.abs(features.numpy() - expected).max() < 1e-5 < 1e-4 * expected.std()
-    assert (detector.name, detector.metric_name, detector.dim) == ('pt_inception-2015-12-05-6726825d', 'FID', 2048)
-    assert detector.has_classes and detector.img_channels == 3 and detector.digest == file_sha256(inception_file)
+    assert (detector.name, detector.metric_name, detector.dim) == (
+        'pt_inception-2015-12-05-6726825d',
+        'FID',
+        2048,
+    )
+    assert (
+        detector.has_classes and detector.img_channels == 3 and detector.digest == file_sha256(inception_file)
+    )
     logits = expected.astype(np.float64) @ inception_weights['fc.weight'].numpy().T
     odds = np.exp(logits - logits.max(axis=1, keepdims=True))
     np.testing.assert_allclose(probabilities, odds / odds.sum(axis=1, keepdims=True), rtol=1e-4)
@@ -279,8 +333,14 @@ def test_inception_from_a_state_dict_equals_pytorch_fid(golden, inception_weight
 
 def test_inception_from_a_file_of_an_old_pytorch(golden, inception_weights, tmp_path):
     """Not a zip; without counters of batches. The output bias changes neither features nor probabilities."""
-    weights = {name: tensor for name, tensor in inception_weights.items() if not name.endswith('num_batches_tracked')}
-    torch.save(dict(weights, **{'fc.bias': torch.linspace(-9, 9, 1008)}), tmp_path / 'old.pth', _use_new_zipfile_serialization=False)
+    weights = {
+        name: tensor for name, tensor in inception_weights.items() if not name.endswith('num_batches_tracked')
+    }
+    torch.save(
+        dict(weights, **{'fc.bias': torch.linspace(-9, 9, 1008)}),
+        tmp_path / 'old.pth',
+        _use_new_zipfile_serialization=False,
+    )
     torch.save(weights, tmp_path / 'new.pth')
     x = torch.from_numpy(golden['images'][:1])
     old, new = (load_detector(tmp_path / name).with_probabilities(x) for name in ('old.pth', 'new.pth'))
@@ -297,7 +357,11 @@ def tiny_network():
 
 def test_counters_of_batches_that_are_absent_are_zero():
     network = tiny_network()
-    weights = {name: torch.ones_like(tensor) for name, tensor in network.state_dict().items() if 'batches' not in name}
+    weights = {
+        name: torch.ones_like(tensor)
+        for name, tensor in network.state_dict().items()
+        if 'batches' not in name
+    }
     network.bn.num_batches_tracked.fill_(5)
     load_weights(network, weights, 'file.pth', 'a network')
     assert network.bn.num_batches_tracked == 0 and (network.bn.running_mean == 1).all()
@@ -309,18 +373,45 @@ def test_inception_resizes_large_images_without_antialiasing(inception_file):
     torch.testing.assert_close(detector(x), detector(x[..., 1::3, 1::3]), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize('change, words', [
-    (lambda weights: weights.pop('conv.weight'), 'it lacks conv.weight. '),
-    (lambda weights: weights.update({'AuxLogits.fc.bias': torch.zeros(1)}), 'it has besides AuxLogits.fc.bias. '),
-    (lambda weights: weights.update({'bn.bias': torch.zeros(1)}), r'another shape at bn.bias \[1\] instead of \[2\]. '),
-    (lambda weights: weights.update({'bn.bias': torch.tensor([0.0, torch.nan])}), 'NaN or infinite numbers at bn.bias. '),
-    (lambda weights: weights.update({'bn.bias': torch.tensor([0.0, torch.inf])}), 'NaN or infinite numbers at bn.bias. '),
-    (lambda weights: weights.update({'bn.bias': [0.0, 0.0]}), 'no plain tensor at bn.bias. '),
-    (lambda weights: weights.update({'bn.bias': torch.zeros(2).to_sparse()}), 'no plain tensor at bn.bias. '),
-    (lambda weights: weights.update({'bn.bias': torch.zeros(2, dtype=torch.complex64)}), 'no plain tensor at bn.bias. '),
-    (lambda weights: weights.update({f'x{i}': torch.zeros(1) for i in range(9)}), 'it has besides x0, x1, x2 and 6 more. '),
-    (lambda weights: (weights.pop('conv.weight'), weights.update(a=1)), 'it lacks conv.weight; has besides a. '),
-])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (lambda weights: weights.pop('conv.weight'), 'it lacks conv.weight. '),
+        (
+            lambda weights: weights.update({'AuxLogits.fc.bias': torch.zeros(1)}),
+            'it has besides AuxLogits.fc.bias. ',
+        ),
+        (
+            lambda weights: weights.update({'bn.bias': torch.zeros(1)}),
+            r'another shape at bn.bias \[1\] instead of \[2\]. ',
+        ),
+        (
+            lambda weights: weights.update({'bn.bias': torch.tensor([0.0, torch.nan])}),
+            'NaN or infinite numbers at bn.bias. ',
+        ),
+        (
+            lambda weights: weights.update({'bn.bias': torch.tensor([0.0, torch.inf])}),
+            'NaN or infinite numbers at bn.bias. ',
+        ),
+        (lambda weights: weights.update({'bn.bias': [0.0, 0.0]}), 'no plain tensor at bn.bias. '),
+        (
+            lambda weights: weights.update({'bn.bias': torch.zeros(2).to_sparse()}),
+            'no plain tensor at bn.bias. ',
+        ),
+        (
+            lambda weights: weights.update({'bn.bias': torch.zeros(2, dtype=torch.complex64)}),
+            'no plain tensor at bn.bias. ',
+        ),
+        (
+            lambda weights: weights.update({f'x{i}': torch.zeros(1) for i in range(9)}),
+            'it has besides x0, x1, x2 and 6 more. ',
+        ),
+        (
+            lambda weights: (weights.pop('conv.weight'), weights.update(a=1)),
+            'it lacks conv.weight; has besides a. ',
+        ),
+    ],
+)
 def test_weights_that_do_not_fit_are_named_and_change_nothing(change, words):
     network = tiny_network()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -331,8 +422,10 @@ def test_weights_that_do_not_fit_are_named_and_change_nothing(change, words):
     assert str(error.value).startswith('file.pth does not hold the weights of a network: ')
     torch.testing.assert_close(dict(network.state_dict()), before)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # DINOv2.
+
 
 @pytest.fixture(scope='module')
 def transformers():
@@ -344,10 +437,15 @@ def tiny_dinov2(transformers, tmp_path_factory):
     """A folder as save_pretrained writes it: 2 layers, random weights, patches and positions as in the released models."""
     folder = tmp_path_factory.mktemp('dinov2') / 'tiny'
     torch.manual_seed(0)
-    model = transformers.Dinov2Model(transformers.Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=518))
+    model = transformers.Dinov2Model(
+        transformers.Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=518)
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape) * (0.2 if parameter.ndim > 1 else 0.5) + ('norm' in name and 'weight' in name))
+            parameter.copy_(
+                torch.randn(parameter.shape) * (0.2 if parameter.ndim > 1 else 0.5)
+                + ('norm' in name and 'weight' in name)
+            )
     model.save_pretrained(folder)
     return folder
 
@@ -355,7 +453,9 @@ def tiny_dinov2(transformers, tmp_path_factory):
 def cubic(x, a):
     """Keys' kernel of cubic convolution."""
     x = np.abs(x)
-    return np.where(x < 1, (a + 2) * x ** 3 - (a + 3) * x ** 2 + 1, np.where(x < 2, a * (x ** 3 - 5 * x ** 2 + 8 * x - 4), 0))
+    return np.where(
+        x < 1, (a + 2) * x**3 - (a + 3) * x**2 + 1, np.where(x < 2, a * (x**3 - 5 * x**2 + 8 * x - 4), 0)
+    )
 
 
 def sampled_positions(positions):
@@ -372,7 +472,14 @@ def sampled_positions(positions):
 
 def resized(image):
     """uint8 [3, H, W] to [3, 224, 224] by Pillow, in floating point."""
-    return np.stack([np.asarray(PIL.Image.fromarray(np.float32(channel)).resize((224, 224), PIL.Image.Resampling.BICUBIC)) for channel in image])
+    return np.stack(
+        [
+            np.asarray(
+                PIL.Image.fromarray(np.float32(channel)).resize((224, 224), PIL.Image.Resampling.BICUBIC)
+            )
+            for channel in image
+        ]
+    )
 
 
 def norm(x, weight, bias):
@@ -381,17 +488,27 @@ def norm(x, weight, bias):
 
 def cls_feature(image, weights, heads):
     """The CLS token after the last layer norm, from a vision transformer's formulas (Dosovitskiy et al. 2021) with layer scale, in FP64."""
+
     def linear(x, name):
         return x @ weights[f'{name}.weight'].T + weights[f'{name}.bias']
 
-    pixels = (resized(image) / 255 - np.reshape([0.485, 0.456, 0.406], (3, 1, 1))) / np.reshape([0.229, 0.224, 0.225], (3, 1, 1))
+    pixels = (resized(image) / 255 - np.reshape([0.485, 0.456, 0.406], (3, 1, 1))) / np.reshape(
+        [0.229, 0.224, 0.225], (3, 1, 1)
+    )
     patches = pixels.reshape(3, 16, 14, 16, 14).transpose(1, 3, 0, 2, 4).reshape(256, -1)
     kernel = weights['embeddings.patch_embeddings.projection.weight']
-    tokens = patches @ kernel.reshape(len(kernel), -1).T + weights['embeddings.patch_embeddings.projection.bias']
-    x = np.concatenate([weights['embeddings.cls_token'][0], tokens]) + sampled_positions(weights['embeddings.position_embeddings'][0])
+    tokens = (
+        patches @ kernel.reshape(len(kernel), -1).T + weights['embeddings.patch_embeddings.projection.bias']
+    )
+    x = np.concatenate([weights['embeddings.cls_token'][0], tokens]) + sampled_positions(
+        weights['embeddings.position_embeddings'][0]
+    )
     for layer in (f'encoder.layer.{i}' for i in range(2)):
         y = norm(x, weights[f'{layer}.norm1.weight'], weights[f'{layer}.norm1.bias'])
-        q, k, v = (linear(y, f'{layer}.attention.attention.{name}').reshape(257, heads, -1) for name in ('query', 'key', 'value'))
+        q, k, v = (
+            linear(y, f'{layer}.attention.attention.{name}').reshape(257, heads, -1)
+            for name in ('query', 'key', 'value')
+        )
         scores = np.einsum('qhd,khd->hqk', q, k) / np.sqrt(q.shape[-1])
         odds = np.exp(scores - scores.max(-1, keepdims=True))
         y = np.einsum('hqk,khd->qhd', odds / odds.sum(-1, keepdims=True), v).reshape(257, -1)
@@ -406,7 +523,11 @@ def cls_feature(image, weights, heads):
 def test_dinov2_equals_the_formulas_of_its_authors(tiny_dinov2, size):
     """Smaller, equal and larger images. The weights are read from the file, under their names there, which are those of the released model."""
     from safetensors.numpy import load_file
-    weights = {name: tensor.astype(np.float64) for name, tensor in load_file(tiny_dinov2 / 'model.safetensors').items()}
+
+    weights = {
+        name: tensor.astype(np.float64)
+        for name, tensor in load_file(tiny_dinov2 / 'model.safetensors').items()
+    }
     x = images(2, size=size)
     detector = load_detector(f'dinov2:{tiny_dinov2}')
     expected = np.stack([cls_feature(image, weights, heads=2) for image in x.numpy()])
@@ -421,7 +542,11 @@ def test_the_positions_that_transformers_would_use_give_other_features(transform
     theirs = transformers.Dinov2Model.from_pretrained(tiny_dinov2).embeddings.position_embeddings
     ours = detector.network.model.embeddings.position_embeddings
     assert ours.shape == (1, 257, 16)
-    plain = F.interpolate(theirs[:, 1:].unflatten(1, (37, 37)).movedim(-1, 1), size=(16, 16), mode='bicubic').flatten(2).mT
+    plain = (
+        F.interpolate(theirs[:, 1:].unflatten(1, (37, 37)).movedim(-1, 1), size=(16, 16), mode='bicubic')
+        .flatten(2)
+        .mT
+    )
     assert (ours[:, 1:] - plain).abs().max() > 0.01
 
 
@@ -432,7 +557,11 @@ def test_positions_of_224_pixels_stay_as_they_are():
 
 def test_only_vit_l_14_gives_fd_dinov2(tiny_dinov2, monkeypatch):
     detector = load_detector(f'dinov2:{tiny_dinov2}')
-    assert (detector.name, detector.metric_name, detector.has_classes) == ('dinov2-16x2', 'Fréchet distance', False)
+    assert (detector.name, detector.metric_name, detector.has_classes) == (
+        'dinov2-16x2',
+        'Fréchet distance',
+        False,
+    )
     assert dinov2.LARGE == (1024, 24, 14)
     monkeypatch.setattr(dinov2, 'LARGE', (16, 2, 14))
     detector = load_detector(f'dinov2:{tiny_dinov2}')
@@ -453,6 +582,7 @@ def test_loading_dinov2_prints_nothing(tiny_dinov2, capfd):
 
 def test_transformers_is_silenced_while_loading_only(transformers):
     from transformers.utils import logging
+
     before = logging.get_verbosity()
     logging.set_verbosity_info()
     try:
@@ -465,37 +595,55 @@ def test_transformers_is_silenced_while_loading_only(transformers):
 
 def change_config(folder, **changes):
     config = json.loads((folder / 'config.json').read_text())
-    (folder / 'config.json').write_text(json.dumps({name: value for name, value in (config | changes).items() if value is not None}))
+    (folder / 'config.json').write_text(
+        json.dumps({name: value for name, value in (config | changes).items() if value is not None})
+    )
 
 
 def change_weights(folder, change):
     from safetensors.torch import load_file, save_file
+
     weights = load_file(folder / 'model.safetensors')
     change(weights)
     save_file(weights, folder / 'model.safetensors')
 
 
-@pytest.mark.parametrize('damage, words', [
-    (lambda folder: (folder / 'config.json').unlink(), 'has no config.json'),
-    (lambda folder: (folder / 'model.safetensors').unlink(), 'has no model.safetensors'),
-    (lambda folder: (folder / 'config.json').write_text('{'), 'cannot be read as the configuration'),
-    (lambda folder: (folder / 'config.json').write_text('[]'), 'type None, not dinov2'),
-    (lambda folder: change_config(folder, model_type='vit'), "type 'vit', not dinov2"),
-    (lambda folder: change_config(folder, model_type='dinov2_with_registers'), "'dinov2_with_registers', not dinov2"),
-    (lambda folder: change_config(folder, patch_size=15), 'other images than color images of 224x224'),
-    (lambda folder: change_config(folder, num_channels=1), 'other images than color images'),
-    (lambda folder: change_config(folder, hidden_size='16'), "hidden_size is '16'"),
-    (lambda folder: change_config(folder, num_hidden_layers=0), 'num_hidden_layers is 0'),
-    (lambda folder: change_config(folder, image_size=[518, 518]), 'image_size is'),
-    (lambda folder: change_config(folder, num_attention_heads=None), 'does not say num_attention_heads'),
-    (lambda folder: change_config(folder, hidden_act='rm -rf'), 'cannot be read as the weights'),
-    (lambda folder: change_config(folder, hidden_size=32), 'cannot be read as the weights'),
-    (lambda folder: change_config(folder, num_hidden_layers=3), '18 differ, such as encoder.layer.2'),
-    (lambda folder: (folder / 'model.safetensors').write_bytes(b'junk'), 'cannot be read as the weights'),
-    (lambda folder: change_weights(folder, lambda weights: weights.pop('layernorm.bias')), '1 differ, such as layernorm.bias'),
-    (lambda folder: change_weights(folder, lambda weights: weights.update(extra=torch.zeros(1))), '1 differ, such as extra'),
-    (lambda folder: change_weights(folder, lambda weights: weights['layernorm.bias'].fill_(torch.nan)), 'NaN or infinite numbers at layernorm.bias'),
-])
+@pytest.mark.parametrize(
+    'damage, words',
+    [
+        (lambda folder: (folder / 'config.json').unlink(), 'has no config.json'),
+        (lambda folder: (folder / 'model.safetensors').unlink(), 'has no model.safetensors'),
+        (lambda folder: (folder / 'config.json').write_text('{'), 'cannot be read as the configuration'),
+        (lambda folder: (folder / 'config.json').write_text('[]'), 'type None, not dinov2'),
+        (lambda folder: change_config(folder, model_type='vit'), "type 'vit', not dinov2"),
+        (
+            lambda folder: change_config(folder, model_type='dinov2_with_registers'),
+            "'dinov2_with_registers', not dinov2",
+        ),
+        (lambda folder: change_config(folder, patch_size=15), 'other images than color images of 224x224'),
+        (lambda folder: change_config(folder, num_channels=1), 'other images than color images'),
+        (lambda folder: change_config(folder, hidden_size='16'), "hidden_size is '16'"),
+        (lambda folder: change_config(folder, num_hidden_layers=0), 'num_hidden_layers is 0'),
+        (lambda folder: change_config(folder, image_size=[518, 518]), 'image_size is'),
+        (lambda folder: change_config(folder, num_attention_heads=None), 'does not say num_attention_heads'),
+        (lambda folder: change_config(folder, hidden_act='rm -rf'), 'cannot be read as the weights'),
+        (lambda folder: change_config(folder, hidden_size=32), 'cannot be read as the weights'),
+        (lambda folder: change_config(folder, num_hidden_layers=3), '18 differ, such as encoder.layer.2'),
+        (lambda folder: (folder / 'model.safetensors').write_bytes(b'junk'), 'cannot be read as the weights'),
+        (
+            lambda folder: change_weights(folder, lambda weights: weights.pop('layernorm.bias')),
+            '1 differ, such as layernorm.bias',
+        ),
+        (
+            lambda folder: change_weights(folder, lambda weights: weights.update(extra=torch.zeros(1))),
+            '1 differ, such as extra',
+        ),
+        (
+            lambda folder: change_weights(folder, lambda weights: weights['layernorm.bias'].fill_(torch.nan)),
+            'NaN or infinite numbers at layernorm.bias',
+        ),
+    ],
+)
 def test_folders_of_anything_else_than_dinov2_are_refused(tiny_dinov2, tmp_path, damage, words):
     folder = tmp_path / 'model'
     folder.mkdir()
@@ -504,7 +652,11 @@ def test_folders_of_anything_else_than_dinov2_are_refused(tiny_dinov2, tmp_path,
     damage(folder)
     with pytest.raises(UserError, match=words) as error:
         load_detector(f'dinov2:{folder}')
-    assert str(folder) in str(error.value) and 'save_pretrained' in str(error.value) and '\n' not in str(error.value)
+    assert (
+        str(folder) in str(error.value)
+        and 'save_pretrained' in str(error.value)
+        and '\n' not in str(error.value)
+    )
 
 
 @pytest.mark.parametrize('folder', ['', 'no/such/folder'])
@@ -513,14 +665,20 @@ def test_a_missing_folder_is_named(transformers, folder):
         load_detector(f'dinov2:{folder}')
 
 
-def test_the_released_model_comes_from_hugging_faces_cache_without_asking_a_server(transformers, tiny_dinov2, monkeypatch):
+def test_the_released_model_comes_from_hugging_faces_cache_without_asking_a_server(
+    transformers, tiny_dinov2, monkeypatch
+):
     import huggingface_hub
-    monkeypatch.setattr(huggingface_hub, 'try_to_load_from_cache', lambda repository, name: str(tiny_dinov2 / name))
+
+    monkeypatch.setattr(
+        huggingface_hub, 'try_to_load_from_cache', lambda repository, name: str(tiny_dinov2 / name)
+    )
     assert load_detector('dinov2').digest == file_sha256(tiny_dinov2 / 'model.safetensors')
 
 
 def test_the_released_model_is_downloaded_once_and_pinned(transformers, tiny_dinov2, served, monkeypatch):
     import huggingface_hub
+
     folder, url = served
     for path in tiny_dinov2.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
@@ -532,7 +690,9 @@ def test_the_released_model_is_downloaded_once_and_pinned(transformers, tiny_din
     assert load_detector('dinov2').digest == digest
     for path in util.DEFAULT_CACHE_DIR.glob('*.safetensors'):
         path.write_bytes(b'?' + path.read_bytes()[1:])
-    with pytest.raises(UserError, match=r'404.*save_pretrained\(.FOLDER.\), and here that folder \(dinov2:FOLDER\)'):
+    with pytest.raises(
+        UserError, match=r'404.*save_pretrained\(.FOLDER.\), and here that folder \(dinov2:FOLDER\)'
+    ):
         load_detector('dinov2')
 
 
@@ -545,4 +705,8 @@ def test_without_transformers_the_extra_is_named(monkeypatch, tmp_path):
 def test_transformers_is_imported_only_where_it_is_used():
     """It takes seconds."""
     from helpers import run
-    run('-c', 'import sys, metrics.dinov2, metrics.inception, metrics.detectors; sys.exit("transformers" in sys.modules)')
+
+    run(
+        '-c',
+        'import sys, metrics.dinov2, metrics.inception, metrics.detectors; sys.exit("transformers" in sys.modules)',
+    )

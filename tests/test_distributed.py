@@ -1,4 +1,5 @@
 """Processes: alone, wrongly started, and two of them for real."""
+
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from torch_utils import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 
-TOGETHER = '''
+TOGETHER = """
 import torch
 from metrics.statistics import FeatureStats
 from torch_utils import distributed
@@ -33,7 +34,7 @@ stats.reduce()
 assert (torch.from_numpy(stats.sigma) - features.double().T.cov()).abs().max() < 1e-12
 distributed.print0(f'rank {rank} speaks')
 distributed.shutdown()
-'''
+"""
 
 
 def test_one_process_needs_no_group():
@@ -41,18 +42,23 @@ def test_one_process_needs_no_group():
     x = torch.ones(3)
     assert distributed.all_reduce_sum(x) is x
     assert (distributed.get_rank(), distributed.get_world_size(), distributed.is_main()) == (0, 1, True)
-    assert distributed.broadcast_object('x') == 'x' and distributed.gather_objects('x') == distributed.gather_on_main('x') == ['x']
+    assert distributed.broadcast_object('x') == 'x' and distributed.gather_objects(
+        'x'
+    ) == distributed.gather_on_main('x') == ['x']
     assert not torch.distributed.is_initialized()
     distributed.barrier()
     distributed.shutdown()
 
 
-@pytest.mark.parametrize('environment, words', [
-    (dict(RANK='1'), 'WORLD_SIZE'),
-    (dict(RANK='one', WORLD_SIZE='2'), "RANK is 'one'"),
-    (dict(RANK='2', WORLD_SIZE='2', LOCAL_RANK='0'), 'RANK=2 is not below WORLD_SIZE=2'),
-    (dict(RANK='0', WORLD_SIZE='2', LOCAL_RANK='0'), 'could not join'),
-])
+@pytest.mark.parametrize(
+    'environment, words',
+    [
+        (dict(RANK='1'), 'WORLD_SIZE'),
+        (dict(RANK='one', WORLD_SIZE='2'), "RANK is 'one'"),
+        (dict(RANK='2', WORLD_SIZE='2', LOCAL_RANK='0'), 'RANK=2 is not below WORLD_SIZE=2'),
+        (dict(RANK='0', WORLD_SIZE='2', LOCAL_RANK='0'), 'could not join'),
+    ],
+)
 def test_a_wrong_environment_is_an_error_with_a_cure(monkeypatch, environment, words):
     for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
         monkeypatch.delenv(name, raising=False)
@@ -65,7 +71,19 @@ def test_a_wrong_environment_is_an_error_with_a_cure(monkeypatch, environment, w
 
 def test_two_processes_add_gather_and_broadcast(tmp_path):
     (tmp_path / 'together.py').write_text(TOGETHER)
-    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path / 'together.py')],
-                         env={**os.environ, 'PYTHONPATH': str(ROOT), 'CUDA_VISIBLE_DEVICES': ''}, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc_per_node=2',
+            str(tmp_path / 'together.py'),
+        ],
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'CUDA_VISIBLE_DEVICES': ''},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == 'rank 0 speaks'

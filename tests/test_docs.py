@@ -1,4 +1,5 @@
 """The documentation against the code: options, commands, links, names, and every Python block."""
+
 import contextlib
 import io
 import itertools
@@ -46,22 +47,57 @@ from training.training_loop import network_stats, tick_stats
 from training.weight_update import WeightUpdate
 
 PAGES = sorted((ROOT / 'docs').glob('*.md'))
-COMMANDS = {'train.py': train.main, 'generate.py': generate.main, 'fid.py calc': fid.calc, 'fid.py ref': fid.ref, 'validation.py': validation.main,
-            'reconstruct_phema.py': reconstruct_phema.main, 'search.py': search.main,
-            'dataset_tool.py': dataset_tool.main, 'demo.py': demo.main, 'compare.py': compare.main,
-            'convert.py': convert.main, 'convert.py info': convert.info,
-            **{f'edit.py {name}': command for name, command in edit.main.commands.items()},
-            'python -m benchmarks': all_benchmarks.main, 'benchmarks/step.py': step.main, 'benchmarks/scaling.py': scaling.main,
-            'benchmarks/memory.py': memory.main, 'benchmarks/sampling.py': sampling.main, 'benchmarks/startup.py': startup.main,
-            'benchmarks/data.py': data_benchmark.main, 'benchmarks/precision.py': precision_benchmark.main,
-            'benchmarks/frechet.py': frechet_benchmark.main, 'benchmarks/images.py': images_benchmark.main,
-            'benchmarks/checkpoint.py': checkpoint_benchmark.main, 'benchmarks/state.py': state_benchmark.main,
-            'benchmarks/mutants.py': mutants.main,
-            'python -m metrics.rulers': rulers.main}
+COMMANDS = {
+    'train.py': train.main,
+    'generate.py': generate.main,
+    'fid.py calc': fid.calc,
+    'fid.py ref': fid.ref,
+    'validation.py': validation.main,
+    'reconstruct_phema.py': reconstruct_phema.main,
+    'search.py': search.main,
+    'dataset_tool.py': dataset_tool.main,
+    'demo.py': demo.main,
+    'compare.py': compare.main,
+    'convert.py': convert.main,
+    'convert.py info': convert.info,
+    **{f'edit.py {name}': command for name, command in edit.main.commands.items()},
+    'python -m benchmarks': all_benchmarks.main,
+    'benchmarks/step.py': step.main,
+    'benchmarks/scaling.py': scaling.main,
+    'benchmarks/memory.py': memory.main,
+    'benchmarks/sampling.py': sampling.main,
+    'benchmarks/startup.py': startup.main,
+    'benchmarks/data.py': data_benchmark.main,
+    'benchmarks/precision.py': precision_benchmark.main,
+    'benchmarks/frechet.py': frechet_benchmark.main,
+    'benchmarks/images.py': images_benchmark.main,
+    'benchmarks/checkpoint.py': checkpoint_benchmark.main,
+    'benchmarks/state.py': state_benchmark.main,
+    'benchmarks/mutants.py': mutants.main,
+    'python -m metrics.rulers': rulers.main,
+}
 # Options of torchrun and srun.
-FOREIGN = {'standalone', 'nproc_per_node', 'nnodes', 'node_rank', 'rdzv_backend', 'rdzv_endpoint', 'rdzv_id', 'numa-binding', 'numa_binding',
-           'ntasks', 'ntasks-per-node', 'kill-on-bad-exit', 'nodes', 'gpus-per-node', 'signal', 'requeue', 'signals-to-handle', 'shutdown-timeout',
-           'max-restarts'}
+FOREIGN = {
+    'standalone',
+    'nproc_per_node',
+    'nnodes',
+    'node_rank',
+    'rdzv_backend',
+    'rdzv_endpoint',
+    'rdzv_id',
+    'numa-binding',
+    'numa_binding',
+    'ntasks',
+    'ntasks-per-node',
+    'kill-on-bad-exit',
+    'nodes',
+    'gpus-per-node',
+    'signal',
+    'requeue',
+    'signals-to-handle',
+    'shutdown-timeout',
+    'max-restarts',
+}
 
 
 def blocks(page, language):
@@ -69,11 +105,17 @@ def blocks(page, language):
     pattern = rf'^```{language}\n(.*?)^```\n(?:\n^```text\n(.*?)^```)?'
     return [(code, output or None) for code, output in re.findall(pattern, page.read_text(), re.M | re.S)]
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Options.
 
+
 def options_of(command):
-    return [parameter for parameter in command.params if isinstance(parameter, click.Option) and not parameter.hidden]
+    return [
+        parameter
+        for parameter in command.params
+        if isinstance(parameter, click.Option) and not parameter.hidden
+    ]
 
 
 def documented_default(option):
@@ -109,18 +151,30 @@ def test_options_md_lists_every_option_with_its_default_under_the_headings_of_he
         expected.append(documented_start(option))
     assert len(lines) == len(expected), f'{name}: options.md and --help list different options'
     for line, start in zip(lines, expected):
-        assert line.startswith(start), f'{name}: a line of docs/options.md should begin with\n{start}\nand is\n{line}'
+        assert line.startswith(start), (
+            f'{name}: a line of docs/options.md should begin with\n{start}\nand is\n{line}'
+        )
 
 
 def test_no_page_names_an_option_that_does_not_exist():
-    known = FOREIGN | {'help', 'x'} | {name[2:] for command in COMMANDS.values() for option in options_of(command)
-                                       for name in [*option.opts, *option.secondary_opts]}
+    known = (
+        FOREIGN
+        | {'help', 'x'}
+        | {
+            name[2:]
+            for command in COMMANDS.values()
+            for option in options_of(command)
+            for name in [*option.opts, *option.secondary_opts]
+        }
+    )
     for page in (*PAGES, ROOT / 'README.md'):
         named = set(re.findall(r'(?<![\w:-])--([A-Za-z][\w-]*)', page.read_text()))
         assert named <= known, f'{page.name}: {sorted(named - known)}'
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Commands.
+
 
 def shell_commands():
     """(page, words before the script, command, arguments) of every call of ours in the `bash` blocks."""
@@ -135,7 +189,14 @@ def shell_commands():
 
 def test_every_command_parses_and_its_options_go_together():
     calls = list(shell_commands())
-    assert {name for _, _, name, _ in calls} >= {'train.py', 'generate.py', 'fid.py calc', 'fid.py ref', 'validation.py', 'dataset_tool.py'}
+    assert {name for _, _, name, _ in calls} >= {
+        'train.py',
+        'generate.py',
+        'fid.py calc',
+        'fid.py ref',
+        'validation.py',
+        'dataset_tool.py',
+    }
     for page, _, name, arguments in calls:
         try:
             context = COMMANDS[name].make_context(name, list(arguments))
@@ -146,14 +207,19 @@ def test_every_command_parses_and_its_options_go_together():
 
 
 def test_torchrun_is_kept_from_reading_num():
-    calls = [(page, before, name) for page, before, name, arguments in shell_commands()
-             if 'torchrun' in before and any(argument.startswith('--num=') for argument in arguments)]
+    calls = [
+        (page, before, name)
+        for page, before, name, arguments in shell_commands()
+        if 'torchrun' in before and any(argument.startswith('--num=') for argument in arguments)
+    ]
     assert calls
     for page, before, name in calls:
         assert before[-1] == '--', f'{page}: {name}'
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Links and names.
+
 
 def anchors(path):
     """GitHub's names of a page's headings."""
@@ -177,15 +243,21 @@ def test_the_index_names_every_page():
 
 
 def test_files_and_functions_that_the_pages_name_exist():
-    named = [(page.name, path, name) for page in PAGES for path, name in re.findall(r'`([\w/]+\.py)(?:: (\w+))?`', page.read_text())]
+    named = [
+        (page.name, path, name)
+        for page in PAGES
+        for path, name in re.findall(r'`([\w/]+\.py)(?:: (\w+))?`', page.read_text())
+    ]
     assert len(named) > 100 and sum(bool(name) for _, _, name in named) > 50
     for page, path, name in named:
         assert (ROOT / path).is_file(), f'{page}: {path}'
         definition = rf'^\s*(?:def|class) {name}\b|^{name}\b.* = '
         assert not name or re.search(definition, (ROOT / path).read_text(), re.M), f'{page}: {path}: {name}'
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Python blocks.
+
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 def test_python_blocks_run_and_print_what_stands_below_them(page):
@@ -198,7 +270,7 @@ def test_python_blocks_run_and_print_what_stands_below_them(page):
 
 @pytest.fixture
 def worked_example():
-    (code, _), = blocks(ROOT / 'docs' / 'new-objective.md', 'python')
+    ((code, _),) = blocks(ROOT / 'docs' / 'new-objective.md', 'python')
     namespace = {}
     exec(compile(code, 'new-objective.md', 'exec'), namespace)
     yield namespace['MidpointDistillationLoss']
@@ -207,13 +279,23 @@ def worked_example():
 
 def student():
     torch.manual_seed(0)
-    net = networks.EDMPrecond(8, 1, 0, model_channels=16, channel_mult=[1], num_blocks=1, attn_resolutions=[], dropout=0).double()
+    net = networks.EDMPrecond(
+        8, 1, 0, model_channels=16, channel_mult=[1], num_blocks=1, attn_resolutions=[], dropout=0
+    ).double()
     torch.nn.init.normal_(net.model.out_conv.weight, std=0.1)
     return net
 
 
-SEGMENTS = dict(T_anneal_kimg=0, rho=7.0, sigma_min=0.002, sigma_max=80.0, sampling_mode='edm', cd_loss='pseudo_huber', cd_weight_mode='sqrt_karras',
-                sigma_data=0.5)
+SEGMENTS = dict(
+    T_anneal_kimg=0,
+    rho=7.0,
+    sigma_min=0.002,
+    sigma_max=80.0,
+    sampling_mode='edm',
+    cd_loss='pseudo_huber',
+    cd_weight_mode='sqrt_karras',
+    sigma_data=0.5,
+)
 
 
 def test_the_worked_example_distils_at_second_order(worked_example):
@@ -224,28 +306,46 @@ def test_the_worked_example_distils_at_second_order(worked_example):
     for S in (64, 128, 256):
         loss = worked_example(gaussian, **SEGMENTS, S=S, T_start=S, T_end=S, student_grid='full')
         edges = loss.table(torch.device('cpu')).edges
-        sigma_t, sigma_s, kind = edges.sigma_t[S // 2:][:1], edges.sigma_s[S // 2:][:1], edges.kind[S // 2:][:1].double()
+        sigma_t, sigma_s, kind = (
+            edges.sigma_t[S // 2 :][:1],
+            edges.sigma_s[S // 2 :][:1],
+            edges.kind[S // 2 :][:1].double(),
+        )
         x_b = loss.reference(gaussian, Pairs(x_t, x_t, x_t, Drawn(sigma_t, sigma_s, sigma_s, x_t, kind)))
         errors.append(float((x_b / gaussian.solve(x_t, sigma_t, sigma_s) - 1).abs()))
     assert all(6 < a / b < 10 for a, b in itertools.pairwise(errors)), errors
 
 
 def test_the_worked_example_trains_and_does_not_depend_on_how_the_batch_is_split(worked_example):
-    net, loss = student(), worked_example(student().eval().requires_grad_(False), **SEGMENTS, S=2, T_start=16, T_end=16, student_grid='edm')
+    net, loss = (
+        student(),
+        worked_example(
+            student().eval().requires_grad_(False), **SEGMENTS, S=2, T_start=16, T_end=16, student_grid='edm'
+        ),
+    )
     images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     loss.begin_step(0)
     whole = loss(net, images, None, SampleDraws(3, 128, 64))
-    parts = [loss(net, images[a:a + 16], None, SampleDraws(3, 128 + a, 16)) for a in range(0, 64, 16)]
+    parts = [loss(net, images[a : a + 16], None, SampleDraws(3, 128 + a, 16)) for a in range(0, 64, 16)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-9, atol=1e-9)
     whole.sum().backward()
     assert whole.shape == (64,) and sum(p.grad.abs().sum() for p in net.parameters()) > 0
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Formats.
 
+
 def test_formats_md_names_every_entry_of_a_configuration(tmp_path, digits):
-    result = CliRunner().invoke(train.main, [f'--outdir={tmp_path}', f'--data={digits}', '--cres=1,2', '--dry-run'])
-    text = (ROOT / 'docs' / 'formats.md').read_text().partition('## `training_options.json`')[2].partition('\n## ')[0]
+    result = CliRunner().invoke(
+        train.main, [f'--outdir={tmp_path}', f'--data={digits}', '--cres=1,2', '--dry-run']
+    )
+    text = (
+        (ROOT / 'docs' / 'formats.md')
+        .read_text()
+        .partition('## `training_options.json`')[2]
+        .partition('\n## ')[0]
+    )
     assert set(re.findall(r'`(\w+)`', text)) == set(json.loads(result.stdout)) | {'class_name', 'kwargs'}
 
 
@@ -253,18 +353,41 @@ def test_formats_md_names_every_statistic():
     training_stats.reset()
     teacher = student().eval().requires_grad_(False)
     loss = ConsistencyDistillationLoss(
-        teacher, S=1, T_start=8, T_end=8, T_anneal_kimg=0, rho=7.0, sigma_min=0.002, sigma_max=80.0, student_grid='edm', sampling_mode='edm',
-        cd_loss='l2', cd_weight_mode='flat', sigma_data=0.5, terminal_anchor=True, terminal_teacher_hop=True, sync_dropout=True)
+        teacher,
+        S=1,
+        T_start=8,
+        T_end=8,
+        T_anneal_kimg=0,
+        rho=7.0,
+        sigma_min=0.002,
+        sigma_max=80.0,
+        student_grid='edm',
+        sampling_mode='edm',
+        cd_loss='l2',
+        cd_weight_mode='flat',
+        sigma_data=0.5,
+        terminal_anchor=True,
+        terminal_teacher_hop=True,
+        sync_dropout=True,
+    )
     loss(student(), torch.zeros(64, 1, 8, 8), None, SampleDraws(0, 0, 64))
     flat = FlatParameters(student())
     averages = WeightAverages(student(), flat, 1e3, None, [])
     c = EasyDict(lr=1, batch_size=64, total_nimg=64, lr_rampup_nimg=0, lr_schedule='constant', lr_ref_nimg=0)
-    ticks = tick_stats(EasyDict(tick=0, nimg=64, tick_start_nimg=0), c, averages, 0, 0, 0, 0, 1, torch.device('cpu'), 0)
+    ticks = tick_stats(
+        EasyDict(tick=0, nimg=64, tick_start_nimg=0), c, averages, 0, 0, 0, 0, 1, torch.device('cpu'), 0
+    )
     ticks |= network_stats(WeightUpdate(flat, (0.9, 0.999), 1e-8), averages)
     names = {name.replace('EMA/ema_', 'EMA/<average>_') for name in [*training_stats.collect(), *ticks]}
-    names = {re.sub(r'/sigma_.*', '/sigma_<low>-<high>', re.sub(r'segment\d+', 'segment<j>', name)) for name in names}
+    names = {
+        re.sub(r'/sigma_.*', '/sigma_<low>-<high>', re.sub(r'segment\d+', 'segment<j>', name))
+        for name in names
+    }
     text = (ROOT / 'docs' / 'formats.md').read_text()
     documented = set(re.findall(r'`((?:Loss|Edges|Progress|EMA|Timing|Resources)/[^`]+)`', text))
-    losses = {objective.loss_class().name for objective in OBJECTIVES.values() if objective.loss} | {'diffusion', 'weighted_error'}
+    losses = {objective.loss_class().name for objective in OBJECTIVES.values() if objective.loss} | {
+        'diffusion',
+        'weighted_error',
+    }
     of_others = {'Edges/stage', 'Edges/boundary', 'Edges/first_stage', 'Progress/grad_norm'}
     assert documented == names | {f'Loss/{name}' for name in losses} | of_others

@@ -1,4 +1,5 @@
 """training/networks/encoders.py: the affine map and its inverse, noise by sample, records, and what a snapshot's `encoder` entry may do."""
+
 import os
 import pickle
 import subprocess
@@ -26,8 +27,10 @@ RAW_MEAN, RAW_STD = [5.81, 3.25, 0.12, -2.15], [4.17, 4.62, 3.71, 3.28]  # EDM2'
 def column(values):
     return np.array(values).reshape(1, 4, 1, 1)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Pixels.
+
 
 def test_pixels_are_mapped_to_minus_one_to_one_and_rounded_back_as_edm_does_it():
     encoder, levels = StandardRGBEncoder(), torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
@@ -43,16 +46,23 @@ def test_pixels_are_decoded_in_the_precision_of_the_sampler():
     value = torch.tensor((200 - 1e-9 - 128) / 127.5, dtype=torch.float64)
     assert StandardRGBEncoder().decode(value) == 199 and StandardRGBEncoder().decode(value.float()) == 200
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Latents.
+
 
 def test_latents_are_drawn_and_brought_to_the_wanted_statistics():
     """(mean + std noise - raw_mean) / raw_std * final_std + final_mean, to float32's 1e-6; by default to mean 0 and deviation 0.5."""
     raw, noise = random_latents(3), random_latents(3, channels=4, seed=1)
-    for options, final_mean, final_std in [({}, 0, 0.5), (dict(final_mean=2, final_std=0.25), 2, 0.25),
-                                           (dict(final_mean=[0, 1, 2, 3], final_std=[1, 2, 3, 4]), column([0, 1, 2, 3]), column([1, 2, 3, 4]))]:
+    for options, final_mean, final_std in [
+        ({}, 0, 0.5),
+        (dict(final_mean=2, final_std=0.25), 2, 0.25),
+        (dict(final_mean=[0, 1, 2, 3], final_std=[1, 2, 3, 4]), column([0, 1, 2, 3]), column([1, 2, 3, 4])),
+    ]:
         final = StabilityVAEEncoder(**options).encode_latents(torch.from_numpy(raw), torch.from_numpy(noise))
-        expected = (raw[:, :4] + raw[:, 4:] * noise - column(RAW_MEAN)) / column(RAW_STD) * final_std + final_mean
+        expected = (raw[:, :4] + raw[:, 4:] * noise - column(RAW_MEAN)) / column(
+            RAW_STD
+        ) * final_std + final_mean
         assert final.dtype == torch.float32 and final.shape == (3, 4, 4, 4)
         np.testing.assert_allclose(final, expected, rtol=1e-5, atol=2e-6)
 
@@ -67,7 +77,9 @@ def test_a_sample_gets_the_same_latents_however_the_batch_is_split():
     """The noise belongs to its place in the stream; the map itself is a function of (raw, noise) alone."""
     encoder, raw = StabilityVAEEncoder(), torch.from_numpy(random_latents(48))
     encode = lambda first, count: encoder.encode_latents(
-        raw[first:first + count], SampleDraws(3, 100 + first, count).normal('latents', encoder.noise_shape(raw.shape[1:])))
+        raw[first : first + count],
+        SampleDraws(3, 100 + first, count).normal('latents', encoder.noise_shape(raw.shape[1:])),
+    )
     whole = encode(0, 48)
     assert torch.equal(torch.cat([encode(0, 7), encode(7, 9), encode(16, 32)]), whole)
     assert torch.equal(encode(0, 48), whole)
@@ -105,14 +117,18 @@ def test_pixels_pass_through_the_vae_as_0_to_1_in_small_batches(monkeypatch):
     vae, pixels = use_stand_in(monkeypatch), torch.randint(0, 256, [7, 3, 8, 8], dtype=torch.uint8)
     raw = StabilityVAEEncoder(batch_size=3).encode_pixels(pixels)
     assert vae.batches == [3, 3, 1] and torch.equal(torch.cat(vae.seen), pixels / 255)
-    assert raw.shape == (7, 8, 4, 4) and torch.equal(raw[:, 4:], DEVIATIONS.reshape(1, 4, 1, 1).expand(7, 4, 4, 4))
+    assert raw.shape == (7, 8, 4, 4) and torch.equal(
+        raw[:, 4:], DEVIATIONS.reshape(1, 4, 1, 1).expand(7, 4, 4, 4)
+    )
 
 
 def test_decoding_undoes_the_map_and_cuts_off_to_8_bits(monkeypatch):
     """The stand-in's latents are the colors themselves: 0.5 is 127.5, cut off to 127; values beyond 0 ... 1 are clipped."""
     vae, encoder = use_stand_in(monkeypatch), StabilityVAEEncoder(batch_size=2)
     colors = torch.tensor([-1, 0.1001, 0.5, 0.9999, 3]).reshape(5, 1, 1, 1).expand(5, 4, 2, 2)
-    final = encoder.encode_latents(torch.cat([colors, torch.zeros_like(colors)], dim=1), torch.zeros_like(colors))
+    final = encoder.encode_latents(
+        torch.cat([colors, torch.zeros_like(colors)], dim=1), torch.zeros_like(colors)
+    )
     pixels = encoder.decode(final.double())  # the sampler's precision
     assert vae.batches == [2, 2, 1] and pixels.dtype == torch.uint8 and pixels.shape == (5, 3, 4, 4)
     assert pixels[:, 0, 0, 0].tolist() == [0, 25, 127, 254, 255] and not pixels.requires_grad
@@ -122,7 +138,11 @@ def test_a_real_vae_encodes_and_decodes_as_diffusers_does_it(tmp_path):
     """Against diffusers called directly, with EDM2's numbers written out."""
     name = save_vae(tmp_path / 'vae')
     from diffusers import AutoencoderKL
-    vae, encoder = AutoencoderKL.from_pretrained(name).eval(), StabilityVAEEncoder(vae_name=name, batch_size=2)
+
+    vae, encoder = (
+        AutoencoderKL.from_pretrained(name).eval(),
+        StabilityVAEEncoder(vae_name=name, batch_size=2),
+    )
     pixels = torch.randint(0, 256, [3, 3, 8, 8], dtype=torch.uint8)
     with torch.no_grad():
         distribution = vae.encode(pixels / 255).latent_dist
@@ -132,7 +152,9 @@ def test_a_real_vae_encodes_and_decodes_as_diffusers_does_it(tmp_path):
     torch.testing.assert_close(raw, torch.cat([latents, distribution.std], dim=1), rtol=1e-4, atol=1e-5)
     final = encoder.encode_latents(raw, torch.zeros_like(latents))
     levels = (expected * 255).clamp(0, 255)
-    assert (encoder.decode(final) - levels).abs().max() <= 1.01 and levels.std() > 5  # a level, cut off, and rounding
+    assert (
+        encoder.decode(final) - levels
+    ).abs().max() <= 1.01 and levels.std() > 5  # a level, cut off, and rounding
 
 
 def test_a_vae_is_loaded_once(tmp_path):
@@ -153,19 +175,27 @@ def empty_cache():
 
 def only_pickled_weights(folder):
     """As older repositories have them; these would create a file if they were unpickled."""
+
     class Hostile:
         def __reduce__(self):
             return os.mkdir, (str(folder / 'canary'),)
+
     (folder / 'diffusion_pytorch_model.safetensors').unlink()
     (folder / 'diffusion_pytorch_model.bin').write_bytes(pickle.dumps(Hostile()))
 
 
-@pytest.mark.parametrize('damage', [
-    lambda folder: (folder / 'diffusion_pytorch_model.safetensors').write_bytes(b'no tensors'),
-    lambda folder: (folder / 'diffusion_pytorch_model.safetensors').unlink(),
-    lambda folder: (folder / 'config.json').write_text('{'),
-    lambda folder: (folder / 'config.json').write_text((folder / 'config.json').read_text().replace('"latent_channels": 4', '"latent_channels": 8')),
-    only_pickled_weights])
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda folder: (folder / 'diffusion_pytorch_model.safetensors').write_bytes(b'no tensors'),
+        lambda folder: (folder / 'diffusion_pytorch_model.safetensors').unlink(),
+        lambda folder: (folder / 'config.json').write_text('{'),
+        lambda folder: (folder / 'config.json').write_text(
+            (folder / 'config.json').read_text().replace('"latent_channels": 4', '"latent_channels": 8')
+        ),
+        only_pickled_weights,
+    ],
+)
 def test_a_vae_that_cannot_be_loaded_is_one_clear_error(tmp_path, damage, empty_cache, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     name = save_vae(tmp_path / 'vae')
@@ -188,34 +218,57 @@ def test_without_diffusers_the_cure_is_named(monkeypatch, empty_cache):
         encoders.build(dict(class_name='StabilityVAEEncoder'), 'cpu')
     encoders.build(dict(class_name='StabilityVAEEncoder'))  # training needs none
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Records.
 
-@pytest.mark.parametrize('arguments', [{}, dict(batch_size=2), dict(vae_name='a', raw_mean=[0, 1], raw_std=[1, 2], final_mean=1, final_std=2)])
+
+@pytest.mark.parametrize(
+    'arguments',
+    [{}, dict(batch_size=2), dict(vae_name='a', raw_mean=[0, 1], raw_std=[1, 2], final_mean=1, final_std=2)],
+)
 def test_a_record_builds_the_encoder_again(arguments):
     encoder = StabilityVAEEncoder(**arguments)
     record = encoders.record_of(encoder)
     assert record == {'class_name': 'StabilityVAEEncoder', **arguments}
     again = encoders.build(record)
-    assert (again.vae_name, again.scale, again.bias, again.batch_size) == (encoder.vae_name, encoder.scale, encoder.bias, encoder.batch_size)
+    assert (again.vae_name, again.scale, again.bias, again.batch_size) == (
+        encoder.vae_name,
+        encoder.scale,
+        encoder.bias,
+        encoder.batch_size,
+    )
     assert encoders.record_of(again) == record
 
 
 def test_pixels_have_no_record():
-    assert encoders.record_of(StandardRGBEncoder()) is None and type(encoders.build(None)) is StandardRGBEncoder
+    assert (
+        encoders.record_of(StandardRGBEncoder()) is None and type(encoders.build(None)) is StandardRGBEncoder
+    )
 
 
 def test_arguments_by_position_are_recorded_by_name():
-    assert encoders.record_of(StabilityVAEEncoder('a', batch_size=2)) == dict(class_name='StabilityVAEEncoder', vae_name='a', batch_size=2)
+    assert encoders.record_of(StabilityVAEEncoder('a', batch_size=2)) == dict(
+        class_name='StabilityVAEEncoder', vae_name='a', batch_size=2
+    )
 
 
-@pytest.mark.parametrize('record, words', [
-    (dict(class_name='Other'), "'Other' is none that we know"), (dict(vae_name='a'), "'None' is none that we know"),
-    (dict(class_name=[1]), 'none that we know'), (dict(class_name='StabilityVAEEncoder', vae_name=5), 'vae_name is a int'),
-    (dict(class_name='StabilityVAEEncoder', color=3), 'cannot be built'), (dict(class_name='StabilityVAEEncoder', raw_mean=[1, 2]), 'cannot be'),
-    (dict(class_name='StabilityVAEEncoder', raw_std=[1, 1, 0, 1]), 'deviations'), (dict(class_name='StabilityVAEEncoder', raw_std='x'), 'cannot be'),
-    (dict(class_name='StabilityVAEEncoder', batch_size=0), 'batch_size'), (dict(class_name='StabilityVAEEncoder', raw_mean=None), 'cannot be built'),
-    (dict(class_name='StabilityVAEEncoder', final_std=float('nan')), 'deviations')])
+@pytest.mark.parametrize(
+    'record, words',
+    [
+        (dict(class_name='Other'), "'Other' is none that we know"),
+        (dict(vae_name='a'), "'None' is none that we know"),
+        (dict(class_name=[1]), 'none that we know'),
+        (dict(class_name='StabilityVAEEncoder', vae_name=5), 'vae_name is a int'),
+        (dict(class_name='StabilityVAEEncoder', color=3), 'cannot be built'),
+        (dict(class_name='StabilityVAEEncoder', raw_mean=[1, 2]), 'cannot be'),
+        (dict(class_name='StabilityVAEEncoder', raw_std=[1, 1, 0, 1]), 'deviations'),
+        (dict(class_name='StabilityVAEEncoder', raw_std='x'), 'cannot be'),
+        (dict(class_name='StabilityVAEEncoder', batch_size=0), 'batch_size'),
+        (dict(class_name='StabilityVAEEncoder', raw_mean=None), 'cannot be built'),
+        (dict(class_name='StabilityVAEEncoder', final_std=float('nan')), 'deviations'),
+    ],
+)
 @pytest.mark.filterwarnings('ignore:divide by zero', 'ignore:invalid value')
 def test_a_record_that_builds_nothing_is_one_clear_error(record, words):
     with pytest.raises(UserError, match=words):
@@ -229,9 +282,12 @@ def data_set(channels=8, encoder=None, holds_latents=True):
 def test_a_data_set_says_what_the_network_sees():
     """8 channels of latents are 4 of the network; the teacher's record counts before the data set's, and that before EDM2's."""
     own, taught = (dict(class_name='StabilityVAEEncoder', vae_name=name) for name in ('own', 'taught'))
-    for dataset, teacher, vae_name in [(data_set(), None, 'stabilityai/sd-vae-ft-mse'), (data_set(encoder=own), None, 'own'),
-                                       (data_set(encoder=own), SimpleNamespace(metadata={}), 'own'),
-                                       (data_set(encoder=own), SimpleNamespace(metadata={'encoder': taught}), 'taught')]:
+    for dataset, teacher, vae_name in [
+        (data_set(), None, 'stabilityai/sd-vae-ft-mse'),
+        (data_set(encoder=own), None, 'own'),
+        (data_set(encoder=own), SimpleNamespace(metadata={}), 'own'),
+        (data_set(encoder=own), SimpleNamespace(metadata={'encoder': taught}), 'taught'),
+    ]:
         encoder, channels = encoders.for_dataset(dataset, teacher)
         assert (encoder.vae_name, channels) == (vae_name, 4)
     for channels in (1, 3):
@@ -239,25 +295,45 @@ def test_a_data_set_says_what_the_network_sees():
         assert type(encoder) is StandardRGBEncoder and seen == channels
 
 
-@pytest.mark.parametrize('dataset', [data_set(4), data_set(6), data_set(16), data_set(8, encoder=dict(class_name='StandardRGBEncoder'))])
+@pytest.mark.parametrize(
+    'dataset',
+    [data_set(4), data_set(6), data_set(16), data_set(8, encoder=dict(class_name='StandardRGBEncoder'))],
+)
 def test_latents_of_other_channels_are_refused(dataset):
     with pytest.raises(UserError, match=r'The latents of data have \d+ channels.*--encode-vae'):
         encoders.for_dataset(dataset)
 
 
-@pytest.mark.parametrize('holds_latents, cure', [(True, r'--encode-vae from images of another size\.$'), (False, r'--encode-vae\.$')])
+@pytest.mark.parametrize(
+    'holds_latents, cure',
+    [(True, r'--encode-vae from images of another size\.$'), (False, r'--encode-vae\.$')],
+)
 def test_data_that_do_not_fit_a_teacher_of_latents_are_to_be_encoded(holds_latents, cure):
-    net = EDMPrecond(8, 4, model_type='DhariwalUNet', model_channels=32, channel_mult=[1], num_blocks=1, attn_resolutions=[])
+    net = EDMPrecond(
+        8,
+        4,
+        model_type='DhariwalUNet',
+        model_channels=32,
+        channel_mult=[1],
+        num_blocks=1,
+        attn_resolutions=[],
+    )
     net.metadata = dict(encoder=dict(class_name='StabilityVAEEncoder'), objective='diffusion')
-    data = SimpleNamespace(**vars(data_set(8, holds_latents=holds_latents)), resolution=16, label_space=LabelSpace(0))
+    data = SimpleNamespace(
+        **vars(data_set(8, holds_latents=holds_latents)), resolution=16, label_space=LabelSpace(0)
+    )
     with pytest.raises(UserError, match=cure):
         check_teacher(EasyDict(teacher='t.pkl', data='d.zip', objective='mcd', augment=0), data, net)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Snapshots.
 
+
 def test_a_round_trip_keeps_the_encoder(tmp_path):
-    record = dict(class_name='StabilityVAEEncoder', vae_name='somewhere', raw_mean=[1.0, 2.0, 3.0, 4.0], batch_size=2)
+    record = dict(
+        class_name='StabilityVAEEncoder', vae_name='somewhere', raw_mean=[1.0, 2.0, 3.0, 4.0], batch_size=2
+    )
     first = load_network(save_latent_network(tmp_path / 'a.pkl', record))
     assert first.metadata['encoder'] == record and encoders.encoder_of(first).vae_name == 'somewhere'
     save_snapshot(tmp_path / 'b.pkl', first, **first.metadata)
@@ -301,22 +377,37 @@ class Entry:
 
 def edm2_state(args=(), **kwargs):
     """The state of EDM2's object: arrays, a place for the VAE, arguments."""
-    arrays = dict(scale=np.float32([1, 2, 3, 4]), bias=np.float32([1, 2, 3, 4]), _vae=None, vae_name='x', batch_size=np.int64(8))
+    arrays = dict(
+        scale=np.float32([1, 2, 3, 4]),
+        bias=np.float32([1, 2, 3, 4]),
+        _vae=None,
+        vae_name='x',
+        batch_size=np.int64(8),
+    )
     return dict(arrays, _init_args=args, _init_kwargs=kwargs)
 
 
-@pytest.mark.parametrize('state, expected', [
-    (edm2_state(), {}), (edm2_state(batch_size=4), dict(batch_size=4)), (edm2_state(args=('a',), raw_std=[1, 1, 1, 1]),
-                                                                         dict(vae_name='a', raw_std=[1, 1, 1, 1]))])
+@pytest.mark.parametrize(
+    'state, expected',
+    [
+        (edm2_state(), {}),
+        (edm2_state(batch_size=4), dict(batch_size=4)),
+        (edm2_state(args=('a',), raw_std=[1, 1, 1, 1]), dict(vae_name='a', raw_std=[1, 1, 1, 1])),
+    ],
+)
 def test_the_encoder_of_an_edm2_snapshot_is_read_from_its_arguments(tmp_path, state, expected):
     canary = f'open({str(tmp_path / "canary")!r}, "w")'
     net = load_network(snapshot_with(tmp_path, Entry('StabilityVAEEncoder', state, source=canary)))
-    assert net.metadata == dict(objective='diffusion', encoder={'class_name': 'StabilityVAEEncoder', **expected})
+    assert net.metadata == dict(
+        objective='diffusion', encoder={'class_name': 'StabilityVAEEncoder', **expected}
+    )
     assert not (tmp_path / 'canary').exists()
 
 
 def test_edm2s_snapshots_of_pixels_have_no_encoder_in_their_metadata(tmp_path):
-    net = load_network(snapshot_with(tmp_path, Entry('StandardRGBEncoder', dict(_init_args=(), _init_kwargs={}))))
+    net = load_network(
+        snapshot_with(tmp_path, Entry('StandardRGBEncoder', dict(_init_args=(), _init_kwargs={})))
+    )
     assert net.metadata == dict(objective='diffusion')
     with pytest.raises(UserError, match='4 channels, which its StandardRGBEncoder cannot decode'):
         encoders.encoder_of(net)
@@ -324,7 +415,14 @@ def test_edm2s_snapshots_of_pixels_have_no_encoder_in_their_metadata(tmp_path):
 
 def test_an_encoder_that_we_do_not_know_is_an_error_only_where_it_is_needed(tmp_path):
     """Its state may hold anything, such as a whole network; the name is kept in copies."""
-    net = load_network(snapshot_with(tmp_path, Entry('TheirEncoder', dict(model=torch.nn.Parameter(torch.zeros(3)), _init_args=(torch.zeros(3),)))))
+    net = load_network(
+        snapshot_with(
+            tmp_path,
+            Entry(
+                'TheirEncoder', dict(model=torch.nn.Parameter(torch.zeros(3)), _init_args=(torch.zeros(3),))
+            ),
+        )
+    )
     assert net.metadata['encoder'] == dict(class_name='TheirEncoder')
     save_snapshot(tmp_path / 'copy.pkl', net, **net.metadata)
     copy = load_network(tmp_path / 'copy.pkl')
@@ -333,9 +431,18 @@ def test_an_encoder_that_we_do_not_know_is_an_error_only_where_it_is_needed(tmp_
         encoders.encoder_of(copy)
 
 
-@pytest.mark.parametrize('entry', ['StabilityVAEEncoder', 5, {}, [1], Entry('StabilityVAEEncoder', dict(_init_args=[1], _init_kwargs={})),
-                                   Entry('StabilityVAEEncoder', dict(_init_args=(), _init_kwargs=3)),
-                                   Entry('StabilityVAEEncoder', edm2_state(vae_name=np.zeros(3)))])
+@pytest.mark.parametrize(
+    'entry',
+    [
+        'StabilityVAEEncoder',
+        5,
+        {},
+        [1],
+        Entry('StabilityVAEEncoder', dict(_init_args=[1], _init_kwargs={})),
+        Entry('StabilityVAEEncoder', dict(_init_args=(), _init_kwargs=3)),
+        Entry('StabilityVAEEncoder', edm2_state(vae_name=np.zeros(3))),
+    ],
+)
 def test_a_malformed_entry_is_one_clear_error(tmp_path, entry):
     with pytest.raises(UserError, match=r'edm2\.pkl cannot be used as a network snapshot: it h'):
         load_network(snapshot_with(tmp_path, entry))
@@ -354,7 +461,7 @@ def test_a_network_and_an_encoder_of_other_channels_do_not_go_together(tmp_path)
 
 
 # EDM2's way of loading, reduced to its essence: it runs the source that comes along.
-STOCK = '''
+STOCK = """
 import pickle, sys, types
 import torch
 stand_in = types.ModuleType('torch_utils.persistence')
@@ -384,7 +491,7 @@ if len(sys.argv) > 1:
     encoder.batch_size = 1
     pixels = encoder.decode(torch.ones(2, 4, 4, 4))
     torch.save((pixels, encoder.encode_pixels(pixels)), 'pixels.pt')
-'''
+"""
 
 
 @pytest.mark.parametrize('vae', [False, True], ids=['latents', 'pixels'])
@@ -403,8 +510,10 @@ def test_stock_edm2_uses_our_encoder_with_nothing_of_ours_at_hand(tmp_path, vae)
         assert (pixels.int() - encoder.decode(torch.ones(2, 4, 4, 4)).int()).abs().max() <= 1
         torch.testing.assert_close(raw, encoder.encode_pixels(pixels), rtol=1e-4, atol=1e-5)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The whole way.
+
 
 def test_a_teacher_and_its_student_train_on_latents(tmp_path):
     """No diffusers, no VAE: these are needed for pixels alone. The student has the encoder of its teacher, though the data set has lost its own."""
@@ -412,8 +521,18 @@ def test_a_teacher_and_its_student_train_on_latents(tmp_path):
     for i, raw in enumerate(random_latents(32, size=8)):
         (tmp_path / 'latents' / f'img-mean-std-{i:08d}.npy').write_bytes(npy(raw))
     label_file = tmp_path / 'latents' / 'dataset.json'
-    label_file.write_text('{"labels": null, "encoder": {"class_name": "StabilityVAEEncoder", "vae_name": "mine", "raw_std": [1, 1, 1, 1]}}')
-    train = ['train.py', f'--data={tmp_path / "latents"}', *FAST, '--batch=32', '--duration=0.000064', '--ema=10kimg', '--dump=0']
+    label_file.write_text(
+        '{"labels": null, "encoder": {"class_name": "StabilityVAEEncoder", "vae_name": "mine", "raw_std": [1, 1, 1, 1]}}'
+    )
+    train = [
+        'train.py',
+        f'--data={tmp_path / "latents"}',
+        *FAST,
+        '--batch=32',
+        '--duration=0.000064',
+        '--ema=10kimg',
+        '--dump=0',
+    ]
     run(*train, f'--outdir={tmp_path / "teacher"}', *TINY_NETWORK)
     teacher_path = max((tmp_path / 'teacher').glob('*.pkl'))
     teacher = load_network(teacher_path)
@@ -421,7 +540,15 @@ def test_a_teacher_and_its_student_train_on_latents(tmp_path):
     record = dict(class_name='StabilityVAEEncoder', vae_name='mine', raw_std=[1, 1, 1, 1])
     assert teacher.metadata['encoder'] == record
     label_file.unlink()
-    run(*train, f'--outdir={tmp_path / "student"}', '--consistency=True', f'--teacher={teacher_path}', '--S=2', '--T_start=4', '--T_end=4')
+    run(
+        *train,
+        f'--outdir={tmp_path / "student"}',
+        '--consistency=True',
+        f'--teacher={teacher_path}',
+        '--S=2',
+        '--T_start=4',
+        '--T_end=4',
+    )
     student = max((tmp_path / 'student').glob('*.pkl'))
     assert load_network(student).metadata['encoder'] == record
     run('generate.py', f'--network={student}', f'--outdir={tmp_path / "out"}', '--seeds=0-2', '--latents')
@@ -430,6 +557,13 @@ def test_a_teacher_and_its_student_train_on_latents(tmp_path):
 
 def test_a_teacher_of_pixels_refuses_latents(tmp_path, teacher):
     (tmp_path / 'a.npy').write_bytes(npy(random_latents(1, size=8)[0]))
-    command = ['train.py', f'--data={tmp_path}', f'--outdir={tmp_path / "out"}', '--consistency=True', f'--teacher={teacher}', '--dry-run']
+    command = [
+        'train.py',
+        f'--data={tmp_path}',
+        f'--outdir={tmp_path / "out"}',
+        '--consistency=True',
+        f'--teacher={teacher}',
+        '--dry-run',
+    ]
     result = run(*command, check=False)
     assert_one_clear_error(result, '8x8x1', '8x8x4')

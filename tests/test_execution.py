@@ -1,4 +1,5 @@
 """Precision, memory format, checkpointing and compilation: the same networks, run in other ways."""
+
 from __future__ import annotations
 
 import copy
@@ -23,13 +24,41 @@ from training.setup import speed_up
 
 SMALL = dict(img_resolution=8, img_channels=3, label_dim=4)
 KINDS = {
-    'adm': lambda: networks.EDMPrecond(**SMALL, model_type='DhariwalUNet', model_channels=32, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4],
-                                       dropout=0.2, channels_per_head=16),
-    'ddpmpp': lambda: networks.VPPrecond(**SMALL, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.2),
-    'ncsnpp': lambda: networks.EDMPrecond(**SMALL, model_type='SongUNet', model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4],
-                                          embedding_type='fourier', encoder_type='residual', resample_filter=[1, 3, 3, 1], channel_mult_noise=2),
-    'edm2': lambda: networks_edm2.Precond(**SMALL, use_fp16=False, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4],
-                                          dropout=0.2, channels_per_head=16),
+    'adm': lambda: networks.EDMPrecond(
+        **SMALL,
+        model_type='DhariwalUNet',
+        model_channels=32,
+        channel_mult=[1, 2],
+        num_blocks=1,
+        attn_resolutions=[4],
+        dropout=0.2,
+        channels_per_head=16,
+    ),
+    'ddpmpp': lambda: networks.VPPrecond(
+        **SMALL, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.2
+    ),
+    'ncsnpp': lambda: networks.EDMPrecond(
+        **SMALL,
+        model_type='SongUNet',
+        model_channels=16,
+        channel_mult=[1, 2],
+        num_blocks=1,
+        attn_resolutions=[4],
+        embedding_type='fourier',
+        encoder_type='residual',
+        resample_filter=[1, 3, 3, 1],
+        channel_mult_noise=2,
+    ),
+    'edm2': lambda: networks_edm2.Precond(
+        **SMALL,
+        use_fp16=False,
+        model_channels=16,
+        channel_mult=[1, 2],
+        num_blocks=1,
+        attn_resolutions=[4],
+        dropout=0.2,
+        channels_per_head=16,
+    ),
 }
 GRAY = dict(SMALL, img_channels=1)
 
@@ -58,14 +87,19 @@ def answers(net, x, sigma, labels, masks):
     net.zero_grad()
     denoised = net(x, sigma, labels, dropout_masks=masks)
     (denoised * torch.linspace(-1, 1, denoised.numel()).reshape(denoised.shape)).sum().backward()
-    return denoised.detach().clone(), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    return denoised.detach().clone(), {
+        name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None
+    }
 
 
 def assert_alike(ours, theirs, tolerance: float) -> None:
     """To `tolerance` of the largest value in each tensor."""
     (denoised, gradients), (expected, expected_gradients) = ours, theirs
     assert gradients.keys() == expected_gradients.keys() and len(gradients) > 20
-    for name, (a, b) in {'D': (denoised, expected), **{name: (gradients[name], expected_gradients[name]) for name in gradients}}.items():
+    for name, (a, b) in {
+        'D': (denoised, expected),
+        **{name: (gradients[name], expected_gradients[name]) for name in gradients},
+    }.items():
         assert (a - b).abs().max() <= tolerance * max(b.abs().max().item(), 1e-3), name
 
 
@@ -78,17 +112,28 @@ def test_channels_last_is_the_same_network_with_another_order_in_memory(kind):
     execution.run_with(net, channels_last=True)
     seen = []
     block = next(module for name, module in net.model.dec.items() if '_block' in name)
-    block.register_forward_hook(lambda module, args, out: seen.append(out.is_contiguous(memory_format=torch.channels_last)))
+    block.register_forward_hook(
+        lambda module, args, out: seen.append(out.is_contiguous(memory_format=torch.channels_last))
+    )
     assert_alike(answers(net, *given), expected, 1e-4)
     assert seen == [True]
 
 
 def test_channels_last_holds_for_gray_images_whose_one_channel_fits_both_orders():
     torch.manual_seed(0)
-    net = networks.EDMPrecond(**GRAY, model_type='DhariwalUNet', model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[])
+    net = networks.EDMPrecond(
+        **GRAY,
+        model_type='DhariwalUNet',
+        model_channels=16,
+        channel_mult=[1, 2],
+        num_blocks=1,
+        attn_resolutions=[],
+    )
     execution.run_with(net.eval(), channels_last=True)
     seen = []
-    net.model.dec['8x8_block0'].register_forward_hook(lambda module, args, out: seen.append(out.is_contiguous(memory_format=torch.channels_last)))
+    net.model.dec['8x8_block0'].register_forward_hook(
+        lambda module, args, out: seen.append(out.is_contiguous(memory_format=torch.channels_last))
+    )
     net(*inputs(net)[:3])
     assert seen == [True]
 
@@ -99,7 +144,9 @@ def saved_bytes(net, given) -> int:
 
     def pack(tensor):
         if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no later tensor takes its place
+            kept[tensor.untyped_storage().data_ptr()] = (
+                tensor  # held, so that no later tensor takes its place
+            )
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -112,7 +159,10 @@ def test_checkpointed_activations_give_the_same_numbers_for_less_memory(kind):
     """The same operations run twice: bit for bit. What is kept is what goes in and out of blocks: less than half."""
     net = build(kind)
     given = inputs(net)
-    before, after = (saved_bytes(execution.run_with(copy.deepcopy(net), checkpoint_activations=set_), given) for set_ in (False, True))
+    before, after = (
+        saved_bytes(execution.run_with(copy.deepcopy(net), checkpoint_activations=set_), given)
+        for set_ in (False, True)
+    )
     twin = execution.run_with(copy.deepcopy(net), checkpoint_activations=True)
     assert_alike(answers(twin, *given), answers(net, *given), 0)
     assert all(torch.equal(a, b) for a, b in zip(twin.state_dict().values(), net.state_dict().values()))
@@ -140,7 +190,11 @@ def test_copies_and_snapshots_know_nothing_of_how_a_network_runs(tmp_path):
         save_snapshot(tmp_path / f'{name}.pkl', net, objective='diffusion')
     assert (tmp_path / 'plain.pkl').read_bytes() == (tmp_path / 'fast.pkl').read_bytes()
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), load_network(tmp_path / 'fast.pkl')):
-        assert not other.channels_last and not other.model.checkpoint_activations and other._compiled_call_impl is None
+        assert (
+            not other.channels_last
+            and not other.model.checkpoint_activations
+            and other._compiled_call_impl is None
+        )
 
 
 @pytest.mark.parametrize('kind', ['adm', 'ddpmpp'])
@@ -151,8 +205,14 @@ def test_a_teacher_that_holds_half_precision_answers_bit_for_bit_the_same(kind):
     with torch.no_grad():
         expected = net(x, sigma, labels)
         assert torch.equal(execution.hold_in_half(net)(x, sigma, labels), expected)
-    convolutions = [module.weight for module in net.modules() if isinstance(module, networks.Conv2d) and module.weight is not None]
-    assert {weight.dtype for weight in convolutions} == {torch.bfloat16} and net.model.map_layer0.weight.dtype == torch.float32
+    convolutions = [
+        module.weight
+        for module in net.modules()
+        if isinstance(module, networks.Conv2d) and module.weight is not None
+    ]
+    assert {weight.dtype for weight in convolutions} == {
+        torch.bfloat16
+    } and net.model.map_layer0.weight.dtype == torch.float32
     assert execution.hold_in_half(build('adm')).model.out_conv.weight.dtype == torch.float32
 
 
@@ -166,7 +226,9 @@ def test_half_precision_inside_is_the_same_network_with_shorter_numbers(kind, dt
     inner, given, seen, gradients = next(net.children()), inputs(net), [], []
     inner.register_forward_hook(lambda _, args, out: seen.append(out))
     for inside in (torch.float32, dtype):
-        first = inner.register_forward_pre_hook(lambda _, args, inside=inside: (args[0].to(inside), *args[1:]))
+        first = inner.register_forward_pre_hook(
+            lambda _, args, inside=inside: (args[0].to(inside), *args[1:])
+        )
         net.zero_grad()
         assert net(*given[:3], dropout_masks=given[3]).dtype == torch.float32 and seen[-1].dtype == inside
         seen[-1].float().square().sum().backward()
@@ -194,12 +256,17 @@ def test_both_networks_of_a_switched_one_are_set():
     assert net.high.channels_last and net.low.channels_last and net.high.use_bf16 and net.low.use_bf16
 
 
-@pytest.mark.parametrize('kind, backend', [('adm', 'aot_eager'), ('edm2', 'aot_eager'), pytest.param('adm', 'inductor', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    'kind, backend',
+    [('adm', 'aot_eager'), ('edm2', 'aot_eager'), pytest.param('adm', 'inductor', marks=pytest.mark.slow)],
+)
 def test_a_compiled_network_is_the_same_and_noise_levels_compile_nothing_again(kind, backend, monkeypatch):
     """Inductor fuses FP32 sums in another order: 1e-4. The compiler may not run again for other noise levels, images, labels and masks; for another
     batch size it may once, and then never for a third. A break of the graph would be an error (fullgraph)."""
     compile_ = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, 'compile', lambda net, **kwargs: compile_(net, fullgraph=True, backend=backend))
+    monkeypatch.setattr(
+        torch.nn.Module, 'compile', lambda net, **kwargs: compile_(net, fullgraph=True, backend=backend)
+    )
     torch._dynamo.reset()
     net = build(kind)
     plain = copy.deepcopy(net)
@@ -240,7 +307,9 @@ def test_a_teacher_that_snapshots_hold_keeps_its_weights(sampled_too):
     loss.sampled = lambda net: Switched(net, teacher, 1.0) if sampled_too else net
     options = EasyDict(channels_last=False, checkpoint_activations=False, compiled=False)
     speed_up(options, net, teacher, WeightAverages(net, FlatParameters(net), 1.0, None, []), loss)
-    assert {p.dtype for p in teacher.parameters()} == ({torch.float32} if sampled_too else {torch.float32, torch.bfloat16})
+    assert {p.dtype for p in teacher.parameters()} == (
+        {torch.float32} if sampled_too else {torch.float32, torch.bfloat16}
+    )
 
 
 @pytest.mark.slow
@@ -249,12 +318,37 @@ def test_a_compiled_run_is_the_plain_run(tmp_path, digits, teacher):
     stats, weights, pictures = {}, {}, {}
     for name, ways in {'plain': [], 'compiled': ['--compile', '--channels_last']}.items():
         outdir = tmp_path / name
-        run('train.py', f'--outdir={outdir}', f'--data={digits}', '--cond=1', f'--teacher={teacher}', '--consistency=True', '--S=2', '--T_start=4',
-            '--T_end=16', '--T_anneal_kimg=0.064', '--batch=32', '--tick=0.032', '--dump=0', '--duration=0.000128', *FAST, *ways, timeout=900)
+        run(
+            'train.py',
+            f'--outdir={outdir}',
+            f'--data={digits}',
+            '--cond=1',
+            f'--teacher={teacher}',
+            '--consistency=True',
+            '--S=2',
+            '--T_start=4',
+            '--T_end=16',
+            '--T_anneal_kimg=0.064',
+            '--batch=32',
+            '--tick=0.032',
+            '--dump=0',
+            '--duration=0.000128',
+            *FAST,
+            *ways,
+            timeout=900,
+        )
         stats[name] = [line['Loss/cd']['mean'] for line in lines(outdir / 'stats.jsonl')]
         snapshot = saved_snapshots(outdir)[0]
         weights[name] = load_network(str(snapshot)).state_dict()
-        run('generate.py', f'--network={snapshot}', f'--dest={outdir / "images.npz"}', '--seeds=0-7', '--batch=4', *ways, timeout=900)
+        run(
+            'generate.py',
+            f'--network={snapshot}',
+            f'--dest={outdir / "images.npz"}',
+            '--seeds=0-7',
+            '--batch=4',
+            *ways,
+            timeout=900,
+        )
         pictures[name] = np.load(outdir / 'images.npz')['arr_0'].astype(int)
     assert stats['compiled'] == pytest.approx(stats['plain'], rel=1e-4) and len(stats['plain']) == 4
     for key, tensor in weights['plain'].items():

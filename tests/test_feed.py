@@ -1,4 +1,5 @@
 """data/feed.py: batches ahead of use, and how long they are waited for."""
+
 import itertools
 import os
 import signal
@@ -76,14 +77,16 @@ def test_an_unreadable_image_is_one_line(tmp_path, workers, monkeypatch):
     feed = Feed(ImageFolderDataset(path), InfiniteSampler(2, 2, shuffle=False), 2, workers, CPU)
     with pytest.raises(UserError) as error:
         next(feed)
-    assert str(error.value).startswith(f'{path}: 1.png is not a readable image') and '\n' not in str(error.value)
+    assert str(error.value).startswith(f'{path}: 1.png is not a readable image') and '\n' not in str(
+        error.value
+    )
 
 
 def killed_worker(tmp_path, number=signal.SIGKILL):
     """A feed whose only worker is gone, with batches that it had made."""
     feed = Feed(Slow(tmp_path, 0), itertools.count(), 1, 1, CPU)
     next(feed)
-    worker, = feed._workers
+    (worker,) = feed._workers
     os.kill(worker.pid, number)
     worker.join()
     return feed
@@ -95,7 +98,9 @@ def batches_until_the_end(feed):
 
 
 def test_a_worker_that_was_killed_is_told_of_by_the_batch_that_is_missing(tmp_path):
-    with pytest.raises(UserError, match=r'has died \(killed by SIGBUS, as when /dev/shm.*--workers.*--cache=False'):
+    with pytest.raises(
+        UserError, match=r'has died \(killed by SIGBUS, as when /dev/shm.*--workers.*--cache=False'
+    ):
         batches_until_the_end(killed_worker(tmp_path, signal.SIGBUS))
 
 
@@ -106,7 +111,9 @@ def test_the_death_of_a_worker_interrupts_nothing(tmp_path):
         feed = killed_worker(tmp_path)
         time.sleep(0.2)
         file.write(b', the other')
-    assert (tmp_path / 'state').read_bytes() == b'one half, the other' and signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    assert (tmp_path / 'state').read_bytes() == b'one half, the other' and signal.getsignal(
+        signal.SIGCHLD
+    ) == signal.SIG_DFL
     with pytest.raises(UserError, match='SIGKILL'):
         batches_until_the_end(feed)
 
@@ -122,4 +129,9 @@ def test_an_error_of_the_program_itself_is_not_taken_for_a_death(tmp_path):
 
 
 def test_how_a_process_has_ended_is_said_in_words():
-    assert [how_ended(status) for status in (0, 3, -15, -40)] == ['exit status 0', 'exit status 3', 'killed by SIGTERM', 'killed by signal 40']
+    assert [how_ended(status) for status in (0, 3, -15, -40)] == [
+        'exit status 0',
+        'exit status 3',
+        'killed by SIGTERM',
+        'killed by signal 40',
+    ]

@@ -1,4 +1,5 @@
 """Files are called what they are, by their first bytes."""
+
 import gzip
 import io
 import tarfile
@@ -28,6 +29,7 @@ def archive(*names: str) -> bytes:
         with zipfile.ZipFile(data, 'w') as file:
             for name in names:
                 file.writestr(name, b'1' * 100)
+
     return written(write)
 
 
@@ -60,9 +62,18 @@ KINDS = [
     (written(lambda data: np.save(data, np.zeros(3))), 'a NumPy .npy array'),
     (written(lambda data: np.savez(data, np.zeros(3))), 'a NumPy .npz archive'),
     (written(lambda data: torch.save(dict(a=torch.zeros(3)), data)), 'a PyTorch file (torch.save)'),
-    (written(lambda data: torch.save(dict(a=torch.zeros(3)), data, _use_new_zipfile_serialization=False)), 'a PyTorch file (torch.save, before'),
-    (written(lambda data: torch.save(dict(net={}, update={}, averages={}, loss={}), data)), 'a training state'),
-    (written(lambda data: torch.save(dict(net=torch.zeros(3), optimizer_state={}), data)), 'a training state'),
+    (
+        written(lambda data: torch.save(dict(a=torch.zeros(3)), data, _use_new_zipfile_serialization=False)),
+        'a PyTorch file (torch.save, before',
+    ),
+    (
+        written(lambda data: torch.save(dict(net={}, update={}, averages={}, loss={}), data)),
+        'a training state',
+    ),
+    (
+        written(lambda data: torch.save(dict(net=torch.zeros(3), optimizer_state={}), data)),
+        'a training state',
+    ),
     (written(lambda data: torch.jit.save(torch.jit.script(torch.nn.ReLU()), data)), 'a TorchScript file'),
     (safetensors.torch.save(dict(a=torch.zeros(3))), 'a safetensors file'),
     (b'\x89HDF\r\n\x1a\n' + bytes(range(50)), 'an HDF5 file'),
@@ -70,7 +81,9 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize('content, words', KINDS, ids=[f'{i}-{words[:20]}' for i, (_, words) in enumerate(KINDS)])
+@pytest.mark.parametrize(
+    'content, words', KINDS, ids=[f'{i}-{words[:20]}' for i, (_, words) in enumerate(KINDS)]
+)
 def test_a_file_is_called_what_it_is_whatever_its_name(content, words, tmp_path):
     path = tmp_path / 'data.bin'
     path.write_bytes(content)

@@ -1,4 +1,5 @@
 """Names of files in data sets: links, separators, Unicode forms; and files that are no data sets, called what they are."""
+
 import io
 import json
 import os
@@ -50,8 +51,10 @@ def archive(path, *names, labels=None):
             file.writestr('dataset.json', json.dumps({'labels': labels}))
     return path
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Links.
+
 
 @pytest.fixture
 def linked(tmp_path):
@@ -72,7 +75,14 @@ def test_links_to_folders_and_files_are_followed_everywhere(tmp_path, linked):
     """A folder that two links lead to is there twice."""
     assert ImageFiles(linked).images == LINKED
     assert len(ImageFolderDataset(linked)) == len(open_images(linked)) == 6
-    assert run(linked, tmp_path / 'out.zip').exit_code == 0 and labels_of(tmp_path / 'out.zip') == [0, 0, 1, 1, 2, 2]
+    assert run(linked, tmp_path / 'out.zip').exit_code == 0 and labels_of(tmp_path / 'out.zip') == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]
     table = tmp_path / 'labels.json'
     table.write_text(json.dumps({'labels': [[name, i] for i, name in enumerate(LINKED)]}))
     (tmp_path / 'real/dataset.json').symlink_to(table)
@@ -96,11 +106,15 @@ def test_two_folders_that_link_to_each_other_are_named(tmp_path):
         ImageFiles(source)
 
 
-@pytest.mark.parametrize('name, target', [('fox', '/nowhere/fox'), ('cat/3.png', 'gone.png'), ('self', 'self')])
+@pytest.mark.parametrize(
+    'name, target', [('fox', '/nowhere/fox'), ('cat/3.png', 'gone.png'), ('self', 'self')]
+)
 def test_a_link_to_nothing_or_to_itself_is_named(tmp_path, name, target):
     source = folder(tmp_path / 'src', 'cat/1.png')
     (source / name).symlink_to(target)
-    assert_one_clear_error(run(source, tmp_path / 'out.zip'), f'{name} is a link to {target}', 'mend or remove it')
+    assert_one_clear_error(
+        run(source, tmp_path / 'out.zip'), f'{name} is a link to {target}', 'mend or remove it'
+    )
 
 
 def test_hidden_files_and_folders_are_left_out_whatever_links_they_have(tmp_path):
@@ -117,6 +131,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         if str(path).rstrip('/').endswith('dog'):
             raise PermissionError(13, 'Permission denied')
         return scan(path)
+
     monkeypatch.setattr(os, 'scandir', scandir)
     with pytest.raises(UserError, match=r'dog/ cannot be read \(Permission denied\)'):
         ImageFiles(source)
@@ -135,8 +150,10 @@ def test_a_link_in_a_zip_is_named(tmp_path, name, extra):
         with pytest.raises(UserError, match=f'{name} is a symbolic link'):
             read(path)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Backslashes.
+
 
 def test_backslashes_separate_folders_in_zips_in_labels_and_in_what_was_unpacked(tmp_path):
     names = ['cat\\1.png', 'dog\\x\\2.png', 'dog/3.png']
@@ -144,7 +161,11 @@ def test_backslashes_separate_folders_in_zips_in_labels_and_in_what_was_unpacked
     zipped, unpacked = archive(tmp_path / 'a.zip', *names), folder(tmp_path / 'a', *names)
     for source in (zipped, unpacked):
         assert list(ImageFiles(source).images) == expected
-        assert run(source, tmp_path / 'out.zip').exit_code == 0 and labels_of(tmp_path / 'out.zip') == [0, 1, 1]
+        assert run(source, tmp_path / 'out.zip').exit_code == 0 and labels_of(tmp_path / 'out.zip') == [
+            0,
+            1,
+            1,
+        ]
         pixels = [ImageFolderDataset(source)[i][0][0] for i in range(3)]
         np.testing.assert_array_equal(pixels, [np.asarray(Image.open(io.BytesIO(png(i)))) for i in (0, 2, 1)])
         assert len(open_images(source).fingerprint()) == 64
@@ -155,7 +176,9 @@ def test_backslashes_separate_folders_in_zips_in_labels_and_in_what_was_unpacked
     assert read_labels(ImageFiles(unpacked)).tolist() == [5, 7, 6]
 
 
-@pytest.mark.parametrize('other, label, fine', [('a.png', 1, True), ('a.png', 2, False), ('b\\a.png', 2, True)])
+@pytest.mark.parametrize(
+    'other, label, fine', [('a.png', 1, True), ('a.png', 2, False), ('b\\a.png', 2, True)]
+)
 def test_two_labels_of_one_file_are_an_error_unless_they_are_the_same(tmp_path, other, label, fine):
     path = archive(tmp_path / 'a.zip', 'a.png', labels=[['a.png', 1], [other, label]])
     if fine:
@@ -166,13 +189,18 @@ def test_two_labels_of_one_file_are_an_error_unless_they_are_the_same(tmp_path, 
 
 
 def test_a_name_with_either_separator_is_one_name_and_both_are_named(tmp_path):
-    for source in (archive(tmp_path / 'a.zip', 'a/b.png', 'a\\b.png'), folder(tmp_path / 'a', 'a/b.png', 'a\\b.png')):
+    for source in (
+        archive(tmp_path / 'a.zip', 'a/b.png', 'a\\b.png'),
+        folder(tmp_path / 'a', 'a/b.png', 'a\\b.png'),
+    ):
         with pytest.raises(UserError, match=r'has both a/b\.png and a\\b\.png'):
             ImageFiles(source)
 
 
 def test_backslashes_hide_nothing_and_lead_nowhere(tmp_path):
-    assert list(ImageFiles(archive(tmp_path / 'a.zip', 'a\\1.png', '.b\\2.png', '__MACOSX\\3.png')).images) == ['a/1.png']
+    assert list(
+        ImageFiles(archive(tmp_path / 'a.zip', 'a\\1.png', '.b\\2.png', '__MACOSX\\3.png')).images
+    ) == ['a/1.png']
     with pytest.raises(UserError, match='a file outside of itself'):
         ImageFiles(archive(tmp_path / 'b.zip', '..\\1.png'))
 
@@ -189,26 +217,50 @@ def test_the_handed_zip_has_two_class_folders(tmp_path, fixtures):
     assert run(fixtures / 'faults/backslash.zip', tmp_path / 'out.zip').exit_code == 0
     assert labels_of(tmp_path / 'out.zip') == [0, 1, 1]
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Names that look the same.
 
 NFC, NFD = (unicodedata.normalize(form, 'ä.png') for form in ('NFC', 'NFD'))
 
 
-@pytest.mark.parametrize('file, label, words', [
-    (NFD, NFC, ("'a\\u0308.png'", "'\\xe4.png'", 'composed, NFC against decomposed, NFD', 'unicodedata.normalize')),
-    (NFC, NFD, ("'a\\u0308.png'", "'\\xe4.png'", 'decomposed, NFD against composed, NFC', 'unicodedata.normalize')),
-    (f'sub/{NFD}', f'sub\\{NFC}', ('normalization',)),
-    ('A.png', 'a.PNG', ('upper and lower case',)),
-    ('a b.png', 'a%20b.png', ('%XX',)),
-    ('a.png', './a.png', ('another path',)),
-    ('a.png', 'b.png', ('such as a.png; make it again',)),
-])
+@pytest.mark.parametrize(
+    'file, label, words',
+    [
+        (
+            NFD,
+            NFC,
+            (
+                "'a\\u0308.png'",
+                "'\\xe4.png'",
+                'composed, NFC against decomposed, NFD',
+                'unicodedata.normalize',
+            ),
+        ),
+        (
+            NFC,
+            NFD,
+            (
+                "'a\\u0308.png'",
+                "'\\xe4.png'",
+                'decomposed, NFD against composed, NFC',
+                'unicodedata.normalize',
+            ),
+        ),
+        (f'sub/{NFD}', f'sub\\{NFC}', ('normalization',)),
+        ('A.png', 'a.PNG', ('upper and lower case',)),
+        ('a b.png', 'a%20b.png', ('%XX',)),
+        ('a.png', './a.png', ('another path',)),
+        ('a.png', 'b.png', ('such as a.png; make it again',)),
+    ],
+)
 def test_why_a_label_does_not_find_its_file_is_told(tmp_path, file, label, words):
     zipped, unpacked = archive(tmp_path / 'a.zip', file, labels=[[label, 1]]), folder(tmp_path / 'a', file)
     (unpacked / 'dataset.json').write_text(json.dumps({'labels': [[label, 1]]}))
     for source in (zipped, unpacked):
-        assert_one_clear_error(run(source, tmp_path / 'out.zip'), 'dataset.json has no label for 1 of 1 images', *words)
+        assert_one_clear_error(
+            run(source, tmp_path / 'out.zip'), 'dataset.json has no label for 1 of 1 images', *words
+        )
     assert read_labels(ImageFiles(archive(tmp_path / 'b.zip', file, labels=[[file, 1]]))).tolist() == [1]
 
 
@@ -227,14 +279,23 @@ def test_class_folders_that_look_the_same_are_an_error_or_noted(tmp_path):
     error = run(archive(tmp_path / 'a.zip', f'{NFC}/1.png', f'{NFD}/1.png'), tmp_path / 'out.zip')
     assert_one_clear_error(error, "'a\\u0308.png' and '\\xe4.png' differ in Unicode normalization only")
     result = run(archive(tmp_path / 'b.zip', 'Cat/1.png', 'cat/1.png'), tmp_path / 'out.zip')
-    assert "'Cat' and 'cat' differ in case only, and are two classes" in result.output and labels_of(tmp_path / 'out.zip') == [0, 1]
+    assert "'Cat' and 'cat' differ in case only, and are two classes" in result.output and labels_of(
+        tmp_path / 'out.zip'
+    ) == [0, 1]
 
 
 def test_the_handed_zip_with_a_decomposed_name_is_explained(tmp_path, fixtures):
-    assert_one_clear_error(run(fixtures / 'faults/nfd.zip', tmp_path / 'out.zip'), 'Unicode normalization', 'composed', 'decomposed')
+    assert_one_clear_error(
+        run(fixtures / 'faults/nfd.zip', tmp_path / 'out.zip'),
+        'Unicode normalization',
+        'composed',
+        'decomposed',
+    )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Files of other kinds.
+
 
 def tar_bytes():
     data = io.BytesIO()
@@ -248,11 +309,19 @@ def tar_bytes():
 LFS = b'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n'
 
 
-@pytest.mark.parametrize('content, words', [
-    (b'<!DOCTYPE html><html></html>', ('a web page', 'download')), (LFS, ('Git LFS pointer', 'git lfs pull')), (b'', ('an empty file',)),
-    (png(), ('a PNG image', 'name the folder')), (tar_bytes(), ('a tar archive', 'unpack')), (b'Rar!\x1a\x07\x01\0\2', ('a RAR archive', 'unpack')),
-    (b'\x80\4\x95\1', ('a pickle',)), (b'PK\3\4' + bytes(range(40)), ('incomplete zip archive', 'again')),
-])
+@pytest.mark.parametrize(
+    'content, words',
+    [
+        (b'<!DOCTYPE html><html></html>', ('a web page', 'download')),
+        (LFS, ('Git LFS pointer', 'git lfs pull')),
+        (b'', ('an empty file',)),
+        (png(), ('a PNG image', 'name the folder')),
+        (tar_bytes(), ('a tar archive', 'unpack')),
+        (b'Rar!\x1a\x07\x01\0\2', ('a RAR archive', 'unpack')),
+        (b'\x80\4\x95\1', ('a pickle',)),
+        (b'PK\3\4' + bytes(range(40)), ('incomplete zip archive', 'again')),
+    ],
+)
 def test_a_data_set_that_is_none_is_called_what_it_is(tmp_path, content, words):
     path = tmp_path / 'data.zip'
     path.write_bytes(content)
@@ -270,17 +339,24 @@ def test_arrays_are_no_data_sets_and_the_cure_is_named(tmp_path):
             ImageFolderDataset(tmp_path / name)
     os.rename(tmp_path / 'a.npz', tmp_path / 'a.zip')
     result = run(tmp_path / 'a.zip', tmp_path / 'out.zip')
-    assert_one_clear_error(result, 'arr_0.npy is not a readable file of latents (its header says uint8 [2, 4, 4, 3]')
+    assert_one_clear_error(
+        result, 'arr_0.npy is not a readable file of latents (its header says uint8 [2, 4, 4, 3]'
+    )
 
 
-@pytest.mark.parametrize('content, words', [(LFS, 'it is a Git LFS pointer'), (b'<html>', 'it is a web page'), (b'', 'it is an empty file')])
+@pytest.mark.parametrize(
+    'content, words',
+    [(LFS, 'it is a Git LFS pointer'), (b'<html>', 'it is a web page'), (b'', 'it is an empty file')],
+)
 def test_an_image_that_is_none_is_called_what_it_is(tmp_path, content, words):
     source = folder(tmp_path / 'src', '0.png')
     (source / '1.png').write_bytes(content)
     assert_one_clear_error(run(source, tmp_path / 'out.zip'), f'1.png is not a readable image ({words}')
 
 
-@pytest.mark.parametrize('name', ['cifar-10-python.tar.gz', 'train-images-idx3-ubyte.gz', 'train-images-idx3-ubyte'])
+@pytest.mark.parametrize(
+    'name', ['cifar-10-python.tar.gz', 'train-images-idx3-ubyte.gz', 'train-images-idx3-ubyte']
+)
 def test_a_download_that_failed_is_called_what_it_is(tmp_path, name):
     for other in (name, 'train-labels-idx1-ubyte.gz'):
         (tmp_path / other).write_bytes(b'<html>Not found</html>')

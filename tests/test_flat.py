@@ -1,4 +1,5 @@
 """Parameters as views of one vector."""
+
 import copy
 
 import pytest
@@ -9,7 +10,12 @@ from torch_utils.flat import FlatParameters
 
 def make_net():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3, padding=1), torch.nn.GroupNorm(1, 3), torch.nn.Flatten(), torch.nn.Linear(48, 5))
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 3, 3, padding=1),
+        torch.nn.GroupNorm(1, 3),
+        torch.nn.Flatten(),
+        torch.nn.Linear(48, 5),
+    )
 
 
 def test_training_on_the_vector_equals_training_on_the_parameters():
@@ -38,7 +44,9 @@ def test_the_network_keeps_its_names_values_and_independence():
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
     other = copy.deepcopy(net)
     flat.weights.data.zero_()
-    assert not any(p.any() for p in net.parameters()) and all(torch.equal(before[name], t) for name, t in other.state_dict().items())
+    assert not any(p.any() for p in net.parameters()) and all(
+        torch.equal(before[name], t) for name, t in other.state_dict().items()
+    )
     net.load_state_dict(before)
     assert flat.weights.abs().sum() > 0
 

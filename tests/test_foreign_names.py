@@ -1,4 +1,5 @@
 """Names in archives and folders that would forge lines or move the cursor are shown escaped, whoever repeats them."""
+
 import zipfile
 
 import pytest
@@ -29,7 +30,9 @@ def assert_clean(done):
 @pytest.mark.parametrize('broken', [False, True])
 def test_a_conversion_shows_them_escaped(tmp_path, broken):
     images = [png(image) for image in random_images(4)]
-    source = archive(tmp_path / 'a.zip', [*images[:3], b'no png' if broken else images[3]], f'{EVIL}/notes{EVIL}.xyz')
+    source = archive(
+        tmp_path / 'a.zip', [*images[:3], b'no png' if broken else images[3]], f'{EVIL}/notes{EVIL}.xyz'
+    )
     done = run('dataset_tool.py', f'--source={source}', f'--dest={tmp_path / "out.zip"}', check=False)
     assert done.returncode == int(broken)
     assert_clean(done)
@@ -41,7 +44,14 @@ def test_whoever_reads_such_data_does_too(tmp_path, rulers, script):
     source = archive(tmp_path / 'a.zip', [*images[:3], b'no png'], f'notes{EVIL}.xyz')
     arguments = dict(
         train=[f'--outdir={tmp_path}', f'--data={source}', *TINY_NETWORK, *FAST, '--dry-run'],
-        fid=['ref', f'--data={source}', f'--dest={tmp_path / "x.npz"}', f'--detector={rulers / "pca.pt"}', '--skip-bad'])[script.removesuffix('.py')]
+        fid=[
+            'ref',
+            f'--data={source}',
+            f'--dest={tmp_path / "x.npz"}',
+            f'--detector={rulers / "pca.pt"}',
+            '--skip-bad',
+        ],
+    )[script.removesuffix('.py')]
     done = run(script, *arguments, check=False)
     assert done.returncode == int(script == 'train.py'), done.stderr
     assert_clean(done)

@@ -1,4 +1,5 @@
 """Sources of images: folders, zips and arrays, what is refused, what is left out, and reading ahead."""
+
 import errno
 import gc
 import inspect
@@ -68,8 +69,12 @@ def broken(folder, tmp_path):
 
 def everything(source, batch=5, workers=0):
     """[N, H, W, C] of all images that a source gives, and which they are."""
-    found = list(source.stream([range(i, min(i + batch, len(source))) for i in range(0, len(source), batch)], workers))
-    return torch.cat([images for _, images, _ in found]).permute(0, 2, 3, 1).numpy(), [i for *_, indices in found for i in indices]
+    found = list(
+        source.stream([range(i, min(i + batch, len(source))) for i in range(0, len(source), batch)], workers)
+    )
+    return torch.cat([images for _, images, _ in found]).permute(0, 2, 3, 1).numpy(), [
+        i for *_, indices in found for i in indices
+    ]
 
 
 def refused(path, *words, **kwargs):
@@ -81,8 +86,10 @@ def refused(path, *words, **kwargs):
     for word in (str(path), *words):
         assert word in message, message
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Folders and zips.
+
 
 @pytest.mark.parametrize('channels', [1, 3])
 @pytest.mark.parametrize('kind', ['folder', 'zip'])
@@ -114,7 +121,9 @@ def test_training_and_measuring_see_the_same_subset_and_pixels(tmp_path):
     for seed in (0, 7):
         dataset = ImageFolderDataset(tmp_path, max_size=8, seed=seed)
         images, _ = everything(open_images(tmp_path, num=8, seed=seed))
-        np.testing.assert_array_equal(images, np.stack([dataset[i][0] for i in range(8)]).transpose(0, 2, 3, 1))
+        np.testing.assert_array_equal(
+            images, np.stack([dataset[i][0] for i in range(8)]).transpose(0, 2, 3, 1)
+        )
     assert (images != everything(open_images(tmp_path, num=8, seed=1))[0]).any()
 
 
@@ -125,7 +134,10 @@ def test_too_few_images_are_counted(folder, tmp_path, pixels):
         refused(path, '12 images, expected at least 13', '--num=12', num=13)
 
 
-@pytest.mark.parametrize('mode, kind', [('RGBA', 'RGBA'), ('LA', 'LA'), ('P', 'P'), ('1', '1'), ('I;16', '16-bit I;16'), ('CMYK', 'CMYK')])
+@pytest.mark.parametrize(
+    'mode, kind',
+    [('RGBA', 'RGBA'), ('LA', 'LA'), ('P', 'P'), ('1', '1'), ('I;16', '16-bit I;16'), ('CMYK', 'CMYK')],
+)
 def test_other_modes_are_refused_by_name_and_cure(tmp_path, pixels, mode, kind):
     """As training refuses them; Pillow would drop alpha, or half of the bits, in silence."""
     image = Image.new(mode, (8, 8)) if mode == 'I;16' else Image.fromarray(pixels[0]).convert(mode)
@@ -134,10 +146,13 @@ def test_other_modes_are_refused_by_name_and_cure(tmp_path, pixels, mode, kind):
     refused(tmp_path, 'None of the 1 images', f'is a {kind} image', skip_bad=True)
 
 
-@pytest.mark.parametrize('other, words', [
-    (pictures(1)[0, ..., 0], ('z.png is 9x6 gray, but 00/000000.png is 9x6 RGB', '--skip-bad')),
-    (pictures(3, height=9, width=6)[0], ('z.png is 6x9 RGB, but 00/000000.png is 9x6 RGB',)),
-])
+@pytest.mark.parametrize(
+    'other, words',
+    [
+        (pictures(1)[0, ..., 0], ('z.png is 9x6 gray, but 00/000000.png is 9x6 RGB', '--skip-bad')),
+        (pictures(3, height=9, width=6)[0], ('z.png is 6x9 RGB, but 00/000000.png is 9x6 RGB',)),
+    ],
+)
 def test_images_unlike_the_first_are_refused_by_both_names(folder, tmp_path, other, words):
     copy = shutil.copytree(folder, tmp_path / 'mixed')
     Image.fromarray(other).save(copy / 'z.png')
@@ -159,8 +174,10 @@ def test_what_holds_no_images_is_refused(tmp_path):
     np.save(tmp_path / 'a.npy', np.zeros([4, 8, 8], np.float32))
     refused(tmp_path, 'holds latents')
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Bad images.
+
 
 def test_the_first_bad_image_is_named(broken):
     source = open_images(broken)
@@ -175,11 +192,17 @@ def test_the_first_bad_image_is_named(broken):
 @pytest.mark.parametrize('kind', ['folder', 'zip'])
 def test_bad_images_are_left_out_and_counted(broken, tmp_path, pixels, kind, workers):
     """A batch may be empty; the others keep their indices."""
-    source = open_images(broken if kind == 'folder' else zipped(broken, tmp_path / 'broken.zip'), skip_bad=True)
+    source = open_images(
+        broken if kind == 'folder' else zipped(broken, tmp_path / 'broken.zip'), skip_bad=True
+    )
     images, indices = everything(source, batch=1, workers=workers)
     assert indices == [i for i in range(COUNT) if i not in (3, 5, 7)] and sorted(source.skipped) == [3, 5, 7]
     np.testing.assert_array_equal(images, pixels[indices])
-    for i, words in {3: '000003.png is not a readable image', 5: '000005.png is not a', 7: '000007.png is 9x6 gray'}.items():
+    for i, words in {
+        3: '000003.png is not a readable image',
+        5: '000005.png is not a',
+        7: '000007.png is 9x6 gray',
+    }.items():
         assert words in source.skipped[i]
 
 
@@ -208,12 +231,16 @@ def test_where_no_image_can_be_read_the_first_problem_is_told(tmp_path):
     Image.new('RGBA', (8, 8)).save(tmp_path / 'b.png')
     refused(tmp_path, 'None of the 2 images', 'a.png is not a readable image', skip_bad=True)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Arrays.
 
 LAYOUTS = {
-    'NHWC': (lambda x: x, 3), 'NCHW': (lambda x: x.transpose(0, 3, 1, 2), 3), 'NHW': (lambda x: x[..., 0], 1),
-    'NHW1': (lambda x: x, 1), 'N1HW': (lambda x: x.transpose(0, 3, 1, 2), 1),
+    'NHWC': (lambda x: x, 3),
+    'NCHW': (lambda x: x.transpose(0, 3, 1, 2), 3),
+    'NHW': (lambda x: x[..., 0], 1),
+    'NHW1': (lambda x: x, 1),
+    'N1HW': (lambda x: x.transpose(0, 3, 1, 2), 1),
 }
 
 
@@ -222,12 +249,17 @@ LAYOUTS = {
 def test_arrays_of_every_layout_are_the_images(tmp_path, layout, kind):
     arrange, channels = LAYOUTS[layout]
     expected = pictures(channels)
-    path, array = tmp_path / f'images.{dict(fortran="npy", compressed="npz").get(kind, kind)}', arrange(expected)
+    path, array = (
+        tmp_path / f'images.{dict(fortran="npy", compressed="npz").get(kind, kind)}',
+        arrange(expected),
+    )
     with open(path, 'wb') as file:
         if path.suffix == '.npy':
             np.save(file, np.asfortranarray(array) if kind == 'fortran' else array)
         else:
-            (np.savez_compressed if kind == 'compressed' else np.savez)(file, arr_0=array, arr_1=np.arange(COUNT))
+            (np.savez_compressed if kind == 'compressed' else np.savez)(
+                file, arr_0=array, arr_1=np.arange(COUNT)
+            )
     source = open_images(path)
     assert (len(source), source.image_shape) == (COUNT, [channels, HEIGHT, WIDTH])
     images, indices = everything(source, workers=2)
@@ -256,30 +288,40 @@ def test_a_full_disk_is_named(tmp_path, pixels, monkeypatch):
 
     def full(*_):
         raise OSError(errno.ENOSPC, 'No space left on device')
+
     monkeypatch.setattr(arrays.shutil, 'copyfileobj', full)
     refused(tmp_path / 'a.npz', 'cannot be unpacked', 'No space left on device', 'TMPDIR')
 
 
-@pytest.mark.parametrize('entries, words', [
-    (dict(a=np.zeros([2, 8, 8, 3], np.uint8), b=np.zeros([2, 8, 8], np.uint8)), ('several arrays of images (a, b)',)),
-    (dict(mu=np.zeros(3)), ('no array of images', 'np.savez')),
-    (dict(arr_0=np.zeros([2, 8, 8, 3])), ('arr_0 holds float64', 'uint8')),
-])
+@pytest.mark.parametrize(
+    'entries, words',
+    [
+        (
+            dict(a=np.zeros([2, 8, 8, 3], np.uint8), b=np.zeros([2, 8, 8], np.uint8)),
+            ('several arrays of images (a, b)',),
+        ),
+        (dict(mu=np.zeros(3)), ('no array of images', 'np.savez')),
+        (dict(arr_0=np.zeros([2, 8, 8, 3])), ('arr_0 holds float64', 'uint8')),
+    ],
+)
 def test_archives_without_a_clear_array_of_images_are_refused(tmp_path, entries, words):
     np.savez(tmp_path / 'a.npz', **entries)
     refused(tmp_path / 'a.npz', *words)
 
 
-@pytest.mark.parametrize('shape, words', [
-    ([2, 3, 8, 3], 'could be [N, H, W, C] or [N, C, H, W]'),
-    ([2, 1, 1, 1], 'could be'),
-    ([2, 8, 8, 4], 'is none of'),
-    ([2, 8, 8, 2], 'is none of'),
-    ([8, 8, 3], 'is none of'),
-    ([8, 8], 'is none of'),
-    ([2, 2, 8, 8, 3], 'is none of'),
-    ([0, 8, 8, 3], 'is none of'),
-])
+@pytest.mark.parametrize(
+    'shape, words',
+    [
+        ([2, 3, 8, 3], 'could be [N, H, W, C] or [N, C, H, W]'),
+        ([2, 1, 1, 1], 'could be'),
+        ([2, 8, 8, 4], 'is none of'),
+        ([2, 8, 8, 2], 'is none of'),
+        ([8, 8, 3], 'is none of'),
+        ([8, 8], 'is none of'),
+        ([2, 2, 8, 8, 3], 'is none of'),
+        ([0, 8, 8, 3], 'is none of'),
+    ],
+)
 def test_unclear_shapes_are_refused(tmp_path, shape, words):
     np.save(tmp_path / 'a.npy', np.zeros(shape, np.uint8))
     refused(tmp_path / 'a.npy', words, 'uint8 [N, H, W, 3]')
@@ -298,14 +340,20 @@ def test_damaged_arrays_are_refused(tmp_path, pixels):
     (tmp_path / 'a.npz').write_bytes((tmp_path / 'a.npz').read_bytes()[:-50])
     refused(tmp_path / 'a.npz', 'no complete .npz file')
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Fingerprints.
+
 
 def test_fingerprints_change_with_the_images_and_nothing_else(folder, tmp_path, pixels):
     """Another subset, size, time or name is another one."""
     copy = shutil.copytree(folder, tmp_path / 'copy')
     assert open_images(copy).fingerprint() == open_images(copy).fingerprint()
-    found = {open_images(copy).fingerprint(), open_images(copy, num=5).fingerprint(), open_images(copy, num=5, seed=1).fingerprint()}
+    found = {
+        open_images(copy).fingerprint(),
+        open_images(copy, num=5).fingerprint(),
+        open_images(copy, num=5, seed=1).fingerprint(),
+    }
     image = copy / '00' / '000004.png'
     os.utime(image, ns=(0, image.stat().st_mtime_ns + 1))
     found.add(open_images(copy).fingerprint())
@@ -345,8 +393,10 @@ def test_fingerprints_of_arrays_are_of_size_time_and_subset(tmp_path, pixels):
     found.append(open_images(path).fingerprint())
     assert len(set(found)) == 3 and open_images(path).fingerprint() == found[2]
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Reading ahead.
+
 
 class Recorder:
     """A source that notes which parts are read, and by which thread; part 5 fails."""
@@ -391,22 +441,33 @@ def test_no_more_is_read_ahead_than_told_and_closing_ends_the_threads():
     stream.close()
     assert threads() == before and len(source.read) <= 5
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The benchmark.
+
 
 def test_the_benchmarks_whole_way_takes_every_image_through_every_part(tmp_path, monkeypatch):
     """`all` is decoding, resizing and statistics, of each image once: which is why it takes longer than each."""
     path = zipped(write(tmp_path / 'images', pictures(count=10, height=8, width=8)), tmp_path / 'images.zip')
     seen = []
     monkeypatch.setattr(benchmark, 'BATCH', 4)
-    stats = benchmark.pipeline(open_images(path), 0, lambda images: seen.append(len(images)) or benchmark.resize(images))
+    stats = benchmark.pipeline(
+        open_images(path), 0, lambda images: seen.append(len(images)) or benchmark.resize(images)
+    )
     assert seen == [4, 4, 2] and stats.count == 10
     assert inspect.signature(benchmark.pipeline).parameters['prepare'].default is benchmark.resize
 
 
 def test_the_benchmark_times_every_part_and_measures_memory():
-    done = json.loads(run('benchmarks/images.py', '--images=32', '--rounds=3', '--memory=300', '--workers=2', '--json').stdout)
+    done = json.loads(
+        run(
+            'benchmarks/images.py', '--images=32', '--rounds=3', '--memory=300', '--workers=2', '--json'
+        ).stdout
+    )
     assert list(done['microseconds']) == ['64', '256'] and list(done['peaks']) == ['60', '300']
     for parts in done['microseconds'].values():
-        assert list(parts) == ['decode', 'threads', 'processes', 'resize', 'statistics', 'all'] and min(parts.values()) > 0
+        assert (
+            list(parts) == ['decode', 'threads', 'processes', 'resize', 'statistics', 'all']
+            and min(parts.values()) > 0
+        )
     assert all(peak > 0 for peak in done['peaks'].values())

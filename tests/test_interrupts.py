@@ -1,4 +1,5 @@
 """The keyboard's interrupt while scripts are imported; clocks; read-only folders."""
+
 import os
 import signal
 import subprocess
@@ -34,8 +35,14 @@ runpy.run_path(script, run_name='__main__')
 
 
 def interrupt(script, module, how, *arguments):
-    return subprocess.run([sys.executable, '-c', INTERRUPTED, script, module, how, *arguments], cwd=ROOT, text=True, capture_output=True, timeout=120,
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    return subprocess.run(
+        [sys.executable, '-c', INTERRUPTED, script, module, how, *arguments],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 @pytest.mark.parametrize('script', [*SCRIPTS, 'example.py'])
@@ -51,39 +58,70 @@ def test_what_is_imported_later_is_imported_too(tmp_path, how):
 
 
 def test_an_interrupt_at_work_ends_it_in_order(tmp_path):
-    done = interrupt('dataset_tool.py', 'PIL.Image', 'at once', '--source=digits', f'--dest={tmp_path / "digits.zip"}')
+    done = interrupt(
+        'dataset_tool.py', 'PIL.Image', 'at once', '--source=digits', f'--dest={tmp_path / "digits.zip"}'
+    )
     assert done.returncode in (1, 130) and 'Traceback' not in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_other_programs_that_import_dnnlib_keep_their_interrupt():
     program = 'import dnnlib, signal\ntry: signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt: print("mine")'
-    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, text=True, capture_output=True,
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    done = subprocess.run(
+        [sys.executable, '-c', program],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert done.stdout == 'mine\n'
 
 
 def test_every_script_is_known():
-    assert sorted(interrupts.SCRIPTS) == sorted(script.removesuffix('.py') for script in [*SCRIPTS, 'example.py'])
+    assert sorted(interrupts.SCRIPTS) == sorted(
+        script.removesuffix('.py') for script in [*SCRIPTS, 'example.py']
+    )
 
 
 def test_processes_that_are_started_meanwhile_never_get_the_interrupt():
     with interrupts.kept_from_children():
-        child = subprocess.Popen([sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(0.5); print(2)'], stdout=subprocess.PIPE)
+        child = subprocess.Popen(
+            [sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(0.5); print(2)'],
+            stdout=subprocess.PIPE,
+        )
     child.stdout.readline()
     child.send_signal(signal.SIGINT)
     assert child.communicate()[0] == b'2\n' and child.returncode == 0
 
 
 def test_a_clock_that_stands_still_divides_nothing_by_zero(monkeypatch):
-    c = SimpleNamespace(batch_size=8, lr=1, total_nimg=8, lr_rampup_nimg=0, lr_schedule='constant', lr_ref_nimg=0)
-    progress, averages = SimpleNamespace(nimg=8, tick=0, tick_start_nimg=0), SimpleNamespace(halflife_at=lambda nimg: nimg)
-    stats = training_loop.tick_stats(progress, c, averages, 5.0, 5.0, 0, 0.0, 5.0, SimpleNamespace(type='cpu'), 0.0)
-    assert stats['Timing/images_per_sec']['mean'] == stats['Timing/data_wait_share']['mean'] == stats['Timing/sec_per_tick']['mean'] == 0
+    c = SimpleNamespace(
+        batch_size=8, lr=1, total_nimg=8, lr_rampup_nimg=0, lr_schedule='constant', lr_ref_nimg=0
+    )
+    progress, averages = (
+        SimpleNamespace(nimg=8, tick=0, tick_start_nimg=0),
+        SimpleNamespace(halflife_at=lambda nimg: nimg),
+    )
+    stats = training_loop.tick_stats(
+        progress, c, averages, 5.0, 5.0, 0, 0.0, 5.0, SimpleNamespace(type='cpu'), 0.0
+    )
+    assert (
+        stats['Timing/images_per_sec']['mean']
+        == stats['Timing/data_wait_share']['mean']
+        == stats['Timing/sec_per_tick']['mean']
+        == 0
+    )
 
 
 def test_durations_do_not_depend_on_the_time_of_day():
     """Which may jump back. Times of files are compared with it, and lines carry it."""
-    sources = [*ROOT.glob('*.py'), *(path for room in ('dnnlib', 'metrics', 'torch_utils', 'training') for path in (ROOT / room).rglob('*.py'))]
+    sources = [
+        *ROOT.glob('*.py'),
+        *(
+            path
+            for room in ('dnnlib', 'metrics', 'torch_utils', 'training')
+            for path in (ROOT / room).rglob('*.py')
+        ),
+    ]
     found = [line for path in sources for line in path.read_text().splitlines() if 'time.time()' in line]
     assert found and all('mtime' in line or 'timestamp' in line for line in found), found
 

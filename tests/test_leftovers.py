@@ -1,4 +1,5 @@
 """What killed processes were writing goes with the next one that writes there; what others are writing stays."""
+
 import os
 import signal
 import subprocess
@@ -11,8 +12,10 @@ from helpers import ROOT, run
 from dnnlib import util
 from dnnlib.util import LEFTOVER_SECONDS, atomic_write, temporary_folder, temporary_name
 
-WRITE = {'file': 'with util.atomic_write(sys.argv[1]) as file:\n    file.write(b"half")\n    wait()',
-         'folder': 'with util.temporary_folder(sys.argv[1]) as folder:\n    (folder / "part").touch()\n    wait()'}
+WRITE = {
+    'file': 'with util.atomic_write(sys.argv[1]) as file:\n    file.write(b"half")\n    wait()',
+    'folder': 'with util.temporary_folder(sys.argv[1]) as folder:\n    (folder / "part").touch()\n    wait()',
+}
 
 
 def writer(path, what):
@@ -68,7 +71,9 @@ def test_files_of_other_programs_stay(tmp_path):
 def test_a_folder_is_looked_at_once(tmp_path, monkeypatch):
     """Fifty thousand images would be listed fifty thousand times."""
     looked, glob = [], type(tmp_path).glob
-    monkeypatch.setattr(type(tmp_path), 'glob', lambda self, pattern: looked.append(self) or glob(self, pattern))
+    monkeypatch.setattr(
+        type(tmp_path), 'glob', lambda self, pattern: looked.append(self) or glob(self, pattern)
+    )
     for i in range(3):
         with atomic_write(tmp_path / str(i), durable=False):
             pass

@@ -1,4 +1,5 @@
 """The consistency distillation loss against Gaussian data, where teacher, trajectories and the discrete consistency function are known."""
+
 import itertools
 import math
 
@@ -15,8 +16,23 @@ from training.objectives.consistency_loss import EVERYONE, Drawn, Pairs, padded_
 from training.objectives.loss_cd import ConsistencyDistillationLoss
 
 VARIANCE = torch.tensor([0.02, 0.25, 1.0, 4.0], dtype=torch.float64).reshape(1, 1, 2, 2)
-DEFAULTS = dict(S=4, T_start=16, T_end=16, T_anneal_kimg=0, rho=7.0, sigma_min=0.002, sigma_max=80.0, student_grid='edm', sampling_mode='edm',
-                cd_loss='l2', cd_weight_mode='flat', sigma_data=0.5, terminal_anchor=False, terminal_teacher_hop=True, sync_dropout=True)
+DEFAULTS = dict(
+    S=4,
+    T_start=16,
+    T_end=16,
+    T_anneal_kimg=0,
+    rho=7.0,
+    sigma_min=0.002,
+    sigma_max=80.0,
+    student_grid='edm',
+    sampling_mode='edm',
+    cd_loss='l2',
+    cd_weight_mode='flat',
+    sigma_data=0.5,
+    terminal_anchor=False,
+    terminal_teacher_hop=True,
+    sync_dropout=True,
+)
 
 
 def make_loss(teacher, **options):
@@ -62,7 +78,10 @@ def targets(loss, student, y, noise):
 
 
 def exact_student(gaussian, grid):
-    return LinearStudent(grid, lambda sigma, sigma_b: gaussian.solve(torch.ones(1, 1, 1, 1, dtype=torch.float64), sigma, sigma_b))
+    return LinearStudent(
+        grid,
+        lambda sigma, sigma_b: gaussian.solve(torch.ones(1, 1, 1, 1, dtype=torch.float64), sigma, sigma_b),
+    )
 
 
 @pytest.mark.parametrize('S, T, kind', [(1, 16, 'edm'), (4, 16, 'edm'), (8, 64, 'full'), (4, 33, 'full')])
@@ -81,7 +100,7 @@ def test_with_exact_hops_the_exact_segment_map_has_zero_loss(S, T, kind):
 def discrete_multipliers(loss, hop):
     """c of docs/method.md in closed form: the multiplier of x from each edge's upper end to its boundary, [T', 1, 2, 2], and its edges."""
     edges = all_rows(loss).edges
-    D = lambda sigma: VARIANCE[0] / (VARIANCE[0] + sigma ** 2)
+    D = lambda sigma: VARIANCE[0] / (VARIANCE[0] + sigma**2)
     c = [None] * len(edges)
     for k in reversed(range(len(edges))):
         sigma_t, sigma_s = float(edges.sigma_t[k]), float(edges.sigma_s[k])
@@ -102,7 +121,9 @@ def expected_gradients(loss, c, edges):
     All is linear in (y, noise), so that probing with each alone gives the coefficients, and E[y²] = variance, E[noise²] = 1.
     """
     table = dict(zip(edges.sigma_t.tolist(), c))
-    student = LinearStudent(loss.student, lambda sigma, sigma_b: torch.stack([table[s] for s in sigma.tolist()]))
+    student = LinearStudent(
+        loss.student, lambda sigma, sigma_b: torch.stack([table[s] for s in sigma.tolist()])
+    )
     one, zero = torch.ones(1, 1, 2, 2, dtype=torch.float64), torch.zeros(1, 1, 2, 2, dtype=torch.float64)
     gradient = 0
     for y, noise, second_moment in ((one, zero, VARIANCE), (zero, one, torch.ones_like(VARIANCE))):
@@ -117,7 +138,9 @@ def student_on(student, edges):
 
     class Lenient(LinearStudent):
         def forward(self, x, sigma, class_labels=None, dropout_masks=None):
-            stand_in = torch.tensor([s if s in known else float(edges.sigma_t[0]) for s in sigma.tolist()], dtype=torch.float64)
+            stand_in = torch.tensor(
+                [s if s in known else float(edges.sigma_t[0]) for s in sigma.tolist()], dtype=torch.float64
+            )
             return student(x, stand_in)
 
     return Lenient(student.grid, None)
@@ -135,20 +158,32 @@ def assert_stationary_there_alone(loss, c, edges, rounding=1e-10):
 @pytest.mark.parametrize('hop', ['heun', 'ddim'])
 @pytest.mark.parametrize('teacher_hop', [True, False])
 @pytest.mark.parametrize('S, T, kind', [(1, 8, 'edm'), (4, 16, 'edm'), (4, 17, 'full')])
-def test_the_discrete_consistency_function_has_zero_expected_gradient_and_a_perturbed_one_has_not(hop, teacher_hop, S, T, kind):
-    loss = make_loss(Gaussian(VARIANCE), S=S, T_start=T, T_end=T, student_grid=kind, hop=hop, terminal_teacher_hop=teacher_hop)
+def test_the_discrete_consistency_function_has_zero_expected_gradient_and_a_perturbed_one_has_not(
+    hop, teacher_hop, S, T, kind
+):
+    loss = make_loss(
+        Gaussian(VARIANCE),
+        S=S,
+        T_start=T,
+        T_end=T,
+        student_grid=kind,
+        hop=hop,
+        terminal_teacher_hop=teacher_hop,
+    )
     assert_stationary_there_alone(loss, *discrete_multipliers(loss, hop))
 
 
 def boundary_multiplier(loss, value):
     """What the loss's own references x_b hold of x_t, by regression, [T', 1, 2, 2], for a student that multiplies by `value` everywhere."""
-    student = LinearStudent(loss.student, lambda sigma, sigma_b: torch.full([1, 1, 1, 1], value, dtype=torch.float64))
+    student = LinearStudent(
+        loss.student, lambda sigma, sigma_b: torch.full([1, 1, 1, 1], value, dtype=torch.float64)
+    )
     one, zero = torch.ones(1, 1, 2, 2, dtype=torch.float64), torch.zeros(1, 1, 2, 2, dtype=torch.float64)
     moment, square = 0, 0
     for y, noise, second_moment in ((one, zero, VARIANCE), (zero, one, torch.ones_like(VARIANCE))):
         x_t, x_star, edges = targets(loss, student, y, noise)
         moment = moment + second_moment * ops.ddim_step(x_t, x_star, edges.sigma_t, edges.sigma_b) * x_t
-        square = square + second_moment * x_t ** 2
+        square = square + second_moment * x_t**2
     return moment / square
 
 
@@ -173,7 +208,7 @@ def test_the_discrete_consistency_function_converges_at_the_hops_order(hop, orde
         exact = ((VARIANCE + edges.sigma_b[0] ** 2) / (VARIANCE + edges.sigma_t[0] ** 2)).sqrt()[0]
         errors.append((c[0] / exact - 1).abs().max())
     ratios = [a / b for a, b in itertools.pairwise(errors)]
-    assert all(0.8 * 2 ** order < r < 1.2 * 2 ** order for r in ratios), ratios
+    assert all(0.8 * 2**order < r < 1.2 * 2**order for r in ratios), ratios
 
 
 def test_snap_edges_have_the_known_targets():
@@ -187,7 +222,9 @@ def test_snap_edges_have_the_known_targets():
         if hop == 'ddim':
             expected = D1
         else:
-            sigma_t, sigma_s = (ops.expand_like(s, x_t) for s in (edges.sigma_t, edges.sigma_s.clamp(min=1e-9)))
+            sigma_t, sigma_s = (
+                ops.expand_like(s, x_t) for s in (edges.sigma_t, edges.sigma_s.clamp(min=1e-9))
+            )
             D2 = gaussian(ops.ddim_step(x_t, D1, edges.sigma_t, edges.sigma_s), edges.sigma_s)
             expected = torch.where(sigma_s > 1e-6, D1 + sigma_t / (2 * sigma_s) * (D2 - D1), D1)
         torch.testing.assert_close(x_star, expected, rtol=1e-10, atol=1e-10)
@@ -208,7 +245,9 @@ def test_the_pinned_edge_follows_the_teacher_alone(S):
     gaussian = Gaussian(VARIANCE)
     y, noise = torch.randn(2, 1, 1, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     loss = make_loss(gaussian, S=S, terminal_anchor=True)
-    nonsense = LinearStudent(loss.student, lambda sigma, sigma_b: torch.full([1, 1, 1, 1], 7.0, dtype=torch.float64))
+    nonsense = LinearStudent(
+        loss.student, lambda sigma, sigma_b: torch.full([1, 1, 1, 1], 7.0, dtype=torch.float64)
+    )
     x_t, x_star, edges = targets(loss, nonsense, y, noise)
     x_b = ops.ddim_step(x_t[:1], x_star[:1], edges.sigma_t[:1], edges.sigma_b[:1])
     exact = gaussian.solve(x_t[:1], edges.sigma_t[0], edges.sigma_b[0])
@@ -232,7 +271,17 @@ class Recorder(torch.nn.Module):
 
 def small_network(dropout=0.5, **kwargs):
     torch.manual_seed(0)
-    return networks.EDMPrecond(8, 1, 0, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[], dropout=dropout, **kwargs).train()
+    return networks.EDMPrecond(
+        8,
+        1,
+        0,
+        model_channels=16,
+        channel_mult=[1, 2],
+        num_blocks=1,
+        attn_resolutions=[],
+        dropout=dropout,
+        **kwargs,
+    ).train()
 
 
 def general_samples(loss, draws):
@@ -269,8 +318,12 @@ def test_compiled_and_eager_passes_agree_under_the_same_masks():
     for parameter in net.parameters():  # zero-initialized layers would hide the dropout
         torch.nn.init.normal_(parameter, std=0.1)
     compiled = torch.compile(net, backend='aot_eager')
-    torch.testing.assert_close(compiled(x, sigma, None, dropout_masks=masks), net(x, sigma, None, dropout_masks=masks))
-    assert not torch.allclose(net(x, sigma, None, dropout_masks=masks), net(x, sigma, None, dropout_masks=net.dropout_masks(4)))
+    torch.testing.assert_close(
+        compiled(x, sigma, None, dropout_masks=masks), net(x, sigma, None, dropout_masks=masks)
+    )
+    assert not torch.allclose(
+        net(x, sigma, None, dropout_masks=masks), net(x, sigma, None, dropout_masks=net.dropout_masks(4))
+    )
 
 
 def test_the_student_is_asked_at_the_upper_end_and_its_own_target_at_the_lower():
@@ -290,7 +343,7 @@ def test_gradients_reach_the_student_alone_and_the_loss_does_not_depend_on_how_t
     images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     loss = make_loss(teacher, terminal_anchor=True, cd_loss='pseudo_huber', cd_weight_mode='sqrt_karras')
     whole = loss(student, images, None, SampleDraws(7, 1000, 64))
-    parts = [loss(student, images[a:a + 16], None, SampleDraws(7, 1000 + a, 16)) for a in range(0, 64, 16)]
+    parts = [loss(student, images[a : a + 16], None, SampleDraws(7, 1000 + a, 16)) for a in range(0, 64, 16)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-9, atol=1e-9)
     whole.sum().backward()
     assert all(p.grad is None for p in teacher.parameters())
@@ -319,10 +372,17 @@ def test_edge_statistics_are_reported():
     per_image = loss(small_network(0), torch.zeros(256, 1, 8, 8), None, SampleDraws(0, 0, 256))
     stats = training_stats.collect()
     kinds = [stats[f'Edges/{name}']['mean'] for name in ops.KIND_NAMES]
-    assert abs(sum(kinds) - 1) < 1e-12 and stats['Edges/terminal']['mean'] > 0 and stats['Edges/pinned']['mean'] > 0
+    assert (
+        abs(sum(kinds) - 1) < 1e-12
+        and stats['Edges/terminal']['mean'] > 0
+        and stats['Edges/pinned']['mean'] > 0
+    )
     by_segment = sum(stats[name]['mean'] * stats[name]['num'] for name in ('Loss/segment0', 'Loss/segment1'))
     by_sigma = sum(s['mean'] * s['num'] for name, s in stats.items() if name.startswith('Loss/sigma_'))
-    assert abs(by_segment - per_image.sum().item()) < 1e-6 * by_segment and abs(by_sigma - by_segment) < 1e-6 * by_segment
+    assert (
+        abs(by_segment - per_image.sum().item()) < 1e-6 * by_segment
+        and abs(by_sigma - by_segment) < 1e-6 * by_segment
+    )
 
 
 def test_T_follows_the_images_seen():
@@ -333,7 +393,8 @@ def test_T_follows_the_images_seen():
         lengths.append(len(all_rows(loss).edges))
     assert 16 <= lengths[0] < 20 and 32 <= lengths[1] < 36 and 64 <= lengths[2] < 68
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Parts of a batch: evaluations of those samples alone that need them.
 
 PARTITIONED = {
@@ -348,13 +409,27 @@ PARTITIONED = {
 
 def reference_of_everyone(loss, net, y, noise, edges, masks):
     """x_b as docs/method.md has it, every network asked for every sample, and then what each sample needs is chosen."""
-    sigma_t, sigma_s, kind, pinned = edges.sigma_t, edges.sigma_s, ops.expand_like(edges.kind, y), ops.expand_like(edges.index == 0, y) > 0
+    sigma_t, sigma_s, kind, pinned = (
+        edges.sigma_t,
+        edges.sigma_s,
+        ops.expand_like(edges.kind, y),
+        ops.expand_like(edges.index == 0, y) > 0,
+    )
     x_t, teacher = y + ops.expand_like(sigma_t, y) * noise, lambda x, sigma: loss.teacher(x, sigma).double()
     denoised = teacher(x_t, sigma_t)
-    x_s = dict(heun=lambda: ops.heun_hop(teacher, x_t, sigma_t, sigma_s), ddim=lambda: ops.ddim_step(x_t, denoised, sigma_t, sigma_s),
-               addim=lambda: ops.addim_hop(x_t, denoised, sigma_t, sigma_s, ops.addim_variance(denoised, sigma_t, y, loss.xvar_frac)))[loss.hop]()
+    x_s = dict(
+        heun=lambda: ops.heun_hop(teacher, x_t, sigma_t, sigma_s),
+        ddim=lambda: ops.ddim_step(x_t, denoised, sigma_t, sigma_s),
+        addim=lambda: ops.addim_hop(
+            x_t, denoised, sigma_t, sigma_s, ops.addim_variance(denoised, sigma_t, y, loss.xvar_frac)
+        ),
+    )[loss.hop]()
     x_b = ops.ddim_step(x_s, net(x_s, sigma_s, dropout_masks=masks).double(), sigma_s, edges.sigma_b)
-    x_b = torch.where(kind == ops.GENERAL, x_b, torch.where(kind == ops.SNAP, x_s, denoised if loss.terminal_teacher_hop else y))
+    x_b = torch.where(
+        kind == ops.GENERAL,
+        x_b,
+        torch.where(kind == ops.SNAP, x_s, denoised if loss.terminal_teacher_hop else y),
+    )
     return torch.where(pinned, ops.solve_ode(teacher, x_t, loss.anchor_levels), x_b) if loss.pin_top else x_b
 
 
@@ -371,8 +446,12 @@ def test_the_reference_is_that_of_a_batch_of_which_every_network_is_asked_for_ev
     y = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     masks = student.dropout_masks(64, torch.Generator().manual_seed(1))
     with torch.no_grad():
-        got = loss.reference(student, Pairs(y, noise, y + ops.expand_like(edges.sigma_t, y) * noise, edges, masks=masks))
-        torch.testing.assert_close(got, reference_of_everyone(loss, student, y, noise, edges, masks), rtol=0, atol=1e-9)
+        got = loss.reference(
+            student, Pairs(y, noise, y + ops.expand_like(edges.sigma_t, y) * noise, edges, masks=masks)
+        )
+        torch.testing.assert_close(
+            got, reference_of_everyone(loss, student, y, noise, edges, masks), rtol=0, atol=1e-9
+        )
     assert len(edges.kind.unique()) > 1
 
 
@@ -390,9 +469,13 @@ def asked_for(loss, few_sizes):
 
 def test_an_evaluation_is_of_the_samples_that_need_it():
     """Of all the teacher's first, which is the pinned samples' first too; four sub-steps above 0 have seven more."""
-    sizes, kinds = asked_for(make_loss(None, terminal_anchor=True, keep_ties=True, top_mass=0.5, anchor_hops=4), few_sizes=False)
+    sizes, kinds = asked_for(
+        make_loss(None, terminal_anchor=True, keep_ties=True, top_mass=0.5, anchor_hops=4), few_sizes=False
+    )
     assert min(kinds.values()) > 0
-    assert sizes['teacher'] == [64, kinds['general'] + kinds['snap']] + [kinds['pinned']] * 7 and sizes['student'] == [kinds['general']]
+    assert sizes['teacher'] == [64, kinds['general'] + kinds['snap']] + [kinds['pinned']] * 7 and sizes[
+        'student'
+    ] == [kinds['general']]
 
 
 def test_a_batch_without_general_samples_asks_no_self_target():
@@ -413,6 +496,11 @@ def test_networks_that_are_compiled_see_few_sizes_of_batches():
         sizes = [padded_size(count, batch) for count in range(1, batch + 1)]
         assert len(set(sizes)) <= 8 + math.log2(batch) and sizes[-1] == batch
         assert sizes[0] == min(2, batch)
-        assert all(count <= size <= min(max(2 * count - 1, count + -(-batch // 8)), batch) for count, size in enumerate(sizes, start=1))
-    sizes, kinds = asked_for(make_loss(None, terminal_anchor=True, keep_ties=True, top_mass=0.5), few_sizes=True)
+        assert all(
+            count <= size <= min(max(2 * count - 1, count + -(-batch // 8)), batch)
+            for count, size in enumerate(sizes, start=1)
+        )
+    sizes, kinds = asked_for(
+        make_loss(None, terminal_anchor=True, keep_ties=True, top_mass=0.5), few_sizes=True
+    )
     assert sizes['student'] == [padded_size(kinds['general'], 64)] and sizes['student'] != [kinds['general']]

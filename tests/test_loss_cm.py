@@ -1,4 +1,5 @@
 """Consistency models and improved consistency training against Gaussian data, the published schedules, and their formulas."""
+
 import copy
 import io
 import itertools
@@ -45,8 +46,10 @@ def make(kind, **options):
         return improved(**options)
     return plain_training(**options) if kind == 'data' else distillation(Gaussian(VARIANCE), kind, **options)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The discrete consistency function of Gaussian data.
+
 
 class Linear(torch.nn.Module):
     """D(x; sigma) = c(sigma) x, for the noise levels of a grid."""
@@ -63,7 +66,7 @@ def discrete_multipliers(loss, kind):
     """c at each of the grid's levels, [N, 1, 2, 2], and these: 1 at sigma_min, and above it the hop's multiplier times the c of the lower end."""
     edges = all_rows(loss).edges
     sigmas, c = [*edges.sigma_t.tolist(), SMALLEST], [torch.ones_like(VARIANCE[0])]
-    slope = lambda sigma: sigma / (VARIANCE[0] + sigma ** 2)
+    slope = lambda sigma: sigma / (VARIANCE[0] + sigma**2)
     for upper, lower in reversed(list(itertools.pairwise(sigmas))):
         ddim = 1 + (lower - upper) * slope(upper)  # the data's hop has the same multiplier, on average
         heun = 1 + (lower - upper) * (slope(upper) + slope(lower) * ddim) / 2
@@ -75,9 +78,15 @@ def on_every_edge(loss, net, y, noise, **attributes):
     """x_t, x* and the pairs for one sample on every edge; y and noise [1, ...]."""
     columns = all_rows(loss).columns
     y, noise = (value.expand(len(columns), *value.shape[1:]) for value in (y, noise))
-    pairs = Pairs(y, noise, y + ops.expand_like(columns[:, 0], y) * noise, Drawn(*columns.unbind(dim=1)), **attributes)
+    pairs = Pairs(
+        y, noise, y + ops.expand_like(columns[:, 0], y) * noise, Drawn(*columns.unbind(dim=1)), **attributes
+    )
     with torch.no_grad():
-        return pairs.x_t, ops.inv_ddim(loss.reference(net, pairs), pairs.x_t, pairs.edges.sigma_t, pairs.edges.sigma_b), pairs
+        return (
+            pairs.x_t,
+            ops.inv_ddim(loss.reference(net, pairs), pairs.x_t, pairs.edges.sigma_t, pairs.edges.sigma_b),
+            pairs,
+        )
 
 
 def expected_gradients(loss, c, sigmas):
@@ -101,7 +110,9 @@ def test_the_discrete_consistency_function_has_zero_expected_gradient_and_a_pert
         wrong = c.clone()
         wrong[k] *= 1.01
         gradients = expected_gradients(loss, wrong, sigmas).abs().flatten(1).amax(dim=1)
-        assert (gradients > 1e-7).nonzero().flatten().tolist() == [edge for edge in (k - 1, k) if 0 <= edge < len(gradients)]
+        assert (gradients > 1e-7).nonzero().flatten().tolist() == [
+            edge for edge in (k - 1, k) if 0 <= edge < len(gradients)
+        ]
 
 
 def multipliers_of_targets(loss):
@@ -112,7 +123,7 @@ def multipliers_of_targets(loss):
         moment, square = 0, 0
         for y, noise, second_moment in ((one, zero, VARIANCE), (zero, one, torch.ones_like(VARIANCE))):
             x_t, x_star, _ = on_every_edge(loss, lambda x, *_, value=value, **__: value * x, y, noise)
-            moment, square = moment + second_moment * x_star * x_t, square + second_moment * x_t ** 2
+            moment, square = moment + second_moment * x_star * x_t, square + second_moment * x_t**2
         coefficients.append(moment / square)
     offset, full = coefficients
     c = [torch.ones_like(VARIANCE[0])]  # at sigma_min
@@ -124,10 +135,10 @@ def multipliers_of_targets(loss):
 @pytest.mark.parametrize('kind, order', [('ddim', 1), ('data', 1), ('heun', 2)])
 def test_it_converges_to_the_exact_map_at_the_hops_order(kind, order):
     """sqrt((s² + sigma_min²) / (s² + sigma_max²)) at the top, where the errors of all edges add up: twice the edges, 2**order less."""
-    exact = ((VARIANCE[0] + SMALLEST ** 2) / (VARIANCE[0] + 80.0 ** 2)).sqrt()
+    exact = ((VARIANCE[0] + SMALLEST**2) / (VARIANCE[0] + 80.0**2)).sqrt()
     errors = [(multipliers_of_targets(make(kind, N=N))[0] / exact - 1).abs().max() for N in (257, 513, 1025)]
     ratios = [a / b for a, b in itertools.pairwise(errors)]
-    assert all(0.85 * 2 ** order < r < 1.15 * 2 ** order for r in ratios), ratios
+    assert all(0.85 * 2**order < r < 1.15 * 2**order for r in ratios), ratios
 
 
 def test_addim_hops_are_the_engines():
@@ -135,24 +146,48 @@ def test_addim_hops_are_the_engines():
     y, noise = torch.randn(2, 1, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     loss = distillation(Gaussian(VARIANCE), 'addim')
     x_t, x_star, pairs = on_every_edge(loss, lambda x, *_, **__: x, y, noise)
-    sigma_t, sigma_s, D = pairs.edges.sigma_t, pairs.edges.sigma_s, Gaussian(VARIANCE)(x_t, pairs.edges.sigma_t)
+    sigma_t, sigma_s, D = (
+        pairs.edges.sigma_t,
+        pairs.edges.sigma_s,
+        Gaussian(VARIANCE)(x_t, pairs.edges.sigma_t),
+    )
     e = (x_t - D) / ops.expand_like(sigma_t, D)
-    length = (sigma_s ** 2 + (1 - sigma_s / sigma_t) ** 2 * 0.75 * (y - D).square().sum(dim=(1, 2, 3)) / e.square().sum(dim=(1, 2, 3))).sqrt()
+    length = (
+        sigma_s**2
+        + (1 - sigma_s / sigma_t) ** 2
+        * 0.75
+        * (y - D).square().sum(dim=(1, 2, 3))
+        / e.square().sum(dim=(1, 2, 3))
+    ).sqrt()
     torch.testing.assert_close(x_star, D + ops.expand_like(length, D) * e, rtol=1e-9, atol=1e-9)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The boundary, and what separates these from multistep models.
+
 
 def random_network(boundary, dropout=0.0):
     torch.manual_seed(0)
-    net = networks.EDMPrecond(8, 1, 0, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[], dropout=dropout, boundary=boundary)
+    net = networks.EDMPrecond(
+        8,
+        1,
+        0,
+        model_channels=8,
+        channel_mult=[1],
+        num_blocks=1,
+        attn_resolutions=[],
+        dropout=dropout,
+        boundary=boundary,
+    )
     for parameter in net.parameters():  # zero-initialized layers would hide the rest
         torch.nn.init.normal_(parameter, std=0.1)
     return net.double().train()
 
 
 def digits_like(count, seed=0):
-    return torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1
+    return (
+        torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1
+    )
 
 
 @pytest.mark.parametrize('kind', ['heun', 'data', 'ict'])
@@ -164,7 +199,9 @@ def test_on_the_last_edge_the_target_is_where_the_hop_leads_whatever_the_weights
     hopped = pairs.data_hop()
     if kind == 'heun':
         with torch.no_grad():
-            hopped = ops.heun_hop(lambda x, sigma: teacher(x, sigma), pairs.x_t, pairs.edges.sigma_t, pairs.edges.sigma_s)
+            hopped = ops.heun_hop(
+                lambda x, sigma: teacher(x, sigma), pairs.x_t, pairs.edges.sigma_t, pairs.edges.sigma_s
+            )
     torch.testing.assert_close(x_star[-1], hopped[-1], rtol=1e-12, atol=1e-12)
     assert (x_star[:-1] - hopped[:-1]).abs().flatten(1).amax(dim=1).min() > 1e-6
 
@@ -184,10 +221,14 @@ def test_away_from_zero_one_step_multistep_distillation_is_distillation_of_a_con
     torch.testing.assert_close(a, 64 * b, rtol=1e-10, atol=0)
     assert b.min() > 0
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Grids, draws and schedules.
 
-@pytest.mark.parametrize('name, s1, mu0, schedule', [('adaptive', 150, 0.9, 'adaptive'), ('fixed', 200, 0.95, 'fixed')])
+
+@pytest.mark.parametrize(
+    'name, s1, mu0, schedule', [('adaptive', 150, 0.9, 'adaptive'), ('fixed', 200, 0.95, 'fixed')]
+)
 def test_schedules_equal_the_published_ones(family, name, s1, mu0, schedule):
     """Columns: target decay, N; 800,000 steps, here of 512 images."""
     loss = plain_training(N=None, s0=2, s1=s1, schedule_nimg=800_000 * 512, mu0=mu0, mu_schedule=schedule)
@@ -201,7 +242,7 @@ def test_schedules_equal_the_published_ones(family, name, s1, mu0, schedule):
 
 def test_a_given_grid_stays_and_so_does_its_decay():
     loss = plain_training(N=18, mu0=0.95)
-    for nimg in (0, 500, 10 ** 6):
+    for nimg in (0, 500, 10**6):
         loss.begin_step(nimg)
         assert (loss.stage, loss.mu, len(all_rows(loss).edges)) == (18, 0.95, 17)
 
@@ -213,7 +254,9 @@ def test_the_grid_follows_the_schedule_from_sigma_max_to_sigma_min(loss):
         loss.begin_step(nimg)
         edges = all_rows(loss).edges
         assert (edges.sigma_t[0], edges.sigma_s[-1]) == (80.0, SMALLEST)
-        torch.testing.assert_close(edges.sigma_t, ops.karras_sigmas(loss.stage, SMALLEST, 80, 7)[:-1], rtol=0, atol=0)
+        torch.testing.assert_close(
+            edges.sigma_t, ops.karras_sigmas(loss.stage, SMALLEST, 80, 7)[:-1], rtol=0, atol=0
+        )
         assert torch.equal(edges.sigma_s[:-1], edges.sigma_t[1:]) and (edges.sigma_b == 0).all()
         sizes.append(len(edges))
     assert sizes[0] < sizes[1] < sizes[2] and sizes[2] == loss.s1
@@ -225,7 +268,7 @@ def test_improved_training_doubles_its_grid_in_stages_of_whole_steps():
     for nimg in range(1602):
         loss.begin_step(nimg)
         stages.setdefault(loss.stage, []).append(nimg)
-    assert list(stages) == [10 * 2 ** i + 1 for i in range(8)]
+    assert list(stages) == [10 * 2**i + 1 for i in range(8)]
     assert [seen[0] for seen in stages.values()] == list(range(0, 1600, 200))
 
 
@@ -242,7 +285,9 @@ def test_edges_are_drawn_with_their_probabilities(kind):
         p = p / p.sum()
     frequency = torch.bincount(drawn.index, minlength=len(p)) / count
     assert ((frequency - p).abs() <= 5 * (p * (1 - p) / count).sqrt()).all()
-    assert torch.equal(drawn.sigma_t, edges.sigma_t[drawn.index]) and torch.equal(drawn.sigma_s, edges.sigma_s[drawn.index])
+    assert torch.equal(drawn.sigma_t, edges.sigma_t[drawn.index]) and torch.equal(
+        drawn.sigma_s, edges.sigma_s[drawn.index]
+    )
 
 
 def test_the_number_of_edges_is_reported():
@@ -251,8 +296,10 @@ def test_the_number_of_edges_is_reported():
     stats = training_stats.collect()
     assert stats['Edges/T']['mean'] == 17 and stats['Edges/general']['mean'] == 1
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Metrics and weights: the whole loss, recomputed.
+
 
 def recompute(loss, distance, weight):
     """A loss's values for 16 images, and weight(sigma_t, sigma_s) · distance(D(x_t), D(x_s)) from what the network was asked."""
@@ -265,12 +312,18 @@ def recompute(loss, distance, weight):
 
 
 def huber(c):
-    return lambda a, b: ((a - b).square().sum(dim=(1, 2, 3)) + c ** 2).sqrt() - c
+    return lambda a, b: ((a - b).square().sum(dim=(1, 2, 3)) + c**2).sqrt() - c
 
 
-@pytest.mark.parametrize('cm_loss, distance', [
-    ('l1', lambda a, b: (a - b).abs().mean(dim=(1, 2, 3))), ('l2', lambda a, b: (a - b).square().mean(dim=(1, 2, 3))),
-    ('pseudo_huber', huber(0.00054 * 8)), ('lpips', lambda a, b: 3 * (a - b).amax(dim=(1, 2, 3)))])
+@pytest.mark.parametrize(
+    'cm_loss, distance',
+    [
+        ('l1', lambda a, b: (a - b).abs().mean(dim=(1, 2, 3))),
+        ('l2', lambda a, b: (a - b).square().mean(dim=(1, 2, 3))),
+        ('pseudo_huber', huber(0.00054 * 8)),
+        ('lpips', lambda a, b: 3 * (a - b).amax(dim=(1, 2, 3))),
+    ],
+)
 def test_losses_of_consistency_models_are_their_metric_with_weight_one(cm_loss, distance):
     """0.00054 √64 = 0.00054 · 8. The perceptual distance stands for another, which is not symmetric."""
     loss = plain_training(cm_loss=cm_loss, perceptual=distance if cm_loss == 'lpips' else None)
@@ -281,28 +334,40 @@ def test_losses_of_consistency_models_are_their_metric_with_weight_one(cm_loss, 
 
 @pytest.mark.parametrize('c', [None, 0.06])
 def test_improved_trainings_loss_is_the_pseudo_huber_distance_over_the_gap(c):
-    got, expected = recompute(improved(c=c), huber(c or 0.00054 * 8), lambda sigma_t, sigma_s: 1 / (sigma_t - sigma_s))
+    got, expected = recompute(
+        improved(c=c), huber(c or 0.00054 * 8), lambda sigma_t, sigma_s: 1 / (sigma_t - sigma_s)
+    )
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_lpips_trains_the_student_and_not_itself():
     torch.manual_seed(1)
     net, perceptual = random_network(SMALLEST), LPIPS(resolution=16)
-    plain_training(cm_loss='lpips', perceptual=perceptual)(net, digits_like(2), None, SampleDraws(0, 0, 2)).sum().backward()
-    assert all(p.grad.isfinite().all() for p in net.parameters()) and sum(p.grad.abs().sum() for p in net.parameters()) > 0
+    plain_training(cm_loss='lpips', perceptual=perceptual)(
+        net, digits_like(2), None, SampleDraws(0, 0, 2)
+    ).sum().backward()
+    assert (
+        all(p.grad.isfinite().all() for p in net.parameters())
+        and sum(p.grad.abs().sum() for p in net.parameters()) > 0
+    )
     assert all(p.grad is None for p in perceptual.parameters())
 
 
-@pytest.mark.parametrize('make_one', [plain_training, improved, lambda: distillation(random_network(0).eval().requires_grad_(False))],
-                         ids=['cm-ct', 'ict', 'cm-cd'])
+@pytest.mark.parametrize(
+    'make_one',
+    [plain_training, improved, lambda: distillation(random_network(0).eval().requires_grad_(False))],
+    ids=['cm-ct', 'ict', 'cm-cd'],
+)
 def test_losses_do_not_depend_on_how_the_batch_is_split(make_one):
     net, images, loss = random_network(SMALLEST), digits_like(32), make_one()
     whole = loss(net, images, None, SampleDraws(7, 1000, 32))
-    parts = [loss(net, images[a:a + 16], None, SampleDraws(7, 1000 + a, 16)) for a in range(0, 32, 16)]
+    parts = [loss(net, images[a : a + 16], None, SampleDraws(7, 1000 + a, 16)) for a in range(0, 32, 16)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-9, atol=1e-9)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The target network.
+
 
 def vector(net):
     return torch.nn.utils.parameters_to_vector(net.parameters()).detach().clone()
@@ -321,9 +386,11 @@ def test_the_target_network_follows_mu_of_the_step_exactly():
     for step in range(12):
         loss.begin_step(100 * step)
         with torch.no_grad():
-            weights.copy_(torch.randn(weights.shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64))
+            weights.copy_(
+                torch.randn(weights.shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+            )
         loss.end_step()
-        N = max(math.ceil(math.sqrt(step / 12 * (151 ** 2 - 4) + 4) - 1), 1) + 1
+        N = max(math.ceil(math.sqrt(step / 12 * (151**2 - 4) + 4) - 1), 1) + 1
         decays.append(math.exp(2 * math.log(0.9) / (N - 1)))
         expected = decays[-1] * expected + (1 - decays[-1]) * vector(net)
     assert decays[0] < decays[5] < decays[-1] and decays[0] == pytest.approx(0.81), 'from s0 = 2 nodes on'
@@ -340,7 +407,9 @@ def test_a_fixed_decay_forgets_the_first_weights_geometrically():
     for step in range(20):
         loss.begin_step(step)
         loss.end_step()
-    torch.testing.assert_close(vector(loss.target), first * (0.95 ** 20 - 2 * (1 - 0.95 ** 20)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        vector(loss.target), first * (0.95**20 - 2 * (1 - 0.95**20)), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize('mu0', [0.0, 0.9])
@@ -353,7 +422,9 @@ def test_the_target_is_the_target_networks_answer_which_is_the_network_itself_wi
     _, x_star, pairs = on_every_edge(loss, net, *digits_like(2).split(1))
     answers = before if mu0 else net
     with torch.no_grad():
-        torch.testing.assert_close(x_star, answers(pairs.data_hop(), pairs.edges.sigma_s), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            x_star, answers(pairs.data_hop(), pairs.edges.sigma_s), rtol=1e-12, atol=1e-12
+        )
     assert bool(loss.state_dict()) == (mu0 > 0) and (loss.target is None) == (mu0 == 0)
 
 
@@ -371,7 +442,10 @@ def test_the_target_sees_the_students_masks_exactly_where_dropout_is_synchronize
 
 
 def test_gradients_reach_the_student_alone():
-    net, loss = random_network(SMALLEST), distillation(random_network(0).eval().requires_grad_(False), mu0=0.9)
+    net, loss = (
+        random_network(SMALLEST),
+        distillation(random_network(0).eval().requires_grad_(False), mu0=0.9),
+    )
     attached(loss, net)
     loss(net, digits_like(16), None, SampleDraws(0, 0, 16)).sum().backward()
     assert sum(p.grad.abs().sum() for p in net.parameters()) > 0
@@ -404,12 +478,18 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_not_stopped():
     for part in ('net', 'target'):
         a, b = (state['net'] if part == 'net' else state['loss']['target'] for state in (whole, resumed))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert not torch.equal(whole['net']['model.map_layer0.weight'], whole['loss']['target']['model.map_layer0.weight'])
+    assert not torch.equal(
+        whole['net']['model.map_layer0.weight'], whole['loss']['target']['model.map_layer0.weight']
+    )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Options.
 
-@pytest.mark.parametrize('name, loss', [('cm-cd', distillation(None)), ('cm-ct', plain_training()), ('ict', improved())])
+
+@pytest.mark.parametrize(
+    'name, loss', [('cm-cd', distillation(None)), ('cm-ct', plain_training()), ('ict', improved())]
+)
 def test_the_registry_and_the_losses_agree(name, loss):
     """Every option is an argument; `lpips`, a path, is read by the loop and arrives as `perceptual`, batch_size comes from --batch."""
     objective = OBJECTIVES[name]
@@ -422,8 +502,19 @@ def test_the_registry_and_the_losses_agree(name, loss):
     type(loss)(*([None] if objective.teacher else []), **given)
 
 
-@pytest.mark.parametrize('options', [dict(cm_loss='huber'), dict(mu_schedule='linear'), dict(mu0=1.0), dict(mu0=-0.1), dict(N=1),
-                                     dict(cm_loss='lpips'), dict(perceptual=huber(1.0))], ids=lambda options: next(iter(options)))
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(cm_loss='huber'),
+        dict(mu_schedule='linear'),
+        dict(mu0=1.0),
+        dict(mu0=-0.1),
+        dict(N=1),
+        dict(cm_loss='lpips'),
+        dict(perceptual=huber(1.0)),
+    ],
+    ids=lambda options: next(iter(options)),
+)
 def test_options_that_mean_nothing_are_refused(options):
     with pytest.raises(ValueError, match=r'is not one of|do not hold'):
         plain_training(**options)

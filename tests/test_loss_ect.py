@@ -1,4 +1,5 @@
 """Easy consistency tuning against Gaussian data, where the function that it converges to is known stage by stage."""
+
 import itertools
 import math
 
@@ -14,7 +15,9 @@ from training.objectives import time_schedules as times
 from training.objectives.consistency_loss import Pairs
 from training.objectives.loss_ect import ConsistencyTuningLoss
 
-DEFAULTS = dict(P_mean=-1.1, P_std=2.0, q=2.0, k=8.0, b=1.0, c=0.0, stage_nimg=1000, ect_weight='gap', sigma_data=0.5)
+DEFAULTS = dict(
+    P_mean=-1.1, P_std=2.0, q=2.0, k=8.0, b=1.0, c=0.0, stage_nimg=1000, ect_weight='gap', sigma_data=0.5
+)
 
 
 def make_loss(stage=0, **options):
@@ -54,13 +57,23 @@ def edges_at(loss, t):
 
 def regressed(loss, edges, values):
     """E[values(x_t, target) x_t] / E[x_t²] on edges [N], by probing with image and noise alone, of which all is linear, for a student."""
+
     def of(student):
         moment = 0
         for y, noise, second_moment in ((1, 0, VARIANCE), (0, 1, torch.ones_like(VARIANCE))):
-            y, noise = (torch.full([len(edges.sigma_t), 1, 2, 2], float(value), dtype=torch.float64) for value in (y, noise))
+            y, noise = (
+                torch.full([len(edges.sigma_t), 1, 2, 2], float(value), dtype=torch.float64)
+                for value in (y, noise)
+            )
             x_t = y + ops.expand_like(edges.sigma_t, y) * noise
-            moment = moment + second_moment * values(student, x_t, loss.reference(student, Pairs(y, noise, x_t, edges))) * x_t
+            moment = (
+                moment
+                + second_moment
+                * values(student, x_t, loss.reference(student, Pairs(y, noise, x_t, edges)))
+                * x_t
+            )
         return moment / (VARIANCE + ops.expand_like(edges.sigma_t, x_t) ** 2)
+
     return of
 
 
@@ -71,7 +84,10 @@ def multiplier_of_targets(loss, t):
         chain.append(edges.sigma_s)
         assert chain[-1] < chain[-2], 'r has not left t'
     coefficients = regressed(loss, edges_at(loss, torch.cat(chain)), lambda student, x_t, target: target)
-    offset, full = (coefficients(Linear(lambda t, value=value: torch.full_like(VARIANCE[0], value))) for value in (0.0, 1.0))
+    offset, full = (
+        coefficients(Linear(lambda t, value=value: torch.full_like(VARIANCE[0], value)))
+        for value in (0.0, 1.0)
+    )
     c = torch.ones_like(VARIANCE[0])
     for k in reversed(range(len(chain))):
         c = offset[k] + (full - offset)[k] * c
@@ -88,7 +104,7 @@ def multiplier(loss, t):
     c = torch.ones_like(VARIANCE[0])
     while t > 1e-7:
         r = closed_form_earlier_time(t, loss.stage, loss.q, loss.k)
-        c = c * (VARIANCE[0] + r * t) / (VARIANCE[0] + t ** 2)
+        c = c * (VARIANCE[0] + r * t) / (VARIANCE[0] + t**2)
         t = r
     return c
 
@@ -99,7 +115,7 @@ def accumulated_error(stage, t, q=2.0, k=8.0):
     log_tau = torch.linspace(math.log(1e-6), math.log(t), 20_001, dtype=torch.float64).reshape(-1, 1, 1, 1)
     tau = log_tau.exp()
     gap = tau * q ** -(stage + 1) * (1 + k / (1 + tau.exp()))
-    return -torch.trapezoid(gap * VARIANCE / (2 * (VARIANCE + tau ** 2) ** 2) * tau, log_tau, dim=0)
+    return -torch.trapezoid(gap * VARIANCE / (2 * (VARIANCE + tau**2) ** 2) * tau, log_tau, dim=0)
 
 
 def expected_gradients(loss, t, student):
@@ -108,8 +124,13 @@ def expected_gradients(loss, t, student):
 
 
 @pytest.mark.parametrize('stage, q, k', [(0, 2.0, 8.0), (3, 2.0, 8.0), (1, 4.0, 8.0), (4, 2.0, 0.0)])
-def test_the_consistency_function_of_a_stage_has_zero_expected_gradient_and_a_perturbed_one_has_not(stage, q, k):
-    loss, t = make_loss(stage, q=q, k=k), torch.tensor([0.01, 0.1, 0.5, 1.0, 3.0, 20.0, 80.0], dtype=torch.float64)
+def test_the_consistency_function_of_a_stage_has_zero_expected_gradient_and_a_perturbed_one_has_not(
+    stage, q, k
+):
+    loss, t = (
+        make_loss(stage, q=q, k=k),
+        torch.tensor([0.01, 0.1, 0.5, 1.0, 3.0, 20.0, 80.0], dtype=torch.float64),
+    )
     assert expected_gradients(loss, t, Linear(lambda t: multiplier(loss, t))).abs().max() < 1e-10
     for wrong in t.tolist():
         student = Linear(lambda t, wrong=wrong: multiplier(loss, t) * (1.01 if t == wrong else 1))
@@ -126,7 +147,10 @@ def test_the_consistency_function_tends_to_the_exact_map_as_stages_pass():
 
 def test_where_r_is_zero_it_is_diffusion_training():
     """At stage 0, with q = 2 and k = 8, r = 0 for t below 5 or so: the distance from the image itself, with weight 1/t. Nobody is asked for more."""
-    net, images = small_network(0).double(), torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    net, images = (
+        small_network(0).double(),
+        torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+    )
     student = Recorder(net).train()
     loss = make_loss(P_std=0.5)
     got = loss(student, images, None, SampleDraws(0, 0, 64))
@@ -153,13 +177,16 @@ def test_times_weights_and_distance_are_the_options():
     images = torch.zeros(count, 1, 8, 8)
     got = loss(student, images, None, SampleDraws(0, 0, count))
     t = student.calls[-1][0]
-    assert abs(t.log().mean() + 0.8) < 5 * 1.6 / count ** 0.5 and abs(t.log().std() - 1.6) < 0.1
+    assert abs(t.log().mean() + 0.8) < 5 * 1.6 / count**0.5 and abs(t.log().std() - 1.6) < 0.1
     edges = loss.draw(SampleDraws(0, 0, count), torch.device('cpu'))
     noise = SampleDraws(0, 0, count).normal('noise', [1, 8, 8]).double()
     with torch.no_grad():
-        at_t, at_r = (student.net(ops.expand_like(s, noise) * noise, s, None).double().flatten(1) for s in (t, edges.sigma_s))
-    expected = ((at_t - at_r).square().sum(dim=1) + 0.06 ** 2).sqrt() - 0.06
-    torch.testing.assert_close(got.detach(), expected / t ** 2, rtol=1e-4, atol=1e-9)
+        at_t, at_r = (
+            student.net(ops.expand_like(s, noise) * noise, s, None).double().flatten(1)
+            for s in (t, edges.sigma_s)
+        )
+    expected = ((at_t - at_r).square().sum(dim=1) + 0.06**2).sqrt() - 0.06
+    torch.testing.assert_close(got.detach(), expected / t**2, rtol=1e-4, atol=1e-9)
 
 
 def test_stages_follow_the_images_and_are_reported():
@@ -176,17 +203,20 @@ def test_stages_follow_the_images_and_are_reported():
 
 
 def test_losses_do_not_depend_on_how_the_batch_is_split():
-    net, images = small_network(0).double(), torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    net, images = (
+        small_network(0).double(),
+        torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+    )
     loss = make_loss(3)
     whole = loss(net, images, None, SampleDraws(7, 1000, 64))
-    parts = [loss(net, images[a:a + 16], None, SampleDraws(7, 1000 + a, 16)) for a in range(0, 64, 16)]
+    parts = [loss(net, images[a : a + 16], None, SampleDraws(7, 1000 + a, 16)) for a in range(0, 64, 16)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-9, atol=1e-9)
 
 
 def test_the_exact_map_of_the_gaussian_is_what_sampling_would_see():
     """At a late stage c(80) x at σ = 80 has the data's deviation, to the percents that its first-order hops leave, which are known."""
     gaussian, loss = Gaussian(VARIANCE), make_loss(9)
-    produced = multiplier_of_targets(loss, 80.0) ** 2 * (VARIANCE[0] + 80.0 ** 2)
+    produced = multiplier_of_targets(loss, 80.0) ** 2 * (VARIANCE[0] + 80.0**2)
     error = (produced / gaussian.variance[0]).log() / 2
     assert error.abs().max() < 0.03
     torch.testing.assert_close(error, accumulated_error(9, 80.0), rtol=0.03, atol=0)

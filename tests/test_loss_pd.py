@@ -1,29 +1,50 @@
 """A stage of progressive distillation against Gaussian data: its targets are two DDIM steps of the teacher, inverted."""
+
 import itertools
 
 import pytest
 import torch
 from gaussian import Gaussian
-from test_loss_cd import VARIANCE, LinearStudent, all_rows, assert_stationary_there_alone, boundary_multiplier, expected_gradients, targets
+from test_loss_cd import (
+    VARIANCE,
+    LinearStudent,
+    all_rows,
+    assert_stationary_there_alone,
+    boundary_multiplier,
+    expected_gradients,
+    targets,
+)
 
 from training import consistency_ops as ops
 from training.draws import SampleDraws
 from training.objectives.loss_pd import ProgressiveDistillationLoss
 
-DEFAULTS = dict(student_grid='full', sigma_grid='karras', rho=7.0, sigma_min=0.002, sigma_max=80.0, hop='ddim', xvar_frac=0.75, cd_loss='l2',
-                cd_weight_mode='truncated-snr', sigma_data=0.5)
+DEFAULTS = dict(
+    student_grid='full',
+    sigma_grid='karras',
+    rho=7.0,
+    sigma_min=0.002,
+    sigma_max=80.0,
+    hop='ddim',
+    xvar_frac=0.75,
+    cd_loss='l2',
+    cd_weight_mode='truncated-snr',
+    sigma_data=0.5,
+)
 
 
 def make_loss(teacher=None, **options):
     loss = ProgressiveDistillationLoss(teacher or Gaussian(VARIANCE), **{**DEFAULTS, **options})
-    loss.student = ops.student_grid(options['S'], 0.002, 80, 7, 'full', options.get('sigma_grid', 'karras'))  # where `expected_gradients` looks
+    loss.student = ops.student_grid(
+        options['S'], 0.002, 80, 7, 'full', options.get('sigma_grid', 'karras')
+    )  # where `expected_gradients` looks
     return loss
 
 
 def two_step_multipliers(loss, S, sigma_grid='karras'):
     """Products of DDIM's multipliers D + r (1 − D) over two edges of the finer grid, [S, 1, 2, 2]."""
     fine = ops.student_grid(2 * S, 0.002, 80, 7, 'full', sigma_grid)
-    step = [VARIANCE[0] / (VARIANCE[0] + t ** 2) * (1 - s / t) + s / t for t, s in itertools.pairwise(fine)]
+    step = [VARIANCE[0] / (VARIANCE[0] + t**2) * (1 - s / t) + s / t for t, s in itertools.pairwise(fine)]
     return torch.stack([above * below for above, below in zip(step[::2], step[1::2])]), all_rows(loss).edges
 
 
@@ -39,13 +60,15 @@ def test_hops_that_lengthen_the_noise_have_another_student():
     exact, edges = two_step_multipliers(make_loss(S=4), 4)
     assert expected_gradients(make_loss(S=4, hop='addim', xvar_frac=0.75), exact, edges).abs().max() > 1e-3
     y, noise = torch.randn(2, 1, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    ddim, addim = (targets(make_loss(S=4, hop=hop, xvar_frac=1e-30), None, y, noise)[1] for hop in ('ddim', 'addim'))
+    ddim, addim = (
+        targets(make_loss(S=4, hop=hop, xvar_frac=1e-30), None, y, noise)[1] for hop in ('ddim', 'addim')
+    )
     torch.testing.assert_close(ddim, addim, rtol=1e-12, atol=1e-12)
 
 
 def test_the_stages_compound_to_the_exact_map_at_first_order():
     """Where each stage is learned exactly, S steps of the student are 2 S of its teacher; ever more of them approach the solution of the ODE."""
-    exact = ((VARIANCE[0] + 0.002 ** 2) / (VARIANCE[0] + 80 ** 2)).sqrt()
+    exact = ((VARIANCE[0] + 0.002**2) / (VARIANCE[0] + 80**2)).sqrt()
     errors = []
     for S in (128, 256, 512):
         c = boundary_multiplier(make_loss(S=S), 0.0)  # no student has a part in it
@@ -70,7 +93,9 @@ def test_the_teacher_is_asked_at_the_levels_it_was_trained_for_alone():
     y, noise = torch.randn(2, 1, 1, 2, 2, dtype=torch.float64)
     targets(loss, None, y, noise)
     fine = ops.student_grid(8, 0.002, 80, 7, 'full')[:-1].tolist()
-    assert len(teacher.levels) == 8 and all(min(abs(level / own - 1) for own in fine) < 1e-12 for level in teacher.levels)
+    assert len(teacher.levels) == 8 and all(
+        min(abs(level / own - 1) for own in fine) < 1e-12 for level in teacher.levels
+    )
 
 
 def test_edges_are_drawn_evenly_and_weighted_by_the_truncated_snr():
@@ -85,8 +110,15 @@ def test_the_loss_of_the_exact_student_is_zero():
     loss = make_loss(S=4)
     c, edges = two_step_multipliers(loss, 4)
     table = dict(zip(edges.sigma_t.tolist(), c))
-    student = LinearStudent(loss.student, lambda sigma, sigma_b: torch.stack([table[s] for s in sigma.tolist()]))
-    values = loss(student.train(), torch.randn(16, 1, 2, 2, generator=torch.Generator().manual_seed(0)), None, SampleDraws(0, 0, 16))
+    student = LinearStudent(
+        loss.student, lambda sigma, sigma_b: torch.stack([table[s] for s in sigma.tolist()])
+    )
+    values = loss(
+        student.train(),
+        torch.randn(16, 1, 2, 2, generator=torch.Generator().manual_seed(0)),
+        None,
+        SampleDraws(0, 0, 16),
+    )
     assert values.shape == (16,) and values.max() < 1e-20
 
 

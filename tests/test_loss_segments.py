@@ -1,4 +1,5 @@
 """Consistency training, segment regression and aDDIM hops against Gaussian data, and what the objectives have in common under known conditions."""
+
 import itertools
 
 import pytest
@@ -21,7 +22,11 @@ from training.draws import SampleDraws
 from training.objectives.loss_ct import ConsistencyTrainingLoss
 from training.objectives.loss_direct import SegmentRegressionLoss
 
-SEGMENTS = {name: value for name, value in DEFAULTS.items() if name not in ('terminal_anchor', 'terminal_teacher_hop', 'sync_dropout')}
+SEGMENTS = {
+    name: value
+    for name, value in DEFAULTS.items()
+    if name not in ('terminal_anchor', 'terminal_teacher_hop', 'sync_dropout')
+}
 
 
 def make_training_loss(**options):
@@ -29,7 +34,9 @@ def make_training_loss(**options):
 
 
 def make_direct_loss(teacher, **options):
-    return SegmentRegressionLoss(teacher, **{**SEGMENTS, 'substeps': 3, 'keep_ties': True, 'top_mass': 0.5, **options})
+    return SegmentRegressionLoss(
+        teacher, **{**SEGMENTS, 'substeps': 3, 'keep_ties': True, 'top_mass': 0.5, **options}
+    )
 
 
 def sample_of_each(seed):
@@ -37,22 +44,30 @@ def sample_of_each(seed):
 
 
 def shrink(sigma):
-    return VARIANCE[0] / (VARIANCE[0] + sigma ** 2)
+    return VARIANCE[0] / (VARIANCE[0] + sigma**2)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Consistency training.
+
 
 def training_multipliers(loss):
     """The data's hop is right on average: its multiplier is DDIM's, D + r (1 − D), and D at the end."""
     edges, c = all_rows(loss).edges, []
     for k in reversed(range(len(edges))):
         D, r = shrink(edges.sigma_t[k]), edges.sigma_s[k] / edges.sigma_t[k]
-        c.append({ops.TERMINAL: D, ops.SNAP: D + r * (1 - D)}.get(int(edges.kind[k]), (D + r * (1 - D)) * (c[-1] if c else 1)))
+        c.append(
+            {ops.TERMINAL: D, ops.SNAP: D + r * (1 - D)}.get(
+                int(edges.kind[k]), (D + r * (1 - D)) * (c[-1] if c else 1)
+            )
+        )
     return torch.stack(c[::-1]), edges
 
 
 @pytest.mark.parametrize('S, T, kind', [(1, 8, 'edm'), (4, 16, 'edm'), (4, 17, 'full')])
-def test_trainings_discrete_consistency_function_has_zero_expected_gradient_and_a_perturbed_one_has_not(S, T, kind):
+def test_trainings_discrete_consistency_function_has_zero_expected_gradient_and_a_perturbed_one_has_not(
+    S, T, kind
+):
     loss = make_training_loss(S=S, T_start=T, T_end=T, student_grid=kind)
     assert_stationary_there_alone(loss, *training_multipliers(loss))
 
@@ -76,13 +91,18 @@ def test_training_where_every_edge_ends_a_segment_is_diffusion_training():
 
 
 def test_distillation_there_by_ddim_is_regression_on_the_teacher():
-    loss, gaussian = make_loss(Gaussian(VARIANCE), S=8, T_start=8, T_end=8, student_grid='full', hop='ddim'), Gaussian(VARIANCE)
+    loss, gaussian = (
+        make_loss(Gaussian(VARIANCE), S=8, T_start=8, T_end=8, student_grid='full', hop='ddim'),
+        Gaussian(VARIANCE),
+    )
     y, noise = sample_of_each(2)
     x_t, x_star, edges = targets(loss, exact_student(gaussian, loss.student), y, noise)
     torch.testing.assert_close(x_star, gaussian(x_t, edges.sigma_t), rtol=1e-9, atol=1e-9)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Segment regression.
+
 
 def direct_multipliers(loss):
     """Products of Heun's multipliers over the sub-steps, from each edge's upper end to its boundary."""
@@ -92,13 +112,20 @@ def direct_multipliers(loss):
         n = loss.substeps
         lowest = sigma_b or min(loss.sigma_min, sigma_t)
         spaced = n if sigma_b else n - 1
-        roots = [sigma_t ** (1 / 7) + i / max(spaced, 1) * (lowest ** (1 / 7) - sigma_t ** (1 / 7)) for i in range(spaced + 1)]
-        nodes = [root ** 7 for root in roots] + ([] if sigma_b else [0.0])
+        roots = [
+            sigma_t ** (1 / 7) + i / max(spaced, 1) * (lowest ** (1 / 7) - sigma_t ** (1 / 7))
+            for i in range(spaced + 1)
+        ]
+        nodes = [root**7 for root in roots] + ([] if sigma_b else [0.0])
         product = torch.ones_like(VARIANCE[0])
         for upper, lower in itertools.pairwise(nodes):
             slope = (1 - shrink(upper)) / upper
             euler = 1 + (lower - upper) * slope
-            product = product * (euler if lower == 0 else 1 + (lower - upper) * (slope + (1 - shrink(lower)) / lower * euler) / 2)
+            product = product * (
+                euler
+                if lower == 0
+                else 1 + (lower - upper) * (slope + (1 - shrink(lower)) / lower * euler) / 2
+            )
         c.append(product)
     return torch.stack(c), edges
 
@@ -115,9 +142,13 @@ def test_regression_converges_to_the_exact_map_with_the_square_of_the_substeps()
     for substeps in (8, 16, 32):
         loss = make_direct_loss(Gaussian(VARIANCE), S=4, student_grid='full', substeps=substeps)
         c, edges = multipliers_of_targets(loss)
-        tops = ops.segment_bounds(torch.cat([edges.sigma_t, edges.sigma_t.new_zeros(1)]), loss.student)[:-1, 0]
-        exact = ((VARIANCE + ops.expand_like(edges.sigma_b, VARIANCE.expand(len(c), 1, 2, 2)) ** 2)
-                 / (VARIANCE + ops.expand_like(edges.sigma_t, VARIANCE.expand(len(c), 1, 2, 2)) ** 2)).sqrt()
+        tops = ops.segment_bounds(torch.cat([edges.sigma_t, edges.sigma_t.new_zeros(1)]), loss.student)[
+            :-1, 0
+        ]
+        exact = (
+            (VARIANCE + ops.expand_like(edges.sigma_b, VARIANCE.expand(len(c), 1, 2, 2)) ** 2)
+            / (VARIANCE + ops.expand_like(edges.sigma_t, VARIANCE.expand(len(c), 1, 2, 2)) ** 2)
+        ).sqrt()
         errors.append((c / exact - 1)[tops].abs().amax(dim=(1, 2, 3)))
     assert all((a / b > 3).all() and (a / b < 5).all() for a, b in itertools.pairwise(errors)), errors
 
@@ -141,8 +172,10 @@ def test_regression_draws_its_share_at_the_very_levels_that_sampling_asks_for():
         assert abs((seen[0] == level).double().mean() - 0.125) < 5 * (0.125 * 0.875 / count) ** 0.5
     assert len(seen[0].unique()) > 40  # the rest anywhere in the segments
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # aDDIM, and what all share.
+
 
 def test_an_addim_hop_adds_what_the_images_error_calls_for():
     """On snap edges x_b is the hop itself: DDIM's direction, lengthened by xvar_frac |y − D|² spread over the noise."""
@@ -155,20 +188,22 @@ def test_an_addim_hop_adds_what_the_images_error_calls_for():
         x_t, sigma_t, sigma_s = x_t[snap], edges.sigma_t[snap], edges.sigma_s[snap]
         x_b = ops.ddim_step(x_t, x_star[snap], sigma_t, sigma_s)
         D = gaussian(x_t, sigma_t)
-        v = xvar_frac * (y - D).square().sum(dim=(1, 2, 3)) if xvar_frac else 0.1 * 4 / (2 + sigma_t ** -2)
+        v = xvar_frac * (y - D).square().sum(dim=(1, 2, 3)) if xvar_frac else 0.1 * 4 / (2 + sigma_t**-2)
         e = (x_t - D) / ops.expand_like(sigma_t, D)
-        length = (sigma_s ** 2 + (1 - sigma_s / sigma_t) ** 2 * v / e.square().sum(dim=(1, 2, 3))).sqrt()
+        length = (sigma_s**2 + (1 - sigma_s / sigma_t) ** 2 * v / e.square().sum(dim=(1, 2, 3))).sqrt()
         torch.testing.assert_close(x_b, D + ops.expand_like(length, D) * e, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize('make', [make_training_loss, lambda **k: make_direct_loss(small_network(0).double().eval(), **k)])
+@pytest.mark.parametrize(
+    'make', [make_training_loss, lambda **k: make_direct_loss(small_network(0).double().eval(), **k)]
+)
 def test_losses_do_not_depend_on_how_the_batch_is_split_and_reach_the_student_alone(make):
     student = small_network(0).double()
     torch.nn.init.normal_(student.model.out_conv.weight, std=0.1)
     images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     loss = make(cd_loss='pseudo_huber', cd_weight_mode='sqrt_karras')
     whole = loss(student, images, None, SampleDraws(7, 1000, 64))
-    parts = [loss(student, images[a:a + 16], None, SampleDraws(7, 1000 + a, 16)) for a in range(0, 64, 16)]
+    parts = [loss(student, images[a : a + 16], None, SampleDraws(7, 1000 + a, 16)) for a in range(0, 64, 16)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-9, atol=1e-9)
     whole.sum().backward()
     assert sum(p.grad.abs().sum() for p in student.parameters()) > 0
@@ -176,7 +211,9 @@ def test_losses_do_not_depend_on_how_the_batch_is_split_and_reach_the_student_al
 
 def test_a_cosine_grid_is_used_throughout():
     """Students' levels, the fine grid and sub-steps are evenly spaced in atan sigma."""
-    loss = make_direct_loss(Gaussian(VARIANCE), S=4, T_start=32, T_end=32, student_grid='full', sigma_grid='cosine')
+    loss = make_direct_loss(
+        Gaussian(VARIANCE), S=4, T_start=32, T_end=32, student_grid='full', sigma_grid='cosine'
+    )
     for levels in (loss.student[:-1], all_rows(loss).edges.sigma_t):
         steps = levels.atan().diff()
         torch.testing.assert_close(steps, steps[:1].expand_as(steps), rtol=1e-9, atol=0)

@@ -1,4 +1,5 @@
 """Truncated consistency training against Gaussian data, where the function that it converges to is known, given the first stage's."""
+
 import itertools
 
 import pytest
@@ -13,8 +14,23 @@ from training.objectives.consistency_loss import Drawn, Pairs, split_batch
 from training.objectives.loss_tcm import TruncatedTrainingLoss, dropout_rates
 from training.objectives.time_schedules import truncated_log_student_times
 
-DEFAULTS = dict(sigma_max=80.0, dividing_t=1.0, student_scale=0.2, student_df=0.01, q=2.0, k=8.0, b=1.0, c=1e-8, ratio_cap=0.999, stage_nimg=1000,
-                tcm_weight='flat', boundary_share=0.25, boundary_weight=0.1, batch_size=64, sigma_data=0.5)
+DEFAULTS = dict(
+    sigma_max=80.0,
+    dividing_t=1.0,
+    student_scale=0.2,
+    student_df=0.01,
+    q=2.0,
+    k=8.0,
+    b=1.0,
+    c=1e-8,
+    ratio_cap=0.999,
+    stage_nimg=1000,
+    tcm_weight='flat',
+    boundary_share=0.25,
+    boundary_weight=0.1,
+    batch_size=64,
+    sigma_data=0.5,
+)
 CPU = torch.device('cpu')
 
 
@@ -26,13 +42,16 @@ def make_loss(teacher, stage=0, **options):
 
 def earlier(t, ratio, k=8.0, b=1.0):
     """r of the paper, for a number t."""
-    return max(1e-6, t - t * (1 - ratio) * (1 + k / (1 + torch.tensor(b * t, dtype=torch.float64).exp().item())))
+    return max(
+        1e-6, t - t * (1 - ratio) * (1 + k / (1 + torch.tensor(b * t, dtype=torch.float64).exp().item()))
+    )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The function that it converges to.
 
 FIRST_STAGES = {
-    'exact': lambda t: (VARIANCE[0] / (VARIANCE[0] + t ** 2)).sqrt(),
+    'exact': lambda t: (VARIANCE[0] / (VARIANCE[0] + t**2)).sqrt(),
     'another function': lambda t: torch.full_like(VARIANCE[0], 0.3 + 0.5 / (1 + t)),
 }
 
@@ -42,7 +61,7 @@ def multiplier(t, ratio, dividing_t, first_stage):
     c = torch.ones_like(VARIANCE[0])
     while t >= dividing_t:
         r = earlier(t, ratio)
-        c = c * (VARIANCE[0] + r * t) / (VARIANCE[0] + t ** 2)
+        c = c * (VARIANCE[0] + r * t) / (VARIANCE[0] + t**2)
         t = r
     return c * first_stage(t)
 
@@ -72,25 +91,36 @@ def expected_gradients(loss, t, student):
 
 
 @pytest.mark.parametrize('first_stage', FIRST_STAGES)
-@pytest.mark.parametrize('stage, dividing_t, cap', [(0, 1.0, 0.999), (3, 1.0, 0.999), (5, 0.7, 0.9), (9, 2.5, 0.99)])
-def test_the_truncated_consistency_function_has_zero_expected_gradient_and_a_perturbed_one_has_not(first_stage, stage, dividing_t, cap):
+@pytest.mark.parametrize(
+    'stage, dividing_t, cap', [(0, 1.0, 0.999), (3, 1.0, 0.999), (5, 0.7, 0.9), (9, 2.5, 0.99)]
+)
+def test_the_truncated_consistency_function_has_zero_expected_gradient_and_a_perturbed_one_has_not(
+    first_stage, stage, dividing_t, cap
+):
     """Whatever the first stage answers below t'. At a stage's own ratio, or at its cap, whichever is less."""
     low = FIRST_STAGES[first_stage]
     loss = make_loss(Linear(low), stage, dividing_t=dividing_t, ratio_cap=cap)
     ratio = min(1 - 0.5 ** (stage + 1), cap)
     t = torch.tensor([dividing_t, dividing_t * 1.001, dividing_t * 1.3, 3.0, 20.0, 80.0], dtype=torch.float64)
-    assert expected_gradients(loss, t, Linear(lambda t: multiplier(t, ratio, dividing_t, low))).abs().max() < 1e-10
+    assert (
+        expected_gradients(loss, t, Linear(lambda t: multiplier(t, ratio, dividing_t, low))).abs().max()
+        < 1e-10
+    )
     for wrong in t.tolist():
-        student = Linear(lambda t, wrong=wrong: multiplier(t, ratio, dividing_t, low) * (1.01 if t == wrong else 1))
+        student = Linear(
+            lambda t, wrong=wrong: multiplier(t, ratio, dividing_t, low) * (1.01 if t == wrong else 1)
+        )
         assert expected_gradients(loss, t, student)[t == wrong].abs().max() > 1e-6
 
 
 @pytest.fixture
 def edges_at(monkeypatch):
     """The edges that a loss draws where chance gives the times [N]; none at t'."""
+
     def edges(loss, t):
         monkeypatch.setattr('training.objectives.loss_tcm.times.truncated_log_student_times', lambda *_: t)
         return loss.draw(SampleDraws(0, 0, len(t)), CPU)
+
     return edges
 
 
@@ -106,7 +136,9 @@ def multiplier_of_targets(edges_at, t, first_stage, **options):
     for value in (0.0, 1.0):
         student, moment = Linear(lambda t, value=value: torch.full_like(VARIANCE[0], value)), 0
         for y, noise, second_moment in ((1, 0, VARIANCE), (0, 1, torch.ones_like(VARIANCE))):
-            y, noise = (torch.full([len(chain), 1, 2, 2], float(value), dtype=torch.float64) for value in (y, noise))
+            y, noise = (
+                torch.full([len(chain), 1, 2, 2], float(value), dtype=torch.float64) for value in (y, noise)
+            )
             x_t = y + ops.expand_like(edges.sigma_t, y) * noise
             moment = moment + second_moment * loss.reference(student, Pairs(y, noise, x_t, edges)) * x_t
         coefficients.append(moment / (VARIANCE + ops.expand_like(edges.sigma_t, x_t) ** 2))
@@ -120,24 +152,36 @@ def multiplier_of_targets(edges_at, t, first_stage, **options):
 def test_the_truncated_consistency_function_tends_to_the_exact_map_as_times_come_closer(edges_at):
     """s / sqrt(s² + t²) where the first stage is exact; of first order, as the data's hop is: half of 1 − ratio halves the error."""
     exact = FIRST_STAGES['exact']
-    errors = [(multiplier_of_targets(edges_at, 5.0, exact, ratio_cap=cap) / exact(5.0) - 1).abs().max() for cap in (0.99, 0.995, 0.9975)]
+    errors = [
+        (multiplier_of_targets(edges_at, 5.0, exact, ratio_cap=cap) / exact(5.0) - 1).abs().max()
+        for cap in (0.99, 0.995, 0.9975)
+    ]
     assert all(1.8 < a / b < 2.2 for a, b in itertools.pairwise(errors)), errors
 
 
 def test_an_error_of_the_first_stage_is_passed_on_whole(edges_at):
     """The student's chain of targets ends below t' and never reaches the image: what is 10 % off there is 10 % off at 80."""
     exact = FIRST_STAGES['exact']
-    wrong, right = (multiplier_of_targets(edges_at, 80.0, lambda t, scale=scale: scale * exact(t), ratio_cap=0.99) for scale in (1.1, 1.0))
+    wrong, right = (
+        multiplier_of_targets(edges_at, 80.0, lambda t, scale=scale: scale * exact(t), ratio_cap=0.99)
+        for scale in (1.1, 1.0)
+    )
     torch.testing.assert_close(wrong / right, torch.full_like(wrong, 1.1), rtol=1e-9, atol=0)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # What is drawn.
+
 
 def drawn(loss, first=0, count=64):
     return loss.draw(SampleDraws(0, first, count), CPU)
 
 
-@pytest.mark.parametrize('options', [{}, dict(dividing_t=0.5, sigma_max=50.0, student_scale=0.4, student_df=1.5)], ids=['defaults', 'others'])
+@pytest.mark.parametrize(
+    'options',
+    [{}, dict(dividing_t=0.5, sigma_max=50.0, student_scale=0.4, student_df=1.5)],
+    ids=['defaults', 'others'],
+)
 def test_times_are_log_student_but_for_the_share_at_the_dividing_time(options):
     """A quarter of every 64 samples lies at t' exactly. The others' ln t is scaled Student-t, given that it is between the ends: between the host's
     draws and quantiles of that law there is no difference."""
@@ -150,7 +194,7 @@ def test_times_are_log_student_but_for_the_share_at_the_dividing_time(options):
     assert torch.equal(t[t != low], expected[t != low])
 
 
-@pytest.mark.parametrize('stage, ratio', [(0, 0.5), (3, 0.9375), (8, 1 - 2.0 ** -9), (9, 0.999), (30, 0.999)])
+@pytest.mark.parametrize('stage, ratio', [(0, 0.5), (3, 0.9375), (8, 1 - 2.0**-9), (9, 0.999), (30, 0.999)])
 def test_the_earlier_time_comes_closer_stage_by_stage_up_to_the_cap(stage, ratio):
     edges = drawn(make_loss(None, stage))
     expected = torch.tensor([earlier(t, ratio) for t in edges.sigma_t.tolist()], dtype=torch.float64)
@@ -166,18 +210,24 @@ def test_the_first_stage_is_never_asked_at_zero():
 
 def test_the_mapping_has_its_options():
     edges = drawn(make_loss(None, 1, q=4.0, k=2.0, b=0.3))
-    expected = torch.tensor([earlier(t, 1 - 4.0 ** -2, k=2.0, b=0.3) for t in edges.sigma_t.tolist()], dtype=torch.float64)
+    expected = torch.tensor(
+        [earlier(t, 1 - 4.0**-2, k=2.0, b=0.3) for t in edges.sigma_t.tolist()], dtype=torch.float64
+    )
     torch.testing.assert_close(edges.sigma_s, expected, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize('options', [dict(dividing_t=80.0), dict(dividing_t=0.0), dict(batch_size=3), dict(batch_size=1)], ids=str)
+@pytest.mark.parametrize(
+    'options', [dict(dividing_t=80.0), dict(dividing_t=0.0), dict(batch_size=3), dict(batch_size=1)], ids=str
+)
 def test_what_cannot_be_trained_is_refused_at_once(options):
     """t' beyond the ends of times; no sample of a batch at t', as the floor of a quarter of 3 is 0."""
     with pytest.raises(ValueError, match=r'does not hold|leaves the boundary'):
         make_loss(None, **options)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The loss.
+
 
 class Scaled(torch.nn.Module):
     """D(x; t) = value x, and what it was asked."""
@@ -198,7 +248,11 @@ def images_of(count):
     return torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-@pytest.mark.parametrize('options', [{}, dict(tcm_weight='karras', c=3.0, boundary_weight=0.7, boundary_share=0.5)], ids=['flat', 'karras'])
+@pytest.mark.parametrize(
+    'options',
+    [{}, dict(tcm_weight='karras', c=3.0, boundary_weight=0.7, boundary_share=0.5)],
+    ids=['flat', 'karras'],
+)
 def test_the_mean_over_a_batch_is_the_consistency_loss_plus_the_weighted_boundary_loss(options):
     """Written out, with a c that matters: omega / (t − r) (sqrt(|d|² + c²) − c), omega = 1 or t / c_out², the mean of either part."""
     loss, images = make_loss(Scaled(0.5), 4, **options), images_of(64)
@@ -208,12 +262,14 @@ def test_the_mean_over_a_batch_is_the_consistency_loss_plus_the_weighted_boundar
     parts = {True: [], False: []}
     for y, n, t, r in zip(images, noise, edges.sigma_t, edges.sigma_s):
         target = (0.5 if r < 1 else 0.2) * (y + r * n)
-        distance = ((0.2 * (y + t * n) - target).square().sum() + c ** 2).sqrt() - c
-        omega = t * (t ** 2 + 0.25) / (t * 0.5) ** 2 if loss.tcm_weight == 'karras' else 1
+        distance = ((0.2 * (y + t * n) - target).square().sum() + c**2).sqrt() - c
+        omega = t * (t**2 + 0.25) / (t * 0.5) ** 2 if loss.tcm_weight == 'karras' else 1
         parts[bool(t == 1)].append(omega / (t - r) * distance)
     at_boundary, elsewhere = torch.stack(parts[True]), torch.stack(parts[False])
     assert len(at_boundary) == 64 * loss.boundary_share
-    torch.testing.assert_close(got, elsewhere.mean() + loss.boundary_weight * at_boundary.mean(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        got, elsewhere.mean() + loss.boundary_weight * at_boundary.mean(), rtol=1e-9, atol=0
+    )
 
 
 def test_without_a_share_at_the_dividing_time_there_is_no_boundary_loss():
@@ -225,16 +281,31 @@ def test_without_a_share_at_the_dividing_time_there_is_no_boundary_loss():
 
 def test_each_network_is_asked_for_its_own_samples_under_their_own_conditions():
     """The student for r >= t', the first stage for r < t', then the student for all at t."""
-    student, teacher, labels, augment = Scaled(0.2), Scaled(0.5), torch.arange(64.0)[:, None], torch.arange(64.0)[:, None] + 0.5
+    student, teacher, labels, augment = (
+        Scaled(0.2),
+        Scaled(0.5),
+        torch.arange(64.0)[:, None],
+        torch.arange(64.0)[:, None] + 0.5,
+    )
     loss = make_loss(teacher, 4)
     loss(student, images_of(64), labels, SampleDraws(7, 0, 64), augment)
     edges = loss.draw(SampleDraws(7, 0, 64), CPU)
     low = below(edges)
-    assert 16 < low.sum() < 64, 'more than those at t\' itself'
+    assert 16 < low.sum() < 64, "more than those at t' itself"
     (first, *_), (r, own, kwargs), (t, whole, _) = *teacher.calls, *student.calls
-    assert torch.equal(first, edges.sigma_s[low]) and torch.equal(r, edges.sigma_s[~low]) and torch.equal(t, edges.sigma_t)
-    assert torch.equal(teacher.calls[0][1], labels[low]) and torch.equal(own, labels[~low]) and torch.equal(whole, labels)
-    assert torch.equal(teacher.calls[0][2]['augment_labels'], augment[low]) and torch.equal(kwargs['augment_labels'], augment[~low])
+    assert (
+        torch.equal(first, edges.sigma_s[low])
+        and torch.equal(r, edges.sigma_s[~low])
+        and torch.equal(t, edges.sigma_t)
+    )
+    assert (
+        torch.equal(teacher.calls[0][1], labels[low])
+        and torch.equal(own, labels[~low])
+        and torch.equal(whole, labels)
+    )
+    assert torch.equal(teacher.calls[0][2]['augment_labels'], augment[low]) and torch.equal(
+        kwargs['augment_labels'], augment[~low]
+    )
 
 
 def test_a_network_that_has_no_samples_is_not_asked():
@@ -254,7 +325,10 @@ def test_gradients_reach_the_student_alone_and_through_its_own_answer_alone():
     student, teacher, images = Scaled(0.2), Scaled(0.5), images_of(64)
     loss = make_loss(teacher, 4)
     loss(student, images, None, SampleDraws(7, 0, 64)).sum().backward()
-    edges, noise = loss.draw(SampleDraws(7, 0, 64), CPU), SampleDraws(7, 0, 64).normal('noise', [1, 8, 8]).double()
+    edges, noise = (
+        loss.draw(SampleDraws(7, 0, 64), CPU),
+        SampleDraws(7, 0, 64).normal('noise', [1, 8, 8]).double(),
+    )
     x_t, x_r = (images + ops.expand_like(s, images) * noise for s in (edges.sigma_t, edges.sigma_s))
     d = 0.2 * x_t - torch.where(below(edges), 0.5, 0.2).reshape(-1, 1, 1, 1) * x_r
     expected = (edges.weight * (d * x_t).flatten(1).sum(1) / d.flatten(1).norm(dim=1)).sum()
@@ -269,7 +343,9 @@ def test_the_loss_of_a_batch_does_not_depend_on_how_it_is_split(cuts):
     loss = make_loss(Scaled(0.5), 4)
     whole = loss(student, images, None, SampleDraws(7, 1000, 64))
     starts = [sum(cuts[:i]) for i in range(len(cuts))]
-    parts = [loss(student, images[a:a + n], None, SampleDraws(7, 1000 + a, n)) for a, n in zip(starts, cuts)]
+    parts = [
+        loss(student, images[a : a + n], None, SampleDraws(7, 1000 + a, n)) for a, n in zip(starts, cuts)
+    ]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-9, atol=1e-9)
 
 
@@ -301,7 +377,11 @@ def masks_seen(student_dropout, teacher_dropout, **options):
 def test_both_networks_see_the_masks_of_the_student_where_dropout_is_synchronized(sync):
     """Each the rows of its own samples."""
     own, whole, first, low = masks_seen(0.3, 0.3, sync_dropout=sync)
-    assert torch.equal(own['block'], whole['block'][~low]) == torch.equal(first['block'], whole['block'][low]) == sync
+    assert (
+        torch.equal(own['block'], whole['block'][~low])
+        == torch.equal(first['block'], whole['block'][low])
+        == sync
+    )
 
 
 def test_a_first_stage_with_another_dropout_is_asked_as_in_sampling():
@@ -312,7 +392,12 @@ def test_a_first_stage_with_another_dropout_is_asked_as_in_sampling():
 
 def test_the_dropout_of_real_networks_is_known_block_by_block():
     """Of every block, by its resolution: equal networks are told from those with another rate, or with dropout elsewhere."""
-    nets = [small_network(0.3), small_network(0.3), small_network(0.2), small_network(0.3, dout_resolutions=[8])]
+    nets = [
+        small_network(0.3),
+        small_network(0.3),
+        small_network(0.2),
+        small_network(0.3, dout_resolutions=[8]),
+    ]
     rates = [dropout_rates(net) for net in nets]
     assert rates[0] == rates[1] and rates[0] not in rates[2:]
 
@@ -324,7 +409,7 @@ def test_stages_follow_the_images_and_shares_are_reported():
     for nimg in (0, 999, 1000, 4500):
         loss.begin_step(nimg)
         stages.append((loss.stage, loss.ratio))
-    assert stages == [(0, 0.5), (0, 0.5), (1, 0.75), (4, 1 - 2.0 ** -5)]
+    assert stages == [(0, 0.5), (0, 0.5), (1, 0.75), (4, 1 - 2.0**-5)]
     loss(Scaled(0.2), images_of(64), None, SampleDraws(0, 0, 64))
     stats = training_stats.collect()
     assert stats['Edges/stage']['mean'] == 4 and stats['Edges/boundary']['mean'] == 0.25

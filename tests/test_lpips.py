@@ -1,4 +1,5 @@
 """LPIPS on random weights: against a plain reimplementation, from every layout of files, and from files that are something else."""
+
 import zipfile
 
 import pytest
@@ -22,12 +23,14 @@ def weights():
     for width in VGG16:
         if width != 'pool':
             scale = (2 / (9 * channels)) ** 0.5
-            features[f'features.{number}.weight'] = torch.randn(width, channels, 3, 3, generator=generator) * scale
+            features[f'features.{number}.weight'] = (
+                torch.randn(width, channels, 3, 3, generator=generator) * scale
+            )
             features[f'features.{number}.bias'] = torch.randn(width, generator=generator) * 0.1
             channels = width
         number += 1 if width == 'pool' else 2
     for k, width in enumerate((64, 128, 256, 512, 512)):
-        heads[f'lin{k}.model.1.weight'] = torch.rand(1, width, 1, 1, generator=generator) * 2 ** k
+        heads[f'lin{k}.model.1.weight'] = torch.rand(1, width, 1, 1, generator=generator) * 2**k
     return features, heads
 
 
@@ -39,7 +42,10 @@ def files(weights, tmp_path_factory):
     for name, tensor in features.items():
         _, number, kind = name.split('.')
         slices[f'net.slice{1 + sum(int(number) > pool for pool in (3, 8, 15, 22))}.{number}.{kind}'] = tensor
-    torch.save(dict(features, **{'classifier.0.weight': torch.zeros(2, 2), 'classifier.0.bias': torch.zeros(2)}), folder / 'vgg16.pth')
+    torch.save(
+        dict(features, **{'classifier.0.weight': torch.zeros(2, 2), 'classifier.0.bias': torch.zeros(2)}),
+        folder / 'vgg16.pth',
+    )
     torch.save(heads, folder / 'heads.pth')
     scaling = {f'scaling_layer.{name}': torch.zeros(1, 3, 1, 1) for name in ('shift', 'scale')}
     twice = {name.replace('lin', 'lins.'): tensor for name, tensor in heads.items()}
@@ -60,22 +66,32 @@ def plainly(weights, a, b):
     """Zhang et al.'s formula, layer by layer, in the numbering of torchvision's list of modules."""
     features, heads = ({name: tensor.double() for name, tensor in part.items()} for part in weights)
     distance, convolutions, number = 0, 0, 0
-    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]))
+    mean, std = (
+        torch.tensor(v, dtype=torch.float64)[:, None, None]
+        for v in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450])
+    )
     a, b = (a.double() - mean) / std, (b.double() - mean) / std
     for width in VGG16:
         if width == 'pool':
             a, b, number = F.max_pool2d(a, 2), F.max_pool2d(b, 2), number + 1
             continue
-        a, b = (F.conv2d(x, features[f'features.{number}.weight'], features[f'features.{number}.bias'], padding=1).relu() for x in (a, b))
+        a, b = (
+            F.conv2d(
+                x, features[f'features.{number}.weight'], features[f'features.{number}.bias'], padding=1
+            ).relu()
+            for x in (a, b)
+        )
         convolutions, number = convolutions + 1, number + 2
         if convolutions in MEASURED:
             difference = F.normalize(a, dim=1) - F.normalize(b, dim=1)
             head = heads[f'lin{MEASURED.index(convolutions)}.model.1.weight'].flatten()
-            distance = distance + torch.einsum('nchw,c->nhw', difference ** 2, head).mean(dim=(1, 2))
+            distance = distance + torch.einsum('nchw,c->nhw', difference**2, head).mean(dim=(1, 2))
     return distance
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The distance.
+
 
 def as_it_is(network):
     """The same distance without a change of size."""
@@ -107,13 +123,17 @@ def measured_at(network, images):
     return seen[0]
 
 
-@pytest.mark.parametrize('size, resolution, expected', [(32, 224, 224), (255, 224, 224), (256, 224, 256), (300, 224, 300), (32, 64, 64),
-                                                        (32, None, 32)])
+@pytest.mark.parametrize(
+    'size, resolution, expected',
+    [(32, 224, 224), (255, 224, 224), (256, 224, 256), (300, 224, 300), (32, 64, 64), (32, None, 32)],
+)
 def test_images_below_256_pixels_are_brought_to_224(size, resolution, expected):
     network, images = lpips.PerceptualDistance(resolution), pictures(2, size=size)
     got = measured_at(network, images)
     assert got.shape == (2, 3, expected, expected)
-    torch.testing.assert_close(got, F.interpolate(images, size=expected, mode='bilinear') if expected != size else images)
+    torch.testing.assert_close(
+        got, F.interpolate(images, size=expected, mode='bilinear') if expected != size else images
+    )
 
 
 def test_oblong_images_are_small_by_their_short_side():
@@ -130,7 +150,11 @@ def test_gray_images_are_repeated_to_color_and_others_refused(network):
 def test_it_computes_in_fp32_and_gradients_flow_to_the_images_alone(network):
     """Against central differences along a random direction, in FP32 and over kinks: to a few percent."""
     distance_of = as_it_is(network)
-    a, b, direction = pictures(1).double().requires_grad_(), pictures(1, seed=2).double(), pictures(1, seed=3).double()
+    a, b, direction = (
+        pictures(1).double().requires_grad_(),
+        pictures(1, seed=2).double(),
+        pictures(1, seed=3).double(),
+    )
     distance = distance_of(a, b)
     distance.sum().backward()
     assert distance.dtype == torch.float32 and a.grad.dtype == torch.float64
@@ -138,7 +162,10 @@ def test_it_computes_in_fp32_and_gradients_flow_to_the_images_alone(network):
     with torch.no_grad():
         slope = (distance_of(a + step * direction, b) - distance_of(a - step * direction, b)) / (2 * step)
     assert (a.grad * direction).sum() == pytest.approx(float(slope), rel=0.05)
-    assert all(not p.requires_grad and p.grad is None for p in distance_of.parameters()) and not distance_of.training
+    assert (
+        all(not p.requires_grad and p.grad is None for p in distance_of.parameters())
+        and not distance_of.training
+    )
 
 
 def test_gradients_are_finite_where_no_feature_answers():
@@ -157,19 +184,29 @@ def test_it_never_asks_the_device():
     a = torch.empty(2, 3, 64, 64, device='meta')
     assert LPIPS().to('meta')(a, a).shape == (2,)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Files.
+
 
 def test_every_layout_of_weights_gives_the_same_network(network, files, tmp_path):
     heads = torch.load(files / 'heads.pth', weights_only=True)
-    torch.save({name.replace('.1.', '.0.'): tensor for name, tensor in heads.items()}, tmp_path / 'without-dropout.pth')
-    for paths in (f'{files / "heads.pth"} , {files / "vgg16.pth"}', str(files / 'whole.pth'),
-                  f'{files / "vgg16.pth"},{tmp_path / "without-dropout.pth"}'):
+    torch.save(
+        {name.replace('.1.', '.0.'): tensor for name, tensor in heads.items()},
+        tmp_path / 'without-dropout.pth',
+    )
+    for paths in (
+        f'{files / "heads.pth"} , {files / "vgg16.pth"}',
+        str(files / 'whole.pth'),
+        f'{files / "vgg16.pth"},{tmp_path / "without-dropout.pth"}',
+    ):
         other = load(paths).state_dict()
         assert other.keys() == network.state_dict().keys()
         assert all(torch.equal(other[name], tensor) for name, tensor in network.state_dict().items())
     saved = torch.load(files / 'vgg16.pth', weights_only=True)
-    assert torch.equal(network.features['28'].weight, saved['features.28.weight']), 'the last convolution before relu5_3'
+    assert torch.equal(network.features['28'].weight, saved['features.28.weight']), (
+        'the last convolution before relu5_3'
+    )
 
 
 def test_without_files_it_fetches_the_published_ones(monkeypatch, files, network):
@@ -188,7 +225,9 @@ def test_without_files_it_fetches_the_published_ones(monkeypatch, files, network
 class Script(torch.nn.Module):
     """The manner of NVIDIA's vgg16.pt; its vectors are the pixels that it was given."""
 
-    def forward(self, images, resize_images: bool = True, return_features: bool = False, return_lpips: bool = False):
+    def forward(
+        self, images, resize_images: bool = True, return_features: bool = False, return_lpips: bool = False
+    ):
         assert return_lpips and not resize_images
         return images.flatten(1)
 
@@ -220,18 +259,24 @@ def scripted(module, path):
 
 
 def test_a_script_sees_pixels_from_0_to_255_and_its_squared_distance_is_the_distance(tmp_path):
-    network, a, b = load(scripted(Script(), tmp_path / 'vgg16.pt')), pictures(2, size=256).requires_grad_(), pictures(2, size=256, seed=2)
+    network, a, b = (
+        load(scripted(Script(), tmp_path / 'vgg16.pt')),
+        pictures(2, size=256).requires_grad_(),
+        pictures(2, size=256, seed=2),
+    )
     distance = network(a, b)
     torch.testing.assert_close(distance, (127.5 * (a - b)).square().sum(dim=(1, 2, 3)), rtol=1e-5, atol=0)
     distance.sum().backward()
-    torch.testing.assert_close(a.grad, 2 * 127.5 ** 2 * (a - b).detach(), rtol=1e-3, atol=0.1)
+    torch.testing.assert_close(a.grad, 2 * 127.5**2 * (a - b).detach(), rtol=1e-3, atol=0.1)
     seen = network._embed(torch.tensor([-1.0, 0.0, 1.0]).expand(1, 3, 1, 3))
     assert seen.unique().tolist() == [0, 127.5, 255]
 
 
 def test_a_script_may_lack_the_argument_that_resizes_and_small_images_are_enlarged_for_it(tmp_path):
     network, images = load(scripted(Bare(), tmp_path / 'bare.pt')), pictures(2, channels=1)
-    assert measured_at(network, images).shape == (2, 3, 224, 224) and network(images, images + 1).shape == (2,)
+    assert measured_at(network, images).shape == (2, 3, 224, 224) and network(images, images + 1).shape == (
+        2,
+    )
 
 
 class Bomb:
@@ -246,21 +291,39 @@ def saved(value, path):
 
 def altered_heads(files, path, **changes):
     """heads.pth with another tensor for some names, or without them (None)."""
-    heads = {**torch.load(files / 'heads.pth', weights_only=True), **{f'{name}.model.1.weight': tensor for name, tensor in changes.items()}}
+    heads = {
+        **torch.load(files / 'heads.pth', weights_only=True),
+        **{f'{name}.model.1.weight': tensor for name, tensor in changes.items()},
+    }
     return saved({name: tensor for name, tensor in heads.items() if tensor is not None}, path)
 
 
 WRONG = {
     'no such file': (lambda files, path: str(path), 'does not exist'),
     'a missing head': (lambda files, path: altered_heads(files, path, lin3=None), r'lacks heads\.3\.weight'),
-    'a head of another shape': (lambda files, path: altered_heads(files, path, lin1=torch.ones(1, 192, 1, 1)), r'another shape at heads\.1\.weight'),
-    'a number that is none': (lambda files, path: altered_heads(files, path, lin0=torch.full([1, 64, 1, 1], torch.nan)), 'NaN or infinite'),
-    'no tensor': (lambda files, path: altered_heads(files, path, lin0='text'), r'no plain tensor at heads\.0\.weight'),
+    'a head of another shape': (
+        lambda files, path: altered_heads(files, path, lin1=torch.ones(1, 192, 1, 1)),
+        r'another shape at heads\.1\.weight',
+    ),
+    'a number that is none': (
+        lambda files, path: altered_heads(files, path, lin0=torch.full([1, 64, 1, 1], torch.nan)),
+        'NaN or infinite',
+    ),
+    'no tensor': (
+        lambda files, path: altered_heads(files, path, lin0='text'),
+        r'no plain tensor at heads\.0\.weight',
+    ),
     'nothing else': (lambda files, path: saved({}, path), 'has no weights of LPIPS'),
     'a list': (lambda files, path: saved([torch.ones(2)], path), 'has no weights of LPIPS'),
-    'another network': (lambda files, path: saved({'conv.weight': torch.ones(2)}, path), 'has no weights of LPIPS'),
+    'another network': (
+        lambda files, path: saved({'conv.weight': torch.ones(2)}, path),
+        'has no weights of LPIPS',
+    ),
     'code': (lambda files, path: saved({'lin0.model.1.weight': Bomb()}, path), 'no file of plain tensors'),
-    'the same file again': (lambda files, path: str(files / 'vgg16.pth'), r'holds features\.0\.bias once more'),
+    'the same file again': (
+        lambda files, path: str(files / 'vgg16.pth'),
+        r'holds features\.0\.bias once more',
+    ),
     'a script besides': (lambda files, path: scripted(Script(), path), 'Give it alone'),
 }
 
@@ -280,7 +343,10 @@ def test_text_is_no_file_of_weights(tmp_path):
         load(tmp_path.joinpath('page.html').as_posix())
 
 
-@pytest.mark.parametrize('module, words', [(Features(), 'no argument return_lpips'), (Single(), r'\[N, D\]'), (Picky(), 'gray images please')])
+@pytest.mark.parametrize(
+    'module, words',
+    [(Features(), 'no argument return_lpips'), (Single(), r'\[N, D\]'), (Picky(), 'gray images please')],
+)
 def test_scripts_of_another_kind_are_refused(tmp_path, module, words):
     with pytest.raises(UserError, match=words):
         load(scripted(module, tmp_path / 'script.pt'))
@@ -297,7 +363,10 @@ def test_a_script_that_is_cut_off_or_has_no_forward_is_refused(tmp_path):
 
 
 def test_a_script_from_a_url_is_loaded_from_its_copy_and_named_by_the_url(tmp_path, monkeypatch):
-    copies = {'https://host/vgg16.pt': scripted(Script(), tmp_path / 'one.pt'), 'https://host/features.pt': scripted(Features(), tmp_path / 'two.pt')}
+    copies = {
+        'https://host/vgg16.pt': scripted(Script(), tmp_path / 'one.pt'),
+        'https://host/features.pt': scripted(Features(), tmp_path / 'two.pt'),
+    }
     monkeypatch.setattr(lpips, 'local_path', lambda source, pinned=False: copies[source])
     assert isinstance(load('https://host/vgg16.pt'), lpips.ScriptLPIPS)
     with pytest.raises(UserError, match=r'^https://host/features\.pt is a TorchScript file whose forward'):

@@ -1,4 +1,5 @@
 """The mathematics of evaluation: Fréchet and kernel distance, neighbors, Inception Score, bootstrap and extrapolation."""
+
 import json
 import math
 
@@ -42,8 +43,10 @@ def by_singular_values(sigma1, sigma2):
     a, b = (scipy.linalg.cholesky(sigma, lower=True) for sigma in (sigma1, sigma2))
     return np.trace(sigma1) + np.trace(sigma2) - 2 * scipy.linalg.svdvals(b.T @ a).sum()
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Fréchet distance.
+
 
 def test_commuting_gaussians_have_the_textbook_distance():
     """Diagonal covariances: |µ1 − µ2|² + Σ (s1 − s2)², also along dimensions without variance."""
@@ -74,15 +77,19 @@ def test_one_lost_dimension_is_no_root_of_a_rounding_error():
         a = np.random.default_rng(seed).normal(size=(6, 5))
         expected = np.sum((scipy.linalg.svdvals(a) - 1) ** 2) + 1
         for sigmas in ((a @ a.T, np.eye(6)), (np.eye(6), a @ a.T)):
-            assert frechet_distance(np.zeros(6), sigmas[0], np.zeros(6), sigmas[1]) == pytest.approx(expected, rel=1e-12)
+            assert frechet_distance(np.zeros(6), sigmas[0], np.zeros(6), sigmas[1]) == pytest.approx(
+                expected, rel=1e-12
+            )
 
 
 @pytest.mark.parametrize('count', [40, 300])
 def test_distance_of_few_samples_is_that_of_their_factors(count):
     """Σ1 = X Xᵀ of fewer samples than dimensions, Σ2 of few or of many: tr (Σ1 Σ2)^½ is the nuclear norm of Xᵀ Y."""
     x, y = (np.random.default_rng(seed).normal(size=(n, 100)) / 10 for seed, n in ((1, 30), (2, count)))
-    expected = np.sum(x ** 2) + np.sum(y ** 2) - 2 * np.linalg.norm(x @ y.T, 'nuc')
-    assert frechet_distance(np.zeros(100), x.T @ x, np.zeros(100), y.T @ y) == pytest.approx(expected, rel=1e-12)
+    expected = np.sum(x**2) + np.sum(y**2) - 2 * np.linalg.norm(x @ y.T, 'nuc')
+    assert frechet_distance(np.zeros(100), x.T @ x, np.zeros(100), y.T @ y) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_distance_is_that_of_a_general_matrix_square_root():
@@ -113,14 +120,19 @@ def test_power_law_spectra_need_no_singular_values(condition, monkeypatch):
     monkeypatch.setattr(scipy.linalg, 'svdvals', None)
     for (sigma1, sigma2), value in zip(pairs, expected):
         traces = np.trace(sigma1) + np.trace(sigma2)
-        assert frechet_distance(np.zeros(200), sigma1, np.zeros(200), sigma2) == pytest.approx(max(value, 0), abs=2e-11 * traces)
+        assert frechet_distance(np.zeros(200), sigma1, np.zeros(200), sigma2) == pytest.approx(
+            max(value, 0), abs=2e-11 * traces
+        )
 
 
 def test_distance_of_an_ill_conditioned_pair_is_that_of_high_precision_arithmetic():
     """Eigenvalues from 1 to 1e-8, the product's to 1e-16, in 40 digits: Σ λ^½ over the eigenvalues of Lᵀ Σ2 L."""
     sigma1, sigma2 = (rotated(np.logspace(0, -8, 12), seed) for seed in (3, 4))
     with mpmath.workdps(40):
-        a, b = mpmath.matrix(((sigma1 + sigma1.T) / 2).tolist()), mpmath.matrix(((sigma2 + sigma2.T) / 2).tolist())
+        a, b = (
+            mpmath.matrix(((sigma1 + sigma1.T) / 2).tolist()),
+            mpmath.matrix(((sigma2 + sigma2.T) / 2).tolist()),
+        )
         lower = mpmath.cholesky(a)
         values = mpmath.eigsy(lower.T * b * lower, eigvals_only=True)
         expected = float(sum(a[i, i] + b[i, i] - 2 * mpmath.sqrt(values[i]) for i in range(12)))
@@ -151,10 +163,14 @@ def test_the_error_read_from_the_determinant_is_the_actual_one(monkeypatch):
 def test_a_gaussian_is_factored_once(monkeypatch):
     calls = []
     cholesky = scipy.linalg.cholesky
-    monkeypatch.setattr(scipy.linalg, 'cholesky', lambda *args, **kwargs: calls.append(1) or cholesky(*args, **kwargs))
+    monkeypatch.setattr(
+        scipy.linalg, 'cholesky', lambda *args, **kwargs: calls.append(1) or cholesky(*args, **kwargs)
+    )
     reference = Gaussian(np.zeros(3), np.eye(3))
     for scale in (1, 2, 3):
-        assert reference.distance(Gaussian(np.zeros(3), scale ** 2 * np.eye(3))) == pytest.approx(3 * (scale - 1) ** 2, abs=1e-13)
+        assert reference.distance(Gaussian(np.zeros(3), scale**2 * np.eye(3))) == pytest.approx(
+            3 * (scale - 1) ** 2, abs=1e-13
+        )
     assert len(calls) == 4
 
 
@@ -164,22 +180,27 @@ def test_the_benchmark_computes_the_same_distance_in_every_row():
     assert len(same) == 4 and same == pytest.approx([same[1]] * 4, abs=1e-7) and few > 2 * same[1] > 0
 
 
-@pytest.mark.parametrize('change, words', [
-    (dict(mu1=[0, np.nan, 0]), 'the first statistics: some values are NaN'),
-    (dict(sigma2=np.full((3, 3), np.inf)), 'the second statistics: .* infinite'),
-    (dict(sigma1=np.eye(4)), 'shape'),
-    (dict(mu1=np.zeros(2), sigma1=np.eye(2)), 'different detectors'),
-    (dict(sigma1=np.triu(np.ones((3, 3)))), 'not symmetric'),
-    (dict(sigma2=np.diag([1.0, 1.0, -1.0])), 'the second statistics: .* negative eigenvalue'),
-    (dict(sigma2=np.eye(3, dtype=complex)), 'real numbers'),
-])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (dict(mu1=[0, np.nan, 0]), 'the first statistics: some values are NaN'),
+        (dict(sigma2=np.full((3, 3), np.inf)), 'the second statistics: .* infinite'),
+        (dict(sigma1=np.eye(4)), 'shape'),
+        (dict(mu1=np.zeros(2), sigma1=np.eye(2)), 'different detectors'),
+        (dict(sigma1=np.triu(np.ones((3, 3)))), 'not symmetric'),
+        (dict(sigma2=np.diag([1.0, 1.0, -1.0])), 'the second statistics: .* negative eigenvalue'),
+        (dict(sigma2=np.eye(3, dtype=complex)), 'real numbers'),
+    ],
+)
 def test_what_is_no_gaussian_is_refused(change, words):
     arguments = dict(mu1=np.zeros(3), sigma1=np.eye(3), mu2=np.zeros(3), sigma2=np.eye(3))
     with pytest.raises(UserError, match=words):
         frechet_distance(**(arguments | change))
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Kernel distance.
+
 
 def test_squared_mmd_is_the_double_sum_over_pairs():
     x, y = normal(7, 3, 0).tolist(), normal(5, 3, 1).tolist()
@@ -187,23 +208,34 @@ def test_squared_mmd_is_the_double_sum_over_pairs():
     expected = sum(k(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j) / 42
     expected += sum(k(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j) / 20
     expected -= 2 * sum(k(a, b) for a in x for b in y) / 35
-    assert squared_mmd(*(torch.tensor(v, dtype=torch.float64) for v in (x, y))).item() == pytest.approx(expected, rel=1e-12)
+    assert squared_mmd(*(torch.tensor(v, dtype=torch.float64) for v in (x, y))).item() == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_frechet_distance_is_that_of_torchmetrics():
     """Of 60 and 80 images of 3x2x2 values, which are their own features; it takes eigenvalues of the product of covariances."""
     from torchmetrics.image.fid import FrechetInceptionDistance
-    theirs = FrechetInceptionDistance(feature=torch.nn.Flatten(), input_img_size=(3, 2, 2)).set_dtype(torch.float64)
+
+    theirs = FrechetInceptionDistance(feature=torch.nn.Flatten(), input_img_size=(3, 2, 2)).set_dtype(
+        torch.float64
+    )
     generator = torch.Generator().manual_seed(0)
-    x, y = (torch.rand(n, 3, 2, 2, generator=generator, dtype=torch.float64) ** power for n, power in ((60, 1), (80, 2)))
+    x, y = (
+        torch.rand(n, 3, 2, 2, generator=generator, dtype=torch.float64) ** power
+        for n, power in ((60, 1), (80, 2))
+    )
     theirs.update(x, real=False)
     theirs.update(y, real=True)
-    assert frechet_distance(*gaussian(x.flatten(1).numpy()), *gaussian(y.flatten(1).numpy())) == pytest.approx(theirs.compute().item(), rel=1e-9)
+    assert frechet_distance(
+        *gaussian(x.flatten(1).numpy()), *gaussian(y.flatten(1).numpy())
+    ) == pytest.approx(theirs.compute().item(), rel=1e-9)
 
 
 @pytest.mark.filterwarnings('ignore:Metric')  # that it keeps all features
 def test_kernel_distance_of_whole_sets_is_that_of_torchmetrics():
     from torchmetrics.image.kid import KernelInceptionDistance
+
     theirs = KernelInceptionDistance(feature=torch.nn.Flatten(), subsets=1, subset_size=60)
     x, y = normal(60, 8, 2), normal(60, 8, 3) * 1.2 + 0.3
     theirs.set_dtype(torch.float64)
@@ -217,14 +249,14 @@ def test_kernel_distance_of_whole_sets_is_that_of_torchmetrics():
 def test_kernel_distance_is_unbiased():
     """Blocks of 4 of equal distributions: the mean of 2,000 is within three standard errors of 0, and about half of them are negative."""
     values = torch.stack([squared_mmd(*normal(8, 5, seed).split(4)) for seed in range(2000)])
-    assert abs(values.mean()) < 3 * values.std() / 2000 ** 0.5
+    assert abs(values.mean()) < 3 * values.std() / 2000**0.5
     assert 0.4 < (values < 0).double().mean() < 0.75
 
 
 def test_expected_kernel_distance_has_its_closed_form():
     """In one dimension k = 1 + 3xy + 3x²y² + x³y³, so the squared discrepancy is 3 (Δ E x)² + 3 (Δ E x²)² + (Δ E x³)²."""
     x, y = normal(40_000, 1, 0), normal(40_000, 1, 1) + 0.5
-    expected = 3 * 0.5 ** 2 + 3 * 0.25 ** 2 + (0.5 ** 3 + 3 * 0.5) ** 2
+    expected = 3 * 0.5**2 + 3 * 0.25**2 + (0.5**3 + 3 * 0.5) ** 2
     result = kernel_distance(x, y, block=1000, blocks=40)
     assert abs(result['value'] - expected) < 3 * result['error'] and result['error'] < 0.05 * expected
 
@@ -232,40 +264,63 @@ def test_expected_kernel_distance_has_its_closed_form():
 def test_blocks_of_a_permutation_are_disjoint_and_hold_every_image(monkeypatch):
     """13 images in blocks of 4: three blocks a permutation, one image left out of each, another one next time."""
     seen = []
-    monkeypatch.setattr('metrics.kernel.squared_mmd', lambda x, y: seen.append((x.flatten().tolist(), y.flatten().tolist())) or torch.tensor(0.0))
-    assert kernel_distance(torch.arange(13.0)[:, None], torch.arange(20.0)[:, None], block=4, blocks=30)['blocks'] == 30
+    monkeypatch.setattr(
+        'metrics.kernel.squared_mmd',
+        lambda x, y: seen.append((x.flatten().tolist(), y.flatten().tolist())) or torch.tensor(0.0),
+    )
+    assert (
+        kernel_distance(torch.arange(13.0)[:, None], torch.arange(20.0)[:, None], block=4, blocks=30)[
+            'blocks'
+        ]
+        == 30
+    )
     for side, count in ((0, 13), (1, 20)):
         permutations = np.array([block[side] for block in seen]).reshape(10, 12)
-        assert all(len(set(images)) == 12 for images in permutations) and len(np.unique(permutations, axis=0)) == 10
+        assert (
+            all(len(set(images)) == 12 for images in permutations)
+            and len(np.unique(permutations, axis=0)) == 10
+        )
         assert set(permutations.flat) == set(range(count))
 
 
 @pytest.mark.parametrize('shift', [0.0, 0.6])
 def test_error_of_a_kernel_distance_is_what_repeated_experiments_show(shift):
     """400 images in blocks of 50, 8 of 60 independent: a shifted set scatters as the error says, equal distributions by less."""
-    results = [kernel_distance(normal(400, 4, 2 * i) + shift, normal(400, 4, 2 * i + 1), block=50, blocks=60, seed=i) for i in range(60)]
+    results = [
+        kernel_distance(normal(400, 4, 2 * i) + shift, normal(400, 4, 2 * i + 1), block=50, blocks=60, seed=i)
+        for i in range(60)
+    ]
     scatter = np.std([r['value'] for r in results], ddof=1)
     error = np.sqrt(np.mean([r['error'] ** 2 for r in results]))
     assert error > 0.8 * scatter
     assert error < (1.35 if shift else 5) * scatter
-    assert error > 2 * np.mean([r['std'] for r in results]) / 60 ** 0.5  # what ignoring the overlap would say
+    assert error > 2 * np.mean([r['std'] for r in results]) / 60**0.5  # what ignoring the overlap would say
 
 
 def test_fewer_images_than_a_block_make_smaller_blocks():
     result = kernel_distance(normal(30, 4, 0), normal(200, 4, 1), blocks=5)
     assert (result['block'], result['blocks'], result['error']) == (30, 5, None) and result['std'] > 0
-    again, other = (kernel_distance(normal(30, 4, 0), normal(200, 4, 1), blocks=5, seed=seed) for seed in (0, 1))
+    again, other = (
+        kernel_distance(normal(30, 4, 0), normal(200, 4, 1), blocks=5, seed=seed) for seed in (0, 1)
+    )
     assert result == again != other
 
 
-@pytest.mark.parametrize('features, reference, words', [
-    (torch.zeros(1, 3), torch.zeros(5, 3), '1 features of the images are too few'),
-    (torch.zeros(5, 3), torch.zeros(5, 4), 'different detectors'),
-    (torch.zeros(5, 3), torch.full((5, 3), torch.nan), 'features of the reference are NaN'),
-    (torch.zeros(5, 3), torch.zeros(5), 'shape'),
-])
+@pytest.mark.parametrize(
+    'features, reference, words',
+    [
+        (torch.zeros(1, 3), torch.zeros(5, 3), '1 features of the images are too few'),
+        (torch.zeros(5, 3), torch.zeros(5, 4), 'different detectors'),
+        (torch.zeros(5, 3), torch.full((5, 3), torch.nan), 'features of the reference are NaN'),
+        (torch.zeros(5, 3), torch.zeros(5), 'shape'),
+    ],
+)
 def test_features_that_cannot_be_compared_are_refused(features, reference, words):
-    for measure in (kernel_distance, lambda x, y: precision_recall(x, y, k=1), lambda x, y: density_coverage(x, y, k=1)):
+    for measure in (
+        kernel_distance,
+        lambda x, y: precision_recall(x, y, k=1),
+        lambda x, y: density_coverage(x, y, k=1),
+    ):
         with pytest.raises(UserError, match=words):
             measure(features, reference)
 
@@ -274,15 +329,24 @@ def test_a_block_of_one_sample_is_refused():
     with pytest.raises(UserError, match='say nothing'):
         kernel_distance(torch.zeros(5, 3), torch.zeros(5, 3), block=1)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Neighbors.
+
 
 def by_neighbors(features, reference, k):
     """All four measures from scikit-learn's trees and a full table of distances; for data without ties."""
     distances = scipy.spatial.distance.cdist(reference, features)
-    radius = lambda x: NearestNeighbors(n_neighbors=k, algorithm='kd_tree').fit(x).kneighbors()[0][:, -1]  # without the points themselves
+    radius = lambda x: (
+        NearestNeighbors(n_neighbors=k, algorithm='kd_tree').fit(x).kneighbors()[0][:, -1]
+    )  # without the points themselves
     inside_real, inside_images = distances <= radius(reference)[:, None], distances <= radius(features)[None]
-    return inside_real.any(axis=0).mean(), inside_images.any(axis=1).mean(), inside_real.sum() / k / len(features), inside_real.any(axis=1).mean()
+    return (
+        inside_real.any(axis=0).mean(),
+        inside_images.any(axis=1).mean(),
+        inside_real.sum() / k / len(features),
+        inside_real.any(axis=1).mean(),
+    )
 
 
 @pytest.mark.parametrize('k', [1, 3, 5])
@@ -290,7 +354,10 @@ def test_neighbor_measures_are_those_of_scikit_learn(k):
     features, reference = normal(150, 4, 0) + 1, normal(120, 4, 1)
     expected = by_neighbors(features.numpy(), reference.numpy(), k)
     assert all(0.3 < value < 0.9 for value in expected)
-    assert (*precision_recall(features, reference, k), *density_coverage(features, reference, k)) == pytest.approx(expected, rel=1e-12)
+    assert (
+        *precision_recall(features, reference, k),
+        *density_coverage(features, reference, k),
+    ) == pytest.approx(expected, rel=1e-12)
 
 
 def test_chunks_do_not_show_in_the_results():
@@ -304,7 +371,11 @@ def test_chunks_do_not_show_in_the_results():
 def test_no_more_than_a_chunk_of_distances_is_in_memory(monkeypatch):
     shapes = set()
     addmm = torch.addmm
-    monkeypatch.setattr(torch, 'addmm', lambda *args, **kwargs: shapes.add(args[1].shape[:1] + args[2].shape[1:]) or addmm(*args, **kwargs))
+    monkeypatch.setattr(
+        torch,
+        'addmm',
+        lambda *args, **kwargs: shapes.add(args[1].shape[:1] + args[2].shape[1:]) or addmm(*args, **kwargs),
+    )
     precision_recall(normal(50, 3, 0), normal(41, 3, 1), chunk=16)
     assert max(shapes) == (16, 16)
 
@@ -342,7 +413,9 @@ def test_duplicates_are_neighbors_but_a_sample_is_not_its_own():
     """Reference 0, 0, 0, 5, 6, 7: at k = 2 balls reach 0, 0, 0, 2, 1, 2 far, at k = 3 they reach 5, 5, 5, 5, 6, 7."""
     reference = torch.tensor([0.0, 0, 0, 5, 6, 7])[:, None] / 3
     images = torch.tensor([0.0, 0.3, 40, 41])[:, None] / 3
-    assert precision_recall(images, reference, k=2)[0] == 0.25  # the image at 0: a ball of radius 0 contains its boundary
+    assert (
+        precision_recall(images, reference, k=2)[0] == 0.25
+    )  # the image at 0: a ball of radius 0 contains its boundary
     assert density_coverage(images, reference, k=2) == (0, 0)
     assert density_coverage(images, reference, k=3) == (9 / 3 / 4, 1)  # 0 in three balls, 0.3 in all six
 
@@ -354,13 +427,17 @@ def test_too_few_samples_for_k_neighbors_are_refused():
         density_coverage(normal(9, 2, 0), normal(5, 2, 1))
     assert precision_recall(normal(4, 2, 0), normal(4, 2, 0)) == (1, 1)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Inception Score.
+
 
 def test_undecided_classes_score_one_and_decided_balanced_ones_their_number():
     """KL is 0 where p(y|x) = p(y), and log K for one-hot rows, all other terms being 0 log 0."""
     assert inception_score(torch.full((50, 7), 1 / 7))['value'] == pytest.approx(1, rel=1e-12)
-    assert inception_score(torch.eye(7).repeat(20, 1)) == dict(value=pytest.approx(7, rel=1e-12), std=pytest.approx(0, abs=1e-12), splits=10)
+    assert inception_score(torch.eye(7).repeat(20, 1)) == dict(
+        value=pytest.approx(7, rel=1e-12), std=pytest.approx(0, abs=1e-12), splits=10
+    )
 
 
 def test_splits_are_contiguous_parts_of_the_images():
@@ -373,34 +450,46 @@ def test_splits_are_contiguous_parts_of_the_images():
 def test_inception_score_is_the_formula_of_its_paper():
     """53 images do not divide by 5: parts begin at ⌊53 i/5⌋. Deviation of the population."""
     p = torch.softmax(3 * normal(53, 9, 0), dim=1).numpy()
-    parts = [p[53 * i // 5:53 * (i + 1) // 5] for i in range(5)]
-    scores = [math.exp(np.mean(np.sum(part * (np.log(part) - np.log(part.mean(axis=0))), axis=1))) for part in parts]
+    parts = [p[53 * i // 5 : 53 * (i + 1) // 5] for i in range(5)]
+    scores = [
+        math.exp(np.mean(np.sum(part * (np.log(part) - np.log(part.mean(axis=0))), axis=1))) for part in parts
+    ]
     result = inception_score(torch.from_numpy(p).float(), splits=5)
-    assert result == dict(value=pytest.approx(np.mean(scores), rel=1e-6), std=pytest.approx(np.std(scores), rel=1e-5), splits=5)
+    assert result == dict(
+        value=pytest.approx(np.mean(scores), rel=1e-6), std=pytest.approx(np.std(scores), rel=1e-5), splits=5
+    )
 
 
 @pytest.mark.filterwarnings('ignore:Metric', 'ignore:std')  # that it keeps all features, and of one part
 def test_inception_score_of_one_part_is_that_of_torchmetrics():
     """It shuffles, which one part does not notice."""
     from torchmetrics.image.inception import InceptionScore
+
     theirs = InceptionScore(feature=torch.nn.Flatten(), splits=1)
     logits = 2 * normal(40, 6, 1)
     theirs.update(logits)
-    assert inception_score(logits.softmax(dim=1), splits=1)['value'] == pytest.approx(theirs.compute()[0].item(), rel=1e-5)
+    assert inception_score(logits.softmax(dim=1), splits=1)['value'] == pytest.approx(
+        theirs.compute()[0].item(), rel=1e-5
+    )
 
 
-@pytest.mark.parametrize('probabilities, splits, words', [
-    (torch.full((9, 2), 0.5), 10, '9 images cannot be split into 10'),
-    (torch.full((9, 2), 0.6), 3, 'sum to 1'),
-    (torch.tensor([[1.5, -0.5]] * 4), 2, 'not negative'),
-    (torch.full((4, 2), torch.nan), 2, 'not negative'),
-])
+@pytest.mark.parametrize(
+    'probabilities, splits, words',
+    [
+        (torch.full((9, 2), 0.5), 10, '9 images cannot be split into 10'),
+        (torch.full((9, 2), 0.6), 3, 'sum to 1'),
+        (torch.tensor([[1.5, -0.5]] * 4), 2, 'not negative'),
+        (torch.full((4, 2), torch.nan), 2, 'not negative'),
+    ],
+)
 def test_what_has_no_inception_score_is_refused(probabilities, splits, words):
     with pytest.raises(UserError, match=words):
         inception_score(probabilities, splits)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Bootstrap and extrapolation.
+
 
 def test_bootstrap_interval_has_the_width_of_repeated_experiments():
     """Its width matches the spread of the distance over independent samples, and it holds the distance itself."""
@@ -409,7 +498,10 @@ def test_bootstrap_interval_has_the_width_of_repeated_experiments():
     samples = rng.normal(size=(200, 300, 4))
     distances = [frechet_distance(*gaussian(sample), mu, sigma) for sample in samples]
     spread = np.subtract(*np.quantile(distances, [0.975, 0.025]))
-    intervals = [bootstrap_interval(torch.from_numpy(sample), mu, sigma, num=200, seed=i) for i, sample in enumerate(samples[:10])]
+    intervals = [
+        bootstrap_interval(torch.from_numpy(sample), mu, sigma, num=200, seed=i)
+        for i, sample in enumerate(samples[:10])
+    ]
     assert np.mean([high - low for low, high in intervals]) == pytest.approx(spread, rel=0.2)
     assert all(low < distance < high for (low, high), distance in zip(intervals, distances))
     assert intervals[0] == bootstrap_interval(samples[0], mu, sigma, num=200, seed=0)
@@ -436,7 +528,9 @@ def test_resampled_moments_are_those_of_the_repeated_images(monkeypatch):
 def test_the_reference_is_factored_once_for_all_resamples(monkeypatch):
     factored = []
     cholesky = scipy.linalg.cholesky
-    monkeypatch.setattr(scipy.linalg, 'cholesky', lambda a, **kwargs: factored.append(a[0, 0]) or cholesky(a, **kwargs))
+    monkeypatch.setattr(
+        scipy.linalg, 'cholesky', lambda a, **kwargs: factored.append(a[0, 0]) or cholesky(a, **kwargs)
+    )
     bootstrap_interval(normal(40, 3, 0), np.zeros(3), 5 * np.eye(3), num=10)
     assert factored.count(5) == 1 and len(factored) == 12
 
@@ -444,18 +538,31 @@ def test_the_reference_is_factored_once_for_all_resamples(monkeypatch):
 def test_extrapolated_distance_is_nearer_to_the_true_one():
     """Covariance 1.2² of a power law against the law itself: FID of 400 images in 20 dimensions is too large by its bias, in every experiment."""
     deviations = np.arange(1, 21) ** -0.5
-    reference = np.zeros(20), np.diag(deviations ** 2)
-    true = 0.2 ** 2 * np.sum(deviations ** 2)
+    reference = np.zeros(20), np.diag(deviations**2)
+    true = 0.2**2 * np.sum(deviations**2)
     samples = [normal(400, 20, seed).numpy() * deviations * 1.2 for seed in range(12)]
     biased = np.array([frechet_distance(*gaussian(sample), *reference) for sample in samples]) - true
-    extrapolated = np.array([frechet_infinity(sample, *reference, seed=i)['value'] for i, sample in enumerate(samples)]) - true
-    assert abs(extrapolated.mean()) < 0.3 * biased.mean() and np.abs(extrapolated).mean() < np.abs(biased).mean()
+    extrapolated = (
+        np.array([frechet_infinity(sample, *reference, seed=i)['value'] for i, sample in enumerate(samples)])
+        - true
+    )
+    assert (
+        abs(extrapolated.mean()) < 0.3 * biased.mean() and np.abs(extrapolated).mean() < np.abs(biased).mean()
+    )
 
 
 def test_extrapolated_distance_of_equal_distributions_is_about_zero_and_may_be_negative():
     """At most a fifth of the biased value is left; some experiments end below zero and say so."""
-    results = [frechet_infinity(normal(300, 6, seed), np.zeros(6), np.eye(6), seed=seed)['value'] for seed in range(12)]
-    biased = np.mean([frechet_distance(*gaussian(normal(300, 6, seed).numpy()), np.zeros(6), np.eye(6)) for seed in range(12)])
+    results = [
+        frechet_infinity(normal(300, 6, seed), np.zeros(6), np.eye(6), seed=seed)['value']
+        for seed in range(12)
+    ]
+    biased = np.mean(
+        [
+            frechet_distance(*gaussian(normal(300, 6, seed).numpy()), np.zeros(6), np.eye(6))
+            for seed in range(12)
+        ]
+    )
     assert abs(np.mean(results)) < 0.2 * biased and min(results) < 0 < max(results)
 
 
@@ -465,12 +572,16 @@ def test_extrapolation_is_the_intercept_of_a_line_in_the_reciprocal_number(monke
     sizes = []
 
     def distances(scale):
-        return lambda self, counts: sizes.append(int(counts.sum())) or 3 + 500 / counts.sum() + scale * noise[len(sizes) - 1]
+        return lambda self, counts: (
+            sizes.append(int(counts.sum())) or 3 + 500 / counts.sum() + scale * noise[len(sizes) - 1]
+        )
 
     monkeypatch.setattr(_Sample, 'distance', distances(0))
     result = frechet_infinity(normal(1000, 5, 0), np.zeros(5), np.eye(5))
     assert result['value'] == pytest.approx(3) and result['error'] == pytest.approx(0, abs=1e-12)
-    assert result['sizes'] == sizes and len(sizes) == 15 and (sizes[0], sizes[7], sizes[14]) == (100, 550, 1000)
+    assert (
+        result['sizes'] == sizes and len(sizes) == 15 and (sizes[0], sizes[7], sizes[14]) == (100, 550, 1000)
+    )
     sizes.clear()
     monkeypatch.setattr(_Sample, 'distance', distances(0.1))
     noisy = frechet_infinity(normal(1000, 5, 0), np.zeros(5), np.eye(5))

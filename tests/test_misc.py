@@ -1,4 +1,5 @@
 """Times, learning rates, statistics, rulers, and the command-line types."""
+
 import json
 import platform
 
@@ -14,7 +15,9 @@ from metrics import rulers
 from torch_utils import misc, training_stats
 
 
-@pytest.mark.parametrize('seconds, text', [(0.4, '0s'), (59.6, '1m 00s'), (3599, '59m 59s'), (3600, '1h 00m'), (90_061, '1d 01h')])
+@pytest.mark.parametrize(
+    'seconds, text', [(0.4, '0s'), (59.6, '1m 00s'), (3599, '59m 59s'), (3600, '1h 00m'), (90_061, '1d 01h')]
+)
 def test_times_are_for_people(seconds, text):
     assert misc.format_time(seconds) == text
 
@@ -29,7 +32,7 @@ def test_the_learning_rate_ramps_up_and_decays():
     assert [edm2(n) for n in (0, 50, 200, 800, 1800)] == pytest.approx([0, 1, 2, 1, 2 / 3])
 
 
-FAULTS = '''
+FAULTS = """
 import ctypes, resource, sys
 from torch_utils import misc
 if sys.argv[1] == 'kept':
@@ -48,7 +51,7 @@ before = faults()
 for _ in range(10):
     step()
 print(faults() - before)
-'''
+"""
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason="of glibc's allocator")
@@ -63,11 +66,15 @@ def test_statistics_are_moments_and_start_anew_after_each_collection():
     training_stats.report('a', torch.tensor([1.0, 2.0]))
     training_stats.report('a', 6)
     training_stats.report(['b', 'c'], torch.tensor([[1.0, 10.0], [3.0, 30.0]]))
-    training_stats.report_bins(['low', 'high', 'none'], torch.tensor([0, 1, 0]), torch.tensor([1.0, 5.0, 3.0]))
+    training_stats.report_bins(
+        ['low', 'high', 'none'], torch.tensor([0, 1, 0]), torch.tensor([1.0, 5.0, 3.0])
+    )
     stats = training_stats.collect()
     assert stats['a'] == dict(num=3, mean=3.0, std=pytest.approx((14 / 3) ** 0.5))
     assert stats['b']['mean'] == 2 and stats['c'] == dict(num=2, mean=20.0, std=10.0)
-    assert stats['low'] == dict(num=2, mean=2.0, std=1.0) and stats['high']['num'] == 1 and 'none' not in stats
+    assert (
+        stats['low'] == dict(num=2, mean=2.0, std=1.0) and stats['high']['num'] == 1 and 'none' not in stats
+    )
     assert training_stats.collect() == {}
 
 
@@ -84,16 +91,20 @@ def test_what_is_put_off_is_reported_once_of_everything_that_was_given():
         training_stats.report_later(describe, torch.full([1 + i % 2], float(i)), torch.full([1 + i % 2], 2.0))
     assert seen == [training_stats.AT_ONCE * 3 // 2]
     given = [2.0 * i for i in range(training_stats.AT_ONCE + 2) for _ in range(1 + i % 2)]
-    assert training_stats.collect()['product'] == dict(num=len(given), mean=pytest.approx(sum(given) / len(given)), std=pytest.approx(np.std(given)))
+    assert training_stats.collect()['product'] == dict(
+        num=len(given), mean=pytest.approx(sum(given) / len(given)), std=pytest.approx(np.std(given))
+    )
     assert seen == [training_stats.AT_ONCE * 3 // 2, 3]
 
 
 def test_statistics_of_processes_add_up(tmp_path):
     script = tmp_path / 'stats.py'
-    script.write_text("import json, torch\nfrom torch_utils import distributed, training_stats\ndistributed.init()\n"
-                      "rank = distributed.get_rank()\n"
-                      'training_stats.report("a", torch.arange(3.0) + 3 * rank)\nstats = training_stats.collect()\n'
-                      'distributed.print0(json.dumps(stats))\ndistributed.shutdown()\n')
+    script.write_text(
+        'import json, torch\nfrom torch_utils import distributed, training_stats\ndistributed.init()\n'
+        'rank = distributed.get_rank()\n'
+        'training_stats.report("a", torch.arange(3.0) + 3 * rank)\nstats = training_stats.collect()\n'
+        'distributed.print0(json.dumps(stats))\ndistributed.shutdown()\n'
+    )
     stats = json.loads(torchrun(2, script, env=dict(PYTHONPATH='.')).stdout)
     assert stats['a']['num'] == 6 and stats['a']['mean'] == 2.5
 
@@ -120,7 +131,9 @@ def test_a_user_error_is_one_line_with_status_1():
 
 def test_help_groups_options():
     output = CliRunner().invoke(command, ['--help']).output
-    assert output.index('Numbers:') < output.index('--seeds') < output.index('Options:') < output.index('--fail')
+    assert (
+        output.index('Numbers:') < output.index('--seeds') < output.index('Options:') < output.index('--fail')
+    )
 
 
 def test_an_easy_dict_has_attributes_and_json():
@@ -134,6 +147,7 @@ def test_an_easy_dict_has_attributes_and_json():
 
 def test_rulers_are_scripted_detectors_and_the_classifier_knows_digits():
     from sklearn.datasets import load_digits
+
     data = load_digits()
     images = torch.from_numpy(data.images * 255 / 16).round().to(torch.uint8)[:, None]
     made, accuracy = rulers.make_rulers(images, torch.from_numpy(data.target), 10)
@@ -149,5 +163,9 @@ def test_rulers_are_scripted_detectors_and_the_classifier_knows_digits():
 
 def test_rulers_need_labels(tmp_path):
     from PIL import Image
+
     Image.new('L', (8, 8)).save(tmp_path / 'a.png')
-    assert_one_clear_error(run('-m', 'metrics.rulers', f'--data={tmp_path}', f'--outdir={tmp_path / "x"}', check=False), 'no labels')
+    assert_one_clear_error(
+        run('-m', 'metrics.rulers', f'--data={tmp_path}', f'--outdir={tmp_path / "x"}', check=False),
+        'no labels',
+    )

@@ -1,4 +1,5 @@
 """EDM2's network: golden output, magnitudes, forced weight normalization, dropout, distillation."""
+
 import numpy as np
 import pytest
 import torch
@@ -37,13 +38,19 @@ def weights(net):
     assert len(found) > 20
     return found
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Snapshots.
+
 
 def test_the_network_gives_edm2s_golden_output(fixtures):
     """Tolerance: 1e-4 of the output's standard deviation, FP32 on the CPU; FP64 is as near."""
     net = load_network(fixtures / 'edm2-cond.pkl')
-    assert (type(net).__name__, net.init_args, net.init_kwargs['model_channels']) == ('Precond', (16, 3, 10), 16)
+    assert (type(net).__name__, net.init_args, net.init_kwargs['model_channels']) == (
+        'Precond',
+        (16, 3, 10),
+        16,
+    )
     assert (net.sigma_min, net.sigma_max, net.metadata['objective']) == (0, float('inf'), 'diffusion')
     golden = {name: torch.as_tensor(value) for name, value in np.load(fixtures / 'edm2-cond.npz').items()}
     for precise in (False, True):
@@ -60,7 +67,12 @@ def test_a_round_trip_keeps_tensors_arguments_and_attributes(fixtures, tmp_path)
     again = load_network(tmp_path / 'again.pkl')
     assert again.state_dict().keys() == first.state_dict().keys()
     assert all(torch.equal(tensor, first.state_dict()[name]) for name, tensor in again.state_dict().items())
-    assert (again.init_args, again.init_kwargs, again.sigma_min, again.sigma_max) == (first.init_args, first.init_kwargs, 0.002, 80)
+    assert (again.init_args, again.init_kwargs, again.sigma_min, again.sigma_max) == (
+        first.init_args,
+        first.init_kwargs,
+        0.002,
+        80,
+    )
 
 
 def test_half_precision_tensors_load_as_they_are_and_compute_in_single(tmp_path):
@@ -71,15 +83,19 @@ def test_half_precision_tensors_load_as_they_are_and_compute_in_single(tmp_path)
     assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.float16}
     denoised = half(x, sigma, labels)
     assert denoised.dtype == torch.float32
-    assert (denoised - expected).abs().max() < 1e-2 * expected.std()  # FP16 rounds by up to 2**-11, most of all the frequencies
+    assert (
+        denoised - expected
+    ).abs().max() < 1e-2 * expected.std()  # FP16 rounds by up to 2**-11, most of all the frequencies
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Magnitudes.
+
 
 def test_silu_keeps_the_magnitude_of_a_standard_normal_input():
     """E[silu(z)²] = 0.596² by quadrature, to the three digits of the constant."""
     z = torch.linspace(-10, 10, 20_001, dtype=torch.float64)
-    density = torch.exp(-z ** 2 / 2)
+    density = torch.exp(-(z**2) / 2)
     assert abs((edm2.mp_silu(z) ** 2 * density).sum() / density.sum() - 1) < 2e-3
 
 
@@ -114,7 +130,9 @@ def test_fourier_features_have_unit_variance():
 
 
 def test_normalization_is_exact_in_every_precision():
-    x = torch.randn(4, 64, 3, generator=torch.Generator().manual_seed(0)).double() * 1e4  # its norm is beyond FP16
+    x = (
+        torch.randn(4, 64, 3, generator=torch.Generator().manual_seed(0)).double() * 1e4
+    )  # its norm is beyond FP16
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-5), (torch.float16, 2e-3)):
         y = edm2.normalize(x.to(dtype), dims=(1,))
         assert y.dtype == dtype and (rms(y, 1) - 1).abs().max() < tolerance
@@ -125,11 +143,15 @@ def test_activations_keep_their_size_through_the_whole_network():
     net = small_net(3, model_channels=64, channel_mult=[1, 2], num_blocks=2, channels_per_head=64).eval()
     magnitudes = {}
     for name, block in [*net.unet.enc.items(), *net.unet.dec.items()]:
-        block.register_forward_hook(lambda _module, _inputs, out, name=name: magnitudes.update({name: rms(out, (0, 1, 2, 3)).item()}))
+        block.register_forward_hook(
+            lambda _module, _inputs, out, name=name: magnitudes.update({name: rms(out, (0, 1, 2, 3)).item()})
+        )
     sigma = torch.tensor([0.02, 0.5, 3.0, 50.0])
     noise = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    net(noise * (sigma ** 2 + 0.25).sqrt().reshape(-1, 1, 1, 1), sigma, torch.eye(3)[[0, 1, 2, 0]])
-    assert len(magnitudes) == len({*net.unet.enc, *net.unet.dec}) and all(0.7 < m < 1.3 for m in magnitudes.values()), magnitudes
+    net(noise * (sigma**2 + 0.25).sqrt().reshape(-1, 1, 1, 1), sigma, torch.eye(3)[[0, 1, 2, 0]])
+    assert len(magnitudes) == len({*net.unet.enc, *net.unet.dec}) and all(
+        0.7 < m < 1.3 for m in magnitudes.values()
+    ), magnitudes
 
 
 @pytest.mark.parametrize('taps', [(1, 1), (1, 3, 3, 1)])
@@ -146,8 +168,10 @@ def test_the_output_is_bounded_by_the_clip():
     block = edm2.Block(16, 16, 16, flavor='dec', clip_act=0.25)
     assert block(torch.randn(1, 16, 4, 4), torch.randn(1, 16)).abs().max() == 0.25
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Forced weight normalization.
+
 
 def test_a_training_pass_normalizes_all_weights_in_place_through_one_vector():
     """Magnitude one for every output channel; normalization's 1e-4 is more where a weight is small by chance."""
@@ -200,17 +224,25 @@ def test_a_pass_without_gradients_may_lie_between_a_prediction_and_its_backward_
 def test_compiled_training_passes_are_one_graph_and_agree_with_eager_ones():
     eager, compiled = (small_net(channel_mult=[1], attn_resolutions=[8]).train() for _ in range(2))
     expected = eager(*inputs())
-    torch.testing.assert_close(torch.compile(compiled, backend='aot_eager', fullgraph=True)(*inputs()), expected)
+    torch.testing.assert_close(
+        torch.compile(compiled, backend='aot_eager', fullgraph=True)(*inputs()), expected
+    )
     torch.testing.assert_close(compiled.state_dict(), eager.state_dict())
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Dropout.
+
 
 def test_dropout_is_restricted_to_the_given_resolutions():
     def dropped(**kwargs):
         return sorted({name.split('.')[1].partition('x')[0] for name in small_net(**kwargs).dropout_masks(2)})
+
     assert dropped() == [] and dropped(dropout=0.3) == ['4', '8']
-    assert dropped(dropout=0.3, dout_resolutions=[4]) == ['4'] and dropped(dropout=0.3, dout_resolutions=[]) == []
+    assert (
+        dropped(dropout=0.3, dout_resolutions=[4]) == ['4']
+        and dropped(dropout=0.3, dout_resolutions=[]) == []
+    )
 
 
 def test_masks_keep_the_right_share_and_scale_what_they_keep():
@@ -230,7 +262,9 @@ def test_the_same_masks_give_the_same_output_and_all_of_them_matter():
         first = net(x, sigma, labels, dropout_masks=masks)
         assert torch.equal(net(x, sigma, labels, dropout_masks=masks), first)
         for name in masks:
-            assert not torch.equal(net(x, sigma, labels, dropout_masks={**masks, name: ~masks[name]}), first), name
+            assert not torch.equal(
+                net(x, sigma, labels, dropout_masks={**masks, name: ~masks[name]}), first
+            ), name
 
 
 def test_without_masks_a_training_network_drops_and_an_evaluating_one_does_not():
@@ -239,17 +273,23 @@ def test_without_masks_a_training_network_drops_and_an_evaluating_one_does_not()
         assert not torch.equal(net.train()(*inputs()), net(*inputs()))
         assert torch.equal(net.eval()(*inputs()), net(*inputs()))
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The network as a whole.
 
+
 @pytest.mark.parametrize('channels, label_dim', [(1, 0), (4, 3)])
-@pytest.mark.parametrize('options', [{}, dict(channel_mult_noise=2, channel_mult_emb=3, label_balance=0.3, concat_balance=0.7)])
+@pytest.mark.parametrize(
+    'options', [{}, dict(channel_mult_noise=2, channel_mult_emb=3, label_balance=0.3, concat_balance=0.7)]
+)
 def test_every_parameter_learns(channels, label_dim, options):
     net, (x, sigma, labels) = small_net(channels, label_dim, **options).train(), inputs(channels)
     denoised, logvar = net(x, sigma, labels if label_dim else None, return_logvar=True)
     assert denoised.shape == x.shape and denoised.dtype == torch.float32 and logvar.shape == (2, 1, 1, 1)
     (denoised.square() + logvar).sum().backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() and p.grad.norm() > 0 for p in net.parameters())
+    assert all(
+        p.grad is not None and torch.isfinite(p.grad).all() and p.grad.norm() > 0 for p in net.parameters()
+    )
 
 
 def test_no_label_is_a_label_of_zeros_and_a_noise_level_may_be_a_number():
@@ -273,13 +313,32 @@ def test_diffusion_training_runs():
 
 def test_a_student_is_distilled_from_a_teacher_which_stays_as_it_is():
     """Twenty steps of Adam on one batch with fixed draws, from the teacher's weights, more than halve the loss."""
-    teacher, student = small_net().eval().requires_grad_(False), small_net(dropout=0.1, dout_resolutions=[4]).train()
+    teacher, student = (
+        small_net().eval().requires_grad_(False),
+        small_net(dropout=0.1, dout_resolutions=[4]).train(),
+    )
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     flat = FlatParameters(student)
     optimizer = torch.optim.Adam([flat.weights], lr=1e-2)
-    loss_fn = ConsistencyDistillationLoss(teacher, S=2, T_start=8, T_end=8, T_anneal_kimg=0, rho=7.0, sigma_min=0.002, sigma_max=80.0,
-                                          student_grid='edm', sampling_mode='edm', cd_loss='l2', cd_weight_mode='edm', sigma_data=0.5,
-                                          terminal_anchor=True, terminal_teacher_hop=True, sync_dropout=True, anchor_hops=2)
+    loss_fn = ConsistencyDistillationLoss(
+        teacher,
+        S=2,
+        T_start=8,
+        T_end=8,
+        T_anneal_kimg=0,
+        rho=7.0,
+        sigma_min=0.002,
+        sigma_max=80.0,
+        student_grid='edm',
+        sampling_mode='edm',
+        cd_loss='l2',
+        cd_weight_mode='edm',
+        sigma_data=0.5,
+        terminal_anchor=True,
+        terminal_teacher_hop=True,
+        sync_dropout=True,
+        anchor_hops=2,
+    )
     images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)) / 2
     losses = []
     for _ in range(20):
@@ -294,5 +353,8 @@ def test_a_student_is_distilled_from_a_teacher_which_stays_as_it_is():
 
 def test_the_widths_of_embeddings_are_those_of_the_widest_level_or_multiples_that_are_asked_for():
     """The Fourier features' are the first level's."""
-    widths = lambda **options: (small_net(**options).unet.emb_fourier.freqs.numel(), small_net(**options).unet.emb_noise.weight.shape[0])
+    widths = lambda **options: (
+        small_net(**options).unet.emb_fourier.freqs.numel(),
+        small_net(**options).unet.emb_noise.weight.shape[0],
+    )
     assert widths() == (16, 32) and widths(channel_mult_noise=3, channel_mult_emb=5) == (48, 80)

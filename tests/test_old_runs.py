@@ -1,4 +1,5 @@
 """Files of an earlier version load, resume and sample as they did: golden/runs.tar.xz, see `old_runs`."""
+
 import tarfile
 
 import numpy as np
@@ -37,7 +38,9 @@ def test_snapshots_sample_the_same_images(old, tmp_path, name):
         np.testing.assert_allclose(now['images'], then['images'], rtol=0, atol=1e-3 * then['images'].std())
 
 
-@pytest.mark.parametrize('name', [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RUNS])
+@pytest.mark.parametrize(
+    'name', [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+)
 def test_states_resume_to_the_weights_they_came_to(old, images, tmp_path, name):
     """Metadata are equal; weights to rounding, which on the machine that made them is none."""
     (tmp_path / name).mkdir()
@@ -48,4 +51,8 @@ def test_states_resume_to_the_weights_they_came_to(old, images, tmp_path, name):
     now, then = load_network(tmp_path / name / LAST), load_network(old / name / LAST)
     for key, weights in then.state_dict().items():
         torch.testing.assert_close(now.state_dict()[key], weights, rtol=1e-3, atol=1e-5)
-    assert {**now.metadata, 'digest': None, 'dataset_kwargs': None} == {**then.metadata, 'digest': None, 'dataset_kwargs': None}
+    assert {**now.metadata, 'digest': None, 'dataset_kwargs': None} == {
+        **then.metadata,
+        'digest': None,
+        'dataset_kwargs': None,
+    }

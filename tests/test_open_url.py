@@ -1,4 +1,5 @@
 """Downloads against a local server that misbehaves on purpose, and files that appear whole or not at all."""
+
 import gzip
 import hashlib
 import itertools
@@ -22,22 +23,32 @@ CONTENT = bytes(range(256)) * 1000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 REPLACEMENT = b'new' + CONTENT[3:]
 NEW_DIGEST = hashlib.sha256(REPLACEMENT).hexdigest()
-CONFIRM = (b'<html><form id="download-form" action="/confirmed" method="get"><input type="hidden" name="id" value="x1">'
-           b'<input type="hidden" name="confirm" value="t"></form>')
+CONFIRM = (
+    b'<html><form id="download-form" action="/confirmed" method="get"><input type="hidden" name="id" value="x1">'
+    b'<input type="hidden" name="confirm" value="t"></form>'
+)
 OLDER_CONFIRM = {
     '/older-form': b'<form id="downloadForm" action="/confirmed?id=x1&amp;confirm=t" method="post"><input type="submit"></form>',
     '/older-link': b'<html><a href="/help">?</a><a id="uc-download-link" href="/confirmed?id=x1&amp;confirm=t">Download anyway</a>',
 }
 STATUSES = {'/busy': 503, '/broken': 500, '/too-many': 429, '/gone': 410}
-REDIRECTIONS = {'/moved': '/file.bin', '/loop': '/loop', '/to-disk': 'file:///etc/hostname', '/to-data': 'data:text/plain,x', '/to-ftp': 'ftp://h/x',
-                '/to-nowhere': 'http://['}
+REDIRECTIONS = {
+    '/moved': '/file.bin',
+    '/loop': '/loop',
+    '/to-disk': 'file:///etc/hostname',
+    '/to-data': 'data:text/plain,x',
+    '/to-ftp': 'ftp://h/x',
+    '/to-nowhere': 'http://[',
+}
 OK, CHUNKED = b'HTTP/1.1 200 OK\r\n', b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n'
 DRIPPING = {  # parts of an answer that is never over, a moment after one another
     '/status': lambda: itertools.chain([b'HTTP/1.1 200 '], itertools.repeat(b'O')),
     '/header': lambda: itertools.chain([OK, b'X: '], itertools.repeat(b'x')),
     '/not-yet': lambda: itertools.repeat(b'HTTP/1.1 100 Continue\r\n\r\n'),
     '/moved-slowly': lambda: itertools.chain([b'HTTP/1.1 302 Found\r\nLocation: /'], itertools.repeat(b'x')),
-    '/slow-page': lambda: itertools.chain([OK, b'Content-Type: text/html\r\nContent-Length: 999999\r\n\r\n'], itertools.repeat(b'x')),
+    '/slow-page': lambda: itertools.chain(
+        [OK, b'Content-Type: text/html\r\nContent-Length: 999999\r\n\r\n'], itertools.repeat(b'x')
+    ),
     '/chunk-size': lambda: itertools.chain([CHUNKED, b'5;'], itertools.repeat(b'x')),
     '/trailers': lambda: itertools.chain([CHUNKED, b'3\r\nabc\r\n0\r\n'], itertools.repeat(b'X: y\r\n')),
     '/last-trailer': lambda: itertools.chain([CHUNKED, b'3\r\nabc\r\n0\r\nX: '], itertools.repeat(b'y')),
@@ -105,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(CONTENT)
             self.close_connection = True
         elif path == '/enormous':
-            self.send(CONTENT, length=10 ** 17)
+            self.send(CONTENT, length=10**17)
             self.close_connection = True
         elif path == '/slow':
             self.send(CONTENT[:100_000], length=len(CONTENT))
@@ -132,7 +143,9 @@ class Handler(BaseHTTPRequestHandler):
         elif path == '/page':
             self.send(b'<html>log in</html>', Content_Type='text/html')
         elif path == '/unnamed-page':
-            self.send(b'\n<!DOCTYPE html><html>log in' + bytes(2_000_000), Content_Type='application/octet-stream')
+            self.send(
+                b'\n<!DOCTYPE html><html>log in' + bytes(2_000_000), Content_Type='application/octet-stream'
+            )
         elif path in DRIPPING:
             for part in DRIPPING[path]():
                 self.wfile.write(part)
@@ -187,7 +200,9 @@ def test_a_download_is_whole_and_happens_once(server, tmp_path):
     assert server.requests == ['/file.bin']
     name, record = sorted(files_in(tmp_path))
     assert name.endswith('-file.bin') and record == f'{name}.json'
-    assert json.loads((tmp_path / 'cache' / record).read_text()) == dict(url=f'{server.url}/file.bin', bytes=len(CONTENT), sha256=DIGEST)
+    assert json.loads((tmp_path / 'cache' / record).read_text()) == dict(
+        url=f'{server.url}/file.bin', bytes=len(CONTENT), sha256=DIGEST
+    )
 
 
 def test_equal_names_at_different_addresses_do_not_collide(server, tmp_path):
@@ -205,33 +220,36 @@ def test_redirections_chunks_and_open_connections_lead_to_the_file(server, tmp_p
     assert local_path(server.url + path, cache_dir=tmp_path, timeout=0.3).read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize('path, words, attempts', [
-    ('/truncated', '256,000 bytes were announced, and 1,000 came', 3),
-    ('/too-short', '1,000 bytes were announced, and more came', 3),
-    ('/one-more', '256,000 bytes were announced, and more came', 3),
-    ('/endless', '1,000 bytes were announced, and more came', 3),
-    ('/reset', 'broke off after|200,000 came', 3),  # as it happens to be noticed
-    ('/stalled', 'stalled after 1,000 bytes', 3),
-    ('/silent', 'nothing came for 0.2 seconds', 3),
-    ('/dripping', 'less than 1,000 a second', 3),
-    ('/compressed', r'encodes it \(gzip\)', 1),
-    ('/busy', '503', 3),
-    ('/broken', '500', 3),
-    ('/too-many', '429', 3),
-    ('/gone', '410', 1),
-    ('/missing', '404', 1),
-    ('/broken-chunks', 'broke off after 256,000 bytes', 3),
-    ('/odd-length', "'many'", 1),
-    ('/enormous', 'are free in', 1),
-    ('/no-length', 'does not say how long', 1),
-    ('/loop', 'redirects without end', 31),
-    ('/to-disk', 'something else than http.*file:///etc/hostname', 1),
-    ('/to-data', 'something else than http.*data:text', 1),
-    ('/to-ftp', 'something else than http.*ftp://h/x', 1),
-    ('/to-nowhere', 'Check the URL', 1),
-    ('/page', 'is a web page', 1),
-    ('/unnamed-page', 'is a web page', 1),
-])
+@pytest.mark.parametrize(
+    'path, words, attempts',
+    [
+        ('/truncated', '256,000 bytes were announced, and 1,000 came', 3),
+        ('/too-short', '1,000 bytes were announced, and more came', 3),
+        ('/one-more', '256,000 bytes were announced, and more came', 3),
+        ('/endless', '1,000 bytes were announced, and more came', 3),
+        ('/reset', 'broke off after|200,000 came', 3),  # as it happens to be noticed
+        ('/stalled', 'stalled after 1,000 bytes', 3),
+        ('/silent', 'nothing came for 0.2 seconds', 3),
+        ('/dripping', 'less than 1,000 a second', 3),
+        ('/compressed', r'encodes it \(gzip\)', 1),
+        ('/busy', '503', 3),
+        ('/broken', '500', 3),
+        ('/too-many', '429', 3),
+        ('/gone', '410', 1),
+        ('/missing', '404', 1),
+        ('/broken-chunks', 'broke off after 256,000 bytes', 3),
+        ('/odd-length', "'many'", 1),
+        ('/enormous', 'are free in', 1),
+        ('/no-length', 'does not say how long', 1),
+        ('/loop', 'redirects without end', 31),
+        ('/to-disk', 'something else than http.*file:///etc/hostname', 1),
+        ('/to-data', 'something else than http.*data:text', 1),
+        ('/to-ftp', 'something else than http.*ftp://h/x', 1),
+        ('/to-nowhere', 'Check the URL', 1),
+        ('/page', 'is a web page', 1),
+        ('/unnamed-page', 'is a web page', 1),
+    ],
+)
 def test_a_failed_download_names_the_url_and_leaves_nothing(server, tmp_path, path, words, attempts):
     with pytest.raises(UserError, match=words) as error:
         open_url(server.url + path, cache_dir=tmp_path, timeout=0.2)
@@ -260,7 +278,10 @@ def test_a_digest_can_stand_in_the_url(server, tmp_path):
     """As pip writes it; the server does not see it, and the file is the same with and without it."""
     for fragment in (f'#sha256={DIGEST}', '', f'#sha256={DIGEST.upper()}'):
         assert local_path(f'{server.url}/file.bin{fragment}', cache_dir=tmp_path).read_bytes() == CONTENT
-    assert local_path(f'{server.url}/file.bin#sha256={DIGEST}', cache_dir=tmp_path, sha256=DIGEST).read_bytes() == CONTENT
+    assert (
+        local_path(f'{server.url}/file.bin#sha256={DIGEST}', cache_dir=tmp_path, sha256=DIGEST).read_bytes()
+        == CONTENT
+    )
     assert server.requests == ['/file.bin']
     with pytest.raises(UserError, match='has the SHA-256 digest'):
         local_path(f'{server.url}/file.bin?other#sha256={"0" * 64}', cache_dir=tmp_path)
@@ -268,30 +289,41 @@ def test_a_digest_can_stand_in_the_url(server, tmp_path):
         local_path(f'{server.url}/file.bin#sha256={"0" * 64}', cache_dir=tmp_path, sha256=DIGEST)
 
 
-@pytest.mark.parametrize('fragment, words', [
-    ('#sha256=', '64 hexadecimal digits'),
-    (f'#sha256={DIGEST}0', '64 hexadecimal digits'),
-    (f'#sha256={DIGEST[:-1]}', '64 hexadecimal digits'),
-    (f'#sha256={DIGEST[:-1]}g', '64 hexadecimal digits'),
-    (f'#sha256={DIGEST}&egg=x', '64 hexadecimal digits'),
-    (f'#md5={DIGEST}', 'means nothing here'),
-    (f'#{DIGEST}', 'means nothing here'),
-    ('#top', 'means nothing here'),
-])
-def test_a_malformed_digest_in_a_url_is_refused_before_anything_is_asked_for(server, tmp_path, fragment, words):
+@pytest.mark.parametrize(
+    'fragment, words',
+    [
+        ('#sha256=', '64 hexadecimal digits'),
+        (f'#sha256={DIGEST}0', '64 hexadecimal digits'),
+        (f'#sha256={DIGEST[:-1]}', '64 hexadecimal digits'),
+        (f'#sha256={DIGEST[:-1]}g', '64 hexadecimal digits'),
+        (f'#sha256={DIGEST}&egg=x', '64 hexadecimal digits'),
+        (f'#md5={DIGEST}', 'means nothing here'),
+        (f'#{DIGEST}', 'means nothing here'),
+        ('#top', 'means nothing here'),
+    ],
+)
+def test_a_malformed_digest_in_a_url_is_refused_before_anything_is_asked_for(
+    server, tmp_path, fragment, words
+):
     with pytest.raises(UserError, match=words):
         open_url(f'{server.url}/file.bin{fragment}', cache_dir=tmp_path)
     assert server.requests == [] and files_in(tmp_path) == []
 
 
-@pytest.mark.parametrize('damage', [
-    lambda path: path.write_bytes(CONTENT[:-1]),
-    lambda path: path.write_bytes(b''),
-    lambda path: util._record_path(path).unlink(),
-    lambda path: util._record_path(path).write_text('{'),
-    lambda path: util._record_path(path).write_text('[1]'),
-], ids=['cut', 'emptied', 'no record', 'broken record', 'odd record'])
-def test_a_cached_file_of_another_length_than_was_downloaded_is_downloaded_again(server, tmp_path, capfd, damage):
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda path: path.write_bytes(CONTENT[:-1]),
+        lambda path: path.write_bytes(b''),
+        lambda path: util._record_path(path).unlink(),
+        lambda path: util._record_path(path).write_text('{'),
+        lambda path: util._record_path(path).write_text('[1]'),
+    ],
+    ids=['cut', 'emptied', 'no record', 'broken record', 'odd record'],
+)
+def test_a_cached_file_of_another_length_than_was_downloaded_is_downloaded_again(
+    server, tmp_path, capfd, damage
+):
     path = local_path(f'{server.url}/file.bin', cache_dir=tmp_path)
     damage(path)
     assert local_path(f'{server.url}/file.bin', cache_dir=tmp_path).read_bytes() == CONTENT
@@ -310,14 +342,20 @@ def test_a_pinned_file_that_changed_in_the_cache_is_downloaded_again(server, tmp
     path.write_bytes(REPLACEMENT)
     with open_url(f'{server.url}/file.bin', cache_dir=tmp_path, pinned=True) as file:
         assert file.read() == CONTENT
-    assert len(server.requests) == 2 and f'{path} does not have the expected SHA-256' in capfd.readouterr().err
+    assert (
+        len(server.requests) == 2 and f'{path} does not have the expected SHA-256' in capfd.readouterr().err
+    )
 
 
-@pytest.mark.parametrize('damage', [
-    lambda path: path.write_bytes(b'bad' + CONTENT[3:]),
-    lambda path: path.write_bytes(CONTENT[:-1]),
-    lambda path: path.unlink(),
-], ids=['changed', 'cut', 'gone'])
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda path: path.write_bytes(b'bad' + CONTENT[3:]),
+        lambda path: path.write_bytes(CONTENT[:-1]),
+        lambda path: path.unlink(),
+    ],
+    ids=['changed', 'cut', 'gone'],
+)
 def test_a_pinned_file_that_was_replaced_on_the_server_is_refused(server, tmp_path, damage):
     """Both digests and both cures are named; the record of the first download stays, so that the next run is refused too."""
     url = f'{server.url}/replaced'
@@ -327,17 +365,27 @@ def test_a_pinned_file_that_was_replaced_on_the_server_is_refused(server, tmp_pa
     for _ in range(2):
         with pytest.raises(UserError, match=f'{NEW_DIGEST}, not {DIGEST}') as error:
             local_path(url, cache_dir=tmp_path, pinned=True)
-        assert f'--detector-sha256={NEW_DIGEST}' in str(error.value) and f'delete {record}' in str(error.value)
-        assert json.loads(record.read_text())['sha256'] == DIGEST and not [name for name in files_in(tmp_path) if name.endswith('.tmp')]
+        assert f'--detector-sha256={NEW_DIGEST}' in str(error.value) and f'delete {record}' in str(
+            error.value
+        )
+        assert json.loads(record.read_text())['sha256'] == DIGEST and not [
+            name for name in files_in(tmp_path) if name.endswith('.tmp')
+        ]
     assert local_path(url, cache_dir=tmp_path, pinned=True, sha256=NEW_DIGEST).read_bytes() == REPLACEMENT
-    assert local_path(url, cache_dir=tmp_path, pinned=True).read_bytes() == REPLACEMENT and len(server.requests) == 4
+    assert (
+        local_path(url, cache_dir=tmp_path, pinned=True).read_bytes() == REPLACEMENT
+        and len(server.requests) == 4
+    )
 
 
 def test_an_expected_digest_that_the_cached_file_has_becomes_the_recorded_one(server, tmp_path):
     path = local_path(f'{server.url}/file.bin', cache_dir=tmp_path, pinned=True)
     path.write_bytes(REPLACEMENT)
     for sha256 in (NEW_DIGEST, None):
-        assert local_path(f'{server.url}/file.bin', cache_dir=tmp_path, pinned=True, sha256=sha256).read_bytes() == REPLACEMENT
+        assert (
+            local_path(f'{server.url}/file.bin', cache_dir=tmp_path, pinned=True, sha256=sha256).read_bytes()
+            == REPLACEMENT
+        )
     assert server.requests == ['/file.bin']
 
 
@@ -358,7 +406,13 @@ def test_who_does_not_pin_does_not_pay_for_a_digest(server, tmp_path, monkeypatc
 
 def download_in_a_process(url, cache_dir):
     code = 'import sys; from dnnlib import util; print(util.file_sha256(util.local_path(*sys.argv[1:])))'
-    return subprocess.Popen([sys.executable, '-c', code, url, str(cache_dir)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, '-c', code, url, str(cache_dir)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def wait_until(condition, seconds=20):
@@ -398,7 +452,10 @@ def test_the_leftovers_of_yesterday_go_with_the_next_download(server, tmp_path):
         os.utime(tmp_path / name, (time.time() - age * 3600,) * 2)
     path.unlink()
     local_path(f'{server.url}/file.bin', cache_dir=tmp_path)
-    assert {name for name in files_in(tmp_path) if name.endswith('.tmp')} == {f'.{path.name}.2-ab.tmp', '.other.1-ab.tmp'}
+    assert {name for name in files_in(tmp_path) if name.endswith('.tmp')} == {
+        f'.{path.name}.2-ab.tmp',
+        '.other.1-ab.tmp',
+    }
 
 
 def test_nobody_listening_is_an_error_in_one_line(server, tmp_path):
@@ -421,20 +478,23 @@ def test_older_confirmations_are_given_too(server, tmp_path, path):
     assert server.requests == [path, '/confirmed?id=x1&confirm=t']
 
 
-@pytest.mark.parametrize('source, words', [
-    ('ftp://example.org/x.pkl', 'ftp: is not supported'),
-    ('file:///etc/hostname', 'file: is not supported'),
-    ('FILE:/etc/hostname', 'FILE: is not supported'),
-    ('s3://bucket/x.pkl', 's3: is not supported'),
-    ('data:text/plain,x', 'data: is not supported'),
-    ('http:/example.org/x.pkl', 'begins with http://'),
-    ('no/such/file.pkl', 'does not exist'),
-    ('.', 'is a directory'),
-    ('http://', 'Check the URL'),
-    ('http:///x.pkl', 'Check the URL'),
-    ('http://[/x.pkl', 'Check the URL'),
-    ('http://a:b/x.pkl', 'Check the URL'),
-])
+@pytest.mark.parametrize(
+    'source, words',
+    [
+        ('ftp://example.org/x.pkl', 'ftp: is not supported'),
+        ('file:///etc/hostname', 'file: is not supported'),
+        ('FILE:/etc/hostname', 'FILE: is not supported'),
+        ('s3://bucket/x.pkl', 's3: is not supported'),
+        ('data:text/plain,x', 'data: is not supported'),
+        ('http:/example.org/x.pkl', 'begins with http://'),
+        ('no/such/file.pkl', 'does not exist'),
+        ('.', 'is a directory'),
+        ('http://', 'Check the URL'),
+        ('http:///x.pkl', 'Check the URL'),
+        ('http://[/x.pkl', 'Check the URL'),
+        ('http://a:b/x.pkl', 'Check the URL'),
+    ],
+)
 def test_what_cannot_be_opened_is_named(source, words, tmp_path):
     with pytest.raises(UserError, match=words):
         open_url(source, cache_dir=tmp_path)
@@ -504,7 +564,7 @@ def test_the_body_of_a_redirection_is_not_read(server, tmp_path, monkeypatch):
 def test_chunks_without_end_stop_where_there_is_no_room(server, tmp_path, monkeypatch, limit):
     chunk = b'%x\r\n%b\r\n' % (len(CONTENT), CONTENT)
     monkeypatch.setitem(DRIPPING, '/header', lambda: itertools.chain([CHUNKED], itertools.repeat(chunk)))
-    monkeypatch.setattr(util, limit, {'UNANNOUNCED_DOWNLOAD': 2 * len(CONTENT), 'KEPT_FREE': 10 ** 18}[limit])
+    monkeypatch.setattr(util, limit, {'UNANNOUNCED_DOWNLOAD': 2 * len(CONTENT), 'KEPT_FREE': 10**18}[limit])
     with pytest.raises(UserError, match=r'does not say how long it is, .* no room'):
         local_path(f'{server.url}/header#sha256={DIGEST}', cache_dir=tmp_path)
     assert not files_in(tmp_path)

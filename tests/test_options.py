@@ -1,4 +1,5 @@
 """Numbers on command lines: each has a length and a range, and is read by the types of dnnlib/cli.py."""
+
 import importlib
 import time
 
@@ -11,7 +12,23 @@ from test_project import SCRIPTS
 from dnnlib import UserError, cli
 from torch_utils import distributed
 
-NO_NUMBERS = ['9' * 5000, '1e308', 'nan', 'inf', '-inf', '²', '١', '1_000', '', '0x10', '1e9999', '1\n2', '\x1b[2J', '9' * 33, '-' + '9' * 5000]
+NO_NUMBERS = [
+    '9' * 5000,
+    '1e308',
+    'nan',
+    'inf',
+    '-inf',
+    '²',
+    '١',
+    '1_000',
+    '',
+    '0x10',
+    '1e9999',
+    '1\n2',
+    '\x1b[2J',
+    '9' * 33,
+    '-' + '9' * 5000,
+]
 NUMERIC = {'INT', 'FLOAT', 'KIMG', 'MIMG', 'TICKS', 'STEPS'}  # metavars
 LISTS = (cli.NumberList, cli.IntRanges)
 
@@ -19,11 +36,19 @@ LISTS = (cli.NumberList, cli.IntRanges)
 def commands():
     for script in SCRIPTS:
         main = importlib.import_module(script.removesuffix('.py')).main
-        yield from ((f'{script} {name}'.strip(), command) for name, command in (getattr(main, 'commands', None) or {'': main}).items())
+        yield from (
+            (f'{script} {name}'.strip(), command)
+            for name, command in (getattr(main, 'commands', None) or {'': main}).items()
+        )
 
 
-OPTIONS = [pytest.param(command, option, id=f'{name} {option.opts[0]}') for name, command in commands() for option in command.params
-           if option.metavar in NUMERIC or isinstance(option.type, (cli.Integer, cli.Number, *LISTS, click.types._NumberParamTypeBase))]
+OPTIONS = [
+    pytest.param(command, option, id=f'{name} {option.opts[0]}')
+    for name, command in commands()
+    for option in command.params
+    if option.metavar in NUMERIC
+    or isinstance(option.type, (cli.Integer, cli.Number, *LISTS, click.types._NumberParamTypeBase))
+]
 
 
 def refusal(command, option, value):
@@ -46,17 +71,27 @@ def test_what_is_no_number_of_the_range_is_refused_by_every_option(command, opti
 
 @pytest.mark.parametrize('command, option', OPTIONS)
 def test_no_option_is_a_number_without_bounds(command, option):
-    assert not isinstance(option.type, (click.types.IntParamType, click.types.FloatParamType)) or isinstance(option.type, (cli.Integer, cli.Number))
+    assert not isinstance(option.type, (click.types.IntParamType, click.types.FloatParamType)) or isinstance(
+        option.type, (cli.Integer, cli.Number)
+    )
 
 
 def test_there_are_options_to_be_looked_at():
     assert len(OPTIONS) > 150
 
 
-@pytest.mark.parametrize('kind, values', [
-    (cli.Integer(min=0), ['10000000000000', '-1', '1.0']), (cli.STEPS, ['0', '1000000000']), (cli.BATCH, ['1000000000000']),
-    (cli.SIGMA, ['0', '1e-10', '2e6', '-1']), (cli.Number(), ['1e39', '-1e39', '1 2', '.']),
-    (cli.NumberList(), ['1,', '1,,2', '1,0', ','.join(['1'] * 10_001)]), (cli.Seeds(), ['1-', '-1', '4294967296', '1,1', '²-³'])])
+@pytest.mark.parametrize(
+    'kind, values',
+    [
+        (cli.Integer(min=0), ['10000000000000', '-1', '1.0']),
+        (cli.STEPS, ['0', '1000000000']),
+        (cli.BATCH, ['1000000000000']),
+        (cli.SIGMA, ['0', '1e-10', '2e6', '-1']),
+        (cli.Number(), ['1e39', '-1e39', '1 2', '.']),
+        (cli.NumberList(), ['1,', '1,,2', '1,0', ','.join(['1'] * 10_001)]),
+        (cli.Seeds(), ['1-', '-1', '4294967296', '1,1', '²-³']),
+    ],
+)
 def test_ranges_end_where_things_do(kind, values):
     for value in values:
         with pytest.raises(click.UsageError):
@@ -64,15 +99,20 @@ def test_ranges_end_where_things_do(kind, values):
 
 
 def test_numbers_that_are_numbers_are_read():
-    assert [cli.Number().convert(text, None, None) for text in ('1', '-.5', '1.', '2e-3', ' 1E+3 ', '0.000123456789012345678')] == [
-        1, -0.5, 1, 0.002, 1000, 0.000123456789012345678]
+    assert [
+        cli.Number().convert(text, None, None)
+        for text in ('1', '-.5', '1.', '2e-3', ' 1E+3 ', '0.000123456789012345678')
+    ] == [1, -0.5, 1, 0.002, 1000, 0.000123456789012345678]
     assert cli.Number(infinite=True).convert('inf', None, None) == float('inf')
-    assert cli.Integer().convert('-0012', None, None) == -12 and cli.NumberList().convert('none', None, None) == []
+    assert (
+        cli.Integer().convert('-0012', None, None) == -12
+        and cli.NumberList().convert('none', None, None) == []
+    )
 
 
 def test_the_most_numbers_of_a_list_are_those_of_its_ranges_together():
     """Forty ranges of as many as one may have: the list would take 16 GB."""
-    ranges = ','.join(f'{i * 10 ** 7}-{(i + 1) * 10 ** 7 - 1}' for i in range(40))
+    ranges = ','.join(f'{i * 10**7}-{(i + 1) * 10**7 - 1}' for i in range(40))
     with pytest.raises(click.UsageError, match='more than 10,000,000 numbers'):
         cli.Seeds().convert(ranges, None, None)
 
@@ -88,18 +128,32 @@ def test_numbers_of_the_environment_are_numbers_too(monkeypatch, name, value):
     assert len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize('argument', ['--val_label=fixed:²', f'--val_label=fixed:{"9" * 5000}', f'--arch={"9" * 5000}', '--arch=\x1b[2J',
-                                      f'--{"9" * 5000}', f'--cond={"9" * 5000}', '--ema=1e308kimg', '--ls=1e308'])
+@pytest.mark.parametrize(
+    'argument',
+    [
+        '--val_label=fixed:²',
+        f'--val_label=fixed:{"9" * 5000}',
+        f'--arch={"9" * 5000}',
+        '--arch=\x1b[2J',
+        f'--{"9" * 5000}',
+        f'--cond={"9" * 5000}',
+        '--ema=1e308kimg',
+        '--ls=1e308',
+    ],
+)
 def test_usage_errors_are_short_and_fit_for_a_terminal(argument):
     from train import main
+
     result = CliRunner().invoke(main, ['--outdir=x', '--data=x', argument])
     assert_one_clear_error(result, status=2)
     assert len(result.stderr) < 700 and '\x1b' not in result.stderr
 
 
 def test_a_process_refuses_them_too():
-    for arguments in (['generate.py', '--network=x', '--outdir=x', f'--batch={"9" * 5000}'],
-                      ['reconstruct_phema.py', '--indir=x', '--outstd=0.1,0.1000001,...,1e300']):
+    for arguments in (
+        ['generate.py', '--network=x', '--outdir=x', f'--batch={"9" * 5000}'],
+        ['reconstruct_phema.py', '--indir=x', '--outstd=0.1,0.1000001,...,1e300'],
+    ):
         done = run(*arguments, check=False, timeout=30)
         assert_one_clear_error(done, status=2)
         assert len(done.stderr) < 700

@@ -1,4 +1,5 @@
 """No program writes over the file that it reads, by that name or by another; dataset_tool.py may: it converts a data set in place."""
+
 import os
 import shutil
 
@@ -6,10 +7,16 @@ import pytest
 from helpers import assert_one_clear_error, run
 
 
-@pytest.mark.parametrize('program, arguments', [
-    ('convert.py', ['--to=safetensors', '{a}', '{b}']), ('convert.py', ['--from=safetensors', '{a}', '{b}']),
-    ('fid.py', ['ref', '--data={a}', '--dest={b}']),
-    ('generate.py', ['--network={a}', '--dest={b}', '--seeds=0']), ('example.py', ['{a}', '{b}'])])
+@pytest.mark.parametrize(
+    'program, arguments',
+    [
+        ('convert.py', ['--to=safetensors', '{a}', '{b}']),
+        ('convert.py', ['--from=safetensors', '{a}', '{b}']),
+        ('fid.py', ['ref', '--data={a}', '--dest={b}']),
+        ('generate.py', ['--network={a}', '--dest={b}', '--seeds=0']),
+        ('example.py', ['{a}', '{b}']),
+    ],
+)
 @pytest.mark.parametrize('another_name', [False, True])
 def test_what_is_read_is_not_written_over(tmp_path, digits, teacher, program, arguments, another_name):
     a, b = tmp_path / 'a.zip', tmp_path / ('b.zip' if another_name else 'a.zip')

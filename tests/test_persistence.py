@@ -1,4 +1,5 @@
 """Persistent objects: what they remember, how they pickle and copy, and that EDM's own way of loading rebuilds them."""
+
 import copy
 import os
 import pickle
@@ -38,7 +39,9 @@ class Undecorated(Shelf):
 
 def small_net(**kwargs):
     torch.manual_seed(0)
-    options = dict(model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], model_type='DhariwalUNet')
+    options = dict(
+        model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], model_type='DhariwalUNet'
+    )
     net = networks.EDMPrecond(8, 1, label_dim=3, **{**options, **kwargs})
     for parameter in net.parameters():  # the output layers start at zero
         torch.nn.init.normal_(parameter, std=0.1)
@@ -69,7 +72,10 @@ def test_an_undecorated_subclass_cannot_be_pickled_under_the_name_of_its_base():
 
 def test_pickles_are_in_version_6_of_the_format_and_carry_the_source_once():
     function, (meta,) = small_net().__reduce__()
-    assert function.__module__ == 'torch_utils.persistence' and function.__name__ == '_reconstruct_persistent_obj'
+    assert (
+        function.__module__ == 'torch_utils.persistence'
+        and function.__name__ == '_reconstruct_persistent_obj'
+    )
     assert (meta['type'], meta['version'], meta['class_name']) == ('class', 6, 'EDMPrecond')
     assert meta['module_src'] == Path(networks.edm.__file__).read_text()
     assert pickle.dumps(small_net()).count(b'class DhariwalUNet(') == 1
@@ -81,9 +87,16 @@ def test_pickles_name_nothing_but_what_edm_snapshots_name():
         strings.append(argument)
         if opcode.name == 'GLOBAL':
             names.add(argument.replace(' ', '.'))
-    assert names == {'torch_utils.persistence._reconstruct_persistent_obj', 'collections.OrderedDict', 'torch._utils._rebuild_parameter',
-                     'torch._utils._rebuild_tensor_v2', 'torch.storage._load_from_bytes', '_codecs.encode',
-                     'torch.nn.modules.container.ModuleDict', '__builtin__.set'}
+    assert names == {
+        'torch_utils.persistence._reconstruct_persistent_obj',
+        'collections.OrderedDict',
+        'torch._utils._rebuild_parameter',
+        'torch._utils._rebuild_tensor_v2',
+        'torch.storage._load_from_bytes',
+        '_codecs.encode',
+        'torch.nn.modules.container.ModuleDict',
+        '__builtin__.set',
+    }
 
 
 def test_metadata_stays_with_copies_and_out_of_pickles():
@@ -95,7 +108,11 @@ def test_metadata_stays_with_copies_and_out_of_pickles():
     assert 'metadata' not in net.__reduce__()[1][0]['state']
 
 
-@pytest.mark.parametrize('duplicate', [copy.deepcopy, copy.copy, lambda net: pickle.loads(pickle.dumps(net))], ids=['deepcopy', 'copy', 'pickle'])
+@pytest.mark.parametrize(
+    'duplicate',
+    [copy.deepcopy, copy.copy, lambda net: pickle.loads(pickle.dumps(net))],
+    ids=['deepcopy', 'copy', 'pickle'],
+)
 def test_duplicates_within_a_process_are_of_the_same_class_and_give_the_same_output(duplicate):
     net = small_net()
     twin = duplicate(net)
@@ -109,7 +126,9 @@ def test_a_deep_copy_shares_no_tensor_and_is_quick():
     start = time.perf_counter()
     twin = copy.deepcopy(net)
     assert time.perf_counter() - start < 1
-    assert not {tensor.data_ptr() for tensor in net.parameters()} & {tensor.data_ptr() for tensor in twin.parameters()}
+    assert not {tensor.data_ptr() for tensor in net.parameters()} & {
+        tensor.data_ptr() for tensor in twin.parameters()
+    }
 
 
 def test_source_that_is_not_ours_is_never_executed(tmp_path):
@@ -123,7 +142,7 @@ def test_source_that_is_not_ours_is_never_executed(tmp_path):
 
 # What EDM's own tools do with a snapshot, reduced to its essence: run the source that comes along, once, with a decorator that
 # subclasses; make the object without its constructor; give it its state.
-STAND_IN = '''
+STAND_IN = """
 import sys, types
 modules = {}
 
@@ -149,9 +168,9 @@ def _reconstruct_persistent_obj(meta):
     obj = cls.__new__(cls)
     obj.__setstate__(meta['state'])
     return obj
-'''
+"""
 
-STOCK_SCRIPT = '''
+STOCK_SCRIPT = """
 import importlib.util, pathlib, pickle
 import numpy as np, torch
 assert importlib.util.find_spec('training') is None and importlib.util.find_spec('dnnlib') is None
@@ -163,7 +182,7 @@ for path in pathlib.Path().glob('*.pkl'):
     assert not net.training and not any(parameter.requires_grad for parameter in net.parameters())
     assert type(net).__module__.startswith('embedded') or type(net).__module__ == 'torch_utils.persistence'
     np.save(path.with_suffix('.npy'), net(*(torch.as_tensor(given[name]) for name in ('x', 'sigma', 'labels'))).numpy())
-'''
+"""
 
 
 def test_stock_edm_loads_our_snapshots_of_every_kind_with_nothing_of_ours_at_hand(tmp_path):
@@ -184,4 +203,6 @@ def test_stock_edm_loads_our_snapshots_of_every_kind_with_nothing_of_ours_at_han
     for i, net in nets.items():
         with torch.no_grad():
             expected = net.eval()(*given.values()).numpy()
-        np.testing.assert_allclose(np.load(tmp_path / f'{i}.npy'), expected, rtol=0, atol=1e-6 * expected.std())
+        np.testing.assert_allclose(
+            np.load(tmp_path / f'{i}.npy'), expected, rtol=0, atol=1e-6 * expected.std()
+        )

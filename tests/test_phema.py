@@ -1,4 +1,5 @@
 """Averages of weights: EDM2's numbers, closed forms, and what the training loop's averages contain."""
+
 import copy
 import time
 
@@ -18,7 +19,9 @@ def test_exponents_and_decays_equal_edm2s(numerics):
 
 
 def test_post_hoc_weights_equal_edm2s(numerics):
-    got = phema.solve_posthoc_coefficients(*(numerics[f'edm2.posthoc_{name}'] for name in ('in_ofs', 'in_std', 'out_ofs', 'out_std')))
+    got = phema.solve_posthoc_coefficients(
+        *(numerics[f'edm2.posthoc_{name}'] for name in ('in_ofs', 'in_std', 'out_ofs', 'out_std'))
+    )
     np.testing.assert_allclose(got, numerics['edm2.posthoc_weights'], atol=1e-9)
     np.testing.assert_allclose(got.sum(axis=0), 1)
 
@@ -26,7 +29,7 @@ def test_post_hoc_weights_equal_edm2s(numerics):
 def test_the_exponent_has_the_width_that_was_asked_for():
     std = np.array([0.01, 0.05, 0.1, 0.25])
     g = phema.std_to_exp(std)
-    np.testing.assert_allclose((g + 1) / ((g + 2) ** 2 * (g + 3)), std ** 2, rtol=1e-9)
+    np.testing.assert_allclose((g + 1) / ((g + 2) ** 2 * (g + 3)), std**2, rtol=1e-9)
 
 
 def test_post_hoc_reconstruction_finds_a_stored_average():
@@ -43,7 +46,11 @@ class Scalar(torch.nn.Module):
 def averages_of(trajectory, batch=100, **options):
     """Averages after the weight took the given values, one a step."""
     net = Scalar()
-    averages = phema.WeightAverages(net, FlatParameters(net), **{**dict(halflife_nimg=500, rampup_ratio=None, phema_stds=[0.05, 0.2]), **options})
+    averages = phema.WeightAverages(
+        net,
+        FlatParameters(net),
+        **{**dict(halflife_nimg=500, rampup_ratio=None, phema_stds=[0.05, 0.2]), **options},
+    )
     for step, value in enumerate(trajectory):
         net.value.data.fill_(value)
         averages.update((step + 1) * batch, batch)
@@ -57,7 +64,9 @@ def test_after_one_half_life_half_the_distance_remains():
 
 def test_the_ramp_up_bounds_the_half_life_by_the_images_seen():
     averages = averages_of([1.0], rampup_ratio=0.05)
-    assert averages.ema.value.item() == 1  # half-life 0 before the first step: the average is the weight itself
+    assert (
+        averages.ema.value.item() == 1
+    )  # half-life 0 before the first step: the average is the weight itself
     assert averages.halflife_at(1000) == 50 and averages.halflife_at(10**6) == 500
 
 
@@ -77,6 +86,7 @@ def test_averages_round_trip_through_their_state():
     assert second.ema.value == first.ema.value
     assert [n.value for n in second.phema.values()] == [n.value for n in first.phema.values()]
 
+
 def trained(steps, device, state=None, slow=False):
     """Averages of a small network whose weights are other random numbers at every step, from the given state's step on."""
     net = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
@@ -88,7 +98,9 @@ def trained(steps, device, state=None, slow=False):
         averages._copies.take_in = lambda weights, decays: time.sleep(0.02) or take_in(weights, decays)
     for step in steps:
         averages.let_weights_change()
-        flat.weights.data.copy_(torch.randn(flat.weights.shape, generator=torch.Generator().manual_seed(step)))
+        flat.weights.data.copy_(
+            torch.randn(flat.weights.shape, generator=torch.Generator().manual_seed(step))
+        )
         averages.update((step + 1) * 100, 100)
     return averages
 
@@ -99,13 +111,24 @@ def test_averages_that_a_thread_computes_are_bit_for_bit_those_of_the_network_s_
     plain, threaded = trained(range(12), None), trained(range(5), 'cpu', slow=slow)
     threaded = trained(range(5, 12), 'cpu', state=copy.deepcopy(threaded.state_dict()), slow=slow)
     for name, network in plain.networks.items():
-        assert all(torch.equal(a, b) for a, b in zip(network.parameters(), threaded.networks[name].parameters()))
+        assert all(
+            torch.equal(a, b) for a, b in zip(network.parameters(), threaded.networks[name].parameters())
+        )
     assert len(plain.vectors) == 3 and not torch.equal(plain.vectors['ema'], plain.vectors['phema-0.050'])
     assert threaded.on_device('ema') is threaded.ema and not threaded._copies._pending
 
 
-@pytest.mark.parametrize('read', [lambda a: a.ema, lambda a: a.phema, lambda a: a.vectors, lambda a: a.networks, lambda a: a.state_dict(),
-                                  lambda a: a.on_device('phema-0.200')])
+@pytest.mark.parametrize(
+    'read',
+    [
+        lambda a: a.ema,
+        lambda a: a.phema,
+        lambda a: a.vectors,
+        lambda a: a.networks,
+        lambda a: a.state_dict(),
+        lambda a: a.on_device('phema-0.200'),
+    ],
+)
 def test_whoever_reads_averages_waits_for_the_thread(read):
     """Its last update takes 20 ms."""
     threaded = trained(range(2), 'cpu', slow=True)
@@ -123,7 +146,9 @@ def test_what_goes_wrong_in_the_thread_ends_the_training():
         averages.settle()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU: averages on the host, weights on the device')
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason='needs a GPU: averages on the host, weights on the device'
+)
 def test_averages_in_host_memory_equal_those_on_the_gpu():
     """To rounding, which may differ between the two: 1e-6."""
     averages = []
@@ -132,14 +157,18 @@ def test_averages_in_host_memory_equal_those_on_the_gpu():
         averages.append(phema.WeightAverages(net, flat := FlatParameters(net), 500, None, [0.1], device))
         for step in range(10):
             averages[-1].let_weights_change()
-            flat.weights.data.copy_(torch.randn(flat.weights.shape, generator=torch.Generator().manual_seed(step)))
+            flat.weights.data.copy_(
+                torch.randn(flat.weights.shape, generator=torch.Generator().manual_seed(step))
+            )
             averages[-1].update((step + 1) * 100, 100)
     for name, vector in averages[1].vectors.items():
         assert vector.device.type == 'cpu' and next(averages[1].on_device(name).parameters()).is_cuda
         torch.testing.assert_close(vector.data, averages[0].vectors[name].data.cpu(), rtol=1e-6, atol=1e-6)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Post-hoc reconstruction: how far it is off.
+
 
 def mass(std, t, tau):
     """Of the profile that ends at `t`, the part up to the times `tau`."""
@@ -158,13 +187,17 @@ def test_the_profile_error_is_that_of_numerical_integration(out_std):
     """Gauss-Legendre with 400 nodes between neighboring times of storage, where profiles are smooth: exact to 1e-9."""
     ofs, std, weights, error = combination(out_std)
     nodes, node_weights = np.polynomial.legendre.leggauss(400)
-    density = lambda std, t, tau: np.where(tau <= t, (g := float(phema.std_to_exp(std))) + 1, 0) * (tau / t) ** g / t
+    density = lambda std, t, tau: (
+        np.where(tau <= t, (g := float(phema.std_to_exp(std))) + 1, 0) * (tau / t) ** g / t
+    )
     missed = total = 0
     for start in (0, 0.25, 0.5, 0.75):
         tau = start + (nodes + 1) / 8
         wanted = density(out_std, 1, tau)
-        missed += node_weights @ (wanted - sum(c * density(s, t, tau) for c, s, t in zip(weights, std, ofs))) ** 2
-        total += node_weights @ wanted ** 2
+        missed += (
+            node_weights @ (wanted - sum(c * density(s, t, tau) for c, s, t in zip(weights, std, ofs))) ** 2
+        )
+        total += node_weights @ wanted**2
     assert error == pytest.approx((missed / total) ** 0.5, rel=1e-9) and error > 0.01
 
 
@@ -192,6 +225,8 @@ def test_the_profile_error_bounds_the_error_of_the_weights_and_is_attained():
         stored |= {(step / steps, width): average.value.item() for width, average in averages.phema.items()}
     found = sum(c * stored[t, s] for c, s, t in zip(weights, std, ofs)) - stored[1, out_std]
     g = float(phema.std_to_exp(out_std))
-    bound = error * (g + 1) / (2 * g + 1) ** 0.5 * (missed ** 2).mean() ** 0.5
-    assert -found == pytest.approx((missed ** 2).sum(), rel=1e-9)  # what combined profiles lack is what combined averages lack
+    bound = error * (g + 1) / (2 * g + 1) ** 0.5 * (missed**2).mean() ** 0.5
+    assert -found == pytest.approx(
+        (missed**2).sum(), rel=1e-9
+    )  # what combined profiles lack is what combined averages lack
     assert 0.999 < abs(found) / bound <= 1

@@ -1,4 +1,5 @@
 """TorchScript files are programs: whoever has one run is told so, once, unless its digest was named."""
+
 import subprocess
 import sys
 
@@ -37,7 +38,7 @@ def test_a_program_is_told_of_once_with_the_digest_to_name(tmp_path, capsys, loa
     path = script(module, tmp_path / 'a.pt')
     for _ in range(2):
         load(path)
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert path in line and 'a program' in line and f'#sha256={file_sha256(path)}' in line
     load(pinned(path, file_sha256(path)))
     assert capsys.readouterr().err == ''
@@ -71,7 +72,13 @@ def test_a_path_may_name_its_digest(tmp_path):
             local_path(pinned(str(path), digest), sha256=expected)
 
 
-@pytest.mark.parametrize('command', ['fid.py calc', 'fid.py ref', 'validation.py', 'search.py', 'compare.py', 'train.py'])
+@pytest.mark.parametrize(
+    'command', ['fid.py calc', 'fid.py ref', 'validation.py', 'search.py', 'compare.py', 'train.py']
+)
 def test_help_says_so(command):
-    done = subprocess.run([sys.executable, *command.split(), '--help'], cwd=ROOT, text=True, capture_output=True)
-    assert ' '.join(done.stdout.split()).count('is a program that PyTorch runs') == (2 if command == 'train.py' else 1)
+    done = subprocess.run(
+        [sys.executable, *command.split(), '--help'], cwd=ROOT, text=True, capture_output=True
+    )
+    assert ' '.join(done.stdout.split()).count('is a program that PyTorch runs') == (
+        2 if command == 'train.py' else 1
+    )

@@ -1,4 +1,5 @@
 """The project's own files: one list of dependencies, a clean linter, its demo, quick --help."""
+
 import ast
 import json
 import re
@@ -15,36 +16,71 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     tomllib = None
 
-SCRIPTS = ['train.py', 'generate.py', 'fid.py', 'validation.py', 'dataset_tool.py', 'demo.py', 'convert.py', 'reconstruct_phema.py', 'edit.py',
-           'search.py', 'compare.py']
+SCRIPTS = [
+    'train.py',
+    'generate.py',
+    'fid.py',
+    'validation.py',
+    'dataset_tool.py',
+    'demo.py',
+    'convert.py',
+    'reconstruct_phema.py',
+    'edit.py',
+    'search.py',
+    'compare.py',
+]
 
 
 def test_the_linter_is_content():
-    done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '.'], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, '-m', 'ruff', 'check', '.'], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_formatter_has_nothing_to_do():
+    done = subprocess.run(
+        [sys.executable, '-m', 'ruff', 'format', '--diff', '.'], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
 def test_arrows_between_rooms_go_down():
     """The contract in pyproject.toml: who may import whom."""
-    done = subprocess.run([Path(sys.executable).with_name('lint-imports'), '--no-cache'], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(sys.executable).with_name('lint-imports'), '--no-cache'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and '1 kept' in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize('folder', ['.', 'experiments', 'training', 'metrics', 'sampling', 'data', 'torch_utils', 'dnnlib'])
+@pytest.mark.parametrize(
+    'folder', ['.', 'experiments', 'training', 'metrics', 'sampling', 'data', 'torch_utils', 'dnnlib']
+)
 def test_no_script_is_imported(folder):
     """What scripts share lies in the rooms. compare.py asks train.py for its options, until these are declared in a room."""
     scripts, found = {path.stem for path in ROOT.glob('*.py')}, set()
     for path in (ROOT / folder).glob('*.py' if folder == '.' else '**/*.py'):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, 'module', None)]
-            found |= {(path.stem, name) for name in names if name in scripts and isinstance(node, (ast.Import, ast.ImportFrom))}
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [getattr(node, 'module', None)]
+            )
+            found |= {
+                (path.stem, name)
+                for name in names
+                if name in scripts and isinstance(node, (ast.Import, ast.ImportFrom))
+            }
     assert found <= {('comparison', 'train')}
 
 
 def test_conda_installs_the_one_list_of_dependencies_under_the_tested_versions():
     environment = yaml.safe_load((ROOT / 'environment.yml').read_text())
     assert environment['name'] == 'edm'
-    pip, = (item['pip'] for item in environment['dependencies'] if isinstance(item, dict))
+    (pip,) = (item['pip'] for item in environment['dependencies'] if isinstance(item, dict))
     assert pip == ['-c constraints.txt', '-e .[dev]']
     assert not {'torch', 'pytorch', 'numpy', 'scipy'} & {str(item) for item in environment['dependencies']}
 
@@ -54,27 +90,50 @@ def test_every_dependency_has_a_tested_version():
     project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
     name = lambda requirement: re.match(r'[A-Za-z0-9_.-]+', requirement)[0].lower()
     wanted = {name(r) for r in [*project['dependencies'], *project['optional-dependencies']['dev']]}
-    pinned = {name(line) for line in (ROOT / 'constraints.txt').read_text().splitlines() if line and not line.startswith('#')}
+    pinned = {
+        name(line)
+        for line in (ROOT / 'constraints.txt').read_text().splitlines()
+        if line and not line.startswith('#')
+    }
     assert wanted <= pinned
-    assert {'torch', 'numpy', 'scipy', 'click', 'pillow', 'wandb', 'psutil', 'requests', 'scikit-learn', 'matplotlib', 'tqdm'} <= wanted
+    assert {
+        'torch',
+        'numpy',
+        'scipy',
+        'click',
+        'pillow',
+        'wandb',
+        'psutil',
+        'requests',
+        'scikit-learn',
+        'matplotlib',
+        'tqdm',
+    } <= wanted
 
 
 def test_the_tested_torch_is_installed():
     import torch
+
     pinned = re.search(r'^torch==(\S+)', (ROOT / 'constraints.txt').read_text(), re.M)[1]
     assert torch.__version__.split('+')[0] == pinned
 
 
 def test_the_license_is_named():
     text = (ROOT / 'LICENSE.txt').read_text()
-    assert 'CC-BY-NC-SA-4.0' in text and 'https://creativecommons.org/licenses/by-nc-sa/4.0/' in text and 'EDM' in text
+    assert (
+        'CC-BY-NC-SA-4.0' in text
+        and 'https://creativecommons.org/licenses/by-nc-sa/4.0/' in text
+        and 'EDM' in text
+    )
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_help_needs_no_torch(script):
     """Imports are deferred: that is what keeps --help fast."""
-    code = f'import sys; sys.argv = ["{script}", "--help"]; import runpy\ntry: runpy.run_path("{script}", run_name="__main__")\n' \
-           'except SystemExit as e: assert not e.code\nassert "torch" not in sys.modules and "scipy" not in sys.modules'
+    code = (
+        f'import sys; sys.argv = ["{script}", "--help"]; import runpy\ntry: runpy.run_path("{script}", run_name="__main__")\n'
+        'except SystemExit as e: assert not e.code\nassert "torch" not in sys.modules and "scipy" not in sys.modules'
+    )
     done = run('-c', code)
     assert 'Usage:' in done.stdout
 
@@ -85,15 +144,33 @@ def test_the_demo_tells_its_story(tmp_path):
     done = run('demo.py', f'--outdir={out}', '--scale=0.01', timeout=570)
     rows = json.loads((out / 'results.json').read_text())
     assert [(r['model'], r['solver'], r['nfe']) for r in rows] == [
-        ('teacher', 'euler', 8), ('teacher', 'heun', 511), ('student-8', 'student', 8), ('student-4', 'student', 4), ('student-2', 'student', 2),
-        ('direct-8', 'student', 8), ('direct-2', 'student', 2), ('direct-1', 'student', 1)]
+        ('teacher', 'euler', 8),
+        ('teacher', 'heun', 511),
+        ('student-8', 'student', 8),
+        ('student-4', 'student', 4),
+        ('student-2', 'student', 2),
+        ('direct-8', 'student', 8),
+        ('direct-2', 'student', 2),
+        ('direct-1', 'student', 1),
+    ]
     for row in rows:
-        assert row['images'] == 128 and row['seconds'] > 0 and row['interval'][0] <= row['distance'] <= row['interval'][1]
+        assert (
+            row['images'] == 128
+            and row['seconds'] > 0
+            and row['interval'][0] <= row['distance'] <= row['interval'][1]
+        )
         assert row['distance_pca'] > 0 and row['distance_random'] > 0
     page = (out / 'report.html').read_text()
-    assert page.count('data:image/png;base64,') == 10 and 'train.py' in page and 'http' not in page and 'not FID' in page
+    assert (
+        page.count('data:image/png;base64,') == 10
+        and 'train.py' in page
+        and 'http' not in page
+        and 'not FID' in page
+    )
     assert (out / 'table.md').read_text().count('\n') == 10 and (out / 'table.md').read_text() in done.stdout
-    assert {'loss.png', 'distance.png', 'samples.png', 'samples-student-8.png'} <= {path.name for path in out.iterdir()}
+    assert {'loss.png', 'distance.png', 'samples.png', 'samples-student-8.png'} <= {
+        path.name for path in out.iterdir()
+    }
     shown = [line for line in done.stdout.splitlines() if line.startswith('$ python ')]
     assert len(shown) == 2 + 3 + 7 + 8 * 4
     assert_one_clear_error(run('demo.py', f'--outdir={out}', check=False), 'not empty')

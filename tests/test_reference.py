@@ -1,4 +1,5 @@
 """References: every format read from a file in that layout, and what is refused, by file and key."""
+
 import io
 import itertools
 import pickle
@@ -12,7 +13,14 @@ import numpy as np
 import pytest
 
 from dnnlib.util import EasyDict, UserError
-from metrics.reference import Reference, check_same_detector, holds_statistics, load_reference, reference_images, save_reference
+from metrics.reference import (
+    Reference,
+    check_same_detector,
+    holds_statistics,
+    load_reference,
+    reference_images,
+    save_reference,
+)
 
 DIM = 5
 
@@ -26,8 +34,10 @@ def statistics(seed=0, dim=DIM, dtype=np.float64):
 MU, SIGMA = statistics()
 MU2, SIGMA2 = statistics(1, 3)
 FEATURES = np.random.default_rng(2).normal(size=(9, DIM)).astype(np.float32)
-OURS = {'fid': Reference(MU, SIGMA, 'inception', 'a' * 64, 9, '8x6x3', FEATURES),
-        'fd_dinov2': Reference(MU2, SIGMA2, 'dinov2-large', 'b' * 64, 9, '8x6x3')}
+OURS = {
+    'fid': Reference(MU, SIGMA, 'inception', 'a' * 64, 9, '8x6x3', FEATURES),
+    'fd_dinov2': Reference(MU2, SIGMA2, 'dinov2-large', 'b' * 64, 9, '8x6x3'),
+}
 EDM2 = dict(num_images=50000, fid=dict(mu=MU, sigma=SIGMA), fd_dinov2=dict(mu=MU2, sigma=SIGMA2))
 
 
@@ -83,8 +93,10 @@ def refused(path, content, entry='fid', load=load_reference):
     assert str(path) in message and '\n' not in message
     return message
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Ours.
+
 
 def test_a_reference_comes_back_as_written(path):
     save_reference(path, OURS)
@@ -124,8 +136,10 @@ def test_features_may_be_of_some_of_the_images(path):
     path.write_bytes(with_(features=FEATURES, num_images=50000))
     np.testing.assert_array_equal(load_reference(path).features, FEATURES)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Other projects' files.
+
 
 @pytest.mark.parametrize('save', [np.savez, np.savez_compressed])
 @pytest.mark.parametrize('dtype', [np.float64, np.float32, '>f8'])
@@ -134,7 +148,9 @@ def test_edm_and_pytorch_fid_files_are_mu_and_sigma(path, save, dtype):
     path.write_bytes(npz(save, mu=mu, sigma=sigma))
     reference = load_reference(path)
     assert_equal(reference, mu, sigma)
-    assert (reference.detector, reference.detector_digest, reference.num_images, reference.resolution) == (None,) * 4
+    assert (reference.detector, reference.detector_digest, reference.num_images, reference.resolution) == (
+        None,
+    ) * 4
 
 
 def test_a_flat_pickle_is_read_too(path):
@@ -174,15 +190,28 @@ def test_other_references_have_no_images(path):
 IMAGES = np.zeros([2, 4, 4, 3], np.uint8)
 
 
-@pytest.mark.parametrize('content, statistics', [
-    (with_(), True), (with_(arr_0=IMAGES), True), (pickle.dumps(EDM2), True), (npz(**{'fd_dinov2.mu': MU2}), True), (npz(mu=MU), True),
-    (npz(), True), (npz(arr_0=IMAGES), False), (npz(images=IMAGES, labels=np.zeros(2)), False),
-])
+@pytest.mark.parametrize(
+    'content, statistics',
+    [
+        (with_(), True),
+        (with_(arr_0=IMAGES), True),
+        (pickle.dumps(EDM2), True),
+        (npz(**{'fd_dinov2.mu': MU2}), True),
+        (npz(mu=MU), True),
+        (npz(), True),
+        (npz(arr_0=IMAGES), False),
+        (npz(images=IMAGES, labels=np.zeros(2)), False),
+    ],
+)
 def test_statistics_are_told_from_images(path, content, statistics):
     """What is neither counts as statistics, whose reader says what is wrong."""
     path.write_bytes(content)
     assert holds_statistics(path) == statistics
-    assert not holds_statistics(path.parent) and not holds_statistics('images.zip') and not holds_statistics('images.NPY')
+    assert (
+        not holds_statistics(path.parent)
+        and not holds_statistics('images.zip')
+        and not holds_statistics('images.NPY')
+    )
 
 
 @pytest.mark.parametrize('protocol', [2, 3, 4, 5])
@@ -199,7 +228,9 @@ def test_edm2_pickles_have_both_entries_and_the_number_of_images(tmp_path, proto
 
 def test_edm2_pickles_of_old_numpy_and_with_easydicts_are_read(tmp_path):
     """Before NumPy 2 the module was called numpy.core; EDM2's own dicts may be `dnnlib.util.EasyDict`."""
-    content = pickle.dumps(EDM2 | dict(fid=EasyDict(EDM2['fid'])), protocol=3).replace(b'numpy._core', b'numpy.core')
+    content = pickle.dumps(EDM2 | dict(fid=EasyDict(EDM2['fid'])), protocol=3).replace(
+        b'numpy._core', b'numpy.core'
+    )
     assert b'numpy.core.multiarray' in content and b'EasyDict' in content
     (tmp_path / 'old.pkl').write_bytes(content)
     assert_equal(load_reference(tmp_path / 'old.pkl'), MU, SIGMA)
@@ -220,7 +251,8 @@ def test_large_pickled_arrays_are_read_from_their_place(tmp_path):
     (tmp_path / 'large.pkl').write_bytes(pickle.dumps(dict(other=sigma, fid=dict(mu=mu, sigma=sigma))))
     assert_equal(load_reference(tmp_path / 'large.pkl'), mu, sigma)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # What is refused.
 
 BAD_SIGMA = {name: SIGMA.copy() for name in ('nan', 'crooked', 'negative')}
@@ -231,33 +263,39 @@ BAD_FEATURES = FEATURES.copy()
 BAD_FEATURES[8, 0] = np.inf
 
 
-@pytest.mark.parametrize('content, words', [
-    (with_(mu=np.full(DIM, np.inf)), ': mu has values that are NaN or infinite'),
-    (with_(sigma=BAD_SIGMA['nan']), ': sigma has values that are NaN or infinite'),
-    (with_(sigma=BAD_SIGMA['crooked']), ': sigma: the covariance is not symmetric'),
-    (with_(sigma=BAD_SIGMA['negative']), ': sigma is no covariance: feature 3 has a negative variance'),
-    (with_(sigma=SIGMA2), ': a mean of shape [5] does not go with sigma of shape [3, 3]'),
-    (with_(mu=SIGMA), ': a mean of shape [5, 5] does not go with sigma'),
-    (with_(mu=np.zeros(0), sigma=np.zeros((0, 0))), ': a mean of shape [0]'),
-    (with_(mu=MU.astype(complex)), ': mu is no readable plain array'),
-    (with_(mu=np.array(['a'] * DIM)), ': mu is of type <U1, not of real numbers'),
-    (npz(mu=MU), ' has no sigma (it holds mu)'),
-    (npz(sigma=SIGMA), ' has no mu (it holds sigma)'),
-    (npz(arr_0=np.zeros([2, 4, 4, 3], np.uint8)), ' has no mu and no sigma (it holds arr_0)'),
-    (with_(num_images=-5), ': num_images is no number of images'),
-    (with_(num_images=0), ': num_images is no number of images'),
-    (with_(num_images=7.5), ': num_images is no number of images'),
-    (with_(num_images=np.array('many')), ': num_images is no number of images'),
-    (with_(num_images=[5, 6]), ': num_images is no number of images'),
-    (with_(detector=3), ': detector is no text'),
-    (with_(resolution='large'), ": resolution is 'large', not width x height x channels"),
-    (with_(features=FEATURES[:, :4]), ': features is float32 [9, 4]; expected is float32 [at most N, 5]'),
-    (with_(features=FEATURES, num_images=8), ': features is float32 [9, 5]; expected is float32 [at most 8, 5]'),
-    (with_(features=BAD_FEATURES), ': features has values that are NaN or infinite'),
-    (with_(features=FEATURES.astype(np.int32)), ': features is int32'),
-    (with_(arr_0=np.zeros([2, 4, 4, 3])), ': arr_0 is float64 [2, 4, 4, 3], not images'),
-    (with_(arr_0=np.zeros([2, 4, 4], np.uint8)), ': arr_0 is uint8 [2, 4, 4], not images'),
-])
+@pytest.mark.parametrize(
+    'content, words',
+    [
+        (with_(mu=np.full(DIM, np.inf)), ': mu has values that are NaN or infinite'),
+        (with_(sigma=BAD_SIGMA['nan']), ': sigma has values that are NaN or infinite'),
+        (with_(sigma=BAD_SIGMA['crooked']), ': sigma: the covariance is not symmetric'),
+        (with_(sigma=BAD_SIGMA['negative']), ': sigma is no covariance: feature 3 has a negative variance'),
+        (with_(sigma=SIGMA2), ': a mean of shape [5] does not go with sigma of shape [3, 3]'),
+        (with_(mu=SIGMA), ': a mean of shape [5, 5] does not go with sigma'),
+        (with_(mu=np.zeros(0), sigma=np.zeros((0, 0))), ': a mean of shape [0]'),
+        (with_(mu=MU.astype(complex)), ': mu is no readable plain array'),
+        (with_(mu=np.array(['a'] * DIM)), ': mu is of type <U1, not of real numbers'),
+        (npz(mu=MU), ' has no sigma (it holds mu)'),
+        (npz(sigma=SIGMA), ' has no mu (it holds sigma)'),
+        (npz(arr_0=np.zeros([2, 4, 4, 3], np.uint8)), ' has no mu and no sigma (it holds arr_0)'),
+        (with_(num_images=-5), ': num_images is no number of images'),
+        (with_(num_images=0), ': num_images is no number of images'),
+        (with_(num_images=7.5), ': num_images is no number of images'),
+        (with_(num_images=np.array('many')), ': num_images is no number of images'),
+        (with_(num_images=[5, 6]), ': num_images is no number of images'),
+        (with_(detector=3), ': detector is no text'),
+        (with_(resolution='large'), ": resolution is 'large', not width x height x channels"),
+        (with_(features=FEATURES[:, :4]), ': features is float32 [9, 4]; expected is float32 [at most N, 5]'),
+        (
+            with_(features=FEATURES, num_images=8),
+            ': features is float32 [9, 5]; expected is float32 [at most 8, 5]',
+        ),
+        (with_(features=BAD_FEATURES), ': features has values that are NaN or infinite'),
+        (with_(features=FEATURES.astype(np.int32)), ': features is int32'),
+        (with_(arr_0=np.zeros([2, 4, 4, 3])), ': arr_0 is float64 [2, 4, 4, 3], not images'),
+        (with_(arr_0=np.zeros([2, 4, 4], np.uint8)), ': arr_0 is uint8 [2, 4, 4], not images'),
+    ],
+)
 def test_bad_values_are_refused_by_file_and_key(path, content, words):
     assert f'{path}{words}' in refused(path, content)
 
@@ -273,21 +311,36 @@ class Bomb:
         return exec, ('raise SystemExit("code ran")',)
 
 
-@pytest.mark.parametrize('content, words', [
-    (b'', 'is not an .npz file'),
-    (b'mu = 0', 'is not an .npz file'),
-    (with_()[:-40], 'is no complete .npz file'),
-    (with_(mu=np.array([Bomb()], dtype=object)), ': mu is no readable plain array: it holds values of type object'),
-    (with_(num_images=np.array(Bomb(), dtype=object)), ': num_images is no readable plain array'),
-    (zipped(mu=b'\x93NUMPY\x01\x00', sigma=npy(SIGMA)), ': mu is no readable plain array'),
-    (zipped(mu=b'junk', sigma=npy(SIGMA)), ': mu is no readable plain array'),
-    (zipped(mu=npy(MU), sigma=npy(SIGMA)[:-8]), ': sigma is no readable plain array: its header says float64 [5, 5]'),
-    (zipped(mu=npy(MU) + b'more', sigma=npy(SIGMA)), ': mu is no readable plain array: its header says float64 [5]'),
-    (zipped(mu=header('<f8', (-1,)), sigma=npy(SIGMA)), ': mu is no readable plain array: its shape is [-1]'),
-    (zipped(mu=header('<f8', '(' * 5000), sigma=npy(SIGMA)), ': mu is no readable plain array'),
-    (zipped(mu=header('<f8', '(' * 50000), sigma=npy(SIGMA)), ': mu is no readable plain array'),
-    (zipped(mu=header('<U0', (3,)), sigma=npy(SIGMA)), ': mu is no readable plain array'),
-])
+@pytest.mark.parametrize(
+    'content, words',
+    [
+        (b'', 'is not an .npz file'),
+        (b'mu = 0', 'is not an .npz file'),
+        (with_()[:-40], 'is no complete .npz file'),
+        (
+            with_(mu=np.array([Bomb()], dtype=object)),
+            ': mu is no readable plain array: it holds values of type object',
+        ),
+        (with_(num_images=np.array(Bomb(), dtype=object)), ': num_images is no readable plain array'),
+        (zipped(mu=b'\x93NUMPY\x01\x00', sigma=npy(SIGMA)), ': mu is no readable plain array'),
+        (zipped(mu=b'junk', sigma=npy(SIGMA)), ': mu is no readable plain array'),
+        (
+            zipped(mu=npy(MU), sigma=npy(SIGMA)[:-8]),
+            ': sigma is no readable plain array: its header says float64 [5, 5]',
+        ),
+        (
+            zipped(mu=npy(MU) + b'more', sigma=npy(SIGMA)),
+            ': mu is no readable plain array: its header says float64 [5]',
+        ),
+        (
+            zipped(mu=header('<f8', (-1,)), sigma=npy(SIGMA)),
+            ': mu is no readable plain array: its shape is [-1]',
+        ),
+        (zipped(mu=header('<f8', '(' * 5000), sigma=npy(SIGMA)), ': mu is no readable plain array'),
+        (zipped(mu=header('<f8', '(' * 50000), sigma=npy(SIGMA)), ': mu is no readable plain array'),
+        (zipped(mu=header('<U0', (3,)), sigma=npy(SIGMA)), ': mu is no readable plain array'),
+    ],
+)
 def test_damaged_and_hostile_archives_are_refused_by_name(path, content, words):
     assert f'{path}{words}' in refused(path, content) or f'{path} {words}' in refused(path, content)
 
@@ -308,11 +361,14 @@ def test_two_arrays_of_one_name_are_refused(path):
     assert 'has two arrays called mu' in refused(path, file.getvalue())
 
 
-@pytest.mark.parametrize('members', [
-    dict(mu=header('<f8', (1 << 60,)), sigma=npy(SIGMA)),
-    dict(mu=npy(MU), sigma=header('<f8', (5, 5)) + bytes(200 << 20)),
-    dict(mu=header('<f8', (25 << 20,)) + bytes(200 << 20), sigma=npy(SIGMA)),
-])
+@pytest.mark.parametrize(
+    'members',
+    [
+        dict(mu=header('<f8', (1 << 60,)), sigma=npy(SIGMA)),
+        dict(mu=npy(MU), sigma=header('<f8', (5, 5)) + bytes(200 << 20)),
+        dict(mu=header('<f8', (25 << 20,)) + bytes(200 << 20), sigma=npy(SIGMA)),
+    ],
+)
 def test_no_memory_is_taken_on_a_headers_word(path, members):
     """Claims of 2^63 bytes, and 200 MB of zeros in 200 kB: refused before a megabyte is allocated."""
     content = zipped(**members)
@@ -336,18 +392,21 @@ def pickled(**changes):
     return pickle.dumps(EDM2 | dict(fid=EDM2['fid'] | changes))
 
 
-@pytest.mark.parametrize('content, words', [
-    (pickled(sigma=BAD_SIGMA['nan']), ': sigma has values that are NaN'),
-    (pickled(sigma=SIGMA2), ': a mean of shape [5] does not go with sigma of shape [3, 3]'),
-    (pickled(sigma=None), ': sigma is no readable plain array'),
-    (pickled(sigma=[1, [2]]), ': sigma is no readable plain array'),
-    (pickled(mu=MU.astype(object)), ': mu is no readable plain array'),
-    (pickled(num_images='many'), ': num_images is no number of images'),
-    (pickle.dumps(dict(fid=dict(mu=MU))), ' has no sigma'),
-    (pickle.dumps([MU, SIGMA]), ' has no mu and no sigma'),
-    (pickle.dumps(EDM2)[:-100], ' cannot be read'),
-    (b'\x80\x04.', ' cannot be read'),
-])
+@pytest.mark.parametrize(
+    'content, words',
+    [
+        (pickled(sigma=BAD_SIGMA['nan']), ': sigma has values that are NaN'),
+        (pickled(sigma=SIGMA2), ': a mean of shape [5] does not go with sigma of shape [3, 3]'),
+        (pickled(sigma=None), ': sigma is no readable plain array'),
+        (pickled(sigma=[1, [2]]), ': sigma is no readable plain array'),
+        (pickled(mu=MU.astype(object)), ': mu is no readable plain array'),
+        (pickled(num_images='many'), ': num_images is no number of images'),
+        (pickle.dumps(dict(fid=dict(mu=MU))), ' has no sigma'),
+        (pickle.dumps([MU, SIGMA]), ' has no mu and no sigma'),
+        (pickle.dumps(EDM2)[:-100], ' cannot be read'),
+        (b'\x80\x04.', ' cannot be read'),
+    ],
+)
 def test_bad_pickles_are_refused_by_file_and_key(tmp_path, content, words):
     path = tmp_path / 'img512.pkl'
     assert f'{path}{words}' in refused(path, content)
@@ -356,8 +415,11 @@ def test_bad_pickles_are_refused_by_file_and_key(tmp_path, content, words):
 def test_a_pickled_shape_that_its_bytes_do_not_fill_is_refused(tmp_path):
     """The shape (5, 5) of sigma in the file becomes (5, 4)."""
     content = bytearray(pickle.dumps(dict(fid=dict(mu=MU, sigma=SIGMA))))
-    shapes = [place for (first, a, _), (second, b, place) in itertools.pairwise(pickletools.genops(bytes(content)))
-              if (first.name, a, second.name, b) == ('BININT1', DIM, 'BININT1', DIM)]
+    shapes = [
+        place
+        for (first, a, _), (second, b, place) in itertools.pairwise(pickletools.genops(bytes(content)))
+        if (first.name, a, second.name, b) == ('BININT1', DIM, 'BININT1', DIM)
+    ]
     content[shapes[0] + 1] = 4
     assert 'says float64 [5, 4], and has 200 bytes' in refused(tmp_path / 'short.pkl', bytes(content))
 
@@ -366,8 +428,10 @@ def test_images_of_a_reference_that_are_none_are_refused(path):
     for images in (np.zeros([2, 4, 4]), np.zeros([2, 4, 4, 4], np.uint8)):
         assert ': arr_0 is ' in refused(path, with_(arr_0=images), load=reference_images)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Whose references they are.
+
 
 def detector(dim=DIM, digest='a' * 64):
     return SimpleNamespace(name='inception', digest=digest, dim=dim)

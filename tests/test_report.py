@@ -1,4 +1,5 @@
 """Pictures and tables of reports."""
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,16 +17,22 @@ def test_a_grid_has_the_files_in_rows_with_a_line_after_each_enlarged_to_32_pixe
     grid, size, times = np.asarray(Image.open(tmp_path / 'grid.png')), shape[0], max(32 // shape[0], 1)
     if size == 4:  # with its line an image has five pixels: 32 // 4 = 8
         assert grid.shape[:2] == (2 * 5 * 8, 3 * 5 * 8)
-    grid = grid[times // 2::times, times // 2::times]
+    grid = grid[times // 2 :: times, times // 2 :: times]
     assert grid.shape == (2 * (size + 1), 3 * (size + 1), *shape[2:])
     for i, pixels in enumerate(images):
         top, left = i // 3 * (size + 1), i % 3 * (size + 1)
-        assert np.array_equal(grid[top:top + size, left:left + size], pixels)
-        assert (grid[top + size, left:left + size + 1] == 96).all() and (grid[top:top + size, left + size] == 96).all()
+        assert np.array_equal(grid[top : top + size, left : left + size], pixels)
+        assert (grid[top + size, left : left + size + 1] == 96).all() and (
+            grid[top : top + size, left + size] == 96
+        ).all()
 
 
 def test_tables_have_a_row_for_each_and_html_is_escaped():
     rows = [['a<b', 1], ['c', 2.5]]
-    assert report.markdown_table(['name', 'value'], rows) == '| name | value |\n| :-- | --: |\n| a<b | 1 |\n| c | 2.5 |\n'
+    assert (
+        report.markdown_table(['name', 'value'], rows)
+        == '| name | value |\n| :-- | --: |\n| a<b | 1 |\n| c | 2.5 |\n'
+    )
     assert report.html_table(['name', 'value'], rows) == (
-        '<table><tr><th>name</th><th>value</th></tr><tr><td>a&lt;b</td><td>1</td></tr><tr><td>c</td><td>2.5</td></tr></table>')
+        '<table><tr><th>name</th><th>value</th></tr><tr><td>a&lt;b</td><td>1</td></tr><tr><td>c</td><td>2.5</td></tr></table>'
+    )

@@ -1,4 +1,5 @@
 """Hostile snapshots: each gets an error that names the file, quickly, and nothing in it runs."""
+
 import contextlib
 import copy
 import gc
@@ -57,7 +58,9 @@ def canary(tmp_path):
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    net = networks.EDMPrecond(8, 1, label_dim=3, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])
+    net = networks.EDMPrecond(
+        8, 1, label_dim=3, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4]
+    )
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return net.eval().requires_grad_(False)
@@ -66,6 +69,7 @@ def net():
 @pytest.fixture
 def refused(tmp_path):
     """Asserts that a snapshot's bytes are refused with one message that names the file and matches a pattern."""
+
     def check(data: bytes, pattern: str | None = None):
         path = tmp_path / 'hostile.pkl'
         path.write_bytes(data)
@@ -73,24 +77,40 @@ def refused(tmp_path):
             load_network(path)
         message = str(caught.value)
         assert 'hostile.pkl' in message and '\n' not in message and len(message) < 1000
+
     return check
 
 
 def snapshot_of(net, **entries) -> bytes:
-    return pickle.dumps(dict(ema=net, loss_fn=None, augment_pipe=None, dataset_kwargs={}, **entries), protocol=4)
+    return pickle.dumps(
+        dict(ema=net, loss_fn=None, augment_pipe=None, dataset_kwargs={}, **entries), protocol=4
+    )
 
 
 def loads(data: bytes):
     return read_pickle(io.BytesIO(data), stop=len(data))
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Code.
 
-@pytest.mark.parametrize('place', ['top', 'key', 'state', 'tensor', 'submodule', 'argument', 'metadata', 'loss', 'meta'])
-@pytest.mark.parametrize('function', [os.system, eval, open, subprocess.check_output, torch.load], ids=lambda function: function.__name__)
+
+@pytest.mark.parametrize(
+    'place', ['top', 'key', 'state', 'tensor', 'submodule', 'argument', 'metadata', 'loss', 'meta']
+)
+@pytest.mark.parametrize(
+    'function',
+    [os.system, eval, open, subprocess.check_output, torch.load],
+    ids=lambda function: function.__name__,
+)
 def test_a_call_hidden_anywhere_in_a_snapshot_is_refused_by_name(net, canary, refused, place, function):
-    argument = {os.system: f'touch {canary}', eval: f'open({str(canary)!r}, "w")', open: str(canary),
-                subprocess.check_output: ['touch', str(canary)], torch.load: io.BytesIO()}[function]
+    argument = {
+        os.system: f'touch {canary}',
+        eval: f'open({str(canary)!r}, "w")',
+        open: str(canary),
+        subprocess.check_output: ['touch', str(canary)],
+        torch.load: io.BytesIO(),
+    }[function]
     call = Calls(function, argument, *(['w'] if function is open else []))
     if place == 'state':
         net.extra = call
@@ -102,20 +122,36 @@ def test_a_call_hidden_anywhere_in_a_snapshot_is_refused_by_name(net, canary, re
         net._init_kwargs['num_blocks'] = call
     elif place == 'meta':
         net = Calls(net.__reduce__()[0], call)
-    entries = {'key': {'other': call}, 'metadata': {'metadata': {'S': call}}, 'loss': {'loss_fn': call}}.get(place, {})
-    data = pickle.dumps(call, protocol=4) if place == 'top' else pickle.dumps({**dict(ema=net, dataset_kwargs={}), **entries}, protocol=4)
+    entries = {'key': {'other': call}, 'metadata': {'metadata': {'S': call}}, 'loss': {'loss_fn': call}}.get(
+        place, {}
+    )
+    data = (
+        pickle.dumps(call, protocol=4)
+        if place == 'top'
+        else pickle.dumps({**dict(ema=net, dataset_kwargs={}), **entries}, protocol=4)
+    )
     refused(data, f"names '[a-z_.]*{function.__name__}', which such a file has no use for")
 
 
 def names(module: str, name: str) -> bytes:
-    return b'\x80\x04' + b''.join(b'\x8c' + bytes([len(text)]) + text.encode() for text in (module, name)) + b'\x93.'
+    return (
+        b'\x80\x04'
+        + b''.join(b'\x8c' + bytes([len(text)]) + text.encode() for text in (module, name))
+        + b'\x93.'
+    )
 
 
 RAW = {
     'os.system': (b'\x80\x02cos\nsystem\n(X\x06\x00\x00\x00touch at\x85R.', "names 'os.system'"),
     'getattr': (names('builtins', 'getattr'), "names 'builtins.getattr'"),
-    'attribute chain': (names('torch.nn.modules.container', 'ModuleDict.__init__.__globals__'), 'ModuleDict.__init__.__globals__'),
-    'chain to a module': (names('torch_utils.persistence', 'pickle.loads'), "names 'torch_utils.persistence.pickle.loads'"),
+    'attribute chain': (
+        names('torch.nn.modules.container', 'ModuleDict.__init__.__globals__'),
+        'ModuleDict.__init__.__globals__',
+    ),
+    'chain to a module': (
+        names('torch_utils.persistence', 'pickle.loads'),
+        "names 'torch_utils.persistence.pickle.loads'",
+    ),
     'empty name': (names('torch.nn.modules.container', ''), "names 'torch.nn.modules.container.'"),
     'numpy internals': (b'\x80\x02cnumpy\nsave\n.', "names 'numpy.save'"),
     'private module': (b'\x80\x02c__main__\nx\n.', "names '__main__.x'"),
@@ -167,7 +203,9 @@ def test_a_pickle_inside_a_tensors_storage_is_not_run_either(net, canary, refuse
     """`torch.storage._load_from_bytes` would unpickle its argument without restrictions."""
     payload = pickle.dumps([Calls(os.system, f'touch {canary}'), 'x' * 300], protocol=2)
     storage = Calls(torch.storage._load_from_bytes, payload)
-    net.model.out_norm._parameters['bias'] = Calls(torch._utils._rebuild_tensor_v2, storage, 0, (16,), (1,), False, OrderedDict())
+    net.model.out_norm._parameters['bias'] = Calls(
+        torch._utils._rebuild_tensor_v2, storage, 0, (16,), (1,), False, OrderedDict()
+    )
     refused(snapshot_of(net), 'posix.system')
 
 
@@ -182,12 +220,28 @@ def test_objects_that_the_network_does_not_need_stay_inert(net, canary, tmp_path
     """A loss of an unknown class, whose source would do harm and which holds a network, does not keep the snapshot from loading."""
     function, (meta,) = copy.deepcopy(net).__reduce__()
     source = f'open({str(canary)!r}, "w")'
-    loss = Calls(function, dict(type='class', version=6, module_src=source, class_name='Loss', state={'net': Calls(function, meta)}))
-    (tmp_path / 'net.pkl').write_bytes(pickle.dumps(dict(ema=net, loss_fn=loss, dataset_kwargs=EasyDict(path='x')), protocol=4))
-    assert load_network(tmp_path / 'net.pkl').metadata == {'objective': 'diffusion', 'dataset_kwargs': {'path': 'x'}}
+    loss = Calls(
+        function,
+        dict(
+            type='class',
+            version=6,
+            module_src=source,
+            class_name='Loss',
+            state={'net': Calls(function, meta)},
+        ),
+    )
+    (tmp_path / 'net.pkl').write_bytes(
+        pickle.dumps(dict(ema=net, loss_fn=loss, dataset_kwargs=EasyDict(path='x')), protocol=4)
+    )
+    assert load_network(tmp_path / 'net.pkl').metadata == {
+        'objective': 'diffusion',
+        'dataset_kwargs': {'path': 'x'},
+    }
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Contradictions and bombs.
+
 
 def altered(net, class_name=None, **changes) -> bytes:
     function, (meta,) = net.__reduce__()
@@ -199,10 +253,22 @@ def test_an_unknown_class_is_named_with_those_that_are_known(net, refused):
     refused(altered(net, class_name='Popen'), "holds a 'Popen', which is none of our networks: EDMPrecond")
 
 
-@pytest.mark.parametrize('state', [{'_modules': 3}, {'_modules': {'model': 3}}, {'_parameters': {'x': 3}}, {'_modules': {}}, {'_init_args': 3},
-                                   {'_init_kwargs': {'model_type': 'torch'}}, {'_init_kwargs': {'num_blocks': 'many'}},
-                                   {'_init_kwargs': {'__class__': 3}}, {'sigma_data': 'x'}, {'sigma_data': 10 ** 600},
-                                   {'img_resolution': 10 ** 9}])
+@pytest.mark.parametrize(
+    'state',
+    [
+        {'_modules': 3},
+        {'_modules': {'model': 3}},
+        {'_parameters': {'x': 3}},
+        {'_modules': {}},
+        {'_init_args': 3},
+        {'_init_kwargs': {'model_type': 'torch'}},
+        {'_init_kwargs': {'num_blocks': 'many'}},
+        {'_init_kwargs': {'__class__': 3}},
+        {'sigma_data': 'x'},
+        {'sigma_data': 10**600},
+        {'img_resolution': 10**9},
+    ],
+)
 def test_a_state_that_is_not_the_class_s_own_is_refused(net, refused, state):
     refused(altered(net, **state), 'cannot be used')
 
@@ -211,24 +277,44 @@ def test_an_unknown_constructor_argument_is_named(net, refused):
     refused(altered(net, _init_kwargs={**net.init_kwargs, 'flux': 3}), "unexpected keyword argument 'flux'")
 
 
-@pytest.mark.parametrize('kwargs, pattern', [
-    (dict(num_blocks=10 ** 9), 'num_blocks is beyond 32'), (dict(model_channels=10 ** 9), 'model_channels is beyond'),
-    (dict(model_channels=10 ** 5), 'lacks tensors'), (dict(model_channels=-16), 'negative'), (dict(model_channels=0), 'built'),
-    (dict(channel_mult=[1] * 10 ** 5), 'channel_mult has 100000 entries'), (dict(channel_mult=[1, 10 ** 6]), 'channel_mult is beyond 1,024'),
-    (dict(channel_mult=[1, [2, [10 ** 6]]]), 'channel_mult is beyond 1,024'), (dict(channel_mult=[]), 'channel_mult is empty'),
-    (dict(attn_resolutions=list(range(10 ** 5))), '100000 entries'), (dict(model_type='x' * 10 ** 5), '100000 entries'),
-    (dict(label_dim=1 << 20), r'say \[64, 1048576\]'), (dict(label_dim=(1 << 20) + 1), 'label_dim is beyond 1,048,576'),
-    (dict(model_channels=[1] * 16, channel_mult_emb=10 ** 9), 'channel_mult_emb is beyond')], ids=str)
+@pytest.mark.parametrize(
+    'kwargs, pattern',
+    [
+        (dict(num_blocks=10**9), 'num_blocks is beyond 32'),
+        (dict(model_channels=10**9), 'model_channels is beyond'),
+        (dict(model_channels=10**5), 'lacks tensors'),
+        (dict(model_channels=-16), 'negative'),
+        (dict(model_channels=0), 'built'),
+        (dict(channel_mult=[1] * 10**5), 'channel_mult has 100000 entries'),
+        (dict(channel_mult=[1, 10**6]), 'channel_mult is beyond 1,024'),
+        (dict(channel_mult=[1, [2, [10**6]]]), 'channel_mult is beyond 1,024'),
+        (dict(channel_mult=[]), 'channel_mult is empty'),
+        (dict(attn_resolutions=list(range(10**5))), '100000 entries'),
+        (dict(model_type='x' * 10**5), '100000 entries'),
+        (dict(label_dim=1 << 20), r'say \[64, 1048576\]'),
+        (dict(label_dim=(1 << 20) + 1), 'label_dim is beyond 1,048,576'),
+        (dict(model_channels=[1] * 16, channel_mult_emb=10**9), 'channel_mult_emb is beyond'),
+    ],
+    ids=str,
+)
 def test_sizes_that_no_memory_holds_are_refused_at_once(net, refused, kwargs, pattern):
     refused(altered(net, _init_kwargs={**net.init_kwargs, **kwargs}), pattern)
 
 
-@pytest.mark.parametrize('count', [0, 15, 17, 10 ** 12, -1])
+@pytest.mark.parametrize('count', [0, 15, 17, 10**12, -1])
 def test_a_storage_that_claims_another_length_than_it_has_is_refused(net, refused, count):
     """17: it would begin to read what comes after it; 10**12: it would fill the memory. The count is what comes before the elements."""
     stored = torch.zeros(16)._typed_storage().__reduce__()[1][0]
     stored = stored[:-72] + struct.pack('<q', count) + stored[-64:]
-    tensor = Calls(torch._utils._rebuild_tensor_v2, Calls(torch.storage._load_from_bytes, stored), 0, (16,), (1,), False, OrderedDict())
+    tensor = Calls(
+        torch._utils._rebuild_tensor_v2,
+        Calls(torch.storage._load_from_bytes, stored),
+        0,
+        (16,),
+        (1,),
+        False,
+        OrderedDict(),
+    )
     net.model.out_norm._parameters['bias'] = tensor
     refused(snapshot_of(net), 'length is not what it claims')
 
@@ -236,26 +322,46 @@ def test_a_storage_that_claims_another_length_than_it_has_is_refused(net, refuse
 def with_tensor(net, shape, stride, offset=0, storage=None) -> bytes:
     storage = torch.zeros(16).untyped_storage() if storage is None else storage
     storage = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
-    net.model.out_norm._parameters['bias'] = Calls(torch._utils._rebuild_tensor_v2, storage, offset, shape, stride, False, OrderedDict())
+    net.model.out_norm._parameters['bias'] = Calls(
+        torch._utils._rebuild_tensor_v2, storage, offset, shape, stride, False, OrderedDict()
+    )
     return snapshot_of(net)
 
 
-@pytest.mark.parametrize('shape, stride, offset', [
-    ((10 ** 12,), (1,), 0), ((10 ** 12,), (0,), 0), ((16,), (2,), 0), ((16,), (1,), 1), ((16,), (-1,), 15), ((16,), (1,), -1),
-    ((16,), (1, 1), 0), ((-16,), (1,), 0), ((16,), (1 << 62,), 0), ((16.0,), (1,), 0), ('16', '1', 0)])
+@pytest.mark.parametrize(
+    'shape, stride, offset',
+    [
+        ((10**12,), (1,), 0),
+        ((10**12,), (0,), 0),
+        ((16,), (2,), 0),
+        ((16,), (1,), 1),
+        ((16,), (-1,), 15),
+        ((16,), (1,), -1),
+        ((16,), (1, 1), 0),
+        ((-16,), (1,), 0),
+        ((16,), (1 << 62,), 0),
+        ((16.0,), (1,), 0),
+        ('16', '1', 0),
+    ],
+)
 def test_a_tensor_that_is_not_within_its_storage_is_refused(net, refused, shape, stride, offset):
     refused(with_tensor(net, shape, stride, offset), 'tensor|shape')
 
 
 def test_a_tensor_that_repeats_the_elements_of_its_storage_is_refused(net, refused):
     """Otherwise a few bytes would fill any memory."""
-    refused(with_tensor(net, (16,), (0,), storage=torch.zeros(1).untyped_storage()), 'does not fit into its storage of 1 elements')
+    refused(
+        with_tensor(net, (16,), (0,), storage=torch.zeros(1).untyped_storage()),
+        'does not fit into its storage of 1 elements',
+    )
 
 
 def test_a_tensor_that_stands_for_the_negative_of_its_storage_is_refused(net, refused):
     """PyTorch can write such, by a flag; read without it the network would be another one."""
     storage = torch.zeros(16)._typed_storage()
-    net.model.out_norm._parameters['bias'] = Calls(torch._utils._rebuild_tensor_v2, storage, 0, (16,), (1,), False, OrderedDict(), {'neg': True})
+    net.model.out_norm._parameters['bias'] = Calls(
+        torch._utils._rebuild_tensor_v2, storage, 0, (16,), (1,), False, OrderedDict(), {'neg': True}
+    )
     refused(snapshot_of(net), 'negative')
 
 
@@ -270,12 +376,22 @@ def test_one_storage_for_many_tensors_cannot_multiply_a_small_file(refused):
     """The file is 70 kB, the network that it asks for would be 45 MB."""
     net = networks.EDMPrecond(8, 1, model_channels=64, channel_mult=[1, 2], num_blocks=2, attn_resolutions=[])
     largest = max(net.parameters(), key=lambda parameter: parameter.numel())
-    storage = Calls(torch.storage._load_from_bytes, torch.zeros(largest.numel())._typed_storage().__reduce__()[1][0])
+    storage = Calls(
+        torch.storage._load_from_bytes, torch.zeros(largest.numel())._typed_storage().__reduce__()[1][0]
+    )
     for module in net.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 strides = parameter.stride()
-                module._parameters[name] = Calls(torch._utils._rebuild_tensor_v2, storage, 0, tuple(parameter.shape), strides, False, OrderedDict())
+                module._parameters[name] = Calls(
+                    torch._utils._rebuild_tensor_v2,
+                    storage,
+                    0,
+                    tuple(parameter.shape),
+                    strides,
+                    False,
+                    OrderedDict(),
+                )
     data = snapshot_of(net)
     assert len(data) < 4 * (largest.numel() + 100_000)
     refused(data, 'share memory')
@@ -294,8 +410,17 @@ def test_nests_that_would_take_for_ever_are_refused(net, refused):
     refused(snapshot_of(net, metadata=dict(objective=doubled)), 'without end')
     refused(altered(net, _init_kwargs=dict(channel_mult=doubled)), 'without end')
     meta = net.model.out_conv.__reduce__()[1][0]
-    modules = nested(40, lambda value: Calls(net.__reduce__()[0], {**meta, 'state': {**meta['state'], '_modules': {'a': value, 'b': value}}})
-                     if value else net.model.out_conv)
+    modules = nested(
+        40,
+        lambda value: (
+            Calls(
+                net.__reduce__()[0],
+                {**meta, 'state': {**meta['state'], '_modules': {'a': value, 'b': value}}},
+            )
+            if value
+            else net.model.out_conv
+        ),
+    )
     refused(altered(net, _modules={'model': modules}), 'without end')
 
 
@@ -304,7 +429,7 @@ def test_keys_that_would_take_for_ever_to_hash_or_collide_are_not_hashed(refused
     nest = b')' + b'\x94h\x00\x86' + b''.join(b'\x94h' + bytes([i]) + b'\x86' for i in range(1, 60))
     refused(b'\x80\x04}' + nest + b'K\x01s.', 'it has none')
     refused(b'\x80\x04\x8f(' + nest + b'\x90.', 'not a dict')
-    numbers = [b'\x8a\x0f' + ((2 ** 61 - 1) * i).to_bytes(15, 'little') for i in range(1, 100_001)]
+    numbers = [b'\x8a\x0f' + ((2**61 - 1) * i).to_bytes(15, 'little') for i in range(1, 100_001)]
     refused(b'\x80\x04}(' + b''.join(number + b'N' for number in numbers) + b'u.', 'it has none')
     refused(b'\x80\x04}(' + b''.join(number + number + b'\x86N' for number in numbers) + b'u.', 'it has none')
 
@@ -322,7 +447,10 @@ def test_a_long_name_shared_by_many_modules_is_not_repeated(net, refused):
     function, (meta,) = net.model.out_norm.__reduce__()
     table = {'x' * 100_000: net.model.out_norm.weight}
     child = Calls(function, {**meta, 'state': {**meta['state'], '_parameters': table}})
-    refused(altered(net, _modules={'model': child, **{f'{i}': child for i in range(20_000)}}), 'names are no text or without end')
+    refused(
+        altered(net, _modules={'model': child, **{f'{i}': child for i in range(20_000)}}),
+        'names are no text or without end',
+    )
 
 
 def test_records_are_limited_in_number(refused, monkeypatch):
@@ -340,13 +468,18 @@ def test_integers_of_any_length_are_read_in_no_time(net, tmp_path, refused):
     load_network(tmp_path / 'net.pkl')
 
 
-NAMES = dict(line='a\nError: b', escape='\x1b[31m', surrogate='\ud800', long='x' * 10 ** 6, direction='\u202e')
+NAMES = dict(line='a\nError: b', escape='\x1b[31m', surrogate='\ud800', long='x' * 10**6, direction='\u202e')
 
 
 @pytest.mark.parametrize('name', NAMES.values(), ids=NAMES)
 def test_messages_are_one_printable_line_whatever_the_file_calls_things(net, refused, tmp_path, name):
-    for data in (snapshot_of(Calls(net.__reduce__()[0], {**net.__reduce__()[1][0], 'class_name': name})), pickle.dumps({name: net}),
-                 altered(net, _init_kwargs={name: 1}), altered(net, _modules={name[:900]: net.model}), altered(net, sigma_data=name)):
+    for data in (
+        snapshot_of(Calls(net.__reduce__()[0], {**net.__reduce__()[1][0], 'class_name': name})),
+        pickle.dumps({name: net}),
+        altered(net, _init_kwargs={name: 1}),
+        altered(net, _modules={name[:900]: net.model}),
+        altered(net, sigma_data=name),
+    ):
         refused(data)
         with pytest.raises(UserError) as caught:
             load_network(tmp_path / 'hostile.pkl')
@@ -359,10 +492,15 @@ def test_cycles_and_depth_are_refused_without_a_crash(net, refused):
     refused(snapshot_of(net, metadata=cycle), 'without end')
     refused(b'\x80\x04}\x8c\x03ema' + b']' * 200_000 + b'a' * 199_999 + b's.', "no network 'ema'")
     refused(b'\x80\x04}\x8c\x03ema' + b')' + b'\x85' * 200_000 + b's.', "no network 'ema'")
-    refused(b'\x80\x04}\x8c\x03emactorch\nSize\n\x94' + b'h\x00' * 200_000 + b')' + b'R\x85' * 200_000 + b'Rs.', "no network 'ema'")
+    refused(
+        b'\x80\x04}\x8c\x03emactorch\nSize\n\x94' + b'h\x00' * 200_000 + b')' + b'R\x85' * 200_000 + b'Rs.',
+        "no network 'ema'",
+    )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Damage to snapshots that have no checksum.
+
 
 def spans_of(tree, found):
     """All places in the file that hold tensors."""
@@ -374,8 +512,15 @@ def spans_of(tree, found):
         seen.add(id(node))
         if isinstance(node, restricted_pickle.Span):
             found.append((node.start, node.start + node.size))
-        queue.extend(node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else
-                     [*node.args, node.state] if isinstance(node, restricted_pickle.Call) else [])
+        queue.extend(
+            node.values()
+            if isinstance(node, dict)
+            else node
+            if isinstance(node, (list, tuple))
+            else [*node.args, node.state]
+            if isinstance(node, restricted_pickle.Call)
+            else []
+        )
     return found
 
 
@@ -389,7 +534,9 @@ def test_flipped_bits_in_a_foreign_snapshot_give_an_error_or_a_working_network(n
     draw, errors = random.Random(0), 0
     path = tmp_path / 'foreign.pkl'
     for position in draw.sample(list(np.flatnonzero(~inside)), 150) + draw.sample(range(len(data)), 50):
-        path.write_bytes(data[:position] + bytes([data[position] ^ 1 << draw.randrange(8)]) + data[position + 1:])
+        path.write_bytes(
+            data[:position] + bytes([data[position] ^ 1 << draw.randrange(8)]) + data[position + 1 :]
+        )
         try:
             loaded = load_network(path)
         except UserError:
@@ -404,34 +551,66 @@ def test_every_truncation_of_a_foreign_snapshot_is_an_error(net, refused):
     for length in random.Random(0).sample(range(len(data)), 60):
         refused(data[:length])
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Plain data.
+
 
 @pytest.mark.parametrize('protocol', [2, 3, 4, 5])
 def test_plain_data_is_read_as_python_reads_it(protocol):
-    value = {'a': [1, -5, 70_000, 1 << 40, -(1 << 70), 2.5, float('inf')], 'b': (True, False, None, ('x',), (1, 2), (1, 2, 3), (1, 2, 3, 4)),
-             'é' * 300: {'nested': {}}, 'shared': [[1]] * 3, 'ordered': OrderedDict(a=1), 'easy': EasyDict(b=2)}
+    value = {
+        'a': [1, -5, 70_000, 1 << 40, -(1 << 70), 2.5, float('inf')],
+        'b': (True, False, None, ('x',), (1, 2), (1, 2, 3), (1, 2, 3, 4)),
+        'é' * 300: {'nested': {}},
+        'shared': [[1]] * 3,
+        'ordered': OrderedDict(a=1),
+        'easy': EasyDict(b=2),
+    }
     assert plain(loads(pickle.dumps(value, protocol=protocol))) == value
 
 
-@pytest.mark.parametrize('number', [np.float64(0.1), np.float32(0.5), np.int64(-3), np.bool_(True), np.uint8(200), np.float16(2)])
+@pytest.mark.parametrize(
+    'number', [np.float64(0.1), np.float32(0.5), np.int64(-3), np.bool_(True), np.uint8(200), np.float16(2)]
+)
 def test_numpy_scalars_become_python_numbers(number):
     value = plain(loads(pickle.dumps(number, protocol=4)))
     assert value == number.item() and type(value) is type(number.item())
 
 
-@pytest.mark.parametrize('number', [np.complex64(1), np.str_('x'), np.datetime64('2020-01-01'), np.array([1.0]), np.array([{}], dtype=object)],
-                         ids=['complex', 'text', 'date', 'array', 'objects'])
+@pytest.mark.parametrize(
+    'number',
+    [
+        np.complex64(1),
+        np.str_('x'),
+        np.datetime64('2020-01-01'),
+        np.array([1.0]),
+        np.array([{}], dtype=object),
+    ],
+    ids=['complex', 'text', 'date', 'array', 'objects'],
+)
 def test_other_numpy_values_are_no_plain_data(number):
     with pytest.raises(MalformedPickle):
         plain(loads(pickle.dumps(number, protocol=4)))
 
 
-REBUILDERS = {'torch_utils.persistence._reconstruct_persistent_obj', 'torch._utils._rebuild_parameter', 'torch._utils._rebuild_parameter_with_state',
-              'torch._utils._rebuild_tensor_v2', 'torch._utils._rebuild_tensor_v3', 'torch._tensor._rebuild_from_type_v2', '_codecs.encode',
-              'torch.storage._load_from_bytes', 'numpy.core.multiarray.scalar', 'numpy._core.multiarray.scalar', 'numpy.core.numeric._frombuffer',
-              'numpy._core.numeric._frombuffer', 'numpy.core.multiarray._reconstruct', 'numpy._core.multiarray._reconstruct',
-              'copyreg._reconstructor', 'copy_reg._reconstructor'}
+REBUILDERS = {
+    'torch_utils.persistence._reconstruct_persistent_obj',
+    'torch._utils._rebuild_parameter',
+    'torch._utils._rebuild_parameter_with_state',
+    'torch._utils._rebuild_tensor_v2',
+    'torch._utils._rebuild_tensor_v3',
+    'torch._tensor._rebuild_from_type_v2',
+    '_codecs.encode',
+    'torch.storage._load_from_bytes',
+    'numpy.core.multiarray.scalar',
+    'numpy._core.multiarray.scalar',
+    'numpy.core.numeric._frombuffer',
+    'numpy._core.numeric._frombuffer',
+    'numpy.core.multiarray._reconstruct',
+    'numpy._core.multiarray._reconstruct',
+    'copyreg._reconstructor',
+    'copy_reg._reconstructor',
+}
 
 
 def test_the_table_has_types_of_data_and_what_rebuilds_them_and_nothing_else():
@@ -448,11 +627,19 @@ def test_the_table_has_types_of_data_and_what_rebuilds_them_and_nothing_else():
 def test_no_module_that_reads_snapshots_can_run_anything():
     for module in (restricted_pickle, stored_tensors, checkpoint):
         source = Path(module.__file__).read_text()
-        assert not re.search(r'import_module|__import__|pickle\.load|Unpickler|(?<![.\w])(eval|exec)\(', source), module
-    assert source.count('torch.load(') == source.count('torch.load(file, map_location=\'cpu\', weights_only=True)') == 1
+        assert not re.search(
+            r'import_module|__import__|pickle\.load|Unpickler|(?<![.\w])(eval|exec)\(', source
+        ), module
+    assert (
+        source.count('torch.load(')
+        == source.count("torch.load(file, map_location='cpu', weights_only=True)")
+        == 1
+    )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The process, the command line.
+
 
 def test_pythons_garbage_collector_is_as_it_was_after_loading(net, refused, tmp_path):
     (tmp_path / 'net.pkl').write_bytes(snapshot_of(net))
@@ -474,6 +661,8 @@ def test_loading_does_not_import_pytorchs_compiler(net, tmp_path):
 def test_generating_from_a_hostile_file_is_one_clear_error(net, canary, tmp_path):
     net.model.out_conv._parameters['weight'] = Calls(os.system, f'touch {canary}')
     (tmp_path / 'net.pkl').write_bytes(snapshot_of(net))
-    done = run('generate.py', f'--network={tmp_path / "net.pkl"}', f'--outdir={tmp_path / "out"}', check=False)
+    done = run(
+        'generate.py', f'--network={tmp_path / "net.pkl"}', f'--outdir={tmp_path / "out"}', check=False
+    )
     assert_one_clear_error(done, 'net.pkl', 'posix.system', 'nothing was executed')
     assert not (tmp_path / 'out').exists()

@@ -1,4 +1,5 @@
 """One run in a folder: the lock, ranks that end with their torchrun, and runs that torchrun starts again."""
+
 import contextlib
 import errno
 import json
@@ -45,6 +46,7 @@ def ended():
 @pytest.fixture
 def acquired():
     """A function that acquires a lock, which is released in the end, and notes in `said` and `lost` what it says."""
+
     def acquire(folder, **options):
         lock = RunLock(folder, say=acquire.said.append, on_loss=acquire.lost.append, **options)
         lock.acquire()
@@ -59,7 +61,10 @@ def acquired():
 
 def write_lock(folder, process, *, age=0.0, name=LOCK, **fields):
     """The lock of another process, whose last heartbeat is `age` seconds old."""
-    record = dict(token='0' * 32, process=process, torchrun=None, timestamp=1.7e9, period=0.1, processes=1) | fields
+    record = (
+        dict(token='0' * 32, process=process, torchrun=None, timestamp=1.7e9, period=0.1, processes=1)
+        | fields
+    )
     (folder / name).write_text(json.dumps(record))
     then = time.time() - age
     os.utime(folder / name, (then, then))
@@ -74,13 +79,22 @@ def refused(folder, *words):
         RunLock(folder, say=print).acquire()
     assert all(word in str(error.value) for word in words), error.value
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The lock.
+
 
 def test_a_lock_lasts_from_acquire_to_release_and_leaves_nothing(tmp_path, quick, acquired):
     lock = acquired(tmp_path)
     assert names(tmp_path) == [LOCK]
-    refused(tmp_path, f'process {os.getpid()}', identity.machine()['host'], 'last heartbeat', '--take-lock', 'another folder')
+    refused(
+        tmp_path,
+        f'process {os.getpid()}',
+        identity.machine()['host'],
+        'last heartbeat',
+        '--take-lock',
+        'another folder',
+    )
     lock.release()
     assert names(tmp_path) == []
 
@@ -89,7 +103,11 @@ def test_a_lock_of_a_process_that_is_gone_is_taken_over_in_one_line(tmp_path, qu
     for process in (ended, identity.of_process() | dict(started=1.0)):  # or another has its id now
         write_lock(tmp_path, process)
         acquired(tmp_path).release()
-        assert len(acquired.said) == 1 and f'process {process["pid"]}' in acquired.said.pop() and names(tmp_path) == []
+        assert (
+            len(acquired.said) == 1
+            and f'process {process["pid"]}' in acquired.said.pop()
+            and names(tmp_path) == []
+        )
 
 
 def test_a_process_that_nobody_has_waited_for_is_gone_too(tmp_path, quick, acquired):
@@ -110,7 +128,9 @@ def test_another_machine_counts_as_gone_after_ten_silent_periods_only(tmp_path, 
     assert len(acquired.said) == 1 and 'is gone: taking over' in acquired.said[0]
 
 
-def test_a_run_waits_for_a_heartbeat_that_stands_still_and_gives_up_at_once_when_it_moves(tmp_path, quick, acquired):
+def test_a_run_waits_for_a_heartbeat_that_stands_still_and_gives_up_at_once_when_it_moves(
+    tmp_path, quick, acquired
+):
     """A job that starts again elsewhere finds a fresh lock of the node that died. Only the file system's clock is compared with itself."""
     write_lock(tmp_path, ELSEWHERE, age=-3600)  # of a server whose clock is ahead
     start = time.monotonic()
@@ -147,7 +167,9 @@ def test_of_many_that_find_a_dead_lock_one_takes_it_over(tmp_path, quick, ended,
         assert names(tmp_path) == [] and not acquired.lost
 
 
-def test_a_claim_of_a_process_that_died_while_taking_over_is_no_obstacle_and_one_of_a_live_process_is(tmp_path, quick, ended, acquired):
+def test_a_claim_of_a_process_that_died_while_taking_over_is_no_obstacle_and_one_of_a_live_process_is(
+    tmp_path, quick, ended, acquired
+):
     write_lock(tmp_path, ended)
     write_lock(tmp_path, ended, name=f'.{LOCK}.{"0" * 32}.0')
     write_lock(tmp_path, identity.of_process(), name=f'.{LOCK}.{"0" * 32}.1')
@@ -158,7 +180,9 @@ def test_a_claim_of_a_process_that_died_while_taking_over_is_no_obstacle_and_one
 
 
 @pytest.mark.parametrize('number', [errno.EPERM, errno.EOPNOTSUPP])
-def test_a_file_system_without_hard_links_locks_as_well(tmp_path, quick, monkeypatch, ended, number, acquired):
+def test_a_file_system_without_hard_links_locks_as_well(
+    tmp_path, quick, monkeypatch, ended, number, acquired
+):
     def no_links(*_):
         raise OSError(number, os.strerror(number))
 
@@ -182,7 +206,9 @@ def test_a_link_whose_answer_was_lost_has_been_made(tmp_path, quick, monkeypatch
     acquired(tmp_path)
 
 
-def test_a_run_whose_lock_is_taken_ends_and_one_whose_lock_is_removed_makes_it_again(tmp_path, quick, acquired):
+def test_a_run_whose_lock_is_taken_ends_and_one_whose_lock_is_removed_makes_it_again(
+    tmp_path, quick, acquired
+):
     lost, first = acquired.lost, acquired(tmp_path)
     (tmp_path / LOCK).unlink()
     while not (tmp_path / LOCK).exists():
@@ -211,8 +237,25 @@ def test_a_heartbeat_moves_and_a_disk_that_refuses_it_stops_nothing(tmp_path, qu
     assert lock._watcher.is_alive() and not acquired.lost
 
 
-@pytest.mark.parametrize('data', [b'', b'{', b'[' * 9999, b'\xff', b'{"token": 1}', json.dumps(dict(
-    token='0' * 32, process=dict(host=[], boot='', pid=10**30, started=float('nan')), torchrun=None, timestamp=1, period=1)).encode()])
+@pytest.mark.parametrize(
+    'data',
+    [
+        b'',
+        b'{',
+        b'[' * 9999,
+        b'\xff',
+        b'{"token": 1}',
+        json.dumps(
+            dict(
+                token='0' * 32,
+                process=dict(host=[], boot='', pid=10**30, started=float('nan')),
+                torchrun=None,
+                timestamp=1,
+                period=1,
+            )
+        ).encode(),
+    ],
+)
 def test_a_damaged_lock_is_judged_by_its_age(tmp_path, quick, data, acquired):
     (tmp_path / LOCK).write_bytes(data)
     assert read_holder(tmp_path / LOCK).process is None
@@ -244,16 +287,31 @@ def test_forged_words_in_a_lock_do_not_reach_the_terminal(tmp_path, quick, acqui
 
 
 def test_runs_that_choose_a_numbered_folder_at_the_same_moment_get_numbers_of_their_own(tmp_path):
-    opts = EasyDict(outdir=str(tmp_path), resume=None, nosubdir=False, objective='diffusion', cond=False, arch=None, teacher=None, precond=None,
-                    batch=1, precision='fp32', desc=None)
+    opts = EasyDict(
+        outdir=str(tmp_path),
+        resume=None,
+        nosubdir=False,
+        objective='diffusion',
+        cond=False,
+        arch=None,
+        teacher=None,
+        precond=None,
+        batch=1,
+        precision='fp32',
+        desc=None,
+    )
     with ThreadPoolExecutor(8) as threads:
         made = list(threads.map(lambda _: configuration.make_run_dir(opts, 'digits'), range(24)))
-    assert sorted(made) == [str(tmp_path / name) for name in names(tmp_path)] and len(made) == len(set(made)) == 24
+    assert (
+        sorted(made) == [str(tmp_path / name) for name in names(tmp_path)]
+        and len(made) == len(set(made)) == 24
+    )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Ranks and their torchrun.
 
-WATCHED = '''
+WATCHED = """
 import multiprocessing, os, sys, time
 from torch_utils import elastic
 elastic.end_with_torchrun()
@@ -263,7 +321,7 @@ with open(sys.argv[1] + ".tmp", "w") as file:
     file.write(f"{os.getpid()} {child.pid}")
 os.rename(sys.argv[1] + ".tmp", sys.argv[1])
 time.sleep(60)
-'''
+"""
 LAUNCHER = 'import subprocess, sys\nsubprocess.run(sys.argv[1:], start_new_session=True)\n'
 
 
@@ -271,10 +329,27 @@ def orphans(tmp_path, launcher, *between):
     """The processes of a script that is started in torchrun's environment, whose launcher is then killed."""
     (tmp_path / 'watched.py').write_text(WATCHED)
     (tmp_path / launcher).write_text(LAUNCHER)
-    line = [sys.executable, str(tmp_path / launcher), *between, sys.executable, str(tmp_path / 'watched.py'), str(tmp_path / 'pids')]
+    line = [
+        sys.executable,
+        str(tmp_path / launcher),
+        *between,
+        sys.executable,
+        str(tmp_path / 'watched.py'),
+        str(tmp_path / 'pids'),
+    ]
     if between[:2] == ('bash', '-c'):
-        line = [*line[:2], 'bash', '-c', f'{sys.executable} {tmp_path / "watched.py"} {tmp_path / "pids"} & wait']
-    parent = subprocess.Popen(line, env=dict(os.environ, PYTHONPATH=str(ROOT), TORCHELASTIC_RUN_ID='x', RANK='0'), stderr=subprocess.PIPE, text=True)
+        line = [
+            *line[:2],
+            'bash',
+            '-c',
+            f'{sys.executable} {tmp_path / "watched.py"} {tmp_path / "pids"} & wait',
+        ]
+    parent = subprocess.Popen(
+        line,
+        env=dict(os.environ, PYTHONPATH=str(ROOT), TORCHELASTIC_RUN_ID='x', RANK='0'),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while not (tmp_path / 'pids').exists():
         time.sleep(0.01)
     time.sleep(0.2)
@@ -293,10 +368,12 @@ def test_a_rank_ends_with_its_torchrun_in_one_line_and_takes_its_data_loaders_al
     while not all(map(gone, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert parent.stderr.read().splitlines() == [f'torchrun (process {parent.pid}) is gone: process {pids[0]}, rank 0, ends with it.']
+    assert parent.stderr.read().splitlines() == [
+        f'torchrun (process {parent.pid}) is gone: process {pids[0]}, rank 0, ends with it.'
+    ]
 
 
-IMPORTING = '''
+IMPORTING = """
 import os, sys, time
 import dnnlib
 with open(sys.argv[1] + ".tmp", "w") as file:
@@ -308,11 +385,16 @@ while os.getppid() == parent:  # as imports take seconds
 from torch_utils import elastic
 elastic.end_with_torchrun()
 time.sleep(60)
-'''
+"""
 
 
-@pytest.mark.parametrize('launcher, between, ends', [('torchrun', [], True), ('torchrun', ['bash', '-c'], False), ('shell.py', [], False)])
-def test_a_rank_whose_torchrun_is_killed_while_it_imports_ends_too(tmp_path, monkeypatch, launcher, between, ends):
+@pytest.mark.parametrize(
+    'launcher, between, ends',
+    [('torchrun', [], True), ('torchrun', ['bash', '-c'], False), ('shell.py', [], False)],
+)
+def test_a_rank_whose_torchrun_is_killed_while_it_imports_ends_too(
+    tmp_path, monkeypatch, launcher, between, ends
+):
     """By then its parent is the system's first process; which one it was is seen at the first import."""
     monkeypatch.setattr(sys.modules[__name__], 'WATCHED', IMPORTING)
     _, (pid,) = orphans(tmp_path, launcher, *between)
@@ -328,8 +410,15 @@ def test_a_rank_whose_torchrun_is_killed_while_it_imports_ends_too(tmp_path, mon
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize('launcher, between', [
-    ('torchrun', ['bash', '-c']), ('shell.py', []), ('shell.py', ['nohup']), ('shell.py', ['setsid', '--wait'])])
+@pytest.mark.parametrize(
+    'launcher, between',
+    [
+        ('torchrun', ['bash', '-c']),
+        ('shell.py', []),
+        ('shell.py', ['nohup']),
+        ('shell.py', ['setsid', '--wait']),
+    ],
+)
 def test_a_process_that_torchrun_did_not_start_itself_outlives_its_parent(tmp_path, launcher, between):
     """A shell between the two, or a shell's environment that has torchrun's variables."""
     _, pids = orphans(tmp_path, launcher, *between)
@@ -338,8 +427,10 @@ def test_a_process_that_torchrun_did_not_start_itself_outlives_its_parent(tmp_pa
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Real runs.
+
 
 def compete(digits, folder, whole, processes, resume):
     """Two runs in one folder, started at the same moment: one trains to the end, the other one changes nothing."""
@@ -351,7 +442,11 @@ def compete(digits, folder, whole, processes, resume):
     (winner, *_), (loser, _, error) = sorted((one.end() for one in pair), key=lambda result: result[0])
     if loser:  # else one was ready before the other looked, which had nothing to do then
         errors = re.findall(r'^Error: .*', error, re.MULTILINE)  # torchrun adds its own lines
-        assert winner == 0 and len(errors) == 1 and ('a run that goes on' in errors[0] or 'an earlier run' in errors[0]), error
+        assert (
+            winner == 0
+            and len(errors) == 1
+            and ('a run that goes on' in errors[0] or 'an earlier run' in errors[0])
+        ), error
     else:
         assert resume and winner == 0
     assert_same_run(folder, whole)
@@ -408,19 +503,26 @@ def test_a_run_that_torchrun_starts_again_goes_on_by_itself(tmp_path, digits, wh
     """In the folder of the first attempt, although it is numbered: from its newest state, or from the beginning."""
     launcher, script = command(digits, tmp_path, processes=2), []
     split = launcher.index('train.py')
-    launcher, script = [*launcher[:split], '--max-restarts=1'], [option for option in launcher[split:] if option != '--nosubdir']
+    launcher, script = (
+        [*launcher[:split], '--max-restarts=1'],
+        [option for option in launcher[split:] if option != '--nosubdir'],
+    )
     process = Process([*launcher, *script])
     runs = lambda: [path for path in tmp_path.iterdir() if path.is_dir()]
-    process.wait_for(lambda: runs() and (ticks(runs()[0]) >= 3 if saved else (runs()[0] / restart.LAUNCH).exists()))
+    process.wait_for(
+        lambda: runs() and (ticks(runs()[0]) >= 3 if saved else (runs()[0] / restart.LAUNCH).exists())
+    )
     os.kill(process.ranks()[1], signal.SIGKILL)
     status, out, error = process.end()
     assert status == 0 and error.count('Started again by torchrun (restart 1)') == 1, error
     assert ('Resumed from' in out) == saved, out
-    folder, = runs()
+    (folder,) = runs()
     assert_same_run(folder, whole_of_two)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # What a restart makes of options.
+
 
 @pytest.fixture
 def launched(monkeypatch, tmp_path):
@@ -432,7 +534,10 @@ def launched(monkeypatch, tmp_path):
 
 
 def options(folder, **changed):
-    return EasyDict(dict(outdir=str(folder), nosubdir=True, resume=None, seed=None, val=False, objective='diffusion'), **changed)
+    return EasyDict(
+        dict(outdir=str(folder), nosubdir=True, resume=None, seed=None, val=False, objective='diffusion'),
+        **changed,
+    )
 
 
 def save(folder, *kimg):
@@ -440,7 +545,9 @@ def save(folder, *kimg):
         (folder / f'training-state-{number:06d}.pt').write_bytes(os.urandom(8))
 
 
-def test_the_first_attempt_resumes_nothing_and_a_launch_without_restarts_leaves_no_file(tmp_path, launched, monkeypatch):
+def test_the_first_attempt_resumes_nothing_and_a_launch_without_restarts_leaves_no_file(
+    tmp_path, launched, monkeypatch
+):
     save(tmp_path, 1)
     launched(0)
     opts = options(tmp_path)
@@ -451,7 +558,9 @@ def test_the_first_attempt_resumes_nothing_and_a_launch_without_restarts_leaves_
     assert not (tmp_path / restart.LAUNCH).exists()
 
 
-def test_a_restart_resumes_its_own_run_from_the_newest_state_or_begins_again_with_its_seed(tmp_path, launched, capsys):
+def test_a_restart_resumes_its_own_run_from_the_newest_state_or_begins_again_with_its_seed(
+    tmp_path, launched, capsys
+):
     folder = tmp_path / '00003-digits'
     folder.mkdir()
     launched(0)
@@ -463,7 +572,10 @@ def test_a_restart_resumes_its_own_run_from_the_newest_state_or_begins_again_wit
     save(folder, 1, 2)
     opts = options(tmp_path, nosubdir=False)
     restart.go_on(opts)
-    assert opts.resume == str(folder) and capsys.readouterr().err.count('Started again by torchrun (restart 1)') == 2
+    assert (
+        opts.resume == str(folder)
+        and capsys.readouterr().err.count('Started again by torchrun (restart 1)') == 2
+    )
 
 
 def test_a_restart_does_not_resume_a_run_of_another_launch(tmp_path, launched, monkeypatch, ended):
@@ -473,14 +585,21 @@ def test_a_restart_does_not_resume_a_run_of_another_launch(tmp_path, launched, m
     save(tmp_path, 1)
     record = json.loads((tmp_path / restart.LAUNCH).read_text())
     launched(1)
-    for change in (dict(torchruns=[ended]), dict(run_id='other'), dict(torchruns=[{}]), dict(passed_over=[1])):
+    for change in (
+        dict(torchruns=[ended]),
+        dict(run_id='other'),
+        dict(torchruns=[{}]),
+        dict(passed_over=[1]),
+    ):
         (tmp_path / restart.LAUNCH).write_text(json.dumps(record | change))
         opts = options(tmp_path)
         restart.go_on(opts)
         assert opts == options(tmp_path)
 
 
-def test_a_restart_of_a_resume_from_an_older_state_does_not_go_on_with_the_course_that_was_given_up(tmp_path, launched):
+def test_a_restart_of_a_resume_from_an_older_state_does_not_go_on_with_the_course_that_was_given_up(
+    tmp_path, launched
+):
     save(tmp_path, 1, 2, 3)
     state = str(tmp_path / 'training-state-000001.pt')
     launched(0)

@@ -1,4 +1,5 @@
 """Where a run's words and numbers go, that they are there once after kills and resumes, and that nothing that fails there stops a training."""
+
 import contextlib
 import fcntl
 import http.server
@@ -32,8 +33,11 @@ TOTAL = 640
 
 def tick(nimg, loss=None):
     """A tick's statistics as the training loop collects them."""
-    return {'Loss/cd': dict(num=64, mean=nimg / 10 if loss is None else loss, std=0.25),
-            'Progress/nimg': dict(num=1, mean=nimg, std=0), 'Progress/kimg': dict(num=1, mean=nimg / 1e3, std=0)}
+    return {
+        'Loss/cd': dict(num=64, mean=nimg / 10 if loss is None else loss, std=0.25),
+        'Progress/nimg': dict(num=1, mean=nimg, std=0),
+        'Progress/kimg': dict(num=1, mean=nimg / 1e3, std=0),
+    }
 
 
 def evaluation(nimg, ema='ema', fid=2.5):
@@ -57,8 +61,10 @@ def records(path):
 def steps_of(path):
     return [run_log.images_seen(record) for record in records(path)]
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Files.
+
 
 def test_lines_statistics_and_evaluations_go_where_people_look(tmp_path, capsys):
     log = RunLog(str(tmp_path), enabled=True)
@@ -68,7 +74,11 @@ def test_lines_statistics_and_evaluations_go_where_people_look(tmp_path, capsys)
     log.close()
     log('Done.')
     assert (tmp_path / 'log.txt').read_text() == capsys.readouterr().out
-    assert (tmp_path / 'log.txt').read_text().splitlines() == ['Network: tiny', json.dumps(evaluation(128)), 'Done.']
+    assert (tmp_path / 'log.txt').read_text().splitlines() == [
+        'Network: tiny',
+        json.dumps(evaluation(128)),
+        'Done.',
+    ]
     first, second = records(tmp_path / 'stats.jsonl')
     assert first.pop('timestamp') <= second.pop('timestamp') and (first, second) == (tick(64), tick(128))
     assert records(tmp_path / 'metrics-val.jsonl') == [evaluation(128)]
@@ -92,7 +102,9 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     log.stats(tick(64, loss=float('nan')))
     log.evaluation(evaluation(64, fid=float('inf')))
     log.close()
-    strict = lambda name: json.loads((tmp_path / name).read_text(), parse_constant=lambda constant: pytest.fail(constant))
+    strict = lambda name: json.loads(
+        (tmp_path / name).read_text(), parse_constant=lambda constant: pytest.fail(constant)
+    )
     assert strict('stats.jsonl')['Loss/cd'] == dict(num=64, mean=None, std=0.25)
     assert strict('metrics-val.jsonl')['fid'] is None
 
@@ -110,8 +122,10 @@ def test_a_console_that_is_gone_does_not_stop_the_run(tmp_path, monkeypatch):
             broken.close()
     assert (tmp_path / 'log.txt').read_text() == 'one\ntwo\n'
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Resuming.
+
 
 @pytest.fixture
 def interrupted(tmp_path):
@@ -127,7 +141,10 @@ def interrupted(tmp_path):
 
 
 def test_a_resumed_run_forgets_what_it_will_compute_again(interrupted):
-    before = {name: (interrupted / name).read_bytes().splitlines(keepends=True) for name in ('stats.jsonl', 'metrics-val.jsonl', 'log.txt')}
+    before = {
+        name: (interrupted / name).read_bytes().splitlines(keepends=True)
+        for name in ('stats.jsonl', 'metrics-val.jsonl', 'log.txt')
+    }
     log = RunLog(str(interrupted), enabled=True)
     log.start(TOTAL, resumed_at=128)
     assert (interrupted / 'stats.jsonl').read_bytes() == b''.join(before['stats.jsonl'][:2])
@@ -177,7 +194,10 @@ def test_a_new_run_in_the_folder_of_an_old_one_begins_anew(interrupted):
     log = RunLog(str(interrupted), enabled=True)
     log.start(TOTAL)
     train(log, 64)
-    assert steps_of(interrupted / 'stats.jsonl') == [64] and (interrupted / 'metrics-val.jsonl').read_text() == ''
+    assert (
+        steps_of(interrupted / 'stats.jsonl') == [64]
+        and (interrupted / 'metrics-val.jsonl').read_text() == ''
+    )
     assert (interrupted / 'log.txt').read_text() == said_before
 
 
@@ -186,8 +206,10 @@ def test_half_a_line_of_text_is_ended_and_not_lost(tmp_path):
     RunLog(str(tmp_path), enabled=True)('Resumed')
     assert (tmp_path / 'log.txt').read_text() == 'tick 7 los\nResumed\n'
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # A full disk.
+
 
 @contextlib.contextmanager
 def files_no_longer_than(size):
@@ -221,7 +243,9 @@ def test_a_full_disk_costs_no_line_and_is_told_once(tmp_path, capfd):
     told = capfd.readouterr().err
     assert told.count('\n') == 1 and 'Cannot write log.txt' in told and 'Training goes on' in told
     log('space again')
-    assert [line.split()[0] for line in (tmp_path / 'log.txt').read_text().splitlines() if line[0] != '{'] == ['64', '128', '192', 'space']
+    assert [
+        line.split()[0] for line in (tmp_path / 'log.txt').read_text().splitlines() if line[0] != '{'
+    ] == ['64', '128', '192', 'space']
     assert steps_of(tmp_path / 'stats.jsonl') == steps_of(tmp_path / 'metrics-val.jsonl') == [64, 128, 192]
     with files_no_longer_than(9000):
         log('full once more')
@@ -229,8 +253,10 @@ def test_a_full_disk_costs_no_line_and_is_told_once(tmp_path, capfd):
     log.close()
     assert (tmp_path / 'log.txt').read_text().endswith('space again\nfull once more\n')
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The progress bar.
+
 
 def terminal_output(code, columns):
     """What a program shows on a terminal of that width."""
@@ -247,9 +273,11 @@ def terminal_output(code, columns):
     return output.decode()
 
 
-def test_the_bar_fits_a_terminal_of_60_columns_and_counts_a_resumed_run_s_time_from_where_it_went_on(tmp_path):
+def test_the_bar_fits_a_terminal_of_60_columns_and_counts_a_resumed_run_s_time_from_where_it_went_on(
+    tmp_path,
+):
     """100 of 200 Mimg were there before, and 1 Mimg takes 0.1 s: 99 more take 10 s. Had all 101 counted as seen in 0.1 s, none would be left."""
-    code = f'''
+    code = f"""
 import time
 from training.run_log import RunLog
 log = RunLog({str(tmp_path)!r}, enabled=True)
@@ -258,16 +286,20 @@ time.sleep(0.1)
 log.advance(101_000_000)
 log('tick')
 log.close()
-'''
+"""
     shown = re.split(r'[\r\n]+', re.sub(r'\x1b\[[0-9;]*[A-Za-z]', '', terminal_output(code, 60)))
     assert max(map(len, shown)) <= 60 and 'tick' in [line.strip() for line in shown]
     bars = [line for line in shown if 'kimg' in line]
     assert bars[0].startswith(' 50%|') and '| 100000.0/200000.0 kimg' in bars[0]
-    percent, left = re.fullmatch(r' (\d+)%\|.*\| 101000\.0/200000\.0 kimg 00:(\d\d)', bars[-1].rstrip()).groups()
+    percent, left = re.fullmatch(
+        r' (\d+)%\|.*\| 101000\.0/200000\.0 kimg 00:(\d\d)', bars[-1].rstrip()
+    ).groups()
     assert percent == '50' and int(left) >= 8
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Weights & Biases, the real package.
+
 
 @pytest.fixture
 def wandb(monkeypatch, tmp_path):
@@ -280,6 +312,7 @@ def wandb(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, 'exit', sys.exit)  # wandb replaces both
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
     import wandb
+
     yield wandb
     with contextlib.suppress(OSError):
         wandb.teardown()
@@ -309,15 +342,24 @@ def wandb_files(run_dir):
 def contents(path):
     """(the run's record, {step: {name: value}}) of a .wandb file, as `wandb sync` would send them."""
     from wandb.proto import wandb_internal_pb2
+
     run, history = None, []
     for data in run_log.leveldb_records(path.read_bytes()):
         record = wandb_internal_pb2.Record.FromString(data)
         if record.HasField('run'):
             run = record.run
         elif record.HasField('history'):
-            items = {item.key or '/'.join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            items = {
+                item.key or '/'.join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
             assert items.pop('_step') == record.history.step.num
-            history.append((record.history.step.num, {name: value for name, value in items.items() if not name.startswith('_')}))
+            history.append(
+                (
+                    record.history.step.num,
+                    {name: value for name, value in items.items() if not name.startswith('_')},
+                )
+            )
     assert len(dict(history)) == len(history), 'a step is there twice'
     return run, dict(history)
 
@@ -341,16 +383,30 @@ def test_wandb_gets_every_tick_and_evaluation_under_the_images_seen(wandb, run_d
     log.evaluation(evaluation(128, ema='phema-0.050', fid=2.0), grid=png(run_dir / 'grid-0.050.png'))
     log.advance(192)
     log.close()
-    path, = wandb_files(run_dir)
+    (path,) = wandb_files(run_dir)
     run, history = contents(path)
-    assert (run.run_id, run.project, run.display_name, list(run.tags)) == (log.wandb_id, 'digits', '00003-digits-cond', ['a', 'b'])
-    assert {entry.key: json.loads(entry.value_json) for entry in run.config.update if entry.key != '_wandb'} == CONFIG
+    assert (run.run_id, run.project, run.display_name, list(run.tags)) == (
+        log.wandb_id,
+        'digits',
+        '00003-digits-cond',
+        ['a', 'b'],
+    )
+    assert {
+        entry.key: json.loads(entry.value_json) for entry in run.config.update if entry.key != '_wandb'
+    } == CONFIG
     row = {'Loss/cd': 6.4, 'Loss/cd_std': 0.25, 'Progress/nimg': 64, 'Progress/kimg': 0.064}
     assert history[0] == {'Metrics/fid/teacher': 9.0} and history[64] == row and list(history) == [0, 64, 128]
     assert {name: history[128][name] for name in ('Loss/cd', 'Metrics/fid', 'Metrics/fid/phema-0.050')} == {
-        'Loss/cd': 12.8, 'Metrics/fid': 2.5, 'Metrics/fid/phema-0.050': 2.0}
-    pictures = [path.parent / 'files' / history[128][f'{name}/path'] for name in ('Samples', 'Samples/phema-0.050')]
-    assert [np.array(PIL.Image.open(picture)).flatten().tolist() for picture in pictures] == [list(range(192))] * 2
+        'Loss/cd': 12.8,
+        'Metrics/fid': 2.5,
+        'Metrics/fid/phema-0.050': 2.0,
+    }
+    pictures = [
+        path.parent / 'files' / history[128][f'{name}/path'] for name in ('Samples', 'Samples/phema-0.050')
+    ]
+    assert [np.array(PIL.Image.open(picture)).flatten().tolist() for picture in pictures] == [
+        list(range(192))
+    ] * 2
     out, err = capsys.readouterr()
     assert out.count('wandb sync') == 1 and err == '' and 'W&B: ' in (run_dir / 'log.txt').read_text()
     assert not services()
@@ -385,7 +441,7 @@ def test_a_resumed_run_continues_the_same_wandb_run_and_every_step_is_in_one_fol
 
 def test_what_a_kill_keeps_from_wandb_is_sent_when_the_run_resumes(wandb, run_dir):
     """W&B's service writes every 15 seconds; a process that is killed takes what it had said since."""
-    code = f'''
+    code = f"""
 import os, signal, sys
 sys.path.insert(0, 'tests')
 from test_run_log import *
@@ -394,20 +450,36 @@ print(log.wandb_id, os.getpid(), flush=True)
 log.evaluation(evaluation(0, ema='teacher'))
 train(log, 64, 128, 192)
 os.kill(os.getpid(), signal.SIGKILL)
-'''
-    killed = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+"""
+    killed = subprocess.run(
+        [sys.executable, '-c', code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, OMP_NUM_THREADS='1'),
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run_id, pid = killed.stdout.splitlines()[1].split()
-    path, = wandb_files(run_dir)
+    (path,) = wandb_files(run_dir)
     deadline = time.time() + 10
-    while any({'--pid', pid} <= set(process.info['cmdline'] or []) for process in psutil.process_iter(['cmdline'])) and time.time() < deadline:
+    while (
+        any(
+            {'--pid', pid} <= set(process.info['cmdline'] or [])
+            for process in psutil.process_iter(['cmdline'])
+        )
+        and time.time() < deadline
+    ):
         time.sleep(0.05)
     assert contents(path)[1] == {}, 'the kill was to lose steps, or this test shows nothing'
     log = begin(run_dir, offline(run_id), resumed_at=128)
     train(log, 192, 256)
     log.close()
     run, history = contents(wandb_files(run_dir)[1])
-    assert run.run_id == run_id and list(history) == [0, 64, 128, 192, 256] and history[0] == {'Metrics/fid/teacher': 2.5}
+    assert (
+        run.run_id == run_id
+        and list(history) == [0, 64, 128, 192, 256]
+        and history[0] == {'Metrics/fid/teacher': 2.5}
+    )
     assert history[64] == {'Loss/cd': 6.4, 'Loss/cd_std': 0.25, 'Progress/nimg': 64, 'Progress/kimg': 0.064}
 
 
@@ -419,7 +491,7 @@ def test_a_run_that_gets_wandb_when_it_resumes_brings_its_history(wandb, run_dir
     log = begin(run_dir, offline(), resumed_at=128)
     train(log, 192)
     log.close()
-    path, = wandb_files(run_dir)
+    (path,) = wandb_files(run_dir)
     assert list(contents(path)[1]) == [64, 128, 192]
 
 
@@ -432,7 +504,7 @@ def test_offline_files_that_were_uploaded_and_removed_are_not_made_again(wandb, 
     log = begin(run_dir, offline(log.wandb_id), resumed_at=128)
     train(log, 192, 256)
     log.close()
-    path, = wandb_files(run_dir)
+    (path,) = wandb_files(run_dir)
     assert list(contents(path)[1]) == [256]
 
 
@@ -442,7 +514,7 @@ def test_a_long_file_of_wandb_is_read_across_its_blocks_and_up_to_where_it_is_to
     for step in range(1, 201):
         log._wandb.add(step, {f'value-{i}': i * step / 7 for i in range(100)})
     log.close()
-    path, = wandb_files(run_dir)
+    (path,) = wandb_files(run_dir)
     data = path.read_bytes()
     assert len(data) > 10 * 32768 and run_log.last_step_in_file(str(path)) == 200
     assert list(contents(path)[1]) == list(range(1, 201))
@@ -454,8 +526,10 @@ def test_a_long_file_of_wandb_is_read_across_its_blocks_and_up_to_where_it_is_to
     path.write_bytes(data[:100_000] + bytes([data[100_000] ^ 1]) + data[100_001:])
     assert ends[3] <= run_log.last_step_in_file(str(path)) <= ends[4]
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # W&B that fails.
+
 
 def said(run_dir, words='W&B failed'):
     """The lines of log.txt with these words."""
@@ -465,13 +539,13 @@ def said(run_dir, words='W&B failed'):
 def test_a_service_process_that_dies_is_told_once(wandb, run_dir, capfd):
     log = begin(run_dir, offline())
     train(log, 64)
-    service, = services()
+    (service,) = services()
     service.kill()
     service.wait()
     train(log, 128, 192)
     log.close()
     log.close()
-    line, = said(run_dir)
+    (line,) = said(run_dir)
     assert 'stats.jsonl' in line and ('ConnectionResetError' in line or 'BrokenPipeError' in line)
     assert steps_of(run_dir / 'stats.jsonl') == [64, 128, 192] and log.wandb_id
     assert 'Traceback' not in capfd.readouterr().err
@@ -487,7 +561,7 @@ def test_errors_of_wandb_while_training_are_told_once(wandb, run_dir, monkeypatc
     monkeypatch.setattr(log._wandb._run, 'log', fail)
     train(log, 64, 128)
     log.close()
-    line, = said(run_dir)
+    (line,) = said(run_dir)
     assert f'{name}: the server is unwell' in line and steps_of(run_dir / 'stats.jsonl') == [64, 128]
 
 
@@ -509,7 +583,7 @@ def test_without_a_network_the_run_begins_after_the_time_limit(wandb, run_dir, m
     assert time.time() - start < 20 and log.wandb_id == 'abcd1234'
     train(log, 128)
     log.close()
-    line, = said(run_dir)
+    (line,) = said(run_dir)
     assert 'CommError' in line and 'connection refused' in line and steps_of(run_dir / 'stats.jsonl') == [128]
 
 
@@ -518,7 +592,7 @@ def test_without_a_key_the_cure_is_told(wandb, run_dir, monkeypatch):
     log = begin(run_dir, offline() | dict(mode='online'))
     train(log, 64)
     log.close()
-    line, = said(run_dir)
+    (line,) = said(run_dir)
     assert 'wandb login' in line and log.wandb_id is None
 
 
@@ -526,17 +600,23 @@ def test_without_a_key_the_cure_is_told(wandb, run_dir, monkeypatch):
 def test_disabled_is_silent_and_keeps_the_name(wandb, run_dir, monkeypatch, by_environment):
     if by_environment:
         monkeypatch.setenv('WANDB_MODE', 'disabled')
-    log = begin(run_dir, offline('abcd1234') | dict(mode=None if by_environment else 'disabled'), resumed_at=64)
+    log = begin(
+        run_dir, offline('abcd1234') | dict(mode=None if by_environment else 'disabled'), resumed_at=64
+    )
     train(log, 128)
     log.close()
-    assert log.wandb_id == 'abcd1234' and not (run_dir / 'wandb').exists() and not (run_dir / 'log.txt').exists()
+    assert (
+        log.wandb_id == 'abcd1234' and not (run_dir / 'wandb').exists() and not (run_dir / 'log.txt').exists()
+    )
 
 
 def test_wandb_leaves_signals_and_the_console_alone(wandb, run_dir):
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGCHLD)
     handlers = [signal.getsignal(number) for number in numbers]
     log = begin(run_dir, offline())
-    assert [signal.getsignal(number) for number in numbers] == handlers and log._wandb._run.settings.console == 'off'
+    assert [
+        signal.getsignal(number) for number in numbers
+    ] == handlers and log._wandb._run.settings.console == 'off'
     log.close()
 
 
@@ -548,15 +628,23 @@ def test_a_project_that_wandb_would_refuse_is_refused_before_anything_is_made(wa
     run_log.check_available(None, tensorboard=False)
 
 
-@pytest.mark.parametrize('options, tensorboard, cure', [(dict(project='p'), False, 'pip install wandb'), (None, True, 'pip install tensorboard')])
+@pytest.mark.parametrize(
+    'options, tensorboard, cure',
+    [(dict(project='p'), False, 'pip install wandb'), (None, True, 'pip install tensorboard')],
+)
 def test_a_missing_package_is_named_with_its_cure(run_dir, monkeypatch, options, tensorboard, cure):
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard' if tensorboard else 'wandb', None)
-    for call in (lambda: run_log.check_available(options, tensorboard), lambda: begin(run_dir, options, tensorboard=tensorboard)):
+    for call in (
+        lambda: run_log.check_available(options, tensorboard),
+        lambda: begin(run_dir, options, tensorboard=tensorboard),
+    ):
         with pytest.raises(UserError, match=cure):
             call()
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # W&B online, with a server that knows one run.
+
 
 class Server(http.server.ThreadingHTTPServer):
     """As much of W&B's server as a run talks to: it has one run, and keeps the lines of its history."""
@@ -582,22 +670,45 @@ class Answers(http.server.BaseHTTPRequestHandler):
             return self.answer(dict(data=self.graphql(json.loads(body))))
         if self.path.endswith('/file_stream'):
             for name, part in json.loads(body).get('files', {}).items():
-                self.server.history += map(json.loads, part['content']) if name == 'wandb-history.jsonl' else []
+                self.server.history += (
+                    map(json.loads, part['content']) if name == 'wandb-history.jsonl' else []
+                )
         return self.answer({})
 
     def body(self):
         return self.rfile.read(int(self.headers.get('Content-Length') or 0))
 
     def graphql(self, query):
-        run = dict(id='cnVu', name='abcd1234', displayName='name', project=dict(id='cA==', name='digits', entity=dict(id='bWU=', name='me')),
-                   historyLineCount=len(self.server.history), historyTail=json.dumps(list(map(json.dumps, self.server.history[-1:]))),
-                   config='{}', summaryMetrics='{}', eventsLineCount=0, logLineCount=0, eventsTail='[]', wandbConfig='{"t": 1}')
+        run = dict(
+            id='cnVu',
+            name='abcd1234',
+            displayName='name',
+            project=dict(id='cA==', name='digits', entity=dict(id='bWU=', name='me')),
+            historyLineCount=len(self.server.history),
+            historyTail=json.dumps(list(map(json.dumps, self.server.history[-1:]))),
+            config='{}',
+            summaryMetrics='{}',
+            eventsLineCount=0,
+            logLineCount=0,
+            eventsTail='[]',
+            wandbConfig='{"t": 1}',
+        )
         if query['operationName'] == 'RunResumeStatus':
-            return dict(model=dict(id='cA==', name='digits', entity=dict(id='bWU=', name='me'), bucket=run if self.server.history else None))
+            return dict(
+                model=dict(
+                    id='cA==',
+                    name='digits',
+                    entity=dict(id='bWU=', name='me'),
+                    bucket=run if self.server.history else None,
+                )
+            )
         if query['operationName'] == 'UpsertBucket':
             return dict(upsertBucket=dict(bucket=run, inserted=not self.server.history))
         if query['operationName'] == 'CreateRunFiles':
-            files = [dict(name=name, uploadUrl=f'{self.server.address}/upload') for name in query['variables']['files']]
+            files = [
+                dict(name=name, uploadUrl=f'{self.server.address}/upload')
+                for name in query['variables']['files']
+            ]
             return dict(createRunFiles=dict(runID='abcd1234', uploadHeaders=[], files=files))
         return {}
 
@@ -631,7 +742,12 @@ def test_online_the_server_says_where_it_stands(wandb, run_dir, server):
     log = begin(run_dir, online, resumed_at=128)
     train(log, 192, 256)
     log.close()
-    assert [(line['_step'], line['Loss/cd']) for line in server.history] == [(64, 6.4), (128, 12.8), (192, 19.2), (256, 25.6)]
+    assert [(line['_step'], line['Loss/cd']) for line in server.history] == [
+        (64, 6.4),
+        (128, 12.8),
+        (192, 19.2),
+        (256, 25.6),
+    ]
     assert said(run_dir, 'W&B: ') == [f'W&B: {server.address}/me/digits/runs/abcd1234'] and not said(run_dir)
 
 
@@ -645,11 +761,13 @@ def test_a_server_that_vanishes_delays_the_end_by_the_time_limit_at_most(wandb, 
     assert time.time() - start < 5
     log.close()
     assert time.time() - start < 20 and steps_of(run_dir / 'stats.jsonl') == [64, 128]
-    line, = said(run_dir)
+    (line,) = said(run_dir)
     assert 'TimeoutError' in line
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # TensorBoard.
+
 
 def shown_by_tensorboard(run_dir):
     """{name: steps} and pictures, as TensorBoard shows the folder."""
@@ -657,8 +775,10 @@ def shown_by_tensorboard(run_dir):
     events = accumulators.EventAccumulator(str(run_dir))
     events.Reload()
     tags = events.Tags()
-    return ({name: [(e.step, pytest.approx(e.value)) for e in events.Scalars(name)] for name in tags['scalars']},
-            {name: [(e.step, e.width, e.height) for e in events.Images(name)] for name in tags['images']})
+    return (
+        {name: [(e.step, pytest.approx(e.value)) for e in events.Scalars(name)] for name in tags['scalars']},
+        {name: [(e.step, e.width, e.height) for e in events.Images(name)] for name in tags['images']},
+    )
 
 
 def test_tensorboard_shows_every_step_once_after_a_resume(run_dir):
@@ -702,6 +822,9 @@ def test_tensorboard_goes_on_in_a_new_file_when_the_disk_has_been_full(run_dir):
     time.sleep(1.1)
     train(log, 256)
     log.close()
-    assert steps_of(run_dir / 'stats.jsonl') == [64, 128, 192, 256] and len(said(run_dir, 'TensorBoard: cannot write')) == 1
+    assert (
+        steps_of(run_dir / 'stats.jsonl') == [64, 128, 192, 256]
+        and len(said(run_dir, 'TensorBoard: cannot write')) == 1
+    )
     steps = [step for step, _ in shown_by_tensorboard(run_dir)[0]['Loss/cd']]
     assert steps == sorted(set(steps)) and {64, 256} <= set(steps) < {64, 128, 192, 256}

@@ -10,7 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dnnlib import UserError
-from dnnlib.schema import Dict, Integer, ListOf, Maybe, Mismatch, OneOf, Plain, Real, Record, Row, Text, check, parse_json
+from dnnlib.schema import (
+    Dict,
+    Integer,
+    ListOf,
+    Maybe,
+    Mismatch,
+    OneOf,
+    Plain,
+    Real,
+    Record,
+    Row,
+    Text,
+    check,
+    parse_json,
+)
 from training import checkpoint, run_log, run_schema
 from training.checkpoint import load_network, read_state, save_snapshot, save_state
 from training.run_files import saved_states
@@ -22,7 +36,7 @@ for _ in range(200_000):
     DEEP = [DEEP]
 NAN, INF = float('nan'), float('inf')
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Kinds.
 
 
@@ -38,9 +52,17 @@ NAN, INF = float('nan'), float('inf')
         (ListOf(Integer(), 2, 1), [[1], (1, 2)], [[], [1, 2, 3], ['x'], {0: 1}, 'ab']),
         (Row((Integer(), Text())), [[1, 'a']], [[1], ['a', 1], [1, 'a', 2]]),
         (Dict(Text('[a-z]'), Integer()), [{}, {'a': 1}], [{'A': 1}, {1: 1}, {'a': 'x'}, [1]]),
-        (Record(dict(a=Integer()), ['a']), [{'a': 1}, {'a': 1, 'b': [1]}], [{}, {'a': 'x'}, {'a': 1, 'b': NAN}, {'a': 1, 2: 3}, None]),
+        (
+            Record(dict(a=Integer()), ['a']),
+            [{'a': 1}, {'a': 1, 'b': [1]}],
+            [{}, {'a': 'x'}, {'a': 1, 'b': NAN}, {'a': 1, 2: 3}, None],
+        ),
         (Record(dict(a=Integer()), others=None), [{}, {'a': 1}], [{'b': 1}]),
-        (Plain(), [None, {'a': [1, 2.5, 'x', True, (None,)]}], [NAN, {1: 2}, {'a': INF}, 10**400, DEEP, b'x', {'a': torch.ones(1)}]),
+        (
+            Plain(),
+            [None, {'a': [1, 2.5, 'x', True, (None,)]}],
+            [NAN, {1: 2}, {'a': INF}, 10**400, DEEP, b'x', {'a': torch.ones(1)}],
+        ),
     ],
 )
 def test_kinds_take_what_they_say_and_refuse_the_rest(kind, good, bad):
@@ -59,13 +81,15 @@ def test_values_that_share_parts_without_end_take_no_time():
         check(many, Plain(), 'it')
 
 
-@pytest.mark.parametrize('text', ['[' * 200_000, '1' * 5000, '{"a": 1', '', '\udc80', 'nul', '[1]' + ' ' * 2000])
+@pytest.mark.parametrize(
+    'text', ['[' * 200_000, '1' * 5000, '{"a": 1', '', '\udc80', 'nul', '[1]' + ' ' * 2000]
+)
 def test_text_that_is_no_json_or_longer_than_it_may_be_is_a_value_error(text):
     with pytest.raises(ValueError):
         parse_json(text, 100_000 if len(text) < 1000 or len(text) > 3000 else 1000, 'a test')
 
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Training states.
 
 
@@ -120,7 +144,16 @@ def put(*path_and_value):
 HOSTILE = [
     *(
         put('progress', 'states', {name: None})
-        for name in ('../victim', '/tmp/victim', 'training-state-000001/../../x', 'x', '', '..', 'training-state-1', 7)
+        for name in (
+            '../victim',
+            '/tmp/victim',
+            'training-state-000001/../../x',
+            'x',
+            '',
+            '..',
+            'training-state-1',
+            7,
+        )
     ),
     *(put('progress', 'names', {name: 1}) for name in ('../victim', 'x\ny')),
     *(put('progress', 'nimg', value) for value in ('x', -64, None, 10**400, 1.5, NAN, True, [])),
@@ -138,14 +171,23 @@ HOSTILE = [
             ('tick_start_nimg', '0'),
         )
     ),
-    *(put(name, put) for name in ('net', 'update', 'averages', 'loss', 'progress', 'stats', 'rng', 'options')),
+    *(
+        put(name, put)
+        for name in ('net', 'update', 'averages', 'loss', 'progress', 'stats', 'rng', 'options')
+    ),
     *(
         put(name, value)
         for name in ('net', 'update', 'averages', 'loss', 'progress', 'stats', 'rng', 'options')
         for value in (None, 7, 'x', [7])
     ),
-    *(put('options', text) for text in ('[]', '7', 'null', '{', '{}', '[' * 200_000, '{"a": ' * 200_000, '1' * 5000, 'NaN')),
-    *(put('options', name, put) for name in ('network', 'loss', 'dataset', 'objective', 'batch_size', 'betas', 'seed', 'total_nimg')),
+    *(
+        put('options', text)
+        for text in ('[]', '7', 'null', '{', '{}', '[' * 200_000, '{"a": ' * 200_000, '1' * 5000, 'NaN')
+    ),
+    *(
+        put('options', name, put)
+        for name in ('network', 'loss', 'dataset', 'objective', 'batch_size', 'betas', 'seed', 'total_nimg')
+    ),
     *(
         put('options', name, value)
         for name, value in (
@@ -193,7 +235,14 @@ HOSTILE = [
     *(put('update', 'optimizer', 'state', 0, name, put) for name in ('step', 'exp_avg', 'exp_avg_sq')),
     *(
         put('update', 'optimizer', 'state', 0, name, torch.tensor(value))
-        for name, value in (('step', NAN), ('step', -5.0), ('exp_avg', NAN), ('exp_avg', INF), ('exp_avg_sq', -1.0), ('exp_avg_sq', NAN))
+        for name, value in (
+            ('step', NAN),
+            ('step', -5.0),
+            ('exp_avg', NAN),
+            ('exp_avg', INF),
+            ('exp_avg_sq', -1.0),
+            ('exp_avg_sq', NAN),
+        )
     ),
     *(
         put(*path, torch.full([3, 3], value))
@@ -205,7 +254,14 @@ HOSTILE = [
     put('progress', 'tick_start_nimg', 10**15),
     *(
         put('options', name, value)
-        for name, value in (('lr_schedule', 'x'), ('lr_schedule', 'sqrt'), ('optim', 'x'), ('precision', 'x'), ('lr', 1e300), ('lr', 0))
+        for name, value in (
+            ('lr_schedule', 'x'),
+            ('lr_schedule', 'sqrt'),
+            ('optim', 'x'),
+            ('precision', 'x'),
+            ('lr', 1e300),
+            ('lr', 0),
+        )
     ),
     *(put('options', 'loss', name, 'x') for name in run_schema.LOSS_CHOICES),
     put('update', 'scale', 'x'),
@@ -239,7 +295,10 @@ JSON = st.recursive(
 )
 
 
-@given(JSON, st.sampled_from([name for table in (run_schema.PROGRESS, run_schema.OPTIONS) for name in table.fields]))
+@given(
+    JSON,
+    st.sampled_from([name for table in (run_schema.PROGRESS, run_schema.OPTIONS) for name in table.fields]),
+)
 def test_any_entry_is_of_its_kind_or_a_mismatch(value, name):
     """Nothing else is raised, whatever JSON lies there; and what passes survives being written and read."""
     for table in (run_schema.PROGRESS, run_schema.OPTIONS, run_schema.METADATA, run_log.LINE):
@@ -254,7 +313,11 @@ def test_any_entry_is_of_its_kind_or_a_mismatch(value, name):
 
 def test_states_of_runs_are_read_whole(folder, state):
     found = read_state(saved_states(folder)[0])
-    assert found['options'] == json.loads(state['options']) and found['progress'] == state['progress'] and found.keys() == state.keys()
+    assert (
+        found['options'] == json.loads(state['options'])
+        and found['progress'] == state['progress']
+        and found.keys() == state.keys()
+    )
 
 
 def test_entries_that_newer_versions_may_add_are_left_alone(tmp_path, state):
@@ -304,13 +367,24 @@ def test_resuming_deletes_nothing_outside_of_the_run_folder(tmp_path, digits, st
 @pytest.mark.parametrize(
     'change, words',
     [
-        (lambda state: state['update']['optimizer']['state'][0].update(exp_avg=torch.zeros(7)), 'exp_avg of shape [7]'),
-        (lambda state: state.update(stats=[(['a', 'b'], torch.zeros(1, 3, dtype=torch.float64))]), 'statistics of 2 names'),
-        (lambda state: state['rng'][0].update(cpu=torch.zeros(3, dtype=torch.uint8)), 'another run or network'),
+        (
+            lambda state: state['update']['optimizer']['state'][0].update(exp_avg=torch.zeros(7)),
+            'exp_avg of shape [7]',
+        ),
+        (
+            lambda state: state.update(stats=[(['a', 'b'], torch.zeros(1, 3, dtype=torch.float64))]),
+            'statistics of 2 names',
+        ),
+        (
+            lambda state: state['rng'][0].update(cpu=torch.zeros(3, dtype=torch.uint8)),
+            'another run or network',
+        ),
         (lambda state: state['averages'].update(phema={}), 'another run or network'),
     ],
 )
-def test_a_state_that_does_not_fit_the_network_is_refused_when_it_is_put_in(tmp_path, digits, state, change, words):
+def test_a_state_that_does_not_fit_the_network_is_refused_when_it_is_put_in(
+    tmp_path, digits, state, change, words
+):
     odd = copy.deepcopy(state)
     change(odd)
     save_state(tmp_path / 'training-state-000000.pt', odd)
@@ -333,7 +407,7 @@ def test_a_state_that_does_not_fit_the_network_is_refused_when_it_is_put_in(tmp_
     assert_one_clear_error(result, 'training-state-000000.pt', words)
 
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Snapshots.
 
 
@@ -371,7 +445,9 @@ def test_a_state_that_does_not_fit_the_network_is_refused_when_it_is_put_in(tmp_
 )
 def test_metadata_that_no_snapshot_has_are_refused(tmp_path, teacher, metadata):
     net = load_network(teacher)
-    save_snapshot(tmp_path / 'net.pkl', net, **{'objective': 'mcd', 'S': 2, 'sigmas': [80.0, 1.0, 0.0], **metadata})
+    save_snapshot(
+        tmp_path / 'net.pkl', net, **{'objective': 'mcd', 'S': 2, 'sigmas': [80.0, 1.0, 0.0], **metadata}
+    )
     with pytest.raises(UserError, match=r'net\.pkl cannot be used as a network snapshot'):
         load_network(tmp_path / 'net.pkl')
 
@@ -399,16 +475,22 @@ def test_networks_whose_numbers_make_images_of_one_color_are_refused(tmp_path, t
         load_network(tmp_path / 'net.pkl')
 
 
-@pytest.mark.parametrize('metadata', [dict(S=10**9), dict(rho=0), dict(sigmas=[2, 3, 0]), dict(kimg='x'), dict(classes=[1])], ids=str)
+@pytest.mark.parametrize(
+    'metadata',
+    [dict(S=10**9), dict(rho=0), dict(sigmas=[2, 3, 0]), dict(kimg='x'), dict(classes=[1])],
+    ids=str,
+)
 def test_metadata_of_safetensors_files_are_checked_likewise(tmp_path, teacher, metadata):
     from training.interchange.safetensors import load_safetensors, save_safetensors
+
     net = load_network(teacher)
     net.metadata = {'objective': 'mcd', 'S': 2, 'sigmas': [80.0, 1.0, 0.0], **metadata}
     save_safetensors(tmp_path / 'net.safetensors', net)
     with pytest.raises(UserError, match=r'net\.safetensors cannot be used'):
         load_safetensors(tmp_path / 'net.safetensors')
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Statistics and records.
 
 GOOD = b'{"Progress/nimg": {"num": 1, "mean": 64, "std": 0}}\n'
@@ -456,6 +538,7 @@ def test_the_table_has_the_choices_of_the_command_line():
     import click
 
     import train
+
     theirs = {p.name: tuple(p.type.choices) for p in train.main.params if isinstance(p.type, click.Choice)}
     for name, kind in {**run_schema.LOSS_CHOICES, **run_schema.RUN_CHOICES}.items():
         assert theirs[name] == kind.values, name

@@ -1,4 +1,5 @@
 """A run is resumed on the data that it was trained on: what counts as the same, what differs by name, and how to insist."""
+
 import json
 import shutil
 import zipfile
@@ -28,7 +29,9 @@ def write_folder(path, count=COUNT, size=8, labels=True, changed=(), renamed=(),
         Image.fromarray(rng.integers(0, 255, [size, size], np.uint8)).save(name, compress_level=0)
     if labels:
         names = sorted(str(file.relative_to(path)) for file in path.rglob('*.png'))
-        (path / 'dataset.json').write_text(json.dumps({'labels': [[name, i % 4] for i, name in enumerate(names)]}))
+        (path / 'dataset.json').write_text(
+            json.dumps({'labels': [[name, i % 4] for i, name in enumerate(names)]})
+        )
     return path
 
 
@@ -45,9 +48,22 @@ def digest(path, **options):
 
 
 def invoke(data, folder, *options):
-    return CliRunner().invoke(train.main, [
-        f'--outdir={folder}', f'--data={data}', *TINY_NETWORK, *FAST, '--batch=4', '--augment=0', '--tick=0.004', '--snap=0', '--dump=1', '--cond=1',
-        *map(str, options)])
+    return CliRunner().invoke(
+        train.main,
+        [
+            f'--outdir={folder}',
+            f'--data={data}',
+            *TINY_NETWORK,
+            *FAST,
+            '--batch=4',
+            '--augment=0',
+            '--tick=0.004',
+            '--snap=0',
+            '--dump=1',
+            '--cond=1',
+            *map(str, options),
+        ],
+    )
 
 
 @pytest.fixture(scope='module')
@@ -72,14 +88,21 @@ def run_folder(begun, tmp_path):
 def resume(folder, data, *options):
     return invoke(data, folder, f'--resume={folder}', '--duration=0.000012', *options)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The digest.
+
 
 def test_a_folder_and_its_zips_are_the_same_data(tmp_path, data):
     """Deflated, stored, in another order, with a folder around it, under another name; with the label file written otherwise."""
     whole = digest(data, use_labels=True)
-    copies = [zipped(data, tmp_path / 'a.zip'), zipped(data, tmp_path / 'b.zip', zipfile.ZIP_DEFLATED), zipped(data, tmp_path / 'c.zip', order=-1),
-              zipped(data, tmp_path / 'd.zip', within='some/'), shutil.copytree(data, tmp_path / 'elsewhere')]
+    copies = [
+        zipped(data, tmp_path / 'a.zip'),
+        zipped(data, tmp_path / 'b.zip', zipfile.ZIP_DEFLATED),
+        zipped(data, tmp_path / 'c.zip', order=-1),
+        zipped(data, tmp_path / 'd.zip', within='some/'),
+        shutil.copytree(data, tmp_path / 'elsewhere'),
+    ]
     labels = json.loads((data / 'dataset.json').read_text())['labels']
     (copies[-1] / 'dataset.json').write_text(json.dumps({'labels': labels[::-1]}, indent=3))
     assert {digest(copy, use_labels=True) for copy in copies} == {whole}
@@ -91,12 +114,24 @@ def test_other_names_sizes_contents_and_labels_are_other_data(tmp_path, data):
     whole, seen = digest(data, use_labels=True), set()
     middle = 7 * (COUNT - 1) // (DIGESTED_FILES - 1)
     order = [int(file.stem) for file in sorted(data.rglob('*.png'))]
-    others = [write_folder(tmp_path / f'{kind}{i}', **options) for i, (kind, options) in enumerate([
-        ('fewer', dict(count=COUNT - 1)), ('larger', dict(size=16)), ('renamed', dict(renamed=[20])),
-        *(('changed', dict(changed=[order[place]])) for place in (0, middle, COUNT - 1))])]
+    others = [
+        write_folder(tmp_path / f'{kind}{i}', **options)
+        for i, (kind, options) in enumerate(
+            [
+                ('fewer', dict(count=COUNT - 1)),
+                ('larger', dict(size=16)),
+                ('renamed', dict(renamed=[20])),
+                *(('changed', dict(changed=[order[place]])) for place in (0, middle, COUNT - 1)),
+            ]
+        )
+    ]
     assert len({(other / '0' / '000.png').stat().st_size for other in (others[0], *others[3:])}) == 1
     longer = shutil.copytree(data, tmp_path / 'longer')  # not one of the 16, but longer
-    place = next(i for i in range(COUNT) if i not in {k * (COUNT - 1) // (DIGESTED_FILES - 1) for k in range(DIGESTED_FILES)})
+    place = next(
+        i
+        for i in range(COUNT)
+        if i not in {k * (COUNT - 1) // (DIGESTED_FILES - 1) for k in range(DIGESTED_FILES)}
+    )
     with open(sorted(longer.rglob('*.png'))[place], 'ab') as file:
         file.write(b'.')
     relabeled = shutil.copytree(data, tmp_path / 'relabeled')
@@ -115,22 +150,48 @@ def test_a_digest_needs_files_that_can_be_read(tmp_path):
     with pytest.raises(UserError, match=r'001\.png'):
         dataset.digest()
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Resuming.
 
+
 def test_the_state_and_the_options_say_what_the_data_are(begun, data):
-    for options in (json.loads(load_state(saved_states(begun)[0])['options']), json.loads((begun / 'training_options.json').read_text())):
+    for options in (
+        json.loads(load_state(saved_states(begun)[0])['options']),
+        json.loads((begun / 'training_options.json').read_text()),
+    ):
         recorded = options['dataset']
-        assert recorded == dict(path=str(data), use_labels=True, resolution=8, xflip=False, cache=True, max_size=None, num_images=COUNT,
-                                image_shape=[1, 8, 8], label_dim=4, label_kind='classes', digest=digest(data, use_labels=True))
+        assert recorded == dict(
+            path=str(data),
+            use_labels=True,
+            resolution=8,
+            xflip=False,
+            cache=True,
+            max_size=None,
+            num_images=COUNT,
+            image_shape=[1, 8, 8],
+            label_dim=4,
+            label_kind='classes',
+            digest=digest(data, use_labels=True),
+        )
 
 
-@pytest.mark.parametrize('make', [
-    lambda data, path: zipped(data, path / 'x.zip', zipfile.ZIP_DEFLATED), lambda data, path: shutil.copytree(data, path / 'x')],
-                         ids=['zipped', 'moved'])
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda data, path: zipped(data, path / 'x.zip', zipfile.ZIP_DEFLATED),
+        lambda data, path: shutil.copytree(data, path / 'x'),
+    ],
+    ids=['zipped', 'moved'],
+)
 def test_the_same_data_elsewhere_resume_without_a_word(run_folder, data, tmp_path, make):
     result = resume(run_folder, make(data, tmp_path))
-    assert result.exit_code == 0 and 'Resumed' in result.output and 'Warning' not in result.stderr and 'Note' not in result.stderr, result.output
+    assert (
+        result.exit_code == 0
+        and 'Resumed' in result.output
+        and 'Warning' not in result.stderr
+        and 'Note' not in result.stderr
+    ), result.output
 
 
 OTHER = {
@@ -150,8 +211,13 @@ def test_other_data_are_refused_by_what_differs(run_folder, tmp_path, case):
     options, extra, words = OTHER[case]
     other = write_folder(tmp_path / 'other', **options)
     before = {path.name: path.read_bytes() for path in run_folder.iterdir()}
-    for override in ([], ['--resume-override'][:case != 'mirrored']):
-        assert_one_clear_error(resume(run_folder, other, *extra, *override), 'was trained on other data', words, '--allow-other-data')
+    for override in ([], ['--resume-override'][: case != 'mirrored']):
+        assert_one_clear_error(
+            resume(run_folder, other, *extra, *override),
+            'was trained on other data',
+            words,
+            '--allow-other-data',
+        )
     assert before == {path.name: path.read_bytes() for path in run_folder.iterdir()}
 
 
@@ -160,7 +226,10 @@ def test_whoever_insists_goes_on_with_other_data_which_are_recorded(run_folder, 
     options, extra, words = OTHER[case]
     other = write_folder(tmp_path / 'other', **options)
     result = resume(run_folder, other, *extra, '--allow-other-data')
-    assert result.exit_code == 0 and f'Warning: {saved_states(run_folder)[1]} was trained on other data' in result.stderr, result.output
+    assert (
+        result.exit_code == 0
+        and f'Warning: {saved_states(run_folder)[1]} was trained on other data' in result.stderr
+    ), result.output
     assert words in result.stderr and 'Resumed' in result.output
     again = invoke(other, run_folder, f'--resume={run_folder}', '--duration=0.000016', *extra)
     assert again.exit_code == 0 and 'Warning' not in again.stderr, again.output
@@ -168,22 +237,32 @@ def test_whoever_insists_goes_on_with_other_data_which_are_recorded(run_folder, 
 
 def test_mirrored_images_of_the_same_data_are_insisted_on_by_either_option(run_folder, data):
     result = resume(run_folder, data, '--xflip=1', '--resume-override')
-    assert result.exit_code == 0 and 'xflip = false then, true now' in result.stderr and 'Resumed' in result.output, result.output
+    assert (
+        result.exit_code == 0
+        and 'xflip = false then, true now' in result.stderr
+        and 'Resumed' in result.output
+    ), result.output
 
 
 def test_insisting_needs_a_run_to_resume(tmp_path, data):
-    assert_one_clear_error(invoke(data, tmp_path, '--allow-other-data'), '--allow-other-data needs --resume', status=2)
+    assert_one_clear_error(
+        invoke(data, tmp_path, '--allow-other-data'), '--allow-other-data needs --resume', status=2
+    )
 
 
 def of_an_older_version(path):
     """What states and options were before data were recorded."""
     state = load_state(path)
     options = json.loads(state['options'])
-    options['dataset'] = {name: options['dataset'][name] for name in ('path', 'use_labels', 'resolution', 'xflip', 'cache')}
+    options['dataset'] = {
+        name: options['dataset'][name] for name in ('path', 'use_labels', 'resolution', 'xflip', 'cache')
+    }
     save_state(path, dict(state, options=json.dumps(options)))
 
 
-def test_a_state_that_does_not_record_its_data_resumes_with_a_line_and_records_them(run_folder, data, tmp_path):
+def test_a_state_that_does_not_record_its_data_resumes_with_a_line_and_records_them(
+    run_folder, data, tmp_path
+):
     for path in saved_states(run_folder):
         of_an_older_version(path)
     assert_one_clear_error(resume(run_folder, data, '--max-images=9'), 'all images then, --max-images=9 now')
@@ -191,22 +270,47 @@ def test_a_state_that_does_not_record_its_data_resumes_with_a_line_and_records_t
     result = resume(run_folder, data)
     assert result.exit_code == 0 and result.stderr.count('does not record its data') == 1, result.output
     assert json.loads(load_state(saved_states(run_folder)[0])['options'])['dataset']['num_images'] == COUNT
-    assert_one_clear_error(invoke(write_folder(tmp_path / 'other', count=9), run_folder, f'--resume={run_folder}', '--duration=0.000016'),
-                           f'{COUNT} images then, 9 now')
+    assert_one_clear_error(
+        invoke(
+            write_folder(tmp_path / 'other', count=9),
+            run_folder,
+            f'--resume={run_folder}',
+            '--duration=0.000016',
+        ),
+        f'{COUNT} images then, 9 now',
+    )
 
 
 def test_two_processes_agree_on_the_data_and_refuse_others_together(run_folder, data, tmp_path):
     """Only the main process computes the digest; who waits for it must hear of it."""
-    arguments = [f'--outdir={run_folder}', f'--data={data}', *TINY_NETWORK, *FAST, '--batch=4', '--augment=0', '--tick=0.004', '--snap=0', '--dump=1',
-                 '--cond=1', f'--resume={run_folder}', '--duration=0.000012']
+    arguments = [
+        f'--outdir={run_folder}',
+        f'--data={data}',
+        *TINY_NETWORK,
+        *FAST,
+        '--batch=4',
+        '--augment=0',
+        '--tick=0.004',
+        '--snap=0',
+        '--dump=1',
+        '--cond=1',
+        f'--resume={run_folder}',
+        '--duration=0.000012',
+    ]
     torchrun(2, 'train.py', *arguments)
-    assert json.loads(load_state(saved_states(run_folder)[0])['options'])['dataset']['digest'] == digest(data, use_labels=True)
+    assert json.loads(load_state(saved_states(run_folder)[0])['options'])['dataset']['digest'] == digest(
+        data, use_labels=True
+    )
     other = write_folder(tmp_path / 'other', count=12)
-    result = torchrun(2, 'train.py', *[argument.replace(str(data), str(other)) for argument in arguments], check=False)
+    result = torchrun(
+        2, 'train.py', *[argument.replace(str(data), str(other)) for argument in arguments], check=False
+    )
     assert result.returncode and f'{COUNT} images then, 12 now' in result.stderr
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # --max-images, and progressive distillation.
+
 
 def test_a_subset_is_edm_s_and_is_said_and_recorded(tmp_path, data):
     """EDM shuffles the indices by RandomState(0) and sorts the first so many."""
@@ -214,9 +318,16 @@ def test_a_subset_is_edm_s_and_is_said_and_recorded(tmp_path, data):
     np.random.RandomState(0).shuffle(shuffled)
     assert random_subset(COUNT, 9, 0).tolist() == sorted(shuffled[:9])
     result = invoke(data, tmp_path / 'run', '--duration=0.000004', '--max-images=9', '--snap=1')
-    assert result.exit_code == 0 and f'9 images of [1, 8, 8], 4 classes, from {data}, a random 9 of its {COUNT}' in result.output, result.output
+    assert (
+        result.exit_code == 0
+        and f'9 images of [1, 8, 8], 4 classes, from {data}, a random 9 of its {COUNT}' in result.output
+    ), result.output
     kwargs = load_network(max((tmp_path / 'run').glob('*.pkl'))).metadata['dataset_kwargs']
-    assert (kwargs['max_size'], kwargs['num_images'], kwargs['digest']) == (9, 9, digest(data, use_labels=True))
+    assert (kwargs['max_size'], kwargs['num_images'], kwargs['digest']) == (
+        9,
+        9,
+        digest(data, use_labels=True),
+    )
     result = invoke(data, tmp_path / 'all', '--max-images=1000', '--dry-run')
     assert json.loads(result.stdout)['dataset']['max_size'] is None
     result = invoke(data, tmp_path / 'all', '--max-images=2', '--dry-run')
@@ -230,8 +341,20 @@ def test_the_stages_of_a_progressive_distillation_are_of_one_data_set(tmp_path, 
     made = invoke(data, tmp_path / 'teacher', '--duration=0.000004', '--snap=1')
     assert made.exit_code == 0, made.output
     teacher, folder = max((tmp_path / 'teacher').glob('*.pkl')), tmp_path / 'run'
-    options = ['--objective=pd', '--cond=1', f'--teacher={teacher}', *FAST, '--batch=4', '--S_start=2', '--S=1', '--stage_steps=1', '--tick=0.004',
-               '--snap=1', f'--dump={dump}', f'--outdir={folder}']
+    options = [
+        '--objective=pd',
+        '--cond=1',
+        f'--teacher={teacher}',
+        *FAST,
+        '--batch=4',
+        '--S_start=2',
+        '--S=1',
+        '--stage_steps=1',
+        '--tick=0.004',
+        '--snap=1',
+        f'--dump={dump}',
+        f'--outdir={folder}',
+    ]
     whole = CliRunner().invoke(train.main, [*options, f'--data={data}'])
     assert whole.exit_code == 0, whole.output
     shutil.rmtree(folder / 'S0001')
@@ -239,6 +362,10 @@ def test_the_stages_of_a_progressive_distillation_are_of_one_data_set(tmp_path, 
     result = CliRunner().invoke(train.main, [*options, f'--data={other}', f'--resume={folder}'])
     assert_one_clear_error(result, 'was trained on other data', '--allow-other-data')
     assert not (folder / 'S0001').exists()
-    result = CliRunner().invoke(train.main, [*options, f'--data={other}', f'--resume={folder}', '--allow-other-data'])
+    result = CliRunner().invoke(
+        train.main, [*options, f'--data={other}', f'--resume={folder}', '--allow-other-data']
+    )
     assert result.exit_code == 0 and 'was trained on other data' in result.stderr, result.output
-    assert json.loads((Path(folder) / 'S0001' / 'training_options.json').read_text())['dataset']['digest'] == digest(other, use_labels=True)
+    assert json.loads((Path(folder) / 'S0001' / 'training_options.json').read_text())['dataset'][
+        'digest'
+    ] == digest(other, use_labels=True)

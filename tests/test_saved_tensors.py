@@ -1,4 +1,5 @@
 """PyTorch's files of strangers: what they claim is compared with what they have, and nothing in them runs."""
+
 import io
 import pickle
 import resource
@@ -10,11 +11,18 @@ import torch
 from torch_utils.restricted_pickle import Call, MalformedPickle
 from torch_utils.saved_tensors import check_saved, read_saved
 
-CONTENTS = dict(a=torch.arange(6.).view(2, 3), half=torch.ones(3, dtype=torch.float16), empty=torch.empty(0), number=torch.tensor(7),
-                turned=torch.arange(6).view(2, 3).t(), parameter=torch.nn.Parameter(torch.ones(2)),
-                plain=[1, -2.5, None, True, 'text', b'bytes', (1, (2,)), 10 ** 30], state={0: {0.5: 1}},
-                shape=torch.Size([1, 2]))
-FLAT = torch.arange(10.)
+CONTENTS = dict(
+    a=torch.arange(6.0).view(2, 3),
+    half=torch.ones(3, dtype=torch.float16),
+    empty=torch.empty(0),
+    number=torch.tensor(7),
+    turned=torch.arange(6).view(2, 3).t(),
+    parameter=torch.nn.Parameter(torch.ones(2)),
+    plain=[1, -2.5, None, True, 'text', b'bytes', (1, (2,)), 10**30],
+    state={0: {0.5: 1}},
+    shape=torch.Size([1, 2]),
+)
+FLAT = torch.arange(10.0)
 
 
 def same(a, b) -> bool:
@@ -27,7 +35,9 @@ def same(a, b) -> bool:
 
 @pytest.mark.parametrize('new', [True, False])
 def test_tensors_and_plain_data_are_read_as_pytorch_reads_them(tmp_path, new):
-    torch.save(dict(CONTENTS, views=[FLAT[:4], FLAT[4:]]), tmp_path / 'x.pt', _use_new_zipfile_serialization=new)
+    torch.save(
+        dict(CONTENTS, views=[FLAT[:4], FLAT[4:]]), tmp_path / 'x.pt', _use_new_zipfile_serialization=new
+    )
     with open(tmp_path / 'x.pt', 'rb') as file:
         found = read_saved(file)
     views = found.pop('views')
@@ -63,10 +73,12 @@ def rezipped(path, change):
 
 def claim(number):
     """Have the tensor of four numbers claim so many."""
+
     def change(members):
         name = next(name for name in members if name.endswith('data.pkl'))
         assert members[name].count(b'K\x04') == 2
         members[name] = members[name].replace(b'K\x04', b'\x8a\x06' + number.to_bytes(6, 'little'))
+
     return change
 
 
@@ -77,13 +89,21 @@ def without_storage(members):
 def with_more(size):
     def change(members):
         members['x/data.pkl'] = members.pop('x/data.pkl') + bytes(size)
+
     return change
 
 
-@pytest.mark.parametrize('contents, change, words', [
-    ([Bytes(1 << 40)], None, 'bytearray'), (dict(a=FLAT[:4].clone()), claim(1 << 40), 'storage'), (dict(a=FLAT[:4].clone()), claim(5), 'storage'),
-    (dict(a=FLAT[:4].clone()), without_storage, 'storage'), (dict(a=1), with_more(17 << 20), 'has at most'),
-    ({(1, 2): 3}, None, 'neither text nor a number')])
+@pytest.mark.parametrize(
+    'contents, change, words',
+    [
+        ([Bytes(1 << 40)], None, 'bytearray'),
+        (dict(a=FLAT[:4].clone()), claim(1 << 40), 'storage'),
+        (dict(a=FLAT[:4].clone()), claim(5), 'storage'),
+        (dict(a=FLAT[:4].clone()), without_storage, 'storage'),
+        (dict(a=1), with_more(17 << 20), 'has at most'),
+        ({(1, 2): 3}, None, 'neither text nor a number'),
+    ],
+)
 @pytest.mark.parametrize('read', [read_saved, check_saved])
 def test_claims_beyond_the_file_are_refused_before_memory_is_taken(tmp_path, contents, change, words, read):
     torch.save(contents, tmp_path / 'x.pt')
@@ -123,10 +143,20 @@ def test_lists_that_hold_a_list_many_times_take_no_time(tmp_path):
     assert found[0] is found[1]
 
 
-@pytest.mark.parametrize('make', [
-    lambda good: good[:len(good) // 2], lambda good: good[:-1], lambda good: b'', lambda good: b'PK\5\6' + bytes(18), lambda good: good + b'x',
-    lambda good: pickle.dumps([1]), lambda good: bytes(1000),
-    lambda good: b'\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.'], ids=range(8))
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda good: good[: len(good) // 2],
+        lambda good: good[:-1],
+        lambda good: b'',
+        lambda good: b'PK\5\6' + bytes(18),
+        lambda good: good + b'x',
+        lambda good: pickle.dumps([1]),
+        lambda good: bytes(1000),
+        lambda good: b'\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.',
+    ],
+    ids=range(8),
+)
 @pytest.mark.parametrize('new', [True, False])
 def test_files_that_are_cut_off_or_of_another_kind_are_refused(tmp_path, make, new):
     buffer = io.BytesIO()
@@ -137,7 +167,9 @@ def test_files_that_are_cut_off_or_of_another_kind_are_refused(tmp_path, make, n
             found = read_saved(file)
         except MalformedPickle:
             return
-    assert not new and make(b'1') == b'1x' and same(found['a'], CONTENTS['a'])  # what follows the storages of an old file is nobody's
+    assert (
+        not new and make(b'1') == b'1x' and same(found['a'], CONTENTS['a'])
+    )  # what follows the storages of an old file is nobody's
 
 
 def test_two_entries_whose_names_differ_in_case_are_refused(tmp_path):

@@ -1,4 +1,5 @@
 """Files that end in their own checksum: what it notices, and parts read by several threads."""
+
 import hashlib
 import random
 import zlib
@@ -7,7 +8,15 @@ import numpy as np
 import pytest
 
 from torch_utils import sealed_file
-from torch_utils.sealed_file import PIECE, SEAL_LENGTH, DamagedFile, find_seal, read_parts, read_sealed, sealed
+from torch_utils.sealed_file import (
+    PIECE,
+    SEAL_LENGTH,
+    DamagedFile,
+    find_seal,
+    read_parts,
+    read_sealed,
+    sealed,
+)
 
 SIZES = [0, 1, 8, 4097, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 4097]
 
@@ -17,7 +26,7 @@ def written(path, data, pieces):
     with sealed(path) as file:
         start = 0
         for length in pieces:
-            file.write(data[start:start + length])
+            file.write(data[start : start + length])
             start += length
         file.write(data[start:])
     return path.read_bytes()
@@ -32,7 +41,12 @@ def test_the_seal_does_not_depend_on_how_the_file_was_written(tmp_path, size):
     data, draw = random_bytes(size), random.Random(1)
     whole = written(tmp_path / 'a', data, [])
     assert whole[:size] == data and len(whole) == size + SEAL_LENGTH
-    for pieces in ([1] * 20, [PIECE] * 3, [PIECE - 1, 2, PIECE], [draw.randrange(2 * PIECE) for _ in range(10)]):
+    for pieces in (
+        [1] * 20,
+        [PIECE] * 3,
+        [PIECE - 1, 2, PIECE],
+        [draw.randrange(2 * PIECE) for _ in range(10)],
+    ):
         assert written(tmp_path / 'b', data, pieces) == whole
     assert written(tmp_path / 'c', memoryview(np.frombuffer(data, np.uint8)), [3]) == whole
 
@@ -53,13 +67,18 @@ def test_a_sealed_file_is_found_whole_and_its_parts_are_what_was_written(tmp_pat
                 read_sealed(file, length, found, list(zip(starts, targets)))
             else:
                 read_parts(file, list(zip(starts, targets)))
-        assert all(target.tobytes() == data[start:stop] for start, stop, target in zip(starts, stops, targets))
+        assert all(
+            target.tobytes() == data[start:stop] for start, stop, target in zip(starts, stops, targets)
+        )
 
 
 def test_the_checksum_is_the_documented_one(tmp_path):
     data = random_bytes(2 * PIECE + 20)
-    sums = b''.join(zlib.crc32(data[i:i + PIECE]).to_bytes(4, 'little') for i in range(0, len(data), PIECE))
-    assert written(tmp_path / 'file', data, []) == data + b'\n#checksum ' + hashlib.sha256(sums).hexdigest().encode() + b'\n'
+    sums = b''.join(zlib.crc32(data[i : i + PIECE]).to_bytes(4, 'little') for i in range(0, len(data), PIECE))
+    assert (
+        written(tmp_path / 'file', data, [])
+        == data + b'\n#checksum ' + hashlib.sha256(sums).hexdigest().encode() + b'\n'
+    )
 
 
 def test_damage_is_noticed_and_a_file_that_was_cut_too(tmp_path):
@@ -73,10 +92,13 @@ def test_damage_is_noticed_and_a_file_that_was_cut_too(tmp_path):
         whole[position] ^= 1
         with open(tmp_path / 'file', 'rb') as file, pytest.raises(DamagedFile, match='checksum'):
             read_sealed(file, size, seal)
-    (tmp_path / 'file').write_bytes(whole[:PIECE + 5])
+    (tmp_path / 'file').write_bytes(whole[: PIECE + 5])
     with open(tmp_path / 'file', 'rb') as file:
         assert find_seal(file) == (PIECE + 5, None)
-        for read in (lambda: read_sealed(file, size, seal), lambda: read_parts(file, [(PIECE, np.zeros(10, np.uint8))])):
+        for read in (
+            lambda: read_sealed(file, size, seal),
+            lambda: read_parts(file, [(PIECE, np.zeros(10, np.uint8))]),
+        ):
             with pytest.raises(DamagedFile, match='truncated'):
                 read()
 
@@ -86,7 +108,11 @@ def test_a_read_that_returns_less_than_asked_for_is_continued(tmp_path, monkeypa
     data = random_bytes(1000)
     (tmp_path / 'file').write_bytes(data)
     preadv = sealed_file.os.preadv
-    monkeypatch.setattr(sealed_file.os, 'preadv', lambda descriptor, buffers, start: preadv(descriptor, [buffers[0][:7]], start))
+    monkeypatch.setattr(
+        sealed_file.os,
+        'preadv',
+        lambda descriptor, buffers, start: preadv(descriptor, [buffers[0][:7]], start),
+    )
     target = np.zeros(500, np.uint8)
     with open(tmp_path / 'file', 'rb') as file:
         read_parts(file, [(100, target)])

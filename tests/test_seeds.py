@@ -1,4 +1,5 @@
 """Seeds on command lines: below 2^32, since generators know no more, and named once."""
+
 import click
 import pytest
 from click.testing import CliRunner
@@ -18,30 +19,61 @@ from sampling.generation import SeededNoise
 
 TOP = (1 << 32) - 1
 EDIT = ['--network=x', '--input=x', '--outdir=x']
-WITH_SEEDS = {'generate': (generate.main, ['--network=x', '--outdir=x']), 'fid': (fid.main, ['calc', '--network=x', '--ref=x']),
-              'inpaint': (edit.main, ['inpaint', *EDIT, '--box=0,0,1,1']), 'stroke': (edit.main, ['stroke', *EDIT, '--sigma=1']),
-              'compare': (compare.main, [])}
+WITH_SEEDS = {
+    'generate': (generate.main, ['--network=x', '--outdir=x']),
+    'fid': (fid.main, ['calc', '--network=x', '--ref=x']),
+    'inpaint': (edit.main, ['inpaint', *EDIT, '--box=0,0,1,1']),
+    'stroke': (edit.main, ['stroke', *EDIT, '--sigma=1']),
+    'compare': (compare.main, []),
+}
 
 
 @pytest.mark.parametrize('name', WITH_SEEDS)
-@pytest.mark.parametrize('seeds, words', [('0-3,2-5', '2-3 of 8 seeds named twice'), ('7,7', '7 of 2 seeds named twice'),
-                                          (f'0,{1 << 32}', f'no seed {1 << 32}'), (f'{TOP}-{TOP + 2}', f'no seed {TOP + 2}')])
+@pytest.mark.parametrize(
+    'seeds, words',
+    [
+        ('0-3,2-5', '2-3 of 8 seeds named twice'),
+        ('7,7', '7 of 2 seeds named twice'),
+        (f'0,{1 << 32}', f'no seed {1 << 32}'),
+        (f'{TOP}-{TOP + 2}', f'no seed {TOP + 2}'),
+    ],
+)
 def test_a_seed_that_is_not_there_or_comes_again_is_a_usage_error(tmp_path, monkeypatch, name, seeds, words):
     command, arguments = WITH_SEEDS[name]
     monkeypatch.chdir(tmp_path)
-    assert_one_clear_error(CliRunner().invoke(command, [*arguments, f'--seeds={seeds}']), '--seeds', words, status=2)
+    assert_one_clear_error(
+        CliRunner().invoke(command, [*arguments, f'--seeds={seeds}']), '--seeds', words, status=2
+    )
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('command, arguments, option', [
-    (validation.main, ['--network=x', '--ref=x', '--num=10', f'--seed={TOP - 8}'], '--seed'),
-    (search.main, ['--network=x', '--ref=x', '--log=x.jsonl', '--num=10', f'--seed={TOP - 8}'], '--seed'),
-    (train.main, ['--data=x', '--outdir=x', '--val=1', '--val_ref=x', '--val_num=100', f'--val_seed={TOP - 98}'], '--val_seed'),
-    (train.main, ['--data=x', '--outdir=x', '--val=1', '--val_ref=x', '--val_num=2', f'--val_seed={TOP - 62}'], '--val_seed'),  # the picture's
-    (validation.main, ['--network=x', '--ref=x', f'--seed={TOP + 1}'], '--seed'),
-    (search.main, ['--network=x', '--ref=x', '--log=x.jsonl', f'--seed={TOP + 1}'], '--seed'),
-    (train.main, ['--data=x', '--outdir=x', '--val=1', '--val_ref=x', f'--val_seed={TOP + 1}'], '--val_seed')])
-def test_a_range_from_a_first_seed_ends_below_the_last_one_too(tmp_path, monkeypatch, command, arguments, option):
+@pytest.mark.parametrize(
+    'command, arguments, option',
+    [
+        (validation.main, ['--network=x', '--ref=x', '--num=10', f'--seed={TOP - 8}'], '--seed'),
+        (search.main, ['--network=x', '--ref=x', '--log=x.jsonl', '--num=10', f'--seed={TOP - 8}'], '--seed'),
+        (
+            train.main,
+            ['--data=x', '--outdir=x', '--val=1', '--val_ref=x', '--val_num=100', f'--val_seed={TOP - 98}'],
+            '--val_seed',
+        ),
+        (
+            train.main,
+            ['--data=x', '--outdir=x', '--val=1', '--val_ref=x', '--val_num=2', f'--val_seed={TOP - 62}'],
+            '--val_seed',
+        ),  # the picture's
+        (validation.main, ['--network=x', '--ref=x', f'--seed={TOP + 1}'], '--seed'),
+        (search.main, ['--network=x', '--ref=x', '--log=x.jsonl', f'--seed={TOP + 1}'], '--seed'),
+        (
+            train.main,
+            ['--data=x', '--outdir=x', '--val=1', '--val_ref=x', f'--val_seed={TOP + 1}'],
+            '--val_seed',
+        ),
+    ],
+)
+def test_a_range_from_a_first_seed_ends_below_the_last_one_too(
+    tmp_path, monkeypatch, command, arguments, option
+):
     """Nothing is read or made: the files named are not there."""
     monkeypatch.chdir(tmp_path)
     assert_one_clear_error(CliRunner().invoke(command, arguments), option, status=2)

@@ -1,11 +1,31 @@
 """How soon commands answer: --help imports nothing that is slow."""
+
 import pytest
 from helpers import ROOT, run
 
-SCRIPTS = sorted(path.name for path in ROOT.glob('*.py') if 'click.command' in path.read_text() or 'cli.Group' in path.read_text())
-SLOW = {'torch', 'scipy', 'sklearn', 'PIL', 'matplotlib', 'diffusers', 'transformers', 'wandb', 'tensorboard', 'requests', 'safetensors', 'lmdb'}
-REPORT = ('import atexit, runpy, sys; atexit.register(lambda: print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)); '
-          'sys.argv = sys.argv[1:]; sys.path.insert(0, ""); runpy.run_path(sys.argv[0], run_name="__main__")')
+SCRIPTS = sorted(
+    path.name
+    for path in ROOT.glob('*.py')
+    if 'click.command' in path.read_text() or 'cli.Group' in path.read_text()
+)
+SLOW = {
+    'torch',
+    'scipy',
+    'sklearn',
+    'PIL',
+    'matplotlib',
+    'diffusers',
+    'transformers',
+    'wandb',
+    'tensorboard',
+    'requests',
+    'safetensors',
+    'lmdb',
+}
+REPORT = (
+    'import atexit, runpy, sys; atexit.register(lambda: print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)); '
+    'sys.argv = sys.argv[1:]; sys.path.insert(0, ""); runpy.run_path(sys.argv[0], run_name="__main__")'
+)
 
 
 def imported_by(*command):
@@ -15,8 +35,19 @@ def imported_by(*command):
 
 
 def test_all_commands_are_among_them():
-    assert {'train.py', 'generate.py', 'fid.py', 'edit.py', 'dataset_tool.py', 'validation.py', 'search.py', 'convert.py', 'demo.py', 'compare.py',
-            'reconstruct_phema.py'} <= set(SCRIPTS)
+    assert {
+        'train.py',
+        'generate.py',
+        'fid.py',
+        'edit.py',
+        'dataset_tool.py',
+        'validation.py',
+        'search.py',
+        'convert.py',
+        'demo.py',
+        'compare.py',
+        'reconstruct_phema.py',
+    } <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize('script', SCRIPTS)

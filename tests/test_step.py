@@ -1,4 +1,5 @@
 """The whole optimizer step of every objective waits for no device: it runs on tensors that have no values."""
+
 import contextlib
 
 import pytest
@@ -23,8 +24,17 @@ from training.weight_update import WeightUpdate
 
 BATCH, ROUNDS, CLASSES = 64, 2, 10
 RANGE = dict(rho=7.0, sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
-SEGMENTS = dict(RANGE, S=8, student_grid='edm', T_start=16, T_end=64, T_anneal_kimg=BATCH / 1e3, sampling_mode='edm', cd_loss='pseudo_huber',
-                cd_weight_mode='sqrt_karras')
+SEGMENTS = dict(
+    RANGE,
+    S=8,
+    student_grid='edm',
+    T_start=16,
+    T_end=64,
+    T_anneal_kimg=BATCH / 1e3,
+    sampling_mode='edm',
+    cd_loss='pseudo_huber',
+    cd_weight_mode='sqrt_karras',
+)
 MCD = dict(SEGMENTS, terminal_anchor=True, terminal_teacher_hop=True, anchor_hops=2)
 CM = dict(RANGE, N=None, s0=2, s1=20, schedule_nimg=4 * BATCH, mu0=0.9, mu_schedule='adaptive', cm_loss='l2')
 
@@ -35,19 +45,68 @@ CASES = {
     'vp': ('diffusion', dict(kind='vp'), dict(grad_clip=1.0)),
     've': ('diffusion', dict(kind='ve'), dict(radam=True)),
     'mcd': ('mcd', MCD, dict(loss_scale=None, grad_clip=1.0, stds=[0.05, 0.1])),
-    'mcd, one segment': ('mcd', dict(MCD, S=1, keep_ties=True, top_mass=0.5), dict(radam=True, loss_scale=None)),
+    'mcd, one segment': (
+        'mcd',
+        dict(MCD, S=1, keep_ties=True, top_mass=0.5),
+        dict(radam=True, loss_scale=None),
+    ),
     'mcd, tops': ('mcd', dict(MCD, keep_ties=True, top_mass=0.5), {}),
     'mcd, ddim to the data': ('mcd', dict(MCD, hop='ddim', terminal_teacher_hop=False), {}),
-    'mcd, addim': ('mcd', dict(MCD, hop='addim', terminal_anchor=False, sync_dropout=False, student_grid='full'), {}),
+    'mcd, addim': (
+        'mcd',
+        dict(MCD, hop='addim', terminal_anchor=False, sync_dropout=False, student_grid='full'),
+        {},
+    ),
     'mct': ('mct', SEGMENTS, dict(radam=True)),
     'direct': ('direct', dict(SEGMENTS, keep_ties=True, top_mass=0.9, substeps=2), {}),
-    'pd': ('pd', dict(RANGE, S=4, student_grid='full', sigma_grid='karras', hop='ddim', xvar_frac=0.75, cd_loss='l2'), {}),
+    'pd': (
+        'pd',
+        dict(RANGE, S=4, student_grid='full', sigma_grid='karras', hop='ddim', xvar_frac=0.75, cd_loss='l2'),
+        {},
+    ),
     'cm-cd': ('cm-cd', dict(CM, hop='heun', xvar_frac=0.75), {}),
     'cm-ct': ('cm-ct', dict(CM, cm_loss='pseudo_huber'), dict(loss_scale=None)),
-    'ict': ('ict', dict(RANGE, schedule_nimg=4 * BATCH, s0=4, s1=16, P_mean=-1.1, P_std=2.0, batch_size=BATCH), dict(radam=True)),
-    'ect': ('ect', dict(P_mean=-1.1, P_std=2.0, q=2.0, k=8.0, b=1.0, c=0.0, stage_nimg=BATCH, ect_weight='gap', sigma_data=0.5), {}),
-    'tcm': ('tcm', dict(sigma_max=80.0, dividing_t=1.0, student_scale=0.2, student_df=0.01, q=2.0, k=8.0, b=1.0, c=1e-8, ratio_cap=0.999,
-                        stage_nimg=BATCH, tcm_weight='flat', boundary_share=0.25, boundary_weight=0.1, batch_size=BATCH, sigma_data=0.5), {}),
+    'ict': (
+        'ict',
+        dict(RANGE, schedule_nimg=4 * BATCH, s0=4, s1=16, P_mean=-1.1, P_std=2.0, batch_size=BATCH),
+        dict(radam=True),
+    ),
+    'ect': (
+        'ect',
+        dict(
+            P_mean=-1.1,
+            P_std=2.0,
+            q=2.0,
+            k=8.0,
+            b=1.0,
+            c=0.0,
+            stage_nimg=BATCH,
+            ect_weight='gap',
+            sigma_data=0.5,
+        ),
+        {},
+    ),
+    'tcm': (
+        'tcm',
+        dict(
+            sigma_max=80.0,
+            dividing_t=1.0,
+            student_scale=0.2,
+            student_df=0.01,
+            q=2.0,
+            k=8.0,
+            b=1.0,
+            c=1e-8,
+            ratio_cap=0.999,
+            stage_nimg=BATCH,
+            tcm_weight='flat',
+            boundary_share=0.25,
+            boundary_weight=0.1,
+            batch_size=BATCH,
+            sigma_data=0.5,
+        ),
+        {},
+    ),
 }
 
 
@@ -62,17 +121,24 @@ class Small(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.label, self.dropout = torch.nn.Conv2d(1, 1, 3, padding=1), torch.nn.Linear(CLASSES, 1), 0.1
+        self.conv, self.label, self.dropout = (
+            torch.nn.Conv2d(1, 1, 3, padding=1),
+            torch.nn.Linear(CLASSES, 1),
+            0.1,
+        )
 
     def forward(self, x, sigma, class_labels, augment_labels=None, dropout_masks=None):
         sigma = sigma.float().reshape(-1, 1, 1, 1)
-        h = self.conv(x.float() / (1 + sigma ** 2).sqrt()) + self.label(class_labels)[:, :, None, None]
+        h = self.conv(x.float() / (1 + sigma**2).sqrt()) + self.label(class_labels)[:, :, None, None]
         for mask in (dropout_masks or {}).values():
             h = h * mask / (1 - self.dropout)
-        return (x + sigma * h) / (1 + sigma ** 2)
+        return (x + sigma * h) / (1 + sigma**2)
 
     def dropout_masks(self, batch_size, generator=None):
-        return {'conv': torch.rand([batch_size, 1, 8, 8], device=self.conv.weight.device, generator=generator) > self.dropout}
+        return {
+            'conv': torch.rand([batch_size, 1, 8, 8], device=self.conv.weight.device, generator=generator)
+            > self.dropout
+        }
 
 
 def make_network(case: str, seed: int, device) -> torch.nn.Module:
@@ -93,10 +159,19 @@ class Training:
         objective, self.device, kind = OBJECTIVES[name], torch.device(device), options.get('kind')
         self.net = make_network(case, 0, device).train()
         teacher = [make_network(case, 1, device).eval().requires_grad_(False)] if objective.teacher else []
-        self.loss_fn = objective.loss_class()(*teacher, **options) if objective.loss else DIFFUSION_LOSSES[kind]()
+        self.loss_fn = (
+            objective.loss_class()(*teacher, **options) if objective.loss else DIFFUSION_LOSSES[kind]()
+        )
         self.flat = FlatParameters(self.net)
         self.loss_fn.attach(self.net, self.flat)
-        self.update = WeightUpdate(self.flat, (0.9, 0.999), 1e-8, extra.get('loss_scale', 1.0), extra.get('grad_clip'), extra.get('radam', False))
+        self.update = WeightUpdate(
+            self.flat,
+            (0.9, 0.999),
+            1e-8,
+            extra.get('loss_scale', 1.0),
+            extra.get('grad_clip'),
+            extra.get('radam', False),
+        )
         self.averages = WeightAverages(self.net, self.flat, 500.0, 0.05, extra.get('stds', []))
         self.nimg, self.losses = 0, []
 
@@ -104,8 +179,10 @@ class Training:
         """Raw images and labels of a round, as a loader gives them."""
         generator = torch.Generator().manual_seed(self.nimg)
         count = BATCH // ROUNDS
-        return (torch.randint(256, [count, 1, 8, 8], dtype=torch.uint8, generator=generator),
-                torch.eye(CLASSES)[torch.randint(CLASSES, [count], generator=generator)])
+        return (
+            torch.randint(256, [count, 1, 8, 8], dtype=torch.uint8, generator=generator),
+            torch.eye(CLASSES)[torch.randint(CLASSES, [count], generator=generator)],
+        )
 
     def recorded(self, *arguments):
         """The loss, whose values are kept."""
@@ -114,7 +191,11 @@ class Training:
 
     def steps_counted(self) -> list[torch.Tensor]:
         """What the optimizer keeps on the host, on every device."""
-        return [state['step'] for state in self.update.optimizer.state.values()] if isinstance(self.update.optimizer, torch.optim.RAdam) else []
+        return (
+            [state['step'] for state in self.update.optimizer.state.values()]
+            if isinstance(self.update.optimizer, torch.optim.RAdam)
+            else []
+        )
 
     def step(self, batch) -> None:
         self.recorded.__func__.name = self.loss_fn.name
@@ -123,7 +204,9 @@ class Training:
         self.flat.weights.grad.zero_()
         for i in range(ROUNDS):
             draws = SampleDraws(7, self.nimg + i * BATCH // ROUNDS, BATCH // ROUNDS, self.device)
-            accumulate_gradients(self.net, self.recorded, batch, draws, self.update, 1 / BATCH, StandardRGBEncoder())
+            accumulate_gradients(
+                self.net, self.recorded, batch, draws, self.update, 1 / BATCH, StandardRGBEncoder()
+            )
         self.update.step(1e-3)
         self.loss_fn.end_step()
         self.nimg += BATCH
@@ -131,8 +214,12 @@ class Training:
 
 
 WAITING = ('cpu', 'numpy', 'tolist', 'item', '__bool__', '__int__', '__float__', '__index__')
-OF_THE_HOST = ((SampleDraws, 'uniform'), (TableLoss, '_make_table'), (TruncatedTrainingLoss, 'times_on_host'),
-               (ConsistencyTuningLoss, 'times_on_host'))  # return numpy arrays or constants
+OF_THE_HOST = (
+    (SampleDraws, 'uniform'),
+    (TableLoss, '_make_table'),
+    (TruncatedTrainingLoss, 'times_on_host'),
+    (ConsistencyTuningLoss, 'times_on_host'),
+)  # return numpy arrays or constants
 
 
 @contextlib.contextmanager
@@ -148,6 +235,7 @@ def tensors_without_values(monkeypatch, of_the_host=()):
                 result = method(*arguments)
             host_at_work.pop()
             return result
+
         return compute
 
     def refusing(name, method):
@@ -156,6 +244,7 @@ def tensors_without_values(monkeypatch, of_the_host=()):
                 raise AssertionError(f'Tensor.{name} waits for the device')
             with unset_fake_temporarily():
                 return method(tensor, *arguments, **kwargs)
+
         return refuse
 
     with monkeypatch.context() as patch, FakeTensorMode(allow_non_fake_inputs=True):
@@ -184,7 +273,7 @@ INJECTED = {
     'item': (lambda loss: loss.sum().item(), 'Tensor.item waits'),
     'a truth value': (lambda loss: loss.sum() > 0 or None, 'Tensor.__bool__ waits'),
     'a copy to the host': (lambda loss: loss.cpu(), 'Tensor.cpu waits'),
-    'a slice of a device\'s length': (lambda loss: loss[:loss.argmax()], 'Tensor.__index__ waits'),
+    "a slice of a device's length": (lambda loss: loss[: loss.argmax()], 'Tensor.__index__ waits'),
     'a mask as an index': (lambda loss: loss[loss > 0], 'nonzero'),
     'nonzero': (lambda loss: loss.nonzero(), 'nonzero'),
 }
@@ -202,15 +291,25 @@ def test_a_step_that_asks_for_a_number_is_found_out(name, monkeypatch):
         loss = loss_fn(*arguments)
         waits(loss)
         return loss
+
     waiting.begin_step, waiting.name = loss_fn.begin_step, 'ct'
     training.loss_fn = waiting
-    refusals = AssertionError, fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException
-    with pytest.raises(refusals, match=message), tensors_without_values(monkeypatch, training.steps_counted()):
+    refusals = (
+        AssertionError,
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+    )
+    with (
+        pytest.raises(refusals, match=message),
+        tensors_without_values(monkeypatch, training.steps_counted()),
+    ):
         training.step(batch)
     training_stats.reset()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU: whether steps wait for it is seen there')
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason='needs a GPU: whether steps wait for it is seen there'
+)
 @pytest.mark.parametrize('case', CASES)
 def test_a_step_on_a_gpu_waits_for_nothing(case):
     """PyTorch raises where the host would wait. Three steps after a first one, which makes what stays."""

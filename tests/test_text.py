@@ -1,4 +1,5 @@
 """Text of strangers in messages: one line, without anything that a terminal obeys."""
+
 import pickle
 
 import pytest
@@ -10,10 +11,20 @@ from dnnlib.text import printable
 from dnnlib.util import named
 
 
-@pytest.mark.parametrize('text, shown', [
-    ('a\nError: all is well', r'a\nError: all is well'), ('\x1b[2J\x1b[31mred', r'\x1b[2J\x1b[31mred'), ('a\rb\tc\0', r'a\rb\tc\x00'),
-    ('gpj.\u202eexe', r'gpj.\u202eexe'), ('half \udcff', r'half \udcff'), ('\u2028line', r'\u2028line'), ('\x9b31m', r'\x9b31m'),
-    ('Straße 日本 é ñ 😀', 'Straße 日本 é ñ 😀'), ('', '')])
+@pytest.mark.parametrize(
+    'text, shown',
+    [
+        ('a\nError: all is well', r'a\nError: all is well'),
+        ('\x1b[2J\x1b[31mred', r'\x1b[2J\x1b[31mred'),
+        ('a\rb\tc\0', r'a\rb\tc\x00'),
+        ('gpj.\u202eexe', r'gpj.\u202eexe'),
+        ('half \udcff', r'half \udcff'),
+        ('\u2028line', r'\u2028line'),
+        ('\x9b31m', r'\x9b31m'),
+        ('Straße 日本 é ñ 😀', 'Straße 日本 é ñ 😀'),
+        ('', ''),
+    ],
+)
 def test_what_is_no_visible_character_is_escaped_and_everything_else_stays(text, shown):
     assert printable(text) == shown
     assert str(UserError(text)) == shown

@@ -1,4 +1,5 @@
 """Adam on flat parameters against torch's own, loss scaling, clipping, and steps whose numbers are broken."""
+
 import copy
 
 import pytest
@@ -18,7 +19,9 @@ class Problem:
         self.plain.load_state_dict(self.net.state_dict())
         self.flat = FlatParameters(self.net)
         self.update = WeightUpdate(self.flat, (0.9, 0.99), 1e-8, **options)
-        self.adam = (torch.optim.RAdam if options.get('radam') else torch.optim.Adam)(self.plain.parameters(), betas=(0.9, 0.99))
+        self.adam = (torch.optim.RAdam if options.get('radam') else torch.optim.Adam)(
+            self.plain.parameters(), betas=(0.9, 0.99)
+        )
 
     def batch(self, i):
         return torch.randn(5, 3, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
@@ -93,7 +96,9 @@ def test_a_broken_step_of_radam_leaves_weights_and_moments_as_they_were(before):
         problem.step(i)
     moments = problem.update.optimizer.state[problem.flat.weights]
     state = lambda: [problem.flat.weights.data, moments.get('exp_avg'), moments.get('exp_avg_sq')]
-    kept = [torch.zeros_like(problem.flat.weights.data) if value is None else value.clone() for value in state()]
+    kept = [
+        torch.zeros_like(problem.flat.weights.data) if value is None else value.clone() for value in state()
+    ]
     problem.step(9, factor=float('nan'))
     assert all(torch.equal(a, b) for a, b in zip(state(), kept)) and problem.update.bad_steps.item() == 1
     problem.step(10)
@@ -124,9 +129,12 @@ def test_the_dynamic_loss_scale_halves_after_broken_steps_and_doubles_after_many
 
 def test_a_gradient_that_would_vanish_in_half_precision_survives_with_the_scale():
     """1e-6 · 1e-3 = 1e-9 is below FP16's least number, 6e-8; 65536 times as much is not."""
+
     def half_gradient(scale):
         x = torch.tensor(1e-3, dtype=torch.float16, requires_grad=True)
-        (x * torch.tensor(1e-3, dtype=torch.float16) * torch.tensor(1e-6 * scale, dtype=torch.float16)).backward()
+        (
+            x * torch.tensor(1e-3, dtype=torch.float16) * torch.tensor(1e-6 * scale, dtype=torch.float16)
+        ).backward()
         return x.grad.float().item() / scale
 
     assert half_gradient(1) == 0 and half_gradient(DYNAMIC_START) == pytest.approx(1e-9, rel=0.01)
@@ -139,7 +147,10 @@ def test_a_state_brings_its_moments_and_not_the_betas_that_made_them():
     update = WeightUpdate(flat, (0.9, 0.5), 1e-8)
     update.load_state_dict(copy.deepcopy(problem.update.state_dict()))
     assert [group['betas'] for group in update.optimizer.param_groups] == [(0.9, 0.5)]
-    assert torch.equal(update.optimizer.state_dict()['state'][0]['exp_avg'], problem.update.optimizer.state_dict()['state'][0]['exp_avg'])
+    assert torch.equal(
+        update.optimizer.state_dict()['state'][0]['exp_avg'],
+        problem.update.optimizer.state_dict()['state'][0]['exp_avg'],
+    )
 
 
 def test_a_state_gives_back_moments_scale_and_counts():
@@ -150,5 +161,7 @@ def test_a_state_gives_back_moments_scale_and_counts():
     other.flat.weights.data.copy_(problem.flat.weights.data)
     problem.step(7)
     other.step(7)
-    assert torch.equal(problem.flat.weights, other.flat.weights) and torch.equal(problem.update.scale, other.update.scale)
+    assert torch.equal(problem.flat.weights, other.flat.weights) and torch.equal(
+        problem.update.scale, other.update.scale
+    )
     assert other.update.bad_steps.item() == 1 and other.update.whole_in_a_row.item() == 2

@@ -1,4 +1,5 @@
 """Processes that load data are killed under runs, as the system does when memory runs out."""
+
 import os
 import signal
 from types import SimpleNamespace
@@ -19,7 +20,11 @@ WORDS = ('A process that loads data has died (killed by SIGKILL', '--workers', '
 
 def kill_worker(rank):
     """The worker of one process of a run."""
-    worker, = (child for child in psutil.Process(rank).children() if 'resource_tracker' not in ' '.join(child.cmdline()))
+    (worker,) = (
+        child
+        for child in psutil.Process(rank).children()
+        if 'resource_tracker' not in ' '.join(child.cmdline())
+    )
     os.kill(worker.pid, signal.SIGKILL)
 
 

@@ -1,4 +1,5 @@
 """sampling/writers.py: processes that write while another one generates."""
+
 import os
 import resource
 import signal
@@ -41,7 +42,13 @@ def test_no_more_work_waits_than_said(tmp_path):
     with WriterPool(1) as pool:
         for i in range(AHEAD):
             pool.submit(write_once_there_is, tmp_path / 'go', tmp_path / str(i))
-        starter = subprocess.Popen([sys.executable, '-c', f'import time, pathlib; time.sleep(0.5); pathlib.Path({str(tmp_path / "go")!r}).touch()'])
+        starter = subprocess.Popen(
+            [
+                sys.executable,
+                '-c',
+                f'import time, pathlib; time.sleep(0.5); pathlib.Path({str(tmp_path / "go")!r}).touch()',
+            ]
+        )
         for i in range(AHEAD, 20):
             pool.submit(write_once_there_is, tmp_path / 'go', tmp_path / str(i))
             assert (tmp_path / 'go').exists() and len(pool._waiting) == AHEAD
@@ -53,7 +60,7 @@ def test_more_parts_than_files_may_be_open_become_one_array(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, [120, 4, 4, 3], dtype=np.uint8)
     parts = [str(tmp_path / f'{i:09d}') for i in range(0, 120, 3)]
     for i, part in enumerate(parts):
-        writers.write_array_part(images[3 * i:3 * i + 3], part)
+        writers.write_array_part(images[3 * i : 3 * i + 3], part)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir('/proc/self/fd'))) + 8, limits[1]))
     try:
@@ -99,5 +106,12 @@ def test_gray_and_color_images_are_written_as_they_are(tmp_path):
 
 def test_workers_do_without_torch():
     """It takes seconds to import, and a GPU may come with it."""
-    code = 'import sys, sampling.writers, dataset_tool; print(*{"torch", "scipy", "sklearn"} & set(sys.modules))'
-    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == ''
+    code = (
+        'import sys, sampling.writers, dataset_tool; print(*{"torch", "scipy", "sklearn"} & set(sys.modules))'
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == ''
+    )

@@ -1,4 +1,5 @@
 """data/zip_index.py: zip directories as arrays against Python's zipfile, and the cache of them."""
+
 import io
 import json
 import os
@@ -37,9 +38,11 @@ CONTENTS = [('b/1.png', b'one'), ('a/2.png', b'two' * 50), ('a/10.png', b''), ('
 
 def after(prefix):
     """As programs that unpack themselves are made: the offsets in the archive do not know of what is before it."""
+
     def write(path):
         write_zip(path, CONTENTS[:3])
         path.write_bytes(prefix + path.read_bytes())
+
     return write
 
 
@@ -82,7 +85,9 @@ def test_an_index_is_what_zipfile_reads(tmp_path, kind):
     index = ZipIndex.read(str(path))
     with zipfile.ZipFile(path) as archive:
         infos = sorted(archive.infolist(), key=lambda info: info.filename)
-        assert [tuple(entry) for entry in index.entries()] == [(info.filename, info.file_size, info.CRC) for info in infos]
+        assert [tuple(entry) for entry in index.entries()] == [
+            (info.filename, info.file_size, info.CRC) for info in infos
+        ]
         ours = open_archive(str(path))
         for name in archive.namelist():
             info, expected = index.info(name), archive.getinfo(name)
@@ -106,10 +111,17 @@ def test_usual_directories_need_no_zipfile(tmp_path, kind, monkeypatch):
 def test_names_are_a_sequence():
     names = zip_index.Names.of([b'a', b'bcd', b'', 'é'.encode()])
     assert list(names) == ['a', 'bcd', '', 'é'] and len(names) == 4 and names[3] == names[-1] == 'é'
-    assert names[1:3] == ['bcd', ''] and names[::-1] == ['é', '', 'bcd', 'a'] and list(names[np.array([3, 0])]) == ['é', 'a'] and 'bcd' in names
+    assert (
+        names[1:3] == ['bcd', '']
+        and names[::-1] == ['é', '', 'bcd', 'a']
+        and list(names[np.array([3, 0])]) == ['é', 'a']
+        and 'bcd' in names
+    )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Members.
+
 
 def test_what_zipfile_finds_wrong_in_a_directory_is_wrong_here(tmp_path):
     """An extra field that says it is longer than it is."""
@@ -118,6 +130,7 @@ def test_what_zipfile_finds_wrong_in_a_directory_is_wrong_here(tmp_path):
     path.write_bytes(content[:-30] + content[-30:].replace(b'UT\4\0', b'UT\x99\0'))
     with pytest.raises(UserError, match=r'complete zip file \(Corrupt extra field'):
         ImageFiles(path)
+
 
 def test_an_encrypted_member_is_named(tmp_path):
     """Bit 0 of its flags, in the local header and in the directory, says so."""
@@ -134,11 +147,13 @@ def test_a_member_that_is_not_where_the_directory_says_is_named(tmp_path):
     path = write_zip(tmp_path / 'data.zip', [('a.png', png(1)), ('b.png', png(2))])
     content = path.read_bytes()
     path.write_bytes(content.replace(b'b.png', b'c.png', 1))  # the local header's
-    with pytest.raises(UserError, match=r"b\.png is not a readable image .*differ"):
+    with pytest.raises(UserError, match=r'b\.png is not a readable image .*differ'):
         ImageFolderDataset(path)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The cache.
+
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
@@ -150,7 +165,13 @@ def cache(tmp_path, monkeypatch):
 
 def write_data(path, values=(10, 20, 30), classes=(0, 1, 2)):
     names = [f'0/{i}.png' for i in range(len(values))]
-    return write_zip(path, [*zip(names, map(png, values)), ('dataset.json', json.dumps(dict(labels=list(zip(names, classes)))).encode())])
+    return write_zip(
+        path,
+        [
+            *zip(names, map(png, values)),
+            ('dataset.json', json.dumps(dict(labels=list(zip(names, classes)))).encode()),
+        ],
+    )
 
 
 def contents(path):
@@ -198,7 +219,7 @@ def test_another_file_of_the_same_name_size_and_time_is_not_mistaken_for_the_fir
 
 
 def flip(data):
-    return data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1:]
+    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :]
 
 
 def other_arrays(_):
@@ -207,12 +228,15 @@ def other_arrays(_):
     return data.getvalue()
 
 
-@pytest.mark.parametrize('damage', [lambda data: b'', lambda data: data[:len(data) // 2], flip, lambda data: b'no arrays', other_arrays],
-                         ids=['empty', 'cut off', 'flipped bit', 'garbage', 'other arrays'])
+@pytest.mark.parametrize(
+    'damage',
+    [lambda data: b'', lambda data: data[: len(data) // 2], flip, lambda data: b'no arrays', other_arrays],
+    ids=['empty', 'cut off', 'flipped bit', 'garbage', 'other arrays'],
+)
 def test_a_damaged_cache_is_replaced(tmp_path, cache, monkeypatch, damage):
     path = write_data(tmp_path / 'data.zip')
     expected = contents(path)
-    directory, = cache.glob('*-directory.npz')
+    (directory,) = cache.glob('*-directory.npz')
     directory.write_bytes(damage(directory.read_bytes()))
     assert contents(path) == expected == without_reading(monkeypatch, path)
 
@@ -221,6 +245,7 @@ def test_pickles_in_the_cache_are_not_run(tmp_path, cache):
     class Canary:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / 'canary'),)
+
     path = write_data(tmp_path / 'data.zip')
     expected = contents(path)
     for file in cache.iterdir():
@@ -247,7 +272,10 @@ def test_how_latents_were_made_is_read_from_a_cached_directory_too(tmp_path, cac
     values = np.zeros([2, 4, 4], np.float32)
     data = io.BytesIO()
     np.save(data, values)
-    path = write_zip(tmp_path / 'data.zip', [('a.npy', data.getvalue()), ('dataset.json', b'{"labels": null, "encoder": {"class_name": "E"}}')])
+    path = write_zip(
+        tmp_path / 'data.zip',
+        [('a.npy', data.getvalue()), ('dataset.json', b'{"labels": null, "encoder": {"class_name": "E"}}')],
+    )
     for _ in range(2):
         dataset = ImageFolderDataset(path)
         assert dataset.holds_latents and dataset.encoder == {'class_name': 'E'} and dataset.label_dim == 0
@@ -258,8 +286,14 @@ def test_how_latents_were_made_is_read_from_a_cached_directory_too(tmp_path, cac
 def test_processes_that_begin_together_all_read_the_data(tmp_path, cache):
     """Three processes, an empty cache; each writes what it computed, whole."""
     path = write_data(tmp_path / 'data.zip', values=range(100), classes=range(100))
-    code = ('import sys; sys.path.insert(0, "tests"); from dnnlib import util; from data import zip_index; from multiprocessing import Pool; '
-            'util.DEFAULT_CACHE_DIR, zip_index.CACHE_FROM = sys.argv[2], 1; import test_zip_index as t\n'
-            'with Pool(3) as pool: print(len({tuple(c) for c in pool.map(t.contents, [sys.argv[1]] * 6, 1)}))')
+    code = (
+        'import sys; sys.path.insert(0, "tests"); from dnnlib import util; from data import zip_index; from multiprocessing import Pool; '
+        'util.DEFAULT_CACHE_DIR, zip_index.CACHE_FROM = sys.argv[2], 1; import test_zip_index as t\n'
+        'with Pool(3) as pool: print(len({tuple(c) for c in pool.map(t.contents, [sys.argv[1]] * 6, 1)}))'
+    )
     assert run('-c', code, path, tmp_path / 'cache').stdout.strip() == '1'
-    assert sorted(file.name.split('-')[1].split('.')[0] for file in cache.iterdir()) == ['directory', 'labels', 'listing']
+    assert sorted(file.name.split('-')[1].split('.')[0] for file in cache.iterdir()) == [
+        'directory',
+        'labels',
+        'listing',
+    ]

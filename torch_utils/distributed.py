@@ -2,6 +2,7 @@
 
 Everything works in a single process without a process group: then the collectives return their argument.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -38,21 +39,31 @@ def init() -> None:
         return
     rank, world_size = _environment('RANK'), _environment('WORLD_SIZE')
     if not rank < world_size:
-        raise UserError(f'RANK={rank} is not below WORLD_SIZE={world_size}. Start the processes with torchrun.')
+        raise UserError(
+            f'RANK={rank} is not below WORLD_SIZE={world_size}. Start the processes with torchrun.'
+        )
     if torch.cuda.is_available():
         local_rank = _environment('LOCAL_RANK')
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f'LOCAL_RANK={local_rank}, but this machine has {torch.cuda.device_count()} GPUs. Lower --nproc_per_node.')
+            raise UserError(
+                f'LOCAL_RANK={local_rank}, but this machine has {torch.cuda.device_count()} GPUs. Lower --nproc_per_node.'
+            )
         torch.cuda.set_device(local_rank)
     if world_size == 1 or dist.is_initialized():
         return
     try:
-        where = dict(store=_store_of_this_start(rank, world_size), rank=rank, world_size=world_size) if elastic.restarts()[1] else {}
+        where = (
+            dict(store=_store_of_this_start(rank, world_size), rank=rank, world_size=world_size)
+            if elastic.restarts()[1]
+            else {}
+        )
         dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', **where)
     except (RuntimeError, ValueError) as error:  # torch's own network and store errors are RuntimeErrors
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f'Process {rank} of {world_size} could not join the others: {reason} '
-                        'Start the processes with torchrun, and check MASTER_ADDR, MASTER_PORT and the network.') from error
+        raise UserError(
+            f'Process {rank} of {world_size} could not join the others: {reason} '
+            'Start the processes with torchrun, and check MASTER_ADDR, MASTER_PORT and the network.'
+        ) from error
 
 
 def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
@@ -82,8 +93,10 @@ def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
 def _environment(name: str) -> int:
     value = os.environ.get(name, '')
     if not re.fullmatch('[0-9]{1,9}', value):
-        raise UserError(f"The environment variable {name} is '{printable(value, MAX_DIGITS)}', not a number of at most 9 digits. "
-                        'Start the processes with torchrun, or unset RANK and WORLD_SIZE.')
+        raise UserError(
+            f"The environment variable {name} is '{printable(value, MAX_DIGITS)}', not a number of at most 9 digits. "
+            'Start the processes with torchrun, or unset RANK and WORLD_SIZE.'
+        )
     return int(value)
 
 
@@ -99,7 +112,11 @@ def get_world_size() -> int:
 
 def get_device() -> torch.device:
     """The GPU that belongs to this process, or the CPU."""
-    return torch.device('cuda', torch.cuda.current_device()) if torch.cuda.is_available() else torch.device('cpu')
+    return (
+        torch.device('cuda', torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device('cpu')
+    )
 
 
 def is_main() -> bool:
@@ -129,7 +146,9 @@ def among_others():
 
 def _lost(error: RuntimeError) -> NoReturn:
     reason = str(error).strip().splitlines()[-1]
-    raise UserError(f'Process {get_rank()} lost the others ({reason}). See above what stopped them.') from error
+    raise UserError(
+        f'Process {get_rank()} lost the others ({reason}). See above what stopped them.'
+    ) from error
 
 
 def barrier() -> None:

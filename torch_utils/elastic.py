@@ -1,4 +1,5 @@
 """torchrun as the parent of processes: who it is, that they end with it, and whether it has started them again."""
+
 from __future__ import annotations
 
 import contextlib
@@ -23,12 +24,16 @@ def torchrun() -> dict | None:
         return None
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process().parent()
-        return identity.of_process(parent.pid) if parent is not None and _is_torchrun(parent.cmdline()) else None
+        return (
+            identity.of_process(parent.pid) if parent is not None and _is_torchrun(parent.cmdline()) else None
+        )
 
 
 def _is_torchrun(command: list[str]) -> bool:
     program, *names = [PurePath(word).name for word in command] or ['']
-    return program == 'torchrun' or (program.startswith('python') and any(name in ('torchrun', *MODULES) for name in names))
+    return program == 'torchrun' or (
+        program.startswith('python') and any(name in ('torchrun', *MODULES) for name in names)
+    )
 
 
 @functools.cache
@@ -37,16 +42,22 @@ def end_with_torchrun() -> None:
 
     One that a shell has started, or nohup, setsid or srun, in whatever environment, outlives its parent as ever.
     """
-    if os.getppid() != interrupts.PARENT and _is_torchrun(interrupts.PARENT_COMMAND):  # killed while this process was importing
+    if os.getppid() != interrupts.PARENT and _is_torchrun(
+        interrupts.PARENT_COMMAND
+    ):  # killed while this process was importing
         _end_with(interrupts.PARENT)
     if (parent := torchrun()) is not None:
-        threading.Thread(target=_end_with, args=[parent['pid']], name='end-with-torchrun', daemon=True).start()
+        threading.Thread(
+            target=_end_with, args=[parent['pid']], name='end-with-torchrun', daemon=True
+        ).start()
 
 
 def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_SEC)
-    identity.end_at_once(f'torchrun (process {parent}) is gone: process {os.getpid()}, rank {os.environ.get("RANK")}, ends with it.')
+    identity.end_at_once(
+        f'torchrun (process {parent}) is gone: process {os.getpid()}, rank {os.environ.get("RANK")}, ends with it.'
+    )
 
 
 def restarts() -> tuple[int, int]:

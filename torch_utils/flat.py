@@ -1,4 +1,5 @@
 """A network's parameters as views of one vector, so that what treats them alike (optimizer, averages, norms) is one operation each."""
+
 from __future__ import annotations
 
 import itertools
@@ -28,11 +29,11 @@ class FlatParameters:
         vector = parameters[0].new_zeros(starts[-1], requires_grad=False)
         gradient = torch.zeros_like(vector)
         for start, parameter in zip(starts, parameters):
-            view = vector[start:start + parameter.numel()].view(parameter.shape)
+            view = vector[start : start + parameter.numel()].view(parameter.shape)
             view.copy_(parameter.detach())
             parameter.data = view
             if parameter.requires_grad:
-                parameter.grad = gradient[start:start + parameter.numel()].view(parameter.shape)
+                parameter.grad = gradient[start : start + parameter.numel()].view(parameter.shape)
         self.weights = torch.nn.Parameter(vector, requires_grad=parameters[0].requires_grad)
         if self.weights.requires_grad:
             self.weights.grad = gradient

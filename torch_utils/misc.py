@@ -1,4 +1,5 @@
 """Small things around training: times for people, gradients under DDP, learning rates, what the process may do with numbers and memory."""
+
 from __future__ import annotations
 
 import contextlib
@@ -43,7 +44,7 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
-        mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class LateReading:
@@ -66,7 +67,14 @@ class LateReading:
         return self._latest
 
 
-def learning_rate(base: float, nimg: int, total_nimg: int, rampup_nimg: float, schedule: str = 'constant', ref_nimg: float = 0) -> float:
+def learning_rate(
+    base: float,
+    nimg: int,
+    total_nimg: int,
+    rampup_nimg: float,
+    schedule: str = 'constant',
+    ref_nimg: float = 0,
+) -> float:
     """Learning rate after `nimg` images: a linear ramp from 0 over `rampup_nimg`, times a decay.
 
     Schedules: constant; linear 1 − p and cosine (1 + cos(pi p)) / 2, with p = nimg / total_nimg; sqrt 1 / sqrt(max(nimg / ref_nimg, 1)),
@@ -76,4 +84,6 @@ def learning_rate(base: float, nimg: int, total_nimg: int, rampup_nimg: float, s
     done = min(nimg / total_nimg, 1.0)
     if schedule == 'sqrt':
         return base * ramp * min(math.sqrt(ref_nimg / nimg), 1.0) if nimg else base * ramp
-    return base * ramp * dict(constant=1.0, linear=1 - done, cosine=(1 + math.cos(math.pi * done)) / 2)[schedule]
+    return (
+        base * ramp * dict(constant=1.0, linear=1 - done, cosine=(1 + math.cos(math.pi * done)) / 2)[schedule]
+    )

@@ -5,6 +5,7 @@ Format (version 6, as in Karras et al.'s StyleGAN and EDM code): the object is p
 EDM's own tools execute module_src to rebuild the object. This module only writes that source and never executes any:
 `training.checkpoint` reads snapshots as data, and plain unpickling works only for classes that this process defines itself.
 """
+
 from __future__ import annotations
 
 import copy
@@ -14,7 +15,11 @@ import pickle
 import sys
 
 FORMAT_VERSION = 6
-HERE_ONLY = {'_compiled_call_impl', 'channels_last', 'checkpoint_activations'}  # attributes of how this process runs an object, not of what it is
+HERE_ONLY = {
+    '_compiled_call_impl',
+    'channels_last',
+    'checkpoint_activations',
+}  # attributes of how this process runs an object, not of what it is
 _classes: dict[tuple[str, str], type] = {}  # (class name, source of its module) -> class
 _sources: dict[type, str] = {}
 
@@ -32,7 +37,11 @@ def persistent_class(cls: type) -> type:
     @functools.wraps(construct)
     def __init__(self, *args, **kwargs):
         outermost = type(self) is cls
-        recorded = (tuple(map(_recorded, args)), {name: _recorded(value) for name, value in kwargs.items()}) if outermost else None
+        recorded = (
+            (tuple(map(_recorded, args)), {name: _recorded(value) for name, value in kwargs.items()})
+            if outermost
+            else None
+        )
         construct(self, *args, **kwargs)  # which may alter them
         if outermost:
             self._init_args, self._init_kwargs = recorded
@@ -42,7 +51,9 @@ def persistent_class(cls: type) -> type:
     cls.init_kwargs = property(lambda self: copy.deepcopy(self._init_kwargs))
     cls.__reduce__ = _reduce
     cls.__deepcopy__ = _deepcopy
-    _sources[cls] = sys.intern(inspect.getsource(sys.modules[cls.__module__]))  # interned: one copy a module in every pickle
+    _sources[cls] = sys.intern(
+        inspect.getsource(sys.modules[cls.__module__])
+    )  # interned: one copy a module in every pickle
     _classes[cls.__name__, _sources[cls]] = cls
     return cls
 
@@ -68,9 +79,13 @@ def _restore(obj, state: dict):
 def _reduce(self):
     cls = type(self)
     if cls not in _sources:
-        raise TypeError(f'{cls.__name__} derives from a persistent class but is not decorated with @persistent_class itself')
+        raise TypeError(
+            f'{cls.__name__} derives from a persistent class but is not decorated with @persistent_class itself'
+        )
     state = _state(self, leave_out={'metadata'} | HERE_ONLY)
-    meta = dict(type='class', version=FORMAT_VERSION, module_src=_sources[cls], class_name=cls.__name__, state=state)
+    meta = dict(
+        type='class', version=FORMAT_VERSION, module_src=_sources[cls], class_name=cls.__name__, state=state
+    )
     return _reconstruct_persistent_obj, (meta,)
 
 
@@ -84,6 +99,8 @@ def _reconstruct_persistent_obj(meta: dict):
     """What pickles call. Rebuilds objects of this very process's classes; never executes the source that came along."""
     cls = _classes.get((meta['class_name'], meta['module_src']))
     if cls is None:
-        raise pickle.UnpicklingError(f'no class {meta["class_name"]!r} with this source is loaded here, and its source is never executed; '
-                                     'read snapshots with training.checkpoint.load_network')
+        raise pickle.UnpicklingError(
+            f'no class {meta["class_name"]!r} with this source is loaded here, and its source is never executed; '
+            'read snapshots with training.checkpoint.load_network'
+        )
     return _restore(cls.__new__(cls), meta['state'])

@@ -1,4 +1,5 @@
 """Being asked to stop: signals of schedulers and users, noticed at the next step by all processes together."""
+
 from __future__ import annotations
 
 import contextlib
@@ -10,9 +11,13 @@ import time
 
 from torch_utils.distributed import HostAgreement
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # of SLURM at its time limit, of its --signal=USR1, of the keyboard
+SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGINT,
+)  # of SLURM at its time limit, of its --signal=USR1, of the keyboard
 SAME_REQUEST_SEC = 5.0  # a terminal, torchrun and SLURM may each deliver the same signal
-EXIT_PREEMPTED = 75     # EX_TEMPFAIL of sysexits.h: come again
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: come again
 
 
 class StopRequest:
@@ -50,7 +55,9 @@ class StopRequest:
             self.requested, self._first_time = signal.Signals(number).name, now
         elif now - self._first_time > SAME_REQUEST_SEC:
             with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(sys.__stderr__.fileno(), b'Stopping at once.\n')  # a print could interrupt another print
+                os.write(
+                    sys.__stderr__.fileno(), b'Stopping at once.\n'
+                )  # a print could interrupt another print
             os._exit(128 + number)
 
 
@@ -59,7 +66,9 @@ class WorkerShield:
     every process, and the step at hand needs its data. On the way out they obey SIGTERM again, by which Python ends them."""
 
     def __init__(self):
-        self._leaving = multiprocessing.RawValue('b', 0)  # without a lock, which a signal in the handler would wait for in vain
+        self._leaving = multiprocessing.RawValue(
+            'b', 0
+        )  # without a lock, which a signal in the handler would wait for in vain
 
     def __enter__(self) -> WorkerShield:
         return self

@@ -12,6 +12,7 @@ these pickle them with. Functions that anyone would call for their effect, or to
 
 Time and memory are at most proportional to the file's length, and its records are limited in number.
 """
+
 from __future__ import annotations
 
 import re
@@ -35,12 +36,14 @@ class RefusedName(MalformedPickle):
 @dataclass(frozen=True, eq=False, slots=True)
 class Name:
     """A global that the file names."""
+
     path: str
 
 
 @dataclass(eq=False, slots=True)
 class Call:
     """An object that the file would have built by calling `name`, and the state it would have given to it."""
+
     name: str
     args: tuple
     state: object = None
@@ -49,6 +52,7 @@ class Call:
 @dataclass(frozen=True, eq=False, slots=True)
 class Span:
     """A byte string (or an integer of more than 255 bytes) and its place in the file; a long one is left there."""
+
     start: int
     size: int
     data: bytes | None = None
@@ -57,20 +61,37 @@ class Span:
 @dataclass(frozen=True, eq=False, slots=True)
 class Key:
     """A key that is no string. It is told from others by identity: a crafted one could take for ever to hash, or collide with many."""
+
     value: object
 
 
 PERSISTENT_OBJECT = 'torch_utils.persistence._reconstruct_persistent_obj'
 PARAMETERS = {'torch._utils._rebuild_parameter', 'torch._utils._rebuild_parameter_with_state'}
-TENSOR, TYPED_TENSOR, STORAGE = 'torch._utils._rebuild_tensor_v2', 'torch._utils._rebuild_tensor_v3', 'torch.storage._load_from_bytes'
+TENSOR, TYPED_TENSOR, STORAGE = (
+    'torch._utils._rebuild_tensor_v2',
+    'torch._utils._rebuild_tensor_v3',
+    'torch.storage._load_from_bytes',
+)
 TENSOR_WITH_ATTRIBUTES = 'torch._tensor._rebuild_from_type_v2'
 TENSORS = PARAMETERS | {TENSOR, TYPED_TENSOR, TENSOR_WITH_ATTRIBUTES}
 PERSISTENT_ID = 'persistent_id'  # what references to what is outside of the pickle are called here
 ENCODED_BYTES = '_codecs.encode'  # how protocol 2, which has no bytes, writes them: as text in Latin-1
-DTYPES = {'Float': torch.float32, 'Double': torch.float64, 'Half': torch.float16, 'BFloat16': torch.bfloat16,
-          'Long': torch.int64, 'Int': torch.int32, 'Short': torch.int16, 'Char': torch.int8, 'Byte': torch.uint8}
+DTYPES = {
+    'Float': torch.float32,
+    'Double': torch.float64,
+    'Half': torch.float16,
+    'BFloat16': torch.bfloat16,
+    'Long': torch.int64,
+    'Int': torch.int32,
+    'Short': torch.int16,
+    'Char': torch.int8,
+    'Byte': torch.uint8,
+}
 STORAGE_TYPES = {f'torch.{name}Storage': dtype for name, dtype in DTYPES.items()}
-STORAGE_TYPES |= {f'torch.{name}': torch.uint8 for name in ('UntypedStorage', 'storage.UntypedStorage', 'storage._UntypedStorage')}
+STORAGE_TYPES |= {
+    f'torch.{name}': torch.uint8
+    for name in ('UntypedStorage', 'storage.UntypedStorage', 'storage._UntypedStorage')
+}
 
 
 def _names(*modules: str, of: str) -> set[str]:
@@ -80,24 +101,49 @@ def _names(*modules: str, of: str) -> set[str]:
 DICTS = {'collections.OrderedDict', 'dnnlib.util.EasyDict'}
 CONTAINERS = _names('torch.nn.modules.container', of='ModuleDict ModuleList Sequential')
 NUMPY_SCALARS = _names('numpy.core.multiarray', 'numpy._core.multiarray', of='scalar')
-NUMPY_TYPES = _names('numpy', of='ndarray dtype bool bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64')
+NUMPY_TYPES = _names(
+    'numpy',
+    of='ndarray dtype bool bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64',
+)
 NUMPY_ARRAYS = _names('numpy.core', 'numpy._core', of='multiarray._reconstruct numeric._frombuffer')
 TORCH_TYPES = _names('torch', of='Tensor Size device nn.parameter.Parameter')
 TORCH_DTYPES = {str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
-LAYERS = {f'{value.__module__}.{value.__name__}' for value in vars(torch.nn).values() if isinstance(value, type)}  # in a loss: a feature network
-PYTHON_TYPES = (_names('builtins', '__builtin__', of='object bool int float complex str bytes bytearray list tuple dict set frozenset range slice')
-                | _names('__builtin__', of='long unicode xrange')
-                | _names('collections', of='defaultdict deque Counter') | _names('copyreg', 'copy_reg', of='_reconstructor')
-                | _names('datetime', of='date datetime time timedelta timezone') | {'argparse.Namespace', 'types.SimpleNamespace'}
-                | _names('pathlib', 'pathlib._local', of='PosixPath WindowsPath PurePosixPath PureWindowsPath'))
-SNAPSHOT_NAMES = frozenset({PERSISTENT_OBJECT, TENSOR, TYPED_TENSOR, TENSOR_WITH_ATTRIBUTES, STORAGE, ENCODED_BYTES}.union(
-    PARAMETERS, DICTS, CONTAINERS, NUMPY_SCALARS, NUMPY_TYPES, NUMPY_ARRAYS, TORCH_TYPES, TORCH_DTYPES, LAYERS, PYTHON_TYPES))
+LAYERS = {
+    f'{value.__module__}.{value.__name__}' for value in vars(torch.nn).values() if isinstance(value, type)
+}  # in a loss: a feature network
+PYTHON_TYPES = (
+    _names(
+        'builtins',
+        '__builtin__',
+        of='object bool int float complex str bytes bytearray list tuple dict set frozenset range slice',
+    )
+    | _names('__builtin__', of='long unicode xrange')
+    | _names('collections', of='defaultdict deque Counter')
+    | _names('copyreg', 'copy_reg', of='_reconstructor')
+    | _names('datetime', of='date datetime time timedelta timezone')
+    | {'argparse.Namespace', 'types.SimpleNamespace'}
+    | _names('pathlib', 'pathlib._local', of='PosixPath WindowsPath PurePosixPath PureWindowsPath')
+)
+SNAPSHOT_NAMES = frozenset(
+    {PERSISTENT_OBJECT, TENSOR, TYPED_TENSOR, TENSOR_WITH_ATTRIBUTES, STORAGE, ENCODED_BYTES}.union(
+        PARAMETERS,
+        DICTS,
+        CONTAINERS,
+        NUMPY_SCALARS,
+        NUMPY_TYPES,
+        NUMPY_ARRAYS,
+        TORCH_TYPES,
+        TORCH_DTYPES,
+        LAYERS,
+        PYTHON_TYPES,
+    )
+)
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # The machine. A handler is a function of the reader; it takes its operands from the file and the stack.
 
-MAX_RECORDS = 4_000_000     # opcodes; a network of a thousand tensors has about 100,000
-WINDOW = 8192               # bytes that are read from the file at a time
+MAX_RECORDS = 4_000_000  # opcodes; a network of a thousand tensors has about 100,000
+WINDOW = 8192  # bytes that are read from the file at a time
 
 
 class Reader:
@@ -105,7 +151,11 @@ class Reader:
 
     def __init__(self, file: BinaryIO, start: int, stop: int, names: frozenset[str], persistent_ids: bool):
         self.file, self.stop, self.names, self.persistent_ids = file, stop, names, persistent_ids
-        self.window, self.at, self.start = b'', 0, start  # bytes of the file, the next one to read, the offset of the first
+        self.window, self.at, self.start = (
+            b'',
+            0,
+            start,
+        )  # bytes of the file, the next one to read, the offset of the first
 
     def next_pickle(self):
         """What the pickle at hand holds. Raises: MalformedPickle."""
@@ -146,7 +196,7 @@ class Reader:
         if self.at + size > len(self.window):
             self.refill(size)
         self.at += size
-        return self.window[self.at - size:self.at]
+        return self.window[self.at - size : self.at]
 
     def byte(self) -> int:
         if self.at == len(self.window):
@@ -161,7 +211,7 @@ class Reader:
         return self.take(size).decode(encoding, 'surrogatepass')
 
     def line(self) -> str:
-        if b'\n' not in self.window[self.at:self.at + 256]:
+        if b'\n' not in self.window[self.at : self.at + 256]:
             self.refill(1)
         end = self.window.find(b'\n', self.at, self.at + 256)
         if end < 0:
@@ -205,7 +255,9 @@ class Reader:
     def target(self, *kinds: type):
         """The value on top of the stack, which the current opcode is about to fill."""
         if type(self.stack[-1]) not in kinds:
-            raise MalformedPickle(f'fills a {type(self.stack[-1]).__name__} as if it were a {kinds[0].__name__}')
+            raise MalformedPickle(
+                f'fills a {type(self.stack[-1]).__name__} as if it were a {kinds[0].__name__}'
+            )
         return self.stack[-1]
 
     def set_items(self, items: list):
@@ -213,7 +265,10 @@ class Reader:
         if len(items) % 2:
             raise MalformedPickle('has a key without a value')
         if isinstance(target, dict):  # no one asks for the items of other objects
-            target.update((key if isinstance(key, str) else Key(key), value) for key, value in zip(items[::2], items[1::2]))
+            target.update(
+                (key if isinstance(key, str) else Key(key), value)
+                for key, value in zip(items[::2], items[1::2])
+            )
 
     def add_to_list(self, items: list):
         target = self.target(list, Call)
@@ -221,9 +276,17 @@ class Reader:
             target.extend(items)
 
     def push_name(self, module: object, name: object):
-        if not (isinstance(module, str) and isinstance(name, str) and (path := f'{module}.{name}') in self.names):
-            refused = repr(path) if isinstance(module, str) and isinstance(name, str) else 'something by what is no text'
-            raise RefusedName(f'names {refused}, which such a file has no use for (refused, nothing was executed)')
+        if not (
+            isinstance(module, str) and isinstance(name, str) and (path := f'{module}.{name}') in self.names
+        ):
+            refused = (
+                repr(path)
+                if isinstance(module, str) and isinstance(name, str)
+                else 'something by what is no text'
+            )
+            raise RefusedName(
+                f'names {refused}, which such a file has no use for (refused, nothing was executed)'
+            )
         self.stack.append(Name(path))
 
     def call(self):
@@ -233,8 +296,10 @@ class Reader:
         self.stack.append({} if function.path in DICTS and not args else Call(function.path, args))
 
     def build(self):
-        state, = self.pop(1)
-        target = self.target(Call, dict)  # a dict of a class of its own can have attributes: those of a state dict, for example
+        (state,) = self.pop(1)
+        target = self.target(
+            Call, dict
+        )  # a dict of a class of its own can have attributes: those of a state dict, for example
         if isinstance(target, Call):
             target.state = state
 
@@ -242,7 +307,9 @@ class Reader:
         line = self.line()
         if not re.fullmatch(r'-?[0-9]{1,19}', line):
             raise MalformedPickle('has a number that is none')
-        self.stack.append({'00': False, '01': True}.get(line, int(line)))  # Python 2's booleans, which NumPy wrote with protocol 2 too
+        self.stack.append(
+            {'00': False, '01': True}.get(line, int(line))
+        )  # Python 2's booleans, which NumPy wrote with protocol 2 too
 
     def push_dict(self):
         items = self.pop_to_mark()
@@ -256,65 +323,72 @@ class Reader:
 
 
 STOP = ord('.')
-OPCODES: dict[int, Callable[[Reader], object]] = {code[0]: handler for code, handler in {
-    b'\x80': lambda r: r.take(1),                       # PROTO
-    b'\x95': lambda r: r.take(8),                       # FRAME: a hint to readers, nothing more
-    b'(': Reader.mark,
-    b'0': lambda r: r.pop(1),
-    b'1': Reader.pop_to_mark,                           # both end recursive tuples
-    b'N': lambda r: r.stack.append(None),
-    b'\x88': lambda r: r.stack.append(True),
-    b'\x89': lambda r: r.stack.append(False),
-    b'J': lambda r: r.stack.append(int.from_bytes(r.take(4), 'little', signed=True)),
-    b'K': lambda r: r.stack.append(r.byte()),
-    b'M': lambda r: r.stack.append(r.number(2)),
-    b'\x8a': lambda r: r.stack.append(int.from_bytes(r.take(r.byte()), 'little', signed=True)),
-    b'\x8b': lambda r: r.stack.append(r.span(r.number(4))),     # LONG4
-    b'G': lambda r: r.stack.append(struct.unpack('>d', r.take(8))[0]),
-    b'U': lambda r: r.stack.append(r.text(r.byte(), 'latin-1')),  # SHORT_BINSTRING and BINSTRING: Python 2's
-    b'T': lambda r: r.stack.append(r.text(r.number(4), 'latin-1')),
-    b'X': lambda r: r.stack.append(r.text(r.number(4))),
-    b'\x8c': lambda r: r.stack.append(r.text(r.byte())),
-    b'\x8d': lambda r: r.stack.append(r.text(r.number(8))),
-    b'C': lambda r: r.stack.append(r.span(r.byte())),
-    b'B': lambda r: r.stack.append(r.span(r.number(4))),
-    b'\x8e': lambda r: r.stack.append(r.span(r.number(8))),
-    b'\x96': lambda r: r.stack.append(r.span(r.number(8))),  # BYTEARRAY8
-    b']': lambda r: r.stack.append([]),
-    b'}': lambda r: r.stack.append({}),
-    b')': lambda r: r.stack.append(()),
-    b'\x8f': lambda r: r.stack.append(Call('builtins.set', ())),
-    b'\x91': lambda r: r.replace_mark(lambda items: Call('builtins.frozenset', (items,))),
-    b'd': Reader.push_dict,                             # this one and the next three: protocol 0, short lines only
-    b'I': Reader.short_integer,
-    b'V': lambda r: r.stack.append(r.line()),
-    b'p': lambda r: r.memo.__setitem__(r.line(), r.stack[-1]),
-    b'l': lambda r: r.replace_mark(list),
-    b't': lambda r: r.replace_mark(tuple),
-    b'\x85': lambda r: r.stack.append(tuple(r.pop(1))),
-    b'\x86': lambda r: r.stack.append(tuple(r.pop(2))),
-    b'\x87': lambda r: r.stack.append(tuple(r.pop(3))),
-    b'a': lambda r: r.add_to_list(r.pop(1)),
-    b'e': lambda r: r.add_to_list(r.pop_to_mark()),
-    b'\x90': lambda r: r.add_to_list(r.pop_to_mark()),  # ADDITEMS
-    b's': lambda r: r.set_items(r.pop(2)),
-    b'u': lambda r: r.set_items(r.pop_to_mark()),
-    b'h': lambda r: r.stack.append(r.memo[r.byte()]),
-    b'j': lambda r: r.stack.append(r.memo[r.number(4)]),
-    b'q': lambda r: r.put(r.byte()),
-    b'r': lambda r: r.put(r.number(4)),
-    b'\x94': Reader.memoize,
-    b'c': lambda r: r.push_name(r.line(), r.line()),
-    b'\x93': lambda r: r.push_name(*r.pop(2)),
-    b'R': Reader.call,
-    b'\x81': Reader.call,                               # NEWOBJ: the class is called with these arguments
-    b'\x92': lambda r: (r.pop(1), r.call()),            # NEWOBJ_EX: and keywords
-    b'b': Reader.build,
-    b'Q': Reader.persistent_id,
-}.items()}
+OPCODES: dict[int, Callable[[Reader], object]] = {
+    code[0]: handler
+    for code, handler in {
+        b'\x80': lambda r: r.take(1),  # PROTO
+        b'\x95': lambda r: r.take(8),  # FRAME: a hint to readers, nothing more
+        b'(': Reader.mark,
+        b'0': lambda r: r.pop(1),
+        b'1': Reader.pop_to_mark,  # both end recursive tuples
+        b'N': lambda r: r.stack.append(None),
+        b'\x88': lambda r: r.stack.append(True),
+        b'\x89': lambda r: r.stack.append(False),
+        b'J': lambda r: r.stack.append(int.from_bytes(r.take(4), 'little', signed=True)),
+        b'K': lambda r: r.stack.append(r.byte()),
+        b'M': lambda r: r.stack.append(r.number(2)),
+        b'\x8a': lambda r: r.stack.append(int.from_bytes(r.take(r.byte()), 'little', signed=True)),
+        b'\x8b': lambda r: r.stack.append(r.span(r.number(4))),  # LONG4
+        b'G': lambda r: r.stack.append(struct.unpack('>d', r.take(8))[0]),
+        b'U': lambda r: r.stack.append(
+            r.text(r.byte(), 'latin-1')
+        ),  # SHORT_BINSTRING and BINSTRING: Python 2's
+        b'T': lambda r: r.stack.append(r.text(r.number(4), 'latin-1')),
+        b'X': lambda r: r.stack.append(r.text(r.number(4))),
+        b'\x8c': lambda r: r.stack.append(r.text(r.byte())),
+        b'\x8d': lambda r: r.stack.append(r.text(r.number(8))),
+        b'C': lambda r: r.stack.append(r.span(r.byte())),
+        b'B': lambda r: r.stack.append(r.span(r.number(4))),
+        b'\x8e': lambda r: r.stack.append(r.span(r.number(8))),
+        b'\x96': lambda r: r.stack.append(r.span(r.number(8))),  # BYTEARRAY8
+        b']': lambda r: r.stack.append([]),
+        b'}': lambda r: r.stack.append({}),
+        b')': lambda r: r.stack.append(()),
+        b'\x8f': lambda r: r.stack.append(Call('builtins.set', ())),
+        b'\x91': lambda r: r.replace_mark(lambda items: Call('builtins.frozenset', (items,))),
+        b'd': Reader.push_dict,  # this one and the next three: protocol 0, short lines only
+        b'I': Reader.short_integer,
+        b'V': lambda r: r.stack.append(r.line()),
+        b'p': lambda r: r.memo.__setitem__(r.line(), r.stack[-1]),
+        b'l': lambda r: r.replace_mark(list),
+        b't': lambda r: r.replace_mark(tuple),
+        b'\x85': lambda r: r.stack.append(tuple(r.pop(1))),
+        b'\x86': lambda r: r.stack.append(tuple(r.pop(2))),
+        b'\x87': lambda r: r.stack.append(tuple(r.pop(3))),
+        b'a': lambda r: r.add_to_list(r.pop(1)),
+        b'e': lambda r: r.add_to_list(r.pop_to_mark()),
+        b'\x90': lambda r: r.add_to_list(r.pop_to_mark()),  # ADDITEMS
+        b's': lambda r: r.set_items(r.pop(2)),
+        b'u': lambda r: r.set_items(r.pop_to_mark()),
+        b'h': lambda r: r.stack.append(r.memo[r.byte()]),
+        b'j': lambda r: r.stack.append(r.memo[r.number(4)]),
+        b'q': lambda r: r.put(r.byte()),
+        b'r': lambda r: r.put(r.number(4)),
+        b'\x94': Reader.memoize,
+        b'c': lambda r: r.push_name(r.line(), r.line()),
+        b'\x93': lambda r: r.push_name(*r.pop(2)),
+        b'R': Reader.call,
+        b'\x81': Reader.call,  # NEWOBJ: the class is called with these arguments
+        b'\x92': lambda r: (r.pop(1), r.call()),  # NEWOBJ_EX: and keywords
+        b'b': Reader.build,
+        b'Q': Reader.persistent_id,
+    }.items()
+}
 
 
-def read_pickle(file: BinaryIO, stop: int, names: frozenset[str] = SNAPSHOT_NAMES, persistent_ids: bool = False):
+def read_pickle(
+    file: BinaryIO, stop: int, names: frozenset[str] = SNAPSHOT_NAMES, persistent_ids: bool = False
+):
     """The pickle at the file's position, as dicts, lists, tuples, scalars, `Name`, `Call` and `Span`.
 
     Args:
@@ -329,10 +403,11 @@ def read_pickle(file: BinaryIO, stop: int, names: frozenset[str] = SNAPSHOT_NAME
     file.seek(reader.position())
     return tree
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # What the records mean.
 
-MAX_PLAIN_VALUES, MAX_DEPTH = 1_000_000, 32     # of constructor arguments and metadata
+MAX_PLAIN_VALUES, MAX_DEPTH = 1_000_000, 32  # of constructor arguments and metadata
 
 
 class NotPlain(MalformedPickle):
@@ -363,7 +438,9 @@ def plain(tree, leave_out: bool = False):
             return (tuple if isinstance(value, tuple) else list)(convert(item, depth + 1) for item in value)
         if isinstance(value, Call) and value.name in NUMPY_SCALARS:
             return _numpy_scalar(value)
-        raise NotPlain(f'holds a {value.name if isinstance(value, Call) else type(value).__name__} where plain data is expected')
+        raise NotPlain(
+            f'holds a {value.name if isinstance(value, Call) else type(value).__name__} where plain data is expected'
+        )
 
     def entries(items, depth):
         for key, item in items.items():
@@ -380,10 +457,19 @@ def plain(tree, leave_out: bool = False):
 def _numpy_scalar(call: Call) -> bool | int | float:
     dtype, data = call.args if len(call.args) == 2 else (None, None)
     code = dtype.args[0] if isinstance(dtype, Call) and dtype.name == 'numpy.dtype' and dtype.args else None
-    order = dtype.state[1] if code is not None and isinstance(dtype.state, tuple) and len(dtype.state) > 1 else None
+    order = (
+        dtype.state[1]
+        if code is not None and isinstance(dtype.state, tuple) and len(dtype.state) > 1
+        else None
+    )
     data = data.data if isinstance(data, Span) else latin1(text_of_bytes(data) or '')
-    if not (isinstance(code, str) and re.fullmatch(r'b1|[iu][1248]|f[248]', code) and order in ('<', '|')
-            and data is not None and len(data) == int(code[1])):
+    if not (
+        isinstance(code, str)
+        and re.fullmatch(r'b1|[iu][1248]|f[248]', code)
+        and order in ('<', '|')
+        and data is not None
+        and len(data) == int(code[1])
+    ):
         raise NotPlain('holds a numpy scalar that is not a little-endian number')
     return np.frombuffer(data, f'<{code}')[0].item()
 
@@ -405,7 +491,15 @@ def latin1(text: str) -> bytes:
 
 def persistent_object(node) -> tuple[str, dict] | None:
     """(class name, state) of a persistent object's record, None for anything else. Its source is not looked at."""
-    meta = node.args[0] if isinstance(node, Call) and node.name == PERSISTENT_OBJECT and len(node.args) == 1 else None
-    if isinstance(meta, dict) and isinstance(meta.get('class_name'), str) and isinstance(meta.get('state'), dict):
+    meta = (
+        node.args[0]
+        if isinstance(node, Call) and node.name == PERSISTENT_OBJECT and len(node.args) == 1
+        else None
+    )
+    if (
+        isinstance(meta, dict)
+        and isinstance(meta.get('class_name'), str)
+        and isinstance(meta.get('state'), dict)
+    ):
         return meta['class_name'], meta['state']
     return None

@@ -4,6 +4,7 @@ Since PyTorch 1.6 such a file is a zip archive, stored without compression: `<na
 `<name>/data/<key>` the elements of each storage. Before, it was five pickles (magic number, version, system, the contents, the storages' keys) and,
 for each key, the number of elements and the elements. Memory is at most what the file has, since what it claims is compared with that first.
 """
+
 from __future__ import annotations
 
 import io
@@ -18,15 +19,36 @@ from dnnlib.archives import BoundedFile, member_start
 from dnnlib.limits import SAVED_STRUCTURE, UNREADABLE, ZIP_DIRECTORY, check_size
 from dnnlib.text import printable
 from torch_utils import restricted_pickle
-from torch_utils.restricted_pickle import Call, Key, MalformedPickle, Name, Reader, Span, latin1, read_pickle, text_of_bytes
+from torch_utils.restricted_pickle import (
+    Call,
+    Key,
+    MalformedPickle,
+    Name,
+    Reader,
+    Span,
+    latin1,
+    read_pickle,
+    text_of_bytes,
+)
 from torch_utils.sealed_file import DamagedFile, Part, find_seal, read_parts
 from torch_utils.stored_tensors import Elements, Storages, stored_tensor
 
-NAMES = frozenset({'collections.OrderedDict', 'torch.Size', 'torch.Tensor', 'torch.nn.parameter.Parameter', 'torch.serialization._get_layout',
-                   'torch._utils._rebuild_sparse_tensor', restricted_pickle.ENCODED_BYTES, *restricted_pickle.TENSORS,
-                   *restricted_pickle.TORCH_DTYPES, *restricted_pickle.STORAGE_TYPES})
-MAGIC = 0x1950a86a20f9469cfc6c      # of the format before 1.6
-MAX_DEPTH = 32                      # of dicts and lists in each other
+NAMES = frozenset(
+    {
+        'collections.OrderedDict',
+        'torch.Size',
+        'torch.Tensor',
+        'torch.nn.parameter.Parameter',
+        'torch.serialization._get_layout',
+        'torch._utils._rebuild_sparse_tensor',
+        restricted_pickle.ENCODED_BYTES,
+        *restricted_pickle.TENSORS,
+        *restricted_pickle.TORCH_DTYPES,
+        *restricted_pickle.STORAGE_TYPES,
+    }
+)
+MAGIC = 0x1950A86A20F9469CFC6C  # of the format before 1.6
+MAX_DEPTH = 32  # of dicts and lists in each other
 
 
 def read_saved(file: BinaryIO):
@@ -56,15 +78,20 @@ def _open(file: BinaryIO, verify: bool) -> tuple[object, list[Part]]:
     """The contents, whose tensors have memory that nothing has been written to yet, and which parts of the file belong there."""
     size, _ = find_seal(file)
     try:
-        tree, places, pickled = _read_zip(file, size, verify) if zipfile.is_zipfile(file) else _read_legacy(file, size)
+        tree, places, pickled = (
+            _read_zip(file, size, verify) if zipfile.is_zipfile(file) else _read_legacy(file, size)
+        )
         assembly = _Assembly(_SavedStorages(file, places), pickled, size)
         return assembly.value(tree), assembly.parts
     except MalformedPickle:
         raise
     except UNREADABLE as error:
-        raise MalformedPickle(f'is no complete PyTorch file ({printable(error, 200) or type(error).__name__})') from error
+        raise MalformedPickle(
+            f'is no complete PyTorch file ({printable(error, 200) or type(error).__name__})'
+        ) from error
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The two formats. Each gives the tree of the contents, {key: (start, stop)} of the storages in the file, and the file that byte strings in the tree
 # refer to.
 
@@ -75,7 +102,9 @@ def _read_zip(file: BinaryIO, size: int, verify: bool) -> tuple[object, Places, 
     file.seek(0)
     with zipfile.ZipFile(BoundedFile(file, ZIP_DIRECTORY, 'the directory of a PyTorch file')) as archive:
         members = {info.filename: info for info in archive.infolist()}
-        if len({name.lower() for name in members}) < len(archive.infolist()):  # another reader may take the other one
+        if len({name.lower() for name in members}) < len(
+            archive.infolist()
+        ):  # another reader may take the other one
             raise MalformedPickle('has two entries of one name')
         file.seek(max(size - 22, 0))
         if file.read(22)[:4] != b'PK\5\6':
@@ -83,7 +112,9 @@ def _read_zip(file: BinaryIO, size: int, verify: bool) -> tuple[object, Places, 
         held = sum(info.file_size for info in members.values())
         if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()) or held > size:
             raise MalformedPickle('has compressed or overlapping entries, which PyTorch files have not')
-        if size - held > 512 + sum(512 + 2 * len(name.encode(errors='replace')) for name in members):  # headers, names, alignment
+        if size - held > 512 + sum(
+            512 + 2 * len(name.encode(errors='replace')) for name in members
+        ):  # headers, names, alignment
             raise MalformedPickle(f'has {size - held:,} bytes that belong to none of its entries')
         record = next((name for name in members if re.fullmatch(r'([^/]+/)?data\.pkl', name)), None)
         if record is None:
@@ -96,8 +127,13 @@ def _read_zip(file: BinaryIO, size: int, verify: bool) -> tuple[object, Places, 
         if verify and (damaged := archive.testzip()) is not None:
             raise MalformedPickle(f'is damaged: {printable(damaged, 200)} does not match its checksum')
     tree = read_pickle(pickled, len(pickled.getbuffer()), NAMES, persistent_ids=True)
-    starts = {name: member_start(file, info) for name, info in members.items() if name.startswith(f'{folder}data/')}
-    places = {name.removeprefix(f'{folder}data/'): (start, start + members[name].file_size) for name, start in starts.items()}
+    starts = {
+        name: member_start(file, info) for name, info in members.items() if name.startswith(f'{folder}data/')
+    }
+    places = {
+        name.removeprefix(f'{folder}data/'): (start, start + members[name].file_size)
+        for name, start in starts.items()
+    }
     return tree, places, pickled
 
 
@@ -139,21 +175,26 @@ def _persistent_ids(tree) -> Iterator[Call]:
         elif isinstance(node, dict):
             queue += node.values()
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # From the tree to values.
+
 
 class _Storage(NamedTuple):
     """What a tensor's record says of its storage."""
+
     dtype: torch.dtype
     key: str
     numel: int
-    view: tuple | None      # (first element, number of elements) of the part that is meant, in old files
+    view: tuple | None  # (first element, number of elements) of the part that is meant, in old files
 
     @classmethod
     def of(cls, record: Call) -> _Storage:
         """From ('storage', type, key, device, number of elements[, (key of the view, first, number)])."""
         match record.args:
-            case ('storage', Name(path=path), str(key), _, int(numel), *rest) if path in restricted_pickle.STORAGE_TYPES and numel >= 0:
+            case ('storage', Name(path=path), str(key), _, int(numel), *rest) if (
+                path in restricted_pickle.STORAGE_TYPES and numel >= 0
+            ):
                 view = rest[0] if rest else None
                 return cls(restricted_pickle.STORAGE_TYPES[path], key, numel, view)
         raise MalformedPickle('has a tensor of unknown type or place')
@@ -181,7 +222,9 @@ class _Assembly:
     def __init__(self, storages: Storages, pickled: BinaryIO, size: int):
         self.storages, self.pickled, self.left = storages, pickled, size
         self.parts: list[Part] = []
-        self.known: dict[int, tuple] = {}   # by the identity of nodes, which a file may repeat without end: (node, value)
+        self.known: dict[
+            int, tuple
+        ] = {}  # by the identity of nodes, which a file may repeat without end: (node, value)
 
     def value(self, node, depth: int = 0):
         """What a node stands for."""

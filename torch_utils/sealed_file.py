@@ -4,6 +4,7 @@ A sealed file is whatever was written, then the line `#checksum <64 hexadecimal 
 ignore. The checksum is the SHA-256 over the CRC-32s, four little-endian bytes each, of the file's pieces of 512 KiB. It finds accidents, not
 forgeries; SHA-256 of the file itself would take longer than reading it from memory.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -20,16 +21,18 @@ import numpy as np
 from dnnlib.util import atomic_write
 
 SEAL_LENGTH = len(b'\n#checksum ') + 64 + len(b'\n')
-PIECE = 1 << 19                         # bytes: still in a thread's cache when they are summed and copied
+PIECE = 1 << 19  # bytes: still in a thread's cache when they are summed and copied
 THREADS = min(4, os.cpu_count() or 1)
-Part = tuple[int, np.ndarray]           # offset in a file, uint8 array for the bytes from there on
+Part = tuple[int, np.ndarray]  # offset in a file, uint8 array for the bytes from there on
 
 
 class DamagedFile(ValueError):
     """The file is not what was written. The message completes 'it ...'."""
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Writing.
+
 
 class _SealingFile:
     """Passes what is written on to a file and sums it up on the way."""
@@ -49,7 +52,7 @@ class _SealingFile:
 
     def _sum_up(self, data: memoryview):
         while data:
-            part, data = data[:PIECE - self._length], data[PIECE - self._length:]
+            part, data = data[: PIECE - self._length], data[PIECE - self._length :]
             self._crc, self._length = zlib.crc32(part, self._crc), self._length + len(part)
             if self._length == PIECE:
                 self._end_piece()
@@ -81,8 +84,10 @@ def sealed(path: str | os.PathLike) -> Iterator[_SealingFile]:
             raise
         file.write(sealing.seal())
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Reading.
+
 
 def find_seal(file: BinaryIO) -> tuple[int, str | None]:
     """(length of the contents, the checksum that follows them or None); leaves the file at its start."""
@@ -95,12 +100,13 @@ def find_seal(file: BinaryIO) -> tuple[int, str | None]:
 
 def read_parts(file: BinaryIO, parts: Sequence[Part]):
     """Fills the parts from a file. Raises: DamagedFile where it ends before them."""
+
     def read(some: Sequence[Part]):
         for start, target in some:
             _read_at(file, start, target)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(read, (parts[i:i + 8] for i in range(0, len(parts), 8))))
+        list(pool.map(read, (parts[i : i + 8] for i in range(0, len(parts), 8))))
 
 
 def read_sealed(file: BinaryIO, size: int, seal: str, parts: Sequence[Part] = ()):
@@ -114,17 +120,17 @@ def read_sealed(file: BinaryIO, size: int, seal: str, parts: Sequence[Part] = ()
         buffer, sums = np.empty(PIECE, np.uint8), []
         for index in indices:
             first = index * PIECE
-            piece = buffer[:size - first]
+            piece = buffer[: size - first]
             _read_at(file, first, piece)
             sums.append(zlib.crc32(piece).to_bytes(4, 'little'))
             for start, target in wanted.get(index, ()):
-                shared = piece[max(start - first, 0):start - first + len(target)]
-                target[max(first - start, 0):][:len(shared)] = shared
+                shared = piece[max(start - first, 0) : start - first + len(target)]
+                target[max(first - start, 0) :][: len(shared)] = shared
         return b''.join(sums)
 
     indices, digest = range(-(-size // PIECE)), hashlib.sha256()
     with ThreadPoolExecutor(THREADS) as pool:
-        for sums in pool.map(read, (indices[i:i + 32] for i in indices[::32])):
+        for sums in pool.map(read, (indices[i : i + 32] for i in indices[::32])):
             digest.update(sums)
     if digest.hexdigest() != seal:
         raise DamagedFile('is damaged: its contents do not match its checksum. Copy or download it again')

@@ -2,6 +2,7 @@
 
 The pickles are read as data (`restricted_pickle`), and what they say of an array is checked before memory is taken for it.
 """
+
 from __future__ import annotations
 
 import math
@@ -25,11 +26,14 @@ from torch_utils.restricted_pickle import (
     text_of_bytes,
 )
 
-PICKLE_NAMES = frozenset(NUMPY_ARRAYS | NUMPY_SCALARS | NUMPY_TYPES | DICTS | {ENCODED_BYTES})  # of files that hold arrays and nothing else
+PICKLE_NAMES = frozenset(
+    NUMPY_ARRAYS | NUMPY_SCALARS | NUMPY_TYPES | DICTS | {ENCODED_BYTES}
+)  # of files that hold arrays and nothing else
 
 
 class StoredArray(NamedTuple):
     """An array of numbers in a pickle."""
+
     header: Header
     values: Span | bytes
 
@@ -55,22 +59,37 @@ def stored_array(node, wanted: str = 'numbers', codes: str = r'[iu][1248]|f[248]
     `_frombuffer` with (values, type, shape, order).
     """
     match node:
-        case Call(name=name, args=(values, Call(name='numpy.dtype') as dtype, tuple(shape), str(order))) if name in NUMPY_ARRAYS:
+        case Call(name=name, args=(values, Call(name='numpy.dtype') as dtype, tuple(shape), str(order))) if (
+            name in NUMPY_ARRAYS
+        ):
             pass
-        case Call(name=name, state=(_, tuple(shape), Call(name='numpy.dtype') as dtype, bool(fortran), values)) if name in NUMPY_ARRAYS:
+        case Call(
+            name=name, state=(_, tuple(shape), Call(name='numpy.dtype') as dtype, bool(fortran), values)
+        ) if name in NUMPY_ARRAYS:
             order = 'F' if fortran else 'C'
         case _:
             return None
     code = dtype.args[0] if dtype.args else None
     byte_order = dtype.state[1] if isinstance(dtype.state, tuple) and len(dtype.state) > 1 else None
-    if not (isinstance(code, str) and re.fullmatch(codes, code) and byte_order in ('<', '>', '|') and order in ('C', 'F')):
+    if not (
+        isinstance(code, str)
+        and re.fullmatch(codes, code)
+        and byte_order in ('<', '>', '|')
+        and order in ('C', 'F')
+    ):
         raise MalformedPickle(f'is an array of type {str(code)[:40]!r} instead of {wanted}')
-    if (len(shape) > MAX_DIMENSIONS or not all(type(side) is int and side >= 0 for side in shape)
-            or math.prod(max(side, 1) for side in shape) > sys.maxsize // 8):
+    if (
+        len(shape) > MAX_DIMENSIONS
+        or not all(type(side) is int and side >= 0 for side in shape)
+        or math.prod(max(side, 1) for side in shape) > sys.maxsize // 8
+    ):
         raise MalformedPickle('has no shape')
     if not isinstance(values, Span):
         values = latin1(text_of_bytes(values) or '')
-    header, size = Header(shape, np.dtype(byte_order + code), order), values.size if isinstance(values, Span) else len(values)
+    header, size = (
+        Header(shape, np.dtype(byte_order + code), order),
+        values.size if isinstance(values, Span) else len(values),
+    )
     if size != header.nbytes:
         raise MalformedPickle(f'says {header.dtype} {list(header.shape)}, and has {size:,} bytes')
     return StoredArray(header, values)

@@ -4,6 +4,7 @@ A tensor is pickled as a call that gets its storage, and its offset, shape and s
 format: five pickles (magic number, version, system, the storage's description, its key), the number of elements, the elements. All of
 these are read as data (`restricted_pickle`); the elements not at all, so that they can be read straight into a tensor's memory.
 """
+
 from __future__ import annotations
 
 import io
@@ -14,19 +15,32 @@ from typing import BinaryIO
 import torch
 
 from torch_utils import restricted_pickle
-from torch_utils.restricted_pickle import Call, MalformedPickle, Name, Reader, Span, latin1, persistent_object, text_of_bytes
+from torch_utils.restricted_pickle import (
+    Call,
+    MalformedPickle,
+    Name,
+    Reader,
+    Span,
+    latin1,
+    persistent_object,
+    text_of_bytes,
+)
 
-MAX_ENTRIES, MAX_NAME = 100_000, 1000           # parameters, buffers and modules of a network; length of their dotted names
+MAX_ENTRIES, MAX_NAME = (
+    100_000,
+    1000,
+)  # parameters, buffers and modules of a network; length of their dotted names
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor that is still in the file: its storage, or the text that stands for it, and its view of the storage, in elements."""
-    storage: Span | str | Call      # a call: by a persistent ID, for `saved_tensors`
+
+    storage: Span | str | Call  # a call: by a persistent ID, for `saved_tensors`
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    dtype: torch.dtype | None = None    # None: the storage's own
+    dtype: torch.dtype | None = None  # None: the storage's own
 
 
 def _called(node, names: set[str], least: int) -> bool:
@@ -37,17 +51,27 @@ def stored_tensor(node) -> StoredTensor:
     """The tensor or parameter that a record stands for."""
     if _called(node, restricted_pickle.PARAMETERS, 1):
         node = node.args[0]
-    if _called(node, {restricted_pickle.TENSOR_WITH_ATTRIBUTES}, 3) and isinstance(node.args[0], Name) and isinstance(node.args[2], tuple):
+    if (
+        _called(node, {restricted_pickle.TENSOR_WITH_ATTRIBUTES}, 3)
+        and isinstance(node.args[0], Name)
+        and isinstance(node.args[2], tuple)
+    ):
         node = Call(node.args[0].path, node.args[2])
-    if not _called(node, {restricted_pickle.TENSOR}, 4) and not _called(node, {restricted_pickle.TYPED_TENSOR}, 7):
+    if not _called(node, {restricted_pickle.TENSOR}, 4) and not _called(
+        node, {restricted_pickle.TYPED_TENSOR}, 7
+    ):
         raise MalformedPickle('has something else where a tensor is expected')
     storage, offset, shape, stride = node.args[:4]
     if not _called(storage, {restricted_pickle.STORAGE, restricted_pickle.PERSISTENT_ID}, 1):
         raise MalformedPickle('has a tensor without storage')
     if _called(shape, {'torch.Size'}, 1):
-        shape, = shape.args
-    if not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride) <= 16
-            and all(type(number) is int and 0 <= number < 2 ** 48 for number in (offset, *shape, *stride))):
+        (shape,) = shape.args
+    if not (
+        isinstance(shape, tuple)
+        and isinstance(stride, tuple)
+        and len(shape) == len(stride) <= 16
+        and all(type(number) is int and 0 <= number < 2**48 for number in (offset, *shape, *stride))
+    ):
         raise MalformedPickle('has a tensor of impossible shape')
     dtype, flags = None, node.args[6:]
     if node.name == restricted_pickle.TYPED_TENSOR:
@@ -75,14 +99,27 @@ def module_tensors(node) -> dict[str, StoredTensor]:
     queue, entries = [('', node)], 0
     while queue:
         prefix, node = queue.pop()
-        state = node.state if isinstance(node, Call) and node.name in restricted_pickle.CONTAINERS else (persistent_object(node) or (None, None))[1]
-        tables = [state.get(kind) for kind in ('_parameters', '_buffers', '_modules')] if isinstance(state, dict) else [None]
+        state = (
+            node.state
+            if isinstance(node, Call) and node.name in restricted_pickle.CONTAINERS
+            else (persistent_object(node) or (None, None))[1]
+        )
+        tables = (
+            [state.get(kind) for kind in ('_parameters', '_buffers', '_modules')]
+            if isinstance(state, dict)
+            else [None]
+        )
         if not all(isinstance(table, dict) for table in tables):
-            raise MalformedPickle(f'has something else where the module {prefix.rstrip(".") or "at the top"!r} is expected')
+            raise MalformedPickle(
+                f'has something else where the module {prefix.rstrip(".") or "at the top"!r} is expected'
+            )
         entries += sum(len(table) for table in tables)
         if entries > MAX_ENTRIES:
             raise MalformedPickle('nests modules without end')
-        parameters, buffers, children = ([(_joined(prefix, name), value) for name, value in table.items() if value is not None] for table in tables)
+        parameters, buffers, children = (
+            [(_joined(prefix, name), value) for name, value in table.items() if value is not None]
+            for table in tables
+        )
         found.update((name, stored_tensor(value)) for name, value in [*parameters, *buffers])
         queue.extend((f'{name}.', child) for name, child in children)
     return found
@@ -97,9 +134,10 @@ def _joined(prefix: str, name: object) -> str:
 @dataclass(frozen=True, slots=True)
 class LocatedTensor:
     """A tensor whose elements have been found."""
-    text: str | None    # that stands for its storage; None: they are in the file
-    start: int          # place of the first element in the file, or in the text, in bytes
-    extent: int         # elements from the first to the last, those between them included
+
+    text: str | None  # that stands for its storage; None: they are in the file
+    start: int  # place of the first element in the file, or in the text, in bytes
+    extent: int  # elements from the first to the last, those between them included
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -111,7 +149,7 @@ class LocatedTensor:
 
     def text_bytes(self) -> bytes:
         """The elements, where they are in a text."""
-        return latin1(self.text[self.start:self.start + self.nbytes])
+        return latin1(self.text[self.start : self.start + self.nbytes])
 
     def view(self, elements: torch.Tensor) -> torch.Tensor:
         """The tensor that has these elements [extent], in their memory where it fills that."""
@@ -128,8 +166,10 @@ class Storages:
 
     def __init__(self, file: BinaryIO):
         self.file = file
-        self.preamble = b''                     # the first three pickles of the storage before: most often the same in all of a file
-        self.known: dict[int, Elements] = {}   # by the identity of a storage, which several tensors may share
+        self.preamble = (
+            b''  # the first three pickles of the storage before: most often the same in all of a file
+        )
+        self.known: dict[int, Elements] = {}  # by the identity of a storage, which several tensors may share
 
     def locate(self, tensor: StoredTensor) -> LocatedTensor:
         """Raises: MalformedPickle where the tensor would reach beyond its storage or repeat elements of it."""
@@ -138,11 +178,22 @@ class Storages:
             elements = self.known[id(tensor.storage)] = self._read_header(tensor.storage)
         dtype = tensor.dtype or elements.dtype
         numel, count = elements.nbytes // dtype.itemsize, math.prod(tensor.shape)
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride)) if count else 0
+        extent = (
+            1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride)) if count else 0
+        )
         if count > numel or tensor.offset + extent > numel:
-            raise MalformedPickle(f'claims a tensor of shape {list(tensor.shape)} that does not fit into its storage of {numel:,} elements'
-                                  + ' (its own would share memory)' * (tensor.offset + extent <= numel))
-        return LocatedTensor(elements.text, elements.start + tensor.offset * dtype.itemsize, extent, dtype, tensor.shape, tensor.stride)
+            raise MalformedPickle(
+                f'claims a tensor of shape {list(tensor.shape)} that does not fit into its storage of {numel:,} elements'
+                + ' (its own would share memory)' * (tensor.offset + extent <= numel)
+            )
+        return LocatedTensor(
+            elements.text,
+            elements.start + tensor.offset * dtype.itemsize,
+            extent,
+            dtype,
+            tensor.shape,
+            tensor.stride,
+        )
 
     def _read_header(self, storage: Span | str) -> Elements:
         if isinstance(storage, str):
@@ -155,7 +206,11 @@ class Storages:
         if not self.preamble or reader.take(min(len(self.preamble), stop - start)) != self.preamble:
             reader.move_to(start)
             magic, _version, system = (reader.next_pickle() for _ in range(3))
-            if magic != 0x1950a86a20f9469cfc6c or not isinstance(system, dict) or system.get('little_endian') is not True:
+            if (
+                magic != 0x1950A86A20F9469CFC6C
+                or not isinstance(system, dict)
+                or system.get('little_endian') is not True
+            ):
                 raise MalformedPickle('has a tensor that is not in the little-endian format of PyTorch')
             file.seek(start)
             self.preamble = file.read(reader.position() - start)
@@ -173,6 +228,7 @@ class Storages:
 @dataclass(frozen=True, slots=True)
 class Elements:
     """The elements of a storage: where the first one is, in bytes, and the size of all."""
+
     text: str | None
     start: int
     dtype: torch.dtype
@@ -180,8 +236,12 @@ class Elements:
 
     def part(self, view: object) -> Elements:
         """The part of a storage that old versions of PyTorch describe by (key, first element, number of elements)."""
-        if not (isinstance(view, tuple) and len(view) == 3 and all(type(number) is int and 0 <= number < 2 ** 48 for number in view[1:])
-                and sum(view[1:]) * self.dtype.itemsize <= self.nbytes):
+        if not (
+            isinstance(view, tuple)
+            and len(view) == 3
+            and all(type(number) is int and 0 <= number < 2**48 for number in view[1:])
+            and sum(view[1:]) * self.dtype.itemsize <= self.nbytes
+        ):
             raise MalformedPickle('has a view of a storage that reaches beyond it')
         first, numel = (number * self.dtype.itemsize for number in view[1:])
         return replace(self, start=self.start + first, nbytes=numel)

@@ -4,6 +4,7 @@
 processes, returns {name: {"num", "mean", "std"}} and starts anew. Every process must report the same names. A step of a small network would notice
 the operations, so they wait for each other: reports of a name become moments together, and `report_later` puts off what it takes to make them.
 """
+
 from __future__ import annotations
 
 import math
@@ -15,9 +16,15 @@ from torch_utils import distributed
 
 AT_ONCE = 32  # reports, of a name or put off, that are worth the operations
 
-_later: dict[Callable[..., None], list[tuple[torch.Tensor, ...]]] = {}  # what reports -> its arguments of each call
-_waiting: dict[tuple[str, ...], list[tuple[torch.Tensor, ...]]] = {}  # names -> (values,) or (values, index) of each report
-_moments: dict[tuple[str, ...], torch.Tensor] = {}  # names -> [len(names), 3] float64: count, sum, sum of squares
+_later: dict[
+    Callable[..., None], list[tuple[torch.Tensor, ...]]
+] = {}  # what reports -> its arguments of each call
+_waiting: dict[
+    tuple[str, ...], list[tuple[torch.Tensor, ...]]
+] = {}  # names -> (values,) or (values, index) of each report
+_moments: dict[
+    tuple[str, ...], torch.Tensor
+] = {}  # names -> [len(names), 3] float64: count, sum, sum of squares
 
 
 def _accumulator(names: tuple[str, ...], device: torch.device) -> torch.Tensor:
@@ -81,7 +88,7 @@ def collect() -> dict[str, dict[str, float]]:
         for name, (count, total, square) in zip(names, totals.tolist()):
             if count:
                 mean = total / count
-                stats[name] = dict(num=int(count), mean=mean, std=math.sqrt(max(square / count - mean ** 2, 0)))
+                stats[name] = dict(num=int(count), mean=mean, std=math.sqrt(max(square / count - mean**2, 0)))
     reset()
     return stats
 
@@ -94,7 +101,11 @@ def state() -> list[tuple[list[str], torch.Tensor]]:
         _take_in(names)
     if not _moments:
         return []
-    totals = distributed.all_reduce_sum(torch.cat(list(_moments.values()))).cpu().split([len(names) for names in _moments])
+    totals = (
+        distributed.all_reduce_sum(torch.cat(list(_moments.values())))
+        .cpu()
+        .split([len(names) for names in _moments])
+    )
     return [(list(names), total.clone()) for names, total in zip(_moments, totals)]
 
 

@@ -7,6 +7,7 @@ networks, its recorded constructor arguments build it, the tensors are copied in
 Files that we write end in a line `#checksum <hex digits>` over all bytes before it, which other readers of pickles and PyTorch files
 ignore. A snapshot's metadata has a digest of what the network is as well; it survives re-pickling by other tools.
 """
+
 from __future__ import annotations
 
 import copy
@@ -29,7 +30,16 @@ from dnnlib.limits import JSON_FILE, UNREADABLE
 from dnnlib.schema import Mismatch, check, parse_json
 from dnnlib.text import printable
 from torch_utils.persistence import HERE_ONLY
-from torch_utils.restricted_pickle import NUMPY_ARRAYS, TENSORS, Call, MalformedPickle, RefusedName, persistent_object, plain, read_pickle
+from torch_utils.restricted_pickle import (
+    NUMPY_ARRAYS,
+    TENSORS,
+    Call,
+    MalformedPickle,
+    RefusedName,
+    persistent_object,
+    plain,
+    read_pickle,
+)
 from torch_utils.saved_tensors import check_saved
 from torch_utils.sealed_file import DamagedFile, find_seal, read_parts, read_sealed, sealed
 from torch_utils.stored_tensors import LocatedTensor, Storages, StoredTensor, module_tensors
@@ -40,13 +50,25 @@ from training.networks import encoders
 from training.networks.switched import Switched
 
 STUDENT_LOSS = 'EDMConsistencyDistillLoss'  # the class that identifies a published student's snapshot
-NETWORKS = {**networks.PRECONDS, **networks_edm2.PRECONDS, Switched.__name__: Switched}  # class name -> class: what a snapshot may hold
-FIXED = ('img_resolution', 'img_channels', 'label_dim', 'switch')  # numbers that are what the constructor was told
+NETWORKS = {
+    **networks.PRECONDS,
+    **networks_edm2.PRECONDS,
+    Switched.__name__: Switched,
+}  # class name -> class: what a snapshot may hold
+FIXED = (
+    'img_resolution',
+    'img_channels',
+    'label_dim',
+    'switch',
+)  # numbers that are what the constructor was told
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Reading snapshots.
 
-def load_network(source: str | os.PathLike, device: str | torch.device = 'cpu', key: str = 'ema') -> torch.nn.Module:
+
+def load_network(
+    source: str | os.PathLike, device: str | torch.device = 'cpu', key: str = 'ema'
+) -> torch.nn.Module:
     """The network that a snapshot holds under `key`: D = net(x, sigma, class_labels), in evaluation mode, without gradients.
 
     Reads our snapshots, EDM's, and those of published multistep students, without executing anything in them.
@@ -58,7 +80,9 @@ def load_network(source: str | os.PathLike, device: str | torch.device = 'cpu', 
     Raises: UserError, naming the source, for files that are missing, damaged, hostile, of another kind, or hold no network that we know.
     """
     if os.path.isdir(source):
-        raise UserError(f'{os.fspath(source)} cannot be used as a network snapshot: it {saved_files.why_no_snapshot(source)}')
+        raise UserError(
+            f'{os.fspath(source)} cannot be used as a network snapshot: it {saved_files.why_no_snapshot(source)}'
+        )
     with dnnlib.open_url(source) as file, dnnlib.util.without_garbage_collection():
         size, seal = find_seal(file)
         try:
@@ -68,16 +92,22 @@ def load_network(source: str | os.PathLike, device: str | torch.device = 'cpu', 
                 raise
             except MalformedPickle as error:
                 if (reason := saved_files.why_no_snapshot(file.name)) is not None:
-                    as_pickle = f' (as a pickle it {error})' if reason.startswith('is text') else ''  # which the oldest pickles are
+                    as_pickle = (
+                        f' (as a pickle it {error})' if reason.startswith('is text') else ''
+                    )  # which the oldest pickles are
                     raise MalformedPickle(f'{reason.removesuffix(".")}{as_pickle}') from error
                 if seal and size <= LARGE:
                     read_sealed(file, size, seal)  # damage is the better explanation
                 raise
         except (MalformedPickle, DamagedFile, Mismatch) as error:
-            raise UserError(f'{os.fspath(source)} cannot be used as a network snapshot: it {printable(error, 500)}.') from error
+            raise UserError(
+                f'{os.fspath(source)} cannot be used as a network snapshot: it {printable(error, 500)}.'
+            ) from error
 
 
-def _read_network(file: BinaryIO, size: int, seal: str | None, key: str, device: torch.device) -> torch.nn.Module:
+def _read_network(
+    file: BinaryIO, size: int, seal: str | None, key: str, device: torch.device
+) -> torch.nn.Module:
     snapshot = read_pickle(file, stop=size)
     if file.tell() != size:
         raise MalformedPickle('goes on after the end of its pickle (truncated or damaged?)')
@@ -88,7 +118,9 @@ def _read_network(file: BinaryIO, size: int, seal: str | None, key: str, device:
     restore_attributes(net, _stored_attributes(net, state))
     net.metadata = _metadata(snapshot, net)
     if not seal and 'digest' in net.metadata and net.metadata['digest'] != network_digest(net, net.metadata):
-        raise MalformedPickle('is damaged: its network does not match the digest in its metadata. Copy or download it again')
+        raise MalformedPickle(
+            'is damaged: its network does not match the digest in its metadata. Copy or download it again'
+        )
     check_metadata(net)
     return net
 
@@ -96,34 +128,59 @@ def _read_network(file: BinaryIO, size: int, seal: str | None, key: str, device:
 def _network_record(snapshot, key: str):
     if not isinstance(snapshot, dict):
         raise MalformedPickle('is not a dict of networks, as snapshots are')
-    held = [name for name, value in snapshot.items() if isinstance(name, str) and '_modules' in (persistent_object(value) or ('', ()))[1]]
+    held = [
+        name
+        for name, value in snapshot.items()
+        if isinstance(name, str) and '_modules' in (persistent_object(value) or ('', ()))[1]
+    ]
     if key not in held:
-        raise MalformedPickle(f'has no network {key!r}; it has {", ".join(map(repr, held[:20])) or "none"}{_held_instead(snapshot, key)}')
+        raise MalformedPickle(
+            f'has no network {key!r}; it has {", ".join(map(repr, held[:20])) or "none"}{_held_instead(snapshot, key)}'
+        )
     return snapshot[key]
 
 
 def _held_instead(snapshot: dict, key: str) -> str:
     """Words on what a dict of no networks holds, to follow '... it has none'."""
-    if any(isinstance(value, dict) and {'mu', 'sigma'} <= value.keys() for value in [snapshot, *snapshot.values()]):
+    if any(
+        isinstance(value, dict) and {'mu', 'sigma'} <= value.keys()
+        for value in [snapshot, *snapshot.values()]
+    ):
         return ' but the statistics of a reference, which are for --ref'
-    holders = [('', snapshot), *((f' under {name!r}', value) for name, value in snapshot.items() if name == key)]
+    holders = [
+        ('', snapshot),
+        *((f' under {name!r}', value) for name, value in snapshot.items() if name == key),
+    ]
     for where, value in holders:
-        if isinstance(value, dict) and any(isinstance(item, Call) and item.name in TENSORS | NUMPY_ARRAYS for item in value.values()):
-            return (f' but weights by name{where} (a state dict), which do not say which network they are of: give the snapshot that they were '
-                    'taken from')
+        if isinstance(value, dict) and any(
+            isinstance(item, Call) and item.name in TENSORS | NUMPY_ARRAYS for item in value.values()
+        ):
+            return (
+                f' but weights by name{where} (a state dict), which do not say which network they are of: give the snapshot that they were '
+                'taken from'
+            )
     return ''
 
 
-LARGE = 1 << 30                         # bytes: reading so many takes seconds, which is too long for files that hold nothing
-MAX_ENTRIES, MAX_SIZE = 16, 1 << 17     # of an argument: entries of a list, largest number
-LIMITS = {'num_blocks': 32, 'M': 10_000, 'channel_mult': 1024, 'channel_mult_emb': 1024, 'channel_mult_noise': 1024, 'label_dim': 1 << 20}
+LARGE = 1 << 30  # bytes: reading so many takes seconds, which is too long for files that hold nothing
+MAX_ENTRIES, MAX_SIZE = 16, 1 << 17  # of an argument: entries of a list, largest number
+LIMITS = {
+    'num_blocks': 32,
+    'M': 10_000,
+    'channel_mult': 1024,
+    'channel_mult_emb': 1024,
+    'channel_mult_noise': 1024,
+    'label_dim': 1 << 20,
+}
 
 
 def _check_arguments(values):
     """Refuses sizes that no network has: building one would go on for ever, or repeat a list or text until it fills the memory."""
     for name, value in values:
         limit = LIMITS.get(name, MAX_SIZE)
-        if (isinstance(value, (list, tuple)) and len(value) > MAX_ENTRIES) or (isinstance(value, str) and len(value) > 32):
+        if (isinstance(value, (list, tuple)) and len(value) > MAX_ENTRIES) or (
+            isinstance(value, str) and len(value) > 32
+        ):
             raise MalformedPickle(f'asks for a network whose {name} has {len(value)} entries')
         if isinstance(value, (list, tuple)):
             _check_arguments((name, item) for item in value)
@@ -164,8 +221,18 @@ def build_unfilled(class_name: str, args, kwargs) -> torch.nn.Module:
     try:
         with _Unfilled():
             net = cls(*args, **kwargs) if cls is not Switched else _switched_unfilled(*args, **kwargs)
-    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, NameError, RuntimeError) as error:  # what wrong arguments can cause
-        raise MalformedPickle(f'has constructor arguments that {class_name} cannot be built from: {error}') from error
+    except (
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        NameError,
+        RuntimeError,
+    ) as error:  # what wrong arguments can cause
+        raise MalformedPickle(
+            f'has constructor arguments that {class_name} cannot be built from: {error}'
+        ) from error
     return net.eval().requires_grad_(False)
 
 
@@ -182,23 +249,35 @@ def _switched_unfilled(high: dict, low: dict, switch: float) -> Switched:
 def constructor_arguments(net: torch.nn.Module) -> dict:
     """The arguments that a network was built with, by name."""
     bound = inspect.signature(type(net).__init__).bind(net, *net.init_args, **net.init_kwargs).arguments
-    return {**{name: value for name, value in bound.items() if name not in ('self', 'model_kwargs')}, **bound.get('model_kwargs', {})}
+    return {
+        **{name: value for name, value in bound.items() if name not in ('self', 'model_kwargs')},
+        **bound.get('model_kwargs', {}),
+    }
 
 
 def _tensors(net: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(net.named_parameters()), **dict(net.named_buffers())}
 
 
-def _locate(net: torch.nn.Module, stored: dict[str, StoredTensor], file: BinaryIO, size: int) -> dict[str, LocatedTensor]:
+def _locate(
+    net: torch.nn.Module, stored: dict[str, StoredTensor], file: BinaryIO, size: int
+) -> dict[str, LocatedTensor]:
     """Where the network's tensors lie in the file. Raises: MalformedPickle where they are others, by name, shape or kind of number."""
     expected = _tensors(net)
-    for what, names in (('lacks', expected.keys() - stored.keys()), ('has unexpected', stored.keys() - expected.keys())):
+    for what, names in (
+        ('lacks', expected.keys() - stored.keys()),
+        ('has unexpected', stored.keys() - expected.keys()),
+    ):
         if names:
-            raise MalformedPickle(f'{what} tensors: {", ".join(sorted(names)[:5])}{", ..." if len(names) > 5 else ""}')
+            raise MalformedPickle(
+                f'{what} tensors: {", ".join(sorted(names)[:5])}{", ..." if len(names) > 5 else ""}'
+            )
     storages, located = Storages(file), {}
     for name, tensor in expected.items():
         if stored[name].shape != tuple(tensor.shape):
-            raise MalformedPickle(f'has {name} of shape {list(stored[name].shape)}, its constructor arguments say {list(tensor.shape)}')
+            raise MalformedPickle(
+                f'has {name} of shape {list(stored[name].shape)}, its constructor arguments say {list(tensor.shape)}'
+            )
         located[name] = storages.locate(stored[name])
         if located[name].dtype.is_floating_point != tensor.is_floating_point():
             raise MalformedPickle(f'has {name} as {located[name].dtype}')
@@ -207,7 +286,9 @@ def _locate(net: torch.nn.Module, stored: dict[str, StoredTensor], file: BinaryI
     return located
 
 
-def _read_tensors(located: dict[str, LocatedTensor], file: BinaryIO, size: int, seal: str | None) -> dict[str, torch.Tensor]:
+def _read_tensors(
+    located: dict[str, LocatedTensor], file: BinaryIO, size: int, seal: str | None
+) -> dict[str, torch.Tensor]:
     """The tensors, read from the file, all of which is compared with its seal, if it has one."""
     # Memory is this thread's: what PyTorch's allocator has at hand for other threads it gives back in between.
     elements = {name: torch.empty(tensor.extent, dtype=tensor.dtype) for name, tensor in located.items()}
@@ -231,7 +312,9 @@ def _fill(net: torch.nn.Module, tensors: dict[str, torch.Tensor], device: torch.
         for table in (module._parameters, module._buffers):
             for name in [name for name, tensor in table.items() if tensor is not None]:
                 tensor = tensors.pop(f'{prefix}.{name}' if prefix else name).to(device)
-                table[name] = torch.nn.Parameter(tensor, requires_grad=False) if table is module._parameters else tensor
+                table[name] = (
+                    torch.nn.Parameter(tensor, requires_grad=False) if table is module._parameters else tensor
+                )
 
 
 def _parts(net: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -245,7 +328,9 @@ def _stored_attributes(net: torch.nn.Module, state: dict) -> dict:
     for name, part in _parts(net).items():
         class_name, inner = persistent_object(state['_modules'][name]) or (None, {})
         if class_name != type(part).__name__:
-            raise MalformedPickle(f'contradicts itself: {name} is a {class_name!r}, its constructor arguments say {type(part).__name__!r}')
+            raise MalformedPickle(
+                f'contradicts itself: {name} is a {class_name!r}, its constructor arguments say {type(part).__name__!r}'
+            )
         stored.update({f'{name}.{attribute}': value for attribute, value in inner.items()})
     return stored
 
@@ -259,42 +344,74 @@ def restore_attributes(net: torch.nn.Module, state: dict):
         beyond = isinstance(stored, int) and abs(stored) >= 1 << 63
         part, _, attribute = name.rpartition('.')
         if not isinstance(stored, (bool, int, float)) or beyond or (attribute in FIXED and stored != value):
-            raise MalformedPickle(f'contradicts itself: {name} is {stored!r}, its constructor arguments say {value!r}')
+            raise MalformedPickle(
+                f'contradicts itself: {name} is {stored!r}, its constructor arguments say {value!r}'
+            )
         setattr(net.get_submodule(part), attribute, stored)
     for name, value in numeric_attributes(net).items():
-        kind = run_schema.FLAG if isinstance(value, bool) else run_schema.NETWORK_NUMBERS.get(name.rpartition('.')[2], run_schema.NUMBER)
+        kind = (
+            run_schema.FLAG
+            if isinstance(value, bool)
+            else run_schema.NETWORK_NUMBERS.get(name.rpartition('.')[2], run_schema.NUMBER)
+        )
         check(value, kind, name)
     for part in (net, *_parts(net).values()):
         if getattr(part, 'sigma_min', 0) >= getattr(part, 'sigma_max', math.inf):
-            raise MalformedPickle(f'is of a network whose sigma_min = {part.sigma_min:g} is not below its sigma_max = {part.sigma_max:g}')
+            raise MalformedPickle(
+                f'is of a network whose sigma_min = {part.sigma_min:g} is not below its sigma_max = {part.sigma_max:g}'
+            )
 
 
 def numeric_attributes(net: torch.nn.Module) -> dict[str, bool | int | float]:
     """A network's own numbers and switches (sigma_min, use_fp16, ...), by name; those of networks in it as `high.sigma_min`."""
-    own = {name: value for name, value in vars(net).items()
-           if not name.startswith('_') and name not in {'training'} | HERE_ONLY and isinstance(value, (bool, int, float))}
-    return own | {f'{name}.{inner}': value for name, part in _parts(net).items() for inner, value in numeric_attributes(part).items()}
+    own = {
+        name: value
+        for name, value in vars(net).items()
+        if not name.startswith('_')
+        and name not in {'training'} | HERE_ONLY
+        and isinstance(value, (bool, int, float))
+    }
+    return own | {
+        f'{name}.{inner}': value
+        for name, part in _parts(net).items()
+        for inner, value in numeric_attributes(part).items()
+    }
 
 
 def _metadata(snapshot: dict, net: torch.nn.Module) -> dict:
     metadata = plain(snapshot.get('metadata') or {})
     if not isinstance(metadata, dict):
         raise MalformedPickle('has metadata that are not a dict')
-    dataset_kwargs = plain(snapshot['dataset_kwargs'], leave_out=True) if isinstance(snapshot.get('dataset_kwargs'), dict) else {}
+    dataset_kwargs = (
+        plain(snapshot['dataset_kwargs'], leave_out=True)
+        if isinstance(snapshot.get('dataset_kwargs'), dict)
+        else {}
+    )
     if not metadata:
         class_name, loss = persistent_object(snapshot.get('loss_fn')) or (None, {})
-        metadata = _published_student(loss, net) if class_name == STUDENT_LOSS else dict(objective='diffusion')
-    encoder = _encoder(snapshot['encoder']) if snapshot.get('encoder') is not None else metadata.get('encoder')
+        metadata = (
+            _published_student(loss, net) if class_name == STUDENT_LOSS else dict(objective='diffusion')
+        )
+    encoder = (
+        _encoder(snapshot['encoder']) if snapshot.get('encoder') is not None else metadata.get('encoder')
+    )
     if encoder is not None and not (isinstance(encoder, dict) and isinstance(encoder.get('class_name'), str)):
         raise MalformedPickle('has metadata whose encoder is no dict with a class_name')
-    return {**metadata, **({'dataset_kwargs': dataset_kwargs} if dataset_kwargs else {}), **({'encoder': encoder} if encoder else {})}
+    return {
+        **metadata,
+        **({'dataset_kwargs': dataset_kwargs} if dataset_kwargs else {}),
+        **({'encoder': encoder} if encoder else {}),
+    }
 
 
 def _encoder(node) -> dict | None:
     """A snapshot's encoder as `encoders.build` takes it; None for pixels. Of a class that we do not know, its name alone."""
     class_name, state = persistent_object(node) or (None, {})
     known = class_name in encoders.ENCODERS
-    args, kwargs = (plain(state.get(name, empty)) if known else empty for name, empty in (('_init_args', ()), ('_init_kwargs', {})))
+    args, kwargs = (
+        plain(state.get(name, empty)) if known else empty
+        for name, empty in (('_init_args', ()), ('_init_kwargs', {}))
+    )
     if class_name is None or not isinstance(args, tuple) or not isinstance(kwargs, dict):
         raise MalformedPickle('has an encoder without class or constructor arguments')
     return encoders.record(class_name, args, kwargs)
@@ -317,18 +434,34 @@ def check_metadata(net: torch.nn.Module):
 
 def _published_student(loss: dict, net: torch.nn.Module) -> dict:
     """Metadata of a student whose snapshot has none: its loss knows the grid that it was trained on."""
-    S, sigma_min, sigma_max, rho = numbers = [plain(loss.get(name)) for name in ('S', 'sigma_min', 'sigma_max', 'rho')]
+    S, sigma_min, sigma_max, rho = numbers = [
+        plain(loss.get(name)) for name in ('S', 'sigma_min', 'sigma_max', 'rho')
+    ]
     try:
         check(S, run_schema.STEPS, 'S')
         check(rho, run_schema.RHO, 'rho')
-        sigma_min, sigma_max = (float(min(max(sigma, net.sigma_min), net.sigma_max)) for sigma in (sigma_min, sigma_max))
+        sigma_min, sigma_max = (
+            float(min(max(sigma, net.sigma_min), net.sigma_max)) for sigma in (sigma_min, sigma_max)
+        )
         sigmas = student_grid(S, sigma_min, sigma_max, rho, 'edm').tolist()
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise MalformedPickle(f'has a {STUDENT_LOSS} with impossible S, sigma_min, sigma_max, rho: {numbers}') from error
-    return dict(objective='mcd', S=S, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, student_grid='edm', sigmas=sigmas)
+        raise MalformedPickle(
+            f'has a {STUDENT_LOSS} with impossible S, sigma_min, sigma_max, rho: {numbers}'
+        ) from error
+    return dict(
+        objective='mcd',
+        S=S,
+        sigma_min=sigma_min,
+        sigma_max=sigma_max,
+        rho=rho,
+        student_grid='edm',
+        sigmas=sigmas,
+    )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Writing snapshots.
+
 
 def save_snapshot(path: str | os.PathLike, net: torch.nn.Module, **metadata):
     """Writes a network and plain-data metadata as a snapshot that `load_network` and EDM's own tools read.
@@ -342,12 +475,20 @@ def save_snapshot(path: str | os.PathLike, net: torch.nn.Module, **metadata):
         if type(network) not in NETWORKS.values():
             raise TypeError(f'{type(network).__name__} is none of our networks: {", ".join(NETWORKS)}')
     try:
-        metadata = plain({name: value for name, value in metadata.items() if name != 'digest' and (name, value) != ('dataset_kwargs', {})})
+        metadata = plain(
+            {
+                name: value
+                for name, value in metadata.items()
+                if name != 'digest' and (name, value) != ('dataset_kwargs', {})
+            }
+        )
     except MalformedPickle as error:
         raise TypeError(f'the metadata {error}') from error
     metadata['digest'] = network_digest(net, metadata)
     dataset_kwargs = metadata.pop('dataset_kwargs', {})
-    snapshot = dict(ema=_frozen(net), loss_fn=None, augment_pipe=None, dataset_kwargs=dataset_kwargs, metadata=metadata)
+    snapshot = dict(
+        ema=_frozen(net), loss_fn=None, augment_pipe=None, dataset_kwargs=dataset_kwargs, metadata=metadata
+    )
     if metadata.get('encoder', {}).get('class_name') in encoders.ENCODERS:
         snapshot['encoder'] = encoders.build(metadata.pop('encoder'))
     with sealed(path) as file:
@@ -356,42 +497,79 @@ def save_snapshot(path: str | os.PathLike, net: torch.nn.Module, **metadata):
 
 def snapshot_metadata(c: EasyDict, nimg: int) -> dict:
     """Plain data that a snapshot carries, so that samplers know what the network is."""
-    metadata = dict(objective=c.objective, kimg=nimg / 1e3, nimg=nimg, seed=c.seed, **({'encoder': c.encoder} if c.encoder else {}))
-    metadata.update({name: c.dataset[name] for name in ('label_kind', 'classes') if name in c.dataset})  # a `LabelSpace.record`
+    metadata = dict(
+        objective=c.objective,
+        kimg=nimg / 1e3,
+        nimg=nimg,
+        seed=c.seed,
+        **({'encoder': c.encoder} if c.encoder else {}),
+    )
+    metadata.update(
+        {name: c.dataset[name] for name in ('label_kind', 'classes') if name in c.dataset}
+    )  # a `LabelSpace.record`
     known = {**c.loss, **(c.sampling or {})}
     known['num_timesteps'] = known.get('N')
-    recorded = ('S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_grid', 'sigma_data', 'num_timesteps', 'clip_denoised')
+    recorded = (
+        'S',
+        'sigma_min',
+        'sigma_max',
+        'rho',
+        'student_grid',
+        'sigma_grid',
+        'sigma_data',
+        'num_timesteps',
+        'clip_denoised',
+    )
     metadata.update({name: known[name] for name in recorded if known.get(name) is not None})
     if 'S' in known:
-        sigmas = student_grid(*(known[name] for name in ('S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_grid')))
+        sigmas = student_grid(
+            *(known[name] for name in ('S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_grid'))
+        )
         metadata.update(sigmas=sigmas.tolist())
     elif c.sampling:
-        metadata.update(solver='cm', sigmas=[known['sigma_max'], *([known['mid_t']] if known['mid_t'] else []), 0.0])
+        metadata.update(
+            solver='cm', sigmas=[known['sigma_max'], *([known['mid_t']] if known['mid_t'] else []), 0.0]
+        )
     return metadata
 
 
 def _frozen(net: torch.nn.Module) -> torch.nn.Module:
     """A copy for evaluation whose tensors are the network's own where these are on the CPU."""
+
     def own(tensor):
         tensor = tensor.detach().cpu()
-        return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()  # a view would save all that it views
+        return (
+            tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+        )  # a view would save all that it views
 
-    copies = {id(tensor): own(tensor) for tensor in net.buffers()}  # `deepcopy` takes what it finds here instead of copying
-    copies |= {id(tensor): torch.nn.Parameter(own(tensor), requires_grad=False) for tensor in net.parameters()}
+    copies = {
+        id(tensor): own(tensor) for tensor in net.buffers()
+    }  # `deepcopy` takes what it finds here instead of copying
+    copies |= {
+        id(tensor): torch.nn.Parameter(own(tensor), requires_grad=False) for tensor in net.parameters()
+    }
     return copy.deepcopy(net, copies).eval()
 
 
 def network_digest(net: torch.nn.Module, metadata: dict) -> str:
     """sha256 over class, constructor arguments, numeric attributes, metadata, and the tensors' names, dtypes, shapes and bytes."""
-    facts = [type(net).__name__, plain(net.init_args), plain(net.init_kwargs), numeric_attributes(net), {**metadata, 'digest': None}]
+    facts = [
+        type(net).__name__,
+        plain(net.init_args),
+        plain(net.init_kwargs),
+        numeric_attributes(net),
+        {**metadata, 'digest': None},
+    ]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(_tensors(net).items()):
         digest.update(f'\n{name} {tensor.dtype} {list(tensor.shape)}\n'.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Training states.
+
 
 def save_state(path: str | os.PathLike, state: dict):
     """Writes tensors and plain data (nested dicts, lists, tuples) so that `load_state` gives them back, or notices damage.
@@ -411,8 +589,12 @@ def _check_state(value, where: str):
     elif type(value) in (list, tuple):
         for i, item in enumerate(value):
             _check_state(item, f'{where}[{i}]')
-    elif not (value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, torch.Tensor)):
-        raise TypeError(f'{where} is a {type(value).__name__}; a training state holds tensors and plain data only')
+    elif not (
+        value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, torch.Tensor)
+    ):
+        raise TypeError(
+            f'{where} is a {type(value).__name__}; a training state holds tensors and plain data only'
+        )
 
 
 def verify(path: str | os.PathLike):
@@ -438,7 +620,9 @@ def load_state(path: str | os.PathLike) -> dict:
             if (reason := saved_files.why_no_state(file.name, sealed=seal is not None)) is not None:
                 raise DamagedFile(reason.removesuffix('.'))
             if seal is None:
-                raise DamagedFile('has no checksum at its end: it is damaged, incomplete, or no training state of ours')
+                raise DamagedFile(
+                    'has no checksum at its end: it is damaged, incomplete, or no training state of ours'
+                )
             if size > LARGE:
                 check_saved(file)
             read_sealed(file, size, seal)
@@ -448,7 +632,9 @@ def load_state(path: str | os.PathLike) -> dict:
             raise UserError(f'{os.fspath(path)} cannot be used as a training state: it {error}.') from error
         except UNREADABLE as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f'{os.fspath(path)} cannot be used as a training state: it is no file of plain data and tensors ({reason}).') from error
+            raise UserError(
+                f'{os.fspath(path)} cannot be used as a training state: it is no file of plain data and tensors ({reason}).'
+            ) from error
 
 
 def read_state(path: str | os.PathLike) -> dict:
@@ -456,12 +642,18 @@ def read_state(path: str | os.PathLike) -> dict:
     state = load_state(path)
     try:
         check(state, run_schema.STATE, 'the state')
-        options = check(parse_json(state['options'], JSON_FILE, 'the configuration of a run'), run_schema.OPTIONS, 'options')
+        options = check(
+            parse_json(state['options'], JSON_FILE, 'the configuration of a run'),
+            run_schema.OPTIONS,
+            'options',
+        )
         if state['progress']['tick_start_nimg'] > state['progress']['nimg']:
             raise Mismatch('has a tick that begins after the images that it has seen')
         if options.get('lr_schedule') == 'sqrt' and not options['lr_ref_nimg']:
             raise Mismatch('has options.lr_schedule = sqrt without options.lr_ref_nimg')
         return {**state, 'options': options}
     except ValueError as error:
-        raise UserError(f'{os.fspath(path)} is no training state that can be used: it {error}. '
-                        'Name a training-state-*.pt that train.py wrote.') from error
+        raise UserError(
+            f'{os.fspath(path)} is no training state that can be used: it {error}. '
+            'Name a training-state-*.pt that train.py wrote.'
+        ) from error

@@ -6,6 +6,7 @@ dx/dsigma = (x − D(x; sigma)) / sigma (Karras et al. 2022, Eq. 1 with s(t) = 1
 A *grid* is a decreasing [n+1] tensor of noise levels that ends in 0; its n *edges* join neighbors. The student's grid has S edges, its
 *segments*; the teacher's has about T, each of them inside one segment or cut off at that segment's lower end, its *boundary*.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -25,8 +26,9 @@ TERMINAL, SNAP, GENERAL = 0, 1, 2  # kinds of edges
 KIND_NAMES = ('terminal', 'snap', 'general')
 TIE_TOLERANCE = 1e-5  # relative distance at which a teacher level is the same as a student level
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Grids.
+
 
 def _warp(spacing: str, rho: float) -> tuple[Callable, Callable]:
     """The coordinate in which a grid's nodes are evenly spaced, as a function of sigma, and its inverse.
@@ -35,7 +37,7 @@ def _warp(spacing: str, rho: float) -> tuple[Callable, Callable]:
     alpha = cos(pi u / 2), sigma = tan(pi u / 2) (Salimans & Ho 2022; Heek et al. 2024, Appendix A).
     """
     if spacing == 'karras':
-        return lambda sigma: sigma ** (1 / rho), lambda u: u ** rho
+        return lambda sigma: sigma ** (1 / rho), lambda u: u**rho
     if spacing == 'cosine':
         return lambda sigma: torch.as_tensor(sigma, dtype=torch.float64).atan(), torch.tan
     raise ValueError(f'sigma grid {spacing!r} is not one of {", ".join(SIGMA_GRIDS)}')
@@ -52,7 +54,10 @@ def sigma_nodes(n: int, sigma_min: float, sigma_max: float, rho: float, spacing:
     top, bottom = warp(sigma_max), warp(sigma_min)
     ramp = torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
     nodes = unwarp(top + ramp * (bottom - top))
-    nodes[-1], nodes[0] = sigma_min, sigma_max  # exact, so that grids of different lengths share their ends bit for bit
+    nodes[-1], nodes[0] = (
+        sigma_min,
+        sigma_max,
+    )  # exact, so that grids of different lengths share their ends bit for bit
     return nodes
 
 
@@ -68,7 +73,9 @@ def _ending_in_zero(levels: Tensor) -> Tensor:
     return torch.cat([levels, levels.new_zeros(1)])
 
 
-def student_grid(S: int, sigma_min: float, sigma_max: float, rho: float, kind: str = 'edm', spacing: str = 'karras') -> Tensor:
+def student_grid(
+    S: int, sigma_min: float, sigma_max: float, rho: float, kind: str = 'edm', spacing: str = 'karras'
+) -> Tensor:
     """The S+1 noise levels of an S-step student, the last one 0.
 
     `edm`: S nodes (Karras's, or of another `spacing`), then 0. `full`: S+1 nodes with the last one replaced by 0, so that no evaluation is spent
@@ -82,7 +89,15 @@ def student_grid(S: int, sigma_min: float, sigma_max: float, rho: float, kind: s
     return _ending_in_zero(nodes[:S])
 
 
-def teacher_grid(student: Tensor, T: int, sigma_min: float, sigma_max: float, rho: float, spacing: str = 'karras', keep_ties: bool = False) -> Tensor:
+def teacher_grid(
+    student: Tensor,
+    T: int,
+    sigma_min: float,
+    sigma_max: float,
+    rho: float,
+    spacing: str = 'karras',
+    keep_ties: bool = False,
+) -> Tensor:
     """Teacher noise levels [T'+1], at least T edges: nodes of a `spacing`, then 0, without the interior ones that coincide with a student level.
 
     A coinciding node is dropped (relative tolerance 1e-5), so that the edge above it crosses the boundary and snaps to it. The first node and
@@ -113,8 +128,10 @@ def anneal_T(nimg: float, T_start: int, T_end: int, T_anneal_kimg: float) -> int
     done = 1.0 if T_anneal_kimg <= 0 else min(max(nimg / (1e3 * T_anneal_kimg), 0.0), 1.0)
     return round(math.exp(math.log(T_start) + done * (math.log(T_end) - math.log(T_start))))
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Edges.
+
 
 @dataclass(frozen=True)
 class Edges:
@@ -124,7 +141,7 @@ class Edges:
     sigma_s: Tensor
     sigma_b: Tensor
     segment: Tensor  # int64, 0 is the noisiest
-    kind: Tensor     # int64: TERMINAL where sigma_s = 0, SNAP where sigma_s = sigma_b > 0, else GENERAL
+    kind: Tensor  # int64: TERMINAL where sigma_s = 0, SNAP where sigma_s = sigma_b > 0, else GENERAL
 
     def __len__(self) -> int:
         return len(self.sigma_t)
@@ -153,22 +170,34 @@ def edge_table(teacher: Tensor, student: Tensor) -> Edges:
     return Edges(sigma_t, sigma_s, sigma_b, segment, kind)
 
 
-def edge_density(sigma: Tensor, mode: str, rho: float, spacing: str = 'karras', P_mean: float = -1.2, P_std: float = 1.2) -> Tensor:
+def edge_density(
+    sigma: Tensor, mode: str, rho: float, spacing: str = 'karras', P_mean: float = -1.2, P_std: float = 1.2
+) -> Tensor:
     """How often edges at `sigma` should be drawn, up to a common factor: a density in sigma times |dsigma/di| on the grid's nodes.
 
     Densities: `vp` 1 / (1 + sigma²), which is uniform in the cosine schedule's time; `edm` exp(−(ln sigma − P_mean)² / (2 P_std²)) / sigma, the
     training distribution of Karras et al. 2022, Table 1. |dsigma/di| is ∝ sigma^(1−1/rho) on Karras nodes and ∝ 1 + sigma² on cosine ones.
     """
-    slope = 1 + sigma ** 2 if spacing == 'cosine' else sigma ** (1 - 1 / rho)
+    slope = 1 + sigma**2 if spacing == 'cosine' else sigma ** (1 - 1 / rho)
     if mode == 'vp':
-        return slope / (1 + sigma ** 2)
+        return slope / (1 + sigma**2)
     if mode == 'edm':
-        return slope / sigma * torch.exp(-(sigma.log() - P_mean) ** 2 / (2 * P_std ** 2))
+        return slope / sigma * torch.exp(-((sigma.log() - P_mean) ** 2) / (2 * P_std**2))
     raise ValueError(f'sampling mode {mode!r} is not one of {", ".join(SAMPLING_MODES)}')
 
 
-def edge_probabilities(teacher: Tensor, student: Tensor, mode: str, rho: float, terminal_anchor: bool, pin_top: bool = False,
-                       P_mean: float = -1.2, P_std: float = 1.2, spacing: str = 'karras', top_mass: float = 0.0) -> Tensor:
+def edge_probabilities(
+    teacher: Tensor,
+    student: Tensor,
+    mode: str,
+    rho: float,
+    terminal_anchor: bool,
+    pin_top: bool = False,
+    P_mean: float = -1.2,
+    P_std: float = 1.2,
+    spacing: str = 'karras',
+    top_mass: float = 0.0,
+) -> Tensor:
     """Probability of drawing each edge, [T'] float64.
 
     Modes: `uniform`: segment uniform, then edge uniform within it; `vp` and `edm`: see `edge_density`.
@@ -212,8 +241,10 @@ def halving_edges(S: int, sigma_min: float, sigma_max: float, rho: float, spacin
     coarse, fine = (student_grid(n, sigma_min, sigma_max, rho, 'full', spacing) for n in (S, 2 * S))
     return Edges(coarse[:-1], fine[1::2], coarse[1:], torch.arange(S), torch.full([S], GENERAL))
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Moves between noise levels.
+
 
 def noise_level(sigma: Tensor | float, x: Tensor) -> Tensor:
     """Noise levels as float64 beside `x`. A number is filled in there: a copy from the host would wait for the device."""
@@ -267,7 +298,9 @@ def check_edges(edges: Edges) -> None:
         raise ValueError('a segment has no edge')
 
 
-def heun_hop(denoiser: Denoiser, x_t: Tensor, sigma_t: Tensor, sigma_s: Tensor, denoised: Tensor | None = None) -> Tensor:
+def heun_hop(
+    denoiser: Denoiser, x_t: Tensor, sigma_t: Tensor, sigma_s: Tensor, denoised: Tensor | None = None
+) -> Tensor:
     """One Heun step of the ODE from sigma_t to sigma_s (Karras et al. 2022, Algorithm 1): local error O((sigma_t − sigma_s)³).
 
     With h = sigma_s − sigma_t and slopes d = (x − D) / sigma, x_e = x_t + h d_t is Euler's step, DDIM's; x_t + h (d_t + d_s) / 2 is halfway
@@ -284,7 +317,9 @@ def heun_hop(denoiser: Denoiser, x_t: Tensor, sigma_t: Tensor, sigma_s: Tensor, 
     if denoised is None:
         denoised = denoiser(x_t.double(), sigma_t)
     x_euler = ddim_step(x_t, denoised, sigma_t, sigma_s)
-    x_twice = torch.lerp(denoiser(x_euler, sigma_s).double(), x_euler, expand_like(2 - sigma_t / sigma_s, x_t))
+    x_twice = torch.lerp(
+        denoiser(x_euler, sigma_s).double(), x_euler, expand_like(2 - sigma_t / sigma_s, x_t)
+    )
     return torch.lerp(x_t.double(), x_twice, 0.5)
 
 
@@ -303,18 +338,22 @@ def addim_hop(x_t: Tensor, denoised: Tensor, sigma_t: Tensor, sigma_s: Tensor, v
     sigma_t, sigma_s, v = (noise_level(s, x_t).expand(len(x_t)) for s in (sigma_t, sigma_s, v))
     denoised = denoised.double()
     noise = (x_t.double() - denoised) / expand_like(sigma_t, x_t)
-    square = noise.flatten(1).square().sum(dim=1).clamp(min=1e-100)  # without noise there is nothing to lengthen, and nothing to divide by
-    length = (sigma_s ** 2 + (1 - sigma_s / sigma_t) ** 2 * v / square).sqrt()
+    square = (
+        noise.flatten(1).square().sum(dim=1).clamp(min=1e-100)
+    )  # without noise there is nothing to lengthen, and nothing to divide by
+    length = (sigma_s**2 + (1 - sigma_s / sigma_t) ** 2 * v / square).sqrt()
     return denoised + expand_like(torch.where(sigma_s > 0, length, 0), x_t) * noise
 
 
-def addim_variance(denoised: Tensor, sigma_t: Tensor, y: Tensor | None = None, xvar_frac: float = 0.75) -> Tensor:
+def addim_variance(
+    denoised: Tensor, sigma_t: Tensor, y: Tensor | None = None, xvar_frac: float = 0.75
+) -> Tensor:
     """v of `addim_hop`, [N] float64, for images of d values: xvar_frac |y − D|² from the clean images y, or, without them, 0.1 d / (2 + 1/sigma_t²),
     a tenth of the posterior variance under a Gaussian prior of variance 1/2 (Heek et al. 2024, Section 3.2)."""
     if y is not None:
         return xvar_frac * (y.double() - denoised.double()).flatten(1).square().sum(dim=1)
     sigma_t = noise_level(sigma_t, denoised).expand(len(denoised))
-    return 0.1 * denoised[0].numel() / (2 + sigma_t ** -2)
+    return 0.1 * denoised[0].numel() / (2 + sigma_t**-2)
 
 
 def default_anchor_hops(sigma_b: float) -> int:
@@ -323,7 +362,14 @@ def default_anchor_hops(sigma_b: float) -> int:
     return 4 if sigma_b >= 10 else 32
 
 
-def anchor_nodes(sigma_max: float, sigma_b: float, sigma_min: float, rho: float, hops: int | None = None, spacing: str = 'karras') -> Tensor:
+def anchor_nodes(
+    sigma_max: float,
+    sigma_b: float,
+    sigma_min: float,
+    rho: float,
+    hops: int | None = None,
+    spacing: str = 'karras',
+) -> Tensor:
     """Noise levels of the teacher's solution from sigma_max to the boundary sigma_b.
 
     sigma_b > 0: hops + 1 nodes (Karras's, or of another `spacing`) between the two. sigma_b = 0: `hops` nodes down to sigma_min, then 0.
@@ -334,7 +380,9 @@ def anchor_nodes(sigma_max: float, sigma_b: float, sigma_min: float, rho: float,
     return _ending_in_zero(sigma_nodes(hops, sigma_min, sigma_max, rho, spacing))
 
 
-def solve_ode(denoiser: Denoiser, x: Tensor, levels: Sequence[float], denoised: Tensor | None = None) -> Tensor:
+def solve_ode(
+    denoiser: Denoiser, x: Tensor, levels: Sequence[float], denoised: Tensor | None = None
+) -> Tensor:
     """Follow the ODE down a list of noise levels by Heun steps; a last step to 0 is Euler's. Returns [N, ...] float64.
 
     `denoised` is D at x, at the first level, where it is known already.
@@ -342,19 +390,27 @@ def solve_ode(denoiser: Denoiser, x: Tensor, levels: Sequence[float], denoised: 
     for sigma_t, sigma_s in itertools.pairwise(levels):
         sigma = torch.full([len(x)], sigma_t, dtype=torch.float64, device=x.device)
         denoised = denoiser(x, sigma).double() if denoised is None else denoised
-        x = heun_hop(denoiser, x, sigma, torch.full_like(sigma, sigma_s), denoised) if sigma_s > 0 else denoised
+        x = (
+            heun_hop(denoiser, x, sigma, torch.full_like(sigma, sigma_s), denoised)
+            if sigma_s > 0
+            else denoised
+        )
         denoised = None
     return x
 
 
-def nodes_between(sigma_t: Tensor, sigma_b: Tensor, substeps: int, rho: float, sigma_min: float, spacing: str = 'karras') -> Tensor:
+def nodes_between(
+    sigma_t: Tensor, sigma_b: Tensor, substeps: int, rho: float, sigma_min: float, spacing: str = 'karras'
+) -> Tensor:
     """`anchor_nodes` for levels that differ from sample to sample: [substeps+1, N] float64, from sigma_t [N] down to sigma_b [N].
 
     Where sigma_b = 0 the last but one is sigma_min, or sigma_t where that is lower. Does not synchronize with the device.
     """
     to_zero = sigma_b == 0
     bottom = torch.where(to_zero, sigma_t.clamp(max=sigma_min), sigma_b)
-    ramp = torch.arange(substeps + 1, dtype=torch.float64, device=sigma_t.device)[:, None] / (substeps - to_zero.double()).clamp(min=1)
+    ramp = torch.arange(substeps + 1, dtype=torch.float64, device=sigma_t.device)[:, None] / (
+        substeps - to_zero.double()
+    ).clamp(min=1)
     warp, unwarp = _warp(spacing, rho)
     nodes = unwarp(warp(sigma_t) + ramp.clamp(max=1) * (warp(bottom) - warp(sigma_t))).clamp(bottom, sigma_t)
     nodes = torch.where(ramp < 1, nodes, bottom)
@@ -362,26 +418,48 @@ def nodes_between(sigma_t: Tensor, sigma_b: Tensor, substeps: int, rho: float, s
     return nodes
 
 
-def solve_between(denoiser: Denoiser, x_t: Tensor, sigma_t: Tensor, sigma_b: Tensor, substeps: int, rho: float, sigma_min: float,
-                  spacing: str = 'karras') -> Tensor:
+def solve_between(
+    denoiser: Denoiser,
+    x_t: Tensor,
+    sigma_t: Tensor,
+    sigma_b: Tensor,
+    substeps: int,
+    rho: float,
+    sigma_min: float,
+    spacing: str = 'karras',
+) -> Tensor:
     """The teacher's own solution from sigma_t to sigma_b, both [N] float64, by Heun steps over `nodes_between`; a last step to 0 is Euler's.
 
     Samples that end at 0 and others may share a batch: that costs 2 substeps evaluations, one of which those that end at 0 ignore.
     Returns: [N, ...] float64.
     """
     x = x_t.double()
-    for sigma, lower in itertools.pairwise(nodes_between(sigma_t, sigma_b, substeps, rho, sigma_min, spacing)):
+    for sigma, lower in itertools.pairwise(
+        nodes_between(sigma_t, sigma_b, substeps, rho, sigma_min, spacing)
+    ):
         denoised = denoiser(x, sigma).double()
         hopped = heun_hop(denoiser, x, sigma, torch.where(lower > 0, lower, sigma / 2), denoised)
         x = torch.where(expand_like(lower, x) > 0, hopped, denoised)
     return x
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Losses per image and their weights.
 
 PSEUDO_HUBER_EPS = HUBER_DELTA = 1e-4
 DISTANCES = ('pseudo_huber', 'l2_root', 'l2', 'huber')
-WEIGHT_MODES = ('sqrt_karras', 'edm', 'karras', 'vlike', 'snr+1', 'snr', 'truncated-snr', 'flat', 'uniform', 'sqrt_gap')
+WEIGHT_MODES = (
+    'sqrt_karras',
+    'edm',
+    'karras',
+    'vlike',
+    'snr+1',
+    'snr',
+    'truncated-snr',
+    'flat',
+    'uniform',
+    'sqrt_gap',
+)
 
 
 def image_distance(d: Tensor, kind: str, eps: float = PSEUDO_HUBER_EPS) -> Tensor:
@@ -392,10 +470,12 @@ def image_distance(d: Tensor, kind: str, eps: float = PSEUDO_HUBER_EPS) -> Tenso
     """
     d = d.flatten(1)
     if kind == 'huber':
-        return torch.nn.functional.huber_loss(d, torch.zeros_like(d), reduction='none', delta=HUBER_DELTA).sum(dim=1)
+        return torch.nn.functional.huber_loss(
+            d, torch.zeros_like(d), reduction='none', delta=HUBER_DELTA
+        ).sum(dim=1)
     square = d.square().sum(dim=1)
     if kind == 'pseudo_huber' and eps > 0:
-        return (square + eps ** 2).sqrt() - eps
+        return (square + eps**2).sqrt() - eps
     if kind in ('l2_root', 'pseudo_huber'):  # without eps the square root has no slope at 0
         return square.clamp(min=1e-12).sqrt()
     if kind == 'l2':
@@ -410,11 +490,11 @@ def edge_weight(sigma_t: Tensor, sigma_s: Tensor, mode: str, sigma_data: float) 
     `vlike` = `snr+1`: 1/sigma² + 1; `snr`: 1/sigma²; `truncated-snr`: max(1/sigma², 1) (Salimans & Ho 2022); `flat` = `uniform`: 1;
     `sqrt_gap`: sqrt(sigma_t − sigma_s).
     """
-    snr = sigma_t ** -2
+    snr = sigma_t**-2
     if mode in ('edm', 'karras'):
-        return snr + sigma_data ** -2
+        return snr + sigma_data**-2
     if mode == 'sqrt_karras':
-        return (snr + sigma_data ** -2).sqrt()
+        return (snr + sigma_data**-2).sqrt()
     if mode in ('vlike', 'snr+1'):
         return snr + 1
     if mode == 'snr':

@@ -1,2 +1,3 @@
 """Where EDM has its data set."""
+
 from data.dataset import ImageFolderDataset as ImageFolderDataset

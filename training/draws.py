@@ -4,6 +4,7 @@ So a batch may be split over processes, accumulation rounds and restarts in any 
 Dropout masks and augmentation are drawn for a whole batch at once (`SampleDraws.generator`) and do depend on how it is split.
 Numbers are drawn in blocks of `BLOCK` consecutive samples, each from a generator seeded by (seed, purpose, block).
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -56,8 +57,12 @@ class SampleDraws:
 
     def uniform(self, purpose: str) -> np.ndarray:
         """[count] float64, uniform in [0, 1), on the host too."""
-        return self._draw(purpose, (), torch.device('cpu'), lambda *a, **k: torch.rand(*a, dtype=torch.float64, **k)).numpy()
+        return self._draw(
+            purpose, (), torch.device('cpu'), lambda *a, **k: torch.rand(*a, dtype=torch.float64, **k)
+        ).numpy()
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator on the device for numbers that belong to this very set of samples (dropout masks, augmentation)."""
-        return torch.Generator(self.device).manual_seed(derive_seed(self.seed, purpose, self.first, self.count))
+        return torch.Generator(self.device).manual_seed(
+            derive_seed(self.seed, purpose, self.first, self.count)
+        )

@@ -1,4 +1,5 @@
 """How networks are run, which changes their speed and memory and not what they are: precision, memory format, checkpointing, compilation."""
+
 from __future__ import annotations
 
 import torch
@@ -14,8 +15,14 @@ def in_precision(net: torch.nn.Module, precision: str) -> torch.nn.Module:
     return net.double() if precision == 'fp64' else net
 
 
-def run_with(net: torch.nn.Module, *, channels_last: bool = False, checkpoint_activations: bool = False, compiled: bool = False,
-             cuda_graphs: bool = False) -> torch.nn.Module:
+def run_with(
+    net: torch.nn.Module,
+    *,
+    channels_last: bool = False,
+    checkpoint_activations: bool = False,
+    compiled: bool = False,
+    cuda_graphs: bool = False,
+) -> torch.nn.Module:
     """The network, in place, set to run in a certain way, which copies and snapshots of it know nothing of.
 
     Args:
@@ -41,8 +48,11 @@ def hold_in_half(net: torch.nn.Module) -> torch.nn.Module:
     normalized in FP32 at every call.
     """
     from training.networks import Conv2d
+
     for part in networks_in(net):
-        half = torch.bfloat16 if part.use_bf16 else torch.float16 if part.use_fp16 and is_on_gpu(part) else None
+        half = (
+            torch.bfloat16 if part.use_bf16 else torch.float16 if part.use_fp16 and is_on_gpu(part) else None
+        )
         for module in part.modules() if half else ():
             if isinstance(module, Conv2d):
                 for name in ('weight', 'bias'):

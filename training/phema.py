@@ -3,6 +3,7 @@
 Power functions: Karras et al. 2024 (EDM2), Section 3 and Appendix C. A profile of exponent gamma weighs the weights at time tau <= t
 by p(tau) ∝ tau^gamma; its relative width `std` is that of the profile, (gamma+1)^½ (gamma+2)^-1 (gamma+3)^-½.
 """
+
 from __future__ import annotations
 
 import copy
@@ -21,7 +22,7 @@ def std_to_exp(std) -> np.ndarray:
     (gamma + 2)² (gamma + 3) = (gamma + 1) / std²   (EDM2, Appendix C)."""
     std = np.asarray(std, dtype=np.float64)
     left = np.polymul(np.polymul([1, 2], [1, 2]), [1, 3])
-    largest = lambda s: np.roots(np.polysub(left, np.array([1, 1]) / s ** 2)).real.max()
+    largest = lambda s: np.roots(np.polysub(left, np.array([1, 1]) / s**2)).real.max()
     return np.array([largest(s) for s in std.ravel()]).reshape(std.shape)
 
 
@@ -77,7 +78,9 @@ def posthoc_error(in_ofs, in_std, out_ofs, out_std, weights) -> np.ndarray:
     in_exp, out_exp = (std_to_exp(np.ravel(s)) for s in (in_std, out_std))
     own = _profile_products(out_ofs, out_exp, out_ofs, out_exp)
     shared = (weights * _profile_products(in_ofs[:, None], in_exp[:, None], out_ofs, out_exp)).sum(axis=0)
-    combined = (weights * (_profile_products(in_ofs[:, None], in_exp[:, None], in_ofs, in_exp) @ weights)).sum(axis=0)
+    combined = (
+        weights * (_profile_products(in_ofs[:, None], in_exp[:, None], in_ofs, in_exp) @ weights)
+    ).sum(axis=0)
     return np.sqrt(np.maximum(own - 2 * shared + combined, 0) / own)
 
 
@@ -101,8 +104,15 @@ class WeightAverages:
         device: where the averages live: None for the network's own device, or the host, 'cpu'.
     """
 
-    def __init__(self, net: torch.nn.Module, weights: FlatParameters, halflife_nimg: float, rampup_ratio: float | None, phema_stds: list[float],
-                 device: torch.device | str | None = None):
+    def __init__(
+        self,
+        net: torch.nn.Module,
+        weights: FlatParameters,
+        halflife_nimg: float,
+        rampup_ratio: float | None,
+        phema_stds: list[float],
+        device: torch.device | str | None = None,
+    ):
         self.halflife_nimg, self.rampup_ratio, self.source = halflife_nimg, rampup_ratio, weights
         names = ['ema', *map(average_name, phema_stds)]  # by which files know them
         self._networks = {name: copy.deepcopy(net).eval().requires_grad_(False).to(device) for name in names}
@@ -140,12 +150,21 @@ class WeightAverages:
 
     def halflife_at(self, nimg: int) -> float:
         """Effective half-life in images after `nimg` images."""
-        return self.halflife_nimg if self.rampup_ratio is None else min(self.halflife_nimg, nimg * self.rampup_ratio)
+        return (
+            self.halflife_nimg
+            if self.rampup_ratio is None
+            else min(self.halflife_nimg, nimg * self.rampup_ratio)
+        )
 
     def decays(self, nimg: int, batch_size: int) -> list[float]:
         """Of the averages, in their order, for a step: see `update`."""
-        halflife = self.halflife_at(nimg - batch_size)  # the ramp counts the images before this step, as EDM does
-        return [0.5 ** (batch_size / max(halflife, 1e-8)), *(_decay(exponent, nimg, batch_size) for exponent in self._exponents)]
+        halflife = self.halflife_at(
+            nimg - batch_size
+        )  # the ramp counts the images before this step, as EDM does
+        return [
+            0.5 ** (batch_size / max(halflife, 1e-8)),
+            *(_decay(exponent, nimg, batch_size) for exponent in self._exponents),
+        ]
 
     def update(self, nimg: int, batch_size: int) -> None:
         """Take in the weights after a step; `nimg` counts the images with this step's `batch_size`. Buffers do not change in training."""
@@ -173,7 +192,10 @@ class WeightAverages:
 
     def state_dict(self) -> dict:
         """Tensors of all averages, for a training state."""
-        return dict(ema=dict(self.ema.state_dict()), phema={std: dict(net.state_dict()) for std, net in self.phema.items()})
+        return dict(
+            ema=dict(self.ema.state_dict()),
+            phema={std: dict(net.state_dict()) for std, net in self.phema.items()},
+        )
 
     def load_state_dict(self, state: dict) -> None:
         """Inverse of `state_dict`."""
@@ -195,8 +217,13 @@ class HostCopies:
     def __init__(self, source: torch.Tensor, take_in: Callable[[torch.Tensor, object], None]):
         self.source, self.take_in = source, take_in
         self.stream = torch.cuda.Stream(source.device) if source.is_cuda else None
-        self._buffers = deque(torch.empty_like(source, device='cpu', pin_memory=source.is_cuda, requires_grad=False) for _ in range(2))
-        self._thread = ThreadPoolExecutor(max_workers=1)  # begins with its first work: processes forked before that do not inherit it
+        self._buffers = deque(
+            torch.empty_like(source, device='cpu', pin_memory=source.is_cuda, requires_grad=False)
+            for _ in range(2)
+        )
+        self._thread = ThreadPoolExecutor(
+            max_workers=1
+        )  # begins with its first work: processes forked before that do not inherit it
         self._pending: deque[Future] = deque()
         self._copied: torch.cuda.Event | None = None
 

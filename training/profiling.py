@@ -1,4 +1,5 @@
 """A Chrome trace of some steps of a run, for chrome://tracing or https://ui.perfetto.dev."""
+
 from __future__ import annotations
 
 import contextlib
@@ -26,7 +27,14 @@ class StepProfile:
         say: takes a line for people.
     """
 
-    def __init__(self, steps: int, run_dir: str, device: torch.device, networks: dict[tuple[str, str], torch.nn.Module], say: Callable[[str], None]):
+    def __init__(
+        self,
+        steps: int,
+        run_dir: str,
+        device: torch.device,
+        networks: dict[tuple[str, str], torch.nn.Module],
+        say: Callable[[str], None],
+    ):
         self._steps, self._run_dir, self._say = steps, run_dir, say
         self._activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == 'cuda' else [])]
         self._networks, self._undo = networks, []
@@ -66,6 +74,7 @@ class StepProfile:
         def named(*args, **kwargs):
             with record_function(with_gradients if torch.is_grad_enabled() else without):
                 return call(*args, **kwargs)
+
         network._compiled_call_impl = named
         self._undo.append(lambda: setattr(network, '_compiled_call_impl', before))
 

@@ -3,6 +3,7 @@
 The gradient of such a loss goes by the difference of the outputs at t and r, which shrinks with 1 − r/t, while the rounding inside the network stays.
 Measured by `benchmarks/precision.py`: see docs/performance.md, 'What precision a self-target needs'.
 """
+
 from __future__ import annotations
 
 import torch
@@ -11,7 +12,7 @@ from training.objectives import OBJECTIVES
 
 # Largest relative error of rounding. Where 1 − r/t is as small, the gradient's cosine with that in FP64 is about 0.6 or less on three of four
 # networks.
-ROUNDING = dict(bf16=2.0 ** -8, fp16=2.0 ** -11, tf32=2.0 ** -11, fp32=2.0 ** -24, fp64=2.0 ** -53)
+ROUNDING = dict(bf16=2.0**-8, fp16=2.0**-11, tf32=2.0**-11, fp32=2.0**-24, fp64=2.0**-53)
 
 
 def arithmetic(precision: str, tf32: bool) -> str:
@@ -41,6 +42,14 @@ def unresolved_gap(c, teacher: torch.nn.Module | None) -> str | None:
     gap, kind = loss_fn and loss_fn.self_target_gap(last_nimg), arithmetic(c.precision, c.tf32)
     if gap is None or gap >= ROUNDING[kind]:
         return None
-    cure = '--tf32=False' if kind == 'tf32' else '--precision=fp32' if kind in ('bf16', 'fp16') else '--precision=fp64'
-    return (f'Warning: by the last step, half of the pairs of times that the loss compares are within 1 - r/t = {gap:.1e} of each other, and {kind} '
-            f'rounds by up to {ROUNDING[kind]:.1e}: the gradient will be rounding for the most part. Use {cure}, or change {loss_fn.gap_option}.')
+    cure = (
+        '--tf32=False'
+        if kind == 'tf32'
+        else '--precision=fp32'
+        if kind in ('bf16', 'fp16')
+        else '--precision=fp64'
+    )
+    return (
+        f'Warning: by the last step, half of the pairs of times that the loss compares are within 1 - r/t = {gap:.1e} of each other, and {kind} '
+        f'rounds by up to {ROUNDING[kind]:.1e}: the gradient will be rounding for the most part. Use {cure}, or change {loss_fn.gap_option}.'
+    )

@@ -3,6 +3,7 @@
 Where torchrun may do so, a run leaves `launch.json` in its folder: which torchruns, one for each machine, it was started by. An attempt is of the
 same run where one of its own is among them.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -22,9 +23,15 @@ from training.saved_files import saved_states
 
 LAUNCH = 'launch.json'
 RECORD = schema.Record(
-    dict(run_id=schema.Maybe(schema.Text()), torchruns=schema.ListOf(identity.KIND), seed=schema.Integer(), resume=schema.Maybe(schema.Text()),
-         passed_over=schema.ListOf(schema.Row((schema.Text(), schema.Integer())))),
-    required=['run_id', 'torchruns', 'seed', 'resume', 'passed_over'])
+    dict(
+        run_id=schema.Maybe(schema.Text()),
+        torchruns=schema.ListOf(identity.KIND),
+        seed=schema.Integer(),
+        resume=schema.Maybe(schema.Text()),
+        passed_over=schema.ListOf(schema.Row((schema.Text(), schema.Integer()))),
+    ),
+    required=['run_id', 'torchruns', 'seed', 'resume', 'passed_over'],
+)
 
 
 def remember(folder: str, seed: int, resume: str | None) -> None:
@@ -41,10 +48,14 @@ def remember(folder: str, seed: int, resume: str | None) -> None:
 
     def write():
         earlier = _recorded(Path(folder))
-        record = launch | (dict(seed=seed, resume=resume, passed_over=_beyond(resume)) if earlier is None or not _same(earlier, launch) else
-                           {name: earlier[name] for name in ('seed', 'resume', 'passed_over')})
+        record = launch | (
+            dict(seed=seed, resume=resume, passed_over=_beyond(resume))
+            if earlier is None or not _same(earlier, launch)
+            else {name: earlier[name] for name in ('seed', 'resume', 'passed_over')}
+        )
         with atomic_write(os.path.join(folder, LAUNCH)) as file:
             file.write(json.dumps(record, indent=2).encode())
+
     distributed.from_main(write)
 
 
@@ -52,13 +63,17 @@ def go_on(opts: EasyDict) -> None:
     """Where torchrun has started this process again: change the options to those that resume the same run, or begin it again in its folder."""
     if not elastic.restarts()[1]:
         return
-    restarted = max(distributed.gather_objects(elastic.restarts()[0]))  # each torchrun counts those of its own processes
+    restarted = max(
+        distributed.gather_objects(elastic.restarts()[0])
+    )  # each torchrun counts those of its own processes
     if not restarted:
         return
     launch = _launch()
     changes, line = distributed.from_main(lambda: _changes(opts, launch))
     opts.update(changes)
-    distributed.print0(printable(f'Started again by torchrun (restart {restarted}): {line}.'), file=sys.stderr)
+    distributed.print0(
+        printable(f'Started again by torchrun (restart {restarted}): {line}.'), file=sys.stderr
+    )
 
 
 def _changes(opts: EasyDict, launch: dict) -> tuple[dict, str]:
@@ -78,34 +93,54 @@ def _changes(opts: EasyDict, launch: dict) -> tuple[dict, str]:
     if own:  # a folder's damaged ones are passed over, but so may be those that are not given up
         resume = os.fspath(own[0] if len(own) < len(states) else with_states)
         return dict(overwrite, resume=resume), f'resuming from {own[0]}'
-    return (dict(overwrite, resume=None, outdir=os.fspath(folder), nosubdir=True, seed=record['seed']),
-            f'it had saved no state, so it begins again in {folder}')
+    return (
+        dict(overwrite, resume=None, outdir=os.fspath(folder), nosubdir=True, seed=record['seed']),
+        f'it had saved no state, so it begins again in {folder}',
+    )
 
 
 def _candidates(opts: EasyDict) -> list[Path]:
     """The folders that the earlier attempt may have trained in."""
     if opts.resume:
-        return [Path(stages.run_folder(opts.resume) if opts.objective == 'pd' else run_lock.folder_of(opts.resume))]
+        return [
+            Path(
+                stages.run_folder(opts.resume) if opts.objective == 'pd' else run_lock.folder_of(opts.resume)
+            )
+        ]
     if opts.nosubdir:
         return [Path(opts.outdir)]
-    return sorted((path.parent for path in Path(opts.outdir).glob(f'*/{LAUNCH}') if re.match(r'\d+-', path.parent.name)), reverse=True)
+    return sorted(
+        (
+            path.parent
+            for path in Path(opts.outdir).glob(f'*/{LAUNCH}')
+            if re.match(r'\d+-', path.parent.name)
+        ),
+        reverse=True,
+    )
 
 
 def _launch() -> dict:
     """What tells one launch from others: torchrun's id of it, and all the torchruns. Collective."""
     torchruns = distributed.gather_objects(elastic.torchrun())
-    return dict(run_id=os.environ.get('TORCHELASTIC_RUN_ID'), torchruns=[torchrun for torchrun in torchruns if torchrun is not None])
+    return dict(
+        run_id=os.environ.get('TORCHELASTIC_RUN_ID'),
+        torchruns=[torchrun for torchrun in torchruns if torchrun is not None],
+    )
 
 
 def _same(record: dict, launch: dict) -> bool:
-    return record['run_id'] == launch['run_id'] and any(identity.same(a, b) for a in record['torchruns'] for b in launch['torchruns'])
+    return record['run_id'] == launch['run_id'] and any(
+        identity.same(a, b) for a in record['torchruns'] for b in launch['torchruns']
+    )
 
 
 def _beyond(resume: str | None) -> list[tuple[str, int]]:
     """The states beside `resume`, where it is one, that are newer: their names and modification times."""
     if resume is None or os.path.isdir(resume):
         return []
-    newer = itertools.takewhile(lambda path: path.name != Path(resume).name, saved_states(Path(resume).parent))
+    newer = itertools.takewhile(
+        lambda path: path.name != Path(resume).name, saved_states(Path(resume).parent)
+    )
     return [(path.name, path.stat().st_mtime_ns) for path in newer]
 
 

@@ -1,4 +1,5 @@
 """The files that a run leaves in its folder: what they are called, which states are kept, and from which one a run goes on."""
+
 from __future__ import annotations
 
 import json
@@ -20,20 +21,24 @@ from training.weight_update import WeightUpdate
 
 PREEMPTED = 'preempted.json'  # left by a run that stopped because it was asked to, for the script that starts it again
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Where a run stands.
+
 
 @dataclass
 class Progress:
     """Where a run stands, all of which is in its training states."""
-    nimg: int = 0               # images seen
-    tick: int = 0               # ticks ended
-    tick_start_nimg: int = 0    # images seen when this tick began
-    due: bool = False           # whether the work at the end of the tick is still to be done
-    begun: bool = False         # whether the evaluations before the first step are over
-    fid: float | None = None    # of the first average that was evaluated at the end of this tick
-    states: dict[str, float | None] = field(default_factory=dict)   # states that are kept, the oldest first, and their FID
-    names: dict[str, int] = field(default_factory=dict)             # names of files so far, and the images seen at each
+
+    nimg: int = 0  # images seen
+    tick: int = 0  # ticks ended
+    tick_start_nimg: int = 0  # images seen when this tick began
+    due: bool = False  # whether the work at the end of the tick is still to be done
+    begun: bool = False  # whether the evaluations before the first step are over
+    fid: float | None = None  # of the first average that was evaluated at the end of this tick
+    states: dict[str, float | None] = field(
+        default_factory=dict
+    )  # states that are kept, the oldest first, and their FID
+    names: dict[str, int] = field(default_factory=dict)  # names of files so far, and the images seen at each
     wandb_id: str | None = None
 
     @classmethod
@@ -47,13 +52,21 @@ class Progress:
 
     def next_position(self) -> dict:
         """The same once the tick has been dealt with."""
-        return {**asdict(self), 'tick': self.tick + 1, 'tick_start_nimg': self.nimg, 'due': False, 'fid': None}
+        return {
+            **asdict(self),
+            'tick': self.tick + 1,
+            'tick_start_nimg': self.nimg,
+            'due': False,
+            'fid': None,
+        }
 
     def begin_tick(self) -> None:
         self.tick, self.tick_start_nimg, self.due, self.fid = self.tick + 1, self.nimg, False, None
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Names and choices.
+
 
 def file_stem(progress: Progress, kind: str) -> str:
     """`<kind>-<kimg:06d>` for a file saved now, with `-<nimg>` appended where one of another moment of this run has the same kimg."""
@@ -84,11 +97,15 @@ def load_state(resume: str, report=print) -> tuple[str, dict]:
         except UserError as error:
             problem = 'none of its states is whole'
             report(f'Warning: {error}' + ' Trying the state before it.' * (path != saved_states(resume)[-1]))
-    raise UserError(f'--resume={resume}: {problem}. Give a training state or the folder of a run that saved one, or start anew without --resume, '
-                    'in another folder.')
+    raise UserError(
+        f'--resume={resume}: {problem}. Give a training state or the folder of a run that saved one, or start anew without --resume, '
+        'in another folder.'
+    )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Writing.
+
 
 class RunFiles:
     """Writes a run's snapshots and states. All processes call the methods together; the main one writes.
@@ -99,8 +116,25 @@ class RunFiles:
         log: called with lines for people.
     """
 
-    def __init__(self, c: EasyDict, run_dir: str, net: torch.nn.Module, update: WeightUpdate, averages: WeightAverages, loss_fn: Loss, log):
-        self.c, self.run_dir, self.net, self.update, self.averages, self.loss_fn, self.log = c, Path(run_dir), net, update, averages, loss_fn, log
+    def __init__(
+        self,
+        c: EasyDict,
+        run_dir: str,
+        net: torch.nn.Module,
+        update: WeightUpdate,
+        averages: WeightAverages,
+        loss_fn: Loss,
+        log,
+    ):
+        self.c, self.run_dir, self.net, self.update, self.averages, self.loss_fn, self.log = (
+            c,
+            Path(run_dir),
+            net,
+            update,
+            averages,
+            loss_fn,
+            log,
+        )
         self._newest: tuple[tuple, str] | None = None  # position and name of the last state that was written
         self._abandoned: set[str] = set()  # states beyond the one that the run goes on from
 
@@ -119,15 +153,25 @@ class RunFiles:
         if (due(c.state_dump_ticks) and (progress.tick > 0 or done)) or (c.state_dump_ticks and best):
             self.save_state(progress, progress.next_position())
 
-    def _snapshot(self, progress: Progress, suffix: str, net: torch.nn.Module, metadata: dict, fids: dict[str, float]) -> None:
+    def _snapshot(
+        self, progress: Progress, suffix: str, net: torch.nn.Module, metadata: dict, fids: dict[str, float]
+    ) -> None:
         path = self.run_dir / f'{file_stem(progress, "network-snapshot")}{suffix}.pkl'
-        checkpoint.save_snapshot(path, self.loss_fn.sampled(net), **metadata, dataset_kwargs=dict(self.c.dataset), fid=fids.get(metadata['ema']))
+        checkpoint.save_snapshot(
+            path,
+            self.loss_fn.sampled(net),
+            **metadata,
+            dataset_kwargs=dict(self.c.dataset),
+            fid=fids.get(metadata['ema']),
+        )
 
     def check_weights(self) -> None:
         """Ends all processes where they do not hold the same weights."""
         if not distributed.same_everywhere(self.update.weights):
-            distributed.fail_together('the processes hold different weights: a GPU or its memory is faulty. The states saved before are whole; '
-                                      'resume from the newest one on other machines.')
+            distributed.fail_together(
+                'the processes hold different weights: a GPU or its memory is faulty. The states saved before are whole; '
+                'resume from the newest one on other machines.'
+            )
 
     def save_state(self, progress: Progress, position: dict) -> str | None:
         """Write a state from which a run goes on at `position`; older ones are deleted once it has been read back. Returns its file's name."""
@@ -135,22 +179,38 @@ class RunFiles:
         if self._newest and self._newest[0] == where:
             return self._newest[1]
         self.check_weights()
-        rng = dict(cpu=torch.get_rng_state(), **({'cuda': torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}))
-        state = dict(net=dict(self.net.state_dict()), update=self.update.state_dict(), averages=self.averages.state_dict(),
-                     loss=self.loss_fn.state_dict(), progress=dict(position), stats=training_stats.state(), rng=distributed.gather_objects(rng),
-                     options=json.dumps(self.c))
+        rng = dict(
+            cpu=torch.get_rng_state(),
+            **({'cuda': torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}),
+        )
+        state = dict(
+            net=dict(self.net.state_dict()),
+            update=self.update.state_dict(),
+            averages=self.averages.state_dict(),
+            loss=self.loss_fn.state_dict(),
+            progress=dict(position),
+            stats=training_stats.state(),
+            rng=distributed.gather_objects(rng),
+            options=json.dumps(self.c),
+        )
         stem = file_stem(progress, 'training-state')
         if not self.guarded(self._write_state, progress, stem, state):
             return None
-        progress.states = distributed.broadcast_object(progress.states)  # which of later ones is the best, all processes have to know
+        progress.states = distributed.broadcast_object(
+            progress.states
+        )  # which of later ones is the best, all processes have to know
         self._newest = where, f'{stem}.pt'
         return f'{stem}.pt'
 
     def _write_state(self, progress: Progress, stem: str, state: dict) -> None:
-        fid = progress.states.get(stem) if progress.fid is None else progress.fid  # it may be there already, with its distance
+        fid = (
+            progress.states.get(stem) if progress.fid is None else progress.fid
+        )  # it may be there already, with its distance
         states = {**{name: other for name, other in progress.states.items() if name != stem}, stem: fid}
         kept = states_to_keep(states, self.c.states_kept)
-        state['progress'] |= dict(names=progress.names, states={name: fid for name, fid in states.items() if name in kept})
+        state['progress'] |= dict(
+            names=progress.names, states={name: fid for name, fid in states.items() if name in kept}
+        )
         path = self.run_dir / f'{stem}.pt'
         checkpoint.save_state(path, state)
         checkpoint.verify(path)
@@ -175,15 +235,19 @@ class RunFiles:
         if problem is None:
             return True, result
         if self.c.on_save_error == 'stop':
-            distributed.fail_together(f'{problem} The states saved before are whole: make room and resume. (--on-save-error=continue trains on.)')
+            distributed.fail_together(
+                f'{problem} The states saved before are whole: make room and resume. (--on-save-error=continue trains on.)'
+            )
         self.log(f'Warning: {problem} Training goes on (--on-save-error=continue).')
         return False, None
 
     def leave_note(self, signal_name: str, nimg: int, state: str) -> None:
         """Say in the folder that the run stopped on request, and which state it goes on from."""
+
         def write():
             with dnnlib.util.atomic_write(self.run_dir / PREEMPTED) as file:
                 file.write(json.dumps(dict(signal=signal_name, nimg=nimg, state=state)).encode() + b'\n')
+
         self.guarded(write)
 
     def tidy(self) -> None:
@@ -198,20 +262,31 @@ class RunFiles:
             for leftover in dnnlib.util.unfinished(self.run_dir, kind):
                 dnnlib.util.remove(leftover)
         there, own = [path.stem for path in saved_states(self.run_dir)], Path(self.c.resume or '').stem
-        self._abandoned = set(there[:there.index(own)]) if own in there else set()
+        self._abandoned = set(there[: there.index(own)]) if own in there else set()
         if self._abandoned:
-            self.log(f'{", ".join(sorted(self._abandoned))}: beyond the state that this run goes on from, deleted as soon as a new one is saved.')
+            self.log(
+                f'{", ".join(sorted(self._abandoned))}: beyond the state that this run goes on from, deleted as soon as a new one is saved.'
+            )
 
 
 def newest_state(progress: Progress) -> str | None:
     """The file of the newest state that was saved and kept; None where there is none."""
     return f'{next(reversed(progress.states))}.pt' if progress.states else None
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Going on.
 
-def restore(path: str, state: dict, net: torch.nn.Module, update: WeightUpdate, averages: WeightAverages, loss_fn: Loss,
-            device: torch.device) -> tuple[Progress, int]:
+
+def restore(
+    path: str,
+    state: dict,
+    net: torch.nn.Module,
+    update: WeightUpdate,
+    averages: WeightAverages,
+    loss_fn: Loss,
+    device: torch.device,
+) -> tuple[Progress, int]:
     """Put a training state into the given objects, and empty it; returns where it stands, and the number of processes that made it."""
     try:
         net.load_state_dict(state.pop('net'))
@@ -226,6 +301,10 @@ def restore(path: str, state: dict, net: torch.nn.Module, update: WeightUpdate, 
             if 'cuda' in own and device.type == 'cuda':
                 torch.cuda.set_rng_state(own['cuda'], device)
     except (KeyError, RuntimeError, ValueError) as error:
-        reason = ' '.join(line.strip() for line in str(error).strip().splitlines()[:2])  # PyTorch's first line says where, the next one what
-        raise UserError(f'--resume={path} is the state of another run or network ({reason}): resume with the options it was made with') from error
+        reason = ' '.join(
+            line.strip() for line in str(error).strip().splitlines()[:2]
+        )  # PyTorch's first line says where, the next one what
+        raise UserError(
+            f'--resume={path} is the state of another run or network ({reason}): resume with the options it was made with'
+        ) from error
     return Progress.restored(progress), len(rng)

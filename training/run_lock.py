@@ -4,6 +4,7 @@
 modification time is a heartbeat. A lock whose process is gone is taken over: on this machine that is known, of another one it is concluded from
 a heartbeat that stands still.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -28,13 +29,21 @@ from training import saved_files
 
 LOCK = 'run.lock'
 RECORD = schema.Record(
-    dict(token=schema.Text('[0-9a-f]{32}'), process=identity.KIND, torchrun=schema.Maybe(identity.KIND), timestamp=schema.Real(0, 1 << 33),
-         period=schema.Real(1e-6, 3600)),
-    required=['token', 'process', 'torchrun', 'timestamp', 'period'])
-PERIOD = 10.0         # seconds from one heartbeat to the next
-MISSED = 10           # heartbeats after which a process that cannot be seen counts as gone
-CHECK_SEC = 1.0       # how often a run looks whether the lock is still its own
-FAREWELL_SEC = 15.0   # for a run to notice that the lock was taken from it, or that its torchrun is gone, and to end
+    dict(
+        token=schema.Text('[0-9a-f]{32}'),
+        process=identity.KIND,
+        torchrun=schema.Maybe(identity.KIND),
+        timestamp=schema.Real(0, 1 << 33),
+        period=schema.Real(1e-6, 3600),
+    ),
+    required=['token', 'process', 'torchrun', 'timestamp', 'period'],
+)
+PERIOD = 10.0  # seconds from one heartbeat to the next
+MISSED = 10  # heartbeats after which a process that cannot be seen counts as gone
+CHECK_SEC = 1.0  # how often a run looks whether the lock is still its own
+FAREWELL_SEC = (
+    15.0  # for a run to notice that the lock was taken from it, or that its torchrun is gone, and to end
+)
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
@@ -65,8 +74,10 @@ class Holder:
     def __str__(self):
         if self.process is None:
             return f'a process that {LOCK} does not tell, since it is damaged'
-        return (f'process {self.process["pid"]} on {printable(self.process["host"], 100)}, '
-                f'since {time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))}')
+        return (
+            f'process {self.process["pid"]} on {printable(self.process["host"], 100)}, '
+            f'since {time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))}'
+        )
 
 
 def read_holder(path: Path) -> Holder | None:
@@ -83,7 +94,14 @@ def read_holder(path: Path) -> Holder | None:
         record = schema.check(schema.parse_json(data, limits.JSON_FILE, LOCK), RECORD, LOCK)
     except ValueError:
         return Holder(f'{status.st_ino:x}-{status.st_mtime_ns:x}', None, None, 0.0, PERIOD, status.st_mtime)
-    return Holder(record['token'], record['process'], record['torchrun'], record['timestamp'], record['period'], status.st_mtime)
+    return Holder(
+        record['token'],
+        record['process'],
+        record['torchrun'],
+        record['timestamp'],
+        record['period'],
+        status.st_mtime,
+    )
 
 
 class RunLock:
@@ -96,14 +114,36 @@ class RunLock:
         on_loss: called with an error, in another thread, when another process has taken the lock; by default it ends this one.
     """
 
-    def __init__(self, folder: str | os.PathLike, take: bool = False, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
-                 on_loss: Callable[[str], None] = identity.end_at_once):
-        self.folder, self.path, self.take, self.say, self.on_loss = Path(folder), Path(folder, LOCK), take, say, on_loss
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        take: bool = False,
+        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+        on_loss: Callable[[str], None] = identity.end_at_once,
+    ):
+        self.folder, self.path, self.take, self.say, self.on_loss = (
+            Path(folder),
+            Path(folder, LOCK),
+            take,
+            say,
+            on_loss,
+        )
         self.token = secrets.token_hex(16)
-        self._record = json.dumps(dict(
-            token=self.token, process=identity.of_process(), torchrun=elastic.torchrun(), timestamp=time.time(),
-            period=PERIOD, processes=distributed.get_world_size()), indent=2).encode()
-        self._over, self._watcher = threading.Event(), threading.Thread(target=self._watch, name='run-lock', daemon=True)
+        self._record = json.dumps(
+            dict(
+                token=self.token,
+                process=identity.of_process(),
+                torchrun=elastic.torchrun(),
+                timestamp=time.time(),
+                period=PERIOD,
+                processes=distributed.get_world_size(),
+            ),
+            indent=2,
+        ).encode()
+        self._over, self._watcher = (
+            threading.Event(),
+            threading.Thread(target=self._watch, name='run-lock', daemon=True),
+        )
 
     def acquire(self) -> None:
         """Take the lock, and keep it until `release`. Raises: UserError that tells who has it, or why the folder cannot be locked."""
@@ -124,18 +164,28 @@ class RunLock:
                         self._watcher.start()
                         self._bid_farewell(holder, ended)
                         return
-                elif ended is None and still:  # perhaps of a node that died: so it is where a job starts again on another
+                elif (
+                    ended is None and still
+                ):  # perhaps of a node that died: so it is where a job starts again on another
                     if not told:
                         remaining = MISSED * holder.period - silence
-                        self.say(f'{self.folder} belongs to {holder}. Waiting up to {remaining:.0f} seconds for its heartbeat.')
+                        self.say(
+                            f'{self.folder} belongs to {holder}. Waiting up to {remaining:.0f} seconds for its heartbeat.'
+                        )
                         told = True
-                elif not (holder.torchrun and identity.has_ended(holder.torchrun) and waited < FAREWELL_SEC):  # else it is about to end
-                    raise UserError(f'{self.folder} is the folder of a run that goes on: {holder}, last heartbeat '
-                                    f'{max(self._now() - holder.beat, 0):.0f} seconds ago. Wait for its end, choose another folder, or take '
-                                    'this one from it by --take-lock, which stops that run')
+                elif not (
+                    holder.torchrun and identity.has_ended(holder.torchrun) and waited < FAREWELL_SEC
+                ):  # else it is about to end
+                    raise UserError(
+                        f'{self.folder} is the folder of a run that goes on: {holder}, last heartbeat '
+                        f'{max(self._now() - holder.beat, 0):.0f} seconds ago. Wait for its end, choose another folder, or take '
+                        'this one from it by --take-lock, which stops that run'
+                    )
                 time.sleep(CHECK_SEC / 4)
         except OSError as error:
-            raise UserError(f'{self.folder} cannot be locked: {error.strerror or error}. Choose another place.') from error
+            raise UserError(
+                f'{self.folder} cannot be locked: {error.strerror or error}. Choose another place.'
+            ) from error
         self._watcher.start()
 
     def release(self) -> None:
@@ -151,7 +201,9 @@ class RunLock:
         if ended or not self.take:
             self.say(f'{self.folder} was locked by {holder}, which is gone: taking over.')
             return
-        self.say(f'Taking {self.folder} from {holder}; waiting up to {FAREWELL_SEC:.0f} seconds until it has noticed.')
+        self.say(
+            f'Taking {self.folder} from {holder}; waiting up to {FAREWELL_SEC:.0f} seconds until it has noticed.'
+        )
         deadline = time.monotonic() + FAREWELL_SEC
         while time.monotonic() < deadline and not holder.has_ended():
             time.sleep(CHECK_SEC / 4)
@@ -164,8 +216,10 @@ class RunLock:
                 if not self._is_own(self.path) and not self._create(self.path):
                     holder = read_holder(self.path)
                     if holder is not None and holder.process is not None and holder.token != self.token:
-                        self.on_loss(f'Error: {self.folder} was taken from this run, by {holder}: nothing more is written. '
-                                     f'What it has saved is whole; the other run goes on from there.')
+                        self.on_loss(
+                            f'Error: {self.folder} was taken from this run, by {holder}: nothing more is written. '
+                            f'What it has saved is whole; the other run goes on from there.'
+                        )
                         return
                 if time.monotonic() - beat >= PERIOD:
                     os.utime(self.path)  # by the clock of the file system, which a time of ours would not be
@@ -198,7 +252,9 @@ class RunLock:
         with self._written() as own:
             try:
                 os.link(own, path)
-            except FileExistsError:  # or a server has linked it and its first answer was lost: what is there tells
+            except (
+                FileExistsError
+            ):  # or a server has linked it and its first answer was lost: what is there tells
                 pass
             except OSError as error:
                 if error.errno not in NO_LINKS:
@@ -219,7 +275,11 @@ class RunLock:
                 break
             other = read_holder(claims[-1])
             gone = other and other.has_ended()
-            if other is None or gone is False or (gone is None and self._now() - other.beat < MISSED * PERIOD):
+            if (
+                other is None
+                or gone is False
+                or (gone is None and self._now() - other.beat < MISSED * PERIOD)
+            ):
                 return False
         try:
             now = read_holder(self.path)
@@ -242,6 +302,7 @@ def folder_of(resume: str) -> str:
 @contextlib.contextmanager
 def locked(folder: str, take: bool = False) -> Iterator[None]:
     """A block in which the main process holds the lock of a folder, if it is there. All processes enter it together, or end with one message."""
+
     def acquire():
         nonlocal lock
         if os.path.isdir(folder):

@@ -2,6 +2,7 @@
 
 Nothing that goes wrong here ends a training. docs/logging.md says what is written where.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -25,11 +26,25 @@ from dnnlib.text import printable
 from dnnlib.util import LONGEST_MESSAGE, atomic_write
 
 LOG, STATS, METRICS = 'log.txt', 'stats.jsonl', 'metrics-val.jsonl'
-CIRCUMSTANCES = ('kimg', 'nimg', 'num_images', 'steps', 'nfe', 'seconds')  # entries of an evaluation that are no results
-INIT_TIMEOUT = 60.0     # seconds that W&B has for beginning a run
+CIRCUMSTANCES = (
+    'kimg',
+    'nimg',
+    'num_images',
+    'steps',
+    'nfe',
+    'seconds',
+)  # entries of an evaluation that are no results
+INIT_TIMEOUT = 60.0  # seconds that W&B has for beginning a run
 FINISH_TIMEOUT = 300.0  # and for sending what is left when it ends
-LINE = Record({'nimg': Integer(), 'kimg': Real(0), 'ema': Text(longest=64), 'timestamp': Real(0),  # of either file; other numbers are finite or null
-               'Progress/nimg': Record(dict(mean=Real(0, 1e15)), ['mean'])})
+LINE = Record(
+    {
+        'nimg': Integer(),
+        'kimg': Real(0),
+        'ema': Text(longest=64),
+        'timestamp': Real(0),  # of either file; other numbers are finite or null
+        'Progress/nimg': Record(dict(mean=Real(0, 1e15)), ['mean']),
+    }
+)
 
 
 class RunLog:
@@ -40,15 +55,23 @@ class RunLog:
 
     def __init__(self, run_dir: str, enabled: bool):
         self.run_dir, self.enabled = os.path.abspath(run_dir), enabled
-        self.wandb_id: str | None = None  # for the training state: a resumed run goes on with the W&B run of this name
+        self.wandb_id: str | None = (
+            None  # for the training state: a resumed run goes on with the W&B run of this name
+        )
         self._bar: tqdm.tqdm | None = None
         self._wandb: WandbRun | None = None
         self._tensorboard: TensorBoard | None = None
         self._unwritten: dict[str, str] = {}  # by file name
         self._told = False  # whether it was said that they cannot be written
 
-    def start(self, total_nimg: int, resumed_at: int | None = None, wandb: dict | None = None, config: dict | None = None,
-              tensorboard: bool = False) -> None:
+    def start(
+        self,
+        total_nimg: int,
+        resumed_at: int | None = None,
+        wandb: dict | None = None,
+        config: dict | None = None,
+        tensorboard: bool = False,
+    ) -> None:
         """Begin a run, or go on with one at `resumed_at` images: what the folder has beyond is forgotten, because it will be computed again.
 
         Args:
@@ -62,7 +85,9 @@ class RunLog:
         self.wandb_id = wandb and wandb.get('id')
         if not self.enabled:
             return
-        seen = -1 if resumed_at is None else resumed_at  # a run that was killed before its first state begins anew in its folder
+        seen = (
+            -1 if resumed_at is None else resumed_at
+        )  # a run that was killed before its first state begins anew in its folder
         latest, history = forget_future(self.run_dir, seen)
         if tensorboard:
             self._tensorboard = TensorBoard(self.run_dir, seen + 1, say=self)
@@ -71,14 +96,24 @@ class RunLog:
             self.wandb_id = self._wandb.id
             for step, values in sorted(history.items()):
                 self._wandb.add(step, values)
-        self._bar = tqdm.tqdm(initial=(resumed_at or 0) / 1e3, total=total_nimg / 1e3, unit='kimg', disable=not sys.stderr.isatty(), leave=False,
-                              dynamic_ncols=True, bar_format='{percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} kimg {remaining}')
+        self._bar = tqdm.tqdm(
+            initial=(resumed_at or 0) / 1e3,
+            total=total_nimg / 1e3,
+            unit='kimg',
+            disable=not sys.stderr.isatty(),
+            leave=False,
+            dynamic_ncols=True,
+            bar_format='{percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} kimg {remaining}',
+        )
 
     def __call__(self, line: str) -> None:
         """A line for people."""
         if self.enabled:
             line = printable(line, LONGEST_MESSAGE)
-            with contextlib.suppress(OSError), tqdm.tqdm.external_write_mode(file=sys.stdout):  # the terminal may be gone
+            with (
+                contextlib.suppress(OSError),
+                tqdm.tqdm.external_write_mode(file=sys.stdout),
+            ):  # the terminal may be gone
                 print(line, flush=True)
             self._append(LOG, line)
 
@@ -96,9 +131,13 @@ class RunLog:
         if self.enabled:
             self(json_line(record))
             if 'problem' in record:
-                self(f'Warning: there is no FID of {record["ema"]} at {record["nimg"] / 1e3:g} kimg: {record["problem"]}')
+                self(
+                    f'Warning: there is no FID of {record["ema"]} at {record["nimg"] / 1e3:g} kimg: {record["problem"]}'
+                )
             self._append(METRICS, json_line(record))
-            self._show(record['nimg'], scalars(record), {f'Samples{average_suffix(record)}': grid} if grid else {})
+            self._show(
+                record['nimg'], scalars(record), {f'Samples{average_suffix(record)}': grid} if grid else {}
+            )
 
     def advance(self, nimg: int) -> None:
         """Move the progress bar; cheap enough for every step."""
@@ -138,8 +177,12 @@ class RunLog:
             except OSError as error:
                 if not self._told:
                     with contextlib.suppress(OSError):
-                        print(f'Cannot write {name} in {self.run_dir}: {error.strerror}. Training goes on; what is missing is written when '
-                              'that is possible again.', file=sys.stderr, flush=True)
+                        print(
+                            f'Cannot write {name} in {self.run_dir}: {error.strerror}. Training goes on; what is missing is written when '
+                            'that is possible again.',
+                            file=sys.stderr,
+                            flush=True,
+                        )
                 self._told = True
         self._told &= bool(self._unwritten)
 
@@ -153,31 +196,42 @@ def check_available(wandb: dict | None, tensorboard: bool) -> None:
         try:
             package.Settings(project=wandb.get('project'))
         except (package.errors.UsageError, ValueError) as error:
-            raise UserError(f'--wandb_project={wandb["project"]} cannot be the name of a W&B project ({error}): choose another.') from error
+            raise UserError(
+                f'--wandb_project={wandb["project"]} cannot be the name of a W&B project ({error}): choose another.'
+            ) from error
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Lines of JSON.
+
 
 def json_line(record: dict) -> str:
     """A record as one line of strict JSON, in which a number that is not finite is null."""
+
     def finite(value):
         if isinstance(value, dict):
             return {key: finite(entry) for key, entry in value.items()}
         if isinstance(value, (list, tuple)):
             return [finite(entry) for entry in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
+
     return json.dumps(finite(record))
 
 
 def scalars(record: dict) -> dict[str, float]:
     """The numbers of a line of stats.jsonl or metrics-val.jsonl, by the names they have in W&B and TensorBoard."""
     if 'nimg' in record:
-        values = {f'Metrics/{name}{average_suffix(record)}': value for name, value in record.items()
-                  if isinstance(value, (int, float)) and name not in CIRCUMSTANCES}
+        values = {
+            f'Metrics/{name}{average_suffix(record)}': value
+            for name, value in record.items()
+            if isinstance(value, (int, float)) and name not in CIRCUMSTANCES
+        }
     else:
         moments = {name: entry for name, entry in record.items() if isinstance(entry, dict)}
         values = {name: entry.get('mean') for name, entry in moments.items()}
-        values.update({f'{name}_std': entry.get('std') for name, entry in moments.items() if entry.get('num', 0) > 1})
+        values.update(
+            {f'{name}_std': entry.get('std') for name, entry in moments.items() if entry.get('num', 0) > 1}
+        )
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -198,7 +252,7 @@ def append_lines(path: str, lines: str) -> None:
         if file.read(1) not in (b'', b'\n'):
             file.seek(max(end - JSON_LINE, 0))
             data = file.read() if path.endswith('.jsonl') else b''
-            last = data[data.rfind(b'\n') + 1:]
+            last = data[data.rfind(b'\n') + 1 :]
             if path.endswith('.jsonl') and len(last) < JSON_LINE and not _is_record(last):
                 end -= len(last)
                 file.truncate(end)
@@ -207,7 +261,7 @@ def append_lines(path: str, lines: str) -> None:
         data = lines.encode()
         try:
             while data:
-                data = data[file.write(data):]
+                data = data[file.write(data) :]
         except OSError:
             file.truncate(end)  # a disk that fills up takes the beginning
             raise
@@ -241,7 +295,9 @@ def records(path: str) -> Iterator[tuple[bytes, dict | None]]:
                 check_size(len(line), JSON_LINE, 'a line of statistics')
                 yield line, parse(line)
             except ValueError as error:
-                raise UserError(f'{path}: line {number} {error}. Remove that line, or restore the file.') from error
+                raise UserError(
+                    f'{path}: line {number} {error}. Remove that line, or restore the file.'
+                ) from error
 
 
 def images_seen(record: dict) -> int | None:
@@ -278,8 +334,10 @@ def forget_future(run_dir: str, nimg: int) -> tuple[int, dict[int, dict[str, flo
                 file.writelines(kept)
     return latest, history
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Weights & Biases.
+
 
 class WandbRun:
     """A run at W&B, whose steps are images seen. What fails there is told once, and from then on nothing is sent.
@@ -294,7 +352,9 @@ class WandbRun:
         say: takes a line for people.
     """
 
-    def __init__(self, run_dir: str, options: dict, config: dict | None, latest: int, say: Callable[[str], None]):
+    def __init__(
+        self, run_dir: str, options: dict, config: dict | None, latest: int, say: Callable[[str], None]
+    ):
         self.id: str | None = options.get('id')
         self._say, self._run, self._failed = say, None, False
         self._last_step, self._step, self._row, self._images = -1, -1, {}, {}
@@ -303,13 +363,37 @@ class WandbRun:
 
     def _begin(self, run_dir: str, options: dict, config: dict | None, latest: int) -> None:
         wandb = import_wandb()
-        earlier = glob.glob(os.path.join(glob.escape(run_dir), 'wandb', f'*run-*-{self.id}*', f'run-{self.id}.wandb')) if self.id else []
-        settings = wandb.Settings(silent=True, console='off', save_code=False, disable_code=True, init_timeout=INIT_TIMEOUT,
-                                  finish_timeout=FINISH_TIMEOUT, finish_timeout_raises=True)
-        wandb.setup(settings)  # or its first messages would not be silent, and it would ask at a terminal for a key
-        run = wandb.init(project=options.get('project'), entity=options.get('entity'), name=options.get('name') or os.path.basename(run_dir),
-                         tags=options.get('tags') or None, mode=options.get('mode'), id=self.id, resume='allow', dir=run_dir, config=config,
-                         settings=settings)
+        earlier = (
+            glob.glob(
+                os.path.join(glob.escape(run_dir), 'wandb', f'*run-*-{self.id}*', f'run-{self.id}.wandb')
+            )
+            if self.id
+            else []
+        )
+        settings = wandb.Settings(
+            silent=True,
+            console='off',
+            save_code=False,
+            disable_code=True,
+            init_timeout=INIT_TIMEOUT,
+            finish_timeout=FINISH_TIMEOUT,
+            finish_timeout_raises=True,
+        )
+        wandb.setup(
+            settings
+        )  # or its first messages would not be silent, and it would ask at a terminal for a key
+        run = wandb.init(
+            project=options.get('project'),
+            entity=options.get('entity'),
+            name=options.get('name') or os.path.basename(run_dir),
+            tags=options.get('tags') or None,
+            mode=options.get('mode'),
+            id=self.id,
+            resume='allow',
+            dir=run_dir,
+            config=config,
+            settings=settings,
+        )
         if run.disabled:  # by an environment variable
             return
         if not run.offline:
@@ -349,7 +433,9 @@ class WandbRun:
             if self._run is not None:
                 self._run.finish(exit_code=exit_code)
         with self._tolerating():
-            import_wandb().teardown(exit_code=exit_code)  # a service that has died would be complained of at exit
+            import_wandb().teardown(
+                exit_code=exit_code
+            )  # a service that has died would be complained of at exit
 
     @contextlib.contextmanager
     def _tolerating(self) -> Iterator[None]:
@@ -362,13 +448,18 @@ class WandbRun:
         try:
             yield
         except Exception as error:
-            if not isinstance(error, (OSError, ValueError)) and type(error).__module__.partition('.')[0] != 'wandb':
+            if (
+                not isinstance(error, (OSError, ValueError))
+                and type(error).__module__.partition('.')[0] != 'wandb'
+            ):
                 raise
             self._run = None
             if not self._failed:
                 self._failed = True
-                self._say(f'W&B failed, and training goes on without it: {type(error).__name__}: {" ".join(str(error).split())} ({STATS} and '
-                          f'{METRICS} have everything; resuming the run with --wandb=1 sends what W&B lacks)')
+                self._say(
+                    f'W&B failed, and training goes on without it: {type(error).__name__}: {" ".join(str(error).split())} ({STATS} and '
+                    f'{METRICS} have everything; resuming the run with --wandb=1 sends what W&B lacks)'
+                )
 
 
 def import_wandb():
@@ -383,9 +474,13 @@ def import_wandb():
 def last_step_in_file(path: str) -> int:
     """The largest step in a .wandb file; -1 for none. What a kill has cut short is not counted."""
     from wandb.proto import wandb_internal_pb2
+
     with open(path, 'rb') as file:
         records = map(wandb_internal_pb2.Record.FromString, leveldb_records(file.read()))
-        return max((record.history.step.num for record in records if record.WhichOneof('record_type') == 'history'), default=-1)
+        return max(
+            (record.history.step.num for record in records if record.WhichOneof('record_type') == 'history'),
+            default=-1,
+        )
 
 
 def leveldb_records(data: bytes) -> Iterator[bytes]:
@@ -401,7 +496,7 @@ def leveldb_records(data: bytes) -> Iterator[bytes]:
             position += room
             continue
         checksum, length, kind = struct.unpack_from('<IHB', data, position)
-        piece = data[position + 7:position + 7 + length]
+        piece = data[position + 7 : position + 7 + length]
         if len(piece) < length or zlib.crc32(bytes([kind]) + piece) != checksum:
             return
         record = piece if kind in (1, 2) else record + piece
@@ -409,8 +504,10 @@ def leveldb_records(data: bytes) -> Iterator[bytes]:
             yield record
         position += 7 + length
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # TensorBoard.
+
 
 class TensorBoard:
     """Event files in the run folder. After a failure, told once, the next call begins a new file.
@@ -453,7 +550,9 @@ class TensorBoard:
             self._writer = None  # its thread has ended
             if not self._failed:
                 self._failed = True
-                self._say(f'TensorBoard: cannot write into {self._run_dir}: {error.strerror or error}. Training goes on.')
+                self._say(
+                    f'TensorBoard: cannot write into {self._run_dir}: {error.strerror or error}. Training goes on.'
+                )
 
 
 def summary_writer_class():
@@ -461,7 +560,9 @@ def summary_writer_class():
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError(f'--tensorboard=1 needs the package tensorboard ({error}): pip install tensorboard') from error
+        raise UserError(
+            f'--tensorboard=1 needs the package tensorboard ({error}): pip install tensorboard'
+        ) from error
     return SummaryWriter
 
 
@@ -470,5 +571,6 @@ def pixels_of(path: str):
     import numpy as np
 
     from data.pixels import open_image
+
     with open_image(path) as image:
         return np.asarray(image.convert('RGB'))

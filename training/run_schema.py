@@ -3,6 +3,7 @@
 Files of older versions lack entries and those of newer ones have more: what no table names is any plain data, and only what resuming cannot do
 without is required.
 """
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -13,27 +14,36 @@ from dnnlib.limits import JSON_FILE, MAX_STEPS
 from dnnlib.schema import Dict, Flag, Integer, Kind, ListOf, Maybe, Mismatch, OneOf, Real, Record, Row, Text
 from dnnlib.text import printable
 
-STEM = r'(network-snapshot|training-state)-\d{6,18}(-\d{1,18})?'    # of a saved file
+STEM = r'(network-snapshot|training-state)-\d{6,18}(-\d{1,18})?'  # of a saved file
 DIGEST = Text('[0-9a-f]{64}', words='a SHA-256 digest')
 NAME = Text(r'[\w.+-]{1,64}', words='a name')
 WORDS, FLAG, COUNT, SHARE = Text(), Flag(), Integer(1), Real(0, 1)
 NUMBER, AMOUNT, POSITIVE = Real(), Real(0), Real(1e-30)
 SIGMA, RHO, STEPS = Real(1e-9, 1e6), Real(0.1, 1e4), Integer(1, MAX_STEPS)
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Tensors.
+
 
 class Numbers(Kind):
     """A dense tensor on the CPU of one of the given types and, where it matters, shape, whose values are finite and not below `low`."""
 
-    def __init__(self, *dtypes: torch.dtype, shape: tuple[int, ...] | None = None, low: float = -float('inf')):
+    def __init__(
+        self, *dtypes: torch.dtype, shape: tuple[int, ...] | None = None, low: float = -float('inf')
+    ):
         self.dtypes, self.shape, self.low = dtypes, shape, low
         self.words = f'a tensor of {" or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)}' + (
-            f' of shape {list(shape)}' if shape is not None else '')
+            f' of shape {list(shape)}' if shape is not None else ''
+        )
 
     def check(self, value, where):
-        if (not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_meta or value.dtype not in self.dtypes
-                or self.shape not in (None, tuple(value.shape))):
+        if (
+            not isinstance(value, torch.Tensor)
+            or value.layout is not torch.strided
+            or value.is_meta
+            or value.dtype not in self.dtypes
+            or self.shape not in (None, tuple(value.shape))
+        ):
             self.refuse(value, where)
         if value.numel() and value.dtype is not torch.bool:
             least, most = (bound.item() for bound in torch.aminmax(value))  # NaN where there is any
@@ -46,15 +56,25 @@ FLOATS = Numbers(torch.float32, torch.float64, torch.float16, torch.bfloat16)
 TENSORS = Dict(Text(r'[\w.-]{1,1000}'), Numbers(*FLOATS.dtypes, torch.int64, torch.int32, torch.bool))
 COUNTER = Numbers(torch.int64, torch.int32, shape=(), low=0)
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Networks: their numbers, as attributes and constructor arguments. Those of no name here are finite.
 
-NETWORK_NUMBERS = dict(sigma_data=Real(1e-6, 1e6), sigma_min=Real(0, 1e6), sigma_max=Real(1e-9, float('inf')), beta_d=Real(1e-6, 1e6),
-                       beta_min=Real(0, 1e6), M=Integer(1, 10_000), epsilon_t=Real(0, 1), epsilon_s=Real(0, 1), boundary=Real(0, 1e6),
-                       switch=SIGMA)
+NETWORK_NUMBERS = dict(
+    sigma_data=Real(1e-6, 1e6),
+    sigma_min=Real(0, 1e6),
+    sigma_max=Real(1e-9, float('inf')),
+    beta_d=Real(1e-6, 1e6),
+    beta_min=Real(0, 1e6),
+    M=Integer(1, 10_000),
+    epsilon_t=Real(0, 1),
+    epsilon_s=Real(0, 1),
+    boundary=Real(0, 1e6),
+    switch=SIGMA,
+)
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # The configuration of a run, as in training_options.json and in states.
+
 
 def choices(**values: str) -> dict[str, OneOf]:
     """Kinds of options that have one of the values, which spaces separate."""
@@ -62,55 +82,171 @@ def choices(**values: str) -> dict[str, OneOf]:
 
 
 LOSS_CHOICES = choices(
-    student_grid='edm full', sigma_grid='karras cosine', sampling_mode='edm vp uniform', cd_loss='pseudo_huber l2_root l2 huber',
-    cd_weight_mode='sqrt_karras edm karras vlike snr+1 snr truncated-snr flat uniform sqrt_gap', hop='heun ddim addim',
-    mu_schedule='adaptive fixed', cm_loss='lpips l2 l1 pseudo_huber', ect_weight='gap flat inv inv_sum snr karras c_in_squared',
-    tcm_weight='flat karras')
+    student_grid='edm full',
+    sigma_grid='karras cosine',
+    sampling_mode='edm vp uniform',
+    cd_loss='pseudo_huber l2_root l2 huber',
+    cd_weight_mode='sqrt_karras edm karras vlike snr+1 snr truncated-snr flat uniform sqrt_gap',
+    hop='heun ddim addim',
+    mu_schedule='adaptive fixed',
+    cm_loss='lpips l2 l1 pseudo_huber',
+    ect_weight='gap flat inv inv_sum snr karras c_in_squared',
+    tcm_weight='flat karras',
+)
 RUN_CHOICES = choices(
-    optim='adam radam', lr_schedule='constant linear cosine sqrt', precision='fp32 fp16 bf16 fp64', on_save_error='stop continue')
+    optim='adam radam',
+    lr_schedule='constant linear cosine sqrt',
+    precision='fp32 fp16 bf16 fp64',
+    on_save_error='stop continue',
+)
 LOSS = dict(
-    **LOSS_CHOICES, kind=NAME, S=STEPS, rho=RHO, sigma_min=SIGMA, sigma_max=SIGMA,
-    sigma_data=Real(1e-6, 1e6), T_start=Integer(1, 1_000_000), T_end=Integer(1, 1_000_000), T_anneal_kimg=AMOUNT, keep_ties=FLAG, top_mass=SHARE,
-    sync_dropout=FLAG, xvar_frac=AMOUNT, terminal_anchor=FLAG,
-    terminal_teacher_hop=FLAG, anchor_hops=Maybe(STEPS), substeps=STEPS, schedule_nimg=Integer(), N=Maybe(Integer(2, 1_000_000)),
-    s0=Integer(1, 1_000_000), s1=Integer(1, 1_000_000), mu0=SHARE, lpips=Maybe(WORDS), P_mean=Real(-1e3, 1e3),
-    P_std=Real(1e-9, 1e3), c=Maybe(AMOUNT), batch_size=COUNT, q=Real(1, 1e6), k=AMOUNT, b=AMOUNT, stage_nimg=Integer(),
-    dividing_t=SIGMA, student_scale=POSITIVE, student_df=POSITIVE, ratio_cap=SHARE, boundary_share=SHARE, boundary_weight=AMOUNT)
+    **LOSS_CHOICES,
+    kind=NAME,
+    S=STEPS,
+    rho=RHO,
+    sigma_min=SIGMA,
+    sigma_max=SIGMA,
+    sigma_data=Real(1e-6, 1e6),
+    T_start=Integer(1, 1_000_000),
+    T_end=Integer(1, 1_000_000),
+    T_anneal_kimg=AMOUNT,
+    keep_ties=FLAG,
+    top_mass=SHARE,
+    sync_dropout=FLAG,
+    xvar_frac=AMOUNT,
+    terminal_anchor=FLAG,
+    terminal_teacher_hop=FLAG,
+    anchor_hops=Maybe(STEPS),
+    substeps=STEPS,
+    schedule_nimg=Integer(),
+    N=Maybe(Integer(2, 1_000_000)),
+    s0=Integer(1, 1_000_000),
+    s1=Integer(1, 1_000_000),
+    mu0=SHARE,
+    lpips=Maybe(WORDS),
+    P_mean=Real(-1e3, 1e3),
+    P_std=Real(1e-9, 1e3),
+    c=Maybe(AMOUNT),
+    batch_size=COUNT,
+    q=Real(1, 1e6),
+    k=AMOUNT,
+    b=AMOUNT,
+    stage_nimg=Integer(),
+    dividing_t=SIGMA,
+    student_scale=POSITIVE,
+    student_df=POSITIVE,
+    ratio_cap=SHARE,
+    boundary_share=SHARE,
+    boundary_weight=AMOUNT,
+)
 
-DATASET = Record(dict(
-    path=WORDS, use_labels=FLAG, resolution=COUNT, xflip=FLAG, cache=FLAG, max_size=Maybe(COUNT), num_images=COUNT,
-    image_shape=ListOf(COUNT, 3, 3), label_dim=Integer(0, 1 << 20), label_kind=OneOf(('classes', 'vectors')),
-    classes=Text(longest=1 << 20), digest=DIGEST), required=['path'])
+DATASET = Record(
+    dict(
+        path=WORDS,
+        use_labels=FLAG,
+        resolution=COUNT,
+        xflip=FLAG,
+        cache=FLAG,
+        max_size=Maybe(COUNT),
+        num_images=COUNT,
+        image_shape=ListOf(COUNT, 3, 3),
+        label_dim=Integer(0, 1 << 20),
+        label_kind=OneOf(('classes', 'vectors')),
+        classes=Text(longest=1 << 20),
+        digest=DIGEST,
+    ),
+    required=['path'],
+)
 
-OPTIONS = Record(dict(
-    **RUN_CHOICES, objective=NAME, teacher=Maybe(WORDS), total_nimg=COUNT, teacher_digest=Maybe(DIGEST), dataset=DATASET, encoder=Maybe(Record({})),
-    network=Record(dict(class_name=NAME, kwargs=Record({})), required=['class_name', 'kwargs']),
-    sampling=Maybe(Record(dict(mid_t=Maybe(SIGMA), clip_denoised=Maybe(FLAG)))), loss=Record(LOSS),
-    batch_size=COUNT, batch_gpu=Maybe(COUNT), lr=Real(1e-30, 1e38), betas=ListOf(SHARE, 2, 2), eps=AMOUNT, lr_rampup_nimg=AMOUNT,
-    lr_ref_nimg=AMOUNT, loss_scaling=Maybe(POSITIVE), grad_clip=Maybe(POSITIVE), max_bad_steps=COUNT, augment=SHARE,
-    ema_halflife_nimg=AMOUNT, ema_rampup_ratio=Maybe(AMOUNT), phema_stds=ListOf(SHARE, 1000), kimg_per_tick=POSITIVE, snapshot_ticks=Integer(),
-    phema_snapshot_ticks=Integer(), state_dump_ticks=Integer(), states_kept=Integer(), seed=Integer(), transfer=Maybe(WORDS),
-    resume=Maybe(WORDS), workers=Integer(), stages=Maybe(ListOf(ListOf(COUNT, 2, 2), 64)), run_dir=WORDS),
-    required=['objective', 'dataset', 'network', 'loss', 'total_nimg', 'batch_size', 'betas', 'seed', 'ema_halflife_nimg', 'ema_rampup_ratio',
-              'phema_stds', 'lr_rampup_nimg', 'lr_ref_nimg'])
+OPTIONS = Record(
+    dict(
+        **RUN_CHOICES,
+        objective=NAME,
+        teacher=Maybe(WORDS),
+        total_nimg=COUNT,
+        teacher_digest=Maybe(DIGEST),
+        dataset=DATASET,
+        encoder=Maybe(Record({})),
+        network=Record(dict(class_name=NAME, kwargs=Record({})), required=['class_name', 'kwargs']),
+        sampling=Maybe(Record(dict(mid_t=Maybe(SIGMA), clip_denoised=Maybe(FLAG)))),
+        loss=Record(LOSS),
+        batch_size=COUNT,
+        batch_gpu=Maybe(COUNT),
+        lr=Real(1e-30, 1e38),
+        betas=ListOf(SHARE, 2, 2),
+        eps=AMOUNT,
+        lr_rampup_nimg=AMOUNT,
+        lr_ref_nimg=AMOUNT,
+        loss_scaling=Maybe(POSITIVE),
+        grad_clip=Maybe(POSITIVE),
+        max_bad_steps=COUNT,
+        augment=SHARE,
+        ema_halflife_nimg=AMOUNT,
+        ema_rampup_ratio=Maybe(AMOUNT),
+        phema_stds=ListOf(SHARE, 1000),
+        kimg_per_tick=POSITIVE,
+        snapshot_ticks=Integer(),
+        phema_snapshot_ticks=Integer(),
+        state_dump_ticks=Integer(),
+        states_kept=Integer(),
+        seed=Integer(),
+        transfer=Maybe(WORDS),
+        resume=Maybe(WORDS),
+        workers=Integer(),
+        stages=Maybe(ListOf(ListOf(COUNT, 2, 2), 64)),
+        run_dir=WORDS,
+    ),
+    required=[
+        'objective',
+        'dataset',
+        'network',
+        'loss',
+        'total_nimg',
+        'batch_size',
+        'betas',
+        'seed',
+        'ema_halflife_nimg',
+        'ema_rampup_ratio',
+        'phema_stds',
+        'lr_rampup_nimg',
+        'lr_ref_nimg',
+    ],
+)
 
 STAGE_OPTIONS = replace(OPTIONS, required=[*OPTIONS.required, 'stages', 'teacher_digest'])
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Training states.
 
-PROGRESS = Record(dict(
-    nimg=Integer(0, 10 ** 15), tick=Integer(0, 10 ** 12), tick_start_nimg=Integer(0, 10 ** 15), due=FLAG, begun=FLAG, fid=Maybe(NUMBER),
-    states=Dict(Text(STEM, words='the name of a saved file'), Maybe(NUMBER)), names=Dict(Text(STEM, words='the name of a saved file'), Integer()),
-    wandb_id=Maybe(Text(r'[\w-]{1,128}', words='the name of a run at W&B'))), required=['nimg', 'tick', 'tick_start_nimg'])
+PROGRESS = Record(
+    dict(
+        nimg=Integer(0, 10**15),
+        tick=Integer(0, 10**12),
+        tick_start_nimg=Integer(0, 10**15),
+        due=FLAG,
+        begun=FLAG,
+        fid=Maybe(NUMBER),
+        states=Dict(Text(STEM, words='the name of a saved file'), Maybe(NUMBER)),
+        names=Dict(Text(STEM, words='the name of a saved file'), Integer()),
+        wandb_id=Maybe(Text(r'[\w-]{1,128}', words='the name of a run at W&B')),
+    ),
+    required=['nimg', 'tick', 'tick_start_nimg'],
+)
+
 
 class Moments(Kind):
     """What the optimizer knows of the one vector that holds all parameters; nothing before the first step."""
+
     words = 'the moments of one vector of parameters'
     fields = Record(
-        dict(step=Numbers(*FLOATS.dtypes, shape=(), low=0), exp_avg=FLOATS, exp_avg_sq=Numbers(*FLOATS.dtypes, low=0)),
+        dict(
+            step=Numbers(*FLOATS.dtypes, shape=(), low=0),
+            exp_avg=FLOATS,
+            exp_avg_sq=Numbers(*FLOATS.dtypes, low=0),
+        ),
         required=['step', 'exp_avg', 'exp_avg_sq'],
-        others=None)
+        others=None,
+    )
 
     def check(self, value, where):
         if not isinstance(value, dict) or not value.keys() <= {0}:
@@ -119,25 +255,63 @@ class Moments(Kind):
             self.fields.check(moments, where)
 
 
-UPDATE = Record(dict(
-    optimizer=Record(dict(state=Moments()), required=['state']),
-    scale=Numbers(*FLOATS.dtypes, shape=(), low=1e-30), whole_in_a_row=COUNTER, bad_in_a_row=COUNTER, bad_steps=COUNTER),
-    required=['optimizer', 'scale', 'whole_in_a_row', 'bad_in_a_row', 'bad_steps'])
+UPDATE = Record(
+    dict(
+        optimizer=Record(dict(state=Moments()), required=['state']),
+        scale=Numbers(*FLOATS.dtypes, shape=(), low=1e-30),
+        whole_in_a_row=COUNTER,
+        bad_in_a_row=COUNTER,
+        bad_steps=COUNTER,
+    ),
+    required=['optimizer', 'scale', 'whole_in_a_row', 'bad_in_a_row', 'bad_steps'],
+)
 
-STATE = Record(dict(
-    net=TENSORS, update=UPDATE, averages=Record(dict(ema=TENSORS, phema=Dict(SHARE, TENSORS, 1000)), ['ema', 'phema'], others=None),
-    loss=Record(dict(target=TENSORS), others=Kind()), progress=PROGRESS,
-    stats=ListOf(Row((ListOf(Text(longest=200)), Numbers(torch.float64)))),
-    rng=ListOf(Record(dict(cpu=Numbers(torch.uint8), cuda=Numbers(torch.uint8)), ['cpu'], others=None), longest=100_000),
-    options=Text(longest=JSON_FILE)),
-    required=['net', 'update', 'averages', 'loss', 'progress', 'stats', 'rng', 'options'], others=Kind())
+STATE = Record(
+    dict(
+        net=TENSORS,
+        update=UPDATE,
+        averages=Record(dict(ema=TENSORS, phema=Dict(SHARE, TENSORS, 1000)), ['ema', 'phema'], others=None),
+        loss=Record(dict(target=TENSORS), others=Kind()),
+        progress=PROGRESS,
+        stats=ListOf(Row((ListOf(Text(longest=200)), Numbers(torch.float64)))),
+        rng=ListOf(
+            Record(dict(cpu=Numbers(torch.uint8), cuda=Numbers(torch.uint8)), ['cpu'], others=None),
+            longest=100_000,
+        ),
+        options=Text(longest=JSON_FILE),
+    ),
+    required=['net', 'update', 'averages', 'loss', 'progress', 'stats', 'rng', 'options'],
+    others=Kind(),
+)
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Metadata of snapshots.
 
-METADATA = Record(dict(
-    objective=NAME, kimg=AMOUNT, nimg=Integer(), seed=Integer(), S=STEPS, sigma_min=Real(0, 1e6), sigma_max=Real(1e-9, float('inf')), rho=RHO,
-    student_grid=OneOf(('edm', 'full')), sigma_grid=OneOf(('karras', 'cosine')), sigma_data=Real(1e-6, 1e6), num_timesteps=Integer(2, 1_000_000),
-    clip_denoised=FLAG, sigmas=ListOf(Real(0, 1e6), MAX_STEPS + 1, 2), solver=NAME, label_kind=OneOf(('classes', 'vectors')),
-    classes=Text(longest=1 << 20), encoder=Kind(), ema=NAME, ema_halflife_kimg=AMOUNT, ema_std=SHARE, fid=Maybe(Real(nan=True)), digest=DIGEST),
-    others=Kind())  # which readers have found to be plain
+METADATA = Record(
+    dict(
+        objective=NAME,
+        kimg=AMOUNT,
+        nimg=Integer(),
+        seed=Integer(),
+        S=STEPS,
+        sigma_min=Real(0, 1e6),
+        sigma_max=Real(1e-9, float('inf')),
+        rho=RHO,
+        student_grid=OneOf(('edm', 'full')),
+        sigma_grid=OneOf(('karras', 'cosine')),
+        sigma_data=Real(1e-6, 1e6),
+        num_timesteps=Integer(2, 1_000_000),
+        clip_denoised=FLAG,
+        sigmas=ListOf(Real(0, 1e6), MAX_STEPS + 1, 2),
+        solver=NAME,
+        label_kind=OneOf(('classes', 'vectors')),
+        classes=Text(longest=1 << 20),
+        encoder=Kind(),
+        ema=NAME,
+        ema_halflife_kimg=AMOUNT,
+        ema_std=SHARE,
+        fid=Maybe(Real(nan=True)),
+        digest=DIGEST,
+    ),
+    others=Kind(),
+)  # which readers have found to be plain

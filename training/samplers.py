@@ -8,6 +8,7 @@ scalings to choose from, or by DDIM steps that make up for missing variance (`ad
 A snapshot's metadata say what it is. `solver`: its sampler; where that is not recorded, `student` if there is a grid, `heun` if not.
 `sigmas`: the noise levels of its evaluations, then 0.
 """
+
 from __future__ import annotations
 
 import functools
@@ -29,15 +30,24 @@ SCHEDULES = ('linear', 'vp', 've')
 SCALINGS = ('none', 'vp')
 DEFAULT_TEACHER_STEPS = 18
 DEFAULT_TIMESTEPS = 40  # of a consistency model's indices `ts`: Song et al.'s where they distil
-SIGMA_RANGES = dict(edm=(0.002, 80), cosine=(0.002, 80), ve=(0.02, 100), iddpm=(0.002, 81))  # vp's follow from its betas
+SIGMA_RANGES = dict(
+    edm=(0.002, 80), cosine=(0.002, 80), ve=(0.02, 100), iddpm=(0.002, 81)
+)  # vp's follow from its betas
 VP_EPSILON = 1e-3  # smallest time of the vp discretization
 
-Edit = Callable[[Tensor], Tensor]   # of a denoised image, such as putting its known pixels in place
-Start = tuple[Tensor, float]        # (image, sigma): sampling begins at image + sigma · latents
+Edit = Callable[[Tensor], Tensor]  # of a denoised image, such as putting its known pixels in place
+Start = tuple[Tensor, float]  # (image, sigma): sampling begins at image + sigma · latents
 
 
-def sample(net, latents: Tensor, class_labels: Tensor | None = None, solver: str | None = None, steps: int | None = None,
-           randn_like: Callable[[Tensor], Tensor] = torch.randn_like, **options) -> Tensor:
+def sample(
+    net,
+    latents: Tensor,
+    class_labels: Tensor | None = None,
+    solver: str | None = None,
+    steps: int | None = None,
+    randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+    **options,
+) -> Tensor:
     """Images from latents.
 
     Args:
@@ -56,13 +66,17 @@ def sample(net, latents: Tensor, class_labels: Tensor | None = None, solver: str
     known = inspect.signature(function).parameters
     unknown = [name for name in options if name not in known]
     if unknown:
-        raise UserError(f'the {solver} sampler has no option {", ".join(unknown)}; choose another solver or leave it out')
+        raise UserError(
+            f'the {solver} sampler has no option {", ".join(unknown)}; choose another solver or leave it out'
+        )
     if 'randn_like' in known:
         options['randn_like'] = randn_like
     return function(net, latents, class_labels, steps=steps, **options)
 
 
-def resolve(net, solver: str | None, steps: int | None, force_steps: bool = False, **options) -> tuple[str, int]:
+def resolve(
+    net, solver: str | None, steps: int | None, force_steps: bool = False, **options
+) -> tuple[str, int]:
     """The solver and number of steps that `sample` uses for a network and options; UserError where they do not fit what it is."""
     metadata = getattr(net, 'metadata', None) or {}
     own_steps = len(metadata['sigmas']) - 1 if 'sigmas' in metadata else None
@@ -71,15 +85,21 @@ def resolve(net, solver: str | None, steps: int | None, force_steps: bool = Fals
         raise UserError(f'solver {solver!r} is not one of {", ".join(SOLVERS)}')
     if solver == 'cm':
         if metadata.get('solver') != 'cm' and (own_steps or 1) > 1:
-            raise UserError(f'this is a student of {own_steps} steps, whose outputs are no images before the last: leave out the solver cm')
+            raise UserError(
+                f'this is a student of {own_steps} steps, whose outputs are no images before the last: leave out the solver cm'
+            )
         given = {name: options[name] for name in CM_LEVEL_OPTIONS if name in options}
         return solver, len(cm_sigmas(net, steps, **given))
     if solver != 'student':
         return solver, DEFAULT_TEACHER_STEPS if steps is None else steps
     if own_steps is None and steps is None:
-        raise UserError('this network is no student with a grid of its own: give the number of steps, or take the solver heun or euler')
+        raise UserError(
+            'this network is no student with a grid of its own: give the number of steps, or take the solver heun or euler'
+        )
     if own_steps is not None and steps not in (None, own_steps) and not force_steps:
-        raise UserError(f'this student was trained for {own_steps} steps, not {steps}: leave out --steps, or add --force-steps to try all the same')
+        raise UserError(
+            f'this student was trained for {own_steps} steps, not {steps}: leave out --steps, or add --force-steps to try all the same'
+        )
     return solver, own_steps if steps is None else steps
 
 
@@ -90,27 +110,58 @@ def evaluations(solver: str, steps: int) -> int:
 
 def clip_range(net, sigma_min: float, sigma_max: float) -> tuple[float, float]:
     """Noise levels within what the network knows; UserError where nothing is left."""
-    low, high = max(sigma_min, float(getattr(net, 'sigma_min', 0))), min(sigma_max, float(getattr(net, 'sigma_max', math.inf)))
+    low, high = (
+        max(sigma_min, float(getattr(net, 'sigma_min', 0))),
+        min(sigma_max, float(getattr(net, 'sigma_max', math.inf))),
+    )
     if not low < high:
-        raise UserError(f'no noise levels from sigma_min = {low:g} to sigma_max = {high:g}: the network knows '
-                        f'{float(getattr(net, "sigma_min", 0)):g} to {float(getattr(net, "sigma_max", math.inf)):g}')
+        raise UserError(
+            f'no noise levels from sigma_min = {low:g} to sigma_max = {high:g}: the network knows '
+            f'{float(getattr(net, "sigma_min", 0)):g} to {float(getattr(net, "sigma_max", math.inf)):g}'
+        )
     return low, high
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Students.
 
-def student_sigmas(net, steps: int, sigma_min: float | None, sigma_max: float | None, rho: float | None, grid: str | None) -> Tensor:
+
+def student_sigmas(
+    net, steps: int, sigma_min: float | None, sigma_max: float | None, rho: float | None, grid: str | None
+) -> Tensor:
     """The student's grid [steps+1]: the recorded one, or one built from what is given where it has none or another is asked for."""
     metadata = getattr(net, 'metadata', None) or {}
-    if 'sigmas' in metadata and steps == len(metadata['sigmas']) - 1 and (sigma_min, sigma_max, rho, grid) == (None,) * 4:
+    if (
+        'sigmas' in metadata
+        and steps == len(metadata['sigmas']) - 1
+        and (sigma_min, sigma_max, rho, grid) == (None,) * 4
+    ):
         return torch.tensor(metadata['sigmas'], dtype=torch.float64)
     pick = lambda given, name, default: metadata.get(name, default) if given is None else given
     low, high = clip_range(net, pick(sigma_min, 'sigma_min', 0.002), pick(sigma_max, 'sigma_max', 80.0))
-    return ops.student_grid(steps, low, high, pick(rho, 'rho', 7.0), pick(grid, 'student_grid', 'edm'), metadata.get('sigma_grid', 'karras'))
+    return ops.student_grid(
+        steps,
+        low,
+        high,
+        pick(rho, 'rho', 7.0),
+        pick(grid, 'student_grid', 'edm'),
+        metadata.get('sigma_grid', 'karras'),
+    )
 
 
-def student_sampler(net, latents, class_labels=None, *, steps: int, sigma_min=None, sigma_max=None, rho=None, student_grid=None,
-                    edit: Edit | None = None, start: Start | None = None) -> Tensor:
+def student_sampler(
+    net,
+    latents,
+    class_labels=None,
+    *,
+    steps: int,
+    sigma_min=None,
+    sigma_max=None,
+    rho=None,
+    student_grid=None,
+    edit: Edit | None = None,
+    start: Start | None = None,
+) -> Tensor:
     """x <- D + (sigma_{i+1} / sigma_i)(x − D) down the student's grid, one evaluation a step (Heek et al. 2024, Section 3).
 
     `edit` is applied to every D. `start`: from an image with so much noise, through the rest of its segment and the grid below it.
@@ -121,7 +172,9 @@ def student_sampler(net, latents, class_labels=None, *, steps: int, sigma_min=No
     x = _begin(latents, sigmas[0], start)
     for sigma, sigma_next in itertools.pairwise(sigmas):
         denoised = _denoise(net, x, sigma, class_labels)
-        x = ops.ddim_step(x, denoised if edit is None else still_broken(edit(denoised), denoised), sigma, sigma_next)
+        x = ops.ddim_step(
+            x, denoised if edit is None else still_broken(edit(denoised), denoised), sigma, sigma_next
+        )
     return x
 
 
@@ -141,15 +194,29 @@ def _begin(latents: Tensor, sigma: float, start: Start | None) -> Tensor:
 
 def _start_level(start: Start, highest: float) -> float:
     if not 0 < start[1] <= highest:
-        raise UserError(f'sampling cannot start at sigma = {start[1]:g}: choose a noise level above 0 and up to {highest:g}')
+        raise UserError(
+            f'sampling cannot start at sigma = {start[1]:g}: choose a noise level above 0 and up to {highest:g}'
+        )
     return float(start[1])
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Consistency models: D is an image at every noise level (Song et al. 2023).
 
-def cm_sigmas(net, steps: int | None = None, *, taus: Sequence[float] | None = None, mid_t: float | None = None,
-              ts: Sequence[int] | None = None, timesteps: int | None = None, start: Start | None = None,
-              sigma_min: float | None = None, sigma_max: float | None = None, rho: float | None = None) -> list[float]:
+
+def cm_sigmas(
+    net,
+    steps: int | None = None,
+    *,
+    taus: Sequence[float] | None = None,
+    mid_t: float | None = None,
+    ts: Sequence[int] | None = None,
+    timesteps: int | None = None,
+    start: Start | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float | None = None,
+) -> list[float]:
     """The falling noise levels at which `cm_sampler` evaluates the network. The first is sigma_max, or that of `start`. The others are
 
     - `taus`: given one by one;
@@ -167,9 +234,14 @@ def cm_sigmas(net, steps: int | None = None, *, taus: Sequence[float] | None = N
     top, rho = high if start is None else _start_level(start, high), pick(rho, 'rho', 7.0)
     given = [name for name, value in dict(taus=taus, mid_t=mid_t, ts=ts).items() if value is not None]
     if len(given) > 1 or (timesteps is not None and ts is None):
-        raise UserError(f'{" and ".join([*given, "timesteps"][:2])}: noise levels are given as one of taus, mid_t, and ts with or without timesteps')
+        raise UserError(
+            f'{" and ".join([*given, "timesteps"][:2])}: noise levels are given as one of taus, mid_t, and ts with or without timesteps'
+        )
     if ts is not None:
-        sigmas = [top, *_indexed_sigmas(ts, pick(timesteps, 'num_timesteps', DEFAULT_TIMESTEPS), low, high, rho)]
+        sigmas = [
+            top,
+            *_indexed_sigmas(ts, pick(timesteps, 'num_timesteps', DEFAULT_TIMESTEPS), low, high, rho),
+        ]
     elif given:
         sigmas = [top, *([mid_t] if taus is None else taus)]
     else:
@@ -180,48 +252,88 @@ def cm_sigmas(net, steps: int | None = None, *, taus: Sequence[float] | None = N
         sigmas = own if as_trained else ops.student_grid(steps, min(low, top), top, rho, 'full')[:-1].tolist()
     boundary = float(getattr(net, 'boundary', 0))
     if start is not None and top <= boundary:
-        raise UserError(f'sampling cannot start at sigma = {top:g}, where the network is the identity: choose a noise level above {boundary:g}')
+        raise UserError(
+            f'sampling cannot start at sigma = {top:g}, where the network is the identity: choose a noise level above {boundary:g}'
+        )
     if not all(above > below for above, below in itertools.pairwise([*sigmas, boundary])):
-        raise UserError(f'noise levels {", ".join(f"{sigma:g}" for sigma in sigmas)}: they must fall, and stay above {boundary:g}')
+        raise UserError(
+            f'noise levels {", ".join(f"{sigma:g}" for sigma in sigmas)}: they must fall, and stay above {boundary:g}'
+        )
     if steps not in (None, len(sigmas)):
-        raise UserError(f'{given[0]} makes {len(sigmas)} evaluations, not {steps}: leave out the number of steps')
+        raise UserError(
+            f'{given[0]} makes {len(sigmas)} evaluations, not {steps}: leave out the number of steps'
+        )
     return [float(sigma) for sigma in sigmas]
 
 
 CM_LEVEL_OPTIONS = tuple(inspect.signature(cm_sigmas).parameters)[2:]
 
 
-def _indexed_sigmas(ts: Sequence[int], timesteps: int, sigma_min: float, sigma_max: float, rho: float) -> list[float]:
+def _indexed_sigmas(
+    ts: Sequence[int], timesteps: int, sigma_min: float, sigma_max: float, rho: float
+) -> list[float]:
     """The levels between the first and the last of `ts`, indices of Karras nodes."""
     if len(ts) < 2 or ts[0] != 0 or ts[-1] != timesteps - 1 or any(i >= j for i, j in itertools.pairwise(ts)):
-        raise UserError(f'ts = {",".join(map(str, ts))} does not rise from 0 to {timesteps - 1}, the end of {timesteps} timesteps')
+        raise UserError(
+            f'ts = {",".join(map(str, ts))} does not rise from 0 to {timesteps - 1}, the end of {timesteps} timesteps'
+        )
     return ops.karras_sigmas(timesteps, sigma_min, sigma_max, rho)[list(ts[1:-1])].tolist()
 
 
-def cm_sampler(net, latents, class_labels=None, *, steps: int | None = None, taus=None, mid_t=None, ts=None, timesteps=None, sigma_min=None,
-               sigma_max=None, rho=None, edit: Edit | None = None, start: Start | None = None, clip_denoised: bool | None = None,
-               randn_like=torch.randn_like) -> Tensor:
+def cm_sampler(
+    net,
+    latents,
+    class_labels=None,
+    *,
+    steps: int | None = None,
+    taus=None,
+    mid_t=None,
+    ts=None,
+    timesteps=None,
+    sigma_min=None,
+    sigma_max=None,
+    rho=None,
+    edit: Edit | None = None,
+    start: Start | None = None,
+    clip_denoised: bool | None = None,
+    randn_like=torch.randn_like,
+) -> Tensor:
     """x <- D(sigma_max n); for each further level tau: x <- D(x + sqrt(tau² − sigma_e²) z; tau)   (Song et al. 2023, Algorithm 1).
 
     sigma_e is the level at which the network is the identity, `net.boundary`: its outputs have that much noise. Levels: see `cm_sigmas`.
     Every D is clamped to [-1, 1] (`clip_denoised`; None: as the network records, else not for one of latents), then given to `edit`. `start`:
     instead of pure noise, an image with so much noise (SDEdit, Meng et al. 2022). `randn_like(x)` gives z, one draw for each level but the first.
     """
-    sigmas = cm_sigmas(net, steps, taus=taus, mid_t=mid_t, ts=ts, timesteps=timesteps, start=start, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    sigmas = cm_sigmas(
+        net,
+        steps,
+        taus=taus,
+        mid_t=mid_t,
+        ts=ts,
+        timesteps=timesteps,
+        start=start,
+        sigma_min=sigma_min,
+        sigma_max=sigma_max,
+        rho=rho,
+    )
     boundary, metadata = float(getattr(net, 'boundary', 0)), getattr(net, 'metadata', None) or {}
-    clip_denoised = metadata.get('clip_denoised', not metadata.get('encoder')) if clip_denoised is None else clip_denoised
+    clip_denoised = (
+        metadata.get('clip_denoised', not metadata.get('encoder')) if clip_denoised is None else clip_denoised
+    )
     x = _begin(latents, sigmas[0], start)
     for i, sigma in enumerate(sigmas):
         if i > 0:
-            x = x + math.sqrt(sigma ** 2 - boundary ** 2) * randn_like(x)
+            x = x + math.sqrt(sigma**2 - boundary**2) * randn_like(x)
         denoised = x = _denoise(net, x, sigma, class_labels)
         x = x.clamp(-1, 1) if clip_denoised else x
         x = x if edit is None else edit(x)
         x = still_broken(x, denoised)
     return x
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Teachers. Time t parameterises the ODE: x(t) = s(t) (y + sigma(t) n)   (Karras et al. 2022, Eq. 4).
+
 
 class Schedule(NamedTuple):
     """sigma(t), its derivative and its inverse."""
@@ -242,13 +354,13 @@ def vp_schedule(beta_d: float, beta_min: float) -> Schedule:
     """sigma² = exp(beta_d t² / 2 + beta_min t) − 1 (Song et al. 2021)."""
     sigma = lambda t: math.sqrt(math.expm1(beta_d * t * t / 2 + beta_min * t))
     slope = lambda t: (beta_min + beta_d * t) * (sigma(t) + 1 / sigma(t)) / 2
-    time = lambda s: (math.sqrt(beta_min ** 2 + 2 * beta_d * math.log1p(s * s)) - beta_min) / beta_d
+    time = lambda s: (math.sqrt(beta_min**2 + 2 * beta_d * math.log1p(s * s)) - beta_min) / beta_d
     return Schedule(sigma, slope, time)
 
 
 def vp_betas(sigma_min: float, sigma_max: float) -> tuple[float, float]:
     """beta_d and beta_min for which sigma(VP_EPSILON) = sigma_min and sigma(1) = sigma_max."""
-    low, high = math.log1p(sigma_min ** 2), math.log1p(sigma_max ** 2)
+    low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
     beta_d = 2 * (low / VP_EPSILON - high) / (VP_EPSILON - 1)
     return beta_d, high - beta_d / 2
 
@@ -296,9 +408,13 @@ def discretize(kind: str, steps: int, sigma_min: float, sigma_max: float, rho: f
     if kind == 've':
         return sigma_max * (sigma_min / sigma_max) ** ramp
     if kind == 'iddpm':
-        levels = torch.tensor([u for u in reversed(iddpm_levels()) if sigma_min <= u <= sigma_max], dtype=torch.float64)
+        levels = torch.tensor(
+            [u for u in reversed(iddpm_levels()) if sigma_min <= u <= sigma_max], dtype=torch.float64
+        )
         if not len(levels):
-            raise UserError(f'iDDPM has no noise level between {sigma_min:g} and {sigma_max:g}: widen the range')
+            raise UserError(
+                f'iDDPM has no noise level between {sigma_min:g} and {sigma_max:g}: widen the range'
+            )
         return levels[(ramp * (len(levels) - 1)).round().long()]
     raise UserError(f'discretization {kind!r} is not one of {", ".join(DISCRETIZATIONS)}')
 
@@ -311,12 +427,16 @@ def default_range(discretization: str) -> tuple[float, float]:
     return SIGMA_RANGES[discretization]
 
 
-def teacher_sigmas(net, steps: int, discretization: str, sigma_min: float | None, sigma_max: float | None, rho: float) -> tuple[list, float, float]:
+def teacher_sigmas(
+    net, steps: int, discretization: str, sigma_min: float | None, sigma_max: float | None, rho: float
+) -> tuple[list, float, float]:
     """([steps] noise levels rounded to those of the network, the ends of their range)."""
     if discretization not in DISCRETIZATIONS:
         raise UserError(f'discretization {discretization!r} is not one of {", ".join(DISCRETIZATIONS)}')
     low, high = default_range(discretization)
-    low, high = clip_range(net, low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max)
+    low, high = clip_range(
+        net, low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max
+    )
     return [_snap(net, sigma) for sigma in discretize(discretization, steps, low, high, rho)], low, high
 
 
@@ -324,8 +444,18 @@ def _snap(net, sigma) -> float:
     return float(net.round_sigma(sigma)) if hasattr(net, 'round_sigma') else float(sigma)
 
 
-def addim_sampler(net, latents, class_labels=None, *, steps: int, sigma_min=None, sigma_max=None, rho: float = 7.0, discretization: str = 'edm',
-                  xvar_scale: float = 1.0) -> Tensor:
+def addim_sampler(
+    net,
+    latents,
+    class_labels=None,
+    *,
+    steps: int,
+    sigma_min=None,
+    sigma_max=None,
+    rho: float = 7.0,
+    discretization: str = 'edm',
+    xvar_scale: float = 1.0,
+) -> Tensor:
     """DDIM steps whose noise is lengthened by the variance that D lacks (Heek et al. 2024, Algorithm 3); the last, to 0, is plain DDIM.
 
     That variance is `xvar_scale` times the one that is assumed without data, `ops.addim_variance`; 0 is DDIM.
@@ -338,9 +468,26 @@ def addim_sampler(net, latents, class_labels=None, *, steps: int, sigma_min=None
     return x
 
 
-def ode_sampler(net, latents, class_labels=None, *, steps: int, solver: str = 'heun', sigma_min=None, sigma_max=None, rho: float = 7.0,
-                discretization: str = 'edm', schedule: str = 'linear', scaling: str = 'none', alpha: float = 1.0,
-                S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf, S_noise: float = 1.0, randn_like=torch.randn_like) -> Tensor:
+def ode_sampler(
+    net,
+    latents,
+    class_labels=None,
+    *,
+    steps: int,
+    solver: str = 'heun',
+    sigma_min=None,
+    sigma_max=None,
+    rho: float = 7.0,
+    discretization: str = 'edm',
+    schedule: str = 'linear',
+    scaling: str = 'none',
+    alpha: float = 1.0,
+    S_churn: float = 0.0,
+    S_min: float = 0.0,
+    S_max: float = math.inf,
+    S_noise: float = 1.0,
+    randn_like=torch.randn_like,
+) -> Tensor:
     """Probability-flow ODE by Euler steps or second-order Runge-Kutta steps with their middle point at `alpha` (1: Heun), with optional churn.
 
     Noise levels are rounded to those of the network. S_churn > 0 adds noise before every step with S_min <= sigma <= S_max
@@ -360,9 +507,12 @@ def ode_sampler(net, latents, class_labels=None, *, steps: int, solver: str = 'h
     x = latents.double() * (path.sigma(times[0]) * scale.scale(times[0]))
     for t, t_next in itertools.pairwise(times):
         if gain > 0:
-            sigma, noise = path.sigma(t), randn_like(x)  # drawn at every step, as in EDM: images then differ by what the options do
+            sigma, noise = (
+                path.sigma(t),
+                randn_like(x),
+            )  # drawn at every step, as in EDM: images then differ by what the options do
             raised = path.time(_snap(net, sigma + gain * sigma)) if S_min <= sigma <= S_max else t
-            spread = math.sqrt(max(path.sigma(raised) ** 2 - sigma ** 2, 0))
+            spread = math.sqrt(max(path.sigma(raised) ** 2 - sigma**2, 0))
             x = scale.scale(raised) * (x / scale.scale(t) + spread * S_noise * noise)
             t = raised
         v = velocity(x, t)
@@ -374,5 +524,9 @@ def ode_sampler(net, latents, class_labels=None, *, steps: int, solver: str = 'h
     return x
 
 
-SAMPLERS = dict(student=student_sampler, cm=cm_sampler, addim=addim_sampler,
-                **{solver: functools.partial(ode_sampler, solver=solver) for solver in ('euler', 'heun')})
+SAMPLERS = dict(
+    student=student_sampler,
+    cm=cm_sampler,
+    addim=addim_sampler,
+    **{solver: functools.partial(ode_sampler, solver=solver) for solver in ('euler', 'heun')},
+)

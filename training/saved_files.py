@@ -2,6 +2,7 @@
 
 Imports no torch.
 """
+
 from __future__ import annotations
 
 import os
@@ -12,7 +13,14 @@ from pathlib import Path
 from dnnlib import UserError
 from dnnlib.file_kind import another_kind
 
-OWN_FILES = ('log.txt', 'stats.jsonl', 'metrics-val.jsonl', 'training_options.json', 'preempted.json', 'launch.json')
+OWN_FILES = (
+    'log.txt',
+    'stats.jsonl',
+    'metrics-val.jsonl',
+    'training_options.json',
+    'preempted.json',
+    'launch.json',
+)
 SNAPSHOT, STATE = 'a network snapshot (network-snapshot-*.pkl)', 'a training state (training-state-*.pt)'
 
 
@@ -48,13 +56,23 @@ def why_no_snapshot(path: str | os.PathLike) -> str | None:
     if os.path.isdir(path):
         return _why_no_folder(path)
     beside = saved_snapshots(Path(path).parent)
-    same = [snapshot for snapshot in beside if snapshot.stem.removeprefix('network-snapshot') == Path(path).stem.removeprefix('training-state')]
+    same = [
+        snapshot
+        for snapshot in beside
+        if snapshot.stem.removeprefix('network-snapshot') == Path(path).stem.removeprefix('training-state')
+    ]
     snapshot = (same or beside or [None])[0]
-    return another_kind(path, SNAPSHOT, own=('a network snapshot', 'a pickle'), instead={
-        'a training state': f'It is for train.py --resume; for sampling and as a teacher give {snapshot or f"{SNAPSHOT} of the same run"}.',
-        'a PyTorch file': f"OpenAI's consistency models become snapshots by convert.py --from=openai {path} NAME.pkl. Other weights by name (state "
-                          'dicts) do not say which network they are of: give the snapshot that they were taken from.',
-        'a safetensors file': f'What convert.py wrote becomes a snapshot again by convert.py --from=safetensors {path} NAME.pkl.'})
+    return another_kind(
+        path,
+        SNAPSHOT,
+        own=('a network snapshot', 'a pickle'),
+        instead={
+            'a training state': f'It is for train.py --resume; for sampling and as a teacher give {snapshot or f"{SNAPSHOT} of the same run"}.',
+            'a PyTorch file': f"OpenAI's consistency models become snapshots by convert.py --from=openai {path} NAME.pkl. Other weights by name (state "
+            'dicts) do not say which network they are of: give the snapshot that they were taken from.',
+            'a safetensors file': f'What convert.py wrote becomes a snapshot again by convert.py --from=safetensors {path} NAME.pkl.',
+        },
+    )
 
 
 def _why_no_folder(folder: str | os.PathLike) -> str:
@@ -72,7 +90,13 @@ def why_no_state(path: str | os.PathLike, sealed: bool) -> str | None:
     beside = saved_states(Path(path).parent)
     resume = f'go on from {beside[0]}, or ' if beside else ''
     weights = f'It has weights alone, without the state of the optimizer: {resume}start anew from them by --transfer={path}.'
-    return another_kind(path, STATE, own=('a training state of train.py', 'a damaged', *(['a PyTorch file'] if sealed else [])), instead={
-        'a network snapshot': weights,
-        'a training state of EDM': f'Its optimizer is not ours: {resume}start anew from the network-snapshot-*.pkl beside it by --transfer.',
-        'a PyTorch file': f'Give {STATE} that train.py wrote.'})
+    return another_kind(
+        path,
+        STATE,
+        own=('a training state of train.py', 'a damaged', *(['a PyTorch file'] if sealed else [])),
+        instead={
+            'a network snapshot': weights,
+            'a training state of EDM': f'Its optimizer is not ours: {resume}start anew from the network-snapshot-*.pkl beside it by --transfer.',
+            'a PyTorch file': f'Give {STATE} that train.py wrote.',
+        },
+    )

@@ -1,4 +1,5 @@
 """Everything that a run is made of, from its configuration: networks, loss, optimizer, averages, files; and where a resumed one stands."""
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -39,6 +40,7 @@ class Run(NamedTuple):
         resumed: whether it goes on from a training state.
         files, log: what it writes and says.
     """
+
     c: EasyDict
     dir: str
     dataset: ImageFolderDataset
@@ -93,7 +95,9 @@ def set_up(
     loss_fn.attach(net, flat)
     update = WeightUpdate(flat, tuple(c.betas), c.eps, c.loss_scaling, c.grad_clip, radam=c.optim == 'radam')
     averages_device = 'cpu' if c.ema_device == 'cpu' else None
-    averages = WeightAverages(net, flat, c.ema_halflife_nimg, c.ema_rampup_ratio, c.phema_stds, averages_device)
+    averages = WeightAverages(
+        net, flat, c.ema_halflife_nimg, c.ema_rampup_ratio, c.phema_stds, averages_device
+    )
     speed_up(c, net, teacher, averages, loss_fn)
     torch.manual_seed(derive_seed(c.seed, 'process', rank))  # for whatever draws without `SampleDraws`
 
@@ -118,8 +122,29 @@ def set_up(
         ddp = torch.nn.parallel.DistributedDataParallel(net, device_ids=device_ids, broadcast_buffers=False)
     files.check_weights()
     return Run(
-        c, run_dir, dataset, device, net, ddp, teacher, loss_fn, encoder, augment_pipe, flat, update, averages, rank_batch, batch_gpu, rounds,
-        progress, progress.nimg, state is not None, files, log)
+        c,
+        run_dir,
+        dataset,
+        device,
+        net,
+        ddp,
+        teacher,
+        loss_fn,
+        encoder,
+        augment_pipe,
+        flat,
+        update,
+        averages,
+        rank_batch,
+        batch_gpu,
+        rounds,
+        progress,
+        progress.nimg,
+        state is not None,
+        files,
+        log,
+    )
+
 
 def build_network(c: EasyDict, teacher: torch.nn.Module | None) -> torch.nn.Module:
     """The network to train: from the teacher's weights where there is one, or from those of --transfer that fit."""
@@ -128,28 +153,50 @@ def build_network(c: EasyDict, teacher: torch.nn.Module | None) -> torch.nn.Modu
         net.load_state_dict(teacher.state_dict())
         net.sigma_min, net.sigma_max = teacher.sigma_min, teacher.sigma_max
     net.requires_grad_(True)
-    if hasattr(net, 'logvar_linear') and c.loss.get('kind') != 'edm2':  # EDM2's uncertainty: DDP wants every parameter used that has a gradient
+    if (
+        hasattr(net, 'logvar_linear') and c.loss.get('kind') != 'edm2'
+    ):  # EDM2's uncertainty: DDP wants every parameter used that has a gradient
         net.logvar_linear.requires_grad_(False)
     if c.transfer:
         origin, ours = checkpoint.load_network(c.transfer), LabelSpace.recorded(net.label_dim, c.dataset)
         source, own = origin.state_dict(), net.state_dict()
         if origin.label_dim == ours.dim and space_of(origin).differs(ours):
-            distributed.print0(printable(f'Warning: --transfer={c.transfer} was trained with {space_of(origin)}, and these data have {ours}: '
-                                         'what it learned of labels means something else here.'))
-        fitting = {name: tensor for name, tensor in source.items() if name in own and own[name].shape == tensor.shape}
+            distributed.print0(
+                printable(
+                    f'Warning: --transfer={c.transfer} was trained with {space_of(origin)}, and these data have {ours}: '
+                    'what it learned of labels means something else here.'
+                )
+            )
+        fitting = {
+            name: tensor for name, tensor in source.items() if name in own and own[name].shape == tensor.shape
+        }
         if not fitting:
             raise UserError(f'--transfer={c.transfer} has no tensor that fits this network by name and shape')
         net.load_state_dict(fitting, strict=False)
         if len(fitting) < len(own):
-            distributed.print0(f'Warning: {len(fitting)} of this network\'s {len(own)} tensors are in --transfer={c.transfer} in the same shape; the '
-                               'others start at random. (Options such as --arch and --cbase are not taken from the snapshot.)')
+            distributed.print0(
+                f"Warning: {len(fitting)} of this network's {len(own)} tensors are in --transfer={c.transfer} in the same shape; the "
+                'others start at random. (Options such as --arch and --cbase are not taken from the snapshot.)'
+            )
     return net
 
 
-def speed_up(c: EasyDict, net: torch.nn.Module, teacher: torch.nn.Module | None, averages: WeightAverages, loss_fn: Loss) -> None:
+def speed_up(
+    c: EasyDict,
+    net: torch.nn.Module,
+    teacher: torch.nn.Module | None,
+    averages: WeightAverages,
+    loss_fn: Loss,
+) -> None:
     """Let the networks run as the configuration says. Compilation itself waits for the first calls."""
-    options = dict(channels_last=c.channels_last, checkpoint_activations=c.checkpoint_activations, compiled=c.compiled)
-    at_hand = [average for average in averages.networks.values() if execution.is_on_gpu(average) == execution.is_on_gpu(net)]
+    options = dict(
+        channels_last=c.channels_last, checkpoint_activations=c.checkpoint_activations, compiled=c.compiled
+    )
+    at_hand = [
+        average
+        for average in averages.networks.values()
+        if execution.is_on_gpu(average) == execution.is_on_gpu(net)
+    ]
     for network in (net, *at_hand, *loss_fn.networks(), *([] if teacher is None else [teacher])):
         execution.run_with(network, **options)
     if teacher is not None and loss_fn.sampled(net) is net:  # else snapshots hold the teacher too, as it is
@@ -163,6 +210,7 @@ def build_loss(c: EasyDict, teacher: torch.nn.Module | None, device: torch.devic
         options = dict(c.loss)
         if 'lpips' in options:
             from metrics import lpips
+
             weights = options.pop('lpips')
             with distributed.main_process_first():
                 options['perceptual'] = lpips.load(weights, device) if options['cm_loss'] == 'lpips' else None
@@ -170,7 +218,9 @@ def build_loss(c: EasyDict, teacher: torch.nn.Module | None, device: torch.devic
     return DIFFUSION_LOSSES[c.loss.kind](**{name: value for name, value in c.loss.items() if name != 'kind'})
 
 
-def profiled_networks(net: torch.nn.Module, teacher: torch.nn.Module | None) -> dict[tuple[str, str], torch.nn.Module]:
+def profiled_networks(
+    net: torch.nn.Module, teacher: torch.nn.Module | None
+) -> dict[tuple[str, str], torch.nn.Module]:
     """Names of the networks' calls with gradients and without, for `StepProfile`."""
     return {('student', 'self-target'): net, **({} if teacher is None else {('teacher', 'teacher'): teacher})}
 
@@ -179,37 +229,65 @@ def describe_run(log: RunLog, c: EasyDict, net, dataset, teacher, rounds: int, b
     """Say what is about to be trained on what."""
     params = sum(p.numel() for p in net.parameters())
     steps = c.ema_halflife_nimg / c.batch_size
-    subset = f', a random {dataset.num_images} of its {dataset.num_files}' if dataset.num_images < dataset.num_files else ''
-    log(f'Data: {len(dataset)} images of {dataset.image_shape}, {dataset.label_space}, from {c.dataset.path}{subset}')
+    subset = (
+        f', a random {dataset.num_images} of its {dataset.num_files}'
+        if dataset.num_images < dataset.num_files
+        else ''
+    )
+    log(
+        f'Data: {len(dataset)} images of {dataset.image_shape}, {dataset.label_space}, from {c.dataset.path}{subset}'
+    )
     if dataset.unused_labels:
-        log(f'Warning: {dataset.unused_labels} labels in dataset.json are of no image in {c.dataset.path}. Is it complete?')
+        log(
+            f'Warning: {dataset.unused_labels} labels in dataset.json are of no image in {c.dataset.path}. Is it complete?'
+        )
     if about := dataset.about_others():
         log(f'Note: {about}.')
     if dataset.unturned:
-        log(f'Note: {len(dataset.unturned)} images carry an EXIF orientation, which is ignored: training sees their pixels as they are stored. '
-            'dataset_tool.py --exif=apply turns them.')
+        log(
+            f'Note: {len(dataset.unturned)} images carry an EXIF orientation, which is ignored: training sees their pixels as they are stored. '
+            'dataset_tool.py --exif=apply turns them.'
+        )
     if warning := dataset.label_space.warning():
         log(f'Warning: {warning}')
-    if teacher is not None and (untaught := sorted({*space_of(teacher).absent} - {*dataset.label_space.absent})):
-        log(f'Warning: the training set of {c.teacher} has no images of classes {listed(untaught)}, of which these data have some: '
-            'what the teacher says of them was never trained.')
+    if teacher is not None and (
+        untaught := sorted({*space_of(teacher).absent} - {*dataset.label_space.absent})
+    ):
+        log(
+            f'Warning: the training set of {c.teacher} has no images of classes {listed(untaught)}, of which these data have some: '
+            'what the teacher says of them was never trained.'
+        )
     log(f'Network: {type(net).__name__} / {type(net.model).__name__}, {params:,} parameters')
-    log(f'Batch: {c.batch_size} images in {rounds} round(s) of {batch_gpu} on {distributed.get_world_size()} process(es)')
+    log(
+        f'Batch: {c.batch_size} images in {rounds} round(s) of {batch_gpu} on {distributed.get_world_size()} process(es)'
+    )
     log(f'EMA half-life: {c.ema_halflife_nimg:,.0f} images = {steps:,.0f} steps')
     if steps < 100:
-        log(f'Warning: an EMA with a half-life of {steps:.3g} steps averages next to nothing; --ema is in Mimg (--ema=500kimg says it otherwise).')
+        log(
+            f'Warning: an EMA with a half-life of {steps:.3g} steps averages next to nothing; --ema is in Mimg (--ema=500kimg says it otherwise).'
+        )
     remaining = 0.0 if c.ema_rampup_ratio else 0.5 ** (c.total_nimg / c.ema_halflife_nimg)
     if remaining > 0.01:
-        log(f'Warning: with a half-life of {c.ema_halflife_nimg:,.0f} images throughout, {remaining:.0%} of the average will still be the weights '
-            'that training began with; shorten --ema, or set --ema_rampup=0.05.')
-    missing = [r for r in c.network.kwargs.get('dout_resolutions') or [] if not any(name.startswith(f'{r}x{r}_') for name in net.model.enc)]
+        log(
+            f'Warning: with a half-life of {c.ema_halflife_nimg:,.0f} images throughout, {remaining:.0%} of the average will still be the weights '
+            'that training began with; shorten --ema, or set --ema_rampup=0.05.'
+        )
+    missing = [
+        r
+        for r in c.network.kwargs.get('dout_resolutions') or []
+        if not any(name.startswith(f'{r}x{r}_') for name in net.model.enc)
+    ]
     if missing:
-        log(f'Warning: --dout_resolutions names {", ".join(map(str, missing))}, which this network does not have.')
+        log(
+            f'Warning: --dout_resolutions names {", ".join(map(str, missing))}, which this network does not have.'
+        )
 
 
 def describe_resume(log: RunLog, c: EasyDict, progress: EasyDict, made_by: int, world_size: int) -> None:
     """Say where a resumed run goes on, and what cannot be as if it had never stopped."""
     log(f'Resumed from {c.resume} at {progress.nimg / 1e3:.1f} kimg.')
     if made_by != world_size:
-        log(f'Warning: that state was made by {made_by} process(es), now there are {world_size}: every image is seen as before, but sums are '
-            'rounded differently, so the result will not be bit for bit that of an uninterrupted run.')
+        log(
+            f'Warning: that state was made by {made_by} process(es), now there are {world_size}: every image is seen as before, but sums are '
+            'rounded differently, so the result will not be bit for bit that of an uninterrupted run.'
+        )

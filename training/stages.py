@@ -1,5 +1,6 @@
 """Progressive distillation from stage to stage. Each is a run of its own in a folder of its own, `S0512`, `S0256`, ..., with the states, snapshots
 and logs of any other run; its teacher is the last snapshot of the stage before."""
+
 from __future__ import annotations
 
 import json
@@ -27,27 +28,45 @@ def stages(opts: EasyDict, run_dir: str) -> Iterator[EasyDict]:
     from torch_utils import distributed
     from training import configuration
     from training.run_files import saved_states
+
     teacher, plan = opts.teacher, times.halving_stages(opts.S_start, opts.S, opts.stage_steps)
     data = None
     for folder in stage_folders(run_dir):
         if (recorded := recorded_options(folder)['stages']) != [[S, steps] for S, steps in plan]:
-            raise UserError(f'{run_dir} holds a progressive distillation in the stages {json.dumps(recorded)} (sampling steps, optimizer steps), '
-                            f'these options say {json.dumps(plan)}: resume with the --S_start, --S and --stage_steps it was made with.')
+            raise UserError(
+                f'{run_dir} holds a progressive distillation in the stages {json.dumps(recorded)} (sampling steps, optimizer steps), '
+                f'these options say {json.dumps(plan)}: resume with the --S_start, --S and --stage_steps it was made with.'
+            )
     for S, steps in plan:
         folder, total = os.path.join(run_dir, f'S{S:04d}'), steps * opts.batch
-        snapshot, there = distributed.broadcast_object((_finished(folder, total, teacher), bool(saved_states(folder))))
+        snapshot, there = distributed.broadcast_object(
+            (_finished(folder, total, teacher), bool(saved_states(folder)))
+        )
         if snapshot is None or there:
             resume = opts.resume if opts.resume and Path(opts.resume).parent == Path(folder) else folder
-            yield EasyDict(opts, S=S, S_start=S, stages=plan, teacher=teacher, duration=total / 1e6, outdir=folder, nosubdir=True,
-                           resume=resume if there else None)
+            yield EasyDict(
+                opts,
+                S=S,
+                S_start=S,
+                stages=plan,
+                teacher=teacher,
+                duration=total / 1e6,
+                outdir=folder,
+                nosubdir=True,
+                resume=resume if there else None,
+            )
             snapshot = distributed.broadcast_object(_finished(folder, total, teacher))
         else:  # its options are in its folder only
             data = data or configuration.data_record(opts, configuration.open_dataset(opts))
-            if about_data := configuration.check_same_data(opts, data, recorded_options(folder)['dataset'], folder):
+            if about_data := configuration.check_same_data(
+                opts, data, recorded_options(folder)['dataset'], folder
+            ):
                 distributed.print0(printable(about_data), file=sys.stderr)
         if snapshot is None:
-            raise UserError(f'{folder} has no snapshot of {total} images, from which the next stage would start: resume with the --batch it was made '
-                            'with, or delete that folder and the ones of fewer steps.')
+            raise UserError(
+                f'{folder} has no snapshot of {total} images, from which the next stage would start: resume with the --batch it was made '
+                'with, or delete that folder and the ones of fewer steps.'
+            )
         teacher = snapshot
 
 
@@ -60,18 +79,23 @@ def run_folder(resume: str) -> str:
 
 def stage_folders(run_dir: str) -> list[Path]:
     """The folders of the stages that have begun, the first one first."""
-    return sorted((path for path in Path(run_dir).glob('S*') if re.fullmatch(r'S\d{4,}', path.name)), reverse=True)
+    return sorted(
+        (path for path in Path(run_dir).glob('S*') if re.fullmatch(r'S\d{4,}', path.name)), reverse=True
+    )
 
 
 def recorded_options(folder: str | os.PathLike) -> dict:
     """The training_options.json of a stage. Raises: UserError where it is missing or damaged."""
     from training import run_schema
+
     path = Path(folder, 'training_options.json')
     try:
         return read_json(path, run_schema.STAGE_OPTIONS, 'the configuration')
     except (OSError, ValueError) as error:
         reason = '' if isinstance(error, FileNotFoundError) else f' (it {error})'
-        raise UserError(f'{path} is missing or damaged{reason}: delete that folder and the ones of fewer steps, and resume.') from error
+        raise UserError(
+            f'{path} is missing or damaged{reason}: delete that folder and the ones of fewer steps, and resume.'
+        ) from error
 
 
 def _finished(folder: str, total_nimg: int, teacher: str) -> str | None:
@@ -79,13 +103,16 @@ def _finished(folder: str, total_nimg: int, teacher: str) -> str | None:
     from torch_utils import distributed
     from training.checkpoint import load_network, network_digest
     from training.run_files import saved_snapshots
+
     if not distributed.is_main():
         return None
     for path in saved_snapshots(folder):
         if load_network(path).metadata.get('nimg') != total_nimg:
             continue
         if recorded_options(folder)['teacher_digest'] != network_digest(load_network(teacher), {}):
-            raise UserError(f'{folder} was distilled from another teacher than {teacher}: delete that folder and the ones of fewer steps, '
-                            'or start anew.')
+            raise UserError(
+                f'{folder} was distilled from another teacher than {teacher}: delete that folder and the ones of fewer steps, '
+                'or start anew.'
+            )
         return os.fspath(path)
     return None

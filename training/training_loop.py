@@ -1,4 +1,5 @@
 """The training loop, for teachers and students alike: the step, the end of a tick, and what repeats them. `setup` builds what they work on."""
+
 from __future__ import annotations
 
 import os
@@ -23,8 +24,9 @@ from training.run_log import RunLog
 from training.setup import Run, profiled_networks, set_up
 from training.weight_update import WeightUpdate
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # The step. Nothing here waits for the device.
+
 
 def train_step(run: Run, feed: Feed, profile: StepProfile) -> None:
     """One optimizer step: gradients over all micro-batches of all processes, then new weights and new averages."""
@@ -42,8 +44,17 @@ def train_step(run: Run, feed: Feed, profile: StepProfile) -> None:
             batch = next(feed)
         with profile.part('gradients'), misc.gradient_sync(run.ddp, i == run.rounds - 1):
             draws = SampleDraws(c.seed, first, run.batch_gpu, run.device)
-            accumulate_gradients(run.ddp, run.loss_fn, batch, draws, run.update, 1 / run.rank_batch, run.encoder, run.augment_pipe,
-                                 c.network.kwargs.get('augment_dim', 0))
+            accumulate_gradients(
+                run.ddp,
+                run.loss_fn,
+                batch,
+                draws,
+                run.update,
+                1 / run.rank_batch,
+                run.encoder,
+                run.augment_pipe,
+                c.network.kwargs.get('augment_dim', 0),
+            )
 
     # A step whose gradient is not finite leaves the weights as they are.
     with profile.part('optimizer'):
@@ -54,8 +65,17 @@ def train_step(run: Run, feed: Feed, profile: StepProfile) -> None:
         run.averages.update(progress.nimg, c.batch_size)
 
 
-def accumulate_gradients(net, loss_fn, batch, draws: SampleDraws, update: WeightUpdate, scale: float, encoder, augment_pipe=None,
-                         augment_dim: int = 0) -> None:
+def accumulate_gradients(
+    net,
+    loss_fn,
+    batch,
+    draws: SampleDraws,
+    update: WeightUpdate,
+    scale: float,
+    encoder,
+    augment_pipe=None,
+    augment_dim: int = 0,
+) -> None:
     """Forward and backward pass for a batch of (raw images [N, C, H, W], labels [N, label_dim]); the loss is `scale` × the sum over images.
 
     A network with augmentation labels gets zeros, 'not augmented', where there is no `augment_pipe`: DDP wants every parameter used.
@@ -75,18 +95,23 @@ def learning_rate(c: EasyDict, nimg: int) -> float:
     """Of the step that follows `nimg` images."""
     return misc.learning_rate(c.lr, nimg, c.total_nimg, c.lr_rampup_nimg, c.lr_schedule, c.lr_ref_nimg)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The end of a tick.
+
 
 @dataclass
 class Clock:
     """When things began, by `time.monotonic`, and how many seconds went into evaluating and saving before the tick."""
+
     start: float
     tick_start: float
     maintenance: float
 
 
-def end_of_tick(run: Run, clock: Clock, feed: Feed, validator: Validator | None, stop: StopRequest, done: bool) -> bool:
+def end_of_tick(
+    run: Run, clock: Clock, feed: Feed, validator: Validator | None, stop: StopRequest, done: bool
+) -> bool:
     """Validate, report, save, and go on to the next tick. Returns: False, with all of that still to do, where a signal asked to stop meanwhile."""
     c, progress, now, fids = run.c, run.progress, time.monotonic(), {}
 
@@ -100,7 +125,18 @@ def end_of_tick(run: Run, clock: Clock, feed: Feed, validator: Validator | None,
     # Report.
     stats = training_stats.collect()
     stats |= network_stats(run.update, run.averages)
-    stats |= tick_stats(progress, c, run.averages, clock.start, clock.tick_start, run.start_nimg, clock.maintenance, now, run.device, feed.waited())
+    stats |= tick_stats(
+        progress,
+        c,
+        run.averages,
+        clock.start,
+        clock.tick_start,
+        run.start_nimg,
+        clock.maintenance,
+        now,
+        run.device,
+        feed.waited(),
+    )
     sec_per_image = (now - clock.start) / max(progress.nimg - run.start_nimg, 1)
     run.log(tick_line(stats, f'Loss/{run.loss_fn.name}', (c.total_nimg - progress.nimg) * sec_per_image))
     run.log.stats(stats)
@@ -113,8 +149,10 @@ def end_of_tick(run: Run, clock: Clock, feed: Feed, validator: Validator | None,
         clock.maintenance = clock.tick_start - now
     return True
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The loop.
+
 
 def training_loop(
     c: EasyDict,
@@ -141,8 +179,21 @@ def training_loop(
         return True
 
     hosts, bad_reading = distributed.HostAgreement(), misc.LateReading(run.device)
-    sampler = InfiniteSampler(len(dataset), c.batch_size, rank=rank, num_replicas=distributed.get_world_size(), seed=c.seed, start=progress.nimg)
-    profile = StepProfile(c.profile_steps if rank == 0 else 0, run_dir, run.device, profiled_networks(run.net, run.teacher), say=log)
+    sampler = InfiniteSampler(
+        len(dataset),
+        c.batch_size,
+        rank=rank,
+        num_replicas=distributed.get_world_size(),
+        seed=c.seed,
+        start=progress.nimg,
+    )
+    profile = StepProfile(
+        c.profile_steps if rank == 0 else 0,
+        run_dir,
+        run.device,
+        profiled_networks(run.net, run.teacher),
+        say=log,
+    )
     with WorkerShield() as shield, StopRequest(hosts) as stop, profile:
         feed = Feed(dataset, sampler, run.batch_gpu, c.workers, run.device, worker_init_fn=shield)
         start_log(run)  # after the workers, which must not inherit its threads and sockets
@@ -169,7 +220,11 @@ def training_loop(
 
             # The first tick ends after the first step, as in EDM.
             done = progress.nimg >= c.total_nimg
-            progress.due = done or progress.tick == 0 or progress.nimg >= progress.tick_start_nimg + c.kimg_per_tick * 1e3
+            progress.due = (
+                done
+                or progress.tick == 0
+                or progress.nimg >= progress.tick_start_nimg + c.kimg_per_tick * 1e3
+            )
             if progress.due and not end_of_tick(run, clock, feed, validator, stop, done):
                 return stop_here(run, stop, hosts)
             if done:
@@ -184,13 +239,16 @@ def training_loop(
 def start_log(run: Run) -> None:
     """Begin statistics, W&B and TensorBoard, or go on with them where the run stands."""
     c, progress = run.c, run.progress
-    redone = int(progress.due or not progress.begun)  # evaluations at this very point, of which a killed run may have recorded some
+    redone = int(
+        progress.due or not progress.begun
+    )  # evaluations at this very point, of which a killed run may have recorded some
     run.log.start(
         c.total_nimg,
         resumed_at=progress.nimg - redone if run.resumed else None,
         wandb=c.wandb and dict(c.wandb, id=progress.wandb_id),
         config=c,
-        tensorboard=c.tensorboard)
+        tensorboard=c.tensorboard,
+    )
     progress.wandb_id = distributed.broadcast_object(run.log.wandb_id) or progress.wandb_id
 
 
@@ -199,10 +257,14 @@ def build_validator(run: Run) -> Validator:
     c, net = run.c, run.net
     options = EasyDict(c.validation, overwrite=c.validation.overwrite or run.resumed)
     image_shape = [net.img_channels, net.img_resolution, net.img_resolution]
-    return Validator(options, run.dataset, run.dir, run.device, image_shape, run.dataset.label_space, c.encoder)
+    return Validator(
+        options, run.dataset, run.dir, run.device, image_shape, run.dataset.label_space, c.encoder
+    )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Stopping.
+
 
 def stop_here(run: Run, stop: StopRequest, hosts: distributed.HostAgreement) -> bool:
     """Save where the run is, in the middle of a tick or not, and leave a note; returns that the training is not finished."""
@@ -214,8 +276,10 @@ def stop_here(run: Run, stop: StopRequest, hosts: distributed.HostAgreement) -> 
     state = saved or run_files.newest_state(progress)
     if state:  # else there is nothing to come back to
         files.leave_note(signal_name, progress.nimg, state)
-    log(f'{f"Saved {saved}" if saved else "The state could not be saved"}; '
-        f'{f"--resume={files.run_dir} goes on from {state}" if state else "there is none to resume from"}.')
+    log(
+        f'{f"Saved {saved}" if saved else "The state could not be saved"}; '
+        f'{f"--resume={files.run_dir} goes on from {state}" if state else "there is none to resume from"}.'
+    )
     log.close()
     return False
 
@@ -227,10 +291,13 @@ def give_up(run: Run, bad_in_a_row: int) -> None:
     cure = f'resume from {newest}' if newest else 'start again'
     distributed.fail_together(
         f'{bad_in_a_row} steps in a row had a loss or gradient that is not finite, up to {run.progress.nimg / 1e3:.1f} kimg; none of them changed '
-        f'the weights. Lower --lr, set --grad-clip, or use --precision=bf16 or fp32, and {cure}.')
+        f'the weights. Lower --lr, set --grad-clip, or use --precision=bf16 or fp32, and {cure}.'
+    )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Evaluating.
+
 
 def evaluate(validator: Validator, run: Run, stop: StopRequest) -> dict | None:
     """FID of each average of --val_emas, by name, the same on all processes; None, and nothing recorded, where a signal asked to stop meanwhile.
@@ -240,7 +307,9 @@ def evaluate(validator: Validator, run: Run, stop: StopRequest) -> dict | None:
     c, nimg, records = run.c, run.progress.nimg, {}
     for name in c.validation.emas:
         net = sampling_network(run, name)
-        records[name] = validator.run(net, nimg=nimg, ema=name, metadata=checkpoint.snapshot_metadata(c, nimg), stop=stop)
+        records[name] = validator.run(
+            net, nimg=nimg, ema=name, metadata=checkpoint.snapshot_metadata(c, nimg), stop=stop
+        )
         if records[name] is None:
             return None
     for name, record in records.items():
@@ -273,41 +342,75 @@ def evaluate_at_start(validator: Validator, run: Run, stop: StopRequest) -> dict
         run.log.evaluation(record)
     return evaluate(validator, run, stop) if run.c.validation.at_start else {}
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Reporting.
+
 
 def network_stats(update: WeightUpdate, averages: WeightAverages) -> dict[str, dict]:
     """How far each average is from the weights, relative to them, and what became of broken steps. Waits for the device."""
     weights = update.weights.detach()
     vectors = {name: vector.detach().to(weights.device) for name, vector in averages.vectors.items()}
-    values = {f'EMA/{name}_distance': torch.dist(vector, weights) / weights.norm() for name, vector in vectors.items()}
+    values = {
+        f'EMA/{name}_distance': torch.dist(vector, weights) / weights.norm()
+        for name, vector in vectors.items()
+    }
     values |= {'Progress/loss_scale': update.scale, 'Progress/bad_steps': update.bad_steps}
     return {name: dict(num=1, mean=value.item(), std=0) for name, value in values.items()}
 
 
-def tick_stats(progress: Progress, c: EasyDict, averages: WeightAverages, start_time: float, tick_start_time: float, start_nimg: int,
-               maintenance_time: float, now: float, device: torch.device, data_wait: float) -> dict[str, dict]:
+def tick_stats(
+    progress: Progress,
+    c: EasyDict,
+    averages: WeightAverages,
+    start_time: float,
+    tick_start_time: float,
+    start_nimg: int,
+    maintenance_time: float,
+    now: float,
+    device: torch.device,
+    data_wait: float,
+) -> dict[str, dict]:
     """Progress, timing and resources of a tick, in the form of `training_stats.collect`. All times are in seconds."""
     tick_time, seen = now - tick_start_time, progress.nimg - max(progress.tick_start_nimg, start_nimg)
-    a_second = lambda amount: amount / tick_time if tick_time > 0 else 0.0  # clocks of machines that were put to sleep may stand still
-    values = {'Progress/tick': progress.tick, 'Progress/nimg': progress.nimg, 'Progress/kimg': progress.nimg / 1e3,
-              'Progress/step': progress.nimg // c.batch_size, 'Progress/lr': learning_rate(c, progress.nimg - c.batch_size),
-              'Progress/ema_halflife_kimg': averages.halflife_at(progress.nimg) / 1e3,
-              'Timing/total_sec': now - start_time, 'Timing/sec_per_tick': tick_time, 'Timing/sec_per_kimg': tick_time / max(seen, 1) * 1e3,
-              'Timing/images_per_sec': a_second(seen), 'Timing/maintenance_sec': maintenance_time, 'Timing/data_wait_share': a_second(data_wait),
-              'Resources/cpu_mem_gb': psutil.Process(os.getpid()).memory_info().rss / 2**30,
-              'Resources/peak_gpu_mem_gb': torch.cuda.max_memory_allocated(device) / 2**30 if device.type == 'cuda' else 0}
+    a_second = lambda amount: (
+        amount / tick_time if tick_time > 0 else 0.0
+    )  # clocks of machines that were put to sleep may stand still
+    values = {
+        'Progress/tick': progress.tick,
+        'Progress/nimg': progress.nimg,
+        'Progress/kimg': progress.nimg / 1e3,
+        'Progress/step': progress.nimg // c.batch_size,
+        'Progress/lr': learning_rate(c, progress.nimg - c.batch_size),
+        'Progress/ema_halflife_kimg': averages.halflife_at(progress.nimg) / 1e3,
+        'Timing/total_sec': now - start_time,
+        'Timing/sec_per_tick': tick_time,
+        'Timing/sec_per_kimg': tick_time / max(seen, 1) * 1e3,
+        'Timing/images_per_sec': a_second(seen),
+        'Timing/maintenance_sec': maintenance_time,
+        'Timing/data_wait_share': a_second(data_wait),
+        'Resources/cpu_mem_gb': psutil.Process(os.getpid()).memory_info().rss / 2**30,
+        'Resources/peak_gpu_mem_gb': torch.cuda.max_memory_allocated(device) / 2**30
+        if device.type == 'cuda'
+        else 0,
+    }
     return {name: dict(num=1, mean=value, std=0) for name, value in values.items()}
 
 
 def tick_line(stats: dict, loss_name: str, remaining_sec: float) -> str:
     """The console line of a tick."""
     mean = lambda name: stats[name]['mean']
-    fields = [f'tick {mean("Progress/tick"):<5.0f}', f'kimg {mean("Progress/kimg"):<9.1f}',
-              f'loss {stats.get(loss_name, {}).get("mean", float("nan")):<9.4g}',
-              f'time {misc.format_time(mean("Timing/total_sec")):<8}', f'img/s {mean("Timing/images_per_sec"):<8.4g}',
-              f'sec/kimg {mean("Timing/sec_per_kimg"):<7.3g}', f'data {mean("Timing/data_wait_share"):<6.1%}',
-              f'maint {mean("Timing/maintenance_sec"):<5.1f}',
-              f'mem {mean("Resources/cpu_mem_gb"):<5.2f}', f'gpu {mean("Resources/peak_gpu_mem_gb"):<5.2f}',
-              f'ETA {misc.format_time(remaining_sec)}']
+    fields = [
+        f'tick {mean("Progress/tick"):<5.0f}',
+        f'kimg {mean("Progress/kimg"):<9.1f}',
+        f'loss {stats.get(loss_name, {}).get("mean", float("nan")):<9.4g}',
+        f'time {misc.format_time(mean("Timing/total_sec")):<8}',
+        f'img/s {mean("Timing/images_per_sec"):<8.4g}',
+        f'sec/kimg {mean("Timing/sec_per_kimg"):<7.3g}',
+        f'data {mean("Timing/data_wait_share"):<6.1%}',
+        f'maint {mean("Timing/maintenance_sec"):<5.1f}',
+        f'mem {mean("Resources/cpu_mem_gb"):<5.2f}',
+        f'gpu {mean("Resources/peak_gpu_mem_gb"):<5.2f}',
+        f'ETA {misc.format_time(remaining_sec)}',
+    ]
     return ' '.join(fields)

@@ -1,4 +1,5 @@
 """From gradients to weights: loss scaling, clipping, the optimizer, and leaving out steps whose numbers are broken. Waits for no device."""
+
 from __future__ import annotations
 
 import torch
@@ -7,7 +8,11 @@ from torch.optim.adam import adam
 from torch_utils import training_stats
 from torch_utils.flat import FlatParameters
 
-DYNAMIC_START, DYNAMIC_MAX, GROWTH_INTERVAL = 2.0 ** 16, 2.0 ** 24, 2000  # of the dynamic loss scale; steps between doublings
+DYNAMIC_START, DYNAMIC_MAX, GROWTH_INTERVAL = (
+    2.0**16,
+    2.0**24,
+    2000,
+)  # of the dynamic loss scale; steps between doublings
 
 
 class WeightUpdate:
@@ -25,8 +30,15 @@ class WeightUpdate:
         radam: RAdam in Adam's place.
     """
 
-    def __init__(self, weights: FlatParameters, betas: tuple[float, float], eps: float, loss_scale: float | None = 1.0,
-                 grad_clip: float | None = None, radam: bool = False):
+    def __init__(
+        self,
+        weights: FlatParameters,
+        betas: tuple[float, float],
+        eps: float,
+        loss_scale: float | None = 1.0,
+        grad_clip: float | None = None,
+        radam: bool = False,
+    ):
         self.weights, self.grad_clip, self.dynamic = weights.weights, grad_clip, loss_scale is None
         self.radam, device = radam, self.weights.device
         if radam:
@@ -34,9 +46,15 @@ class WeightUpdate:
         else:
             self.optimizer = torch.optim.Adam([self.weights], betas=betas, eps=eps, fused=True)
             zeros = lambda: torch.zeros_like(self.weights, requires_grad=False)
-            self.optimizer.state[self.weights] = dict(step=torch.zeros([], device=device), exp_avg=zeros(), exp_avg_sq=zeros())
-        self.scale = torch.tensor(DYNAMIC_START if self.dynamic else loss_scale, dtype=torch.float32, device=device)
-        self.whole_in_a_row, self.bad_in_a_row, self.bad_steps = torch.zeros([3], dtype=torch.int64, device=device).unbind()
+            self.optimizer.state[self.weights] = dict(
+                step=torch.zeros([], device=device), exp_avg=zeros(), exp_avg_sq=zeros()
+            )
+        self.scale = torch.tensor(
+            DYNAMIC_START if self.dynamic else loss_scale, dtype=torch.float32, device=device
+        )
+        self.whole_in_a_row, self.bad_in_a_row, self.bad_steps = torch.zeros(
+            [3], dtype=torch.int64, device=device
+        ).unbind()
 
     def poison(self, loss: torch.Tensor) -> torch.Tensor:
         """The sum of the loss [N], scaled, whose gradient is NaN where any of the values is not finite."""
@@ -64,9 +82,25 @@ class WeightUpdate:
         """Adam's fused kernel, which divides gradients itself and does nothing where they are broken. It is called as a function: what
         `Optimizer.step` does around it takes longer than a small network's kernel."""
         group, state = self.optimizer.param_groups[0], self.optimizer.state[self.weights]
-        adam([self.weights], [self.weights.grad], [state['exp_avg']], [state['exp_avg_sq']], [], [state['step']], foreach=False, fused=True,
-             grad_scale=divisor, found_inf=broken.float(), amsgrad=False, beta1=group['betas'][0], beta2=group['betas'][1], lr=group['lr'],
-             weight_decay=0.0, eps=group['eps'], maximize=False)
+        adam(
+            [self.weights],
+            [self.weights.grad],
+            [state['exp_avg']],
+            [state['exp_avg_sq']],
+            [],
+            [state['step']],
+            foreach=False,
+            fused=True,
+            grad_scale=divisor,
+            found_inf=broken.float(),
+            amsgrad=False,
+            beta1=group['betas'][0],
+            beta2=group['betas'][1],
+            lr=group['lr'],
+            weight_decay=0.0,
+            eps=group['eps'],
+            maximize=False,
+        )
 
     def _step_and_undo(self, divisor: torch.Tensor, broken: torch.Tensor) -> None:
         """A step of an optimizer that knows of no broken ones; after those, weights and moments are what they were. Its count of steps goes on."""
@@ -88,14 +122,23 @@ class WeightUpdate:
 
     def state_dict(self) -> dict:
         """Tensors and plain data, for a training state."""
-        return dict(optimizer=self.optimizer.state_dict(), scale=self.scale, whole_in_a_row=self.whole_in_a_row, bad_in_a_row=self.bad_in_a_row,
-                    bad_steps=self.bad_steps)
+        return dict(
+            optimizer=self.optimizer.state_dict(),
+            scale=self.scale,
+            whole_in_a_row=self.whole_in_a_row,
+            bad_in_a_row=self.bad_in_a_row,
+            bad_steps=self.bad_steps,
+        )
 
     def load_state_dict(self, state: dict) -> None:
         """Inverse of `state_dict`. A fixed loss scale, betas and eps stay as they were chosen. Raises: ValueError for moments of another network."""
         for name, value in state['optimizer']['state'].get(0, {}).items():
             if value.shape != (self.weights.shape if name != 'step' else ()):
-                raise ValueError(f'the optimizer has {name} of shape {list(value.shape)}, and the network {len(self.weights):,} weights')
-        self.optimizer.load_state_dict(dict(state['optimizer'], param_groups=self.optimizer.state_dict()['param_groups']))
+                raise ValueError(
+                    f'the optimizer has {name} of shape {list(value.shape)}, and the network {len(self.weights):,} weights'
+                )
+        self.optimizer.load_state_dict(
+            dict(state['optimizer'], param_groups=self.optimizer.state_dict()['param_groups'])
+        )
         for name in ('whole_in_a_row', 'bad_in_a_row', 'bad_steps', *(['scale'] if self.dynamic else [])):
             getattr(self, name).copy_(state[name])

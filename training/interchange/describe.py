@@ -1,4 +1,5 @@
 """What a network is, in the words of `convert.py info`."""
+
 from __future__ import annotations
 
 import math
@@ -48,11 +49,17 @@ def describe_state(source) -> dict:
         net.metadata = checkpoint.snapshot_metadata(options, position['nimg'])
         averages = ['ema', *(average_name(std) for std in state['averages']['phema'])]
     except (LookupError, AttributeError) as error:
-        raise UserError(f'{source} is no training state of this version of the program: it lacks {error.args[0]!r}.') from error
+        raise UserError(
+            f'{source} is no training state of this version of the program: it lacks {error.args[0]!r}.'
+        ) from error
     except (TypeError, ValueError, MalformedPickle) as error:
         raise UserError(f'{source} is no training state that can be described: {error}.') from error
-    return dict(describe(net), tick=position.get('tick'), averages=averages,
-                options={name: value for name, value in options.items() if name not in ('objective', 'network')})
+    return dict(
+        describe(net),
+        tick=position.get('tick'),
+        averages=averages,
+        options={name: value for name, value in options.items() if name not in ('objective', 'network')},
+    )
 
 
 def printable(value):

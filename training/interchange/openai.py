@@ -10,6 +10,7 @@ Both are the ADM of Dhariwal & Nichol 2021 under other parameter names. What dif
 The files hold nothing but tensors by name. Their names and shapes tell widths, levels, blocks, where attention is, classes, and how the
 embedding enters (`infer_layout`). They do not tell `Untold`: that has the values of all published models unless the caller knows better.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -29,11 +30,11 @@ from torch_utils.restricted_pickle import MalformedPickle
 from torch_utils.saved_tensors import read_saved
 from training import checkpoint, networks
 
-SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0    # of all published models
-NUM_GROUPS = 32                                 # of every norm in consistency_models
-COARSEST = 8                                    # pixels: the level at which all published U-Nets end
-FIRST_LAYER = 'time_embed.0.weight'             # a UNet is found by it
-MAX_ENTRIES, MAX_DEPTH = 200_000, 8             # of dicts in dicts: tensors, and an optimizer's numbers
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # of all published models
+NUM_GROUPS = 32  # of every norm in consistency_models
+COARSEST = 8  # pixels: the level at which all published U-Nets end
+FIRST_LAYER = 'time_embed.0.weight'  # a UNet is found by it
+MAX_ENTRIES, MAX_DEPTH = 200_000, 8  # of dicts in dicts: tensors, and an optimizer's numbers
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,23 @@ class Untold:
     attention_order: str = 'qkv-first'
 
     def __post_init__(self):
-        if self.kind not in ('consistency', 'edm') or self.attention_order not in ('qkv-first', 'heads-first'):
-            raise ValueError(f'{self.kind!r} is no kind of model, or {self.attention_order!r} no order of attention')
+        if self.kind not in ('consistency', 'edm') or self.attention_order not in (
+            'qkv-first',
+            'heads-first',
+        ):
+            raise ValueError(
+                f'{self.kind!r} is no kind of model, or {self.attention_order!r} no order of attention'
+            )
 
     def heads_over(self, channels: int) -> int:
         """The number of heads in attention over so many channels. Raises: UnknownLayout where there is none."""
         heads = self.heads or channels // self.channels_per_head
         if not heads or channels % heads or (self.heads is None and channels % self.channels_per_head):
             what = f'{self.heads} heads' if self.heads else f'heads of {self.channels_per_head} channels'
-            raise UnknownLayout(f'has attention over {channels} channels, which cannot be split into {what}: '
-                                'say how it was trained with --channels-per-head or --heads')
+            raise UnknownLayout(
+                f'has attention over {channels} channels, which cannot be split into {what}: '
+                'say how it was trained with --channels-per-head or --heads'
+            )
         return heads
 
 
@@ -71,8 +79,13 @@ class UnknownLayout(ValueError):
     """The weights are not those of a UNet that we can express. The message completes 'it ...'."""
 
 
-def load_openai(source: str | os.PathLike, kind: str = 'consistency', resolution: int | None = None, key: str | None = None,
-                **untold) -> torch.nn.Module:
+def load_openai(
+    source: str | os.PathLike,
+    kind: str = 'consistency',
+    resolution: int | None = None,
+    key: str | None = None,
+    **untold,
+) -> torch.nn.Module:
     """The network of a state dict of OpenAI's consistency_models, as `load_network` would give it; tensors keep their dtypes.
 
     Args:
@@ -90,13 +103,16 @@ def inspect_openai(source: str | os.PathLike, key: str | None = None) -> tuple[t
 
     Attention heads are of 64 channels or, where these do not fit, the largest that do. Arguments and errors are `load_openai`'s.
     """
+
     def fitting(layout: Layout) -> Untold:
         return Untold('edm', channels_per_head=math.gcd(Untold.channels_per_head, *layout.attention_widths))
 
     net = _load(source, key, fitting)
     net.metadata['objective'] = None
     per_head = net.init_kwargs.get('channels_per_head', Untold.channels_per_head)
-    return net, dict(resolution=net.img_resolution, channels_per_head=per_head, attention_order=Untold.attention_order)
+    return net, dict(
+        resolution=net.img_resolution, channels_per_head=per_head, attention_order=Untold.attention_order
+    )
 
 
 def _load(source, key: str | None, choose: Callable[[Layout], Untold]) -> torch.nn.Module:
@@ -107,8 +123,10 @@ def _load(source, key: str | None, choose: Callable[[Layout], Untold]) -> torch.
     except UnknownLayout as error:
         raise UserError(f'{os.fspath(source)} cannot be converted: it {error}.') from error
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The file.
+
 
 def read_state_dict(source: str | os.PathLike, key: str | None = None) -> dict[str, Tensor]:
     """The named tensors of a UNet in a PyTorch file, on the CPU, without executing anything in it.
@@ -118,16 +136,28 @@ def read_state_dict(source: str | os.PathLike, key: str | None = None) -> dict[s
     """
     contents = _read(source)
     name, entries = os.fspath(source), _entries(contents) if isinstance(contents, dict) else {}
-    prefixes = [entry.removesuffix(FIRST_LAYER) for entry in entries if entry == FIRST_LAYER or entry.endswith(f'.{FIRST_LAYER}')]
+    prefixes = [
+        entry.removesuffix(FIRST_LAYER)
+        for entry in entries
+        if entry == FIRST_LAYER or entry.endswith(f'.{FIRST_LAYER}')
+    ]
     if not prefixes:
-        raise UserError(f"{name} holds no weights of OpenAI's consistency_models: a state dict with a tensor {FIRST_LAYER} is expected, "
-                        f'and there is {_outline(contents)}.')
-    chosen = prefixes if key is None else [prefix for prefix in prefixes if f'{prefix}.'.startswith(f'{key}.')]
+        raise UserError(
+            f"{name} holds no weights of OpenAI's consistency_models: a state dict with a tensor {FIRST_LAYER} is expected, "
+            f'and there is {_outline(contents)}.'
+        )
+    chosen = (
+        prefixes if key is None else [prefix for prefix in prefixes if f'{prefix}.'.startswith(f'{key}.')]
+    )
     if len(chosen) != 1:
         found = 'several networks' if chosen else f'no network {key!r} but others'
-        raise UserError(f'{name} holds {found}: {", ".join(prefix.rstrip(".") for prefix in prefixes)}. Say which one with --key.')
+        raise UserError(
+            f'{name} holds {found}: {", ".join(prefix.rstrip(".") for prefix in prefixes)}. Say which one with --key.'
+        )
     (prefix,) = chosen
-    weights = {entry.removeprefix(prefix): value for entry, value in entries.items() if entry.startswith(prefix)}
+    weights = {
+        entry.removeprefix(prefix): value for entry, value in entries.items() if entry.startswith(prefix)
+    }
     if odd := [entry for entry, value in weights.items() if not _is_plain(value)]:
         raise UserError(f'{name} is not a state dict: {odd[0]} should be a tensor of floating-point numbers.')
     return weights
@@ -137,17 +167,24 @@ def _read(source: str | os.PathLike):
     """The contents of a PyTorch file."""
     path, name = dnnlib.util.local_path(source), os.fspath(source)
     own = ('a PyTorch file', 'a training state of train.py', 'a pickle', 'a damaged', 'text')
-    instead = {'a network snapshot': 'Leave out --from=openai.', 'a safetensors file': 'Say so with --from=safetensors.'}
+    instead = {
+        'a network snapshot': 'Leave out --from=openai.',
+        'a safetensors file': 'Say so with --from=safetensors.',
+    }
     if kind := another_kind(path, "weights of OpenAI's consistency_models (.pt)", own, instead):
         raise UserError(f"{name} cannot be read as weights of OpenAI's: it {kind}")
     if not zipfile.is_zipfile(path):
-        raise UserError(f'{name} is no zip archive, as files of PyTorch 1.6 and newer are. Load and save an older one with a newer PyTorch; '
-                        'copy or download a damaged one again.')
+        raise UserError(
+            f'{name} is no zip archive, as files of PyTorch 1.6 and newer are. Load and save an older one with a newer PyTorch; '
+            'copy or download a damaged one again.'
+        )
     try:
         with open(path, 'rb') as file:
             return read_saved(file)
     except MalformedPickle as error:
-        raise UserError(f'{name} cannot be read as a PyTorch file of tensors: it {error}. Nothing in it was executed.') from error
+        raise UserError(
+            f'{name} cannot be read as a PyTorch file of tensors: it {error}. Nothing in it was executed.'
+        ) from error
 
 
 def _entries(contents: dict) -> dict[str, object]:
@@ -168,16 +205,25 @@ def _outline(contents) -> str:
     """What a file holds instead, in a few words."""
     if not isinstance(contents, dict):
         return f'a {type(contents).__name__}'
-    names = [name[:100] if isinstance(name, str) else type(name).__name__ for name in itertools.islice(contents, 5)]
+    names = [
+        name[:100] if isinstance(name, str) else type(name).__name__ for name in itertools.islice(contents, 5)
+    ]
     return ', '.join([*names, '...'] if len(contents) > len(names) else names) or 'nothing'
 
 
 def _is_plain(value) -> bool:
-    return (isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == 'cpu' and not value.is_quantized
-            and value.is_floating_point())
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == 'cpu'
+        and not value.is_quantized
+        and value.is_floating_point()
+    )
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The architecture, from names and shapes.
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -188,7 +234,7 @@ class Layout:
     model_channels: int
     channel_mult: list[int]
     num_blocks: int
-    attention: list[bool]   # by level, finest first; there is attention in the middle always
+    attention: list[bool]  # by level, finest first; there is attention in the middle always
     adaptive_scale: bool
 
     @property
@@ -200,31 +246,51 @@ class Layout:
 
 def infer_layout(shapes: dict[str, tuple[int, ...]]) -> Layout:
     """The UNet that has parameters of these names and shapes, so far as they tell. Raises: UnknownLayout."""
+
     def shape(name: str, dims: int) -> tuple[int, ...]:
         if len(shapes.get(name, ())) != dims or 0 in shapes[name]:
-            raise UnknownLayout(f"has no {dims}-dimensional {name}, which every UNet of OpenAI's consistency_models has")
+            raise UnknownLayout(
+                f"has no {dims}-dimensional {name}, which every UNet of OpenAI's consistency_models has"
+            )
         return shapes[name]
 
     _check_expressible(shapes)
     _, model_channels = shape(FIRST_LAYER, 2)
     _, img_channels, _, _ = shape('input_blocks.0.0.weight', 4)
     count = next(k for k in itertools.count() if f'output_blocks.{k}.0.in_layers.2.weight' not in shapes)
-    levels = 1 + sum(f'output_blocks.{k}.{last}.in_layers.2.weight' in shapes for k in range(count) for last in (1, 2))
+    levels = 1 + sum(
+        f'output_blocks.{k}.{last}.in_layers.2.weight' in shapes for k in range(count) for last in (1, 2)
+    )
     if count % levels or not 2 * levels <= count <= 64 * levels or levels > 10:
-        raise UnknownLayout(f'has {count} blocks in its decoder, of which {levels - 1} upsample: '
-                            "no UNet of OpenAI's consistency_models has that")
-    firsts = [1 + level * (count // levels) for level in range(levels)]  # each level's first block in the encoder
+        raise UnknownLayout(
+            f'has {count} blocks in its decoder, of which {levels - 1} upsample: '
+            "no UNet of OpenAI's consistency_models has that"
+        )
+    firsts = [
+        1 + level * (count // levels) for level in range(levels)
+    ]  # each level's first block in the encoder
     widths = [shape(f'input_blocks.{first}.0.in_layers.2.weight', 4)[0] for first in firsts]
     if model_channels % 2 or any(width % model_channels or width % NUM_GROUPS for width in widths):
-        raise UnknownLayout(f'has levels of {", ".join(map(str, widths))} channels, which are not multiples of {NUM_GROUPS} and of the '
-                            f"time embedding's {model_channels}, an even number: our ADM has no other widths")
+        raise UnknownLayout(
+            f'has levels of {", ".join(map(str, widths))} channels, which are not multiples of {NUM_GROUPS} and of the '
+            f"time embedding's {model_channels}, an even number: our ADM has no other widths"
+        )
     if (outputs := shape('out.2.weight', 4)[0]) == 2 * img_channels:
-        raise UnknownLayout(f'has {outputs} output channels for {img_channels} input channels: it predicts a variance too (learn_sigma), '
-                            'as diffusion models with a discrete schedule do, not EDM nor consistency models')
+        raise UnknownLayout(
+            f'has {outputs} output channels for {img_channels} input channels: it predicts a variance too (learn_sigma), '
+            'as diffusion models with a discrete schedule do, not EDM nor consistency models'
+        )
     modulation = shape('input_blocks.1.0.emb_layers.1.weight', 2)[0]
     label_dim = shape('label_emb.weight', 2)[0] if 'label_emb.weight' in shapes else 0
-    return Layout(img_channels, label_dim, model_channels, [width // model_channels for width in widths], count // levels - 1,
-                  [f'input_blocks.{first}.1.qkv.weight' in shapes for first in firsts], adaptive_scale=modulation == 2 * widths[0])
+    return Layout(
+        img_channels,
+        label_dim,
+        model_channels,
+        [width // model_channels for width in widths],
+        count // levels - 1,
+        [f'input_blocks.{first}.1.qkv.weight' in shapes for first in firsts],
+        adaptive_scale=modulation == 2 * widths[0],
+    )
 
 
 def _check_expressible(shapes: dict[str, tuple[int, ...]]) -> None:
@@ -232,26 +298,41 @@ def _check_expressible(shapes: dict[str, tuple[int, ...]]) -> None:
     theirs, ours = 'resamples {}', '; our ADM has residual blocks there (resblock_updown=True)'
     if convolutions := [name for name in shapes if name.endswith(('.op.weight', '.conv.weight'))]:
         raise UnknownLayout(theirs.format(f'by a convolution ({convolutions[0]})') + ours)
-    found = {int(parts[1]) for parts in (name.split('.') for name in shapes) if parts[0] == 'input_blocks' and parts[1].isdecimal()}
+    found = {
+        int(parts[1])
+        for parts in (name.split('.') for name in shapes)
+        if parts[0] == 'input_blocks' and parts[1].isdecimal()
+    }
     if gaps := sorted(set(range(max(found, default=0))) - found):
         raise UnknownLayout(theirs.format(f'by pooling (input_blocks.{gaps[0]} has no weights)') + ours)
 
 
 def parameter_names(model: networks.DhariwalUNet) -> dict[str, str]:
     """{our parameter's name: OpenAI's}, for every parameter of an ADM."""
-    modules = {'map_layer0': 'time_embed.0', 'map_layer1': 'time_embed.2', 'out_norm': 'out.0', 'out_conv': 'out.2'}
+    modules = {
+        'map_layer0': 'time_embed.0',
+        'map_layer1': 'time_embed.2',
+        'out_norm': 'out.0',
+        'out_conv': 'out.2',
+    }
     for index, name in enumerate(model.enc):
         modules.update(_block_names(f'enc.{name}', f'input_blocks.{index}', 0, model.enc[name]))
     outputs, parts = -1, 0
     for name, block in model.dec.items():
-        if name.endswith(('_in0', '_in1')):     # the middle: block, attention, block
-            modules.update(_block_names(f'dec.{name}', 'middle_block', 0 if name.endswith('_in0') else 2, block))
+        if name.endswith(('_in0', '_in1')):  # the middle: block, attention, block
+            modules.update(
+                _block_names(f'dec.{name}', 'middle_block', 0 if name.endswith('_in0') else 2, block)
+            )
             continue
-        if not name.endswith('_up'):            # an upsampling block is the last part of the output block before it
+        if not name.endswith('_up'):  # an upsampling block is the last part of the output block before it
             outputs, parts = outputs + 1, 0
         modules.update(_block_names(f'dec.{name}', f'output_blocks.{outputs}', parts, block))
         parts += 2 if block.num_heads else 1
-    names = {f'{ours}.{leaf}': f'{theirs}.{leaf}' for ours, theirs in modules.items() for leaf in ('weight', 'bias')}
+    names = {
+        f'{ours}.{leaf}': f'{theirs}.{leaf}'
+        for ours, theirs in modules.items()
+        for leaf in ('weight', 'bias')
+    }
     return names | ({'map_label.weight': 'label_emb.weight'} if model.map_label is not None else {})
 
 
@@ -259,28 +340,48 @@ def _block_names(ours: str, theirs: str, part: int, block: torch.nn.Module) -> d
     """Module names of one residual block, which is part number `part` of `theirs`; its attention is the part after it."""
     if not isinstance(block, networks.UNetBlock):
         return {ours: f'{theirs}.{part}'}
-    names = dict(norm0='in_layers.0', conv0='in_layers.2', affine='emb_layers.1', norm1='out_layers.0', conv1='out_layers.3')
+    names = dict(
+        norm0='in_layers.0',
+        conv0='in_layers.2',
+        affine='emb_layers.1',
+        norm1='out_layers.0',
+        conv1='out_layers.3',
+    )
     if block.skip is not None and block.skip.weight is not None:
         names['skip'] = 'skip_connection'
     modules = {f'{ours}.{name}': f'{theirs}.{part}.{other}' for name, other in names.items()}
     if block.num_heads:
-        modules |= {f'{ours}.{name}': f'{theirs}.{part + 1}.{other}' for name, other in dict(norm2='norm', qkv='qkv', proj='proj_out').items()}
+        modules |= {
+            f'{ours}.{name}': f'{theirs}.{part + 1}.{other}'
+            for name, other in dict(norm2='norm', qkv='qkv', proj='proj_out').items()
+        }
     return modules
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # The network.
+
 
 def _convert(weights: dict[str, Tensor], layout: Layout, untold: Untold) -> torch.nn.Module:
     net = build_network(layout, untold)
     names = parameter_names(net.model)
-    for what, found in (('lacks', set(names.values()) - weights.keys()), ('has unexpected', weights.keys() - set(names.values()))):
+    for what, found in (
+        ('lacks', set(names.values()) - weights.keys()),
+        ('has unexpected', weights.keys() - set(names.values())),
+    ):
         if found:
-            raise UnknownLayout(f'{what} tensors: {", ".join(sorted(found)[:5])}{", ..." if len(found) > 5 else ""}')
-    state = dict(net.named_buffers()) | {f'model.{ours}': to_our_order(ours, weights[theirs], untold) for ours, theirs in names.items()}
+            raise UnknownLayout(
+                f'{what} tensors: {", ".join(sorted(found)[:5])}{", ..." if len(found) > 5 else ""}'
+            )
+    state = dict(net.named_buffers()) | {
+        f'model.{ours}': to_our_order(ours, weights[theirs], untold) for ours, theirs in names.items()
+    }
     for name, tensor in net.named_parameters():
         if state[name].shape != tensor.shape:
-            raise UnknownLayout(f'has {names[name.removeprefix("model.")]} in the place of our {name}, with shape {list(state[name].shape)} '
-                                f'instead of {list(tensor.shape)}')
+            raise UnknownLayout(
+                f'has {names[name.removeprefix("model.")]} in the place of our {name}, with shape {list(state[name].shape)} '
+                f'instead of {list(tensor.shape)}'
+            )
     net.load_state_dict(state, assign=True)
     net.metadata = _metadata(untold.kind)
     return net.eval().requires_grad_(False)
@@ -297,19 +398,37 @@ def build_network(layout: Layout, untold: Untold) -> networks.CMPrecond:
     heads = dict(num_heads=untold.heads) if untold.heads else {}
     if untold.channels_per_head != Untold.channels_per_head:
         heads['channels_per_head'] = untold.channels_per_head
-    span = dict(sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, boundary=SIGMA_MIN) if untold.kind == 'consistency' else {}
+    span = (
+        dict(sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, boundary=SIGMA_MIN)
+        if untold.kind == 'consistency'
+        else {}
+    )
     attn_resolutions = [resolution >> level for level, attention in enumerate(layout.attention) if attention]
-    return checkpoint.build_unfilled(networks.CMPrecond.__name__, (), dict(
-        img_resolution=resolution, img_channels=layout.img_channels, label_dim=layout.label_dim, **span, model_channels=layout.model_channels,
-        channel_mult=layout.channel_mult, num_blocks=layout.num_blocks, attn_resolutions=attn_resolutions, dropout=0,
-        adaptive_scale=layout.adaptive_scale, min_channels_per_group=1, **heads))
+    return checkpoint.build_unfilled(
+        networks.CMPrecond.__name__,
+        (),
+        dict(
+            img_resolution=resolution,
+            img_channels=layout.img_channels,
+            label_dim=layout.label_dim,
+            **span,
+            model_channels=layout.model_channels,
+            channel_mult=layout.channel_mult,
+            num_blocks=layout.num_blocks,
+            attn_resolutions=attn_resolutions,
+            dropout=0,
+            adaptive_scale=layout.adaptive_scale,
+            min_channels_per_group=1,
+            **heads,
+        ),
+    )
 
 
 def to_our_order(name: str, tensor: Tensor, untold: Untold) -> Tensor:
     """A tensor of OpenAI's, for our parameter `name`."""
     if name.endswith(('.qkv.weight', '.qkv.bias')) and tensor.shape[0] % 3 == 0:
         heads = untold.heads_over(tensor.shape[0] // 3)
-        if untold.attention_order == 'heads-first':     # head, (q, k, v), feature -> head, feature, (q, k, v)
+        if untold.attention_order == 'heads-first':  # head, (q, k, v), feature -> head, feature, (q, k, v)
             return tensor.unflatten(0, (heads, 3, -1)).movedim(1, 2).flatten(0, 2)
         return tensor.unflatten(0, (3, heads, -1)).movedim(0, 2).flatten(0, 2)
     return tensor.mT.contiguous() if name == 'map_label.weight' else tensor
@@ -319,5 +438,14 @@ def _metadata(kind: str) -> dict:
     """A consistency model is sampled in one step, from sigma_max to 0, or in several stochastic ones."""
     if kind == 'edm':
         return dict(objective='diffusion', source='openai')
-    return dict(objective='cm', source='openai', solver='cm', S=1, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RHO, student_grid='edm',
-                sigmas=[SIGMA_MAX, 0.0])
+    return dict(
+        objective='cm',
+        source='openai',
+        solver='cm',
+        S=1,
+        sigma_min=SIGMA_MIN,
+        sigma_max=SIGMA_MAX,
+        rho=RHO,
+        student_grid='edm',
+        sigmas=[SIGMA_MAX, 0.0],
+    )

@@ -3,6 +3,7 @@
 The configuration holds what a snapshot holds besides tensors: class name, constructor arguments, numeric attributes, metadata and its
 digest, so that reading gives back the very network that was written. JSON has neither tuples nor infinities: see `to_json`.
 """
+
 from __future__ import annotations
 
 import json
@@ -21,8 +22,9 @@ from training import checkpoint
 
 FORMAT = 'multistep-consistency-edm 1'
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Plain data as strict JSON.
+
 
 def to_json(value):
     """Plain data as values that strict JSON keeps exactly: tuples, non-finite numbers and dicts that would look like either are tagged.
@@ -54,15 +56,23 @@ def from_json(value):
         return tuple(from_json(content))
     return {key: from_json(item) for key, item in (content if tag == '$dict' else value).items()}
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Files.
+
 
 def save_safetensors(path: str | os.PathLike, net: torch.nn.Module) -> None:
     """Writes a network and its `metadata`. Raises: UserError where the file cannot be written."""
     metadata = {name: value for name, value in net.metadata.items() if name != 'digest'}
     metadata['digest'] = checkpoint.network_digest(net, metadata)
-    config = dict(format=FORMAT, class_name=type(net).__name__, args=net.init_args, kwargs=net.init_kwargs,
-                  attributes=checkpoint.numeric_attributes(net), metadata=metadata)
+    config = dict(
+        format=FORMAT,
+        class_name=type(net).__name__,
+        args=net.init_args,
+        kwargs=net.init_kwargs,
+        attributes=checkpoint.numeric_attributes(net),
+        metadata=metadata,
+    )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     data = safetensors.torch.save(tensors, dict(config=json.dumps(to_json(plain(config)), allow_nan=False)))
     with dnnlib.util.atomic_write(path) as file:
@@ -79,7 +89,9 @@ def load_safetensors(source: str | os.PathLike) -> torch.nn.Module:
     path = dnnlib.util.local_path(source)
     try:
         with open(path, 'rb') as file:
-            check_size(int.from_bytes(file.read(8), 'little'), SAFETENSORS_HEADER, 'the header of a safetensors file')
+            check_size(
+                int.from_bytes(file.read(8), 'little'), SAFETENSORS_HEADER, 'the header of a safetensors file'
+            )
         with safe_open(path, framework='pt') as file:
             config = _parse_config((file.metadata() or {}).get('config'))
             net = checkpoint.build_unfilled(config['class_name'], config['args'], config['kwargs'])
@@ -87,25 +99,39 @@ def load_safetensors(source: str | os.PathLike) -> torch.nn.Module:
         net.load_state_dict(tensors, assign=True)
         checkpoint.restore_attributes(net, config['attributes'])
     except (SafetensorError, *UNREADABLE) as error:
-        reason = f'it {error}' if isinstance(error, (MalformedPickle, TooLarge)) else str(error).partition('\n')[0] or type(error).__name__
-        raise UserError(f'{os.fspath(source)} cannot be used as a network in safetensors format: {reason}.') from error
+        reason = (
+            f'it {error}'
+            if isinstance(error, (MalformedPickle, TooLarge))
+            else str(error).partition('\n')[0] or type(error).__name__
+        )
+        raise UserError(
+            f'{os.fspath(source)} cannot be used as a network in safetensors format: {reason}.'
+        ) from error
     net.requires_grad_(False).metadata = config['metadata']
     if checkpoint.network_digest(net, net.metadata) != net.metadata.get('digest'):
-        raise UserError(f'{os.fspath(source)} is damaged: its contents do not match their digest. Copy or download it again.')
+        raise UserError(
+            f'{os.fspath(source)} is damaged: its contents do not match their digest. Copy or download it again.'
+        )
     try:
         checkpoint.check_metadata(net)
     except ValueError as error:
-        raise UserError(f'{os.fspath(source)} cannot be used as a network in safetensors format: it {error}.') from error
+        raise UserError(
+            f'{os.fspath(source)} cannot be used as a network in safetensors format: it {error}.'
+        ) from error
     return net
 
 
 def _parse_config(text: str | None) -> dict:
     if text is None:
-        raise MalformedPickle('has no configuration of ours in its header; only files written by convert.py can be read')
+        raise MalformedPickle(
+            'has no configuration of ours in its header; only files written by convert.py can be read'
+        )
     try:
         config = plain(from_json(json.loads(text)))
         kinds = dict(format=str, class_name=str, args=tuple, kwargs=dict, attributes=dict, metadata=dict)
-        if not isinstance(config, dict) or any(not isinstance(config.get(name), kind) for name, kind in kinds.items()):
+        if not isinstance(config, dict) or any(
+            not isinstance(config.get(name), kind) for name, kind in kinds.items()
+        ):
             raise ValueError('entries are missing')
     except UNREADABLE as error:
         raise MalformedPickle(f'has a configuration that makes no sense ({error})') from error

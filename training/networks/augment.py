@@ -10,6 +10,7 @@ Where this differs from EDM's pipeline:
 - The anti-aliasing filter is symmetric, so that flips and quarter turns commute with it; the sym6 wavelet is not.
 - An image whose geometry stays as it is comes back bit for bit, instead of through the filters.
 """
+
 from __future__ import annotations
 
 import math
@@ -26,8 +27,9 @@ HALF_FILTER = (0.9686003, 0.1772385, -0.1703621, -0.0031990, 0.0361462, -0.00824
 FILTER_RADIUS = len(HALF_FILTER) // 2  # pixels
 LABEL_SIZES = dict(xflip=1, yflip=1, scale=1, rotate_frac=2, aniso=2, translate_frac=2)
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Resampling.
+
 
 def _taps(device: torch.device, dtype: torch.dtype) -> Tensor:
     """[4·radius] the whole filter; sums to 2, the samples a pixel. Copied without waiting for the device."""
@@ -51,7 +53,9 @@ def _downsampling_matrix(size: int, like: Tensor) -> Tensor:
     """[size, 2·size + 4·radius − 2]: samples at twice the rate, with those that the filter needs on either side, to `size` pixels."""
     taps = _taps(like.device, like.dtype) / 2
     width = 2 * size + len(taps) - 2
-    offset = torch.arange(width, device=like.device)[None, :] - 2 * torch.arange(size, device=like.device)[:, None]
+    offset = (
+        torch.arange(width, device=like.device)[None, :] - 2 * torch.arange(size, device=like.device)[:, None]
+    )
     inside = (offset >= 0) & (offset < len(taps))
     return torch.where(inside, taps[offset.clamp(0, len(taps) - 1)], 0)
 
@@ -67,31 +71,42 @@ def warp(images: Tensor, inverse: Tensor) -> Tensor:
     height, width = images.shape[2:]
     fine = _upsampling_matrix(height, images) @ images @ _upsampling_matrix(width, images).T
     down_y, down_x = _downsampling_matrix(height, images), _downsampling_matrix(width, images)
-    centered = lambda count: (torch.arange(count, device=images.device, dtype=images.dtype) + 0.5 - count / 2) / 2
+    centered = lambda count: (
+        (torch.arange(count, device=images.device, dtype=images.dtype) + 0.5 - count / 2) / 2
+    )
     y, x = torch.meshgrid(centered(down_y.shape[1]), centered(down_x.shape[1]), indexing='ij')
     points = torch.stack([x, y, torch.ones_like(x)], dim=-1).flatten(0, 1)  # [H'·W', 3]
-    source = (points @ inverse[:, :2].mT).unflatten(1, x.shape)             # [N, H', W', 2]
-    scale = torch.stack([x.new_full((), 2 / width), x.new_full((), 2 / height)])  # grid_sample's edges are at ±1
-    sampled = grid_sample(fine, source * scale, mode='bilinear', padding_mode='reflection', align_corners=False)
+    source = (points @ inverse[:, :2].mT).unflatten(1, x.shape)  # [N, H', W', 2]
+    scale = torch.stack(
+        [x.new_full((), 2 / width), x.new_full((), 2 / height)]
+    )  # grid_sample's edges are at ±1
+    sampled = grid_sample(
+        fine, source * scale, mode='bilinear', padding_mode='reflection', align_corners=False
+    )
     return down_y @ sampled @ down_x.T
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Parameters and matrices.
+
 
 class Parameters(NamedTuple):
     """What was drawn for each image, in Table 6's terms; zero where a transform does not happen."""
-    xflip: Tensor        # [N] a0, 0 or 1
-    yflip: Tensor        # [N] a1, 0 or 1
-    scale: Tensor        # [N] a2: factor 2^(scale_std · a2)
-    angle: Tensor        # [N] a3: radians, counter-clockwise
+
+    xflip: Tensor  # [N] a0, 0 or 1
+    yflip: Tensor  # [N] a1, 0 or 1
+    scale: Tensor  # [N] a2: factor 2^(scale_std · a2)
+    angle: Tensor  # [N] a3: radians, counter-clockwise
     aniso_angle: Tensor  # [N] a4: radians, direction of the stretch
-    aniso: Tensor        # [N] a5: factor 2^(aniso_std · a5) along it, the inverse across
-    shift: Tensor        # [N, 2] a6, a7: in units of translate_frac_std · (width, height), right and down
+    aniso: Tensor  # [N] a5: factor 2^(aniso_std · a5) along it, the inverse across
+    shift: Tensor  # [N, 2] a6, a7: in units of translate_frac_std · (width, height), right and down
 
 
 def _matrix(rows: list[list[Tensor | float]], like: Tensor) -> Tensor:
     """[N, 3, 3] of rows whose entries are [N] tensors or numbers."""
-    return torch.stack([torch.stack([torch.zeros_like(like) + entry for entry in row], dim=-1) for row in rows], dim=-2)
+    return torch.stack(
+        [torch.stack([torch.zeros_like(like) + entry for entry in row], dim=-1) for row in rows], dim=-2
+    )
 
 
 def _rotation(angle: Tensor) -> Tensor:
@@ -123,11 +138,30 @@ class AugmentPipe:
         augment_dim: length of the labels (9 for the preset): a0; a1; a2; cos a3 − 1, sin a3; a5 cos a4, a5 sin a4; a6, a7.
     """
 
-    def __init__(self, p: float = 0.12, xflip: float = 1e8, yflip: float = 1, scale: float = 1, rotate_frac: float = 1, aniso: float = 1,
-                 translate_frac: float = 1, scale_std: float = 0.2, rotate_frac_max: float = 1, aniso_std: float = 0.2,
-                 aniso_rotate_prob: float = 0.5, translate_frac_std: float = 0.125):
+    def __init__(
+        self,
+        p: float = 0.12,
+        xflip: float = 1e8,
+        yflip: float = 1,
+        scale: float = 1,
+        rotate_frac: float = 1,
+        aniso: float = 1,
+        translate_frac: float = 1,
+        scale_std: float = 0.2,
+        rotate_frac_max: float = 1,
+        aniso_std: float = 0.2,
+        aniso_rotate_prob: float = 0.5,
+        translate_frac_std: float = 0.125,
+    ):
         self.p = p
-        self.multipliers = dict(xflip=xflip, yflip=yflip, scale=scale, rotate_frac=rotate_frac, aniso=aniso, translate_frac=translate_frac)
+        self.multipliers = dict(
+            xflip=xflip,
+            yflip=yflip,
+            scale=scale,
+            rotate_frac=rotate_frac,
+            aniso=aniso,
+            translate_frac=translate_frac,
+        )
         self.scale_std, self.aniso_std, self.translate_frac_std = scale_std, aniso_std, translate_frac_std
         self.rotate_frac_max, self.aniso_rotate_prob = rotate_frac_max, aniso_rotate_prob
         self.augment_dim = sum(size for name, size in LABEL_SIZES.items() if self.multipliers[name] > 0)
@@ -164,7 +198,9 @@ class AugmentPipe:
     def labels(self, a: Parameters) -> Tensor:
         """[N, augment_dim] float32: the parameters as the network sees them, transforms that are off left out."""
         columns = dict(
-            xflip=[a.xflip], yflip=[a.yflip], scale=[a.scale],
+            xflip=[a.xflip],
+            yflip=[a.yflip],
+            scale=[a.scale],
             rotate_frac=[a.angle.cos() - 1, a.angle.sin()],
             aniso=[a.aniso * a.aniso_angle.cos(), a.aniso * a.aniso_angle.sin()],
             translate_frac=[a.shift[:, 0], a.shift[:, 1]],
@@ -175,8 +211,13 @@ class AugmentPipe:
     def inverse_matrix(self, a: Parameters, height: int, width: int) -> Tensor:
         """[N, 3, 3] map from a pixel of the augmented image to the (flipped) source: the inverses of Table 6's matrices, first to last."""
         shrink, squeeze = (-a.scale * self.scale_std).exp2(), (-a.aniso * self.aniso_std).exp2()
-        shift_x, shift_y = a.shift[:, 0] * (width * self.translate_frac_std), a.shift[:, 1] * (height * self.translate_frac_std)
-        direction = torch.where(a.aniso == 0, 0, a.aniso_angle)  # no stretch, no direction: the product is then exactly the identity
+        shift_x, shift_y = (
+            a.shift[:, 0] * (width * self.translate_frac_std),
+            a.shift[:, 1] * (height * self.translate_frac_std),
+        )
+        direction = torch.where(
+            a.aniso == 0, 0, a.aniso_angle
+        )  # no stretch, no direction: the product is then exactly the identity
         unscale = _scaling(shrink, shrink)
         unrotate = _rotation(a.angle)  # y points down: a positive angle here undoes a counter-clockwise turn
         unstretch = _rotation(-direction) @ _scaling(squeeze, 1 / squeeze) @ _rotation(direction)
@@ -187,7 +228,9 @@ class AugmentPipe:
         pick = lambda mask: mask[:, None, None, None]
         images = torch.where(pick(a.xflip == 1), images.flip(3), images)
         images = torch.where(pick(a.yflip == 1), images.flip(2), images)
-        if not any(self.multipliers[name] > 0 for name in ('scale', 'rotate_frac', 'aniso', 'translate_frac')):
+        if not any(
+            self.multipliers[name] > 0 for name in ('scale', 'rotate_frac', 'aniso', 'translate_frac')
+        ):
             return images
         inverse = self.inverse_matrix(a, *images.shape[2:])
         unmoved = (inverse == torch.eye(3, device=inverse.device, dtype=inverse.dtype)).flatten(1).all(dim=1)

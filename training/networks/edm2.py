@@ -8,6 +8,7 @@ carries this file's source, so it imports nothing but torch and `torch_utils.per
 
 Shapes: images [N, C, H, W], noise levels [N] or a scalar, class labels one-hot [N, label_dim].
 """
+
 import math
 
 import torch
@@ -17,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from torch_utils.persistence import persistent_class as persistent
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Magnitude-preserving operations.
+
 
 def normalize(x, dims):
     """`x` divided by its root mean square over `dims`, plus 1e-4; the mean is taken in FP32 at least."""
@@ -57,8 +59,12 @@ def mp_cat(a, b, t):
 def keep_mask(shape, probability, device, generator=None):
     """[*shape] bool, true with a probability in (0, 1), as it is in steps of 2^-16: an int64 is drawn for four values, since CPUs draw slowly."""
     count = math.prod(shape)
-    lanes = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-2 ** 63, None, generator=generator).view(torch.int16)
-    return lanes[:count].reshape(shape) < min(round(probability * 2 ** 16), 2 ** 16 - 1) - 2 ** 15
+    lanes = (
+        torch.empty(-(-count // 4), dtype=torch.int64, device=device)
+        .random_(-(2**63), None, generator=generator)
+        .view(torch.int16)
+    )
+    return lanes[:count].reshape(shape) < min(round(probability * 2**16), 2**16 - 1) - 2**15
 
 
 def resample(x, taps, mode):
@@ -73,8 +79,10 @@ def resample(x, taps, mode):
         return F.conv2d(x, kernel, stride=2, padding=padding, groups=channels)
     return F.conv_transpose2d(x, kernel * 4, stride=2, padding=padding, groups=channels)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Layers.
+
 
 @persistent
 class MPFourier(Module):
@@ -129,19 +137,45 @@ class Block(Module):
     residual branches (`mp_sum`'s t), `clip_act` bounds the output. `dropout` acts before the second convolution.
     """
 
-    def __init__(self, in_channels, out_channels, emb_channels, flavor='enc', resample_mode='keep', resample_filter=(1, 1), attention=False,
-                 channels_per_head=64, dropout=0, res_balance=0.3, attn_balance=0.3, clip_act=256):
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        emb_channels,
+        flavor='enc',
+        resample_mode='keep',
+        resample_filter=(1, 1),
+        attention=False,
+        channels_per_head=64,
+        dropout=0,
+        res_balance=0.3,
+        attn_balance=0.3,
+        clip_act=256,
+    ):
         super().__init__()
         for value, known in ((flavor, ('enc', 'dec')), (resample_mode, ('keep', 'down', 'up'))):
             if value not in known:
                 raise ValueError(f'{value!r} is not one of {", ".join(known)}')
-        self.out_channels, self.flavor, self.resample_mode, self.resample_filter = out_channels, flavor, resample_mode, resample_filter
+        self.out_channels, self.flavor, self.resample_mode, self.resample_filter = (
+            out_channels,
+            flavor,
+            resample_mode,
+            resample_filter,
+        )
         self.num_heads = out_channels // channels_per_head if attention else 0
-        self.dropout, self.res_balance, self.attn_balance, self.clip_act = dropout, res_balance, attn_balance, clip_act
+        self.dropout, self.res_balance, self.attn_balance, self.clip_act = (
+            dropout,
+            res_balance,
+            attn_balance,
+            clip_act,
+        )
 
         self.conv_res0 = MPConv(out_channels if flavor == 'enc' else in_channels, out_channels, kernel=[3, 3])
         self.conv_res1 = MPConv(out_channels, out_channels, kernel=[3, 3])
-        self.emb_linear, self.emb_gain = MPConv(emb_channels, out_channels, kernel=[]), Parameter(torch.zeros([]))
+        self.emb_linear, self.emb_gain = (
+            MPConv(emb_channels, out_channels, kernel=[]),
+            Parameter(torch.zeros([])),
+        )
         self.conv_skip = self.attn_qkv = self.attn_proj = None
         if in_channels != out_channels:
             self.conv_skip = MPConv(in_channels, out_channels, kernel=[1, 1])
@@ -161,7 +195,9 @@ class Block(Module):
         n, c, h, w = x.shape
         # Channels are ordered head, feature, (q, k, v); each of the three is normalized over its features, so that logits are bounded.
         qkv = normalize(self.attn_qkv(x).reshape(n, self.num_heads, c // self.num_heads, 3, h * w), dims=(2,))
-        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()  # features side by side: fused kernels take nothing else
+        q, k, v = qkv.permute(
+            3, 0, 1, 4, 2
+        ).contiguous()  # features side by side: fused kernels take nothing else
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h, w, c)
         return self.attn_proj(out.permute(0, 3, 1, 2))
 
@@ -179,8 +215,10 @@ class Block(Module):
             x = mp_sum(x, self._attention(x), t=self.attn_balance)
         return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # U-Net.
+
 
 @persistent
 class UNet(Module):
@@ -194,9 +232,23 @@ class UNet(Module):
 
     checkpoint_activations = False
 
-    def __init__(self, img_resolution, img_channels, label_dim, model_channels=192, channel_mult=(1, 2, 3, 4), channel_mult_noise=None,
-                 channel_mult_emb=None, num_blocks=3, attn_resolutions=(16, 8), label_balance=0.5, concat_balance=0.5, dropout=0,
-                 dout_resolutions=None, **block_kwargs):
+    def __init__(
+        self,
+        img_resolution,
+        img_channels,
+        label_dim,
+        model_channels=192,
+        channel_mult=(1, 2, 3, 4),
+        channel_mult_noise=None,
+        channel_mult_emb=None,
+        num_blocks=3,
+        attn_resolutions=(16, 8),
+        label_balance=0.5,
+        concat_balance=0.5,
+        dropout=0,
+        dout_resolutions=None,
+        **block_kwargs,
+    ):
         super().__init__()
         self.label_balance, self.concat_balance = label_balance, concat_balance
         self.dropout, self.dout_resolutions, self.block_kwargs = dropout, dout_resolutions, block_kwargs
@@ -205,7 +257,11 @@ class UNet(Module):
         levels = [(img_resolution >> level, model_channels * mult) for level, mult in enumerate(channel_mult)]
         finest, coarsest = levels[0], levels[-1]
         noise_channels = finest[1] if channel_mult_noise is None else model_channels * channel_mult_noise
-        self.emb_channels = max(width for _, width in levels) if channel_mult_emb is None else model_channels * channel_mult_emb
+        self.emb_channels = (
+            max(width for _, width in levels)
+            if channel_mult_emb is None
+            else model_channels * channel_mult_emb
+        )
 
         self.out_gain = Parameter(torch.zeros([]))
         self.emb_fourier = MPFourier(noise_channels)
@@ -216,7 +272,9 @@ class UNet(Module):
         width = finest[1]
         for res, channels in levels:
             if res == finest[0]:
-                self.enc[f'{res}x{res}_conv'] = MPConv(img_channels + 1, width, kernel=[3, 3])  # one more: a constant, in place of biases
+                self.enc[f'{res}x{res}_conv'] = MPConv(
+                    img_channels + 1, width, kernel=[3, 3]
+                )  # one more: a constant, in place of biases
             else:
                 self._add('enc', res, 'down', width, width, resample_mode='down')
             for i in range(num_blocks):
@@ -232,15 +290,24 @@ class UNet(Module):
             else:
                 self._add('dec', res, 'up', width, width, resample_mode='up')
             for i in range(num_blocks + 1):
-                self._add('dec', res, f'block{i}', width + skips.pop(), channels, attention=res in attn_resolutions)
+                self._add(
+                    'dec', res, f'block{i}', width + skips.pop(), channels, attention=res in attn_resolutions
+                )
                 width = channels
         self.out_conv = MPConv(width, img_channels, kernel=[3, 3])
 
     def _add(self, part, res, what, in_channels, out_channels, **kwargs):
         """A new last block of the encoder or decoder, with dropout only where `dout_resolutions` admits it."""
         dropped = self.dout_resolutions is None or res in self.dout_resolutions
-        getattr(self, part)[f'{res}x{res}_{what}'] = Block(in_channels, out_channels, self.emb_channels, flavor=part,
-                                                           dropout=self.dropout if dropped else 0, **self.block_kwargs, **kwargs)
+        getattr(self, part)[f'{res}x{res}_{what}'] = Block(
+            in_channels,
+            out_channels,
+            self.emb_channels,
+            flavor=part,
+            dropout=self.dropout if dropped else 0,
+            **self.block_kwargs,
+            **kwargs,
+        )
 
     def dropout_masks(self, batch_size, generator=None):
         """Masks for one pass: {block name: [N, C, H, W] bool, true where kept}, empty without dropout.
@@ -253,7 +320,9 @@ class UNet(Module):
                 if getattr(block, 'dropout', 0):
                     res = int(name.partition('x')[0])
                     shape = [batch_size, block.out_channels, res, res]
-                    masks[f'{part}.{name}'] = keep_mask(shape, 1 - block.dropout, self.out_gain.device, generator)
+                    masks[f'{part}.{name}'] = keep_mask(
+                        shape, 1 - block.dropout, self.out_gain.device, generator
+                    )
         return masks
 
     def _run(self, block, x, emb, mask):
@@ -267,7 +336,9 @@ class UNet(Module):
         emb = self.emb_noise(self.emb_fourier(noise_labels))
         if self.emb_label is not None:
             # A one-hot vector times the root of its length has unit variance.
-            emb = mp_sum(emb, self.emb_label(class_labels * math.sqrt(class_labels.shape[1])), t=self.label_balance)
+            emb = mp_sum(
+                emb, self.emb_label(class_labels * math.sqrt(class_labels.shape[1])), t=self.label_balance
+            )
         return mp_silu(emb)
 
     def forward(self, x, noise_labels, class_labels, dropout_masks=None):
@@ -276,7 +347,11 @@ class UNet(Module):
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         skips = []
         for name, module in self.enc.items():
-            x = self._run(module, x, emb, masks.get(f'enc.{name}')) if isinstance(module, Block) else module(x)
+            x = (
+                self._run(module, x, emb, masks.get(f'enc.{name}'))
+                if isinstance(module, Block)
+                else module(x)
+            )
             skips.append(x)
         for name, block in self.dec.items():
             if '_block' in name:
@@ -284,8 +359,10 @@ class UNet(Module):
             x = self._run(block, x, emb, masks.get(f'dec.{name}'))
         return self.out_conv(x, gain=self.out_gain)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Preconditioning: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), as in EDM.
+
 
 @persistent
 class Precond(Module):
@@ -297,9 +374,24 @@ class Precond(Module):
 
     channels_last = False
 
-    def __init__(self, img_resolution, img_channels, label_dim, use_fp16=True, sigma_data=0.5, logvar_channels=128, boundary=0, **model_kwargs):
+    def __init__(
+        self,
+        img_resolution,
+        img_channels,
+        label_dim,
+        use_fp16=True,
+        sigma_data=0.5,
+        logvar_channels=128,
+        boundary=0,
+        **model_kwargs,
+    ):
         super().__init__()
-        self.img_resolution, self.img_channels, self.label_dim, self.use_fp16 = img_resolution, img_channels, label_dim, use_fp16
+        self.img_resolution, self.img_channels, self.label_dim, self.use_fp16 = (
+            img_resolution,
+            img_channels,
+            label_dim,
+            use_fp16,
+        )
         self.use_bf16 = False
         self.sigma_data, self.boundary, self.sigma_min, self.sigma_max = sigma_data, boundary, 0, float('inf')
         self.unet = UNet(img_resolution, img_channels, label_dim, **model_kwargs)
@@ -311,7 +403,16 @@ class Precond(Module):
         """The U-Net, by the name that all our networks have for it."""
         return self.unet
 
-    def forward(self, x, sigma, class_labels=None, force_fp32=False, return_logvar=False, augment_labels=None, **model_kwargs):
+    def forward(
+        self,
+        x,
+        sigma,
+        class_labels=None,
+        force_fp32=False,
+        return_logvar=False,
+        augment_labels=None,
+        **model_kwargs,
+    ):
         """Denoised images [N, C, H, W] in FP32 (FP64 where the weights are) from noisy `x` at noise levels `sigma`, [N] or scalar.
 
         With `return_logvar`, a pair: the images and u(sigma), the log-variance of the loss, [N, 1, 1, 1] (Eq. 21).
@@ -322,7 +423,13 @@ class Precond(Module):
         if augment_labels is not None:
             raise ValueError('EDM2 networks take no augmentation labels')
         full = torch.promote_types(self.unet.out_gain.dtype, torch.float32)
-        half = torch.bfloat16 if self.use_bf16 else torch.float16 if self.use_fp16 and x.device.type == 'cuda' else full
+        half = (
+            torch.bfloat16
+            if self.use_bf16
+            else torch.float16
+            if self.use_fp16 and x.device.type == 'cuda'
+            else full
+        )
         inner = full if force_fp32 else half
         x = x.to(full)
         sigma = torch.as_tensor(sigma, device=x.device).to(full).reshape(-1, 1, 1, 1)
@@ -332,7 +439,7 @@ class Precond(Module):
             class_labels = torch.zeros([1, self.label_dim], device=x.device, dtype=full)
         else:
             class_labels = class_labels.to(full).reshape(-1, self.label_dim)
-        total = sigma ** 2 + self.sigma_data ** 2
+        total = sigma**2 + self.sigma_data**2
         c_noise = sigma.flatten().log() / 4
         if self.training and torch.is_grad_enabled():
             for part in (self.unet, self.logvar_linear) if return_logvar else (self.unet,):
@@ -342,7 +449,10 @@ class Precond(Module):
             scaled = scaled.clone(memory_format=torch.channels_last)
         out = self.unet(scaled, c_noise, class_labels, **model_kwargs)
         above = sigma - self.boundary
-        c_skip, c_out = self.sigma_data ** 2 / (above ** 2 + self.sigma_data ** 2), above * self.sigma_data / total.sqrt()
+        c_skip, c_out = (
+            self.sigma_data**2 / (above**2 + self.sigma_data**2),
+            above * self.sigma_data / total.sqrt(),
+        )
         denoised = c_skip * x + c_out * out.to(full)
         if return_logvar:
             return denoised, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)

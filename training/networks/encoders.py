@@ -9,6 +9,7 @@ distribution. *Final* is what the network is trained on and draws: pixels in [-1
 Class names and constructor arguments are those of EDM2's snapshots. A snapshot carries this file's source in its `encoder` entry, so it
 imports nothing but the standard library, numpy, torch and `torch_utils.persistence`; diffusers and our own modules where they are needed.
 """
+
 import functools
 import inspect
 
@@ -17,8 +18,9 @@ import torch
 
 from torch_utils.persistence import persistent_class
 
-#----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Encoders. `init(device)` makes ready for pixels on a device; `noise_shape` tells what `encode_latents` needs to be a pure function.
+
 
 @persistent_class
 class StandardRGBEncoder:
@@ -61,12 +63,27 @@ class StabilityVAEEncoder:
         batch_size: images that pass through the VAE at a time.
     """
 
-    def __init__(self, vae_name='stabilityai/sd-vae-ft-mse', raw_mean=(5.81, 3.25, 0.12, -2.15), raw_std=(4.17, 4.62, 3.71, 3.28),
-                 final_mean=0, final_std=0.5, batch_size=8):
+    def __init__(
+        self,
+        vae_name='stabilityai/sd-vae-ft-mse',
+        raw_mean=(5.81, 3.25, 0.12, -2.15),
+        raw_std=(4.17, 4.62, 3.71, 3.28),
+        final_mean=0,
+        final_std=0.5,
+        batch_size=8,
+    ):
         scale = np.float32(final_std) / np.float32(raw_std)
         bias = np.float32(final_mean) - np.float32(raw_mean) * scale
-        if bias.ndim != 1 or scale.shape != bias.shape or not np.isfinite(bias).all() or not (scale > 0).all() or int(batch_size) < 1:
-            raise ValueError('raw_mean and raw_std must be as long as each other, deviations and batch_size positive')
+        if (
+            bias.ndim != 1
+            or scale.shape != bias.shape
+            or not np.isfinite(bias).all()
+            or not (scale > 0).all()
+            or int(batch_size) < 1
+        ):
+            raise ValueError(
+                'raw_mean and raw_std must be as long as each other, deviations and batch_size positive'
+            )
         if not isinstance(vae_name, str):
             raise TypeError(f'vae_name is a {type(vae_name).__name__}, not a string')
         self.vae_name, self.batch_size, self.channels = vae_name, int(batch_size), len(scale)
@@ -122,14 +139,18 @@ def per_channel(values, like):
 def load_vae(vae_name, device):
     """The VAE, from a folder, from the local cache of Hugging Face, or downloaded into it. Only safetensors are read: no pickles."""
     from diffusers import AutoencoderKL
-    load = functools.partial(AutoencoderKL.from_pretrained, vae_name, use_safetensors=True, low_cpu_mem_usage=False)
+
+    load = functools.partial(
+        AutoencoderKL.from_pretrained, vae_name, use_safetensors=True, low_cpu_mem_usage=False
+    )
     try:
         vae = load(local_files_only=True)  # without asking the server whether there is news
     except OSError:
         vae = load()
     return vae.eval().requires_grad_(False).to(device)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Encoders as plain data: dict(class_name=..., **constructor arguments), or None for pixels. So they stand in a network's metadata, in the
 # configuration of a run, and in the dataset.json of latents.
 
@@ -155,14 +176,19 @@ def record_of(encoder):
 def build(record, device=None):
     """The encoder of a record, ready for pixels where a device is given. Raises: UserError."""
     from dnnlib import UserError
+
     arguments = dict(record or dict(class_name='StandardRGBEncoder'))
     class_name = str(arguments.pop('class_name', None))
     if class_name not in ENCODERS:
-        raise UserError(f'The encoder {class_name!r} is none that we know ({", ".join(ENCODERS)}), so there is no way from or to its latents{HINT}')
+        raise UserError(
+            f'The encoder {class_name!r} is none that we know ({", ".join(ENCODERS)}), so there is no way from or to its latents{HINT}'
+        )
     try:
         encoder = ENCODERS[class_name](**arguments)
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f'The encoder {class_name} cannot be built from the arguments that are recorded for it: {error}') from error
+        raise UserError(
+            f'The encoder {class_name} cannot be built from the arguments that are recorded for it: {error}'
+        ) from error
     if device is not None:
         make_ready(encoder, device, HINT)
     return encoder
@@ -171,22 +197,30 @@ def build(record, device=None):
 def make_ready(encoder, device, hint=''):
     """`encoder.init(device)`, with a UserError where diffusers or the VAE's weights are missing; `hint` ends its message."""
     from dnnlib import UserError
+
     try:
         encoder.init(device)
     except ImportError as error:
-        raise UserError(f'The VAE {encoder.vae_name} needs the diffusers package ({error}): pip install diffusers{hint}') from error
+        raise UserError(
+            f'The VAE {encoder.vae_name} needs the diffusers package ({error}): pip install diffusers{hint}'
+        ) from error
     except (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f'The VAE {encoder.vae_name} cannot be loaded ({reason}): connect to the Hugging Face hub, or name a folder '
-                        f'that AutoencoderKL.save_pretrained wrote{hint}') from error
+        raise UserError(
+            f'The VAE {encoder.vae_name} cannot be loaded ({reason}): connect to the Hugging Face hub, or name a folder '
+            f'that AutoencoderKL.save_pretrained wrote{hint}'
+        ) from error
 
 
 def encoder_of(net, device=None):
     """The encoder of a loaded network, ready to decode where a device is given. Raises: UserError."""
     from dnnlib import UserError
+
     encoder = build(getattr(net, 'metadata', {}).get('encoder'))
     if net.img_channels not in ([1, 3] if isinstance(encoder, StandardRGBEncoder) else [encoder.channels]):
-        raise UserError(f'The network makes images of {net.img_channels} channels, which its {type(encoder).__name__} cannot decode{HINT}')
+        raise UserError(
+            f'The network makes images of {net.img_channels} channels, which its {type(encoder).__name__} cannot decode{HINT}'
+        )
     if device is not None:
         make_ready(encoder, device, HINT)
     return encoder
@@ -198,11 +232,14 @@ def for_dataset(dataset, teacher=None):
     Raises: UserError where the data set's channels are not the encoder's.
     """
     from dnnlib import UserError
+
     if not dataset.holds_latents:
         return StandardRGBEncoder(), dataset.num_channels
     taught = teacher.metadata.get('encoder') if teacher is not None else None
     encoder = build(taught or dataset.encoder or dict(class_name='StabilityVAEEncoder'))
     if isinstance(encoder, StandardRGBEncoder) or dataset.num_channels != 2 * encoder.channels:
-        raise UserError(f'The latents of {dataset.name} have {dataset.num_channels} channels, which {type(encoder).__name__} does not take: '
-                        'make them with dataset_tool.py --encode-vae')
+        raise UserError(
+            f'The latents of {dataset.name} have {dataset.num_channels} channels, which {type(encoder).__name__} does not take: '
+            'make them with dataset_tool.py --encode-vae'
+        )
     return encoder, encoder.channels

@@ -2,6 +2,7 @@
 
 A snapshot carries this file's source, and each of the two networks brings its own, so it imports nothing but torch and `torch_utils.persistence`.
 """
+
 import math
 
 import torch
@@ -31,7 +32,11 @@ class Switched(Module):
             raise ValueError(f'there is no noise level {switch} to switch at')
         self.high, self.low, self.switch = high, low, switch
         self.img_resolution, self.img_channels, self.label_dim = (getattr(high, name) for name in geometry)
-        self.sigma_min, self.sigma_max, self.boundary = low.sigma_min, high.sigma_max, getattr(low, 'boundary', 0)
+        self.sigma_min, self.sigma_max, self.boundary = (
+            low.sigma_min,
+            high.sigma_max,
+            getattr(low, 'boundary', 0),
+        )
         self.metadata = getattr(high, 'metadata', {})
 
     def forward(self, x, sigma, class_labels=None, **kwargs):

@@ -5,6 +5,7 @@
 x* is the denoised image from which a DDIM step would reach the reference x_b at the boundary sigma_b. An objective says which edges there are and how
 often each is drawn (`make_edges`), and what the reference is (`reference`); noise, masks, inversion, distance, weight and statistics are here.
 """
+
 from __future__ import annotations
 
 import copy
@@ -22,7 +23,9 @@ from training.draws import upload
 from training.objectives.loss import Loss, report_by_sigma, student_masks, unwrap
 
 HOPS = ('heun', 'ddim', 'addim')  # of a teacher
-PINNED = len(ops.KIND_NAMES)  # to the host a kind of its own: the first edge where it has a reference of its own
+PINNED = len(
+    ops.KIND_NAMES
+)  # to the host a kind of its own: the first edge where it has a reference of its own
 EDGE_NAMES = [f'Edges/{name}' for name in (*ops.KIND_NAMES, 'pinned')]
 
 
@@ -30,13 +33,13 @@ EDGE_NAMES = [f'Edges/{name}' for name in (*ops.KIND_NAMES, 'pinned')]
 class EdgeTable:
     """The edges to draw from, and what a training step needs to know of each, on host and device."""
 
-    stage: Hashable         # of training, for which they were made
-    edges: ops.Edges        # on the host
+    stage: Hashable  # of training, for which they were made
+    edges: ops.Edges  # on the host
     cumulative: np.ndarray  # [T'] cumulative probabilities
-    kinds: np.ndarray       # [T'] TERMINAL, SNAP, GENERAL or PINNED
-    columns: Tensor         # [T', 5] device: sigma_t, hop target, sigma_b, weight, kind
-    flags: Tensor           # [T', 4] device: indicators of the kinds and of the pinned edge, for statistics
-    segment: Tensor         # [T'] int64, device
+    kinds: np.ndarray  # [T'] TERMINAL, SNAP, GENERAL or PINNED
+    columns: Tensor  # [T', 5] device: sigma_t, hop target, sigma_b, weight, kind
+    flags: Tensor  # [T', 4] device: indicators of the kinds and of the pinned edge, for statistics
+    segment: Tensor  # [T'] int64, device
     segment_names: list[str]
 
     def report(self, index: Tensor, loss: Tensor) -> None:
@@ -75,8 +78,12 @@ class Part:
     def put(self, batch: Tensor, answers: Tensor) -> Tensor:
         """The batch [N, ...] with the answers [M, ...] in the places of these samples."""
         if self.rows is not None:
-            return batch.index_copy(0, self.rows[:self.count], answers[:self.count])
-        return answers if self.mask is None else torch.where(self.mask.reshape(-1, *[1] * (batch.ndim - 1)), answers, batch)
+            return batch.index_copy(0, self.rows[: self.count], answers[: self.count])
+        return (
+            answers
+            if self.mask is None
+            else torch.where(self.mask.reshape(-1, *[1] * (batch.ndim - 1)), answers, batch)
+        )
 
 
 EVERYONE = Part()
@@ -122,9 +129,11 @@ class Drawn:
     sigma_s: Tensor
     sigma_b: Tensor
     weight: Tensor
-    kind: Tensor                 # TERMINAL, SNAP or GENERAL
+    kind: Tensor  # TERMINAL, SNAP or GENERAL
     index: Tensor | None = None  # which of a table's, [N] int64
-    parts: Mapping[str, Part] | None = None  # which need evaluations that others do without, by names; nobody those that are not there
+    parts: Mapping[str, Part] | None = (
+        None  # which need evaluations that others do without, by names; nobody those that are not there
+    )
 
     @property
     def general(self) -> Part | None:
@@ -151,7 +160,14 @@ class Pairs:
     augment_labels: Tensor | None = None
     masks: dict = field(default_factory=dict)
 
-    def ask(self, net, x: Tensor, sigma: Tensor, part: Part = EVERYONE, dropout_masks: Mapping[str, Tensor] | None = None) -> Tensor:
+    def ask(
+        self,
+        net,
+        x: Tensor,
+        sigma: Tensor,
+        part: Part = EVERYONE,
+        dropout_masks: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """[M, ...] float64: what a network says to `x` [M, ...] at `sigma` [M], which are of a part of the batch, under the conditions and
         dropout masks of that part's rows."""
         kwargs = {} if self.augment_labels is None else dict(augment_labels=part.pick(self.augment_labels))
@@ -163,8 +179,17 @@ class Pairs:
         """x_s = y + sigma_s n: the data's own step to the lower end."""
         return self.y + ops.expand_like(self.edges.sigma_s, self.y) * self.noise
 
-    def teacher_hop(self, teacher, x: Tensor, sigma: Tensor, sigma_next: Tensor, hop: str, xvar_frac: float,
-                    denoised: Tensor | None = None, part: Part = EVERYONE) -> Tensor:
+    def teacher_hop(
+        self,
+        teacher,
+        x: Tensor,
+        sigma: Tensor,
+        sigma_next: Tensor,
+        hop: str,
+        xvar_frac: float,
+        denoised: Tensor | None = None,
+        part: Part = EVERYONE,
+    ) -> Tensor:
         """A step of the teacher from `x` [M, ...] at `sigma`, of a part of the batch, by one of HOPS; `denoised` is what it says there, where that
         is known already."""
         ask = lambda x, sigma: self.ask(teacher, x, sigma, part)
@@ -174,7 +199,9 @@ class Pairs:
         if hop == 'ddim':
             return ops.ddim_step(x, denoised, sigma, sigma_next)
         y = part.pick(self.y) if xvar_frac else None
-        return ops.addim_hop(x, denoised, sigma, sigma_next, ops.addim_variance(denoised, sigma, y, xvar_frac))
+        return ops.addim_hop(
+            x, denoised, sigma, sigma_next, ops.addim_variance(denoised, sigma, y, xvar_frac)
+        )
 
 
 class ConsistencyLoss(Loss):
@@ -219,7 +246,9 @@ class ConsistencyLoss(Loss):
         target_masks = masks if self.sync_dropout else student_masks(net, draws, purpose='target dropout')
         pairs = Pairs(y, noise, x_t, edges, labels, augment_labels, target_masks)
         with torch.no_grad():
-            x_star = ops.inv_ddim(self.reference(unwrap(net), pairs), x_t, edges.sigma_t, edges.sigma_b, check=False)
+            x_star = ops.inv_ddim(
+                self.reference(unwrap(net), pairs), x_t, edges.sigma_t, edges.sigma_b, check=False
+            )
         prediction = pairs.ask(net, x_t, edges.sigma_t, dropout_masks=masks)
         loss = edges.weight * self.distance(prediction, x_star)
         self.report(edges, loss.detach())
@@ -274,19 +303,32 @@ class TableLoss(ConsistencyLoss):
         edges, probabilities = self.make_edges()
         ops.check_edges(edges)
         hop_target = torch.where(edges.kind == ops.TERMINAL, edges.sigma_t / 2, edges.sigma_s)
-        columns = torch.stack([edges.sigma_t, hop_target, edges.sigma_b, self.weights(edges), edges.kind.double()], dim=1)
+        columns = torch.stack(
+            [edges.sigma_t, hop_target, edges.sigma_b, self.weights(edges), edges.kind.double()], dim=1
+        )
         flags = torch.nn.functional.one_hot(edges.kind, 3).double()
         pinned = torch.zeros(len(edges), 1, dtype=torch.float64)
         pinned[0] = self.pin_top
         kinds = torch.where(pinned[:, 0] > 0, PINNED, edges.kind)
-        on_device = (upload(column.numpy(), device) for column in (columns, torch.cat([flags, pinned], dim=1), edges.segment))
-        return EdgeTable(self.stage, edges, probabilities.cumsum(0).numpy(), kinds.numpy(), *on_device,
-                         [f'Loss/segment{j}' for j in range(int(edges.segment[-1]) + 1)])
+        on_device = (
+            upload(column.numpy(), device)
+            for column in (columns, torch.cat([flags, pinned], dim=1), edges.segment)
+        )
+        return EdgeTable(
+            self.stage,
+            edges,
+            probabilities.cumsum(0).numpy(),
+            kinds.numpy(),
+            *on_device,
+            [f'Loss/segment{j}' for j in range(int(edges.segment[-1]) + 1)],
+        )
 
     def draw(self, draws, device: torch.device) -> Drawn:
         # The host draws, so that it knows which samples need which evaluations without asking the device.
         table = self.table(device)
-        index = np.searchsorted(table.cumulative, draws.uniform('edge') * table.cumulative[-1], side='right').clip(max=len(table.edges) - 1)
+        index = np.searchsorted(
+            table.cumulative, draws.uniform('edge') * table.cumulative[-1], side='right'
+        ).clip(max=len(table.edges) - 1)
         parts = self.split(device, **self.parts(table.kinds[index]))
         index = upload(index, device)
         return Drawn(*table.columns[index].unbind(dim=1), index, parts)
@@ -307,25 +349,61 @@ class SegmentLoss(TableLoss):
         others: see `TableLoss`.
     """
 
-    def __init__(self, *, S: int, student_grid: str, T_start: int, T_end: int, T_anneal_kimg: float, rho: float, sigma_min: float, sigma_max: float,
-                 sampling_mode: str, sigma_grid: str = 'karras', keep_ties: bool = False, top_mass: float = 0.0, terminal_anchor: bool = False,
-                 **others):
+    def __init__(
+        self,
+        *,
+        S: int,
+        student_grid: str,
+        T_start: int,
+        T_end: int,
+        T_anneal_kimg: float,
+        rho: float,
+        sigma_min: float,
+        sigma_max: float,
+        sampling_mode: str,
+        sigma_grid: str = 'karras',
+        keep_ties: bool = False,
+        top_mass: float = 0.0,
+        terminal_anchor: bool = False,
+        **others,
+    ):
         if not S <= T_start <= T_end:
             raise ValueError(f'S <= T_start <= T_end does not hold for {S}, {T_start}, {T_end}')
         super().__init__(**others)
         self.T_start, self.T_end, self.T_anneal_kimg = T_start, T_end, T_anneal_kimg
         self.sigma_grid, self.rho, self.sigma_min, self.sigma_max = sigma_grid, rho, sigma_min, sigma_max
         self.student = ops.student_grid(S, sigma_min, sigma_max, rho, student_grid, sigma_grid)
-        self.sampling_mode, self.keep_ties, self.top_mass, self.terminal_anchor = sampling_mode, keep_ties, top_mass, terminal_anchor
+        self.sampling_mode, self.keep_ties, self.top_mass, self.terminal_anchor = (
+            sampling_mode,
+            keep_ties,
+            top_mass,
+            terminal_anchor,
+        )
         self.stage = T_start
 
     def begin_step(self, nimg: int) -> None:
         self.stage = ops.anneal_T(nimg, self.T_start, self.T_end, self.T_anneal_kimg)
 
     def make_edges(self) -> tuple[ops.Edges, Tensor]:
-        teacher = ops.teacher_grid(self.student, self.stage, self.sigma_min, self.sigma_max, self.rho, self.sigma_grid, self.keep_ties)
-        probabilities = ops.edge_probabilities(teacher, self.student, self.sampling_mode, self.rho, self.terminal_anchor, self.pin_top,
-                                               spacing=self.sigma_grid, top_mass=self.top_mass)
+        teacher = ops.teacher_grid(
+            self.student,
+            self.stage,
+            self.sigma_min,
+            self.sigma_max,
+            self.rho,
+            self.sigma_grid,
+            self.keep_ties,
+        )
+        probabilities = ops.edge_probabilities(
+            teacher,
+            self.student,
+            self.sampling_mode,
+            self.rho,
+            self.terminal_anchor,
+            self.pin_top,
+            spacing=self.sigma_grid,
+            top_mass=self.top_mass,
+        )
         return ops.edge_table(teacher, self.student), probabilities
 
     def parts(self, kinds: np.ndarray) -> dict[str, np.ndarray]:

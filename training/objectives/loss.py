@@ -3,6 +3,7 @@
 A loss is called as `loss_fn(net, images, labels, draws, augment_labels)` with images [N, C, H, W] in [-1, 1], one-hot labels [N, label_dim] and the
 samples' random numbers (`training.draws.SampleDraws`), and returns one loss per image, [N], summed over its values.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -14,13 +15,17 @@ from training.consistency_ops import expand_like
 from training.draws import upload
 
 SIGMA_BIN_EDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-SIGMA_BINS = [f'{low:g}-{high:g}' for low, high in zip((0, *SIGMA_BIN_EDGES), (*SIGMA_BIN_EDGES, float('inf')))]
+SIGMA_BINS = [
+    f'{low:g}-{high:g}' for low, high in zip((0, *SIGMA_BIN_EDGES), (*SIGMA_BIN_EDGES, float('inf')))
+]
 
 
 def report_by_sigma(sigma: torch.Tensor, loss: torch.Tensor) -> None:
     """Report each image's loss under the bin of noise levels that it falls in, as `Loss/sigma_<low>-<high>`."""
     edges = upload(np.array(SIGMA_BIN_EDGES), sigma.device).to(sigma.dtype)
-    training_stats.report_bins([f'Loss/sigma_{name}' for name in SIGMA_BINS], torch.bucketize(sigma.contiguous(), edges), loss)
+    training_stats.report_bins(
+        [f'Loss/sigma_{name}' for name in SIGMA_BINS], torch.bucketize(sigma.contiguous(), edges), loss
+    )
 
 
 class Loss:
@@ -67,7 +72,9 @@ class DiffusionLoss(Loss):
     def __call__(self, net, images, labels, draws, augment_labels=None):
         sigma = self.noise_levels(draws)
         noisy = images + expand_like(sigma, images).to(images.dtype) * draws.normal('noise', images.shape[1:])
-        loss = self.compare(self.predict(net, noisy, sigma, labels, augment_labels, student_masks(net, draws)), images, sigma)
+        loss = self.compare(
+            self.predict(net, noisy, sigma, labels, augment_labels, student_masks(net, draws)), images, sigma
+        )
         training_stats.report_later(report_by_sigma, sigma, loss.detach())
         return loss
 
@@ -101,7 +108,7 @@ class EDMLoss(DiffusionLoss):
         return (draws.normal('sigma') * self.P_std + self.P_mean).exp()
 
     def weight(self, sigma):
-        return sigma ** -2 + self.sigma_data ** -2
+        return sigma**-2 + self.sigma_data**-2
 
 
 class UncertaintyLoss(EDMLoss):
@@ -130,10 +137,10 @@ class VPLoss(DiffusionLoss):
 
     def noise_levels(self, draws):
         t = 1 + upload(draws.uniform('sigma'), draws.device) * (self.epsilon_t - 1)
-        return torch.expm1(self.beta_d * t ** 2 / 2 + self.beta_min * t).sqrt().float()
+        return torch.expm1(self.beta_d * t**2 / 2 + self.beta_min * t).sqrt().float()
 
     def weight(self, sigma):
-        return sigma ** -2
+        return sigma**-2
 
 
 class VELoss(DiffusionLoss):
@@ -143,10 +150,12 @@ class VELoss(DiffusionLoss):
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def noise_levels(self, draws):
-        return (self.sigma_min * (self.sigma_max / self.sigma_min) ** upload(draws.uniform('sigma'), draws.device)).float()
+        return (
+            self.sigma_min * (self.sigma_max / self.sigma_min) ** upload(draws.uniform('sigma'), draws.device)
+        ).float()
 
     def weight(self, sigma):
-        return sigma ** -2
+        return sigma**-2
 
 
 DIFFUSION_LOSSES = dict(edm=EDMLoss, edm2=UncertaintyLoss, vp=VPLoss, ve=VELoss)

@@ -4,6 +4,7 @@ An image is noised to the upper end of a teacher edge, the teacher hops to the l
 on to the boundary of the segment, and the student at the upper end is trained toward the denoised image from which a DDIM step would reach the
 same place.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -32,23 +33,46 @@ class ConsistencyDistillationLoss(SegmentLoss):
     name = 'cd'
     gap_option = '--T_end'
 
-    def __init__(self, teacher, *, terminal_anchor: bool, terminal_teacher_hop: bool, hop: str | Callable = 'heun', xvar_frac: float = 0.75,
-                 anchor_hops: int | None = None, pin_top: bool | None = None, **segments):
+    def __init__(
+        self,
+        teacher,
+        *,
+        terminal_anchor: bool,
+        terminal_teacher_hop: bool,
+        hop: str | Callable = 'heun',
+        xvar_frac: float = 0.75,
+        anchor_hops: int | None = None,
+        pin_top: bool | None = None,
+        **segments,
+    ):
         if isinstance(hop, str) and hop not in HOPS:
             raise ValueError(f'hop {hop!r} is not one of {", ".join(HOPS)}')
         super().__init__(terminal_anchor=terminal_anchor, **segments)
-        self.teacher, self.hop, self.xvar_frac, self.terminal_teacher_hop = teacher, hop, xvar_frac, terminal_teacher_hop
+        self.teacher, self.hop, self.xvar_frac, self.terminal_teacher_hop = (
+            teacher,
+            hop,
+            xvar_frac,
+            terminal_teacher_hop,
+        )
         self.pin_top = terminal_anchor if pin_top is None else pin_top
         top, bottom = float(self.student[0]), float(self.student[1])
-        self.anchor_levels = ops.anchor_nodes(top, bottom, self.sigma_min, self.rho, anchor_hops, self.sigma_grid).tolist()
+        self.anchor_levels = ops.anchor_nodes(
+            top, bottom, self.sigma_min, self.rho, anchor_hops, self.sigma_grid
+        ).tolist()
 
     def parts(self, kinds: np.ndarray) -> dict[str, np.ndarray]:
-        return dict(super().parts(kinds), hopping=(kinds == ops.GENERAL) | (kinds == ops.SNAP), pinned=kinds == PINNED)
+        return dict(
+            super().parts(kinds), hopping=(kinds == ops.GENERAL) | (kinds == ops.SNAP), pinned=kinds == PINNED
+        )
 
     def reference(self, net, pairs: Pairs) -> Tensor:
         """See docs/method.md, 'Target'. An evaluation is of the samples alone whose reference depends on it."""
-        denoised = pairs.ask(self.teacher, pairs.x_t, pairs.edges.sigma_t) if self.terminal_teacher_hop else None
-        x_b = self.self_target(net, pairs, self._hop(pairs, denoised), denoised if self.terminal_teacher_hop else pairs.y)
+        denoised = (
+            pairs.ask(self.teacher, pairs.x_t, pairs.edges.sigma_t) if self.terminal_teacher_hop else None
+        )
+        x_b = self.self_target(
+            net, pairs, self._hop(pairs, denoised), denoised if self.terminal_teacher_hop else pairs.y
+        )
         return self._solve_pinned(pairs, x_b, denoised)
 
     def _hop(self, pairs: Pairs, denoised: Tensor | None) -> Tensor:
@@ -59,7 +83,10 @@ class ConsistencyDistillationLoss(SegmentLoss):
         ends = [hopping.pick(values) for values in (pairs.x_t, edges.sigma_t, edges.sigma_s)]
         if callable(self.hop):
             return hopping.put(pairs.x_t, self.hop(*ends))
-        return hopping.put(pairs.x_t, pairs.teacher_hop(self.teacher, *ends, self.hop, self.xvar_frac, hopping.pick(denoised), hopping))
+        return hopping.put(
+            pairs.x_t,
+            pairs.teacher_hop(self.teacher, *ends, self.hop, self.xvar_frac, hopping.pick(denoised), hopping),
+        )
 
     def _solve_pinned(self, pairs: Pairs, x_b: Tensor, denoised: Tensor | None) -> Tensor:
         """x_b, with the teacher's solution over sub-steps on the pinned edge."""
@@ -67,4 +94,6 @@ class ConsistencyDistillationLoss(SegmentLoss):
         if pinned is None:
             return x_b
         ask = lambda x, sigma: pairs.ask(self.teacher, x, sigma, pinned)
-        return pinned.put(x_b, ops.solve_ode(ask, pinned.pick(pairs.x_t), self.anchor_levels, pinned.pick(denoised)))
+        return pinned.put(
+            x_b, ops.solve_ode(ask, pinned.pick(pairs.x_t), self.anchor_levels, pinned.pick(denoised))
+        )

@@ -2,6 +2,7 @@
 
 The network's answers at the two ends of an edge are to agree; the lower one is given by a moving average of the network, the target network.
 """
+
 from __future__ import annotations
 
 import copy
@@ -40,7 +41,13 @@ class GridLoss(TableLoss):
     def make_edges(self) -> tuple[ops.Edges, Tensor]:
         sigmas = ops.karras_sigmas(self.stage, self.sigma_min, self.sigma_max, self.rho)
         one_segment = torch.zeros(len(sigmas) - 1, dtype=torch.int64)
-        edges = ops.Edges(sigmas[:-1], sigmas[1:], one_segment.double(), one_segment, torch.full_like(one_segment, ops.GENERAL))
+        edges = ops.Edges(
+            sigmas[:-1],
+            sigmas[1:],
+            one_segment.double(),
+            one_segment,
+            torch.full_like(one_segment, ops.GENERAL),
+        )
         return edges, self.probabilities(sigmas)
 
     def probabilities(self, sigmas: Tensor) -> Tensor:
@@ -73,13 +80,26 @@ class ConsistencyModelLoss(GridLoss):
         grid: see `GridLoss`.
     """
 
-    def __init__(self, *, N: int | None, s0: int, s1: int, schedule_nimg: int, mu0: float, mu_schedule: str, cm_loss: str,
-                 perceptual: torch.nn.Module | None = None, **grid):
+    def __init__(
+        self,
+        *,
+        N: int | None,
+        s0: int,
+        s1: int,
+        schedule_nimg: int,
+        mu0: float,
+        mu_schedule: str,
+        cm_loss: str,
+        perceptual: torch.nn.Module | None = None,
+        **grid,
+    ):
         for value, known in ((cm_loss, CM_LOSSES), (mu_schedule, MU_SCHEDULES)):
             if value not in known:
                 raise ValueError(f'{value!r} is not one of {", ".join(known)}')
         if not 0 <= mu0 < 1 or (N is not None and N < 2) or (cm_loss == 'lpips') != (perceptual is not None):
-            raise ValueError(f'0 <= mu0 < 1, N >= 2, and a perceptual distance for lpips alone do not hold for {mu0}, {N}, {cm_loss}, {perceptual}')
+            raise ValueError(
+                f'0 <= mu0 < 1, N >= 2, and a perceptual distance for lpips alone do not hold for {mu0}, {N}, {cm_loss}, {perceptual}'
+            )
         super().__init__(**grid)
         self.N, self.s0, self.s1, self.schedule_nimg = N, s0, s1, schedule_nimg
         self.mu0, self.mu_schedule, self.cm_loss, self.perceptual = mu0, mu_schedule, cm_loss, perceptual
@@ -109,7 +129,9 @@ class ConsistencyModelLoss(GridLoss):
 
     def attach(self, net: torch.nn.Module, weights: FlatParameters) -> None:
         if self.mu0:
-            self.target = copy.deepcopy(net).requires_grad_(False)  # in training mode, like the network: it sees the same dropout masks
+            self.target = copy.deepcopy(net).requires_grad_(
+                False
+            )  # in training mode, like the network: it sees the same dropout masks
             self._source, self._average = weights.weights, FlatParameters(self.target).weights
 
     @torch.no_grad()
@@ -125,7 +147,9 @@ class ConsistencyModelLoss(GridLoss):
     def load_state_dict(self, state: dict) -> None:
         if self.target is not None and 'target' in state:
             self.target.load_state_dict(state['target'])
-        elif self.target is not None:  # of a run that had none: it begins with the network that has been loaded
+        elif (
+            self.target is not None
+        ):  # of a run that had none: it begins with the network that has been loaded
             self._average.copy_(self._source)
 
 
@@ -148,7 +172,9 @@ class ConsistencyModelDistillationLoss(ConsistencyModelLoss):
         self.teacher, self.hop, self.xvar_frac = teacher, hop, xvar_frac
 
     def lower_end(self, pairs: Pairs) -> Tensor:
-        return pairs.teacher_hop(self.teacher, pairs.x_t, pairs.edges.sigma_t, pairs.edges.sigma_s, self.hop, self.xvar_frac)
+        return pairs.teacher_hop(
+            self.teacher, pairs.x_t, pairs.edges.sigma_t, pairs.edges.sigma_s, self.hop, self.xvar_frac
+        )
 
 
 class ConsistencyModelTrainingLoss(ConsistencyModelLoss):

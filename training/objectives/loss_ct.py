@@ -2,6 +2,7 @@
 
 The hop is along the data's own noise, x_s = y + sigma_s n, which is right on average over the images that x_t may stem from.
 """
+
 from __future__ import annotations
 
 from torch import Tensor

@@ -3,6 +3,7 @@
 
 Sampling asks the student at the tops of segments alone, so most samples are drawn there (`top_mass`), the rest anywhere in a segment.
 """
+
 from __future__ import annotations
 
 from torch import Tensor
@@ -27,5 +28,13 @@ class SegmentRegressionLoss(SegmentLoss):
         self.teacher, self.substeps = teacher, substeps
 
     def reference(self, net, pairs: Pairs) -> Tensor:
-        return ops.solve_between(lambda x, sigma: pairs.ask(self.teacher, x, sigma), pairs.x_t, pairs.edges.sigma_t, pairs.edges.sigma_b,
-                                 self.substeps, self.rho, self.sigma_min, self.sigma_grid)
+        return ops.solve_between(
+            lambda x, sigma: pairs.ask(self.teacher, x, sigma),
+            pairs.x_t,
+            pairs.edges.sigma_t,
+            pairs.edges.sigma_b,
+            self.substeps,
+            self.rho,
+            self.sigma_min,
+            self.sigma_grid,
+        )

@@ -2,6 +2,7 @@
 
 A pair of times t > r lies on one noised image; r is 0 at first and comes closer to t stage by stage.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -30,8 +31,20 @@ class ConsistencyTuningLoss(ConsistencyLoss):
     name = 'ect'
     gap_option = '--stage_steps or --q'
 
-    def __init__(self, *, P_mean: float, P_std: float, q: float, k: float, b: float, c: float, stage_nimg: int, ect_weight: str, sigma_data: float,
-                 **others):
+    def __init__(
+        self,
+        *,
+        P_mean: float,
+        P_std: float,
+        q: float,
+        k: float,
+        b: float,
+        c: float,
+        stage_nimg: int,
+        ect_weight: str,
+        sigma_data: float,
+        **others,
+    ):
         super().__init__(cd_loss='pseudo_huber', eps=c, **others)
         self.P_mean, self.P_std, self.q, self.k, self.b = P_mean, P_std, q, k, b
         self.stage_nimg, self.ect_weight, self.sigma_data = stage_nimg, ect_weight, sigma_data
@@ -41,8 +54,12 @@ class ConsistencyTuningLoss(ConsistencyLoss):
         self.stage = times.tuning_stage(nimg, self.stage_nimg)
 
     def self_target_gap(self, nimg: int) -> float:
-        t = torch.tensor(self.P_mean, dtype=torch.float64).exp()  # the gap falls with t, so its median is the median time's
-        return float(1 - times.earlier_time(t, times.tuning_stage(nimg, self.stage_nimg), self.q, self.k, self.b) / t)
+        t = torch.tensor(
+            self.P_mean, dtype=torch.float64
+        ).exp()  # the gap falls with t, so its median is the median time's
+        return float(
+            1 - times.earlier_time(t, times.tuning_stage(nimg, self.stage_nimg), self.q, self.k, self.b) / t
+        )
 
     def times_on_host(self, draws) -> np.ndarray:
         """t and r of each sample, [2, N] float64."""

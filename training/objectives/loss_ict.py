@@ -1,5 +1,6 @@
 """Improved consistency training (iCT; Song & Dhariwal 2023): the network is its own target, the grid doubles in stages, edges are drawn by a
 lognormal distribution, short edges weigh more, and the distance is the pseudo-Huber one."""
+
 from __future__ import annotations
 
 from torch import Tensor
@@ -22,14 +23,18 @@ class ImprovedConsistencyTrainingLoss(GridLoss):
     name = 'ict'
     gap_option = '--s1'
 
-    def __init__(self, *, s0: int, s1: int, schedule_nimg: int, batch_size: int, P_mean: float, P_std: float, **grid):
+    def __init__(
+        self, *, s0: int, s1: int, schedule_nimg: int, batch_size: int, P_mean: float, P_std: float, **grid
+    ):
         super().__init__(**grid)
         self.s0, self.s1, self.schedule_nimg, self.batch_size = s0, s1, schedule_nimg, batch_size
         self.P_mean, self.P_std = P_mean, P_std
         self.begin_step(0)
 
     def begin_step(self, nimg: int) -> None:
-        self.stage = times.doubling_steps(nimg // self.batch_size, self.schedule_nimg // self.batch_size, self.s0, self.s1)
+        self.stage = times.doubling_steps(
+            nimg // self.batch_size, self.schedule_nimg // self.batch_size, self.s0, self.s1
+        )
 
     def probabilities(self, sigmas: Tensor) -> Tensor:
         return times.lognormal_edge_probabilities(sigmas, self.P_mean, self.P_std)

@@ -1,4 +1,5 @@
 """Progressive distillation (Salimans & Ho 2022), a stage of it: a student of S steps learns to do in one what its teacher does in two."""
+
 from __future__ import annotations
 
 import torch
@@ -22,10 +23,24 @@ class ProgressiveDistillationLoss(TableLoss):
 
     name = 'pd'
 
-    def __init__(self, teacher, *, S: int, student_grid: str, sigma_grid: str, rho: float, sigma_min: float, sigma_max: float, hop: str,
-                 xvar_frac: float, **others):
+    def __init__(
+        self,
+        teacher,
+        *,
+        S: int,
+        student_grid: str,
+        sigma_grid: str,
+        rho: float,
+        sigma_min: float,
+        sigma_max: float,
+        hop: str,
+        xvar_frac: float,
+        **others,
+    ):
         if student_grid != 'full':
-            raise ValueError(f'the grids of progressive distillation are nested only if they are full, not {student_grid}')
+            raise ValueError(
+                f'the grids of progressive distillation are nested only if they are full, not {student_grid}'
+            )
         if hop not in HOPS:
             raise ValueError(f'hop {hop!r} is not one of {", ".join(HOPS)}')
         super().__init__(**others)

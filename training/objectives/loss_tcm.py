@@ -2,6 +2,7 @@
 
 The network of the first stage, frozen, knows the way from t' to the image; the one that trains has all its capacity for the way from noise to t'.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -38,9 +39,27 @@ class TruncatedTrainingLoss(ConsistencyLoss):
     name = 'tcm'
     gap_option = '--ratio_cap'
 
-    def __init__(self, teacher, *, sigma_max: float, dividing_t: float, student_scale: float, student_df: float, q: float, k: float, b: float,
-                 ratio_cap: float, stage_nimg: int, c: float, tcm_weight: str, sigma_data: float, batch_size: int, boundary_share: float,
-                 boundary_weight: float, **others):
+    def __init__(
+        self,
+        teacher,
+        *,
+        sigma_max: float,
+        dividing_t: float,
+        student_scale: float,
+        student_df: float,
+        q: float,
+        k: float,
+        b: float,
+        ratio_cap: float,
+        stage_nimg: int,
+        c: float,
+        tcm_weight: str,
+        sigma_data: float,
+        batch_size: int,
+        boundary_share: float,
+        boundary_weight: float,
+        **others,
+    ):
         super().__init__(cd_loss='pseudo_huber', eps=c, **others)
         if not 0 < dividing_t < sigma_max:
             raise ValueError(f"0 < t' < sigma_max does not hold for {dividing_t}, {sigma_max}")
@@ -49,7 +68,11 @@ class TruncatedTrainingLoss(ConsistencyLoss):
         self.student_scale, self.student_df = student_scale, student_df
         self.q, self.k, self.b, self.ratio_cap, self.stage_nimg = q, k, b, ratio_cap, stage_nimg
         self.tcm_weight, self.sigma_data = tcm_weight, sigma_data
-        self.boundary_share, self.boundary_weight, self.batch_size = boundary_share, boundary_weight, batch_size
+        self.boundary_share, self.boundary_weight, self.batch_size = (
+            boundary_share,
+            boundary_weight,
+            batch_size,
+        )
         self.same_dropout = True
         self.begin_step(0)
 
@@ -57,22 +80,31 @@ class TruncatedTrainingLoss(ConsistencyLoss):
         self.same_dropout = dropout_rates(net) == dropout_rates(self.teacher)
 
     def begin_step(self, nimg: int) -> None:
-        self.stage, self.ratio = times.tuning_stage(nimg, self.stage_nimg), times.tcm_ratio(nimg, self.stage_nimg, self.q, self.ratio_cap)
+        self.stage, self.ratio = (
+            times.tuning_stage(nimg, self.stage_nimg),
+            times.tcm_ratio(nimg, self.stage_nimg, self.q, self.ratio_cap),
+        )
 
     def self_target_gap(self, nimg: int) -> float:
         half = torch.tensor([0.5], dtype=torch.float64)
-        t = times.truncated_log_student_times(half, self.dividing_t, self.sigma_max, self.student_scale, self.student_df)
+        t = times.truncated_log_student_times(
+            half, self.dividing_t, self.sigma_max, self.student_scale, self.student_df
+        )
         ratio = times.tcm_ratio(nimg, self.stage_nimg, self.q, self.ratio_cap)
         return float(1 - times.tcm_earlier_time(t, ratio, self.k, self.b) / t)
 
     def times_on_host(self, draws) -> np.ndarray:
         """t, r and the weight of each sample, [3, N] float64."""
         u = torch.from_numpy(draws.uniform('sigma'))
-        t = times.truncated_log_student_times(u, self.dividing_t, self.sigma_max, self.student_scale, self.student_df)
+        t = times.truncated_log_student_times(
+            u, self.dividing_t, self.sigma_max, self.student_scale, self.student_df
+        )
         at_boundary = times.boundary_samples(draws.first, draws.count, self.batch_size, self.boundary_share)
         t = torch.where(at_boundary, self.dividing_t, t)
         r = times.tcm_earlier_time(t, self.ratio, self.k, self.b)
-        scales = times.boundary_scales(at_boundary, self.batch_size, self.boundary_share, self.boundary_weight)
+        scales = times.boundary_scales(
+            at_boundary, self.batch_size, self.boundary_share, self.boundary_weight
+        )
         return torch.stack([t, r, times.tcm_weight(t, r, self.tcm_weight, self.sigma_data) * scales]).numpy()
 
     def draw(self, draws, device: torch.device) -> Drawn:
@@ -88,16 +120,23 @@ class TruncatedTrainingLoss(ConsistencyLoss):
         """As sigma_b = 0, what is answered at r. Each network is asked for its own samples alone."""
         x_r = pairs.data_hop()
         answers = x_r
-        for name, network, masks in (('student', net, pairs.masks), ('teacher', self.teacher, pairs.masks if self.same_dropout else {})):
+        for name, network, masks in (
+            ('student', net, pairs.masks),
+            ('teacher', self.teacher, pairs.masks if self.same_dropout else {}),
+        ):
             if part := pairs.edges.parts.get(name):
-                answer = pairs.ask(network, part.pick(x_r), part.pick(pairs.edges.sigma_s), part, dropout_masks=masks)
+                answer = pairs.ask(
+                    network, part.pick(x_r), part.pick(pairs.edges.sigma_s), part, dropout_masks=masks
+                )
                 answers = part.put(answers, answer)
         return answers
 
     def report(self, edges: Drawn, loss: Tensor) -> None:
         super().report(edges, loss)
         training_stats.report('Edges/stage', edges.sigma_t.new_full([1], self.stage))
-        of_first_stage = torch.stack([edges.sigma_t == self.dividing_t, edges.sigma_s < self.dividing_t], dim=1)
+        of_first_stage = torch.stack(
+            [edges.sigma_t == self.dividing_t, edges.sigma_s < self.dividing_t], dim=1
+        )
         training_stats.report(['Edges/boundary', 'Edges/first_stage'], of_first_stage)
 
     def sampled(self, net: torch.nn.Module) -> torch.nn.Module:

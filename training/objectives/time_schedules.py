@@ -4,6 +4,7 @@ Pure functions without networks or state. A schedule takes the number of optimiz
 is a function of noise levels takes and gives FP64 tensors of any shape, on any device, and never waits for it. As in EDM time is noise level:
 t = sigma. A consistency pair is t > r >= 0 on one trajectory x_t = y + t n.
 """
+
 from __future__ import annotations
 
 import math
@@ -21,8 +22,10 @@ def _check_discretization(K: int, s0: int, s1: int) -> None:
     if K < 1 or not 1 <= s0 <= s1:
         raise ValueError(f'K >= 1 and 1 <= s0 <= s1 do not hold for K = {K}, s0 = {s0}, s1 = {s1}')
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Consistency models (Song et al. 2023): N nodes from sigma_max to sigma_min (`consistency_ops.karras_sigmas`), N − 1 edges, each as likely.
+
 
 def discretization_steps(k: int, K: int, s0: int, s1: int) -> int:
     """N(k) = max(ceil(sqrt(k/K ((s1+1)² − s0²) + s0²) − 1), 1) + 1, the nodes of the grid after k of K steps   (Song et al. 2023, Appendix C).
@@ -30,7 +33,7 @@ def discretization_steps(k: int, K: int, s0: int, s1: int) -> int:
     It grows from s0 to s1 + 1 like the square root of the steps, and stays there after K.
     """
     _check_discretization(K, s0, s1)
-    square = min(k / K, 1.0) * ((s1 + 1) ** 2 - s0 ** 2) + s0 ** 2
+    square = min(k / K, 1.0) * ((s1 + 1) ** 2 - s0**2) + s0**2
     return max(math.ceil(math.sqrt(square) - 1), 1) + 1
 
 
@@ -41,8 +44,10 @@ def target_ema(N: int, s0: int, mu0: float) -> float:
     """
     return mu0 ** (s0 / (N - 1))
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # iCT (Song & Dhariwal 2023): the same grid, doubled in stages; lognormal edges.
+
 
 def doubling_steps(k: int, K: int, s0: int = 10, s1: int = 1280) -> int:
     """N(k) = min(s0 2^floor(k/K'), s1) + 1 with K' = floor(K / (log2(s1/s0) + 1)), nodes of the grid after k of K steps   (Song & Dhariwal 2023,
@@ -61,7 +66,9 @@ def lognormal_edge_probabilities(sigmas: Tensor, P_mean: float = -1.1, P_std: fl
     cumulative = torch.erf((sigmas.double().log() - P_mean) / (math.sqrt(2) * P_std))
     inside = cumulative[:-1] - cumulative[1:]
     if not inside.sum() > 0:
-        raise ValueError(f'next to no noise level of that distribution lies between {sigmas[-1]:g} and {sigmas[0]:g}')
+        raise ValueError(
+            f'next to no noise level of that distribution lies between {sigmas[-1]:g} and {sigmas[0]:g}'
+        )
     return inside / inside.sum()
 
 
@@ -74,8 +81,10 @@ def pseudo_huber_eps(values: int) -> float:
     """c = 0.00054 √d of the pseudo-Huber distance between images of d values   (Song & Dhariwal 2023, Section 3.3)."""
     return 0.00054 * math.sqrt(values)
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # ECT (Geng et al. 2024): continuous times, r moves from 0 (diffusion) toward t stage by stage.
+
 
 def lognormal_times(normal: Tensor, P_mean: float = -1.1, P_std: float = 2.0) -> Tensor:
     """t with ln t ~ N(P_mean, P_std²) from standard normal numbers; float64, of their shape and device (Geng et al. 2024, Table 2)."""
@@ -87,7 +96,7 @@ def tuning_stage(iteration: int, stage_steps: int) -> int:
     return iteration // stage_steps
 
 
-def tuning_stages(q: float, last_gap: float = 2.0 ** -8) -> int:
+def tuning_stages(q: float, last_gap: float = 2.0**-8) -> int:
     """How many stages make 1 − r/t about `last_gap` in the last one, by factors of q: 8 for q = 2 and 4 for q = 4, ECT's numbers for CIFAR-10 and
     ImageNet-64 (Geng et al. 2024); for other q the whole number, at least 1, whose q^−stages is nearest, by its logarithm."""
     return max(round(-math.log(last_gap) / math.log(q)), 1)
@@ -101,7 +110,9 @@ def earlier_time(t: Tensor, stage: int, q: float, k: float = 8.0, b: float = 1.0
     """
     gap = float(q) ** -(stage + 1)
     if gap < 1e-12:
-        raise ValueError(f'stage {stage} of q = {q:g} brings r to within {gap:.0e} of t, less than numbers resolve: make the stages longer')
+        raise ValueError(
+            f'stage {stage} of q = {q:g} brings r to within {gap:.0e} of t, less than numbers resolve: make the stages longer'
+        )
     return t * (1 - gap * (1 + k * torch.sigmoid(-b * t))).clamp(min=0)
 
 
@@ -118,19 +129,23 @@ def ect_weight(t: Tensor, r: Tensor, mode: str, sigma_data: float) -> Tensor:
     if mode == 'inv':
         return 1 / t
     if mode == 'snr':
-        return t ** -2
+        return t**-2
     if mode == 'inv_sum':
         return 1 / t + 1 / sigma_data
     if mode == 'karras':
-        return t ** -2 + sigma_data ** -2
+        return t**-2 + sigma_data**-2
     if mode == 'c_in_squared':
-        return 1 / (t ** 2 + sigma_data ** 2)
+        return 1 / (t**2 + sigma_data**2)
     raise ValueError(f'weight {mode!r} is not one of {", ".join(ECT_WEIGHTS)}')
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # TCM (Lee et al. 2025): ECT's second stage, on [t', sigma_max] alone.
 
-def truncated_log_student_times(u: Tensor, low: float, high: float, scale: float = 0.2, df: float = 0.01) -> Tensor:
+
+def truncated_log_student_times(
+    u: Tensor, low: float, high: float, scale: float = 0.2, df: float = 0.01
+) -> Tensor:
     """t with ln t = scale · X, X Student-t of `df` degrees of freedom, given that t lies in [low, high]   (Lee et al. 2025, experiment setup).
 
     By the inverse of the distribution function: u in [0, 1) -> t, increasing, u = 0 -> low. At df = 0.01 this is nearly uniform in ln ln t.
@@ -170,7 +185,7 @@ def tcm_weight(t: Tensor, r: Tensor, mode: str, sigma_data: float) -> Tensor:
     if mode not in TCM_WEIGHTS:
         raise ValueError(f'weight {mode!r} is not one of {", ".join(TCM_WEIGHTS)}')
     gap = gap_weight(t, r)
-    return gap if mode == 'flat' else gap * t * (t ** -2 + sigma_data ** -2)
+    return gap if mode == 'flat' else gap * t * (t**-2 + sigma_data**-2)
 
 
 def boundary_count(batch: int, share: float) -> int:
@@ -178,9 +193,13 @@ def boundary_count(batch: int, share: float) -> int:
 
     Raises: ValueError where one of the two parts would be empty; a share of 0 is no boundary loss.
     """
-    count = math.floor(batch * Fraction(share).limit_denominator(10 ** 6))  # in fractions: 0.29 · 100 is 28.999… in floating point
+    count = math.floor(
+        batch * Fraction(share).limit_denominator(10**6)
+    )  # in fractions: 0.29 · 100 is 28.999… in floating point
     if not (0 < count < batch or share == 0):
-        raise ValueError(f'a share of {share:g} of {batch} samples leaves the boundary or the rest without any')
+        raise ValueError(
+            f'a share of {share:g} of {batch} samples leaves the boundary or the rest without any'
+        )
     return count
 
 
@@ -197,11 +216,15 @@ def boundary_scales(at_boundary: Tensor, batch: int, share: float, w_b: float) -
     """Factors, [N] float64, under which the mean over a whole batch becomes TCM's loss, the mean of the batch − n consistency samples plus w_b times
     the mean of the n others: batch / (batch − n) and w_b batch / n   (Lee et al. 2025, Algorithm 1)."""
     n = boundary_count(batch, share)
-    consistency = torch.full(at_boundary.shape, batch / (batch - n), dtype=torch.float64, device=at_boundary.device)
+    consistency = torch.full(
+        at_boundary.shape, batch / (batch - n), dtype=torch.float64, device=at_boundary.device
+    )
     return torch.where(at_boundary, w_b * batch / n, consistency) if n else consistency
 
-#----------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------
 # Progressive distillation (Salimans & Ho 2022); the edges of a stage are `consistency_ops.halving_edges`.
+
 
 def halving_stages(start: int, end: int, stage_steps: int) -> list[tuple[int, int]]:
     """(S, optimizer steps) of each stage: S = start, start/2, …, end. Stages of two sampling steps and of one take twice as long
