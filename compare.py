@@ -1,6 +1,8 @@
-"""Objectives side by side: one teacher, an equal budget of network evaluations for each student, the same rulers; a table, a plot, samples.
+"""Objectives side by side: one teacher, an equal budget of network evaluations for each student, the same
+rulers; a table, a plot, samples.
 
-Drives the scripts of this repository as a user would and prints every command before it runs. Called again, it does what is left to do.
+Drives the scripts of this repository as a user would and prints every command before it runs. Called again,
+it does what is left to do.
 """
 
 from __future__ import annotations
@@ -118,7 +120,8 @@ def entries_of(rulers: Sequence[str]) -> dict[str, str]:
 
 
 def is_row(row: object, rulers: Sequence[str]) -> bool:
-    """Whether this has what tables and plots read of a row: the teacher's have `seed` null, and nothing of training."""
+    """Whether this has what tables and plots read of a row: the teacher's have `seed` null, and nothing of
+    training."""
     if not isinstance(row, dict) or row.get('objective') not in list(OBJECTIVES) or 'seed' not in row:
         return False
     of_training = [] if row['seed'] is None else ['seed', 'train_steps', 'cost', 'evaluations']
@@ -131,7 +134,8 @@ def is_row(row: object, rulers: Sequence[str]) -> bool:
 
 
 def read_json(path: Path, default: list | dict) -> list | dict:
-    """Contents of a file of ours, with the keys of the default, and values of its types. Raises: UserError where it is damaged."""
+    """Contents of a file of ours, with the keys of the default, and values of its types. Raises: UserError
+    where it is damaged."""
     if not path.exists():
         return default
     try:
@@ -150,7 +154,8 @@ def write_json(path: Path, value) -> None:
 
 
 def settle(outdir: Path, settings: dict, trainings: Sequence[Training]) -> None:
-    """Write down what a comparison is, or see to it that it is the one that the folder holds; it may grow by trainings.
+    """Write down what a comparison is, or see to it that it is the one that the folder holds; it may grow by
+    trainings.
 
     Raises: UserError where it is another one.
     """
@@ -159,8 +164,9 @@ def settle(outdir: Path, settings: dict, trainings: Sequence[Training]) -> None:
     for name, value in settings.items():
         if earlier['settings'].get(name) != value:
             raise UserError(
-                f'--outdir={outdir} holds a comparison with {name} = {json.dumps(earlier["settings"].get(name))}, now it is '
-                f'{json.dumps(value)}: go on with the options it was made with, or choose another folder.'
+                f'--outdir={outdir} holds a comparison with {name} = '
+                f'{json.dumps(earlier["settings"].get(name))}, now it is {json.dumps(value)}: go on with the '
+                'options it was made with, or choose another folder.'
             )
     for name, options in now.items():
         then = earlier['trainings'].get(name, options)
@@ -169,8 +175,8 @@ def settle(outdir: Path, settings: dict, trainings: Sequence[Training]) -> None:
                 set(options) - set(then)
             )
             raise UserError(
-                f'--outdir={outdir} holds {name} trained with {change}, and these options make another network of it: go on with the '
-                'options it was made with, or choose another folder.'
+                f'--outdir={outdir} holds {name} trained with {change}, and these options make another '
+                'network of it: go on with the options it was made with, or choose another folder.'
             )
     write_json(path, dict(settings=settings, trainings={**earlier['trainings'], **now}))
 
@@ -178,7 +184,8 @@ def settle(outdir: Path, settings: dict, trainings: Sequence[Training]) -> None:
 def train(
     story: Story, training: Training, data: Path | str, teacher: str | None, threads: int | None = None
 ) -> None:
-    """See to it that a training is finished: begin it, or go on with it. It starts from the snapshot `teacher`, or from another training's."""
+    """See to it that a training is finished: begin it, or go on with it. It starts from the snapshot
+    `teacher`, or from another training's."""
     folder = story.path('trainings', training.name)
     if is_finished(folder, training):
         return
@@ -254,7 +261,8 @@ def jobs_of(
     results: Results,
     labels: str | None = None,
 ) -> list[tuple[float, str, Callable[[], None]]]:
-    """What is left to do, as (network evaluations, name, function): a training with the measurements of its models each, longest first."""
+    """What is left to do, as (network evaluations, name, function): a training with the measurements of its
+    models each, longest first."""
     groups: dict[str, list[Model]] = {}
     for model in models:
         groups.setdefault(model.training.name if model.training else model.name, []).append(model)
@@ -277,7 +285,8 @@ def jobs_of(
 
 
 def do_all(story: Story, jobs: list[tuple[float, str, Callable[[], None]]], side_by_side: int) -> list[str]:
-    """Do the jobs; one that fails does not keep the others from being done. Returns what was wrong with those that failed."""
+    """Do the jobs; one that fails does not keep the others from being done. Returns what was wrong with those
+    that failed."""
     with workers(story, side_by_side) as pool:
         futures = {pool.submit(function): name for _, name, function in jobs}
         return [
@@ -315,12 +324,14 @@ def of_teacher(rows: Sequence[dict], solver: str) -> dict[int, dict]:
 
 
 def distances_table(rows: Sequence[dict], best: dict, entry: str) -> tuple[list[str], list[list[str]]]:
-    """Header and lines: ratios to the distance of the row `best`, the teacher's in many evaluations, and in brackets the distance of each seed."""
+    """Header and lines: ratios to the distance of the row `best`, the teacher's in many evaluations, and in
+    brackets the distance of each seed."""
     students, euler, heun = of_students(rows), of_teacher(rows, 'euler'), of_teacher(rows, 'heun')
     reference = best[entry]
     columns = sorted({nfe for cells in students.values() for nfe in cells} | set(euler))
     text = lambda found: (
-        f'{sum(row[entry] for row in found) / len(found) / reference:.2f} ({", ".join(f"{row[entry]:.4g}" for row in found)})'
+        f'{sum(row[entry] for row in found) / len(found) / reference:.2f} '
+        f'({", ".join(f"{row[entry]:.4g}" for row in found)})'
     )
     lines = [
         [name, *(text(cells[n]) if n in cells else '' for n in columns)] for name, cells in students.items()
@@ -353,10 +364,12 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, rulers: Seq
     students = of_students(rows)
     having = lambda condition: [name for name in students if condition(OBJECTIVES[name])]
     lines = [
-        f'Columns are network evaluations of an image. The budget of a model is {budget:,} network evaluations for each place in the batch of '
+        f'Columns are network evaluations of an image. The budget of a model is {budget:,} network '
+        'evaluations for each place in the batch of '
         f"{batch}, where a forward pass counts 1 and the student's forward and backward together 3.",
         f"Ratios are to the teacher's own distance with {best['nfe']} evaluations (Heun); in brackets the Fréchet distance of "
-        f'{best["images"]:,} images, of each training seed. By {next(iter(rulers))}, that of the teacher is {best["distance"]:.4g}.',
+        f'{best["images"]:,} images, of each training seed. By {next(iter(rulers))}, that of the teacher is '
+        f'{best["distance"]:.4g}.',
     ]
     about = [
         (
@@ -377,8 +390,8 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, rulers: Seq
     lines += [f'{", ".join(names)}: {text}' for condition, text in about if (names := having(condition))]
     if set(rulers) == set(digits.RULERS):
         lines.append(
-            'The rulers are made for this data: a classifier trained on it, principal components of its pixels, a random convolution. '
-            'This is not FID, and compares with nothing outside this table.'
+            'The rulers are made for this data: a classifier trained on it, principal components of its '
+            'pixels, a random convolution. This is not FID, and compares with nothing outside this table.'
         )
     return lines
 
@@ -503,7 +516,8 @@ class Teacher(NamedTuple):
         cond: whether it knows classes.
         network: options of train.py that make its network, where they are needed.
         image_shape: [C, H, W]; None of a network of latents.
-        labels: what --labels of generate.py has to draw from for everyone, where that are not all classes: [N] classes or [N, D] vectors.
+        labels: what --labels of generate.py has to draw from for everyone, where that are not all classes:
+            [N] classes or [N, D] vectors.
     """
 
     digest: str = 'trained here'
@@ -514,7 +528,8 @@ class Teacher(NamedTuple):
 
 
 def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teacher:
-    """Raises: UserError where it is a student, or not one of such data, or lacks options that `objectives` need."""
+    """Raises: UserError where it is a student, or not one of such data, or lacks options that `objectives`
+    need."""
     from data.dataset import ImageFolderDataset
     from data.label_space import LabelSpace
     from dnnlib.util import file_sha256, local_path
@@ -535,7 +550,8 @@ def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teac
 
 
 def labels_for_all(teacher, dataset) -> np.ndarray | None:
-    """What teacher and students are sampled with, where that is not each of all classes: the vectors of the data, or the classes that both have."""
+    """What teacher and students are sampled with, where that is not each of all classes: the vectors of the
+    data, or the classes that both have."""
     import numpy as np
 
     from data.label_space import space_of
@@ -669,7 +685,8 @@ def write_labels(outdir: Path, labels: np.ndarray | None) -> str | None:
     type=cli.PATH,
     multiple=True,
     group=MEASURING,
-    help='Reference statistics, made by fid.py ref. Several: the plot shows the first.  [default: for the digits three rulers]',
+    help='Reference statistics, made by fid.py ref. Several: the plot shows the first.  [default: for the '
+    'digits three rulers]',
 )
 @cli.option(
     '--detector',
@@ -713,17 +730,20 @@ def main(
     sample_batch,
     train_options,
 ):
-    """Train a list of objectives from one teacher, for an equal budget of network evaluations, and compare what they make of it.
+    """Train a list of objectives from one teacher, for an equal budget of network evaluations, and compare
+    what they make of it.
 
     \b
     All of them on digits, on a laptop:
       python compare.py
     \b
     Two on CIFAR-10:
-      python compare.py --outdir=cifar10 --data=datasets/cifar10-32x32.zip --teacher=edm-cifar10-32x32-cond-vp.pkl \\
-          --objectives=mcd,direct --budget=600000 --batch=512 --ref=fid-refs/cifar10-32x32.npz -- --batch-gpu=128
+      python compare.py --outdir=cifar10 --data=datasets/cifar10-32x32.zip
+          --teacher=edm-cifar10-32x32-cond-vp.pkl \\ --objectives=mcd,direct --budget=600000 --batch=512
+          --ref=fid-refs/cifar10-32x32.npz -- --batch-gpu=128
 
-    A student of a fixed number of steps is trained for each of --steps, with the whole budget; a consistency model once, and sampled in each.
+    A student of a fixed number of steps is trained for each of --steps, with the whole budget; a consistency
+    model once, and sampled in each.
     """
     on_digits, outdir = data == DIGITS, Path(outdir)
     check_usage(data, teacher, refs, detectors)

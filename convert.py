@@ -91,7 +91,8 @@ class ConvertOrInfo(cli.Command):
     '--attention-order',
     type=click.Choice(['qkv-first', 'heads-first']),
     group=OPENAI,
-    help='What the channels of attention are ordered by first. heads-first: trained without flash attention.  [default: qkv-first]',
+    help='What the channels of attention are ordered by first. heads-first: trained without flash '
+    'attention.  [default: qkv-first]',
 )
 @cli.option(
     '--key', metavar='NAME', group=OPENAI, help='Which network, where the file holds several, such as ema.'
@@ -148,9 +149,11 @@ def main(source, dest, reader, writer, timesteps, **openai):
     help="Which network, where a file of OpenAI's weights holds several, such as ema.",
 )
 def info(file, as_json, key):
-    """Say what is in a checkpoint: architecture, arguments, parameters, resolution, labels, preconditioning, objective, grid, kimg.
+    """Say what is in a checkpoint: architecture, arguments, parameters, resolution, labels, preconditioning,
+    objective, grid, kimg.
 
-    FILE is a snapshot, a training state, a safetensors file that convert.py wrote, or OpenAI's weights; its first and last bytes tell which.
+    FILE is a snapshot, a training state, a safetensors file that convert.py wrote, or OpenAI's weights; its
+    first and last bytes tell which.
     """
     from training.interchange import describe
 
@@ -183,7 +186,8 @@ def read(source: str, reader: str, **openai):
     kind = recognize(source)
     if kind == 'training state':
         raise UserError(
-            f'{source} is a training state, from which training goes on. Convert a network-snapshot-*.pkl of the same run.'
+            f'{source} is a training state, from which training goes on. Convert a network-snapshot-*.pkl of '
+            'the same run.'
         )
     from training.checkpoint import load_network
 
@@ -191,7 +195,8 @@ def read(source: str, reader: str, **openai):
         if kind == 'snapshot':
             load_network(source)  # says what it is, where it is none
         raise UserError(
-            f'{source} is {"a PyTorch file" if kind == "openai" else f"a {kind}"}, not a {reader}. Say so with --from={kind}.'
+            f'{source} is {"a PyTorch file" if kind == "openai" else f"a {kind}"}, not a {reader}. Say so '
+            f'with --from={kind}.'
         )
     if reader == 'safetensors':
         from training.interchange.safetensors import load_safetensors
@@ -215,15 +220,18 @@ def write(dest: str, net, writer: str) -> None:
 
         if reserved := {'path', 'net'} & net.metadata.keys():
             raise UserError(
-                f'the metadata has entries named {", ".join(sorted(reserved))}, which a snapshot has no room for'
+                f'the metadata has entries named {", ".join(sorted(reserved))}, which a snapshot has no room '
+                'for'
             )
         save_snapshot(dest, net, **net.metadata)
 
 
 def recognize(source: str) -> str:
-    """What a file is by its contents, one of READERS or 'training state'; what is none of them passes for a snapshot, whose reader says what it is.
+    """What a file is by its contents, one of READERS or 'training state'; what is none of them passes for a
+    snapshot, whose reader says what it is.
 
-    A PyTorch file is a training state where a checksum follows it: large networks' names may hide what else there is.
+    A PyTorch file is a training state where a checksum follows it: large networks' names may hide what else
+    there is.
     """
     import dnnlib
     from dnnlib.file_kind import describe_file
@@ -257,8 +265,9 @@ def summary(net) -> str:
     """One line for people to check a conversion by."""
     parameters = sum(parameter.numel() for parameter in net.parameters())
     return (
-        f'{type(net).__name__}, {net.img_resolution}x{net.img_resolution}x{net.img_channels}, {net.label_dim or "no"} classes, '
-        f'{parameters:,} parameters, objective {net.metadata.get("objective", "unknown")}'
+        f'{type(net).__name__}, {net.img_resolution}x{net.img_resolution}x{net.img_channels}, '
+        f'{net.label_dim or "no"} classes, {parameters:,} parameters, objective '
+        f'{net.metadata.get("objective", "unknown")}'
     )
 
 

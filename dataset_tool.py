@@ -1,4 +1,5 @@
-"""Convert any image source into a data set in EDM's format: a zip or a folder of equally sized square PNGs, or of latents, with `dataset.json`."""
+"""Convert any image source into a data set in EDM's format: a zip or a folder of equally sized square PNGs,
+or of latents, with `dataset.json`."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ def open_source(source: str, selection: Selection, background: tuple[int, int, i
 
 
 def image_array_source(path: pathlib.Path, selection: Selection) -> Source:
-    """The images of an .npz or .npy file, as fid.py reads them; of an .npz `arr_1`, as generate.py and ADM write it, are their classes."""
+    """The images of an .npz or .npy file, as fid.py reads them; of an .npz `arr_1`, as generate.py and ADM
+    write it, are their classes."""
     from data import sources
     from metrics.images import ArrayImages
 
@@ -71,7 +73,8 @@ def image_array_source(path: pathlib.Path, selection: Selection) -> Source:
     images = ArrayImages(path).images.transpose(0, 2, 3, 1)
     if labels is not None and len(labels) != len(images):
         raise UserError(
-            f'{path} has {len(images)} images, but {len(labels)} labels in arr_1; leave them out with --labels-from=none'
+            f'{path} has {len(images)} images, but {len(labels)} labels in arr_1; leave them out with '
+            '--labels-from=none'
         )
     return sources.array_source(
         images[:, :, :, 0] if images.shape[3] == 1 else images, labels, path.name, selection
@@ -79,7 +82,8 @@ def image_array_source(path: pathlib.Path, selection: Selection) -> Source:
 
 
 def read_classes(path: pathlib.Path) -> np.ndarray | None:
-    """[N] class indices in an .npz file; None where it has none. Raises: UserError where its `arr_1` is anything else."""
+    """[N] class indices in an .npz file; None where it has none. Raises: UserError where its `arr_1` is
+    anything else."""
     from data import sources
     from data.arrays import ArchivedArrays, may_be_images
 
@@ -96,8 +100,8 @@ def read_classes(path: pathlib.Path) -> np.ndarray | None:
         labels = arrays.read('arr_1') if header.dtype.kind in 'iu' and len(header.shape) == 1 else None
     if labels is None or (labels.size and labels.min() < 0):
         raise UserError(
-            f'{path}: arr_1 is {header.dtype} {list(header.shape)}, and labels are class indices, whole numbers [N] from 0; '
-            'leave it out with --labels-from=none'
+            f'{path}: arr_1 is {header.dtype} {list(header.shape)}, and labels are class indices, whole '
+            'numbers [N] from 0; leave it out with --labels-from=none'
         )
     return labels
 
@@ -107,7 +111,8 @@ def read_classes(path: pathlib.Path) -> np.ndarray | None:
 
 
 def make_transform(name: str | None, resolution: tuple[int, int] | None) -> Callable[[Image], Image | None]:
-    """The function from a source image to the image written, or to None where it is left out. Raises: UserError where no size could be valid."""
+    """The function from a source image to the image written, or to None where it is left out. Raises:
+    UserError where no size could be valid."""
     if resolution is None:
         return lambda image: image
     from data import pixels
@@ -116,7 +121,8 @@ def make_transform(name: str | None, resolution: tuple[int, int] | None) -> Call
     if name in WIDE:
         if height > width:
             raise UserError(
-                f'--resolution={width}x{height}: {name} pads to a square of the width, so the height cannot exceed it'
+                f'--resolution={width}x{height}: {name} pads to a square of the width, so the height cannot '
+                'exceed it'
             )
         check_size(width, width, f'--resolution={width}x{height}')
     else:
@@ -129,11 +135,13 @@ def check_size(width: int, height: int, what: str) -> None:
     """Raises UserError unless the size is square with a power of two as side."""
     if width != height:
         raise UserError(
-            f'{what}: {width}x{height} is not square; add --transform=center-crop and a square --resolution, such as 64x64'
+            f'{what}: {width}x{height} is not square; add --transform=center-crop and a square --resolution, '
+            'such as 64x64'
         )
     if width & (width - 1):
         raise UserError(
-            f'{what}: side {width} is not a power of two, as networks need; choose such a --resolution, such as 64x64'
+            f'{what}: side {width} is not a power of two, as networks need; choose such a --resolution, such '
+            'as 64x64'
         )
 
 
@@ -163,7 +171,8 @@ class Recipe(NamedTuple):
 
 
 class Written(NamedTuple):
-    """An image to be written: its place in the source, its name there, for messages, the image, and its label."""
+    """An image to be written: its place in the source, its name there, for messages, the image, and its
+    label."""
 
     number: int
     name: str
@@ -203,7 +212,8 @@ def converted(source: Source, recipe: Recipe) -> Iterator[Written]:
         click.echo(printable(f'Note: {count} {text}.'), err=True)
     if first is None:
         raise UserError(
-            f'None of the {left_out} images is large enough; choose a smaller --resolution, or --transform=center-crop-letterbox'
+            f'None of the {left_out} images is large enough; choose a smaller --resolution, or '
+            '--transform=center-crop-letterbox'
         )
 
 
@@ -238,9 +248,11 @@ class PngFiles:
 
 
 class LatentFiles:
-    """Images as raw latents of a VAE, in EDM2's format: .npy files, float32 [2 C, h, w], first means, then standard deviations.
+    """Images as raw latents of a VAE, in EDM2's format: .npy files, float32 [2 C, h, w], first means, then
+    standard deviations.
 
-    `entries` of dataset.json name the VAE, and the mean and deviation that each channel has over all images and draws from them.
+    `entries` of dataset.json name the VAE, and the mean and deviation that each channel has over all images
+    and draws from them.
     """
 
     pattern = 'img-mean-std-{:08d}.npy'
@@ -277,13 +289,14 @@ class LatentFiles:
             raw = self.encoder.encode_pixels(pixels.to(self.device)).cpu().numpy()
         except RuntimeError as error:
             raise UserError(
-                f'{batch[0].name}: the VAE cannot encode images of {pixels.shape[3]}x{pixels.shape[2]} ({str(error).splitlines()[0]}); '
-                'choose another --resolution'
+                f'{batch[0].name}: the VAE cannot encode images of {pixels.shape[3]}x{pixels.shape[2]} '
+                f'({str(error).splitlines()[0]}); choose another --resolution'
             ) from error
         if bad := [item.name for item, values in zip(batch, raw) if not np.isfinite(values).all()]:
             raise UserError(
-                f'{bad[0]}: the VAE {self.encoder.vae_name} makes latents of it that are not finite (NaN or infinite values): '
-                'its weights are damaged, or it overflows in its precision; use another, such as stabilityai/sd-vae-ft-mse'
+                f'{bad[0]}: the VAE {self.encoder.vae_name} makes latents of it that are not finite (NaN or '
+                'infinite values): its weights are damaged, or it overflows in its precision; use another, '
+                'such as stabilityai/sd-vae-ft-mse'
             )
         mean, std = np.split(raw.astype(np.float64), 2, axis=1)
         self.values += mean[:, 0].size
@@ -306,7 +319,8 @@ class LatentFiles:
 
 
 def convert(source: Source, dest: pathlib.Path, recipe: Recipe, files: PngFiles | LatentFiles) -> str:
-    """Write all images as `files` has it, numbered as in the source, then `dataset.json`. Returns: a sentence about what was written."""
+    """Write all images as `files` has it, numbered as in the source, then `dataset.json`. Returns: a sentence
+    about what was written."""
     from tqdm import tqdm
 
     from data.label_space import Labels, LabelSpace
@@ -333,7 +347,11 @@ def convert(source: Source, dest: pathlib.Path, recipe: Recipe, files: PngFiles 
         )
     if warning := space.warning():
         click.echo(printable(f'Warning: {warning}'), err=True)
-    return f'Wrote {len(labels)} {files.what}, {f"with {space}" if space.are_vectors else "with labels" if labeled else "without labels"}, to {dest}'
+    return (
+        f'Wrote {len(labels)} {files.what}, '
+        f'{f"with {space}" if space.are_vectors else "with labels" if labeled else "without labels"}, to '
+        f'{dest}'
+    )
 
 
 class Resolution(click.ParamType):
@@ -366,7 +384,8 @@ class Background(click.ParamType):
             rgb = ()
         if len(rgb) != 3 or max(rgb) > 255:
             self.fail(
-                f'{shown(value)} is not an opaque color: a name of CSS, such as white, black or gray, or #rrggbb, or rgb(255, 255, 255)',
+                f'{shown(value)} is not an opaque color: a name of CSS, such as white, black or gray, or '
+                '#rrggbb, or rgb(255, 255, 255)',
                 param,
                 ctx,
             )
@@ -381,7 +400,8 @@ class Background(click.ParamType):
     type=PATH,
     group='Input',
     help="Folder or zip of images; an .npz or .npy of uint8 images; cifar-10-python.tar.gz; MNIST's train-images-idx3-ubyte[.gz], its labels "
-    'beside it (28x28 images are padded to 32x32); an LSUN *_lmdb folder; or "digits", scikit-learn\'s 1,797 images of 8x8.',
+    'beside it (28x28 images are padded to 32x32); an LSUN *_lmdb folder; or "digits", scikit-learn\'s '
+    '1,797 images of 8x8.',
 )
 @option(
     '--max-images',
@@ -412,7 +432,8 @@ class Background(click.ParamType):
     default='ignore',
     show_default=True,
     group='Input',
-    help='Whether images that carry an EXIF orientation are turned by it, as viewers do, or stay as their pixels are stored.',
+    help='Whether images that carry an EXIF orientation are turned by it, as viewers do, or stay as their '
+    'pixels are stored.',
 )
 @option(
     '--background',
@@ -421,7 +442,8 @@ class Background(click.ParamType):
     show_default=True,
     metavar='COLOR',
     group='Input',
-    help='What transparent pixels lie on: a name of CSS or #rrggbb. Gray images with transparency stay gray if it is gray.',
+    help='What transparent pixels lie on: a name of CSS or #rrggbb. Gray images with transparency stay '
+    'gray if it is gray.',
 )
 @option(
     '--dest',
@@ -443,7 +465,8 @@ class Background(click.ParamType):
     type=click.Choice(list(TRANSFORMS)),
     group='Output',
     help="How non-square images become square: center-crop cuts the largest centered square; center-crop-wide is EDM's, for LSUN: it cuts the "
-    'middle rows, leaves out images that are smaller than WxH, and pads with black bars to WxW; center-crop-letterbox cuts to W:H and pads; '
+    'middle rows, leaves out images that are smaller than WxH, and pads with black bars to WxW; '
+    'center-crop-letterbox cuts to W:H and pads; '
     "center-crop-dhariwal is ADM's preprocessing, for ImageNet.  [default: stretch]",
 )
 @option(
@@ -452,8 +475,8 @@ class Background(click.ParamType):
     metavar='NAME|DIR',
     type=PATH,
     group='Output',
-    help='Write latents, not images: of this diffusers AutoencoderKL, a name on the Hugging Face hub, such as stabilityai/sd-vae-ft-mse (the VAE '
-    'of EDM2), or a folder.',
+    help='Write latents, not images: of this diffusers AutoencoderKL, a name on the Hugging Face hub, such '
+    'as stabilityai/sd-vae-ft-mse (the VAE of EDM2), or a folder.',
 )
 def main(
     source: str,
@@ -469,15 +492,17 @@ def main(
 ) -> None:
     """Convert images into a data set for training and evaluation.
 
-    The result is a zip or folder of PNGs of one size, square with a power of two as side, grayscale or RGB, and a dataset.json of labels. Labels
-    come from the source's own dataset.json; without one, the class folders become the labels 0, 1, ... in sorted order.
+    The result is a zip or folder of PNGs of one size, square with a power of two as side, grayscale or RGB,
+    and a dataset.json of labels. Labels come from the source's own dataset.json; without one, the class
+    folders become the labels 0, 1, ... in sorted order.
 
     \b
     Examples:
-      python dataset_tool.py --source=digits --dest=datasets/digits.zip
-      python dataset_tool.py --source=downloads/cifar-10-python.tar.gz --dest=datasets/cifar10-32x32.zip
-      python dataset_tool.py --source=imagenet/train --dest=datasets/imagenet-64x64.zip --resolution=64x64 --transform=center-crop
-      python dataset_tool.py --source=datasets/imagenet-512x512.zip --dest=datasets/latents.zip --encode-vae=stabilityai/sd-vae-ft-mse
+      python dataset_tool.py --source=digits --dest=datasets/digits.zip python dataset_tool.py
+      --source=downloads/cifar-10-python.tar.gz --dest=datasets/cifar10-32x32.zip python dataset_tool.py
+      --source=imagenet/train --dest=datasets/imagenet-64x64.zip --resolution=64x64 --transform=center-crop
+      python dataset_tool.py --source=datasets/imagenet-512x512.zip --dest=datasets/latents.zip
+      --encode-vae=stabilityai/sd-vae-ft-mse
     """
     if transform is not None and resolution is None:
         raise click.UsageError(f'--transform={transform} needs --resolution=WxH')

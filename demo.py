@@ -1,6 +1,8 @@
-"""The whole story on real digits, in minutes on a laptop: a teacher that needs 511 evaluations, students that need 8 or fewer.
+"""The whole story on real digits, in minutes on a laptop: a teacher that needs 511 evaluations, students that
+need 8 or fewer.
 
-Drives the scripts of this repository as a user would, prints every command before it runs, and writes a report.
+Drives the scripts of this repository as a user would, prints every command before it runs, and writes a
+report.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ TEACHER_ROWS = [('euler', 8, 8), ('heun', 256, 511)]  # solver, steps, NFE
 def train(
     story: Story, name: str, steps: int, options: list[str], ruler: Ruler, threads: int | None = None
 ) -> Path:
-    """Train a network of the demo's size, with five evaluations on the way, by a ruler; returns its snapshot."""
+    """Train a network of the demo's size, with five evaluations on the way, by a ruler; returns its
+    snapshot."""
     kimg = steps * digits.BATCH / 1000
     story.run(
         name,
@@ -192,10 +195,11 @@ def report(story: Story, rows: list[dict], minutes: float) -> None:
         for objective, (name, _) in STUDENTS.items()
     )
     note = (
-        f'<p>{who}.</p><p>Fréchet distances between {rows[0]["images"]} samples and the 1,797 real digits of scikit-learn, in the features of a '
-        'small digits classifier that the demo trains in seconds. This is not FID: no Inception network is involved, and the numbers compare '
-        f'with nothing outside this page. Two rulers that nobody trained stand beside it. Rulers: {rulers}. Intervals are the sampling noise '
-        f'(bootstrap). The whole run took {minutes:.1f} minutes.</p>'
+        f'<p>{who}.</p><p>Fréchet distances between {rows[0]["images"]} samples and the 1,797 real digits of '
+        'scikit-learn, in the features of a small digits classifier that the demo trains in seconds. This '
+        'is not FID: no Inception network is involved, and the numbers compare with nothing outside this '
+        f'page. Two rulers that nobody trained stand beside it. Rulers: {rulers}. Intervals are the sampling '
+        f'noise (bootstrap). The whole run took {minutes:.1f} minutes.</p>'
     )
     sections = [
         ('', note + pages.html_table(header, cells)),
@@ -222,7 +226,8 @@ def report(story: Story, rows: list[dict], minutes: float) -> None:
     type=cli.SOME_FACTOR,
     default=1.0,
     show_default=True,
-    help='Factor on the training steps; below 1 on the number of samples too. The table means nothing for small values.',
+    help='Factor on the training steps; below 1 on the number of samples too. The table means nothing for '
+    'small values.',
 )
 @cli.option(
     '--jobs',
@@ -233,7 +238,8 @@ def report(story: Story, rows: list[dict], minutes: float) -> None:
     help='Commands that run side by side.',
 )
 def main(outdir, scale, jobs):
-    """Train a teacher on real digits, distil students of 8 and fewer steps in two ways, compare them, and write a report. Minutes on two cores."""
+    """Train a teacher on real digits, distil students of 8 and fewer steps in two ways, compare them, and
+    write a report. Minutes on two cores."""
     start = time.monotonic()
     outdir = Path(outdir)
     make_outdir(outdir)

@@ -76,7 +76,8 @@ def main(snapshot, dest, rows=4, columns=10):
     pixels, finite = checked_images(encoder_of(net, device), images)
     if not finite.all():
         raise UserError(
-            f'{int((~finite).sum())} of {len(images)} images are not finite (NaN or infinite values): {snapshot} is broken for them.'
+            f'{int((~finite).sum())} of {len(images)} images are not finite (NaN or infinite values): '
+            f'{snapshot} is broken for them.'
         )
     save_images(image_grid(pixels, columns)[None], [dest])
 

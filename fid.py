@@ -1,4 +1,5 @@
-"""Measures of generated images: Fréchet inception distance (Heusel et al. 2017) and the others that papers report."""
+"""Measures of generated images: Fréchet inception distance (Heusel et al. 2017) and the others that papers
+report."""
 
 from __future__ import annotations
 
@@ -100,7 +101,8 @@ def shared_options(command):
                 metavar='DIR',
                 type=cli.PATH,
                 group=SPEED,
-                help='Keep features here: what was stopped goes on, other measures of the same images start from them.',
+                help='Keep features here: what was stopped goes on, other measures of the same images '
+                'start from them.',
             ),
         ]
     ):
@@ -110,7 +112,8 @@ def shared_options(command):
 
 @click.group(cls=cli.Group)
 def main():
-    """Fréchet inception distance (FID) of images, other measures of theirs, and the reference statistics that they need.
+    """Fréchet inception distance (FID) of images, other measures of theirs, and the reference statistics that
+    they need.
 
     \b
     Distance of 50,000 images, in 1 or 4 processes:
@@ -124,8 +127,8 @@ def main():
     Reference statistics of a data set:
       python fid.py ref --data=datasets/imagenet-64x64.zip --dest=fid-refs/imagenet-64x64.npz
 
-    The last line that `calc` writes to stdout is the bare number; everything else goes to stderr.
-    Under torchrun put `--` before fid.py where you pass --num: recent ones take that for an option of their own.
+    The last line that `calc` writes to stdout is the bare number; everything else goes to stderr. Under
+    torchrun put `--` before fid.py where you pass --num: recent ones take that for an option of their own.
     """
 
 
@@ -136,7 +139,8 @@ def main():
     metavar='PATH',
     type=cli.PATH,
     multiple=True,
-    help='Images to measure: a folder (with its subfolders), a zip, or an .npz or .npy of uint8 images. Several: each by itself.',
+    help='Images to measure: a folder (with its subfolders), a zip, or an .npz or .npy of uint8 images. '
+    'Several: each by itself.',
 )
 @cli.option(
     '--ref',
@@ -151,13 +155,15 @@ def main():
     type=Measures(),
     default='fid',
     show_default=True,
-    help='What to compute, from one pass: fid, fid_inf, kid, precision, recall, density, coverage, is, fd_dinov2.',
+    help='What to compute, from one pass: fid, fid_inf, kid, precision, recall, density, coverage, is, '
+    'fd_dinov2.',
 )
 @cli.option(
     '--num',
     metavar='INT',
     type=cli.Integer(min=2),
-    help=f'Images to use: a random subset where there are more, an error where there are fewer.  [default: {DEFAULT_NUM}]',
+    help='Images to use: a random subset where there are more, an error where there are fewer.  [default: '
+    f'{DEFAULT_NUM}]',
 )
 @cli.option(
     '--bootstrap',
@@ -165,7 +171,8 @@ def main():
     type=cli.Integer(min=0, max=1_000_000),
     default=0,
     show_default=True,
-    help='Resamples for a 95 % interval of the sampling noise (not the bias); each costs about one more distance. 0 for none.',
+    help='Resamples for a 95 % interval of the sampling noise (not the bias); each costs about one more '
+    'distance. 0 for none.',
 )
 @cli.option(
     '--nearest-k',
@@ -272,7 +279,8 @@ def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, se
     type=cli.Integer(min=0),
     default=0,
     show_default=True,
-    help='Store the features of so many images too, a random subset: kid, precision, recall, density and coverage need them.',
+    help='Store the features of so many images too, a random subset: kid, precision, recall, density and '
+    'coverage need them.',
 )
 @shared_options
 def ref(path, dest, measures, num, features, **options):
@@ -302,7 +310,7 @@ def ref(path, dest, measures, num, features, **options):
             say(f'Statistics of {how_many(first.stats.count, source.total, first.skipped)} written to {dest}')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # What is measured, and against what.
 
 
@@ -364,7 +372,7 @@ def images_of_network(network: str, seed_sets, sampling: dict, batch: int) -> li
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # What is said about it.
 
 
@@ -398,13 +406,14 @@ def sentence(found: dict) -> str:
     of = f' ({count} images)' if count else ''
     images = how_many(found['num_images'], found['total_images'], found['skipped'])
     return (
-        f'{found["name"]} {found["value"]:.6g}{"".join(f", {part}" for part in noise)}: {images} of {found["images"]}, '
-        f'detector {found["detector"]}{against}{of}'
+        f'{found["name"]} {found["value"]:.6g}{"".join(f", {part}" for part in noise)}: {images} of '
+        f'{found["images"]}, detector {found["detector"]}{against}{of}'
     )
 
 
 def summary(found: list[dict]) -> dict:
-    """The result for a measure: of one set of images its own, of several their mean, their minimum and each."""
+    """The result for a measure: of one set of images its own, of several their mean, their minimum and
+    each."""
     if len(found) == 1:
         return found[0]
     values = [result['value'] for result in found]

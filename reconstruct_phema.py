@@ -32,7 +32,8 @@ OF_A_MACHINE = ('path', 'cache')  # entries of dataset_kwargs that may change wh
 
 
 class Widths(click.ParamType):
-    """Widths, ascending: `0.05,0.1`; three dots go on evenly, so that `0.05,0.1,...,0.25` is [0.05, 0.1, 0.15, 0.2, 0.25]."""
+    """Widths, ascending: `0.05,0.1`; three dots go on evenly, so that `0.05,0.1,...,0.25` is [0.05, 0.1,
+    0.15, 0.2, 0.25]."""
 
     name = 'list'
 
@@ -56,7 +57,8 @@ class Widths(click.ParamType):
             numbers
         ):
             self.fail(
-                f'{cli.shown(value)}: widths lie between 0.001 and 0.28 and differ in the third decimal, which names files',
+                f'{cli.shown(value)}: widths lie between 0.001 and 0.28 and differ in the third decimal, '
+                'which names files',
                 param,
                 ctx,
             )
@@ -123,7 +125,8 @@ class FilePrefix(click.ParamType):
     default=1024,
     show_default=True,
     group=STORED,
-    help='Images a training step, for files that do not say how many images they have seen: the multiple that fits the name.',
+    help='Images a training step, for files that do not say how many images they have seen: the multiple '
+    'that fits the name.',
 )
 @cli.option(
     '--outstd',
@@ -168,7 +171,8 @@ class FilePrefix(click.ParamType):
     help='Say what is stored, and with --outstd how well it would do. Writes nothing.',
 )
 def main(indir, inprefix, instd, training_batch, outstd, outkimg, outdir, outprefix, skip, batch, list_only):
-    """Reconstruct power-function averages of the weights after training (EDM2, Section 3.2), of any width, from stored ones.
+    """Reconstruct power-function averages of the weights after training (EDM2, Section 3.2), of any width,
+    from stored ones.
 
     \b
     Train with two widths, and store them often:
@@ -181,10 +185,11 @@ def main(indir, inprefix, instd, training_batch, outstd, outkimg, outdir, outpre
     A sweep at the last stored time, into run/phema-<kimg>-<width>.pkl:
       python reconstruct_phema.py --indir=run --outstd=0.01,0.02,...,0.25 --batch=5
 
-    A width is the standard deviation of an average's profile over training, as a share of the training so far: 0.10 sees mostly the last
-    fifth. A reconstruction is a sum of the averages stored up to its time, with the weights that bring the sum of their profiles closest to
-    the profile asked for. The distance that remains, relative to that profile, is printed as profile error. It shrinks where averages are
-    stored more often, and with two widths instead of one.
+    A width is the standard deviation of an average's profile over training, as a share of the training so
+    far: 0.10 sees mostly the last fifth. A reconstruction is a sum of the averages stored up to its time,
+    with the weights that bring the sum of their profiles closest to the profile asked for. The distance that
+    remains, relative to that profile, is printed as profile error. It shrinks where averages are stored more
+    often, and with two widths instead of one.
 
     Reads snapshots of train.py and of EDM2. Nothing in a file is executed.
     """
@@ -244,7 +249,8 @@ def find_stored(
     ]  # at 0 images there is nothing to average
     if not stored:
         raise UserError(
-            f'{indir} holds no averages that training stored, {inprefix or "network-snapshot"}-<kimg>-<width>.pkl. Name the folder of '
+            f'{indir} holds no averages that training stored, '
+            f'{inprefix or "network-snapshot"}-<kimg>-<width>.pkl. Name the folder of '
             "a run that was trained with --phema=0.05,0.10, or the beginning of its files' names with --inprefix."
         )
     check_one_run(stored)
@@ -278,13 +284,15 @@ def read_stored(path: str, prefix: str, stem: str, width: str, training_batch: i
             )
     except MalformedPickle as error:
         raise UserError(
-            f'{path} cannot be used as a stored average: it {error}. Copy it again, or take it out of the folder.'
+            f'{path} cannot be used as a stored average: it {error}. Copy it again, or take it out of the '
+            'folder.'
         ) from error
     return Stored(path, prefix, stem, nimg, std, facts, bool(metadata.get('reconstructed')))
 
 
 def read_header(path: str) -> tuple[dict, dict[str, str]]:
-    """(metadata, what all snapshots of its run have in common) of a snapshot. Raises: MalformedPickle, UserError."""
+    """(metadata, what all snapshots of its run have in common) of a snapshot. Raises: MalformedPickle,
+    UserError."""
     import dnnlib
     from torch_utils.restricted_pickle import MalformedPickle, persistent_object, plain, read_pickle
 
@@ -314,41 +322,47 @@ def read_header(path: str) -> tuple[dict, dict[str, str]]:
 
 
 def nimg_at(kimg: int, training_batch: int) -> int:
-    """Images seen by a snapshot of EDM2, whose name has the floor of kimg: the first whole number of training steps that it can mean."""
+    """Images seen by a snapshot of EDM2, whose name has the floor of kimg: the first whole number of training
+    steps that it can mean."""
     from torch_utils.restricted_pickle import MalformedPickle
 
     nimg = -(-kimg * 1000 // training_batch) * training_batch
     if nimg // 1000 != kimg:
         raise MalformedPickle(
-            f'does not say how many images it has seen, and no multiple of --training_batch={training_batch} is at {kimg} kimg'
+            f'does not say how many images it has seen, and no multiple of --training_batch={training_batch} '
+            f'is at {kimg} kimg'
         )
     return nimg
 
 
 def check_one_run(stored: list[Stored]) -> None:
-    """Raises UserError where averages are of several runs, as far as their headers tell, or two claim the same width and time."""
+    """Raises UserError where averages are of several runs, as far as their headers tell, or two claim the
+    same width and time."""
     prefixes = sorted({average.prefix for average in stored})
     if len(prefixes) > 1:
         raise UserError(
-            f'{os.path.dirname(stored[0].path)} holds averages under several names: {", ".join(prefixes)}. Choose by --inprefix.'
+            f'{os.path.dirname(stored[0].path)} holds averages under several names: {", ".join(prefixes)}. '
+            'Choose by --inprefix.'
         )
     told, places = (
         {},
         {},
-    )  # by whom: a fact first, and a width at a time. What one does not tell, as older versions do not, cannot contradict
+        # By whom: a fact first, and a width at a time. What one does not tell, as older versions do not, cannot
+        # contradict
+    )
     for average in stored:
         for name, fact in sorted(average.facts.items()):
             other = told.setdefault(name, average)
             if other.facts[name] != fact:
                 raise UserError(
-                    f'{other.path} and {average.path} are of different runs: {name} is {other.facts[name][:80]} there '
-                    f'and {fact[:80]} here. Give each run a folder of its own.'
+                    f'{other.path} and {average.path} are of different runs: {name} is '
+                    f'{other.facts[name][:80]} there and {fact[:80]} here. Give each run a folder of its own.'
                 )
         other = places.setdefault((f'{average.std:.3f}', average.nimg), average)
         if other is not average:
             raise UserError(
-                f'{other.path} and {average.path} are both the average of width {average.std:.3f} after {average.nimg:,} images. '
-                'Take the one out that is not of this run.'
+                f'{other.path} and {average.path} are both the average of width {average.std:.3f} after '
+                f'{average.nimg:,} images. Take the one out that is not of this run.'
             )
 
 
@@ -364,8 +378,9 @@ def table(stored: list[Stored], indir: str) -> str:
 
 
 def stored_until(stored: list[Stored], kimg: float | None) -> list[Stored]:
-    """Those up to a time, which must be one at which averages were stored: the end of a profile is where it is highest, and nothing else
-    has it. `kimg` is exact, or the whole number in the names of files; None for the last time."""
+    """Those up to a time, which must be one at which averages were stored: the end of a profile is where it
+    is highest, and nothing else has it. `kimg` is exact, or the whole number in the names of files; None for
+    the last time."""
     if kimg is None:
         return stored
     times = sorted({average.nimg for average in stored})
@@ -388,7 +403,8 @@ def stored_until(stored: list[Stored], kimg: float | None) -> list[Stored]:
 
 
 def plan(inputs: list[Stored], stds: list[float], outdir: str, prefix: str) -> list[EasyDict]:
-    """What to write: path, std, the inputs' weights, and the profile error, of each width at the time of the last input."""
+    """What to write: path, std, the inputs' weights, and the profile error, of each width at the time of the
+    last input."""
     from training.phema import posthoc_error, solve_posthoc_coefficients
 
     in_nimg, in_std, out_nimg = (
@@ -410,7 +426,8 @@ def plan(inputs: list[Stored], stds: list[float], outdir: str, prefix: str) -> l
 
 
 def report(outputs: list[EasyDict], inputs: list[Stored], selected: bool) -> None:
-    """Say how close each profile comes to the one asked for, and what would bring it closer. `selected`: more widths may be stored."""
+    """Say how close each profile comes to the one asked for, and what would bring it closer. `selected`: more
+    widths may be stored."""
     click.echo(f'From {len(inputs)} of them, at {inputs[-1].nimg / 1e3:g} kimg:')
     for output in outputs:
         click.echo(f'  {output.std:.3f}  profile error {100 * output.error:.2g} %')
@@ -423,13 +440,14 @@ def report(outputs: list[EasyDict], inputs: list[Stored], selected: bool) -> Non
             f'in the next run a smaller --phema_snap{"" if len(widths) > 1 else ", and two widths"}',
         ]
         click.echo(
-            f'Warning: {", ".join(rough)} can be had roughly only, with a profile error above {100 * ROUGH:g} %. '
-            f'What helps: {"; ".join(cures)}.'
+            f'Warning: {", ".join(rough)} can be had roughly only, with a profile error above '
+            f'{100 * ROUGH:g} %. What helps: {"; ".join(cures)}.'
         )
 
 
 def prepare(outputs: list[EasyDict], outdir: str) -> None:
-    """Make the folder. Raises UserError where it cannot be written to, or a file that is in the way is no reconstruction."""
+    """Make the folder. Raises UserError where it cannot be written to, or a file that is in the way is no
+    reconstruction."""
     from torch_utils.restricted_pickle import MalformedPickle
 
     for output in outputs:
@@ -439,7 +457,8 @@ def prepare(outputs: list[EasyDict], outdir: str) -> None:
             replaceable = False
         if not replaceable:
             raise UserError(
-                f'{output.path} exists and is no reconstruction, so it stays. Choose another --outprefix or --outdir, or --skip.'
+                f'{output.path} exists and is no reconstruction, so it stays. Choose another --outprefix or '
+                '--outdir, or --skip.'
             )
     try:
         os.makedirs(outdir, exist_ok=True)
@@ -468,8 +487,9 @@ def write_all(inputs: list[Stored], outputs: list[EasyDict], batch: int) -> None
 def reconstruct(inputs: list[Stored], outputs: list[EasyDict], advance=lambda: None) -> None:
     """Write the sums of the inputs' parameters with each output's weights, in one pass over the inputs.
 
-    Sums are in FP32, whose rounding the inputs have already; half-precision parameters go into FP32 and come out as they were. In memory are
-    the sums and one input, and while a file is written, the sums and its bytes.
+    Sums are in FP32, whose rounding the inputs have already; half-precision parameters go into FP32 and come
+    out as they were. In memory are the sums and one input, and while a file is written, the sums and its
+    bytes.
     """
     from training.checkpoint import save_snapshot
     from training.phema import average_name
@@ -499,7 +519,8 @@ def reconstruct(inputs: list[Stored], outputs: list[EasyDict], advance=lambda: N
 
 
 def load(average: Stored) -> tuple[torch.nn.Module, dict]:
-    """(network, metadata without what is the average's own) of a stored average. Raises: UserError for parameters that are not finite."""
+    """(network, metadata without what is the average's own) of a stored average. Raises: UserError for
+    parameters that are not finite."""
     import torch
 
     from training.checkpoint import load_network
@@ -508,7 +529,8 @@ def load(average: Stored) -> tuple[torch.nn.Module, dict]:
     for name, parameter in net.named_parameters():
         if not torch.isfinite(parameter).all():
             raise UserError(
-                f'{average.path} has values in {name} that are not finite. Training had diverged; --outkimg can name a time before.'
+                f'{average.path} has values in {name} that are not finite. Training had diverged; --outkimg '
+                'can name a time before.'
             )
     metadata = {name: value for name, value in net.metadata.items() if name not in OF_ONE_SNAPSHOT}
     return net, dict(metadata, nimg=average.nimg, kimg=average.nimg / 1e3)
@@ -529,7 +551,8 @@ def add(
 ) -> None:
     """Add weight · parameters of a stored average to each of the sums.
 
-    Raises: UserError where it has other tensors than `last`, or other values in what is not averaged: buffers, noise levels, switches.
+    Raises: UserError where it has other tensors than `last`, or other values in what is not averaged:
+        buffers, noise levels, switches.
     """
     import torch
 
@@ -548,8 +571,8 @@ def add(
         and all(torch.equal(buffer, buffers[1][name]) for name, buffer in buffers[0].items())
     ):
         raise UserError(
-            f'{average.path} is not of the run of the others: shapes, constants or settings of its network differ. '
-            'Give each run a folder of its own.'
+            f'{average.path} is not of the run of the others: shapes, constants or settings of its network '
+            'differ. Give each run a folder of its own.'
         )
     for total, weight in zip(sums, weights):
         for name, parameter in net.named_parameters():

@@ -68,7 +68,8 @@ from sampling.options import labels_option
 )
 @labels_option()
 def main(networks, ref, outdir, detector, **options):
-    """Evaluate saved snapshots into the same lines that training writes to metrics-val.jsonl. Also under torchrun."""
+    """Evaluate saved snapshots into the same lines that training writes to metrics-val.jsonl. Also under
+    torchrun."""
     from data.label_space import space_of
     from torch_utils import distributed
     from training.checkpoint import load_network

@@ -106,7 +106,8 @@ def check_dest(dest: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def open_dest(dest: pathlib.Path) -> Iterator[Callable[[str, bytes], None]]:
-    """A function that writes a file into `dest`, which comes into being, whole, at the end of the block, and not at all after an error."""
+    """A function that writes a file into `dest`, which comes into being, whole, at the end of the block, and
+    not at all after an error."""
     target = dest.resolve()  # through a link, so that it is not replaced itself
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""NumPy's .npy and .npz files, read as data: pickled contents are refused, and no memory is taken on a header's word."""
+"""NumPy's .npy and .npz files, read as data: pickled contents are refused, and no memory is taken on a
+header's word."""
 
 from __future__ import annotations
 
@@ -37,12 +38,14 @@ def map_npy(path: str | os.PathLike) -> np.ndarray:
             return _map(file, npy.read_header(file), file.tell(), os.path.getsize(path))
     except UNREADABLE as error:
         raise UserError(
-            f'{path} is no readable .npy file: {_what_it_is(path, error, "an array of images (.npy)", "a NumPy .npy")}'
+            f'{path} is no readable .npy file: '
+            f'{_what_it_is(path, error, "an array of images (.npy)", "a NumPy .npy")}'
         ) from error
 
 
 def _what_it_is(path: str | os.PathLike, error: BaseException, wanted: str, own: str) -> str:
-    """The reason why a file cannot be read and what to do about it: that it is of another kind, or else what the reader said."""
+    """The reason why a file cannot be read and what to do about it: that it is of another kind, or else what
+    the reader said."""
     kind = another_kind(path, wanted, own=(own, 'text')) if os.access(path, os.R_OK) else None
     return f'it {kind}' if kind else f'{_reason(error)}. Copy or make it again.'
 
@@ -51,7 +54,8 @@ def _map(file: BinaryIO, header: Header, start: int, stop: int) -> np.ndarray:
     """The array whose values are file[start:stop]."""
     if stop - start != header.nbytes:
         raise ValueError(
-            f'its header says {header.dtype} {list(header.shape)}, and {stop - start:,} bytes follow instead of {header.nbytes:,}'
+            f'its header says {header.dtype} {list(header.shape)}, and {stop - start:,} bytes follow instead '
+            f'of {header.nbytes:,}'
         )
     if header.nbytes == 0:
         return np.empty(header.shape, header.dtype)
@@ -114,7 +118,8 @@ class ArchivedArrays:
             raise self._unreadable(key, error) from error
 
     def map(self, key: str, verify: bool = False) -> np.ndarray:
-        """An array whose values are read when they are used: in place or, of a compressed file, from a temporary copy that goes with the array.
+        """An array whose values are read when they are used: in place or, of a compressed file, from a
+        temporary copy that goes with the array.
 
         Args:
             verify: whether to read it once for its checksum, which for a copy is compared anyway.
@@ -149,7 +154,8 @@ class ArchivedArrays:
         header = npy.read_header(file)
         if file.tell() + header.nbytes != info.file_size:
             raise ValueError(
-                f'its header says {header.dtype} {list(header.shape)}, {header.nbytes:,} bytes, and it has {info.file_size:,}'
+                f'its header says {header.dtype} {list(header.shape)}, {header.nbytes:,} bytes, and it has '
+                f'{info.file_size:,}'
             )
         check_inflation(header.nbytes, info.compress_size, 'its values')
         return header
@@ -166,7 +172,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _fill(file: BinaryIO, view: memoryview) -> None:
-    """Read as many bytes as there is room for, a little at a time, to the end of the file, where its checksum is compared."""
+    """Read as many bytes as there is room for, a little at a time, to the end of the file, where its checksum
+    is compared."""
     for start in range(0, len(view), CHUNK):
         part = file.read(min(CHUNK, len(view) - start))
         if not part:

@@ -1,8 +1,9 @@
 """EDM's data sets of images and EDM2's of latents, and the order in which processes read them.
 
-A data set is a folder or a zip of equally sized square images, grayscale or RGB, in any nesting; or of latents, `.npy` files of float32
-or float16 [C, H, W]. An optional `dataset.json` holds `{"labels": [[name, class index or vector], ...]}` or `{"labels": null}`, and for
-latents may say under `"encoder"` how they were made. `dataset_tool.py` makes such a data set.
+A data set is a folder or a zip of equally sized square images, grayscale or RGB, in any nesting; or of
+latents, `.npy` files of float32 or float16 [C, H, W]. An optional `dataset.json` holds `{"labels": [[name,
+class index or vector], ...]}` or `{"labels": null}`, and for latents may say under `"encoder"` how they were
+made. `dataset_tool.py` makes such a data set.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from dnnlib.archives import open_member
 from dnnlib.file_kind import DAMAGED_ZIP, HEAD, NPY, NPZ, ZIP, describe_file
 from dnnlib.npy import read_header
 
-HEADER_CHECK_LIMIT = 10_000  # up to so many images all headers are compared at construction; beyond, each image when it is read
+# Up to so many images all headers are compared at construction; beyond, each image when it is read
+HEADER_CHECK_LIMIT = 10_000
 MAX_CLASSES = (
     1_000_000  # a class index beyond is taken for a damaged file: one-hot labels would not fit in memory
 )
@@ -45,11 +47,13 @@ NOT_A_ZIP = 'File is not a zip file'  # what zipfile says of any file without th
 
 
 class ImageFiles:
-    """The images, or latents, and label files of a folder or a zip, by their sorted names with forward slashes.
+    """The images, or latents, and label files of a folder or a zip, by their sorted names with forward
+    slashes.
 
-    A zip is opened anew by each process that reads from it: a handle shared over a fork would share its file position too.
-    Nothing is ever extracted. Hidden files and macOS resource forks are left out. In a folder symbolic links are followed; a zip has none.
-    A backslash in a name separates folders, in a zip as in a folder that such a zip was unpacked to.
+    A zip is opened anew by each process that reads from it: a handle shared over a fork would share its file
+    position too. Nothing is ever extracted. Hidden files and macOS resource forks are left out. In a folder
+    symbolic links are followed; a zip has none. A backslash in a name separates folders, in a zip as in a
+    folder that such a zip was unpacked to.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -80,8 +84,8 @@ class ImageFiles:
         if self._stored and len(set(names)) < len(names):
             twice = next(name for name, times in Counter(names).items() if times > 1)
             raise UserError(
-                f'{self.path} has both {twice} and {self._stored[twice]}: a backslash separates folders as a slash does, so '
-                'these are one name; rename one'
+                f'{self.path} has both {twice} and {self._stored[twice]}: a backslash separates folders as a '
+                'slash does, so these are one name; rename one'
             )
         return sorted(names)
 
@@ -103,15 +107,17 @@ class ImageFiles:
         for name in index.links():
             if not file_names.is_hidden(name):
                 raise UserError(
-                    f'{self.path}: {name} is a symbolic link, so the zip holds a path instead of what it leads to; make the zip again '
-                    'with the files that links lead to (zip -r, without -y)'
+                    f'{self.path}: {name} is a symbolic link, so the zip holds a path instead of what it '
+                    'leads to; make the zip again with the files that links lead to (zip -r, without -y)'
                 )
         return index
 
     def _list(self, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Which of the sorted names are `images`, whether those are `latents`, and which are `label_files` and `others`.
+        """Which of the sorted names are `images`, whether those are `latents`, and which are `label_files`
+        and `others`.
 
-        Label files are told whatever their case and depth, so that none is passed over. Of a name that repeats, the last counts.
+        Label files are told whatever their case and depth, so that none is passed over. Of a name that
+        repeats, the last counts.
         """
         pictures, latents, label_files, others = [], [], [], []
         for i, (name, following) in enumerate(
@@ -135,8 +141,8 @@ class ImageFiles:
                 others.append(i)
         if pictures and latents:
             raise UserError(
-                f'{self.path} holds images and latents ({names[pictures[0]]}, {names[latents[0]]}, ...); keep one kind, or put them into '
-                'two folders'
+                f'{self.path} holds images and latents ({names[pictures[0]]}, {names[latents[0]]}, ...); '
+                'keep one kind, or put them into two folders'
             )
         images = pictures or latents
         if not images:
@@ -146,7 +152,8 @@ class ImageFiles:
         for name in (names[i] for i in images):
             if name[0] == '/' or ('..' in name and '..' in name.split('/')):
                 raise UserError(
-                    f'{self.path} names a file outside of itself, {name}, as no data set does; make the zip again'
+                    f'{self.path} names a file outside of itself, {name}, as no data set does; make the zip '
+                    'again'
                 )
         return dict(
             images=np.array(images),
@@ -156,7 +163,8 @@ class ImageFiles:
         )
 
     def remember(self, what: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """What is computed of a zip's directory and label file; for a large zip, what was computed of the same one earlier."""
+        """What is computed of a zip's directory and label file; for a large zip, what was computed of the
+        same one earlier."""
         if self.is_folder or self._index.key is None or len(self._index) < zip_index.CACHE_FROM:
             return compute()
         kinds = hashlib.blake2b(' '.join(sorted(IMAGE_EXTENSIONS)).encode(), digest_size=4).hexdigest()
@@ -167,7 +175,8 @@ class ImageFiles:
         return self._index.entries()
 
     def about_others(self) -> str | None:
-        """A sentence about files that are neither images by their names nor label files; None where there are none."""
+        """A sentence about files that are neither images by their names nor label files; None where there are
+        none."""
         if not len(self.others):
             return None
         shown = ', '.join(self.others[:3]) + (', ...' if len(self.others) > 3 else '')
@@ -176,7 +185,8 @@ class ImageFiles:
         )
 
     def folders(self, inner: str) -> set[str]:
-        """The names of the folders in `inner`, a path that is empty or ends in a slash; of a zip, those that it lists. None that is hidden."""
+        """The names of the folders in `inner`, a path that is empty or ends in a slash; of a zip, those that
+        it lists. None that is hidden."""
         if self.is_folder:
             with os.scandir(os.path.join(self.path, inner)) as entries:
                 found = {entry.name for entry in entries if entry.is_dir()}
@@ -193,7 +203,8 @@ class ImageFiles:
         return os.path.join(self.path, self._stored.get(name, name))
 
     def sizes(self) -> np.ndarray:
-        """[N] int64: bytes of each of `images`, uncompressed. A zip's index tells them; in a folder every file is looked at. Raises: UserError."""
+        """[N] int64: bytes of each of `images`, uncompressed. A zip's index tells them; in a folder every
+        file is looked at. Raises: UserError."""
         if not self.is_folder:
             return self._index.fields['size'][self._image_rows].astype(np.int64)
         try:
@@ -204,7 +215,8 @@ class ImageFiles:
             raise UserError(f'{error.filename} cannot be read: {error.strerror}') from error
 
     def open(self, name: str, limit: int = limits.IMAGE_FILE, what: str = 'an image') -> BinaryIO:
-        """The file of that name, for reading, of at most `limit` bytes, as `what` has. Raises: one of `limits.UNREADABLE`."""
+        """The file of that name, for reading, of at most `limit` bytes, as `what` has. Raises: one of
+        `limits.UNREADABLE`."""
         if self.is_folder:
             limits.check_size(os.stat(path := self.path_of(name)).st_size, limit, what)
             return open(path, 'rb')
@@ -214,7 +226,8 @@ class ImageFiles:
 
     @contextlib.contextmanager
     def open_image(self, name: str) -> Iterator[Image.Image]:
-        """The image of that name: at first its header, and with `load()`, inside the block, its pixels too. Raises: UserError."""
+        """The image of that name: at first its header, and with `load()`, inside the block, its pixels too.
+        Raises: UserError."""
         try:
             with self.open(name) as file:
                 yield open_image(file, self._size_of(name))
@@ -226,13 +239,15 @@ class ImageFiles:
 
     @contextlib.contextmanager
     def open_latents(self, name: str) -> Iterator[LatentFile]:
-        """The latents of that name: at first their header, and with `load()`, inside the block, their values. Raises: UserError."""
+        """The latents of that name: at first their header, and with `load()`, inside the block, their values.
+        Raises: UserError."""
         try:
             with self.open(name, limits.LATENTS_FILE, 'a file of latents') as file:
                 yield LatentFile(file)
         except UNREADABLE as error:
             raise UserError(
-                f'{self.path}: {name} is not a readable file of latents ({error}); make it again with dataset_tool.py'
+                f'{self.path}: {name} is not a readable file of latents ({error}); make it again with '
+                'dataset_tool.py'
             ) from error
 
     def _size_of(self, name: str) -> int:
@@ -246,7 +261,8 @@ class ImageFiles:
 
 
 class LatentFile:
-    """A `.npy` file of float32 or float16 [C, H, W]. Nothing but such a header is understood, and it is checked before memory is taken.
+    """A `.npy` file of float32 or float16 [C, H, W]. Nothing but such a header is understood, and it is
+    checked before memory is taken.
 
     Raises: ValueError for any other contents.
     """
@@ -302,7 +318,8 @@ def cure_of_kind(kind: str | None) -> str:
 
 
 def image_names(folder: str | os.PathLike) -> list[str]:
-    """The sorted names of what `ImageFiles` takes for images or for latents in a folder, both at once if there are both; none is no error."""
+    """The sorted names of what `ImageFiles` takes for images or for latents in a folder, both at once if
+    there are both; none is no error."""
     kinds = IMAGE_EXTENSIONS | {LATENT_EXTENSION}
     return sorted(
         name for name in file_names.walk(os.fspath(folder)) if os.path.splitext(name)[1].lower() in kinds
@@ -314,9 +331,11 @@ def image_names(folder: str | os.PathLike) -> list[str]:
 
 
 def read_labels(files: ImageFiles) -> np.ndarray | None:
-    """The labels of `files.images`, in their order; None where there is no `dataset.json` or its labels are null.
+    """The labels of `files.images`, in their order; None where there is no `dataset.json` or its labels are
+    null.
 
-    `dataset.json` lies at the root, or is the only one in a folder below; it names images from the root or from its own folder.
+    `dataset.json` lies at the root, or is the only one in a folder below; it names images from the root or
+    from its own folder.
 
     Returns: [N] int64 class indices or [N, D] float32 vectors.
     Raises: UserError where the file is malformed or leaves out an image.
@@ -325,12 +344,14 @@ def read_labels(files: ImageFiles) -> np.ndarray | None:
 
 
 def are_label_vectors(files: ImageFiles) -> bool:
-    """Whether `dataset.json` says that its labels are vectors, also where they look like classes. Raises: as `read_labels`."""
+    """Whether `dataset.json` says that its labels are vectors, also where they look like classes. Raises: as
+    `read_labels`."""
     return bool(_label_entries(files).get('vectors', False))
 
 
 def count_unused_labels(files: ImageFiles) -> int:
-    """How many labels in `dataset.json` are of no image that is there: of a copy that lacks some, perhaps. Raises: as `read_labels`."""
+    """How many labels in `dataset.json` are of no image that is there: of a copy that lacks some, perhaps.
+    Raises: as `read_labels`."""
     return int(_label_entries(files).get('unused', 0))
 
 
@@ -358,8 +379,8 @@ def _labels_by_name(files: ImageFiles) -> dict[str, np.ndarray]:
             missing[0].removeprefix(folder), table
         ) or file_names.explain_absence(missing[0], table)
         raise UserError(
-            f'{files.path}: {name} has no label for {len(missing)} of {len(images)} images, such as {missing[0]}'
-            + (f'. {why}' if why else '; make it again')
+            f'{files.path}: {name} has no label for {len(missing)} of {len(images)} images, such as '
+            f'{missing[0]}' + (f'. {why}' if why else '; make it again')
         )
     return dict(
         labels=_label_array([table[key] for key in keys], f'{files.path}: {name}'),
@@ -369,17 +390,20 @@ def _labels_by_name(files: ImageFiles) -> dict[str, np.ndarray]:
 
 
 def read_encoder(files: ImageFiles) -> dict | None:
-    """How latents were made, as `encoders.build` takes it, from the entry `"encoder"` of `dataset.json`; None where it has none."""
+    """How latents were made, as `encoders.build` takes it, from the entry `"encoder"` of `dataset.json`; None
+    where it has none."""
     name = _label_file(files)
     try:
         encoder = None if name is None else _read_json(files, name).get('encoder')
     except limits.UNREADABLE as error:
         raise UserError(
-            f'{files.path}: {name} is not {{"labels": [[name, label], ...]}} ({type(error).__name__}: {error})'
+            f'{files.path}: {name} is not {{"labels": [[name, label], ...]}} ({type(error).__name__}: '
+            f'{error})'
         ) from error
     if not isinstance(encoder, (dict, type(None))):
         raise UserError(
-            f'{files.path}: the encoder in {name} is no object of constructor arguments; make it again with dataset_tool.py'
+            f'{files.path}: the encoder in {name} is no object of constructor arguments; make it again with '
+            'dataset_tool.py'
         )
     return encoder
 
@@ -388,12 +412,14 @@ def _label_file(files: ImageFiles) -> str | None:
     at_root = LABEL_FILE in files.label_files
     if not at_root and len(files.label_files) > 1:
         raise UserError(
-            f'{files.path} holds several label files ({", ".join(files.label_files[:3])}, ...); keep one, or convert each data set alone'
+            f'{files.path} holds several label files ({", ".join(files.label_files[:3])}, ...); keep one, or '
+            'convert each data set alone'
         )
     name = LABEL_FILE if at_root else next(iter(files.label_files), None)
     if name is not None and not name.endswith(LABEL_FILE):
         raise UserError(
-            f'{files.path}: {name} differs from {LABEL_FILE} in upper and lower case; rename it, or remove it where it holds no labels'
+            f'{files.path}: {name} differs from {LABEL_FILE} in upper and lower case; rename it, or remove '
+            'it where it holds no labels'
         )
     return name
 
@@ -420,7 +446,8 @@ def _read_label_table(files: ImageFiles, name: str) -> tuple[dict | None, bool]:
         pairs = [(file_names.with_slashes(image), label) for image, label in pairs]
     except limits.UNREADABLE as error:
         raise UserError(
-            f'{files.path}: {name} is not {{"labels": [[name, label], ...]}} ({type(error).__name__}: {error})'
+            f'{files.path}: {name} is not {{"labels": [[name, label], ...]}} ({type(error).__name__}: '
+            f'{error})'
         ) from error
     table = dict(pairs)
     if (
@@ -452,8 +479,8 @@ def _label_array(labels: list, source: str) -> np.ndarray:
         ordinary = next((type(label) for label in labels if type(label) in (int, list)), None)
         odd = [label for label in labels if type(label) is not ordinary][:1]
         raise UserError(
-            f'{source}: labels are neither all class indices nor all vectors of one length of finite numbers that float32 holds'
-            + (f', such as {json.dumps(odd[0])[:80]}' if odd else '')
+            f'{source}: labels are neither all class indices nor all vectors of one length of finite numbers '
+            'that float32 holds' + (f', such as {json.dumps(odd[0])[:80]}' if odd else '')
         )
     return vectors
 
@@ -465,11 +492,13 @@ def _label_array(labels: list, source: str) -> np.ndarray:
 def image_shape_of(
     image: Image.Image, source: str, cure: str = 'convert the data set with dataset_tool.py'
 ) -> tuple[int, int, int]:
-    """(channels, height, width) of an image that training takes as it is. Raises: UserError with the `cure` for any other."""
+    """(channels, height, width) of an image that training takes as it is. Raises: UserError with the `cure`
+    for any other."""
     kind = '16-bit ' + image.mode if is_16_bit(image) else image.mode
     if 'transparency' in image.info:
         raise UserError(
-            f'{source} is a {kind} image in which a color stands for transparent pixels, which training and measuring would see; {cure}'
+            f'{source} is a {kind} image in which a color stands for transparent pixels, which training and '
+            f'measuring would see; {cure}'
         )
     if kind not in ('L', 'RGB'):
         raise UserError(f'{source} is a {kind} image, and only 8-bit grayscale (L) and RGB are read; {cure}')
@@ -483,7 +512,8 @@ def image_pixels(image: Image.Image) -> np.ndarray:
 
 
 def is_16_bit(image: Image.Image) -> bool:
-    """Whether the file has more than 8 bits a channel. Pillow reduces 16-bit RGB on its own, and only the raw mode of the decoder tells."""
+    """Whether the file has more than 8 bits a channel. Pillow reduces 16-bit RGB on its own, and only the raw
+    mode of the decoder tells."""
     return image.mode[0] in 'IF' or pixels.has_16_bits(pixels.raw_mode(image))
 
 
@@ -495,9 +525,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         resolution: side that the images must have, in pixels; None takes any.
         use_labels: read `dataset.json`; without, labels have length 0.
         max_size: keep a random subset of so many images, drawn by `seed` (the subset that EDM draws).
-        xflip: follow the images by their mirror images: twice as many. Of latents, mirrored latents, which are those of mirrored images roughly.
-        cache: keep decoded images in memory, for each process its own; None: images yes, latents, which are larger, no.
-    Items: (uint8 [C, H, W] or, of latents, float32 [C, H, W]; float32 [label_dim]); an integer label is one-hot.
+        xflip: follow the images by their mirror images: twice as many. Of latents, mirrored latents, which
+            are those of mirrored images roughly.
+        cache: keep decoded images in memory, for each process its own; None: images yes, latents, which are
+            larger, no.
+    Items: (uint8 [C, H, W] or, of latents, float32 [C, H, W]; float32 [label_dim]); an integer label is
+        one-hot.
     Raises: UserError, at construction or, for more than 10,000 images, when an unfit image is read.
     """
 
@@ -517,13 +550,16 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._mirrored, self._cache = xflip, ({} if self.caches else None)
         self.unturned: set[int] = (
             set()
-        )  # file numbers of images that viewers turn (EXIF), among those whose headers are read at construction
+            # File numbers of images that viewers turn (EXIF), among those whose headers are read at
+            # construction
+        )
         self._shape = None  # until headers have been read
         self._shape = self._check_headers()
         if resolution not in (None, self.resolution):
             raise UserError(
-                f'{self._files.path} has {self._describe(self._shape)} images, not {resolution}x{resolution}; '
-                f'convert it with dataset_tool.py --resolution={resolution}x{resolution}'
+                f'{self._files.path} has {self._describe(self._shape)} images, not '
+                f'{resolution}x{resolution}; convert it with dataset_tool.py '
+                f'--resolution={resolution}x{resolution}'
             )
         labels = read_labels(self._files) if use_labels else None
         if use_labels and labels is None:
@@ -560,8 +596,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         shape = self._header(self._index[0])
         if shape[1] != shape[2]:
             raise UserError(
-                f'{self._source(self._index[0])} is {self._describe(shape)}, not square; convert the data set with dataset_tool.py '
-                '--transform=center-crop'
+                f'{self._source(self._index[0])} is {self._describe(shape)}, not square; convert the data '
+                'set with dataset_tool.py --transform=center-crop'
             )
         if len(self._index) <= HEADER_CHECK_LIMIT:
             for i in self._index:
@@ -614,10 +650,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         )
 
     def digest(self) -> str:
-        """Hexadecimal digest of the whole data set: names and uncompressed sizes of its images, the bytes of a few, and the labels in use.
+        """Hexadecimal digest of the whole data set: names and uncompressed sizes of its images, the bytes of
+        a few, and the labels in use.
 
-        The same for a folder and a zip of it, under whatever name, in whatever folder within the zip, and however compressed. It does not
-        depend on `max_size` and `xflip`. Raises: UserError where a file cannot be read.
+        The same for a folder and a zip of it, under whatever name, in whatever folder within the zip, and
+        however compressed. It does not depend on `max_size` and `xflip`. Raises: UserError where a file
+        cannot be read.
         """
         names, last = list(self._files.images), len(self._files.images) - 1
         shared = itertools.takewhile(
@@ -647,7 +685,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     @property
     def image_shape(self) -> list[int]:
-        """[channels, height, width] of the items; `encoders.for_dataset` says what a network sees of latents."""
+        """[channels, height, width] of the items; `encoders.for_dataset` says what a network sees of
+        latents."""
         return list(self._shape)
 
     @property
@@ -664,7 +703,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     @property
     def label_dim(self) -> int:
-        """Classes of the whole data set (`max_size` does not change it), or the length of its label vectors; 0 without labels."""
+        """Classes of the whole data set (`max_size` does not change it), or the length of its label vectors;
+        0 without labels."""
         return self.label_space.dim
 
     @property
@@ -677,7 +717,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return [self.label_dim]
 
     def about_others(self) -> str | None:
-        """A sentence about files that are left out, as they are no images by their names; None where there are none."""
+        """A sentence about files that are left out, as they are no images by their names; None where there
+        are none."""
         return self._files.about_others()
 
     @property
@@ -708,9 +749,10 @@ def random_subset(count: int, max_size: int | None, seed: int) -> np.ndarray:
 class InfiniteSampler(torch.utils.data.Sampler):
     """The endless global stream of image indices, of which each process takes its share.
 
-    Image g = 0, 1, 2, ... of the stream is `permutation(g // size)[g % size]`. Global batch k is images start + k·batch_size onwards, and
-    process r of R takes the r-th of R equal contiguous parts of each. The images seen thus depend neither on the number of processes nor on
-    where training was stopped and resumed with start = images seen.
+    Image g = 0, 1, 2, ... of the stream is `permutation(g // size)[g % size]`. Global batch k is images start
+    + k·batch_size onwards, and process r of R takes the r-th of R equal contiguous parts of each. The images
+    seen thus depend neither on the number of processes nor on where training was stopped and resumed with
+    start = images seen.
 
     Args:
         size: images in the data set.
@@ -733,11 +775,13 @@ class InfiniteSampler(torch.utils.data.Sampler):
     ):
         if size < 1 or batch_size < 1 or start < 0 or not 0 <= rank < num_replicas:
             raise ValueError(
-                f'no stream from image {start} of {size}, {batch_size} at a time, for process {rank} of {num_replicas}'
+                f'no stream from image {start} of {size}, {batch_size} at a time, for process {rank} of '
+                f'{num_replicas}'
             )
         if batch_size % num_replicas:
             raise UserError(
-                f'a batch of {batch_size} images does not divide among {num_replicas} processes; choose a multiple of {num_replicas}'
+                f'a batch of {batch_size} images does not divide among {num_replicas} processes; choose a '
+                f'multiple of {num_replicas}'
             )
         self.size, self.batch_size, self.rank, self.num_replicas = size, batch_size, rank, num_replicas
         self.seed, self.shuffle, self.start = seed, shuffle, start

@@ -20,7 +20,8 @@ AHEAD = 2  # batches that each worker has ready
 
 
 class Failure(NamedTuple):
-    """What a worker has met with, in the place of a batch, and its traceback. `DataLoader` would put that into the error's message."""
+    """What a worker has met with, in the place of a batch, and its traceback. `DataLoader` would put that
+    into the error's message."""
 
     error: UserError
     traceback: str
@@ -54,8 +55,8 @@ def stacked(samples: list[tuple[np.ndarray, ...]] | Failure) -> tuple[torch.Tens
 def unchanged_handler(number: signal.Signals) -> Iterator[None]:
     """A block after which the signal does what it did before.
 
-    `DataLoader` has SIGCHLD raise where a worker has died, in the middle of whatever is done then, which may be a save. It also looks at its
-    workers while it waits for them, and that is early enough.
+    `DataLoader` has SIGCHLD raise where a worker has died, in the middle of whatever is done then, which may
+    be a save. It also looks at its workers while it waits for them, and that is early enough.
     """
     before = signal.getsignal(number)
     yield
@@ -64,10 +65,12 @@ def unchanged_handler(number: signal.Signals) -> Iterator[None]:
 
 
 class Feed:
-    """The endless batches of a data set, in the order of a sampler: (raw images, labels) as the data set stores them, pixels in uint8.
+    """The endless batches of a data set, in the order of a sampler: (raw images, labels) as the data set
+    stores them, pixels in uint8.
 
-    They are stacked by worker processes, ahead of use, and for a GPU lie in pinned memory, from which they are copied while it works. Without
-    workers this process loads them when they are asked for, which is while a GPU is busy with the step before: launching it does not wait.
+    They are stacked by worker processes, ahead of use, and for a GPU lie in pinned memory, from which they
+    are copied while it works. Without workers this process loads them when they are asked for, which is while
+    a GPU is busy with the step before: launching it does not wait.
 
     Args:
         device: where they will go.
@@ -94,7 +97,8 @@ class Feed:
         self._seconds = 0.0
 
     def __next__(self):
-        """The next batch. Raises: UserError where an image cannot be read, or a worker was killed: within seconds of the first batch missing."""
+        """The next batch. Raises: UserError where an image cannot be read, or a worker was killed: within
+        seconds of the first batch missing."""
         start = time.perf_counter()
         try:
             batch = next(self._batches)
@@ -102,8 +106,8 @@ class Feed:
             if (ending := how_one_died(self._workers)) is None:
                 raise
             raise UserError(
-                f'A process that loads data has died ({ending}). Use fewer --workers, --cache=False, or a machine with more memory; '
-                '--resume goes on from the newest training state.'
+                f'A process that loads data has died ({ending}). Use fewer --workers, --cache=False, or a '
+                'machine with more memory; --resume goes on from the newest training state.'
             ) from error
         finally:
             self._seconds += time.perf_counter() - start
@@ -112,6 +116,7 @@ class Feed:
         return batch
 
     def waited(self) -> float:
-        """Seconds that this process has spent on waiting for batches, or loading them, since the last call."""
+        """Seconds that this process has spent on waiting for batches, or loading them, since the last
+        call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds

@@ -1,7 +1,8 @@
-"""What the labels of a data set or a network are: classes, of which some may have no images, or vectors of numbers.
+"""What the labels of a data set or a network are: classes, of which some may have no images, or vectors of
+numbers.
 
-A label that a network sees is a float32 vector [label_dim]: of a class one-hot, of anything else what `dataset.json` says of the image. A data set
-whose vectors are all one-hot has classes.
+A label that a network sees is a float32 vector [label_dim]: of a class one-hot, of anything else what
+`dataset.json` says of the image. A data set whose vectors are all one-hot has classes.
 """
 
 from __future__ import annotations
@@ -55,24 +56,29 @@ class LabelSpace(NamedTuple):
         if not (absent := self.absent):
             return None
         have, them = ('has', 'It is') if len(absent) == 1 else ('have', 'They are')
-        return f'{len(absent)} of {self.dim} classes {have} no images: {listed(absent)}. {them} not trained, and never drawn in sampling.'
+        return (
+            f'{len(absent)} of {self.dim} classes {have} no images: {listed(absent)}. {them} not trained, '
+            'and never drawn in sampling.'
+        )
 
     def check_class(self, class_idx: int, option: str, network: str) -> None:
         """UserError, which begins with `option`, unless the network was trained on images of that class."""
         if self.are_vectors:
             raise UserError(
-                f'{option}: {network} takes {self}, not classes: give --labels=data, or --labels=FILE.npy with vectors'
+                f'{option}: {network} takes {self}, not classes: give --labels=data, or --labels=FILE.npy '
+                'with vectors'
             )
         if class_idx >= self.dim:
             raise UserError(f'{option} does not exist: {network} has {self.dim or "no"} classes')
         if self.present is not None and class_idx not in self.present:
             raise UserError(
-                f'{option}: the training set of {network} has no images of class {class_idx}, so it was never trained; '
-                f'the classes with images are {listed(self.present)}'
+                f'{option}: the training set of {network} has no images of class {class_idx}, so it was '
+                f'never trained; the classes with images are {listed(self.present)}'
             )
 
     def record(self) -> dict:
-        """As plain data for metadata: `label_kind` and, where some have no images, `classes`, those that have, as in '0-2,5'."""
+        """As plain data for metadata: `label_kind` and, where some have no images, `classes`, those that
+        have, as in '0-2,5'."""
         return {
             **({'label_kind': self.kind} if self.kind else {}),
             **({} if self.present is None else {'classes': ranges(self.present)}),
@@ -101,7 +107,8 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def parse_ranges(text: str, limit: int) -> tuple[int, ...]:
-    """The rising numbers below `limit` of a text that `ranges` has written. Raises: ValueError for any other."""
+    """The rising numbers below `limit` of a text that `ranges` has written. Raises: ValueError for any
+    other."""
     if not re.fullmatch(r'\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*', text, re.ASCII):
         raise ValueError(f'classes {text[:40]!r}')
     numbers, free = [], 0
@@ -157,7 +164,8 @@ class Labels(Sequence):
 
     @classmethod
     def of_data(cls, values: np.ndarray, vectors: bool = False) -> Labels:
-        """The labels of a whole data set, as `dataset.read_labels` gives them; `vectors`: even if all are one-hot, they are not classes."""
+        """The labels of a whole data set, as `dataset.read_labels` gives them; `vectors`: even if all are
+        one-hot, they are not classes."""
         if values.ndim == 2 and (vectors or not are_one_hot(values)):
             return cls(values, LabelSpace(values.shape[1], 'vectors'))
         dim, indices = (
@@ -220,12 +228,12 @@ def _checked_classes(indices: np.ndarray, space: LabelSpace, source: str, networ
     used = np.unique(indices).tolist()
     if not 0 <= used[0] <= used[-1] < space.dim:
         raise UserError(
-            f'{source} holds class indices from {used[0]} to {used[-1]}, which are not of the {space.dim} classes of {network}, '
-            f'0 to {space.dim - 1}'
+            f'{source} holds class indices from {used[0]} to {used[-1]}, which are not of the {space.dim} '
+            f'classes of {network}, 0 to {space.dim - 1}'
         )
     if space.present is not None and (untrained := sorted(set(used) - set(space.present))):
         raise UserError(
-            f'{source} holds labels of classes {listed(untrained)}, of which the training set of {network} has no images, so they were '
-            f'never trained; the classes with images are {listed(space.present)}'
+            f'{source} holds labels of classes {listed(untrained)}, of which the training set of {network} '
+            f'has no images, so they were never trained; the classes with images are {listed(space.present)}'
         )
     return indices.astype(np.int64)

@@ -1,8 +1,10 @@
-"""An LMDB data base, read by a process of its own: its pages are mapped, and damaged ones can end whoever follows them.
+"""An LMDB data base, read by a process of its own: its pages are mapped, and damaged ones can end whoever
+follows them.
 
     python lmdb_pipe.py FOLDER COUNT
 
-writes the number of records, then the first COUNT of them, as lengths of key and value followed by these. It imports nothing of this project.
+writes the number of records, then the first COUNT of them, as lengths of key and value followed by these. It
+imports nothing of this project.
 """
 
 import signal

@@ -1,5 +1,5 @@
-"""From image files, of formats that are listed here, to 8-bit pixels, gray or RGB: orientation, transparency, ranges of integers; and the ways
-to a square."""
+"""From image files, of formats that are listed here, to 8-bit pixels, gray or RGB: orientation, transparency,
+ranges of integers; and the ways to a square."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from PIL.Image import Resampling, Transpose
 
 from dnnlib import UserError, limits
 
-# The formats that are read, with the module of Pillow that reads them, and their extensions. Pillow tells a file's format by its contents and knows
-# more: some start programs (EPS: Ghostscript), others hold no pixels or are hardly ever seen, and so hardly ever tested against hostile files.
+# The formats that are read, with the module of Pillow that reads them, and their extensions. Pillow tells a
+# file's format by its contents and knows more: some start programs (EPS: Ghostscript), others hold no pixels
+# or are hardly ever seen, and so hardly ever tested against hostile files.
 IMAGE_FORMATS = dict(
     PNG=('Png', '.png .apng'),
     JPEG=('Jpeg', '.jpg .jpeg .jpe .jfif'),
@@ -69,7 +70,8 @@ class Picture(NamedTuple):
         image: its pixels, loaded.
         orientation: 1 to 8, by which viewers turn it (EXIF).
         turned: whether `image` is so turned already: Pillow does that to TIFF.
-        raw: the mode of the file's samples, in the name of Pillow's decoder, such as 'RGB;16B'; '' where there is none.
+        raw: the mode of the file's samples, in the name of Pillow's decoder, such as 'RGB;16B'; '' where
+            there is none.
         animated: whether the file holds several pictures, of an animation or pages; `image` is the first.
     """
 
@@ -81,7 +83,8 @@ class Picture(NamedTuple):
 
     @classmethod
     def load(cls, image: Image.Image) -> Picture:
-        """Of an image that is open, and whose pixels have not been read. Raises: what Pillow raises of damaged files."""
+        """Of an image that is open, and whose pixels have not been read. Raises: what Pillow raises of
+        damaged files."""
         raw, before = raw_mode(image), orientation(image) if image.format == 'TIFF' else 1
         animated = getattr(image, 'is_animated', False)  # frames are not counted: there may be millions
         image.load()
@@ -108,7 +111,8 @@ def _formats() -> tuple[str, ...]:
 
 
 def open_image(file: str | os.PathLike | BinaryIO, size: int | None = None) -> Image.Image:
-    """An image of which only the header has been read, of one of `IMAGE_FORMATS` and of no more pixels than `limits.IMAGE_PIXELS`.
+    """An image of which only the header has been read, of one of `IMAGE_FORMATS` and of no more pixels than
+    `limits.IMAGE_PIXELS`.
 
     Args:
         file: path, or a binary file, which has to stay open.
@@ -121,8 +125,8 @@ def open_image(file: str | os.PathLike | BinaryIO, size: int | None = None) -> I
     try:
         if image.width * image.height > limits.IMAGE_PIXELS or max(image.size) > limits.IMAGE_SIDE:
             raise limits.TooLarge(
-                f'has {image.width} x {image.height} pixels, and an image has at most {limits.IMAGE_PIXELS:,}, '
-                f'and no side longer than {limits.IMAGE_SIDE:,}'
+                f'has {image.width} x {image.height} pixels, and an image has at most '
+                f'{limits.IMAGE_PIXELS:,}, and no side longer than {limits.IMAGE_SIDE:,}'
             )
         limits.check_inflation(image.width * image.height * len(image.getbands()), size, 'pixels')
     except limits.TooLarge:
@@ -136,7 +140,8 @@ def open_image(file: str | os.PathLike | BinaryIO, size: int | None = None) -> I
 
 
 def orientation(image: Image.Image) -> int:
-    """1 to 8, of an image whose header is read; 1 where it says nothing sensible. Its pixels are not read for it."""
+    """1 to 8, of an image whose header is read; 1 where it says nothing sensible. Its pixels are not read for
+    it."""
     try:
         value = Image.Image.getexif(image).get(
             ORIENTATION, 1
@@ -170,12 +175,14 @@ def raw_mode(image: Image.Image) -> str:
 
 
 def has_16_bits(raw: str) -> bool:
-    """Whether samples of a raw mode have more than 8 bits. In BMP and TGA, `BGR;16` has 16 bits a pixel, not a channel."""
+    """Whether samples of a raw mode have more than 8 bits. In BMP and TGA, `BGR;16` has 16 bits a pixel, not
+    a channel."""
     return ';16' in raw and not raw.startswith('BGR')
 
 
 def is_color(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> bool:
-    """Whether an image, of which only the header need be read, is not gray, or would not stay so on that background."""
+    """Whether an image, of which only the header need be read, is not gray, or would not stay so on that
+    background."""
     gray = (
         image.mode in GRAY_MODES or image.mode[0] in 'IF' or raw_mode(image) in ('LA;16B', 'LA;16N')
     )  # of 16 bits, which Pillow opens as RGBA
@@ -187,7 +194,8 @@ def may_be_transparent(image: Image.Image) -> bool:
 
 
 def opacity(picture: Picture, name: str) -> Image.Image | None:
-    """'L', 255 where a pixel is opaque; None where all are. Channels, palettes, and a color that the file names as transparent. Raises: UserError."""
+    """'L', 255 where a pixel is opaque; None where all are. Channels, palettes, and a color that the file
+    names as transparent. Raises: UserError."""
     image = picture.image
     if image.mode == 'P':
         alpha = image.convert('RGBA').getchannel('A')
@@ -201,11 +209,13 @@ def opacity(picture: Picture, name: str) -> Image.Image | None:
 
 
 def _equals_key(picture: Picture, name: str) -> np.ndarray:
-    """[H, W] whether a pixel has the color that the file names as transparent (PNG's chunk tRNS, GIF), in the units of its samples."""
+    """[H, W] whether a pixel has the color that the file names as transparent (PNG's chunk tRNS, GIF), in the
+    units of its samples."""
     image, key = picture.image, picture.image.info['transparency']
     if picture.loses_bits:
         raise UserError(
-            f'{name} has 16 bits a channel and a transparent color, and Pillow reads only the upper 8 bits; convert it to 8 bits'
+            f'{name} has 16 bits a channel and a transparent color, and Pillow reads only the upper 8 bits; '
+            'convert it to 8 bits'
         )
     values = np.asarray(image.convert('L') if image.mode == '1' else image)
     if picture.raw in ('L;2', 'L;4'):  # Pillow scales the samples to 0 ... 255, but not the key
@@ -214,7 +224,8 @@ def _equals_key(picture: Picture, name: str) -> np.ndarray:
 
 
 def to_mode(picture: Picture, mode: str, name: str) -> Image.Image:
-    """The image in 8 bits, 'L' or 'RGB', whatever its opacity. Raises: UserError where its values have no known range."""
+    """The image in 8 bits, 'L' or 'RGB', whatever its opacity. Raises: UserError where its values have no
+    known range."""
     image = picture.image
     if image.mode[0] in 'IF' or _has_tag(image, *SIGNED):
         image = Image.fromarray(_levels(picture, name))
@@ -227,16 +238,19 @@ def to_mode(picture: Picture, mode: str, name: str) -> Image.Image:
 
 
 def _levels(picture: Picture, name: str) -> np.ndarray:
-    """uint8 [H, W] of gray values of more than 8 bits, of which black and white are known. Raises: UserError where they are not."""
+    """uint8 [H, W] of gray values of more than 8 bits, of which black and white are known. Raises: UserError
+    where they are not."""
     image = picture.image
     if image.mode == 'F':
         raise UserError(f'{name} is a floating-point image of unknown range; convert it to 8 bits')
-    # PNG's samples are unsigned, TIFF's as its mode says; Pillow scales those of PGM and JPEG 2000 to 16 bits, whatever their maximum.
+    # PNG's samples are unsigned, TIFF's as its mode says; Pillow scales those of PGM and JPEG 2000 to 16
+    # bits, whatever their maximum.
     known = {'PNG': 'I', 'PPM': 'I', 'JPEG2000': 'I;16', 'TIFF': 'I;16'}.get(image.format)
     if known is None or not image.mode.startswith(known) or _has_tag(image, *SIGNED):
         raise UserError(
-            f'{name} has integers of unknown range (mode {image.mode}{", " + picture.raw if picture.raw else ""}); '
-            'convert it to 8 bits, or to unsigned 16 bits from 0, black, to 65535, white'
+            f'{name} has integers of unknown range (mode '
+            f'{image.mode}{", " + picture.raw if picture.raw else ""}); convert it to 8 bits, or to unsigned '
+            '16 bits from 0, black, to 65535, white'
         )
     white = 4095 if picture.raw.startswith('I;12') else 65535
     levels = np.rint(np.arange(white + 1) * (255 / white)).astype(np.uint8)
@@ -257,7 +271,8 @@ def _has_tag(image: Image.Image, tag: int, value: int) -> bool:
 def prepared(
     picture: Picture, mode: str, background: tuple[int, int, int], upright: bool, name: str
 ) -> tuple[Image.Image, bool]:
-    """(the 8-bit image 'L' or 'RGB', composited on the background and turned or not, whether any of its pixels is transparent).
+    """(the 8-bit image 'L' or 'RGB', composited on the background and turned or not, whether any of its
+    pixels is transparent).
 
     'L' takes a gray background. Raises: UserError.
     """
@@ -273,7 +288,8 @@ def prepared(
 
 
 def crop_center(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle width x height pixels; one pixel nearer to the top left where they cannot be in the middle."""
+    """The middle width x height pixels; one pixel nearer to the top left where they cannot be in the
+    middle."""
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
@@ -297,11 +313,11 @@ def letterboxed(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def center_crop_wide(image: Image.Image, width: int, height: int) -> Image.Image | None:
-    """As EDM and StyleGAN cut LSUN: of the image, the middle w H / W rows in all their columns, resized, between black bars; None where the
-    image has fewer than `width` columns, or fewer than `height` such rows.
+    """As EDM and StyleGAN cut LSUN: of the image, the middle w H / W rows in all their columns, resized,
+    between black bars; None where the image has fewer than `width` columns, or fewer than `height` such rows.
 
-    w H / W is the height of the image scaled to the wanted width, rounded half to even. What is cut out therefore has the wanted ratio where
-    W = w, and is squeezed from the sides where the image is wider.
+    w H / W is the height of the image scaled to the wanted width, rounded half to even. What is cut out
+    therefore has the wanted ratio where W = w, and is squeezed from the sides where the image is wider.
     """
     rows = round(width * image.height / image.width)
     if image.width < width or rows < height:
@@ -310,15 +326,16 @@ def center_crop_wide(image: Image.Image, width: int, height: int) -> Image.Image
 
 
 def center_crop_letterbox(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The largest centered part of the ratio width : height, resized, between black bars that make it a square of `width`."""
+    """The largest centered part of the ratio width : height, resized, between black bars that make it a
+    square of `width`."""
     crop_width = min(image.width, max(round(image.height * width / height), 1))
     crop_height = min(image.height, max(round(image.width * height / width), 1))
     return letterboxed(crop_center(image, crop_width, crop_height), width, height)
 
 
 def center_crop_dhariwal(image: Image.Image, width: int, height: int) -> Image.Image:
-    """ADM's preprocessing (Dhariwal & Nichol 2021): halved by box filter while twice too large, the shorter side made exact by bicubic
-    filter, the middle cropped."""
+    """ADM's preprocessing (Dhariwal & Nichol 2021): halved by box filter while twice too large, the shorter
+    side made exact by bicubic filter, the middle cropped."""
     while min(image.size) >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
     factor = width / min(image.size)

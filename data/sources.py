@@ -1,4 +1,5 @@
-"""What dataset_tool.py reads: folders, zips, arrays, CIFAR-10, MNIST, LSUN and digits, as images one after another with their labels."""
+"""What dataset_tool.py reads: folders, zips, arrays, CIFAR-10, MNIST, LSUN and digits, as images one after
+another with their labels."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ Label = int | list[float] | None
 
 
 class Item(NamedTuple):
-    """One image of a source: its place there, its name there, for messages, and its label: a class index, a vector or None."""
+    """One image of a source: its place there, its name there, for messages, and its label: a class index, a
+    vector or None."""
 
     number: int
     name: str
@@ -72,7 +74,8 @@ class Selection(NamedTuple):
     def rows(
         self, labels: Sequence[Label] | None, count: int, names: Sequence[str] | None = None
     ) -> Sequence[int]:
-        """The places of the chosen images, in order, of `count` with those labels. Says which classes they leave out, by their `names`."""
+        """The places of the chosen images, in order, of `count` with those labels. Says which classes they
+        leave out, by their `names`."""
         rows: Sequence[int] = range(count)
         classes = Counter(labels) if labels is not None and count and isinstance(labels[0], int) else None
         if self.max_per_class is not None:
@@ -82,14 +85,15 @@ class Selection(NamedTuple):
                 )
             if few := [label for label, number in classes.items() if number < self.max_per_class]:
                 note(
-                    f'{_listed(few, names)}: {len(few)} of {len(classes)} classes have fewer than {self.max_per_class} images.'
+                    f'{_listed(few, names)}: {len(few)} of {len(classes)} classes have fewer than '
+                    f'{self.max_per_class} images.'
                 )
             rows = first_of_each(labels, self.max_per_class)
         rows = rows[: self.max_images]
         if classes is not None and (left_out := classes.keys() - {labels[i] for i in rows}):
             note(
-                f'--max-images={self.max_images} leaves out {len(left_out)} of {len(classes)} classes ({_listed(left_out, names)}); '
-                '--max-images-per-class takes as many of each.'
+                f'--max-images={self.max_images} leaves out {len(left_out)} of {len(classes)} classes '
+                f'({_listed(left_out, names)}); --max-images-per-class takes as many of each.'
             )
         return rows
 
@@ -131,7 +135,8 @@ def array_source(images: np.ndarray, labels: Sequence[int] | None, name: str, se
         raise UserError(f'{name} holds no images')
     if selection.labels_from in ('folders', 'dataset.json'):
         raise UserError(
-            f'--labels-from={selection.labels_from} is for folders and zips of images, and {name} is none; leave it out'
+            f'--labels-from={selection.labels_from} is for folders and zips of images, and {name} is none; '
+            'leave it out'
         )
     labels = None if labels is None or selection.labels_from == 'none' else [int(label) for label in labels]
     rows = selection.rows(labels, len(images))
@@ -158,7 +163,8 @@ def digits_source(selection: Selection) -> Source:
 
 
 def read_idx(path: pathlib.Path, magic: int) -> np.ndarray:
-    """The uint8 array of an IDX file, gzipped or not; the magic number's last byte is the number of dimensions."""
+    """The uint8 array of an IDX file, gzipped or not; the magic number's last byte is the number of
+    dimensions."""
     try:
         with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as file:
             header = struct.Struct(f'>{1 + (magic & 0xFF)}I')
@@ -181,7 +187,8 @@ def read_idx(path: pathlib.Path, magic: int) -> np.ndarray:
 
 
 def mnist_source(path: pathlib.Path, selection: Selection) -> Source:
-    """MNIST's images and the labels beside them; 28x28 images get a black border of 2 pixels, as in EDM, since sides are powers of two."""
+    """MNIST's images and the labels beside them; 28x28 images get a black border of 2 pixels, as in EDM,
+    since sides are powers of two."""
     name = path.name.replace('images-idx3', 'labels-idx1')
     beside = [path.with_name(n) for n in (name, name.removesuffix('.gz'), name + '.gz')]
     labels_path = next((p for p in beside if p.is_file()), None)
@@ -190,7 +197,8 @@ def mnist_source(path: pathlib.Path, selection: Selection) -> Source:
     images, labels = read_idx(path, 0x803), read_idx(labels_path, 0x801)
     if len(images) != len(labels):
         raise UserError(
-            f'{path} has {len(images)} images, but {labels_path} has {len(labels)} labels; take both from one release'
+            f'{path} has {len(images)} images, but {labels_path} has {len(labels)} labels; take both from '
+            'one release'
         )
     if images.shape[1:] == (28, 28):
         images = np.pad(images, [(0, 0), (2, 2), (2, 2)])
@@ -202,7 +210,8 @@ def mnist_source(path: pathlib.Path, selection: Selection) -> Source:
 
 
 def read_cifar_batch(data: bytes, source: str) -> tuple[np.ndarray, list[int]]:
-    """uint8 [N, 32, 32, 3] images and N class indices of one pickled CIFAR-10 batch, which is read as data."""
+    """uint8 [N, 32, 32, 3] images and N class indices of one pickled CIFAR-10 batch, which is read as
+    data."""
     file = io.BytesIO(data)
     try:
         batch = read_pickle(file, len(data), PICKLE_NAMES)
@@ -242,8 +251,8 @@ def cifar10_source(path: pathlib.Path, selection: Selection) -> Source:
         ) from error
     if not batches:
         raise UserError(
-            f'{path} holds no CIFAR-10 batches (data_batch_1, ...); the tar archive to name is cifar-10-python.tar.gz; '
-            'unpack another and name its folder'
+            f'{path} holds no CIFAR-10 batches (data_batch_1, ...); the tar archive to name is '
+            'cifar-10-python.tar.gz; unpack another and name its folder'
         )
     images, labels = zip(
         *(read_cifar_batch(data, f'{path}: {name}') for _, (name, data) in sorted(batches.items()))
@@ -263,7 +272,8 @@ class ClassFolders(NamedTuple):
     Attributes:
         prefix: of all class folders: empty, or a path that ends in a slash.
         names: of the class folders, sorted.
-        labels: of each image: the place of its class folder among `names`; None of an image that lies in no class folder.
+        labels: of each image: the place of its class folder among `names`; None of an image that lies in no
+            class folder.
     """
 
     prefix: str
@@ -274,7 +284,8 @@ class ClassFolders(NamedTuple):
 def class_folders(images: Sequence[str]) -> ClassFolders | None:
     """The outermost folders in which names of images differ; None where all lie in the root.
 
-    Images that lie beside folders with images are in no class. Where all lie in one folder, that is the only class.
+    Images that lie beside folders with images are in no class. Where all lie in one folder, that is the only
+    class.
     """
     by_folder = defaultdict(list)
     for i, name in enumerate(images):
@@ -302,7 +313,8 @@ def _common(folders: set[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def folder_labels(files: ImageFiles, leave_out: bool) -> tuple[list[str], list[int], list[str]] | None:
-    """(names of images, their class indices, names of the classes) by class folders; None where there are no folders.
+    """(names of images, their class indices, names of the classes) by class folders; None where there are no
+    folders.
 
     Args:
         leave_out: whether images that lie beside the class folders are left out. Without, they are an error.
@@ -311,11 +323,14 @@ def folder_labels(files: ImageFiles, leave_out: bool) -> tuple[list[str], list[i
     if found is None:
         return None
     if strays := [name for name, label in zip(files.images, found.labels) if label is None]:
-        where = f'{len(strays)} of {len(files.images)} images in {files.path} lie in no class folder ({_listed(strays)})'
+        where = (
+            f'{len(strays)} of {len(files.images)} images in {files.path} lie in no class folder '
+            f'({_listed(strays)})'
+        )
         if not leave_out:
             raise UserError(
-                f'{where}, and so have no label. Leave them out with --labels-from=folders, write all images without labels with '
-                '--labels-from=none, or move them.'
+                f'{where}, and so have no label. Leave them out with --labels-from=folders, write all images '
+                'without labels with --labels-from=none, or move them.'
             )
         note(f'{where}, and are left out.')
     _check_class_names(files, found)
@@ -343,7 +358,8 @@ def _check_class_names(files: ImageFiles, found: ClassFolders) -> None:
             note(f'{text}, and are two classes.')
     if empty := files.folders(found.prefix) - set(found.names):
         note(
-            f'{len(empty)} folders in {files.path} beside the class folders hold no images, and are no classes ({_listed(empty)}).'
+            f'{len(empty)} folders in {files.path} beside the class folders hold no images, and are no '
+            f'classes ({_listed(empty)}).'
         )
 
 
@@ -352,13 +368,15 @@ def _check_class_names(files: ImageFiles, found: ClassFolders) -> None:
 
 
 def files_source(path: pathlib.Path, selection: Selection, background: tuple[int, int, int]) -> Source:
-    """A folder or zip of images, sorted by name. They are written as RGB if any is in color; in a color set the first header tells."""
+    """A folder or zip of images, sorted by name. They are written as RGB if any is in color; in a color set
+    the first header tells."""
     files = ImageFiles(path)
     if files.holds_latents:
         with files.open_latents(files.images[0]):  # or it holds other arrays
             pass
         raise UserError(
-            f'{path} holds latents already ({files.images[0]}, ...); it is a data set as it is, or name the images they were made from'
+            f'{path} holds latents already ({files.images[0]}, ...); it is a data set as it is, or name the '
+            'images they were made from'
         )
     names, labels, classes = labeled_images(files, selection.labels_from)
     rows = selection.rows(labels, len(names), classes)
@@ -380,7 +398,8 @@ def files_source(path: pathlib.Path, selection: Selection, background: tuple[int
 def labeled_images(
     files: ImageFiles, labels_from: str
 ) -> tuple[Sequence[str], list[Label] | None, list[str] | None]:
-    """(names of images, their labels or None, names of the classes or None), as `Selection.labels_from` says."""
+    """(names of images, their labels or None, names of the classes or None), as `Selection.labels_from`
+    says."""
     if labels_from == 'none':
         return files.images, None, None
     if labels_from == 'dataset.json' or (labels_from == 'auto' and files.label_files):
@@ -409,7 +428,8 @@ def _read(files: ImageFiles, name: str) -> Picture:
 def read_lmdb(path: pathlib.Path, count: int) -> Iterator[int | tuple[bytes, bytes]]:
     """How many records a data base has, then the first `count` of them, (key, value). Raises: UserError.
 
-    They come from a process of their own (`lmdb_pipe`): where pages are damaged or missing, it ends by a signal, and this process does not.
+    They come from a process of their own (`lmdb_pipe`): where pages are damaged or missing, it ends by a
+    signal, and this process does not.
     """
     if importlib.util.find_spec('lmdb') is None:
         raise UserError(
@@ -458,11 +478,13 @@ def _take(process: subprocess.Popen, size: int) -> bytes:
 def _shortage_of_lmdb(path: pathlib.Path) -> str:
     """Words for a file that is shorter than the newer of its two meta pages says; '' where it is not.
 
-    Pages at its end that were never used may be missing, so only their reader can tell. Raises: ValueError where it could not: a page ends within
-    a page of memory, whose rest would be zeros, or the meta pages are none; OSError.
+    Pages at its end that were never used may be missing, so only their reader can tell. Raises: ValueError
+    where it could not: a page ends within a page of memory, whose rest would be zeros, or the meta pages are
+    none; OSError.
 
-    A page begins with 16 bytes of its own. Magic number, version, address, size of the map, two tables of 48 bytes, of which the first begins with
-    the size of pages, number of the last page and of the transaction follow (LMDB's mdb.c, MDB_meta, data version 1).
+    A page begins with 16 bytes of its own. Magic number, version, address, size of the map, two tables of 48
+    bytes, of which the first begins with the size of pages, number of the last page and of the transaction
+    follow (LMDB's mdb.c, MDB_meta, data version 1).
     """
     meta = struct.Struct('<16xIIQQI92xQQ')
     with open(path, 'rb') as file:
@@ -484,7 +506,8 @@ def lmdb_source(path: pathlib.Path, selection: Selection) -> Source:
     """An LSUN `*_lmdb` folder of JPEG or WebP images, in the order of its keys, without labels."""
     if selection.labels_from in ('folders', 'dataset.json'):
         raise UserError(
-            f'--labels-from={selection.labels_from} is for folders and zips of images, and {path} is an LMDB data base; leave it out'
+            f'--labels-from={selection.labels_from} is for folders and zips of images, and {path} is an LMDB '
+            'data base; leave it out'
         )
     (count,) = read_lmdb(path, 0)
     if count == 0:

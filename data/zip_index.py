@@ -1,7 +1,9 @@
-"""The directory of a zip file as arrays: found in seconds where there are millions of members, and kept for the next time.
+"""The directory of a zip file as arrays: found in seconds where there are millions of members, and kept for
+the next time.
 
-Python's zipfile makes an object of every member. Here the directory is read into arrays at once, where it is as plain as directories are that
-dataset_tool.py writes; where not, zipfile reads it. Members are opened by zipfile in any case, with all its checks.
+Python's zipfile makes an object of every member. Here the directory is read into arrays at once, where it is
+as plain as directories are that dataset_tool.py writes; where not, zipfile reads it. Members are opened by
+zipfile in any case, with all its checks.
 """
 
 from __future__ import annotations
@@ -73,12 +75,15 @@ class Entry(NamedTuple):
 
 
 class ZipIndex:
-    """Members of a zip file in the order of their names; of several with one name, the last in the file is the last here.
+    """Members of a zip file in the order of their names; of several with one name, the last in the file is
+    the last here.
 
     Attributes:
-        names: of all members, folders separated by slashes; where the file has backslashes, those are in `stored`.
+        names: of all members, folders separated by slashes; where the file has backslashes, those are in
+            `stored`.
         fields: name to array [N], as in `FIELDS`.
-        key: hexadecimal digest of the directory and the file's size, which decide all of it; None where that cannot be told.
+        key: hexadecimal digest of the directory and the file's size, which decide all of it; None where that
+            cannot be told.
     """
 
     def __init__(self, stored: Names, fields: dict[str, np.ndarray], key: str | None):
@@ -89,7 +94,8 @@ class ZipIndex:
     def read(cls, path: str) -> ZipIndex:
         """The index of a file, or that of an identical directory which was read earlier.
 
-        Raises: what `zipfile.ZipFile` raises where it cannot be read; UserError where two names differ in their separators only.
+        Raises: what `zipfile.ZipFile` raises where it cannot be read; UserError where two names differ in
+            their separators only.
         """
         tail = _find_directory(path)
         key = tail and tail.key()
@@ -152,14 +158,15 @@ def _with_slashes(names: bytes) -> bytes:
 
 
 def _check_separators(stored: Names, path: str) -> None:
-    """UserError where two different names, in the order of their names with slashes, are the same with slashes."""
+    """UserError where two different names, in the order of their names with slashes, are the same with
+    slashes."""
     if b'\\' not in stored.blob:
         return
     for name, following in itertools.pairwise(stored):
         if name != following and file_names.with_slashes(name) == file_names.with_slashes(following):
             raise UserError(
-                f'{path} has both {name} and {following}: backslashes separate folders as slashes do, so these are one name; '
-                'make the zip again'
+                f'{path} has both {name} and {following}: backslashes separate folders as slashes do, so '
+                'these are one name; make the zip again'
             )
 
 
@@ -198,7 +205,8 @@ class Tail(NamedTuple):
 
 
 def _find_directory(path: str) -> Tail | None:
-    """None where there is no such directory, or one is found in an unusual way only. Raises: OSError, BadZipFile, TooLarge."""
+    """None where there is no such directory, or one is found in an unusual way only. Raises: OSError,
+    BadZipFile, TooLarge."""
     with open(path, 'rb') as file:
         size = file.seek(0, io.SEEK_END)
         base = max(size - 22 - 65535 - 76, 0)
@@ -227,7 +235,8 @@ def _find_directory(path: str) -> Tail | None:
 
 
 def _parse(tail: Tail) -> tuple[list[bytes], dict[str, np.ndarray]] | None:
-    """(names, fields) of a directory with nothing unusual in it: ASCII names, no other extra field than the offsets of ZIP64."""
+    """(names, fields) of a directory with nothing unusual in it: ASCII names, no other extra field than the
+    offsets of ZIP64."""
     data, position, positions = tail.data, 0, []
     lengths = struct.Struct('<3H').unpack_from
     while position < tail.length:
@@ -309,7 +318,8 @@ def cached(
     compute: Callable[[], dict[str, np.ndarray]],
     sound: Callable[[dict], bool] = lambda arrays: True,
 ) -> dict[str, np.ndarray]:
-    """The arrays that an earlier call computed for this key, or that are computed now and kept. What cannot be kept is not.
+    """The arrays that an earlier call computed for this key, or that are computed now and kept. What cannot
+    be kept is not.
 
     Args:
         key: of whatever decides the arrays; None: they are not kept.

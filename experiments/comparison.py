@@ -1,6 +1,8 @@
-"""The plan of a comparison: which networks to train, for how many steps, and how each is sampled. Pure: from options to trainings.
+"""The plan of a comparison: which networks to train, for how many steps, and how each is sampled. Pure: from
+options to trainings.
 
-The unit of the budget is a network evaluation for each place in the batch; a student's forward and backward pass counts 3 (`Objective.cost`).
+The unit of the budget is a network evaluation for each place in the batch; a student's forward and backward
+pass counts 3 (`Objective.cost`).
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ class Training:
         after: the training whose snapshot that is; None: the teacher's.
         steps, cost: optimizer steps, and network evaluations for an image of one.
         batch: images of a step.
-        stages: folders and steps so far of the students that one training makes one after another; '' is the training's own folder.
+        stages: folders and steps so far of the students that one training makes one after another; '' is the
+            training's own folder.
     """
 
     name: str
@@ -137,8 +140,10 @@ class Request:
     """What is to be compared.
 
     Attributes:
-        objectives, steps, seeds: each objective is trained with each seed, and sampled in each number of steps.
-        budget: network evaluations for each place in the batch, of the trainings behind one place in the table.
+        objectives, steps, seeds: each objective is trained with each seed, and sampled in each number of
+            steps.
+        budget: network evaluations for each place in the batch, of the trainings behind one place in the
+            table.
         batch: images of an optimizer step.
         cond: whether the teacher, and so everyone, knows classes.
         network: options that describe the teacher's network, for objectives that only start from its weights.
@@ -160,7 +165,8 @@ class Request:
 
 
 def plan(request: Request) -> list[Model]:
-    """All models of a comparison. Raises: UserError where the budget is too small, click.UsageError where options do not go together."""
+    """All models of a comparison. Raises: UserError where the budget is too small, click.UsageError where
+    options do not go together."""
     single = [
         name
         for name in request.objectives
@@ -173,7 +179,8 @@ def plan(request: Request) -> list[Model]:
     }
     if unknown := sorted(request.for_some.keys() - known):
         raise click.UsageError(
-            f'--with={unknown[0]}:...: nothing of that name is compared; there are {", ".join(sorted(known))}.'
+            f'--with={unknown[0]}:...: nothing of that name is compared; there are '
+            f'{", ".join(sorted(known))}.'
         )
     return [
         model
@@ -229,7 +236,8 @@ def make_training(
 
 
 def halving_training(request: Request, name: str, objective: str, seed: int) -> Training:
-    """Progressive distillation down to the smallest number of sampling steps, whose stages share the budget."""
+    """Progressive distillation down to the smallest number of sampling steps, whose stages share the
+    budget."""
     from training.objectives.time_schedules import halving_stages
 
     most, least = FINER * max(request.steps), min(request.steps)
@@ -247,7 +255,8 @@ def halving_training(request: Request, name: str, objective: str, seed: int) -> 
         ) from error
     if odd := sorted(set(request.steps) - {S for S, _ in units}):
         raise click.UsageError(
-            f'--objectives={objective}: {odd[0]} of --steps is no half, quarter, ... of {most}. Leave one of them out.'
+            f'--objectives={objective}: {odd[0]} of --steps is no half, quarter, ... of {most}. Leave one of '
+            'them out.'
         )
     cost = cost_of(name, [*words, f'--teacher={PLACE}'])
     stage_steps = affordable(name, request.budget, cost * sum(count for _, count in units))
@@ -272,7 +281,8 @@ def affordable(name: str, budget: int, cost: int) -> int:
     """How often something can be done. Raises: UserError where it is never."""
     if budget < cost:
         raise UserError(
-            f'--budget: {budget} network evaluations do not pay for one step of {name}, which takes {cost}. Give more.'
+            f'--budget: {budget} network evaluations do not pay for one step of {name}, which takes {cost}. '
+            'Give more.'
         )
     return int(budget // cost)
 
@@ -301,7 +311,8 @@ def recipe_of(request: Request, objective: str, S: int | None = None) -> list[st
 
 
 def own_options(request: Request, objective: str, S: int | None, fixed: set[str]) -> list[str]:
-    """The user's options for a training. Raises: click.UsageError where they are those that the comparison has to decide."""
+    """The user's options for a training. Raises: click.UsageError where they are those that the comparison
+    has to decide."""
     words = [
         *request.for_all,
         *request.for_some.get(objective, []),
@@ -331,7 +342,8 @@ def names_of(words: Sequence[str]) -> list[str]:
 
 
 def cost_of(name: str, words: Sequence[str]) -> int:
-    """Network evaluations for an image, by the options, which train.py looks at as if it were called with them."""
+    """Network evaluations for an image, by the options, which train.py looks at as if it were called with
+    them."""
     import train
 
     try:
@@ -361,7 +373,8 @@ def teacher_training() -> Training:
 
 
 def teacher_models(steps: Sequence[int], reference_steps: int) -> list[Model]:
-    """The teacher in as many evaluations as its students (Heun: that or one less), and in many, first the reference that all are held against."""
+    """The teacher in as many evaluations as its students (Heun: that or one less), and in many, first the
+    reference that all are held against."""
     teacher = Model('diffusion', None, None, 0, None, 'heun', reference_steps, 2 * reference_steps - 1)
     euler = [replace(teacher, solver='euler', steps=n, nfe=n) for n in sorted(steps)]
     heun = [
@@ -372,12 +385,14 @@ def teacher_models(steps: Sequence[int], reference_steps: int) -> list[Model]:
 
 
 def starting_from_weights(objectives: Sequence[str]) -> list[str]:
-    """Those of the objectives that, or whose first stage, begin with the teacher's weights in a network that options describe."""
+    """Those of the objectives that, or whose first stage, begin with the teacher's weights in a network that
+    options describe."""
     return [name for name in objectives if OBJECTIVES[name].teacher != 'diffusion']
 
 
 def network_options(net, objectives: Sequence[str]) -> list[str]:
-    """Options of train.py that make the network of a snapshot from scratch, so that its weights fit; `objectives` need them.
+    """Options of train.py that make the network of a snapshot from scratch, so that its weights fit;
+    `objectives` need them.
 
     Raises: UserError where there are none.
     """
@@ -403,6 +418,7 @@ def network_options(net, objectives: Sequence[str]) -> list[str]:
                 *(f'--{option}={text(value)}' for option, value in values.items() if value is not None),
             ]
     raise UserError(
-        f'--teacher: no options of train.py make its network, a {type(net).__name__} around a {kwargs["model_type"]}, so that students '
-        f'cannot start from its weights: leave {", ".join(objectives)} out of --objectives.'
+        f'--teacher: no options of train.py make its network, a {type(net).__name__} around a '
+        f'{kwargs["model_type"]}, so that students cannot start from its weights: leave '
+        f'{", ".join(objectives)} out of --objectives.'
     )

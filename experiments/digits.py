@@ -1,4 +1,5 @@
-"""The digits as a test bed, of demo.py and compare.py: a network and options that suit them, and rulers that mean something on them."""
+"""The digits as a test bed, of demo.py and compare.py: a network and options that suit them, and rulers that
+mean something on them."""
 
 from __future__ import annotations
 
@@ -40,8 +41,8 @@ OWN = {
 def student_options(objective: str, S: int | None = None) -> list[str]:
     """What suits a student, of S steps where it has a number of its own; why, is in docs/results.md.
 
-    A teacher of digits is best in 12 to 16 Heun steps: so many edges has the grid of distillation throughout, fewer where only two segments share
-    them, and so many are the sub-steps over all segments.
+    A teacher of digits is best in 12 to 16 Heun steps: so many edges has the grid of distillation throughout,
+    fewer where only two segments share them, and so many are the sub-steps over all segments.
     """
     own = OBJECTIVES[objective].options
     substeps = [f'--{name}={max(2, -(-12 // S))}' for name in ('substeps', 'anchor_hops') if name in own]
@@ -60,7 +61,8 @@ def student_options(objective: str, S: int | None = None) -> list[str]:
 
 
 def prepare(story: Story) -> tuple[Path, dict[str, Ruler]]:
-    """Data, rulers and their reference statistics, where they are not there yet; returns the data set and the rulers, the classifier first."""
+    """Data, rulers and their reference statistics, where they are not there yet; returns the data set and the
+    rulers, the classifier first."""
     data, file = story.path('digits.zip'), lambda name: str(story.path('rulers', name))
     rulers = {name: Ruler(file(f'{name}.npz'), file(f'{name}.pt')) for name in RULERS}
     if not data.exists():

@@ -34,13 +34,15 @@ img.wide { max-width: 100%; }
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """The records of a .jsonl file of a run; an empty list where there is none. Raises: UserError, which names the line, for what is no record."""
+    """The records of a .jsonl file of a run; an empty list where there is none. Raises: UserError, which
+    names the line, for what is no record."""
     if not os.path.exists(path):
         return []
     found = [record for _, record in records(path)]
     if None in found:
         raise UserError(
-            f'{path}: line {found.index(None) + 1} is no record of a run. Remove that line, or restore the file.'
+            f'{path}: line {found.index(None) + 1} is no record of a run. Remove that line, or restore the '
+            'file.'
         )
     return found
 
@@ -60,7 +62,8 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_grid(paths: Sequence[str], dest: str, columns: int = 8) -> None:
-    """Images from PNG files, tiled into one PNG and enlarged to 32 pixels or more; the number of files is a multiple of `columns`."""
+    """Images from PNG files, tiled into one PNG and enlarged to 32 pixels or more; the number of files is a
+    multiple of `columns`."""
     arrays = [np.asarray(open_image(path)) for path in paths]
     images = torch.from_numpy(np.stack([a[None] if a.ndim == 2 else a.transpose(2, 0, 1) for a in arrays]))
     pixel = max(32 // images.shape[3], 1)
@@ -127,7 +130,8 @@ LOOKS = {
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:
-    """The values, between 0 and 1, moved as little as makes neighbors `gap` apart, in the order of their size (least squares)."""
+    """The values, between 0 and 1, moved as little as makes neighbors `gap` apart, in the order of their size
+    (least squares)."""
     order = np.argsort(values, kind='stable')
     offsets = gap * np.arange(len(order))
     moved = (
@@ -138,7 +142,8 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
 
 
 def apart(numbers: Sequence[int]) -> list[int]:
-    """Those of rising numbers that have room for a label on a logarithmic axis: powers of two first, then the ends, then the others."""
+    """Those of rising numbers that have room for a label on a logarithmic axis: powers of two first, then the
+    ends, then the others."""
     chosen: list[int] = []
     for number in sorted(numbers, key=lambda n: (n & (n - 1) > 0, n not in (numbers[0], numbers[-1]))):
         if all(max(number, other) >= 1.3 * min(number, other) for other in chosen):
@@ -149,7 +154,8 @@ def apart(numbers: Sequence[int]) -> list[int]:
 def write_frontier(
     lines: dict[str, dict[int, Sequence[float]]], dest: str, ylabel: str, level: tuple[str, float]
 ) -> None:
-    """Distance against network evaluations, {name: {evaluations: a value for each seed}}, on logarithmic axes; a dashed `level` (name, value).
+    """Distance against network evaluations, {name: {evaluations: a value for each seed}}, on logarithmic
+    axes; a dashed `level` (name, value).
 
     Lines go through the geometric means of the seeds, and carry their names at their ends.
     """
@@ -205,7 +211,8 @@ def write_frontier(
 
 
 def write_strips(pictures: dict[str, dict[int, str]], dest: str, rows: int = 5) -> None:
-    """The first lines of the grids {name: {evaluations: PNG file}}, each of `rows` lines, as a table of samples, a column for each number."""
+    """The first lines of the grids {name: {evaluations: PNG file}}, each of `rows` lines, as a table of
+    samples, a column for each number."""
     columns = sorted({nfe for cells in pictures.values() for nfe in cells})
     figure, panels = plt.subplots(
         len(pictures),
@@ -255,7 +262,10 @@ def embed(path: str, caption: str | None = None, css: str = '') -> str:
     """An <img>, or a <figure> with a caption, that holds the PNG file itself."""
     with open(path, 'rb') as file:
         data = base64.b64encode(file.read()).decode()
-    image = f'<img class="{css}" alt="{html.escape(caption or os.path.basename(path))}" src="data:image/png;base64,{data}">'
+    image = (
+        f'<img class="{css}" alt="{html.escape(caption or os.path.basename(path))}" '
+        f'src="data:image/png;base64,{data}">'
+    )
     return f'<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>' if caption else image
 
 
@@ -266,6 +276,6 @@ def write_page(dest: str, title: str, sections: Sequence[tuple[str, str]]) -> No
     )
     with open(dest, 'w', encoding='utf-8') as file:
         file.write(
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-            f'<h1>{html.escape(title)}</h1>{body}</html>\n'
+            '<!doctype html><html lang="en"><meta '
+            f'charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>\n'
         )

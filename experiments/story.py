@@ -1,4 +1,5 @@
-"""Stories told by the scripts themselves, as demo.py and compare.py do: commands that are shown and run, several side by side."""
+"""Stories told by the scripts themselves, as demo.py and compare.py do: commands that are shown and run,
+several side by side."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ class Story:
             print(printable(line, LONGEST_MESSAGE), flush=True)
 
     def run(self, name: str, *arguments, threads: int | None = None) -> str:
-        """Run `python <arguments>`; its lines appear behind [name], and its stdout is returned. Raises: UserError where it fails."""
+        """Run `python <arguments>`; its lines appear behind [name], and its stdout is returned. Raises:
+        UserError where it fails."""
         script = [os.path.relpath(ROOT / arguments[0])] if arguments[0].endswith('.py') else [arguments[0]]
         shown = ['python', *script, *map(str, arguments[1:])]
         env = dict(
@@ -85,7 +87,8 @@ class Story:
         self.running.discard(process)
         if process.wait() != 0:
             raise UserError(
-                f'`{shlex.join(shown)}` failed ({how_ended(process.returncode)}); its last line: {lines[-1] if lines else "none"}'
+                f'`{shlex.join(shown)}` failed ({how_ended(process.returncode)}); its last line: '
+                f'{lines[-1] if lines else "none"}'
             )
         return '\n'.join(lines)
 
@@ -102,7 +105,8 @@ class Story:
 
 
 def tell(story: Story, function: Callable[[], T], cure: str) -> T:
-    """What `function` returns, called in a thread. The keyboard and SIGTERM end what the story runs, and with that the function.
+    """What `function` returns, called in a thread. The keyboard and SIGTERM end what the story runs, and with
+    that the function.
 
     Raises: UserError with the `cure` where they have.
     """
@@ -128,7 +132,8 @@ def tell(story: Story, function: Callable[[], T], cure: str) -> T:
 
 @contextlib.contextmanager
 def workers(story: Story, count: int) -> Iterator[concurrent.futures.Executor]:
-    """Threads for a story's jobs. When an error ends the context, no other job begins, and the commands of those that have are ended."""
+    """Threads for a story's jobs. When an error ends the context, no other job begins, and the commands of
+    those that have are ended."""
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         try:
             yield pool
@@ -145,13 +150,15 @@ def newest_snapshot(folder: Path) -> Path:
     found = saved_snapshots(folder)
     if not found:
         raise UserError(
-            f'{folder} holds no network-snapshot-*.pkl, though its training is done: delete the folder to train again.'
+            f'{folder} holds no network-snapshot-*.pkl, though its training is done: delete the folder to '
+            'train again.'
         )
     return found[0]
 
 
 class Ruler(NamedTuple):
-    """How a Fréchet distance is measured: reference statistics, and the detector that they were made with (None: fid.py's own)."""
+    """How a Fréchet distance is measured: reference statistics, and the detector that they were made with
+    (None: fid.py's own)."""
 
     ref: str
     detector: str | None
@@ -177,11 +184,12 @@ def measure(
     bootstrap: int = 0,
     labels: str | None = None,
 ) -> dict:
-    """Sample a network, and measure the images with every ruler. The images stay in the folder samples/<name>.
+    """Sample a network, and measure the images with every ruler. The images stay in the folder
+    samples/<name>.
 
     `labels`: as --labels of generate.py.
-    Returns: `images`, `seconds` of sampling; `distance`, and with `bootstrap` its `interval`; the same as `distance_<ruler>` by all rulers
-    but the first.
+    Returns: `images`, `seconds` of sampling; `distance`, and with `bootstrap` its `interval`; the same as
+    `distance_<ruler>` by all rulers but the first.
     """
     folder, start = story.path('samples', name), time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)  # of a story that was interrupted

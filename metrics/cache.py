@@ -1,4 +1,5 @@
-"""Features on disk, batch by batch: an evaluation that was stopped goes on where it was, and another one of the same images starts from them."""
+"""Features on disk, batch by batch: an evaluation that was stopped goes on where it was, and another one of
+the same images starts from them."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ FACTS = 'facts.json'
 
 
 class FeatureCache:
-    """A folder `<root>/<name>-<key>` with an `.npz` for every batch and `facts.json`, which says what the features are of.
+    """A folder `<root>/<name>-<key>` with an `.npz` for every batch and `facts.json`, which says what the
+    features are of.
 
     Args:
         root: folder that may hold the features of many image sets.
@@ -43,7 +45,8 @@ class FeatureCache:
                 file.write(text.encode() + b'\n')
 
     def load(self, part: range, names: set[str]) -> dict[str, np.ndarray] | None:
-        """The arrays of a batch, `names` at least, with a row for each of its images; None where they are not there, or damaged."""
+        """The arrays of a batch, `names` at least, with a row for each of its images; None where they are not
+        there, or damaged."""
         try:
             with ArchivedArrays(self._path(part), self._path(part)) as file:
                 arrays = {key: file.read(key) for key in file.keys}

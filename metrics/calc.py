@@ -1,4 +1,5 @@
-"""From images to features and their statistics: one pass, on all processes, under any number of detectors. All that evaluates goes through it."""
+"""From images to features and their statistics: one pass, on all processes, under any number of detectors.
+All that evaluates goes through it."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class Observed:
         skipped: how many images were left out.
         problems: why. This and what follows: on the main process only.
         copies: how many images have the very pixels of another one before them.
-        unturned: how many images, of those that were read and not recalled, carry an EXIF orientation, which is ignored.
+        unturned: how many images, of those that were read and not recalled, carry an EXIF orientation, which
+            is ignored.
         features: [n, D] float32 on the CPU, in the order of the images; None where they were not asked for.
         probabilities: [n, K] of its classes, likewise.
     """
@@ -56,8 +58,8 @@ def observe(
 ) -> dict[str, Observed] | None:
     """What each detector sees in all images, of all processes together.
 
-    Batch k holds the images k·batch … (k + 1)·batch − 1, whichever process computes it, and the last one is filled up before a detector sees
-    it: features do not depend on the number of processes.
+    Batch k holds the images k·batch … (k + 1)·batch − 1, whichever process computes it, and the last one is
+    filled up before a detector sees it: features do not depend on the number of processes.
 
     Args:
         source: of images; see metrics/images.py. Every process calls with the same.
@@ -67,9 +69,10 @@ def observe(
         cache: folder in which features are kept and found again; see `FeatureCache`.
         workers: threads that decode.
         advance: called with the number of images, of all processes, that a step of this process stands for.
-        stop: asked by all processes together, now and then; where it says so the images are left, and the result is None. Not with a cache.
-    Raises: NotFinite, on all processes, where images of a network, or a detector's answers to images, are not finite; UserError where there
-        are no images, or one cannot be used.
+        stop: asked by all processes together, now and then; where it says so the images are left, and the
+            result is None. Not with a cache.
+    Raises: NotFinite, on all processes, where images of a network, or a detector's answers to images, are not
+        finite; UserError where there are no images, or one cannot be used.
     """
     parts = [range(start, min(start + batch, len(source))) for start in range(0, len(source), batch)]
     rank, processes = distributed.get_rank(), distributed.get_world_size()
@@ -113,7 +116,8 @@ def observe(
 
 
 def check_finite(source: ImageSource, parts: Sequence[range], watches: Collection[_Watch]) -> None:
-    """Raises: NotFinite, on all processes together, where any of them met with what is not finite. What follows would be a number all the same."""
+    """Raises: NotFinite, on all processes together, where any of them met with what is not finite. What
+    follows would be a number all the same."""
     own = [i for part in parts for i in source.nonfinite(part)], [watch.nonfinite for watch in watches]
     images, features = zip(*distributed.gather_objects(own))
     if bad := sorted(itertools.chain(*images)):
@@ -121,8 +125,9 @@ def check_finite(source: ImageSource, parts: Sequence[range], watches: Collectio
     for watch, count in zip(watches, map(sum, zip(*features))):
         if count:
             raise NotFinite(
-                f'Detector {watch.detector.name} gives features that are not finite (NaN or infinite) for {count} of {len(source)} '
-                f'images of {source.name}: there is no measure of them. Use another detector, or mend this one.',
+                f'Detector {watch.detector.name} gives features that are not finite (NaN or infinite) for '
+                f'{count} of {len(source)} images of {source.name}: there is no measure of them. Use '
+                'another detector, or mend this one.',
                 nonfinite_features=count,
             )
 
@@ -170,10 +175,11 @@ class _Watch:
         return bool(found)
 
     def see(self, part: range, images: Tensor, indices: list[int], digests: Tensor) -> None:
-        """Add a batch of images, of which the first `len(indices)` count; nothing where it was recalled, or none is left of it.
+        """Add a batch of images, of which the first `len(indices)` count; nothing where it was recalled, or
+        none is left of it.
 
-        A batch of which images were left out is not cached: what was wrong with them is told every time, and an error without --skip-bad.
-        Neither is one with images or features that are not finite.
+        A batch of which images were left out is not cached: what was wrong with them is told every time, and
+        an error without --skip-bad. Neither is one with images or features that are not finite.
         """
         count = len(indices)
         if part.start in self.kept or count == 0:
@@ -249,9 +255,11 @@ def reference_of(source: ImageSource, seen: Observed, detector: Detector) -> Ref
 
 
 def image_digests(images: Tensor) -> Tensor:
-    """[n] int64 digests of uint8 images [n, C, H, W], where they live: sums of random multiples of their pixels, modulo 2⁶⁴.
+    """[n] int64 digests of uint8 images [n, C, H, W], where they live: sums of random multiples of their
+    pixels, modulo 2⁶⁴.
 
-    Two images that differ have the same one with a probability of about 2⁻⁵⁶. They tell copies by accident, and no forgeries.
+    Two images that differ have the same one with a probability of about 2⁻⁵⁶. They tell copies by accident,
+    and no forgeries.
     """
     pixels = images.flatten(1)
     return (pixels * _multiples(pixels.shape[1], pixels.device)).sum(dim=1)

@@ -6,8 +6,8 @@ Three kinds stand behind one interface, `Detector`. Each wraps a network that ha
     features(images) -> [N, D]
     with_probabilities(images) -> ([N, D], [N, K])      # only where has_classes
 
-for uint8 images [N, img_channels, H, W] on its device: a TorchScript file (`ScriptNetwork`), FID's Inception from pytorch-fid's state dict
-(`metrics.inception`), or DINOv2 (`metrics.dinov2`).
+for uint8 images [N, img_channels, H, W] on its device: a TorchScript file (`ScriptNetwork`), FID's Inception
+from pytorch-fid's state dict (`metrics.inception`), or DINOv2 (`metrics.dinov2`).
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ KINDS = "a TorchScript file, pytorch-fid's Inception (a state dict), dinov2 or d
 class Detector:
     """A network that turns images into features, and what is recorded of it.
 
-    It computes in FP32, whatever PyTorch's settings are. By default recent GPUs convolve in TensorFloat-32, which rounds images and weights to
-    10 bits; pytorch-fid leaves it at that, so that its numbers depend a little on the GPU. These do not.
+    It computes in FP32, whatever PyTorch's settings are. By default recent GPUs convolve in TensorFloat-32,
+    which rounds images and weights to 10 bits; pytorch-fid leaves it at that, so that its numbers depend a
+    little on the GPU. These do not.
 
     Attributes:
         name: of the file, without its suffix; of DINOv2, its size.
         digest: SHA-256 (hexadecimal) of the file with the weights.
-        metric_name: of a Fréchet distance between its features: 'FID' for both Inceptions, 'FD-DINOv2', for others 'Fréchet distance'.
+        metric_name: of a Fréchet distance between its features: 'FID' for both Inceptions, 'FD-DINOv2', for
+            others 'Fréchet distance'.
         img_channels: channels of images; gray ones are repeated.
         dim: D, number of features; None until the first call.
         has_classes: whether there are class probabilities.
@@ -79,7 +81,8 @@ class Detector:
         """
         if not self.has_classes:
             raise UserError(
-                f'Detector {self.name} has no classes, which the Inception Score needs. Use an Inception network, such as the default.'
+                f'Detector {self.name} has no classes, which the Inception Score needs. Use an Inception '
+                'network, such as the default.'
             )
         outputs = self._run(self.network.with_probabilities, images)
         for output, what in zip(
@@ -94,8 +97,8 @@ class Detector:
             images = images.expand(-1, self.img_channels, -1, -1)
         if images.shape[1] != self.img_channels:
             raise UserError(
-                f'Detector {self.name} wants images of {self.img_channels} channels, these have {images.shape[1]}. '
-                'Convert the images, or use another detector.'
+                f'Detector {self.name} wants images of {self.img_channels} channels, these have '
+                f'{images.shape[1]}. Convert the images, or use another detector.'
             )
         try:
             with torch.no_grad(), full_precision():
@@ -119,7 +122,8 @@ class Detector:
             or not output.is_floating_point()
         ):
             raise UserError(
-                f'Detector {self.name} did not return {wanted}, as floating-point numbers. Use a detector that does.'
+                f'Detector {self.name} did not return {wanted}, as floating-point numbers. Use a detector '
+                'that does.'
             )
 
 
@@ -138,8 +142,9 @@ def full_precision():
 class ScriptNetwork:
     """A TorchScript file: `forward` takes uint8 images [N, C, H, W] and returns features [N, D].
 
-    It may declare `img_channels`, an int attribute, where it wants something else than color images. One whose `forward` has an argument
-    `return_features`, like NVIDIA's Inception, is asked for its features; without it, it returns class probabilities.
+    It may declare `img_channels`, an int attribute, where it wants something else than color images. One
+    whose `forward` has an argument `return_features`, like NVIDIA's Inception, is asked for its features;
+    without it, it returns class probabilities.
     """
 
     def __init__(self, module: torch.jit.ScriptModule, img_channels: int):
@@ -171,12 +176,14 @@ def load_detector(
     Args:
         source: path or URL of a TorchScript file; path or URL of the state dict that pytorch-fid publishes
             (`pt_inception-2015-12-05-6726825d.pth`); `dinov2` for the released ViT-L/14, or `dinov2:FOLDER`.
-            What a file is shows in its contents. `INCEPTION_URL`, the default of the scripts, stands in for EDM's `inception-2015-12-05.pkl`:
-            NVIDIA publishes the same network as TorchScript too, and the pickle is code, which we refuse to run.
-        sha256: digest that the file with the weights must have. A URL without it must keep the digest of its first download.
+            What a file is shows in its contents. `INCEPTION_URL`, the default of the scripts, stands in for
+            EDM's `inception-2015-12-05.pkl`: NVIDIA publishes the same network as TorchScript too, and the
+            pickle is code, which we refuse to run.
+        sha256: digest that the file with the weights must have. A URL without it must keep the digest of its
+            first download.
 
-    TorchScript is the one exception to the rule that loading a file runs no code from it: it is a program, executed by PyTorch's interpreter.
-    Use detectors from sources that you trust, and pin them by `sha256`.
+    TorchScript is the one exception to the rule that loading a file runs no code from it: it is a program,
+    executed by PyTorch's interpreter. Use detectors from sources that you trust, and pin them by `sha256`.
 
     Raises: UserError for a missing file, a failed download, another digest, or a file of another kind.
     """
@@ -198,11 +205,12 @@ def load_detector(
 
 @functools.cache
 def warn_of_program(source: str, path: Path) -> None:
-    """Say, once for all processes, that a file is a program, unless its source names the digest that it has."""
+    """Say, once for all processes, that a file is a program, unless its source names the digest that it
+    has."""
     if '#sha256=' not in source and distributed.is_main():
         print(
-            f'Note: {printable(source)} is a TorchScript file, a program that PyTorch runs. Be sure that you trust it; '
-            f'to name this very file, write #sha256={file_sha256(path)} behind it.',
+            f'Note: {printable(source)} is a TorchScript file, a program that PyTorch runs. Be sure that '
+            f'you trust it; to name this very file, write #sha256={file_sha256(path)} behind it.',
             file=sys.stderr,
             flush=True,
         )
@@ -223,8 +231,8 @@ def _load_script(path: Path, source: str, device: torch.device) -> ScriptNetwork
         takes_images, channels = hasattr(module, 'forward'), getattr(module, 'img_channels', 3)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f'{source} is a TorchScript file that cannot be loaded. Save it again with torch.jit.script(network).save(path), '
-            'or download it again.'
+            f'{source} is a TorchScript file that cannot be loaded. Save it again with '
+            'torch.jit.script(network).save(path), or download it again.'
         ) from error
     if not takes_images:
         raise UserError(
@@ -250,7 +258,8 @@ def _load_state_dict(path: Path, source: str, device: torch.device) -> torch.nn.
         raise UserError(f'{source} is no detector: it {kind}')
     if _is_plain_pickle(path):
         raise UserError(
-            f'{source} is a pickle, which could run any code when loaded, so it is not. For the Inception of EDM and StyleGAN use '
+            f'{source} is a pickle, which could run any code when loaded, so it is not. For the Inception of '
+            'EDM and StyleGAN use '
             f"NVIDIA's TorchScript file of the same network, the default: {INCEPTION_URL}"
         )
     try:
@@ -264,7 +273,8 @@ def _load_state_dict(path: Path, source: str, device: torch.device) -> torch.nn.
 
 
 def _is_plain_pickle(path: Path) -> bool:
-    """Whether a file begins as pickles of protocol 2 and newer do, and not as older versions of `torch.save` began theirs."""
+    """Whether a file begins as pickles of protocol 2 and newer do, and not as older versions of `torch.save`
+    began theirs."""
     torchs = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
     with open(path, 'rb') as file:
         start = file.read(len(torchs))

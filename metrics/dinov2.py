@@ -1,9 +1,10 @@
 """DINOv2 (Oquab et al. 2023) as a feature detector, for FD-DINOv2 (Stein et al. 2023) as EDM2 computes it.
 
-The network is the one of `transformers`, and three things are done as in the code that published numbers come from. Images are resized
-to 224x224, bicubically with antialiasing, neither rounded nor clipped after it. The feature is the CLS token after the last layer norm. And
-the learned position embeddings, of 37x37 patches in the released models, are resampled to 16x16 as in the authors' own code, which
-`transformers` does not do (`resample_positions`).
+The network is the one of `transformers`, and three things are done as in the code that published numbers come
+from. Images are resized to 224x224, bicubically with antialiasing, neither rounded nor clipped after it. The
+feature is the CLS token after the last layer norm. And the learned position embeddings, of 37x37 patches in
+the released models, are resampled to 16x16 as in the authors' own code, which `transformers` does not do
+(`resample_positions`).
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ CURE = f'Give a folder with {REPOSITORY}, as save_pretrained writes it.'
 
 
 def resample_positions(positions: Tensor, side: int) -> Tensor:
-    """Position embeddings of another number of patches, as the authors' code resamples them for the released models.
+    """Position embeddings of another number of patches, as the authors' code resamples them for the released
+    models.
 
-    Bicubic, without antialiasing, with a scale of (side + 0.1) / old side where side / old side would be meant: the 0.1 was a guard against
-    rounding, and as it enters the sampling positions it has become part of what the network computes.
+    Bicubic, without antialiasing, with a scale of (side + 0.1) / old side where side / old side would be
+    meant: the 0.1 was a guard against rounding, and as it enters the sampling positions it has become part of
+    what the network computes.
 
     Args:
         positions: [1, 1 + K², D]: the CLS token's, then those of K x K patches, row by row.
@@ -59,7 +62,8 @@ def resample_positions(positions: Tensor, side: int) -> Tensor:
 
 
 class DINOv2(torch.nn.Module):
-    """uint8 images [N, 3, H, W] of any size to the CLS features [N, D] of a `Dinov2Model`, whose position embeddings are resampled here."""
+    """uint8 images [N, 3, H, W] of any size to the CLS features [N, D] of a `Dinov2Model`, whose position
+    embeddings are resampled here."""
 
     img_channels, has_classes = 3, False
 
@@ -85,12 +89,15 @@ class DINOv2(torch.nn.Module):
 
 
 def load_dinov2(folder: str | None, device: torch.device, sha256: str | None = None) -> tuple[DINOv2, str]:
-    """(the network, SHA-256 digest of its weights) from a folder that `save_pretrained` wrote; None: the released ViT-L/14.
+    """(the network, SHA-256 digest of its weights) from a folder that `save_pretrained` wrote; None: the
+    released ViT-L/14.
 
-    That one is taken from Hugging Face's cache where it is there, else downloaded and pinned like any URL (`local_path`). Weights are read from
-    safetensors only and the configuration as plain data, so that no code of a repository runs.
+    That one is taken from Hugging Face's cache where it is there, else downloaded and pinned like any URL
+    (`local_path`). Weights are read from safetensors only and the configuration as plain data, so that no
+    code of a repository runs.
 
-    Raises: UserError without the package `transformers`, for a failed download, another digest, or files of anything else than DINOv2.
+    Raises: UserError without the package `transformers`, for a failed download, another digest, or files of
+        anything else than DINOv2.
     """
     with _quiet_transformers() as transformers:
         config_path, weights_path = _files(folder, sha256)
@@ -149,7 +156,8 @@ def _released(name: str, sha256: str | None = None) -> Path:
 
 
 def _read_config(path: Path) -> dict:
-    """The configuration, as far as it describes the network. Raises: UserError for anything else than a DINOv2 that fits our images."""
+    """The configuration, as far as it describes the network. Raises: UserError for anything else than a
+    DINOv2 that fits our images."""
     try:
         with open(path, 'rb') as file:
             config = json.loads(read_at_most(file, JSON_FILE, 'a configuration'))
@@ -175,7 +183,8 @@ def _read_config(path: Path) -> dict:
 
 
 def _build(model_class, config, path: Path) -> torch.nn.Module:
-    """The model with the weights of a file, in FP32. Raises: UserError where they are damaged, or more or less than the model's."""
+    """The model with the weights of a file, in FP32. Raises: UserError where they are damaged, or more or
+    less than the model's."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -196,7 +205,8 @@ def _build(model_class, config, path: Path) -> torch.nn.Module:
         ) from error
     if wrong := sorted(name for kind in ('missing_keys', 'unexpected_keys') for name in report[kind]):
         raise UserError(
-            f'{path} does not hold exactly the weights that its {CONFIG} describes: {len(wrong)} differ, such as {wrong[0]}. {CURE}'
+            f'{path} does not hold exactly the weights that its {CONFIG} describes: {len(wrong)} differ, '
+            f'such as {wrong[0]}. {CURE}'
         )
     if broken := sorted(name for name, tensor in weights.items() if not tensor.isfinite().all()):
         raise UserError(f'{path} has NaN or infinite numbers at {broken[0]}. {CURE}')
@@ -204,7 +214,8 @@ def _build(model_class, config, path: Path) -> torch.nn.Module:
 
 
 def _least_weights(config) -> int:
-    """Bytes that such a network has at least: those of its matrices, one byte a number. It is built in memory before it is compared with the file."""
+    """Bytes that such a network has at least: those of its matrices, one byte a number. It is built in memory
+    before it is compared with the file."""
     width, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
     return width * (patches + 3 * config.patch_size**2) + config.num_hidden_layers * width**2 * (
         4 + 2 * config.mlp_ratio

@@ -1,4 +1,5 @@
-"""What fid.py and search.py share: which measures, which detectors and references they take, looking at images once for all of them."""
+"""What fid.py and search.py share: which measures, which detectors and references they take, looking at
+images once for all of them."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def option_names(parameters: list[str]) -> str:
 
 
 def load_detectors(entries, image_shape, options) -> dict:
-    """The detectors by the entries of references that they belong to, the main one first. The main process goes first and downloads."""
+    """The detectors by the entries of references that they belong to, the main one first. The main process
+    goes first and downloads."""
     from metrics.calc import count_features
     from metrics.detectors import DINOV2, INCEPTION_URL, load_detector
     from metrics.measures import FD_DINOV2, FID
@@ -84,7 +86,8 @@ def entries_to_compare(measures) -> set[str]:
 
 
 def read_references(ref, measures) -> dict:
-    """The references by entry, where `ref` is a file of statistics; none where it is images. Before any detector: a missing one is said at once."""
+    """The references by entry, where `ref` is a file of statistics; none where it is images. Before any
+    detector: a missing one is said at once."""
     from dnnlib.util import named
     from metrics.images import open_images
     from metrics.reference import holds_statistics, load_reference
@@ -98,7 +101,8 @@ def read_references(ref, measures) -> dict:
 
 
 def complete_references(references, ref, measures, detectors, sources, options) -> dict:
-    """The references by entry, checked, with what measures need: where `ref` is images, or holds them, that is computed."""
+    """The references by entry, checked, with what measures need: where `ref` is images, or holds them, that
+    is computed."""
     from metrics.reference import check_same_detector
 
     needy = {measure.entry: name for name, measure in measures.items() if measure.reference_features}
@@ -140,7 +144,8 @@ def features_of_reference(ref, measure: str, detector, options):
     images = reference_images(ref)
     if images is None:
         raise UserError(
-            f'{ref} has no features, which {measure} needs. Make it again with fid.py ref --features=50000, or give the images as --ref.'
+            f'{ref} has no features, which {measure} needs. Make it again with fid.py ref --features=50000, '
+            'or give the images as --ref.'
         )
     return look_at(ArrayImages(local_path(ref), array=images), {measure: detector}, options, keep=True)[
         measure
@@ -148,7 +153,8 @@ def features_of_reference(ref, measure: str, detector, options):
 
 
 def look_at(source, detectors, options, keep, classes=()) -> dict:
-    """`observe` on all processes, with a bar on stderr where a person is watching. What is not finite ends them all, with one message."""
+    """`observe` on all processes, with a bar on stderr where a person is watching. What is not finite ends
+    them all, with one message."""
     from tqdm import tqdm
 
     from metrics.calc import observe
@@ -165,36 +171,42 @@ def look_at(source, detectors, options, keep, classes=()) -> dict:
 
 
 def warn_about(source, seen, measures=None, detectors=None) -> None:
-    """What a reader of the numbers has to know about the images. Raises: UserError where most of them were left out."""
+    """What a reader of the numbers has to know about the images. Raises: UserError where most of them were
+    left out."""
     if seen.skipped > len(source) // 2:
         raise UserError(
-            f'{seen.skipped} of {len(source)} images in {source.name} cannot be used, such as: {"; ".join(seen.problems[:1])}'
+            f'{seen.skipped} of {len(source)} images in {source.name} cannot be used, such as: '
+            f'{"; ".join(seen.problems[:1])}'
         )
     if seen.skipped:
         say(
-            f'Warning: {seen.skipped} of {len(source)} images in {source.name} were left out, such as: {"; ".join(seen.problems[:3])}'
+            f'Warning: {seen.skipped} of {len(source)} images in {source.name} were left out, such as: '
+            f'{"; ".join(seen.problems[:3])}'
         )
     if about := getattr(source, 'about_others', lambda: None)():
         say(f'Note: {about}.')
     if seen.unturned:
         say(
-            f'Note: {seen.unturned} images in {source.name} carry an EXIF orientation, which is ignored: pixels count as they are stored.'
+            f'Note: {seen.unturned} images in {source.name} carry an EXIF orientation, which is ignored: '
+            'pixels count as they are stored.'
         )
     if seen.copies:
         say(
-            f'Warning: {seen.copies} of {seen.stats.count} images in {source.name} are exact copies of others.'
+            f'Warning: {seen.copies} of {seen.stats.count} images in {source.name} are exact copies of '
+            'others.'
         )
     for name, measure in (measures or {}).items():
         if measure.frechet and name != 'fid_inf' and seen.stats.count < FEW_IMAGES:
             title, count = measure.title.format(detectors[measure.entry].metric_name), seen.stats.count
             say(
-                f'Warning: {title} of as few as {count} images is too high on average. Compare it with values of {count} images only; '
-                'kid has no such bias, fid_inf extrapolates.'
+                f'Warning: {title} of as few as {count} images is too high on average. Compare it with '
+                f'values of {count} images only; kid has no such bias, fid_inf extrapolates.'
             )
 
 
 def how_many(count: int, total: int, skipped: int = 0) -> str:
-    """`count` images that are measured, in words that tell a subset of `total`; `skipped` more could not be used."""
+    """`count` images that are measured, in words that tell a subset of `total`; `skipped` more could not be
+    used."""
     return f'{count} images' if count + skipped == total else f'a random subset of {count} of {total} images'
 
 

@@ -1,4 +1,5 @@
-"""A network's images as a source, like a folder's: made when they are looked at, and never written unless someone wants to see them."""
+"""A network's images as a source, like a folder's: made when they are looked at, and never written unless
+someone wants to see them."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class GeneratedImages:
     Args:
         net: network, on its device.
         seeds: of the images.
-        batch: images that the network makes at a time; a batch that is not full is filled up, so that it runs like the others.
+        batch: images that the network makes at a time; a batch that is not full is filled up, so that it runs
+            like the others.
         choose_labels, solver, steps, options: as for `generation.generate_batch`.
         name: for messages.
         identity: what decides the images besides the seeds, for `fingerprint`.
@@ -90,7 +92,8 @@ class GeneratedImages:
         generation.save_images(images[kept], [folder.path_of(seeds[i]) for i in kept])
 
     def nonfinite(self, indices: range) -> list[int]:
-        """The places among the seeds, in a batch that was made here, of images that were not finite. Waits for the device."""
+        """The places among the seeds, in a batch that was made here, of images that were not finite. Waits
+        for the device."""
         if indices.start not in self._finite:
             return []
         (finite,) = self._finite[indices.start].numpy()
@@ -100,8 +103,9 @@ class GeneratedImages:
         """A sentence that names the seeds at these places."""
         found = generation.nonfinite_seeds([self.seeds[i] for i in places], len(self.seeds))
         return (
-            f'{self.name}: {found}. There is no measure of such images: the network is broken for them, or overflows with these sampling '
-            'options or in this precision. generate.py with the same options writes the others.'
+            f'{self.name}: {found}. There is no measure of such images: the network is broken for them, or '
+            'overflows with these sampling options or in this precision. generate.py with the same options '
+            'writes the others.'
         )
 
     def stream(self, parts: Sequence[range], workers: int = 0) -> Iterator[tuple[range, Tensor, list[int]]]:

@@ -29,7 +29,8 @@ def open_images(
     Args:
         num: how many, a random subset where there are more. None: all.
         seed: which subset; the one that training takes of as many.
-        skip_bad: leave out images that cannot be read or differ from the first in size or mode. Without, the first such image is an error.
+        skip_bad: leave out images that cannot be read or differ from the first in size or mode. Without, the
+            first such image is an error.
     Raises: UserError where there are fewer than `num`, or what there is are no 8-bit gray or RGB images.
     """
     kind = os.path.splitext(os.fspath(path))[1].lower()
@@ -64,9 +65,11 @@ class ImageSource:
         return len(self.index)
 
     def batch(self, indices: range) -> tuple[torch.Tensor, list[int]]:
-        """Images, uint8 [n, C, H, W], and which of `indices` they are: n is less than their number where bad ones are left out.
+        """Images, uint8 [n, C, H, W], and which of `indices` they are: n is less than their number where bad
+        ones are left out.
 
-        Raises: UserError that names an image which cannot be read, or differs from the first, unless such are left out.
+        Raises: UserError that names an image which cannot be read, or differs from the first, unless such are
+            left out.
         """
         images = np.empty([len(indices), *self.image_shape], np.uint8)
         read: list[int] = []
@@ -84,7 +87,8 @@ class ImageSource:
     def stream(
         self, parts: Iterable[range], workers: int = WORKERS
     ) -> Iterator[tuple[range, torch.Tensor, list[int]]]:
-        """(part, images, which they are) for each part in turn, as `batch` returns them, read ahead of use. See `prefetch`."""
+        """(part, images, which they are) for each part in turn, as `batch` returns them, read ahead of use.
+        See `prefetch`."""
         return prefetch(self, parts, workers)
 
     def pixels(self, i: int) -> np.ndarray:
@@ -92,7 +96,8 @@ class ImageSource:
         raise NotImplementedError
 
     def nonfinite(self, indices: range) -> list[int]:
-        """Which images of a batch that was read had values that are not finite before they became 8-bit. In files nothing tells: none."""
+        """Which images of a batch that was read had values that are not finite before they became 8-bit. In
+        files nothing tells: none."""
         return []
 
     def fingerprint(self) -> str:
@@ -101,7 +106,8 @@ class ImageSource:
 
 
 class FileImages(ImageSource):
-    """The images of a folder or zip: PNG, JPEG or whatever else Pillow opens; gray (L) or RGB as they are, with the pixels that training sees."""
+    """The images of a folder or zip: PNG, JPEG or whatever else Pillow opens; gray (L) or RGB as they are,
+    with the pixels that training sees."""
 
     def __init__(
         self, path: str | os.PathLike, num: int | None = None, seed: int = 0, skip_bad: bool = False
@@ -118,7 +124,8 @@ class FileImages(ImageSource):
         self._first, self.image_shape = self._find_first()
 
     def about_others(self) -> str | None:
-        """A sentence about files that are left out, as they are no images by their names; None where there are none."""
+        """A sentence about files that are left out, as they are no images by their names; None where there
+        are none."""
         return self.files.about_others()
 
     def _find_first(self) -> tuple[str, list[int]]:
@@ -141,8 +148,9 @@ class FileImages(ImageSource):
             shape = image_shape_of(image, f'{self.name}: {file}')
             if self.image_shape and list(shape) != self.image_shape:
                 raise UserError(
-                    f'{self.name}: {file} is {_describe(shape)}, but {self._first} is {_describe(self.image_shape)}. '
-                    'Give all images one size and mode, or leave out those unlike the first with --skip-bad.'
+                    f'{self.name}: {file} is {_describe(shape)}, but {self._first} is '
+                    f'{_describe(self.image_shape)}. Give all images one size and mode, or leave out those '
+                    'unlike the first with --skip-bad.'
                 )
             if is_left_unturned(image):
                 self.unturned[i] = orientation(image)
@@ -160,7 +168,8 @@ class FileImages(ImageSource):
 
 
 def _zip_checksums(files: ImageFiles) -> dict[str, tuple[int, int]]:
-    """(CRC, size) of each image in a zip by name. Raises: UserError where a name is there twice: which of them is meant cannot be told."""
+    """(CRC, size) of each image in a zip by name. Raises: UserError where a name is there twice: which of
+    them is meant cannot be told."""
     wanted = set(files.images)
     infos = [info for info in files.entries() if info.filename in wanted]
     name, times = Counter(info.filename for info in infos).most_common(1)[0]
@@ -170,9 +179,11 @@ def _zip_checksums(files: ImageFiles) -> dict[str, tuple[int, int]]:
 
 
 def _file_state(path: str) -> tuple:
-    """(size, time of its last change in nanoseconds, and of its inode's); nothing of a file that is not there, which reading will tell.
+    """(size, time of its last change in nanoseconds, and of its inode's); nothing of a file that is not
+    there, which reading will tell.
 
-    Programs that unpack and copy set the first time to what it was elsewhere, and uncompressed images are all of one size. None can set the second.
+    Programs that unpack and copy set the first time to what it was elsewhere, and uncompressed images are all
+    of one size. None can set the second.
     """
     try:
         status = os.stat(path)
@@ -182,10 +193,11 @@ def _file_state(path: str) -> tuple:
 
 
 class ArrayImages(ImageSource):
-    """Images in an .npy file, or in an .npz file as `arr_0` or its only uint8 array; mapped, so that they take no memory.
+    """Images in an .npy file, or in an .npz file as `arr_0` or its only uint8 array; mapped, so that they
+    take no memory.
 
-    uint8 [N, H, W], [N, H, W, C] or [N, C, H, W], where C is 1 or 3. A shape that could be both of the latter is refused.
-    `array`: the file's array, where someone has it already.
+    uint8 [N, H, W], [N, H, W, C] or [N, C, H, W], where C is 1 or 3. A shape that could be both of the latter
+    is refused. `array`: the file's array, where someone has it already.
     """
 
     def __init__(
@@ -220,20 +232,22 @@ def _map_images(path: str | os.PathLike) -> tuple[str, np.ndarray]:
             else [key for key in arrays.keys if key.isprintable() and may_be_images(arrays.header(key))]
         )
         if len(found) != 1:
+            what = f'several arrays of images ({", ".join(found)})' if found else 'no array of images'
             raise UserError(
-                f'{path} has {"several arrays of images (" + ", ".join(found) + ")" if found else "no array of images"}. '
-                'Save them as the only one: np.savez(file, images), uint8 [N, H, W, 3].'
+                f'{path} has {what}. Save them as the only one: np.savez(file, images), uint8 [N, H, W, 3].'
             )
         return f'{os.fspath(path)}: {found[0]}', arrays.map(found[0])
 
 
 def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
-    """A view [N, C, H, W] of an array of images in one of the three layouts. Raises: UserError where it is in none of them, or could be in two."""
+    """A view [N, C, H, W] of an array of images in one of the three layouts. Raises: UserError where it is in
+    none of them, or could be in two."""
     if array.dtype != np.uint8:
         cure = (
             'Convert values in [-1, 1] by (x * 127.5 + 128).clip(0, 255).astype(np.uint8).'
             if array.dtype.kind == 'f'
-            else 'Convert 16-bit values by (x / 257).round().astype(np.uint8), others by what is white in them.'
+            else 'Convert 16-bit values by (x / 257).round().astype(np.uint8), others by what is white in '
+            'them.'
         )
         raise UserError(f'{name} holds {array.dtype}, and images are uint8, 0 to 255. {cure}')
     shape, views = list(array.shape), []
@@ -267,10 +281,11 @@ def _fingerprint(*parts) -> str:
 def prefetch(
     source: ImageSource, parts: Iterable[range], workers: int = WORKERS
 ) -> Iterator[tuple[range, torch.Tensor, list[int]]]:
-    """(part, images, which they are) for each part in turn, as `source.batch` returns them, read ahead of use by threads.
+    """(part, images, which they are) for each part in turn, as `source.batch` returns them, read ahead of use
+    by threads.
 
-    No more than `AHEAD` batches a worker are in memory. What a worker raises is raised here, when it is its part's turn. Closing the
-    iterator ends the threads.
+    No more than `AHEAD` batches a worker are in memory. What a worker raises is raised here, when it is its
+    part's turn. Closing the iterator ends the threads.
 
     Args:
         workers: 0 reads in the calling thread, when asked.

@@ -1,8 +1,9 @@
 """The Inception network of FID, for the weights that pytorch-fid published.
 
-It is the network of TensorFlow's graph `inception-2015-12-05` (Szegedy et al. 2016, Inception v3), on which Heusel et al. 2017 defined FID. That
-graph is not quite the Inception v3 of later libraries: average pools leave out the padding, and the last block pools by maximum. Modules
-have the names of pytorch-fid's state dict.
+It is the network of TensorFlow's graph `inception-2015-12-05` (Szegedy et al. 2016, Inception v3), on which
+Heusel et al. 2017 defined FID. That graph is not quite the Inception v3 of later libraries: average pools
+leave out the padding, and the last block pools by maximum. Modules have the names of pytorch-fid's state
+dict.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ RESOLUTION = 299
 WHAT = "pytorch-fid's Inception"
 
 # ----------------------------------------------------------------------------
-# The architecture. A block is a list of branches, side by side; a branch is a list of steps, one after another: convolutions, pools, and
-# pairs of convolutions whose outputs are put side by side.
+# The architecture. A block is a list of branches, side by side; a branch is a list of steps, one after
+# another: convolutions, pools, and pairs of convolutions whose outputs are put side by side.
 
 
 class Conv(NamedTuple):
-    """A convolution without bias, batch normalization, ReLU. `kernel` is (height, width), or one number for both."""
+    """A convolution without bias, batch normalization, ReLU. `kernel` is (height, width), or one number for
+    both."""
 
     name: str
     width: int
@@ -206,20 +208,23 @@ class FIDInception(torch.nn.Module):
         self.fc = torch.nn.Linear(width, CLASSES)
 
     def features(self, images: Tensor) -> Tensor:
-        """float32 [N, 2048]. As in pytorch-fid, images are resized bilinearly, without antialiasing, and 0 ... 255 becomes -1 ... 1."""
+        """float32 [N, 2048]. As in pytorch-fid, images are resized bilinearly, without antialiasing, and 0
+        ... 255 becomes -1 ... 1."""
         x = F.interpolate(images.float() / 255, size=(RESOLUTION, RESOLUTION), mode='bilinear') * 2 - 1
         for step in self.steps:
             x = step(x) if callable(step) else getattr(self, step)(x)
         return x.mean(dim=[2, 3])
 
     def with_probabilities(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [N, 2048] and class probabilities [N, 1008], the latter without the output bias, as Salimans et al. 2016 computed them."""
+        """Features [N, 2048] and class probabilities [N, 1008], the latter without the output bias, as
+        Salimans et al. 2016 computed them."""
         features = self.features(images)
         return features, F.linear(features, self.fc.weight).softmax(dim=1)
 
 
 def build_inception(weights: object, source: str, device: torch.device) -> FIDInception:
-    """The network with the weights of pytorch-fid's state dict. Raises: UserError, naming `source`, for other contents."""
+    """The network with the weights of pytorch-fid's state dict. Raises: UserError, naming `source`, for other
+    contents."""
     with torch.device('meta'):  # no random numbers for weights that come from a file
         network = FIDInception()
     network = network.to_empty(device='cpu')

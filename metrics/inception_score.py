@@ -12,10 +12,12 @@ NORMALIZED = 1e-3  # how far from 1 probabilities may sum: those of half precisi
 
 
 def inception_score(probabilities: torch.Tensor, splits: int = 10) -> dict:
-    """exp E_x KL(p(y|x) ‖ p(y)), from 1 to the number of classes (Salimans et al. 2016, Sec. 4): mean and deviation over `splits` parts.
+    """exp E_x KL(p(y|x) ‖ p(y)), from 1 to the number of classes (Salimans et al. 2016, Sec. 4): mean and
+    deviation over `splits` parts.
 
-    Parts are contiguous, in the order of the images, and p(y) is the mean over a part. A part of more images scores higher; 50,000 in 10 parts is
-    what everyone quotes. Images sorted by their classes score far too little: shuffle them.
+    Parts are contiguous, in the order of the images, and p(y) is the mean over a part. A part of more images
+    scores higher; 50,000 in 10 parts is what everyone quotes. Images sorted by their classes score far too
+    little: shuffle them.
 
     Args:
         probabilities: [N, K] p(y|x).
@@ -30,13 +32,14 @@ def inception_score(probabilities: torch.Tensor, splits: int = 10) -> dict:
         or not ((probabilities.sum(dim=1) - 1).abs() < NORMALIZED).all()
     ):
         raise UserError(
-            f'Class probabilities of shape {tuple(probabilities.shape)} must be [N, K], not negative, and sum to 1 for every image. '
-            'Check the detector.'
+            f'Class probabilities of shape {tuple(probabilities.shape)} must be [N, K], not negative, and '
+            'sum to 1 for every image. Check the detector.'
         )
     n = len(probabilities)
     if splits < 1 or n < splits:
         raise UserError(
-            f'{n} images cannot be split into {splits} parts for the Inception Score. Use more images or fewer parts.'
+            f'{n} images cannot be split into {splits} parts for the Inception Score. Use more images or '
+            'fewer parts.'
         )
     bounds = [i * n // splits for i in range(splits + 1)]
     scores = torch.stack([_score(probabilities[start:end]) for start, end in pairwise(bounds)])

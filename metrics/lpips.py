@@ -1,9 +1,12 @@
-"""LPIPS, a perceptual distance of images that trains networks (Zhang et al. 2018), in its form with VGG16 and learned heads, version 0.1.
+"""LPIPS, a perceptual distance of images that trains networks (Zhang et al. 2018), in its form with VGG16 and
+learned heads, version 0.1.
 
-    LPIPS(a, b) = sum over layers l of mean over positions of  w_l · (f_l(a) − f_l(b))²,   f_l of unit length over its channels
+    LPIPS(a, b) = sum over layers l of mean over positions of  w_l · (f_l(a) − f_l(b))²,   f_l of unit length
+    over its channels
 
-Nothing of torchvision or the `lpips` package is needed, only the weights that they publish. Song et al. 2023 measure with LPIPS at 224x224, and so do
-we; their code averages where VGG16 pools by maximum, which heads and network were not trained for, and which we leave out.
+Nothing of torchvision or the `lpips` package is needed, only the weights that they publish. Song et al. 2023
+measure with LPIPS at 224x224, and so do we; their code averages where VGG16 pools by maximum, which heads and
+network were not trained for, and which we leave out.
 """
 
 from __future__ import annotations
@@ -49,9 +52,11 @@ LAYOUTS = {  # names in files -> ours
 
 
 class PerceptualDistance(torch.nn.Module):
-    """[N] from two batches of images [N, 1 or 3, H, W] in [-1, 1]; gradients flow to the images. Frozen, and computes in FP32.
+    """[N] from two batches of images [N, 1 or 3, H, W] in [-1, 1]; gradients flow to the images. Frozen, and
+    computes in FP32.
 
-    Gray images are repeated to color, those with a side below 256 pixels are brought to `resolution` bilinearly; None: as they are.
+    Gray images are repeated to color, those with a side below 256 pixels are brought to `resolution`
+    bilinearly; None: as they are.
     """
 
     def __init__(self, resolution: int | None = RESOLUTION):
@@ -68,7 +73,8 @@ class PerceptualDistance(torch.nn.Module):
     def _prepare(self, images: Tensor) -> Tensor:
         if images.shape[1] not in (1, 3):
             raise UserError(
-                f'LPIPS compares gray or color images, and these have {images.shape[1]} channels. Use --cm_loss=pseudo_huber for them.'
+                f'LPIPS compares gray or color images, and these have {images.shape[1]} channels. Use '
+                '--cm_loss=pseudo_huber for them.'
             )
         images = images.float().expand(-1, 3, -1, -1)
         if self.resolution and min(images.shape[2:]) < SMALL:
@@ -79,7 +85,8 @@ class PerceptualDistance(torch.nn.Module):
 class LPIPS(PerceptualDistance):
     """See the top of the file. Random weights until some are loaded.
 
-    `features` holds the convolutions under their numbers in torchvision's VGG16, whose names the tensors of a state dict therefore have.
+    `features` holds the convolutions under their numbers in torchvision's VGG16, whose names the tensors of a
+    state dict therefore have.
     """
 
     def __init__(self, resolution: int | None = RESOLUTION):
@@ -104,7 +111,8 @@ class LPIPS(PerceptualDistance):
         return sum(head((of_a - of_b).square()).mean(dim=(1, 2, 3)) for of_a, of_b, head in pairs)
 
     def _directions(self, images: Tensor) -> list[Tensor]:
-        """Features after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, each position's vector at unit length, or 0."""
+        """Features after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, each position's vector at unit
+        length, or 0."""
         x, outputs = (images - self.mean) / self.std, []
         for stage in self.stages:
             x = F.max_pool2d(x, 2) if outputs else x
@@ -117,8 +125,9 @@ class LPIPS(PerceptualDistance):
 
 
 class ScriptLPIPS(PerceptualDistance):
-    """A TorchScript file in the manner of NVIDIA's vgg16.pt: `forward(images, return_lpips=True)`, images [N, 3, H, W] in [0, 255], gives vectors
-    [N, D] whose squared distance is LPIPS. One that has an argument `resize_images` is asked not to."""
+    """A TorchScript file in the manner of NVIDIA's vgg16.pt: `forward(images, return_lpips=True)`, images [N,
+    3, H, W] in [0, 255], gives vectors [N, D] whose squared distance is LPIPS. One that has an argument
+    `resize_images` is asked not to."""
 
     def __init__(self, module: torch.jit.ScriptModule, resolution: int | None = RESOLUTION):
         super().__init__(resolution)
@@ -144,9 +153,10 @@ def load(paths: str | None = None, device: torch.device | str = 'cpu') -> Percep
     """LPIPS with weights from files.
 
     Args:
-        paths: files or URLs, separated by commas, whose tensors together make it: torchvision's vgg16 (its classifier is left out), the heads file of
-            the `lpips` package, or one state dict of that package's LPIPS module; or a single TorchScript file, see `ScriptLPIPS`: that is a program,
-            which PyTorch's interpreter runs. None: `URLS`, downloaded once, 528 MiB.
+        paths: files or URLs, separated by commas, whose tensors together make it: torchvision's vgg16 (its
+            classifier is left out), the heads file of the `lpips` package, or one state dict of that
+            package's LPIPS module; or a single TorchScript file, see `ScriptLPIPS`: that is a program, which
+            PyTorch's interpreter runs. None: `URLS`, downloaded once, 528 MiB.
     Raises: UserError for a missing file, a failed download, or files that do not hold exactly these weights.
     """
     sources = [source.strip() for source in (paths or URLS).split(',')]
@@ -191,7 +201,8 @@ def _read_tensors(file: str | os.PathLike, source: str) -> dict[str, object]:
     if not found:
         kind = another_kind(file, 'weights of LPIPS', own=('a PyTorch file',), instead=OURS)
         raise UserError(
-            f'{source} has no weights of LPIPS{f": it {kind.rstrip()}" if kind else "."} Give {WHAT}, or one TorchScript file.'
+            f'{source} has no weights of LPIPS{f": it {kind.rstrip()}" if kind else "."} Give {WHAT}, or one '
+            'TorchScript file.'
         )
     return found
 
@@ -214,7 +225,8 @@ def _load_script(file: str | os.PathLike, source: str, device: torch.device | st
         embedding = network._embed(torch.zeros(2, 3, RESOLUTION, RESOLUTION, device=device))
     except (RuntimeError, torch.jit.Error) as error:
         raise UserError(
-            f'{source} fails on color images of {RESOLUTION}x{RESOLUTION}: {str(error).strip().splitlines()[-1]}. {cure}'
+            f'{source} fails on color images of {RESOLUTION}x{RESOLUTION}: '
+            f'{str(error).strip().splitlines()[-1]}. {cure}'
         ) from error
     if (
         not isinstance(embedding, Tensor)

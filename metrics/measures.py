@@ -1,4 +1,5 @@
-"""The measures that fid.py knows: what each needs of the images and of a reference, and how it is computed from that."""
+"""The measures that fid.py knows: what each needs of the images and of a reference, and how it is computed
+from that."""
 
 from __future__ import annotations
 

@@ -1,11 +1,14 @@
-"""How two sets of features cover each other, by balls around nearest neighbors: precision and recall, density and coverage.
+"""How two sets of features cover each other, by balls around nearest neighbors: precision and recall, density
+and coverage.
 
-The ball of a sample reaches to its k-th nearest neighbor in its own set. The sample itself is left out by its index, so a duplicate of it is a
-neighbor like any other. No more than chunk² distances are in memory at a time, and results do not depend on `chunk`.
+The ball of a sample reaches to its k-th nearest neighbor in its own set. The sample itself is left out by its
+index, so a duplicate of it is a neighbor like any other. No more than chunk² distances are in memory at a
+time, and results do not depend on `chunk`.
 
-Squared distances are |a|² + |b|² − 2 a·b, in FP64 around the reference's mean. That leaves an error of a few D·ε of the largest |a|², 1e-12 of it or
-so, where features themselves are known to 1e-7 of theirs. Distances and radii closer than this (`slack`) count as equal; otherwise
-chance would decide about samples on a boundary, and the k-th neighbor of every sample is on one.
+Squared distances are |a|² + |b|² − 2 a·b, in FP64 around the reference's mean. That leaves an error of a few
+D·ε of the largest |a|², 1e-12 of it or so, where features themselves are known to 1e-7 of theirs. Distances
+and radii closer than this (`slack`) count as equal; otherwise chance would decide about samples on a
+boundary, and the k-th neighbor of every sample is on one.
 """
 
 from __future__ import annotations
@@ -20,10 +23,11 @@ from metrics.kernel import check_features
 def precision_recall(
     features: torch.Tensor, reference: torch.Tensor, k: int = 3, chunk: int = 2048
 ) -> tuple[float, float]:
-    """Share of images inside balls of the reference, and of the reference inside balls of the images (Kynkäänniemi et al. 2019, Eqs. 1 and 2).
+    """Share of images inside balls of the reference, and of the reference inside balls of the images
+    (Kynkäänniemi et al. 2019, Eqs. 1 and 2).
 
-    precision = 1/n Σ_j max_i 1[‖y_j − x_i‖ ≤ r_k(x_i)]; recall is the same with the sets exchanged. Balls contain their boundary.
-    Both depend on the number of samples; the paper takes 50,000 of each set.
+    precision = 1/n Σ_j max_i 1[‖y_j − x_i‖ ≤ r_k(x_i)]; recall is the same with the sets exchanged. Balls
+    contain their boundary. Both depend on the number of samples; the paper takes 50,000 of each set.
 
     Args:
         features: y, [n, D] of the images. reference: x, [m, D], on the same device.
@@ -47,10 +51,12 @@ def precision_recall(
 def density_coverage(
     features: torch.Tensor, reference: torch.Tensor, k: int = 5, chunk: int = 2048
 ) -> tuple[float, float]:
-    """How densely images lie in balls of the reference, and the share of those balls that hold any (Naeem et al. 2020, Sec. 3).
+    """How densely images lie in balls of the reference, and the share of those balls that hold any (Naeem et
+    al. 2020, Sec. 3).
 
     density = 1/(k n) Σ_j Σ_i 1[‖y_j − x_i‖ < r_k(x_i)], near 1 for equal distributions and not bounded by it;
-    coverage = 1/m Σ_i max_j 1[‖y_j − x_i‖ < r_k(x_i)]. Balls do not contain their boundary: the paper leaves that open, its authors' code settles it.
+    coverage = 1/m Σ_i max_j 1[‖y_j − x_i‖ < r_k(x_i)]. Balls do not contain their boundary: the paper leaves
+    that open, its authors' code settles it.
 
     Args:
         features: y, [n, D] of the images. reference: x, [m, D], on the same device.
@@ -69,7 +75,8 @@ def density_coverage(
 
 
 class _Distances:
-    """Distances between the samples of two sets [n, D], [m, D], chunk by chunk, in FP64 around the second set's mean.
+    """Distances between the samples of two sets [n, D], [m, D], chunk by chunk, in FP64 around the second
+    set's mean.
 
     Attributes:
         sets: both, checked. k: which neighbor a ball reaches to.
@@ -87,7 +94,8 @@ class _Distances:
         self.slack = 8 * features.shape[1] * torch.finfo(torch.float64).eps * largest
 
     def squared(self, a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-        """(rows, columns, squared distances of a[rows] from b[columns]); all columns of some rows come before the next rows."""
+        """(rows, columns, squared distances of a[rows] from b[columns]); all columns of some rows come before
+        the next rows."""
         for rows in self._slices(a):
             x = self._part(a, rows)
             for columns in self._slices(b):
@@ -96,7 +104,8 @@ class _Distances:
                 yield rows, columns, squares.add_(x.square().sum(dim=1, keepdim=True))
 
     def squared_radii(self, x: torch.Tensor) -> torch.Tensor:
-        """[n] squared distance of every sample of x [n, D] from its k-th nearest neighbor among the others."""
+        """[n] squared distance of every sample of x [n, D] from its k-th nearest neighbor among the
+        others."""
         radii = torch.empty(len(x), dtype=torch.float64, device=x.device)
         for rows, columns, squares in self.squared(x, x):
             if columns.start == 0:

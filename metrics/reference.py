@@ -1,14 +1,14 @@
 """Reference statistics on disk.
 
-| format | holds |
-| --- | --- |
-| ours, `.npz` | `mu`, `sigma` and how they were made: `detector`, `detector_digest`, `num_images`, `resolution`; perhaps `features` |
-| EDM's and pytorch-fid's, `.npz` | `mu`, `sigma` |
-| OpenAI's guided-diffusion, `.npz` | `mu`, `sigma`; `arr_0`, some of the images; `mu_s`, `sigma_s` of spatial features, which are not used |
-| EDM2's, `.pkl` | `{'num_images': ..., 'fid': {'mu': ..., 'sigma': ...}, 'fd_dinov2': {...}}` |
+| format | holds | | --- | --- | | ours, `.npz` | `mu`, `sigma` and how they were made: `detector`,
+`detector_digest`, `num_images`, `resolution`; perhaps `features` | | EDM's and pytorch-fid's, `.npz` | `mu`,
+`sigma` | | OpenAI's guided-diffusion, `.npz` | `mu`, `sigma`; `arr_0`, some of the images; `mu_s`, `sigma_s`
+of spatial features, which are not used | | EDM2's, `.pkl` | `{'num_images': ..., 'fid': {'mu': ..., 'sigma':
+...}, 'fd_dinov2': {...}}` |
 
-An entry is the statistics of one detector. Ours has `fid` under plain keys, where other tools look for it, and any other behind its name:
-`fd_dinov2.mu`. Nothing in a file is executed: arrays with Python objects are refused, and pickles are read as data.
+An entry is the statistics of one detector. Ours has `fid` under plain keys, where other tools look for it,
+and any other behind its name: `fd_dinov2.mu`. Nothing in a file is executed: arrays with Python objects are
+refused, and pickles are read as data.
 """
 
 from __future__ import annotations
@@ -42,14 +42,16 @@ ROWS = 4096  # of features, looked at together
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics of a data set's features; attributes are the file's keys. What a file does not record is None.
+    """Statistics of a data set's features; attributes are the file's keys. What a file does not record is
+    None.
 
     Attributes:
         mu, sigma: [D] and [D, D], float64.
         detector, detector_digest: name and SHA-256 of the detector's file.
         num_images: how many images they are of.
         resolution: of the images, width x height x channels, as in '64x64x3'.
-        features: [n, D] of some of the images, float32, mapped from the file: they take no memory before they are used.
+        features: [n, D] of some of the images, float32, mapped from the file: they take no memory before they
+            are used.
     """
 
     mu: np.ndarray
@@ -66,8 +68,8 @@ def load_reference(source: str | os.PathLike, entry: str = MAIN_ENTRY) -> Refere
 
     Args:
         entry: 'fid', 'fd_dinov2' or another that the file has.
-    Raises: UserError that names file and key: for a missing or broken file, an entry or key that is not there, or values that are no mean,
-        covariance, count, resolution or features.
+    Raises: UserError that names file and key: for a missing or broken file, an entry or key that is not
+        there, or values that are no mean, covariance, count, resolution or features.
     """
     with _open_arrays(source) as arrays:
         prefix = _prefix(entry)
@@ -87,7 +89,8 @@ def load_reference(source: str | os.PathLike, entry: str = MAIN_ENTRY) -> Refere
 
 
 def holds_statistics(source: str | os.PathLike) -> bool:
-    """Whether `source` is a file of statistics, or something wrong; not where it is a folder, zip or array of images."""
+    """Whether `source` is a file of statistics, or something wrong; not where it is a folder, zip or array of
+    images."""
     if os.path.isdir(source) or os.path.splitext(os.fspath(source))[1].lower() in ('.zip', '.npy'):
         return False
     with _open_arrays(source) as arrays:
@@ -99,7 +102,8 @@ def holds_statistics(source: str | os.PathLike) -> bool:
 
 
 def reference_images(source: str | os.PathLike) -> np.ndarray | None:
-    """The images in a reference of OpenAI's, uint8 [N, H, W, 3], mapped from the file; None where there are none.
+    """The images in a reference of OpenAI's, uint8 [N, H, W, 3], mapped from the file; None where there are
+    none.
 
     They are 10,000 or so, of which features can be had; `mu` and `sigma` are of many more.
     """
@@ -131,16 +135,18 @@ def save_reference(path: str | os.PathLike, entries: Mapping[str, Reference]) ->
 def check_same_detector(
     reference: Reference, detector: Detector, source: str | os.PathLike, image_shape: list[int] | None = None
 ) -> None:
-    """Refuse a reference of another detector. Warn, on stderr, where `source` does not record its detector, or was made at another resolution.
+    """Refuse a reference of another detector. Warn, on stderr, where `source` does not record its detector,
+    or was made at another resolution.
 
     Args:
-        image_shape: [C, H, W] of the images that will be compared with it. Channels may differ: gray images become color images.
+        image_shape: [C, H, W] of the images that will be compared with it. Channels may differ: gray images
+            become color images.
     Raises: UserError for another detector, or another number of features once the detector's is known.
     """
     if reference.detector_digest is not None and reference.detector_digest != detector.digest:
         raise UserError(
-            f'{source} was made with detector {reference.detector} (SHA-256 {reference.detector_digest[:12]}...), '
-            f'not with {detector.name} ({detector.digest[:12]}...). '
+            f'{source} was made with detector {reference.detector} (SHA-256 '
+            f'{reference.detector_digest[:12]}...), not with {detector.name} ({detector.digest[:12]}...). '
             'Pass the same --detector, or make the reference again with fid.py ref.'
         )
     if detector.dim is not None and detector.dim != len(reference.mu):
@@ -158,8 +164,8 @@ def check_same_detector(
         if [int(height), int(width)] != list(image_shape[1:]):
             distributed.print0(
                 printable(
-                    f'Warning: {source} is of {width}x{height} images, and these are {image_shape[2]}x{image_shape[1]}: '
-                    'the distance will be that of their sharpness too.'
+                    f'Warning: {source} is of {width}x{height} images, and these are '
+                    f'{image_shape[2]}x{image_shape[1]}: the distance will be that of their sharpness too.'
                 ),
                 file=sys.stderr,
             )
@@ -220,7 +226,8 @@ def _read_covariance(arrays: ArchivedArrays | PickledArrays, key: str, mu: np.nd
     _, sigma = check_gaussian(mu, _read_finite(arrays, key), f'{arrays.name}: {key}')
     if sigma.diagonal().min() < 0:
         raise UserError(
-            f'{arrays.name}: {key} is no covariance: feature {sigma.diagonal().argmin()} has a negative variance. {AGAIN}'
+            f'{arrays.name}: {key} is no covariance: feature {sigma.diagonal().argmin()} has a negative '
+            f'variance. {AGAIN}'
         )
     return sigma
 
@@ -311,7 +318,8 @@ def _open_arrays(source: str | os.PathLike) -> ArchivedArrays | PickledArrays:
 
 
 def _another_kind(path: Path) -> str | None:
-    """What a file is and what to give instead, to complete 'it ...'; None for what can hold statistics, and where that cannot be told."""
+    """What a file is and what to give instead, to complete 'it ...'; None for what can hold statistics, and
+    where that cannot be told."""
     return another_kind(
         path,
         WANTED,
@@ -325,7 +333,8 @@ def _another_kind(path: Path) -> str | None:
 
 
 class PickledArrays:
-    """The arrays and numbers of a pickled dict, and of dicts in it, by the keys that `save_reference` gives. A context manager.
+    """The arrays and numbers of a pickled dict, and of dicts in it, by the keys that `save_reference` gives.
+    A context manager.
 
     The pickle is read by `restricted_pickle`: as data, and whatever it names but arrays is refused.
     """
@@ -394,7 +403,8 @@ class PickledArrays:
 
 
 def _plain_array(node) -> np.ndarray:
-    """Of a number, a text or a list of numbers; texts in lists, which would all take as much as the longest, are none of a file of statistics."""
+    """Of a number, a text or a list of numbers; texts in lists, which would all take as much as the longest,
+    are none of a file of statistics."""
     value = plain(node)
     if isinstance(value, (list, tuple)):
         return np.array(value, np.float64)

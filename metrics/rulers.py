@@ -1,7 +1,9 @@
-"""Feature detectors made on the spot, for data on which Inception says nothing: a small classifier, PCA of the pixels, a random convolution.
+"""Feature detectors made on the spot, for data on which Inception says nothing: a small classifier, PCA of
+the pixels, a random convolution.
 
-`python -m metrics.rulers --data=digits.zip --outdir=rulers` writes the three as TorchScript files for fid.py and train.py. The classifier is
-trained on the very data it then judges; the other two are not trained, so that what all three agree on is no quirk of one of them.
+`python -m metrics.rulers --data=digits.zip --outdir=rulers` writes the three as TorchScript files for fid.py
+and train.py. The classifier is trained on the very data it then judges; the other two are not trained, so
+that what all three agree on is no quirk of one of them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ SEED = 0
 
 
 class Classifier(torch.nn.Module):
-    """Three convolutions, averaged over the image, and a linear layer; the averages are the features, as with Inception."""
+    """Three convolutions, averaged over the image, and a linear layer; the averages are the features, as with
+    Inception."""
 
     def __init__(self, channels: int, classes: int):
         super().__init__()
@@ -72,9 +75,11 @@ class RandomConvolution(torch.nn.Module):
 
 
 def train_classifier(images, labels, classes: int, epochs: int = 20):
-    """A digit classifier as a feature detector, and its accuracy on the fifth of the images that it was not trained on.
+    """A digit classifier as a feature detector, and its accuracy on the fifth of the images that it was not
+    trained on.
 
-    With dropout and label smoothing (Szegedy et al. 2016, as Inception was trained), which keep features from growing without bound.
+    With dropout and label smoothing (Szegedy et al. 2016, as Inception was trained), which keep features from
+    growing without bound.
 
     Args:
         images: [N, C, H, W] uint8. labels: [N] int64.
@@ -100,7 +105,8 @@ def train_classifier(images, labels, classes: int, epochs: int = 20):
 
 
 def make_rulers(images, labels, classes: int) -> tuple[dict, float]:
-    """{name: scripted detector} for uint8 images [N, C, H, W] with class indices [N], and the classifier's held-out accuracy."""
+    """{name: scripted detector} for uint8 images [N, C, H, W] with class indices [N], and the classifier's
+    held-out accuracy."""
     classifier, accuracy = train_classifier(images, labels, classes)
     pixels = images.flatten(1).float() / 127.5 - 1
     mean = pixels.mean(dim=0)

@@ -14,8 +14,9 @@ from torch_utils import distributed
 class FeatureStats:
     """Running mean and scatter matrix Σ (f − μ)(f − μ)ᵀ of features, in FP64 (Chan, Golub & LeVeque 1983).
 
-    A batch's own scatter, and that of its mean against the mean so far, come of one matrix product: the latter is one more row, √(nm/(n+m)) times
-    their difference for m images after n. No large sums are subtracted from each other, so it does not matter how far features are from zero.
+    A batch's own scatter, and that of its mean against the mean so far, come of one matrix product: the
+    latter is one more row, √(nm/(n+m)) times their difference for m images after n. No large sums are
+    subtracted from each other, so it does not matter how far features are from zero.
 
     Args:
         dim: D, the number of features.
@@ -32,8 +33,8 @@ class FeatureStats:
         """Add a batch: features [m, D]."""
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise UserError(
-                f'The detector returned features of shape {tuple(features.shape)} after some of {self.dim} dimensions. '
-                'Use a detector with one feature vector an image.'
+                f'The detector returned features of shape {tuple(features.shape)} after some of {self.dim} '
+                'dimensions. Use a detector with one feature vector an image.'
             )
         if self._reduced:
             raise RuntimeError('these statistics were already summed over the processes')
@@ -49,7 +50,8 @@ class FeatureStats:
         self.count += m
 
     def reduce(self) -> FeatureStats:
-        """Put those of all processes together, in place; every process then has the statistics of all of them."""
+        """Put those of all processes together, in place; every process then has the statistics of all of
+        them."""
         if self._reduced:
             raise RuntimeError('these statistics were already summed over the processes')
         count = distributed.all_reduce_sum(self._mean.new_tensor(self.count))

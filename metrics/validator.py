@@ -38,8 +38,8 @@ class LabelMode(click.ParamType):
 def label_chooser(mode: str, space: LabelSpace, dataset=None):
     """How generated images get their labels: a function for `generation.generate_batch`.
 
-    `uniform` over the classes that have images; `dataset`: the labels of images drawn from the training set; `fixed:K`; `auto`: `dataset` where
-    there is one with labels.
+    `uniform` over the classes that have images; `dataset`: the labels of images drawn from the training set;
+    `fixed:K`; `auto`: `dataset` where there is one with labels.
     Raises: UserError where networks of these labels cannot be sampled so.
     """
     from sampling import generation, label_choosers
@@ -50,7 +50,8 @@ def label_chooser(mode: str, space: LabelSpace, dataset=None):
         return generation.fixed_labels(int(mode[6:]))
     if mode == 'dataset' and not has_labels:
         raise UserError(
-            'label mode dataset needs labeled training data: train with --cond=1, or use uniform; of a snapshot, --labels=data'
+            'label mode dataset needs labeled training data: train with --cond=1, or use uniform; of a '
+            'snapshot, --labels=data'
         )
     if mode == 'uniform' and space.are_vectors and has_labels:
         raise UserError(
@@ -62,7 +63,8 @@ def label_chooser(mode: str, space: LabelSpace, dataset=None):
 
 
 def read_reference(options: EasyDict, option_prefix: str = 'val_'):
-    """The statistics of `ref`, or the images of `ref_data` from which they are computed: before anything else is loaded or downloaded.
+    """The statistics of `ref`, or the images of `ref_data` from which they are computed: before anything else
+    is loaded or downloaded.
 
     Raises: UserError that names the option, where they are missing or unusable.
     """
@@ -76,7 +78,8 @@ def read_reference(options: EasyDict, option_prefix: str = 'val_'):
 
 
 def check_files(options: EasyDict, dataset) -> None:
-    """UserError, which names the option, where reference, detector or labels cannot be used. Those of URLs are downloaded."""
+    """UserError, which names the option, where reference, detector or labels cannot be used. Those of URLs
+    are downloaded."""
     from dnnlib.util import named
     from metrics.detectors import load_detector
     from torch_utils import distributed
@@ -89,18 +92,20 @@ def check_files(options: EasyDict, dataset) -> None:
 
 
 class Validator:
-    """Evaluates networks against one reference, on all processes together; keeps detector and reference loaded.
+    """Evaluates networks against one reference, on all processes together; keeps detector and reference
+    loaded.
 
     Args:
-        options: ref or ref_data, detector, steps, num, batch, seed, label, dump_images_dir, overwrite (see train.py's options of the same names),
-            and perhaps labels, as --labels of generate.py.
+        options: ref or ref_data, detector, steps, num, batch, seed, label, dump_images_dir, overwrite (see
+            train.py's options of the same names), and perhaps labels, as --labels of generate.py.
         dataset: training set, whose labels `--val_label` may follow; or None.
         run_dir: folder of metrics-val.jsonl.
         device: where networks and detector run.
         image_shape, space: [C, H, W] and labels of the networks to come.
         encoder: how their images become pixels, as `encoders.build` takes it.
         option_prefix: of the options that name files, for messages: `val_` in train.py.
-    Raises: UserError for an unusable reference, detector, VAE, label mode or folder: at once, not at the first evaluation.
+    Raises: UserError for an unusable reference, detector, VAE, label mode or folder: at once, not at the
+        first evaluation.
     """
 
     def __init__(
@@ -159,11 +164,13 @@ class Validator:
         metadata: dict | None = None,
         stop: StopRequest | None = None,
     ) -> dict | None:
-        """One line of metrics-val.jsonl: the distance of `options.num` images of `net`, as `{"kimg", "nimg", "fid", ...}`.
+        """One line of metrics-val.jsonl: the distance of `options.num` images of `net`, as `{"kimg", "nimg",
+        "fid", ...}`.
 
-        `steps`: None for the network's default, else `options.steps`. `metadata` says what a network in training is (its grid).
-        Where `stop` is asked for meanwhile, on any process, the evaluation is given up on all, and the result is None.
-        Where images or features are not finite, `fid` is None, and the line has `nonfinite` or `nonfinite_features`, their number, and `problem`.
+        `steps`: None for the network's default, else `options.steps`. `metadata` says what a network in
+        training is (its grid). Where `stop` is asked for meanwhile, on any process, the evaluation is given
+        up on all, and the result is None. Where images or features are not finite, `fid` is None, and the
+        line has `nonfinite` or `nonfinite_features`, their number, and `problem`.
         """
         from metrics.calc import observe
         from metrics.frechet import frechet_distance
@@ -209,9 +216,11 @@ class Validator:
         return label_chooser(self.options.label, space, self.dataset)
 
     def sample_grid(self, net, nimg: int, ema: str) -> str | None:
-        """Path of a PNG with the first images that `run` has evaluated, `fakes-<nimg>-<ema>.png`; None on all but the main process.
+        """Path of a PNG with the first images that `run` has evaluated, `fakes-<nimg>-<ema>.png`; None on all
+        but the main process.
 
-        Small images are enlarged to be seen. Raises: NotFinite where one of them is not finite; UserError where it cannot be written.
+        Small images are enlarged to be seen. Raises: NotFinite where one of them is not finite; UserError
+        where it cannot be written.
         """
         from sampling import generation
         from torch_utils import distributed
@@ -246,8 +255,8 @@ class Validator:
         if folder and distributed.is_main() and (others := FolderDestination(folder).others(seeds)):
             print(
                 printable(
-                    f'Warning: {folder} holds {sum(map(len, others.values()))} other images than those of this evaluation, of an '
-                    'earlier one: whoever measures the folder measures them too.'
+                    f'Warning: {folder} holds {sum(map(len, others.values()))} other images than those of '
+                    'this evaluation, of an earlier one: whoever measures the folder measures them too.'
                 )
             )
         return GeneratedImages(

@@ -14,15 +14,18 @@ SHOWN = 3  # names of each kind in a message
 def load_weights(network: torch.nn.Module, weights: object, source: str, what: str) -> None:
     """Copies `weights`, {name: tensor}, into a network that has exactly these names and shapes.
 
-    The counters of batch normalization (`num_batches_tracked`) may be absent, as in files of PyTorch before 0.4.1; they change nothing.
+    The counters of batch normalization (`num_batches_tracked`) may be absent, as in files of PyTorch before
+    0.4.1; they change nothing.
 
     Args:
         source, what: for messages: the file, and what it should be.
-    Raises: UserError, naming all that is wrong, where anything is missing, superfluous, misshapen, not a tensor or not finite.
+    Raises: UserError, naming all that is wrong, where anything is missing, superfluous, misshapen, not a
+        tensor or not finite.
     """
     if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
         raise UserError(
-            f'{source} holds a {type(weights).__name__}, not the named tensors of {what}. Give the state dict itself.'
+            f'{source} holds a {type(weights).__name__}, not the named tensors of {what}. Give the state '
+            'dict itself.'
         )
     wanted = network.state_dict()
     counters = {

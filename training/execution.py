@@ -1,4 +1,5 @@
-"""How networks are run, which changes their speed and memory and not what they are: precision, memory format, checkpointing, compilation."""
+"""How networks are run, which changes their speed and memory and not what they are: precision, memory format,
+checkpointing, compilation."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ PRECISIONS = ('fp32', 'fp16', 'bf16', 'fp64')
 
 
 def in_precision(net: torch.nn.Module, precision: str) -> torch.nn.Module:
-    """The network, set to compute in one of PRECISIONS; its weights are FP32, or FP64 with fp64. Copies and snapshots of it do likewise."""
+    """The network, set to compute in one of PRECISIONS; its weights are FP32, or FP64 with fp64. Copies and
+    snapshots of it do likewise."""
     for part in networks_in(net):
         part.use_fp16, part.use_bf16 = precision == 'fp16', precision == 'bf16'
     return net.double() if precision == 'fp64' else net
@@ -27,12 +29,17 @@ def run_with(
 
     Args:
         channels_last: channels of an image lie next to each other in memory inside.
-        checkpoint_activations: a backward pass keeps what goes in and out of the U-Net's blocks and computes the rest again.
-        compiled: by `torch.compile`, at the first calls: once with gradients and once without, and again for batches of any size where another size
-            follows the first. Noise levels are tensors, so a new level, or T, compiles nothing.
-        cuda_graphs: what is compiled for a GPU is launched as CUDA graphs; for networks whose answer is used up before the next call.
+        checkpoint_activations: a backward pass keeps what goes in and out of the U-Net's blocks and computes
+            the rest again.
+        compiled: by `torch.compile`, at the first calls: once with gradients and once without, and again for
+            batches of any size where another size follows the first. Noise levels are tensors, so a new
+            level, or T, compiles nothing.
+        cuda_graphs: what is compiled for a GPU is launched as CUDA graphs; for networks whose answer is used
+            up before the next call.
     """
-    if compiled:  # they are of one class, and PyTorch counts what is compiled for all of them together: sizes, with gradients and without
+    # They are of one class, and PyTorch counts what is compiled for all of them together: sizes, with
+    # gradients and without
+    if compiled:
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, COMPILATIONS)
     for part in networks_in(net):
         part.channels_last, part.model.checkpoint_activations = channels_last, checkpoint_activations
@@ -42,10 +49,11 @@ def run_with(
 
 
 def hold_in_half(net: torch.nn.Module) -> torch.nn.Module:
-    """The network, in place, whose convolutions hold their weights in the half precision that they compute in; for one that is only asked.
+    """The network, in place, whose convolutions hold their weights in the half precision that they compute
+    in; for one that is only asked.
 
-    They are rounded before instead of at every call, so the answers are the same, bit for bit. EDM2's weights stay as they are, since they are
-    normalized in FP32 at every call.
+    They are rounded before instead of at every call, so the answers are the same, bit for bit. EDM2's weights
+    stay as they are, since they are normalized in FP32 at every call.
     """
     from training.networks import Conv2d
 

@@ -1,7 +1,9 @@
-"""Averages of the weights over training: exponential with a half-life, and power-function EMA with its post-hoc reconstruction.
+"""Averages of the weights over training: exponential with a half-life, and power-function EMA with its
+post-hoc reconstruction.
 
-Power functions: Karras et al. 2024 (EDM2), Section 3 and Appendix C. A profile of exponent gamma weighs the weights at time tau <= t
-by p(tau) ∝ tau^gamma; its relative width `std` is that of the profile, (gamma+1)^½ (gamma+2)^-1 (gamma+3)^-½.
+Power functions: Karras et al. 2024 (EDM2), Section 3 and Appendix C. A profile of exponent gamma weighs the
+weights at time tau <= t by p(tau) ∝ tau^gamma; its relative width `std` is that of the profile, (gamma+1)^½
+(gamma+2)^-1 (gamma+3)^-½.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from torch_utils.flat import FlatParameters
 
 
 def std_to_exp(std) -> np.ndarray:
-    """Exponent of the power-function profile with relative standard deviation `std` (any shape): the largest real root of
-    (gamma + 2)² (gamma + 3) = (gamma + 1) / std²   (EDM2, Appendix C)."""
+    """Exponent of the power-function profile with relative standard deviation `std` (any shape): the largest
+    real root of (gamma + 2)² (gamma + 3) = (gamma + 1) / std²   (EDM2, Appendix C)."""
     std = np.asarray(std, dtype=np.float64)
     left = np.polymul(np.polymul([1, 2], [1, 2]), [1, 3])
     largest = lambda s: np.roots(np.polysub(left, np.array([1, 1]) / s**2)).real.max()
@@ -37,14 +39,16 @@ def _decay(exponent: float, t_next: float, t_delta: float) -> float:
 
 
 def _profile_products(t_a, gamma_a, t_b, gamma_b) -> np.ndarray:
-    """Inner products of profiles p(tau) = (gamma + 1) tau^gamma / t^(gamma+1) on [0, t], for broadcasting arrays (EDM2, Appendix C)."""
+    """Inner products of profiles p(tau) = (gamma + 1) tau^gamma / t^(gamma+1) on [0, t], for broadcasting
+    arrays (EDM2, Appendix C)."""
     t = np.minimum(t_a, t_b)
     shape = (t / t_a) ** gamma_a * (t / t_b) ** gamma_b * t / (t_a * t_b)
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * shape
 
 
 def solve_posthoc_coefficients(in_ofs, in_std, out_ofs, out_std) -> np.ndarray:
-    """Weights that combine stored averages into others, least squares over profiles; columns sum to 1 (EDM2, Section 3.2).
+    """Weights that combine stored averages into others, least squares over profiles; columns sum to 1 (EDM2,
+    Section 3.2).
 
     Args:
         in_ofs, in_std: [I] times (any unit of images) and widths of the stored averages.
@@ -60,14 +64,16 @@ def solve_posthoc_coefficients(in_ofs, in_std, out_ofs, out_std) -> np.ndarray:
 
 
 def posthoc_error(in_ofs, in_std, out_ofs, out_std, weights) -> np.ndarray:
-    """Relative L2 error of combined profiles, ‖p − Σᵢ cᵢ pᵢ‖ / ‖p‖, exactly, from inner products (EDM2, Appendix C):
+    """Relative L2 error of combined profiles, ‖p − Σᵢ cᵢ pᵢ‖ / ‖p‖, exactly, from inner products (EDM2,
+    Appendix C):
 
-        ‖p − Σᵢ cᵢ pᵢ‖² = ⟨p, p⟩ − 2 Σᵢ cᵢ ⟨pᵢ, p⟩ + Σᵢⱼ cᵢ cⱼ ⟨pᵢ, pⱼ⟩,
-        ⟨p_a, p_b⟩ = (γ_a+1)(γ_b+1) / (γ_a+γ_b+1) · t^(γ_a+γ_b+1) / (t_a^(γ_a+1) t_b^(γ_b+1)),  t = min(t_a, t_b).
+        ‖p − Σᵢ cᵢ pᵢ‖² = ⟨p, p⟩ − 2 Σᵢ cᵢ ⟨pᵢ, p⟩ + Σᵢⱼ cᵢ cⱼ ⟨pᵢ, pⱼ⟩, ⟨p_a, p_b⟩ = (γ_a+1)(γ_b+1) /
+        (γ_a+γ_b+1) · t^(γ_a+γ_b+1) / (t_a^(γ_a+1) t_b^(γ_b+1)),  t = min(t_a, t_b).
 
-    It bounds the error of the weights. `WeightAverages` weighs step k by ∫ p over its images, exactly: its averages are ∫ p(τ) w(τ) dτ for
-    the weights w that stay as they are during a step. As profiles have mass 1 and Σᵢ cᵢ = 1, a constant v may be taken off w, and by
-    Cauchy-Schwarz the combined weights are at most error · ‖p‖ · (∫ ‖w(τ) − v‖² dτ)^½ away, ∫ over [0, t]; ‖p‖² = (γ+1)² / ((2γ+1) t).
+    It bounds the error of the weights. `WeightAverages` weighs step k by ∫ p over its images, exactly: its
+    averages are ∫ p(τ) w(τ) dτ for the weights w that stay as they are during a step. As profiles have mass 1
+    and Σᵢ cᵢ = 1, a constant v may be taken off w, and by Cauchy-Schwarz the combined weights are at most
+    error · ‖p‖ · (∫ ‖w(τ) − v‖² dτ)^½ away, ∫ over [0, t]; ‖p‖² = (γ+1)² / ((2γ+1) t).
 
     Args:
         in_ofs, in_std, out_ofs, out_std: as in `solve_posthoc_coefficients`.
@@ -92,14 +98,15 @@ def average_name(std: float) -> str:
 class WeightAverages:
     """Averages of a network's weights, updated after every optimizer step.
 
-    On another device than the network's, the host's, a thread computes them while the network goes on training (`HostCopies`). Whoever reads them
-    finds them up to date: `networks`, `vectors` and `state_dict` wait for the thread.
+    On another device than the network's, the host's, a thread computes them while the network goes on
+    training (`HostCopies`). Whoever reads them finds them up to date: `networks`, `vectors` and `state_dict`
+    wait for the thread.
 
     Args:
         net: the network that trains.
         weights: its parameters as one vector.
-        halflife_nimg, rampup_ratio: of the exponential average; its effective half-life is min(halflife_nimg, rampup_ratio × images seen)
-            (no ramp where the ratio is None).
+        halflife_nimg, rampup_ratio: of the exponential average; its effective half-life is min(halflife_nimg,
+            rampup_ratio × images seen) (no ramp where the ratio is None).
         phema_stds: widths of the power-function averages.
         device: where the averages live: None for the network's own device, or the host, 'cpu'.
     """
@@ -167,7 +174,8 @@ class WeightAverages:
         ]
 
     def update(self, nimg: int, batch_size: int) -> None:
-        """Take in the weights after a step; `nimg` counts the images with this step's `batch_size`. Buffers do not change in training."""
+        """Take in the weights after a step; `nimg` counts the images with this step's `batch_size`. Buffers
+        do not change in training."""
         decays = self.decays(nimg, batch_size)
         if self._copies is None:
             self._take_in(self.source.weights, decays)
@@ -181,7 +189,8 @@ class WeightAverages:
         torch._foreach_lerp_(averages, [weights] * len(averages), [1 - decay for decay in decays])
 
     def let_weights_change(self) -> None:
-        """To be called before a step, which changes the weights: it comes, on the device, after the copy that the last `update` asked for."""
+        """To be called before a step, which changes the weights: it comes, on the device, after the copy that
+        the last `update` asked for."""
         if self._copies is not None:
             self._copies.let_source_change()
 
@@ -205,9 +214,11 @@ class WeightAverages:
 
 
 class HostCopies:
-    """Copies of a vector to the host, taken in by a thread there in the order in which they were sent; neither host nor device waits for the other.
+    """Copies of a vector to the host, taken in by a thread there in the order in which they were sent;
+    neither host nor device waits for the other.
 
-    On a GPU a stream of its own copies into one of two pinned buffers. A sender that is two copies ahead of the thread waits for it.
+    On a GPU a stream of its own copies into one of two pinned buffers. A sender that is two copies ahead of
+    the thread waits for it.
 
     Args:
         source: the vector.
@@ -229,7 +240,8 @@ class HostCopies:
 
     @torch.no_grad()
     def send(self, message) -> None:
-        """Let the thread take in the vector as it is now. Raises: what went wrong in taking in an earlier one."""
+        """Let the thread take in the vector as it is now. Raises: what went wrong in taking in an earlier
+        one."""
         while len(self._pending) >= len(self._buffers):
             self._pending.popleft().result()
         buffer = self._buffers[0]

@@ -17,8 +17,8 @@ WARM_UP = 2  # steps before the first one that is recorded: by then memory is ta
 class StepProfile:
     """Records some steps after the first two; a context, in which `step` follows every step.
 
-    The file is `profile-<kimg>.json.gz`, after the images seen at its end. In it the loop's parts have their names, and so have the networks' calls.
-    Of a training that ends before, there is what was recorded.
+    The file is `profile-<kimg>.json.gz`, after the images seen at its end. In it the loop's parts have their
+    names, and so have the networks' calls. Of a training that ends before, there is what was recorded.
 
     Args:
         steps: how many; 0 records nothing.

@@ -1,7 +1,9 @@
-"""Whether the precision of a network resolves what its loss compares: two outputs of it, at times that come ever closer.
+"""Whether the precision of a network resolves what its loss compares: two outputs of it, at times that come
+ever closer.
 
-The gradient of such a loss goes by the difference of the outputs at t and r, which shrinks with 1 − r/t, while the rounding inside the network stays.
-Measured by `benchmarks/precision.py`: see docs/performance.md, 'What precision a self-target needs'.
+The gradient of such a loss goes by the difference of the outputs at t and r, which shrinks with 1 − r/t,
+while the rounding inside the network stays. Measured by `benchmarks/precision.py`: see docs/performance.md,
+'What precision a self-target needs'.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ import torch
 
 from training.objectives import OBJECTIVES
 
-# Largest relative error of rounding. Where 1 − r/t is as small, the gradient's cosine with that in FP64 is about 0.6 or less on three of four
-# networks.
+# Largest relative error of rounding. Where 1 − r/t is as small, the gradient's cosine with that in FP64 is
+# about 0.6 or less on three of four networks.
 ROUNDING = dict(bf16=2.0**-8, fp16=2.0**-11, tf32=2.0**-11, fp32=2.0**-24, fp64=2.0**-53)
 
 
@@ -32,7 +34,8 @@ def loss_of(c, teacher: torch.nn.Module | None):
 
 
 def unresolved_gap(c, teacher: torch.nn.Module | None) -> str | None:
-    """A warning where the pairs of the run's last step are closer than the network's numbers, as its gradient then is noise for the most part.
+    """A warning where the pairs of the run's last step are closer than the network's numbers, as its gradient
+    then is noise for the most part.
 
     Args:
         c: configuration of the run.
@@ -50,6 +53,7 @@ def unresolved_gap(c, teacher: torch.nn.Module | None) -> str | None:
         else '--precision=fp64'
     )
     return (
-        f'Warning: by the last step, half of the pairs of times that the loss compares are within 1 - r/t = {gap:.1e} of each other, and {kind} '
-        f'rounds by up to {ROUNDING[kind]:.1e}: the gradient will be rounding for the most part. Use {cure}, or change {loss_fn.gap_option}.'
+        'Warning: by the last step, half of the pairs of times that the loss compares are within 1 - r/t = '
+        f'{gap:.1e} of each other, and {kind} rounds by up to {ROUNDING[kind]:.1e}: the gradient will be '
+        f'rounding for the most part. Use {cure}, or change {loss_fn.gap_option}.'
     )

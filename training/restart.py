@@ -1,7 +1,8 @@
-"""Runs whose processes torchrun has started again (--max-restarts): they go on from where the earlier attempt came to, and no others by themselves.
+"""Runs whose processes torchrun has started again (--max-restarts): they go on from where the earlier attempt
+came to, and no others by themselves.
 
-Where torchrun may do so, a run leaves `launch.json` in its folder: which torchruns, one for each machine, it was started by. An attempt is of the
-same run where one of its own is among them.
+Where torchrun may do so, a run leaves `launch.json` in its folder: which torchruns, one for each machine, it
+was started by. An attempt is of the same run where one of its own is among them.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ RECORD = schema.Record(
 
 
 def remember(folder: str, seed: int, resume: str | None) -> None:
-    """Record in the folder of a run, which this process has locked, which launch it is of. All processes call it together.
+    """Record in the folder of a run, which this process has locked, which launch it is of. All processes call
+    it together.
 
     Args:
         seed: of the run.
-        resume: what it goes on from, as on the command line or later. States beyond are of a course that is given up.
+        resume: what it goes on from, as on the command line or later. States beyond are of a course that is
+            given up.
     Raises: UserError where the file cannot be written.
     """
     if not elastic.restarts()[1]:
@@ -60,7 +63,8 @@ def remember(folder: str, seed: int, resume: str | None) -> None:
 
 
 def go_on(opts: EasyDict) -> None:
-    """Where torchrun has started this process again: change the options to those that resume the same run, or begin it again in its folder."""
+    """Where torchrun has started this process again: change the options to those that resume the same run, or
+    begin it again in its folder."""
     if not elastic.restarts()[1]:
         return
     restarted = max(

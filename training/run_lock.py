@@ -1,8 +1,8 @@
 """One run in a folder at a time: a lock that the main process holds for as long as it may write there.
 
-`run.lock` tells who has the folder. It comes into being at once and complete, by a hard link, on network file systems as well, and its
-modification time is a heartbeat. A lock whose process is gone is taken over: on this machine that is known, of another one it is concluded from
-a heartbeat that stands still.
+`run.lock` tells who has the folder. It comes into being at once and complete, by a hard link, on network file
+systems as well, and its modification time is a heartbeat. A lock whose process is gone is taken over: on this
+machine that is known, of another one it is concluded from a heartbeat that stands still.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class Holder:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Who has the lock `path`; None where there is no such file. Raises: OSError, UserError where it is no regular file."""
+    """Who has the lock `path`; None where there is no such file. Raises: OSError, UserError where it is no
+    regular file."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):  # nor a link: what it leads to is nobody's lock
             raise UserError(f'{path} is no file that train.py made, and in its place: remove it')
@@ -111,7 +112,8 @@ class RunLock:
         folder: an existing one.
         take: take the lock from a run that has it.
         say: called with lines for people.
-        on_loss: called with an error, in another thread, when another process has taken the lock; by default it ends this one.
+        on_loss: called with an error, in another thread, when another process has taken the lock; by default
+            it ends this one.
     """
 
     def __init__(
@@ -146,7 +148,8 @@ class RunLock:
         )
 
     def acquire(self) -> None:
-        """Take the lock, and keep it until `release`. Raises: UserError that tells who has it, or why the folder cannot be locked."""
+        """Take the lock, and keep it until `release`. Raises: UserError that tells who has it, or why the
+        folder cannot be locked."""
         check_writable(self.folder)
         saved_files.check_own_files(self.folder)
         seen, since, told = None, 0.0, False
@@ -170,7 +173,8 @@ class RunLock:
                     if not told:
                         remaining = MISSED * holder.period - silence
                         self.say(
-                            f'{self.folder} belongs to {holder}. Waiting up to {remaining:.0f} seconds for its heartbeat.'
+                            f'{self.folder} belongs to {holder}. Waiting up to {remaining:.0f} seconds for '
+                            'its heartbeat.'
                         )
                         told = True
                 elif not (
@@ -178,8 +182,8 @@ class RunLock:
                 ):  # else it is about to end
                     raise UserError(
                         f'{self.folder} is the folder of a run that goes on: {holder}, last heartbeat '
-                        f'{max(self._now() - holder.beat, 0):.0f} seconds ago. Wait for its end, choose another folder, or take '
-                        'this one from it by --take-lock, which stops that run'
+                        f'{max(self._now() - holder.beat, 0):.0f} seconds ago. Wait for its end, choose '
+                        'another folder, or take this one from it by --take-lock, which stops that run'
                     )
                 time.sleep(CHECK_SEC / 4)
         except OSError as error:
@@ -197,19 +201,22 @@ class RunLock:
                 self.path.unlink()
 
     def _bid_farewell(self, holder: Holder, ended: bool | None) -> None:
-        """Say whose lock it was, and wait for the end of a run that may be going on: it notices, and writes no more then."""
+        """Say whose lock it was, and wait for the end of a run that may be going on: it notices, and writes
+        no more then."""
         if ended or not self.take:
             self.say(f'{self.folder} was locked by {holder}, which is gone: taking over.')
             return
         self.say(
-            f'Taking {self.folder} from {holder}; waiting up to {FAREWELL_SEC:.0f} seconds until it has noticed.'
+            f'Taking {self.folder} from {holder}; waiting up to {FAREWELL_SEC:.0f} seconds until it has '
+            'noticed.'
         )
         deadline = time.monotonic() + FAREWELL_SEC
         while time.monotonic() < deadline and not holder.has_ended():
             time.sleep(CHECK_SEC / 4)
 
     def _watch(self) -> None:
-        """The heartbeat; and `on_loss` when the lock has become another's. One that somebody has removed is made again."""
+        """The heartbeat; and `on_loss` when the lock has become another's. One that somebody has removed is
+        made again."""
         beat = time.monotonic()
         while not self._over.wait(CHECK_SEC):
             try:
@@ -217,8 +224,8 @@ class RunLock:
                     holder = read_holder(self.path)
                     if holder is not None and holder.process is not None and holder.token != self.token:
                         self.on_loss(
-                            f'Error: {self.folder} was taken from this run, by {holder}: nothing more is written. '
-                            f'What it has saved is whole; the other run goes on from there.'
+                            f'Error: {self.folder} was taken from this run, by {holder}: nothing more is '
+                            'written. What it has saved is whole; the other run goes on from there.'
                         )
                         return
                 if time.monotonic() - beat >= PERIOD:
@@ -248,7 +255,8 @@ class RunLock:
             path.unlink(missing_ok=True)
 
     def _create(self, path: Path) -> bool:
-        """Whether `path` is this lock's record now, after an attempt to make it, which fails where there is such a file."""
+        """Whether `path` is this lock's record now, after an attempt to make it, which fails where there is
+        such a file."""
         with self._written() as own:
             try:
                 os.link(own, path)
@@ -264,9 +272,11 @@ class RunLock:
         return self._is_own(path)
 
     def _replace(self, holder: Holder) -> bool:
-        """Whether this lock has taken the place of another one. Of several that try, one does: the one that has the claim to that lock's token.
+        """Whether this lock has taken the place of another one. Of several that try, one does: the one that
+        has the claim to that lock's token.
 
-        A claim of a process that died holding it is passed over for the next number, which only one process gets either.
+        A claim of a process that died holding it is passed over for the next number, which only one process
+        gets either.
         """
         claims = []
         for number in itertools.count():
@@ -301,7 +311,8 @@ def folder_of(resume: str) -> str:
 
 @contextlib.contextmanager
 def locked(folder: str, take: bool = False) -> Iterator[None]:
-    """A block in which the main process holds the lock of a folder, if it is there. All processes enter it together, or end with one message."""
+    """A block in which the main process holds the lock of a folder, if it is there. All processes enter it
+    together, or end with one message."""
 
     def acquire():
         nonlocal lock

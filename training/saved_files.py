@@ -1,4 +1,5 @@
-"""The files of a run by their names, and what a file or folder is that is given in the place of one: which file to give instead.
+"""The files of a run by their names, and what a file or folder is that is given in the place of one: which
+file to give instead.
 
 Imports no torch.
 """
@@ -30,7 +31,8 @@ def saved_states(folder: str | os.PathLike) -> list[Path]:
 
 
 def saved_snapshots(folder: str | os.PathLike) -> list[Path]:
-    """The snapshots in a folder, the newest first; not those of power-function averages, which have their width in the name."""
+    """The snapshots in a folder, the newest first; not those of power-function averages, which have their
+    width in the name."""
     return _saved(folder, 'network-snapshot', 'pkl')
 
 
@@ -44,7 +46,8 @@ def _saved(folder: str | os.PathLike, kind: str, suffix: str) -> list[Path]:
 
 
 def check_own_files(folder: str | os.PathLike) -> None:
-    """Raises: UserError where something else lies in the place of a file that a run writes or appends to: a link would lead out of the folder."""
+    """Raises: UserError where something else lies in the place of a file that a run writes or appends to: a
+    link would lead out of the folder."""
     for path in (Path(folder, name) for name in OWN_FILES):
         if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
             kind = 'a link' if path.is_symlink() else 'a folder' if path.is_dir() else 'no regular file'
@@ -52,7 +55,8 @@ def check_own_files(folder: str | os.PathLike) -> None:
 
 
 def why_no_snapshot(path: str | os.PathLike) -> str | None:
-    """What a file or folder is and what to give instead, to complete 'it ...'; None for a pickle, and where that cannot be told."""
+    """What a file or folder is and what to give instead, to complete 'it ...'; None for a pickle, and where
+    that cannot be told."""
     if os.path.isdir(path):
         return _why_no_folder(path)
     beside = saved_snapshots(Path(path).parent)
@@ -81,15 +85,22 @@ def _why_no_folder(folder: str | os.PathLike) -> str:
     if newest is not None:
         return f'is the folder of a run. Give a file in it, such as {newest}.'
     if any(Path(folder, name).is_file() for name in ('model_index.json', 'config.json')):
-        return 'is a folder of diffusers or transformers. convert.py writes such folders and does not read them: give the snapshot.'
+        return (
+            'is a folder of diffusers or transformers. convert.py writes such folders and does not read '
+            'them: give the snapshot.'
+        )
     return 'is a folder, and holds no network-snapshot-*.pkl. Check the path.'
 
 
 def why_no_state(path: str | os.PathLike, sealed: bool) -> str | None:
-    """The same of what is given as a training state; None for one of ours, whole or damaged. `sealed`: it ends in a checksum, as ours do."""
+    """The same of what is given as a training state; None for one of ours, whole or damaged. `sealed`: it
+    ends in a checksum, as ours do."""
     beside = saved_states(Path(path).parent)
     resume = f'go on from {beside[0]}, or ' if beside else ''
-    weights = f'It has weights alone, without the state of the optimizer: {resume}start anew from them by --transfer={path}.'
+    weights = (
+        f'It has weights alone, without the state of the optimizer: {resume}start anew from them by '
+        f'--transfer={path}.'
+    )
     return another_kind(
         path,
         STATE,

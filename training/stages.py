@@ -1,5 +1,6 @@
-"""Progressive distillation from stage to stage. Each is a run of its own in a folder of its own, `S0512`, `S0256`, ..., with the states, snapshots
-and logs of any other run; its teacher is the last snapshot of the stage before."""
+"""Progressive distillation from stage to stage. Each is a run of its own in a folder of its own, `S0512`,
+`S0256`, ..., with the states, snapshots and logs of any other run; its teacher is the last snapshot of the
+stage before."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ from training.objectives import time_schedules as times
 
 
 def stages(opts: EasyDict, run_dir: str) -> Iterator[EasyDict]:
-    """The options of each stage when its turn comes: a new one's, or those to resume one that was interrupted. One that is finished is resumed
-    too, where it left states, so that its options are compared with these; there is nothing to do for it.
+    """The options of each stage when its turn comes: a new one's, or those to resume one that was
+    interrupted. One that is finished is resumed too, where it left states, so that its options are compared
+    with these; there is nothing to do for it.
 
     Args:
         opts: options of train.py; `batch` and `seed` are settled.
@@ -34,8 +36,9 @@ def stages(opts: EasyDict, run_dir: str) -> Iterator[EasyDict]:
     for folder in stage_folders(run_dir):
         if (recorded := recorded_options(folder)['stages']) != [[S, steps] for S, steps in plan]:
             raise UserError(
-                f'{run_dir} holds a progressive distillation in the stages {json.dumps(recorded)} (sampling steps, optimizer steps), '
-                f'these options say {json.dumps(plan)}: resume with the --S_start, --S and --stage_steps it was made with.'
+                f'{run_dir} holds a progressive distillation in the stages {json.dumps(recorded)} (sampling '
+                f'steps, optimizer steps), these options say {json.dumps(plan)}: resume with the --S_start, '
+                '--S and --stage_steps it was made with.'
             )
     for S, steps in plan:
         folder, total = os.path.join(run_dir, f'S{S:04d}'), steps * opts.batch
@@ -64,14 +67,15 @@ def stages(opts: EasyDict, run_dir: str) -> Iterator[EasyDict]:
                 distributed.print0(printable(about_data), file=sys.stderr)
         if snapshot is None:
             raise UserError(
-                f'{folder} has no snapshot of {total} images, from which the next stage would start: resume with the --batch it was made '
-                'with, or delete that folder and the ones of fewer steps.'
+                f'{folder} has no snapshot of {total} images, from which the next stage would start: resume '
+                'with the --batch it was made with, or delete that folder and the ones of fewer steps.'
             )
         teacher = snapshot
 
 
 def run_folder(resume: str) -> str:
-    """The folder of a progressive distillation's stages from what --resume names: itself, a stage's folder, or a state in one."""
+    """The folder of a progressive distillation's stages from what --resume names: itself, a stage's folder,
+    or a state in one."""
     path = Path(resume)
     stage = path.parent if path.suffix == '.pt' else path
     return os.fspath(stage.parent if re.fullmatch(r'S\d{4,}', stage.name) else stage)
@@ -94,12 +98,14 @@ def recorded_options(folder: str | os.PathLike) -> dict:
     except (OSError, ValueError) as error:
         reason = '' if isinstance(error, FileNotFoundError) else f' (it {error})'
         raise UserError(
-            f'{path} is missing or damaged{reason}: delete that folder and the ones of fewer steps, and resume.'
+            f'{path} is missing or damaged{reason}: delete that folder and the ones of fewer steps, and '
+            'resume.'
         ) from error
 
 
 def _finished(folder: str, total_nimg: int, teacher: str) -> str | None:
-    """The snapshot with which a stage ended; None where it has not, or on processes other than the main one."""
+    """The snapshot with which a stage ended; None where it has not, or on processes other than the main
+    one."""
     from torch_utils import distributed
     from training.checkpoint import load_network, network_digest
     from training.run_files import saved_snapshots
@@ -111,8 +117,8 @@ def _finished(folder: str, total_nimg: int, teacher: str) -> str | None:
             continue
         if recorded_options(folder)['teacher_digest'] != network_digest(load_network(teacher), {}):
             raise UserError(
-                f'{folder} was distilled from another teacher than {teacher}: delete that folder and the ones of fewer steps, '
-                'or start anew.'
+                f'{folder} was distilled from another teacher than {teacher}: delete that folder and the '
+                'ones of fewer steps, or start anew.'
             )
         return os.fspath(path)
     return None

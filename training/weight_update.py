@@ -1,4 +1,5 @@
-"""From gradients to weights: loss scaling, clipping, the optimizer, and leaving out steps whose numbers are broken. Waits for no device."""
+"""From gradients to weights: loss scaling, clipping, the optimizer, and leaving out steps whose numbers are
+broken. Waits for no device."""
 
 from __future__ import annotations
 
@@ -18,14 +19,15 @@ DYNAMIC_START, DYNAMIC_MAX, GROWTH_INTERVAL = (
 class WeightUpdate:
     """Adam or RAdam (Liu et al. 2020) on a network's flat parameters.
 
-    A step whose gradient is not finite changes neither weights nor moments. Gradients are sums over all processes, so every process finds
-    the same. `poison` makes that hold for losses too.
+    A step whose gradient is not finite changes neither weights nor moments. Gradients are sums over all
+    processes, so every process finds the same. `poison` makes that hold for losses too.
 
     Args:
         weights: the parameters, with all gradients in `weights.weights.grad`.
         betas, eps: of the optimizer.
-        loss_scale: factor on the loss, taken out of the gradient again, against underflow in FP16; None: dynamic, halved after every
-            broken step and doubled after 2000 whole ones (Micikevicius et al. 2018).
+        loss_scale: factor on the loss, taken out of the gradient again, against underflow in FP16; None:
+            dynamic, halved after every broken step and doubled after 2000 whole ones (Micikevicius et al.
+            2018).
         grad_clip: largest norm of the gradient; longer ones are shortened. None: no limit.
         radam: RAdam in Adam's place.
     """
@@ -79,8 +81,9 @@ class WeightUpdate:
         training_stats.report('Progress/grad_norm', norm)
 
     def _step_fused(self, divisor: torch.Tensor, broken: torch.Tensor) -> None:
-        """Adam's fused kernel, which divides gradients itself and does nothing where they are broken. It is called as a function: what
-        `Optimizer.step` does around it takes longer than a small network's kernel."""
+        """Adam's fused kernel, which divides gradients itself and does nothing where they are broken. It is
+        called as a function: what `Optimizer.step` does around it takes longer than a small network's
+        kernel."""
         group, state = self.optimizer.param_groups[0], self.optimizer.state[self.weights]
         adam(
             [self.weights],
@@ -103,7 +106,8 @@ class WeightUpdate:
         )
 
     def _step_and_undo(self, divisor: torch.Tensor, broken: torch.Tensor) -> None:
-        """A step of an optimizer that knows of no broken ones; after those, weights and moments are what they were. Its count of steps goes on."""
+        """A step of an optimizer that knows of no broken ones; after those, weights and moments are what they
+        were. Its count of steps goes on."""
         moments = lambda: [self.optimizer.state[self.weights].get(name) for name in ('exp_avg', 'exp_avg_sq')]
         before = [None if value is None else value.clone() for value in (self.weights.data, *moments())]
         self.weights.grad.div_(divisor)
@@ -131,11 +135,13 @@ class WeightUpdate:
         )
 
     def load_state_dict(self, state: dict) -> None:
-        """Inverse of `state_dict`. A fixed loss scale, betas and eps stay as they were chosen. Raises: ValueError for moments of another network."""
+        """Inverse of `state_dict`. A fixed loss scale, betas and eps stay as they were chosen. Raises:
+        ValueError for moments of another network."""
         for name, value in state['optimizer']['state'].get(0, {}).items():
             if value.shape != (self.weights.shape if name != 'step' else ()):
                 raise ValueError(
-                    f'the optimizer has {name} of shape {list(value.shape)}, and the network {len(self.weights):,} weights'
+                    f'the optimizer has {name} of shape {list(value.shape)}, and the network '
+                    f'{len(self.weights):,} weights'
                 )
         self.optimizer.load_state_dict(
             dict(state['optimizer'], param_groups=self.optimizer.state_dict()['param_groups'])

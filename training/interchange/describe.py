@@ -14,7 +14,8 @@ from training.phema import average_name
 
 
 def describe(net: torch.nn.Module) -> dict:
-    """Plain data about a network with `metadata`: what it is built of, what it works on, how it was trained, and the rest of its metadata."""
+    """Plain data about a network with `metadata`: what it is built of, what it works on, how it was trained,
+    and the rest of its metadata."""
     arguments = checkpoint.constructor_arguments(net)
     metadata = dict(net.metadata)
     unet = next(child for child in net.children() if any(True for _ in child.parameters()))
@@ -38,7 +39,8 @@ def describe(net: torch.nn.Module) -> dict:
 
 
 def describe_state(source) -> dict:
-    """Plain data about a training state: what `describe` says of a snapshot of that moment, and where the run stands.
+    """Plain data about a training state: what `describe` says of a snapshot of that moment, and where the run
+    stands.
 
     Raises: UserError, naming the source, where it is damaged or no training state of ours.
     """
@@ -63,7 +65,8 @@ def describe_state(source) -> dict:
 
 
 def printable(value):
-    """Plain data that strict JSON can hold: numbers that are not finite become the strings 'inf', '-inf' and 'nan'."""
+    """Plain data that strict JSON can hold: numbers that are not finite become the strings 'inf', '-inf' and
+    'nan'."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,9 @@
-"""Writes consistency models as folders that diffusers' `ConsistencyModelPipeline` loads; diffusers itself is not needed for that.
+"""Writes consistency models as folders that diffusers' `ConsistencyModelPipeline` loads; diffusers itself is
+not needed for that.
 
-The pipeline's scheduler applies the preconditioning of Song et al. 2023 (Appendix C) and gives the noise level as 250 ln sigma to a `UNet2DModel`,
-which can be configured to be our ADM. What these two cannot express is refused.
+The pipeline's scheduler applies the preconditioning of Song et al. 2023 (Appendix C) and gives the noise
+level as 250 ln sigma to a `UNet2DModel`, which can be configured to be our ADM. What these two cannot express
+is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ ATTENTION_NAMES = dict(norm2='group_norm', qkv='qkv', proj='to_out.0')
 
 
 def save_diffusers(folder: str | os.PathLike, net: torch.nn.Module) -> None:
-    """Writes `folder`, which must not exist or be empty: `ConsistencyModelPipeline.from_pretrained(folder)` gives the network's outputs.
+    """Writes `folder`, which must not exist or be empty: `ConsistencyModelPipeline.from_pretrained(folder)`
+    gives the network's outputs.
 
     Raises: UserError, naming what diffusers cannot express, or why the folder cannot be written.
     """
@@ -56,7 +59,8 @@ def save_diffusers(folder: str | os.PathLike, net: torch.nn.Module) -> None:
 
 
 def check_expressible(net: torch.nn.Module) -> None:
-    """Raises: UserError naming the first thing about a network that ConsistencyModelPipeline has no counterpart for."""
+    """Raises: UserError naming the first thing about a network that ConsistencyModelPipeline has no
+    counterpart for."""
     if type(net) is networks.EDMPrecond:
         refuse(
             "EDM's time embedding, ln(sigma) / 4: UNet2DModel's frequencies are fixed, and the scheduler gives 250 ln(sigma)"
@@ -67,11 +71,13 @@ def check_expressible(net: torch.nn.Module) -> None:
         )
     if not net.boundary:
         refuse(
-            'a diffusion model or a student of several steps: the pipeline samples consistency models, for which D(x; sigma_min) = x'
+            'a diffusion model or a student of several steps: the pipeline samples consistency models, for '
+            'which D(x; sigma_min) = x'
         )
     if not 0 < net.boundary < net.sigma_max < math.inf:
         refuse(
-            f'noise levels from {net.boundary:g} to {net.sigma_max:g}: the scheduler begins at sigma_max and ends at sigma_min'
+            f'noise levels from {net.boundary:g} to {net.sigma_max:g}: the scheduler begins at sigma_max and '
+            'ends at sigma_min'
         )
     if not isinstance(net.model, networks.DhariwalUNet):
         refuse(f'{type(net.model).__name__}: UNet2DModel has no counterpart')
@@ -81,11 +87,13 @@ def check_expressible(net: torch.nn.Module) -> None:
         refuse(f'a first level {net.model.channel_mult[0]} times as wide as the time embedding')
     if len(sizes := head_sizes(net.model)) > 1:
         refuse(
-            f'attention heads of {" or ".join(map(str, sizes))} channels: UNet2DModel has the same size everywhere'
+            f'attention heads of {" or ".join(map(str, sizes))} channels: UNet2DModel has the same size '
+            'everywhere'
         )
     if len(groups := group_counts(net.model)) > 1:
         refuse(
-            f'normalization in {" or ".join(map(str, groups))} groups: UNet2DModel has the same number everywhere'
+            f'normalization in {" or ".join(map(str, groups))} groups: UNet2DModel has the same number '
+            'everywhere'
         )
 
 
@@ -111,8 +119,9 @@ def group_counts(model: torch.nn.Module) -> list[int]:
 def scheduler_config(net: networks.CMPrecond) -> dict:
     """Arguments of `CMStochasticIterativeScheduler`.
 
-    Its `timesteps` count `num_train_timesteps` Karras nodes from sigma_max (0) down to sigma_min; one-step sampling begins at 0 whatever
-    their number. Song et al. have 40 where they distil, 201 (ImageNet-64) or 151 (LSUN) where they train: `num_timesteps` of the metadata.
+    Its `timesteps` count `num_train_timesteps` Karras nodes from sigma_max (0) down to sigma_min; one-step
+    sampling begins at 0 whatever their number. Song et al. have 40 where they distil, 201 (ImageNet-64) or
+    151 (LSUN) where they train: `num_timesteps` of the metadata.
     """
     timesteps, rho = (
         net.metadata.get(name, default)

@@ -1,14 +1,20 @@
-"""Reads the UNet weights of OpenAI's consistency_models (Song et al. 2023: consistency models and their EDM teachers) into our ADM.
+"""Reads the UNet weights of OpenAI's consistency_models (Song et al. 2023: consistency models and their EDM
+teachers) into our ADM.
 
-Both are the ADM of Dhariwal & Nichol 2021 under other parameter names. What differs, and where it is dealt with:
+Both are the ADM of Dhariwal & Nichol 2021 under other parameter names. What differs, and where it is dealt
+with:
 
-- The network is told the noise level as 1000 · ln(sigma) / 4, and consistency models are the identity at sigma_min: `networks.CMPrecond`.
-- LSUN models add the embedding before the second norm instead of scaling and shifting after it; all norms have 32 groups: arguments of our ADM.
-- Channels of attention are ordered (q, k, v), head, feature; ours head, feature, (q, k, v). Labels are an embedding table, ours a matrix that
-  one-hot vectors are multiplied by: its transpose. Both are rearranged here.
+- The network is told the noise level as 1000 · ln(sigma) / 4, and consistency models are the identity at
+  sigma_min: `networks.CMPrecond`.
+- LSUN models add the embedding before the second norm instead of scaling and shifting after it; all norms
+  have 32 groups: arguments of our ADM.
+- Channels of attention are ordered (q, k, v), head, feature; ours head, feature, (q, k, v). Labels are an
+  embedding table, ours a matrix that one-hot vectors are multiplied by: its transpose. Both are rearranged
+  here.
 
-The files hold nothing but tensors by name. Their names and shapes tell widths, levels, blocks, where attention is, classes, and how the
-embedding enters (`infer_layout`). They do not tell `Untold`: that has the values of all published models unless the caller knows better.
+The files hold nothing but tensors by name. Their names and shapes tell widths, levels, blocks, where
+attention is, classes, and how the embedding enters (`infer_layout`). They do not tell `Untold`: that has the
+values of all published models unless the caller knows better.
 """
 
 from __future__ import annotations
@@ -41,11 +47,13 @@ MAX_ENTRIES, MAX_DEPTH = 200_000, 8  # of dicts in dicts: tensors, and an optimi
 class Untold:
     """What the names and shapes of a UNet's weights do not say.
 
-    kind: `consistency` (distilled or trained; D(x; sigma_min) = x) or `edm` (a diffusion model, their teacher).
-    resolution: of the images; None: the one at which the coarsest level has 8x8 pixels. It does not change what the network computes.
-    channels_per_head: channels of each attention head (`num_head_channels`).
+    kind: `consistency` (distilled or trained; D(x; sigma_min) = x) or `edm` (a diffusion model, their
+    teacher). resolution: of the images; None: the one at which the coarsest level has 8x8 pixels. It does not
+    change what the network computes. channels_per_head: channels of each attention head
+    (`num_head_channels`).
     heads: their number at every level instead (`num_heads`, where `num_head_channels` is -1).
-    attention_order: what the channels of attention are ordered by first, `qkv-first`, or `heads-first` (`QKVAttentionLegacy`).
+    attention_order: what the channels of attention are ordered by first, `qkv-first`, or `heads-first`
+    (`QKVAttentionLegacy`).
     """
 
     kind: str = 'consistency'
@@ -64,7 +72,8 @@ class Untold:
             )
 
     def heads_over(self, channels: int) -> int:
-        """The number of heads in attention over so many channels. Raises: UnknownLayout where there is none."""
+        """The number of heads in attention over so many channels. Raises: UnknownLayout where there is
+        none."""
         heads = self.heads or channels // self.channels_per_head
         if not heads or channels % heads or (self.heads is None and channels % self.channels_per_head):
             what = f'{self.heads} heads' if self.heads else f'heads of {self.channels_per_head} channels'
@@ -86,7 +95,8 @@ def load_openai(
     key: str | None = None,
     **untold,
 ) -> torch.nn.Module:
-    """The network of a state dict of OpenAI's consistency_models, as `load_network` would give it; tensors keep their dtypes.
+    """The network of a state dict of OpenAI's consistency_models, as `load_network` would give it; tensors
+    keep their dtypes.
 
     Args:
         source: path or http(s) URL of the `.pt` file.
@@ -99,9 +109,11 @@ def load_openai(
 
 
 def inspect_openai(source: str | os.PathLike, key: str | None = None) -> tuple[torch.nn.Module, dict]:
-    """For people who want to know what is in a file: (the network as far as names and shapes tell, what was assumed for the rest).
+    """For people who want to know what is in a file: (the network as far as names and shapes tell, what was
+    assumed for the rest).
 
-    Attention heads are of 64 channels or, where these do not fit, the largest that do. Arguments and errors are `load_openai`'s.
+    Attention heads are of 64 channels or, where these do not fit, the largest that do. Arguments and errors
+    are `load_openai`'s.
     """
 
     def fitting(layout: Layout) -> Untold:
@@ -131,8 +143,10 @@ def _load(source, key: str | None, choose: Callable[[Layout], Untold]) -> torch.
 def read_state_dict(source: str | os.PathLike, key: str | None = None) -> dict[str, Tensor]:
     """The named tensors of a UNet in a PyTorch file, on the CPU, without executing anything in it.
 
-    They may lie under an entry of the file (`ema`, `model_state_dict`, ...) and their names have a prefix (`module.` of data-parallel training).
-    Raises: UserError where there are none or several such sets, the file is damaged, or would take more memory than its length.
+    They may lie under an entry of the file (`ema`, `model_state_dict`, ...) and their names have a prefix
+    (`module.` of data-parallel training).
+    Raises: UserError where there are none or several such sets, the file is damaged, or would take more
+        memory than its length.
     """
     contents = _read(source)
     name, entries = os.fspath(source), _entries(contents) if isinstance(contents, dict) else {}
@@ -152,7 +166,8 @@ def read_state_dict(source: str | os.PathLike, key: str | None = None) -> dict[s
     if len(chosen) != 1:
         found = 'several networks' if chosen else f'no network {key!r} but others'
         raise UserError(
-            f'{name} holds {found}: {", ".join(prefix.rstrip(".") for prefix in prefixes)}. Say which one with --key.'
+            f'{name} holds {found}: {", ".join(prefix.rstrip(".") for prefix in prefixes)}. Say which one '
+            'with --key.'
         )
     (prefix,) = chosen
     weights = {
@@ -175,8 +190,8 @@ def _read(source: str | os.PathLike):
         raise UserError(f"{name} cannot be read as weights of OpenAI's: it {kind}")
     if not zipfile.is_zipfile(path):
         raise UserError(
-            f'{name} is no zip archive, as files of PyTorch 1.6 and newer are. Load and save an older one with a newer PyTorch; '
-            'copy or download a damaged one again.'
+            f'{name} is no zip archive, as files of PyTorch 1.6 and newer are. Load and save an older one '
+            'with a newer PyTorch; copy or download a damaged one again.'
         )
     try:
         with open(path, 'rb') as file:
@@ -272,13 +287,14 @@ def infer_layout(shapes: dict[str, tuple[int, ...]]) -> Layout:
     widths = [shape(f'input_blocks.{first}.0.in_layers.2.weight', 4)[0] for first in firsts]
     if model_channels % 2 or any(width % model_channels or width % NUM_GROUPS for width in widths):
         raise UnknownLayout(
-            f'has levels of {", ".join(map(str, widths))} channels, which are not multiples of {NUM_GROUPS} and of the '
+            f'has levels of {", ".join(map(str, widths))} channels, which are not multiples of {NUM_GROUPS} '
+            'and of the '
             f"time embedding's {model_channels}, an even number: our ADM has no other widths"
         )
     if (outputs := shape('out.2.weight', 4)[0]) == 2 * img_channels:
         raise UnknownLayout(
-            f'has {outputs} output channels for {img_channels} input channels: it predicts a variance too (learn_sigma), '
-            'as diffusion models with a discrete schedule do, not EDM nor consistency models'
+            f'has {outputs} output channels for {img_channels} input channels: it predicts a variance too '
+            '(learn_sigma), as diffusion models with a discrete schedule do, not EDM nor consistency models'
         )
     modulation = shape('input_blocks.1.0.emb_layers.1.weight', 2)[0]
     label_dim = shape('label_emb.weight', 2)[0] if 'label_emb.weight' in shapes else 0
@@ -337,7 +353,8 @@ def parameter_names(model: networks.DhariwalUNet) -> dict[str, str]:
 
 
 def _block_names(ours: str, theirs: str, part: int, block: torch.nn.Module) -> dict[str, str]:
-    """Module names of one residual block, which is part number `part` of `theirs`; its attention is the part after it."""
+    """Module names of one residual block, which is part number `part` of `theirs`; its attention is the part
+    after it."""
     if not isinstance(block, networks.UNetBlock):
         return {ours: f'{theirs}.{part}'}
     names = dict(
@@ -379,8 +396,8 @@ def _convert(weights: dict[str, Tensor], layout: Layout, untold: Untold) -> torc
     for name, tensor in net.named_parameters():
         if state[name].shape != tensor.shape:
             raise UnknownLayout(
-                f'has {names[name.removeprefix("model.")]} in the place of our {name}, with shape {list(state[name].shape)} '
-                f'instead of {list(tensor.shape)}'
+                f'has {names[name.removeprefix("model.")]} in the place of our {name}, with shape '
+                f'{list(state[name].shape)} instead of {list(tensor.shape)}'
             )
     net.load_state_dict(state, assign=True)
     net.metadata = _metadata(untold.kind)
@@ -388,7 +405,8 @@ def _convert(weights: dict[str, Tensor], layout: Layout, untold: Untold) -> torc
 
 
 def build_network(layout: Layout, untold: Untold) -> networks.CMPrecond:
-    """Our network of a layout; its parameters have shapes but no memory. Raises: UnknownLayout for what does not fit the layout."""
+    """Our network of a layout; its parameters have shapes but no memory. Raises: UnknownLayout for what does
+    not fit the layout."""
     levels = len(layout.channel_mult)
     resolution = untold.resolution or COARSEST << (levels - 1)
     if resolution % (1 << (levels - 1)):

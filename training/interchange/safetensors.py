@@ -1,7 +1,9 @@
-"""Networks as one safetensors file: the tensors, and a JSON configuration under `config` in the header's metadata.
+"""Networks as one safetensors file: the tensors, and a JSON configuration under `config` in the header's
+metadata.
 
-The configuration holds what a snapshot holds besides tensors: class name, constructor arguments, numeric attributes, metadata and its
-digest, so that reading gives back the very network that was written. JSON has neither tuples nor infinities: see `to_json`.
+The configuration holds what a snapshot holds besides tensors: class name, constructor arguments, numeric
+attributes, metadata and its digest, so that reading gives back the very network that was written. JSON has
+neither tuples nor infinities: see `to_json`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ FORMAT = 'multistep-consistency-edm 1'
 
 
 def to_json(value):
-    """Plain data as values that strict JSON keeps exactly: tuples, non-finite numbers and dicts that would look like either are tagged.
+    """Plain data as values that strict JSON keeps exactly: tuples, non-finite numbers and dicts that would
+    look like either are tagged.
 
     A tag is a dict of one key: {'$tuple': [...]}, {'$float': 'inf'}, {'$dict': {...}}.
     """
@@ -44,7 +47,8 @@ def to_json(value):
 
 
 def from_json(value):
-    """The inverse of `to_json`. Raises: ValueError, TypeError or AttributeError for tags that hold something else."""
+    """The inverse of `to_json`. Raises: ValueError, TypeError or AttributeError for tags that hold something
+    else."""
     if isinstance(value, list):
         return [from_json(item) for item in value]
     if not isinstance(value, dict):
@@ -80,7 +84,8 @@ def save_safetensors(path: str | os.PathLike, net: torch.nn.Module) -> None:
 
 
 def load_safetensors(source: str | os.PathLike) -> torch.nn.Module:
-    """The network that `save_safetensors` wrote, as `load_network` would give it, with every tensor, argument and number as it was.
+    """The network that `save_safetensors` wrote, as `load_network` would give it, with every tensor, argument
+    and number as it was.
 
     Args:
         source: path or http(s) URL.
@@ -110,7 +115,8 @@ def load_safetensors(source: str | os.PathLike) -> torch.nn.Module:
     net.requires_grad_(False).metadata = config['metadata']
     if checkpoint.network_digest(net, net.metadata) != net.metadata.get('digest'):
         raise UserError(
-            f'{os.fspath(source)} is damaged: its contents do not match their digest. Copy or download it again.'
+            f'{os.fspath(source)} is damaged: its contents do not match their digest. Copy or download it '
+            'again.'
         )
     try:
         checkpoint.check_metadata(net)

@@ -1,4 +1,5 @@
-"""The networks. The source of each module goes into snapshots, and so imports nothing of this project but persistence."""
+"""The networks. The source of each module goes into snapshots, and so imports nothing of this project but
+persistence."""
 
 from training.networks.edm import *  # noqa: F403
 from training.networks.edm import __doc__ as __doc__

@@ -1,13 +1,18 @@
-"""Augmentation for diffusion training, with the labels that let the network undo it (Karras et al. 2022, Appendix F.2 and Table 6).
+"""Augmentation for diffusion training, with the labels that let the network undo it (Karras et al. 2022,
+Appendix F.2 and Table 6).
 
-Table 6's transforms, in its order: flips in x and y, isotropic scale, rotation, anisotropic scale, translation. Each one happens with its own
-probability; the parameters it took, or zeros, are the image's augmentation labels, so that sampling with zero labels gives clean images.
+Table 6's transforms, in its order: flips in x and y, isotropic scale, rotation, anisotropic scale,
+translation. Each one happens with its own probability; the parameters it took, or zeros, are the image's
+augmentation labels, so that sampling with zero labels gives clean images.
 
 Where this differs from EDM's pipeline:
-- Only the transforms of EDM's training preset exist; its integer shifts and quarter turns and its color transforms do not.
-- Beyond its edges an image goes on as its own mirror image, to any distance: no margin depends on the drawn parameters, and so nothing
-  waits for the device. (EDM pads by a data-dependent margin that leaves out the edge pixel's repetition.)
-- The anti-aliasing filter is symmetric, so that flips and quarter turns commute with it; the sym6 wavelet is not.
+- Only the transforms of EDM's training preset exist; its integer shifts and quarter turns and its color
+  transforms do not.
+- Beyond its edges an image goes on as its own mirror image, to any distance: no margin depends on the drawn
+  parameters, and so nothing waits for the device. (EDM pads by a data-dependent margin that leaves out the
+  edge pixel's repetition.)
+- The anti-aliasing filter is symmetric, so that flips and quarter turns commute with it; the sym6 wavelet is
+  not.
 - An image whose geometry stays as it is comes back bit for bit, instead of through the filters.
 """
 
@@ -20,9 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-# One half of the symmetric anti-aliasing filter, at 1/4, 3/4, 5/4, ... pixels from its center. A least-squares design of our own: up to twice
-# the sampling rate and down again is the identity within 1e-4 (autocorrelation 1, 0, 0, ... at whole pixels, which no symmetric filter but
-# Haar's attains exactly), with the least energy from 0.75 to 1 cycles a pixel, where upsampling leaves images of the spectrum.
+# One half of the symmetric anti-aliasing filter, at 1/4, 3/4, 5/4, ... pixels from its center. A
+# least-squares design of our own: up to twice the sampling rate and down again is the identity within 1e-4
+# (autocorrelation 1, 0, 0, ... at whole pixels, which no symmetric filter but Haar's attains exactly), with
+# the least energy from 0.75 to 1 cycles a pixel, where upsampling leaves images of the spectrum.
 HALF_FILTER = (0.9686003, 0.1772385, -0.1703621, -0.0031990, 0.0361462, -0.0082490, 0.0013851, -0.0015662)
 FILTER_RADIUS = len(HALF_FILTER) // 2  # pixels
 LABEL_SIZES = dict(xflip=1, yflip=1, scale=1, rotate_frac=2, aniso=2, translate_frac=2)
@@ -38,7 +44,8 @@ def _taps(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _upsampling_matrix(size: int, like: Tensor) -> Tensor:
-    """[2·size, size]: `size` pixels, continued by reflection at their outer edges, to twice the sampling rate."""
+    """[2·size, size]: `size` pixels, continued by reflection at their outer edges, to twice the sampling
+    rate."""
     taps = _taps(like.device, like.dtype)
     source = torch.arange(-FILTER_RADIUS, size + FILTER_RADIUS, device=like.device)
     offset = torch.arange(2 * size, device=like.device)[:, None] - 2 * source[None, :] + 2 * FILTER_RADIUS - 1
@@ -50,7 +57,8 @@ def _upsampling_matrix(size: int, like: Tensor) -> Tensor:
 
 
 def _downsampling_matrix(size: int, like: Tensor) -> Tensor:
-    """[size, 2·size + 4·radius − 2]: samples at twice the rate, with those that the filter needs on either side, to `size` pixels."""
+    """[size, 2·size + 4·radius − 2]: samples at twice the rate, with those that the filter needs on either
+    side, to `size` pixels."""
     taps = _taps(like.device, like.dtype) / 2
     width = 2 * size + len(taps) - 2
     offset = (
@@ -61,11 +69,13 @@ def _downsampling_matrix(size: int, like: Tensor) -> Tensor:
 
 
 def warp(images: Tensor, inverse: Tensor) -> Tensor:
-    """Images under an affine map, resampled through twice the sampling rate: a pixel p of the result shows the source at inverse · p.
+    """Images under an affine map, resampled through twice the sampling rate: a pixel p of the result shows
+    the source at inverse · p.
 
     Args:
         images: [N, C, H, W] floating point; mirrored at the edges without end.
-        inverse: [N, 3, 3] homogeneous matrices in pixels, x to the right, y down, origin at the image's center.
+        inverse: [N, 3, 3] homogeneous matrices in pixels, x to the right, y down, origin at the image's
+            center.
     Returns: [N, C, H, W].
     """
     height, width = images.shape[2:]
@@ -125,17 +135,20 @@ def _translation(x: Tensor, y: Tensor) -> Tensor:
 class AugmentPipe:
     """EDM's augmentation: `images, labels = pipe(images)`.
 
-    A transform happens with probability min(p · multiplier, 1); a multiplier of 0 leaves it out, its labels included. Defaults are EDM's preset.
+    A transform happens with probability min(p · multiplier, 1); a multiplier of 0 leaves it out, its labels
+    included. Defaults are EDM's preset.
 
     Args:
         p: common factor of all probabilities; 0 switches everything off (zero labels).
-        xflip, yflip, scale, rotate_frac, aniso, translate_frac: multipliers. xflip = 1e8: always, and half of the images are then mirrored.
+        xflip, yflip, scale, rotate_frac, aniso, translate_frac: multipliers. xflip = 1e8: always, and half of
+            the images are then mirrored.
         scale_std, aniso_std: standard deviation of log2 of the factor.
         rotate_frac_max: largest angle in units of π.
         aniso_rotate_prob: probability that a stretch has a random direction rather than along x.
         translate_frac_std: standard deviation of the shift in units of the image's side.
     Attributes:
-        augment_dim: length of the labels (9 for the preset): a0; a1; a2; cos a3 − 1, sin a3; a5 cos a4, a5 sin a4; a6, a7.
+        augment_dim: length of the labels (9 for the preset): a0; a1; a2; cos a3 − 1, sin a3; a5 cos a4, a5
+            sin a4; a6, a7.
     """
 
     def __init__(
@@ -178,7 +191,8 @@ class AugmentPipe:
         return self.transform(images, parameters), self.labels(parameters)
 
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Parameters:
-        """Random parameters for a batch. Every transform consumes its random numbers, whether it is on or off."""
+        """Random parameters for a batch. Every transform consumes its random numbers, whether it is on or
+        off."""
         count = len(images)
         like = dict(device=images.device, dtype=images.dtype, generator=generator)
         happens = lambda name: torch.rand(count, **like) < self.multipliers[name] * self.p
@@ -196,7 +210,8 @@ class AugmentPipe:
         )
 
     def labels(self, a: Parameters) -> Tensor:
-        """[N, augment_dim] float32: the parameters as the network sees them, transforms that are off left out."""
+        """[N, augment_dim] float32: the parameters as the network sees them, transforms that are off left
+        out."""
         columns = dict(
             xflip=[a.xflip],
             yflip=[a.yflip],
@@ -209,7 +224,8 @@ class AugmentPipe:
         return torch.stack(used, dim=1).float() if used else a.xflip.new_zeros(len(a.xflip), 0).float()
 
     def inverse_matrix(self, a: Parameters, height: int, width: int) -> Tensor:
-        """[N, 3, 3] map from a pixel of the augmented image to the (flipped) source: the inverses of Table 6's matrices, first to last."""
+        """[N, 3, 3] map from a pixel of the augmented image to the (flipped) source: the inverses of Table
+        6's matrices, first to last."""
         shrink, squeeze = (-a.scale * self.scale_std).exp2(), (-a.aniso * self.aniso_std).exp2()
         shift_x, shift_y = (
             a.shift[:, 0] * (width * self.translate_frac_std),

@@ -1,9 +1,10 @@
 """Denoisers D(x; sigma): the ADM, DDPM++ and NCSN++ U-Nets under EDM, CM, VP, VE and iDDPM preconditioning.
 
-Constructor arguments and parameter names are those of EDM's published snapshots, so that their weights load. A snapshot
-carries this file's source, so it imports nothing but torch and `torch_utils.persistence`.
+Constructor arguments and parameter names are those of EDM's published snapshots, so that their weights load.
+A snapshot carries this file's source, so it imports nothing but torch and `torch_utils.persistence`.
 
-Shapes: images [N, C, H, W], noise levels [N] or a scalar, class labels one-hot [N, label_dim], augmentation labels [N, augment_dim].
+Shapes: images [N, C, H, W], noise levels [N] or a scalar, class labels one-hot [N, label_dim], augmentation
+    labels [N, augment_dim].
 """
 
 import math
@@ -20,8 +21,8 @@ from torch_utils.persistence import persistent_class as persistent
 
 
 def init_tensor(shape, mode, fan_in, fan_out):
-    """Random tensor of the given shape; `mode` is (xavier|kaiming)_(uniform|normal), scaled as Glorot & Bengio 2010 and He et al. 2015
-    for a gain of one (kaiming: variance 1 / fan_in)."""
+    """Random tensor of the given shape; `mode` is (xavier|kaiming)_(uniform|normal), scaled as Glorot &
+    Bengio 2010 and He et al. 2015 for a gain of one (kaiming: variance 1 / fan_in)."""
     family, _, law = mode.partition('_')
     variance = {'xavier': 2 / (fan_in + fan_out), 'kaiming': 1 / fan_in}[family]
     if law == 'uniform':
@@ -154,7 +155,8 @@ class FourierEmbedding(Module):
 
 
 def keep_mask(shape, probability, device, generator=None):
-    """[*shape] bool, true with a probability in (0, 1), as it is in steps of 2^-16: an int64 is drawn for four values, since CPUs draw slowly."""
+    """[*shape] bool, true with a probability in (0, 1), as it is in steps of 2^-16: an int64 is drawn for
+    four values, since CPUs draw slowly."""
     count = math.prod(shape)
     lanes = (
         torch.empty(-(-count // 4), dtype=torch.int64, device=device)
@@ -168,8 +170,8 @@ def keep_mask(shape, probability, device, generator=None):
 class UNetBlock(Module):
     """Residual block with noise-level modulation, optional 2x resampling and self-attention.
 
-    Attention has `num_heads` heads, or one for every `channels_per_head` channels: none at all where there are fewer.
-    `dropout` acts before the second convolution.
+    Attention has `num_heads` heads, or one for every `channels_per_head` channels: none at all where there
+    are fewer. `dropout` acts before the second convolution.
     """
 
     def __init__(
@@ -239,7 +241,8 @@ class UNetBlock(Module):
         return self.proj(out.permute(0, 3, 1, 2))
 
     def forward(self, x, emb, mask=None):
-        """`mask`: [N, out_channels, H, W] bool, true where a value is kept; None draws one where the block is training."""
+        """`mask`: [N, out_channels, H, W] bool, true where a value is kept; None draws one where the block is
+        training."""
         h = self.conv0(F.silu(self.norm0(x)))
         modulation = self.affine(emb).to(h.dtype)[:, :, None, None]
         if self.adaptive_scale:
@@ -259,15 +262,18 @@ class UNetBlock(Module):
 
 
 class UNet(Module):
-    """What both U-Nets share: levels, dropout per resolution, the pass down and up. Modules are named `<res>x<res>_<what>`.
+    """What both U-Nets share: levels, dropout per resolution, the pass down and up. Modules are named
+    `<res>x<res>_<what>`.
 
-    Where `checkpoint_activations` is set, the backward pass computes what is inside a block again, which then takes no memory meanwhile.
+    Where `checkpoint_activations` is set, the backward pass computes what is inside a block again, which then
+    takes no memory meanwhile.
     """
 
     checkpoint_activations = False
 
     def _levels(self):
-        """(level, name prefix, channel multiplier, attention here) from the finest level to the coarsest. Raises: ValueError where none is."""
+        """(level, name prefix, channel multiplier, attention here) from the finest level to the coarsest.
+        Raises: ValueError where none is."""
         if not self.channel_mult:
             raise ValueError('channel_mult is empty: a U-Net has one level at least')
         for level, mult in enumerate(self.channel_mult):
@@ -275,7 +281,8 @@ class UNet(Module):
             yield level, f'{res}x{res}', mult, res in self.attn_resolutions
 
     def _block(self, prefix, in_channels, out_channels, **kwargs):
-        """A UNetBlock at the resolution that `prefix` names, with dropout only where `dout_resolutions` admits it."""
+        """A UNetBlock at the resolution that `prefix` names, with dropout only where `dout_resolutions`
+        admits it."""
         resolution = int(prefix.partition('x')[0])
         dropped = self.dout_resolutions is None or resolution in self.dout_resolutions
         return UNetBlock(
@@ -283,7 +290,8 @@ class UNet(Module):
         )
 
     def _encode_level(self, prefix, width, out_width, num_blocks, attention, skips):
-        """The encoder's own blocks of a level; adds the widths of their outputs to `skips` and returns the last."""
+        """The encoder's own blocks of a level; adds the widths of their outputs to `skips` and returns the
+        last."""
         for i in range(num_blocks):
             self.enc[f'{prefix}_block{i}'] = self._block(prefix, width, out_width, attention=attention)
             width = out_width
@@ -291,7 +299,8 @@ class UNet(Module):
         return width
 
     def _enter_level(self, prefix, width, coarsest):
-        """The decoder's modules before a level's own blocks: two at the coarsest level, one that upsamples at the others."""
+        """The decoder's modules before a level's own blocks: two at the coarsest level, one that upsamples at
+        the others."""
         if coarsest:
             self.dec[f'{prefix}_in0'] = self._block(prefix, width, width, attention=True)
             self.dec[f'{prefix}_in1'] = self._block(prefix, width, width)
@@ -315,7 +324,8 @@ class UNet(Module):
     def dropout_masks(self, batch_size, generator=None):
         """Masks for one pass: {block name: [N, C, H, W] bool, true where kept}, empty without dropout.
 
-        Giving the same masks to two passes synchronizes their dropout bit for bit, whatever the precision or compiler.
+        Giving the same masks to two passes synchronizes their dropout bit for bit, whatever the precision or
+        compiler.
         """
         if not self.dropout:
             return {}
@@ -334,8 +344,9 @@ class UNet(Module):
 class SongUNet(UNet):
     """DDPM++ and NCSN++ (Song et al. 2021), as in EDM (Karras et al. 2022, Table 7).
 
-    DDPM++: positional embedding, standard encoder. NCSN++: Fourier embedding, residual encoder, [1,3,3,1] filter,
-    channel_mult_noise 2. `dout_resolutions` restricts dropout to those resolutions (None: everywhere).
+    DDPM++: positional embedding, standard encoder. NCSN++: Fourier embedding, residual encoder, [1,3,3,1]
+    filter, channel_mult_noise 2. `dout_resolutions` restricts dropout to those resolutions (None:
+    everywhere).
     """
 
     def __init__(
@@ -483,10 +494,12 @@ class SongUNet(UNet):
 
 @persistent
 class DhariwalUNet(UNet):
-    """ADM (Dhariwal & Nichol 2021), as in EDM (Karras et al. 2022, Table 7). `dout_resolutions`: see `SongUNet`.
+    """ADM (Dhariwal & Nichol 2021), as in EDM (Karras et al. 2022, Table 7). `dout_resolutions`: see
+    `SongUNet`.
 
-    Some weights of Song et al. 2023 differ: the embedding only shifts (`adaptive_scale` False), norms have 32 groups whatever their width
-    (`min_channels_per_group` 1), attention has heads of another size (`channels_per_head`) or the same number everywhere (`num_heads`).
+    Some weights of Song et al. 2023 differ: the embedding only shifts (`adaptive_scale` False), norms have 32
+    groups whatever their width (`min_channels_per_group` 1), attention has heads of another size
+    (`channels_per_head`) or the same number everywhere (`num_heads`).
     """
 
     def __init__(
@@ -642,10 +655,11 @@ class Precond(Module):
         )
 
     def forward(self, x, sigma, class_labels=None, force_fp32=False, **model_kwargs):
-        """Denoised images [N, C, H, W] in FP32 (FP64 where the weights are) from noisy `x` at noise levels `sigma`, [N] or scalar.
+        """Denoised images [N, C, H, W] in FP32 (FP64 where the weights are) from noisy `x` at noise levels
+        `sigma`, [N] or scalar.
 
-        Inside runs BF16 where `use_bf16` is set, or FP16 where `use_fp16` is and the device is a GPU, unless `force_fp32`.
-        `model_kwargs`: `augment_labels`, `dropout_masks`.
+        Inside runs BF16 where `use_bf16` is set, or FP16 where `use_fp16` is and the device is a GPU, unless
+        `force_fp32`. `model_kwargs`: `augment_labels`, `dropout_masks`.
         """
         full = torch.float64 if self.model.map_layer0.weight.dtype == torch.float64 else torch.float32
         half = (
@@ -684,7 +698,8 @@ class Precond(Module):
 class EDMPrecond(Precond):
     """EDM's preconditioning: unit variance in and out at every noise level (Karras et al. 2022, Eq. 7).
 
-    D(x; boundary) = x: at 0 for denoisers, at sigma_min for consistency models (Song et al. 2023, Appendix C).
+    D(x; boundary) = x: at 0 for denoisers, at sigma_min for consistency models (Song et al. 2023, Appendix
+    C).
     """
 
     def __init__(
@@ -713,8 +728,8 @@ class EDMPrecond(Precond):
 
 @persistent
 class CMPrecond(EDMPrecond):
-    """OpenAI's consistency models and the EDM teachers that they were distilled from: as EDM's, but the network is told the noise level as
-    250 ln sigma (Song et al. 2023, Appendix C)."""
+    """OpenAI's consistency models and the EDM teachers that they were distilled from: as EDM's, but the
+    network is told the noise level as 250 ln sigma (Song et al. 2023, Appendix C)."""
 
     def coefficients(self, sigma):
         return *super().coefficients(sigma)[:3], 250 * sigma.log()
@@ -787,7 +802,8 @@ class VEPrecond(Precond):
 
 @persistent
 class iDDPMPrecond(Precond):
-    """Improved DDPM's cosine schedule (Nichol & Dhariwal 2021), M levels u_0 > ... > u_{M-1}; the network's variance output is ignored."""
+    """Improved DDPM's cosine schedule (Nichol & Dhariwal 2021), M levels u_0 > ... > u_{M-1}; the network's
+    variance output is ignored."""
 
     def __init__(
         self,

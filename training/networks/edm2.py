@@ -1,10 +1,13 @@
-"""EDM2's denoiser D(x; sigma): the magnitude-preserving U-Net of configuration G, and its preconditioning (Karras et al. 2024).
+"""EDM2's denoiser D(x; sigma): the magnitude-preserving U-Net of configuration G, and its preconditioning
+(Karras et al. 2024).
 
-Every layer maps inputs of unit variance to outputs of about unit variance, and weights have unit variance by force, so that activations
-and updates keep their size throughout training. There are no biases and no group norms.
+Every layer maps inputs of unit variance to outputs of about unit variance, and weights have unit variance by
+force, so that activations and updates keep their size throughout training. There are no biases and no group
+norms.
 
-Classes, constructor arguments and parameter names are those of EDM2's published snapshots, so that their weights load. A snapshot
-carries this file's source, so it imports nothing but torch and `torch_utils.persistence`.
+Classes, constructor arguments and parameter names are those of EDM2's published snapshots, so that their
+weights load. A snapshot carries this file's source, so it imports nothing but torch and
+`torch_utils.persistence`.
 
 Shapes: images [N, C, H, W], noise levels [N] or a scalar, class labels one-hot [N, label_dim].
 """
@@ -42,14 +45,17 @@ def mp_silu(x):
 
 
 def mp_sum(a, b, t):
-    """(1 − t) a + t b over the magnitude of that sum of independent unit inputs, sqrt((1 − t)² + t²) (Eq. 88)."""
+    """(1 − t) a + t b over the magnitude of that sum of independent unit inputs, sqrt((1 − t)² + t²) (Eq.
+    88)."""
     return torch.lerp(a, b, t) / math.hypot(1 - t, t)
 
 
 def mp_cat(a, b, t):
-    """Channels of `a`, then of `b`, the two contributing to what follows in proportion 1 − t : t whatever their numbers (Eq. 103).
+    """Channels of `a`, then of `b`, the two contributing to what follows in proportion 1 − t : t whatever
+    their numbers (Eq. 103).
 
-    With N = N_a + N_b and C = sqrt(N / ((1 − t)² + t²)), the factors are C (1 − t) / sqrt(N_a) and C t / sqrt(N_b).
+    With N = N_a + N_b and C = sqrt(N / ((1 − t)² + t²)), the factors are C (1 − t) / sqrt(N_a) and C t /
+    sqrt(N_b).
     """
     n_a, n_b = a.shape[1], b.shape[1]
     scale = math.sqrt(n_a + n_b) / math.hypot(1 - t, t)
@@ -57,7 +63,8 @@ def mp_cat(a, b, t):
 
 
 def keep_mask(shape, probability, device, generator=None):
-    """[*shape] bool, true with a probability in (0, 1), as it is in steps of 2^-16: an int64 is drawn for four values, since CPUs draw slowly."""
+    """[*shape] bool, true with a probability in (0, 1), as it is in steps of 2^-16: an int64 is drawn for
+    four values, since CPUs draw slowly."""
     count = math.prod(shape)
     lanes = (
         torch.empty(-(-count // 4), dtype=torch.int64, device=device)
@@ -100,7 +107,8 @@ class MPFourier(Module):
 
 @persistent
 class MPConv(Module):
-    """Convolution, or matrix product where `kernel` is [], with weights normalized for every output channel (Eq. 47).
+    """Convolution, or matrix product where `kernel` is [], with weights normalized for every output channel
+    (Eq. 47).
 
     While training, the stored weights are normalized too, before use (see `force_unit_weights`).
     """
@@ -120,8 +128,9 @@ class MPConv(Module):
 
 
 def force_unit_weights(net):
-    """Normalize the stored weights of all `MPConv` in `net` (forced weight normalization, Eq. 66): gradient steps are orthogonal to them, and
-    without it they would only grow. Only before a pass with gradients, so that others may lie between a forward pass and its backward pass."""
+    """Normalize the stored weights of all `MPConv` in `net` (forced weight normalization, Eq. 66): gradient
+    steps are orthogonal to them, and without it they would only grow. Only before a pass with gradients, so
+    that others may lie between a forward pass and its backward pass."""
     for module in net.modules():
         if isinstance(module, MPConv):
             stored = module.weight.detach()
@@ -132,9 +141,10 @@ def force_unit_weights(net):
 class Block(Module):
     """Residual block with noise-level modulation, optional 2x resampling and self-attention.
 
-    An encoder block (`flavor` enc) projects and normalizes its main path first, a decoder block (dec) projects it last. Attention has one
-    head for every `channels_per_head` channels: none at all where there are fewer. `res_balance` and `attn_balance` are the shares of the
-    residual branches (`mp_sum`'s t), `clip_act` bounds the output. `dropout` acts before the second convolution.
+    An encoder block (`flavor` enc) projects and normalizes its main path first, a decoder block (dec)
+    projects it last. Attention has one head for every `channels_per_head` channels: none at all where there
+    are fewer. `res_balance` and `attn_balance` are the shares of the residual branches (`mp_sum`'s t),
+    `clip_act` bounds the output. `dropout` acts before the second convolution.
     """
 
     def __init__(
@@ -193,7 +203,8 @@ class Block(Module):
 
     def _attention(self, x):
         n, c, h, w = x.shape
-        # Channels are ordered head, feature, (q, k, v); each of the three is normalized over its features, so that logits are bounded.
+        # Channels are ordered head, feature, (q, k, v); each of the three is normalized over its features, so
+        # that logits are bounded.
         qkv = normalize(self.attn_qkv(x).reshape(n, self.num_heads, c // self.num_heads, 3, h * w), dims=(2,))
         q, k, v = qkv.permute(
             3, 0, 1, 4, 2
@@ -202,7 +213,8 @@ class Block(Module):
         return self.attn_proj(out.permute(0, 3, 1, 2))
 
     def forward(self, x, emb, mask=None):
-        """`mask`: [N, out_channels, H, W] bool, true where a value is kept; None draws one where the block is training."""
+        """`mask`: [N, out_channels, H, W] bool, true where a value is kept; None draws one where the block is
+        training."""
         x = resample(x, self.resample_filter, self.resample_mode)
         if self.flavor == 'enc':
             x = normalize(self._project(x), dims=(1,))
@@ -224,10 +236,11 @@ class Block(Module):
 class UNet(Module):
     """The U-Net of configuration G; modules are named `<res>x<res>_<what>`.
 
-    Embeddings have `model_channels` times `channel_mult_noise` channels for the noise level (by default as the finest level) and times
-    `channel_mult_emb` (by default as the widest level). `label_balance` and `concat_balance` are the shares of the class embedding and
-    of the skip connections. `dropout`, everywhere or only at `dout_resolutions`; `block_kwargs`: see `Block`. Where `checkpoint_activations`
-    is set, the backward pass computes what is inside a block again, which then takes no memory meanwhile.
+    Embeddings have `model_channels` times `channel_mult_noise` channels for the noise level (by default as
+    the finest level) and times `channel_mult_emb` (by default as the widest level). `label_balance` and
+    `concat_balance` are the shares of the class embedding and of the skip connections. `dropout`, everywhere
+    or only at `dout_resolutions`; `block_kwargs`: see `Block`. Where `checkpoint_activations` is set, the
+    backward pass computes what is inside a block again, which then takes no memory meanwhile.
     """
 
     checkpoint_activations = False
@@ -297,7 +310,8 @@ class UNet(Module):
         self.out_conv = MPConv(width, img_channels, kernel=[3, 3])
 
     def _add(self, part, res, what, in_channels, out_channels, **kwargs):
-        """A new last block of the encoder or decoder, with dropout only where `dout_resolutions` admits it."""
+        """A new last block of the encoder or decoder, with dropout only where `dout_resolutions` admits
+        it."""
         dropped = self.dout_resolutions is None or res in self.dout_resolutions
         getattr(self, part)[f'{res}x{res}_{what}'] = Block(
             in_channels,
@@ -312,7 +326,8 @@ class UNet(Module):
     def dropout_masks(self, batch_size, generator=None):
         """Masks for one pass: {block name: [N, C, H, W] bool, true where kept}, empty without dropout.
 
-        Giving the same masks to two passes synchronizes their dropout bit for bit, whatever the precision or compiler.
+        Giving the same masks to two passes synchronizes their dropout bit for bit, whatever the precision or
+        compiler.
         """
         masks = {}
         for part in ('enc', 'dec'):
@@ -366,10 +381,12 @@ class UNet(Module):
 
 @persistent
 class Precond(Module):
-    """EDM's preconditioning (Karras et al. 2022, Eq. 7) around EDM2's U-Net, with its estimate of the loss's log-variance.
+    """EDM's preconditioning (Karras et al. 2022, Eq. 7) around EDM2's U-Net, with its estimate of the loss's
+    log-variance.
 
-    D(x; boundary) = x: at 0 for denoisers, at sigma_min for consistency models (Song et al. 2023, Appendix C). `model_kwargs`: see `UNet`.
-    Where `channels_last` is set, images inside have their channels next to each other in memory.
+    D(x; boundary) = x: at 0 for denoisers, at sigma_min for consistency models (Song et al. 2023, Appendix
+    C). `model_kwargs`: see `UNet`. Where `channels_last` is set, images inside have their channels next to
+    each other in memory.
     """
 
     channels_last = False
@@ -413,11 +430,12 @@ class Precond(Module):
         augment_labels=None,
         **model_kwargs,
     ):
-        """Denoised images [N, C, H, W] in FP32 (FP64 where the weights are) from noisy `x` at noise levels `sigma`, [N] or scalar.
+        """Denoised images [N, C, H, W] in FP32 (FP64 where the weights are) from noisy `x` at noise levels
+        `sigma`, [N] or scalar.
 
-        With `return_logvar`, a pair: the images and u(sigma), the log-variance of the loss, [N, 1, 1, 1] (Eq. 21).
-        Inside runs BF16 where `use_bf16` is set, or FP16 where `use_fp16` is and the device is a GPU, unless `force_fp32`.
-        `model_kwargs`: `dropout_masks`.
+        With `return_logvar`, a pair: the images and u(sigma), the log-variance of the loss, [N, 1, 1, 1] (Eq.
+        21). Inside runs BF16 where `use_bf16` is set, or FP16 where `use_fp16` is and the device is a GPU,
+        unless `force_fp32`. `model_kwargs`: `dropout_masks`.
         Raises: ValueError for augmentation labels, which EDM2 has no use for.
         """
         if augment_labels is not None:

@@ -1,13 +1,17 @@
-"""Between what a data set stores and what a network sees: pixels, or latents of a VAE, as in EDM2 (Karras et al. 2024).
+"""Between what a data set stores and what a network sees: pixels, or latents of a VAE, as in EDM2 (Karras et
+al. 2024).
 
-    pixels  --encode_pixels-->  raw  --encode_latents-->  final  --decode_levels-->  levels  --to_pixels-->  pixels
+    pixels  --encode_pixels-->  raw  --encode_latents-->  final  --decode_levels-->  levels  --to_pixels-->
+    pixels
 
-*Pixels* are uint8 [N, C, H, W]. *Raw* is what a data set stores: the pixels themselves, or mean and standard deviation of a VAE's latent
-distribution. *Final* is what the network is trained on and draws: pixels in [-1, 1], or latents of about zero mean and the data's sigma.
-*Levels* are 0 ... 255 in floating point, the last place where a number that is not finite shows; `decode` makes both steps.
+*Pixels* are uint8 [N, C, H, W]. *Raw* is what a data set stores: the pixels themselves, or mean and standard
+deviation of a VAE's latent distribution. *Final* is what the network is trained on and draws: pixels in [-1,
+1], or latents of about zero mean and the data's sigma. *Levels* are 0 ... 255 in floating point, the last
+place where a number that is not finite shows; `decode` makes both steps.
 
-Class names and constructor arguments are those of EDM2's snapshots. A snapshot carries this file's source in its `encoder` entry, so it
-imports nothing but the standard library, numpy, torch and `torch_utils.persistence`; diffusers and our own modules where they are needed.
+Class names and constructor arguments are those of EDM2's snapshots. A snapshot carries this file's source in
+its `encoder` entry, so it imports nothing but the standard library, numpy, torch and
+`torch_utils.persistence`; diffusers and our own modules where they are needed.
 """
 
 import functools
@@ -19,7 +23,8 @@ import torch
 from torch_utils.persistence import persistent_class
 
 # ----------------------------------------------------------------------------
-# Encoders. `init(device)` makes ready for pixels on a device; `noise_shape` tells what `encode_latents` needs to be a pure function.
+# Encoders. `init(device)` makes ready for pixels on a device; `noise_shape` tells what `encode_latents` needs
+# to be a pure function.
 
 
 @persistent_class
@@ -50,11 +55,13 @@ class StandardRGBEncoder:
 
 @persistent_class
 class StabilityVAEEncoder:
-    """Latents of a VAE: drawn from its distribution, then brought from assumed statistics to wanted ones, channel by channel.
+    """Latents of a VAE: drawn from its distribution, then brought from assumed statistics to wanted ones,
+    channel by channel.
 
         final = (mean + std · noise - raw_mean) / raw_std · final_std + final_mean
 
-    Pixels are given to the VAE as 0 ... 1, not -1 ... 1, and come back so: EDM2's convention, under which the default statistics were measured.
+    Pixels are given to the VAE as 0 ... 1, not -1 ... 1, and come back so: EDM2's convention, under which the
+    default statistics were measured.
 
     Args:
         vae_name: folder or Hugging Face repository of a diffusers `AutoencoderKL`.
@@ -90,7 +97,8 @@ class StabilityVAEEncoder:
         self.scale, self.bias = scale.tolist(), bias.tolist()  # float32 values
 
     def init(self, device):
-        """Load the VAE. Raises: ImportError without diffusers; OSError, RuntimeError, ValueError for what is no VAE of these latents."""
+        """Load the VAE. Raises: ImportError without diffusers; OSError, RuntimeError, ValueError for what is
+        no VAE of these latents."""
         vae = load_vae(self.vae_name, torch.empty(0, device=device).device)  # 'cuda' becomes 'cuda:0'
         if vae.config.latent_channels != self.channels:
             raise ValueError(f'it has {vae.config.latent_channels} latent channels, not {self.channels}')
@@ -107,7 +115,8 @@ class StabilityVAEEncoder:
         return torch.cat([torch.cat([part.mean, part.std], dim=1) for part in parts])
 
     def encode_latents(self, raw, noise=None):
-        """Raw latents [N, 2 C, h, w] and standard normal `noise` [N, C, h, w] (None: drawn here) to final latents, float32."""
+        """Raw latents [N, 2 C, h, w] and standard normal `noise` [N, C, h, w] (None: drawn here) to final
+        latents, float32."""
         mean, std = raw.float().chunk(2, dim=1)
         latents = mean + std * (torch.randn_like(mean) if noise is None else noise)
         return latents * per_channel(self.scale, latents) + per_channel(self.bias, latents)
@@ -126,7 +135,8 @@ class StabilityVAEEncoder:
 
 
 def to_pixels(levels):
-    """Gray levels, cut off at 0 and 255, to uint8. What is not finite becomes some level or other: look before."""
+    """Gray levels, cut off at 0 and 255, to uint8. What is not finite becomes some level or other: look
+    before."""
     return levels.clip(0, 255).to(torch.uint8)
 
 
@@ -137,7 +147,8 @@ def per_channel(values, like):
 
 @functools.lru_cache(maxsize=1)
 def load_vae(vae_name, device):
-    """The VAE, from a folder, from the local cache of Hugging Face, or downloaded into it. Only safetensors are read: no pickles."""
+    """The VAE, from a folder, from the local cache of Hugging Face, or downloaded into it. Only safetensors
+    are read: no pickles."""
     from diffusers import AutoencoderKL
 
     load = functools.partial(
@@ -151,8 +162,8 @@ def load_vae(vae_name, device):
 
 
 # ----------------------------------------------------------------------------
-# Encoders as plain data: dict(class_name=..., **constructor arguments), or None for pixels. So they stand in a network's metadata, in the
-# configuration of a run, and in the dataset.json of latents.
+# Encoders as plain data: dict(class_name=..., **constructor arguments), or None for pixels. So they stand in
+# a network's metadata, in the configuration of a run, and in the dataset.json of latents.
 
 ENCODERS = {cls.__name__: cls for cls in (StandardRGBEncoder, StabilityVAEEncoder)}
 HINT = '; generate.py --latents writes latents as they are'
@@ -181,7 +192,8 @@ def build(record, device=None):
     class_name = str(arguments.pop('class_name', None))
     if class_name not in ENCODERS:
         raise UserError(
-            f'The encoder {class_name!r} is none that we know ({", ".join(ENCODERS)}), so there is no way from or to its latents{HINT}'
+            f'The encoder {class_name!r} is none that we know ({", ".join(ENCODERS)}), so there is no way '
+            f'from or to its latents{HINT}'
         )
     try:
         encoder = ENCODERS[class_name](**arguments)
@@ -195,7 +207,8 @@ def build(record, device=None):
 
 
 def make_ready(encoder, device, hint=''):
-    """`encoder.init(device)`, with a UserError where diffusers or the VAE's weights are missing; `hint` ends its message."""
+    """`encoder.init(device)`, with a UserError where diffusers or the VAE's weights are missing; `hint` ends
+    its message."""
     from dnnlib import UserError
 
     try:
@@ -207,8 +220,8 @@ def make_ready(encoder, device, hint=''):
     except (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f'The VAE {encoder.vae_name} cannot be loaded ({reason}): connect to the Hugging Face hub, or name a folder '
-            f'that AutoencoderKL.save_pretrained wrote{hint}'
+            f'The VAE {encoder.vae_name} cannot be loaded ({reason}): connect to the Hugging Face hub, or '
+            f'name a folder that AutoencoderKL.save_pretrained wrote{hint}'
         ) from error
 
 
@@ -219,7 +232,8 @@ def encoder_of(net, device=None):
     encoder = build(getattr(net, 'metadata', {}).get('encoder'))
     if net.img_channels not in ([1, 3] if isinstance(encoder, StandardRGBEncoder) else [encoder.channels]):
         raise UserError(
-            f'The network makes images of {net.img_channels} channels, which its {type(encoder).__name__} cannot decode{HINT}'
+            f'The network makes images of {net.img_channels} channels, which its {type(encoder).__name__} '
+            f'cannot decode{HINT}'
         )
     if device is not None:
         make_ready(encoder, device, HINT)
@@ -227,7 +241,8 @@ def encoder_of(net, device=None):
 
 
 def for_dataset(dataset, teacher=None):
-    """(encoder, channels of the network) for a data set; latents are encoded as the teacher's were, where it says how.
+    """(encoder, channels of the network) for a data set; latents are encoded as the teacher's were, where it
+    says how.
 
     Raises: UserError where the data set's channels are not the encoder's.
     """
@@ -239,7 +254,7 @@ def for_dataset(dataset, teacher=None):
     encoder = build(taught or dataset.encoder or dict(class_name='StabilityVAEEncoder'))
     if isinstance(encoder, StandardRGBEncoder) or dataset.num_channels != 2 * encoder.channels:
         raise UserError(
-            f'The latents of {dataset.name} have {dataset.num_channels} channels, which {type(encoder).__name__} does not take: '
-            'make them with dataset_tool.py --encode-vae'
+            f'The latents of {dataset.name} have {dataset.num_channels} channels, which '
+            f'{type(encoder).__name__} does not take: make them with dataset_tool.py --encode-vae'
         )
     return encoder, encoder.channels

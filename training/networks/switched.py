@@ -1,6 +1,7 @@
 """Two denoisers as one, of which the noise level chooses.
 
-A snapshot carries this file's source, and each of the two networks brings its own, so it imports nothing but torch and `torch_utils.persistence`.
+A snapshot carries this file's source, and each of the two networks brings its own, so it imports nothing but
+torch and `torch_utils.persistence`.
 """
 
 import math
@@ -15,10 +16,11 @@ from torch_utils.persistence import persistent_class as persistent
 class Switched(Module):
     """`high` where sigma >= `switch`, `low` below it.
 
-    A truncated consistency model (Lee et al. 2025) is the second stage's network above the dividing time and the frozen first stage's below.
-    Nothing is copied: the two networks stay what and where they are. It has the attributes of networks that samplers and generation look at,
-    `metadata` those of `high`.
-    Raises: ValueError for networks that are not of the same images and labels, that are one and the same, or that are switched themselves.
+    A truncated consistency model (Lee et al. 2025) is the second stage's network above the dividing time and
+    the frozen first stage's below. Nothing is copied: the two networks stay what and where they are. It has
+    the attributes of networks that samplers and generation look at, `metadata` those of `high`.
+    Raises: ValueError for networks that are not of the same images and labels, that are one and the same, or
+        that are switched themselves.
     """
 
     def __init__(self, high, low, switch):
@@ -40,7 +42,8 @@ class Switched(Module):
         self.metadata = getattr(high, 'metadata', {})
 
     def forward(self, x, sigma, class_labels=None, **kwargs):
-        """D [N, C, H, W] of noisy `x` at noise levels `sigma`. A scalar asks one network; levels [N] ask both, without waiting for the device."""
+        """D [N, C, H, W] of noisy `x` at noise levels `sigma`. A scalar asks one network; levels [N] ask
+        both, without waiting for the device."""
         above = torch.as_tensor(sigma) >= self.switch
         if above.ndim == 0:
             return (self.high if above else self.low)(x, sigma, class_labels, **kwargs)
