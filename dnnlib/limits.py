@@ -30,6 +30,7 @@ LABELS_OF_IMAGE = (
 IMAGE_FILE = 256 * MB  # one image: 40 million pixels of 16-bit RGB, uncompressed
 LATENTS_FILE = 64 * MB  # latents of one image: float32 [8, 1024, 1024] have 32 MB
 SAVED_STRUCTURE = 16 * MB  # of a PyTorch file without its tensors: about 200 bytes for each of those
+PICKLED_TEXT = 512 * MB  # in a pickle; protocol 2 writes a tensor as text, and the largest have 250 MB
 PICKLED_BATCH = 64 * MB  # a CIFAR-10 batch has 30 MB
 ARRAY_HEADER = 10_000  # of a .npy file: NumPy's own limit
 SAFETENSORS_HEADER = 16 * MB  # about 100 bytes for each tensor, and a configuration

@@ -1,7 +1,7 @@
 """Reads pickles as data. Nothing is imported, called or executed, whatever the file says.
 
-The reader knows the opcodes that Python's binary protocols 2 to 5 emit, and the first ones that one meets in protocol 0, so that what such a file
-names is told. It turns names and calls into inert records:
+Python's own unpickler walks through the file, in its version in Python, whose memo is a dict: that of the version in C is an array
+as long as the largest index that a file claims. What it would look up, call or fill is replaced by inert records:
 `Name('collections.OrderedDict')`, `Call(name, args, state)`. Long byte strings are not read: a `Span` says where they lie, so that
 tensors can be read later, straight into their memory, or not at all. Opcodes and names outside the tables are refused.
 
@@ -15,14 +15,17 @@ Time and memory are at most proportional to the file's length, and its records a
 
 from __future__ import annotations
 
+import functools
+import pickle
 import re
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
 import torch
+
+from dnnlib.limits import PICKLED_TEXT
 
 
 class MalformedPickle(ValueError):
@@ -67,323 +70,235 @@ class Key:
 
 PERSISTENT_OBJECT = 'torch_utils.persistence._reconstruct_persistent_obj'
 PARAMETERS = {'torch._utils._rebuild_parameter', 'torch._utils._rebuild_parameter_with_state'}
-TENSOR, TYPED_TENSOR, STORAGE = (
-    'torch._utils._rebuild_tensor_v2',
-    'torch._utils._rebuild_tensor_v3',
-    'torch.storage._load_from_bytes',
-)
+TENSOR, TYPED_TENSOR = 'torch._utils._rebuild_tensor_v2', 'torch._utils._rebuild_tensor_v3'
 TENSOR_WITH_ATTRIBUTES = 'torch._tensor._rebuild_from_type_v2'
 TENSORS = PARAMETERS | {TENSOR, TYPED_TENSOR, TENSOR_WITH_ATTRIBUTES}
+STORAGE = 'torch.storage._load_from_bytes'
 PERSISTENT_ID = 'persistent_id'  # what references to what is outside of the pickle are called here
 ENCODED_BYTES = '_codecs.encode'  # how protocol 2, which has no bytes, writes them: as text in Latin-1
+# fmt: off
 DTYPES = {
-    'Float': torch.float32,
-    'Double': torch.float64,
-    'Half': torch.float16,
-    'BFloat16': torch.bfloat16,
-    'Long': torch.int64,
-    'Int': torch.int32,
-    'Short': torch.int16,
-    'Char': torch.int8,
-    'Byte': torch.uint8,
+    'Float': torch.float32, 'Double': torch.float64, 'Half': torch.float16, 'BFloat16': torch.bfloat16,
+    'Long': torch.int64, 'Int': torch.int32, 'Short': torch.int16, 'Char': torch.int8, 'Byte': torch.uint8,
 }
+# fmt: on
 STORAGE_TYPES = {f'torch.{name}Storage': dtype for name, dtype in DTYPES.items()}
-STORAGE_TYPES |= {
-    f'torch.{name}': torch.uint8
-    for name in ('UntypedStorage', 'storage.UntypedStorage', 'storage._UntypedStorage')
-}
+STORAGE_TYPES |= dict.fromkeys(
+    ('torch.UntypedStorage', 'torch.storage.UntypedStorage', 'torch.storage._UntypedStorage'), torch.uint8
+)
 
 
-def _names(*modules: str, of: str) -> set[str]:
-    return {f'{module}.{name}' for module in modules for name in of.split()}
+def _names(table: str) -> set[str]:
+    """Dotted names from lines of `module or module: name name ...`."""
+    lines = [line.split(':') for line in table.strip().splitlines()]
+    return {
+        f'{module.strip()}.{name}'
+        for modules, names in lines
+        for module in modules.split(' or ')
+        for name in names.split()
+    }
 
 
 DICTS = {'collections.OrderedDict', 'dnnlib.util.EasyDict'}
-CONTAINERS = _names('torch.nn.modules.container', of='ModuleDict ModuleList Sequential')
-NUMPY_SCALARS = _names('numpy.core.multiarray', 'numpy._core.multiarray', of='scalar')
-NUMPY_TYPES = _names(
-    'numpy',
-    of='ndarray dtype bool bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64',
-)
-NUMPY_ARRAYS = _names('numpy.core', 'numpy._core', of='multiarray._reconstruct numeric._frombuffer')
-TORCH_TYPES = _names('torch', of='Tensor Size device nn.parameter.Parameter')
+CONTAINERS = _names('torch.nn.modules.container: ModuleDict ModuleList Sequential')
+LAYERS = {f'{kind.__module__}.{kind.__name__}' for kind in vars(torch.nn).values() if isinstance(kind, type)}
 TORCH_DTYPES = {str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
-LAYERS = {
-    f'{value.__module__}.{value.__name__}' for value in vars(torch.nn).values() if isinstance(value, type)
-}  # in a loss: a feature network
-PYTHON_TYPES = (
-    _names(
-        'builtins',
-        '__builtin__',
-        of='object bool int float complex str bytes bytearray list tuple dict set frozenset range slice',
-    )
-    | _names('__builtin__', of='long unicode xrange')
-    | _names('collections', of='defaultdict deque Counter')
-    | _names('copyreg', 'copy_reg', of='_reconstructor')
-    | _names('datetime', of='date datetime time timedelta timezone')
-    | {'argparse.Namespace', 'types.SimpleNamespace'}
-    | _names('pathlib', 'pathlib._local', of='PosixPath WindowsPath PurePosixPath PureWindowsPath')
-)
+NUMPY_SCALARS = _names('numpy.core.multiarray or numpy._core.multiarray: scalar')
+NUMPY_ARRAYS = _names('numpy.core or numpy._core: multiarray._reconstruct numeric._frombuffer')
+NUMPY_TYPES = _names("""
+    numpy: ndarray dtype bool bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64
+""")
+OTHER_TYPES = _names("""
+    torch: Tensor Size device nn.parameter.Parameter
+    builtins or __builtin__: object bool int float complex str bytes bytearray list tuple dict set frozenset
+    builtins or __builtin__: range slice
+    __builtin__: long unicode xrange
+    collections: defaultdict deque Counter
+    copyreg or copy_reg: _reconstructor
+    datetime: date datetime time timedelta timezone
+    argparse: Namespace
+    types: SimpleNamespace
+    pathlib or pathlib._local: PosixPath WindowsPath PurePosixPath PureWindowsPath
+""")
 SNAPSHOT_NAMES = frozenset(
-    {PERSISTENT_OBJECT, TENSOR, TYPED_TENSOR, TENSOR_WITH_ATTRIBUTES, STORAGE, ENCODED_BYTES}.union(
-        PARAMETERS,
-        DICTS,
-        CONTAINERS,
-        NUMPY_SCALARS,
-        NUMPY_TYPES,
-        NUMPY_ARRAYS,
-        TORCH_TYPES,
-        TORCH_DTYPES,
-        LAYERS,
-        PYTHON_TYPES,
-    )
+    {PERSISTENT_OBJECT, STORAGE, ENCODED_BYTES}
+    | (TENSORS | CONTAINERS | LAYERS | TORCH_DTYPES)  # layers: of a feature network, in a loss
+    | (NUMPY_SCALARS | NUMPY_ARRAYS | NUMPY_TYPES)
+    | (DICTS | OTHER_TYPES)
 )
 
 # ----------------------------------------------------------------------------
-# The machine. A handler is a function of the reader; it takes its operands from the file and the stack.
+# Reading.
 
-MAX_RECORDS = 4_000_000  # opcodes; a network of a thousand tensors has about 100,000
-WINDOW = 8192  # bytes that are read from the file at a time
+MALFORMED = (pickle.UnpicklingError, EOFError, LookupError, ValueError, ArithmeticError, struct.error)
+CUT_OFF = 'ends in the middle of a record (truncated?): copy or download it again'
+MAX_RECORDS = 4_000_000  # reads from the file; a network of a thousand tensors takes about 200,000
 
 
-class Reader:
-    """Reads one pickle after the other from file[start:stop]. See `read_pickle`."""
+class _Source:
+    """The bytes of a file up to `stop`, as an unpickler takes them: no read is of more than the file has."""
 
-    def __init__(self, file: BinaryIO, start: int, stop: int, names: frozenset[str], persistent_ids: bool):
-        self.file, self.stop, self.names, self.persistent_ids = file, stop, names, persistent_ids
-        self.window, self.at, self.start = (
-            b'',
-            0,
-            start,
-        )  # bytes of the file, the next one to read, the offset of the first
+    def __init__(self, file: BinaryIO, stop: int):
+        self.file, self.stop, self.position, self.records = file, stop, file.tell(), 0
 
-    def next_pickle(self):
-        """What the pickle at hand holds. Raises: MalformedPickle."""
-        self.stack, self.marked, self.memo = [], [], {}
-        try:
-            return self._run()
-        except (IndexError, KeyError, UnicodeDecodeError) as error:
-            raise MalformedPickle(f'is not a well-formed pickle ({type(error).__name__})') from error
+    def read(self, size: int) -> bytes:
+        self.records += 1
+        self.position += size
+        if self.position > self.stop:
+            raise MalformedPickle(CUT_OFF)
+        if self.records > MAX_RECORDS:
+            raise MalformedPickle(f'has more than {MAX_RECORDS:,} records')
+        if size > PICKLED_TEXT:
+            raise MalformedPickle(f'has a text of {size:,} bytes')
+        return self.file.read(size)
 
-    def _run(self):
-        for _ in range(MAX_RECORDS):
-            if self.at == len(self.window):
-                self.refill(1)
-            opcode = self.window[self.at]
-            self.at += 1
-            if opcode == STOP:
-                return self.stack.pop()
-            if opcode not in OPCODES:
-                raise MalformedPickle(f'has opcode 0x{opcode:02x}, which no snapshot uses')
-            OPCODES[opcode](self)
-        raise MalformedPickle(f'has more than {MAX_RECORDS:,} records')
-
-    def position(self) -> int:
-        return self.start + self.at
-
-    def refill(self, size: int):
-        """Has at least `size` bytes in the window. Nothing is allocated beyond what the file has."""
-        self.move_to(self.position())
-        self.file.seek(self.start)
-        self.window = self.file.read(min(max(size, WINDOW), self.stop - self.start))
-        if len(self.window) < size:
-            raise MalformedPickle('ends in the middle of a record (truncated?): copy or download it again')
-
-    def move_to(self, position: int):
-        self.window, self.at, self.start = b'', 0, position
-
-    def take(self, size: int) -> bytes:
-        if self.at + size > len(self.window):
-            self.refill(size)
-        self.at += size
-        return self.window[self.at - size : self.at]
-
-    def byte(self) -> int:
-        if self.at == len(self.window):
-            self.refill(1)
-        self.at += 1
-        return self.window[self.at - 1]
-
-    def number(self, size: int) -> int:
-        return int.from_bytes(self.take(size), 'little')
-
-    def text(self, size: int, encoding: str = 'utf-8') -> str:
-        return self.take(size).decode(encoding, 'surrogatepass')
-
-    def line(self) -> str:
-        if b'\n' not in self.window[self.at : self.at + 256]:
-            self.refill(1)
-        end = self.window.find(b'\n', self.at, self.at + 256)
-        if end < 0:
+    def readline(self) -> bytes:
+        line = self.file.readline(256)
+        self.position += len(line)
+        if not line.endswith(b'\n'):
             raise MalformedPickle('has a name without an end')
-        return self.take(end + 1 - self.at)[:-1].decode()
+        return line
 
     def span(self, size: int) -> Span:
-        start = self.position()
-        if start + size > self.stop:
-            raise MalformedPickle('ends in the middle of a tensor (truncated?)')
+        """A byte string that begins here; one of less than 256 bytes is read."""
         if size < 256:
-            return Span(start, size, self.take(size))
-        self.move_to(start + size)
-        return Span(start, size)
+            return Span(self.position, size, self.read(size))
+        self.position += size
+        if self.position > self.stop:
+            raise MalformedPickle(CUT_OFF)
+        self.file.seek(self.position)
+        return Span(self.position - size, size)
 
-    def mark(self):
-        self.marked.append(self.stack)
-        self.stack = []
 
-    def pop_to_mark(self) -> list:
-        items, self.stack = self.stack, self.marked.pop()
-        return items
+class _Opcodes(dict):
+    """What to do, by opcode."""
 
-    def replace_mark(self, make: Callable[[list], object]):
-        item = make(self.pop_to_mark())
-        self.stack.append(item)  # looked up only now: the mark's stack is another one
+    def __missing__(self, code: int):
+        raise MalformedPickle(f'has opcode 0x{code:02x}, which no snapshot uses')
 
-    def memoize(self):
-        self.memo[len(self.memo)] = self.stack[-1]
 
-    def put(self, index: int):
-        self.memo[index] = self.stack[-1]
+OPCODES = """
+    PROTO FRAME MARK STOP POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT
+    SHORT_BINSTRING BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8
+    EMPTY_LIST EMPTY_DICT EMPTY_TUPLE EMPTY_SET LIST DICT TUPLE TUPLE1 TUPLE2 TUPLE3 FROZENSET
+    APPEND APPENDS ADDITEMS SETITEM SETITEMS BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE
+    GLOBAL STACK_GLOBAL REDUCE NEWOBJ NEWOBJ_EX BUILD BINPERSID
+"""  # what protocols 2 to 5 emit, and what one meets first in protocol 0, so that what such a file names is told
 
-    def pop(self, count: int) -> list:
-        if len(self.stack) < count:
-            raise MalformedPickle('takes more values than it gives')
-        items = self.stack[-count:]
-        del self.stack[-count:]
-        return items
+
+class _Unpickler(pickle._Unpickler):
+    """Python's unpickler. What would look up, call, fill or hash what a file says is here, and makes records instead."""
+
+    def __init__(self, file: BinaryIO, stop: int, names: frozenset[str], persistent_ids: bool):
+        self.source, self.names, self.persistent_ids = _Source(file, stop), names, persistent_ids
+        super().__init__(self.source, encoding='latin-1')
+
+    def find_class(self, module: str, name: str) -> Name:
+        if f'{module}.{name}' not in self.names:
+            raise _refused(repr(f'{module}.{name}'))
+        return Name(f'{module}.{name}')
+
+    def load_stack_global(self):
+        if not all(isinstance(text, str) for text in self.stack[-2:]):
+            raise _refused('something by what is no text')
+        super().load_stack_global()
+
+    def persistent_load(self, pid) -> Call:
+        if not self.persistent_ids:
+            raise MalformedPickle('refers to objects outside of it')
+        return Call(PERSISTENT_ID, pid)
+
+    def load_frame(self):
+        self.read(8)  # a hint to readers, nothing more
+
+    # Byte strings, and integers that would take minutes to print.
+
+    def load_span(self, width: int):
+        self.append(self.source.span(int.from_bytes(self.read(width), 'little')))
+
+    load_short_binbytes = functools.partialmethod(load_span, 1)
+    load_binbytes = functools.partialmethod(load_span, 4)
+    load_binbytes8 = functools.partialmethod(load_span, 8)
+    load_long4, load_bytearray8 = load_binbytes, load_binbytes8
+
+    # Calls.
+
+    def load_reduce(self):
+        args, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(function, Name) or not isinstance(args, tuple):
+            raise MalformedPickle('calls something that is not a function')
+        self.append({} if function.path in DICTS and not args else Call(function.path, args))
+
+    load_newobj = load_reduce  # the class is called with these arguments
+
+    def load_newobj_ex(self):
+        self.stack.pop()  # keywords
+        self.load_reduce()
+
+    def load_build(self):
+        state = self.stack.pop()
+        target = self.target(Call, dict)  # a dict may be of a class with attributes: a state dict
+        if isinstance(target, Call):
+            target.state = state
+
+    # Lists, dicts and sets. Only keys that are text are hashed.
 
     def target(self, *kinds: type):
         """The value on top of the stack, which the current opcode is about to fill."""
-        if type(self.stack[-1]) not in kinds:
-            raise MalformedPickle(
-                f'fills a {type(self.stack[-1]).__name__} as if it were a {kinds[0].__name__}'
-            )
-        return self.stack[-1]
+        target = self.stack[-1]
+        if type(target) not in kinds:
+            raise MalformedPickle(f'fills a {type(target).__name__} as if it were a {kinds[0].__name__}')
+        return target
 
-    def set_items(self, items: list):
-        target = self.target(dict, Call)
-        if len(items) % 2:
-            raise MalformedPickle('has a key without a value')
-        if isinstance(target, dict):  # no one asks for the items of other objects
-            target.update(
-                (key if isinstance(key, str) else Key(key), value)
-                for key, value in zip(items[::2], items[1::2])
-            )
-
-    def add_to_list(self, items: list):
+    def extend(self, items: list):
         target = self.target(list, Call)
         if isinstance(target, list):
             target.extend(items)
 
-    def push_name(self, module: object, name: object):
-        if not (
-            isinstance(module, str) and isinstance(name, str) and (path := f'{module}.{name}') in self.names
-        ):
-            refused = (
-                repr(path)
-                if isinstance(module, str) and isinstance(name, str)
-                else 'something by what is no text'
-            )
-            raise RefusedName(
-                f'names {refused}, which such a file has no use for (refused, nothing was executed)'
-            )
-        self.stack.append(Name(path))
+    def update(self, items: list):
+        target = self.target(dict, Call)
+        if len(items) % 2:
+            raise MalformedPickle('has a key without a value')
+        if isinstance(target, dict):  # nobody needs the items of other objects
+            pairs = zip(items[::2], items[1::2])
+            target.update((key if isinstance(key, str) else Key(key), value) for key, value in pairs)
 
-    def call(self):
-        args, function = self.stack.pop(), self.stack.pop()
-        if not isinstance(function, Name) or not isinstance(args, tuple):
-            raise MalformedPickle('calls something that is not a function')
-        self.stack.append({} if function.path in DICTS and not args else Call(function.path, args))
+    def load_append(self):
+        self.extend([self.stack.pop()])
 
-    def build(self):
-        (state,) = self.pop(1)
-        target = self.target(
-            Call, dict
-        )  # a dict of a class of its own can have attributes: those of a state dict, for example
-        if isinstance(target, Call):
-            target.state = state
+    def load_appends(self):
+        self.extend(self.pop_mark())
 
-    def short_integer(self):
-        line = self.line()
-        if not re.fullmatch(r'-?[0-9]{1,19}', line):
-            raise MalformedPickle('has a number that is none')
-        self.stack.append(
-            {'00': False, '01': True}.get(line, int(line))
-        )  # Python 2's booleans, which NumPy wrote with protocol 2 too
+    load_additems = load_appends
 
-    def push_dict(self):
-        items = self.pop_to_mark()
-        self.stack.append({})
-        self.set_items(items)
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self.update([key, value])
 
-    def persistent_id(self):
-        if not self.persistent_ids:
-            raise MalformedPickle('refers to objects outside of it')
-        self.stack.append(Call(PERSISTENT_ID, *self.pop(1)))
+    def load_setitems(self):
+        self.update(self.pop_mark())
+
+    def load_dict(self):
+        items = self.pop_mark()
+        self.append({})
+        self.update(items)
+
+    def load_empty_set(self):
+        self.append(Call('builtins.set', ()))
+
+    def load_frozenset(self):
+        items = self.pop_mark()
+        self.append(Call('builtins.frozenset', (items,)))
+
+    dispatch = _Opcodes()
 
 
-STOP = ord('.')
-OPCODES: dict[int, Callable[[Reader], object]] = {
-    code[0]: handler
-    for code, handler in {
-        b'\x80': lambda r: r.take(1),  # PROTO
-        b'\x95': lambda r: r.take(8),  # FRAME: a hint to readers, nothing more
-        b'(': Reader.mark,
-        b'0': lambda r: r.pop(1),
-        b'1': Reader.pop_to_mark,  # both end recursive tuples
-        b'N': lambda r: r.stack.append(None),
-        b'\x88': lambda r: r.stack.append(True),
-        b'\x89': lambda r: r.stack.append(False),
-        b'J': lambda r: r.stack.append(int.from_bytes(r.take(4), 'little', signed=True)),
-        b'K': lambda r: r.stack.append(r.byte()),
-        b'M': lambda r: r.stack.append(r.number(2)),
-        b'\x8a': lambda r: r.stack.append(int.from_bytes(r.take(r.byte()), 'little', signed=True)),
-        b'\x8b': lambda r: r.stack.append(r.span(r.number(4))),  # LONG4
-        b'G': lambda r: r.stack.append(struct.unpack('>d', r.take(8))[0]),
-        b'U': lambda r: r.stack.append(
-            r.text(r.byte(), 'latin-1')
-        ),  # SHORT_BINSTRING and BINSTRING: Python 2's
-        b'T': lambda r: r.stack.append(r.text(r.number(4), 'latin-1')),
-        b'X': lambda r: r.stack.append(r.text(r.number(4))),
-        b'\x8c': lambda r: r.stack.append(r.text(r.byte())),
-        b'\x8d': lambda r: r.stack.append(r.text(r.number(8))),
-        b'C': lambda r: r.stack.append(r.span(r.byte())),
-        b'B': lambda r: r.stack.append(r.span(r.number(4))),
-        b'\x8e': lambda r: r.stack.append(r.span(r.number(8))),
-        b'\x96': lambda r: r.stack.append(r.span(r.number(8))),  # BYTEARRAY8
-        b']': lambda r: r.stack.append([]),
-        b'}': lambda r: r.stack.append({}),
-        b')': lambda r: r.stack.append(()),
-        b'\x8f': lambda r: r.stack.append(Call('builtins.set', ())),
-        b'\x91': lambda r: r.replace_mark(lambda items: Call('builtins.frozenset', (items,))),
-        b'd': Reader.push_dict,  # this one and the next three: protocol 0, short lines only
-        b'I': Reader.short_integer,
-        b'V': lambda r: r.stack.append(r.line()),
-        b'p': lambda r: r.memo.__setitem__(r.line(), r.stack[-1]),
-        b'l': lambda r: r.replace_mark(list),
-        b't': lambda r: r.replace_mark(tuple),
-        b'\x85': lambda r: r.stack.append(tuple(r.pop(1))),
-        b'\x86': lambda r: r.stack.append(tuple(r.pop(2))),
-        b'\x87': lambda r: r.stack.append(tuple(r.pop(3))),
-        b'a': lambda r: r.add_to_list(r.pop(1)),
-        b'e': lambda r: r.add_to_list(r.pop_to_mark()),
-        b'\x90': lambda r: r.add_to_list(r.pop_to_mark()),  # ADDITEMS
-        b's': lambda r: r.set_items(r.pop(2)),
-        b'u': lambda r: r.set_items(r.pop_to_mark()),
-        b'h': lambda r: r.stack.append(r.memo[r.byte()]),
-        b'j': lambda r: r.stack.append(r.memo[r.number(4)]),
-        b'q': lambda r: r.put(r.byte()),
-        b'r': lambda r: r.put(r.number(4)),
-        b'\x94': Reader.memoize,
-        b'c': lambda r: r.push_name(r.line(), r.line()),
-        b'\x93': lambda r: r.push_name(*r.pop(2)),
-        b'R': Reader.call,
-        b'\x81': Reader.call,  # NEWOBJ: the class is called with these arguments
-        b'\x92': lambda r: (r.pop(1), r.call()),  # NEWOBJ_EX: and keywords
-        b'b': Reader.build,
-        b'Q': Reader.persistent_id,
-    }.items()
-}
+for _code in (getattr(pickle, name)[0] for name in OPCODES.split()):
+    _Unpickler.dispatch[_code] = getattr(_Unpickler, pickle._Unpickler.dispatch[_code].__name__)
+
+
+def _refused(what: str) -> RefusedName:
+    return RefusedName(f'names {what}, which such a file has no use for (refused, nothing was executed)')
 
 
 def read_pickle(
@@ -398,10 +313,12 @@ def read_pickle(
         persistent_ids: whether it may hold `persistent_id` records (PyTorch's storages do).
     Raises: MalformedPickle.
     """
-    reader = Reader(file, file.tell(), stop, names, persistent_ids)
-    tree = reader.next_pickle()
-    file.seek(reader.position())
-    return tree
+    try:
+        return _Unpickler(file, stop, names, persistent_ids).load()
+    except MalformedPickle:
+        raise
+    except MALFORMED as error:
+        raise MalformedPickle(f'is not a well-formed pickle ({type(error).__name__})') from error
 
 
 # ----------------------------------------------------------------------------
@@ -455,23 +372,15 @@ def plain(tree, leave_out: bool = False):
 
 
 def _numpy_scalar(call: Call) -> bool | int | float:
-    dtype, data = call.args if len(call.args) == 2 else (None, None)
-    code = dtype.args[0] if isinstance(dtype, Call) and dtype.name == 'numpy.dtype' and dtype.args else None
-    order = (
-        dtype.state[1]
-        if code is not None and isinstance(dtype.state, tuple) and len(dtype.state) > 1
-        else None
-    )
-    data = data.data if isinstance(data, Span) else latin1(text_of_bytes(data) or '')
-    if not (
-        isinstance(code, str)
-        and re.fullmatch(r'b1|[iu][1248]|f[248]', code)
-        and order in ('<', '|')
-        and data is not None
-        and len(data) == int(code[1])
-    ):
-        raise NotPlain('holds a numpy scalar that is not a little-endian number')
-    return np.frombuffer(data, f'<{code}')[0].item()
+    """From scalar(dtype(code, ...), bytes), whose dtype has the state (version, byte order, ...)."""
+    match call.args:
+        case (Call(name='numpy.dtype', args=(str(code), *_), state=(_, '<' | '|', *_)), data) if re.fullmatch(
+            r'b1|[iu][1248]|f[248]', code
+        ):
+            data = data.data if isinstance(data, Span) else latin1(text_of_bytes(data) or '')
+            if data is not None and len(data) == int(code[1]):
+                return np.frombuffer(data, f'<{code}')[0].item()
+    raise NotPlain('holds a numpy scalar that is not a little-endian number')
 
 
 def text_of_bytes(node) -> str | None:
@@ -491,15 +400,9 @@ def latin1(text: str) -> bytes:
 
 def persistent_object(node) -> tuple[str, dict] | None:
     """(class name, state) of a persistent object's record, None for anything else. Its source is not looked at."""
-    meta = (
-        node.args[0]
-        if isinstance(node, Call) and node.name == PERSISTENT_OBJECT and len(node.args) == 1
-        else None
-    )
-    if (
-        isinstance(meta, dict)
-        and isinstance(meta.get('class_name'), str)
-        and isinstance(meta.get('state'), dict)
-    ):
-        return meta['class_name'], meta['state']
+    match node:
+        case Call(name=name, args=({'class_name': str(class_name), 'state': dict(state)},)) if (
+            name == PERSISTENT_OBJECT
+        ):
+            return class_name, state
     return None

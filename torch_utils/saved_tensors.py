@@ -24,14 +24,13 @@ from torch_utils.restricted_pickle import (
     Key,
     MalformedPickle,
     Name,
-    Reader,
     Span,
     latin1,
     read_pickle,
     text_of_bytes,
 )
 from torch_utils.sealed_file import DamagedFile, Part, find_seal, read_parts
-from torch_utils.stored_tensors import Elements, Storages, stored_tensor
+from torch_utils.stored_tensors import MAGIC, Elements, Storages, stored_tensor
 
 NAMES = frozenset(
     {
@@ -47,7 +46,6 @@ NAMES = frozenset(
         *restricted_pickle.STORAGE_TYPES,
     }
 )
-MAGIC = 0x1950A86A20F9469CFC6C  # of the format before 1.6
 MAX_DEPTH = 32  # of dicts and lists in each other
 
 
@@ -138,14 +136,17 @@ def _read_zip(file: BinaryIO, size: int, verify: bool) -> tuple[object, Places, 
 
 
 def _read_legacy(file: BinaryIO, size: int) -> tuple[object, Places, BinaryIO]:
-    reader = Reader(file, 0, min(size, SAVED_STRUCTURE), NAMES, persistent_ids=True)
-    if reader.next_pickle() != MAGIC:
+    def next_record():
+        return read_pickle(file, min(size, SAVED_STRUCTURE), NAMES, persistent_ids=True)
+
+    file.seek(0)
+    if next_record() != MAGIC:
         raise MalformedPickle('is no PyTorch file')
-    _version, system, tree, keys = (reader.next_pickle() for _ in range(4))
+    _version, system, tree, keys = (next_record() for _ in range(4))
     if not isinstance(system, dict) or system.get('little_endian') is not True:
         raise MalformedPickle('is not of a little-endian machine')
     itemsizes = {storage.key: storage.dtype.itemsize for storage in map(_Storage.of, _persistent_ids(tree))}
-    places, position = {}, reader.position()
+    places, position = {}, file.tell()
     for key in keys if isinstance(keys, list) else ():
         if not isinstance(key, str) or key not in itemsizes:
             raise MalformedPickle('has a storage of no tensor')

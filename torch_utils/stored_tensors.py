@@ -19,13 +19,14 @@ from torch_utils.restricted_pickle import (
     Call,
     MalformedPickle,
     Name,
-    Reader,
     Span,
     latin1,
     persistent_object,
+    read_pickle,
     text_of_bytes,
 )
 
+MAGIC = 0x1950A86A20F9469CFC6C  # of PyTorch's files before 1.6, and of storages in pickles
 MAX_ENTRIES, MAX_NAME = (
     100_000,
     1000,
@@ -202,24 +203,24 @@ class Storages:
         return self._parse_header(None, self.file, storage.start, storage.start + storage.size)
 
     def _parse_header(self, text: str | None, file: BinaryIO, start: int, stop: int) -> Elements:
-        reader = Reader(file, start, stop, frozenset(restricted_pickle.STORAGE_TYPES), persistent_ids=True)
-        if not self.preamble or reader.take(min(len(self.preamble), stop - start)) != self.preamble:
-            reader.move_to(start)
-            magic, _version, system = (reader.next_pickle() for _ in range(3))
-            if (
-                magic != 0x1950A86A20F9469CFC6C
-                or not isinstance(system, dict)
-                or system.get('little_endian') is not True
-            ):
-                raise MalformedPickle('has a tensor that is not in the little-endian format of PyTorch')
+        def next_record():
+            return read_pickle(file, stop, frozenset(restricted_pickle.STORAGE_TYPES), persistent_ids=True)
+
+        file.seek(start)
+        if not self.preamble or file.read(min(len(self.preamble), stop - start)) != self.preamble:
             file.seek(start)
-            self.preamble = file.read(reader.position() - start)
-        description, _keys = reader.next_pickle(), reader.next_pickle()
+            magic, _version, system = (next_record() for _ in range(3))
+            if magic != MAGIC or not isinstance(system, dict) or system.get('little_endian') is not True:
+                raise MalformedPickle('has a tensor that is not in the little-endian format of PyTorch')
+            length = file.tell() - start
+            file.seek(start)
+            self.preamble = file.read(length)
+        description, _keys = next_record(), next_record()
         record = description.args if isinstance(description, Call) else None
         if not isinstance(record, tuple) or len(record) not in (5, 6) or not isinstance(record[1], Name):
             raise MalformedPickle('has a tensor of unknown type')
-        dtype, numel = restricted_pickle.STORAGE_TYPES[record[1].path], reader.number(8)
-        elements = Elements(text, reader.position(), dtype, numel * dtype.itemsize)
+        dtype, numel = restricted_pickle.STORAGE_TYPES[record[1].path], int.from_bytes(file.read(8), 'little')
+        elements = Elements(text, file.tell(), dtype, numel * dtype.itemsize)
         if elements.start + elements.nbytes != stop:
             raise MalformedPickle('has a tensor whose length is not what it claims')
         return elements if len(record) == 5 or record[5] is None else elements.part(record[5])
