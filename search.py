@@ -345,7 +345,7 @@ def candidate_levels(net, options) -> list[float]:
         count = options.timesteps or net.metadata.get('num_timesteps', samplers.DEFAULT_TIMESTEPS)
         levels = [
             sigma
-            for sigma in samplers.cm_sigmas(net, ts=range(count), timesteps=count)[1:]
+            for sigma in samplers.cm_sigmas(net, samplers.CMOptions(ts=range(count), timesteps=count))[1:]
             if low < sigma < high
         ]
     else:
@@ -373,7 +373,7 @@ def search_plan(candidates: list[float], sampler: Sampler, measures, options) ->
         network=sampler.network,
         metric=next(iter(measures)),
         points=points,
-        highest=samplers.cm_sigmas(sampler.net, taus=[])[0],
+        highest=samplers.cm_sigmas(sampler.net, samplers.CMOptions(taus=[]))[0],
         candidates=len(candidates),
         first=candidates[0],
         last=candidates[-1],

@@ -436,12 +436,9 @@ def test_edits_take_the_levels_that_a_snapshot_records(tmp_path, snapshots):
             in invoke('denoise', *common, f'--sigma={sigma}').output
         )
     net = load_network(snapshots['several'])
-    assert (
-        samplers.cm_sigmas(net, start=(None, 1.0))
-        == [1.0, 0.5]
-        == samplers.cm_sigmas(net, 2, start=(None, 1.0))
-    )
-    assert len(samplers.cm_sigmas(net, 4, start=(None, 1.0))) == 4
+    started = samplers.CMOptions(start=(None, 1.0))
+    assert samplers.cm_sigmas(net, started) == [1.0, 0.5] == samplers.cm_sigmas(net, started, 2)
+    assert len(samplers.cm_sigmas(net, started, 4)) == 4
     _, by_itself = edited('stroke', *common, '--sigma=1')
     _, as_told = edited('stroke', f'--network={snapshots["cm"]}', *common[1:], '--sigma=1', '--taus=0.5')
     assert np.array_equal(by_itself['000-000000.png'], as_told['000-000000.png'])
