@@ -22,6 +22,7 @@ import PIL.Image
 import psutil
 import pytest
 from helpers import ROOT
+from wandb_files import leveldb_records
 
 from dnnlib import UserError
 from training import run_log
@@ -344,7 +345,7 @@ def contents(path):
     from wandb.proto import wandb_internal_pb2
 
     run, history = None, []
-    for data in run_log.leveldb_records(path.read_bytes()):
+    for data in leveldb_records(path.read_bytes()):
         record = wandb_internal_pb2.Record.FromString(data)
         if record.HasField('run'):
             run = record.run
@@ -508,23 +509,41 @@ def test_offline_files_that_were_uploaded_and_removed_are_not_made_again(wandb, 
     assert list(contents(path)[1]) == [256]
 
 
-def test_a_long_file_of_wandb_is_read_across_its_blocks_and_up_to_where_it_is_torn(wandb, run_dir):
-    """200 rows of 100 numbers are more than ten blocks of 32 KiB."""
+def test_a_run_whose_wandb_was_off_or_failed_for_a_while_brings_what_is_missing(wandb, run_dir):
     log = begin(run_dir, offline())
-    for step in range(1, 201):
-        log._wandb.add(step, {f'value-{i}': i * step / 7 for i in range(100)})
+    train(log, 64)
     log.close()
-    (path,) = wandb_files(run_dir)
-    data = path.read_bytes()
-    assert len(data) > 10 * 32768 and run_log.last_step_in_file(str(path)) == 200
-    assert list(contents(path)[1]) == list(range(1, 201))
-    ends = []
-    for size in (7, 8, 32768 - 3, 32768, 100_001, len(data) // 2):
-        path.write_bytes(data[:size])
-        ends.append(run_log.last_step_in_file(str(path)))
-    assert ends[:2] == [-1, -1] and ends == sorted(ends) and 0 < ends[2] < ends[-1] < 200
-    path.write_bytes(data[:100_000] + bytes([data[100_000] ^ 1]) + data[100_001:])
-    assert ends[3] <= run_log.last_step_in_file(str(path)) <= ends[4]
+    without = RunLog(str(run_dir), enabled=True)
+    without.start(TOTAL, resumed_at=64)
+    train(without, 128, 192)
+    without.close()
+    again = begin(run_dir, offline(log.wandb_id), resumed_at=192)
+    train(again, 256)
+    again.close()
+    assert [list(contents(path)[1]) for path in wandb_files(run_dir)] == [[64], [128, 192, 256]]
+
+
+@pytest.mark.parametrize(
+    'note, steps', [('64\n', [128, 192]), ('', [64, 128, 192]), ('x', [64, 128, 192]), ('9' * 99, [])]
+)
+def test_a_note_of_what_is_written_is_kept_and_damage_to_it_does_no_harm(wandb, run_dir, note, steps):
+    """What lies before the last step that was sent a minute ago is not sent again after a kill."""
+    log = begin(run_dir, offline())
+    path = run_dir / 'wandb' / f'{log.wandb_id}.written'
+    assert path.read_text() == '-1\n'
+    train(log, 64, 128)
+    assert path.read_text() == '-1\n'
+    log._wandb._since -= run_log.WRITTEN_AFTER
+    train(log, 192)
+    log._wandb._since -= run_log.WRITTEN_AFTER
+    train(log, 256)
+    assert path.read_text() == '192\n'
+    log.close()
+    assert path.read_text() == '256\n'
+    path.write_text(note)
+    again = begin(run_dir, offline(log.wandb_id), resumed_at=192)
+    again.close()
+    assert list(contents(wandb_files(run_dir)[1])[1]) == steps
 
 
 # ----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from helpers import FAST, ROOT, assert_one_clear_error, lines, run, torchrun
 from runs import Process, assert_same_run, command, ticks
 from wandb.proto import wandb_internal_pb2
+from wandb_files import leveldb_records
 
 from dnnlib import EasyDict
 from torch_utils.flat import FlatParameters
@@ -22,7 +23,6 @@ from training.objectives.loss import Loss
 from training.phema import WeightAverages
 from training.run_files import PREEMPTED, Progress, RunFiles, saved_states, states_to_keep
 from training.run_files import load_state as newest_state
-from training.run_log import leveldb_records
 from training.weight_update import WeightUpdate
 
 # ----------------------------------------------------------------------------

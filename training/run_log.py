@@ -6,15 +6,12 @@ Nothing that goes wrong here ends a training. docs/logging.md says what is writt
 from __future__ import annotations
 
 import contextlib
-import glob
 import itertools
 import json
 import math
 import os
-import struct
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 
 import tqdm
@@ -36,6 +33,7 @@ CIRCUMSTANCES = (
 )  # entries of an evaluation that are no results
 INIT_TIMEOUT = 60.0  # seconds that W&B has for beginning a run
 FINISH_TIMEOUT = 300.0  # and for sending what is left when it ends
+WRITTEN_AFTER = 60.0  # seconds after which W&B's service, which writes every 15, has written what it was sent
 LINE = Record(
     {
         'nimg': Integer(),
@@ -358,18 +356,13 @@ class WandbRun:
         self.id: str | None = options.get('id')
         self._say, self._run, self._failed = say, None, False
         self._last_step, self._step, self._row, self._images = -1, -1, {}, {}
+        self._note: str | None = None  # the file that says, offline, which steps are written
+        self._sure, self._since = -1, time.monotonic()  # the last step that had been sent at that time
         with self._tolerating():
             self._begin(run_dir, options, config, latest)
 
     def _begin(self, run_dir: str, options: dict, config: dict | None, latest: int) -> None:
         wandb = import_wandb()
-        earlier = (
-            glob.glob(
-                os.path.join(glob.escape(run_dir), 'wandb', f'*run-*-{self.id}*', f'run-{self.id}.wandb')
-            )
-            if self.id
-            else []
-        )
         settings = wandb.Settings(
             silent=True,
             console='off',
@@ -379,9 +372,7 @@ class WandbRun:
             finish_timeout=FINISH_TIMEOUT,
             finish_timeout_raises=True,
         )
-        wandb.setup(
-            settings
-        )  # or its first messages would not be silent, and it would ask at a terminal for a key
+        wandb.setup(settings)  # or it would not be silent at first, and ask at a terminal for a key
         run = wandb.init(
             project=options.get('project'),
             entity=options.get('entity'),
@@ -398,12 +389,28 @@ class WandbRun:
             return
         if not run.offline:
             self._last_step = run.starting_step - 1
-        elif earlier:
-            self._last_step = max(map(last_step_in_file, earlier))
-        elif self.id:
-            self._last_step = latest  # what was there has been uploaded and removed
+        else:
+            self._note = os.path.join(run_dir, 'wandb', f'{run.id}.written')
+            self._last_step = self._sure = self._written_step(latest) if self.id else -1
+            self._write_note(self._last_step)
         self._run, self.id = run, run.id
         self._say(f'W&B: {run.sync_dir} (wandb sync uploads it)' if run.offline else f'W&B: {run.url}')
+
+    def _written_step(self, latest: int) -> int:
+        """The last step that earlier processes have surely written, by our note; without one, what they recorded."""
+        try:
+            with open_regular(self._note) as file:
+                return min(int(file.read(20)), latest)
+        except OSError:  # what was there has been uploaded and removed
+            return latest
+        except ValueError:  # cut short
+            return -1
+
+    def _write_note(self, step: int) -> None:
+        """Note, offline, the last step that a kill could not take back. An older note only means that more is sent again."""
+        if self._note:
+            with contextlib.suppress(OSError), open(self._note, 'w') as file:
+                file.write(f'{step}\n')
 
     def add(self, step: int, values: dict[str, float], images: dict[str, str] | None = None) -> None:
         """Numbers and PNG files of a step; several calls may tell of one step."""
@@ -425,6 +432,9 @@ class WandbRun:
             pictures = {name: import_wandb().Image(path) for name, path in images.items()}
             self._run.log({**row, **pictures}, step=self._step, commit=True)
             self._last_step = self._step
+            if time.monotonic() - self._since > WRITTEN_AFTER:
+                self._write_note(self._sure)
+                self._sure, self._since = self._step, time.monotonic()
 
     def finish(self, exit_code: int) -> None:
         """End the run and W&B's service process."""
@@ -432,10 +442,11 @@ class WandbRun:
         with self._tolerating():
             if self._run is not None:
                 self._run.finish(exit_code=exit_code)
+                self._write_note(self._last_step)
         with self._tolerating():
             import_wandb().teardown(
                 exit_code=exit_code
-            )  # a service that has died would be complained of at exit
+            )  # or a service that has died is complained of at exit
 
     @contextlib.contextmanager
     def _tolerating(self) -> Iterator[None]:
@@ -469,40 +480,6 @@ def import_wandb():
     except ImportError as error:
         raise UserError(f'--wandb=1 needs the package wandb ({error}): pip install wandb') from error
     return wandb
-
-
-def last_step_in_file(path: str) -> int:
-    """The largest step in a .wandb file; -1 for none. What a kill has cut short is not counted."""
-    from wandb.proto import wandb_internal_pb2
-
-    with open(path, 'rb') as file:
-        records = map(wandb_internal_pb2.Record.FromString, leveldb_records(file.read()))
-        return max(
-            (record.history.step.num for record in records if record.WhichOneof('record_type') == 'history'),
-            default=-1,
-        )
-
-
-def leveldb_records(data: bytes) -> Iterator[bytes]:
-    """The records of a log in LevelDB's format, as far as they are intact: a .wandb file has 7 bytes of its own and then such a log.
-
-    Blocks of 32 KiB, counted from the start of the file, hold pieces with a header of 7 bytes: CRC-32 of what follows the length, length,
-    kind (1 a whole record, 2 its first piece, 3 a middle one, 4 its last). Less than a header at the end of a block is padding.
-    """
-    position, record = 7, b''
-    while position + 7 <= len(data):
-        room = -position % 32768 or 32768
-        if room < 7:
-            position += room
-            continue
-        checksum, length, kind = struct.unpack_from('<IHB', data, position)
-        piece = data[position + 7 : position + 7 + length]
-        if len(piece) < length or zlib.crc32(bytes([kind]) + piece) != checksum:
-            return
-        record = piece if kind in (1, 2) else record + piece
-        if kind in (1, 4):
-            yield record
-        position += 7 + length
 
 
 # ----------------------------------------------------------------------------
