@@ -19,7 +19,7 @@ from dnnlib import EasyDict, UserError, cli
 from dnnlib.limits import MAX_STEPS
 from dnnlib.util import DISK_ERRORS, named
 from metrics import evaluation
-from sampling.options import class_option, clip_option, labels_option, sampling_arguments
+from sampling.options import CLASS, CLIP, LABELS, sampling_arguments
 
 POINTS, IMAGES = 'Points', 'Images and metric'
 SPACES = ('log', 'karras-index')
@@ -151,9 +151,9 @@ class Metric(evaluation.Measures):
     group=IMAGES,
     help='First seed of the images, the same for all points; and of every other random choice.',
 )
-@class_option(IMAGES)
-@labels_option(IMAGES)
-@clip_option(IMAGES)
+@CLASS.under(IMAGES)
+@LABELS.under(IMAGES)
+@CLIP.under(IMAGES)
 @cli.option(
     '--batch',
     metavar='INT',

@@ -10,7 +10,7 @@ import click
 
 from dnnlib import EasyDict, UserError, cli
 from metrics.validator import LabelMode, Validator, read_reference
-from sampling.options import labels_option
+from sampling.options import LABELS
 
 
 @click.command(cls=cli.Command)
@@ -66,7 +66,7 @@ from sampling.options import labels_option
     show_default=True,
     help='Classes: uniform or fixed:K (auto: uniform).',
 )
-@labels_option()
+@LABELS
 def main(networks, ref, outdir, detector, **options):
     """Evaluate saved snapshots into the same lines that training writes to metrics-val.jsonl. Also under
     torchrun."""

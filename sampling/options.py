@@ -1,204 +1,208 @@
-"""The options that say how a network is sampled, which command lines share. Imports no torch."""
+"""The options that say how a network is sampled, which command lines share: declared as data. Imports no torch."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import click
 
 from dnnlib import cli
 
 STUDENT, CM, TEACHER = 'Students', 'Consistency models (--solver=cm)', 'Teachers (probability-flow ODE)'
+SOLVERS, EDITING_SOLVERS = ['student', 'euler', 'heun', 'addim', 'cm'], ['student', 'cm']
+SWITCH = None  # the type of an option that has no value
 
 
-def class_option(group: str | None = None):
-    return cli.option(
-        '--class',
-        'class_idx',
-        metavar='INT',
-        type=cli.Integer(min=0),
-        group=group,
-        help='Class of all images.  [default: random, by seed]',
-    )
+class SharedOption(NamedTuple):
+    """An option of several commands, which is also the decorator that adds it to one.
+
+    Attributes:
+        name: of the command's argument.
+        flags: as the command line has it.
+        type: of its value.
+        help: with its default in words, which is what None means.
+        metavar: what --help shows for the value; None: as the type says.
+        group: heading in --help; None: the general ones.
+        default: of a switch.
+    """
+
+    name: str
+    flags: str
+    type: click.ParamType | None
+    help: str
+    metavar: str | None = None
+    group: str | None = None
+    default: object = None
+
+    def __call__(self, command: Callable) -> Callable:
+        if self.type is SWITCH:
+            kind = dict(is_flag=True, default=self.default)
+        else:
+            kind = dict(type=self.type, metavar=self.metavar)
+        return cli.option(self.flags, self.name, group=self.group, help=self.help, **kind)(command)
+
+    def under(self, group: str | None) -> SharedOption:
+        """The same under another heading."""
+        return self._replace(group=group)
 
 
-def labels_option(group: str | None = None):
-    return cli.option(
-        '--labels',
-        metavar='NPY|data',
-        type=cli.PATH,
-        group=group,
-        help='Draw labels, by seed, from a file, class indices [N] or vectors [N, D]; or from those of the training set: data.  '
-        '[default: classes that have images, uniformly]',
-    )
+def gathered(name: str, options: Sequence[SharedOption]) -> Callable[[Callable], Callable]:
+    """A decorator: adds the options to a command, which gets their values as one dict, the argument `name`."""
+
+    def decorate(command):
+        @functools.wraps(command)
+        def gathering(**values):
+            own = {option.name: values.pop(option.name) for option in options}
+            return command(**{name: own}, **values)
+
+        for option in reversed(options):
+            gathering = option(gathering)
+        return gathering
+
+    return decorate
 
 
-def clip_option(group: str | None = None):
-    """The option whether a consistency model's images are clamped between evaluations."""
-    return cli.option(
-        '--clip_denoised/--no_clip_denoised',
-        'clip_denoised',
-        default=None,
-        group=group,
-        help='Clamp every image that the network gives to [-1, 1], as Song et al. do and ECT and TCM do not.  '
-        "[default: the snapshot's; on]",
-    )
+CLASS = SharedOption(
+    'class_idx', '--class', cli.Integer(min=0), 'Class of all images.  [default: random, by seed]', 'INT'
+)
+LABELS = SharedOption(
+    'labels',
+    '--labels',
+    cli.PATH,
+    'Draw labels, by seed, from a file, class indices [N] or vectors [N, D]; or from those of the training set: data.  '
+    '[default: classes that have images, uniformly]',
+    'NPY|data',
+)
+CLIP = SharedOption(
+    'clip_denoised',
+    '--clip_denoised/--no_clip_denoised',
+    SWITCH,
+    'Clamp every image that the network gives to [-1, 1], as Song et al. do and ECT and TCM do not.  '
+    "[default: the snapshot's; on]",
+    group=CM,
+)
+
+# The names are those of `samplers.sample`'s arguments and options. Steps and solver: see `sampling_options`.
+RANGE = (
+    SharedOption('sigma_min', '--sigma_min', cli.SIGMA, 'Lowest noise level.  [default: varies]', 'FLOAT'),
+    SharedOption('sigma_max', '--sigma_max', cli.SIGMA, 'Highest noise level.  [default: varies]', 'FLOAT'),
+    SharedOption('rho', '--rho', cli.RHO, 'Exponent of the noise levels.  [default: 7]', 'FLOAT'),
+)
+OF_STUDENTS = (
+    SharedOption(
+        'force_steps',
+        '--force-steps',
+        SWITCH,
+        'Sample a student with another number of steps than it was trained for.',
+        group=STUDENT,
+        default=False,
+    ),
+)
+OF_CMS = (
+    SharedOption(
+        'taus',
+        '--taus',
+        cli.NumberList(cli.SIGMA),
+        'Noise levels after sigma_max to ask at, as in 2.5,0.8.',
+        'LIST',
+        CM,
+    ),
+    SharedOption('mid_t', '--mid_t', cli.SIGMA, 'A single one, for two steps.', 'FLOAT', CM),
+    SharedOption(
+        'ts',
+        '--ts',
+        cli.NumberList(cli.INDEX),
+        'The same by indices of --timesteps levels, as in 0,22,39.',
+        'LIST',
+        CM,
+    ),
+    SharedOption(
+        'timesteps',
+        '--timesteps',
+        cli.LEVELS,
+        "Levels that --ts counts in.  [default: the snapshot's; 40]",
+        'INT',
+        CM,
+    ),
+    CLIP,
+)
+OF_TEACHERS = (
+    SharedOption(
+        'xvar_scale',
+        '--xvar_scale',
+        cli.FACTOR,
+        'Of --solver=addim: factor on the variance that it adds; 0 is DDIM.  [default: 1]',
+        'FLOAT',
+        TEACHER,
+    ),
+    SharedOption(
+        'S_churn', '--S_churn', cli.FACTOR, 'Amount of noise added.  [default: 0]', 'FLOAT', TEACHER
+    ),
+    SharedOption(
+        'S_min', '--S_min', cli.FACTOR, 'Lowest noise level with added noise.  [default: 0]', 'FLOAT', TEACHER
+    ),
+    SharedOption(
+        'S_max',
+        '--S_max',
+        cli.Number(min=0, infinite=True),
+        'Highest such level.  [default: inf]',
+        'FLOAT',
+        TEACHER,
+    ),
+    SharedOption(
+        'S_noise', '--S_noise', cli.SIGNED_FACTOR, 'Scale of the added noise.  [default: 1]', 'FLOAT', TEACHER
+    ),
+    SharedOption(
+        'discretization',
+        '--disc',
+        click.Choice(['edm', 'vp', 've', 'iddpm', 'cosine']),
+        'Time steps.  [default: edm]',
+        group=TEACHER,
+    ),
+    SharedOption(
+        'schedule',
+        '--schedule',
+        click.Choice(['linear', 'vp', 've']),
+        'Noise schedule sigma(t).  [default: linear]',
+        group=TEACHER,
+    ),
+    SharedOption(
+        'scaling',
+        '--scaling',
+        click.Choice(['none', 'vp']),
+        'Signal scaling s(t).  [default: none]',
+        group=TEACHER,
+    ),
+)
 
 
 def sampling_options(
     group: str | None = None,
     teachers: bool = True,
     steps: str = "a student's own; 1 for a consistency model; 18 for a teacher",
-):
-    """A decorator for commands: the options that say how a network is sampled, as a dict `sampling`. `group` heads the general ones.
+) -> Callable[[Callable], Callable]:
+    """A decorator for commands: the options that say how a network is sampled, as a dict `sampling`.
 
     Args:
+        group: heads the general ones.
         teachers: whether those of teachers are among them.
         steps: the default number, in words.
     """
-    solvers, what_it_is = ['student', 'cm'], 'what the snapshot is'
+    what_it_is = 'what the snapshot is'
     if teachers:
-        solvers, what_it_is = (
-            ['student', 'euler', 'heun', 'addim', 'cm'],
-            f'{what_it_is}: student, cm for a consistency model, heun for a teacher',
-        )
-    general, student, cm, teacher = (dict(group=name) for name in (group, STUDENT, CM, TEACHER))
-    options = [
-        class_option(group),
-        labels_option(group),
-        cli.option(
-            '--steps', metavar='INT', type=cli.STEPS, **general, help=f'Sampling steps.  [default: {steps}]'
-        ),
-        cli.option(
-            '--solver', type=click.Choice(solvers), **general, help=f'Sampler.  [default: {what_it_is}]'
-        ),
-        cli.option(
-            '--sigma_min',
-            metavar='FLOAT',
-            type=cli.SIGMA,
-            **general,
-            help='Lowest noise level.  [default: varies]',
-        ),
-        cli.option(
-            '--sigma_max',
-            metavar='FLOAT',
-            type=cli.SIGMA,
-            **general,
-            help='Highest noise level.  [default: varies]',
-        ),
-        cli.option(
-            '--rho',
-            metavar='FLOAT',
-            type=cli.RHO,
-            **general,
-            help='Exponent of the noise levels.  [default: 7]',
-        ),
-        cli.option(
-            '--force-steps',
-            is_flag=True,
-            **student,
-            help='Sample a student with another number of steps than it was trained for.',
-        ),
-        cli.option(
-            '--taus',
-            metavar='LIST',
-            type=cli.NumberList(cli.SIGMA),
-            **cm,
-            help='Noise levels after sigma_max to ask at, as in 2.5,0.8.',
-        ),
-        cli.option('--mid_t', metavar='FLOAT', type=cli.SIGMA, **cm, help='A single one, for two steps.'),
-        cli.option(
-            '--ts',
-            metavar='LIST',
-            type=cli.NumberList(cli.INDEX),
-            **cm,
-            help='The same by indices of --timesteps levels, as in 0,22,39.',
-        ),
-        cli.option(
-            '--timesteps',
-            metavar='INT',
-            type=cli.LEVELS,
-            **cm,
-            help="Levels that --ts counts in.  [default: the snapshot's; 40]",
-        ),
-        clip_option(CM),
-    ]
-    options += (
-        []
-        if not teachers
-        else [
-            cli.option(
-                '--xvar_scale',
-                metavar='FLOAT',
-                type=cli.FACTOR,
-                **teacher,
-                help='Of --solver=addim: factor on the variance that it adds; 0 is DDIM.  [default: 1]',
-            ),
-            cli.option(
-                '--S_churn',
-                'S_churn',
-                metavar='FLOAT',
-                type=cli.FACTOR,
-                **teacher,
-                help='Amount of noise added.  [default: 0]',
-            ),
-            cli.option(
-                '--S_min',
-                'S_min',
-                metavar='FLOAT',
-                type=cli.FACTOR,
-                **teacher,
-                help='Lowest noise level with added noise.  [default: 0]',
-            ),
-            cli.option(
-                '--S_max',
-                'S_max',
-                metavar='FLOAT',
-                type=cli.Number(min=0, infinite=True),
-                **teacher,
-                help='Highest such level.  [default: inf]',
-            ),
-            cli.option(
-                '--S_noise',
-                'S_noise',
-                metavar='FLOAT',
-                type=cli.SIGNED_FACTOR,
-                **teacher,
-                help='Scale of the added noise.  [default: 1]',
-            ),
-            cli.option(
-                '--disc',
-                'discretization',
-                type=click.Choice(['edm', 'vp', 've', 'iddpm', 'cosine']),
-                **teacher,
-                help='Time steps.  [default: edm]',
-            ),
-            cli.option(
-                '--schedule',
-                type=click.Choice(['linear', 'vp', 've']),
-                **teacher,
-                help='Noise schedule sigma(t).  [default: linear]',
-            ),
-            cli.option(
-                '--scaling',
-                type=click.Choice(['none', 'vp']),
-                **teacher,
-                help='Signal scaling s(t).  [default: none]',
-            ),
-        ]
+        what_it_is += ': student, cm for a consistency model, heun for a teacher'
+    kind = click.Choice(SOLVERS if teachers else EDITING_SOLVERS)
+    general = (
+        CLASS,
+        LABELS,
+        SharedOption('steps', '--steps', cli.STEPS, f'Sampling steps.  [default: {steps}]', 'INT'),
+        SharedOption('solver', '--solver', kind, f'Sampler.  [default: {what_it_is}]'),
+        *RANGE,
     )
-
-    def decorate(command):
-        @functools.wraps(command)
-        def collected(**values):
-            return command(sampling={name: values.pop(name) for name in names}, **values)
-
-        for option in reversed(options):
-            collected = option(collected)
-        names = [parameter.name for parameter in collected.__click_params__[-len(options) :]]
-        return collected
-
-    return decorate
+    options = (*(option.under(group) for option in general), *OF_STUDENTS, *OF_CMS)
+    return gathered('sampling', (*options, *OF_TEACHERS) if teachers else options)
 
 
 def sampling_arguments(
@@ -212,9 +216,11 @@ def sampling_arguments(
     choose_labels=None,
     **options,
 ) -> dict:
-    """What `generation.generate_batch` takes, from the values of `sampling_options`. Raises: UserError where they do not fit the network.
+    """What `generation.generate_batch` takes, from the values of `sampling_options`.
 
-    `choose_labels`: a chooser that takes the place of what `class_idx` and `labels` say.
+    Args:
+        choose_labels: a chooser that takes the place of what `class_idx` and `labels` say.
+    Raises: UserError where they do not fit the network.
     """
     from sampling import label_choosers
     from training import samplers
