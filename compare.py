@@ -480,7 +480,8 @@ def read_rulers(
         image_shape: [C, H, W] of the images to be measured, where that is known.
     Raises: UserError where a reference or its detector cannot be used.
     """
-    from dnnlib.util import file_sha256, local_path, named, pinned
+    from dnnlib.downloads import file_sha256, local_path, pinned
+    from dnnlib.util import named
     from metrics.calc import count_features
     from metrics.detectors import INCEPTION_URL, ScriptNetwork, load_detector
     from metrics.reference import check_same_detector, load_reference
@@ -532,7 +533,7 @@ def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teac
     need."""
     from data.dataset import ImageFolderDataset
     from data.label_space import LabelSpace
-    from dnnlib.util import file_sha256, local_path
+    from dnnlib.downloads import file_sha256, local_path
     from training.checkpoint import load_network
     from training.configuration import check_teacher
 

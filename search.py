@@ -575,7 +575,7 @@ def read_log(path: str) -> tuple[dict | None, dict[tuple[float, ...], float]]:
 
 def reference_digest(ref: str | None, holds_statistics: bool) -> str | None:
     """What tells a reference from others: of its file or, where it is images, of their names, sizes and times; None where there is none."""
-    from dnnlib.util import file_sha256, local_path
+    from dnnlib.downloads import file_sha256, local_path
     from metrics.images import open_images
 
     if ref is None:

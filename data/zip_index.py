@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import file_names
-from dnnlib import UserError, limits, util
+from dnnlib import UserError, downloads, limits, util
 from dnnlib.archives import BoundedZip
 
 CACHE_FROM = 100_000  # members; fewer are read as fast as they could be looked up
@@ -326,7 +326,9 @@ def cached(
         sound: whether arrays that were read can be what was computed.
     """
     path = (
-        None if key is None else Path(util.DEFAULT_CACHE_DIR).expanduser() / 'indices' / f'{key}-{what}.npz'
+        None
+        if key is None
+        else Path(downloads.DEFAULT_CACHE_DIR).expanduser() / 'indices' / f'{key}-{what}.npz'
     )
     if path is not None:
         with contextlib.suppress(*limits.UNREADABLE), np.load(path, allow_pickle=False) as file:

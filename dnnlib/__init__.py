@@ -2,6 +2,7 @@
 
 import dnnlib.interrupts  # noqa: F401  (first)
 
-from dnnlib.util import EasyDict, NotFinite, UserError, open_url
+from dnnlib.downloads import open_url
+from dnnlib.util import EasyDict, NotFinite, UserError
 
 __all__ = ['EasyDict', 'NotFinite', 'UserError', 'open_url']

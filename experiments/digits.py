@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dnnlib.util import file_sha256, pinned
+from dnnlib.downloads import file_sha256, pinned
 from experiments.story import Ruler, Story
 from training.objectives import OBJECTIVES
 

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from dnnlib.archives import BoundedZip
+from dnnlib.downloads import file_sha256, local_path
 from dnnlib.file_kind import another_kind
 from dnnlib.limits import UNREADABLE
 from dnnlib.text import printable
-from dnnlib.util import UserError, file_sha256, local_path
+from dnnlib.util import UserError
 from torch_utils import distributed
 from torch_utils.restricted_pickle import MalformedPickle
 from torch_utils.saved_tensors import read_saved

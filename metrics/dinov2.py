@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dnnlib.downloads import file_sha256, local_path
 from dnnlib.limits import JSON_FILE, SAFETENSORS_HEADER, UNREADABLE, check_size, read_at_most
-from dnnlib.util import UserError, file_sha256, local_path
+from dnnlib.util import UserError
 
 REPOSITORY = 'facebook/dinov2-large'
 LARGE = (1024, 24, 14)  # features, layers, pixels along a patch: ViT-L/14, the one that FD-DINOv2 means

@@ -137,7 +137,7 @@ def references_of_images(ref, detectors, sources, options, keep: bool) -> dict:
 
 def features_of_reference(ref, measure: str, detector, options):
     """Features of the images that a reference of OpenAI's holds. Raises: UserError where it holds none."""
-    from dnnlib.util import local_path
+    from dnnlib.downloads import local_path
     from metrics.images import ArrayImages
     from metrics.reference import reference_images
 

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dnnlib.downloads import local_path
 from dnnlib.file_kind import another_kind
-from dnnlib.util import UserError, local_path
+from dnnlib.util import UserError
 from metrics.detectors import is_torchscript, warn_of_program
 from metrics.weights import load_weights
 from torch_utils.restricted_pickle import MalformedPickle

@@ -23,11 +23,12 @@ from pathlib import Path
 import numpy as np
 
 from data.arrays import ArchivedArrays, may_be_images
+from dnnlib.downloads import local_path
 from dnnlib.file_kind import another_kind
 from dnnlib.limits import MAX_TEXT, PICKLED_REFERENCE, UNREADABLE, check_size
 from dnnlib.npy import Header
 from dnnlib.text import printable
-from dnnlib.util import UserError, atomic_write, local_path
+from dnnlib.util import UserError, atomic_write
 from metrics.detectors import Detector
 from metrics.frechet import check_gaussian
 from torch_utils import distributed

@@ -86,9 +86,9 @@ def read_search_log(path: str) -> None:
 
 def download(path: str) -> None:
     """The file's bytes are what a server answers, to every connection, whatever it asks."""
-    import dnnlib.util
+    import dnnlib.downloads
 
-    dnnlib.util.ATTEMPTS = 1
+    dnnlib.downloads.ATTEMPTS = 1
     answer = Path(path).read_bytes()
     with socket.create_server(('127.0.0.1', 0)) as server, tempfile.TemporaryDirectory() as cache:
 
@@ -106,7 +106,7 @@ def download(path: str) -> None:
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         try:
-            dnnlib.util.open_url(
+            dnnlib.downloads.open_url(
                 f'http://127.0.0.1:{server.getsockname()[1]}/net.pkl', cache_dir=cache, timeout=1
             ).close()
         finally:

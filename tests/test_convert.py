@@ -25,7 +25,7 @@ from test_persistence import STAND_IN
 
 import convert
 import train
-from dnnlib import UserError, util
+from dnnlib import UserError, downloads
 from training import consistency_ops as ops
 from training import networks, samplers
 from training.checkpoint import load_network, save_snapshot, save_state
@@ -1053,13 +1053,13 @@ def test_a_state_that_is_damaged_or_of_another_program_is_named(run_folder, tmp_
 
 
 def test_checkpoints_are_read_from_urls_with_their_digest(fixtures, tmp_path, monkeypatch):
-    monkeypatch.setattr(util, 'DEFAULT_CACHE_DIR', tmp_path / 'cache')
+    monkeypatch.setattr(downloads, 'DEFAULT_CACHE_DIR', tmp_path / 'cache')
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(fixtures))
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, 'log_message', lambda *_: None)
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
         threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01)).start()
         url = f'http://127.0.0.1:{server.server_port}/openai-cm-cond.pt'
-        digest = util.file_sha256(fixtures / 'openai-cm-cond.pt')
+        digest = downloads.file_sha256(fixtures / 'openai-cm-cond.pt')
         assert_one_clear_error(invoke('info', f'{url}#sha256={"0" * 64}'), url, digest)
         assert json.loads(invoke('info', '--json', f'{url}#sha256={digest}').stdout)['format'] == 'openai'
         server.shutdown()

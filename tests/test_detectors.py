@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from golden import golden_numbers
 
-from dnnlib import util
-from dnnlib.util import UserError, file_sha256
+from dnnlib import downloads
+from dnnlib.downloads import file_sha256
+from dnnlib.util import UserError
 from metrics import dinov2
 from metrics.detectors import INCEPTION_URL, Detector, ScriptNetwork, load_detector
 from metrics.weights import load_weights
@@ -145,7 +146,7 @@ def served(tmp_path, monkeypatch):
     """(a folder, the URL under which it is served); downloads go to an empty cache."""
     folder = tmp_path / 'served'
     folder.mkdir()
-    monkeypatch.setattr(util, 'DEFAULT_CACHE_DIR', tmp_path / 'cache')
+    monkeypatch.setattr(downloads, 'DEFAULT_CACHE_DIR', tmp_path / 'cache')
     handler = type('Quiet', (http.server.SimpleHTTPRequestHandler,), dict(log_message=lambda *args: None))
     with http.server.ThreadingHTTPServer(
         ('127.0.0.1', 0), functools.partial(handler, directory=folder)
@@ -688,7 +689,7 @@ def test_the_released_model_is_downloaded_once_and_pinned(transformers, tiny_din
     for path in folder.iterdir():
         path.unlink()
     assert load_detector('dinov2').digest == digest
-    for path in util.DEFAULT_CACHE_DIR.glob('*.safetensors'):
+    for path in downloads.DEFAULT_CACHE_DIR.glob('*.safetensors'):
         path.write_bytes(b'?' + path.read_bytes()[1:])
     with pytest.raises(
         UserError, match=r'404.*save_pretrained\(.FOLDER.\), and here that folder \(dinov2:FOLDER\)'

@@ -16,8 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from helpers import ROOT
 
-from dnnlib import util
-from dnnlib.util import UserError, atomic_write, local_path, open_url
+from dnnlib import downloads
+from dnnlib.downloads import local_path, open_url
+from dnnlib.util import UserError, atomic_write
 
 CONTENT = bytes(range(256)) * 1000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -164,7 +165,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     """The address of a server on this machine; `server.requests` is what it was asked for."""
-    monkeypatch.setattr(util.time, 'sleep', lambda seconds: None)
+    monkeypatch.setattr(downloads.time, 'sleep', lambda seconds: None)
     with QuietServer(('127.0.0.1', 0), Handler) as server:
         server.requests, server.released = [], threading.Event()
         server.url = f'http://127.0.0.1:{server.server_port}'
@@ -315,9 +316,9 @@ def test_a_malformed_digest_in_a_url_is_refused_before_anything_is_asked_for(
     [
         lambda path: path.write_bytes(CONTENT[:-1]),
         lambda path: path.write_bytes(b''),
-        lambda path: util._record_path(path).unlink(),
-        lambda path: util._record_path(path).write_text('{'),
-        lambda path: util._record_path(path).write_text('[1]'),
+        lambda path: downloads._record_path(path).unlink(),
+        lambda path: downloads._record_path(path).write_text('{'),
+        lambda path: downloads._record_path(path).write_text('[1]'),
     ],
     ids=['cut', 'emptied', 'no record', 'broken record', 'odd record'],
 )
@@ -360,7 +361,7 @@ def test_a_pinned_file_that_was_replaced_on_the_server_is_refused(server, tmp_pa
     """Both digests and both cures are named; the record of the first download stays, so that the next run is refused too."""
     url = f'{server.url}/replaced'
     path = local_path(url, cache_dir=tmp_path, pinned=True)
-    record = util._record_path(path)
+    record = downloads._record_path(path)
     damage(path)
     for _ in range(2):
         with pytest.raises(UserError, match=f'{NEW_DIGEST}, not {DIGEST}') as error:
@@ -391,7 +392,7 @@ def test_an_expected_digest_that_the_cached_file_has_becomes_the_recorded_one(se
 
 def test_deleting_the_record_accepts_a_replaced_file(server, tmp_path):
     path = local_path(f'{server.url}/replaced', cache_dir=tmp_path, pinned=True)
-    util._record_path(path).unlink()
+    downloads._record_path(path).unlink()
     assert local_path(f'{server.url}/replaced', cache_dir=tmp_path, pinned=True).read_bytes() == REPLACEMENT
     path.write_bytes(CONTENT)
     assert local_path(f'{server.url}/replaced', cache_dir=tmp_path, pinned=True).read_bytes() == REPLACEMENT
@@ -399,13 +400,13 @@ def test_deleting_the_record_accepts_a_replaced_file(server, tmp_path):
 
 def test_who_does_not_pin_does_not_pay_for_a_digest(server, tmp_path, monkeypatch):
     path = local_path(f'{server.url}/file.bin', cache_dir=tmp_path, pinned=True)
-    monkeypatch.setattr(util, 'file_sha256', lambda path: pytest.fail('the file was read'))
+    monkeypatch.setattr(downloads, 'file_sha256', lambda path: pytest.fail('the file was read'))
     assert local_path(f'{server.url}/file.bin', cache_dir=tmp_path) == path
     assert local_path(path, pinned=True) == path
 
 
 def download_in_a_process(url, cache_dir):
-    code = 'import sys; from dnnlib import util; print(util.file_sha256(util.local_path(*sys.argv[1:])))'
+    code = 'import sys; from dnnlib import downloads; print(downloads.file_sha256(downloads.local_path(*sys.argv[1:])))'
     return subprocess.Popen(
         [sys.executable, '-c', code, url, str(cache_dir)],
         cwd=ROOT,
@@ -467,7 +468,7 @@ def test_nobody_listening_is_an_error_in_one_line(server, tmp_path):
 
 
 def test_google_drive_confirmation_is_given(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(util, 'DRIVE_HOSTS', (server.url.removeprefix('http://'),))
+    monkeypatch.setattr(downloads, 'DRIVE_HOSTS', (server.url.removeprefix('http://'),))
     assert local_path(f'{server.url}/file/d/x1/view?usp=sharing', cache_dir=tmp_path).read_bytes() == CONTENT
     assert server.requests == ['/uc?export=download&id=x1', '/confirmed?id=x1&confirm=t']
 
@@ -533,7 +534,7 @@ def test_atomic_write_explains_a_full_disk_and_a_missing_folder(tmp_path):
 @pytest.mark.parametrize('path', [*DRIPPING, '/hop'])
 def test_an_answer_that_is_never_over_is_given_up(server, tmp_path, monkeypatch, path):
     """Something comes all the time: no timeout of a socket would end it."""
-    monkeypatch.setattr(util, 'ATTEMPTS', 2)
+    monkeypatch.setattr(downloads, 'ATTEMPTS', 2)
     start = time.monotonic()
     with pytest.raises(UserError, match=r'took more than 0.4 seconds to answer|stalled after'):
         local_path(f'{server.url}{path}', cache_dir=tmp_path, timeout=0.1)
@@ -542,13 +543,13 @@ def test_an_answer_that_is_never_over_is_given_up(server, tmp_path, monkeypatch,
 
 def test_a_process_that_has_given_up_ends(server, tmp_path):
     """Although the thread that was at it still waits."""
-    code = f'from dnnlib import util\nutil.ATTEMPTS = 1\nutil.local_path({server.url + "/header"!r}, {str(tmp_path)!r}, timeout=0.2)'
+    code = f'from dnnlib import downloads\ndownloads.ATTEMPTS = 1\ndownloads.local_path({server.url + "/header"!r}, {str(tmp_path)!r}, timeout=0.2)'
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert 'took more than 0.8 seconds to answer' in done.stderr
 
 
 def test_a_million_lines_of_header_are_no_answer(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(util, 'ATTEMPTS', 1)
+    monkeypatch.setattr(downloads, 'ATTEMPTS', 1)
     monkeypatch.setitem(DRIPPING, '/header', lambda: [OK + b'X: y\r\n' * 1_000_000])
     with pytest.raises(UserError, match='the connection failed'):
         local_path(f'{server.url}/header', cache_dir=tmp_path)
@@ -564,7 +565,9 @@ def test_the_body_of_a_redirection_is_not_read(server, tmp_path, monkeypatch):
 def test_chunks_without_end_stop_where_there_is_no_room(server, tmp_path, monkeypatch, limit):
     chunk = b'%x\r\n%b\r\n' % (len(CONTENT), CONTENT)
     monkeypatch.setitem(DRIPPING, '/header', lambda: itertools.chain([CHUNKED], itertools.repeat(chunk)))
-    monkeypatch.setattr(util, limit, {'UNANNOUNCED_DOWNLOAD': 2 * len(CONTENT), 'KEPT_FREE': 10**18}[limit])
+    monkeypatch.setattr(
+        downloads, limit, {'UNANNOUNCED_DOWNLOAD': 2 * len(CONTENT), 'KEPT_FREE': 10**18}[limit]
+    )
     with pytest.raises(UserError, match=r'does not say how long it is, .* no room'):
         local_path(f'{server.url}/header#sha256={DIGEST}', cache_dir=tmp_path)
     assert not files_in(tmp_path)

@@ -8,7 +8,7 @@ import torch
 from helpers import ROOT
 
 from dnnlib import UserError
-from dnnlib.util import file_sha256, local_path, pinned
+from dnnlib.downloads import file_sha256, local_path, pinned
 from metrics import detectors, lpips
 from metrics.detectors import load_detector
 

@@ -14,7 +14,7 @@ from PIL import Image
 from data import zip_index
 from data.dataset import ImageFiles, ImageFolderDataset
 from data.zip_index import ZipIndex, open_archive
-from dnnlib import UserError, util
+from dnnlib import UserError, downloads
 
 
 def png(value, size=4):
@@ -158,7 +158,7 @@ def test_a_member_that_is_not_where_the_directory_says_is_named(tmp_path):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """The folder of indices, of however few members."""
-    monkeypatch.setattr(util, 'DEFAULT_CACHE_DIR', tmp_path / 'cache')
+    monkeypatch.setattr(downloads, 'DEFAULT_CACHE_DIR', tmp_path / 'cache')
     monkeypatch.setattr(zip_index, 'CACHE_FROM', 1)
     return tmp_path / 'cache' / 'indices'
 
@@ -203,7 +203,7 @@ def test_the_second_time_nothing_is_parsed_wherever_the_file_lies(tmp_path, cach
 
 def test_small_zips_leave_nothing(tmp_path, cache, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(util, 'DEFAULT_CACHE_DIR', tmp_path / 'cache')
+    monkeypatch.setattr(downloads, 'DEFAULT_CACHE_DIR', tmp_path / 'cache')
     contents(write_data(tmp_path / 'data.zip'))
     assert not (tmp_path / 'cache').exists()
 
@@ -287,8 +287,8 @@ def test_processes_that_begin_together_all_read_the_data(tmp_path, cache):
     """Three processes, an empty cache; each writes what it computed, whole."""
     path = write_data(tmp_path / 'data.zip', values=range(100), classes=range(100))
     code = (
-        'import sys; sys.path.insert(0, "tests"); from dnnlib import util; from data import zip_index; from multiprocessing import Pool; '
-        'util.DEFAULT_CACHE_DIR, zip_index.CACHE_FROM = sys.argv[2], 1; import test_zip_index as t\n'
+        'import sys; sys.path.insert(0, "tests"); from dnnlib import downloads; from data import zip_index; from multiprocessing import Pool; '
+        'downloads.DEFAULT_CACHE_DIR, zip_index.CACHE_FROM = sys.argv[2], 1; import test_zip_index as t\n'
         'with Pool(3) as pool: print(len({tuple(c) for c in pool.map(t.contents, [sys.argv[1]] * 6, 1)}))'
     )
     assert run('-c', code, path, tmp_path / 'cache').stdout.strip() == '1'

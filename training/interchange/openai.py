@@ -180,7 +180,7 @@ def read_state_dict(source: str | os.PathLike, key: str | None = None) -> dict[s
 
 def _read(source: str | os.PathLike):
     """The contents of a PyTorch file."""
-    path, name = dnnlib.util.local_path(source), os.fspath(source)
+    path, name = dnnlib.downloads.local_path(source), os.fspath(source)
     own = ('a PyTorch file', 'a training state of train.py', 'a pickle', 'a damaged', 'text')
     instead = {
         'a network snapshot': 'Leave out --from=openai.',

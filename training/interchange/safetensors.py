@@ -91,7 +91,7 @@ def load_safetensors(source: str | os.PathLike) -> torch.nn.Module:
         source: path or http(s) URL.
     Raises: UserError, naming the source, where the file is damaged or not of this format.
     """
-    path = dnnlib.util.local_path(source)
+    path = dnnlib.downloads.local_path(source)
     try:
         with open(path, 'rb') as file:
             check_size(
