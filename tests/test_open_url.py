@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -204,6 +205,15 @@ def test_a_download_is_whole_and_happens_once(server, tmp_path):
     assert json.loads((tmp_path / 'cache' / record).read_text()) == dict(
         url=f'{server.url}/file.bin', bytes=len(CONTENT), sha256=DIGEST
     )
+
+
+@pytest.mark.parametrize('terminal', [True, False])
+def test_a_terminal_shows_how_far_a_download_is(server, tmp_path, monkeypatch, terminal):
+    screen = io.StringIO()
+    screen.isatty = lambda: terminal
+    monkeypatch.setattr(sys, 'stderr', screen)
+    local_path(f'{server.url}/file.bin', cache_dir=tmp_path)
+    assert ('256k' in screen.getvalue()) == terminal and 'Downloading' in screen.getvalue()
 
 
 def test_equal_names_at_different_addresses_do_not_collide(server, tmp_path):
