@@ -1,4 +1,4 @@
-"""Zip and tar archives of strangers, read by Python's own modules, which get no more of a file at once than the kind of archive needs."""
+"""Zip and tar archives of strangers, read by Python's own modules through files that bound each read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from dnnlib import limits
 
-PIECE = 4096  # compressed bytes of a method that may make a megabyte of 50: Python's zipfile takes all that these give at once
+PIECE = 4096  # compressed bytes at once; LZMA and bzip2 may make a megabyte of 50, which zipfile takes whole
 
 
 class BoundedFile:
@@ -42,12 +42,15 @@ class BoundedFile:
 
 
 class BoundedZip(zipfile.ZipFile):
-    """A zip archive for reading, whose directory has at most `directory` bytes. Raises: one of `limits.UNREADABLE`."""
+    """A zip archive for reading. Its directory has at most `directory` bytes.
+
+    Raises: one of `limits.UNREADABLE`.
+    """
 
     _file = None
 
     def __init__(self, path: str | os.PathLike, directory: int = limits.ZIP_DIRECTORY):
-        self._file = BoundedFile(open(path, 'rb'), directory, 'the directory of a zip archive')  # noqa: SIM115 (closed below)
+        self._file = BoundedFile(open(path, 'rb'), directory, 'the directory of a zip archive')  # noqa: SIM115
         try:
             super().__init__(self._file)
         except BaseException:
@@ -62,7 +65,7 @@ class BoundedZip(zipfile.ZipFile):
 
 
 def open_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int, what: str) -> BinaryIO:
-    """A member of a zip archive, for reading; it gives no more than the directory says, which is looked at first.
+    """A member of a zip archive, for reading. The directory's size for it is checked first.
 
     Args:
         limit: bytes, uncompressed, that `what` has at most.
@@ -78,14 +81,16 @@ def open_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int, wha
 
 
 def member_start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """Where the bytes of a member begin: behind its local header, which repeats its name (PKWARE's APPNOTE, 4.3.7)."""
+    """Offset of a member's bytes, which follow its local header and name (PKWARE's APPNOTE, 4.3.7)."""
     file.seek(info.header_offset)
     name, extra = struct.unpack('<26x2H', file.read(30))
     return info.header_offset + 30 + name + extra
 
 
 class BoundedTar(tarfile.TarFile):
-    """A tar archive for reading, compressed or not, by `BoundedTar.open(fileobj=file)`; unpacked, it has at most `limits.TAR_ARCHIVE` bytes.
+    """A tar archive for reading, compressed or not: `BoundedTar.open(fileobj=file)`.
+
+    Unpacked, it has at most `limits.TAR_ARCHIVE` bytes.
 
     Raises: TooLarge, and what tarfile raises.
     """

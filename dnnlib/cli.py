@@ -95,7 +95,10 @@ def argument(*names, help: str, **kwargs):
     return click.argument(*names, cls=Argument, description=help, **kwargs)
 
 
-PROGRAM = 'A TorchScript file is a program that PyTorch runs: give one that you trust, with #sha256= and its digest behind it.'
+PROGRAM = (
+    'A TorchScript file is a program that PyTorch runs: give one that you trust, with #sha256= and its '
+    'digest behind it.'
+)
 
 
 def shown(value: object) -> str:
@@ -104,7 +107,7 @@ def shown(value: object) -> str:
 
 
 class Integer(click.IntRange):
-    """A whole number in a range, in decimal digits; none is beyond `MOST`, where the range ends no earlier."""
+    """A whole number in a range, in decimal digits, at most `MOST` unless the range says less."""
 
     def convert(self, value, param, ctx):
         text = str(value).strip()
@@ -122,7 +125,7 @@ class Integer(click.IntRange):
 
 
 class Number(click.FloatRange):
-    """A finite number in a range, in decimal digits, none beyond `LARGEST`; `inf` only where `infinite` says so."""
+    """A number in a range, in decimal digits, at most `LARGEST`; `inf` only if `infinite`."""
 
     def __init__(self, *args, infinite: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
@@ -165,11 +168,14 @@ SOME_MIMG, SOME_KIMG = Number(min=0, max=1e6, min_open=True), Number(min=0, max=
 
 
 def expand_path(path: str) -> str:
-    """A path with `~` or `~user` at its start in full, as a shell writes it, which leaves `--dest=~/x` alone. URLs and names stay as they are.
+    """A path with its leading `~` or `~user` expanded, which shells do not do in `--dest=~/x`.
 
-    A word and a colon may come before, as in `dinov2:~/models`. What a shell should have replaced and did not is refused, as the name of a
-    folder it would be one that `rm -r` had better not be told of.
-    Raises: UserError for a user that does not exist, for a path that begins with a variable such as $HOME, and for an empty one.
+    URLs and names stay as they are.
+
+    A word and a colon may come before, as in `dinov2:~/models`. What a shell should have replaced and did not
+    is refused, as the name of a folder it would be one that `rm -r` had better not be told of.
+    Raises: UserError for a user that does not exist, for a path that begins with a variable such as $HOME,
+        and for an empty one.
     """
     if not path.strip():
         raise UserError('it is empty. Give a path; a variable of the shell may not be set')
@@ -189,7 +195,10 @@ def expand_path(path: str) -> str:
 
 
 class PathOrURL(click.ParamType):
-    """A path or URL, or `many` joined by commas, as text: see `expand_path`. The type of every option that is one; nothing else expands `~`."""
+    """A path or URL, or `many` joined by commas, as text.
+
+    The type of every option that is one; nothing else expands `~`, see `expand_path`.
+    """
 
     name = 'path'
 
@@ -238,7 +247,8 @@ class Seeds(IntRanges):
             self.fail(f'there is no seed {max(seeds)}: seeds are below 2^32 = {SEED_COUNT}', param, ctx)
         if not self.repeats and (again := repeated(seeds)):
             self.fail(
-                f'{as_ranges(again)} of {len(seeds)} seeds named twice: the same seed again gives the same again. Name each once',
+                f'{as_ranges(again)} of {len(seeds)} seeds named twice: the same seed again gives the same '
+                'again. Name each once',
                 param,
                 ctx,
             )
@@ -257,13 +267,13 @@ def check_seeds(first: int, count: int, seed_option: str, count_option: str) -> 
     """UsageError where `count` seeds from `first` on go beyond those that there are."""
     if first + count > SEED_COUNT:
         raise click.UsageError(
-            f'{seed_option}={first} and {count_option}={count} ask for seeds up to {first + count - 1}, and seeds are below '
-            f'2^32 = {SEED_COUNT}: lower {seed_option}.'
+            f'{seed_option}={first} and {count_option}={count} ask for seeds up to {first + count - 1}, and '
+            f'seeds are below 2^32 = {SEED_COUNT}: lower {seed_option}.'
         )
 
 
 def as_ranges(numbers: Sequence[int], limit: int = 20) -> str:
-    """Ascending integers as `IntRanges` reads them, `0-3,7`; after `limit` ranges, how many numbers there are besides."""
+    """Ascending integers as `IntRanges` reads them, `0-3,7`; after `limit` ranges, the number of others."""
     ranges: list[list[int]] = []
     for number in numbers:
         if ranges and number == ranges[-1][1] + 1:

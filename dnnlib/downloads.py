@@ -1,8 +1,9 @@
 """Files by path or URL: downloads, checked and kept in a cache.
 
-Not by pooch (tried at 1.9.0), which brings a hash, retries and a file that appears when it is complete, but no deadline for
-servers that send a byte now and then, no check that no more comes than was announced, no limit by what is free on the disk, and
-no record of what was downloaded, by which a file without a known digest is told from half of it.
+Not by pooch (tried at 1.9.0), which brings a hash, retries and a file that appears when it is complete, but
+no deadline for servers that send a byte now and then, no check that no more comes than was announced, no
+limit by what is free on the disk, and no record of what was downloaded, by which a file without a known
+digest is told from half of it.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ DEFAULT_CACHE_DIR = Path('~/.cache/multistep-consistency-edm')
 DRIVE_HOSTS = ('drive.google.com', 'docs.google.com', 'drive.usercontent.google.com')
 ATTEMPTS = 3  # of a download whose connection breaks, stalls, or ends in a server's error
 TIMEOUT = 15  # seconds without a byte after which a connection counts as stalled
-ANSWER = 4  # times that, within which a server has to be found and answer, all redirections included, whatever comes meanwhile
+ANSWER = 4  # times that: a server's deadline for its answer's header, redirections included
 SLOWEST = 1000  # bytes a second, on average after the first TIMEOUT
 CHUNK = 1 << 20
 PAGE_START = re.compile(rb'\s*<(!doctype\s+html|html)\b', re.IGNORECASE)
 T = TypeVar('T')
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Reading, by path or URL.
 
 
@@ -49,7 +50,7 @@ def open_url(
     timeout: float = TIMEOUT,
     pinned: bool = False,
 ) -> BinaryIO:
-    """The file at a path or an http(s) URL, opened for reading, seekable. Arguments and errors are `local_path`'s."""
+    """The file at a path or an http(s) URL, opened for reading. Arguments and errors: see `local_path`."""
     path = local_path(source, cache_dir, sha256, timeout, pinned)
     try:
         return open(path, 'rb')
@@ -64,18 +65,21 @@ def local_path(
     timeout: float = TIMEOUT,
     pinned: bool = False,
 ) -> Path:
-    """The path of a file on this machine that holds `source`; a URL is downloaded once and then served from the cache.
+    """The local path of `source`. A URL is downloaded once and then served from the cache.
 
-    A cached file whose length is not what was downloaded, or whose digest is not the expected one, is downloaded again.
+    A cached file whose length is not what was downloaded, or whose digest is not the expected one, is
+    downloaded again.
 
     Args:
-        source: a path, or an http(s) URL (Google Drive links included). `#sha256=<64 hexadecimal digits>` at its end names the digest that the
-            file must have.
+        source: a path, or an http(s) URL (Google Drive links included). `#sha256=<64 hexadecimal digits>` at
+            its end names the digest that the file must have.
         cache_dir: where downloads live; `~/.cache/multistep-consistency-edm` unless told.
         sha256: the digest too, for callers; also for paths.
         timeout: seconds without a byte after which a connection counts as stalled.
-        pinned: whether a URL without a digest must stay the file that it was when it was first downloaded into this cache (trust on first use).
-    Raises: UserError for a missing file, another scheme, a failed or incomplete download, another digest, or a malformed one.
+        pinned: whether a URL without a digest must stay the file that it was when it was first downloaded
+            into this cache (trust on first use).
+    Raises: UserError for a missing file, another scheme, a failed or incomplete download, another digest, or
+        a malformed one.
     """
     source = os.fspath(source)
     expected = None if sha256 is None else _checked_digest(sha256, sha256)
@@ -101,7 +105,8 @@ def _one_digest(source: str, named: str | None, expected: str | None) -> str | N
     """The digest that a source names or its caller expects. Raises: UserError where these are two."""
     if named is not None and expected not in (None, named):
         raise UserError(
-            f'{source} names another SHA-256 digest than the one that is expected, {expected}. Give one of them.'
+            f'{source} names another SHA-256 digest than the one that is expected, {expected}. Give one of '
+            'them.'
         )
     return named or expected
 
@@ -114,7 +119,10 @@ def pinned(source: str, digest: str) -> str:
 def _why_no_file(source: str) -> str:
     scheme = re.match(r'([A-Za-z][A-Za-z0-9+.-]+):', source)  # one letter is a drive of Windows
     if scheme and not os.path.exists(source):
-        return f'{source} does not exist as a file, and {scheme[1]}: is not supported. Give a path, or a URL that begins with http:// or https://.'
+        return (
+            f'{source} does not exist as a file, and {scheme[1]}: is not supported. Give a path, or a URL '
+            'that begins with http:// or https://.'
+        )
     if os.path.isdir(source):
         return f'{source} is a directory, not a file. Check the path.'
     return f'{source} does not exist. Check the path.'
@@ -131,7 +139,8 @@ def _split_url(source: str) -> tuple[str, str | None]:
     name, _, digest = fragment.partition('=')
     if fragment and name != 'sha256':
         raise UserError(
-            f'{source}: #{fragment} means nothing here. After # only sha256=<64 hexadecimal digits> is understood.'
+            f'{source}: #{fragment} means nothing here. After # only sha256=<64 hexadecimal digits> is '
+            'understood.'
         )
     return url, _checked_digest(digest, source) if fragment else None
 
@@ -162,8 +171,9 @@ def _digest_of_version(path: str, mtime_ns: int, size: int) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache: a file for every URL, and beside it a record of its length and digest. The file comes first: one without a record is not relied on.
+# ----------------------------------------------------------------------------
+# The cache: a file for every URL, and beside it a record of its length and digest, written after the file:
+# one without a record is not relied on.
 
 
 def _cached(url: str, cache_dir: Path, sha256: str | None, timeout: float, pinned: bool) -> Path:
@@ -198,8 +208,9 @@ def _cached(url: str, cache_dir: Path, sha256: str | None, timeout: float, pinne
             'Check the URL and the expected digest.'
             if first is None
             else (
-                f'That was the digest of its first download. If the file was replaced for a good reason, expect the new one '
-                f'(--detector-sha256={error.digest}, or #sha256= and the digest at the end of the URL), or delete {_record_path(path)}.'
+                'That was the digest of its first download. If the file was replaced for a good reason, '
+                f'expect the new one (--detector-sha256={error.digest}, or #sha256= and the digest at the '
+                f'end of the URL), or delete {_record_path(path)}.'
             )
         )
         raise UserError(f'{error} {cure}') from error
@@ -246,16 +257,19 @@ def _remove_leftovers(path: Path) -> None:
                 leftover.unlink()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Downloads.
 
 
 class BrokenDownload(Exception):
-    """A connection that ended before the file did. The message completes 'Cannot download it: ...'; another attempt may do better."""
+    """A connection that ended before the file did; another attempt may do better.
+
+    The message completes 'Cannot download it: ...'.
+    """
 
 
 class AnotherFile(Exception):
-    """A download that came whole and has another digest than the expected one: `digest`. The message says so and lacks a cure."""
+    """A complete download whose `digest` is not the expected one. The message lacks a cure."""
 
     def __init__(self, url: str, digest: str, expected: str):
         super().__init__(f'{url} has the SHA-256 digest {digest}, not {expected}.')
@@ -263,9 +277,10 @@ class AnotherFile(Exception):
 
 
 def _download(url: str, path: Path, sha256: str | None, timeout: float) -> tuple[int, str]:
-    """Bring `url` to `path`, whole; try again where the connection breaks or stalls, or the server has a bad moment.
+    """Download `url` to `path`, and try again if the connection breaks or stalls, or the server fails.
 
-    Returns: (its length, its SHA-256 digest). Raises: UserError, or AnotherFile where the digest is not the expected one.
+    Returns: (its length, its SHA-256 digest). Raises: UserError, or AnotherFile where the digest is not the
+        expected one.
     """
     import requests  # slow to import, and most runs read local files
 
@@ -281,7 +296,8 @@ def _download(url: str, path: Path, sha256: str | None, timeout: float) -> tuple
                 return _fetch(session, deadlines, url, file, sha256, timeout)
         except requests.exceptions.InvalidSchema as error:
             raise UserError(
-                f'Cannot download {url}: it redirects to something else than http(s) ({error}). Check the URL.'
+                f'Cannot download {url}: it redirects to something else than http(s) ({error}). Check the '
+                'URL.'
             ) from error
         except requests.TooManyRedirects as error:
             raise UserError(f'Cannot download {url}: it redirects without end. Check the URL.') from error
@@ -305,9 +321,10 @@ def _download(url: str, path: Path, sha256: str | None, timeout: float) -> tuple
 
 
 class Deadlines:
-    """Calls that block, in a thread of their own, so that there is an end to them: timeouts of sockets begin anew with every byte.
+    """Blocking calls with a deadline, in a thread: timeouts of sockets begin anew with every byte.
 
-    A call that takes too long goes on in that thread, which nobody waits for, until the other end gives up, or this process ends.
+    A call that takes too long goes on in that thread, which nobody waits for, until the other end gives up,
+    or this process ends.
     """
 
     def __init__(self):
@@ -333,30 +350,36 @@ class Deadlines:
 def _fetch(
     session, deadlines: Deadlines, url: str, file: BinaryIO, sha256: str | None, timeout: float
 ) -> tuple[int, str]:
-    """One attempt: the bytes of `url` into `file`, their number checked against what the server announced. Returns (length, digest)."""
+    """One attempt to download `url`, as long as announced, into `file`. Returns (length, digest)."""
     try:
         response = deadlines.within(ANSWER * timeout, _request, session, url, timeout)
     except TimeoutError as error:
         raise BrokenDownload(f'the server took more than {ANSWER * timeout:g} seconds to answer') from error
+
+    # Is there room for it?
     length, folder = _announced_length(url, response, sha256), os.path.dirname(file.name)
     if length is not None and length > (free := shutil.disk_usage(folder).free):
         raise UserError(
             f'Cannot download {url}: it has {length:,} bytes, and {free:,} are free in {folder}. '
             'Free some space, or download it elsewhere and give the path.'
         )
+    # Write and sum up what comes, as long as there is room.
     digest, start = hashlib.sha256(), b''
     for chunk in _shown(_body(response, deadlines, length, timeout), length):
         if length is None and (
             file.tell() > UNANNOUNCED_DOWNLOAD or shutil.disk_usage(folder).free < KEPT_FREE
         ):
             raise UserError(
-                f'Cannot download {url}: the server does not say how long it is, more than {file.tell():,} bytes have come, and there is '
-                f'no room for more in {folder}. Check the URL, or download it elsewhere and give the path.'
+                f'Cannot download {url}: the server does not say how long it is, more than {file.tell():,} '
+                f'bytes have come, and there is no room for more in {folder}. Check the URL, or download it '
+                'elsewhere and give the path.'
             )
         file.write(chunk)
         digest.update(chunk)
         start = start or chunk[:100]
     response.close()
+
+    # Is it the file that was asked for?
     if PAGE_START.match(start):
         raise UserError(_page_message(url))
     if sha256 is not None and digest.hexdigest() != sha256:
@@ -368,41 +391,32 @@ def _shown(chunks: Iterator[bytes], length: int | None) -> Iterator[bytes]:
     """The chunks, with a progress bar where stderr is a terminal."""
     from tqdm import tqdm
 
-    with tqdm(
-        total=length,
-        unit='B',
-        unit_scale=True,
-        leave=False,
-        dynamic_ncols=True,
-        disable=not sys.stderr.isatty(),
-    ) as bar:
+    terminal = sys.stderr.isatty()
+    with tqdm(total=length, unit='B', unit_scale=True, leave=False, disable=not terminal) as bar:
         for chunk in chunks:
             yield chunk
             bar.update(len(chunk))
 
 
 def _body(response, deadlines: Deadlines, length: int | None, timeout: float) -> Iterator[bytes]:
-    """The bytes of a response as they come, to the end of the connection, where there must be as many as were announced.
+    """The bytes of a response as they come, to the end of the connection: as many as were announced.
 
-    They are read from underneath `requests`, which stops where the announced length ends and so would miss that more bytes come.
+    They are read from underneath `requests`, which stops where the announced length ends and so would miss
+    that more bytes come.
     Raises: BrokenDownload.
     """
-    stream = (
-        response.raw._original_response
-    )  # http.client's; its read1 gives what is there and loses nothing to a timeout
+    # http.client's stream: its read1 gives what is there and loses nothing to a timeout
+    stream = response.raw._original_response
     if not stream.chunked:
         stream.length = None
     received, since = 0, time.monotonic()
     while length is None or received <= length:
         try:
-            chunk = deadlines.within(
-                2 * timeout, stream.read1, CHUNK
-            )  # headers of chunks, and what may follow the last one, come in it
+            # headers of chunks, and what may follow the last one, come within this call
+            chunk = deadlines.within(2 * timeout, stream.read1, CHUNK)
         except TimeoutError as error:
             _hang_up(response)
-            if (
-                received == length
-            ):  # a server that keeps the connection open although it was asked to close it
+            if received == length:  # the server keeps the connection open although it was asked to close it
                 return
             raise BrokenDownload(f'the connection stalled after {received:,} bytes') from error
         except (OSError, http.client.HTTPException) as error:
@@ -422,35 +436,41 @@ def _body(response, deadlines: Deadlines, length: int | None, timeout: float) ->
 
 
 def _hang_up(response) -> None:
-    """End the connection of a response, which another thread may be reading: to close it would wait for that thread."""
+    """Shut a response's connection down. Closing it would wait for the thread that may be reading it."""
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(response.raw.fileno())) as connection:
         connection.shutdown(socket.SHUT_RDWR)
 
 
 def _announced_length(url: str, response, sha256: str | None) -> int | None:
-    """The length of the response's body; None where its end shows otherwise: in chunks, or by the file's digest."""
+    """The length of the response's body; None if its end shows in chunks or by the file's digest."""
     if (coding := response.headers.get('Content-Encoding', 'identity').lower()) != 'identity':
         raise UserError(
-            f'Cannot download {url}: the server encodes it ({coding}), though asked not to. Download it elsewhere and give the path.'
+            f'Cannot download {url}: the server encodes it ({coding}), though asked not to. Download it '
+            'elsewhere and give the path.'
         )
     if 'chunked' in response.headers.get('Transfer-Encoding', '').lower():
         return None
     length = response.headers.get('Content-Length')
     if length is None and sha256 is None:
         raise UserError(
-            f'Cannot download {url}: the server does not say how long the file is, so a broken download would go unnoticed. '
-            'Add #sha256= and its digest to the URL, or download it elsewhere and give the path.'
+            f'Cannot download {url}: the server does not say how long the file is, so a broken download '
+            'would go unnoticed. Add #sha256= and its digest to the URL, or download it elsewhere and give '
+            'the path.'
         )
     if length is not None and not re.fullmatch(r'[0-9]{1,18}', length):
         raise UserError(
-            f'Cannot download {url}: the server announced a length of {length!r}. Download it elsewhere and give the path.'
+            f'Cannot download {url}: the server announced a length of {length!r}. Download it elsewhere and '
+            'give the path.'
         )
     return None if length is None else int(length)
 
 
 def _request(session, url: str, timeout: float):
-    """The response whose body is the file. Compression is declined, so that Content-Length counts the file's bytes; the body is the last
-    thing on its connection, so that its end shows."""
+    """The response whose body is the file.
+
+    Compression is declined, so that Content-Length counts the file's bytes. The body is the last thing on its
+    connection, so that its end shows.
+    """
 
     def forget(response, **_):
         session.get_adapter(response.url).close()  # or a redirection could use a connection that closes
@@ -484,7 +504,10 @@ def _is_page(response) -> bool:
 
 
 def _page_message(url: str) -> str:
-    return f'{url} is a web page, not a file (a log-in, a quota, a wrong link?). Download the file in a browser and give its path.'
+    return (
+        f'{url} is a web page, not a file (a log-in, a quota, a wrong link?). Download the file in a browser '
+        'and give its path.'
+    )
 
 
 def _drive_address(url: str) -> str:
@@ -497,9 +520,10 @@ def _drive_address(url: str) -> str:
 
 
 class _DriveForm(html.parser.HTMLParser):
-    """The confirmation on Google Drive's page "too large to be scanned for viruses": its address and hidden fields.
+    """The form on Google Drive's page "too large to be scanned for viruses": address and hidden fields.
 
-    It is a form, `download-form`; on older pages `downloadForm`, or a link, `uc-download-link`. `action` is None on other pages.
+    It is a form, `download-form`; on older pages `downloadForm`, or a link, `uc-download-link`. `action` is
+    None on other pages.
     """
 
     def __init__(self, response):

@@ -1,4 +1,4 @@
-"""What a file is, told by its first bytes: for messages about a file of another kind than the one that was asked for. Nothing is executed."""
+"""What a file is, by its first bytes, for messages about files of the wrong kind. Nothing is executed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from dnnlib import limits
 from dnnlib.archives import BoundedZip, open_member
 
 HEAD = 4096  # bytes that decide; a tar archive shows itself after 257
-PICKLE_HEAD = (
-    1 << 22
-)  # bytes of the pickle inside a PyTorch file, in which its outermost names are looked for, behind those of a network's tensors
+# Bytes of a PyTorch file's pickle in which its outermost names are looked for, which follow those of tensors.
+PICKLE_HEAD = 1 << 22
 ZIP, DAMAGED_ZIP, NPZ, NPY = (
     'a zip archive',
     'a damaged or incomplete zip archive',
@@ -67,9 +66,10 @@ STARTS = [
     )
 ]
 
-# By the beginning of what a file is called: what to do with it where another kind was asked for. What is wanted takes the place of {}.
+# What to do with a file of the wrong kind, by the beginning of that kind. What is wanted replaces {}.
 INSTEAD = {
-    'a web page': 'It may be a log-in, a quota, or a wrong link: download the file in a browser and give its path.',
+    'a web page': 'It may be a log-in, a quota, or a wrong link: download the file in a browser and '
+    'give its path.',
     'an XML document': 'Check where it was downloaded from, and give {}.',
     'an empty file': 'Was it truncated? Copy or download it again.',
     'a file of zeros': 'Copy or download it again.',
@@ -86,10 +86,11 @@ INSTEAD = {
 
 
 def describe_file(source: str | os.PathLike | bytes) -> str | None:
-    """What a file is, in words that complete 'it is ...', such as 'a web page (HTML)'; None where that cannot be told.
+    """What a file is, to complete 'it is ...': 'a web page (HTML)', for example; None if that is unknown.
 
     Args:
-        source: a path, or the first bytes of a file (`HEAD` of them suffice). Only of a path can kinds of zip archives be told apart.
+        source: a path, or the first bytes of a file (`HEAD` of them suffice). Only of a path can kinds of zip
+            archives be told apart.
     Raises: OSError where the file cannot be read.
     """
     if isinstance(source, bytes):
@@ -170,7 +171,10 @@ def _describe_zip(path: str | os.PathLike) -> str:
 
 
 def _describe_saved(pickled: bytes) -> str:
-    """Which kind of contents `torch.save` wrote, by names in its pickle: a state of ours has `update` and `averages`, of EDM's `optimizer_state`."""
+    """What `torch.save` wrote, by names in its pickle.
+
+    A state of ours has `update` and `averages`, one of EDM's `optimizer_state`.
+    """
 
     def names(*words: str) -> bool:
         return all(b'X' + len(word).to_bytes(4, 'little') + word.encode() in pickled for word in words)

@@ -14,23 +14,30 @@ import psutil
 
 from dnnlib.schema import Integer, Real, Record, Text
 
+# An identity in a file.
 KIND = Record(
     dict(host=Text(), boot=Text(), pid=Integer(1, 2**31 - 1), started=Real()),
     ['host', 'boot', 'pid', 'started'],
-)  # in a file
-SAME_START_SEC = 2.0  # the time of booting, from which starts are counted, is a whole number of seconds that corrections of the clock move
+)
+SAME_START_SEC = 2.0  # the time of booting is in whole seconds, and corrections of the clock move it
 
 
 def machine() -> dict[str, str]:
-    """The host, and what tells apart hosts of one name, a host before and after booting, and containers, whose process ids are their own."""
+    """The host, its boot and its container, each of which has process ids of its own."""
     boot = ''
     with contextlib.suppress(OSError):  # Linux only
-        boot = f'{Path("/proc/sys/kernel/random/boot_id").read_text().strip()} {os.readlink("/proc/self/ns/pid")}'
+        boot = (
+            f'{Path("/proc/sys/kernel/random/boot_id").read_text().strip()} '
+            f'{os.readlink("/proc/self/ns/pid")}'
+        )
     return dict(host=platform.node(), boot=boot)
 
 
 def of_process(pid: int | None = None) -> dict:
-    """Plain data that no other process ever has: `machine()`, `pid`, and `started`, in seconds after booting. Raises: psutil.Error."""
+    """Plain data that no other process ever has: `machine()`, `pid`, and `started` (seconds after booting).
+
+    Raises: psutil.Error.
+    """
     process = psutil.Process(pid)
     return dict(machine(), pid=process.pid, started=_started(process))
 
@@ -44,7 +51,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def has_ended(process: dict) -> bool | None:
-    """Whether a process is gone, given its identity; None where that cannot be known: on another machine, or hidden from this user."""
+    """Whether a process is gone; None if unknown: on another machine, or hidden from this user."""
     if any(process[name] != value for name, value in machine().items()):
         return None
     try:
@@ -75,11 +82,10 @@ def _answers(pid: int) -> bool:
 
 
 def end_at_once(line: str, status: int = 1) -> NoReturn:
-    """End this process and those that load data for it, from any thread, with a line on stderr. Nothing else is run or written."""
+    """End this process and its data workers, from any thread, with a line on stderr and nothing else."""
     with contextlib.suppress(OSError):  # the terminal may be gone
-        os.write(
-            sys.__stderr__.fileno(), f'{line}\n'.encode()
-        )  # a print could wait for one that is interrupted
+        # A print could wait for another print that was interrupted.
+        os.write(sys.__stderr__.fileno(), f'{line}\n'.encode())
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""The keyboard's interrupt while a script and what it needs are imported, and nothing is begun: one line, exit status 130, no traceback.
+"""Ctrl-C while a script is still importing: one line, exit status 130, no traceback.
 
 Scripts import this first, before what takes time. For other programs that import `dnnlib` it does nothing.
 """
@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-# Who started this process, as long as that can be seen: imports take seconds, in which a torchrun may be killed.
+# Who started this process, while that can be seen: a torchrun may be killed during the seconds of imports.
 PARENT = os.getppid()
 PARENT_COMMAND: list[str] = []
 if 'TORCHELASTIC_RUN_ID' in os.environ:
@@ -52,14 +52,14 @@ def is_script() -> bool:
 
 
 def at_work() -> None:
-    """From here on an interrupt is an exception again. Called by whatever has to be ended in order: files half written, processes, groups of them."""
+    """From here on an interrupt is an exception again, for work that must end in order: files, processes."""
     if signal.getsignal(signal.SIGINT) is leave and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager
 def kept_from_children() -> Iterator[None]:
-    """A block whose interrupts come at its end. Processes that it starts never get any: the one that the keyboard interrupts ends them."""
+    """A block whose interrupts come at its end. Processes that it starts get none: this one ends them."""
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -68,7 +68,7 @@ def kept_from_children() -> Iterator[None]:
 
 
 def unraisable(unraised) -> None:
-    """Python prints, and forgets, an exception in a callback, such as those of imports. An interrupt should not be forgotten."""
+    """Raise an interrupt that hit a callback (of an import, say), whose exceptions Python only prints."""
     if unraised.exc_type is KeyboardInterrupt:
         leave()
     sys.__unraisablehook__(unraised)

@@ -1,6 +1,7 @@
-"""What files of strangers may cost: caps on memory, each from what the thing is, and the readers that keep them.
+"""What files of strangers may cost: caps on memory, and the readers that keep them.
 
-A cap stands in front of a parser: whoever reads a file asks for its size first, or reads no more of it than the cap. Nothing here parses.
+A cap stands in front of a parser: whoever reads a file asks for its size first, or reads no more of it than
+the cap. Nothing here parses.
 """
 
 from __future__ import annotations
@@ -20,13 +21,9 @@ from typing import BinaryIO
 KB, MB, GB = 1 << 10, 1 << 20, 1 << 30
 
 # Bytes that a reader takes of a thing, at most.
-JSON_FILE = (
-    4 * MB
-)  # options, records, configurations: kilobytes in practice; parsed, 24 times as much in the worst case
+JSON_FILE = 4 * MB  # options, records: kilobytes in practice; parsed, 24 times as much in the worst case
 JSON_LINE = 1 * MB  # a line of stats.jsonl has a few kilobytes
-LABELS_OF_IMAGE = (
-    16 * KB
-)  # of dataset.json for each image, where that is more than JSON_FILE: a name and a vector of 800 numbers
+LABELS_OF_IMAGE = 16 * KB  # of dataset.json, if that is more than JSON_FILE: a name and 800 numbers
 IMAGE_FILE = 256 * MB  # one image: 40 million pixels of 16-bit RGB, uncompressed
 LATENTS_FILE = 64 * MB  # latents of one image: float32 [8, 1024, 1024] have 32 MB
 SAVED_STRUCTURE = 16 * MB  # of a PyTorch file without its tensors: about 200 bytes for each of those
@@ -43,7 +40,7 @@ DATA_DIRECTORY = 1024 * MB  # of a data set: 13 million members
 # Downloads whose length a server does not announce: bytes of one, and what stays free on its disk.
 UNANNOUNCED_DOWNLOAD, KEPT_FREE = 64 * GB, 256 * MB
 
-# What compression may make of a file: images, statistics and labels compress less; what inflates further is an attack, or of no use.
+# What compression may make of a file. Images, statistics and labels compress less than that.
 INFLATED, INFLATED_RATIO = 64 * MB, 100
 
 # Numbers.
@@ -53,8 +50,8 @@ TAR_MEMBERS = 10_000  # CIFAR-10 has ten
 MAX_DIGITS = 32  # of a number on the command line, in a file name or the environment
 MAX_TEXT = 1000  # characters that a message repeats of a file, at most
 
-# What parsers raise on damaged or hostile files, whatever library they are of. Subclasses are not listed: LookupError has IndexError and KeyError,
-# ValueError has those of JSON and Unicode, RuntimeError has RecursionError and NotImplementedError.
+# What parsers of any library raise on damaged or hostile files. Subclasses are not listed: LookupError has
+# IndexError and KeyError, ValueError those of JSON and Unicode, RuntimeError has RecursionError.
 UNREADABLE = (
     OSError,
     EOFError,
@@ -82,7 +79,7 @@ class TooLarge(ValueError):
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """A file for reading. Raises: OSError, also for folders, and for pipes and devices, which could keep a reader waiting for ever."""
+    """A file for reading. Raises: OSError, also for folders, pipes and devices, which could block forever."""
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), 'rb')
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -97,13 +94,13 @@ def check_size(size: int, limit: int, what: str) -> None:
 
 
 def check_inflation(size: int, compressed: int, what: str) -> None:
-    """Raises: TooLarge where `compressed` bytes of a file claim to be so many more that they are no honest data."""
+    """Raises: TooLarge if `compressed` bytes claim to inflate to more than honest data does."""
     if size > max(INFLATED, INFLATED_RATIO * compressed):
         raise TooLarge(f'claims {size:,} bytes for {what} in {compressed:,} of the file')
 
 
 def read_at_most(file: BinaryIO, limit: int, what: str) -> bytes:
-    """The rest of a file, of which no more is read than shows that it is too long. Raises: TooLarge, and what the file raises."""
+    """The rest of a file. Raises: TooLarge if that is more than `limit` bytes; what the file raises."""
     data = file.read(limit + 1)
     if len(data) > limit:
         raise TooLarge(f'has more than the {limit:,} bytes that {what} has at most')

@@ -34,7 +34,8 @@ class Header(NamedTuple):
 def read_header(file: BinaryIO) -> Header:
     """The header of the .npy file at the file's position, which then is where the values begin.
 
-    Raises: one of `limits.UNREADABLE` where there is none, or it is of something else than plain numbers and text.
+    Raises: one of `limits.UNREADABLE` where there is none, or it is of something else than plain numbers and
+        text.
     """
     start = file.read(len(START) + 2)
     if start[: len(START)] != START or len(start) < len(START) + 2:
@@ -67,6 +68,7 @@ def _dtype(code: object) -> np.dtype:
     if dtype is None or dtype.kind not in KINDS or dtype.itemsize == 0:
         shown = str(code)[:40] if dtype is None else dtype
         raise ValueError(
-            f'it holds values of type {shown}, as its header says, not plain numbers or text (refused, nothing was executed)'
+            f'it holds values of type {shown}, as its header says, not plain numbers or text (refused, '
+            'nothing was executed)'
         )
     return dtype

@@ -15,7 +15,7 @@ CAUSES = {
 
 
 def how_ended(status: int) -> str:
-    """An exit status in words. As `subprocess` and `multiprocessing` have it, it is minus the signal where one was the end."""
+    """An exit status in words. A negative one is minus the signal, as in `subprocess`."""
     if status >= 0:
         return f'exit status {status}'
     try:
@@ -26,7 +26,7 @@ def how_ended(status: int) -> str:
 
 
 def how_one_died(processes: Sequence[BaseProcess]) -> str | None:
-    """`how_ended` of one that did not end well, None where there is none. SIGTERM, by which a broken pool ends the others, comes last."""
+    """`how_ended` of one that failed, or None. SIGTERM, which a broken pool sends the rest, is last."""
     statuses = sorted(
         (process.exitcode for process in processes if process.exitcode),
         key=lambda status: status == -signal.SIGTERM,

@@ -1,6 +1,7 @@
-"""What plain data in a file must be: tables of name, type and range, checked at the door, so that nobody behind it meets anything else.
+"""What plain data in a file must be: tables of names, types and ranges, checked when the file is read.
 
-A table is made of the kinds below; `check(value, kind, where)` goes through a value with it. `where` is how people call the value: 'progress.nimg'.
+A table is made of the kinds below; `check(value, kind, where)` goes through a value with it. `where` is how
+people call the value: 'progress.nimg'.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Mismatch(ValueError):
 
 
 class Kind:
-    """What a value may be: anything. Subclasses say in `words` what else, and `check` it. Raises: Mismatch."""
+    """A value of any kind. Subclasses name theirs in `words` and `check` it. Raises: Mismatch."""
 
     words = 'any value'
 
@@ -234,9 +235,10 @@ class Record(Kind):
 
 
 def parse_json(data: bytes | str, limit: int, what: str):
-    """The value of JSON text of at most `limit` bytes. Numbers may be NaN or infinite, as Python writes them, until a table is asked.
+    """The value of JSON text of at most `limit` bytes. Numbers may be NaN or infinite, as Python writes them.
 
-    Raises: ValueError that completes 'it ...' for anything else, also where it nests deeper or has longer numbers than Python reads.
+    Raises: ValueError that completes 'it ...' for anything else, also where it nests deeper or has longer
+        numbers than Python reads.
     """
     check_size(len(data), limit, what)
     try:
@@ -246,6 +248,6 @@ def parse_json(data: bytes | str, limit: int, what: str):
 
 
 def read_json(path: str | os.PathLike, kind: Kind, what: str):
-    """The value of a JSON file. Raises: OSError where it cannot be read; ValueError that completes 'it ...' where it is not of the kind."""
+    """The value of a JSON file. Raises: OSError; ValueError, which completes 'it ...', for another kind."""
     with open_regular(path) as file:
         return check(parse_json(read_at_most(file, JSON_FILE, what), JSON_FILE, what), kind, what)

@@ -1,4 +1,4 @@
-"""Text of strangers (names in archives, words in files, what servers say) in messages for people: it cannot forge lines or move the cursor."""
+"""Text of strangers (file names, servers' answers) in messages: it cannot forge lines or move the cursor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dnnlib.limits import MAX_TEXT
 
 
 def printable(text: object, longest: int = MAX_TEXT) -> str:
-    r"""A text with everything that is no visible character or space escaped, as `\n` or `\x1b`, and cut off after `longest` characters.
+    r"""A text with all but spaces and visible characters escaped, cut off after `longest` characters.
 
     Line ends, escape sequences, marks that change the direction of writing and halves of characters are none.
     """

@@ -26,7 +26,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class UserError(Exception):
-    """An input that cannot be used. The message names the cause and the cure; what it repeats of a file is made fit for a terminal.
+    """An input that cannot be used. The message names cause and cure, and is printable whatever it quotes.
 
     Command lines (`dnnlib.cli.Command`) print it as `Error: ...` and exit with status 1, without a traceback.
 
@@ -45,7 +45,7 @@ class UserError(Exception):
 
 
 class NotFinite(UserError):
-    """Numbers that ought to be finite are NaN or infinite: images of a network, or what a detector makes of images.
+    """NaN or infinity in the images of a network, or in what a detector makes of images.
 
     Attributes:
         counts: how many of what, {'nonfinite': images} or {'nonfinite_features': images}.
@@ -58,7 +58,7 @@ class NotFinite(UserError):
 
 @contextlib.contextmanager
 def named(option: str) -> Iterator[None]:
-    """For the contents of a file that an option names: a `UserError` from the `with` block begins with the option."""
+    """A `UserError` from the `with` block, about a file that an option names, begins with that option."""
     try:
         yield
     except UserError as error:
@@ -85,13 +85,13 @@ class EasyDict(dict):
             raise AttributeError(name) from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # Writing.
 
 
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """For code that makes very many small objects and hardly any garbage, for which Python would search the whole process again and again."""
+    """A block without garbage collection, for code that makes many small objects and hardly any garbage."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -105,10 +105,11 @@ def without_garbage_collection() -> Iterator[None]:
 def atomic_write(path: str | os.PathLike, durable: bool = True, tidy: bool = True) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` only when the `with` block has ended well.
 
-    It is written under a hidden name in the same directory, flushed to disk, then renamed: a reader, a full disk
-    or a kill finds either the previous file or the whole new one. Where the block raises, nothing is left behind.
-    Many small files that can be made again need not wait for the disk: not `durable`, they may be lost to a power cut.
-    `tidy`: what processes that were killed have left in the directory is removed; see `remove_leftovers`.
+    It is written under a hidden name in the same directory, flushed to disk, then renamed: a reader, a full
+    disk or a kill finds either the previous file or the whole new one. Where the block raises, nothing is
+    left behind. Many small files that can be made again need not wait for the disk: not `durable`, they may
+    be lost to a power cut. `tidy`: what processes that were killed have left in the directory is removed; see
+    `remove_leftovers`.
 
     Raises: UserError where the directory is missing or closed to writing, or the disk is full.
     """
@@ -118,7 +119,7 @@ def atomic_write(path: str | os.PathLike, durable: bool = True, tidy: bool = Tru
     if tidy:
         remove_leftovers(path.parent.absolute())
     try:
-        file = open(temporary, 'xb')  # noqa: SIM115 (closed below; its own errors are told apart from the block's)
+        file = open(temporary, 'xb')  # noqa: SIM115 (closed below; its errors are not the block's)
     except OSError as error:
         raise UserError(
             f'Cannot write {path}: {error.strerror}. Choose an existing directory that you may write to.'
@@ -143,7 +144,7 @@ def atomic_write(path: str | os.PathLike, durable: bool = True, tidy: bool = Tru
 
 @contextlib.contextmanager
 def temporary_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A hidden folder beside `path`, for the parts of what will be there; it is gone at the end of the block. Raises: OSError."""
+    """A hidden folder beside `path`, for its parts, until the block ends. Raises: OSError."""
     interrupts.at_work()
     path = Path(path)
     remove_leftovers(path.parent.absolute())
@@ -162,7 +163,7 @@ def temporary_name(name: str) -> str:
 
 @functools.cache
 def _this_machine() -> str:
-    """Six hexadecimal digits that stand for where process ids tell processes apart: a machine, since it was started, and a container on it."""
+    """Six hexadecimal digits for a machine, its boot and its container, each with process ids of its own."""
     facts = [os.uname().nodename]
     with contextlib.suppress(OSError):  # not Linux
         facts += [Path('/proc/sys/kernel/random/boot_id').read_text(), os.readlink('/proc/self/ns/pid')]
@@ -171,9 +172,10 @@ def _this_machine() -> str:
 
 @functools.cache
 def remove_leftovers(folder: Path) -> None:
-    """Remove from a folder, once a process, what others were writing when they were killed: files of `atomic_write`, and temporary folders.
+    """Remove from a folder, once a process, the temporary files and folders of processes that were killed.
 
-    Whether a process of another machine, or of this one before its last start, is gone cannot be told: its files go when they are a day old.
+    Whether a process of another machine, or of this one before its last start, is gone cannot be told: its
+    files go when they are a day old.
     """
     for path in folder.glob('.*.tmp'):
         match = re.fullmatch(r'\..+\.([0-9a-f]{6})-([0-9]{1,9})-[0-9a-f]{6}\.tmp', path.name, re.DOTALL)
@@ -197,18 +199,19 @@ def is_old(path: Path) -> bool:
 
 
 def check_writable(folder: str | os.PathLike) -> None:
-    """Raises: UserError where no file can be made in a folder: closed to writing, on a disk that is read-only or full."""
+    """Raises: UserError if no file can be made in a folder: no permission, a read-only or full disk."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserError(
-            f'Cannot write to the folder {folder}: {error.strerror}. Make it writable, or choose another place.'
+            f'Cannot write to the folder {folder}: {error.strerror}. Make it writable, or choose another '
+            'place.'
         ) from error
 
 
 def check_other_file(source: str | os.PathLike, dest: str | os.PathLike, option: str) -> None:
-    """Raises: UserError, which names the option, where writing `dest` would replace `source`, which is read."""
+    """Raises: UserError, which names the option, if writing `dest` would replace the input `source`."""
     if os.path.exists(source) and os.path.exists(dest) and os.path.samefile(source, dest):
         raise UserError(f'{option}={dest} is the file that is read, and would be lost: choose another name.')
 
@@ -230,7 +233,7 @@ def usable_cores() -> int:
 
 
 def unfinished(folder: Path, pattern: str) -> Iterator[Path]:
-    """What `atomic_write` was writing for names that match a pattern: by now, or by a process that was killed."""
+    """Temporary files of `atomic_write`, also of killed processes, whose final names match a pattern."""
     return folder.glob(f'.{pattern}.*.tmp')
 
 

@@ -24,10 +24,10 @@ from torch_utils import elastic, misc
 
 
 def init() -> None:
-    """Set the process up, and join the group that torchrun describes in the environment (NCCL with CUDA, else gloo), if there is one.
+    """Set the process up, and join torchrun's process group, if there is one (NCCL with CUDA, else gloo).
 
-    FP32 means FP32 from here on: TensorFloat-32 is switched off, as a teacher's slopes over a thousand edges want it. Freed memory is kept.
-    A process that torchrun started ends when torchrun is gone.
+    FP32 means FP32 from here on: TensorFloat-32 is switched off, as a teacher's slopes over a thousand edges
+    want it. Freed memory is kept. A process that torchrun started ends when torchrun is gone.
 
     Raises: UserError where the environment is incomplete or the other processes cannot be reached.
     """
@@ -46,7 +46,8 @@ def init() -> None:
         local_rank = _environment('LOCAL_RANK')
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f'LOCAL_RANK={local_rank}, but this machine has {torch.cuda.device_count()} GPUs. Lower --nproc_per_node.'
+                f'LOCAL_RANK={local_rank}, but this machine has {torch.cuda.device_count()} GPUs. Lower '
+                '--nproc_per_node.'
             )
         torch.cuda.set_device(local_rank)
     if world_size == 1 or dist.is_initialized():
@@ -69,8 +70,9 @@ def init() -> None:
 def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
     """torchrun's store, under a prefix that the main process chooses and hands to the others.
 
-    When torchrun starts its processes again, the store still has the addresses of those that have ended, and how often that was is no prefix:
-    torchruns on several machines count for themselves. Each process makes up a name; that of one that has ended never answers.
+    When torchrun starts its processes again, the store still has the addresses of those that have ended, and
+    how often that was is no prefix: torchruns on several machines count for themselves. Each process makes up
+    a name; that of one that has ended never answers.
     """
     store, *_ = next(dist.rendezvous('env://', rank, world_size))
     name, deadline = secrets.token_hex(8), time.monotonic() + store.timeout.total_seconds()
@@ -94,8 +96,8 @@ def _environment(name: str) -> int:
     value = os.environ.get(name, '')
     if not re.fullmatch('[0-9]{1,9}', value):
         raise UserError(
-            f"The environment variable {name} is '{printable(value, MAX_DIGITS)}', not a number of at most 9 digits. "
-            'Start the processes with torchrun, or unset RANK and WORLD_SIZE.'
+            f"The environment variable {name} is '{printable(value, MAX_DIGITS)}', not a number of at most "
+            '9 digits. Start the processes with torchrun, or unset RANK and WORLD_SIZE.'
         )
     return int(value)
 
@@ -126,7 +128,7 @@ def is_main() -> bool:
 
 @contextlib.contextmanager
 def _together():
-    """A block that needs the other processes. Raises: UserError where one of them has gone, whose own message says why."""
+    """A block that needs the other processes. Raises: UserError if one is gone; its own message says why."""
     try:
         yield
     except RuntimeError as error:
@@ -135,7 +137,10 @@ def _together():
 
 @contextlib.contextmanager
 def among_others():
-    """A block that needs the other processes now and then, as backward passes do. Raises: UserError where one has gone; other errors as they are."""
+    """A block that needs the other processes now and then, as backward passes do.
+
+    Raises: UserError if one is gone; other errors as they are.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -160,7 +165,7 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def main_process_first():
-    """A block that the main process runs before the others, such as one that downloads a file into the cache."""
+    """A block that the main process runs before the others, such as a download into the cache."""
     if not is_main():
         barrier()
     yield
@@ -197,7 +202,8 @@ def gather_objects(obj: Any) -> list[Any]:
 
 
 def gather_on_main(obj: Any) -> list[Any]:
-    """Every process's `obj` (anything that pickles), in the order of ranks, on the main process; an empty list on the others."""
+    """On the main process, every process's `obj` (anything that pickles), by rank; an empty list
+    elsewhere."""
     if not dist.is_initialized():
         return [obj]
     boxes = [None] * get_world_size() if is_main() else None
@@ -207,7 +213,7 @@ def gather_on_main(obj: Any) -> list[Any]:
 
 
 def same_everywhere(tensor: torch.Tensor) -> bool:
-    """Whether all processes hold the same bits in `tensor`, whose length is a multiple of 16 (by 16 checksums). Waits for the device."""
+    """Whether `tensor`, of a length divisible by 16, has equal checksums on all processes. Synchronizes."""
     if not dist.is_initialized():
         return True
     least = tensor.detach().view(torch.int32).view(-1, 16).sum(dim=0, dtype=torch.int64)
@@ -219,7 +225,7 @@ def same_everywhere(tensor: torch.Tensor) -> bool:
 
 
 class HostAgreement:
-    """Flags that the processes' hosts agree on without waiting for each other or for the devices: what they hear is a step old.
+    """Async all-reduce of flags between hosts, which wait neither for each other nor for the devices.
 
     Every process must call `exchange` and `any` in the same order.
     """
@@ -229,7 +235,7 @@ class HostAgreement:
         self._pending: tuple[Any, torch.Tensor] | None = None
 
     def exchange(self, values: list[int]) -> list[int]:
-        """The maxima over all processes of what they gave at the previous call, zeros at the first; a process alone hears itself at once."""
+        """The maxima over all processes of the previous call's flags, zeros at first; its own if alone."""
         if self._group is None:
             return values
         earlier, tensor = self._pending, torch.tensor(values)
@@ -262,7 +268,7 @@ def fail_together(*lines: str) -> NoReturn:
 
 
 def from_main(function: Callable[[], Any]) -> Any:
-    """What `function()` returns on the main process (anything that pickles), on every process; where it raises UserError, all end together."""
+    """The main process's `function()` (anything that pickles) on every process; all raise its UserError."""
     result, problem = None, None
     if is_main():
         try:

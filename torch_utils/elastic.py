@@ -1,4 +1,4 @@
-"""torchrun as the parent of processes: who it is, that they end with it, and whether it has started them again."""
+"""torchrun as the parent: its identity, ending with it, and whether it has restarted its processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODULES = ('torch.distributed.run', 'torch.distributed.launch')
 
 
 def torchrun() -> dict | None:
-    """The identity (`dnnlib.identity`) of the torchrun that started this process, with no shell between them; None where there is none."""
+    """The identity (`dnnlib.identity`) of the torchrun that is this process's parent, or None."""
     if 'TORCHELASTIC_RUN_ID' not in os.environ:
         return None
     with contextlib.suppress(psutil.Error):
@@ -38,9 +38,10 @@ def _is_torchrun(command: list[str]) -> bool:
 
 @functools.cache
 def end_with_torchrun() -> None:
-    """Let this process end within a second or so of the torchrun that started it, if one did, as when that is killed: it would train on unseen.
+    """End this process within about a second of its torchrun, if one started it: it would train on unseen.
 
-    One that a shell has started, or nohup, setsid or srun, in whatever environment, outlives its parent as ever.
+    One that a shell has started, or nohup, setsid or srun, in whatever environment, outlives its parent as
+    ever.
     """
     if os.getppid() != interrupts.PARENT and _is_torchrun(
         interrupts.PARENT_COMMAND
@@ -56,7 +57,8 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_SEC)
     identity.end_at_once(
-        f'torchrun (process {parent}) is gone: process {os.getpid()}, rank {os.environ.get("RANK")}, ends with it.'
+        f'torchrun (process {parent}) is gone: process {os.getpid()}, rank {os.environ.get("RANK")}, ends '
+        'with it.'
     )
 
 

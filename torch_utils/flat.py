@@ -1,4 +1,4 @@
-"""A network's parameters as views of one vector, so that what treats them alike (optimizer, averages, norms) is one operation each."""
+"""A network's parameters as views of one vector: optimizer, averages and norms are one operation each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ALIGNMENT = 16  # elements: every parameter starts on a 64-byte boundary of FP32
 
 
 class FlatParameters:
-    """Moves the parameters of `net` into one vector, in place; the network goes on working, its parameters being views.
+    """Moves the parameters of `net` into one vector, in place; they become views, and `net` works as before.
 
     Gaps left by alignment hold zeros and have zero gradients. Move the network to its device and type first.
 

@@ -1,4 +1,4 @@
-"""Small things around training: times for people, gradients under DDP, learning rates, what the process may do with numbers and memory."""
+"""Small helpers of training: readable times, gradients under DDP, learning rates, TF32, the allocator."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def gradient_sync(net: torch.nn.Module, sync: bool):
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Let GPUs round FP32 to TensorFloat-32, 10 bits of mantissa, inside products and convolutions, or not."""
+    """Allow or forbid TensorFloat-32 (10 bits of mantissa) inside matrix products and convolutions."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def keep_freed_memory() -> None:
-    """Let the host's allocator keep what was freed for what comes next, where it is glibc's, instead of giving it back and asking again.
+    """Have glibc's allocator keep freed memory for later instead of returning it and asking again.
 
-    A step on a CPU frees its activations, and every page of them that comes back from the system costs a fault: 1,100 in a step of the demo's, a
-    twentieth of its time.
+    A step on a CPU frees its activations, and every page of them that comes back from the system costs a
+    fault: 1,100 in a step of the demo's, a twentieth of its time.
     """
     with contextlib.suppress(AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
@@ -48,7 +48,7 @@ def keep_freed_memory() -> None:
 
 
 class LateReading:
-    """A number on the device as the host can know it without waiting: on a GPU, the one of the latest step that the device has finished."""
+    """An async scalar: on a GPU, the value of the latest step that the device has finished."""
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == 'cuda'
@@ -77,8 +77,8 @@ def learning_rate(
 ) -> float:
     """Learning rate after `nimg` images: a linear ramp from 0 over `rampup_nimg`, times a decay.
 
-    Schedules: constant; linear 1 − p and cosine (1 + cos(pi p)) / 2, with p = nimg / total_nimg; sqrt 1 / sqrt(max(nimg / ref_nimg, 1)),
-    that of EDM2 (Karras et al. 2024).
+    Schedules: constant; linear 1 − p and cosine (1 + cos(pi p)) / 2, with p = nimg / total_nimg; sqrt 1 /
+    sqrt(max(nimg / ref_nimg, 1)), that of EDM2 (Karras et al. 2024).
     """
     ramp = min(nimg / rampup_nimg, 1.0) if rampup_nimg > 0 else 1.0
     done = min(nimg / total_nimg, 1.0)

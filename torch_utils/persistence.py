@@ -1,9 +1,10 @@
 """EDM's persistent objects: a pickled object carries the source of the module that defines its class.
 
 Format (version 6, as in Karras et al.'s StyleGAN and EDM code): the object is pickled as a call of
-`torch_utils.persistence._reconstruct_persistent_obj` with one dict: type 'class', version, module_src, class_name, state.
-EDM's own tools execute module_src to rebuild the object. This module only writes that source and never executes any:
-`training.checkpoint` reads snapshots as data, and plain unpickling works only for classes that this process defines itself.
+`torch_utils.persistence._reconstruct_persistent_obj` with one dict: type 'class', version, module_src,
+class_name, state. EDM's own tools execute module_src to rebuild the object. This module only writes that
+source and never executes any: `training.checkpoint` reads snapshots as data, and plain unpickling works only
+for classes that this process defines itself.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ _sources: dict[type, str] = {}
 
 
 def persistent_class(cls: type) -> type:
-    """Class decorator: objects remember their constructor arguments and pickle in EDM's format, source included.
+    """Class decorator: objects record their constructor arguments and pickle in EDM's format, with source.
 
-    Adds the properties `init_args` (tuple) and `init_kwargs` (dict), the arguments as given to the outermost constructor; in the place of an argument
-    that is a persistent object itself, dict(class_name, args, kwargs) says how that was made.
-    An attribute `metadata` belongs to the object at hand: copies keep it, pickles leave it out. Both leave out `HERE_ONLY`.
-    The module's source must be readable (not an interactive session): OSError otherwise.
+    Adds the properties `init_args` (tuple) and `init_kwargs` (dict), the arguments as given to the outermost
+    constructor; in the place of an argument that is a persistent object itself, dict(class_name, args,
+    kwargs) says how that was made. An attribute `metadata` belongs to the object at hand: copies keep it,
+    pickles leave it out. Both leave out `HERE_ONLY`. The module's source must be readable (not an interactive
+    session): OSError otherwise.
     """
     construct = cls.__init__
 
@@ -51,15 +53,14 @@ def persistent_class(cls: type) -> type:
     cls.init_kwargs = property(lambda self: copy.deepcopy(self._init_kwargs))
     cls.__reduce__ = _reduce
     cls.__deepcopy__ = _deepcopy
-    _sources[cls] = sys.intern(
-        inspect.getsource(sys.modules[cls.__module__])
-    )  # interned: one copy a module in every pickle
+    # interned, so that every pickle has one copy per module
+    _sources[cls] = sys.intern(inspect.getsource(sys.modules[cls.__module__]))
     _classes[cls.__name__, _sources[cls]] = cls
     return cls
 
 
 def _recorded(argument):
-    """A copy of a constructor argument. A persistent object's contents, gigabytes of weights, are no part of how it was made."""
+    """A copy of a constructor argument; a persistent object's is without its gigabytes of weights."""
     if type(argument) in _sources:
         return dict(class_name=type(argument).__name__, args=argument.init_args, kwargs=argument.init_kwargs)
     return copy.deepcopy(argument)
@@ -80,7 +81,8 @@ def _reduce(self):
     cls = type(self)
     if cls not in _sources:
         raise TypeError(
-            f'{cls.__name__} derives from a persistent class but is not decorated with @persistent_class itself'
+            f'{cls.__name__} derives from a persistent class but is not decorated with @persistent_class '
+            'itself'
         )
     state = _state(self, leave_out={'metadata'} | HERE_ONLY)
     meta = dict(
@@ -96,11 +98,11 @@ def _deepcopy(self, memo: dict):
 
 
 def _reconstruct_persistent_obj(meta: dict):
-    """What pickles call. Rebuilds objects of this very process's classes; never executes the source that came along."""
+    """What pickles call. Rebuilds objects of this process's classes; never executes the pickled source."""
     cls = _classes.get((meta['class_name'], meta['module_src']))
     if cls is None:
         raise pickle.UnpicklingError(
-            f'no class {meta["class_name"]!r} with this source is loaded here, and its source is never executed; '
-            'read snapshots with training.checkpoint.load_network'
+            f'no class {meta["class_name"]!r} with this source is loaded here, and its source is never '
+            'executed; read snapshots with training.checkpoint.load_network'
         )
     return _restore(cls.__new__(cls), meta['state'])

@@ -1,4 +1,4 @@
-"""Being asked to stop: signals of schedulers and users, noticed at the next step by all processes together."""
+"""Preemption handler: signals of schedulers and users, noticed by all processes at the same step."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ import time
 
 from torch_utils.distributed import HostAgreement
 
-SIGNALS = (
-    signal.SIGTERM,
-    signal.SIGUSR1,
-    signal.SIGINT,
-)  # of SLURM at its time limit, of its --signal=USR1, of the keyboard
+# Of SLURM at its time limit, of its --signal=USR1, of the keyboard.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_REQUEST_SEC = 5.0  # a terminal, torchrun and SLURM may each deliver the same signal
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: come again
 
 
 class StopRequest:
-    """A context in which signals to stop are remembered instead of ending the process; `requested` is the first one's name, or None.
+    """A context in which signals to stop are recorded; `requested` is the name of the first one, or None.
 
     Repeats within five seconds count as one; a later one ends the process at once.
     """
@@ -38,7 +35,7 @@ class StopRequest:
 
     def __exit__(self, *_):
         for number, handler in self._previous.items():
-            # Once asked to stop, it is on its way out, which a repeated signal must not end with another exit status.
+            # A repeated signal must not end a process that is on its way out with another exit status.
             signal.signal(number, signal.SIG_IGN if self.here() else handler)
 
     def here(self) -> bool:
@@ -55,20 +52,21 @@ class StopRequest:
             self.requested, self._first_time = signal.Signals(number).name, now
         elif now - self._first_time > SAME_REQUEST_SEC:
             with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(
-                    sys.__stderr__.fileno(), b'Stopping at once.\n'
-                )  # a print could interrupt another print
+                # A print could interrupt another print.
+                os.write(sys.__stderr__.fileno(), b'Stopping at once.\n')
             os._exit(128 + number)
 
 
 class WorkerShield:
-    """A context in which processes that load data, given this as their `worker_init_fn`, outlive signals to stop: a scheduler may send them to
-    every process, and the step at hand needs its data. On the way out they obey SIGTERM again, by which Python ends them."""
+    """A context in which data workers, with this as their `worker_init_fn`, ignore signals to stop.
+
+    A scheduler may send these to every process, and the current step needs its data. On the way out workers
+    obey SIGTERM again, with which Python ends them.
+    """
 
     def __init__(self):
-        self._leaving = multiprocessing.RawValue(
-            'b', 0
-        )  # without a lock, which a signal in the handler would wait for in vain
+        # Without a lock, which a signal during the handler would wait for in vain.
+        self._leaving = multiprocessing.RawValue('b', 0)
 
     def __enter__(self) -> WorkerShield:
         return self

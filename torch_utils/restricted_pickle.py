@@ -1,14 +1,16 @@
 """Reads pickles as data. Nothing is imported, called or executed, whatever the file says.
 
-Python's own unpickler walks through the file, in its version in Python, whose memo is a dict: that of the version in C is an array
-as long as the largest index that a file claims. What it would look up, call or fill is replaced by inert records:
-`Name('collections.OrderedDict')`, `Call(name, args, state)`. Long byte strings are not read: a `Span` says where they lie, so that
-tensors can be read later, straight into their memory, or not at all. Opcodes and names outside the tables are refused.
+Python's own unpickler walks through the file, in its version in Python, whose memo is a dict: that of the
+version in C is an array as long as the largest index that a file claims. What it would look up, call or fill
+is replaced by inert records: `Name('collections.OrderedDict')`, `Call(name, args, state)`. Long byte strings
+are not read: a `Span` says where they lie, so that tensors can be read later, straight into their memory, or
+not at all. Opcodes and names outside the tables are refused.
 
-Names are never looked up, so none of them could do anything. They are in a table all the same, because a file that names anything
-else was not written to hold a network, and its user should know. What the network does not need (a loss, an encoder, attributes
-that someone added) is skipped, if it is data: so the table has the types of data that Python, NumPy and PyTorch have at hand, and what
-these pickle them with. Functions that anyone would call for their effect, or to reach something else, have no place in it.
+Names are never looked up, so none of them could do anything. They are in a table all the same, because a file
+that names anything else was not written to hold a network, and its user should know. What the network does
+not need (a loss, an encoder, attributes that someone added) is skipped, if it is data: so the table has the
+types of data that Python, NumPy and PyTorch have at hand, and what these pickle them with. Functions that
+anyone would call for their effect, or to reach something else, have no place in it.
 
 Time and memory are at most proportional to the file's length, and its records are limited in number.
 """
@@ -30,7 +32,7 @@ from dnnlib.util import without_garbage_collection
 
 
 class MalformedPickle(ValueError):
-    """The file is damaged, hostile, or of a kind that this reader does not know. The message completes 'it ...'."""
+    """The file is damaged, hostile, or of an unknown kind. The message completes 'it ...'."""
 
 
 class RefusedName(MalformedPickle):
@@ -55,7 +57,7 @@ class Call:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Span:
-    """A byte string (or an integer of more than 255 bytes) and its place in the file; a long one is left there."""
+    """A byte string, or a long integer, and its place in the file, where one of 256 bytes or more is left."""
 
     start: int
     size: int
@@ -64,7 +66,7 @@ class Span:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Key:
-    """A key that is no string. It is told from others by identity: a crafted one could take for ever to hash, or collide with many."""
+    """A key that is no string, compared by identity: a crafted one could take forever to hash, or collide."""
 
     value: object
 
@@ -178,17 +180,19 @@ class _Opcodes(dict):
         raise MalformedPickle(f'has opcode 0x{code:02x}, which no snapshot uses')
 
 
+# What protocols 2 to 5 emit, and what one meets first in protocol 0, so that what such a file names is told.
 OPCODES = """
     PROTO FRAME MARK STOP POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT
-    SHORT_BINSTRING BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8
+    SHORT_BINSTRING BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
+    SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8
     EMPTY_LIST EMPTY_DICT EMPTY_TUPLE EMPTY_SET LIST DICT TUPLE TUPLE1 TUPLE2 TUPLE3 FROZENSET
     APPEND APPENDS ADDITEMS SETITEM SETITEMS BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE
     GLOBAL STACK_GLOBAL REDUCE NEWOBJ NEWOBJ_EX BUILD BINPERSID
-"""  # what protocols 2 to 5 emit, and what one meets first in protocol 0, so that what such a file names is told
+"""
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's unpickler. What would look up, call, fill or hash what a file says is here, and makes records instead."""
+    """Python's unpickler, which makes records where it would look up, call, fill or hash what a file says."""
 
     def __init__(self, file: BinaryIO, stop: int, names: frozenset[str], persistent_ids: bool):
         self.source, self.names, self.persistent_ids = _Source(file, stop), names, persistent_ids
@@ -334,11 +338,14 @@ class NotPlain(MalformedPickle):
 
 
 def plain(tree, leave_out: bool = False):
-    """The tree as dicts with string keys, lists, tuples, strings, numbers, booleans and None; numpy scalars become Python numbers.
+    """The tree as dicts with string keys, lists, tuples, strings, numbers, booleans and None.
+
+    NumPy scalars become Python numbers.
 
     Args:
         leave_out: whether entries of dicts that hold anything else are left out.
-    Raises: NotPlain for anything else; MalformedPickle for cycles, and for values that share parts so often that they are endless.
+    Raises: NotPlain for anything else; MalformedPickle for cycles, and for values that share parts without
+        end.
     """
     left = MAX_PLAIN_VALUES
 
@@ -357,9 +364,8 @@ def plain(tree, leave_out: bool = False):
             return (tuple if isinstance(value, tuple) else list)(convert(item, depth + 1) for item in value)
         if isinstance(value, Call) and value.name in NUMPY_SCALARS:
             return _numpy_scalar(value)
-        raise NotPlain(
-            f'holds a {value.name if isinstance(value, Call) else type(value).__name__} where plain data is expected'
-        )
+        kind = value.name if isinstance(value, Call) else type(value).__name__
+        raise NotPlain(f'holds a {kind} where plain data is expected')
 
     def entries(items, depth):
         for key, item in items.items():
@@ -401,7 +407,7 @@ def latin1(text: str) -> bytes:
 
 
 def persistent_object(node) -> tuple[str, dict] | None:
-    """(class name, state) of a persistent object's record, None for anything else. Its source is not looked at."""
+    """(class name, state) of a persistent object's record, None for anything else. Its source is ignored."""
     match node:
         case Call(name=name, args=({'class_name': str(class_name), 'state': dict(state)},)) if (
             name == PERSISTENT_OBJECT

@@ -1,8 +1,9 @@
 """Files that `torch.save` writes, read as data: nothing in them is imported, called or executed.
 
-Since PyTorch 1.6 such a file is a zip archive, stored without compression: `<name>/data.pkl` holds everything but the tensors' elements, and
-`<name>/data/<key>` the elements of each storage. Before, it was five pickles (magic number, version, system, the contents, the storages' keys) and,
-for each key, the number of elements and the elements. Memory is at most what the file has, since what it claims is compared with that first.
+Since PyTorch 1.6 such a file is a zip archive, stored without compression: `<name>/data.pkl` holds everything
+but the tensors' elements, and `<name>/data/<key>` the elements of each storage. Before, it was five pickles
+(magic number, version, system, the contents, the storages' keys) and, for each key, the number of elements
+and the elements. Memory is at most what the file has, since what it claims is compared with that first.
 """
 
 from __future__ import annotations
@@ -50,13 +51,14 @@ MAX_DEPTH = 32  # of dicts and lists in each other
 
 
 def read_saved(file: BinaryIO):
-    """The contents of a PyTorch file: dicts, lists, tuples, scalars, bytes, and tensors on the CPU, each in memory of its own.
+    """The contents of a PyTorch file: plain data, bytes, and CPU tensors, each in memory of its own.
 
     What else the file would have built, such as a sparse tensor, is an inert `Call` or `Name`.
 
     Args:
         file: seekable, with a file descriptor. A checksum of ours may follow its end.
-    Raises: MalformedPickle, whose message completes 'it ...', for a file that is damaged, hostile, or of another kind.
+    Raises: MalformedPickle, whose message completes 'it ...', for a file that is damaged, hostile, or of
+        another kind.
     """
     contents, parts = _open(file, verify=True)
     try:
@@ -67,13 +69,13 @@ def read_saved(file: BinaryIO):
 
 
 def check_saved(file: BinaryIO) -> None:
-    """What `read_saved` checks before it reads the tensors' elements, whose checksums are somebody else's. Raises: MalformedPickle."""
+    """Check what `read_saved` does, except for the tensors' elements. Raises: MalformedPickle."""
     _open(file, verify=False)
     file.seek(0)
 
 
 def _open(file: BinaryIO, verify: bool) -> tuple[object, list[Part]]:
-    """The contents, whose tensors have memory that nothing has been written to yet, and which parts of the file belong there."""
+    """The contents, with tensors whose memory is still empty, and the parts of the file that belong there."""
     size, _ = find_seal(file)
     try:
         tree, places, pickled = (
@@ -90,8 +92,8 @@ def _open(file: BinaryIO, verify: bool) -> tuple[object, list[Part]]:
 
 
 # ----------------------------------------------------------------------------
-# The two formats. Each gives the tree of the contents, {key: (start, stop)} of the storages in the file, and the file that byte strings in the tree
-# refer to.
+# The two formats. Each gives the tree of the contents, {key: (start, stop)} of the storages in the file, and
+# the file that byte strings in the tree refer to.
 
 Places = dict[str, tuple[int, int]]
 

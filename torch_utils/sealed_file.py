@@ -1,8 +1,9 @@
-"""Files that end in their own checksum, and parts of files read by several threads, at about the speed of memory.
+"""Files that end in their own checksum; parts of files read by several threads, at about memory speed.
 
-A sealed file is whatever was written, then the line `#checksum <64 hexadecimal digits>`, which readers of pickles and of PyTorch's files
-ignore. The checksum is the SHA-256 over the CRC-32s, four little-endian bytes each, of the file's pieces of 512 KiB. It finds accidents, not
-forgeries; SHA-256 of the file itself would take longer than reading it from memory.
+A sealed file is whatever was written, then the line `#checksum <64 hexadecimal digits>`, which readers of
+pickles and of PyTorch's files ignore. The checksum is the SHA-256 over the CRC-32s, four little-endian bytes
+each, of the file's pieces of 512 KiB. It finds accidents, not forgeries; SHA-256 of the file itself would
+take longer than reading it from memory.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class _SealingFile:
 
 @contextlib.contextmanager
 def sealed(path: str | os.PathLike) -> Iterator[_SealingFile]:
-    """A file to write to, which appears under its name when it is complete, sealed and on disk. Raises: see `atomic_write`."""
+    """A file to write to, which takes its name when complete, sealed and on disk; see `atomic_write`."""
     with atomic_write(path) as file:
         sealing = _SealingFile(file)
         try:
@@ -110,7 +111,7 @@ def read_parts(file: BinaryIO, parts: Sequence[Part]):
 
 
 def read_sealed(file: BinaryIO, size: int, seal: str, parts: Sequence[Part] = ()):
-    """Fills the parts from a file of `size` bytes, and compares all of it with its seal, reading it once. Raises: DamagedFile."""
+    """Fills the parts from a file of `size` bytes and checks its seal, in one pass. Raises: DamagedFile."""
     wanted: dict[int, list[Part]] = {}  # by piece
     for start, target in parts:
         for index in range(start // PIECE, -(-(start + len(target)) // PIECE)):

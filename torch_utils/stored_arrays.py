@@ -1,6 +1,7 @@
 """NumPy's arrays in pickles: type, shape and place of the values, which are not read.
 
-The pickles are read as data (`restricted_pickle`), and what they say of an array is checked before memory is taken for it.
+The pickles are read as data (`restricted_pickle`), and what they say of an array is checked before memory is
+taken for it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,8 @@ from torch_utils.restricted_pickle import (
     text_of_bytes,
 )
 
-PICKLE_NAMES = frozenset(
-    NUMPY_ARRAYS | NUMPY_SCALARS | NUMPY_TYPES | DICTS | {ENCODED_BYTES}
-)  # of files that hold arrays and nothing else
+# Of files that hold arrays and nothing else.
+PICKLE_NAMES = frozenset(NUMPY_ARRAYS | NUMPY_SCALARS | NUMPY_TYPES | DICTS | {ENCODED_BYTES})
 
 
 class StoredArray(NamedTuple):
@@ -55,8 +55,8 @@ def stored_array(node, wanted: str = 'numbers', codes: str = r'[iu][1248]|f[248]
         wanted: what messages call the types that are meant.
         codes: a regular expression of NumPy's codes for these, without byte order.
 
-    Protocols 2 to 4 call `_reconstruct` and give it the state (version, shape, type, whether Fortran's order, values); protocol 5 calls
-    `_frombuffer` with (values, type, shape, order).
+    Protocols 2 to 4 call `_reconstruct` and give it the state (version, shape, type, whether Fortran's order,
+    values); protocol 5 calls `_frombuffer` with (values, type, shape, order).
     """
     match node:
         case Call(name=name, args=(values, Call(name='numpy.dtype') as dtype, tuple(shape), str(order))) if (

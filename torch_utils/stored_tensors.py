@@ -1,8 +1,9 @@
 """Tensors in pickled modules: which there are, and where in the file their elements lie.
 
-A tensor is pickled as a call that gets its storage, and its offset, shape and stride in it. A storage is a byte string in PyTorch's legacy
-format: five pickles (magic number, version, system, the storage's description, its key), the number of elements, the elements. All of
-these are read as data (`restricted_pickle`); the elements not at all, so that they can be read straight into a tensor's memory.
+A tensor is pickled as a call that gets its storage, and its offset, shape and stride in it. A storage is a
+byte string in PyTorch's legacy format: five pickles (magic number, version, system, the storage's
+description, its key), the number of elements, the elements. All of these are read as data
+(`restricted_pickle`); the elements not at all, so that they can be read straight into a tensor's memory.
 """
 
 from __future__ import annotations
@@ -27,15 +28,13 @@ from torch_utils.restricted_pickle import (
 )
 
 MAGIC = 0x1950A86A20F9469CFC6C  # of PyTorch's files before 1.6, and of storages in pickles
-MAX_ENTRIES, MAX_NAME = (
-    100_000,
-    1000,
-)  # parameters, buffers and modules of a network; length of their dotted names
+MAX_ENTRIES = 100_000  # parameters, buffers and modules of a network
+MAX_NAME = 1000  # characters of their dotted names
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor that is still in the file: its storage, or the text that stands for it, and its view of the storage, in elements."""
+    """A tensor that is still in the file: its storage, or the text for it, and its view in elements."""
 
     storage: Span | str | Call  # a call: by a persistent ID, for `saved_tensors`
     offset: int
@@ -161,8 +160,8 @@ class LocatedTensor:
 class Storages:
     """Finds tensors' elements in a file, whose storages are in PyTorch's legacy format.
 
-    The format: five pickles (magic number, version, system, the storage's description, its key), the number of elements, the elements.
-    The device in the description does not matter: the elements are in the file.
+    The format: five pickles (magic number, version, system, the storage's description, its key), the number
+    of elements, the elements. The device in the description does not matter: the elements are in the file.
     """
 
     def __init__(self, file: BinaryIO):
@@ -173,7 +172,7 @@ class Storages:
         self.known: dict[int, Elements] = {}  # by the identity of a storage, which several tensors may share
 
     def locate(self, tensor: StoredTensor) -> LocatedTensor:
-        """Raises: MalformedPickle where the tensor would reach beyond its storage or repeat elements of it."""
+        """Raises: MalformedPickle if the tensor reaches beyond its storage or repeats its elements."""
         elements = self.known.get(id(tensor.storage))
         if elements is None:
             elements = self.known[id(tensor.storage)] = self._read_header(tensor.storage)
@@ -184,8 +183,8 @@ class Storages:
         )
         if count > numel or tensor.offset + extent > numel:
             raise MalformedPickle(
-                f'claims a tensor of shape {list(tensor.shape)} that does not fit into its storage of {numel:,} elements'
-                + ' (its own would share memory)' * (tensor.offset + extent <= numel)
+                f'claims a tensor of shape {list(tensor.shape)} that does not fit into its storage of '
+                f'{numel:,} elements' + ' (its own would share memory)' * (tensor.offset + extent <= numel)
             )
         return LocatedTensor(
             elements.text,
@@ -236,7 +235,7 @@ class Elements:
     nbytes: int
 
     def part(self, view: object) -> Elements:
-        """The part of a storage that old versions of PyTorch describe by (key, first element, number of elements)."""
+        """A part of a storage, which old PyTorch calls (key, first element, number of elements)."""
         if not (
             isinstance(view, tuple)
             and len(view) == 3

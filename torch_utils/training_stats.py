@@ -1,8 +1,10 @@
 """Scalar statistics of a training run, gathered on the device and reduced over processes once a tick.
 
-`report` and `report_bins` add to running moments without any transfer, of tensors that must not change afterwards; `collect` sums them over all
-processes, returns {name: {"num", "mean", "std"}} and starts anew. Every process must report the same names. A step of a small network would notice
-the operations, so they wait for each other: reports of a name become moments together, and `report_later` puts off what it takes to make them.
+`report` and `report_bins` add to running moments without any transfer, of tensors that must not change
+afterwards; `collect` sums them over all processes, returns {name: {"num", "mean", "std"}} and starts anew.
+Every process must report the same names. A step of a small network would notice the operations, so they wait
+for each other: reports of a name become moments together, and `report_later` puts off what it takes to make
+them.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def _accumulator(names: tuple[str, ...], device: torch.device) -> torch.Tensor:
 
 
 def report(name: str | list[str], values) -> None:
-    """Add observations: any tensor for one name, [N, K] for K names, a column each. Those that are not finite are left out."""
+    """Add observations: any tensor for one name, [N, K] for K names. Non-finite ones are left out."""
     names = (name,) if isinstance(name, str) else tuple(name)
     _add(names, torch.as_tensor(values).detach().reshape(-1, len(names)))
 
@@ -45,7 +47,7 @@ def report_bins(names: list[str], index: torch.Tensor, values: torch.Tensor) -> 
 
 
 def report_later(describe: Callable[..., None], *tensors: torch.Tensor) -> None:
-    """Have `describe` called with `tensors` [N, ...], after which it reports: once for many calls, with what all of them gave, one after another."""
+    """Have `describe` called, once for many calls, with their concatenated `tensors` [N, ...]; it reports."""
     calls = _later.setdefault(describe, [])
     calls.append(tensors)
     if len(calls) >= AT_ONCE:
@@ -94,7 +96,7 @@ def collect() -> dict[str, dict[str, float]]:
 
 
 def state() -> list[tuple[list[str], torch.Tensor]]:
-    """What was reported since the last collection, summed over processes, for a training state that is made in the middle of a tick."""
+    """The sums over processes since the last collection, for a training state in the middle of a tick."""
     for describe in list(_later):
         _describe(describe)
     for names in list(_waiting):
@@ -110,7 +112,7 @@ def state() -> list[tuple[list[str], torch.Tensor]]:
 
 
 def load_state(groups: list[tuple[list[str], torch.Tensor]], device: torch.device) -> None:
-    """Inverse of `state`: every process knows the names, the main one has what was reported. Raises: ValueError where these do not go together."""
+    """Inverse of `state`: every process knows the names, the main one has the sums. Raises: ValueError."""
     reset()
     for names, total in groups:
         if total.shape != (len(names), 3):

@@ -1,4 +1,4 @@
-"""What a run tells about itself, and where: console and log.txt, stats.jsonl, metrics-val.jsonl, a progress bar, W&B, TensorBoard.
+"""What a run logs: console and log.txt, stats.jsonl, metrics-val.jsonl, a progress bar, W&B, TensorBoard.
 
 Nothing that goes wrong here ends a training. docs/logging.md says what is written where.
 """
@@ -23,14 +23,8 @@ from dnnlib.text import printable
 from dnnlib.util import LONGEST_MESSAGE, atomic_write
 
 LOG, STATS, METRICS = 'log.txt', 'stats.jsonl', 'metrics-val.jsonl'
-CIRCUMSTANCES = (
-    'kimg',
-    'nimg',
-    'num_images',
-    'steps',
-    'nfe',
-    'seconds',
-)  # entries of an evaluation that are no results
+# Entries of an evaluation that are not results.
+CIRCUMSTANCES = ('kimg', 'nimg', 'num_images', 'steps', 'nfe', 'seconds')
 INIT_TIMEOUT = 60.0  # seconds that W&B has for beginning a run
 FINISH_TIMEOUT = 300.0  # and for sending what is left when it ends
 WRITTEN_AFTER = 60.0  # seconds after which W&B's service, which writes every 15, has written what it was sent
@@ -46,16 +40,16 @@ LINE = Record(
 
 
 class RunLog:
-    """The voice of a run. Only the main process, which is `enabled`, is heard.
+    """Run logger. Only the main process, which is `enabled`, writes.
 
-    Lines can be said at once; statistics and evaluations follow `start`. Lines that a full disk refuses are kept and written when it takes them.
+    Lines can be logged at once, statistics and evaluations after `start`. Lines that a full disk refuses are
+    kept in memory and written when there is room.
     """
 
     def __init__(self, run_dir: str, enabled: bool):
         self.run_dir, self.enabled = os.path.abspath(run_dir), enabled
-        self.wandb_id: str | None = (
-            None  # for the training state: a resumed run goes on with the W&B run of this name
-        )
+        # For the training state: a resumed run continues this W&B run.
+        self.wandb_id: str | None = None
         self._bar: tqdm.tqdm | None = None
         self._wandb: WandbRun | None = None
         self._tensorboard: TensorBoard | None = None
@@ -70,12 +64,13 @@ class RunLog:
         config: dict | None = None,
         tensorboard: bool = False,
     ) -> None:
-        """Begin a run, or go on with one at `resumed_at` images: what the folder has beyond is forgotten, because it will be computed again.
+        """Begin a run, or resume one at `resumed_at` images and remove the later records, which come again.
 
         Args:
             total_nimg: images at the end of the run.
             resumed_at: images that the training state has seen; None for a new run.
-            wandb: `project`, `entity`, `name`, `tags`, `mode` and, from the training state, `id` of the W&B run, each possibly None; or None.
+            wandb: `project`, `entity`, `name`, `tags`, `mode` and, from the training state, `id` of the W&B
+                run, each possibly None; or None.
             config: the run's configuration, plain data, shown by W&B.
             tensorboard: whether to write TensorBoard's event files into the run folder.
         Raises: UserError where a package is missing, or the disk is too full to shorten a file.
@@ -83,9 +78,8 @@ class RunLog:
         self.wandb_id = wandb and wandb.get('id')
         if not self.enabled:
             return
-        seen = (
-            -1 if resumed_at is None else resumed_at
-        )  # a run that was killed before its first state begins anew in its folder
+        # A run that was killed before its first state begins anew in its folder.
+        seen = -1 if resumed_at is None else resumed_at
         latest, history = forget_future(self.run_dir, seen)
         if tensorboard:
             self._tensorboard = TensorBoard(self.run_dir, seen + 1, say=self)
@@ -122,7 +116,7 @@ class RunLog:
             self._show(images_seen(stats), scalars(stats), {})
 
     def evaluation(self, record: dict, grid: str | None = None) -> None:
-        """The result of evaluating the average `record['ema']` at `record['nimg']` images; `grid` is the path of a PNG with samples.
+        """An evaluation of the average `record['ema']` at `record['nimg']` images; `grid`: a PNG of samples.
 
         One that failed has no `fid` but a `problem`, of which people are warned.
         """
@@ -130,7 +124,8 @@ class RunLog:
             self(json_line(record))
             if 'problem' in record:
                 self(
-                    f'Warning: there is no FID of {record["ema"]} at {record["nimg"] / 1e3:g} kimg: {record["problem"]}'
+                    f'Warning: there is no FID of {record["ema"]} at {record["nimg"] / 1e3:g} kimg: '
+                    f'{record["problem"]}'
                 )
             self._append(METRICS, json_line(record))
             self._show(
@@ -176,8 +171,8 @@ class RunLog:
                 if not self._told:
                     with contextlib.suppress(OSError):
                         print(
-                            f'Cannot write {name} in {self.run_dir}: {error.strerror}. Training goes on; what is missing is written when '
-                            'that is possible again.',
+                            f'Cannot write {name} in {self.run_dir}: {error.strerror}. Training goes on; '
+                            'what is missing is written when that is possible again.',
                             file=sys.stderr,
                             flush=True,
                         )
@@ -195,7 +190,8 @@ def check_available(wandb: dict | None, tensorboard: bool) -> None:
             package.Settings(project=wandb.get('project'))
         except (package.errors.UsageError, ValueError) as error:
             raise UserError(
-                f'--wandb_project={wandb["project"]} cannot be the name of a W&B project ({error}): choose another.'
+                f'--wandb_project={wandb["project"]} cannot be the name of a W&B project ({error}): choose '
+                'another.'
             ) from error
 
 
@@ -217,7 +213,7 @@ def json_line(record: dict) -> str:
 
 
 def scalars(record: dict) -> dict[str, float]:
-    """The numbers of a line of stats.jsonl or metrics-val.jsonl, by the names they have in W&B and TensorBoard."""
+    """The numbers of a line of stats.jsonl or metrics-val.jsonl, by their names in W&B and TensorBoard."""
     if 'nimg' in record:
         values = {
             f'Metrics/{name}{average_suffix(record)}': value
@@ -240,7 +236,7 @@ def average_suffix(record: dict) -> str:
 
 
 def append_lines(path: str, lines: str) -> None:
-    """Append whole lines, all or none. What a kill has left of a line is ended first or, in a .jsonl file, removed where it is no record.
+    """Append lines, all or none. A line that a kill cut short is ended first, or removed from a .jsonl file.
 
     Raises: OSError, such as that of a full disk; then the file is as it was.
     """
@@ -281,7 +277,7 @@ def parse(line: bytes) -> dict | None:
 
 
 def records(path: str) -> Iterator[tuple[bytes, dict | None]]:
-    """The lines of a .jsonl file and their records; None of a line that is none. The last line may lack its end.
+    """The lines of a .jsonl file, each with its record or None. The last line may lack its end.
 
     Raises: UserError, which names the line, for a record that no run writes, and for a line without end.
     """
@@ -306,9 +302,10 @@ def images_seen(record: dict) -> int | None:
 
 
 def forget_future(run_dir: str, nimg: int) -> tuple[int, dict[int, dict[str, float]]]:
-    """Remove from stats.jsonl and metrics-val.jsonl what was recorded beyond `nimg` images, and a last line that a kill cut short.
+    """Remove the records beyond `nimg` images, and a line cut short, from stats.jsonl and metrics-val.jsonl.
 
-    Returns: the most images that any record told of (-1 for none), and the numbers that are left by images seen.
+    Returns: the most images that any record told of (-1 for none), and the numbers that are left by images
+        seen.
     Raises: UserError, which names the line, for a record that no run writes.
     """
     latest, history = -1, {}
@@ -338,10 +335,11 @@ def forget_future(run_dir: str, nimg: int) -> tuple[int, dict[int, dict[str, flo
 
 
 class WandbRun:
-    """A run at W&B, whose steps are images seen. What fails there is told once, and from then on nothing is sent.
+    """A run at W&B, whose steps are images seen. The first failure there is logged, and ends the sending.
 
-    W&B takes each step once, in ascending order, and keeps what it has. A resumed run therefore begins with what W&B does not have: it adds
-    the recorded history again, and later what it computes again, and steps that are there already are passed over.
+    W&B takes each step once, in ascending order, and keeps what it has. A resumed run therefore begins with
+    what W&B does not have: it adds the recorded history again, and later what it computes again, and steps
+    that are there already are passed over.
 
     Args:
         run_dir: folder in which W&B keeps its own, `wandb`.
@@ -397,7 +395,7 @@ class WandbRun:
         self._say(f'W&B: {run.sync_dir} (wandb sync uploads it)' if run.offline else f'W&B: {run.url}')
 
     def _written_step(self, latest: int) -> int:
-        """The last step that earlier processes have surely written, by our note; without one, what they recorded."""
+        """The last step that earlier processes surely wrote, by our note; without one, their last record."""
         try:
             with open_regular(self._note) as file:
                 return min(int(file.read(20)), latest)
@@ -407,7 +405,7 @@ class WandbRun:
             return -1
 
     def _write_note(self, step: int) -> None:
-        """Note, offline, the last step that a kill could not take back. An older note only means that more is sent again."""
+        """Note, offline, the last step that is safe from a kill. With an older note more is sent again."""
         if self._note:
             with contextlib.suppress(OSError), open(self._note, 'w') as file:
                 file.write(f'{step}\n')
@@ -444,17 +442,16 @@ class WandbRun:
                 self._run.finish(exit_code=exit_code)
                 self._write_note(self._last_step)
         with self._tolerating():
-            import_wandb().teardown(
-                exit_code=exit_code
-            )  # or a service that has died is complained of at exit
+            # Without this, W&B complains at exit about a service that has died.
+            import_wandb().teardown(exit_code=exit_code)
 
     @contextlib.contextmanager
     def _tolerating(self) -> Iterator[None]:
         """A block in which W&B may fail.
 
-        Its own exceptions have no base class in common, and those of a service process that has died or hangs are private (wandb.sdk.mailbox),
-        so the package of their class tells them. Besides there are OSError (broken connections, time-outs, full disks) and ValueError
-        (settings in the environment).
+        Its own exceptions have no base class in common, and those of a service process that has died or hangs
+        are private (wandb.sdk.mailbox), so the package of their class tells them. Besides there are OSError
+        (broken connections, time-outs, full disks) and ValueError (settings in the environment).
         """
         try:
             yield
@@ -468,8 +465,9 @@ class WandbRun:
             if not self._failed:
                 self._failed = True
                 self._say(
-                    f'W&B failed, and training goes on without it: {type(error).__name__}: {" ".join(str(error).split())} ({STATS} and '
-                    f'{METRICS} have everything; resuming the run with --wandb=1 sends what W&B lacks)'
+                    f'W&B failed, and training goes on without it: {type(error).__name__}: '
+                    f'{" ".join(str(error).split())} ({STATS} and {METRICS} have everything; resuming the '
+                    'run with --wandb=1 sends what W&B lacks)'
                 )
 
 
@@ -528,7 +526,8 @@ class TensorBoard:
             if not self._failed:
                 self._failed = True
                 self._say(
-                    f'TensorBoard: cannot write into {self._run_dir}: {error.strerror or error}. Training goes on.'
+                    f'TensorBoard: cannot write into {self._run_dir}: {error.strerror or error}. Training '
+                    'goes on.'
                 )
 
 
