@@ -159,7 +159,7 @@ def main(
             if not as_latents:  # a VAE that is missing is better missed now
                 encoders.encoder_of(net, distributed.get_device())
         arguments = sampling_arguments(net, network, **sampling)
-        generation.rehearse(net, **arguments)
+        generation.validate_arguments(net, **arguments)
         if precision:
             execution.in_precision(net, precision)
         execution.run_with(net, channels_last=channels_last, compiled=compiled, cuda_graphs=True)

@@ -13,9 +13,13 @@ What follows an edit in this file brings such an image to 8 bits without losing 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from training.networks.encoders import StandardRGBEncoder
 from training.samplers import Edit
 
 LUMA = (
@@ -23,6 +27,7 @@ LUMA = (
     38470 / 65536,
     7471 / 65536,
 )  # Rec. 601's 0.299, 0.587, 0.114 in the 16-bit fixed point of Pillow's convert('L')
+GRAY = 128  # of pixels that are to be made up, where what is known is shown
 ROOM = 1e-12  # least distance to the ends of the range that is divided by
 
 # ----------------------------------------------------------------------------
@@ -125,6 +130,88 @@ def gray_pixels(images: Tensor) -> Tensor:
         .reshape(3, 1, 1)
     )
     return ((images * weights).sum(1, keepdim=True) + 32768).div(65536, rounding_mode='floor').to(torch.uint8)
+
+
+# ----------------------------------------------------------------------------
+# Tasks: an edit, what it starts from, and how its results become 8 bits.
+
+
+class Prepared(NamedTuple):
+    """A batch made ready for the sampler.
+
+    Attributes:
+        known: what the network is told of the images, to be seen in the grid: uint8 [N, C, H, W].
+        latents: [N, C, H, W].
+        options: of `samplers.sample`: an edit, or a start.
+        to_pixels: from what the sampler returns to uint8.
+    """
+
+    known: Tensor
+    latents: Tensor
+    options: dict
+    to_pixels: Callable[[Tensor], Tensor]
+
+
+Task = Callable[['Tensor', 'Tensor'], Prepared]  # of images, uint8 [N, C, H, W], and latents
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """uint8 to [-1, 1], in float64: what is known stays exact."""
+    return images.double() / 127.5 - 1
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """[N, C, H, W] in [-1, 1] to uint8, rounded."""
+    return StandardRGBEncoder().decode(images)
+
+
+def inpainting_task(unknown: Tensor) -> Task:
+    """`unknown`: boolean [H, W]."""
+
+    def prepare(images, latents):
+        where = unknown.to(images.device)
+        return Prepared(
+            images.masked_fill(where, GRAY),
+            latents,
+            dict(edit=inpainting(to_signed(images), where)),
+            to_pixels,
+        )
+
+    return prepare
+
+
+def colorization_task(images: Tensor, latents: Tensor) -> Prepared:
+    gray = gray_pixels(images)
+    return Prepared(
+        gray, latents, dict(edit=colorization(to_signed(gray))), lambda x: to_pixels(contract_colors(x))
+    )
+
+
+def superresolution_task(factor: int, resolution: int) -> Task:
+    """From images of `resolution`, which are averaged, or of a `factor`-th of it."""
+
+    def prepare(images, latents):
+        small = to_signed(images)
+        small = block_mean(small, factor) if images.shape[-1] == resolution else small
+        return Prepared(
+            to_pixels(small),
+            latents,
+            dict(edit=superresolution(small, factor)),
+            lambda x: round_blocks(x, factor),
+        )
+
+    return prepare
+
+
+def start_task(sigma: float, add_noise: bool) -> Task:
+    """Sampling begins at the images, with noise of `sigma` that they have already or that is added."""
+
+    def prepare(images, latents):
+        begin = to_signed(images)
+        noise = latents.double() * add_noise
+        return Prepared(to_pixels(begin + sigma * noise), noise, dict(start=(begin, sigma)), to_pixels)
+
+    return prepare
 
 
 # ----------------------------------------------------------------------------

@@ -165,8 +165,8 @@ def nonfinite_seeds(bad: Sequence[int], count: int, what: str = 'images') -> str
     )
 
 
-class Rehearsal:
-    """A network that says what it is, and computes nothing: D = x."""
+class IdentityDenoiser:
+    """A network with the attributes of another one, that computes nothing: D = x."""
 
     def __init__(self, net):
         self._net = net
@@ -178,9 +178,12 @@ class Rehearsal:
         return x
 
 
-def rehearse(net, choose_labels: LabelChooser | None = None, **arguments) -> None:
-    """Sample a pixel without the network, with the arguments of `generate_latents`: a UserError that its options meet with comes at once."""
-    samplers.sample(Rehearsal(net), torch.zeros(1, net.img_channels, 1, 1), **arguments)
+def validate_arguments(net, choose_labels: LabelChooser | None = None, **arguments) -> None:
+    """Sample a pixel by an identity denoiser, with the arguments of `generate_latents`.
+
+    Raises: UserError where the options do not fit the network, before anything is computed.
+    """
+    samplers.sample(IdentityDenoiser(net), torch.zeros(1, net.img_channels, 1, 1), **arguments)
 
 
 class RecordedLabels:

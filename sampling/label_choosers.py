@@ -53,6 +53,16 @@ def choose(
     )
 
 
+def given_labels(labels: torch.Tensor) -> generation.LabelChooser:
+    """A chooser of these labels; random ones are drawn all the same, so that noise that comes after them is what it is without labels."""
+
+    def choose(noise, label_dim):
+        noise.randint(label_dim)
+        return labels.to(noise.device)
+
+    return choose
+
+
 def read_labels(path: str, space: LabelSpace, network: str) -> Labels:
     """The labels in a .npy file. Raises: UserError where they are none of the network."""
     from data.arrays import map_npy

@@ -12,6 +12,9 @@ from dnnlib import cli
 
 STUDENT, CM, TEACHER = 'Students', 'Consistency models (--solver=cm)', 'Teachers (probability-flow ODE)'
 SOLVERS, EDITING_SOLVERS = ['student', 'euler', 'heun', 'addim', 'cm'], ['student', 'cm']
+CM_EDIT_STEPS = (
+    40  # of edits by consistency models of one step: more heed more of what is known (docs/editing.md)
+)
 SWITCH = None  # the type of an option that has no value
 
 
@@ -25,7 +28,8 @@ class SharedOption(NamedTuple):
         help: with its default in words, which is what None means.
         metavar: what --help shows for the value; None: as the type says.
         group: heading in --help; None: the general ones.
-        default: of a switch.
+        default: of the argument, which --help shows where the option takes a value; None: as the help says.
+        required: whether it must be given.
     """
 
     name: str
@@ -35,12 +39,15 @@ class SharedOption(NamedTuple):
     metavar: str | None = None
     group: str | None = None
     default: object = None
+    required: bool = False
 
     def __call__(self, command: Callable) -> Callable:
         if self.type is SWITCH:
             kind = dict(is_flag=True, default=self.default)
         else:
-            kind = dict(type=self.type, metavar=self.metavar)
+            kind = dict(type=self.type, metavar=self.metavar, required=self.required)
+            if self.default is not None:
+                kind |= dict(default=self.default, show_default=True)
         return cli.option(self.flags, self.name, group=self.group, help=self.help, **kind)(command)
 
     def under(self, group: str | None) -> SharedOption:

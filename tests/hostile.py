@@ -81,9 +81,9 @@ def read_reference(path: str) -> None:
 
 
 def edit_image(path: str) -> None:
-    import edit
+    from sampling import edit_files
 
-    edit.read_image(path)
+    edit_files.read_image(path)
 
 
 def read_label_file(path: str) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 import edit
 import generate
-from sampling import editing
+from sampling import edit_files, editing
 from training import networks, samplers
 from training.checkpoint import load_network, save_snapshot
 
@@ -142,7 +142,7 @@ def test_a_colored_image_turned_gray_by_pillow_is_the_gray_image(seed, spread):
     images = editing.contract_colors(editing.colorization(known)(spread * randn(seed, [1, 3, 6, 6])))
     torch.testing.assert_close(editing.luma(images), known, rtol=0, atol=1e-10)
     assert images.abs().max() <= 1 + 1e-10
-    pixels = edit.to_pixels(images)[0].permute(1, 2, 0).numpy()
+    pixels = editing.to_pixels(images)[0].permute(1, 2, 0).numpy()
     assert np.array_equal(np.asarray(Image.fromarray(pixels).convert('L')), gray[0, 0].numpy())
 
 
@@ -402,7 +402,7 @@ def test_noise_is_removed_from_noisy_images_and_added_only_on_demand(tmp_path, s
     _, noised = edited(*common, '--add-noise', f'--outdir={tmp_path / "b"}')
     x = torch.from_numpy(original(images, '000')).double()[None, None] / 127.5 - 1
     with torch.no_grad():
-        expected = edit.to_pixels(
+        expected = editing.to_pixels(
             load_network(snapshots['cm'])(x, torch.tensor(0.5, dtype=torch.float64)).double()
         )[0, 0].numpy()
     assert np.array_equal(clean['000-000000.png'], expected) and np.array_equal(
@@ -624,7 +624,7 @@ def test_a_mask_may_be_of_any_mode_of_eight_bits(tmp_path, mode):
     drawing = Image.new('L', [8, 8])
     drawing.paste(255, (0, 4, 8, 8))
     drawing.convert(mode).save(tmp_path / 'mask.png')
-    unknown = edit.unknown_pixels(8, str(tmp_path / 'mask.png'), None, None)
+    unknown = edit_files.unknown_pixels(8, str(tmp_path / 'mask.png'), None, None)
     assert unknown.sum() == 32 and bool(unknown[4:].all())
 
 
@@ -635,7 +635,7 @@ def test_a_photograph_is_read_as_its_camera_was_held(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3
     drawing.save(tmp_path / 'photo.png', exif=exif)
-    assert edit.read_image(str(tmp_path / 'photo.png'))[0, 0, :, 0].tolist() == [0] * 6 + [255] * 2
+    assert edit_files.read_image(str(tmp_path / 'photo.png'))[0, 0, :, 0].tolist() == [0] * 6 + [255] * 2
 
 
 def test_labels_that_are_not_used_need_not_be_complete(tmp_path, snapshots):

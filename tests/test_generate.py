@@ -165,7 +165,7 @@ def test_a_hostile_snapshot_is_refused_and_nothing_of_it_runs(tmp_path):
 
 
 def test_what_is_refused_leaves_no_folder(tmp_path, student, teacher):
-    """The sampler, which refuses some options only when it runs, is rehearsed first."""
+    """The sampler, which refuses some options only when it runs, first runs with an identity denoiser."""
     for network, options in (
         (student, ['--S_churn=1']),
         (student, ['--class=10']),

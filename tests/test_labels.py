@@ -24,7 +24,7 @@ from data.dataset import ImageFolderDataset
 from data.label_space import Labels, LabelSpace, listed, parse_ranges, ranges, space_of
 from dnnlib import UserError
 from metrics import validator
-from sampling import generation, label_choosers
+from sampling import edit_files, generation, label_choosers
 from training import networks
 from training.checkpoint import load_network, save_snapshot
 
@@ -432,7 +432,7 @@ def test_the_vectors_of_an_input_are_used_by_edits(tmp_path, vectors, students):
         result = invoke(edit.main, *arguments, f'--outdir={tmp_path / name}', *extra)
         assert result.exit_code == 0 and len(list((tmp_path / name / 'images').iterdir())) == 4, result.output
     source = edit.open_input(str(vectors[2]), [2, 0])
-    assert edit.labels_for(load_network(vectors[0]), str(vectors[2]), source).tolist() == [
+    assert edit_files.labels_for(load_network(vectors[0]), str(vectors[2]), source).tolist() == [
         VECTORS[2],
         VECTORS[0],
     ]

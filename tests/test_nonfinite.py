@@ -25,7 +25,7 @@ from dnnlib import NotFinite
 from metrics.calc import observe
 from metrics.generated import GeneratedImages
 from metrics.images import ArrayImages
-from sampling import editing, generation
+from sampling import edit_files, editing, generation
 from training import samplers
 from training.checkpoint import load_network, save_snapshot
 from training.networks import encoders
@@ -286,7 +286,7 @@ def test_edit_names_image_and_seed_and_leaves_no_grid(tmp_path, digits, monkeypa
     net = Broken(1, 1, metadata=dict(objective='mcd', solver='cm', sigmas=[80.0, 1.0, 0.0], S=2))
     net.img_channels, net.img_resolution = 1, 8
     net.forward = functools.partial(gray_broken, net)
-    monkeypatch.setattr(edit, 'load', lambda network: net)
+    monkeypatch.setattr(edit_files, 'load', lambda network: net)
     (tmp_path / 'images').mkdir()
     (tmp_path / 'grid.png').write_bytes(b'earlier')
     common = [

@@ -16,13 +16,13 @@ from helpers import ROOT, assert_one_clear_error
 from PIL import Image, ImageOps
 
 import dataset_tool
-import edit
 import fid
 from data.dataset import ImageFolderDataset
 from data.pixels import TURNS
 from dnnlib import EasyDict, UserError
 from metrics.calc import observe
 from metrics.images import open_images
+from sampling import edit_files
 from training.setup import describe_run
 
 NOISE = np.random.default_rng(0).integers(0, 256, [8, 8, 4], dtype=np.uint8)
@@ -271,7 +271,9 @@ def test_orientation_is_ignored_or_applied_and_counted(tmp_path, kind, orientati
     upright, said = converted(folder, '--exif=apply')
     np.testing.assert_array_equal(upright, turned(stored, orientation))
     assert ('1 images carry an EXIF orientation and were turned by it' in said) == (orientation != 1)
-    np.testing.assert_array_equal(edit.read_image(str(folder / f'a.{kind}'))[0].permute(1, 2, 0), upright)
+    np.testing.assert_array_equal(
+        edit_files.read_image(str(folder / f'a.{kind}'))[0].permute(1, 2, 0), upright
+    )
 
 
 def test_the_handed_photo_is_turned_as_it_is_displayed(tmp_path, fixtures):
@@ -454,7 +456,7 @@ def test_postscript_starts_no_program_whatever_its_name(tmp_path, monkeypatch, n
     ):
         assert_one_clear_error(result, f'{name} is not a readable image (it is a PostScript document (EPS))')
     with pytest.raises(UserError, match='PostScript'):
-        edit.read_image(str(tmp_path / 'src' / name))
+        edit_files.read_image(str(tmp_path / 'src' / name))
     with pytest.raises(UserError, match='PostScript'):
         ImageFolderDataset(tmp_path / 'src')
 
