@@ -58,9 +58,14 @@ JOB = (
         'LIST',
     ),
     SharedOption(
-        'seeds', '--seeds', cli.Seeds(), 'A result of each image for every seed.', 'LIST', default='0'
+        'seeds',
+        '--seeds',
+        cli.Seeds(),
+        'Seeds; each image is edited once for every seed.',
+        'LIST',
+        default='0',
     ),
-    SharedOption('batch', '--batch', cli.BATCH, 'Images at a time.', 'INT', default=64),
+    SharedOption('batch', '--batch', cli.BATCH, 'Images per batch.', 'INT', default=64),
 )
 
 
@@ -114,21 +119,21 @@ class Box(click.ParamType):
     '--mask',
     metavar='IMAGE',
     type=cli.PATH,
-    help='What is to be made up: white in an image of the same size.',
+    help='Image of the same size whose white pixels are made up.',
     group='What is unknown',
 )
 @cli.option(
     '--box',
     metavar='LIST',
     type=Box(),
-    help='Or a box: left, top, right, bottom in pixels, as in 0,4,8,8.',
+    help='Box whose pixels are made up: left, top, right, bottom, as in 0,4,8,8.',
     group='What is unknown',
 )
 @cli.option(
     '--random-share',
     metavar='FLOAT',
     type=cli.Number(min=0, max=1, min_open=True),
-    help='Or this share of the pixels, the same random ones in all images.',
+    help='Share of the pixels that is made up, the same random ones in all images.',
     group='What is unknown',
 )
 @editing_options(EDITED_STEPS)
@@ -168,7 +173,7 @@ def colorize(job, sampling):
     metavar='INT',
     type=cli.Integer(min=2, max=1 << 16),
     required=True,
-    help='Side of the block of pixels that each becomes.',
+    help='Factor of enlargement: side of the block that each pixel becomes.',
 )
 @editing_options(EDITED_STEPS)
 def superres(job, sampling, factor):
@@ -200,7 +205,7 @@ def stroke(job, sampling, sigma):
 
 @main.command()
 @cli.option('--sigma', metavar='FLOAT', type=cli.SIGMA, required=True, help=SIGMA_HELP)
-@cli.option('--add-noise', is_flag=True, help='The images have no noise yet: add it.')
+@cli.option('--add-noise', is_flag=True, help='Add noise of level --sigma first, to images that have none.')
 @editing_options(STARTED_STEPS)
 def denoise(job, sampling, sigma, add_noise):
     """Remove noise of a known level."""
@@ -228,7 +233,7 @@ def start_at(job: dict, sampling: dict, sigma: float, add_noise: bool) -> None:
     metavar='LIST',
     type=cli.Seeds(repeats=True),
     required=True,
-    help='Two seeds or more, from each to the next.',
+    help='Two or more seeds, to interpolate from each to the next.',
 )
 @cli.option(
     '--count',
@@ -236,9 +241,9 @@ def start_at(job: dict, sampling: dict, sigma: float, add_noise: bool) -> None:
     type=cli.LEVELS,
     default=8,
     show_default=True,
-    help='Images from one seed to the next, with both.',
+    help='Images from one seed to the next, both ends included.',
 )
-@cli.option('--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, help='Images at a time.')
+@cli.option('--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, help='Images per batch.')
 @sampling_options()
 def interpolate(network, outdir, seeds, count, batch, sampling):
     """Images between those of two seeds: latents between theirs, all else that is random as the first one's."""

@@ -33,13 +33,13 @@ def check_destination(
 @click.command(cls=cli.Command)
 @cli.option('--network', metavar='PKL|URL', type=cli.PATH, required=True, help='Snapshot to sample from.')
 @cli.option(
-    '--outdir', metavar='DIR', type=cli.PATH, help='Folder for the images, %06d.png after their seeds.'
+    '--outdir', metavar='DIR', type=cli.PATH, help='Folder for the images, named %06d.png after their seeds.'
 )
 @cli.option(
     '--dest',
     metavar='FILE',
     type=cli.PATH,
-    help='Or one file: .npz, an array uint8 [N, H, W, C] and the labels, or .zip, a data set.',
+    help='File for all images instead of --outdir: .npz, an array uint8 [N, H, W, C] and the labels, or .zip, a data set.',
 )
 @cli.option(
     '--seeds',
@@ -47,9 +47,9 @@ def check_destination(
     type=cli.Seeds(),
     default='0-63',
     show_default=True,
-    help='Seeds, as in 1,2,5-10; each once, below 2^32.',
+    help='Seeds of the images, as in 1,2,5-10; each once, below 2^32.',
 )
-@cli.option('--subdirs', is_flag=True, help='A folder for every 1000 seeds.')
+@cli.option('--subdirs', is_flag=True, help='Make a subfolder for every 1000 seeds.')
 @cli.option(
     '--strict-outdir', is_flag=True, help='Refuse a folder that holds other images than these seeds write.'
 )
@@ -57,12 +57,12 @@ def check_destination(
     '--latents',
     'as_latents',
     is_flag=True,
-    help='Write what the network draws, undecoded: float32 [C, H, W], %06d.npy.',
+    help='Write the outputs of the network undecoded: float32 [C, H, W], %06d.npy.',
 )
 @cli.option(
     '--allow-nonfinite',
     is_flag=True,
-    help='Write images with NaN or infinite values too, and name them. Without it they are an error.',
+    help='Write images with NaN or infinite values too, with a warning that names their seeds; without this they are an error.',
 )
 @cli.option(
     '--batch',
@@ -70,13 +70,13 @@ def check_destination(
     type=cli.BATCH,
     default=64,
     show_default=True,
-    help='Images that a process generates at a time.',
+    help='Images per batch and process.',
 )
 @cli.option(
     '--workers',
     metavar='INT',
     type=cli.WORKERS,
-    help='Processes that encode and write, for each that generates; 0: itself.  [default: half of the CPUs but one, at most 4]',
+    help='Processes that encode and write, per process that generates; 0: it does so itself.  [default: half of the CPUs but one, at most 4]',
 )
 @sampling_options()
 @cli.option(

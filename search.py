@@ -47,18 +47,18 @@ class Metric(evaluation.Measures):
     metavar='FILE',
     type=cli.PATH,
     required=True,
-    help='Every evaluation, a line each, .jsonl; a search that was stopped goes on from it.',
+    help='Log of all evaluations, .jsonl, one a line; a search that was stopped resumes from it.',
 )
 @cli.option(
     '--solver',
     type=click.Choice(['cm']),
-    help='Take the network for a consistency model where its snapshot does not say that it is one.',
+    help='Treat the network as a consistency model where its snapshot does not say that it is one.',
 )
 @cli.option(
     '--save',
     metavar='PKL',
     type=cli.PATH,
-    help='Write a copy of the snapshot that is sampled at the points found unless told otherwise.',
+    help='Write a copy of the snapshot that is sampled at the points found by default.',
 )
 @cli.option('--json', 'json_path', metavar='FILE', type=cli.PATH, help='Write the results to this file too.')
 @cli.option('-n', '--dry-run', is_flag=True, help='Print what would be searched as JSON and exit.')
@@ -69,7 +69,7 @@ class Metric(evaluation.Measures):
     default=2,
     show_default=True,
     group=POINTS,
-    help='Evaluations an image: the first at sigma_max, the others at the points.',
+    help='Network evaluations per image: the first at sigma_max, the others at the points.',
 )
 @cli.option(
     '--space',
@@ -84,14 +84,14 @@ class Metric(evaluation.Measures):
     metavar='FLOAT',
     type=cli.Number(min=1e-4, max=1),
     group=POINTS,
-    help=f'Of --space=log: relative distance of neighboring candidates.  [default: {DEFAULT_TOLERANCE}]',
+    help=f'Relative distance of neighboring candidates, for --space=log.  [default: {DEFAULT_TOLERANCE}]',
 )
 @cli.option(
     '--timesteps',
     metavar='INT',
     type=cli.Integer(min=3, max=MAX_STEPS),
     group=POINTS,
-    help="Of --space=karras-index: their number, both ends included.  [default: the snapshot's; 40]",
+    help="Number of candidate levels, both ends included, for --space=karras-index.  [default: the snapshot's; 40]",
 )
 @cli.option(
     '--scan',
@@ -100,7 +100,7 @@ class Metric(evaluation.Measures):
     default=8,
     show_default=True,
     group=POINTS,
-    help='Look at so many candidates, evenly spread, before each search, and search around the best of them. 0: a plain ternary search.',
+    help='Evaluate this many candidates, evenly spread, before each search, and search around the best of them; 0: a plain ternary search.',
 )
 @cli.option(
     '--low',
@@ -124,7 +124,7 @@ class Metric(evaluation.Measures):
     default='fid',
     show_default=True,
     group=IMAGES,
-    help='One of the measures of fid.py calc. Scores such as is and recall are made large, distances small.',
+    help='Measure to optimize, one of those of fid.py calc. Scores such as is and recall are maximized, distances minimized.',
 )
 @cli.option(
     '--ref',
@@ -140,7 +140,7 @@ class Metric(evaluation.Measures):
     default=evaluation.DEFAULT_NUM,
     show_default=True,
     group=IMAGES,
-    help='Images of each evaluation.',
+    help='Images per evaluation of the metric.',
 )
 @cli.option(
     '--seed',
@@ -149,7 +149,7 @@ class Metric(evaluation.Measures):
     default=0,
     show_default=True,
     group=IMAGES,
-    help='First seed of the images, the same for all points; and of every other random choice.',
+    help='First seed of the images, the same for all points, and seed of every other random choice.',
 )
 @CLASS.under(IMAGES)
 @LABELS.under(IMAGES)
@@ -161,21 +161,21 @@ class Metric(evaluation.Measures):
     default=64,
     show_default=True,
     group=IMAGES,
-    help='Images at a time, for each process.',
+    help='Images per batch and process.',
 )
 @cli.option(
     '--detector',
     metavar='PATH|URL',
     type=cli.PATH,
     group=IMAGES,
-    help=f"As for fid.py. {cli.PROGRAM}  [default: NVIDIA's Inception, downloaded once]",
+    help=f"Feature detector, as for fid.py calc. {cli.PROGRAM}  [default: NVIDIA's Inception, downloaded once]",
 )
 @cli.option(
     '--dinov2',
     metavar='DIR',
     type=cli.PATH,
     group=IMAGES,
-    help='DINOv2 for fd_dinov2, as for fid.py.  [default: downloaded once]',
+    help='DINOv2 for fd_dinov2, as for fid.py calc.  [default: downloaded once]',
 )
 @cli.option('--detector-sha256', metavar='HEX', group=IMAGES, help='Digest that the detector file must have.')
 def main(network, log, solver, save, json_path, dry_run, measures, **options):

@@ -78,7 +78,7 @@ LABELS = SharedOption(
     'labels',
     '--labels',
     cli.PATH,
-    'Draw labels, by seed, from a file, class indices [N] or vectors [N, D]; or from those of the training set: data.  '
+    'Draw labels, by seed, from a file of class indices [N] or vectors [N, D], or, with data, from those of the training set.  '
     '[default: classes that have images, uniformly]',
     'NPY|data',
 )
@@ -112,16 +112,16 @@ OF_CMS = (
         'taus',
         '--taus',
         cli.NumberList(cli.SIGMA),
-        'Noise levels after sigma_max to ask at, as in 2.5,0.8.',
+        'Noise levels of the evaluations after the first, at sigma_max, as in 2.5,0.8.',
         'LIST',
         CM,
     ),
-    SharedOption('mid_t', '--mid_t', cli.SIGMA, 'A single one, for two steps.', 'FLOAT', CM),
+    SharedOption('mid_t', '--mid_t', cli.SIGMA, 'Noise level of the second of two evaluations.', 'FLOAT', CM),
     SharedOption(
         'ts',
         '--ts',
         cli.NumberList(cli.INDEX),
-        'The same by indices of --timesteps levels, as in 0,22,39.',
+        'Noise levels of the evaluations by their indices among --timesteps levels, as in 0,22,39.',
         'LIST',
         CM,
     ),
@@ -129,7 +129,7 @@ OF_CMS = (
         'timesteps',
         '--timesteps',
         cli.LEVELS,
-        "Levels that --ts counts in.  [default: the snapshot's; 40]",
+        "Number of levels that --ts counts in.  [default: the snapshot's; 40]",
         'INT',
         CM,
     ),
@@ -140,21 +140,31 @@ OF_TEACHERS = (
         'xvar_scale',
         '--xvar_scale',
         cli.FACTOR,
-        'Of --solver=addim: factor on the variance that it adds; 0 is DDIM.  [default: 1]',
+        'Factor on the variance that --solver=addim adds; 0 is DDIM.  [default: 1]',
         'FLOAT',
         TEACHER,
     ),
     SharedOption(
-        'S_churn', '--S_churn', cli.FACTOR, 'Amount of noise added.  [default: 0]', 'FLOAT', TEACHER
+        'S_churn',
+        '--S_churn',
+        cli.FACTOR,
+        'Amount of noise that is added before steps.  [default: 0]',
+        'FLOAT',
+        TEACHER,
     ),
     SharedOption(
-        'S_min', '--S_min', cli.FACTOR, 'Lowest noise level with added noise.  [default: 0]', 'FLOAT', TEACHER
+        'S_min',
+        '--S_min',
+        cli.FACTOR,
+        'Lowest noise level at which noise is added.  [default: 0]',
+        'FLOAT',
+        TEACHER,
     ),
     SharedOption(
         'S_max',
         '--S_max',
         cli.Number(min=0, infinite=True),
-        'Highest such level.  [default: inf]',
+        'Highest noise level at which noise is added.  [default: inf]',
         'FLOAT',
         TEACHER,
     ),
@@ -165,7 +175,7 @@ OF_TEACHERS = (
         'discretization',
         '--disc',
         click.Choice(['edm', 'vp', 've', 'iddpm', 'cosine']),
-        'Time steps.  [default: edm]',
+        'Spacing of the noise levels.  [default: edm]',
         group=TEACHER,
     ),
     SharedOption(
@@ -204,8 +214,8 @@ def sampling_options(
     general = (
         CLASS,
         LABELS,
-        SharedOption('steps', '--steps', cli.STEPS, f'Sampling steps.  [default: {steps}]', 'INT'),
-        SharedOption('solver', '--solver', kind, f'Sampler.  [default: {what_it_is}]'),
+        SharedOption('steps', '--steps', cli.STEPS, f'Number of sampling steps.  [default: {steps}]', 'INT'),
+        SharedOption('solver', '--solver', kind, f'Method of sampling.  [default: {what_it_is}]'),
         *RANGE,
     )
     options = (*(option.under(group) for option in general), *OF_STUDENTS, *OF_CMS)
