@@ -27,21 +27,21 @@ def gradient(net, precision: str, gap: float, images, labels, ect: dict, tf32: b
     """The gradient of the mean loss, a vector in FP64, of a copy of `net` that computes in `precision`."""
     import torch
 
+    from dnnlib import EasyDict
     from torch_utils import misc
     from training import execution
     from training.draws import SampleDraws
-    from training.objectives.loss_ect import ConsistencyTuningLoss
+    from training.objectives import loss_ect
 
     misc.allow_tf32(tf32)
     net = execution.in_precision(copy.deepcopy(net), precision).train().requires_grad_(True)
-    loss = ConsistencyTuningLoss(
-        q=1 / gap, k=0.0, b=1.0, stage_nimg=len(images), sigma_data=net.sigma_data, **ect
-    )  # the gap is that of stage 0
+    gaps = dict(q=1 / gap, k=0.0, b=1.0, stage_nimg=len(images))  # the gap is that of stage 0
+    state = loss_ect.setup(EasyDict(gaps, sigma_data=net.sigma_data, sync_dropout=True, **ect))
     images, draws = (
         images.double() if precision == 'fp64' else images,
         SampleDraws(0, 0, len(images), images.device),
     )
-    loss(net, images, labels, draws).mean().backward()
+    loss_ect.loss(net, images, labels, draws, state).mean().backward()
     return torch.cat([p.grad.double().flatten() for p in net.parameters() if p.grad is not None])
 
 

@@ -30,13 +30,13 @@ if __name__ == '__main__':
 
 from benchmarks.common import NOT_MEASURED, NamesOf, apart, block, machine, median_ratio, table
 from benchmarks.sizes import SIZES, Operations, operations
-from dnnlib import cli
+from dnnlib import EasyDict, cli
 from torch_utils import misc
 from torch_utils.flat import FlatParameters
 from training import execution
 from training.draws import SampleDraws
 from training.networks.encoders import StandardRGBEncoder
-from training.objectives.loss_cd import ConsistencyDistillationLoss
+from training.objectives import OBJECTIVES, loss_cd
 from training.phema import WeightAverages
 from training.training_loop import accumulate_gradients
 from training.weight_update import WeightUpdate
@@ -170,31 +170,14 @@ class Training:
         torch.manual_seed(0)
         self.student = self.size.build().to(device).train()
         self.teacher = self.size.build().to(device).eval().requires_grad_(False)
-        self.loss_fn = ConsistencyDistillationLoss(
-            Observed(self.teacher, self, is_teacher=True),
-            S=8,
-            T_start=64,
-            T_end=1280,
-            T_anneal_kimg=0,
-            rho=7.0,
-            sigma_min=0.002,
-            sigma_max=80.0,
-            student_grid='edm',
-            sampling_mode='edm',
-            cd_loss='pseudo_huber',
-            cd_weight_mode='sqrt_karras',
-            sigma_data=0.5,
-            terminal_anchor=True,
-            terminal_teacher_hop=True,
-            sync_dropout=True,
-        )
+        options = dict(OBJECTIVES['mcd'].options, T_anneal_kimg=0, sigma_data=0.5)
+        self.loss_state = loss_cd.setup(EasyDict(options), Observed(self.teacher, self, is_teacher=True))
         images = torch.randint(
             256, [batch, self.size.channels, self.size.resolution, self.size.resolution], dtype=torch.uint8
         )
         data = images, torch.eye(self.size.classes)[torch.randint(self.size.classes, [batch])]
         self.data = [values.pin_memory() for values in data] if device.type == 'cuda' else data
         self.flat = FlatParameters(self.student)
-        self.loss_fn.attach(self.student, self.flat)
         self.update = WeightUpdate(self.flat, (0.9, 0.999), 1e-8)
         self.averages = WeightAverages(
             self.student, self.flat, 5e5, 0.05, [0.05, 0.10] if size != 'demo' else [], averages_device
@@ -217,8 +200,7 @@ class Training:
                 compiled=way.compiled and net not in self.compiled,
             )
         self.compiled |= {self.student, teacher} if way.compiled else set()
-        self.loss_fn.teacher = Observed(teacher, self, is_teacher=True)
-        self.loss_fn.few_sizes = way.compiled  # as where a run compiles its networks
+        self.loss_state.teacher = Observed(teacher, self, is_teacher=True)
         torch.compiler.set_stance('default' if way.compiled else 'force_eager')
         misc.allow_tf32(way.tf32)
 
@@ -226,13 +208,14 @@ class Training:
         """Seconds by part, and operations of networks, of the step with that number."""
         self.watch = watch = Stopwatch(self.device, inside)
         with observed_backward(watch):
-            self.loss_fn.begin_step(number * self.batch)
+            self.loss_state.begin_step(number * self.batch)
             self.averages.let_weights_change()
             self.flat.weights.grad.zero_()
             draws = SampleDraws(0, number * self.batch, self.batch, self.device)
             accumulate_gradients(
                 Observed(self.student, self, is_teacher=False),
-                self.loss_fn,
+                loss_cd,
+                self.loss_state,
                 self.data,
                 draws,
                 self.update,
@@ -240,7 +223,7 @@ class Training:
                 StandardRGBEncoder(),
             )
             self.update.step(1e-5)
-            self.loss_fn.end_step()
+            self.loss_state.end_step()
             self.averages.update((number + 1) * self.batch, self.batch)
         return dict(watch.stop(), plain_images=watch.asked[False], differentiated_images=watch.asked[True])
 
@@ -415,7 +398,7 @@ def describe(
         'averages. Each way of running the networks is measured in turns with the plain one (eager FP32), step by step, in a process of its '
         'own: `times faster` is the ratio within that process, of the least times and the median over pairs of steps. '
         f'`first steps` are the first {min(WARMUP, steps)} together, with compilation from an empty cache. `of the peak`: operations of the '
-        f'networks as asked, padded rows included, recomputed activations not, against {peaks_in_words(device, peaks)}.'
+        f'networks as evaluated, recomputed activations not, against {peaks_in_words(device, peaks)}.'
     )
     shown = next(results[name] for name in ('fp16-fast', 'fast', 'bf16', *results) if name in results)
     return block(

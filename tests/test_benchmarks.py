@@ -152,12 +152,13 @@ def test_operations_of_a_network_are_those_of_its_layers():
 
 
 def test_a_step_asks_the_networks_what_the_objective_says():
-    """Of 8 images with T = 1280: the teacher twice and the student once without gradients, but on edges that need less or more; once with them."""
+    """Of 8 images with T = 1280: the teacher twice and the student once without gradients, and the teacher's
+    solution on edges from sigma_max; the student once with them."""
     training = step.Training('demo', 8, CPU)
     training.use(step.Way())
     row = training.step(0, inside=True)
-    kinds = training.loss_fn.table(CPU).kinds
-    assert row['differentiated_images'] == 8 and row['plain_images'] >= 8 and len(kinds) >= 1280
+    assert row['differentiated_images'] == 8 and row['plain_images'] >= 3 * 8
+    assert len(training.loss_state.edges) >= 1280
     assert sum(row[part] for part in step.PARTS[:-1]) == pytest.approx(row['total'])
     assert min(row[part] for part in step.PARTS) > 0
     assert step.total(row) == row['total'] and step.total(dict(row, whole=1.5)) == 1.5
@@ -167,7 +168,7 @@ def test_ways_of_running_are_set_and_taken_back():
     training = step.Training('demo', 2, CPU)
     try:
         training.use(step.Way(precision='bf16', channels_last=True, checkpoint_activations=True))
-        held = training.loss_fn.teacher
+        held = training.loss_state.teacher
         assert (
             training.student.use_bf16
             and held.use_bf16
@@ -180,7 +181,7 @@ def test_ways_of_running_are_set_and_taken_back():
         )
         training.step(0, inside=False)
         training.use(step.Way())
-        plain = training.loss_fn.teacher
+        plain = training.loss_state.teacher
         assert not (
             training.student.use_bf16
             or training.student.channels_last

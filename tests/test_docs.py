@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shlex
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -13,6 +14,7 @@ import torch
 from click.testing import CliRunner
 from gaussian import Gaussian
 from helpers import ROOT
+from losses import Loss, targets
 
 import compare
 import convert
@@ -37,11 +39,10 @@ from dnnlib import EasyDict
 from metrics import rulers
 from torch_utils import training_stats
 from torch_utils.flat import FlatParameters
+from training import consistency_ops as ops
 from training import networks
 from training.draws import SampleDraws
 from training.objectives import OBJECTIVES
-from training.objectives.consistency_loss import Drawn, Pairs
-from training.objectives.loss_cd import ConsistencyDistillationLoss
 from training.phema import WeightAverages
 from training.training_loop import network_stats, tick_stats
 from training.weight_update import WeightUpdate
@@ -273,7 +274,7 @@ def worked_example():
     ((code, _),) = blocks(ROOT / 'docs' / 'new-objective.md', 'python')
     namespace = {}
     exec(compile(code, 'new-objective.md', 'exec'), namespace)
-    yield namespace['MidpointDistillationLoss']
+    yield SimpleNamespace(**namespace)
     training_stats.reset()
 
 
@@ -286,43 +287,30 @@ def student():
     return net
 
 
-SEGMENTS = dict(
-    T_anneal_kimg=0,
-    rho=7.0,
-    sigma_min=0.002,
-    sigma_max=80.0,
-    sampling_mode='edm',
-    cd_loss='pseudo_huber',
-    cd_weight_mode='sqrt_karras',
-    sigma_data=0.5,
-)
+SEGMENTS = dict(OBJECTIVES['mct'].options, T_anneal_kimg=0, sigma_data=0.5)
 
 
 def test_the_worked_example_distils_at_second_order(worked_example):
-    """On edges that end a segment the reference is the hop itself: twice as many edges divide its error by about eight."""
-    gaussian = Gaussian(torch.tensor(0.25))
-    x_t = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    errors = []
+    """On edges that end a segment the boundary target is the hop itself: twice as many edges divide its error by about eight."""
+    gaussian, errors = Gaussian(torch.tensor(0.25)), []
+    y, noise = torch.ones(2, 1, 1, 1, 1, dtype=torch.float64)
     for S in (64, 128, 256):
-        loss = worked_example(gaussian, **SEGMENTS, S=S, T_start=S, T_end=S, student_grid='full')
-        edges = loss.table(torch.device('cpu')).edges
-        sigma_t, sigma_s, kind = (
-            edges.sigma_t[S // 2 :][:1],
-            edges.sigma_s[S // 2 :][:1],
-            edges.kind[S // 2 :][:1].double(),
+        options = dict(
+            SEGMENTS, S=S, T_start=S, T_end=S, student_grid='full', cd_loss='l2', sampling_mode='uniform'
         )
-        x_b = loss.reference(gaussian, Pairs(x_t, x_t, x_t, Drawn(sigma_t, sigma_s, sigma_s, x_t, kind)))
-        errors.append(float((x_b / gaussian.solve(x_t, sigma_t, sigma_s) - 1).abs()))
+        loss = Loss(worked_example, gaussian, **options)
+        x_t, x_star, edges = targets(loss, gaussian, y, noise)
+        x_t, x_star, sigma_t, sigma_b = (
+            values[S // 2 :][:1] for values in (x_t, x_star, edges.sigma_t, edges.sigma_b)
+        )
+        x_b = ops.ddim_step(x_t, x_star, sigma_t, sigma_b)
+        errors.append(float((x_b / gaussian.solve(x_t, sigma_t, sigma_b) - 1).abs()))
     assert all(6 < a / b < 10 for a, b in itertools.pairwise(errors)), errors
 
 
 def test_the_worked_example_trains_and_does_not_depend_on_how_the_batch_is_split(worked_example):
-    net, loss = (
-        student(),
-        worked_example(
-            student().eval().requires_grad_(False), **SEGMENTS, S=2, T_start=16, T_end=16, student_grid='edm'
-        ),
-    )
+    net, teacher = student(), student().eval().requires_grad_(False)
+    loss = Loss(worked_example, teacher, **dict(SEGMENTS, S=2, T_start=16, T_end=16))
     images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     loss.begin_step(0)
     whole = loss(net, images, None, SampleDraws(3, 128, 64))
@@ -352,24 +340,7 @@ def test_formats_md_names_every_entry_of_a_configuration(tmp_path, digits):
 def test_formats_md_names_every_statistic():
     training_stats.reset()
     teacher = student().eval().requires_grad_(False)
-    loss = ConsistencyDistillationLoss(
-        teacher,
-        S=1,
-        T_start=8,
-        T_end=8,
-        T_anneal_kimg=0,
-        rho=7.0,
-        sigma_min=0.002,
-        sigma_max=80.0,
-        student_grid='edm',
-        sampling_mode='edm',
-        cd_loss='l2',
-        cd_weight_mode='flat',
-        sigma_data=0.5,
-        terminal_anchor=True,
-        terminal_teacher_hop=True,
-        sync_dropout=True,
-    )
+    loss = Loss('mcd', teacher, S=1, T_start=8, T_end=8, T_anneal_kimg=0, cd_loss='l2', cd_weight_mode='flat')
     loss(student(), torch.zeros(64, 1, 8, 8), None, SampleDraws(0, 0, 64))
     flat = FlatParameters(student())
     averages = WeightAverages(student(), flat, 1e3, None, [])
@@ -385,9 +356,6 @@ def test_formats_md_names_every_statistic():
     }
     text = (ROOT / 'docs' / 'formats.md').read_text()
     documented = set(re.findall(r'`((?:Loss|Edges|Progress|EMA|Timing|Resources)/[^`]+)`', text))
-    losses = {objective.loss_class().name for objective in OBJECTIVES.values() if objective.loss} | {
-        'diffusion',
-        'weighted_error',
-    }
+    losses = {objective.module().NAME for objective in OBJECTIVES.values()} | {'weighted_error'}
     of_others = {'Edges/stage', 'Edges/boundary', 'Edges/first_stage', 'Progress/grad_norm'}
     assert documented == names | {f'Loss/{name}' for name in losses} | of_others

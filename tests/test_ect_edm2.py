@@ -1,15 +1,15 @@
-"""Easy consistency tuning of EDM2's networks against the published loss, written out by itself (Geng et al. 2024; their code for ImageNet-64)."""
+"""Easy consistency tuning of EDM2's networks against the published loss, written out by itself (Geng et al.
+2024; their code for ImageNet-64)."""
 
 import math
 
 import pytest
 import torch
-from test_loss_cd import Recorder
+from losses import Loss, Recorder
 
 from training.draws import SampleDraws
 from training.networks import edm2 as networks_edm2
 from training.objectives import OBJECTIVES
-from training.objectives.loss_ect import ConsistencyTuningLoss
 from training.resolution import ROUNDING
 
 COUNT, STAGE_NIMG = 48, 3_200_000
@@ -42,10 +42,11 @@ def network(dropout=0.4):
 
 
 def published_loss(net, y, labels, stage, noise, normal, masks):
-    """Mean over images of (1/t² + 1/sigma_d²) (sqrt(‖f(y + t n; t) − f(y + r n; r)‖² + c²) − c), f(…; r) without gradient, y itself where r = 0.
+    """Mean over images of (1/t² + 1/sigma_d²) (sqrt(‖f(y + t n; t) − f(y + r n; r)‖² + c²) − c), f(…; r)
+    without gradient, y itself where r = 0.
 
-    ln t = −0.8 + 1.6 u; r = max(t (1 − (1 + 8 / (1 + e^t)) / 4^(stage+1)), 0); c = 0.06; sigma_d = 0.5. One image after the other. `net` is not in
-    training mode, so that its weights stay as they are.
+    ln t = −0.8 + 1.6 u; r = max(t (1 − (1 + 8 / (1 + e^t)) / 4^(stage+1)), 0); c = 0.06; sigma_d = 0.5. One
+    image after the other. `net` is not in training mode, so that its weights stay as they are.
     """
     total = 0
     for i in range(len(y)):
@@ -66,15 +67,15 @@ def published_loss(net, y, labels, stage, noise, normal, masks):
 
 @pytest.mark.parametrize('stage', [0, 1, 3])
 def test_the_loss_and_its_gradient_are_the_published_ones_with_edm2s_defaults(stage):
-    """To 1e-5: the student's pass normalizes weights once more, by 1e-8, and the last stage compares outputs at times 1 − r/t = 4^-4 apart. In the
-    first many targets are images."""
+    """To 1e-5: the student's pass normalizes weights once more, by 1e-8, and the last stage compares outputs
+    at times 1 − r/t = 4^-4 apart. In the first many targets are images."""
     net, draws = network(), SampleDraws(5, 0, COUNT)
     generator = torch.Generator().manual_seed(1)
     y = torch.rand(COUNT, 2, 8, 8, generator=generator, dtype=torch.float64) * 2 - 1
     labels = torch.eye(3, dtype=torch.float64)[torch.arange(COUNT) % 3]
     of = OBJECTIVES['ect']
     options = {name: of.edm2.get(name, default) for name, default in of.options.items()}
-    loss = ConsistencyTuningLoss(**options | dict(stage_nimg=STAGE_NIMG, sigma_data=0.5))
+    loss = Loss('ect', **options | dict(stage_nimg=STAGE_NIMG))
     loss.begin_step(stage * STAGE_NIMG)
     recorder = Recorder(net).train()
     ours = loss(recorder, y, labels, draws).mean()
@@ -100,7 +101,7 @@ def test_no_other_weight_is_the_published_one(weight):
     value = {}
     for name in ('karras', weight):
         options = {option: of.edm2.get(option, default) for option, default in of.options.items()}
-        loss = ConsistencyTuningLoss(**options | dict(stage_nimg=1, sigma_data=0.5, ect_weight=name))
+        loss = Loss('ect', **options | dict(stage_nimg=1, ect_weight=name))
         loss.begin_step(3)
         value[name] = (
             loss(net, images, torch.eye(3).double()[torch.zeros(COUNT, dtype=int)], SampleDraws(5, 0, COUNT))

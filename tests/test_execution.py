@@ -17,7 +17,7 @@ from training import execution, networks
 from training.checkpoint import load_network, save_snapshot
 from training.networks import edm2 as networks_edm2
 from training.networks.switched import Switched
-from training.objectives.loss import Loss
+from training.objectives.loss import State
 from training.phema import WeightAverages
 from training.run_files import saved_snapshots
 from training.setup import speed_up
@@ -303,10 +303,10 @@ def test_what_is_only_asked_is_launched_as_graphs_on_a_gpu(on_gpu, expected, mon
 def test_a_teacher_that_snapshots_hold_keeps_its_weights(sampled_too):
     """`tcm` samples with its first stage; others only ask their teacher, which may be rounded then."""
     net, teacher = build('adm'), execution.in_precision(build('adm').eval(), 'bf16')
-    loss = Loss()
-    loss.sampled = lambda net: Switched(net, teacher, 1.0) if sampled_too else net
+    state = State()
+    state.sampling_network = lambda net: Switched(net, teacher, 1.0) if sampled_too else net
     options = EasyDict(channels_last=False, checkpoint_activations=False, compiled=False)
-    speed_up(options, net, teacher, WeightAverages(net, FlatParameters(net), 1.0, None, []), loss)
+    speed_up(options, net, teacher, WeightAverages(net, FlatParameters(net), 1.0, None, []), state)
     assert {p.dtype for p in teacher.parameters()} == (
         {torch.float32} if sampled_too else {torch.float32, torch.bfloat16}
     )

@@ -4,13 +4,18 @@ import math
 
 import pytest
 import torch
+from losses import Loss
 from scipy import stats
 
 from torch_utils import training_stats
 from training.draws import SampleDraws
-from training.objectives.loss import EDMLoss, UncertaintyLoss, VELoss, VPLoss
+from training.objectives import loss_diffusion
 
 COUNT = 40_000
+
+
+def make_loss(kind, **options):
+    return Loss(loss_diffusion, kind=kind, **options)
 
 
 class Asked(torch.nn.Module):
@@ -54,7 +59,8 @@ def run(loss, count=COUNT, **net):
 
 
 def assert_law(values, law, *arguments):
-    """Kolmogorov and Smirnov's test: with 40,000 draws, a distribution function that is off by 0.01 somewhere fails."""
+    """Kolmogorov and Smirnov's test: with 40,000 draws, a distribution function that is off by 0.01 somewhere
+    fails."""
     assert stats.kstest(values.numpy(), law, args=arguments).pvalue > 1e-3
 
 
@@ -64,7 +70,7 @@ def assert_law(values, law, *arguments):
 )
 def test_edms_noise_is_lognormal_and_its_weight_is_that_of_unit_outputs(options, P_mean, P_std, sigma_data):
     """Karras et al. 2022, Table 1: lambda = (sigma² + sigma_d²) / (sigma sigma_d)²."""
-    values, _, sigma, error = run(EDMLoss(**options))
+    values, _, sigma, error = run(make_loss('edm', **options))
     assert_law(sigma.log(), 'norm', P_mean, P_std)
     torch.testing.assert_close(
         values, (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2 * error, rtol=1e-4, atol=0
@@ -79,7 +85,7 @@ def test_the_time_of_variance_preserving_noise_is_uniform_and_its_weight_the_snr
     options, beta_d, beta_min, epsilon
 ):
     """ln(1 + sigma²) = beta_d t² / 2 + beta_min t, solved for t."""
-    values, _, sigma, error = run(VPLoss(**options))
+    values, _, sigma, error = run(make_loss('vp', **options))
     t = ((beta_min**2 + 2 * beta_d * (1 + sigma**2).log()).sqrt() - beta_min) / beta_d
     assert t.min() >= 0.99 * epsilon and t.max() <= 1
     assert_law(t, 'uniform', epsilon, 1 - epsilon)
@@ -90,7 +96,7 @@ def test_the_time_of_variance_preserving_noise_is_uniform_and_its_weight_the_snr
     'options, low, high', [({}, 0.02, 100.0), (dict(sigma_min=0.5, sigma_max=3.0), 0.5, 3.0)]
 )
 def test_variance_exploding_noise_is_log_uniform_and_its_weight_the_snr(options, low, high):
-    values, _, sigma, error = run(VELoss(**options))
+    values, _, sigma, error = run(make_loss('ve', **options))
     assert_law(sigma.log(), 'uniform', math.log(low), math.log(high / low))
     torch.testing.assert_close(values, error / sigma**2, rtol=1e-4, atol=0)
 
@@ -102,9 +108,10 @@ def test_variance_exploding_noise_is_log_uniform_and_its_weight_the_snr(options,
 def test_the_uncertainty_divides_the_weighted_error_and_is_paid_for_by_every_value(
     options, P_mean, P_std, sigma_data
 ):
-    """Karras et al. 2024, Eq. 21: for the sum over 16 values, error / e^u + 16 u; the error itself is reported."""
+    """Karras et al. 2024, Eq. 21: for the sum over 16 values, error / e^u + 16 u; the error itself is
+    reported."""
     training_stats.reset()
-    values, _, sigma, error = run(UncertaintyLoss(**options), logvar=0.7)
+    values, _, sigma, error = run(make_loss('edm2', **options), logvar=0.7)
     assert_law(sigma.log(), 'norm', P_mean, P_std)
     weighted = (sigma**-2 + sigma_data**-2) * error
     torch.testing.assert_close(values, weighted / math.exp(0.7) + 16 * 0.7, rtol=1e-4, atol=0)
@@ -117,21 +124,21 @@ def test_conditions_reach_the_network_and_masks_do_where_it_trains():
     labels, augment = torch.eye(8), torch.arange(8.0)[:, None]
     for training in (True, False):
         asked = Asked().train(training)
-        EDMLoss()(asked, images_of(8), labels, SampleDraws(0, 0, 8), augment)
+        make_loss('edm')(asked, images_of(8), labels, SampleDraws(0, 0, 8), augment)
         (call,) = asked.calls
         assert call['labels'] is labels and call['augment'] is augment
         assert set(call['masks']) == ({'block'} if training else set())
 
 
-@pytest.mark.parametrize('loss', [EDMLoss, UncertaintyLoss, VPLoss, VELoss])
-def test_losses_are_reported_by_noise_level_and_do_not_depend_on_how_the_batch_is_split(loss):
+@pytest.mark.parametrize('kind', loss_diffusion.DEFAULTS)
+def test_losses_are_reported_by_noise_level_and_do_not_depend_on_how_the_batch_is_split(kind):
     training_stats.reset()
-    net, images = Asked(logvar=0.5 if loss is UncertaintyLoss else None), images_of(64)
-    whole = loss()(net, images, None, SampleDraws(7, 1000, 64))
+    net, images, loss = Asked(logvar=0.5 if kind == 'edm2' else None), images_of(64), make_loss(kind)
+    whole = loss(net, images, None, SampleDraws(7, 1000, 64))
     reported = [value for name, value in training_stats.collect().items() if name.startswith('Loss/sigma_')]
     assert sum(value['num'] for value in reported) == 64
     assert sum(value['mean'] * value['num'] for value in reported) == pytest.approx(
         whole.sum().item(), rel=1e-5
     )
-    parts = [loss()(net, images[a : a + 16], None, SampleDraws(7, 1000 + a, 16)) for a in range(0, 64, 16)]
+    parts = [loss(net, images[a : a + 16], None, SampleDraws(7, 1000 + a, 16)) for a in range(0, 64, 16)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-6, atol=0)

@@ -1,17 +1,16 @@
-"""Consistency training, segment regression and aDDIM hops against Gaussian data, and what the objectives have in common under known conditions."""
+"""Consistency training, segment regression and aDDIM hops against Gaussian data, and what the objectives have
+in common under known conditions."""
 
 import itertools
 
 import pytest
 import torch
 from gaussian import Gaussian
-from test_loss_cd import (
-    DEFAULTS,
+from losses import (
     VARIANCE,
-    all_rows,
+    Loss,
     assert_stationary_there_alone,
     exact_student,
-    make_loss,
     multipliers_of_targets,
     small_network,
     targets,
@@ -19,24 +18,20 @@ from test_loss_cd import (
 
 from training import consistency_ops as ops
 from training.draws import SampleDraws
-from training.objectives.loss_ct import ConsistencyTrainingLoss
-from training.objectives.loss_direct import SegmentRegressionLoss
 
-SEGMENTS = {
-    name: value
-    for name, value in DEFAULTS.items()
-    if name not in ('terminal_anchor', 'terminal_teacher_hop', 'sync_dropout')
-}
+SEGMENTS = dict(S=4, T_start=16, T_end=16, T_anneal_kimg=0, cd_loss='l2', cd_weight_mode='flat')
+
+
+def make_loss(teacher, **options):
+    return Loss('mcd', teacher, **{**SEGMENTS, 'terminal_anchor': False, **options})
 
 
 def make_training_loss(**options):
-    return ConsistencyTrainingLoss(sync_dropout=True, **{**SEGMENTS, **options})
+    return Loss('mct', **{**SEGMENTS, **options})
 
 
 def make_direct_loss(teacher, **options):
-    return SegmentRegressionLoss(
-        teacher, **{**SEGMENTS, 'substeps': 3, 'keep_ties': True, 'top_mass': 0.5, **options}
-    )
+    return Loss('direct', teacher, **{**SEGMENTS, 'top_mass': 0.5, **options})
 
 
 def sample_of_each(seed):
@@ -53,7 +48,7 @@ def shrink(sigma):
 
 def training_multipliers(loss):
     """The data's hop is right on average: its multiplier is DDIM's, D + r (1 − D), and D at the end."""
-    edges, c = all_rows(loss).edges, []
+    edges, c = loss.state.edges, []
     for k in reversed(range(len(edges))):
         D, r = shrink(edges.sigma_t[k]), edges.sigma_s[k] / edges.sigma_t[k]
         c.append(
@@ -69,14 +64,14 @@ def test_trainings_discrete_consistency_function_has_zero_expected_gradient_and_
     S, T, kind
 ):
     loss = make_training_loss(S=S, T_start=T, T_end=T, student_grid=kind)
-    assert_stationary_there_alone(loss, *training_multipliers(loss))
+    assert_stationary_there_alone(loss, loss.state.student, *training_multipliers(loss))
 
 
 def test_trainings_losses_do_not_vanish_where_its_gradients_do():
     """Its targets are right on average only: noise along the trajectory remains."""
     loss, gaussian = make_training_loss(S=2), Gaussian(VARIANCE)
     y, noise = sample_of_each(0)
-    student = exact_student(gaussian, loss.student)
+    student = exact_student(gaussian, loss.state.student)
     x_t, x_star, edges = targets(loss, student, y, noise)
     assert (student(x_t, edges.sigma_t) - x_star).abs().mean() > 1e-2
 
@@ -85,7 +80,7 @@ def test_training_where_every_edge_ends_a_segment_is_diffusion_training():
     """A full grid with T = S: every target is the image itself."""
     loss = make_training_loss(S=8, T_start=8, T_end=8, student_grid='full')
     y, noise = sample_of_each(1)
-    _, x_star, edges = targets(loss, exact_student(Gaussian(VARIANCE), loss.student), y, noise)
+    _, x_star, edges = targets(loss, exact_student(Gaussian(VARIANCE), loss.state.student), y, noise)
     assert set(edges.kind.tolist()) == {ops.SNAP, ops.TERMINAL} and len(edges) == 8
     torch.testing.assert_close(x_star, y.expand(8, -1, -1, -1), rtol=1e-9, atol=1e-9)
 
@@ -96,7 +91,7 @@ def test_distillation_there_by_ddim_is_regression_on_the_teacher():
         Gaussian(VARIANCE),
     )
     y, noise = sample_of_each(2)
-    x_t, x_star, edges = targets(loss, exact_student(gaussian, loss.student), y, noise)
+    x_t, x_star, edges = targets(loss, exact_student(gaussian, loss.state.student), y, noise)
     torch.testing.assert_close(x_star, gaussian(x_t, edges.sigma_t), rtol=1e-9, atol=1e-9)
 
 
@@ -106,11 +101,11 @@ def test_distillation_there_by_ddim_is_regression_on_the_teacher():
 
 def direct_multipliers(loss):
     """Products of Heun's multipliers over the sub-steps, from each edge's upper end to its boundary."""
-    edges = all_rows(loss).edges
+    edges = loss.state.edges
     c = []
     for sigma_t, sigma_b in zip(edges.sigma_t.tolist(), edges.sigma_b.tolist()):
-        n = loss.substeps
-        lowest = sigma_b or min(loss.sigma_min, sigma_t)
+        n = loss.state.c.substeps
+        lowest = sigma_b or min(loss.state.c.sigma_min, sigma_t)
         spaced = n if sigma_b else n - 1
         roots = [
             sigma_t ** (1 / 7) + i / max(spaced, 1) * (lowest ** (1 / 7) - sigma_t ** (1 / 7))
@@ -133,16 +128,17 @@ def direct_multipliers(loss):
 @pytest.mark.parametrize('S, kind, substeps', [(1, 'full', 12), (2, 'edm', 1), (4, 'full', 3), (4, 'edm', 2)])
 def test_regressions_function_has_zero_expected_gradient_and_a_perturbed_one_has_not(S, kind, substeps):
     loss = make_direct_loss(Gaussian(VARIANCE), S=S, student_grid=kind, substeps=substeps)
-    assert_stationary_there_alone(loss, *direct_multipliers(loss), rounding=1e-9)
+    assert_stationary_there_alone(loss, loss.state.student, *direct_multipliers(loss), rounding=1e-9)
 
 
 def test_regression_converges_to_the_exact_map_with_the_square_of_the_substeps():
-    """At the tops of segments that end above 0, where Heun's order shows; the last step to 0 is of first order."""
+    """At the tops of segments that end above 0, where Heun's order shows; the last step to 0 is of first
+    order."""
     errors = []
     for substeps in (8, 16, 32):
         loss = make_direct_loss(Gaussian(VARIANCE), S=4, student_grid='full', substeps=substeps)
-        c, edges = multipliers_of_targets(loss)
-        tops = ops.segment_bounds(torch.cat([edges.sigma_t, edges.sigma_t.new_zeros(1)]), loss.student)[
+        c, edges = multipliers_of_targets(loss, loss.state.student)
+        tops = ops.segment_bounds(torch.cat([edges.sigma_t, edges.sigma_t.new_zeros(1)]), loss.state.student)[
             :-1, 0
         ]
         exact = (
@@ -165,10 +161,10 @@ def test_regression_never_asks_the_student_for_its_target():
 def test_regression_draws_its_share_at_the_very_levels_that_sampling_asks_for():
     """20,000 draws; each of the four levels within 5 standard deviations of an eighth."""
     loss, seen, count = make_direct_loss(Gaussian(VARIANCE), T_start=64, T_end=64), [], 20_000
-    student = exact_student(Gaussian(VARIANCE), loss.student)
+    student = exact_student(Gaussian(VARIANCE), loss.state.student)
     student.forward = lambda x, sigma, *_, **__: seen.append(sigma) or x.double()
     loss(student, torch.zeros(count, 1, 2, 2), None, SampleDraws(0, 0, count))
-    for level in loss.student[:-1]:
+    for level in loss.state.student[:-1]:
         assert abs((seen[0] == level).double().mean() - 0.125) < 5 * (0.125 * 0.875 / count) ** 0.5
     assert len(seen[0].unique()) > 40  # the rest anywhere in the segments
 
@@ -178,12 +174,13 @@ def test_regression_draws_its_share_at_the_very_levels_that_sampling_asks_for():
 
 
 def test_an_addim_hop_adds_what_the_images_error_calls_for():
-    """On snap edges x_b is the hop itself: DDIM's direction, lengthened by xvar_frac |y − D|² spread over the noise."""
+    """On snap edges x_b is the hop itself: DDIM's direction, lengthened by xvar_frac |y − D|² spread over the
+    noise."""
     gaussian, y, noise = Gaussian(VARIANCE), *sample_of_each(4)
     options = dict(S=4, T_start=4, T_end=4, student_grid='full', hop='addim')
     for xvar_frac in (0.75, 0.0):
         loss = make_loss(gaussian, xvar_frac=xvar_frac, **options)
-        x_t, x_star, edges = targets(loss, exact_student(gaussian, loss.student), y, noise)
+        x_t, x_star, edges = targets(loss, exact_student(gaussian, loss.state.student), y, noise)
         snap = edges.kind == ops.SNAP
         x_t, sigma_t, sigma_s = x_t[snap], edges.sigma_t[snap], edges.sigma_s[snap]
         x_b = ops.ddim_step(x_t, x_star[snap], sigma_t, sigma_s)
@@ -214,6 +211,6 @@ def test_a_cosine_grid_is_used_throughout():
     loss = make_direct_loss(
         Gaussian(VARIANCE), S=4, T_start=32, T_end=32, student_grid='full', sigma_grid='cosine'
     )
-    for levels in (loss.student[:-1], all_rows(loss).edges.sigma_t):
+    for levels in (loss.state.student[:-1], loss.state.edges.sigma_t):
         steps = levels.atan().diff()
         torch.testing.assert_close(steps, steps[:1].expand_as(steps), rtol=1e-9, atol=0)

@@ -4,7 +4,6 @@ import json
 import platform
 
 import click
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -76,25 +75,6 @@ def test_statistics_are_moments_and_start_anew_after_each_collection():
         stats['low'] == dict(num=2, mean=2.0, std=1.0) and stats['high']['num'] == 1 and 'none' not in stats
     )
     assert training_stats.collect() == {}
-
-
-def test_what_is_put_off_is_reported_once_of_everything_that_was_given():
-    """After AT_ONCE calls, and of the last ones at the collection; each call gives another number of values."""
-    seen = []
-
-    def describe(values, weights):
-        seen.append(len(values))
-        training_stats.report('product', values * weights)
-
-    training_stats.reset()
-    for i in range(training_stats.AT_ONCE + 2):
-        training_stats.report_later(describe, torch.full([1 + i % 2], float(i)), torch.full([1 + i % 2], 2.0))
-    assert seen == [training_stats.AT_ONCE * 3 // 2]
-    given = [2.0 * i for i in range(training_stats.AT_ONCE + 2) for _ in range(1 + i % 2)]
-    assert training_stats.collect()['product'] == dict(
-        num=len(given), mean=pytest.approx(sum(given) / len(given)), std=pytest.approx(np.std(given))
-    )
-    assert seen == [training_stats.AT_ONCE * 3 // 2, 3]
 
 
 def test_statistics_of_processes_add_up(tmp_path):

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from losses import Loss
 
 from torch_utils.flat import FlatParameters
 from training.checkpoint import load_network, save_snapshot
 from training.draws import SampleDraws
 from training.networks import edm2 as edm2
-from training.objectives.loss import EDMLoss
-from training.objectives.loss_cd import ConsistencyDistillationLoss
+from training.objectives import loss_diffusion
 
 SMALL = dict(model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], channels_per_head=16)
 
@@ -306,7 +306,9 @@ def test_augmentation_labels_are_refused():
 
 def test_diffusion_training_runs():
     net = small_net(dropout=0.2).train()
-    loss = EDMLoss()(net, torch.zeros(4, 1, 8, 8), torch.eye(3)[[0, 1, 2, 0]], SampleDraws(0, 0, 4))
+    loss = Loss(loss_diffusion, kind='edm')(
+        net, torch.zeros(4, 1, 8, 8), torch.eye(3)[[0, 1, 2, 0]], SampleDraws(0, 0, 4)
+    )
     loss.sum().backward()
     assert loss.shape == (4,) and net.unet.out_gain.grad != 0
 
@@ -320,23 +322,15 @@ def test_a_student_is_distilled_from_a_teacher_which_stays_as_it_is():
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     flat = FlatParameters(student)
     optimizer = torch.optim.Adam([flat.weights], lr=1e-2)
-    loss_fn = ConsistencyDistillationLoss(
+    loss_fn = Loss(
+        'mcd',
         teacher,
         S=2,
         T_start=8,
         T_end=8,
         T_anneal_kimg=0,
-        rho=7.0,
-        sigma_min=0.002,
-        sigma_max=80.0,
-        student_grid='edm',
-        sampling_mode='edm',
         cd_loss='l2',
         cd_weight_mode='edm',
-        sigma_data=0.5,
-        terminal_anchor=True,
-        terminal_teacher_hop=True,
-        sync_dropout=True,
         anchor_hops=2,
     )
     images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)) / 2

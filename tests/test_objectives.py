@@ -92,7 +92,7 @@ def test_a_run_learns_ends_bit_for_bit_as_a_resumed_one_and_is_sampled(
     networks = [load_network(last_snapshot(folder)) for folder in (whole, half)]
     assert all(torch.equal(a, b) for a, b in zip(*(net.state_dict().values() for net in networks)))
     ticks = lines(whole / 'stats.jsonl')
-    losses = [tick[f'Loss/{kind.loss_class().name}']['mean'] for tick in ticks]
+    losses = [tick[f'Loss/{kind.module().NAME}']['mean'] for tick in ticks]
     if 's0' in kind.options and objective != 'cm-cd':  # ever finer grids, whose losses do not compare
         assert ticks[-1]['Edges/T']['mean'] > ticks[0]['Edges/T']['mean']
     else:

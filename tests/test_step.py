@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from losses import Loss
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
@@ -14,10 +15,8 @@ from training.draws import SampleDraws
 from training.networks import edm2 as networks_edm2
 from training.networks.encoders import StandardRGBEncoder
 from training.objectives import OBJECTIVES
-from training.objectives.consistency_loss import TableLoss
-from training.objectives.loss import DIFFUSION_LOSSES
-from training.objectives.loss_ect import ConsistencyTuningLoss
-from training.objectives.loss_tcm import TruncatedTrainingLoss
+from training.objectives.edge_schedule import EdgeSchedule
+from training.objectives.loss_tcm import TruncatedState
 from training.phema import WeightAverages
 from training.training_loop import accumulate_gradients
 from training.weight_update import WeightUpdate
@@ -38,7 +37,8 @@ SEGMENTS = dict(
 MCD = dict(SEGMENTS, terminal_anchor=True, terminal_teacher_hop=True, anchor_hops=2)
 CM = dict(RANGE, N=None, s0=2, s1=20, schedule_nimg=4 * BATCH, mu0=0.9, mu_schedule='adaptive', cm_loss='l2')
 
-# The objective, its loss's options, and those of the update and the averages where they are not the plain ones.
+# The objective, its loss's options, and those of the update and the averages where they are not the plain
+# ones.
 CASES = {
     'edm': ('diffusion', dict(kind='edm'), {}),
     'edm2': ('diffusion', dict(kind='edm2'), dict(stds=[0.05, 0.1])),
@@ -117,7 +117,8 @@ REAL_NETWORKS = {'edm': networks.EDMPrecond, 'edm2': networks_edm2.Precond, 'mcd
 
 
 class Small(torch.nn.Module):
-    """A denoiser of one convolution, with labels and dropout: in place of a U-Net, of whose operations one case for each is enough."""
+    """A denoiser of one convolution, with labels and dropout: in place of a U-Net, of whose operations one
+    case for each is enough."""
 
     def __init__(self):
         super().__init__()
@@ -156,14 +157,13 @@ class Training:
 
     def __init__(self, case: str, device='cpu'):
         name, options, extra = CASES[case]
-        objective, self.device, kind = OBJECTIVES[name], torch.device(device), options.get('kind')
+        objective, self.device = OBJECTIVES[name], torch.device(device)
         self.net = make_network(case, 0, device).train()
-        teacher = [make_network(case, 1, device).eval().requires_grad_(False)] if objective.teacher else []
-        self.loss_fn = (
-            objective.loss_class()(*teacher, **options) if objective.loss else DIFFUSION_LOSSES[kind]()
-        )
+        teacher = None
+        if objective.teacher:
+            teacher = make_network(case, 1, device).eval().requires_grad_(False)
+        self.loss_fn = Loss(name, teacher, self.net, **options)
         self.flat = FlatParameters(self.net)
-        self.loss_fn.attach(self.net, self.flat)
         self.update = WeightUpdate(
             self.flat,
             (0.9, 0.999),
@@ -184,10 +184,14 @@ class Training:
             torch.eye(CLASSES)[torch.randint(CLASSES, [count], generator=generator)],
         )
 
-    def recorded(self, *arguments):
-        """The loss, whose values are kept."""
-        self.losses.append(self.loss_fn(*arguments))
+    def loss(self, net, images, labels, rng, state, augment_labels=None):
+        """The objective's, whose values are kept."""
+        self.losses.append(self.loss_fn(net, images, labels, rng, augment_labels))
         return self.losses[-1]
+
+    @property
+    def NAME(self):
+        return self.loss_fn.NAME
 
     def steps_counted(self) -> list[torch.Tensor]:
         """What the optimizer keeps on the host, on every device."""
@@ -198,17 +202,16 @@ class Training:
         )
 
     def step(self, batch) -> None:
-        self.recorded.__func__.name = self.loss_fn.name
         self.loss_fn.begin_step(self.nimg)
         self.averages.let_weights_change()
         self.flat.weights.grad.zero_()
         for i in range(ROUNDS):
             draws = SampleDraws(7, self.nimg + i * BATCH // ROUNDS, BATCH // ROUNDS, self.device)
             accumulate_gradients(
-                self.net, self.recorded, batch, draws, self.update, 1 / BATCH, StandardRGBEncoder()
+                self.net, self, None, batch, draws, self.update, 1 / BATCH, StandardRGBEncoder()
             )
         self.update.step(1e-3)
-        self.loss_fn.end_step()
+        self.loss_fn.state.end_step()
         self.nimg += BATCH
         self.averages.update(self.nimg, BATCH)
 
@@ -216,16 +219,16 @@ class Training:
 WAITING = ('cpu', 'numpy', 'tolist', 'item', '__bool__', '__int__', '__float__', '__index__')
 OF_THE_HOST = (
     (SampleDraws, 'uniform'),
-    (TableLoss, '_make_table'),
-    (TruncatedTrainingLoss, 'times_on_host'),
-    (ConsistencyTuningLoss, 'times_on_host'),
+    (SampleDraws, 'normal_on_host'),
+    (EdgeSchedule, '_enter'),
+    (TruncatedState, 'draw_on_host'),
 )  # return numpy arrays or constants
 
 
 @contextlib.contextmanager
 def tensors_without_values(monkeypatch, of_the_host=()):
-    """A context in which tensors have shapes but no values, and whatever asks for one raises. What the host decides it decides in numpy; tensors
-    `of_the_host` are its own on every device."""
+    """A context in which tensors have shapes but no values, and whatever asks for one raises. What the host
+    decides it decides in numpy; tensors `of_the_host` are its own on every device."""
     host_at_work = []
 
     def computing(method):
@@ -260,12 +263,12 @@ def test_a_step_asks_for_no_number(case, monkeypatch):
     """The second, for which edges are made anew; steps are counted on the host."""
     monkeypatch.setattr(training_stats, 'AT_ONCE', 1)
     training = Training(case)
-    batch, stage = training.batch(), getattr(training.loss_fn, 'stage', None)
+    batch, stage = training.batch(), getattr(training.loss_fn.state, 'stage', None)
     training.step(batch)
     with tensors_without_values(monkeypatch, training.steps_counted()):
         training.step(batch)
     assert [type(loss) is FakeTensor for loss in training.losses] == [False] * ROUNDS + [True] * ROUNDS
-    assert case in UNCHANGING or training.loss_fn.stage != stage
+    assert case in UNCHANGING or training.loss_fn.state.stage != stage
     training_stats.reset()
 
 
@@ -292,7 +295,7 @@ def test_a_step_that_asks_for_a_number_is_found_out(name, monkeypatch):
         waits(loss)
         return loss
 
-    waiting.begin_step, waiting.name = loss_fn.begin_step, 'ct'
+    waiting.begin_step, waiting.NAME, waiting.state = loss_fn.begin_step, 'ct', loss_fn.state
     training.loss_fn = waiting
     refusals = (
         AssertionError,

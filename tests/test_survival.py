@@ -19,7 +19,7 @@ from wandb_files import leveldb_records
 from dnnlib import EasyDict
 from torch_utils.flat import FlatParameters
 from training.checkpoint import load_network, load_state
-from training.objectives.loss import Loss
+from training.objectives.loss import State
 from training.phema import WeightAverages
 from training.run_files import PREEMPTED, Progress, RunFiles, saved_states, states_to_keep
 from training.run_files import load_state as newest_state
@@ -181,7 +181,7 @@ def small_run(folder, **options):
         net,
         WeightUpdate(flat, (0.9, 0.99), 1e-8),
         WeightAverages(net, flat, 1e3, None, []),
-        Loss(),
+        State(),
         log=print,
     )
     return files, Progress(nimg=1000, tick=1, begun=True)

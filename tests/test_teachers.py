@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import FAST, TINY_NETWORK, assert_one_clear_error, lines
+from losses import Loss
 
 import generate
 import train
@@ -14,7 +15,7 @@ from training import networks
 from training.checkpoint import load_network, save_snapshot
 from training.draws import SampleDraws
 from training.networks import edm2 as networks_edm2
-from training.objectives.loss import UncertaintyLoss
+from training.objectives import loss_diffusion
 
 DIGITS = dict(img_resolution=8, img_channels=1, label_dim=10)
 ADM = dict(
@@ -115,10 +116,15 @@ def test_the_uncertainty_that_minimizes_edm2s_loss_is_the_logarithm_of_the_error
     """w/e^u |D − y|² + 64 u has its minimum, 64 (1 + ln(e/64)), where e^u is the weighted error e of a value; the loss's value is checked there."""
     logvar = torch.zeros(16, requires_grad=True)
     answer = lambda x, sigma, labels, **kwargs: (torch.zeros_like(x), logvar.reshape(-1, 1, 1, 1))
-    images, draws, loss_fn = torch.full((16, 1, 8, 8), 0.3), SampleDraws(0, 0, 16), UncertaintyLoss()
+    images, draws, loss_fn = (
+        torch.full((16, 1, 8, 8), 0.3),
+        SampleDraws(0, 0, 16),
+        Loss(loss_diffusion, kind='edm2'),
+    )
     net = torch.nn.Module()
     net.forward = answer
-    error = loss_fn.weight(loss_fn.noise_levels(draws)) * 0.3**2
+    _, weight = loss_diffusion.noise_levels(loss_fn.state.c, draws)
+    error = weight * 0.3**2
     logvar.data.copy_(error.log())
     loss = loss_fn(net.eval(), images, None, draws)
     torch.testing.assert_close(loss, 64 * (1 + error.log()))

@@ -2,25 +2,20 @@
 
 `report` and `report_bins` add to running moments without any transfer, of tensors that must not change
 afterwards; `collect` sums them over all processes, returns {name: {"num", "mean", "std"}} and starts anew.
-Every process must report the same names. A step of a small network would notice the operations, so they wait
-for each other: reports of a name become moments together, and `report_later` puts off what it takes to make
-them.
+Every process must report the same names. A step of a small network would notice the operations, so reports of
+a name wait for each other and become moments together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 
 from torch_utils import distributed
 
-AT_ONCE = 32  # reports, of a name or put off, that are worth the operations
+AT_ONCE = 32  # reports of a name that are worth the operations
 
-_later: dict[
-    Callable[..., None], list[tuple[torch.Tensor, ...]]
-] = {}  # what reports -> its arguments of each call
 _waiting: dict[
     tuple[str, ...], list[tuple[torch.Tensor, ...]]
 ] = {}  # names -> (values,) or (values, index) of each report
@@ -44,18 +39,6 @@ def report(name: str | list[str], values) -> None:
 def report_bins(names: list[str], index: torch.Tensor, values: torch.Tensor) -> None:
     """Add `values` [N] under `names[index]`, index [N] int64. Those that are not finite are left out."""
     _add(tuple(names), values.detach(), index)
-
-
-def report_later(describe: Callable[..., None], *tensors: torch.Tensor) -> None:
-    """Have `describe` called, once for many calls, with their concatenated `tensors` [N, ...]; it reports."""
-    calls = _later.setdefault(describe, [])
-    calls.append(tensors)
-    if len(calls) >= AT_ONCE:
-        _describe(describe)
-
-
-def _describe(describe: Callable[..., None]) -> None:
-    describe(*(torch.cat(column) for column in zip(*_later.pop(describe))))
 
 
 def _add(names: tuple[str, ...], values: torch.Tensor, *index: torch.Tensor) -> None:
@@ -97,8 +80,6 @@ def collect() -> dict[str, dict[str, float]]:
 
 def state() -> list[tuple[list[str], torch.Tensor]]:
     """The sums over processes since the last collection, for a training state in the middle of a tick."""
-    for describe in list(_later):
-        _describe(describe)
     for names in list(_waiting):
         _take_in(names)
     if not _moments:
@@ -122,5 +103,5 @@ def load_state(groups: list[tuple[list[str], torch.Tensor]], device: torch.devic
 
 def reset() -> None:
     """Forget everything that was reported."""
-    for reports in (_later, _waiting, _moments):
+    for reports in (_waiting, _moments):
         reports.clear()

@@ -644,7 +644,7 @@ def configure(opts: EasyDict, dataset, teacher) -> EasyDict:
     from training import samplers
     from training.checkpoint import network_digest
     from training.networks import encoders
-    from training.objectives.loss import DIFFUSION_LOSSES
+    from training.objectives import loss_diffusion
 
     processes = distributed.get_world_size()
     if opts.batch % processes or (
@@ -680,7 +680,7 @@ def configure(opts: EasyDict, dataset, teacher) -> EasyDict:
     else:
         c.loss = EasyDict(kind='edm2' if opts.edm2 else opts.precond or 'edm')
         for name in ('P_mean', 'P_std'):  # of losses that have them
-            if (default := default_of(DIFFUSION_LOSSES[c.loss.kind], name)) is not None:
+            if (default := loss_diffusion.DEFAULTS[c.loss.kind].get(name)) is not None:
                 c.loss[name] = default if opts[name] is None else opts[name]
     c.update(
         batch_size=opts.batch,
@@ -771,7 +771,7 @@ def planned_run_dir(opts: EasyDict, data_name: str) -> str:
     numbers = [int(m[1]) for m in map(re.compile(r'([0-9]{1,9})-').match, there) if m]
     arch = opts.arch or ('ddpmpp' if not opts.teacher else 'teacher')
     objective = OBJECTIVES[opts.objective]
-    student = [objective.loss_class().name + (f'-s{opts.S}' if opts.S else '')] if objective.loss else []
+    student = [objective.module().NAME + (f'-s{opts.S}' if opts.S else '')] if objective.loss else []
     words = [
         data_name,
         'cond' if opts.cond else 'uncond',

@@ -1,10 +1,12 @@
-"""The mathematics of multistep consistency models in EDM's noise schedule: grids, segments, edges, hops and their inverses.
+"""The mathematics of multistep consistency models in EDM's noise schedule: grids, segments, edges, hops and
+their inverses.
 
-Pure functions in FP64, without networks or state. Notation: x_sigma = y + sigma n; the probability-flow ODE is
-dx/dsigma = (x − D(x; sigma)) / sigma (Karras et al. 2022, Eq. 1 with s(t) = 1, sigma(t) = t).
+Pure functions in FP64, without networks or state. Notation: x_sigma = y + sigma n; the probability-flow ODE
+is dx/dsigma = (x − D(x; sigma)) / sigma (Karras et al. 2022, Eq. 1 with s(t) = 1, sigma(t) = t).
 
-A *grid* is a decreasing [n+1] tensor of noise levels that ends in 0; its n *edges* join neighbors. The student's grid has S edges, its
-*segments*; the teacher's has about T, each of them inside one segment or cut off at that segment's lower end, its *boundary*.
+A *grid* is a decreasing [n+1] tensor of noise levels that ends in 0; its n *edges* join neighbors. The
+student's grid has S edges, its *segments*; the teacher's has about T, each of them inside one segment or cut
+off at that segment's lower end, its *boundary*.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 STUDENT_GRIDS = ('edm', 'full')
 SIGMA_GRIDS = ('karras', 'cosine')  # what noise levels are evenly spaced in
 SAMPLING_MODES = ('edm', 'vp', 'uniform')
+HOPS = ('heun', 'ddim', 'addim')  # of a teacher, see `teacher_hop`
 TERMINAL, SNAP, GENERAL = 0, 1, 2  # kinds of edges
 KIND_NAMES = ('terminal', 'snap', 'general')
 TIE_TOLERANCE = 1e-5  # relative distance at which a teacher level is the same as a student level
@@ -33,8 +36,9 @@ TIE_TOLERANCE = 1e-5  # relative distance at which a teacher level is the same a
 def _warp(spacing: str, rho: float) -> tuple[Callable, Callable]:
     """The coordinate in which a grid's nodes are evenly spaced, as a function of sigma, and its inverse.
 
-    `karras`: sigma^(1/rho) (Karras et al. 2022, Eq. 5). `cosine`: atan sigma, which is pi u / 2 for the variance-preserving cosine schedule
-    alpha = cos(pi u / 2), sigma = tan(pi u / 2) (Salimans & Ho 2022; Heek et al. 2024, Appendix A).
+    `karras`: sigma^(1/rho) (Karras et al. 2022, Eq. 5). `cosine`: atan sigma, which is pi u / 2 for the
+    variance-preserving cosine schedule alpha = cos(pi u / 2), sigma = tan(pi u / 2) (Salimans & Ho 2022; Heek
+    et al. 2024, Appendix A).
     """
     if spacing == 'karras':
         return lambda sigma: sigma ** (1 / rho), lambda u: u**rho
@@ -44,7 +48,8 @@ def _warp(spacing: str, rho: float) -> tuple[Callable, Callable]:
 
 
 def sigma_nodes(n: int, sigma_min: float, sigma_max: float, rho: float, spacing: str = 'karras') -> Tensor:
-    """n noise levels from sigma_max down to sigma_min, evenly spaced as `spacing` says (see `_warp`); rho is for `karras` alone.
+    """n noise levels from sigma_max down to sigma_min, evenly spaced as `spacing` says (see `_warp`); rho is
+    for `karras` alone.
 
     Returns: [n] float64; a single node is sigma_max.
     """
@@ -62,7 +67,8 @@ def sigma_nodes(n: int, sigma_min: float, sigma_max: float, rho: float, spacing:
 
 
 def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-    """n noise levels from sigma_max down to sigma_min, evenly spaced in sigma^(1/rho) (Karras et al. 2022, Eq. 5).
+    """n noise levels from sigma_max down to sigma_min, evenly spaced in sigma^(1/rho) (Karras et al. 2022,
+    Eq. 5).
 
     Returns: [n] float64; a single node is sigma_max.
     """
@@ -78,8 +84,8 @@ def student_grid(
 ) -> Tensor:
     """The S+1 noise levels of an S-step student, the last one 0.
 
-    `edm`: S nodes (Karras's, or of another `spacing`), then 0. `full`: S+1 nodes with the last one replaced by 0, so that no evaluation is spent
-    on sigma_min -> 0.
+    `edm`: S nodes (Karras's, or of another `spacing`), then 0. `full`: S+1 nodes with the last one replaced
+    by 0, so that no evaluation is spent on sigma_min -> 0.
     """
     if S < 1:
         raise ValueError(f'a student takes at least one step, not {S}')
@@ -98,13 +104,15 @@ def teacher_grid(
     spacing: str = 'karras',
     keep_ties: bool = False,
 ) -> Tensor:
-    """Teacher noise levels [T'+1], at least T edges: nodes of a `spacing`, then 0, without the interior ones that coincide with a student level.
+    """Teacher noise levels [T'+1], at least T edges: nodes of a `spacing`, then 0, without the interior ones
+    that coincide with a student level.
 
-    A coinciding node is dropped (relative tolerance 1e-5), so that the edge above it crosses the boundary and snaps to it. The first node and
-    the last are kept. The raw count is raised until at least T edges remain.
+    A coinciding node is dropped (relative tolerance 1e-5), so that the edge above it crosses the boundary and
+    snaps to it. The first node and the last are kept. The raw count is raised until at least T edges remain.
 
-    `keep_ties` keeps such nodes, as the student's very numbers: each starts the first edge of the segment below it, and the student is trained at
-    the noise levels that sampling asks for. That holds at every T, because the raw count is raised until every student level is a node.
+    `keep_ties` keeps such nodes, as the student's very numbers: each starts the first edge of the segment
+    below it, and the student is trained at the noise levels that sampling asks for. That holds at every T,
+    because the raw count is raised until every student level is a node.
     Raises: ValueError where no count does that (a student grid of another range or spacing).
     """
     for raw in range(T, 2 * T + 2 * len(student) + 2):
@@ -135,7 +143,8 @@ def anneal_T(nimg: float, T_start: int, T_end: int, T_anneal_kimg: float) -> int
 
 @dataclass(frozen=True)
 class Edges:
-    """The edges of a teacher's grid as columns, [T'] each: upper and lower end, boundary, segment and kind."""
+    """The edges of a teacher's grid as columns, [T'] each: upper and lower end, boundary, segment and
+    kind."""
 
     sigma_t: Tensor
     sigma_s: Tensor
@@ -148,7 +157,8 @@ class Edges:
 
 
 def segment_of(sigma: Tensor, student: Tensor) -> Tensor:
-    """Index j of the segment (student[j+1], student[j]] that holds each noise level; int64, shape of `sigma`."""
+    """Index j of the segment (student[j+1], student[j]] that holds each noise level; int64, shape of
+    `sigma`."""
     levels = student.flip(0).contiguous()
     return len(student) - 1 - torch.searchsorted(levels, sigma.contiguous(), right=False)
 
@@ -173,10 +183,12 @@ def edge_table(teacher: Tensor, student: Tensor) -> Edges:
 def edge_density(
     sigma: Tensor, mode: str, rho: float, spacing: str = 'karras', P_mean: float = -1.2, P_std: float = 1.2
 ) -> Tensor:
-    """How often edges at `sigma` should be drawn, up to a common factor: a density in sigma times |dsigma/di| on the grid's nodes.
+    """How often edges at `sigma` should be drawn, up to a common factor: a density in sigma times |dsigma/di|
+    on the grid's nodes.
 
-    Densities: `vp` 1 / (1 + sigma²), which is uniform in the cosine schedule's time; `edm` exp(−(ln sigma − P_mean)² / (2 P_std²)) / sigma, the
-    training distribution of Karras et al. 2022, Table 1. |dsigma/di| is ∝ sigma^(1−1/rho) on Karras nodes and ∝ 1 + sigma² on cosine ones.
+    Densities: `vp` 1 / (1 + sigma²), which is uniform in the cosine schedule's time; `edm` exp(−(ln sigma −
+    P_mean)² / (2 P_std²)) / sigma, the training distribution of Karras et al. 2022, Table 1. |dsigma/di| is ∝
+    sigma^(1−1/rho) on Karras nodes and ∝ 1 + sigma² on cosine ones.
     """
     slope = 1 + sigma**2 if spacing == 'cosine' else sigma ** (1 - 1 / rho)
     if mode == 'vp':
@@ -202,12 +214,14 @@ def edge_probabilities(
 
     Modes: `uniform`: segment uniform, then edge uniform within it; `vp` and `edm`: see `edge_density`.
 
-    `terminal_anchor` gives the last edge (sigma_min -> 0) exactly 1/T' in those two modes, `pin_top` the first edge likewise; the others share the
-    rest in proportion.
+    `terminal_anchor` gives the last edge (sigma_min -> 0) exactly 1/T' in those two modes, `pin_top` the
+    first edge likewise; the others share the rest in proportion.
 
-    `top_mass` > 0 gives the first edges of the S segments that share together, in equal parts, because sampling asks the student once at each of
-    them (their upper ends are the student's levels on a teacher grid with `keep_ties`). A part takes the place of a pinned 1/T'; where the last
-    edge is no segment's first, its 1/T' is cut to what top_mass leaves. Where no other edge is left the parts are scaled to sum to one.
+    `top_mass` > 0 gives the first edges of the S segments that share together, in equal parts, because
+    sampling asks the student once at each of them (their upper ends are the student's levels on a teacher
+    grid with `keep_ties`). A part takes the place of a pinned 1/T'; where the last edge is no segment's
+    first, its 1/T' is cut to what top_mass leaves. Where no other edge is left the parts are scaled to sum to
+    one.
     """
     if not 0 <= top_mass <= 1:
         raise ValueError(f'top_mass {top_mass} is no share between 0 and 1')
@@ -232,11 +246,12 @@ def edge_probabilities(
 
 
 def halving_edges(S: int, sigma_min: float, sigma_max: float, rho: float, spacing: str = 'karras') -> Edges:
-    """What progressive distillation to S steps learns (Salimans & Ho 2022, Algorithm 2): from sigma_t = fine[2i] the teacher takes two steps, to
-    sigma_s = fine[2i+1] and on to sigma_b = fine[2i+2], the student is to take one; [S] columns, all of the kind GENERAL.
+    """What progressive distillation to S steps learns (Salimans & Ho 2022, Algorithm 2): from sigma_t =
+    fine[2i] the teacher takes two steps, to sigma_s = fine[2i+1] and on to sigma_b = fine[2i+2], the student
+    is to take one; [S] columns, all of the kind GENERAL.
 
-    fine is the `full` grid of 2S steps; every second level of it is the `full` grid of S steps, whose very numbers stand here, because the student
-    is sampled at them.
+    fine is the `full` grid of 2S steps; every second level of it is the `full` grid of S steps, whose very
+    numbers stand here, because the student is sampled at them.
     """
     coarse, fine = (student_grid(n, sigma_min, sigma_max, rho, 'full', spacing) for n in (S, 2 * S))
     return Edges(coarse[:-1], fine[1::2], coarse[1:], torch.arange(S), torch.full([S], GENERAL))
@@ -247,7 +262,8 @@ def halving_edges(S: int, sigma_min: float, sigma_max: float, rho: float, spacin
 
 
 def noise_level(sigma: Tensor | float, x: Tensor) -> Tensor:
-    """Noise levels as float64 beside `x`. A number is filled in there: a copy from the host would wait for the device."""
+    """Noise levels as float64 beside `x`. A number is filled in there: a copy from the host would wait for
+    the device."""
     if isinstance(sigma, Tensor):
         return sigma.to(x.device, torch.float64)
     return torch.full([], sigma, dtype=torch.float64, device=x.device)
@@ -260,7 +276,8 @@ def expand_like(sigma: Tensor, x: Tensor) -> Tensor:
 
 
 def ddim_step(x_t: Tensor, denoised: Tensor, sigma_t: Tensor, sigma_s: Tensor) -> Tensor:
-    """x_s = D + (sigma_s / sigma_t)(x_t − D): one Euler step of the ODE, DDIM's (Song et al. 2021) in EDM's notation.
+    """x_s = D + (sigma_s / sigma_t)(x_t − D): one Euler step of the ODE, DDIM's (Song et al. 2021) in EDM's
+    notation.
 
     Args:
         x_t, denoised: [N, ...] state and denoiser output at sigma_t.
@@ -274,12 +291,14 @@ def ddim_step(x_t: Tensor, denoised: Tensor, sigma_t: Tensor, sigma_s: Tensor) -
 def inv_ddim(x_b: Tensor, x_t: Tensor, sigma_t: Tensor, sigma_b: Tensor, check: bool = True) -> Tensor:
     """The denoised image that a DDIM step from `x_t` at `sigma_t` would carry to `x_b` at `sigma_b`.
 
-    Inverse of `ddim_step`: x* = (sigma_t x_b − sigma_b x_t) / (sigma_t − sigma_b)   (Salimans & Ho 2022; Heek et al. 2024, Eq. 7).
+    Inverse of `ddim_step`: x* = (sigma_t x_b − sigma_b x_t) / (sigma_t − sigma_b)   (Salimans & Ho 2022; Heek
+    et al. 2024, Eq. 7).
 
     Args:
         x_b, x_t: [N, ...] states at the two noise levels.
         sigma_t, sigma_b: [N] noise levels, sigma_t > sigma_b >= 0.
-        check: look at the levels, which synchronizes with the device. Training checks its whole table once instead (`check_edges`).
+        check: look at the levels, which synchronizes with the device. Training checks its whole table once
+            instead (`check_edges`).
     Returns: [N, ...] float64.
     Raises: ValueError where sigma_t <= sigma_b.
     """
@@ -290,7 +309,8 @@ def inv_ddim(x_b: Tensor, x_t: Tensor, sigma_t: Tensor, sigma_b: Tensor, check: 
 
 
 def check_edges(edges: Edges) -> None:
-    """Raises ValueError unless sigma_t > sigma_s >= sigma_b >= 0 on every edge and every segment from the first to the last has one."""
+    """Raises ValueError unless sigma_t > sigma_s >= sigma_b >= 0 on every edge and every segment from the
+    first to the last has one."""
     ordered = (edges.sigma_t > edges.sigma_s) & (edges.sigma_s >= edges.sigma_b) & (edges.sigma_b >= 0)
     if not bool(ordered.all()):
         raise ValueError(f'noise levels out of order on edge {int((~ordered).nonzero()[0])}')
@@ -301,15 +321,17 @@ def check_edges(edges: Edges) -> None:
 def heun_hop(
     denoiser: Denoiser, x_t: Tensor, sigma_t: Tensor, sigma_s: Tensor, denoised: Tensor | None = None
 ) -> Tensor:
-    """One Heun step of the ODE from sigma_t to sigma_s (Karras et al. 2022, Algorithm 1): local error O((sigma_t − sigma_s)³).
+    """One Heun step of the ODE from sigma_t to sigma_s (Karras et al. 2022, Algorithm 1): local error
+    O((sigma_t − sigma_s)³).
 
-    With h = sigma_s − sigma_t and slopes d = (x − D) / sigma, x_e = x_t + h d_t is Euler's step, DDIM's; x_t + h (d_t + d_s) / 2 is halfway
-    between x_t and x_e + h d_s = D_s + (2 − sigma_t / sigma_s)(x_e − D_s).
+    With h = sigma_s − sigma_t and slopes d = (x − D) / sigma, x_e = x_t + h d_t is Euler's step, DDIM's; x_t
+    + h (d_t + d_s) / 2 is halfway between x_t and x_e + h d_s = D_s + (2 − sigma_t / sigma_s)(x_e − D_s).
 
     Args:
         denoiser: D(x, sigma) for x [N, ...] and sigma [N].
         x_t: [N, ...] state at sigma_t.
-        sigma_t, sigma_s: [N] noise levels, sigma_t > sigma_s > 0 (a step to 0 has no second slope: use `ddim_step`).
+        sigma_t, sigma_s: [N] noise levels, sigma_t > sigma_s > 0 (a step to 0 has no second slope: use
+            `ddim_step`).
         denoised: D(x_t, sigma_t) where it is known already.
     Returns: [N, ...] float64.
     """
@@ -324,10 +346,11 @@ def heun_hop(
 
 
 def addim_hop(x_t: Tensor, denoised: Tensor, sigma_t: Tensor, sigma_s: Tensor, v: Tensor) -> Tensor:
-    """One step of adjusted DDIM, whose noise is lengthened by what DDIM's smooth prediction lacks (Heek et al. 2024, Eq. 14 and Algorithm 3).
+    """One step of adjusted DDIM, whose noise is lengthened by what DDIM's smooth prediction lacks (Heek et
+    al. 2024, Eq. 14 and Algorithm 3).
 
-    x_s = D + sqrt(sigma_s² + (1 − sigma_s / sigma_t)² v / |e|²) e with e = (x_t − D) / sigma_t and |e| over all of an image's values. v = 0 is
-    DDIM, and so is a step to sigma_s = 0.
+    x_s = D + sqrt(sigma_s² + (1 − sigma_s / sigma_t)² v / |e|²) e with e = (x_t − D) / sigma_t and |e| over
+    all of an image's values. v = 0 is DDIM, and so is a step to sigma_s = 0.
 
     Args:
         x_t, denoised: [N, ...] state and denoiser output at sigma_t.
@@ -348,17 +371,67 @@ def addim_hop(x_t: Tensor, denoised: Tensor, sigma_t: Tensor, sigma_s: Tensor, v
 def addim_variance(
     denoised: Tensor, sigma_t: Tensor, y: Tensor | None = None, xvar_frac: float = 0.75
 ) -> Tensor:
-    """v of `addim_hop`, [N] float64, for images of d values: xvar_frac |y − D|² from the clean images y, or, without them, 0.1 d / (2 + 1/sigma_t²),
-    a tenth of the posterior variance under a Gaussian prior of variance 1/2 (Heek et al. 2024, Section 3.2)."""
+    """v of `addim_hop`, [N] float64, for images of d values: xvar_frac |y − D|² from the clean images y, or,
+    without them, 0.1 d / (2 + 1/sigma_t²), a tenth of the posterior variance under a Gaussian prior of
+    variance 1/2 (Heek et al. 2024, Section 3.2)."""
     if y is not None:
         return xvar_frac * (y.double() - denoised.double()).flatten(1).square().sum(dim=1)
     sigma_t = noise_level(sigma_t, denoised).expand(len(denoised))
     return 0.1 * denoised[0].numel() / (2 + sigma_t**-2)
 
 
+def check_hop(hop: str | Callable, known: Sequence[str] = HOPS) -> None:
+    """Raises ValueError unless `hop` is one of `known`, or a function: see `teacher_hop`."""
+    if not callable(hop) and hop not in known:
+        raise ValueError(f'hop {hop!r} is not one of {", ".join(known)}')
+
+
+def teacher_hop(
+    denoiser: Denoiser,
+    x_t: Tensor,
+    sigma_t: Tensor,
+    sigma_s: Tensor,
+    hop: str | Callable[[Tensor, Tensor, Tensor], Tensor],
+    denoised: Tensor | None = None,
+    y: Tensor | None = None,
+    xvar_frac: float = 0.75,
+) -> Tensor:
+    """x_s, one step of a teacher from sigma_t to sigma_s > 0, `ddim` and `addim` also to 0.
+
+    Args:
+        hop: `heun`, `ddim` or `addim` (`heun_hop`, `ddim_step`, `addim_hop`), or the exact solution (x_t,
+            sigma_t, sigma_s) -> x_s (tests).
+        denoised: D(x_t, sigma_t) where it is known already.
+        y, xvar_frac: of `addim_variance`; xvar_frac = 0 for the variance that does not look at the images.
+    Returns: [N, ...] float64.
+    """
+    if callable(hop):
+        return hop(x_t, sigma_t, sigma_s)
+    denoised = denoiser(x_t, sigma_t) if denoised is None else denoised
+    if hop == 'heun':
+        return heun_hop(denoiser, x_t, sigma_t, sigma_s, denoised)
+    if hop == 'ddim':
+        return ddim_step(x_t, denoised, sigma_t, sigma_s)
+    variance = addim_variance(denoised, sigma_t, y if xvar_frac else None, xvar_frac)
+    return addim_hop(x_t, denoised, sigma_t, sigma_s, variance)
+
+
+def above_zero(sigma_s: Tensor, sigma_t: Tensor) -> Tensor:
+    """sigma_s where it is positive, and where it is 0 a level in its place, at which arithmetic stays finite:
+    sigma_t / 2."""
+    return torch.where(sigma_s > 0, sigma_s, sigma_t / 2)
+
+
+def by_kind(kind: Tensor, terminal: Tensor, snap: Tensor, general: Tensor) -> Tensor:
+    """Of three images [N, ...] for each edge, the one of its kind [N]."""
+    kind = expand_like(kind, general)
+    return torch.where(kind == GENERAL, general, torch.where(kind == SNAP, snap, terminal))
+
+
 def default_anchor_hops(sigma_b: float) -> int:
-    """Sub-steps of the pinned top edge. From sigma_max = 80, 4 are exact to 0.03 % down to sigma_b = 10, for data of standard deviation 0.5;
-    at sigma_b = 1.5 they would be 6 % off. 32 stay below 0.5 % down to sigma_b = 0.5 and below 2 % for a path to 0."""
+    """Sub-steps of the pinned top edge. From sigma_max = 80, 4 are exact to 0.03 % down to sigma_b = 10, for
+    data of standard deviation 0.5; at sigma_b = 1.5 they would be 6 % off. 32 stay below 0.5 % down to
+    sigma_b = 0.5 and below 2 % for a path to 0."""
     return 4 if sigma_b >= 10 else 32
 
 
@@ -372,7 +445,8 @@ def anchor_nodes(
 ) -> Tensor:
     """Noise levels of the teacher's solution from sigma_max to the boundary sigma_b.
 
-    sigma_b > 0: hops + 1 nodes (Karras's, or of another `spacing`) between the two. sigma_b = 0: `hops` nodes down to sigma_min, then 0.
+    sigma_b > 0: hops + 1 nodes (Karras's, or of another `spacing`) between the two. sigma_b = 0: `hops` nodes
+    down to sigma_min, then 0.
     """
     hops = hops or default_anchor_hops(sigma_b)
     if sigma_b > 0:
@@ -383,7 +457,8 @@ def anchor_nodes(
 def solve_ode(
     denoiser: Denoiser, x: Tensor, levels: Sequence[float], denoised: Tensor | None = None
 ) -> Tensor:
-    """Follow the ODE down a list of noise levels by Heun steps; a last step to 0 is Euler's. Returns [N, ...] float64.
+    """Follow the ODE down a list of noise levels by Heun steps; a last step to 0 is Euler's. Returns [N, ...]
+    float64.
 
     `denoised` is D at x, at the first level, where it is known already.
     """
@@ -402,9 +477,11 @@ def solve_ode(
 def nodes_between(
     sigma_t: Tensor, sigma_b: Tensor, substeps: int, rho: float, sigma_min: float, spacing: str = 'karras'
 ) -> Tensor:
-    """`anchor_nodes` for levels that differ from sample to sample: [substeps+1, N] float64, from sigma_t [N] down to sigma_b [N].
+    """`anchor_nodes` for levels that differ from sample to sample: [substeps+1, N] float64, from sigma_t [N]
+    down to sigma_b [N].
 
-    Where sigma_b = 0 the last but one is sigma_min, or sigma_t where that is lower. Does not synchronize with the device.
+    Where sigma_b = 0 the last but one is sigma_min, or sigma_t where that is lower. Does not synchronize with
+    the device.
     """
     to_zero = sigma_b == 0
     bottom = torch.where(to_zero, sigma_t.clamp(max=sigma_min), sigma_b)
@@ -428,9 +505,11 @@ def solve_between(
     sigma_min: float,
     spacing: str = 'karras',
 ) -> Tensor:
-    """The teacher's own solution from sigma_t to sigma_b, both [N] float64, by Heun steps over `nodes_between`; a last step to 0 is Euler's.
+    """The teacher's own solution from sigma_t to sigma_b, both [N] float64, by Heun steps over
+    `nodes_between`; a last step to 0 is Euler's.
 
-    Samples that end at 0 and others may share a batch: that costs 2 substeps evaluations, one of which those that end at 0 ignore.
+    Samples that end at 0 and others may share a batch: that costs 2 substeps evaluations, one of which those
+    that end at 0 ignore.
     Returns: [N, ...] float64.
     """
     x = x_t.double()
@@ -463,10 +542,11 @@ WEIGHT_MODES = (
 
 
 def image_distance(d: Tensor, kind: str, eps: float = PSEUDO_HUBER_EPS) -> Tensor:
-    """Distance of each image's difference `d` [N, ...] from zero, [N]; sums run over all of an image's values.
+    """Distance of each image's difference `d` [N, ...] from zero, [N]; sums run over all of an image's
+    values.
 
-    `pseudo_huber` sqrt(|d|² + eps²) − eps, which is `l2_root` for eps = 0; `l2_root` sqrt(max(|d|², 1e-12)); `l2` |d|²; `huber` the elementwise
-    Huber function, delta = 1e-4.
+    `pseudo_huber` sqrt(|d|² + eps²) − eps, which is `l2_root` for eps = 0; `l2_root` sqrt(max(|d|², 1e-12));
+    `l2` |d|²; `huber` the elementwise Huber function, delta = 1e-4.
     """
     d = d.flatten(1)
     if kind == 'huber':
@@ -486,9 +566,9 @@ def image_distance(d: Tensor, kind: str, eps: float = PSEUDO_HUBER_EPS) -> Tenso
 def edge_weight(sigma_t: Tensor, sigma_s: Tensor, mode: str, sigma_data: float) -> Tensor:
     """Loss weight of edges, in the shape of `sigma_t`.
 
-    `edm` = `karras`: 1/sigma² + 1/sigma_d² (Karras et al. 2022, Table 1); `sqrt_karras`: its square root, 1/c_out, for losses that grow linearly;
-    `vlike` = `snr+1`: 1/sigma² + 1; `snr`: 1/sigma²; `truncated-snr`: max(1/sigma², 1) (Salimans & Ho 2022); `flat` = `uniform`: 1;
-    `sqrt_gap`: sqrt(sigma_t − sigma_s).
+    `edm` = `karras`: 1/sigma² + 1/sigma_d² (Karras et al. 2022, Table 1); `sqrt_karras`: its square root,
+    1/c_out, for losses that grow linearly; `vlike` = `snr+1`: 1/sigma² + 1; `snr`: 1/sigma²; `truncated-snr`:
+    max(1/sigma², 1) (Salimans & Ho 2022); `flat` = `uniform`: 1; `sqrt_gap`: sqrt(sigma_t − sigma_s).
     """
     snr = sigma_t**-2
     if mode in ('edm', 'karras'):

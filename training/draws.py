@@ -1,8 +1,10 @@
-"""Random numbers by global sample index: a sample's noise and edge depend on the seed and its place in the stream of training images alone.
+"""Random numbers by global sample index: a sample's noise and edge depend on the seed and its place in the
+stream of training images alone.
 
-So a batch may be split over processes, accumulation rounds and restarts in any way and see the same noise, and there is no generator state to save.
-Dropout masks and augmentation are drawn for a whole batch at once (`SampleDraws.generator`) and do depend on how it is split.
-Numbers are drawn in blocks of `BLOCK` consecutive samples, each from a generator seeded by (seed, purpose, block).
+So a batch may be split over processes, accumulation rounds and restarts in any way and see the same noise,
+and there is no generator state to save. Dropout masks and augmentation are drawn for a whole batch at once
+(`SampleDraws.generator`) and do depend on how it is split. Numbers are drawn in blocks of `BLOCK` consecutive
+samples, each from a generator seeded by (seed, purpose, block).
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class SampleDraws:
         return self._draw(purpose, shape, self.device, torch.randn)
 
     def normal_on_host(self, purpose: str) -> np.ndarray:
-        """[count] float32, standard normal: for choices that the host has to know without asking the device."""
+        """[count] float32, standard normal: for choices that the host has to know without asking the
+        device."""
         return self._draw(purpose, (), torch.device('cpu'), torch.randn).numpy()
 
     def uniform(self, purpose: str) -> np.ndarray:
@@ -62,7 +65,8 @@ class SampleDraws:
         ).numpy()
 
     def generator(self, purpose: str) -> torch.Generator:
-        """A generator on the device for numbers that belong to this very set of samples (dropout masks, augmentation)."""
+        """A generator on the device for numbers that belong to this very set of samples (dropout masks,
+        augmentation)."""
         return torch.Generator(self.device).manual_seed(
             derive_seed(self.seed, purpose, self.first, self.count)
         )

@@ -22,17 +22,6 @@ def arithmetic(precision: str, tf32: bool) -> str:
     return 'tf32' if precision == 'fp32' and tf32 else precision
 
 
-def loss_of(c, teacher: torch.nn.Module | None):
-    """The loss of a configuration, without the weights by which it may compare images; None for diffusion."""
-    objective, options = OBJECTIVES[c.objective], dict(c.loss)
-    if not objective.loss:
-        return None
-    options.pop('lpips', None)
-    if options.get('cm_loss') == 'lpips':
-        options['perceptual'] = torch.nn.Identity()
-    return objective.loss_class()(*([teacher] if objective.teacher else []), **options)
-
-
 def unresolved_gap(c, teacher: torch.nn.Module | None) -> str | None:
     """A warning where the pairs of the run's last step are closer than the network's numbers, as its gradient
     then is noise for the most part.
@@ -41,8 +30,12 @@ def unresolved_gap(c, teacher: torch.nn.Module | None) -> str | None:
         c: configuration of the run.
         teacher: the network of `c.teacher`.
     """
-    loss_fn, last_nimg = loss_of(c, teacher), (-(-c.total_nimg // c.batch_size) - 1) * c.batch_size
-    gap, kind = loss_fn and loss_fn.self_target_gap(last_nimg), arithmetic(c.precision, c.tf32)
+    perceptual = (
+        torch.nn.Identity() if getattr(c.loss, 'cm_loss', None) == 'lpips' else None
+    )  # its weights do not matter here
+    state = OBJECTIVES[c.objective].module().setup(c.loss, teacher, perceptual=perceptual)
+    last_nimg = (-(-c.total_nimg // c.batch_size) - 1) * c.batch_size
+    gap, kind = state.self_target_gap(last_nimg), arithmetic(c.precision, c.tf32)
     if gap is None or gap >= ROUNDING[kind]:
         return None
     cure = (
@@ -55,5 +48,5 @@ def unresolved_gap(c, teacher: torch.nn.Module | None) -> str | None:
     return (
         'Warning: by the last step, half of the pairs of times that the loss compares are within 1 - r/t = '
         f'{gap:.1e} of each other, and {kind} rounds by up to {ROUNDING[kind]:.1e}: the gradient will be '
-        f'rounding for the most part. Use {cure}, or change {loss_fn.gap_option}.'
+        f'rounding for the most part. Use {cure}, or change {state.gap_option}.'
     )

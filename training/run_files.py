@@ -14,7 +14,7 @@ import dnnlib
 from dnnlib import EasyDict, UserError
 from torch_utils import distributed, training_stats
 from training import checkpoint
-from training.objectives.loss import Loss
+from training.objectives.loss import State
 from training.phema import WeightAverages, average_name
 from training.saved_files import saved_snapshots, saved_states  # noqa: F401 (people look for both here)
 from training.weight_update import WeightUpdate
@@ -112,7 +112,7 @@ class RunFiles:
 
     Args:
         c, run_dir: the run's configuration and folder.
-        net, update, averages, loss_fn: what a state holds.
+        net, update, averages, loss_state: what a state holds.
         log: called with lines for people.
     """
 
@@ -123,16 +123,16 @@ class RunFiles:
         net: torch.nn.Module,
         update: WeightUpdate,
         averages: WeightAverages,
-        loss_fn: Loss,
+        loss_state: State,
         log,
     ):
-        self.c, self.run_dir, self.net, self.update, self.averages, self.loss_fn, self.log = (
+        self.c, self.run_dir, self.net, self.update, self.averages, self.loss_state, self.log = (
             c,
             Path(run_dir),
             net,
             update,
             averages,
-            loss_fn,
+            loss_state,
             log,
         )
         self._newest: tuple[tuple, str] | None = None  # position and name of the last state that was written
@@ -159,7 +159,7 @@ class RunFiles:
         path = self.run_dir / f'{file_stem(progress, "network-snapshot")}{suffix}.pkl'
         checkpoint.save_snapshot(
             path,
-            self.loss_fn.sampled(net),
+            self.loss_state.sampling_network(net),
             **metadata,
             dataset_kwargs=dict(self.c.dataset),
             fid=fids.get(metadata['ema']),
@@ -187,7 +187,7 @@ class RunFiles:
             net=dict(self.net.state_dict()),
             update=self.update.state_dict(),
             averages=self.averages.state_dict(),
-            loss=self.loss_fn.state_dict(),
+            loss=self.loss_state.state_dict(),
             progress=dict(position),
             stats=training_stats.state(),
             rng=distributed.gather_objects(rng),
@@ -284,7 +284,7 @@ def restore(
     net: torch.nn.Module,
     update: WeightUpdate,
     averages: WeightAverages,
-    loss_fn: Loss,
+    loss_state: State,
     device: torch.device,
 ) -> tuple[Progress, int]:
     """Put a training state into the given objects, and empty it; returns where it stands, and the number of processes that made it."""
@@ -292,7 +292,7 @@ def restore(
         net.load_state_dict(state.pop('net'))
         update.load_state_dict(state.pop('update'))
         averages.load_state_dict(state.pop('averages'))
-        loss_fn.load_state_dict(state.pop('loss'))
+        loss_state.load_state_dict(state.pop('loss'))
         training_stats.load_state(state.pop('stats'), device)
         progress, rng = state.pop('progress'), state.pop('rng')
         if len(rng) == distributed.get_world_size():

@@ -1,7 +1,9 @@
-"""Everything that a run is made of, from its configuration: networks, loss, optimizer, averages, files; and where a resumed one stands."""
+"""Everything that a run is made of, from its configuration: networks, loss, optimizer, averages, files; and
+where a resumed one stands."""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ from training.draws import derive_seed
 from training.networks import encoders
 from training.networks.augment import AugmentPipe
 from training.objectives import OBJECTIVES
-from training.objectives.loss import DIFFUSION_LOSSES, Loss
+from training.objectives.loss import State
 from training.phema import WeightAverages
 from training.run_files import Progress
 from training.run_log import RunLog
@@ -31,11 +33,16 @@ class Run(NamedTuple):
         c: its configuration.
         dir: its folder.
         dataset, device: what it is trained on, and where.
-        net: the network that trains; `ddp` is what its gradients are asked of: itself, or itself among other processes.
+        net: the network that trains; `ddp` is what its gradients are asked of: itself, or itself among other
+            processes.
         teacher: frozen network to distil; None where the objective has none.
-        loss_fn, encoder, augment_pipe: from raw images to losses; without augmentation `augment_pipe` is None.
+        objective, loss_state: its module and what that keeps from step to step, see
+            `training.objectives.loss`.
+        encoder, augment_pipe: from raw images to those that are noised; without augmentation `augment_pipe`
+            is None.
         flat: the network's parameters as one vector, which `update` changes and `averages` follow.
-        rank_batch, batch_gpu, rounds: images of a step that this process sees, in so many micro-batches of so many.
+        rank_batch, batch_gpu, rounds: images of a step that this process sees, in so many micro-batches of so
+            many.
         progress: where it stands; `start_nimg` are the images that it had seen when this process started.
         resumed: whether it goes on from a training state.
         files, log: what it writes and says.
@@ -48,7 +55,8 @@ class Run(NamedTuple):
     net: torch.nn.Module
     ddp: torch.nn.Module
     teacher: torch.nn.Module | None
-    loss_fn: Loss
+    objective: ModuleType
+    loss_state: State
     encoder: torch.nn.Module
     augment_pipe: AugmentPipe | None
     flat: FlatParameters
@@ -71,7 +79,8 @@ def set_up(
     teacher: torch.nn.Module | None,
     state: dict | None,
 ) -> Run:
-    """Build a run, or put a training state, which is emptied, back into one. Arguments are those of `training_loop`."""
+    """Build a run, or put a training state, which is emptied, back into one. Arguments are those of
+    `training_loop`."""
     device, rank, world_size = distributed.get_device(), distributed.get_rank(), distributed.get_world_size()
     torch.manual_seed(c.seed)
     torch.backends.cudnn.benchmark = c.cudnn_benchmark
@@ -86,29 +95,29 @@ def set_up(
     if teacher is not None:
         teacher = execution.in_precision(teacher, c.precision).to(device)
     net = execution.in_precision(build_network(c, teacher), c.precision).to(device).train()
-    loss_fn = build_loss(c, teacher, device)
+    objective = OBJECTIVES[c.objective].module()
+    loss_state = objective.setup(c.loss, teacher, net, perceptual_distance(c, device))
     encoder = encoders.build(c.encoder)
     augment_pipe = AugmentPipe(p=c.augment) if c.augment > 0 else None
 
     # Optimizer and averages work on one vector of all parameters.
     flat = FlatParameters(net)
-    loss_fn.attach(net, flat)
     update = WeightUpdate(flat, tuple(c.betas), c.eps, c.loss_scaling, c.grad_clip, radam=c.optim == 'radam')
     averages_device = 'cpu' if c.ema_device == 'cpu' else None
     averages = WeightAverages(
         net, flat, c.ema_halflife_nimg, c.ema_rampup_ratio, c.phema_stds, averages_device
     )
-    speed_up(c, net, teacher, averages, loss_fn)
+    speed_up(c, net, teacher, averages, loss_state)
     torch.manual_seed(derive_seed(c.seed, 'process', rank))  # for whatever draws without `SampleDraws`
 
     # Resume.
     progress, made_by = Progress(), world_size
     if state is not None:
-        progress, made_by = run_files.restore(c.resume, state, net, update, averages, loss_fn, device)
+        progress, made_by = run_files.restore(c.resume, state, net, update, averages, loss_state, device)
 
     # Say what is about to happen.
     log = RunLog(run_dir, enabled=rank == 0)
-    files = run_files.RunFiles(c, run_dir, net, update, averages, loss_fn, log)
+    files = run_files.RunFiles(c, run_dir, net, update, averages, loss_state, log)
     describe_run(log, c, net, dataset, teacher, rounds, batch_gpu)
     if warning := resolution.unresolved_gap(c, teacher):
         log(warning)
@@ -129,7 +138,8 @@ def set_up(
         net,
         ddp,
         teacher,
-        loss_fn,
+        objective,
+        loss_state,
         encoder,
         augment_pipe,
         flat,
@@ -147,7 +157,8 @@ def set_up(
 
 
 def build_network(c: EasyDict, teacher: torch.nn.Module | None) -> torch.nn.Module:
-    """The network to train: from the teacher's weights where there is one, or from those of --transfer that fit."""
+    """The network to train: from the teacher's weights where there is one, or from those of --transfer that
+    fit."""
     net = checkpoint.NETWORKS[c.network.class_name](**c.network.kwargs)
     if teacher is not None:
         net.load_state_dict(teacher.state_dict())
@@ -186,7 +197,7 @@ def speed_up(
     net: torch.nn.Module,
     teacher: torch.nn.Module | None,
     averages: WeightAverages,
-    loss_fn: Loss,
+    loss_state: State,
 ) -> None:
     """Let the networks run as the configuration says. Compilation itself waits for the first calls."""
     options = dict(
@@ -197,25 +208,22 @@ def speed_up(
         for average in averages.networks.values()
         if execution.is_on_gpu(average) == execution.is_on_gpu(net)
     ]
-    for network in (net, *at_hand, *loss_fn.networks(), *([] if teacher is None else [teacher])):
+    for network in (net, *at_hand, *loss_state.networks(), *([] if teacher is None else [teacher])):
         execution.run_with(network, **options)
-    if teacher is not None and loss_fn.sampled(net) is net:  # else snapshots hold the teacher too, as it is
+    if (
+        teacher is not None and loss_state.sampling_network(net) is net
+    ):  # else snapshots hold the teacher too, as it is
         execution.hold_in_half(teacher)
-    loss_fn.few_sizes = c.compiled
 
 
-def build_loss(c: EasyDict, teacher: torch.nn.Module | None, device: torch.device):
-    """The loss function of `c.objective`."""
-    if (objective := OBJECTIVES[c.objective]).loss:
-        options = dict(c.loss)
-        if 'lpips' in options:
-            from metrics import lpips
+def perceptual_distance(c: EasyDict, device: torch.device) -> torch.nn.Module | None:
+    """LPIPS where images are compared by it, else None."""
+    if getattr(c.loss, 'cm_loss', None) != 'lpips':
+        return None
+    from metrics import lpips
 
-            weights = options.pop('lpips')
-            with distributed.main_process_first():
-                options['perceptual'] = lpips.load(weights, device) if options['cm_loss'] == 'lpips' else None
-        return objective.loss_class()(*([teacher] if objective.teacher else []), **options)
-    return DIFFUSION_LOSSES[c.loss.kind](**{name: value for name, value in c.loss.items() if name != 'kind'})
+    with distributed.main_process_first():
+        return lpips.load(c.loss.lpips, device)
 
 
 def profiled_networks(

@@ -1,4 +1,5 @@
-"""The training loop, for teachers and students alike: the step, the end of a tick, and what repeats them. `setup` builds what they work on."""
+"""The training loop, for teachers and students alike: the step, the end of a tick, and what repeats them.
+`setup` builds what they work on."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from torch_utils import distributed, misc, training_stats
 from torch_utils.preemption import StopRequest, WorkerShield
 from training import checkpoint, execution, run_files
 from training.draws import SampleDraws
+from training.objectives.loss import State
 from training.phema import WeightAverages
 from training.profiling import StepProfile
 from training.run_files import Progress
@@ -29,11 +31,12 @@ from training.weight_update import WeightUpdate
 
 
 def train_step(run: Run, feed: Feed, profile: StepProfile) -> None:
-    """One optimizer step: gradients over all micro-batches of all processes, then new weights and new averages."""
+    """One optimizer step: gradients over all micro-batches of all processes, then new weights and new
+    averages."""
     c, progress = run.c, run.progress
 
     # The objective's schedule (its grid, its stage) follows from the images seen so far.
-    run.loss_fn.begin_step(progress.nimg)
+    run.loss_state.begin_step(progress.nimg)
     run.averages.let_weights_change()
     run.flat.weights.grad.zero_()
 
@@ -46,7 +49,8 @@ def train_step(run: Run, feed: Feed, profile: StepProfile) -> None:
             draws = SampleDraws(c.seed, first, run.batch_gpu, run.device)
             accumulate_gradients(
                 run.ddp,
-                run.loss_fn,
+                run.objective,
+                run.loss_state,
                 batch,
                 draws,
                 run.update,
@@ -59,7 +63,7 @@ def train_step(run: Run, feed: Feed, profile: StepProfile) -> None:
     # A step whose gradient is not finite leaves the weights as they are.
     with profile.part('optimizer'):
         run.update.step(learning_rate(c, progress.nimg))
-        run.loss_fn.end_step()
+        run.loss_state.end_step()
     progress.nimg += c.batch_size
     with profile.part('averages'):
         run.averages.update(progress.nimg, c.batch_size)
@@ -67,7 +71,8 @@ def train_step(run: Run, feed: Feed, profile: StepProfile) -> None:
 
 def accumulate_gradients(
     net,
-    loss_fn,
+    objective,
+    loss_state: State,
     batch,
     draws: SampleDraws,
     update: WeightUpdate,
@@ -76,9 +81,11 @@ def accumulate_gradients(
     augment_pipe=None,
     augment_dim: int = 0,
 ) -> None:
-    """Forward and backward pass for a batch of (raw images [N, C, H, W], labels [N, label_dim]); the loss is `scale` × the sum over images.
+    """Forward and backward pass for a batch of (raw images [N, C, H, W], labels [N, label_dim]); the loss is
+    `scale` × the sum over images.
 
-    A network with augmentation labels gets zeros, 'not augmented', where there is no `augment_pipe`: DDP wants every parameter used.
+    A network with augmentation labels gets zeros, 'not augmented', where there is no `augment_pipe`: DDP
+    wants every parameter used.
     """
     raw, labels = (t.to(draws.device, non_blocking=True) for t in batch)
     noise_shape = encoder.noise_shape(raw.shape[1:])
@@ -86,8 +93,8 @@ def accumulate_gradients(
     augment_labels = images.new_zeros(len(images), augment_dim) if augment_dim else None
     if augment_pipe is not None:
         images, augment_labels = augment_pipe(images, generator=draws.generator('augment'))
-    loss = loss_fn(net, images, labels, draws, augment_labels)
-    training_stats.report(f'Loss/{loss_fn.name}', loss)
+    loss = objective.loss(net, images, labels, draws, loss_state, augment_labels)
+    training_stats.report(f'Loss/{objective.NAME}', loss)
     (update.poison(loss) * scale).backward()
 
 
@@ -102,7 +109,8 @@ def learning_rate(c: EasyDict, nimg: int) -> float:
 
 @dataclass
 class Clock:
-    """When things began, by `time.monotonic`, and how many seconds went into evaluating and saving before the tick."""
+    """When things began, by `time.monotonic`, and how many seconds went into evaluating and saving before the
+    tick."""
 
     start: float
     tick_start: float
@@ -112,7 +120,8 @@ class Clock:
 def end_of_tick(
     run: Run, clock: Clock, feed: Feed, validator: Validator | None, stop: StopRequest, done: bool
 ) -> bool:
-    """Validate, report, save, and go on to the next tick. Returns: False, with all of that still to do, where a signal asked to stop meanwhile."""
+    """Validate, report, save, and go on to the next tick. Returns: False, with all of that still to do, where
+    a signal asked to stop meanwhile."""
     c, progress, now, fids = run.c, run.progress, time.monotonic(), {}
 
     # Validate.
@@ -138,7 +147,7 @@ def end_of_tick(
         feed.waited(),
     )
     sec_per_image = (now - clock.start) / max(progress.nimg - run.start_nimg, 1)
-    run.log(tick_line(stats, f'Loss/{run.loss_fn.name}', (c.total_nimg - progress.nimg) * sec_per_image))
+    run.log(tick_line(stats, f'Loss/{run.objective.NAME}', (c.total_nimg - progress.nimg) * sec_per_image))
     run.log.stats(stats)
 
     # Save.
@@ -253,7 +262,8 @@ def start_log(run: Run) -> None:
 
 
 def build_validator(run: Run) -> Validator:
-    """What evaluates the averages in training. A resumed run makes the images of interrupted evaluations again."""
+    """What evaluates the averages in training. A resumed run makes the images of interrupted evaluations
+    again."""
     c, net = run.c, run.net
     options = EasyDict(c.validation, overwrite=c.validation.overwrite or run.resumed)
     image_shape = [net.img_channels, net.img_resolution, net.img_resolution]
@@ -267,7 +277,8 @@ def build_validator(run: Run) -> Validator:
 
 
 def stop_here(run: Run, stop: StopRequest, hosts: distributed.HostAgreement) -> bool:
-    """Save where the run is, in the middle of a tick or not, and leave a note; returns that the training is not finished."""
+    """Save where the run is, in the middle of a tick or not, and leave a note; returns that the training is
+    not finished."""
     progress, files, log = run.progress, run.files, run.log
     hosts.close()
     signal_name = next(name for name in distributed.gather_objects(stop.requested) if name)
@@ -285,7 +296,8 @@ def stop_here(run: Run, stop: StopRequest, hosts: distributed.HostAgreement) -> 
 
 
 def give_up(run: Run, bad_in_a_row: int) -> None:
-    """End all processes because the numbers stay broken; nothing is saved, so that the states that are there stay."""
+    """End all processes because the numbers stay broken; nothing is saved, so that the states that are there
+    stay."""
     run.log.close(exit_code=1)
     newest = run_files.newest_state(run.progress)
     cure = f'resume from {newest}' if newest else 'start again'
@@ -300,9 +312,11 @@ def give_up(run: Run, bad_in_a_row: int) -> None:
 
 
 def evaluate(validator: Validator, run: Run, stop: StopRequest) -> dict | None:
-    """FID of each average of --val_emas, by name, the same on all processes; None, and nothing recorded, where a signal asked to stop meanwhile.
+    """FID of each average of --val_emas, by name, the same on all processes; None, and nothing recorded,
+    where a signal asked to stop meanwhile.
 
-    An average whose images are not finite has None for its FID. That is recorded and told, and training goes on.
+    An average whose images are not finite has None for its FID. That is recorded and told, and training goes
+    on.
     """
     c, nimg, records = run.c, run.progress.nimg, {}
     for name in c.validation.emas:
@@ -321,7 +335,7 @@ def evaluate(validator: Validator, run: Run, stop: StopRequest) -> dict | None:
 def sampling_network(run: Run, name: str) -> torch.nn.Module:
     """What makes images with the average of that name. Copies on the device exist one at a time."""
     average = execution.run_with(run.averages.on_device(name), channels_last=run.c.channels_last)
-    return run.loss_fn.sampled(average)
+    return run.loss_state.sampling_network(average)
 
 
 def picture(validator: Validator, net, nimg: int, name: str, log: RunLog) -> str | None:
@@ -348,7 +362,8 @@ def evaluate_at_start(validator: Validator, run: Run, stop: StopRequest) -> dict
 
 
 def network_stats(update: WeightUpdate, averages: WeightAverages) -> dict[str, dict]:
-    """How far each average is from the weights, relative to them, and what became of broken steps. Waits for the device."""
+    """How far each average is from the weights, relative to them, and what became of broken steps. Waits for
+    the device."""
     weights = update.weights.detach()
     vectors = {name: vector.detach().to(weights.device) for name, vector in averages.vectors.items()}
     values = {
@@ -371,7 +386,8 @@ def tick_stats(
     device: torch.device,
     data_wait: float,
 ) -> dict[str, dict]:
-    """Progress, timing and resources of a tick, in the form of `training_stats.collect`. All times are in seconds."""
+    """Progress, timing and resources of a tick, in the form of `training_stats.collect`. All times are in
+    seconds."""
     tick_time, seen = now - tick_start_time, progress.nimg - max(progress.tick_start_nimg, start_nimg)
     a_second = lambda amount: (
         amount / tick_time if tick_time > 0 else 0.0

@@ -1,6 +1,6 @@
 """The ways to train, as train.py sees them: what each needs, which options it has, and what they default to.
 
-Plain data, quick to import. What an objective computes is in its loss, a class in a file of its own, whose keyword arguments are these options.
+Plain data, quick to import. What an objective computes is in a module of its own, which takes these options: see `training.objectives.loss`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 
 
 @dataclass(frozen=True)
@@ -15,9 +16,9 @@ class Objective:
     """A way to train.
 
     Attributes:
-        loss: module and class of the loss; None for diffusion, which has several.
+        loss: its module; None for diffusion.
         teacher: what it starts from, `diffusion` or `consistency` model; None: from nothing.
-        options: its own options of train.py and their defaults, by the names of the loss's arguments.
+        options: its own options of train.py and their defaults, as its module knows them.
         stages: options and defaults of how it goes from stage to stage, which the loss does not know, or not by that name.
         sampling: of networks that are sampled in stochastic steps (`cm`), options and defaults too, of how.
         defaults: of options that all have: learning rate, length, ... (`ema` in images).
@@ -25,8 +26,7 @@ class Objective:
         edm2_latents: those of `edm2` that are others again where the data are latents.
         edm2_sizes, edm2_latent_sizes: those that depend on the network's width, see `by_width`, for pixels and for latents; None: as for pixels.
         boundary: whether the network is the identity at sigma_min, not at 0.
-        cost: network evaluations that an image costs in training on average, by the options; a student's forward and backward pass counts 3. What
-            is saved on samples that need fewer than those of general edges (`consistency_loss.Part`) is not taken off.
+        cost: network evaluations that an image costs in training on average, by the options; a student's forward and backward pass counts 3.
     """
 
     loss: str | None = None
@@ -54,10 +54,9 @@ class Objective:
         nearest = max((known for known in sizes if known <= width), default=EDM2_WIDTHS['S'])
         return {**self.edm2, **(self.edm2_latents if latents else {}), **sizes.get(nearest, {})}
 
-    def loss_class(self) -> type:
-        """The class of the loss, imported."""
-        module, name = self.loss.split(':')
-        return getattr(importlib.import_module(f'training.objectives.{module}'), name)
+    def module(self) -> ModuleType:
+        """The objective's module, see `training.objectives.loss`."""
+        return importlib.import_module(f'training.objectives.{self.loss or "loss_diffusion"}')
 
 
 HOP_COST = dict(heun=2, ddim=1, addim=1)
@@ -177,7 +176,7 @@ OBJECTIVES = dict(
         edm2_latent_sizes=EDM2_LATENT_TEACHERS,
     ),
     mcd=Objective(
-        'loss_cd:ConsistencyDistillationLoss',
+        'loss_cd',
         teacher='diffusion',
         defaults=STUDENT,
         edm2=EDM2_STUDENT,
@@ -193,14 +192,14 @@ OBJECTIVES = dict(
         cost=distillation_cost,
     ),
     mct=Objective(
-        'loss_ct:ConsistencyTrainingLoss',
+        'loss_ct',
         defaults=dict(STUDENT, dropout=0.0),
         edm2=EDM2_STUDENT,
         options=dict(SEGMENTS, sync_dropout=True),
         cost=lambda options: 4,
     ),
     direct=Objective(
-        'loss_direct:SegmentRegressionLoss',
+        'loss_direct',
         teacher='diffusion',
         defaults=STUDENT,
         edm2=EDM2_STUDENT,
@@ -208,7 +207,7 @@ OBJECTIVES = dict(
         cost=lambda options: 2 * options['substeps'] + 3,
     ),
     pd=Objective(
-        'loss_pd:ProgressiveDistillationLoss',
+        'loss_pd',
         teacher='diffusion',
         edm2=EDM2_STUDENT,
         stages=dict(S_start=512, stage_steps=50_000),
@@ -239,7 +238,7 @@ OBJECTIVES = dict(
     ),
     **{
         'cm-cd': Objective(
-            'loss_cm:ConsistencyModelDistillationLoss',
+            'loss_cm_cd',
             teacher='diffusion',
             defaults=CONSISTENCY_MODEL,
             edm2=EDM2_STUDENT,
@@ -249,7 +248,7 @@ OBJECTIVES = dict(
             cost=lambda options: HOP_COST[options['hop']] + 4,
         ),
         'cm-ct': Objective(
-            'loss_cm:ConsistencyModelTrainingLoss',
+            'loss_cm_ct',
             defaults=CONSISTENCY_MODEL,
             edm2=EDM2_STUDENT,
             options=CM,
@@ -259,7 +258,7 @@ OBJECTIVES = dict(
         ),
     },
     ict=Objective(
-        'loss_ict:ImprovedConsistencyTrainingLoss',
+        'loss_ict',
         edm2=EDM2_STUDENT,
         boundary=True,
         sampling=STOCHASTIC,
@@ -268,7 +267,7 @@ OBJECTIVES = dict(
         cost=lambda options: 4,
     ),
     ect=Objective(
-        'loss_ect:ConsistencyTuningLoss',
+        'loss_ect',
         options=ECT,
         sampling=WHOLE_RANGE,
         cost=lambda options: 4,
@@ -288,7 +287,7 @@ OBJECTIVES = dict(
         edm2_sizes=ECT_SIZES,
     ),
     tcm=Objective(
-        'loss_tcm:TruncatedTrainingLoss',
+        'loss_tcm',
         teacher='consistency',
         cost=lambda options: 4,
         defaults=dict(RADAM, lr=5e-5, duration=204.8, batch=1024, ema=7.097e6),

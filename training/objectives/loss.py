@@ -1,18 +1,36 @@
-"""Diffusion losses: how teachers are trained (Karras et al. 2022, Table 1, 'Training').
+"""What an objective is to the training loop, and what losses share.
 
-A loss is called as `loss_fn(net, images, labels, draws, augment_labels)` with images [N, C, H, W] in [-1, 1], one-hot labels [N, label_dim] and the
-samples' random numbers (`training.draws.SampleDraws`), and returns one loss per image, [N], summed over its values.
+An objective is a module `training.objectives.loss_<x>` with
+
+    NAME                                            the loop reports its loss as `Loss/<NAME>`
+    setup(c, teacher, net, perceptual) -> State     once, before the first step or `load_state_dict`
+    loss(net, images, labels, rng, state, augment_labels) -> [N]
+
+and a step is `state.begin_step(nimg)`, the loss of every micro-batch, `state.end_step()`. Importing a module
+imports no PyTorch.
+
+`setup` takes the objective's options as attributes of `c`, a frozen `teacher`, the network that trains and a
+perceptual distance, of which it uses what it needs. `loss` takes that network (in DDP, where there are
+several processes), images [N, C, H, W] in [-1, 1], one-hot labels [N, label_dim] and the only source of
+random numbers, `training.draws.SampleDraws`. It returns one loss for each image, summed over the image's
+values, and never waits for the device: no `.item()`, no indexing by a boolean mask.
 """
 
 from __future__ import annotations
 
-import numpy as np
-import torch
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
-from torch_utils import training_stats
-from torch_utils.flat import FlatParameters
-from training.consistency_ops import expand_like
-from training.draws import upload
+from dnnlib.lazy import lazy_import
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+torch = lazy_import('torch')
+training_stats = lazy_import('torch_utils.training_stats')
 
 SIGMA_BIN_EDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 SIGMA_BINS = [
@@ -20,27 +38,19 @@ SIGMA_BINS = [
 ]
 
 
-def report_by_sigma(sigma: torch.Tensor, loss: torch.Tensor) -> None:
-    """Report each image's loss under the bin of noise levels that it falls in, as `Loss/sigma_<low>-<high>`."""
-    edges = upload(np.array(SIGMA_BIN_EDGES), sigma.device).to(sigma.dtype)
-    training_stats.report_bins(
-        [f'Loss/sigma_{name}' for name in SIGMA_BINS], torch.bucketize(sigma.contiguous(), edges), loss
-    )
+class State:
+    """What an objective keeps from step to step: its options `c`, its frozen `teacher`, and by subclass its
+    schedules and averages.
 
+    Attributes:
+        gap_option: of train.py, by which `self_target_gap` goes; empty where the network is not compared with
+            itself.
+    """
 
-class Loss:
-    """What the training loop asks of a loss besides `loss_fn(net, images, labels, draws, augment_labels) -> [N]`. Nothing, here."""
+    gap_option = ''
 
-    name: str  # under which the loop reports it, as `Loss/<name>`
-    gap_option = ''  # of train.py, by which `self_target_gap` goes; empty where the network is not compared with itself
-    few_sizes = False  # whether networks are to see few sizes of batches on a CPU too, because they are compiled for each
-
-    def networks(self) -> list[torch.nn.Module]:
-        """Those of its own that it asks, besides the one that trains and the teacher it was given."""
-        return []
-
-    def attach(self, net: torch.nn.Module, weights: FlatParameters) -> None:
-        """Meet the network that trains, with its first weights, before the first step or before `load_state_dict`."""
+    def __init__(self, c=None, teacher: Module | None = None):
+        self.c, self.teacher = c, teacher
 
     def begin_step(self, nimg: int) -> None:
         """The next optimizer step follows `nimg` images."""
@@ -48,13 +58,19 @@ class Loss:
     def end_step(self) -> None:
         """The weights are new."""
 
-    def self_target_gap(self, nimg: int) -> float | None:
-        """Median of 1 − r/t over the pairs of times whose outputs the step after `nimg` images compares; None: it compares no two outputs."""
-        return None
+    def networks(self) -> list[Module]:
+        """Networks of its own that it evaluates, besides the one that trains and the teacher."""
+        return []
 
-    def sampled(self, net: torch.nn.Module) -> torch.nn.Module:
-        """What makes images with `net`, an average of the network that trains: `net` itself, where it can do so alone."""
+    def sampling_network(self, net: Module) -> Module:
+        """What makes images with `net`, an average of the network that trains: `net` itself, where that is
+        enough."""
         return net
+
+    def self_target_gap(self, nimg: int) -> float | None:
+        """Median of 1 − r/t over the pairs of times whose outputs the step after `nimg` images compares;
+        None: it compares no two outputs."""
+        return None
 
     def state_dict(self) -> dict:
         """Tensors and plain data that a resumed run needs."""
@@ -64,98 +80,70 @@ class Loss:
         """Inverse of `state_dict`."""
 
 
-class DiffusionLoss(Loss):
-    """Weighted denoising error w(sigma) |D(y + sigma n; sigma) − y|²; subclasses give `noise_levels(draws)` and `weight(sigma)`."""
-
-    name = 'diffusion'
-
-    def __call__(self, net, images, labels, draws, augment_labels=None):
-        sigma = self.noise_levels(draws)
-        noisy = images + expand_like(sigma, images).to(images.dtype) * draws.normal('noise', images.shape[1:])
-        loss = self.compare(
-            self.predict(net, noisy, sigma, labels, augment_labels, student_masks(net, draws)), images, sigma
-        )
-        training_stats.report_later(report_by_sigma, sigma, loss.detach())
-        return loss
-
-    def predict(self, net, noisy, sigma, labels, augment_labels, masks, **kwargs):
-        """What the network is asked."""
-        return net(noisy, sigma, labels, augment_labels=augment_labels, dropout_masks=masks, **kwargs)
-
-    def compare(self, prediction, images, sigma):
-        """The loss of what it answered, [N]."""
-        return self.weight(sigma) * (prediction - images).square().flatten(1).sum(dim=1)
+# ----------------------------------------------------------------------------
+# Evaluating networks.
 
 
-def unwrap(net: torch.nn.Module) -> torch.nn.Module:
+def unwrap(net: Module) -> Module:
     """The network inside a DistributedDataParallel wrapper, or `net` itself."""
     return net.module if isinstance(net, torch.nn.parallel.DistributedDataParallel) else net
 
 
-def student_masks(net, draws, purpose: str = 'dropout'):
-    """Dropout masks for one pass over the samples of `draws`."""
+def dropout_masks(net: Module, rng, purpose: str = 'dropout') -> dict[str, Tensor]:
+    """Dropout masks for one pass over the images of `rng`; none where the network does not train."""
     net = unwrap(net)
-    return net.dropout_masks(draws.count, draws.generator(purpose)) if net.training else {}
+    return net.dropout_masks(rng.count, rng.generator(purpose)) if net.training else {}
 
 
-class EDMLoss(DiffusionLoss):
-    """ln sigma ~ N(P_mean, P_std²), weight 1/sigma² + 1/sigma_data²."""
-
-    def __init__(self, P_mean: float = -1.2, P_std: float = 1.2, sigma_data: float = 0.5):
-        self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
-
-    def noise_levels(self, draws):
-        return (draws.normal('sigma') * self.P_std + self.P_mean).exp()
-
-    def weight(self, sigma):
-        return sigma**-2 + self.sigma_data**-2
-
-
-class UncertaintyLoss(EDMLoss):
-    """EDM2's loss: w(sigma) / e^u |D − y|² + u for every value of an image, u(sigma) being the network's own estimate of the first term's
-    logarithm, so that all noise levels count the same throughout training (Karras et al. 2024, following Kendall et al. 2018)."""
-
-    def __init__(self, P_mean: float = -0.4, P_std: float = 1.0, sigma_data: float = 0.5):
-        super().__init__(P_mean, P_std, sigma_data)
-
-    def predict(self, *args):
-        return super().predict(*args, return_logvar=True)
-
-    def compare(self, prediction, images, sigma):
-        denoised, logvar = prediction
-        error = super().compare(denoised, images, sigma)
-        training_stats.report('Loss/weighted_error', error.detach())
-        logvar = logvar.flatten()
-        return error / logvar.exp() + logvar * images[0].numel()
+def denoiser(
+    net: Module,
+    labels: Tensor | None,
+    augment_labels: Tensor | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    rows: Tensor | None = None,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """D(x, sigma) -> float64 of a network under the conditions and dropout masks of a batch; with `rows` [M]
+    int64, of these images of it."""
+    select = lambda values: values if values is None or rows is None else values[rows]
+    labels, options = select(labels), {}
+    if augment_labels is not None:
+        options['augment_labels'] = select(augment_labels)
+    if masks is not None:
+        options['dropout_masks'] = {name: select(mask) for name, mask in masks.items()}
+    return lambda x, sigma: net(x, sigma, labels, **options).double()
 
 
-class VPLoss(DiffusionLoss):
-    """t uniform in [epsilon_t, 1] under the variance-preserving SDE, weight 1/sigma²."""
-
-    def __init__(self, beta_d: float = 19.9, beta_min: float = 0.1, epsilon_t: float = 1e-5):
-        self.beta_d, self.beta_min, self.epsilon_t = beta_d, beta_min, epsilon_t
-
-    def noise_levels(self, draws):
-        t = 1 + upload(draws.uniform('sigma'), draws.device) * (self.epsilon_t - 1)
-        return torch.expm1(self.beta_d * t**2 / 2 + self.beta_min * t).sqrt().float()
-
-    def weight(self, sigma):
-        return sigma**-2
-
-
-class VELoss(DiffusionLoss):
-    """ln sigma uniform in [ln sigma_min, ln sigma_max], weight 1/sigma²."""
-
-    def __init__(self, sigma_min: float = 0.02, sigma_max: float = 100):
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
-
-    def noise_levels(self, draws):
-        return (
-            self.sigma_min * (self.sigma_max / self.sigma_min) ** upload(draws.uniform('sigma'), draws.device)
-        ).float()
-
-    def weight(self, sigma):
-        return sigma**-2
+def student_and_target(
+    net: Module, labels: Tensor | None, augment_labels: Tensor | None, rng, sync_dropout: bool, target=None
+):
+    """The denoiser that trains, and that of its targets: by default the same network, past DDP.
+    `sync_dropout`: both see the same dropout masks."""
+    masks = dropout_masks(net, rng)
+    target_masks = masks if sync_dropout else dropout_masks(net, rng, 'target dropout')
+    target = unwrap(net) if target is None else target
+    return (
+        denoiser(net, labels, augment_labels, masks),
+        denoiser(target, labels, augment_labels, target_masks),
+    )
 
 
-DIFFUSION_LOSSES = dict(edm=EDMLoss, edm2=UncertaintyLoss, vp=VPLoss, ve=VELoss)
+# ----------------------------------------------------------------------------
+# Statistics.
+
+
+@functools.cache
+def _bin_edges(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(SIGMA_BIN_EDGES, dtype=torch.float64).to(device, dtype)
+
+
+def report_by_sigma(sigma: Tensor, loss: Tensor) -> None:
+    """Report each image's loss under the bin of noise levels that it falls in, as
+    `Loss/sigma_<low>-<high>`."""
+    index = torch.bucketize(sigma.detach().contiguous(), _bin_edges(sigma.device, sigma.dtype))
+    training_stats.report_bins([f'Loss/sigma_{name}' for name in SIGMA_BINS], index, loss)
+
+
+def report_levels(sigma_t: Tensor, loss: Tensor) -> None:
+    """Statistics of the noise levels [N] that images are trained at, and of their losses [N]."""
+    training_stats.report('Edges/log10_sigma_t', sigma_t.log() / math.log(10))
+    report_by_sigma(sigma_t, loss)

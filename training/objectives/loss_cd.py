@@ -1,99 +1,85 @@
 """Multistep consistency distillation (Heek et al. 2024, Section 3) in EDM's noise schedule.
 
-An image is noised to the upper end of a teacher edge, the teacher hops to the lower end, the student's own (stopped) prediction there carries it
-on to the boundary of the segment, and the student at the upper end is trained toward the denoised image from which a DDIM step would reach the
-same place.
+An image is noised to the upper end of a teacher edge, the teacher steps to the lower end, the student's own
+(stopped) prediction there carries it on to the boundary of the segment, and the student at the upper end is
+trained toward the denoised image from which a DDIM step would reach the same place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import numpy as np
-from torch import Tensor
+from dnnlib.lazy import lazy_import
+from training.objectives.loss import denoiser, student_and_target
+from training.objectives.multistep import MultistepSchedule
 
-from training import consistency_ops as ops
-from training.objectives.consistency_loss import HOPS, PINNED, Pairs, SegmentLoss
+if TYPE_CHECKING:
+    from torch import Tensor
+
+torch = lazy_import('torch')
+ops = lazy_import('training.consistency_ops')
+
+NAME = 'cd'
 
 
-class ConsistencyDistillationLoss(SegmentLoss):
-    """Multistep consistency distillation of a frozen teacher.
+class DistillationState(MultistepSchedule):
+    """The edges, and the levels of the teacher's own solution on the anchored one.
 
     Args:
+        c: options of `MultistepSchedule`; hop, one of `consistency_ops.HOPS`, and xvar_frac of aDDIM;
+            terminal_anchor, anchor_hops (sub-steps on the anchored edge, None:
+            `consistency_ops.default_anchor_hops`); terminal_teacher_hop; cd_loss, cd_weight_mode, sigma_data;
+            sync_dropout.
         teacher: D(x, sigma, class_labels), frozen.
-        terminal_anchor: the last edge is drawn with probability 1/T', and so is the first, whose reference is the teacher's own solution.
-        terminal_teacher_hop: on the edge to zero the teacher's denoised image is the target, not the data.
-        hop: 'heun', 'ddim', 'addim', or a function (x_t, sigma_t, sigma_s) -> x_s in the teacher's place (tests).
-        xvar_frac: of aDDIM, see `consistency_ops.addim_variance`; 0 for the variance that does not look at the data.
-        anchor_hops: sub-steps of the pinned first edge; None: `consistency_ops.default_anchor_hops`.
-        pin_top: by default as `terminal_anchor`.
-        segments: see `SegmentLoss`.
     """
 
-    name = 'cd'
-    gap_option = '--T_end'
-
-    def __init__(
-        self,
-        teacher,
-        *,
-        terminal_anchor: bool,
-        terminal_teacher_hop: bool,
-        hop: str | Callable = 'heun',
-        xvar_frac: float = 0.75,
-        anchor_hops: int | None = None,
-        pin_top: bool | None = None,
-        **segments,
-    ):
-        if isinstance(hop, str) and hop not in HOPS:
-            raise ValueError(f'hop {hop!r} is not one of {", ".join(HOPS)}')
-        super().__init__(terminal_anchor=terminal_anchor, **segments)
-        self.teacher, self.hop, self.xvar_frac, self.terminal_teacher_hop = (
-            teacher,
-            hop,
-            xvar_frac,
-            terminal_teacher_hop,
-        )
-        self.pin_top = terminal_anchor if pin_top is None else pin_top
+    def __init__(self, c, teacher):
+        ops.check_hop(c.hop)
+        super().__init__(c, teacher, anchor=c.terminal_anchor, gap_option='--T_end')
         top, bottom = float(self.student[0]), float(self.student[1])
         self.anchor_levels = ops.anchor_nodes(
-            top, bottom, self.sigma_min, self.rho, anchor_hops, self.sigma_grid
+            top, bottom, c.sigma_min, c.rho, c.anchor_hops, c.sigma_grid
         ).tolist()
 
-    def parts(self, kinds: np.ndarray) -> dict[str, np.ndarray]:
-        return dict(
-            super().parts(kinds), hopping=(kinds == ops.GENERAL) | (kinds == ops.SNAP), pinned=kinds == PINNED
-        )
 
-    def reference(self, net, pairs: Pairs) -> Tensor:
-        """See docs/method.md, 'Target'. An evaluation is of the samples alone whose reference depends on it."""
-        denoised = (
-            pairs.ask(self.teacher, pairs.x_t, pairs.edges.sigma_t) if self.terminal_teacher_hop else None
-        )
-        x_b = self.self_target(
-            net, pairs, self._hop(pairs, denoised), denoised if self.terminal_teacher_hop else pairs.y
-        )
-        return self._solve_pinned(pairs, x_b, denoised)
+def setup(c, teacher, net=None, perceptual=None) -> DistillationState:
+    return DistillationState(c, teacher)
 
-    def _hop(self, pairs: Pairs, denoised: Tensor | None) -> Tensor:
-        """x_s, the teacher's step from sigma_t to sigma_s, on the edges that have one; x_t elsewhere."""
-        edges, hopping = pairs.edges, pairs.edges.parts.get('hopping')
-        if hopping is None:
-            return pairs.x_t
-        ends = [hopping.pick(values) for values in (pairs.x_t, edges.sigma_t, edges.sigma_s)]
-        if callable(self.hop):
-            return hopping.put(pairs.x_t, self.hop(*ends))
-        return hopping.put(
-            pairs.x_t,
-            pairs.teacher_hop(self.teacher, *ends, self.hop, self.xvar_frac, hopping.pick(denoised), hopping),
-        )
 
-    def _solve_pinned(self, pairs: Pairs, x_b: Tensor, denoised: Tensor | None) -> Tensor:
-        """x_b, with the teacher's solution over sub-steps on the pinned edge."""
-        pinned = pairs.edges.parts.get('pinned')
-        if pinned is None:
-            return x_b
-        ask = lambda x, sigma: pairs.ask(self.teacher, x, sigma, pinned)
-        return pinned.put(
-            x_b, ops.solve_ode(ask, pinned.pick(pairs.x_t), self.anchor_levels, pinned.pick(denoised))
-        )
+def loss(net, images: Tensor, labels, rng, state: DistillationState, augment_labels=None) -> Tensor:
+    """w(sigma_t) ℓ(student(x_t; sigma_t) − x*), [N], x* = inv_ddim(x_b) (Heek et al. 2024, Algorithm 1)."""
+    c = state.c
+    student, self_target = student_and_target(net, labels, augment_labels, rng, c.sync_dropout)
+    teacher = denoiser(state.teacher, labels, augment_labels)
+
+    # One teacher edge sigma_t -> sigma_s per image; sigma_b is the lower end of its segment.
+    edges = state.draw(rng)
+    sigma_t, sigma_b = edges.sigma_t, edges.sigma_b
+    sigma_s = ops.above_zero(edges.sigma_s, sigma_t)  # what follows from it on terminal edges is dropped
+    y, noise = images.double(), rng.normal('noise', images.shape[1:])
+    x_t = y + ops.expand_like(sigma_t, y) * noise
+
+    with torch.no_grad():
+        # Teacher: one solver step along the edge.
+        denoised = teacher(x_t, sigma_t)
+        x_s = ops.teacher_hop(teacher, x_t, sigma_t, sigma_s, c.hop, denoised, y, c.xvar_frac)
+
+        # Student: a DDIM step on to the boundary, where that is not reached yet. Terminal edges end at the
+        # teacher's image, or at the data's.
+        x_b = ops.ddim_step(x_s, self_target(x_s, sigma_s), sigma_s, sigma_b)
+        terminal = denoised if c.terminal_teacher_hop else y
+        x_b = ops.by_kind(edges.kind, terminal=terminal, snap=x_s, general=x_b)
+
+        # Edges from sigma_max: the teacher's own solution down to the boundary.
+        if len(rows := edges.anchored):
+            of_rows = denoiser(state.teacher, labels, augment_labels, rows=rows)
+            solution = ops.solve_ode(of_rows, x_t[rows], state.anchor_levels, denoised[rows])
+            x_b = x_b.index_copy(0, rows, solution)
+
+        # The denoised image from which a DDIM step leads to the boundary target.
+        x_star = ops.inv_ddim(x_b, x_t, sigma_t, sigma_b, check=False)
+
+    distance = ops.image_distance(student(x_t, sigma_t) - x_star, c.cd_loss)
+    values = ops.edge_weight(sigma_t, edges.sigma_s, c.cd_weight_mode, c.sigma_data) * distance
+    state.report(edges, values.detach())
+    return values

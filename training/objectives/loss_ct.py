@@ -1,20 +1,56 @@
 """Multistep consistency training (Heek et al. 2024, Section 3.1): distillation's target without a teacher.
 
-The hop is along the data's own noise, x_s = y + sigma_s n, which is right on average over the images that x_t may stem from.
+The hop is along the data's own noise, x_s = y + sigma_s n, which is right on average over the images that x_t
+may stem from.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from training.objectives.consistency_loss import Pairs, SegmentLoss
+from dnnlib.lazy import lazy_import
+from training.objectives.loss import student_and_target
+from training.objectives.multistep import MultistepSchedule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+torch = lazy_import('torch')
+ops = lazy_import('training.consistency_ops')
+
+NAME = 'ct'
 
 
-class ConsistencyTrainingLoss(SegmentLoss):
-    """Multistep consistency training; on the edge to zero the target is the image. Arguments: see `SegmentLoss`."""
+def setup(c, teacher=None, net=None, perceptual=None) -> MultistepSchedule:
+    """Options: those of `MultistepSchedule`; cd_loss, cd_weight_mode, sigma_data; sync_dropout."""
+    return MultistepSchedule(c, gap_option='--T_end')
 
-    name = 'ct'
-    gap_option = '--T_end'
 
-    def reference(self, net, pairs: Pairs) -> Tensor:
-        return self.self_target(net, pairs, pairs.data_hop(), pairs.y)
+def loss(net, images: Tensor, labels, rng, state: MultistepSchedule, augment_labels=None) -> Tensor:
+    """w(sigma_t) ℓ(student(x_t; sigma_t) − x*), [N], x* = inv_ddim(x_b) (Heek et al. 2024, Algorithm 1)."""
+    c = state.c
+    student, self_target = student_and_target(net, labels, augment_labels, rng, c.sync_dropout)
+
+    # One teacher edge sigma_t -> sigma_s per image; sigma_b is the lower end of its segment.
+    edges = state.draw(rng)
+    sigma_t, sigma_b = edges.sigma_t, edges.sigma_b
+    sigma_s = ops.above_zero(edges.sigma_s, sigma_t)  # what follows from it on terminal edges is dropped
+    y, noise = images.double(), rng.normal('noise', images.shape[1:])
+    x_t = y + ops.expand_like(sigma_t, y) * noise
+
+    with torch.no_grad():
+        # Data: the same noise at the lower end of the edge.
+        x_s = y + ops.expand_like(sigma_s, y) * noise
+
+        # Student: a DDIM step on to the boundary, where that is not reached yet. Terminal edges end at the
+        # image.
+        x_b = ops.ddim_step(x_s, self_target(x_s, sigma_s), sigma_s, sigma_b)
+        x_b = ops.by_kind(edges.kind, terminal=y, snap=x_s, general=x_b)
+
+        # The denoised image from which a DDIM step leads to the boundary target.
+        x_star = ops.inv_ddim(x_b, x_t, sigma_t, sigma_b, check=False)
+
+    distance = ops.image_distance(student(x_t, sigma_t) - x_star, c.cd_loss)
+    values = ops.edge_weight(sigma_t, edges.sigma_s, c.cd_weight_mode, c.sigma_data) * distance
+    state.report(edges, values.detach())
+    return values

@@ -1,40 +1,54 @@
-"""Segment regression: the student learns the teacher's own solution over each segment, and never its own guess. Ours; related are PeRFlow
-(Yan et al. 2024), which straightens a flow segment by segment, and SFD (Zhou et al. 2024), which regresses on a few steps of the teacher.
+"""Segment regression: the student learns the teacher's own solution over each segment, and never its own
+guess. Ours; related are PeRFlow (Yan et al. 2024), which straightens a flow segment by segment, and SFD (Zhou
+et al. 2024), which regresses on a few steps of the teacher.
 
-Sampling asks the student at the tops of segments alone, so most samples are drawn there (`top_mass`), the rest anywhere in a segment.
+Sampling evaluates the student at the tops of segments alone, so most images are drawn there (`top_mass`), the
+rest anywhere in a segment.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from training import consistency_ops as ops
-from training.objectives.consistency_loss import Pairs, SegmentLoss
+from dnnlib.lazy import lazy_import
+from training.objectives.loss import denoiser, dropout_masks
+from training.objectives.multistep import MultistepSchedule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+torch = lazy_import('torch')
+ops = lazy_import('training.consistency_ops')
+
+NAME = 'direct'
 
 
-class SegmentRegressionLoss(SegmentLoss):
-    """Regression on the teacher's Heun solution at the segment's end, `substeps` steps away.
+def setup(c, teacher, net=None, perceptual=None) -> MultistepSchedule:
+    """Options: those of `MultistepSchedule`; substeps; cd_loss, cd_weight_mode, sigma_data."""
+    return MultistepSchedule(c, teacher)
 
-    Args:
-        teacher: D(x, sigma, class_labels), frozen.
-        substeps: Heun steps from x_t to the boundary, at evenly spaced nodes of the grid; on the last segment the last one, to 0, is Euler's.
-        segments: see `SegmentLoss`.
-    """
 
-    name = 'direct'
+def loss(net, images: Tensor, labels, rng, state: MultistepSchedule, augment_labels=None) -> Tensor:
+    """w(sigma_t) ℓ(student(x_t; sigma_t) − x*), [N], x* = inv_ddim(x_b)."""
+    c = state.c
+    student = denoiser(net, labels, augment_labels, dropout_masks(net, rng))
+    teacher = denoiser(state.teacher, labels, augment_labels)
 
-    def __init__(self, teacher, *, substeps: int, **segments):
-        super().__init__(**segments)
-        self.teacher, self.substeps = teacher, substeps
+    # One noise level sigma_t per image; sigma_b is the lower end of its segment.
+    edges = state.draw(rng)
+    sigma_t, sigma_b = edges.sigma_t, edges.sigma_b
+    y, noise = images.double(), rng.normal('noise', images.shape[1:])
+    x_t = y + ops.expand_like(sigma_t, y) * noise
 
-    def reference(self, net, pairs: Pairs) -> Tensor:
-        return ops.solve_between(
-            lambda x, sigma: pairs.ask(self.teacher, x, sigma),
-            pairs.x_t,
-            pairs.edges.sigma_t,
-            pairs.edges.sigma_b,
-            self.substeps,
-            self.rho,
-            self.sigma_min,
-            self.sigma_grid,
-        )
+    with torch.no_grad():
+        # Teacher: `substeps` Heun steps down to the boundary, at evenly spaced nodes of the grid; a last step
+        # to 0 is Euler's.
+        x_b = ops.solve_between(teacher, x_t, sigma_t, sigma_b, c.substeps, c.rho, c.sigma_min, c.sigma_grid)
+
+        # The denoised image from which a DDIM step leads to the boundary target.
+        x_star = ops.inv_ddim(x_b, x_t, sigma_t, sigma_b, check=False)
+
+    distance = ops.image_distance(student(x_t, sigma_t) - x_star, c.cd_loss)
+    values = ops.edge_weight(sigma_t, edges.sigma_s, c.cd_weight_mode, c.sigma_data) * distance
+    state.report(edges, values.detach())
+    return values

@@ -1,88 +1,80 @@
-"""Easy consistency tuning (Geng et al. 2024): consistency training at continuous times, which begins as diffusion training.
+"""Easy consistency tuning (Geng et al. 2024): consistency training at continuous times, which begins as
+diffusion training.
 
 A pair of times t > r lies on one noised image; r is 0 at first and comes closer to t stage by stage.
 """
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from torch_utils import training_stats
-from training import consistency_ops as ops
-from training.draws import upload
-from training.objectives import time_schedules as times
-from training.objectives.consistency_loss import ConsistencyLoss, Drawn, Pairs
+from dnnlib.lazy import lazy_import
+from training.objectives.loss import State, report_levels, student_and_target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+torch = lazy_import('torch')
+training_stats = lazy_import('torch_utils.training_stats')
+ops = lazy_import('training.consistency_ops')
+rng_module = lazy_import('training.draws')
+times = lazy_import('training.objectives.time_schedules')
+
+NAME = 'ect'
 
 
-class ConsistencyTuningLoss(ConsistencyLoss):
-    """w(t) ℓ(student(x_t; t) − sg[student(x_r; r)]), x_r = y + r n under the same dropout masks; the image itself where r = 0.
+class TuningState(State):
+    """The stage of r(t).
 
     Args:
-        P_mean, P_std: of ln t.
-        q, k, b: of r(t), see `time_schedules.earlier_time`.
-        stage_nimg: images that a stage lasts.
-        c: constant of the pseudo-Huber distance; 0 for the distance itself.
-        ect_weight, sigma_data: see `time_schedules.ect_weight`.
-        others: see `ConsistencyLoss`.
+        c: P_mean, P_std of ln t; q, k, b of r(t), see `time_schedules.earlier_time`; stage_nimg, images that
+            a stage lasts; c of the pseudo-Huber distance, 0 for the distance itself; ect_weight, sigma_data,
+            see `time_schedules.ect_weight`; sync_dropout.
     """
 
-    name = 'ect'
     gap_option = '--stage_steps or --q'
 
-    def __init__(
-        self,
-        *,
-        P_mean: float,
-        P_std: float,
-        q: float,
-        k: float,
-        b: float,
-        c: float,
-        stage_nimg: int,
-        ect_weight: str,
-        sigma_data: float,
-        **others,
-    ):
-        super().__init__(cd_loss='pseudo_huber', eps=c, **others)
-        self.P_mean, self.P_std, self.q, self.k, self.b = P_mean, P_std, q, k, b
-        self.stage_nimg, self.ect_weight, self.sigma_data = stage_nimg, ect_weight, sigma_data
-        self.stage = 0
+    def __init__(self, c):
+        super().__init__(c)
+        self.begin_step(0)
 
     def begin_step(self, nimg: int) -> None:
-        self.stage = times.tuning_stage(nimg, self.stage_nimg)
+        self.stage = times.tuning_stage(nimg, self.c.stage_nimg)
 
     def self_target_gap(self, nimg: int) -> float:
-        t = torch.tensor(
-            self.P_mean, dtype=torch.float64
-        ).exp()  # the gap falls with t, so its median is the median time's
-        return float(
-            1 - times.earlier_time(t, times.tuning_stage(nimg, self.stage_nimg), self.q, self.k, self.b) / t
-        )
+        c = self.c  # the gap falls with t, so its median is the median time's
+        t = torch.tensor(c.P_mean, dtype=torch.float64).exp()
+        r = times.earlier_time(t, times.tuning_stage(nimg, c.stage_nimg), c.q, c.k, c.b)
+        return float(1 - r / t)
 
-    def times_on_host(self, draws) -> np.ndarray:
-        """t and r of each sample, [2, N] float64."""
-        t = times.lognormal_times(torch.from_numpy(draws.normal_on_host('sigma')), self.P_mean, self.P_std)
-        return torch.stack([t, times.earlier_time(t, self.stage, self.q, self.k, self.b)]).numpy()
 
-    def draw(self, draws, device: torch.device) -> Drawn:
-        # The host draws, so that it knows where r = 0, of which the first stages are full, without asking the device.
-        on_host = self.times_on_host(draws)
-        parts = self.split(device, general=on_host[1] > 0)
-        t, r = upload(on_host, device).unbind()
-        kind = torch.where(r > 0, ops.GENERAL, ops.TERMINAL)
-        weight = times.ect_weight(t, r, self.ect_weight, self.sigma_data)
-        return Drawn(t, torch.where(r > 0, r, t / 2), torch.zeros_like(t), weight, kind, parts=parts)
+def setup(c, teacher=None, net=None, perceptual=None) -> TuningState:
+    return TuningState(c)
 
-    def reference(self, net, pairs: Pairs) -> Tensor:
-        """As sigma_b = 0, what is answered at r, or the image where r = 0."""
-        if (general := pairs.edges.general) is None:
-            return pairs.y
-        x_r, r = general.pick(pairs.data_hop()), general.pick(pairs.edges.sigma_s)
-        return general.put(pairs.y, pairs.ask(net, x_r, r, general, pairs.masks))
 
-    def report(self, edges: Drawn, loss: Tensor) -> None:
-        super().report(edges, loss)
-        training_stats.report('Edges/stage', edges.sigma_t.new_full([1], self.stage))
-        training_stats.report('Edges/terminal', (edges.kind == ops.TERMINAL).double())
+def loss(net, images: Tensor, labels, rng, state: TuningState, augment_labels=None) -> Tensor:
+    """w(t) ℓ(student(x_t; t) − sg[student(x_r; r)]), [N] (Geng et al. 2024, Algorithm 1)."""
+    c = state.c
+    student, self_target = student_and_target(net, labels, augment_labels, rng, c.sync_dropout)
+
+    # A pair of times t > r >= 0 per image.
+    normal = rng_module.upload(rng.normal_on_host('sigma'), images.device)
+    t = times.lognormal_times(normal, c.P_mean, c.P_std)
+    r = times.earlier_time(t, state.stage, c.q, c.k, c.b)
+    y, noise = images.double(), rng.normal('noise', images.shape[1:])
+    x_t = y + ops.expand_like(t, y) * noise
+
+    with torch.no_grad():
+        # Student at r, on the same noise; the image itself where r = 0, whose prediction at a stand-in for r
+        # is dropped.
+        at_r = ops.above_zero(r, t)
+        x_r = y + ops.expand_like(at_r, y) * noise
+        x_star = torch.where(ops.expand_like(r, y) > 0, self_target(x_r, at_r), y)
+
+    distance = ops.image_distance(student(x_t, t) - x_star, 'pseudo_huber', c.c)
+    values = times.ect_weight(t, r, c.ect_weight, c.sigma_data) * distance
+
+    report_levels(t, values.detach())
+    training_stats.report('Edges/stage', t.new_full([1], state.stage))
+    training_stats.report('Edges/terminal', (r == 0).double())
+    return values

@@ -1,43 +1,63 @@
-"""Improved consistency training (iCT; Song & Dhariwal 2023): the network is its own target, the grid doubles in stages, edges are drawn by a
-lognormal distribution, short edges weigh more, and the distance is the pseudo-Huber one."""
+"""Improved consistency training (iCT; Song & Dhariwal 2023): the network is its own target, because an
+average biases what is learned (Section 3.2); the grid doubles in stages, edges are drawn by a lognormal
+distribution, short edges weigh more, and the distance is the pseudo-Huber one."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from training import consistency_ops as ops
-from training.objectives import time_schedules as times
-from training.objectives.loss_cm import GridLoss
+from dnnlib.lazy import lazy_import
+from training.objectives.consistency_model import NodeSchedule, pseudo_huber
+from training.objectives.loss import student_and_target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+torch = lazy_import('torch')
+ops = lazy_import('training.consistency_ops')
+times = lazy_import('training.objectives.time_schedules')
+
+NAME = 'ict'
 
 
-class ImprovedConsistencyTrainingLoss(GridLoss):
-    """Consistency training without a target network, whose average biases what is learned (Song & Dhariwal 2023, Section 3.2).
+class DoublingSchedule(NodeSchedule):
+    """From s0 + 1 nodes to s1 + 1, see `time_schedules.doubling_steps`. The schedule counts whole optimizer
+    steps, of batch_size images each.
 
     Args:
-        s0, s1, schedule_nimg, batch_size: of the grid, which has s0 + 1 nodes at first and s1 + 1 at last, see `time_schedules.doubling_steps`: the
-            schedule counts whole optimizer steps, of batch_size images each.
-        P_mean, P_std: distribution of ln sigma, see `time_schedules.lognormal_edge_probabilities`.
-        grid: see `GridLoss`.
+        c: rho, sigma_min, sigma_max of the grid; s0, s1, schedule_nimg, batch_size; P_mean, P_std of ln
+            sigma, see `time_schedules.lognormal_edge_probabilities`; c of the pseudo-Huber distance;
+            sync_dropout.
     """
 
-    name = 'ict'
-    gap_option = '--s1'
-
-    def __init__(
-        self, *, s0: int, s1: int, schedule_nimg: int, batch_size: int, P_mean: float, P_std: float, **grid
-    ):
-        super().__init__(**grid)
-        self.s0, self.s1, self.schedule_nimg, self.batch_size = s0, s1, schedule_nimg, batch_size
-        self.P_mean, self.P_std = P_mean, P_std
-        self.begin_step(0)
-
-    def begin_step(self, nimg: int) -> None:
-        self.stage = times.doubling_steps(
-            nimg // self.batch_size, self.schedule_nimg // self.batch_size, self.s0, self.s1
-        )
+    def stage_after(self, nimg: int) -> int:
+        c = self.c
+        return times.doubling_steps(nimg // c.batch_size, c.schedule_nimg // c.batch_size, c.s0, c.s1)
 
     def probabilities(self, sigmas: Tensor) -> Tensor:
-        return times.lognormal_edge_probabilities(sigmas, self.P_mean, self.P_std)
+        return times.lognormal_edge_probabilities(sigmas, self.c.P_mean, self.c.P_std)
 
-    def weights(self, edges: ops.Edges) -> Tensor:
-        return times.gap_weight(edges.sigma_t, edges.sigma_s)
+
+def setup(c, teacher=None, net=None, perceptual=None) -> DoublingSchedule:
+    return DoublingSchedule(c, gap_option='--s1')
+
+
+def loss(net, images: Tensor, labels, rng, state: DoublingSchedule, augment_labels=None) -> Tensor:
+    """ℓ(student(x_t; sigma_t) − sg[student(x_s; sigma_s)]) / (sigma_t − sigma_s), [N]."""
+    c = state.c
+    student, self_target = student_and_target(net, labels, augment_labels, rng, c.sync_dropout)
+
+    # Neighbors sigma_t > sigma_s on the grid.
+    edges = state.draw(rng)
+    y, noise = images.double(), rng.normal('noise', images.shape[1:])
+    x_t = y + ops.expand_like(edges.sigma_t, y) * noise
+
+    with torch.no_grad():
+        # Data: the same noise at the lower end of the edge.
+        x_s = y + ops.expand_like(edges.sigma_s, y) * noise
+        x_star = self_target(x_s, edges.sigma_s)
+
+    distance = pseudo_huber(student(x_t, edges.sigma_t) - x_star, c.c)
+    values = times.gap_weight(edges.sigma_t, edges.sigma_s) * distance
+    state.report(edges, values.detach())
+    return values

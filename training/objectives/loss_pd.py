@@ -1,57 +1,79 @@
-"""Progressive distillation (Salimans & Ho 2022), a stage of it: a student of S steps learns to do in one what its teacher does in two."""
+"""Progressive distillation (Salimans & Ho 2022), a stage of it: a student of S steps learns to do in one what
+its teacher does in two."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from training import consistency_ops as ops
-from training.objectives.consistency_loss import Pairs, TableLoss
+from dnnlib.lazy import lazy_import
+from training.objectives.edge_schedule import EdgeSchedule
+from training.objectives.loss import denoiser, dropout_masks
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+torch = lazy_import('torch')
+ops = lazy_import('training.consistency_ops')
+
+NAME = 'pd'
 HOPS = ('ddim', 'addim')
 
 
-class ProgressiveDistillationLoss(TableLoss):
-    """Regression on two steps of the teacher, from each level of the student's grid to the next by way of the level between them.
+class HalvingSchedule(EdgeSchedule):
+    """From each level of the student's `full` grid to the next by way of the level between them, each as
+    likely.
 
     Args:
-        teacher: D(x, sigma, class_labels), frozen; it is asked at the levels of the grid of 2 S steps alone.
-        S, student_grid, sigma_grid, rho, sigma_min, sigma_max: the student's grid, `full`, whose levels are every second one of the teacher's.
-        hop, xvar_frac: 'ddim' or 'addim', see `Pairs.teacher_hop`.
-        others: see `TableLoss`.
+        c: S, student_grid, sigma_grid, rho, sigma_min, sigma_max of the student's grid, whose levels are
+            every second one of the teacher's; hop, `ddim` or `addim`, and xvar_frac of aDDIM; cd_loss,
+            cd_weight_mode, sigma_data.
+        teacher: D(x, sigma, class_labels), frozen; it is evaluated at the levels of the grid of 2 S steps
+            alone.
+    Raises: ValueError for grids that are not nested, and other hops.
     """
 
-    name = 'pd'
-
-    def __init__(
-        self,
-        teacher,
-        *,
-        S: int,
-        student_grid: str,
-        sigma_grid: str,
-        rho: float,
-        sigma_min: float,
-        sigma_max: float,
-        hop: str,
-        xvar_frac: float,
-        **others,
-    ):
-        if student_grid != 'full':
+    def __init__(self, c, teacher):
+        if c.student_grid != 'full':
             raise ValueError(
-                f'the grids of progressive distillation are nested only if they are full, not {student_grid}'
+                f'the grids of progressive distillation are nested only if they are full, not {c.student_grid}'
             )
-        if hop not in HOPS:
-            raise ValueError(f'hop {hop!r} is not one of {", ".join(HOPS)}')
-        super().__init__(**others)
-        self.teacher, self.hop, self.xvar_frac = teacher, hop, xvar_frac
-        self.edges = ops.halving_edges(S, sigma_min, sigma_max, rho, sigma_grid)
+        ops.check_hop(c.hop, HOPS)
+        super().__init__(c, teacher)
 
-    def make_edges(self) -> tuple[ops.Edges, Tensor]:
-        return self.edges, torch.full([len(self.edges)], 1 / len(self.edges), dtype=torch.float64)
+    def stage_after(self, nimg: int) -> int:
+        return self.c.S
 
-    def reference(self, net, pairs: Pairs) -> Tensor:
-        levels, x = pairs.edges, pairs.x_t
-        for sigma, lower in ((levels.sigma_t, levels.sigma_s), (levels.sigma_s, levels.sigma_b)):
-            x = pairs.teacher_hop(self.teacher, x, sigma, lower, self.hop, self.xvar_frac)
-        return x
+    def edges_at(self, stage: int):
+        c = self.c
+        edges = ops.halving_edges(stage, c.sigma_min, c.sigma_max, c.rho, c.sigma_grid)
+        return edges, torch.full([len(edges)], 1 / len(edges), dtype=torch.float64)
+
+
+def setup(c, teacher, net=None, perceptual=None) -> HalvingSchedule:
+    return HalvingSchedule(c, teacher)
+
+
+def loss(net, images: Tensor, labels, rng, state: HalvingSchedule, augment_labels=None) -> Tensor:
+    """w(sigma_t) ℓ(student(x_t; sigma_t) − x*), [N], x* = inv_ddim(x_b) (Salimans & Ho 2022, Algorithm 2)."""
+    c = state.c
+    student = denoiser(net, labels, augment_labels, dropout_masks(net, rng))
+    teacher = denoiser(state.teacher, labels, augment_labels)
+
+    # A step of the student sigma_t -> sigma_b per image, two of the teacher by way of sigma_s.
+    edges = state.draw(rng)
+    sigma_t, sigma_s, sigma_b = edges.sigma_t, edges.sigma_s, edges.sigma_b
+    y, noise = images.double(), rng.normal('noise', images.shape[1:])
+    x_t = y + ops.expand_like(sigma_t, y) * noise
+
+    with torch.no_grad():
+        # Teacher: two solver steps.
+        x_s = ops.teacher_hop(teacher, x_t, sigma_t, sigma_s, c.hop, None, y, c.xvar_frac)
+        x_b = ops.teacher_hop(teacher, x_s, sigma_s, sigma_b, c.hop, None, y, c.xvar_frac)
+
+        # The denoised image from which one DDIM step leads to the same place.
+        x_star = ops.inv_ddim(x_b, x_t, sigma_t, sigma_b, check=False)
+
+    distance = ops.image_distance(student(x_t, sigma_t) - x_star, c.cd_loss)
+    values = ops.edge_weight(sigma_t, sigma_s, c.cd_weight_mode, c.sigma_data) * distance
+    state.report(edges, values.detach())
+    return values

@@ -1,8 +1,10 @@
-"""What changes with the training step, and how times are drawn: consistency models, iCT, ECT, TCM and progressive distillation.
+"""What changes with the training step, and how times are drawn: consistency models, iCT, ECT, TCM and
+progressive distillation.
 
-Pure functions without networks or state. A schedule takes the number of optimizer steps done so far and gives plain numbers, known to the host; what
-is a function of noise levels takes and gives FP64 tensors of any shape, on any device, and never waits for it. As in EDM time is noise level:
-t = sigma. A consistency pair is t > r >= 0 on one trajectory x_t = y + t n.
+Pure functions without networks or state. A schedule takes the number of optimizer steps done so far and gives
+plain numbers, known to the host; what is a function of noise levels takes and gives FP64 tensors of any
+shape, on any device, and never waits for it. As in EDM time is noise level: t = sigma. A consistency pair is
+t > r >= 0 on one trajectory x_t = y + t n.
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ def _check_discretization(K: int, s0: int, s1: int) -> None:
 
 
 # ----------------------------------------------------------------------------
-# Consistency models (Song et al. 2023): N nodes from sigma_max to sigma_min (`consistency_ops.karras_sigmas`), N − 1 edges, each as likely.
+# Consistency models (Song et al. 2023): N nodes from sigma_max to sigma_min
+# (`consistency_ops.karras_sigmas`), N − 1 edges, each as likely.
 
 
 def discretization_steps(k: int, K: int, s0: int, s1: int) -> int:
-    """N(k) = max(ceil(sqrt(k/K ((s1+1)² − s0²) + s0²) − 1), 1) + 1, the nodes of the grid after k of K steps   (Song et al. 2023, Appendix C).
+    """N(k) = max(ceil(sqrt(k/K ((s1+1)² − s0²) + s0²) − 1), 1) + 1, the nodes of the grid after k of K steps
+    (Song et al. 2023, Appendix C).
 
     It grows from s0 to s1 + 1 like the square root of the steps, and stays there after K.
     """
@@ -38,9 +42,11 @@ def discretization_steps(k: int, K: int, s0: int, s1: int) -> int:
 
 
 def target_ema(N: int, s0: int, mu0: float) -> float:
-    """mu = exp(s0 ln mu0 / (N − 1)), decay of the target network while the grid has N nodes   (Song et al. 2023, Appendix C).
+    """mu = exp(s0 ln mu0 / (N − 1)), decay of the target network while the grid has N nodes   (Song et al.
+    2023, Appendix C).
 
-    mu0 at N = s0 + 1; the finer the grid, the closer to 1. mu0 = 0 is no average: the target is the network itself.
+    mu0 at N = s0 + 1; the finer the grid, the closer to 1. mu0 = 0 is no average: the target is the network
+    itself.
     """
     return mu0 ** (s0 / (N - 1))
 
@@ -50,8 +56,8 @@ def target_ema(N: int, s0: int, mu0: float) -> float:
 
 
 def doubling_steps(k: int, K: int, s0: int = 10, s1: int = 1280) -> int:
-    """N(k) = min(s0 2^floor(k/K'), s1) + 1 with K' = floor(K / (log2(s1/s0) + 1)), nodes of the grid after k of K steps   (Song & Dhariwal 2023,
-    Section 3.4).
+    """N(k) = min(s0 2^floor(k/K'), s1) + 1 with K' = floor(K / (log2(s1/s0) + 1)), nodes of the grid after k
+    of K steps   (Song & Dhariwal 2023, Section 3.4).
 
     A stage lasts one step at least, however small K.
     """
@@ -61,8 +67,9 @@ def doubling_steps(k: int, K: int, s0: int = 10, s1: int = 1280) -> int:
 
 
 def lognormal_edge_probabilities(sigmas: Tensor, P_mean: float = -1.1, P_std: float = 2.0) -> Tensor:
-    """Probability of each edge of a falling grid [N] > 0, [N−1] float64: that ln sigma ~ N(P_mean, P_std²) falls into it, given that it falls into
-    one; ∝ erf((ln sigma_t − P_mean) / (√2 P_std)) − erf((ln sigma_s − P_mean) / (√2 P_std))   (Song & Dhariwal 2023, Section 3.5)."""
+    """Probability of each edge of a falling grid [N] > 0, [N−1] float64: that ln sigma ~ N(P_mean, P_std²)
+    falls into it, given that it falls into one; ∝ erf((ln sigma_t − P_mean) / (√2 P_std)) − erf((ln sigma_s −
+    P_mean) / (√2 P_std))   (Song & Dhariwal 2023, Section 3.5)."""
     cumulative = torch.erf((sigmas.double().log() - P_mean) / (math.sqrt(2) * P_std))
     inside = cumulative[:-1] - cumulative[1:]
     if not inside.sum() > 0:
@@ -78,7 +85,8 @@ def gap_weight(sigma_t: Tensor, sigma_s: Tensor) -> Tensor:
 
 
 def pseudo_huber_eps(values: int) -> float:
-    """c = 0.00054 √d of the pseudo-Huber distance between images of d values   (Song & Dhariwal 2023, Section 3.3)."""
+    """c = 0.00054 √d of the pseudo-Huber distance between images of d values   (Song & Dhariwal 2023, Section
+    3.3)."""
     return 0.00054 * math.sqrt(values)
 
 
@@ -87,7 +95,8 @@ def pseudo_huber_eps(values: int) -> float:
 
 
 def lognormal_times(normal: Tensor, P_mean: float = -1.1, P_std: float = 2.0) -> Tensor:
-    """t with ln t ~ N(P_mean, P_std²) from standard normal numbers; float64, of their shape and device (Geng et al. 2024, Table 2)."""
+    """t with ln t ~ N(P_mean, P_std²) from standard normal numbers; float64, of their shape and device (Geng
+    et al. 2024, Table 2)."""
     return (normal.double() * P_std + P_mean).exp()
 
 
@@ -97,15 +106,18 @@ def tuning_stage(iteration: int, stage_steps: int) -> int:
 
 
 def tuning_stages(q: float, last_gap: float = 2.0**-8) -> int:
-    """How many stages make 1 − r/t about `last_gap` in the last one, by factors of q: 8 for q = 2 and 4 for q = 4, ECT's numbers for CIFAR-10 and
-    ImageNet-64 (Geng et al. 2024); for other q the whole number, at least 1, whose q^−stages is nearest, by its logarithm."""
+    """How many stages make 1 − r/t about `last_gap` in the last one, by factors of q: 8 for q = 2 and 4 for q
+    = 4, ECT's numbers for CIFAR-10 and ImageNet-64 (Geng et al. 2024); for other q the whole number, at least
+    1, whose q^−stages is nearest, by its logarithm."""
     return max(round(-math.log(last_gap) / math.log(q)), 1)
 
 
 def earlier_time(t: Tensor, stage: int, q: float, k: float = 8.0, b: float = 1.0) -> Tensor:
-    """r = t max(0, 1 − q^−(stage+1) (1 + k sigmoid(−b t))), in the shape of `t`   (Geng et al. 2024, Eqs. 17 and 18).
+    """r = t max(0, 1 − q^−(stage+1) (1 + k sigmoid(−b t))), in the shape of `t`   (Geng et al. 2024, Eqs. 17
+    and 18).
 
-    k = 0 is the constant mapping, one ratio r / t for all t. Where r = 0 the target is the image: that is diffusion training.
+    k = 0 is the constant mapping, one ratio r / t for all t. Where r = 0 the target is the image: that is
+    diffusion training.
     Raises: ValueError for a stage so late that r and t run together.
     """
     gap = float(q) ** -(stage + 1)
@@ -119,8 +131,8 @@ def earlier_time(t: Tensor, stage: int, q: float, k: float = 8.0, b: float = 1.0
 def ect_weight(t: Tensor, r: Tensor, mode: str, sigma_data: float) -> Tensor:
     """Weight of the pseudo-Huber loss of a pair, in the shape of `t`   (Geng et al. 2024, Tables 2 and 3).
 
-    `gap`: 1/(t − r), what the derivation gives. Those of t alone: `flat` 1; `inv` 1/t; `snr` 1/t²; `inv_sum` 1/t + 1/sigma_d;
-    `karras` 1/t² + 1/sigma_d²; `c_in_squared` 1/(t² + sigma_d²).
+    `gap`: 1/(t − r), what the derivation gives. Those of t alone: `flat` 1; `inv` 1/t; `snr` 1/t²; `inv_sum`
+    1/t + 1/sigma_d; `karras` 1/t² + 1/sigma_d²; `c_in_squared` 1/(t² + sigma_d²).
     """
     if mode == 'gap':
         return gap_weight(t, r)
@@ -146,9 +158,11 @@ def ect_weight(t: Tensor, r: Tensor, mode: str, sigma_data: float) -> Tensor:
 def truncated_log_student_times(
     u: Tensor, low: float, high: float, scale: float = 0.2, df: float = 0.01
 ) -> Tensor:
-    """t with ln t = scale · X, X Student-t of `df` degrees of freedom, given that t lies in [low, high]   (Lee et al. 2025, experiment setup).
+    """t with ln t = scale · X, X Student-t of `df` degrees of freedom, given that t lies in [low, high]
+    (Lee et al. 2025, experiment setup).
 
-    By the inverse of the distribution function: u in [0, 1) -> t, increasing, u = 0 -> low. At df = 0.01 this is nearly uniform in ln ln t.
+    By the inverse of the distribution function: u in [0, 1) -> t, increasing, u = 0 -> low. At df = 0.01 this
+    is nearly uniform in ln ln t.
 
     Args:
         u: [N] float64 on the host, uniform (`SampleDraws.uniform`).
@@ -166,13 +180,14 @@ def truncated_log_student_times(
 
 
 def tcm_ratio(iteration: int, stage_steps: int, q: float, cap: float) -> float:
-    """min(1 − q^−(a+1), cap), a the stage of ECT: the constant part of r / t   (Lee et al. 2025, training details; cap 0.999 for CIFAR-10, 0.9961
-    for ImageNet-64)."""
+    """min(1 − q^−(a+1), cap), a the stage of ECT: the constant part of r / t   (Lee et al. 2025, training
+    details; cap 0.999 for CIFAR-10, 0.9961 for ImageNet-64)."""
     return min(1 - q ** -(tuning_stage(iteration, stage_steps) + 1.0), cap)
 
 
 def tcm_earlier_time(t: Tensor, ratio: float, k: float = 8.0, b: float = 1.0, floor: float = 1e-6) -> Tensor:
-    """r = max(floor, t − t (1 − ratio)(1 + k sigmoid(−b t))), in the shape of `t`   (Lee et al. 2025, training details).
+    """r = max(floor, t − t (1 − ratio)(1 + k sigmoid(−b t))), in the shape of `t`   (Lee et al. 2025,
+    training details).
 
     ECT's mapping, but for the floor: the stage-1 network, which gives the target below t', is not asked at 0.
     """
@@ -180,8 +195,8 @@ def tcm_earlier_time(t: Tensor, ratio: float, k: float = 8.0, b: float = 1.0, fl
 
 
 def tcm_weight(t: Tensor, r: Tensor, mode: str, sigma_data: float) -> Tensor:
-    """omega(t) / (t − r), in the shape of `t`; omega is 1 (`flat`, CIFAR-10) or t / c_out(t)² = t (1/t² + 1/sigma_d²) (`karras`, ImageNet-64)
-    (Lee et al. 2025, training details)."""
+    """omega(t) / (t − r), in the shape of `t`; omega is 1 (`flat`, CIFAR-10) or t / c_out(t)² = t (1/t² +
+    1/sigma_d²) (`karras`, ImageNet-64) (Lee et al. 2025, training details)."""
     if mode not in TCM_WEIGHTS:
         raise ValueError(f'weight {mode!r} is not one of {", ".join(TCM_WEIGHTS)}')
     gap = gap_weight(t, r)
@@ -189,7 +204,8 @@ def tcm_weight(t: Tensor, r: Tensor, mode: str, sigma_data: float) -> Tensor:
 
 
 def boundary_count(batch: int, share: float) -> int:
-    """floor(share · batch), how many of a batch's samples lie at t = t'   (Lee et al. 2025, Algorithm 1; share = rho = 0.25).
+    """floor(share · batch), how many of a batch's samples lie at t = t'   (Lee et al. 2025, Algorithm 1;
+    share = rho = 0.25).
 
     Raises: ValueError where one of the two parts would be empty; a share of 0 is no boundary loss.
     """
@@ -204,17 +220,20 @@ def boundary_count(batch: int, share: float) -> int:
 
 
 def boundary_samples(first: int, count: int, batch: int, share: float) -> Tensor:
-    """Which of the samples first … first + count − 1 of the training stream lie at t = t': [count] bool on the host.
+    """Which of the samples first … first + count − 1 of the training stream lie at t = t': [count] bool on
+    the host.
 
-    Every `batch` consecutive samples hold exactly `boundary_count` of them, evenly spread, so that processes and accumulation rounds share the work.
+    Every `batch` consecutive samples hold exactly `boundary_count` of them, evenly spread, so that processes
+    and accumulation rounds share the work.
     """
     n, position = boundary_count(batch, share), torch.arange(first, first + count)
     return (position + 1) * n // batch > position * n // batch
 
 
 def boundary_scales(at_boundary: Tensor, batch: int, share: float, w_b: float) -> Tensor:
-    """Factors, [N] float64, under which the mean over a whole batch becomes TCM's loss, the mean of the batch − n consistency samples plus w_b times
-    the mean of the n others: batch / (batch − n) and w_b batch / n   (Lee et al. 2025, Algorithm 1)."""
+    """Factors, [N] float64, under which the mean over a whole batch becomes TCM's loss, the mean of the batch
+    − n consistency samples plus w_b times the mean of the n others: batch / (batch − n) and w_b batch / n
+    (Lee et al. 2025, Algorithm 1)."""
     n = boundary_count(batch, share)
     consistency = torch.full(
         at_boundary.shape, batch / (batch - n), dtype=torch.float64, device=at_boundary.device
@@ -227,10 +246,11 @@ def boundary_scales(at_boundary: Tensor, batch: int, share: float, w_b: float) -
 
 
 def halving_stages(start: int, end: int, stage_steps: int) -> list[tuple[int, int]]:
-    """(S, optimizer steps) of each stage: S = start, start/2, …, end. Stages of two sampling steps and of one take twice as long
-    (Salimans & Ho 2022; OpenAI's consistency_models).
+    """(S, optimizer steps) of each stage: S = start, start/2, …, end. Stages of two sampling steps and of one
+    take twice as long (Salimans & Ho 2022; OpenAI's consistency_models).
 
-    The first stage's teacher takes 2 start steps. Raises: ValueError unless start is end times a power of two.
+    The first stage's teacher takes 2 start steps. Raises: ValueError unless start is end times a power of
+    two.
     """
     halvings = round(math.log2(start / end)) if start >= end >= 1 else -1
     if halvings < 0 or end << halvings != start:

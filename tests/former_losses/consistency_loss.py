@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from former_losses.loss import Loss, report_by_sigma, student_masks, unwrap
 from torch_utils import training_stats
 from training import consistency_ops as ops
 from training.draws import upload
-from training.objectives.loss import Loss, report_by_sigma, student_masks, unwrap
 
 HOPS = ('heun', 'ddim', 'addim')  # of a teacher
 PINNED = len(
@@ -236,7 +236,7 @@ class ConsistencyLoss(Loss):
 
     def report(self, edges: Drawn, loss: Tensor) -> None:
         """Statistics of a step."""
-        training_stats.report_later(report_levels, edges.sigma_t, loss)
+        report_levels(edges.sigma_t, loss)
 
     def __call__(self, net, images, labels, draws, augment_labels=None):
         edges = self.draw(draws, images.device)
@@ -334,7 +334,7 @@ class TableLoss(ConsistencyLoss):
         return Drawn(*table.columns[index].unbind(dim=1), index, parts)
 
     def report(self, edges: Drawn, loss: Tensor) -> None:
-        training_stats.report_later(self.table(loss.device).report, edges.index, loss)
+        self.table(loss.device).report(edges.index, loss)
 
 
 class SegmentLoss(TableLoss):

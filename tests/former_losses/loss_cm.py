@@ -10,10 +10,10 @@ import copy
 import torch
 from torch import Tensor
 
+from former_losses.consistency_loss import HOPS, Pairs, TableLoss
 from torch_utils.flat import FlatParameters
 from training import consistency_ops as ops
 from training.objectives import time_schedules as times
-from training.objectives.consistency_loss import HOPS, Pairs, TableLoss
 
 CM_LOSSES = ('l1', 'l2', 'pseudo_huber', 'lpips')
 MU_SCHEDULES = ('adaptive', 'fixed')

@@ -1,0 +1,46 @@
+"""Consistency distillation (Song et al. 2023, Algorithm 2): the network agrees with its average one step of
+the teacher further down."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dnnlib.lazy import lazy_import
+from training.objectives.consistency_model import ConsistencyModelState
+from training.objectives.loss import denoiser, student_and_target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+torch = lazy_import('torch')
+ops = lazy_import('training.consistency_ops')
+
+NAME = 'cm-cd'
+
+
+def setup(c, teacher, net=None, perceptual=None) -> ConsistencyModelState:
+    """Options: those of `ConsistencyModelState`; hop, one of `consistency_ops.HOPS`, and xvar_frac of
+    aDDIM."""
+    ops.check_hop(c.hop)
+    return ConsistencyModelState(c, teacher, net, perceptual)
+
+
+def loss(net, images: Tensor, labels, rng, state: ConsistencyModelState, augment_labels=None) -> Tensor:
+    """ℓ(student(x_t; sigma_t), target(x_s; sigma_s)), [N]."""
+    c = state.c
+    student, target = student_and_target(net, labels, augment_labels, rng, c.sync_dropout, state.target)
+    teacher = denoiser(state.teacher, labels, augment_labels)
+
+    # Neighbors sigma_t > sigma_s on the grid.
+    edges = state.draw(rng)
+    y, noise = images.double(), rng.normal('noise', images.shape[1:])
+    x_t = y + ops.expand_like(edges.sigma_t, y) * noise
+
+    with torch.no_grad():
+        # Teacher: one solver step along the edge.
+        x_s = ops.teacher_hop(teacher, x_t, edges.sigma_t, edges.sigma_s, c.hop, None, y, c.xvar_frac)
+        x_star = target(x_s, edges.sigma_s)
+
+    values = state.image_distance(student(x_t, edges.sigma_t), x_star)
+    state.report(edges, values.detach())
+    return values
