@@ -1,11 +1,13 @@
-"""Snapshots (`.pkl`, networks for sampling, in EDM's format) and training states (`.pt`, everything needed to resume).
+"""Snapshots (`.pkl`, networks for sampling, in EDM's format) and training states (`.pt`, for resuming).
 
-Nothing in a file is ever executed. A snapshot is read as data (`torch_utils.restricted_pickle`): the class name selects one of our
-networks, its recorded constructor arguments build it, the tensors are copied in. Training states are checked in the same way
-(`torch_utils.saved_tensors`) before they are `torch.load`ed with `weights_only=True`.
+Nothing in a file is ever executed. A snapshot is read as data (`torch_utils.restricted_pickle`): the class
+name selects one of our networks, its recorded constructor arguments build it, the tensors are copied in.
+Training states are checked in the same way (`torch_utils.saved_tensors`) before they are `torch.load`ed with
+`weights_only=True`.
 
-Files that we write end in a line `#checksum <hex digits>` over all bytes before it, which other readers of pickles and PyTorch files
-ignore. A snapshot's metadata has a digest of what the network is as well; it survives re-pickling by other tools.
+Files that we write end in a line `#checksum <hex digits>` over all bytes before it, which other readers of
+pickles and PyTorch files ignore. A snapshot's metadata has a digest of what the network is as well; it
+survives re-pickling by other tools.
 """
 
 from __future__ import annotations
@@ -55,12 +57,8 @@ NETWORKS = {
     **networks_edm2.PRECONDS,
     Switched.__name__: Switched,
 }  # class name -> class: what a snapshot may hold
-FIXED = (
-    'img_resolution',
-    'img_channels',
-    'label_dim',
-    'switch',
-)  # numbers that are what the constructor was told
+# Numbers that are what the constructor was told.
+FIXED = ('img_resolution', 'img_channels', 'label_dim', 'switch')
 
 # ----------------------------------------------------------------------------
 # Reading snapshots.
@@ -69,19 +67,22 @@ FIXED = (
 def load_network(
     source: str | os.PathLike, device: str | torch.device = 'cpu', key: str = 'ema'
 ) -> torch.nn.Module:
-    """The network that a snapshot holds under `key`: D = net(x, sigma, class_labels), in evaluation mode, without gradients.
+    """The network under `key` of a snapshot, in evaluation mode: D = net(x, sigma, class_labels).
 
     Reads our snapshots, EDM's, and those of published multistep students, without executing anything in them.
-    `net.metadata` is a plain dict. Ours: what `save_snapshot` was given, and `digest`. A published student: objective 'mcd', S, sigma_min,
-    sigma_max, rho, student_grid, sigmas, from its loss. Other snapshots: objective 'diffusion'. `dataset_kwargs` where the snapshot has them.
+    `net.metadata` is a plain dict. Ours: what `save_snapshot` was given, and `digest`. A published student:
+    objective 'mcd', S, sigma_min, sigma_max, rho, student_grid, sigmas, from its loss. Other snapshots:
+    objective 'diffusion'. `dataset_kwargs` where the snapshot has them.
 
     Args:
         source: path or http(s) URL.
-    Raises: UserError, naming the source, for files that are missing, damaged, hostile, of another kind, or hold no network that we know.
+    Raises: UserError, naming the source, for files that are missing, damaged, hostile, of another kind, or
+        hold no network that we know.
     """
     if os.path.isdir(source):
         raise UserError(
-            f'{os.fspath(source)} cannot be used as a network snapshot: it {saved_files.why_no_snapshot(source)}'
+            f'{os.fspath(source)} cannot be used as a network snapshot: it '
+            f'{saved_files.why_no_snapshot(source)}'
         )
     with dnnlib.open_url(source) as file, dnnlib.util.without_garbage_collection():
         size, seal = find_seal(file)
@@ -92,9 +93,8 @@ def load_network(
                 raise
             except MalformedPickle as error:
                 if (reason := saved_files.why_no_snapshot(file.name)) is not None:
-                    as_pickle = (
-                        f' (as a pickle it {error})' if reason.startswith('is text') else ''
-                    )  # which the oldest pickles are
+                    # The oldest pickles are text.
+                    as_pickle = f' (as a pickle it {error})' if reason.startswith('is text') else ''
                     raise MalformedPickle(f'{reason.removesuffix(".")}{as_pickle}') from error
                 if seal and size <= LARGE:
                     read_sealed(file, size, seal)  # damage is the better explanation
@@ -108,13 +108,18 @@ def load_network(
 def _read_network(
     file: BinaryIO, size: int, seal: str | None, key: str, device: torch.device
 ) -> torch.nn.Module:
+    # Read the structure; tensors stay in the file.
     snapshot = read_pickle(file, stop=size)
     if file.tell() != size:
         raise MalformedPickle('goes on after the end of its pickle (truncated or damaged?)')
+
+    # Build our own class from the recorded arguments, and read the tensors straight into its memory.
     record = _network_record(snapshot, key)
     class_name, state = persistent_object(record)
     net = build_unfilled(class_name, state.get('_init_args', ()), state.get('_init_kwargs', {}))
     _fill(net, _read_tensors(_locate(net, module_tensors(record), file, size), file, size, seal), device)
+
+    # What was set after construction, and what the snapshot says of the network.
     restore_attributes(net, _stored_attributes(net, state))
     net.metadata = _metadata(snapshot, net)
     if not seal and 'digest' in net.metadata and net.metadata['digest'] != network_digest(net, net.metadata):
@@ -135,7 +140,8 @@ def _network_record(snapshot, key: str):
     ]
     if key not in held:
         raise MalformedPickle(
-            f'has no network {key!r}; it has {", ".join(map(repr, held[:20])) or "none"}{_held_instead(snapshot, key)}'
+            f'has no network {key!r}; it has '
+            f'{", ".join(map(repr, held[:20])) or "none"}{_held_instead(snapshot, key)}'
         )
     return snapshot[key]
 
@@ -156,8 +162,8 @@ def _held_instead(snapshot: dict, key: str) -> str:
             isinstance(item, Call) and item.name in TENSORS | NUMPY_ARRAYS for item in value.values()
         ):
             return (
-                f' but weights by name{where} (a state dict), which do not say which network they are of: give the snapshot that they were '
-                'taken from'
+                f' but weights by name{where} (a state dict), which do not say which network they are of: '
+                'give the snapshot that they were taken from'
             )
     return ''
 
@@ -175,7 +181,7 @@ LIMITS = {
 
 
 def _check_arguments(values):
-    """Refuses sizes that no network has: building one would go on for ever, or repeat a list or text until it fills the memory."""
+    """Refuses sizes that no network has, which would take forever to build, or fill the memory."""
     for name, value in values:
         limit = LIMITS.get(name, MAX_SIZE)
         if (isinstance(value, (list, tuple)) and len(value) > MAX_ENTRIES) or (
@@ -189,9 +195,10 @@ def _check_arguments(values):
 
 
 class _Unfilled(TorchFunctionMode):
-    """Tensors that a network makes for itself have no memory: they are on the meta device, and stay what they are when it initializes them.
+    """A mode in which networks make tensors on the meta device, without memory, and do not initialize them.
 
-    Under `torch.device('meta')` alone PyTorch works out what initializing would give, in Python, with its compiler: a second to import it.
+    Under `torch.device('meta')` alone PyTorch works out what initializing would give, in Python, with its
+    compiler: a second to import it.
     """
 
     FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand)
@@ -207,7 +214,7 @@ class _Unfilled(TorchFunctionMode):
 
 
 def build_unfilled(class_name: str, args, kwargs) -> torch.nn.Module:
-    """The network of a class and constructor arguments that a file has, on the meta device: its parameters have shapes but no memory.
+    """The network of a class and constructor arguments of a file, on the meta device, without memory.
 
     Raises: MalformedPickle where there is no such network.
     """
@@ -237,7 +244,7 @@ def build_unfilled(class_name: str, args, kwargs) -> torch.nn.Module:
 
 
 def _switched_unfilled(high: dict, low: dict, switch: float) -> Switched:
-    """Two networks in one, from what `init_args` says of them. They are of no networks themselves, whatever a file says."""
+    """Two networks in one, from what `init_args` says of them; neither may hold networks itself."""
     parts = []
     for part in (high, low):
         if not isinstance(part, dict) or part.get('class_name') == Switched.__name__:
@@ -262,7 +269,10 @@ def _tensors(net: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _locate(
     net: torch.nn.Module, stored: dict[str, StoredTensor], file: BinaryIO, size: int
 ) -> dict[str, LocatedTensor]:
-    """Where the network's tensors lie in the file. Raises: MalformedPickle where they are others, by name, shape or kind of number."""
+    """Where the network's tensors lie in the file.
+
+    Raises: MalformedPickle where their names, shapes or kinds of numbers are not the network's.
+    """
     expected = _tensors(net)
     for what, names in (
         ('lacks', expected.keys() - stored.keys()),
@@ -276,7 +286,8 @@ def _locate(
     for name, tensor in expected.items():
         if stored[name].shape != tuple(tensor.shape):
             raise MalformedPickle(
-                f'has {name} of shape {list(stored[name].shape)}, its constructor arguments say {list(tensor.shape)}'
+                f'has {name} of shape {list(stored[name].shape)}, its constructor arguments say '
+                f'{list(tensor.shape)}'
             )
         located[name] = storages.locate(stored[name])
         if located[name].dtype.is_floating_point != tensor.is_floating_point():
@@ -290,7 +301,7 @@ def _read_tensors(
     located: dict[str, LocatedTensor], file: BinaryIO, size: int, seal: str | None
 ) -> dict[str, torch.Tensor]:
     """The tensors, read from the file, all of which is compared with its seal, if it has one."""
-    # Memory is this thread's: what PyTorch's allocator has at hand for other threads it gives back in between.
+    # Memory is this thread's: what PyTorch's allocator holds for other threads it returns in between.
     elements = {name: torch.empty(tensor.extent, dtype=tensor.dtype) for name, tensor in located.items()}
     parts = []
     for name, tensor in located.items():
@@ -329,7 +340,8 @@ def _stored_attributes(net: torch.nn.Module, state: dict) -> dict:
         class_name, inner = persistent_object(state['_modules'][name]) or (None, {})
         if class_name != type(part).__name__:
             raise MalformedPickle(
-                f'contradicts itself: {name} is a {class_name!r}, its constructor arguments say {type(part).__name__!r}'
+                f'contradicts itself: {name} is a {class_name!r}, its constructor arguments say '
+                f'{type(part).__name__!r}'
             )
         stored.update({f'{name}.{attribute}': value for attribute, value in inner.items()})
     return stored
@@ -358,12 +370,13 @@ def restore_attributes(net: torch.nn.Module, state: dict):
     for part in (net, *_parts(net).values()):
         if getattr(part, 'sigma_min', 0) >= getattr(part, 'sigma_max', math.inf):
             raise MalformedPickle(
-                f'is of a network whose sigma_min = {part.sigma_min:g} is not below its sigma_max = {part.sigma_max:g}'
+                f'is of a network whose sigma_min = {part.sigma_min:g} is not below its sigma_max = '
+                f'{part.sigma_max:g}'
             )
 
 
 def numeric_attributes(net: torch.nn.Module) -> dict[str, bool | int | float]:
-    """A network's own numbers and switches (sigma_min, use_fp16, ...), by name; those of networks in it as `high.sigma_min`."""
+    """A network's numbers and switches (sigma_min, ...); those of inner networks as `high.sigma_min`."""
     own = {
         name: value
         for name, value in vars(net).items()
@@ -405,7 +418,7 @@ def _metadata(snapshot: dict, net: torch.nn.Module) -> dict:
 
 
 def _encoder(node) -> dict | None:
-    """A snapshot's encoder as `encoders.build` takes it; None for pixels. Of a class that we do not know, its name alone."""
+    """A snapshot's encoder as `encoders.build` takes it, None for pixels; only the name of unknown ones."""
     class_name, state = persistent_object(node) or (None, {})
     known = class_name in encoders.ENCODERS
     args, kwargs = (
@@ -418,7 +431,7 @@ def _encoder(node) -> dict | None:
 
 
 def check_metadata(net: torch.nn.Module):
-    """Raises: ValueError that completes 'it ...' where a network's metadata are not those of a snapshot, or have levels that no student steps on."""
+    """Check a network's metadata and the noise levels in it. Raises: ValueError, which completes 'it ...'."""
     metadata = net.metadata
     try:
         LabelSpace.recorded(net.label_dim, metadata)
@@ -466,10 +479,12 @@ def _published_student(loss: dict, net: torch.nn.Module) -> dict:
 def save_snapshot(path: str | os.PathLike, net: torch.nn.Module, **metadata):
     """Writes a network and plain-data metadata as a snapshot that `load_network` and EDM's own tools read.
 
-    The network is saved as it would sample, in evaluation mode and without gradients, its tensors with their dtypes; `net` itself is
-    left alone. `dataset_kwargs` and `encoder` go where EDM's and EDM2's tools expect them. `digest` (sha256 over class, constructor
-    arguments, numeric attributes, metadata and tensors) is added, so `save_snapshot(copy, net, **net.metadata)` copies a snapshot.
-    Raises: TypeError where the network is none of ours or the metadata is not plain data; UserError where the file cannot be written.
+    The network is saved as it would sample, in evaluation mode and without gradients, its tensors with their
+    dtypes; `net` itself is left alone. `dataset_kwargs` and `encoder` go where EDM's and EDM2's tools expect
+    them. `digest` (sha256 over class, constructor arguments, numeric attributes, metadata and tensors) is
+    added, so `save_snapshot(copy, net, **net.metadata)` copies a snapshot.
+    Raises: TypeError where the network is none of ours or the metadata is not plain data; UserError where the
+        file cannot be written.
     """
     for network in (net, *_parts(net).values()):
         if type(network) not in NETWORKS.values():
@@ -538,9 +553,8 @@ def _frozen(net: torch.nn.Module) -> torch.nn.Module:
 
     def own(tensor):
         tensor = tensor.detach().cpu()
-        return (
-            tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-        )  # a view would save all that it views
+        # A view would save all that it views.
+        return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
     copies = {
         id(tensor): own(tensor) for tensor in net.buffers()
@@ -552,7 +566,7 @@ def _frozen(net: torch.nn.Module) -> torch.nn.Module:
 
 
 def network_digest(net: torch.nn.Module, metadata: dict) -> str:
-    """sha256 over class, constructor arguments, numeric attributes, metadata, and the tensors' names, dtypes, shapes and bytes."""
+    """sha256 over class, arguments, numeric attributes, metadata, and tensors (name, dtype, shape, bytes)."""
     facts = [
         type(net).__name__,
         plain(net.init_args),
@@ -572,9 +586,10 @@ def network_digest(net: torch.nn.Module, metadata: dict) -> str:
 
 
 def save_state(path: str | os.PathLike, state: dict):
-    """Writes tensors and plain data (nested dicts, lists, tuples) so that `load_state` gives them back, or notices damage.
+    """Writes tensors and plain data (dicts, lists, tuples) so that `load_state` notices any damage.
 
-    Raises: TypeError where the state holds anything else, which could not be read back; UserError where the file cannot be written.
+    Raises: TypeError where the state holds anything else, which could not be read back; UserError where the
+        file cannot be written.
     """
     _check_state(state, 'state')
     with sealed(path) as file:
