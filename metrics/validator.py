@@ -15,7 +15,7 @@ from dnnlib.text import printable
 
 if TYPE_CHECKING:
     from data.label_space import LabelSpace
-    from torch_utils.preemption import StopRequest
+    from torch_utils.preemption import PreemptionHandler
 
 SHOWN = 64  # samples in a picture, at most
 
@@ -162,7 +162,7 @@ class Validator:
         ema: str,
         steps: int | None = -1,
         metadata: dict | None = None,
-        stop: StopRequest | None = None,
+        stop: PreemptionHandler | None = None,
     ) -> dict | None:
         """One line of metrics-val.jsonl: the distance of `options.num` images of `net`, as `{"kimg", "nimg",
         "fid", ...}`.

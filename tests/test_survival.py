@@ -116,8 +116,8 @@ def test_one_process_of_two_is_asked_and_both_stop(tmp_path, digits, whole_of_tw
 def test_a_later_signal_ends_a_process_at_once(tmp_path):
     """Within five seconds it would be a repetition of the first."""
     script = (
-        'import time\nfrom torch_utils.distributed import HostAgreement\nfrom torch_utils.preemption import StopRequest\n'
-        'with StopRequest(HostAgreement()):\n    print("ready", flush=True)\n    end = time.monotonic() + 60\n'
+        'import time\nfrom torch_utils.distributed import AsyncAllReduce\nfrom torch_utils.preemption import PreemptionHandler\n'
+        'with PreemptionHandler(AsyncAllReduce()):\n    print("ready", flush=True)\n    end = time.monotonic() + 60\n'
         '    while time.monotonic() < end: time.sleep(0.1)\n'
     )
     popen = subprocess.Popen(

@@ -224,7 +224,7 @@ def same_everywhere(tensor: torch.Tensor) -> bool:
     return torch.equal(least, most)
 
 
-class HostAgreement:
+class AsyncAllReduce:
     """Async all-reduce of flags between hosts, which wait neither for each other nor for the devices.
 
     Every process must call `exchange` and `any` in the same order.
@@ -246,7 +246,7 @@ class HostAgreement:
         return earlier[1].tolist()
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so now. Waits for the other hosts."""
+        """Whether the flag is set on any process now. Synchronizes the hosts."""
         if self._group is None:
             return flag
         tensor = torch.tensor(int(flag))
@@ -254,7 +254,7 @@ class HostAgreement:
         return bool(tensor)
 
     def close(self) -> None:
-        """Hear what is still on its way."""
+        """Wait for a pending exchange."""
         if self._pending is not None:
             self._pending[0].wait()
             self._pending = None

@@ -47,7 +47,7 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-class LateReading:
+class AsyncScalar:
     """An async scalar: on a GPU, the value of the latest step that the device has finished."""
 
     def __init__(self, device: torch.device):

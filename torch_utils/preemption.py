@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 
-from torch_utils.distributed import HostAgreement
+from torch_utils.distributed import AsyncAllReduce
 
 # Of SLURM at its time limit, of its --signal=USR1, of the keyboard.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -17,19 +17,19 @@ SAME_REQUEST_SEC = 5.0  # a terminal, torchrun and SLURM may each deliver the sa
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: come again
 
 
-class StopRequest:
+class PreemptionHandler:
     """A context in which signals to stop are recorded; `requested` is the name of the first one, or None.
 
     Repeats within five seconds count as one; a later one ends the process at once.
     """
 
-    def __init__(self, hosts: HostAgreement):
+    def __init__(self, hosts: AsyncAllReduce):
         self._hosts = hosts
         self.requested: str | None = None
         self._first_time = 0.0
         self._previous: dict = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> PreemptionHandler:
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
@@ -43,7 +43,7 @@ class StopRequest:
         return self.requested is not None
 
     def anywhere(self) -> bool:
-        """Whether any process was, for all processes to ask together. Waits for the other hosts."""
+        """Whether any process was asked to stop. All processes call this together; synchronizes the hosts."""
         return self._hosts.any(self.here())
 
     def _handle(self, number: int, _frame) -> None:
@@ -57,7 +57,7 @@ class StopRequest:
             os._exit(128 + number)
 
 
-class WorkerShield:
+class WorkersIgnoreSignals:
     """A context in which data workers, with this as their `worker_init_fn`, ignore signals to stop.
 
     A scheduler may send these to every process, and the current step needs its data. On the way out workers
@@ -68,7 +68,7 @@ class WorkerShield:
         # Without a lock, which a signal during the handler would wait for in vain.
         self._leaving = multiprocessing.RawValue('b', 0)
 
-    def __enter__(self) -> WorkerShield:
+    def __enter__(self) -> WorkersIgnoreSignals:
         return self
 
     def __exit__(self, *_):

@@ -15,7 +15,7 @@ from data.feed import Feed
 from dnnlib import EasyDict, NotFinite
 from metrics.validator import Validator
 from torch_utils import distributed, misc, training_stats
-from torch_utils.preemption import StopRequest, WorkerShield
+from torch_utils.preemption import PreemptionHandler, WorkersIgnoreSignals
 from training import checkpoint, execution, run_files
 from training.draws import SampleDraws
 from training.objectives.loss import State
@@ -118,7 +118,7 @@ class Clock:
 
 
 def end_of_tick(
-    run: Run, clock: Clock, feed: Feed, validator: Validator | None, stop: StopRequest, done: bool
+    run: Run, clock: Clock, feed: Feed, validator: Validator | None, stop: PreemptionHandler, done: bool
 ) -> bool:
     """Validate, report, save, and go on to the next tick. Returns: False, with all of that still to do, where
     a signal asked to stop meanwhile."""
@@ -187,7 +187,7 @@ def training_loop(
         log(f'Nothing to do: {c.total_nimg / 1e3:g} kimg is all that it was to see.')
         return True
 
-    hosts, bad_reading = distributed.HostAgreement(), misc.LateReading(run.device)
+    hosts, bad_reading = distributed.AsyncAllReduce(), misc.AsyncScalar(run.device)
     sampler = InfiniteSampler(
         len(dataset),
         c.batch_size,
@@ -203,7 +203,7 @@ def training_loop(
         profiled_networks(run.net, run.teacher),
         say=log,
     )
-    with WorkerShield() as shield, StopRequest(hosts) as stop, profile:
+    with WorkersIgnoreSignals() as shield, PreemptionHandler(hosts) as stop, profile:
         feed = Feed(dataset, sampler, run.batch_gpu, c.workers, run.device, worker_init_fn=shield)
         start_log(run)  # after the workers, which must not inherit its threads and sockets
         validator = build_validator(run) if c.validation else None
@@ -276,7 +276,7 @@ def build_validator(run: Run) -> Validator:
 # Stopping.
 
 
-def stop_here(run: Run, stop: StopRequest, hosts: distributed.HostAgreement) -> bool:
+def stop_here(run: Run, stop: PreemptionHandler, hosts: distributed.AsyncAllReduce) -> bool:
     """Save where the run is, in the middle of a tick or not, and leave a note; returns that the training is
     not finished."""
     progress, files, log = run.progress, run.files, run.log
@@ -311,7 +311,7 @@ def give_up(run: Run, bad_in_a_row: int) -> None:
 # Evaluating.
 
 
-def evaluate(validator: Validator, run: Run, stop: StopRequest) -> dict | None:
+def evaluate(validator: Validator, run: Run, stop: PreemptionHandler) -> dict | None:
     """FID of each average of --val_emas, by name, the same on all processes; None, and nothing recorded,
     where a signal asked to stop meanwhile.
 
@@ -347,7 +347,7 @@ def picture(validator: Validator, net, nimg: int, name: str, log: RunLog) -> str
         return None
 
 
-def evaluate_at_start(validator: Validator, run: Run, stop: StopRequest) -> dict | None:
+def evaluate_at_start(validator: Validator, run: Run, stop: PreemptionHandler) -> dict | None:
     """What --val_teacher and --val_at_start ask for; None where a signal asked to stop meanwhile."""
     if run.c.validation.teacher and run.teacher is not None:
         record = validator.run(run.teacher, nimg=0, ema='teacher', steps=None, stop=stop)
