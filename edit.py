@@ -1,4 +1,4 @@
-"""Zero-shot editing: a student or consistency model completes what is known of an image, without having been trained for it."""
+"""Zero-shot editing: a student or consistency model completes what is known of an image, untrained for it."""
 
 from __future__ import annotations
 
@@ -81,19 +81,20 @@ def editing_options(steps: str):
 
 @click.group(cls=cli.Group)
 def main():
-    """Edit images with a student or a consistency model that was not trained for it (Song et al. 2023, Section 6; Meng et al. 2022).
+    """Edit images with a student or a consistency model that was not trained for it (Song et al. 2023,
+    Section 6; Meng et al. 2022).
 
     \b
     Make up the lower half of the first eight digits, four times each:
-      python edit.py inpaint --network=demo-out/student-8/network-snapshot-000160.pkl --input=demo-out/digits.zip --indices=0-7 \\
-          --box=0,4,8,8 --seeds=0-3 --outdir=edits
+      python edit.py inpaint --network=demo-out/student-8/network-snapshot-000160.pkl \\
+          --input=demo-out/digits.zip --indices=0-7 --box=0,4,8,8 --seeds=0-3 --outdir=edits
     \b
     Color for a gray photograph, and 256 pixels from 64:
       python edit.py colorize --network=consistency-256.pkl --input=old.png --outdir=color
       python edit.py superres --factor=4 --network=consistency-256.pkl --input=small.png --outdir=large
 
-    What is known stays exactly so in the files: pixels outside the mask, the gray version, the averages of blocks.
-    An output depends on its image and seed alone, not on the batch.
+    What is known stays exactly so in the files: pixels outside the mask, the gray version, the averages of
+    blocks. An output depends on its image and seed alone, not on the batch.
     """
 
 
@@ -154,7 +155,8 @@ def inpaint(job, sampling, mask, box, random_share):
 @main.command()
 @editing_options(EDITED_STEPS)
 def colorize(job, sampling):
-    """Make up the colors of gray images, or of color images that are turned gray first; their gray version stays."""
+    """Make up the colors of gray images, or of color images that are turned gray first; their gray version
+    stays."""
     from sampling import edit_files, editing
 
     job = edit_files.EditJob(**job, sampling=sampling)
@@ -177,14 +179,16 @@ def colorize(job, sampling):
 )
 @editing_options(EDITED_STEPS)
 def superres(job, sampling, factor):
-    """Make up the detail of small images, or of large ones that are averaged first; the average of every block stays."""
+    """Make up the detail of small images, or of large ones that are averaged first; the average of every
+    block stays."""
     from sampling import edit_files, editing
 
     job = edit_files.EditJob(**job, sampling=sampling)
     net = edit_files.load(job.network)
     if net.img_resolution % factor:
         raise UserError(
-            f'--factor={factor} does not divide {net.img_resolution}, the side of the images that {job.network} makes'
+            f'--factor={factor} does not divide {net.img_resolution}, the side of the images '
+            f'that {job.network} makes'
         )
     source, sides = open_input(job.path, job.indices), (net.img_resolution // factor, net.img_resolution)
     edit_files.check_shape(job.path, source.shape, [[net.img_channels, side, side] for side in sides])
@@ -199,7 +203,8 @@ SIGMA_HELP = 'Standard deviation of the noise, for pixels in [-1, 1]: 127.5 time
 @cli.option('--sigma', metavar='FLOAT', type=cli.SIGMA, required=True, help=SIGMA_HELP)
 @editing_options(STARTED_STEPS)
 def stroke(job, sampling, sigma):
-    """Images from strokes of a brush, or from any other rough image: noise is added that drowns what is wrong with them, then removed."""
+    """Images from strokes of a brush, or from any other rough image: noise is added that drowns what is wrong
+    with them, then removed."""
     start_at(job, sampling, sigma, add_noise=True)
 
 
@@ -246,7 +251,8 @@ def start_at(job: dict, sampling: dict, sigma: float, add_noise: bool) -> None:
 @cli.option('--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, help='Images per batch.')
 @sampling_options()
 def interpolate(network, outdir, seeds, count, batch, sampling):
-    """Images between those of two seeds: latents between theirs, all else that is random as the first one's."""
+    """Images between those of two seeds: latents between theirs, all else that is random as the first
+    one's."""
     import torch
 
     from sampling import edit_files, generation

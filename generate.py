@@ -5,6 +5,7 @@ from __future__ import annotations
 import dnnlib.interrupts  # noqa: F401  (first)
 
 import itertools
+from collections.abc import Iterable, Iterator
 
 import click
 
@@ -25,9 +26,8 @@ def check_destination(
     if dest is not None and not dest.endswith(('.npz', '.zip')):
         raise click.UsageError(f'--dest={dest} is neither a .npz nor a .zip file; folders go to --outdir.')
     if dest is not None and (subdirs or as_latents or strict):
-        raise click.UsageError(
-            f'{"--subdirs" if subdirs else "--latents" if as_latents else "--strict-outdir"} goes with --outdir.'
-        )
+        option = '--subdirs' if subdirs else '--latents' if as_latents else '--strict-outdir'
+        raise click.UsageError(f'{option} goes with --outdir.')
 
 
 @click.command(cls=cli.Command)
@@ -39,7 +39,8 @@ def check_destination(
     '--dest',
     metavar='FILE',
     type=cli.PATH,
-    help='File for all images instead of --outdir: .npz, an array uint8 [N, H, W, C] and the labels, or .zip, a data set.',
+    help='File for all images instead of --outdir: .npz, an array uint8 [N, H, W, C] and the labels, or '
+    '.zip, a data set.',
 )
 @cli.option(
     '--seeds',
@@ -62,7 +63,8 @@ def check_destination(
 @cli.option(
     '--allow-nonfinite',
     is_flag=True,
-    help='Write images with NaN or infinite values too, with a warning that names their seeds; without this they are an error.',
+    help='Write images with NaN or infinite values too, with a warning that names their seeds; without '
+    'this they are an error.',
 )
 @cli.option(
     '--batch',
@@ -76,7 +78,8 @@ def check_destination(
     '--workers',
     metavar='INT',
     type=cli.WORKERS,
-    help='Processes that encode and write, per process that generates; 0: it does so itself.  [default: half of the CPUs but one, at most 4]',
+    help='Processes that encode and write, per process that generates; 0: it does so itself.  '
+    '[default: half of the CPUs but one, at most 4]',
 )
 @sampling_options()
 @cli.option(
@@ -94,7 +97,8 @@ def check_destination(
     default=False,
     show_default=True,
     group=SPEED,
-    help='Compile the network (torch.compile), on GPUs into CUDA graphs: minutes at the start, faster batches.',
+    help='Compile the network (torch.compile), on GPUs into CUDA graphs: minutes at the start, faster '
+    'batches.',
 )
 @cli.option(
     '--channels_last',
@@ -122,7 +126,8 @@ def main(
     compiled,
     channels_last,
 ):
-    """Generate images from a snapshot: a student by its own grid, a teacher by solving the probability-flow ODE.
+    """Generate images from a snapshot: a student by its own grid, a teacher by solving the probability-flow
+    ODE.
 
     \b
     A student, 50,000 images on four GPUs:
@@ -142,9 +147,8 @@ def main(
     destination = (
         writers.FileDestination(dest) if dest else writers.FolderDestination(outdir, subdirs, as_latents)
     )
-    with writers.WriterPool(
-        writers.default_workers() if workers is None else workers
-    ) as pool:  # they start while torch is imported
+    workers = writers.default_workers() if workers is None else workers
+    with writers.WriterPool(workers) as pool:  # they start while torch is imported
         from sampling import generation
         from torch_utils import distributed
         from training import execution, samplers
@@ -185,7 +189,7 @@ def main(
 
 
 def check_outdir(destination, seeds: list[int], strict: bool) -> None:
-    """Say which images a folder holds that these seeds will not write over: whoever measures the folder measures them too.
+    """Name the images in a folder that these seeds will not write over: fid.py would measure them too.
 
     Raises: where `strict`, UserError on the main process and SystemExit on the others.
     """
@@ -198,7 +202,10 @@ def check_outdir(destination, seeds: list[int], strict: bool) -> None:
         f'{len(names)} {what} ({", ".join(names[:3])}{", ..." * (len(names) > 3)})'
         for what, names in others.items()
     )
-    found = f'--outdir={destination.path} holds other images than these seeds will write: {found}. fid.py and others take all images of a folder.'
+    found = (
+        f'--outdir={destination.path} holds other images than these seeds will write: {found}. '
+        'fid.py and others take all images of a folder.'
+    )
     if strict:
         distributed.fail_together(
             f'{found} Choose an empty folder, remove them, or leave out --strict-outdir.'
@@ -218,10 +225,13 @@ def generate_all(
     fill: bool = False,
     allow_nonfinite: bool = False,
 ) -> None:
-    """Every image to its destination. While the network is at work on a batch, the one before is fetched from the device, encoded and written.
+    """Generate every image and write it to its destination.
 
-    `fill`: the last batch, where it is smaller, is made as large as the others, for a network that is compiled for a size.
-    `allow_nonfinite`: see `judge`.
+    While the network computes a batch, the one before is copied from the device, encoded and written.
+
+    Args:
+        fill: pad a smaller last batch to the size of the others, for a network that is compiled for a size.
+        allow_nonfinite: see `report_nonfinite`.
     """
     import tqdm
 
@@ -236,34 +246,29 @@ def generate_all(
         if distributed.is_main():
             destination.begin()
         destination.parts = distributed.broadcast_object(destination.parts)
-        with tqdm.tqdm(
-            total=len(seeds), unit='img', disable=None if rank == 0 else True, dynamic_ncols=True
-        ) as bar:
-            under_way = None
-            for part in [*generation.split_batches(places, batch, rank, world_size), None]:
-                before, under_way = (
-                    under_way,
-                    part
-                    and (
-                        part,
-                        draw(net, [seeds[i] for i in part], as_latents, arguments, batch if fill else 0),
-                    ),
-                )
-                if before:
-                    made, copy = before
-                    values, finite = copy.numpy()
-                    asked = [seeds[i] for i in made]
-                    bad += itertools.compress(asked, ~finite)
-                    if not (allow_nonfinite or finite.all()):
-                        removed += destination.leave_out(list(itertools.compress(asked, ~finite)))
-                        values, asked = values[finite], list(itertools.compress(asked, finite))
-                    destination.add(pool, values, asked, made.start)
-                    bar.update(min(len(made) * world_size, len(seeds) - bar.n))
+
+        # Batches of this process, one computed ahead of the one that is written.
+        batches = list(generation.split_batches(places, batch, rank, world_size))
+        seeds_of = lambda part: [seeds[i] for i in part]
+        size = batch if fill else 0
+        begun = ((part, begin_batch(net, seeds_of(part), as_latents, arguments, size)) for part in batches)
+        quiet = None if rank == 0 else True
+        with tqdm.tqdm(total=len(seeds), unit='img', disable=quiet, dynamic_ncols=True) as bar:
+            for part, copy in one_ahead(begun):
+                (values, finite), part_seeds = copy.numpy(), seeds_of(part)
+                nonfinite = list(itertools.compress(part_seeds, ~finite))
+                bad += nonfinite
+                if nonfinite and not allow_nonfinite:
+                    removed += destination.leave_out(nonfinite)
+                    values, part_seeds = values[finite], list(itertools.compress(part_seeds, finite))
+                destination.add(pool, values, part_seeds, part.start)
+                bar.update(min(len(part) * world_size, len(seeds) - bar.n))
             pool.finish()
-        judge(bad, removed, len(seeds), destination, 'latents' if as_latents else 'images', allow_nonfinite)
-        shares = distributed.gather_on_main(
-            (list(generation.split_batches(places, batch, rank, world_size)), labels.tolist())
-        )
+
+        # All processes together: is there anything that is not finite, and which labels were drawn.
+        what = 'latents' if as_latents else 'images'
+        report_nonfinite(bad, removed, len(seeds), destination, what, allow_nonfinite)
+        shares = distributed.gather_on_main((batches, labels.tolist()))
         if distributed.is_main():
             destination.complete(in_order(shares) if net.label_dim else None)
         distributed.barrier()
@@ -272,13 +277,25 @@ def generate_all(
             destination.end()
 
 
-def judge(bad: list[int], removed: int, count: int, destination, what: str, allow: bool) -> None:
+def one_ahead(items: Iterable) -> Iterator:
+    """The items, each given out once the next has been made."""
+    before = None
+    for item in items:
+        if before is not None:
+            yield before
+        before = item
+    if before is not None:
+        yield before
+
+
+def report_nonfinite(bad: list[int], removed: int, count: int, destination, what: str, allow: bool) -> None:
     """Name the seeds, of all processes, whose images are not finite.
 
     Args:
-        bad, removed: this process's seeds, and how many files of theirs it removed that an earlier run had left.
-        count: how many images were to be made.
-        allow: whether they were written all the same.
+        bad: this process's seeds of such images.
+        removed: number of files of theirs, of an earlier run, that this process removed.
+        count: of the images to generate.
+        allow: whether images that are not finite were written all the same.
     Raises: unless `allow`, UserError on the main process and SystemExit on the others.
     """
     from sampling import generation
@@ -291,25 +308,29 @@ def judge(bad: list[int], removed: int, count: int, destination, what: str, allo
     found = generation.nonfinite_seeds(bad, count, what)
     if not allow:
         distributed.fail_together(
-            f'{found}. {destination.without(len(bad), removed)} Try --precision=fp32 or other sampling options; '
-            f'if the {what} stay so, the network is broken for them. --allow-nonfinite writes them all the same.'
+            f'{found}. {destination.without(len(bad), removed)} Try --precision=fp32 or other sampling '
+            f'options; if the {what} stay so, the network is broken for them. --allow-nonfinite writes them '
+            'all the same.'
         )
     if distributed.is_main():
         click.echo(f'Warning: {found}. Written all the same (--allow-nonfinite).', err=True)
 
 
-def draw(net, seeds: list[int], as_latents: bool, arguments: dict, at_least: int = 0):
-    """A `HostCopy` of what files hold, uint8 [N, H, W, C] or, of latents, float32 [N, C, H, W], and of [N] whether it is finite.
+def begin_batch(net, seeds: list[int], as_latents: bool, arguments: dict, at_least: int = 0):
+    """Begin to compute a batch, and its copy to the host.
 
-    The network sees `at_least` so many.
+    Args:
+        at_least: size of the batch that the network is evaluated on; the last seed is repeated.
+    Returns: a `HostCopy` of uint8 [N, H, W, C], or of latents float32 [N, C, H, W]; and of [N] whether each
+        is finite.
     """
     from sampling import generation
 
-    asked = [*seeds, *seeds[-1:] * (at_least - len(seeds))]
+    padded = [*seeds, *seeds[-1:] * (at_least - len(seeds))]
     if as_latents:
-        values, finite = generation.checked_latents(generation.generate_latents(net, asked, **arguments))
+        values, finite = generation.checked_latents(generation.generate_latents(net, padded, **arguments))
     else:
-        images, finite = generation.generate_checked(net, asked, **arguments)
+        images, finite = generation.generate_checked(net, padded, **arguments)
         values = images.permute(0, 2, 3, 1)
     return generation.HostCopy(values[: len(seeds)].contiguous(), finite[: len(seeds)])
 

@@ -1,4 +1,5 @@
-"""Time points of a consistency model's steps, found by a metric of the images that they give (Song et al. 2023)."""
+"""Time points of a consistency model's steps, found by a metric of the images that they give (Song et al.
+2023)."""
 
 from __future__ import annotations
 
@@ -91,7 +92,8 @@ class Metric(evaluation.Measures):
     metavar='INT',
     type=cli.Integer(min=3, max=MAX_STEPS),
     group=POINTS,
-    help="Number of candidate levels, both ends included, for --space=karras-index.  [default: the snapshot's; 40]",
+    help='Number of candidate levels, both ends included, for --space=karras-index.  [default: the '
+    "snapshot's; 40]",
 )
 @cli.option(
     '--scan',
@@ -100,7 +102,8 @@ class Metric(evaluation.Measures):
     default=8,
     show_default=True,
     group=POINTS,
-    help='Evaluate this many candidates, evenly spread, before each search, and search around the best of them; 0: a plain ternary search.',
+    help='Evaluate this many candidates, evenly spread, before each search, and search around the best of '
+    'them; 0: a plain ternary search.',
 )
 @cli.option(
     '--low',
@@ -124,7 +127,8 @@ class Metric(evaluation.Measures):
     default='fid',
     show_default=True,
     group=IMAGES,
-    help='Measure to optimize, one of those of fid.py calc. Scores such as is and recall are maximized, distances minimized.',
+    help='Measure to optimize, one of those of fid.py calc. Scores such as is and recall are maximized, '
+    'distances minimized.',
 )
 @cli.option(
     '--ref',
@@ -168,7 +172,8 @@ class Metric(evaluation.Measures):
     metavar='PATH|URL',
     type=cli.PATH,
     group=IMAGES,
-    help=f"Feature detector, as for fid.py calc. {cli.PROGRAM}  [default: NVIDIA's Inception, downloaded once]",
+    help=f"Feature detector, as for fid.py calc. {cli.PROGRAM}  [default: NVIDIA's Inception, downloaded "
+    'once]',
 )
 @cli.option(
     '--dinov2',
@@ -179,13 +184,15 @@ class Metric(evaluation.Measures):
 )
 @cli.option('--detector-sha256', metavar='HEX', group=IMAGES, help='Digest that the detector file must have.')
 def main(network, log, solver, save, json_path, dry_run, measures, **options):
-    """Find the noise levels at which a consistency model is asked again, one after another, each by a ternary search.
+    """Find the noise levels at which a consistency model is asked again, one after another, each by a ternary
+    search.
 
     \b
     The second of two steps, by FID; then three steps, going on from the same log:
-      torchrun --standalone --nproc_per_node=4 -- search.py --network=ect.pkl --ref=fid-refs/cifar10-32x32.npz --log=search.jsonl --num=10000
-      torchrun --standalone --nproc_per_node=4 -- search.py --network=ect.pkl --ref=fid-refs/cifar10-32x32.npz --log=search.jsonl --num=10000 \\
-          --steps=3 --save=ect-3.pkl
+      torchrun --standalone --nproc_per_node=4 -- search.py --network=ect.pkl \\
+          --ref=fid-refs/cifar10-32x32.npz --log=search.jsonl --num=10000
+      torchrun --standalone --nproc_per_node=4 -- search.py --network=ect.pkl \\
+          --ref=fid-refs/cifar10-32x32.npz --log=search.jsonl --num=10000 --steps=3 --save=ect-3.pkl
 
     The only line on stdout has the points as options for generate.py; everything else goes to stderr.
     """
@@ -263,12 +270,15 @@ def check_writable(path: str | None) -> None:
         raise UserError(f'Cannot write {path}: {error.strerror}. Choose another place.') from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # What is searched.
 
 
 def load_consistency_model(network: str, solver: str | None):
-    """The network. Raises: UserError where it is no consistency model, or does not say so and `solver` does not either."""
+    """The network.
+
+    Raises: UserError where it is no consistency model, or does not say so and `solver` does not either.
+    """
     from torch_utils import distributed
     from training.checkpoint import load_network
 
@@ -283,14 +293,16 @@ def load_consistency_model(network: str, solver: str | None):
             'a diffusion model becomes one by train.py --objective=ect'
         )
         raise UserError(
-            f'Time points are found for consistency models, whose every output is an image, and {network} {problem}.'
+            f'Time points are found for consistency models, whose every output is an image, and {network} '
+            f'{problem}.'
         )
     return net
 
 
 @dataclass
 class Sampler:
-    """A network's images from its points, always of the same seeds: a metric of them then depends on the points alone, and smoothly."""
+    """A network's images from its points, always of the same seeds: a metric of them then depends on the
+    points alone, and smoothly."""
 
     net: object
     network: str
@@ -306,7 +318,10 @@ class Sampler:
         return choose(self.net, self.network, self.class_idx, self.labels)
 
     def arguments(self, taus: list[float]) -> dict:
-        """What `generation.generate_batch` takes. Raises: UserError where the network cannot be sampled so."""
+        """What `generation.generate_batch` takes.
+
+        Raises: UserError where the network cannot be sampled so.
+        """
         return sampling_arguments(
             self.net,
             self.network,
@@ -355,7 +370,8 @@ def candidate_levels(net, options) -> list[float]:
     if len(levels) < options.steps - 1:
         cure = 'more --timesteps' if options.space == 'karras-index' else 'a smaller --tolerance'
         raise UserError(
-            f'There are {len(levels)} noise levels to choose from between {low:g} and {high:g}, and {options.steps} steps need '
+            f'There are {len(levels)} noise levels to choose from between {low:g} and {high:g}, and '
+            f'{options.steps} steps need '
             f'{options.steps - 1}: widen --low and --high, or take {cure}.'
         )
     return levels
@@ -424,7 +440,7 @@ class MetricOfPoints:
         return distributed.broadcast_object(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # The search and its log.
 
 
@@ -435,8 +451,10 @@ def search(evaluate: MetricOfPoints, log: SearchLog, candidates: list[float], pl
     sign = -1 if evaluate.measure.larger_is_better else 1
     asked: list[list[float]] = []
     evaluation.say(
-        f'{plan["points"]} of {len(candidates)} noise levels from {candidates[0]:g} to {candidates[-1]:g}, by {evaluate.title}: at most '
-        f'{plan["evaluations_at_most"]} evaluations of {plan["images_each"]} images; {len(log.values)} are in {log.path}.'
+        f'{plan["points"]} of {len(candidates)} noise levels from {candidates[0]:g} to {candidates[-1]:g}, '
+        f'by {evaluate.title}: at most '
+        f'{plan["evaluations_at_most"]} evaluations of {plan["images_each"]} images; {len(log.values)} are '
+        f'in {log.path}.'
     )
 
     def value_of(taus: list[float]) -> float:
@@ -453,7 +471,8 @@ def search(evaluate: MetricOfPoints, log: SearchLog, candidates: list[float], pl
         evaluation.say(f'{len(taus) + 1} steps: {as_options(taus)}, {evaluate.title} {sign * signed:.6g}')
         if signed >= sign * by_steps[-2]['value']:
             evaluation.say(
-                f'Warning: no better than {len(taus)} step{"s" * (len(taus) > 1)} at any level that was tried. If one more step helps '
+                f'Warning: no better than {len(taus)} step{"s" * (len(taus) > 1)} at any level that was '
+                'tried. If one more step helps '
                 'at all, a larger --scan may find where; --low and --high may leave out the rest.'
             )
     best = by_steps[-1]
@@ -498,7 +517,8 @@ class SearchLog:
             ]
             if others:
                 raise UserError(
-                    f'{path} is the log of another search: {"; ".join(others)}. Give the options of that search, or another --log.'
+                    f'{path} is the log of another search: {"; ".join(others)}. Give the options of that '
+                    'search, or another --log.'
                 )
             self._append(
                 dict(search=settings) if header is None else None
@@ -536,12 +556,14 @@ class SearchLog:
                 else 'Make sure that its folder is there and open to writing'
             )
             raise UserError(
-                f'--log={self.path} cannot be written: {error.strerror}. {cure}; the same command goes on from what is in it.'
+                f'--log={self.path} cannot be written: {error.strerror}. {cure}; the same command goes on '
+                'from what is in it.'
             ) from error
 
 
 def read_log(path: str) -> tuple[dict | None, dict[tuple[float, ...], float]]:
-    """(settings, values by points) of a log; (None, {}) where there is none yet. What a kill has left of a last line does not count.
+    """(settings, values by points) of a log; (None, {}) where there is none yet. What a kill has left of a
+    last line does not count.
 
     Raises: UserError where the file is something else, or damaged.
     """
@@ -567,14 +589,16 @@ def read_log(path: str) -> tuple[dict | None, dict[tuple[float, ...], float]]:
             isinstance(number, (int, float)) for number in [*taus, value]
         ):
             raise UserError(
-                f'--log={path} is damaged: line {number} is no evaluation. Remove that line, or choose another name.'
+                f'--log={path} is damaged: line {number} is no evaluation. Remove that line, or choose '
+                'another name.'
             )
         values[tuple(taus)] = value
     return settings, values
 
 
 def reference_digest(ref: str | None, holds_statistics: bool) -> str | None:
-    """What tells a reference from others: of its file or, where it is images, of their names, sizes and times; None where there is none."""
+    """What tells a reference from others: of its file or, where it is images, of their names, sizes and
+    times; None where there is none."""
     from dnnlib.downloads import file_sha256, local_path
     from metrics.images import open_images
 
@@ -584,8 +608,8 @@ def reference_digest(ref: str | None, holds_statistics: bool) -> str | None:
 
 
 def save_copy(path: str, net, sigmas: list[float], clip_denoised: bool | None = None) -> None:
-    """The network as a snapshot that is sampled at `sigmas`, which end in 0, and clamped as the search did where that was given. Of its metadata,
-    what was measured at others is left out."""
+    """The network as a snapshot that is sampled at `sigmas`, which end in 0, and clamped as the search did
+    where that was given. Of its metadata, what was measured at others is left out."""
     from training.checkpoint import save_snapshot
 
     reserved = ('path', 'net')  # what only a file that was tampered with has

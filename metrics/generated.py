@@ -1,5 +1,4 @@
-"""A network's images as a source, like a folder's: made when they are looked at, and never written unless
-someone wants to see them."""
+"""A network's images as a source, like a folder's: generated when they are read, written only on request."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ class GeneratedImages:
     Args:
         net: network, on its device.
         seeds: of the images.
-        batch: images that the network makes at a time; a batch that is not full is filled up, so that it runs
-            like the others.
+        batch: images per evaluation of the network; a smaller last batch is padded, so that it runs like the
+            others.
         choose_labels, solver, steps, options: as for `generation.generate_batch`.
         name: for messages.
         identity: what decides the images besides the seeds, for `fingerprint`.
@@ -42,14 +41,8 @@ class GeneratedImages:
         dump: str | None = None,
         **options,
     ):
-        self.net, self.seeds, self.size, self.name, self.identity, self.dump = (
-            net,
-            seeds,
-            batch,
-            name,
-            identity,
-            dump,
-        )
+        self.net, self.seeds, self.size = net, seeds, batch
+        self.name, self.identity, self.dump = name, identity, dump
         self.total = len(seeds)
         self.skipped: dict[int, str] = {}
         self.unturned: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""Edits of images from files to files: read them, run a task of sampling/editing.py in batches, write the results."""
+"""Edits of images from files to files: read, run a task of sampling/editing.py, write the results."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def chosen_input(source, files: ImageFiles | None, path: str, indices: list[int]
     chosen = list(range(len(source))) if indices is None else indices
     if max(chosen) >= len(source):
         raise UserError(
-            f'--indices={max(chosen)} does not exist: {path} holds the {len(source)} images 0 to {len(source) - 1}'
+            f'--indices={max(chosen)} does not exist: {path} holds the {len(source)} images '
+            f'0 to {len(source) - 1}'
         )
 
     # Results are named after their images.
@@ -100,7 +101,7 @@ def chosen_input(source, files: ImageFiles | None, path: str, indices: list[int]
 
 
 def check_headers(files: ImageFiles, chosen: Sequence[int], shape: Sequence[int]) -> None:
-    """UserError, before any is edited, where an image is not of the shape [C, H, W], which is that of the first."""
+    """UserError, before any is edited, where an image is not of the first one's shape [C, H, W]."""
     for i in chosen:
         name = files.images[i]
         with files.open_image(name) as image:
@@ -161,14 +162,17 @@ def check_shape(path: str, shape: Sequence[int], wanted: Sequence[Sequence[int]]
 def unknown_pixels(
     resolution: int, mask: str | None, box: list[int] | None, random_share: float | None
 ) -> Tensor:
-    """Boolean [H, W]. Raises: UserError where a mask or box does not fit the images, or nothing is unknown."""
+    """Boolean [H, W].
+
+    Raises: UserError where a mask or box does not fit the images, or nothing is unknown.
+    """
     unknown = torch.zeros(resolution, resolution, dtype=torch.bool)
     if mask is not None:
         image = read_image(mask, as_gray=True)
         if list(image.shape[2:]) != [resolution, resolution]:
             raise UserError(
-                f'--mask={mask} is {image.shape[3]}x{image.shape[2]}, and the images are {resolution}x{resolution}: '
-                'draw the mask in their size'
+                f'--mask={mask} is {image.shape[3]}x{image.shape[2]}, and the images are '
+                f'{resolution}x{resolution}: draw the mask in their size'
             )
         unknown = image[0, 0] >= 128
     elif box is not None:
@@ -223,8 +227,8 @@ def editing_arguments(
     """What `samplers.sample` and the choice of labels take.
 
     Args:
-        sigma: level at which sampling starts from images; None: an edit projects on what is known, which is lost on
-            a single evaluation.
+        sigma: level at which sampling starts from images; None: an edit projects on what is known, which is
+            lost on a single evaluation.
         labels: of the images, [N, label_dim], which take the place of what `sampling` says of labels.
     Raises: UserError where they do not go together, found by sampling a pixel.
     """
@@ -235,8 +239,9 @@ def editing_arguments(
     arguments = sampling_arguments(net, network, **sampling, **start, choose_labels=choose_labels)
     if arguments['solver'] not in EDITING_SOLVERS or net.metadata.get('objective') == 'diffusion':
         raise UserError(
-            f'{network} is a teacher, or does not say what it is, and only students and consistency models can edit: '
-            'distil a teacher with train.py --objective=mcd or direct, or tune it with --objective=ect'
+            f'{network} is a teacher, or does not say what it is, and only students and consistency models '
+            'can edit: distil a teacher with train.py --objective=mcd or direct, '
+            'or tune it with --objective=ect'
         )
 
     # An edit needs two evaluations or more: noise hides what is known from the first.
@@ -298,7 +303,8 @@ def edit(job: EditJob, net, source: Input, task: Task, sigma: float | None = Non
 
     Args:
         sigma: see `editing_arguments`.
-    Raises: NotFinite, at the end, where results are not finite. They are not written, and neither is the grid.
+    Raises: NotFinite, at the end, where results are not finite. They are not written, and neither is the
+    grid.
     """
     told = job.sampling['class_idx'] is not None or job.sampling['labels'] is not None
     labels = None if told else labels_for(net, job.path, source)
@@ -349,7 +355,8 @@ def refuse_nonfinite(bad: Sequence[str], count: int, outdir: str) -> None:
     remove(os.path.join(outdir, 'grid.png'))
     named = ', '.join(bad[:NAMED]) + (f' and {len(bad) - NAMED} more' if len(bad) > NAMED else '')
     raise NotFinite(
-        f'{len(bad)} of {count} images {"is" if len(bad) == 1 else "are"} not finite (NaN or infinite values): {named}. '
+        f'{len(bad)} of {count} images {"is" if len(bad) == 1 else "are"} not finite '
+        f'(NaN or infinite values): {named}. '
         f'Not written to {outdir}, nor is grid.png; the others are there. The network is broken for them, '
         'or overflows with these sampling options.',
         nonfinite=len(bad),
@@ -357,7 +364,8 @@ def refuse_nonfinite(bad: Sequence[str], count: int, outdir: str) -> None:
 
 
 def write_before_and_after(shown: Sequence[Sequence[Tensor]], seeds: Sequence[int], outdir: str) -> None:
-    """The grid: a column for each image; its rows are the input, what is known of it, and a result for each seed.
+    """The grid: a column for each image; its rows are the input, what is known of it, and a result for each
+    seed.
 
     Args:
         shown: (input, known, result), uint8 [C, H, W], of each image and, within it, each seed.
@@ -398,7 +406,8 @@ def make_folder(outdir: str) -> None:
 
 
 def between(net, first: int, last: int, share: Tensor, choose_labels: LabelChooser, **arguments) -> Tensor:
-    """Outputs of the network at shares [n] of the way from one seed's latents to another's; all other noise is the first's.
+    """Outputs of the network at shares [n] of the way from one seed's latents to another's; all other noise
+    is the first's.
 
     Returns: [n, C, H, W] float64.
     """

@@ -1,12 +1,14 @@
-"""Zero-shot editing: what is known of an image, put in place of the same component of what a network makes up (Song et al. 2023, Section 6).
+"""Zero-shot editing: what is known of an image, put in place of the same component of what a network makes up
+(Song et al. 2023, Section 6).
 
-A linear map A tells what is known: pixels outside a mask, the luma of each pixel, the mean of each block of p×p pixels. An edit moves D
-the shortest way to an image whose known component is right,
+A linear map A tells what is known: pixels outside a mask, the luma of each pixel, the mean of each block of
+p×p pixels. An edit moves D the shortest way to an image whose known component is right,
 
     D' = D + A⁺(A·y − A·D),   A⁺ the pseudo-inverse of A,
 
-which is Song et al.'s Algorithm 4 without its orthogonal matrices: they complete A's rows to a basis and change coordinates back and forth.
-Edits are given to `samplers.sample(..., edit=...)`, which makes them after every evaluation. Images are [N, C, H, W], in [-1, 1].
+which is Song et al.'s Algorithm 4 without its orthogonal matrices: they complete A's rows to a basis and
+change coordinates back and forth. Edits are given to `samplers.sample(..., edit=...)`, which makes them after
+every evaluation. Images are [N, C, H, W], in [-1, 1].
 
 What follows an edit in this file brings such an image to 8 bits without losing again what was known.
 """
@@ -35,12 +37,12 @@ ROOM = 1e-12  # least distance to the ends of the range that is divided by
 
 
 def inpainting(image: Tensor, unknown: Tensor) -> Edit:
-    """Keeps `image` [N, C, H, W] bit for bit except where `unknown`, boolean and broadcast against it, is true."""
+    """Keeps `image` [N, C, H, W] bit for bit except where `unknown`, boolean and broadcastable, is true."""
     return lambda denoised: torch.where(unknown, denoised, image.to(denoised.dtype))
 
 
 def colorization(gray: Tensor) -> Edit:
-    """Gives RGB images the luma `gray` [N, 1, H, W]; the two directions of color at right angles to it are D's."""
+    """Gives RGB images the luma `gray` [N, 1, H, W]; the two directions of color orthogonal to it are D's."""
 
     def edit(denoised):
         weights = _luma_weights(denoised)
@@ -50,7 +52,8 @@ def colorization(gray: Tensor) -> Edit:
 
 
 def superresolution(small: Tensor, factor: int) -> Edit:
-    """Gives blocks of factor × factor pixels the means `small` [N, C, H / factor, W / factor]; their differences within a block are D's."""
+    """Gives blocks of factor × factor pixels the means `small` [N, C, H / factor, W / factor]; their
+    differences within a block are D's."""
     return lambda denoised: denoised + repeat(small - block_mean(denoised, factor), factor)
 
 
@@ -64,7 +67,10 @@ def _luma_weights(like: Tensor) -> Tensor:
 
 
 def block_mean(images: Tensor, factor: int) -> Tensor:
-    """Means of blocks of factor × factor pixels: [N, C, H, W] to [N, C, H / factor, W / factor]. Raises: ValueError where it does not divide."""
+    """Means of blocks of factor × factor pixels: [N, C, H, W] to [N, C, H / factor, W / factor].
+
+    Raises: ValueError where it does not divide.
+    """
     return to_blocks(images, factor).mean(-1)
 
 
@@ -74,7 +80,10 @@ def repeat(images: Tensor, factor: int) -> Tensor:
 
 
 def to_blocks(images: Tensor, factor: int) -> Tensor:
-    """[N, C, H, W] to [N, C, H / factor, W / factor, factor²]. Raises: ValueError where it does not divide."""
+    """[N, C, H, W] to [N, C, H / factor, W / factor, factor²].
+
+    Raises: ValueError where it does not divide.
+    """
     n, c, h, w = images.shape
     if h % factor or w % factor:
         raise ValueError(f'{w}x{h} pixels do not divide into blocks of {factor}x{factor}')
@@ -88,11 +97,13 @@ def from_blocks(blocks: Tensor, factor: int) -> Tensor:
 
 
 # ----------------------------------------------------------------------------
-# Into 8 bits. With the right known component D may be outside [-1, 1]: bright at one side of a block whose mean is brighter still.
+# Into 8 bits. With the right known component D may be outside [-1, 1]: bright at one side of a block whose
+# mean is brighter still.
 
 
 def contract(values: Tensor, center: Tensor, dim: int) -> Tensor:
-    """Values along `dim`, drawn toward `center` by one factor until they are in [-1, 1]; as they are where they are inside. `center` is inside.
+    """Values along `dim`, drawn toward `center` by one factor until they are in [-1, 1]; as they are where
+    they are inside. `center` is inside.
 
     A weighted mean of theirs stays what it is if it is the center.
     """
@@ -102,15 +113,17 @@ def contract(values: Tensor, center: Tensor, dim: int) -> Tensor:
 
 
 def contract_colors(images: Tensor) -> Tensor:
-    """RGB images [N, 3, H, W] within [-1, 1]: colors outside are made paler, at the same luma, which must be inside."""
+    """RGB images [N, 3, H, W] within [-1, 1]: colors outside are made paler, at the same luma, which must be
+    inside."""
     return contract(images, luma(images).clamp(-1, 1), 1)
 
 
 def round_blocks(images: Tensor, factor: int) -> Tensor:
-    """To uint8 without changing the blocks' sums, which must be whole numbers of gray levels, as averages of uint8 images are.
+    """To uint8 without changing the blocks' sums, which must be whole numbers of gray levels, as averages of
+    uint8 images are.
 
-    Values outside [-1, 1] are drawn toward their block's mean; then all are rounded down, and those with the largest remainders up
-    instead, as many as the sum lacks. No value moves by a whole gray level.
+    Values outside [-1, 1] are drawn toward their block's mean; then all are rounded down, and those with the
+    largest remainders up instead, as many as the sum lacks. No value moves by a whole gray level.
     """
     blocks = to_blocks(images.double(), factor)
     levels = (contract(blocks, blocks.mean(-1, keepdim=True).clamp(-1, 1), -1) + 1) * 127.5
@@ -121,7 +134,10 @@ def round_blocks(images: Tensor, factor: int) -> Tensor:
 
 
 def gray_pixels(images: Tensor) -> Tensor:
-    """Luma of uint8 images [N, 1 or 3, H, W], rounded as Pillow's convert('L') rounds it: uint8 [N, 1, H, W]."""
+    """Luma of uint8 images [N, 1 or 3, H, W], rounded as by Pillow's convert('L').
+
+    Returns: uint8 [N, 1, H, W].
+    """
     if images.shape[1] == 1:
         return images
     weights = (
@@ -219,11 +235,12 @@ def start_task(sigma: float, add_noise: bool) -> Task:
 
 
 def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
-    """Spherical interpolation: [N, ...] points at `share` [N] of the angle θ from a [N, ...] to b, (sin((1−t)θ) a + sin(tθ) b) / sin θ.
+    """Spherical interpolation: [N, ...] points at `share` [N] of the angle θ from a [N, ...] to b,
+    (sin((1−t)θ) a + sin(tθ) b) / sin θ.
 
-    0 and 1 give a and b themselves, to the last bit. Between latents of equal norm, all have that norm, which a straight line does not keep: its
-    middle is shorter by a factor √2 in many dimensions, where two latents are at right angles, and a network has seen none so short. Latents in
-    one line are interpolated linearly.
+    0 and 1 give a and b themselves, to the last bit. Between latents of equal norm, all have that norm, which
+    a straight line does not keep: its middle is shorter by a factor √2 in many dimensions, where two latents
+    are at right angles, and a network has seen none so short. Latents in one line are interpolated linearly.
     """
     dims = tuple(range(1, a.ndim))
     norms = torch.linalg.vector_norm(a, dim=dims) * torch.linalg.vector_norm(b, dim=dims)

@@ -20,7 +20,8 @@ LabelChooser = Callable[['SeededNoise', int], Tensor]
 
 
 class SeededNoise:
-    """Random numbers for a batch of images, each from its own generator: an image depends on its seed alone, not on its batch.
+    """Random numbers for a batch of images, each from its own generator: an image depends on its seed alone,
+    not on its batch.
 
     The order of draws is EDM's: latents, then the label, then churn noise. Seeds are below 2^32.
     """
@@ -58,11 +59,14 @@ def uniform_labels(noise: SeededNoise, label_dim: int, classes: Sequence[int] | 
 
 
 def uniform_over(space: LabelSpace, network: str = 'the network') -> LabelChooser:
-    """A chooser of classes, each as likely of those that have images. Raises: UserError, which names `network`, where labels are vectors."""
+    """A chooser of classes, each as likely of those that have images.
+
+    Raises: UserError, which names `network`, where labels are vectors.
+    """
     if space.are_vectors:
         raise UserError(
-            f'{network} takes {space}, which are not drawn uniformly: give --labels=data, for those of its training set, or '
-            '--labels=FILE.npy'
+            f'{network} takes {space}, which are not drawn uniformly: give --labels=data, for those of its '
+            'training set, or --labels=FILE.npy'
         )
     return (
         uniform_labels if space.present is None else functools.partial(uniform_labels, classes=space.present)
@@ -73,9 +77,8 @@ def fixed_labels(class_idx: int) -> LabelChooser:
     """A chooser that gives every image the class `class_idx`."""
 
     def choose(noise, label_dim):
-        labels = torch.zeros_like(
-            uniform_labels(noise, label_dim)
-        )  # drawn all the same, as in EDM: churn noise comes after it
+        # A label is drawn all the same, as in EDM: churn noise comes after it.
+        labels = torch.zeros_like(uniform_labels(noise, label_dim))
         labels[:, class_idx] = 1
         return labels
 
@@ -86,10 +89,12 @@ def fixed_labels(class_idx: int) -> LabelChooser:
 def generate_latents(
     net, seeds: Sequence[int], choose_labels: LabelChooser | None = None, solver=None, steps=None, **options
 ) -> Tensor:
-    """What the network draws for the given seeds, [N, C, H, W] float64 on its device, before decoding. Options: see `samplers.sample`.
+    """Outputs of the network for the given seeds, [N, C, H, W] float64 on its device, before decoding.
 
-    `choose_labels`: None for classes, uniformly over those that have images in the network's training set.
-    Raises: UserError where that is None and the network takes label vectors.
+    Args:
+        choose_labels: None for classes, uniformly over those that have images in the network's training set.
+        solver, steps, options: see `samplers.sample`.
+    Raises: UserError where `choose_labels` is None and the network takes label vectors.
     """
     noise = SeededNoise(seeds, next(net.parameters()).device)
     latents = noise.randn([net.img_channels, net.img_resolution, net.img_resolution])
@@ -99,11 +104,11 @@ def generate_latents(
 
 
 class Checked(NamedTuple):
-    """Images, or latents, and which of them are sound, both on the device: nobody has waited for either.
+    """Images, or latents, and which of them are finite, both on the device and not waited for.
 
     Attributes:
         values: [N, C, H, W].
-        finite: [N] bool, whether all of an image's values were finite, those that the network drew and those that became `values`.
+        finite: [N] bool, whether all of an image's values were finite, in the output and in `values`.
     """
 
     values: Tensor
@@ -116,13 +121,16 @@ def all_finite(values: Tensor) -> Tensor:
 
 
 def checked_images(encoder, drawn: Tensor) -> Checked:
-    """What a network drew, [N, C, H, W], as images uint8 [N, C', H', W']. The encoder is ready; looks before numbers become 8 bits."""
+    """Outputs of a network, [N, C, H, W], decoded to images uint8 [N, C', H', W'].
+
+    Whether they are finite is determined before they become 8 bits.
+    """
     levels = encoder.decode_levels(drawn)
     return Checked(encoders.to_pixels(levels), all_finite(drawn) & all_finite(levels))
 
 
 def checked_latents(drawn: Tensor) -> Checked:
-    """What a network drew, [N, C, H, W], as float32."""
+    """Outputs of a network, [N, C, H, W], as float32."""
     values = drawn.float()
     return Checked(values, all_finite(values))
 
@@ -130,7 +138,8 @@ def checked_latents(drawn: Tensor) -> Checked:
 def generate_checked(
     net, seeds: Sequence[int], choose_labels: LabelChooser | None = None, solver=None, steps=None, **options
 ) -> Checked:
-    """Images of the given seeds, uint8 on the network's device, decoded by its encoder. Arguments: see `generate_latents`.
+    """Images of the given seeds, uint8 on the network's device, decoded by its encoder. Arguments: see
+    `generate_latents`.
 
     Raises: UserError where the network's images cannot be decoded.
     """
@@ -149,7 +158,10 @@ def generate_batch(
 
 
 def finite_images(batches: Sequence[Checked], seeds: Sequence[int]) -> Tensor:
-    """The images of batches together, [N, C, H, W]. Waits for the device. Raises: NotFinite where some are not finite."""
+    """Concatenate the images of batches, [N, C, H, W]. Waits for the device.
+
+    Raises: NotFinite where some are not finite.
+    """
     images, finite = (torch.cat(tensors) for tensors in zip(*batches))
     if bad := [seed for seed, sound in zip(seeds, finite.tolist()) if not sound]:
         raise NotFinite(nonfinite_seeds(bad, len(seeds)), nonfinite=len(bad))
@@ -187,7 +199,7 @@ def validate_arguments(net, choose_labels: LabelChooser | None = None, **argumen
 
 
 class RecordedLabels:
-    """A chooser of labels that remembers those which another one chooses, on the device: classes by their indices, vectors as they are."""
+    """A chooser of labels that records another one's on the device: classes by index, vectors as they are."""
 
     def __init__(self, choose_labels: LabelChooser):
         self._choose_labels, self._chosen = choose_labels, []
@@ -218,7 +230,7 @@ def save_images(images: Tensor, paths: Sequence[str]) -> None:
 
 
 class HostCopy:
-    """Tensors on their way from the device, which goes on working: the copy begins when the device comes to it, and nobody waits for it yet."""
+    """Asynchronous device-to-host copy of tensors."""
 
     def __init__(self, *tensors: Tensor):
         self._arrived, self._tensors = None, tensors
@@ -231,7 +243,7 @@ class HostCopy:
             self._arrived.record()
 
     def numpy(self) -> list[np.ndarray]:
-        """The values, once they are there."""
+        """The values. Waits for the copy."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return [tensor.numpy() for tensor in self._tensors]

@@ -1,4 +1,5 @@
-"""Which labels generated images get: one class, labels drawn from a file or from the training set, or classes drawn uniformly."""
+"""Which labels generated images get: one class, labels drawn from a file or from the training set, or classes
+drawn uniformly."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ DATA = 'data'  # what stands for the training set in the place of a file
 
 
 class DrawnLabels:
-    """A chooser of labels that gives every image one of `labels`, each as likely, drawn by the image's seed where EDM draws the class."""
+    """A chooser of labels that gives every image one of `labels`, each as likely, drawn by the image's seed
+    where EDM draws the class."""
 
     def __init__(self, labels: Labels):
         self.labels, self.are_vectors = labels, labels.are_vectors
@@ -34,9 +36,10 @@ class DrawnLabels:
 def choose(
     net, network: str, class_idx: int | None = None, labels: str | None = None
 ) -> generation.LabelChooser:
-    """What --class and --labels mean for a network, which messages call `network`; without both, classes are drawn uniformly.
+    """The chooser that --class and --labels mean for a network; without both, classes are drawn uniformly.
 
-    Raises: UserError where the network has no such labels, or needs to be told which; click.UsageError where both are given.
+    Raises: UserError where the network has no such labels, or needs to be told which; click.UsageError where
+    both are given.
     """
     if class_idx is not None and labels is not None:
         raise click.UsageError('--class and --labels exclude each other.')
@@ -54,7 +57,7 @@ def choose(
 
 
 def given_labels(labels: torch.Tensor) -> generation.LabelChooser:
-    """A chooser of these labels; random ones are drawn all the same, so that noise that comes after them is what it is without labels."""
+    """A chooser of these labels. Random ones are drawn all the same, so that later noise does not change."""
 
     def choose(noise, label_dim):
         noise.randint(label_dim)
@@ -74,13 +77,17 @@ def read_labels(path: str, space: LabelSpace, network: str) -> Labels:
     values = map_npy(path)
     if values.nbytes > MAX_LABEL_BYTES:
         raise UserError(
-            f'--labels={path} has {values.nbytes:,} bytes, and labels at most {MAX_LABEL_BYTES:,}: save fewer of them'
+            f'--labels={path} has {values.nbytes:,} bytes, and labels at most {MAX_LABEL_BYTES:,}: '
+            'save fewer of them'
         )
     return Labels.checked(values, space, f'--labels={path}', network)
 
 
 def labels_of_training_set(net, network: str) -> Labels:
-    """The labels of the data set that a snapshot records. Raises: UserError where it is not there, or is another one by now."""
+    """The labels of the data set that a snapshot records.
+
+    Raises: UserError where it is not there, or is another one by now.
+    """
     from data.dataset import ImageFolderDataset
 
     record = net.metadata.get('dataset_kwargs', {})
@@ -90,12 +97,13 @@ def labels_of_training_set(net, network: str) -> Labels:
         raise UserError(f'--labels={DATA}: {network} does not record its training set; {cure}')
     if not (os.path.isfile(path) or os.path.isdir(path)):
         raise UserError(
-            f'--labels={DATA}: the training set of {network}, {path}, is not there; run where it is, or {cure}'
+            f'--labels={DATA}: the training set of {network}, {path}, is not there; '
+            f'run where it is, or {cure}'
         )
     dataset = ImageFolderDataset(path, use_labels=True, max_size=max_size)
     if record.get('digest') not in (None, dataset.digest()) or dataset.label_space.differs(space_of(net)):
         raise UserError(
-            f'--labels={DATA}: {path} holds another data set ({dataset.num_images} images, {dataset.label_space}) than {network} was '
-            f'trained on; put that back, or {cure}'
+            f'--labels={DATA}: {path} holds another data set ({dataset.num_images} images, '
+            f'{dataset.label_space}) than {network} was trained on; put that back, or {cure}'
         )
     return dataset.labels

@@ -1,4 +1,4 @@
-"""The options that say how a network is sampled, which command lines share: declared as data. Imports no torch."""
+"""The options that say how a network is sampled, which command lines share, as data. Imports no torch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class SharedOption(NamedTuple):
 
 
 def gathered(name: str, options: Sequence[SharedOption]) -> Callable[[Callable], Callable]:
-    """A decorator: adds the options to a command, which gets their values as one dict, the argument `name`."""
+    """A decorator: adds the options to a command; their values are one dict, the argument `name`."""
 
     def decorate(command):
         @functools.wraps(command)
@@ -78,7 +78,8 @@ LABELS = SharedOption(
     'labels',
     '--labels',
     cli.PATH,
-    'Draw labels, by seed, from a file of class indices [N] or vectors [N, D], or, with data, from those of the training set.  '
+    'Draw labels, by seed, from a file of class indices [N] or vectors [N, D], or, with data, from those '
+    'of the training set.  '
     '[default: classes that have images, uniformly]',
     'NPY|data',
 )

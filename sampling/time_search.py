@@ -1,8 +1,10 @@
-"""Time points of stochastic sampling, found one after another by a metric (Song et al. 2023, Section 6): the search, and nothing else.
+"""Time points of stochastic sampling, found one after another by a metric (Song et al. 2023, Section 6): the
+search, and nothing else.
 
-More steps give a consistency model better images where its noise levels tau_1 > tau_2 > ... are well chosen. Song et al. choose greedily: tau_1 alone
-first, then tau_2 below it with tau_1 held fixed, and so on, each by a ternary search, as if the metric had a single valley along each of them. What
-is searched is a list of candidates in falling order, and what is minimized any function of a list of points.
+More steps give a consistency model better images where its noise levels tau_1 > tau_2 > ... are well chosen.
+Song et al. choose greedily: tau_1 alone first, then tau_2 below it with tau_1 held fixed, and so on, each by
+a ternary search, as if the metric had a single valley along each of them. What is searched is a list of
+candidates in falling order, and what is minimized any function of a list of points.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 
 def log_levels(low: float, high: float, tolerance: float) -> list[float]:
-    """Falling noise levels between `high` and `low`, both left out, evenly spaced in ln sigma: each at most 1 + `tolerance` times the next.
+    """Falling noise levels between `high` and `low`, both left out, evenly spaced in ln sigma.
+
+    Each is at most 1 + `tolerance` times the next.
 
     They have six digits, to be read and typed.
     """
@@ -23,7 +27,8 @@ def log_levels(low: float, high: float, tolerance: float) -> list[float]:
 def find_points(
     function: Callable[[list[float]], float], candidates: Sequence[float], points: int, scan: int = 0
 ) -> Iterator[tuple[list[float], float]]:
-    """The best points and the function's value at them: of one point, then of two of which the first stays, up to `points`.
+    """The best points and the function's value at them: of one point, then of two of which the first stays,
+    up to `points`.
 
     Args:
         function: to be minimized, of a list of candidates in their order.
@@ -39,15 +44,18 @@ def find_points(
 
 
 def least(function: Callable[[int], float], count: int, scan: int = 0) -> tuple[int, float]:
-    """Where a function of 0 ... count − 1 is least, and its value there; exact where it falls strictly, then rises strictly.
+    """Where a function of 0 ... count − 1 is least, and its value there; exact where it falls strictly, then
+    rises strictly.
 
-    Ternary search with its two inner points a Fibonacci number from either end of the bracket: the one that stays inside is an inner point again, so
-    that a step costs one evaluation, and no method needs fewer in the worst case (Kiefer 1953). Nothing is evaluated twice. Where the function has
-    several valleys the result is the least of what was evaluated, the first of equals.
+    Ternary search with its two inner points a Fibonacci number from either end of the bracket: the one that
+    stays inside is an inner point again, so that a step costs one evaluation, and no method needs fewer in
+    the worst case (Kiefer 1953). Nothing is evaluated twice. Where the function has several valleys the
+    result is the least of what was evaluated, the first of equals.
 
     Args:
-        scan: so many places, evenly spread, are looked at first, and the search is between the neighbors of the best of them. A function with
-            plateaus, or with a hump in the middle, would otherwise send the search to the wrong side.
+        scan: so many places, evenly spread, are looked at first, and the search is between the neighbors of
+            the best of them. A function with plateaus, or with a hump in the middle, would otherwise send the
+            search to the wrong side.
     """
     values: dict[int, float] = {}
     start, end = -1, count  # the least lies strictly between
@@ -81,7 +89,7 @@ def scanned(count: int, scan: int) -> list[int]:
 
 
 def most_evaluations(count: int, points: int = 1, scan: int = 0) -> int:
-    """Evaluations that `least` makes at most for `count` candidates; with `points`, those of `find_points`."""
+    """The most evaluations that `least` makes for `count` candidates; with `points`, `find_points`."""
     count -= points - 1
     scan, between = min(scan, count), count
     if scan:  # then the search is between places that are two apart

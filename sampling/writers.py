@@ -32,7 +32,10 @@ MOST_WORKERS = 4
 
 
 def write_images(images: np.ndarray, paths: Sequence[str]) -> None:
-    """uint8 [N, H, W, C], gray or RGB, to PNG files. A file appears under its name when it is complete. Raises: UserError."""
+    """Write uint8 [N, H, W, C], gray or RGB, to PNG files; each appears under its name when it is complete.
+
+    Raises: UserError.
+    """
     for image, path in zip(images, paths):
         with _complete_file(path) as file:
             _picture(image).save(file, format='png')
@@ -104,7 +107,10 @@ class WriterPool:
                 self._pool.shutdown(cancel_futures=True)
 
     def submit(self, write: Callable[..., None], *arguments) -> None:
-        """Have `write(*arguments)` called. Waits while there is enough to do. Raises: UserError that an earlier call has met with."""
+        """Have a worker call `write(*arguments)`; waits while all have enough to do.
+
+        Raises: UserError of an earlier call.
+        """
         if self._pool is None:
             write(*arguments)
             return
@@ -132,7 +138,8 @@ class WriterPool:
         except BrokenProcessPool as error:
             ending = how_one_died(self._processes) or 'nobody knows how'
             raise UserError(
-                f'A process that writes the images has died ({ending}). Use --workers=0, or a machine with more memory.'
+                f'A process that writes the images has died ({ending}). Use --workers=0, or a machine with '
+                'more memory.'
             ) from error
 
     def shares(self, count: int) -> list[slice]:
@@ -142,7 +149,8 @@ class WriterPool:
 
 
 def _become_worker() -> None:
-    """It is the process that generates that ends its workers, in order; when it is killed, they end by themselves."""
+    """It is the process that generates that ends its workers, in order; when it is killed, they end by
+    themselves."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -152,9 +160,10 @@ def _end_with_parent() -> None:
 
 
 # ----------------------------------------------------------------------------
-# Where they go: a folder, or one file. The main process calls `begin` first, at the end `complete` with the labels in the order of seeds, and
-# `end` in any case. `parts` is then everyone's. `add` has a batch written, whose first image is at `place` in the order of seeds. Where images are
-# left out, `leave_out` is told their seeds, `complete` is not called, and `without` says what became of the others.
+# Where they go: a folder, or one file. The main process calls `begin` first, at the end `complete` with the
+# labels in the order of seeds, and `end` in any case. `parts` is then everyone's. `add` has a batch written,
+# whose first image is at `place` in the order of seeds. Where images are left out, `leave_out` is told their
+# seeds, `complete` is not called, and `without` says what became of the others.
 
 
 class FolderDestination:
@@ -176,7 +185,10 @@ class FolderDestination:
             raise UserError(f'--outdir={self.path} cannot be made: {error.strerror}') from error
 
     def others(self, seeds: Sequence[int]) -> dict[str, list[str]]:
-        """What the folder holds of images, or latents, that these seeds will not be written over: {what they are: relative paths}."""
+        """Images, or latents, in the folder that these seeds will not be written over.
+
+        Returns: {what they are: relative paths}.
+        """
         from data.dataset import image_names
 
         asked, found = set(seeds), {}
@@ -199,12 +211,14 @@ class FolderDestination:
             pool.submit(self._write, values[share], paths[share])
 
     def leave_out(self, seeds: Sequence[int]) -> int:
-        """Remove what an earlier run left at the names of these seeds, which would pass for this one's; returns how many files that were."""
+        """Remove what an earlier run left at the names of these seeds, which would pass for this one's;
+        returns how many files that were."""
         return sum(remove(self.path_of(seed)) for seed in seeds)
 
     def without(self, count: int, removed: int) -> str:
         earlier = f', and {removed} of the same names, of an earlier run, removed' if removed else ''
-        return f'{"It was" if count == 1 else "They were"} not written to {self.path}{earlier}; the others are there.'
+        were = 'It was' if count == 1 else 'They were'
+        return f'{were} not written to {self.path}{earlier}; the others are there.'
 
     def path_of(self, seed: int) -> str:
         """The file of a seed."""
@@ -232,10 +246,11 @@ class FolderDestination:
 
 
 class FileDestination:
-    """One file, which appears when it is complete. Until then its parts, some for each batch, lie in a hidden folder beside it.
+    """One file, which appears when it is complete. Until then its parts, some for each batch, lie in a hidden
+    folder beside it.
 
-    `.npz`: `arr_0`, uint8 [N, H, W, C], and of a conditional network `arr_1`, the labels: classes, int64 [N], or vectors,
-    float32 [N, D]. `.zip`: a data set like those of dataset_tool.py.
+    `.npz`: `arr_0`, uint8 [N, H, W, C], and of a conditional network `arr_1`, the labels: classes, int64 [N],
+    or vectors, float32 [N, D]. `.zip`: a data set like those of dataset_tool.py.
     """
 
     def __init__(self, path: str):

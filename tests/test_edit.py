@@ -54,7 +54,8 @@ def edit_toward(task, image):
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
 def test_an_edit_is_the_orthogonal_projection_on_the_images_with_the_known_component(task, seed):
-    """The known component is right, a second edit changes nothing, and the way there is at right angles to all such images: it is the shortest."""
+    """The known component is right, a second edit changes nothing, and the way there is at right angles to
+    all such images: it is the shortest."""
     image, denoised, other = randn(seed), randn(seed + 1), randn(seed + 2)
     apply, known = edit_toward(task, image), known_component(task)
     edited = apply(denoised)
@@ -77,9 +78,10 @@ def test_an_inpainting_keeps_what_is_known_to_the_last_bit():
 
 @pytest.mark.parametrize('task', TASKS)
 def test_edits_of_gaussian_data_on_a_line_close_in_on_the_conditional_mean(task):
-    """Data z·u, z ~ N(0, s²), |u| = 1: what is known, A(z u), tells z, and so the image. Without noise between evaluations a sampler projects in
-    turn on the line of u (the denoiser, as σ -> 0) and on the images of which the same is known. Each round multiplies the error in z by
-    |(1 − A⁺A) u|², the share of u that is unknown, exactly; an edit that does not go the shortest way would have another rate.
+    """Data z·u, z ~ N(0, s²), |u| = 1: what is known, A(z u), tells z, and so the image. Without noise
+    between evaluations a sampler projects in turn on the line of u (the denoiser, as σ -> 0) and on the
+    images of which the same is known. Each round multiplies the error in z by |(1 − A⁺A) u|², the share of u
+    that is unknown, exactly; an edit that does not go the shortest way would have another rate.
     """
     u = randn(3, [1, 3, 4, 4])
     u /= u.norm()
@@ -118,7 +120,8 @@ def test_edits_of_gaussian_data_on_a_line_close_in_on_the_conditional_mean(task)
 )
 @settings(max_examples=60, deadline=None)
 def test_rounded_blocks_have_the_sums_that_they_had(seed, factor, spread):
-    """For means of any uint8 images, the darkest and brightest too, and detail that goes far out of the range."""
+    """For means of any uint8 images, the darkest and brightest too, and detail that goes far out of the
+    range."""
     large = torch.randint(256, [2, 1, 8, 8], generator=torch.Generator().manual_seed(seed))
     large[0, :, :4], large[1, :, :4] = 0, 255
     means = editing.block_mean(large.double() / 127.5 - 1, factor)
@@ -135,7 +138,8 @@ def test_rounded_blocks_have_the_sums_that_they_had(seed, factor, spread):
 @given(seed=st.integers(0, 10_000), spread=st.sampled_from([0.1, 1.0, 10.0]))
 @settings(max_examples=40, deadline=None)
 def test_a_colored_image_turned_gray_by_pillow_is_the_gray_image(seed, spread):
-    """Rounding moves luma by half a level at most, and Pillow rounds it to the nearest; black and white are among the pixels."""
+    """Rounding moves luma by half a level at most, and Pillow rounds it to the nearest; black and white are
+    among the pixels."""
     gray = torch.randint(256, [1, 1, 6, 6], generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     gray[..., 0], gray[..., 1] = 0, 255
     known = gray.double() / 127.5 - 1
@@ -320,7 +324,8 @@ def test_a_box_or_a_random_share_can_be_made_up(tmp_path, snapshots, options, un
 @pytest.mark.parametrize('network', ['student', 'cm'])
 @pytest.mark.parametrize('size', [4, 8])
 def test_the_averages_of_a_super_resolution_are_its_input_exactly(tmp_path, snapshots, network, size):
-    """In the 8-bit files: sums over blocks are those of the small image times four, or of the large one that was averaged."""
+    """In the 8-bit files: sums over blocks are those of the small image times four, or of the large one that
+    was averaged."""
     images = write_images(tmp_path / 'images', 2, size=size)
     _, results = edited(
         'superres',
@@ -356,7 +361,10 @@ def test_a_colorization_turned_gray_is_its_input(tmp_path, snapshots, network, c
 )
 @pytest.mark.parametrize('network', ['student', 'cm'])
 def test_a_result_depends_on_its_image_and_seed_alone(tmp_path, snapshots, task, network):
-    """Batches of 3 and of 64, all images and one of them: equal up to rounding of one level. Noise between evaluations is the seed's too."""
+    """Batches of 3 and of 64, all images and one of them: equal up to rounding of one level.
+
+    Noise between evaluations is the seed's too.
+    """
     images = write_images(tmp_path / 'images', 4)
     common = [
         *task,
@@ -395,7 +403,8 @@ def test_labels_are_those_of_the_data_set(tmp_path, snapshots):
 
 
 def test_noise_is_removed_from_noisy_images_and_added_only_on_demand(tmp_path, snapshots):
-    """Without --add-noise one evaluation of a consistency model at sigma is D(image; sigma), whatever the seed."""
+    """Without --add-noise one evaluation of a consistency model at sigma is D(image; sigma), whatever the
+    seed."""
     images = write_images(tmp_path / 'images', 1)
     common = ['denoise', f'--network={snapshots["cm"]}', f'--input={images}', '--sigma=0.5', '--seeds=0-1']
     _, clean = edited(*common, f'--outdir={tmp_path / "a"}')
@@ -446,7 +455,8 @@ def test_edits_take_the_levels_that_a_snapshot_records(tmp_path, snapshots):
 
 @pytest.mark.parametrize('network', ['student', 'teacher', 'cm'])
 def test_interpolation_ends_in_what_generate_makes_of_its_seeds(tmp_path, snapshots, network):
-    """Of one class, since the label is the first seed's; and in the first end alone where noise is added, which is the first seed's too."""
+    """Of one class, since the label is the first seed's; and in the first end alone where noise is added,
+    which is the first seed's too."""
     options = [
         f'--network={snapshots[network]}',
         *dict(student=['--class=4'], teacher=['--steps=4'], cm=['--taus=0.5'])[network],

@@ -61,7 +61,8 @@ def student(teacher, tmp_path_factory):
 
 
 def test_an_image_depends_on_its_seed_alone(tmp_path, student):
-    """One process with batches of 5, of 16, and two processes: bit-identical 8-bit images up to rounding of one level."""
+    """One process with batches of 5, of 16, and two processes: bit-identical 8-bit images up to rounding of
+    one level."""
     run('generate.py', f'--network={student}', f'--outdir={tmp_path / "a"}', '--seeds=0-15', '--batch=5')
     torchrun(
         2,
@@ -178,7 +179,8 @@ def test_what_is_refused_leaves_no_folder(tmp_path, student, teacher):
 
 @pytest.mark.parametrize('kind', [[], ['--subdirs'], ['--latents'], ['--latents', '--subdirs']])
 def test_images_that_a_folder_holds_besides_are_told_and_refused_if_wanted(tmp_path, student, kind):
-    """Those of other seeds, in folders or not; of the same seeds in the other layout; and of names that are no seeds. Text is none of them."""
+    """Those of other seeds, in folders or not; of the same seeds in the other layout; and of names that are
+    no seeds. Text is none of them."""
     run_with = lambda *options: invoke(f'--network={student}', f'--outdir={tmp_path}', *options)
     assert 'holds other' not in run_with('--seeds=0-5,1000-1001', *kind).stderr
     assert (
@@ -392,7 +394,10 @@ def test_what_a_worker_meets_with_ends_the_command_in_one_line(tmp_path, student
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_leaves_complete_files_and_no_process(tmp_path, student, number):
-    """A million seeds; the signal comes when the first files are there. What a shell starts in the background ignores SIGINT: not so here."""
+    """A million seeds; the signal comes when the first files are there.
+
+    What a shell starts in the background ignores SIGINT: not so here.
+    """
     process = subprocess.Popen(
         [
             sys.executable,

@@ -206,7 +206,8 @@ def test_noise_levels_stay_within_what_the_network_knows(gaussian, latents):
 
 
 class ExactConsistency:
-    """The consistency function of Gaussian data: from any noise level along the trajectory to `boundary`, where it is the identity."""
+    """The consistency function of Gaussian data: from any noise level along the trajectory to `boundary`,
+    where it is the identity."""
 
     def __init__(self, gaussian, boundary=0.0, **metadata):
         self.gaussian, self.boundary, self.metadata, self.asked = gaussian, boundary, metadata, []
@@ -217,8 +218,9 @@ class ExactConsistency:
 
 
 class Units:
-    """The k-th of several sources of noise is 1 in the k-th image of a batch and 0 in the others: a linear sampler's images are then its weights,
-    and the sum of their squares the variance over independent sources."""
+    """The k-th of several sources of noise is 1 in the k-th image of a batch and 0 in the others: a linear
+    sampler's images are then its weights, and the sum of their squares the variance over independent
+    sources."""
 
     def __init__(self, count):
         self.count, self.drawn = count, 0
@@ -240,7 +242,8 @@ class Units:
     ],
 )
 def test_consistency_samples_equal_openais(fixtures, family, steps, golden):
-    """From the given noises, to 1e-4 of the images' standard deviation. 22 of 40 levels is 1.382; the network's boundary is 0.002."""
+    """From the given noises, to 1e-4 of the images' standard deviation. 22 of 40 levels is 1.382; the
+    network's boundary is 0.002."""
     net, expected = load_openai(fixtures / 'openai-cm-cond.pt'), torch.from_numpy(family[golden])
     noises, labels = (
         torch.from_numpy(family['openai.noises']),
@@ -258,8 +261,8 @@ def test_consistency_samples_equal_openais(fixtures, family, steps, golden):
 @pytest.mark.parametrize('boundary', [0.0, 0.3])
 @pytest.mark.parametrize('taus', [[], [2.0], [5.0, 1.0, 0.4]])
 def test_consistency_sampling_has_the_variance_of_its_closed_form(boundary, taus):
-    """With b the boundary, s² the data's variance: v = σ² (s²+b²)/(s²+σ²) after sigma_max (no data is in pure noise, so less than s²+b²); a further
-    level sees v + τ² − b² and multiplies it by (s²+b²)/(s²+τ²)."""
+    """With b the boundary, s² the data's variance: v = σ² (s²+b²)/(s²+σ²) after sigma_max (no data is in pure
+    noise, so less than s²+b²); a further level sees v + τ² − b² and multiplies it by (s²+b²)/(s²+τ²)."""
     gaussian = Gaussian(torch.tensor([0.05, 0.25, 1.0, 4.0]).reshape(1, 1, 2, 2))
     net, units = ExactConsistency(gaussian, boundary), Units(1 + len(taus))
     weights = samplers.sample(
@@ -284,7 +287,8 @@ def test_consistency_sampling_has_the_variance_of_its_closed_form(boundary, taus
 
 
 def test_data_with_noise_that_a_consistency_model_takes_off_keep_their_variance():
-    """Data's first source of noise has their standard deviation; from sigma = 3 and again from 1 and 0.5 the variance is s² + b² exactly."""
+    """Data's first source of noise has their standard deviation; from sigma = 3 and again from 1 and 0.5 the
+    variance is s² + b² exactly."""
     gaussian = Gaussian(torch.tensor([0.05, 0.25, 1.0, 4.0]).reshape(1, 1, 2, 2))
     net, units = ExactConsistency(gaussian, boundary=0.1), Units(4)
     data = units.randn_like() * gaussian.variance.sqrt()
@@ -452,7 +456,8 @@ def known_left_half(image):
 
 
 def test_an_edit_is_made_after_every_evaluation_of_a_consistency_model(gaussian, latents):
-    """Known pixels are in the result exactly, and, with no noise between, in what the second evaluation is asked at."""
+    """Known pixels are in the result exactly, and, with no noise between, in what the second evaluation is
+    asked at."""
     image, asked = torch.full([1, 1, 2, 2], 0.7, dtype=torch.float64), []
     net = lambda x, sigma, labels: asked.append(x) or gaussian(x, sigma)
     result = samplers.sample(
@@ -472,7 +477,8 @@ def test_an_edit_comes_after_the_clamp(latents):
 
 
 def test_an_edited_student_steps_from_the_edited_output(gaussian, latents):
-    """x <- D' + r (x − D'), D' with its left pixels known: they are exact in the end, and between on the line from there to the noise."""
+    """x <- D' + r (x − D'), D' with its left pixels known: they are exact in the end, and between on the line
+    from there to the noise."""
     student, image = (
         ExactStudent(gaussian, ops.student_grid(3, 0.002, 80, 7, 'full')),
         torch.full([1, 1, 2, 2], 0.7, dtype=torch.float64),
@@ -515,7 +521,10 @@ def test_addim_without_variance_is_ddim(gaussian, latents, discretization):
 
 
 def test_cosine_levels_are_evenly_spaced_in_the_angle(gaussian, latents):
-    """atan sigma is the time of the variance-preserving cosine schedule, up to a factor. A student with another number of steps keeps its spacing."""
+    """atan sigma is the time of the variance-preserving cosine schedule, up to a factor.
+
+    A student with another number of steps keeps its spacing.
+    """
     asked = []
     samplers.sample(
         lambda x, sigma, labels: asked.append(float(sigma)) or gaussian(x, sigma),
@@ -550,7 +559,8 @@ def test_addim_inflates_the_noise_of_each_image_by_the_formula(gaussian, latents
 
 @pytest.mark.parametrize('steps', [8, 32])
 def test_addim_makes_up_for_variance_that_ddim_loses(steps):
-    """On data of the variance 1/2 that the formula assumes, of which DDIM's images have 46 % after 8 steps and 81 % after 32."""
+    """On data of the variance 1/2 that the formula assumes, of which DDIM's images have 46 % after 8 steps
+    and 81 % after 32."""
     latents, gaussian = torch.randn(400, 1, 16, 16, generator=torch.Generator().manual_seed(0)), Gaussian(0.5)
     ddim, addim = (
         samplers.sample(gaussian, latents, None, 'addim', steps, xvar_scale=scale).var().item() / 0.5

@@ -43,7 +43,10 @@ class Recorded:
 @settings(deadline=None, derandomize=True)
 @given(steps_down, steps_down, st.integers(0, 20))
 def test_the_least_of_a_single_valley_is_found_exactly(falling, rising, scan):
-    """Sequences that fall strictly, then rise strictly; either part may be missing. Nothing is asked twice, and no more than was announced."""
+    """Sequences that fall strictly, then rise strictly; either part may be missing.
+
+    Nothing is asked twice, and no more than was announced.
+    """
     values = [*np.cumsum(falling[::-1])[::-1].tolist(), 0, *np.cumsum(rising).tolist()]
     function = Recorded(values.__getitem__)
     assert least(function, len(values), scan) == (len(falling), 0)
@@ -54,8 +57,9 @@ def test_the_least_of_a_single_valley_is_found_exactly(falling, rising, scan):
     'count, evaluations', [(1, 1), (2, 2), (3, 3), (4, 3), (7, 4), (12, 5), (38, 8), (54, 8), (216, 11)]
 )
 def test_the_number_of_evaluations_is_kiefers(count, evaluations):
-    """k evaluations find the least of F − 1 for F = 2, 3, 5, 8, 13, ..., and some place of the least needs them all. Thirds would take two a step:
-    of 216 levels, between which a tolerance of 5 % divides 0.002 to 80, 11 evaluations instead of about 26."""
+    """k evaluations find the least of F − 1 for F = 2, 3, 5, 8, 13, ..., and some place of the least needs
+    them all. Thirds would take two a step: of 216 levels, between which a tolerance of 5 % divides 0.002 to
+    80, 11 evaluations instead of about 26."""
     assert most_evaluations(count) == evaluations
     asked = []
     for place in range(count):
@@ -67,7 +71,10 @@ def test_the_number_of_evaluations_is_kiefers(count, evaluations):
 
 @pytest.mark.parametrize('scan', [1, 2, 3, 5, 8])
 def test_no_valley_needs_more_than_is_announced_after_a_scan_and_some_need_all(scan):
-    """Wherever the least of up to 64 places lies. Where a first look takes part in the search after it, one fewer may do."""
+    """Wherever the least of up to 64 places lies.
+
+    Where a first look takes part in the search after it, one fewer may do.
+    """
     spare = []
     for count in range(1, 65):
         worst = 0
@@ -91,8 +98,9 @@ def test_of_a_function_with_many_valleys_it_is_the_least_that_was_seen(values, s
 
 
 def test_a_scan_finds_a_valley_beyond_a_plateau():
-    """A level near either end hardly changes the metric; there is a valley at place 30 of 217, and a hump about place 110. Of the two points that a
-    plain search begins with, the one beyond the hump wins, and the valley is lost. Of eight first looks, 24 places from each other, one sees it."""
+    """A level near either end hardly changes the metric; there is a valley at place 30 of 217, and a hump
+    about place 110. Of the two points that a plain search begins with, the one beyond the hump wins, and the
+    valley is lost. Of eight first looks, 24 places from each other, one sees it."""
     metric = lambda i: (
         1 - i / 1e6 + 2 * math.exp(-(((i - 110) / 20) ** 2)) - math.exp(-(((i - 30) / 12) ** 2))
     )
@@ -109,8 +117,8 @@ def test_a_scan_finds_a_valley_beyond_a_plateau():
     st.sampled_from([0.5, 1, 2]),
 )
 def test_the_minimum_over_sigma_is_found_to_the_tolerance(log_low, width, share, tolerance, power):
-    """f = |ln sigma − c|^p with c anywhere between the ends: the level found is next to c, with a millionth for six digits.
-    Candidates fall, lie between the ends, and have no wider gap."""
+    """f = |ln sigma − c|^p with c anywhere between the ends: the level found is next to c, with a millionth
+    for six digits. Candidates fall, lie between the ends, and have no wider gap."""
     low, high, center = math.exp(log_low), math.exp(log_low + width), log_low + share * width
     levels = log_levels(low, high, tolerance)
     assert all(1 < a / b <= (1 + tolerance) * (1 + 1e-5) for a, b in zip([high, *levels], [*levels, low]))
@@ -126,8 +134,8 @@ def test_the_minimum_over_sigma_is_found_to_the_tolerance(log_low, width, share,
     st.integers(0, 9),
 )
 def test_points_are_found_one_after_another_each_below_the_last(points, spare, wanted, scan):
-    """A sum of parabolas, one for each place in the list: the search of point k asks about lists of k with the first k − 1 as found; it takes the
-    least that is left to it, which has room for the points to come."""
+    """A sum of parabolas, one for each place in the list: the search of point k asks about lists of k with
+    the first k − 1 as found; it takes the least that is left to it, which has room for the points to come."""
     candidates = [float(i) for i in reversed(range(points + spare))]
     function = Recorded(lambda taus: sum((tau - target) ** 2 for tau, target in zip(taus, wanted)))
     found = list(find_points(function, candidates, points, scan))
@@ -165,8 +173,8 @@ class Blind(torch.nn.Module):
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
-    """A folder with random networks of two classes (cm.pkl, a consistency model; teacher.pkl; student.pkl, of three steps; one.pkl, of one),
-    detectors, images and their reference."""
+    """A folder with random networks of two classes (cm.pkl, a consistency model; teacher.pkl; student.pkl, of
+    three steps; one.pkl, of one), detectors, images and their reference."""
     folder = tmp_path_factory.mktemp('lab')
     torch.manual_seed(0)
     net = networks.EDMPrecond(
@@ -236,8 +244,9 @@ def evaluations(log):
 
 
 def test_every_value_is_that_of_fid_py_for_the_points_of_its_line(lab, tmp_path):
-    """The one that was found too, by the options as they are printed, in generate.py's and fid.py's words. Candidates are the Karras levels that
-    `--ts` counts; of 7 of them 4 evaluations find the least, after one of a single step."""
+    """The one that was found too, by the options as they are printed, in generate.py's and fid.py's words.
+    Candidates are the Karras levels that `--ts` counts; of 7 of them 4 evaluations find the least, after one
+    of a single step."""
     result = run(lab, tmp_path / 'log.jsonl', f'--json={tmp_path}/found.json')
     assert result.exit_code == 0, result.output
     records, found = evaluations(tmp_path / 'log.jsonl'), json.loads((tmp_path / 'found.json').read_text())
@@ -294,8 +303,9 @@ class Distances:
 
 
 def test_a_search_that_was_stopped_anywhere_ends_as_if_it_was_not(tmp_path, monkeypatch):
-    """Cut after each line, in the middle of each, just before its end, and with all but its end: what is whole is not evaluated again, all the rest
-    is, once and in the same order, and the log becomes the same."""
+    """Cut after each line, in the middle of each, just before its end, and with all but its end: what is
+    whole is not evaluated again, all the rest is, once and in the same order, and the log becomes the
+    same."""
     monkeypatch.setattr(search.os, 'fsync', lambda descriptor: None)  # of a thousand lines
     levels = log_levels(0.002, 80.0, 0.2)
     plan = dict(
@@ -328,7 +338,8 @@ def test_a_search_that_was_stopped_anywhere_ends_as_if_it_was_not(tmp_path, monk
 
 
 def test_a_command_that_was_stopped_goes_on_from_its_log(lab, tmp_path, counted):
-    """Killed in the header, after the first line, and in the third: output and results are those of the whole search."""
+    """Killed in the header, after the first line, and in the third: output and results are those of the whole
+    search."""
     options, cut = ['--steps=3', f'--json={tmp_path}/found.json'], tmp_path / 'cut.jsonl'
     whole = run(lab, tmp_path / 'whole.jsonl', *options)
     text, found, all_points = (
@@ -350,7 +361,8 @@ def test_a_command_that_was_stopped_goes_on_from_its_log(lab, tmp_path, counted)
 
 
 def test_another_search_of_the_same_values_begins_with_those_that_are_known(lab, tmp_path, counted):
-    """Three steps after two; a range that has some of them: the value of points does not depend on what else is searched."""
+    """Three steps after two; a range that has some of them: the value of points does not depend on what else
+    is searched."""
     log = tmp_path / 'log.jsonl'
     run(lab, log)
     first = [tuple(taus) for taus in counted]
@@ -363,7 +375,8 @@ def test_another_search_of_the_same_values_begins_with_those_that_are_known(lab,
 
 
 def test_a_search_without_the_clamp_measures_without_it_and_says_so(lab, tmp_path):
-    """Its points as options, and the network that it saves, are sampled as it sampled; its values are fid.py's without the clamp, and no others."""
+    """Its points as options, and the network that it saves, are sampled as it sampled; its values are
+    fid.py's without the clamp, and no others."""
     options = [f'--save={tmp_path}/two.pkl', '--no_clip_denoised']
     result = run(lab, tmp_path / 'log.jsonl', *options)
     assert result.exit_code == 0, result.output
@@ -423,7 +436,8 @@ def test_a_file_that_is_no_log_is_refused_and_left_alone(lab, tmp_path, content,
 
 
 def test_scores_are_made_large_and_distances_small(lab, tmp_path):
-    """Over all candidates of a tiny space, where the search sees three of four values: of `is` the greatest of them, of `kid` the least."""
+    """Over all candidates of a tiny space, where the search sees three of four values: of `is` the greatest
+    of them, of `kid` the least."""
     for metric, best in (('is', max), ('kid', min)):
         log = tmp_path / f'{metric}.jsonl'
         result = run(lab, log, f'--metric={metric}', '--timesteps=6')
@@ -458,7 +472,8 @@ def test_a_step_that_does_not_help_is_told(tmp_path, capsys):
 
 
 def test_the_copy_is_sampled_at_the_points_without_being_told(lab, tmp_path):
-    """Its images are those of the options printed, and its weights and other metadata the network's; what was measured at other levels is gone."""
+    """Its images are those of the options printed, and its weights and other metadata the network's; what was
+    measured at other levels is gone."""
     result = run(lab, tmp_path / 'log.jsonl', '--steps=3', f'--save={tmp_path}/new/copy.pkl')
     assert result.exit_code == 0, result.output
     original, copy = load_network(lab / 'cm.pkl'), load_network(tmp_path / 'new' / 'copy.pkl')
@@ -512,7 +527,8 @@ def test_the_class_and_the_seed_reach_the_images(lab, tmp_path):
 
 
 def test_two_processes_find_what_one_does(lab, tmp_path):
-    """Under torchrun, 12 images in batches of 5: the same points, values equal to 1e-9, each line in the log once, one line on stdout."""
+    """Under torchrun, 12 images in batches of 5: the same points, values equal to 1e-9, each line in the log
+    once, one line on stdout."""
     alone = run(lab, tmp_path / 'alone.jsonl')
     done = torchrun(
         2,
@@ -532,7 +548,8 @@ def test_two_processes_find_what_one_does(lab, tmp_path):
 
 
 def test_a_dry_run_prints_the_plan_and_makes_nothing(lab, tmp_path):
-    """Of 217 candidates between 80 and 0.002, two points, 8 + 8 evaluations each at most (see above), and one of a single step."""
+    """Of 217 candidates between 80 and 0.002, two points, 8 + 8 evaluations each at most (see above), and one
+    of a single step."""
     result = run(lab, tmp_path / 'new' / 'log.jsonl', '--space=log', '--timesteps=9', '--dry-run')
     assert_one_clear_error(result, '--timesteps is for --space=karras-index', status=2)
     arguments = [

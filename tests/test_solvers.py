@@ -1,4 +1,5 @@
-"""Schedules and solvers, each by itself: against public solvers on a mixture, closed forms, and each other."""
+"""Schedules and solvers, each by itself: against public solvers on a mixture, closed forms, and each
+other."""
 
 import itertools
 import math
@@ -25,7 +26,10 @@ def golden(fixtures):
 
 @pytest.fixture(scope='module')
 def mixture(golden):
-    """The denoiser of a mixture of isotropic Gaussians: E[y | x], each component's mean shrunk toward x by its posterior."""
+    """The denoiser of a mixture of isotropic Gaussians:
+
+    E[y | x], each component's mean shrunk toward x by its posterior.
+    """
     means, std, weights = golden['means'], golden['std'], golden['weights']
 
     def denoiser(x, sigma):
@@ -77,7 +81,8 @@ def test_solvers_converge_to_the_exact_solution_at_their_order(solver, order):
 @pytest.mark.parametrize('end', ['at sigma_min', 'to 0', 'to_zero'])
 @pytest.mark.parametrize('solver, step', [('euler', 1), ('heun', 2)])
 def test_a_denoiser_is_evaluated_as_often_as_the_table_says(solver, step, end, afs):
-    """n levels: n − 1 steps; a step to 0 is one evaluation, and so is to_zero; the analytical first step saves one."""
+    """n levels: n − 1 steps; a step to 0 is one evaluation, and so is to_zero; the analytical first step
+    saves one."""
     evaluated = []
     denoiser = lambda x, sigma: evaluated.append(float(sigma)) or x / 2
     sigmas = schedule_sigmas('polynomial', 6, *SPAN).tolist() + ([0.0] if end == 'to 0' else [])
@@ -158,7 +163,8 @@ def test_rho_is_of_the_polynomial_schedule_and_other_names_are_refused():
 @pytest.mark.parametrize('scaling', ['none', 'vp'])
 @pytest.mark.parametrize('schedule', ['linear', 'vp', 've'])
 def test_slopes_of_sigma_and_scale_are_their_derivatives(schedule, scaling):
-    """Against central differences; the scale keeps the variance where it is vp; time is the inverse of sigma."""
+    """Against central differences; the scale keeps the variance where it is vp; time is the inverse of
+    sigma."""
     time = ode_time(schedule, scaling, *SPAN)
     for t in (0.1, 0.5, 0.9):
         h = 1e-6

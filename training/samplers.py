@@ -1,16 +1,18 @@
-"""Every sampler behind one signature: `sample(net, latents, class_labels, solver, steps, **options) -> images`.
+"""Every sampler behind one signature: `sample(net, latents, class_labels, solver, steps, **options) ->
+images`.
 
-A sampler is a schedule and a solver: it lists the noise levels at which a network is evaluated (training/schedules.py
-for teachers; students and consistency models record theirs) and steps over them (training/solvers.py).
+A sampler is a schedule and a solver: it lists the noise levels at which a network is evaluated
+(training/schedules.py for teachers; students and consistency models record theirs) and steps over them
+(training/solvers.py).
 
 - `student`: DDIM steps over the student's own grid.
 - `cm`: a consistency model, whose every output is an image, is evaluated once, or again after adding noise.
-- `euler`, `heun`: the probability-flow ODE of a teacher, with EDM's discretizations, schedules, scalings and churn
-  (Karras et al. 2022, Algorithms 1 and 2).
+- `euler`, `heun`: the probability-flow ODE of a teacher, with EDM's discretizations, schedules, scalings and
+  churn (Karras et al. 2022, Algorithms 1 and 2).
 - `addim`: DDIM steps of a teacher that make up for missing variance (Heek et al. 2024).
 
-A snapshot's metadata say what it is. `solver`: its sampler; where that is not recorded, `student` if there is a grid,
-`heun` if not. `sigmas`: the noise levels of its evaluations, then 0.
+A snapshot's metadata say what it is. `solver`: its sampler; where that is not recorded, `student` if there is
+a grid, `heun` if not. `sigmas`: the noise levels of its evaluations, then 0.
 """
 
 from __future__ import annotations
@@ -123,16 +125,17 @@ def sample(
     """Images from latents.
 
     Args:
-        net: denoiser D(x, sigma, class_labels) of x [N, C, H, W] and a scalar noise level; what it is (a student with
-            its grid, a consistency model, a teacher) is read from `net.metadata` where it has that.
+        net: denoiser D(x, sigma, class_labels) of x [N, C, H, W] and a scalar noise level; what it is (a
+            student with its grid, a consistency model, a teacher) is read from `net.metadata` where it has
+            that.
         latents: [N, C, H, W], unit variance.
         class_labels: [N, label_dim] one-hot, or None.
         solver: student | euler | heun | addim | cm; None: what the snapshot is.
         steps: of the solver; None: the network's own number, 18 for a teacher, 1 for a consistency model.
-        randn_like: noise for the solvers that add any, cm and those with churn: standard normal in the shape and type
-            of its argument.
-        options: of `StudentOptions`, `CMOptions`, `AddimOptions` or `OdeOptions`; for students also `force_steps`, to
-            take another number of steps than they were trained for.
+        randn_like: noise for the solvers that add any, cm and those with churn: standard normal in the shape
+            and type of its argument.
+        options: of `StudentOptions`, `CMOptions`, `AddimOptions` or `OdeOptions`; for students also
+            `force_steps`, to take another number of steps than they were trained for.
     Returns: [N, C, H, W] float64 in about [-1, 1], clamped by cm alone.
     Raises: UserError for a solver or an option that does not apply.
     """
@@ -174,7 +177,8 @@ def resolve(
     # A student takes its own.
     if own_steps is None and steps is None:
         raise UserError(
-            'this network is no student with a grid of its own: give the number of steps, or take the solver heun or euler'
+            'this network is no student with a grid of its own: give the number of steps, or take the '
+            'solver heun or euler'
         )
     if own_steps is not None and steps not in (None, own_steps) and not force_steps:
         raise UserError(
@@ -185,8 +189,8 @@ def resolve(
 
 
 def evaluations(solver: str, steps: int) -> int:
-    """Network evaluations per image (NFE); a step to zero, the last one, takes one. A student that is given a `start`
-    skips the levels above it."""
+    """Network evaluations per image (NFE); a step to zero, the last one, takes one. A student that is given a
+    `start` skips the levels above it."""
     each = ODE_SOLVERS[solver].evaluations if solver in ODE_SOLVERS else 1
     return each * (steps - 1) + 1
 
@@ -222,14 +226,15 @@ def _recorded_range(net, o: StudentOptions | CMOptions) -> tuple[float, float]:
 def _start_level(start: Start, highest: float) -> float:
     if not 0 < start[1] <= highest:
         raise UserError(
-            f'sampling cannot start at sigma = {start[1]:g}: choose a noise level above 0 and up to {highest:g}'
+            f'sampling cannot start at sigma = {start[1]:g}: choose a noise level above 0 and up to '
+            f'{highest:g}'
         )
     return float(start[1])
 
 
 def student_sigmas(net, o: StudentOptions, steps: int) -> list[float]:
-    """The student's grid, then 0: the recorded one, or one built from what is given where it has none or another is
-    asked for. With a `start`, its level and those of the grid below it."""
+    """The student's grid, then 0: the recorded one, or one built from what is given where it has none or
+    another is asked for. With a `start`, its level and those of the grid below it."""
     recorded = _recorded(net, 'sigmas', None, [])
     if steps == len(recorded) - 1 and (o.sigma_min, o.sigma_max, o.rho, o.student_grid) == (None,) * 4:
         sigmas = [float(sigma) for sigma in recorded]
@@ -247,12 +252,13 @@ def cm_sigmas(net, o: CMOptions, steps: int | None = None) -> list[float]:
 
     - `taus`: given one by one;
     - `mid_t`: a single one (Geng et al. 2024: 0.821 for CIFAR-10, 1.526 for ImageNet-64);
-    - `ts`: given as indices of `timesteps` Karras nodes from sigma_max (0) to sigma_min (timesteps − 1). The first
+    - `ts`: given as indices of `timesteps` Karras nodes from sigma_max (0) to sigma_min (timesteps − 1). The
+      first
       index stands for the first level, the last for the end, which is not evaluated: 0,22,39 of 40 are two
       evaluations (Song et al. 2023; metadata: `num_timesteps`);
-    - none of these: those that the network records, of them those below `start`, at their number of steps, or else the
-      first n of n+1 Karras nodes, n = `steps`: sigma_min is left out, because a consistency model changes next to
-      nothing there.
+    - none of these: those that the network records, of them those below `start`, at their number of steps, or
+      else the first n of n+1 Karras nodes, n = `steps`: sigma_min is left out, because a consistency model
+      changes next to nothing there.
 
     Raises: UserError where they contradict each other or the network.
     """
@@ -289,7 +295,8 @@ def cm_sigmas(net, o: CMOptions, steps: int | None = None) -> list[float]:
         )
     if not all(above > below for above, below in itertools.pairwise([*sigmas, boundary])):
         raise UserError(
-            f'noise levels {", ".join(f"{sigma:g}" for sigma in sigmas)}: they must fall, and stay above {boundary:g}'
+            f'noise levels {", ".join(f"{sigma:g}" for sigma in sigmas)}: they must fall, and stay above '
+            f'{boundary:g}'
         )
     if steps not in (None, len(sigmas)):
         raise UserError(
@@ -304,13 +311,17 @@ def _indexed_sigmas(
     """The levels between the first and the last of `ts`, indices of Karras nodes."""
     if len(ts) < 2 or ts[0] != 0 or ts[-1] != timesteps - 1 or any(i >= j for i, j in itertools.pairwise(ts)):
         raise UserError(
-            f'ts = {",".join(map(str, ts))} does not rise from 0 to {timesteps - 1}, the end of {timesteps} timesteps'
+            f'ts = {",".join(map(str, ts))} does not rise from 0 to {timesteps - 1}, the end of '
+            f'{timesteps} timesteps'
         )
     return ops.karras_sigmas(timesteps, sigma_min, sigma_max, rho)[list(ts[1:-1])].tolist()
 
 
 def teacher_range(net, o: AddimOptions | OdeOptions) -> tuple[float, float]:
-    """(sigma_min, sigma_max) of a discretization, or as given, within what the network knows. Raises: UserError."""
+    """(sigma_min, sigma_max) of a discretization, or as given, within what the network knows.
+
+    Raises: UserError.
+    """
     if o.discretization not in DISCRETIZATIONS:
         raise UserError(f'discretization {o.discretization!r} is not one of {", ".join(DISCRETIZATIONS)}')
     usual = DISCRETIZATIONS[o.discretization]
@@ -322,7 +333,8 @@ def teacher_range(net, o: AddimOptions | OdeOptions) -> tuple[float, float]:
 
 
 def teacher_sigmas(net, o: AddimOptions | OdeOptions, steps: int) -> list[float]:
-    """[steps] noise levels rounded to those of the network, then 0   (Karras et al. 2022, Table 1, 'Time steps')."""
+    """[steps] noise levels rounded to those of the network, then 0   (Karras et al. 2022, Table 1, 'Time
+    steps')."""
     low, high = teacher_range(net, o)
     sigmas = DISCRETIZATIONS[o.discretization].sigmas(steps, low, high, o.rho)
     return [_round_sigma(net, sigma) for sigma in sigmas] + [0.0]
@@ -333,7 +345,8 @@ def _round_sigma(net, sigma) -> float:
 
 
 # ----------------------------------------------------------------------------
-# Samplers: a schedule, a start, a solver. Each is (net, denoiser, latents, steps, options, randn_like) -> images.
+# Samplers: a schedule, a start, a solver. Each is (net, denoiser, latents, steps, options, randn_like) ->
+# images.
 
 
 def _start_state(latents: Tensor, sigma: float, start: Start | None) -> Tensor:
@@ -384,7 +397,8 @@ def sample_addim(net, denoiser, latents: Tensor, steps: int, o: AddimOptions, ra
 def sample_ode(
     net, denoiser, latents: Tensor, steps: int, o: OdeOptions, randn_like, solver: Callable[..., Tensor]
 ) -> Tensor:
-    """EDM's sampler: a discretization, put on the time axis of a schedule sigma(t) and scaling s(t), and a solver.
+    """EDM's sampler: a discretization, put on the time axis of a schedule sigma(t) and scaling s(t), and a
+    solver.
 
     S_churn > 0 adds noise before every step with S_min <= sigma <= S_max.
     """

@@ -1,7 +1,8 @@
-"""Schedules: functions that return a list of falling noise levels to sample at. None of them knows what steps over it.
+"""Schedules: functions that return a list of falling noise levels to sample at. None of them knows what steps
+over it.
 
-Each is a function of (n, sigma_min, sigma_max, rho) and returns [n] float64 from sigma_max to sigma_min. A new one is
-a function here and an entry in `SCHEDULES`.
+Each is a function of (n, sigma_min, sigma_max, rho) and returns [n] float64 from sigma_max to sigma_min. A
+new one is a function here and an entry in `SCHEDULES`.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ def logsnr(n: int, sigma_min: float, sigma_max: float, rho: float | None = None)
 
 
 def time_uniform(n: int, sigma_min: float, sigma_max: float, rho: float | None = None) -> Tensor:
-    """Even in the time of the linear variance-preserving process that spans the range (Karras et al. 2022, Table 1, 'vp')."""
+    """Even in the time of the linear variance-preserving process that spans the range (Karras et al. 2022,
+    Table 1, 'vp')."""
     sigma = vp_time(*vp_betas(sigma_min, sigma_max)).sigma
     times = 1 + _ramp(n) * (VP_EPSILON - 1)
     return torch.tensor([sigma(t) for t in times.tolist()], dtype=torch.float64)
 
 
 def cosine(n: int, sigma_min: float, sigma_max: float, rho: float | None = None) -> Tensor:
-    """Even in atan sigma, the time of the variance-preserving cosine process (Heek et al. 2024, Appendix A)."""
+    """Even in atan sigma, the time of the variance-preserving cosine process (Heek et al. 2024, Appendix
+    A)."""
     return ops.sigma_nodes(n, sigma_min, sigma_max, rho, 'cosine')
 
 
@@ -78,7 +81,8 @@ SCHEDULES = dict(polynomial=polynomial, logsnr=logsnr, time_uniform=time_uniform
 def schedule_sigmas(
     name: str, n: int, sigma_min: float, sigma_max: float, rho: float | None = None
 ) -> Tensor:
-    """[n] float64 noise levels from sigma_max down to sigma_min, by one of SCHEDULES; a single one is sigma_max.
+    """[n] float64 noise levels from sigma_max down to sigma_min, by one of SCHEDULES; a single one is
+    sigma_max.
 
     Args:
         rho: exponent of `polynomial`, 7 where None. The others have none, and leave it unused.

@@ -1,8 +1,9 @@
-"""Solvers: functions that step a state over a list of falling noise levels. None of them knows how the list was made.
+"""Solvers: functions that step a state over a list of falling noise levels. None of them knows how the list
+was made.
 
-Each is `solver(denoiser, x, sigmas, ...) -> x`: x [N, ...] float64 is the state at the first level; the result is the
-state at the last. A denoiser here is a function D(x, sigma) of a state and a Python number that returns float64.
-A new solver of the ODE is a function here and an entry in `ODE_SOLVERS`.
+Each is `solver(denoiser, x, sigmas, ...) -> x`: x [N, ...] float64 is the state at the first level; the
+result is the state at the last. A denoiser here is a function D(x, sigma) of a state and a Python number that
+returns float64. A new solver of the ODE is a function here and an entry in `ODE_SOLVERS`.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def heun(
 ) -> Tensor:
     """Runge-Kutta steps of second order, two evaluations each (Karras et al. 2022, Algorithms 1 to 3).
 
-    A step to 0, where the slope has no value, is Euler's. `alpha`: where in the step the second slope is taken.
+    A step to 0, where the slope has no value, is Euler's. `alpha`: where in the step the second slope is
+    taken.
     """
     for t, t_next in itertools.pairwise(times):
         if perturb:
@@ -84,7 +86,8 @@ def churn(
     round_sigma: Callable[[float], float],
     randn_like: Callable[[Tensor], Tensor],
 ) -> Perturb:
-    """Noise before every step with S_min <= sigma <= S_max that raises sigma by `gain` (Karras et al. 2022, Algorithm 2)."""
+    """Noise before every step with S_min <= sigma <= S_max that raises sigma by `gain` (Karras et al. 2022,
+    Algorithm 2)."""
 
     def perturb(x, t):
         # The noise is drawn at every step, used or not, as in EDM: images then differ by what the options do.
@@ -132,8 +135,8 @@ def ode_solve(
         sigmas: [n] falling noise levels; the last may be 0.
         solver: one of ODE_SOLVERS.
         order, variant: of solvers that have several; None: their default.
-        afs: analytical first step: the first slope is x / sqrt(1 + sigma²), as for data of unit variance, without an
-            evaluation.
+        afs: analytical first step: the first slope is x / sqrt(1 + sigma²), as for data of unit variance,
+            without an evaluation.
         to_zero: after the last level, x <- D(x; sigma), one evaluation more.
     Returns: [N, ...] float64.
     Raises: UserError where the solver has no such order or variant, or the levels do not fall.
@@ -190,8 +193,8 @@ def ddim(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float]) -> Tensor:
 def addim(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float], xvar_scale: float = 1.0) -> Tensor:
     """DDIM steps whose noise is lengthened by the variance that D lacks (Heek et al. 2024, Algorithm 3).
 
-    That variance is `xvar_scale` times the one that is assumed without data, `ops.addim_variance`; 0 is DDIM. A step to
-    0 is plain DDIM.
+    That variance is `xvar_scale` times the one that is assumed without data, `ops.addim_variance`; 0 is DDIM.
+    A step to 0 is plain DDIM.
     """
     for sigma, sigma_next in itertools.pairwise(sigmas):
         denoised = denoiser(x, sigma)
@@ -206,7 +209,8 @@ def consistency(
     boundary: float = 0.0,
     randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
 ) -> Tensor:
-    """x <- D(x; sigma_0); for each further level: x <- D(x + sqrt(sigma² − boundary²) z; sigma)   (Song et al. 2023, Algorithm 1).
+    """x <- D(x; sigma_0); for each further level: x <- D(x + sqrt(sigma² − boundary²) z; sigma)   (Song et
+    al. 2023, Algorithm 1).
 
     Args:
         sigmas: the levels of the evaluations; no 0 at the end.
