@@ -30,18 +30,18 @@ def gradient(net, precision: str, gap: float, images, labels, ect: dict, tf32: b
     from dnnlib import EasyDict
     from torch_utils import misc
     from training import execution
-    from training.draws import SampleDraws
     from training.objectives import loss_ect
+    from training.rng import SampleRng
 
     misc.allow_tf32(tf32)
     net = execution.in_precision(copy.deepcopy(net), precision).train().requires_grad_(True)
     gaps = dict(q=1 / gap, k=0.0, b=1.0, stage_nimg=len(images))  # the gap is that of stage 0
     state = loss_ect.setup(EasyDict(gaps, sigma_data=net.sigma_data, sync_dropout=True, **ect))
-    images, draws = (
+    images, rng = (
         images.double() if precision == 'fp64' else images,
-        SampleDraws(0, 0, len(images), images.device),
+        SampleRng(0, 0, len(images), images.device),
     )
-    loss_ect.loss(net, images, labels, draws, state).mean().backward()
+    loss_ect.loss(net, images, labels, rng, state).mean().backward()
     return torch.cat([p.grad.double().flatten() for p in net.parameters() if p.grad is not None])
 
 

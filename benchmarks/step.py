@@ -34,10 +34,10 @@ from dnnlib import EasyDict, cli
 from torch_utils import misc
 from torch_utils.flat import FlatParameters
 from training import execution
-from training.draws import SampleDraws
 from training.networks.encoders import StandardRGBEncoder
 from training.objectives import OBJECTIVES, loss_cd
 from training.phema import WeightAverages
+from training.rng import SampleRng
 from training.training_loop import accumulate_gradients
 from training.weight_update import WeightUpdate
 
@@ -211,13 +211,13 @@ class Training:
             self.loss_state.begin_step(number * self.batch)
             self.averages.let_weights_change()
             self.flat.weights.grad.zero_()
-            draws = SampleDraws(0, number * self.batch, self.batch, self.device)
+            rng = SampleRng(0, number * self.batch, self.batch, self.device)
             accumulate_gradients(
                 Observed(self.student, self, is_teacher=False),
                 loss_cd,
                 self.loss_state,
                 self.data,
-                draws,
+                rng,
                 self.update,
                 1 / self.batch,
                 StandardRGBEncoder(),

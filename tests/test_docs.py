@@ -41,9 +41,9 @@ from torch_utils import training_stats
 from torch_utils.flat import FlatParameters
 from training import consistency_ops as ops
 from training import networks
-from training.draws import SampleDraws
 from training.objectives import OBJECTIVES
 from training.phema import WeightAverages
+from training.rng import SampleRng
 from training.training_loop import network_stats, tick_stats
 from training.weight_update import WeightUpdate
 
@@ -313,8 +313,8 @@ def test_the_worked_example_trains_and_does_not_depend_on_how_the_batch_is_split
     loss = Loss(worked_example, teacher, **dict(SEGMENTS, S=2, T_start=16, T_end=16))
     images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     loss.begin_step(0)
-    whole = loss(net, images, None, SampleDraws(3, 128, 64))
-    parts = [loss(net, images[a : a + 16], None, SampleDraws(3, 128 + a, 16)) for a in range(0, 64, 16)]
+    whole = loss(net, images, None, SampleRng(3, 128, 64))
+    parts = [loss(net, images[a : a + 16], None, SampleRng(3, 128 + a, 16)) for a in range(0, 64, 16)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-9, atol=1e-9)
     whole.sum().backward()
     assert whole.shape == (64,) and sum(p.grad.abs().sum() for p in net.parameters()) > 0
@@ -341,7 +341,7 @@ def test_formats_md_names_every_statistic():
     training_stats.reset()
     teacher = student().eval().requires_grad_(False)
     loss = Loss('mcd', teacher, S=1, T_start=8, T_end=8, T_anneal_kimg=0, cd_loss='l2', cd_weight_mode='flat')
-    loss(student(), torch.zeros(64, 1, 8, 8), None, SampleDraws(0, 0, 64))
+    loss(student(), torch.zeros(64, 1, 8, 8), None, SampleRng(0, 0, 64))
     flat = FlatParameters(student())
     averages = WeightAverages(student(), flat, 1e3, None, [])
     c = EasyDict(lr=1, batch_size=64, total_nimg=64, lr_rampup_nimg=0, lr_schedule='constant', lr_ref_nimg=0)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from losses import Loss, Recorder
 
-from training.draws import SampleDraws
 from training.networks import edm2 as networks_edm2
 from training.objectives import OBJECTIVES
 from training.resolution import ROUNDING
+from training.rng import SampleRng
 
 COUNT, STAGE_NIMG = 48, 3_200_000
 
@@ -69,7 +69,7 @@ def published_loss(net, y, labels, stage, noise, normal, masks):
 def test_the_loss_and_its_gradient_are_the_published_ones_with_edm2s_defaults(stage):
     """To 1e-5: the student's pass normalizes weights once more, by 1e-8, and the last stage compares outputs
     at times 1 − r/t = 4^-4 apart. In the first many targets are images."""
-    net, draws = network(), SampleDraws(5, 0, COUNT)
+    net, rng = network(), SampleRng(5, 0, COUNT)
     generator = torch.Generator().manual_seed(1)
     y = torch.rand(COUNT, 2, 8, 8, generator=generator, dtype=torch.float64) * 2 - 1
     labels = torch.eye(3, dtype=torch.float64)[torch.arange(COUNT) % 3]
@@ -78,12 +78,12 @@ def test_the_loss_and_its_gradient_are_the_published_ones_with_edm2s_defaults(st
     loss = Loss('ect', **options | dict(stage_nimg=STAGE_NIMG))
     loss.begin_step(stage * STAGE_NIMG)
     recorder = Recorder(net).train()
-    ours = loss(recorder, y, labels, draws).mean()
+    ours = loss(recorder, y, labels, rng).mean()
     _, masks = recorder.calls[-1]
     gradients = torch.autograd.grad(ours, [p for p in net.parameters() if p.requires_grad])
     noise, normal = (
-        SampleDraws(5, 0, COUNT).normal('noise', y.shape[1:]),
-        SampleDraws(5, 0, COUNT).normal_on_host('sigma'),
+        SampleRng(5, 0, COUNT).normal('noise', y.shape[1:]),
+        SampleRng(5, 0, COUNT).normal_on_host('sigma'),
     )
     theirs = published_loss(net.eval(), y, labels, stage, noise, normal, masks)
     expected = torch.autograd.grad(theirs, [p for p in net.parameters() if p.requires_grad])
@@ -104,7 +104,7 @@ def test_no_other_weight_is_the_published_one(weight):
         loss = Loss('ect', **options | dict(stage_nimg=1, ect_weight=name))
         loss.begin_step(3)
         value[name] = (
-            loss(net, images, torch.eye(3).double()[torch.zeros(COUNT, dtype=int)], SampleDraws(5, 0, COUNT))
+            loss(net, images, torch.eye(3).double()[torch.zeros(COUNT, dtype=int)], SampleRng(5, 0, COUNT))
             .mean()
             .item()
         )

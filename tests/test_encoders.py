@@ -17,9 +17,9 @@ from dnnlib import EasyDict, UserError
 from torch_utils import persistence
 from training.checkpoint import load_network, save_snapshot
 from training.configuration import check_teacher
-from training.draws import SampleDraws
 from training.networks import EDMPrecond, encoders
 from training.networks.encoders import StabilityVAEEncoder, StandardRGBEncoder
+from training.rng import SampleRng
 
 RAW_MEAN, RAW_STD = [5.81, 3.25, 0.12, -2.15], [4.17, 4.62, 3.71, 3.28]  # EDM2's, of ImageNet-512
 
@@ -78,7 +78,7 @@ def test_a_sample_gets_the_same_latents_however_the_batch_is_split():
     encoder, raw = StabilityVAEEncoder(), torch.from_numpy(random_latents(48))
     encode = lambda first, count: encoder.encode_latents(
         raw[first : first + count],
-        SampleDraws(3, 100 + first, count).normal('latents', encoder.noise_shape(raw.shape[1:])),
+        SampleRng(3, 100 + first, count).normal('latents', encoder.noise_shape(raw.shape[1:])),
     )
     whole = encode(0, 48)
     assert torch.equal(torch.cat([encode(0, 7), encode(7, 9), encode(16, 32)]), whole)

@@ -8,8 +8,8 @@ from losses import Loss
 from scipy import stats
 
 from torch_utils import training_stats
-from training.draws import SampleDraws
 from training.objectives import loss_diffusion
+from training.rng import SampleRng
 
 COUNT = 40_000
 
@@ -45,13 +45,13 @@ def images_of(count):
 def run(loss, count=COUNT, **net):
     """(losses [N], what the network was asked, noise levels [N], errors |D − y|² [N])."""
     asked, images = Asked(**net), images_of(count)
-    values = loss(asked, images, None, SampleDraws(0, 0, count))
+    values = loss(asked, images, None, SampleRng(0, 0, count))
     (call,) = asked.calls
     sigma = call['sigma'].double().flatten()
     noise = (call['x'] - images).double() / sigma.reshape(-1, 1, 1, 1)
     torch.testing.assert_close(
         noise,
-        SampleDraws(0, 0, count).normal('noise', [1, 4, 4]).double(),
+        SampleRng(0, 0, count).normal('noise', [1, 4, 4]).double(),
         rtol=0,
         atol=1e-6 / sigma.min().item(),
     )
@@ -124,7 +124,7 @@ def test_conditions_reach_the_network_and_masks_do_where_it_trains():
     labels, augment = torch.eye(8), torch.arange(8.0)[:, None]
     for training in (True, False):
         asked = Asked().train(training)
-        make_loss('edm')(asked, images_of(8), labels, SampleDraws(0, 0, 8), augment)
+        make_loss('edm')(asked, images_of(8), labels, SampleRng(0, 0, 8), augment)
         (call,) = asked.calls
         assert call['labels'] is labels and call['augment'] is augment
         assert set(call['masks']) == ({'block'} if training else set())
@@ -134,11 +134,11 @@ def test_conditions_reach_the_network_and_masks_do_where_it_trains():
 def test_losses_are_reported_by_noise_level_and_do_not_depend_on_how_the_batch_is_split(kind):
     training_stats.reset()
     net, images, loss = Asked(logvar=0.5 if kind == 'edm2' else None), images_of(64), make_loss(kind)
-    whole = loss(net, images, None, SampleDraws(7, 1000, 64))
+    whole = loss(net, images, None, SampleRng(7, 1000, 64))
     reported = [value for name, value in training_stats.collect().items() if name.startswith('Loss/sigma_')]
     assert sum(value['num'] for value in reported) == 64
     assert sum(value['mean'] * value['num'] for value in reported) == pytest.approx(
         whole.sum().item(), rel=1e-5
     )
-    parts = [loss(net, images[a : a + 16], None, SampleDraws(7, 1000 + a, 16)) for a in range(0, 64, 16)]
+    parts = [loss(net, images[a : a + 16], None, SampleRng(7, 1000 + a, 16)) for a in range(0, 64, 16)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-6, atol=0)

@@ -20,7 +20,7 @@ from losses import (
 
 from torch_utils import training_stats
 from training import consistency_ops as ops
-from training.draws import SampleDraws
+from training.rng import SampleRng
 
 DEFAULTS = dict(
     S=4,
@@ -158,9 +158,9 @@ def test_the_pinned_edge_follows_the_teacher_alone(S):
 
 @pytest.mark.parametrize('sync', [True, False])
 def test_both_passes_see_the_same_masks_exactly_where_dropout_is_synchronized(sync):
-    student, draws = Recorder(small_network()).train(), SampleDraws(0, 0, 16)
+    student, rng = Recorder(small_network()).train(), SampleRng(0, 0, 16)
     loss = make_loss(small_network(0).eval(), sync_dropout=sync)
-    loss(student, torch.zeros(16, 1, 8, 8), None, draws)
+    loss(student, torch.zeros(16, 1, 8, 8), None, rng)
     (_, first), (_, second) = student.calls
     assert len(first) == len(second) > 4
     assert all(torch.equal(first[name], second[name]) for name in first) == sync
@@ -191,9 +191,9 @@ def test_compiled_and_eager_passes_agree_under_the_same_masks():
 
 
 def test_the_student_is_asked_at_the_upper_end_and_its_own_target_at_the_lower():
-    student, draws = Recorder(small_network()).train(), SampleDraws(0, 0, 64)
+    student, rng = Recorder(small_network()).train(), SampleRng(0, 0, 64)
     loss = make_loss(small_network(0).eval(), T_start=16, T_end=16)
-    loss(student, torch.zeros(64, 1, 8, 8), None, draws)
+    loss(student, torch.zeros(64, 1, 8, 8), None, rng)
     (lower, _), (upper, _) = student.calls
     edges = loss.state.edges
     index = (edges.sigma_t[None] == upper[:, None]).int().argmax(dim=1)
@@ -207,8 +207,8 @@ def test_gradients_reach_the_student_alone_and_the_loss_does_not_depend_on_how_t
     torch.nn.init.normal_(student.model.out_conv.weight, std=0.1)
     images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     loss = make_loss(teacher, terminal_anchor=True, cd_loss='pseudo_huber', cd_weight_mode='sqrt_karras')
-    whole = loss(student, images, None, SampleDraws(7, 1000, 64))
-    parts = [loss(student, images[a : a + 16], None, SampleDraws(7, 1000 + a, 16)) for a in range(0, 64, 16)]
+    whole = loss(student, images, None, SampleRng(7, 1000, 64))
+    parts = [loss(student, images[a : a + 16], None, SampleRng(7, 1000 + a, 16)) for a in range(0, 64, 16)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-9, atol=1e-9)
     whole.sum().backward()
     assert all(p.grad is None for p in teacher.parameters())
@@ -224,7 +224,7 @@ def test_edges_are_drawn_with_their_probabilities():
     seen = []
     student.forward = lambda x, sigma, labels=None, dropout_masks=None, **_: seen.append(sigma) or x.double()
     count = 20_000
-    loss(student, torch.zeros(count, 1, 2, 2), None, SampleDraws(0, 0, count))
+    loss(student, torch.zeros(count, 1, 2, 2), None, SampleRng(0, 0, count))
     edges = loss.state.edges
     index = (edges.sigma_t[None] == seen[-1][:, None]).int().argmax(dim=1)
     frequency = torch.bincount(index, minlength=len(edges)) / count
@@ -236,7 +236,7 @@ def test_edges_are_drawn_with_their_probabilities():
 def test_edge_statistics_are_reported():
     training_stats.reset()
     loss = make_loss(small_network(0).eval(), S=2, terminal_anchor=True)
-    per_image = loss(small_network(0), torch.zeros(256, 1, 8, 8), None, SampleDraws(0, 0, 256))
+    per_image = loss(small_network(0), torch.zeros(256, 1, 8, 8), None, SampleRng(0, 0, 256))
     stats = training_stats.collect()
     kinds = [stats[f'Edges/{name}']['mean'] for name in ops.KIND_NAMES]
     assert (
@@ -306,16 +306,16 @@ def test_the_loss_is_the_distance_from_the_boundary_target_of_the_method(name):
     student, teacher = small_network().double(), small_network(0).double().eval()
     for net in (student, teacher):
         torch.nn.init.normal_(net.model.out_conv.weight, std=0.1)
-    loss, draws = make_loss(teacher, **CASES[name]), SampleDraws(3, 0, 64)
+    loss, rng = make_loss(teacher, **CASES[name]), SampleRng(3, 0, 64)
     y = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    edges, masks = loss.state.draw(draws), student.dropout_masks(64, draws.generator('dropout'))
-    x_t = y + ops.expand_like(edges.sigma_t, y) * draws.normal('noise', [1, 8, 8]).double()
+    edges, masks = loss.state.draw(rng), student.dropout_masks(64, rng.generator('dropout'))
+    x_t = y + ops.expand_like(edges.sigma_t, y) * rng.normal('noise', [1, 8, 8]).double()
     with torch.no_grad():
         x_b = boundary_target(loss, student, y, x_t, edges, masks)
         x_star = ops.inv_ddim(x_b, x_t, edges.sigma_t, edges.sigma_b)
         prediction = student(x_t, edges.sigma_t, dropout_masks=masks)
         expected = (prediction - x_star).square().sum(dim=(1, 2, 3))
-        torch.testing.assert_close(loss(student, y, None, draws), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(loss(student, y, None, rng), expected, rtol=1e-9, atol=1e-9)
     assert len(edges.kind.unique()) > 1
 
 
@@ -326,7 +326,7 @@ def test_only_the_long_solution_is_of_the_images_that_need_it():
     loss = make_loss(counting('teacher'), terminal_anchor=True, keep_ties=True, top_mass=0.5, anchor_hops=4)
     student = torch.nn.Identity().eval()
     student.forward = counting('student')
-    loss(student, torch.ones(64, 1, 2, 2), None, SampleDraws(3, 0, 64))
-    anchored = int((loss.state.draw(SampleDraws(3, 0, 64)).index == 0).sum())
+    loss(student, torch.ones(64, 1, 2, 2), None, SampleRng(3, 0, 64))
+    anchored = int((loss.state.draw(SampleRng(3, 0, 64)).index == 0).sum())
     assert 1 < anchored < 32
     assert sizes == dict(teacher=[64, 64] + [anchored] * 7, student=[64, 64])

@@ -16,8 +16,8 @@ from torch_utils import training_stats
 from torch_utils.flat import FlatParameters
 from training import consistency_ops as ops
 from training import networks
-from training.draws import SampleDraws
 from training.objectives import OBJECTIVES
+from training.rng import SampleRng
 
 CM = dict(N=12, schedule_nimg=1000, mu0=0.0, cm_loss='l2')
 SMALLEST = 0.002
@@ -259,7 +259,7 @@ def test_edges_are_drawn_with_their_probabilities(kind):
     """20,000 draws: within 5 standard deviations of equal shares of 11 edges; iCT's are the log-normal's mass
     between the ends of 10."""
     loss, count = make(kind), 20_000
-    drawn = loss.state.draw(SampleDraws(0, 0, count))
+    drawn = loss.state.draw(SampleRng(0, 0, count))
     edges = loss.state.edges
     p = torch.full([11], 1 / 11, dtype=torch.float64)
     if kind == 'ict':
@@ -275,7 +275,7 @@ def test_edges_are_drawn_with_their_probabilities(kind):
 
 def test_the_number_of_edges_is_reported():
     training_stats.reset()
-    plain_training(N=18)(small_network(0), torch.zeros(32, 1, 8, 8), None, SampleDraws(0, 0, 32))
+    plain_training(N=18)(small_network(0), torch.zeros(32, 1, 8, 8), None, SampleRng(0, 0, 32))
     stats = training_stats.collect()
     assert stats['Edges/T']['mean'] == 17 and stats['Edges/general']['mean'] == 1
 
@@ -287,11 +287,11 @@ def test_the_number_of_edges_is_reported():
 def recompute(loss, distance, weight):
     """A loss's values for 16 images, and weight(sigma_t, sigma_s) · distance(D(x_t), D(x_s)) from what the
     network was asked."""
-    net, images, draws = random_network(SMALLEST), digits_like(16), SampleDraws(3, 0, 16)
+    net, images, rng = random_network(SMALLEST), digits_like(16), SampleRng(3, 0, 16)
     student = Recorder(net).train()
-    got = loss(student, images, None, draws)
+    got = loss(student, images, None, rng)
     (sigma_s, _), (sigma_t, _) = student.calls
-    at = lambda sigma: net(images + ops.expand_like(sigma, images) * draws.normal('noise', [1, 8, 8]), sigma)
+    at = lambda sigma: net(images + ops.expand_like(sigma, images) * rng.normal('noise', [1, 8, 8]), sigma)
     return got, weight(sigma_t, sigma_s) * distance(at(sigma_t), at(sigma_s))
 
 
@@ -328,7 +328,7 @@ def test_lpips_trains_the_student_and_not_itself():
     torch.manual_seed(1)
     net, perceptual = random_network(SMALLEST), LPIPS(resolution=16)
     plain_training(cm_loss='lpips', perceptual=perceptual)(
-        net, digits_like(2), None, SampleDraws(0, 0, 2)
+        net, digits_like(2), None, SampleRng(0, 0, 2)
     ).sum().backward()
     assert (
         all(p.grad.isfinite().all() for p in net.parameters())
@@ -344,8 +344,8 @@ def test_lpips_trains_the_student_and_not_itself():
 )
 def test_losses_do_not_depend_on_how_the_batch_is_split(make_one):
     net, images, loss = random_network(SMALLEST), digits_like(32), make_one()
-    whole = loss(net, images, None, SampleDraws(7, 1000, 32))
-    parts = [loss(net, images[a : a + 16], None, SampleDraws(7, 1000 + a, 16)) for a in range(0, 32, 16)]
+    whole = loss(net, images, None, SampleRng(7, 1000, 32))
+    parts = [loss(net, images[a : a + 16], None, SampleRng(7, 1000 + a, 16)) for a in range(0, 32, 16)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-9, atol=1e-9)
 
 
@@ -411,7 +411,7 @@ def test_the_target_is_the_target_networks_answer_which_is_the_network_itself_wi
 def test_the_target_sees_the_students_masks_exactly_where_dropout_is_synchronized(mu0, sync):
     student = Recorder(random_network(SMALLEST, dropout=0.5)).train()
     loss = plain_training(net=student, mu0=mu0, sync_dropout=sync)
-    loss(student, digits_like(16), None, SampleDraws(0, 0, 16))
+    loss(student, digits_like(16), None, SampleRng(0, 0, 16))
     target = loss.state.target
     calls = student.calls if target is None else target.calls + student.calls
     (_, first), (_, second) = calls
@@ -422,7 +422,7 @@ def test_the_target_sees_the_students_masks_exactly_where_dropout_is_synchronize
 def test_gradients_reach_the_student_alone():
     net = random_network(SMALLEST)
     loss = distillation(random_network(0).eval().requires_grad_(False), net=net, mu0=0.9)
-    loss(net, digits_like(16), None, SampleDraws(0, 0, 16)).sum().backward()
+    loss(net, digits_like(16), None, SampleRng(0, 0, 16)).sum().backward()
     assert sum(p.grad.abs().sum() for p in net.parameters()) > 0
     assert all(p.grad is None for p in [*loss.state.target.parameters(), *loss.state.teacher.parameters()])
 
@@ -438,7 +438,7 @@ def steps(first, last, state=None):
     for step in range(first, last):
         loss.begin_step(16 * step)
         weights.grad.zero_()
-        loss(net, digits_like(16, seed=step).float(), None, SampleDraws(0, 16 * step, 16)).mean().backward()
+        loss(net, digits_like(16, seed=step).float(), None, SampleRng(0, 16 * step, 16)).mean().backward()
         with torch.no_grad():
             weights.sub_(0.1 * weights.grad)
         loss.state.end_step()

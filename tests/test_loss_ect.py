@@ -11,8 +11,8 @@ from losses import VARIANCE, Linear, Loss, Recorder, small_network, target
 
 from torch_utils import training_stats
 from training import consistency_ops as ops
-from training.draws import SampleDraws
 from training.objectives import time_schedules as times
+from training.rng import SampleRng
 
 
 def make_loss(stage=0, **options):
@@ -145,10 +145,10 @@ def test_where_r_is_zero_it_is_diffusion_training():
     )
     student = Recorder(net).train()
     loss = make_loss(P_std=0.5)
-    got = loss(student, images, None, SampleDraws(0, 0, 64))
+    got = loss(student, images, None, SampleRng(0, 0, 64))
     _, (t, masks) = student.calls
     assert t.max() < 1.9
-    x_t = images + ops.expand_like(t, images) * SampleDraws(0, 0, 64).normal('noise', [1, 8, 8])
+    x_t = images + ops.expand_like(t, images) * SampleRng(0, 0, 64).normal('noise', [1, 8, 8])
     expected = ops.image_distance(net(x_t, t, None, dropout_masks=masks) - images, 'l2_root') / t
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
@@ -156,7 +156,7 @@ def test_where_r_is_zero_it_is_diffusion_training():
 @pytest.mark.parametrize('sync', [True, False])
 def test_both_passes_see_the_same_masks_and_the_later_time_is_r(sync):
     student = Recorder(small_network()).train()
-    make_loss(5, sync_dropout=sync)(student, torch.zeros(16, 1, 8, 8), None, SampleDraws(0, 0, 16))
+    make_loss(5, sync_dropout=sync)(student, torch.zeros(16, 1, 8, 8), None, SampleRng(0, 0, 16))
     (r, first), (t, second) = student.calls
     torch.testing.assert_close(r, times.earlier_time(t, 5, 2.0))
     assert all(torch.equal(first[name], second[name]) for name in first) == sync
@@ -168,11 +168,11 @@ def test_times_weights_and_distance_are_the_options():
     student, count = Recorder(small_network(0)).train(), 4000
     loss = make_loss(4, P_mean=-0.8, P_std=1.6, ect_weight='snr', c=0.06)
     images = torch.zeros(count, 1, 8, 8)
-    got = loss(student, images, None, SampleDraws(0, 0, count))
+    got = loss(student, images, None, SampleRng(0, 0, count))
     t = student.calls[-1][0]
     assert abs(t.log().mean() + 0.8) < 5 * 1.6 / count**0.5 and abs(t.log().std() - 1.6) < 0.1
     r = times.earlier_time(t, 4, 2.0)
-    noise = SampleDraws(0, 0, count).normal('noise', [1, 8, 8]).double()
+    noise = SampleRng(0, 0, count).normal('noise', [1, 8, 8]).double()
     with torch.no_grad():
         at_t, at_r = (
             student.net(ops.expand_like(s, noise) * noise, s, None).double().flatten(1) for s in (t, r)
@@ -189,7 +189,7 @@ def test_stages_follow_the_images_and_are_reported():
         loss.begin_step(nimg)
         stages.append(loss.state.stage)
     assert stages == [0, 0, 1, 5]
-    loss(small_network(0), torch.zeros(32, 1, 8, 8), None, SampleDraws(0, 0, 32))
+    loss(small_network(0), torch.zeros(32, 1, 8, 8), None, SampleRng(0, 0, 32))
     stats = training_stats.collect()
     assert stats['Edges/stage']['mean'] == 5 and 0 <= stats['Edges/terminal']['mean'] <= 1
 
@@ -200,8 +200,8 @@ def test_losses_do_not_depend_on_how_the_batch_is_split():
         torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
     )
     loss = make_loss(3)
-    whole = loss(net, images, None, SampleDraws(7, 1000, 64))
-    parts = [loss(net, images[a : a + 16], None, SampleDraws(7, 1000 + a, 16)) for a in range(0, 64, 16)]
+    whole = loss(net, images, None, SampleRng(7, 1000, 64))
+    parts = [loss(net, images[a : a + 16], None, SampleRng(7, 1000 + a, 16)) for a in range(0, 64, 16)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-9, atol=1e-9)
 
 

@@ -17,7 +17,7 @@ from losses import (
 )
 
 from training import consistency_ops as ops
-from training.draws import SampleDraws
+from training.rng import SampleRng
 
 
 def make_loss(teacher=None, **options):
@@ -94,13 +94,13 @@ def test_the_teacher_is_asked_at_the_levels_it_was_trained_for_alone():
 
 def test_edges_are_drawn_evenly_and_weighted_by_the_truncated_snr():
     loss = make_loss(S=4)
-    draws = SampleDraws(0, 0, 4096)
-    edges = loss.state.draw(draws)
+    rng = SampleRng(0, 0, 4096)
+    edges = loss.state.draw(rng)
     assert torch.bincount(edges.index, minlength=4).sub(1024).abs().max() < 150  # five standard deviations
     zeros = LinearStudent(grid(4), lambda sigma, sigma_b: torch.zeros(1, 1, 1, 1, dtype=torch.float64))
     images = torch.zeros(4096, 1, 2, 2, dtype=torch.float64)
     weighted, flat = (
-        make_loss(S=4, cd_weight_mode=mode)(zeros, images, None, draws) for mode in ('truncated-snr', 'flat')
+        make_loss(S=4, cd_weight_mode=mode)(zeros, images, None, rng) for mode in ('truncated-snr', 'flat')
     )
     torch.testing.assert_close(weighted / flat, edges.sigma_t.pow(-2).clamp(min=1))
 
@@ -114,7 +114,7 @@ def test_the_loss_of_the_exact_student_is_zero():
         student.train(),
         torch.randn(16, 1, 2, 2, generator=torch.Generator().manual_seed(0)),
         None,
-        SampleDraws(0, 0, 16),
+        SampleRng(0, 0, 16),
     )
     assert values.shape == (16,) and values.max() < 1e-20
 

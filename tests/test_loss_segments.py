@@ -17,7 +17,7 @@ from losses import (
 )
 
 from training import consistency_ops as ops
-from training.draws import SampleDraws
+from training.rng import SampleRng
 
 SEGMENTS = dict(S=4, T_start=16, T_end=16, T_anneal_kimg=0, cd_loss='l2', cd_weight_mode='flat')
 
@@ -163,7 +163,7 @@ def test_regression_draws_its_share_at_the_very_levels_that_sampling_asks_for():
     loss, seen, count = make_direct_loss(Gaussian(VARIANCE), T_start=64, T_end=64), [], 20_000
     student = exact_student(Gaussian(VARIANCE), loss.state.student)
     student.forward = lambda x, sigma, *_, **__: seen.append(sigma) or x.double()
-    loss(student, torch.zeros(count, 1, 2, 2), None, SampleDraws(0, 0, count))
+    loss(student, torch.zeros(count, 1, 2, 2), None, SampleRng(0, 0, count))
     for level in loss.state.student[:-1]:
         assert abs((seen[0] == level).double().mean() - 0.125) < 5 * (0.125 * 0.875 / count) ** 0.5
     assert len(seen[0].unique()) > 40  # the rest anywhere in the segments
@@ -199,8 +199,8 @@ def test_losses_do_not_depend_on_how_the_batch_is_split_and_reach_the_student_al
     torch.nn.init.normal_(student.model.out_conv.weight, std=0.1)
     images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     loss = make(cd_loss='pseudo_huber', cd_weight_mode='sqrt_karras')
-    whole = loss(student, images, None, SampleDraws(7, 1000, 64))
-    parts = [loss(student, images[a : a + 16], None, SampleDraws(7, 1000 + a, 16)) for a in range(0, 64, 16)]
+    whole = loss(student, images, None, SampleRng(7, 1000, 64))
+    parts = [loss(student, images[a : a + 16], None, SampleRng(7, 1000 + a, 16)) for a in range(0, 64, 16)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-9, atol=1e-9)
     whole.sum().backward()
     assert sum(p.grad.abs().sum() for p in student.parameters()) > 0

@@ -10,10 +10,10 @@ from losses import VARIANCE, Linear, Loss, small_network, target
 
 from torch_utils import training_stats
 from training import consistency_ops as ops
-from training.draws import SampleDraws
 from training.objectives import loss_tcm
 from training.objectives.loss_tcm import dropout_rates
 from training.objectives.time_schedules import truncated_log_student_times
+from training.rng import SampleRng
 
 
 def make_loss(teacher, stage=0, **options):
@@ -176,7 +176,7 @@ def test_an_error_of_the_first_stage_is_passed_on_whole(targets_at):
 
 def drawn(loss, first=0, count=64, seed=0):
     """t, r, the weight [N] each, and which images the first stage gives the target of, [N] bool."""
-    columns, above, below = loss.state.draw_on_host(SampleDraws(seed, first, count))
+    columns, above, below = loss.state.draw_on_host(SampleRng(seed, first, count))
     assert sorted([*above, *below]) == list(range(count))
     return *torch.from_numpy(columns), torch.from_numpy(np.isin(np.arange(count), below))
 
@@ -194,7 +194,7 @@ def test_times_are_log_student_but_for_the_share_at_the_dividing_time(options):
     low, high = c.dividing_t, c.sigma_max
     t, *_ = drawn(loss, first=640)
     assert int((t == low).sum()) == 16 and bool((t[t != low] > low).all()) and t.max() <= high
-    uniform = torch.from_numpy(SampleDraws(0, 640, 64).uniform('sigma'))
+    uniform = torch.from_numpy(SampleRng(0, 640, 64).uniform('sigma'))
     expected = truncated_log_student_times(uniform, low, high, c.student_scale, c.student_df)
     assert torch.equal(t[t != low], expected[t != low])
 
@@ -262,9 +262,9 @@ def test_the_mean_over_a_batch_is_the_consistency_loss_plus_the_weighted_boundar
     """Written out, with a c that matters: omega / (t − r) (sqrt(|d|² + c²) − c), omega = 1 or t / c_out², the
     mean of either part."""
     loss, images = make_loss(Scaled(0.5), 4, **options), images_of(64)
-    got = loss(Scaled(0.2), images, None, SampleDraws(7, 128, 64)).mean()
+    got = loss(Scaled(0.2), images, None, SampleRng(7, 128, 64)).mean()
     (times, earlier_times, *_), c = drawn(loss, first=128, seed=7), options.get('c', 1e-8)
-    noise = SampleDraws(7, 128, 64).normal('noise', [1, 8, 8]).double()
+    noise = SampleRng(7, 128, 64).normal('noise', [1, 8, 8]).double()
     parts = {True: [], False: []}
     for y, n, t, r in zip(images, noise, times, earlier_times):
         target = (0.5 if r < 1 else 0.2) * (y + r * n)
@@ -294,7 +294,7 @@ def test_each_network_is_asked_for_its_own_samples_under_their_own_conditions():
         torch.arange(64.0)[:, None] + 0.5,
     )
     loss = make_loss(teacher, 4)
-    loss(student, images_of(64), labels, SampleDraws(7, 0, 64), augment)
+    loss(student, images_of(64), labels, SampleRng(7, 0, 64), augment)
     times, earlier_times, _, low = drawn(loss, seed=7)
     assert 16 < low.sum() < 64, "more than those at t' itself"
     (first, *_), (r, own, kwargs), (t, whole, _) = *teacher.calls, *student.calls
@@ -316,13 +316,13 @@ def test_each_network_is_asked_for_its_own_samples_under_their_own_conditions():
 def test_a_network_that_has_no_samples_is_not_asked():
     """At stage 0 no r of times up to 1.5 is as much as t'; all are where t is 50 and r is 45."""
     student, teacher = Scaled(0.2), Scaled(0.5)
-    make_loss(teacher, 0, sigma_max=1.5)(student, images_of(64), None, SampleDraws(7, 0, 64))
+    make_loss(teacher, 0, sigma_max=1.5)(student, images_of(64), None, SampleRng(7, 0, 64))
     assert len(teacher.calls) == 1 and len(student.calls) == 1
     teacher.calls.clear()
     loss, all_of_them = make_loss(teacher), np.arange(64)
     columns = np.stack([np.full(64, 50.0), np.full(64, 45.0), np.ones(64)])
     loss.state.draw_on_host = lambda rng: (columns, all_of_them, all_of_them[:0])
-    loss(student, images_of(64), None, SampleDraws(7, 0, 64))
+    loss(student, images_of(64), None, SampleRng(7, 0, 64))
     assert teacher.calls == []
 
 
@@ -330,10 +330,10 @@ def test_gradients_reach_the_student_alone_and_through_its_own_answer_alone():
     """d/dv |v x_t − target| with the targets held: as if they were numbers."""
     student, teacher, images = Scaled(0.2), Scaled(0.5), images_of(64)
     loss = make_loss(teacher, 4)
-    loss(student, images, None, SampleDraws(7, 0, 64)).sum().backward()
+    loss(student, images, None, SampleRng(7, 0, 64)).sum().backward()
     (t, r, weight, below), noise = (
         drawn(loss, seed=7),
-        SampleDraws(7, 0, 64).normal('noise', [1, 8, 8]).double(),
+        SampleRng(7, 0, 64).normal('noise', [1, 8, 8]).double(),
     )
     x_t, x_r = (images + ops.expand_like(s, images) * noise for s in (t, r))
     d = 0.2 * x_t - torch.where(below, 0.5, 0.2).reshape(-1, 1, 1, 1) * x_r
@@ -348,11 +348,9 @@ def test_the_loss_of_a_batch_does_not_depend_on_how_it_is_split(cuts):
     have 16."""
     student, images = Scaled(0.2), images_of(64)
     loss = make_loss(Scaled(0.5), 4)
-    whole = loss(student, images, None, SampleDraws(7, 1000, 64))
+    whole = loss(student, images, None, SampleRng(7, 1000, 64))
     starts = [sum(cuts[:i]) for i in range(len(cuts))]
-    parts = [
-        loss(student, images[a : a + n], None, SampleDraws(7, 1000 + a, n)) for a, n in zip(starts, cuts)
-    ]
+    parts = [loss(student, images[a : a + n], None, SampleRng(7, 1000 + a, n)) for a, n in zip(starts, cuts)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-9, atol=1e-9)
 
 
@@ -375,7 +373,7 @@ def masks_seen(student_dropout, teacher_dropout, **options):
     """Masks of the student at r, at t, and of the first stage; which samples those are."""
     student, teacher = Dropping(student_dropout).train(), Dropping(teacher_dropout).eval()
     loss = make_loss(teacher, 4, net=student, **options)
-    loss(student, images_of(64), None, SampleDraws(0, 0, 64))
+    loss(student, images_of(64), None, SampleRng(0, 0, 64))
     *_, below = drawn(loss)
     return *student.masks, *teacher.masks, below
 
@@ -418,7 +416,7 @@ def test_stages_follow_the_images_and_shares_are_reported():
         loss.begin_step(nimg)
         stages.append((loss.state.stage, loss.state.ratio))
     assert stages == [(0, 0.5), (0, 0.5), (1, 0.75), (4, 1 - 2.0**-5)]
-    loss(Scaled(0.2), images_of(64), None, SampleDraws(0, 0, 64))
+    loss(Scaled(0.2), images_of(64), None, SampleRng(0, 0, 64))
     stats = training_stats.collect()
     assert stats['Edges/stage']['mean'] == 4 and stats['Edges/boundary']['mean'] == 0.25
     *_, below = drawn(loss)

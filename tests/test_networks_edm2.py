@@ -7,9 +7,9 @@ from losses import Loss
 
 from torch_utils.flat import FlatParameters
 from training.checkpoint import load_network, save_snapshot
-from training.draws import SampleDraws
 from training.networks import edm2 as edm2
 from training.objectives import loss_diffusion
+from training.rng import SampleRng
 
 SMALL = dict(model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], channels_per_head=16)
 
@@ -307,7 +307,7 @@ def test_augmentation_labels_are_refused():
 def test_diffusion_training_runs():
     net = small_net(dropout=0.2).train()
     loss = Loss(loss_diffusion, kind='edm')(
-        net, torch.zeros(4, 1, 8, 8), torch.eye(3)[[0, 1, 2, 0]], SampleDraws(0, 0, 4)
+        net, torch.zeros(4, 1, 8, 8), torch.eye(3)[[0, 1, 2, 0]], SampleRng(0, 0, 4)
     )
     loss.sum().backward()
     assert loss.shape == (4,) and net.unet.out_gain.grad != 0
@@ -337,7 +337,7 @@ def test_a_student_is_distilled_from_a_teacher_which_stays_as_it_is():
     losses = []
     for _ in range(20):
         flat.weights.grad.zero_()
-        loss = loss_fn(student, images, torch.eye(3)[torch.arange(8) % 3], SampleDraws(0, 0, 8)).mean()
+        loss = loss_fn(student, images, torch.eye(3)[torch.arange(8) % 3], SampleRng(0, 0, 8)).mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

@@ -11,13 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch_utils import training_stats
 from torch_utils.flat import FlatParameters
 from training import networks
-from training.draws import SampleDraws
 from training.networks import edm2 as networks_edm2
 from training.networks.encoders import StandardRGBEncoder
 from training.objectives import OBJECTIVES
 from training.objectives.edge_schedule import EdgeSchedule
 from training.objectives.loss_tcm import TruncatedState
 from training.phema import WeightAverages
+from training.rng import SampleRng
 from training.training_loop import accumulate_gradients
 from training.weight_update import WeightUpdate
 
@@ -206,9 +206,9 @@ class Training:
         self.averages.let_weights_change()
         self.flat.weights.grad.zero_()
         for i in range(ROUNDS):
-            draws = SampleDraws(7, self.nimg + i * BATCH // ROUNDS, BATCH // ROUNDS, self.device)
+            rng = SampleRng(7, self.nimg + i * BATCH // ROUNDS, BATCH // ROUNDS, self.device)
             accumulate_gradients(
-                self.net, self, None, batch, draws, self.update, 1 / BATCH, StandardRGBEncoder()
+                self.net, self, None, batch, rng, self.update, 1 / BATCH, StandardRGBEncoder()
             )
         self.update.step(1e-3)
         self.loss_fn.state.end_step()
@@ -218,8 +218,8 @@ class Training:
 
 WAITING = ('cpu', 'numpy', 'tolist', 'item', '__bool__', '__int__', '__float__', '__index__')
 OF_THE_HOST = (
-    (SampleDraws, 'uniform'),
-    (SampleDraws, 'normal_on_host'),
+    (SampleRng, 'uniform'),
+    (SampleRng, 'normal_on_host'),
     (EdgeSchedule, '_enter'),
     (TruncatedState, 'draw_on_host'),
 )  # return numpy arrays or constants

@@ -13,9 +13,9 @@ import generate
 import train
 from training import networks
 from training.checkpoint import load_network, save_snapshot
-from training.draws import SampleDraws
 from training.networks import edm2 as networks_edm2
 from training.objectives import loss_diffusion
+from training.rng import SampleRng
 
 DIGITS = dict(img_resolution=8, img_channels=1, label_dim=10)
 ADM = dict(
@@ -116,17 +116,17 @@ def test_the_uncertainty_that_minimizes_edm2s_loss_is_the_logarithm_of_the_error
     """w/e^u |D − y|² + 64 u has its minimum, 64 (1 + ln(e/64)), where e^u is the weighted error e of a value; the loss's value is checked there."""
     logvar = torch.zeros(16, requires_grad=True)
     answer = lambda x, sigma, labels, **kwargs: (torch.zeros_like(x), logvar.reshape(-1, 1, 1, 1))
-    images, draws, loss_fn = (
+    images, rng, loss_fn = (
         torch.full((16, 1, 8, 8), 0.3),
-        SampleDraws(0, 0, 16),
+        SampleRng(0, 0, 16),
         Loss(loss_diffusion, kind='edm2'),
     )
     net = torch.nn.Module()
     net.forward = answer
-    _, weight = loss_diffusion.noise_levels(loss_fn.state.c, draws)
+    _, weight = loss_diffusion.noise_levels(loss_fn.state.c, rng)
     error = weight * 0.3**2
     logvar.data.copy_(error.log())
-    loss = loss_fn(net.eval(), images, None, draws)
+    loss = loss_fn(net.eval(), images, None, rng)
     torch.testing.assert_close(loss, 64 * (1 + error.log()))
     (gradient,) = torch.autograd.grad(loss.sum(), logvar)
     torch.testing.assert_close(gradient, torch.zeros(16), atol=1e-4, rtol=0)

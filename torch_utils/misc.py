@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import math
 
+import numpy as np
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -33,6 +34,12 @@ def gradient_sync(net: torch.nn.Module, sync: bool):
 def allow_tf32(allowed: bool) -> None:
     """Allow or forbid TensorFloat-32 (10 bits of mantissa) inside matrix products and convolutions."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array of the host on the device, by an asynchronous copy."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else tensor.to(device)
 
 
 def keep_freed_memory() -> None:

@@ -15,12 +15,12 @@ from dnnlib.text import printable
 from torch_utils import distributed, misc
 from torch_utils.flat import FlatParameters
 from training import checkpoint, execution, resolution, run_files
-from training.draws import derive_seed
 from training.networks import encoders
 from training.networks.augment import AugmentPipe
 from training.objectives import OBJECTIVES
 from training.objectives.loss import State
 from training.phema import WeightAverages
+from training.rng import derive_seed
 from training.run_files import Progress
 from training.run_log import RunLog
 from training.weight_update import WeightUpdate
@@ -108,7 +108,7 @@ def set_up(
         net, flat, c.ema_halflife_nimg, c.ema_rampup_ratio, c.phema_stds, averages_device
     )
     speed_up(c, net, teacher, averages, loss_state)
-    torch.manual_seed(derive_seed(c.seed, 'process', rank))  # for whatever draws without `SampleDraws`
+    torch.manual_seed(derive_seed(c.seed, 'process', rank))  # for whatever draws without `SampleRng`
 
     # Resume.
     progress, made_by = Progress(), world_size

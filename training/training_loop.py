@@ -17,10 +17,10 @@ from metrics.validator import Validator
 from torch_utils import distributed, misc, training_stats
 from torch_utils.preemption import PreemptionHandler, WorkersIgnoreSignals
 from training import checkpoint, execution, run_files
-from training.draws import SampleDraws
 from training.objectives.loss import State
 from training.phema import WeightAverages
 from training.profiling import StepProfile
+from training.rng import SampleRng
 from training.run_files import Progress
 from training.run_log import RunLog
 from training.setup import Run, profiled_networks, set_up
@@ -46,13 +46,13 @@ def train_step(run: Run, feed: Feed, profile: StepProfile) -> None:
         with profile.part('data'):
             batch = next(feed)
         with profile.part('gradients'), misc.gradient_sync(run.ddp, i == run.rounds - 1):
-            draws = SampleDraws(c.seed, first, run.batch_gpu, run.device)
+            rng = SampleRng(c.seed, first, run.batch_gpu, run.device)
             accumulate_gradients(
                 run.ddp,
                 run.objective,
                 run.loss_state,
                 batch,
-                draws,
+                rng,
                 run.update,
                 1 / run.rank_batch,
                 run.encoder,
@@ -74,7 +74,7 @@ def accumulate_gradients(
     objective,
     loss_state: State,
     batch,
-    draws: SampleDraws,
+    rng: SampleRng,
     update: WeightUpdate,
     scale: float,
     encoder,
@@ -87,13 +87,13 @@ def accumulate_gradients(
     A network with augmentation labels gets zeros, 'not augmented', where there is no `augment_pipe`: DDP
     wants every parameter used.
     """
-    raw, labels = (t.to(draws.device, non_blocking=True) for t in batch)
+    raw, labels = (t.to(rng.device, non_blocking=True) for t in batch)
     noise_shape = encoder.noise_shape(raw.shape[1:])
-    images = encoder.encode_latents(raw, draws.normal('latents', noise_shape) if noise_shape else None)
+    images = encoder.encode_latents(raw, rng.normal('latents', noise_shape) if noise_shape else None)
     augment_labels = images.new_zeros(len(images), augment_dim) if augment_dim else None
     if augment_pipe is not None:
-        images, augment_labels = augment_pipe(images, generator=draws.generator('augment'))
-    loss = objective.loss(net, images, labels, draws, loss_state, augment_labels)
+        images, augment_labels = augment_pipe(images, generator=rng.generator('augment'))
+    loss = objective.loss(net, images, labels, rng, loss_state, augment_labels)
     training_stats.report(f'Loss/{objective.NAME}', loss)
     (update.poison(loss) * scale).backward()
 

@@ -16,7 +16,7 @@ np = lazy_import('numpy')
 torch = lazy_import('torch')
 training_stats = lazy_import('torch_utils.training_stats')
 ops = lazy_import('training.consistency_ops')
-rng_module = lazy_import('training.draws')
+misc = lazy_import('torch_utils.misc')
 
 
 class BatchEdges(NamedTuple):
@@ -88,8 +88,8 @@ class EdgeSchedule(State):
         index = np.searchsorted(self.cumulative, uniform, side='right').clip(max=len(self.edges) - 1)
         anchored = np.flatnonzero((index == 0) & self.anchor)
         if self._on_device is None:
-            self._on_device = [rng_module.upload(values, rng.device) for values in self._on_host]
-        index, anchored = (rng_module.upload(values, rng.device) for values in (index, anchored))
+            self._on_device = [misc.upload(values, rng.device) for values in self._on_host]
+        index, anchored = (misc.upload(values, rng.device) for values in (index, anchored))
         return BatchEdges(*self._on_device[0][index].unbind(dim=1), index, anchored)
 
     def report(self, edges: BatchEdges, loss: Tensor) -> None:

@@ -12,7 +12,7 @@ imports no PyTorch.
 `setup` takes the objective's options as attributes of `c`, a frozen `teacher`, the network that trains and a
 perceptual distance, of which it uses what it needs. `loss` takes that network (in DDP, where there are
 several processes), images [N, C, H, W] in [-1, 1], one-hot labels [N, label_dim] and the only source of
-random numbers, `training.draws.SampleDraws`. It returns one loss for each image, summed over the image's
+random numbers, `training.rng.SampleRng`. It returns one loss for each image, summed over the image's
 values, and never waits for the device: no `.item()`, no indexing by a boolean mask.
 """
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 torch = lazy_import('torch')
 training_stats = lazy_import('torch_utils.training_stats')
 ops = lazy_import('training.consistency_ops')
-rng_module = lazy_import('training.draws')
+misc = lazy_import('torch_utils.misc')
 
 NAME = 'diffusion'
 DEFAULTS = dict(
@@ -66,7 +66,7 @@ def noise_levels(c, rng) -> tuple[Tensor, Tensor]:
     if c.kind in ('edm', 'edm2'):
         sigma = (rng.normal('sigma') * c.P_std + c.P_mean).exp()
         return sigma, sigma**-2 + c.sigma_data**-2
-    u = rng_module.upload(rng.uniform('sigma'), rng.device)
+    u = misc.upload(rng.uniform('sigma'), rng.device)
     if c.kind == 'vp':
         t = 1 + u * (c.epsilon_t - 1)
         sigma = torch.expm1(c.beta_d * t**2 / 2 + c.beta_min * t).sqrt().float()

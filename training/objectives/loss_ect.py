@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 torch = lazy_import('torch')
 training_stats = lazy_import('torch_utils.training_stats')
 ops = lazy_import('training.consistency_ops')
-rng_module = lazy_import('training.draws')
+misc = lazy_import('torch_utils.misc')
 times = lazy_import('training.objectives.time_schedules')
 
 NAME = 'ect'
@@ -58,7 +58,7 @@ def loss(net, images: Tensor, labels, rng, state: TuningState, augment_labels=No
     student, self_target = student_and_target(net, labels, augment_labels, rng, c.sync_dropout)
 
     # A pair of times t > r >= 0 per image.
-    normal = rng_module.upload(rng.normal_on_host('sigma'), images.device)
+    normal = misc.upload(rng.normal_on_host('sigma'), images.device)
     t = times.lognormal_times(normal, c.P_mean, c.P_std)
     r = times.earlier_time(t, state.stage, c.q, c.k, c.b)
     y, noise = images.double(), rng.normal('noise', images.shape[1:])

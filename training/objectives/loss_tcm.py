@@ -21,7 +21,7 @@ np = lazy_import('numpy')
 torch = lazy_import('torch')
 training_stats = lazy_import('torch_utils.training_stats')
 ops = lazy_import('training.consistency_ops')
-rng_module = lazy_import('training.draws')
+misc = lazy_import('torch_utils.misc')
 switched = lazy_import('training.networks.switched')
 times = lazy_import('training.objectives.time_schedules')
 
@@ -103,7 +103,7 @@ def loss(net, images: Tensor, labels, rng, state: TruncatedState, augment_labels
     # A pair of times t > r per image. The host draws them, so that it knows which images each network
     # evaluates without a synchronization.
     drawn = state.draw_on_host(rng)
-    (t, r, weight), above, below = (rng_module.upload(values, images.device) for values in drawn)
+    (t, r, weight), above, below = (misc.upload(values, images.device) for values in drawn)
     y, noise = images.double(), rng.normal('noise', images.shape[1:])
     x_t = y + ops.expand_like(t, y) * noise
 

@@ -165,7 +165,7 @@ def truncated_log_student_times(
     is nearly uniform in ln ln t.
 
     Args:
-        u: [N] float64 on the host, uniform (`SampleDraws.uniform`).
+        u: [N] float64 on the host, uniform (`SampleRng.uniform`).
         low, high: t' and sigma_max.
     Returns: [N] float64 on the host.
     """

@@ -3,7 +3,7 @@ stream of training images alone.
 
 So a batch may be split over processes, accumulation rounds and restarts in any way and see the same noise,
 and there is no generator state to save. Dropout masks and augmentation are drawn for a whole batch at once
-(`SampleDraws.generator`) and do depend on how it is split. Numbers are drawn in blocks of `BLOCK` consecutive
+(`SampleRng.generator`) and do depend on how it is split. Numbers are drawn in blocks of `BLOCK` consecutive
 samples, each from a generator seeded by (seed, purpose, block).
 """
 
@@ -24,13 +24,7 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, 'little') >> 1
 
 
-def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """What the host has decided, on the device; the host does not wait for it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else tensor.to(device)
-
-
-class SampleDraws:
+class SampleRng:
     """Random numbers for the samples first ... first + count − 1 of the global stream.
 
     Every purpose (`'noise'`, `'edge'`, ...) is an independent stream of numbers.
