@@ -29,7 +29,7 @@ def open_input(path: str, indices: list[int] | None):
     return edit_files.chosen_input(source, files, path, indices)
 
 
-# What all edits of images are told: the arguments of `edit_files.EditJob`.
+# What all edits of images need: the arguments of `edit_files.EditJob`.
 JOB = (
     SharedOption(
         'network',

@@ -184,11 +184,11 @@ class Metric(evaluation.Measures):
 )
 @cli.option('--detector-sha256', metavar='HEX', group=IMAGES, help='Digest that the detector file must have.')
 def main(network, log, solver, save, json_path, dry_run, measures, **options):
-    """Find the noise levels at which a consistency model is asked again, one after another, each by a ternary
-    search.
+    """Find the noise levels at which a consistency model is evaluated again, one after another, each by a
+    ternary search.
 
     \b
-    The second of two steps, by FID; then three steps, going on from the same log:
+    The second of two steps, by FID; then three steps, resuming from the same log:
       torchrun --standalone --nproc_per_node=4 -- search.py --network=ect.pkl \\
           --ref=fid-refs/cifar10-32x32.npz --log=search.jsonl --num=10000
       torchrun --standalone --nproc_per_node=4 -- search.py --network=ect.pkl \\
@@ -199,12 +199,13 @@ def main(network, log, solver, save, json_path, dry_run, measures, **options):
     from torch_utils import distributed
     from training.checkpoint import network_digest
 
-    options = EasyDict(
-        options, skip_bad=False, cache=None, workers=4
-    )  # of images that a reference may be made of
+    # `evaluation` reads these of the images that a reference may consist of.
+    options = EasyDict(options, skip_bad=False, cache=None, workers=4)
     check_usage(network, log, save, measures, options)
     evaluation.check_detector_options(measures, options)
     distributed.init()
+
+    # What is searched, checked before anything is computed.
     net = load_consistency_model(network, solver)
     sampler = Sampler(net, network, options.class_idx, options.labels, options.clip_denoised)
     candidates = candidate_levels(net, options)
@@ -217,6 +218,8 @@ def main(network, log, solver, save, json_path, dry_run, measures, **options):
         evaluation.make_folder(path)
         check_writable(path)
     evaluate = MetricOfPoints(sampler, measures, references, options)
+
+    # What decides the values of the metric: a log of other settings is refused.
     settings = {
         'metric': evaluate.name,
         'num': options.num,
@@ -231,9 +234,11 @@ def main(network, log, solver, save, json_path, dry_run, measures, **options):
         'clip_denoised': options.clip_denoised,
     }
     settings |= {name: value for name, value in extra.items() if value is not None}
+
+    # The points go to stdout first, before anything that may fail.
     found = search(evaluate, SearchLog(log, settings), candidates, plan)
     if distributed.is_main():
-        click.echo(as_options(found['taus'], options.clip_denoised))  # before anything that may fail
+        click.echo(as_options(found['taus'], options.clip_denoised))
         evaluation.write_json(json_path, found)
         if save:
             save_copy(save, net, found['sigmas'], options.clip_denoised)
@@ -277,7 +282,7 @@ def check_writable(path: str | None) -> None:
 def load_consistency_model(network: str, solver: str | None):
     """The network.
 
-    Raises: UserError where it is no consistency model, or does not say so and `solver` does not either.
+    Raises: UserError where it is no consistency model, or neither its snapshot nor `solver` says so.
     """
     from torch_utils import distributed
     from training.checkpoint import load_network
@@ -445,11 +450,11 @@ class MetricOfPoints:
 
 
 def search(evaluate: MetricOfPoints, log: SearchLog, candidates: list[float], plan: dict) -> dict:
-    """The points found, as --json has them; what is told on the way goes to stderr."""
+    """The points found, as --json has them; progress goes to stderr."""
     from sampling import time_search
 
     sign = -1 if evaluate.measure.larger_is_better else 1
-    asked: list[list[float]] = []
+    evaluated: list[list[float]] = []
     evaluation.say(
         f'{plan["points"]} of {len(candidates)} noise levels from {candidates[0]:g} to {candidates[-1]:g}, '
         f'by {evaluate.title}: at most '
@@ -458,9 +463,9 @@ def search(evaluate: MetricOfPoints, log: SearchLog, candidates: list[float], pl
     )
 
     def value_of(taus: list[float]) -> float:
-        asked.append(taus)
+        evaluated.append(taus)
         value = log.value(taus, lambda: evaluate(taus))
-        evaluation.say(f'{len(asked)}: {listed(taus)}: {value:.6g}')
+        evaluation.say(f'{len(evaluated)}: {listed(taus)}: {value:.6g}')
         return value
 
     by_steps = [dict(steps=1, taus=[], value=value_of([]))]
@@ -482,7 +487,7 @@ def search(evaluate: MetricOfPoints, log: SearchLog, candidates: list[float], pl
         **best,
         sigmas=[plan['highest'], *best['taus'], 0.0],
         by_steps=by_steps,
-        evaluations=len(asked),
+        evaluations=len(evaluated),
         num_images=plan['images_each'],
     )
 
@@ -492,7 +497,7 @@ def listed(taus: list[float]) -> str:
 
 
 class SearchLog:
-    """What was evaluated, on disk: a line that says what the values depend on, then a line for each.
+    """All evaluations, on disk: a line with what the values depend on, then a line for each.
 
     Which points are searched may change between searches that share a log; what decides the values may not.
     All processes have the values of the main one, which reads and writes.

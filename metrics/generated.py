@@ -90,7 +90,7 @@ class GeneratedImages:
         if indices.start not in self._finite:
             return []
         (finite,) = self._finite[indices.start].numpy()
-        return [i for i, sound in zip(indices, finite.tolist()) if not sound]
+        return [i for i, is_finite in zip(indices, finite.tolist()) if not is_finite]
 
     def describe_nonfinite(self, places: Sequence[int]) -> str:
         """A sentence that names the seeds at these places."""

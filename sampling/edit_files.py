@@ -229,7 +229,7 @@ def editing_arguments(
     Args:
         sigma: level at which sampling starts from images; None: an edit projects on what is known, which is
             lost on a single evaluation.
-        labels: of the images, [N, label_dim], which take the place of what `sampling` says of labels.
+        labels: of the images, [N, label_dim], which take the place of those that `sampling` chooses.
     Raises: UserError where they do not go together, found by sampling a pixel.
     """
     # What the network is, and its steps.
@@ -287,7 +287,7 @@ def edit_batch(
 
 
 class EditJob(NamedTuple):
-    """What all edits of images are told; `sampling` is that of `sampling_options`."""
+    """What all edits of images need; `sampling` is that of `sampling_options`."""
 
     network: str
     path: str  # of the input
@@ -306,8 +306,8 @@ def edit(job: EditJob, net, source: Input, task: Task, sigma: float | None = Non
     Raises: NotFinite, at the end, where results are not finite. They are not written, and neither is the
     grid.
     """
-    told = job.sampling['class_idx'] is not None or job.sampling['labels'] is not None
-    labels = None if told else labels_for(net, job.path, source)
+    chosen = job.sampling['class_idx'] is not None or job.sampling['labels'] is not None
+    labels = None if chosen else labels_for(net, job.path, source)
     arguments = editing_arguments(net, job.network, job.sampling, sigma, labels)
     make_folder(job.outdir)
     what = f'Editing {len(source.names)} images {len(job.seeds)} times to "{job.outdir}"'
@@ -336,10 +336,10 @@ def save_finite(images: Tensor, finite: Tensor, names: Sequence[str], outdir: st
     path_of = lambda name: os.path.join(outdir, 'images', f'{name}.png')
     finite = finite.tolist()
     generation.save_images(
-        images[[i for i, sound in enumerate(finite) if sound]],
-        [path_of(name) for name, sound in zip(names, finite) if sound],
+        images[[i for i, is_finite in enumerate(finite) if is_finite]],
+        [path_of(name) for name, is_finite in zip(names, finite) if is_finite],
     )
-    bad = [name for name, sound in zip(names, finite) if not sound]
+    bad = [name for name, is_finite in zip(names, finite) if not is_finite]
     for name in bad:
         remove(path_of(name))
     return bad

@@ -156,7 +156,7 @@ class Prepared(NamedTuple):
     """A batch made ready for the sampler.
 
     Attributes:
-        known: what the network is told of the images, to be seen in the grid: uint8 [N, C, H, W].
+        known: what the network knows of the images, shown in the grid: uint8 [N, C, H, W].
         latents: [N, C, H, W].
         options: of `samplers.sample`: an edit, or a start.
         to_pixels: from what the sampler returns to uint8.

@@ -163,7 +163,7 @@ def finite_images(batches: Sequence[Checked], seeds: Sequence[int]) -> Tensor:
     Raises: NotFinite where some are not finite.
     """
     images, finite = (torch.cat(tensors) for tensors in zip(*batches))
-    if bad := [seed for seed, sound in zip(seeds, finite.tolist()) if not sound]:
+    if bad := [seed for seed, is_finite in zip(seeds, finite.tolist()) if not is_finite]:
         raise NotFinite(nonfinite_seeds(bad, len(seeds)), nonfinite=len(bad))
     return images
 

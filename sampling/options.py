@@ -1,4 +1,4 @@
-"""The options that say how a network is sampled, which command lines share, as data. Imports no torch."""
+"""The options of sampling a network, which command lines share, as data. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class SharedOption(NamedTuple):
         flags: as the command line has it.
         type: of its value.
         help: with its default in words, which is what None means.
-        metavar: what --help shows for the value; None: as the type says.
+        metavar: what --help shows for the value; None: the type's own.
         group: heading in --help; None: the general ones.
-        default: of the argument, which --help shows where the option takes a value; None: as the help says.
+        default: of the argument, which --help shows where the option takes a value; None: the one in `help`.
         required: whether it must be given.
     """
 
@@ -201,7 +201,7 @@ def sampling_options(
     teachers: bool = True,
     steps: str = "a student's own; 1 for a consistency model; 18 for a teacher",
 ) -> Callable[[Callable], Callable]:
-    """A decorator for commands: the options that say how a network is sampled, as a dict `sampling`.
+    """A decorator for commands: the options of sampling a network, as a dict `sampling`.
 
     Args:
         group: heads the general ones.
@@ -237,7 +237,7 @@ def sampling_arguments(
     """What `generation.generate_batch` takes, from the values of `sampling_options`.
 
     Args:
-        choose_labels: a chooser that takes the place of what `class_idx` and `labels` say.
+        choose_labels: a chooser that takes the place of `class_idx` and `labels`.
     Raises: UserError where they do not fit the network.
     """
     from sampling import label_choosers

@@ -53,7 +53,7 @@ def least(function: Callable[[int], float], count: int, scan: int = 0) -> tuple[
     result is the least of what was evaluated, the first of equals.
 
     Args:
-        scan: so many places, evenly spread, are looked at first, and the search is between the neighbors of
+        scan: this many places, evenly spread, are evaluated first, and the search is between the neighbors of
             the best of them. A function with plateaus, or with a hump in the middle, would otherwise send the
             search to the wrong side.
     """
@@ -83,7 +83,7 @@ def least(function: Callable[[int], float], count: int, scan: int = 0) -> tuple[
 
 
 def scanned(count: int, scan: int) -> list[int]:
-    """The places, of 0 ... count − 1, that are looked at first: `scan` of them, or all."""
+    """The places, of 0 ... count − 1, that are evaluated first: `scan` of them, or all."""
     scan = min(scan, count)
     return [round((k + 1) * (count + 1) / (scan + 1)) - 1 for k in range(scan)]
 

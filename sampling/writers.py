@@ -1,4 +1,4 @@
-"""Images and latents into files, by processes of their own: the one that generates goes on generating.
+"""Images and latents into files, by processes of their own: the one that generates does not wait.
 
 Imports no torch, so that a worker is ready at once and never touches a GPU.
 """
@@ -162,7 +162,7 @@ def _end_with_parent() -> None:
 # ----------------------------------------------------------------------------
 # Where they go: a folder, or one file. The main process calls `begin` first, at the end `complete` with the
 # labels in the order of seeds, and `end` in any case. `parts` is then everyone's. `add` has a batch written,
-# whose first image is at `place` in the order of seeds. Where images are left out, `leave_out` is told their
+# whose first image is at `place` in the order of seeds. Where images are left out, `leave_out` gets their
 # seeds, `complete` is not called, and `without` says what became of the others.
 
 
@@ -191,12 +191,12 @@ class FolderDestination:
         """
         from data.dataset import image_names
 
-        asked, found = set(seeds), {}
+        wanted, found = set(seeds), {}
         for name in image_names(self.path) if os.path.isdir(self.path) else ():
             seed = self._seed(name)
             if seed is None:
                 what = 'of other names'
-            elif seed not in asked:
+            elif seed not in wanted:
                 what = 'of other seeds'
             elif name == self._name(seed, self.subdirs):
                 continue

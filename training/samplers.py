@@ -11,8 +11,8 @@ A sampler is a schedule and a solver: it lists the noise levels at which a netwo
   churn (Karras et al. 2022, Algorithms 1 and 2).
 - `addim`: DDIM steps of a teacher that make up for missing variance (Heek et al. 2024).
 
-A snapshot's metadata say what it is. `solver`: its sampler; where that is not recorded, `student` if there is
-a grid, `heun` if not. `sigmas`: the noise levels of its evaluations, then 0.
+A snapshot's metadata record what it is. `solver`: its sampler; where that is not recorded, `student` if there
+is a grid, `heun` if not. `sigmas`: the noise levels of its evaluations, then 0.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def clip_range(net, sigma_min: float, sigma_max: float) -> tuple[float, float]:
 
 
 def _recorded(net, name: str, given, default):
-    """`given`, or where that is None what the network's metadata say, or the default."""
+    """`given`, or where that is None what the network's metadata record, or the default."""
     return (getattr(net, 'metadata', None) or {}).get(name, default) if given is None else given
 
 
@@ -234,7 +234,7 @@ def _start_level(start: Start, highest: float) -> float:
 
 def student_sigmas(net, o: StudentOptions, steps: int) -> list[float]:
     """The student's grid, then 0: the recorded one, or one built from what is given where it has none or
-    another is asked for. With a `start`, its level and those of the grid below it."""
+    another is wanted. With a `start`, its level and those of the grid below it."""
     recorded = _recorded(net, 'sigmas', None, [])
     if steps == len(recorded) - 1 and (o.sigma_min, o.sigma_max, o.rho, o.student_grid) == (None,) * 4:
         sigmas = [float(sigma) for sigma in recorded]
