@@ -1,4 +1,4 @@
-"""Checkpoints in and out: other formats to snapshots, snapshots to other formats, and what is in a file."""
+"""Convert checkpoints to and from snapshots, and describe the contents of a file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dnnlib.text import printable
 from dnnlib.util import check_other_file
 
 READERS, WRITERS = ['snapshot', 'openai', 'safetensors'], ['snapshot', 'safetensors', 'diffusers']
-OPENAI = "What OpenAI's files do not tell (--from=openai)"
-URL_HELP = 'a path, or an http(s) URL, to which #sha256= and 64 digits can be added.'
+OPENAI = "Not recorded in OpenAI's files (--from=openai)"
+URL_HELP = 'a path or an http(s) URL, optionally followed by #sha256= and 64 digits.'
 
 
 class ConvertOrInfo(cli.Command):
-    """The conversion, unless the first word is `info`: then that command, with the arguments after it."""
+    """The conversion, or the command `info` if that is the first argument."""
 
     def make_context(self, info_name, args, parent=None, **extra):
         if args[:1] == ['info']:
@@ -40,10 +40,15 @@ class ConvertOrInfo(cli.Command):
     'dest',
     metavar='DST',
     type=cli.PATH,
-    help='File to write, or replace; for diffusers a new folder. It appears when it is complete.',
+    help='Output file, replaced if it exists; for diffusers a new folder. Appears only once complete.',
 )
 @cli.option(
-    '--from', 'reader', type=click.Choice(READERS), default='snapshot', show_default=True, help='What SRC is.'
+    '--from',
+    'reader',
+    type=click.Choice(READERS),
+    default='snapshot',
+    show_default=True,
+    help='Format of SRC.',
 )
 @cli.option(
     '--to',
@@ -51,14 +56,14 @@ class ConvertOrInfo(cli.Command):
     type=click.Choice(WRITERS),
     default='snapshot',
     show_default=True,
-    help='What DST shall be; diffusers: a new folder.',
+    help='Format of DST; diffusers writes a new folder.',
 )
 @cli.option(
     '--timesteps',
     type=cli.LEVELS,
     metavar='INT',
-    help="Noise levels that a consistency model was trained on, in which diffusers' multistep sampling counts: 40 for cd_*.pt, "
-    '201 for ct_imagenet64.pt, 151 for the other ct_*.pt.  [default: what a snapshot says; 40]',
+    help='Number of noise levels of a consistency model, by which diffusers counts time points in multistep '
+    "sampling: 40 for cd_*.pt, 201 for ct_imagenet64.pt, 151 for the other ct_*.pt.  [default: the snapshot's; 40]",
 )
 @cli.option(
     '--kind',
@@ -71,39 +76,39 @@ class ConvertOrInfo(cli.Command):
     type=cli.SIDE,
     metavar='INT',
     group=OPENAI,
-    help='Image resolution.  [default: the coarsest level is taken to be 8x8, as in all that were published]',
+    help='Image resolution.  [default: derived from a coarsest level of 8x8, as in all published models]',
 )
 @cli.option(
     '--channels-per-head',
     type=cli.SIDE,
     metavar='INT',
     group=OPENAI,
-    help='Channels of an attention head, num_head_channels there.  [default: 64]',
+    help="Channels per attention head, OpenAI's num_head_channels.  [default: 64]",
 )
 @cli.option(
     '--heads',
     type=cli.SIDE,
     metavar='INT',
     group=OPENAI,
-    help='Number of attention heads at every level instead, num_heads there.',
+    help="Number of attention heads at every level, OpenAI's num_heads, instead of --channels-per-head.",
 )
 @cli.option(
     '--attention-order',
     type=click.Choice(['qkv-first', 'heads-first']),
     group=OPENAI,
-    help='What the channels of attention are ordered by first. heads-first: trained without flash '
-    'attention.  [default: qkv-first]',
+    help='Major order of the attention channels; heads-first for models trained without flash attention.  '
+    '[default: qkv-first]',
 )
 @cli.option(
-    '--key', metavar='NAME', group=OPENAI, help='Which network, where the file holds several, such as ema.'
+    '--key', metavar='NAME', group=OPENAI, help='Network to convert if the file holds several, such as ema.'
 )
 def main(source, dest, reader, writer, timesteps, **openai):
-    """Convert the checkpoint SRC to DST, or say what is in FILE.
+    """Convert the checkpoint SRC to DST, or describe FILE.
 
-    Nothing in a file is executed. Without --from and --to, a snapshot is rewritten with its network alone.
+    Nothing in a file is executed. Without --from and --to, a snapshot is rewritten with only its network.
 
     \b
-    OpenAI's weights, as snapshots for generate.py and train.py:
+    OpenAI's weights as snapshots for generate.py and train.py:
       python convert.py --from=openai cd_imagenet64_l2.pt cd-imagenet64.pkl
       python convert.py --from=openai --kind=edm edm_imagenet64_ema.pt edm.pkl
     \b
@@ -114,7 +119,7 @@ def main(source, dest, reader, writer, timesteps, **openai):
     A consistency model as a folder for diffusers:
       python convert.py --to=diffusers cd-imagenet64.pkl cd-imagenet64
     \b
-    What is in a snapshot, a training state, or any of the above:
+    Contents of a snapshot, a training state, or any of the above:
       python convert.py info network-snapshot-157698.pkl
     """
     if (reader, writer) != ('snapshot', 'snapshot'):
@@ -122,7 +127,7 @@ def main(source, dest, reader, writer, timesteps, **openai):
     openai = {name: value for name, value in openai.items() if value is not None}
     if openai and reader != 'openai':
         names = ', '.join(f'--{name.replace("_", "-")}' for name in openai)
-        raise click.UsageError(f'{names}: for --from=openai only.')
+        raise click.UsageError(f'{names}: only for --from=openai.')
     if 'heads' in openai and 'channels_per_head' in openai:
         raise click.UsageError('--heads and --channels-per-head exclude each other.')
     if timesteps and (openai.get('kind') == 'edm' or (reader != 'openai' and writer != 'diffusers')):
@@ -136,7 +141,7 @@ def main(source, dest, reader, writer, timesteps, **openai):
     click.echo(printable(f'{dest}: {summary(net)}'))
     if reader == 'openai' and (guessed := assumed(net, openai)):
         click.echo(
-            printable(f'Assumed, because {source} does not tell: {guessed}. See --help if that is not so.')
+            printable(f'Assumed, because {source} does not record it: {guessed}. See --help to change this.')
         )
 
 
@@ -146,14 +151,14 @@ def main(source, dest, reader, writer, timesteps, **openai):
 @cli.option(
     '--key',
     metavar='NAME',
-    help="Which network, where a file of OpenAI's weights holds several, such as ema.",
+    help="Network to describe if a file of OpenAI's weights holds several, such as ema.",
 )
 def info(file, as_json, key):
-    """Say what is in a checkpoint: architecture, arguments, parameters, resolution, labels, preconditioning,
-    objective, grid, kimg.
+    """Describe a checkpoint: architecture, arguments, parameters, resolution, labels, objective, noise
+    levels, kimg.
 
-    FILE is a snapshot, a training state, a safetensors file that convert.py wrote, or OpenAI's weights; its
-    first and last bytes tell which.
+    FILE is a snapshot, a training state, a safetensors file from convert.py, or OpenAI's weights, recognized
+    by its contents.
     """
     from training.interchange import describe
 
@@ -186,17 +191,17 @@ def read(source: str, reader: str, **openai):
     kind = recognize(source)
     if kind == 'training state':
         raise UserError(
-            f'{source} is a training state, from which training goes on. Convert a network-snapshot-*.pkl of '
+            f'{source} is a training state, from which training resumes. Convert a network-snapshot-*.pkl of '
             'the same run.'
         )
     from training.checkpoint import load_network
 
     if kind != reader:
         if kind == 'snapshot':
-            load_network(source)  # says what it is, where it is none
+            load_network(source)  # raises a better error if it is not a snapshot
         raise UserError(
-            f'{source} is {"a PyTorch file" if kind == "openai" else f"a {kind}"}, not a {reader}. Say so '
-            f'with --from={kind}.'
+            f'{source} is {"a PyTorch file" if kind == "openai" else f"a {kind}"}, not a {reader}. Use '
+            f'--from={kind}.'
         )
     if reader == 'safetensors':
         from training.interchange.safetensors import load_safetensors
@@ -220,18 +225,17 @@ def write(dest: str, net, writer: str) -> None:
 
         if reserved := {'path', 'net'} & net.metadata.keys():
             raise UserError(
-                f'the metadata has entries named {", ".join(sorted(reserved))}, which a snapshot has no room '
-                'for'
+                f'the metadata has entries named {", ".join(sorted(reserved))}, which are reserved in a '
+                'snapshot'
             )
         save_snapshot(dest, net, **net.metadata)
 
 
 def recognize(source: str) -> str:
-    """What a file is by its contents, one of READERS or 'training state'; what is none of them passes for a
-    snapshot, whose reader says what it is.
+    """Format of a file by its contents, one of READERS or 'training state'; 'snapshot' if unknown.
 
-    A PyTorch file is a training state where a checksum follows it: large networks' names may hide what else
-    there is.
+    The snapshot reader then describes what it is. A PyTorch file is a training state if a checksum follows
+    it: its entries may be hidden behind the many names of a large network.
     """
     import dnnlib
     from dnnlib.file_kind import describe_file
@@ -249,11 +253,11 @@ def recognize(source: str) -> str:
 
 
 def assumed(net, told: dict) -> str:
-    """What was taken for granted in a conversion of OpenAI's weights, in words; '' where all was told."""
+    """What a conversion of OpenAI's weights assumed, in words; '' if all was given."""
     words = dict(
         kind='a consistency model',
         resolution=f'images of {net.img_resolution}x{net.img_resolution}',
-        channels_per_head='64 channels an attention head',
+        channels_per_head='64 channels per attention head',
         attention_order='channels of attention ordered q, k, v first',
     )
     if 'heads' in told:
@@ -262,7 +266,7 @@ def assumed(net, told: dict) -> str:
 
 
 def summary(net) -> str:
-    """One line for people to check a conversion by."""
+    """One line by which to check a conversion."""
     parameters = sum(parameter.numel() for parameter in net.parameters())
     return (
         f'{type(net).__name__}, {net.img_resolution}x{net.img_resolution}x{net.img_channels}, '

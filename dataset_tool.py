@@ -1,5 +1,5 @@
-"""Convert any image source into a data set in EDM's format: a zip or a folder of equally sized square PNGs,
-or of latents, with `dataset.json`."""
+"""Convert images to a data set in EDM's format: a zip or folder of square PNGs, or of latents, with
+`dataset.json`."""
 
 from __future__ import annotations
 
@@ -29,20 +29,16 @@ if TYPE_CHECKING:  # Pillow and torch are imported where they are used, so that 
     from data.pixels import Picture
     from data.sources import Label, Selection, Source
 
-TRANSFORMS = (
-    'center-crop',
-    'center-crop-wide',
-    'center-crop-letterbox',
-    'center-crop-dhariwal',
-)  # functions in data/pixels.py
-WIDE = ('center-crop-wide', 'center-crop-letterbox')  # those that pad to a square
-# What an archive, an array or a single file is called, and a folder is not.
+# Names of functions in data/pixels.py; the WIDE ones pad to a square.
+TRANSFORMS = ('center-crop', 'center-crop-wide', 'center-crop-letterbox', 'center-crop-dhariwal')
+WIDE = ('center-crop-wide', 'center-crop-letterbox')
+
 # ----------------------------------------------------------------------------
 # Sources.
 
 
 def open_source(source: str, selection: Selection, background: tuple[int, int, int]) -> Source:
-    """What of the source that `--source` names is to be converted."""
+    """The selected images of `--source`."""
     from data import sources
 
     if source == 'digits':
@@ -64,8 +60,8 @@ def open_source(source: str, selection: Selection, background: tuple[int, int, i
 
 
 def image_array_source(path: pathlib.Path, selection: Selection) -> Source:
-    """The images of an .npz or .npy file, as fid.py reads them; of an .npz `arr_1`, as generate.py and ADM
-    write it, are their classes."""
+    """Images of an .npz or .npy file, as fid.py reads them, with classes from `arr_1` as generate.py and ADM
+    write."""
     from data import sources
     from metrics.images import ArrayImages
 
@@ -73,7 +69,7 @@ def image_array_source(path: pathlib.Path, selection: Selection) -> Source:
     images = ArrayImages(path).images.transpose(0, 2, 3, 1)
     if labels is not None and len(labels) != len(images):
         raise UserError(
-            f'{path} has {len(images)} images, but {len(labels)} labels in arr_1; leave them out with '
+            f'{path} has {len(images)} images, but {len(labels)} labels in arr_1; ignore the labels with '
             '--labels-from=none'
         )
     return sources.array_source(
@@ -82,8 +78,7 @@ def image_array_source(path: pathlib.Path, selection: Selection) -> Source:
 
 
 def read_classes(path: pathlib.Path) -> np.ndarray | None:
-    """[N] class indices in an .npz file; None where it has none. Raises: UserError where its `arr_1` is
-    anything else."""
+    """[N] class indices of an .npz file, or None. Raises: UserError if its `arr_1` is anything else."""
     from data import sources
     from data.arrays import ArchivedArrays, may_be_images
 
@@ -91,17 +86,15 @@ def read_classes(path: pathlib.Path) -> np.ndarray | None:
         keys = arrays.keys
         images = ['arr_0'] if 'arr_0' in keys else [key for key in keys if may_be_images(arrays.header(key))]
         if unused := [ascii(key)[1:-1] for key in keys if key not in (*images, 'arr_1')]:
-            sources.note(
-                f'arrays in {path} that are not read: {", ".join(unused[:5])}. Labels are those called arr_1.'
-            )
+            sources.note(f'ignored arrays in {path}: {", ".join(unused[:5])}. Only arr_1 is read as labels.')
         if 'arr_1' not in keys:
             return None
         header = arrays.header('arr_1')
         labels = arrays.read('arr_1') if header.dtype.kind in 'iu' and len(header.shape) == 1 else None
     if labels is None or (labels.size and labels.min() < 0):
         raise UserError(
-            f'{path}: arr_1 is {header.dtype} {list(header.shape)}, and labels are class indices, whole '
-            'numbers [N] from 0; leave it out with --labels-from=none'
+            f'{path}: arr_1 is {header.dtype} {list(header.shape)}, but labels must be class indices, '
+            'nonnegative integers [N]; ignore it with --labels-from=none'
         )
     return labels
 
@@ -111,8 +104,8 @@ def read_classes(path: pathlib.Path) -> np.ndarray | None:
 
 
 def make_transform(name: str | None, resolution: tuple[int, int] | None) -> Callable[[Image], Image | None]:
-    """The function from a source image to the image written, or to None where it is left out. Raises:
-    UserError where no size could be valid."""
+    """A function from a source image to the output image, or None to skip it. Raises: UserError for invalid
+    sizes."""
     if resolution is None:
         return lambda image: image
     from data import pixels
@@ -132,7 +125,7 @@ def make_transform(name: str | None, resolution: tuple[int, int] | None) -> Call
 
 
 def check_size(width: int, height: int, what: str) -> None:
-    """Raises UserError unless the size is square with a power of two as side."""
+    """Raises: UserError unless the size is square and a power of two."""
     if width != height:
         raise UserError(
             f'{what}: {width}x{height} is not square; add --transform=center-crop and a square --resolution, '
@@ -140,7 +133,7 @@ def check_size(width: int, height: int, what: str) -> None:
         )
     if width & (width - 1):
         raise UserError(
-            f'{what}: side {width} is not a power of two, as networks need; choose such a --resolution, such '
+            f'{what}: side {width} is not a power of two, which networks require; choose a --resolution such '
             'as 64x64'
         )
 
@@ -150,19 +143,19 @@ def check_size(width: int, height: int, what: str) -> None:
 
 
 class Color(NamedTuple):
-    """A color, and what messages call it."""
+    """A color and its name in messages."""
 
     rgb: tuple[int, int, int]
     name: str
 
 
 class Recipe(NamedTuple):
-    """How an image of a source becomes the image that is written.
+    """How to convert an image.
 
     Attributes:
-        transform: from the image in 8 bits to one of the wanted size, or None where it is left out.
-        background: of transparent pixels.
-        upright: whether images are turned as their EXIF orientation says.
+        transform: function from an 8-bit image to one of the output size, or None to skip it.
+        background: color behind transparent pixels.
+        upright: whether to apply the EXIF orientation.
     """
 
     transform: Callable[[Image], Image | None]
@@ -171,8 +164,7 @@ class Recipe(NamedTuple):
 
 
 class Written(NamedTuple):
-    """An image to be written: its place in the source, its name there, for messages, the image, and its
-    label."""
+    """An image to write: its index and name in the source, pixels and label."""
 
     number: int
     name: str
@@ -181,9 +173,9 @@ class Written(NamedTuple):
 
 
 def converted(source: Source, recipe: Recipe) -> Iterator[Written]:
-    """The source's images as they are to be written; afterwards what was done to them is said.
+    """Convert the source's images one by one, then print notes about what was changed.
 
-    Raises: UserError where one is of another size than the first, or none is left.
+    Raises: UserError if an image differs in size from the first, or none is left.
     """
     from data import pixels
 
@@ -202,36 +194,38 @@ def converted(source: Source, recipe: Recipe) -> Iterator[Written]:
         if image.size != first[1]:
             raise UserError(
                 f'{name} is {image.width}x{image.height}, but {first[0]} is {first[1][0]}x{first[1][1]}; '
-                'bring all to one size with --resolution and --transform'
+                'resize all with --resolution and --transform'
             )
         notes.update(what_was_done(picture, transparent, source.mode, recipe))
         yield Written(number, name, image, label)
+
+    # Notes.
     if left_out:
-        notes['images are too small for --transform=center-crop-wide and were left out'] = left_out
+        notes['images are too small for --transform=center-crop-wide and were skipped'] = left_out
     for text, count in sorted(notes.items()):
         click.echo(printable(f'Note: {count} {text}.'), err=True)
     if first is None:
         raise UserError(
-            f'None of the {left_out} images is large enough; choose a smaller --resolution, or '
+            f'None of the {left_out} images are large enough; choose a smaller --resolution, or '
             '--transform=center-crop-letterbox'
         )
 
 
 def what_was_done(picture: Picture, transparent: bool, mode: str, recipe: Recipe) -> Iterator[str]:
-    """Sentences, without their number, that say what became of an image."""
+    """Notes on the changes to an image, to be preceded by the number of such images."""
     if picture.image.mode != mode:
         yield f'images were converted from mode {picture.image.mode} to {mode}'
     if picture.animated:
-        yield 'files hold several frames or pages, of which the first was taken'
+        yield 'files hold several frames or pages, of which the first was used'
     if picture.loses_bits:
-        yield 'images have 16 bits a channel, of which the upper 8 were kept'
+        yield 'images have 16 bits per channel, of which the upper 8 were kept'
     if transparent:
         yield f'images have transparent pixels and were composited on --background={recipe.background.name}'
     if picture.orientation != 1:
         yield (
-            'images carry an EXIF orientation and were turned by it (--exif=apply)'
+            'images have an EXIF orientation, which was applied (--exif=apply)'
             if recipe.upright
-            else 'images carry an EXIF orientation, which was ignored; --exif=apply turns them as viewers do'
+            else 'images have an EXIF orientation, which was ignored; --exif=apply rotates them as viewers do'
         )
 
 
@@ -241,18 +235,19 @@ class PngFiles:
     pattern, entries = IMAGE_NAME, {}
 
     def contents(self, images: Iterable[Written]) -> Iterator[tuple[int, bytes, Label]]:
-        """(number, what to write, label) of each image; afterwards `what` says what these files are."""
+        """(index, file contents, label) of each image; sets `what`, a description of the files, at the
+        end."""
         for number, _, image, label in images:
             yield number, png_bytes(image), label
         self.what = f'{"RGB" if image.mode == "RGB" else "grayscale"} images of {image.width}x{image.height}'
 
 
 class LatentFiles:
-    """Images as raw latents of a VAE, in EDM2's format: .npy files, float32 [2 C, h, w], first means, then
-    standard deviations.
+    """Raw latents of a VAE in EDM2's format: .npy files of float32 [2 C, h, w], means then standard
+    deviations.
 
-    `entries` of dataset.json name the VAE, and the mean and deviation that each channel has over all images
-    and draws from them.
+    `entries` of dataset.json name the VAE, and each channel's mean and standard deviation over all images and
+    over samples of their latents.
     """
 
     pattern = 'img-mean-std-{:08d}.npy'
@@ -294,10 +289,11 @@ class LatentFiles:
             ) from error
         if bad := [item.name for item, values in zip(batch, raw) if not np.isfinite(values).all()]:
             raise UserError(
-                f'{bad[0]}: the VAE {self.encoder.vae_name} makes latents of it that are not finite (NaN or '
-                'infinite values): its weights are damaged, or it overflows in its precision; use another, '
-                'such as stabilityai/sd-vae-ft-mse'
+                f'{bad[0]}: its latents under the VAE {self.encoder.vae_name} are not finite (NaN or '
+                'infinite values): the weights are damaged, or it overflows in its precision; use another '
+                'VAE, such as stabilityai/sd-vae-ft-mse'
             )
+        # Moments of a sample from N(mean, std²): its second moment is mean² + std².
         mean, std = np.split(raw.astype(np.float64), 2, axis=1)
         self.values += mean[:, 0].size
         self.sums += [mean.sum((0, 2, 3)), (mean**2 + std**2).sum((0, 2, 3))]
@@ -319,21 +315,21 @@ class LatentFiles:
 
 
 def convert(source: Source, dest: pathlib.Path, recipe: Recipe, files: PngFiles | LatentFiles) -> str:
-    """Write all images as `files` has it, numbered as in the source, then `dataset.json`. Returns: a sentence
-    about what was written."""
+    """Write all images, numbered as in the source, then `dataset.json`. Returns: a summary sentence."""
     from tqdm import tqdm
 
     from data.label_space import Labels, LabelSpace
 
+    # Images; tqdm's disable=None shows no bar unless stderr is a terminal.
     labels = []
-    bar = dict(
-        total=source.count, unit='img', dynamic_ncols=True, disable=None
-    )  # None: no bar where stderr is not a terminal
+    bar = dict(total=source.count, unit='img', dynamic_ncols=True, disable=None)
     with open_dest(dest) as write, tqdm(converted(source, recipe), **bar) as progress:
         for number, data, label in files.contents(progress):
             name = f'{number // 1000:05d}/{files.pattern.format(number)}'
             write(name, data)
             labels.append([name, label])
+
+        # Labels.
         labeled = all(label is not None for _, label in labels)
         space = (
             Labels.of_data(np.array([label for _, label in labels]), source.vectors).space
@@ -399,23 +395,23 @@ class Background(click.ParamType):
     metavar='PATH|digits',
     type=PATH,
     group='Input',
-    help="Folder or zip of images; an .npz or .npy of uint8 images; cifar-10-python.tar.gz; MNIST's train-images-idx3-ubyte[.gz], its labels "
-    'beside it (28x28 images are padded to 32x32); an LSUN *_lmdb folder; or "digits", scikit-learn\'s '
-    '1,797 images of 8x8.',
+    help='Images to convert: a folder or zip; an .npz or .npy of uint8 images; cifar-10-python.tar.gz; '
+    "MNIST's train-images-idx3-ubyte[.gz] beside its labels (28x28 is padded to 32x32); an LSUN *_lmdb "
+    'folder; or "digits", scikit-learn\'s 1,797 images of 8x8.',
 )
 @option(
     '--max-images',
     type=COUNT,
     metavar='INT',
     group='Input',
-    help='Convert the first so many images only.  [default: all]',
+    help='Convert only the first N images.  [default: all]',
 )
 @option(
     '--max-images-per-class',
     type=COUNT,
     metavar='INT',
     group='Input',
-    help='Convert the first so many images of each class only.  [default: all]',
+    help='Convert only the first N images of each class.  [default: all]',
 )
 @option(
     '--labels-from',
@@ -423,8 +419,9 @@ class Background(click.ParamType):
     default='auto',
     show_default=True,
     group='Input',
-    help="Where labels come from. auto: the source's dataset.json; without one, its class folders, beside which no other images may lie. "
-    'folders: class folders, without the images beside them. none: no labels.',
+    help="Source of labels. auto: the source's dataset.json or, without one, its class folders, outside of "
+    'which there must be no images. folders: class folders, skipping images outside of them. none: no '
+    'labels.',
 )
 @option(
     '--exif',
@@ -432,8 +429,7 @@ class Background(click.ParamType):
     default='ignore',
     show_default=True,
     group='Input',
-    help='Whether images that carry an EXIF orientation are turned by it, as viewers do, or stay as their '
-    'pixels are stored.',
+    help='Whether to apply the EXIF orientation of images, as viewers do, or to keep their pixels as stored.',
 )
 @option(
     '--background',
@@ -442,8 +438,8 @@ class Background(click.ParamType):
     show_default=True,
     metavar='COLOR',
     group='Input',
-    help='What transparent pixels lie on: a name of CSS or #rrggbb. Gray images with transparency stay '
-    'gray if it is gray.',
+    help='Color behind transparent pixels: a CSS name or #rrggbb. Gray images with transparency stay gray '
+    'on gray.',
 )
 @option(
     '--dest',
@@ -451,23 +447,23 @@ class Background(click.ParamType):
     metavar='PATH',
     type=PATH,
     group='Output',
-    help='A .zip file, replaced if it exists, or a new or empty folder.',
+    help='Output: a .zip file, replaced if it exists, or a new or empty folder.',
 )
 @option(
     '--resolution',
     type=Resolution(),
     metavar='WxH',
     group='Output',
-    help='Resize the images to this size.  [default: keep their size]',
+    help='Output image size, such as 64x64.  [default: keep the size]',
 )
 @option(
     '--transform',
     type=click.Choice(list(TRANSFORMS)),
     group='Output',
-    help="How non-square images become square: center-crop cuts the largest centered square; center-crop-wide is EDM's, for LSUN: it cuts the "
-    'middle rows, leaves out images that are smaller than WxH, and pads with black bars to WxW; '
-    'center-crop-letterbox cuts to W:H and pads; '
-    "center-crop-dhariwal is ADM's preprocessing, for ImageNet.  [default: stretch]",
+    help='How to make images square. center-crop: the largest centered square. center-crop-wide: as EDM does '
+    'for LSUN, the middle rows, padded with black bars to WxW; skips images smaller than WxH. '
+    'center-crop-letterbox: a W:H crop, padded likewise. center-crop-dhariwal: as ADM does for ImageNet.  '
+    '[default: stretch]',
 )
 @option(
     '--encode-vae',
@@ -475,8 +471,8 @@ class Background(click.ParamType):
     metavar='NAME|DIR',
     type=PATH,
     group='Output',
-    help='Write latents, not images: of this diffusers AutoencoderKL, a name on the Hugging Face hub, such '
-    'as stabilityai/sd-vae-ft-mse (the VAE of EDM2), or a folder.',
+    help='Write latents of this diffusers AutoencoderKL instead of images: a name on the Hugging Face hub, '
+    "such as stabilityai/sd-vae-ft-mse (EDM2's VAE), or a folder.",
 )
 def main(
     source: str,
@@ -490,19 +486,20 @@ def main(
     transform: str | None,
     vae: str | None,
 ) -> None:
-    """Convert images into a data set for training and evaluation.
+    """Convert images to a data set for training and evaluation.
 
-    The result is a zip or folder of PNGs of one size, square with a power of two as side, grayscale or RGB,
-    and a dataset.json of labels. Labels come from the source's own dataset.json; without one, the class
-    folders become the labels 0, 1, ... in sorted order.
+    Writes a zip or folder of square grayscale or RGB PNGs of one size, a power of two, and a dataset.json of
+    labels. Labels come from the source's dataset.json or, without one, from its class folders, numbered
+    0, 1, ... in sorted order.
 
     \b
     Examples:
-      python dataset_tool.py --source=digits --dest=datasets/digits.zip python dataset_tool.py
-      --source=downloads/cifar-10-python.tar.gz --dest=datasets/cifar10-32x32.zip python dataset_tool.py
-      --source=imagenet/train --dest=datasets/imagenet-64x64.zip --resolution=64x64 --transform=center-crop
-      python dataset_tool.py --source=datasets/imagenet-512x512.zip --dest=datasets/latents.zip
-      --encode-vae=stabilityai/sd-vae-ft-mse
+      python dataset_tool.py --source=digits --dest=datasets/digits.zip
+      python dataset_tool.py --source=downloads/cifar-10-python.tar.gz --dest=datasets/cifar10-32x32.zip
+      python dataset_tool.py --source=imagenet/train --dest=datasets/imagenet-64x64.zip \\
+          --resolution=64x64 --transform=center-crop
+      python dataset_tool.py --source=datasets/imagenet-512x512.zip --dest=datasets/latents.zip \\
+          --encode-vae=stabilityai/sd-vae-ft-mse
     """
     if transform is not None and resolution is None:
         raise click.UsageError(f'--transform={transform} needs --resolution=WxH')

@@ -1,4 +1,4 @@
-"""Measures of generated images: Fréchet inception distance (Heusel et al. 2017) and the others that papers
+"""Metrics of generated images: Fréchet inception distance (Heusel et al. 2017) and others that papers
 report."""
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from metrics.evaluation import (
     Measures,
     check_detector_options,
     complete_references,
+    features_of,
     how_many,
     load_detectors,
-    look_at,
+    log,
     make_folder,
     option_names,
     read_references,
-    say,
     warn_about,
     write_json,
 )
@@ -34,20 +34,21 @@ NETWORK, DETECTOR, SPEED = 'Images of a network', 'Detector', 'Speed'
 
 
 class SeedSet(cli.Seeds):
-    """Seeds, with the words that name them."""
+    """Seeds, with the text that names them."""
 
     def convert(self, value, param, ctx):
         return value if isinstance(value, tuple) else (value, super().convert(value, param, ctx))
 
 
 def shared_options(command):
-    """The options that `calc` and `ref` have in common."""
+    """Options of both `calc` and `ref`."""
     for option in reversed(
         [
             cli.option(
                 '--skip-bad',
                 is_flag=True,
-                help='Leave out images that cannot be read, or are unlike the first, and count them.',
+                help='Skip and count images that cannot be read, or that differ from the first in size or '
+                'mode.',
             ),
             cli.option(
                 '--seed',
@@ -55,14 +56,15 @@ def shared_options(command):
                 type=cli.SEED,
                 default=0,
                 show_default=True,
-                help='Of every random choice: subsets, resamples.',
+                help='Random seed of subsets and resamples.',
             ),
             cli.option(
                 '--detector',
                 metavar='PATH|URL',
                 type=cli.PATH,
                 group=DETECTOR,
-                help="TorchScript file: uint8 images [N, C, H, W] to features [N, D]; pytorch-fid's weights; dinov2 or dinov2:FOLDER. "
+                help='Feature detector: a TorchScript file from uint8 images [N, C, H, W] to features '
+                "[N, D], pytorch-fid's weights, dinov2 or dinov2:FOLDER. "
                 f"{cli.PROGRAM}  [default: NVIDIA's Inception, downloaded once]",
             ),
             cli.option(
@@ -70,13 +72,14 @@ def shared_options(command):
                 metavar='DIR',
                 type=cli.PATH,
                 group=DETECTOR,
-                help="DINOv2 ViT-L/14 for fd_dinov2, as transformers' save_pretrained writes it.  [default: downloaded once]",
+                help='Folder with DINOv2 ViT-L/14 for fd_dinov2, written by save_pretrained of transformers.'
+                '  [default: downloaded once]',
             ),
             cli.option(
                 '--detector-sha256',
                 metavar='HEX',
                 group=DETECTOR,
-                help='Digest that the detector file must have.',
+                help='Required SHA-256 digest of the detector file.',
             ),
             cli.option(
                 '--batch',
@@ -85,7 +88,7 @@ def shared_options(command):
                 default=64,
                 show_default=True,
                 group=SPEED,
-                help='Images at a time, for each process.',
+                help='Batch size per process.',
             ),
             cli.option(
                 '--workers',
@@ -94,15 +97,15 @@ def shared_options(command):
                 default=4,
                 show_default=True,
                 group=SPEED,
-                help='Threads that decode images, for each process.',
+                help='Image decoding threads per process.',
             ),
             cli.option(
                 '--cache',
                 metavar='DIR',
                 type=cli.PATH,
                 group=SPEED,
-                help='Keep features here: what was stopped goes on, other measures of the same images '
-                'start from them.',
+                help='Folder of cached features, from which interrupted evaluations resume and other metrics '
+                'of the same images start.',
             ),
         ]
     ):
@@ -112,23 +115,22 @@ def shared_options(command):
 
 @click.group(cls=cli.Group)
 def main():
-    """Fréchet inception distance (FID) of images, other measures of theirs, and the reference statistics that
-    they need.
+    """Compute the Fréchet inception distance (FID) and other metrics of images, and reference statistics.
 
     \b
     Distance of 50,000 images, in 1 or 4 processes:
       python fid.py calc --images=samples --ref=fid-refs/imagenet-64x64.npz
       torchrun --standalone --nproc_per_node=4 fid.py calc --images=samples --ref=fid-refs/imagenet-64x64.npz
     \b
-    Of a network, three times, as EDM reports it, without writing an image:
+    Three times for a network, as EDM reports it, without writing images:
       python fid.py calc --network=network-snapshot-157698.pkl --ref=fid-refs/imagenet-64x64.npz \\
           --seeds=0-49999 --seeds=50000-99999 --seeds=100000-149999
     \b
     Reference statistics of a data set:
       python fid.py ref --data=datasets/imagenet-64x64.zip --dest=fid-refs/imagenet-64x64.npz
 
-    The last line that `calc` writes to stdout is the bare number; everything else goes to stderr. Under
-    torchrun put `--` before fid.py where you pass --num: recent ones take that for an option of their own.
+    `calc` prints the bare number to stdout, and everything else to stderr.
+    Under torchrun, put `--` before fid.py if you pass --num: recent versions have an option of that name.
     """
 
 
@@ -139,8 +141,8 @@ def main():
     metavar='PATH',
     type=cli.PATH,
     multiple=True,
-    help='Images to measure: a folder (with its subfolders), a zip, or an .npz or .npy of uint8 images. '
-    'Several: each by itself.',
+    help='Images to evaluate: a folder (with subfolders), a zip, or an .npz or .npy of uint8 images. '
+    'If repeated, each is evaluated by itself.',
 )
 @cli.option(
     '--ref',
@@ -155,14 +157,14 @@ def main():
     type=Measures(),
     default='fid',
     show_default=True,
-    help='What to compute, from one pass: fid, fid_inf, kid, precision, recall, density, coverage, is, '
+    help='Metrics to compute in one pass: fid, fid_inf, kid, precision, recall, density, coverage, is, '
     'fd_dinov2.',
 )
 @cli.option(
     '--num',
     metavar='INT',
     type=cli.Integer(min=2),
-    help='Images to use: a random subset where there are more, an error where there are fewer.  [default: '
+    help='Number of images: a random subset if there are more, an error if there are fewer.  [default: '
     f'{DEFAULT_NUM}]',
 )
 @cli.option(
@@ -171,23 +173,24 @@ def main():
     type=cli.Integer(min=0, max=1_000_000),
     default=0,
     show_default=True,
-    help='Resamples for a 95 % interval of the sampling noise (not the bias); each costs about one more '
-    'distance. 0 for none.',
+    help='Resamples for a 95 % interval of the sampling noise (not the bias), each as expensive as a '
+    'distance; 0 disables the interval.',
 )
 @cli.option(
     '--nearest-k',
     metavar='INT',
     type=cli.COUNT,
-    help='Neighbor that sets the radius.  [default: 3 for precision and recall, 5 for density and coverage]',
+    help='Number of the neighbor that sets the radius of precision, recall, density and coverage.  '
+    '[default: 3 for precision and recall, 5 for density and coverage]',
 )
-@cli.option('--json', 'json_path', metavar='FILE', type=cli.PATH, help='Write the results to this file too.')
+@cli.option('--json', 'json_path', metavar='FILE', type=cli.PATH, help='Also write the results to this file.')
 @shared_options
 @cli.option(
     '--network',
     metavar='PKL|URL',
     type=cli.PATH,
     group=NETWORK,
-    help='Snapshot whose images are measured, without writing them.',
+    help='Snapshot to evaluate without writing images.',
 )
 @cli.option(
     '--seeds',
@@ -196,11 +199,12 @@ def main():
     type=SeedSet(),
     multiple=True,
     group=NETWORK,
-    help='Seeds of its images, as in 0-49999. Several: each by itself, then mean and minimum.',
+    help='Seeds of the images of --network, such as 0-49999. If repeated, each set is evaluated by itself, '
+    'followed by mean and minimum.',
 )
 @sampling_options(NETWORK)
 def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, seed_sets, sampling, **options):
-    """Measures of images, or of a network's, against a reference."""
+    """Compute metrics of images, or of a network's samples, against a reference."""
     from metrics.measures import Comparison
     from metrics.uncertainty import check_enough_to_extrapolate
 
@@ -208,6 +212,7 @@ def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, se
     check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_sets, sampling)
     check_detector_options(measures, options)
     with _processes() as is_main:
+        # Whatever may be missing or wrong is found before the first batch.
         make_folder(json_path)
         references = read_references(ref, measures)
         sources = (
@@ -221,12 +226,14 @@ def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, se
         if 'fid_inf' in measures:
             check_enough_to_extrapolate(min(map(len, sources)), detectors[measures['fid_inf'].entry].dim)
         references = complete_references(references, ref, measures, detectors, sources, options)
+
+        # Features, on all processes: all sets before the main process compares, so that none waits for it.
         results = {name: [] for name in measures}
         keep = any(m.features or (bootstrap and m.frechet) for m in measures.values())
         classes = {m.entry for m in measures.values() if m.classes}
-        views = [
-            look_at(source, detectors, options, keep, classes) for source in sources
-        ]  # all before the main process compares: none waits for it
+        views = [features_of(source, detectors, options, keep, classes) for source in sources]
+
+        # Metrics, on the main process.
         for source, seen in zip(sources, views) if is_main else ():
             warn_about(source, next(iter(seen.values())), measures, detectors)
             for entry, detector in detectors.items():
@@ -244,7 +251,7 @@ def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, se
                             *((ref, comparison.reference) if measure.compares else ()),
                         )
                         results[name].append(measure.compute(comparison) | facts)
-                        say(sentence(results[name][-1]))
+                        log(sentence(results[name][-1]))
         if is_main:
             summaries = {name: summary(found) for name, found in results.items()}
             write_json(json_path, summaries)
@@ -258,9 +265,9 @@ def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, se
     metavar='PATH',
     type=cli.PATH,
     required=True,
-    help='Data set: a folder (with its subfolders), a zip, an .npz or .npy of uint8 images.',
+    help='Data set: a folder (with subfolders), a zip, or an .npz or .npy of uint8 images.',
 )
-@cli.option('--dest', metavar='FILE', type=cli.PATH, required=True, help='The .npz to write.')
+@cli.option('--dest', metavar='FILE', type=cli.PATH, required=True, help='Output file (.npz).')
 @cli.option(
     '--metrics',
     'measures',
@@ -268,10 +275,13 @@ def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, se
     type=Measures('fid', 'fd_dinov2'),
     default='fid',
     show_default=True,
-    help='Of which detectors: fid, the one of --detector, and fd_dinov2.',
+    help='Metrics to prepare for: fid, under the detector of --detector, and fd_dinov2.',
 )
 @cli.option(
-    '--num', metavar='INT', type=cli.Integer(min=2), help='Images to use, a random subset.  [default: all]'
+    '--num',
+    metavar='INT',
+    type=cli.Integer(min=2),
+    help='Size of a random subset to use.  [default: all images]',
 )
 @cli.option(
     '--features',
@@ -279,12 +289,12 @@ def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, se
     type=cli.Integer(min=0),
     default=0,
     show_default=True,
-    help='Store the features of so many images too, a random subset: kid, precision, recall, density and '
-    'coverage need them.',
+    help='Also store the features of a random subset of this size, for kid, precision, recall, density and '
+    'coverage.',
 )
 @shared_options
 def ref(path, dest, measures, num, features, **options):
-    """Reference statistics of a data set."""
+    """Compute reference statistics of a data set."""
     import numpy as np
 
     from metrics.calc import reference_of
@@ -299,7 +309,7 @@ def ref(path, dest, measures, num, features, **options):
         make_folder(dest)
         detectors = load_detectors(measures, source.image_shape, options)
         keep = np.random.RandomState(options.seed).permutation(len(source)) < features
-        seen = look_at(source, detectors, options, keep=keep)
+        seen = features_of(source, detectors, options, keep=keep)
         if is_main:
             first = seen[next(iter(measures))]
             warn_about(source, first)
@@ -307,33 +317,33 @@ def ref(path, dest, measures, num, features, **options):
                 dest,
                 {entry: reference_of(source, seen[entry], detector) for entry, detector in detectors.items()},
             )
-            say(f'Statistics of {how_many(first.stats.count, source.total, first.skipped)} written to {dest}')
+            log(f'Statistics of {how_many(first.stats.count, source.total, first.skipped)} written to {dest}')
 
 
 # ----------------------------------------------------------------------------
-# What is measured, and against what.
+# Sources of images.
 
 
 def check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_sets, sampling) -> None:
-    """UsageError where options contradict each other or lack one another."""
+    """Raises: UsageError if options contradict or lack each other."""
     if bool(paths) == bool(network):
         raise click.UsageError('Give either --images or --network.')
     if bool(network) != bool(seed_sets):
         raise click.UsageError('--network and --seeds belong together: give both, or --images.')
     if paths and (idle := [name for name, value in sampling.items() if value not in (None, False)]):
         raise click.UsageError(
-            f'{option_names(idle)}: the images of --images are made already; this is for --network.'
+            f'{option_names(idle)}: applies to --network, not to the existing images of --images.'
         )
     if network and num is not None:
-        raise click.UsageError('--num is for --images; how many images a network makes is said by --seeds.')
+        raise click.UsageError('--num is for --images; for --network, --seeds sets the number of images.')
     if ref is None and (needy := [name for name, measure in measures.items() if measure.compares]):
-        raise click.UsageError(f'--ref is missing, and {", ".join(needy)} compare with a reference.')
+        raise click.UsageError(f'--ref is missing, but {", ".join(needy)} compare with a reference.')
     if len({os.path.realpath(path) for path in paths}) < len(paths):
-        raise click.UsageError('The same --images are given twice.')
+        raise click.UsageError('--images: the same path is given twice.')
     if sum(len(seeds) for _, seeds in seed_sets) > cli.MAX_NUMBERS:
         raise click.UsageError(f'--seeds: more than {cli.MAX_NUMBERS:,} in all.')
     if cli.repeated(seed for _, seeds in seed_sets for seed in seeds):
-        raise click.UsageError('Some seeds are given twice; the same images again say nothing new.')
+        raise click.UsageError('--seeds: some seeds are given twice.')
     if bootstrap and not measures.keys() & {'fid', 'fd_dinov2'}:
         raise click.UsageError('--bootstrap is for fid and fd_dinov2.')
     if nearest_k and not measures.keys() & {'precision', 'recall', 'density', 'coverage'}:
@@ -341,14 +351,14 @@ def check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_s
 
 
 def images_of_paths(paths, num: int, options) -> list:
-    """A source of each path."""
+    """An image source per path."""
     from metrics.images import open_images
 
     return [open_images(path, num, options.seed, options.skip_bad) for path in paths]
 
 
 def images_of_network(network: str, seed_sets, sampling: dict, batch: int) -> list:
-    """A source of each set of seeds."""
+    """An image source per set of seeds."""
     from metrics.generated import GeneratedImages
     from torch_utils import distributed
     from training.checkpoint import load_network, network_digest
@@ -356,9 +366,8 @@ def images_of_network(network: str, seed_sets, sampling: dict, batch: int) -> li
     with distributed.main_process_first():
         net = load_network(network, distributed.get_device())
     arguments = sampling_arguments(net, network, **sampling)
-    settings = {
-        name: value for name, value in sampling.items() if name != 'labels'
-    }  # a file of which may change
+    # What determines the images, for the cache: a labels file by its contents, because it may change.
+    settings = {name: value for name, value in sampling.items() if name != 'labels'}
     identity = f'{network_digest(net, net.metadata)} {json.dumps(settings, sort_keys=True)}'
     identity += f' labels {arguments["choose_labels"].digest()}' if sampling['labels'] else ''
     given = ''.join(
@@ -373,11 +382,11 @@ def images_of_network(network: str, seed_sets, sampling: dict, batch: int) -> li
 
 
 # ----------------------------------------------------------------------------
-# What is said about it.
+# Results.
 
 
 def facts_about(title: str, source, seen, detector, ref=None, reference=None) -> dict:
-    """Where a value comes from, for the JSON file; `reference` only where it was compared with one."""
+    """Provenance of a value, for the JSON file; `reference` if it was compared with one."""
     facts = dict(
         name=title,
         images=source.name,
@@ -394,7 +403,7 @@ def facts_about(title: str, source, seen, detector, ref=None, reference=None) ->
 
 
 def sentence(found: dict) -> str:
-    """A result for people."""
+    """A result as a sentence."""
     noise = (
         [f'95 % interval {found["interval"][0]:.6g} to {found["interval"][1]:.6g}']
         if 'interval' in found
@@ -412,22 +421,20 @@ def sentence(found: dict) -> str:
 
 
 def summary(found: list[dict]) -> dict:
-    """The result for a measure: of one set of images its own, of several their mean, their minimum and
-    each."""
+    """The result of a metric: that of a single set, or mean, minimum and each of several."""
     if len(found) == 1:
         return found[0]
     values = [result['value'] for result in found]
     mean, minimum = sum(values) / len(values), min(values)
-    custom = (
-        ' (EDM reports the minimum of three)' if found[0]['name'] == 'FID' else ''
-    )  # of other measures the minimum may be the worst
-    say(f'{found[0]["name"]} of {len(values)} sets: mean {mean:.6g}, minimum {minimum:.6g}{custom}')
+    # Only for FID: of a score, the minimum is the worst.
+    custom = ' (EDM reports the minimum of three)' if found[0]['name'] == 'FID' else ''
+    log(f'{found[0]["name"]} of {len(values)} sets: mean {mean:.6g}, minimum {minimum:.6g}{custom}')
     return dict(value=mean, mean=mean, minimum=minimum, sets=found)
 
 
 @contextlib.contextmanager
 def _processes():
-    """Join the other processes, if there are some; yields whether this is the one that reports."""
+    """Join the other processes, if any; yields whether this is the main process."""
     from torch_utils import distributed
 
     distributed.init()

@@ -1,4 +1,4 @@
-"""Power-function averages of any width, after training, from those that were stored during it."""
+"""Post-hoc EMA: power-function averages of any width from those stored during training."""
 
 from __future__ import annotations
 
@@ -16,24 +16,16 @@ if TYPE_CHECKING:
     import torch
 
 STORED, WANTED = 'Stored averages', 'Reconstructed averages'
-MOST_WIDTHS = 280  # that three dots stand for: from 0.001 to 0.28, they differ in the third decimal
-ROUGH = 0.05  # profile error from which an average is something else than what it is called
-OF_ONE_SNAPSHOT = (
-    'nimg',
-    'kimg',
-    'ema',
-    'ema_std',
-    'fid',
-    'digest',
-    'reconstructed',
-    'profile_error',
-)  # metadata that differs within a run
-OF_A_MACHINE = ('path', 'cache')  # entries of dataset_kwargs that may change when a run resumes
+MOST_WIDTHS = 280  # widths in 0.001 ... 0.28 that differ in the third decimal
+ROUGH = 0.05  # larger profile errors are warned about
+# Metadata that differs between snapshots of a run, and entries of dataset_kwargs that a resume may change.
+OF_ONE_SNAPSHOT = ('nimg', 'kimg', 'ema', 'ema_std', 'fid', 'digest', 'reconstructed', 'profile_error')
+OF_A_MACHINE = ('path', 'cache')
 
 
 class Widths(click.ParamType):
-    """Widths, ascending: `0.05,0.1`; three dots go on evenly, so that `0.05,0.1,...,0.25` is [0.05, 0.1,
-    0.15, 0.2, 0.25]."""
+    """Ascending widths: `0.05,0.1`; three dots continue evenly: `0.05,0.1,...,0.25` is [0.05, 0.1, 0.15, 0.2,
+    0.25]."""
 
     name = 'list'
 
@@ -57,8 +49,8 @@ class Widths(click.ParamType):
             numbers
         ):
             self.fail(
-                f'{cli.shown(value)}: widths lie between 0.001 and 0.28 and differ in the third decimal, '
-                'which names files',
+                f'{cli.shown(value)}: widths must be in [0.001, 0.28] and differ in the third decimal, which '
+                'names files',
                 param,
                 ctx,
             )
@@ -66,14 +58,14 @@ class Widths(click.ParamType):
 
 
 def width(word: str) -> float:
-    """Raises: ValueError where it is no number."""
+    """Raises: ValueError if it is not a number."""
     if not cli.NUMBER.fullmatch(word):
-        raise ValueError(f'{word} is no number')
+        raise ValueError(f'{word} is not a number')
     return float(word)
 
 
 def _between(words: list[str], dots: int) -> list[float]:
-    """The numbers that three dots stand for; ValueError where their neighbors do not say."""
+    """The numbers that three dots stand for. Raises: ValueError if their neighbors do not define them."""
     if dots < 2:
         raise ValueError('two numbers must come first')
     first, second, last = (width(words[dots + offset]) for offset in (-2, -1, 1))
@@ -85,13 +77,13 @@ def _between(words: list[str], dots: int) -> list[float]:
 
 
 class FilePrefix(click.ParamType):
-    """How names of files begin, without a folder."""
+    """The beginning of file names, without a folder."""
 
     name = 'prefix'
 
     def convert(self, value, param, ctx):
         if not value or os.path.basename(value) != value:
-            self.fail(f'{value!r} is not how the name of a file begins', param, ctx)
+            self.fail(f'{value!r} cannot begin a file name', param, ctx)
         return value
 
 
@@ -102,21 +94,21 @@ class FilePrefix(click.ParamType):
     type=cli.PATH,
     required=True,
     group=STORED,
-    help='Folder of the run whose averages were stored.',
+    help='Folder of the run that stored the averages.',
 )
 @cli.option(
     '--inprefix',
     metavar='STR',
     type=FilePrefix(),
     group=STORED,
-    help='Use the files called STR-<kimg>-<width>.pkl.  [default: the one such name in the folder]',
+    help='Use files named STR-<kimg>-<width>.pkl.  [default: the only such prefix in the folder]',
 )
 @cli.option(
     '--instd',
     metavar='LIST',
     type=Widths(),
     group=STORED,
-    help='Use these stored widths only.  [default: all]',
+    help='Use only these stored widths.  [default: all]',
 )
 @cli.option(
     '--training_batch',
@@ -125,26 +117,24 @@ class FilePrefix(click.ParamType):
     default=1024,
     show_default=True,
     group=STORED,
-    help='Images a training step, for files that do not say how many images they have seen: the multiple '
-    'that fits the name.',
+    help='Training batch size, to derive the number of images seen from the names of files that do not '
+    'record it.',
 )
 @cli.option(
     '--outstd',
     metavar='LIST',
     type=Widths(),
     group=WANTED,
-    help='Widths to reconstruct, as in 0.07,0.15 or 0.01,0.02,...,0.25.',
+    help='Widths to reconstruct, such as 0.07,0.15 or 0.01,0.02,...,0.25.',
 )
 @cli.option(
     '--outkimg',
     metavar='KIMG',
     type=cli.SOME_KIMG,
     group=WANTED,
-    help='Training time that they are of; averages must have been stored at it.  [default: the last]',
+    help='Training time to reconstruct averages for, at which averages were stored.  [default: the last]',
 )
-@cli.option(
-    '--outdir', metavar='DIR', type=cli.PATH, group=WANTED, help='Where to write them.  [default: --indir]'
-)
+@cli.option('--outdir', metavar='DIR', type=cli.PATH, group=WANTED, help='Output folder.  [default: --indir]')
 @cli.option(
     '--outprefix',
     metavar='STR',
@@ -152,9 +142,9 @@ class FilePrefix(click.ParamType):
     default='phema',
     show_default=True,
     group=WANTED,
-    help='Call them STR-<kimg>-<width>.pkl.',
+    help='Name outputs STR-<kimg>-<width>.pkl.',
 )
-@cli.option('--skip', is_flag=True, group=WANTED, help='Leave alone outputs that exist.')
+@cli.option('--skip', is_flag=True, group=WANTED, help='Keep outputs that exist.')
 @cli.option(
     '--batch',
     metavar='INT',
@@ -162,39 +152,38 @@ class FilePrefix(click.ParamType):
     default=1,
     show_default=True,
     group=WANTED,
-    help='Widths to sum up in one pass over the files. Memory holds one network more than that.',
+    help='Widths to reconstruct per pass over the files; memory holds this many networks and one more.',
 )
 @cli.option(
     '--list',
     'list_only',
     is_flag=True,
-    help='Say what is stored, and with --outstd how well it would do. Writes nothing.',
+    help='List the stored averages and, with --outstd, the profile errors of a reconstruction. Writes '
+    'nothing.',
 )
 def main(indir, inprefix, instd, training_batch, outstd, outkimg, outdir, outprefix, skip, batch, list_only):
-    """Reconstruct power-function averages of the weights after training (EDM2, Section 3.2), of any width,
-    from stored ones.
+    """Reconstruct power-function averages of the weights, of any width, from stored ones (EDM2, Section 3.2).
 
     \b
-    Train with two widths, and store them often:
+    Train with two widths, stored often:
       torchrun --standalone --nproc_per_node=8 train.py --outdir=run --nosubdir \\
           --data=data.zip --phema=0.05,0.10 --phema_snap=10
     \b
-    See what is there, and how well a width can be had from it:
+    List the stored averages, and how well they reconstruct a width:
       python reconstruct_phema.py --indir=run --outstd=0.15 --list
     \b
     A sweep at the last stored time, into run/phema-<kimg>-<width>.pkl:
       python reconstruct_phema.py --indir=run --outstd=0.01,0.02,...,0.25 --batch=5
 
-    A width is the standard deviation of an average's profile over training, as a share of the training so
-    far: 0.10 sees mostly the last fifth. A reconstruction is a sum of the averages stored up to its time,
-    with the weights that bring the sum of their profiles closest to the profile asked for. The distance that
-    remains, relative to that profile, is printed as profile error. It shrinks where averages are stored more
-    often, and with two widths instead of one.
+    A width is the standard deviation of an average's profile over training, as a fraction of the training so
+    far: 0.10 covers mostly the last fifth. A reconstruction is the weighted sum of stored averages whose
+    profile is closest to the requested one. The relative distance that remains is the profile error. It
+    shrinks if averages are stored more often, and with two widths instead of one.
 
     Reads snapshots of train.py and of EDM2. Nothing in a file is executed.
     """
     if not outstd and not list_only:
-        raise click.UsageError('--outstd=LIST says which widths to reconstruct; --list only looks.')
+        raise click.UsageError('Give --outstd=LIST, the widths to reconstruct, or --list.')
     stored = find_stored(indir, inprefix, instd, training_batch)
     click.echo(table(stored, indir))
     if not outstd:
@@ -211,27 +200,27 @@ def main(indir, inprefix, instd, training_batch, outstd, outkimg, outdir, outpre
 
 
 # ----------------------------------------------------------------------------
-# What is stored.
+# Stored averages.
 
 
 class Stored(NamedTuple):
-    """A stored average, by its file's name and header."""
+    """A stored average: its file's name and header."""
 
     path: str
     prefix: str
-    stem: str  # of its time in the names of files: <kimg>, or <kimg>-<nimg>
+    stem: str  # its time in file names: <kimg>, or <kimg>-<nimg>
     nimg: int
     std: float
-    facts: dict[str, str]  # what all snapshots of a run have in common
+    facts: dict[str, str]  # equal in all snapshots of a run
     reconstructed: bool
 
 
 def find_stored(
     indir: str, inprefix: str | None, instd: list[float] | None, training_batch: int
 ) -> list[Stored]:
-    """The averages that one run stored in a folder, ordered by time and width.
+    """The averages that a run stored in a folder, sorted by time and width.
 
-    Raises: UserError where there are none, one cannot be read, or they are of several runs.
+    Raises: UserError if there are none, one cannot be read, or they are of several runs.
     """
     try:
         names = sorted(os.listdir(indir))
@@ -244,32 +233,31 @@ def find_stored(
         None, (re.fullmatch(rf'({prefix})-(\d+(?:-\d+)?)-(0\.\d{{3}})\.pkl', name) for name in names)
     )
     found = [read_stored(os.path.join(indir, match[0]), *match.groups(), training_batch) for match in matches]
-    stored = [
-        average for average in found if average.nimg > 0 and not average.reconstructed
-    ]  # at 0 images there is nothing to average
+    # At 0 images there is nothing to average.
+    stored = [average for average in found if average.nimg > 0 and not average.reconstructed]
     if not stored:
         raise UserError(
-            f'{indir} holds no averages that training stored, '
-            f'{inprefix or "network-snapshot"}-<kimg>-<width>.pkl. Name the folder of '
-            "a run that was trained with --phema=0.05,0.10, or the beginning of its files' names with --inprefix."
+            f'{indir} holds no averages stored by training, '
+            f'{inprefix or "network-snapshot"}-<kimg>-<width>.pkl. Name the folder of a run trained with '
+            '--phema=0.05,0.10, or the prefix of its files with --inprefix.'
         )
     check_one_run(stored)
+
+    # Those that --instd selects.
     if instd:
         stored = [average for average in stored if f'{average.std:.3f}' in {f'{std:.3f}' for std in instd}]
         if missing := [
             f'{std:.3f}' for std in instd if f'{std:.3f}' not in {f'{average.std:.3f}' for average in stored}
         ]:
-            raise UserError(
-                f'--instd: {", ".join(missing)} was not stored in {indir}. --list says what is there.'
-            )
+            raise UserError(f'--instd: {", ".join(missing)} is not stored in {indir}. --list shows what is.')
     return sorted(stored, key=lambda average: (average.nimg, average.std))
 
 
 def read_stored(path: str, prefix: str, stem: str, width: str, training_batch: int) -> Stored:
-    """A stored average's header. The tensors are not read.
+    """Read a stored average's header, without its tensors.
 
-    A file without metadata of ours is taken for EDM2's, whose name has the width and the floor of kimg.
-    Raises: UserError, naming the file, where it is damaged, hostile, or its time is unknown.
+    A file without our metadata is taken for EDM2's, whose name has the width and the floor of kimg.
+    Raises: UserError, naming the file, if it is damaged or hostile, or its time is unknown.
     """
     from torch_utils.restricted_pickle import MalformedPickle
 
@@ -280,18 +268,17 @@ def read_stored(path: str, prefix: str, stem: str, width: str, training_batch: i
         nimg, std = metadata.get('nimg'), metadata.get('ema_std')
         if not (type(nimg) is int and type(std) is float and nimg >= 0 and 0.001 <= std <= 0.28):
             raise MalformedPickle(
-                f'has a metadata entry that cannot be: nimg {nimg!r}, ema_std {std!r} (from 0.001 to 0.28)'
+                f'has an invalid metadata entry: nimg {nimg!r}, ema_std {std!r} (must be in [0.001, 0.28])'
             )
     except MalformedPickle as error:
         raise UserError(
-            f'{path} cannot be used as a stored average: it {error}. Copy it again, or take it out of the '
-            'folder.'
+            f'{path} cannot be used as a stored average: it {error}. Copy it again, or remove it.'
         ) from error
     return Stored(path, prefix, stem, nimg, std, facts, bool(metadata.get('reconstructed')))
 
 
 def read_header(path: str) -> tuple[dict, dict[str, str]]:
-    """(metadata, what all snapshots of its run have in common) of a snapshot. Raises: MalformedPickle,
+    """(metadata, facts equal in all snapshots of the run) of a snapshot. Raises: MalformedPickle,
     UserError."""
     import dnnlib
     from torch_utils.restricted_pickle import MalformedPickle, persistent_object, plain, read_pickle
@@ -310,7 +297,7 @@ def read_header(path: str) -> tuple[dict, dict[str, str]]:
         not all(isinstance(entry, dict) for entry in (arguments, data, metadata))
         or {'path', 'net'} & metadata.keys()
     ):
-        raise MalformedPickle('has metadata or arguments that are none')
+        raise MalformedPickle('has malformed metadata or arguments')
     facts = dict(
         network=class_name,
         arguments=plain(state.get('_init_args', ())),
@@ -322,34 +309,31 @@ def read_header(path: str) -> tuple[dict, dict[str, str]]:
 
 
 def nimg_at(kimg: int, training_batch: int) -> int:
-    """Images seen by a snapshot of EDM2, whose name has the floor of kimg: the first whole number of training
-    steps that it can mean."""
+    """Images seen by an EDM2 snapshot, whose name has the floor of kimg: the first multiple of the batch that
+    fits."""
     from torch_utils.restricted_pickle import MalformedPickle
 
     nimg = -(-kimg * 1000 // training_batch) * training_batch
     if nimg // 1000 != kimg:
         raise MalformedPickle(
-            f'does not say how many images it has seen, and no multiple of --training_batch={training_batch} '
-            f'is at {kimg} kimg'
+            'does not record how many images it has seen, and no multiple of '
+            f'--training_batch={training_batch} is at {kimg} kimg'
         )
     return nimg
 
 
 def check_one_run(stored: list[Stored]) -> None:
-    """Raises UserError where averages are of several runs, as far as their headers tell, or two claim the
-    same width and time."""
+    """Raises: UserError if headers show averages of several runs, or two have the same width and time."""
     prefixes = sorted({average.prefix for average in stored})
     if len(prefixes) > 1:
         raise UserError(
             f'{os.path.dirname(stored[0].path)} holds averages under several names: {", ".join(prefixes)}. '
-            'Choose by --inprefix.'
+            'Choose one with --inprefix.'
         )
-    told, places = (
-        {},
-        {},
-        # By whom: a fact first, and a width at a time. What one does not tell, as older versions do not, cannot
-        # contradict
-    )
+
+    # The first average with each fact, and with each width and time. A missing fact contradicts nothing:
+    # older versions record fewer.
+    told, places = {}, {}
     for average in stored:
         for name, fact in sorted(average.facts.items()):
             other = told.setdefault(name, average)
@@ -362,12 +346,12 @@ def check_one_run(stored: list[Stored]) -> None:
         if other is not average:
             raise UserError(
                 f'{other.path} and {average.path} are both the average of width {average.std:.3f} after '
-                f'{average.nimg:,} images. Take the one out that is not of this run.'
+                f'{average.nimg:,} images. Remove the one that is not of this run.'
             )
 
 
 def table(stored: list[Stored], indir: str) -> str:
-    """Which widths are stored, how often, and from when to when."""
+    """Table of the stored widths: number of snapshots and range of training times."""
     lines = [f'Stored in {indir}:', '  width  snapshots  kimg']
     for std in sorted({average.std for average in stored}):
         times = [average.nimg / 1e3 for average in stored if average.std == std]
@@ -378,9 +362,11 @@ def table(stored: list[Stored], indir: str) -> str:
 
 
 def stored_until(stored: list[Stored], kimg: float | None) -> list[Stored]:
-    """Those up to a time, which must be one at which averages were stored: the end of a profile is where it
-    is highest, and nothing else has it. `kimg` is exact, or the whole number in the names of files; None for
-    the last time."""
+    """The averages up to a time at which some were stored.
+
+    A profile is highest at its end, which no earlier average covers. `kimg`: exact, or the integer in file
+    names; None for the last time.
+    """
     if kimg is None:
         return stored
     times = sorted({average.nimg for average in stored})
@@ -390,21 +376,21 @@ def stored_until(stored: list[Stored], kimg: float | None) -> list[Stored]:
     if len(matching) != 1:
         near = sorted(matching or sorted(times, key=lambda nimg: abs(nimg - kimg * 1e3))[:2])
         problem = (
-            'stands for several times; give the decimals of'
+            'is ambiguous; give the decimals of'
             if matching
-            else 'is no time at which averages were stored; the nearest are'
+            else 'is not a time at which averages were stored; the nearest are'
         )
         raise UserError(f'--outkimg={kimg:g} {problem} {" or ".join(f"{nimg / 1e3:g}" for nimg in near)}.')
     return [average for average in stored if average.nimg <= matching[0]]
 
 
 # ----------------------------------------------------------------------------
-# What is wanted.
+# Requested averages.
 
 
 def plan(inputs: list[Stored], stds: list[float], outdir: str, prefix: str) -> list[EasyDict]:
-    """What to write: path, std, the inputs' weights, and the profile error, of each width at the time of the
-    last input."""
+    """Outputs at the time of the last input, one per width: path, std, weights of the inputs, profile
+    error."""
     from training.phema import posthoc_error, solve_posthoc_coefficients
 
     in_nimg, in_std, out_nimg = (
@@ -426,8 +412,7 @@ def plan(inputs: list[Stored], stds: list[float], outdir: str, prefix: str) -> l
 
 
 def report(outputs: list[EasyDict], inputs: list[Stored], selected: bool) -> None:
-    """Say how close each profile comes to the one asked for, and what would bring it closer. `selected`: more
-    widths may be stored."""
+    """Print profile errors, and advice if they are large. `selected`: more widths may be stored."""
     click.echo(f'From {len(inputs)} of them, at {inputs[-1].nimg / 1e3:g} kimg:')
     for output in outputs:
         click.echo(f'  {output.std:.3f}  profile error {100 * output.error:.2g} %')
@@ -436,18 +421,18 @@ def report(outputs: list[EasyDict], inputs: list[Stored], selected: bool) -> Non
         widths = sorted({f'{average.std:.3f}' for average in inputs})
         cures = [
             f'widths closer to {" and ".join(widths)}',
-            *(['all that is stored, without --instd'] if selected else []),
+            *(['all stored averages, without --instd'] if selected else []),
             f'in the next run a smaller --phema_snap{"" if len(widths) > 1 else ", and two widths"}',
         ]
         click.echo(
-            f'Warning: {", ".join(rough)} can be had roughly only, with a profile error above '
+            f'Warning: {", ".join(rough)} is only a rough reconstruction, with a profile error above '
             f'{100 * ROUGH:g} %. What helps: {"; ".join(cures)}.'
         )
 
 
 def prepare(outputs: list[EasyDict], outdir: str) -> None:
-    """Make the folder. Raises UserError where it cannot be written to, or a file that is in the way is no
-    reconstruction."""
+    """Create the folder. Raises: UserError if it is not writable, or an output would replace another kind of
+    file."""
     from torch_utils.restricted_pickle import MalformedPickle
 
     for output in outputs:
@@ -457,23 +442,23 @@ def prepare(outputs: list[EasyDict], outdir: str) -> None:
             replaceable = False
         if not replaceable:
             raise UserError(
-                f'{output.path} exists and is no reconstruction, so it stays. Choose another --outprefix or '
-                '--outdir, or --skip.'
+                f'{output.path} exists and is not a reconstruction, so it is not replaced. Choose another '
+                '--outprefix or --outdir, or --skip.'
             )
     try:
         os.makedirs(outdir, exist_ok=True)
     except OSError as error:
-        raise UserError(f'--outdir={outdir} cannot be made: {error.strerror}') from error
+        raise UserError(f'--outdir={outdir} cannot be created: {error.strerror}') from error
     if not os.access(outdir, os.W_OK):
         raise UserError(f'--outdir={outdir} cannot be written to.')
 
 
 # ----------------------------------------------------------------------------
-# The sums.
+# Weighted sums.
 
 
 def write_all(inputs: list[Stored], outputs: list[EasyDict], batch: int) -> None:
-    """Reconstruct `batch` outputs in one pass over the inputs, then the next ones."""
+    """Reconstruct the outputs, `batch` of them per pass over the inputs."""
     import tqdm
 
     passes = [outputs[first : first + batch] for first in range(0, len(outputs), batch)]
@@ -485,12 +470,12 @@ def write_all(inputs: list[Stored], outputs: list[EasyDict], batch: int) -> None
 
 
 def reconstruct(inputs: list[Stored], outputs: list[EasyDict], advance=lambda: None) -> None:
-    """Write the sums of the inputs' parameters with each output's weights, in one pass over the inputs.
+    """Write the weighted sums of the inputs' parameters for all outputs, in one pass over the inputs.
 
-    Sums are in FP32, whose rounding the inputs have already; half-precision parameters go into FP32 and come
-    out as they were. In memory are the sums and one input, and while a file is written, the sums and its
-    bytes.
+    Sums are in FP32, the precision of the inputs; half-precision parameters are converted and back. Memory
+    holds the sums and one input or, while a file is written, the sums and its bytes.
     """
+    # Start from the last input, which also provides buffers and metadata.
     from training.checkpoint import save_snapshot
     from training.phema import average_name
 
@@ -498,9 +483,11 @@ def reconstruct(inputs: list[Stored], outputs: list[EasyDict], advance=lambda: N
     net, metadata = load(last)
     dtypes = {name: parameter.dtype for name, parameter in net.named_parameters()}
     sums = [scaled(net, output.weights[-1]) for output in outputs]
-    for parameter in net.parameters():  # their memory is the next input's
+    for parameter in net.parameters():  # free their memory for the next input
         parameter.data = parameter.data.new_empty(0)
     advance()
+
+    # Add the others, then write.
     for i, average in enumerate(others):
         add(average, net, sums, [output.weights[i] for output in outputs])
         advance()
@@ -519,8 +506,7 @@ def reconstruct(inputs: list[Stored], outputs: list[EasyDict], advance=lambda: N
 
 
 def load(average: Stored) -> tuple[torch.nn.Module, dict]:
-    """(network, metadata without what is the average's own) of a stored average. Raises: UserError for
-    parameters that are not finite."""
+    """(network, metadata shared by the run) of a stored average. Raises: UserError if it is not finite."""
     import torch
 
     from training.checkpoint import load_network
@@ -529,8 +515,8 @@ def load(average: Stored) -> tuple[torch.nn.Module, dict]:
     for name, parameter in net.named_parameters():
         if not torch.isfinite(parameter).all():
             raise UserError(
-                f'{average.path} has values in {name} that are not finite. Training had diverged; --outkimg '
-                'can name a time before.'
+                f'{average.path} has values in {name} that are not finite: training has diverged. Choose an '
+                'earlier time with --outkimg.'
             )
     metadata = {name: value for name, value in net.metadata.items() if name not in OF_ONE_SNAPSHOT}
     return net, dict(metadata, nimg=average.nimg, kimg=average.nimg / 1e3)
@@ -551,8 +537,8 @@ def add(
 ) -> None:
     """Add weight · parameters of a stored average to each of the sums.
 
-    Raises: UserError where it has other tensors than `last`, or other values in what is not averaged:
-        buffers, noise levels, switches.
+    Raises: UserError if its shapes differ from those of `last`, or anything that is not averaged: buffers,
+        noise levels, settings.
     """
     import torch
 
@@ -571,8 +557,8 @@ def add(
         and all(torch.equal(buffer, buffers[1][name]) for name, buffer in buffers[0].items())
     ):
         raise UserError(
-            f'{average.path} is not of the run of the others: shapes, constants or settings of its network '
-            'differ. Give each run a folder of its own.'
+            f'{average.path} is of another run: shapes, constants or settings of its network differ. Give '
+            'each run a folder of its own.'
         )
     for total, weight in zip(sums, weights):
         for name, parameter in net.named_parameters():

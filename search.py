@@ -432,7 +432,7 @@ class MetricOfPoints:
 
         classes = {self.measure.entry} if self.measure.classes else set()
         source = self.sampler.images(taus, self.options)
-        seen = evaluation.look_at(
+        seen = evaluation.features_of(
             source, {self.measure.entry: self.detector}, self.options, self.measure.features, classes
         )[self.measure.entry]
         value = None
@@ -455,7 +455,7 @@ def search(evaluate: MetricOfPoints, log: SearchLog, candidates: list[float], pl
 
     sign = -1 if evaluate.measure.larger_is_better else 1
     evaluated: list[list[float]] = []
-    evaluation.say(
+    evaluation.log(
         f'{plan["points"]} of {len(candidates)} noise levels from {candidates[0]:g} to {candidates[-1]:g}, '
         f'by {evaluate.title}: at most '
         f'{plan["evaluations_at_most"]} evaluations of {plan["images_each"]} images; {len(log.values)} are '
@@ -465,7 +465,7 @@ def search(evaluate: MetricOfPoints, log: SearchLog, candidates: list[float], pl
     def value_of(taus: list[float]) -> float:
         evaluated.append(taus)
         value = log.value(taus, lambda: evaluate(taus))
-        evaluation.say(f'{len(evaluated)}: {listed(taus)}: {value:.6g}')
+        evaluation.log(f'{len(evaluated)}: {listed(taus)}: {value:.6g}')
         return value
 
     by_steps = [dict(steps=1, taus=[], value=value_of([]))]
@@ -473,9 +473,9 @@ def search(evaluate: MetricOfPoints, log: SearchLog, candidates: list[float], pl
         lambda taus: sign * value_of(taus), candidates, plan['points'], plan['scan']
     ):
         by_steps.append(dict(steps=len(taus) + 1, taus=taus, value=sign * signed))
-        evaluation.say(f'{len(taus) + 1} steps: {as_options(taus)}, {evaluate.title} {sign * signed:.6g}')
+        evaluation.log(f'{len(taus) + 1} steps: {as_options(taus)}, {evaluate.title} {sign * signed:.6g}')
         if signed >= sign * by_steps[-2]['value']:
-            evaluation.say(
+            evaluation.log(
                 f'Warning: no better than {len(taus)} step{"s" * (len(taus) > 1)} at any level that was '
                 'tried. If one more step helps '
                 'at all, a larger --scan may find where; --low and --high may leave out the rest.'

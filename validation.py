@@ -1,4 +1,4 @@
-"""Fréchet distances of saved snapshots, in the lines that training writes."""
+"""Fréchet distances of saved snapshots, in the format that training writes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sampling.options import LABELS
     type=cli.PATH,
     multiple=True,
     required=True,
-    help='Snapshot to evaluate; may be given several times.',
+    help='Snapshot to evaluate; may be repeated.',
 )
 @cli.option(
     '--ref', metavar='NPZ|URL', type=cli.PATH, required=True, help='Reference statistics, made by fid.py ref.'
@@ -32,7 +32,7 @@ from sampling.options import LABELS
     type=cli.PATH,
     default='.',
     show_default=True,
-    help='Folder whose metrics-val.jsonl gets a line for each snapshot.',
+    help='Folder whose metrics-val.jsonl gets a line per snapshot.',
 )
 @cli.option(
     '--detector',
@@ -46,29 +46,28 @@ from sampling.options import LABELS
     type=cli.Integer(min=2),
     default=50000,
     show_default=True,
-    help='Images to generate.',
+    help='Number of images to generate.',
 )
 @cli.option(
-    '--batch',
-    metavar='INT',
-    type=cli.BATCH,
-    default=64,
-    show_default=True,
-    help='Images a process generates at a time.',
+    '--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, help='Batch size per process.'
 )
-@cli.option('--seed', metavar='INT', type=cli.SEED, default=0, show_default=True, help='First seed.')
-@cli.option('--steps', metavar='INT', type=cli.STEPS, help="Sampling steps.  [default: the snapshot's own]")
+@cli.option(
+    '--seed', metavar='INT', type=cli.SEED, default=0, show_default=True, help='Seed of the first image.'
+)
+@cli.option(
+    '--steps', metavar='INT', type=cli.STEPS, help="Number of sampling steps.  [default: the snapshot's own]"
+)
 @cli.option(
     '--label',
     metavar='MODE',
     type=LabelMode(),
     default='auto',
     show_default=True,
-    help='Classes: uniform or fixed:K (auto: uniform).',
+    help='Class labels: uniform or fixed:K (auto means uniform).',
 )
 @LABELS
 def main(networks, ref, outdir, detector, **options):
-    """Evaluate saved snapshots into the same lines that training writes to metrics-val.jsonl. Also under
+    """Evaluate saved snapshots and append lines to metrics-val.jsonl as training does. Also under
     torchrun."""
     from data.label_space import space_of
     from torch_utils import distributed
@@ -78,6 +77,8 @@ def main(networks, ref, outdir, detector, **options):
     if options['labels'] and options['label'] != 'auto':
         raise click.UsageError('--label and --labels exclude each other.')
     cli.check_seeds(options['seed'], options['num'], '--seed', '--num')
+
+    # Reference and folder are checked before anything is loaded.
     distributed.init()
     options = EasyDict(
         options, ref=ref, ref_data=None, detector=detector, dump_images_dir=None, overwrite=False
@@ -88,6 +89,8 @@ def main(networks, ref, outdir, detector, **options):
         append_lines(os.path.join(outdir, METRICS), '')
     except OSError as error:
         raise UserError(f'--outdir={outdir} cannot be written to: {error.strerror}') from error
+
+    # One validator serves all snapshots; one that is not finite does not keep the others from evaluation.
     device, validator, problems = distributed.get_device(), None, []
     for network in networks:
         with distributed.main_process_first():

@@ -2,7 +2,7 @@
 
 `index`: a zip of stored members and a dataset.json, as large as ImageNet; opening it with labels as training does, in a new process each time, with
 nothing cached, then with the index that this leaves; beside them what Python's zipfile takes for the directory alone. `decode`: items of a data set
-a second in one process. `loader`: the same through training's `Feed`, by number of workers, uint8 batches as the step gets them. The PNGs are
+a second in one process. `loader`: the same through training's `Prefetcher`, by number of workers, uint8 batches as the step gets them. The PNGs are
 crops of photographs, uncompressed as dataset_tool.py writes them; files are in the page cache. Figures are minima over rounds, taken in turns.
 """
 
@@ -149,13 +149,13 @@ def time_reading(path: Path, count: int, workers: list[int], rounds: int) -> dic
     import torch
 
     from data.dataset import ImageFolderDataset, InfiniteSampler
-    from data.feed import Feed
+    from data.prefetcher import Prefetcher
 
     dataset = ImageFolderDataset(path, use_labels=True)
     order = np.random.default_rng(0).permutation(len(dataset))[:count].tolist()
 
     def load(number):
-        feed = Feed(dataset, InfiniteSampler(len(dataset), BATCH), BATCH, number, torch.device('cpu'))
+        feed = Prefetcher(dataset, InfiniteSampler(len(dataset), BATCH), BATCH, number, torch.device('cpu'))
         next(feed)  # workers have started
 
         def read():
@@ -233,7 +233,7 @@ def main(members, images, workers, rounds, folder, measure, as_json):
         f'A zip of {members:,} stored PNGs with labels: seconds to open it as training does, the first time and with the index that this '
         "leaves, and those that Python's zipfile takes for the directory alone; in brackets the time of the processor, which others may "
         f'share. Images a second of PNGs without compression: `decode` in one process without batches, then in uint8 batches of {BATCH} '
-        f"through training's feed. {rounds} rounds, in turns; the least time counts."
+        f"through training's prefetcher. {rounds} rounds, in turns; the least time counts."
     )
     opening = [f'{wall:.2f} s ({at_work:.2f} s)' for wall, at_work in index.values()]
     reading = [

@@ -1,4 +1,4 @@
-"""Data sets into zips and folders, which come into being when they are whole."""
+"""Write a data set to a zip or folder that appears only once it is complete."""
 
 from __future__ import annotations
 
@@ -17,38 +17,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGE_NAME = 'img{:08d}.png'  # of an image by its number
+# Suffixes of other file formats: such a --dest is a mistake rather than the name of a folder.
+# fmt: off
 FILE_SUFFIXES = (
-    '.tar',
-    '.gz',
-    '.tgz',
-    '.bz2',
-    '.xz',
-    '.zst',
-    '.7z',
-    '.rar',
-    '.npz',
-    '.npy',
-    '.lmdb',
-    '.mdb',
-    '.h5',
-    '.hdf5',
-    '.pkl',
-    '.pt',
-    '.pth',
-    '.safetensors',
-    '.tfrecord',
-    '.tfrecords',
-    '.parquet',
-    '.arrow',
-    '.json',
-    '.csv',
-    '.txt',
-    '.png',
-    '.jpg',
-    '.jpeg',
-    '.webp',
-    '.gif',
+    '.tar', '.gz', '.tgz', '.bz2', '.xz', '.zst', '.7z', '.rar',
+    '.npz', '.npy', '.lmdb', '.mdb', '.h5', '.hdf5', '.tfrecord', '.tfrecords', '.parquet', '.arrow',
+    '.pkl', '.pt', '.pth', '.safetensors', '.json', '.csv', '.txt', '.png', '.jpg', '.jpeg', '.webp', '.gif',
 )
+# fmt: on
 
 
 class FolderWriter:
@@ -68,7 +44,7 @@ class FolderWriter:
 
 
 class ZipWriter:
-    """Writes files into an uncompressed zip whose bytes depend on nothing but names and contents."""
+    """Writes files into an uncompressed zip whose bytes depend only on names and contents."""
 
     def __init__(self, path: pathlib.Path):
         self.file = path.open('wb')
@@ -91,24 +67,23 @@ def is_zip(dest: pathlib.Path) -> bool:
 
 
 def check_dest(dest: pathlib.Path) -> None:
-    """Raises UserError unless `dest` is a new or existing zip file, or a new or empty folder."""
+    """Raises: UserError unless `dest` is a zip file, new or not, or a folder that is new or empty."""
     if is_zip(dest) and dest.is_dir():
         raise UserError(f'--dest={dest} is a folder; name a zip file, or a folder without .zip')
     if not is_zip(dest) and dest.exists() and not dest.is_dir():
         raise UserError(f'--dest={dest} is a file; name a .zip file or a folder')
     if dest.suffix.lower() in FILE_SUFFIXES and not dest.is_dir():
         raise UserError(
-            f'--dest={dest}: data sets are written to a .zip file or a folder, and {dest.suffix} is neither'
+            f'--dest={dest}: data sets are written to a .zip file or a folder, not to {dest.suffix}'
         )
     if dest.is_dir() and any(dest.iterdir()):
-        raise UserError(f'--dest={dest} is a folder that is not empty; name another, or empty it first')
+        raise UserError(f'--dest={dest} is not empty; name another folder, or empty it first')
 
 
 @contextlib.contextmanager
 def open_dest(dest: pathlib.Path) -> Iterator[Callable[[str, bytes], None]]:
-    """A function that writes a file into `dest`, which comes into being, whole, at the end of the block, and
-    not at all after an error."""
-    target = dest.resolve()  # through a link, so that it is not replaced itself
+    """A function that writes a file into `dest`, which appears, complete, only if the block succeeds."""
+    target = dest.resolve()  # follow a link instead of replacing it
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(target) as staging:
@@ -118,7 +93,7 @@ def open_dest(dest: pathlib.Path) -> Iterator[Callable[[str, bytes], None]]:
                 yield writer.write
             os.replace(staging / target.name, target)
     except OSError as error:
-        raise UserError(f'cannot write --dest={dest} ({error}); free space or name another place') from error
+        raise UserError(f'cannot write --dest={dest} ({error}); free space or choose another path') from error
 
 
 def png_bytes(image: Image) -> bytes:

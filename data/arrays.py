@@ -1,5 +1,5 @@
-"""NumPy's .npy and .npz files, read as data: pickled contents are refused, and no memory is taken on a
-header's word."""
+"""NumPy's .npy and .npz files, read as plain data: no pickles, no memory allocated before sizes are
+checked."""
 
 from __future__ import annotations
 
@@ -24,37 +24,36 @@ CHUNK = 1 << 20
 
 
 def may_be_images(header: Header) -> bool:
-    """Whether an array has the type of images, and as many dimensions as gray or color images."""
+    """Whether an array has the type and the number of dimensions of gray or color images."""
     return header.dtype == np.uint8 and len(header.shape) in (3, 4)
 
 
 def map_npy(path: str | os.PathLike) -> np.ndarray:
-    """The array of a .npy file, mapped: its values are read when they are used. Changes to it stay in memory.
+    """The array of a .npy file, memory-mapped copy-on-write.
 
-    Raises: UserError for a file that is no such array, or shorter or longer than its header says.
+    Raises: UserError for any other file, or one shorter or longer than its header says.
     """
     try:
         with open(path, 'rb') as file:
             return _map(file, npy.read_header(file), file.tell(), os.path.getsize(path))
     except UNREADABLE as error:
         raise UserError(
-            f'{path} is no readable .npy file: '
-            f'{_what_it_is(path, error, "an array of images (.npy)", "a NumPy .npy")}'
+            f'{path} is not a readable .npy file: '
+            f'{_explain(path, error, "an array of images (.npy)", "a NumPy .npy")}'
         ) from error
 
 
-def _what_it_is(path: str | os.PathLike, error: BaseException, wanted: str, own: str) -> str:
-    """The reason why a file cannot be read and what to do about it: that it is of another kind, or else what
-    the reader said."""
+def _explain(path: str | os.PathLike, error: BaseException, wanted: str, own: str) -> str:
+    """Why a file cannot be read, and the cure: it is of another kind, or else the reader's message."""
     kind = another_kind(path, wanted, own=(own, 'text')) if os.access(path, os.R_OK) else None
-    return f'it {kind}' if kind else f'{_reason(error)}. Copy or make it again.'
+    return f'it {kind}' if kind else f'{_reason(error)}. Copy or recreate it.'
 
 
 def _map(file: BinaryIO, header: Header, start: int, stop: int) -> np.ndarray:
     """The array whose values are file[start:stop]."""
     if stop - start != header.nbytes:
         raise ValueError(
-            f'its header says {header.dtype} {list(header.shape)}, and {stop - start:,} bytes follow instead '
+            f'its header says {header.dtype} {list(header.shape)}, but {stop - start:,} bytes follow instead '
             f'of {header.nbytes:,}'
         )
     if header.nbytes == 0:
@@ -63,12 +62,12 @@ def _map(file: BinaryIO, header: Header, start: int, stop: int) -> np.ndarray:
 
 
 class ArchivedArrays:
-    """The arrays of an .npz file by name. Only what is asked for is read. A context manager.
+    """Arrays of an .npz file by name, each read on demand. A context manager.
 
     Args:
         path: the file.
-        name: what messages call it.
-    Raises (every method): UserError that says which array cannot be read.
+        name: its name in messages.
+    Raises (every method): UserError naming the array that cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike, name: str | os.PathLike):
@@ -76,14 +75,14 @@ class ArchivedArrays:
         try:
             self._zip = BoundedZip(path)
         except UNREADABLE as error:
-            reason = _what_it_is(path, error, 'an archive of arrays (.npz)', 'a damaged')
-            raise UserError(f'{self.name} is no complete .npz file: {reason}') from error
+            reason = _explain(path, error, 'an archive of arrays (.npz)', 'a damaged')
+            raise UserError(f'{self.name} is not a complete .npz file: {reason}') from error
         self._members = {}
         for info in self._zip.infolist():
             if info.filename.endswith('.npy'):
                 key = info.filename.removesuffix('.npy')
                 if key in self._members:
-                    raise UserError(f'{self.name} has two arrays called {key}. Make it again.')
+                    raise UserError(f'{self.name} has two arrays called {key}. Recreate it.')
                 self._members[key] = info
 
     def __enter__(self) -> ArchivedArrays:
@@ -97,7 +96,7 @@ class ArchivedArrays:
         return list(self._members)
 
     def header(self, key: str) -> Header:
-        """Type and shape of an array, whose values are not read."""
+        """Type and shape of an array."""
         try:
             with self._zip.open(self._members[key]) as file:
                 return self._checked_header(key, file)
@@ -105,24 +104,22 @@ class ArchivedArrays:
             raise self._unreadable(key, error) from error
 
     def read(self, key: str) -> np.ndarray:
-        """An array, in memory."""
+        """An array, read into memory."""
         try:
             with self._zip.open(self._members[key]) as file:
                 header = self._checked_header(key, file)
-                values = np.empty(
-                    math.prod(header.shape), header.dtype
-                )  # takes memory only where it is written to
+                # np.empty commits memory page by page, so that a truncated file fails before it is all taken.
+                values = np.empty(math.prod(header.shape), header.dtype)
                 _fill(file, memoryview(values.view(np.uint8)))
             return values.reshape(header.shape, order=header.order)
         except UNREADABLE as error:
             raise self._unreadable(key, error) from error
 
     def map(self, key: str, verify: bool = False) -> np.ndarray:
-        """An array whose values are read when they are used: in place or, of a compressed file, from a
-        temporary copy that goes with the array.
+        """An array, memory-mapped in place or, if compressed, from a temporary copy that lives as long as it.
 
         Args:
-            verify: whether to read it once for its checksum, which for a copy is compared anyway.
+            verify: verify the checksum of an array mapped in place; a copy's always is.
         """
         info = self._members[key]
         try:
@@ -143,18 +140,18 @@ class ArchivedArrays:
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise UserError(
                     f'{self.name}: {key} cannot be unpacked into {tempfile.gettempdir()}: {error.strerror}. '
-                    'Set TMPDIR to a folder with more space, or save it uncompressed, with np.savez.'
+                    'Set TMPDIR to a folder with more space, or save the file uncompressed with np.savez.'
                 ) from error
             raise self._unreadable(key, error) from error
 
     def _checked_header(self, key: str, file: BinaryIO) -> Header:
         info = self._members[key]
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError('it is compressed as NumPy never does')
+            raise ValueError('it is compressed by a method that NumPy does not use')
         header = npy.read_header(file)
         if file.tell() + header.nbytes != info.file_size:
             raise ValueError(
-                f'its header says {header.dtype} {list(header.shape)}, {header.nbytes:,} bytes, and it has '
+                f'its header says {header.dtype} {list(header.shape)}, {header.nbytes:,} bytes, but it has '
                 f'{info.file_size:,}'
             )
         check_inflation(header.nbytes, info.compress_size, 'its values')
@@ -162,18 +159,17 @@ class ArchivedArrays:
 
     def _unreadable(self, key: str, error: BaseException) -> UserError:
         return UserError(
-            f'{self.name}: {key} is no readable plain array: {_reason(error)}. Copy or make the file again.'
+            f'{self.name}: {key} is not a readable plain array: {_reason(error)}. Copy or recreate the file.'
         )
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what an error says; its name where it says nothing."""
+    """First line of an error's message, or its type if the message is empty."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _fill(file: BinaryIO, view: memoryview) -> None:
-    """Read as many bytes as there is room for, a little at a time, to the end of the file, where its checksum
-    is compared."""
+    """Fill `view` chunk by chunk; reading a member to its end compares its checksum. Raises: ValueError."""
     for start in range(0, len(view), CHUNK):
         part = file.read(min(CHUNK, len(view) - start))
         if not part:

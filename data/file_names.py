@@ -1,5 +1,4 @@
-"""Names of a data set's files: found in a folder through symbolic links, separated by slashes, and told apart
-where they only look the same."""
+"""File names of a data set: walking folders, separators, and explaining names that only look the same."""
 
 from __future__ import annotations
 
@@ -15,19 +14,17 @@ from dnnlib import UserError
 
 
 def walk(root: str) -> Iterator[str]:
-    """The files of a folder and its subfolders, symbolic links followed, by their paths from the folder; none
-    that is hidden.
+    """Relative paths of the visible files below a folder, following symbolic links.
 
-    A folder that is reached twice, by two links say, is there twice.
-    Raises: UserError that names a link to a folder which it lies in, a link to nothing, a folder that cannot
-        be read, or what is neither file nor folder.
+    A folder that two links lead to is listed twice.
+    Raises: UserError for a link to a folder above it, a broken link, an unreadable folder, or a special file.
     """
     yield from _walk(root, '', [])
 
 
 def _walk(root: str, inner: str, above: list[tuple[int, int]]) -> Iterator[str]:
-    """As `walk`, of the subfolder `inner`, a path that ends in a slash; `above` has the device and inode of
-    every folder that it lies in."""
+    """`walk` below the subfolder `inner` (ends in a slash); `above`: (device, inode) of each folder above
+    it."""
     here = os.path.join(root, inner)
     try:
         status = os.stat(here)
@@ -40,16 +37,16 @@ def _walk(root: str, inner: str, above: list[tuple[int, int]]) -> Iterator[str]:
     identity = status.st_dev, status.st_ino
     if identity in above:
         raise UserError(
-            f'{root}: {inner[:-1]} is a link to a folder in which it lies, {os.path.realpath(here)}: its '
-            'files would have no end; remove the link'
+            f'{root}: {inner[:-1]} is a link to a folder that contains it, {os.path.realpath(here)}: an '
+            'endless loop; remove the link'
         )
     for entry in entries:
         if is_hidden_part(entry.name):
             continue
         if entry.is_symlink() and not os.path.exists(entry.path):
             raise UserError(
-                f'{root}: {inner}{entry.name} is a link to {os.readlink(entry.path)}, which is not there, or '
-                'leads back to the link; mend or remove it'
+                f'{root}: {inner}{entry.name} is a link to {os.readlink(entry.path)}, which does not exist '
+                'or leads back to the link; fix or remove it'
             )
         if entry.is_dir():
             yield from _walk(root, f'{inner}{entry.name}/', [*above, identity])
@@ -63,8 +60,7 @@ def _walk(root: str, inner: str, above: list[tuple[int, int]]) -> Iterator[str]:
 
 
 def is_hidden_part(part: str) -> bool:
-    """Whether a folder or file of that name is left out: hidden ones, and the resource forks in zips that
-    macOS makes."""
+    """Whether a file or folder name is skipped: hidden ones, and macOS resource forks in zips."""
     return part == '__MACOSX' or (part[:1] == '.' and part not in ('.', '..'))
 
 
@@ -73,8 +69,7 @@ def is_hidden(name: str) -> bool:
 
 
 def with_slashes(name: str) -> str:
-    """A name whose folders are separated by slashes: by backslashes they are in zips of some programs for
-    Windows, and when those are unpacked."""
+    """The name with forward slashes; some Windows programs write zips with backslashes."""
     return name.replace('\\', '/')
 
 
@@ -83,7 +78,7 @@ def with_slashes(name: str) -> str:
 
 
 def composed(name: str) -> str:
-    """The name in Unicode's normalization form NFC: an accented letter is one character, where it can be."""
+    """The name in Unicode form NFC: accented letters as single characters where possible."""
     return unicodedata.normalize('NFC', name)
 
 
@@ -98,47 +93,37 @@ def _unicode_form(name: str) -> str:
 
 
 def _as_utf8(name: str) -> str:
-    """What a name in a zip was where UTF-8 was written without the flag that says so, and was read as zip's
-    code page 437."""
+    """Undo reading a zip's UTF-8 name as code page 437, as happens where the zip lacks the UTF-8 flag."""
     try:
         return composed(name.encode('cp437').decode())
     except UnicodeError:
         return composed(name)
 
 
-# What a name has in common with one that is meant, why they differ, and the cure.
+# (key that two names share, how they differ, the cure), tried in this order.
+# fmt: off
 LOOKALIKES: list[tuple[Callable[[str], str], str, str]] = [
-    (
-        composed,
-        'which looks the same in another Unicode normalization ({} against {})',
-        'Give both one form: unicodedata.normalize in Python',
-    ),
-    (
-        lambda name: composed(name).casefold(),
-        'which differs in upper and lower case only',
-        'Write it as the file is called',
-    ),
-    (
-        lambda name: composed(urllib.parse.unquote(name)),
-        'which has characters written as %XX',
-        'Write it as the file is called',
-    ),
-    (
-        lambda name: os.path.normpath(name).lstrip('/'),
-        'which is another path to it',
-        'Write it without ./ and a first /',
-    ),
-    (
-        _as_utf8,
-        'which is the same in UTF-8: the zip does not say that its names are UTF-8 (bit 11 of their flags)',
-        'Make the zip again with a program that sets it',
-    ),
+    (composed,
+     'which looks the same in another Unicode normalization ({} against {})',
+     'Normalize both with unicodedata.normalize in Python'),
+    (lambda name: composed(name).casefold(),
+     'which differs in case only',
+     'Spell it like the file name'),
+    (lambda name: composed(urllib.parse.unquote(name)),
+     'which has characters written as %XX',
+     'Spell it like the file name'),
+    (lambda name: os.path.normpath(name).lstrip('/'),
+     'which is another path to it',
+     'Write it without ./ and a leading /'),
+    (_as_utf8,
+     'which is the same in UTF-8: the zip does not flag its names as UTF-8 (bit 11)',
+     'Recreate the zip with a program that does'),
 ]
+# fmt: on
 
 
 def explain_absence(name: str, others: Iterable[str]) -> str | None:
-    """Why a name is not among others of which one is meant: a sentence that tells how they differ, and the
-    cure; None where none is alike."""
+    """Why `name` is not among `others` although one looks alike, and the cure; None if none looks alike."""
     others = list(others)
     for key, difference, cure in LOOKALIKES:
         wanted = key(name)

@@ -1,8 +1,7 @@
-"""What the labels of a data set or a network are: classes, of which some may have no images, or vectors of
-numbers.
+"""Labels of a data set or network: classes, some of which may lack images, or vectors of numbers.
 
-A label that a network sees is a float32 vector [label_dim]: of a class one-hot, of anything else what
-`dataset.json` says of the image. A data set whose vectors are all one-hot has classes.
+A network sees float32 [label_dim]: one-hot for a class, else the vector in `dataset.json`. A data set whose
+vectors are all one-hot has classes.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ import numpy as np
 from dnnlib import UserError
 
 KINDS = ('classes', 'vectors')
-SHOWN = 10  # ranges of classes in a message
+SHOWN = 10  # ranges of classes listed in a message
 
 
 class LabelSpace(NamedTuple):
-    """The labels that a network takes.
+    """The labels that a network accepts.
 
     Attributes:
-        dim: length of a label; 0: there are none.
-        kind: 'classes' or 'vectors'; None where nobody says, as in snapshots of other programs.
-        present: the classes that have images in the training set, rising; None: all of them, or nobody says.
+        dim: length of a label; 0 without labels.
+        kind: 'classes' or 'vectors'; None if unknown, as in snapshots of other programs.
+        present: sorted classes with images in the training set; None if all have some, or unknown.
     """
 
     dim: int
@@ -45,24 +44,24 @@ class LabelSpace(NamedTuple):
         return [k for k in range(self.dim) if k not in there]
 
     def differs(self, other: LabelSpace) -> bool:
-        """Whether a label of one cannot be a label of the other."""
+        """Whether a label of one space cannot belong to the other."""
         return self.dim != other.dim or (None not in (self.kind, other.kind) and self.kind != other.kind)
 
     def __str__(self) -> str:
         return f'label vectors of {self.dim} numbers' if self.are_vectors else f'{self.dim or "no"} classes'
 
     def warning(self) -> str | None:
-        """A sentence about classes without images; None where there are none."""
+        """A warning about classes without images; None if there are none."""
         if not (absent := self.absent):
             return None
         have, them = ('has', 'It is') if len(absent) == 1 else ('have', 'They are')
         return (
-            f'{len(absent)} of {self.dim} classes {have} no images: {listed(absent)}. {them} not trained, '
-            'and never drawn in sampling.'
+            f'{len(absent)} of {self.dim} classes {have} no images: {listed(absent)}. {them} not trained '
+            'and never sampled.'
         )
 
     def check_class(self, class_idx: int, option: str, network: str) -> None:
-        """UserError, which begins with `option`, unless the network was trained on images of that class."""
+        """Raises: UserError, prefixed by `option`, unless the network was trained on images of the class."""
         if self.are_vectors:
             raise UserError(
                 f'{option}: {network} takes {self}, not classes: give --labels=data, or --labels=FILE.npy '
@@ -77,8 +76,7 @@ class LabelSpace(NamedTuple):
             )
 
     def record(self) -> dict:
-        """As plain data for metadata: `label_kind` and, where some have no images, `classes`, those that
-        have, as in '0-2,5'."""
+        """Metadata: `label_kind` and, if some lack images, `classes` that have images, such as '0-2,5'."""
         return {
             **({'label_kind': self.kind} if self.kind else {}),
             **({} if self.present is None else {'classes': ranges(self.present)}),
@@ -86,7 +84,7 @@ class LabelSpace(NamedTuple):
 
     @classmethod
     def recorded(cls, dim: int, record: dict) -> LabelSpace:
-        """The space of a `record`, or of metadata that has it. Raises: ValueError where it cannot be one."""
+        """Inverse of `record`, from metadata that contains it. Raises: ValueError for a malformed record."""
         kind, classes = record.get('label_kind'), record.get('classes')
         if kind not in (None, *KINDS) or (
             classes is not None and (kind == 'vectors' or not isinstance(classes, str))
@@ -96,19 +94,18 @@ class LabelSpace(NamedTuple):
 
 
 def space_of(net) -> LabelSpace:
-    """What a loaded network's metadata say of its labels."""
+    """Labels of a loaded network, from its metadata."""
     return LabelSpace.recorded(net.label_dim, getattr(net, 'metadata', {}))
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Rising numbers, in short: [1, 2, 3, 7] is '1-3,7'."""
+    """Compact form of sorted numbers: [1, 2, 3, 7] is '1-3,7'."""
     runs = [list(run) for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     return ','.join(f'{run[0][1]}' if len(run) == 1 else f'{run[0][1]}-{run[-1][1]}' for run in runs)
 
 
 def parse_ranges(text: str, limit: int) -> tuple[int, ...]:
-    """The rising numbers below `limit` of a text that `ranges` has written. Raises: ValueError for any
-    other."""
+    """Inverse of `ranges`. Raises: ValueError for any other text, or numbers not below `limit`."""
     if not re.fullmatch(r'\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*', text, re.ASCII):
         raise ValueError(f'classes {text[:40]!r}')
     numbers, free = [], 0
@@ -116,28 +113,28 @@ def parse_ranges(text: str, limit: int) -> tuple[int, ...]:
         first, _, last = part.partition('-')
         first, last = int(first), int(last or first)
         if not free <= first <= last < limit:
-            raise ValueError(f'classes {part!r} of {limit}, which do not rise')
+            raise ValueError(f'classes {part!r} are unsorted or not below {limit}')
         numbers.extend(range(first, last + 1))
         free = last + 1
     return tuple(numbers)
 
 
 def listed(numbers: Sequence[int]) -> str:
-    """Rising numbers for a message: the first ranges."""
+    """Sorted numbers for a message: the first ranges."""
     parts = ranges(numbers).split(',')
     return ', '.join(parts[:SHOWN]) + (f', ... ({len(numbers)} in all)' if len(parts) > SHOWN else '')
 
 
 # ----------------------------------------------------------------------------
-# Many labels.
+# Sequences of labels.
 
 
 class Labels(Sequence):
-    """Labels of a space one after another, as a network sees them: float32 [dim].
+    """Sequence of labels as a network sees them: float32 [dim] each.
 
     Attributes:
         values: [N] int64 class indices, or [N, dim] float32 vectors.
-        space: what they are labels of.
+        space: the labels' space.
     """
 
     def __init__(self, values: np.ndarray, space: LabelSpace):
@@ -164,8 +161,7 @@ class Labels(Sequence):
 
     @classmethod
     def of_data(cls, values: np.ndarray, vectors: bool = False) -> Labels:
-        """The labels of a whole data set, as `dataset.read_labels` gives them; `vectors`: even if all are
-        one-hot, they are not classes."""
+        """All labels of a data set, from `read_labels`; `vectors` declares them vectors even if one-hot."""
         if values.ndim == 2 and (vectors or not are_one_hot(values)):
             return cls(values, LabelSpace(values.shape[1], 'vectors'))
         dim, indices = (
@@ -174,7 +170,7 @@ class Labels(Sequence):
         return cls(indices, LabelSpace(dim, 'classes', _present(indices, dim)))
 
     def subset(self, index: np.ndarray) -> Labels:
-        """Some of them, in the same space but for the classes that are left without images."""
+        """The labels at `index`; classes that lose all images become absent."""
         values = self.values[index]
         return Labels(
             values,
@@ -183,18 +179,21 @@ class Labels(Sequence):
 
     @classmethod
     def checked(cls, values: np.ndarray, space: LabelSpace, source: str, network: str) -> Labels:
-        """Numbers of a file or a data set as labels of a network: [N] class indices, or [N, dim] vectors.
+        """Labels for a network from [N] class indices or [N, dim] vectors of a file or data set.
 
-        Raises: UserError, which names `source`, where they are not labels of that network.
+        Raises: UserError, naming `source`, if the network does not accept them.
         """
+        # What the network accepts, for messages.
         wanted = f'{network} takes {space}: ' + ' or '.join(
             [f'class indices [N] below {space.dim}', f'one-hot rows [N, {space.dim}]'][
                 : 0 if space.are_vectors else 2
             ]
             + [f'vectors [N, {space.dim}] of finite numbers'][: 0 if space.kind == 'classes' else 1]
         )
+
+        # Class indices, or rows that are one-hot or vectors.
         if values.dtype.kind not in 'iuf' or values.size == 0:
-            raise UserError(f'{source} holds {values.dtype} {list(values.shape)}, no labels; {wanted}')
+            raise UserError(f'{source} holds {values.dtype} {list(values.shape)}, not labels; {wanted}')
         are_indices = values.ndim == 1 and values.dtype.kind != 'f' and not space.are_vectors
         if not are_indices and not (values.ndim == 2 and values.shape[1] == space.dim):
             raise UserError(f'{source} holds {values.dtype} {list(values.shape)}; {wanted}')
@@ -204,7 +203,7 @@ class Labels(Sequence):
             vectors = np.asarray(values, dtype=np.float32)
         if bad := int((~np.isfinite(vectors).all(axis=1)).sum()):
             raise UserError(
-                f'{source}: {bad} of {len(vectors)} rows hold numbers that are not finite, or beyond float32'
+                f'{source}: {bad} of {len(vectors)} rows hold numbers that are not finite in float32'
             )
         one_hot = not space.are_vectors and are_one_hot(vectors)
         if space.kind == 'classes' and not one_hot:
@@ -215,7 +214,7 @@ class Labels(Sequence):
 
 
 def are_one_hot(rows: np.ndarray) -> bool:
-    """Whether every row of [N, D] is a 1 among zeros."""
+    """Whether every row of [N, D] has one 1 and zeros elsewhere."""
     return bool(((rows == 0) | (rows == 1)).all() and (rows.sum(axis=1) == 1).all())
 
 
@@ -228,8 +227,8 @@ def _checked_classes(indices: np.ndarray, space: LabelSpace, source: str, networ
     used = np.unique(indices).tolist()
     if not 0 <= used[0] <= used[-1] < space.dim:
         raise UserError(
-            f'{source} holds class indices from {used[0]} to {used[-1]}, which are not of the {space.dim} '
-            f'classes of {network}, 0 to {space.dim - 1}'
+            f'{source} holds class indices from {used[0]} to {used[-1]}, but {network} has {space.dim} '
+            f'classes, 0 to {space.dim - 1}'
         )
     if space.present is not None and (untrained := sorted(set(used) - set(space.present))):
         raise UserError(

@@ -1,10 +1,10 @@
-"""An LMDB data base, read by a process of its own: its pages are mapped, and damaged ones can end whoever
-follows them.
+"""Read an LMDB database in a process of its own: following damaged pages of its memory map can crash a
+process.
 
     python lmdb_pipe.py FOLDER COUNT
 
-writes the number of records, then the first COUNT of them, as lengths of key and value followed by these. It
-imports nothing of this project.
+writes the number of records, then the first COUNT records: length of key, length of value, key, value.
+Imports nothing of this project.
 """
 
 import signal
@@ -13,7 +13,7 @@ import sys
 
 HEAD = struct.Struct('<Q')
 LENGTHS = struct.Struct('<QQ')
-PATIENCE = 60  # seconds for a record, then SIGALRM ends it: a damaged tree of pages may have no end
+PATIENCE = 60  # seconds per record until SIGALRM ends the process: a damaged page tree may be cyclic
 
 
 def main(folder: str, count: int) -> None:

@@ -1,5 +1,5 @@
-"""What dataset_tool.py reads: folders, zips, arrays, CIFAR-10, MNIST, LSUN and digits, as images one after
-another with their labels."""
+"""Sources of dataset_tool.py, as sequences of labeled images: folders, zips, arrays, CIFAR-10, MNIST, LSUN,
+digits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from data import file_names, lmdb_pipe
-from data.dataset import ImageFiles, are_label_vectors, count_unused_labels, read_labels, what_it_is
+from data.image_files import ImageFiles, describe_non_image
+from data.label_file import are_label_vectors, count_unused_labels, read_labels
 from data.label_space import Labels
 from data.pixels import UNREADABLE, Picture, is_color, open_image
 from dnnlib import UserError, limits
@@ -35,13 +36,12 @@ from dnnlib.text import printable
 from torch_utils.restricted_pickle import MalformedPickle, read_pickle
 from torch_utils.stored_arrays import PICKLE_NAMES, stored_array
 
-SHOWN = 5  # names that a message lists
+SHOWN = 5  # names listed in a message
 Label = int | list[float] | None
 
 
 class Item(NamedTuple):
-    """One image of a source: its place there, its name there, for messages, and its label: a class index, a
-    vector or None."""
+    """An image of a source: index, name for messages, and label (class index, vector or None)."""
 
     number: int
     name: str
@@ -53,17 +53,17 @@ class Source(NamedTuple):
     """A sequence of images to convert."""
 
     count: int
-    mode: str  # 'L' or 'RGB': what all images are written as
+    mode: str  # 'L' or 'RGB', of all written images
     items: Iterable[Item]
-    vectors: bool = False  # whether labels are vectors, even if those of the chosen images look like classes
+    vectors: bool = False  # labels are vectors, even if the selected ones look one-hot
 
 
 class Selection(NamedTuple):
-    """Which images of a source are converted, and with which labels.
+    """Which images of a source to convert, and with which labels.
 
     Attributes:
-        max_images: the first so many; None: all.
-        max_per_class: the first so many of each class; None: all.
+        max_images: keep the first N; None keeps all.
+        max_per_class: keep the first N of each class; None keeps all.
         labels_from: auto | folders | dataset.json | none.
     """
 
@@ -74,8 +74,8 @@ class Selection(NamedTuple):
     def rows(
         self, labels: Sequence[Label] | None, count: int, names: Sequence[str] | None = None
     ) -> Sequence[int]:
-        """The places of the chosen images, in order, of `count` with those labels. Says which classes they
-        leave out, by their `names`."""
+        """Sorted indices of the selected images among `count`; prints a note about classes (`names`) left
+        out."""
         rows: Sequence[int] = range(count)
         classes = Counter(labels) if labels is not None and count and isinstance(labels[0], int) else None
         if self.max_per_class is not None:
@@ -99,7 +99,7 @@ class Selection(NamedTuple):
 
 
 def first_of_each(labels: Sequence[int], count: int) -> list[int]:
-    """The places of the first `count` of each label, in order."""
+    """Sorted indices of the first `count` occurrences of each label."""
     seen, rows = Counter(), []
     for i, label in enumerate(labels):
         if seen[label] < count:
@@ -112,14 +112,14 @@ def note(text: str) -> None:
     click.echo(f'Note: {printable(text)}', err=True)
 
 
-def _what_is_wrong(path: pathlib.Path, error: Exception) -> str:
-    """That an archive which cannot be read is a file of another kind, or what the reader says."""
+def _explain(path: pathlib.Path, error: Exception) -> str:
+    """Why an archive cannot be read: it is a file of another kind, or else the reader's message."""
     kind = None if isinstance(error, PermissionError) else describe_file(path)
     return str(error) if kind is None or re.search('gzip|tar|IDX', kind) else f'it is {kind}'
 
 
 def _listed(values: Iterable, names: Sequence[str] | None = None) -> str:
-    """The first of the sorted values, or of the names that they are the places of."""
+    """The first sorted values, as 'name=value' if there are names by value."""
     values = sorted(values)
     shown = ', '.join(str(value) if names is None else f'{names[value]}={value}' for value in values[:SHOWN])
     return shown + (', ...' if len(values) > SHOWN else '')
@@ -130,13 +130,13 @@ def _listed(values: Iterable, names: Sequence[str] | None = None) -> str:
 
 
 def array_source(images: np.ndarray, labels: Sequence[int] | None, name: str, selection: Selection) -> Source:
-    """Source of uint8 [N, H, W] or [N, H, W, 3] images with class indices."""
+    """Source from uint8 [N, H, W] or [N, H, W, 3] images and class indices."""
     if images.size == 0:
         raise UserError(f'{name} holds no images')
     if selection.labels_from in ('folders', 'dataset.json'):
         raise UserError(
-            f'--labels-from={selection.labels_from} is for folders and zips of images, and {name} is none; '
-            'leave it out'
+            f'--labels-from={selection.labels_from} is for folders and zips of images, not for {name}; leave '
+            'it out'
         )
     labels = None if labels is None or selection.labels_from == 'none' else [int(label) for label in labels]
     rows = selection.rows(labels, len(images))
@@ -153,7 +153,7 @@ def array_source(images: np.ndarray, labels: Sequence[int] | None, name: str, se
 
 
 def digits_source(selection: Selection) -> Source:
-    """scikit-learn's bundled digits: 1,797 grayscale images of 8x8 pixels in 0..16, 10 classes."""
+    """scikit-learn's bundled digits: 1,797 grayscale 8x8 images with values 0..16, 10 classes."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -163,8 +163,7 @@ def digits_source(selection: Selection) -> Source:
 
 
 def read_idx(path: pathlib.Path, magic: int) -> np.ndarray:
-    """The uint8 array of an IDX file, gzipped or not; the magic number's last byte is the number of
-    dimensions."""
+    """The uint8 array of an IDX file, gzipped or not; the last byte of the magic number counts dimensions."""
     try:
         with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as file:
             header = struct.Struct(f'>{1 + (magic & 0xFF)}I')
@@ -176,24 +175,21 @@ def read_idx(path: pathlib.Path, magic: int) -> np.ndarray:
             data = file.read(size + 1) if found == magic else b''
     except UNREADABLE as error:
         raise UserError(
-            f'{path} is not a readable IDX file ({_what_is_wrong(path, error)}); download it again'
+            f'{path} is not a readable IDX file ({_explain(path, error)}); download it again'
         ) from error
     if found != magic or len(data) != size:
-        what = _what_is_wrong(
-            path, ValueError(f'magic number {found:#x} instead of {magic:#x}, or a wrong length')
-        )
+        what = _explain(path, ValueError(f'magic number {found:#x} instead of {magic:#x}, or wrong length'))
         raise UserError(f'{path} is not a complete IDX file ({what}); download it again')
     return np.frombuffer(data, dtype=np.uint8).reshape(shape)
 
 
 def mnist_source(path: pathlib.Path, selection: Selection) -> Source:
-    """MNIST's images and the labels beside them; 28x28 images get a black border of 2 pixels, as in EDM,
-    since sides are powers of two."""
+    """MNIST's images and the label file beside them; 28x28 is padded with black to 32x32, as EDM does."""
     name = path.name.replace('images-idx3', 'labels-idx1')
     beside = [path.with_name(n) for n in (name, name.removesuffix('.gz'), name + '.gz')]
     labels_path = next((p for p in beside if p.is_file()), None)
     if labels_path is None:
-        raise UserError(f'{path} needs its labels beside it, in {beside[0]}')
+        raise UserError(f'{path} needs its label file beside it, {beside[0]}')
     images, labels = read_idx(path, 0x803), read_idx(labels_path, 0x801)
     if len(images) != len(labels):
         raise UserError(
@@ -206,12 +202,11 @@ def mnist_source(path: pathlib.Path, selection: Selection) -> Source:
 
 
 # ----------------------------------------------------------------------------
-# CIFAR-10's pickles, read without running anything that they name.
+# CIFAR-10's pickles, read without running code.
 
 
 def read_cifar_batch(data: bytes, source: str) -> tuple[np.ndarray, list[int]]:
-    """uint8 [N, 32, 32, 3] images and N class indices of one pickled CIFAR-10 batch, which is read as
-    data."""
+    """uint8 [N, 32, 32, 3] images and N class indices of a pickled CIFAR-10 batch, read as plain data."""
     file = io.BytesIO(data)
     try:
         batch = read_pickle(file, len(data), PICKLE_NAMES)
@@ -219,7 +214,7 @@ def read_cifar_batch(data: bytes, source: str) -> tuple[np.ndarray, list[int]]:
         images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         if len(images) != len(labels) or not all(type(label) is int and 0 <= label < 10 for label in labels):
             raise ValueError(
-                f'its {len(images)} images do not go with {len(labels)} labels, or a label is not in 0..9'
+                f'it has {len(images)} images and {len(labels)} labels, or a label is not in 0..9'
             )
     except UNREADABLE as error:
         what = f'it {error}' if isinstance(error, MalformedPickle) else error
@@ -243,16 +238,16 @@ def cifar10_source(path: pathlib.Path, selection: Selection) -> Source:
                     batches[int(match[1])] = member.name, archive.extractfile(member).read()
     except limits.TooLarge as error:
         raise UserError(
-            f'{path} is not cifar-10-python.tar.gz (it {error}); unpack other archives and name their folder'
+            f'{path} is not cifar-10-python.tar.gz (it {error}); unpack other archives and name the folder'
         ) from error
     except UNREADABLE as error:
         raise UserError(
-            f'{path} is not a complete tar archive ({_what_is_wrong(path, error)}); download it again'
+            f'{path} is not a complete tar archive ({_explain(path, error)}); download it again'
         ) from error
     if not batches:
         raise UserError(
-            f'{path} holds no CIFAR-10 batches (data_batch_1, ...); the tar archive to name is '
-            'cifar-10-python.tar.gz; unpack another and name its folder'
+            f'{path} holds no CIFAR-10 batches (data_batch_1, ...); only cifar-10-python.tar.gz is read as a '
+            'tar archive; unpack others and name the folder'
         )
     images, labels = zip(
         *(read_cifar_batch(data, f'{path}: {name}') for _, (name, data) in sorted(batches.items()))
@@ -267,13 +262,12 @@ def cifar10_source(path: pathlib.Path, selection: Selection) -> Source:
 
 
 class ClassFolders(NamedTuple):
-    """How class folders divide images.
+    """Assignment of images to class folders.
 
     Attributes:
-        prefix: of all class folders: empty, or a path that ends in a slash.
-        names: of the class folders, sorted.
-        labels: of each image: the place of its class folder among `names`; None of an image that lies in no
-            class folder.
+        prefix: path to the class folders: empty, or ends in a slash.
+        names: sorted names of the class folders.
+        labels: index into `names` for each image; None for an image outside of class folders.
     """
 
     prefix: str
@@ -282,14 +276,15 @@ class ClassFolders(NamedTuple):
 
 
 def class_folders(images: Sequence[str]) -> ClassFolders | None:
-    """The outermost folders in which names of images differ; None where all lie in the root.
+    """Classes by the outermost folders that tell images apart; None if all images are in the root.
 
-    Images that lie beside folders with images are in no class. Where all lie in one folder, that is the only
-    class.
+    Images beside folders with images have no class. If all are in one folder, that is the only class.
     """
     by_folder = defaultdict(list)
     for i, name in enumerate(images):
         by_folder[tuple(name.split('/')[:-1])].append(i)
+
+    # Descend to the folder where class folders begin, leaving out images on the way.
     folders = set(by_folder)
     prefix = _common(folders)
     while prefix in folders and len(folders) > 1:
@@ -298,6 +293,8 @@ def class_folders(images: Sequence[str]) -> ClassFolders | None:
     depth = len(prefix) - 1 if folders == {prefix} else len(prefix)
     if depth < 0:
         return None
+
+    # Number the class folders in sorted order.
     names = sorted({folder[depth] for folder in folders})
     index, labels = {name: i for i, name in enumerate(names)}, [None] * len(images)
     for folder in folders:
@@ -307,32 +304,31 @@ def class_folders(images: Sequence[str]) -> ClassFolders | None:
 
 
 def _common(folders: set[tuple[str, ...]]) -> tuple[str, ...]:
-    """The folder, as a tuple of names, that all folders lie in or are."""
+    """Longest common prefix of the folders, each a tuple of names."""
     pairs = zip(min(folders), max(folders))
     return tuple(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def folder_labels(files: ImageFiles, leave_out: bool) -> tuple[list[str], list[int], list[str]] | None:
-    """(names of images, their class indices, names of the classes) by class folders; None where there are no
-    folders.
+    """(image names, class indices, class names) by class folders; None without folders.
 
     Args:
-        leave_out: whether images that lie beside the class folders are left out. Without, they are an error.
+        leave_out: skip images outside of class folders; otherwise they are an error.
     """
     found = class_folders(files.images)
     if found is None:
         return None
     if strays := [name for name, label in zip(files.images, found.labels) if label is None]:
         where = (
-            f'{len(strays)} of {len(files.images)} images in {files.path} lie in no class folder '
+            f'{len(strays)} of {len(files.images)} images in {files.path} are outside of class folders '
             f'({_listed(strays)})'
         )
         if not leave_out:
             raise UserError(
-                f'{where}, and so have no label. Leave them out with --labels-from=folders, write all images '
-                'without labels with --labels-from=none, or move them.'
+                f'{where} and have no label. Skip them with --labels-from=folders, write all images without '
+                'labels with --labels-from=none, or move them.'
             )
-        note(f'{where}, and are left out.')
+        note(f'{where} and are skipped.')
     _check_class_names(files, found)
     shown = ', '.join(f'{name}={i}' for i, name in enumerate(found.names[:10])) + (
         ', ...' if len(found.names) > 10 else ''
@@ -343,7 +339,7 @@ def folder_labels(files: ImageFiles, leave_out: bool) -> tuple[list[str], list[i
 
 
 def _check_class_names(files: ImageFiles, found: ClassFolders) -> None:
-    """UserError where two class folders look the same; a note where they nearly do, or hold no images."""
+    """Reject class folders that look the same; print a note about similar ones, and about empty folders."""
     for key, alike in (
         (file_names.composed, 'in Unicode normalization only (composed, NFC, against decomposed, NFD)'),
         (str.casefold, 'in case only'),
@@ -355,10 +351,10 @@ def _check_class_names(files: ImageFiles, found: ClassFolders) -> None:
             text = f'{files.path}: the class folders {first!a} and {second!a} differ {alike}'
             if key is file_names.composed:
                 raise UserError(f'{text}; rename one, or put their images into one folder')
-            note(f'{text}, and are two classes.')
+            note(f'{text}; they are two classes.')
     if empty := files.folders(found.prefix) - set(found.names):
         note(
-            f'{len(empty)} folders in {files.path} beside the class folders hold no images, and are no '
+            f'{len(empty)} folders beside the class folders in {files.path} hold no images and are not '
             f'classes ({_listed(empty)}).'
         )
 
@@ -368,15 +364,15 @@ def _check_class_names(files: ImageFiles, found: ClassFolders) -> None:
 
 
 def files_source(path: pathlib.Path, selection: Selection, background: tuple[int, int, int]) -> Source:
-    """A folder or zip of images, sorted by name. They are written as RGB if any is in color; in a color set
-    the first header tells."""
+    """A folder or zip of images, sorted by name; RGB if any image is in color (mostly the first one
+    tells)."""
     files = ImageFiles(path)
     if files.holds_latents:
         with files.open_latents(files.images[0]):  # or it holds other arrays
             pass
         raise UserError(
-            f'{path} holds latents already ({files.images[0]}, ...); it is a data set as it is, or name the '
-            'images they were made from'
+            f'{path} already holds latents ({files.images[0]}, ...); use it as it is, or name the images '
+            'they were made from'
         )
     names, labels, classes = labeled_images(files, selection.labels_from)
     rows = selection.rows(labels, len(names), classes)
@@ -398,8 +394,7 @@ def files_source(path: pathlib.Path, selection: Selection, background: tuple[int
 def labeled_images(
     files: ImageFiles, labels_from: str
 ) -> tuple[Sequence[str], list[Label] | None, list[str] | None]:
-    """(names of images, their labels or None, names of the classes or None), as `Selection.labels_from`
-    says."""
+    """(image names, labels or None, class names or None) for a `Selection.labels_from`."""
     if labels_from == 'none':
         return files.images, None, None
     if labels_from == 'dataset.json' or (labels_from == 'auto' and files.label_files):
@@ -407,7 +402,7 @@ def labeled_images(
         if labels is None and labels_from == 'dataset.json':
             raise UserError(f'{files.path} has no dataset.json with labels; leave out --labels-from')
         if unused := count_unused_labels(files):
-            note(f'{unused} labels in dataset.json are of no image in {files.path}. Is it complete?')
+            note(f'{unused} labels in dataset.json have no image in {files.path}. Is it complete?')
         return files.images, None if labels is None else labels.tolist(), None
     by_folder = folder_labels(files, leave_out=labels_from == 'folders')
     if by_folder is None and labels_from == 'folders':
@@ -426,14 +421,13 @@ def _read(files: ImageFiles, name: str) -> Picture:
 
 
 def read_lmdb(path: pathlib.Path, count: int) -> Iterator[int | tuple[bytes, bytes]]:
-    """How many records a data base has, then the first `count` of them, (key, value). Raises: UserError.
+    """Yields the number of records of a database, then its first `count` records (key, value).
 
-    They come from a process of their own (`lmdb_pipe`): where pages are damaged or missing, it ends by a
-    signal, and this process does not.
+    Reads in another process (`lmdb_pipe`), which damaged or missing pages may crash. Raises: UserError.
     """
     if importlib.util.find_spec('lmdb') is None:
         raise UserError(
-            f'{path} is an LMDB data base, and the lmdb package is not installed; run: pip install lmdb'
+            f'{path} is an LMDB database, but the lmdb package is not installed; run: pip install lmdb'
         )
     command = [sys.executable, lmdb_pipe.__file__, os.path.abspath(path), str(count)]
     try:
@@ -449,10 +443,9 @@ def read_lmdb(path: pathlib.Path, count: int) -> Iterator[int | tuple[bytes, byt
                     limits.check_size(key + value, limits.IMAGE_FILE, 'an image')
                     yield _take(process, key), _take(process, value)
             except EOFError as error:
-                said, status = (
-                    process.stderr.read().decode(errors='replace').strip().splitlines(),
-                    process.wait(),
-                )
+                # The reader's own message, a file too short, or the signal that ended it.
+                said = process.stderr.read().decode(errors='replace').strip().splitlines()
+                status = process.wait()
                 signaled = (
                     f'it is damaged: reading it ends in {signal.Signals(-status).name}'
                     if status < 0
@@ -463,12 +456,12 @@ def read_lmdb(path: pathlib.Path, count: int) -> Iterator[int | tuple[bytes, byt
                 process.kill()
     except UNREADABLE as error:
         raise UserError(
-            f'{path} is not a readable LMDB data base ({error}); copy or download it again'
+            f'{path} is not a readable LMDB database ({error}); copy or download it again'
         ) from error
 
 
 def _take(process: subprocess.Popen, size: int) -> bytes:
-    """What a process writes next. Raises: EOFError where it has ended before."""
+    """The next bytes of a process's output. Raises: EOFError if it ends first."""
     data = process.stdout.read(size)
     if len(data) < size:
         raise EOFError
@@ -476,38 +469,40 @@ def _take(process: subprocess.Popen, size: int) -> bytes:
 
 
 def _shortage_of_lmdb(path: pathlib.Path) -> str:
-    """Words for a file that is shorter than the newer of its two meta pages says; '' where it is not.
+    """How much shorter a file is than the newer of its two meta pages declares, in words; '' if complete.
 
-    Pages at its end that were never used may be missing, so only their reader can tell. Raises: ValueError
-    where it could not: a page ends within a page of memory, whose rest would be zeros, or the meta pages are
-    none; OSError.
+    A shortage is no error yet: unused pages at the end may be missing, and only reading tells. Raises:
+    ValueError if reading could not tell, because the file ends within a memory page, whose rest would read
+    as zeros, or has no meta pages; OSError.
 
-    A page begins with 16 bytes of its own. Magic number, version, address, size of the map, two tables of 48
-    bytes, of which the first begins with the size of pages, number of the last page and of the transaction
-    follow (LMDB's mdb.c, MDB_meta, data version 1).
+    Layout (LMDB's mdb.c, MDB_meta, data version 1): 16 bytes of page header, magic number, version, address,
+    map size, two tables of 48 bytes (the first begins with the page size), last page, transaction.
     """
+    # The two meta pages.
     meta = struct.Struct('<16xIIQQI92xQQ')
     with open(path, 'rb') as file:
         length = os.fstat(file.fileno()).st_size
         pages = [meta.unpack(file.read(meta.size).ljust(meta.size, b'\0'))]
         size = pages[0][4]
         if pages[0][:2] != (0xBEEFC0DE, 1) or size not in (1 << bits for bits in range(8, 17)):
-            raise ValueError('it does not begin as one')
+            raise ValueError('it does not begin like one')
         file.seek(size)
         pages.append(meta.unpack(file.read(meta.size).ljust(meta.size, b'\0')))
+
+    # The newer one counts the pages.
     wanted = (max(pages, key=lambda page: page[6])[5] + 1) * size
-    shortage = f'it has {length:,} bytes, and {wanted:,} by its own account' if length < wanted else ''
+    shortage = f'it has {length:,} bytes but declares {wanted:,}' if length < wanted else ''
     if length % size or (shortage and length % mmap.PAGESIZE):
         raise ValueError(shortage or f'it ends within a page of {size:,} bytes')
     return shortage
 
 
 def lmdb_source(path: pathlib.Path, selection: Selection) -> Source:
-    """An LSUN `*_lmdb` folder of JPEG or WebP images, in the order of its keys, without labels."""
+    """An LSUN `*_lmdb` folder of JPEG or WebP images, in key order, without labels."""
     if selection.labels_from in ('folders', 'dataset.json'):
         raise UserError(
-            f'--labels-from={selection.labels_from} is for folders and zips of images, and {path} is an LMDB '
-            'data base; leave it out'
+            f'--labels-from={selection.labels_from} is for folders and zips of images, not for the LMDB '
+            f'database {path}; leave it out'
         )
     (count,) = read_lmdb(path, 0)
     if count == 0:
@@ -524,6 +519,6 @@ def _lmdb_items(path: pathlib.Path, count: int) -> Iterator[Item]:
         try:
             picture = Picture.load(open_image(io.BytesIO(value), len(value)))
         except UNREADABLE as error:
-            what = what_it_is(value[:HEAD]) if isinstance(error, UnidentifiedImageError) else error
+            what = describe_non_image(value[:HEAD]) if isinstance(error, UnidentifiedImageError) else error
             raise UserError(f'{name} is not a readable image ({what}); replace or remove it') from error
         yield Item(i, name, picture, None)

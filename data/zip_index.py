@@ -1,9 +1,7 @@
-"""The directory of a zip file as arrays: found in seconds where there are millions of members, and kept for
-the next time.
+"""Directory of a zip file as arrays: seconds for millions of members, and cached for the next time.
 
-Python's zipfile makes an object of every member. Here the directory is read into arrays at once, where it is
-as plain as directories are that dataset_tool.py writes; where not, zipfile reads it. Members are opened by
-zipfile in any case, with all its checks.
+Python's zipfile creates an object per member. Here, a plain directory (as dataset_tool.py writes it) is
+parsed into arrays; zipfile reads any other. Members are always opened by zipfile, with all its checks.
 """
 
 from __future__ import annotations
@@ -25,8 +23,9 @@ from data import file_names
 from dnnlib import UserError, downloads, limits, util
 from dnnlib.archives import BoundedZip
 
-CACHE_FROM = 100_000  # members; fewer are read as fast as they could be looked up
-FORMAT = 2  # of the cache's arrays, and of what is made of them
+CACHE_FROM = 100_000  # members; smaller directories are parsed as fast as a cache is read
+FORMAT = 2  # version of the cached arrays and of everything computed from them
+# Arrays of an index, in the order in which `ZipIndex.info` unpacks them.
 FIELDS = dict(
     offset=np.uint64,
     compressed=np.uint64,
@@ -36,12 +35,12 @@ FIELDS = dict(
     flags=np.uint16,
     attributes=np.uint32,
 )
-SYMBOLIC_LINK = 0o12  # the upper four bits of a Unix file's mode, which are the upper four of its attributes
+SYMBOLIC_LINK = 0o12  # upper four bits of a Unix file mode, which are the upper four of the attributes
 EMPTY_ZIP = b'PK\5\6' + bytes(18)
 
 
 class Names(Sequence):
-    """Text in a few arrays: the name number i is `blob[starts[i]:ends[i]]` in UTF-8. Slices are lists."""
+    """Strings in three arrays: name i is `blob[starts[i]:ends[i]]` in UTF-8. Slices are lists."""
 
     def __init__(self, blob: bytes, starts: np.ndarray, ends: np.ndarray):
         self.blob, self.starts, self.ends = blob, starts, ends
@@ -67,7 +66,7 @@ class Names(Sequence):
 
 
 class Entry(NamedTuple):
-    """What the directory says of a member."""
+    """A member's directory entry."""
 
     filename: str
     file_size: int
@@ -75,15 +74,12 @@ class Entry(NamedTuple):
 
 
 class ZipIndex:
-    """Members of a zip file in the order of their names; of several with one name, the last in the file is
-    the last here.
+    """Members of a zip file, stably sorted by name.
 
     Attributes:
-        names: of all members, folders separated by slashes; where the file has backslashes, those are in
-            `stored`.
-        fields: name to array [N], as in `FIELDS`.
-        key: hexadecimal digest of the directory and the file's size, which decide all of it; None where that
-            cannot be told.
+        names: with forward slashes; `stored` has them as written.
+        fields: name -> array [N]; see `FIELDS`.
+        key: hex digest of the directory and the file size, which determine the index; None if unknown.
     """
 
     def __init__(self, stored: Names, fields: dict[str, np.ndarray], key: str | None):
@@ -92,10 +88,9 @@ class ZipIndex:
 
     @classmethod
     def read(cls, path: str) -> ZipIndex:
-        """The index of a file, or that of an identical directory which was read earlier.
+        """Index of a file, from the cache if an identical directory was read before.
 
-        Raises: what `zipfile.ZipFile` raises where it cannot be read; UserError where two names differ in
-            their separators only.
+        Raises: as `zipfile.ZipFile`; UserError if two names differ only in their separators.
         """
         tail = _find_directory(path)
         key = tail and tail.key()
@@ -104,6 +99,7 @@ class ZipIndex:
             names, fields = (tail and _parse(tail)) or _parse_by_zipfile(
                 path, limits.DATA_DIRECTORY if tail else limits.ZIP_DIRECTORY
             )
+            # A stable sort: of members with one name, the last in the file stays last, as in zipfile.
             order = sorted(range(len(names)), key=[_with_slashes(name) for name in names].__getitem__)
             names = Names.of([names[i] for i in order])
             _check_separators(names, path)
@@ -127,11 +123,12 @@ class ZipIndex:
         return len(self.names)
 
     def entries(self) -> list[Entry]:
-        """All members, repeated ones too."""
+        """All members, including repeated ones."""
         return list(map(Entry, self.names, self.fields['size'].tolist(), self.fields['crc'].tolist()))
 
     def info(self, name: str) -> zipfile.ZipInfo:
-        """What zipfile opens the member of that name by. Raises: KeyError."""
+        """zipfile's handle of a member. Raises: KeyError."""
+        # The last member of that name, as bisect_right finds it.
         row = bisect_right(self.names, name) - 1
         if row < 0 or self.names[row] != name:
             raise KeyError(f'There is no item named {name!r} in the archive')
@@ -148,30 +145,30 @@ class ZipIndex:
         return info
 
     def links(self) -> list[str]:
-        """The members that are symbolic links: their contents are the paths that they lead to."""
+        """Names of members that are symbolic links, whose contents are paths."""
         return list(self.names[np.flatnonzero(self.fields['attributes'] >> 28 == SYMBOLIC_LINK)])
 
 
 def _with_slashes(names: bytes) -> bytes:
-    """As `file_names.with_slashes`; in UTF-8 a byte that looks like a backslash is one."""
+    """`file_names.with_slashes` on UTF-8, where the byte of a backslash occurs in no other character."""
     return names.replace(b'\\', b'/')
 
 
 def _check_separators(stored: Names, path: str) -> None:
-    """UserError where two different names, in the order of their names with slashes, are the same with
-    slashes."""
+    """Raises: UserError if two sorted names are equal once their backslashes are slashes."""
     if b'\\' not in stored.blob:
         return
     for name, following in itertools.pairwise(stored):
         if name != following and file_names.with_slashes(name) == file_names.with_slashes(following):
             raise UserError(
-                f'{path} has both {name} and {following}: backslashes separate folders as slashes do, so '
-                'these are one name; make the zip again'
+                f'{path} has both {name} and {following}: backslashes separate folders like slashes, so the '
+                'names collide; recreate the zip'
             )
 
 
 def open_archive(path: str) -> zipfile.ZipFile:
-    """A zip file whose directory is not read: its members are opened by their `ZipIndex.info`."""
+    """A zip file opened without reading its directory; `ZipIndex.info` gives the members to open."""
+    # zipfile reads the directory in its constructor: give it an empty zip, then the real file.
     archive = zipfile.ZipFile(io.BytesIO(EMPTY_ZIP))
     archive.fp, archive.filename = open(path, 'rb'), path  # noqa: SIM115  (it stays open)
     return archive
@@ -182,14 +179,14 @@ def open_archive(path: str) -> zipfile.ZipFile:
 
 
 class Tail(NamedTuple):
-    """The end of a zip file from its central directory on.
+    """The end of a zip file, from its central directory on.
 
     Attributes:
-        data: all of it.
-        length: of the directory, which comes first.
-        shift: of the offsets that it tells: bytes before the archive.
-        file_size: of the whole file.
-        count: members, as far as the record at the end tells.
+        data: all these bytes.
+        length: bytes of the directory, at the start of `data`.
+        shift: bytes before the archive, to add to the directory's offsets.
+        file_size: bytes of the file.
+        count: number of members according to the end record.
     """
 
     data: bytes
@@ -205,9 +202,9 @@ class Tail(NamedTuple):
 
 
 def _find_directory(path: str) -> Tail | None:
-    """None where there is no such directory, or one is found in an unusual way only. Raises: OSError,
-    BadZipFile, TooLarge."""
+    """Locate the directory; None if it takes zipfile to find it. Raises: OSError, BadZipFile, TooLarge."""
     with open(path, 'rb') as file:
+        # The end record (22 bytes and a comment), after the records of ZIP64 (76 bytes) if there are any.
         size = file.seek(0, io.SEEK_END)
         base = max(size - 22 - 65535 - 76, 0)
         file.seek(base)
@@ -223,6 +220,8 @@ def _find_directory(path: str) -> Tail | None:
             if end < 0 or data[end : end + 4] != b'PK\6\6':
                 return None
             count, length, offset = struct.unpack_from('<32xQQQ', data, end)
+
+        # The directory ends where the end records begin.
         start = base + end - length
         if start < offset:
             return None
@@ -235,8 +234,9 @@ def _find_directory(path: str) -> Tail | None:
 
 
 def _parse(tail: Tail) -> tuple[list[bytes], dict[str, np.ndarray]] | None:
-    """(names, fields) of a directory with nothing unusual in it: ASCII names, no other extra field than the
-    offsets of ZIP64."""
+    """(names, fields) of a plain directory: ASCII names, no extra field but 64-bit offsets; None of any
+    other."""
+    # Entries vary in length, so their positions are found one by one.
     data, position, positions = tail.data, 0, []
     lengths = struct.Struct('<3H').unpack_from
     while position < tail.length:
@@ -248,8 +248,9 @@ def _parse(tail: Tail) -> tuple[list[bytes], dict[str, np.ndarray]] | None:
         return None
     positions = np.array(positions, dtype=np.int64)
 
+    # Then each field is one gather from an unaligned view that has a number at every byte.
     def field(kind, at):
-        every = np.ndarray([len(data) - 7], kind, data, strides=[1])  # at each byte, also beyond a boundary
+        every = np.ndarray([len(data) - 7], kind, data, strides=[1])
         return every[positions + at]
 
     fields = dict(
@@ -262,6 +263,9 @@ def _parse(tail: Tail) -> tuple[list[bytes], dict[str, np.ndarray]] | None:
         attributes=field('<u4', 38),
     )
     name_length, extra_length = field('<u2', 28).astype(np.int64), field('<u2', 30)
+
+    # ZIP64: an offset of all ones stands in the extra field (id 1, 8 bytes). Anything else is left to
+    # zipfile.
     far = fields['offset'] == 0xFFFFFFFF
     extra = positions[far] + 46 + name_length[far]
     every_2, every_8 = (np.ndarray([len(data) - 7], kind, data, strides=[1]) for kind in ('<u2', '<u8'))
@@ -275,6 +279,8 @@ def _parse(tail: Tail) -> tuple[list[bytes], dict[str, np.ndarray]] | None:
         return None
     fields['offset'][far] = every_8[extra + 4]
     fields['offset'] += np.uint64(tail.shift)
+
+    # Names follow the 46 bytes of the fixed fields.
     names = [
         data[start:end]
         for start, end in zip((positions + 46).tolist(), (positions + 46 + name_length).tolist())
@@ -318,12 +324,11 @@ def cached(
     compute: Callable[[], dict[str, np.ndarray]],
     sound: Callable[[dict], bool] = lambda arrays: True,
 ) -> dict[str, np.ndarray]:
-    """The arrays that an earlier call computed for this key, or that are computed now and kept. What cannot
-    be kept is not.
+    """Arrays from the cache, or computed and cached; errors of the cache are ignored.
 
     Args:
-        key: of whatever decides the arrays; None: they are not kept.
-        sound: whether arrays that were read can be what was computed.
+        key: digest of all that determines the arrays; None disables the cache.
+        sound: whether arrays read from the cache can be the result of `compute`.
     """
     path = (
         None

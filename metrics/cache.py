@@ -1,5 +1,5 @@
-"""Features on disk, batch by batch: an evaluation that was stopped goes on where it was, and another one of
-the same images starts from them."""
+"""Features on disk, batch by batch: an interrupted evaluation resumes, and another of the same images reuses
+them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ FACTS = 'facts.json'
 
 
 class FeatureCache:
-    """A folder `<root>/<name>-<key>` with an `.npz` for every batch and `facts.json`, which says what the
-    features are of.
+    """A folder `<root>/<name>-<key>` with an `.npz` per batch and `facts.json`, which identifies the
+    features.
 
     Args:
-        root: folder that may hold the features of many image sets.
-        name: of the detector.
-        facts: plain data that decides the features: other facts, another key.
-    Raises: UserError where the folder cannot be made.
+        root: folder for the features of any number of image sets.
+        name: the detector's name.
+        facts: plain data that determines the features and, by digest, the key.
+    Raises: UserError if the folder cannot be created.
     """
 
     def __init__(self, root: str | os.PathLike, name: str, facts: dict):
@@ -36,17 +36,15 @@ class FeatureCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f'--cache={root} cannot be made: {error.strerror}. Choose another place.'
+                f'--cache={root} cannot be created: {error.strerror}. Choose another folder.'
             ) from error
-        if (
-            distributed.is_main() and not (self.folder / FACTS).exists()
-        ):  # a cache that is only read need not be writable
+        # Write only what is missing: a cache that is only read need not be writable.
+        if distributed.is_main() and not (self.folder / FACTS).exists():
             with atomic_write(self.folder / FACTS) as file:
                 file.write(text.encode() + b'\n')
 
     def load(self, part: range, names: set[str]) -> dict[str, np.ndarray] | None:
-        """The arrays of a batch, `names` at least, with a row for each of its images; None where they are not
-        there, or damaged."""
+        """Arrays of a batch, at least `names`, with a row per image; None if missing or damaged."""
         try:
             with ArchivedArrays(self._path(part), self._path(part)) as file:
                 arrays = {key: file.read(key) for key in file.keys}
@@ -59,7 +57,7 @@ class FeatureCache:
         )
 
     def save(self, part: range, arrays: dict[str, np.ndarray]) -> None:
-        """Keep the arrays of a batch, which all have a row for each of its images."""
+        """Store the arrays of a batch, which have a row per image."""
         with atomic_write(self._path(part), durable=False) as file:
             np.savez(file, **arrays)
 

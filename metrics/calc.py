@@ -1,5 +1,7 @@
-"""From images to features and their statistics: one pass, on all processes, under any number of detectors.
-All that evaluates goes through it."""
+"""Features of images and their statistics: one pass on all processes for any number of detectors.
+
+All evaluations go through `compute_features`.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +24,16 @@ from torch_utils import distributed
 
 
 @dataclass(frozen=True)
-class Observed:
-    """What a detector saw in a set of images.
+class ImageFeatures:
+    """A detector's features of a set of images. Fields after `skipped` are filled on the main process only.
 
     Attributes:
         stats: moments of the features, on every process.
-        skipped: how many images were left out.
-        problems: why. This and what follows: on the main process only.
-        copies: how many images have the very pixels of another one before them.
-        unturned: how many images, of those that were read and not recalled, carry an EXIF orientation, which
-            is ignored.
-        features: [n, D] float32 on the CPU, in the order of the images; None where they were not asked for.
+        skipped: number of images that could not be used.
+        problems: reasons why images were skipped.
+        copies: number of images with the same pixels as an earlier one.
+        unturned: number of images read (not cached) with an EXIF orientation, which is ignored.
+        features: [n, D] float32 on the CPU, in the order of the images; None unless requested.
         probabilities: [n, K] of its classes, likewise.
     """
 
@@ -45,7 +46,7 @@ class Observed:
     unturned: int = 0
 
 
-def observe(
+def compute_features(
     source: ImageSource,
     detectors: Mapping[str, Detector],
     batch: int,
@@ -55,46 +56,50 @@ def observe(
     workers: int = 4,
     advance: Callable[[int], object] = lambda count: None,
     stop: Callable[[], bool] | None = None,
-) -> dict[str, Observed] | None:
-    """What each detector sees in all images, of all processes together.
+) -> dict[str, ImageFeatures] | None:
+    """Features of all images under each detector, computed by all processes together.
 
-    Batch k holds the images k·batch … (k + 1)·batch − 1, whichever process computes it, and the last one is
-    filled up before a detector sees it: features do not depend on the number of processes.
+    Batch k holds images k·batch … (k + 1)·batch − 1, whichever process computes it, and the last one is
+    padded: features do not depend on the number of processes.
 
     Args:
-        source: of images; see metrics/images.py. Every process calls with the same.
-        detectors: by the names that the result has.
-        keep: whether to keep features; or [len(source)] bool, of which images.
-        classes: the names of detectors whose class probabilities are to be kept.
-        cache: folder in which features are kept and found again; see `FeatureCache`.
-        workers: threads that decode.
-        advance: called with the number of images, of all processes, that a step of this process stands for.
-        stop: asked by all processes together, now and then; where it says so the images are left, and the
-            result is None. Not with a cache.
-    Raises: NotFinite, on all processes, where images of a network, or a detector's answers to images, are not
-        finite; UserError where there are no images, or one cannot be used.
+        source: images (see metrics/images.py), the same on every process.
+        detectors: by name, as in the result.
+        keep: whether to keep features, or [len(source)] bool: of which images.
+        classes: names of detectors whose class probabilities to keep.
+        cache: folder of cached features; see `FeatureCache`.
+        workers: decoding threads.
+        advance: called with the number of images, over all processes, that each step completes.
+        stop: polled by all processes together; once it returns True, the result is None. Not with a cache.
+    Raises: NotFinite, on all processes, if images of a network or features are not finite; UserError if
+        there are no images, or one cannot be used.
     """
+    # Batches are dealt round-robin to the processes.
     parts = [range(start, min(start + batch, len(source))) for start in range(0, len(source), batch)]
     rank, processes = distributed.get_rank(), distributed.get_world_size()
     keep = np.full(len(source), keep) if isinstance(keep, bool) else keep
     facts = None
-    if cache:  # the main process's word counts: machines may have copies of other times
+    if cache:  # the main process decides: other machines' copies may have other modification times
         facts = dict(
             images=distributed.broadcast_object(source.fingerprint() if distributed.is_main() else None),
             batch=batch,
         )
-    watches = {
-        name: _Watch(detector, source, keep, name in classes, cache, facts)
+    passes = {
+        name: _DetectorPass(detector, source, keep, name in classes, cache, facts)
         for name, detector in detectors.items()
     }
     images_of_round = lambda k: sum(map(len, parts[k - rank : k - rank + processes]))
+
+    # First take what the cache has; batches that any detector lacks are left to compute.
     missing = []
     for k in range(rank, len(parts), processes):
-        recalled = [watch.recall(parts[k]) for watch in watches.values()]
-        if all(recalled):
+        cached = [each.load_cached(parts[k]) for each in passes.values()]
+        if all(cached):
             advance(images_of_round(k))
         else:
             missing.append(k)
+
+    # Then compute them, padded to full size: kernels, and so roundings, may depend on the batch size.
     for k, (part, images, indices) in zip(missing, source.stream([parts[k] for k in missing], workers)):
         filled = (
             torch.cat([images, images[-1:].expand(batch - len(images), -1, -1, -1)])
@@ -102,44 +107,48 @@ def observe(
             else images
         )
         digests = image_digests(images)
-        for watch in watches.values():
-            watch.see(part, filled, indices, digests)
+        for each in passes.values():
+            each.compute(part, filled, indices, digests)
         advance(images_of_round(k))
-        if (
-            stop and k - rank + processes <= len(parts) and stop()
-        ):  # of the rounds in which every process has a batch
+        # `stop` is collective: only in rounds in which every process has a batch.
+        if stop and k - rank + processes <= len(parts) and stop():
             return None
+
+    # Combine the processes.
     if stop and stop():
         return None
-    check_finite(source, parts, watches.values())
-    return {name: watch.result() for name, watch in watches.items()}
+    check_finite(source, parts, passes.values())
+    return {name: each.result() for name, each in passes.items()}
 
 
-def check_finite(source: ImageSource, parts: Sequence[range], watches: Collection[_Watch]) -> None:
-    """Raises: NotFinite, on all processes together, where any of them met with what is not finite. What
-    follows would be a number all the same."""
-    own = [i for part in parts for i in source.nonfinite(part)], [watch.nonfinite for watch in watches]
+def check_finite(source: ImageSource, parts: Sequence[range], passes: Collection[_DetectorPass]) -> None:
+    """Raises: NotFinite, on all processes together, if any process met images or features that are not
+    finite.
+
+    Without this check, a metric of the remaining images would follow all the same.
+    """
+    own = [i for part in parts for i in source.nonfinite(part)], [each.nonfinite for each in passes]
     images, features = zip(*distributed.gather_objects(own))
     if bad := sorted(itertools.chain(*images)):
         raise NotFinite(source.describe_nonfinite(bad), nonfinite=len(bad))
-    for watch, count in zip(watches, map(sum, zip(*features))):
+    for each, count in zip(passes, map(sum, zip(*features))):
         if count:
             raise NotFinite(
-                f'Detector {watch.detector.name} gives features that are not finite (NaN or infinite) for '
-                f'{count} of {len(source)} images of {source.name}: there is no measure of them. Use '
-                'another detector, or mend this one.',
+                f'Detector {each.detector.name} returns features that are not finite (NaN or infinite) for '
+                f'{count} of {len(source)} images of {source.name}: no metric can be computed. Use another '
+                'detector, or fix this one.',
                 nonfinite_features=count,
             )
 
 
 def count_features(detector: Detector, image_shape: list[int]) -> None:
-    """See to it that the detector's `dim` is known, if need be by an empty image [C, H, W]."""
+    """Make the detector's `dim` known, if necessary by running it on a black image [C, H, W]."""
     if detector.dim is None:
         detector(torch.zeros([1, *image_shape], dtype=torch.uint8))
 
 
-class _Watch:
-    """One detector's view of the images, as far as this process sees them."""
+class _DetectorPass:
+    """One detector's features of the images that this process handles."""
 
     def __init__(
         self,
@@ -151,35 +160,29 @@ class _Watch:
         facts: dict | None,
     ):
         count_features(detector, source.image_shape)
-        self.detector, self.source, self.keep, self.classes = (
-            detector,
-            source,
-            torch.from_numpy(keep),
-            classes,
-        )
+        self.detector, self.source, self.classes = detector, source, classes
+        self.keep = torch.from_numpy(keep)
         self.stats = FeatureStats(detector.dim, detector.device)
-        self.nonfinite = 0  # images whose features, or probabilities, are not finite
-        self.kept: dict[
-            int, dict[str, Tensor]
-        ] = {}  # of each batch, by its first image: digests, and what is to be kept
+        self.nonfinite = 0  # images whose features or probabilities are not finite
+        # By the first image of each batch: digests, and the features and probabilities to keep.
+        self.kept: dict[int, dict[str, Tensor]] = {}
         self.cache = (
             FeatureCache(cache, detector.name, dict(facts, detector=detector.digest)) if cache else None
         )
 
-    def recall(self, part: range) -> bool:
-        """Add a batch from the cache; whether it was there."""
+    def load_cached(self, part: range) -> bool:
+        """Add a batch from the cache. Returns: whether it was there."""
         names = {'digests', 'features', *(['probabilities'] if self.classes else [])}
         found = self.cache.load(part, names) if self.cache else None
         if found:
             self._add(part, list(part), {name: torch.from_numpy(found[name]) for name in names})
         return bool(found)
 
-    def see(self, part: range, images: Tensor, indices: list[int], digests: Tensor) -> None:
-        """Add a batch of images, of which the first `len(indices)` count; nothing where it was recalled, or
-        none is left of it.
+    def compute(self, part: range, images: Tensor, indices: list[int], digests: Tensor) -> None:
+        """Add a batch, whose first `len(indices)` images count, unless it came from the cache or is empty.
 
-        A batch of which images were left out is not cached: what was wrong with them is told every time, and
-        an error without --skip-bad. Neither is one with images or features that are not finite.
+        A batch with skipped images is not cached, so that they are reported every time (an error without
+        --skip-bad). Neither is one with images or features that are not finite.
         """
         count = len(indices)
         if part.start in self.kept or count == 0:
@@ -198,7 +201,7 @@ class _Watch:
             self.cache.save(part, {name: values.cpu().numpy() for name, values in found.items()})
 
     def _add(self, part: range, indices: list[int], found: dict[str, Tensor]) -> bool:
-        """Whether all that the detector gave was finite."""
+        """Accumulate a batch. Returns: whether all outputs are finite."""
         self.stats.append(found['features'])
         kept = dict(
             digests=found['digests'],
@@ -213,22 +216,22 @@ class _Watch:
         self.nonfinite += broken
         return broken == 0
 
-    def result(self) -> Observed:
-        """Over all processes."""
+    def result(self) -> ImageFeatures:
+        """Combine all processes. Raises: UserError if fewer than two images were usable."""
         if self.stats.reduce().count < 2:
             found = 'is only one image' if self.stats.count else 'are no images'
-            raise UserError(
-                f'There {found} in {self.source.name} to compute statistics of, and at least two are needed.'
-            )
+            raise UserError(f'There {found} in {self.source.name}, but statistics need at least two.')
+
+        # The main process collects what was kept, in the order of the images.
         skipped = len(self.source) - self.stats.count
         shares = distributed.gather_on_main((self.kept, self.source.skipped, self.source.unturned))
         if not shares:
-            return Observed(self.stats, skipped)
+            return ImageFeatures(self.stats, skipped)
         kept, problems, unturned = (
             {key: value for share in column for key, value in share.items()} for column in zip(*shares)
         )
         joined = {name: torch.cat([kept[start][name] for start in sorted(kept)]) for name in kept[min(kept)]}
-        return Observed(
+        return ImageFeatures(
             self.stats,
             skipped,
             [problems[i] for i in sorted(problems)],
@@ -239,8 +242,8 @@ class _Watch:
         )
 
 
-def reference_of(source: ImageSource, seen: Observed, detector: Detector) -> Reference:
-    """What a detector saw, as a reference for other images."""
+def reference_of(source: ImageSource, seen: ImageFeatures, detector: Detector) -> Reference:
+    """A detector's statistics of images, as a reference for other images."""
     channels, height, width = source.image_shape
     features = None if seen.features is None else seen.features.numpy()
     return Reference(
@@ -255,11 +258,10 @@ def reference_of(source: ImageSource, seen: Observed, detector: Detector) -> Ref
 
 
 def image_digests(images: Tensor) -> Tensor:
-    """[n] int64 digests of uint8 images [n, C, H, W], where they live: sums of random multiples of their
-    pixels, modulo 2⁶⁴.
+    """[n] int64 digests of uint8 images [n, C, H, W]: random multiples of their pixels, summed modulo 2⁶⁴.
 
-    Two images that differ have the same one with a probability of about 2⁻⁵⁶. They tell copies by accident,
-    and no forgeries.
+    Computed on the images' device. Different images collide with a probability of about 2⁻⁵⁶. Detects
+    accidental copies, not forgeries.
     """
     pixels = images.flatten(1)
     return (pixels * _multiples(pixels.shape[1], pixels.device)).sum(dim=1)

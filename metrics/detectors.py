@@ -1,13 +1,13 @@
-"""Feature detectors: networks that turn images into the vectors whose statistics are compared.
+"""Feature detectors: networks that turn images into the feature vectors whose statistics are compared.
 
-Three kinds stand behind one interface, `Detector`. Each wraps a network that has
+`Detector` is the one interface to three kinds of networks. Each network has
 
     metric_name, img_channels, has_classes
     features(images) -> [N, D]
     with_probabilities(images) -> ([N, D], [N, K])      # only where has_classes
 
-for uint8 images [N, img_channels, H, W] on its device: a TorchScript file (`ScriptNetwork`), FID's Inception
-from pytorch-fid's state dict (`metrics.inception`), or DINOv2 (`metrics.dinov2`).
+for uint8 images [N, img_channels, H, W] on its device. It is a TorchScript file (`ScriptNetwork`), FID's
+Inception from pytorch-fid's state dict (`metrics.inception`), or DINOv2 (`metrics.dinov2`).
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ KINDS = "a TorchScript file, pytorch-fid's Inception (a state dict), dinov2 or d
 
 
 class Detector:
-    """A network that turns images into features, and what is recorded of it.
+    """A feature network and its identity.
 
-    It computes in FP32, whatever PyTorch's settings are. By default recent GPUs convolve in TensorFloat-32,
-    which rounds images and weights to 10 bits; pytorch-fid leaves it at that, so that its numbers depend a
-    little on the GPU. These do not.
+    Computes in FP32 whatever PyTorch's settings. Recent GPUs convolve in TensorFloat-32 by default, which
+    rounds images and weights to 10 bits; pytorch-fid keeps that, so that its values depend slightly on the
+    GPU. Ours do not.
 
     Attributes:
-        name: of the file, without its suffix; of DINOv2, its size.
-        digest: SHA-256 (hexadecimal) of the file with the weights.
-        metric_name: of a Fréchet distance between its features: 'FID' for both Inceptions, 'FD-DINOv2', for
-            others 'Fréchet distance'.
-        img_channels: channels of images; gray ones are repeated.
+        name: file name without suffix, or DINOv2's size.
+        digest: SHA-256 (hexadecimal) of the weights file.
+        metric_name: name of a Fréchet distance of its features: 'FID' for both Inceptions, 'FD-DINOv2', else
+            'Fréchet distance'.
+        img_channels: channels of its images; gray images are repeated.
         dim: D, number of features; None until the first call.
-        has_classes: whether there are class probabilities.
+        has_classes: whether it has class probabilities.
     """
 
     def __init__(self, network, name: str, digest: str, device: torch.device):
@@ -67,18 +67,18 @@ class Detector:
     def __call__(self, images: Tensor) -> Tensor:
         """Features [N, D] of uint8 images [N, C, H, W], in the network's floating-point type.
 
-        Raises: UserError where the network cannot use such images, or runs out of memory.
+        Raises: UserError if the network cannot use such images, or runs out of memory.
         """
         features = self._run(self.network.features, images)
-        self._check(features, images, 'one feature vector an image, [N, D]')
+        self._check(features, images, 'one feature vector per image, [N, D]')
         self.dim = features.shape[1]
         return features
 
     def with_probabilities(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(features [N, D], class probabilities [N, K]) of uint8 images [N, C, H, W].
 
-        The probabilities leave out the last layer's bias, as the code of Salimans et al. 2016 did.
-        Raises: UserError where the detector has no classes, and as `__call__`.
+        The probabilities omit the last layer's bias, as in the code of Salimans et al. 2016.
+        Raises: UserError if the detector has no classes, and as `__call__`.
         """
         if not self.has_classes:
             raise UserError(
@@ -87,7 +87,7 @@ class Detector:
             )
         outputs = self._run(self.network.with_probabilities, images)
         for output, what in zip(
-            outputs, ('one feature vector an image, [N, D]', 'one probability vector an image, [N, K]')
+            outputs, ('one feature vector per image, [N, D]', 'one probability vector per image, [N, K]')
         ):
             self._check(output, images, what)
         self.dim = outputs[0].shape[1]
@@ -98,7 +98,7 @@ class Detector:
             images = images.expand(-1, self.img_channels, -1, -1)
         if images.shape[1] != self.img_channels:
             raise UserError(
-                f'Detector {self.name} wants images of {self.img_channels} channels, these have '
+                f'Detector {self.name} expects {self.img_channels} channels, but the images have '
                 f'{images.shape[1]}. Convert the images, or use another detector.'
             )
         try:
@@ -123,14 +123,13 @@ class Detector:
             or not output.is_floating_point()
         ):
             raise UserError(
-                f'Detector {self.name} did not return {wanted}, as floating-point numbers. Use a detector '
-                'that does.'
+                f'Detector {self.name} did not return {wanted} in floating point. Use a detector that does.'
             )
 
 
 @contextlib.contextmanager
 def full_precision():
-    """Without TensorFloat-32; PyTorch's settings come back afterwards."""
+    """Disable TensorFloat-32 inside the block."""
     convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
     before = convolutions.allow_tf32, products.allow_tf32
     convolutions.allow_tf32 = products.allow_tf32 = False
@@ -141,11 +140,10 @@ def full_precision():
 
 
 class ScriptNetwork:
-    """A TorchScript file: `forward` takes uint8 images [N, C, H, W] and returns features [N, D].
+    """A TorchScript module whose `forward` maps uint8 images [N, C, H, W] to features [N, D].
 
-    It may declare `img_channels`, an int attribute, where it wants something else than color images. One
-    whose `forward` has an argument `return_features`, like NVIDIA's Inception, is asked for its features;
-    without it, it returns class probabilities.
+    An int attribute `img_channels` declares other images than color. A `forward` with an argument
+    `return_features`, like NVIDIA's Inception, returns features if it is set, else class probabilities.
     """
 
     def __init__(self, module: torch.jit.ScriptModule, img_channels: int):
@@ -157,13 +155,12 @@ class ScriptNetwork:
         self.for_probabilities = dict(no_output_bias=True) if 'no_output_bias' in arguments else {}
 
     def features(self, images: Tensor) -> Tensor:
-        with torch.jit.optimized_execution(
-            False
-        ):  # or a program's first calls, before it is optimized, differ from later ones in rounding
+        # Optimization starts after a few calls and changes rounding.
+        with torch.jit.optimized_execution(False):
             return self.module(images, **self.for_features)
 
     def with_probabilities(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Two passes, as the script gives either."""
+        """(features, probabilities) in two passes: the script returns one or the other."""
         features = self.features(images)
         with torch.jit.optimized_execution(False):
             return features, self.module(images, **self.for_probabilities)
@@ -172,19 +169,19 @@ class ScriptNetwork:
 def load_detector(
     source: str | os.PathLike, device: torch.device | str = 'cpu', sha256: str | None = None
 ) -> Detector:
-    """The detector at a path or URL, or of a name, ready for images on `device`.
+    """Load a detector from a path, URL or name.
 
     Args:
-        source: path or URL of a TorchScript file; path or URL of the state dict that pytorch-fid publishes
-            (`pt_inception-2015-12-05-6726825d.pth`); `dinov2` for the released ViT-L/14, or `dinov2:FOLDER`.
-            What a file is shows in its contents. `INCEPTION_URL`, the default of the scripts, stands in for
-            EDM's `inception-2015-12-05.pkl`: NVIDIA publishes the same network as TorchScript too, and the
-            pickle is code, which we refuse to run.
-        sha256: digest that the file with the weights must have. A URL without it must keep the digest of its
-            first download.
+        source: path or URL of a TorchScript file, or of the state dict that pytorch-fid publishes
+            (`pt_inception-2015-12-05-6726825d.pth`), told apart by their contents; `dinov2` for the released
+            ViT-L/14, or `dinov2:FOLDER`. `INCEPTION_URL`, the scripts' default, replaces EDM's
+            `inception-2015-12-05.pkl`: the same network as TorchScript, because the pickle is code, which we
+            refuse to run.
+        sha256: required digest of the weights file. A URL without it must keep the digest of its first
+            download.
 
-    TorchScript is the one exception to the rule that loading a file runs no code from it: it is a program,
-    executed by PyTorch's interpreter. Use detectors from sources that you trust, and pin them by `sha256`.
+    TorchScript is the one exception to the rule that loading a file runs no code from it: PyTorch's
+    interpreter executes it. Use detectors from sources that you trust, and pin them by `sha256`.
 
     Raises: UserError for a missing file, a failed download, another digest, or a file of another kind.
     """
@@ -206,19 +203,18 @@ def load_detector(
 
 @functools.cache
 def warn_of_program(source: str, path: Path) -> None:
-    """Say, once for all processes, that a file is a program, unless its source names the digest that it
-    has."""
+    """Print once, on the main process, that a file is a program, unless its source includes its digest."""
     if '#sha256=' not in source and distributed.is_main():
         print(
-            f'Note: {printable(source)} is a TorchScript file, a program that PyTorch runs. Be sure that '
-            f'you trust it; to name this very file, write #sha256={file_sha256(path)} behind it.',
+            f'Note: {printable(source)} is a TorchScript file, a program that PyTorch runs. Make sure that '
+            f'you trust it; to pin this file, append #sha256={file_sha256(path)}.',
             file=sys.stderr,
             flush=True,
         )
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether a file is a zip with code in it, which `torch.save` never writes."""
+    """Whether a file is a zip that contains code, which `torch.save` never writes."""
     try:
         with BoundedZip(path) as archive:
             return any(name.endswith('/constants.pkl') or '/code/' in name for name in archive.namelist())
@@ -240,7 +236,7 @@ def _load_script(path: Path, source: str, device: torch.device) -> ScriptNetwork
             f'{source} has no forward method. Save detectors with torch.jit.script(network).save(path).'
         )
     if not isinstance(channels, int) or channels < 1:
-        raise UserError(f'{source} declares img_channels={channels!r}. It must be a positive whole number.')
+        raise UserError(f'{source} declares img_channels={channels!r}, but it must be a positive integer.')
     return ScriptNetwork(module, channels)
 
 
@@ -256,26 +252,27 @@ def _load_state_dict(path: Path, source: str, device: torch.device) -> torch.nn.
             ('a training state', 'a network snapshot', 'a NumPy', 'a zip archive'), f'Give {wanted}.'
         ),
     ):
-        raise UserError(f'{source} is no detector: it {kind}')
+        raise UserError(f'{source} is not a detector: it {kind}')
     if _is_plain_pickle(path):
         raise UserError(
-            f'{source} is a pickle, which could run any code when loaded, so it is not. For the Inception of '
-            'EDM and StyleGAN use '
-            f"NVIDIA's TorchScript file of the same network, the default: {INCEPTION_URL}"
+            f'{source} is a pickle, which is refused because loading it could run any code. For the '
+            'Inception '
+            "of EDM and StyleGAN use NVIDIA's TorchScript file of the same network, the default: "
+            f'{INCEPTION_URL}'
         )
     try:
         with open(path, 'rb') as file:
             weights = read_saved(file)
     except MalformedPickle as error:
         raise UserError(
-            f'{source} is no detector. Give {KINDS}; save your own with torch.jit.script(network).save(path).'
+            f'{source} is not a detector. Give {KINDS}; save your own with '
+            'torch.jit.script(network).save(path).'
         ) from error
     return build_inception(weights, source, device)
 
 
 def _is_plain_pickle(path: Path) -> bool:
-    """Whether a file begins as pickles of protocol 2 and newer do, and not as older versions of `torch.save`
-    began theirs."""
+    """Whether a file begins like a pickle (protocol 2 or newer) but not like one of an older `torch.save`."""
     torchs = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
     with open(path, 'rb') as file:
         start = file.read(len(torchs))

@@ -1,10 +1,9 @@
 """DINOv2 (Oquab et al. 2023) as a feature detector, for FD-DINOv2 (Stein et al. 2023) as EDM2 computes it.
 
-The network is the one of `transformers`, and three things are done as in the code that published numbers come
-from. Images are resized to 224x224, bicubically with antialiasing, neither rounded nor clipped after it. The
-feature is the CLS token after the last layer norm. And the learned position embeddings, of 37x37 patches in
-the released models, are resampled to 16x16 as in the authors' own code, which `transformers` does not do
-(`resample_positions`).
+The network is that of `transformers`. Three details follow the code behind published values. Images are
+resized to 224x224, bicubically with antialiasing, without rounding or clipping. The feature is the CLS token
+after the last layer norm. The learned position embeddings, of 37x37 patches in the released models, are
+resampled to 16x16 by the authors' method, which `transformers` lacks (`resample_positions`).
 """
 
 from __future__ import annotations
@@ -24,32 +23,31 @@ from dnnlib.limits import JSON_FILE, SAFETENSORS_HEADER, UNREADABLE, check_size,
 from dnnlib.util import UserError
 
 REPOSITORY = 'facebook/dinov2-large'
-LARGE = (1024, 24, 14)  # features, layers, pixels along a patch: ViT-L/14, the one that FD-DINOv2 means
+LARGE = (1024, 24, 14)  # features, layers, patch size of ViT-L/14, by which FD-DINOv2 is defined
 RESOLUTION = 224
-OFFSET = 0.1  # of the authors' `interpolate_offset`
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colors
+OFFSET = 0.1  # the authors' `interpolate_offset`
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's colors
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 SIZES = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'image_size', 'patch_size')
+# Fields of the configuration that describe the network, with their types.
 FIELDS = (
     dict.fromkeys((*SIZES, 'mlp_ratio', 'num_channels'), int)
     | dict(layer_norm_eps=float, hidden_act=str)
     | dict.fromkeys(('qkv_bias', 'use_swiglu_ffn', 'use_mask_token'), bool)
-)  # of the configuration: what describes the network
+)
 MAX_FIELD, MAX_LAYERS = 1_000_000, 100
 CURE = f'Give a folder with {REPOSITORY}, as save_pretrained writes it.'
 
 
 def resample_positions(positions: Tensor, side: int) -> Tensor:
-    """Position embeddings of another number of patches, as the authors' code resamples them for the released
-    models.
+    """Resample position embeddings to another number of patches, as the authors' code does.
 
-    Bicubic, without antialiasing, with a scale of (side + 0.1) / old side where side / old side would be
-    meant: the 0.1 was a guard against rounding, and as it enters the sampling positions it has become part of
-    what the network computes.
+    Bicubic, without antialiasing, with a scale of (side + 0.1) / K instead of side / K: the 0.1 was meant to
+    guard against rounding, but it shifts the sampling positions, so that the network's outputs depend on it.
 
     Args:
         positions: [1, 1 + K², D]: the CLS token's, then those of K x K patches, row by row.
-        side: patches along an edge now.
+        side: patches per side of the result.
     Returns: [1, 1 + side², D].
     """
     cls, patches = positions[:, :1], positions[:, 1:]
@@ -63,8 +61,8 @@ def resample_positions(positions: Tensor, side: int) -> Tensor:
 
 
 class DINOv2(torch.nn.Module):
-    """uint8 images [N, 3, H, W] of any size to the CLS features [N, D] of a `Dinov2Model`, whose position
-    embeddings are resampled here."""
+    """CLS features [N, D] of uint8 images [N, 3, H, W] of any size; resamples the model's position
+    embeddings."""
 
     img_channels, has_classes = 3, False
 
@@ -90,15 +88,15 @@ class DINOv2(torch.nn.Module):
 
 
 def load_dinov2(folder: str | None, device: torch.device, sha256: str | None = None) -> tuple[DINOv2, str]:
-    """(the network, SHA-256 digest of its weights) from a folder that `save_pretrained` wrote; None: the
-    released ViT-L/14.
+    """(network, SHA-256 of its weights) from a folder written by `save_pretrained`; None: the released
+    ViT-L/14.
 
-    That one is taken from Hugging Face's cache where it is there, else downloaded and pinned like any URL
-    (`local_path`). Weights are read from safetensors only and the configuration as plain data, so that no
-    code of a repository runs.
+    The released model comes from Hugging Face's cache, or is downloaded and pinned like any URL
+    (`local_path`). Weights are read from safetensors and the configuration as plain data: no code of a
+    repository runs.
 
-    Raises: UserError without the package `transformers`, for a failed download, another digest, or files of
-        anything else than DINOv2.
+    Raises: UserError without the `transformers` package, for a failed download, another digest, or a model
+        other than DINOv2.
     """
     with _quiet_transformers() as transformers:
         config_path, weights_path = _files(folder, sha256)
@@ -109,13 +107,13 @@ def load_dinov2(folder: str | None, device: torch.device, sha256: str | None = N
 
 @contextlib.contextmanager
 def _quiet_transformers():
-    """The package, without its progress bars and warnings; what matters of these is checked here."""
+    """The package without its progress bars and warnings; `_build` checks what these are about."""
     try:
         import transformers  # takes seconds
         from transformers.utils import logging
     except ImportError as error:
         raise UserError(
-            f'DINOv2 needs the package transformers ({error}): pip install -e .[dinov2]'
+            f'DINOv2 needs the transformers package ({error}): pip install -e .[dinov2]'
         ) from error
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -129,7 +127,8 @@ def _quiet_transformers():
 
 
 def _files(folder: str | None, sha256: str | None) -> tuple[Path, Path]:
-    """Paths of the configuration and of the weights, which have the digest `sha256` where one is given."""
+    """Paths of the configuration and the weights. Raises: UserError if missing, or the weights' digest
+    differs."""
     if folder is None:
         return _released(CONFIG), _released(WEIGHTS, sha256)
     if not os.path.isdir(folder):
@@ -141,7 +140,7 @@ def _files(folder: str | None, sha256: str | None) -> tuple[Path, Path]:
 
 
 def _released(name: str, sha256: str | None = None) -> Path:
-    """A file of the released model on this machine."""
+    """Local path of a file of the released model."""
     from huggingface_hub import hf_hub_url, try_to_load_from_cache
 
     cached = try_to_load_from_cache(REPOSITORY, name)
@@ -151,41 +150,41 @@ def _released(name: str, sha256: str | None = None) -> Path:
         )
     except UserError as error:
         raise UserError(
-            f"{error} Or, where there is a connection, transformers.Dinov2Model.from_pretrained('{REPOSITORY}')"
-            ".save_pretrained('FOLDER'), and here that folder (dinov2:FOLDER)."
+            f"{error} Or run transformers.Dinov2Model.from_pretrained('{REPOSITORY}').save_pretrained"
+            "('FOLDER') on a machine with a connection, and pass dinov2:FOLDER here."
         ) from error
 
 
 def _read_config(path: Path) -> dict:
-    """The configuration, as far as it describes the network. Raises: UserError for anything else than a
-    DINOv2 that fits our images."""
+    """The `FIELDS` of a configuration. Raises: UserError unless it is a DINOv2 for color images of
+    224x224."""
     try:
         with open(path, 'rb') as file:
             config = json.loads(read_at_most(file, JSON_FILE, 'a configuration'))
     except UNREADABLE as error:
         raise UserError(
-            f'{path} cannot be read as the configuration of a model ({_first_line(error)}). {CURE}'
+            f'{path} cannot be read as a model configuration ({_first_line(error)}). {CURE}'
         ) from error
     kind = config.get('model_type') if isinstance(config, dict) else None
     if kind != 'dinov2':
-        raise UserError(f'{path} is of a model of type {kind!r}, not dinov2. {CURE}')
+        raise UserError(f'{path} describes a model of type {kind!r}, not dinov2. {CURE}')
     fields = {name: config[name] for name in FIELDS if name in config}
     for name, value in fields.items():
         most = MAX_LAYERS if name == 'num_hidden_layers' else MAX_FIELD
         if type(value) is not FIELDS[name] or (FIELDS[name] in (int, float) and not 0 < value <= most):
             raise UserError(f'{path}: {name} is {repr(value)[:40]}, which no released DINOv2 has. {CURE}')
     if absent := [name for name in SIZES if name not in fields]:
-        raise UserError(f'{path} does not say {", ".join(absent)}. {CURE}')
+        raise UserError(f'{path} lacks {", ".join(absent)}. {CURE}')
     if RESOLUTION % fields['patch_size'] or fields.get('num_channels', 3) != 3:
         raise UserError(
-            f'{path} is of a DINOv2 for other images than color images of {RESOLUTION}x{RESOLUTION}. {CURE}'
+            f'{path} describes a DINOv2 that does not fit color images of {RESOLUTION}x{RESOLUTION}. {CURE}'
         )
     return fields
 
 
 def _build(model_class, config, path: Path) -> torch.nn.Module:
-    """The model with the weights of a file, in FP32. Raises: UserError where they are damaged, or more or
-    less than the model's."""
+    """The model with the weights of a file, in FP32. Raises: UserError unless they are exactly the
+    model's."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -194,6 +193,7 @@ def _build(model_class, config, path: Path) -> torch.nn.Module:
             check_size(
                 int.from_bytes(file.read(8), 'little'), SAFETENSORS_HEADER, 'the header of a safetensors file'
             )
+            # Before a hostile configuration makes us allocate a huge model.
             if (least := _least_weights(config)) > os.fstat(file.fileno()).st_size:
                 raise ValueError(f'which are at least {least:,} bytes')
         weights = {name: tensor.float() for name, tensor in load_file(path).items()}
@@ -202,11 +202,11 @@ def _build(model_class, config, path: Path) -> torch.nn.Module:
         )
     except (SafetensorError, *UNREADABLE) as error:
         raise UserError(
-            f'{path} cannot be read as the weights that its {CONFIG} describes ({_first_line(error)}). {CURE}'
+            f'{path} cannot be read as the weights that {CONFIG} describes ({_first_line(error)}). {CURE}'
         ) from error
     if wrong := sorted(name for kind in ('missing_keys', 'unexpected_keys') for name in report[kind]):
         raise UserError(
-            f'{path} does not hold exactly the weights that its {CONFIG} describes: {len(wrong)} differ, '
+            f'{path} does not hold exactly the weights that {CONFIG} describes: {len(wrong)} differ, '
             f'such as {wrong[0]}. {CURE}'
         )
     if broken := sorted(name for name, tensor in weights.items() if not tensor.isfinite().all()):
@@ -215,8 +215,7 @@ def _build(model_class, config, path: Path) -> torch.nn.Module:
 
 
 def _least_weights(config) -> int:
-    """Bytes that such a network has at least: those of its matrices, one byte a number. It is built in memory
-    before it is compared with the file."""
+    """Lower bound on the bytes of such a network's weights: its matrices at one byte per number."""
     width, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
     return width * (patches + 3 * config.patch_size**2) + config.num_hidden_layers * width**2 * (
         4 + 2 * config.mlp_ratio

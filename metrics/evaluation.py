@@ -1,5 +1,5 @@
-"""What fid.py and search.py share: which measures, which detectors and references they take, looking at
-images once for all of them."""
+"""Shared by fid.py and search.py: choice of metrics, their detectors and references, and one pass over the
+images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT_NUM = 50_000
 
 
 class Measures(click.ParamType):
-    """Comma-separated names of measures, of all or of some."""
+    """Option type: comma-separated names of metrics, out of all or `some`."""
 
     name = 'list'
 
@@ -34,7 +34,7 @@ class Measures(click.ParamType):
         for name in names:
             if name not in known or names.count(name) > 1:
                 self.fail(
-                    f'{name!r} is {"named twice" if name in known else "none of " + ", ".join(known)}',
+                    f'{name!r} is {"repeated" if name in known else "not one of " + ", ".join(known)}',
                     param,
                     ctx,
                 )
@@ -42,13 +42,13 @@ class Measures(click.ParamType):
 
 
 def check_detector_options(measures, options) -> None:
-    """UsageError where a detector, or its digest, is given that no measure uses."""
+    """Raises: UsageError if a detector, or its digest, is given that no metric uses."""
     main = {measure.entry for measure in measures.values()} - {'fd_dinov2'}
     idle = ['dinov2'] * ('fd_dinov2' not in measures) + ['detector', 'detector_sha256'] * (not main)
     if given := [name for name in idle if options[name] is not None]:
         raise click.UsageError(
             f'{option_names(given)}: not used by {", ".join(measures)}. '
-            'fd_dinov2 has the detector of --dinov2, all else that of --detector.'
+            'fd_dinov2 uses the detector of --dinov2, all others that of --detector.'
         )
 
 
@@ -59,8 +59,7 @@ def option_names(parameters: list[str]) -> str:
 
 
 def load_detectors(entries, image_shape, options) -> dict:
-    """The detectors by the entries of references that they belong to, the main one first. The main process
-    goes first and downloads."""
+    """Detectors by reference entry, the main one first. The main process goes first and downloads."""
     from metrics.calc import count_features
     from metrics.detectors import DINOV2, INCEPTION_URL, load_detector
     from metrics.measures import FD_DINOV2, FID
@@ -86,8 +85,10 @@ def entries_to_compare(measures) -> set[str]:
 
 
 def read_references(ref, measures) -> dict:
-    """The references by entry, where `ref` is a file of statistics; none where it is images. Before any
-    detector: a missing one is said at once."""
+    """References by entry if `ref` is a file of statistics; {} if it is images, which are only opened.
+
+    Called before detectors are loaded, so that a missing file is reported at once.
+    """
     from dnnlib.util import named
     from metrics.images import open_images
     from metrics.reference import holds_statistics, load_reference
@@ -95,14 +96,14 @@ def read_references(ref, measures) -> dict:
     entries = entries_to_compare(measures)
     with named('--ref'):
         if entries and not holds_statistics(ref):
-            open_images(ref)  # they are looked at after the detector is loaded, and may be missing
+            open_images(ref)
             return {}
         return {entry: load_reference(ref, entry) for entry in entries}
 
 
 def complete_references(references, ref, measures, detectors, sources, options) -> dict:
-    """The references by entry, checked, with what measures need: where `ref` is images, or holds them, that
-    is computed."""
+    """References by entry, checked; statistics and features missing from them are computed from `ref`'s
+    images."""
     from metrics.reference import check_same_detector
 
     needy = {measure.entry: name for name, measure in measures.items() if measure.reference_features}
@@ -121,7 +122,7 @@ def complete_references(references, ref, measures, detectors, sources, options) 
 
 
 def references_of_images(ref, detectors, sources, options, keep: bool) -> dict:
-    """The references by entry that the images at `ref` make."""
+    """References by entry, computed from the images at `ref`."""
     from metrics.calc import reference_of
     from metrics.images import open_images
 
@@ -129,14 +130,14 @@ def references_of_images(ref, detectors, sources, options, keep: bool) -> dict:
         return {}
     source = open_images(ref, None, options.seed, options.skip_bad)
     if any(os.path.realpath(images.name) == os.path.realpath(ref) for images in sources):
-        say(f'Warning: --images and --ref are both {ref}: images compared with themselves.')
-    seen = look_at(source, detectors, options, keep)
+        log(f'Warning: --images and --ref are both {ref}: the images are compared with themselves.')
+    seen = features_of(source, detectors, options, keep)
     warn_about(source, next(iter(seen.values())))
     return {entry: reference_of(source, seen[entry], detector) for entry, detector in detectors.items()}
 
 
 def features_of_reference(ref, measure: str, detector, options):
-    """Features of the images that a reference of OpenAI's holds. Raises: UserError where it holds none."""
+    """Features of the images inside an OpenAI reference. Raises: UserError if it holds none."""
     from dnnlib.downloads import local_path
     from metrics.images import ArrayImages
     from metrics.reference import reference_images
@@ -144,26 +145,25 @@ def features_of_reference(ref, measure: str, detector, options):
     images = reference_images(ref)
     if images is None:
         raise UserError(
-            f'{ref} has no features, which {measure} needs. Make it again with fid.py ref --features=50000, '
-            'or give the images as --ref.'
+            f'{ref} has no features, which {measure} needs. Recreate it with fid.py ref --features=50000, or '
+            'give the images as --ref.'
         )
-    return look_at(ArrayImages(local_path(ref), array=images), {measure: detector}, options, keep=True)[
-        measure
-    ].features
+    source = ArrayImages(local_path(ref), array=images)
+    return features_of(source, {measure: detector}, options, keep=True)[measure].features
 
 
-def look_at(source, detectors, options, keep, classes=()) -> dict:
-    """`observe` on all processes, with a bar on stderr where a person is watching. What is not finite ends
-    them all, with one message."""
+def features_of(source, detectors, options, keep, classes=()) -> dict:
+    """`compute_features` with a progress bar on terminals; ends all processes with one message on
+    NotFinite."""
     from tqdm import tqdm
 
-    from metrics.calc import observe
+    from metrics.calc import compute_features
     from torch_utils import distributed
 
-    hidden = None if distributed.is_main() else True  # None: unless stderr is a terminal
+    hidden = None if distributed.is_main() else True  # tqdm's None: hidden unless stderr is a terminal
     with tqdm(total=len(source), unit='img', disable=hidden, dynamic_ncols=True) as bar:
         try:
-            return observe(
+            return compute_features(
                 source, detectors, options.batch, keep, classes, options.cache, options.workers, bar.update
             )
         except NotFinite as error:
@@ -171,54 +171,57 @@ def look_at(source, detectors, options, keep, classes=()) -> dict:
 
 
 def warn_about(source, seen, measures=None, detectors=None) -> None:
-    """What a reader of the numbers has to know about the images. Raises: UserError where most of them were
-    left out."""
+    """Print warnings about the images that affect the metrics. Raises: UserError if most were unusable."""
+    # Skipped files.
     if seen.skipped > len(source) // 2:
         raise UserError(
             f'{seen.skipped} of {len(source)} images in {source.name} cannot be used, such as: '
             f'{"; ".join(seen.problems[:1])}'
         )
     if seen.skipped:
-        say(
-            f'Warning: {seen.skipped} of {len(source)} images in {source.name} were left out, such as: '
+        log(
+            f'Warning: {seen.skipped} of {len(source)} images in {source.name} were skipped, such as: '
             f'{"; ".join(seen.problems[:3])}'
         )
     if about := getattr(source, 'about_others', lambda: None)():
-        say(f'Note: {about}.')
+        log(f'Note: {about}.')
+
+    # Peculiar images.
     if seen.unturned:
-        say(
-            f'Note: {seen.unturned} images in {source.name} carry an EXIF orientation, which is ignored: '
-            'pixels count as they are stored.'
+        log(
+            f'Note: {seen.unturned} images in {source.name} have an EXIF orientation, which is ignored: '
+            'pixels are used as stored.'
         )
     if seen.copies:
-        say(
+        log(
             f'Warning: {seen.copies} of {seen.stats.count} images in {source.name} are exact copies of '
             'others.'
         )
+
+    # Too few images for an unbiased distance.
     for name, measure in (measures or {}).items():
         if measure.frechet and name != 'fid_inf' and seen.stats.count < FEW_IMAGES:
             title, count = measure.title.format(detectors[measure.entry].metric_name), seen.stats.count
-            say(
-                f'Warning: {title} of as few as {count} images is too high on average. Compare it with '
-                f'values of {count} images only; kid has no such bias, fid_inf extrapolates.'
+            log(
+                f'Warning: {title} of only {count} images is biased upward. Compare it only with values of '
+                f'{count} images; kid is unbiased, and fid_inf extrapolates.'
             )
 
 
 def how_many(count: int, total: int, skipped: int = 0) -> str:
-    """`count` images that are measured, in words that tell a subset of `total`; `skipped` more could not be
-    used."""
+    """'N images', or 'a random subset of N of M images' if fewer than the usable ones are measured."""
     return f'{count} images' if count + skipped == total else f'a random subset of {count} of {total} images'
 
 
 def write_json(path, results: dict) -> None:
-    """Results by measure, whole or not at all."""
+    """Write results by metric, atomically."""
     if path is not None:
         with atomic_write(path) as file:
             file.write(json.dumps(results, indent=2).encode() + b'\n')
 
 
 def make_folder(path) -> None:
-    """The folder of a file to be written, before hours of work go into its contents."""
+    """Create the folder of an output file, before hours of work go into its contents. Raises: UserError."""
     if path is None:
         return
     if Path(path).is_dir():
@@ -227,12 +230,12 @@ def make_folder(path) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f'Cannot create the folder of {path}: {error.strerror}. Choose another place.'
+            f'Cannot create the folder of {path}: {error.strerror}. Choose another path.'
         ) from error
 
 
-def say(message: str) -> None:
-    """To people, from the main process."""
+def log(message: str) -> None:
+    """Print to stderr, on the main process only, above any progress bar."""
     from tqdm import tqdm
 
     from torch_utils import distributed

@@ -1,4 +1,4 @@
-"""Images to be measured: those of a folder, a zip or an array, read in batches and decoded ahead of use."""
+"""Images to evaluate, from a folder, zip or array, read in batches and decoded ahead of use."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ import numpy as np
 import torch
 
 from data.arrays import ArchivedArrays, map_npy, may_be_images
-from data.dataset import ImageFiles, image_pixels, image_shape_of, random_subset
-from data.pixels import is_left_unturned, orientation
+from data.dataset import random_subset
+from data.image_files import ImageFiles
+from data.pixels import image_pixels, image_shape_of, is_left_unturned, orientation
 from dnnlib.util import UserError
 
-WORKERS = 4  # threads that decode: Pillow lets go of the interpreter lock
-AHEAD = 2  # batches that each has done or is at work on, besides the one in use
+WORKERS = 4  # decoding threads: Pillow releases the interpreter lock
+PREFETCH = 2  # batches per thread, done or in progress
 
 
 def open_images(
     path: str | os.PathLike, num: int | None = None, seed: int = 0, skip_bad: bool = False
 ) -> ImageSource:
-    """The images of a folder (with its subfolders), a zip, an .npz or an .npy file.
+    """Open the images of a folder (with subfolders), a zip, an .npz or an .npy file.
 
     Args:
-        num: how many, a random subset where there are more. None: all.
-        seed: which subset; the one that training takes of as many.
-        skip_bad: leave out images that cannot be read or differ from the first in size or mode. Without, the
+        num: number of images, a random subset if there are more; None takes all.
+        seed: decides the subset, the one that training takes for the same number.
+        skip_bad: skip images that cannot be read or differ from the first in size or mode; otherwise the
             first such image is an error.
-    Raises: UserError where there are fewer than `num`, or what there is are no 8-bit gray or RGB images.
+    Raises: UserError if there are fewer than `num`, or they are not 8-bit gray or RGB images.
     """
     kind = os.path.splitext(os.fspath(path))[1].lower()
     if kind in ('.npz', '.npy') and os.path.isfile(path):
@@ -40,13 +41,13 @@ def open_images(
 
 
 class ImageSource:
-    """A sequence of equally sized uint8 images, which any number of threads and processes may read.
+    """A sequence of uint8 images of one size, readable by any number of threads and processes.
 
     Attributes:
-        name: what messages call them.
-        total: how many there are, of which these may be a random subset.
+        name: their name in messages.
+        total: number of images before taking a random subset.
         image_shape: [C, H, W]; C is 1 or 3.
-        skipped: why images were left out, by index, as far as this process has read.
+        skipped: reasons for skipping images, by index, as far as this process has read.
         unturned: EXIF orientations other than 1, which are ignored, likewise.
     """
 
@@ -65,11 +66,9 @@ class ImageSource:
         return len(self.index)
 
     def batch(self, indices: range) -> tuple[torch.Tensor, list[int]]:
-        """Images, uint8 [n, C, H, W], and which of `indices` they are: n is less than their number where bad
-        ones are left out.
+        """(uint8 images [n, C, H, W], their indices), without skipped images.
 
-        Raises: UserError that names an image which cannot be read, or differs from the first, unless such are
-            left out.
+        Raises: UserError naming an image that cannot be read or differs from the first, unless `skip_bad`.
         """
         images = np.empty([len(indices), *self.image_shape], np.uint8)
         read: list[int] = []
@@ -87,8 +86,7 @@ class ImageSource:
     def stream(
         self, parts: Iterable[range], workers: int = WORKERS
     ) -> Iterator[tuple[range, torch.Tensor, list[int]]]:
-        """(part, images, which they are) for each part in turn, as `batch` returns them, read ahead of use.
-        See `prefetch`."""
+        """(part, images, indices) for each part in turn, read ahead of use; see `prefetch`."""
         return prefetch(self, parts, workers)
 
     def pixels(self, i: int) -> np.ndarray:
@@ -96,18 +94,16 @@ class ImageSource:
         raise NotImplementedError
 
     def nonfinite(self, indices: range) -> list[int]:
-        """Which images of a batch that was read had values that are not finite before they became 8-bit. In
-        files nothing tells: none."""
+        """Indices of images of a batch that were not finite before conversion to 8 bits; [] for files."""
         return []
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest that changes whenever the images may have changed. Reads no images."""
+        """Digest that changes whenever the images may have changed; computed without reading them."""
         raise NotImplementedError
 
 
 class FileImages(ImageSource):
-    """The images of a folder or zip: PNG, JPEG or whatever else Pillow opens; gray (L) or RGB as they are,
-    with the pixels that training sees."""
+    """Images of a folder or zip, gray (L) or RGB, with the same pixels that training sees."""
 
     def __init__(
         self, path: str | os.PathLike, num: int | None = None, seed: int = 0, skip_bad: bool = False
@@ -124,12 +120,11 @@ class FileImages(ImageSource):
         self._first, self.image_shape = self._find_first()
 
     def about_others(self) -> str | None:
-        """A sentence about files that are left out, as they are no images by their names; None where there
-        are none."""
+        """A note about skipped files that are not images by name; None if there are none."""
         return self.files.about_others()
 
     def _find_first(self) -> tuple[str, list[int]]:
-        """Name and shape of the first image that can be read."""
+        """Name and shape of the first readable image."""
         problem = None
         for i in range(len(self)):
             try:
@@ -149,15 +144,16 @@ class FileImages(ImageSource):
             if self.image_shape and list(shape) != self.image_shape:
                 raise UserError(
                     f'{self.name}: {file} is {_describe(shape)}, but {self._first} is '
-                    f'{_describe(self.image_shape)}. Give all images one size and mode, or leave out those '
-                    'unlike the first with --skip-bad.'
+                    f'{_describe(self.image_shape)}. Give all images one size and mode, or skip those unlike '
+                    'the first with --skip-bad.'
                 )
             if is_left_unturned(image):
                 self.unturned[i] = orientation(image)
             return image_pixels(image)
 
     def fingerprint(self) -> str:
-        """Of names, sizes and times of change in a folder; of names, sizes and checksums in a zip."""
+        """Digest of names, sizes and modification times in a folder, or names, sizes and checksums in a
+        zip."""
         names = [self.files.images[i] for i in self.index]
         state = (
             (lambda name: _file_state(self.files.path_of(name)))
@@ -168,22 +164,19 @@ class FileImages(ImageSource):
 
 
 def _zip_checksums(files: ImageFiles) -> dict[str, tuple[int, int]]:
-    """(CRC, size) of each image in a zip by name. Raises: UserError where a name is there twice: which of
-    them is meant cannot be told."""
+    """(CRC, size) of each image in a zip by name. Raises: UserError if a name repeats, which is ambiguous."""
     wanted = set(files.images)
     infos = [info for info in files.entries() if info.filename in wanted]
     name, times = Counter(info.filename for info in infos).most_common(1)[0]
     if times > 1:
-        raise UserError(f'{files.path} lists {name} {times} times. Make the zip again.')
+        raise UserError(f'{files.path} lists {name} {times} times. Recreate the zip.')
     return {info.filename: (info.CRC, info.file_size) for info in infos}
 
 
 def _file_state(path: str) -> tuple:
-    """(size, time of its last change in nanoseconds, and of its inode's); nothing of a file that is not
-    there, which reading will tell.
+    """(size, mtime, ctime in nanoseconds); () for a missing file, which reading will report.
 
-    Programs that unpack and copy set the first time to what it was elsewhere, and uncompressed images are all
-    of one size. None can set the second.
+    Programs that unpack or copy restore mtime, and uncompressed images have equal sizes. None can set ctime.
     """
     try:
         status = os.stat(path)
@@ -193,11 +186,10 @@ def _file_state(path: str) -> tuple:
 
 
 class ArrayImages(ImageSource):
-    """Images in an .npy file, or in an .npz file as `arr_0` or its only uint8 array; mapped, so that they
-    take no memory.
+    """Images in an .npy file, or in an .npz file as `arr_0` or its only uint8 array; memory-mapped.
 
-    uint8 [N, H, W], [N, H, W, C] or [N, C, H, W], where C is 1 or 3. A shape that could be both of the latter
-    is refused. `array`: the file's array, where someone has it already.
+    uint8 [N, H, W], [N, H, W, C] or [N, C, H, W], where C is 1 or 3; an ambiguous shape is refused. `array`:
+    the file's array, if already open.
     """
 
     def __init__(
@@ -212,19 +204,19 @@ class ArrayImages(ImageSource):
 
     @property
     def images(self) -> np.ndarray:
-        """uint8 [N, C, H, W], all that the file has; a view that is mapped."""
+        """uint8 [N, C, H, W]: all images of the file, as a memory-mapped view."""
         return self._images
 
     def pixels(self, i: int) -> np.ndarray:
         return self._images[self.index[i]]
 
     def fingerprint(self) -> str:
-        """Of the file's size and time of change; the arrays themselves would take long to read."""
+        """Digest of the file's size and modification time; the array would take long to read."""
         return _fingerprint('array', [_file_state(self.name), self._images.shape, self.index.tolist()])
 
 
 def _map_images(path: str | os.PathLike) -> tuple[str, np.ndarray]:
-    """(what messages call it, the array of images) of an .npz file."""
+    """(name for messages, array of images) of an .npz file."""
     with ArchivedArrays(path, path) as arrays:
         found = (
             ['arr_0']
@@ -240,18 +232,19 @@ def _map_images(path: str | os.PathLike) -> tuple[str, np.ndarray]:
 
 
 def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
-    """A view [N, C, H, W] of an array of images in one of the three layouts. Raises: UserError where it is in
-    none of them, or could be in two."""
+    """View [N, C, H, W] of an array in one of the three layouts. Raises: UserError if in none, or
+    ambiguous."""
     if array.dtype != np.uint8:
         cure = (
             'Convert values in [-1, 1] by (x * 127.5 + 128).clip(0, 255).astype(np.uint8).'
             if array.dtype.kind == 'f'
-            else 'Convert 16-bit values by (x / 257).round().astype(np.uint8), others by what is white in '
-            'them.'
+            else 'Convert 16-bit values by (x / 257).round().astype(np.uint8), others by their white value.'
         )
-        raise UserError(f'{name} holds {array.dtype}, and images are uint8, 0 to 255. {cure}')
+        raise UserError(f'{name} holds {array.dtype}, but images must be uint8, 0 to 255. {cure}')
+
+    # Which of the layouts fit; a last dimension of up to 4 is taken for channels of a single image.
     shape, views = list(array.shape), []
-    if array.size and len(shape) == 3 and shape[2] > 4:  # fewer columns are the channels of a single image
+    if array.size and len(shape) == 3 and shape[2] > 4:
         views.append(array[:, None])
     if array.size and len(shape) == 4:
         views += [array.transpose(0, 3, 1, 2)] * (shape[3] in (1, 3)) + [array] * (shape[1] in (1, 3))
@@ -259,7 +252,7 @@ def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
         why = (
             'could be [N, H, W, C] or [N, C, H, W]'
             if views
-            else 'is none of [N, H, W], [N, H, W, C] and [N, C, H, W] with C = 1 or 3'
+            else 'is not [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3'
         )
         raise UserError(f'{name} has the shape {shape}, which {why}. Save images as uint8 [N, H, W, 3].')
     return views[0]
@@ -281,14 +274,13 @@ def _fingerprint(*parts) -> str:
 def prefetch(
     source: ImageSource, parts: Iterable[range], workers: int = WORKERS
 ) -> Iterator[tuple[range, torch.Tensor, list[int]]]:
-    """(part, images, which they are) for each part in turn, as `source.batch` returns them, read ahead of use
-    by threads.
+    """(part, images, indices) for each part in turn, as `source.batch` returns them, read ahead by threads.
 
-    No more than `AHEAD` batches a worker are in memory. What a worker raises is raised here, when it is its
-    part's turn. Closing the iterator ends the threads.
+    Holds at most `PREFETCH` batches per worker in memory. A worker's error is raised here, when its part is
+    due. Closing the iterator ends the threads.
 
     Args:
-        workers: 0 reads in the calling thread, when asked.
+        workers: number of threads; 0 reads in the calling thread, on demand.
     """
     if workers == 0:
         yield from ((part, *source.batch(part)) for part in parts)
@@ -298,7 +290,7 @@ def prefetch(
     try:
         for part in parts:
             waiting.append((part, pool.submit(source.batch, part)))
-            if len(waiting) > AHEAD * workers:
+            if len(waiting) > PREFETCH * workers:
                 done, future = waiting.popleft()
                 yield done, *future.result()
         while waiting:

@@ -1,9 +1,8 @@
-"""The Inception network of FID, for the weights that pytorch-fid published.
+"""FID's Inception network, for the weights that pytorch-fid published.
 
-It is the network of TensorFlow's graph `inception-2015-12-05` (Szegedy et al. 2016, Inception v3), on which
-Heusel et al. 2017 defined FID. That graph is not quite the Inception v3 of later libraries: average pools
-leave out the padding, and the last block pools by maximum. Modules have the names of pytorch-fid's state
-dict.
+TensorFlow's graph `inception-2015-12-05` (Szegedy et al. 2016, Inception v3), on which Heusel et al. 2017
+define FID. It differs from the Inception v3 of later libraries: average pools exclude the padding, and the
+last block uses a max pool. Modules have the names of pytorch-fid's state dict.
 """
 
 from __future__ import annotations
@@ -16,24 +15,24 @@ from torch import Tensor
 
 from metrics.weights import load_weights
 
-CLASSES = 1008  # of the graph: ImageNet's 1000 and some unused ones
+CLASSES = 1008  # ImageNet's 1000 and some unused ones
 RESOLUTION = 299
 WHAT = "pytorch-fid's Inception"
 
 # ----------------------------------------------------------------------------
-# The architecture. A block is a list of branches, side by side; a branch is a list of steps, one after
-# another: convolutions, pools, and pairs of convolutions whose outputs are put side by side.
+# Architecture. A block is a list of parallel branches; a branch is a sequence of convolutions, pools, and
+# pairs of convolutions whose outputs are concatenated.
 
 
 class Conv(NamedTuple):
-    """A convolution without bias, batch normalization, ReLU. `kernel` is (height, width), or one number for
+    """Convolution without bias, batch normalization, ReLU. `kernel`: (height, width), or one number for
     both."""
 
     name: str
     width: int
     kernel: int | tuple[int, int] = 1
     stride: int = 1
-    padded: bool = True  # to keep the size at stride 1
+    padded: bool = True  # keep the size at stride 1
 
 
 def average_pool(x: Tensor) -> Tensor:
@@ -49,7 +48,7 @@ def halving_pool(x: Tensor) -> Tensor:
 
 
 def mixed_35(pooled: int) -> list[list]:
-    """35x35 positions."""
+    """Block at 35x35."""
     return [
         [Conv('branch1x1', 64)],
         [Conv('branch5x5_1', 48), Conv('branch5x5_2', 64, 5)],
@@ -59,7 +58,7 @@ def mixed_35(pooled: int) -> list[list]:
 
 
 def mixed_17(inner: int) -> list[list]:
-    """17x17 positions; convolutions along rows and columns in turn."""
+    """Block at 17x17, with convolutions alternating between rows and columns."""
     row, column = (1, 7), (7, 1)
     return [
         [Conv('branch1x1', 192)],
@@ -76,7 +75,7 @@ def mixed_17(inner: int) -> list[list]:
 
 
 def mixed_8(pool) -> list[list]:
-    """8x8 positions; two branches end in a pair of a row and a column."""
+    """Block at 8x8; two branches end in a pair of a row and a column convolution."""
     row, column = (1, 3), (3, 1)
     return [
         [Conv('branch1x1', 320)],
@@ -135,11 +134,11 @@ LAYERS = [
 ]
 
 # ----------------------------------------------------------------------------
-# Its modules.
+# Modules.
 
 
 class NormalizedConv(torch.nn.Module):
-    """relu(bn(conv(x))), as a `Conv` says. `width` is the number of its output channels."""
+    """relu(bn(conv(x))) of a `Conv`. `width`: output channels."""
 
     def __init__(self, in_channels: int, spec: Conv):
         super().__init__()
@@ -154,7 +153,7 @@ class NormalizedConv(torch.nn.Module):
 
 
 class Mixed(torch.nn.Module):
-    """Branches side by side, their outputs concatenated along the channels. `width` is how many these are."""
+    """Parallel branches whose outputs are concatenated along the channels. `width`: output channels."""
 
     def __init__(self, in_channels: int, branches: list[list]):
         super().__init__()
@@ -162,7 +161,7 @@ class Mixed(torch.nn.Module):
         self.width = sum(self._add(branch, in_channels) for branch in branches)
 
     def _add(self, branch: list, width: int) -> int:
-        """Makes the modules of a branch; returns the number of its output channels."""
+        """Create the modules of a branch. Returns: its output channels."""
         for step in branch:
             if not callable(step):
                 convs = [step] if isinstance(step, Conv) else step
@@ -186,7 +185,7 @@ class Mixed(torch.nn.Module):
 
 
 class FIDInception(torch.nn.Module):
-    """uint8 images [N, 3, H, W] of any size to the 2048 features after the last pool (`pool3`)."""
+    """The 2048 features after the last pool (`pool3`) of uint8 images [N, 3, H, W] of any size."""
 
     metric_name, img_channels, has_classes = 'FID', 3, True
 
@@ -208,28 +207,26 @@ class FIDInception(torch.nn.Module):
         self.fc = torch.nn.Linear(width, CLASSES)
 
     def features(self, images: Tensor) -> Tensor:
-        """float32 [N, 2048]. As in pytorch-fid, images are resized bilinearly, without antialiasing, and 0
-        ... 255 becomes -1 ... 1."""
+        """float32 [N, 2048] of images resized bilinearly without antialiasing and scaled to [-1, 1], as
+        pytorch-fid does."""
         x = F.interpolate(images.float() / 255, size=(RESOLUTION, RESOLUTION), mode='bilinear') * 2 - 1
         for step in self.steps:
             x = step(x) if callable(step) else getattr(self, step)(x)
         return x.mean(dim=[2, 3])
 
     def with_probabilities(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [N, 2048] and class probabilities [N, 1008], the latter without the output bias, as
-        Salimans et al. 2016 computed them."""
+        """(features [N, 2048], class probabilities [N, 1008] without the output bias, as Salimans et al.
+        2016)."""
         features = self.features(images)
         return features, F.linear(features, self.fc.weight).softmax(dim=1)
 
 
 def build_inception(weights: object, source: str, device: torch.device) -> FIDInception:
-    """The network with the weights of pytorch-fid's state dict. Raises: UserError, naming `source`, for other
-    contents."""
+    """The network with pytorch-fid's state dict. Raises: UserError, naming `source`, for other contents."""
     with torch.device('meta'):  # no random numbers for weights that come from a file
         network = FIDInception()
     network = network.to_empty(device='cpu')
     load_weights(network, weights, source, WHAT)
-    layout = (
-        torch.channels_last if device.type == 'cpu' else torch.preserve_format
-    )  # 1.5 times as fast on a CPU
+    # On a CPU, channels last is 1.5 times as fast.
+    layout = torch.channels_last if device.type == 'cpu' else torch.preserve_format
     return network.eval().requires_grad_(False).to(device, memory_format=layout)

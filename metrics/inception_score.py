@@ -8,22 +8,21 @@ import torch
 
 from dnnlib.util import UserError
 
-NORMALIZED = 1e-3  # how far from 1 probabilities may sum: those of half precision do
+NORMALIZED = 1e-3  # tolerated deviation of a sum of probabilities from 1, as in half precision
 
 
 def inception_score(probabilities: torch.Tensor, splits: int = 10) -> dict:
-    """exp E_x KL(p(y|x) ‖ p(y)), from 1 to the number of classes (Salimans et al. 2016, Sec. 4): mean and
-    deviation over `splits` parts.
+    """exp E_x KL(p(y|x) ‖ p(y)), from 1 to the number of classes (Salimans et al. 2016, Sec. 4).
 
-    Parts are contiguous, in the order of the images, and p(y) is the mean over a part. A part of more images
-    scores higher; 50,000 in 10 parts is what everyone quotes. Images sorted by their classes score far too
-    little: shuffle them.
+    Mean and standard deviation over `splits` contiguous parts of the images, with p(y) the mean over a part.
+    Larger parts score higher; the convention is 50,000 images in 10 parts. Images sorted by class score far
+    too low: shuffle them.
 
     Args:
         probabilities: [N, K] p(y|x).
         splits: number of parts; part i is images ⌊iN/splits⌋ to ⌊(i+1)N/splits⌋ − 1.
-    Returns: dict of `value` (mean over parts), `std` (the same way, of the population) and `splits`.
-    Raises: UserError for what are no probabilities, or fewer images than parts.
+    Returns: dict of `value` (mean over parts), `std` (population) and `splits`.
+    Raises: UserError for invalid probabilities, or fewer images than parts.
     """
     probabilities = torch.as_tensor(probabilities).double()
     if (
@@ -32,8 +31,8 @@ def inception_score(probabilities: torch.Tensor, splits: int = 10) -> dict:
         or not ((probabilities.sum(dim=1) - 1).abs() < NORMALIZED).all()
     ):
         raise UserError(
-            f'Class probabilities of shape {tuple(probabilities.shape)} must be [N, K], not negative, and '
-            'sum to 1 for every image. Check the detector.'
+            f'Class probabilities must be [N, K], nonnegative, and sum to 1 for every image; got shape '
+            f'{tuple(probabilities.shape)}. Check the detector.'
         )
     n = len(probabilities)
     if splits < 1 or n < splits:
@@ -47,7 +46,7 @@ def inception_score(probabilities: torch.Tensor, splits: int = 10) -> dict:
 
 
 def _score(probabilities: torch.Tensor) -> torch.Tensor:
-    """exp of the mean divergence of p(y|x) [N, K] from its mean, with 0 log 0 = 0."""
+    """exp of the mean KL divergence of p(y|x) [N, K] from its mean, with 0 log 0 = 0."""
     marginal = probabilities.mean(dim=0)
     return (
         (torch.xlogy(probabilities, probabilities) - torch.xlogy(probabilities, marginal))

@@ -12,37 +12,38 @@ from dnnlib.util import UserError
 def kernel_distance(
     features: torch.Tensor, reference: torch.Tensor, block: int = 1000, blocks: int = 100, seed: int = 0
 ) -> dict:
-    """Squared maximum mean discrepancy under k(x, y) = (x·y/D + 1)³, the mean over blocks of samples
-    (Bińkowski et al. 2018, Sec. 4).
+    """Squared maximum mean discrepancy under k(x, y) = (x·y/D + 1)³, averaged over blocks (Bińkowski et al.
+    2018, Sec. 4).
 
-    A block is `block` images against as many of the reference, and its value the unbiased estimate
-    `squared_mmd`, whose expectation does not depend on the number of images and which may be negative. A
-    random permutation of each set is cut into disjoint blocks; there are J = ⌊min(n, m)/block⌋ of them, and
-    new permutations follow until there are `blocks`.
+    A block compares `block` images with as many of the reference by the unbiased estimate `squared_mmd`,
+    whose expectation does not depend on the number of images; it may be negative. A random permutation of
+    each set is cut into J = ⌊min(n, m)/block⌋ disjoint blocks, and more permutations follow until there are
+    `blocks`.
 
-    `std` is the spread of all blocks, which is what is usually quoted beside a KID; it is no error of the
-    value. `error` is one. Blocks of one permutation are independent; those of another consist of the same
-    images again and add nothing new. So the variance of a block is taken within permutations and divided by
-    J, not by `blocks`. For different distributions that is the variance of the mean; for nearly equal ones,
-    where averaging over permutations does help, and for sets of unequal size it is an upper bound.
+    `std` is the spread over all blocks, which papers quote beside a KID; it is not the error of the value.
+    `error` is. Blocks of one permutation are independent, but other permutations reuse the same images. So
+    the variance of a block is taken within permutations and divided by J, not by `blocks`. For different
+    distributions that is the variance of the mean; for nearly equal ones, where averaging over permutations
+    does help, and for sets of unequal size, it is an upper bound.
 
     Args:
         features: [n, D] of the images.
         reference: [m, D] of the reference's images, on the same device.
-        block: samples of each set in a block; where a set has fewer, that many.
-        blocks: how many. A single one where it would hold all images of both sets.
-        seed: of the permutations.
-    Returns: dict of `value`, `std`, `error` (None where J or `blocks` is 1: then nothing is known of it),
-        `blocks` and `block` as used.
+        block: samples of each set per block, at most the size of the smaller set.
+        blocks: number of blocks; 1 if a block holds all images of both sets.
+        seed: seed of the permutations.
+    Returns: dict of `value`, `std`, `error` (None, unknown, if J or `blocks` is 1), `blocks` and `block` as
+        used.
     Raises: UserError for features that are not finite or do not match, or a block of fewer than two samples.
     """
     features, reference = check_features(features, reference, least=2)
     n, m = len(features), len(reference)
     if block < 2 or blocks < 1:
         raise UserError(
-            f'{blocks} blocks of {block} samples say nothing: a kernel distance needs one block or more, of '
-            '2 or more samples.'
+            f'A kernel distance needs at least 1 block of at least 2 samples, got {blocks} of {block}.'
         )
+
+    # Disjoint blocks of one pair of permutations after another.
     block = min(block, n, m)
     disjoint = min(n, m) // block
     blocks = 1 if n == m == block else blocks
@@ -86,14 +87,14 @@ def squared_mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def check_features(features, reference, least: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two sets of features as tensors [n, D], [m, D], or a UserError that says what is wrong with which;
-    `least` samples are needed of each."""
+    """Two sets of features as tensors [n, D], [m, D] with at least `least` samples each. Raises:
+    UserError."""
     features, reference = torch.as_tensor(features), torch.as_tensor(reference)
     for name, values in (('images', features), ('reference', reference)):
         if values.ndim != 2:
             raise UserError(
                 f'Features of the {name} have shape {tuple(values.shape)}, expected [N, D]. '
-                'Use a detector with one feature vector an image.'
+                'Use a detector with one feature vector per image.'
             )
         if len(values) < least:
             raise UserError(
@@ -113,8 +114,7 @@ def check_features(features, reference, least: int) -> tuple[torch.Tensor, torch
 
 
 def _standard_error(values: torch.Tensor, disjoint: int) -> float | None:
-    """Standard error of the mean of block values [blocks], of which every `disjoint` successive ones share no
-    sample."""
+    """Standard error of the mean of block values [blocks]; each run of `disjoint` blocks shares no sample."""
     permutations = values.split(disjoint)
     freedom = sum(len(part) - 1 for part in permutations)
     if freedom == 0:

@@ -1,12 +1,10 @@
-"""LPIPS, a perceptual distance of images that trains networks (Zhang et al. 2018), in its form with VGG16 and
-learned heads, version 0.1.
+"""LPIPS, a differentiable perceptual distance (Zhang et al. 2018): version 0.1, VGG16 with learned heads.
 
-    LPIPS(a, b) = sum over layers l of mean over positions of  w_l · (f_l(a) − f_l(b))²,   f_l of unit length
-    over its channels
+    LPIPS(a, b) = Σ_l mean over positions of  w_l · (f_l(a) − f_l(b))²,   f_l normalized over its channels
 
-Nothing of torchvision or the `lpips` package is needed, only the weights that they publish. Song et al. 2023
-measure with LPIPS at 224x224, and so do we; their code averages where VGG16 pools by maximum, which heads and
-network were not trained for, and which we leave out.
+Needs only the weights that torchvision and the `lpips` package publish, not the packages. Like Song et al.
+2023, we evaluate it at 224x224; their code replaces VGG16's max pools by average pools, for which neither the
+network nor the heads were trained, and which we do not adopt.
 """
 
 from __future__ import annotations
@@ -31,33 +29,25 @@ URLS = (
     'https://download.pytorch.org/models/vgg16-397923af.pth,'
     'https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth'
 )
-STAGES = (
-    (2, 64),
-    (2, 128),
-    (3, 256),
-    (3, 512),
-    (3, 512),
-)  # VGG16's convolutions and their width, a 2x2 pool between stages
-RESOLUTION = 224  # that smaller images are brought to, ...
-SMALL = 256  # and which ones are smaller
+STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # VGG16's (convolutions, width); 2x2 pools between
+SMALL = 256  # images with a shorter side ...
+RESOLUTION = 224  # ... are resized to this
 CHANNEL_MEAN, CHANNEL_STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of ImageNet in [-1, 1]
 WHAT = "torchvision's vgg16 (features.*) and the lpips package's vgg heads (lin0 to lin4, here heads.0 to heads.4)"
-OURS = dict.fromkeys(
-    ('a training state', 'a network snapshot', 'a NumPy'), ''
-)  # kinds of files of which no more is said than what they are
+# Kinds of files for which a message gives no further advice.
+OURS = dict.fromkeys(('a training state', 'a network snapshot', 'a NumPy'), '')
 LAYOUTS = {  # names in files -> ours
     r'features\.(\d+)\.(weight|bias)': r'features.\1.\2',  # torchvision
-    r'net\.slice\d\.(\d+)\.(weight|bias)': r'features.\1.\2',  # the lpips package, all of it
-    r'lin(\d)\.model\.\d\.weight': r'heads.\1.weight',  # the lpips package, its heads
+    r'net\.slice\d\.(\d+)\.(weight|bias)': r'features.\1.\2',  # the lpips package's module
+    r'lin(\d)\.model\.\d\.weight': r'heads.\1.weight',  # the lpips package's heads
 }
 
 
 class PerceptualDistance(torch.nn.Module):
-    """[N] from two batches of images [N, 1 or 3, H, W] in [-1, 1]; gradients flow to the images. Frozen, and
-    computes in FP32.
+    """[N] distances of images [N, 1 or 3, H, W] in [-1, 1], differentiable; frozen, in FP32.
 
-    Gray images are repeated to color, those with a side below 256 pixels are brought to `resolution`
-    bilinearly; None: as they are.
+    Gray images are repeated to color. Images with a side below 256 pixels are resized to `resolution`
+    bilinearly, unless it is None.
     """
 
     def __init__(self, resolution: int | None = RESOLUTION):
@@ -65,7 +55,7 @@ class PerceptualDistance(torch.nn.Module):
         self.resolution = resolution
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
-        """Of color images in FP32 at their final size."""
+        """[N] distances of FP32 color images at their final size."""
         raise NotImplementedError
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -74,8 +64,8 @@ class PerceptualDistance(torch.nn.Module):
     def _prepare(self, images: Tensor) -> Tensor:
         if images.shape[1] not in (1, 3):
             raise UserError(
-                f'LPIPS compares gray or color images, and these have {images.shape[1]} channels. Use '
-                '--cm_loss=pseudo_huber for them.'
+                f'LPIPS compares gray or color images, but these have {images.shape[1]} channels. Use '
+                '--cm_loss=pseudo_huber.'
             )
         images = images.float().expand(-1, 3, -1, -1)
         if self.resolution and min(images.shape[2:]) < SMALL:
@@ -84,10 +74,9 @@ class PerceptualDistance(torch.nn.Module):
 
 
 class LPIPS(PerceptualDistance):
-    """See the top of the file. Random weights until some are loaded.
+    """LPIPS with random weights, until some are loaded; see the top of the file.
 
-    `features` holds the convolutions under their numbers in torchvision's VGG16, whose names the tensors of a
-    state dict therefore have.
+    `features` names the convolutions by their numbers in torchvision's VGG16, as in its state dict.
     """
 
     def __init__(self, resolution: int | None = RESOLUTION):
@@ -97,14 +86,13 @@ class LPIPS(PerceptualDistance):
         self.features, self.heads = torch.nn.ModuleDict(), torch.nn.ModuleList()
         channels, number, self.stages = 3, 0, []
         for convolutions, width in STAGES:
-            self.stages.append(
-                [str(number + 2 * i) for i in range(convolutions)]
-            )  # each is followed by its ReLU
+            # torchvision numbers each convolution, its ReLU, and the pool after a stage.
+            self.stages.append([str(number + 2 * i) for i in range(convolutions)])
             for name in self.stages[-1]:
                 self.features[name] = torch.nn.Conv2d(channels, width, 3, padding=1)
                 channels = width
             self.heads.append(torch.nn.Conv2d(width, 1, 1, bias=False))
-            number += 2 * convolutions + 1  # the pool has a number too
+            number += 2 * convolutions + 1
         self.eval().requires_grad_(False)
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
@@ -112,28 +100,29 @@ class LPIPS(PerceptualDistance):
         return sum(head((of_a - of_b).square()).mean(dim=(1, 2, 3)) for of_a, of_b, head in pairs)
 
     def _directions(self, images: Tensor) -> list[Tensor]:
-        """Features after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, each position's vector at unit
-        length, or 0."""
+        """Features after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, normalized at each position (0 stays
+        0)."""
         x, outputs = (images - self.mean) / self.std, []
         for stage in self.stages:
             x = F.max_pool2d(x, 2) if outputs else x
             for name in stage:
                 x = F.relu(self.features[name](x))
-            outputs.append(
-                x / x.square().sum(dim=1, keepdim=True).clamp(min=1e-20).sqrt()
-            )  # where all is 0 the root has no slope
+            # The clamp is inside the root, whose derivative at 0 is infinite.
+            outputs.append(x / x.square().sum(dim=1, keepdim=True).clamp(min=1e-20).sqrt())
         return outputs
 
 
 class ScriptLPIPS(PerceptualDistance):
-    """A TorchScript file in the manner of NVIDIA's vgg16.pt: `forward(images, return_lpips=True)`, images [N,
-    3, H, W] in [0, 255], gives vectors [N, D] whose squared distance is LPIPS. One that has an argument
-    `resize_images` is asked not to."""
+    """A TorchScript file like NVIDIA's vgg16.pt.
+
+    `forward(images, return_lpips=True)` maps images [N, 3, H, W] in [0, 255] to vectors [N, D] whose squared
+    distance is LPIPS. An argument `resize_images`, if there is one, is set to False.
+    """
 
     def __init__(self, module: torch.jit.ScriptModule, resolution: int | None = RESOLUTION):
         super().__init__(resolution)
         self.module = module.eval()
-        for parameter in module.parameters():  # scripts have no requires_grad_ of their own
+        for parameter in module.parameters():  # script modules have no requires_grad_
             parameter.requires_grad_(False)
         arguments = {argument.name for argument in module.forward.schema.arguments}
         self.options = dict(
@@ -144,9 +133,8 @@ class ScriptLPIPS(PerceptualDistance):
         return (self._embed(a) - self._embed(b)).square().sum(dim=1)
 
     def _embed(self, images: Tensor) -> Tensor:
-        with torch.jit.optimized_execution(
-            False
-        ):  # or the first calls, before it is optimized, differ from later ones in rounding
+        # Optimization starts after a few calls and changes rounding.
+        with torch.jit.optimized_execution(False):
             return self.module((images + 1) * (255 / 2), **self.options)
 
 
@@ -154,18 +142,18 @@ def load(paths: str | None = None, device: torch.device | str = 'cpu') -> Percep
     """LPIPS with weights from files.
 
     Args:
-        paths: files or URLs, separated by commas, whose tensors together make it: torchvision's vgg16 (its
-            classifier is left out), the heads file of the `lpips` package, or one state dict of that
-            package's LPIPS module; or a single TorchScript file, see `ScriptLPIPS`: that is a program, which
-            PyTorch's interpreter runs. None: `URLS`, downloaded once, 528 MiB.
-    Raises: UserError for a missing file, a failed download, or files that do not hold exactly these weights.
+        paths: comma-separated files or URLs that together hold all tensors: torchvision's vgg16 (its
+            classifier is ignored) and the heads file of the `lpips` package, or one state dict of that
+            package's LPIPS module. Or a single TorchScript file (`ScriptLPIPS`), a program that PyTorch's
+            interpreter runs. None: `URLS`, 528 MiB, downloaded once.
+    Raises: UserError for a missing file, a failed download, or files without exactly these weights.
     """
     sources = [source.strip() for source in (paths or URLS).split(',')]
     files = [local_path(source, pinned=True) for source in sources]
     scripts = [source for source, file in zip(sources, files) if is_torchscript(file)]
     if scripts and len(sources) > 1:
         raise UserError(
-            f'{scripts[0]} is a TorchScript file, which is all of LPIPS by itself. Give it alone.'
+            f'{scripts[0]} is a TorchScript file, which is a complete LPIPS network. Give only this file.'
         )
     if scripts:
         warn_of_program(sources[0], files[0])
@@ -175,7 +163,7 @@ def load(paths: str | None = None, device: torch.device | str = 'cpu') -> Percep
         found = _read_tensors(file, source)
         if twice := sorted(weights.keys() & found.keys()):
             raise UserError(
-                f'{source} holds {twice[0]} once more, which a file before it has. Give {WHAT}, each once.'
+                f'{source} holds {twice[0]}, which an earlier file also has. Give {WHAT}, each once.'
             )
         weights.update(found)
     network = LPIPS()
@@ -184,13 +172,13 @@ def load(paths: str | None = None, device: torch.device | str = 'cpu') -> Percep
 
 
 def _read_tensors(file: str | os.PathLike, source: str) -> dict[str, object]:
-    """What a file holds of LPIPS's weights, by our names."""
+    """LPIPS's weights in a file, by our names."""
     try:
         with open(file, 'rb') as opened:
             named = read_saved(opened)
     except MalformedPickle as error:
         kind = another_kind(file, 'weights of LPIPS', own=('a PyTorch file', 'text'), instead=OURS)
-        reason = kind.rstrip() if kind else 'is no file of plain tensors.'
+        reason = kind.rstrip() if kind else 'is not a file of plain tensors.'
         raise UserError(
             f'{source} cannot be read: it {reason} Give {WHAT}, or one TorchScript file.'
         ) from error
@@ -209,7 +197,7 @@ def _read_tensors(file: str | os.PathLike, source: str) -> dict[str, object]:
 
 
 def _load_script(file: str | os.PathLike, source: str, device: torch.device | str) -> ScriptLPIPS:
-    cure = "Give NVIDIA's vgg16.pt, one that is called in the same way, or weights."
+    cure = "Give NVIDIA's vgg16.pt, a file with the same interface, or weights."
     try:
         module = torch.jit.load(file, map_location=device)
         arguments = {argument.name for argument in module.forward.schema.arguments}
@@ -235,7 +223,5 @@ def _load_script(file: str | os.PathLike, source: str, device: torch.device | st
         or len(embedding) != 2
         or not embedding.is_floating_point()
     ):
-        raise UserError(
-            f'{source} does not return one vector of floating-point numbers an image, [N, D]. {cure}'
-        )
+        raise UserError(f'{source} does not return one floating-point vector per image, [N, D]. {cure}')
     return network

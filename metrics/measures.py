@@ -1,5 +1,4 @@
-"""The measures that fid.py knows: what each needs of the images and of a reference, and how it is computed
-from that."""
+"""The metrics of fid.py: what each needs of the images and of a reference, and how it is computed."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from metrics.calc import Observed
+from metrics.calc import ImageFeatures
 from metrics.frechet import Gaussian
 from metrics.inception_score import inception_score
 from metrics.kernel import kernel_distance
@@ -20,18 +19,18 @@ from metrics.uncertainty import bootstrap_interval, frechet_infinity
 
 @dataclass
 class Comparison:
-    """Images beside a reference, as one detector sees them.
+    """Images and a reference under one detector.
 
     Args:
-        images: what it saw in the images.
-        reference: made with the same detector; None for measures that need none.
+        images: their features.
+        reference: computed with the same detector; None for metrics that need none.
         device: where features are compared.
-        bootstrap: resamples for the interval of a Fréchet distance; 0 for none.
-        neighbors: k of precision, recall, density and coverage; None for what their papers take.
-        seed: of whatever is drawn.
+        bootstrap: resamples for the interval of a Fréchet distance; 0 disables it.
+        neighbors: k of precision, recall, density and coverage; None uses their papers' k.
+        seed: seed of all random choices.
     """
 
-    images: Observed
+    images: ImageFeatures
     reference: Reference | None = None
     device: torch.device | str = 'cpu'
     bootstrap: int = 0
@@ -50,10 +49,8 @@ class Comparison:
 
     def frechet(self) -> dict:
         stats, reference = self.images.stats, self.reference
-        ours, theirs = (
-            Gaussian(stats.mu, stats.sigma, 'the images'),
-            Gaussian(reference.mu, reference.sigma, 'the reference'),
-        )
+        ours = Gaussian(stats.mu, stats.sigma, 'the images')
+        theirs = Gaussian(reference.mu, reference.sigma, 'the reference')
         result = dict(value=ours.distance(theirs))
         if self.bootstrap:
             result['interval'] = list(
@@ -102,17 +99,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure: what it computes, and what it needs.
+    """A metric and its needs.
 
     Attributes:
-        compute: of a `Comparison`, {'value': float, ...}.
-        title: for people; {} stands for the detector's own name of a Fréchet distance.
-        entry: which detector, and which of a reference's entries: `fid`, the main one, or `fd_dinov2`.
-        frechet: whether it compares with a reference's mean and covariance.
-        features: whether it needs the images' features, all of them.
-        reference_features: whether it needs features of reference images too.
-        classes: whether it needs class probabilities.
-        larger_is_better: whether good images have a large one: a score, not a distance.
+        compute: function of a `Comparison` that returns {'value': float, ...}.
+        title: display name; {} stands for the detector's name of a Fréchet distance.
+        entry: detector and reference entry: `fid`, the main one, or `fd_dinov2`.
+        frechet: needs the reference's mean and covariance.
+        features: needs all features of the images.
+        reference_features: needs features of reference images.
+        classes: needs class probabilities.
+        larger_is_better: True for scores, False for distances.
     """
 
     compute: Callable[[Comparison], dict]
@@ -131,22 +128,17 @@ class Measure:
 
 
 FID, FD_DINOV2 = MAIN_ENTRY, 'fd_dinov2'
+BOTH = dict(features=True, reference_features=True)
+# fmt: off
 MEASURES = {
     FID: Measure(Comparison.frechet, '{}', frechet=True),
     'fid_inf': Measure(Comparison.frechet_infinity, '{}-infinity', frechet=True, features=True),
-    'kid': Measure(Comparison.kernel, 'KID', features=True, reference_features=True),
-    'precision': Measure(
-        Comparison.precision, 'precision', features=True, reference_features=True, larger_is_better=True
-    ),
-    'recall': Measure(
-        Comparison.recall, 'recall', features=True, reference_features=True, larger_is_better=True
-    ),
-    'density': Measure(
-        Comparison.density, 'density', features=True, reference_features=True, larger_is_better=True
-    ),
-    'coverage': Measure(
-        Comparison.coverage, 'coverage', features=True, reference_features=True, larger_is_better=True
-    ),
+    'kid': Measure(Comparison.kernel, 'KID', **BOTH),
+    'precision': Measure(Comparison.precision, 'precision', **BOTH, larger_is_better=True),
+    'recall': Measure(Comparison.recall, 'recall', **BOTH, larger_is_better=True),
+    'density': Measure(Comparison.density, 'density', **BOTH, larger_is_better=True),
+    'coverage': Measure(Comparison.coverage, 'coverage', **BOTH, larger_is_better=True),
     'is': Measure(Comparison.inception_score, 'Inception Score', classes=True, larger_is_better=True),
     FD_DINOV2: Measure(Comparison.frechet, '{}', entry=FD_DINOV2, frechet=True),
 }
+# fmt: on

@@ -1,14 +1,13 @@
-"""How two sets of features cover each other, by balls around nearest neighbors: precision and recall, density
-and coverage.
+"""Precision and recall, density and coverage: how two sets of features cover each other.
 
-The ball of a sample reaches to its k-th nearest neighbor in its own set. The sample itself is left out by its
-index, so a duplicate of it is a neighbor like any other. No more than chunk² distances are in memory at a
-time, and results do not depend on `chunk`.
+The ball of a sample reaches to its k-th nearest neighbor in its own set. The sample itself is excluded by
+index, so a duplicate of it counts as a neighbor. At most chunk² distances are in memory, and results do not
+depend on `chunk`.
 
-Squared distances are |a|² + |b|² − 2 a·b, in FP64 around the reference's mean. That leaves an error of a few
-D·ε of the largest |a|², 1e-12 of it or so, where features themselves are known to 1e-7 of theirs. Distances
-and radii closer than this (`slack`) count as equal; otherwise chance would decide about samples on a
-boundary, and the k-th neighbor of every sample is on one.
+Squared distances are |a|² + |b|² − 2 a·b, in FP64 around the reference's mean. Their error is a few D·ε of
+the largest |a|², about 1e-12 of it, while features have errors of 1e-7. Distances and radii closer than this
+(`slack`) count as equal; otherwise rounding would decide about samples on a boundary, and the k-th neighbor
+of every sample is on one.
 """
 
 from __future__ import annotations
@@ -23,15 +22,14 @@ from metrics.kernel import check_features
 def precision_recall(
     features: torch.Tensor, reference: torch.Tensor, k: int = 3, chunk: int = 2048
 ) -> tuple[float, float]:
-    """Share of images inside balls of the reference, and of the reference inside balls of the images
-    (Kynkäänniemi et al. 2019, Eqs. 1 and 2).
+    """Fraction of images in balls of the reference, and vice versa (Kynkäänniemi et al. 2019, Eqs. 1 and 2).
 
-    precision = 1/n Σ_j max_i 1[‖y_j − x_i‖ ≤ r_k(x_i)]; recall is the same with the sets exchanged. Balls
-    contain their boundary. Both depend on the number of samples; the paper takes 50,000 of each set.
+    precision = 1/n Σ_j max_i 1[‖y_j − x_i‖ ≤ r_k(x_i)]; recall exchanges the sets. Balls contain their
+    boundary. Both depend on the number of samples; the paper uses 50,000 of each set.
 
     Args:
         features: y, [n, D] of the images. reference: x, [m, D], on the same device.
-        k: which neighbor a ball reaches to.
+        k: number of the neighbor that a ball reaches to.
         chunk: samples of each set at a time.
     Returns: (precision, recall).
     Raises: UserError for features that are not finite or do not match, or that are too few for k neighbors.
@@ -51,16 +49,16 @@ def precision_recall(
 def density_coverage(
     features: torch.Tensor, reference: torch.Tensor, k: int = 5, chunk: int = 2048
 ) -> tuple[float, float]:
-    """How densely images lie in balls of the reference, and the share of those balls that hold any (Naeem et
-    al. 2020, Sec. 3).
+    """Density of images in balls of the reference, and fraction of these balls with images (Naeem et al.
+    2020, Sec. 3).
 
-    density = 1/(k n) Σ_j Σ_i 1[‖y_j − x_i‖ < r_k(x_i)], near 1 for equal distributions and not bounded by it;
-    coverage = 1/m Σ_i max_j 1[‖y_j − x_i‖ < r_k(x_i)]. Balls do not contain their boundary: the paper leaves
-    that open, its authors' code settles it.
+    density = 1/(k n) Σ_j Σ_i 1[‖y_j − x_i‖ < r_k(x_i)], about 1 for equal distributions, but unbounded;
+    coverage = 1/m Σ_i max_j 1[‖y_j − x_i‖ < r_k(x_i)]. Balls exclude their boundary, as in the authors' code;
+    the paper does not say.
 
     Args:
         features: y, [n, D] of the images. reference: x, [m, D], on the same device.
-        k: which neighbor a ball reaches to.
+        k: number of the neighbor that a ball reaches to.
         chunk: samples of each set at a time.
     Returns: (density, coverage).
     Raises: UserError for features that are not finite or do not match, or that are too few for k neighbors.
@@ -75,12 +73,11 @@ def density_coverage(
 
 
 class _Distances:
-    """Distances between the samples of two sets [n, D], [m, D], chunk by chunk, in FP64 around the second
-    set's mean.
+    """FP64 distances between two sets [n, D], [m, D], chunk by chunk, around the second set's mean.
 
     Attributes:
-        sets: both, checked. k: which neighbor a ball reaches to.
-        slack: how far from the truth the difference of two squared distances may be.
+        sets: both, checked. k: number of the neighbor that a ball reaches to.
+        slack: bound on the error of the difference of two squared distances.
     """
 
     def __init__(self, features: torch.Tensor, reference: torch.Tensor, k: int, chunk: int):
@@ -94,8 +91,7 @@ class _Distances:
         self.slack = 8 * features.shape[1] * torch.finfo(torch.float64).eps * largest
 
     def squared(self, a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-        """(rows, columns, squared distances of a[rows] from b[columns]); all columns of some rows come before
-        the next rows."""
+        """(rows, columns, squared distances of a[rows] from b[columns]), row by row."""
         for rows in self._slices(a):
             x = self._part(a, rows)
             for columns in self._slices(b):
@@ -104,8 +100,7 @@ class _Distances:
                 yield rows, columns, squares.add_(x.square().sum(dim=1, keepdim=True))
 
     def squared_radii(self, x: torch.Tensor) -> torch.Tensor:
-        """[n] squared distance of every sample of x [n, D] from its k-th nearest neighbor among the
-        others."""
+        """[n] squared distance of each sample of x [n, D] from its k-th nearest neighbor among the others."""
         radii = torch.empty(len(x), dtype=torch.float64, device=x.device)
         for rows, columns, squares in self.squared(x, x):
             if columns.start == 0:
@@ -113,7 +108,7 @@ class _Distances:
             if rows == columns:
                 squares.fill_diagonal_(torch.inf)
             nearest = torch.cat([nearest, squares], dim=1).topk(self.k, largest=False).values
-            radii[rows] = nearest[:, -1]  # of the columns so far; the last ones decide
+            radii[rows] = nearest[:, -1]  # among the columns so far; final after the last chunk
         return radii
 
     def _slices(self, x: torch.Tensor) -> list[slice]:

@@ -1,14 +1,19 @@
 """Reference statistics on disk.
 
-| format | holds | | --- | --- | | ours, `.npz` | `mu`, `sigma` and how they were made: `detector`,
-`detector_digest`, `num_images`, `resolution`; perhaps `features` | | EDM's and pytorch-fid's, `.npz` | `mu`,
-`sigma` | | OpenAI's guided-diffusion, `.npz` | `mu`, `sigma`; `arr_0`, some of the images; `mu_s`, `sigma_s`
-of spatial features, which are not used | | EDM2's, `.pkl` | `{'num_images': ..., 'fid': {'mu': ..., 'sigma':
-...}, 'fd_dinov2': {...}}` |
+| format                         | holds
+| | ------------------------------ |
+---------------------------------------------------------------------------- |
+| ours, `.npz`                   | `mu`, `sigma`; `detector`, `detector_digest`, `num_images`, `resolution`;
+maybe `features` |
+| EDM, pytorch-fid, `.npz`       | `mu`, `sigma`
+| | OpenAI guided-diffusion, `.npz` | `mu`, `sigma`; `arr_0`: some images; `mu_s`, `sigma_s`: spatial
+features, unused |
+| EDM2, `.pkl`                   | `{'num_images': ..., 'fid': {'mu': ..., 'sigma': ...}, 'fd_dinov2': {...}}`
+|
 
-An entry is the statistics of one detector. Ours has `fid` under plain keys, where other tools look for it,
-and any other behind its name: `fd_dinov2.mu`. Nothing in a file is executed: arrays with Python objects are
-refused, and pickles are read as data.
+An entry holds the statistics of one detector. Ours has `fid` under plain keys, where other tools look for it,
+and others behind their name: `fd_dinov2.mu`. Nothing in a file is executed: arrays of Python objects are
+refused, and pickles are read as plain data.
 """
 
 from __future__ import annotations
@@ -37,22 +42,20 @@ from torch_utils.stored_arrays import PICKLE_NAMES, StoredArray, stored_array
 
 MAIN_ENTRY = 'fid'
 WANTED = 'reference statistics (.npz, made by fid.py ref)'
-AGAIN = 'Make the reference again with fid.py ref.'
-ROWS = 4096  # of features, looked at together
+AGAIN = 'Recreate the reference with fid.py ref.'
+ROWS = 4096  # features checked at a time
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics of a data set's features; attributes are the file's keys. What a file does not record is
-    None.
+    """Statistics of a data set's features. Attributes are the file's keys, None if absent.
 
     Attributes:
         mu, sigma: [D] and [D, D], float64.
         detector, detector_digest: name and SHA-256 of the detector's file.
-        num_images: how many images they are of.
-        resolution: of the images, width x height x channels, as in '64x64x3'.
-        features: [n, D] of some of the images, float32, mapped from the file: they take no memory before they
-            are used.
+        num_images: number of images.
+        resolution: width x height x channels of the images, such as '64x64x3'.
+        features: [n, D] float32 of some of the images, memory-mapped.
     """
 
     mu: np.ndarray
@@ -68,9 +71,9 @@ def load_reference(source: str | os.PathLike, entry: str = MAIN_ENTRY) -> Refere
     """Reference statistics from a path or URL, in any of the formats above.
 
     Args:
-        entry: 'fid', 'fd_dinov2' or another that the file has.
-    Raises: UserError that names file and key: for a missing or broken file, an entry or key that is not
-        there, or values that are no mean, covariance, count, resolution or features.
+        entry: 'fid', 'fd_dinov2' or another entry of the file.
+    Raises: UserError, naming file and key, for a missing or damaged file, a missing entry or key, or invalid
+        values.
     """
     with _open_arrays(source) as arrays:
         prefix = _prefix(entry)
@@ -90,8 +93,8 @@ def load_reference(source: str | os.PathLike, entry: str = MAIN_ENTRY) -> Refere
 
 
 def holds_statistics(source: str | os.PathLike) -> bool:
-    """Whether `source` is a file of statistics, or something wrong; not where it is a folder, zip or array of
-    images."""
+    """False if `source` is a folder, zip or array of images; True for statistics, and for anything
+    unusable."""
     if os.path.isdir(source) or os.path.splitext(os.fspath(source))[1].lower() in ('.zip', '.npy'):
         return False
     with _open_arrays(source) as arrays:
@@ -103,10 +106,9 @@ def holds_statistics(source: str | os.PathLike) -> bool:
 
 
 def reference_images(source: str | os.PathLike) -> np.ndarray | None:
-    """The images in a reference of OpenAI's, uint8 [N, H, W, 3], mapped from the file; None where there are
-    none.
+    """Images in an OpenAI reference, uint8 [N, H, W, 3], memory-mapped; None if there are none.
 
-    They are 10,000 or so, of which features can be had; `mu` and `sigma` are of many more.
+    These are about 10,000 images; `mu` and `sigma` are of many more.
     """
     with _open_arrays(source) as arrays:
         if 'arr_0' not in arrays.keys:
@@ -116,10 +118,10 @@ def reference_images(source: str | os.PathLike) -> np.ndarray | None:
 
 
 def save_reference(path: str | os.PathLike, entries: Mapping[str, Reference]) -> None:
-    """Write an .npz file, whole or not at all; other tools read its entry 'fid'.
+    """Write an .npz file atomically; other tools read its entry 'fid'.
 
     Args:
-        entries: by name, such as {'fid': ..., 'fd_dinov2': ...}.
+        entries: references by name, such as {'fid': ..., 'fd_dinov2': ...}.
     """
     with atomic_write(path) as file:
         np.savez(
@@ -136,28 +138,27 @@ def save_reference(path: str | os.PathLike, entries: Mapping[str, Reference]) ->
 def check_same_detector(
     reference: Reference, detector: Detector, source: str | os.PathLike, image_shape: list[int] | None = None
 ) -> None:
-    """Refuse a reference of another detector. Warn, on stderr, where `source` does not record its detector,
-    or was made at another resolution.
+    """Refuse another detector's reference; warn on stderr about an unrecorded detector or another resolution.
 
     Args:
-        image_shape: [C, H, W] of the images that will be compared with it. Channels may differ: gray images
-            become color images.
-    Raises: UserError for another detector, or another number of features once the detector's is known.
+        image_shape: [C, H, W] of the images to compare. Channels may differ: gray images become color images.
+    Raises: UserError for another detector, or another number of features if the detector's is known.
     """
     if reference.detector_digest is not None and reference.detector_digest != detector.digest:
         raise UserError(
             f'{source} was made with detector {reference.detector} (SHA-256 '
             f'{reference.detector_digest[:12]}...), not with {detector.name} ({detector.digest[:12]}...). '
-            'Pass the same --detector, or make the reference again with fid.py ref.'
+            'Pass the same --detector, or recreate the reference with fid.py ref.'
         )
     if detector.dim is not None and detector.dim != len(reference.mu):
         raise UserError(
-            f'{source} is of {len(reference.mu)} features, detector {detector.name} returns {detector.dim}. '
-            'Pass the detector that made the reference, or make the reference again with fid.py ref.'
+            f'{source} has {len(reference.mu)} features, but detector {detector.name} returns '
+            f'{detector.dim}. Pass the detector that made the reference, or recreate the reference with '
+            'fid.py ref.'
         )
     if reference.detector_digest is None:
         distributed.print0(
-            printable(f'Warning: {source} does not record its detector; taking it for {detector.name}.'),
+            printable(f'Warning: {source} does not record its detector; assuming {detector.name}.'),
             file=sys.stderr,
         )
     if image_shape is not None and reference.resolution is not None:
@@ -165,8 +166,8 @@ def check_same_detector(
         if [int(height), int(width)] != list(image_shape[1:]):
             distributed.print0(
                 printable(
-                    f'Warning: {source} is of {width}x{height} images, and these are '
-                    f'{image_shape[2]}x{image_shape[1]}: the distance will be that of their sharpness too.'
+                    f'Warning: {source} is of {width}x{height} images, but these are '
+                    f'{image_shape[2]}x{image_shape[1]}: the distance includes the difference in sharpness.'
                 ),
                 file=sys.stderr,
             )
@@ -181,7 +182,7 @@ def _prefix(entry: str) -> str:
 
 
 def _check_there(arrays: ArchivedArrays | PickledArrays, entry: str, prefix: str) -> None:
-    """Refuse a file that lacks the entry or its mean or covariance, by saying what it has."""
+    """Raises: UserError, listing what the file has, if it lacks the entry or its mean or covariance."""
     missing = [f'{prefix}{key}' for key in ('mu', 'sigma') if f'{prefix}{key}' not in arrays.keys]
     keys = [key for key in arrays.keys if key.isprintable()]
     others = [
@@ -192,14 +193,14 @@ def _check_there(arrays: ArchivedArrays | PickledArrays, entry: str, prefix: str
     if len(missing) == 2 and others:
         raise UserError(
             f'{arrays.name} has no entry {entry}, only {", ".join(others)}. '
-            f'Make a reference that has it with fid.py ref --metrics={",".join([*others, entry])}.'
+            f'Create one with fid.py ref --metrics={",".join([*others, entry])}.'
         )
     if not arrays.keys and isinstance(arrays, ArchivedArrays) and (kind := _another_kind(arrays.path)):
         raise UserError(f'{arrays.name} holds no statistics: it {kind}')
     if missing:
         held = f' (it holds {", ".join(keys[:4])}{", ..." if len(keys) > 4 else ""})' if keys else ''
         raise UserError(
-            f'{arrays.name} has no {" and no ".join(missing)}{held}. Make a reference with fid.py ref.'
+            f'{arrays.name} has no {" and no ".join(missing)}{held}. Create a reference with fid.py ref.'
         )
 
 
@@ -207,7 +208,7 @@ def _read_finite(arrays: ArchivedArrays | PickledArrays, key: str) -> np.ndarray
     """A float64 array without NaN and infinity."""
     values = arrays.read(key)
     if values.dtype.kind not in 'fiu':
-        raise UserError(f'{arrays.name}: {key} is of type {values.dtype}, not of real numbers. {AGAIN}')
+        raise UserError(f'{arrays.name}: {key} has type {values.dtype}, not real numbers. {AGAIN}')
     values = values.astype(np.float64, copy=False)
     if not np.isfinite(values).all():
         raise UserError(
@@ -217,17 +218,17 @@ def _read_finite(arrays: ArchivedArrays | PickledArrays, key: str) -> np.ndarray
 
 
 def _read_covariance(arrays: ArchivedArrays | PickledArrays, key: str, mu: np.ndarray) -> np.ndarray:
-    """The covariance [D, D] that goes with a mean [D]. Its shape is looked at before its values are."""
+    """The covariance [D, D] for a mean [D]; the shape is checked before values are read."""
     shape = arrays.header(key).shape
     if mu.ndim != 1 or len(mu) == 0 or shape != (len(mu), len(mu)):
         raise UserError(
-            f'{arrays.name}: a mean of shape {list(mu.shape)} does not go with {key} of shape {list(shape)}; '
-            f'expected are [D] and [D, D]. {AGAIN}'
+            f'{arrays.name}: a mean of shape {list(mu.shape)} does not match {key} of shape {list(shape)}; '
+            f'expected [D] and [D, D]. {AGAIN}'
         )
     _, sigma = check_gaussian(mu, _read_finite(arrays, key), f'{arrays.name}: {key}')
     if sigma.diagonal().min() < 0:
         raise UserError(
-            f'{arrays.name}: {key} is no covariance: feature {sigma.diagonal().argmin()} has a negative '
+            f'{arrays.name}: {key} is not a covariance: feature {sigma.diagonal().argmin()} has a negative '
             f'variance. {AGAIN}'
         )
     return sigma
@@ -236,14 +237,14 @@ def _read_covariance(arrays: ArchivedArrays | PickledArrays, key: str, mu: np.nd
 def _read_text(arrays: ArchivedArrays | PickledArrays, key: str) -> str:
     value = arrays.read(key)
     if value.ndim or value.dtype.kind != 'U':
-        raise UserError(f'{arrays.name}: {key} is no text. {AGAIN}')
+        raise UserError(f'{arrays.name}: {key} is not text. {AGAIN}')
     return str(value)
 
 
 def _read_count(arrays: ArchivedArrays | PickledArrays, key: str) -> int:
     value = arrays.read(key)
     if value.ndim or value.dtype.kind not in 'iu' or value < 1:
-        raise UserError(f'{arrays.name}: {key} is no number of images. {AGAIN}')
+        raise UserError(f'{arrays.name}: {key} is not a number of images. {AGAIN}')
     return int(value)
 
 
@@ -264,7 +265,7 @@ NOTES = dict(
 def _map_features(
     arrays: ArchivedArrays | PickledArrays, key: str, dim: int, num_images: int | None
 ) -> np.ndarray:
-    """float32 [n, D]"""
+    """float32 [n, D], memory-mapped and verified."""
     header = arrays.header(key)
     if (
         header.dtype.kind != 'f'
@@ -273,7 +274,7 @@ def _map_features(
         or header.shape[0] > (num_images or header.shape[0])
     ):
         raise UserError(
-            f'{arrays.name}: {key} is {header.dtype} {list(header.shape)}; expected is float32 '
+            f'{arrays.name}: {key} is {header.dtype} {list(header.shape)}; expected float32 '
             f'[at most {num_images or "N"}, {dim}]. {AGAIN}'
         )
     features = arrays.map(key, verify=True)
@@ -285,12 +286,12 @@ def _map_features(
 
 
 def _resolution_of_images(arrays: ArchivedArrays | PickledArrays) -> str:
-    """Of OpenAI's `arr_0`, from its header. Raises: UserError where it is no array of color images."""
+    """Resolution of OpenAI's `arr_0` from its header. Raises: UserError unless it holds color images."""
     header = arrays.header('arr_0')
     if header.dtype != np.uint8 or len(header.shape) != 4 or header.shape[3] != 3:
         raise UserError(
             f'{arrays.name}: arr_0 is {header.dtype} {list(header.shape)}, not images, uint8 [N, H, W, 3]. '
-            'Take the original file, or make a reference with fid.py ref.'
+            'Use the original file, or create a reference with fid.py ref.'
         )
     _, height, width, channels = header.shape
     return f'{width}x{height}x{channels}'
@@ -301,7 +302,7 @@ def _resolution_of_images(arrays: ArchivedArrays | PickledArrays) -> str:
 
 
 def _open_arrays(source: str | os.PathLike) -> ArchivedArrays | PickledArrays:
-    """The arrays of a file by key, whatever its format; with EDM2's under the keys that ours would have."""
+    """The arrays of a file in any of the formats, under our keys."""
     path = local_path(source)
     try:
         with open(path, 'rb') as file:
@@ -313,31 +314,28 @@ def _open_arrays(source: str | os.PathLike) -> ArchivedArrays | PickledArrays:
         return ArchivedArrays(path, source)
     if start[:1] == b'\x80' and kind is None:
         return PickledArrays(path, source)
-    raise UserError(
-        f"{source} is not an .npz file, nor a pickle as EDM2's references are{f': it {kind}' if kind else '. Make one with fid.py ref.'}"
-    )
+    what = f': it {kind}' if kind else '. Create one with fid.py ref.'
+    raise UserError(f"{source} is neither an .npz file nor a pickle like EDM2's references{what}")
 
 
 def _another_kind(path: Path) -> str | None:
-    """What a file is and what to give instead, to complete 'it ...'; None for what can hold statistics, and
-    where that cannot be told."""
+    """What a file is and what to give instead, to complete 'it ...'; None if it may hold statistics."""
     return another_kind(
         path,
         WANTED,
         own=('a NumPy .npz', 'a damaged', 'a pickle', 'text'),
         instead={
-            'a zip archive': f'Of a zip of images make {WANTED}.',
-            'a NumPy .npy': f'Of images make {WANTED}.',
+            'a zip archive': f'From a zip of images, create {WANTED}.',
+            'a NumPy .npy': f'From images, create {WANTED}.',
             'a network snapshot': f'Give {WANTED}.',
         },
     )
 
 
 class PickledArrays:
-    """The arrays and numbers of a pickled dict, and of dicts in it, by the keys that `save_reference` gives.
-    A context manager.
+    """Arrays and numbers of a pickled dict and its nested dicts, under the keys of `save_reference`.
 
-    The pickle is read by `restricted_pickle`: as data, and whatever it names but arrays is refused.
+    Read by `restricted_pickle` as plain data, which refuses all names but arrays. A context manager.
     """
 
     def __init__(self, path: Path, name: str | os.PathLike):
@@ -349,13 +347,13 @@ class PickledArrays:
         except UNREADABLE as error:
             raise UserError(
                 f"{name} cannot be read as one of EDM2's references: it {error}. "
-                'Take the original file, or make a reference with fid.py ref.'
+                'Use the original file, or create a reference with fid.py ref.'
             ) from error
+
+        # Flatten to our keys; EDM2 has one `num_images` for all entries.
         self._nodes = {}
         entries = tree if isinstance(tree, dict) else {}
-        shared = {
-            key: entries[key] for key in ('num_images',) if key in entries
-        }  # EDM2 counts once for all entries
+        shared = {key: entries[key] for key in ('num_images',) if key in entries}
         self._nodes |= {
             key: node for key, node in entries.items() if isinstance(key, str) and not isinstance(node, dict)
         }
@@ -392,20 +390,22 @@ class PickledArrays:
         return self.read(key)
 
     def _find(self, key: str) -> StoredArray | np.ndarray:
-        """An array, whose values are still in the file, or a number, a text or a list of numbers."""
+        """An array whose values are still in the file, or a number, text or list of numbers as an array."""
         node = self._nodes[key]
         try:
             return stored_array(node) or _plain_array(node)
         except UNREADABLE as error:
             raise UserError(
-                f'{self.name}: {key} is no readable plain array: it {error}. '
-                'Take the original file, or make a reference with fid.py ref.'
+                f'{self.name}: {key} is not a readable plain array: it {error}. '
+                'Use the original file, or create a reference with fid.py ref.'
             ) from error
 
 
 def _plain_array(node) -> np.ndarray:
-    """Of a number, a text or a list of numbers; texts in lists, which would all take as much as the longest,
-    are none of a file of statistics."""
+    """Array of a number, a text or a list of numbers.
+
+    Lists of texts are refused: each would take as much memory as the longest, and statistics have none.
+    """
     value = plain(node)
     if isinstance(value, (list, tuple)):
         return np.array(value, np.float64)

@@ -1,9 +1,8 @@
-"""Feature detectors made on the spot, for data on which Inception says nothing: a small classifier, PCA of
-the pixels, a random convolution.
+"""Feature detectors for small data sets, on which Inception is meaningless.
 
-`python -m metrics.rulers --data=digits.zip --outdir=rulers` writes the three as TorchScript files for fid.py
-and train.py. The classifier is trained on the very data it then judges; the other two are not trained, so
-that what all three agree on is no quirk of one of them.
+`python -m metrics.rulers --data=digits.zip --outdir=rulers` writes three TorchScript files for fid.py and
+train.py: a small classifier, PCA of the pixels, and a random convolution. The classifier is trained on the
+data that it judges; the other two are not trained, and show whether its verdict is an artifact.
 """
 
 from __future__ import annotations
@@ -19,13 +18,12 @@ from data.dataset import ImageFolderDataset
 from dnnlib import UserError, cli
 from dnnlib.util import atomic_write
 
-FEATURES = 64  # of every ruler
+FEATURES = 64  # of every detector
 SEED = 0
 
 
 class Classifier(torch.nn.Module):
-    """Three convolutions, averaged over the image, and a linear layer; the averages are the features, as with
-    Inception."""
+    """Three convolutions and a linear layer; the features are averages over the image, as in Inception."""
 
     def __init__(self, channels: int, classes: int):
         super().__init__()
@@ -42,7 +40,7 @@ class Classifier(torch.nn.Module):
 
 
 class PixelPCA(torch.nn.Module):
-    """Projection of the pixels on the data's leading principal components."""
+    """Projection of the pixels onto the data's leading principal components."""
 
     def __init__(self, mean: torch.Tensor, components: torch.Tensor, channels: int):
         super().__init__()
@@ -75,11 +73,9 @@ class RandomConvolution(torch.nn.Module):
 
 
 def train_classifier(images, labels, classes: int, epochs: int = 20):
-    """A digit classifier as a feature detector, and its accuracy on the fifth of the images that it was not
-    trained on.
+    """Train a classifier on four fifths of the images, as a feature detector.
 
-    With dropout and label smoothing (Szegedy et al. 2016, as Inception was trained), which keep features from
-    growing without bound.
+    Dropout and label smoothing (Szegedy et al. 2016, as for Inception) keep its features bounded.
 
     Args:
         images: [N, C, H, W] uint8. labels: [N] int64.
@@ -104,20 +100,20 @@ def train_classifier(images, labels, classes: int, epochs: int = 20):
     return net.eval().requires_grad_(False), (predicted == labels[held_out]).double().mean().item()
 
 
-def make_rulers(images, labels, classes: int) -> tuple[dict, float]:
-    """{name: scripted detector} for uint8 images [N, C, H, W] with class indices [N], and the classifier's
-    held-out accuracy."""
+def make_detectors(images, labels, classes: int) -> tuple[dict, float]:
+    """({name: scripted detector}, classifier's held-out accuracy) for uint8 images [N, C, H, W], labels
+    [N]."""
     classifier, accuracy = train_classifier(images, labels, classes)
     pixels = images.flatten(1).float() / 127.5 - 1
     mean = pixels.mean(dim=0)
     components = torch.linalg.svd(pixels - mean, full_matrices=False).Vh[:FEATURES].T.contiguous()
     channels = images.shape[1]
-    rulers = dict(
+    detectors = dict(
         classifier=classifier,
         pca=PixelPCA(mean, components, channels),
         random=RandomConvolution(channels, torch.Generator().manual_seed(SEED)),
     )
-    return {name: torch.jit.script(module.eval()) for name, module in rulers.items()}, accuracy
+    return {name: torch.jit.script(module.eval()) for name, module in detectors.items()}, accuracy
 
 
 @click.command(cls=cli.Command)
@@ -137,15 +133,17 @@ def main(data, outdir):
     pairs = [dataset[i] for i in range(len(dataset))]
     images = torch.from_numpy(np.stack([image for image, _ in pairs]))
     labels = torch.from_numpy(np.stack([label for _, label in pairs])).argmax(dim=1)
-    rulers, accuracy = make_rulers(images, labels, dataset.label_dim)
+    detectors, accuracy = make_detectors(images, labels, dataset.label_dim)
     try:
         os.makedirs(outdir, exist_ok=True)
     except OSError as error:
-        raise UserError(f'--outdir={outdir} cannot be made: {error.strerror}') from error
-    for name, ruler in rulers.items():
+        raise UserError(f'--outdir={outdir} cannot be created: {error.strerror}') from error
+    for name, detector in detectors.items():
         with atomic_write(os.path.join(outdir, f'{name}.pt')) as file:
-            torch.jit.save(ruler, file)
-    click.echo(f'Classifier: {accuracy:.1%} of held-out images right. Wrote {", ".join(rulers)} to {outdir}.')
+            torch.jit.save(detector, file)
+    click.echo(
+        f'Classifier: {accuracy:.1%} of held-out images correct. Wrote {", ".join(detectors)} to {outdir}.'
+    )
 
 
 if __name__ == '__main__':

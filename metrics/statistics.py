@@ -1,4 +1,4 @@
-"""Mean and covariance of features, batch by batch and over processes."""
+"""Mean and covariance of features, accumulated over batches and processes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch_utils import distributed
 class FeatureStats:
     """Running mean and scatter matrix Σ (f − μ)(f − μ)ᵀ of features, in FP64 (Chan, Golub & LeVeque 1983).
 
-    A batch's own scatter, and that of its mean against the mean so far, come of one matrix product: the
-    latter is one more row, √(nm/(n+m)) times their difference for m images after n. No large sums are
-    subtracted from each other, so it does not matter how far features are from zero.
+    One matrix product adds both a batch's own scatter and that of its mean against the mean so far: the
+    latter is an extra row, √(nm/(n+m)) times their difference for m images after n. No large sums are
+    subtracted, so features may be far from zero.
 
     Args:
         dim: D, the number of features.
-        device: where the moments live; the features' device.
+        device: device of the features and moments.
     """
 
     def __init__(self, dim: int, device: torch.device | str = 'cpu'):
@@ -33,8 +33,8 @@ class FeatureStats:
         """Add a batch: features [m, D]."""
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise UserError(
-                f'The detector returned features of shape {tuple(features.shape)} after some of {self.dim} '
-                'dimensions. Use a detector with one feature vector an image.'
+                f'The detector returned features of shape {tuple(features.shape)}, expected [N, {self.dim}]. '
+                'Use a detector with one feature vector per image.'
             )
         if self._reduced:
             raise RuntimeError('these statistics were already summed over the processes')
@@ -50,8 +50,7 @@ class FeatureStats:
         self.count += m
 
     def reduce(self) -> FeatureStats:
-        """Put those of all processes together, in place; every process then has the statistics of all of
-        them."""
+        """Combine all processes in place; every process then has the statistics of all images."""
         if self._reduced:
             raise RuntimeError('these statistics were already summed over the processes')
         count = distributed.all_reduce_sum(self._mean.new_tensor(self.count))

@@ -1,5 +1,4 @@
-"""How much chance and how much bias is in a Fréchet distance: bootstrap, and extrapolation to infinitely many
-images."""
+"""Noise and bias of a Fréchet distance: bootstrap, and extrapolation to infinitely many images."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ import torch
 from dnnlib.util import UserError
 from metrics.frechet import Gaussian
 
-CHUNK = 4096  # samples lifted to FP64 at a time
+CHUNK = 4096  # samples converted to FP64 at a time
 
 
 def bootstrap_interval(
@@ -20,20 +19,19 @@ def bootstrap_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Where the Fréchet distance of another sample of as many images would lie, the reference held fixed.
+    """Interval of the Fréchet distance for another sample of as many images, with the reference fixed.
 
-    Images are drawn with replacement `num` times (Efron 1979). A resample holds repeated images and so looks
-    poorer than the sample: its distances are too large on average. Only their spread is used, shifted to lie
-    around the distance of the sample itself; it is the noise of FID at this number of images and says nothing
-    about its bias.
+    Images are drawn with replacement `num` times (Efron 1979). Resamples repeat images, so their distances
+    are too large on average. Only their spread is used, centered on the distance of the sample itself: the
+    noise of FID at this number of images, not its bias.
 
     Args:
         features: [n, D] of the images, on any device.
         reference_mu, reference_sigma: [D], [D, D].
-        num: resamples. One costs a weighted [D, n] x [n, D] product on the features' device and a Fréchet
-            distance.
+        num: number of resamples, each a weighted [D, n] x [n, D] product on the features' device and a
+            Fréchet distance.
         level: probability of the interval.
-        seed: of the resampling.
+        seed: seed of the resampling.
     Returns: (low, high), around the distance of `features`.
     """
     sample = _Sample(features, reference_mu, reference_sigma)
@@ -51,26 +49,23 @@ def frechet_infinity(
     points: int = 15,
     seed: int = 0,
 ) -> dict:
-    """Fréchet distance extrapolated to infinitely many images, where it has no bias of their number (Chong &
-    Forsyth 2020, Sec. 3).
+    """Fréchet distance extrapolated to infinitely many images, which removes their bias (Chong & Forsyth
+    2020, Sec. 3).
 
-    The expected distance of N images is linear in 1/N up to terms of higher order. It is taken for `points`
-    sizes, evenly spaced from n/10 to n (with 50,000 images the paper's 5,000 to 50,000), each a random
-    subset, and a least-squares line in 1/N goes to its intercept. Toward N = D, where the covariance becomes
-    singular, higher orders take over: sizes start at 2 D where n/10 is less, and n itself must be 4 D or
-    more. What they leave makes the value too small, by a tenth of the bias of FID at n for features of equal
-    variance and less for others.
+    The expected distance of N images is linear in 1/N up to higher orders. It is computed for random subsets
+    of `points` sizes, evenly spaced from n/10 to n (5,000 to 50,000 in the paper); the result is the
+    intercept of a least-squares line in 1/N. Near N = D, where the covariance becomes singular, higher orders
+    dominate: sizes start at 2 D or more, and n must be at least 4 D. The rest of them makes the value too
+    small, by a tenth of FID's bias at n for features of equal variance, and less for others.
 
     Args:
         features: [n, D] of the images, on any device.
-        reference_mu, reference_sigma: [D], [D, D]; whatever bias the reference's own number of images leaves
-            stays.
+        reference_mu, reference_sigma: [D], [D, D]; the bias of the reference's own size remains.
         points: number of sizes.
-        seed: of the subsets.
-    Returns: dict of `value`, the intercept, which noise may well make negative; `error`, its standard error
-        from the residuals of the line; and `sizes`. All subsets come from the same n images: the error holds
-        the noise of choosing among them, and neither that of the n images (for which see
-        `bootstrap_interval`) nor the terms of higher order.
+        seed: seed of the subsets.
+    Returns: dict of `value`, the intercept, which noise may make negative; `error`, its standard error from
+        the residuals; and `sizes`. All subsets come from the same n images: the error covers the choice among
+        them, but neither the noise of the n images (see `bootstrap_interval`) nor higher orders.
     Raises: UserError for too few images or points.
     """
     if points < 3:
@@ -89,16 +84,16 @@ def frechet_infinity(
 
 
 def check_enough_to_extrapolate(n: int, dim: int) -> None:
-    """Raises: UserError where n images are too few for `frechet_infinity` with D features."""
+    """Raises: UserError if n images are too few for `frechet_infinity` with D features."""
     if n < 4 * dim:
         raise UserError(
             f'{n} images are too few to extrapolate a Fréchet distance of {dim} features: at least {4 * dim} '
-            'are needed. Use more images, or KID, which has no bias.'
+            'are needed. Use more images, or KID, which is unbiased.'
         )
 
 
 class _Sample:
-    """Features [n, D] that are weighted in several ways and compared with the same reference."""
+    """Features [n, D], compared with one reference under different weights."""
 
     def __init__(self, features: torch.Tensor, reference_mu: np.ndarray, reference_sigma: np.ndarray):
         self.features = torch.as_tensor(features)
@@ -109,8 +104,8 @@ class _Sample:
         return len(self.features)
 
     def distance(self, counts: np.ndarray) -> float:
-        """Fréchet distance from the reference where image i is there counts[i] times; images that are not
-        there cost nothing."""
+        """Fréchet distance from the reference if image i occurs counts[i] times; absent images cost
+        nothing."""
         device, dim = self.features.device, len(self.center)
         total = torch.zeros([dim], dtype=torch.float64, device=device)
         outer = torch.zeros([dim, dim], dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""Fréchet distance of a network's samples: in training, and of saved snapshots."""
+"""Fréchet distance of a network's samples, during training and for saved snapshots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from data.label_space import LabelSpace
     from torch_utils.preemption import PreemptionHandler
 
-SHOWN = 64  # samples in a picture, at most
+SHOWN = 64  # most samples in a grid
 
 LABEL_MODES = ('auto', 'uniform', 'dataset')
 
@@ -36,11 +36,11 @@ class LabelMode(click.ParamType):
 
 
 def label_chooser(mode: str, space: LabelSpace, dataset=None):
-    """How generated images get their labels: a function for `generation.generate_batch`.
+    """Labels of generated images, as a function for `generation.generate_batch`.
 
-    `uniform` over the classes that have images; `dataset`: the labels of images drawn from the training set;
-    `fixed:K`; `auto`: `dataset` where there is one with labels.
-    Raises: UserError where networks of these labels cannot be sampled so.
+    `uniform`: over the classes that have images; `dataset`: labels of random training images; `fixed:K`:
+    class K; `auto`: `dataset` if it has labels, else `uniform`.
+    Raises: UserError if networks with these labels cannot be sampled this way.
     """
     from sampling import generation, label_choosers
 
@@ -63,10 +63,9 @@ def label_chooser(mode: str, space: LabelSpace, dataset=None):
 
 
 def read_reference(options: EasyDict, option_prefix: str = 'val_'):
-    """The statistics of `ref`, or the images of `ref_data` from which they are computed: before anything else
-    is loaded or downloaded.
+    """Statistics of `ref`, or images of `ref_data` to compute them from; before anything else is loaded.
 
-    Raises: UserError that names the option, where they are missing or unusable.
+    Raises: UserError, naming the option, if they are missing or unusable.
     """
     from dnnlib.util import named
     from metrics.images import open_images
@@ -78,8 +77,7 @@ def read_reference(options: EasyDict, option_prefix: str = 'val_'):
 
 
 def check_files(options: EasyDict, dataset) -> None:
-    """UserError, which names the option, where reference, detector or labels cannot be used. Those of URLs
-    are downloaded."""
+    """Check reference, detector and labels, downloading URLs. Raises: UserError, naming the option."""
     from dnnlib.util import named
     from metrics.detectors import load_detector
     from torch_utils import distributed
@@ -92,20 +90,19 @@ def check_files(options: EasyDict, dataset) -> None:
 
 
 class Validator:
-    """Evaluates networks against one reference, on all processes together; keeps detector and reference
-    loaded.
+    """Evaluates networks against one reference, on all processes together.
 
     Args:
-        options: ref or ref_data, detector, steps, num, batch, seed, label, dump_images_dir, overwrite (see
-            train.py's options of the same names), and perhaps labels, as --labels of generate.py.
-        dataset: training set, whose labels `--val_label` may follow; or None.
+        options: ref or ref_data, detector, steps, num, batch, seed, label, dump_images_dir, overwrite (as
+            train.py's --val_* options), and optionally labels, as --labels of generate.py.
+        dataset: training set whose labels `--val_label` may follow, or None.
         run_dir: folder of metrics-val.jsonl.
         device: where networks and detector run.
-        image_shape, space: [C, H, W] and labels of the networks to come.
-        encoder: how their images become pixels, as `encoders.build` takes it.
-        option_prefix: of the options that name files, for messages: `val_` in train.py.
-    Raises: UserError for an unusable reference, detector, VAE, label mode or folder: at once, not at the
-        first evaluation.
+        image_shape, space: [C, H, W] and labels of the networks.
+        encoder: arguments of `encoders.build`, which decodes their outputs to pixels.
+        option_prefix: prefix of option names in messages: `val_` in train.py.
+    Raises: UserError for an unusable reference, detector, VAE, label mode or folder, before the first
+        evaluation.
     """
 
     def __init__(
@@ -127,32 +124,35 @@ class Validator:
         from torch_utils import distributed
         from training.networks import encoders
 
+        # Detector and reference stay loaded for all evaluations.
         self.options, self.dataset, self.run_dir, self.device = options, dataset, run_dir, device
         reference = read_reference(options, option_prefix)
         with distributed.main_process_first():
             pixels = encoders.build(encoder, device).decode(torch.zeros([1, *image_shape], device=device))
             with named(f'--{option_prefix}detector'):
                 self.detector = load_detector(options.detector or INCEPTION_URL, device)
-            self.detector(pixels)  # now it knows how many features it returns
+            self.detector(pixels)  # sets `dim`
         if options.ref:
             self.reference = reference
             check_same_detector(self.reference, self.detector, options.ref, list(pixels.shape[1:]))
         else:
             self.reference = self._reference_of(reference)
+
+        # Labels and the folder of images.
         if not options.get('labels'):
             label_chooser(options.label, space, dataset)
         dump = options.dump_images_dir
         if dump and os.path.isdir(dump) and os.listdir(dump) and not options.overwrite:
             raise UserError(
-                f'{dump} holds images of an earlier run: add --val_overwrite=1, or dump elsewhere'
+                f'{dump} holds images of an earlier run: add --val_overwrite=1, or choose another folder'
             )
-        distributed.barrier()  # every process has looked before any writes
+        distributed.barrier()  # all processes check the folder before any writes
 
     def _reference_of(self, source):
-        from metrics.calc import observe, reference_of
+        from metrics.calc import compute_features, reference_of
 
         return reference_of(
-            source, observe(source, {'': self.detector}, self.options.batch)[''], self.detector
+            source, compute_features(source, {'': self.detector}, self.options.batch)[''], self.detector
         )
 
     def run(
@@ -164,15 +164,18 @@ class Validator:
         metadata: dict | None = None,
         stop: PreemptionHandler | None = None,
     ) -> dict | None:
-        """One line of metrics-val.jsonl: the distance of `options.num` images of `net`, as `{"kimg", "nimg",
+        """Evaluate `options.num` images of `net`. Returns: a line of metrics-val.jsonl, `{"kimg", "nimg",
         "fid", ...}`.
 
-        `steps`: None for the network's default, else `options.steps`. `metadata` says what a network in
-        training is (its grid). Where `stop` is asked for meanwhile, on any process, the evaluation is given
-        up on all, and the result is None. Where images or features are not finite, `fid` is None, and the
-        line has `nonfinite` or `nonfinite_features`, their number, and `problem`.
+        Args:
+            steps: sampling steps; None for the network's default, -1 for `options.steps`.
+            metadata: snapshot metadata for a network in training, such as its noise levels.
+            stop: if requested on any process, the evaluation is abandoned on all and the result is None.
+
+        If images or features are not finite, `fid` is None, and the line has `problem` and their number,
+        `nonfinite` or `nonfinite_features`.
         """
-        from metrics.calc import observe
+        from metrics.calc import compute_features
         from metrics.frechet import frechet_distance
         from training import samplers
 
@@ -182,7 +185,7 @@ class Validator:
         solver, steps = samplers.resolve(net, None, self.options.steps if steps == -1 else steps)
         fid, failure = None, {}
         try:
-            seen = observe(
+            seen = compute_features(
                 self._images(net, solver, steps, nimg, ema),
                 {'': self.detector},
                 self.options.batch,
@@ -216,11 +219,10 @@ class Validator:
         return label_chooser(self.options.label, space, self.dataset)
 
     def sample_grid(self, net, nimg: int, ema: str) -> str | None:
-        """Path of a PNG with the first images that `run` has evaluated, `fakes-<nimg>-<ema>.png`; None on all
-        but the main process.
+        """Write the first images that `run` evaluates as `fakes-<nimg>-<ema>.png`, small ones enlarged.
 
-        Small images are enlarged to be seen. Raises: NotFinite where one of them is not finite; UserError
-        where it cannot be written.
+        Returns: its path; None except on the main process. Raises: NotFinite if an image is not finite;
+        UserError if the file cannot be written.
         """
         from sampling import generation
         from torch_utils import distributed
@@ -228,6 +230,8 @@ class Validator:
 
         if not distributed.is_main():
             return None
+
+        # Sample in the same batches as `run`.
         columns = min(max(512 // net.img_resolution, 2), math.isqrt(SHOWN))
         solver, steps = samplers.resolve(net, None, self.options.steps)
         choose = self._label_chooser(net)
@@ -255,8 +259,8 @@ class Validator:
         if folder and distributed.is_main() and (others := FolderDestination(folder).others(seeds)):
             print(
                 printable(
-                    f'Warning: {folder} holds {sum(map(len, others.values()))} other images than those of '
-                    'this evaluation, of an earlier one: whoever measures the folder measures them too.'
+                    f'Warning: {folder} holds {sum(map(len, others.values()))} images of an earlier '
+                    'evaluation: a metric of the folder would include them.'
                 )
             )
         return GeneratedImages(

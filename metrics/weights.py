@@ -1,4 +1,5 @@
-"""Named tensors of a file into a network: all of them, or a message that says what does not fit."""
+"""Load a file's named tensors into a network: exactly its names and shapes, or an error that lists what is
+wrong."""
 
 from __future__ import annotations
 
@@ -8,19 +9,18 @@ import torch
 
 from dnnlib.util import UserError
 
-SHOWN = 3  # names of each kind in a message
+SHOWN = 3  # names per problem in a message
 
 
 def load_weights(network: torch.nn.Module, weights: object, source: str, what: str) -> None:
-    """Copies `weights`, {name: tensor}, into a network that has exactly these names and shapes.
+    """Copy `weights`, {name: tensor}, into a network with exactly these names and shapes.
 
-    The counters of batch normalization (`num_batches_tracked`) may be absent, as in files of PyTorch before
-    0.4.1; they change nothing.
+    Batch normalization's counters (`num_batches_tracked`) may be missing, as in files of PyTorch before
+    0.4.1; they have no effect here.
 
     Args:
-        source, what: for messages: the file, and what it should be.
-    Raises: UserError, naming all that is wrong, where anything is missing, superfluous, misshapen, not a
-        tensor or not finite.
+        source, what: the file and its expected contents, for messages.
+    Raises: UserError listing all names that are missing, unexpected, misshapen, not tensors or not finite.
     """
     if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
         raise UserError(
@@ -33,10 +33,12 @@ def load_weights(network: torch.nn.Module, weights: object, source: str, what: s
         for name, tensor in wanted.items()
         if name.endswith('num_batches_tracked')
     }
+
+    # Collect all problems before reporting.
     shared = {name: value for name, value in weights.items() if name in wanted}
     problems = {
         'lacks': [name for name in wanted if name not in weights and name not in counters],
-        'has besides': [name for name in weights if name not in wanted],
+        'has unexpected': [name for name in weights if name not in wanted],
         'has no plain tensor at': [name for name, value in shared.items() if not _is_plain(value)],
     }
     tensors = {name: value for name, value in shared.items() if _is_plain(value)}
@@ -56,7 +58,7 @@ def load_weights(network: torch.nn.Module, weights: object, source: str, what: s
 
 
 def _is_plain(value: object) -> bool:
-    """Whether it is a dense tensor of real numbers, in memory."""
+    """Whether it is a dense CPU tensor of real numbers."""
     return (
         isinstance(value, torch.Tensor)
         and value.layout == torch.strided

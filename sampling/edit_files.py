@@ -12,9 +12,10 @@ import torch
 import tqdm
 from torch import Tensor
 
-from data.dataset import ImageFiles, image_pixels, image_shape_of, is_16_bit, read_labels
+from data.image_files import ImageFiles
+from data.label_file import read_labels
 from data.label_space import Labels, space_of
-from data.pixels import UNREADABLE, Picture, open_image, oriented
+from data.pixels import UNREADABLE, Picture, image_pixels, image_shape_of, is_16_bit, open_image, oriented
 from dnnlib import NotFinite, UserError
 from dnnlib.file_kind import describe_file
 from dnnlib.text import printable

@@ -189,7 +189,7 @@ class FolderDestination:
 
         Returns: {what they are: relative paths}.
         """
-        from data.dataset import image_names
+        from data.image_files import image_names
 
         wanted, found = set(seeds), {}
         for name in image_names(self.path) if os.path.isdir(self.path) else ():

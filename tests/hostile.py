@@ -49,7 +49,7 @@ def read_images(path: str) -> None:
 
 
 def _has_labels(path: str) -> bool:
-    from data.dataset import ImageFiles
+    from data.image_files import ImageFiles
 
     return bool(ImageFiles(path).label_files)
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from dnnlib.util import UserError
-from metrics.calc import image_digests, observe, reference_of
+from metrics.calc import compute_features, image_digests, reference_of
 from metrics.generated import GeneratedImages
 from metrics.images import ImageSource
 from metrics.statistics import FeatureStats
@@ -64,7 +64,7 @@ def images(count, seed=0):
 
 
 def look(source, detector=None, **options):
-    return observe(source, {'x': detector or Sums()}, BATCH, **options)['x']
+    return compute_features(source, {'x': detector or Sums()}, BATCH, **options)['x']
 
 
 # ----------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_summing_over_processes_twice_is_a_bug():
 
 
 def test_features_of_another_length_are_refused():
-    with pytest.raises(UserError, match=r'shape \(2, 4\) after some of 3'):
+    with pytest.raises(UserError, match=r'shape \(2, 4\), expected \[N, 3\]'):
         FeatureStats(3).append(torch.zeros(2, 4))
 
 
@@ -180,10 +180,10 @@ def test_a_pass_that_is_asked_to_stop_has_no_result():
     calls = iter([False, True])
     detector = Sums()
     assert (
-        observe(Pixels(images(40)), {'x': detector}, BATCH, stop=lambda: next(calls)) is None
+        compute_features(Pixels(images(40)), {'x': detector}, BATCH, stop=lambda: next(calls)) is None
         and len(detector.shapes) == 2
     )
-    assert observe(Pixels(images(4)), {'x': Sums()}, BATCH, stop=lambda: False) is not None
+    assert compute_features(Pixels(images(4)), {'x': Sums()}, BATCH, stop=lambda: False) is not None
 
 
 def test_progress_counts_images():
@@ -270,15 +270,15 @@ def test_other_images_another_detector_or_another_batch_are_not_taken_from_the_c
     look(Pixels(images(8)), cache=tmp_path)
     same, others = Pixels(images(8)), Pixels(images(8), name='others')
     for source, detector, batch in ((others, Sums(), BATCH), (same, Sums('e'), BATCH), (same, Sums(), 8)):
-        observe(source, {'x': detector}, batch, cache=tmp_path)
+        compute_features(source, {'x': detector}, batch, cache=tmp_path)
         assert detector.shapes
     assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_two_detectors_see_the_same_pass_and_each_has_its_own_cache(tmp_path):
     source, first, second = Pixels(images(8)), Sums('a'), Sums('b')
-    observe(source, {'a': first}, BATCH, cache=tmp_path)
-    seen = observe(source, {'a': first, 'b': second}, BATCH, keep=True, cache=tmp_path)
+    compute_features(source, {'a': first}, BATCH, cache=tmp_path)
+    seen = compute_features(source, {'a': first, 'b': second}, BATCH, keep=True, cache=tmp_path)
     assert len(first.shapes) == len(second.shapes) == 2 and torch.equal(
         seen['a'].features, seen['b'].features
     )
@@ -286,7 +286,7 @@ def test_two_detectors_see_the_same_pass_and_each_has_its_own_cache(tmp_path):
 
 def test_a_cache_that_cannot_be_made_is_one_clear_error(tmp_path):
     (tmp_path / 'file').touch()
-    with pytest.raises(UserError, match=r'--cache=.*file cannot be made'):
+    with pytest.raises(UserError, match=r'--cache=.*file cannot be created'):
         look(Pixels(images(4)), cache=tmp_path / 'file')
 
 

@@ -210,9 +210,9 @@ def test_a_conversion_says_what_it_assumed(source, tmp_path):
     for word in (
         'a consistency model',
         'images of 16x16',
-        '64 channels an attention head',
+        '64 channels per attention head',
         'q, k, v first',
-        'weights.pt does not tell',
+        'weights.pt does not record it',
     ):
         assert word in result.stdout
     told = ['--kind=edm', '--resolution=32', '--heads=1', '--attention-order=qkv-first']
@@ -1084,8 +1084,8 @@ def test_a_rewritten_snapshot_keeps_the_network_and_sheds_the_rest(fixtures, tmp
 @pytest.mark.parametrize(
     'arguments, words',
     [
-        ('--kind=edm a b', '--kind: for --from=openai only'),
-        ('--heads=2 --attention-order=qkv-first a b', '--heads, --attention-order: for --from=openai only'),
+        ('--kind=edm a b', '--kind: only for --from=openai'),
+        ('--heads=2 --attention-order=qkv-first a b', '--heads, --attention-order: only for --from=openai'),
         ('--from=openai --heads=2 --channels-per-head=2 a b', 'exclude each other'),
         ('--from=openai --kind=edm --timesteps=40 a b', '--timesteps is for consistency models'),
         ('--timesteps=40 a b', '--timesteps is for consistency models'),

@@ -16,7 +16,8 @@ import torch
 from latents import npy, random_latents
 from PIL import Image
 
-from data.dataset import ImageFiles, ImageFolderDataset, InfiniteSampler
+from data.dataset import ImageFolderDataset, InfiniteSampler
+from data.image_files import ImageFiles
 from dnnlib import UserError
 
 
@@ -136,7 +137,7 @@ def test_max_size_keeps_a_sorted_subset_that_the_seed_draws(data):
     assert len(set(kept.values())) > 5
     assert kept[0] == tuple(np.sort(np.random.RandomState(0).permutation(6)[:3]))
     assert len(ImageFolderDataset(data, max_size=100)) == 6
-    with pytest.raises(UserError, match='at least one'):
+    with pytest.raises(UserError, match='max_size must be at least 1'):
         ImageFolderDataset(data, max_size=0)
 
 
@@ -177,7 +178,7 @@ def test_hidden_files_and_resource_forks_are_not_images(tmp_path, files):
 
 def test_zip_members_outside_the_archive_are_refused_and_never_extracted(tmp_path):
     path = write_zip(tmp_path / 'data.zip', {'../../escape.png': png(random_images(1)[0])})
-    with pytest.raises(UserError, match='a file outside of itself'):
+    with pytest.raises(UserError, match='is outside the data set'):
         ImageFolderDataset(path)
     assert [p.name for p in tmp_path.rglob('*')] == ['data.zip']
 
@@ -280,7 +281,7 @@ def test_the_label_file_may_say_how_latents_were_made(tmp_path, latent_files, la
     [
         (b'[1]', 'is not {"labels"'),
         (b'{', 'is not {"labels"'),
-        (b'{"encoder": 3}', 'no object of constructor'),
+        (b'{"encoder": 3}', 'not an object of constructor'),
     ],
 )
 def test_a_label_file_that_says_nothing_sensible_is_refused(tmp_path, latent_files, content, message):
@@ -582,23 +583,23 @@ def test_flipped_bytes_inside_a_zip_are_noticed(tmp_path, files):
         (label_json([[f'{f}/img{i}.png', 10**30] for f in 'ab' for i in range(3)]), 'not in'),
         (
             label_json([[f'{f}/img{i}.png', 'cat'] for f in 'ab' for i in range(3)]),
-            'neither all class indices',
+            'labels must be all class indices',
         ),
         (
             label_json([[f'{f}/img{i}.png', True] for f in 'ab' for i in range(3)]),
-            'neither all class indices',
+            'labels must be all class indices',
         ),
         (
             label_json([[f'{f}/img{i}.png', [0] * (i + 1)] for f in 'ab' for i in range(3)]),
-            'neither all class indices',
+            'labels must be all class indices',
         ),
         (
             label_json([[f'{f}/img{i}.png', [float('nan')]] for f in 'ab' for i in range(3)]),
-            'neither all class indices',
+            'labels must be all class indices',
         ),
         (
             label_json([[f'{f}/img{i}.png', [i] if i else 0] for f in 'ab' for i in range(3)]),
-            'neither all class indices',
+            'labels must be all class indices',
         ),
     ],
 )

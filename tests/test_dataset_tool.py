@@ -200,7 +200,7 @@ def test_images_beside_the_class_folders_are_named_and_left_out_or_all_labels_ar
     )
     output = run(f'--source={source}', f'--dest={tmp_path}/out.zip', '--labels-from=folders')
     pixels, table = load(tmp_path / 'out.zip')
-    assert f'({", ".join(strays)}), and are left out' in output and [label for _, label in table] == labels
+    assert f'({", ".join(strays)}) and are skipped' in output and [label for _, label in table] == labels
     np.testing.assert_array_equal(
         pixels, [random_pixels(4, 4, seed=i) for i, name in enumerate(names) if name not in strays]
     )
@@ -356,7 +356,7 @@ def test_where_labels_come_from_can_be_chosen(tmp_path):
     fails = lambda source, *options: run(f'--source={source}', f'--dest={tmp_path}/no.zip', *options, code=1)
     assert 'src/ant has no class folders' in fails(source / 'ant', '--labels-from=folders')
     assert 'src/ant has no dataset.json with labels' in fails(source / 'ant', '--labels-from=dataset.json')
-    assert 'digits is none' in fails('digits', '--labels-from=folders')
+    assert 'not for digits' in fails('digits', '--labels-from=folders')
     assert '--max-images-per-class needs class labels' in fails(source / 'ant', '--max-images-per-class=2')
 
 
@@ -381,7 +381,7 @@ def test_a_label_file_in_other_letters_is_named_and_not_passed_over(tmp_path, na
         'b/1.png': encode(random_pixels(8, 8)),
     }
     said = run(f'--source={write_zip(tmp_path / "in.zip", files)}', f'--dest={tmp_path / "out.zip"}', code=1)
-    assert f'{name} differs from dataset.json in upper and lower case' in said
+    assert f'{name} differs from dataset.json in case' in said
 
 
 def test_a_key_that_is_twice_in_a_label_file_is_an_error(tmp_path):
@@ -402,8 +402,8 @@ def test_labels_that_are_none_are_refused_by_an_example(tmp_path, label, odd):
     }
     said = run(f'--source={write_zip(tmp_path / "in.zip", files)}', f'--dest={tmp_path / "out.zip"}', code=1)
     assert (
-        'neither all class indices nor all vectors' in said
-        and (odd is None or f'such as {odd}' in said)
+        'labels must be all class indices, or all vectors' in said
+        and (odd is None or f'got {odd}' in said)
         and 'Warning' not in said
     )
 
@@ -427,7 +427,7 @@ def test_files_that_are_no_images_by_their_names_are_counted(tmp_path, stray):
     pixels = encode(random_pixels(8, 8))
     folder = write_files(tmp_path / 'in', {'a/0.png': pixels, 'b/1.png': pixels, stray: pixels})
     said = run(f'--source={folder}', f'--dest={tmp_path / "out.zip"}')
-    assert f'1 files in {folder} are no images by their names, and are left out: {stray}' in said
+    assert f'1 files in {folder} are not images by name and are skipped: {stray}' in said
     assert (
         ImageFolderDataset(folder).about_others()
         and ImageFolderDataset(tmp_path / 'out.zip').about_others() is None
@@ -459,7 +459,7 @@ def test_labels_of_images_that_are_not_there_are_counted(tmp_path, folder):
             **{folder + name: encode(random_pixels(8, 8)) for name in names[:2]},
         },
     )
-    assert 'Note: 3 labels in dataset.json are of no image' in run(
+    assert 'Note: 3 labels in dataset.json have no image' in run(
         f'--source={tmp_path / "in.zip"}', f'--dest={tmp_path / "out.zip"}'
     )
     assert ImageFolderDataset(tmp_path / 'in.zip', use_labels=True).unused_labels == 3
@@ -479,7 +479,7 @@ def test_folders_without_images_beside_the_class_folders_are_named(tmp_path, kin
     else:
         source = write_zip(tmp_path / 'src.zip', {'t/cat/': b'', 't/.git/': b'', **files})
     output = run(f'--source={source}', f'--dest={tmp_path}/out.zip')
-    assert '1 folders in' in output and 'are no classes (cat)' in output and 'dog=0, emu=1' in output
+    assert '1 folders beside' in output and 'are not classes (cat)' in output and 'dog=0, emu=1' in output
 
 
 # ----------------------------------------------------------------------------
@@ -724,7 +724,7 @@ def test_malformed_mnist_files_are_named(tmp_path):
     (tmp_path / 'src/train-labels-idx1-ubyte').write_bytes(idx(random_pixels(0)))
     assert 'holds no images' in fails()
     (tmp_path / 'src/train-labels-idx1-ubyte').unlink()
-    assert 'needs its labels beside it' in fails()
+    assert 'needs its label file beside it' in fails()
     zipped = write_mnist(tmp_path / 'gz', random_pixels(3, 28, 28), [7, 0, 1], '.gz')
     zipped.write_bytes(zipped.read_bytes()[:-20])
     assert 'is not a readable IDX file' in run(f'--source={zipped}', f'--dest={tmp_path}/out.zip', code=1)
@@ -774,13 +774,13 @@ def large_lmdb(tmp_path):
 @pytest.mark.parametrize(
     'length, words',
     [
-        (0.25, 'by its own account'),
-        (0.5, 'by its own account'),
-        (0.75, 'by its own account'),
-        (0, 'does not begin as one'),
-        (100, 'by its own account'),
-        (-4096, 'by its own account'),
-        (-100, 'by its own account'),
+        (0.25, 'but declares'),
+        (0.5, 'but declares'),
+        (0.75, 'but declares'),
+        (0, 'does not begin like one'),
+        (100, 'but declares'),
+        (-4096, 'but declares'),
+        (-100, 'but declares'),
     ],
 )
 def test_an_lmdb_that_is_cut_off_is_one_error_and_not_the_end_of_the_process(
@@ -791,7 +791,7 @@ def test_an_lmdb_that_is_cut_off_is_one_error_and_not_the_end_of_the_process(
     large_lmdb.write_bytes(data[: int(len(data) * length) if 0 < length < 1 else length])
     said = run(f'--source={large_lmdb.parent}', f'--dest={tmp_path}/out.zip', code=1)
     assert (
-        'cat_lmdb is not a readable LMDB data base' in said
+        'cat_lmdb is not a readable LMDB database' in said
         and words in said
         and not (tmp_path / 'out.zip').exists()
     )
@@ -831,7 +831,7 @@ def test_pages_at_the_end_of_an_lmdb_that_were_never_used_may_be_missing(tmp_pat
     [
         ((2**32 - 1,) * 3, 'an IDX file has at most'),
         ((500_000, 28, 28), 'claims 392,000,000 bytes'),
-        ((3, 28, 29), 'a wrong length'),
+        ((3, 28, 29), 'or wrong length'),
     ],
 )
 def test_an_idx_file_takes_no_memory_on_its_word(tmp_path, shape, words):
@@ -985,7 +985,7 @@ def test_center_crop_wide_leaves_out_and_cuts_what_edm_does(tmp_path):
         (20, 40),
     }
     assert (
-        f'Note: {len(SIZES) - len(expected)} images are too small for --transform=center-crop-wide and were left out'
+        f'Note: {len(SIZES) - len(expected)} images are too small for --transform=center-crop-wide and were skipped'
         in output
     )
     assert f'Wrote {len(expected)} RGB images' in output
@@ -1156,7 +1156,7 @@ def test_latents_are_not_encoded_again(tmp_path):
     source = write_zip(
         tmp_path / 'latents.zip', {f'{i}.npy': npy(x) for i, x in enumerate(random_latents(2))}
     )
-    assert 'holds latents already (0.npy, ...)' in run(
+    assert 'already holds latents (0.npy, ...)' in run(
         f'--source={source}', f'--dest={tmp_path}/out.zip', code=1
     )
 

@@ -625,7 +625,7 @@ def test_a_zip_writes_nothing_outside_of_the_folder(tmp_path, snapshots, name):
         f'--input={tmp_path / "images.zip"}',
         f'--outdir={tmp_path / "a" / "out"}',
     )
-    assert_one_clear_error(result, 'outside of itself', 'outside.png')
+    assert_one_clear_error(result, 'is outside the data set', 'outside.png')
     assert not (tmp_path / 'a').exists()
 
 

@@ -112,7 +112,7 @@ def test_the_distance_is_that_of_the_images(lab, reference):
     assert (
         f'60 images of {lab[0]}/samples, detector detector' in result.stderr and 'FID ' not in result.stderr
     )
-    assert 'Compare it with values of 60 images only' in result.stderr
+    assert 'Compare it only with values of 60 images' in result.stderr
 
 
 def test_a_reference_says_how_it_was_made(lab, reference):
@@ -496,8 +496,8 @@ def test_the_name_of_a_value_is_that_of_its_detector(lab, reference):
 def test_all_images_are_seen_before_any_are_compared(lab, reference, monkeypatch):
     """The main process compares alone, for minutes perhaps; others that wait for it in the next pass would run into their time limit."""
     events = []
-    look_at, sentence = fid.look_at, fid.sentence
-    monkeypatch.setattr(fid, 'look_at', lambda *args: (events.append('look'), look_at(*args))[1])
+    features_of, sentence = fid.features_of, fid.sentence
+    monkeypatch.setattr(fid, 'features_of', lambda *args: (events.append('look'), features_of(*args))[1])
     monkeypatch.setattr(fid, 'sentence', lambda found: (events.append('compare'), sentence(found))[1])
     result = calc(lab, reference, f'--images={lab[0]}/data.zip', '--num=40')
     assert result.exit_code == 0 and events == ['look', 'look', 'compare', 'compare']
@@ -530,7 +530,7 @@ def test_a_detector_whose_features_are_no_numbers_is_named_with_their_count(lab,
         '--num=60',
     )
     assert (
-        'Detector blind gives features that are not finite (NaN or infinite) for 60 of 60 images'
+        'Detector blind returns features that are not finite (NaN or infinite) for 60 of 60 images'
         in one_line_error(result)
     )
 
@@ -574,13 +574,16 @@ def test_unusable_references_are_named_and_nothing_in_them_runs(lab, reference, 
         'half': (dict(mu=np.zeros(DIM)), 'has no sigma'),
         'dims': (
             dict(mu=np.zeros(7), sigma=np.eye(7), detector_digest=digest),
-            'is of 7 features, detector detector returns 5',
+            'has 7 features, but detector detector returns 5',
         ),
         'other': (
             dict(mu=np.zeros(DIM), sigma=np.eye(DIM), detector='inception', detector_digest='b' * 64),
             'was made with detector inception',
         ),
-        'pickled': (dict(mu=np.array([Hostile()], dtype=object), sigma=np.eye(1)), 'no readable plain array'),
+        'pickled': (
+            dict(mu=np.array([Hostile()], dtype=object), sigma=np.eye(1)),
+            'not a readable plain array',
+        ),
     }
     for name, (arrays, words) in cases.items():
         np.savez(tmp_path / f'{name}.npz', **arrays)
@@ -606,11 +609,11 @@ def test_usage_errors_exit_with_2():
         'calc --images=x --network=y --ref=z': 'either --images or --network',
         'calc --network=y --ref=z': 'belong together',
         'calc --network=y --seeds=0-9 --num=10 --ref=z': '--num is for --images',
-        'calc --network=y --seeds=0-9 --seeds=9-12 --ref=z': 'Some seeds are given twice',
+        'calc --network=y --seeds=0-9 --seeds=9-12 --ref=z': 'some seeds are given twice',
         'calc --network=y --seeds=0-9,3-4 --ref=z': '3-4 of 12 seeds named twice',
         f'calc --network=y --seeds=7 --seeds={7 + (1 << 32)} --ref=z': f'no seed {7 + (1 << 32)}',
         'calc --images=x --ref=y --steps=4 --class=1 --disc=vp --force-steps': '--class, --steps, --force-steps, --disc: the images of --images',
-        'calc --images=x --images=./x --ref=z': 'The same --images',
+        'calc --images=x --images=./x --ref=z': '--images: the same path',
         'calc --images=x': '--ref is missing',
         'calc --images=x --ref=y --metrics=is --bootstrap=5': '--bootstrap is for',
         'calc --images=x --ref=y --metrics=fid_inf --bootstrap=5': '--bootstrap is for',
@@ -621,9 +624,9 @@ def test_usage_errors_exit_with_2():
         f'ref --data=x --dest=y --seed={1 << 32}': '--seed',
         'calc --images=x --ref=y --num=many': 'many',
         'calc --network=x --ref=y --seeds=0-99999999999': 'has more than 10,000,000 numbers',
-        'calc --images=x --ref=y --metrics=fid,lpips': "'lpips' is none of",
-        'calc --images=x --ref=y --metrics=fid,kid,fid': "'fid' is named twice",
-        'ref --data=x --dest=y --metrics=kid': "'kid' is none of fid, fd_dinov2",
+        'calc --images=x --ref=y --metrics=fid,lpips': "'lpips' is not one of",
+        'calc --images=x --ref=y --metrics=fid,kid,fid': "'fid' is repeated",
+        'ref --data=x --dest=y --metrics=kid': "'kid' is not one of fid, fd_dinov2",
     }.items():
         assert_one_clear_error(run(*arguments.split()), words, status=2)
 

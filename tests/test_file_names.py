@@ -15,7 +15,9 @@ from PIL import Image
 
 import dataset_tool
 from data import zip_index
-from data.dataset import ImageFiles, ImageFolderDataset, read_labels
+from data.dataset import ImageFolderDataset
+from data.image_files import ImageFiles
+from data.label_file import read_labels
 from dnnlib import UserError
 from metrics.images import open_images
 
@@ -94,7 +96,7 @@ def test_links_to_folders_and_files_are_followed_everywhere(tmp_path, linked):
 def test_a_link_that_leads_into_a_folder_above_it_is_named(tmp_path, link, target, read):
     source = folder(tmp_path / 'src', 'cat/1.png', 'dog/up/1.png')
     (source / link).symlink_to(target)
-    with pytest.raises(UserError, match=rf'{link} is a link to a folder in which it lies'):
+    with pytest.raises(UserError, match=rf'{link} is a link to a folder that contains it'):
         read(source)
 
 
@@ -102,7 +104,7 @@ def test_two_folders_that_link_to_each_other_are_named(tmp_path):
     source = folder(tmp_path / 'src', 'a/1.png', 'b/2.png')
     (source / 'a/b').symlink_to('../b')
     (source / 'b/a').symlink_to('../a')
-    with pytest.raises(UserError, match=r'(a/b/a|b/a/b) is a link to a folder in which it lies'):
+    with pytest.raises(UserError, match=r'(a/b/a|b/a/b) is a link to a folder that contains it'):
         ImageFiles(source)
 
 
@@ -113,7 +115,7 @@ def test_a_link_to_nothing_or_to_itself_is_named(tmp_path, name, target):
     source = folder(tmp_path / 'src', 'cat/1.png')
     (source / name).symlink_to(target)
     assert_one_clear_error(
-        run(source, tmp_path / 'out.zip'), f'{name} is a link to {target}', 'mend or remove it'
+        run(source, tmp_path / 'out.zip'), f'{name} is a link to {target}', 'fix or remove it'
     )
 
 
@@ -201,7 +203,7 @@ def test_backslashes_hide_nothing_and_lead_nowhere(tmp_path):
     assert list(
         ImageFiles(archive(tmp_path / 'a.zip', 'a\\1.png', '.b\\2.png', '__MACOSX\\3.png')).images
     ) == ['a/1.png']
-    with pytest.raises(UserError, match='a file outside of itself'):
+    with pytest.raises(UserError, match='is outside the data set'):
         ImageFiles(archive(tmp_path / 'b.zip', '..\\1.png'))
 
 
@@ -248,10 +250,10 @@ NFC, NFD = (unicodedata.normalize(form, 'ä.png') for form in ('NFC', 'NFD'))
             ),
         ),
         (f'sub/{NFD}', f'sub\\{NFC}', ('normalization',)),
-        ('A.png', 'a.PNG', ('upper and lower case',)),
+        ('A.png', 'a.PNG', ('differs in case only',)),
         ('a b.png', 'a%20b.png', ('%XX',)),
         ('a.png', './a.png', ('another path',)),
-        ('a.png', 'b.png', ('such as a.png; make it again',)),
+        ('a.png', 'b.png', ('such as a.png; recreate it',)),
     ],
 )
 def test_why_a_label_does_not_find_its_file_is_told(tmp_path, file, label, words):
@@ -272,14 +274,14 @@ def test_names_of_zips_without_the_flag_are_read_as_code_page_437_and_utf_8_is_t
     if found:
         assert result.exit_code == 0 and labels_of(tmp_path / 'out.zip') == [1]
     else:
-        assert_one_clear_error(result, 'the zip does not say that its names are UTF-8')
+        assert_one_clear_error(result, 'the zip does not flag its names as UTF-8')
 
 
 def test_class_folders_that_look_the_same_are_an_error_or_noted(tmp_path):
     error = run(archive(tmp_path / 'a.zip', f'{NFC}/1.png', f'{NFD}/1.png'), tmp_path / 'out.zip')
     assert_one_clear_error(error, "'a\\u0308.png' and '\\xe4.png' differ in Unicode normalization only")
     result = run(archive(tmp_path / 'b.zip', 'Cat/1.png', 'cat/1.png'), tmp_path / 'out.zip')
-    assert "'Cat' and 'cat' differ in case only, and are two classes" in result.output and labels_of(
+    assert "'Cat' and 'cat' differ in case only; they are two classes" in result.output and labels_of(
         tmp_path / 'out.zip'
     ) == [0, 1]
 
@@ -319,7 +321,7 @@ LFS = b'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n'
         (tar_bytes(), ('a tar archive', 'unpack')),
         (b'Rar!\x1a\x07\x01\0\2', ('a RAR archive', 'unpack')),
         (b'\x80\4\x95\1', ('a pickle',)),
-        (b'PK\3\4' + bytes(range(40)), ('incomplete zip archive', 'again')),
+        (b'PK\3\4' + bytes(range(40)), ('incomplete zip archive', 'copy or recreate')),
     ],
 )
 def test_a_data_set_that_is_none_is_called_what_it_is(tmp_path, content, words):

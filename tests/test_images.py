@@ -314,12 +314,12 @@ def test_archives_without_a_clear_array_of_images_are_refused(tmp_path, entries,
     [
         ([2, 3, 8, 3], 'could be [N, H, W, C] or [N, C, H, W]'),
         ([2, 1, 1, 1], 'could be'),
-        ([2, 8, 8, 4], 'is none of'),
-        ([2, 8, 8, 2], 'is none of'),
-        ([8, 8, 3], 'is none of'),
-        ([8, 8], 'is none of'),
-        ([2, 2, 8, 8, 3], 'is none of'),
-        ([0, 8, 8, 3], 'is none of'),
+        ([2, 8, 8, 4], 'is not [N, H, W], [N, H, W, C] or'),
+        ([2, 8, 8, 2], 'is not [N, H, W], [N, H, W, C] or'),
+        ([8, 8, 3], 'is not [N, H, W], [N, H, W, C] or'),
+        ([8, 8], 'is not [N, H, W], [N, H, W, C] or'),
+        ([2, 2, 8, 8, 3], 'is not [N, H, W], [N, H, W, C] or'),
+        ([0, 8, 8, 3], 'is not [N, H, W], [N, H, W, C] or'),
     ],
 )
 def test_unclear_shapes_are_refused(tmp_path, shape, words):
@@ -333,12 +333,12 @@ def test_damaged_arrays_are_refused(tmp_path, pixels):
     content = path.read_bytes()
     for damaged in (content[:-1], content + b'x', content[:60], b'junk', b''):
         path.write_bytes(damaged)
-        refused(path, 'no readable .npy file')
+        refused(path, 'not a readable .npy file')
     np.save(path, np.array([print]), allow_pickle=True)
     refused(path, 'type object', 'nothing was executed')
     np.savez(tmp_path / 'a.npz', pixels)
     (tmp_path / 'a.npz').write_bytes((tmp_path / 'a.npz').read_bytes()[:-50])
-    refused(tmp_path / 'a.npz', 'no complete .npz file')
+    refused(tmp_path / 'a.npz', 'not a complete .npz file')
 
 
 # ----------------------------------------------------------------------------

@@ -554,8 +554,8 @@ def test_a_comparison_samples_everyone_with_the_same_labels(tmp_path, vectors, g
 CLASSES, ROWS = LabelSpace(5, 'classes', (1, 2, 4)), LabelSpace(2, 'vectors')
 BAD = {
     'a class without images': (CLASSES, np.array([1, 3]), 'classes 3'),
-    'beyond': (CLASSES, np.array([5]), 'not of the 5 classes'),
-    'negative': (CLASSES, np.array([-1, 1]), 'not of the 5 classes'),
+    'beyond': (CLASSES, np.array([5]), 'has 5 classes, 0 to 4'),
+    'negative': (CLASSES, np.array([-1, 1]), 'has 5 classes, 0 to 4'),
     'not one-hot': (CLASSES, np.float32([[0, 0.5, 0.5, 0, 0]]), 'not one-hot'),
     'one-hot of an absent class': (CLASSES, np.eye(5)[[0]], 'classes 0'),
     'floating-point classes': (CLASSES, np.array([1.0, 2.0]), 'float64 [2]'),
@@ -566,7 +566,7 @@ BAD = {
     'three dimensions': (ROWS, np.zeros([2, 2, 2]), 'float64 [2, 2, 2]'),
     'indices for vectors': (ROWS, np.array([0, 1]), 'int64 [2]'),
     'not a number': (ROWS, np.float32([[np.nan, 0], [1, 2]]), '1 of 2 rows'),
-    'beyond float32': (ROWS, np.array([[1e300, 0]]), '1 of 1 rows'),
+    'not finite in float32': (ROWS, np.array([[1e300, 0]]), '1 of 1 rows'),
     'a number': (ROWS, np.float32(1), 'float32 []'),
 }
 

@@ -319,12 +319,12 @@ WRONG = {
         lambda files, path: saved({'conv.weight': torch.ones(2)}, path),
         'has no weights of LPIPS',
     ),
-    'code': (lambda files, path: saved({'lin0.model.1.weight': Bomb()}, path), 'no file of plain tensors'),
+    'code': (lambda files, path: saved({'lin0.model.1.weight': Bomb()}, path), 'not a file of plain tensors'),
     'the same file again': (
         lambda files, path: str(files / 'vgg16.pth'),
         r'holds features\.0\.bias once more',
     ),
-    'a script besides': (lambda files, path: scripted(Script(), path), 'Give it alone'),
+    'a script besides': (lambda files, path: scripted(Script(), path), 'Give only this file'),
 }
 
 

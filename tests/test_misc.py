@@ -130,7 +130,7 @@ def test_rulers_are_scripted_detectors_and_the_classifier_knows_digits():
 
     data = load_digits()
     images = torch.from_numpy(data.images * 255 / 16).round().to(torch.uint8)[:, None]
-    made, accuracy = rulers.make_rulers(images, torch.from_numpy(data.target), 10)
+    made, accuracy = rulers.make_detectors(images, torch.from_numpy(data.target), 10)
     assert accuracy > 0.95
     for name, ruler in made.items():
         features = ruler(images[:7])

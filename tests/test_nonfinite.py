@@ -22,7 +22,7 @@ import search
 import train
 import validation
 from dnnlib import NotFinite
-from metrics.calc import observe
+from metrics.calc import compute_features
 from metrics.generated import GeneratedImages
 from metrics.images import ArrayImages
 from sampling import edit_files, editing, generation
@@ -463,7 +463,7 @@ def test_a_detector_that_is_not_finite_is_named_whatever_the_measure(tmp_path, m
             ],
         )
         assert_one_clear_error(
-            result, 'Detector half gives features that are not finite', 'for 3 of 16 images'
+            result, 'Detector half returns features that are not finite', 'for 3 of 16 images'
         )
     kept = [
         4,
@@ -498,11 +498,11 @@ def test_images_come_before_features(tmp_path):
         dict(vars(detector), __call__=lambda self, images: torch.full([len(images), 1], torch.nan)),
     )()
     with pytest.raises(NotFinite, match='of seed 4') as error:
-        observe(GeneratedImages(net, [3, 4], 2, solver='euler', steps=2), {'x': blind}, 2)
+        compute_features(GeneratedImages(net, [3, 4], 2, solver='euler', steps=2), {'x': blind}, 2)
     assert error.value.counts == {'nonfinite': 1}
     np.save(tmp_path / 'a.npy', np.zeros([2, 8, 8, 3], np.uint8))
     with pytest.raises(NotFinite, match=r'Detector blind .* 2 of 2') as error:
-        observe(ArrayImages(tmp_path / 'a.npy'), {'x': blind}, 2)
+        compute_features(ArrayImages(tmp_path / 'a.npy'), {'x': blind}, 2)
     assert error.value.counts == {'nonfinite_features': 2}
 
 

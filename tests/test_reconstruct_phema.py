@@ -275,7 +275,7 @@ def test_list_says_what_is_there_and_how_well_it_would_do_and_writes_nothing(tra
     errors = 100 * phema.posthoc_error(*arguments, phema.solve_posthoc_coefficients(*arguments))
     assert errors[1] < 5 < errors[0]
     assert f'0.010  profile error {errors[0]:.2g} %\n  0.100  profile error {errors[1]:.2g} %' in text
-    assert 'Warning: 0.010 can be had roughly only' in text and '0.100 can' not in text
+    assert 'Warning: 0.010 is only a rough reconstruction' in text and '0.100 is' not in text
     assert sorted(trained.iterdir()) == before
 
 
@@ -542,16 +542,16 @@ WRONG = {  # what is wrong: (how to make it so, options, words of the message)
             [p.unlink() for p in stored.glob('network*')],
         ),
         [],
-        ['holds no averages that training stored'],
+        ['holds no averages stored by training'],
     ),
     'two prefixes': (
         lambda stored: store(stored, 1000, 0.05, small_net(), prefix='other'),
         [],
         ['several names: network-snapshot, other', '--inprefix'],
     ),
-    'no such width': (lambda stored: None, ['--instd=0.05,0.07'], ['--instd: 0.070 was not stored']),
-    'no such time': (lambda stored: None, ['--outkimg=3.5'], ['--outkimg=3.5 is no time', '2 or 4']),
-    'after the end': (lambda stored: None, ['--outkimg=5'], ['--outkimg=5 is no time', 'or 4.']),
+    'no such width': (lambda stored: None, ['--instd=0.05,0.07'], ['--instd: 0.070 is not stored']),
+    'no such time': (lambda stored: None, ['--outkimg=3.5'], ['--outkimg=3.5 is not a time', '2 or 4']),
+    'after the end': (lambda stored: None, ['--outkimg=5'], ['--outkimg=5 is not a time', 'or 4.']),
     'which time': (
         lambda stored: (
             store(stored, 2500, 0.1, small_net()).rename(stored / 'network-snapshot-000002-2500-0.100.pkl')
@@ -559,7 +559,7 @@ WRONG = {  # what is wrong: (how to make it so, options, words of the message)
             and store(stored, 2001, 0.05, small_net())
         ),
         ['--outkimg=2'],
-        ['--outkimg=2 stands for several', '2.001 or 2.5'],
+        ['--outkimg=2 is ambiguous', '2.001 or 2.5'],
     ),
     'other architecture': (
         lambda stored: store(stored, 2000, 0.1, small_net(model_channels=12)),
@@ -604,13 +604,13 @@ WRONG = {  # what is wrong: (how to make it so, options, words of the message)
         ['000002-0.100.pkl', '000002-2000-0.100.pkl', 'width 0.100 after 2,000 images'],
     ),
     'damage': (damage, [], ['000002-0.100.pkl', 'damaged']),
-    'truncated': (truncate, [], ['000002-0.100.pkl', 'truncated', 'take it out']),
+    'truncated': (truncate, [], ['000002-0.100.pkl', 'truncated', 'remove it']),
     'hostile': (hostile, [], ['000003-0.100.pkl']),
     'diverged': (diverge, [], ['000002-0.100.pkl', 'not finite', '--outkimg']),
     'impossible width': (
         lambda stored: store(stored, 2000, 0.1, small_net(), ema_std=0.9),
         [],
-        ['ema_std 0.9', '0.001 to 0.28'],
+        ['ema_std 0.9', '[0.001, 0.28]'],
     ),
     'no width': (lambda stored: store(stored, 2000, 0.1, small_net(), ema_std=None), [], ['ema_std None']),
     'no time': (
@@ -626,12 +626,12 @@ WRONG = {  # what is wrong: (how to make it so, options, words of the message)
     'a tracked width in the way': (
         lambda stored: None,
         ['--outprefix=network-snapshot', '--outstd=0.07,0.1', '--instd=0.05'],
-        ['network-snapshot-000004-0.100.pkl', 'is no reconstruction'],
+        ['network-snapshot-000004-0.100.pkl', 'is not a reconstruction'],
     ),
     'something else in the way': (
         lambda stored: (stored / 'phema-000004-0.150.pkl').write_text('mine'),
         ['--inprefix=network-snapshot'],
-        ['phema-000004-0.150.pkl', 'is no reconstruction'],
+        ['phema-000004-0.150.pkl', 'is not a reconstruction'],
     ),
 }
 

@@ -269,26 +269,29 @@ BAD_FEATURES[8, 0] = np.inf
         (with_(mu=np.full(DIM, np.inf)), ': mu has values that are NaN or infinite'),
         (with_(sigma=BAD_SIGMA['nan']), ': sigma has values that are NaN or infinite'),
         (with_(sigma=BAD_SIGMA['crooked']), ': sigma: the covariance is not symmetric'),
-        (with_(sigma=BAD_SIGMA['negative']), ': sigma is no covariance: feature 3 has a negative variance'),
-        (with_(sigma=SIGMA2), ': a mean of shape [5] does not go with sigma of shape [3, 3]'),
-        (with_(mu=SIGMA), ': a mean of shape [5, 5] does not go with sigma'),
+        (
+            with_(sigma=BAD_SIGMA['negative']),
+            ': sigma is not a covariance: feature 3 has a negative variance',
+        ),
+        (with_(sigma=SIGMA2), ': a mean of shape [5] does not match sigma of shape [3, 3]'),
+        (with_(mu=SIGMA), ': a mean of shape [5, 5] does not match sigma'),
         (with_(mu=np.zeros(0), sigma=np.zeros((0, 0))), ': a mean of shape [0]'),
-        (with_(mu=MU.astype(complex)), ': mu is no readable plain array'),
-        (with_(mu=np.array(['a'] * DIM)), ': mu is of type <U1, not of real numbers'),
+        (with_(mu=MU.astype(complex)), ': mu is not a readable plain array'),
+        (with_(mu=np.array(['a'] * DIM)), ': mu has type <U1, not real numbers'),
         (npz(mu=MU), ' has no sigma (it holds mu)'),
         (npz(sigma=SIGMA), ' has no mu (it holds sigma)'),
         (npz(arr_0=np.zeros([2, 4, 4, 3], np.uint8)), ' has no mu and no sigma (it holds arr_0)'),
-        (with_(num_images=-5), ': num_images is no number of images'),
-        (with_(num_images=0), ': num_images is no number of images'),
-        (with_(num_images=7.5), ': num_images is no number of images'),
-        (with_(num_images=np.array('many')), ': num_images is no number of images'),
-        (with_(num_images=[5, 6]), ': num_images is no number of images'),
-        (with_(detector=3), ': detector is no text'),
+        (with_(num_images=-5), ': num_images is not a number of images'),
+        (with_(num_images=0), ': num_images is not a number of images'),
+        (with_(num_images=7.5), ': num_images is not a number of images'),
+        (with_(num_images=np.array('many')), ': num_images is not a number of images'),
+        (with_(num_images=[5, 6]), ': num_images is not a number of images'),
+        (with_(detector=3), ': detector is not text'),
         (with_(resolution='large'), ": resolution is 'large', not width x height x channels"),
-        (with_(features=FEATURES[:, :4]), ': features is float32 [9, 4]; expected is float32 [at most N, 5]'),
+        (with_(features=FEATURES[:, :4]), ': features is float32 [9, 4]; expected float32 [at most N, 5]'),
         (
             with_(features=FEATURES, num_images=8),
-            ': features is float32 [9, 5]; expected is float32 [at most 8, 5]',
+            ': features is float32 [9, 5]; expected float32 [at most 8, 5]',
         ),
         (with_(features=BAD_FEATURES), ': features has values that are NaN or infinite'),
         (with_(features=FEATURES.astype(np.int32)), ': features is int32'),
@@ -314,31 +317,31 @@ class Bomb:
 @pytest.mark.parametrize(
     'content, words',
     [
-        (b'', 'is not an .npz file'),
-        (b'mu = 0', 'is not an .npz file'),
-        (with_()[:-40], 'is no complete .npz file'),
+        (b'', 'is neither an .npz file'),
+        (b'mu = 0', 'is neither an .npz file'),
+        (with_()[:-40], 'is not a complete .npz file'),
         (
             with_(mu=np.array([Bomb()], dtype=object)),
-            ': mu is no readable plain array: it holds values of type object',
+            ': mu is not a readable plain array: it holds values of type object',
         ),
-        (with_(num_images=np.array(Bomb(), dtype=object)), ': num_images is no readable plain array'),
-        (zipped(mu=b'\x93NUMPY\x01\x00', sigma=npy(SIGMA)), ': mu is no readable plain array'),
-        (zipped(mu=b'junk', sigma=npy(SIGMA)), ': mu is no readable plain array'),
+        (with_(num_images=np.array(Bomb(), dtype=object)), ': num_images is not a readable plain array'),
+        (zipped(mu=b'\x93NUMPY\x01\x00', sigma=npy(SIGMA)), ': mu is not a readable plain array'),
+        (zipped(mu=b'junk', sigma=npy(SIGMA)), ': mu is not a readable plain array'),
         (
             zipped(mu=npy(MU), sigma=npy(SIGMA)[:-8]),
-            ': sigma is no readable plain array: its header says float64 [5, 5]',
+            ': sigma is not a readable plain array: its header says float64 [5, 5]',
         ),
         (
             zipped(mu=npy(MU) + b'more', sigma=npy(SIGMA)),
-            ': mu is no readable plain array: its header says float64 [5]',
+            ': mu is not a readable plain array: its header says float64 [5]',
         ),
         (
             zipped(mu=header('<f8', (-1,)), sigma=npy(SIGMA)),
-            ': mu is no readable plain array: its shape is [-1]',
+            ': mu is not a readable plain array: its shape is [-1]',
         ),
-        (zipped(mu=header('<f8', '(' * 5000), sigma=npy(SIGMA)), ': mu is no readable plain array'),
-        (zipped(mu=header('<f8', '(' * 50000), sigma=npy(SIGMA)), ': mu is no readable plain array'),
-        (zipped(mu=header('<U0', (3,)), sigma=npy(SIGMA)), ': mu is no readable plain array'),
+        (zipped(mu=header('<f8', '(' * 5000), sigma=npy(SIGMA)), ': mu is not a readable plain array'),
+        (zipped(mu=header('<f8', '(' * 50000), sigma=npy(SIGMA)), ': mu is not a readable plain array'),
+        (zipped(mu=header('<U0', (3,)), sigma=npy(SIGMA)), ': mu is not a readable plain array'),
     ],
 )
 def test_damaged_and_hostile_archives_are_refused_by_name(path, content, words):
@@ -351,7 +354,7 @@ def test_a_flipped_bit_is_found_by_the_checksum(path):
     for key, values in dict(mu=MU, sigma=SIGMA, features=features).items():
         content = bytearray(with_(features=features))
         content[content.index(values.tobytes())] ^= 1
-        assert f': {key} is no readable plain array: Bad CRC-32' in refused(path, bytes(content))
+        assert f': {key} is not a readable plain array: Bad CRC-32' in refused(path, bytes(content))
 
 
 def test_two_arrays_of_one_name_are_refused(path):
@@ -374,7 +377,7 @@ def test_no_memory_is_taken_on_a_headers_word(path, members):
     content = zipped(**members)
     del members
     tracemalloc.start()
-    assert 'is no readable plain array' in refused(path, content)
+    assert 'is not a readable plain array' in refused(path, content)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2e6
@@ -396,11 +399,11 @@ def pickled(**changes):
     'content, words',
     [
         (pickled(sigma=BAD_SIGMA['nan']), ': sigma has values that are NaN'),
-        (pickled(sigma=SIGMA2), ': a mean of shape [5] does not go with sigma of shape [3, 3]'),
-        (pickled(sigma=None), ': sigma is no readable plain array'),
-        (pickled(sigma=[1, [2]]), ': sigma is no readable plain array'),
-        (pickled(mu=MU.astype(object)), ': mu is no readable plain array'),
-        (pickled(num_images='many'), ': num_images is no number of images'),
+        (pickled(sigma=SIGMA2), ': a mean of shape [5] does not match sigma of shape [3, 3]'),
+        (pickled(sigma=None), ': sigma is not a readable plain array'),
+        (pickled(sigma=[1, [2]]), ': sigma is not a readable plain array'),
+        (pickled(mu=MU.astype(object)), ': mu is not a readable plain array'),
+        (pickled(num_images='many'), ': num_images is not a number of images'),
         (pickle.dumps(dict(fid=dict(mu=MU))), ' has no sigma'),
         (pickle.dumps([MU, SIGMA]), ' has no mu and no sigma'),
         (pickle.dumps(EDM2)[:-100], ' cannot be read'),
@@ -444,8 +447,8 @@ def test_another_detectors_reference_is_refused_and_an_unknown_one_noted(capsys)
     check_same_detector(OURS['fid'], detector(dim=None), 'r.npz')
     assert capsys.readouterr().err == ''
     check_same_detector(Reference(MU, SIGMA), detector(), 'r.npz')
-    assert 'does not record its detector; taking it for inception' in capsys.readouterr().err
-    with pytest.raises(UserError, match='is of 5 features, detector inception returns 3'):
+    assert 'does not record its detector; assuming inception' in capsys.readouterr().err
+    with pytest.raises(UserError, match='has 5 features, but detector inception returns 3'):
         check_same_detector(Reference(MU, SIGMA), detector(dim=3), 'r.npz')
 
 
@@ -455,4 +458,4 @@ def test_another_resolution_is_warned_of_and_channels_are_none(capsys):
         check_same_detector(OURS['fid'], detector(), 'r.npz', shape)
     assert capsys.readouterr().err == ''
     check_same_detector(OURS['fid'], detector(), 'r.npz', [3, 8, 6])
-    assert 'r.npz is of 8x6 images, and these are 6x8' in capsys.readouterr().err
+    assert 'r.npz is of 8x6 images, but these are 6x8' in capsys.readouterr().err

@@ -15,7 +15,7 @@ from torch_utils.distributed import among_others
 from training.checkpoint import load_state
 from training.run_files import saved_states
 
-WORDS = ('A process that loads data has died (killed by SIGKILL', '--workers', '--cache=False')
+WORDS = ('A data-loading process died (killed by SIGKILL', '--workers', '--cache=False')
 
 
 def kill_worker(rank):

@@ -77,7 +77,7 @@ def assert_says(message, words):
     assert words in message, message
     again = any(
         f'{verb} again' in message or f'{verb} it again' in message
-        for verb in ('Copy', 'download', 'copy', 'Copy or make')
+        for verb in ('Copy', 'download', 'copy', 'Copy or recreate')
     )
     assert again == (words in MAY_BE_DAMAGED), message
 

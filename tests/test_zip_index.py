@@ -12,7 +12,8 @@ from helpers import run
 from PIL import Image
 
 from data import zip_index
-from data.dataset import ImageFiles, ImageFolderDataset
+from data.dataset import ImageFolderDataset
+from data.image_files import ImageFiles
 from data.zip_index import ZipIndex, open_archive
 from dnnlib import UserError, downloads
 
@@ -188,7 +189,7 @@ def without_reading(monkeypatch, path):
     with monkeypatch.context() as patch:
         for module, name in ((zip_index, '_parse'), (zip_index, '_parse_by_zipfile')):
             patch.setattr(module, name, refuse)
-        patch.setattr('data.dataset._read_json', refuse)
+        patch.setattr('data.label_file._read_json', refuse)
         return contents(path)
 
 
@@ -263,7 +264,7 @@ def test_errors_are_not_kept(tmp_path, cache):
     """The file is refused again, and its directory alone is remembered."""
     path = write_zip(tmp_path / 'data.zip', [('../a.png', png(1))])
     for _ in range(2):
-        with pytest.raises(UserError, match='a file outside of itself'):
+        with pytest.raises(UserError, match='is outside the data set'):
             ImageFiles(path)
     assert [file.name.split('-')[1] for file in cache.iterdir()] == ['directory.npz']
 

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from data.dataset import ImageFolderDataset, InfiniteSampler
-from data.feed import Feed
+from data.prefetcher import Prefetcher
 from dnnlib import EasyDict, NotFinite
 from metrics.validator import Validator
 from torch_utils import distributed, misc, training_stats
@@ -30,7 +30,7 @@ from training.weight_update import WeightUpdate
 # The step. Nothing here waits for the device.
 
 
-def train_step(run: Run, feed: Feed, profile: StepProfile) -> None:
+def train_step(run: Run, feed: Prefetcher, profile: StepProfile) -> None:
     """One optimizer step: gradients over all micro-batches of all processes, then new weights and new
     averages."""
     c, progress = run.c, run.progress
@@ -118,7 +118,7 @@ class Clock:
 
 
 def end_of_tick(
-    run: Run, clock: Clock, feed: Feed, validator: Validator | None, stop: PreemptionHandler, done: bool
+    run: Run, clock: Clock, feed: Prefetcher, validator: Validator | None, stop: PreemptionHandler, done: bool
 ) -> bool:
     """Validate, report, save, and go on to the next tick. Returns: False, with all of that still to do, where
     a signal asked to stop meanwhile."""
@@ -144,7 +144,7 @@ def end_of_tick(
         clock.maintenance,
         now,
         run.device,
-        feed.waited(),
+        feed.data_wait(),
     )
     sec_per_image = (now - clock.start) / max(progress.nimg - run.start_nimg, 1)
     run.log(tick_line(stats, f'Loss/{run.objective.NAME}', (c.total_nimg - progress.nimg) * sec_per_image))
@@ -204,7 +204,7 @@ def training_loop(
         say=log,
     )
     with WorkersIgnoreSignals() as shield, PreemptionHandler(hosts) as stop, profile:
-        feed = Feed(dataset, sampler, run.batch_gpu, c.workers, run.device, worker_init_fn=shield)
+        feed = Prefetcher(dataset, sampler, run.batch_gpu, c.workers, run.device, worker_init_fn=shield)
         start_log(run)  # after the workers, which must not inherit its threads and sockets
         validator = build_validator(run) if c.validation else None
         if validator and not progress.begun and evaluate_at_start(validator, run, stop) is None:

@@ -1,4 +1,4 @@
-"""data/feed.py: batches ahead of use, and how long they are waited for."""
+"""data/prefetcher.py: batches ahead of use, and how long they are waited for."""
 
 import itertools
 import os
@@ -11,7 +11,7 @@ import torch
 from test_dataset import png, random_images, write_zip
 
 from data.dataset import ImageFolderDataset, InfiniteSampler
-from data.feed import AHEAD, Feed
+from data.prefetcher import PREFETCH, Prefetcher
 from dnnlib import UserError
 from dnnlib.processes import how_ended
 from dnnlib.util import atomic_write
@@ -33,20 +33,20 @@ class Slow(torch.utils.data.Dataset):
 
 def test_time_that_is_waited_is_counted_once(tmp_path):
     """Two items of 50 ms a batch; without workers all of it is waited for."""
-    feed = Feed(Slow(tmp_path, 0.05), itertools.count(), 2, 0, CPU)
+    feed = Prefetcher(Slow(tmp_path, 0.05), itertools.count(), 2, 0, CPU)
     for _ in range(2):
         next(feed)
-    assert feed.waited() >= 0.2
-    assert feed.waited() == 0
+    assert feed.data_wait() >= 0.2
+    assert feed.data_wait() == 0
     next(feed)
-    assert feed.waited() >= 0.1
+    assert feed.data_wait() >= 0.1
 
 
 def test_workers_load_ahead_without_being_asked(tmp_path):
-    feed = Feed(Slow(tmp_path, 0), itertools.count(), 3, 1, CPU)
+    feed = Prefetcher(Slow(tmp_path, 0), itertools.count(), 3, 1, CPU)
     assert next(feed)[0].flatten().tolist() == [0, 1, 2]
     end = time.monotonic() + 60
-    while len(list(tmp_path.iterdir())) < 3 * (1 + AHEAD):
+    while len(list(tmp_path.iterdir())) < 3 * (1 + PREFETCH):
         assert time.monotonic() < end
         time.sleep(0.01)
     assert next(feed)[0].flatten().tolist() == [3, 4, 5]
@@ -58,7 +58,7 @@ def test_pixels_stay_bytes_on_the_way(tmp_path, workers):
     pixels = random_images(4)
     path = write_zip(tmp_path / 'data.zip', {f'{i}.png': png(p) for i, p in enumerate(pixels)})
     dataset = ImageFolderDataset(path)
-    feed = Feed(dataset, InfiniteSampler(4, 4, shuffle=False), 4, workers, CPU)
+    feed = Prefetcher(dataset, InfiniteSampler(4, 4, shuffle=False), 4, workers, CPU)
     images, labels = next(feed)
     assert images.dtype == torch.uint8 and labels.shape == (4, 0)
     assert np.array_equal(images.numpy(), pixels.transpose(0, 3, 1, 2))
@@ -66,7 +66,7 @@ def test_pixels_stay_bytes_on_the_way(tmp_path, workers):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_batches_for_a_gpu_are_in_pinned_memory(tmp_path):
-    images, _ = next(Feed(Slow(tmp_path, 0), itertools.count(), 3, 1, torch.device('cuda')))
+    images, _ = next(Prefetcher(Slow(tmp_path, 0), itertools.count(), 3, 1, torch.device('cuda')))
     assert images.is_pinned()
 
 
@@ -74,7 +74,7 @@ def test_batches_for_a_gpu_are_in_pinned_memory(tmp_path):
 def test_an_unreadable_image_is_one_line(tmp_path, workers, monkeypatch):
     monkeypatch.setattr('data.dataset.HEADER_CHECK_LIMIT', 1)
     path = write_zip(tmp_path / 'data.zip', {'0.png': png(random_images(1)[0]), '1.png': b'no png'})
-    feed = Feed(ImageFolderDataset(path), InfiniteSampler(2, 2, shuffle=False), 2, workers, CPU)
+    feed = Prefetcher(ImageFolderDataset(path), InfiniteSampler(2, 2, shuffle=False), 2, workers, CPU)
     with pytest.raises(UserError) as error:
         next(feed)
     assert str(error.value).startswith(f'{path}: 1.png is not a readable image') and '\n' not in str(
@@ -84,7 +84,7 @@ def test_an_unreadable_image_is_one_line(tmp_path, workers, monkeypatch):
 
 def killed_worker(tmp_path, number=signal.SIGKILL):
     """A feed whose only worker is gone, with batches that it had made."""
-    feed = Feed(Slow(tmp_path, 0), itertools.count(), 1, 1, CPU)
+    feed = Prefetcher(Slow(tmp_path, 0), itertools.count(), 1, 1, CPU)
     next(feed)
     (worker,) = feed._workers
     os.kill(worker.pid, number)
@@ -99,13 +99,14 @@ def batches_until_the_end(feed):
 
 def test_a_worker_that_was_killed_is_told_of_by_the_batch_that_is_missing(tmp_path):
     with pytest.raises(
-        UserError, match=r'has died \(killed by SIGBUS, as when /dev/shm.*--workers.*--cache=False'
+        UserError, match=r'process died \(killed by SIGBUS, as when /dev/shm.*--workers.*--cache=False'
     ):
         batches_until_the_end(killed_worker(tmp_path, signal.SIGBUS))
 
 
 def test_the_death_of_a_worker_interrupts_nothing(tmp_path):
     """PyTorch would raise here, in whatever is done at the moment, such as the writing of a state."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # earlier tests of this process may have left PyTorch's
     with atomic_write(tmp_path / 'state') as file:
         file.write(b'one half')
         feed = killed_worker(tmp_path)
@@ -125,7 +126,7 @@ class Broken(Slow):
 
 def test_an_error_of_the_program_itself_is_not_taken_for_a_death(tmp_path):
     with pytest.raises(RuntimeError, match='a bug of ours'):
-        next(Feed(Broken(tmp_path, 0), itertools.count(), 1, 1, CPU))
+        next(Prefetcher(Broken(tmp_path, 0), itertools.count(), 1, 1, CPU))
 
 
 def test_how_a_process_has_ended_is_said_in_words():

@@ -1,4 +1,4 @@
-"""The batches of training, from the disk to the step, and how long the step waited for them."""
+"""Training batches, loaded ahead of use by worker processes, and the time spent waiting for them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ import torch
 from dnnlib import UserError
 from dnnlib.processes import how_one_died, starting
 
-AHEAD = 2  # batches that each worker has ready
+PREFETCH = 2  # batches per worker
 
 
 class Failure(NamedTuple):
-    """What a worker has met with, in the place of a batch, and its traceback. `DataLoader` would put that
-    into the error's message."""
+    """A worker's error, sent in place of a batch: `DataLoader` would put the traceback into the message."""
 
     error: UserError
     traceback: str
 
 
 class Samples(torch.utils.data.Dataset):
-    """A data set in batches."""
+    """A data set that loads batch by batch."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -42,8 +41,8 @@ class Samples(torch.utils.data.Dataset):
             return Failure(error, f'in DataLoader worker process {worker.id}:\n{traceback.format_exc()}')
 
 
-def stacked(samples: list[tuple[np.ndarray, ...]] | Failure) -> tuple[torch.Tensor, ...] | Failure:
-    """The samples as a batch: each of their arrays stacked, once, and not tensor by tensor."""
+def collate(samples: list[tuple[np.ndarray, ...]] | Failure) -> tuple[torch.Tensor, ...] | Failure:
+    """Stack the samples' arrays as a batch; faster than PyTorch's default, which stacks tensor by tensor."""
     return (
         samples
         if isinstance(samples, Failure)
@@ -53,10 +52,10 @@ def stacked(samples: list[tuple[np.ndarray, ...]] | Failure) -> tuple[torch.Tens
 
 @contextlib.contextmanager
 def unchanged_handler(number: signal.Signals) -> Iterator[None]:
-    """A block after which the signal does what it did before.
+    """Restore a signal's handler after the block.
 
-    `DataLoader` has SIGCHLD raise where a worker has died, in the middle of whatever is done then, which may
-    be a save. It also looks at its workers while it waits for them, and that is early enough.
+    `DataLoader` makes SIGCHLD raise when a worker dies, wherever the program is, perhaps amid a save. It also
+    checks its workers while it waits for a batch, which is early enough.
     """
     before = signal.getsignal(number)
     yield
@@ -64,17 +63,16 @@ def unchanged_handler(number: signal.Signals) -> Iterator[None]:
         signal.signal(number, before or signal.SIG_DFL)
 
 
-class Feed:
-    """The endless batches of a data set, in the order of a sampler: (raw images, labels) as the data set
-    stores them, pixels in uint8.
+class Prefetcher:
+    """Endless batches of a data set in a sampler's order: (images as stored, uint8 pixels or latents;
+    labels).
 
-    They are stacked by worker processes, ahead of use, and for a GPU lie in pinned memory, from which they
-    are copied while it works. Without workers this process loads them when they are asked for, which is while
-    a GPU is busy with the step before: launching it does not wait.
+    Workers collate them ahead of use, into pinned memory for a GPU, so that copies overlap its work. Without
+    workers, `next` loads a batch in this process while a GPU still computes the previous step.
 
     Args:
-        device: where they will go.
-        worker_init_fn: called in each worker with its number.
+        device: where the batches will be copied.
+        worker_init_fn: called in each worker with its index.
     """
 
     def __init__(
@@ -89,16 +87,16 @@ class Feed:
                     batch_size=batch_size,
                     num_workers=workers,
                     worker_init_fn=worker_init_fn,
-                    collate_fn=stacked,
+                    collate_fn=collate,
                     pin_memory=device.type == 'cuda',
-                    prefetch_factor=AHEAD if workers else None,
+                    prefetch_factor=PREFETCH if workers else None,
                 )
             )
         self._seconds = 0.0
 
     def __next__(self):
-        """The next batch. Raises: UserError where an image cannot be read, or a worker was killed: within
-        seconds of the first batch missing."""
+        """The next batch. Raises: UserError if an image cannot be read, or seconds after a killed worker's
+        batch is due."""
         start = time.perf_counter()
         try:
             batch = next(self._batches)
@@ -106,8 +104,8 @@ class Feed:
             if (ending := how_one_died(self._workers)) is None:
                 raise
             raise UserError(
-                f'A process that loads data has died ({ending}). Use fewer --workers, --cache=False, or a '
-                'machine with more memory; --resume goes on from the newest training state.'
+                f'A data-loading process died ({ending}). Use fewer --workers, --cache=False, or a machine '
+                'with more memory; --resume continues from the newest training state.'
             ) from error
         finally:
             self._seconds += time.perf_counter() - start
@@ -115,8 +113,7 @@ class Feed:
             raise batch.error from RuntimeError(batch.traceback)
         return batch
 
-    def waited(self) -> float:
-        """Seconds that this process has spent on waiting for batches, or loading them, since the last
-        call."""
+    def data_wait(self) -> float:
+        """Seconds that this process spent waiting for batches, or loading them, since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
