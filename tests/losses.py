@@ -157,8 +157,8 @@ def expected_gradients(loss, grid, c, edges):
 
 
 def student_on(student, edges):
-    """The student as a self-target: asked at lower ends, which are upper ends of the next edge, except where
-    nobody looks."""
+    """The student as a self-target: evaluated at lower ends, which are upper ends of the next edge, except where
+    the result is dropped."""
     known = set(edges.sigma_t.tolist())
 
     class Lenient(LinearStudent):
@@ -194,7 +194,7 @@ def boundary_multiplier(loss, grid, value):
 
 
 def multipliers_of_targets(loss, grid):
-    """c read off the loss's own targets: they are affine in what the student says at the lower end, which is
+    """c read off the loss's own targets: they are affine in the student's prediction at the lower end, which is
     the next edge's upper one."""
     offset, full = (boundary_multiplier(loss, grid, value) for value in (0.0, 1.0))
     edges, c = loss.state.edges, torch.zeros_like(offset)

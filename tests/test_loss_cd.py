@@ -141,7 +141,7 @@ def test_terminal_edges_aim_at_the_data_without_the_teacher_hop():
 
 
 @pytest.mark.parametrize('S', [1, 4])
-def test_the_pinned_edge_follows_the_teacher_alone(S):
+def test_the_anchored_edge_follows_the_teacher_alone(S):
     """Whatever the student says, the first edge's target leads to the teacher's own solution at the
     boundary."""
     gaussian = Gaussian(VARIANCE)

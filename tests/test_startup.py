@@ -63,6 +63,16 @@ def test_subcommands_help_imports_nothing_slow():
         assert printed.startswith('Usage:') and not packages & SLOW, (command, packages & SLOW)
 
 
+def test_objectives_import_nothing_slow(tmp_path):
+    """Losses import PyTorch when they are first used."""
+    script = tmp_path / 'script.py'
+    script.write_text(
+        'from training.objectives import OBJECTIVES\nfor each in OBJECTIVES.values():\n    each.module()\n'
+    )
+    _, packages = imported_by(script)
+    assert 'training' in packages and not packages & SLOW, packages & SLOW
+
+
 def test_a_slow_package_would_show(tmp_path):
     """The report is what it says."""
     (tmp_path / 'slow.py').write_text('import PIL.Image\nprint("Usage: none")')

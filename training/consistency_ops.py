@@ -111,7 +111,7 @@ def teacher_grid(
     snaps to it. The first node and the last are kept. The raw count is raised until at least T edges remain.
 
     `keep_ties` keeps such nodes, as the student's very numbers: each starts the first edge of the segment
-    below it, and the student is trained at the noise levels that sampling asks for. That holds at every T,
+    below it, and the student is trained at the noise levels that sampling uses. That holds at every T,
     because the raw count is raised until every student level is a node.
     Raises: ValueError where no count does that (a student grid of another range or spacing).
     """
@@ -218,7 +218,7 @@ def edge_probabilities(
     first edge likewise; the others share the rest in proportion.
 
     `top_mass` > 0 gives the first edges of the S segments that share together, in equal parts, because
-    sampling asks the student once at each of them (their upper ends are the student's levels on a teacher
+    sampling evaluates the student once at each of them (their upper ends are the student's levels on a teacher
     grid with `keep_ties`). A part takes the place of a pinned 1/T'; where the last edge is no segment's
     first, its 1/T' is cut to what top_mass leaves. Where no other edge is left the parts are scaled to sum to
     one.
@@ -429,7 +429,7 @@ def by_kind(kind: Tensor, terminal: Tensor, snap: Tensor, general: Tensor) -> Te
 
 
 def default_anchor_hops(sigma_b: float) -> int:
-    """Sub-steps of the pinned top edge. From sigma_max = 80, 4 are exact to 0.03 % down to sigma_b = 10, for
+    """Sub-steps of the anchored edge. From sigma_max = 80, 4 are exact to 0.03 % down to sigma_b = 10, for
     data of standard deviation 0.5; at sigma_b = 1.5 they would be 6 % off. 32 stay below 0.5 % down to
     sigma_b = 0.5 and below 2 % for a path to 0."""
     return 4 if sigma_b >= 10 else 32

@@ -38,7 +38,7 @@ class BatchEdges(NamedTuple):
 
 
 class EdgeSchedule(State):
-    """Draws edges; subclasses say by `stage_after` and `edges_at` which there are.
+    """Draws edges; subclasses give them by `stage_after` and `edges_at`.
 
     Attributes:
         anchor: whether the first edge is anchored: it has a boundary target of its own.
@@ -67,18 +67,17 @@ class EdgeSchedule(State):
 
     def _enter(self) -> None:
         """Make the edges of this stage; they are checked here, once, so that steps need not synchronize."""
-        self.edges, probabilities = edges, _ = self.edges_at(self.stage)
+        edges, probabilities = self.edges_at(self.stage)
         ops.check_edges(edges)
+        self.edges, self._on_device = edges, None
         self.cumulative = probabilities.cumsum(0).numpy()
-        flags = torch.nn.functional.one_hot(edges.kind, 3).double()
+
+        # What a step gathers by index: columns of `BatchEdges`, indicators for statistics, segments.
+        columns = [edges.sigma_t, edges.sigma_s, edges.sigma_b, edges.kind.double()]
         anchored = torch.zeros(len(edges), 1, dtype=torch.float64)
         anchored[0] = self.anchor
-        columns = [edges.sigma_t, edges.sigma_s, edges.sigma_b, edges.kind.double()]
-        self._on_host = [
-            values.numpy()
-            for values in (torch.stack(columns, dim=1), torch.cat([flags, anchored], dim=1), edges.segment)
-        ]
-        self._on_device = None
+        flags = torch.cat([torch.nn.functional.one_hot(edges.kind, 3).double(), anchored], dim=1)
+        self._on_host = [values.numpy() for values in (torch.stack(columns, dim=1), flags, edges.segment)]
         self._segment_names = [f'Loss/segment{j}' for j in range(int(edges.segment[-1]) + 1)]
 
     def draw(self, rng) -> BatchEdges:

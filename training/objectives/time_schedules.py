@@ -189,7 +189,7 @@ def tcm_earlier_time(t: Tensor, ratio: float, k: float = 8.0, b: float = 1.0, fl
     """r = max(floor, t − t (1 − ratio)(1 + k sigmoid(−b t))), in the shape of `t`   (Lee et al. 2025,
     training details).
 
-    ECT's mapping, but for the floor: the stage-1 network, which gives the target below t', is not asked at 0.
+    ECT's mapping, but for the floor: the stage-1 network, which gives the target below t', is not evaluated at 0.
     """
     return (t - t * (1 - ratio) * (1 + k * torch.sigmoid(-b * t))).clamp(min=floor)
 
