@@ -585,7 +585,7 @@ def write_labels(outdir: Path, labels: np.ndarray | None) -> str | None:
     type=cli.PATH,
     default='compare-out',
     show_default=True,
-    help='Folder for everything that is written; with the same options again, goes on where it was.',
+    help='Output folder; the same command again resumes there.',
 )
 @cli.option(
     '--data',
@@ -593,13 +593,14 @@ def write_labels(outdir: Path, labels: np.ndarray | None) -> str | None:
     type=cli.PATH,
     default=DIGITS,
     show_default=True,
-    help="Data set, made by dataset_tool.py; or digits: scikit-learn's, with rulers and options that suit them.",
+    help="Data set, made by dataset_tool.py; or digits, for scikit-learn's digits with suitable metrics and "
+    'options.',
 )
 @cli.option(
     '--teacher',
     metavar='PKL|URL',
     type=cli.PATH,
-    help="Diffusion model that all students start from.  [default: for the digits the demo's, trained first]",
+    help="Diffusion model that all students start from.  [default: on digits the demo's, trained first]",
 )
 @cli.option(
     '--jobs',
@@ -607,7 +608,7 @@ def write_labels(outdir: Path, labels: np.ndarray | None) -> str | None:
     type=cli.SOME_WORKERS,
     default=2,
     show_default=True,
-    help='Commands that run side by side.',
+    help='Commands to run in parallel.',
 )
 @cli.option(
     '--objectives',
@@ -616,7 +617,7 @@ def write_labels(outdir: Path, labels: np.ndarray | None) -> str | None:
     default='all',
     show_default=True,
     group=TRAINING,
-    help='What to compare.',
+    help='Objectives to compare, or all.',
 )
 @cli.option(
     '--budget',
@@ -625,7 +626,8 @@ def write_labels(outdir: Path, labels: np.ndarray | None) -> str | None:
     default=10000,
     show_default=True,
     group=TRAINING,
-    help="Network evaluations of a training for each place in the batch; a student's forward and backward pass counts 3.",
+    help='Network evaluations per training and batch element, of which a forward and backward pass of the '
+    'student counts as 3.',
 )
 @cli.option(
     '--batch',
@@ -634,7 +636,7 @@ def write_labels(outdir: Path, labels: np.ndarray | None) -> str | None:
     default=digits.BATCH,
     show_default=True,
     group=TRAINING,
-    help='Batch size of all trainings.',
+    help='Training batch size.',
 )
 @cli.option(
     '--seeds',
@@ -643,7 +645,7 @@ def write_labels(outdir: Path, labels: np.ndarray | None) -> str | None:
     default='0',
     show_default=True,
     group=TRAINING,
-    help='Seeds to train each with.',
+    help='Training seeds; each objective is trained with each.',
 )
 @cli.option(
     '--with',
@@ -652,7 +654,8 @@ def write_labels(outdir: Path, labels: np.ndarray | None) -> str | None:
     type=OptionsFor(),
     multiple=True,
     group=TRAINING,
-    help="More options of train.py for an objective, or for its student of S steps, as in 'direct:--top-mass=1' or 'direct-8:--substeps=2'.",
+    help="Additional train.py options for an objective or its S-step student, such as 'direct:--top-mass=1' or "
+    "'direct-8:--substeps=2'.",
 )
 @cli.option(
     '--steps',
@@ -661,7 +664,7 @@ def write_labels(outdir: Path, labels: np.ndarray | None) -> str | None:
     default='1,2,4,8',
     show_default=True,
     group=MEASURING,
-    help='Numbers of sampling steps.',
+    help='Numbers of sampling steps to compare.',
 )
 @cli.option(
     '--reference-steps',
@@ -670,14 +673,14 @@ def write_labels(outdir: Path, labels: np.ndarray | None) -> str | None:
     default=256,
     show_default=True,
     group=MEASURING,
-    help="Heun steps of the teacher's images that all others are held against.",
+    help='Heun steps of the teacher samples that all others are compared with.',
 )
 @cli.option(
     '--num',
     metavar='INT',
     type=cli.Integer(min=SHOWN),
     group=MEASURING,
-    help='Images of each model.  [default: 50000; on the digits 6000]',
+    help='Number of images per model.  [default: 50000; on digits 6000]',
 )
 @cli.option(
     '--ref',
@@ -686,8 +689,8 @@ def write_labels(outdir: Path, labels: np.ndarray | None) -> str | None:
     type=cli.PATH,
     multiple=True,
     group=MEASURING,
-    help='Reference statistics, made by fid.py ref. Several: the plot shows the first.  [default: for the '
-    'digits three rulers]',
+    help='Reference statistics, made by fid.py ref; if repeated, the plot shows the first.  [default: on '
+    'digits three]',
 )
 @cli.option(
     '--detector',
@@ -705,13 +708,10 @@ def write_labels(outdir: Path, labels: np.ndarray | None) -> str | None:
     default=256,
     show_default=True,
     group=MEASURING,
-    help='Images at a time.',
+    help='Batch size of sampling and evaluation.',
 )
 @cli.argument(
-    'train_options',
-    nargs=-1,
-    type=click.UNPROCESSED,
-    help='Options of train.py for all trainings, behind --.',
+    'train_options', nargs=-1, type=click.UNPROCESSED, help='train.py options for all trainings, after --.'
 )
 def main(
     outdir,
@@ -731,20 +731,19 @@ def main(
     sample_batch,
     train_options,
 ):
-    """Train a list of objectives from one teacher, for an equal budget of network evaluations, and compare
-    what they make of it.
+    """Train objectives from one teacher, for an equal budget of network evaluations, and compare the results.
 
     \b
-    All of them on digits, on a laptop:
+    All objectives on digits, on a laptop:
       python compare.py
     \b
-    Two on CIFAR-10:
-      python compare.py --outdir=cifar10 --data=datasets/cifar10-32x32.zip
-          --teacher=edm-cifar10-32x32-cond-vp.pkl \\ --objectives=mcd,direct --budget=600000 --batch=512
+    Two objectives on CIFAR-10:
+      python compare.py --outdir=cifar10 --data=datasets/cifar10-32x32.zip \\
+          --teacher=edm-cifar10-32x32-cond-vp.pkl --objectives=mcd,direct --budget=600000 --batch=512 \\
           --ref=fid-refs/cifar10-32x32.npz -- --batch-gpu=128
 
-    A student of a fixed number of steps is trained for each of --steps, with the whole budget; a consistency
-    model once, and sampled in each.
+    A student with a fixed number of steps is trained for each of --steps, with the full budget; a consistency
+    model is trained once, and sampled with each.
     """
     on_digits, outdir = data == DIGITS, Path(outdir)
     check_usage(data, teacher, refs, detectors)

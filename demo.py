@@ -1,8 +1,7 @@
-"""The whole story on real digits, in minutes on a laptop: a teacher that needs 511 evaluations, students that
-need 8 or fewer.
+"""Demo on real digits, in minutes on a laptop: a teacher that needs 511 evaluations, students that need 8 or
+fewer.
 
-Drives the scripts of this repository as a user would, prints every command before it runs, and writes a
-report.
+Runs the scripts of this repository as a user would, prints each command, and writes a report.
 """
 
 from __future__ import annotations
@@ -213,12 +212,7 @@ def report(story: Story, rows: list[dict], minutes: float) -> None:
 
 @click.command(cls=cli.Command)
 @cli.option(
-    '--outdir',
-    metavar='DIR',
-    type=cli.PATH,
-    default='demo-out',
-    show_default=True,
-    help='Folder for everything that the demo writes.',
+    '--outdir', metavar='DIR', type=cli.PATH, default='demo-out', show_default=True, help='Output folder.'
 )
 @cli.option(
     '--scale',
@@ -226,8 +220,8 @@ def report(story: Story, rows: list[dict], minutes: float) -> None:
     type=cli.SOME_FACTOR,
     default=1.0,
     show_default=True,
-    help='Factor on the training steps; below 1 on the number of samples too. The table means nothing for '
-    'small values.',
+    help='Factor for the number of training steps and, below 1, of samples. Small values give a meaningless '
+    'table.',
 )
 @cli.option(
     '--jobs',
@@ -235,11 +229,13 @@ def report(story: Story, rows: list[dict], minutes: float) -> None:
     type=cli.SOME_WORKERS,
     default=2,
     show_default=True,
-    help='Commands that run side by side.',
+    help='Commands to run in parallel.',
 )
 def main(outdir, scale, jobs):
-    """Train a teacher on real digits, distil students of 8 and fewer steps in two ways, compare them, and
-    write a report. Minutes on two cores."""
+    """Train a teacher on real digits, distill students of 8 and fewer steps in two ways, and write a report.
+
+    Takes minutes on two cores.
+    """
     start = time.monotonic()
     outdir = Path(outdir)
     make_outdir(outdir)
