@@ -25,7 +25,16 @@ from dnnlib import EasyDict, UserError, cli, schema
 from dnnlib.util import atomic_write
 from experiments import comparison, digits
 from experiments.comparison import Model, Request, Training
-from experiments.story import SHOWN, Ruler, Story, make_outdir, measure, newest_snapshot, tell, workers
+from experiments.runner import (
+    SHOWN,
+    Ruler,
+    Runner,
+    make_outdir,
+    measure,
+    newest_snapshot,
+    run_interruptibly,
+    workers,
+)
 from training.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -182,17 +191,17 @@ def settle(outdir: Path, settings: dict, trainings: Sequence[Training]) -> None:
 
 
 def train(
-    story: Story, training: Training, data: Path | str, teacher: str | None, threads: int | None = None
+    runner: Runner, training: Training, data: Path | str, teacher: str | None, threads: int | None = None
 ) -> None:
     """See to it that a training is finished: begin it, or go on with it. It starts from the snapshot
     `teacher`, or from another training's."""
-    folder = story.path('trainings', training.name)
+    folder = runner.path('trainings', training.name)
     if is_finished(folder, training):
         return
     begun = any(folder.rglob('training-state-*.pt'))
     if not begun:
         shutil.rmtree(folder, ignore_errors=True)
-    source = snapshot(story, training.after) if training.after else teacher
+    source = snapshot(runner, training.after) if training.after else teacher
     origin = (
         [f'{training.start}={source}']
         if training.start == '--teacher' or (training.start and not begun)
@@ -200,7 +209,7 @@ def train(
     )
     origin += [f'--resume={folder}'] if begun else []
     kimg = training.steps * training.batch / 1e3 / len(training.stages)
-    story.run(
+    runner.run(
         training.name,
         'train.py',
         f'--outdir={folder}',
@@ -222,13 +231,13 @@ def is_finished(folder: Path, training: Training) -> bool:
     return log.exists() and log.read_text().rstrip().endswith('\nDone.')
 
 
-def snapshot(story: Story, training: Training, stage: int = -1) -> Path:
+def snapshot(runner: Runner, training: Training, stage: int = -1) -> Path:
     """The last one of a finished training, or of one of its stages."""
-    return newest_snapshot(story.path('trainings', training.name, training.stages[stage][0]))
+    return newest_snapshot(runner.path('trainings', training.name, training.stages[stage][0]))
 
 
 def measure_model(
-    story: Story,
+    runner: Runner,
     model: Model,
     teacher: str,
     rulers: dict[str, Ruler],
@@ -239,19 +248,19 @@ def measure_model(
     """A row of the results. Of the images a grid is kept. `labels`: as --labels of generate.py."""
     from experiments.report import write_grid
 
-    network = snapshot(story, model.training, model.stage) if model.training else teacher
+    network = snapshot(runner, model.training, model.stage) if model.training else teacher
     row = model.record() | measure(
-        story, model.name, network, model.solver, model.steps, num, rulers, batch, labels=labels
+        runner, model.name, network, model.solver, model.steps, num, rulers, batch, labels=labels
     )
-    images = story.path('samples', model.name)
-    story.path('grids').mkdir(exist_ok=True)
-    write_grid(sorted(map(str, images.glob('*.png')))[:SHOWN], str(story.path('grids', f'{model.name}.png')))
+    images = runner.path('samples', model.name)
+    runner.path('grids').mkdir(exist_ok=True)
+    write_grid(sorted(map(str, images.glob('*.png')))[:SHOWN], str(runner.path('grids', f'{model.name}.png')))
     shutil.rmtree(images)
     return row
 
 
 def jobs_of(
-    story: Story,
+    runner: Runner,
     models: Sequence[Model],
     data: Path | str,
     teacher: str,
@@ -269,9 +278,9 @@ def jobs_of(
 
     def do(group: list[Model]) -> None:
         for training in group[0].training.chain if group[0].training else []:
-            train(story, training, data, teacher)
+            train(runner, training, data, teacher)
         for model in group:
-            results.add(measure_model(story, model, teacher, rulers, num, batch, labels))
+            results.add(measure_model(runner, model, teacher, rulers, num, batch, labels))
 
     jobs = []
     for name, group in groups.items():
@@ -284,10 +293,10 @@ def jobs_of(
     return sorted(jobs, key=lambda job: -job[0])
 
 
-def do_all(story: Story, jobs: list[tuple[float, str, Callable[[], None]]], side_by_side: int) -> list[str]:
+def do_all(runner: Runner, jobs: list[tuple[float, str, Callable[[], None]]], side_by_side: int) -> list[str]:
     """Do the jobs; one that fails does not keep the others from being done. Returns what was wrong with those
     that failed."""
-    with workers(story, side_by_side) as pool:
+    with workers(runner, side_by_side) as pool:
         futures = {pool.submit(function): name for _, name, function in jobs}
         return [
             f'{futures[future]}: {error}'
@@ -397,7 +406,7 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, rulers: Seq
 
 
 def report(
-    story: Story, rows: Sequence[dict], best: dict, budget: int, batch: int, rulers: Sequence[str]
+    runner: Runner, rows: Sequence[dict], best: dict, budget: int, batch: int, rulers: Sequence[str]
 ) -> None:
     """table.md, compare.png, samples.png and report.html; all is held against the row `best`."""
     from experiments import report as pages
@@ -408,7 +417,7 @@ def report(
     }
     tables['Optimizer steps × network evaluations for an image'] = training_table(rows)
     text = notes(rows, best, budget, batch, rulers)
-    story.path('table.md').write_text(
+    runner.path('table.md').write_text(
         '\n'.join(
             [
                 *(f'{title}:\n\n{pages.markdown_table(*table)}' for title, table in tables.items()),
@@ -426,29 +435,29 @@ def report(
     lines['teacher, Heun'] = {nfe: [row['distance']] for nfe, row in heun.items() if row is not best}
     pages.write_frontier(
         lines,
-        str(story.path('compare.png')),
+        str(runner.path('compare.png')),
         f'Fréchet distance ({next(iter(rulers))})',
         (f'teacher, {best["nfe"]} evaluations', best['distance']),
     )
-    grid = lambda row: str(story.path('grids', f'{row["model"]}.png'))
+    grid = lambda row: str(runner.path('grids', f'{row["model"]}.png'))
     pictures = {
         name: {nfe: grid(found[0]) for nfe, found in cells.items()}
         for name, cells in {**students, 'teacher, Euler': {nfe: [row] for nfe, row in euler.items()}}.items()
     }
-    pages.write_strips(pictures, str(story.path('samples.png')))
+    pages.write_strips(pictures, str(runner.path('samples.png')))
     shown = [pages.embed(grid(row), f'{row["model"]}: {row["distance"]:.4g}') for row in rows]
-    commands = story.record.read_text() if story.record.exists() else ''
+    commands = runner.record.read_text() if runner.record.exists() else ''
     pages.write_page(
-        str(story.path('report.html')),
+        str(runner.path('report.html')),
         'Objectives side by side',
         [
             (
                 '',
-                pages.embed(str(story.path('compare.png')), css='wide')
+                pages.embed(str(runner.path('compare.png')), css='wide')
                 + ''.join(f'<p>{pages.html.escape(line)}</p>' for line in text),
             ),
             *((title, pages.html_table(*table)) for title, table in tables.items()),
-            ('Samples, from the same seeds', pages.embed(str(story.path('samples.png')), css='wide')),
+            ('Samples, from the same seeds', pages.embed(str(runner.path('samples.png')), css='wide')),
             ('More of them', f'<div class="grids">{"".join(shown)}</div>'),
             ('Commands', f'<pre>{pages.html.escape(commands)}</pre>'),
         ],
@@ -784,29 +793,29 @@ def main(
     settle(outdir, facts, list(trainings.values()))
 
     cores = os.cpu_count() or 1
-    story = Story(outdir, threads=max(cores // jobs, 1), record=outdir / 'commands.txt')
-    results = Results(story.path('results.json'), list(rulers or digits.RULERS))
+    runner = Runner(outdir, threads=max(cores // jobs, 1), record=outdir / 'commands.txt')
+    results = Results(runner.path('results.json'), list(rulers or digits.RULERS))
 
     def everything() -> tuple[dict[str, Ruler], list[str]]:
-        dataset, used = digits.prepare(story) if on_digits else (data, rulers)
+        dataset, used = digits.prepare(runner) if on_digits else (data, rulers)
         if first:
-            train(story, first, dataset, None, threads=cores)
-        source = str(snapshot(story, first)) if first else teacher
+            train(runner, first, dataset, None, threads=cores)
+        source = str(snapshot(runner, first)) if first else teacher
         return used, do_all(
-            story, jobs_of(story, models, dataset, source, used, num, sample_batch, results, labels), jobs
+            runner, jobs_of(runner, models, dataset, source, used, num, sample_batch, results, labels), jobs
         )
 
-    rulers, failures = tell(story, everything, GOES_ON)
+    rulers, failures = run_interruptibly(runner, everything, GOES_ON)
     order = {model.name: i for i, model in enumerate(models)}
     rows = sorted(results.rows.values(), key=lambda row: order.get(row['model'], len(order)))
     if reference := results.rows.get(models[0].name):
-        report(story, rows, reference, budget, batch, list(rulers))
-        print('\n' + story.path('table.md').read_text())
+        report(runner, rows, reference, budget, batch, list(rulers))
+        print('\n' + runner.path('table.md').read_text())
     if failures:
         raise UserError(
             f'{len(failures)} of them failed; the same command again tries them once more.', *failures
         )
-    print(f'Open {story.path("report.html")} for the plot, samples and commands.')
+    print(f'Open {runner.path("report.html")} for the plot, samples and commands.')
 
 
 if __name__ == '__main__':

@@ -18,7 +18,16 @@ import click
 
 from dnnlib import UserError, cli
 from experiments import digits
-from experiments.story import SHOWN, Ruler, Story, make_outdir, measure, newest_snapshot, tell, workers
+from experiments.runner import (
+    SHOWN,
+    Ruler,
+    Runner,
+    make_outdir,
+    measure,
+    newest_snapshot,
+    run_interruptibly,
+    workers,
+)
 
 IMAGES = 1797  # as many as there are digits
 COMMON = [
@@ -38,16 +47,16 @@ TEACHER_ROWS = [('euler', 8, 8), ('heun', 256, 511)]  # solver, steps, NFE
 
 
 def train(
-    story: Story, name: str, steps: int, options: list[str], ruler: Ruler, threads: int | None = None
+    runner: Runner, name: str, steps: int, options: list[str], ruler: Ruler, threads: int | None = None
 ) -> Path:
     """Train a network of the demo's size, with five evaluations on the way, by a ruler; returns its
     snapshot."""
     kimg = steps * digits.BATCH / 1000
-    story.run(
+    runner.run(
         name,
         'train.py',
-        f'--outdir={story.path(name)}',
-        f'--data={story.path("digits.zip")}',
+        f'--outdir={runner.path(name)}',
+        f'--data={runner.path("digits.zip")}',
         *COMMON,
         *options,
         f'--duration={kimg / 1000:g}',
@@ -60,11 +69,11 @@ def train(
         f'--val_detector={ruler.detector}',
         threads=threads,
     )
-    return newest_snapshot(story.path(name))
+    return newest_snapshot(runner.path(name))
 
 
 def row_of(
-    story: Story,
+    runner: Runner,
     name: str,
     network: Path,
     model: str,
@@ -79,22 +88,22 @@ def row_of(
         model=model,
         solver=solver,
         nfe=nfe,
-        **measure(story, name, network, solver, steps, images, rulers, bootstrap=200),
+        **measure(runner, name, network, solver, steps, images, rulers, bootstrap=200),
     )
 
 
-def story_of(story: Story, scale: float, jobs: int) -> list[dict]:
+def run_demo(runner: Runner, scale: float, jobs: int) -> list[dict]:
     """Teacher first, then students and measurements side by side; returns the rows of the table."""
     images = max(round(IMAGES * min(scale, 1)), 128)
     steps = lambda full: max(round(full * scale), 10)
-    _, rulers = digits.prepare(story)
+    _, rulers = digits.prepare(runner)
     teacher = train(
-        story,
+        runner,
         'teacher',
         steps(digits.TEACHER_STEPS),
         [*digits.TEACHER, '--val_steps=9'],
         rulers['classifier'],
-        threads=story.threads * jobs,
+        threads=runner.threads * jobs,
     )
 
     def student(objective: str, S: int, name: str, full_steps: int) -> dict:
@@ -104,15 +113,15 @@ def story_of(story: Story, scale: float, jobs: int) -> list[dict]:
             f'--S={S}',
             *digits.student_options(objective, S),
         ]
-        network = train(story, name, steps(full_steps), options, rulers['classifier'])
-        return row_of(story, name, network, name, 'student', S, S, images, rulers)
+        network = train(runner, name, steps(full_steps), options, rulers['classifier'])
+        return row_of(runner, name, network, name, 'student', S, S, images, rulers)
 
     def of_teacher(solver: str, solver_steps: int, nfe: int) -> dict:
         return row_of(
-            story, f'teacher-{solver}-{nfe}', teacher, 'teacher', solver, solver_steps, nfe, images, rulers
+            runner, f'teacher-{solver}-{nfe}', teacher, 'teacher', solver, solver_steps, nfe, images, rulers
         )
 
-    with workers(story, jobs) as pool:
+    with workers(runner, jobs) as pool:
         teachers = [
             pool.submit(of_teacher, *row) for row in reversed(TEACHER_ROWS)
         ]  # the longest first, so that no core waits at the end
@@ -126,11 +135,11 @@ def story_of(story: Story, scale: float, jobs: int) -> list[dict]:
         return [future.result() for future in (*reversed(teachers), *students)]
 
 
-def report(story: Story, rows: list[dict], minutes: float) -> None:
+def report(runner: Runner, rows: list[dict], minutes: float) -> None:
     """results.json, table.md, the pictures and report.html."""
     from experiments import report as pages
 
-    story.path('results.json').write_text(json.dumps(rows, indent=2) + '\n')
+    runner.path('results.json').write_text(json.dumps(rows, indent=2) + '\n')
     header = ['Model', 'Solver', 'NFE', 'Distance (95 % interval)', 'PCA ruler', 'Random ruler', 'Seconds']
     cells = [
         [
@@ -144,38 +153,38 @@ def report(story: Story, rows: list[dict], minutes: float) -> None:
         ]
         for r in rows
     ]
-    story.path('table.md').write_text(pages.markdown_table(header, cells))
+    runner.path('table.md').write_text(pages.markdown_table(header, cells))
 
     names = [f'teacher-{r["solver"]}-{r["nfe"]}' if r['model'] == 'teacher' else r['model'] for r in rows]
     for name in names:
         pages.write_grid(
-            sorted(map(str, story.path('samples', name).glob('*.png')))[:SHOWN],
-            str(story.path(f'samples-{name}.png')),
+            sorted(map(str, runner.path('samples', name).glob('*.png')))[:SHOWN],
+            str(runner.path(f'samples-{name}.png')),
         )
     shown = ['teacher-euler-8', 'student-8', 'direct-8', 'teacher-heun-511']
     captions = dict(
         zip(names, (f'{r["model"]}, {r["nfe"]} evaluations: distance {r["distance"]:.3g}' for r in rows))
     )
     pages.write_side_by_side(
-        {captions[name]: str(story.path(f'samples-{name}.png')) for name in shown},
-        str(story.path('samples.png')),
+        {captions[name]: str(runner.path(f'samples-{name}.png')) for name in shown},
+        str(runner.path('samples.png')),
     )
     runs = ['teacher', *(r['model'] for r in rows if r['model'] != 'teacher')]
     losses, distances = {}, {}
     for run in runs:
-        stats = pages.read_jsonl(story.path(run, 'stats.jsonl'))[1:]
+        stats = pages.read_jsonl(runner.path(run, 'stats.jsonl'))[1:]
         key = next(f'Loss/{loss}' for loss in ('diffusion', 'cd', 'direct') if f'Loss/{loss}' in stats[0])
         losses[run] = ([s['Progress/kimg']['mean'] for s in stats], [s[key]['mean'] for s in stats])
         records = [
             record
-            for record in pages.read_jsonl(story.path(run, 'metrics-val.jsonl'))
+            for record in pages.read_jsonl(runner.path(run, 'metrics-val.jsonl'))
             if record['fid'] is not None
         ]
         distances[run] = ([r['kimg'] for r in records], [r['fid'] for r in records])
-    pages.write_curves(losses, str(story.path('loss.png')), 'training loss')
+    pages.write_curves(losses, str(runner.path('loss.png')), 'training loss')
     pages.write_curves(
         distances,
-        str(story.path('distance.png')),
+        str(runner.path('distance.png')),
         'distance of 512 samples',
         {
             f'teacher, NFE {r["nfe"]} ({r["images"]} samples)': r['distance']
@@ -186,7 +195,8 @@ def report(story: Story, rows: list[dict], minutes: float) -> None:
 
     captions = [f'{r["model"]}, {r["solver"]}, {r["nfe"]} evaluations' for r in rows]
     grids = ''.join(
-        pages.embed(str(story.path(f'samples-{name}.png')), caption) for name, caption in zip(names, captions)
+        pages.embed(str(runner.path(f'samples-{name}.png')), caption)
+        for name, caption in zip(names, captions)
     )
     rulers = '; '.join(f'<b>{name}</b>: {text}' for name, text in digits.RULERS.items())
     who = '; '.join(
@@ -203,11 +213,13 @@ def report(story: Story, rows: list[dict], minutes: float) -> None:
     sections = [
         ('', note + pages.html_table(header, cells)),
         ('Samples, from the same seeds', f'<div class="grids">{grids}</div>'),
-        ('Distance during training', pages.embed(str(story.path('distance.png')), css='wide')),
-        ('Loss', pages.embed(str(story.path('loss.png')), css='wide')),
-        ('Commands', f'<pre>{pages.html.escape(chr(10).join(story.commands))}</pre>'),
+        ('Distance during training', pages.embed(str(runner.path('distance.png')), css='wide')),
+        ('Loss', pages.embed(str(runner.path('loss.png')), css='wide')),
+        ('Commands', f'<pre>{pages.html.escape(chr(10).join(runner.commands))}</pre>'),
     ]
-    pages.write_page(str(story.path('report.html')), 'A teacher in 511 evaluations, a student in 8', sections)
+    pages.write_page(
+        str(runner.path('report.html')), 'A teacher in 511 evaluations, a student in 8', sections
+    )
 
 
 @click.command(cls=cli.Command)
@@ -241,14 +253,14 @@ def main(outdir, scale, jobs):
     make_outdir(outdir)
     if any(outdir.iterdir()):
         raise UserError(f'--outdir={outdir} is not empty: remove it, or choose another folder.')
-    story = Story(outdir, threads=max((os.cpu_count() or 1) // jobs, 1))
-    rows = tell(
-        story, lambda: story_of(story, scale, jobs), f'remove --outdir={outdir} before you begin again.'
+    runner = Runner(outdir, threads=max((os.cpu_count() or 1) // jobs, 1))
+    rows = run_interruptibly(
+        runner, lambda: run_demo(runner, scale, jobs), f'remove --outdir={outdir} before you begin again.'
     )
     minutes = (time.monotonic() - start) / 60
-    report(story, rows, minutes)
-    print('\n' + story.path('table.md').read_text())
-    print(f'{minutes:.1f} minutes. Open {story.path("report.html")} for the samples, curves and commands.')
+    report(runner, rows, minutes)
+    print('\n' + runner.path('table.md').read_text())
+    print(f'{minutes:.1f} minutes. Open {runner.path("report.html")} for the samples, curves and commands.')
 
 
 if __name__ == '__main__':

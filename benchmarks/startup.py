@@ -20,7 +20,7 @@ if __name__ == '__main__':
 
 from benchmarks.common import ROOT, block, in_turns, least, table
 from dnnlib import cli
-from experiments import digits, story
+from experiments import digits, runner
 
 EVENTS = {'data ready': 'Data: ', 'training begins': 'Training for ', 'first step done': 'tick 0 '}
 
@@ -77,7 +77,7 @@ def time_trainings(rounds: int, folder: Path) -> dict[str, dict[str, float]]:
             f'--outdir={folder / f"student-{attempt}"}',
         ]
         found.setdefault('teacher', []).append(time_training(*teacher))
-        snapshot = story.newest_snapshot(folder / f'teacher-{attempt}')
+        snapshot = runner.newest_snapshot(folder / f'teacher-{attempt}')
         found.setdefault('8-step student', []).append(time_training(*student, f'--teacher={snapshot}'))
     return {
         name: {event: min(run[event] for run in runs) for event in EVENTS} for name, runs in found.items()

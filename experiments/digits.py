@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dnnlib.downloads import file_sha256, pinned
-from experiments.story import Ruler, Story
+from experiments.runner import Ruler, Runner
 from training.objectives import OBJECTIVES
 
 RULERS = dict(
@@ -60,22 +60,22 @@ def student_options(objective: str, S: int | None = None) -> list[str]:
     ]
 
 
-def prepare(story: Story) -> tuple[Path, dict[str, Ruler]]:
+def prepare(runner: Runner) -> tuple[Path, dict[str, Ruler]]:
     """Data, rulers and their reference statistics, where they are not there yet; returns the data set and the
     rulers, the classifier first."""
-    data, file = story.path('digits.zip'), lambda name: str(story.path('rulers', name))
+    data, file = runner.path('digits.zip'), lambda name: str(runner.path('rulers', name))
     rulers = {name: Ruler(file(f'{name}.npz'), file(f'{name}.pt')) for name in RULERS}
     if not data.exists():
-        story.run('data', 'dataset_tool.py', '--source=digits', f'--dest={data}')
+        runner.run('data', 'dataset_tool.py', '--source=digits', f'--dest={data}')
     if not all(Path(ruler.detector).exists() for ruler in rulers.values()):
-        story.run('rulers', '-m', 'metrics.rulers', f'--data={data}', f'--outdir={story.path("rulers")}')
+        runner.run('rulers', '-m', 'metrics.rulers', f'--data={data}', f'--outdir={runner.path("rulers")}')
     rulers = {
         name: ruler._replace(detector=pinned(ruler.detector, file_sha256(ruler.detector)))
         for name, ruler in rulers.items()
     }
     for ruler in rulers.values():
         if not Path(ruler.ref).exists():
-            story.run(
+            runner.run(
                 'rulers',
                 'fid.py',
                 'ref',

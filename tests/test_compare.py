@@ -24,7 +24,7 @@ import train
 from dnnlib import EasyDict, UserError
 from experiments import comparison, digits, report
 from experiments.comparison import Request, plan
-from experiments.story import Ruler, Story, newest_snapshot, tell
+from experiments.runner import Ruler, Runner, newest_snapshot, run_interruptibly
 from training import checkpoint, configuration
 from training.networks import edm2 as networks_edm2
 from training.objectives import OBJECTIVES
@@ -251,7 +251,7 @@ def test_networks_that_no_options_make_are_refused(fixtures, name):
 # Doing it, with scripts that only pretend.
 
 
-class PretendStory(Story):
+class PretendRunner(Runner):
     """Commands leave the files that the real ones would; those whose words contain `broken` fail."""
 
     broken = None
@@ -291,13 +291,13 @@ def pretend(outdir, objectives=('direct', 'ect'), broken=None, rulers=RULERS, **
         *plan(request(objectives, (1, 2), 100, batch=16, **kwargs)),
     ]
     compare.settle(outdir, SETTINGS, [t for m in models if m.training for t in m.training.chain])
-    story = PretendStory(outdir, 1)
-    story.broken = broken
+    runner = PretendRunner(outdir, 1)
+    runner.broken = broken
     results = compare.Results(outdir / 'results.json', list(rulers))
     failures = compare.do_all(
-        story, compare.jobs_of(story, models, 'digits.zip', 'teacher.pkl', rulers, 40, 64, results), 1
+        runner, compare.jobs_of(runner, models, 'digits.zip', 'teacher.pkl', rulers, 40, 64, results), 1
     )
-    return story.commands, results, failures
+    return runner.commands, results, failures
 
 
 def scripts(commands, script):
@@ -415,7 +415,7 @@ def test_the_longest_jobs_come_first(tmp_path):
     """511 evaluations of 6,000 images are more than a training of 8,000 for each of 128 places; a few samples of the teacher are least."""
     models = [*comparison.teacher_models([1, 8], 256), *plan(request(('ect', 'direct'), (1, 8)))]
     jobs = compare.jobs_of(
-        Story(tmp_path, 1),
+        Runner(tmp_path, 1),
         models,
         'd',
         't',
@@ -530,24 +530,24 @@ def test_a_signal_ends_a_script_and_what_it_runs(tmp_path, script):
 
 def test_an_interruption_ends_what_runs_and_begins_nothing_more(tmp_path):
     """Ctrl-C, twice, while a command is at work that would take a minute."""
-    story = Story(tmp_path, 1)
+    runner = Runner(tmp_path, 1)
 
     def long():
         threading.Timer(0.5, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]).start()
-        story.run('a', '-c', 'import time; time.sleep(60)')
+        runner.run('a', '-c', 'import time; time.sleep(60)')
 
     start = time.monotonic()
     with pytest.raises(UserError, match='Interrupted: try again'):
-        tell(
-            story,
+        run_interruptibly(
+            runner,
             lambda: compare.do_all(
-                story, [(2, 'a', long), (1, 'b', lambda: story.run('b', '-c', 'pass'))], 1
+                runner, [(2, 'a', long), (1, 'b', lambda: runner.run('b', '-c', 'pass'))], 1
             ),
             'try again',
         )
-    assert time.monotonic() - start < 30 and story.stopped and len(story.commands) == 1
+    assert time.monotonic() - start < 30 and runner.stopped and len(runner.commands) == 1
     with pytest.raises(UserError, match='not begun'):
-        story.run('c', '-c', 'pass')
+        runner.run('c', '-c', 'pass')
 
 
 # ----------------------------------------------------------------------------

@@ -1,17 +1,17 @@
-"""How networks are run, which changes their speed and memory and not what they are: precision, memory format,
-checkpointing, compilation."""
+"""How networks run, which affects speed and memory only: precision, memory format, checkpointing,
+compilation."""
 
 from __future__ import annotations
 
 import torch
 
-COMPILATIONS = 64  # far more than a run needs: beyond them PyTorch would go on eagerly, with a warning
+COMPILATIONS = 64  # far more than a run needs; beyond this limit PyTorch falls back to eager mode
 PRECISIONS = ('fp32', 'fp16', 'bf16', 'fp64')
 
 
 def in_precision(net: torch.nn.Module, precision: str) -> torch.nn.Module:
-    """The network, set to compute in one of PRECISIONS; its weights are FP32, or FP64 with fp64. Copies and
-    snapshots of it do likewise."""
+    """Make the network, its copies and snapshots compute in one of PRECISIONS; weights are FP32, or FP64 for
+    fp64."""
     for part in networks_in(net):
         part.use_fp16, part.use_bf16 = precision == 'fp16', precision == 'bf16'
     return net.double() if precision == 'fp64' else net
@@ -25,20 +25,18 @@ def run_with(
     compiled: bool = False,
     cuda_graphs: bool = False,
 ) -> torch.nn.Module:
-    """The network, in place, set to run in a certain way, which copies and snapshots of it know nothing of.
+    """Set how the network runs, in place; its copies and snapshots are not affected.
 
     Args:
-        channels_last: channels of an image lie next to each other in memory inside.
-        checkpoint_activations: a backward pass keeps what goes in and out of the U-Net's blocks and computes
-            the rest again.
-        compiled: by `torch.compile`, at the first calls: once with gradients and once without, and again for
-            batches of any size where another size follows the first. Noise levels are tensors, so a new
-            level, or T, compiles nothing.
-        cuda_graphs: what is compiled for a GPU is launched as CUDA graphs; for networks whose answer is used
-            up before the next call.
+        channels_last: use the channels-last memory format inside.
+        checkpoint_activations: keep only inputs and outputs of the U-Net's blocks for the backward pass, and
+            recompute the rest.
+        compiled: apply `torch.compile` at the first calls: with gradients, without, and once more for dynamic
+            batch sizes when a second size occurs. Noise levels are tensors and cause no recompilation.
+        cuda_graphs: launch compiled GPU code as CUDA graphs; for networks whose output is consumed before
+            the next call.
     """
-    # They are of one class, and PyTorch counts what is compiled for all of them together: sizes, with
-    # gradients and without
+    # PyTorch counts compilations per class, over all networks, sizes and gradient modes together.
     if compiled:
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, COMPILATIONS)
     for part in networks_in(net):
@@ -49,11 +47,10 @@ def run_with(
 
 
 def hold_in_half(net: torch.nn.Module) -> torch.nn.Module:
-    """The network, in place, whose convolutions hold their weights in the half precision that they compute
-    in; for one that is only asked.
+    """Store convolution weights in the half precision of their computation, in place, for a frozen network.
 
-    They are rounded before instead of at every call, so the answers are the same, bit for bit. EDM2's weights
-    stay as they are, since they are normalized in FP32 at every call.
+    Weights are rounded once instead of at every call, so outputs are the same bit for bit. EDM2's weights
+    remain FP32, because they are normalized in FP32 at every call.
     """
     from training.networks import Conv2d
 
@@ -70,10 +67,10 @@ def hold_in_half(net: torch.nn.Module) -> torch.nn.Module:
 
 
 def networks_in(net: torch.nn.Module) -> list[torch.nn.Module]:
-    """The denoisers with a U-Net of their own: `net`, or the two that it is made of."""
+    """The denoisers with a U-Net: `net`, or the two that it consists of."""
     return [net] if hasattr(net, 'model') else [net.high, net.low]
 
 
 def is_on_gpu(net: torch.nn.Module) -> bool:
-    """Whether it computes there."""
+    """Whether the network is on a GPU."""
     return next(net.parameters()).is_cuda

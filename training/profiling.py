@@ -1,4 +1,4 @@
-"""A Chrome trace of some steps of a run, for chrome://tracing or https://ui.perfetto.dev."""
+"""Chrome trace of some training steps, for chrome://tracing or https://ui.perfetto.dev."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch.profiler import ProfilerActivity, record_function
 
 from dnnlib.util import temporary_folder
 
-WARM_UP = 2  # steps before the first one that is recorded: by then memory is taken and kernels are chosen
+WARM_UP = 2  # steps before recording: by then memory is allocated and kernels are chosen
 
 
 class StepProfile:
-    """Records some steps after the first two; a context, in which `step` follows every step.
+    """Records steps after a warm-up; a context manager whose `step` is called after every training step.
 
-    The file is `profile-<kimg>.json.gz`, after the images seen at its end. In it the loop's parts have their
-    names, and so have the networks' calls. Of a training that ends before, there is what was recorded.
+    Writes `profile-<kimg>.json.gz`, named by the images seen at its end, with names for the parts of the loop
+    and the networks' calls. A training that ends early writes what was recorded.
 
     Args:
-        steps: how many; 0 records nothing.
-        run_dir: where the file goes.
-        networks: names of calls with gradients and without, and whose they are.
-        say: takes a line for people.
+        steps: number of steps to record; 0 disables recording.
+        run_dir: output folder.
+        networks: networks by the names of their calls (with gradients, without).
+        say: function that logs a line.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class StepProfile:
             self._finish()
 
     def part(self, name: str):
-        """A context whose operations are shown under that name."""
+        """A context whose operations appear under that name."""
         return record_function(name) if self._profiler is not None else contextlib.nullcontext()
 
     def step(self, nimg: int) -> None:
-        """A step is over, and `nimg` images were seen."""
+        """Called after each step, with the images seen."""
         if self._done == WARM_UP + self._steps:
             return
         self._done, self._nimg = self._done + 1, nimg
@@ -68,7 +68,7 @@ class StepProfile:
         self._profiler.start()
 
     def _name_calls(self, network: torch.nn.Module, with_gradients: str, without: str) -> None:
-        """By what a call goes through before anything else; what is compiled would not see hooks."""
+        """Wrap what every call goes through first; compiled networks would bypass hooks."""
         before, call = network._compiled_call_impl, network._compiled_call_impl or network._call_impl
 
         def named(*args, **kwargs):

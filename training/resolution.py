@@ -1,9 +1,8 @@
-"""Whether the precision of a network resolves what its loss compares: two outputs of it, at times that come
-ever closer.
+"""Whether a network's precision resolves the two outputs that its loss compares, at ever closer times.
 
-The gradient of such a loss goes by the difference of the outputs at t and r, which shrinks with 1 − r/t,
-while the rounding inside the network stays. Measured by `benchmarks/precision.py`: see docs/performance.md,
-'What precision a self-target needs'.
+The gradient of such a loss follows the difference of the outputs at t and r, which shrinks with 1 − r/t,
+while rounding inside the network stays. Measured by `benchmarks/precision.py`; see docs/performance.md, 'What
+precision a self-target needs'.
 """
 
 from __future__ import annotations
@@ -12,27 +11,25 @@ import torch
 
 from training.objectives import OBJECTIVES
 
-# Largest relative error of rounding. Where 1 − r/t is as small, the gradient's cosine with that in FP64 is
-# about 0.6 or less on three of four networks.
+# Largest relative rounding error. If 1 − r/t is as small, the gradient's cosine with its FP64 value is about
+# 0.6 or less on three of four networks.
 ROUNDING = dict(bf16=2.0**-8, fp16=2.0**-11, tf32=2.0**-11, fp32=2.0**-24, fp64=2.0**-53)
 
 
 def arithmetic(precision: str, tf32: bool) -> str:
-    """Which of ROUNDING products inside the network are rounded to."""
+    """Key of ROUNDING for products inside the network."""
     return 'tf32' if precision == 'fp32' and tf32 else precision
 
 
 def unresolved_gap(c, teacher: torch.nn.Module | None) -> str | None:
-    """A warning where the pairs of the run's last step are closer than the network's numbers, as its gradient
-    then is noise for the most part.
+    """A warning if the pairs of the last step are closer than rounding, so that the gradient is mostly noise.
 
     Args:
         c: configuration of the run.
         teacher: the network of `c.teacher`.
     """
-    perceptual = (
-        torch.nn.Identity() if getattr(c.loss, 'cm_loss', None) == 'lpips' else None
-    )  # its weights do not matter here
+    # The weights of LPIPS do not matter here.
+    perceptual = torch.nn.Identity() if getattr(c.loss, 'cm_loss', None) == 'lpips' else None
     state = OBJECTIVES[c.objective].module().setup(c.loss, teacher, perceptual=perceptual)
     last_nimg = (-(-c.total_nimg // c.batch_size) - 1) * c.batch_size
     gap, kind = state.self_target_gap(last_nimg), arithmetic(c.precision, c.tf32)

@@ -1,5 +1,5 @@
-"""Stories told by the scripts themselves, as demo.py and compare.py do: commands that are shown and run,
-several side by side."""
+"""Run commands of this repository, print each, and run several in parallel; shared by demo.py and
+compare.py."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ T = TypeVar('T')
 
 
 @dataclass
-class Story:
-    """Runs commands of the repository and remembers them.
+class Runner:
+    """Runs and records commands of the repository.
 
     Args:
-        outdir: folder for what they write.
-        threads: what each command may use while several run side by side.
-        record: file to which every command is appended as well.
+        outdir: output folder.
+        threads: CPU threads per command while several run in parallel.
+        record: file to which every command is appended.
     """
 
     outdir: Path
@@ -44,9 +44,8 @@ class Story:
     record: Path | None = None
     commands: list[str] = field(default_factory=list)
     running: set[subprocess.Popen] = field(default_factory=set)
-    lock: threading.RLock = field(
-        default_factory=threading.RLock
-    )  # a second signal may come while the first stops the story
+    # Reentrant: a second signal may arrive while the first is handled.
+    lock: threading.RLock = field(default_factory=threading.RLock)
     stopped: bool = False
 
     def say(self, line: str) -> None:
@@ -54,8 +53,8 @@ class Story:
             print(printable(line, LONGEST_MESSAGE), flush=True)
 
     def run(self, name: str, *arguments, threads: int | None = None) -> str:
-        """Run `python <arguments>`; its lines appear behind [name], and its stdout is returned. Raises:
-        UserError where it fails."""
+        """Run `python <arguments>`, printing its lines after [name]. Returns: its output. Raises:
+        UserError."""
         script = [os.path.relpath(ROOT / arguments[0])] if arguments[0].endswith('.py') else [arguments[0]]
         shown = ['python', *script, *map(str, arguments[1:])]
         env = dict(
@@ -64,6 +63,8 @@ class Story:
             PYTHONUNBUFFERED='1',
             PYTHONPATH=str(ROOT),
         )
+
+        # Start under the lock, so that `stop` finds every process.
         with self.lock:
             if self.stopped:
                 raise UserError(f'`{shlex.join(shown)}` was not begun.')
@@ -80,6 +81,8 @@ class Story:
                 stderr=subprocess.STDOUT,
             )
             self.running.add(process)
+
+        # Pass its output on.
         lines = []
         for line in process.stdout:
             lines.append(line.rstrip())
@@ -93,7 +96,7 @@ class Story:
         return '\n'.join(lines)
 
     def stop(self) -> None:
-        """End what still runs, and begin nothing more."""
+        """Terminate running commands and start no more."""
         with self.lock:
             self.stopped = True
             running = list(self.running)
@@ -104,24 +107,24 @@ class Story:
         return self.outdir.joinpath(*parts)
 
 
-def tell(story: Story, function: Callable[[], T], cure: str) -> T:
-    """What `function` returns, called in a thread. The keyboard and SIGTERM end what the story runs, and with
-    that the function.
+def run_interruptibly(runner: Runner, function: Callable[[], T], cure: str) -> T:
+    """Call `function` in a thread; Ctrl-C and SIGTERM terminate the runner's commands, and thereby the
+    function.
 
-    Raises: UserError with the `cure` where they have.
+    Returns: its result. Raises: UserError with the `cure` if interrupted.
     """
     signals: list[int] = []
 
     def stop(number, frame):
         signals.append(number)
-        story.stop()
+        runner.stop()
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             future = pool.submit(function)
             while not future.done():
-                time.sleep(0.1)  # a main thread that waits for another one may miss a signal
+                time.sleep(0.1)  # a main thread that blocks on another one may miss a signal
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -131,20 +134,20 @@ def tell(story: Story, function: Callable[[], T], cure: str) -> T:
 
 
 @contextlib.contextmanager
-def workers(story: Story, count: int) -> Iterator[concurrent.futures.Executor]:
-    """Threads for a story's jobs. When an error ends the context, no other job begins, and the commands of
-    those that have are ended."""
+def workers(runner: Runner, count: int) -> Iterator[concurrent.futures.Executor]:
+    """Threads for a runner's jobs. An error in the block cancels pending jobs and terminates running
+    commands."""
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         try:
             yield pool
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            story.stop()
+            runner.stop()
             raise
 
 
 def newest_snapshot(folder: Path) -> Path:
-    """The last of `run_files.saved_snapshots`. Raises: UserError where there is none."""
+    """The newest of `run_files.saved_snapshots`. Raises: UserError if there is none."""
     from training.run_files import saved_snapshots
 
     found = saved_snapshots(folder)
@@ -157,15 +160,14 @@ def newest_snapshot(folder: Path) -> Path:
 
 
 class Ruler(NamedTuple):
-    """How a Fréchet distance is measured: reference statistics, and the detector that they were made with
-    (None: fid.py's own)."""
+    """A Fréchet distance: reference statistics and their feature detector (None: the default of fid.py)."""
 
     ref: str
     detector: str | None
 
 
 def make_outdir(outdir: Path) -> None:
-    """The folder of a story. Raises: UserError where it cannot be made."""
+    """Create the output folder. Raises: UserError."""
     try:
         outdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -173,7 +175,7 @@ def make_outdir(outdir: Path) -> None:
 
 
 def measure(
-    story: Story,
+    runner: Runner,
     name: str,
     network: Path | str,
     solver: str,
@@ -184,16 +186,16 @@ def measure(
     bootstrap: int = 0,
     labels: str | None = None,
 ) -> dict:
-    """Sample a network, and measure the images with every ruler. The images stay in the folder
-    samples/<name>.
+    """Sample a network into samples/<name>, and compute the distance under every detector.
 
     `labels`: as --labels of generate.py.
-    Returns: `images`, `seconds` of sampling; `distance`, and with `bootstrap` its `interval`; the same as
-    `distance_<ruler>` by all rulers but the first.
+    Returns: `images`, `seconds` of sampling; `distance` and, with `bootstrap`, its `interval`; for all
+    detectors but the first, the same as `distance_<name>`.
     """
-    folder, start = story.path('samples', name), time.monotonic()
-    shutil.rmtree(folder, ignore_errors=True)  # of a story that was interrupted
-    story.run(
+    # Sample, from scratch after an interruption.
+    folder, start = runner.path('samples', name), time.monotonic()
+    shutil.rmtree(folder, ignore_errors=True)
+    runner.run(
         name,
         'generate.py',
         f'--network={network}',
@@ -207,8 +209,8 @@ def measure(
     )
     row = dict(images=images, seconds=round(time.monotonic() - start, 1))
     for i, (ruler, (ref, detector)) in enumerate(rulers.items()):
-        result = story.path('samples', f'{name}-{ruler}.json')
-        story.run(
+        result = runner.path('samples', f'{name}-{ruler}.json')
+        runner.run(
             name,
             'fid.py',
             'calc',
