@@ -89,6 +89,7 @@ def mixed_8(pool) -> list[list]:
     ]
 
 
+# fmt: off
 LAYERS = [
     Conv('Conv2d_1a_3x3', 32, 3, stride=2),
     Conv('Conv2d_2a_3x3', 32, 3, padded=False),
@@ -100,38 +101,25 @@ LAYERS = [
     ('Mixed_5b', mixed_35(pooled=32)),
     ('Mixed_5c', mixed_35(pooled=64)),
     ('Mixed_5d', mixed_35(pooled=64)),
-    (
-        'Mixed_6a',
-        [
-            [Conv('branch3x3', 384, 3, stride=2)],
-            [
-                Conv('branch3x3dbl_1', 64),
-                Conv('branch3x3dbl_2', 96, 3),
-                Conv('branch3x3dbl_3', 96, 3, stride=2),
-            ],
-            [halving_pool],
-        ],
-    ),
+    ('Mixed_6a', [
+        [Conv('branch3x3', 384, 3, stride=2)],
+        [Conv('branch3x3dbl_1', 64), Conv('branch3x3dbl_2', 96, 3), Conv('branch3x3dbl_3', 96, 3, stride=2)],
+        [halving_pool],
+    ]),
     ('Mixed_6b', mixed_17(inner=128)),
     ('Mixed_6c', mixed_17(inner=160)),
     ('Mixed_6d', mixed_17(inner=160)),
     ('Mixed_6e', mixed_17(inner=192)),
-    (
-        'Mixed_7a',
-        [
-            [Conv('branch3x3_1', 192), Conv('branch3x3_2', 320, 3, stride=2)],
-            [
-                Conv('branch7x7x3_1', 192),
-                Conv('branch7x7x3_2', 192, (1, 7)),
-                Conv('branch7x7x3_3', 192, (7, 1)),
-                Conv('branch7x7x3_4', 192, 3, stride=2),
-            ],
-            [halving_pool],
-        ],
-    ),
+    ('Mixed_7a', [
+        [Conv('branch3x3_1', 192), Conv('branch3x3_2', 320, 3, stride=2)],
+        [Conv('branch7x7x3_1', 192), Conv('branch7x7x3_2', 192, (1, 7)), Conv('branch7x7x3_3', 192, (7, 1)),
+         Conv('branch7x7x3_4', 192, 3, stride=2)],
+        [halving_pool],
+    ]),
     ('Mixed_7b', mixed_8(average_pool)),
     ('Mixed_7c', mixed_8(max_pool)),
 ]
+# fmt: on
 
 # ----------------------------------------------------------------------------
 # Modules.

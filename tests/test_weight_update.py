@@ -29,7 +29,7 @@ class Problem:
     def step(self, i, factor=1.0, lr=0.01):
         self.flat.weights.grad.zero_()
         loss = self.net(self.batch(i)).square().sum(dim=1) * factor
-        self.update.poison(loss).backward()
+        self.update.mark_nonfinite(loss).backward()
         self.update.step(lr)
 
     def plain_step(self, i, lr=0.01, clip=None):
@@ -109,7 +109,7 @@ def test_one_image_with_a_broken_loss_breaks_the_step_even_where_its_gradient_is
     problem = Problem()
     loss = problem.net(problem.batch(0)).square().sum(dim=1)
     loss = torch.where(torch.arange(5) == 2, torch.tensor(float('inf'), dtype=torch.float64), loss)
-    problem.update.poison(loss).backward()
+    problem.update.mark_nonfinite(loss).backward()
     problem.update.step(0.01)
     assert problem.update.bad_steps.item() == 1 and problem.difference() == 0
 

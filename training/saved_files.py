@@ -1,8 +1,5 @@
-"""The files of a run by their names, and what a file or folder is that is given in the place of one: which
-file to give instead.
-
-Imports no torch.
-"""
+"""Names of a run's files, and advice about a file or folder that is given in place of one. Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -31,8 +28,8 @@ def saved_states(folder: str | os.PathLike) -> list[Path]:
 
 
 def saved_snapshots(folder: str | os.PathLike) -> list[Path]:
-    """The snapshots in a folder, the newest first; not those of power-function averages, which have their
-    width in the name."""
+    """The snapshots in a folder, newest first, without those of power-function averages (width in the
+    name)."""
     return _saved(folder, 'network-snapshot', 'pkl')
 
 
@@ -46,8 +43,7 @@ def _saved(folder: str | os.PathLike, kind: str, suffix: str) -> list[Path]:
 
 
 def check_own_files(folder: str | os.PathLike) -> None:
-    """Raises: UserError where something else lies in the place of a file that a run writes or appends to: a
-    link would lead out of the folder."""
+    """Raises: UserError if a run would write through a link, or anything but a regular file."""
     for path in (Path(folder, name) for name in OWN_FILES):
         if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
             kind = 'a link' if path.is_symlink() else 'a folder' if path.is_dir() else 'no regular file'
@@ -55,8 +51,8 @@ def check_own_files(folder: str | os.PathLike) -> None:
 
 
 def why_no_snapshot(path: str | os.PathLike) -> str | None:
-    """What a file or folder is and what to give instead, to complete 'it ...'; None for a pickle, and where
-    that cannot be told."""
+    """What a file or folder is and what to give instead, to complete 'it ...'; None for a pickle, or if
+    unknown."""
     if os.path.isdir(path):
         return _why_no_folder(path)
     beside = saved_snapshots(Path(path).parent)

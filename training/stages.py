@@ -1,6 +1,5 @@
-"""Progressive distillation from stage to stage. Each is a run of its own in a folder of its own, `S0512`,
-`S0256`, ..., with the states, snapshots and logs of any other run; its teacher is the last snapshot of the
-stage before."""
+"""Progressive distillation in rounds. Each is a run in its own folder, `S0512`, `S0256`, ..., with its own
+states, snapshots and logs; its teacher is the last snapshot of the round before."""
 
 from __future__ import annotations
 

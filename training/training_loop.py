@@ -95,7 +95,7 @@ def accumulate_gradients(
         images, augment_labels = augment_pipe(images, generator=rng.generator('augment'))
     loss = objective.loss(net, images, labels, rng, loss_state, augment_labels)
     training_stats.report(f'Loss/{objective.NAME}', loss)
-    (update.poison(loss) * scale).backward()
+    (update.mark_nonfinite(loss) * scale).backward()
 
 
 def learning_rate(c: EasyDict, nimg: int) -> float:

@@ -1,5 +1,7 @@
-"""From gradients to weights: loss scaling, clipping, the optimizer, and leaving out steps whose numbers are
-broken. Waits for no device."""
+"""From gradients to weights: loss scaling, clipping, the optimizer, and skipping steps that are not finite.
+
+No host/device synchronization.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +11,23 @@ from torch.optim.adam import adam
 from torch_utils import training_stats
 from torch_utils.flat import FlatParameters
 
-DYNAMIC_START, DYNAMIC_MAX, GROWTH_INTERVAL = (
-    2.0**16,
-    2.0**24,
-    2000,
-)  # of the dynamic loss scale; steps between doublings
+# Dynamic loss scale: start, maximum, and finite steps between doublings.
+DYNAMIC_START, DYNAMIC_MAX, GROWTH_INTERVAL = 2.0**16, 2.0**24, 2000
 
 
 class WeightUpdate:
     """Adam or RAdam (Liu et al. 2020) on a network's flat parameters.
 
-    A step whose gradient is not finite changes neither weights nor moments. Gradients are sums over all
-    processes, so every process finds the same. `poison` makes that hold for losses too.
+    A step whose gradient is not finite is skipped: weights and moments stay. Gradients are summed over all
+    processes, so all skip the same steps. `mark_nonfinite` extends this to losses.
 
     Args:
         weights: the parameters, with all gradients in `weights.weights.grad`.
         betas, eps: of the optimizer.
-        loss_scale: factor on the loss, taken out of the gradient again, against underflow in FP16; None:
-            dynamic, halved after every broken step and doubled after 2000 whole ones (Micikevicius et al.
-            2018).
-        grad_clip: largest norm of the gradient; longer ones are shortened. None: no limit.
-        radam: RAdam in Adam's place.
+        loss_scale: factor on the loss against underflow in FP16, divided out of the gradient; None: dynamic,
+            halved after every skipped step and doubled after 2000 finite ones (Micikevicius et al. 2018).
+        grad_clip: clip the global gradient norm to this value; None disables clipping.
+        radam: use RAdam instead of Adam.
     """
 
     def __init__(
@@ -58,17 +56,17 @@ class WeightUpdate:
             [3], dtype=torch.int64, device=device
         ).unbind()
 
-    def poison(self, loss: torch.Tensor) -> torch.Tensor:
-        """The sum of the loss [N], scaled, whose gradient is NaN where any of the values is not finite."""
+    def mark_nonfinite(self, loss: torch.Tensor) -> torch.Tensor:
+        """Scaled sum of the loss [N], whose gradient is NaN if any value is not finite."""
         total = loss.sum()
         return total * (self.scale + 0 * total.detach())
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """New weights from the gradients that have been gathered."""
+        """Update the weights from the accumulated gradients, or skip if they are not finite."""
         gradient = self.weights.grad
         norm = torch.linalg.vector_norm(gradient).float() / self.scale
-        broken = ~(norm < float('inf'))  # infinite, or NaN
+        broken = ~(norm < float('inf'))  # infinite or NaN; a tensor, so that nothing waits for the device
         divisor = self.scale
         if self.grad_clip is not None:
             divisor = divisor * (norm / self.grad_clip).clamp(min=1)
@@ -81,9 +79,10 @@ class WeightUpdate:
         training_stats.report('Progress/grad_norm', norm)
 
     def _step_fused(self, divisor: torch.Tensor, broken: torch.Tensor) -> None:
-        """Adam's fused kernel, which divides gradients itself and does nothing where they are broken. It is
-        called as a function: what `Optimizer.step` does around it takes longer than a small network's
-        kernel."""
+        """Adam's fused kernel, which divides the gradients itself and skips if `broken`.
+
+        Called as a function: the overhead of `Optimizer.step` exceeds the kernel's time for small networks.
+        """
         group, state = self.optimizer.param_groups[0], self.optimizer.state[self.weights]
         adam(
             [self.weights],
@@ -106,8 +105,8 @@ class WeightUpdate:
         )
 
     def _step_and_undo(self, divisor: torch.Tensor, broken: torch.Tensor) -> None:
-        """A step of an optimizer that knows of no broken ones; after those, weights and moments are what they
-        were. Its count of steps goes on."""
+        """Step of an optimizer that cannot skip: restores weights and moments if `broken`, but not its step
+        count."""
         moments = lambda: [self.optimizer.state[self.weights].get(name) for name in ('exp_avg', 'exp_avg_sq')]
         before = [None if value is None else value.clone() for value in (self.weights.data, *moments())]
         self.weights.grad.div_(divisor)
@@ -135,8 +134,11 @@ class WeightUpdate:
         )
 
     def load_state_dict(self, state: dict) -> None:
-        """Inverse of `state_dict`. A fixed loss scale, betas and eps stay as they were chosen. Raises:
-        ValueError for moments of another network."""
+        """Inverse of `state_dict`, except for a fixed loss scale, betas and eps, which keep their current
+        values.
+
+        Raises: ValueError for moments of another network.
+        """
         for name, value in state['optimizer']['state'].get(0, {}).items():
             if value.shape != (self.weights.shape if name != 'step' else ()):
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Two denoisers as one, of which the noise level chooses.
+"""Two denoisers as one, selected by the noise level.
 
 A snapshot carries this file's source, and each of the two networks brings its own, so it imports nothing but
 torch and `torch_utils.persistence`.
@@ -16,11 +16,10 @@ from torch_utils.persistence import persistent_class as persistent
 class Switched(Module):
     """`high` where sigma >= `switch`, `low` below it.
 
-    A truncated consistency model (Lee et al. 2025) is the second stage's network above the dividing time and
-    the frozen first stage's below. Nothing is copied: the two networks stay what and where they are. It has
-    the attributes of networks that samplers and generation look at, `metadata` those of `high`.
-    Raises: ValueError for networks that are not of the same images and labels, that are one and the same, or
-        that are switched themselves.
+    A truncated consistency model (Lee et al. 2025) uses the second stage's network above the dividing time,
+    and the frozen first stage's below. The networks are not copied. Has the attributes that samplers use;
+    `metadata` is that of `high`.
+    Raises: ValueError for networks of different images or labels, the same network twice, or a switched one.
     """
 
     def __init__(self, high, low, switch):
@@ -42,8 +41,11 @@ class Switched(Module):
         self.metadata = getattr(high, 'metadata', {})
 
     def forward(self, x, sigma, class_labels=None, **kwargs):
-        """D [N, C, H, W] of noisy `x` at noise levels `sigma`. A scalar asks one network; levels [N] ask
-        both, without waiting for the device."""
+        """D [N, C, H, W] of noisy `x` at noise levels `sigma`: evaluates one network for a scalar, both for
+        [N].
+
+        Selecting per image on the device avoids synchronization.
+        """
         above = torch.as_tensor(sigma) >= self.switch
         if above.ndim == 0:
             return (self.high if above else self.low)(x, sigma, class_labels, **kwargs)
