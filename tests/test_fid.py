@@ -469,7 +469,7 @@ def test_a_reference_of_another_resolution_is_noted(lab, reference, tmp_path):
         f'--detector={lab[0]}/detector.pt',
         '--num=60',
     )
-    assert 'is of 8x8 images, and these are 16x16' in result.stderr and result.exit_code == 0
+    assert 'is of 8x8 images, but these are 16x16' in result.stderr and result.exit_code == 0
     result = run(
         'calc',
         f'--images={lab[0]}/samples',
@@ -478,7 +478,7 @@ def test_a_reference_of_another_resolution_is_noted(lab, reference, tmp_path):
         f'--detector={lab[0]}/detector.pt',
         '--num=60',
     )
-    assert 'data.zip is of 8x8 images, and these are 16x16' in result.stderr and result.exit_code == 0
+    assert 'data.zip is of 8x8 images, but these are 16x16' in result.stderr and result.exit_code == 0
 
 
 def test_images_compared_with_themselves_are_noted(lab):
@@ -612,7 +612,7 @@ def test_usage_errors_exit_with_2():
         'calc --network=y --seeds=0-9 --seeds=9-12 --ref=z': 'some seeds are given twice',
         'calc --network=y --seeds=0-9,3-4 --ref=z': '3-4 of 12 seeds named twice',
         f'calc --network=y --seeds=7 --seeds={7 + (1 << 32)} --ref=z': f'no seed {7 + (1 << 32)}',
-        'calc --images=x --ref=y --steps=4 --class=1 --disc=vp --force-steps': '--class, --steps, --force-steps, --disc: the images of --images',
+        'calc --images=x --ref=y --steps=4 --class=1 --disc=vp --force-steps': '--class, --steps, --force-steps, --disc: applies to --network',
         'calc --images=x --images=./x --ref=z': '--images: the same path',
         'calc --images=x': '--ref is missing',
         'calc --images=x --ref=y --metrics=is --bootstrap=5': '--bootstrap is for',

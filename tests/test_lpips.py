@@ -322,7 +322,7 @@ WRONG = {
     'code': (lambda files, path: saved({'lin0.model.1.weight': Bomb()}, path), 'not a file of plain tensors'),
     'the same file again': (
         lambda files, path: str(files / 'vgg16.pth'),
-        r'holds features\.0\.bias once more',
+        r'holds features\.0\.bias, which an earlier file also has',
     ),
     'a script besides': (lambda files, path: scripted(Script(), path), 'Give only this file'),
 }

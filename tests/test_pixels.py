@@ -282,7 +282,7 @@ def test_the_handed_photo_is_turned_as_it_is_displayed(tmp_path, fixtures):
     result = CliRunner().invoke(
         dataset_tool.main, [f'--source={fixtures}/faults/exif', f'--dest={tmp_path}/out', '--exif=apply']
     )
-    assert '1 images have an EXIF orientation and were turned' in result.output
+    assert '1 images have an EXIF orientation, which was applied' in result.output
     pixels = np.asarray(Image.open(tmp_path / 'out/00000/img00000000.png')).astype(int)
     np.testing.assert_array_equal(
         pixels, np.asarray(ImageOps.exif_transpose(Image.open(fixtures / 'faults/exif/a.jpg')))
@@ -317,7 +317,7 @@ def test_data_sets_and_images_to_be_measured_count_what_they_do_not_turn(tmp_pat
     )
     describe_run(said.append, c, net, dataset, None, rounds=1, batch_gpu=4)
     assert any(
-        'Note: 3 images have an EXIF orientation, which is ignored' in line and '--exif=apply' in line
+        'Note: 3 images carry an EXIF orientation, which is ignored' in line and '--exif=apply' in line
         for line in said
     )
     source, detector = open_images(folder), lambda images: images.float().mean((2, 3))
@@ -408,7 +408,7 @@ def test_files_of_several_frames_or_pages_are_counted_and_the_first_is_taken(tmp
     pixels, said = converted(tmp_path / 'in')
     assert (
         pixels == 10
-    ).all() and 'Note: 1 files hold several frames or pages, of which the first was taken.' in said
+    ).all() and 'Note: 1 files hold several frames or pages, of which the first was used.' in said
     frames[0].save(tmp_path / 'in' / f'a.{kind}', lossless=True)
     assert 'several frames' not in converted(tmp_path / 'in')[1]
 
