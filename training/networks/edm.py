@@ -400,6 +400,7 @@ class SongUNet(UNet):
             init_attn=init_attn,
         )
 
+        # Embedding of noise level, class and augmentation.
         self.map_noise = (
             FourierEmbedding(noise_channels)
             if embedding_type == 'fourier'
@@ -411,6 +412,7 @@ class SongUNet(UNet):
         self.map_layer0 = Linear(noise_channels, emb_channels, **init)
         self.map_layer1 = Linear(emb_channels, emb_channels, **init)
 
+        # Encoder, with the auxiliary path that `forward` follows by the names of its layers.
         filtered = dict(resample_filter=resample_filter)
         self.enc = ModuleDict()
         width = aux_width = in_channels
@@ -432,9 +434,14 @@ class SongUNet(UNet):
             skips.append(width)
             width = self._encode_level(at, width, model_channels * mult, num_blocks, attention, skips)
 
+        self._build_decoder(width, skips, model_channels, out_channels, num_blocks, decoder_type, filtered)
+
+    def _build_decoder(self, width, skips, model_channels, out_channels, num_blocks, decoder_type, filtered):
+        """`dec`: blocks that consume the encoder's `skips`, then the output layers, at each level for
+        `skip`."""
         self.dec = ModuleDict()
         for level, at, mult, attention in reversed(list(self._levels())):
-            coarsest = level == len(channel_mult) - 1
+            coarsest = level == len(self.channel_mult) - 1
             self._enter_level(at, width, coarsest)
             for i in range(num_blocks + 1):
                 self.dec[f'{at}_block{i}'] = self._block(
@@ -447,7 +454,9 @@ class SongUNet(UNet):
                         out_channels, out_channels, kernel=0, up=True, **filtered
                     )
                 self.dec[f'{at}_aux_norm'] = GroupNorm(num_channels=width, eps=1e-6)
-                self.dec[f'{at}_aux_conv'] = Conv2d(width, out_channels, kernel=3, **init_zero)
+                self.dec[f'{at}_aux_conv'] = Conv2d(
+                    width, out_channels, kernel=3, **self.block_kwargs['init_zero']
+                )
 
     def _embed(self, noise_labels, class_labels, augment_labels):
         emb = self.map_noise(noise_labels)
