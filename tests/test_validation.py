@@ -198,4 +198,4 @@ def test_a_reference_of_another_resolution_is_noted(tmp_path, teacher, rulers):
         f'--network={teacher}',
         f'--outdir={tmp_path}',
     )
-    assert 'is of 16x16 images, and these are 8x8' in result.stderr
+    assert 'is of 16x16 images, but these are 8x8' in result.stderr
