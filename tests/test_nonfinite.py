@@ -646,4 +646,6 @@ def test_a_dump_tells_of_images_of_an_earlier_evaluation(tmp_path, digits, ruler
     result = train_with_evaluations(
         tmp_path / 'run', digits, rulers, f'--val_dump_images_dir={tmp_path / "images"}', '--val_overwrite=1'
     )
-    assert result.exit_code == 0 and f'{folder} holds 1 other images' in result.output, result.output
+    assert result.exit_code == 0 and f'{folder} holds 1 images of an earlier evaluation' in result.output, (
+        result.output
+    )
