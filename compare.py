@@ -382,11 +382,11 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, rulers: Seq
     ]
     about = [
         (
-            lambda o: 'S' in o.options and 'S_start' not in o.stages,
+            lambda o: 'S' in o.options and 'S_start' not in o.own,
             'a student for each number of steps, each with the whole budget.',
         ),
         (
-            lambda o: 'S_start' in o.stages,
+            lambda o: 'S_start' in o.own,
             'one chain of students, which has the budget as a whole; each is what it had made by then.',
         ),
         (lambda o: 'S' not in o.options, 'one model for all columns, sampled in that many stochastic steps.'),
@@ -543,8 +543,9 @@ def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teac
     from data.dataset import ImageFolderDataset
     from data.label_space import LabelSpace
     from dnnlib.downloads import file_sha256, local_path
+    from training import command_line
     from training.checkpoint import load_network
-    from training.configuration import check_teacher
+    from training.starting_point import check_teacher
 
     net = load_network(teacher)
     cond, needy = bool(net.label_dim), comparison.starting_from_weights(objectives)
@@ -553,7 +554,8 @@ def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teac
         if data == DIGITS
         else ImageFolderDataset(data, use_labels=cond)
     )
-    check_teacher(EasyDict(teacher=teacher, data=data, objective='mcd', augment=0), dataset, net)
+    o = command_line.choose(dict(outdir=data, data=data, teacher=teacher, objective='mcd', augment=0.0))
+    check_teacher(o, dataset, net)
     shape = None if 'encoder' in net.metadata else [net.img_channels, net.img_resolution, net.img_resolution]
     options = comparison.network_options(net, needy) if needy else []
     return Teacher(file_sha256(local_path(teacher)), cond, options, shape, labels_for_all(net, dataset))

@@ -58,6 +58,8 @@ class Command(click.Command):
         except click.UsageError as error:
             error.message = printable(error.message, LONGEST_USAGE_ERROR)
             raise
+        except UserError as error:  # from a callback
+            raise click.ClickException(str(error)) from error
 
     def invoke(self, ctx):
         try:
@@ -66,8 +68,12 @@ class Command(click.Command):
             raise click.ClickException(str(error)) from error
 
     def format_options(self, ctx, formatter):
+        self.format_groups(ctx, formatter, self.get_params(ctx))
+
+    def format_groups(self, ctx, formatter, parameters):
+        """Write the parameters under the headings of their groups."""
         groups: dict[str, list] = {}
-        for param in self.get_params(ctx):
+        for param in parameters:
             record = param.get_help_record(ctx)
             if record is not None:
                 groups.setdefault(getattr(param, 'group', None) or 'Options', []).append(record)

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 
 import click
 
-from dnnlib import EasyDict, UserError
+from dnnlib import UserError
 from experiments import digits
+from training import command_line
 from training.objectives import OBJECTIVES
 
 OURS = {
@@ -170,7 +171,7 @@ def plan(request: Request) -> list[Model]:
     single = [
         name
         for name in request.objectives
-        if 'S' in OBJECTIVES[name].options and 'S_start' not in OBJECTIVES[name].stages
+        if 'S' in OBJECTIVES[name].options and 'S_start' not in OBJECTIVES[name].own
     ]
     known = {
         *request.objectives,
@@ -201,7 +202,7 @@ def models_of(request: Request, objective: str, seed: int) -> list[Model]:
             request, name, objective, seed, request.budget - (first.evaluations if first else 0), after=first
         )
         return [Model(objective, seed, training, 0, None, 'cm', steps, steps) for steps in request.steps]
-    if 'S_start' in known.stages:
+    if 'S_start' in known.own:
         training = halving_training(request, name, objective, seed)
         made = [int(folder[1:]) for folder, _ in training.stages]
         return [Model(objective, seed, training, made.index(S), S, 'student', S, S) for S in request.steps]
@@ -326,10 +327,9 @@ def own_options(request: Request, objective: str, S: int | None, fixed: set[str]
 
 def names_of(words: Sequence[str]) -> list[str]:
     """The parameters of train.py that options set."""
-    import train
-
+    command = command_line.TrainCommand('train.py')
     try:
-        _, rest, given = train.main.make_parser(click.Context(train.main, info_name='train.py')).parse_args(
+        _, rest, given = command.make_parser(click.Context(command, info_name='train.py')).parse_args(
             list(words)
         )
     except click.UsageError as error:
@@ -341,18 +341,12 @@ def names_of(words: Sequence[str]) -> list[str]:
     return [parameter.name for parameter in given]
 
 
-def cost_of(name: str, words: Sequence[str]) -> int:
-    """Network evaluations for an image, by the options, which train.py looks at as if it were called with
-    them."""
-    import train
-
+def cost_of(name: str, words: Sequence[str]) -> float:
+    """Network evaluations for an image, by the options."""
     try:
-        context = train.main.make_context('train.py', [f'--outdir={PLACE}', f'--data={PLACE}', *words])
-        opts = EasyDict(context.params)
-        train.check_usage(context, opts)
+        return command_line.parse([f'--outdir={PLACE}', f'--data={PLACE}', *words]).own.cost()
     except click.UsageError as error:
         raise click.UsageError(f'{name}: {error.format_message()}') from error
-    return OBJECTIVES[opts.objective].cost(opts)
 
 
 def teacher_training() -> Training:
@@ -396,8 +390,9 @@ def network_options(net, objectives: Sequence[str]) -> list[str]:
 
     Raises: UserError where there are none.
     """
+    from training.architectures import ARCHITECTURES, EDM2
     from training.checkpoint import constructor_arguments
-    from training.configuration import ARCHITECTURES, EDM2, NETWORK_OPTIONS, as_list, default_of
+    from training.starting_point import NETWORK_OPTIONS, as_list, default_of
 
     kwargs = {
         name: as_list(value)

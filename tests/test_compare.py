@@ -20,12 +20,11 @@ from helpers import ROOT, assert_one_clear_error, run
 from PIL import Image
 
 import compare
-import train
-from dnnlib import EasyDict, UserError
+from dnnlib import UserError
 from experiments import comparison, digits, report
 from experiments.comparison import Request, plan
 from experiments.runner import Ruler, Runner, newest_snapshot, run_interruptibly
-from training import checkpoint, configuration
+from training import checkpoint, command_line, starting_point
 from training.networks import edm2 as networks_edm2
 from training.objectives import OBJECTIVES
 
@@ -49,10 +48,7 @@ def request(objectives=STUDENTS, steps=(1, 2, 4, 8), budget=8000, recipe=True, *
 def parsed(training):
     """What train.py makes of a training's options."""
     words = ['--outdir=x', '--data=x', *training.options, f'{training.start}=x']
-    context = train.main.make_context('train.py', words)
-    opts = EasyDict(context.params)
-    train.check_usage(context, opts)
-    return opts
+    return command_line.parse(words)
 
 
 # ----------------------------------------------------------------------------
@@ -97,13 +93,14 @@ def test_train_py_accepts_every_planned_run_and_makes_as_many_steps_of_it(batch)
     """--duration is in Mimg, --stage_steps in steps: the loop stops at the first step that reaches the former."""
     for model in plan(request(budget=12347, batch=batch, seeds=(5,))):
         for training in model.training.chain:
-            opts = parsed(training)
-            assert (opts.objective, opts.batch, opts.seed, opts.cond) == (training.objective, batch, 5, True)
+            o = parsed(training)
+            run = o.run
+            assert (run.objective, run.batch, run.seed, run.cond) == (training.objective, batch, 5, True)
             if training.objective == 'pd':
-                assert training.steps == opts.stage_steps * 9
+                assert training.steps == o.own.stage_steps * 9
             else:
-                assert -(-round(opts.duration * 1e6) // batch) == training.steps
-            assert OBJECTIVES[training.objective].cost(opts) == training.cost
+                assert -(-round(run.duration * 1e6) // batch) == training.steps
+            assert o.own.cost() == training.cost
 
 
 def test_students_of_a_fixed_grid_are_trained_for_each_number_of_steps_and_consistency_models_once():
@@ -111,7 +108,7 @@ def test_students_of_a_fixed_grid_are_trained_for_each_number_of_steps_and_consi
     assert len(models) == 36
     assert len({m.training for m in models.values() if m.objective == 'direct'}) == 4
     assert [models[f'direct-seed0-{n}'].S for n in (1, 2, 4, 8)] == [1, 2, 4, 8]
-    assert [parsed(models[f'mcd-seed0-{n}'].training).S for n in (1, 2, 4, 8)] == [1, 2, 4, 8]
+    assert [parsed(models[f'mcd-seed0-{n}'].training).own.S for n in (1, 2, 4, 8)] == [1, 2, 4, 8]
     for name in ('cm-cd', 'cm-ct', 'ict', 'ect', 'tcm'):
         assert len({m.training for m in models.values() if m.objective == name}) == 1
         assert {(m.solver, m.S) for m in models.values() if m.objective == name} == {('cm', None)}
@@ -135,8 +132,8 @@ def test_progressive_distillation_is_one_chain_whose_students_are_its_entries():
         4: 'S0004',
         8: 'S0008',
     }
-    opts = parsed(training)
-    assert (opts.S_start, opts.S, opts.stage_steps) == (64, 1, 177)
+    own = parsed(training).own
+    assert (own.S_start, own.S, own.stage_steps) == (64, 1, 177)
     assert [m.nfe for m in plan(request(('pd',), steps=(2, 8)))] == [2, 8]
     for steps in ((3, 8), (1, 3, 4)):
         with pytest.raises(click.UsageError, match='pd'):
@@ -170,9 +167,9 @@ def test_options_for_one_objective_or_one_student_change_that_one_and_its_cost()
         m.name: m for m in plan(request(('direct', 'mcd', 'mct'), for_all=['--lr=3e-4'], for_some=chosen))
     }
     assert [models[f'direct-seed0-{n}'].training.cost for n in (1, 2, 4, 8)] == [7, 7, 7, 15]
-    assert [parsed(models[f'direct-seed0-{n}'].training).top_mass for n in (4, 8)] == [0.5, 1]
+    assert [parsed(models[f'direct-seed0-{n}'].training).own.top_mass for n in (4, 8)] == [0.5, 1]
     assert models['mcd-seed0-4'].training.cost == 5.75 and models['mct-seed0-4'].training.cost == 4
-    assert all(parsed(m.training).lr == 3e-4 for m in models.values())
+    assert all(parsed(m.training).run.lr == 3e-4 for m in models.values())
 
 
 @pytest.mark.parametrize(
@@ -227,11 +224,9 @@ def test_options_that_describe_a_network_make_one_that_takes_all_of_its_weights(
         else checkpoint.load_network(fixtures / f'{name}.pkl')
     )
     words = ['--outdir=x', '--data=x', '--objective=ect', *comparison.network_options(net, ['ect'])]
-    context = train.main.make_context('train.py', words)
-    opts = EasyDict(context.params, edm2=name.startswith('edm2'), precision='fp32')
-    train.check_usage(context, opts)
+    o = command_line.parse(words)
     dataset = SimpleNamespace(resolution=net.img_resolution, label_dim=net.label_dim)
-    made = configuration.network_from_scratch(opts, dataset, net.img_channels)
+    made = starting_point.network_from_scratch(o, dataset, net.img_channels)
     ours = checkpoint.NETWORKS[made.class_name](**made.kwargs)
     shapes = lambda network: {
         key: value.shape for key, value in network.state_dict().items() if 'augment' not in key

@@ -14,7 +14,7 @@ from latents import npy, random_latents
 import train
 from data.dataset import ImageFolderDataset
 from dnnlib import EasyDict
-from training import configuration
+from training import same_run
 from training.checkpoint import load_network, load_state, save_snapshot
 from training.networks import edm2 as networks_edm2
 from training.objectives import OBJECTIVES
@@ -522,7 +522,7 @@ def test_networks_record_whether_their_images_are_clamped(tmp_path, digits, opti
 
 def test_options_of_a_run_are_those_of_its_objective_alone():
     assert (
-        configuration.options_of_run(None, 'ect', [])
+        same_run.options_of_run(None, 'ect', [])
         == {}
-        == configuration.options_of_run(dict(objective='mct'), 'ect', [])
+        == same_run.options_of_run(dict(objective='mct'), 'ect', [])
     )

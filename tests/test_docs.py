@@ -16,31 +16,13 @@ from gaussian import Gaussian
 from helpers import ROOT
 from losses import Loss, targets
 
-import compare
-import convert
-import dataset_tool
-import demo
-import edit
-import fid
-import generate
-import reconstruct_phema
-import search
 import train
-import validation
-from benchmarks import __main__ as all_benchmarks
-from benchmarks import checkpoint as checkpoint_benchmark
-from benchmarks import data as data_benchmark
-from benchmarks import frechet as frechet_benchmark
-from benchmarks import images as images_benchmark
-from benchmarks import memory, mutants, sampling, scaling, startup, step
-from benchmarks import precision as precision_benchmark
-from benchmarks import state as state_benchmark
-from dnnlib import EasyDict
-from metrics import rulers
+from dnnlib import EasyDict, options
+from docs import generate_options
 from torch_utils import training_stats
 from torch_utils.flat import FlatParameters
+from training import command_line, networks
 from training import consistency_ops as ops
-from training import networks
 from training.objectives import OBJECTIVES
 from training.phema import WeightAverages
 from training.rng import SampleRng
@@ -48,35 +30,7 @@ from training.training_loop import network_stats, tick_stats
 from training.weight_update import WeightUpdate
 
 PAGES = sorted((ROOT / 'docs').glob('*.md'))
-COMMANDS = {
-    'train.py': train.main,
-    'generate.py': generate.main,
-    'fid.py calc': fid.calc,
-    'fid.py ref': fid.ref,
-    'validation.py': validation.main,
-    'reconstruct_phema.py': reconstruct_phema.main,
-    'search.py': search.main,
-    'dataset_tool.py': dataset_tool.main,
-    'demo.py': demo.main,
-    'compare.py': compare.main,
-    'convert.py': convert.main,
-    'convert.py info': convert.info,
-    **{f'edit.py {name}': command for name, command in edit.main.commands.items()},
-    'python -m benchmarks': all_benchmarks.main,
-    'benchmarks/step.py': step.main,
-    'benchmarks/scaling.py': scaling.main,
-    'benchmarks/memory.py': memory.main,
-    'benchmarks/sampling.py': sampling.main,
-    'benchmarks/startup.py': startup.main,
-    'benchmarks/data.py': data_benchmark.main,
-    'benchmarks/precision.py': precision_benchmark.main,
-    'benchmarks/frechet.py': frechet_benchmark.main,
-    'benchmarks/images.py': images_benchmark.main,
-    'benchmarks/checkpoint.py': checkpoint_benchmark.main,
-    'benchmarks/state.py': state_benchmark.main,
-    'benchmarks/mutants.py': mutants.main,
-    'python -m metrics.rulers': rulers.main,
-}
+COMMANDS = {name: generate_options.command(name) for name in generate_options.COMMANDS}
 # Options of torchrun and srun.
 FOREIGN = {
     'standalone',
@@ -111,50 +65,10 @@ def blocks(page, language):
 # Options.
 
 
-def options_of(command):
-    return [
-        parameter
-        for parameter in command.params
-        if isinstance(parameter, click.Option) and not parameter.hidden
-    ]
-
-
-def documented_default(option):
-    """What options.md has in its second column."""
-    if told := re.search(r'\[default: (.*?)\]', option.help):
-        return told[1]
-    if option.required:
-        return 'required'
-    if option.secondary_opts:
-        return 'on'
-    if option.is_flag:
-        return 'off'
-    return str(option.default) if option.show_default else 'none'
-
-
-def documented_start(option):
-    """The beginning of an option's line in options.md: name, default, the words of --help."""
-    names = ', '.join(f'`{name}`' for name in [*option.opts, *option.secondary_opts] if name.startswith('--'))
-    words = re.sub(r'\s*\[default: .*?\]', '', option.help)
-    return f'| {names} | {documented_default(option)} | {words}'
-
-
-@pytest.mark.parametrize('name', COMMANDS)
-def test_options_md_lists_every_option_with_its_default_under_the_headings_of_help(name):
-    text = (ROOT / 'docs' / 'options.md').read_text()
-    section = text.partition(f'\n## `{name}`\n')[2].partition('\n## ')[0]
-    lines = [line for line in section.splitlines() if line.startswith(('| `', '### '))]
-    expected, group = [], None
-    for option in options_of(COMMANDS[name]):
-        if option.group and option.group != group:
-            expected.append(f'### {option.group}')
-            group = option.group
-        expected.append(documented_start(option))
-    assert len(lines) == len(expected), f'{name}: options.md and --help list different options'
-    for line, start in zip(lines, expected):
-        assert line.startswith(start), (
-            f'{name}: a line of docs/options.md should begin with\n{start}\nand is\n{line}'
-        )
+def test_options_md_is_what_the_declarations_say():
+    assert (ROOT / 'docs' / 'options.md').read_text() == generate_options.page(), (
+        'run python -m docs.generate_options'
+    )
 
 
 def test_no_page_names_an_option_that_does_not_exist():
@@ -164,7 +78,7 @@ def test_no_page_names_an_option_that_does_not_exist():
         | {
             name[2:]
             for command in COMMANDS.values()
-            for option in options_of(command)
+            for option in generate_options.options_of(command)
             for name in [*option.opts, *option.secondary_opts]
         }
     )
@@ -202,7 +116,7 @@ def test_every_command_parses_and_its_options_go_together():
         try:
             context = COMMANDS[name].make_context(name, list(arguments))
             if name == 'train.py':
-                train.check_usage(context, EasyDict(context.params))
+                command_line.choose(options.given_in(context))
         except click.UsageError as error:
             pytest.fail(f'{page}: {name} {shlex.join(arguments)}: {error.format_message()}')
 

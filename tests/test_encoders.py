@@ -13,13 +13,14 @@ from helpers import FAST, TINY_NETWORK, assert_one_clear_error, run
 from latents import DEVIATIONS, npy, random_latents, save_latent_network, save_vae, use_stand_in
 
 from data.label_space import LabelSpace
-from dnnlib import EasyDict, UserError
+from dnnlib import UserError
 from torch_utils import persistence
+from training import command_line
 from training.checkpoint import load_network, save_snapshot
-from training.configuration import check_teacher
 from training.networks import EDMPrecond, encoders
 from training.networks.encoders import StabilityVAEEncoder, StandardRGBEncoder
 from training.rng import SampleRng
+from training.starting_point import check_teacher
 
 RAW_MEAN, RAW_STD = [5.81, 3.25, 0.12, -2.15], [4.17, 4.62, 3.71, 3.28]  # EDM2's, of ImageNet-512
 
@@ -323,7 +324,8 @@ def test_data_that_do_not_fit_a_teacher_of_latents_are_to_be_encoded(holds_laten
         **vars(data_set(8, holds_latents=holds_latents)), resolution=16, label_space=LabelSpace(0)
     )
     with pytest.raises(UserError, match=cure):
-        check_teacher(EasyDict(teacher='t.pkl', data='d.zip', objective='mcd', augment=0), data, net)
+        o = dict(outdir='x', teacher='t.pkl', data='d.zip', objective='mcd', augment=0.0)
+        check_teacher(command_line.choose(o), data, net)
 
 
 # ----------------------------------------------------------------------------

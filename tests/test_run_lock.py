@@ -17,9 +17,10 @@ import pytest
 from helpers import ROOT, assert_one_clear_error, run
 from runs import Process, assert_same_run, command, ticks
 
-from dnnlib import EasyDict, UserError, identity
+from dnnlib import UserError, identity
 from torch_utils import elastic
-from training import configuration, restart, run_lock
+from training import command_line, restart, run_folder, run_lock
+from training.objectives import OBJECTIVES
 from training.run_files import saved_states
 from training.run_lock import LOCK, RunLock, read_holder
 
@@ -287,21 +288,9 @@ def test_forged_words_in_a_lock_do_not_reach_the_terminal(tmp_path, quick, acqui
 
 
 def test_runs_that_choose_a_numbered_folder_at_the_same_moment_get_numbers_of_their_own(tmp_path):
-    opts = EasyDict(
-        outdir=str(tmp_path),
-        resume=None,
-        nosubdir=False,
-        objective='diffusion',
-        cond=False,
-        arch=None,
-        teacher=None,
-        precond=None,
-        batch=1,
-        precision='fp32',
-        desc=None,
-    )
+    o = options(tmp_path, nosubdir=False).but(batch=1)
     with ThreadPoolExecutor(8) as threads:
-        made = list(threads.map(lambda _: configuration.make_run_dir(opts, 'digits'), range(24)))
+        made = list(threads.map(lambda _: run_folder.make_run_dir(o, 'digits'), range(24)))
     assert (
         sorted(made) == [str(tmp_path / name) for name in names(tmp_path)]
         and len(made) == len(set(made)) == 24
@@ -533,10 +522,12 @@ def launched(monkeypatch, tmp_path):
     return lambda count: monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', str(count))
 
 
-def options(folder, **changed):
-    return EasyDict(
-        dict(outdir=str(folder), nosubdir=True, resume=None, seed=None, val=False, objective='diffusion'),
-        **changed,
+def options(folder, objective='diffusion', nosubdir=True, **given):
+    """The options of a run."""
+    teacher = dict(teacher='x') if OBJECTIVES[objective].teacher else {}
+    nosubdir = dict(nosubdir=True) if nosubdir else {}
+    return command_line.choose(
+        dict(outdir=str(folder), data='x', objective=objective, **nosubdir, **teacher, **given)
     )
 
 
@@ -550,9 +541,8 @@ def test_the_first_attempt_resumes_nothing_and_a_launch_without_restarts_leaves_
 ):
     save(tmp_path, 1)
     launched(0)
-    opts = options(tmp_path)
-    restart.go_on(opts)
-    assert opts == options(tmp_path)
+    o = restart.go_on(options(tmp_path))
+    assert o.run == options(tmp_path).run
     monkeypatch.setenv('TORCHELASTIC_MAX_RESTARTS', '0')
     restart.remember(tmp_path, 7, None)
     assert not (tmp_path / restart.LAUNCH).exists()
@@ -566,14 +556,12 @@ def test_a_restart_resumes_its_own_run_from_the_newest_state_or_begins_again_wit
     launched(0)
     restart.remember(folder, 7, None)
     launched(1)
-    opts = options(tmp_path, nosubdir=False)
-    restart.go_on(opts)
-    assert opts == options(folder, seed=7)
+    o = restart.go_on(options(tmp_path, nosubdir=False))
+    assert o.run == options(folder, seed=7).run
     save(folder, 1, 2)
-    opts = options(tmp_path, nosubdir=False)
-    restart.go_on(opts)
+    o = restart.go_on(options(tmp_path, nosubdir=False))
     assert (
-        opts.resume == str(folder)
+        o.run.resume == str(folder)
         and capsys.readouterr().err.count('Started again by torchrun (restart 1)') == 2
     )
 
@@ -592,9 +580,8 @@ def test_a_restart_does_not_resume_a_run_of_another_launch(tmp_path, launched, m
         dict(passed_over=[1]),
     ):
         (tmp_path / restart.LAUNCH).write_text(json.dumps(record | change))
-        opts = options(tmp_path)
-        restart.go_on(opts)
-        assert opts == options(tmp_path)
+        o = restart.go_on(options(tmp_path))
+        assert o.run == options(tmp_path).run
 
 
 def test_a_restart_of_a_resume_from_an_older_state_does_not_go_on_with_the_course_that_was_given_up(
@@ -605,7 +592,7 @@ def test_a_restart_of_a_resume_from_an_older_state_does_not_go_on_with_the_cours
     launched(0)
     restart.remember(tmp_path, 7, state)
     launched(1)
-    resumed = lambda: (opts := options(tmp_path, resume=state), restart.go_on(opts))[0].resume
+    resumed = lambda: restart.go_on(options(tmp_path, resume=state)).run.resume
     assert resumed() == state
     restart.remember(tmp_path, 7, state)
     save(tmp_path, 2)  # it has come to the same point itself, and was killed before it could delete 3
@@ -619,12 +606,10 @@ def test_a_restart_of_progressive_distillation_resumes_its_stages(tmp_path, laun
     launched(0)
     restart.remember(tmp_path, 7, None)
     launched(1)
-    opts = options(tmp_path, objective='pd')
-    restart.go_on(opts)
-    assert opts == options(tmp_path, objective='pd', seed=7)
+    o = restart.go_on(options(tmp_path, objective='pd'))
+    assert o.run == options(tmp_path, objective='pd', seed=7).run
     (tmp_path / 'S0004').mkdir()
-    restart.go_on(opts)
-    assert opts.resume == str(tmp_path)
+    assert restart.go_on(o).run.resume == str(tmp_path)
 
 
 def test_a_second_run_is_told_who_has_the_folder(tmp_path, digits):

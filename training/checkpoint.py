@@ -29,7 +29,7 @@ import dnnlib
 from data.label_space import LabelSpace
 from dnnlib import EasyDict, UserError
 from dnnlib.limits import JSON_FILE, UNREADABLE
-from dnnlib.schema import Mismatch, check, parse_json
+from dnnlib.schema import Kind, Mismatch, check, parse_json
 from dnnlib.text import printable
 from torch_utils.persistence import HERE_ONLY
 from torch_utils.restricted_pickle import (
@@ -652,15 +652,16 @@ def load_state(path: str | os.PathLike) -> dict:
             ) from error
 
 
-def read_state(path: str | os.PathLike) -> dict:
-    """A training state of a run; `options` is its configuration as a dict. Raises: UserError, naming the file and the entry that cannot be one."""
+def read_state(path: str | os.PathLike, options_kind: Kind = run_schema.OPTIONS) -> dict:
+    """A training state of a run; `options` is its configuration as a dict, of a kind.
+
+    Raises: UserError, naming the file and the entry that cannot be one.
+    """
     state = load_state(path)
     try:
         check(state, run_schema.STATE, 'the state')
         options = check(
-            parse_json(state['options'], JSON_FILE, 'the configuration of a run'),
-            run_schema.OPTIONS,
-            'options',
+            parse_json(state['options'], JSON_FILE, 'the configuration of a run'), options_kind, 'options'
         )
         if state['progress']['tick_start_nimg'] > state['progress']['nimg']:
             raise Mismatch('has a tick that begins after the images that it has seen')

@@ -15,11 +15,13 @@ import re
 import sys
 from pathlib import Path
 
-from dnnlib import EasyDict, identity, schema
+from dnnlib import identity, schema
 from dnnlib.text import printable
 from dnnlib.util import atomic_write
 from torch_utils import distributed, elastic
 from training import run_lock, stages
+from training.command_line import Options
+from training.config import RunConfig
 from training.saved_files import saved_states
 
 LAUNCH = 'launch.json'
@@ -62,63 +64,58 @@ def remember(folder: str, seed: int, resume: str | None) -> None:
     distributed.from_main(write)
 
 
-def go_on(opts: EasyDict) -> None:
-    """Where torchrun has started this process again: change the options to those that resume the same run, or
-    begin it again in its folder."""
+def go_on(o: Options) -> Options:
+    """The options; where torchrun has started this process again, those that resume the same run, or begin it
+    again in its folder."""
     if not elastic.restarts()[1]:
-        return
+        return o
     restarted = max(
         distributed.gather_objects(elastic.restarts()[0])
     )  # each torchrun counts those of its own processes
     if not restarted:
-        return
+        return o
     launch = _launch()
-    changes, line = distributed.from_main(lambda: _changes(opts, launch))
-    opts.update(changes)
+    changes, line = distributed.from_main(lambda: _changes(o, launch))
     distributed.print0(
         printable(f'Started again by torchrun (restart {restarted}): {line}.'), file=sys.stderr
     )
+    return o.but(**changes)
 
 
-def _changes(opts: EasyDict, launch: dict) -> tuple[dict, str]:
+def _changes(o: Options, launch: dict) -> tuple[dict, str]:
     """(options that change, what the run does)."""
-    for folder in _candidates(opts):
+    for folder in _candidates(o.run):
         if (record := _recorded(folder)) is not None and _same(record, launch):
             break
     else:
         return {}, 'no earlier attempt has got as far as a run folder, so it starts as the options say'
-    overwrite = dict(val_overwrite=True) if opts.val else {}
+    overwrite = dict(val_overwrite=True) if o.run.val else {}
+    anew = dict(resume=None, resume_override=False, allow_other_data=False)
     given = record['resume']
     with_states = folder if given is None or os.path.isdir(given) else Path(given).parent
     states, passed_over = saved_states(with_states), dict(map(tuple, record['passed_over']))
     own = [path for path in states if passed_over.get(path.name) != path.stat().st_mtime_ns]
-    if opts.objective == 'pd' and not passed_over and stages.stage_folders(folder):
+    if o.run.objective == 'pd' and not passed_over and stages.stage_folders(folder):
         return dict(overwrite, resume=os.fspath(folder)), f'resuming the stages in {folder}'
     if own:  # a folder's damaged ones are passed over, but so may be those that are not given up
         resume = os.fspath(own[0] if len(own) < len(states) else with_states)
         return dict(overwrite, resume=resume), f'resuming from {own[0]}'
     return (
-        dict(overwrite, resume=None, outdir=os.fspath(folder), nosubdir=True, seed=record['seed']),
+        dict(overwrite, **anew, outdir=os.fspath(folder), nosubdir=True, seed=record['seed']),
         f'it had saved no state, so it begins again in {folder}',
     )
 
 
-def _candidates(opts: EasyDict) -> list[Path]:
+def _candidates(run: RunConfig) -> list[Path]:
     """The folders that the earlier attempt may have trained in."""
-    if opts.resume:
+    if run.resume:
         return [
-            Path(
-                stages.run_folder(opts.resume) if opts.objective == 'pd' else run_lock.folder_of(opts.resume)
-            )
+            Path(stages.run_folder(run.resume) if run.objective == 'pd' else run_lock.folder_of(run.resume))
         ]
-    if opts.nosubdir:
-        return [Path(opts.outdir)]
+    if run.nosubdir:
+        return [Path(run.outdir)]
     return sorted(
-        (
-            path.parent
-            for path in Path(opts.outdir).glob(f'*/{LAUNCH}')
-            if re.match(r'\d+-', path.parent.name)
-        ),
+        (path.parent for path in Path(run.outdir).glob(f'*/{LAUNCH}') if re.match(r'\d+-', path.parent.name)),
         reverse=True,
     )
 

@@ -13,7 +13,7 @@ import torch
 import dnnlib
 from dnnlib import EasyDict, UserError
 from torch_utils import distributed, training_stats
-from training import checkpoint
+from training import checkpoint, recorded
 from training.objectives.loss import State
 from training.phema import WeightAverages, average_name
 from training.saved_files import saved_snapshots, saved_states  # noqa: F401 (people look for both here)
@@ -89,11 +89,11 @@ def load_state(resume: str, report=print) -> tuple[str, dict]:
     Raises: UserError where there is none.
     """
     if not os.path.isdir(resume):
-        return resume, checkpoint.read_state(resume)
+        return resume, checkpoint.read_state(resume, recorded.RECORDED)
     problem = 'it holds no training-state-*.pt'
     for path in saved_states(resume):
         try:
-            return os.fspath(path), checkpoint.read_state(path)
+            return os.fspath(path), checkpoint.read_state(path, recorded.RECORDED)
         except UserError as error:
             problem = 'none of its states is whole'
             report(f'Warning: {error}' + ' Trying the state before it.' * (path != saved_states(resume)[-1]))

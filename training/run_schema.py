@@ -6,8 +6,6 @@ without is required.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from dnnlib.limits import JSON_FILE, MAX_STEPS
@@ -76,70 +74,6 @@ NETWORK_NUMBERS = dict(
 # The configuration of a run, as in training_options.json and in states.
 
 
-def choices(**values: str) -> dict[str, OneOf]:
-    """Kinds of options that have one of the values, which spaces separate."""
-    return {name: OneOf(tuple(text.split())) for name, text in values.items()}
-
-
-LOSS_CHOICES = choices(
-    student_grid='edm full',
-    sigma_grid='karras cosine',
-    sampling_mode='edm vp uniform',
-    cd_loss='pseudo_huber l2_root l2 huber',
-    cd_weight_mode='sqrt_karras edm karras vlike snr+1 snr truncated-snr flat uniform sqrt_gap',
-    hop='heun ddim addim',
-    mu_schedule='adaptive fixed',
-    cm_loss='lpips l2 l1 pseudo_huber',
-    ect_weight='gap flat inv inv_sum snr karras c_in_squared',
-    tcm_weight='flat karras',
-)
-RUN_CHOICES = choices(
-    optim='adam radam',
-    lr_schedule='constant linear cosine sqrt',
-    precision='fp32 fp16 bf16 fp64',
-    on_save_error='stop continue',
-)
-LOSS = dict(
-    **LOSS_CHOICES,
-    kind=NAME,
-    S=STEPS,
-    rho=RHO,
-    sigma_min=SIGMA,
-    sigma_max=SIGMA,
-    sigma_data=Real(1e-6, 1e6),
-    T_start=Integer(1, 1_000_000),
-    T_end=Integer(1, 1_000_000),
-    T_anneal_kimg=AMOUNT,
-    keep_ties=FLAG,
-    top_mass=SHARE,
-    sync_dropout=FLAG,
-    xvar_frac=AMOUNT,
-    terminal_anchor=FLAG,
-    terminal_teacher_hop=FLAG,
-    anchor_hops=Maybe(STEPS),
-    substeps=STEPS,
-    schedule_nimg=Integer(),
-    N=Maybe(Integer(2, 1_000_000)),
-    s0=Integer(1, 1_000_000),
-    s1=Integer(1, 1_000_000),
-    mu0=SHARE,
-    lpips=Maybe(WORDS),
-    P_mean=Real(-1e3, 1e3),
-    P_std=Real(1e-9, 1e3),
-    c=Maybe(AMOUNT),
-    batch_size=COUNT,
-    q=Real(1, 1e6),
-    k=AMOUNT,
-    b=AMOUNT,
-    stage_nimg=Integer(),
-    dividing_t=SIGMA,
-    student_scale=POSITIVE,
-    student_df=POSITIVE,
-    ratio_cap=SHARE,
-    boundary_share=SHARE,
-    boundary_weight=AMOUNT,
-)
-
 DATASET = Record(
     dict(
         path=WORDS,
@@ -158,9 +92,9 @@ DATASET = Record(
     required=['path'],
 )
 
+# What readers of states need; `config_file.RECORDED` has every option besides.
 OPTIONS = Record(
     dict(
-        **RUN_CHOICES,
         objective=NAME,
         teacher=Maybe(WORDS),
         total_nimg=COUNT,
@@ -168,31 +102,18 @@ OPTIONS = Record(
         dataset=DATASET,
         encoder=Maybe(Record({})),
         network=Record(dict(class_name=NAME, kwargs=Record({})), required=['class_name', 'kwargs']),
-        sampling=Maybe(Record(dict(mid_t=Maybe(SIGMA), clip_denoised=Maybe(FLAG)))),
-        loss=Record(LOSS),
+        sampling=Maybe(Record({})),
+        loss=Record({}),
         batch_size=COUNT,
-        batch_gpu=Maybe(COUNT),
-        lr=Real(1e-30, 1e38),
         betas=ListOf(SHARE, 2, 2),
         eps=AMOUNT,
         lr_rampup_nimg=AMOUNT,
         lr_ref_nimg=AMOUNT,
         loss_scaling=Maybe(POSITIVE),
-        grad_clip=Maybe(POSITIVE),
-        max_bad_steps=COUNT,
-        augment=SHARE,
         ema_halflife_nimg=AMOUNT,
         ema_rampup_ratio=Maybe(AMOUNT),
         phema_stds=ListOf(SHARE, 1000),
-        kimg_per_tick=POSITIVE,
-        snapshot_ticks=Integer(),
-        phema_snapshot_ticks=Integer(),
-        state_dump_ticks=Integer(),
-        states_kept=Integer(),
         seed=Integer(),
-        transfer=Maybe(WORDS),
-        resume=Maybe(WORDS),
-        workers=Integer(),
         stages=Maybe(ListOf(ListOf(COUNT, 2, 2), 64)),
         run_dir=WORDS,
     ),
@@ -212,8 +133,6 @@ OPTIONS = Record(
         'lr_ref_nimg',
     ],
 )
-
-STAGE_OPTIONS = replace(OPTIONS, required=[*OPTIONS.required, 'stages', 'teacher_digest'])
 
 # ----------------------------------------------------------------------------
 # Training states.

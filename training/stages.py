@@ -3,6 +3,7 @@ states, snapshots and logs; its teacher is the last snapshot of the round before
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -10,27 +11,28 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from dnnlib import EasyDict, UserError
+from dnnlib import UserError
 from dnnlib.schema import read_json
 from dnnlib.text import printable
+from training.command_line import Options
 from training.objectives import time_schedules as times
 
 
-def stages(opts: EasyDict, run_dir: str) -> Iterator[EasyDict]:
+def stages(o: Options, run_dir: str) -> Iterator[Options]:
     """The options of each stage when its turn comes: a new one's, or those to resume one that was
     interrupted. One that is finished is resumed too, where it left states, so that its options are compared
     with these; there is nothing to do for it.
 
     Args:
-        opts: options of train.py; `batch` and `seed` are settled.
+        o: options of train.py; `batch` and `seed` are known.
         run_dir: folder of the stages' folders.
     Raises: UserError where a stage does not follow from the one before it.
     """
     from torch_utils import distributed
-    from training import configuration
+    from training import configuration, same_run
     from training.run_files import saved_states
 
-    teacher, plan = opts.teacher, times.halving_stages(opts.S_start, opts.S, opts.stage_steps)
+    teacher, plan = o.teacher, times.halving_stages(o.own.S_start, o.own.S, o.own.stage_steps)
     data = None
     for folder in stage_folders(run_dir):
         if (recorded := recorded_options(folder)['stages']) != [[S, steps] for S, steps in plan]:
@@ -40,29 +42,26 @@ def stages(opts: EasyDict, run_dir: str) -> Iterator[EasyDict]:
                 '--S and --stage_steps it was made with.'
             )
     for S, steps in plan:
-        folder, total = os.path.join(run_dir, f'S{S:04d}'), steps * opts.batch
+        folder, total = os.path.join(run_dir, f'S{S:04d}'), steps * o.run.batch
         snapshot, there = distributed.broadcast_object(
             (_finished(folder, total, teacher), bool(saved_states(folder)))
         )
         if snapshot is None or there:
-            resume = opts.resume if opts.resume and Path(opts.resume).parent == Path(folder) else folder
-            yield EasyDict(
-                opts,
+            resume = o.run.resume if o.run.resume and Path(o.run.resume).parent == Path(folder) else folder
+            stage = o.but(
                 S=S,
                 S_start=S,
-                stages=plan,
                 teacher=teacher,
                 duration=total / 1e6,
                 outdir=folder,
                 nosubdir=True,
                 resume=resume if there else None,
             )
+            yield dataclasses.replace(stage, stages=tuple(plan))
             snapshot = distributed.broadcast_object(_finished(folder, total, teacher))
         else:  # its options are in its folder only
-            data = data or configuration.data_record(opts, configuration.open_dataset(opts))
-            if about_data := configuration.check_same_data(
-                opts, data, recorded_options(folder)['dataset'], folder
-            ):
+            data = data or same_run.data_record(o, configuration.open_dataset(o.run))
+            if about_data := same_run.check_same_data(o, data, recorded_options(folder)['dataset'], folder):
                 distributed.print0(printable(about_data), file=sys.stderr)
         if snapshot is None:
             raise UserError(
@@ -89,11 +88,11 @@ def stage_folders(run_dir: str) -> list[Path]:
 
 def recorded_options(folder: str | os.PathLike) -> dict:
     """The training_options.json of a stage. Raises: UserError where it is missing or damaged."""
-    from training import run_schema
+    from training import recorded
 
     path = Path(folder, 'training_options.json')
     try:
-        return read_json(path, run_schema.STAGE_OPTIONS, 'the configuration')
+        return read_json(path, recorded.STAGE, 'the configuration')
     except (OSError, ValueError) as error:
         reason = '' if isinstance(error, FileNotFoundError) else f' (it {error})'
         raise UserError(

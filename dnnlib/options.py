@@ -1,0 +1,179 @@
+"""Options declared once, as fields of frozen dataclasses.
+
+    @dataclass(frozen=True)
+    class SegmentOptions:
+        S: int = opt(8, cli.STEPS, 'Number of student sampling steps.')
+
+The command line, `--help`, the tables of docs/options.md, the check of a recorded value and the reader of `--config` all come from the field.
+A subclass gives an option another default by a plain `S: int = 1`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from dnnlib import cli, limits, schema
+
+SWITCH = 'switch'  # a kind: --name/--no_name
+FLAG = 'flag'  # a kind: --name alone, off by default
+ON_OFF = 'on or off'  # a kind: --name, --name=True, --name=False
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field that was made by `opt` says.
+
+    Attributes:
+        name: of the field, and of the parameter of the command.
+        kind: click type, `bool`, or one of SWITCH, FLAG, ON_OFF; None: any text.
+        help: one or more sentences.
+        flags: names on the command line; by default `--name`.
+        default_text: how --help names a default that depends on other things.
+        key: where a recorded configuration has it, with dots between names; None: elsewhere, see `record`.
+        record: whether a configuration of an objective records it among the options of its loss.
+        unit: factor from the option's unit to the recorded one.
+        idle: (option, value) that leaves this one without an effect.
+        needs: (option, value) without which this one is refused.
+        switch: the option of a whole group without which this one is refused.
+        heading: of `--help`.
+    """
+
+    name: str
+    kind: Any
+    help: str
+    default: Any = None
+    flags: tuple[str, ...] = ()
+    metavar: str | None = None
+    default_text: str | None = None
+    key: str | None = None
+    record: bool = True
+    unit: float = 1
+    idle: tuple[str, object] | None = None
+    needs: tuple[str, object] | None = None
+    switch: str | None = None
+    required: bool = False
+    heading: str = ''
+
+    @property
+    def flag(self) -> str:
+        """The first long name, as messages have it."""
+        return next(name for name in self.flags or (f'--{self.name}',) if name.startswith('--'))
+
+    def spelled(self, value: object) -> str:
+        """The option with a value, as a command line has it."""
+        if self.kind in (SWITCH, FLAG):
+            return self.flag if value or self.kind == FLAG else f'--no_{self.name}'
+        as_number = isinstance(value, bool) and self.default is not None  # --val=0, but --consistency=False
+        text = 'none' if value in ([], None) else int(value) if as_number else value
+        return f'{self.flag}={text}'
+
+    def parameter(self, default_text: str | None) -> cli.Option:
+        """The option of a click command. Its own default is None: only what is given has a value."""
+        text = f'{self.help}  [default: {default_text}]' if default_text and not self.required else self.help
+        details = dict(help=text, group=self.heading, required=self.required, default=None)
+        if self.kind == SWITCH:
+            return cli.Option([self.name, f'--{self.name}/--no_{self.name}'], **details)
+        if self.kind == FLAG:
+            details |= dict(is_flag=True)
+        elif self.kind == ON_OFF:
+            details |= dict(type=bool, is_flag=False, flag_value=True)
+        else:
+            details |= dict(type=self.kind, metavar=self.metavar)
+        return cli.Option([self.name, *(self.flags or (f'--{self.name}',))], **details)
+
+    def schema(self) -> schema.Kind:
+        """The kind of a recorded value, before its unit."""
+        return kind_of(self.kind)
+
+
+def opt(default, kind, help: str, **details) -> Any:
+    """A field of a frozen dataclass that is an option. Args: see `Option`; a `default` of None means that it is found later, or none."""
+    return dataclasses.field(default=default, metadata=dict(option=dict(kind=kind, help=help, **details)))
+
+
+def recorded(default, kind: schema.Kind) -> Any:
+    """A field that is no option: a number that follows from options and is recorded with them."""
+    return dataclasses.field(default=default, metadata=dict(recorded=kind))
+
+
+def options_of(cls: type) -> dict[str, Option]:
+    """{name: option} of a class, with the class's own defaults, in the order in which classes and fields are written."""
+    found = {}
+    for field in dataclasses.fields(cls):
+        for base in cls.__mro__:
+            own = dataclasses.is_dataclass(base) and field.name in inspect.get_annotations(base)
+            if own and 'option' in (metadata := base.__dataclass_fields__[field.name].metadata):
+                switch = getattr(base, 'switch', None)
+                group = dict(heading=base.heading, switch=None if switch == field.name else switch)
+                found[field.name] = Option(field.name, default=field.default, **group, **metadata['option'])
+                break
+    return found
+
+
+def kind_of(kind: Any) -> schema.Kind:
+    """What a value of an option is in a file. Counts and numbers keep their ranges, texts a length."""
+    if hasattr(kind, 'schema'):
+        return kind.schema
+    if isinstance(kind, click.Choice):
+        return schema.OneOf(tuple(kind.choices))
+    if kind in (bool, SWITCH, FLAG, ON_OFF):
+        return schema.Flag()
+    if isinstance(kind, cli.NumberList):
+        return schema.ListOf(kind_of(kind.kind), limits.MAX_STEPS)
+    if isinstance(kind, click.IntRange):
+        return schema.Integer(kind.min or 0, cli.MOST if kind.max is None else kind.max)
+    if isinstance(kind, click.FloatRange):
+        low = -cli.LARGEST if kind.min is None else kind.min
+        high = cli.LARGEST if kind.max is None else kind.max
+        return schema.Real(
+            math.nextafter(low, math.inf) if kind.min_open else low,
+            math.nextafter(high, -math.inf) if kind.max_open else high,
+        )
+    return schema.Text()
+
+
+def value_text(value: object) -> str:
+    """A default as --help has it."""
+    if value is None:
+        return 'none'
+    if isinstance(value, list):
+        return ','.join(f'{item:g}' for item in value) or 'none'
+    if isinstance(value, float):
+        return f'{value:.6g}'
+    return str(value)
+
+
+def grouped(values: Mapping[str, object], base: object) -> str:
+    """`base; a, b 3; c 4` from {name: value}: those that differ from the base, by value."""
+    groups: dict[str, list[str]] = {}
+    for name, value in values.items():
+        if value != base:
+            groups.setdefault(value_text(value), []).append(name)
+    return '; '.join([value_text(base), *(f'{", ".join(names)} {text}' for text, names in groups.items())])
+
+
+def given_in(ctx: click.Context) -> dict[str, object]:
+    """{name: value} of what a command line or `--config` gives."""
+    default = (click.core.ParameterSource.DEFAULT, click.core.ParameterSource.ENVIRONMENT, None)
+    return {
+        name: value for name, value in ctx.params.items() if ctx.get_parameter_source(name) not in default
+    }
+
+
+def at(record: Mapping, key: str) -> Any:
+    """The entry of nested mappings at a key with dots; None where one lacks."""
+    for part in key.split('.'):
+        record = record.get(part) if isinstance(record, Mapping) else None
+    return record
+
+
+def names(options: Iterable[Option]) -> str:
+    """The options in a message."""
+    return ', '.join(option.flag for option in options)

@@ -1,0 +1,36 @@
+"""The networks that --arch and --precond name, as plain data."""
+
+from __future__ import annotations
+
+# fmt: off
+ARCHITECTURES = dict(
+    ddpmpp=dict(model_type='SongUNet', embedding_type='positional', encoder_type='standard', decoder_type='standard',
+                channel_mult_noise=1, resample_filter=[1, 1], model_channels=128, channel_mult=[2, 2, 2]),
+    ncsnpp=dict(model_type='SongUNet', embedding_type='fourier', encoder_type='residual', decoder_type='standard',
+                channel_mult_noise=2, resample_filter=[1, 3, 3, 1], model_channels=128, channel_mult=[2, 2, 2]),
+    adm=dict(model_type='DhariwalUNet', model_channels=192, channel_mult=[1, 2, 3, 4]),
+    edm2=dict(model_type='UNet', model_channels=192, channel_mult=[1, 2, 3, 4]),
+)
+# fmt: on
+PRECONDITIONING = dict(edm='EDMPrecond', vp='VPPrecond', ve='VEPrecond')
+EDM2 = 'Precond'  # EDM2's class: EDM's preconditioning around its own U-Net
+BOUNDARY_CLASSES = ('EDMPrecond', 'CMPrecond', 'Precond')  # whose level of the identity can be chosen
+AUGMENT_DIM = 9  # labels of EDM's augmentation pipeline
+
+
+def name_of(class_name: str, kwargs: dict) -> tuple[str, str]:
+    """(--arch, --precond) of a network that these made. Raises: ValueError that completes 'it ...' where they made none like it."""
+    precond = {cls: name for name, cls in PRECONDITIONING.items()}.get(class_name, 'edm')
+    for arch, known in ARCHITECTURES.items():
+        fixed = {
+            name: value for name, value in known.items() if name not in ('model_channels', 'channel_mult')
+        }
+        if arch == 'edm2':
+            if class_name == EDM2:
+                return arch, precond
+        elif (
+            class_name in PRECONDITIONING.values()
+            and fixed.items() <= {name: value for name, value in kwargs.items() if name in fixed}.items()
+        ):
+            return arch, precond
+    raise ValueError(f'describes a network {class_name} that no --arch names')

@@ -1,0 +1,338 @@
+"""The command line of train.py: which objective has which options, what `--help` shows of them, and a command line as typed configurations.
+
+Quick to import: without PyTorch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import click
+
+from dnnlib import cli, options
+from dnnlib.options import options_of
+from training import config_file
+from training.config import Images, RunConfig
+from training.objectives import OBJECTIVES, Objective, objectives_with
+from training.objectives.options import EDM2_WIDTHS, Config
+
+RUN = options_of(RunConfig)
+OWN = {name: options_of(objective.config) for name, objective in OBJECTIVES.items()}
+OWN_FIRST = sorted(
+    {**RUN, **{name: None for own in OWN.values() for name in own}}, key=lambda name: name in RUN
+)
+BEFORE_OWN = ('Main', 'Hyperparameters', 'Network')  # headings that --help has before an objective's own
+ALL = {**RUN, **{name: option for own in OWN.values() for name, option in own.items()}}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a command line says.
+
+    Attributes:
+        run: the options of every run; `run.objective` is the name of the objective.
+        own: those of the objective.
+        given: names of those that were given and have an effect.
+        notes: lines for people about options that are ignored.
+        stages: of progressive distillation, [sampling steps, optimizer steps] of each.
+    """
+
+    run: RunConfig
+    own: Config
+    given: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+    stages: tuple | None = None
+
+    @property
+    def objective(self) -> Objective:
+        return OBJECTIVES[self.run.objective]
+
+    @property
+    def teacher(self) -> str | None:
+        """--teacher, of objectives that start from one."""
+        return getattr(self.own, 'teacher', None)
+
+    def but(self, **changes) -> Options:
+        """The same with other values, each of the configuration that has the name."""
+        own = {field.name for field in dataclasses.fields(self.own)}
+        return dataclasses.replace(
+            self,
+            given=self.given | changes.keys(),
+            run=dataclasses.replace(self.run, **{k: v for k, v in changes.items() if k not in own}),
+            own=dataclasses.replace(self.own, **{k: v for k, v in changes.items() if k in own}),
+        )
+
+
+def choose(given: Mapping[str, object]) -> Options:
+    """The configurations of the options that were given, {name: value}. Raises: click.UsageError where they do not go together, whatever the
+    files that they name may hold."""
+    name = objective_of(given)
+    values, effective, notes = leave_out_idle(given, name)
+    refuse_others(effective, name)
+    own = {option: value for option, value in values.items() if option in OWN[name]}
+    run = {option: value for option, value in values.items() if option not in own}
+    chosen = Options(
+        RunConfig(**{**run, 'objective': name}),
+        OBJECTIVES[name].config.from_given(own),
+        frozenset(effective),
+        tuple(notes),
+    )
+    check_together(chosen)
+    return chosen
+
+
+def objective_of(given: Mapping[str, object]) -> str:
+    """The objective that --objective or --consistency names."""
+    name, consistency = given.get('objective'), given.get('consistency')
+    if consistency and name not in (None, 'mcd'):
+        raise click.UsageError(
+            f'--consistency=True means --objective=mcd, not {name}: leave one of them out.'
+        )
+    if consistency is False and name == 'mcd':
+        raise click.UsageError('--consistency=False contradicts --objective=mcd: leave one of them out.')
+    return name or ('mcd' if consistency else 'diffusion')
+
+
+def leave_out_idle(
+    given: Mapping[str, object], objective: str
+) -> tuple[dict[str, object], set[str], list[str]]:
+    """(values, names of those with an effect, a line for each given option that leaves others without one).
+
+    Values of a loss stay although it does not use them: training states record them, and a resumed run is compared with that.
+    """
+    values, effective, notes = dict(given), set(given), []
+    for switch, off in switches(given).items():
+        idle = [name for name in OWN_FIRST if name in effective and name in idle_with(switch, off)]
+        if idle:
+            notes.append(f'{ALL[switch].spelled(off)}: ignoring {options.names(ALL[name] for name in idle)}.')
+        effective.difference_update(idle)
+        values = {name: value for name, value in values.items() if name not in idle or name in OWN[objective]}
+    return values, effective, notes
+
+
+def switches(given: Mapping[str, object]) -> dict[str, object]:
+    """{name: value} of the given options that leave others without an effect."""
+    found = {option.switch: False for option in RUN.values() if option.switch}
+    if 'objective' not in given:
+        found['consistency'] = False
+    found |= dict(option.idle for option in ALL.values() if option.idle)
+    return {name: off for name, off in found.items() if name in given and given[name] == off}
+
+
+def idle_with(switch: str, off: object) -> set[str]:
+    """The options that have no effect where another one has a value."""
+    if switch == 'consistency':
+        return {name for own in OWN.values() for name in own} - {*OWN['diffusion']} | {'val_teacher'}
+    return {name for name, option in ALL.items() if option.switch == switch or option.idle == (switch, off)}
+
+
+def refuse_others(names: Iterable[str], objective: str) -> None:
+    """Raises: click.UsageError for an option of another objective."""
+    for name in names:
+        if name in RUN or name in OWN[objective]:
+            continue
+        having = objectives_with(name)
+        raise click.UsageError(
+            f'{ALL[name].flag} is for --objective={" or ".join(having)}, and this is {objective}.'
+            + (' (--consistency=True means mcd.)' if 'mcd' in having else '')
+        )
+
+
+def check_together(o: Options) -> None:
+    """Raises: click.UsageError where options of the run and of the objective contradict each other."""
+    run, name, objective = o.run, o.run.objective, o.objective
+    if objective.teacher and not o.teacher:
+        what = (
+            'the diffusion model to distill'
+            if objective.teacher == 'diffusion'
+            else 'the consistency model to go on from'
+        )
+        raise click.UsageError(f'--objective={name} needs --teacher=PKL, {what}.')
+
+    # Options that mean something only beside another one.
+    for switch in dict.fromkeys(option.switch for option in RUN.values() if option.switch):
+        stray = [RUN[option] for option in RUN if option in o.given and RUN[option].switch == switch]
+        if stray and not getattr(run, switch):
+            raise click.UsageError(f'{options.names(stray)} needs --{switch}=1.')
+    for option in OWN[name].values():
+        if option.name in o.given and option.needs:
+            other, needed = option.needs
+            if getattr(o.own, other) != needed:
+                raise click.UsageError(
+                    f'{option.flag} is for --{other}={needed}, not {getattr(o.own, other)}.'
+                )
+
+    # Preconditioning and noise levels.
+    stray = [f'--{option}' for option in ('P_mean', 'P_std') if option in o.given]
+    if stray and run.precond in ('vp', 've'):
+        raise click.UsageError(
+            f'{", ".join(stray)}: only teachers with --precond=edm, ict and ect are trained at log-normal noise levels.'
+        )
+    if objective.loss and not objective.teacher and run.precond in ('vp', 've'):
+        raise click.UsageError(
+            f"--objective={name} wants EDM's preconditioning: leave --precond={run.precond} out."
+        )
+
+    # Validation.
+    if 'S' in OWN[name] and name != 'pd' and run.val_steps not in (None, o.own.S):
+        raise click.UsageError(
+            f'--val_steps={run.val_steps}, but the student takes --S={o.own.S} steps: leave it out.'
+        )
+    if run.val_teacher and not o.teacher:
+        raise click.UsageError(f'--val_teacher=1 needs a teacher, and --objective={name} has none.')
+    if name == 'pd':
+        check_stages_of_halving(run)
+
+
+def check_stages_of_halving(run: RunConfig) -> None:
+    """Raises: click.UsageError for options of a run that stages of progressive distillation choose themselves."""
+    for given, cure in (
+        (run.duration, '--duration is not for pd: a stage lasts --stage_steps optimizer steps.'),
+        (run.val_steps, '--val_steps is not for pd: each stage has its own number of steps.'),
+        (run.transfer, '--transfer is not for pd: each student starts from its teacher.'),
+    ):
+        if given is not None:
+            raise click.UsageError(cure)
+    if not run.snap:
+        raise click.UsageError(
+            "--snap=0 leaves no snapshot, and a stage's last one is the next one's teacher."
+        )
+
+
+# ----------------------------------------------------------------------------
+# Defaults in words.
+
+
+def default_text(name: str, objective: str | None = None) -> str | None:
+    """The default of an option as --help names it: of one objective, or `base; others value; edm2 value` of all that have it."""
+    having = [objective] if objective else [key for key in OBJECTIVES if name in RUN or name in OWN[key]]
+    option = (OWN[having[0]] if name not in RUN else RUN)[name]
+    if option.kind == options.FLAG or (not objective and ';' in (option.default_text or '')):
+        return option.default_text
+    plain = {key: default_of(name, key) for key in having}
+    known = [value for value in plain.values() if value is not None]
+    base = option.default_text or plain.get('diffusion') or max(known, key=known.count, default=None)
+    if objective and known:
+        base = known[0]
+    text = options.grouped({key: value for key, value in plain.items() if value is not None}, base)
+    large = {key: value for key in having if (value := edm2_default_of(name, key)) not in (None, plain[key])}
+    if len({str(value) for value in large.values()}) == 1 and large.keys() == plain.keys():
+        text += f'; edm2 {options.value_text(large[having[0]])}'
+    elif large:
+        text += f'; edm2: {options.grouped(large, None).removeprefix("none; ")}'
+    return None if text == 'none' else text
+
+
+def default_of(name: str, objective: str) -> object:
+    """The default of an option for an objective and EDM's networks, in the option's unit."""
+    option = OWN[objective].get(name) or RUN[name]
+    value = OBJECTIVES[objective].defaults.get(name, option.default)
+    if option.kind == options.SWITCH and value is not None:
+        return 'on' if value else 'off'
+    return value / 1e6 if isinstance(option.kind, Images) else value
+
+
+def edm2_default_of(name: str, objective: str) -> object:
+    """The same for EDM2's networks; None where it does not differ from theirs by a rule of its own."""
+    known = OBJECTIVES[objective]
+    sizes = known.edm2_sizes.get(EDM2_WIDTHS['S'], {})
+    if name in sizes:
+        return f'by size, S {options.value_text(sizes[name])}'
+    value = known.edm2.get(name)
+    latents = known.edm2_latents.get(name)
+    return (
+        value if latents is None else f'{options.value_text(value)} (latents {options.value_text(latents)})'
+    )
+
+
+def parameters(objective: str | None = None) -> list[cli.Option]:
+    """The options of the command: all, or those of one objective with its defaults."""
+    own = ALL if objective is None else {**RUN, **OWN[objective]}
+    strangers = [option for name, option in own.items() if name not in RUN]
+    by_heading = {
+        heading: [o for o in strangers if o.heading == heading] for heading in (o.heading for o in strangers)
+    }
+    before = [option for option in RUN.values() if option.heading in BEFORE_OWN]
+    after = [option for option in RUN.values() if option.heading not in BEFORE_OWN]
+    ordered = [*before, *(option for group in by_heading.values() for option in group), *after]
+    return [option.parameter(default_text(option.name, objective)) for option in ordered]
+
+
+# ----------------------------------------------------------------------------
+# The command.
+
+
+class TrainCommand(cli.Command):
+    """A command whose --help is of the objective that stands beside it, and of all by --help-all."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        config = dict(type=cli.PATH, metavar='FILE', is_eager=True, expose_value=False, group='Main')
+        everything = dict(is_flag=True, is_eager=True, expose_value=False, group='Main')
+        self.params += [
+            cli.Option(['--config'], callback=read_config, help=CONFIG_HELP, **config),
+            cli.Option(
+                ['--help-all'],
+                callback=show_all,
+                help='Show the options of all objectives and exit.',
+                **everything,
+            ),
+            *parameters(),
+        ]
+
+    def parse_args(self, ctx, args):
+        ctx.meta['words'] = list(args)
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx, formatter):
+        objective = 'all' if ctx.meta.get('all') else objective_in(ctx.meta.get('words', []))
+        if objective == 'all':
+            return super().format_options(ctx, formatter)
+        shown = [p for p in self.params if p.name in ('config', 'help_all')]
+        self.format_groups(ctx, formatter, [*shown, *parameters(objective or 'diffusion')])
+        if objective is None:
+            with formatter.section('Options of an objective, which --objective=NAME --help describes'):
+                formatter.write_dl([(name, options.names(own.values())) for name, own in OWN.items() if own])
+        return None
+
+
+CONFIG_HELP = (
+    'Options from a YAML or JSON file: {option: value}, or a training_options.json or the output of --dry-run, whose run is repeated. '
+    'Options on the command line take precedence.'
+)
+
+
+def objective_in(words: list[str]) -> str | None:
+    """The objective that a command line names, which may be incomplete or wrong otherwise."""
+    given = {}
+    for option in ('objective', 'consistency'):
+        for i, word in enumerate(words):
+            if word.startswith(f'--{option}='):
+                given[option] = word.partition('=')[2]
+            elif word == f'--{option}' and i + 1 < len(words):
+                given[option] = words[i + 1]
+    if given.get('objective') in OBJECTIVES:
+        return given['objective']
+    return 'mcd' if given.get('consistency', '').lower() in ('true', '1', 'yes', 'on', 't', 'y') else None
+
+
+def show_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Callback of --help-all."""
+    if value:
+        ctx.meta['all'] = True
+        click.echo(ctx.get_help())
+        ctx.exit()
+
+
+def read_config(ctx: click.Context, parameter: click.Parameter, path: str | None) -> None:
+    """Callback of --config: what the file says takes the place of defaults."""
+    if path is not None:
+        ctx.default_map = config_file.read(path, ALL)
+
+
+def parse(words: list[str]) -> Options:
+    """The configurations of the words of a command line, without `train.py`. Raises: click.UsageError."""
+    command = TrainCommand('train.py', callback=lambda **_: None)
+    return choose(options.given_in(command.make_context('train.py', list(words))))

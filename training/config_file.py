@@ -1,0 +1,140 @@
+"""Options from a file, for --config: a mapping of options, or a recorded configuration, whose run is repeated.
+
+A recorded configuration is what --dry-run prints and training_options.json holds. It names data, teacher and all numbers, so that a run is
+repeated in a new folder from the beginning, by the same command line where it lies.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+
+from dnnlib import UserError, limits, options, schema
+from dnnlib.options import Option
+from dnnlib.text import printable
+from training import architectures
+
+NOT_REPEATED = ('resume', 'objective')  # the one belongs to the run that was; the other is read first
+
+
+def read(path: str, known: Mapping[str, Option]) -> dict[str, str]:
+    """{name: value as a command line has it}. Raises: UserError where the file has something else."""
+    try:
+        with limits.open_regular(path) as file:
+            data = limits.read_at_most(file, limits.JSON_FILE, 'a configuration')
+        values = parse(data.decode())
+        if not isinstance(values, dict):
+            raise ValueError('is no mapping of options')
+        if {'loss', 'network', 'dataset', 'total_nimg'} <= values.keys():
+            return from_record(values, known)
+        return from_options(values, known)
+    except OSError as error:
+        raise UserError(f'--config={path} cannot be read: {error.strerror or error}') from error
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+        raise UserError(f'--config={path}: it {printable(error, 400)}.') from error
+
+
+def parse(text: str) -> object:
+    """The value of JSON, or else YAML."""
+    if text.lstrip().startswith('{'):
+        return schema.parse_json(text, limits.JSON_FILE, 'a configuration')
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f'is neither YAML nor JSON ({error})') from error
+
+
+def from_options(values: Mapping, known: Mapping[str, Option]) -> dict[str, str]:
+    """Options by their names, with or without dashes before and in them."""
+    names = {option.flag.removeprefix('--').replace('-', '_'): option for option in known.values()} | known
+    found = {}
+    for key, value in values.items():
+        name = str(key).removeprefix('--').replace('-', '_')
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 1)
+            raise ValueError(f'has {key}, which is no option' + (f'; {close[0]} is one' if close else ''))
+        if value is not None:
+            found[names[name].name] = as_word(value)
+    return found
+
+
+def as_word(value: object) -> str:
+    """A value as a command line has it."""
+    if isinstance(value, (list, tuple)):
+        return ','.join(map(as_word, value)) or 'none'
+    if isinstance(value, (str, bool, int, float)):
+        return str(value)
+    raise ValueError(f'has a value that is no text, number, truth value or list: {value}')
+
+
+def from_record(c: Mapping, known: Mapping[str, Option]) -> dict[str, str]:
+    """The options that repeat the run of a recorded configuration."""
+    values = recorded_options(c, known)
+    if (stages := c.get('stages')) and c['loss']['S'] != stages[0][0]:
+        raise ValueError(
+            f'is of the stage of {c["loss"]["S"]} steps, whose teacher an earlier stage made: take that of {stages[0][0]} steps'
+        )
+    if not c.get('teacher'):  # else the teacher brings its network
+        values['arch'], values['precond'] = architectures.name_of(
+            c['network']['class_name'], c['network']['kwargs']
+        )
+    if values.get('N') is not None:  # a grid that stays as it is
+        for name in ('s0', 's1', 'schedule_steps', 'mu_schedule'):
+            values.pop(name, None)
+    values = {
+        name: value
+        for name, value in values.items()
+        if value is not None and (not (needs := known[name].needs) or values.get(needs[0]) == needs[1])
+    }
+    values['ema'] = divided(values['ema'], 1e6)  # in Mimg on the command line
+    return {name: as_word(value) for name, value in values.items()}
+
+
+def recorded_options(c: Mapping, known: Mapping[str, Option]) -> dict[str, object]:
+    """{option: value} that a recorded configuration, maybe of an older version, was made with. None: not recorded, or not used."""
+    loss, batch, stages = c['loss'], c['batch_size'], c.get('stages')
+    values = {
+        name: in_option_unit(option, options.at(c, option.key))
+        for name, option in known.items()
+        if option.key and name not in NOT_REPEATED
+    }
+    own = {**loss, **(c.get('sampling') or {})}
+    values |= {name: value for name, value in own.items() if name in known}
+    values |= dict(objective=c['objective'], beta2=c['betas'][1], ema_rampup=c['ema_rampup_ratio'] or 0.0)
+    values['ls'] = 'dynamic' if c.get('loss_scaling', 1) is None else c.get('loss_scaling')
+    values['lr_decay'] = round(c['lr_ref_nimg'] / batch) or None
+    if c.get('teacher'):
+        values |= dict.fromkeys(('cbase', 'cres', 'num_blocks', 'attn_resolutions'))
+
+    # Lengths.
+    for option, recorded in (('schedule_steps', 'schedule_nimg'), ('stage_steps', 'stage_nimg')):
+        values[option] = loss[recorded] // batch if loss.get(recorded) is not None else None
+    if stages:  # stages of few steps are twice as long
+        (values['S_start'], steps), (values['S'], _) = stages[0], stages[-1]
+        values['stage_steps'] = steps // 2 if values['S_start'] <= 2 else steps
+    else:
+        values['duration'] = divided(c['total_nimg'], 1e6)
+
+    # Groups that a switch turns on.
+    if validation := c.get('validation'):
+        values |= dict(val=True, val_emas=validation.get('emas'))
+    if wandb := c.get('wandb'):
+        values |= dict(wandb=True, wandb_tags=wandb.get('tags') or None)
+    return values
+
+
+def in_option_unit(option: Option, value: object) -> object:
+    """A recorded value in the unit of its option."""
+    if value is None:
+        return None
+    return value if option.unit == 1 else divided(value, option.unit)
+
+
+def divided(value: float, unit: float) -> float:
+    """The number that times `unit` is `value`, to the last bit where there is one."""
+    near = value / unit
+    tries = (near, math.nextafter(near, math.inf), math.nextafter(near, 0))
+    return next((x for x in tries if x * unit == value), near)

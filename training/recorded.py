@@ -1,0 +1,51 @@
+"""The kinds of what a run records of its options, by their declarations: in training_options.json and in training states."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+from dnnlib import schema
+from dnnlib.options import Option, options_of
+from training import run_schema
+from training.config import RunConfig
+from training.objectives import OBJECTIVES
+
+
+def kind_of_record() -> schema.Record:
+    """The configuration of a run, as training_options.json and states have it."""
+    found = {option.key: kind(option) for option in options_of(RunConfig).values() if option.key}
+    groups = {
+        group: schema.Maybe(
+            schema.Record(
+                {key.partition('.')[2]: k for key, k in found.items() if key.startswith(group + '.')}
+            )
+        )
+        for group in ('validation', 'wandb')
+    }
+    own, sampling = {}, {}
+    for objective in OBJECTIVES.values():
+        config = objective.config
+        for name, option in options_of(config).items():
+            table = sampling if name in config.sampling else own
+            if not isinstance(table.get(name), schema.Maybe):  # one objective whose default is None is enough
+                table[name] = kind(option)
+        own |= {
+            f.name: schema.Maybe(f.metadata['recorded']) for f in fields(config) if 'recorded' in f.metadata
+        }
+    plain = {key: k for key, k in found.items() if '.' not in key}
+    known = dict(
+        loss=schema.Record(dict(own, kind=run_schema.NAME)), sampling=schema.Maybe(schema.Record(sampling))
+    )
+    return replace(run_schema.OPTIONS, fields={**plain, **run_schema.OPTIONS.fields, **groups, **known})
+
+
+def kind(option: Option) -> schema.Kind:
+    """The kind of an option's recorded value."""
+    of_value = option.schema()
+    if option.unit != 1:
+        of_value = schema.Real(of_value.low * option.unit, of_value.high * option.unit)
+    return schema.Maybe(of_value) if option.default is None else of_value
+
+
+RECORDED = kind_of_record()
+STAGE = replace(RECORDED, required=[*RECORDED.required, 'stages', 'teacher_digest'])

@@ -1,0 +1,78 @@
+"""The folder of a run: its number and name, and the configuration in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+
+from dnnlib import EasyDict, UserError
+from training.command_line import Options
+
+
+def planned_run_dir(o: Options, data_name: str) -> str:
+    """`<outdir>/00000-<data>-<cond>-<arch>-...`, numbered after the highest that is there; --nosubdir: outdir; --resume: the state's folder."""
+    if o.run.resume:
+        return os.path.dirname(os.path.abspath(o.run.resume))
+    if o.run.nosubdir:
+        return o.run.outdir
+    from torch_utils import distributed
+
+    try:
+        there = os.listdir(o.run.outdir) if os.path.isdir(o.run.outdir) else []
+    except OSError as error:
+        raise UserError(f'--outdir={o.run.outdir} cannot be read: {error.strerror}') from error
+    numbers = [int(m[1]) for m in map(re.compile(r'([0-9]{1,9})-').match, there) if m]
+    arch = o.run.arch or ('ddpmpp' if not o.teacher else 'teacher')
+    objective = o.objective
+    steps = getattr(o.own, 'S', None)
+    student = [objective.module().NAME + (f'-s{steps}' if steps else '')] if objective.loss else []
+    words = [
+        data_name,
+        'cond' if o.run.cond else 'uncond',
+        arch,
+        o.run.precond or 'edm',
+        *student,
+        f'gpus{distributed.get_world_size()}',
+        f'batch{o.run.batch}',
+        o.run.arithmetic,
+        *([o.run.desc] if o.run.desc else []),
+    ]
+    return os.path.join(o.run.outdir, f'{max(numbers, default=-1) + 1:05d}-{"-".join(words)}')
+
+
+def make_run_dir(o: Options, data_name: str) -> str:
+    """Create the folder of a new run: the next number where another run has just taken one, or --outdir itself, which may be there."""
+    while True:
+        run_dir = planned_run_dir(o, data_name)
+        try:
+            os.makedirs(run_dir, exist_ok=o.run.nosubdir)
+            return run_dir
+        except FileExistsError as error:
+            if o.run.nosubdir:
+                raise UserError(f'--outdir={o.run.outdir} is a file: name a folder') from error
+        except OSError as error:
+            raise UserError(
+                f'--outdir={o.run.outdir} cannot be written to: {error.strerror or error}'
+            ) from error
+
+
+def remove_if_empty(folder: str) -> None:
+    """Leave no folder of a run that ended before it wrote anything."""
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
+
+
+def record_options(o: Options, c: EasyDict) -> None:
+    """Write training_options.json into the folder of a new run, which is locked. Raises: UserError where another run has left states there."""
+    from dnnlib.util import atomic_write
+    from training.run_files import saved_states
+
+    if saved_states(c.run_dir):
+        raise UserError(
+            f'--outdir={o.run.outdir} holds training states of an earlier run: go on with it by --resume={o.run.outdir}, or choose '
+            'another folder.'
+        )
+    with atomic_write(os.path.join(c.run_dir, 'training_options.json')) as file:
+        file.write(json.dumps(c, indent=2).encode())
