@@ -210,7 +210,14 @@ def test_the_worked_example_distils_at_second_order(worked_example):
     y, noise = torch.ones(2, 1, 1, 1, 1, dtype=torch.float64)
     for S in (64, 128, 256):
         options = dict(
-            SEGMENTS, S=S, T_start=S, T_end=S, student_grid='full', cd_loss='l2', sampling_mode='uniform'
+            SEGMENTS,
+            S=S,
+            T_start=S,
+            T_end=S,
+            student_grid='full',
+            cd_loss='l2',
+            sampling_mode='uniform',
+            middle=0.5,
         )
         loss = Loss(worked_example, gaussian, **options)
         x_t, x_star, edges = targets(loss, gaussian, y, noise)
@@ -224,7 +231,7 @@ def test_the_worked_example_distils_at_second_order(worked_example):
 
 def test_the_worked_example_trains_and_does_not_depend_on_how_the_batch_is_split(worked_example):
     net, teacher = student(), student().eval().requires_grad_(False)
-    loss = Loss(worked_example, teacher, **dict(SEGMENTS, S=2, T_start=16, T_end=16))
+    loss = Loss(worked_example, teacher, **dict(SEGMENTS, S=2, T_start=16, T_end=16, middle=0.5))
     images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     loss.begin_step(0)
     whole = loss(net, images, None, SampleRng(3, 128, 64))

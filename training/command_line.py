@@ -15,8 +15,8 @@ from dnnlib import cli, options
 from dnnlib.options import options_of
 from training import config_file
 from training.config import Images, RunConfig
-from training.objectives import OBJECTIVES, Objective, objectives_with
-from training.objectives.options import EDM2_WIDTHS, Config
+from training.objectives import OBJECTIVES, objectives_with
+from training.objectives.options import EDM2_WIDTHS, Config, Objective
 
 RUN = options_of(RunConfig)
 OWN = {name: options_of(objective.config) for name, objective in OBJECTIVES.items()}

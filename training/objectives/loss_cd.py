@@ -7,11 +7,23 @@ trained toward the denoised image from which a DDIM step would reach the same pl
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dnnlib import cli
 from dnnlib.lazy import lazy_import
+from dnnlib.options import SWITCH, opt
 from training.objectives.loss import denoiser, student_and_target
 from training.objectives.multistep import MultistepSchedule
+from training.objectives.options import (
+    EDM2_STUDENT,
+    HOP_COST,
+    STUDENT,
+    Objective,
+    Segments,
+    SyncDropout,
+    TeacherHop,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +32,46 @@ torch = lazy_import('torch')
 ops = lazy_import('training.consistency_ops')
 
 NAME = 'cd'
+
+
+@dataclass(frozen=True)
+class DistillationConfig(SyncDropout, Segments, TeacherHop):
+    """Options of --objective=mcd."""
+
+    terminal_anchor: bool = opt(
+        True,
+        SWITCH,
+        "Give the first and the last edge the probability 1/T each; at sigma_max the target is the teacher's own solution.",
+    )
+    terminal_teacher_hop: bool = opt(
+        True, SWITCH, "On the edge to 0, aim at the teacher's denoised image instead of the data."
+    )
+    anchor_hops: int | None = opt(
+        None,
+        cli.STEPS,
+        'Heun steps of the solution at sigma_max.',
+        metavar='INT',
+        default_text='4; 32 where the first segment ends below sigma = 10',
+        idle=('terminal_anchor', False),
+    )
+
+    def cost(self) -> float:
+        """A hop, the self-target, the student; on the anchored first edge the teacher's solution: 2 evaluations a sub-step."""
+        total = HOP_COST[self.hop] + 4
+        if self.terminal_anchor:
+            anchored = self.top_mass / self.S if self.top_mass else 1 / self.T_end
+            total += anchored * 2 * (self.anchor_hops or 32)
+        return total
+
+
+# fmt: off
+OBJECTIVE = Objective(
+    DistillationConfig,
+    teacher='diffusion',
+    defaults=STUDENT,
+    edm2=EDM2_STUDENT,
+)
+# fmt: on
 
 
 class DistillationState(MultistepSchedule):

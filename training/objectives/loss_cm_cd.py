@@ -3,11 +3,14 @@ the teacher further down."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dnnlib.lazy import lazy_import
 from training.objectives.consistency_model import ConsistencyModelState
 from training.objectives.loss import denoiser, student_and_target
+from training.objectives.loss_cm_ct import SongConfig
+from training.objectives.options import CONSISTENCY_MODEL, EDM2_STUDENT, HOP_COST, Objective, TeacherHop
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +19,28 @@ torch = lazy_import('torch')
 ops = lazy_import('training.consistency_ops')
 
 NAME = 'cm-cd'
+
+
+@dataclass(frozen=True)
+class SongDistillationConfig(SongConfig, TeacherHop):
+    """Options of --objective=cm-cd."""
+
+    N: int | None = 18
+    mu0: float = 0.0
+
+    def cost(self) -> float:
+        return HOP_COST[self.hop] + 4
+
+
+# fmt: off
+OBJECTIVE = Objective(
+    SongDistillationConfig,
+    teacher='diffusion',
+    defaults=CONSISTENCY_MODEL,
+    edm2=EDM2_STUDENT,
+    boundary=True,
+)
+# fmt: on
 
 
 def setup(c, teacher, net=None, perceptual=None) -> ConsistencyModelState:

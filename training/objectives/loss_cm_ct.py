@@ -3,11 +3,26 @@ level of the same noise."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import click
+
+from dnnlib import cli
 from dnnlib.lazy import lazy_import
+from dnnlib.options import opt
 from training.objectives.consistency_model import ConsistencyModelState
 from training.objectives.loss import student_and_target
+from training.objectives.options import (
+    CONSISTENCY_MODEL,
+    EDM2_STUDENT,
+    Config,
+    ConsistencySampling,
+    GrowingGrid,
+    Objective,
+    SyncDropout,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +31,69 @@ torch = lazy_import('torch')
 ops = lazy_import('training.consistency_ops')
 
 NAME = 'cm-ct'
+
+
+@dataclass(frozen=True)
+class SongConfig(ConsistencySampling, SyncDropout, GrowingGrid):
+    """Options of --objective=cm-ct, and of cm-cd besides its teacher."""
+
+    N: int | None = opt(
+        None,
+        cli.LEVELS,
+        'Number of grid nodes throughout training, with --mu0 as the decay (cm-cd, cm-ct).',
+        metavar='INT',
+        default_text='cm-cd 18, unless --s0, --s1 or --schedule_steps let it grow; cm-ct: growing',
+    )
+    mu0: float = opt(
+        0.9,
+        cli.Number(0, 1, max_open=True),
+        'Decay of the target network at the start (cm-cd, cm-ct); 0: the target is the network itself.',
+        metavar='FLOAT',
+    )
+    mu_schedule: str = opt(
+        'adaptive',
+        click.Choice(['adaptive', 'fixed']),
+        'The decay rises with the number of nodes (adaptive), or stays (cm-cd, cm-ct).',
+        idle=('mu0', 0),
+    )
+    cm_loss: str = opt(
+        'lpips',
+        click.Choice(['lpips', 'l2', 'l1', 'pseudo_huber']),
+        "Distance between the network's image and its target (cm-cd, cm-ct).",
+    )
+    lpips: str | None = opt(
+        None,
+        cli.PATHS,
+        "Weights of --cm_loss=lpips: torchvision's VGG16 and the lpips package's heads, joined by a comma; or one TorchScript file. "
+        f'{cli.PROGRAM}',
+        metavar='FILES|URLS',
+        default_text='the published ones',
+        needs=('cm_loss', 'lpips'),
+    )
+
+    @classmethod
+    def from_given(cls, given: Mapping[str, object]) -> Config:
+        growing = sorted(given.keys() & {'s0', 's1', 'schedule_steps'})
+        if 'N' in given and growing:
+            raise click.UsageError(f'--N is a grid that stays as it is: leave out --{growing[0]}, or --N.')
+        if 'mu_schedule' in given and (cls.N or 'N' in given) and not growing:
+            raise click.UsageError(
+                '--mu_schedule is for grids that grow: give --s0, --s1 or --schedule_steps as well, and no --N.'
+            )
+        return super().from_given(given | (dict(N=None) if growing else {}))
+
+    def cost(self) -> float:
+        return 4
+
+
+# fmt: off
+OBJECTIVE = Objective(
+    SongConfig,
+    defaults=CONSISTENCY_MODEL,
+    edm2=EDM2_STUDENT,
+    boundary=True,
+)
+# fmt: on
 
 
 def setup(c, teacher=None, net=None, perceptual=None) -> ConsistencyModelState:

@@ -6,11 +6,13 @@ may stem from.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dnnlib.lazy import lazy_import
 from training.objectives.loss import student_and_target
 from training.objectives.multistep import MultistepSchedule
+from training.objectives.options import EDM2_STUDENT, STUDENT, Objective, Segments, SyncDropout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +21,23 @@ torch = lazy_import('torch')
 ops = lazy_import('training.consistency_ops')
 
 NAME = 'ct'
+
+
+@dataclass(frozen=True)
+class TrainingConfig(SyncDropout, Segments):
+    """Options of --objective=mct."""
+
+    def cost(self) -> float:
+        return 4
+
+
+# fmt: off
+OBJECTIVE = Objective(
+    TrainingConfig,
+    defaults=dict(STUDENT, dropout=0.0),
+    edm2=EDM2_STUDENT,
+)
+# fmt: on
 
 
 def setup(c, teacher=None, net=None, perceptual=None) -> MultistepSchedule:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from dnnlib.lazy import lazy_import
 from training.objectives.loss import State, dropout_masks, report_by_sigma
+from training.objectives.options import LogNormal, Objective, by_width
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +19,39 @@ ops = lazy_import('training.consistency_ops')
 misc = lazy_import('torch_utils.misc')
 
 NAME = 'diffusion'
+
+
+@dataclass(frozen=True)
+class DiffusionConfig(LogNormal):
+    """Options of --objective=diffusion, whose loss --precond names. EDM's and EDM2's draw ln sigma from a normal distribution."""
+
+    P_mean: float | None = -1.2
+    P_std: float | None = 1.2
+
+
+# fmt: off
+# EDM2's presets (Karras et al. 2024); durations are in 2^20 images there.
+MI = 2**20 / 1e6
+EDM2_TEACHERS = by_width(
+    lr=dict(XS=12e-3, S=10e-3, M=9e-3, L=8e-3, XL=7e-3),
+    dropout=dict(XS=0.0, S=0.0, M=0.1, L=0.1, XL=0.1),
+    duration=dict(XS=1024 * MI, S=1024 * MI, M=2048 * MI, L=1024 * MI, XL=640 * MI),
+)
+EDM2_LATENT_TEACHERS = by_width(
+    lr=dict(XS=12e-3, S=10e-3, M=9e-3, L=8e-3, XL=7e-3, XXL=6.5e-3),
+    dropout=dict(XS=0.0, S=0.0, M=0.1, L=0.1, XL=0.1, XXL=0.1),
+    duration=dict(XS=2048 * MI, S=2048 * MI, M=2048 * MI, L=1792 * MI, XL=1280 * MI, XXL=896 * MI),
+)
+OBJECTIVE = Objective(
+    DiffusionConfig,
+    defaults=dict(optim='adam', lr=10e-4, lr_rampup=10_000, lr_schedule='constant', beta2=0.999, duration=200.0, batch=512,
+                  ema=0.5e6, ema_rampup=0.05, augment=0.12, dropout=0.13),
+    edm2=dict(lr_schedule='sqrt', lr_decay=35_000, beta2=0.99, batch=2048, augment=0.0, phema=[0.05, 0.1], P_mean=-0.8, P_std=1.6),
+    edm2_latents=dict(lr_decay=70_000, P_mean=-0.4, P_std=1.0),
+    edm2_sizes=EDM2_TEACHERS,
+    edm2_latent_sizes=EDM2_LATENT_TEACHERS,
+)
+# fmt: on
 DEFAULTS = dict(
     edm=dict(P_mean=-1.2, P_std=1.2, sigma_data=0.5),
     edm2=dict(P_mean=-0.4, P_std=1.0, sigma_data=0.5),

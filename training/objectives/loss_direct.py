@@ -8,11 +8,15 @@ rest anywhere in a segment.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dnnlib import cli
 from dnnlib.lazy import lazy_import
+from dnnlib.options import opt
 from training.objectives.loss import denoiser, dropout_masks
 from training.objectives.multistep import MultistepSchedule
+from training.objectives.options import EDM2_STUDENT, STUDENT, Objective, Segments, Teacher
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +25,29 @@ torch = lazy_import('torch')
 ops = lazy_import('training.consistency_ops')
 
 NAME = 'direct'
+
+
+@dataclass(frozen=True)
+class RegressionConfig(Segments, Teacher):
+    """Options of --objective=direct."""
+
+    T_start: int | None = None
+    keep_ties: bool = True
+    top_mass: float = 0.9
+    substeps: int = opt(3, cli.STEPS, 'Heun steps of the teacher over a segment (direct).', metavar='INT')
+
+    def cost(self) -> float:
+        return 2 * self.substeps + 3
+
+
+# fmt: off
+OBJECTIVE = Objective(
+    RegressionConfig,
+    teacher='diffusion',
+    defaults=STUDENT,
+    edm2=EDM2_STUDENT,
+)
+# fmt: on
 
 
 def setup(c, teacher, net=None, perceptual=None) -> MultistepSchedule:

@@ -6,10 +6,25 @@ A pair of times t > r lies on one noised image; r is 0 at first and comes closer
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import click
 
 from dnnlib.lazy import lazy_import
+from dnnlib.options import opt
 from training.objectives.loss import State, report_levels, student_and_target
+from training.objectives.options import (
+    EDM2_STUDENT,
+    RADAM,
+    ConsistencySampling,
+    LogNormal,
+    NoiseRange,
+    Objective,
+    SyncDropout,
+    TimePairs,
+    by_width,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +36,40 @@ misc = lazy_import('torch_utils.misc')
 times = lazy_import('training.objectives.time_schedules')
 
 NAME = 'ect'
+
+
+@dataclass(frozen=True)
+class TuningConfig(ConsistencySampling, TimePairs, LogNormal, SyncDropout, NoiseRange):
+    """Options of --objective=ect."""
+
+    sampling: ClassVar[tuple[str, ...]] = ('mid_t', 'clip_denoised', 'sigma_min', 'sigma_max')
+
+    P_mean: float | None = -1.1
+    P_std: float | None = 2.0
+    c: float | None = 0.0
+    ect_weight: str = opt(
+        'gap',
+        click.Choice(['gap', 'flat', 'inv', 'inv_sum', 'snr', 'karras', 'c_in_squared']),
+        'Loss weight (ect): gap = 1/(t - r), or of t alone 1, 1/t, 1/t + 1/sigma_data, 1/t^2, 1/t^2 + 1/sigma_data^2, '
+        '1/(t^2 + sigma_data^2).',
+    )
+
+    def cost(self) -> float:
+        return 4
+
+
+# fmt: off
+# ECT's presets for EDM2's networks (Geng et al. 2024).
+ECT_SIZES = by_width(lr=dict(S=10e-4, M=9e-4, L=8e-4, XL=7e-4), dropout=dict(S=0.4, M=0.5, L=0.5, XL=0.5))
+
+OBJECTIVE = Objective(
+    TuningConfig,
+    defaults=dict(RADAM, lr=1e-4, duration=51.2, batch=128, ema=0.887e6, dropout=0.2),
+    edm2=dict(EDM2_STUDENT, optim='adam', duration=12.8, phema=[0.01, 0.05, 0.1], max_dropout_resolution=16, P_mean=-0.8,
+              P_std=1.6, q=4.0, c=0.06, ect_weight='karras'),
+    edm2_sizes=ECT_SIZES,
+)
+# fmt: on
 
 
 class TuningState(State):

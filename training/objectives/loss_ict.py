@@ -4,11 +4,24 @@ distribution, short edges weigh more, and the distance is the pseudo-Huber one."
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dnnlib.lazy import lazy_import
+from dnnlib.options import recorded
 from training.objectives.consistency_model import NodeSchedule, pseudo_huber
 from training.objectives.loss import student_and_target
+from training.objectives.options import (
+    COUNT,
+    EDM2_STUDENT,
+    RADAM,
+    ConsistencySampling,
+    GrowingGrid,
+    LogNormal,
+    Objective,
+    PseudoHuber,
+    SyncDropout,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +31,30 @@ ops = lazy_import('training.consistency_ops')
 times = lazy_import('training.objectives.time_schedules')
 
 NAME = 'ict'
+
+
+@dataclass(frozen=True)
+class ImprovedConfig(ConsistencySampling, PseudoHuber, LogNormal, SyncDropout, GrowingGrid):
+    """Options of --objective=ict."""
+
+    s0: int = 10
+    s1: int = 1280
+    P_mean: float | None = -1.1
+    P_std: float | None = 2.0
+    batch_size: int | None = recorded(None, COUNT)
+
+    def cost(self) -> float:
+        return 4
+
+
+# fmt: off
+OBJECTIVE = Objective(
+    ImprovedConfig,
+    defaults=dict(RADAM, lr=1e-4, duration=409.6, batch=1024, ema=10.14e6, dropout=0.3),
+    edm2=EDM2_STUDENT,
+    boundary=True,
+)
+# fmt: on
 
 
 class DoublingSchedule(NodeSchedule):

@@ -3,11 +3,17 @@ its teacher does in two."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import click
+
+from dnnlib import cli
 from dnnlib.lazy import lazy_import
+from dnnlib.options import opt
 from training.objectives.edge_schedule import EdgeSchedule
 from training.objectives.loss import denoiser, dropout_masks
+from training.objectives.options import EDM2_STUDENT, Objective, Stages, Students, TeacherHop
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +22,56 @@ torch = lazy_import('torch')
 ops = lazy_import('training.consistency_ops')
 
 NAME = 'pd'
+
+
+@dataclass(frozen=True)
+class ProgressiveConfig(Stages, Students, TeacherHop):
+    """Options of --objective=pd."""
+
+    S: int = 1
+    student_grid: str = 'full'
+    hop: str = 'ddim'
+    cd_loss: str = 'l2'
+    cd_weight_mode: str = 'truncated-snr'
+    stage_steps: int | None = 50_000
+    S_start: int = opt(
+        512,
+        cli.STEPS,
+        'Sampling steps of the first student (pd), halved from stage to stage down to --S; its teacher is sampled in twice as many.',
+        metavar='INT',
+        record=False,
+    )
+
+    def __post_init__(self):
+        from training.objectives.time_schedules import halving_stages
+
+        super().__post_init__()
+        try:
+            halving_stages(self.S_start, self.S, self.stage_steps)
+        except ValueError as error:
+            raise click.UsageError(
+                f'--S_start={self.S_start}, --S={self.S}: {error}. Give a --S_start that is --S times a power of two.'
+            ) from error
+        if self.student_grid != 'full':
+            raise click.UsageError(
+                f'--student_grid={self.student_grid}: the stages of pd are nested on full grids alone; leave it out.'
+            )
+        if self.hop == 'heun':
+            raise click.UsageError('--hop=heun: the teacher of pd takes its own steps, ddim or addim.')
+
+    def cost(self) -> float:
+        return 2 + 3
+
+
+# fmt: off
+OBJECTIVE = Objective(
+    ProgressiveConfig,
+    teacher='diffusion',
+    defaults=dict(optim='adam', lr=2e-4, lr_rampup=0, lr_schedule='linear', beta2=0.999, batch=128, ema=0.5e6,
+                  ema_rampup=0.05, augment=0.0),
+    edm2=EDM2_STUDENT,
+)
+# fmt: on
 HOPS = ('ddim', 'addim')
 
 

@@ -7,10 +7,26 @@ capacity for the way from noise to t'.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
+import click
+
+from dnnlib import cli
 from dnnlib.lazy import lazy_import
+from dnnlib.options import opt, recorded
 from training.objectives.loss import State, denoiser, dropout_masks, report_levels, unwrap
+from training.objectives.options import (
+    COUNT,
+    EDM2_STUDENT,
+    RADAM,
+    ConsistencySampling,
+    NoiseRange,
+    Objective,
+    SyncDropout,
+    Teacher,
+    TimePairs,
+)
 
 if TYPE_CHECKING:
     import numpy
@@ -26,6 +42,59 @@ switched = lazy_import('training.networks.switched')
 times = lazy_import('training.objectives.time_schedules')
 
 NAME = 'tcm'
+
+
+@dataclass(frozen=True)
+class TruncatedConfig(ConsistencySampling, TimePairs, SyncDropout, NoiseRange, Teacher):
+    """Options of --objective=tcm."""
+
+    heading: ClassVar[str] = 'Truncated consistency models (--objective=tcm)'
+    sampling: ClassVar[tuple[str, ...]] = ('mid_t', 'clip_denoised', 'sigma_min')
+
+    c: float | None = 1e-8
+    stage_steps: int | None = 1
+    dividing_t: float = opt(
+        1.0,
+        cli.SIGMA,
+        'Noise level below which the network of the first stage is evaluated.',
+        metavar='FLOAT',
+    )
+    boundary_share: float = opt(
+        0.25, cli.Number(0, 1, max_open=True), 'Share of samples at --dividing_t.', metavar='FLOAT'
+    )
+    boundary_weight: float = opt(
+        0.1,
+        cli.FACTOR,
+        'Weight of the mean loss of samples at --dividing_t.',
+        metavar='FLOAT',
+        idle=('boundary_share', 0),
+    )
+    ratio_cap: float = opt(
+        0.999, cli.Number(0, 1, max_open=True), 'Upper limit of the ratio r/t.', metavar='FLOAT'
+    )
+    tcm_weight: str = opt(
+        'flat', click.Choice(['flat', 'karras']), 'Loss weight times t - r: 1, or t / c_out(t)^2.'
+    )
+    student_scale: float = opt(
+        0.2, cli.SOME_FACTOR, 'ln t is Student-t distributed times this.', metavar='FLOAT'
+    )
+    student_df: float = opt(
+        0.01, cli.SOME_FACTOR, 'Degrees of freedom of the distribution of ln t.', metavar='FLOAT'
+    )
+    batch_size: int | None = recorded(None, COUNT)
+
+    def cost(self) -> float:
+        return 4
+
+
+# fmt: off
+OBJECTIVE = Objective(
+    TruncatedConfig,
+    teacher='consistency',
+    defaults=dict(RADAM, lr=5e-5, duration=204.8, batch=1024, ema=7.097e6),
+    edm2=dict(EDM2_STUDENT, optim='adam', lr=5e-4, lr_decay=8000, duration=122.88, q=4.0, c=0.06, ratio_cap=0.9961, tcm_weight='karras'),
+)
+# fmt: on
 
 
 class TruncatedState(State):

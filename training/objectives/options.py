@@ -5,14 +5,17 @@ Plain data, quick to import: `train.py --help` reads it. Each objective's own op
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import ModuleType
 from typing import ClassVar
 
 import click
 
 from dnnlib import cli
-from dnnlib.options import SWITCH, opt, recorded
+from dnnlib.options import SWITCH, opt, options_of, recorded
 from dnnlib.schema import Integer, Real
 
 HOPS = ('heun', 'ddim', 'addim')
@@ -312,245 +315,6 @@ class TimePairs(Stages, PseudoHuber):
     stage_nimg: int | None = recorded(None, COUNT)
 
 
-@dataclass(frozen=True)
-class DiffusionConfig(LogNormal):
-    """Options of --objective=diffusion, whose loss --precond names. EDM's and EDM2's draw ln sigma from a normal distribution."""
-
-    P_mean: float | None = -1.2
-    P_std: float | None = 1.2
-
-
-@dataclass(frozen=True)
-class DistillationConfig(SyncDropout, Segments, TeacherHop):
-    """Options of --objective=mcd."""
-
-    terminal_anchor: bool = opt(
-        True,
-        SWITCH,
-        "Give the first and the last edge the probability 1/T each; at sigma_max the target is the teacher's own solution.",
-    )
-    terminal_teacher_hop: bool = opt(
-        True, SWITCH, "On the edge to 0, aim at the teacher's denoised image instead of the data."
-    )
-    anchor_hops: int | None = opt(
-        None,
-        cli.STEPS,
-        'Heun steps of the solution at sigma_max.',
-        metavar='INT',
-        default_text='4; 32 where the first segment ends below sigma = 10',
-        idle=('terminal_anchor', False),
-    )
-
-    def cost(self) -> float:
-        """A hop, the self-target, the student; on the anchored first edge the teacher's solution: 2 evaluations a sub-step."""
-        total = HOP_COST[self.hop] + 4
-        if self.terminal_anchor:
-            anchored = self.top_mass / self.S if self.top_mass else 1 / self.T_end
-            total += anchored * 2 * (self.anchor_hops or 32)
-        return total
-
-
-@dataclass(frozen=True)
-class TrainingConfig(SyncDropout, Segments):
-    """Options of --objective=mct."""
-
-    def cost(self) -> float:
-        return 4
-
-
-@dataclass(frozen=True)
-class RegressionConfig(Segments, Teacher):
-    """Options of --objective=direct."""
-
-    T_start: int | None = None
-    keep_ties: bool = True
-    top_mass: float = 0.9
-    substeps: int = opt(3, cli.STEPS, 'Heun steps of the teacher over a segment (direct).', metavar='INT')
-
-    def cost(self) -> float:
-        return 2 * self.substeps + 3
-
-
-@dataclass(frozen=True)
-class ProgressiveConfig(Stages, Students, TeacherHop):
-    """Options of --objective=pd."""
-
-    S: int = 1
-    student_grid: str = 'full'
-    hop: str = 'ddim'
-    cd_loss: str = 'l2'
-    cd_weight_mode: str = 'truncated-snr'
-    stage_steps: int | None = 50_000
-    S_start: int = opt(
-        512,
-        cli.STEPS,
-        'Sampling steps of the first student (pd), halved from stage to stage down to --S; its teacher is sampled in twice as many.',
-        metavar='INT',
-        record=False,
-    )
-
-    def __post_init__(self):
-        from training.objectives.time_schedules import halving_stages
-
-        super().__post_init__()
-        try:
-            halving_stages(self.S_start, self.S, self.stage_steps)
-        except ValueError as error:
-            raise click.UsageError(
-                f'--S_start={self.S_start}, --S={self.S}: {error}. Give a --S_start that is --S times a power of two.'
-            ) from error
-        if self.student_grid != 'full':
-            raise click.UsageError(
-                f'--student_grid={self.student_grid}: the stages of pd are nested on full grids alone; leave it out.'
-            )
-        if self.hop == 'heun':
-            raise click.UsageError('--hop=heun: the teacher of pd takes its own steps, ddim or addim.')
-
-    def cost(self) -> float:
-        return 2 + 3
-
-
-@dataclass(frozen=True)
-class SongConfig(ConsistencySampling, SyncDropout, GrowingGrid):
-    """Options of --objective=cm-ct, and of cm-cd besides its teacher."""
-
-    N: int | None = opt(
-        None,
-        cli.LEVELS,
-        'Number of grid nodes throughout training, with --mu0 as the decay (cm-cd, cm-ct).',
-        metavar='INT',
-        default_text='cm-cd 18, unless --s0, --s1 or --schedule_steps let it grow; cm-ct: growing',
-    )
-    mu0: float = opt(
-        0.9,
-        cli.Number(0, 1, max_open=True),
-        'Decay of the target network at the start (cm-cd, cm-ct); 0: the target is the network itself.',
-        metavar='FLOAT',
-    )
-    mu_schedule: str = opt(
-        'adaptive',
-        click.Choice(['adaptive', 'fixed']),
-        'The decay rises with the number of nodes (adaptive), or stays (cm-cd, cm-ct).',
-        idle=('mu0', 0),
-    )
-    cm_loss: str = opt(
-        'lpips',
-        click.Choice(['lpips', 'l2', 'l1', 'pseudo_huber']),
-        "Distance between the network's image and its target (cm-cd, cm-ct).",
-    )
-    lpips: str | None = opt(
-        None,
-        cli.PATHS,
-        "Weights of --cm_loss=lpips: torchvision's VGG16 and the lpips package's heads, joined by a comma; or one TorchScript file. "
-        f'{cli.PROGRAM}',
-        metavar='FILES|URLS',
-        default_text='the published ones',
-        needs=('cm_loss', 'lpips'),
-    )
-
-    @classmethod
-    def from_given(cls, given: Mapping[str, object]) -> Config:
-        growing = sorted(given.keys() & {'s0', 's1', 'schedule_steps'})
-        if 'N' in given and growing:
-            raise click.UsageError(f'--N is a grid that stays as it is: leave out --{growing[0]}, or --N.')
-        if 'mu_schedule' in given and (cls.N or 'N' in given) and not growing:
-            raise click.UsageError(
-                '--mu_schedule is for grids that grow: give --s0, --s1 or --schedule_steps as well, and no --N.'
-            )
-        return super().from_given(given | (dict(N=None) if growing else {}))
-
-    def cost(self) -> float:
-        return 4
-
-
-@dataclass(frozen=True)
-class SongDistillationConfig(SongConfig, TeacherHop):
-    """Options of --objective=cm-cd."""
-
-    N: int | None = 18
-    mu0: float = 0.0
-
-    def cost(self) -> float:
-        return HOP_COST[self.hop] + 4
-
-
-@dataclass(frozen=True)
-class ImprovedConfig(ConsistencySampling, PseudoHuber, LogNormal, SyncDropout, GrowingGrid):
-    """Options of --objective=ict."""
-
-    s0: int = 10
-    s1: int = 1280
-    P_mean: float | None = -1.1
-    P_std: float | None = 2.0
-    batch_size: int | None = recorded(None, COUNT)
-
-    def cost(self) -> float:
-        return 4
-
-
-@dataclass(frozen=True)
-class TuningConfig(ConsistencySampling, TimePairs, LogNormal, SyncDropout, NoiseRange):
-    """Options of --objective=ect."""
-
-    sampling: ClassVar[tuple[str, ...]] = ('mid_t', 'clip_denoised', 'sigma_min', 'sigma_max')
-
-    P_mean: float | None = -1.1
-    P_std: float | None = 2.0
-    c: float | None = 0.0
-    ect_weight: str = opt(
-        'gap',
-        click.Choice(['gap', 'flat', 'inv', 'inv_sum', 'snr', 'karras', 'c_in_squared']),
-        'Loss weight (ect): gap = 1/(t - r), or of t alone 1, 1/t, 1/t + 1/sigma_data, 1/t^2, 1/t^2 + 1/sigma_data^2, '
-        '1/(t^2 + sigma_data^2).',
-    )
-
-    def cost(self) -> float:
-        return 4
-
-
-@dataclass(frozen=True)
-class TruncatedConfig(ConsistencySampling, TimePairs, SyncDropout, NoiseRange, Teacher):
-    """Options of --objective=tcm."""
-
-    heading: ClassVar[str] = 'Truncated consistency models (--objective=tcm)'
-    sampling: ClassVar[tuple[str, ...]] = ('mid_t', 'clip_denoised', 'sigma_min')
-
-    c: float | None = 1e-8
-    stage_steps: int | None = 1
-    dividing_t: float = opt(
-        1.0,
-        cli.SIGMA,
-        'Noise level below which the network of the first stage is evaluated.',
-        metavar='FLOAT',
-    )
-    boundary_share: float = opt(
-        0.25, cli.Number(0, 1, max_open=True), 'Share of samples at --dividing_t.', metavar='FLOAT'
-    )
-    boundary_weight: float = opt(
-        0.1,
-        cli.FACTOR,
-        'Weight of the mean loss of samples at --dividing_t.',
-        metavar='FLOAT',
-        idle=('boundary_share', 0),
-    )
-    ratio_cap: float = opt(
-        0.999, cli.Number(0, 1, max_open=True), 'Upper limit of the ratio r/t.', metavar='FLOAT'
-    )
-    tcm_weight: str = opt(
-        'flat', click.Choice(['flat', 'karras']), 'Loss weight times t - r: 1, or t / c_out(t)^2.'
-    )
-    student_scale: float = opt(
-        0.2, cli.SOME_FACTOR, 'ln t is Student-t distributed times this.', metavar='FLOAT'
-    )
-    student_df: float = opt(
-        0.01, cli.SOME_FACTOR, 'Degrees of freedom of the distribution of ln t.', metavar='FLOAT'
-    )
-    batch_size: int | None = recorded(None, COUNT)
-
-    def cost(self) -> float:
-        return 4
-
-
 # Channels at the finest level of EDM2's networks.
 EDM2_WIDTHS = dict(XS=128, S=192, M=256, L=320, XL=384, XXL=448)
 
@@ -571,3 +335,60 @@ RADAM = dict(optim='radam', lr_rampup=0, lr_schedule='constant', beta2=0.999, em
 # An EMA of 0.9999 a step.
 CONSISTENCY_MODEL = dict(RADAM, lr=4e-4, duration=409.6, batch=512, ema=3.549e6, dropout=0.0)
 # fmt: on
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A way to train.
+
+    Attributes:
+        config: its own options, typed.
+        teacher: what it starts from, `diffusion` or `consistency` model; None: from nothing.
+        defaults: of options that every run has: learning rate, length, ... (`ema` in images).
+        edm2: all of these, and its own, for EDM2's networks, where they are others: see `edm2_defaults`.
+        edm2_latents: those of `edm2` that are others again where the data are latents.
+        edm2_sizes, edm2_latent_sizes: those that depend on the network's width, see `by_width`, for pixels and for latents; None: as for pixels.
+        boundary: whether the network is the identity at sigma_min, not at 0.
+    """
+
+    config: type[Config]
+    teacher: str | None = None
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    edm2: Mapping[str, object] = field(default_factory=dict)
+    edm2_latents: Mapping[str, object] = field(default_factory=dict)
+    edm2_sizes: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
+    edm2_latent_sizes: Mapping[int, Mapping[str, object]] | None = None
+    boundary: bool = False
+
+    @property
+    def own(self) -> dict[str, object]:
+        """Options that not every objective has, and their defaults."""
+        return {name: option.default for name, option in options_of(self.config).items()}
+
+    @property
+    def options(self) -> dict[str, object]:
+        """What the loss is given and a run records of it, and the defaults."""
+        declared, names = options_of(self.config), self.config.sampling
+        return {
+            f.name: f.default
+            for f in dataclasses.fields(self.config)
+            if f.name not in (*names, 'sigma_data')
+            and (f.name not in declared or (declared[f.name].record and not declared[f.name].key))
+        }
+
+    def edm2_defaults(self, width: int, latents: bool) -> dict[str, object]:
+        """`edm2` for a network of `width` channels at its finest level. A width that has no name in EDM2 has what depends on it from
+        the next smaller size that has one, and from S where there is none."""
+        sizes = self.edm2_latent_sizes if latents and self.edm2_latent_sizes is not None else self.edm2_sizes
+        nearest = max((known for known in sizes if known <= width), default=EDM2_WIDTHS['S'])
+        return {**self.edm2, **(self.edm2_latents if latents else {}), **sizes.get(nearest, {})}
+
+    @property
+    def loss(self) -> str | None:
+        """The name of its module; None for diffusion, whose losses --precond names."""
+        name = self.config.__module__.rpartition('.')[2]
+        return None if name == 'loss_diffusion' else name
+
+    def module(self) -> ModuleType:
+        """The objective's module, see `training.objectives.loss`."""
+        return importlib.import_module(self.config.__module__)
