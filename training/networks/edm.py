@@ -56,19 +56,9 @@ class Conv2d(Module):
     """
 
     def __init__(
-        self,
-        in_channels,
-        out_channels,
-        kernel,
-        bias=True,
-        up=False,
-        down=False,
-        resample_filter=(1, 1),
-        fused_resample=False,
-        init_mode='kaiming_normal',
-        init_weight=1,
-        init_bias=0,
-    ):
+        self, in_channels, out_channels, kernel, bias=True, up=False, down=False, resample_filter=(1, 1),
+        fused_resample=False, init_mode='kaiming_normal', init_weight=1, init_bias=0
+    ):  # fmt: skip
         super().__init__()
         if up and down:
             raise ValueError('a convolution resamples up or down, not both')
@@ -175,26 +165,11 @@ class UNetBlock(Module):
     """
 
     def __init__(
-        self,
-        in_channels,
-        out_channels,
-        emb_channels,
-        up=False,
-        down=False,
-        attention=False,
-        num_heads=None,
-        channels_per_head=64,
-        dropout=0,
-        skip_scale=1,
-        eps=1e-5,
-        resample_filter=(1, 1),
-        resample_proj=False,
-        adaptive_scale=True,
-        init=None,
-        init_zero=None,
-        init_attn=None,
-        min_channels_per_group=4,
-    ):
+        self, in_channels, out_channels, emb_channels, up=False, down=False, attention=False,
+        num_heads=None, channels_per_head=64, dropout=0, skip_scale=1, eps=1e-5, resample_filter=(1, 1),
+        resample_proj=False, adaptive_scale=True, init=None, init_zero=None, init_attn=None,
+        min_channels_per_group=4
+    ):  # fmt: skip
         super().__init__()
         init, init_zero = init or {}, init_zero or dict(init_weight=0)
         if not attention:
@@ -350,26 +325,11 @@ class SongUNet(UNet):
     """
 
     def __init__(
-        self,
-        img_resolution,
-        in_channels,
-        out_channels,
-        label_dim=0,
-        augment_dim=0,
-        model_channels=128,
-        channel_mult=(1, 2, 2, 2),
-        channel_mult_emb=4,
-        num_blocks=4,
-        attn_resolutions=(16,),
-        dropout=0.10,
-        label_dropout=0,
-        embedding_type='positional',
-        channel_mult_noise=1,
-        encoder_type='standard',
-        decoder_type='standard',
-        resample_filter=(1, 1),
-        dout_resolutions=None,
-    ):
+        self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0, model_channels=128,
+        channel_mult=(1, 2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,), dropout=0.10,
+        label_dropout=0, embedding_type='positional', channel_mult_noise=1, encoder_type='standard',
+        decoder_type='standard', resample_filter=(1, 1), dout_resolutions=None
+    ):  # fmt: skip
         super().__init__()
         for value, known in (
             (embedding_type, ('positional', 'fourier')),
@@ -512,25 +472,11 @@ class DhariwalUNet(UNet):
     """
 
     def __init__(
-        self,
-        img_resolution,
-        in_channels,
-        out_channels,
-        label_dim=0,
-        augment_dim=0,
-        model_channels=192,
-        channel_mult=(1, 2, 3, 4),
-        channel_mult_emb=4,
-        num_blocks=3,
-        attn_resolutions=(32, 16, 8),
-        dropout=0.10,
-        label_dropout=0,
-        dout_resolutions=None,
-        adaptive_scale=True,
-        min_channels_per_group=4,
-        channels_per_head=64,
-        num_heads=None,
-    ):
+        self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0, model_channels=192,
+        channel_mult=(1, 2, 3, 4), channel_mult_emb=4, num_blocks=3, attn_resolutions=(32, 16, 8),
+        dropout=0.10, label_dropout=0, dout_resolutions=None, adaptive_scale=True, min_channels_per_group=4,
+        channels_per_head=64, num_heads=None
+    ):  # fmt: skip
         super().__init__()
         self.img_resolution, self.channel_mult, self.attn_resolutions = (
             img_resolution,
@@ -632,17 +578,9 @@ class Precond(Module):
     channels_last = False
 
     def __init__(
-        self,
-        img_resolution,
-        img_channels,
-        label_dim,
-        use_fp16,
-        sigma_min,
-        sigma_max,
-        model_type,
-        model_kwargs,
-        out_channels=None,
-    ):
+        self, img_resolution, img_channels, label_dim, use_fp16, sigma_min, sigma_max, model_type,
+        model_kwargs, out_channels=None
+    ):  # fmt: skip
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim, self.use_fp16 = (
             img_resolution,
@@ -712,18 +650,9 @@ class EDMPrecond(Precond):
     """
 
     def __init__(
-        self,
-        img_resolution,
-        img_channels,
-        label_dim=0,
-        use_fp16=False,
-        sigma_min=0,
-        sigma_max=float('inf'),
-        sigma_data=0.5,
-        model_type='DhariwalUNet',
-        boundary=0,
-        **model_kwargs,
-    ):
+        self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=0,
+        sigma_max=float('inf'), sigma_data=0.5, model_type='DhariwalUNet', boundary=0, **model_kwargs
+    ):  # fmt: skip
         super().__init__(
             img_resolution, img_channels, label_dim, use_fp16, sigma_min, sigma_max, model_type, model_kwargs
         )
@@ -749,18 +678,9 @@ class VPPrecond(Precond):
     """Variance-preserving SDE (Song et al. 2021); sigma(t)² = exp(beta_d t² / 2 + beta_min t) − 1."""
 
     def __init__(
-        self,
-        img_resolution,
-        img_channels,
-        label_dim=0,
-        use_fp16=False,
-        beta_d=19.9,
-        beta_min=0.1,
-        M=1000,
-        epsilon_t=1e-5,
-        model_type='SongUNet',
-        **model_kwargs,
-    ):
+        self, img_resolution, img_channels, label_dim=0, use_fp16=False, beta_d=19.9, beta_min=0.1, M=1000,
+        epsilon_t=1e-5, model_type='SongUNet', **model_kwargs
+    ):  # fmt: skip
         def level(t):
             return math.sqrt(math.expm1(beta_d * t**2 / 2 + beta_min * t))
 
@@ -791,16 +711,9 @@ class VEPrecond(Precond):
     """Variance-exploding SDE (Song et al. 2021)."""
 
     def __init__(
-        self,
-        img_resolution,
-        img_channels,
-        label_dim=0,
-        use_fp16=False,
-        sigma_min=0.02,
-        sigma_max=100,
-        model_type='SongUNet',
-        **model_kwargs,
-    ):
+        self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=0.02, sigma_max=100,
+        model_type='SongUNet', **model_kwargs
+    ):  # fmt: skip
         super().__init__(
             img_resolution, img_channels, label_dim, use_fp16, sigma_min, sigma_max, model_type, model_kwargs
         )
@@ -815,17 +728,9 @@ class iDDPMPrecond(Precond):
     variance output is ignored."""
 
     def __init__(
-        self,
-        img_resolution,
-        img_channels,
-        label_dim=0,
-        use_fp16=False,
-        C_1=0.001,
-        C_2=0.008,
-        M=1000,
-        model_type='DhariwalUNet',
-        **model_kwargs,
-    ):
+        self, img_resolution, img_channels, label_dim=0, use_fp16=False, C_1=0.001, C_2=0.008, M=1000,
+        model_type='DhariwalUNet', **model_kwargs
+    ):  # fmt: skip
         def alpha_bar(j):
             return math.sin(math.pi / 2 * j / M / (C_2 + 1)) ** 2
 

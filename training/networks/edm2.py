@@ -148,20 +148,10 @@ class Block(Module):
     """
 
     def __init__(
-        self,
-        in_channels,
-        out_channels,
-        emb_channels,
-        flavor='enc',
-        resample_mode='keep',
-        resample_filter=(1, 1),
-        attention=False,
-        channels_per_head=64,
-        dropout=0,
-        res_balance=0.3,
-        attn_balance=0.3,
-        clip_act=256,
-    ):
+        self, in_channels, out_channels, emb_channels, flavor='enc', resample_mode='keep',
+        resample_filter=(1, 1), attention=False, channels_per_head=64, dropout=0, res_balance=0.3,
+        attn_balance=0.3, clip_act=256
+    ):  # fmt: skip
         super().__init__()
         for value, known in ((flavor, ('enc', 'dec')), (resample_mode, ('keep', 'down', 'up'))):
             if value not in known:
@@ -246,22 +236,10 @@ class UNet(Module):
     checkpoint_activations = False
 
     def __init__(
-        self,
-        img_resolution,
-        img_channels,
-        label_dim,
-        model_channels=192,
-        channel_mult=(1, 2, 3, 4),
-        channel_mult_noise=None,
-        channel_mult_emb=None,
-        num_blocks=3,
-        attn_resolutions=(16, 8),
-        label_balance=0.5,
-        concat_balance=0.5,
-        dropout=0,
-        dout_resolutions=None,
-        **block_kwargs,
-    ):
+        self, img_resolution, img_channels, label_dim, model_channels=192, channel_mult=(1, 2, 3, 4),
+        channel_mult_noise=None, channel_mult_emb=None, num_blocks=3, attn_resolutions=(16, 8),
+        label_balance=0.5, concat_balance=0.5, dropout=0, dout_resolutions=None, **block_kwargs
+    ):  # fmt: skip
         super().__init__()
         self.label_balance, self.concat_balance = label_balance, concat_balance
         self.dropout, self.dout_resolutions, self.block_kwargs = dropout, dout_resolutions, block_kwargs
@@ -392,16 +370,9 @@ class Precond(Module):
     channels_last = False
 
     def __init__(
-        self,
-        img_resolution,
-        img_channels,
-        label_dim,
-        use_fp16=True,
-        sigma_data=0.5,
-        logvar_channels=128,
-        boundary=0,
-        **model_kwargs,
-    ):
+        self, img_resolution, img_channels, label_dim, use_fp16=True, sigma_data=0.5, logvar_channels=128,
+        boundary=0, **model_kwargs
+    ):  # fmt: skip
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim, self.use_fp16 = (
             img_resolution,
@@ -421,15 +392,9 @@ class Precond(Module):
         return self.unet
 
     def forward(
-        self,
-        x,
-        sigma,
-        class_labels=None,
-        force_fp32=False,
-        return_logvar=False,
-        augment_labels=None,
-        **model_kwargs,
-    ):
+        self, x, sigma, class_labels=None, force_fp32=False, return_logvar=False, augment_labels=None,
+        **model_kwargs
+    ):  # fmt: skip
         """Denoised images [N, C, H, W] in FP32 (FP64 where the weights are) from noisy `x` at noise levels
         `sigma`, [N] or scalar.
 
