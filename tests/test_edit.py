@@ -499,7 +499,12 @@ ERRORS = [
     ('inpaint', 'cm', ['--box=0,4,8,8', '--indices=1-2'], ['--indices=2 does not exist', '2 images 0 to 1']),
     ('inpaint', 'cm', ['--box=0,4,8,8', '--indices=1,1'], ['edited twice']),
     ('inpaint', 'cm', ['--box=0,4,8,8', '--input={tmp}/black.png', '--indices=1'], ['single image']),
-    ('inpaint', 'student', ['--box=0,4,8,8', '--input={tmp}/labeled'], ['not of the 10 classes', '--class']),
+    (
+        'inpaint',
+        'student',
+        ['--box=0,4,8,8', '--input={tmp}/labeled'],
+        ['class indices from 0 to 10, but the network has 10 classes', '--class'],
+    ),
     ('inpaint', 'student', ['--box=0,4,8,8', '--taus=2,1'], ['student sampler has no option taus']),
     ('inpaint', 'teacher', ['--box=0,4,8,8', '--solver=cm'], ['is a teacher']),
     ('inpaint', 'teacher', ['--box=0,4,8,8', '--solver=student', '--steps=4'], ['is a teacher']),

@@ -77,7 +77,10 @@ def test_a_path_may_name_its_digest(tmp_path):
 )
 def test_help_says_so(command):
     done = subprocess.run(
-        [sys.executable, *command.split(), '--help'], cwd=ROOT, text=True, capture_output=True
+        [sys.executable, *command.split(), '--help-all' if command == 'train.py' else '--help'],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
     )
     assert ' '.join(done.stdout.split()).count('is a program that PyTorch runs') == (
         2 if command == 'train.py' else 1

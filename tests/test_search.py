@@ -579,7 +579,7 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(lab, tmp_path):
     'options, words, status',
     [
         (['--metric=fid,kid'], ['more than one'], 2),
-        (['--metric=fad'], ['none of fid'], 2),
+        (['--metric=fad'], ['is not one of fid'], 2),
         (['--tolerance=0.1'], ['--tolerance is for --space=log'], 2),
         (['--low=2', '--high=1'], ['--low is not below --high'], 2),
         (['--log=log.txt'], ['ends in .jsonl'], 2),

@@ -90,7 +90,6 @@ def _changes(o: Options, launch: dict) -> tuple[dict, str]:
     else:
         return {}, 'no earlier attempt has got as far as a run folder, so it starts as the options say'
     overwrite = dict(val_overwrite=True) if o.run.val else {}
-    anew = dict(resume=None, resume_override=False, allow_other_data=False)
     given = record['resume']
     with_states = folder if given is None or os.path.isdir(given) else Path(given).parent
     states, passed_over = saved_states(with_states), dict(map(tuple, record['passed_over']))
@@ -101,7 +100,7 @@ def _changes(o: Options, launch: dict) -> tuple[dict, str]:
         resume = os.fspath(own[0] if len(own) < len(states) else with_states)
         return dict(overwrite, resume=resume), f'resuming from {own[0]}'
     return (
-        dict(overwrite, **anew, outdir=os.fspath(folder), nosubdir=True, seed=record['seed']),
+        dict(overwrite, **stages.ANEW, outdir=os.fspath(folder), nosubdir=True, seed=record['seed']),
         f'it had saved no state, so it begins again in {folder}',
     )
 

@@ -17,6 +17,9 @@ from dnnlib.text import printable
 from training.command_line import Options
 from training.objectives import time_schedules as times
 
+# Options of a run that resumes nothing.
+ANEW = dict(resume=None, resume_override=False, allow_other_data=False)
+
 
 def stages(o: Options, run_dir: str) -> Iterator[Options]:
     """The options of each stage when its turn comes: a new one's, or those to resume one that was
@@ -55,7 +58,7 @@ def stages(o: Options, run_dir: str) -> Iterator[Options]:
                 duration=total / 1e6,
                 outdir=folder,
                 nosubdir=True,
-                resume=resume if there else None,
+                **(dict(resume=resume) if there else ANEW),
             )
             yield dataclasses.replace(stage, stages=tuple(plan))
             snapshot = distributed.broadcast_object(_finished(folder, total, teacher))
