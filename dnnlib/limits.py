@@ -23,6 +23,7 @@ KB, MB, GB = 1 << 10, 1 << 20, 1 << 30
 # Bytes that a reader takes of a thing, at most.
 JSON_FILE = 4 * MB  # options, records: kilobytes in practice; parsed, 24 times as much in the worst case
 JSON_LINE = 1 * MB  # a line of stats.jsonl has a few kilobytes
+YAML_FILE = 64 * KB  # options written by hand, which are parsed slowly
 LABELS_OF_IMAGE = 16 * KB  # of dataset.json, if that is more than JSON_FILE: a name and 800 numbers
 IMAGE_FILE = 256 * MB  # one image: 40 million pixels of 16-bit RGB, uncompressed
 LATENTS_FILE = 64 * MB  # latents of one image: float32 [8, 1024, 1024] have 32 MB

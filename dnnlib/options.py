@@ -39,6 +39,7 @@ class Option:
         key: where a recorded configuration has it, with dots between names; None: elsewhere, see `record`.
         record: whether a configuration of an objective records it among the options of its loss.
         unit: factor from the option's unit to the recorded one.
+        settled: a default of None stands for one that is found before the run begins: no record has None.
         idle: (option, value) that leaves this one without an effect.
         needs: (option, value) without which this one is refused.
         switch: the option of a whole group without which this one is refused.
@@ -55,6 +56,7 @@ class Option:
     key: str | None = None
     record: bool = True
     unit: float = 1
+    settled: bool = False
     idle: tuple[str, object] | None = None
     needs: tuple[str, object] | None = None
     switch: str | None = None

@@ -327,7 +327,7 @@ def own_options(request: Request, objective: str, S: int | None, fixed: set[str]
 
 def names_of(words: Sequence[str]) -> list[str]:
     """The parameters of train.py that options set."""
-    command = command_line.TrainCommand('train.py')
+    command = command_line.command()
     try:
         _, rest, given = command.make_parser(click.Context(command, info_name='train.py')).parse_args(
             list(words)

@@ -165,6 +165,11 @@ def test_options_of_a_file_are_checked_as_those_of_the_command_line(tmp_path, di
     [
         ('batchsize: 3', 'batch_size'),
         ('btach: 3', 'batch is one'),
+        ('{batch_gpu: 3, batch-gpu: 4}', 'twice'),
+        ('compile: 1\ncompiled: 0', 'twice'),
+        ('a: &a [1, 1]\nb: &b [*a, *a]\nlr: [*b, *b]', 'has a, which is no option'),
+        ('cres: &a [1, 1]\nlr: [*a, *a]', 'list of these'),
+        ('lr: ' + 70_000 * '1', '65,536'),
         ('- 3', 'no mapping'),
         ('{"lr": ', 'no JSON'),
         ('a: [', 'neither YAML nor JSON'),

@@ -264,8 +264,17 @@ HOSTILE = [
             ('precision', 'x'),
             ('lr', 1e300),
             ('lr', 0),
+            *(
+                (name, None)
+                for name in ('lr', 'optim', 'lr_schedule', 'augment', 'precision', 'phema_snapshot_ticks')
+            ),
         )
     ),
+    *(
+        put('options', 'loss', name, None)
+        for name in ('S', 'T_start', 'T_anneal_kimg', 'schedule_nimg', 'stage_nimg', 'P_mean', 'sigma_data')
+    ),
+    put('options', 'loss', 'batch_size', 0),
     *(
         put('options', 'loss', name, 'x')
         for name in ('cd_loss', 'hop', 'ect_weight', 'mu_schedule', 'tcm_weight', 'student_grid')

@@ -6,6 +6,7 @@ Quick to import: without PyTorch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -20,11 +21,9 @@ from training.objectives.options import EDM2_WIDTHS, Config, Objective
 
 RUN = options_of(RunConfig)
 OWN = {name: options_of(objective.config) for name, objective in OBJECTIVES.items()}
-OWN_FIRST = sorted(
-    {**RUN, **{name: None for own in OWN.values() for name in own}}, key=lambda name: name in RUN
-)
 BEFORE_OWN = ('Main', 'Hyperparameters', 'Network')  # headings that --help has before an objective's own
 ALL = {**RUN, **{name: option for own in OWN.values() for name, option in own.items()}}
+OWN_FIRST = sorted(ALL, key=lambda name: name in RUN)
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def check_together(o: Options) -> None:
 
     # Options that mean something only beside another one.
     for switch in dict.fromkeys(option.switch for option in RUN.values() if option.switch):
-        stray = [RUN[option] for option in RUN if option in o.given and RUN[option].switch == switch]
+        stray = [option for name, option in RUN.items() if name in o.given and option.switch == switch]
         if stray and not getattr(run, switch):
             raise click.UsageError(f'{options.names(stray)} needs --{switch}=1.')
     for option in OWN[name].values():
@@ -287,15 +286,15 @@ class TrainCommand(cli.Command):
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx, formatter):
-        objective = 'all' if ctx.meta.get('all') else objective_in(ctx.meta.get('words', []))
-        if objective == 'all':
-            return super().format_options(ctx, formatter)
+        if ctx.meta.get('all'):
+            super().format_options(ctx, formatter)
+            return
+        objective = objective_in(ctx.meta.get('words', []))
         shown = [p for p in self.params if p.name in ('config', 'help_all')]
         self.format_groups(ctx, formatter, [*shown, *parameters(objective or 'diffusion')])
         if objective is None:
             with formatter.section('Options of an objective, which --objective=NAME --help describes'):
-                formatter.write_dl([(name, options.names(own.values())) for name, own in OWN.items() if own])
-        return None
+                formatter.write_dl([(name, options.names(own.values())) for name, own in OWN.items()])
 
 
 CONFIG_HELP = (
@@ -332,7 +331,12 @@ def read_config(ctx: click.Context, parameter: click.Parameter, path: str | None
         ctx.default_map = config_file.read(path, ALL)
 
 
-def parse(words: list[str]) -> Options:
-    """The configurations of the words of a command line, without `train.py`. Raises: click.UsageError."""
-    command = TrainCommand('train.py', callback=lambda **_: None)
-    return choose(options.given_in(command.make_context('train.py', list(words))))
+@functools.cache
+def command() -> TrainCommand:
+    """The command of train.py without what it does, for who looks at options only."""
+    return TrainCommand('train.py', callback=lambda **_: None)
+
+
+def parse(words: Iterable[str]) -> Options:
+    """The configurations of the words of a command line. Raises: click.UsageError."""
+    return choose(options.given_in(command().make_context('train.py', list(words))))

@@ -93,7 +93,9 @@ class Main:
 class Hyperparameters:
     heading: ClassVar[str] = 'Hyperparameters'
 
-    batch: int | None = opt(None, cli.BATCH, 'Total batch size.', metavar='INT', key='batch_size')
+    batch: int | None = opt(
+        None, cli.BATCH, 'Total batch size.', metavar='INT', key='batch_size', settled=True
+    )
     batch_gpu: int | None = opt(
         None,
         cli.BATCH,
@@ -103,14 +105,15 @@ class Hyperparameters:
         default_text='batch / world size',
         key='batch_gpu',
     )
-    optim: str | None = opt(None, click.Choice(['adam', 'radam']), 'Optimizer.', key='optim')
-    lr: float | None = opt(None, cli.POSITIVE, 'Learning rate.', metavar='FLOAT', key='lr')
+    optim: str | None = opt(None, click.Choice(['adam', 'radam']), 'Optimizer.', key='optim', settled=True)
+    lr: float | None = opt(None, cli.POSITIVE, 'Learning rate.', metavar='FLOAT', key='lr', settled=True)
     lr_rampup: float | None = opt(
         None,
         cli.KIMG,
         'Thousands of images over which the learning rate rises from 0.',
         metavar='KIMG',
         key='lr_rampup_nimg',
+        settled=True,
         unit=1e3,
     )
     lr_schedule: str | None = opt(
@@ -118,6 +121,7 @@ class Hyperparameters:
         click.Choice(['constant', 'linear', 'cosine', 'sqrt']),
         'Decay of the learning rate: to 0 at the end of training (linear, cosine), or as 1/sqrt(steps) after --lr_decay steps (sqrt).',
         key='lr_schedule',
+        settled=True,
     )
     lr_decay: int | None = opt(
         None,
@@ -135,6 +139,7 @@ class Hyperparameters:
         'Half-life of the weight average in millions of images; 500kimg and 50Mimg name their unit.',
         metavar='MIMG',
         key='ema_halflife_nimg',
+        settled=True,
     )
     ema_rampup: float | None = opt(
         None,
@@ -150,7 +155,7 @@ class Hyperparameters:
         key='phema_stds',
     )
     augment: float | None = opt(
-        None, cli.Number(0, 1), 'Augmentation probability.', metavar='FLOAT', key='augment'
+        None, cli.Number(0, 1), 'Augmentation probability.', metavar='FLOAT', key='augment', settled=True
     )
     grad_clip: float | None = opt(
         None,
@@ -315,6 +320,7 @@ class Performance:
         'Arithmetic inside the network; fp16 on GPUs only. Weights stay FP32, with fp64 FP64.',
         default_text='fp32',
         key='precision',
+        settled=True,
     )
     fp16: bool | None = opt(None, bool, 'True: as --precision=fp16.', default_text='False')
     ls: float | str | None = opt(
@@ -398,6 +404,7 @@ class Files:
         metavar='TICKS',
         default_text='as --snap',
         key='phema_snapshot_ticks',
+        settled=True,
         idle=('phema', []),
     )
     dump: int = opt(
@@ -425,6 +432,7 @@ class Files:
         metavar='INT',
         default_text='random',
         key='seed',
+        settled=True,
     )
     transfer: str | None = opt(
         None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 
 from dnnlib import UserError, limits, options, schema
@@ -36,11 +37,12 @@ def read(path: str, known: Mapping[str, Option]) -> dict[str, str]:
 
 
 def parse(text: str) -> object:
-    """The value of JSON, or else YAML."""
-    if text.lstrip().startswith('{'):
+    """The value of JSON, which quotes its first name, or else YAML, which people write by hand."""
+    if re.match(r'\s*\{\s*["}]', text):
         return schema.parse_json(text, limits.JSON_FILE, 'a configuration')
     import yaml
 
+    limits.check_size(len(text), limits.YAML_FILE, 'a configuration in YAML')
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -56,18 +58,20 @@ def from_options(values: Mapping, known: Mapping[str, Option]) -> dict[str, str]
         if name not in names:
             close = difflib.get_close_matches(name, names, 1)
             raise ValueError(f'has {key}, which is no option' + (f'; {close[0]} is one' if close else ''))
+        if value is not None and names[name].name in found:
+            raise ValueError(f'has {names[name].flag} twice, by two names')
         if value is not None:
             found[names[name].name] = as_word(value)
     return found
 
 
 def as_word(value: object) -> str:
-    """A value as a command line has it."""
-    if isinstance(value, (list, tuple)):
+    """A value as a command line has it: a scalar, or a list of them. (Lists in lists may be names for each other in YAML, and without end.)"""
+    if isinstance(value, list) and not any(isinstance(item, list) for item in value):
         return ','.join(map(as_word, value)) or 'none'
     if isinstance(value, (str, bool, int, float)):
         return str(value)
-    raise ValueError(f'has a value that is no text, number, truth value or list: {value}')
+    raise ValueError('has a value that is no text, number, truth value or list of these')
 
 
 def from_record(c: Mapping, known: Mapping[str, Option]) -> dict[str, str]:

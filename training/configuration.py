@@ -94,7 +94,7 @@ def lengths(o: Options, earlier: dict | None) -> dict[str, float]:
     recorded = (earlier or {}).get('loss') or {}
     fields = {field.name for field in dataclasses.fields(o.own)}
     for steps, (name, unit) in IN_STEPS.items():
-        if name not in fields or (steps not in fields):
+        if not {name, steps} <= fields:
             continue
         if (count := getattr(o.own, steps)) is not None:
             value = count * o.run.batch / unit

@@ -26,12 +26,12 @@ def kind_of_record() -> schema.Record:
     for objective in OBJECTIVES.values():
         config = objective.config
         for name, option in options_of(config).items():
+            if option.key or not option.record:
+                continue
             table = sampling if name in config.sampling else own
             if not isinstance(table.get(name), schema.Maybe):  # one objective whose default is None is enough
                 table[name] = kind(option)
-        own |= {
-            f.name: schema.Maybe(f.metadata['recorded']) for f in fields(config) if 'recorded' in f.metadata
-        }
+        own |= {f.name: f.metadata['recorded'] for f in fields(config) if 'recorded' in f.metadata}
     plain = {key: k for key, k in found.items() if '.' not in key}
     known = dict(
         loss=schema.Record(dict(own, kind=run_schema.NAME)), sampling=schema.Maybe(schema.Record(sampling))
@@ -44,7 +44,7 @@ def kind(option: Option) -> schema.Kind:
     of_value = option.schema()
     if option.unit != 1:
         of_value = schema.Real(of_value.low * option.unit, of_value.high * option.unit)
-    return schema.Maybe(of_value) if option.default is None else of_value
+    return schema.Maybe(of_value) if option.default is None and not option.settled else of_value
 
 
 RECORDED = kind_of_record()

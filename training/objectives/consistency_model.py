@@ -17,7 +17,7 @@ torch = lazy_import('torch')
 ops = lazy_import('training.consistency_ops')
 times = lazy_import('training.objectives.time_schedules')
 
-CM_LOSSES = ('l1', 'l2', 'pseudo_huber', 'lpips')
+CM_LOSSES = ('lpips', 'l2', 'l1', 'pseudo_huber')
 MU_SCHEDULES = ('adaptive', 'fixed')
 
 
@@ -71,6 +71,7 @@ class ConsistencyModelState(NodeSchedule):
         self.net, self.perceptual, self.target = net, perceptual, None
         if c.mu0 and net is not None:  # in training mode, like the network: it sees the same dropout masks
             self.target = copy.deepcopy(net).requires_grad_(False)
+            self._averages, self._weights = (list(module.parameters()) for module in (self.target, net))
 
     def stage_after(self, nimg: int) -> int:
         c = self.c
@@ -86,7 +87,7 @@ class ConsistencyModelState(NodeSchedule):
         """target <- mu target + (1 − mu) network, with the mu of the step that has been taken."""
         if self.target is not None:
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.target.parameters()), list(self.net.parameters()), 1 - self.mu)
+                torch._foreach_lerp_(self._averages, self._weights, 1 - self.mu)
 
     def image_distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         """[N]. `l1`, `l2`: means over an image's values; `pseudo_huber`: with iCT's constant; `lpips`: the

@@ -12,7 +12,7 @@ import click
 from dnnlib import cli
 from dnnlib.lazy import lazy_import
 from dnnlib.options import opt
-from training.objectives.consistency_model import ConsistencyModelState
+from training.objectives.consistency_model import CM_LOSSES, MU_SCHEDULES, ConsistencyModelState
 from training.objectives.loss import student_and_target
 from training.objectives.options import (
     CONSISTENCY_MODEL,
@@ -52,13 +52,13 @@ class SongConfig(ConsistencySampling, SyncDropout, GrowingGrid):
     )
     mu_schedule: str = opt(
         'adaptive',
-        click.Choice(['adaptive', 'fixed']),
+        click.Choice(MU_SCHEDULES),
         'The decay rises with the number of nodes (adaptive), or stays (cm-cd, cm-ct).',
         idle=('mu0', 0),
     )
     cm_loss: str = opt(
         'lpips',
-        click.Choice(['lpips', 'l2', 'l1', 'pseudo_huber']),
+        click.Choice(CM_LOSSES),
         "Distance between the network's image and its target (cm-cd, cm-ct).",
     )
     lpips: str | None = opt(
@@ -70,6 +70,10 @@ class SongConfig(ConsistencySampling, SyncDropout, GrowingGrid):
         default_text='the published ones',
         needs=('cm_loss', 'lpips'),
     )
+
+    @property
+    def grows(self) -> bool:
+        return self.N is None
 
     @classmethod
     def from_given(cls, given: Mapping[str, object]) -> Config:

@@ -53,7 +53,7 @@ OBJECTIVE = Objective(
 )
 # fmt: on
 DEFAULTS = dict(
-    edm=dict(P_mean=-1.2, P_std=1.2, sigma_data=0.5),
+    edm=dict(P_mean=DiffusionConfig.P_mean, P_std=DiffusionConfig.P_std, sigma_data=0.5),
     edm2=dict(P_mean=-0.4, P_std=1.0, sigma_data=0.5),
     vp=dict(beta_d=19.9, beta_min=0.1, epsilon_t=1e-5),
     ve=dict(sigma_min=0.02, sigma_max=100.0),

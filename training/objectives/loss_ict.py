@@ -12,8 +12,8 @@ from dnnlib.options import recorded
 from training.objectives.consistency_model import NodeSchedule, pseudo_huber
 from training.objectives.loss import student_and_target
 from training.objectives.options import (
-    COUNT,
     EDM2_STUDENT,
+    POSITIVE_COUNT,
     RADAM,
     ConsistencySampling,
     GrowingGrid,
@@ -41,7 +41,7 @@ class ImprovedConfig(ConsistencySampling, PseudoHuber, LogNormal, SyncDropout, G
     s1: int = 1280
     P_mean: float | None = -1.1
     P_std: float | None = 2.0
-    batch_size: int | None = recorded(None, COUNT)
+    batch_size: int | None = recorded(None, POSITIVE_COUNT)
 
     def cost(self) -> float:
         return 4

@@ -17,8 +17,8 @@ from dnnlib.lazy import lazy_import
 from dnnlib.options import opt, recorded
 from training.objectives.loss import State, denoiser, dropout_masks, report_levels, unwrap
 from training.objectives.options import (
-    COUNT,
     EDM2_STUDENT,
+    POSITIVE_COUNT,
     RADAM,
     ConsistencySampling,
     NoiseRange,
@@ -81,7 +81,7 @@ class TruncatedConfig(ConsistencySampling, TimePairs, SyncDropout, NoiseRange, T
     student_df: float = opt(
         0.01, cli.SOME_FACTOR, 'Degrees of freedom of the distribution of ln t.', metavar='FLOAT'
     )
-    batch_size: int | None = recorded(None, COUNT)
+    batch_size: int | None = recorded(None, POSITIVE_COUNT)
 
     def cost(self) -> float:
         return 4

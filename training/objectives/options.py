@@ -20,7 +20,7 @@ from dnnlib.schema import Integer, Real
 
 HOPS = ('heun', 'ddim', 'addim')
 HOP_COST = dict(heun=2, ddim=1, addim=1)  # network evaluations
-COUNT = Integer(0, 1 << 63)
+COUNT, POSITIVE_COUNT = Integer(0, 1 << 63), Integer(1, 1 << 63)
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,7 @@ class Segments(Students):
         'Number of teacher steps at the start of training (Heek et al. 2024).',
         metavar='INT',
         default_text='64; direct as --T_end',
+        settled=True,
     )
     T_end: int = opt(1280, cli.STEPS, 'Number of teacher steps at the end of annealing.', metavar='INT')
     T_anneal_kimg: float | None = opt(
@@ -180,6 +181,7 @@ class Segments(Students):
         'Thousands of images over which T rises.',
         metavar='KIMG',
         default_text='half of --duration',
+        settled=True,
     )
     T_anneal_steps: int | None = opt(
         None, cli.Integer(min=0), 'Optimizer steps over which T rises.', record=False, metavar='INT'
@@ -260,8 +262,13 @@ class GrowingGrid(NoiseGrid):
 
     def __post_init__(self):
         super().__post_init__()
-        if not getattr(self, 'N', None) and self.s0 > self.s1:
+        if self.grows and self.s0 > self.s1:
             raise click.UsageError(f'--s0={self.s0} is more than --s1={self.s1}: the grid becomes finer.')
+
+    @property
+    def grows(self) -> bool:
+        """Whether the number of nodes rises; s0 and s1 are not used otherwise."""
+        return True
 
 
 @dataclass(frozen=True)
