@@ -23,7 +23,7 @@ import torch
 if __name__ == '__main__':
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import apart, block, machine, table
+from benchmarks.common import apart, block, machine, rounds_option, table
 from dnnlib import cli
 from training import networks
 from training.checkpoint import load_network, save_snapshot
@@ -115,14 +115,7 @@ def measure_apart(row: str, folder: Path, repeats: int) -> dict:
     show_default=True,
     help='Resolution of its images.',
 )
-@cli.option(
-    '--rounds',
-    metavar='INT',
-    type=click.IntRange(min=1),
-    default=3,
-    show_default=True,
-    help='Processes for every row.',
-)
+@rounds_option('Processes for every row.')
 @cli.option(
     '--repeats',
     metavar='INT',

@@ -16,9 +16,18 @@ from pathlib import Path
 
 import click
 
+from dnnlib import cli
+
 ROOT = Path(__file__).resolve().parents[1]
 NOT_MEASURED = 'not measured'
 WIDTH = 150  # of prose
+
+
+def rounds_option(help: str, default: int = 3):
+    """The decorator that adds --rounds to a benchmark."""
+    return cli.option(
+        '--rounds', metavar='INT', type=click.IntRange(min=1), default=default, show_default=True, help=help
+    )
 
 
 def machine() -> str:

@@ -22,7 +22,7 @@ import numpy as np
 if __name__ == '__main__':
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import apart, block, in_turns, least, table
+from benchmarks.common import apart, block, in_turns, least, rounds_option, table
 from dnnlib import cli
 
 RESOLUTIONS = {32: 2, 64: 1}  # and how many times as many images are read
@@ -199,14 +199,7 @@ def time_reading(path: Path, count: int, workers: list[int], rounds: int) -> dic
     show_default=True,
     help='Numbers of processes that load.',
 )
-@cli.option(
-    '--rounds',
-    metavar='INT',
-    type=click.IntRange(min=1),
-    default=3,
-    show_default=True,
-    help='Times that each is timed. The least counts.',
-)
+@rounds_option('Times that each is timed. The least counts.')
 @cli.option(
     '--folder',
     metavar='DIR',

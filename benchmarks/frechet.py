@@ -22,7 +22,7 @@ import scipy.linalg
 if __name__ == '__main__':
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import block, machine, table
+from benchmarks.common import block, machine, rounds_option, table
 from dnnlib import cli
 from metrics.frechet import Gaussian, frechet_distance
 
@@ -77,14 +77,7 @@ def measure(rows: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict
 @cli.option(
     '--dim', metavar='INT', type=click.IntRange(min=8), default=2048, show_default=True, help='Features.'
 )
-@cli.option(
-    '--rounds',
-    metavar='INT',
-    type=click.IntRange(min=1),
-    default=3,
-    show_default=True,
-    help='How often to time every row.',
-)
+@rounds_option('How often to time every row.')
 @cli.option('--json', 'as_json', is_flag=True, help='Print one JSON object.')
 def main(dim, rounds, as_json):
     """Time a Fréchet distance against a matrix square root."""

@@ -29,7 +29,7 @@ if __name__ == '__main__':
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.checkpoint import forget_peak, resident
-from benchmarks.common import apart, block, machine, table
+from benchmarks.common import apart, block, machine, rounds_option, table
 from dnnlib import cli
 from metrics.images import open_images
 from metrics.statistics import FeatureStats
@@ -158,14 +158,7 @@ def peak_memory_apart(path: Path, count: int, workers: int) -> int:
     show_default=True,
     help='Images of 256x256 for every timing; of 64x64 it takes 8 times as many.',
 )
-@cli.option(
-    '--rounds',
-    metavar='INT',
-    type=click.IntRange(min=1),
-    default=3,
-    show_default=True,
-    help='Times that each is timed.',
-)
+@rounds_option('Times that each is timed.')
 @cli.option(
     '--workers',
     metavar='INT',

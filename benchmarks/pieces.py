@@ -19,7 +19,7 @@ import torch
 if __name__ == '__main__':
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import block, in_turns, least, median_ratio, table
+from benchmarks.common import block, in_turns, least, median_ratio, rounds_option, table
 from benchmarks.sizes import SIZES
 from dnnlib import cli
 from torch_utils import misc
@@ -128,14 +128,7 @@ def measure(piece: Callable, size: str, device: torch.device, rounds: int) -> li
 @cli.option(
     '--size', type=click.Choice(list(SIZES)), default='imagenet64-adm', show_default=True, help='Network.'
 )
-@cli.option(
-    '--rounds',
-    metavar='INT',
-    type=click.IntRange(min=1),
-    default=10,
-    show_default=True,
-    help='Times that each is timed.',
-)
+@rounds_option('Times that each is timed.', default=10)
 def main(size, rounds):
     """Time attention, optimizer and averages against the plain way of each."""
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')

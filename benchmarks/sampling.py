@@ -28,7 +28,7 @@ if __name__ == '__main__':
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import generate
-from benchmarks.common import NOT_MEASURED, block, in_turns, median_ratio, table
+from benchmarks.common import NOT_MEASURED, block, in_turns, median_ratio, rounds_option, table
 from benchmarks.sizes import SIZES
 from dnnlib import cli
 from dnnlib.util import usable_cores
@@ -210,14 +210,7 @@ def measure(
 @cli.option(
     '--batch', metavar='INT', type=click.IntRange(min=1), help="Images at a time.  [default: the size's own]"
 )
-@cli.option(
-    '--rounds',
-    metavar='INT',
-    type=click.IntRange(min=1),
-    default=5,
-    show_default=True,
-    help='Times that each is timed.',
-)
+@rounds_option('Times that each is timed.', default=5)
 @cli.option(
     '--workers',
     metavar='INT',

@@ -18,7 +18,7 @@ import click
 if __name__ == '__main__':
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import ROOT, block, in_turns, least, table
+from benchmarks.common import ROOT, block, in_turns, least, rounds_option, table
 from dnnlib import cli
 from experiments import digits, runner
 
@@ -85,14 +85,7 @@ def time_trainings(rounds: int, folder: Path) -> dict[str, dict[str, float]]:
 
 
 @click.command(cls=cli.Command)
-@cli.option(
-    '--rounds',
-    metavar='INT',
-    type=click.IntRange(min=1),
-    default=3,
-    show_default=True,
-    help='Times that each is timed.',
-)
+@rounds_option('Times that each is timed.')
 @cli.option('--scripts', 'names', metavar='LIST', help='Scripts whose help is timed.  [default: all]')
 def main(rounds, names):
     """Time the help of every script, and the way to the first step of a training."""
