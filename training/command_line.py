@@ -289,7 +289,8 @@ class TrainCommand(cli.Command):
         if ctx.meta.get('all'):
             super().format_options(ctx, formatter)
             return
-        objective = objective_in(ctx.meta.get('words', []))
+        of_file = (ctx.default_map or {}).get('objective')
+        objective = objective_in(ctx.meta.get('words', [])) or of_file
         shown = [p for p in self.params if p.name in ('config', 'help_all')]
         self.format_groups(ctx, formatter, [*shown, *parameters(objective or 'diffusion')])
         if objective is None:
