@@ -470,9 +470,10 @@ def test_a_resume_a_second_after_torchrun_was_killed_is_the_only_course(tmp_path
     while not all(map(gone, ranks)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    status, _, error = second.end()
-    assert status == 0 and 'taking over' in error, error
+    status, _, error = second.end()  # with a lock to take over, unless rank 0 saw the other rank's end first
+    assert status == 0, error
     assert_same_run(tmp_path, whole_of_two)
+    assert not (tmp_path / LOCK).exists()
 
 
 def test_a_run_ends_when_its_folder_is_taken(tmp_path, digits, whole):

@@ -6,6 +6,7 @@ Everything works in a single process without a process group: then the collectiv
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import re
 import secrets
@@ -124,6 +125,15 @@ def get_device() -> torch.device:
 def is_main() -> bool:
     """Whether this is the process that prints and writes files."""
     return get_rank() == 0
+
+
+def data_parallel(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """`net`, with gradients averaged over the processes. Its buffers are constants and are not exchanged."""
+    wrapper = torch.nn.parallel.DistributedDataParallel
+    # PyTorch 2.13 renamed the option.
+    new = 'forward_sync_buffers' in inspect.signature(wrapper).parameters
+    buffers = {'forward_sync_buffers' if new else 'broadcast_buffers': False}
+    return wrapper(net, device_ids=[device] if device.type == 'cuda' else None, **buffers)
 
 
 @contextlib.contextmanager

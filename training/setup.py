@@ -126,9 +126,8 @@ def set_up(
         describe_resume(log, c, progress, made_by, world_size)
 
     ddp = net
-    if world_size > 1:  # buffers are constants
-        device_ids = [device] if device.type == 'cuda' else None
-        ddp = torch.nn.parallel.DistributedDataParallel(net, device_ids=device_ids, broadcast_buffers=False)
+    if world_size > 1:
+        ddp = distributed.data_parallel(net, device)
     files.check_weights()
     return Run(
         c,
