@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from golden import golden_numbers
-from helpers import FAST, TINY_NETWORK, run
+from helpers import FAST, TINY_NETWORK, run, run_ranks
 from runs import command
 
 
@@ -85,5 +85,5 @@ def whole(digits, tmp_path_factory) -> Path:
 def whole_of_two(digits, tmp_path_factory) -> Path:
     """And of two."""
     folder = tmp_path_factory.mktemp('whole2')
-    run(*command(digits, folder, processes=2))
+    run_ranks(2, *command(digits, folder))
     return folder

@@ -17,6 +17,17 @@ import torch
 
 Content = bytes | Callable[[Path], None]
 
+
+class Calls:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function, *args):
+        self.function, self.args = function, args
+
+    def __reduce__(self):
+        return self.function, self.args
+
+
 # ----------------------------------------------------------------------------
 # Readers: what a script does with a path. They import what they need, which is no part of what a file costs.
 

@@ -9,9 +9,11 @@ import psutil
 import pytest
 import torch
 from helpers import FAST, ROOT, TINY_NETWORK, lines
+from programs import Program
 
 from training.checkpoint import load_network
 
+LAUNCHER = ['-m', 'torch.distributed.run']
 STEPS = 40  # of 64 images
 ARGUMENTS = [
     '--cond=1',
@@ -35,8 +37,7 @@ def command(digits, folder, *extra, processes=1):
         []
         if processes == 1
         else [
-            '-m',
-            'torch.distributed.run',
+            *LAUNCHER,
             '--standalone',
             f'--nproc_per_node={processes}',
             '--signals-to-handle=SIGTERM,SIGINT,SIGUSR1',
@@ -49,16 +50,18 @@ class Process:
     """A run in the background, with the process ids of its ranks."""
 
     def __init__(self, arguments, **kwargs):
-        env = dict(os.environ, OMP_NUM_THREADS='1')
-        self.popen = subprocess.Popen(
-            [sys.executable, '-W', 'ignore', *arguments],
-            cwd=ROOT,
-            env=env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            **kwargs,
-        )
+        if arguments[:2] == LAUNCHER:
+            self.popen = subprocess.Popen(
+                [sys.executable, '-W', 'ignore', *arguments],
+                cwd=ROOT,
+                env=dict(os.environ, OMP_NUM_THREADS='1'),
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                **kwargs,
+            )
+        else:
+            self.popen = Program(arguments, **kwargs)
 
     def ranks(self):
         """Process ids of the workers that torchrun has started, or of the run itself."""

@@ -12,7 +12,7 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import ROOT, assert_one_clear_error, run
+from helpers import ROOT, assert_one_clear_error, run_python
 
 from benchmarks import __main__ as driver
 from benchmarks import (
@@ -456,7 +456,7 @@ def test_the_results_page_is_whole_and_its_commands_are_those_of_the_driver():
 
 def test_the_driver_runs_a_benchmark_in_a_process_of_its_own(tmp_path):
     page = tmp_path / 'page.md'
-    run('-m', 'benchmarks', '--quick', f'--out={page}', '--only=frechet')
+    run_python('-m', 'benchmarks', '--quick', f'--out={page}', '--only=frechet')
     text = check_page(page)['frechet']
     assert commands(text) == ['OMP_NUM_THREADS=1 python benchmarks/frechet.py --dim=16 --rounds=1']
 
@@ -464,14 +464,16 @@ def test_the_driver_runs_a_benchmark_in_a_process_of_its_own(tmp_path):
 @pytest.mark.slow
 def test_everything_can_be_measured_quickly(tmp_path):
     page = tmp_path / 'page.md'
-    run('-m', 'benchmarks', '--quick', f'--out={page}', timeout=1500)
+    run_python('-m', 'benchmarks', '--quick', f'--out={page}', timeout=1500)
     assert check_page(page).keys() == driver.BENCHMARKS.keys()
 
 
 @pytest.mark.slow
 def test_compiled_networks_are_measured_in_turns_with_plain_ones():
     done = json.loads(
-        run('benchmarks/step.py', '--steps=2', '--batch=4', '--ways=fast', '--json', timeout=1500).stdout
+        run_python(
+            'benchmarks/step.py', '--steps=2', '--batch=4', '--ways=fast', '--json', timeout=1500
+        ).stdout
     )
     fast, plain = done['ways']['fast']['fast'], done['ways']['fast']['plain']
     assert len(fast['steps']) == len(plain['steps']) == 2

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from foreign import assert_same_tensors, tensors
-from helpers import run
+from helpers import run_python
 
 from dnnlib import UserError
 from torch_utils.flat import FlatParameters
@@ -385,7 +385,7 @@ def test_a_training_state_that_would_run_code_is_refused(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_benchmark_measures_every_way_of_loading_and_saving():
     done = json.loads(
-        run(
+        run_python(
             'benchmarks/checkpoint.py', '--channels=8', '--res=8', '--rounds=1', '--repeats=1', '--json'
         ).stdout
     )

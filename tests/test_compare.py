@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import ROOT, assert_one_clear_error, run
+from helpers import ROOT, assert_one_clear_error, run_python
 from PIL import Image
 
 import compare
@@ -819,7 +819,7 @@ def test_data_that_the_teacher_does_not_know_are_refused_before_anything_is_writ
 
 
 def test_help_needs_no_torch():
-    done = run(
+    done = run_python(
         '-c',
         'import sys; sys.argv = ["compare.py", "--help"]; import runpy\ntry: runpy.run_path("compare.py", run_name="__main__")\n'
         'except SystemExit as e: assert not e.code\nassert "torch" not in sys.modules and "scipy" not in sys.modules',

@@ -8,12 +8,12 @@ import os
 import pickle
 import random
 import struct
-import subprocess
 import sys
 import threading
 import tracemalloc
 import zipfile
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from helpers import FAST, assert_one_clear_error, run
 from openai_unet import random_weights, unet, unet_shapes
 from safetensors.torch import load_file, save_file
-from test_persistence import STAND_IN
+from stock_edm import assert_stock_edm_agrees
 
 import convert
 import train
@@ -45,8 +45,7 @@ DEEP = dict(
 )
 
 
-def invoke(*arguments):
-    return CliRunner().invoke(convert.main, list(map(str, arguments)), prog_name='convert.py')
+invoke = functools.partial(helpers.invoke, convert.main)
 
 
 def golden(fixtures, name):
@@ -400,27 +399,10 @@ def test_a_consistency_model_is_no_teacher(source, tmp_path, digits):
 
 
 def test_stock_edm_loads_a_converted_network(fixtures, tmp_path, consistency):
-    """In a process of its own, with a stand-in for EDM's `torch_utils.persistence` and nothing of ours."""
-    (tmp_path / 'torch_utils').mkdir()
-    (tmp_path / 'torch_utils' / '__init__.py').touch()
-    (tmp_path / 'torch_utils' / 'persistence.py').write_text(STAND_IN)
-    (tmp_path / 'script.py').write_text(
-        'import pickle, sys, numpy as np, torch\n'
-        'given = {name: torch.as_tensor(value) for name, value in np.load(sys.argv[1]).items() if value.dtype.kind != "U"}\n'
-        'net = pickle.load(open("net.pkl", "rb"))["ema"]\n'
-        'assert "training" not in sys.modules and "training.networks" not in sys.modules\n'
-        'np.save("out.npy", net(given["x"], given["sigma"], given["class_labels"]).numpy())\n'
-    )
+    given = golden(fixtures, 'openai-cm-cond')
+    given = dict(x=given['x'], sigma=given['sigma'], labels=given['class_labels'])
     save_snapshot(tmp_path / 'net.pkl', consistency, **consistency.metadata)
-    subprocess.run(
-        [sys.executable, 'script.py', fixtures / 'openai-cm-cond.npz'],
-        cwd=tmp_path,
-        check=True,
-        timeout=120,
-        env={**os.environ, 'PYTHONPATH': str(tmp_path)},
-    )
-    expected = golden(fixtures, 'openai-cm-cond')['D_consistency']
-    assert np.abs(np.load(tmp_path / 'out.npy') - expected.numpy()).max() < 1e-4 * expected.std()
+    assert_stock_edm_agrees(tmp_path, dict(net=consistency), given)
 
 
 # ----------------------------------------------------------------------------

@@ -14,42 +14,12 @@ import numpy as np
 import pytest
 import torch
 from latents import npy, random_latents
+from pictures import label_json, png, random_images, write_folder, write_zip
 from PIL import Image
 
 from data.dataset import ImageFolderDataset, InfiniteSampler
 from data.image_files import ImageFiles
 from dnnlib import UserError
-
-
-def png(pixels, mode=None, **options):
-    data = io.BytesIO()
-    image = Image.fromarray(np.asarray(pixels))
-    (image.convert(mode) if mode else image).save(data, format='PNG', **options)
-    return data.getvalue()
-
-
-def random_images(count, size=4, channels=3, seed=0):
-    shape = (count, size, size, channels) if channels == 3 else (count, size, size)
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def write_folder(path, files):
-    for name, data in files.items():
-        target = path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(data)
-    return path
-
-
-def write_zip(path, files, compression=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(path, 'w', compression) as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return path
-
-
-def label_json(labels):
-    return json.dumps({'labels': labels}).encode()
 
 
 @pytest.fixture

@@ -703,9 +703,9 @@ def test_without_transformers_the_extra_is_named(monkeypatch, tmp_path):
 
 def test_transformers_is_imported_only_where_it_is_used():
     """It takes seconds."""
-    from helpers import run
+    from helpers import run_python
 
-    run(
+    run_python(
         '-c',
         'import sys, metrics.dinov2, metrics.inception, metrics.detectors; sys.exit("transformers" in sys.modules)',
     )

@@ -1,5 +1,6 @@
 """fid.py from the command line."""
 
+import functools
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -63,8 +65,7 @@ def lab(tmp_path_factory):
     return folder, a, b
 
 
-def run(*arguments):
-    return CliRunner().invoke(fid.main, [str(argument) for argument in arguments])
+run = functools.partial(helpers.invoke, fid.main)
 
 
 def features(pixels):

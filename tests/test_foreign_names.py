@@ -4,7 +4,7 @@ import zipfile
 
 import pytest
 from helpers import FAST, TINY_NETWORK, run
-from test_dataset import png, random_images
+from pictures import png, random_images
 
 EVIL = 'cat\nError: forged\x1b[2J\r\u202e'
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import ROOT, assert_one_clear_error, run, torchrun
+from helpers import ROOT, assert_one_clear_error, run, run_ranks
 from latents import npy, random_latents, save_latent_network, save_vae, use_stand_in
 from PIL import Image
 
@@ -64,7 +64,7 @@ def test_an_image_depends_on_its_seed_alone(tmp_path, student):
     """One process with batches of 5, of 16, and two processes: bit-identical 8-bit images up to rounding of
     one level."""
     run('generate.py', f'--network={student}', f'--outdir={tmp_path / "a"}', '--seeds=0-15', '--batch=5')
-    torchrun(
+    run_ranks(
         2,
         'generate.py',
         f'--network={student}',
@@ -301,7 +301,7 @@ def test_a_zip_is_a_data_set(tmp_path, student, scattered):
 def test_processes_fill_one_file_together(tmp_path, student, scattered):
     """Two processes, of which the first has two of the three batches."""
     images, classes = scattered
-    torchrun(
+    run_ranks(
         2,
         'generate.py',
         f'--network={student}',

@@ -13,7 +13,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from helpers import run
+from helpers import run_python
 from PIL import Image
 
 from benchmarks import images as benchmark
@@ -460,7 +460,7 @@ def test_the_benchmarks_whole_way_takes_every_image_through_every_part(tmp_path,
 
 def test_the_benchmark_times_every_part_and_measures_memory():
     done = json.loads(
-        run(
+        run_python(
             'benchmarks/images.py', '--images=32', '--rounds=3', '--memory=300', '--workers=2', '--json'
         ).stdout
     )

@@ -7,8 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT
-from test_project import SCRIPTS
+from helpers import ROOT, SCRIPTS
 
 from dnnlib import UserError, interrupts
 from dnnlib.util import check_writable, remove

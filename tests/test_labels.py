@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import FAST, TINY_NETWORK, assert_one_clear_error, run, torchrun
+from helpers import FAST, TINY_NETWORK, assert_one_clear_error, invoke, run, run_ranks
 from PIL import Image
 
 import compare
@@ -45,10 +45,6 @@ def write_data(path, labels, size=8):
             json.dumps({'labels': [[f'{i:03d}.png', label] for i, label in enumerate(labels)]}),
         )
     return path
-
-
-def invoke(command, *arguments):
-    return CliRunner().invoke(command, list(map(str, arguments)))
 
 
 def trained(folder, data, *extra):
@@ -377,7 +373,7 @@ def test_two_processes_draw_the_vectors_of_one(tmp_path, vectors):
         '--labels=data',
         '--workers=0',
     ]
-    torchrun(2, *options, f'--dest={tmp_path / "two.npz"}')
+    run_ranks(2, *options, f'--dest={tmp_path / "two.npz"}')
     run(*options, f'--dest={tmp_path / "one.npz"}')
     assert np.array_equal(*(np.load(tmp_path / name)['arr_1'] for name in ('one.npz', 'two.npz')))
 

@@ -11,7 +11,7 @@ import scipy.spatial
 import scipy.stats
 import torch
 from golden import golden_numbers
-from helpers import run
+from helpers import run_python
 from sklearn.neighbors import NearestNeighbors
 
 from dnnlib.util import UserError
@@ -175,7 +175,7 @@ def test_a_gaussian_is_factored_once(monkeypatch):
 
 
 def test_the_benchmark_computes_the_same_distance_in_every_row():
-    rows = json.loads(run('benchmarks/frechet.py', '--dim=16', '--rounds=1', '--json').stdout)['rows']
+    rows = json.loads(run_python('benchmarks/frechet.py', '--dim=16', '--rounds=1', '--json').stdout)['rows']
     *same, few = (row['distance'] for row in rows.values())
     assert len(same) == 4 and same == pytest.approx([same[1]] * 4, abs=1e-7) and few > 2 * same[1] > 0
 

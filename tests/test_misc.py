@@ -7,7 +7,7 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import assert_one_clear_error, run, torchrun
+from helpers import assert_one_clear_error, run, run_python, run_ranks
 
 from dnnlib import EasyDict, UserError, cli
 from metrics import rulers
@@ -56,7 +56,7 @@ print(faults() - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason="of glibc's allocator")
 def test_freed_memory_is_kept_for_what_comes_next():
     """20 MiB are 5,120 pages, ten times."""
-    faults = {mode: int(run('-c', FAULTS, mode).stdout) for mode in ('given back', 'kept')}
+    faults = {mode: int(run_python('-c', FAULTS, mode).stdout) for mode in ('given back', 'kept')}
     assert faults['kept'] < 100 and faults['given back'] > 10_000, faults
 
 
@@ -85,7 +85,7 @@ def test_statistics_of_processes_add_up(tmp_path):
         'training_stats.report("a", torch.arange(3.0) + 3 * rank)\nstats = training_stats.collect()\n'
         'distributed.print0(json.dumps(stats))\ndistributed.shutdown()\n'
     )
-    stats = json.loads(torchrun(2, script, env=dict(PYTHONPATH='.')).stdout)
+    stats = json.loads(run_ranks(2, script, env=dict(PYTHONPATH='.')).stdout)
     assert stats['a']['num'] == 6 and stats['a']['mean'] == 2.5
 
 

@@ -6,17 +6,13 @@ import json
 import math
 import os
 import pickle
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from foreign import assert_same_tensors, tensors
-from helpers import assert_one_clear_error
-from test_persistence import STAND_IN, STOCK_SCRIPT
-from test_restricted_pickle import Calls
+from helpers import assert_one_clear_error, invoke
+from hostile_networks import Calls
+from stock_edm import assert_stock_edm_agrees
 
 import convert
 import generate
@@ -301,30 +297,19 @@ def test_what_could_not_be_read_back_is_not_saved(tmp_path):
 
 
 def test_stock_edm_loads_it_with_nothing_of_ours_at_hand(tmp_path):
-    """In a process of its own, whose only `torch_utils.persistence` is a stand-in for EDM's; sigma 0.5 asks one network, 2.0 the other."""
-    (tmp_path / 'torch_utils').mkdir()
-    (tmp_path / 'torch_utils' / '__init__.py').touch()
-    (tmp_path / 'torch_utils' / 'persistence.py').write_text(STAND_IN)
-    (tmp_path / 'script.py').write_text(STOCK_SCRIPT)
+    """Sigma 0.5 wants one network, 2.0 the other."""
     given = dict(
         x=torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)),
         sigma=torch.tensor([0.5, 2.0]),
         labels=torch.eye(3)[:2],
     )
-    np.savez(tmp_path / 'given.npz', **{name: value.numpy() for name, value in given.items()})
     nets = {
         'adm': pair(),
         'edm2': Switched(part(networks_edm2.Precond, 0), part(networks.EDMPrecond, 1), 1.0),
     }
     for name, net in nets.items():
         save_snapshot(tmp_path / f'{name}.pkl', net, dataset_kwargs={'resolution': 8})
-    environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
-    subprocess.run([sys.executable, 'script.py'], cwd=tmp_path, env=environment, check=True, timeout=120)
-    for name, net in nets.items():
-        expected = net(*given.values()).numpy()
-        np.testing.assert_allclose(
-            np.load(tmp_path / f'{name}.npy'), expected, rtol=0, atol=1e-6 * expected.std()
-        )
+    assert_stock_edm_agrees(tmp_path, nets, given)
 
 
 # ----------------------------------------------------------------------------
@@ -484,10 +469,6 @@ def test_embedded_source_is_not_run(refused, tmp_path):
 
 # ----------------------------------------------------------------------------
 # With the scripts.
-
-
-def invoke(command, *arguments):
-    return CliRunner().invoke(command, list(map(str, arguments)), prog_name='script')
 
 
 def test_it_is_sampled_as_its_snapshot_says_and_info_tells_of_both_networks(snapshot, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import FAST, TINY_NETWORK, assert_one_clear_error, lines, torchrun
+from helpers import FAST, TINY_NETWORK, assert_one_clear_error, lines, run_ranks
 from latents import StandInVAE, save_latent_network
 from PIL import Image
 
@@ -128,7 +128,7 @@ def test_the_processes_decide_together(tmp_path, overflowing, where):
     sound = [seed for seed in SEEDS if seed not in bad]
     chosen = [sound[0], bad[0], sound[1]]
     option = f'--outdir={tmp_path / where}' if where == 'folder' else f'--dest={tmp_path / where}'
-    result = torchrun(
+    result = run_ranks(
         2,
         'generate.py',
         f'--network={network}',
@@ -362,8 +362,8 @@ def test_a_measure_of_them_is_an_error_that_names_the_seeds_also_from_the_cache(
 
 
 def test_processes_give_one_error_between_them(overflowing, measured):
-    result = torchrun(
-        2, '--', 'fid.py', 'calc', f'--network={overflowing[0]}', *measured, '--seeds=0-7', check=False
+    result = run_ranks(
+        2, 'fid.py', 'calc', f'--network={overflowing[0]}', *measured, '--seeds=0-7', check=False
     )
     told = [
         line for line in result.stderr.splitlines() if line.startswith('Error: ')

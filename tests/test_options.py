@@ -6,8 +6,7 @@ import time
 import click
 import pytest
 from click.testing import CliRunner
-from helpers import assert_one_clear_error, run
-from test_project import SCRIPTS
+from helpers import SCRIPTS, assert_one_clear_error, run
 
 from dnnlib import UserError, cli
 from torch_utils import distributed

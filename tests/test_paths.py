@@ -8,15 +8,17 @@ import click
 import pytest
 from click.testing import CliRunner
 from helpers import assert_one_clear_error, run
-from test_docs import COMMANDS
 
 import convert
 import dataset_tool
 import fid
 import train
 from dnnlib import UserError, cli
+from docs import generate_options
 
 TEXT = {'STR', 'NAME', 'HEX', 'LIST', 'ROW'}  # what options of plain text are called
+
+COMMANDS = {name: generate_options.command(name) for name in generate_options.COMMANDS}
 
 
 @pytest.fixture

@@ -1,18 +1,15 @@
 """Persistent objects: what they remember, how they pickle and copy, and that EDM's own way of loading rebuilds them."""
 
 import copy
-import os
 import pickle
 import pickletools
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from test_teachers import TEACHERS, new_teacher
+from stock_edm import assert_stock_edm_agrees
+from teachers import TEACHERS, new_teacher
 
 from torch_utils import persistence
 from training import networks
@@ -140,69 +137,10 @@ def test_source_that_is_not_ours_is_never_executed(tmp_path):
     assert not (tmp_path / 'canary').exists()
 
 
-# What EDM's own tools do with a snapshot, reduced to its essence: run the source that comes along, once, with a decorator that
-# subclasses; make the object without its constructor; give it its state.
-STAND_IN = """
-import sys, types
-modules = {}
-
-def persistent_class(cls):
-    if getattr(cls, 'persistent', False) and 'persistent' in vars(cls):
-        return cls
-    class Decorated(cls):
-        persistent = True
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self._init_args, self._init_kwargs = args, kwargs
-    Decorated.__name__ = cls.__name__
-    return Decorated
-
-def _reconstruct_persistent_obj(meta):
-    assert meta['type'] == 'class' and meta['version'] == 6
-    source = meta['module_src']
-    if source not in modules:
-        modules[source] = types.ModuleType(f'embedded_{len(modules)}')
-        sys.modules[modules[source].__name__] = modules[source]
-        exec(source, vars(modules[source]))
-    cls = persistent_class(getattr(modules[source], meta['class_name']))
-    obj = cls.__new__(cls)
-    obj.__setstate__(meta['state'])
-    return obj
-"""
-
-STOCK_SCRIPT = """
-import importlib.util, pathlib, pickle
-import numpy as np, torch
-assert importlib.util.find_spec('training') is None and importlib.util.find_spec('dnnlib') is None
-given = np.load('given.npz')
-for path in pathlib.Path().glob('*.pkl'):
-    data = pickle.loads(path.read_bytes())
-    assert data['loss_fn'] is None and data['augment_pipe'] is None and data['dataset_kwargs'] == {'resolution': 8}
-    net = data['ema']
-    assert not net.training and not any(parameter.requires_grad for parameter in net.parameters())
-    assert type(net).__module__.startswith('embedded') or type(net).__module__ == 'torch_utils.persistence'
-    np.save(path.with_suffix('.npy'), net(*(torch.as_tensor(given[name]) for name in ('x', 'sigma', 'labels'))).numpy())
-"""
-
-
 def test_stock_edm_loads_our_snapshots_of_every_kind_with_nothing_of_ours_at_hand(tmp_path):
-    """In a process of its own, whose only `torch_utils.persistence` is a stand-in for EDM's."""
-    (tmp_path / 'torch_utils').mkdir()
-    (tmp_path / 'torch_utils' / '__init__.py').touch()
-    (tmp_path / 'torch_utils' / 'persistence.py').write_text(STAND_IN)
-    (tmp_path / 'script.py').write_text(STOCK_SCRIPT)
     given = dict(x=torch.randn(2, 1, 8, 8), sigma=torch.tensor([0.5, 2.0]), labels=torch.eye(10)[:2])
-    np.savez(tmp_path / 'given.npz', **{name: value.numpy() for name, value in given.items()})
     nets = {}
     for i, kind in enumerate(TEACHERS):
-        nets[i] = new_teacher(TEACHERS[kind], tmp_path / f'{i}.pkl').train().requires_grad_(True)
-        save_snapshot(tmp_path / f'{i}.pkl', nets[i], objective='mcd', dataset_kwargs={'resolution': 8})
-
-    environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
-    subprocess.run([sys.executable, 'script.py'], cwd=tmp_path, env=environment, check=True, timeout=120)
-    for i, net in nets.items():
-        with torch.no_grad():
-            expected = net.eval()(*given.values()).numpy()
-        np.testing.assert_allclose(
-            np.load(tmp_path / f'{i}.npy'), expected, rtol=0, atol=1e-6 * expected.std()
-        )
+        nets[f'{i}'] = new_teacher(TEACHERS[kind], tmp_path / f'{i}.pkl').train().requires_grad_(True)
+        save_snapshot(tmp_path / f'{i}.pkl', nets[f'{i}'], objective='mcd', dataset_kwargs={'resolution': 8})
+    assert_stock_edm_agrees(tmp_path, nets, given)

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_dataset import png, random_images, write_zip
+from pictures import png, random_images, write_zip
 
 from data.dataset import ImageFolderDataset, InfiniteSampler
 from data.prefetcher import PREFETCH, Prefetcher

@@ -9,26 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT, assert_one_clear_error, run
+from helpers import ROOT, SCRIPTS, assert_one_clear_error, run, run_python
 
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     tomllib = None
-
-SCRIPTS = [
-    'train.py',
-    'generate.py',
-    'fid.py',
-    'validation.py',
-    'dataset_tool.py',
-    'demo.py',
-    'convert.py',
-    'reconstruct_phema.py',
-    'edit.py',
-    'search.py',
-    'compare.py',
-]
 
 
 def test_the_linter_is_content():
@@ -134,7 +120,7 @@ def test_help_needs_no_torch(script):
         f'import sys; sys.argv = ["{script}", "--help"]; import runpy\ntry: runpy.run_path("{script}", run_name="__main__")\n'
         'except SystemExit as e: assert not e.code\nassert "torch" not in sys.modules and "scipy" not in sys.modules'
     )
-    done = run('-c', code)
+    done = run_python('-c', code)
     assert 'Usage:' in done.stdout
 
 

@@ -1,13 +1,14 @@
 """reconstruct_phema.py: closed forms, averages that training tracked as well, memory, EDM2's files, and every wrong input in one line."""
 
+import functools
 import gc
 import pickle
 import shutil
 
+import helpers
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from helpers import FAST, TINY_NETWORK, assert_one_clear_error, run
 
 import reconstruct_phema
@@ -27,10 +28,7 @@ STUDENT = dict(
 )
 
 
-def invoke(*arguments):
-    return CliRunner().invoke(
-        reconstruct_phema.main, list(map(str, arguments)), prog_name='reconstruct_phema.py'
-    )
+invoke = functools.partial(helpers.invoke, reconstruct_phema.main)
 
 
 def reconstructed(*arguments):

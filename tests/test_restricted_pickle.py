@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_one_clear_error, run
+from helpers import assert_one_clear_error, run, run_python
+from hostile_networks import Calls
 
 from dnnlib import EasyDict, UserError
 from torch_utils import restricted_pickle, stored_tensors
@@ -27,16 +28,6 @@ from training import checkpoint, networks
 from training.checkpoint import load_network
 
 pytestmark = pytest.mark.timeout(60)
-
-
-class Calls:
-    """Pickles as a call of `function`."""
-
-    def __init__(self, function, *args):
-        self.function, self.args = function, args
-
-    def __reduce__(self):
-        return self.function, self.args
 
 
 @pytest.fixture(autouse=True)
@@ -675,7 +666,7 @@ def test_loading_does_not_import_pytorchs_compiler(net, tmp_path):
     """It takes more than a second, and building a network on the meta device with random weights would import it, `sympy` first of all."""
     (tmp_path / 'net.pkl').write_bytes(snapshot_of(net))
     code = 'import sys; from training.checkpoint import load_network; load_network(sys.argv[1]); assert "sympy" not in sys.modules'
-    run('-c', code, tmp_path / 'net.pkl')
+    run_python('-c', code, tmp_path / 'net.pkl')
 
 
 def test_generating_from_a_hostile_file_is_one_clear_error(net, canary, tmp_path):

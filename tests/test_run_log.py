@@ -22,37 +22,12 @@ import PIL.Image
 import psutil
 import pytest
 from helpers import ROOT
+from run_logs import CONFIG, TOTAL, begin, evaluation, offline, tick, train
 from wandb_files import leveldb_records
 
 from dnnlib import UserError
 from training import run_log
 from training.run_log import RunLog
-
-CONFIG = dict(batch_size=64, loss=dict(S=8), phema_stds=[0.05])
-TOTAL = 640
-
-
-def tick(nimg, loss=None):
-    """A tick's statistics as the training loop collects them."""
-    return {
-        'Loss/cd': dict(num=64, mean=nimg / 10 if loss is None else loss, std=0.25),
-        'Progress/nimg': dict(num=1, mean=nimg, std=0),
-        'Progress/kimg': dict(num=1, mean=nimg / 1e3, std=0),
-    }
-
-
-def evaluation(nimg, ema='ema', fid=2.5):
-    return dict(kimg=nimg / 1e3, nimg=nimg, fid=fid, num_images=16, steps=8, nfe=8, ema=ema, seconds=0.5)
-
-
-def train(log, *ticks, evaluated=()):
-    """What the training loop does with its log."""
-    for nimg in ticks:
-        log.advance(nimg)
-        log.stats(tick(nimg))
-        if nimg in evaluated:
-            log.evaluation(evaluation(nimg))
-    log.advance(ticks[-1] + 64)
 
 
 def records(path):
@@ -326,16 +301,6 @@ def run_dir(tmp_path):
     return folder
 
 
-def offline(run_id=None):
-    return dict(project='digits', entity=None, name=None, tags=['a', 'b'], mode='offline', id=run_id)
-
-
-def begin(run_dir, options, **kwargs):
-    log = RunLog(str(run_dir), enabled=True)
-    log.start(TOTAL, wandb=options, config=CONFIG, **kwargs)
-    return log
-
-
 def wandb_files(run_dir):
     return sorted((run_dir / 'wandb').glob('offline-run-*/run-*.wandb'))
 
@@ -445,7 +410,8 @@ def test_what_a_kill_keeps_from_wandb_is_sent_when_the_run_resumes(wandb, run_di
     code = f"""
 import os, signal, sys
 sys.path.insert(0, 'tests')
-from test_run_log import *
+from pathlib import Path
+from run_logs import begin, evaluation, offline, train
 log = begin(Path({str(run_dir)!r}), offline())
 print(log.wandb_id, os.getpid(), flush=True)
 log.evaluation(evaluation(0, ema='teacher'))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import FAST, TINY_NETWORK, assert_one_clear_error, torchrun
+from helpers import FAST, TINY_NETWORK, assert_one_clear_error, run_ranks
 from PIL import Image
 
 import train
@@ -297,12 +297,12 @@ def test_two_processes_agree_on_the_data_and_refuse_others_together(run_folder, 
         f'--resume={run_folder}',
         '--duration=0.000012',
     ]
-    torchrun(2, 'train.py', *arguments)
+    run_ranks(2, 'train.py', *arguments)
     assert json.loads(load_state(saved_states(run_folder)[0])['options'])['dataset']['digest'] == digest(
         data, use_labels=True
     )
     other = write_folder(tmp_path / 'other', count=12)
-    result = torchrun(
+    result = run_ranks(
         2, 'train.py', *[argument.replace(str(data), str(other)) for argument in arguments], check=False
     )
     assert result.returncode and f'{COUNT} images then, 12 now' in result.stderr

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import assert_one_clear_error, lines, torchrun
+from helpers import assert_one_clear_error, lines, run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -530,9 +530,8 @@ def test_two_processes_find_what_one_does(lab, tmp_path):
     """Under torchrun, 12 images in batches of 5: the same points, values equal to 1e-9, each line in the log
     once, one line on stdout."""
     alone = run(lab, tmp_path / 'alone.jsonl')
-    done = torchrun(
+    done = run_ranks(
         2,
-        '--',
         'search.py',
         *small(lab, tmp_path / 'two.jsonl'),
         f'--ref={lab}/ref.npz',

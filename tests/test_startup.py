@@ -1,7 +1,7 @@
 """How soon commands answer: --help imports nothing that is slow."""
 
 import pytest
-from helpers import ROOT, run
+from helpers import ROOT, run_python
 
 SCRIPTS = sorted(
     path.name
@@ -30,7 +30,7 @@ REPORT = (
 
 def imported_by(*command):
     """(what the command printed, the packages that it imported)."""
-    done = run('-c', REPORT, *command)
+    done = run_python('-c', REPORT, *command)
     return done.stdout, set(done.stderr.split())
 
 

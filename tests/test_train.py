@@ -1,15 +1,16 @@
 """train.py: the README's command, what a run writes, resuming, and every wrong input in one line."""
 
+import functools
 import json
 import re
 import shlex
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
-from helpers import FAST, ROOT, TINY_NETWORK, assert_one_clear_error, lines, run, torchrun
+from helpers import FAST, ROOT, TINY_NETWORK, assert_one_clear_error, lines, run, run_python, run_ranks
 from PIL import Image
 
 import train
@@ -26,8 +27,7 @@ README_COMMAND = """
     --val_teacher=False --snap=20 --dump=20 --workers=4 --seed=1959836853"""
 
 
-def invoke(*arguments):
-    return CliRunner().invoke(train.main, list(map(str, arguments)), prog_name='train.py')
+invoke = functools.partial(helpers.invoke, train.main)
 
 
 def readme_command(**replaced):
@@ -340,7 +340,7 @@ def student_run(digits, teacher, folder, *extra, processes=1):
         '--T_anneal_kimg=0.32',
         *extra,
     ]
-    run(*arguments) if processes == 1 else torchrun(processes, *arguments)
+    run(*arguments) if processes == 1 else run_ranks(processes, *arguments)
     return folder
 
 
@@ -451,7 +451,7 @@ def test_a_teacher_with_augmentation_labels_is_distilled_by_two_processes(tmp_pa
         '--duration=0.000032',
     )
     snapshot = max((tmp_path / 't').glob('*.pkl'))
-    torchrun(
+    run_ranks(
         2,
         'train.py',
         f'--outdir={tmp_path / "s"}',
@@ -483,7 +483,7 @@ def test_an_image_whose_pixels_are_damaged_is_named_by_whoever_reads_it(tmp_path
     sound = (tmp_path / '2.png').read_bytes()
     (tmp_path / '2.png').write_bytes(sound[: sound.index(b'IDAT') + 20])
     assert len(ImageFolderDataset(tmp_path)) == 4
-    result = run(
+    result = run_python(
         '-c',
         SHOW_WHO_FAILED,
         f'--outdir={tmp_path / "runs"}',

@@ -7,9 +7,9 @@ import time
 
 import numpy as np
 import pytest
-from helpers import FAST, assert_one_clear_error, lines, run, torchrun
+from helpers import FAST, assert_one_clear_error, lines, run, run_ranks
 from PIL import Image
-from test_survival import Process
+from runs import Process
 
 from training.checkpoint import load_network
 
@@ -98,7 +98,7 @@ def test_the_command_line_repeats_what_training_found_on_any_number_of_processes
         *(f'--network={evaluated / f"network-snapshot-000000-384{suffix}.pkl"}' for suffix in ('', '-0.050')),
     ]
     run(*options, f'--outdir={tmp_path / "one"}')
-    torchrun(2, '--', *options, f'--outdir={tmp_path / "two"}')
+    run_ranks(2, *options, f'--outdir={tmp_path / "two"}')
     one, two = (lines(tmp_path / name / 'metrics-val.jsonl') for name in ('one', 'two'))
     assert [record['ema'] for record in one] == ['ema', 'phema-0.050'] and one[0].keys() == lines(
         evaluated / 'metrics-val.jsonl'
@@ -112,7 +112,7 @@ def test_evaluation_in_training_does_not_depend_on_the_number_of_processes(tmp_p
     """Before the first step, so that the networks are the same to the bit."""
     arguments = ['--val_at_start=1', '--val_teacher=1', '--duration=0.000064']
     run(*student_command(digits, teacher, rulers, tmp_path / 'one', *arguments))
-    torchrun(2, *student_command(digits, teacher, rulers, tmp_path / 'two', *arguments))
+    run_ranks(2, *student_command(digits, teacher, rulers, tmp_path / 'two', *arguments))
     one, two = (lines(tmp_path / name / 'metrics-val.jsonl') for name in ('one', 'two'))
     assert [record['ema'] for record in one] == [record['ema'] for record in two] == ['teacher', 'ema']
     assert [a['fid'] for a in one] == pytest.approx([b['fid'] for b in two], rel=1e-9)
@@ -149,7 +149,7 @@ def test_a_signal_during_an_evaluation_gives_it_up_and_a_resume_makes_it_again(
         len(list(tmp_path.glob('images/*/*.png'))) < 10_000
     )  # the process that was not asked has not done its half either
 
-    torchrun(2, *student_command(digits, teacher, rulers, tmp_path, f'--resume={tmp_path}'))
+    run_ranks(2, *student_command(digits, teacher, rulers, tmp_path, f'--resume={tmp_path}'))
     run(
         *student_command(digits, teacher, rulers, tmp_path, f'--resume={tmp_path}')
     )  # as if killed before the next state: from the same one

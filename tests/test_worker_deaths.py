@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 from helpers import assert_one_clear_error
-from test_survival import Process, command, ticks
+from runs import Process, command, ticks
 
 from dnnlib import UserError
 from torch_utils.distributed import among_others

@@ -8,7 +8,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from helpers import run
+from helpers import run_python
 from PIL import Image
 
 from data import zip_index
@@ -287,12 +287,23 @@ def test_how_latents_were_made_is_read_from_a_cached_directory_too(tmp_path, cac
 def test_processes_that_begin_together_all_read_the_data(tmp_path, cache):
     """Three processes, an empty cache; each writes what it computed, whole."""
     path = write_data(tmp_path / 'data.zip', values=range(100), classes=range(100))
-    code = (
-        'import sys; sys.path.insert(0, "tests"); from dnnlib import downloads; from data import zip_index; from multiprocessing import Pool; '
-        'downloads.DEFAULT_CACHE_DIR, zip_index.CACHE_FROM = sys.argv[2], 1; import test_zip_index as t\n'
-        'with Pool(3) as pool: print(len({tuple(c) for c in pool.map(t.contents, [sys.argv[1]] * 6, 1)}))'
-    )
-    assert run('-c', code, path, tmp_path / 'cache').stdout.strip() == '1'
+    code = """
+import sys
+from multiprocessing import Pool
+from data import zip_index
+from data.dataset import ImageFolderDataset
+from dnnlib import downloads
+
+downloads.DEFAULT_CACHE_DIR, zip_index.CACHE_FROM = sys.argv[2], 1
+
+def contents(path):
+    dataset = ImageFolderDataset(path, use_labels=True)
+    return tuple((int(dataset[i][0][0, 0, 0]), int(dataset[i][1].argmax())) for i in range(len(dataset)))
+
+with Pool(3) as pool:
+    print(len(set(pool.map(contents, [sys.argv[1]] * 6, 1))))
+"""
+    assert run_python('-c', code, path, tmp_path / 'cache').stdout.strip() == '1'
     assert sorted(file.name.split('-')[1].split('.')[0] for file in cache.iterdir()) == [
         'directory',
         'labels',
