@@ -10,7 +10,7 @@ import os
 import click
 
 from dnnlib import UserError, cli
-from sampling.options import CM_EDIT_STEPS, SharedOption, gathered, sampling_arguments, sampling_options
+from sampling.options import CM_EDIT_STEPS, EditJob, editing_options, sampling_arguments, sampling_options
 
 
 def open_input(path: str, indices: list[int] | None):
@@ -27,56 +27,6 @@ def open_input(path: str, indices: list[int] | None):
     source = open_images(path)
     files = source.files if isinstance(source, FileImages) else None
     return edit_files.chosen_input(source, files, path, indices)
-
-
-# What all edits of images need: the arguments of `edit_files.EditJob`.
-JOB = (
-    SharedOption(
-        'network',
-        '--network',
-        cli.PATH,
-        'Snapshot of a student or a consistency model.',
-        'PKL|URL',
-        required=True,
-    ),
-    SharedOption(
-        'path',
-        '--input',
-        cli.PATH,
-        'An image, or a folder, zip or array of images; labels of its dataset.json are used.',
-        'PATH',
-        required=True,
-    ),
-    SharedOption(
-        'outdir', '--outdir', cli.PATH, 'Folder for images/NAME-SEED.png and grid.png.', 'DIR', required=True
-    ),
-    SharedOption(
-        'indices',
-        '--indices',
-        cli.IntRanges(),
-        'Images of the input by their place in it, as in 0-7.  [default: all]',
-        'LIST',
-    ),
-    SharedOption(
-        'seeds',
-        '--seeds',
-        cli.Seeds(),
-        'Seeds; each image is edited once for every seed.',
-        'LIST',
-        default='0',
-    ),
-    SharedOption('batch', '--batch', cli.BATCH, 'Images per batch.', 'INT', default=64),
-)
-
-
-def editing_options(steps: str):
-    """A decorator: the options that all edits of images have, as dicts `job` and `sampling`.
-
-    Args:
-        steps: the default number, in words.
-    """
-    options = sampling_options(teachers=False, steps=steps)
-    return lambda command: gathered('job', JOB)(options(command))
 
 
 @click.group(cls=cli.Group)
@@ -138,13 +88,12 @@ class Box(click.ParamType):
     group='What is unknown',
 )
 @editing_options(EDITED_STEPS)
-def inpaint(job, sampling, mask, box, random_share):
+def inpaint(job, mask, box, random_share):
     """Make up the pixels under a mask; the others stay as they are, byte for byte."""
     if sum(given is not None for given in (mask, box, random_share)) != 1:
         raise click.UsageError('what is unknown: give one of --mask, --box and --random-share')
     from sampling import edit_files, editing
 
-    job = edit_files.EditJob(**job, sampling=sampling)
     net, source = edit_files.load(job.network), open_input(job.path, job.indices)
     shape = [net.img_channels, net.img_resolution, net.img_resolution]
     edit_files.check_shape(job.path, source.shape, [shape])
@@ -154,12 +103,11 @@ def inpaint(job, sampling, mask, box, random_share):
 
 @main.command()
 @editing_options(EDITED_STEPS)
-def colorize(job, sampling):
+def colorize(job):
     """Make up the colors of gray images, or of color images that are turned gray first; their gray version
     stays."""
     from sampling import edit_files, editing
 
-    job = edit_files.EditJob(**job, sampling=sampling)
     net = edit_files.load(job.network)
     if net.img_channels != 3:
         raise UserError(f'{job.network} makes gray images; colors take a network of RGB images')
@@ -178,12 +126,11 @@ def colorize(job, sampling):
     help='Factor of enlargement: side of the block that each pixel becomes.',
 )
 @editing_options(EDITED_STEPS)
-def superres(job, sampling, factor):
+def superres(job, factor):
     """Make up the detail of small images, or of large ones that are averaged first; the average of every
     block stays."""
     from sampling import edit_files, editing
 
-    job = edit_files.EditJob(**job, sampling=sampling)
     net = edit_files.load(job.network)
     if net.img_resolution % factor:
         raise UserError(
@@ -202,26 +149,25 @@ SIGMA_HELP = 'Standard deviation of the noise, for pixels in [-1, 1]: 127.5 time
 @main.command()
 @cli.option('--sigma', metavar='FLOAT', type=cli.SIGMA, required=True, help=SIGMA_HELP)
 @editing_options(STARTED_STEPS)
-def stroke(job, sampling, sigma):
+def stroke(job, sigma):
     """Images from strokes of a brush, or from any other rough image: noise is added that drowns what is wrong
     with them, then removed."""
-    start_at(job, sampling, sigma, add_noise=True)
+    start_at(job, sigma, add_noise=True)
 
 
 @main.command()
 @cli.option('--sigma', metavar='FLOAT', type=cli.SIGMA, required=True, help=SIGMA_HELP)
 @cli.option('--add-noise', is_flag=True, help='Add noise of level --sigma first, to images that have none.')
 @editing_options(STARTED_STEPS)
-def denoise(job, sampling, sigma, add_noise):
+def denoise(job, sigma, add_noise):
     """Remove noise of a known level."""
-    start_at(job, sampling, sigma, add_noise)
+    start_at(job, sigma, add_noise)
 
 
-def start_at(job: dict, sampling: dict, sigma: float, add_noise: bool) -> None:
+def start_at(job: EditJob, sigma: float, add_noise: bool) -> None:
     """Sample from images with noise."""
     from sampling import edit_files, editing
 
-    job = edit_files.EditJob(**job, sampling=sampling)
     net, source = edit_files.load(job.network), open_input(job.path, job.indices)
     shape = [net.img_channels, net.img_resolution, net.img_resolution]
     edit_files.check_shape(job.path, source.shape, [shape])

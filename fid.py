@@ -11,7 +11,7 @@ import os
 
 import click
 
-from dnnlib import EasyDict, cli
+from dnnlib import cli
 from dnnlib.util import check_other_file
 from metrics.evaluation import (
     DEFAULT_NUM,
@@ -28,9 +28,10 @@ from metrics.evaluation import (
     warn_about,
     write_json,
 )
+from metrics.options import feature_options
 from sampling.options import sampling_arguments, sampling_options
 
-NETWORK, DETECTOR, SPEED = 'Images of a network', 'Detector', 'Speed'
+NETWORK = 'Images of a network'
 
 
 class SeedSet(cli.Seeds):
@@ -38,79 +39,6 @@ class SeedSet(cli.Seeds):
 
     def convert(self, value, param, ctx):
         return value if isinstance(value, tuple) else (value, super().convert(value, param, ctx))
-
-
-def shared_options(command):
-    """Options of both `calc` and `ref`."""
-    for option in reversed(
-        [
-            cli.option(
-                '--skip-bad',
-                is_flag=True,
-                help='Skip and count images that cannot be read, or that differ from the first in size or '
-                'mode.',
-            ),
-            cli.option(
-                '--seed',
-                metavar='INT',
-                type=cli.SEED,
-                default=0,
-                show_default=True,
-                help='Random seed of subsets and resamples.',
-            ),
-            cli.option(
-                '--detector',
-                metavar='PATH|URL',
-                type=cli.PATH,
-                group=DETECTOR,
-                help='Feature detector: a TorchScript file from uint8 images [N, C, H, W] to features '
-                "[N, D], pytorch-fid's weights, dinov2 or dinov2:FOLDER. "
-                f"{cli.PROGRAM}  [default: NVIDIA's Inception, downloaded once]",
-            ),
-            cli.option(
-                '--dinov2',
-                metavar='DIR',
-                type=cli.PATH,
-                group=DETECTOR,
-                help='Folder with DINOv2 ViT-L/14 for fd_dinov2, written by save_pretrained of transformers.'
-                '  [default: downloaded once]',
-            ),
-            cli.option(
-                '--detector-sha256',
-                metavar='HEX',
-                group=DETECTOR,
-                help='Required SHA-256 digest of the detector file.',
-            ),
-            cli.option(
-                '--batch',
-                metavar='INT',
-                type=cli.BATCH,
-                default=64,
-                show_default=True,
-                group=SPEED,
-                help='Batch size per process.',
-            ),
-            cli.option(
-                '--workers',
-                metavar='INT',
-                type=cli.SOME_WORKERS,
-                default=4,
-                show_default=True,
-                group=SPEED,
-                help='Image decoding threads per process.',
-            ),
-            cli.option(
-                '--cache',
-                metavar='DIR',
-                type=cli.PATH,
-                group=SPEED,
-                help='Folder of cached features, from which interrupted evaluations resume and other metrics '
-                'of the same images start.',
-            ),
-        ]
-    ):
-        command = option(command)
-    return command
 
 
 @click.group(cls=cli.Group)
@@ -184,7 +112,7 @@ def main():
     '[default: 3 for precision and recall, 5 for density and coverage]',
 )
 @cli.option('--json', 'json_path', metavar='FILE', type=cli.PATH, help='Also write the results to this file.')
-@shared_options
+@feature_options()
 @cli.option(
     '--network',
     metavar='PKL|URL',
@@ -203,12 +131,11 @@ def main():
     'followed by mean and minimum.',
 )
 @sampling_options(NETWORK)
-def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, seed_sets, sampling, **options):
+def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, seed_sets, sampling, options):
     """Compute metrics of images, or of a network's samples, against a reference."""
     from metrics.measures import Comparison
     from metrics.uncertainty import check_enough_to_extrapolate
 
-    options = EasyDict(options)
     check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_sets, sampling)
     check_detector_options(measures, options)
     with _processes() as is_main:
@@ -292,8 +219,8 @@ def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, se
     help='Also store the features of a random subset of this size, for kid, precision, recall, density and '
     'coverage.',
 )
-@shared_options
-def ref(path, dest, measures, num, features, **options):
+@feature_options()
+def ref(path, dest, measures, num, features, options):
     """Compute reference statistics of a data set."""
     import numpy as np
 
@@ -301,7 +228,6 @@ def ref(path, dest, measures, num, features, **options):
     from metrics.images import open_images
     from metrics.reference import save_reference
 
-    options = EasyDict(options)
     check_detector_options(measures, options)
     check_other_file(path, dest, '--dest')
     with _processes() as is_main:

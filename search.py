@@ -20,7 +20,7 @@ from dnnlib import EasyDict, UserError, cli
 from dnnlib.limits import MAX_STEPS
 from dnnlib.util import DISK_ERRORS, named
 from metrics import evaluation
-from sampling.options import CLASS, CLIP, LABELS, sampling_arguments
+from sampling.options import GENERAL, OF_CMS, sampling_arguments
 
 POINTS, IMAGES = 'Points', 'Images and metric'
 SPACES = ('log', 'karras-index')
@@ -155,9 +155,9 @@ class Metric(evaluation.Measures):
     group=IMAGES,
     help='First seed of the images, the same for all points, and seed of every other random choice.',
 )
-@CLASS.under(IMAGES)
-@LABELS.under(IMAGES)
-@CLIP.under(IMAGES)
+@GENERAL['class_idx'].under(IMAGES)
+@GENERAL['labels'].under(IMAGES)
+@OF_CMS['clip_denoised'].under(IMAGES)
 @cli.option(
     '--batch',
     metavar='INT',

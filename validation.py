@@ -10,7 +10,7 @@ import click
 
 from dnnlib import EasyDict, UserError, cli
 from metrics.validator import LabelMode, Validator, read_reference
-from sampling.options import LABELS
+from sampling.options import GENERAL
 
 
 @click.command(cls=cli.Command)
@@ -65,7 +65,7 @@ from sampling.options import LABELS
     show_default=True,
     help='Class labels: uniform or fixed:K (auto means uniform).',
 )
-@LABELS
+@GENERAL['labels']
 def main(networks, ref, outdir, detector, **options):
     """Evaluate saved snapshots and append lines to metrics-val.jsonl as training does. Also under
     torchrun."""

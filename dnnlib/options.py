@@ -4,16 +4,18 @@
     class SegmentOptions:
         S: int = opt(8, cli.STEPS, 'Number of student sampling steps.')
 
-The command line, `--help`, the tables of docs/options.md, the check of a recorded value and the reader of `--config` all come from the field.
-A subclass gives an option another default by a plain `S: int = 1`.
+The command line, `--help`, the tables of docs/options.md, the check of a recorded value and the reader of
+`--config` all come from the field. A subclass gives an option another default by a plain `S: int = 1`.
+Commands that share options take them with `gathered` or, one by one, with the option as a decorator.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,17 +80,32 @@ class Option:
 
     def parameter(self, default_text: str | None) -> cli.Option:
         """The option of a click command. Its own default is None: only what is given has a value."""
+        names, details = self._declaration(default_text)
+        return cli.Option(names, default=None, **details)
+
+    def __call__(self, command: Callable) -> Callable:
+        """As a decorator: adds the option, with its default, to a click command."""
+        names, details = self._declaration(self.default_text)
+        shown = self.default is not None and self.kind not in (SWITCH, FLAG)
+        return cli.option(*names, default=self.default, show_default=shown, **details)(command)
+
+    def _declaration(self, default_text: str | None) -> tuple[list[str], dict]:
+        """Names and settings of a click option."""
         text = f'{self.help}  [default: {default_text}]' if default_text and not self.required else self.help
-        details = dict(help=text, group=self.heading, required=self.required, default=None)
+        details = dict(help=text, group=self.heading, required=self.required)
         if self.kind == SWITCH:
-            return cli.Option([self.name, f'--{self.name}/--no_{self.name}'], **details)
+            return [self.name, f'--{self.name}/--no_{self.name}'], details
         if self.kind == FLAG:
             details |= dict(is_flag=True)
         elif self.kind == ON_OFF:
             details |= dict(type=bool, is_flag=False, flag_value=True)
         else:
             details |= dict(type=self.kind, metavar=self.metavar)
-        return cli.Option([self.name, *(self.flags or (f'--{self.name}',))], **details)
+        return [self.name, *(self.flags or (f'--{self.name}',))], details
+
+    def under(self, heading: str) -> Option:
+        """The same option under another heading."""
+        return dataclasses.replace(self, heading=heading)
 
     def schema(self) -> schema.Kind:
         """The kind of a recorded value, before its unit."""
@@ -96,7 +113,10 @@ class Option:
 
 
 def opt(default, kind, help: str, **details) -> Any:
-    """A field of a frozen dataclass that is an option. Args: see `Option`; a `default` of None means that it is found later, or none."""
+    """A field of a frozen dataclass that is an option.
+
+    Args: see `Option`. A `default` of None is found later, or means none.
+    """
     return dataclasses.field(default=default, metadata=dict(option=dict(kind=kind, help=help, **details)))
 
 
@@ -106,7 +126,10 @@ def recorded(default, kind: schema.Kind) -> Any:
 
 
 def options_of(cls: type) -> dict[str, Option]:
-    """{name: option} of a class, with the class's own defaults, in the order in which classes and fields are written."""
+    """{name: option} of a class, with the class's own defaults, in the order of classes and fields.
+
+    The heading of an option is its own, or that of the class that declares it.
+    """
     found = {}
     for field in dataclasses.fields(cls):
         for base in cls.__mro__:
@@ -114,9 +137,27 @@ def options_of(cls: type) -> dict[str, Option]:
             if own and 'option' in (metadata := base.__dataclass_fields__[field.name].metadata):
                 switch = getattr(base, 'switch', None)
                 group = dict(heading=base.heading, switch=None if switch == field.name else switch)
-                found[field.name] = Option(field.name, default=field.default, **group, **metadata['option'])
+                found[field.name] = Option(
+                    field.name, default=field.default, **{**group, **metadata['option']}
+                )
                 break
     return found
+
+
+def gathered(name: str, options: Sequence[Option], make: Callable = dict) -> Callable[[Callable], Callable]:
+    """A decorator: adds options to a click command, whose argument `name` is `make(**values)`."""
+
+    def decorate(command):
+        @functools.wraps(command)
+        def gathering(**values):
+            own = {option.name: values.pop(option.name) for option in options}
+            return command(**{name: make(**own)}, **values)
+
+        for option in reversed(options):
+            gathering = option(gathering)
+        return gathering
+
+    return decorate
 
 
 def kind_of(kind: Any) -> schema.Kind:

@@ -45,7 +45,7 @@ def check_detector_options(measures, options) -> None:
     """Raises: UsageError if a detector, or its digest, is given that no metric uses."""
     main = {measure.entry for measure in measures.values()} - {'fd_dinov2'}
     idle = ['dinov2'] * ('fd_dinov2' not in measures) + ['detector', 'detector_sha256'] * (not main)
-    if given := [name for name in idle if options[name] is not None]:
+    if given := [name for name in idle if getattr(options, name) is not None]:
         raise click.UsageError(
             f'{option_names(given)}: not used by {", ".join(measures)}. '
             'fd_dinov2 uses the detector of --dinov2, all others that of --detector.'

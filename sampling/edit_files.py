@@ -24,7 +24,7 @@ from sampling import editing, generation
 from sampling.editing import Task
 from sampling.generation import LabelChooser
 from sampling.label_choosers import given_labels
-from sampling.options import CM_EDIT_STEPS, EDITING_SOLVERS, sampling_arguments
+from sampling.options import CM_EDIT_STEPS, EDITING_SOLVERS, EditJob, sampling_arguments
 from training import samplers
 from training.checkpoint import load_network
 from training.networks import encoders
@@ -285,18 +285,6 @@ def edit_batch(
 
 # ----------------------------------------------------------------------------
 # From files to files.
-
-
-class EditJob(NamedTuple):
-    """What all edits of images need; `sampling` is that of `sampling_options`."""
-
-    network: str
-    path: str  # of the input
-    outdir: str
-    indices: list[int] | None  # of the input's images; None: all
-    seeds: list[int]
-    batch: int
-    sampling: dict
 
 
 def edit(job: EditJob, net, source: Input, task: Task, sigma: float | None = None) -> None:

@@ -1,226 +1,164 @@
-"""The options of sampling a network, which command lines share, as data. Imports no torch."""
+"""The options of sampling a network and of editing images, which command lines share. Imports no torch."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import click
 
 from dnnlib import cli
+from dnnlib.options import FLAG, SWITCH, gathered, opt, options_of
 
-STUDENT, CM, TEACHER = 'Students', 'Consistency models (--solver=cm)', 'Teachers (probability-flow ODE)'
 SOLVERS, EDITING_SOLVERS = ['student', 'euler', 'heun', 'addim', 'cm'], ['student', 'cm']
-CM_EDIT_STEPS = (
-    40  # of edits by consistency models of one step: more heed more of what is known (docs/editing.md)
-)
-SWITCH = None  # the type of an option that has no value
+# Steps of an edit by a one-step consistency model; more steps respect the known part more (docs/editing.md).
+CM_EDIT_STEPS = 40
+
+# The fields have the names of `samplers.sample`'s arguments and options; a default of None means `default_text`.
 
 
-class SharedOption(NamedTuple):
-    """An option of several commands, which is also the decorator that adds it to one.
+@dataclass(frozen=True)
+class GeneralOptions:
+    heading: ClassVar[str] = ''
 
-    Attributes:
-        name: of the command's argument.
-        flags: as the command line has it.
-        type: of its value.
-        help: with its default in words, which is what None means.
-        metavar: what --help shows for the value; None: the type's own.
-        group: heading in --help; None: the general ones.
-        default: of the argument, which --help shows where the option takes a value; None: the one in `help`.
-        required: whether it must be given.
-    """
-
-    name: str
-    flags: str
-    type: click.ParamType | None
-    help: str
-    metavar: str | None = None
-    group: str | None = None
-    default: object = None
-    required: bool = False
-
-    def __call__(self, command: Callable) -> Callable:
-        if self.type is SWITCH:
-            kind = dict(is_flag=True, default=self.default)
-        else:
-            kind = dict(type=self.type, metavar=self.metavar, required=self.required)
-            if self.default is not None:
-                kind |= dict(default=self.default, show_default=True)
-        return cli.option(self.flags, self.name, group=self.group, help=self.help, **kind)(command)
-
-    def under(self, group: str | None) -> SharedOption:
-        """The same under another heading."""
-        return self._replace(group=group)
-
-
-def gathered(name: str, options: Sequence[SharedOption]) -> Callable[[Callable], Callable]:
-    """A decorator: adds the options to a command; their values are one dict, the argument `name`."""
-
-    def decorate(command):
-        @functools.wraps(command)
-        def gathering(**values):
-            own = {option.name: values.pop(option.name) for option in options}
-            return command(**{name: own}, **values)
-
-        for option in reversed(options):
-            gathering = option(gathering)
-        return gathering
-
-    return decorate
+    class_idx: int | None = opt(
+        None,
+        cli.Integer(min=0),
+        'Class of all images.',
+        flags=('--class',),
+        metavar='INT',
+        default_text='random, by seed',
+    )
+    labels: str | None = opt(
+        None,
+        cli.PATH,
+        'Draw labels, by seed, from a file of class indices [N] or vectors [N, D], or, with data, from those '
+        'of the training set.',
+        metavar='NPY|data',
+        default_text='classes that have images, uniformly',
+    )
+    steps: int | None = opt(
+        None,
+        cli.STEPS,
+        'Number of sampling steps.',
+        metavar='INT',
+        default_text="a student's own; 1 for a consistency model; 18 for a teacher",
+    )
+    solver: str | None = opt(
+        None,
+        click.Choice(SOLVERS),
+        'Method of sampling.',
+        default_text='what the snapshot is: student, cm for a consistency model, heun for a teacher',
+    )
+    sigma_min: float | None = opt(
+        None, cli.SIGMA, 'Lowest noise level.', metavar='FLOAT', default_text='varies'
+    )
+    sigma_max: float | None = opt(
+        None, cli.SIGMA, 'Highest noise level.', metavar='FLOAT', default_text='varies'
+    )
+    rho: float | None = opt(None, cli.RHO, 'Exponent of the noise levels.', metavar='FLOAT', default_text='7')
 
 
-CLASS = SharedOption(
-    'class_idx', '--class', cli.Integer(min=0), 'Class of all images.  [default: random, by seed]', 'INT'
-)
-LABELS = SharedOption(
-    'labels',
-    '--labels',
-    cli.PATH,
-    'Draw labels, by seed, from a file of class indices [N] or vectors [N, D], or, with data, from those '
-    'of the training set.  '
-    '[default: classes that have images, uniformly]',
-    'NPY|data',
-)
-CLIP = SharedOption(
-    'clip_denoised',
-    '--clip_denoised/--no_clip_denoised',
-    SWITCH,
-    'Clamp every image that the network gives to [-1, 1], as Song et al. do and ECT and TCM do not.  '
-    "[default: the snapshot's; on]",
-    group=CM,
-)
+@dataclass(frozen=True)
+class StudentOptions:
+    heading: ClassVar[str] = 'Students'
 
-# The names are those of `samplers.sample`'s arguments and options. Steps and solver: see `sampling_options`.
-RANGE = (
-    SharedOption('sigma_min', '--sigma_min', cli.SIGMA, 'Lowest noise level.  [default: varies]', 'FLOAT'),
-    SharedOption('sigma_max', '--sigma_max', cli.SIGMA, 'Highest noise level.  [default: varies]', 'FLOAT'),
-    SharedOption('rho', '--rho', cli.RHO, 'Exponent of the noise levels.  [default: 7]', 'FLOAT'),
-)
-OF_STUDENTS = (
-    SharedOption(
-        'force_steps',
-        '--force-steps',
-        SWITCH,
+    force_steps: bool = opt(
+        False,
+        FLAG,
         'Sample a student with another number of steps than it was trained for.',
-        group=STUDENT,
-        default=False,
-    ),
-)
-OF_CMS = (
-    SharedOption(
-        'taus',
-        '--taus',
+        flags=('--force-steps',),
+    )
+
+
+@dataclass(frozen=True)
+class ConsistencyModelOptions:
+    heading: ClassVar[str] = 'Consistency models (--solver=cm)'
+
+    taus: list[float] | None = opt(
+        None,
         cli.NumberList(cli.SIGMA),
         'Noise levels of the evaluations after the first, at sigma_max, as in 2.5,0.8.',
-        'LIST',
-        CM,
-    ),
-    SharedOption('mid_t', '--mid_t', cli.SIGMA, 'Noise level of the second of two evaluations.', 'FLOAT', CM),
-    SharedOption(
-        'ts',
-        '--ts',
+        metavar='LIST',
+    )
+    mid_t: float | None = opt(
+        None, cli.SIGMA, 'Noise level of the second of two evaluations.', metavar='FLOAT'
+    )
+    ts: list[int] | None = opt(
+        None,
         cli.NumberList(cli.INDEX),
         'Noise levels of the evaluations by their indices among --timesteps levels, as in 0,22,39.',
-        'LIST',
-        CM,
-    ),
-    SharedOption(
-        'timesteps',
-        '--timesteps',
+        metavar='LIST',
+    )
+    timesteps: int | None = opt(
+        None,
         cli.LEVELS,
-        "Number of levels that --ts counts in.  [default: the snapshot's; 40]",
-        'INT',
-        CM,
-    ),
-    CLIP,
-)
-OF_TEACHERS = (
-    SharedOption(
-        'xvar_scale',
-        '--xvar_scale',
+        'Number of levels that --ts counts in.',
+        metavar='INT',
+        default_text="the snapshot's; 40",
+    )
+    clip_denoised: bool | None = opt(
+        None,
+        SWITCH,
+        'Clamp every image that the network gives to [-1, 1], as Song et al. do and ECT and TCM do not.',
+        default_text="the snapshot's; on",
+    )
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    heading: ClassVar[str] = 'Teachers (probability-flow ODE)'
+
+    xvar_scale: float | None = opt(
+        None,
         cli.FACTOR,
-        'Factor on the variance that --solver=addim adds; 0 is DDIM.  [default: 1]',
-        'FLOAT',
-        TEACHER,
-    ),
-    SharedOption(
-        'S_churn',
-        '--S_churn',
-        cli.FACTOR,
-        'Amount of noise that is added before steps.  [default: 0]',
-        'FLOAT',
-        TEACHER,
-    ),
-    SharedOption(
-        'S_min',
-        '--S_min',
-        cli.FACTOR,
-        'Lowest noise level at which noise is added.  [default: 0]',
-        'FLOAT',
-        TEACHER,
-    ),
-    SharedOption(
-        'S_max',
-        '--S_max',
+        'Factor on the variance that --solver=addim adds; 0 is DDIM.',
+        metavar='FLOAT',
+        default_text='1',
+    )
+    S_churn: float | None = opt(
+        None, cli.FACTOR, 'Amount of noise that is added before steps.', metavar='FLOAT', default_text='0'
+    )
+    S_min: float | None = opt(
+        None, cli.FACTOR, 'Lowest noise level at which noise is added.', metavar='FLOAT', default_text='0'
+    )
+    S_max: float | None = opt(
+        None,
         cli.Number(min=0, infinite=True),
-        'Highest noise level at which noise is added.  [default: inf]',
-        'FLOAT',
-        TEACHER,
-    ),
-    SharedOption(
-        'S_noise', '--S_noise', cli.SIGNED_FACTOR, 'Scale of the added noise.  [default: 1]', 'FLOAT', TEACHER
-    ),
-    SharedOption(
-        'discretization',
-        '--disc',
+        'Highest noise level at which noise is added.',
+        metavar='FLOAT',
+        default_text='inf',
+    )
+    S_noise: float | None = opt(
+        None, cli.SIGNED_FACTOR, 'Scale of the added noise.', metavar='FLOAT', default_text='1'
+    )
+    discretization: str | None = opt(
+        None,
         click.Choice(['edm', 'vp', 've', 'iddpm', 'cosine']),
-        'Spacing of the noise levels.  [default: edm]',
-        group=TEACHER,
-    ),
-    SharedOption(
-        'schedule',
-        '--schedule',
-        click.Choice(['linear', 'vp', 've']),
-        'Noise schedule sigma(t).  [default: linear]',
-        group=TEACHER,
-    ),
-    SharedOption(
-        'scaling',
-        '--scaling',
-        click.Choice(['none', 'vp']),
-        'Signal scaling s(t).  [default: none]',
-        group=TEACHER,
-    ),
+        'Spacing of the noise levels.',
+        flags=('--disc',),
+        default_text='edm',
+    )
+    schedule: str | None = opt(
+        None, click.Choice(['linear', 'vp', 've']), 'Noise schedule sigma(t).', default_text='linear'
+    )
+    scaling: str | None = opt(None, click.Choice(['none', 'vp']), 'Signal scaling s(t).', default_text='none')
+
+
+GENERAL, OF_STUDENTS, OF_CMS, OF_TEACHERS = map(
+    options_of, (GeneralOptions, StudentOptions, ConsistencyModelOptions, TeacherOptions)
 )
 
 
-def sampling_options(
-    group: str | None = None,
-    teachers: bool = True,
-    steps: str = "a student's own; 1 for a consistency model; 18 for a teacher",
-) -> Callable[[Callable], Callable]:
-    """A decorator for commands: the options of sampling a network, as a dict `sampling`.
+def sampling_options(heading: str = '') -> Callable[[Callable], Callable]:
+    """A decorator for commands: all options of sampling a network, as a dict `sampling`.
 
     Args:
-        group: heads the general ones.
-        teachers: whether those of teachers are among them.
-        steps: the default number, in words.
+        heading: of the general options.
     """
-    what_it_is = 'what the snapshot is'
-    if teachers:
-        what_it_is += ': student, cm for a consistency model, heun for a teacher'
-    kind = click.Choice(SOLVERS if teachers else EDITING_SOLVERS)
-    general = (
-        CLASS,
-        LABELS,
-        SharedOption('steps', '--steps', cli.STEPS, f'Number of sampling steps.  [default: {steps}]', 'INT'),
-        SharedOption('solver', '--solver', kind, f'Method of sampling.  [default: {what_it_is}]'),
-        *RANGE,
-    )
-    options = (*(option.under(group) for option in general), *OF_STUDENTS, *OF_CMS)
-    return gathered('sampling', (*options, *OF_TEACHERS) if teachers else options)
+    general = [option.under(heading) for option in GENERAL.values()]
+    return gathered('sampling', [*general, *OF_STUDENTS.values(), *OF_CMS.values(), *OF_TEACHERS.values()])
 
 
 def sampling_arguments(
@@ -247,3 +185,63 @@ def sampling_arguments(
     solver, steps = samplers.resolve(net, solver, steps, force_steps, **options)
     choose_labels = choose_labels or label_choosers.choose(net, network, class_idx, labels)
     return dict(choose_labels=choose_labels, solver=solver, steps=steps, force_steps=force_steps, **options)
+
+
+# ----------------------------------------------------------------------------
+# Editing.
+
+
+@dataclass(frozen=True)
+class EditJob:
+    """What all edits of images need; `sampling` is that of `editing_options`."""
+
+    heading: ClassVar[str] = ''
+
+    network: str | None = opt(
+        None, cli.PATH, 'Snapshot of a student or a consistency model.', metavar='PKL|URL', required=True
+    )
+    path: str | None = opt(
+        None,
+        cli.PATH,
+        'An image, or a folder, zip or array of images; labels of its dataset.json are used.',
+        flags=('--input',),
+        metavar='PATH',
+        required=True,
+    )
+    outdir: str | None = opt(
+        None, cli.PATH, 'Folder for images/NAME-SEED.png and grid.png.', metavar='DIR', required=True
+    )
+    indices: list[int] | None = opt(
+        None,
+        cli.IntRanges(),
+        'Images of the input by their place in it, as in 0-7.',
+        metavar='LIST',
+        default_text='all',
+    )
+    seeds: list[int] | str = opt(
+        '0', cli.Seeds(), 'Seeds; each image is edited once for every seed.', metavar='LIST'
+    )
+    batch: int = opt(64, cli.BATCH, 'Images per batch.', metavar='INT')
+    sampling: dict = field(default_factory=dict)
+
+
+def editing_options(steps: str) -> Callable[[Callable], Callable]:
+    """A decorator for commands: the options that all edits of images have, as an `EditJob` called `job`.
+
+    Args:
+        steps: the default number, in words.
+    """
+    general = dict(
+        GENERAL,
+        steps=replace(GENERAL['steps'], default_text=steps),
+        solver=replace(
+            GENERAL['solver'], kind=click.Choice(EDITING_SOLVERS), default_text='what the snapshot is'
+        ),
+    )
+    shared = [*general.values(), *OF_STUDENTS.values(), *OF_CMS.values()]
+    own = options_of(EditJob)
+
+    def job_of(**values) -> EditJob:
+        return EditJob(**{name: values.pop(name) for name in own}, sampling=values)
+
+    return gathered('job', [*own.values(), *shared], job_of)
