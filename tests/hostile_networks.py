@@ -98,8 +98,9 @@ def read_search_log(path: str) -> None:
 def download(path: str) -> None:
     """The file's bytes are what a server answers, to every connection, whatever it asks."""
     import dnnlib.downloads
+    import dnnlib.transport
 
-    dnnlib.downloads.ATTEMPTS = 1
+    dnnlib.transport.ATTEMPTS = 1
     answer = Path(path).read_bytes()
     with socket.create_server(('127.0.0.1', 0)) as server, tempfile.TemporaryDirectory() as cache:
 

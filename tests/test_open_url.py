@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from helpers import ROOT
 
-from dnnlib import downloads
+from dnnlib import downloads, google_drive, transport
 from dnnlib.downloads import local_path, open_url
 from dnnlib.util import UserError, atomic_write
 
@@ -166,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     """The address of a server on this machine; `server.requests` is what it was asked for."""
-    monkeypatch.setattr(downloads.time, 'sleep', lambda seconds: None)
+    monkeypatch.setattr(transport.time, 'sleep', lambda seconds: None)
     with QuietServer(('127.0.0.1', 0), Handler) as server:
         server.requests, server.released = [], threading.Event()
         server.url = f'http://127.0.0.1:{server.server_port}'
@@ -478,7 +478,7 @@ def test_nobody_listening_is_an_error_in_one_line(server, tmp_path):
 
 
 def test_google_drive_confirmation_is_given(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(downloads, 'DRIVE_HOSTS', (server.url.removeprefix('http://'),))
+    monkeypatch.setattr(google_drive, 'HOSTS', (server.url.removeprefix('http://'),))
     assert local_path(f'{server.url}/file/d/x1/view?usp=sharing', cache_dir=tmp_path).read_bytes() == CONTENT
     assert server.requests == ['/uc?export=download&id=x1', '/confirmed?id=x1&confirm=t']
 
@@ -544,7 +544,7 @@ def test_atomic_write_explains_a_full_disk_and_a_missing_folder(tmp_path):
 @pytest.mark.parametrize('path', [*DRIPPING, '/hop'])
 def test_an_answer_that_is_never_over_is_given_up(server, tmp_path, monkeypatch, path):
     """Something comes all the time: no timeout of a socket would end it."""
-    monkeypatch.setattr(downloads, 'ATTEMPTS', 2)
+    monkeypatch.setattr(transport, 'ATTEMPTS', 2)
     start = time.monotonic()
     with pytest.raises(UserError, match=r'took more than 0.4 seconds to answer|stalled after'):
         local_path(f'{server.url}{path}', cache_dir=tmp_path, timeout=0.1)
@@ -553,13 +553,14 @@ def test_an_answer_that_is_never_over_is_given_up(server, tmp_path, monkeypatch,
 
 def test_a_process_that_has_given_up_ends(server, tmp_path):
     """Although the thread that was at it still waits."""
-    code = f'from dnnlib import downloads\ndownloads.ATTEMPTS = 1\ndownloads.local_path({server.url + "/header"!r}, {str(tmp_path)!r}, timeout=0.2)'
+    setup = 'from dnnlib import downloads, transport\ntransport.ATTEMPTS = 1'
+    code = f'{setup}\ndownloads.local_path({server.url + "/header"!r}, {str(tmp_path)!r}, timeout=0.2)'
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert 'took more than 0.8 seconds to answer' in done.stderr
 
 
 def test_a_million_lines_of_header_are_no_answer(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(downloads, 'ATTEMPTS', 1)
+    monkeypatch.setattr(transport, 'ATTEMPTS', 1)
     monkeypatch.setitem(DRIPPING, '/header', lambda: [OK + b'X: y\r\n' * 1_000_000])
     with pytest.raises(UserError, match='the connection failed'):
         local_path(f'{server.url}/header', cache_dir=tmp_path)
@@ -576,7 +577,7 @@ def test_chunks_without_end_stop_where_there_is_no_room(server, tmp_path, monkey
     chunk = b'%x\r\n%b\r\n' % (len(CONTENT), CONTENT)
     monkeypatch.setitem(DRIPPING, '/header', lambda: itertools.chain([CHUNKED], itertools.repeat(chunk)))
     monkeypatch.setattr(
-        downloads, limit, {'UNANNOUNCED_DOWNLOAD': 2 * len(CONTENT), 'KEPT_FREE': 10**18}[limit]
+        transport, limit, {'UNANNOUNCED_DOWNLOAD': 2 * len(CONTENT), 'KEPT_FREE': 10**18}[limit]
     )
     with pytest.raises(UserError, match=r'does not say how long it is, .* no room'):
         local_path(f'{server.url}/header#sha256={DIGEST}', cache_dir=tmp_path)
