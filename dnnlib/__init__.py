@@ -1,4 +1,4 @@
-"""Small helpers that know nothing of networks: errors, downloads, command lines."""
+"""Helpers that know nothing of networks: options, errors, files, downloads."""
 
 import dnnlib.interrupts  # noqa: F401  (first)
 

@@ -1,4 +1,4 @@
-"""Zip and tar archives of strangers, read by Python's own modules through files that bound each read."""
+"""Untrusted zip and tar archives, read by Python's own modules through files that bound each read."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from typing import BinaryIO
 
 from dnnlib import limits
 
-PIECE = 4096  # compressed bytes at once; LZMA and bzip2 may make a megabyte of 50, which zipfile takes whole
+# Bytes to inflate at a time. zipfile inflates all compressed bytes that it reads, and LZMA and bzip2 may make a
+# megabyte of 50.
+PIECE = 4096
 
 
 class BoundedFile:
-    """A binary file of which no more than `at_once` bytes are read together, and none beyond `end`.
+    """A binary file from which a read takes at most `at_once` bytes, and none beyond `end`.
 
-    Raises: TooLarge, of `what`, where more is wanted.
+    Raises: TooLarge, about `what`, for a larger read.
     """
 
     def __init__(self, file: BinaryIO, at_once: int, what: str, end: int | None = None):
@@ -26,6 +28,7 @@ class BoundedFile:
         self.tell, self.close = file.tell, file.close
 
     def read(self, size: int | None = -1) -> bytes:
+        # Reading to the end is a read of all remaining bytes.
         if size is None or size < 0:
             here, size = self.file.tell(), self.file.seek(0, os.SEEK_END)
             size -= self.file.seek(here)
@@ -42,12 +45,12 @@ class BoundedFile:
 
 
 class BoundedZip(zipfile.ZipFile):
-    """A zip archive for reading. Its directory has at most `directory` bytes.
+    """A zip archive for reading, whose directory has at most `directory` bytes.
 
     Raises: one of `limits.UNREADABLE`.
     """
 
-    _file = None
+    _file = None  # for `close`, which a failed constructor calls too
 
     def __init__(self, path: str | os.PathLike, directory: int = limits.ZIP_DIRECTORY):
         self._file = BoundedFile(open(path, 'rb'), directory, 'the directory of a zip archive')  # noqa: SIM115
@@ -65,10 +68,10 @@ class BoundedZip(zipfile.ZipFile):
 
 
 def open_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int, what: str) -> BinaryIO:
-    """A member of a zip archive, for reading. The directory's size for it is checked first.
+    """Open a member of a zip archive for reading, after checking its size in the directory.
 
     Args:
-        limit: bytes, uncompressed, that `what` has at most.
+        limit: uncompressed bytes that `what` has at most.
     Raises: TooLarge, and what zipfile raises.
     """
     limits.check_size(info.file_size, limit, what)
@@ -76,21 +79,22 @@ def open_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int, wha
     member = archive.open(info)
     if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         return member
+    # Other methods inflate without bounds, so read small pieces; the size is checked already.
     with member:
         return io.BytesIO(b''.join(iter(functools.partial(member.read, PIECE), b'')))
 
 
 def member_start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """Offset of a member's bytes, which follow its local header and name (PKWARE's APPNOTE, 4.3.7)."""
+    """Offset of a member's bytes, after its local header and name (PKWARE's APPNOTE, 4.3.7)."""
     file.seek(info.header_offset)
     name, extra = struct.unpack('<26x2H', file.read(30))
     return info.header_offset + 30 + name + extra
 
 
 class BoundedTar(tarfile.TarFile):
-    """A tar archive for reading, compressed or not: `BoundedTar.open(fileobj=file)`.
+    """A tar archive for reading, compressed or not, of at most `limits.TAR_ARCHIVE` bytes when unpacked.
 
-    Unpacked, it has at most `limits.TAR_ARCHIVE` bytes.
+    Opened by `BoundedTar.open(fileobj=file)`.
 
     Raises: TooLarge, and what tarfile raises.
     """

@@ -1,4 +1,4 @@
-"""What every command line of this repository shares: grouped help, errors in one line, EDM's value types."""
+"""Shared by all command lines: grouped help, errors in one line, types of values."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from dnnlib.limits import MAX_DIGITS, MAX_STEPS
 from dnnlib.text import printable
 from dnnlib.util import UserError
 
-MAX_NUMBERS = 10_000_000  # of a list of integers: more are a slip of the keyboard
-MOST, LARGEST = 10**12, 1e38  # of what is counted, and of other numbers: FP32 has them
-INTEGER = re.compile(r'[+-]?[0-9]+')  # also in other scripts than Latin there are digits, which Python reads
+MAX_NUMBERS = 10_000_000  # in a list of integers; more are a typing error
+MOST, LARGEST = 10**12, 1e38  # limits of counts and of other numbers (the latter's is FP32's)
+# [0-9] and not \d: int() and float() read the digits of every script.
+INTEGER = re.compile(r'[+-]?[0-9]+')
 NUMBER = re.compile(r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?')
 INFINITY = re.compile(r'[+-]?inf(inity)?', re.IGNORECASE)
-SEED_COUNT = 1 << 32  # of the seeds that the generators tell apart: those below this
-LONGEST_USAGE_ERROR = 400  # characters of what is wrong with a value, which it repeats
+SEED_COUNT = 1 << 32  # seeds are below this; generators use 32 bits
+LONGEST_USAGE_ERROR = 400  # characters; a usage error repeats the value
 HELP_SETTINGS = dict(max_content_width=120, help_option_names=['-h', '--help'])
 
 
@@ -36,9 +37,8 @@ class Argument(click.Argument):
 
     group = 'Arguments'
 
-    def __init__(
-        self, *args, description: str, **kwargs
-    ):  # newer versions of click have `help`, and list it elsewhere
+    # Not called `help`: newer versions of click have that, and list it elsewhere.
+    def __init__(self, *args, description: str, **kwargs):
         super().__init__(*args, **kwargs)
         self.description = description
 
@@ -113,7 +113,7 @@ def shown(value: object) -> str:
 
 
 class Integer(click.IntRange):
-    """A whole number in a range, in decimal digits, at most `MOST` unless the range says less."""
+    """A whole number in a range, in decimal digits, at most `MOST` unless the range's maximum is given."""
 
     def convert(self, value, param, ctx):
         text = str(value).strip()
@@ -158,9 +158,9 @@ class Number(click.FloatRange):
 
 
 COUNT = Integer(min=1)
-STEPS = Integer(min=1, max=MAX_STEPS)  # of a sampler, and of grids of noise levels
-LEVELS = Integer(min=2, max=MAX_STEPS)  # of such a grid
-INDEX = Integer(min=0, max=MAX_STEPS)  # of a level
+STEPS = Integer(min=1, max=MAX_STEPS)  # of a sampler or a grid of noise levels
+LEVELS = Integer(min=2, max=MAX_STEPS)  # noise levels in a grid
+INDEX = Integer(min=0, max=MAX_STEPS)  # of a noise level
 BATCH = Integer(min=1, max=1 << 20)  # images
 SIDE = Integer(min=1, max=1 << 16)  # pixels or channels
 WORKERS, SOME_WORKERS = Integer(min=0, max=1024), Integer(min=1, max=1024)
@@ -176,12 +176,11 @@ SOME_MIMG, SOME_KIMG = Number(min=0, max=1e6, min_open=True), Number(min=0, max=
 def expand_path(path: str) -> str:
     """A path with its leading `~` or `~user` expanded, which shells do not do in `--dest=~/x`.
 
-    URLs and names stay as they are.
+    URLs and names stay as they are. A prefix such as `dinov2:` may precede the path. A variable that no shell
+    has replaced is refused: as a folder's name, it would be dangerous to delete.
 
-    A word and a colon may come before, as in `dinov2:~/models`. What a shell should have replaced and did not
-    is refused, as the name of a folder it would be one that `rm -r` had better not be told of.
-    Raises: UserError for a user that does not exist, for a path that begins with a variable such as $HOME,
-        and for an empty one.
+    Raises: UserError for a user that does not exist, a path that begins with a variable such as $HOME, and an
+        empty path.
     """
     if not path.strip():
         raise UserError('it is empty. Give a path; a variable of the shell may not be set')
@@ -201,9 +200,9 @@ def expand_path(path: str) -> str:
 
 
 class PathOrURL(click.ParamType):
-    """A path or URL, or `many` joined by commas, as text.
+    """A path or URL as text, or `many` of them joined by commas.
 
-    The type of every option that is one; nothing else expands `~`, see `expand_path`.
+    Every option with a path has this type, because only it expands `~` (see `expand_path`).
     """
 
     name = 'path'
@@ -242,7 +241,7 @@ class IntRanges(click.ParamType):
 
 
 class Seeds(IntRanges):
-    """Seeds, as `IntRanges` reads them, each below 2^32 and, unless `repeats`, each named once."""
+    """Seeds below 2^32 in the format of `IntRanges`; unless `repeats`, no seed occurs twice."""
 
     def __init__(self, repeats: bool = False):
         self.repeats = repeats
@@ -265,12 +264,12 @@ SEED = Integer(0, SEED_COUNT - 1)
 
 
 def repeated(numbers: Iterable[int]) -> list[int]:
-    """Ascending, those that are there more than once. A set of ten million would take a gigabyte."""
+    """The numbers that occur more than once, ascending. Sorts, because a set of ten million takes a gigabyte."""
     return sorted({a for a, b in itertools.pairwise(sorted(numbers)) if a == b})
 
 
 def check_seeds(first: int, count: int, seed_option: str, count_option: str) -> None:
-    """UsageError where `count` seeds from `first` on go beyond those that there are."""
+    """Raises: UsageError if the last of `count` seeds from `first` on is 2^32 or more."""
     if first + count > SEED_COUNT:
         raise click.UsageError(
             f'{seed_option}={first} and {count_option}={count} ask for seeds up to {first + count - 1}, and '
@@ -279,7 +278,7 @@ def check_seeds(first: int, count: int, seed_option: str, count_option: str) -> 
 
 
 def as_ranges(numbers: Sequence[int], limit: int = 20) -> str:
-    """Ascending integers as `IntRanges` reads them, `0-3,7`; after `limit` ranges, the number of others."""
+    """Ascending integers in the format of `IntRanges`, `0-3,7`; after `limit` ranges, the number of others."""
     ranges: list[list[int]] = []
     for number in numbers:
         if ranges and number == ranges[-1][1] + 1:

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dnnlib import limits
 from dnnlib.archives import BoundedZip, open_member
 
-HEAD = 4096  # bytes that decide; a tar archive shows itself after 257
-# Bytes of a PyTorch file's pickle in which its outermost names are looked for, which follow those of tensors.
+HEAD = 4096  # first bytes, which decide; a tar archive's mark is at 257
+# Bytes of a PyTorch file's pickle to search for its outermost names, which follow those of tensors.
 PICKLE_HEAD = 1 << 22
 ZIP, DAMAGED_ZIP, NPZ, NPY = (
     'a zip archive',
@@ -19,7 +19,7 @@ ZIP, DAMAGED_ZIP, NPZ, NPY = (
     'a NumPy .npy array',
 )
 
-# Pattern of the first bytes, and what such a file is called. The first that matches decides.
+# (pattern of the first bytes, name of such a file); the first match decides.
 STARTS = [
     (re.compile(pattern, re.DOTALL), words)
     for pattern, words in (
@@ -66,7 +66,7 @@ STARTS = [
     )
 ]
 
-# What to do with a file of the wrong kind, by the beginning of that kind. What is wanted replaces {}.
+# What to do with a file of the wrong kind, by the beginning of its name above; {} is the wanted kind.
 INSTEAD = {
     'a web page': 'It may be a log-in, a quota, or a wrong link: download the file in a browser and '
     'give its path.',
@@ -86,12 +86,11 @@ INSTEAD = {
 
 
 def describe_file(source: str | os.PathLike | bytes) -> str | None:
-    """What a file is, to complete 'it is ...': 'a web page (HTML)', for example; None if that is unknown.
+    """What a file is, to complete 'it is ...', such as 'a web page (HTML)'; None if unknown.
 
     Args:
-        source: a path, or the first bytes of a file (`HEAD` of them suffice). Only of a path can kinds of zip
-            archives be told apart.
-    Raises: OSError where the file cannot be read.
+        source: a path, or the first `HEAD` bytes of a file, by which kinds of zip archives look alike.
+    Raises: OSError if the file cannot be read.
     """
     if isinstance(source, bytes):
         return _describe_start(source)
@@ -108,10 +107,10 @@ def another_kind(
     """What a file is and what to give instead, to complete 'it ...': 'is a web page (HTML). It may be ...'.
 
     Args:
-        wanted: what was asked for, such as 'a network snapshot (.pkl)'.
-        own: beginnings of what files of the wanted kind are called, broken ones as well.
-        instead: by such beginnings, cures that come before those of `INSTEAD`.
-    Returns: None where the file is of its own kind, or of none that is known.
+        wanted: the wanted kind, such as 'a network snapshot (.pkl)'.
+        own: beginnings of the names of files of the wanted kind, damaged ones included.
+        instead: cures by beginnings of names, which override `INSTEAD`.
+    Returns: None if the file is of the wanted kind or of an unknown one.
     """
     words = describe_file(path)
     if words is None or words.startswith(tuple(own)):
@@ -138,7 +137,7 @@ def _describe_start(head: bytes) -> str | None:
 
 
 def _is_utf8(head: bytes) -> bool:
-    """Whether bytes are UTF-8, the last character perhaps cut off."""
+    """Whether bytes are UTF-8; the last character may be cut off."""
     try:
         head.decode()
     except UnicodeDecodeError as error:
@@ -147,8 +146,9 @@ def _is_utf8(head: bytes) -> bool:
 
 
 def _describe_zip(path: str | os.PathLike) -> str:
-    """Which kind of zip archive a file is, by its members' names."""
+    """The kind of a zip archive, by its members' names."""
     try:
+        # PyTorch's files: TorchScript has code, torch.save only a pickle.
         with BoundedZip(path) as archive:
             names = archive.namelist()
             record = next((name for name in names if re.fullmatch(r'([^/]+/)?data\.pkl', name)), None)
@@ -163,6 +163,8 @@ def _describe_zip(path: str | os.PathLike) -> str:
         return ZIP
     except limits.UNREADABLE:
         return DAMAGED_ZIP
+
+    # Files of other programs.
     if names and all(name.endswith('.npy') and '/' not in name for name in names):
         return NPZ
     if '[Content_Types].xml' in names:
@@ -171,10 +173,8 @@ def _describe_zip(path: str | os.PathLike) -> str:
 
 
 def _describe_saved(pickled: bytes) -> str:
-    """What `torch.save` wrote, by names in its pickle.
-
-    A state of ours has `update` and `averages`, one of EDM's `optimizer_state`.
-    """
+    """What `torch.save` wrote, by names in its pickle: our training states have `update`, EDM's
+    `optimizer_state`."""
 
     def names(*words: str) -> bool:
         return all(b'X' + len(word).to_bytes(4, 'little') + word.encode() in pickled for word in words)

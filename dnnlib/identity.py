@@ -1,4 +1,4 @@
-"""Processes by what tells them from all others: whether one is gone, and how this one ends at once."""
+"""Unique identities of processes, whether one has ended, and ending this one at once."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from typing import NoReturn
 import psutil
 
 from dnnlib.schema import Integer, Real, Record, Text
+from dnnlib.util import process_exists
 
 # An identity in a file.
 KIND = Record(
     dict(host=Text(), boot=Text(), pid=Integer(1, 2**31 - 1), started=Real()),
     ['host', 'boot', 'pid', 'started'],
 )
-SAME_START_SEC = 2.0  # the time of booting is in whole seconds, and corrections of the clock move it
+SAME_START_SEC = 2.0  # the boot time is in whole seconds, and moves when the clock is corrected
 
 
 def machine() -> dict[str, str]:
-    """The host, its boot and its container, each of which has process ids of its own."""
+    """The host, its boot and its container, each with its own process ids."""
     boot = ''
     with contextlib.suppress(OSError):  # Linux only
         boot = (
@@ -34,7 +35,7 @@ def machine() -> dict[str, str]:
 
 
 def of_process(pid: int | None = None) -> dict:
-    """Plain data that no other process ever has: `machine()`, `pid`, and `started` (seconds after booting).
+    """Plain data unique to a process: `machine()`, `pid`, and `started` (seconds after booting).
 
     Raises: psutil.Error.
     """
@@ -51,7 +52,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def has_ended(process: dict) -> bool | None:
-    """Whether a process is gone; None if unknown: on another machine, or hidden from this user."""
+    """Whether a process has ended; None if unknown: on another machine, or hidden from this user."""
     if any(process[name] != value for name, value in machine().items()):
         return None
     try:
@@ -63,28 +64,17 @@ def has_ended(process: dict) -> bool | None:
     except psutil.AccessDenied:
         return None
     except psutil.NoSuchProcess:
-        return None if _answers(process['pid']) else True
+        return None if process_exists(process['pid']) else True
 
 
 def _started(process: psutil.Process) -> float:
     return process.create_time() - psutil.boot_time()
 
 
-def _answers(pid: int) -> bool:
-    """Whether there is a process of that id, also one that /proc does not show."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 def end_at_once(line: str, status: int = 1) -> NoReturn:
-    """End this process and its data workers, from any thread, with a line on stderr and nothing else."""
+    """End this process and its data workers, from any thread, with only a line on stderr."""
     with contextlib.suppress(OSError):  # the terminal may be gone
-        # A print could wait for another print that was interrupted.
+        # print() could deadlock on a lock that an interrupted print holds.
         os.write(sys.__stderr__.fileno(), f'{line}\n'.encode())
     for child in multiprocessing.active_children():
         child.kill()

@@ -1,6 +1,6 @@
 """Ctrl-C while a script is still importing: one line, exit status 130, no traceback.
 
-Scripts import this first, before what takes time. For other programs that import `dnnlib` it does nothing.
+Scripts import this first, before anything slow. In other programs that import `dnnlib` it does nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-# Who started this process, while that can be seen: a torchrun may be killed during the seconds of imports.
+# The parent, recorded before the seconds of imports, during which a torchrun may be killed.
 PARENT = os.getppid()
 PARENT_COMMAND: list[str] = []
 if 'TORCHELASTIC_RUN_ID' in os.environ:
@@ -43,7 +43,7 @@ def leave(*_) -> None:
 
 
 def is_script() -> bool:
-    """Whether one of the scripts is what Python runs."""
+    """Whether Python runs one of the scripts."""
     folder, name = os.path.split(os.path.abspath(getattr(sys.modules['__main__'], '__file__', None) or ''))
     return (
         folder == os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -52,14 +52,14 @@ def is_script() -> bool:
 
 
 def at_work() -> None:
-    """From here on an interrupt is an exception again, for work that must end in order: files, processes."""
+    """From now on an interrupt raises KeyboardInterrupt again, for work that must clean up: files, processes."""
     if signal.getsignal(signal.SIGINT) is leave and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager
 def kept_from_children() -> Iterator[None]:
-    """A block whose interrupts come at its end. Processes that it starts get none: this one ends them."""
+    """Defer interrupts to the end of the block. Processes started in it ignore them: this one ends them."""
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -68,15 +68,14 @@ def kept_from_children() -> Iterator[None]:
 
 
 def unraisable(unraised) -> None:
-    """Raise an interrupt that hit a callback (of an import, say), whose exceptions Python only prints."""
+    """Leave on an interrupt in a callback (of an import, say), whose exceptions Python only prints."""
     if unraised.exc_type is KeyboardInterrupt:
         leave()
     sys.__unraisablehook__(unraised)
 
 
-if (
-    is_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):  # it is ignored in the background of a shell
+# A shell's background processes ignore interrupts, and go on doing so.
+if is_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     sys.unraisablehook = unraisable
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGINT, leave)

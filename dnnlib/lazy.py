@@ -1,4 +1,4 @@
-"""Modules that are imported when they are first used, so that `train.py --help` does not wait for PyTorch."""
+"""Import modules on first use, so that `train.py --help` does not wait for PyTorch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 
 
 class LazyModule:
-    """Stands for a module; the first attribute that is looked up imports it."""
+    """Proxy of a module, which the first attribute access imports."""
 
     def __init__(self, name: str):
         self._name = name
@@ -16,6 +16,5 @@ class LazyModule:
 
 
 def lazy_import(name: str) -> LazyModule:
-    """`torch = lazy_import('torch')` instead of `import torch`, at the top of a file. Annotations that name
-    it stay strings."""
+    """`torch = lazy_import('torch')` in place of `import torch`; annotations that use it must stay strings."""
     return LazyModule(name)

@@ -1,7 +1,7 @@
-"""What files of strangers may cost: caps on memory, and the readers that keep them.
+"""Limits on the memory that untrusted files may take, and readers that keep them.
 
-A cap stands in front of a parser: whoever reads a file asks for its size first, or reads no more of it than
-the cap. Nothing here parses.
+A limit comes before a parser: code that reads a file checks its size first, or reads no more than the limit.
+Nothing here parses.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from typing import BinaryIO
 
 KB, MB, GB = 1 << 10, 1 << 20, 1 << 30
 
-# Bytes that a reader takes of a thing, at most.
+# Most bytes to read, by kind of content.
 JSON_FILE = 4 * MB  # options, records: kilobytes in practice; parsed, 24 times as much in the worst case
 JSON_LINE = 1 * MB  # a line of stats.jsonl has a few kilobytes
-YAML_FILE = 64 * KB  # options written by hand, which are parsed slowly
-LABELS_OF_IMAGE = 16 * KB  # of dataset.json, if that is more than JSON_FILE: a name and 800 numbers
+YAML_FILE = 64 * KB  # options written by hand; the parser is slow
+LABELS_OF_IMAGE = 16 * KB  # per image of dataset.json, if more than JSON_FILE: a name and 800 numbers
 IMAGE_FILE = 256 * MB  # one image: 40 million pixels of 16-bit RGB, uncompressed
 LATENTS_FILE = 64 * MB  # latents of one image: float32 [8, 1024, 1024] have 32 MB
-SAVED_STRUCTURE = 16 * MB  # of a PyTorch file without its tensors: about 200 bytes for each of those
+SAVED_STRUCTURE = 16 * MB  # a PyTorch file without its tensors' elements: about 200 bytes per tensor
 PICKLED_TEXT = 512 * MB  # in a pickle; protocol 2 writes a tensor as text, and the largest have 250 MB
 PICKLED_BATCH = 64 * MB  # a CIFAR-10 batch has 30 MB
 ARRAY_HEADER = 10_000  # of a .npy file: NumPy's own limit
-SAFETENSORS_HEADER = 16 * MB  # about 100 bytes for each tensor, and a configuration
+SAFETENSORS_HEADER = 16 * MB  # about 100 bytes per tensor, and a configuration
 PICKLED_REFERENCE = 256 * MB  # EDM2's statistics have 42 MB
 IDX_FILE = 640 * MB  # unpacked: EMNIST has 547 MB
 TAR_ARCHIVE = 512 * MB  # unpacked: CIFAR-10 has 186 MB
 ZIP_DIRECTORY = 16 * MB  # of arrays, networks and states: 300,000 members
 DATA_DIRECTORY = 1024 * MB  # of a data set: 13 million members
 
-# Downloads whose length a server does not announce: bytes of one, and what stays free on its disk.
+# Downloads of unannounced length: most bytes of one, and bytes that stay free on its disk.
 UNANNOUNCED_DOWNLOAD, KEPT_FREE = 64 * GB, 256 * MB
 
-# What compression may make of a file. Images, statistics and labels compress less than that.
+# Largest size and ratio of inflated data. Images, statistics and labels compress less.
 INFLATED, INFLATED_RATIO = 64 * MB, 100
 
 # Numbers.
 IMAGE_PIXELS, IMAGE_SIDE = 1 << 26, 65_535  # of an image: 8192 x 8192, and the longest side of a JPEG
-MAX_STEPS = 10_000  # of a sampler, a student, a teacher's grid in a snapshot
+MAX_STEPS = 10_000  # of a sampler, a student, or a teacher's grid in a snapshot
 TAR_MEMBERS = 10_000  # CIFAR-10 has ten
 MAX_DIGITS = 32  # of a number on the command line, in a file name or the environment
-MAX_TEXT = 1000  # characters that a message repeats of a file, at most
+MAX_TEXT = 1000  # characters of a file that a message repeats
 
-# What parsers of any library raise on damaged or hostile files. Subclasses are not listed: LookupError has
-# IndexError and KeyError, ValueError those of JSON and Unicode, RuntimeError has RecursionError.
+# What parsers of any library raise on damaged or hostile files. Subclasses are not listed: LookupError covers
+# IndexError and KeyError; ValueError, errors of JSON and Unicode; RuntimeError, RecursionError.
 UNREADABLE = (
     OSError,
     EOFError,
@@ -76,11 +76,11 @@ UNREADABLE = (
 
 
 class TooLarge(ValueError):
-    """Something is larger than what it claims to be ever is. The message completes 'it ...'."""
+    """A size beyond the limit of its kind. The message completes 'it ...'."""
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """A file for reading. Raises: OSError, also for folders, pipes and devices, which could block forever."""
+    """Open a file for reading. Raises: OSError, also for folders, pipes and devices, which could block."""
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), 'rb')
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -89,7 +89,7 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 
 
 def check_size(size: int, limit: int, what: str) -> None:
-    """Raises: TooLarge where `size` bytes are more than the `limit` of `what`."""
+    """Raises: TooLarge if `size` bytes exceed the `limit` of `what`."""
     if size > limit:
         raise TooLarge(f'has {size:,} bytes, and {what} has at most {limit:,}')
 
@@ -101,7 +101,7 @@ def check_inflation(size: int, compressed: int, what: str) -> None:
 
 
 def read_at_most(file: BinaryIO, limit: int, what: str) -> bytes:
-    """The rest of a file. Raises: TooLarge if that is more than `limit` bytes; what the file raises."""
+    """The remaining bytes of a file. Raises: TooLarge if they exceed `limit`; what the file raises."""
     data = file.read(limit + 1)
     if len(data) > limit:
         raise TooLarge(f'has more than the {limit:,} bytes that {what} has at most')

@@ -1,4 +1,4 @@
-"""Headers of NumPy's .npy files, read as data: nothing is executed, and no memory is taken on their word."""
+"""Headers of NumPy's .npy files, read as data: no code runs, and no memory is allocated on their word."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import numpy as np
 from dnnlib import limits
 
 START = b'\x93NUMPY'
-LENGTHS = {(1, 0): '<H', (2, 0): '<I'}  # of the header, by the version of the format
-KINDS = 'biufUS'  # numbers, truth values and text
+LENGTHS = {(1, 0): '<H', (2, 0): '<I'}  # format of the header's length, by version
+KINDS = 'biufUS'  # booleans, numbers and text
 MAX_DIMENSIONS = 32
 
 
 class Header(NamedTuple):
-    """What a .npy file says of its array."""
+    """The description of an array in a .npy file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -32,11 +32,11 @@ class Header(NamedTuple):
 
 
 def read_header(file: BinaryIO) -> Header:
-    """The header of the .npy file at the file's position, which then is where the values begin.
+    """Read the header at the file's position, and leave the position where the values begin.
 
-    Raises: one of `limits.UNREADABLE` where there is none, or it is of something else than plain numbers and
-        text.
+    Raises: one of `limits.UNREADABLE` without a header, or for anything but plain numbers and text.
     """
+    # Magic, version and length.
     start = file.read(len(START) + 2)
     if start[: len(START)] != START or len(start) < len(START) + 2:
         raise ValueError('it does not begin as a .npy file does')
@@ -44,12 +44,16 @@ def read_header(file: BinaryIO) -> Header:
         raise ValueError(f'its format {version[0]}.{version[1]} is not one of plain arrays')
     (size,) = struct.unpack(LENGTHS[version], file.read(struct.calcsize(LENGTHS[version])))
     limits.check_size(size, limits.ARRAY_HEADER, 'the header of an array')
+
+    # The header is the text of a Python dict, which `literal_eval` reads without running code.
     text = file.read(size).decode('latin-1')
     if len(text) < size or '\\' in text:
         raise ValueError('its header is damaged')
     entries = ast.literal_eval(re.sub(r'(?<=\d)L\b', '', text.strip()))  # Python 2 wrote 3L
     if not isinstance(entries, dict) or entries.keys() != {'descr', 'fortran_order', 'shape'}:
         raise ValueError('its header does not say type, shape and order')
+
+    # Type and shape, which must be those of an array that fits into memory.
     shape, dtype = entries['shape'], _dtype(entries['descr'])
     if (
         not isinstance(shape, tuple)

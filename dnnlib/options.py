@@ -30,22 +30,22 @@ ON_OFF = 'on or off'  # a kind: --name, --name=True, --name=False
 
 @dataclass(frozen=True)
 class Option:
-    """What a field that was made by `opt` says.
+    """An option of a command, declared by `opt`; also the decorator that adds it to one.
 
     Attributes:
-        name: of the field, and of the parameter of the command.
+        name: of the field, and of the command's parameter.
         kind: click type, `bool`, or one of SWITCH, FLAG, ON_OFF; None: any text.
         help: one or more sentences.
         flags: names on the command line; by default `--name`.
-        default_text: how --help names a default that depends on other things.
-        key: where a recorded configuration has it, with dots between names; None: elsewhere, see `record`.
-        record: whether a configuration of an objective records it among the options of its loss.
+        default_text: the default in --help if it depends on other things.
+        key: path in a recorded configuration, with dots between names; None: elsewhere, see `record`.
+        record: whether an objective's configuration records it among the options of its loss.
         unit: factor from the option's unit to the recorded one.
-        settled: a default of None stands for one that is found before the run begins: no record has None.
-        idle: (option, value) that leaves this one without an effect.
+        settled: a default of None is replaced before the run begins, so that no record has None.
+        idle: (option, value) with which this one has no effect.
         needs: (option, value) without which this one is refused.
-        switch: the option of a whole group without which this one is refused.
-        heading: of `--help`.
+        switch: option that enables a group, and without which this one is refused.
+        heading: in --help.
     """
 
     name: str
@@ -67,11 +67,11 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """The first long name, as messages have it."""
+        """The first long name, for messages."""
         return next(name for name in self.flags or (f'--{self.name}',) if name.startswith('--'))
 
     def spelled(self, value: object) -> str:
-        """The option with a value, as a command line has it."""
+        """The option with a value, as on a command line."""
         if self.kind in (SWITCH, FLAG):
             return self.flag if value or self.kind == FLAG else f'--no_{self.name}'
         as_number = isinstance(value, bool) and self.default is not None  # --val=0, but --consistency=False
@@ -121,7 +121,7 @@ def opt(default, kind, help: str, **details) -> Any:
 
 
 def recorded(default, kind: schema.Kind) -> Any:
-    """A field that is no option: a number that follows from options and is recorded with them."""
+    """A field that is not an option: a number that follows from options and is recorded with them."""
     return dataclasses.field(default=default, metadata=dict(recorded=kind))
 
 
@@ -161,7 +161,7 @@ def gathered(name: str, options: Sequence[Option], make: Callable = dict) -> Cal
 
 
 def kind_of(kind: Any) -> schema.Kind:
-    """What a value of an option is in a file. Counts and numbers keep their ranges, texts a length."""
+    """The schema of an option's value in a file. Numbers keep their ranges; text is limited in length."""
     if hasattr(kind, 'schema'):
         return kind.schema
     if isinstance(kind, click.Choice):
@@ -183,7 +183,7 @@ def kind_of(kind: Any) -> schema.Kind:
 
 
 def value_text(value: object) -> str:
-    """A default as --help has it."""
+    """A default for --help."""
     if value is None:
         return 'none'
     if isinstance(value, list):
@@ -194,7 +194,7 @@ def value_text(value: object) -> str:
 
 
 def grouped(values: Mapping[str, object], base: object) -> str:
-    """`base; a, b 3; c 4` from {name: value}: those that differ from the base, by value."""
+    """`base; a, b 3; c 4` from {name: value}: names whose values differ from the base, by value."""
     groups: dict[str, list[str]] = {}
     for name, value in values.items():
         if value != base:
@@ -203,7 +203,7 @@ def grouped(values: Mapping[str, object], base: object) -> str:
 
 
 def given_in(ctx: click.Context) -> dict[str, object]:
-    """{name: value} of what a command line or `--config` gives."""
+    """{name: value} of the options given on the command line or by `--config`."""
     default = (click.core.ParameterSource.DEFAULT, click.core.ParameterSource.ENVIRONMENT, None)
     return {
         name: value for name, value in ctx.params.items() if ctx.get_parameter_source(name) not in default
@@ -211,12 +211,12 @@ def given_in(ctx: click.Context) -> dict[str, object]:
 
 
 def at(record: Mapping, key: str) -> Any:
-    """The entry of nested mappings at a key with dots; None where one lacks."""
+    """The entry of nested mappings at a key with dots; None if there is none."""
     for part in key.split('.'):
         record = record.get(part) if isinstance(record, Mapping) else None
     return record
 
 
 def names(options: Iterable[Option]) -> str:
-    """The options in a message."""
+    """The options' flags, for messages."""
     return ', '.join(option.flag for option in options)

@@ -1,4 +1,4 @@
-"""Processes that this one has started: which they are, and in words how they have ended."""
+"""Child processes: which ones a block starts, and how they ended, as text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CAUSES = {
 
 
 def how_ended(status: int) -> str:
-    """An exit status in words. A negative one is minus the signal, as in `subprocess`."""
+    """An exit status as text. A negative one is minus the signal, as in `subprocess`."""
     if status >= 0:
         return f'exit status {status}'
     try:
@@ -26,7 +26,8 @@ def how_ended(status: int) -> str:
 
 
 def how_one_died(processes: Sequence[BaseProcess]) -> str | None:
-    """`how_ended` of one that failed, or None. SIGTERM, which a broken pool sends the rest, is last."""
+    """`how_ended` of a process that failed, or None. Prefers the cause to SIGTERM, which a broken pool sends to
+    all others."""
     statuses = sorted(
         (process.exitcode for process in processes if process.exitcode),
         key=lambda status: status == -signal.SIGTERM,
@@ -36,7 +37,7 @@ def how_one_died(processes: Sequence[BaseProcess]) -> str | None:
 
 @contextlib.contextmanager
 def starting(processes: list[BaseProcess]) -> Iterator[None]:
-    """A block that starts processes by `multiprocessing`, which are added to the list."""
+    """Add the `multiprocessing` children that the block starts to the list."""
     earlier = multiprocessing.active_children()
     yield
     processes += [child for child in multiprocessing.active_children() if child not in earlier]

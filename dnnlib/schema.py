@@ -1,7 +1,7 @@
-"""What plain data in a file must be: tables of names, types and ranges, checked when the file is read.
+"""Schemas of plain data in files: names, types and ranges, checked when a file is read.
 
-A table is made of the kinds below; `check(value, kind, where)` goes through a value with it. `where` is how
-people call the value: 'progress.nimg'.
+A schema is made of the kinds below; `check(value, kind, where)` checks a value, whose name in messages is
+`where`, such as 'progress.nimg'.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from dataclasses import dataclass, field
 from dnnlib.limits import JSON_FILE, UNREADABLE, check_size, open_regular, read_at_most
 from dnnlib.text import printable
 
-MAX_DEPTH, MAX_VALUES = 32, 1_000_000  # of plain data whose kind no table tells
-LARGEST = 2**63 - 1  # integer, where no table tells another
+MAX_DEPTH, MAX_VALUES = 32, 1_000_000  # of plain data without a schema
+LARGEST = 2**63 - 1  # integer, by default
 
 
 class Mismatch(ValueError):
-    """A value is not what its table says. The message completes 'it ...'."""
+    """A value that does not match its schema. The message completes 'it ...'."""
 
 
 class Kind:
-    """A value of any kind. Subclasses name theirs in `words` and `check` it. Raises: Mismatch."""
+    """A value of any kind. Subclasses describe theirs in `words`, and override `check`."""
 
     words = 'any value'
 
     def check(self, value, where: str) -> None:
-        """Raises: Mismatch, which calls the value `where`."""
+        """Raises: Mismatch, which names the value `where`."""
 
     def refuse(self, value, where: str):
         raise Mismatch(f'has {shown(value)} for {printable(where, 200)}, which is {self.words}')
 
 
 def check(value, kind: Kind, where: str):
-    """The value. Raises: Mismatch, which names the first part of it that is not of its kind."""
+    """The value. Raises: Mismatch, which names its first part of another kind."""
     kind.check(value, where)
     return value
 
 
 def shown(value) -> str:
-    """A value of a file in a message: a number or text itself, of anything else its type."""
+    """A value of a file for messages: a number or text itself, or the type of anything else."""
     if isinstance(value, int) and abs(value) > LARGEST:
         return 'a huge integer'
     return (
@@ -68,7 +68,7 @@ class Integer(Kind):
 
 @dataclass(frozen=True)
 class Real(Kind):
-    """A finite number; infinity as well where the range includes it, and NaN where `nan` says so."""
+    """A number in a range, which may include infinity; NaN only if `nan`."""
 
     low: float = -1e300
     high: float = 1e300
@@ -83,15 +83,14 @@ class Real(Kind):
         )
 
     def check(self, value, where):
-        if type(value) not in (int, float) or not (
-            self.low <= value <= self.high or (self.nan and value != value)
-        ):  # NaN is in no range
+        allowed_nan = self.nan and value != value  # NaN is in no range
+        if type(value) not in (int, float) or not (self.low <= value <= self.high or allowed_nan):
             self.refuse(value, where)
 
 
 @dataclass(frozen=True)
 class Text(Kind):
-    pattern: str = ''  # that all of it matches; empty: any
+    pattern: str = ''  # regular expression of the full text; empty: any
     longest: int = 4096  # characters
     words: str = 'text'
 
@@ -155,7 +154,7 @@ class ListOf(Kind):
 
 @dataclass(frozen=True)
 class Row(Kind):
-    """A list of as many entries as there are kinds, each of its own."""
+    """A list with one entry per kind, in order."""
 
     kinds: tuple[Kind, ...]
 
@@ -172,7 +171,7 @@ class Row(Kind):
 
 @dataclass(frozen=True)
 class Dict(Kind):
-    """Entries by keys that the file chooses, all of one kind."""
+    """Entries of one kind under keys of one kind."""
 
     keys: Kind
     kind: Kind
@@ -188,7 +187,7 @@ class Dict(Kind):
 
 
 class Plain(Kind):
-    """Any plain data whose numbers are finite, as deep as anyone nests it."""
+    """Any plain data with finite numbers, up to `MAX_DEPTH` and `MAX_VALUES`."""
 
     words = 'plain data'
 
@@ -213,7 +212,7 @@ class Plain(Kind):
 
 @dataclass(frozen=True)
 class Record(Kind):
-    """Entries of names and kinds that a table tells; where `others` is None no more than those."""
+    """Entries by name, each of its kind; other names are of kind `others`, or refused if that is None."""
 
     fields: Mapping[str, Kind]
     required: Sequence[str] = ()
@@ -237,8 +236,8 @@ class Record(Kind):
 def parse_json(data: bytes | str, limit: int, what: str):
     """The value of JSON text of at most `limit` bytes. Numbers may be NaN or infinite, as Python writes them.
 
-    Raises: ValueError that completes 'it ...' for anything else, also where it nests deeper or has longer
-        numbers than Python reads.
+    Raises: ValueError, which completes 'it ...', for anything else, including deeper nesting or longer numbers
+        than Python reads.
     """
     check_size(len(data), limit, what)
     try:

@@ -1,4 +1,4 @@
-"""Text of strangers (file names, servers' answers) in messages: it cannot forge lines or move the cursor."""
+"""Untrusted text (file names, server responses) in messages: it cannot forge lines or move the cursor."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dnnlib.limits import MAX_TEXT
 
 
 def printable(text: object, longest: int = MAX_TEXT) -> str:
-    r"""A text with all but spaces and visible characters escaped, cut off after `longest` characters.
+    r"""A text cut off after `longest` characters, with all but spaces and visible characters escaped.
 
-    Line ends, escape sequences, marks that change the direction of writing and halves of characters are none.
+    Escapes line ends, control sequences, marks of writing direction, and lone surrogates.
     """
     text = str(text)
     shown = text[:longest]

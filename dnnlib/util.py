@@ -1,4 +1,4 @@
-"""EasyDict, the error that users see, and files written whole or not at all."""
+"""EasyDict, the error that users see, and atomic writing of files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class UserError(Exception):
-    """An input that cannot be used. The message names cause and cure, and is printable whatever it quotes.
+    """An input that cannot be used. The message gives cause and cure, and is printable whatever it quotes.
 
     Command lines (`dnnlib.cli.Command`) print it as `Error: ...` and exit with status 1, without a traceback.
 
@@ -45,10 +45,10 @@ class UserError(Exception):
 
 
 class NotFinite(UserError):
-    """NaN or infinity in the images of a network, or in what a detector makes of images.
+    """NaN or infinity in the images of a network, or in a detector's features.
 
     Attributes:
-        counts: how many of what, {'nonfinite': images} or {'nonfinite_features': images}.
+        counts: {'nonfinite': images} or {'nonfinite_features': images}.
     """
 
     def __init__(self, message: str, **counts: int):
@@ -58,7 +58,7 @@ class NotFinite(UserError):
 
 @contextlib.contextmanager
 def named(option: str) -> Iterator[None]:
-    """A `UserError` from the `with` block, about a file that an option names, begins with that option."""
+    """Prefix a `UserError` from the block with the option that names the file it is about."""
     try:
         yield
     except UserError as error:
@@ -91,7 +91,7 @@ class EasyDict(dict):
 
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """A block without garbage collection, for code that makes many small objects and hardly any garbage."""
+    """Disable garbage collection in the block, for code that makes many small objects and little garbage."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -103,27 +103,32 @@ def without_garbage_collection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, durable: bool = True, tidy: bool = True) -> Iterator[BinaryIO]:
-    """A binary file that takes the name `path` only when the `with` block has ended well.
+    """A binary file that gets the name `path` only if the block succeeds.
 
-    It is written under a hidden name in the same directory, flushed to disk, then renamed: a reader, a full
-    disk or a kill finds either the previous file or the whole new one. Where the block raises, nothing is
-    left behind. Many small files that can be made again need not wait for the disk: not `durable`, they may
-    be lost to a power cut. `tidy`: what processes that were killed have left in the directory is removed; see
-    `remove_leftovers`.
+    It is written under a hidden name in the same directory, flushed to disk, then renamed: after a full disk
+    or a kill, readers find either the previous file or the complete new one. If the block raises, nothing is
+    left behind.
 
-    Raises: UserError where the directory is missing or closed to writing, or the disk is full.
+    Args:
+        durable: wait for the disk; False for many small files that may be lost to a power cut.
+        tidy: remove what killed processes have left in the directory; see `remove_leftovers`.
+    Raises: UserError if the directory is missing or not writable, or the disk is full.
     """
     interrupts.at_work()
     path = Path(path)
     temporary = path.with_name(temporary_name(path.name))
     if tidy:
         remove_leftovers(path.parent.absolute())
+
+    # Open outside of the block's `try`: the errors of the two have different messages.
     try:
-        file = open(temporary, 'xb')  # noqa: SIM115 (closed below; its errors are not the block's)
+        file = open(temporary, 'xb')  # noqa: SIM115 (closed below)
     except OSError as error:
         raise UserError(
             f'Cannot write {path}: {error.strerror}. Choose an existing directory that you may write to.'
         ) from error
+
+    # Write, flush the file, rename it, and flush the rename.
     try:
         with file:
             yield file
@@ -144,7 +149,7 @@ def atomic_write(path: str | os.PathLike, durable: bool = True, tidy: bool = Tru
 
 @contextlib.contextmanager
 def temporary_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A hidden folder beside `path`, for its parts, until the block ends. Raises: OSError."""
+    """A hidden folder beside `path` until the block ends. Raises: OSError."""
     interrupts.at_work()
     path = Path(path)
     remove_leftovers(path.parent.absolute())
@@ -157,39 +162,40 @@ def temporary_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def temporary_name(name: str) -> str:
-    """Of what becomes `name`: hidden, and one that tells the process that writes it."""
+    """Hidden name of a file that becomes `name`, with the identity of the process that writes it."""
     return f'.{name}.{_this_machine()}-{os.getpid()}-{secrets.token_hex(3)}.tmp'
 
 
 @functools.cache
 def _this_machine() -> str:
-    """Six hexadecimal digits for a machine, its boot and its container, each with process ids of its own."""
+    """Six hexadecimal digits for a machine, its boot and its container, each with its own process ids."""
     facts = [os.uname().nodename]
-    with contextlib.suppress(OSError):  # not Linux
+    with contextlib.suppress(OSError):  # Linux only
         facts += [Path('/proc/sys/kernel/random/boot_id').read_text(), os.readlink('/proc/self/ns/pid')]
     return hashlib.sha256(' '.join(facts).encode()).hexdigest()[:6]
 
 
 @functools.cache
 def remove_leftovers(folder: Path) -> None:
-    """Remove from a folder, once a process, the temporary files and folders of processes that were killed.
+    """Remove the temporary files and folders of killed processes from a folder, once per process.
 
-    Whether a process of another machine, or of this one before its last start, is gone cannot be told: its
-    files go when they are a day old.
+    It is unknown whether a process of another machine, or of this one before its last boot, still runs: its
+    files are removed once they are a day old.
     """
     for path in folder.glob('.*.tmp'):
         match = re.fullmatch(r'\..+\.([0-9a-f]{6})-([0-9]{1,9})-[0-9a-f]{6}\.tmp', path.name, re.DOTALL)
         with contextlib.suppress(OSError):
-            if match and (not _is_running(int(match[2])) if match[1] == _this_machine() else is_old(path)):
+            if match and (not process_exists(int(match[2])) if match[1] == _this_machine() else is_old(path)):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _is_running(process: int) -> bool:
+def process_exists(pid: int) -> bool:
+    """Whether a process has this id, including those of other users and those hidden from /proc."""
     try:
-        os.kill(process, 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:
         pass
     return True
 
@@ -199,7 +205,7 @@ def is_old(path: Path) -> bool:
 
 
 def check_writable(folder: str | os.PathLike) -> None:
-    """Raises: UserError if no file can be made in a folder: no permission, a read-only or full disk."""
+    """Raises: UserError if no file can be created in a folder: no permission, a read-only or full disk."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -211,13 +217,13 @@ def check_writable(folder: str | os.PathLike) -> None:
 
 
 def check_other_file(source: str | os.PathLike, dest: str | os.PathLike, option: str) -> None:
-    """Raises: UserError, which names the option, if writing `dest` would replace the input `source`."""
+    """Raises: UserError, naming the option, if writing `dest` would replace the input `source`."""
     if os.path.exists(source) and os.path.exists(dest) and os.path.samefile(source, dest):
         raise UserError(f'{option}={dest} is the file that is read, and would be lost: choose another name.')
 
 
 def remove(path: str | os.PathLike) -> bool:
-    """Whether a file was there, which is not any more. Raises: UserError where it stays."""
+    """Remove a file. Returns: whether it existed. Raises: UserError if it cannot be removed."""
     try:
         os.remove(path)
     except FileNotFoundError:
@@ -233,7 +239,7 @@ def usable_cores() -> int:
 
 
 def unfinished(folder: Path, pattern: str) -> Iterator[Path]:
-    """Temporary files of `atomic_write`, also of killed processes, whose final names match a pattern."""
+    """Temporary files of `atomic_write`, including those of killed processes, for final names that match."""
     return folder.glob(f'.{pattern}.*.tmp')
 
 
