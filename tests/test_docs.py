@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shlex
+import urllib.parse
 from types import SimpleNamespace
 
 import click
@@ -30,6 +31,7 @@ from training.training_loop import network_stats, tick_stats
 from training.weight_update import WeightUpdate
 
 PAGES = sorted((ROOT / 'docs').glob('*.md'))
+README = ROOT / 'README.md'
 COMMANDS = {name: generate_options.command(name) for name in generate_options.COMMANDS}
 # Options of torchrun and srun.
 FOREIGN = {
@@ -82,7 +84,7 @@ def test_no_page_names_an_option_that_does_not_exist():
             for name in [*option.opts, *option.secondary_opts]
         }
     )
-    for page in (*PAGES, ROOT / 'README.md'):
+    for page in (*PAGES, README):
         named = set(re.findall(r'(?<![\w:-])--([A-Za-z][\w-]*)', page.read_text()))
         assert named <= known, f'{page.name}: {sorted(named - known)}'
 
@@ -142,10 +144,27 @@ def anchors(path):
     return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
 
 
+def links(page):
+    return re.findall(r'\]\(([^)\s]+)\)', page.read_text())
+
+
+def is_address(target):
+    """A well-formed https address; nothing is opened."""
+    parts = urllib.parse.urlsplit(target)
+    return (
+        parts.scheme == 'https'
+        and re.fullmatch(r'[a-z0-9-]+(\.[a-z0-9-]+)+', parts.netloc)
+        and re.fullmatch(r'[\w/.~%+=&?#-]*', target.removeprefix(f'https://{parts.netloc}'))
+    )
+
+
 def test_links_lead_to_files_and_headings():
-    links = [(page, target) for page in PAGES for target in re.findall(r'\]\(([^)\s]+)\)', page.read_text())]
-    assert len(links) > 50
-    for page, target in links:
+    found = [(page, target) for page in (*PAGES, README) for target in links(page)]
+    assert len(found) > 80
+    for page, target in found:
+        if ':' in target:
+            assert is_address(target), f'{page.name}: {target}'
+            continue
         path, _, anchor = target.partition('#')
         path = (page.parent / path).resolve() if path else page
         assert path.is_file(), f'{page.name}: {target}'
@@ -168,6 +187,43 @@ def test_files_and_functions_that_the_pages_name_exist():
         assert (ROOT / path).is_file(), f'{page}: {path}'
         definition = rf'^\s*(?:def|class) {name}\b|^{name}\b.* = '
         assert not name or re.search(definition, (ROOT / path).read_text(), re.M), f'{page}: {path}: {name}'
+
+
+# ----------------------------------------------------------------------------
+# The published implementation, and papers.
+
+
+@pytest.mark.parametrize('page', [*PAGES, README], ids=lambda page: page.name)
+def test_what_is_published_is_linked_where_it_is_named(page):
+    """In each section, or for the table of options, at its top. Its FIDs are never given as ours."""
+    text = page.read_text()
+    sections = [text] if page.name == 'options.md' else re.split(r'^(?=##? )', text, flags=re.M)
+    for section in sections:
+        title = section.partition('\n')[0]
+        if re.search(r'published\s+(student|command|implementation|README|run|script|system)\b', section):
+            linked = 'EpiGenomicsCode/edm](https://' in section or '#the-published-implementation' in section
+            assert linked or page.name == 'references.md', f'{page.name}: {title}'
+        if re.search(r'FID\s+2\.[37]\b', section):
+            assert re.search(r'reported\s+by\s+that\s+project,\s+not\s+reproduced\s+here', section), (
+                f'{page.name}: {title}'
+            )
+
+
+def test_every_paper_has_a_link_and_its_bibtex():
+    text = (ROOT / 'docs' / 'references.md').read_text()
+    rows = dict(re.findall(r'^\|.*\]\(https://arxiv\.org/abs/(\d{4}\.\d{5})\).*\| `(\w+)` \|$', text, re.M))
+    entries = {
+        re.search(r'eprint = \{(.*)\}', entry)[1]: entry.partition('{')[2].partition(',')[0]
+        for entry in re.findall(r'^@.*?^\}', text, re.M | re.S)
+    }
+    assert rows == entries and len(rows) >= 30
+    assert all(text.count(f'  {name} = ') == len(entries) for name in ('title', 'author', 'year'))
+
+
+def test_every_objective_that_a_paper_proposes_has_its_paper():
+    """`diffusion` is EDM's training; `direct` is ours, with related work."""
+    text = (ROOT / 'docs' / 'references.md').read_text()
+    assert all(f'`{name}`' in text for name in OBJECTIVES.keys() - {'diffusion', 'direct'})
 
 
 # ----------------------------------------------------------------------------
