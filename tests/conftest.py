@@ -1,11 +1,16 @@
 """Fixtures that tests share."""
 
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from golden import golden_numbers
 from helpers import FAST, TINY_NETWORK, run, run_ranks
+from programs import PipedProgram
 from runs import command
+
+from experiments import runner
 
 
 @pytest.fixture(scope='session')
@@ -87,3 +92,10 @@ def whole_of_two(digits, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('whole2')
     run_ranks(2, *command(digits, folder))
     return folder
+
+
+@pytest.fixture
+def forked_commands(monkeypatch):
+    """demo.py and compare.py start their commands as `programs.Program` does."""
+    popen = SimpleNamespace(Popen=PipedProgram, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(runner, 'subprocess', popen)

@@ -84,6 +84,21 @@ class Program:
         return output
 
 
+class PipedProgram(Program):
+    """A command of `experiments.runner` in place of `Popen`: both its outputs come through `stdout`."""
+
+    def __init__(self, command, env, **_):
+        folder = Path(tempfile.mkdtemp())
+        os.mkfifo(folder / 'out')
+        (folder / 'err').symlink_to('out')
+        assert command[:3] == [sys.executable, '-W', 'ignore']
+        super().__init__(command[3:], env, folder=folder)
+        self.stdout = open(folder / 'out')  # noqa: SIM115  (a pipe, read to its end)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+
 def run_together(processes: int, arguments, timeout: float, env=None, limits=None):
     """The ranks of one process group, in the environment that torchrun gives them, to their end."""
     with socket.socket() as free:

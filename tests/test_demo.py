@@ -2,13 +2,16 @@
 
 import json
 
-from helpers import assert_one_clear_error, run
+from helpers import assert_one_clear_error, invoke
+
+import demo
 
 
-def test_the_demo_tells_its_story(tmp_path):
+def test_the_demo_tells_its_story(tmp_path, forked_commands):
     """A hundredth of its training: every command runs and every file is there; the numbers mean nothing."""
     out = tmp_path / 'out'
-    done = run('demo.py', f'--outdir={out}', '--scale=0.01', timeout=570)
+    done = invoke(demo.main, f'--outdir={out}', '--scale=0.01')
+    assert done.exit_code == 0, done.output
     rows = json.loads((out / 'results.json').read_text())
     assert [(r['model'], r['solver'], r['nfe']) for r in rows] == [
         ('teacher', 'euler', 8),
@@ -40,4 +43,4 @@ def test_the_demo_tells_its_story(tmp_path):
     }
     shown = [line for line in done.stdout.splitlines() if line.startswith('$ python ')]
     assert len(shown) == 2 + 3 + 7 + 8 * 4
-    assert_one_clear_error(run('demo.py', f'--outdir={out}', check=False), 'not empty')
+    assert_one_clear_error(invoke(demo.main, f'--outdir={out}'), 'not empty')

@@ -1,4 +1,4 @@
-"""The project's own files: one list of dependencies, a clean linter, quick --help."""
+"""The project's own files: one list of dependencies, a clean linter."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT, SCRIPTS, run_python
+from helpers import ROOT
 
 try:
     import tomllib
@@ -110,14 +110,3 @@ def test_the_license_is_named():
         and 'https://creativecommons.org/licenses/by-nc-sa/4.0/' in text
         and 'EDM' in text
     )
-
-
-@pytest.mark.parametrize('script', SCRIPTS)
-def test_help_needs_no_torch(script):
-    """Imports are deferred: that is what keeps --help fast."""
-    code = (
-        f'import sys; sys.argv = ["{script}", "--help"]; import runpy\ntry: runpy.run_path("{script}", run_name="__main__")\n'
-        'except SystemExit as e: assert not e.code\nassert "torch" not in sys.modules and "scipy" not in sys.modules'
-    )
-    done = run_python('-c', code)
-    assert 'Usage:' in done.stdout

@@ -10,6 +10,7 @@ SCRIPTS = sorted(
 )
 SLOW = {
     'torch',
+    'numpy',
     'scipy',
     'sklearn',
     'PIL',
