@@ -10,7 +10,6 @@ SCRIPTS = sorted(
 )
 SLOW = {
     'torch',
-    'numpy',
     'scipy',
     'sklearn',
     'PIL',
