@@ -1,8 +1,7 @@
-"""The plan of a comparison: which networks to train, for how many steps, and how each is sampled. Pure: from
-options to trainings.
+"""The plan of a comparison: which networks to train, for how many steps, and how to sample each.
 
-The unit of the budget is a network evaluation for each place in the batch; a student's forward and backward
-pass counts 3 (`Objective.cost`).
+Only computes; it trains nothing and reads no files. The unit of the budget is one network evaluation per batch
+element; a student's forward and backward pass counts 3 (`Objective.cost`).
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from experiments import digits
 from training import command_line
 from training.objectives import OBJECTIVES
 
-OURS = {
+# Parameters of train.py that compare.py sets: input, output, and what is saved when.
+SET_BY_COMPARE = {
     'outdir',
     'nosubdir',
     'desc',
@@ -32,17 +32,13 @@ OURS = {
     'dump',
     'keep',
     'dry_run',
-}  # options of train.py that say where from, where to, and what is saved when
-FROM_ELSEWHERE = {
-    'img_resolution',
-    'img_channels',
-    'label_dim',
-    'augment_dim',
-    'use_fp16',
-    'use_bf16',
-}  # arguments of networks: data, precision
-FINER = 8  # progressive distillation begins with so many times the largest number of steps, because its teacher's own steps are DDIM's
-PLACE = '.'  # stands for a path in options that are only looked at
+}
+# Arguments of a network that follow from data, augmentation and precision, not from its architecture.
+NOT_ARCHITECTURE = {'img_resolution', 'img_channels', 'label_dim', 'augment_dim', 'use_fp16', 'use_bf16'}
+# Progressive distillation starts from this multiple of the largest number of steps, because its teacher takes
+# DDIM steps, which are less accurate than Heun's.
+FINER = 8
+PLACEHOLDER = '.'  # path in options that are parsed but not used
 
 
 @dataclass(frozen=True)
@@ -50,15 +46,15 @@ class Training:
     """A run of train.py.
 
     Attributes:
-        name: of its folder.
-        objective: that it trains.
-        options: of train.py that decide what it is: all but paths and what is saved when.
-        start: option that names the snapshot it starts from; None: from nothing.
-        after: the training whose snapshot that is; None: the teacher's.
-        steps, cost: optimizer steps, and network evaluations for an image of one.
-        batch: images of a step.
-        stages: folders and steps so far of the students that one training makes one after another; '' is the
-            training's own folder.
+        name: name of its folder.
+        objective: objective that it trains.
+        options: options of train.py except for SET_BY_COMPARE.
+        start: option that names the snapshot it starts from; None for random weights.
+        after: the training whose snapshot that is; None for the teacher's.
+        steps, cost: number of optimizer steps; network evaluations per image of a step.
+        batch: images per step.
+        stages: (folder, steps up to its end) of each student that the training makes; the folder is relative,
+            '' for the training's own.
     """
 
     name: str
@@ -73,26 +69,26 @@ class Training:
 
     @property
     def evaluations(self) -> int:
-        """For each place in the batch, those of the training before it included."""
+        """Network evaluations per batch element, including those of the training before it."""
         return self.steps * self.cost + (self.after.evaluations if self.after else 0)
 
     @property
     def chain(self) -> list[Training]:
-        """What has to be trained, one after another."""
+        """The trainings that lead to this one, and itself, in order."""
         return [*(self.after.chain if self.after else []), self]
 
 
 @dataclass(frozen=True)
 class Model:
-    """A network and a way to sample it: a place in the table.
+    """A network and how to sample it: a cell of the table.
 
     Attributes:
-        objective, seed: of the training; the teacher's seed is None.
-        training: that makes it; None: the teacher is given.
-        stage: which of the training's stages.
-        S: steps that it was trained for; None where it may take any number.
-        solver, steps: of sampling.
-        nfe: network evaluations of an image.
+        objective, seed: objective and seed of its training; the teacher's seed is None.
+        training: the training that makes it; None for the teacher.
+        stage: index of the training's stage.
+        S: number of steps it is trained for; None if it takes any number.
+        solver, steps: sampling options.
+        nfe: network evaluations per image.
     """
 
     objective: str
@@ -106,7 +102,7 @@ class Model:
 
     @property
     def name(self) -> str:
-        """Of files."""
+        """Name in tables and of files."""
         return (
             f'{self.objective}-seed{self.seed}-{self.nfe}'
             if self.seed is not None
@@ -114,7 +110,7 @@ class Model:
         )
 
     def record(self) -> dict:
-        """What a row of the results says of the model."""
+        """The entries of a row of the results that describe the model."""
         facts = dict(
             model=self.name,
             objective=self.objective,
@@ -125,6 +121,8 @@ class Model:
         )
         if self.seed is None:
             return facts
+
+        # What was spent up to this stage, including the training before it.
         steps = self.training.stages[self.stage][1]
         earlier = self.training.after
         spent = steps * self.training.cost + (earlier.evaluations if earlier else 0)
@@ -138,19 +136,17 @@ class Model:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be compared.
+    """What to compare.
 
     Attributes:
-        objectives, steps, seeds: each objective is trained with each seed, and sampled in each number of
-            steps.
-        budget: network evaluations for each place in the batch, of the trainings behind one place in the
-            table.
-        batch: images of an optimizer step.
-        cond: whether the teacher, and so everyone, knows classes.
-        network: options that describe the teacher's network, for objectives that only start from its weights.
-        recipe: whether the options are those that suit the digits; else train.py's defaults.
+        objectives, steps, seeds: each objective is trained with each seed and sampled in each number of steps.
+        budget: network evaluations per batch element for all trainings behind one cell of the table.
+        batch: images per optimizer step.
+        cond: whether the teacher, and with it every student, is class-conditional.
+        network: options that make the teacher's network, for objectives that only start from its weights.
+        recipe: whether to use the options that suit the digits instead of train.py's defaults.
         for_all: options for every training.
-        for_some: more of them, by the name of an objective or `<objective>-<S>`.
+        for_some: further options by the name of an objective, or `<objective>-<S>`.
     """
 
     objectives: Sequence[str]
@@ -166,8 +162,11 @@ class Request:
 
 
 def plan(request: Request) -> list[Model]:
-    """All models of a comparison. Raises: UserError where the budget is too small, click.UsageError where
-    options do not go together."""
+    """All models of a comparison.
+
+    Raises: UserError if the budget is too small, click.UsageError if options contradict each other.
+    """
+    # Names that `for_some` may have; tcm has a first stage of ect.
     single = [
         name
         for name in request.objectives
@@ -180,8 +179,7 @@ def plan(request: Request) -> list[Model]:
     }
     if unknown := sorted(request.for_some.keys() - known):
         raise click.UsageError(
-            f'--with={unknown[0]}:...: nothing of that name is compared; there are '
-            f'{", ".join(sorted(known))}.'
+            f'--with={unknown[0]}:...: no training has that name; choose from {", ".join(sorted(known))}.'
         )
     return [
         model
@@ -192,20 +190,26 @@ def plan(request: Request) -> list[Model]:
 
 
 def models_of(request: Request, objective: str, seed: int) -> list[Model]:
-    """One objective's models, one for each number of sampling steps."""
+    """The models of an objective, one for each number of sampling steps."""
     known, name = OBJECTIVES[objective], f'{objective}-seed{seed}'
-    if 'S' not in known.options:  # a consistency model: any number of steps
+
+    # A consistency model is trained once for all numbers of steps, in two stages if its teacher is one.
+    if 'S' not in known.options:
         first = None
-        if known.teacher == 'consistency':  # the second stage of another one
+        if known.teacher == 'consistency':
             first = make_training(request, f'{name}-stage1', 'ect', seed, request.budget // 2)
         training = make_training(
             request, name, objective, seed, request.budget - (first.evaluations if first else 0), after=first
         )
         return [Model(objective, seed, training, 0, None, 'cm', steps, steps) for steps in request.steps]
+
+    # Progressive distillation makes students of all its numbers of steps on the way.
     if 'S_start' in known.own:
         training = halving_training(request, name, objective, seed)
         made = [int(folder[1:]) for folder, _ in training.stages]
         return [Model(objective, seed, training, made.index(S), S, 'student', S, S) for S in request.steps]
+
+    # Otherwise one training for each number of steps.
     trainings = {
         S: make_training(request, f'{objective}-{S}-seed{seed}', objective, seed, request.budget, S)
         for S in request.steps
@@ -222,18 +226,21 @@ def make_training(
     S: int | None = None,
     after: Training | None = None,
 ) -> Training:
-    """As many steps of an objective as a budget allows."""
+    """A training with as many steps as a budget allows."""
+    # Later options override earlier ones.
     start = '--teacher' if OBJECTIVES[objective].teacher else '--transfer'
     fixed = [*fixed_options(request, objective, seed), *([f'--S={S}'] if S else [])]
-    words = [
-        *recipe_of(request, objective, S),
-        *own_options(request, objective, S, {*names_of(fixed), 'duration'}),
+    options = [
+        *recipe_options(request, objective, S),
+        *user_options(request, objective, S, {*parameter_names(fixed), 'duration'}),
         *fixed,
     ]
-    cost = cost_of(name, [*words, f'{start}={PLACE}'])
+
+    # The cost of a step decides their number.
+    cost = cost_of(name, [*options, f'{start}={PLACEHOLDER}'])
     steps = affordable(name, budget, cost)
-    words.append(f'--duration={steps * request.batch / 1e6!r}')
-    return Training(name, objective, tuple(words), start, after, steps, cost, request.batch, (('', steps),))
+    options.append(f'--duration={steps * request.batch / 1e6!r}')
+    return Training(name, objective, tuple(options), start, after, steps, cost, request.batch, (('', steps),))
 
 
 def halving_training(request: Request, name: str, objective: str, seed: int) -> Training:
@@ -243,11 +250,13 @@ def halving_training(request: Request, name: str, objective: str, seed: int) -> 
 
     most, least = FINER * max(request.steps), min(request.steps)
     fixed = [*fixed_options(request, objective, seed), f'--S_start={most}', f'--S={least}']
-    words = [
-        *recipe_of(request, objective),
-        *own_options(request, objective, None, {*names_of(fixed), 'stage_steps'}),
+    options = [
+        *recipe_options(request, objective),
+        *user_options(request, objective, None, {*parameter_names(fixed), 'stage_steps'}),
         *fixed,
     ]
+
+    # Every requested number of steps must be one of the stages.
     try:
         units = halving_stages(most, least, 1)
     except ValueError as error:
@@ -256,10 +265,12 @@ def halving_training(request: Request, name: str, objective: str, seed: int) -> 
         ) from error
     if odd := sorted(set(request.steps) - {S for S, _ in units}):
         raise click.UsageError(
-            f'--objectives={objective}: {odd[0]} of --steps is no half, quarter, ... of {most}. Leave one of '
-            'them out.'
+            f'--objectives={objective}: {odd[0]} in --steps is not {most} halved some number of times. Leave '
+            'one of them out.'
         )
-    cost = cost_of(name, [*words, f'--teacher={PLACE}'])
+
+    # Stages of one and two sampling steps are longer: `units` counts in ordinary stages.
+    cost = cost_of(name, [*options, f'--teacher={PLACEHOLDER}'])
     stage_steps = affordable(name, request.budget, cost * sum(count for _, count in units))
     stages, so_far = [], 0
     for S, steps in halving_stages(most, least, stage_steps):
@@ -268,7 +279,7 @@ def halving_training(request: Request, name: str, objective: str, seed: int) -> 
     return Training(
         name,
         objective,
-        (*words, f'--stage_steps={stage_steps}'),
+        (*options, f'--stage_steps={stage_steps}'),
         '--teacher',
         None,
         so_far,
@@ -279,11 +290,11 @@ def halving_training(request: Request, name: str, objective: str, seed: int) -> 
 
 
 def affordable(name: str, budget: int, cost: int) -> int:
-    """How often something can be done. Raises: UserError where it is never."""
+    """How many steps a budget pays for. Raises: UserError if there is none."""
     if budget < cost:
         raise UserError(
             f'--budget: {budget} network evaluations do not pay for one step of {name}, which takes {cost}. '
-            'Give more.'
+            'Raise it.'
         )
     return int(budget // cost)
 
@@ -293,7 +304,7 @@ def affordable(name: str, budget: int, cost: int) -> int:
 
 
 def fixed_options(request: Request, objective: str, seed: int) -> list[str]:
-    """What the comparison decides for every training; that of how long comes on top."""
+    """Options that the comparison sets for every training, except for its duration."""
     return [
         f'--objective={objective}',
         f'--batch={request.batch}',
@@ -302,55 +313,52 @@ def fixed_options(request: Request, objective: str, seed: int) -> list[str]:
     ]
 
 
-def recipe_of(request: Request, objective: str, S: int | None = None) -> list[str]:
-    """What is fixed for nobody, but suits the objective: the first options, which all others override."""
-    known = OBJECTIVES[objective]
-    words = [] if known.teacher else list(request.network)
+def recipe_options(request: Request, objective: str, S: int | None = None) -> list[str]:
+    """Defaults that suit an objective, which all other options override."""
+    options = [] if OBJECTIVES[objective].teacher else list(request.network)
     if request.recipe:
-        words += [*digits.COMMON, *digits.student_options(objective, S)]
-    return words
+        options += [*digits.COMMON, *digits.student_options(objective, S)]
+    return options
 
 
-def own_options(request: Request, objective: str, S: int | None, fixed: set[str]) -> list[str]:
-    """The user's options for a training. Raises: click.UsageError where they are those that the comparison
-    has to decide."""
-    words = [
+def user_options(request: Request, objective: str, S: int | None, fixed: set[str]) -> list[str]:
+    """The user's options for a training. Raises: click.UsageError for those that the comparison sets."""
+    options = [
         *request.for_all,
         *request.for_some.get(objective, []),
         *(request.for_some.get(f'{objective}-{S}', []) if S else []),
     ]
-    for name in names_of(words):
-        if name in fixed | OURS:
+    for name in parameter_names(options):
+        if name in fixed | SET_BY_COMPARE:
             raise click.UsageError(f'--{name} of train.py is for compare.py to decide: leave it out.')
-    return words
+    return options
 
 
-def names_of(words: Sequence[str]) -> list[str]:
+def parameter_names(options: Sequence[str]) -> list[str]:
     """The parameters of train.py that options set."""
     command = command_line.command()
+    parser = command.make_parser(click.Context(command, info_name='train.py'))
     try:
-        _, rest, given = command.make_parser(click.Context(command, info_name='train.py')).parse_args(
-            list(words)
-        )
+        _, rest, given = parser.parse_args(list(options))
     except click.UsageError as error:
-        raise click.UsageError(f'{" ".join(words)}: {error.format_message()}') from error
+        raise click.UsageError(f'{" ".join(options)}: {error.format_message()}') from error
     if rest:
         raise click.UsageError(
-            f'{rest[0]!r} is no option of train.py; those for a training look like --lr=1e-4.'
+            f'{rest[0]!r} is not an option of train.py; options for a training look like --lr=1e-4.'
         )
     return [parameter.name for parameter in given]
 
 
-def cost_of(name: str, words: Sequence[str]) -> float:
-    """Network evaluations for an image, by the options."""
+def cost_of(name: str, options: Sequence[str]) -> float:
+    """Network evaluations per image of a step with these options."""
     try:
-        return command_line.parse([f'--outdir={PLACE}', f'--data={PLACE}', *words]).own.cost()
+        return command_line.parse([f'--outdir={PLACEHOLDER}', f'--data={PLACEHOLDER}', *options]).own.cost()
     except click.UsageError as error:
         raise click.UsageError(f'{name}: {error.format_message()}') from error
 
 
 def teacher_training() -> Training:
-    """That of the digits' teacher, the one of demo.py."""
+    """The training of the digits' teacher, with the options of demo.py."""
     options = [*digits.COMMON, *digits.TEACHER, '--cond=1', '--seed=0', f'--batch={digits.BATCH}']
     duration = f'--duration={digits.TEACHER_STEPS * digits.BATCH / 1e6!r}'
     return Training(
@@ -367,8 +375,9 @@ def teacher_training() -> Training:
 
 
 def teacher_models(steps: Sequence[int], reference_steps: int) -> list[Model]:
-    """The teacher in as many evaluations as its students (Heun: that or one less), and in many, first the
-    reference that all are held against."""
+    """The teacher as a model: with many Heun steps, the reference of all others; with as many evaluations as the
+    students, by Euler, and by Heun where one evaluation less is allowed.
+    """
     teacher = Model('diffusion', None, None, 0, None, 'heun', reference_steps, 2 * reference_steps - 1)
     euler = [replace(teacher, solver='euler', steps=n, nfe=n) for n in sorted(steps)]
     heun = [
@@ -379,16 +388,15 @@ def teacher_models(steps: Sequence[int], reference_steps: int) -> list[Model]:
 
 
 def starting_from_weights(objectives: Sequence[str]) -> list[str]:
-    """Those of the objectives that, or whose first stage, begin with the teacher's weights in a network that
-    options describe."""
+    """Those of the objectives whose training, or its first stage, is initialized with the teacher's weights: they
+    need options that make its network."""
     return [name for name in objectives if OBJECTIVES[name].teacher != 'diffusion']
 
 
 def network_options(net, objectives: Sequence[str]) -> list[str]:
-    """Options of train.py that make the network of a snapshot from scratch, so that its weights fit;
-    `objectives` need them.
+    """Options of train.py that make a network like `net`, so that its weights fit.
 
-    Raises: UserError where there are none.
+    Raises: UserError, naming the `objectives` that need them, if there are none.
     """
     from training.architectures import ARCHITECTURES, EDM2
     from training.checkpoint import constructor_arguments
@@ -397,9 +405,11 @@ def network_options(net, objectives: Sequence[str]) -> list[str]:
     kwargs = {
         name: as_list(value)
         for name, value in constructor_arguments(net).items()
-        if name not in FROM_ELSEWHERE
+        if name not in NOT_ARCHITECTURE
     }
     kwargs.setdefault('model_type', type(net.model).__name__)
+
+    # An architecture fits if it agrees in all arguments that no option sets.
     default = lambda name: as_list(default_of(type(net.model), name) or default_of(type(net), name))
     text = lambda value: (','.join(map(str, value)) or 'none') if isinstance(value, list) else f'{value:g}'
     for arch, own in ARCHITECTURES.items():

@@ -1,15 +1,15 @@
-"""The digits as a test bed, of demo.py and compare.py: a network and options that suit them, and rulers that
-mean something on them."""
+"""Scikit-learn's digits as a test bed for demo.py and compare.py: a network, options, and metrics that suit
+them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from dnnlib.downloads import file_sha256, pinned
-from experiments.runner import Ruler, Runner
+from experiments.runner import Metric, Runner
 from training.objectives import OBJECTIVES
 
-RULERS = dict(
+METRICS = dict(
     classifier='digits classifier, trained here', pca='PCA of raw pixels', random='fixed random convolution'
 )
 BATCH = 128
@@ -23,26 +23,24 @@ NETWORK = [
 ]
 COMMON = ['--workers=0', '--lr_schedule=cosine']
 TEACHER_STEPS, TEACHER = 4000, [*NETWORK, '--lr=2e-3', '--ema=40kimg', '--augment=0', '--lr_rampup=20']
-STUDENT = [
-    '--lr=1e-3',
-    '--ema=20kimg',
-    '--ema_rampup=0.05',
-    '--lr_rampup=5',
-]  # runs as short as these, and all alike, want a ramp-up
-OWN = {
+# All students alike; runs as short as these need a ramp-up.
+STUDENT = ['--lr=1e-3', '--ema=20kimg', '--ema_rampup=0.05', '--lr_rampup=5']
+# Per objective: pseudo-Huber because LPIPS was trained on photographs, and s1 such that about 2,000 steps can
+# follow the growth of the grid.
+PER_OBJECTIVE = {
     'mcd': ['--keep_ties', '--top-mass=0.5'],
     'direct': ['--top-mass=1'],
     'cm-cd': ['--cm_loss=pseudo_huber'],
-    'cm-ct': ['--cm_loss=pseudo_huber', '--s1=20'],  # LPIPS has seen photographs
+    'cm-ct': ['--cm_loss=pseudo_huber', '--s1=20'],
     'ict': ['--s1=160'],
-}  # grids that 2,000 steps can follow
+}
 
 
 def student_options(objective: str, S: int | None = None) -> list[str]:
-    """What suits a student, of S steps where it has a number of its own; why, is in docs/results.md.
+    """Options for a student of an objective, of S steps if their number is fixed; docs/results.md has the reasons.
 
-    A teacher of digits is best in 12 to 16 Heun steps: so many edges has the grid of distillation throughout,
-    fewer where only two segments share them, and so many are the sub-steps over all segments.
+    The digits' teacher is best with 12 to 16 Heun steps. mcd's grid therefore has at least 16 edges throughout,
+    10 if only two segments share them, and the sub-steps over all segments add up to at least 12.
     """
     own = OBJECTIVES[objective].options
     substeps = [f'--{name}={max(2, -(-12 // S))}' for name in ('substeps', 'anchor_hops') if name in own]
@@ -54,34 +52,38 @@ def student_options(objective: str, S: int | None = None) -> list[str]:
     return [
         *STUDENT,
         *(['--student_grid=full'] if 'student_grid' in own else []),
-        *OWN.get(objective, []),
+        *PER_OBJECTIVE.get(objective, []),
         *edges,
         *substeps,
     ]
 
 
-def prepare(runner: Runner) -> tuple[Path, dict[str, Ruler]]:
-    """Data, rulers and their reference statistics, where they are not there yet; returns the data set and the
-    rulers, the classifier first."""
+def prepare(runner: Runner) -> tuple[Path, dict[str, Metric]]:
+    """Make what is missing of the data set, the detectors and their reference statistics.
+
+    Returns: the path of the data set; the metrics, the classifier's first.
+    """
     data, file = runner.path('digits.zip'), lambda name: str(runner.path('rulers', name))
-    rulers = {name: Ruler(file(f'{name}.npz'), file(f'{name}.pt')) for name in RULERS}
+    metrics = {name: Metric(file(f'{name}.npz'), file(f'{name}.pt')) for name in METRICS}
     if not data.exists():
         runner.run('data', 'dataset_tool.py', '--source=digits', f'--dest={data}')
-    if not all(Path(ruler.detector).exists() for ruler in rulers.values()):
+    if not all(Path(metric.detector).exists() for metric in metrics.values()):
         runner.run('rulers', '-m', 'metrics.rulers', f'--data={data}', f'--outdir={runner.path("rulers")}')
-    rulers = {
-        name: ruler._replace(detector=pinned(ruler.detector, file_sha256(ruler.detector)))
-        for name, ruler in rulers.items()
+
+    # Detectors are programs, which the scripts run only under a digest.
+    metrics = {
+        name: metric._replace(detector=pinned(metric.detector, file_sha256(metric.detector)))
+        for name, metric in metrics.items()
     }
-    for ruler in rulers.values():
-        if not Path(ruler.ref).exists():
+    for metric in metrics.values():
+        if not Path(metric.ref).exists():
             runner.run(
                 'rulers',
                 'fid.py',
                 'ref',
                 f'--data={data}',
-                f'--dest={ruler.ref}',
-                f'--detector={ruler.detector}',
+                f'--dest={metric.ref}',
+                f'--detector={metric.detector}',
                 '--batch=256',
             )
-    return data, rulers
+    return data, metrics

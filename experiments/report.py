@@ -34,14 +34,14 @@ img.wide { max-width: 100%; }
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """The records of a .jsonl file of a run; an empty list where there is none. Raises: UserError, which
-    names the line, for what is no record."""
+    """The records of a .jsonl file of a run; an empty list if there is no file. Raises: UserError, naming the
+    line, for anything else."""
     if not os.path.exists(path):
         return []
     found = [record for _, record in records(path)]
     if None in found:
         raise UserError(
-            f'{path}: line {found.index(None) + 1} is no record of a run. Remove that line, or restore the '
+            f'{path}: line {found.index(None) + 1} is not a record of a run. Remove that line, or restore the '
             'file.'
         )
     return found
@@ -54,7 +54,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same as HTML."""
+    """An HTML table."""
     line = lambda cells, tag: (
         '<tr>' + ''.join(f'<{tag}>{html.escape(str(cell))}</{tag}>' for cell in cells) + '</tr>'
     )
@@ -62,10 +62,11 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_grid(paths: Sequence[str], dest: str, columns: int = 8) -> None:
-    """Images from PNG files, tiled into one PNG and enlarged to 32 pixels or more; the number of files is a
-    multiple of `columns`."""
+    """Tile PNG files into one, enlarged to 32 pixels or more each; their number is a multiple of `columns`."""
     arrays = [np.asarray(open_image(path)) for path in paths]
     images = torch.from_numpy(np.stack([a[None] if a.ndim == 2 else a.transpose(2, 0, 1) for a in arrays]))
+
+    # A dark line between images; whole factors keep pixels square and sharp.
     pixel = max(32 // images.shape[3], 1)
     images = torch.nn.functional.pad(images, (0, 1, 0, 1), value=96)
     grid = image_grid(images, columns).permute(1, 2, 0).numpy()
@@ -113,7 +114,8 @@ HUES = dict(
     gray='#777777',
     black='#000000',
 )
-# Colors that the color-blind tell apart (Okabe and Ito); relatives share one, and differ in dashes and marks.
+# Colors that color-blind readers can distinguish (Okabe and Ito). Related objectives share a color, and differ in
+# dashes and markers.
 LOOKS = {
     'mcd': ('blue', '-', 'o'),
     'mct': ('blue', '--', 's'),
@@ -130,8 +132,9 @@ LOOKS = {
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:
-    """The values, between 0 and 1, moved as little as makes neighbors `gap` apart, in the order of their size
-    (least squares)."""
+    """Move values in [0, 1] as little as possible, in least squares, so that neighbors are `gap` apart; their order
+    stays."""
+    # Minus multiples of the gap, the sorted values only need to be non-decreasing: isotonic regression.
     order = np.argsort(values, kind='stable')
     offsets = gap * np.arange(len(order))
     moved = (
@@ -142,8 +145,8 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
 
 
 def apart(numbers: Sequence[int]) -> list[int]:
-    """Those of rising numbers that have room for a label on a logarithmic axis: powers of two first, then the
-    ends, then the others."""
+    """Those of ascending numbers that have room for labels on a logarithmic axis; powers of two have priority, then
+    the ends."""
     chosen: list[int] = []
     for number in sorted(numbers, key=lambda n: (n & (n - 1) > 0, n not in (numbers[0], numbers[-1]))):
         if all(max(number, other) >= 1.3 * min(number, other) for other in chosen):
@@ -154,15 +157,20 @@ def apart(numbers: Sequence[int]) -> list[int]:
 def write_frontier(
     lines: dict[str, dict[int, Sequence[float]]], dest: str, ylabel: str, level: tuple[str, float]
 ) -> None:
-    """Distance against network evaluations, {name: {evaluations: a value for each seed}}, on logarithmic
-    axes; a dashed `level` (name, value).
+    """Plot distance over network evaluations on logarithmic axes, with a dashed horizontal line.
 
-    Lines go through the geometric means of the seeds, and carry their names at their ends.
+    Lines connect the geometric means over seeds; their names stand at their ends.
+
+    Args:
+        lines: {name: {evaluations: one value per seed}}.
+        level: name and value of the dashed line.
     """
     figure, axes = plt.subplots(figsize=(8, 5))
     figure.subplots_adjust(left=0.1, right=0.72, bottom=0.11, top=0.97)
     lines = {name: dict(sorted(points.items())) for name, points in lines.items() if points}
     axes.axhline(level[1], linestyle='--', color='black', linewidth=1)
+
+    # Lines and seeds; their ends as (name, color, marker, x, y).
     ends = [(level[0], 'black', '', None, level[1])]
     for name, points in lines.items():
         hue, dashes, mark = LOOKS.get(name, ('black', '-.', 'D'))
@@ -171,6 +179,8 @@ def write_frontier(
         seeds = [(nfe, value) for nfe, values in points.items() if len(values) > 1 for value in values]
         axes.scatter(*zip(*seeds) if seeds else ((), ()), s=9, color=HUES[hue], alpha=0.5)
         ends.append((name, HUES[hue], mark, list(points)[-1], means[-1]))
+
+    # Axes, with ticks at the evaluations that were measured.
     evaluations = sorted({nfe for points in lines.values() for nfe in points} or {1})
     ticks = apart(evaluations)
     axes.set(
@@ -182,6 +192,8 @@ def write_frontier(
     )
     axes.set_xticks(ticks, map(str, ticks))
     axes.minorticks_off()
+
+    # Values at 1, 2, 5 · 10^k, or others if fewer than two of these are in range.
     low, high = axes.get_ylim()
     numbers = [n * 10.0**k for k in range(-9, 10) for n in (1, 2, 5)]
     for some in (numbers, matplotlib.ticker.MaxNLocator(5).tick_values(low, high)):
@@ -191,6 +203,8 @@ def write_frontier(
     axes.set_yticks(inside)
     axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter('%g'))
     axes.grid(alpha=0.25)
+
+    # Names to the right of the axes, each with a leader from the end of its line.
     place = lambda value: (np.log(value) - np.log(low)) / (np.log(high) - np.log(low))
     for (name, color, mark, x, value), y in zip(ends, spread([place(value) for *_, value in ends], 0.05)):
         right = axes.transAxes.inverted().transform(axes.transData.transform((x, value)))[0] if x else 1
@@ -211,8 +225,11 @@ def write_frontier(
 
 
 def write_strips(pictures: dict[str, dict[int, str]], dest: str, rows: int = 5) -> None:
-    """The first lines of the grids {name: {evaluations: PNG file}}, each of `rows` lines, as a table of
-    samples, a column for each number."""
+    """Write a table of samples: a line per name, a column per number of evaluations.
+
+    Args:
+        pictures: {name: {evaluations: PNG file of a grid}}; the first of a grid's `rows` lines is shown.
+    """
     columns = sorted({nfe for cells in pictures.values() for nfe in cells})
     figure, panels = plt.subplots(
         len(pictures),
@@ -228,9 +245,9 @@ def write_strips(pictures: dict[str, dict[int, str]], dest: str, rows: int = 5) 
         wspace=0.04,
         hspace=0.1,
     )
-    places = [
-        [axes.get_position() for axes in line] for line in panels
-    ]  # before pictures shrink some of them
+
+    # Positions before imshow shrinks some panels to the shape of their picture.
+    places = [[axes.get_position() for axes in line] for line in panels]
     for line, row, (name, cells) in zip(panels, places, pictures.items()):
         figure.text(
             row[0].x0 - 0.03 * row[0].width,
@@ -259,7 +276,7 @@ def write_strips(pictures: dict[str, dict[int, str]], dest: str, rows: int = 5) 
 
 
 def embed(path: str, caption: str | None = None, css: str = '') -> str:
-    """An <img>, or a <figure> with a caption, that holds the PNG file itself."""
+    """A PNG file as an <img> that contains its data, or with a caption as a <figure>."""
     with open(path, 'rb') as file:
         data = base64.b64encode(file.read()).decode()
     image = (
@@ -270,7 +287,7 @@ def embed(path: str, caption: str | None = None, css: str = '') -> str:
 
 
 def write_page(dest: str, title: str, sections: Sequence[tuple[str, str]]) -> None:
-    """A self-contained page of (heading, HTML) sections."""
+    """Write a self-contained page of (heading, HTML) sections."""
     body = ''.join(
         f'<h2>{html.escape(heading)}</h2>{content}' if heading else content for heading, content in sections
     )

@@ -1,5 +1,4 @@
-"""Run commands of this repository, print each, and run several in parallel; shared by demo.py and
-compare.py."""
+"""Run commands of this repository and print them, several in parallel; shared by demo.py and compare.py."""
 
 from __future__ import annotations
 
@@ -48,13 +47,11 @@ class Runner:
     lock: threading.RLock = field(default_factory=threading.RLock)
     stopped: bool = False
 
-    def say(self, line: str) -> None:
-        with self.lock:
-            print(printable(line, LONGEST_MESSAGE), flush=True)
-
     def run(self, name: str, *arguments, threads: int | None = None) -> str:
-        """Run `python <arguments>`, printing its lines after [name]. Returns: its output. Raises:
-        UserError."""
+        """Run `python <arguments>` and print its lines after [name].
+
+        Returns: its output. Raises: UserError if it fails or `stop` was called.
+        """
         script = [os.path.relpath(ROOT / arguments[0])] if arguments[0].endswith('.py') else [arguments[0]]
         shown = ['python', *script, *map(str, arguments[1:])]
         env = dict(
@@ -82,11 +79,12 @@ class Runner:
             )
             self.running.add(process)
 
-        # Pass its output on.
+        # Print its output as it comes.
         lines = []
         for line in process.stdout:
             lines.append(line.rstrip())
-            self.say(f'[{name}] {line.rstrip()}')
+            with self.lock:
+                print(printable(f'[{name}] {line.rstrip()}', LONGEST_MESSAGE), flush=True)
         self.running.discard(process)
         if process.wait() != 0:
             raise UserError(
@@ -108,8 +106,7 @@ class Runner:
 
 
 def run_interruptibly(runner: Runner, function: Callable[[], T], cure: str) -> T:
-    """Call `function` in a thread; Ctrl-C and SIGTERM terminate the runner's commands, and thereby the
-    function.
+    """Call `function` in a thread; Ctrl-C and SIGTERM terminate the runner's commands, which ends the function.
 
     Returns: its result. Raises: UserError with the `cure` if interrupted.
     """
@@ -124,7 +121,7 @@ def run_interruptibly(runner: Runner, function: Callable[[], T], cure: str) -> T
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             future = pool.submit(function)
             while not future.done():
-                time.sleep(0.1)  # a main thread that blocks on another one may miss a signal
+                time.sleep(0.1)  # signals are handled between sleeps; blocking on the future could delay them
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -135,8 +132,7 @@ def run_interruptibly(runner: Runner, function: Callable[[], T], cure: str) -> T
 
 @contextlib.contextmanager
 def workers(runner: Runner, count: int) -> Iterator[concurrent.futures.Executor]:
-    """Threads for a runner's jobs. An error in the block cancels pending jobs and terminates running
-    commands."""
+    """Threads for jobs; an error in the block cancels pending jobs and terminates running commands."""
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         try:
             yield pool
@@ -147,7 +143,7 @@ def workers(runner: Runner, count: int) -> Iterator[concurrent.futures.Executor]
 
 
 def newest_snapshot(folder: Path) -> Path:
-    """The newest of `run_files.saved_snapshots`. Raises: UserError if there is none."""
+    """The newest snapshot of a finished training. Raises: UserError if there is none."""
     from training.run_files import saved_snapshots
 
     found = saved_snapshots(folder)
@@ -159,8 +155,8 @@ def newest_snapshot(folder: Path) -> Path:
     return found[0]
 
 
-class Ruler(NamedTuple):
-    """A Fréchet distance: reference statistics and their feature detector (None: the default of fid.py)."""
+class Metric(NamedTuple):
+    """A Fréchet distance: its reference statistics and feature detector (None: the default of fid.py)."""
 
     ref: str
     detector: str | None
@@ -171,7 +167,7 @@ def make_outdir(outdir: Path) -> None:
     try:
         outdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f'--outdir={outdir} cannot be made: {error.strerror}') from error
+        raise UserError(f'--outdir={outdir} cannot be created: {error.strerror}') from error
 
 
 def measure(
@@ -181,18 +177,21 @@ def measure(
     solver: str,
     steps: int,
     images: int,
-    rulers: dict[str, Ruler],
+    metrics: dict[str, Metric],
     batch: int = 256,
     bootstrap: int = 0,
     labels: str | None = None,
 ) -> dict:
-    """Sample a network into samples/<name>, and compute the distance under every detector.
+    """Sample a network into samples/<name>, and compute its distances.
 
-    `labels`: as --labels of generate.py.
-    Returns: `images`, `seconds` of sampling; `distance` and, with `bootstrap`, its `interval`; for all
-    detectors but the first, the same as `distance_<name>`.
+    Args:
+        metrics: distances to compute, by name.
+        bootstrap: number of resamples for a 95 % interval; 0 for none.
+        labels: see --labels of generate.py.
+    Returns: `images`, `seconds` of sampling, and under the first metric `distance` and, with `bootstrap`,
+        `interval`; under every other one the same as `distance_<name>` and `interval_<name>`.
     """
-    # Sample, from scratch after an interruption.
+    # Sample; images of an interrupted run are discarded.
     folder, start = runner.path('samples', name), time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
     runner.run(
@@ -208,8 +207,10 @@ def measure(
         *([f'--labels={labels}'] if labels else []),
     )
     row = dict(images=images, seconds=round(time.monotonic() - start, 1))
-    for i, (ruler, (ref, detector)) in enumerate(rulers.items()):
-        result = runner.path('samples', f'{name}-{ruler}.json')
+
+    # Measure under every metric.
+    for i, (metric, (ref, detector)) in enumerate(metrics.items()):
+        result = runner.path('samples', f'{name}-{metric}.json')
         runner.run(
             name,
             'fid.py',
@@ -223,9 +224,8 @@ def measure(
             f'--json={result}',
         )
         found = json.loads(result.read_text())['fid']
-        suffix = f'_{ruler}' if i else ''
-        row |= {
-            f'distance{suffix}': found['value'],
-            **({f'interval{suffix}': found['interval']} if bootstrap else {}),
-        }
+        suffix = f'_{metric}' if i else ''
+        row[f'distance{suffix}'] = found['value']
+        if bootstrap:
+            row[f'interval{suffix}'] = found['interval']
     return row

@@ -23,7 +23,10 @@ import compare
 from dnnlib import UserError
 from experiments import comparison, digits, report
 from experiments.comparison import Request, plan
-from experiments.runner import Ruler, Runner, newest_snapshot, run_interruptibly
+from experiments.jobs import remaining_jobs, run_jobs
+from experiments.results import Results, record_plan
+from experiments.runner import Metric, Runner, newest_snapshot, run_interruptibly
+from experiments.tables import distances_table, notes, training_table
 from training import checkpoint, command_line, starting_point
 from training.networks import edm2 as networks_edm2
 from training.objectives import OBJECTIVES
@@ -275,7 +278,7 @@ class PretendRunner(Runner):
             Path(value('json')).write_text(json.dumps(dict(fid=dict(value=float(len(self.commands))))))
 
 
-RULERS = dict(pca=Ruler('pca.npz', 'pca.pt'), random=Ruler('random.npz', 'random.pt'))
+RULERS = dict(pca=Metric('pca.npz', 'pca.pt'), random=Metric('random.npz', 'random.pt'))
 SETTINGS = dict(budget=100, images=40)
 
 
@@ -285,12 +288,12 @@ def pretend(outdir, objectives=('direct', 'ect'), broken=None, rulers=RULERS, **
         *comparison.teacher_models([1, 2], 4),
         *plan(request(objectives, (1, 2), 100, batch=16, **kwargs)),
     ]
-    compare.settle(outdir, SETTINGS, [t for m in models if m.training for t in m.training.chain])
+    record_plan(outdir, SETTINGS, [t for m in models if m.training for t in m.training.chain])
     runner = PretendRunner(outdir, 1)
     runner.broken = broken
-    results = compare.Results(outdir / 'results.json', list(rulers))
-    failures = compare.do_all(
-        runner, compare.jobs_of(runner, models, 'digits.zip', 'teacher.pkl', rulers, 40, 64, results), 1
+    results = Results(outdir / 'results.json', list(rulers))
+    failures = run_jobs(
+        runner, remaining_jobs(runner, models, 'digits.zip', 'teacher.pkl', rulers, 40, 64, results), 1
     )
     return runner.commands, results, failures
 
@@ -347,7 +350,7 @@ def test_a_comparison_grows_by_objectives_and_seeds(tmp_path):
     assert not any(
         'teacher-' in command or ('seed0/' in command and 'pd' not in command) for command in commands
     )
-    compare.settle(tmp_path, SETTINGS, [])
+    record_plan(tmp_path, SETTINGS, [])
     assert len(json.loads((tmp_path / 'plan.json').read_text())['trainings']) == 4 + 2 + 2, (
         'what is not asked for now is remembered'
     )
@@ -409,15 +412,8 @@ def test_the_second_stage_follows_the_first_and_starts_from_its_snapshot(tmp_pat
 def test_the_longest_jobs_come_first(tmp_path):
     """511 evaluations of 6,000 images are more than a training of 8,000 for each of 128 places; a few samples of the teacher are least."""
     models = [*comparison.teacher_models([1, 8], 256), *plan(request(('ect', 'direct'), (1, 8)))]
-    jobs = compare.jobs_of(
-        Runner(tmp_path, 1),
-        models,
-        'd',
-        't',
-        RULERS,
-        6000,
-        64,
-        compare.Results(tmp_path / 'none.json', list(RULERS)),
+    jobs = remaining_jobs(
+        Runner(tmp_path, 1), models, 'd', 't', RULERS, 6000, 64, Results(tmp_path / 'none.json', list(RULERS))
     )
     names = [name for _, name, _ in jobs]
     assert names[0] == 'teacher-heun-511' and names[-1] == 'teacher-euler-1' and len(names) == 1 + 3 + 3
@@ -435,10 +431,10 @@ def test_the_longest_jobs_come_first(tmp_path):
 )
 def test_another_comparison_in_the_same_folder_is_an_error(tmp_path, settings, lr, words):
     trainings = lambda lr: [m.training for m in plan(request(('direct',), for_all=[f'--lr={lr}']))]
-    compare.settle(tmp_path, SETTINGS, trainings('0.5e-3' if lr == '2e-3' else lr))
+    record_plan(tmp_path, SETTINGS, trainings('0.5e-3' if lr == '2e-3' else lr))
     before = (tmp_path / 'plan.json').read_text()
     with pytest.raises(UserError) as error:
-        compare.settle(tmp_path, settings, trainings(lr))
+        record_plan(tmp_path, settings, trainings(lr))
     assert all(word in str(error.value) for word in words), str(error.value)
     assert (tmp_path / 'plan.json').read_text() == before
 
@@ -535,9 +531,7 @@ def test_an_interruption_ends_what_runs_and_begins_nothing_more(tmp_path):
     with pytest.raises(UserError, match='Interrupted: try again'):
         run_interruptibly(
             runner,
-            lambda: compare.do_all(
-                runner, [(2, 'a', long), (1, 'b', lambda: runner.run('b', '-c', 'pass'))], 1
-            ),
+            lambda: run_jobs(runner, [(2, 'a', long), (1, 'b', lambda: runner.run('b', '-c', 'pass'))], 1),
             'try again',
         )
     assert time.monotonic() - start < 30 and runner.stopped and len(runner.commands) == 1
@@ -583,7 +577,7 @@ BEST = ROWS[4]
 
 def test_the_reference_is_what_the_options_say_also_where_others_take_more_evaluations():
     """--reference-steps=2 --steps=4: Heun's 3 evaluations, which are then no point of the teacher's line; 0.1 / 2 = 0.05."""
-    _, lines = compare.distances_table(ROWS, ROWS[-1], 'distance')
+    _, lines = distances_table(ROWS, ROWS[-1], 'distance')
     assert lines[0] == ['mcd', '0.25 (0.4, 0.6)', '0.05 (0.1)'] and [line[0] for line in lines] == [
         'mcd',
         'direct',
@@ -593,7 +587,7 @@ def test_the_reference_is_what_the_options_say_also_where_others_take_more_evalu
 
 def test_the_table_has_ratios_of_means_and_every_seed():
     """0.5 / 0.04 = 12.5; the ruler in second place is twice as long, and so is its reference."""
-    header, lines = compare.distances_table(ROWS, BEST, 'distance')
+    header, lines = distances_table(ROWS, BEST, 'distance')
     assert header == ['objective', '1', '4']
     assert lines == [
         ['mcd', '12.50 (0.4, 0.6)', '2.50 (0.1)'],
@@ -601,17 +595,13 @@ def test_the_table_has_ratios_of_means_and_every_seed():
         ['teacher, Euler', '500.00 (20)', '20.00 (0.8)'],
         ['teacher, Heun', '', '50.00 (2), 3 evaluations'],
     ]
-    assert compare.distances_table(ROWS, BEST, 'distance_pca')[1][0] == [
-        'mcd',
-        '12.50 (0.8, 1.2)',
-        '2.50 (0.2)',
-    ]
-    assert compare.training_table(ROWS)[1] == [['mcd', '1,000 × 6', '4,000 × 6'], ['direct', '', '4,000 × 6']]
+    assert distances_table(ROWS, BEST, 'distance_pca')[1][0] == ['mcd', '12.50 (0.8, 1.2)', '2.50 (0.2)']
+    assert training_table(ROWS)[1] == [['mcd', '1,000 × 6', '4,000 × 6'], ['direct', '', '4,000 × 6']]
 
 
 def test_the_notes_say_of_each_objective_what_is_not_equal():
     rows = [*ROWS, *(row(name, 2, 1.0) for name in ('pd', 'ect', 'tcm'))]
-    text = '\n'.join(compare.notes(rows, BEST, 8000, 128, ['pca']))
+    text = '\n'.join(notes(rows, BEST, 8000, 128, ['pca']))
     for words in (
         '8,000 network evaluations',
         '128',
@@ -626,7 +616,7 @@ def test_the_notes_say_of_each_objective_what_is_not_equal():
     ):
         assert words in text, words
     assert 'not FID' not in text and 'not FID' in '\n'.join(
-        compare.notes(rows, BEST, 8000, 128, list(digits.RULERS))
+        notes(rows, BEST, 8000, 128, list(digits.METRICS))
     )
 
 

@@ -11,7 +11,6 @@ from click.testing import CliRunner
 from helpers import FAST, TINY_NETWORK, assert_one_clear_error, invoke, run, run_ranks
 from PIL import Image
 
-import compare
 import dataset_tool
 import edit
 import example
@@ -23,6 +22,7 @@ import validation
 from data.dataset import ImageFolderDataset
 from data.label_space import Labels, LabelSpace, listed, parse_ranges, ranges, space_of
 from dnnlib import UserError
+from experiments import inputs
 from metrics import validator
 from sampling import edit_files, generation, label_choosers
 from training import networks
@@ -533,14 +533,14 @@ def test_a_data_set_of_a_teacher_s_first_classes_says_so_by_one_hot_vectors(tmp_
 
 
 def test_a_comparison_samples_everyone_with_the_same_labels(tmp_path, vectors, gaps, teacher, digits):
-    told = compare.describe_teacher(str(vectors[0]), str(vectors[2]), ['mcd'])
-    assert told.labels.tolist() == VECTORS and compare.describe_teacher(
+    told = inputs.describe_teacher(str(vectors[0]), str(vectors[2]), ['mcd'])
+    assert told.labels.tolist() == VECTORS and inputs.describe_teacher(
         str(gaps[0]), str(gaps[2]), ['mcd']
     ).labels.tolist() == [1, 2, 4]
-    assert compare.describe_teacher(str(teacher), str(digits), ['mcd']).labels is None
+    assert inputs.describe_teacher(str(teacher), str(digits), ['mcd']).labels is None
     assert (
-        np.load(compare.write_labels(tmp_path, told.labels)).tolist() == VECTORS
-        and compare.write_labels(tmp_path, None) is None
+        np.load(inputs.write_labels(tmp_path, told.labels)).tolist() == VECTORS
+        and inputs.write_labels(tmp_path, None) is None
     )
 
 

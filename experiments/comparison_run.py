@@ -1,0 +1,124 @@
+"""A comparison from start to end: check its options, plan it, train and measure, write the report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from dnnlib import UserError
+from experiments import comparison, digits
+from experiments.comparison import Request
+from experiments.inputs import DIGITS, Teacher, describe_teacher, read_metrics, write_labels
+from experiments.jobs import remaining_jobs, run_jobs, snapshot, train
+from experiments.results import Results, record_plan
+from experiments.runner import Metric, Runner, make_outdir, run_interruptibly
+from experiments.tables import write_report
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of compare.py, by the names of their parameters; its --help describes them."""
+
+    outdir: str
+    data: str
+    teacher: str | None
+    jobs: int
+    objectives: Sequence[str]
+    budget: int
+    batch: int
+    seeds: Sequence[int]
+    extra: Sequence[tuple[str, list[str]]]
+    steps: Sequence[int]
+    reference_steps: int
+    num: int | None
+    refs: Sequence[str]
+    detectors: Sequence[str]
+    sample_batch: int
+    train_options: Sequence[str]
+
+    def __post_init__(self):
+        if self.data != DIGITS and not (self.teacher and self.refs):
+            raise click.UsageError(
+                f'--data={self.data} needs --teacher=PKL and --ref=NPZ (made by fid.py ref).'
+            )
+        if self.data == DIGITS and (self.refs or self.detectors):
+            raise click.UsageError('--data=digits has metrics of its own: leave --ref and --detector out.')
+        if self.detectors and len(self.detectors) != len(self.refs):
+            raise click.UsageError(
+                f'{len(self.detectors)} --detector for {len(self.refs)} --ref: give one for each, in the same '
+                'order.'
+            )
+
+
+def run(o: Options) -> None:
+    """Do what remains of a comparison, and write its report.
+
+    Raises: UserError if an input cannot be used, or some jobs failed.
+    """
+    on_digits, outdir = o.data == DIGITS, Path(o.outdir)
+    num = o.num or (6000 if on_digits else 50000)
+
+    # Plan all models before any of them is trained.
+    given = describe_teacher(o.teacher, o.data, o.objectives) if o.teacher else Teacher()
+    for_some: dict[str, list[str]] = {}
+    for name, arguments in o.extra:
+        for_some.setdefault(name, []).extend(arguments)
+    request = Request(
+        o.objectives,
+        o.steps,
+        o.seeds,
+        o.budget,
+        o.batch,
+        given.cond,
+        given.network,
+        recipe=on_digits,
+        for_all=o.train_options,
+        for_some=for_some,
+    )
+    models = [*comparison.teacher_models(o.steps, o.reference_steps), *comparison.plan(request)]
+    trainings = {each.name: each for model in models if model.training for each in model.training.chain}
+    metrics, metric_facts = read_metrics(o.refs, o.detectors, given.image_shape)
+
+    # Record the plan; a folder holds one comparison.
+    make_outdir(outdir)
+    labels = write_labels(outdir, given.labels)
+    settings = dict(
+        data=o.data,
+        teacher=given.digest,
+        budget=o.budget,
+        batch=o.batch,
+        images=num,
+        reference_steps=o.reference_steps,
+        rulers=metric_facts,
+    )
+    record_plan(outdir, settings, list(trainings.values()))
+    results = Results(outdir / 'results.json', list(metrics or digits.METRICS))
+
+    # Train and measure. The digits' teacher has all cores, because everything else waits for it.
+    cores = os.cpu_count() or 1
+    runner = Runner(outdir, threads=max(cores // o.jobs, 1), record=outdir / 'commands.txt')
+
+    def work() -> tuple[dict[str, Metric], list[str]]:
+        data, used = digits.prepare(runner) if on_digits else (o.data, metrics)
+        teacher = o.teacher
+        if not teacher:
+            train(runner, comparison.teacher_training(), data, None, threads=cores)
+            teacher = str(snapshot(runner, comparison.teacher_training()))
+        jobs = remaining_jobs(runner, models, data, teacher, used, num, o.sample_batch, results, labels)
+        return used, run_jobs(runner, jobs, o.jobs)
+
+    metrics, failures = run_interruptibly(runner, work, 'run the same command again to resume.')
+
+    # Report what there is, also of earlier commands in the folder and if some jobs failed.
+    order = {model.name: i for i, model in enumerate(models)}
+    rows = sorted(results.rows.values(), key=lambda row: order.get(row['model'], len(order)))
+    if reference := results.rows.get(models[0].name):
+        write_report(runner, rows, reference, o.budget, o.batch, list(metrics))
+        print('\n' + runner.path('table.md').read_text())
+    if failures:
+        raise UserError(f'{len(failures)} jobs failed; run the same command again to retry them.', *failures)
+    print(f'Open {runner.path("report.html")} for the plot, samples and commands.')

@@ -1,0 +1,146 @@
+"""Train and measure the models of a comparison, each only once."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dnnlib import UserError
+from experiments.comparison import Model, Training
+from experiments.results import Results
+from experiments.runner import SHOWN, Metric, Runner, measure, newest_snapshot, workers
+
+Job = tuple[float, str, Callable[[], None]]  # network evaluations, name, function
+
+
+def train(
+    runner: Runner, training: Training, data: Path | str, teacher: str | None, threads: int | None = None
+) -> None:
+    """Start a training or resume it, unless it is finished. It begins from the snapshot `teacher`, or from that
+    of the training before it."""
+    folder = runner.path('trainings', training.name)
+    if is_finished(folder, training):
+        return
+
+    # Without a training state there is nothing to resume: start over in an empty folder.
+    begun = any(folder.rglob('training-state-*.pt'))
+    if not begun:
+        shutil.rmtree(folder, ignore_errors=True)
+
+    # A resumed run needs its teacher again, but not the weights that it was initialized with.
+    source = snapshot(runner, training.after) if training.after else teacher
+    origin = (
+        [f'{training.start}={source}']
+        if training.start == '--teacher' or (training.start and not begun)
+        else []
+    )
+    origin += [f'--resume={folder}'] if begun else []
+
+    # About ten training states per stage, and no snapshots but the last.
+    kimg = training.steps * training.batch / 1e3 / len(training.stages)
+    runner.run(
+        training.name,
+        'train.py',
+        f'--outdir={folder}',
+        '--nosubdir',
+        f'--data={data}',
+        *origin,
+        *training.options,
+        f'--tick={max(kimg / 10, 1e-3):g}',
+        f'--snap={10**6}',
+        '--dump=1',
+        '--keep=1',
+        threads=threads,
+    )
+
+
+def is_finished(folder: Path, training: Training) -> bool:
+    """Whether the log of the last stage ends as train.py ends a complete run."""
+    log = folder / training.stages[-1][0] / 'log.txt'
+    return log.exists() and log.read_text().rstrip().endswith('\nDone.')
+
+
+def snapshot(runner: Runner, training: Training, stage: int = -1) -> Path:
+    """The last snapshot of a finished training, or of one of its stages."""
+    return newest_snapshot(runner.path('trainings', training.name, training.stages[stage][0]))
+
+
+def measure_model(
+    runner: Runner,
+    model: Model,
+    teacher: str,
+    metrics: dict[str, Metric],
+    num: int,
+    batch: int,
+    labels: str | None = None,
+) -> dict:
+    """Sample and measure a model; the images are deleted, except for a grid of them.
+
+    `labels`: see --labels of generate.py.
+    Returns: a row of the results.
+    """
+    from experiments.report import write_grid
+
+    network = snapshot(runner, model.training, model.stage) if model.training else teacher
+    row = model.record() | measure(
+        runner, model.name, network, model.solver, model.steps, num, metrics, batch, labels=labels
+    )
+    images = runner.path('samples', model.name)
+    runner.path('grids').mkdir(exist_ok=True)
+    write_grid(sorted(map(str, images.glob('*.png')))[:SHOWN], str(runner.path('grids', f'{model.name}.png')))
+    shutil.rmtree(images)
+    return row
+
+
+def remaining_jobs(
+    runner: Runner,
+    models: Sequence[Model],
+    data: Path | str,
+    teacher: str,
+    metrics: dict[str, Metric],
+    num: int,
+    batch: int,
+    results: Results,
+    labels: str | None = None,
+) -> list[Job]:
+    """Jobs for models without results, longest first; each is a training and the measurements of its models."""
+    groups: dict[str, list[Model]] = {}
+    for model in models:
+        groups.setdefault(model.training.name if model.training else model.name, []).append(model)
+
+    def do(group: list[Model]) -> None:
+        for training in group[0].training.chain if group[0].training else []:
+            train(runner, training, data, teacher)
+        for model in group:
+            results.add(measure_model(runner, model, teacher, metrics, num, batch, labels))
+
+    jobs = []
+    for name, group in groups.items():
+        if group := [model for model in group if model.name not in results.rows]:
+            training = group[0].training
+            work = (training.evaluations * training.batch if training else 0) + sum(
+                model.nfe for model in group
+            ) * num
+            jobs.append((work, name, lambda group=group: do(group)))
+    return sorted(jobs, key=lambda job: -job[0])
+
+
+def run_jobs(runner: Runner, jobs: list[Job], parallel: int) -> list[str]:
+    """Run `parallel` jobs at a time; one that fails does not stop the others. Returns: the error messages."""
+    with workers(runner, parallel) as pool:
+        futures = {pool.submit(function): name for _, name, function in jobs}
+        return [
+            f'{futures[future]}: {error}'
+            for future in concurrent.futures.as_completed(futures)
+            if (error := user_error(future))
+        ]
+
+
+def user_error(future: concurrent.futures.Future) -> UserError | None:
+    """The UserError that a job ended with, if any; any other exception is raised."""
+    error = future.exception()
+    if error is not None and not isinstance(error, UserError):
+        raise error
+    return error

@@ -1,0 +1,159 @@
+"""Tables, plot, samples and page of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from experiments import digits
+from experiments.results import distance_entries
+from experiments.runner import Runner
+from training.objectives import OBJECTIVES
+
+
+def of_students(rows: Sequence[dict]) -> dict[str, dict[int, list[dict]]]:
+    """{objective: {evaluations: rows, one per seed}}, in the order of OBJECTIVES."""
+    table = {name: {} for name in OBJECTIVES}
+    students = [row for row in rows if row['seed'] is not None]
+    for row in sorted(students, key=lambda row: (row['nfe'], row['seed'])):
+        table[row['objective']].setdefault(row['nfe'], []).append(row)
+    return {name: cells for name, cells in table.items() if cells}
+
+
+def of_teacher(rows: Sequence[dict], solver: str) -> dict[int, dict]:
+    """{evaluations: row} of the teacher with a solver."""
+    return {row['nfe']: row for row in rows if row['seed'] is None and row['solver'] == solver}
+
+
+def distances_table(rows: Sequence[dict], best: dict, entry: str) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: the mean over seeds relative to the row `best`, and in parentheses each seed's value.
+
+    Args:
+        best: the teacher with many evaluations.
+        entry: key of the distance in a row.
+    """
+    students, euler, heun = of_students(rows), of_teacher(rows, 'euler'), of_teacher(rows, 'heun')
+    columns = sorted({nfe for cells in students.values() for nfe in cells} | set(euler))
+
+    def text(found: list[dict]) -> str:
+        values = [row[entry] for row in found]
+        each = ', '.join(f'{value:.4g}' for value in values)
+        return f'{sum(values) / len(values) / best[entry]:.2f} ({each})'
+
+    # Students, then Euler.
+    lines = [
+        [name, *(text(cells[n]) if n in cells else '' for n in columns)] for name, cells in students.items()
+    ]
+    lines.append(['teacher, Euler', *(text([euler[n]]) if n in euler else '' for n in columns)])
+
+    # Heun takes an odd number of evaluations: in an even column stands one less.
+    near = {n: next((k for k in (n, n - 1) if k in heun and k != best['nfe']), None) for n in columns}
+    cells = [f'{text([heun[near[n]]])}, {near[n]} evaluations' if near[n] else '' for n in columns]
+    lines.append(['teacher, Heun', *cells])
+    return ['objective', *map(str, columns)], [line for line in lines if any(line[1:])]
+
+
+def training_table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: optimizer steps × network evaluations per image of a step."""
+    students = of_students(rows)
+    columns = sorted({nfe for cells in students.values() for nfe in cells})
+    text = lambda row: f'{row["train_steps"]:,} × {row["cost"]:.3g}'
+    lines = [
+        [name, *(text(cells[n][0]) if n in cells else '' for n in columns)]
+        for name, cells in students.items()
+    ]
+    return ['objective', *map(str, columns)], lines
+
+
+def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, metrics: Sequence[str]) -> list[str]:
+    """Lines below the tables: units, and in what the objectives differ."""
+    lines = [
+        f'Columns are network evaluations of an image. The budget of a model is {budget:,} network '
+        f'evaluations for each place in the batch of {batch}, where a forward pass counts 1 and the '
+        "student's forward and backward together 3.",
+        f"Ratios are to the teacher's own distance with {best['nfe']} evaluations (Heun); in brackets the "
+        f'Fréchet distance of {best["images"]:,} images, of each training seed. By {next(iter(metrics))}, '
+        f'that of the teacher is {best["distance"]:.4g}.',
+    ]
+
+    # Objectives that share a condition share a line.
+    students = {name: OBJECTIVES[name] for name in of_students(rows)}
+    halving = [name for name, o in students.items() if 'S_start' in o.own]
+    fixed_steps = [name for name, o in students.items() if 'S' in o.options and name not in halving]
+    any_steps = [name for name, o in students.items() if 'S' not in o.options]
+    two_stages = [name for name, o in students.items() if o.teacher == 'consistency']
+    no_teacher = [name for name, o in students.items() if not o.teacher]
+    for names, text in (
+        (fixed_steps, 'a student for each number of steps, each with the whole budget.'),
+        (
+            halving,
+            'one chain of students, which has the budget as a whole; each is what it had made by then.',
+        ),
+        (any_steps, 'one model for all columns, sampled in that many stochastic steps.'),
+        (two_stages, 'half of the budget for the first stage, ect, half for the second.'),
+        (no_teacher, 'no teacher in training, but its weights to start from.'),
+    ):
+        if names:
+            lines.append(f'{", ".join(names)}: {text}')
+
+    if set(metrics) == set(digits.METRICS):
+        lines.append(
+            'The rulers are made for this data: a classifier trained on it, principal components of its '
+            'pixels, a random convolution. This is not FID, and compares with nothing outside this table.'
+        )
+    return lines
+
+
+def write_report(
+    runner: Runner, rows: Sequence[dict], best: dict, budget: int, batch: int, metrics: Sequence[str]
+) -> None:
+    """Write table.md, compare.png, samples.png and report.html; distances are relative to the row `best`."""
+    from experiments import report as pages
+
+    # Tables.
+    tables = {
+        f'Distance by {metric}': distances_table(rows, best, entry)
+        for metric, entry in distance_entries(metrics).items()
+    }
+    tables['Optimizer steps × network evaluations for an image'] = training_table(rows)
+    text = notes(rows, best, budget, batch, metrics)
+    sections = [f'{title}:\n\n{pages.markdown_table(*table)}' for title, table in tables.items()]
+    runner.path('table.md').write_text('\n'.join([*sections, *(f'- {line}' for line in text)]) + '\n')
+
+    # Plot of distance over evaluations; the reference is a level of its own.
+    students, euler, heun = of_students(rows), of_teacher(rows, 'euler'), of_teacher(rows, 'heun')
+    lines = {
+        name: {nfe: [row['distance'] for row in found] for nfe, found in cells.items()}
+        for name, cells in students.items()
+    }
+    lines['teacher, Euler'] = {nfe: [row['distance']] for nfe, row in euler.items()}
+    lines['teacher, Heun'] = {nfe: [row['distance']] for nfe, row in heun.items() if row is not best}
+    pages.write_frontier(
+        lines,
+        str(runner.path('compare.png')),
+        f'Fréchet distance ({next(iter(metrics))})',
+        (f'teacher, {best["nfe"]} evaluations', best['distance']),
+    )
+
+    # Samples, of the first seed.
+    grid = lambda row: str(runner.path('grids', f'{row["model"]}.png'))
+    pictures = {
+        name: {nfe: grid(found[0]) for nfe, found in cells.items()}
+        for name, cells in {**students, 'teacher, Euler': {nfe: [row] for nfe, row in euler.items()}}.items()
+    }
+    pages.write_strips(pictures, str(runner.path('samples.png')))
+
+    # The page.
+    shown = [pages.embed(grid(row), f'{row["model"]}: {row["distance"]:.4g}') for row in rows]
+    commands = runner.record.read_text() if runner.record.exists() else ''
+    paragraphs = ''.join(f'<p>{pages.html.escape(line)}</p>' for line in text)
+    pages.write_page(
+        str(runner.path('report.html')),
+        'Objectives side by side',
+        [
+            ('', pages.embed(str(runner.path('compare.png')), css='wide') + paragraphs),
+            *((title, pages.html_table(*table)) for title, table in tables.items()),
+            ('Samples, from the same seeds', pages.embed(str(runner.path('samples.png')), css='wide')),
+            ('More of them', f'<div class="grids">{"".join(shown)}</div>'),
+            ('Commands', f'<pre>{pages.html.escape(commands)}</pre>'),
+        ],
+    )
