@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+DEFAULT_TOLERANCE = 0.05
+
 
 def log_levels(low: float, high: float, tolerance: float) -> list[float]:
     """Falling noise levels between `high` and `low`, both left out, evenly spaced in ln sigma.

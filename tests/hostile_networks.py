@@ -84,15 +84,15 @@ def read_stage(folder: str) -> None:
 
 
 def read_results(path: str) -> None:
-    import compare
+    from experiments.results import read_json
 
-    compare.read_json(Path(path), [])
+    read_json(Path(path), [])
 
 
 def read_search_log(path: str) -> None:
-    import search
+    from experiments.search_log import read_log
 
-    search.read_log(path)
+    read_log(path)
 
 
 def download(path: str) -> None:

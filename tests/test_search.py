@@ -17,6 +17,8 @@ import fid
 import generate
 import search
 from dnnlib import UserError
+from experiments.search_log import SearchLog
+from metrics import time_points
 from metrics.measures import MEASURES
 from sampling.time_search import find_points, least, log_levels, most_evaluations
 from training import networks, samplers
@@ -211,9 +213,11 @@ def lab(tmp_path_factory):
 @pytest.fixture
 def counted(monkeypatch):
     """The points that were evaluated, as lists."""
-    evaluated, evaluate = [], search.MetricOfPoints.__call__
+    evaluated, evaluate = [], time_points.MetricOfPoints.__call__
     monkeypatch.setattr(
-        search.MetricOfPoints, '__call__', lambda self, taus: evaluated.append(taus) or evaluate(self, taus)
+        time_points.MetricOfPoints,
+        '__call__',
+        lambda self, taus: evaluated.append(taus) or evaluate(self, taus),
     )
     return evaluated
 
@@ -318,8 +322,8 @@ def test_a_search_that_was_stopped_anywhere_ends_as_if_it_was_not(tmp_path, monk
 
     def searched(path):
         evaluate = Distances()
-        return search.search(
-            evaluate, search.SearchLog(str(path), dict(metric='fid', num=12)), levels, plan
+        return time_points.search(
+            evaluate, SearchLog(str(path), dict(metric='fid', num=12)), levels, plan
         ), evaluate.asked
 
     whole, all_points = searched(tmp_path / 'whole.jsonl')
@@ -390,7 +394,7 @@ def test_a_search_without_the_clamp_measures_without_it_and_says_so(lab, tmp_pat
     for network, sampling in ((f'{lab}/cm.pkl', shlex.split(line)), (f'{tmp_path}/two.pkl', [])):
         told = CliRunner().invoke(fid.main, ['calc', f'--network={network}', *measured, *sampling])
         assert float(told.stdout.split()[-1]) == pytest.approx(best['value'], rel=1e-6), told.output
-    sampler = search.Sampler(load_network(lab / 'cm.pkl'), 'cm.pkl', None, clip_denoised=False)
+    sampler = time_points.Sampler(load_network(lab / 'cm.pkl'), 'cm.pkl', None, clip_denoised=False)
     assert sampler.arguments([1.0])['clip_denoised'] is False
     assert 'another search' in run(lab, tmp_path / 'log.jsonl').stderr
 
@@ -444,7 +448,7 @@ def test_scores_are_made_large_and_distances_small(lab, tmp_path):
         assert result.exit_code == 0, result.output
         values = {tuple(record['taus']): record['value'] for record in evaluations(log)[1:]}
         assert len(set(values.values())) == len(values) >= 2
-        assert result.stdout.strip() == search.as_options(best(values, key=values.get)), values
+        assert result.stdout.strip() == time_points.as_options(best(values, key=values.get)), values
 
 
 def test_every_metric_has_a_direction():
@@ -462,9 +466,9 @@ def test_a_step_that_does_not_help_is_told(tmp_path, capsys):
 
     plan = dict(points=2, highest=80.0, scan=0, evaluations_at_most=99, images_each=12)
     for metric, told in ((Distances, 0), (Worse, 1)):
-        search.search(
+        time_points.search(
             metric(),
-            search.SearchLog(str(tmp_path / f'{told}.jsonl'), dict(metric='fid')),
+            SearchLog(str(tmp_path / f'{told}.jsonl'), dict(metric='fid')),
             log_levels(0.002, 80.0, 0.2),
             plan,
         )
@@ -627,7 +631,7 @@ def test_a_log_that_cannot_be_written_ends_the_search(tmp_path, monkeypatch):
     def full(path, text):
         raise OSError(28, 'No space left on device')
 
-    log = search.SearchLog(str(tmp_path / 'log.jsonl'), dict(metric='fid'))
+    log = SearchLog(str(tmp_path / 'log.jsonl'), dict(metric='fid'))
     before = (tmp_path / 'log.jsonl').read_bytes()
     monkeypatch.setattr('training.run_log.append_lines', full)
     with pytest.raises(UserError, match=r'No space left.*the same command goes on'):
@@ -636,7 +640,7 @@ def test_a_log_that_cannot_be_written_ends_the_search(tmp_path, monkeypatch):
 
 
 def test_a_log_whose_folder_is_gone_speaks_of_the_folder(tmp_path):
-    log = search.SearchLog(str(tmp_path / 'new.jsonl'), dict(metric='fid'))
+    log = SearchLog(str(tmp_path / 'new.jsonl'), dict(metric='fid'))
     log.path = str(tmp_path / 'gone' / 'new.jsonl')
     with pytest.raises(
         UserError, match=r'No such file or directory. Make sure that its folder is there'
@@ -686,6 +690,6 @@ def test_a_line_is_on_disk_before_the_next_evaluation_begins(tmp_path, monkeypat
         'fsync',
         lambda descriptor: synced.append((tmp_path / 'log.jsonl').read_bytes().count(b'\n')),
     )
-    log = search.SearchLog(str(tmp_path / 'log.jsonl'), dict(metric='fid'))
+    log = SearchLog(str(tmp_path / 'log.jsonl'), dict(metric='fid'))
     for k in range(2):
         assert log.value([2.0, 1.0 - k], lambda k=k: float(k)) == k and synced == list(range(1, k + 3))
