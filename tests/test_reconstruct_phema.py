@@ -12,7 +12,7 @@ import torch
 from helpers import FAST, TINY_NETWORK, assert_one_clear_error, run
 
 import reconstruct_phema
-from training import checkpoint, networks, phema, samplers
+from training import checkpoint, networks, phema, posthoc_ema, samplers
 from training.checkpoint import load_network, save_snapshot
 
 STEPS, BATCH = 16, 64
@@ -369,12 +369,12 @@ def test_snapshots_of_edm2_are_understood_by_name_and_stay_in_half_precision(tmp
 )
 def test_a_floor_of_kimg_means_a_whole_number_of_training_steps(kimg, training_batch, nimg):
     """The first are published: 2 Gi images, and 28 of EDM2's steps of 32 Mi."""
-    assert reconstruct_phema.nimg_at(kimg, training_batch) == nimg
+    assert posthoc_ema.nimg_at(kimg, training_batch) == nimg
 
 
 def test_a_floor_of_kimg_at_which_no_step_ends_is_an_error():
     with pytest.raises(ValueError, match='no multiple of --training_batch=2048 is at 3 kimg'):
-        reconstruct_phema.nimg_at(3, 2048)
+        posthoc_ema.nimg_at(3, 2048)
 
 
 # ----------------------------------------------------------------------------
