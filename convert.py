@@ -1,4 +1,4 @@
-"""Convert checkpoints to and from snapshots, and describe the contents of a file."""
+"""Convert checkpoints to and from snapshots, and describe their contents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ URL_HELP = 'a path or an http(s) URL, optionally followed by #sha256= and 64 dig
 
 
 class ConvertOrInfo(cli.Command):
-    """The conversion, or the command `info` if that is the first argument."""
+    """The conversion, or the command `info` if the first argument is `info`."""
 
     def make_context(self, info_name, args, parent=None, **extra):
         if args[:1] == ['info']:
@@ -40,7 +40,7 @@ class ConvertOrInfo(cli.Command):
     'dest',
     metavar='DST',
     type=cli.PATH,
-    help='Output file, replaced if it exists; for diffusers a new folder. Appears only once complete.',
+    help='Output file, replaced if it exists; for diffusers a new folder. Appears only when complete.',
 )
 @cli.option(
     '--from',
@@ -62,7 +62,7 @@ class ConvertOrInfo(cli.Command):
     '--timesteps',
     type=cli.LEVELS,
     metavar='INT',
-    help='Number of noise levels of a consistency model, by which diffusers counts time points in multistep '
+    help='Number of noise levels of a consistency model, among which diffusers indexes the time points of multistep '
     "sampling: 40 for cd_*.pt, 201 for ct_imagenet64.pt, 151 for the other ct_*.pt.  [default: the snapshot's; 40]",
 )
 @cli.option(
@@ -134,6 +134,8 @@ def main(source, dest, reader, writer, timesteps, **openai):
         raise click.UsageError(
             '--timesteps is for consistency models: with --from=openai, or with --to=diffusers.'
         )
+
+    # Read, write, and say what was assumed.
     net = read(source, reader, **openai)
     if timesteps:
         net.metadata['num_timesteps'] = timesteps
@@ -183,7 +185,7 @@ def info(file, as_json, key):
 
 
 def read(source: str, reader: str, **openai):
-    """The network of a checkpoint in one of the formats READERS."""
+    """The network of a checkpoint in a format of READERS."""
     if reader == 'openai':
         from training.interchange.openai import load_openai
 
@@ -211,7 +213,7 @@ def read(source: str, reader: str, **openai):
 
 
 def write(dest: str, net, writer: str) -> None:
-    """Write a network in one of the formats WRITERS."""
+    """Write a network in a format of WRITERS."""
     if writer == 'diffusers':
         from training.interchange.diffusers import save_diffusers
 
@@ -232,10 +234,8 @@ def write(dest: str, net, writer: str) -> None:
 
 
 def recognize(source: str) -> str:
-    """Format of a file by its contents, one of READERS or 'training state'; 'snapshot' if unknown.
-
-    The snapshot reader then describes what it is. A PyTorch file is a training state if a checksum follows
-    it: its entries may be hidden behind the many names of a large network.
+    """Format of a file by its contents: one of READERS or 'training state'; 'snapshot' if unknown, because the
+    reader of snapshots describes what it is instead.
     """
     import dnnlib
     from dnnlib.file_kind import describe_file
@@ -244,6 +244,9 @@ def recognize(source: str) -> str:
 
     if os.path.isdir(source):
         raise UserError(f'{source} cannot be read: it {why_no_snapshot(source)}')
+
+    # A PyTorch file is a training state if a checksum follows it; its entries would be known only after the many
+    # names of a large network.
     with dnnlib.open_url(source) as file:
         _, checksum = find_seal(file)
         kind = describe_file(file.name) or ''
@@ -252,21 +255,21 @@ def recognize(source: str) -> str:
     return 'safetensors' if kind == 'a safetensors file' else 'snapshot'
 
 
-def assumed(net, told: dict) -> str:
-    """What a conversion of OpenAI's weights assumed, in words; '' if all was given."""
-    words = dict(
+def assumed(net, given: dict) -> str:
+    """What a conversion of OpenAI's weights assumed, as text; '' if all of it was given."""
+    phrases = dict(
         kind='a consistency model',
         resolution=f'images of {net.img_resolution}x{net.img_resolution}',
         channels_per_head='64 channels per attention head',
         attention_order='channels of attention ordered q, k, v first',
     )
-    if 'heads' in told:
-        del words['channels_per_head']
-    return ', '.join(phrase for name, phrase in words.items() if name not in told)
+    if 'heads' in given:
+        del phrases['channels_per_head']
+    return ', '.join(phrase for name, phrase in phrases.items() if name not in given)
 
 
 def summary(net) -> str:
-    """One line by which to check a conversion."""
+    """A line about a network, by which to check its conversion."""
     parameters = sum(parameter.numel() for parameter in net.parameters())
     return (
         f'{type(net).__name__}, {net.img_resolution}x{net.img_resolution}x{net.img_channels}, '

@@ -1,4 +1,4 @@
-"""Zero-shot editing: a student or consistency model completes what is known of an image, untrained for it."""
+"""Zero-shot editing: a student or consistency model completes a partly known image, without training for it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sampling.options import CM_EDIT_STEPS, EditJob, editing_options, sampling_a
 
 
 def open_input(path: str, indices: list[int] | None):
-    """An `edit_files.Input`: a folder, a zip, an array of images, or a single one. Raises: UserError.
+    """An `edit_files.Input` from a folder, a zip, an array of images, or a single image. Raises: UserError.
 
     Args:
-        indices: of the images, by their place; None: all.
+        indices: indices of the images to edit; None for all.
     """
     from metrics.images import FileImages, open_images
     from sampling import edit_files
@@ -35,24 +35,24 @@ def main():
     Section 6; Meng et al. 2022).
 
     \b
-    Make up the lower half of the first eight digits, four times each:
+    Inpaint the lower half of the first eight digits, four times each:
       python edit.py inpaint --network=demo-out/student-8/network-snapshot-000160.pkl \\
           --input=demo-out/digits.zip --indices=0-7 --box=0,4,8,8 --seeds=0-3 --outdir=edits
     \b
-    Color for a gray photograph, and 256 pixels from 64:
+    Colorize a gray photograph, and upscale an image from 64 to 256 pixels:
       python edit.py colorize --network=consistency-256.pkl --input=old.png --outdir=color
       python edit.py superres --factor=4 --network=consistency-256.pkl --input=small.png --outdir=large
 
-    What is known stays exactly so in the files: pixels outside the mask, the gray version, the averages of
-    blocks. An output depends on its image and seed alone, not on the batch.
+    The known part of an image is preserved exactly: pixels outside the mask, the gray version, or the averages of
+    blocks. An output depends only on its image and seed, not on the batch size.
     """
 
 
-EDITED_STEPS = f"the snapshot's own; {CM_EDIT_STEPS} for a consistency model of one"
+EDITED_STEPS = f"the snapshot's own; {CM_EDIT_STEPS} for a consistency model with one step"
 
 
 class Box(click.ParamType):
-    """LEFT,TOP,RIGHT,BOTTOM in pixels, the last two not included."""
+    """LEFT,TOP,RIGHT,BOTTOM in pixels; right and bottom are exclusive."""
 
     name = 'box'
 
@@ -61,7 +61,7 @@ class Box(click.ParamType):
             return value
         box = cli.NumberList(cli.Integer(min=0, max=1 << 16)).convert(value, param, ctx)
         if len(box) != 4 or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
-            self.fail(f'{value!r} is not LEFT,TOP,RIGHT,BOTTOM, as in 0,4,8,8', param, ctx)
+            self.fail(f'{value!r} is not LEFT,TOP,RIGHT,BOTTOM, such as 0,4,8,8', param, ctx)
         return box
 
 
@@ -70,28 +70,28 @@ class Box(click.ParamType):
     '--mask',
     metavar='IMAGE',
     type=cli.PATH,
-    help='Image of the same size whose white pixels are made up.',
-    group='What is unknown',
+    help='Image of the same size that is white at unknown pixels.',
+    group='Unknown pixels',
 )
 @cli.option(
     '--box',
     metavar='LIST',
     type=Box(),
-    help='Box whose pixels are made up: left, top, right, bottom, as in 0,4,8,8.',
-    group='What is unknown',
+    help='Box of unknown pixels: left, top, right, bottom, such as 0,4,8,8.',
+    group='Unknown pixels',
 )
 @cli.option(
     '--random-share',
     metavar='FLOAT',
     type=cli.Number(min=0, max=1, min_open=True),
-    help='Share of the pixels that is made up, the same random ones in all images.',
-    group='What is unknown',
+    help='Fraction of unknown pixels, chosen at random, the same in all images.',
+    group='Unknown pixels',
 )
 @editing_options(EDITED_STEPS)
 def inpaint(job, mask, box, random_share):
-    """Make up the pixels under a mask; the others stay as they are, byte for byte."""
+    """Fill in unknown pixels; all others are preserved exactly."""
     if sum(given is not None for given in (mask, box, random_share)) != 1:
-        raise click.UsageError('what is unknown: give one of --mask, --box and --random-share')
+        raise click.UsageError('unknown pixels: give one of --mask, --box and --random-share')
     from sampling import edit_files, editing
 
     net, source = edit_files.load(job.network), open_input(job.path, job.indices)
@@ -104,13 +104,12 @@ def inpaint(job, mask, box, random_share):
 @main.command()
 @editing_options(EDITED_STEPS)
 def colorize(job):
-    """Make up the colors of gray images, or of color images that are turned gray first; their gray version
-    stays."""
+    """Colorize gray images, or color images turned to gray first; the gray version is preserved."""
     from sampling import edit_files, editing
 
     net = edit_files.load(job.network)
     if net.img_channels != 3:
-        raise UserError(f'{job.network} makes gray images; colors take a network of RGB images')
+        raise UserError(f'{job.network} makes gray images; colorizing requires a network of RGB images')
     source = open_input(job.path, job.indices)
     shapes = [[channels, net.img_resolution, net.img_resolution] for channels in (1, 3)]
     edit_files.check_shape(job.path, source.shape, shapes)
@@ -123,12 +122,11 @@ def colorize(job):
     metavar='INT',
     type=cli.Integer(min=2, max=1 << 16),
     required=True,
-    help='Factor of enlargement: side of the block that each pixel becomes.',
+    help='Upscaling factor: side of the block that each pixel becomes.',
 )
 @editing_options(EDITED_STEPS)
 def superres(job, factor):
-    """Make up the detail of small images, or of large ones that are averaged first; the average of every
-    block stays."""
+    """Upscale small images, or large ones that are downscaled first; the averages of blocks are preserved."""
     from sampling import edit_files, editing
 
     net = edit_files.load(job.network)
@@ -142,22 +140,21 @@ def superres(job, factor):
     edit_files.edit(job, net, source, editing.superresolution_task(factor, net.img_resolution))
 
 
-STARTED_STEPS = "the snapshot's own, as far as they are below --sigma"
-SIGMA_HELP = 'Standard deviation of the noise, for pixels in [-1, 1]: 127.5 times as many gray levels.'
+STARTED_STEPS = "as many as the snapshot's own levels below --sigma"
+SIGMA_HELP = 'Standard deviation of the noise for pixels in [-1, 1], that is 127.5 times as many gray levels.'
 
 
 @main.command()
 @cli.option('--sigma', metavar='FLOAT', type=cli.SIGMA, required=True, help=SIGMA_HELP)
 @editing_options(STARTED_STEPS)
 def stroke(job, sigma):
-    """Images from strokes of a brush, or from any other rough image: noise is added that drowns what is wrong
-    with them, then removed."""
+    """Turn brush strokes or other rough images into realistic ones by adding and removing noise."""
     start_at(job, sigma, add_noise=True)
 
 
 @main.command()
 @cli.option('--sigma', metavar='FLOAT', type=cli.SIGMA, required=True, help=SIGMA_HELP)
-@cli.option('--add-noise', is_flag=True, help='Add noise of level --sigma first, to images that have none.')
+@cli.option('--add-noise', is_flag=True, help='Add noise of level --sigma to the images first.')
 @editing_options(STARTED_STEPS)
 def denoise(job, sigma, add_noise):
     """Remove noise of a known level."""
@@ -165,7 +162,7 @@ def denoise(job, sigma, add_noise):
 
 
 def start_at(job: EditJob, sigma: float, add_noise: bool) -> None:
-    """Sample from images with noise."""
+    """Sample starting from images with noise of level `sigma`, which is added first if `add_noise`."""
     from sampling import edit_files, editing
 
     net, source = edit_files.load(job.network), open_input(job.path, job.indices)
@@ -184,7 +181,7 @@ def start_at(job: EditJob, sigma: float, add_noise: bool) -> None:
     metavar='LIST',
     type=cli.Seeds(repeats=True),
     required=True,
-    help='Two or more seeds, to interpolate from each to the next.',
+    help='Two or more seeds; interpolates from each to the next.',
 )
 @cli.option(
     '--count',
@@ -192,13 +189,12 @@ def start_at(job: EditJob, sigma: float, add_noise: bool) -> None:
     type=cli.LEVELS,
     default=8,
     show_default=True,
-    help='Images from one seed to the next, both ends included.',
+    help='Number of images from one seed to the next, both included.',
 )
-@cli.option('--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, help='Images per batch.')
+@cli.option('--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, help='Batch size.')
 @sampling_options()
 def interpolate(network, outdir, seeds, count, batch, sampling):
-    """Images between those of two seeds: latents between theirs, all else that is random as the first
-    one's."""
+    """Interpolate between the latents of successive seeds; other random numbers are those of the first."""
     import torch
 
     from sampling import edit_files, generation
@@ -206,19 +202,23 @@ def interpolate(network, outdir, seeds, count, batch, sampling):
     from training.networks import encoders
 
     if len(seeds) < 2:
-        raise click.UsageError('--seeds: two or more, such as 3,7')
+        raise click.UsageError('--seeds: give two or more, such as 3,7')
     if any(a == b for a, b in itertools.pairwise(seeds)):
         raise click.UsageError('--seeds: there is nothing between a seed and itself.')
     net = load_network(network, 'cuda' if torch.cuda.is_available() else 'cpu')
     encoder = encoders.encoder_of(net, next(net.parameters()).device)
     arguments = sampling_arguments(net, network, **sampling)
     edit_files.make_folder(outdir)
-    parts = torch.linspace(0, 1, count, dtype=torch.float64).split(batch)
+
+    # A row of images per pair of successive seeds, in batches.
+    batches = torch.linspace(0, 1, count, dtype=torch.float64).split(batch)
     made = [
         generation.checked_images(encoder, edit_files.between(net, *ends, share, **arguments))
         for ends in itertools.pairwise(seeds)
-        for share in parts
+        for share in batches
     ]
+
+    # Write finite images and the grid.
     images, finite = (torch.cat(tensors) for tensors in zip(*made))
     bad = edit_files.save_finite(images, finite, [f'{i:06d}' for i in range(len(images))], outdir)
     edit_files.refuse_nonfinite(bad, len(images), outdir)

@@ -1,5 +1,4 @@
-"""Metrics of generated images: Fréchet inception distance (Heusel et al. 2017) and others that papers
-report."""
+"""Metrics of generated images: Fréchet inception distance (Heusel et al. 2017) and others in common use."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ NETWORK = 'Images of a network'
 
 
 class SeedSet(cli.Seeds):
-    """Seeds, with the text that names them."""
+    """Seeds, together with the text that was given."""
 
     def convert(self, value, param, ctx):
         return value if isinstance(value, tuple) else (value, super().convert(value, param, ctx))
@@ -50,7 +49,7 @@ def main():
       python fid.py calc --images=samples --ref=fid-refs/imagenet-64x64.npz
       torchrun --standalone --nproc_per_node=4 fid.py calc --images=samples --ref=fid-refs/imagenet-64x64.npz
     \b
-    Three times for a network, as EDM reports it, without writing images:
+    Three distances of a network, as EDM reports them, without writing images:
       python fid.py calc --network=network-snapshot-157698.pkl --ref=fid-refs/imagenet-64x64.npz \\
           --seeds=0-49999 --seeds=50000-99999 --seeds=100000-149999
     \b
@@ -58,7 +57,7 @@ def main():
       python fid.py ref --data=datasets/imagenet-64x64.zip --dest=fid-refs/imagenet-64x64.npz
 
     `calc` prints the bare number to stdout, and everything else to stderr.
-    Under torchrun, put `--` before fid.py if you pass --num: recent versions have an option of that name.
+    Under torchrun, put `--` before fid.py if you pass --num: recent versions of torchrun have such an option too.
     """
 
 
@@ -139,7 +138,7 @@ def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, se
     check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_sets, sampling)
     check_detector_options(measures, options)
     with _processes() as is_main:
-        # Whatever may be missing or wrong is found before the first batch.
+        # Everything that may be missing or wrong is found before the first batch.
         make_folder(json_path)
         references = read_references(ref, measures)
         sources = (
@@ -154,14 +153,14 @@ def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, se
             check_enough_to_extrapolate(min(map(len, sources)), detectors[measures['fid_inf'].entry].dim)
         references = complete_references(references, ref, measures, detectors, sources, options)
 
-        # Features, on all processes: all sets before the main process compares, so that none waits for it.
+        # Compute features on all processes; of all sets before any comparison, which only the main process makes.
         results = {name: [] for name in measures}
         keep = any(m.features or (bootstrap and m.frechet) for m in measures.values())
         classes = {m.entry for m in measures.values() if m.classes}
-        views = [features_of(source, detectors, options, keep, classes) for source in sources]
+        features = [features_of(source, detectors, options, keep, classes) for source in sources]
 
-        # Metrics, on the main process.
-        for source, seen in zip(sources, views) if is_main else ():
+        # Compute metrics on the main process.
+        for source, seen in zip(sources, features) if is_main else ():
             warn_about(source, next(iter(seen.values())), measures, detectors)
             for entry, detector in detectors.items():
                 comparison = Comparison(
@@ -179,6 +178,8 @@ def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, se
                         )
                         results[name].append(measure.compute(comparison) | facts)
                         log(sentence(results[name][-1]))
+
+        # Write the results of all metrics; print that of the first.
         if is_main:
             summaries = {name: summary(found) for name, found in results.items()}
             write_json(json_path, summaries)
@@ -277,14 +278,14 @@ def check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_s
 
 
 def images_of_paths(paths, num: int, options) -> list:
-    """An image source per path."""
+    """An image source for each path."""
     from metrics.images import open_images
 
     return [open_images(path, num, options.seed, options.skip_bad) for path in paths]
 
 
 def images_of_network(network: str, seed_sets, sampling: dict, batch: int) -> list:
-    """An image source per set of seeds."""
+    """An image source for each set of seeds."""
     from metrics.generated import GeneratedImages
     from torch_utils import distributed
     from training.checkpoint import load_network, network_digest
@@ -292,7 +293,8 @@ def images_of_network(network: str, seed_sets, sampling: dict, batch: int) -> li
     with distributed.main_process_first():
         net = load_network(network, distributed.get_device())
     arguments = sampling_arguments(net, network, **sampling)
-    # What determines the images, for the cache: a labels file by its contents, because it may change.
+
+    # The cache is keyed by what determines the images; a labels file by its contents, which may change.
     settings = {name: value for name, value in sampling.items() if name != 'labels'}
     identity = f'{network_digest(net, net.metadata)} {json.dumps(settings, sort_keys=True)}'
     identity += f' labels {arguments["choose_labels"].digest()}' if sampling['labels'] else ''
@@ -312,7 +314,7 @@ def images_of_network(network: str, seed_sets, sampling: dict, batch: int) -> li
 
 
 def facts_about(title: str, source, seen, detector, ref=None, reference=None) -> dict:
-    """Provenance of a value, for the JSON file; `reference` if it was compared with one."""
+    """Provenance of a value, for the JSON file; `ref` and `reference` for a metric that compares."""
     facts = dict(
         name=title,
         images=source.name,
@@ -341,18 +343,19 @@ def sentence(found: dict) -> str:
     of = f' ({count} images)' if count else ''
     images = how_many(found['num_images'], found['total_images'], found['skipped'])
     return (
-        f'{found["name"]} {found["value"]:.6g}{"".join(f", {part}" for part in noise)}: {images} of '
+        f'{found["name"]} {found["value"]:.6g}{"".join(f", {item}" for item in noise)}: {images} of '
         f'{found["images"]}, detector {found["detector"]}{against}{of}'
     )
 
 
 def summary(found: list[dict]) -> dict:
-    """The result of a metric: that of a single set, or mean, minimum and each of several."""
+    """The result of a metric: of a single set, or else the mean, the minimum and the results of all sets."""
     if len(found) == 1:
         return found[0]
     values = [result['value'] for result in found]
     mean, minimum = sum(values) / len(values), min(values)
-    # Only for FID: of a score, the minimum is the worst.
+
+    # Papers report the minimum of FID only; the minimum of a score is its worst value.
     custom = ' (EDM reports the minimum of three)' if found[0]['name'] == 'FID' else ''
     log(f'{found[0]["name"]} of {len(values)} sets: mean {mean:.6g}, minimum {minimum:.6g}{custom}')
     return dict(value=mean, mean=mean, minimum=minimum, sets=found)
@@ -360,7 +363,7 @@ def summary(found: list[dict]) -> dict:
 
 @contextlib.contextmanager
 def _processes():
-    """Join the other processes, if any; yields whether this is the main process."""
+    """Initialize and shut down torch.distributed; yields whether this is the main process."""
     from torch_utils import distributed
 
     distributed.init()

@@ -1,4 +1,4 @@
-"""Images, or latents, from a snapshot, one for each seed."""
+"""Generate images or latents from a snapshot, one per seed."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def check_destination(
 ) -> None:
     """Raises: click.UsageError."""
     if (outdir is None) == (dest is None):
-        raise click.UsageError('Name a folder with --outdir, or one file with --dest.')
+        raise click.UsageError('Give either a folder with --outdir, or one file with --dest.')
     if dest is not None and not dest.endswith(('.npz', '.zip')):
-        raise click.UsageError(f'--dest={dest} is neither a .npz nor a .zip file; folders go to --outdir.')
+        raise click.UsageError(f'--dest={dest} is neither a .npz nor a .zip file; --outdir takes a folder.')
     if dest is not None and (subdirs or as_latents or strict):
         option = '--subdirs' if subdirs else '--latents' if as_latents else '--strict-outdir'
         raise click.UsageError(f'{option} goes with --outdir.')
@@ -33,14 +33,14 @@ def check_destination(
 @click.command(cls=cli.Command)
 @cli.option('--network', metavar='PKL|URL', type=cli.PATH, required=True, help='Snapshot to sample from.')
 @cli.option(
-    '--outdir', metavar='DIR', type=cli.PATH, help='Folder for the images, named %06d.png after their seeds.'
+    '--outdir', metavar='DIR', type=cli.PATH, help='Output folder for images named by seed, %06d.png.'
 )
 @cli.option(
     '--dest',
     metavar='FILE',
     type=cli.PATH,
-    help='File for all images instead of --outdir: .npz, an array uint8 [N, H, W, C] and the labels, or '
-    '.zip, a data set.',
+    help='Output file instead of --outdir: .npz for an array uint8 [N, H, W, C] and labels, or .zip for a data '
+    'set.',
 )
 @cli.option(
     '--seeds',
@@ -48,37 +48,31 @@ def check_destination(
     type=cli.Seeds(),
     default='0-63',
     show_default=True,
-    help='Seeds of the images, as in 1,2,5-10; each once, below 2^32.',
+    help='Seeds of the images, such as 1,2,5-10; all different, below 2^32.',
 )
-@cli.option('--subdirs', is_flag=True, help='Make a subfolder for every 1000 seeds.')
+@cli.option('--subdirs', is_flag=True, help='Write a subfolder per 1000 seeds.')
 @cli.option(
-    '--strict-outdir', is_flag=True, help='Refuse a folder that holds other images than these seeds write.'
+    '--strict-outdir', is_flag=True, help='Fail if the folder holds images that these seeds do not overwrite.'
 )
 @cli.option(
     '--latents',
     'as_latents',
     is_flag=True,
-    help='Write the outputs of the network undecoded: float32 [C, H, W], %06d.npy.',
+    help='Write the outputs of the network without decoding them: float32 [C, H, W], %06d.npy.',
 )
 @cli.option(
     '--allow-nonfinite',
     is_flag=True,
-    help='Write images with NaN or infinite values too, with a warning that names their seeds; without '
-    'this they are an error.',
+    help='Also write images with NaN or infinite values, and warn of their seeds, instead of failing.',
 )
 @cli.option(
-    '--batch',
-    metavar='INT',
-    type=cli.BATCH,
-    default=64,
-    show_default=True,
-    help='Images per batch and process.',
+    '--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, help='Batch size per process.'
 )
 @cli.option(
     '--workers',
     metavar='INT',
     type=cli.WORKERS,
-    help='Processes that encode and write, per process that generates; 0: it does so itself.  '
+    help='Processes that encode and write, per generating process; 0 for none besides that.  '
     '[default: half of the CPUs but one, at most 4]',
 )
 @sampling_options()
@@ -86,7 +80,7 @@ def check_destination(
     '--precision',
     type=click.Choice(['fp32', 'fp16', 'bf16']),
     group=SPEED,
-    help="Arithmetic inside the network; fp16 on GPUs only.  [default: the snapshot's own]",
+    help="Arithmetic inside the network; fp16 requires a GPU.  [default: the snapshot's own]",
 )
 @cli.option(
     '--compile',
@@ -97,8 +91,8 @@ def check_destination(
     default=False,
     show_default=True,
     group=SPEED,
-    help='Compile the network (torch.compile), on GPUs into CUDA graphs: minutes at the start, faster '
-    'batches.',
+    help='Compile the network with torch.compile, on GPUs with CUDA graphs. The first batch takes minutes, others '
+    'less time.',
 )
 @cli.option(
     '--channels_last',
@@ -108,7 +102,7 @@ def check_destination(
     default=False,
     show_default=True,
     group=SPEED,
-    help='Keep the channels of images together in memory inside the network.',
+    help='Use the channels-last memory format inside the network.',
 )
 def main(
     network,
@@ -126,7 +120,7 @@ def main(
     compiled,
     channels_last,
 ):
-    """Generate images from a snapshot: a student by its own grid, a teacher by solving the probability-flow
+    """Generate images from a snapshot. A student samples on its own grid; a teacher solves the probability-flow
     ODE.
 
     \b
@@ -137,7 +131,7 @@ def main(
     A teacher by Heun's method with 256 steps, 511 network evaluations:
       python generate.py --network=edm-imagenet-64x64-cond-adm.pkl --outdir=out --steps=256
 
-    An image depends on its seed alone, not on the batch or on the number of processes.
+    An image depends only on its seed, not on the batch size or the number of processes.
     """
     from sampling import writers
 
@@ -148,26 +142,30 @@ def main(
         writers.FileDestination(dest) if dest else writers.FolderDestination(outdir, subdirs, as_latents)
     )
     workers = writers.default_workers() if workers is None else workers
-    with writers.WriterPool(workers) as pool:  # they start while torch is imported
+    with writers.WriterPool(workers) as pool:  # its processes start while torch is imported
         from sampling import generation
         from torch_utils import distributed
         from training import execution, samplers
         from training.checkpoint import load_network
         from training.networks import encoders
 
+        # Everything that may be missing or wrong is found before the first batch.
         distributed.init()
         if outdir:
             check_outdir(destination, seeds, strict_outdir)
         with distributed.main_process_first():
             net = load_network(network, distributed.get_device())
-            if not as_latents:  # a VAE that is missing is better missed now
+            if not as_latents:  # loads the VAE
                 encoders.encoder_of(net, distributed.get_device())
         arguments = sampling_arguments(net, network, **sampling)
         generation.validate_arguments(net, **arguments)
+
+        # How to run the network.
         if precision:
             execution.in_precision(net, precision)
         execution.run_with(net, channels_last=channels_last, compiled=compiled, cuda_graphs=True)
 
+        # Generate.
         nfe = samplers.evaluations(arguments['solver'], arguments['steps'])
         what = f'{len(seeds)} {"latents" if as_latents else "images"}'
         distributed.print0(
@@ -189,9 +187,9 @@ def main(
 
 
 def check_outdir(destination, seeds: list[int], strict: bool) -> None:
-    """Name the images in a folder that these seeds will not write over: fid.py would measure them too.
+    """Warn of images in the folder that these seeds do not overwrite: fid.py would measure them too.
 
-    Raises: where `strict`, UserError on the main process and SystemExit on the others.
+    Raises: if `strict`, UserError on the main process and SystemExit on the others.
     """
     from torch_utils import distributed
 
@@ -204,7 +202,7 @@ def check_outdir(destination, seeds: list[int], strict: bool) -> None:
     )
     found = (
         f'--outdir={destination.path} holds other images than these seeds will write: {found}. '
-        'fid.py and others take all images of a folder.'
+        'fid.py and others read all images of a folder.'
     )
     if strict:
         distributed.fail_together(
@@ -227,10 +225,10 @@ def generate_all(
 ) -> None:
     """Generate every image and write it to its destination.
 
-    While the network computes a batch, the one before is copied from the device, encoded and written.
+    While the network computes a batch, the previous one is copied from the device, encoded and written.
 
     Args:
-        fill: pad a smaller last batch to the size of the others, for a network that is compiled for a size.
+        fill: pad a smaller last batch to the full size, for a network that is compiled for that size.
         allow_nonfinite: see `report_nonfinite`.
     """
     import tqdm
@@ -247,25 +245,29 @@ def generate_all(
             destination.begin()
         destination.parts = distributed.broadcast_object(destination.parts)
 
-        # Batches of this process, one computed ahead of the one that is written.
+        # Start each batch of this process before the previous one is written.
         batches = list(generation.split_batches(places, batch, rank, world_size))
-        seeds_of = lambda part: [seeds[i] for i in part]
+        seeds_of = lambda subset: [seeds[i] for i in subset]
         size = batch if fill else 0
-        begun = ((part, begin_batch(net, seeds_of(part), as_latents, arguments, size)) for part in batches)
-        quiet = None if rank == 0 else True
+        begun = (
+            (subset, begin_batch(net, seeds_of(subset), as_latents, arguments, size)) for subset in batches
+        )
+        quiet = None if rank == 0 else True  # tqdm's None shows a bar only on a terminal
         with tqdm.tqdm(total=len(seeds), unit='img', disable=quiet, dynamic_ncols=True) as bar:
-            for part, copy in one_ahead(begun):
-                (values, finite), part_seeds = copy.numpy(), seeds_of(part)
-                nonfinite = list(itertools.compress(part_seeds, ~finite))
+            for subset, copy in one_ahead(begun):
+                (values, finite), batch_seeds = copy.numpy(), seeds_of(subset)
+
+                # Leave out non-finite images, and remove those that an earlier run wrote for the same seeds.
+                nonfinite = list(itertools.compress(batch_seeds, ~finite))
                 bad += nonfinite
                 if nonfinite and not allow_nonfinite:
                     removed += destination.leave_out(nonfinite)
-                    values, part_seeds = values[finite], list(itertools.compress(part_seeds, finite))
-                destination.add(pool, values, part_seeds, part.start)
-                bar.update(min(len(part) * world_size, len(seeds) - bar.n))
+                    values, batch_seeds = values[finite], list(itertools.compress(batch_seeds, finite))
+                destination.add(pool, values, batch_seeds, subset.start)
+                bar.update(min(len(subset) * world_size, len(seeds) - bar.n))
             pool.finish()
 
-        # All processes together: is there anything that is not finite, and which labels were drawn.
+        # Gather from all processes which seeds are not finite, and the labels that were drawn.
         what = 'latents' if as_latents else 'images'
         report_nonfinite(bad, removed, len(seeds), destination, what, allow_nonfinite)
         shares = distributed.gather_on_main((batches, labels.tolist()))
@@ -278,7 +280,7 @@ def generate_all(
 
 
 def one_ahead(items: Iterable) -> Iterator:
-    """The items, each given out once the next has been made."""
+    """The items, each yielded after the next one has been made."""
     before = None
     for item in items:
         if before is not None:
@@ -289,13 +291,13 @@ def one_ahead(items: Iterable) -> Iterator:
 
 
 def report_nonfinite(bad: list[int], removed: int, count: int, destination, what: str, allow: bool) -> None:
-    """Name the seeds, of all processes, whose images are not finite.
+    """Report the seeds, of all processes, whose images are not finite.
 
     Args:
-        bad: this process's seeds of such images.
-        removed: number of files of theirs, of an earlier run, that this process removed.
-        count: of the images to generate.
-        allow: whether images that are not finite were written all the same.
+        bad: seeds of such images in this process.
+        removed: number of their files from an earlier run that this process removed.
+        count: number of all images.
+        allow: whether these images were written nevertheless.
     Raises: unless `allow`, UserError on the main process and SystemExit on the others.
     """
     from sampling import generation
@@ -309,20 +311,20 @@ def report_nonfinite(bad: list[int], removed: int, count: int, destination, what
     if not allow:
         distributed.fail_together(
             f'{found}. {destination.without(len(bad), removed)} Try --precision=fp32 or other sampling '
-            f'options; if the {what} stay so, the network is broken for them. --allow-nonfinite writes them '
-            'all the same.'
+            f'options; if that does not help, the network is broken for these {what}. --allow-nonfinite writes '
+            'them nevertheless.'
         )
     if distributed.is_main():
-        click.echo(f'Warning: {found}. Written all the same (--allow-nonfinite).', err=True)
+        click.echo(f'Warning: {found}. Written nevertheless (--allow-nonfinite).', err=True)
 
 
 def begin_batch(net, seeds: list[int], as_latents: bool, arguments: dict, at_least: int = 0):
-    """Begin to compute a batch, and its copy to the host.
+    """Start to compute a batch and to copy it to the host.
 
     Args:
-        at_least: size of the batch that the network is evaluated on; the last seed is repeated.
-    Returns: a `HostCopy` of uint8 [N, H, W, C], or of latents float32 [N, C, H, W]; and of [N] whether each
-        is finite.
+        at_least: pad the batch to this size by repeating the last seed; the result is cut to the seeds.
+    Returns: a `HostCopy` of uint8 [N, H, W, C], or of latents float32 [N, C, H, W], and of [N] bool, which of them
+        are finite.
     """
     from sampling import generation
 
@@ -336,11 +338,11 @@ def begin_batch(net, seeds: list[int], as_latents: bool, arguments: dict, at_lea
 
 
 def in_order(shares: list[tuple[list[range], list]]) -> list:
-    """The labels at places 0, 1, ... from each process's batches of places and labels."""
-    by_place = {
-        place: label for parts, labels in shares for place, label in zip(itertools.chain(*parts), labels)
+    """All labels in the order of the seeds, from (batches of indices, labels) of each process."""
+    by_index = {
+        index: label for batches, labels in shares for index, label in zip(itertools.chain(*batches), labels)
     }
-    return [by_place[place] for place in sorted(by_place)]
+    return [by_index[index] for index in sorted(by_index)]
 
 
 if __name__ == '__main__':

@@ -33,6 +33,7 @@ def main(ctx, **_):
           --data=datasets/imagenet-64x64.zip --cond=1 --consistency=True \\
           --teacher=edm-imagenet-64x64-cond-adm.pkl --S=8 --batch-gpu=64 --fp16=True
     """
+    # Options that contradict each other are reported before torch is imported.
     o = command_line.choose(options.given_in(ctx))
 
     from torch_utils import distributed
@@ -45,6 +46,8 @@ def main(ctx, **_):
         from training import restart
 
         o = restart.go_on(o)
+
+    # One run, or the stages of progressive distillation until one is preempted.
     finished = True
     with contextlib.ExitStack() as held:
         for run in runs(o, held):
@@ -58,8 +61,12 @@ def main(ctx, **_):
 
 
 def runs(o: Options, held: contextlib.ExitStack) -> Iterator[Options]:
-    """The options of what is to be trained, one run after the other: one, but for the stages of progressive distillation, whose folder
-    is locked until `held` is closed."""
+    """The options of each run, in order: a single one, or the stages of progressive distillation.
+
+    Args:
+        held: holds the lock of the folder of all stages.
+    Raises: UserError if stages exist and --resume is not given, or the other way round.
+    """
     if o.run.objective != 'pd':
         yield o
         return
@@ -69,7 +76,7 @@ def runs(o: Options, held: contextlib.ExitStack) -> Iterator[Options]:
     o = o.but(batch=o.run.batch or OBJECTIVES['pd'].defaults['batch'])
     run = o.run
 
-    # The folder of the stages' folders.
+    # The folder that contains those of the stages.
     if run.resume:
         run_dir = stages.run_folder(run.resume)
     else:
@@ -82,14 +89,16 @@ def runs(o: Options, held: contextlib.ExitStack) -> Iterator[Options]:
     begun = stages.stage_folders(run_dir)
     if begun and not run.resume:
         raise UserError(
-            f'--outdir={run.outdir} holds the stages of an earlier run: go on with them by --resume={run.outdir}, or choose another '
-            'folder.'
+            f'--outdir={run.outdir} holds the stages of an earlier run: resume it by --resume={run.outdir}, or choose '
+            'another folder.'
         )
     if run.resume and not begun:
         raise UserError(
-            f'--resume={run.resume} holds no stages of a progressive distillation: give its run folder, or start anew without --resume.'
+            f'--resume={run.resume} holds no stages of a progressive distillation: give its run folder, or start a new '
+            'run without --resume.'
         )
 
+    # All stages have one seed, which a resumed run takes from its first stage.
     if run.seed is None:
         o = o.but(seed=stages.recorded_options(begun[0])['seed'] if begun else configuration.random_seed())
     if not run.dry_run:
@@ -101,16 +110,21 @@ def runs(o: Options, held: contextlib.ExitStack) -> Iterator[Options]:
 
 
 def train(o: Options, held: contextlib.ExitStack) -> bool:
-    """Train one network, or say what would be trained; whether it is finished. Its folder is locked until `held` is closed."""
+    """Train one network, or print its configuration for --dry-run.
+
+    Args:
+        held: holds the lock of the run's folder.
+    Returns: whether training is complete; False if it was preempted.
+    """
     from torch_utils import distributed
     from training import configuration, restart, run_folder, run_lock, same_run, starting_point
     from training.run_log import check_available
 
-    # What the run starts from: a training state, data, a teacher.
-    if (
-        o.run.resume and not o.run.dry_run
-    ):  # before the choice of a state: another run may be about to write one
+    # Lock the folder before a state is chosen: another process may be about to write one.
+    if o.run.resume and not o.run.dry_run:
         held.enter_context(run_lock.locked(run_lock.folder_of(o.run.resume), o.run.take_lock))
+
+    # What the run starts from: a training state, data, a teacher.
     state, earlier = None, None
     if o.run.resume:
         path, state = same_run.load_earlier(o.run.resume)
@@ -142,7 +156,7 @@ def train(o: Options, held: contextlib.ExitStack) -> bool:
         distributed.print0(json.dumps(c, indent=2))
         return True
 
-    # The folder, after everything that may be missing or wrong.
+    # Create the folder only after everything that may be missing or wrong was checked.
     if c.validation:
         from metrics.validator import check_files
 
@@ -151,7 +165,7 @@ def train(o: Options, held: contextlib.ExitStack) -> bool:
         c.run_dir = distributed.from_main(lambda: run_folder.make_run_dir(o, dataset.name))
         held.enter_context(run_lock.locked(c.run_dir, o.run.take_lock))
         distributed.from_main(lambda: run_folder.record_options(o, c))
-    if o.run.objective != 'pd':  # of which the stages' common folder has it
+    if o.run.objective != 'pd':  # `runs` does so in the folder of all stages
         restart.remember(c.run_dir, o.run.seed, o.run.resume)
 
     from training.training_loop import training_loop

@@ -1,4 +1,4 @@
-"""Fréchet distances of saved snapshots, in the format that training writes."""
+"""Evaluate saved snapshots, in the format that training writes."""
 
 from __future__ import annotations
 
@@ -67,8 +67,10 @@ from sampling.options import GENERAL
 )
 @GENERAL['labels']
 def main(networks, ref, outdir, detector, **options):
-    """Evaluate saved snapshots and append lines to metrics-val.jsonl as training does. Also under
-    torchrun."""
+    """Evaluate saved snapshots and append lines to metrics-val.jsonl as training does.
+
+    Under torchrun, processes share the work.
+    """
     from data.label_space import space_of
     from torch_utils import distributed
     from training.checkpoint import load_network
@@ -90,7 +92,7 @@ def main(networks, ref, outdir, detector, **options):
     except OSError as error:
         raise UserError(f'--outdir={outdir} cannot be written to: {error.strerror}') from error
 
-    # One validator serves all snapshots; one that is not finite does not keep the others from evaluation.
+    # One validator serves all snapshots. Those with non-finite images are reported after all are evaluated.
     device, validator, problems = distributed.get_device(), None, []
     for network in networks:
         with distributed.main_process_first():
