@@ -143,8 +143,8 @@ class OptionsFor(click.ParamType):
     type=OptionsFor(),
     multiple=True,
     group=TRAINING,
-    help="Additional train.py options for an objective or its S-step student, such as 'direct:--top-mass=1' or "
-    "'direct-8:--substeps=2'.",
+    help="Additional train.py options for an objective or its S-step student, such as 'direct:--top-mass=1' "
+    "or 'direct-8:--substeps=2'.",
 )
 @cli.option(
     '--steps',

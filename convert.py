@@ -62,8 +62,9 @@ class ConvertOrInfo(cli.Command):
     '--timesteps',
     type=cli.LEVELS,
     metavar='INT',
-    help='Number of noise levels of a consistency model, among which diffusers indexes the time points of multistep '
-    "sampling: 40 for cd_*.pt, 201 for ct_imagenet64.pt, 151 for the other ct_*.pt.  [default: the snapshot's; 40]",
+    help='Number of noise levels of a consistency model, among which diffusers indexes the time points of '
+    'multistep sampling: 40 for cd_*.pt, 201 for ct_imagenet64.pt, 151 for the other ct_*.pt.  [default: '
+    "the snapshot's; 40]",
 )
 @cli.option(
     '--kind',
@@ -234,8 +235,8 @@ def write(dest: str, net, writer: str) -> None:
 
 
 def recognize(source: str) -> str:
-    """Format of a file by its contents: one of READERS or 'training state'; 'snapshot' if unknown, because the
-    reader of snapshots describes what it is instead.
+    """Format of a file by its contents: one of READERS or 'training state'; 'snapshot' if unknown, because
+    the reader of snapshots describes what it is instead.
     """
     import dnnlib
     from dnnlib.file_kind import describe_file
@@ -245,8 +246,8 @@ def recognize(source: str) -> str:
     if os.path.isdir(source):
         raise UserError(f'{source} cannot be read: it {why_no_snapshot(source)}')
 
-    # A PyTorch file is a training state if a checksum follows it; its entries would be known only after the many
-    # names of a large network.
+    # A PyTorch file is a training state if a checksum follows it; its entries would be known only after the
+    # many names of a large network.
     with dnnlib.open_url(source) as file:
         _, checksum = find_seal(file)
         kind = describe_file(file.name) or ''

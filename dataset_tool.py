@@ -208,10 +208,10 @@ class Background(click.ParamType):
     '--transform',
     type=click.Choice(list(TRANSFORMS)),
     group='Output',
-    help='How to make images square. center-crop: the largest centered square. center-crop-wide: as EDM does '
-    'for LSUN, the middle rows, padded with black bars to WxW; skips images smaller than WxH. '
-    'center-crop-letterbox: a W:H crop, padded the same way. center-crop-dhariwal: as ADM does for ImageNet.  '
-    '[default: stretch]',
+    help='How to make images square. center-crop: the largest centered square. center-crop-wide: as EDM '
+    'does for LSUN, the middle rows, padded with black bars to WxW; skips images smaller than WxH. '
+    'center-crop-letterbox: a W:H crop, padded the same way. center-crop-dhariwal: as ADM does for '
+    'ImageNet.  [default: stretch]',
 )
 @option(
     '--encode-vae',

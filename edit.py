@@ -1,4 +1,5 @@
-"""Zero-shot editing: a student or consistency model completes a partly known image, without training for it."""
+"""Zero-shot editing: a student or consistency model completes a partly known image, without training for
+it."""
 
 from __future__ import annotations
 
@@ -43,8 +44,8 @@ def main():
       python edit.py colorize --network=consistency-256.pkl --input=old.png --outdir=color
       python edit.py superres --factor=4 --network=consistency-256.pkl --input=small.png --outdir=large
 
-    The known part of an image is preserved exactly: pixels outside the mask, the gray version, or the averages of
-    blocks. An output depends only on its image and seed, not on the batch size.
+    The known part of an image is preserved exactly: pixels outside the mask, the gray version, or the
+    averages of blocks. An output depends only on its image and seed, not on the batch size.
     """
 
 

@@ -57,7 +57,8 @@ def main():
       python fid.py ref --data=datasets/imagenet-64x64.zip --dest=fid-refs/imagenet-64x64.npz
 
     `calc` prints the bare number to stdout, and everything else to stderr.
-    Under torchrun, put `--` before fid.py if you pass --num: recent versions of torchrun have such an option too.
+    Under torchrun, put `--` before fid.py if you pass --num: recent versions of torchrun have such an option
+    too.
     """
 
 
@@ -153,7 +154,8 @@ def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, se
             check_enough_to_extrapolate(min(map(len, sources)), detectors[measures['fid_inf'].entry].dim)
         references = complete_references(references, ref, measures, detectors, sources, options)
 
-        # Compute features on all processes; of all sets before any comparison, which only the main process makes.
+        # Compute features on all processes; of all sets before any comparison, which only the main process
+        # makes.
         results = {name: [] for name in measures}
         keep = any(m.features or (bootstrap and m.frechet) for m in measures.values())
         classes = {m.entry for m in measures.values() if m.classes}

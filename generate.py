@@ -39,8 +39,8 @@ def check_destination(
     '--dest',
     metavar='FILE',
     type=cli.PATH,
-    help='Output file instead of --outdir: .npz for an array uint8 [N, H, W, C] and labels, or .zip for a data '
-    'set.',
+    help='Output file instead of --outdir: .npz for an array uint8 [N, H, W, C] and labels, or .zip for a '
+    'data set.',
 )
 @cli.option(
     '--seeds',
@@ -72,7 +72,7 @@ def check_destination(
     '--workers',
     metavar='INT',
     type=cli.WORKERS,
-    help='Processes that encode and write, per generating process; 0 for none besides that.  '
+    help='Processes that encode and write images, per generating process; with 0 it does so itself.  '
     '[default: half of the CPUs but one, at most 4]',
 )
 @sampling_options()
@@ -91,8 +91,8 @@ def check_destination(
     default=False,
     show_default=True,
     group=SPEED,
-    help='Compile the network with torch.compile, on GPUs with CUDA graphs. The first batch takes minutes, others '
-    'less time.',
+    help='Compile the network with torch.compile, on GPUs with CUDA graphs. The first batch takes minutes, '
+    'others less time.',
 )
 @cli.option(
     '--channels_last',
@@ -120,8 +120,8 @@ def main(
     compiled,
     channels_last,
 ):
-    """Generate images from a snapshot. A student samples on its own grid; a teacher solves the probability-flow
-    ODE.
+    """Generate images from a snapshot. A student samples on its own grid; a teacher solves the
+    probability-flow ODE.
 
     \b
     A student, 50,000 images on four GPUs:
@@ -311,8 +311,8 @@ def report_nonfinite(bad: list[int], removed: int, count: int, destination, what
     if not allow:
         distributed.fail_together(
             f'{found}. {destination.without(len(bad), removed)} Try --precision=fp32 or other sampling '
-            f'options; if that does not help, the network is broken for these {what}. --allow-nonfinite writes '
-            'them nevertheless.'
+            f'options; if that does not help, the network is broken for these {what}. --allow-nonfinite '
+            'writes them nevertheless.'
         )
     if distributed.is_main():
         click.echo(f'Warning: {found}. Written nevertheless (--allow-nonfinite).', err=True)
@@ -323,8 +323,8 @@ def begin_batch(net, seeds: list[int], as_latents: bool, arguments: dict, at_lea
 
     Args:
         at_least: pad the batch to this size by repeating the last seed; the result is cut to the seeds.
-    Returns: a `HostCopy` of uint8 [N, H, W, C], or of latents float32 [N, C, H, W], and of [N] bool, which of them
-        are finite.
+    Returns: a `HostCopy` of uint8 [N, H, W, C], or of latents float32 [N, C, H, W], and of [N] bool, which of
+        them are finite.
     """
     from sampling import generation
 

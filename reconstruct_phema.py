@@ -60,7 +60,7 @@ def width(text: str) -> float:
 
 
 def _between(items: list[str], dots: int) -> list[float]:
-    """The numbers that three dots at an index stand for. Raises: ValueError if their neighbors do not define them."""
+    """The numbers that three dots at an index stand for. Raises: ValueError if neighbors do not fit."""
     if dots < 2:
         raise ValueError('two numbers must come first')
     first, second, last = (width(items[dots + offset]) for offset in (-2, -1, 1))

@@ -1,4 +1,5 @@
-"""Search the time points of a consistency model's sampling steps by a metric of the images (Song et al. 2023)."""
+"""Search the time points of a consistency model's sampling steps by a metric of the images (Song et al.
+2023)."""
 
 from __future__ import annotations
 
@@ -79,7 +80,8 @@ class Metric(evaluation.Measures):
     metavar='FLOAT',
     type=cli.Number(min=1e-4, max=1),
     group=POINTS,
-    help=f'Relative distance between neighboring candidates, for --space=log.  [default: {DEFAULT_TOLERANCE}]',
+    help='Relative distance between neighboring candidates, for --space=log.  [default: '
+    f'{DEFAULT_TOLERANCE}]',
 )
 @cli.option(
     '--timesteps',
@@ -96,8 +98,8 @@ class Metric(evaluation.Measures):
     default=8,
     show_default=True,
     group=POINTS,
-    help='Number of evenly spaced candidates to evaluate before each search, which continues around the best of '
-    'them; 0 for a plain ternary search.',
+    help='Number of evenly spaced candidates to evaluate before each search, which continues around the '
+    'best of them; 0 for a plain ternary search.',
 )
 @cli.option(
     '--low',

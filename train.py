@@ -21,7 +21,8 @@ from training.objectives import OBJECTIVES
 @click.command(cls=TrainCommand)
 @click.pass_context
 def main(ctx, **_):
-    """Train a diffusion model (a teacher), or distill a teacher into a student that samples in --S evaluations.
+    """Train a diffusion model (a teacher), or distill a teacher into a student that samples in --S
+    evaluations.
 
     \b
     A class-conditional DDPM++ teacher on 8 GPUs:
@@ -89,13 +90,13 @@ def runs(o: Options, held: contextlib.ExitStack) -> Iterator[Options]:
     begun = stages.stage_folders(run_dir)
     if begun and not run.resume:
         raise UserError(
-            f'--outdir={run.outdir} holds the stages of an earlier run: resume it by --resume={run.outdir}, or choose '
-            'another folder.'
+            f'--outdir={run.outdir} holds the stages of an earlier run: resume it by --resume={run.outdir}, '
+            'or choose another folder.'
         )
     if run.resume and not begun:
         raise UserError(
-            f'--resume={run.resume} holds no stages of a progressive distillation: give its run folder, or start a new '
-            'run without --resume.'
+            f'--resume={run.resume} holds no stages of a progressive distillation: give its run folder, or '
+            'start a new run without --resume.'
         )
 
     # All stages have one seed, which a resumed run takes from its first stage.

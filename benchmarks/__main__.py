@@ -1,7 +1,7 @@
-"""Every benchmark, one after the other, each in a process of its own: writes benchmarks/RESULTS.md.
+"""Run all benchmarks, each in its own process, and write benchmarks/RESULTS.md.
 
-The page is made of blocks. Each is what a script prints, under the command that makes it alone; a comment before it says which benchmark it is of, so
-that some can be measured again and the others stay.
+The page consists of blocks: the output of a script under its command, after a comment with the benchmark's
+name, by which some can be measured again while the others stay.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ class Benchmark:
     """A script with its arguments.
 
     Attributes:
-        arguments, quick: command line; with --quick, these after them.
-        threads: for torch and BLAS; None: as many as there are.
+        arguments: its command line.
+        quick: further arguments under --quick.
+        threads: number of threads of torch and BLAS; None for the default.
     """
 
     script: str
@@ -67,28 +68,31 @@ BENCHMARKS = {
 
 INTRODUCTION = """# Measured
 
-Written by `make bench` (`python -m benchmarks`). Each block is the output of the command above it. Ratios within one run are what to compare: they
-are measured in turns, in the same minutes of the same machine. What the pages of [docs](../docs/performance.md) say of speed refers to this one.
+Written by `make bench` (`python -m benchmarks`). Each block is the output of the command above it. Compare ratios within a block: they are measured
+in turns, in the same minutes on the same machine. Speeds in [docs](../docs/performance.md) refer to this page.
 """
 
 
 def read_blocks(path: Path) -> dict[str, str]:
-    """The blocks of a page by their names; none of another kind of page, or where there is none."""
+    """The blocks of a page by name; empty if there is no page, or one without blocks."""
     text = path.read_text(encoding='utf-8') if path.exists() else ''
     parts = re.split(rf'^{MARK.format("([a-z0-9-]+)")}\n', text, flags=re.M)
     return {name: block.strip('\n') for name, block in zip(parts[1::2], parts[2::2])}
 
 
 def write_page(path: Path, blocks: dict[str, str]) -> None:
-    """The page, whole or not at all, in the order of BENCHMARKS."""
+    """Write the page atomically, with blocks in the order of BENCHMARKS."""
     import torch
 
+    # Name the device, and what is missing.
     missing = [name for name in BENCHMARKS if name not in blocks]
     notes = [f'    {machine()}']
     if not torch.cuda.is_available():
-        notes.append(f'GPU: {NOT_MEASURED}. None could be had.')
+        notes.append(f'GPU: {NOT_MEASURED}, for want of one.')
     if missing:
         notes.append(f'{NOT_MEASURED.capitalize()}: `python -m benchmarks --only={",".join(missing)}`.')
+
+    # Each block follows a comment with its name.
     sections = [f'{MARK.format(name)}\n{blocks[name]}' for name in BENCHMARKS if name in blocks]
     try:
         with atomic_write(path) as file:
@@ -100,7 +104,7 @@ def write_page(path: Path, blocks: dict[str, str]) -> None:
 
 
 def measure(benchmark: Benchmark, quick: bool) -> str | None:
-    """What the script prints; None where it fails, which its own last lines explain."""
+    """The output of a script; None if it fails, in which case its own error message was printed."""
     command = [
         sys.executable,
         f'benchmarks/{benchmark.script}',
@@ -120,10 +124,12 @@ def measure(benchmark: Benchmark, quick: bool) -> str | None:
     'names',
     metavar='LIST',
     type=NamesOf(BENCHMARKS),
-    help=f'Of {", ".join(BENCHMARKS)}.  [default: all]',
+    help=f'Benchmarks to run, of {", ".join(BENCHMARKS)}.  [default: all]',
 )
 @cli.option(
-    '--quick', is_flag=True, help='Small sizes, to see that everything works; the figures mean nothing.'
+    '--quick',
+    is_flag=True,
+    help='Use small sizes, to test that everything works; the numbers are meaningless.',
 )
 @cli.option(
     '--out',
@@ -131,18 +137,16 @@ def measure(benchmark: Benchmark, quick: bool) -> str | None:
     type=cli.PATH,
     default='benchmarks/RESULTS.md',
     show_default=True,
-    help='Page to write.',
+    help='Output file.',
 )
 def main(names, quick, out):
-    """Measure everything, and write the page of results, anew after every benchmark. Blocks that are not measured again stay as they are."""
+    """Run benchmarks and write the page of results, updated after each one. Other blocks stay."""
     path = Path(out)
     blocks, failed = read_blocks(path), []
     if names and path.exists() and not blocks:
-        raise UserError(
-            f'{out} has no blocks that could stay as they are: leave out --only, or choose another --out.'
-        )
+        raise UserError(f'{out} has no blocks to keep: leave out --only, or choose another --out.')
     if not path.parent.is_dir():
-        raise UserError(f'--out={out} cannot be written: {path.parent} is no folder.')
+        raise UserError(f'--out={out} cannot be written: {path.parent} is not a folder.')
     for name in names or BENCHMARKS:
         click.echo(f'{name}...', err=True)
         text = measure(BENCHMARKS[name], quick)

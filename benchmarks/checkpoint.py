@@ -1,8 +1,10 @@
-"""Time and memory of loading and saving a network with random weights, beside PyTorch's own `torch.load` and `torch.save` of its tensors.
+"""Time and memory of loading and saving a network with random weights, compared with `torch.load` and
+`torch.save` of its tensors.
 
-Every row is measured in processes of its own, one after the other in several rounds; figures are minima over rounds. `first` is the first call
-in a process, which has no memory to reuse yet, `again` the best of those after it. `peak` is resident memory above what it was before and,
-when loading, above the network itself. Files are in the page cache; `save_snapshot` waits until its file is on the disk, `torch.save` does not.
+Every row is measured in processes of its own, rows in turns over several rounds; numbers are minima over
+rounds. `first` is the first call in a process, which has no memory to reuse yet, `again` the best of the
+later ones. `peak` is resident memory above what it was before and, when loading, above the network itself.
+Files are in the page cache; `save_snapshot` waits until its file is on the disk, `torch.save` does not.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ SAVES = {'torch.save': 'torch', 'save_snapshot': 'ours'}
 
 
 def write_files(folder: Path, channels: int, resolution: int) -> tuple[int, int]:
-    """One network in three files: PyTorch's, ours, and as EDM writes it. Returns: (parameters, bytes of its tensors)."""
+    """Write a network by PyTorch, by us, and as EDM does. Returns: (parameters, bytes of tensors)."""
     torch.manual_seed(0)
     net = networks.EDMPrecond(
         resolution, 3, 1000, model_type='DhariwalUNet', model_channels=channels, channel_mult=[1, 2, 3, 4]
@@ -61,14 +63,15 @@ def resident(peak: bool) -> int:
 
 
 def forget_peak() -> int:
-    """Bytes of resident memory now, from which on a new peak counts (Linux)."""
+    """Reset the peak of resident memory; returns the bytes resident now (Linux)."""
     gc.collect()
     Path('/proc/self/clear_refs').write_text('5')
     return resident(peak=False)
 
 
 def measure(row: str, folder: Path, repeats: int) -> dict:
-    """Seconds of the first call and the best of the others, bytes of memory at the peak of the first; run in a process of its own."""
+    """Seconds of the first call and of the fastest later one, and peak memory of the first."""
+    # What to call.
     if row in LOADS:
         path = folder / FILES[LOADS[row]]
         call = (
@@ -83,6 +86,8 @@ def measure(row: str, folder: Path, repeats: int) -> dict:
             if SAVES[row] == 'torch'
             else (lambda: save_snapshot(path, net))
         )
+
+    # Memory counts in the first call, before any can be reused.
     before, seconds = forget_peak(), []
     for attempt in range(1 + repeats):
         start = time.perf_counter()
@@ -105,7 +110,7 @@ def measure_apart(row: str, folder: Path, repeats: int) -> dict:
     type=click.IntRange(min=4),
     default=192,
     show_default=True,
-    help='Width of the network, an ADM.',
+    help='Width of the network, an ADM U-Net.',
 )
 @cli.option(
     '--res',
@@ -115,20 +120,20 @@ def measure_apart(row: str, folder: Path, repeats: int) -> dict:
     show_default=True,
     help='Resolution of its images.',
 )
-@rounds_option('Processes for every row.')
+@rounds_option('Number of processes per row.')
 @cli.option(
     '--repeats',
     metavar='INT',
     type=click.IntRange(min=1),
     default=5,
     show_default=True,
-    help='Calls after the first in each of them.',
+    help='Number of calls after the first in each process.',
 )
 @cli.option(
     '--folder',
     metavar='DIR',
     type=cli.PATH,
-    help='Where to write the files, 3.6 GB by default.  [default: a temporary folder]',
+    help='Folder to write the files in, 3.6 GB by default.  [default: a temporary folder]',
 )
 @cli.option('--measure', 'row', metavar='ROW', hidden=True)
 @cli.option('--json', 'as_json', is_flag=True, help='Print one JSON object.')
@@ -153,6 +158,8 @@ def main(channels, res, rounds, repeats, folder, row, as_json):
     if as_json:
         click.echo(json.dumps(dict(device=machine(), parameters=parameters, bytes=sizes, rows=rows)))
         return
+
+    # Ratios are over PyTorch's time.
     cells = []
     for row, values in rows.items():
         base, size = rows[next(iter(LOADS if row in LOADS else SAVES))], sizes[(LOADS | SAVES)[row]]
@@ -165,9 +172,11 @@ def main(channels, res, rounds, repeats, folder, row, as_json):
     click.echo(
         block(
             f'Loading and saving a snapshot of {parameters:,} parameters',
-            f'{sizes["ours"] / 1e9:.3g} GB. `first` is the first call in a process, `again` the best of those after it, which reuse its memory; least of '
-            f"{rounds} processes. `peak` is memory above the network's own. A sealed file is read and compared with its checksum in one pass, which "
-            'needs a core to itself. `save_snapshot` computes a digest and waits for the disk; `torch.save` does neither.',
+            f'{sizes["ours"] / 1e9:.3g} GB. `first` is the first call in a process, `again` the fastest '
+            f'later one, which reuses memory; least of {rounds} processes. `peak` is memory above the '
+            "network's own. A sealed file is read and checked against its checksum in one pass, which needs "
+            'a core of its own. `save_snapshot` computes a digest and waits for the disk; `torch.save` does '
+            'neither.',
             table(['', 'first', 'ratio', 'again', 'ratio', 'peak', 'of the file'], cells),
         )
     )

@@ -1,4 +1,5 @@
-"""What the benchmarks share: the machine in words, blocks of Markdown, timing in turns, and processes of their own."""
+"""Shared by the benchmarks: name of the machine, blocks of Markdown, timing in turns, and separate
+processes."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def rounds_option(help: str, default: int = 3):
 
 
 def machine() -> str:
-    """The device and the versions that figures depend on, in a line."""
+    """The device and the versions that timings depend on, in one line."""
     import numpy
     import torch
 
@@ -43,7 +44,7 @@ def machine() -> str:
 
 
 def command() -> str:
-    """The command line that this process was started with, from the repository's root."""
+    """The command line of this process, relative to the root of the repository."""
     threads = [f'OMP_NUM_THREADS={os.environ["OMP_NUM_THREADS"]}'] if 'OMP_NUM_THREADS' in os.environ else []
     script = Path(sys.argv[0]).resolve()
     name = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
@@ -51,7 +52,7 @@ def command() -> str:
 
 
 def block(title: str, prose: str, *parts: str) -> str:
-    """A section of RESULTS.md, under the command that made it: paragraphs and tables."""
+    """A section of RESULTS.md: title, command, prose, machine, and `parts`: paragraphs or tables."""
     prose = textwrap.fill(prose, WIDTH, break_long_words=False, break_on_hyphens=False)
     return '\n\n'.join(
         [f'## {title}', f'`{command()}`', prose, f'    {machine()}', *(part.strip('\n') for part in parts)]
@@ -59,7 +60,7 @@ def block(title: str, prose: str, *parts: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table. Raises: ValueError where a row is not as long as the header."""
+    """A Markdown table. Raises: ValueError if a row is not as long as the header."""
     from experiments.report import markdown_table
 
     if any(len(row) != len(header) for row in rows):
@@ -68,7 +69,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call, by name, one after the other in every round, so that what else the machine does meets them all."""
+    """Seconds of every call in every round, by name; in turns, so that other load affects all equally."""
     seconds = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -79,17 +80,17 @@ def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, l
 
 
 def least(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """The least of each; noise only ever adds."""
+    """The minimum of each: noise only adds time."""
     return {name: min(values) for name, values in seconds.items()}
 
 
 def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
-    """Median of a / b over rounds in which the two were measured side by side."""
+    """Median of a / b over rounds in which both were measured."""
     return statistics.median(x / y for x, y in zip(a, b))
 
 
 def apart(*arguments, env: dict[str, str] | None = None):
-    """What `python <arguments>`, a benchmark's own measuring, prints as JSON; a process of its own, whose memory and threads nobody has used."""
+    """JSON output of `python <arguments>`, a fresh process with unused memory and threads."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         check=True,
@@ -101,7 +102,7 @@ def apart(*arguments, env: dict[str, str] | None = None):
 
 
 class NamesOf(click.ParamType):
-    """Comma-separated names, each once, of a few that are known."""
+    """Comma-separated names out of those that are known; repetitions are dropped."""
 
     name = 'list'
 
@@ -113,5 +114,5 @@ class NamesOf(click.ParamType):
             return value
         names = value.split(',')
         if unknown := [name for name in names if name not in self.known]:
-            self.fail(f'{", ".join(unknown)}: there are {", ".join(self.known)}', param, ctx)
+            self.fail(f'{", ".join(unknown)}: choose from {", ".join(self.known)}', param, ctx)
         return list(dict.fromkeys(names))

@@ -1,9 +1,9 @@
-"""Which tests execute which lines, subprocesses included: a pytest plugin that records it, the run
-that makes the map, and the map itself.
+"""Which tests execute which lines, also in subprocesses: a pytest plugin that records it, a run that makes
+the map, and the map.
 
-Coverage.py runs in every process, under a context that names the test or fixture at work: switched in
-the processes of pytest, inherited by others through the environment. A test executes its own lines
-and those of every fixture it uses, wherever these were set up.
+Coverage.py runs in every process under a context, the name of the current test or fixture: the processes of
+pytest switch it, others inherit it through the environment. A test executes its own lines and those of every
+fixture that it uses, wherever the fixture was set up.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 PLUGIN = 'mutants_coverage_plugin'
-CONTEXT = 'COVERAGE_TEST'  # environment variable: the test or fixture at work
+CONTEXT = 'COVERAGE_TEST'  # environment variable: the current test or fixture
 NONE = 'none'
 CONFIG = """[run]
 parallel = true
@@ -35,11 +35,11 @@ disable_warnings = no-data-collected, module-not-imported, not-measured, couldnt
 """
 
 # ----------------------------------------------------------------------------
-# The plugin, which a copy of this file is.
+# The plugin: `make_map` loads a copy of this file as one.
 
 
 def switch(name: str) -> str:
-    """From here on lines belong to `name`, in this process and in those that it starts. Returns the name they belonged to before."""
+    """Attribute lines to `name` from now on, in this process and those it starts; returns the old name."""
     import coverage
 
     before = os.environ.get(CONTEXT, NONE)
@@ -72,7 +72,7 @@ def pytest_runtest_protocol(item, nextitem):
 
 
 def pytest_sessionfinish(session):
-    """xdist ends its workers without what Python does at exit."""
+    """Save coverage in workers of xdist, which exit without running Python's exit handlers."""
     import coverage
 
     if (current := coverage.Coverage.current()) is not None and hasattr(session.config, 'workerinput'):
@@ -102,12 +102,12 @@ def pytest_unconfigure(config):
 
 @dataclass(frozen=True)
 class CoverageMap:
-    """Of a tree at one moment.
+    """Coverage of a tree by its tests.
 
     Attributes:
-        seconds: of each test that passed, by its id, as it ran under coverage, with the fixtures that were set up for it.
-        tests: ids of the tests that execute a line, by file and line.
-        failed: ids of the tests that did not pass, and are not asked.
+        seconds: {id: duration under coverage, with the fixtures set up for it} of each test that passed.
+        tests: {file: {line: ids of the tests that execute it}}.
+        failed: ids of the tests that failed, which are not used.
     """
 
     seconds: dict[str, float]
@@ -120,6 +120,7 @@ class CoverageMap:
         return sorted({test for line in lines for test in found.get(line, [])})
 
     def save(self, path: Path) -> None:
+        """Write the map as JSON, in which numbers stand for tests."""
         names = sorted(self.seconds)
         index = {name: i for i, name in enumerate(names)}
         tests = {
@@ -152,13 +153,14 @@ def load_map(path: Path) -> CoverageMap:
 
 
 def make_map(tree: Path, folder: Path, jobs: int, arguments: list[str]) -> CoverageMap:
-    """Runs the tests of a tree once.
+    """Run the tests of a tree once.
 
     Args:
-        folder: for the data, which stay there.
-        jobs: processes of tests.
-        arguments: of pytest, files of tests for instance.
+        folder: output folder for the data.
+        jobs: number of test processes.
+        arguments: arguments of pytest, such as test files.
     """
+    # sitecustomize starts coverage in every Python process, before anything else.
     (folder / 'data').mkdir(parents=True, exist_ok=True)
     (folder / 'site').mkdir(exist_ok=True)
     config, reports = folder / 'coverage.ini', folder / 'reports.json'
@@ -173,6 +175,8 @@ def make_map(tree: Path, folder: Path, jobs: int, arguments: list[str]) -> Cover
         COVERAGE_REPORTS=str(reports),
         OMP_NUM_THREADS='1',
     )
+
+    # Modules stay together, because their tests share fixtures.
     command = [
         sys.executable,
         '-m',
@@ -193,9 +197,10 @@ def make_map(tree: Path, folder: Path, jobs: int, arguments: list[str]) -> Cover
 
 
 def read_map(tree: Path, data: Path, reports: dict[str, dict]) -> CoverageMap:
-    """The map of what every process wrote, and of pytest's reports."""
+    """The map from the data of every process and pytest's reports."""
     import coverage
 
+    # Merge the contexts of all processes.
     contexts = defaultdict(lambda: defaultdict(set))  # file, line -> names
     for path in sorted(data.glob('coverage.*')):
         found = coverage.CoverageData(str(path))
@@ -205,6 +210,8 @@ def read_map(tree: Path, data: Path, reports: dict[str, dict]) -> CoverageMap:
                 contexts[str(Path(file).relative_to(tree))][line].update(
                     name.removeprefix(f'{NONE}|') for name in names
                 )
+
+    # A test executes what its fixtures execute.
     passed = {name: report for name, report in reports.items() if report['outcome'] == 'passed'}
     users = defaultdict(set)  # context -> tests
     for name, report in passed.items():

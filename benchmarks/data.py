@@ -1,9 +1,11 @@
-"""How soon a data set is open, and how many images a second come out of it.
+"""Time to open a data set, and images per second read from it.
 
-`index`: a zip of stored members and a dataset.json, as large as ImageNet; opening it with labels as training does, in a new process each time, with
-nothing cached, then with the index that this leaves; beside them what Python's zipfile takes for the directory alone. `decode`: items of a data set
-a second in one process. `loader`: the same through training's `Prefetcher`, by number of workers, uint8 batches as the step gets them. The PNGs are
-crops of photographs, uncompressed as dataset_tool.py writes them; files are in the page cache. Figures are minima over rounds, taken in turns.
+`index`: open a zip of stored members and a dataset.json, as large as ImageNet, with labels as training does,
+in a new process each time: first with nothing cached, then with the cached index; for comparison Python's
+zipfile, which only reads the directory. `decode`: items per second of a data set in one process. `loader`:
+the same through training's `Prefetcher`, by number of workers, in uint8 batches. The PNGs are crops of
+photographs, uncompressed as dataset_tool.py writes them; files are in the page cache. Numbers are minima over
+rounds, taken in turns.
 """
 
 from __future__ import annotations
@@ -25,14 +27,19 @@ if __name__ == '__main__':
 from benchmarks.common import apart, block, in_turns, least, rounds_option, table
 from dnnlib import cli
 
-RESOLUTIONS = {32: 2, 64: 1}  # and how many times as many images are read
+RESOLUTIONS = {32: 2, 64: 1}  # {resolution: factor for the number of images}
 BATCH = 64
 CLASSES = 1000
 CHUNK = 1 << 16  # members written at a time
 
 
 def write_alike(path: Path, data: bytes, count: int) -> None:
-    """A zip of `count` stored members with the same data, `00000/img00000000.png` and so on, and labels; in seconds, as no zip library would."""
+    """Write a zip of `count` stored members with the same data, `00000/img00000000.png` and so on, and
+    labels.
+
+    Builds the records of the format by NumPy, which takes seconds instead of a library's minutes.
+    """
+    # Fields that all members share, and those of dataset.json.
     names = np.char.add(
         np.char.add(np.char.zfill((np.arange(count) // 1000).astype('S5'), 5), b'/img'),
         np.char.add(np.char.zfill(np.arange(count).astype('S8'), 8), b'.png'),
@@ -47,10 +54,13 @@ def write_alike(path: Path, data: bytes, count: int) -> None:
     last = json.dumps(dict(labels=labels)).encode()
     last_facts = struct.pack('<IIIHH', zlib.crc32(last), len(last), len(last), len('dataset.json'), 0)
     with open(path, 'wb') as file:
+        # Local headers and data.
         for start in range(0, count, CHUNK):
             part = np.frombuffer(names[start : start + CHUNK].tobytes(), np.uint8).reshape(-1, length)
             file.write(_rows(b'PK\3\4' + fixed + facts, part, data))
         file.write(b'PK\3\4' + fixed + last_facts + b'dataset.json' + last)
+
+        # Central directory; bytes 42 to 46 of an entry are the offset of its local header.
         directory = file.tell()
         for start in range(0, count, CHUNK):
             part = np.frombuffer(names[start : start + CHUNK].tobytes(), np.uint8).reshape(-1, length)
@@ -69,6 +79,8 @@ def write_alike(path: Path, data: bytes, count: int) -> None:
             + struct.pack('<I', count * stride)
             + b'dataset.json'
         )
+
+        # End of the directory, in ZIP64 as more than 65,535 members require.
         end = file.tell()
         file.write(
             struct.pack(
@@ -80,17 +92,17 @@ def write_alike(path: Path, data: bytes, count: int) -> None:
 
 
 def _rows(before: bytes, names: np.ndarray, after: bytes) -> bytes:
-    """The same bytes before and after each of the names [n, length]."""
+    """Each of the names [n, length] between the same bytes."""
     repeat = lambda data: np.broadcast_to(np.frombuffer(data, np.uint8), [len(names), len(data)])
     return np.concatenate([repeat(before), names, repeat(after)], axis=1).tobytes()
 
 
 def photographs(resolution: int, count: int) -> list[bytes]:
-    """PNGs without compression."""
+    """PNGs without compression, random crops of scikit-learn's two photographs."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
-    from dataset_tool import png_bytes
+    from data.archive_writer import png_bytes
 
     rng, pictures = np.random.default_rng(0), load_sample_images().images
     files = []
@@ -103,7 +115,7 @@ def photographs(resolution: int, count: int) -> list[bytes]:
 
 
 def write_photographs(path: Path, resolution: int, count: int) -> Path:
-    """A data set of `count` images, of which 200 differ."""
+    """Write a data set of `count` images, of which at most 200 differ."""
     import zipfile
 
     files = photographs(resolution, min(count, 200))
@@ -117,24 +129,26 @@ def write_photographs(path: Path, resolution: int, count: int) -> Path:
 
 
 def time_opening(path: str, how: str) -> list[float]:
-    """Seconds in this process, imports left out, and those of them that it was at work."""
+    """[wall time, CPU time] in seconds to open a zip in this process, without imports."""
     import zipfile
 
     from data.dataset import ImageFolderDataset
 
-    start, at_work = time.perf_counter(), time.process_time()
+    start, cpu = time.perf_counter(), time.process_time()
     if how == 'zipfile':
         zipfile.ZipFile(path).close()
     else:
         dataset = ImageFolderDataset(path, use_labels=True)
         assert dataset.label_dim == CLASSES
-    return [time.perf_counter() - start, time.process_time() - at_work]
+    return [time.perf_counter() - start, time.process_time() - cpu]
 
 
 def time_index(folder: Path, members: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of opening a zip with so many members, as of `time_opening`."""
+    """Times to open a zip with this number of members, see `time_opening`; minima over rounds."""
     path = folder / 'many.zip'
     write_alike(path, photographs(8, 1)[0], members)
+
+    # The index is cached in the home folder, which is new in every round.
     seconds = {'zipfile': [], 'first': [], 'again': []}
     for i in range(rounds):
         home = dict(HOME=str(folder / f'home{i}'))
@@ -145,7 +159,7 @@ def time_index(folder: Path, members: int, rounds: int) -> dict[str, list[float]
 
 
 def time_reading(path: Path, count: int, workers: list[int], rounds: int) -> dict[str, float]:
-    """Images a second."""
+    """Images per second, by way of reading."""
     import torch
 
     from data.dataset import ImageFolderDataset, InfiniteSampler
@@ -155,12 +169,14 @@ def time_reading(path: Path, count: int, workers: list[int], rounds: int) -> dic
     order = np.random.default_rng(0).permutation(len(dataset))[:count].tolist()
 
     def load(number):
-        feed = Prefetcher(dataset, InfiniteSampler(len(dataset), BATCH), BATCH, number, torch.device('cpu'))
-        next(feed)  # workers have started
+        prefetcher = Prefetcher(
+            dataset, InfiniteSampler(len(dataset), BATCH), BATCH, number, torch.device('cpu')
+        )
+        next(prefetcher)  # waits for the workers to start
 
         def read():
             for _ in range(count // BATCH):
-                next(feed)
+                next(prefetcher)
 
         return read
 
@@ -181,7 +197,7 @@ def time_reading(path: Path, count: int, workers: list[int], rounds: int) -> dic
     type=click.IntRange(min=1),
     default=1_281_167,
     show_default=True,
-    help='Images of the zip that is indexed.',
+    help='Number of images in the zip that is opened.',
 )
 @cli.option(
     '--images',
@@ -189,7 +205,7 @@ def time_reading(path: Path, count: int, workers: list[int], rounds: int) -> dic
     type=click.IntRange(min=BATCH),
     default=2000,
     show_default=True,
-    help='Images of 64x64 that are read a round.',
+    help='Number of 64x64 images to read per round.',
 )
 @cli.option(
     '--workers',
@@ -197,19 +213,19 @@ def time_reading(path: Path, count: int, workers: list[int], rounds: int) -> dic
     type=cli.NumberList(cli.WORKERS),
     default='0,1,2',
     show_default=True,
-    help='Numbers of processes that load.',
+    help='Numbers of loading processes.',
 )
-@rounds_option('Times that each is timed. The least counts.')
+@rounds_option('Number of repetitions, of which the fastest counts.')
 @cli.option(
     '--folder',
     metavar='DIR',
     type=cli.PATH,
-    help='Where to write the files, 0.5 GB by default.  [default: a temporary folder]',
+    help='Folder to write the files in, 0.5 GB by default.  [default: a temporary folder]',
 )
 @cli.option('--measure', hidden=True)
 @cli.option('--json', 'as_json', is_flag=True, help='Print one JSON object.')
 def main(members, images, workers, rounds, folder, measure, as_json):
-    """Time the opening of a large data set and the reading of images."""
+    """Time opening a large data set and reading images."""
     if measure is not None:
         click.echo(json.dumps(time_opening(folder, measure)))
         return
@@ -223,12 +239,13 @@ def main(members, images, workers, rounds, folder, measure, as_json):
         click.echo(json.dumps(dict(members=members, seconds=index, images_per_second=rates)))
         return
     prose = (
-        f'A zip of {members:,} stored PNGs with labels: seconds to open it as training does, the first time and with the index that this '
-        "leaves, and those that Python's zipfile takes for the directory alone; in brackets the time of the processor, which others may "
-        f'share. Images a second of PNGs without compression: `decode` in one process without batches, then in uint8 batches of {BATCH} '
-        f"through training's prefetcher. {rounds} rounds, in turns; the least time counts."
+        f'A zip of {members:,} stored PNGs with labels: seconds to open it as training does, the first time '
+        "and with the cached index, and for Python's zipfile to read its directory; in parentheses CPU time. "
+        'Images per second of PNGs without compression: `decode` in one process without batches, then in '
+        f"uint8 batches of {BATCH} through training's prefetcher. {rounds} rounds, in turns; the least time "
+        'counts.'
     )
-    opening = [f'{wall:.2f} s ({at_work:.2f} s)' for wall, at_work in index.values()]
+    opening = [f'{wall:.2f} s ({cpu:.2f} s)' for wall, cpu in index.values()]
     reading = [
         [f'{resolution}x{resolution}', *(f'{rate:.0f} /s' for rate in row.values())]
         for resolution, row in rates.items()

@@ -1,10 +1,13 @@
-"""Time of a Fréchet distance beside that of the usual ways to compute it, on covariances like those of a detector's features.
+"""Time of a Fréchet distance compared with the usual ways to compute it, on covariances like those of a
+detector's features.
 
-Eigenvalues fall as a power law from 1 to 1e-6, as Inception's do; one covariance is that law, in a random basis, the other that of five images a
-dimension. The rows: `sqrtm` of the product, as pytorch-fid has it; singular values of the Cholesky factors' product, exact whatever the spectrum and
-our way where eigenvalues are not accurate enough; `frechet_distance`, checks of its input included; the same for a Gaussian factored before, as
-the bootstrap has it; and for a sample of fewer images than dimensions, whose covariance is singular. All in one process, one after the other in
-several rounds; seconds are minima over rounds. `difference` is from the row of singular values.
+Eigenvalues follow a power law from 1 to 1e-6, like Inception's. One covariance has these eigenvalues in a
+random basis; the other is that of a sample with five images per dimension. The rows: `sqrtm` of the product,
+as in pytorch-fid; singular values of the product of Cholesky factors, which is exact for any spectrum, and
+our method where eigenvalues are not accurate enough; `frechet_distance` with its checks of the input; the
+same for a Gaussian factored before, as in the bootstrap; and for fewer images than dimensions, whose
+covariance is singular. Rows take turns in one process; seconds are minima over rounds. `difference` is from
+the row of singular values.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ BASE, EXACT = 'sqrtm of the product', 'singular values of the factors'
 
 
 def make_covariances(dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Covariances [D, D]: the law's, that of a sample of 5 D images, that of D/4 images."""
+    """Covariances [D, D]: of the power law, of a sample of 5 D images from it, of a sample of D/4 images."""
     rng = np.random.default_rng(0)
     deviations = np.arange(1, dim + 1) ** (-np.log(CONDITION) / np.log(dim) / 2)
     root = scipy.linalg.qr(rng.normal(size=(dim, dim)))[0] * deviations
@@ -49,7 +52,7 @@ def by_singular_values(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
 
 
 def make_rows(dim: int) -> dict[str, Callable[[], float]]:
-    """What is timed, by name; each computes a distance."""
+    """Functions to time, by name; each computes a distance."""
     zero, (law, sample, few) = np.zeros(dim), make_covariances(dim)
     factored = Gaussian(zero, law)
     factored.distance(factored)
@@ -75,9 +78,14 @@ def measure(rows: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict
 
 @click.command(cls=cli.Command)
 @cli.option(
-    '--dim', metavar='INT', type=click.IntRange(min=8), default=2048, show_default=True, help='Features.'
+    '--dim',
+    metavar='INT',
+    type=click.IntRange(min=8),
+    default=2048,
+    show_default=True,
+    help='Number of features.',
 )
-@rounds_option('How often to time every row.')
+@rounds_option('Number of times to time every row.')
 @cli.option('--json', 'as_json', is_flag=True, help='Print one JSON object.')
 def main(dim, rounds, as_json):
     """Time a Fréchet distance against a matrix square root."""
@@ -95,8 +103,8 @@ def main(dim, rounds, as_json):
     click.echo(
         block(
             f'Fréchet distance at {dim} dimensions',
-            f'Covariances of condition {CONDITION:.0e}, least of {rounds} rounds; `difference` is from the row of singular values, which is exact. '
-            f'SciPy {scipy.__version__}.',
+            f'Covariances with condition number {CONDITION:.0e}, least of {rounds} rounds; `difference` is '
+            f'from the row of singular values, which is exact. SciPy {scipy.__version__}.',
             table(['', 'seconds', 'times faster', 'distance', 'difference'], cells),
         )
     )

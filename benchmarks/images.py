@@ -1,11 +1,14 @@
-"""Images per second on their way to a detector, which itself is left out, and whether memory grows with their number.
+"""Images per second from a zip to a detector, without the detector, and whether memory grows with their
+number.
 
-PNGs, crops of scikit-learn's two photographs, in a zip. They are decoded, resized to the 299x299 that Inception wants, and a fixed random
-projection of them, 2048 features, goes into the FP64 statistics of fid.py. `decode` is measured in one thread, without the rest; `threads` and
-`processes` decode in as many as `--workers` says, as fid.py does or in a `torch.utils.data.DataLoader`; `all` is the whole pipeline on threads.
-Measured in turns, in several rounds; figures are minima over rounds, and count what it takes to start workers.
+PNGs, crops of scikit-learn's two photographs, are decoded, resized to Inception's 299x299, and projected at
+random to 2048 features, which go into the FP64 statistics of fid.py. `decode` is decoding only, in one
+thread; `threads` and `processes` decode in `--workers` threads, as fid.py does, or processes of a
+`torch.utils.data.DataLoader`; `all` is the entire pipeline with threads. Measured in turns; numbers are
+minima over rounds and include the start of workers.
 
-`peak` is resident memory of a process above what it had before it opened the images, of 32x32 pixels; they are not resized, to save time.
+`peak` is resident memory of a process above what it had before it opened images of 32x32 pixels, which are
+not resized to save time.
 """
 
 from __future__ import annotations
@@ -36,12 +39,12 @@ from metrics.statistics import FeatureStats
 
 DIM, INPUT, POOLED = 2048, 299, 16
 BATCH = 32
-RESOLUTIONS = {64: 8, 256: 1}  # and how many times as many images are timed
+RESOLUTIONS = {64: 8, 256: 1}  # {resolution: factor for the number of images}
 MEMORY_RESOLUTION, DISTINCT = 32, 500
 
 
 def write_zip(path: Path, resolution: int, count: int) -> Path:
-    """A zip of `count` PNGs, of which `DISTINCT` at most are different."""
+    """Write a zip of `count` PNGs, of which at most `DISTINCT` differ."""
     from sklearn.datasets import load_sample_images
 
     rng, photographs = np.random.default_rng(0), load_sample_images().images
@@ -71,17 +74,17 @@ def resize(images: torch.Tensor) -> torch.Tensor:
 
 
 def features(images: torch.Tensor) -> torch.Tensor:
-    """[N, 2048]: means over 16x16 fields, projected."""
+    """[N, 2048] random projections of images averaged to 16x16."""
     return torch.nn.functional.adaptive_avg_pool2d(images, POOLED).flatten(1) @ projection()
 
 
-def parts_of(source) -> list[range]:
+def batches_of(source) -> list[range]:
     return [range(start, min(start + BATCH, len(source))) for start in range(0, len(source), BATCH)]
 
 
 def pipeline(source, workers: int, prepare=resize) -> FeatureStats:
     stats = FeatureStats(DIM)
-    for _, images, _ in source.stream(parts_of(source), workers):
+    for _, images, _ in source.stream(batches_of(source), workers):
         stats.append(features(prepare(images)))
     return stats
 
@@ -90,13 +93,13 @@ class Batches(torch.utils.data.Dataset):
     """The batches of a source, for a DataLoader."""
 
     def __init__(self, source):
-        self.source, self.parts = source, parts_of(source)
+        self.source, self.batches = source, batches_of(source)
 
     def __len__(self):
-        return len(self.parts)
+        return len(self.batches)
 
     def __getitem__(self, k):
-        return self.source.batch(self.parts[k])[0]
+        return self.source.batch(self.batches[k])[0]
 
 
 def in_processes(source, workers: int) -> int:
@@ -109,11 +112,12 @@ def in_processes(source, workers: int) -> int:
 
 
 def in_threads(source, workers: int) -> int:
-    return sum(len(images) for _, images, _ in source.stream(parts_of(source), workers))
+    return sum(len(images) for _, images, _ in source.stream(batches_of(source), workers))
 
 
 def time_parts(path: Path, workers: int, rounds: int) -> dict[str, float]:
-    """Least microseconds an image of every part."""
+    """Microseconds per image of every part, the least over rounds."""
+    # Parts that take short are repeated, for a measurable time.
     source = open_images(path)
     batch, _ = source.batch(range(BATCH))
     stats, small, large = FeatureStats(DIM), resize(batch), BATCH * 8
@@ -126,6 +130,8 @@ def time_parts(path: Path, workers: int, rounds: int) -> dict[str, float]:
         'statistics': (lambda: [stats.append(vectors) for _ in range(8)], large),
         'all': (lambda: pipeline(source, workers), len(source)),
     }
+
+    # In turns.
     least = dict.fromkeys(tasks, float('inf'))
     for _ in range(rounds):
         for name, (task, images) in tasks.items():
@@ -136,8 +142,10 @@ def time_parts(path: Path, workers: int, rounds: int) -> dict[str, float]:
 
 
 def peak_memory(path: Path, count: int, workers: int) -> int:
-    """Bytes above those before, in this process."""
-    pipeline(open_images(path, num=BATCH), workers, torch.Tensor.float)  # what a first use takes for good
+    """Peak memory of reading `count` images in this process, in bytes above the memory before."""
+    pipeline(
+        open_images(path, num=BATCH), workers, torch.Tensor.float
+    )  # allocates what stays after the first use
     before = forget_peak()
     stats = pipeline(open_images(path, num=count), workers, torch.Tensor.float)
     if stats.count != count or not np.isfinite(stats.sigma).all():
@@ -156,16 +164,16 @@ def peak_memory_apart(path: Path, count: int, workers: int) -> int:
     type=click.IntRange(min=BATCH),
     default=500,
     show_default=True,
-    help='Images of 256x256 for every timing; of 64x64 it takes 8 times as many.',
+    help='Number of 256x256 images per timing; of 64x64 images, 8 times as many.',
 )
-@rounds_option('Times that each is timed.')
+@rounds_option('Number of repetitions.')
 @cli.option(
     '--workers',
     metavar='INT',
     type=click.IntRange(min=1),
     default=4,
     show_default=True,
-    help='Threads or processes that decode.',
+    help='Number of decoding threads or processes.',
 )
 @cli.option(
     '--memory',
@@ -173,18 +181,18 @@ def peak_memory_apart(path: Path, count: int, workers: int) -> int:
     type=click.IntRange(min=1),
     default=50_000,
     show_default=True,
-    help='Images whose peak memory is compared with that of a fifth of them.',
+    help='Number of images whose peak memory is compared with that of a fifth of them.',
 )
 @cli.option(
     '--folder',
     metavar='DIR',
     type=cli.PATH,
-    help='Where to write the images, 200 MB by default.  [default: a temporary folder]',
+    help='Folder to write the images in, 200 MB by default.  [default: a temporary folder]',
 )
 @cli.option('--measure', metavar='INT', type=int, hidden=True)
 @cli.option('--json', 'as_json', is_flag=True, help='Print one JSON object.')
 def main(images, rounds, workers, memory, folder, measure, as_json):
-    """Time images on their way to a detector, and measure the memory that they take."""
+    """Measure time and memory of reading images for a detector."""
     if measure is not None:
         click.echo(peak_memory(Path(folder) / 'memory.zip', measure, workers))
         return
@@ -220,9 +228,10 @@ def main(images, rounds, workers, memory, folder, measure, as_json):
     click.echo(
         block(
             'Images on their way to a detector',
-            f'Milliseconds an image, least of {rounds} rounds; decoding by {workers} threads and processes counts starting them. `all` is decode, resize '
-            f'to {INPUT}x{INPUT} and FP64 statistics of {DIM} features, without the network. Memory is the peak above what a process had before it '
-            'opened the images.',
+            f'Milliseconds per image, least of {rounds} rounds; decoding by {workers} threads or processes '
+            f'includes their start. `all` is decode, resize to {INPUT}x{INPUT} and FP64 statistics of {DIM} '
+            'features, without the network. Memory is the peak above what a process had before it opened '
+            'the images.',
             table(
                 [
                     'PNGs',

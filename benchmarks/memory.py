@@ -1,8 +1,9 @@
-"""Memory of a consistency distillation step by part, from the tensors that a step really holds, with random weights.
+"""Memory of a consistency distillation step by part, from the tensors that a step holds, with random weights.
 
-What the backward pass needs is counted tensor by tensor as the student's forward pass leaves it (`torch.autograd.graph.saved_tensors_hooks`), for
-one image and for two: the difference is an image's, the remainder (weights rounded to half precision) is there once. Temporary tensors are not
-counted; on a GPU the allocator's peak of real steps stands beside the sum.
+What the student's forward pass saves for the backward pass is counted tensor by tensor
+(`torch.autograd.graph.saved_tensors_hooks`), for one image and for two: the difference is per image, the
+remainder (weights rounded to half precision) is constant. Temporary tensors are not counted; on a GPU the
+allocator's peak of real steps is given beside the sum.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ WAYS = {
     '--ema-device=cpu': Way(),
     'all three': Way(precision='bf16', checkpoint_activations=True),
 }
-ON_HOST = ('--ema-device=cpu', 'all three')  # where averages take no memory of the device
+ON_HOST = ('--ema-device=cpu', 'all three')  # averages take no device memory
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def bytes_of(tensors) -> int:
 
 
 def saved_bytes(training: Training, count: int) -> int:
-    """Memory that a forward pass of the student over `count` images leaves for the backward pass, weights left out."""
+    """Bytes that the student's forward pass over `count` images saves for its backward pass."""
     net, size, kept = training.student, training.size, {}
     images = torch.randn(count, size.channels, size.resolution, size.resolution, device=training.device)
     sigma, labels = (
@@ -66,7 +67,7 @@ def saved_bytes(training: Training, count: int) -> int:
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() != weights:
-            kept[storage.data_ptr()] = storage  # which nothing else can take the place of while it is held
+            kept[storage.data_ptr()] = storage  # held, so that its address is not used again
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -77,7 +78,7 @@ def saved_bytes(training: Training, count: int) -> int:
 
 
 def parts_of(training: Training, way: Way, batch: int, averages_on_host: bool) -> Parts:
-    """Of a step of `batch` images."""
+    """Memory of a step of `batch` images."""
     training.use(way)
     teacher = training.held_teacher if way.held else training.teacher
     one, two = saved_bytes(training, 1), saved_bytes(training, 2)
@@ -98,13 +99,13 @@ def parts_of(training: Training, way: Way, batch: int, averages_on_host: bool) -
 
 
 def measured_peak(size: str, name: str, batch: int) -> int:
-    """Bytes at the peak of a GPU's allocator over two steps, in this process."""
+    """Peak bytes of the GPU's allocator over two steps, in this process."""
     device = torch.device('cuda')
     way = WAYS[name]
     training = Training(size, batch, device, averages_device=torch.device('cpu') if name in ON_HOST else None)
     training.use(way)
     if way.held:
-        training.teacher = None  # a run holds one
+        training.teacher = None  # a run holds only the one in half precision
     torch.cuda.reset_peak_memory_stats(device)
     for number in range(2):
         training.step(number, inside=False)
@@ -121,7 +122,7 @@ def measured_peak(size: str, name: str, batch: int) -> int:
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help='Images that a GPU handles at a time.',
+    help='Batch size per GPU.',
 )
 @cli.option('--measure', hidden=True)
 def main(size, batch, measure):
@@ -135,7 +136,9 @@ def main(size, batch, measure):
     averages = ', '.join(training.averages.vectors)
     found = {name: parts_of(training, way, batch, name in ON_HOST) for name, way in WAYS.items()}
     del training
-    gc.collect()  # its networks refer to it
+    gc.collect()  # its networks refer back to it
+
+    # On GPUs, the peak of real steps, in processes of their own.
     peaks = {}
     if device.type == 'cuda':
         torch.cuda.empty_cache()
@@ -143,24 +146,25 @@ def main(size, batch, measure):
             name: apart(__file__, f'--size={size}', f'--batch={batch}', f'--measure={name}') for name in WAYS
         }
     unit, one = ('GB', 1e9) if found['plain'].sum > 1e9 else ('MB', 1e6)
-    told = lambda count: f'{count / one:.2f}'
+    text = lambda count: f'{count / one:.2f}'
     rows = [
         [
             name,
-            *map(told, vars(parts).values()),
-            told(parts.sum),
-            told(found['plain'].sum - parts.sum),
-            told(peaks[name]) if name in peaks else NOT_MEASURED,
+            *map(text, vars(parts).values()),
+            text(parts.sum),
+            text(found['plain'].sum - parts.sum),
+            text(peaks[name]) if name in peaks else NOT_MEASURED,
         ]
         for name, parts in found.items()
     ]
     click.echo(
         block(
             f'Memory of a step: {SIZES[size].title}, batch {batch}',
-            f"{unit} ({one:.0e} bytes) by part. Activations are what the student's forward pass keeps for the backward pass, {batch} times those of an "
-            f'image (the difference between two images and one); all else, {told(replace(found["plain"], activations=0).sum)} {unit}, does not depend on '
-            f"the batch. Averages: {averages}. In half precision the teacher holds its convolutions in it. `peak` is that of a GPU's allocator in "
-            'real steps, temporary tensors included.',
+            f"{unit} ({one:.0e} bytes) by part. Activations are what the student's forward pass saves for "
+            f'the backward pass, {batch} times that of one image (the difference between two images and '
+            f'one); the rest, {text(replace(found["plain"], activations=0).sum)} {unit}, does not depend on '
+            f'the batch. Averages: {averages}. In half precision the teacher holds its convolutions in it. '
+            "`peak` is that of the GPU's allocator in real steps, with temporary tensors.",
             table(
                 [
                     '',

@@ -1,16 +1,16 @@
-"""How many small faults the tests notice: mutants of `training/` and `metrics/`, drawn by a seed,
+"""How many small faults the tests detect: mutants of `training/` and `metrics/`, drawn at random by a seed,
 each against the tests that execute its line.
 
-Works on a copy of the repository, taken once; the working tree may change meanwhile. The tests run
-once under Coverage.py, which says what executes what and how long it takes. Then each mutant is put
-into a copy, and its tests run in groups, the quickest modules first, until one fails. At the end the
-tests that failed run once more without mutants: what fails there too has caught nothing. Copy, map
-and a line for every mutant stay in --out, and a run that was interrupted resumes there.
+Works on a copy of the repository, taken once, so that the working tree may change meanwhile. The tests run
+once under Coverage.py to find which lines they execute and how long they take. Then each mutant is put into a
+copy, and its tests run in groups, the fastest modules first, until one fails. At the end the tests that
+failed run again without mutants: those that fail again have caught nothing. The copy, the map and a line per
+mutant stay in --out, where an interrupted run resumes.
 
-Tests that do not end in time have caught a mutant only if they take less than half of that time
-without it; otherwise they are given more. Mutants whose line no test executes count as missed. Those
-that change nothing which a test should hold are left out, by the list `equal_mutants.json`, which
-gives a reason for each; others are drawn in their places.
+Tests that exceed the time limit have caught a mutant only if they take less than half of it without the
+mutant; otherwise the limit is raised. Mutants whose line no test executes count as missed. Mutants without an
+observable effect are excluded by `equal_mutants.json`, which gives a reason for each; others are drawn
+instead.
 """
 
 from __future__ import annotations
@@ -42,10 +42,7 @@ from dnnlib import UserError, cli
 FOLDERS = ('training', 'metrics')
 EQUAL = Path('benchmarks') / 'equal_mutants.json'
 GROUP = 15.0  # seconds of tests that run together
-PASSED, FAILED = (
-    0,
-    1,
-)  # exit statuses of pytest: of tests; others are of pytest itself, which may not find or import them
+PASSED, FAILED = 0, 1  # exit statuses of pytest; others mean that it could not run the tests
 OUTCOMES = ('caught', 'survived', 'not covered', 'undecided')
 
 # ----------------------------------------------------------------------------
@@ -53,7 +50,7 @@ OUTCOMES = ('caught', 'survived', 'not covered', 'undecided')
 
 
 def repository_files(root: Path) -> list[str]:
-    """Those that git tracks or would track, without the ones that are gone."""
+    """Files that git tracks or would track, as far as they exist."""
     listed = subprocess.run(
         ['git', 'ls-files', '--cached', '--others', '--exclude-standard', '-z'],
         cwd=root,
@@ -64,7 +61,7 @@ def repository_files(root: Path) -> list[str]:
 
 
 def copy_tree(source: Path, files: list[str], folder: Path) -> Path:
-    """The files in a folder of their own, beside the same `shared` folder, if there is one. Returns the copy."""
+    """Copy files to folder/main, beside a link to `shared` if there is one; returns the path."""
     copy = folder / 'main'
     for name in files:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -76,13 +73,13 @@ def copy_tree(source: Path, files: list[str], folder: Path) -> Path:
 
 
 class Tree:
-    """A copy into which one mutant at a time is put."""
+    """A copy of the repository that receives one mutant at a time."""
 
     def __init__(self, path: Path):
         self.path, self._touched = path, int(time.time())
 
     def write(self, file: str, source: bytes) -> None:
-        """Modules that Python has compiled are told by time and size: every writing has a time of its own."""
+        """Write a file with a new modification time, by which Python knows to compile it again."""
         self._touched = max(self._touched + 2, int(time.time()))
         (self.path / file).write_bytes(source)
         os.utime(self.path / file, (self._touched, self._touched))
@@ -94,13 +91,13 @@ class Tree:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a mutant.
+    """Result for a mutant.
 
     Attributes:
         outcome: caught, survived, not covered, or undecided.
-        by: the test that failed, and how; or why nothing is decided.
-        tests, left_out: tests that were run, and those that would have taken too long.
-        seconds: that all took.
+        by: the test that failed, with its error; or why the outcome is undecided.
+        tests, left_out: number of tests that ran, and of those that would have taken too long.
+        seconds: total duration.
     """
 
     outcome: str
@@ -111,17 +108,20 @@ class Outcome:
 
 
 def tests_of(mutant: Mutant, found) -> list[str]:
-    """The tests that execute a mutant's lines, by a `CoverageMap`; those of any line of its file where Python executes them at import."""
+    """The tests that execute a mutant's lines; for lines that run at import, those of the entire file."""
     lines = range(1, max(found.tests.get(mutant.file, {0: ()})) + 1) if mutant.lines is None else mutant.lines
     return found.at(mutant.file, lines)
 
 
 def groups_of(tests: list[str], seconds: dict[str, float], most: float) -> Iterator[list[str]]:
-    """Tests to run together, modules in the order of their time, a slow module's quick tests first; no more than `most` seconds of tests in all."""
+    """Groups of tests to run together, at most `most` seconds in total, fast modules and tests first."""
     modules: dict[str, list[str]] = {}
     for test in sorted(tests, key=lambda test: (seconds[test], test)):
         modules.setdefault(test.partition('::')[0], []).append(test)
     ordered = sorted(modules.values(), key=lambda module: (sum(seconds[test] for test in module), module))
+
+    # Tests that exceed the total are left out; groups are limited in time, so that a failure ends the work
+    # early.
     group, taken, total = [], 0.0, 0.0
     for test in (test for module in ordered for test in module):
         if total + seconds[test] > most:
@@ -136,9 +136,12 @@ def groups_of(tests: list[str], seconds: dict[str, float], most: float) -> Itera
 
 
 def run_tests(tree: Path, tests: list[str], limit: float | None, stop: bool = True) -> tuple[int | None, str]:
-    """(pytest's exit status, or None where it did not end in time; what it printed); `stop` at the first failure.
+    """Run tests in a process group, which is killed at the time limit in seconds.
 
-    Processes that the tests started end with it."""
+    Args:
+        stop: stop at the first failure.
+    Returns: (exit status of pytest, or None if it exceeded the limit; its output).
+    """
     shutil.rmtree(tree / '.hypothesis', ignore_errors=True)
     command = [
         sys.executable,
@@ -174,9 +177,11 @@ def run_tests(tree: Path, tests: list[str], limit: float | None, stop: bool = Tr
 
 
 def failures(printed: str) -> list[str]:
-    """The tests that pytest says failed, each with its error; its last line where it names none."""
-    told = [line.partition(' ')[2] for line in printed.splitlines() if line.startswith(('FAILED ', 'ERROR '))]
-    return [line[:200] for line in told or printed.strip().splitlines()[-1:] or ['nothing printed']]
+    """The tests that pytest names as failed, each with its error; its last line if it names none."""
+    named = [
+        line.partition(' ')[2] for line in printed.splitlines() if line.startswith(('FAILED ', 'ERROR '))
+    ]
+    return [line[:200] for line in named or printed.strip().splitlines()[-1:] or ['nothing printed']]
 
 
 class Undecided(Exception):
@@ -184,9 +189,10 @@ class Undecided(Exception):
 
 
 def notice(tree: Tree, mutant: Mutant, source: bytes, tests: list[str], limit: float) -> str | None:
-    """What notices a mutant among these tests; None where all of them pass.
+    """The test that catches a mutant, with its error; None if all of these tests pass.
 
-    Where they do not end, or cannot be run, they have to without it. Raises: Undecided where they do not.
+    If they exceed the limit or cannot run, they are run without the mutant as well. Raises: Undecided if they
+    then fail too.
     """
     while True:
         tree.write(mutant.file, mutant.apply(source))
@@ -196,6 +202,8 @@ def notice(tree: Tree, mutant: Mutant, source: bytes, tests: list[str], limit: f
             return None
         if status == FAILED:
             return failures(printed)[-1]
+
+        # The limit was exceeded, or pytest failed: is it the mutant's fault?
         start = time.perf_counter()
         sound, without = run_tests(tree.path, tests, 20 * limit)
         if sound != PASSED:
@@ -205,16 +213,16 @@ def notice(tree: Tree, mutant: Mutant, source: bytes, tests: list[str], limit: f
             return failures(printed)[-1]
         if needed < limit / 2:
             return f'no end within {limit:.0f} s, {needed:.0f} s without the mutant'
-        limit = 3 * needed
+        limit = 3 * needed  # the limit was too short to tell
 
 
 def judge(tree: Tree, mutant: Mutant, source: bytes, found, limit: float, most: float) -> Outcome:
-    """Runs a mutant's tests until one fails."""
+    """Run a mutant's tests until one fails."""
     start, tests = time.perf_counter(), tests_of(mutant, found)
-    asked, outcome, by = 0, 'not covered', ''
+    count, outcome, by = 0, 'not covered', ''
     try:
         for group in groups_of(tests, found.seconds, most):
-            asked, outcome = asked + len(group), 'survived'
+            count, outcome = count + len(group), 'survived'
             if by := notice(tree, mutant, source, group, limit) or '':
                 outcome = 'caught'
                 break
@@ -222,7 +230,7 @@ def judge(tree: Tree, mutant: Mutant, source: bytes, found, limit: float, most: 
         outcome, by = 'undecided', str(error)
     finally:
         tree.write(mutant.file, source)
-    return Outcome(outcome, by, asked, len(tests) - asked, time.perf_counter() - start)
+    return Outcome(outcome, by, count, len(tests) - count, time.perf_counter() - start)
 
 
 # ----------------------------------------------------------------------------
@@ -231,7 +239,7 @@ def judge(tree: Tree, mutant: Mutant, source: bytes, found, limit: float, most: 
 
 @dataclass(frozen=True)
 class Campaign:
-    """A folder with the copy, its map, and a line for every mutant that has been judged."""
+    """A folder with the copy of the repository, its coverage map, and a line per judged mutant."""
 
     folder: Path
 
@@ -244,18 +252,18 @@ class Campaign:
         return self.folder / 'mutants.jsonl'
 
     def prepare(self) -> None:
-        """Takes the copy where there is none yet."""
+        """Copy the repository, unless there is a copy."""
         if not self.original.exists():
             copy_tree(ROOT, repository_files(ROOT), self.folder / 'copying')
             (self.folder / 'copying').rename(self.original.parent)
 
     def map(self, jobs: int, arguments: list[str]):
-        """The map of the copy; made where there is none yet."""
+        """The coverage map of the copy, which is made if there is none."""
         from benchmarks.coverage_map import load_map, make_map
 
         path = self.folder / 'map.json'
         if not path.exists():
-            click.echo('Running the tests once, to see what executes what...', err=True)
+            click.echo('Running the tests once, to record which lines they execute...', err=True)
             make_map(self.original, self.folder / 'coverage', jobs, arguments).save(path)
         return load_map(path)
 
@@ -264,12 +272,12 @@ class Campaign:
         return {path.relative_to(self.original).as_posix(): path.read_bytes() for path in paths}
 
     def results(self) -> dict[str, dict]:
-        """The last line of each mutant, by its key; what a kill left of a last line is dropped."""
+        """The last line about each mutant, by its key; an incomplete line at the end is ignored."""
         lines = self.record.read_text().split('\n')[:-1] if self.record.exists() else []
         return {line['key']: line for line in map(json.loads, lines)}
 
     def keep(self, mutant: Mutant, outcome: Outcome) -> None:
-        """Adds a line."""
+        """Append a line about a mutant, and print it."""
         about = dict(
             key=mutant.key, file=mutant.file, line=mutant.line, operator=mutant.operator, change=mutant.change
         )
@@ -281,7 +289,7 @@ class Campaign:
         )
 
     def trees(self, jobs: int) -> list[Tree]:
-        """Copies of the copy, as it is: whatever mutant a kill left in one is gone."""
+        """Fresh copies of the copy, without mutants that an interrupted run has left."""
         names = (
             path.relative_to(self.original).as_posix() for path in self.original.rglob('*') if path.is_file()
         )
@@ -289,9 +297,10 @@ class Campaign:
         return [Tree(copy_tree(self.original, files, self.folder / f'copy-{i}')) for i in range(jobs)]
 
     def run(self, mutants: list[Mutant], found, jobs: int, limit: float, most: float) -> None:
-        """Judges those of which nothing is known yet, and confirms what is caught."""
+        """Judge the mutants that have no outcome yet, then confirm what was caught."""
+        # Remove an incomplete line, to which the next one would be appended.
         sources, known = self.sources(), self.results()
-        if self.record.exists():  # without a half line, to which the next one would be added
+        if self.record.exists():
             text = self.record.read_text()
             self.record.write_text(text[: text.rfind('\n') + 1])
         waiting = [
@@ -299,6 +308,8 @@ class Campaign:
             for mutant in mutants
             if known.get(mutant.key, {}).get('outcome', 'undecided') == 'undecided'
         ]
+
+        # Each thread takes a free copy for a mutant.
         free, adding = SimpleQueue(), Lock()
         for tree in self.trees(jobs):
             free.put(tree)
@@ -317,7 +328,7 @@ class Campaign:
             self.confirm(mutants, free.get())
 
     def confirm(self, mutants: list[Mutant], tree: Tree) -> None:
-        """Runs the tests that caught something once more, without mutants; where they fail, nothing is decided."""
+        """Run the tests that caught mutants again, without mutants; where one fails, nothing is decided."""
         caught = {key: line for key, line in self.results().items() if line['outcome'] == 'caught'}
         by = {
             mutant.key: caught[mutant.key]['by'].partition(' - ')[0]
@@ -335,16 +346,16 @@ class Campaign:
 
 
 def equal_mutants(path: Path) -> dict[str, str]:
-    """Reasons by keys. Raises: UserError where one is missing or given twice."""
+    """{key: reason}. Raises: UserError if a reason is missing, or a key is repeated."""
     entries = json.loads(path.read_text())
     reasons = {entry['key']: entry['reason'].strip() for entry in entries}
     if len(reasons) < len(entries) or not all(reasons.values()):
-        raise UserError(f'{path}: every mutant is there once and has a reason.')
+        raise UserError(f'{path}: every mutant must be listed once, with a reason.')
     return reasons
 
 
 def report(mutants: list[Mutant], results: dict[str, dict], failed: list[str]) -> str:
-    """The figure, by folder, every mutant that was not caught, and the tests that were not asked."""
+    """A table by folder, the mutants that were not caught, and the tests that were not used."""
     rows = []
     for name in (*FOLDERS, ''):
         chosen = [mutant for mutant in mutants if mutant.file.startswith(name)]
@@ -361,14 +372,11 @@ def report(mutants: list[Mutant], results: dict[str, dict], failed: list[str]) -
         for m in mutants
         if results[m.key]['outcome'] != 'caught'
     ]
-    unasked = [f'- not asked, because it fails without mutants: {name}' for name in failed]
+    unused = [f'- not used, because it fails without mutants: {name}' for name in failed]
     return '\n\n'.join(
         filter(
             None,
-            [
-                table(['', 'files', 'mutants', *OUTCOMES, 'share caught'], rows),
-                '\n'.join([*missed, *unasked]),
-            ],
+            [table(['', 'files', 'mutants', *OUTCOMES, 'share caught'], rows), '\n'.join([*missed, *unused])],
         )
     )
 
@@ -379,7 +387,7 @@ def report(mutants: list[Mutant], results: dict[str, dict], failed: list[str]) -
     metavar='DIR',
     type=cli.PATH,
     required=True,
-    help='Folder of the campaign. One that is there resumes.',
+    help='Folder of the campaign, which resumes if it exists.',
 )
 @cli.option(
     '--num',
@@ -387,16 +395,16 @@ def report(mutants: list[Mutant], results: dict[str, dict], failed: list[str]) -
     type=click.IntRange(min=1),
     default=160,
     show_default=True,
-    help='Mutants to draw.',
+    help='Number of mutants.',
 )
-@cli.option('--seed', metavar='INT', type=int, default=0, show_default=True, help='Of what is drawn.')
+@cli.option('--seed', metavar='INT', type=int, default=0, show_default=True, help='Seed of the selection.')
 @cli.option(
     '--jobs',
     metavar='INT',
     type=click.IntRange(min=1),
     default=2,
     show_default=True,
-    help='Mutants at a time.',
+    help='Number of mutants to test in parallel.',
 )
 @cli.option(
     '--limit',
@@ -404,7 +412,7 @@ def report(mutants: list[Mutant], results: dict[str, dict], failed: list[str]) -
     type=click.IntRange(min=10),
     default=60,
     show_default=True,
-    help='Seconds for a run of tests.',
+    help='Time limit of a group of tests.',
 )
 @cli.option(
     '--most',
@@ -412,18 +420,21 @@ def report(mutants: list[Mutant], results: dict[str, dict], failed: list[str]) -
     type=click.IntRange(min=1),
     default=240,
     show_default=True,
-    help='Seconds of tests for a mutant; the quick ones run first.',
+    help='Total duration of tests per mutant; fast tests run first.',
 )
-@cli.option('--files', metavar='LIST', help='Files to draw mutants of.  [default: all]')
-@cli.option('--tests', metavar='LIST', help='Files of tests to ask.  [default: all]')
+@cli.option('--files', metavar='LIST', help='Files to mutate.  [default: all]')
+@cli.option('--tests', metavar='LIST', help='Test files to run.  [default: all]')
 def main(out, num, seed, jobs, limit, most, files, tests):
-    """Draw mutants of training/ and metrics/, run the tests that execute their lines, and say how many are caught."""
+    """Draw mutants of training/ and metrics/, run the tests of their lines, and count the caught ones."""
+    # Copy of the repository.
     campaign = Campaign(Path(out).resolve())
     campaign.folder.mkdir(parents=True, exist_ok=True)
     campaign.prepare()
     sources = campaign.sources()
     if files and (unknown := set(files.split(',')) - set(sources)):
         raise click.UsageError(f'--files: {", ".join(sorted(unknown))}: not in {" or ".join(FOLDERS)}')
+
+    # Coverage, mutants, tests.
     equal = equal_mutants(ROOT / EQUAL)
     found = campaign.map(jobs, tests.split(',') if tests else ['tests'])
     mutants = draw(
@@ -436,9 +447,10 @@ def main(out, num, seed, jobs, limit, most, files, tests):
     click.echo(
         block(
             'Mutants',
-            f'{len(mutants)} small faults in {len({m.file for m in mutants})} files, drawn by the seed {seed}, each put into a copy of the '
-            f'repository and shown to the tests that execute its line, until one fails. {len(equal)} that change nothing a test should hold are left '
-            f'out, see `{EQUAL.as_posix()}`. Not covered: no test executes the line.',
+            f'{len(mutants)} small faults in {len({m.file for m in mutants})} files, drawn by seed {seed}, '
+            'each put into a copy of the repository, where the tests that execute its line run until one '
+            f'fails. {len(equal)} without an observable effect are excluded, see `{EQUAL.as_posix()}`. Not '
+            'covered: no test executes the line.',
             report(mutants, campaign.results(), found.failed),
         )
     )

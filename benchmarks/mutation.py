@@ -1,8 +1,8 @@
-"""Small faults to put into a source file: where, and which. Text in, text out; nothing runs here.
+"""Small faults for a source file: where, and which. Transforms text; runs nothing.
 
-A place is a node of the syntax tree with what may stand there instead. Left out is what no test
-should hold: docstrings, annotations, imports, texts of errors and of what is printed, `__all__`,
-blocks for type checkers and for scripts.
+A place is a node of the syntax tree with its possible replacements. What no test should check is excluded:
+docstrings, annotations, imports, texts of errors and of output, `__all__`, blocks for type checkers and for
+scripts.
 """
 
 from __future__ import annotations
@@ -70,22 +70,22 @@ NAMES = {
     'endswith': 'startswith',
     'append': 'extend',
 }
-# Calls whose arguments are read by people.
-TELLING = {'print', 'warn', 'warning', 'echo', 'UserError', 'UsageError', 'ClickException', 'BadParameter'}
+# Calls whose arguments are text for people.
+MESSAGES = {'print', 'warn', 'warning', 'echo', 'UserError', 'UsageError', 'ClickException', 'BadParameter'}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a fault may be put.
+    """A node that a fault may replace.
 
     Attributes:
-        file, line: where it is.
+        file, line: its position.
         function: qualified name of the innermost function or class; '' for the module.
-        before, text, after: the statement, or its head, in one line: around the text to replace, and that.
+        before, text, after: the statement, or its head, in one line, split around the text to replace.
         start, end: offsets of that text in the file.
-        lines: of those, one must be executed for the fault to matter; None: any of the file.
-        faults: (operator, text to put there).
-        count: how many places of this function have the same statement and text before this one.
+        lines: lines of which one must be executed for the fault to matter; None for any line of the file.
+        faults: (operator, replacement) of each fault.
+        count: number of earlier places in this function with the same statement and text.
     """
 
     file: str
@@ -102,13 +102,14 @@ class Place:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What it is, without line numbers."""
+        """Identity of the place, without line numbers."""
         return self.file, self.function, self.before, self.text, self.after, str(self.count)
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A place with a fault. `key`, eight digits, stands for both whatever other lines of the file do; `change` is for people."""
+    """A place with a fault. `key`, eight hex digits, identifies both, also after changes elsewhere in the
+    file; `change` describes them."""
 
     key: str
     change: str
@@ -129,7 +130,7 @@ class Mutant:
 
 
 def called(node: ast.Call) -> str:
-    """The last name of what is called; '' where it has none."""
+    """The last name of the called expression; '' if it has none."""
     function = node.func
     return (
         function.attr
@@ -170,7 +171,7 @@ def of_constant(node: ast.Constant) -> Iterator[tuple[str, ast.AST]]:
 
 
 def root(node: ast.expr) -> str:
-    """The name that a dotted name begins with; '' of other expressions."""
+    """The first name of a dotted name; '' for other expressions."""
     while isinstance(node, ast.Attribute):
         node = node.value
     return node.id if isinstance(node, ast.Name) else ''
@@ -209,7 +210,7 @@ def of_call(node: ast.Call, imported: set[str]) -> Iterator[tuple[str, ast.AST]]
 
 
 def of_expression(node: ast.AST, imported: set[str]) -> Iterator[tuple[str, ast.AST]]:
-    """(operator, what stands there instead) of an expression."""
+    """(operator, replacement) of each fault of an expression."""
     if isinstance(node, ast.Constant):
         yield from of_constant(node)
     elif isinstance(node, ast.Compare) and len(node.ops) == 1:
@@ -259,7 +260,7 @@ def of_expression(node: ast.AST, imported: set[str]) -> Iterator[tuple[str, ast.
 
 
 def of_statement(node: ast.stmt, arguments: list[str]) -> Iterator[tuple[str, ast.AST]]:
-    """(operator, what stands there instead) of a statement as a whole."""
+    """(operator, replacement) of each fault of an entire statement."""
     if isinstance(node, ast.Raise):
         yield 'raise left out', ast.Pass()
     elif isinstance(node, (ast.Break, ast.Continue)):
@@ -287,7 +288,7 @@ def of_statement(node: ast.stmt, arguments: list[str]) -> Iterator[tuple[str, as
 
 
 class Finder(ast.NodeVisitor):
-    """Walks a tree and collects places; knows which function, which statement and which lines it is in."""
+    """Visits a syntax tree and collects places, with the function, statement and lines that contain them."""
 
     def __init__(self, file: str, source: bytes):
         self.file, self.source = file, source
@@ -296,7 +297,7 @@ class Finder(ast.NodeVisitor):
             self.offsets.append(self.offsets[-1] + len(line))
         self.imported: set[str] = set()
         self.scope: list[str] = []
-        self.inside = False  # a function
+        self.inside = False  # whether in a function
         self.arguments: list[str] = []
         self.statement: ast.stmt | None = None
         self.lines: range | None = None
@@ -310,15 +311,19 @@ class Finder(ast.NodeVisitor):
         )
 
     def add(self, node: ast.AST, faults: Iterator[tuple[str, ast.AST]]) -> None:
+        """Add a place for a node, if there are faults for it."""
+        # The statement around it; of compound statements only the head.
         start, end = self.span(node)
         first, last = self.span(self.statement)
         body = getattr(self.statement, 'body', None)
-        if isinstance(body, list) and body:  # its head
+        if isinstance(body, list) and body:
             last = max(self.span(body[0])[0], end)
         before, text, after = (
             ' '.join(self.source[a:b].decode().split())
             for a, b in ((first, start), (start, end), (end, last))
         )
+
+        # Parentheses keep the precedence of a replaced expression.
         found = []
         for operator, other in faults:
             written = ast.unparse(ast.fix_missing_locations(other))
@@ -351,7 +356,7 @@ class Finder(ast.NodeVisitor):
             self.generic_visit(node)
 
     def visit_expression(self, node: ast.expr) -> None:
-        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Call) and called(node) in TELLING):
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Call) and called(node) in MESSAGES):
             return
         if isinstance(getattr(node, 'ctx', None), (ast.Store, ast.Del)):
             return
@@ -379,6 +384,7 @@ class Finder(ast.NodeVisitor):
         self.statement, self.lines = outer
 
     def visit_plain(self, node: ast.stmt) -> None:
+        # In a function, the lines of the statement or its head; elsewhere those of the enclosing node.
         body = getattr(node, 'body', None)
         if self.inside:
             last = (
@@ -410,6 +416,7 @@ class Finder(ast.NodeVisitor):
                     self.visit(child)
 
     def visit_function(self, node) -> None:
+        # Defaults and decorators run at import, but only matter if the function runs.
         defaults = [value for value in [*node.args.defaults, *node.args.kw_defaults] if value is not None]
         self.scope.append(node.name)
         self.lines = range(node.body[0].lineno, node.end_lineno + 1)
@@ -439,12 +446,12 @@ class Finder(ast.NodeVisitor):
     def is_left_out(self, node: ast.stmt) -> bool:
         if isinstance(node, ast.Expr):
             return isinstance(node.value, ast.Constant) or (
-                isinstance(node.value, ast.Call) and called(node.value) in TELLING
+                isinstance(node.value, ast.Call) and called(node.value) in MESSAGES
             )
         if isinstance(node, ast.Assign):
             return any(isinstance(target, ast.Name) and target.id == '__all__' for target in node.targets)
-        words = ast.unparse(node.test) if isinstance(node, ast.If) else ''
-        return words.endswith('TYPE_CHECKING') or words.startswith('__name__ ==')
+        test = ast.unparse(node.test) if isinstance(node, ast.If) else ''
+        return test.endswith('TYPE_CHECKING') or test.startswith('__name__ ==')
 
 
 def without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
@@ -459,25 +466,25 @@ def without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
 
 
 def places_of(file: str, source: bytes) -> list[Place]:
-    """The places of a file, in its order."""
+    """The places of a file, in their order."""
     finder = Finder(file, source)
     for node in without_docstring(ast.parse(source).body):
         finder.visit(node)
     return finder.places
 
 
-def rank(seed: int, *words: str) -> bytes:
-    """The order in which things are drawn: whatever else there is, two of them keep theirs."""
-    return hashlib.sha256('\0'.join([str(seed), *words]).encode()).digest()
+def rank(seed: int, *names: str) -> bytes:
+    """Sort key of a random order by a seed; adding other things does not change the order of two."""
+    return hashlib.sha256('\0'.join([str(seed), *names]).encode()).digest()
 
 
 def mutants_of(file: str, source: bytes, seed: int) -> list[Mutant]:
-    """One mutant for each place of a file, in the order in which they are drawn."""
+    """A mutant for each place of a file, in the order in which they are drawn."""
     found = []
     for place in places_of(file, source):
         operator, text = min(place.faults, key=lambda fault: rank(seed, *place.key, *fault))
         where, what = (place.before[-40:], place.after[:40]), ' '.join(text.split())
-        written = (' '.join([where[0], f'[{words}]', where[1]]).strip() for words in (place.text, what))
+        written = (' '.join([where[0], f'[{part}]', where[1]]).strip() for part in (place.text, what))
         mutant = Mutant(
             rank(0, *place.key, operator, text).hex()[:8],
             f'{place.function or "module"}: {" -> ".join(written)}',
@@ -504,11 +511,13 @@ def compiles(source: bytes) -> bool:
 
 
 def draw(sources: dict[str, bytes], num: int, seed: int, left_out: Collection[str]) -> list[Mutant]:
-    """`num` mutants: of each file at least one where it has places, and otherwise in proportion to these (largest remainders).
+    """Draw `num` mutants: in proportion to the places of each file (largest remainders), and at least one per
+    file.
 
     Args:
-        left_out: keys of mutants that are not counted, in whose places others are drawn.
+        left_out: keys of mutants to exclude, instead of which others are drawn.
     """
+    # Numbers per file.
     ready = {file: mutants for file, source in sources.items() if (mutants := mutants_of(file, source, seed))}
     total = sum(map(len, ready.values()))
     share = {file: max(num * len(mutants) / total, 1) for file, mutants in ready.items()}
@@ -516,6 +525,8 @@ def draw(sources: dict[str, bytes], num: int, seed: int, left_out: Collection[st
     by_remainder = sorted(ready, key=lambda file: (counts[file] - share[file], file))
     for file in by_remainder[: max(num - sum(counts.values()), 0)]:
         counts[file] += 1
+
+    # The first of each file that compile and are not excluded.
     chosen = []
     for file, mutants in ready.items():
         fit = (m for m in mutants if m.key not in left_out and compiles(m.apply(sources[file])))

@@ -1,8 +1,9 @@
-"""What runs in one way only, without a switch, beside the plain way that it stands in for: time, and how far the numbers are apart.
+"""Optimized code that has no option, compared with the plain code that it replaces: time, and difference of
+results.
 
-Attention by `scaled_dot_product_attention` or as softmax(q kᵀ / √d) v; Adam as one fused kernel over a vector of all parameters or by PyTorch's plain
-loop over them; averages of the weights in one pass over such vectors or parameter by parameter. Random weights and gradients; least of several
-rounds in turns.
+Attention by `scaled_dot_product_attention` or as softmax(q kᵀ / √d) v; Adam as one fused kernel over a vector
+of all parameters or by PyTorch's plain loop over them; averages of the weights in one pass over such vectors
+or parameter by parameter. Random weights and gradients; least of several rounds, in turns.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ STDS = [0.05, 0.10]  # of the power-function averages
 ATTENTION = {
     'cifar10-ddpmpp': (1, 256, 16),
     'imagenet64-adm': (6, 64, 32),
-}  # heads of so many channels on images of so many pixels a side
+}  # heads, channels per head, resolution
 
-Way = Callable[[], Iterable[torch.Tensor]]  # does the work, and gives the numbers that it comes to
+Way = Callable[[], Iterable[torch.Tensor]]  # does the work and returns its results
 
 
 def attention(size: str, device: torch.device) -> tuple[Way, Way]:
-    """Forward and backward pass: the answer and the gradients."""
+    """Forward and backward pass of attention; the results are output and gradients."""
     batch = SIZES[size].batch_on(device)
     heads, channels, side = ATTENTION[size]
     q, k, v = (
@@ -46,8 +47,8 @@ def attention(size: str, device: torch.device) -> tuple[Way, Way]:
 
     def way(function):
         def work():
-            answer = function()
-            return answer.detach(), *torch.autograd.grad(answer.square().sum(), (q, k, v))
+            output = function()
+            return output.detach(), *torch.autograd.grad(output.square().sum(), (q, k, v))
 
         return work
 
@@ -58,7 +59,7 @@ def attention(size: str, device: torch.device) -> tuple[Way, Way]:
 
 
 def twins(size: str, device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module, FlatParameters]:
-    """A network, and another with the same weights and gradients, whose own lie in vectors."""
+    """A network, and a copy whose weights and gradients are stored in vectors, with these vectors."""
     plain = SIZES[size].build().to(device)
     ours = copy.deepcopy(plain)
     flat = FlatParameters(ours)
@@ -69,7 +70,7 @@ def twins(size: str, device: torch.device) -> tuple[torch.nn.Module, torch.nn.Mo
 
 
 def optimizer(size: str, device: torch.device) -> tuple[Way, Way]:
-    """A step of Adam: the weights."""
+    """A step of Adam; the results are the weights."""
     plain, ours, flat = twins(size, device)
     adam, update = (
         torch.optim.Adam(plain.parameters(), lr=1e-4, foreach=False),
@@ -79,7 +80,7 @@ def optimizer(size: str, device: torch.device) -> tuple[Way, Way]:
 
 
 def averages(size: str, device: torch.device) -> tuple[Way, Way]:
-    """An update of an EMA and the power-function averages, of weights that have grown: the last average."""
+    """An update of an EMA and power-function averages with doubled weights; the result is the last one."""
     plain, ours, flat = twins(size, device)
     kept = WeightAverages(ours, flat, 5e5, None, STDS)
     *_, last = kept.networks.values()
@@ -102,13 +103,13 @@ PIECES = {'attention': attention, 'Adam': optimizer, f'averages: EMA and {len(ST
 
 
 def difference(numbers: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> float:
-    """The largest between them, over the largest."""
+    """The largest absolute difference, relative to the largest absolute value."""
     pairs = [(a.detach(), b.detach()) for a, b in zip(numbers, others, strict=True)]
     return max(float((a - b).abs().max()) for a, b in pairs) / max(float(a.abs().max()) for a, _ in pairs)
 
 
 def measure(piece: Callable, size: str, device: torch.device, rounds: int) -> list[str]:
-    """The cells of a row."""
+    """A row of the table: times, speedups, difference of results."""
     torch.manual_seed(0)
     plain, ours = piece(size, device)
     apart = difference(plain(), ours())
@@ -128,9 +129,9 @@ def measure(piece: Callable, size: str, device: torch.device, rounds: int) -> li
 @cli.option(
     '--size', type=click.Choice(list(SIZES)), default='imagenet64-adm', show_default=True, help='Network.'
 )
-@rounds_option('Times that each is timed.', default=10)
+@rounds_option('Number of repetitions.', default=10)
 def main(size, rounds):
-    """Time attention, optimizer and averages against the plain way of each."""
+    """Time attention, optimizer and averages against plain implementations."""
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     misc.keep_freed_memory()
     rows = [
@@ -141,9 +142,11 @@ def main(size, rounds):
     click.echo(
         block(
             f'What has no switch: {SIZES[size].title}',
-            f'Milliseconds, least of {rounds} rounds in turns: attention forward and back, a step of Adam, an update of averages, each the plain way '
-            '(softmax of products; one parameter after another) and as it is done here: fused attention, and vectors of all parameters. Our Adam also '
-            'takes the norm of the gradient and looks whether it is finite. `difference`: the largest between their FP32 numbers, over the largest.',
+            f'Milliseconds, least of {rounds} rounds in turns, of a forward and backward pass of attention, '
+            'a step of Adam, and an update of averages, each as a plain implementation (softmax of '
+            'products; one parameter after another) and as here (fused attention; vectors of all '
+            'parameters). Our Adam also computes the norm of the gradient and checks that it is finite. '
+            '`difference`: the largest between FP32 results, relative to the largest value.',
             table(
                 ['', 'plain, ms', 'ours, ms', 'times faster, least', 'times faster, median', 'difference'],
                 rows,

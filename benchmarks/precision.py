@@ -1,8 +1,10 @@
-"""How far half precision resolves a self-target: the cosine between a gradient and the same in FP64, as the two evaluations come closer.
+"""How well half precision resolves a self-target: cosine between a gradient and its FP64 value as r
+approaches t.
 
-The loss is that of easy consistency tuning with one ratio r/t for all times (`--k=0`), so that 1 - r/t is what the table says. Near r = t the
-network's outputs at t and r differ by less than the rounding inside it, and what remains of the gradient is noise. Runs are warned below
-`training/resolution.py: ROUNDING`, which these tables are for.
+The loss is that of easy consistency tuning with the same ratio r/t at all times (`--k=0`), so that the table
+lists 1 - r/t. Near r = t the network's outputs at t and r differ by less than its rounding errors, and the
+gradient is noise. `training/resolution.py: ROUNDING`, below which runs print a warning, was chosen from these
+tables.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ GAPS = [2.0**-i for i in range(2, 17, 2)]
 
 
 def gradient(net, precision: str, gap: float, images, labels, ect: dict, tf32: bool = False):
-    """The gradient of the mean loss, a vector in FP64, of a copy of `net` that computes in `precision`."""
+    """Gradient of the mean loss, an FP64 vector, of a copy of `net` that computes in `precision`.
+
+    `gap`: 1 - r/t; `ect`: options of the loss.
+    """
     import torch
 
     from dnnlib import EasyDict
@@ -46,7 +51,7 @@ def gradient(net, precision: str, gap: float, images, labels, ect: dict, tf32: b
 
 
 def random_network(arch: str):
-    """A network of 16x16 images that begins with what training would find, layers that are no zeros."""
+    """A network of 16x16 images whose zero-initialized layers are random, as after some training."""
     import torch
 
     from training import networks
@@ -78,7 +83,7 @@ def random_network(arch: str):
 
 
 def random_images(count: int):
-    """[count, 3, 16, 16] of standard deviation 0.5, smooth over 3x3 pixels."""
+    """[count, 3, 16, 16] noise of standard deviation 0.5, smoothed over 3x3 pixels."""
     import torch
 
     images = torch.nn.functional.avg_pool2d(
@@ -88,7 +93,7 @@ def random_images(count: int):
 
 
 def some_of(data: str, label_dim: int, count: int, device):
-    """Images in [-1, 1] and labels from all over a data set."""
+    """Images in [-1, 1] and labels, evenly spaced in a data set."""
     import torch
 
     from data.dataset import ImageFolderDataset
@@ -106,21 +111,21 @@ def some_of(data: str, label_dim: int, count: int, device):
     '--network',
     metavar='PKL|URL',
     type=cli.PATH,
-    help='Snapshot whose gradients are compared.  [default: random ones of ADM and EDM2]',
+    help='Snapshot whose gradients are compared.  [default: random networks of ADM and EDM2]',
 )
 @cli.option(
     '--data',
     metavar='ZIP|DIR',
     type=cli.PATH,
-    help='Images like those that it was trained on.  [default: random]',
+    help='Data set like the one it was trained on.  [default: random images]',
 )
 @cli.option(
-    '--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Images.'
+    '--batch', metavar='INT', type=click.IntRange(min=1), default=64, show_default=True, help='Batch size.'
 )
 def main(network, data, batch):
-    """The cosine between gradients of consistency tuning in every precision and in FP64, by 1 - r/t.
+    """Print the cosine between gradients of consistency tuning in every precision and in FP64, by 1 - r/t.
 
-    Weight, distance and times are those of ECT on EDM2's networks. On a CPU there are no fp16 and no TensorFloat-32.
+    Weight, distance and times are those of ECT with EDM2's networks. fp16 and TensorFloat-32 require a GPU.
     """
     import torch
 
@@ -146,7 +151,7 @@ def main(network, data, batch):
 
 
 def cosines(net, images, labels) -> str:
-    """The table of a network."""
+    """Table for one network: cosines by gap and precision."""
     import torch
 
     from training.objectives import OBJECTIVES

@@ -1,10 +1,12 @@
-"""Images per second of 8-step student sampling to PNG files: a plain loop against generate.py's own, and how much of it is the network's time.
+"""Images per second of 8-step student sampling to PNG files, by a plain loop and by generate.py, and the
+network's share of the time.
 
-`plain loop` draws a batch by the eager FP32 network, encodes and writes it, and goes on to the next. `generate.py` is `generate.generate_all`, whose
-worker processes encode and write while the network is at work. `torchrun generate.py` is the same in as many processes as there are CPU cores, with a
-thread each. `network alone` asks for the same evaluations and writes nothing, `writing alone` encodes and writes, in one process; the network sets
-the pace where it is slower than the workers together. Weights are random, so images are noise, which PNG does not compress: files are larger than
-those of photographs. Start-up is left out (benchmarks/startup.py).
+`plain loop` samples a batch by the eager FP32 network, encodes and writes it, then starts the next.
+`generate.py` is `generate.generate_all`, whose worker processes encode and write while the network computes.
+`torchrun generate.py` is the same in one process per CPU core, each with one thread. `network alone` samples
+without writing, `writing alone` encodes and writes in one process; the network is the bottleneck if it is
+slower than all workers together. Weights are random, so that images are noise, which PNG does not compress:
+files are larger than those of photographs. Start-up is not included (see benchmarks/startup.py).
 """
 
 from __future__ import annotations
@@ -46,13 +48,13 @@ FASTER = {
     'generate.py, --precision=bf16 --compile': dict(precision='bf16', compiled=True),
 }
 SHARED = {'torchrun generate.py': {}, 'torchrun generate.py, --compile': dict(compiled=True)}
-IMAGES = {'demo': (2048, 64), 'cifar10-ddpmpp': (8, 4), 'imagenet64-adm': (2, 1)}  # and their batch, on a CPU
+IMAGES = {'demo': (2048, 64), 'cifar10-ddpmpp': (8, 4), 'imagenet64-adm': (2, 1)}  # images, batch; on a CPU
 GPU_IMAGES, GPU_BATCH = 2048, 128
-WRITTEN = 256  # images at least
+WRITTEN = 256  # smallest number of images to time writing with
 
 
 def build(size: str, device: torch.device, precision: str = 'fp32', **ways) -> torch.nn.Module:
-    """A student of 8 steps, with the metadata that a snapshot has."""
+    """An 8-step student with the metadata of a snapshot."""
     torch.manual_seed(0)
     net = execution.in_precision(SIZES[size].build().to(device).eval().requires_grad_(False), precision)
     execution.run_with(net, cuda_graphs=True, **ways)
@@ -61,7 +63,7 @@ def build(size: str, device: torch.device, precision: str = 'fp32', **ways) -> t
 
 
 class Runs:
-    """Ways of sampling `images` images in batches, each into a folder of its own below `folder`, which is removed again."""
+    """Ways to sample images in batches, each into its own subfolder of `folder`, removed afterwards."""
 
     def __init__(self, images: int, batch: int, folder: Path):
         self.seeds, self.batch, self.folder = list(range(images)), batch, folder
@@ -84,11 +86,11 @@ class Runs:
         self._tidy('plain', len(self.seeds))
 
     def overlapped(self, net: torch.nn.Module, pool: writers.WriterPool) -> None:
-        self.part_of_overlapped(net, pool)
+        self.share_of_overlapped(net, pool)
         self._tidy('overlapped', len(self.seeds))
 
-    def part_of_overlapped(self, net: torch.nn.Module, pool: writers.WriterPool) -> None:
-        """All of it where there is one process, else this one's share."""
+    def share_of_overlapped(self, net: torch.nn.Module, pool: writers.WriterPool) -> None:
+        """This process's share of the images."""
         arguments = dict(choose_labels=generation.uniform_labels, solver='student', steps=STEPS)
         generate.generate_all(
             net,
@@ -105,6 +107,7 @@ class Runs:
         self._tidy('overlapped', len(self.seeds))
 
     def _tidy(self, name: str, count: int) -> None:
+        """Check that all images were written, and remove them."""
         found = sum(1 for _ in (self.folder / name).glob('*.png'))
         if found != count:
             raise RuntimeError(f'{found} of {count} images were written')
@@ -112,9 +115,10 @@ class Runs:
 
 
 class Group:
-    """Processes that have generate.py's work among them, as torchrun starts them, each with one thread; they wait for `run`. A context."""
+    """Processes that share the work of generate.py as under torchrun, with one thread each; a context."""
 
     def __init__(self, count: int, *arguments):
+        # Addresses as torchrun sets them; a pipe to each process tells it to start and ends it.
         context = multiprocessing.get_context('spawn')
         with socket.socket() as free:
             free.bind(('localhost', 0))
@@ -130,7 +134,7 @@ class Group:
         ]
         for process, pipe in zip(self._processes, theirs):
             process.start()
-            pipe.close()  # theirs alone now, so that its end is seen
+            pipe.close()  # so that the other end is notified when the process ends
 
     def __enter__(self) -> Group:
         return self
@@ -142,7 +146,7 @@ class Group:
             process.join()
 
     def run(self) -> None:
-        """Have all images made. Raises: EOFError where a process has died, whose own message says why."""
+        """Generate all images. Raises: EOFError if a process has died, after its own error message."""
         for pipe in self._pipes:
             pipe.send('go')
         for pipe in self._pipes:
@@ -150,19 +154,19 @@ class Group:
 
 
 def take_part(place: dict[str, str], pipe, size: str, runs: Runs, how: dict) -> None:
-    """One process of a group."""
+    """Main function of a process of a group."""
     os.environ.update(place)
     torch.set_num_threads(1)
     distributed.init()
     net = build(size, torch.device('cpu'), **how)
-    with writers.WriterPool(0) as pool, contextlib.suppress(EOFError):  # of a group that has come to its end
+    with writers.WriterPool(0) as pool, contextlib.suppress(EOFError):  # when the group ends
         while pipe.recv():
-            runs.part_of_overlapped(net, pool)
+            runs.share_of_overlapped(net, pool)
             pipe.send('done')
 
 
 def images_to_write(size: str, images: int) -> np.ndarray:
-    """Noise, uint8 [N, H, W, C]; enough of it to time."""
+    """Noise, uint8 [N, H, W, C], in a number large enough to time."""
     of = SIZES[size]
     return np.random.default_rng(0).integers(
         256, size=[max(images, WRITTEN), of.resolution, of.resolution, of.channels], dtype=np.uint8
@@ -172,7 +176,7 @@ def images_to_write(size: str, images: int) -> np.ndarray:
 def measure(
     size: str, images: int, batch: int, rounds: int, workers: int, ways: dict[str, dict], device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds an image in every round, by row, measured in turns; each is run once before, so that it is compiled and its workers are there."""
+    """Seconds per image in every round, by row, in turns; the first round compiles and is not counted."""
     net, pixels = build(size, device), images_to_write(size, images)
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -205,20 +209,20 @@ def measure(
     '--images',
     metavar='INT',
     type=click.IntRange(min=1),
-    help="To draw in every round.  [default: the size's own]",
+    help="Number of images per round.  [default: the size's own]",
 )
 @cli.option(
-    '--batch', metavar='INT', type=click.IntRange(min=1), help="Images at a time.  [default: the size's own]"
+    '--batch', metavar='INT', type=click.IntRange(min=1), help="Batch size.  [default: the size's own]"
 )
-@rounds_option('Times that each is timed.', default=5)
+@rounds_option('Number of repetitions.', default=5)
 @cli.option(
     '--workers',
     metavar='INT',
     type=click.IntRange(min=0),
-    help="Processes that write.  [default: generate.py's own]",
+    help="Number of writing processes.  [default: generate.py's own]",
 )
-@cli.option('--eager', is_flag=True, help='Leave compilation out.')
-@cli.option('--compile-large', is_flag=True, help='Compile large networks on a CPU too.')
+@cli.option('--eager', is_flag=True, help='Do not measure compilation.')
+@cli.option('--compile-large', is_flag=True, help='Also compile large networks on a CPU.')
 def main(size, images, batch, rounds, workers, eager, compile_large):
     """Time 8-step student sampling to files."""
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -228,18 +232,22 @@ def main(size, images, batch, rounds, workers, eager, compile_large):
         batch or own_batch,
         writers.default_workers() if workers is None else workers,
     )
+
+    # What can be measured here.
     distributed.init()
     compiles = not eager and (device.type == 'cuda' or compile_large or not SIZES[size].large)
-    shared = SHARED if device.type == 'cpu' and usable_cores() > 1 else {}  # of GPUs there is one
+    shared = SHARED if device.type == 'cpu' and usable_cores() > 1 else {}  # one GPU serves one process
     ways = {name: how for name, how in (FASTER | shared).items() if compiles or not how.get('compiled')}
     seconds = measure(size, images, batch, rounds, workers, ways, device)
+
+    # A row for each, measured or not.
     rows = []
     for name in itertools.chain((ALONE, WRITING, PLAIN, OVERLAPPED), FASTER, SHARED):
         if name not in seconds:
             rows.append([name] + [NOT_MEASURED] * 4)
             continue
         times = seconds[name]
-        if name == WRITING:  # which is no way of sampling
+        if name == WRITING:  # has no ratio: it does not sample
             rows.append([name, f'{1 / min(times):.4g}', '', '', ''])
             continue
         rows.append(
@@ -254,11 +262,13 @@ def main(size, images, batch, rounds, workers, eager, compile_large):
     click.echo(
         block(
             f'Sampling in {STEPS} evaluations: {SIZES[size].title}',
-            f'{images} images in batches of {batch}, written as PNG files, {workers} process(es) writing; least of {rounds} rounds in turns, after one '
-            f'that is not counted. `{PLAIN}` draws a batch (eager FP32), encodes and writes it, and goes on; `{OVERLAPPED}` is what generate.py does '
-            f'once its network is loaded, and `torchrun {OVERLAPPED}` what it does as {usable_cores()} processes, a core and a thread each. '
-            f'`{ALONE}` writes nothing, and is what the last column compares with; `{WRITING}` is a process that encodes and writes noise of that size. '
-            'Ratios are over the plain loop.',
+            f'{images} images in batches of {batch}, written as PNG files by {workers} process(es); least '
+            f'of {rounds} rounds in turns, after one that is not counted. `{PLAIN}` samples a batch (eager '
+            f'FP32), encodes and writes it, then starts the next; `{OVERLAPPED}` is generate.py after its '
+            f'network is loaded, and `torchrun {OVERLAPPED}` the same in {usable_cores()} processes with '
+            f'one core and thread each. `{ALONE}` samples without writing, and is the basis of the last '
+            f'column; `{WRITING}` is one process that encodes and writes noise of the same size. Ratios are '
+            'over the plain loop.',
             table(
                 [
                     '',

@@ -1,4 +1,5 @@
-"""What a distillation step should cost on 1 to 256 GPUs: a model on paper, from counted operations and stated speeds. Measures nothing."""
+"""Predicted time of a distillation step on 1 to 256 GPUs, from operation counts and given speeds. Measures
+nothing."""
 
 from __future__ import annotations
 
@@ -13,12 +14,10 @@ if __name__ == '__main__':
 from benchmarks.sizes import SIZES, Operations, operations
 from dnnlib import cli
 
-BYTES = 4  # of a weight and a gradient, which are FP32 whatever the network computes in
-PASSES = 3  # of the networks without gradients: the teacher's two, the self-target
-UPDATE_TRANSFERS = (
-    7 + 3
-)  # Adam reads four vectors and writes three; an average reads two and writes one, for each
-HEADROOM = 0.9  # share of the backward pass during which there are finished gradients to send
+BYTES = 4  # per weight or gradient, which are FP32 in any precision of the network
+PASSES = 3  # network evaluations without gradients: two of the teacher, and the self-target
+UPDATE_TRANSFERS = 7 + 3  # vectors: Adam reads four and writes three; an average reads two and writes one
+OVERLAP = 0.9  # fraction of the backward pass during which there are finished gradients to send
 
 
 def step(
@@ -33,18 +32,27 @@ def step(
     outer: float,
     averages: int,
 ) -> dict:
-    """Seconds of a step's parts. Speeds: tflops sustained; memory, inner (within a node) and outer (between nodes) in GB/s for each GPU."""
+    """Seconds of a step by part.
+
+    Args:
+        tflops: sustained speed of a GPU, in 10^12 operations per second.
+        memory, inner, outer: bandwidth of memory, within a node, and between nodes, in GB/s per GPU.
+    """
+    # Networks.
     images = batch / gpus
     flops = net.of_step(PASSES, 1)
     compute = images * flops / (tflops * 1e12)
-    window = (
-        HEADROOM * min(images, batch_gpu) * net.backward / (tflops * 1e12)
-    )  # gradients are reduced in the last round only
+
+    # A ring all-reduce sends all gradients about twice, hidden behind the backward pass of the last
+    # micro-batch.
+    window = OVERLAP * min(images, batch_gpu) * net.backward / (tflops * 1e12)
     sent = 2 * (gpus - 1) / gpus * net.parameters * BYTES
     reduce = sent / ((inner if gpus <= node_gpus else outer) * 1e9)
+
+    # Optimizer and averages are limited by memory bandwidth.
     update = (UPDATE_TRANSFERS + 3 * (averages - 1)) * net.parameters * BYTES / (memory * 1e9)
     total = compute + max(reduce - window, 0) + update
-    alone = batch * flops / (tflops * 1e12)
+    single_gpu = batch * flops / (tflops * 1e12)
     return dict(
         gpus=gpus,
         images=images,
@@ -54,7 +62,7 @@ def step(
         hidden=min(reduce, window),
         update=update,
         total=total,
-        efficiency=alone / gpus / total,
+        efficiency=single_gpu / gpus / total,
     )
 
 
@@ -84,7 +92,7 @@ def step(
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help='Images a GPU handles at a time.',
+    help='Micro-batch size per GPU.',
 )
 @cli.option(
     '--tflops',
@@ -92,7 +100,8 @@ def step(
     type=cli.POSITIVE,
     default=300,
     show_default=True,
-    help='Operations that a GPU sustains on this network, in 10^12 a second. Measure it: benchmarks/step.py.',
+    help='Sustained speed of a GPU on this network, in 10^12 operations per second, as benchmarks/step.py '
+    'measures.',
 )
 @cli.option(
     '--memory',
@@ -100,7 +109,7 @@ def step(
     type=cli.POSITIVE,
     default=3350,
     show_default=True,
-    help="A GPU's memory bandwidth.",
+    help='Memory bandwidth per GPU.',
 )
 @cli.option(
     '--node-gpus',
@@ -108,7 +117,7 @@ def step(
     type=click.IntRange(min=1),
     default=8,
     show_default=True,
-    help='GPUs of a node.',
+    help='Number of GPUs per node.',
 )
 @cli.option(
     '--inner',
@@ -116,7 +125,7 @@ def step(
     type=cli.POSITIVE,
     default=450,
     show_default=True,
-    help='Link of a GPU within a node, in one direction.',
+    help='Bandwidth per GPU within a node, in one direction.',
 )
 @cli.option(
     '--outer',
@@ -124,7 +133,7 @@ def step(
     type=cli.POSITIVE,
     default=50,
     show_default=True,
-    help='Link of a GPU to other nodes, in one direction.',
+    help='Bandwidth per GPU to other nodes, in one direction.',
 )
 @cli.option(
     '--averages',
@@ -132,24 +141,29 @@ def step(
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
-    help='Averages of the weights: EMA and phEMA.',
+    help='Number of averages of the weights, EMA and phEMA.',
 )
 def main(size, gpus, **options):
-    """Print what a consistency distillation step should cost on several numbers of GPUs. The defaults are those of H100 nodes on paper."""
+    """Print the predicted time of a consistency distillation step by number of GPUs.
+
+    The default speeds are from data sheets of H100 nodes.
+    """
     net = operations(SIZES[size])
     click.echo(
-        f'{size}: {net.parameters:,} parameters; for each image {net.forward / 1e9:.0f} GFLOP a pass, '
-        f'{net.of_step(PASSES, 1) / 1e12:.2f} TFLOP a step'
+        f'{size}: {net.parameters:,} parameters; per image {net.forward / 1e9:.0f} GFLOP per forward pass, '
+        f'{net.of_step(PASSES, 1) / 1e12:.2f} TFLOP per step'
     )
     click.echo(
-        'gpus  images/gpu  compute ms  sent GB  reduce ms  hidden ms  update ms  step ms  efficiency  Mimg/day'
+        'gpus  images/gpu  compute ms  sent GB  reduce ms  hidden ms  update ms  step ms  efficiency  '
+        'Mimg/day'
     )
     for number in gpus:
         row = step(net, number, **options)
         ms = [row[name] * 1e3 for name in ('compute', 'reduce', 'hidden', 'update', 'total')]
         click.echo(
-            f'{number:4}  {row["images"]:10.4g}  {ms[0]:10.1f}  {row["sent"] / 1e9:7.2f}  {ms[1]:9.1f}  {ms[2]:9.1f}  {ms[3]:9.1f}  '
-            f'{ms[4]:7.1f}  {row["efficiency"]:10.1%}  {options["batch"] / row["total"] * 86400 / 1e6:8.1f}'
+            f'{number:4}  {row["images"]:10.4g}  {ms[0]:10.1f}  {row["sent"] / 1e9:7.2f}  {ms[1]:9.1f}  '
+            f'{ms[2]:9.1f}  {ms[3]:9.1f}  {ms[4]:7.1f}  {row["efficiency"]:10.1%}  '
+            f'{options["batch"] / row["total"] * 86400 / 1e6:8.1f}'
         )
 
 

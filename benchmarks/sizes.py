@@ -1,4 +1,4 @@
-"""The networks that benchmarks are about, by name, with random weights; and how many operations they take."""
+"""Networks for benchmarks, by name, with random weights, and their numbers of operations."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from training import networks
 
 @dataclass(frozen=True)
 class Size:
-    """A network of a named size, and how much of it a machine can bear.
+    """A network, and how much work with it suits a device.
 
     Attributes:
-        title: in words.
-        resolution, channels, classes: of its images.
-        batch, steps: images of a step, and steps to time, on a GPU.
+        title: name in headings.
+        resolution, channels, classes: shape of its images, number of classes.
+        batch, steps: batch size and number of steps to time on a GPU.
         cpu_batch, cpu_steps: the same on a CPU.
-        large: whether its compilation is left to GPUs.
+        large: whether to compile it on GPUs only.
         network: keyword arguments of `networks.EDMPrecond`.
     """
 
@@ -99,19 +99,20 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations of a network on one image, a multiplication and an addition being two: of a pass, and of the pass back."""
+    """Floating-point operations of a forward and a backward pass per image; a multiply-add counts as 2."""
 
     parameters: int
     forward: float
     backward: float
 
     def of_step(self, plain: float, differentiated: float) -> float:
-        """Of `plain` passes without gradients and `differentiated` with a pass back."""
+        """Operations of `plain` forward passes without and `differentiated` with a backward pass."""
         return plain * self.forward + differentiated * (self.forward + self.backward)
 
 
 def count_operations(net: torch.nn.Module, *inputs: torch.Tensor) -> Operations:
-    """Counts products and convolutions of a network on the meta device, where attention too is made of products; the rest is next to nothing."""
+    """Count operations of matrix products and convolutions, on the meta device, where attention consists of
+    matrix products too; others are negligible."""
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         net(*inputs)
     with FlopCounterMode(display=False) as both:
@@ -124,7 +125,7 @@ def count_operations(net: torch.nn.Module, *inputs: torch.Tensor) -> Operations:
 
 
 def operations(size: Size) -> Operations:
-    """Of a size's network."""
+    """Operations of the network of a size."""
     with torch.device('meta'):
         image = torch.zeros(1, size.channels, size.resolution, size.resolution)
         return count_operations(size.build(), image, torch.ones(1), torch.zeros(1, size.classes))

@@ -1,7 +1,8 @@
-"""How long a user waits: for the help of every script, and for the first step of a training of the demo's size, teacher and student.
+"""Start-up time: --help of every script, and train.py up to its first step, for teacher and student of the
+demo's size.
 
-Training is timed from outside: from the start of `train.py` until it says what the data are, until it says that training begins, and until the line
-of its first tick, which follows the first step.
+Training is timed by its output: from the start of `train.py` to the line about the data, the line with which
+training starts, and the line of the first tick, which follows the first step.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ EVENTS = {'data ready': 'Data: ', 'training begins': 'Training for ', 'first ste
 
 
 def scripts() -> list[str]:
-    """Those at the top of the repository that have a --help."""
+    """Scripts at the top of the repository that have --help."""
     return sorted(path.name for path in ROOT.glob('*.py') if 'click.' in path.read_text(encoding='utf-8'))
 
 
@@ -42,18 +43,18 @@ def time_training(*options) -> dict[str, float]:
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONUNBUFFERED='1')
     ) as process:
         for line in process.stdout:
-            for event, words in EVENTS.items():
-                if words in line:
+            for event, text in EVENTS.items():
+                if text in line:
                     seconds.setdefault(event, time.perf_counter() - start)
     if process.returncode or seconds.keys() != EVENTS.keys():
         raise RuntimeError(
-            f'train.py ended with {process.returncode} and told of {", ".join(seconds) or "nothing"}'
+            f'train.py exited with {process.returncode} after these events: {", ".join(seconds) or "none"}'
         )
     return seconds
 
 
 def time_trainings(rounds: int, folder: Path) -> dict[str, dict[str, float]]:
-    """Least seconds to each event, by what is trained: a teacher of the demo's, then its student of 8 steps."""
+    """Least seconds to each event, for a teacher with the demo's network and for an 8-step student of it."""
     data = folder / 'digits.zip'
     run('dataset_tool.py', '--source=digits', f'--dest={data}')
     short = [
@@ -85,21 +86,21 @@ def time_trainings(rounds: int, folder: Path) -> dict[str, dict[str, float]]:
 
 
 @click.command(cls=cli.Command)
-@rounds_option('Times that each is timed.')
-@cli.option('--scripts', 'names', metavar='LIST', help='Scripts whose help is timed.  [default: all]')
+@rounds_option('Number of repetitions.')
+@cli.option('--scripts', 'names', metavar='LIST', help='Scripts whose --help is timed.  [default: all]')
 def main(rounds, names):
-    """Time the help of every script, and the way to the first step of a training."""
+    """Time --help of every script, and train.py up to its first step."""
     names = names.split(',') if names else scripts()
     if unknown := sorted(set(names) - set(scripts())):
-        raise click.UsageError(f'--scripts: {", ".join(unknown)} is none of {", ".join(scripts())}')
+        raise click.UsageError(f'--scripts: {", ".join(unknown)} is not one of {", ".join(scripts())}')
     helped = least(in_turns({name: lambda name=name: run(name, '--help') for name in names}, rounds))
     with tempfile.TemporaryDirectory() as folder:
         trained = time_trainings(rounds, Path(folder))
     click.echo(
         block(
             'Start-up',
-            f'Seconds, least of {rounds}: `--help` of every script, and train.py with the network and options of the demo, from its start to '
-            f'what it says at each point; the first step is of {digits.BATCH} images.',
+            f'Seconds, least of {rounds}: `--help` of every script, and train.py with the network and '
+            f'options of the demo, from its start to each event; the first step has {digits.BATCH} images.',
             table(['`--help` of', 'seconds'], [[name, f'{seconds:.2f}'] for name, seconds in helped.items()]),
             table(
                 ['train.py', *EVENTS],

@@ -1,7 +1,9 @@
-"""Time and memory of saving, reading back and restoring a training state, beside PyTorch's own `torch.save` and `torch.load`.
+"""Time and memory of saving, verifying and loading a training state, compared with `torch.save` and
+`torch.load`.
 
-The state is that of a run with an EMA and two phEMA: six vectors of FP32 numbers, as long as the network has parameters. `peak` is resident memory
-above what it was before. A save waits until the file is on the disk, `torch.save` does not; reading finds the file in the page cache where it fits.
+The state is that of a run with an EMA and two phEMA: six FP32 vectors with as many numbers as the network has
+parameters. `peak` is resident memory above what it was before. `save_state` waits until the file is on the
+disk, `torch.save` does not; files are read from the page cache if they fit.
 """
 
 from __future__ import annotations
@@ -29,13 +31,13 @@ SAVES, LOADS = ('torch.save', 'save_state', 'verify'), ('torch.load', 'load_stat
 
 
 def new_state(parameters: int) -> dict:
-    """As many numbers as a run with a network of `parameters` would save, in tensors of a million."""
+    """A state as of a run with a network of `parameters`, in tensors of a million numbers."""
     sizes = [1 << 20] * (parameters >> 20) + [parameters % (1 << 20)]
     return {name: {str(i): torch.full([size], 0.5) for i, size in enumerate(sizes)} for name in VECTORS}
 
 
 def measure(rows: tuple[str, ...], folder: Path, parameters: int) -> dict[str, dict]:
-    """Seconds and bytes at the peak of each row, one after the other."""
+    """Seconds and peak memory in bytes of each row, in the given order."""
     state = new_state(parameters) if 'save_state' in rows else None
     calls = {
         'torch.save': lambda: torch.save(state, folder / 'theirs.pt'),
@@ -61,26 +63,24 @@ def measure(rows: tuple[str, ...], folder: Path, parameters: int) -> dict[str, d
     type=click.IntRange(min=1),
     default=295_899_267,
     show_default=True,
-    help='Of the network.',
+    help='Number of parameters of the network.',
 )
 @cli.option(
     '--folder',
     metavar='DIR',
     type=cli.PATH,
-    help='Where to write the files, twice 7.1 GB by default.  [default: a temporary folder]',
+    help='Folder to write the files in, twice 7.1 GB by default.  [default: a temporary folder]',
 )
 @cli.option('--rows', hidden=True)
 def main(parameters, folder, rows):
-    """Time saving and restoring a training state."""
+    """Time saving and loading a training state."""
     if rows is not None:
         click.echo(json.dumps(measure(tuple(rows.split(',')), Path(folder), parameters)))
         return
     found = {}
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        for group in (
-            SAVES,
-            LOADS,
-        ):  # in processes of their own: what one has allocated must not serve the other
+        # In separate processes, so that loading cannot reuse memory that saving has allocated.
+        for group in (SAVES, LOADS):
             found |= apart(
                 __file__, f'--rows={",".join(group)}', f'--folder={temporary}', f'--parameters={parameters}'
             )
@@ -100,9 +100,10 @@ def main(parameters, folder, rows):
     click.echo(
         block(
             f'A training state of {parameters:,} parameters',
-            f"{size / 1e9:.3g} GB: weights, Adam's moments, EMA and two phEMA. Training waits for `save_state` and `verify` at every --dump. `peak` is "
-            "memory above what was there before: the state where it is saved, nothing where it is loaded. Speeds of writing are the disk's, and vary "
-            'from run to run; rows were measured in this order.',
+            f"{size / 1e9:.3g} GB: weights, Adam's moments, EMA and two phEMA. Training waits for "
+            '`save_state` and `verify` at every --dump. `peak` is memory above what was there before: the '
+            'state when saving, nothing when loading. Writing is limited by the disk and varies from run to '
+            'run; rows were measured in this order.',
             table(['', 'seconds', 'GB/s', 'peak', 'of the state'], cells),
         )
     )

@@ -1,10 +1,13 @@
-"""Time of a consistency distillation step and its parts, and what each way of running the networks does to it, with random weights.
+"""Time of a consistency distillation step and its parts under each way of running the networks, with random
+weights.
 
-The step is the training loop's own (`accumulate_gradients`, `WeightUpdate`, `WeightAverages`), with T = 1280 as in the second half of training. Its
-parts are calls of the networks: teacher hop, self-target, student forward, backward, which takes in that of the loss; `rest` is what remains.
+The step is that of the training loop (`accumulate_gradients`, `WeightUpdate`, `WeightAverages`), with T =
+1280 as in the second half of training. Its parts are calls of the networks: teacher hop, self-target, student
+forward, and backward, which includes that of the loss; `rest` is everything else.
 
-Every way is measured in a process of its own, step by step in turns with the plain one, on the same images, noise and edges: `plain` is eager FP32
-without TensorFloat-32. On GPUs the parts are timed in steps of their own, since that has to wait for the device inside the step.
+Every way is measured in its own process, step by step in turns with the plain one, on the same images, noise
+and edges; `plain` is eager FP32 without TensorFloat-32. On GPUs parts are timed in separate steps, because
+timing them has to wait for the device within the step.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ class Way:
     """A way of running the networks: see `training.execution`.
 
     Attributes:
-        gpu: whether it means nothing on a CPU.
+        gpu: whether it requires a GPU.
     """
 
     precision: str = 'fp32'
@@ -90,7 +93,8 @@ OPTIONS = {
     'fp16-fast': '--precision=fp16 --channels_last --compile',
 }
 
-# Dense products of vendors' data sheets, 10^12 operations a second: FP32 outside tensor cores, TF32, FP16 and BF16 summed in FP32.
+# Dense matrix products by vendors' data sheets, 10^12 operations per second: FP32 outside tensor cores; TF32;
+# FP16 and BF16 with FP32 accumulation.
 PEAKS = {
     r'NVIDIA A100.*': dict(fp32=19.5, tf32=156, half=312),
     r'NVIDIA H100 80GB HBM3': dict(fp32=67, tf32=494.7, half=989.4),
@@ -104,15 +108,16 @@ PEAKS = {
 
 
 class Stopwatch:
-    """Seconds of a step by part, and how many images networks were asked about.
+    """Seconds of a step by part, and numbers of images that networks were evaluated on.
 
     Args:
-        inside: whether to time parts; on a GPU it then waits at both ends of each.
+        inside: whether to time parts, for which a GPU is waited for at both ends of each.
     """
 
     def __init__(self, device: torch.device, inside: bool):
         self.device, self.inside = device, inside
-        self.parts, self.asked, self.start = {}, {True: 0, False: 0}, self.now()
+        self.parts, self.start = {}, self.now()
+        self.images = {True: 0, False: 0}  # with gradients, without
 
     def now(self) -> float:
         if self.device.type == 'cuda':
@@ -120,7 +125,7 @@ class Stopwatch:
         return time.perf_counter()
 
     def timed(self, name: str, call: Callable, *args, **kwargs):
-        """What `call` returns; its time belongs to the part of that name."""
+        """The result of `call`, whose time is added to a part."""
         if not self.inside:
             return call(*args, **kwargs)
         start = self.now()
@@ -129,7 +134,7 @@ class Stopwatch:
         return result
 
     def stop(self) -> dict[str, float]:
-        """Seconds of PARTS, zero where there was nothing to do; of the total alone where no parts were timed."""
+        """Seconds of PARTS, zero for parts without work; only of the total if parts are not timed."""
         total = self.now() - self.start
         if not self.inside:
             return dict(total=total)
@@ -141,8 +146,8 @@ class Stopwatch:
         }
 
 
-class Observed:
-    """A network whose calls a stopwatch sees; compiled or not, it is timed from outside."""
+class Timed:
+    """A network whose calls are timed, from outside of what is compiled."""
 
     def __init__(self, net: torch.nn.Module, training: Training, is_teacher: bool):
         self._net, self._training, self._is_teacher = net, training, is_teacher
@@ -153,13 +158,16 @@ class Observed:
     def __call__(self, x, *args, **kwargs):
         differentiated = torch.is_grad_enabled()
         watch = self._training.watch
-        watch.asked[differentiated] += len(x)
+        watch.images[differentiated] += len(x)
         name = 'teacher hop' if self._is_teacher else 'student forward' if differentiated else 'self-target'
         return watch.timed(name, self._net, x, *args, **kwargs)
 
 
 class Training:
-    """What the training loop sets up for a network of a named size, and its step. `averages_device`: see `WeightAverages`."""
+    """Networks, loss and optimizer as the training loop sets them up for a size, and a step.
+
+    `averages_device`: see `WeightAverages`.
+    """
 
     def __init__(
         self, size: str, batch: int, device: torch.device, averages_device: torch.device | None = None
@@ -171,12 +179,16 @@ class Training:
         self.student = self.size.build().to(device).train()
         self.teacher = self.size.build().to(device).eval().requires_grad_(False)
         options = dict(OBJECTIVES['mcd'].options, T_anneal_kimg=0, sigma_data=0.5)
-        self.loss_state = loss_cd.setup(EasyDict(options), Observed(self.teacher, self, is_teacher=True))
+        self.loss_state = loss_cd.setup(EasyDict(options), Timed(self.teacher, self, is_teacher=True))
+
+        # Random data; only their shapes matter.
         images = torch.randint(
             256, [batch, self.size.channels, self.size.resolution, self.size.resolution], dtype=torch.uint8
         )
         data = images, torch.eye(self.size.classes)[torch.randint(self.size.classes, [batch])]
         self.data = [values.pin_memory() for values in data] if device.type == 'cuda' else data
+
+        # Optimizer and averages.
         self.flat = FlatParameters(self.student)
         self.update = WeightUpdate(self.flat, (0.9, 0.999), 1e-8)
         self.averages = WeightAverages(
@@ -185,7 +197,7 @@ class Training:
         self.held_teacher, self.compiled = None, set()
 
     def use(self, way: Way) -> None:
-        """Run the networks this way from now on. What was compiled stays so, and rests while it is not asked for."""
+        """Run the networks this way from now on; what was compiled stays, but is used only if wanted."""
         if way.held and self.held_teacher is None:
             self.held_teacher = execution.hold_in_half(
                 execution.in_precision(copy.deepcopy(self.teacher), way.precision)
@@ -200,20 +212,20 @@ class Training:
                 compiled=way.compiled and net not in self.compiled,
             )
         self.compiled |= {self.student, teacher} if way.compiled else set()
-        self.loss_state.teacher = Observed(teacher, self, is_teacher=True)
+        self.loss_state.teacher = Timed(teacher, self, is_teacher=True)
         torch.compiler.set_stance('default' if way.compiled else 'force_eager')
         misc.allow_tf32(way.tf32)
 
     def step(self, number: int, inside: bool) -> dict:
-        """Seconds by part, and operations of networks, of the step with that number."""
+        """Perform a step; returns its seconds by part, and on how many images networks were evaluated."""
         self.watch = watch = Stopwatch(self.device, inside)
-        with observed_backward(watch):
+        with timed_backward(watch):
             self.loss_state.begin_step(number * self.batch)
             self.averages.let_weights_change()
             self.flat.weights.grad.zero_()
             rng = SampleRng(0, number * self.batch, self.batch, self.device)
             accumulate_gradients(
-                Observed(self.student, self, is_teacher=False),
+                Timed(self.student, self, is_teacher=False),
                 loss_cd,
                 self.loss_state,
                 self.data,
@@ -225,12 +237,12 @@ class Training:
             self.update.step(1e-5)
             self.loss_state.end_step()
             self.averages.update((number + 1) * self.batch, self.batch)
-        return dict(watch.stop(), plain_images=watch.asked[False], differentiated_images=watch.asked[True])
+        return dict(watch.stop(), plain_images=watch.images[False], differentiated_images=watch.images[True])
 
 
 @contextlib.contextmanager
-def observed_backward(watch: Stopwatch) -> Iterator[None]:
-    """Within, `Tensor.backward` is timed as a part."""
+def timed_backward(watch: Stopwatch) -> Iterator[None]:
+    """Time `Tensor.backward` as a part within the context."""
     backward = torch.Tensor.backward
 
     torch.Tensor.backward = lambda *args, **kwargs: watch.timed('backward', backward, *args, **kwargs)
@@ -245,7 +257,7 @@ def observed_backward(watch: Stopwatch) -> Iterator[None]:
 
 
 def measure(size: str, way: str, batch: int, steps: int, device: torch.device) -> dict:
-    """Seconds of the first steps together and of every step after them, by way: the plain one and the other in turns."""
+    """Total seconds of the first steps, and each later step, by way; the plain way and another in turns."""
     training, rows = Training(size, batch, device), {name: [] for name in dict.fromkeys([PLAIN, way])}
     warmup = min(WARMUP, steps)
     for number in range(warmup + steps):
@@ -264,7 +276,8 @@ def measure(size: str, way: str, batch: int, steps: int, device: torch.device) -
 
 @functools.cache
 def peak(device: torch.device, precision: str, tf32: bool) -> float | None:
-    """Operations a second of the largest products that the machine can do: a GPU's by its data sheet, None of an unknown one; a CPU's measured."""
+    """Operations per second of large matrix products: by data sheet for a GPU, None if it is unknown;
+    measured for a CPU."""
     if device.type == 'cuda':
         kind = 'half' if precision in ('fp16', 'bf16') else 'tf32' if tf32 else 'fp32'
         figures = next(
@@ -276,6 +289,8 @@ def peak(device: torch.device, precision: str, tf32: bool) -> float | None:
             None,
         )
         return figures and figures[kind] * 1e12
+
+    # The fastest of several products.
     best = 0
     for side in (512, 1024, 1536):
         a, b = torch.randn(2, side, side, dtype=torch.bfloat16 if precision == 'bf16' else torch.float32)
@@ -287,31 +302,29 @@ def peak(device: torch.device, precision: str, tf32: bool) -> float | None:
 
 
 def ways_for(size: str, device: torch.device, compile_large: bool) -> list[str]:
-    """What can be measured of a size here."""
+    """The ways that can be measured on this device."""
     on_gpu = device.type == 'cuda'
     feasible = [
         name
         for name, way in WAYS.items()
         if on_gpu or not (way.gpu or (way.compiled and SIZES[size].large and not compile_large))
     ]
-    return (
-        feasible
-        if on_gpu or size != 'imagenet64-adm'
-        else [name for name in feasible if name != 'checkpoint']
-    )  # of which a step takes a minute
+    if size == 'imagenet64-adm' and not on_gpu:
+        feasible.remove('checkpoint')  # takes a minute per step
+    return feasible
 
 
 # ----------------------------------------------------------------------------
-# Telling.
+# Tables.
 
 
 def total(step: dict) -> float:
-    """Seconds of a step that nobody has interrupted to time its parts."""
+    """Seconds of an entire step without timing of its parts."""
     return step.get('whole', step['total'])
 
 
 def share_of_peak(steps: list[dict], net: Operations, at_most: float | None) -> str:
-    """Operations of the networks over what the machine could have done meanwhile; median over steps."""
+    """Operations of the networks relative to what the device can do in that time; median over steps."""
     if at_most is None:
         return 'n/a'
     shares = [
@@ -322,7 +335,7 @@ def share_of_peak(steps: list[dict], net: Operations, at_most: float | None) -> 
 
 
 def parts_table(runs: dict[str, dict]) -> str:
-    """Median milliseconds of the parts of a step, and their shares of it, by way."""
+    """Table of the parts of a step: median milliseconds and shares, by way."""
     header, rows = [''], [[part] for part in PARTS]
     for name, run in runs.items():
         header += [OPTIONS[name] + ', ms', 'share']
@@ -335,7 +348,7 @@ def parts_table(runs: dict[str, dict]) -> str:
 def ways_table(
     results: dict[str, dict], ways: list[str], batch: int, net: Operations, peaks: dict[str, float | None]
 ) -> str:
-    """A row for each of the ways, measured or not."""
+    """Table of ways, measured or not."""
     rows = []
     for name in ways:
         if name not in results:
@@ -370,15 +383,19 @@ def ways_table(
     )
 
 
-def peaks_in_words(device: torch.device, peaks: dict[str, float | None]) -> str:
+def describe_peaks(device: torch.device, peaks: dict[str, float | None]) -> str:
+    """What speeds are compared with."""
     if device.type == 'cuda':
-        return "the vendor's figure for dense products in that precision, where we know it"
+        return "the vendor's number for dense products in that precision, where known"
     figures = ', '.join(
         f'{peaks[name] / 1e9:.0f} in {what}'
         for name, what in ((PLAIN, 'FP32'), ('bf16', 'BF16'))
         if name in peaks
     )
-    return f'the largest matrix product measured in the same run ({figures}; 10^9 operations a second), which convolutions may exceed'
+    return (
+        f'the fastest matrix product measured in the same run ({figures}; 10^9 operations per second), which '
+        'convolutions may exceed'
+    )
 
 
 def describe(
@@ -393,12 +410,14 @@ def describe(
 ) -> str:
     """The block of RESULTS.md."""
     prose = (
-        f'{net.parameters:,} parameters, {net.forward / 1e9:.3g} GFLOP a pass for an image, {net.backward / 1e9:.3g} the pass back; '
-        f'{steps} steps. `rest` is all of a step that is no network: drawing, noising, arithmetic of hops, loss, statistics, optimizer, '
-        'averages. Each way of running the networks is measured in turns with the plain one (eager FP32), step by step, in a process of its '
-        'own: `times faster` is the ratio within that process, of the least times and the median over pairs of steps. '
-        f'`first steps` are the first {min(WARMUP, steps)} together, with compilation from an empty cache. `of the peak`: operations of the '
-        f'networks as evaluated, recomputed activations not, against {peaks_in_words(device, peaks)}.'
+        f'{net.parameters:,} parameters; per image {net.forward / 1e9:.3g} GFLOP for a forward pass and '
+        f'{net.backward / 1e9:.3g} for a backward pass; {steps} steps. `rest` is everything but the '
+        'networks: random numbers, noise, arithmetic of hops, loss, statistics, optimizer, averages. Each '
+        'way of running the networks is measured in turns with the plain one (eager FP32), step by step, in '
+        'a process of its own: `times faster` is the ratio within that process, of the least times and as '
+        f'the median over pairs of steps. `first steps` is the total of the first {min(WARMUP, steps)}, with '
+        'compilation from an empty cache. `of the peak`: operations of the networks, without recomputed '
+        f'activations, relative to {describe_peaks(device, peaks)}.'
     )
     shown = next(results[name] for name in ('fp16-fast', 'fast', 'bf16', *results) if name in results)
     return block(
@@ -412,37 +431,41 @@ def describe(
 @click.command(cls=cli.Command)
 @cli.option('--size', type=click.Choice(list(SIZES)), default='demo', show_default=True, help='Network.')
 @cli.option(
-    '--batch', metavar='INT', type=click.IntRange(min=1), help="Images a step.  [default: the size's own]"
+    '--batch', metavar='INT', type=click.IntRange(min=1), help="Batch size.  [default: the size's own]"
 )
 @cli.option(
     '--steps',
     metavar='INT',
     type=click.IntRange(min=1),
-    help="Steps to time, of each way.  [default: the size's own]",
+    help="Number of steps to time for each way.  [default: the size's own]",
 )
 @cli.option(
     '--ways',
     metavar='LIST',
     type=NamesOf(WAYS),
-    help=f'Of running the networks: {", ".join(WAYS)}.  [default: what suits the machine]',
+    help=f'Ways of running the networks, of {", ".join(WAYS)}.  [default: what suits the device]',
 )
-@cli.option('--compile-large', is_flag=True, help='Compile large networks on a CPU too.')
+@cli.option('--compile-large', is_flag=True, help='Also compile large networks on a CPU.')
 @cli.option('--measure', 'way', hidden=True)
 @cli.option('--json', 'as_json', is_flag=True, help='Print one JSON object.')
 def main(size, batch, steps, ways, compile_large, way, as_json):
-    """Time a consistency distillation step, its parts, and what ways of running the networks do to it."""
+    """Time a consistency distillation step and its parts under several ways of running the networks."""
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     batch, steps = batch or SIZES[size].batch_on(device), steps or SIZES[size].steps_on(device)
     if way is not None:
         click.echo(json.dumps(measure(size, way, batch, steps, device)))
         return
-    ways = ways and list(dict.fromkeys([PLAIN, *ways]))  # which is always measured
-    asked = ways or ways_for(size, device, compile_large)
-    if device.type == 'cpu' and (useless := [name for name in asked if WAYS[name].gpu]):
-        raise click.UsageError(f'--ways={",".join(useless)}: that is for GPUs, and there is none.')
-    peaks = {name: peak(device, WAYS[name].precision, WAYS[name].tf32) for name in asked}
+
+    # What to measure; the plain way always is.
+    ways = ways and list(dict.fromkeys([PLAIN, *ways]))
+    selected = ways or ways_for(size, device, compile_large)
+    if device.type == 'cpu' and (useless := [name for name in selected if WAYS[name].gpu]):
+        raise click.UsageError(f'--ways={",".join(useless)}: requires a GPU, and there is none.')
+    peaks = {name: peak(device, WAYS[name].precision, WAYS[name].tf32) for name in selected}
     net, results = operations(SIZES[size]), {}
-    for name in [name for name in asked if name != PLAIN] or [PLAIN]:
+
+    # A process for each, with an empty compilation cache.
+    for name in [name for name in selected if name != PLAIN] or [PLAIN]:
         with tempfile.TemporaryDirectory() as cache:
             results[name] = apart(
                 __file__,

@@ -176,10 +176,11 @@ class PngFiles:
 
 
 class LatentFiles:
-    """Raw latents of a VAE in EDM2's format: .npy files of float32 [2 C, h, w], means, then standard deviations.
+    """Raw latents of a VAE in EDM2's format: .npy files of float32 [2 C, h, w], means, then standard
+    deviations.
 
-    `entries` of dataset.json name the VAE and, per channel, the mean and standard deviation of sampled latents
-    over all images.
+    `entries` of dataset.json name the VAE and, per channel, the mean and standard deviation of sampled
+    latents over all images.
     """
 
     pattern = 'img-mean-std-{:08d}.npy'

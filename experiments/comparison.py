@@ -1,7 +1,7 @@
 """The plan of a comparison: which networks to train, for how many steps, and how to sample each.
 
-Only computes; it trains nothing and reads no files. The unit of the budget is one network evaluation per batch
-element; a student's forward and backward pass counts 3 (`Objective.cost`).
+Only computes; it trains nothing and reads no files. The unit of the budget is one network evaluation per
+batch element; a student's forward and backward pass counts 3 (`Objective.cost`).
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ class Request:
     """What to compare.
 
     Attributes:
-        objectives, steps, seeds: each objective is trained with each seed and sampled in each number of steps.
+        objectives, steps, seeds: each objective is trained with each seed and sampled in each number of
+            steps.
         budget: network evaluations per batch element for all trainings behind one cell of the table.
         batch: images per optimizer step.
         cond: whether the teacher, and with it every student, is class-conditional.
@@ -244,8 +245,7 @@ def make_training(
 
 
 def halving_training(request: Request, name: str, objective: str, seed: int) -> Training:
-    """Progressive distillation down to the smallest number of sampling steps, whose stages share the
-    budget."""
+    """Progressive distillation down to the fewest sampling steps, whose stages share the budget."""
     from training.objectives.time_schedules import halving_stages
 
     most, least = FINER * max(request.steps), min(request.steps)
@@ -344,7 +344,7 @@ def parameter_names(options: Sequence[str]) -> list[str]:
         raise click.UsageError(f'{" ".join(options)}: {error.format_message()}') from error
     if rest:
         raise click.UsageError(
-            f'{rest[0]!r} is not an option of train.py; options for a training look like --lr=1e-4.'
+            f'{rest[0]!r} is no option of train.py; options for a training look like --lr=1e-4.'
         )
     return [parameter.name for parameter in given]
 
@@ -375,8 +375,8 @@ def teacher_training() -> Training:
 
 
 def teacher_models(steps: Sequence[int], reference_steps: int) -> list[Model]:
-    """The teacher as a model: with many Heun steps, the reference of all others; with as many evaluations as the
-    students, by Euler, and by Heun where one evaluation less is allowed.
+    """The teacher as a model: with many Heun steps, the reference of all others; with as many evaluations as
+    the students, by Euler, and by Heun where one evaluation less is allowed.
     """
     teacher = Model('diffusion', None, None, 0, None, 'heun', reference_steps, 2 * reference_steps - 1)
     euler = [replace(teacher, solver='euler', steps=n, nfe=n) for n in sorted(steps)]
@@ -388,8 +388,8 @@ def teacher_models(steps: Sequence[int], reference_steps: int) -> list[Model]:
 
 
 def starting_from_weights(objectives: Sequence[str]) -> list[str]:
-    """Those of the objectives whose training, or its first stage, is initialized with the teacher's weights: they
-    need options that make its network."""
+    """Those of the objectives whose training, or its first stage, is initialized with the teacher's weights:
+    they need options that make its network."""
     return [name for name in objectives if OBJECTIVES[name].teacher != 'diffusion']
 
 

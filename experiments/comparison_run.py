@@ -49,8 +49,8 @@ class Options:
             raise click.UsageError('--data=digits has metrics of its own: leave --ref and --detector out.')
         if self.detectors and len(self.detectors) != len(self.refs):
             raise click.UsageError(
-                f'{len(self.detectors)} --detector for {len(self.refs)} --ref: give one for each, in the same '
-                'order.'
+                f'{len(self.detectors)} --detector for {len(self.refs)} --ref: give one for each, in the '
+                'same order.'
             )
 
 

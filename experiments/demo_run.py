@@ -1,4 +1,5 @@
-"""The demo: train a teacher on digits, distill students of 8 and fewer steps, measure all, and write a report."""
+"""The demo: train a teacher on digits, distill students of 8 and fewer steps, measure all, and write a
+report."""
 
 from __future__ import annotations
 
@@ -183,9 +184,9 @@ def introduction(rows: list[dict], minutes: float) -> str:
     )
     metrics = '; '.join(f'<b>{name}</b>: {text}' for name, text in digits.METRICS.items())
     return (
-        f'<p>{students}.</p><p>Fréchet distances between {rows[0]["images"]} samples and the 1,797 real digits '
-        'of scikit-learn, in the features of a small digits classifier that the demo trains in seconds. This '
-        'is not FID: no Inception network is involved, and the numbers compare with nothing outside this '
-        f'page. Two rulers that nobody trained stand beside it. Rulers: {metrics}. Intervals are the sampling '
-        f'noise (bootstrap). The whole run took {minutes:.1f} minutes.</p>'
+        f'<p>{students}.</p><p>Fréchet distances between {rows[0]["images"]} samples and the 1,797 real '
+        'digits of scikit-learn, in the features of a small digits classifier that the demo trains in '
+        'seconds. This is not FID: no Inception network is involved, and the numbers compare with nothing '
+        f'outside this page. Two rulers that nobody trained stand beside it. Rulers: {metrics}. Intervals '
+        f'are the sampling noise (bootstrap). The whole run took {minutes:.1f} minutes.</p>'
     )

@@ -37,10 +37,11 @@ PER_OBJECTIVE = {
 
 
 def student_options(objective: str, S: int | None = None) -> list[str]:
-    """Options for a student of an objective, of S steps if their number is fixed; docs/results.md has the reasons.
+    """Options for a student of an objective, of S steps if their number is fixed; docs/results.md has the
+    reasons.
 
-    The digits' teacher is best with 12 to 16 Heun steps. mcd's grid therefore has at least 16 edges throughout,
-    10 if only two segments share them, and the sub-steps over all segments add up to at least 12.
+    The digits' teacher is best with 12 to 16 Heun steps. mcd's grid therefore has at least 16 edges
+    throughout, 10 if only two segments share them, and the sub-steps over all segments add up to at least 12.
     """
     own = OBJECTIVES[objective].options
     substeps = [f'--{name}={max(2, -(-12 // S))}' for name in ('substeps', 'anchor_hops') if name in own]

@@ -110,8 +110,8 @@ def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teac
 
 
 def common_labels(teacher, dataset) -> np.ndarray | None:
-    """Labels to sample teacher and students with: the vectors of the data, or the classes that both have; None
-    for all classes."""
+    """Labels to sample teacher and students with: the vectors of the data, or the classes that both have;
+    None for all classes."""
     import numpy as np
 
     from data.label_space import space_of

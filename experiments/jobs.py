@@ -18,8 +18,8 @@ Job = tuple[float, str, Callable[[], None]]  # network evaluations, name, functi
 def train(
     runner: Runner, training: Training, data: Path | str, teacher: str | None, threads: int | None = None
 ) -> None:
-    """Start a training or resume it, unless it is finished. It begins from the snapshot `teacher`, or from that
-    of the training before it."""
+    """Start a training or resume it, unless it is finished. It begins from the snapshot `teacher`, or from
+    that of the training before it."""
     folder = runner.path('trainings', training.name)
     if is_finished(folder, training):
         return
@@ -105,7 +105,7 @@ def remaining_jobs(
     results: Results,
     labels: str | None = None,
 ) -> list[Job]:
-    """Jobs for models without results, longest first; each is a training and the measurements of its models."""
+    """Jobs for models without results, longest first: a training with measurements of its models each."""
     groups: dict[str, list[Model]] = {}
     for model in models:
         groups.setdefault(model.training.name if model.training else model.name, []).append(model)

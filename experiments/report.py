@@ -41,8 +41,8 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
     found = [record for _, record in records(path)]
     if None in found:
         raise UserError(
-            f'{path}: line {found.index(None) + 1} is not a record of a run. Remove that line, or restore the '
-            'file.'
+            f'{path}: line {found.index(None) + 1} is not a record of a run. Remove that line, or restore '
+            'the file.'
         )
     return found
 
@@ -62,7 +62,7 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_grid(paths: Sequence[str], dest: str, columns: int = 8) -> None:
-    """Tile PNG files into one, enlarged to 32 pixels or more each; their number is a multiple of `columns`."""
+    """Tile PNG files, a multiple of `columns`, into one; each is enlarged to 32 pixels or more."""
     arrays = [np.asarray(open_image(path)) for path in paths]
     images = torch.from_numpy(np.stack([a[None] if a.ndim == 2 else a.transpose(2, 0, 1) for a in arrays]))
 
@@ -114,8 +114,8 @@ HUES = dict(
     gray='#777777',
     black='#000000',
 )
-# Colors that color-blind readers can distinguish (Okabe and Ito). Related objectives share a color, and differ in
-# dashes and markers.
+# Colors that color-blind readers can distinguish (Okabe and Ito). Related objectives share a color, and
+# differ in dashes and markers.
 LOOKS = {
     'mcd': ('blue', '-', 'o'),
     'mct': ('blue', '--', 's'),
@@ -132,8 +132,7 @@ LOOKS = {
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Move values in [0, 1] as little as possible, in least squares, so that neighbors are `gap` apart; their order
-    stays."""
+    """Move values in [0, 1] as little as possible (least squares) to `gap` between neighbors, in order."""
     # Minus multiples of the gap, the sorted values only need to be non-decreasing: isotonic regression.
     order = np.argsort(values, kind='stable')
     offsets = gap * np.arange(len(order))
@@ -145,8 +144,8 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
 
 
 def apart(numbers: Sequence[int]) -> list[int]:
-    """Those of ascending numbers that have room for labels on a logarithmic axis; powers of two have priority, then
-    the ends."""
+    """Those of ascending numbers that have room for labels on a logarithmic axis; powers of two have
+    priority, then the ends."""
     chosen: list[int] = []
     for number in sorted(numbers, key=lambda n: (n & (n - 1) > 0, n not in (numbers[0], numbers[-1]))):
         if all(max(number, other) >= 1.3 * min(number, other) for other in chosen):

@@ -1,4 +1,5 @@
-"""What a comparison writes down: its plan in plan.json and its rows in results.json, both complete at any time."""
+"""What a comparison writes down: its plan in plan.json and its rows in results.json, both complete at any
+time."""
 
 from __future__ import annotations
 
@@ -39,8 +40,7 @@ def distance_entries(metrics: Sequence[str]) -> dict[str, str]:
 
 
 def is_row(row: object, metrics: Sequence[str]) -> bool:
-    """Whether this has the entries that tables and plots read. A teacher's row has `seed` null and no training
-    entries."""
+    """Whether a row has the entries that tables read; a teacher's has `seed` null and no training entries."""
     if not isinstance(row, dict) or row.get('objective') not in list(OBJECTIVES) or 'seed' not in row:
         return False
     of_training = [] if row['seed'] is None else ['seed', 'train_steps', 'cost', 'evaluations']
@@ -89,8 +89,8 @@ def record_plan(outdir: Path, settings: dict, trainings: Sequence[Training]) -> 
         if earlier['settings'].get(name) != value:
             raise UserError(
                 f'--outdir={outdir} holds a comparison with {name} = '
-                f'{json.dumps(earlier["settings"].get(name))}, now it is {json.dumps(value)}: use its options, '
-                'or choose another folder.'
+                f'{json.dumps(earlier["settings"].get(name))}, now it is {json.dumps(value)}: use its '
+                'options, or choose another folder.'
             )
 
     # A folder's name does not show all options: a training may only be resumed with its own.

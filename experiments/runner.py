@@ -106,7 +106,8 @@ class Runner:
 
 
 def run_interruptibly(runner: Runner, function: Callable[[], T], cure: str) -> T:
-    """Call `function` in a thread; Ctrl-C and SIGTERM terminate the runner's commands, which ends the function.
+    """Call `function` in a thread; Ctrl-C and SIGTERM terminate the runner's commands, which ends the
+    function.
 
     Returns: its result. Raises: UserError with the `cure` if interrupted.
     """

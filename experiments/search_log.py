@@ -16,13 +16,14 @@ from training import run_log
 class SearchLog:
     """File of all evaluations: a line of settings, then a line per evaluation.
 
-    Searches that share a log may evaluate different points, but under the same settings. The main process reads
-    and writes the file, and shares its values with the others.
+    Searches that share a log may evaluate different points, but under the same settings. The main process
+    reads and writes the file, and shares its values with the others.
 
     Args:
         path: path of the file, which need not exist.
         settings: plain data that the values depend on.
-    Raises: UserError if the file is another kind of file, has other settings, is damaged or cannot be written.
+    Raises: UserError if the file is another kind of file, has other settings, is damaged or cannot be
+        written.
     """
 
     def __init__(self, path: str, settings: dict):
@@ -45,7 +46,7 @@ class SearchLog:
         self.values = distributed.broadcast_object(self.values)
 
     def value(self, taus: list[float], compute: Callable[[], float]) -> float:
-        """The value at these points: from the log, or from `compute` and then on disk before it is returned."""
+        """The value at these points: from the log, or from `compute`, and then first written to disk."""
         if tuple(taus) not in self.values:
             start = time.monotonic()
             value = compute()
@@ -77,7 +78,8 @@ class SearchLog:
 
 
 def read_log(path: str) -> tuple[dict | None, dict[tuple[float, ...], float]]:
-    """(settings, values by points) of a log; (None, {}) if there is none yet. An incomplete last line is ignored.
+    """(settings, values by points) of a log; (None, {}) if there is none yet. An incomplete last line is
+    ignored.
 
     Raises: UserError if the file is something else, or damaged.
     """
@@ -105,7 +107,7 @@ def read_log(path: str) -> tuple[dict | None, dict[tuple[float, ...], float]]:
             isinstance(number, (int, float)) for number in [*taus, value]
         ):
             raise UserError(
-                f'--log={path} is damaged: line {number} is not an evaluation. Remove that line, or choose '
+                f'--log={path} is damaged: line {number} is no evaluation. Remove that line, or choose '
                 'another name.'
             )
         values[tuple(taus)] = value

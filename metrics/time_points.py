@@ -1,5 +1,5 @@
-"""Time points of a consistency model by a metric of its images: candidates, evaluation, and the search for the
-best of them (Song et al. 2023)."""
+"""Time points of a consistency model by a metric of its images: candidates, evaluation, and the search for
+the best of them (Song et al. 2023)."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def load_consistency_model(network: str, solver: str | None):
 
 @dataclass
 class Sampler:
-    """Images of a network at given time points, always from the same seeds, so that a metric of them depends on
-    the points only, and varies smoothly with them."""
+    """Images of a network at given time points, always from the same seeds, so that a metric of them depends
+    on the points only, and varies smoothly with them."""
 
     net: object
     network: str
@@ -80,7 +80,7 @@ class Sampler:
 
 
 def as_options(taus: list[float], clip_denoised: bool | None = None) -> str:
-    """Options of generate.py and fid.py for these points, exact: repr gives the shortest digits of a float."""
+    """Options of generate.py and fid.py for these points; repr gives the shortest exact digits."""
     clip = {None: '', True: ' --clip_denoised', False: ' --no_clip_denoised'}[clip_denoised]
     return f'--solver=cm --taus={",".join(map(repr, taus))}{clip}'
 
@@ -115,7 +115,7 @@ def candidate_levels(net, options) -> list[float]:
 
 
 def search_plan(candidates: list[float], sampler: Sampler, measures, options) -> dict:
-    """What will be searched, as --dry-run prints it. Raises: UserError if the network cannot be sampled so."""
+    """The plan as --dry-run prints it. Raises: UserError if the network cannot be sampled so."""
     points = options.steps - 1
     arguments = sampler.arguments(candidates[-points:])
     most = 1 + time_search.most_evaluations(len(candidates), points, options.scan)
@@ -202,8 +202,8 @@ def search(evaluate: MetricOfPoints, log, candidates: list[float], plan: dict) -
         evaluation.log(f'{len(taus) + 1} steps: {as_options(taus)}, {evaluate.title} {sign * signed:.6g}')
         if signed >= sign * by_steps[-2]['value']:
             evaluation.log(
-                f'Warning: no level that was tried improves on {len(taus)} step{"s" * (len(taus) > 1)}. A larger '
-                '--scan, or a range of --low and --high, may find one that does.'
+                f'Warning: no better than {len(taus)} step{"s" * (len(taus) > 1)} at any level that was '
+                'tried. A larger --scan, or a range of --low and --high, may find one that does.'
             )
     best = by_steps[-1]
     return dict(
@@ -223,15 +223,15 @@ def listed(taus: list[float]) -> str:
 
 
 def reference_digest(ref: str | None, holds_statistics: bool) -> str | None:
-    """Digest of a reference's file or, if it consists of images, of their names, sizes and times; None without
-    a reference."""
+    """Digest of a reference's file or, if it consists of images, of their names, sizes and times; None
+    without a reference."""
     if ref is None:
         return None
     return file_sha256(local_path(ref)) if holds_statistics else open_images(ref).fingerprint()
 
 
 def save_copy(path: str, net, sigmas: list[float], clip_denoised: bool | None = None) -> None:
-    """Save a snapshot that is sampled at `sigmas`, which end in 0, by default, and clamped as in the search."""
+    """Save a snapshot sampled by default at `sigmas`, which end in 0, and clamped as in the search."""
     # An FID was measured at other levels. `path` and `net` are not metadata names, and would be taken for
     # arguments of save_snapshot.
     reserved = ('path', 'net')

@@ -1,5 +1,5 @@
-"""Post-hoc EMA: find the power-function averages that a run stored, and reconstruct averages of other widths as
-weighted sums of them (EDM2, Section 3.2).
+"""Post-hoc EMA: find the power-function averages that a run stored, and reconstruct averages of other widths
+as weighted sums of them (EDM2, Section 3.2).
 
 The weights come from `phema.solve_posthoc_coefficients`. Snapshots of EDM2 are read too. Nothing in a file is
 executed.
@@ -232,8 +232,7 @@ def plan(inputs: list[Stored], stds: list[float], outdir: str, prefix: str) -> l
 
 
 def prepare(outputs: list[Output], outdir: str) -> None:
-    """Create the folder. Raises: UserError if it is not writable, or an output would replace another kind of
-    file."""
+    """Create the folder. Raises: UserError if it is not writable, or an output would replace other files."""
     for output in outputs:
         try:
             replaceable = not os.path.lexists(output.path) or read_header(output.path)[0].get('reconstructed')
@@ -264,8 +263,8 @@ def write_all(inputs: list[Stored], outputs: list[Output], batch: int) -> None:
 def reconstruct(inputs: list[Stored], outputs: list[Output], advance: Callable[[], object]) -> None:
     """Write the weighted sums of the inputs' parameters for all outputs, in one pass over the inputs.
 
-    Sums are in FP32, or the precision of the inputs if that is higher. Memory holds the sums and one input or,
-    while a file is written, the sums and its bytes.
+    Sums are in FP32, or the precision of the inputs if that is higher. Memory holds the sums and one input
+    or, while a file is written, the sums and its bytes.
 
     Args:
         advance: called after each input.
@@ -327,8 +326,8 @@ def add(
 ) -> None:
     """Add weight · parameters of a stored average to each of the sums.
 
-    Raises: UserError unless its shapes agree with those of `last`, and everything that is not averaged: buffers,
-        noise levels, settings.
+    Raises: UserError unless its shapes agree with those of `last`, and everything that is not averaged:
+        buffers, noise levels, settings.
     """
     net, _ = load(average)
     shapes = [
@@ -343,8 +342,8 @@ def add(
         and all(torch.equal(buffer, buffers[1][name]) for name, buffer in buffers[0].items())
     ):
         raise UserError(
-            f'{average.path} belongs to another run: shapes, constants or settings of its network differ. Give '
-            'each run a folder of its own.'
+            f'{average.path} belongs to another run: shapes, constants or settings of its network differ. '
+            'Give each run a folder of its own.'
         )
     for total, weight in zip(sums, weights):
         for name, parameter in net.named_parameters():
