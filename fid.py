@@ -259,14 +259,14 @@ def check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_s
         raise click.UsageError('Give either --images or --network.')
     if bool(network) != bool(seed_sets):
         raise click.UsageError('--network and --seeds belong together: give both, or --images.')
-    if paths and (idle := [name for name, value in sampling.items() if value not in (None, False)]):
+    if paths and (unused := [name for name, value in sampling.items() if value not in (None, False)]):
         raise click.UsageError(
-            f'{option_names(idle)}: applies to --network, not to the existing images of --images.'
+            f'{option_names(unused)}: applies to --network, not to the existing images of --images.'
         )
     if network and num is not None:
         raise click.UsageError('--num is for --images; for --network, --seeds sets the number of images.')
-    if ref is None and (needy := [name for name, measure in measures.items() if measure.compares]):
-        raise click.UsageError(f'--ref is missing, but {", ".join(needy)} compare with a reference.')
+    if ref is None and (comparing := [name for name, measure in measures.items() if measure.compares]):
+        raise click.UsageError(f'--ref is missing, but {", ".join(comparing)} compare with a reference.')
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise click.UsageError('--images: the same path is given twice.')
     if sum(len(seeds) for _, seeds in seed_sets) > cli.MAX_NUMBERS:

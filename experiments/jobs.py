@@ -18,7 +18,7 @@ Job = tuple[float, str, Callable[[], None]]  # network evaluations, name, functi
 def train(
     runner: Runner, training: Training, data: Path | str, teacher: str | None, threads: int | None = None
 ) -> None:
-    """Start a training or resume it, unless it is finished. It begins from the snapshot `teacher`, or from
+    """Start a training or resume it, unless it is finished. It starts from the snapshot `teacher`, or from
     that of the training before it."""
     folder = runner.path('trainings', training.name)
     if is_finished(folder, training):

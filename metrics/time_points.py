@@ -38,8 +38,8 @@ def load_consistency_model(network: str, solver: str | None):
             'a diffusion model becomes one by train.py --objective=ect'
         )
         raise UserError(
-            f'Time points are searched for consistency models, whose every output is an image, and {network} '
-            f'{problem}.'
+            f'Time points are searched for consistency models, whose every output is an image, and '
+            f'{network} {problem}.'
         )
     return net
 
@@ -57,7 +57,7 @@ class Sampler:
 
     @functools.cached_property
     def choose_labels(self):
-        """The labels that --class and --labels ask for."""
+        """The labels given by --class and --labels."""
         return choose(self.net, self.network, self.class_idx, self.labels)
 
     def arguments(self, taus: list[float]) -> dict:
@@ -87,10 +87,13 @@ def as_options(taus: list[float], clip_denoised: bool | None = None) -> str:
 
 def candidate_levels(net, options) -> list[float]:
     """Noise levels to choose from, descending. Raises: UserError if there are too few."""
+    # The range that the network can evaluate, narrowed by --low and --high.
     lowest, highest = samplers.clip_range(
         net, net.metadata.get('sigma_min', 0.002), net.metadata.get('sigma_max', 80.0)
     )
     low, high = max(options.low or 0, lowest), min(options.high or math.inf, highest)
+
+    # Levels strictly inside, as OpenAI indexes them or evenly spaced in ln sigma.
     if options.space == 'karras-index':
         count = options.timesteps or net.metadata.get('num_timesteps', samplers.DEFAULT_TIMESTEPS)
         levels = [
@@ -104,12 +107,12 @@ def candidate_levels(net, options) -> list[float]:
             if low < high
             else []
         )
+
     if len(levels) < options.steps - 1:
         cure = 'more --timesteps' if options.space == 'karras-index' else 'a smaller --tolerance'
         raise UserError(
             f'There are {len(levels)} noise levels to choose from between {low:g} and {high:g}, and '
-            f'{options.steps} steps need '
-            f'{options.steps - 1}: widen --low and --high, or take {cure}.'
+            f'{options.steps} steps need {options.steps - 1}: widen --low and --high, or take {cure}.'
         )
     return levels
 
@@ -154,6 +157,7 @@ class MetricOfPoints:
         self.title = self.measure.title.format(self.detector.metric_name)
 
     def __call__(self, taus: list[float]) -> float:
+        # Compute features on all processes, the metric on the main one, whose value all use.
         classes = {self.measure.entry} if self.measure.classes else set()
         source = self.sampler.images(taus, self.options)
         seen = evaluation.features_of(
@@ -181,9 +185,8 @@ def search(evaluate: MetricOfPoints, log, candidates: list[float], plan: dict) -
     evaluated: list[list[float]] = []
     evaluation.log(
         f'{plan["points"]} of {len(candidates)} noise levels from {candidates[0]:g} to {candidates[-1]:g}, '
-        f'by {evaluate.title}: at most '
-        f'{plan["evaluations_at_most"]} evaluations of {plan["images_each"]} images; {len(log.values)} are '
-        f'in {log.path}.'
+        f'by {evaluate.title}: at most {plan["evaluations_at_most"]} evaluations of {plan["images_each"]} '
+        f'images; {len(log.values)} are in {log.path}.'
     )
 
     # An evaluation in the log is not repeated.
