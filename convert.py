@@ -165,9 +165,12 @@ def info(file, as_json, key):
     """
     from training.interchange import describe
 
+    # What kind of file it is.
     kind = recognize(file)
     if key is not None and kind != 'openai':
         raise UserError(f"--key={key} is for OpenAI's weights, and {file} is a {kind}: leave it out.")
+
+    # Describe it; the settings that OpenAI's files lack are inferred from shapes of weights.
     if kind == 'training state':
         facts = describe.describe_state(file)
     elif kind == 'openai':
@@ -177,6 +180,8 @@ def info(file, as_json, key):
         facts = dict(describe.describe(net), assumed=guessed)
     else:
         facts = describe.describe(read(file, kind))
+
+    # Print.
     facts = dict(file=file, format=kind, **facts)
     click.echo(
         json.dumps(describe.printable(facts), indent=2, allow_nan=False)
@@ -191,6 +196,8 @@ def read(source: str, reader: str, **openai):
         from training.interchange.openai import load_openai
 
         return load_openai(source, **openai)
+
+    # Name the right format if it is another one than --from.
     kind = recognize(source)
     if kind == 'training state':
         raise UserError(

@@ -206,6 +206,8 @@ def interpolate(network, outdir, seeds, count, batch, sampling):
         raise click.UsageError('--seeds: give two or more, such as 3,7')
     if any(a == b for a, b in itertools.pairwise(seeds)):
         raise click.UsageError('--seeds: there is nothing between a seed and itself.')
+
+    # Load the network and its decoder.
     net = load_network(network, 'cuda' if torch.cuda.is_available() else 'cpu')
     encoder = encoders.encoder_of(net, next(net.parameters()).device)
     arguments = sampling_arguments(net, network, **sampling)

@@ -23,7 +23,7 @@ from training.networks.encoders import encoder_of
 
 @torch.no_grad()
 def student_sample(net, latents, class_labels, sigmas):
-    """One evaluation a step down the student's own noise levels: x <- D + (sigma_next / sigma) (x - D)."""
+    """One evaluation per step down the student's own noise levels: x <- D + (sigma_next / sigma) (x - D)."""
     x = latents.double() * sigmas[0]
     for sigma, sigma_next in itertools.pairwise(sigmas):
         denoised = net(x, torch.tensor(sigma), class_labels).double()
@@ -49,30 +49,33 @@ def heun_sample(net, latents, class_labels, steps=18, sigma_min=0.002, sigma_max
 
 
 def main(snapshot, dest, rows=4, columns=10):
+    # Load the network and draw latents of unit variance.
     check_other_file(snapshot, dest, 'GRID.png')
     net = load_network(snapshot, device='cuda' if torch.cuda.is_available() else 'cpu')
     device = next(net.parameters()).device
     torch.manual_seed(0)
     latents = torch.randn(rows * columns, net.img_channels, net.img_resolution, net.img_resolution).to(device)
+
+    # One-hot labels of the classes that have images in the training set, in turn.
     space = space_of(net)
     if space.are_vectors:
         raise UserError(
-            f'{snapshot} takes {space}, and this example knows classes only: see generate.py --labels'
+            f'{snapshot} takes {space}, and this example supports classes only: see generate.py --labels'
         )
-    classes = itertools.cycle(
-        space.present or range(net.label_dim)
-    )  # those that have images in the training set
+    classes = itertools.cycle(space.present or range(net.label_dim))
     labels = (
         torch.eye(net.label_dim, device=device)[list(itertools.islice(classes, rows * columns))]
         if net.label_dim
         else None
     )
 
+    # A student's snapshot records its noise levels.
     if 'sigmas' in net.metadata:
         images = student_sample(net, latents, labels, net.metadata['sigmas'])
     else:
         images = heun_sample(net, latents, labels)
 
+    # Decode and save.
     pixels, finite = checked_images(encoder_of(net, device), images)
     if not finite.all():
         raise UserError(

@@ -234,11 +234,14 @@ def ref(path, dest, measures, num, features, options):
     check_detector_options(measures, options)
     check_other_file(path, dest, '--dest')
     with _processes() as is_main:
+        # Open data set and detectors; choose the images whose features are stored.
         source = open_images(path, num, options.seed, options.skip_bad)
         make_folder(dest)
         detectors = load_detectors(measures, source.image_shape, options)
         keep = np.random.RandomState(options.seed).permutation(len(source)) < features
         seen = features_of(source, detectors, options, keep=keep)
+
+        # Write the statistics of all detectors to one file.
         if is_main:
             first = seen[next(iter(measures))]
             warn_about(source, first)
@@ -255,6 +258,7 @@ def ref(path, dest, measures, num, features, options):
 
 def check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_sets, sampling) -> None:
     """Raises: UsageError if options contradict or lack each other."""
+    # Existing images, or those of a network.
     if bool(paths) == bool(network):
         raise click.UsageError('Give either --images or --network.')
     if bool(network) != bool(seed_sets):
@@ -267,12 +271,16 @@ def check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_s
         raise click.UsageError('--num is for --images; for --network, --seeds sets the number of images.')
     if ref is None and (comparing := [name for name, measure in measures.items() if measure.compares]):
         raise click.UsageError(f'--ref is missing, but {", ".join(comparing)} compare with a reference.')
+
+    # Sets must differ; the type of --seeds can only check each by itself.
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise click.UsageError('--images: the same path is given twice.')
     if sum(len(seeds) for _, seeds in seed_sets) > cli.MAX_NUMBERS:
         raise click.UsageError(f'--seeds: more than {cli.MAX_NUMBERS:,} in all.')
     if cli.repeated(seed for _, seeds in seed_sets for seed in seeds):
         raise click.UsageError('--seeds: some seeds are given twice.')
+
+    # Options of particular metrics.
     if bootstrap and not measures.keys() & {'fid', 'fd_dinov2'}:
         raise click.UsageError('--bootstrap is for fid and fd_dinov2.')
     if nearest_k and not measures.keys() & {'precision', 'recall', 'density', 'coverage'}:

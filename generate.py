@@ -193,9 +193,12 @@ def check_outdir(destination, seeds: list[int], strict: bool) -> None:
     """
     from torch_utils import distributed
 
+    # The main process lists the folder.
     others = distributed.broadcast_object(destination.others(seeds) if distributed.is_main() else None)
     if not others:
         return
+
+    # The numbers of other files, and the first names.
     found = '; '.join(
         f'{len(names)} {what} ({", ".join(names[:3])}{", ..." * (len(names) > 3)})'
         for what, names in others.items()

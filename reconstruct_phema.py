@@ -27,6 +27,8 @@ class Widths(click.ParamType):
     def convert(self, value, param, ctx):
         if isinstance(value, list):
             return value
+
+        # Numbers, and those that dots stand for.
         items = [item.strip() for item in value.split(',')]
         try:
             numbers = [
@@ -40,6 +42,8 @@ class Widths(click.ParamType):
                 param,
                 ctx,
             )
+
+        # File names have three decimals.
         if not all(0.001 <= std <= 0.28 for std in numbers) or len({f'{std:.3f}' for std in numbers}) < len(
             numbers
         ):

@@ -233,7 +233,7 @@ def main(network, log, solver, save, json_path, dry_run, measures, **options):
     }
     settings |= {name: value for name, value in extra.items() if value is not None}
 
-    # Print the points before writing files, which may fail.
+    # Search. Print the points before writing files, which may fail.
     found = time_points.search(evaluate, SearchLog(log, settings), candidates, plan)
     if distributed.is_main():
         click.echo(time_points.as_options(found['taus'], options.clip_denoised))

@@ -109,6 +109,8 @@ def main(networks, ref, outdir, detector, **options):
                 net.metadata.get('encoder'),
                 option_prefix='',
             )
+
+        # Evaluate, print and append the record.
         record = validator.run(net, nimg=net.metadata.get('nimg', 0), ema=net.metadata.get('ema', 'ema'))
         problems += [f'{network}: {record["problem"]}'] if 'problem' in record else []
         if distributed.is_main():

@@ -208,6 +208,8 @@ class LatentFiles:
         images = torch.from_numpy(np.stack([np.asarray(written.image) for written in batch])).permute(
             0, 3, 1, 2
         )
+
+        # Wrong sizes and unsuitable weights show only here.
         try:
             raw = self.encoder.encode_pixels(images.to(self.device)).cpu().numpy()
         except RuntimeError as error:

@@ -248,6 +248,7 @@ def halving_training(request: Request, name: str, objective: str, seed: int) -> 
     """Progressive distillation down to the fewest sampling steps, whose stages share the budget."""
     from training.objectives.time_schedules import halving_stages
 
+    # From FINER times the most steps down to the fewest.
     most, least = FINER * max(request.steps), min(request.steps)
     fixed = [*fixed_options(request, objective, seed), f'--S_start={most}', f'--S={least}']
     options = [
@@ -272,6 +273,8 @@ def halving_training(request: Request, name: str, objective: str, seed: int) -> 
     # Stages of one and two sampling steps are longer: `units` counts in ordinary stages.
     cost = cost_of(name, [*options, f'--teacher={PLACEHOLDER}'])
     stage_steps = affordable(name, request.budget, cost * sum(count for _, count in units))
+
+    # Folders of the stages and steps up to their ends.
     stages, so_far = [], 0
     for S, steps in halving_stages(most, least, stage_steps):
         so_far += steps

@@ -58,6 +58,7 @@ def run_demo(runner: Runner, scale: float, jobs: int) -> list[dict]:
         jobs: commands that run at a time.
     Returns: the rows of the table.
     """
+    # The teacher has all threads, because everything else waits for it.
     images = max(round(IMAGES * min(scale, 1)), 128)
     scaled = lambda steps: max(round(steps * scale), 10)
     _, metrics = digits.prepare(runner)
@@ -70,6 +71,7 @@ def run_demo(runner: Runner, scale: float, jobs: int) -> list[dict]:
         threads=runner.threads * jobs,
     )
 
+    # Students are trained and measured, the teacher is only measured; each makes a row.
     def row(name: str, network: Path, model: str, solver: str, steps: int, nfe: int) -> dict:
         measured = measure(runner, name, network, solver, steps, images, metrics, bootstrap=200)
         return dict(model=model, solver=solver, nfe=nfe, **measured)

@@ -66,6 +66,8 @@ def prepare(runner: Runner) -> tuple[Path, dict[str, Metric]]:
     """
     data, file = runner.path('digits.zip'), lambda name: str(runner.path('rulers', name))
     metrics = {name: Metric(file(f'{name}.npz'), file(f'{name}.pt')) for name in METRICS}
+
+    # Data set, then detectors, which are trained on it.
     if not data.exists():
         runner.run('data', 'dataset_tool.py', '--source=digits', f'--dest={data}')
     if not all(Path(metric.detector).exists() for metric in metrics.values()):

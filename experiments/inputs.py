@@ -94,6 +94,7 @@ def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teac
     from training.checkpoint import load_network
     from training.starting_point import check_teacher
 
+    # Check the teacher against the data as train.py does.
     net = load_network(teacher)
     cond, from_weights = bool(net.label_dim), comparison.starting_from_weights(objectives)
     dataset = (
@@ -104,6 +105,7 @@ def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teac
     o = command_line.choose(dict(outdir=data, data=data, teacher=teacher, objective='mcd', augment=0.0))
     check_teacher(o, dataset, net)
 
+    # Images of latents have the shape that a VAE gives them, which is not known here.
     shape = None if 'encoder' in net.metadata else [net.img_channels, net.img_resolution, net.img_resolution]
     options = comparison.network_options(net, from_weights) if from_weights else []
     return Teacher(file_sha256(local_path(teacher)), cond, options, shape, common_labels(net, dataset))

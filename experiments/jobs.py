@@ -106,6 +106,7 @@ def remaining_jobs(
     labels: str | None = None,
 ) -> list[Job]:
     """Jobs for models without results, longest first: a training with measurements of its models each."""
+    # Models of one training belong together; the teacher's are independent of each other.
     groups: dict[str, list[Model]] = {}
     for model in models:
         groups.setdefault(model.training.name if model.training else model.name, []).append(model)
@@ -116,6 +117,7 @@ def remaining_jobs(
         for model in group:
             results.add(measure_model(runner, model, teacher, metrics, num, batch, labels))
 
+    # The work of a job, by which to order them, is its number of network evaluations.
     jobs = []
     for name, group in groups.items():
         if group := [model for model in group if model.name not in results.rows]:

@@ -229,6 +229,7 @@ def write_strips(pictures: dict[str, dict[int, str]], dest: str, rows: int = 5) 
     Args:
         pictures: {name: {evaluations: PNG file of a grid}}; the first of a grid's `rows` lines is shown.
     """
+    # The margin at the left is for names, that at the top for numbers, in inches.
     columns = sorted({nfe for cells in pictures.values() for nfe in cells})
     figure, panels = plt.subplots(
         len(pictures),
@@ -261,6 +262,8 @@ def write_strips(pictures: dict[str, dict[int, str]], dest: str, rows: int = 5) 
             if column in cells:
                 picture = np.asarray(open_image(cells[column]).convert('RGB'))
                 axes.imshow(picture[: len(picture) // rows], interpolation='nearest')
+
+    # Headings of the columns.
     for place, nfe in zip(places[0], columns):
         figure.text(
             (place.x0 + place.x1) / 2,

@@ -52,6 +52,7 @@ class Runner:
 
         Returns: its output. Raises: UserError if it fails or `stop` was called.
         """
+        # Paths relative to the current folder make commands that can be copied.
         script = [os.path.relpath(ROOT / arguments[0])] if arguments[0].endswith('.py') else [arguments[0]]
         shown = ['python', *script, *map(str, arguments[1:])]
         env = dict(

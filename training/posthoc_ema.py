@@ -329,6 +329,7 @@ def add(
     Raises: UserError unless its shapes agree with those of `last`, and everything that is not averaged:
         buffers, noise levels, settings.
     """
+    # Headers do not show everything: compare shapes and what is not averaged.
     net, _ = load(average)
     shapes = [
         {name: parameter.shape for name, parameter in tensors}
@@ -345,6 +346,8 @@ def add(
             f'{average.path} belongs to another run: shapes, constants or settings of its network differ. '
             'Give each run a folder of its own.'
         )
+
+    # In place: memory holds one set of parameters besides the sums.
     for total, weight in zip(sums, weights):
         for name, parameter in net.named_parameters():
             total[name].add_(parameter.data, alpha=weight)
