@@ -229,6 +229,8 @@ def main(members, images, workers, rounds, folder, measure, as_json):
     if measure is not None:
         click.echo(json.dumps(time_opening(folder, measure)))
         return
+
+    # Measure.
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         index = time_index(Path(temporary), members, rounds)
         rates = {}
@@ -238,6 +240,8 @@ def main(members, images, workers, rounds, folder, measure, as_json):
     if as_json:
         click.echo(json.dumps(dict(members=members, seconds=index, images_per_second=rates)))
         return
+
+    # Print the block.
     prose = (
         f'A zip of {members:,} stored PNGs with labels: seconds to open it as training does, the first time '
         "and with the cached index, and for Python's zipfile to read its directory; in parentheses CPU time. "

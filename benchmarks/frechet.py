@@ -93,6 +93,8 @@ def main(dim, rounds, as_json):
     if as_json:
         click.echo(json.dumps(dict(device=machine(), dim=dim, rows=results)))
         return
+
+    # The distance of few images is another one, which has no exact value to compare with.
     cells = []
     for name, result in results.items():
         difference = '' if 'images' in name else f'{result["distance"] - results[EXACT]["distance"]:.1e}'

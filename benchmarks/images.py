@@ -196,6 +196,8 @@ def main(images, rounds, workers, memory, folder, measure, as_json):
     if measure is not None:
         click.echo(peak_memory(Path(folder) / 'memory.zip', measure, workers))
         return
+
+    # Measure times, then memory in processes of their own.
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         temporary = Path(temporary)
         times = {
@@ -209,6 +211,8 @@ def main(images, rounds, workers, memory, folder, measure, as_json):
     if as_json:
         click.echo(json.dumps(dict(device=machine(), workers=workers, microseconds=times, peaks=peaks)))
         return
+
+    # Print the block.
     cells = []
     for resolution, parts in times.items():
         ms = {name: f'{value / 1e3:.2f} ms' for name, value in parts.items()}

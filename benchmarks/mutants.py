@@ -142,6 +142,7 @@ def run_tests(tree: Path, tests: list[str], limit: float | None, stop: bool = Tr
         stop: stop at the first failure.
     Returns: (exit status of pytest, or None if it exceeded the limit; its output).
     """
+    # The same examples each time: without those that Hypothesis remembers, by a fixed seed.
     shutil.rmtree(tree / '.hypothesis', ignore_errors=True)
     command = [
         sys.executable,
@@ -157,6 +158,8 @@ def run_tests(tree: Path, tests: list[str], limit: float | None, stop: bool = Tr
         '--hypothesis-seed=0',
         *tests,
     ]
+
+    # A session of its own makes a process group of everything that tests start.
     with subprocess.Popen(
         command,
         cwd=tree,
@@ -356,6 +359,7 @@ def equal_mutants(path: Path) -> dict[str, str]:
 
 def report(mutants: list[Mutant], results: dict[str, dict], failed: list[str]) -> str:
     """A table by folder, the mutants that were not caught, and the tests that were not used."""
+    # By folder, then together.
     rows = []
     for name in (*FOLDERS, ''):
         chosen = [mutant for mutant in mutants if mutant.file.startswith(name)]
@@ -367,6 +371,8 @@ def report(mutants: list[Mutant], results: dict[str, dict], failed: list[str]) -
             *(counts[outcome] for outcome in OUTCOMES),
         ]
         rows.append([f'`{name}/`' if name else 'together', *map(str, figures), share])
+
+    # What was not caught, and which tests did not help.
     missed = [
         f'- {results[m.key]["outcome"]}: `{m.key}`, {m.file}:{m.line}, {m.operator}: `{m.change}`'
         for m in mutants

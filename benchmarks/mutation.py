@@ -178,6 +178,8 @@ def root(node: ast.expr) -> str:
 
 
 def of_call(node: ast.Call, imported: set[str]) -> Iterator[tuple[str, ast.AST]]:
+    """(operator, replacement) of each fault of a call; `imported`: names of modules."""
+    # Another function of the same signature.
     name, plain = called(node), not any(isinstance(argument, ast.Starred) for argument in node.args)
     if other := NAMES.get(name):
         function = (
@@ -186,6 +188,8 @@ def of_call(node: ast.Call, imported: set[str]) -> Iterator[tuple[str, ast.AST]]
             else ast.Name(other, ast.Load())
         )
         yield 'other function', ast.Call(function, node.args, node.keywords)
+
+    # Positional arguments.
     if plain and len(node.args) >= 2 and ast.dump(node.args[0]) != ast.dump(node.args[1]):
         yield (
             'arguments swapped',
@@ -199,6 +203,9 @@ def of_call(node: ast.Call, imported: set[str]) -> Iterator[tuple[str, ast.AST]]
         and name not in ('range', 'iter', 'next', 'len')
     ):
         yield 'call replaced by its argument', node.args[0]
+
+    # `x.method()` becomes `x`, unless x is a module; keyword arguments are dropped, but not those of classes and
+    # `dict`, which are data.
     if isinstance(node.func, ast.Attribute) and root(node.func) not in imported:
         yield 'method left out', node.func.value
     for i, keyword in enumerate(node.keywords):
@@ -394,6 +401,8 @@ class Finder(ast.NodeVisitor):
             )
             self.lines = range(node.lineno, max(last, node.lineno) + 1)
         self.add(node, of_statement(node, self.arguments))
+
+        # Conditions, then what the statement contains; texts of errors are excluded.
         if isinstance(node, (ast.If, ast.While)):
             self.add(
                 node.test,

@@ -57,6 +57,7 @@ def random_network(arch: str):
     from training import networks
     from training.networks import edm2 as networks_edm2
 
+    # Small, with attention at the lower resolution.
     torch.manual_seed(0)
     size = dict(
         img_resolution=16,
@@ -74,6 +75,8 @@ def random_network(arch: str):
         if arch == 'edm2'
         else networks.EDMPrecond(**size, model_type='DhariwalUNet')
     )
+
+    # Gains of EDM2 and zero weights of ADM would leave the network constant.
     for name, parameter in net.named_parameters():
         if name.endswith('gain'):
             torch.nn.init.constant_(parameter, 0.7)
@@ -134,6 +137,8 @@ def main(network, data, batch):
 
     if (network is None) != (data is None):
         raise click.UsageError('--network and --data go together.')
+
+    # Networks, images, labels.
     device = distributed.get_device()
     nets = (
         [random_network(arch).to(device) for arch in ('adm', 'edm2')]
@@ -166,6 +171,8 @@ def cosines(net, images, labels) -> str:
             'fp32, TF32': ('fp32', True),
             'fp32': ('fp32', False),
         }
+
+    # All precisions see the same images, noise and times.
     rows = []
     for gap in GAPS:
         exact = gradient(net, 'fp64', gap, images, labels, ect)

@@ -184,6 +184,8 @@ def measure(
         contextlib.ExitStack() as groups,
     ):
         runs = Runs(images, batch, Path(folder))
+
+        # Networks and processes of all ways are ready at the same time, because they take turns.
         calls = {
             ALONE: lambda: runs.alone(net),
             WRITING: lambda: runs.writing(pixels),
@@ -196,6 +198,8 @@ def measure(
                 calls[name] = functools.partial(runs.shared, group)
             else:
                 calls[name] = functools.partial(runs.overlapped, build(size, device, **how), pool)
+
+        # The first round is not counted.
         in_turns(calls, 1)
         return {
             name: [time / (len(pixels) if name == WRITING else images) for time in times]

@@ -57,6 +57,8 @@ def time_trainings(rounds: int, folder: Path) -> dict[str, dict[str, float]]:
     """Least seconds to each event, for a teacher with the demo's network and for an 8-step student of it."""
     data = folder / 'digits.zip'
     run('dataset_tool.py', '--source=digits', f'--dest={data}')
+
+    # One step.
     short = [
         f'--data={data}',
         '--cond=1',
@@ -67,6 +69,8 @@ def time_trainings(rounds: int, folder: Path) -> dict[str, dict[str, float]]:
         '--duration=0.000128',
         '--dump=0',
     ]
+
+    # Each student has the teacher of its round.
     found = {}
     for attempt in range(rounds):
         teacher = [*short, *digits.TEACHER, f'--outdir={folder / f"teacher-{attempt}"}']

@@ -85,6 +85,8 @@ def main(parameters, folder, rows):
                 __file__, f'--rows={",".join(group)}', f'--folder={temporary}', f'--parameters={parameters}'
             )
         size = os.path.getsize(Path(temporary) / 'ours.pt')
+
+    # Print the block.
     cells = []
     for row, values in found.items():
         seconds, peak = values['seconds'], values['peak']

@@ -219,6 +219,7 @@ class Training:
     def step(self, number: int, inside: bool) -> dict:
         """Perform a step; returns its seconds by part, and on how many images networks were evaluated."""
         self.watch = watch = Stopwatch(self.device, inside)
+        # As in training/training_loop.py: train_step.
         with timed_backward(watch):
             self.loss_state.begin_step(number * self.batch)
             self.averages.let_weights_change()
@@ -349,6 +350,7 @@ def ways_table(
     results: dict[str, dict], ways: list[str], batch: int, net: Operations, peaks: dict[str, float | None]
 ) -> str:
     """Table of ways, measured or not."""
+    # The plain way was measured beside every other one; ratios are between the two in the same process.
     rows = []
     for name in ways:
         if name not in results:
