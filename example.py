@@ -60,7 +60,7 @@ def main(snapshot, dest, rows=4, columns=10):
     space = space_of(net)
     if space.are_vectors:
         raise UserError(
-            f'{snapshot} takes {space}, and this example supports classes only: see generate.py --labels'
+            f'{snapshot} takes {space}, and this example knows classes only: see generate.py --labels'
         )
     classes = itertools.cycle(space.present or range(net.label_dim))
     labels = (
