@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from dnnlib import limits
 
-# Bytes to inflate at a time. zipfile inflates all compressed bytes that it reads, and LZMA and bzip2 may make a
+# Compressed bytes to read at a time: zipfile inflates all that it reads, and LZMA and bzip2 may make a
 # megabyte of 50.
 PIECE = 4096
 
@@ -53,7 +53,8 @@ class BoundedZip(zipfile.ZipFile):
     _file = None  # for `close`, which a failed constructor calls too
 
     def __init__(self, path: str | os.PathLike, directory: int = limits.ZIP_DIRECTORY):
-        self._file = BoundedFile(open(path, 'rb'), directory, 'the directory of a zip archive')  # noqa: SIM115
+        file = open(path, 'rb')  # noqa: SIM115
+        self._file = BoundedFile(file, directory, 'the directory of a zip archive')
         try:
             super().__init__(self._file)
         except BaseException:

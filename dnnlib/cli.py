@@ -138,10 +138,10 @@ class Number(click.FloatRange):
         self.infinite = infinite
 
     def convert(self, value, param, ctx):
+        # FloatRange takes 'nan', '1_000' and digits of other scripts too.
         text = str(value).strip()
-        if not (self.infinite and INFINITY.fullmatch(text)) and (
-            not NUMBER.fullmatch(text) or len(text) > MAX_DIGITS
-        ):
+        is_infinity = self.infinite and INFINITY.fullmatch(text)
+        if not is_infinity and (not NUMBER.fullmatch(text) or len(text) > MAX_DIGITS):
             self.fail(
                 f'{shown(value)} is not a finite number'
                 + f' of at most {MAX_DIGITS} characters' * (len(text) > MAX_DIGITS),
@@ -149,7 +149,7 @@ class Number(click.FloatRange):
                 ctx,
             )
         number = super().convert(text, param, ctx)
-        if abs(number) > LARGEST and not (self.infinite and INFINITY.fullmatch(text)):
+        if abs(number) > LARGEST and not is_infinity:
             self.fail(f'{shown(value)} is too large: {LARGEST:g} is as far as numbers go here', param, ctx)
         return number
 
@@ -184,12 +184,16 @@ def expand_path(path: str) -> str:
     """
     if not path.strip():
         raise UserError('it is empty. Give a path; a variable of the shell may not be set')
+
+    # Keep a prefix, but not the scheme of a URL.
     kind, start = re.fullmatch(r'(\w+:(?!//))?(.*)', path, re.DOTALL).groups()
     if variable := re.match(r'\$(\w+|\{\w+\})', start):
         raise UserError(
             f'{path} begins with a variable, {variable[0]}, that no shell has replaced (in single quotes?). '
             f'Write the path itself, or ./{start} for a file of that name'
         )
+
+    # expanduser leaves `~name` as it is if there is no such user.
     expanded = os.path.expanduser(start)
     if expanded.startswith('~'):
         raise UserError(
@@ -233,6 +237,7 @@ class IntRanges(click.ParamType):
             match = re.fullmatch(rf'\s*([0-9]{{1,{MAX_DIGITS}}})(?:-([0-9]{{1,{MAX_DIGITS}}}))?\s*', part)
             if match is None or (match[2] and int(match[2]) < int(match[1])):
                 self.fail(f'{shown(part)} is neither an integer nor a range such as 0-63', param, ctx)
+            # Check the total before a range such as 0-999999999 takes gigabytes.
             first, last = int(match[1]), int(match[2] or match[1])
             if len(values) + last - first >= MAX_NUMBERS:
                 self.fail(f'{shown(value)} has more than {MAX_NUMBERS:,} numbers', param, ctx)
@@ -264,7 +269,8 @@ SEED = Integer(0, SEED_COUNT - 1)
 
 
 def repeated(numbers: Iterable[int]) -> list[int]:
-    """The numbers that occur more than once, ascending. Sorts, because a set of ten million takes a gigabyte."""
+    """The numbers that occur more than once, ascending."""
+    # Sort them: a set of ten million takes a gigabyte.
     return sorted({a for a, b in itertools.pairwise(sorted(numbers)) if a == b})
 
 
@@ -278,7 +284,7 @@ def check_seeds(first: int, count: int, seed_option: str, count_option: str) -> 
 
 
 def as_ranges(numbers: Sequence[int], limit: int = 20) -> str:
-    """Ascending integers in the format of `IntRanges`, `0-3,7`; after `limit` ranges, the number of others."""
+    """Ascending integers as `IntRanges` reads them, `0-3,7`; after `limit` ranges, the number of others."""
     ranges: list[list[int]] = []
     for number in numbers:
         if ranges and number == ranges[-1][1] + 1:

@@ -45,8 +45,9 @@ def local_path(
     timeout: float = TIMEOUT,
     pinned: bool = False,
 ) -> Path:
-    """The local path of `source`. A URL is downloaded once, and again if the cached file has another length
-    than was downloaded or another digest than is expected.
+    """The local path of `source`. A URL is downloaded once.
+
+    It is downloaded again if the cached file does not have the recorded length or the expected digest.
 
     Args:
         source: a path, or an http(s) URL (Google Drive links included), optionally followed by
@@ -59,6 +60,7 @@ def local_path(
     Raises: UserError for a missing file, another scheme, a failed or incomplete download, another digest, or
         a malformed one.
     """
+    # A URL.
     source = os.fspath(source)
     expected = None if sha256 is None else _checked_digest(sha256, sha256)
     if re.match(r'https?://', source, re.IGNORECASE):
@@ -66,6 +68,7 @@ def local_path(
         digest = _one_digest(source, fragment, expected)
         return _cached(url, Path(cache_dir or DEFAULT_CACHE_DIR).expanduser(), digest, timeout, pinned)
 
+    # A path.
     match = re.fullmatch(r'(.+)#sha256=([0-9A-Fa-f]{64})', source, re.DOTALL)
     if match and not os.path.exists(source):  # a file's name may end like this
         expected = _one_digest(source, match[2].lower(), expected)
@@ -114,6 +117,8 @@ def _split_url(source: str) -> tuple[str, str | None]:
             raise ValueError('no host')
     except ValueError as error:
         raise UserError(f'{source} is not a well-formed URL ({error}). Check the URL.') from error
+
+    # A fragment of any other name could be a misspelled digest, which must not be ignored.
     name, _, digest = fragment.partition('=')
     if fragment and name != 'sha256':
         raise UserError(

@@ -173,8 +173,7 @@ def _describe_zip(path: str | os.PathLike) -> str:
 
 
 def _describe_saved(pickled: bytes) -> str:
-    """What `torch.save` wrote, by names in its pickle: our training states have `update`, EDM's
-    `optimizer_state`."""
+    """What `torch.save` wrote, by names in its pickle."""
 
     def names(*words: str) -> bool:
         return all(b'X' + len(word).to_bytes(4, 'little') + word.encode() in pickled for word in words)

@@ -53,8 +53,10 @@ def same(a: dict, b: dict) -> bool:
 
 def has_ended(process: dict) -> bool | None:
     """Whether a process has ended; None if unknown: on another machine, or hidden from this user."""
+    # Process ids mean nothing on another machine or after another boot.
     if any(process[name] != value for name, value in machine().items()):
         return None
+    # An id may have been reused by a process that started later.
     try:
         found = psutil.Process(process['pid'])
         return (

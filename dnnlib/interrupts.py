@@ -52,7 +52,7 @@ def is_script() -> bool:
 
 
 def at_work() -> None:
-    """From now on an interrupt raises KeyboardInterrupt again, for work that must clean up: files, processes."""
+    """From now on, interrupts raise KeyboardInterrupt again, for work that must clean up."""
     if signal.getsignal(signal.SIGINT) is leave and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -16,5 +16,5 @@ class LazyModule:
 
 
 def lazy_import(name: str) -> LazyModule:
-    """`torch = lazy_import('torch')` in place of `import torch`; annotations that use it must stay strings."""
+    """`torch = lazy_import('torch')` for `import torch`; annotations that use it must stay strings."""
     return LazyModule(name)

@@ -132,6 +132,7 @@ def options_of(cls: type) -> dict[str, Option]:
     """
     found = {}
     for field in dataclasses.fields(cls):
+        # Find the class that declares the option, which a subclass may only give another default.
         for base in cls.__mro__:
             own = dataclasses.is_dataclass(base) and field.name in inspect.get_annotations(base)
             if own and 'option' in (metadata := base.__dataclass_fields__[field.name].metadata):
@@ -162,6 +163,7 @@ def gathered(name: str, options: Sequence[Option], make: Callable = dict) -> Cal
 
 def kind_of(kind: Any) -> schema.Kind:
     """The schema of an option's value in a file. Numbers keep their ranges; text is limited in length."""
+    # A type may have a schema of its own.
     if hasattr(kind, 'schema'):
         return kind.schema
     if isinstance(kind, click.Choice):
@@ -170,6 +172,8 @@ def kind_of(kind: Any) -> schema.Kind:
         return schema.Flag()
     if isinstance(kind, cli.NumberList):
         return schema.ListOf(kind_of(kind.kind), limits.MAX_STEPS)
+
+    # Numbers: what no range bounds, the command line does.
     if isinstance(kind, click.IntRange):
         return schema.Integer(kind.min or 0, cli.MOST if kind.max is None else kind.max)
     if isinstance(kind, click.FloatRange):

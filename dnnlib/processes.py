@@ -26,8 +26,8 @@ def how_ended(status: int) -> str:
 
 
 def how_one_died(processes: Sequence[BaseProcess]) -> str | None:
-    """`how_ended` of a process that failed, or None. Prefers the cause to SIGTERM, which a broken pool sends to
-    all others."""
+    """`how_ended` of a process that failed, or None."""
+    # SIGTERM last: a broken pool sends it to all processes but the cause.
     statuses = sorted(
         (process.exitcode for process in processes if process.exitcode),
         key=lambda status: status == -signal.SIGTERM,

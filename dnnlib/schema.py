@@ -195,6 +195,7 @@ class Plain(Kind):
         self._check(value, where, 0, [MAX_VALUES])
 
     def _check(self, value, where, depth, left):
+        # `left` is shared by all levels. Values may share parts, which would be visited many times.
         left[0] -= 1
         if depth > MAX_DEPTH or left[0] < 0:
             raise Mismatch(f'nests or repeats values in {printable(where, 200)} without end')
@@ -236,8 +237,8 @@ class Record(Kind):
 def parse_json(data: bytes | str, limit: int, what: str):
     """The value of JSON text of at most `limit` bytes. Numbers may be NaN or infinite, as Python writes them.
 
-    Raises: ValueError, which completes 'it ...', for anything else, including deeper nesting or longer numbers
-        than Python reads.
+    Raises: ValueError, which completes 'it ...', for anything else, including nesting or numbers beyond what
+        Python reads.
     """
     check_size(len(data), limit, what)
     try:

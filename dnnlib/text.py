@@ -5,6 +5,11 @@ from __future__ import annotations
 from dnnlib.limits import MAX_TEXT
 
 
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or its type if the message is empty."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def printable(text: object, longest: int = MAX_TEXT) -> str:
     r"""A text cut off after `longest` characters, with all but spaces and visible characters escaped.
 

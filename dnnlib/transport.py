@@ -218,6 +218,7 @@ def _hang_up(response) -> None:
 
 def _announced_length(url: str, response, sha256: str | None) -> int | None:
     """The length of the response's body; None if its end shows in chunks or by the file's digest."""
+    # An encoded body has another length than the file.
     if (coding := response.headers.get('Content-Encoding', 'identity').lower()) != 'identity':
         raise UserError(
             f'Cannot download {url}: the server encodes it ({coding}), though asked not to. '
@@ -225,6 +226,8 @@ def _announced_length(url: str, response, sha256: str | None) -> int | None:
         )
     if 'chunked' in response.headers.get('Transfer-Encoding', '').lower():
         return None
+
+    # Without chunks, length or digest, a truncated file looks complete.
     length = response.headers.get('Content-Length')
     if length is None and sha256 is None:
         raise UserError(
