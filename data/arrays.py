@@ -1,5 +1,4 @@
-"""NumPy's .npy and .npz files, read as plain data: no pickles, no memory allocated before sizes are
-checked."""
+"""NumPy's .npy and .npz files, read as plain data: no pickles, and sizes are checked before allocation."""
 
 from __future__ import annotations
 
@@ -18,6 +17,7 @@ from dnnlib.archives import BoundedZip, member_start
 from dnnlib.file_kind import another_kind
 from dnnlib.limits import UNREADABLE, check_inflation
 from dnnlib.npy import Header
+from dnnlib.text import first_line
 from dnnlib.util import DISK_ERRORS, UserError
 
 CHUNK = 1 << 20
@@ -46,7 +46,7 @@ def map_npy(path: str | os.PathLike) -> np.ndarray:
 def _explain(path: str | os.PathLike, error: BaseException, wanted: str, own: str) -> str:
     """Why a file cannot be read, and the cure: it is of another kind, or else the reader's message."""
     kind = another_kind(path, wanted, own=(own, 'text')) if os.access(path, os.R_OK) else None
-    return f'it {kind}' if kind else f'{_reason(error)}. Copy or recreate it.'
+    return f'it {kind}' if kind else f'{first_line(error)}. Copy or recreate it.'
 
 
 def _map(file: BinaryIO, header: Header, start: int, stop: int) -> np.ndarray:
@@ -77,6 +77,7 @@ class ArchivedArrays:
         except UNREADABLE as error:
             reason = _explain(path, error, 'an archive of arrays (.npz)', 'a damaged')
             raise UserError(f'{self.name} is not a complete .npz file: {reason}') from error
+        # Map names to members. A second member of a name would be another array to other readers.
         self._members = {}
         for info in self._zip.infolist():
             if info.filename.endswith('.npy'):
@@ -126,12 +127,14 @@ class ArchivedArrays:
             with self._zip.open(info) as member:
                 header = self._checked_header(key, member)
                 start = member.tell()
+                # Stored members can be mapped where they are.
                 if info.compress_type == zipfile.ZIP_STORED:
                     while verify and member.read(CHUNK):
                         pass
                     with open(self.path, 'rb') as file:
                         begin = member_start(file, info)
                         return _map(file, header, begin + start, begin + info.file_size)
+                # Others are unpacked to a file without a name, which the map keeps alive.
                 with tempfile.TemporaryFile() as file:
                     shutil.copyfileobj(member, file, CHUNK)
                     file.flush()
@@ -159,13 +162,9 @@ class ArchivedArrays:
 
     def _unreadable(self, key: str, error: BaseException) -> UserError:
         return UserError(
-            f'{self.name}: {key} is not a readable plain array: {_reason(error)}. Copy or recreate the file.'
+            f'{self.name}: {key} is not a readable plain array: {first_line(error)}. '
+            'Copy or recreate the file.'
         )
-
-
-def _reason(error: BaseException) -> str:
-    """First line of an error's message, or its type if the message is empty."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _fill(file: BinaryIO, view: memoryview) -> None:

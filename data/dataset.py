@@ -58,13 +58,15 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         cache: bool | None = False,
         seed: int = 0,
     ):
+        # Files and the chosen subset.
         self._files = ImageFiles(path)
         self._index = random_subset(len(self._files.images), max_size, seed)
         self.caches = not self._files.holds_latents if cache is None else cache
         self._mirrored, self._cache = xflip, ({} if self.caches else None)
-        # Images that viewers would rotate (EXIF), by file number, among the headers read at construction.
+
+        # Headers. `unturned`: file numbers of images that viewers would rotate (EXIF).
         self.unturned: set[int] = set()
-        self._shape = None  # until headers have been read
+        self._shape = None  # while `_check_headers` reads headers
         self._shape = self._check_headers()
         if resolution not in (None, self.resolution):
             raise UserError(
@@ -72,17 +74,20 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                 f'{resolution}x{resolution}; convert it with dataset_tool.py '
                 f'--resolution={resolution}x{resolution}'
             )
+
+        # Labels.
         labels = read_labels(self._files) if use_labels else None
         if use_labels and labels is None:
             raise UserError(
                 f'{self._files.path} has no labels; add them to its {LABEL_FILE}, or train without (--cond=0)'
             )
         self.unused_labels = count_unused_labels(self._files) if use_labels else 0
-        self._labels_of_all = (
-            None if labels is None else Labels.of_data(labels, are_label_vectors(self._files))
-        )
-        self.labels = None if labels is None else self._labels_of_all.subset(self._index)
+        self._labels_of_all = self.labels = None
+        if labels is not None:
+            self._labels_of_all = Labels.of_data(labels, are_label_vectors(self._files))
+            self.labels = self._labels_of_all.subset(self._index)
 
+        # How latents were made.
         self.holds_latents = self._files.holds_latents
         self.encoder = read_encoder(self._files) if self.holds_latents else None
 
@@ -150,6 +155,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         if not 0 <= i < len(self):
             raise IndexError(f'image {i} of {len(self)}')
+        # The second half of the items are the mirrored ones.
         copy, place = divmod(int(i), len(self._index))
         values = self._pixels(self._index[place])
         return np.array(values[:, :, ::-1] if copy else values, order='C'), self.get_label(i)
@@ -161,13 +167,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         )
 
     def digest(self) -> str:
-        """SHA-256 over all image names and uncompressed sizes, the bytes of a few images, and the labels in
-        use.
+        """SHA-256 over names and uncompressed sizes of all images, the bytes of a few, and the labels in use.
 
         Equal for a folder and any zip of it, whatever its name, inner folder or compression. Independent of
         `max_size` and `xflip`. Raises: UserError if a file cannot be read.
         """
-        # Names relative to the common folder. They are sorted: what the first and last share, all share.
+        # Names relative to the common folder: in sorted names, what the first and last share, all share.
         names, last = list(self._files.images), len(self._files.images) - 1
         shared = itertools.takewhile(
             lambda parts: parts[0] == parts[1], zip(*(name.split('/')[:-1] for name in (names[0], names[-1])))
@@ -185,6 +190,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                 raise UserError(
                     f'{self._files.path}: {name} cannot be read ({error}); replace or remove it'
                 ) from error
+
+        # All labels, whatever the subset.
         if self._labels_of_all is not None:
             digest.update(self._labels_of_all.digest().encode())
         return digest.hexdigest()
@@ -196,8 +203,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     @property
     def image_shape(self) -> list[int]:
-        """[channels, height, width] of items; for the network's view of latents see
-        `encoders.for_dataset`."""
+        """[channels, height, width] of items; for the network's view of latents, `encoders.for_dataset`."""
         return list(self._shape)
 
     @property
@@ -214,13 +220,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     @property
     def label_dim(self) -> int:
-        """Number of classes, whatever `max_size` leaves of them, or length of label vectors; 0 without
-        labels."""
+        """Number of classes before `max_size`, or length of label vectors; 0 without labels."""
         return self.label_space.dim
 
     @property
     def label_space(self) -> LabelSpace:
-        """What the labels are, and which classes have images in this subset."""
+        """The kind of labels, and the classes that have images in this subset."""
         return LabelSpace(0) if self.labels is None else self.labels.space
 
     @property
@@ -307,6 +312,7 @@ class InfiniteSampler(torch.utils.data.Sampler):
         order = functools.lru_cache(maxsize=1)(self.permutation)  # g only grows: one epoch at a time
         share = self.batch_size // self.num_replicas
         for batch in itertools.count(self.start, self.batch_size):
+            # This process's part of the global batch.
             for g in range(batch + self.rank * share, batch + (self.rank + 1) * share):
                 epoch, place = divmod(g, self.size)
                 yield int(order(epoch)[place])

@@ -23,8 +23,12 @@ def walk(root: str) -> Iterator[str]:
 
 
 def _walk(root: str, inner: str, above: list[tuple[int, int]]) -> Iterator[str]:
-    """`walk` below the subfolder `inner` (ends in a slash); `above`: (device, inode) of each folder above
-    it."""
+    """`walk` below the subfolder `inner`, which ends in a slash.
+
+    Args:
+        above: (device, inode) of each folder above it.
+    """
+    # Read the folder.
     here = os.path.join(root, inner)
     try:
         status = os.stat(here)
@@ -34,12 +38,16 @@ def _walk(root: str, inner: str, above: list[tuple[int, int]]) -> Iterator[str]:
         raise UserError(
             f'{here} cannot be read ({error.strerror}); check its permissions, or remove it'
         ) from error
+
+    # A folder inside itself is an endless loop of links.
     identity = status.st_dev, status.st_ino
     if identity in above:
         raise UserError(
             f'{root}: {inner[:-1]} is a link to a folder that contains it, {os.path.realpath(here)}: an '
             'endless loop; remove the link'
         )
+
+    # Yield files, and descend into folders.
     for entry in entries:
         if is_hidden_part(entry.name):
             continue
@@ -93,7 +101,7 @@ def _unicode_form(name: str) -> str:
 
 
 def _as_utf8(name: str) -> str:
-    """Undo reading a zip's UTF-8 name as code page 437, as happens where the zip lacks the UTF-8 flag."""
+    """Undo reading a zip's UTF-8 name as code page 437, which happens if the zip lacks the UTF-8 flag."""
     try:
         return composed(name.encode('cp437').decode())
     except UnicodeError:

@@ -36,15 +36,20 @@ class ImageFiles:
     """
 
     def __init__(self, path: str | os.PathLike):
+        # State of this process.
         self.path = os.fspath(path)
         self._zip, self._zip_owner = None, None
         self.label_entries: dict[str, np.ndarray] | None = None  # parsed label file, filled by `read_labels`
         if not os.path.exists(self.path):
             raise UserError(f'{self.path}: no such file or folder')
+
+        # Names, from the disk or the zip's directory.
         self.is_folder = os.path.isdir(self.path)
         self._index = None if self.is_folder else self._read_index()
         self._stored: dict[str, str] = {}  # normalized name -> name on disk, where the latter has backslashes
         names = self._walk() if self.is_folder else self._index.names
+
+        # Classify them; a zip's rows of `names` stay arrays, because there may be millions.
         rows = self.remember('listing', lambda: self._list(names))
         self.images, self.label_files, self.others = (
             [names[i] for i in rows[which]] if self.is_folder else names[rows[which]]
@@ -69,18 +74,18 @@ class ImageFiles:
         return sorted(names)
 
     def _read_index(self) -> ZipIndex:
+        # Say what a file of another kind is.
         try:
             index = ZipIndex.read(self.path)
         except UNREADABLE as error:
             kind = None if isinstance(error, PermissionError) else describe_file(self.path)
-            what = (
-                error
-                if kind is None or (kind == DAMAGED_ZIP and str(error) != NOT_A_ZIP)
-                else f'it is {kind}'
-            )
+            specific = kind is None or (kind == DAMAGED_ZIP and str(error) != NOT_A_ZIP)
+            what = error if specific else f'it is {kind}'
             raise UserError(
                 f'{self.path} is neither a folder nor a complete zip file ({what}); {cure_of_kind(kind)}'
             ) from error
+
+        # Refuse what other programs would read differently.
         if self.path.lower().endswith('.npz'):
             raise UserError(f'{self.path} is {NPZ}, not a zip of images; {cure_of_kind(NPZ)}')
         for name in index.links():
@@ -92,30 +97,24 @@ class ImageFiles:
         return index
 
     def _list(self, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Indices of the sorted names that are `images`, `label_files` and `others`; whether images are
-        `latents`.
+        """Indices of sorted names by kind: `images`, `label_files`, `others`; whether images are `latents`.
 
         Label files match in any case and at any depth, so that none is overlooked. The last of equal names
         wins.
         """
-        # Classify by extension. This runs over a million names: the cheap tests come before `is_hidden`.
+        # Classify by extension. There may be millions of names: the cheap tests come before `is_hidden`.
         pictures, latents, label_files, others = [], [], [], []
-        for i, (name, following) in enumerate(
-            zip(names, itertools.chain(itertools.islice(names, 1, None), [None]))
-        ):
-            if name == following or (
-                ('.' in name[:1] or '/.' in name or '__MACOSX' in name) and file_names.is_hidden(name)
-            ):
+        followers = itertools.chain(itertools.islice(names, 1, None), [None])
+        for i, (name, following) in enumerate(zip(names, followers)):
+            may_be_hidden = '.' in name[:1] or '/.' in name or '__MACOSX' in name
+            if name == following or (may_be_hidden and file_names.is_hidden(name)):
                 continue
             extension = name[name.rfind('.') :].lower()
             if extension in IMAGE_EXTENSIONS:
                 pictures.append(i)
             elif extension == LATENT_EXTENSION:
                 latents.append(i)
-            elif name[-len(LABEL_FILE) :].lower() == LABEL_FILE and name[: -len(LABEL_FILE)][-1:] in (
-                '',
-                '/',
-            ):
+            elif extension == '.json' and name.rpartition('/')[2].lower() == LABEL_FILE:
                 label_files.append(i)
             elif name[-1:] != '/':
                 others.append(i)
@@ -125,7 +124,7 @@ class ImageFiles:
                 'keep one kind, or put them into two folders'
             )
 
-        # A data set has images, all of them inside of it.
+        # A data set has images, all of them inside it.
         images = pictures or latents
         if not images:
             kind = None if self.is_folder else describe_file(self.path)
@@ -144,8 +143,7 @@ class ImageFiles:
         )
 
     def remember(self, what: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Result of `compute`, which depends only on the zip's directory and label file; cached for large
-        zips."""
+        """`compute()`, cached for large zips, on whose directory and label file only it depends."""
         if self.is_folder or self._index.key is None or len(self._index) < zip_index.CACHE_FROM:
             return compute()
         kinds = hashlib.blake2b(' '.join(sorted(IMAGE_EXTENSIONS)).encode(), digest_size=4).hexdigest()
@@ -163,8 +161,8 @@ class ImageFiles:
         return f'{len(self.others)} files in {self.path} are not images by name and are skipped: {shown}'
 
     def folders(self, inner: str) -> set[str]:
-        """Names of the visible folders in `inner`, a path that is empty or ends in a slash; in a zip, listed
-        ones."""
+        """Names of the visible folders in `inner`, which is empty or ends in a slash."""
+        # A zip need not list its folders.
         if self.is_folder:
             with os.scandir(os.path.join(self.path, inner)) as entries:
                 found = {entry.name for entry in entries if entry.is_dir()}
@@ -195,19 +193,18 @@ class ImageFiles:
             raise UserError(f'{error.filename} cannot be read: {error.strerror}') from error
 
     def open(self, name: str, limit: int = limits.IMAGE_FILE, what: str = 'an image') -> BinaryIO:
-        """Open a file for reading. Raises: one of `limits.UNREADABLE`, or if it exceeds `limit` bytes
-        ("`what` has at most ...")."""
+        """Open a file of at most `limit` bytes (of `what`). Raises: one of `limits.UNREADABLE`."""
         if self.is_folder:
             limits.check_size(os.stat(path := self.path_of(name)).st_size, limit, what)
             return open(path, 'rb')
+        # A handle of the parent process shares its file position with this one.
         if self._zip is None or self._zip_owner != os.getpid():
             self._zip, self._zip_owner = zip_index.open_archive(self.path), os.getpid()
         return open_member(self._zip, self._index.info(name), limit, what)
 
     @contextlib.contextmanager
     def open_image(self, name: str) -> Iterator[Image.Image]:
-        """An image whose header has been read; `load()`, inside the block, reads its pixels. Raises:
-        UserError."""
+        """An image whose header has been read, for `load()` inside the block. Raises: UserError."""
         try:
             with self.open(name) as file:
                 yield open_image(file, self._size_of(name))
@@ -219,8 +216,7 @@ class ImageFiles:
 
     @contextlib.contextmanager
     def open_latents(self, name: str) -> Iterator[LatentFile]:
-        """Latents whose header has been read; `load()`, inside the block, reads their values. Raises:
-        UserError."""
+        """Latents whose header has been read, for `load()` inside the block. Raises: UserError."""
         try:
             with self.open(name, limits.LATENTS_FILE, 'a file of latents') as file:
                 yield LatentFile(file)
@@ -261,6 +257,7 @@ class LatentFile:
 
     def load(self) -> np.ndarray:
         """float32 [C, H, W]"""
+        # Read one byte more than there should be, which shows a longer file.
         size = self._header.nbytes
         data = self._file.read(size + 1) if size <= limits.LATENTS_FILE else b''
         if len(data) != size:

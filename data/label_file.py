@@ -27,8 +27,7 @@ def read_labels(files: ImageFiles) -> np.ndarray | None:
 
 
 def are_label_vectors(files: ImageFiles) -> bool:
-    """Whether `dataset.json` declares its labels vectors, even if they look one-hot. Raises: as
-    `read_labels`."""
+    """Whether `dataset.json` declares vectors, even if they look one-hot. Raises: as `read_labels`."""
     return bool(_label_entries(files).get('vectors', False))
 
 
@@ -50,17 +49,17 @@ def _labels_by_name(files: ImageFiles) -> dict[str, np.ndarray]:
     table, vectors = (None, False) if name is None else _read_label_table(files, name)
     if table is None:
         return {}
+
     # The table names an image from the root or from its own folder.
-    folder, images = name.removesuffix(LABEL_FILE), list(files.images)
-    keys = (
-        images
-        if not folder
-        else [image if image in table else image.removeprefix(folder) for image in images]
-    )
+    folder, keys = name.removesuffix(LABEL_FILE), list(files.images)
+    images = keys
+    if folder:
+        keys = [image if image in table else image.removeprefix(folder) for image in images]
+
+    # Every image needs a label; its name may only look the same.
     if missing := [image for image, key in zip(images, keys) if key not in table]:
-        why = file_names.explain_absence(
-            missing[0].removeprefix(folder), table
-        ) or file_names.explain_absence(missing[0], table)
+        inner = missing[0].removeprefix(folder)
+        why = file_names.explain_absence(inner, table) or file_names.explain_absence(missing[0], table)
         raise UserError(
             f'{files.path}: {name} has no label for {len(missing)} of {len(images)} images, such as '
             f'{missing[0]}' + (f'. {why}' if why else '; recreate it')
@@ -91,6 +90,7 @@ def read_encoder(files: ImageFiles) -> dict | None:
 
 
 def _label_file(files: ImageFiles) -> str | None:
+    # Of several label files, only one at the root is unambiguous.
     at_root = LABEL_FILE in files.label_files
     if not at_root and len(files.label_files) > 1:
         raise UserError(
@@ -120,6 +120,7 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
 
 def _read_label_table(files: ImageFiles, name: str) -> tuple[dict | None, bool]:
     """(labels by image name, or None; whether they are declared vectors)."""
+    # Read the pairs.
     try:
         content = _read_json(files, name)
         pairs, vectors = content['labels'], content.get('label_kind') == 'vectors'
@@ -131,22 +132,25 @@ def _read_label_table(files: ImageFiles, name: str) -> tuple[dict | None, bool]:
             f'{files.path}: {name} is not {{"labels": [[name, label], ...]}} ({type(error).__name__}: '
             f'{error})'
         ) from error
+
+    # The same label twice is harmless.
     table = dict(pairs)
-    if (
-        len(table) < len(pairs)
-        and (twice := next((image for image, label in pairs if table[image] != label), None)) is not None
-    ):
-        raise UserError(f'{files.path}: {name} gives {twice} two different labels; recreate it')
+    repeats = len(table) < len(pairs)
+    if repeats and (twice := [image for image, label in pairs if table[image] != label]):
+        raise UserError(f'{files.path}: {name} gives {twice[0]} two different labels; recreate it')
     return table, vectors
 
 
 def _label_array(labels: list, source: str) -> np.ndarray:
-    if all(type(label) is int for label in labels):  # not bool
+    # Class indices; a bool is none.
+    if all(type(label) is int for label in labels):
         if not 0 <= min(labels) <= max(labels) < MAX_CLASSES:
             raise UserError(
                 f'{source}: class indices from {min(labels)} to {max(labels)} are not in [0, {MAX_CLASSES})'
             )
         return np.array(labels, dtype=np.int64)
+
+    # Vectors, whose values must be finite in float32.
     try:
         with np.errstate(over='ignore'):
             vectors = np.array(labels, dtype=np.float32)

@@ -40,8 +40,8 @@ class LabelSpace(NamedTuple):
     @property
     def absent(self) -> list[int]:
         """The classes without images."""
-        there = set(range(self.dim) if self.present is None else self.present)
-        return [k for k in range(self.dim) if k not in there]
+        present = set(range(self.dim) if self.present is None else self.present)
+        return [k for k in range(self.dim) if k not in present]
 
     def differs(self, other: LabelSpace) -> bool:
         """Whether a label of one space cannot belong to the other."""
@@ -191,7 +191,7 @@ class Labels(Sequence):
             + [f'vectors [N, {space.dim}] of finite numbers'][: 0 if space.kind == 'classes' else 1]
         )
 
-        # Class indices, or rows that are one-hot or vectors.
+        # Class indices.
         if values.dtype.kind not in 'iuf' or values.size == 0:
             raise UserError(f'{source} holds {values.dtype} {list(values.shape)}, not labels; {wanted}')
         are_indices = values.ndim == 1 and values.dtype.kind != 'f' and not space.are_vectors
@@ -199,6 +199,8 @@ class Labels(Sequence):
             raise UserError(f'{source} holds {values.dtype} {list(values.shape)}; {wanted}')
         if are_indices:
             return cls(_checked_classes(values, space, source, network), space)
+
+        # Rows, which are vectors or one-hot.
         with np.errstate(over='ignore'):
             vectors = np.asarray(values, dtype=np.float32)
         if bad := int((~np.isfinite(vectors).all(axis=1)).sum()):
@@ -219,8 +221,8 @@ def are_one_hot(rows: np.ndarray) -> bool:
 
 
 def _present(indices: np.ndarray, dim: int) -> tuple[int, ...] | None:
-    there = np.unique(indices)
-    return None if len(there) == dim else tuple(there.tolist())
+    present = np.unique(indices)
+    return None if len(present) == dim else tuple(present.tolist())
 
 
 def _checked_classes(indices: np.ndarray, space: LabelSpace, source: str, network: str) -> np.ndarray:

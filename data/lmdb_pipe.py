@@ -1,5 +1,4 @@
-"""Read an LMDB database in a process of its own: following damaged pages of its memory map can crash a
-process.
+"""Read an LMDB database in a separate process: following damaged pages of its memory map may crash it.
 
     python lmdb_pipe.py FOLDER COUNT
 
@@ -23,8 +22,11 @@ def main(folder: str, count: int) -> None:
     try:
         with lmdb.open(folder, readonly=True, lock=False) as base, base.begin(buffers=True) as transaction:
             write(HEAD.pack(transaction.stat()['entries']))
+
+            # Keys out of order mean damaged pages, which may lead in circles.
             records, previous = iter(transaction.cursor()), None
             for _ in range(count):
+                # The default action of SIGALRM ends the process, even inside the library.
                 signal.alarm(PATIENCE)
                 key, value = next(records, (None, None))
                 signal.alarm(0)

@@ -1,5 +1,4 @@
-"""From image files to 8-bit grayscale or RGB pixels: formats, orientation, transparency, value ranges,
-crops."""
+"""From image files to 8-bit gray or RGB pixels: formats, orientation, transparency, ranges, crops."""
 
 from __future__ import annotations
 
@@ -8,6 +7,7 @@ import functools
 import importlib
 import os
 import warnings
+from collections.abc import Iterable
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -113,6 +113,7 @@ def open_image(file: str | os.PathLike | BinaryIO, size: int | None = None) -> I
         size: bytes of the file; required unless `file` is a path.
     Raises: one of `UNREADABLE`.
     """
+    # Check sizes in the file and its header before Pillow allocates memory for pixels.
     size = os.stat(file).st_size if size is None else size
     limits.check_size(size, limits.IMAGE_FILE, 'an image')
     image = Image.open(file, formats=_formats())
@@ -200,8 +201,8 @@ def opacity(picture: Picture, name: str) -> Image.Image | None:
 
 
 def _equals_key(picture: Picture, name: str) -> np.ndarray:
-    """[H, W] bool: pixels of the file's transparent color (PNG's tRNS chunk, GIF), in the units of its
-    samples."""
+    """[H, W] bool: pixels of the file's transparent color (PNG's tRNS chunk, GIF)."""
+    # The color is in units of the file's samples.
     image, key = picture.image, picture.image.info['transparency']
     if picture.loses_bits:
         raise UserError(
@@ -215,8 +216,7 @@ def _equals_key(picture: Picture, name: str) -> np.ndarray:
 
 
 def to_mode(picture: Picture, mode: str, name: str) -> Image.Image:
-    """The image as 8-bit 'L' or 'RGB', ignoring alpha. Raises: UserError if the range of its values is
-    unknown."""
+    """The image as 8-bit 'L' or 'RGB', ignoring alpha. Raises: UserError for values of unknown range."""
     image = picture.image
     if image.mode[0] in 'IF' or _has_tag(image, *SIGNED):
         image = Image.fromarray(_levels(picture, name))
@@ -279,11 +279,16 @@ def prepared(
 # Images that need no conversion.
 
 
+def describe_shape(shape: Iterable[int]) -> str:
+    """A shape [C, H, W] for messages, such as '32x32 RGB'."""
+    channels, height, width = shape
+    return f'{width}x{height} {"gray" if channels == 1 else "RGB"}'
+
+
 def image_shape_of(
     image: Image.Image, source: str, cure: str = 'convert the data set with dataset_tool.py'
 ) -> tuple[int, int, int]:
-    """(channels, height, width) of an image that needs no conversion. Raises: UserError with `cure` for
-    others."""
+    """(channels, height, width) of an image that needs no conversion. Raises: UserError, with `cure`."""
     kind = '16-bit ' + image.mode if is_16_bit(image) else image.mode
     if 'transparency' in image.info:
         raise UserError(
@@ -340,7 +345,7 @@ def letterboxed(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def center_crop_wide(image: Image.Image, width: int, height: int) -> Image.Image | None:
-    """EDM's and StyleGAN's crop of LSUN: the central w·H/W rows at full width, resized, between black bars.
+    """EDM's and StyleGAN's crop of LSUN: the central w·H/W rows at full width, resized, with black bars.
 
     None if the image has fewer than `width` columns, or fewer than `height` such rows. w·H/W (rounded half
     to even) is the image's height at the wanted width, so images wider than `width` are squeezed sideways.
@@ -352,8 +357,7 @@ def center_crop_wide(image: Image.Image, width: int, height: int) -> Image.Image
 
 
 def center_crop_letterbox(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The largest centered crop of ratio width : height, resized, between black bars to a square of
-    `width`."""
+    """The largest centered crop of ratio width : height, resized, with black bars to a square of `width`."""
     crop_width = min(image.width, max(round(image.height * width / height), 1))
     crop_height = min(image.height, max(round(image.width * height / width), 1))
     return letterboxed(crop_center(image, crop_width, crop_height), width, height)

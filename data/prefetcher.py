@@ -43,11 +43,9 @@ class Samples(torch.utils.data.Dataset):
 
 def collate(samples: list[tuple[np.ndarray, ...]] | Failure) -> tuple[torch.Tensor, ...] | Failure:
     """Stack the samples' arrays as a batch; faster than PyTorch's default, which stacks tensor by tensor."""
-    return (
-        samples
-        if isinstance(samples, Failure)
-        else tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples))
-    )
+    if isinstance(samples, Failure):
+        return samples
+    return tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples))
 
 
 @contextlib.contextmanager
@@ -64,11 +62,11 @@ def unchanged_handler(number: signal.Signals) -> Iterator[None]:
 
 
 class Prefetcher:
-    """Endless batches of a data set in a sampler's order: (images as stored, uint8 pixels or latents;
-    labels).
+    """Endless batches (images as stored, labels) of a data set in a sampler's order.
 
-    Workers collate them ahead of use, into pinned memory for a GPU, so that copies overlap its work. Without
-    workers, `next` loads a batch in this process while a GPU still computes the previous step.
+    Images are uint8 pixels or latents. Workers collate them ahead of use, into pinned memory for a GPU, so
+    that copies overlap its work. Without workers, `next` loads a batch in this process while a GPU still
+    computes the previous step.
 
     Args:
         device: where the batches will be copied.
@@ -78,6 +76,7 @@ class Prefetcher:
     def __init__(
         self, dataset, sampler, batch_size: int, workers: int, device: torch.device, worker_init_fn=None
     ):
+        # Remember the workers, whose exit statuses tell why one has died.
         self._workers: list[BaseProcess] = []
         with unchanged_handler(signal.SIGCHLD), starting(self._workers):
             self._batches = iter(
@@ -95,8 +94,8 @@ class Prefetcher:
         self._seconds = 0.0
 
     def __next__(self):
-        """The next batch. Raises: UserError if an image cannot be read, or seconds after a killed worker's
-        batch is due."""
+        """The next batch. Raises: UserError if an image cannot be read, or a worker has died."""
+        # DataLoader notices a dead worker while it waits for its batch, within seconds.
         start = time.perf_counter()
         try:
             batch = next(self._batches)
@@ -109,6 +108,8 @@ class Prefetcher:
             ) from error
         finally:
             self._seconds += time.perf_counter() - start
+
+        # A worker's error came in place of a batch; its traceback is the cause.
         if isinstance(batch, Failure):
             raise batch.error from RuntimeError(batch.traceback)
         return batch

@@ -96,12 +96,15 @@ class ZipIndex:
         key = tail and tail.key()
 
         def parse():
+            # A file without a plain end record takes zipfile, with its own limit.
             names, fields = (tail and _parse(tail)) or _parse_by_zipfile(
                 path, limits.DATA_DIRECTORY if tail else limits.ZIP_DIRECTORY
             )
             # A stable sort: of members with one name, the last in the file stays last, as in zipfile.
             order = sorted(range(len(names)), key=[_with_slashes(name) for name in names].__getitem__)
             names = Names.of([names[i] for i in order])
+
+            # Check what zipfile does not: separators, and sizes that the file cannot have.
             _check_separators(names, path)
             if fields['compressed'].astype(np.float64).sum() > Path(path).stat().st_size:
                 raise zipfile.BadZipFile('its members overlap, or lie beyond its end')
@@ -132,6 +135,8 @@ class ZipIndex:
         row = bisect_right(self.names, name) - 1
         if row < 0 or self.names[row] != name:
             raise KeyError(f'There is no item named {name!r} in the archive')
+
+        # FIELDS has the order of these attributes.
         info = zipfile.ZipInfo(self.stored[row])
         (
             info.header_offset,
@@ -234,9 +239,8 @@ def _find_directory(path: str) -> Tail | None:
 
 
 def _parse(tail: Tail) -> tuple[list[bytes], dict[str, np.ndarray]] | None:
-    """(names, fields) of a plain directory: ASCII names, no extra field but 64-bit offsets; None of any
-    other."""
-    # Entries vary in length, so their positions are found one by one.
+    """(names, fields) of a plain directory: ASCII names, no extra field but 64-bit offsets; else None."""
+    # Find the entries' positions one by one: they vary in length.
     data, position, positions = tail.data, 0, []
     lengths = struct.Struct('<3H').unpack_from
     while position < tail.length:
@@ -248,7 +252,7 @@ def _parse(tail: Tail) -> tuple[list[bytes], dict[str, np.ndarray]] | None:
         return None
     positions = np.array(positions, dtype=np.int64)
 
-    # Then each field is one gather from an unaligned view that has a number at every byte.
+    # Gather each field from an unaligned view that has a number at every byte.
     def field(kind, at):
         every = np.ndarray([len(data) - 7], kind, data, strides=[1])
         return every[positions + at]
@@ -264,8 +268,7 @@ def _parse(tail: Tail) -> tuple[list[bytes], dict[str, np.ndarray]] | None:
     )
     name_length, extra_length = field('<u2', 28).astype(np.int64), field('<u2', 30)
 
-    # ZIP64: an offset of all ones stands in the extra field (id 1, 8 bytes). Anything else is left to
-    # zipfile.
+    # ZIP64: an offset of all ones is in the extra field (id 1, 8 bytes). zipfile reads anything else.
     far = fields['offset'] == 0xFFFFFFFF
     extra = positions[far] + 46 + name_length[far]
     every_2, every_8 = (np.ndarray([len(data) - 7], kind, data, strides=[1]) for kind in ('<u2', '<u8'))
@@ -294,23 +297,14 @@ def _parse(tail: Tail) -> tuple[list[bytes], dict[str, np.ndarray]] | None:
 def _parse_by_zipfile(path: str, directory: int) -> tuple[list[bytes], dict[str, np.ndarray]]:
     with BoundedZip(path, directory) as archive:
         infos = archive.infolist()
-    columns = zip(
-        *(
-            (
-                i.header_offset,
-                i.compress_size,
-                i.file_size,
-                i.CRC,
-                i.compress_type,
-                i.flag_bits,
-                i.external_attr,
-            )
-            for i in infos
-        )
-    )
-    arrays = [np.array(column, dtype=kind) for column, kind in zip(columns, FIELDS.values())] or [
-        np.empty(0, kind) for kind in FIELDS.values()
-    ]
+
+    # One array per field, in the order of FIELDS.
+    def row(i):
+        sizes = i.header_offset, i.compress_size, i.file_size
+        return *sizes, i.CRC, i.compress_type, i.flag_bits, i.external_attr
+
+    columns = list(zip(*map(row, infos))) or [()] * len(FIELDS)
+    arrays = [np.array(column, dtype=kind) for column, kind in zip(columns, FIELDS.values())]
     return [info.filename.encode() for info in infos], dict(zip(FIELDS, arrays))
 
 
@@ -330,16 +324,16 @@ def cached(
         key: digest of all that determines the arrays; None disables the cache.
         sound: whether arrays read from the cache can be the result of `compute`.
     """
-    path = (
-        None
-        if key is None
-        else Path(downloads.DEFAULT_CACHE_DIR).expanduser() / 'indices' / f'{key}-{what}.npz'
-    )
-    if path is not None:
+    # Read the cache.
+    path = None
+    if key is not None:
+        path = Path(downloads.DEFAULT_CACHE_DIR).expanduser() / 'indices' / f'{key}-{what}.npz'
         with contextlib.suppress(*limits.UNREADABLE), np.load(path, allow_pickle=False) as file:
             arrays = dict(file)  # zipfile compares checksums
             if sound(arrays):
                 return arrays
+
+    # Compute the arrays and cache them.
     with util.without_garbage_collection():
         arrays = compute()
     if path is not None:

@@ -34,6 +34,8 @@ def array_source(images: np.ndarray, labels: Sequence[int] | None, name: str, se
     if images.size == 0:
         raise UserError(f'{name} holds no images')
     selection.refuse_label_files(name)
+
+    # Images are views of the array, read when they are needed.
     labels = None if labels is None or selection.labels_from == 'none' else [int(label) for label in labels]
     rows = selection.rows(labels, len(images))
     items = (
@@ -109,6 +111,7 @@ def read_cifar_batch(data: bytes, source: str) -> tuple[np.ndarray, list[int]]:
     """uint8 [N, 32, 32, 3] images and N class indices of a pickled CIFAR-10 batch, read as plain data."""
     file = io.BytesIO(data)
     try:
+        # Rows of the array are the three color planes of an image, one after another.
         batch = read_pickle(file, len(data), PICKLE_NAMES)
         images, labels = stored_array(batch['data'], wanted='uint8', codes='u1').read(file), batch['labels']
         images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)

@@ -98,6 +98,7 @@ def folder_labels(files: ImageFiles, leave_out: bool) -> tuple[list[str], list[i
 
 def _check_class_names(files: ImageFiles, found: ClassFolders) -> None:
     """Refuse class folders that look the same; print a note about similar ones and about empty folders."""
+    # Equal names in another Unicode form are an accident; in another case they may be meant.
     for key, alike in (
         (file_names.composed, 'in Unicode normalization only (composed, NFC, against decomposed, NFD)'),
         (str.casefold, 'in case only'),
@@ -110,6 +111,8 @@ def _check_class_names(files: ImageFiles, found: ClassFolders) -> None:
             if key is file_names.composed:
                 raise UserError(f'{text}; rename one, or put their images into one folder')
             note(f'{text}; they are two classes.')
+
+    # Empty folders would shift the indices of the classes after them, if they counted.
     if empty := files.folders(found.prefix) - set(found.names):
         note(
             f'{len(empty)} folders beside the class folders in {files.path} hold no images and are not '

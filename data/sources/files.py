@@ -53,6 +53,7 @@ def labeled_images(
     """(image names, labels or None, class names or None) for a `Selection.labels_from`."""
     if labels_from == 'none':
         return files.images, None, None
+    # A label file takes precedence over folders.
     if labels_from == 'dataset.json' or (labels_from == 'auto' and files.label_files):
         labels = read_labels(files)
         if labels is None and labels_from == 'dataset.json':

@@ -32,6 +32,7 @@ def read_lmdb(path: pathlib.Path, count: int) -> Iterator[int | tuple[bytes, byt
         raise UserError(
             f'{path} is an LMDB database, but the lmdb package is not installed; run: pip install lmdb'
         )
+    # Run the reader, and pass its records on.
     command = [sys.executable, lmdb_pipe.__file__, os.path.abspath(path), str(count)]
     try:
         shortage = _shortage_of_lmdb(path / 'data.mdb')
