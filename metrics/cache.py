@@ -1,5 +1,4 @@
-"""Features on disk, batch by batch: an interrupted evaluation resumes, and another of the same images reuses
-them."""
+"""Features on disk, batch by batch, for interrupted evaluations and others of the same images."""
 
 from __future__ import annotations
 
@@ -19,8 +18,7 @@ FACTS = 'facts.json'
 
 
 class FeatureCache:
-    """A folder `<root>/<name>-<key>` with an `.npz` per batch and `facts.json`, which identifies the
-    features.
+    """A folder `<root>/<name>-<key>` with an `.npz` per batch, and `facts.json`, which identifies them.
 
     Args:
         root: folder for the features of any number of image sets.
@@ -50,11 +48,8 @@ class FeatureCache:
                 arrays = {key: file.read(key) for key in file.keys}
         except UserError:
             return None
-        return (
-            arrays
-            if names <= arrays.keys() and all(array.shape[:1] == (len(part),) for array in arrays.values())
-            else None
-        )
+        complete = all(array.shape[:1] == (len(part),) for array in arrays.values())
+        return arrays if complete and names <= arrays.keys() else None
 
     def save(self, part: range, arrays: dict[str, np.ndarray]) -> None:
         """Store the arrays of a batch, which have a row per image."""

@@ -74,12 +74,12 @@ def compute_features(
     Raises: NotFinite, on all processes, if images of a network or features are not finite; UserError if
         there are no images, or one cannot be used.
     """
-    # Batches are dealt round-robin to the processes.
+    # Processes take batches round-robin.
     parts = [range(start, min(start + batch, len(source))) for start in range(0, len(source), batch)]
     rank, processes = distributed.get_rank(), distributed.get_world_size()
     keep = np.full(len(source), keep) if isinstance(keep, bool) else keep
     facts = None
-    if cache:  # the main process decides: other machines' copies may have other modification times
+    if cache:  # the main process's fingerprint: other machines' copies may have other modification times
         facts = dict(
             images=distributed.broadcast_object(source.fingerprint() if distributed.is_main() else None),
             batch=batch,
@@ -90,7 +90,7 @@ def compute_features(
     }
     images_of_round = lambda k: sum(map(len, parts[k - rank : k - rank + processes]))
 
-    # First take what the cache has; batches that any detector lacks are left to compute.
+    # Read cached batches; those that any detector lacks are computed.
     missing = []
     for k in range(rank, len(parts), processes):
         cached = [each.load_cached(parts[k]) for each in passes.values()]
@@ -99,7 +99,7 @@ def compute_features(
         else:
             missing.append(k)
 
-    # Then compute them, padded to full size: kernels, and so roundings, may depend on the batch size.
+    # Compute the others, padded to full size: kernels, and so rounding, may depend on the batch size.
     for k, (part, images, indices) in zip(missing, source.stream([parts[k] for k in missing], workers)):
         filled = (
             torch.cat([images, images[-1:].expand(batch - len(images), -1, -1, -1)])
@@ -122,11 +122,11 @@ def compute_features(
 
 
 def check_finite(source: ImageSource, parts: Sequence[range], passes: Collection[_DetectorPass]) -> None:
-    """Raises: NotFinite, on all processes together, if any process met images or features that are not
-    finite.
+    """Raises: NotFinite, on all processes, if any process met non-finite images or features.
 
-    Without this check, a metric of the remaining images would follow all the same.
+    Without this check, a metric of the remaining images would result.
     """
+    # Every process gathers all, because all must raise the same error.
     own = [i for part in parts for i in source.nonfinite(part)], [each.nonfinite for each in passes]
     images, features = zip(*distributed.gather_objects(own))
     if bad := sorted(itertools.chain(*images)):
@@ -142,7 +142,7 @@ def check_finite(source: ImageSource, parts: Sequence[range], passes: Collection
 
 
 def count_features(detector: Detector, image_shape: list[int]) -> None:
-    """Make the detector's `dim` known, if necessary by running it on a black image [C, H, W]."""
+    """Set the detector's `dim`, if unknown, by running it on a black image [C, H, W]."""
     if detector.dim is None:
         detector(torch.zeros([1, *image_shape], dtype=torch.uint8))
 
@@ -187,6 +187,8 @@ class _DetectorPass:
         count = len(indices)
         if part.start in self.kept or count == 0:
             return
+
+        # Run the detector on the padded batch, then drop the padding.
         found = dict(digests=digests)
         if self.classes:
             found['features'], found['probabilities'] = self.detector.with_probabilities(images)
@@ -202,6 +204,7 @@ class _DetectorPass:
 
     def _add(self, part: range, indices: list[int], found: dict[str, Tensor]) -> bool:
         """Accumulate a batch. Returns: whether all outputs are finite."""
+        # Statistics are of all images, but only some features may be wanted.
         self.stats.append(found['features'])
         kept = dict(
             digests=found['digests'],
@@ -211,6 +214,8 @@ class _DetectorPass:
         if self.classes:
             kept['probabilities'] = found['probabilities']
             finite = finite & found['probabilities'].isfinite().all(dim=1)
+
+        # Copying to the CPU synchronizes with the device, so that memory does not grow.
         self.kept[part.start] = {name: values.cpu() for name, values in kept.items()}
         broken = len(finite) - int(finite.sum())
         self.nonfinite += broken
@@ -231,6 +236,8 @@ class _DetectorPass:
             {key: value for share in column for key, value in share.items()} for column in zip(*shares)
         )
         joined = {name: torch.cat([kept[start][name] for start in sorted(kept)]) for name in kept[min(kept)]}
+
+        # Count exact copies by the images' digests.
         return ImageFeatures(
             self.stats,
             skipped,

@@ -35,7 +35,10 @@ from torch_utils import distributed
 from torch_utils.restricted_pickle import MalformedPickle
 from torch_utils.saved_tensors import read_saved
 
-INCEPTION_URL = 'https://api.ngc.nvidia.com/v2/models/nvidia/research/stylegan3/versions/1/files/metrics/inception-2015-12-05.pt'
+INCEPTION_URL = (
+    'https://api.ngc.nvidia.com/v2/models/nvidia/research/stylegan3/versions/1/files/metrics/'
+    'inception-2015-12-05.pt'
+)
 DINOV2 = 'dinov2'
 KINDS = "a TorchScript file, pytorch-fid's Inception (a state dict), dinov2 or dinov2:FOLDER"
 
@@ -86,14 +89,13 @@ class Detector:
                 'network, such as the default.'
             )
         outputs = self._run(self.network.with_probabilities, images)
-        for output, what in zip(
-            outputs, ('one feature vector per image, [N, D]', 'one probability vector per image, [N, K]')
-        ):
-            self._check(output, images, what)
+        self._check(outputs[0], images, 'one feature vector per image, [N, D]')
+        self._check(outputs[1], images, 'one probability vector per image, [N, K]')
         self.dim = outputs[0].shape[1]
         return outputs
 
     def _run(self, compute: Callable, images: Tensor):
+        # Repeat gray images to the detector's channels.
         if images.shape[1] == 1:
             images = images.expand(-1, self.img_channels, -1, -1)
         if images.shape[1] != self.img_channels:
@@ -101,6 +103,8 @@ class Detector:
                 f'Detector {self.name} expects {self.img_channels} channels, but the images have '
                 f'{images.shape[1]}. Convert the images, or use another detector.'
             )
+
+        # The errors of any network, in terms of the detector and its images.
         try:
             with torch.no_grad(), full_precision():
                 return compute(images.to(self.device))
@@ -185,6 +189,7 @@ def load_detector(
 
     Raises: UserError for a missing file, a failed download, another digest, or a file of another kind.
     """
+    # DINOv2, by its name.
     source, device = os.fspath(source), torch.device(device)
     if source == DINOV2 or source.startswith(f'{DINOV2}:'):
         from metrics.dinov2 import load_dinov2
@@ -192,6 +197,8 @@ def load_detector(
         folder = None if source == DINOV2 else source.removeprefix(f'{DINOV2}:')
         network, digest = load_dinov2(folder, device, sha256)
         return Detector(network, network.name, digest, device)
+
+    # A file, by its contents.
     path = local_path(source, sha256=sha256, pinned=True)
     script = is_torchscript(path)
     if script and sha256 is None and source != INCEPTION_URL:
@@ -223,6 +230,7 @@ def is_torchscript(path: Path) -> bool:
 
 
 def _load_script(path: Path, source: str, device: torch.device) -> ScriptNetwork:
+    # Loading checks the file; a method may still be missing, or fail on images later.
     try:
         module = torch.jit.load(path, map_location=device).eval()
         takes_images, channels = hasattr(module, 'forward'), getattr(module, 'img_channels', 3)
@@ -243,6 +251,7 @@ def _load_script(path: Path, source: str, device: torch.device) -> ScriptNetwork
 def _load_state_dict(path: Path, source: str, device: torch.device) -> torch.nn.Module:
     from metrics.inception import build_inception
 
+    # Name other kinds of files before reading this one.
     wanted = f'a feature detector: {KINDS}'
     if kind := another_kind(
         path,
@@ -256,10 +265,11 @@ def _load_state_dict(path: Path, source: str, device: torch.device) -> torch.nn.
     if _is_plain_pickle(path):
         raise UserError(
             f'{source} is a pickle, which is refused because loading it could run any code. For the '
-            'Inception '
-            "of EDM and StyleGAN use NVIDIA's TorchScript file of the same network, the default: "
+            "Inception of EDM and StyleGAN use NVIDIA's TorchScript file of the same network, the default: "
             f'{INCEPTION_URL}'
         )
+
+    # Read the tensors.
     try:
         with open(path, 'rb') as file:
             weights = read_saved(file)

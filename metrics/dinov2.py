@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dnnlib.downloads import file_sha256, local_path
 from dnnlib.limits import JSON_FILE, SAFETENSORS_HEADER, UNREADABLE, check_size, read_at_most
+from dnnlib.text import first_line
 from dnnlib.util import UserError
 
 REPOSITORY = 'facebook/dinov2-large'
@@ -61,17 +62,19 @@ def resample_positions(positions: Tensor, side: int) -> Tensor:
 
 
 class DINOv2(torch.nn.Module):
-    """CLS features [N, D] of uint8 images [N, 3, H, W] of any size; resamples the model's position
-    embeddings."""
+    """CLS features [N, D] of uint8 images [N, 3, H, W] of any size."""
 
     img_channels, has_classes = 3, False
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
+        # Only the released size is called FD-DINOv2.
         config = model.config
         sizes = (config.hidden_size, config.num_hidden_layers, config.patch_size)
         self.name = 'dinov2-large' if sizes == LARGE else f'dinov2-{sizes[0]}x{sizes[1]}'
         self.metric_name = 'FD-DINOv2' if sizes == LARGE else 'Fréchet distance'
+
+        # Resample the position embeddings to the resolution of the metric.
         embeddings = model.embeddings
         resampled = resample_positions(
             embeddings.position_embeddings.detach(), RESOLUTION // config.patch_size
@@ -88,8 +91,7 @@ class DINOv2(torch.nn.Module):
 
 
 def load_dinov2(folder: str | None, device: torch.device, sha256: str | None = None) -> tuple[DINOv2, str]:
-    """(network, SHA-256 of its weights) from a folder written by `save_pretrained`; None: the released
-    ViT-L/14.
+    """(network, SHA-256 of its weights) from a folder by `save_pretrained`; None: the released ViT-L/14.
 
     The released model comes from Hugging Face's cache, or is downloaded and pinned like any URL
     (`local_path`). Weights are read from safetensors and the configuration as plain data: no code of a
@@ -107,7 +109,7 @@ def load_dinov2(folder: str | None, device: torch.device, sha256: str | None = N
 
 @contextlib.contextmanager
 def _quiet_transformers():
-    """The package without its progress bars and warnings; `_build` checks what these are about."""
+    """The package without progress bars and warnings, whose subjects `_build` checks."""
     try:
         import transformers  # takes seconds
         from transformers.utils import logging
@@ -115,6 +117,8 @@ def _quiet_transformers():
         raise UserError(
             f'DINOv2 needs the transformers package ({error}): pip install -e .[dinov2]'
         ) from error
+
+    # Restore the settings afterwards: they are global.
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -127,8 +131,7 @@ def _quiet_transformers():
 
 
 def _files(folder: str | None, sha256: str | None) -> tuple[Path, Path]:
-    """Paths of the configuration and the weights. Raises: UserError if missing, or the weights' digest
-    differs."""
+    """Paths of the configuration and the weights. Raises: UserError if missing, or for another digest."""
     if folder is None:
         return _released(CONFIG), _released(WEIGHTS, sha256)
     if not os.path.isdir(folder):
@@ -156,23 +159,27 @@ def _released(name: str, sha256: str | None = None) -> Path:
 
 
 def _read_config(path: Path) -> dict:
-    """The `FIELDS` of a configuration. Raises: UserError unless it is a DINOv2 for color images of
-    224x224."""
+    """The `FIELDS` of a configuration. Raises: UserError unless it is DINOv2 for color images of 224x224."""
+    # Read it as plain data.
     try:
         with open(path, 'rb') as file:
             config = json.loads(read_at_most(file, JSON_FILE, 'a configuration'))
     except UNREADABLE as error:
         raise UserError(
-            f'{path} cannot be read as a model configuration ({_first_line(error)}). {CURE}'
+            f'{path} cannot be read as a model configuration ({first_line(error)}). {CURE}'
         ) from error
     kind = config.get('model_type') if isinstance(config, dict) else None
     if kind != 'dinov2':
         raise UserError(f'{path} describes a model of type {kind!r}, not dinov2. {CURE}')
+
+    # Take the known fields only, within the range of any released model.
     fields = {name: config[name] for name in FIELDS if name in config}
     for name, value in fields.items():
         most = MAX_LAYERS if name == 'num_hidden_layers' else MAX_FIELD
         if type(value) is not FIELDS[name] or (FIELDS[name] in (int, float) and not 0 < value <= most):
             raise UserError(f'{path}: {name} is {repr(value)[:40]}, which no released DINOv2 has. {CURE}')
+
+    # Check that it is complete and fits the images.
     if absent := [name for name in SIZES if name not in fields]:
         raise UserError(f'{path} lacks {", ".join(absent)}. {CURE}')
     if RESOLUTION % fields['patch_size'] or fields.get('num_channels', 3) != 3:
@@ -183,17 +190,15 @@ def _read_config(path: Path) -> dict:
 
 
 def _build(model_class, config, path: Path) -> torch.nn.Module:
-    """The model with the weights of a file, in FP32. Raises: UserError unless they are exactly the
-    model's."""
+    """The model with the weights of a file, in FP32. Raises: UserError unless they fit exactly."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
+        # Check sizes first: a hostile configuration could make us allocate a huge model.
         with open(path, 'rb') as file:
-            check_size(
-                int.from_bytes(file.read(8), 'little'), SAFETENSORS_HEADER, 'the header of a safetensors file'
-            )
-            # Before a hostile configuration makes us allocate a huge model.
+            header = int.from_bytes(file.read(8), 'little')
+            check_size(header, SAFETENSORS_HEADER, 'the header of a safetensors file')
             if (least := _least_weights(config)) > os.fstat(file.fileno()).st_size:
                 raise ValueError(f'which are at least {least:,} bytes')
         weights = {name: tensor.float() for name, tensor in load_file(path).items()}
@@ -202,8 +207,10 @@ def _build(model_class, config, path: Path) -> torch.nn.Module:
         )
     except (SafetensorError, *UNREADABLE) as error:
         raise UserError(
-            f'{path} cannot be read as the weights that {CONFIG} describes ({_first_line(error)}). {CURE}'
+            f'{path} cannot be read as the weights that {CONFIG} describes ({first_line(error)}). {CURE}'
         ) from error
+
+    # transformers only warns about other names, and initializes what is missing at random.
     if wrong := sorted(name for kind in ('missing_keys', 'unexpected_keys') for name in report[kind]):
         raise UserError(
             f'{path} does not hold exactly the weights that {CONFIG} describes: {len(wrong)} differ, '
@@ -217,10 +224,5 @@ def _build(model_class, config, path: Path) -> torch.nn.Module:
 def _least_weights(config) -> int:
     """Lower bound on the bytes of such a network's weights: its matrices at one byte per number."""
     width, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
-    return width * (patches + 3 * config.patch_size**2) + config.num_hidden_layers * width**2 * (
-        4 + 2 * config.mlp_ratio
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    embeddings = width * (patches + 3 * config.patch_size**2)
+    return embeddings + config.num_hidden_layers * width**2 * (4 + 2 * config.mlp_ratio)

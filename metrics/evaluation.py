@@ -1,5 +1,4 @@
-"""Shared by fid.py and search.py: choice of metrics, their detectors and references, and one pass over the
-images."""
+"""Shared by fid.py and search.py: metrics, their detectors and references, and one pass over the images."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ class Measures(click.ParamType):
 
 
 def check_detector_options(measures, options) -> None:
-    """Raises: UsageError if a detector, or its digest, is given that no metric uses."""
+    """Raises: UsageError for a detector, or its digest, that no metric uses."""
     main = {measure.entry for measure in measures.values()} - {'fd_dinov2'}
     idle = ['dinov2'] * ('fd_dinov2' not in measures) + ['detector', 'detector_sha256'] * (not main)
     if given := [name for name in idle if getattr(options, name) is not None]:
@@ -59,12 +58,13 @@ def option_names(parameters: list[str]) -> str:
 
 
 def load_detectors(entries, image_shape, options) -> dict:
-    """Detectors by reference entry, the main one first. The main process goes first and downloads."""
+    """Detectors by reference entry, the main one first. The main process downloads before the others load."""
     from metrics.calc import count_features
     from metrics.detectors import DINOV2, INCEPTION_URL, load_detector
     from metrics.measures import FD_DINOV2, FID
     from torch_utils import distributed
 
+    # Sources by entry.
     sources = {
         FID: (options.detector or INCEPTION_URL, options.detector_sha256),
         FD_DINOV2: (f'{DINOV2}:{options.dinov2}' if options.dinov2 else DINOV2, None),
@@ -75,6 +75,8 @@ def load_detectors(entries, image_shape, options) -> dict:
             for entry, (source, sha256) in sources.items()
             if entry in entries
         }
+
+    # Their dimensions are needed before the first batch.
     for detector in detectors.values():
         count_features(detector, image_shape)
     return detectors
@@ -102,15 +104,18 @@ def read_references(ref, measures) -> dict:
 
 
 def complete_references(references, ref, measures, detectors, sources, options) -> dict:
-    """References by entry, checked; statistics and features missing from them are computed from `ref`'s
-    images."""
+    """References by entry, checked; missing statistics and features are computed from the images of `ref`."""
     from metrics.reference import check_same_detector
 
     needy = {measure.entry: name for name, measure in measures.items() if measure.reference_features}
+
+    # References that are images have no statistics yet.
     of_images = not references
     if of_images:
         compared = {entry: detectors[entry] for entry in entries_to_compare(measures)}
         references = references_of_images(ref, compared, sources, options, keep=bool(needy))
+
+    # Check all, and compute features that a file of statistics lacks.
     for entry, reference in references.items():
         for shape in dict.fromkeys(tuple(source.image_shape) for source in sources):
             check_same_detector(reference, detectors[entry], ref, list(shape))
@@ -153,8 +158,7 @@ def features_of_reference(ref, measure: str, detector, options):
 
 
 def features_of(source, detectors, options, keep, classes=()) -> dict:
-    """`compute_features` with a progress bar on terminals; ends all processes with one message on
-    NotFinite."""
+    """`compute_features` with a progress bar on terminals; NotFinite ends all processes with one message."""
     from tqdm import tqdm
 
     from metrics.calc import compute_features

@@ -48,14 +48,13 @@ class Gaussian:
         try:
             lower = scipy.linalg.cholesky(self.sigma, lower=True, check_finite=False)
         except scipy.linalg.LinAlgError:
-            return None  # singular or indefinite: `factor` tells by the eigenvalues
+            return None  # singular or indefinite: the eigenvalues in `factor` decide
         pivots = np.diag(lower) ** 2
         return lower if pivots.min() > WELL_CONDITIONED * pivots.max() else None
 
     @cached_property
     def factor(self) -> np.ndarray:
-        """A [D, rank] with A Aᵀ = sigma: the Cholesky factor, or the scaled eigenvectors of nonzero
-        eigenvalues.
+        """A [D, rank] with A Aᵀ = sigma: Cholesky factor, or scaled eigenvectors of nonzero eigenvalues.
 
         Rounding turns a zero eigenvalue into about D·ε·λ_max, whose square root, 1e-8 per dimension, must not
         count.
@@ -78,6 +77,8 @@ class Gaussian:
                 f'The statistics have {len(self.mu)} and {len(other.mu)} dimensions: they come from '
                 'different detectors. Use one detector for both.'
             )
+
+        # With Σ1 = A Aᵀ and Σ2 = B Bᵀ, all that is needed is the product Bᵀ A.
         traces = np.trace(self.sigma) + np.trace(other.sigma)
         product = other.factor.T @ self.factor
 
@@ -113,6 +114,7 @@ def _regular_overlap(product: np.ndarray, log_det: float, tolerance: float) -> f
 
 def check_gaussian(mu: np.ndarray, sigma: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
     """FP64 mean [D] and exactly symmetric covariance [D, D]. Raises: UserError, naming `name`."""
+    # Types and shapes.
     if any(np.asarray(value).dtype.kind not in 'fiu' for value in (mu, sigma)):
         raise UserError(
             f'{name}: mean and covariance must be real numbers. Recreate the statistics with fid.py ref.'
@@ -123,6 +125,8 @@ def check_gaussian(mu: np.ndarray, sigma: np.ndarray, name: str) -> tuple[np.nda
             f'{name}: expected a mean [D] and a covariance [D, D], got shapes {mu.shape} and {sigma.shape}. '
             'Recreate the statistics with fid.py ref.'
         )
+
+    # Values.
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(
             f'{name}: some values are NaN or infinite. Check the detector and the images, and recreate the '

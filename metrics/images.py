@@ -15,7 +15,7 @@ import torch
 from data.arrays import ArchivedArrays, map_npy, may_be_images
 from data.dataset import random_subset
 from data.image_files import ImageFiles
-from data.pixels import image_pixels, image_shape_of, is_left_unturned, orientation
+from data.pixels import describe_shape, image_pixels, image_shape_of, is_left_unturned, orientation
 from dnnlib.util import UserError
 
 WORKERS = 4  # decoding threads: Pillow releases the interpreter lock
@@ -70,6 +70,7 @@ class ImageSource:
 
         Raises: UserError naming an image that cannot be read or differs from the first, unless `skip_bad`.
         """
+        # Skipped images leave room at the end.
         images = np.empty([len(indices), *self.image_shape], np.uint8)
         read: list[int] = []
         for i in indices:
@@ -138,29 +139,28 @@ class FileImages(ImageSource):
         )
 
     def pixels(self, i: int) -> np.ndarray:
+        # Compare the header first: decoding is the expensive part.
         file = self.files.images[self.index[i]]
         with self.files.open_image(file) as image:
             shape = image_shape_of(image, f'{self.name}: {file}')
             if self.image_shape and list(shape) != self.image_shape:
                 raise UserError(
-                    f'{self.name}: {file} is {_describe(shape)}, but {self._first} is '
-                    f'{_describe(self.image_shape)}. Give all images one size and mode, or skip those unlike '
-                    'the first with --skip-bad.'
+                    f'{self.name}: {file} is {describe_shape(shape)}, but {self._first} is '
+                    f'{describe_shape(self.image_shape)}. Give all images one size and mode, or skip those '
+                    'unlike the first with --skip-bad.'
                 )
             if is_left_unturned(image):
                 self.unturned[i] = orientation(image)
             return image_pixels(image)
 
     def fingerprint(self) -> str:
-        """Digest of names, sizes and modification times in a folder, or names, sizes and checksums in a
-        zip."""
+        """Digest of names and sizes, and of modification times in a folder or checksums in a zip."""
         names = [self.files.images[i] for i in self.index]
-        state = (
-            (lambda name: _file_state(self.files.path_of(name)))
-            if self.files.is_folder
-            else self._checksums.__getitem__
-        )
-        return _fingerprint('files', [(name, *state(name)) for name in names])
+        if self.files.is_folder:
+            states = [_file_state(self.files.path_of(name)) for name in names]
+        else:
+            states = [self._checksums[name] for name in names]
+        return _fingerprint('files', [(name, *state) for name, state in zip(names, states)])
 
 
 def _zip_checksums(files: ImageFiles) -> dict[str, tuple[int, int]]:
@@ -176,7 +176,8 @@ def _zip_checksums(files: ImageFiles) -> dict[str, tuple[int, int]]:
 def _file_state(path: str) -> tuple:
     """(size, mtime, ctime in nanoseconds); () for a missing file, which reading will report.
 
-    Programs that unpack or copy restore mtime, and uncompressed images have equal sizes. None can set ctime.
+    mtime and size are not enough: programs that unpack or copy restore mtime, and uncompressed images have
+    equal sizes. No program can set ctime.
     """
     try:
         status = os.stat(path)
@@ -188,8 +189,10 @@ def _file_state(path: str) -> tuple:
 class ArrayImages(ImageSource):
     """Images in an .npy file, or in an .npz file as `arr_0` or its only uint8 array; memory-mapped.
 
-    uint8 [N, H, W], [N, H, W, C] or [N, C, H, W], where C is 1 or 3; an ambiguous shape is refused. `array`:
-    the file's array, if already open.
+    uint8 [N, H, W], [N, H, W, C] or [N, C, H, W], where C is 1 or 3; an ambiguous shape is refused.
+
+    Args:
+        array: the file's array, if already open.
     """
 
     def __init__(
@@ -218,11 +221,10 @@ class ArrayImages(ImageSource):
 def _map_images(path: str | os.PathLike) -> tuple[str, np.ndarray]:
     """(name for messages, array of images) of an .npz file."""
     with ArchivedArrays(path, path) as arrays:
-        found = (
-            ['arr_0']
-            if 'arr_0' in arrays.keys
-            else [key for key in arrays.keys if key.isprintable() and may_be_images(arrays.header(key))]
-        )
+        # `arr_0` is np.savez's name of an array without a name.
+        found = ['arr_0']
+        if 'arr_0' not in arrays.keys:
+            found = [key for key in arrays.keys if key.isprintable() and may_be_images(arrays.header(key))]
         if len(found) != 1:
             what = f'several arrays of images ({", ".join(found)})' if found else 'no array of images'
             raise UserError(
@@ -232,8 +234,7 @@ def _map_images(path: str | os.PathLike) -> tuple[str, np.ndarray]:
 
 
 def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
-    """View [N, C, H, W] of an array in one of the three layouts. Raises: UserError if in none, or
-    ambiguous."""
+    """View [N, C, H, W] of an array in one of the three layouts. Raises: UserError for none, or several."""
     if array.dtype != np.uint8:
         cure = (
             'Convert values in [-1, 1] by (x * 127.5 + 128).clip(0, 255).astype(np.uint8).'
@@ -242,7 +243,7 @@ def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
         )
         raise UserError(f'{name} holds {array.dtype}, but images must be uint8, 0 to 255. {cure}')
 
-    # Which of the layouts fit; a last dimension of up to 4 is taken for channels of a single image.
+    # Collect the layouts that fit. Up to 4 in the last of three dimensions are channels of a single image.
     shape, views = list(array.shape), []
     if array.size and len(shape) == 3 and shape[2] > 4:
         views.append(array[:, None])
@@ -256,11 +257,6 @@ def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
         )
         raise UserError(f'{name} has the shape {shape}, which {why}. Save images as uint8 [N, H, W, 3].')
     return views[0]
-
-
-def _describe(shape: Iterable[int]) -> str:
-    channels, height, width = shape
-    return f'{width}x{height} {"gray" if channels == 1 else "RGB"}'
 
 
 def _fingerprint(*parts) -> str:
@@ -285,6 +281,7 @@ def prefetch(
     if workers == 0:
         yield from ((part, *source.batch(part)) for part in parts)
         return
+    # Keep a queue of parts in progress; the oldest is due first.
     waiting: deque = deque()
     pool = ThreadPoolExecutor(workers)
     try:

@@ -25,12 +25,11 @@ WHAT = "pytorch-fid's Inception"
 
 
 class Conv(NamedTuple):
-    """Convolution without bias, batch normalization, ReLU. `kernel`: (height, width), or one number for
-    both."""
+    """Convolution without bias, batch normalization, ReLU."""
 
     name: str
     width: int
-    kernel: int | tuple[int, int] = 1
+    kernel: int | tuple[int, int] = 1  # (height, width), or one number for both
     stride: int = 1
     padded: bool = True  # keep the size at stride 1
 
@@ -179,6 +178,7 @@ class FIDInception(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
+        # A step is a function, or the name of a module: modules must be attributes to be in the state dict.
         self.steps, width = [], self.img_channels
         for layer in LAYERS:
             if callable(layer):
@@ -195,16 +195,16 @@ class FIDInception(torch.nn.Module):
         self.fc = torch.nn.Linear(width, CLASSES)
 
     def features(self, images: Tensor) -> Tensor:
-        """float32 [N, 2048] of images resized bilinearly without antialiasing and scaled to [-1, 1], as
-        pytorch-fid does."""
+        """float32 [N, 2048]."""
+        # As in pytorch-fid: bilinear without antialiasing, then to [-1, 1].
         x = F.interpolate(images.float() / 255, size=(RESOLUTION, RESOLUTION), mode='bilinear') * 2 - 1
         for step in self.steps:
             x = step(x) if callable(step) else getattr(self, step)(x)
         return x.mean(dim=[2, 3])
 
     def with_probabilities(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(features [N, 2048], class probabilities [N, 1008] without the output bias, as Salimans et al.
-        2016)."""
+        """(features [N, 2048], class probabilities [N, 1008])."""
+        # Without the output bias, as in Salimans et al. 2016.
         features = self.features(images)
         return features, F.linear(features, self.fc.weight).softmax(dim=1)
 

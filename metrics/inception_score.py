@@ -24,6 +24,7 @@ def inception_score(probabilities: torch.Tensor, splits: int = 10) -> dict:
     Returns: dict of `value` (mean over parts), `std` (population) and `splits`.
     Raises: UserError for invalid probabilities, or fewer images than parts.
     """
+    # Check the probabilities and their number.
     probabilities = torch.as_tensor(probabilities).double()
     if (
         probabilities.ndim != 2
@@ -40,6 +41,8 @@ def inception_score(probabilities: torch.Tensor, splits: int = 10) -> dict:
             f'{n} images cannot be split into {splits} parts for the Inception Score. Use more images or '
             'fewer parts.'
         )
+
+    # Score each part.
     bounds = [i * n // splits for i in range(splits + 1)]
     scores = torch.stack([_score(probabilities[start:end]) for start, end in pairwise(bounds)])
     return dict(value=scores.mean().item(), std=scores.std(correction=0).item(), splits=splits)
@@ -48,9 +51,5 @@ def inception_score(probabilities: torch.Tensor, splits: int = 10) -> dict:
 def _score(probabilities: torch.Tensor) -> torch.Tensor:
     """exp of the mean KL divergence of p(y|x) [N, K] from its mean, with 0 log 0 = 0."""
     marginal = probabilities.mean(dim=0)
-    return (
-        (torch.xlogy(probabilities, probabilities) - torch.xlogy(probabilities, marginal))
-        .sum(dim=1)
-        .mean()
-        .exp()
-    )
+    divergence = torch.xlogy(probabilities, probabilities) - torch.xlogy(probabilities, marginal)
+    return divergence.sum(dim=1).mean().exp()

@@ -12,13 +12,12 @@ from dnnlib.util import UserError
 def kernel_distance(
     features: torch.Tensor, reference: torch.Tensor, block: int = 1000, blocks: int = 100, seed: int = 0
 ) -> dict:
-    """Squared maximum mean discrepancy under k(x, y) = (x·y/D + 1)³, averaged over blocks (Bińkowski et al.
-    2018, Sec. 4).
+    """Squared maximum mean discrepancy, averaged over blocks (Bińkowski et al. 2018, Sec. 4).
 
-    A block compares `block` images with as many of the reference by the unbiased estimate `squared_mmd`,
-    whose expectation does not depend on the number of images; it may be negative. A random permutation of
-    each set is cut into J = ⌊min(n, m)/block⌋ disjoint blocks, and more permutations follow until there are
-    `blocks`.
+    The kernel is k(x, y) = (x·y/D + 1)³. A block compares `block` images with as many of the reference by the
+    unbiased estimate `squared_mmd`, whose expectation does not depend on the number of images; it may be
+    negative. A random permutation of each set is cut into J = ⌊min(n, m)/block⌋ disjoint blocks, and more
+    permutations follow until there are `blocks`.
 
     `std` is the spread over all blocks, which papers quote beside a KID; it is not the error of the value.
     `error` is. Blocks of one permutation are independent, but other permutations reuse the same images. So
@@ -43,10 +42,12 @@ def kernel_distance(
             f'A kernel distance needs at least 1 block of at least 2 samples, got {blocks} of {block}.'
         )
 
-    # Disjoint blocks of one pair of permutations after another.
+    # One block of everything has no randomness.
     block = min(block, n, m)
     disjoint = min(n, m) // block
     blocks = 1 if n == m == block else blocks
+
+    # Cut disjoint blocks from one pair of permutations after another.
     generator = torch.Generator().manual_seed(seed)
     values = []
     while len(values) < blocks:
@@ -66,8 +67,9 @@ def kernel_distance(
 
 
 def squared_mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Unbiased estimate of E k(x, x′) + E k(y, y′) − 2 E k(x, y), k(x, y) = (x·y/D + 1)³ (Gretton et al.
-    2012, Eq. 3).
+    """Unbiased estimate of E k(x, x′) + E k(y, y′) − 2 E k(x, y) (Gretton et al. 2012, Eq. 3).
+
+    The kernel is k(x, y) = (x·y/D + 1)³.
 
     Args:
         x, y: [n, D], [m, D]; n, m >= 2. No sample is paired with itself.
@@ -87,8 +89,8 @@ def squared_mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def check_features(features, reference, least: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two sets of features as tensors [n, D], [m, D] with at least `least` samples each. Raises:
-    UserError."""
+    """Features as tensors [n, D], [m, D]. Raises: UserError, also for fewer than `least` samples in a set."""
+    # Each set.
     features, reference = torch.as_tensor(features), torch.as_tensor(reference)
     for name, values in (('images', features), ('reference', reference)):
         if values.ndim != 2:
@@ -105,6 +107,8 @@ def check_features(features, reference, least: int) -> tuple[torch.Tensor, torch
             raise UserError(
                 f'Some features of the {name} are NaN or infinite. Check the detector and the images.'
             )
+
+    # The two together.
     if features.shape[1] != reference.shape[1]:
         raise UserError(
             f'Images and reference have {features.shape[1]} and {reference.shape[1]} features: they come '

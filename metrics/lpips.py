@@ -33,10 +33,14 @@ STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # VGG16's (convoluti
 SMALL = 256  # images with a shorter side ...
 RESOLUTION = 224  # ... are resized to this
 CHANNEL_MEAN, CHANNEL_STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of ImageNet in [-1, 1]
-WHAT = "torchvision's vgg16 (features.*) and the lpips package's vgg heads (lin0 to lin4, here heads.0 to heads.4)"
+WHAT = (
+    "torchvision's vgg16 (features.*) and the lpips package's vgg heads (lin0 to lin4, "
+    'here heads.0 to heads.4)'
+)
 # Kinds of files for which a message gives no further advice.
 OURS = dict.fromkeys(('a training state', 'a network snapshot', 'a NumPy'), '')
-LAYOUTS = {  # names in files -> ours
+# Names in files -> ours.
+LAYOUTS = {
     r'features\.(\d+)\.(weight|bias)': r'features.\1.\2',  # torchvision
     r'net\.slice\d\.(\d+)\.(weight|bias)': r'features.\1.\2',  # the lpips package's module
     r'lin(\d)\.model\.\d\.weight': r'heads.\1.weight',  # the lpips package's heads
@@ -100,14 +104,13 @@ class LPIPS(PerceptualDistance):
         return sum(head((of_a - of_b).square()).mean(dim=(1, 2, 3)) for of_a, of_b, head in pairs)
 
     def _directions(self, images: Tensor) -> list[Tensor]:
-        """Features after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, normalized at each position (0 stays
-        0)."""
+        """Features after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, normalized at each position."""
         x, outputs = (images - self.mean) / self.std, []
         for stage in self.stages:
             x = F.max_pool2d(x, 2) if outputs else x
             for name in stage:
                 x = F.relu(self.features[name](x))
-            # The clamp is inside the root, whose derivative at 0 is infinite.
+            # 0 stays 0. The clamp is inside the root, whose derivative at 0 is infinite.
             outputs.append(x / x.square().sum(dim=1, keepdim=True).clamp(min=1e-20).sqrt())
         return outputs
 
@@ -148,6 +151,7 @@ def load(paths: str | None = None, device: torch.device | str = 'cpu') -> Percep
             interpreter runs. None: `URLS`, 528 MiB, downloaded once.
     Raises: UserError for a missing file, a failed download, or files without exactly these weights.
     """
+    # A TorchScript file is the complete network.
     sources = [source.strip() for source in (paths or URLS).split(',')]
     files = [local_path(source, pinned=True) for source in sources]
     scripts = [source for source, file in zip(sources, files) if is_torchscript(file)]
@@ -158,6 +162,8 @@ def load(paths: str | None = None, device: torch.device | str = 'cpu') -> Percep
     if scripts:
         warn_of_program(sources[0], files[0])
         return _load_script(files[0], sources[0], device)
+
+    # Other files each hold some of the weights.
     weights = {}
     for source, file in zip(sources, files):
         found = _read_tensors(file, source)
@@ -173,6 +179,7 @@ def load(paths: str | None = None, device: torch.device | str = 'cpu') -> Percep
 
 def _read_tensors(file: str | os.PathLike, source: str) -> dict[str, object]:
     """LPIPS's weights in a file, by our names."""
+    # Read all tensors.
     try:
         with open(file, 'rb') as opened:
             named = read_saved(opened)
@@ -182,6 +189,8 @@ def _read_tensors(file: str | os.PathLike, source: str) -> dict[str, object]:
         raise UserError(
             f'{source} cannot be read: it {reason} Give {WHAT}, or one TorchScript file.'
         ) from error
+
+    # Rename those of a known layout, and leave out the others, such as VGG16's classifier.
     found = {}
     for name, tensor in named.items() if isinstance(named, Mapping) else ():
         for pattern, ours in LAYOUTS.items():
@@ -209,6 +218,8 @@ def _load_script(file: str | os.PathLike, source: str, device: torch.device | st
         raise UserError(
             f'{source} is a TorchScript file whose forward method has no argument return_lpips. {cure}'
         )
+
+    # Try it on two images.
     network = ScriptLPIPS(module)
     try:
         embedding = network._embed(torch.zeros(2, 3, RESOLUTION, RESOLUTION, device=device))

@@ -37,6 +37,8 @@ def precision_recall(
     distances = _Distances(features, reference, k, chunk)
     features, reference = distances.sets
     image_radii, real_radii = distances.squared_radii(features), distances.squared_radii(reference)
+
+    # Mark the samples of each set that lie in any ball of the other, chunk by chunk.
     precise, recalled = (
         torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (features, reference)
     )
@@ -49,8 +51,7 @@ def precision_recall(
 def density_coverage(
     features: torch.Tensor, reference: torch.Tensor, k: int = 5, chunk: int = 2048
 ) -> tuple[float, float]:
-    """Density of images in balls of the reference, and fraction of these balls with images (Naeem et al.
-    2020, Sec. 3).
+    """Density of images in reference balls, and fraction of balls with images (Naeem et al. 2020, Sec. 3).
 
     density = 1/(k n) Σ_j Σ_i 1[‖y_j − x_i‖ < r_k(x_i)], about 1 for equal distributions, but unbounded;
     coverage = 1/m Σ_i max_j 1[‖y_j − x_i‖ < r_k(x_i)]. Balls exclude their boundary, as in the authors' code;
@@ -66,6 +67,8 @@ def density_coverage(
     distances = _Distances(features, reference, k, chunk)
     features, reference = distances.sets
     radii = distances.squared_radii(reference)
+
+    # Count the images in each ball.
     inside = torch.zeros(len(reference), dtype=torch.int64, device=reference.device)
     for rows, _, squares in distances.squared(reference, features):
         inside[rows] += (squares < radii[rows, None] - distances.slack).sum(dim=1)
@@ -103,12 +106,13 @@ class _Distances:
         """[n] squared distance of each sample of x [n, D] from its k-th nearest neighbor among the others."""
         radii = torch.empty(len(x), dtype=torch.float64, device=x.device)
         for rows, columns, squares in self.squared(x, x):
+            # Merge the k nearest so far with the next columns; a sample is not its own neighbor.
             if columns.start == 0:
                 nearest = squares.new_full([len(squares), self.k], torch.inf)
             if rows == columns:
                 squares.fill_diagonal_(torch.inf)
             nearest = torch.cat([nearest, squares], dim=1).topk(self.k, largest=False).values
-            radii[rows] = nearest[:, -1]  # among the columns so far; final after the last chunk
+            radii[rows] = nearest[:, -1]  # final after the last columns
         return radii
 
     def _slices(self, x: torch.Tensor) -> list[slice]:

@@ -1,15 +1,11 @@
 """Reference statistics on disk.
 
-| format                         | holds
-| | ------------------------------ |
----------------------------------------------------------------------------- |
-| ours, `.npz`                   | `mu`, `sigma`; `detector`, `detector_digest`, `num_images`, `resolution`;
-maybe `features` |
-| EDM, pytorch-fid, `.npz`       | `mu`, `sigma`
-| | OpenAI guided-diffusion, `.npz` | `mu`, `sigma`; `arr_0`: some images; `mu_s`, `sigma_s`: spatial
-features, unused |
-| EDM2, `.pkl`                   | `{'num_images': ..., 'fid': {'mu': ..., 'sigma': ...}, 'fd_dinov2': {...}}`
-|
+- ours, `.npz`: `mu`, `sigma`, and where known `detector`, `detector_digest`, `num_images`, `resolution`,
+  `features`
+- EDM and pytorch-fid, `.npz`: `mu`, `sigma`
+- OpenAI's guided-diffusion, `.npz`: `mu`, `sigma`; `arr_0`, some images; `mu_s`, `sigma_s`, spatial features,
+  which are not used
+- EDM2, `.pkl`: `{'num_images': ..., 'fid': {'mu': ..., 'sigma': ...}, 'fd_dinov2': {...}}`
 
 An entry holds the statistics of one detector. Ours has `fid` under plain keys, where other tools look for it,
 and others behind their name: `fd_dinov2.mu`. Nothing in a file is executed: arrays of Python objects are
@@ -43,6 +39,7 @@ from torch_utils.stored_arrays import PICKLE_NAMES, StoredArray, stored_array
 MAIN_ENTRY = 'fid'
 WANTED = 'reference statistics (.npz, made by fid.py ref)'
 AGAIN = 'Recreate the reference with fid.py ref.'
+ORIGINAL = 'Use the original file, or create a reference with fid.py ref.'
 ROWS = 4096  # features checked at a time
 
 
@@ -76,10 +73,13 @@ def load_reference(source: str | os.PathLike, entry: str = MAIN_ENTRY) -> Refere
         values.
     """
     with _open_arrays(source) as arrays:
+        # Mean and covariance, which every reference has.
         prefix = _prefix(entry)
         _check_there(arrays, entry, prefix)
         mu = _read_finite(arrays, f'{prefix}mu')
         sigma = _read_covariance(arrays, f'{prefix}sigma', mu)
+
+        # What else the file records.
         notes = {
             name: read(arrays, f'{prefix}{name}')
             for name, read in NOTES.items()
@@ -93,8 +93,7 @@ def load_reference(source: str | os.PathLike, entry: str = MAIN_ENTRY) -> Refere
 
 
 def holds_statistics(source: str | os.PathLike) -> bool:
-    """False if `source` is a folder, zip or array of images; True for statistics, and for anything
-    unusable."""
+    """False for a folder, zip or array of images; True for statistics, and for anything unusable."""
     if os.path.isdir(source) or os.path.splitext(os.fspath(source))[1].lower() in ('.zip', '.npy'):
         return False
     with _open_arrays(source) as arrays:
@@ -144,6 +143,7 @@ def check_same_detector(
         image_shape: [C, H, W] of the images to compare. Channels may differ: gray images become color images.
     Raises: UserError for another detector, or another number of features if the detector's is known.
     """
+    # Features of another detector cannot be compared.
     if reference.detector_digest is not None and reference.detector_digest != detector.digest:
         raise UserError(
             f'{source} was made with detector {reference.detector} (SHA-256 '
@@ -156,6 +156,8 @@ def check_same_detector(
             f'{detector.dim}. Pass the detector that made the reference, or recreate the reference with '
             'fid.py ref.'
         )
+
+    # What is unknown or only doubtful is a warning.
     if reference.detector_digest is None:
         distributed.print0(
             printable(f'Warning: {source} does not record its detector; assuming {detector.name}.'),
@@ -183,6 +185,7 @@ def _prefix(entry: str) -> str:
 
 def _check_there(arrays: ArchivedArrays | PickledArrays, entry: str, prefix: str) -> None:
     """Raises: UserError, listing what the file has, if it lacks the entry or its mean or covariance."""
+    # List the keys, and the entries that have a mean.
     missing = [f'{prefix}{key}' for key in ('mu', 'sigma') if f'{prefix}{key}' not in arrays.keys]
     keys = [key for key in arrays.keys if key.isprintable()]
     others = [
@@ -190,12 +193,15 @@ def _check_there(arrays: ArchivedArrays | PickledArrays, entry: str, prefix: str
         for key in keys
         if key == 'mu' or key.endswith('.mu')
     ]
+
+    # Name the most likely cause.
     if len(missing) == 2 and others:
         raise UserError(
             f'{arrays.name} has no entry {entry}, only {", ".join(others)}. '
             f'Create one with fid.py ref --metrics={",".join([*others, entry])}.'
         )
-    if not arrays.keys and isinstance(arrays, ArchivedArrays) and (kind := _another_kind(arrays.path)):
+    is_archive = isinstance(arrays, ArchivedArrays)
+    if not arrays.keys and is_archive and (kind := _another_kind(arrays.path)):
         raise UserError(f'{arrays.name} holds no statistics: it {kind}')
     if missing:
         held = f' (it holds {", ".join(keys[:4])}{", ..." if len(keys) > 4 else ""})' if keys else ''
@@ -266,6 +272,7 @@ def _map_features(
     arrays: ArchivedArrays | PickledArrays, key: str, dim: int, num_images: int | None
 ) -> np.ndarray:
     """float32 [n, D], memory-mapped and verified."""
+    # Check type and shape before reading.
     header = arrays.header(key)
     if (
         header.dtype.kind != 'f'
@@ -277,6 +284,8 @@ def _map_features(
             f'{arrays.name}: {key} is {header.dtype} {list(header.shape)}; expected float32 '
             f'[at most {num_images or "N"}, {dim}]. {AGAIN}'
         )
+
+    # Check the values a few rows at a time, so that only they are in memory.
     features = arrays.map(key, verify=True)
     if not all(np.isfinite(features[row : row + ROWS]).all() for row in range(0, len(features), ROWS)):
         raise UserError(
@@ -291,7 +300,7 @@ def _resolution_of_images(arrays: ArchivedArrays | PickledArrays) -> str:
     if header.dtype != np.uint8 or len(header.shape) != 4 or header.shape[3] != 3:
         raise UserError(
             f'{arrays.name}: arr_0 is {header.dtype} {list(header.shape)}, not images, uint8 [N, H, W, 3]. '
-            'Use the original file, or create a reference with fid.py ref.'
+            f'{ORIGINAL}'
         )
     _, height, width, channels = header.shape
     return f'{width}x{height}x{channels}'
@@ -303,6 +312,7 @@ def _resolution_of_images(arrays: ArchivedArrays | PickledArrays) -> str:
 
 def _open_arrays(source: str | os.PathLike) -> ArchivedArrays | PickledArrays:
     """The arrays of a file in any of the formats, under our keys."""
+    # The first bytes tell zip archives and pickles apart.
     path = local_path(source)
     try:
         with open(path, 'rb') as file:
@@ -335,10 +345,11 @@ def _another_kind(path: Path) -> str | None:
 class PickledArrays:
     """Arrays and numbers of a pickled dict and its nested dicts, under the keys of `save_reference`.
 
-    Read by `restricted_pickle` as plain data, which refuses all names but arrays. A context manager.
+    `restricted_pickle` reads it as plain data and refuses all names but those of arrays. A context manager.
     """
 
     def __init__(self, path: Path, name: str | os.PathLike):
+        # Read the structure; arrays stay in the file.
         self.name, self._path = os.fspath(name), path
         try:
             check_size(size := os.path.getsize(path), PICKLED_REFERENCE, 'a pickled reference')
@@ -346,8 +357,7 @@ class PickledArrays:
                 tree = read_pickle(file, size, PICKLE_NAMES)
         except UNREADABLE as error:
             raise UserError(
-                f"{name} cannot be read as one of EDM2's references: it {error}. "
-                'Use the original file, or create a reference with fid.py ref.'
+                f"{name} cannot be read as one of EDM2's references: it {error}. {ORIGINAL}"
             ) from error
 
         # Flatten to our keys; EDM2 has one `num_images` for all entries.
@@ -396,15 +406,15 @@ class PickledArrays:
             return stored_array(node) or _plain_array(node)
         except UNREADABLE as error:
             raise UserError(
-                f'{self.name}: {key} is not a readable plain array: it {error}. '
-                'Use the original file, or create a reference with fid.py ref.'
+                f'{self.name}: {key} is not a readable plain array: it {error}. {ORIGINAL}'
             ) from error
 
 
 def _plain_array(node) -> np.ndarray:
     """Array of a number, a text or a list of numbers.
 
-    Lists of texts are refused: each would take as much memory as the longest, and statistics have none.
+    Lists of texts are refused: an array would give each text the memory of the longest, and statistics have
+    none.
     """
     value = plain(node)
     if isinstance(value, (list, tuple)):

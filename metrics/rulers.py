@@ -1,8 +1,8 @@
-"""Feature detectors for small data sets, on which Inception is meaningless.
+"""Feature detectors for small data sets, for which Inception's features mean little.
 
 `python -m metrics.rulers --data=digits.zip --outdir=rulers` writes three TorchScript files for fid.py and
 train.py: a small classifier, PCA of the pixels, and a random convolution. The classifier is trained on the
-data that it judges; the other two are not trained, and show whether its verdict is an artifact.
+data set itself; the other two are not trained, and show whether its results are an artifact.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def train_classifier(images, labels, classes: int, epochs: int = 20):
         images: [N, C, H, W] uint8. labels: [N] int64.
     Returns: (module, held-out accuracy).
     """
+    # Train on four fifths in a random order.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         net = Classifier(images.shape[1], classes)
@@ -95,14 +96,19 @@ def train_classifier(images, labels, classes: int, epochs: int = 20):
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+
+    # Classify the others.
     with torch.no_grad():
         predicted = net.out(net(images[held_out])).argmax(dim=1)
     return net.eval().requires_grad_(False), (predicted == labels[held_out]).double().mean().item()
 
 
 def make_detectors(images, labels, classes: int) -> tuple[dict, float]:
-    """({name: scripted detector}, classifier's held-out accuracy) for uint8 images [N, C, H, W], labels
-    [N]."""
+    """Scripted detectors by name, and the classifier's held-out accuracy.
+
+    Args:
+        images: [N, C, H, W] uint8. labels: [N] int64.
+    """
     classifier, accuracy = train_classifier(images, labels, classes)
     pixels = images.flatten(1).float() / 127.5 - 1
     mean = pixels.mean(dim=0)
@@ -129,10 +135,13 @@ def make_detectors(images, labels, classes: int) -> tuple[dict, float]:
 )
 def main(data, outdir):
     """Make three TorchScript feature detectors for a small labeled data set."""
+    # Read the data set into memory.
     dataset = ImageFolderDataset(data, use_labels=True)
     pairs = [dataset[i] for i in range(len(dataset))]
     images = torch.from_numpy(np.stack([image for image, _ in pairs]))
     labels = torch.from_numpy(np.stack([label for _, label in pairs])).argmax(dim=1)
+
+    # Make the detectors and write them.
     detectors, accuracy = make_detectors(images, labels, dataset.label_dim)
     try:
         os.makedirs(outdir, exist_ok=True)

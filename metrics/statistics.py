@@ -38,6 +38,8 @@ class FeatureStats:
             )
         if self._reduced:
             raise RuntimeError('these statistics were already summed over the processes')
+
+        # The extra row is that of the batch's mean against the mean so far.
         n, m = self.count, len(features)
         if m == 0:
             return
@@ -53,6 +55,7 @@ class FeatureStats:
         """Combine all processes in place; every process then has the statistics of all images."""
         if self._reduced:
             raise RuntimeError('these statistics were already summed over the processes')
+        # The mean of all, then each process's scatter around it.
         count = distributed.all_reduce_sum(self._mean.new_tensor(self.count))
         mean = distributed.all_reduce_sum(self._mean * self.count) / count.clamp(min=1)
         step = self._mean - mean

@@ -34,6 +34,7 @@ def bootstrap_interval(
         seed: seed of the resampling.
     Returns: (low, high), around the distance of `features`.
     """
+    # Resampling gives the spread, not the center: the distances of resamples are biased.
     sample = _Sample(features, reference_mu, reference_sigma)
     rng, n = np.random.default_rng(seed), len(sample)
     value = sample.distance(np.ones(n))
@@ -49,14 +50,14 @@ def frechet_infinity(
     points: int = 15,
     seed: int = 0,
 ) -> dict:
-    """Fréchet distance extrapolated to infinitely many images, which removes their bias (Chong & Forsyth
-    2020, Sec. 3).
+    """Fréchet distance extrapolated to infinitely many images (Chong & Forsyth 2020, Sec. 3).
 
-    The expected distance of N images is linear in 1/N up to higher orders. It is computed for random subsets
-    of `points` sizes, evenly spaced from n/10 to n (5,000 to 50,000 in the paper); the result is the
-    intercept of a least-squares line in 1/N. Near N = D, where the covariance becomes singular, higher orders
-    dominate: sizes start at 2 D or more, and n must be at least 4 D. The rest of them makes the value too
-    small, by a tenth of FID's bias at n for features of equal variance, and less for others.
+    This removes the bias of their number. The expected distance of N images is linear in 1/N up to higher
+    orders. It is computed for random subsets of `points` sizes, evenly spaced from n/10 to n (5,000 to 50,000
+    in the paper); the result is the intercept of a least-squares line in 1/N. Near N = D, where the
+    covariance becomes singular, higher orders dominate: sizes start at 2 D or more, and n must be at least 4
+    D. What remains of them makes the value too small, by a tenth of FID's bias at n for features of equal
+    variance, and less for others.
 
     Args:
         features: [n, D] of the images, on any device.
@@ -73,9 +74,13 @@ def frechet_infinity(
     sample = _Sample(features, reference_mu, reference_sigma)
     n, dim = sample.features.shape
     check_enough_to_extrapolate(n, dim)
+
+    # Distances of random subsets.
     rng = np.random.default_rng(seed)
     sizes = np.linspace(max(n // 10, 2 * dim), n, points).round().astype(int)
     distances = [sample.distance(rng.permutation(n) < size) for size in sizes]
+
+    # Least squares of distance = value + slope / N, and the standard error of the value from the residuals.
     line = np.stack([np.ones(points), 1 / sizes], axis=1)
     (value, slope), *_ = np.linalg.lstsq(line, distances)
     residuals = distances - line @ [value, slope]
@@ -104,8 +109,8 @@ class _Sample:
         return len(self.features)
 
     def distance(self, counts: np.ndarray) -> float:
-        """Fréchet distance from the reference if image i occurs counts[i] times; absent images cost
-        nothing."""
+        """Fréchet distance from the reference if image i occurs counts[i] times."""
+        # Sums over the images that occur, around the mean of all, in FP64.
         device, dim = self.features.device, len(self.center)
         total = torch.zeros([dim], dtype=torch.float64, device=device)
         outer = torch.zeros([dim, dim], dtype=torch.float64, device=device)
@@ -114,6 +119,8 @@ class _Sample:
             weighted = x * torch.from_numpy(counts[rows].astype(np.float64)).to(device)[:, None]
             total += weighted.sum(dim=0)
             outer.addmm_(weighted.T, x)
+
+        # Moments of the resample.
         n = counts.sum()
         sigma = (outer - torch.outer(total, total) / n) / (n - 1)
         return self.reference.distance(

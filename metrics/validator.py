@@ -48,6 +48,8 @@ def label_chooser(mode: str, space: LabelSpace, dataset=None):
     if mode.startswith('fixed:'):
         space.check_class(int(mode[6:]), f'label mode {mode}', 'the network')
         return generation.fixed_labels(int(mode[6:]))
+
+    # Modes that need something that the data set does not have.
     if mode == 'dataset' and not has_labels:
         raise UserError(
             'label mode dataset needs labeled training data: train with --cond=1, or use uniform; of a '
@@ -164,25 +166,27 @@ class Validator:
         metadata: dict | None = None,
         stop: PreemptionHandler | None = None,
     ) -> dict | None:
-        """Evaluate `options.num` images of `net`. Returns: a line of metrics-val.jsonl, `{"kimg", "nimg",
-        "fid", ...}`.
+        """Evaluate `options.num` images of `net`.
 
         Args:
             steps: sampling steps; None for the network's default, -1 for `options.steps`.
             metadata: snapshot metadata for a network in training, such as its noise levels.
             stop: if requested on any process, the evaluation is abandoned on all and the result is None.
-
-        If images or features are not finite, `fid` is None, and the line has `problem` and their number,
-        `nonfinite` or `nonfinite_features`.
+        Returns: a line of metrics-val.jsonl, `{"kimg", "nimg", "fid", ...}`. If images or features are not
+            finite, `fid` is None, and the line has `problem` and their number, `nonfinite` or
+            `nonfinite_features`.
         """
         from metrics.calc import compute_features
         from metrics.frechet import frechet_distance
         from training import samplers
 
+        # What is sampled.
         start = time.monotonic()
         if metadata is not None:
             net.metadata = metadata
         solver, steps = samplers.resolve(net, None, self.options.steps if steps == -1 else steps)
+
+        # The distance; non-finite values are a result, not the end of training.
         fid, failure = None, {}
         try:
             seen = compute_features(
@@ -251,6 +255,7 @@ class Validator:
         from sampling.writers import FolderDestination
         from torch_utils import distributed
 
+        # Images of an earlier evaluation stay in the folder: warn.
         choose = self._label_chooser(net)
         seeds = range(self.options.seed, self.options.seed + self.options.num)
         folder = self.options.dump_images_dir and os.path.join(

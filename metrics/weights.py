@@ -1,5 +1,4 @@
-"""Load a file's named tensors into a network: exactly its names and shapes, or an error that lists what is
-wrong."""
+"""Load a file's named tensors into a network: exactly its names and shapes, or an error with all problems."""
 
 from __future__ import annotations
 
@@ -27,6 +26,8 @@ def load_weights(network: torch.nn.Module, weights: object, source: str, what: s
             f'{source} holds a {type(weights).__name__}, not the named tensors of {what}. Give the state '
             'dict itself.'
         )
+
+    # Old files may lack the counters of batch normalization.
     wanted = network.state_dict()
     counters = {
         name: torch.zeros_like(tensor)

@@ -1,4 +1,4 @@
-"""Edits of images from files to files: read, run a task of sampling/editing.py, write the results."""
+"""Editing of image files: read, run a task of sampling/editing.py, write the results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ from torch import Tensor
 from data.image_files import ImageFiles
 from data.label_file import read_labels
 from data.label_space import Labels, space_of
-from data.pixels import UNREADABLE, Picture, image_pixels, image_shape_of, is_16_bit, open_image, oriented
+from data.pixels import (
+    UNREADABLE,
+    Picture,
+    describe_shape,
+    image_pixels,
+    image_shape_of,
+    is_16_bit,
+    open_image,
+    oriented,
+)
 from dnnlib import NotFinite, UserError
 from dnnlib.file_kind import describe_file
 from dnnlib.text import printable
@@ -31,20 +40,20 @@ from training.networks import encoders
 
 SHOWN = 16  # images of the input in the grid
 NAMED = 20  # images in an error
-SIDE, GAP = 64, 2  # of an image in the grid, at least, and between two, in pixels
+SIDE, GAP = 64, 2  # least side of an image in the grid, and space between images, in pixels
 
 # ----------------------------------------------------------------------------
 # Input.
 
 
 class Input(NamedTuple):
-    """Images as they lie on disk, read when they are needed.
+    """Chosen images on disk, read on demand.
 
     Attributes:
-        names: of the chosen images, relative paths without extension.
-        read: from places among the chosen to uint8 [n, C, H, W].
+        names: relative paths without extension.
+        read: function of indices among the chosen images that returns uint8 [n, C, H, W].
         shape: [C, H, W].
-        read_labels: [N] class indices or [N, D] vectors of the chosen; None where the input has none.
+        read_labels: returns [N] class indices or [N, D] vectors; None if the input has none.
     """
 
     names: list[str]
@@ -54,7 +63,7 @@ class Input(NamedTuple):
 
 
 def is_single(path: str) -> bool:
-    """Whether this is one image, not several."""
+    """Whether a path is a single image."""
     return os.path.isfile(path) and os.path.splitext(path)[1].lower() not in ('.zip', '.npz', '.npy')
 
 
@@ -68,11 +77,11 @@ def single_input(path: str, indices: list[int] | None) -> Input:
 
 
 def chosen_input(source, files: ImageFiles | None, path: str, indices: list[int] | None) -> Input:
-    """Those at `indices`, by their place, of several images; None: all.
+    """The images at `indices` of several; None: all of them.
 
     Args:
         source: the images, as in metrics/images.py.
-        files: theirs; None for an array.
+        files: their files; None for an array.
     Raises: UserError.
     """
     chosen = list(range(len(source))) if indices is None else indices
@@ -82,7 +91,7 @@ def chosen_input(source, files: ImageFiles | None, path: str, indices: list[int]
             f'0 to {len(source) - 1}'
         )
 
-    # Results are named after their images.
+    # Results are named after their images, so names must be unique.
     names = [os.path.splitext(files.images[i])[0] if files else f'{i:06d}' for i in chosen]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -90,6 +99,8 @@ def chosen_input(source, files: ImageFiles | None, path: str, indices: list[int]
             f'{path}: {twice} would be edited twice, into the same file: give each image a name, '
             'and in --indices a place, of its own'
         )
+
+    # Find other sizes before any image is edited.
     if files:
         check_headers(files, chosen, source.image_shape)
 
@@ -102,27 +113,29 @@ def chosen_input(source, files: ImageFiles | None, path: str, indices: list[int]
 
 
 def check_headers(files: ImageFiles, chosen: Sequence[int], shape: Sequence[int]) -> None:
-    """UserError, before any is edited, where an image is not of the first one's shape [C, H, W]."""
+    """Raises: UserError if a chosen image has another `shape` [C, H, W]."""
     for i in chosen:
         name = files.images[i]
         with files.open_image(name) as image:
             own = image_shape_of(image, f'{files.path}: {name}')
         if list(own) != list(shape):
+            found, first = describe_shape(own), describe_shape(shape)
             raise UserError(
-                f'{files.path}: {name} is {in_words(own)}, but {files.images[0]} is {in_words(shape)}: '
+                f'{files.path}: {name} is {found}, but {files.images[0]} is {first}: '
                 'put those of one size and mode into a folder of their own'
             )
 
 
 def read_image(path: str, as_gray: bool = False) -> Tensor:
-    """An image file, turned as its camera was: uint8 [1, C, H, W]. Raises: UserError.
+    """An image file, oriented by its EXIF data: uint8 [1, C, H, W]. Raises: UserError.
 
     Args:
-        as_gray: of 8-bit images of any mode, the gray levels.
+        as_gray: convert 8-bit images of any mode to gray.
     """
     cure = 'save it as 8-bit gray' if as_gray else 'save it as 8-bit gray or RGB'
     try:
         with open_image(path) as opened:
+            # What has no plain 8-bit gray version is refused by its own message.
             convert = as_gray and not is_16_bit(opened) and opened.mode != 'LAB'
             if not convert:
                 image_shape_of(opened, path, cure)
@@ -139,13 +152,8 @@ def read_image(path: str, as_gray: bool = False) -> Tensor:
         raise UserError(f'{path} is not a readable image ({reason})') from error
 
 
-def in_words(shape: Sequence[int]) -> str:
-    channels, height, width = shape
-    return f'{width}x{height} {"gray" if channels == 1 else "RGB"}'
-
-
 def check_shape(path: str, shape: Sequence[int], wanted: Sequence[Sequence[int]]) -> None:
-    """UserError where images are of none of the shapes [C, H, W]."""
+    """Raises: UserError, with cures, for images of none of the `wanted` shapes [C, H, W]."""
     if list(shape) in [list(one) for one in wanted]:
         return
     it, what = ('it', 'is an image') if is_single(path) else ('them', 'has images')
@@ -155,19 +163,20 @@ def check_shape(path: str, shape: Sequence[int], wanted: Sequence[Sequence[int]]
     if shape[0] not in [one[0] for one in wanted]:
         cures.append(f'save {it} as 8-bit {"gray" if wanted[0][0] == 1 else "RGB"}')
     raise UserError(
-        f'--input={path} {what} of {in_words(shape)}, '
-        f'and here it must be {" or ".join(map(in_words, wanted))}: {" and ".join(cures)}'
+        f'--input={path} {what} of {describe_shape(shape)}, '
+        f'and here it must be {" or ".join(map(describe_shape, wanted))}: {" and ".join(cures)}'
     )
 
 
 def unknown_pixels(
     resolution: int, mask: str | None, box: list[int] | None, random_share: float | None
 ) -> Tensor:
-    """Boolean [H, W].
+    """Boolean [H, W] from a mask's white, a box, or random pixels.
 
-    Raises: UserError where a mask or box does not fit the images, or nothing is unknown.
+    Raises: UserError if a mask or box does not fit the images, or nothing is unknown.
     """
     unknown = torch.zeros(resolution, resolution, dtype=torch.bool)
+    # White in the mask.
     if mask is not None:
         image = read_image(mask, as_gray=True)
         if list(image.shape[2:]) != [resolution, resolution]:
@@ -176,6 +185,7 @@ def unknown_pixels(
                 f'{resolution}x{resolution}: draw the mask in their size'
             )
         unknown = image[0, 0] >= 128
+    # The inside of the box.
     elif box is not None:
         left, top, right, bottom = box
         if max(right, bottom) > resolution:
@@ -183,6 +193,7 @@ def unknown_pixels(
                 f'--box={",".join(map(str, box))} goes beyond the images, which are {resolution}x{resolution}'
             )
         unknown[top:bottom, left:right] = True
+    # The same random pixels for all images.
     else:
         order = torch.randperm(unknown.numel(), generator=torch.Generator().manual_seed(0))
         unknown.view(-1)[order[: round(random_share * unknown.numel())]] = True
@@ -197,7 +208,7 @@ def unknown_pixels(
 
 
 def load(network: str):
-    """The network, of pixels, on the device that there is. Raises: UserError."""
+    """A network of pixels, on the GPU if there is one. Raises: UserError for a network of latents."""
     net = load_network(network, 'cuda' if torch.cuda.is_available() else 'cpu')
     if not isinstance(encoders.encoder_of(net), encoders.StandardRGBEncoder):
         raise UserError(
@@ -208,9 +219,9 @@ def load(network: str):
 
 
 def labels_for(net, path: str, source: Input) -> Tensor | None:
-    """[N, label_dim] of a data set's labels; None where there are none or the network takes none.
+    """A data set's labels [N, label_dim]; None if it has none or the network takes none.
 
-    Raises: UserError where they are no labels of the network.
+    Raises: UserError if they are not labels of the network.
     """
     labels = source.read_labels() if net.label_dim else None
     if labels is None:
@@ -225,15 +236,14 @@ def labels_for(net, path: str, source: Input) -> Tensor | None:
 def editing_arguments(
     net, network: str, sampling: dict, sigma: float | None, labels: Tensor | None = None
 ) -> dict:
-    """What `samplers.sample` and the choice of labels take.
+    """Arguments of `samplers.sample`, and `choose_labels`.
 
     Args:
-        sigma: level at which sampling starts from images; None: an edit projects on what is known, which is
-            lost on a single evaluation.
-        labels: of the images, [N, label_dim], which take the place of those that `sampling` chooses.
-    Raises: UserError where they do not go together, found by sampling a pixel.
+        sigma: noise level at which sampling starts from images; None for edits that project on what is known.
+        labels: of the images, [N, label_dim], in place of those that `sampling` chooses.
+    Raises: UserError if they do not go together, found by sampling a pixel.
     """
-    # What the network is, and its steps.
+    # Only students and consistency models can edit.
     pixel = torch.zeros(1, net.img_channels, 1, 1)
     start = dict(start=(pixel, sigma)) if sigma else {}
     choose_labels = None if labels is None else given_labels(labels)
@@ -245,7 +255,7 @@ def editing_arguments(
             'or tune it with --objective=ect'
         )
 
-    # An edit needs two evaluations or more: noise hides what is known from the first.
+    # A projection needs two evaluations or more: the first sees only noise.
     levels_given = any(sampling[name] is not None for name in ('steps', 'taus', 'mid_t', 'ts'))
     if not sigma and arguments['solver'] == 'cm' and arguments['steps'] < 2 and not levels_given:
         arguments['steps'] = CM_EDIT_STEPS
@@ -262,10 +272,11 @@ def editing_arguments(
 def edit_batch(
     net, task: Task, images: Tensor, seeds: Sequence[int], labels: Tensor | None, choose_labels, **arguments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Edit images uint8 [N, ...] with a seed each; a result depends on its image and seed alone.
+    """Edit images uint8 [N, ...] with a seed each; a result depends only on its image and seed.
 
-    Returns: (what is known, results, which results are finite), uint8 [N, C, H, W] twice and bool [N].
+    Returns: (what is known, results, which results are finite): uint8 [N, C, H, W] twice, bool [N].
     """
+    # The order of random numbers is that of generate.py: latents, label, noise of the sampler.
     device = next(net.parameters()).device
     noise = generation.SeededNoise(seeds, device)
     latents = noise.randn([net.img_channels, net.img_resolution, net.img_resolution])
@@ -292,9 +303,9 @@ def edit(job: EditJob, net, source: Input, task: Task, sigma: float | None = Non
 
     Args:
         sigma: see `editing_arguments`.
-    Raises: NotFinite, at the end, where results are not finite. They are not written, and neither is the
-    grid.
+    Raises: NotFinite, at the end, for non-finite results, which are not written, nor is the grid.
     """
+    # Labels of the input, unless others are given.
     chosen = job.sampling['class_idx'] is not None or job.sampling['labels'] is not None
     labels = None if chosen else labels_for(net, job.path, source)
     arguments = editing_arguments(net, job.network, job.sampling, sigma, labels)
@@ -302,7 +313,7 @@ def edit(job: EditJob, net, source: Input, task: Task, sigma: float | None = Non
     what = f'Editing {len(source.names)} images {len(job.seeds)} times to "{job.outdir}"'
     print(printable(f'{what} ({arguments["solver"]}, up to {arguments["steps"]} evaluations each)...'))
 
-    # Every image with every seed, in batches; the first few are kept for the grid.
+    # Edit every image with every seed, in batches; keep the first few for the grid.
     pairs, shown, bad = list(itertools.product(range(len(source.names)), job.seeds)), [], []
     batches = list(generation.split_batches(pairs, job.batch))
     for batch in tqdm.tqdm(batches, unit='batch', dynamic_ncols=True, disable=None):
@@ -317,9 +328,10 @@ def edit(job: EditJob, net, source: Input, task: Task, sigma: float | None = Non
 
 
 def save_finite(images: Tensor, finite: Tensor, names: Sequence[str], outdir: str) -> list[str]:
-    """Write those images, uint8 [N, C, H, W], that are finite to `outdir`/images/NAME.png.
+    """Write the finite images of uint8 [N, C, H, W] to `outdir`/images/NAME.png.
 
-    Files of an earlier run at the names of the others are removed: they would pass for results of this run.
+    Removes files of an earlier run with the names of the others, which would pass for results of this run.
+
     Returns: the names of the others.
     """
     path_of = lambda name: os.path.join(outdir, 'images', f'{name}.png')
@@ -335,10 +347,7 @@ def save_finite(images: Tensor, finite: Tensor, names: Sequence[str], outdir: st
 
 
 def refuse_nonfinite(bad: Sequence[str], count: int, outdir: str) -> None:
-    """If there are any, remove a grid that an earlier run left.
-
-    Raises: NotFinite that names the images, of `count`.
-    """
+    """Remove an earlier run's grid if any of `count` images are `bad`. Raises: NotFinite, naming them."""
     if not bad:
         return
     remove(os.path.join(outdir, 'grid.png'))
@@ -353,11 +362,10 @@ def refuse_nonfinite(bad: Sequence[str], count: int, outdir: str) -> None:
 
 
 def write_before_and_after(shown: Sequence[Sequence[Tensor]], seeds: Sequence[int], outdir: str) -> None:
-    """The grid: a column for each image; its rows are the input, what is known of it, and a result for each
-    seed.
+    """Write the grid: a column per image, with rows of the input, what is known of it, and a result per seed.
 
     Args:
-        shown: (input, known, result), uint8 [C, H, W], of each image and, within it, each seed.
+        shown: (input, known, result), uint8 [C, H, W], by image, then seed.
     """
     inputs, known = ([three[i] for three in shown[:: len(seeds)]] for i in (0, 1))
     rows = {'input': inputs, 'what is known of it': known}
@@ -369,10 +377,8 @@ def write_before_and_after(shown: Sequence[Sequence[Tensor]], seeds: Sequence[in
 
 
 def write_grid(rows: Sequence[Sequence[Tensor]], outdir: str) -> None:
-    """Write `outdir`/grid.png of rows of uint8 images [C, H, W].
-
-    Smaller ones are enlarged to the largest, and all to a size that can be seen.
-    """
+    """Write `outdir`/grid.png of rows of uint8 images [C, H, W]."""
+    # Enlarge small images to the largest, and all to at least `SIDE`.
     flat = [image for row in rows for image in row]
     channels, size = max(len(image) for image in flat), max(image.shape[-1] for image in flat)
     factor = max(1, -(-SIDE // size))
@@ -387,7 +393,7 @@ def write_grid(rows: Sequence[Sequence[Tensor]], outdir: str) -> None:
 
 
 def make_folder(outdir: str) -> None:
-    """The folder, or a UserError before any work is done."""
+    """Create the folder before any work is done. Raises: UserError."""
     try:
         os.makedirs(outdir, exist_ok=True)
     except OSError as error:
@@ -395,10 +401,9 @@ def make_folder(outdir: str) -> None:
 
 
 def between(net, first: int, last: int, share: Tensor, choose_labels: LabelChooser, **arguments) -> Tensor:
-    """Outputs of the network at shares [n] of the way from one seed's latents to another's; all other noise
-    is the first's.
+    """Outputs of the network at shares [n] of the way from one seed's latents to another's.
 
-    Returns: [n, C, H, W] float64.
+    All other noise is the first seed's. Returns: [n, C, H, W] float64.
     """
     device, shape = next(net.parameters()).device, [net.img_channels, net.img_resolution, net.img_resolution]
     noise = generation.SeededNoise([first] * len(share), device)
