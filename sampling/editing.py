@@ -1,16 +1,15 @@
-"""Zero-shot editing: what is known of an image, put in place of the same component of what a network makes up
-(Song et al. 2023, Section 6).
+"""Zero-shot editing: the known component of an image replaces the network's (Song et al. 2023, Section 6).
 
-A linear map A tells what is known: pixels outside a mask, the luma of each pixel, the mean of each block of
-p×p pixels. An edit moves D the shortest way to an image whose known component is right,
+A linear map A gives the known component: pixels outside a mask, the luma of each pixel, or the mean of each
+block of p×p pixels. An edit moves D to the nearest image with the right component,
 
     D' = D + A⁺(A·y − A·D),   A⁺ the pseudo-inverse of A,
 
-which is Song et al.'s Algorithm 4 without its orthogonal matrices: they complete A's rows to a basis and
-change coordinates back and forth. Edits are given to `samplers.sample(..., edit=...)`, which makes them after
-every evaluation. Images are [N, C, H, W], in [-1, 1].
+which is Song et al.'s Algorithm 4 without its orthogonal matrices, which only complete A's rows to a basis
+and change coordinates back and forth. `samplers.sample(..., edit=...)` applies an edit after every
+evaluation. Images are [N, C, H, W], in [-1, 1].
 
-What follows an edit in this file brings such an image to 8 bits without losing again what was known.
+The conversions to 8 bits below keep the known component.
 """
 
 from __future__ import annotations
@@ -24,25 +23,22 @@ from torch import Tensor
 from training.networks.encoders import StandardRGBEncoder
 from training.samplers import Edit
 
-LUMA = (
-    19595 / 65536,
-    38470 / 65536,
-    7471 / 65536,
-)  # Rec. 601's 0.299, 0.587, 0.114 in the 16-bit fixed point of Pillow's convert('L')
-GRAY = 128  # of pixels that are to be made up, where what is known is shown
-ROOM = 1e-12  # least distance to the ends of the range that is divided by
+# Rec. 601's 0.299, 0.587, 0.114 in the 16-bit fixed point of Pillow's convert('L').
+LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
+GRAY = 128  # of unknown pixels in the grid
+ROOM = 1e-12  # least divisor: distance to the end of the range
 
 # ----------------------------------------------------------------------------
 # Edits.
 
 
 def inpainting(image: Tensor, unknown: Tensor) -> Edit:
-    """Keeps `image` [N, C, H, W] bit for bit except where `unknown`, boolean and broadcastable, is true."""
+    """Keep `image` [N, C, H, W] bit for bit except where `unknown`, boolean and broadcastable, is true."""
     return lambda denoised: torch.where(unknown, denoised, image.to(denoised.dtype))
 
 
 def colorization(gray: Tensor) -> Edit:
-    """Gives RGB images the luma `gray` [N, 1, H, W]; the two directions of color orthogonal to it are D's."""
+    """Give RGB images the luma `gray` [N, 1, H, W]; the two directions of color orthogonal to it are D's."""
 
     def edit(denoised):
         weights = _luma_weights(denoised)
@@ -52,8 +48,10 @@ def colorization(gray: Tensor) -> Edit:
 
 
 def superresolution(small: Tensor, factor: int) -> Edit:
-    """Gives blocks of factor × factor pixels the means `small` [N, C, H / factor, W / factor]; their
-    differences within a block are D's."""
+    """Give blocks of factor × factor pixels the means `small` [N, C, H / factor, W / factor].
+
+    Differences within a block are D's.
+    """
     return lambda denoised: denoised + repeat(small - block_mean(denoised, factor), factor)
 
 
@@ -69,7 +67,7 @@ def _luma_weights(like: Tensor) -> Tensor:
 def block_mean(images: Tensor, factor: int) -> Tensor:
     """Means of blocks of factor × factor pixels: [N, C, H, W] to [N, C, H / factor, W / factor].
 
-    Raises: ValueError where it does not divide.
+    Raises: ValueError if the factor does not divide the sides.
     """
     return to_blocks(images, factor).mean(-1)
 
@@ -82,7 +80,7 @@ def repeat(images: Tensor, factor: int) -> Tensor:
 def to_blocks(images: Tensor, factor: int) -> Tensor:
     """[N, C, H, W] to [N, C, H / factor, W / factor, factor²].
 
-    Raises: ValueError where it does not divide.
+    Raises: ValueError if the factor does not divide the sides.
     """
     n, c, h, w = images.shape
     if h % factor or w % factor:
@@ -97,15 +95,13 @@ def from_blocks(blocks: Tensor, factor: int) -> Tensor:
 
 
 # ----------------------------------------------------------------------------
-# Into 8 bits. With the right known component D may be outside [-1, 1]: bright at one side of a block whose
-# mean is brighter still.
+# Into 8 bits. With the right component D may leave [-1, 1]: a block's bright side with a raised mean, say.
 
 
 def contract(values: Tensor, center: Tensor, dim: int) -> Tensor:
-    """Values along `dim`, drawn toward `center` by one factor until they are in [-1, 1]; as they are where
-    they are inside. `center` is inside.
+    """Shrink values along `dim` toward `center` by one factor, as far as needed to be in [-1, 1].
 
-    A weighted mean of theirs stays what it is if it is the center.
+    `center` is in [-1, 1]. If it is a weighted mean of the values, that mean stays.
     """
     offset = values - center
     room = (1 - center * offset.sign()).clamp(min=ROOM)
@@ -113,20 +109,20 @@ def contract(values: Tensor, center: Tensor, dim: int) -> Tensor:
 
 
 def contract_colors(images: Tensor) -> Tensor:
-    """RGB images [N, 3, H, W] within [-1, 1]: colors outside are made paler, at the same luma, which must be
-    inside."""
+    """RGB images [N, 3, H, W] in [-1, 1]: colors outside become paler, with the same luma if it is inside."""
     return contract(images, luma(images).clamp(-1, 1), 1)
 
 
 def round_blocks(images: Tensor, factor: int) -> Tensor:
-    """To uint8 without changing the blocks' sums, which must be whole numbers of gray levels, as averages of
-    uint8 images are.
+    """To uint8 without changing the blocks' sums, which must be whole numbers of gray levels.
 
-    Values outside [-1, 1] are drawn toward their block's mean; then all are rounded down, and those with the
-    largest remainders up instead, as many as the sum lacks. No value moves by a whole gray level.
+    They are for averages of uint8 images. No value moves by a whole gray level, except into [-1, 1].
     """
+    # Shrink values outside of the range toward their block's mean.
     blocks = to_blocks(images.double(), factor)
     levels = (contract(blocks, blocks.mean(-1, keepdim=True).clamp(-1, 1), -1) + 1) * 127.5
+
+    # Round down, but the largest remainders up, as many as the sum lacks.
     lower = levels.floor()
     lacking = (levels - lower).sum(-1, keepdim=True).round()
     rank = (lower - levels).argsort(dim=-1, stable=True).argsort(dim=-1)
@@ -140,26 +136,24 @@ def gray_pixels(images: Tensor) -> Tensor:
     """
     if images.shape[1] == 1:
         return images
-    weights = (
-        (torch.tensor(LUMA, dtype=torch.float64, device=images.device) * 65536)
-        .to(torch.int64)
-        .reshape(3, 1, 1)
-    )
+    # Integer arithmetic with rounding, exactly as in Pillow.
+    weights = torch.tensor(LUMA, dtype=torch.float64, device=images.device).reshape(3, 1, 1) * 65536
+    weights = weights.to(torch.int64)
     return ((images * weights).sum(1, keepdim=True) + 32768).div(65536, rounding_mode='floor').to(torch.uint8)
 
 
 # ----------------------------------------------------------------------------
-# Tasks: an edit, what it starts from, and how its results become 8 bits.
+# Tasks: an edit, what sampling starts from, and the conversion of results to 8 bits.
 
 
 class Prepared(NamedTuple):
-    """A batch made ready for the sampler.
+    """A batch for the sampler.
 
     Attributes:
-        known: what the network knows of the images, shown in the grid: uint8 [N, C, H, W].
+        known: known component of the images, for the grid: uint8 [N, C, H, W].
         latents: [N, C, H, W].
         options: of `samplers.sample`: an edit, or a start.
-        to_pixels: from what the sampler returns to uint8.
+        to_pixels: conversion of the sampler's output to uint8.
     """
 
     known: Tensor
@@ -168,11 +162,11 @@ class Prepared(NamedTuple):
     to_pixels: Callable[[Tensor], Tensor]
 
 
-Task = Callable[['Tensor', 'Tensor'], Prepared]  # of images, uint8 [N, C, H, W], and latents
+Task = Callable[['Tensor', 'Tensor'], Prepared]  # function of images, uint8 [N, C, H, W], and latents
 
 
 def to_signed(images: Tensor) -> Tensor:
-    """uint8 to [-1, 1], in float64: what is known stays exact."""
+    """uint8 to [-1, 1], in float64, so that what is known stays exact."""
     return images.double() / 127.5 - 1
 
 
@@ -204,7 +198,7 @@ def colorization_task(images: Tensor, latents: Tensor) -> Prepared:
 
 
 def superresolution_task(factor: int, resolution: int) -> Task:
-    """From images of `resolution`, which are averaged, or of a `factor`-th of it."""
+    """For images of `resolution`, which are averaged first, or of a `factor`-th of it."""
 
     def prepare(images, latents):
         small = to_signed(images)
@@ -220,7 +214,7 @@ def superresolution_task(factor: int, resolution: int) -> Task:
 
 
 def start_task(sigma: float, add_noise: bool) -> Task:
-    """Sampling begins at the images, with noise of `sigma` that they have already or that is added."""
+    """Start sampling from the images, which have noise of level `sigma` already, or get it by `add_noise`."""
 
     def prepare(images, latents):
         begin = to_signed(images)
@@ -235,13 +229,16 @@ def start_task(sigma: float, add_noise: bool) -> Task:
 
 
 def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
-    """Spherical interpolation: [N, ...] points at `share` [N] of the angle θ from a [N, ...] to b,
-    (sin((1−t)θ) a + sin(tθ) b) / sin θ.
+    """Spherical interpolation, (sin((1−t)θ) a + sin(tθ) b) / sin θ, for the angle θ between a and b.
 
-    0 and 1 give a and b themselves, to the last bit. Between latents of equal norm, all have that norm, which
-    a straight line does not keep: its middle is shorter by a factor √2 in many dimensions, where two latents
-    are at right angles, and a network has seen none so short. Latents in one line are interpolated linearly.
+    Shares 0 and 1 give a and b bit for bit. Between latents of equal norm, all points have that norm. A
+    straight line's middle would be shorter by √2 in many dimensions, where two latents are at right angles,
+    and networks are not trained on such latents.
+
+    Args:
+        a, b: [N, ...]. share: t, [N].
     """
+    # Latents in one line are interpolated linearly: sin θ is 0.
     dims = tuple(range(1, a.ndim))
     norms = torch.linalg.vector_norm(a, dim=dims) * torch.linalg.vector_norm(b, dim=dims)
     angle = ((a * b).sum(dims) / norms).clamp(-1, 1).acos()

@@ -1,4 +1,4 @@
-"""From seeds to 8-bit images or latents: what generate.py, validation and the demo share."""
+"""From seeds to 8-bit images or latents."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ LabelChooser = Callable[['SeededNoise', int], Tensor]
 
 
 class SeededNoise:
-    """Random numbers for a batch of images, each from its own generator: an image depends on its seed alone,
-    not on its batch.
+    """Random numbers for a batch of images, each from its own generator.
 
-    The order of draws is EDM's: latents, then the label, then churn noise. Seeds are below 2^32.
+    So an image depends only on its seed, not on its batch. The order of draws is EDM's: latents, then the
+    label, then churn noise. Seeds are below 2^32.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str):
@@ -59,9 +59,9 @@ def uniform_labels(noise: SeededNoise, label_dim: int, classes: Sequence[int] | 
 
 
 def uniform_over(space: LabelSpace, network: str = 'the network') -> LabelChooser:
-    """A chooser of classes, each as likely of those that have images.
+    """A chooser of classes, uniform over those that have images.
 
-    Raises: UserError, which names `network`, where labels are vectors.
+    Raises: UserError, naming `network`, if labels are vectors.
     """
     if space.are_vectors:
         raise UserError(
@@ -77,7 +77,7 @@ def fixed_labels(class_idx: int) -> LabelChooser:
     """A chooser that gives every image the class `class_idx`."""
 
     def choose(noise, label_dim):
-        # A label is drawn all the same, as in EDM: churn noise comes after it.
+        # Draw a label anyway, as EDM does: churn noise comes after it.
         labels = torch.zeros_like(uniform_labels(noise, label_dim))
         labels[:, class_idx] = 1
         return labels
@@ -94,8 +94,9 @@ def generate_latents(
     Args:
         choose_labels: None for classes, uniformly over those that have images in the network's training set.
         solver, steps, options: see `samplers.sample`.
-    Raises: UserError where `choose_labels` is None and the network takes label vectors.
+    Raises: UserError if `choose_labels` is None and the network takes label vectors.
     """
+    # The order is EDM's: latents first, then labels.
     noise = SeededNoise(seeds, next(net.parameters()).device)
     latents = noise.randn([net.img_channels, net.img_resolution, net.img_resolution])
     choose_labels = choose_labels or uniform_over(space_of(net))
@@ -104,7 +105,7 @@ def generate_latents(
 
 
 class Checked(NamedTuple):
-    """Images, or latents, and which of them are finite, both on the device and not waited for.
+    """Images, or latents, and which of them are finite; on the device, without synchronization.
 
     Attributes:
         values: [N, C, H, W].
@@ -116,15 +117,13 @@ class Checked(NamedTuple):
 
 
 def all_finite(values: Tensor) -> Tensor:
-    """[N] bool: which of the images [N, ...] have no NaN and no infinite value."""
+    """[N] bool: which of the images [N, ...] have only finite values."""
     return values.isfinite().flatten(1).all(dim=1)
 
 
 def checked_images(encoder, drawn: Tensor) -> Checked:
-    """Outputs of a network, [N, C, H, W], decoded to images uint8 [N, C', H', W'].
-
-    Whether they are finite is determined before they become 8 bits.
-    """
+    """Outputs of a network, [N, C, H, W], decoded to images uint8 [N, C', H', W']."""
+    # Check before the conversion to 8 bits, which hides NaN.
     levels = encoder.decode_levels(drawn)
     return Checked(encoders.to_pixels(levels), all_finite(drawn) & all_finite(levels))
 
@@ -138,10 +137,10 @@ def checked_latents(drawn: Tensor) -> Checked:
 def generate_checked(
     net, seeds: Sequence[int], choose_labels: LabelChooser | None = None, solver=None, steps=None, **options
 ) -> Checked:
-    """Images of the given seeds, uint8 on the network's device, decoded by its encoder. Arguments: see
-    `generate_latents`.
+    """Images of the given seeds, uint8 on the network's device, decoded by its encoder.
 
-    Raises: UserError where the network's images cannot be decoded.
+    Args: see `generate_latents`.
+    Raises: UserError if the network's images cannot be decoded.
     """
     encoder = encoders.encoder_of(net, next(net.parameters()).device)
     return checked_images(encoder, generate_latents(net, seeds, choose_labels, solver, steps, **options))
@@ -150,17 +149,17 @@ def generate_checked(
 def generate_batch(
     net, seeds: Sequence[int], choose_labels: LabelChooser | None = None, solver=None, steps=None, **options
 ) -> Tensor:
-    """The images of `generate_checked`, [N, C, H, W] uint8. Waits for the device.
+    """The images of `generate_checked`, [N, C, H, W] uint8. Synchronizes with the device.
 
-    Raises: NotFinite where some are not finite; UserError where the network's images cannot be decoded.
+    Raises: NotFinite if any is not finite; UserError if the network's images cannot be decoded.
     """
     return finite_images([generate_checked(net, seeds, choose_labels, solver, steps, **options)], seeds)
 
 
 def finite_images(batches: Sequence[Checked], seeds: Sequence[int]) -> Tensor:
-    """Concatenate the images of batches, [N, C, H, W]. Waits for the device.
+    """Concatenate the images of batches, [N, C, H, W]. Synchronizes with the device.
 
-    Raises: NotFinite where some are not finite.
+    Raises: NotFinite if any is not finite.
     """
     images, finite = (torch.cat(tensors) for tensors in zip(*batches))
     if bad := [seed for seed, is_finite in zip(seeds, finite.tolist()) if not is_finite]:
@@ -169,7 +168,7 @@ def finite_images(batches: Sequence[Checked], seeds: Sequence[int]) -> Tensor:
 
 
 def nonfinite_seeds(bad: Sequence[int], count: int, what: str = 'images') -> str:
-    """A clause that names the seeds, of `count`, whose images are not finite."""
+    """A clause that names the `bad` seeds, of `count`, whose images are not finite."""
     one = len(bad) == 1
     return (
         f'{len(bad)} of {count} {what} {"is" if one else "are"} not finite (NaN or infinite values), '
@@ -178,7 +177,7 @@ def nonfinite_seeds(bad: Sequence[int], count: int, what: str = 'images') -> str
 
 
 class IdentityDenoiser:
-    """A network with the attributes of another one, that computes nothing: D = x."""
+    """D = x, with the attributes of a network."""
 
     def __init__(self, net):
         self._net = net
@@ -193,13 +192,13 @@ class IdentityDenoiser:
 def validate_arguments(net, choose_labels: LabelChooser | None = None, **arguments) -> None:
     """Sample a pixel by an identity denoiser, with the arguments of `generate_latents`.
 
-    Raises: UserError where the options do not fit the network, before anything is computed.
+    Raises: UserError if the options do not fit the network.
     """
     samplers.sample(IdentityDenoiser(net), torch.zeros(1, net.img_channels, 1, 1), **arguments)
 
 
 class RecordedLabels:
-    """A chooser of labels that records another one's on the device: classes by index, vectors as they are."""
+    """Wraps a chooser and records its labels on the device: classes by index, vectors as they are."""
 
     def __init__(self, choose_labels: LabelChooser):
         self._choose_labels, self._chosen = choose_labels, []
@@ -211,7 +210,7 @@ class RecordedLabels:
         return labels
 
     def tolist(self) -> list[int] | list[list[float]]:
-        """The labels of all images so far. Waits for the device."""
+        """The labels of all images so far. Synchronizes with the device."""
         return torch.cat(self._chosen).tolist() if self._chosen else []
 
 
@@ -222,9 +221,9 @@ def split_batches(items: Sequence, batch: int, rank: int = 0, world_size: int = 
 
 
 def save_images(images: Tensor, paths: Sequence[str]) -> None:
-    """Write uint8 images [N, C, H, W], gray or RGB, to PNG files; their folders are made where needed.
+    """Write uint8 images [N, C, H, W], gray or RGB, to PNG files, atomically; folders are created.
 
-    A file appears under its name when it is complete. Raises: UserError where it cannot be written.
+    Raises: UserError if a file cannot be written.
     """
     writers.write_images(images.permute(0, 2, 3, 1).cpu().numpy(), paths)
 
@@ -233,6 +232,7 @@ class HostCopy:
     """Asynchronous device-to-host copy of tensors."""
 
     def __init__(self, *tensors: Tensor):
+        # Only copies into pinned memory are asynchronous.
         self._arrived, self._tensors = None, tensors
         if tensors[0].is_cuda:
             self._tensors = [
@@ -251,6 +251,7 @@ class HostCopy:
 
 def image_grid(images: Tensor, columns: int) -> Tensor:
     """uint8 images [N, C, H, W] as one picture [C, rows × H, columns × W]; N is a multiple of `columns`."""
+    # [rows, columns, C, H, W] to [C, rows, H, columns, W], whose axes then join in pairs.
     n, c, h, w = images.shape
     return (
         images.reshape(n // columns, columns, c, h, w)

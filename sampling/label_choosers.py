@@ -1,5 +1,4 @@
-"""Which labels generated images get: one class, labels drawn from a file or from the training set, or classes
-drawn uniformly."""
+"""Labels of generated images: one class, random ones of a file or the training set, or uniform classes."""
 
 from __future__ import annotations
 
@@ -13,13 +12,12 @@ from data.label_space import Labels, LabelSpace, space_of
 from dnnlib import UserError
 from sampling import generation
 
-MAX_LABEL_BYTES = 1 << 30  # of a file of labels
-DATA = 'data'  # what stands for the training set in the place of a file
+MAX_LABEL_BYTES = 1 << 30  # in a file
+DATA = 'data'  # the training set, in place of a file
 
 
 class DrawnLabels:
-    """A chooser of labels that gives every image one of `labels`, each as likely, drawn by the image's seed
-    where EDM draws the class."""
+    """Chooses uniformly among `labels`, by each image's seed, where EDM draws the class."""
 
     def __init__(self, labels: Labels):
         self.labels, self.are_vectors = labels, labels.are_vectors
@@ -29,45 +27,48 @@ class DrawnLabels:
         return torch.from_numpy(np.stack([self.labels[i] for i in places])).to(noise.device)
 
     def digest(self) -> str:
-        """Of what decides the labels, besides the seeds."""
+        """Digest of what determines the labels besides the seeds."""
         return self.labels.digest()
 
 
 def choose(
     net, network: str, class_idx: int | None = None, labels: str | None = None
 ) -> generation.LabelChooser:
-    """The chooser that --class and --labels mean for a network; without both, classes are drawn uniformly.
+    """The chooser for --class or --labels of a network; without both, classes are uniform.
 
-    Raises: UserError where the network has no such labels, or needs to be told which; click.UsageError where
-    both are given.
+    Raises: UserError if the network has no such labels, or requires the option; click.UsageError for both.
     """
     if class_idx is not None and labels is not None:
         raise click.UsageError('--class and --labels exclude each other.')
+
+    # A single class, or the default.
     space = space_of(net)
     if class_idx is not None:
         space.check_class(class_idx, f'--class={class_idx}', network)
         return generation.fixed_labels(class_idx)
     if labels is None:
         return generation.uniform_over(space, network)
+
+    # Labels of a file or of the training set.
     if not space.dim:
         raise UserError(f'--labels={labels}: {network} takes no labels; leave the option out')
-    return DrawnLabels(
-        labels_of_training_set(net, network) if labels == DATA else read_labels(labels, space, network)
-    )
+    if labels == DATA:
+        return DrawnLabels(labels_of_training_set(net, network))
+    return DrawnLabels(read_labels(labels, space, network))
 
 
 def given_labels(labels: torch.Tensor) -> generation.LabelChooser:
-    """A chooser of these labels. Random ones are drawn all the same, so that later noise does not change."""
+    """A chooser of these labels."""
 
     def choose(noise, label_dim):
-        noise.randint(label_dim)
+        noise.randint(label_dim)  # later noise is the same as with a random label
         return labels.to(noise.device)
 
     return choose
 
 
 def read_labels(path: str, space: LabelSpace, network: str) -> Labels:
-    """The labels in a .npy file. Raises: UserError where they are none of the network."""
+    """The labels in a .npy file. Raises: UserError if they are not labels of the network."""
     from data.arrays import map_npy
 
     if not path.endswith('.npy'):
@@ -86,10 +87,11 @@ def read_labels(path: str, space: LabelSpace, network: str) -> Labels:
 def labels_of_training_set(net, network: str) -> Labels:
     """The labels of the data set that a snapshot records.
 
-    Raises: UserError where it is not there, or is another one by now.
+    Raises: UserError if it is missing or has changed.
     """
     from data.dataset import ImageFolderDataset
 
+    # Find it.
     record = net.metadata.get('dataset_kwargs', {})
     path, max_size = record.get('path'), record.get('max_size')
     cure = 'give --labels=FILE.npy'
@@ -100,6 +102,8 @@ def labels_of_training_set(net, network: str) -> Labels:
             f'--labels={DATA}: the training set of {network}, {path}, is not there; '
             f'run where it is, or {cure}'
         )
+
+    # Check that it is the same.
     dataset = ImageFolderDataset(path, use_labels=True, max_size=max_size)
     if record.get('digest') not in (None, dataset.digest()) or dataset.label_space.differs(space_of(net)):
         raise UserError(

@@ -15,7 +15,7 @@ SOLVERS, EDITING_SOLVERS = ['student', 'euler', 'heun', 'addim', 'cm'], ['studen
 # Steps of an edit by a one-step consistency model; more steps respect the known part more (docs/editing.md).
 CM_EDIT_STEPS = 40
 
-# The fields have the names of `samplers.sample`'s arguments and options; a default of None means `default_text`.
+# The fields have the names of `samplers.sample`'s arguments; a default of None means `default_text`.
 
 
 @dataclass(frozen=True)
@@ -172,15 +172,16 @@ def sampling_arguments(
     choose_labels=None,
     **options,
 ) -> dict:
-    """What `generation.generate_batch` takes, from the values of `sampling_options`.
+    """Arguments of `generation.generate_batch` from the values of `sampling_options`.
 
     Args:
-        choose_labels: a chooser that takes the place of `class_idx` and `labels`.
-    Raises: UserError where they do not fit the network.
+        choose_labels: a chooser, in place of `class_idx` and `labels`.
+    Raises: UserError if they do not fit the network.
     """
     from sampling import label_choosers
     from training import samplers
 
+    # None means the sampler's own default.
     options = {name: value for name, value in options.items() if value is not None}
     solver, steps = samplers.resolve(net, solver, steps, force_steps, **options)
     choose_labels = choose_labels or label_choosers.choose(net, network, class_idx, labels)
@@ -231,6 +232,7 @@ def editing_options(steps: str) -> Callable[[Callable], Callable]:
     Args:
         steps: the default number, in words.
     """
+    # Only students and consistency models edit, so the solvers are fewer.
     general = dict(
         GENERAL,
         steps=replace(GENERAL['steps'], default_text=steps),

@@ -1,6 +1,6 @@
-"""Images and latents into files, by processes of their own: the one that generates does not wait.
+"""Write images and latents to files in worker processes, so that generation does not wait.
 
-Imports no torch, so that a worker is ready at once and never touches a GPU.
+Imports no torch: workers start fast and never touch a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dnnlib import UserError, interrupts
 from dnnlib.processes import how_one_died, starting
 from dnnlib.util import atomic_write, remove, temporary_folder, usable_cores
 
-AHEAD = 2  # pieces of work that each worker has, or is at
+AHEAD = 2  # jobs per worker, waiting or in progress
 MOST_WORKERS = 4
 
 # ----------------------------------------------------------------------------
@@ -32,17 +32,14 @@ MOST_WORKERS = 4
 
 
 def write_images(images: np.ndarray, paths: Sequence[str]) -> None:
-    """Write uint8 [N, H, W, C], gray or RGB, to PNG files; each appears under its name when it is complete.
-
-    Raises: UserError.
-    """
+    """Write uint8 [N, H, W, C], gray or RGB, to PNG files, each atomically. Raises: UserError."""
     for image, path in zip(images, paths):
         with _complete_file(path) as file:
             _picture(image).save(file, format='png')
 
 
 def write_latents(latents: np.ndarray, paths: Sequence[str]) -> None:
-    """float32 [N, C, H, W] to `.npy` files [C, H, W], likewise."""
+    """Write float32 [N, C, H, W] to `.npy` files [C, H, W], each atomically. Raises: UserError."""
     for values, path in zip(latents, paths):
         with _complete_file(path) as file:
             np.save(file, values)
@@ -56,7 +53,7 @@ def _picture(image: np.ndarray):
 
 @contextlib.contextmanager
 def _complete_file(path: str) -> Iterator[BinaryIO]:
-    """A file to write to, in a folder that is made where needed, which takes its name at the end."""
+    """A file to write, in a folder that is created, with its name only when it is complete."""
     try:
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     except OSError as error:
@@ -70,18 +67,18 @@ def _complete_file(path: str) -> Iterator[BinaryIO]:
 
 
 def default_workers() -> int:
-    """Half of the CPUs but one: without a GPU, the network wants them too."""
+    """Half of the CPUs but one, because without a GPU the network needs them too."""
     return min(max(usable_cores() // 2 - 1, 0), MOST_WORKERS)
 
 
 class WriterPool:
-    """Processes that write; a context, at whose end everything is written.
+    """Processes that write files; a context manager, at whose end everything is written.
 
-    They start at once and know nothing of a GPU. No more than `AHEAD` pieces of work for each are in memory.
-    An error in one of them is raised by a later call. They end with this process, even if it is killed.
+    At most `AHEAD` jobs per worker are in memory. A worker's error is raised by a later call. Workers end
+    with this process, even if it is killed.
 
     Args:
-        workers: how many; 0 writes in this process.
+        workers: number of processes; 0 writes in this process.
     """
 
     def __init__(self, workers: int):
@@ -93,7 +90,7 @@ class WriterPool:
                 workers, multiprocessing.get_context('spawn'), initializer=_become_worker
             )
             for _ in range(workers):
-                self._hand_over(int)  # which starts one
+                self._hand_over(int)  # a first job starts a worker
 
     def __enter__(self) -> WriterPool:
         return self
@@ -107,7 +104,7 @@ class WriterPool:
                 self._pool.shutdown(cancel_futures=True)
 
     def submit(self, write: Callable[..., None], *arguments) -> None:
-        """Have a worker call `write(*arguments)`; waits while all have enough to do.
+        """Have a worker call `write(*arguments)`; waits while all queues are full.
 
         Raises: UserError of an earlier call.
         """
@@ -143,14 +140,13 @@ class WriterPool:
             ) from error
 
     def shares(self, count: int) -> list[slice]:
-        """`count` things in as many equal parts as there are workers."""
+        """Slices that divide `count` items equally among the workers."""
         size = max(-(-count // max(self.workers, 1)), 1)
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _become_worker() -> None:
-    """It is the process that generates that ends its workers, in order; when it is killed, they end by
-    themselves."""
+    """Watch the parent process, which normally ends its workers: if it is killed, the worker ends itself."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -160,10 +156,12 @@ def _end_with_parent() -> None:
 
 
 # ----------------------------------------------------------------------------
-# Where they go: a folder, or one file. The main process calls `begin` first, at the end `complete` with the
-# labels in the order of seeds, and `end` in any case. `parts` is then everyone's. `add` has a batch written,
-# whose first image is at `place` in the order of seeds. Where images are left out, `leave_out` gets their
-# seeds, `complete` is not called, and `without` says what became of the others.
+# Destinations: a folder, or one file.
+#
+# The main process calls `begin`, then, after all batches, `complete` with the labels in the order of seeds,
+# and `end` in any case. All processes have the same `parts` and call `add` with batches; `place` is the index
+# of the first image in the order of seeds. If images are not finite, `leave_out` gets their seeds, `complete`
+# is not called, and `without` tells what happened to the others.
 
 
 class FolderDestination:
@@ -171,7 +169,7 @@ class FolderDestination:
 
     Args:
         subdirs: a folder for every 1000 seeds.
-        latents: whether the values are latents [N, C, H, W] and not images [N, H, W, C].
+        latents: whether values are latents [N, C, H, W] rather than images [N, H, W, C].
     """
 
     def __init__(self, path: str, subdirs: bool = False, latents: bool = False):
@@ -185,12 +183,10 @@ class FolderDestination:
             raise UserError(f'--outdir={self.path} cannot be made: {error.strerror}') from error
 
     def others(self, seeds: Sequence[int]) -> dict[str, list[str]]:
-        """Images, or latents, in the folder that these seeds will not be written over.
-
-        Returns: {what they are: relative paths}.
-        """
+        """Files in the folder that these seeds will not overwrite: {description: relative paths}."""
         from data.image_files import image_names
 
+        # Names of wanted seeds count too if they are in the other layout.
         wanted, found = set(seeds), {}
         for name in image_names(self.path) if os.path.isdir(self.path) else ():
             seed = self._seed(name)
@@ -211,8 +207,7 @@ class FolderDestination:
             pool.submit(self._write, values[share], paths[share])
 
     def leave_out(self, seeds: Sequence[int]) -> int:
-        """Remove what an earlier run left at the names of these seeds, which would pass for this one's;
-        returns how many files that were."""
+        """Remove an earlier run's files of these seeds, which would pass for new. Returns: their number."""
         return sum(remove(self.path_of(seed)) for seed in seeds)
 
     def without(self, count: int, removed: int) -> str:
@@ -228,15 +223,12 @@ class FolderDestination:
         return f'{seed - seed % 1000:06d}/' * subdirs + f'{seed:06d}.{self._extension}'
 
     def _seed(self, name: str) -> int | None:
-        """The seed that a file is named after, in either layout; None where it is called otherwise."""
+        """The seed in a file's name, in either layout; None for other names."""
         stem, _, extension = name.rpartition('/')[2].rpartition('.')
-        if (
-            extension == self._extension
-            and stem.isdecimal()
-            and name in (self._name(int(stem), subdirs) for subdirs in (False, True))
-        ):
-            return int(stem)
-        return None
+        if extension != self._extension or not stem.isdecimal():
+            return None
+        names = (self._name(int(stem), subdirs) for subdirs in (False, True))
+        return int(stem) if name in names else None
 
     def complete(self, labels: Sequence | None) -> None:
         pass
@@ -246,11 +238,10 @@ class FolderDestination:
 
 
 class FileDestination:
-    """One file, which appears when it is complete. Until then its parts, some for each batch, lie in a hidden
-    folder beside it.
+    """One file, written atomically from parts in a hidden folder beside it.
 
-    `.npz`: `arr_0`, uint8 [N, H, W, C], and of a conditional network `arr_1`, the labels: classes, int64 [N],
-    or vectors, float32 [N, D]. `.zip`: a data set like those of dataset_tool.py.
+    `.npz`: `arr_0`, uint8 [N, H, W, C], and for a conditional network `arr_1`, the labels: classes, int64
+    [N], or vectors, float32 [N, D]. `.zip`: a data set like those of dataset_tool.py.
     """
 
     def __init__(self, path: str):
@@ -296,7 +287,7 @@ def write_array_part(images: np.ndarray, path: str) -> None:
 
 
 def write_png_part(images: np.ndarray, path: str, place: int) -> None:
-    """A zip of PNGs, uncompressed as those of dataset_tool.py, the first of which has that place."""
+    """Write an uncompressed zip of PNGs, named as by dataset_tool.py from the number `place` on."""
     from data.archive_writer import IMAGE_NAME, png_bytes
 
     with atomic_write(path, durable=False) as file, zipfile.ZipFile(file, 'w') as archive:
@@ -305,7 +296,8 @@ def write_png_part(images: np.ndarray, path: str, place: int) -> None:
 
 
 def join_arrays(parts: Sequence[str], labels: Sequence | None, path: str) -> None:
-    """The `.npz` file of parts [n, H, W, C], which are opened and copied one after another."""
+    """Write the `.npz` file of parts [n, H, W, C]."""
+    # The header needs the total; then only one part at a time is in memory.
     shapes = [np.load(part, mmap_mode='r').shape for part in parts]
     header = dict(descr='|u1', fortran_order=False, shape=(sum(shape[0] for shape in shapes), *shapes[0][1:]))
     with atomic_write(path) as file, zipfile.ZipFile(file, 'w') as archive:
@@ -314,17 +306,13 @@ def join_arrays(parts: Sequence[str], labels: Sequence | None, path: str) -> Non
             for part in parts:
                 member.write(np.load(part).data)
         if labels is not None:
+            kind = np.float32 if labels and isinstance(labels[0], list) else np.int64
             with archive.open('arr_1.npy', 'w') as member:
-                np.lib.format.write_array(
-                    member,
-                    np.array(
-                        labels, dtype=np.float32 if labels and isinstance(labels[0], list) else np.int64
-                    ),
-                )
+                np.lib.format.write_array(member, np.array(labels, dtype=kind))
 
 
 def join_pngs(parts: Sequence[str], labels: Sequence | None, path: str) -> None:
-    """The data set of parts with some of its members each, and its labels."""
+    """Write the data set of parts, each a zip with some of its images, and its labels."""
     from data.archive_writer import open_dest
 
     names = []
