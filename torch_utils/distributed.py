@@ -1,6 +1,6 @@
-"""Processes that work together: who I am, which device is mine, and the few collectives the scripts need.
+"""Distributed processes: rank, device, and the few collectives that the scripts need.
 
-Everything works in a single process without a process group: then the collectives return their argument.
+In a single process without a process group, the collectives return their argument.
 """
 
 from __future__ import annotations
@@ -27,17 +27,20 @@ from torch_utils import elastic, misc
 def init() -> None:
     """Set the process up, and join torchrun's process group, if there is one (NCCL with CUDA, else gloo).
 
-    FP32 means FP32 from here on: TensorFloat-32 is switched off, as a teacher's slopes over a thousand edges
-    want it. Freed memory is kept. A process that torchrun started ends when torchrun is gone.
+    Disables TensorFloat-32, which a teacher's slopes over a thousand edges do not allow. Keeps freed memory.
+    A process that torchrun started will end with torchrun.
 
-    Raises: UserError where the environment is incomplete or the other processes cannot be reached.
+    Raises: UserError if the environment is incomplete or the other processes cannot be reached.
     """
+    # Settings of any process.
     interrupts.at_work()
     misc.allow_tf32(False)
     misc.keep_freed_memory()
     elastic.end_with_torchrun()
     if 'RANK' not in os.environ and 'WORLD_SIZE' not in os.environ:
         return
+
+    # This process's place among the others, and its GPU.
     rank, world_size = _environment('RANK'), _environment('WORLD_SIZE')
     if not rank < world_size:
         raise UserError(
@@ -53,12 +56,12 @@ def init() -> None:
         torch.cuda.set_device(local_rank)
     if world_size == 1 or dist.is_initialized():
         return
+
+    # Join them; after a restart, torchrun's store needs a new prefix.
     try:
-        where = (
-            dict(store=_store_of_this_start(rank, world_size), rank=rank, world_size=world_size)
-            if elastic.restarts()[1]
-            else {}
-        )
+        where = {}
+        if elastic.restarts()[1]:
+            where = dict(store=_store_of_this_start(rank, world_size), rank=rank, world_size=world_size)
         dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', **where)
     except (RuntimeError, ValueError) as error:  # torch's own network and store errors are RuntimeErrors
         reason = str(error).strip().splitlines()[0]
@@ -69,12 +72,12 @@ def init() -> None:
 
 
 def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
-    """torchrun's store, under a prefix that the main process chooses and hands to the others.
+    """torchrun's store, under a prefix that the main process chooses and passes to the others.
 
-    When torchrun starts its processes again, the store still has the addresses of those that have ended, and
-    how often that was is no prefix: torchruns on several machines count for themselves. Each process makes up
-    a name; that of one that has ended never answers.
+    After a restart the store still has the addresses of ended processes. The number of restarts cannot be the
+    prefix, because torchruns on several machines count separately.
     """
+    # Each process registers a random name; the main process passes the prefix, its own name, to all of them.
     store, *_ = next(dist.rendezvous('env://', rank, world_size))
     name, deadline = secrets.token_hex(8), time.monotonic() + store.timeout.total_seconds()
     if rank:
@@ -82,6 +85,8 @@ def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
         prefix = store.get(f'prefix for {name}').decode()  # waits
         store.set(f'{prefix}/joined/{rank}', '')
         return dist.PrefixStore(prefix, store)
+
+    # Names of ended processes are in the store too, so wait until every rank confirms.
     missing = range(1, world_size)
     while missing := [other for other in missing if not store.check([f'{name}/joined/{other}'])]:
         for other in missing:
@@ -123,12 +128,12 @@ def get_device() -> torch.device:
 
 
 def is_main() -> bool:
-    """Whether this is the process that prints and writes files."""
+    """Whether this is rank 0, which prints and writes files."""
     return get_rank() == 0
 
 
 def data_parallel(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """`net`, with gradients averaged over the processes. Its buffers are constants and are not exchanged."""
+    """`net` in DDP, which averages gradients. Its buffers are constants and are not exchanged."""
     wrapper = torch.nn.parallel.DistributedDataParallel
     # PyTorch 2.13 renamed the option.
     new = 'forward_sync_buffers' in inspect.signature(wrapper).parameters
@@ -138,7 +143,7 @@ def data_parallel(net: torch.nn.Module, device: torch.device) -> torch.nn.Module
 
 @contextlib.contextmanager
 def _together():
-    """A block that needs the other processes. Raises: UserError if one is gone; its own message says why."""
+    """A block that needs the other processes. Raises: UserError if one has ended, which says why itself."""
     try:
         yield
     except RuntimeError as error:
@@ -147,9 +152,9 @@ def _together():
 
 @contextlib.contextmanager
 def among_others():
-    """A block that needs the other processes now and then, as backward passes do.
+    """A block that sometimes needs the other processes, such as a backward pass.
 
-    Raises: UserError if one is gone; other errors as they are.
+    Raises: UserError if one has ended; other errors unchanged.
     """
     try:
         yield
@@ -184,7 +189,7 @@ def main_process_first():
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over processes, in place; returns `tensor`. With NCCL it has to live on this process's GPU."""
+    """Sum over processes, in place; returns `tensor`. With NCCL it must be on this process's GPU."""
     if dist.is_initialized():
         with _together():
             dist.all_reduce(tensor)
@@ -212,8 +217,7 @@ def gather_objects(obj: Any) -> list[Any]:
 
 
 def gather_on_main(obj: Any) -> list[Any]:
-    """On the main process, every process's `obj` (anything that pickles), by rank; an empty list
-    elsewhere."""
+    """Every process's `obj` (anything that pickles), by rank, on the main process; elsewhere []."""
     if not dist.is_initialized():
         return [obj]
     boxes = [None] * get_world_size() if is_main() else None
@@ -226,6 +230,7 @@ def same_everywhere(tensor: torch.Tensor) -> bool:
     """Whether `tensor`, of a length divisible by 16, has equal checksums on all processes. Synchronizes."""
     if not dist.is_initialized():
         return True
+    # Checksums agree if their minimum and maximum over the processes do.
     least = tensor.detach().view(torch.int32).view(-1, 16).sum(dim=0, dtype=torch.int64)
     most = least.clone()
     with _together():
@@ -235,7 +240,7 @@ def same_everywhere(tensor: torch.Tensor) -> bool:
 
 
 class AsyncAllReduce:
-    """Async all-reduce of flags between hosts, which wait neither for each other nor for the devices.
+    """Async all-reduce of flags on the CPUs, which waits neither for other processes nor for devices.
 
     Every process must call `exchange` and `any` in the same order.
     """
@@ -245,9 +250,10 @@ class AsyncAllReduce:
         self._pending: tuple[Any, torch.Tensor] | None = None
 
     def exchange(self, values: list[int]) -> list[int]:
-        """The maxima over all processes of the previous call's flags, zeros at first; its own if alone."""
+        """Maxima over processes of the previous call's flags, zeros at first; `values` without a group."""
         if self._group is None:
             return values
+        # Start this exchange, then take the result of the previous one, which has had a step to arrive.
         earlier, tensor = self._pending, torch.tensor(values)
         self._pending = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group, async_op=True), tensor
         if earlier is None:
@@ -256,7 +262,7 @@ class AsyncAllReduce:
         return earlier[1].tolist()
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process now. Synchronizes the hosts."""
+        """Whether the flag is set on any process now. Synchronizes the processes."""
         if self._group is None:
             return flag
         tensor = torch.tensor(int(flag))
@@ -271,7 +277,7 @@ class AsyncAllReduce:
 
 
 def fail_together(*lines: str) -> NoReturn:
-    """End all processes, which call this together, with exit status 1 and one message."""
+    """End all processes, which must all call this, with exit status 1 and one message."""
     if is_main():
         raise UserError(*lines)
     raise SystemExit(1)
@@ -279,6 +285,7 @@ def fail_together(*lines: str) -> NoReturn:
 
 def from_main(function: Callable[[], Any]) -> Any:
     """The main process's `function()` (anything that pickles) on every process; all raise its UserError."""
+    # The others wait in the broadcast, so an error must reach it too.
     result, problem = None, None
     if is_main():
         try:
@@ -292,7 +299,7 @@ def from_main(function: Callable[[], Any]) -> Any:
 
 
 def print0(*args, **kwargs) -> None:
-    """`print`, by the main process alone."""
+    """`print` on the main process only."""
     if is_main():
         print(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""torchrun as the parent: its identity, ending with it, and whether it has restarted its processes."""
+"""torchrun as the parent process: its identity, ending with it, and its restarts."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def torchrun() -> dict | None:
         return None
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process().parent()
-        return (
-            identity.of_process(parent.pid) if parent is not None and _is_torchrun(parent.cmdline()) else None
-        )
+        if parent is not None and _is_torchrun(parent.cmdline()):
+            return identity.of_process(parent.pid)
+    return None
 
 
 def _is_torchrun(command: list[str]) -> bool:
@@ -38,14 +38,13 @@ def _is_torchrun(command: list[str]) -> bool:
 
 @functools.cache
 def end_with_torchrun() -> None:
-    """End this process within about a second of its torchrun, if one started it: it would train on unseen.
+    """End this process within about a second after its torchrun: it would go on training unnoticed.
 
-    One that a shell has started, or nohup, setsid or srun, in whatever environment, outlives its parent as
-    ever.
+    Processes that a shell, nohup, setsid or srun has started outlive their parents as usual, whatever the
+    environment.
     """
-    if os.getppid() != interrupts.PARENT and _is_torchrun(
-        interrupts.PARENT_COMMAND
-    ):  # killed while this process was importing
+    # torchrun may have been killed while this process was importing.
+    if os.getppid() != interrupts.PARENT and _is_torchrun(interrupts.PARENT_COMMAND):
         _end_with(interrupts.PARENT)
     if (parent := torchrun()) is not None:
         threading.Thread(
@@ -54,6 +53,7 @@ def end_with_torchrun() -> None:
 
 
 def _end_with(parent: int) -> None:
+    # An orphan gets another parent.
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_SEC)
     identity.end_at_once(
@@ -63,7 +63,7 @@ def _end_with(parent: int) -> None:
 
 
 def restarts() -> tuple[int, int]:
-    """(how often torchrun has started its processes again, how often it may), both 0 without torchrun."""
+    """(number of restarts by torchrun so far, their limit), both 0 without torchrun."""
     values = (os.environ.get(f'TORCHELASTIC_{name}', '') for name in ('RESTART_COUNT', 'MAX_RESTARTS'))
     count, limit = (int(value) if re.fullmatch('[0-9]{1,9}', value) else 0 for value in values)
     return count, limit

@@ -1,4 +1,4 @@
-"""A network's parameters as views of one vector: optimizer, averages and norms are one operation each."""
+"""A network's parameters as views of one vector, so that optimizer, averages and norms take one operation."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ ALIGNMENT = 16  # elements: every parameter starts on a 64-byte boundary of FP32
 
 
 class FlatParameters:
-    """Moves the parameters of `net` into one vector, in place; they become views, and `net` works as before.
+    """Move the parameters of `net` into one vector, in place; they become views, and `net` works as before.
 
-    Gaps left by alignment hold zeros and have zero gradients. Move the network to its device and type first.
+    Alignment gaps are zeros and have zero gradients. Move the network to its device and type first.
 
     Attributes:
-        weights: [n] Parameter. Where the network trains, its `grad` is the vector that holds all gradients.
-    Raises: ValueError where parameters differ in type or device.
+        weights: [n] Parameter. If the network trains, its `grad` is the vector of all gradients.
+    Raises: ValueError if parameters differ in type or device.
     """
 
     def __init__(self, net: torch.nn.Module):
@@ -24,10 +24,14 @@ class FlatParameters:
         kinds = {(p.dtype, p.device) for p in parameters}
         if len(kinds) != 1:
             raise ValueError(f'parameters of several types or devices: {sorted(map(str, kinds))}')
+
+        # Lay the parameters out at aligned starts.
         sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
         starts = [0, *itertools.accumulate(sizes)]
         vector = parameters[0].new_zeros(starts[-1], requires_grad=False)
         gradient = torch.zeros_like(vector)
+
+        # Copy each into its place. `.data` replaces the storage; the Parameter objects stay.
         for start, parameter in zip(starts, parameters):
             view = vector[start : start + parameter.numel()].view(parameter.shape)
             view.copy_(parameter.detach())

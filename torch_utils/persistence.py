@@ -16,11 +16,8 @@ import pickle
 import sys
 
 FORMAT_VERSION = 6
-HERE_ONLY = {
-    '_compiled_call_impl',
-    'channels_last',
-    'checkpoint_activations',
-}  # attributes of how this process runs an object, not of what it is
+# Attributes of how this process runs an object, which pickles and copies leave out.
+HERE_ONLY = {'_compiled_call_impl', 'channels_last', 'checkpoint_activations'}
 _classes: dict[tuple[str, str], type] = {}  # (class name, source of its module) -> class
 _sources: dict[type, str] = {}
 
@@ -28,39 +25,39 @@ _sources: dict[type, str] = {}
 def persistent_class(cls: type) -> type:
     """Class decorator: objects record their constructor arguments and pickle in EDM's format, with source.
 
-    Adds the properties `init_args` (tuple) and `init_kwargs` (dict), the arguments as given to the outermost
-    constructor; in the place of an argument that is a persistent object itself, dict(class_name, args,
-    kwargs) says how that was made. An attribute `metadata` belongs to the object at hand: copies keep it,
-    pickles leave it out. Both leave out `HERE_ONLY`. The module's source must be readable (not an interactive
-    session): OSError otherwise.
+    Adds the properties `init_args` (tuple) and `init_kwargs` (dict), the arguments of the outermost
+    constructor; an argument that is a persistent object is recorded as dict(class_name, args, kwargs). Copies
+    keep an attribute `metadata`, and pickles leave it out. Both leave out `HERE_ONLY`.
+
+    Raises: OSError if the module's source is not readable, as in interactive sessions.
     """
     construct = cls.__init__
 
     @functools.wraps(construct)
     def __init__(self, *args, **kwargs):
-        outermost = type(self) is cls
-        recorded = (
-            (tuple(map(_recorded, args)), {name: _recorded(value) for name, value in kwargs.items()})
-            if outermost
-            else None
-        )
-        construct(self, *args, **kwargs)  # which may alter them
-        if outermost:
-            self._init_args, self._init_kwargs = recorded
+        # Constructors of base classes run inside the outermost one, whose arguments are recorded.
+        if type(self) is not cls:
+            construct(self, *args, **kwargs)
+            return
+        # Copy the arguments first: the constructor may alter them.
+        recorded_args = tuple(map(_recorded, args))
+        recorded_kwargs = {name: _recorded(value) for name, value in kwargs.items()}
+        construct(self, *args, **kwargs)
+        self._init_args, self._init_kwargs = recorded_args, recorded_kwargs
 
     cls.__init__ = __init__
     cls.init_args = property(lambda self: copy.deepcopy(self._init_args))
     cls.init_kwargs = property(lambda self: copy.deepcopy(self._init_kwargs))
     cls.__reduce__ = _reduce
     cls.__deepcopy__ = _deepcopy
-    # interned, so that every pickle has one copy per module
+    # Intern the source, so that a pickle has one copy per module.
     _sources[cls] = sys.intern(inspect.getsource(sys.modules[cls.__module__]))
     _classes[cls.__name__, _sources[cls]] = cls
     return cls
 
 
 def _recorded(argument):
-    """A copy of a constructor argument; a persistent object's is without its gigabytes of weights."""
+    """A copy of a constructor argument, without the weights of a persistent object."""
     if type(argument) in _sources:
         return dict(class_name=type(argument).__name__, args=argument.init_args, kwargs=argument.init_kwargs)
     return copy.deepcopy(argument)
@@ -71,7 +68,7 @@ def _state(obj, leave_out: set[str]) -> dict:
 
 
 def _restore(obj, state: dict):
-    """Gives a bare object its state, through `__setstate__` where the class has one (torch modules do)."""
+    """Give a bare object its state, by `__setstate__` if the class has it, as torch modules do."""
     setstate = getattr(obj, '__setstate__', vars(obj).update)
     setstate(state)
     return obj
@@ -92,13 +89,13 @@ def _reduce(self):
 
 
 def _deepcopy(self, memo: dict):
-    """Copies the state alone. The generic path would go through `_reduce`, and lose `metadata`."""
+    """Copy the state only. The generic way, by `_reduce`, would lose `metadata`."""
     twin = memo[id(self)] = type(self).__new__(type(self))
     return _restore(twin, copy.deepcopy(_state(self, leave_out=HERE_ONLY), memo))
 
 
 def _reconstruct_persistent_obj(meta: dict):
-    """What pickles call. Rebuilds objects of this process's classes; never executes the pickled source."""
+    """Called by pickles. Rebuilds objects of this process's classes; never executes the pickled source."""
     cls = _classes.get((meta['class_name'], meta['module_src']))
     if cls is None:
         raise pickle.UnpicklingError(

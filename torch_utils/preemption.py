@@ -1,4 +1,4 @@
-"""Preemption handler: signals of schedulers and users, noticed by all processes at the same step."""
+"""Signals of schedulers and users to stop, on which all processes act at the same step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import time
 
 from torch_utils.distributed import AsyncAllReduce
 
-# Of SLURM at its time limit, of its --signal=USR1, of the keyboard.
+# SLURM's at its time limit, its --signal=USR1, the keyboard's.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_REQUEST_SEC = 5.0  # a terminal, torchrun and SLURM may each deliver the same signal
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: come again
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class PreemptionHandler:
@@ -35,7 +35,7 @@ class PreemptionHandler:
 
     def __exit__(self, *_):
         for number, handler in self._previous.items():
-            # A repeated signal must not end a process that is on its way out with another exit status.
+            # Once stopping, a repeated signal must not change the exit status.
             signal.signal(number, signal.SIG_IGN if self.here() else handler)
 
     def here(self) -> bool:
@@ -43,7 +43,7 @@ class PreemptionHandler:
         return self.requested is not None
 
     def anywhere(self) -> bool:
-        """Whether any process was asked to stop. All processes call this together; synchronizes the hosts."""
+        """Whether any process was asked to stop. All processes must call it; synchronizes them."""
         return self._hosts.any(self.here())
 
     def _handle(self, number: int, _frame) -> None:
@@ -52,7 +52,7 @@ class PreemptionHandler:
             self.requested, self._first_time = signal.Signals(number).name, now
         elif now - self._first_time > SAME_REQUEST_SEC:
             with contextlib.suppress(OSError):  # the terminal may be gone
-                # A print could interrupt another print.
+                # print() could deadlock on a lock that an interrupted print holds.
                 os.write(sys.__stderr__.fileno(), b'Stopping at once.\n')
             os._exit(128 + number)
 
@@ -60,12 +60,12 @@ class PreemptionHandler:
 class WorkersIgnoreSignals:
     """A context in which data workers, with this as their `worker_init_fn`, ignore signals to stop.
 
-    A scheduler may send these to every process, and the current step needs its data. On the way out workers
+    A scheduler may send these to every process, but the current step needs its data. After the block, workers
     obey SIGTERM again, with which Python ends them.
     """
 
     def __init__(self):
-        # Without a lock, which a signal during the handler would wait for in vain.
+        # Raw, because a lock could deadlock with a signal during the handler.
         self._leaving = multiprocessing.RawValue('b', 0)
 
     def __enter__(self) -> WorkersIgnoreSignals:

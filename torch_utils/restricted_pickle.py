@@ -1,18 +1,18 @@
-"""Reads pickles as data. Nothing is imported, called or executed, whatever the file says.
+"""Read pickles as data. Nothing is imported, called or executed, whatever the file contains.
 
-Python's own unpickler walks through the file, in its version in Python, whose memo is a dict: that of the
-version in C is an array as long as the largest index that a file claims. What it would look up, call or fill
-is replaced by inert records: `Name('collections.OrderedDict')`, `Call(name, args, state)`. Long byte strings
-are not read: a `Span` says where they lie, so that tensors can be read later, straight into their memory, or
-not at all. Opcodes and names outside the tables are refused.
+This uses Python's own unpickler, in its Python version, whose memo is a dict; the memo of the C version is an
+array as long as the largest index in the file. What it would look up, call or fill is replaced by inert
+records: `Name('collections.OrderedDict')`, `Call(name, args, state)`. Long byte strings are not read: a
+`Span` gives their position, so that tensors can be read later, directly into their memory, or not at all.
+Opcodes and names outside the tables are refused.
 
-Names are never looked up, so none of them could do anything. They are in a table all the same, because a file
-that names anything else was not written to hold a network, and its user should know. What the network does
-not need (a loss, an encoder, attributes that someone added) is skipped, if it is data: so the table has the
-types of data that Python, NumPy and PyTorch have at hand, and what these pickle them with. Functions that
-anyone would call for their effect, or to reach something else, have no place in it.
+Names are never looked up, so none could do any harm. They are still limited to a table, because a file with
+any other name was not written to hold a network, and its user should know. Parts that the network does not
+need (a loss, an encoder, added attributes) are skipped if they are data, so the table has the data types of
+Python, NumPy and PyTorch, and the functions that pickle them. It has no functions with effects or access to
+others.
 
-Time and memory are at most proportional to the file's length, and its records are limited in number.
+Time and memory are at most proportional to the file's length, and the number of records is limited.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class MalformedPickle(ValueError):
 
 
 class RefusedName(MalformedPickle):
-    """The file names something that has no place in it."""
+    """The file names something outside the table."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -48,7 +48,7 @@ class Name:
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """An object that the file would have built by calling `name`, and the state it would have given to it."""
+    """An object that the file would have built by calling `name`, and the state that it would have set."""
 
     name: str
     args: tuple
@@ -57,7 +57,7 @@ class Call:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Span:
-    """A byte string, or a long integer, and its place in the file, where one of 256 bytes or more is left."""
+    """A byte string, or a long integer, and its position in the file; from 256 bytes on, it is not read."""
 
     start: int
     size: int
@@ -66,7 +66,7 @@ class Span:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Key:
-    """A key that is no string, compared by identity: a crafted one could take forever to hash, or collide."""
+    """A key other than a string, compared by identity: a crafted one could hash forever, or collide."""
 
     value: object
 
@@ -77,8 +77,8 @@ TENSOR, TYPED_TENSOR = 'torch._utils._rebuild_tensor_v2', 'torch._utils._rebuild
 TENSOR_WITH_ATTRIBUTES = 'torch._tensor._rebuild_from_type_v2'
 TENSORS = PARAMETERS | {TENSOR, TYPED_TENSOR, TENSOR_WITH_ATTRIBUTES}
 STORAGE = 'torch.storage._load_from_bytes'
-PERSISTENT_ID = 'persistent_id'  # what references to what is outside of the pickle are called here
-ENCODED_BYTES = '_codecs.encode'  # how protocol 2, which has no bytes, writes them: as text in Latin-1
+PERSISTENT_ID = 'persistent_id'  # our name for references to objects outside of the pickle
+ENCODED_BYTES = '_codecs.encode'  # protocol 2, which has no bytes, encodes them as Latin-1 text
 # fmt: off
 DTYPES = {
     'Float': torch.float32, 'Double': torch.float64, 'Half': torch.float16, 'BFloat16': torch.bfloat16,
@@ -139,7 +139,7 @@ MAX_RECORDS = 4_000_000  # reads from the file; a network of a thousand tensors 
 
 
 class _Source:
-    """The bytes of a file up to `stop`, as an unpickler takes them: no read is of more than the file has."""
+    """The bytes of a file up to `stop`, for an unpickler: no read exceeds what the file has."""
 
     def __init__(self, file: BinaryIO, stop: int):
         self.file, self.stop, self.position, self.records = file, stop, file.tell(), 0
@@ -164,6 +164,7 @@ class _Source:
 
     def span(self, size: int) -> Span:
         """A byte string that begins here; one of less than 256 bytes is read."""
+        # Short strings are values such as numbers; long ones are tensors.
         if size < 256:
             return Span(self.position, size, self.read(size))
         self.position += size
@@ -174,13 +175,13 @@ class _Source:
 
 
 class _Opcodes(dict):
-    """What to do, by opcode."""
+    """Handlers by opcode."""
 
     def __missing__(self, code: int):
         raise MalformedPickle(f'has opcode 0x{code:02x}, which no snapshot uses')
 
 
-# What protocols 2 to 5 emit, and what one meets first in protocol 0, so that what such a file names is told.
+# Opcodes of protocols 2 to 5, and the first ones of protocol 0, so that messages tell what such a file names.
 OPCODES = """
     PROTO FRAME MARK STOP POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT
     SHORT_BINSTRING BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
@@ -192,7 +193,7 @@ OPCODES = """
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's unpickler, which makes records where it would look up, call, fill or hash what a file says."""
+    """Python's unpickler, with records instead of what it would look up, call, fill or hash."""
 
     def __init__(self, file: BinaryIO, stop: int, names: frozenset[str], persistent_ids: bool):
         self.source, self.names, self.persistent_ids = _Source(file, stop), names, persistent_ids
@@ -214,7 +215,7 @@ class _Unpickler(pickle._Unpickler):
         return Call(PERSISTENT_ID, pid)
 
     def load_frame(self):
-        self.read(8)  # a hint to readers, nothing more
+        self.read(8)  # only a hint to readers
 
     # Byte strings, and integers that would take minutes to print.
 
@@ -242,14 +243,14 @@ class _Unpickler(pickle._Unpickler):
 
     def load_build(self):
         state = self.stack.pop()
-        target = self.target(Call, dict)  # a dict may be of a class with attributes: a state dict
+        target = self.target(Call, dict)  # a state dict has attributes, which are ignored
         if isinstance(target, Call):
             target.state = state
 
     # Lists, dicts and sets. Only keys that are text are hashed.
 
     def target(self, *kinds: type):
-        """The value on top of the stack, which the current opcode is about to fill."""
+        """The value on top of the stack, which the current opcode fills."""
         target = self.stack[-1]
         if type(target) not in kinds:
             raise MalformedPickle(f'fills a {type(target).__name__} as if it were a {kinds[0].__name__}')
@@ -264,7 +265,7 @@ class _Unpickler(pickle._Unpickler):
         target = self.target(dict, Call)
         if len(items) % 2:
             raise MalformedPickle('has a key without a value')
-        if isinstance(target, dict):  # nobody needs the items of other objects
+        if isinstance(target, dict):  # items of other objects are not needed
             pairs = zip(items[::2], items[1::2])
             target.update((key if isinstance(key, str) else Key(key), value) for key, value in pairs)
 
@@ -309,17 +310,17 @@ def _refused(what: str) -> RefusedName:
 def read_pickle(
     file: BinaryIO, stop: int, names: frozenset[str] = SNAPSHOT_NAMES, persistent_ids: bool = False
 ):
-    """The pickle at the file's position, as dicts, lists, tuples, scalars, `Name`, `Call` and `Span`.
+    """Read the pickle at the file's position, as dicts, lists, tuples, scalars, `Name`, `Call` and `Span`.
 
     Args:
         file: seekable binary file; afterwards at the byte after the pickle's end.
         stop: offset in the file that the pickle must not cross.
-        names: globals, 'module.name', that it may name. Any other is refused.
-        persistent_ids: whether it may hold `persistent_id` records (PyTorch's storages do).
+        names: allowed globals, 'module.name'.
+        persistent_ids: whether `persistent_id` records are allowed, which refer to PyTorch's storages.
     Raises: MalformedPickle.
     """
     try:
-        with without_garbage_collection():  # a million records are half the time without
+        with without_garbage_collection():  # halves the time of a million records
             return _Unpickler(file, stop, names, persistent_ids).load()
     except MalformedPickle:
         raise
@@ -328,13 +329,13 @@ def read_pickle(
 
 
 # ----------------------------------------------------------------------------
-# What the records mean.
+# From records to values.
 
 MAX_PLAIN_VALUES, MAX_DEPTH = 1_000_000, 32  # of constructor arguments and metadata
 
 
 class NotPlain(MalformedPickle):
-    """The value is something else than plain data."""
+    """The value is not plain data."""
 
 
 def plain(tree, leave_out: bool = False):
@@ -343,10 +344,10 @@ def plain(tree, leave_out: bool = False):
     NumPy scalars become Python numbers.
 
     Args:
-        leave_out: whether entries of dicts that hold anything else are left out.
-    Raises: NotPlain for anything else; MalformedPickle for cycles, and for values that share parts without
-        end.
+        leave_out: leave out entries of dicts that hold anything else.
+    Raises: NotPlain for anything else; MalformedPickle for cycles, and for values that share parts endlessly.
     """
+    # Shared parts are copied for each reference: their number is limited.
     left = MAX_PLAIN_VALUES
 
     def convert(value, depth):
@@ -356,6 +357,7 @@ def plain(tree, leave_out: bool = False):
             raise MalformedPickle('nests values without end')
         if isinstance(value, np.generic):
             value = value.item()
+        # Exact types: subclasses may carry other things.
         if value is None or type(value) in (bool, int, float, str):
             return value
         if isinstance(value, dict) and (leave_out or all(isinstance(key, str) for key in value)):
@@ -380,7 +382,7 @@ def plain(tree, leave_out: bool = False):
 
 
 def _numpy_scalar(call: Call) -> bool | int | float:
-    """From scalar(dtype(code, ...), bytes), whose dtype has the state (version, byte order, ...)."""
+    """The number of scalar(dtype(code, ...), bytes), whose dtype has the state (version, byte order, ...)."""
     match call.args:
         case (Call(name='numpy.dtype', args=(str(code), *_), state=(_, '<' | '|', *_)), data) if re.fullmatch(
             r'b1|[iu][1248]|f[248]', code
@@ -399,7 +401,7 @@ def text_of_bytes(node) -> str | None:
 
 
 def latin1(text: str) -> bytes:
-    """The bytes that such a text stands for. Raises: MalformedPickle where there are none."""
+    """The bytes of such a text. Raises: MalformedPickle for other text."""
     try:
         return text.encode('latin-1')
     except UnicodeEncodeError as error:
@@ -407,7 +409,7 @@ def latin1(text: str) -> bytes:
 
 
 def persistent_object(node) -> tuple[str, dict] | None:
-    """(class name, state) of a persistent object's record, None for anything else. Its source is ignored."""
+    """(class name, state) of a persistent object's record; None for anything else. The source is ignored."""
     match node:
         case Call(name=name, args=({'class_name': str(class_name), 'state': dict(state)},)) if (
             name == PERSISTENT_OBJECT

@@ -1,9 +1,9 @@
-"""Files that `torch.save` writes, read as data: nothing in them is imported, called or executed.
+"""Read files of `torch.save` as data: nothing in them is imported, called or executed.
 
-Since PyTorch 1.6 such a file is a zip archive, stored without compression: `<name>/data.pkl` holds everything
-but the tensors' elements, and `<name>/data/<key>` the elements of each storage. Before, it was five pickles
-(magic number, version, system, the contents, the storages' keys) and, for each key, the number of elements
-and the elements. Memory is at most what the file has, since what it claims is compared with that first.
+Since PyTorch 1.6 such a file is a zip archive without compression: `<name>/data.pkl` holds everything but the
+tensors' elements, and `<name>/data/<key>` the elements of each storage. Before, it was five pickles (magic
+number, version, system, the contents, the storages' keys) and, for each key, the number of elements and the
+elements. Sizes in the file are compared with its length before memory is allocated.
 """
 
 from __future__ import annotations
@@ -47,18 +47,17 @@ NAMES = frozenset(
         *restricted_pickle.STORAGE_TYPES,
     }
 )
-MAX_DEPTH = 32  # of dicts and lists in each other
+MAX_DEPTH = 32  # of nested dicts and lists
 
 
 def read_saved(file: BinaryIO):
-    """The contents of a PyTorch file: plain data, bytes, and CPU tensors, each in memory of its own.
+    """The contents of a PyTorch file: plain data, bytes, and CPU tensors, each in its own memory.
 
-    What else the file would have built, such as a sparse tensor, is an inert `Call` or `Name`.
+    Anything else, such as a sparse tensor, is an inert `Call` or `Name`.
 
     Args:
-        file: seekable, with a file descriptor. A checksum of ours may follow its end.
-    Raises: MalformedPickle, whose message completes 'it ...', for a file that is damaged, hostile, or of
-        another kind.
+        file: seekable, with a file descriptor. Our checksum may follow its end.
+    Raises: MalformedPickle for a file that is damaged, hostile, or of another kind.
     """
     contents, parts = _open(file, verify=True)
     try:
@@ -69,18 +68,19 @@ def read_saved(file: BinaryIO):
 
 
 def check_saved(file: BinaryIO) -> None:
-    """Check what `read_saved` does, except for the tensors' elements. Raises: MalformedPickle."""
+    """Check a file like `read_saved`, without the tensors' elements. Raises: MalformedPickle."""
     _open(file, verify=False)
     file.seek(0)
 
 
 def _open(file: BinaryIO, verify: bool) -> tuple[object, list[Part]]:
-    """The contents, with tensors whose memory is still empty, and the parts of the file that belong there."""
+    """The contents, with tensors whose memory is still empty, and the parts of the file that fill it."""
     size, _ = find_seal(file)
     try:
-        tree, places, pickled = (
-            _read_zip(file, size, verify) if zipfile.is_zipfile(file) else _read_legacy(file, size)
-        )
+        if zipfile.is_zipfile(file):
+            tree, places, pickled = _read_zip(file, size, verify)
+        else:
+            tree, places, pickled = _read_legacy(file, size)
         assembly = _Assembly(_SavedStorages(file, places), pickled, size)
         return assembly.value(tree), assembly.parts
     except MalformedPickle:
@@ -92,8 +92,8 @@ def _open(file: BinaryIO, verify: bool) -> tuple[object, list[Part]]:
 
 
 # ----------------------------------------------------------------------------
-# The two formats. Each gives the tree of the contents, {key: (start, stop)} of the storages in the file, and
-# the file that byte strings in the tree refer to.
+# The two formats. Each reader returns the tree of the contents, {key: (start, stop)} of the storages in the
+# file, and the file that byte strings in the tree refer to.
 
 Places = dict[str, tuple[int, int]]
 
@@ -102,9 +102,8 @@ def _read_zip(file: BinaryIO, size: int, verify: bool) -> tuple[object, Places, 
     file.seek(0)
     with zipfile.ZipFile(BoundedFile(file, ZIP_DIRECTORY, 'the directory of a PyTorch file')) as archive:
         members = {info.filename: info for info in archive.infolist()}
-        if len({name.lower() for name in members}) < len(
-            archive.infolist()
-        ):  # another reader may take the other one
+        # Equal names, or bytes outside of entries, could mean another file to another reader.
+        if len({name.lower() for name in members}) < len(archive.infolist()):
             raise MalformedPickle('has two entries of one name')
         file.seek(max(size - 22, 0))
         if file.read(22)[:4] != b'PK\5\6':
@@ -112,20 +111,25 @@ def _read_zip(file: BinaryIO, size: int, verify: bool) -> tuple[object, Places, 
         held = sum(info.file_size for info in members.values())
         if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()) or held > size:
             raise MalformedPickle('has compressed or overlapping entries, which PyTorch files have not')
-        if size - held > 512 + sum(
-            512 + 2 * len(name.encode(errors='replace')) for name in members
-        ):  # headers, names, alignment
+        overhead = sum(512 + 2 * len(name.encode(errors='replace')) for name in members)
+        if size - held > 512 + overhead:  # headers, names, alignment
             raise MalformedPickle(f'has {size - held:,} bytes that belong to none of its entries')
+
+        # Find the pickle, whose folder is the file's name when it was saved.
         record = next((name for name in members if re.fullmatch(r'([^/]+/)?data\.pkl', name)), None)
         if record is None:
             raise MalformedPickle('is a zip archive without data.pkl, which PyTorch files have')
         folder = record.removesuffix('data.pkl')
         if (order := members.get(f'{folder}byteorder')) is not None and archive.read(order)[:10] != b'little':
             raise MalformedPickle('is not of a little-endian machine')
+
+        # Read it.
         check_size(members[record].file_size, SAVED_STRUCTURE, 'a PyTorch file without its tensors')
         pickled = io.BytesIO(archive.read(record))
         if verify and (damaged := archive.testzip()) is not None:
             raise MalformedPickle(f'is damaged: {printable(damaged, 200)} does not match its checksum')
+
+    # Locate the storages.
     tree = read_pickle(pickled, len(pickled.getbuffer()), NAMES, persistent_ids=True)
     starts = {
         name: member_start(file, info) for name, info in members.items() if name.startswith(f'{folder}data/')
@@ -141,12 +145,15 @@ def _read_legacy(file: BinaryIO, size: int) -> tuple[object, Places, BinaryIO]:
     def next_record():
         return read_pickle(file, min(size, SAVED_STRUCTURE), NAMES, persistent_ids=True)
 
+    # Five pickles.
     file.seek(0)
     if next_record() != MAGIC:
         raise MalformedPickle('is no PyTorch file')
     _version, system, tree, keys = (next_record() for _ in range(4))
     if not isinstance(system, dict) or system.get('little_endian') is not True:
         raise MalformedPickle('is not of a little-endian machine')
+
+    # Then the storages, one after another: their lengths follow from the types in the tensors' records.
     itemsizes = {storage.key: storage.dtype.itemsize for storage in map(_Storage.of, _persistent_ids(tree))}
     places, position = {}, file.tell()
     for key in keys if isinstance(keys, list) else ():
@@ -184,12 +191,12 @@ def _persistent_ids(tree) -> Iterator[Call]:
 
 
 class _Storage(NamedTuple):
-    """What a tensor's record says of its storage."""
+    """A storage, as a tensor's record describes it."""
 
     dtype: torch.dtype
     key: str
     numel: int
-    view: tuple | None  # (first element, number of elements) of the part that is meant, in old files
+    view: tuple | None  # in old files: the record of a part of the storage
 
     @classmethod
     def of(cls, record: Call) -> _Storage:
@@ -204,7 +211,7 @@ class _Storage(NamedTuple):
 
 
 class _SavedStorages(Storages):
-    """Storages at places that are known."""
+    """Storages at known positions."""
 
     def __init__(self, file: BinaryIO, places: Places):
         super().__init__(file)
@@ -220,24 +227,25 @@ class _SavedStorages(Storages):
 
 
 class _Assembly:
-    """Values from the tree. Tensors have memory, and `parts` says what of the file belongs there."""
+    """Builds values from the tree. Tensors have empty memory, which `parts` of the file fill."""
 
     def __init__(self, storages: Storages, pickled: BinaryIO, size: int):
         self.storages, self.pickled, self.left = storages, pickled, size
         self.parts: list[Part] = []
-        self.known: dict[
-            int, tuple
-        ] = {}  # by the identity of nodes, which a file may repeat without end: (node, value)
+        # (node, value) by the node's identity, because a file may repeat nodes endlessly. Keeping the node
+        # keeps its identity unique.
+        self.known: dict[int, tuple] = {}
 
     def value(self, node, depth: int = 0):
-        """What a node stands for."""
+        """The value of a node."""
         if node is None or type(node) in (bool, int, float, str):
             return node
         if depth > MAX_DEPTH:
             raise MalformedPickle('nests values without end')
         if id(node) in self.known:
             return self.known[id(node)][1]
-        if isinstance(node, (dict, list)):  # may hold themselves
+        # Dicts and lists may hold themselves, so they are known before they are filled.
+        if isinstance(node, (dict, list)):
             value = type(node)()
             self.known[id(node)] = node, value
             self._fill(value, node, depth + 1)
@@ -274,6 +282,7 @@ class _Assembly:
         return key
 
     def _tensor(self, node: Call) -> torch.Tensor:
+        # Tensors in the file may share memory; here each gets its own, up to the file's size in all.
         located = self.storages.locate(stored_tensor(node))
         self.left -= located.nbytes
         if self.left < 0:

@@ -1,9 +1,9 @@
-"""Files that end in their own checksum; parts of files read by several threads, at about memory speed.
+"""Files that end in their own checksum, and reading of files by several threads, at about memory speed.
 
-A sealed file is whatever was written, then the line `#checksum <64 hexadecimal digits>`, which readers of
-pickles and of PyTorch's files ignore. The checksum is the SHA-256 over the CRC-32s, four little-endian bytes
-each, of the file's pieces of 512 KiB. It finds accidents, not forgeries; SHA-256 of the file itself would
-take longer than reading it from memory.
+A sealed file ends in the line `#checksum <64 hexadecimal digits>`, which readers of pickles and of PyTorch's
+files ignore. The checksum is the SHA-256 over the CRC-32s, four little-endian bytes each, of the file's
+pieces of 512 KiB. It finds accidents, not forgeries; SHA-256 of the file itself would take longer than
+reading it from memory.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import numpy as np
 from dnnlib.util import atomic_write
 
 SEAL_LENGTH = len(b'\n#checksum ') + 64 + len(b'\n')
-PIECE = 1 << 19  # bytes: still in a thread's cache when they are summed and copied
+PIECE = 1 << 19  # bytes: fits in a core's cache while it is summed and copied
 THREADS = min(4, os.cpu_count() or 1)
 Part = tuple[int, np.ndarray]  # offset in a file, uint8 array for the bytes from there on
 
 
 class DamagedFile(ValueError):
-    """The file is not what was written. The message completes 'it ...'."""
+    """A file that differs from what was written. The message completes 'it ...'."""
 
 
 # ----------------------------------------------------------------------------
@@ -36,11 +36,12 @@ class DamagedFile(ValueError):
 
 
 class _SealingFile:
-    """Passes what is written on to a file and sums it up on the way."""
+    """Writes to a file and computes its checksum on the way."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.failure = file, None
-        self._digest, self._crc, self._length = hashlib.sha256(), 0, 0  # of whole pieces; of the one at hand
+        # The digest is of complete pieces, CRC and length are of the current one.
+        self._digest, self._crc, self._length = hashlib.sha256(), 0, 0
 
     def write(self, data) -> int:
         data = memoryview(data).cast('B')
@@ -74,12 +75,12 @@ class _SealingFile:
 
 @contextlib.contextmanager
 def sealed(path: str | os.PathLike) -> Iterator[_SealingFile]:
-    """A file to write to, which takes its name when complete, sealed and on disk; see `atomic_write`."""
+    """A file to write, sealed at the end of the block; see `atomic_write`."""
     with atomic_write(path) as file:
         sealing = _SealingFile(file)
         try:
             yield sealing
-        except RuntimeError:  # what PyTorch's writer makes of a full disk
+        except RuntimeError:  # PyTorch's writer raises it for a full disk
             if sealing.failure:
                 raise sealing.failure from None
             raise
@@ -91,7 +92,7 @@ def sealed(path: str | os.PathLike) -> Iterator[_SealingFile]:
 
 
 def find_seal(file: BinaryIO) -> tuple[int, str | None]:
-    """(length of the contents, the checksum that follows them or None); leaves the file at its start."""
+    """(length of the contents, their checksum or None); leaves the file at its start."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - SEAL_LENGTH, 0))
     seal = re.fullmatch(rb'\n#checksum ([0-9a-f]{64})\n', file.read())
@@ -100,7 +101,7 @@ def find_seal(file: BinaryIO) -> tuple[int, str | None]:
 
 
 def read_parts(file: BinaryIO, parts: Sequence[Part]):
-    """Fills the parts from a file. Raises: DamagedFile where it ends before them."""
+    """Fill the parts from a file. Raises: DamagedFile if it ends before them."""
 
     def read(some: Sequence[Part]):
         for start, target in some:
@@ -111,8 +112,9 @@ def read_parts(file: BinaryIO, parts: Sequence[Part]):
 
 
 def read_sealed(file: BinaryIO, size: int, seal: str, parts: Sequence[Part] = ()):
-    """Fills the parts from a file of `size` bytes and checks its seal, in one pass. Raises: DamagedFile."""
-    wanted: dict[int, list[Part]] = {}  # by piece
+    """Fill the parts from a file of `size` bytes and check its seal, in one pass. Raises: DamagedFile."""
+    # Parts by the pieces that they overlap.
+    wanted: dict[int, list[Part]] = {}
     for start, target in parts:
         for index in range(start // PIECE, -(-(start + len(target)) // PIECE)):
             wanted.setdefault(index, []).append((start, target))
@@ -124,11 +126,13 @@ def read_sealed(file: BinaryIO, size: int, seal: str, parts: Sequence[Part] = ()
             piece = buffer[: size - first]
             _read_at(file, first, piece)
             sums.append(zlib.crc32(piece).to_bytes(4, 'little'))
+            # Copy what each part shares with this piece.
             for start, target in wanted.get(index, ()):
                 shared = piece[max(start - first, 0) : start - first + len(target)]
                 target[max(first - start, 0) :][: len(shared)] = shared
         return b''.join(sums)
 
+    # `map` keeps the order, in which the checksum is computed.
     indices, digest = range(-(-size // PIECE)), hashlib.sha256()
     with ThreadPoolExecutor(THREADS) as pool:
         for sums in pool.map(read, (indices[i : i + 32] for i in indices[::32])):

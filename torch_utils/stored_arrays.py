@@ -1,7 +1,7 @@
-"""NumPy's arrays in pickles: type, shape and place of the values, which are not read.
+"""NumPy's arrays in pickles: type, shape and position of the values, which are not read.
 
-The pickles are read as data (`restricted_pickle`), and what they say of an array is checked before memory is
-taken for it.
+Pickles are read as data (`restricted_pickle`), and an array's description is checked before memory is
+allocated for it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch_utils.restricted_pickle import (
     text_of_bytes,
 )
 
-# Of files that hold arrays and nothing else.
+# For files that hold only arrays.
 PICKLE_NAMES = frozenset(NUMPY_ARRAYS | NUMPY_SCALARS | NUMPY_TYPES | DICTS | {ENCODED_BYTES})
 
 
@@ -49,15 +49,16 @@ class StoredArray(NamedTuple):
 
 
 def stored_array(node, wanted: str = 'numbers', codes: str = r'[iu][1248]|f[248]') -> StoredArray | None:
-    """The array that a record stands for; None where it is of something else. Raises: MalformedPickle.
+    """The array of a record; None for a record of anything else. Raises: MalformedPickle.
 
     Args:
-        wanted: what messages call the types that are meant.
-        codes: a regular expression of NumPy's codes for these, without byte order.
+        wanted: name of the wanted types in messages.
+        codes: regular expression of NumPy's codes for them, without byte order.
 
-    Protocols 2 to 4 call `_reconstruct` and give it the state (version, shape, type, whether Fortran's order,
+    Protocols 2 to 4 call `_reconstruct` with the state (version, shape, type, Fortran's order or not,
     values); protocol 5 calls `_frombuffer` with (values, type, shape, order).
     """
+    # Take the record apart.
     match node:
         case Call(name=name, args=(values, Call(name='numpy.dtype') as dtype, tuple(shape), str(order))) if (
             name in NUMPY_ARRAYS
@@ -69,6 +70,8 @@ def stored_array(node, wanted: str = 'numbers', codes: str = r'[iu][1248]|f[248]
             order = 'F' if fortran else 'C'
         case _:
             return None
+
+    # Check the type.
     code = dtype.args[0] if dtype.args else None
     byte_order = dtype.state[1] if isinstance(dtype.state, tuple) and len(dtype.state) > 1 else None
     if not (
@@ -78,6 +81,8 @@ def stored_array(node, wanted: str = 'numbers', codes: str = r'[iu][1248]|f[248]
         and order in ('C', 'F')
     ):
         raise MalformedPickle(f'is an array of type {str(code)[:40]!r} instead of {wanted}')
+
+    # Check the shape, and that it fits the values.
     if (
         len(shape) > MAX_DIMENSIONS
         or not all(type(side) is int and side >= 0 for side in shape)
@@ -86,10 +91,8 @@ def stored_array(node, wanted: str = 'numbers', codes: str = r'[iu][1248]|f[248]
         raise MalformedPickle('has no shape')
     if not isinstance(values, Span):
         values = latin1(text_of_bytes(values) or '')
-    header, size = (
-        Header(shape, np.dtype(byte_order + code), order),
-        values.size if isinstance(values, Span) else len(values),
-    )
+    header = Header(shape, np.dtype(byte_order + code), order)
+    size = values.size if isinstance(values, Span) else len(values)
     if size != header.nbytes:
         raise MalformedPickle(f'says {header.dtype} {list(header.shape)}, and has {size:,} bytes')
     return StoredArray(header, values)

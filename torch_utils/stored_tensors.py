@@ -1,9 +1,9 @@
-"""Tensors in pickled modules: which there are, and where in the file their elements lie.
+"""Tensors in pickled modules, and the positions of their elements in the file.
 
-A tensor is pickled as a call that gets its storage, and its offset, shape and stride in it. A storage is a
-byte string in PyTorch's legacy format: five pickles (magic number, version, system, the storage's
-description, its key), the number of elements, the elements. All of these are read as data
-(`restricted_pickle`); the elements not at all, so that they can be read straight into a tensor's memory.
+A tensor is pickled as a call with its storage, and its offset, shape and stride in it. A storage is a byte
+string in PyTorch's legacy format: five pickles (magic number, version, system, the storage's description, its
+key), the number of elements, the elements. The pickles are read as data (`restricted_pickle`); the elements
+are not read, so that they can later be read directly into a tensor's memory.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ MAX_NAME = 1000  # characters of their dotted names
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor that is still in the file: its storage, or the text for it, and its view in elements."""
+    """A tensor that is still in the file: its storage, and its view in elements."""
 
-    storage: Span | str | Call  # a call: by a persistent ID, for `saved_tensors`
+    storage: Span | str | Call  # bytes in the file, bytes as text, or a persistent ID (`saved_tensors`)
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -48,7 +48,8 @@ def _called(node, names: set[str], least: int) -> bool:
 
 
 def stored_tensor(node) -> StoredTensor:
-    """The tensor or parameter that a record stands for."""
+    """The tensor or parameter of a record. Raises: MalformedPickle."""
+    # Unwrap parameters, and tensors with attributes.
     if _called(node, restricted_pickle.PARAMETERS, 1):
         node = node.args[0]
     if (
@@ -57,10 +58,11 @@ def stored_tensor(node) -> StoredTensor:
         and isinstance(node.args[2], tuple)
     ):
         node = Call(node.args[0].path, node.args[2])
-    if not _called(node, {restricted_pickle.TENSOR}, 4) and not _called(
-        node, {restricted_pickle.TYPED_TENSOR}, 7
-    ):
+    is_tensor = _called(node, {restricted_pickle.TENSOR}, 4)
+    if not is_tensor and not _called(node, {restricted_pickle.TYPED_TENSOR}, 7):
         raise MalformedPickle('has something else where a tensor is expected')
+
+    # Check its view.
     storage, offset, shape, stride = node.args[:4]
     if not _called(storage, {restricted_pickle.STORAGE, restricted_pickle.PERSISTENT_ID}, 1):
         raise MalformedPickle('has a tensor without storage')
@@ -73,11 +75,15 @@ def stored_tensor(node) -> StoredTensor:
         and all(type(number) is int and 0 <= number < 2**48 for number in (offset, *shape, *stride))
     ):
         raise MalformedPickle('has a tensor of impossible shape')
+
+    # Flags mark lazy negation and conjugation.
     dtype, flags = None, node.args[6:]
     if node.name == restricted_pickle.TYPED_TENSOR:
         dtype, flags = _dtype(flags[0]), flags[1:]
     if any(flags):
         raise MalformedPickle('has a tensor that stands for the negative or the conjugate of what is stored')
+
+    # Its storage.
     if storage.name == restricted_pickle.PERSISTENT_ID:
         return StoredTensor(storage, offset, shape, stride, dtype)
     data = storage.args[0] if isinstance(storage.args[0], Span) else text_of_bytes(storage.args[0])
@@ -94,25 +100,25 @@ def _dtype(node) -> torch.dtype:
 
 
 def module_tensors(node) -> dict[str, StoredTensor]:
-    """Parameters and buffers of a module's record and the modules in it, by their dotted names."""
+    """Parameters and buffers of a module's record, by dotted name. Raises: MalformedPickle."""
+    # A queue instead of recursion: a file may nest modules deeply.
     found: dict[str, StoredTensor] = {}
     queue, entries = [('', node)], 0
     while queue:
         prefix, node = queue.pop()
-        state = (
-            node.state
-            if isinstance(node, Call) and node.name in restricted_pickle.CONTAINERS
-            else (persistent_object(node) or (None, None))[1]
-        )
-        tables = (
-            [state.get(kind) for kind in ('_parameters', '_buffers', '_modules')]
-            if isinstance(state, dict)
-            else [None]
-        )
+        if isinstance(node, Call) and node.name in restricted_pickle.CONTAINERS:
+            state = node.state
+        else:
+            _, state = persistent_object(node) or (None, None)
+        tables = [None]
+        if isinstance(state, dict):
+            tables = [state.get(kind) for kind in ('_parameters', '_buffers', '_modules')]
         if not all(isinstance(table, dict) for table in tables):
             raise MalformedPickle(
                 f'has something else where the module {prefix.rstrip(".") or "at the top"!r} is expected'
             )
+
+        # Collect its tensors, and queue its submodules. A shared submodule is visited for each of its names.
         entries += sum(len(table) for table in tables)
         if entries > MAX_ENTRIES:
             raise MalformedPickle('nests modules without end')
@@ -133,11 +139,11 @@ def _joined(prefix: str, name: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LocatedTensor:
-    """A tensor whose elements have been found."""
+    """A tensor with the position of its elements."""
 
-    text: str | None  # that stands for its storage; None: they are in the file
-    start: int  # place of the first element in the file, or in the text, in bytes
-    extent: int  # elements from the first to the last, those between them included
+    text: str | None  # storage as text; None: the elements are in the file
+    start: int  # offset of the first element in the file, or in the text, in bytes
+    extent: int  # number of elements from the first to the last, gaps included
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -148,27 +154,22 @@ class LocatedTensor:
         return self.extent * self.dtype.itemsize
 
     def text_bytes(self) -> bytes:
-        """The elements, where they are in a text."""
+        """The elements, if they are in a text."""
         return latin1(self.text[self.start : self.start + self.nbytes])
 
     def view(self, elements: torch.Tensor) -> torch.Tensor:
-        """The tensor that has these elements [extent], in their memory where it fills that."""
+        """The tensor of these elements [extent]; a copy if it does not fill their memory."""
         view = elements.as_strided(self.shape, self.stride)
         return view if view.is_contiguous() else view.clone()
 
 
 class Storages:
-    """Finds tensors' elements in a file, whose storages are in PyTorch's legacy format.
-
-    The format: five pickles (magic number, version, system, the storage's description, its key), the number
-    of elements, the elements. The device in the description does not matter: the elements are in the file.
-    """
+    """Locates tensors' elements in a file whose storages are in PyTorch's legacy format (see above)."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
-        self.preamble = (
-            b''  # the first three pickles of the storage before: most often the same in all of a file
-        )
+        # First three pickles of the previous storage; most files have the same in all storages.
+        self.preamble = b''
         self.known: dict[int, Elements] = {}  # by the identity of a storage, which several tensors may share
 
     def locate(self, tensor: StoredTensor) -> LocatedTensor:
@@ -176,11 +177,13 @@ class Storages:
         elements = self.known.get(id(tensor.storage))
         if elements is None:
             elements = self.known[id(tensor.storage)] = self._read_header(tensor.storage)
+
+        # The view must lie in the storage, and each of its elements at one place of its own.
         dtype = tensor.dtype or elements.dtype
         numel, count = elements.nbytes // dtype.itemsize, math.prod(tensor.shape)
-        extent = (
-            1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride)) if count else 0
-        )
+        extent = 0
+        if count:
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride))
         if count > numel or tensor.offset + extent > numel:
             raise MalformedPickle(
                 f'claims a tensor of shape {list(tensor.shape)} that does not fit into its storage of '
@@ -205,6 +208,7 @@ class Storages:
         def next_record():
             return read_pickle(file, stop, frozenset(restricted_pickle.STORAGE_TYPES), persistent_ids=True)
 
+        # Skip the first three pickles if they are those of the previous storage; else check them.
         file.seek(start)
         if not self.preamble or file.read(min(len(self.preamble), stop - start)) != self.preamble:
             file.seek(start)
@@ -214,6 +218,8 @@ class Storages:
             length = file.tell() - start
             file.seek(start)
             self.preamble = file.read(length)
+
+        # The description, whose device does not matter, then the key and the number of elements.
         description, _keys = next_record(), next_record()
         record = description.args if isinstance(description, Call) else None
         if not isinstance(record, tuple) or len(record) not in (5, 6) or not isinstance(record[1], Name):
@@ -227,7 +233,7 @@ class Storages:
 
 @dataclass(frozen=True, slots=True)
 class Elements:
-    """The elements of a storage: where the first one is, in bytes, and the size of all."""
+    """The elements of a storage: offset of the first one and size of all, in bytes."""
 
     text: str | None
     start: int
@@ -235,7 +241,7 @@ class Elements:
     nbytes: int
 
     def part(self, view: object) -> Elements:
-        """A part of a storage, which old PyTorch calls (key, first element, number of elements)."""
+        """A part of a storage, by old PyTorch's record (key, first element, number of elements)."""
         if not (
             isinstance(view, tuple)
             and len(view) == 3

@@ -1,9 +1,9 @@
 """Scalar statistics of a training run, gathered on the device and reduced over processes once a tick.
 
-`report` and `report_bins` add to running moments without any transfer, of tensors that must not change
-afterwards; `collect` sums them over all processes, returns {name: {"num", "mean", "std"}} and starts anew.
-Every process must report the same names. A step of a small network would notice the operations, so reports of
-a name wait for each other and become moments together.
+`report` and `report_bins` accumulate moments on the device; their tensors must not change afterwards.
+`collect` sums them over all processes, returns {name: {"num", "mean", "std"}} and resets them. Every process
+must report the same names. Reports are queued and become moments together, because their operations would
+slow down a step of a small network.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ import torch
 
 from torch_utils import distributed
 
-AT_ONCE = 32  # reports of a name that are worth the operations
+AT_ONCE = 32  # queued reports of a name that become moments together
 
-_waiting: dict[
-    tuple[str, ...], list[tuple[torch.Tensor, ...]]
-] = {}  # names -> (values,) or (values, index) of each report
-_moments: dict[
-    tuple[str, ...], torch.Tensor
-] = {}  # names -> [len(names), 3] float64: count, sum, sum of squares
+# Names -> (values,) or (values, index) of each queued report.
+_waiting: dict[tuple[str, ...], list[tuple[torch.Tensor, ...]]] = {}
+# Names -> [len(names), 3] float64: count, sum, sum of squares.
+_moments: dict[tuple[str, ...], torch.Tensor] = {}
 
 
 def _accumulator(names: tuple[str, ...], device: torch.device) -> torch.Tensor:
@@ -42,7 +40,7 @@ def report_bins(names: list[str], index: torch.Tensor, values: torch.Tensor) -> 
 
 
 def _add(names: tuple[str, ...], values: torch.Tensor, *index: torch.Tensor) -> None:
-    _accumulator(names, values.device)  # now, so that all processes know the names in one order
+    _accumulator(names, values.device)  # create it now, so that all processes have the same order of names
     reports = _waiting.setdefault(names, [])
     reports.append((values, *index))
     if len(reports) >= AT_ONCE:
@@ -50,7 +48,7 @@ def _add(names: tuple[str, ...], values: torch.Tensor, *index: torch.Tensor) -> 
 
 
 def _take_in(names: tuple[str, ...]) -> None:
-    """Add the reports that wait to the moments."""
+    """Add the queued reports to the moments."""
     values, *index = (torch.cat(column) for column in zip(*_waiting.pop(names)))
     moments = _moments_of(values.double())
     if index:
@@ -60,7 +58,7 @@ def _take_in(names: tuple[str, ...]) -> None:
 
 
 def _moments_of(values: torch.Tensor) -> torch.Tensor:
-    """[..., 3] float64: count, value, square; zeros for what is not finite."""
+    """[..., 3] float64: count, value, square; zeros for non-finite values."""
     finite = values.isfinite()
     values = values.where(finite, 0)
     return torch.stack([finite.double(), values, values.square()], dim=-1)
@@ -72,28 +70,26 @@ def collect() -> dict[str, dict[str, float]]:
     for names, totals in state():
         for name, (count, total, square) in zip(names, totals.tolist()):
             if count:
-                mean = total / count
+                mean = total / count  # the variance may be slightly negative by rounding
                 stats[name] = dict(num=int(count), mean=mean, std=math.sqrt(max(square / count - mean**2, 0)))
     reset()
     return stats
 
 
 def state() -> list[tuple[list[str], torch.Tensor]]:
-    """The sums over processes since the last collection, for a training state in the middle of a tick."""
+    """The sums over processes since the last collection, for a training state saved during a tick."""
     for names in list(_waiting):
         _take_in(names)
     if not _moments:
         return []
-    totals = (
-        distributed.all_reduce_sum(torch.cat(list(_moments.values())))
-        .cpu()
-        .split([len(names) for names in _moments])
-    )
+    # One all-reduce for all names.
+    sums = distributed.all_reduce_sum(torch.cat(list(_moments.values()))).cpu()
+    totals = sums.split([len(names) for names in _moments])
     return [(list(names), total.clone()) for names, total in zip(_moments, totals)]
 
 
 def load_state(groups: list[tuple[list[str], torch.Tensor]], device: torch.device) -> None:
-    """Inverse of `state`: every process knows the names, the main one has the sums. Raises: ValueError."""
+    """Inverse of `state`: all processes take the names, and the main one the sums. Raises: ValueError."""
     reset()
     for names, total in groups:
         if total.shape != (len(names), 3):
