@@ -278,7 +278,7 @@ def check_seeds(first: int, count: int, seed_option: str, count_option: str) -> 
     """Raises: UsageError if the last of `count` seeds from `first` on is 2^32 or more."""
     if first + count > SEED_COUNT:
         raise click.UsageError(
-            f'{seed_option}={first} and {count_option}={count} ask for seeds up to {first + count - 1}, and '
+            f'{seed_option}={first} and {count_option}={count} need seeds up to {first + count - 1}, and '
             f'seeds are below 2^32 = {SEED_COUNT}: lower {seed_option}.'
         )
 

@@ -131,13 +131,13 @@ def _split_url(source: str) -> tuple[str, str | None]:
 def _checked_digest(digest: str, where: str) -> str:
     if not re.fullmatch(r'[0-9A-Fa-f]{64}', digest):
         raise UserError(
-            f'{where}: a SHA-256 digest has 64 hexadecimal digits, and {digest!r} is none. Check the digest.'
+            f'{where}: {digest!r} is not a SHA-256 digest, which has 64 hexadecimal digits. Check the digest.'
         )
     return digest.lower()
 
 
 def file_sha256(path: str | os.PathLike) -> str:
-    """Hexadecimal SHA-256 digest of a file's bytes. Raises: UserError where it cannot be read."""
+    """Hexadecimal SHA-256 digest of a file's bytes. Raises: UserError if it cannot be read."""
     try:
         status = os.stat(path)
         return _digest_of_version(os.fspath(path), status.st_mtime_ns, status.st_size)

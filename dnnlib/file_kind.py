@@ -78,7 +78,7 @@ INSTEAD = {
         ('a gzip', 'a bzip2', 'an xz', 'a Zstandard', 'a 7-Zip', 'a RAR', 'a tar'), 'Unpack it, and give {}.'
     ),
     'a training state of EDM': 'Give {}.',
-    'a training state': 'Training goes on from it by train.py --resume. Give {}.',
+    'a training state': 'train.py --resume continues from it. Give {}.',
     'a network snapshot': 'Networks are for --network, --teacher and --transfer. Give {}.',
     'a TorchScript file': 'Feature detectors are for --detector. Give {}.',
     'a NumPy': 'Statistics are for --ref, arrays of images for --images. Give {}.',

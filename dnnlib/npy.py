@@ -62,7 +62,7 @@ def read_header(file: BinaryIO) -> Header:
     ):
         raise ValueError(f'its shape is {str(list(shape) if isinstance(shape, tuple) else shape)[:80]}')
     if math.prod(max(side, 1) for side in shape) * dtype.itemsize > sys.maxsize:
-        raise ValueError(f'its shape is {str(list(shape))[:80]}, which no computer holds')
+        raise ValueError(f'its shape is {str(list(shape))[:80]}, which is too large for any memory')
     return Header(shape, dtype, 'F' if entries['fortran_order'] else 'C')
 
 

@@ -228,9 +228,7 @@ class Record(Kind):
         for name, item in value.items():
             kind = self.fields.get(name, self.others) if type(name) is str else None
             if kind is None:
-                raise Mismatch(
-                    f'has an entry {shown(name)} in {printable(where, 200)}, where none of that name belongs'
-                )
+                raise Mismatch(f'has an unknown entry {shown(name)} in {printable(where, 200)}')
             kind.check(item, f'{where}.{name}')
 
 

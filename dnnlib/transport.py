@@ -54,7 +54,7 @@ def download(url: str, path: Path, sha256: str | None, timeout: float) -> tuple[
     """Download `url` to `path`, with retries if the connection breaks or stalls, or the server fails.
 
     Returns: (length, SHA-256 digest).
-    Raises: UserError, or AnotherFile where the digest is not the expected one.
+    Raises: UserError, or AnotherFile if the digest is not the expected one.
     """
     import requests  # slow to import, and most runs read local files
 
@@ -268,7 +268,7 @@ def _request(session, url: str, timeout: float):
             )
         return response
 
-    # Google Drive answers with a page to confirm where it cannot scan the file for viruses.
+    # Google Drive answers with a page to confirm if it cannot scan the file for viruses.
     response = get(google_drive.download_address(url))
     if _is_page(response):
         page = next(response.iter_content(CHUNK), b'').decode(errors='replace')

@@ -97,7 +97,7 @@ def chosen_input(source, files: ImageFiles | None, path: str, indices: list[int]
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(
             f'{path}: {twice} would be edited twice, into the same file: give each image a name, '
-            'and in --indices a place, of its own'
+            'and list each index once in --indices'
         )
 
     # Find other sizes before any image is edited.
@@ -199,7 +199,7 @@ def unknown_pixels(
         unknown.view(-1)[order[: round(random_share * unknown.numel())]] = True
     if not unknown.any():
         reason = f'--mask={mask} has no white' if mask else '--random-share is less than a pixel'
-        raise UserError(f'nothing is to be made up: {reason}')
+        raise UserError(f'nothing is unknown: {reason}')
     return unknown
 
 
@@ -212,7 +212,7 @@ def load(network: str):
     net = load_network(network, 'cuda' if torch.cuda.is_available() else 'cpu')
     if not isinstance(encoders.encoder_of(net), encoders.StandardRGBEncoder):
         raise UserError(
-            f'{network} makes latents of a VAE, and what is known of an image is known of its pixels: '
+            f'{network} makes latents of a VAE, but edits keep pixels: '
             'only networks of pixels can edit. interpolate works with both.'
         )
     return net
@@ -250,8 +250,8 @@ def editing_arguments(
     arguments = sampling_arguments(net, network, **sampling, **start, choose_labels=choose_labels)
     if arguments['solver'] not in EDITING_SOLVERS or net.metadata.get('objective') == 'diffusion':
         raise UserError(
-            f'{network} is a teacher, or does not say what it is, and only students and consistency models '
-            'can edit: distil a teacher with train.py --objective=mcd or direct, '
+            f'{network} is a teacher, or of unknown kind, and only students and consistency models '
+            'can edit: distill a teacher with train.py --objective=mcd or direct, '
             'or tune it with --objective=ect'
         )
 

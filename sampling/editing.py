@@ -114,9 +114,9 @@ def contract_colors(images: Tensor) -> Tensor:
 
 
 def round_blocks(images: Tensor, factor: int) -> Tensor:
-    """To uint8 without changing the blocks' sums, which must be whole numbers of gray levels.
+    """To uint8 without changing the blocks' sums, which must be integers in gray levels.
 
-    They are for averages of uint8 images. No value moves by a whole gray level, except into [-1, 1].
+    For averages of uint8 images they are. Inside [-1, 1], no value moves by a full gray level.
     """
     # Shrink values outside of the range toward their block's mean.
     blocks = to_blocks(images.double(), factor)

@@ -108,6 +108,6 @@ def labels_of_training_set(net, network: str) -> Labels:
     if record.get('digest') not in (None, dataset.digest()) or dataset.label_space.differs(space_of(net)):
         raise UserError(
             f'--labels={DATA}: {path} holds another data set ({dataset.num_images} images, '
-            f'{dataset.label_space}) than {network} was trained on; put that back, or {cure}'
+            f'{dataset.label_space}) than {network} was trained on; restore that one, or {cure}'
         )
     return dataset.labels

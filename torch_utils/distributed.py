@@ -93,7 +93,7 @@ def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
             if store.check([f'name/{other}']):
                 store.set(f'prefix for {store.get(f"name/{other}").decode()}', name)
         if time.monotonic() > deadline:
-            raise RuntimeError(f'processes {", ".join(map(str, missing[:20]))} did not come.')
+            raise RuntimeError(f'processes {", ".join(map(str, missing[:20]))} did not join.')
         time.sleep(0.02)
     return dist.PrefixStore(name, store)
 

@@ -405,7 +405,7 @@ def latin1(text: str) -> bytes:
     try:
         return text.encode('latin-1')
     except UnicodeEncodeError as error:
-        raise MalformedPickle('has text in the place of bytes') from error
+        raise MalformedPickle('has text in place of bytes') from error
 
 
 def persistent_object(node) -> tuple[str, dict] | None:

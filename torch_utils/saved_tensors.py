@@ -87,7 +87,7 @@ def _open(file: BinaryIO, verify: bool) -> tuple[object, list[Part]]:
         raise
     except UNREADABLE as error:
         raise MalformedPickle(
-            f'is no complete PyTorch file ({printable(error, 200) or type(error).__name__})'
+            f'is not a complete PyTorch file ({printable(error, 200) or type(error).__name__})'
         ) from error
 
 
@@ -107,13 +107,13 @@ def _read_zip(file: BinaryIO, size: int, verify: bool) -> tuple[object, Places, 
             raise MalformedPickle('has two entries of one name')
         file.seek(max(size - 22, 0))
         if file.read(22)[:4] != b'PK\5\6':
-            raise MalformedPickle('goes on behind its zip archive')
+            raise MalformedPickle('has data after its zip archive')
         held = sum(info.file_size for info in members.values())
         if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()) or held > size:
-            raise MalformedPickle('has compressed or overlapping entries, which PyTorch files have not')
+            raise MalformedPickle('has compressed or overlapping entries, which PyTorch files never have')
         overhead = sum(512 + 2 * len(name.encode(errors='replace')) for name in members)
         if size - held > 512 + overhead:  # headers, names, alignment
-            raise MalformedPickle(f'has {size - held:,} bytes that belong to none of its entries')
+            raise MalformedPickle(f'has {size - held:,} bytes outside of its entries')
 
         # Find the pickle, whose folder is the file's name when it was saved.
         record = next((name for name in members if re.fullmatch(r'([^/]+/)?data\.pkl', name)), None)
@@ -121,7 +121,7 @@ def _read_zip(file: BinaryIO, size: int, verify: bool) -> tuple[object, Places, 
             raise MalformedPickle('is a zip archive without data.pkl, which PyTorch files have')
         folder = record.removesuffix('data.pkl')
         if (order := members.get(f'{folder}byteorder')) is not None and archive.read(order)[:10] != b'little':
-            raise MalformedPickle('is not of a little-endian machine')
+            raise MalformedPickle('was not written by a little-endian machine')
 
         # Read it.
         check_size(members[record].file_size, SAVED_STRUCTURE, 'a PyTorch file without its tensors')
@@ -148,10 +148,10 @@ def _read_legacy(file: BinaryIO, size: int) -> tuple[object, Places, BinaryIO]:
     # Five pickles.
     file.seek(0)
     if next_record() != MAGIC:
-        raise MalformedPickle('is no PyTorch file')
+        raise MalformedPickle('is not a PyTorch file')
     _version, system, tree, keys = (next_record() for _ in range(4))
     if not isinstance(system, dict) or system.get('little_endian') is not True:
-        raise MalformedPickle('is not of a little-endian machine')
+        raise MalformedPickle('was not written by a little-endian machine')
 
     # Then the storages, one after another: their lengths follow from the types in the tensors' records.
     itemsizes = {storage.key: storage.dtype.itemsize for storage in map(_Storage.of, _persistent_ids(tree))}
