@@ -43,8 +43,10 @@ def leave(*_) -> None:
 
 
 def is_script() -> bool:
-    """Whether Python runs one of the scripts."""
+    """Whether Python runs one of the scripts, or its command `edm-...` that pip installed."""
     folder, name = os.path.split(os.path.abspath(getattr(sys.modules['__main__'], '__file__', None) or ''))
+    if name.startswith('edm-'):
+        return name.removeprefix('edm-').replace('-', '_') in SCRIPTS
     return (
         folder == os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         and name.removesuffix('.py') in SCRIPTS

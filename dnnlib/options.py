@@ -81,7 +81,8 @@ class Option:
     def parameter(self, default_text: str | None) -> cli.Option:
         """The option of a click command. Its own default is None: only what is given has a value."""
         names, details = self._declaration(default_text)
-        return cli.Option(names, default=None, **details)
+        default = {} if self.required else dict(default=None)  # with a default, even None, nothing is missing
+        return cli.Option(names, **default, **details)
 
     def __call__(self, command: Callable) -> Callable:
         """As a decorator: adds the option, with its default, to a click command."""

@@ -39,7 +39,9 @@ def _reconstruct_persistent_obj(meta):
 """
 
 STOCK_SCRIPT = """
-import importlib.util, pathlib, pickle
+import importlib.util, pathlib, pickle, sys
+# Not even where pip has installed this repository in place.
+sys.meta_path[:] = [finder for finder in sys.meta_path if '__editable__' not in getattr(finder, '__module__', '')]
 import numpy as np, torch
 assert importlib.util.find_spec('training') is None and importlib.util.find_spec('dnnlib') is None
 given = {name: torch.as_tensor(value) for name, value in np.load('given.npz').items()}

@@ -149,3 +149,14 @@ def test_a_run_is_not_resumed_in_a_folder_that_is_read_only(tmp_path, monkeypatc
     monkeypatch.setattr('tempfile.TemporaryFile', read_only)
     with pytest.raises(UserError, match=f'{tmp_path}: Read-only file system'):
         run_lock.RunLock(run_lock.folder_of(str(tmp_path / 'training-state-000001.pt'))).acquire()
+
+
+def test_installed_commands_are_scripts_too(monkeypatch):
+    for name, known in (
+        ('edm-dataset-tool', True),
+        ('edm-train', True),
+        ('edm-other', False),
+        ('train', False),
+    ):
+        monkeypatch.setattr(sys.modules['__main__'], '__file__', f'/usr/bin/{name}', raising=False)
+        assert interrupts.is_script() == known

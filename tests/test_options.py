@@ -156,3 +156,10 @@ def test_a_process_refuses_them_too():
         done = run(*arguments, check=False, timeout=30)
         assert_one_clear_error(done, status=2)
         assert len(done.stderr) < 700
+
+
+def test_training_asks_for_a_folder_and_for_data():
+    from train import main
+
+    for given, missing in (([], '--outdir'), (['--outdir=x'], '--data'), (['--data=x'], '--outdir')):
+        assert_one_clear_error(CliRunner().invoke(main, given), f"Missing option '{missing}'", status=2)
