@@ -1,4 +1,5 @@
-"""From gradients to weights: loss scaling, clipping, the optimizer, and skipping steps that are not finite.
+"""From gradients to weights: learning rate, loss scaling, clipping, the optimizer, and skipping steps that
+are not finite.
 
 No host/device synchronization.
 """
@@ -8,11 +9,17 @@ from __future__ import annotations
 import torch
 from torch.optim.adam import adam
 
-from torch_utils import training_stats
+from dnnlib import EasyDict
+from torch_utils import misc, training_stats
 from torch_utils.flat import FlatParameters
 
 # Dynamic loss scale: start, maximum, and finite steps between doublings.
 DYNAMIC_START, DYNAMIC_MAX, GROWTH_INTERVAL = 2.0**16, 2.0**24, 2000
+
+
+def learning_rate(c: EasyDict, nimg: int) -> float:
+    """Learning rate of the step that follows `nimg` images."""
+    return misc.learning_rate(c.lr, nimg, c.total_nimg, c.lr_rampup_nimg, c.lr_schedule, c.lr_ref_nimg)
 
 
 class WeightUpdate:

@@ -1,0 +1,69 @@
+"""Evaluations during training: the Fréchet distance and pictures of each average in --val_emas."""
+
+from __future__ import annotations
+
+import torch
+
+from dnnlib import EasyDict, NotFinite
+from metrics.validator import Validator
+from torch_utils import distributed
+from torch_utils.preemption import PreemptionHandler
+from training import checkpoint, execution
+from training.run_log import RunLog
+from training.setup import Run
+
+
+def build_validator(run: Run) -> Validator:
+    """The validator of a run. A resumed run generates the images of interrupted evaluations again."""
+    c, net = run.c, run.net
+    options = EasyDict(c.validation, overwrite=c.validation.overwrite or run.resumed)
+    image_shape = [net.img_channels, net.img_resolution, net.img_resolution]
+    return Validator(
+        options, run.dataset, run.dir, run.device, image_shape, run.dataset.label_space, c.encoder
+    )
+
+
+def evaluate_at_start(validator: Validator, run: Run, stop: PreemptionHandler) -> dict | None:
+    """Evaluate what --val_teacher and --val_at_start name; None if a signal asked to stop meanwhile."""
+    if run.c.validation.teacher and run.teacher is not None:
+        record = validator.run(run.teacher, nimg=0, ema='teacher', steps=None, stop=stop)
+        if record is None:
+            return None
+        run.log.evaluation(record)
+    return evaluate(validator, run, stop) if run.c.validation.at_start else {}
+
+
+def evaluate(validator: Validator, run: Run, stop: PreemptionHandler) -> dict | None:
+    """FID of each average of --val_emas, by name, the same on all processes; None, with nothing recorded, if
+    a signal asked to stop meanwhile.
+
+    The FID is None for an average whose images are not finite. That is logged, and training continues.
+    """
+    c, nimg, records = run.c, run.progress.nimg, {}
+
+    # Record nothing until all averages are evaluated: a stopped run repeats them all.
+    for name in c.validation.emas:
+        net, metadata = sampling_network(run, name), checkpoint.snapshot_metadata(c, nimg)
+        records[name] = validator.run(net, nimg=nimg, ema=name, metadata=metadata, stop=stop)
+        if records[name] is None:
+            return None
+
+    for name, record in records.items():
+        _, grid = run.files.attempt(sample_grid, validator, sampling_network(run, name), nimg, name, run.log)
+        run.log.evaluation(record, grid)
+    return distributed.broadcast_object({name: record['fid'] for name, record in records.items()})
+
+
+def sampling_network(run: Run, name: str) -> torch.nn.Module:
+    """The network that samples with the average of that name. At most one copy at a time is on the device."""
+    average = execution.run_with(run.averages.on_device(name), channels_last=run.c.channels_last)
+    return run.loss_state.sampling_network(average)
+
+
+def sample_grid(validator: Validator, net, nimg: int, name: str, log: RunLog) -> str | None:
+    """The path of `Validator.sample_grid`; None, and a line in the log, if its images are not finite."""
+    try:
+        return validator.sample_grid(net, nimg, name)
+    except NotFinite as error:
+        log(f'Warning: no picture of samples ({name}): {error}.')
+        return None
