@@ -26,7 +26,7 @@ from run_logs import CONFIG, TOTAL, begin, evaluation, offline, tick, train
 from wandb_files import leveldb_records
 
 from dnnlib import UserError
-from training import run_log
+from training import run_log, trackers
 from training.run_log import RunLog
 
 
@@ -499,9 +499,9 @@ def test_a_note_of_what_is_written_is_kept_and_damage_to_it_does_no_harm(wandb, 
     assert path.read_text() == '-1\n'
     train(log, 64, 128)
     assert path.read_text() == '-1\n'
-    log._wandb._since -= run_log.WRITTEN_AFTER
+    log._wandb._since -= trackers.WRITTEN_AFTER
     train(log, 192)
-    log._wandb._since -= run_log.WRITTEN_AFTER
+    log._wandb._since -= trackers.WRITTEN_AFTER
     train(log, 256)
     assert path.read_text() == '192\n'
     log.close()
@@ -562,7 +562,7 @@ def test_without_a_network_the_run_begins_after_the_time_limit(wandb, run_dir, m
     """Nothing listens at port 9. On a resume the run's name is kept for the next one."""
     monkeypatch.setenv('WANDB_BASE_URL', 'http://127.0.0.1:9')
     monkeypatch.setenv('WANDB_API_KEY', '0' * 40)
-    monkeypatch.setattr(run_log, 'INIT_TIMEOUT', 1.0)
+    monkeypatch.setattr(trackers, 'INIT_TIMEOUT', 1.0)
     start = time.time()
     log = begin(run_dir, offline('abcd1234') | dict(mode='online'), resumed_at=64)
     assert time.time() - start < 20 and log.wandb_id == 'abcd1234'
@@ -737,7 +737,7 @@ def test_online_the_server_says_where_it_stands(wandb, run_dir, server):
 
 
 def test_a_server_that_vanishes_delays_the_end_by_the_time_limit_at_most(wandb, run_dir, server, monkeypatch):
-    monkeypatch.setattr(run_log, 'FINISH_TIMEOUT', 1.0)
+    monkeypatch.setattr(trackers, 'FINISH_TIMEOUT', 1.0)
     log = begin(run_dir, offline() | dict(mode='online'))
     server.shutdown()
     server.server_close()

@@ -1,4 +1,4 @@
-"""The options that every run has, declared once. Quick to import: `train.py --help` reads it without PyTorch."""
+"""The options that every run has, declared once. Quick to import, without PyTorch: `train.py --help` reads it."""
 
 from __future__ import annotations
 
@@ -47,46 +47,39 @@ class LossScale(click.ParamType):
         return value if value == 'dynamic' else cli.POSITIVE.convert(value, param, ctx)
 
 
+# ----------------------------------------------------------------------------
+# The options, as a table: default, kind, help, and how --help and records show them.
+
+
+# fmt: off
 @dataclass(frozen=True)
 class Main:
     heading: ClassVar[str] = 'Main'
 
     outdir: str | None = opt(
-        None, cli.PATH, 'Where to make the numbered folder of this run.', metavar='DIR', required=True
-    )
+        None, cli.PATH, 'Where to make the numbered folder of this run.',
+        metavar='DIR', required=True)
     data: str | None = opt(
-        None,
-        cli.PATH,
-        'Data set, made by dataset_tool.py.',
-        metavar='ZIP|DIR',
-        key='dataset.path',
-        required=True,
-    )
+        None, cli.PATH, 'Data set, made by dataset_tool.py.',
+        metavar='ZIP|DIR', key='dataset.path', required=True)
     cond: bool = opt(False, bool, 'Train a class-conditional model; needs labels.', key='dataset.use_labels')
     arch: str | None = opt(
-        None,
-        click.Choice(list(ARCHITECTURES)),
-        'Network architecture.',
-        default_text="ddpmpp; for students the teacher's",
-    )
+        None, click.Choice(list(ARCHITECTURES)), 'Network architecture.',
+        default_text="ddpmpp; for students the teacher's")
     precond: str | None = opt(
-        None,
-        click.Choice(list(PRECONDITIONING)),
-        'Preconditioning and, for teachers, loss.',
-        default_text="edm; for students the teacher's",
-    )
+        None, click.Choice(list(PRECONDITIONING)), 'Preconditioning and, for teachers, loss.',
+        default_text="edm; for students the teacher's")
     objective: str = opt(
-        'diffusion',
-        click.Choice(list(OBJECTIVES)),
-        'diffusion: a teacher; mcd: multistep consistency distillation; mct: the same without a teacher; direct: regression on the '
-        "teacher's solution of each segment; pd: progressive distillation; cm-cd, cm-ct: Song et al.'s consistency distillation "
-        'and training; ict: improved consistency training; ect: easy consistency tuning; tcm: truncated consistency training.',
-        key='objective',
-    )
+        'diffusion', click.Choice(list(OBJECTIVES)),
+        'diffusion: a teacher; mcd: multistep consistency distillation; mct: the same without a teacher; '
+        "direct: regression on the teacher's solution of each segment; pd: progressive distillation; cm-cd, "
+        "cm-ct: Song et al.'s consistency distillation and training; ict: improved consistency training; "
+        'ect: easy consistency tuning; tcm: truncated consistency training.',
+        key='objective')
     consistency: bool | None = opt(None, bool, 'True: as --objective=mcd.', default_text='False')
     duration: float | None = opt(
-        None, cli.SOME_MIMG, 'Length of training in millions of images.', metavar='MIMG'
-    )
+        None, cli.SOME_MIMG, 'Length of training in millions of images.',
+        metavar='MIMG')
 
 
 @dataclass(frozen=True)
@@ -94,87 +87,49 @@ class Hyperparameters:
     heading: ClassVar[str] = 'Hyperparameters'
 
     batch: int | None = opt(
-        None, cli.BATCH, 'Total batch size.', metavar='INT', key='batch_size', settled=True
-    )
+        None, cli.BATCH, 'Total batch size.',
+        metavar='INT', key='batch_size', settled=True)
     batch_gpu: int | None = opt(
-        None,
-        cli.BATCH,
+        None, cli.BATCH,
         'Micro-batch size per GPU; gradients accumulate if it is smaller than batch / world size.',
-        flags=('--batch-gpu',),
-        metavar='INT',
-        default_text='batch / world size',
-        key='batch_gpu',
-    )
+        flags=('--batch-gpu',), metavar='INT', default_text='batch / world size', key='batch_gpu')
     optim: str | None = opt(None, click.Choice(['adam', 'radam']), 'Optimizer.', key='optim', settled=True)
     lr: float | None = opt(None, cli.POSITIVE, 'Learning rate.', metavar='FLOAT', key='lr', settled=True)
     lr_rampup: float | None = opt(
-        None,
-        cli.KIMG,
-        'Thousands of images over which the learning rate rises from 0.',
-        metavar='KIMG',
-        key='lr_rampup_nimg',
-        settled=True,
-        unit=1e3,
-    )
+        None, cli.KIMG, 'Thousands of images over which the learning rate rises from 0.',
+        metavar='KIMG', key='lr_rampup_nimg', settled=True, unit=1e3)
     lr_schedule: str | None = opt(
-        None,
-        click.Choice(['constant', 'linear', 'cosine', 'sqrt']),
-        'Decay of the learning rate: to 0 at the end of training (linear, cosine), or as 1/sqrt(steps) after --lr_decay steps (sqrt).',
-        key='lr_schedule',
-        settled=True,
-    )
+        None, click.Choice(['constant', 'linear', 'cosine', 'sqrt']),
+        'Decay of the learning rate: to 0 at the end of training (linear, cosine), or as 1/sqrt(steps) '
+        'after --lr_decay steps (sqrt).',
+        key='lr_schedule', settled=True)
     lr_decay: int | None = opt(
-        None,
-        cli.COUNT,
-        'Optimizer steps after which --lr_schedule=sqrt decays (t_ref of EDM2).',
-        metavar='STEPS',
-        idle=('lr_schedule', 'constant'),
-    )
+        None, cli.COUNT, 'Optimizer steps after which --lr_schedule=sqrt decays (t_ref of EDM2).',
+        metavar='STEPS', idle=('lr_schedule', 'constant'))
     beta2: float | None = opt(
-        None, cli.Number(0, 1, max_open=True), "Decay of Adam's second moments.", metavar='FLOAT'
-    )
+        None, cli.Number(0, 1, max_open=True), "Decay of Adam's second moments.",
+        metavar='FLOAT')
     ema: float | None = opt(
-        None,
-        Images(),
+        None, Images(),
         'Half-life of the weight average in millions of images; 500kimg and 50Mimg name their unit.',
-        metavar='MIMG',
-        key='ema_halflife_nimg',
-        settled=True,
-    )
+        metavar='MIMG', key='ema_halflife_nimg', settled=True)
     ema_rampup: float | None = opt(
-        None,
-        cli.FACTOR,
+        None, cli.FACTOR,
         'Limit of the effective half-life as a fraction of the images seen; 0 for no limit.',
-        metavar='FLOAT',
-    )
+        metavar='FLOAT')
     phema: list | None = opt(
-        None,
-        cli.NumberList(cli.FACTOR),
+        None, cli.NumberList(cli.FACTOR),
         'Relative widths of power-function EMAs to keep as well, as in 0.05,0.10.',
-        metavar='LIST',
-        key='phema_stds',
-    )
+        metavar='LIST', key='phema_stds')
     augment: float | None = opt(
-        None, cli.Number(0, 1), 'Augmentation probability.', metavar='FLOAT', key='augment', settled=True
-    )
+        None, cli.Number(0, 1), 'Augmentation probability.',
+        metavar='FLOAT', key='augment', settled=True)
     grad_clip: float | None = opt(
-        None,
-        cli.POSITIVE,
-        'Clip the global gradient norm to this value.',
-        flags=('--grad-clip',),
-        metavar='FLOAT',
-        default_text='never',
-        key='grad_clip',
-    )
+        None, cli.POSITIVE, 'Clip the global gradient norm to this value.',
+        flags=('--grad-clip',), metavar='FLOAT', default_text='never', key='grad_clip')
     max_images: int | None = opt(
-        None,
-        cli.COUNT,
-        'Train on a random subset of this size, which is always the same.',
-        flags=('--max-images',),
-        metavar='INT',
-        default_text='all',
-        key='dataset.max_size',
-    )
+        None, cli.COUNT, 'Train on a random subset of this size, which is always the same.',
+        flags=('--max-images',), metavar='INT', default_text='all', key='dataset.max_size')
     xflip: bool = opt(False, bool, 'Add mirrored copies of all images.', key='dataset.xflip')
 
 
@@ -183,131 +138,76 @@ class Network:
     heading: ClassVar[str] = 'Network'
 
     cbase: int | None = opt(
-        None,
-        cli.SIDE,
-        'Number of channels at the finest level.',
-        metavar='INT',
-        key='network.kwargs.model_channels',
-        default_text='by --arch',
-    )
+        None, cli.SIDE, 'Number of channels at the finest level.',
+        metavar='INT', key='network.kwargs.model_channels', default_text='by --arch')
     cres: list | None = opt(
-        None,
-        cli.NumberList(cli.SIDE),
-        'Channel multiplier of each level.',
-        metavar='LIST',
-        key='network.kwargs.channel_mult',
-        default_text='by --arch',
-    )
+        None, cli.NumberList(cli.SIDE), 'Channel multiplier of each level.',
+        metavar='LIST', key='network.kwargs.channel_mult', default_text='by --arch')
     num_blocks: int | None = opt(
-        None,
-        cli.Integer(min=1, max=1000),
-        'Residual blocks per level.',
-        metavar='INT',
-        key='network.kwargs.num_blocks',
-        default_text='by --arch',
-    )
+        None, cli.Integer(min=1, max=1000), 'Residual blocks per level.',
+        metavar='INT', key='network.kwargs.num_blocks', default_text='by --arch')
     attn_resolutions: list | None = opt(
-        None,
-        cli.NumberList(cli.SIDE),
-        'Resolutions with self-attention.',
-        metavar='LIST',
-        key='network.kwargs.attn_resolutions',
-        default_text='by --arch',
-    )
+        None, cli.NumberList(cli.SIDE), 'Resolutions with self-attention.',
+        metavar='LIST', key='network.kwargs.attn_resolutions', default_text='by --arch')
     dropout: float | None = opt(
-        None,
-        cli.Number(0, 1, max_open=True),
-        'Dropout probability.',
-        metavar='FLOAT',
-        key='network.kwargs.dropout',
-        default_text="the teacher's",
-    )
+        None, cli.Number(0, 1, max_open=True), 'Dropout probability.',
+        metavar='FLOAT', key='network.kwargs.dropout', default_text="the teacher's")
     dout_resolutions: list | None = opt(
-        None,
-        cli.NumberList(cli.SIDE),
-        'Resolutions with dropout.',
-        metavar='LIST',
-        key='network.kwargs.dout_resolutions',
-        default_text='all; ect of edm2 those up to 16',
-    )
+        None, cli.NumberList(cli.SIDE), 'Resolutions with dropout.',
+        metavar='LIST', key='network.kwargs.dout_resolutions',
+        default_text='all; ect of edm2 those up to 16')
 
 
 @dataclass(frozen=True)
 class Validation:
     heading: ClassVar[str] = 'Validation'
-    switch: ClassVar[str] = 'val'  # without which the others mean nothing
+    switch: ClassVar[str] = 'val'  # without it the others are refused
 
     val: bool = opt(False, bool, 'Evaluate the Frechet distance during training.')
     val_ref: str | None = opt(
-        None, cli.PATH, 'Reference statistics, made by fid.py ref.', metavar='NPZ|URL', key='validation.ref'
-    )
+        None, cli.PATH, 'Reference statistics, made by fid.py ref.',
+        metavar='NPZ|URL', key='validation.ref')
     val_ref_data: str | None = opt(
-        None,
-        cli.PATH,
-        'Images to compute reference statistics from at the start.',
-        metavar='ZIP|DIR',
-        key='validation.ref_data',
-    )
+        None, cli.PATH, 'Images to compute reference statistics from at the start.',
+        metavar='ZIP|DIR', key='validation.ref_data')
     val_detector: str | None = opt(
-        None,
-        cli.PATH,
-        f'TorchScript feature detector. {cli.PROGRAM}',
-        metavar='PATH|URL',
-        default_text="NVIDIA's Inception",
-        key='validation.detector',
-    )
+        None, cli.PATH, f'TorchScript feature detector. {cli.PROGRAM}',
+        metavar='PATH|URL', default_text="NVIDIA's Inception", key='validation.detector')
     val_steps: int | None = opt(
-        None,
-        cli.STEPS,
-        'Number of sampling steps.',
+        None, cli.STEPS, 'Number of sampling steps.',
         metavar='INT',
         default_text="the student's S; 1 for consistency models, with --mid_t 2; 18 for teachers",
-        key='validation.steps',
-    )
+        key='validation.steps')
     val_every: int = opt(50, cli.COUNT, 'Ticks between evaluations.', metavar='TICKS', key='validation.every')
     val_emas: str | None = opt(
-        None,
-        None,
-        'Averages to evaluate: ema, widths of --phema as in 0.05, or all. The first decides which state is the best.',
-        metavar='LIST',
-        default_text='ema',
-    )
+        None, None,
+        'Averages to evaluate: ema, widths of --phema as in 0.05, or all. The first decides which state is '
+        'the best.',
+        metavar='LIST', default_text='ema')
     val_at_start: bool = opt(False, bool, 'Evaluate before the first step.', key='validation.at_start')
     val_teacher: bool = opt(
-        False,
-        bool,
-        'Evaluate the teacher once at the start, as it is sampled by default: a diffusion model by Heun, 18 steps.',
-        key='validation.teacher',
-    )
+        False, bool,
+        'Evaluate the teacher once at the start, as it is sampled by default: a diffusion model by Heun, 18 '
+        'steps.',
+        key='validation.teacher')
     val_num: int = opt(
-        50000, cli.Integer(min=2), 'Number of images to generate.', metavar='INT', key='validation.num'
-    )
+        50000, cli.Integer(min=2), 'Number of images to generate.',
+        metavar='INT', key='validation.num')
     val_batch: int = opt(
-        64,
-        cli.BATCH,
-        'Number of images that a process generates at a time.',
-        metavar='INT',
-        key='validation.batch',
-    )
+        64, cli.BATCH, 'Number of images that a process generates at a time.',
+        metavar='INT', key='validation.batch')
     val_seed: int = opt(0, cli.SEED, 'First seed.', metavar='INT', key='validation.seed')
     val_label: str = opt(
-        'auto',
-        LabelMode(),
-        'Classes of generated images: uniform, dataset (those of training images), fixed:K; auto: dataset where it has labels.',
-        metavar='MODE',
-        key='validation.label',
-        idle=('cond', False),
-    )
+        'auto', LabelMode(),
+        'Classes of generated images: uniform, dataset (those of training images), fixed:K; auto: dataset '
+        'where it has labels.',
+        metavar='MODE', key='validation.label', idle=('cond', False))
     val_dump_images_dir: str | None = opt(
-        None,
-        cli.PATH,
-        'Keep the generated images, in a folder for each evaluation.',
-        metavar='DIR',
-        key='validation.dump_images_dir',
-    )
+        None, cli.PATH, 'Keep the generated images, in a folder for each evaluation.',
+        metavar='DIR', key='validation.dump_images_dir')
     val_overwrite: bool = opt(
-        False, bool, 'Replace generated images that exist already.', key='validation.overwrite'
-    )
+        False, bool, 'Replace generated images that exist already.',
+        key='validation.overwrite')
 
 
 @dataclass(frozen=True)
@@ -315,69 +215,40 @@ class Performance:
     heading: ClassVar[str] = 'Precision and performance'
 
     precision: str | None = opt(
-        None,
-        click.Choice(['fp32', 'fp16', 'bf16', 'fp64']),
+        None, click.Choice(['fp32', 'fp16', 'bf16', 'fp64']),
         'Arithmetic inside the network; fp16 on GPUs only. Weights stay FP32, with fp64 FP64.',
-        default_text='fp32',
-        key='precision',
-        settled=True,
-    )
+        default_text='fp32', key='precision', settled=True)
     fp16: bool | None = opt(None, bool, 'True: as --precision=fp16.', default_text='False')
     ls: float | str | None = opt(
-        None,
-        LossScale(),
-        'Loss scaling: a number, or dynamic.',
-        metavar='FLOAT',
-        default_text='dynamic with fp16, else 1',
-    )
+        None, LossScale(), 'Loss scaling: a number, or dynamic.',
+        metavar='FLOAT', default_text='dynamic with fp16, else 1')
     max_bad_steps: int = opt(
-        100,
-        cli.COUNT,
-        'Stop after this many consecutive skipped steps; a step is skipped if its loss or gradient is not finite.',
-        flags=('--max-bad-steps',),
-        metavar='INT',
-        key='max_bad_steps',
-    )
+        100, cli.COUNT,
+        'Stop after this many consecutive skipped steps; a step is skipped if its loss or gradient is not '
+        'finite.',
+        flags=('--max-bad-steps',), metavar='INT', key='max_bad_steps')
     tf32: bool = opt(False, ON_OFF, 'Let GPUs compute FP32 in TensorFloat-32 inside.', key='tf32')
     compiled: bool = opt(
-        False,
-        ON_OFF,
-        'Compile the networks (torch.compile): minutes at the start, faster steps.',
-        flags=('--compile',),
-        key='compiled',
-    )
+        False, ON_OFF, 'Compile the networks (torch.compile): minutes at the start, faster steps.',
+        flags=('--compile',), key='compiled')
     channels_last: bool = opt(
-        False,
-        ON_OFF,
-        'Keep the channels of images together in memory inside the networks.',
-        key='channels_last',
-    )
+        False, ON_OFF, 'Keep the channels of images together in memory inside the networks.',
+        key='channels_last')
     checkpoint_activations: bool = opt(
-        False,
-        ON_OFF,
+        False, ON_OFF,
         'Compute activations again in the backward pass: less memory, about a quarter more time.',
-        flags=('--checkpoint-activations',),
-        key='checkpoint_activations',
-    )
+        flags=('--checkpoint-activations',), key='checkpoint_activations')
     ema_device: str = opt(
-        'same',
-        click.Choice(['same', 'cpu']),
+        'same', click.Choice(['same', 'cpu']),
         "Memory that averages of the weights live in: the network's, or the host's.",
-        flags=('--ema-device',),
-        key='ema_device',
-    )
+        flags=('--ema-device',), key='ema_device')
     profile_steps: int = opt(
-        0,
-        TICKS,
-        'Write a Chrome trace of this many steps to the run folder.',
-        flags=('--profile',),
-        metavar='STEPS',
-        key='profile_steps',
-    )
+        0, TICKS, 'Write a Chrome trace of this many steps to the run folder.',
+        flags=('--profile',), metavar='STEPS', key='profile_steps')
     bench: bool = opt(True, bool, 'Enable cuDNN benchmarking.', key='cudnn_benchmark')
     cache: bool | None = opt(
-        None, bool, 'Keep decoded images in memory.', default_text='True; latents False', key='dataset.cache'
-    )
+        None, bool, 'Keep decoded images in memory.',
+        default_text='True; latents False', key='dataset.cache')
     workers: int = opt(1, cli.WORKERS, 'Processes that load data.', metavar='INT', key='workers')
 
 
@@ -386,80 +257,48 @@ class Files:
     heading: ClassVar[str] = 'Input and output'
 
     desc: str | None = opt(
-        None, None, "Words to add to the run folder's name.", metavar='STR', idle=('nosubdir', True)
-    )
+        None, None, "Words to add to the run folder's name.",
+        metavar='STR', idle=('nosubdir', True))
     nosubdir: bool = opt(False, FLAG, 'Write into --outdir itself.')
     tick: float = opt(
-        50.0,
-        cli.SOME_KIMG,
-        'Thousands of images between progress reports; fractions allowed.',
-        metavar='KIMG',
-        key='kimg_per_tick',
-    )
+        50.0, cli.SOME_KIMG, 'Thousands of images between progress reports; fractions allowed.',
+        metavar='KIMG', key='kimg_per_tick')
     snap: int = opt(50, TICKS, 'Ticks between snapshots; 0: never.', metavar='TICKS', key='snapshot_ticks')
     phema_snap: int | None = opt(
-        None,
-        TICKS,
-        'Ticks between snapshots of --phema.',
-        metavar='TICKS',
-        default_text='as --snap',
-        key='phema_snapshot_ticks',
-        settled=True,
-        idle=('phema', []),
-    )
+        None, TICKS, 'Ticks between snapshots of --phema.',
+        metavar='TICKS', default_text='as --snap', key='phema_snapshot_ticks', settled=True,
+        idle=('phema', []))
     dump: int = opt(
-        500, TICKS, 'Ticks between training states; 0: never.', metavar='TICKS', key='state_dump_ticks'
-    )
+        500, TICKS, 'Ticks between training states; 0: never.',
+        metavar='TICKS', key='state_dump_ticks')
     keep: int = opt(
-        2,
-        cli.COUNT,
-        'Number of training states to keep: the newest ones, and the one with the least distance in validation besides.',
-        metavar='INT',
-        key='states_kept',
-        idle=('dump', 0),
-    )
+        2, cli.COUNT,
+        'Number of training states to keep: the newest ones, and the one with the least distance in '
+        'validation besides.',
+        metavar='INT', key='states_kept', idle=('dump', 0))
     on_save_error: str = opt(
-        'stop',
-        click.Choice(['stop', 'continue']),
+        'stop', click.Choice(['stop', 'continue']),
         'What to do when a file cannot be written, as on a full disk.',
-        flags=('--on-save-error',),
-        key='on_save_error',
-    )
+        flags=('--on-save-error',), key='on_save_error')
     seed: int | None = opt(
-        None,
-        cli.Integer(min=0, max=(1 << 63) - 1),
-        'Random seed.',
-        metavar='INT',
-        default_text='random',
-        key='seed',
-        settled=True,
-    )
+        None, cli.Integer(min=0, max=(1 << 63) - 1), 'Random seed.',
+        metavar='INT', default_text='random', key='seed', settled=True)
     transfer: str | None = opt(
-        None,
-        cli.PATH,
-        'Start from the weights of this snapshot, where they fit.',
-        metavar='PKL|URL',
-        key='transfer',
-    )
+        None, cli.PATH, 'Start from the weights of this snapshot, where they fit.',
+        metavar='PKL|URL', key='transfer')
     resume: str | None = opt(
-        None,
-        cli.PATH,
+        None, cli.PATH,
         'Continue from a training state, in its folder; of a run folder, the newest whole one.',
-        metavar='PT|DIR',
-        key='resume',
-    )
+        metavar='PT|DIR', key='resume')
     take_lock: bool = opt(
-        False,
-        FLAG,
-        'Take the run folder from another run that has it (run.lock), and stop that run.',
-        flags=('--take-lock',),
-    )
+        False, FLAG, 'Take the run folder from another run that has it (run.lock), and stop that run.',
+        flags=('--take-lock',))
     resume_override: bool = opt(
-        False, FLAG, 'Resume although options differ that make it another run.', flags=('--resume-override',)
-    )
+        False, FLAG, 'Resume although options differ that make it another run.',
+        flags=('--resume-override',))
     allow_other_data: bool = opt(
-        False, FLAG, 'Resume although the data set is another one.', flags=('--allow-other-data',)
-    )
+        False, FLAG, 'Resume although the data set is another one.',
+        flags=('--allow-other-data',))
     dry_run: bool = opt(False, FLAG, 'Print the configuration as JSON and exit.', flags=('-n', '--dry-run'))
 
 
@@ -470,32 +309,19 @@ class WandB:
 
     wandb: bool = opt(False, ON_OFF, 'Log to Weights & Biases.')
     wandb_project: str | None = opt(
-        None,
-        None,
-        'Project of W&B.',
-        metavar='STR',
-        default_text="the environment's, or W&B's",
-        key='wandb.project',
-    )
+        None, None, 'Project of W&B.',
+        metavar='STR', default_text="the environment's, or W&B's", key='wandb.project')
     wandb_entity: str | None = opt(
-        None, None, 'User or team of W&B.', metavar='STR', default_text='yours', key='wandb.entity'
-    )
+        None, None, 'User or team of W&B.',
+        metavar='STR', default_text='yours', key='wandb.entity')
     wandb_run: str | None = opt(
-        None,
-        None,
-        'Name of the run at W&B.',
-        metavar='STR',
-        default_text="the run folder's",
-        key='wandb.name',
-    )
+        None, None, 'Name of the run at W&B.',
+        metavar='STR', default_text="the run folder's", key='wandb.name')
     wandb_tags: str | None = opt(None, None, 'Comma-separated tags.', metavar='LIST')
     wandb_mode: str | None = opt(
-        None,
-        click.Choice(['online', 'offline', 'disabled']),
+        None, click.Choice(['online', 'offline', 'disabled']),
         'Upload at once, or write into the run folder for `wandb sync`.',
-        default_text="the environment's, or online",
-        key='wandb.mode',
-    )
+        default_text="the environment's, or online", key='wandb.mode')
 
 
 @dataclass(frozen=True)
@@ -503,22 +329,28 @@ class TensorBoard:
     heading: ClassVar[str] = WandB.heading
 
     tensorboard: bool = opt(False, ON_OFF, 'Write TensorBoard events into the run folder.', key='tensorboard')
+# fmt: on
 
 
 @dataclass(frozen=True)
 class RunConfig(TensorBoard, WandB, Files, Performance, Validation, Network, Hyperparameters, Main):
-    """The options of every run. One that is None has a default that depends on the objective, the data or the teacher: see `configuration.settle`.
+    """The options of every run.
 
+    None is for defaults that depend on the objective, the data or the teacher: see `configuration.settle`.
     Raises: click.UsageError for values that contradict each other.
     """
 
     def __post_init__(self):
         self._check_averages()
         self._check_network()
+
+        # Validation.
         if self.val and not (self.val_ref or self.val_ref_data):
             raise click.UsageError('--val=1 needs --val_ref=NPZ (made by fid.py ref) or --val_ref_data=ZIP.')
         if self.val:
             cli.check_seeds(self.val_seed, max(self.val_num, SHOWN), '--val_seed', '--val_num')
+
+        # Precision and resuming.
         if (self.fp16 and self.precision not in (None, 'fp16')) or (
             self.fp16 is False and self.precision == 'fp16'
         ):
@@ -536,7 +368,8 @@ class RunConfig(TensorBoard, WandB, Files, Performance, Validation, Network, Hyp
         low, high = PHEMA_RANGE
         if any(not low <= std <= high for std in stds) or len(set(widths)) < len(widths):
             raise click.UsageError(
-                f'--phema={",".join(widths)}: widths lie between {low:g} and {high:g} and differ in the third decimal, which names files.'
+                f'--phema={",".join(widths)}: widths lie between {low:g} and {high:g} and differ in the '
+                'third decimal, which names files.'
             )
 
     def _check_network(self) -> None:

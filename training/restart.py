@@ -22,9 +22,8 @@ from torch_utils import distributed, elastic
 from training import run_lock, stages
 from training.command_line import Options
 from training.config import RunConfig
-from training.saved_files import saved_states
+from training.saved_files import LAUNCH, saved_states
 
-LAUNCH = 'launch.json'
 RECORD = schema.Record(
     dict(
         run_id=schema.Maybe(schema.Text()),

@@ -16,10 +16,13 @@ from torch_utils import distributed, training_stats
 from training import checkpoint, recorded
 from training.objectives.loss import State
 from training.phema import WeightAverages, average_name
-from training.saved_files import saved_snapshots, saved_states  # noqa: F401 (people look for both here)
+from training.saved_files import (  # noqa: F401 (users import some of these from here)
+    OPTIONS,
+    PREEMPTED,
+    saved_snapshots,
+    saved_states,
+)
 from training.weight_update import WeightUpdate
-
-PREEMPTED = 'preempted.json'  # left by a run that stopped because it was asked to, for the script that starts it again
 
 # ----------------------------------------------------------------------------
 # Where a run stands.
@@ -258,7 +261,7 @@ class RunFiles:
         if not distributed.is_main():
             return
         dnnlib.util.remove(self.run_dir / PREEMPTED)
-        for kind in ('network-snapshot-*', 'training-state-*', PREEMPTED, '*.jsonl', 'training_options.json'):
+        for kind in ('network-snapshot-*', 'training-state-*', PREEMPTED, '*.jsonl', OPTIONS):
             for leftover in dnnlib.util.unfinished(self.run_dir, kind):
                 dnnlib.util.remove(leftover)
         there, own = [path.stem for path in saved_states(self.run_dir)], Path(self.c.resume or '').stem

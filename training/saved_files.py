@@ -1,4 +1,4 @@
-"""Names of a run's files, and advice about a file or folder that is given in place of one. Imports no
+"""Names of a run's files, and advice for users who give another file or folder in place of one. Imports no
 torch."""
 
 from __future__ import annotations
@@ -11,19 +11,16 @@ from pathlib import Path
 from dnnlib import UserError
 from dnnlib.file_kind import another_kind
 
-OWN_FILES = (
-    'log.txt',
-    'stats.jsonl',
-    'metrics-val.jsonl',
-    'training_options.json',
-    'preempted.json',
-    'launch.json',
-)
+LOG, STATS, METRICS = 'log.txt', 'stats.jsonl', 'metrics-val.jsonl'
+OPTIONS = 'training_options.json'
+PREEMPTED = 'preempted.json'  # left by a run that a signal stopped, for the script that starts it again
+LAUNCH = 'launch.json'  # left where torchrun may start the processes again, see `restart`
+OWN_FILES = (LOG, STATS, METRICS, OPTIONS, PREEMPTED, LAUNCH)
 SNAPSHOT, STATE = 'a network snapshot (network-snapshot-*.pkl)', 'a training state (training-state-*.pt)'
 
 
 def saved_states(folder: str | os.PathLike) -> list[Path]:
-    """The training states in a folder, the newest first."""
+    """The training states in a folder, newest first."""
     return _saved(folder, 'training-state', 'pt')
 
 
@@ -34,7 +31,7 @@ def saved_snapshots(folder: str | os.PathLike) -> list[Path]:
 
 
 def _saved(folder: str | os.PathLike, kind: str, suffix: str) -> list[Path]:
-    """The files `<kind>-<kimg>[-<nimg>].<suffix>`, by the images that their names tell, the most first."""
+    """The files `<kind>-<kimg>[-<nimg>].<suffix>` by the images in their names, most first."""
     found = []
     for path in Path(folder).glob(f'{kind}-*.{suffix}'):
         if match := re.fullmatch(rf'{kind}-(\d+)(?:-(\d+))?\.{suffix}', path.name):
@@ -47,7 +44,7 @@ def check_own_files(folder: str | os.PathLike) -> None:
     for path in (Path(folder, name) for name in OWN_FILES):
         if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
             kind = 'a link' if path.is_symlink() else 'a folder' if path.is_dir() else 'no regular file'
-            raise UserError(f'{path} is {kind}, in the place of a file that the run writes: move it away')
+            raise UserError(f'{path} is {kind}, in place of a file that the run writes: move it away')
 
 
 def why_no_snapshot(path: str | os.PathLike) -> str | None:
@@ -56,11 +53,9 @@ def why_no_snapshot(path: str | os.PathLike) -> str | None:
     if os.path.isdir(path):
         return _why_no_folder(path)
     beside = saved_snapshots(Path(path).parent)
-    same = [
-        snapshot
-        for snapshot in beside
-        if snapshot.stem.removeprefix('network-snapshot') == Path(path).stem.removeprefix('training-state')
-    ]
+    # Prefer the snapshot of the same moment as a training state.
+    moment = Path(path).stem.removeprefix('training-state')
+    same = [snapshot for snapshot in beside if snapshot.stem.removeprefix('network-snapshot') == moment]
     snapshot = (same or beside or [None])[0]
     return another_kind(
         path,
@@ -89,8 +84,8 @@ def _why_no_folder(folder: str | os.PathLike) -> str:
 
 
 def why_no_state(path: str | os.PathLike, sealed: bool) -> str | None:
-    """The same of what is given as a training state; None for one of ours, whole or damaged. `sealed`: it
-    ends in a checksum, as ours do."""
+    """What a file is and what to give instead, to complete 'it ...'; None for a training state of ours, complete
+    or damaged. `sealed`: the file ends in a checksum, as ours do."""
     beside = saved_states(Path(path).parent)
     resume = f'go on from {beside[0]}, or ' if beside else ''
     weights = (
