@@ -139,11 +139,11 @@ def test_whoever_reads_averages_waits_for_the_thread(read):
 
 def test_what_goes_wrong_in_the_thread_ends_the_training():
     averages = trained(range(1), 'cpu')
-    averages.settle()
+    averages.flush()
     averages._copies.take_in = lambda weights, decays: 1 / 0
     averages.update(200, 100)
     with pytest.raises(ZeroDivisionError):
-        averages.settle()
+        averages.flush()
 
 
 @pytest.mark.skipif(

@@ -19,18 +19,16 @@ AUGMENT_DIM = 9  # labels of EDM's augmentation pipeline
 
 
 def name_of(class_name: str, kwargs: dict) -> tuple[str, str]:
-    """(--arch, --precond) of a network that these made. Raises: ValueError that completes 'it ...' where they made none like it."""
+    """(--arch, --precond) of a network. Raises: ValueError, which completes 'it ...', if they make none like it."""
     precond = {cls: name for name, cls in PRECONDITIONING.items()}.get(class_name, 'edm')
     for arch, known in ARCHITECTURES.items():
-        fixed = {
-            name: value for name, value in known.items() if name not in ('model_channels', 'channel_mult')
-        }
         if arch == 'edm2':
             if class_name == EDM2:
                 return arch, precond
-        elif (
-            class_name in PRECONDITIONING.values()
-            and fixed.items() <= {name: value for name, value in kwargs.items() if name in fixed}.items()
-        ):
+            continue
+        # Sizes do not matter.
+        fixed = {k: v for k, v in known.items() if k not in ('model_channels', 'channel_mult')}
+        same = all(name in kwargs and kwargs[name] == value for name, value in fixed.items())
+        if class_name in PRECONDITIONING.values() and same:
             return arch, precond
     raise ValueError(f'describes a network {class_name} that no --arch names')

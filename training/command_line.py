@@ -1,6 +1,6 @@
-"""The command line of train.py: which objective has which options, what `--help` shows of them, and a command line as typed configurations.
+"""The command line of train.py: the options of each objective, --help, and the way to typed configurations.
 
-Quick to import: without PyTorch.
+Quick to import, without PyTorch.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ RUN = options_of(RunConfig)
 OWN = {name: options_of(objective.config) for name, objective in OBJECTIVES.items()}
 BEFORE_OWN = ('Main', 'Hyperparameters', 'Network')  # headings that --help has before an objective's own
 ALL = {**RUN, **{name: option for own in OWN.values() for name, option in own.items()}}
-OWN_FIRST = sorted(ALL, key=lambda name: name in RUN)
+OWN_FIRST = sorted(ALL, key=lambda name: name in RUN)  # options of objectives, then those of every run
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a command line says.
+    """The options of a command line.
 
     Attributes:
-        run: the options of every run; `run.objective` is the name of the objective.
-        own: those of the objective.
-        given: names of those that were given and have an effect.
-        notes: lines for people about options that are ignored.
-        stages: of progressive distillation, [sampling steps, optimizer steps] of each.
+        run: options of every run; `run.objective` is the name of the objective.
+        own: options of the objective.
+        given: names of the options that were given and have an effect.
+        notes: lines to print about options that are ignored.
+        stages: [sampling steps, optimizer steps] of each round of progressive distillation.
     """
 
     run: RunConfig
@@ -50,11 +50,11 @@ class Options:
 
     @property
     def teacher(self) -> str | None:
-        """--teacher, of objectives that start from one."""
+        """The value of --teacher; None if the objective has no such option."""
         return getattr(self.own, 'teacher', None)
 
     def but(self, **changes) -> Options:
-        """The same with other values, each of the configuration that has the name."""
+        """A copy with other values, each of the configuration that has a field of that name."""
         own = {field.name for field in dataclasses.fields(self.own)}
         return dataclasses.replace(
             self,
@@ -65,8 +65,10 @@ class Options:
 
 
 def choose(given: Mapping[str, object]) -> Options:
-    """The configurations of the options that were given, {name: value}. Raises: click.UsageError where they do not go together, whatever the
-    files that they name may hold."""
+    """The configurations of the options that were given, {name: value}.
+
+    Raises: click.UsageError if they contradict each other, whatever is in the files that they name.
+    """
     name = objective_of(given)
     values, effective, notes = leave_out_idle(given, name)
     refuse_others(effective, name)
@@ -97,9 +99,10 @@ def objective_of(given: Mapping[str, object]) -> str:
 def leave_out_idle(
     given: Mapping[str, object], objective: str
 ) -> tuple[dict[str, object], set[str], list[str]]:
-    """(values, names of those with an effect, a line for each given option that leaves others without one).
+    """Find options that other given options leave without an effect.
 
-    Values of a loss stay although it does not use them: training states record them, and a resumed run is compared with that.
+    The loss keeps its values although it does not use them: states record them, to compare a resumed run with.
+    Returns: values, names of the options with an effect, and a line for each option that idles others.
     """
     values, effective, notes = dict(given), set(given), []
     for switch, off in switches(given).items():
@@ -112,7 +115,7 @@ def leave_out_idle(
 
 
 def switches(given: Mapping[str, object]) -> dict[str, object]:
-    """{name: value} of the given options that leave others without an effect."""
+    """The given options, {name: value}, that leave others without an effect."""
     found = {option.switch: False for option in RUN.values() if option.switch}
     if 'objective' not in given:
         found['consistency'] = False
@@ -121,7 +124,7 @@ def switches(given: Mapping[str, object]) -> dict[str, object]:
 
 
 def idle_with(switch: str, off: object) -> set[str]:
-    """The options that have no effect where another one has a value."""
+    """The options that have no effect if the option `switch` is `off`."""
     if switch == 'consistency':
         return {name for own in OWN.values() for name in own} - {*OWN['diffusion']} | {'val_teacher'}
     return {name for name, option in ALL.items() if option.switch == switch or option.idle == (switch, off)}
@@ -140,17 +143,15 @@ def refuse_others(names: Iterable[str], objective: str) -> None:
 
 
 def check_together(o: Options) -> None:
-    """Raises: click.UsageError where options of the run and of the objective contradict each other."""
+    """Raises: click.UsageError if options of the run and of the objective contradict each other."""
     run, name, objective = o.run, o.run.objective, o.objective
     if objective.teacher and not o.teacher:
-        what = (
-            'the diffusion model to distill'
-            if objective.teacher == 'diffusion'
-            else 'the consistency model to go on from'
+        kinds = dict(
+            diffusion='the diffusion model to distill', consistency='the consistency model to go on from'
         )
-        raise click.UsageError(f'--objective={name} needs --teacher=PKL, {what}.')
+        raise click.UsageError(f'--objective={name} needs --teacher=PKL, {kinds[objective.teacher]}.')
 
-    # Options that mean something only beside another one.
+    # Options that need another one.
     for switch in dict.fromkeys(option.switch for option in RUN.values() if option.switch):
         stray = [option for name, option in RUN.items() if name in o.given and option.switch == switch]
         if stray and not getattr(run, switch):
@@ -167,7 +168,8 @@ def check_together(o: Options) -> None:
     stray = [f'--{option}' for option in ('P_mean', 'P_std') if option in o.given]
     if stray and run.precond in ('vp', 've'):
         raise click.UsageError(
-            f'{", ".join(stray)}: only teachers with --precond=edm, ict and ect are trained at log-normal noise levels.'
+            f'{", ".join(stray)}: only teachers with --precond=edm, ict and ect are trained at log-normal '
+            'noise levels.'
         )
     if objective.loss and not objective.teacher and run.precond in ('vp', 've'):
         raise click.UsageError(
@@ -186,7 +188,7 @@ def check_together(o: Options) -> None:
 
 
 def check_stages_of_halving(run: RunConfig) -> None:
-    """Raises: click.UsageError for options of a run that stages of progressive distillation choose themselves."""
+    """Raises: click.UsageError for options that the rounds of progressive distillation choose themselves."""
     for given, cure in (
         (run.duration, '--duration is not for pd: a stage lasts --stage_steps optimizer steps.'),
         (run.val_steps, '--val_steps is not for pd: each stage has its own number of steps.'),
@@ -205,17 +207,21 @@ def check_stages_of_halving(run: RunConfig) -> None:
 
 
 def default_text(name: str, objective: str | None = None) -> str | None:
-    """The default of an option as --help names it: of one objective, or `base; others value; edm2 value` of all that have it."""
+    """The default of an option as --help shows it, of one objective or of all: `base; others value; edm2 value`."""
     having = [objective] if objective else [key for key in OBJECTIVES if name in RUN or name in OWN[key]]
     option = (OWN[having[0]] if name not in RUN else RUN)[name]
     if option.kind == options.FLAG or (not objective and ';' in (option.default_text or '')):
         return option.default_text
+
+    # For EDM's networks.
     plain = {key: default_of(name, key) for key in having}
     known = [value for value in plain.values() if value is not None]
     base = option.default_text or plain.get('diffusion') or max(known, key=known.count, default=None)
     if objective and known:
         base = known[0]
     text = options.grouped({key: value for key, value in plain.items() if value is not None}, base)
+
+    # For EDM2's networks, if that differs.
     large = {key: value for key in having if (value := edm2_default_of(name, key)) not in (None, plain[key])}
     if len({str(value) for value in large.values()}) == 1 and large.keys() == plain.keys():
         text += f'; edm2 {options.value_text(large[having[0]])}'
@@ -225,7 +231,7 @@ def default_text(name: str, objective: str | None = None) -> str | None:
 
 
 def default_of(name: str, objective: str) -> object:
-    """The default of an option for an objective and EDM's networks, in the option's unit."""
+    """The default of an option, in its unit, for an objective and EDM's networks."""
     option = OWN[objective].get(name) or RUN[name]
     value = OBJECTIVES[objective].defaults.get(name, option.default)
     if option.kind == options.SWITCH and value is not None:
@@ -234,7 +240,7 @@ def default_of(name: str, objective: str) -> object:
 
 
 def edm2_default_of(name: str, objective: str) -> object:
-    """The same for EDM2's networks; None where it does not differ from theirs by a rule of its own."""
+    """The default of an option for an objective and EDM2's networks; None if they have no default of their own."""
     known = OBJECTIVES[objective]
     sizes = known.edm2_sizes.get(EDM2_WIDTHS['S'], {})
     if name in sizes:
@@ -248,6 +254,7 @@ def edm2_default_of(name: str, objective: str) -> object:
 
 def parameters(objective: str | None = None) -> list[cli.Option]:
     """The options of the command: all, or those of one objective with its defaults."""
+    # The objective's own options stand between the first and the last groups of every run.
     own = ALL if objective is None else {**RUN, **OWN[objective]}
     strangers = [option for name, option in own.items() if name not in RUN]
     by_heading = {
@@ -264,7 +271,7 @@ def parameters(objective: str | None = None) -> list[cli.Option]:
 
 
 class TrainCommand(cli.Command):
-    """A command whose --help is of the objective that stands beside it, and of all by --help-all."""
+    """A command whose --help shows the options of the objective given with it; --help-all shows all."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -299,13 +306,13 @@ class TrainCommand(cli.Command):
 
 
 CONFIG_HELP = (
-    'Options from a YAML or JSON file: {option: value}, or a training_options.json or the output of --dry-run, whose run is repeated. '
-    'Options on the command line take precedence.'
+    'Options from a YAML or JSON file: {option: value}, or a training_options.json or the output of --dry-run, '
+    'whose run is repeated. Options on the command line take precedence.'
 )
 
 
 def objective_in(words: list[str]) -> str | None:
-    """The objective that a command line names, which may be incomplete or wrong otherwise."""
+    """The objective that a command line names, which may otherwise be incomplete or wrong."""
     given = {}
     for option in ('objective', 'consistency'):
         for i, word in enumerate(words):
@@ -327,17 +334,17 @@ def show_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> Non
 
 
 def read_config(ctx: click.Context, parameter: click.Parameter, path: str | None) -> None:
-    """Callback of --config: what the file says takes the place of defaults."""
+    """Callback of --config: the file's values become the defaults."""
     if path is not None:
         ctx.default_map = config_file.read(path, ALL)
 
 
 @functools.cache
 def command() -> TrainCommand:
-    """The command of train.py without what it does, for who looks at options only."""
+    """The command of train.py, which only parses options."""
     return TrainCommand('train.py', callback=lambda **_: None)
 
 
 def parse(words: Iterable[str]) -> Options:
-    """The configurations of the words of a command line. Raises: click.UsageError."""
+    """The options of a command line, as a list of words. Raises: click.UsageError."""
     return choose(options.given_in(command().make_context('train.py', list(words))))

@@ -1,7 +1,7 @@
 """Options from a file, for --config: a mapping of options, or a recorded configuration, whose run is repeated.
 
-A recorded configuration is what --dry-run prints and training_options.json holds. It names data, teacher and all numbers, so that a run is
-repeated in a new folder from the beginning, by the same command line where it lies.
+A recorded configuration is what --dry-run prints and training_options.json holds. It names data, teacher and all
+numbers, so it repeats a run from the beginning in a new folder.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from dnnlib.options import Option
 from dnnlib.text import printable
 from training import architectures
 
-NOT_REPEATED = ('resume', 'objective')  # the one belongs to the run that was; the other is read first
+NOT_REPEATED = ('resume', 'objective')  # a new run resumes nothing; the objective is read separately
 
 
 def read(path: str, known: Mapping[str, Option]) -> dict[str, str]:
-    """{name: value as a command line has it}. Raises: UserError where the file has something else."""
+    """The options of a file, {name: value as on a command line}. Raises: UserError if it has anything else."""
     try:
         with limits.open_regular(path) as file:
             data = limits.read_at_most(file, limits.JSON_FILE, 'a configuration')
@@ -37,7 +37,7 @@ def read(path: str, known: Mapping[str, Option]) -> dict[str, str]:
 
 
 def parse(text: str) -> object:
-    """The value of JSON, which quotes its first name, or else YAML, which people write by hand."""
+    """The value of JSON, recognized by the quotes of its first name, or else of YAML."""
     if re.match(r'\s*\{\s*["}]', text):
         return schema.parse_json(text, limits.JSON_FILE, 'a configuration')
     import yaml
@@ -50,7 +50,7 @@ def parse(text: str) -> object:
 
 
 def from_options(values: Mapping, known: Mapping[str, Option]) -> dict[str, str]:
-    """Options by their names, with or without dashes before and in them."""
+    """Options by name, with or without dashes before and in the names."""
     names = {option.flag.removeprefix('--').replace('-', '_'): option for option in known.values()} | known
     found = {}
     for key, value in values.items():
@@ -66,7 +66,7 @@ def from_options(values: Mapping, known: Mapping[str, Option]) -> dict[str, str]
 
 
 def as_word(value: object) -> str:
-    """A value as a command line has it: a scalar, or a list of them. (Lists in lists may be names for each other in YAML, and without end.)"""
+    """A scalar, or a list of scalars, as on a command line. (Nested lists in YAML could be endless aliases.)"""
     if isinstance(value, list) and not any(isinstance(item, list) for item in value):
         return ','.join(map(as_word, value)) or 'none'
     if isinstance(value, (str, bool, int, float)):
@@ -79,8 +79,11 @@ def from_record(c: Mapping, known: Mapping[str, Option]) -> dict[str, str]:
     values = recorded_options(c, known)
     if (stages := c.get('stages')) and c['loss']['S'] != stages[0][0]:
         raise ValueError(
-            f'is of the stage of {c["loss"]["S"]} steps, whose teacher an earlier stage made: take that of {stages[0][0]} steps'
+            f'is of the stage of {c["loss"]["S"]} steps, whose teacher an earlier stage made: take that of '
+            f'{stages[0][0]} steps'
         )
+
+    # Options that stand for several entries, or exclude others.
     if not c.get('teacher'):  # else the teacher brings its network
         values['arch'], values['precond'] = architectures.name_of(
             c['network']['class_name'], c['network']['kwargs']
@@ -88,17 +91,20 @@ def from_record(c: Mapping, known: Mapping[str, Option]) -> dict[str, str]:
     if values.get('N') is not None:  # a grid that stays as it is
         for name in ('s0', 's1', 'schedule_steps', 'mu_schedule'):
             values.pop(name, None)
-    values = {
-        name: value
-        for name, value in values.items()
-        if value is not None and (not (needs := known[name].needs) or values.get(needs[0]) == needs[1])
-    }
+
+    # Options without a value, or without the option that they need.
+    allowed = lambda needs: not needs or values.get(needs[0]) == needs[1]
+    values = {k: v for k, v in values.items() if v is not None and allowed(known[k].needs)}
     values['ema'] = divided(values['ema'], 1e6)  # in Mimg on the command line
     return {name: as_word(value) for name, value in values.items()}
 
 
 def recorded_options(c: Mapping, known: Mapping[str, Option]) -> dict[str, object]:
-    """{option: value} that a recorded configuration, maybe of an older version, was made with. None: not recorded, or not used."""
+    """The options, {name: value}, of a recorded configuration, maybe of an older version.
+
+    None: not recorded, or not used.
+    """
+    # Options that are recorded as they are or in another unit.
     loss, batch, stages = c['loss'], c['batch_size'], c.get('stages')
     values = {
         name: in_option_unit(option, options.at(c, option.key))
@@ -106,6 +112,8 @@ def recorded_options(c: Mapping, known: Mapping[str, Option]) -> dict[str, objec
         if option.key and name not in NOT_REPEATED
     }
     own = {**loss, **(c.get('sampling') or {})}
+
+    # Options that are recorded in another form.
     values |= {name: value for name, value in own.items() if name in known}
     values |= dict(objective=c['objective'], beta2=c['betas'][1], ema_rampup=c['ema_rampup_ratio'] or 0.0)
     values['ls'] = 'dynamic' if c.get('loss_scaling', 1) is None else c.get('loss_scaling')
@@ -116,7 +124,8 @@ def recorded_options(c: Mapping, known: Mapping[str, Option]) -> dict[str, objec
     # Lengths.
     for option, recorded in (('schedule_steps', 'schedule_nimg'), ('stage_steps', 'stage_nimg')):
         values[option] = loss[recorded] // batch if loss.get(recorded) is not None else None
-    if stages:  # stages of few steps are twice as long
+    if stages:
+        # Stages of one or two sampling steps are twice as long.
         (values['S_start'], steps), (values['S'], _) = stages[0], stages[-1]
         values['stage_steps'] = steps // 2 if values['S_start'] <= 2 else steps
     else:
@@ -138,7 +147,7 @@ def in_option_unit(option: Option, value: object) -> object:
 
 
 def divided(value: float, unit: float) -> float:
-    """The number that times `unit` is `value`, to the last bit where there is one."""
+    """The number whose product with `unit` is `value` to the last bit, if there is one."""
     near = value / unit
     tries = (near, math.nextafter(near, math.inf), math.nextafter(near, 0))
     return next((x for x in tries if x * unit == value), near)

@@ -1,6 +1,7 @@
-"""From options, data and teacher to the whole run as plain data, which `training_loop` takes.
+"""From options, data and teacher to the configuration of a run, plain data, which `training_loop` takes.
 
-Options that contradict the files they name are `UserError`s here; those that contradict each other are `command_line`'s.
+Options that contradict the files they name are `UserError`s here; `command_line` refuses options that contradict
+each other.
 """
 
 from __future__ import annotations
@@ -18,24 +19,26 @@ from training.run_folder import planned_run_dir
 from training.same_run import data_record, options_of_run
 from training.starting_point import edm2_width, is_edm2, network_from_scratch, network_of_teacher
 
-# Options that count optimizer steps where the loss counts images: what it calls that, and its unit in images.
+# Options in optimizer steps: the loss's name for the same length, and its unit in images.
 IN_STEPS = dict(
     T_anneal_steps=('T_anneal_kimg', 1000), stage_steps=('stage_nimg', 1), schedule_steps=('schedule_nimg', 1)
 )
 
 
 def settle(o: Options, dataset, teacher, earlier: dict | None) -> Options:
-    """The options with all defaults that depend on other options, the data, the teacher, and the run that is resumed.
+    """The options with all defaults that depend on other options, the data, the teacher or the resumed run.
 
     Args:
-        o: of a new or resumed run; its seed is known.
-        earlier: the configuration of the run that is resumed.
-    Raises: UserError or click.UsageError where they do not go together.
+        o: options of a new or resumed run; its seed is known.
+        earlier: configuration of the run that is resumed.
+    Raises: UserError or click.UsageError if they do not go together.
     """
     if dataset.holds_latents and o.run.augment:
         raise UserError(
             f'--augment={o.run.augment:g} is for images, but --data={o.run.data} holds latents: leave it out.'
         )
+
+    # Defaults.
     defaults = late_defaults(o, dataset, teacher, earlier)
     o = o.but(**{name: value for name, value in defaults.items() if name not in o.given})
     run = o.run
@@ -46,7 +49,7 @@ def settle(o: Options, dataset, teacher, earlier: dict | None) -> Options:
     if run.phema_snap is not None and not run.phema:
         raise click.UsageError('--phema_snap needs --phema.')
 
-    # What follows from other options.
+    # Options that follow from others.
     o = o.but(
         precision=run.arithmetic,
         ls=run.ls or ('dynamic' if run.arithmetic == 'fp16' else 1.0),
@@ -54,6 +57,8 @@ def settle(o: Options, dataset, teacher, earlier: dict | None) -> Options:
         sigma_data=float(getattr(teacher, 'sigma_data', 0.5)),
     )
     o = o.but(**lengths(o, earlier))
+
+    # Checks of the objective's schedule, and the teacher's range of noise levels.
     if run.objective == 'ect':
         check_stages(o)
     if run.objective == 'tcm':
@@ -69,8 +74,10 @@ def settle(o: Options, dataset, teacher, earlier: dict | None) -> Options:
 
 
 def late_defaults(o: Options, dataset, teacher, earlier: dict | None) -> dict[str, object]:
-    """{option: default} of those that depend on the objective, the network, or the run that is resumed."""
+    """{option: default} of options that depend on the objective, the network or the resumed run."""
     objective = o.objective
+
+    # EDM2's networks.
     edm2 = {}
     if is_edm2(o, teacher):
         edm2 = objective.edm2_defaults(edm2_width(o, teacher), dataset.holds_latents)
@@ -79,6 +86,8 @@ def late_defaults(o: Options, dataset, teacher, earlier: dict | None) -> dict[st
         edm2['dout_resolutions'] = [
             res for i in range(len(levels)) if (res := dataset.resolution >> i) <= limit
         ]
+
+    # A resumed run's take precedence.
     late = [name for name in objective.edm2 if name in objective.own]
     defaults = objective.defaults | edm2 | options_of_run(earlier, o.run.objective, late)
     if dataset.holds_latents:
@@ -89,7 +98,7 @@ def late_defaults(o: Options, dataset, teacher, earlier: dict | None) -> dict[st
 
 
 def lengths(o: Options, earlier: dict | None) -> dict[str, float]:
-    """The objective's lengths in images, from options in optimizer steps, the run that is resumed, or the default."""
+    """The objective's lengths in images: from options in optimizer steps, the resumed run, or by default."""
     found = {}
     recorded = (earlier or {}).get('loss') or {}
     fields = {field.name for field in dataclasses.fields(o.own)}
@@ -117,8 +126,11 @@ def total_images(o: Options) -> int:
 
 
 def default_length(o: Options, option: str) -> float:
-    """Images that an option of IN_STEPS means by default: T rises over half of the run, a grid grows over all of it, and easy consistency tuning
-    goes through the stages that suit its q, the last of which may be shorter."""
+    """Default of an option of IN_STEPS, in images.
+
+    T rises over half of the run, and a grid grows over all of it. ECT goes through as many stages as suit its q,
+    the last of which may be shorter.
+    """
     if option == 'T_anneal_steps':
         return o.run.duration * 1e6 / 2
     if option == 'schedule_steps':
@@ -131,7 +143,7 @@ def default_length(o: Options, option: str) -> float:
 
 
 def check_stages(o: Options) -> None:
-    """UserError where the last of ECT's stages is too late for its times to differ."""
+    """Raises: UserError if ECT has so many stages that in the last one its two times are equal."""
     import torch
 
     from training.objectives import time_schedules as times
@@ -147,7 +159,7 @@ def check_stages(o: Options) -> None:
 
 
 def check_perceptual(c: EasyDict) -> None:
-    """UserError where the loss compares images by a network whose weights are not there, or which cannot see them."""
+    """Raises: UserError if the loss compares images by LPIPS, but its weights are missing or these are latents."""
     if c.loss.get('cm_loss') != 'lpips':
         return
     from metrics import lpips
@@ -160,7 +172,7 @@ def check_perceptual(c: EasyDict) -> None:
 
 
 def check_truncation(o: Options, teacher) -> None:
-    """UserError where truncated consistency training has no times to train at, or too small a batch for its boundary."""
+    """Raises: UserError if TCM has no times to train at, or too small a batch for its boundary."""
     import torch
 
     from training import samplers
@@ -188,7 +200,7 @@ def check_truncation(o: Options, teacher) -> None:
 
 
 def check_edges(o: Options) -> None:
-    """UserError where improved consistency training would draw no edge of its grid."""
+    """Raises: UserError if iCT would draw no edge of its grid."""
     from training import consistency_ops as ops
     from training.objectives import time_schedules as times
 
@@ -203,7 +215,7 @@ def check_edges(o: Options) -> None:
 
 
 def averages_to_evaluate(run: RunConfig) -> list[str]:
-    """The names of the averages that --val_emas means: `ema`, `phema-0.050`, ..."""
+    """The averages that --val_emas names: `ema`, `phema-0.050`, ..."""
     from training.phema import average_name
 
     known = {'ema': 'ema', **{f'{std:.3f}': average_name(std) for std in run.phema or []}}
@@ -214,16 +226,16 @@ def averages_to_evaluate(run: RunConfig) -> list[str]:
         number = re.fullmatch(r'(?:phema-)?(0?\.[0-9]{1,9})', word.strip())
         name = known.get(f'{float(number[1]):.3f}' if number else word.strip())
         if name is None or name in names:
-            there = ', '.join(known)
             raise click.UsageError(
-                f'--val_emas={run.val_emas}: {word!r} is not one more of {there}. (Widths are those of --phema.)'
+                f'--val_emas={run.val_emas}: {word!r} is not one more of {", ".join(known)}. (Widths are those '
+                'of --phema.)'
             )
         names.append(name)
     return names
 
 
 def random_seed() -> int:
-    """A seed, the same on all processes."""
+    """A random seed, equal on all processes."""
     import random
 
     from torch_utils import distributed
@@ -232,7 +244,7 @@ def random_seed() -> int:
 
 
 def open_dataset(run: RunConfig):
-    """The training set; UserError where labels are asked for and missing."""
+    """The training set. Raises: UserError if --cond needs labels that are missing."""
     from data.dataset import ImageFolderDataset
 
     return ImageFolderDataset(
@@ -241,22 +253,23 @@ def open_dataset(run: RunConfig):
 
 
 def configure(o: Options, dataset, teacher) -> EasyDict:
-    """The whole run as plain data: what --dry-run prints, training_options.json records and `training_loop` takes."""
+    """The configuration: what --dry-run prints, training_options.json records and `training_loop` takes."""
     from torch_utils import distributed
     from training.checkpoint import network_digest
     from training.networks import encoders
 
+    # The batch is divisible.
     run, own, processes = o.run, o.own, distributed.get_world_size()
-    if run.batch % processes or (
-        run.batch_gpu and run.batch // processes % min(run.batch_gpu, run.batch // processes)
-    ):
+    rank_batch = run.batch // processes
+    if run.batch % processes or (run.batch_gpu and rank_batch % min(run.batch_gpu, rank_batch)):
         parts = f'equal parts of --batch-gpu={run.batch_gpu}' if run.batch_gpu else 'equal parts'
         raise click.UsageError(
             f'--batch={run.batch} cannot be split into {parts} on {processes} process(es).'
         )
     if (mid_t := getattr(own, 'mid_t', None)) is not None and not own.sigma_min < mid_t < own.sigma_max:
         raise UserError(
-            f'--mid_t={mid_t:g} does not lie between the noise levels {own.sigma_min:g} and {own.sigma_max:g} of the network.'
+            f'--mid_t={mid_t:g} does not lie between the noise levels {own.sigma_min:g} and {own.sigma_max:g} '
+            'of the network.'
         )
 
     # Data, network, loss.
@@ -272,11 +285,13 @@ def configure(o: Options, dataset, teacher) -> EasyDict:
     c.sampling = EasyDict({name: getattr(own, name) for name in own.sampling}) or None
     c.loss = loss_record(o, teacher)
 
-    # Options that are recorded as they are, or in another unit; and those that are recorded in another form.
+    # Options that are recorded as they are or in another unit.
     for option in RUN.values():
         if option.key and '.' not in option.key:
             value = getattr(run, option.name)
             c[option.key] = value if option.unit == 1 or value is None else value * option.unit
+
+    # Options that are recorded in another form, and groups.
     c.update(
         betas=[0.9, run.beta2],
         eps=1e-8,
@@ -294,7 +309,7 @@ def configure(o: Options, dataset, teacher) -> EasyDict:
 
 
 def loss_record(o: Options, teacher) -> EasyDict:
-    """What the loss is made of."""
+    """The options of the loss, as they are recorded."""
     from training.objectives import loss_diffusion
 
     if o.objective.loss:

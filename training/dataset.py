@@ -1,3 +1,3 @@
-"""Where EDM has its data set."""
+"""The place where EDM has its data set."""
 
 from data.dataset import ImageFolderDataset as ImageFolderDataset

@@ -1,3 +1,3 @@
-"""Where the published system has its loss."""
+"""The place where the published system has its loss."""
 
 from training.objectives.loss_cd import *  # noqa: F403

@@ -1,9 +1,9 @@
 """Averages of the weights over training: exponential with a half-life, and power-function EMA with its
 post-hoc reconstruction.
 
-Power functions: Karras et al. 2024 (EDM2), Section 3 and Appendix C. A profile of exponent gamma weighs the
-weights at time tau <= t by p(tau) ∝ tau^gamma; its relative width `std` is that of the profile, (gamma+1)^½
-(gamma+2)^-1 (gamma+3)^-½.
+Power functions: Karras et al. 2024 (EDM2), Section 3 and Appendix C. A profile of exponent gamma gives the
+weights at time tau <= t the factor p(tau) ∝ tau^gamma. Its relative width is
+std = (gamma+1)^½ (gamma+2)^-1 (gamma+3)^-½.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from torch_utils.flat import FlatParameters
 
 
 def std_to_exp(std) -> np.ndarray:
-    """Exponent of the power-function profile with relative standard deviation `std` (any shape): the largest
-    real root of (gamma + 2)² (gamma + 3) = (gamma + 1) / std²   (EDM2, Appendix C)."""
+    """Exponent of the power-function profile of relative width `std` (any shape).
+
+    The largest real root of (gamma + 2)² (gamma + 3) = (gamma + 1) / std²   (EDM2, Appendix C).
+    """
     std = np.asarray(std, dtype=np.float64)
     left = np.polymul(np.polymul([1, 2], [1, 2]), [1, 3])
     largest = lambda s: np.roots(np.polysub(left, np.array([1, 1]) / s**2)).real.max()
@@ -29,8 +31,12 @@ def std_to_exp(std) -> np.ndarray:
 
 
 def power_function_beta(std: float, t_next: float, t_delta: float) -> float:
-    """EMA decay of one update: (1 − t_delta / t_next)^(gamma + 1), with t_next the images after the update
-    and t_delta its batch (EDM2, Section 3.1)."""
+    """EMA decay of one update: (1 − t_delta / t_next)^(gamma + 1)   (EDM2, Section 3.1).
+
+    Args:
+        t_next: images seen after the update.
+        t_delta: images in its batch.
+    """
     return _decay(float(std_to_exp(std)), t_next, t_delta)
 
 
@@ -39,21 +45,22 @@ def _decay(exponent: float, t_next: float, t_delta: float) -> float:
 
 
 def _profile_products(t_a, gamma_a, t_b, gamma_b) -> np.ndarray:
-    """Inner products of profiles p(tau) = (gamma + 1) tau^gamma / t^(gamma+1) on [0, t], for broadcasting
-    arrays (EDM2, Appendix C)."""
+    """Inner products of profiles p(tau) = (gamma + 1) tau^gamma / t^(gamma+1) on [0, t]   (EDM2, Appendix C).
+
+    Arguments broadcast.
+    """
     t = np.minimum(t_a, t_b)
     shape = (t / t_a) ** gamma_a * (t / t_b) ** gamma_b * t / (t_a * t_b)
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * shape
 
 
 def solve_posthoc_coefficients(in_ofs, in_std, out_ofs, out_std) -> np.ndarray:
-    """Weights that combine stored averages into others, least squares over profiles; columns sum to 1 (EDM2,
-    Section 3.2).
+    """Coefficients that combine stored averages into others, by least squares over profiles   (EDM2, Section 3.2).
 
     Args:
         in_ofs, in_std: [I] times (any unit of images) and widths of the stored averages.
-        out_ofs, out_std: [O] the same for the wanted ones.
-    Returns: [I, O] float64.
+        out_ofs, out_std: [O] times and widths of the wanted averages.
+    Returns: [I, O] float64, whose columns sum to 1.
     """
     in_ofs, out_ofs = (np.asarray(t, dtype=np.float64).ravel() for t in (in_ofs, out_ofs))
     in_exp, out_exp = (std_to_exp(np.ravel(s)) for s in (in_std, out_std))
@@ -70,10 +77,10 @@ def posthoc_error(in_ofs, in_std, out_ofs, out_std, weights) -> np.ndarray:
         ‖p − Σᵢ cᵢ pᵢ‖² = ⟨p, p⟩ − 2 Σᵢ cᵢ ⟨pᵢ, p⟩ + Σᵢⱼ cᵢ cⱼ ⟨pᵢ, pⱼ⟩, ⟨p_a, p_b⟩ = (γ_a+1)(γ_b+1) /
         (γ_a+γ_b+1) · t^(γ_a+γ_b+1) / (t_a^(γ_a+1) t_b^(γ_b+1)),  t = min(t_a, t_b).
 
-    It bounds the error of the weights. `WeightAverages` weighs step k by ∫ p over its images, exactly: its
-    averages are ∫ p(τ) w(τ) dτ for the weights w that stay as they are during a step. As profiles have mass 1
-    and Σᵢ cᵢ = 1, a constant v may be taken off w, and by Cauchy-Schwarz the combined weights are at most
-    error · ‖p‖ · (∫ ‖w(τ) − v‖² dτ)^½ away, ∫ over [0, t]; ‖p‖² = (γ+1)² / ((2γ+1) t).
+    It bounds the error of the weights. The averages of `WeightAverages` are ∫ p(τ) w(τ) dτ exactly, for
+    weights w that are constant during a step. As profiles have mass 1 and Σᵢ cᵢ = 1, subtracting a constant v
+    from w changes nothing, and by Cauchy-Schwarz the combined weights are at most
+    error · ‖p‖ · (∫ ‖w(τ) − v‖² dτ)^½ away, with ∫ over [0, t] and ‖p‖² = (γ+1)² / ((2γ+1) t).
 
     Args:
         in_ofs, in_std, out_ofs, out_std: as in `solve_posthoc_coefficients`.
@@ -91,24 +98,23 @@ def posthoc_error(in_ofs, in_std, out_ofs, out_std, weights) -> np.ndarray:
 
 
 def average_name(std: float) -> str:
-    """What files, logs and --val_emas call a power-function average: `phema-0.050`."""
+    """Name of a power-function average in files, logs and --val_emas: `phema-0.050`."""
     return f'phema-{std:.3f}'
 
 
 class WeightAverages:
     """Averages of a network's weights, updated after every optimizer step.
 
-    On another device than the network's, the host's, a thread computes them while the network goes on
-    training (`HostCopies`). Whoever reads them finds them up to date: `networks`, `vectors` and `state_dict`
-    wait for the thread.
+    On the host, a thread computes them while the network continues to train (`HostCopies`). `networks`,
+    `vectors` and `state_dict` wait for the thread, so they are always up to date.
 
     Args:
         net: the network that trains.
         weights: its parameters as one vector.
-        halflife_nimg, rampup_ratio: of the exponential average; its effective half-life is min(halflife_nimg,
-            rampup_ratio × images seen) (no ramp where the ratio is None).
+        halflife_nimg, rampup_ratio: the exponential average has the effective half-life min(halflife_nimg,
+            rampup_ratio × images seen), or halflife_nimg if the ratio is None.
         phema_stds: widths of the power-function averages.
-        device: where the averages live: None for the network's own device, or the host, 'cpu'.
+        device: device of the averages: None for the network's, or 'cpu' for the host.
     """
 
     def __init__(
@@ -121,7 +127,7 @@ class WeightAverages:
         device: torch.device | str | None = None,
     ):
         self.halflife_nimg, self.rampup_ratio, self.source = halflife_nimg, rampup_ratio, weights
-        names = ['ema', *map(average_name, phema_stds)]  # by which files know them
+        names = ['ema', *map(average_name, phema_stds)]
         self._networks = {name: copy.deepcopy(net).eval().requires_grad_(False).to(device) for name in names}
         self._vectors = {name: FlatParameters(average).weights for name, average in self._networks.items()}
         self._stds = dict(zip(phema_stds, names[1:]))
@@ -130,14 +136,14 @@ class WeightAverages:
 
     @property
     def networks(self) -> dict[str, torch.nn.Module]:
-        """The averages as networks, by the names that files say."""
-        self.settle()
+        """The averages as networks, by their names in files."""
+        self.flush()
         return self._networks
 
     @property
     def vectors(self) -> dict[str, torch.Tensor]:
-        """Their parameters, each as one vector."""
-        self.settle()
+        """The parameters of each average as one vector."""
+        self.flush()
         return self._vectors
 
     @property
@@ -147,35 +153,32 @@ class WeightAverages:
 
     @property
     def phema(self) -> dict[float, torch.nn.Module]:
-        """The power-function averages, by their widths."""
+        """The power-function averages by width."""
         return {std: self.networks[name] for std, name in self._stds.items()}
 
     def on_device(self, name: str) -> torch.nn.Module:
-        """An average where the network trains, to be sampled there: itself, or a copy."""
+        """An average on the device of training, for sampling: itself, or a copy."""
         network, device = self.networks[name], self.source.weights.device
         return network if next(network.parameters()).device == device else copy.deepcopy(network).to(device)
 
     def halflife_at(self, nimg: int) -> float:
         """Effective half-life in images after `nimg` images."""
-        return (
-            self.halflife_nimg
-            if self.rampup_ratio is None
-            else min(self.halflife_nimg, nimg * self.rampup_ratio)
-        )
+        if self.rampup_ratio is None:
+            return self.halflife_nimg
+        return min(self.halflife_nimg, nimg * self.rampup_ratio)
 
     def decays(self, nimg: int, batch_size: int) -> list[float]:
-        """Of the averages, in their order, for a step: see `update`."""
-        halflife = self.halflife_at(
-            nimg - batch_size
-        )  # the ramp counts the images before this step, as EDM does
-        return [
-            0.5 ** (batch_size / max(halflife, 1e-8)),
-            *(_decay(exponent, nimg, batch_size) for exponent in self._exponents),
-        ]
+        """Decays of the averages, in their order, for the step that `update` takes in."""
+        # As in EDM, the ramp counts the images before this step.
+        halflife = self.halflife_at(nimg - batch_size)
+        exponential = 0.5 ** (batch_size / max(halflife, 1e-8))
+        return [exponential, *(_decay(exponent, nimg, batch_size) for exponent in self._exponents)]
 
     def update(self, nimg: int, batch_size: int) -> None:
-        """Take in the weights after a step; `nimg` counts the images with this step's `batch_size`. Buffers
-        do not change in training."""
+        """Take in the weights after a step of `batch_size` images, the last of `nimg` images.
+
+        Buffers do not change in training.
+        """
         decays = self.decays(nimg, batch_size)
         if self._copies is None:
             self._take_in(self.source.weights, decays)
@@ -189,15 +192,15 @@ class WeightAverages:
         torch._foreach_lerp_(averages, [weights] * len(averages), [1 - decay for decay in decays])
 
     def let_weights_change(self) -> None:
-        """To be called before a step, which changes the weights: it comes, on the device, after the copy that
-        the last `update` asked for."""
+        """To be called before a step: the device changes the weights only after the last `update` has copied
+        them."""
         if self._copies is not None:
             self._copies.let_source_change()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait until all updates have been taken in."""
         if self._copies is not None:
-            self._copies.settle()
+            self._copies.flush()
 
     def state_dict(self) -> dict:
         """Tensors of all averages, for a training state."""
@@ -214,15 +217,14 @@ class WeightAverages:
 
 
 class HostCopies:
-    """Copies of a vector to the host, taken in by a thread there in the order in which they were sent;
-    neither host nor device waits for the other.
+    """Asynchronous device-to-host copies of a vector, which a thread takes in, in order.
 
-    On a GPU a stream of its own copies into one of two pinned buffers. A sender that is two copies ahead of
-    the thread waits for it.
+    On a GPU a separate stream copies into one of two pinned buffers. `send` waits for the thread only if both
+    are in use.
 
     Args:
         source: the vector.
-        take_in: called in the thread with a copy, and what was sent with it.
+        take_in: called in the thread with a copy and the message that was sent with it.
     """
 
     def __init__(self, source: torch.Tensor, take_in: Callable[[torch.Tensor, object], None]):
@@ -232,20 +234,21 @@ class HostCopies:
             torch.empty_like(source, device='cpu', pin_memory=source.is_cuda, requires_grad=False)
             for _ in range(2)
         )
-        self._thread = ThreadPoolExecutor(
-            max_workers=1
-        )  # begins with its first work: processes forked before that do not inherit it
+        # The thread begins with its first work, so processes forked before that do not inherit it.
+        self._thread = ThreadPoolExecutor(max_workers=1)
         self._pending: deque[Future] = deque()
         self._copied: torch.cuda.Event | None = None
 
     @torch.no_grad()
     def send(self, message) -> None:
-        """Let the thread take in the vector as it is now. Raises: what went wrong in taking in an earlier
-        one."""
+        """Have the thread take in the current vector. Raises: any error of taking in an earlier one."""
+        # Take the older of the two buffers, once the thread is done with it.
         while len(self._pending) >= len(self._buffers):
             self._pending.popleft().result()
         buffer = self._buffers[0]
         self._buffers.rotate(-1)
+
+        # Copy after the work that the device has queued, and without holding up what comes next.
         if self.stream is None:
             buffer.copy_(self.source)
         else:
@@ -261,11 +264,11 @@ class HostCopies:
         self.take_in(buffer, message)
 
     def let_source_change(self) -> None:
-        """Whatever the device is asked from now on comes after the last copy."""
+        """Make the device's next work wait for the last copy."""
         if self._copied is not None:
             torch.cuda.current_stream(self.source.device).wait_event(self._copied)
 
-    def settle(self) -> None:
-        """Wait until everything that was sent has been taken in. Raises: what went wrong in that."""
+    def flush(self) -> None:
+        """Wait until everything that was sent has been taken in. Raises: any error of that."""
         while self._pending:
             self._pending.popleft().result()

@@ -1,4 +1,4 @@
-"""The kinds of what a run records of its options, by their declarations: in training_options.json and in training states."""
+"""The kinds of recorded options, by their declarations: in training_options.json and in training states."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from training.objectives import OBJECTIVES
 
 
 def kind_of_record() -> schema.Record:
-    """The configuration of a run, as training_options.json and states have it."""
+    """The kind of a run's configuration, as training_options.json and states hold it."""
+    # Options of every run.
     found = {option.key: kind(option) for option in options_of(RunConfig).values() if option.key}
     groups = {
         group: schema.Maybe(
@@ -22,6 +23,8 @@ def kind_of_record() -> schema.Record:
         )
         for group in ('validation', 'wandb')
     }
+
+    # Options of the objectives, of which any may have made the record.
     own, sampling = {}, {}
     for objective in OBJECTIVES.values():
         config = objective.config
@@ -29,7 +32,8 @@ def kind_of_record() -> schema.Record:
             if option.key or not option.record:
                 continue
             table = sampling if name in config.sampling else own
-            if not isinstance(table.get(name), schema.Maybe):  # one objective whose default is None is enough
+            # None is allowed if it is the default of one objective.
+            if not isinstance(table.get(name), schema.Maybe):
                 table[name] = kind(option)
         own |= {f.name: f.metadata['recorded'] for f in fields(config) if 'recorded' in f.metadata}
     plain = {key: k for key, k in found.items() if '.' not in key}

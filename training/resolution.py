@@ -35,13 +35,8 @@ def unresolved_gap(c, teacher: torch.nn.Module | None) -> str | None:
     gap, kind = state.self_target_gap(last_nimg), arithmetic(c.precision, c.tf32)
     if gap is None or gap >= ROUNDING[kind]:
         return None
-    cure = (
-        '--tf32=False'
-        if kind == 'tf32'
-        else '--precision=fp32'
-        if kind in ('bf16', 'fp16')
-        else '--precision=fp64'
-    )
+    cures = dict(tf32='--tf32=False', bf16='--precision=fp32', fp16='--precision=fp32')
+    cure = cures.get(kind, '--precision=fp64')
     return (
         'Warning: by the last step, half of the pairs of times that the loss compares are within 1 - r/t = '
         f'{gap:.1e} of each other, and {kind} rounds by up to {ROUNDING[kind]:.1e}: the gradient will be '

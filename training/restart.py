@@ -1,8 +1,7 @@
-"""Runs whose processes torchrun has started again (--max-restarts): they go on from where the earlier attempt
-came to, and no others by themselves.
+"""Runs whose processes torchrun has started again (--max-restarts) resume by themselves; no others do.
 
-Where torchrun may do so, a run leaves `launch.json` in its folder: which torchruns, one for each machine, it
-was started by. An attempt is of the same run where one of its own is among them.
+If torchrun may do so, a run leaves `launch.json` in its folder, which names the torchruns that started it, one
+per machine. A later attempt belongs to the same run if one of its own torchruns is among them.
 """
 
 from __future__ import annotations
@@ -37,14 +36,12 @@ RECORD = schema.Record(
 
 
 def remember(folder: str, seed: int, resume: str | None) -> None:
-    """Record in the folder of a run, which this process has locked, which launch it is of. All processes call
-    it together.
+    """Record the launch of a run in its folder, which is locked. All processes call this together.
 
     Args:
         seed: of the run.
-        resume: what it goes on from, as on the command line or later. States beyond are of a course that is
-            given up.
-    Raises: UserError where the file cannot be written.
+        resume: what it resumes from, as on the command line or later. States later than that are abandoned.
+    Raises: UserError if the file cannot be written.
     """
     if not elastic.restarts()[1]:
         return
@@ -52,11 +49,9 @@ def remember(folder: str, seed: int, resume: str | None) -> None:
 
     def write():
         earlier = _recorded(Path(folder))
-        record = launch | (
-            dict(seed=seed, resume=resume, passed_over=_beyond(resume))
-            if earlier is None or not _same(earlier, launch)
-            else {name: earlier[name] for name in ('seed', 'resume', 'passed_over')}
-        )
+        if earlier is None or not _same(earlier, launch):
+            earlier = dict(seed=seed, resume=resume, passed_over=_beyond(resume))
+        record = launch | {name: earlier[name] for name in ('seed', 'resume', 'passed_over')}
         with atomic_write(os.path.join(folder, LAUNCH)) as file:
             file.write(json.dumps(record, indent=2).encode())
 
@@ -64,13 +59,12 @@ def remember(folder: str, seed: int, resume: str | None) -> None:
 
 
 def go_on(o: Options) -> Options:
-    """The options; where torchrun has started this process again, those that resume the same run, or begin it
-    again in its folder."""
+    """The options. If torchrun has started this process again, they resume the same run, or begin it again in
+    its folder."""
     if not elastic.restarts()[1]:
         return o
-    restarted = max(
-        distributed.gather_objects(elastic.restarts()[0])
-    )  # each torchrun counts those of its own processes
+    # Each torchrun counts the restarts of its own processes.
+    restarted = max(distributed.gather_objects(elastic.restarts()[0]))
     if not restarted:
         return o
     launch = _launch()
@@ -82,20 +76,26 @@ def go_on(o: Options) -> Options:
 
 
 def _changes(o: Options, launch: dict) -> tuple[dict, str]:
-    """(options that change, what the run does)."""
+    """(options that change, a line that says what the run does)."""
+    # Find the folder of the earlier attempt.
     for folder in _candidates(o.run):
         if (record := _recorded(folder)) is not None and _same(record, launch):
             break
     else:
-        return {}, 'no earlier attempt has got as far as a run folder, so it starts as the options say'
+        return {}, 'no earlier attempt got as far as a run folder, so it starts as the options say'
+
+    # Find its own states: not those that were abandoned when it resumed from an older one.
     overwrite = dict(val_overwrite=True) if o.run.val else {}
     given = record['resume']
     with_states = folder if given is None or os.path.isdir(given) else Path(given).parent
     states, passed_over = saved_states(with_states), dict(map(tuple, record['passed_over']))
     own = [path for path in states if passed_over.get(path.name) != path.stat().st_mtime_ns]
+
+    # Resume if there is one, or else begin again in the folder.
     if o.run.objective == 'pd' and not passed_over and stages.stage_folders(folder):
         return dict(overwrite, resume=os.fspath(folder)), f'resuming the stages in {folder}'
-    if own:  # a folder's damaged ones are passed over, but so may be those that are not given up
+    # A folder lets resuming skip damaged states, but must then not hold abandoned ones.
+    if own:
         resume = os.fspath(own[0] if len(own) < len(states) else with_states)
         return dict(overwrite, resume=resume), f'resuming from {own[0]}'
     return (
@@ -107,9 +107,8 @@ def _changes(o: Options, launch: dict) -> tuple[dict, str]:
 def _candidates(run: RunConfig) -> list[Path]:
     """The folders that the earlier attempt may have trained in."""
     if run.resume:
-        return [
-            Path(stages.run_folder(run.resume) if run.objective == 'pd' else run_lock.folder_of(run.resume))
-        ]
+        folder_of = stages.run_folder if run.objective == 'pd' else run_lock.folder_of
+        return [Path(folder_of(run.resume))]
     if run.nosubdir:
         return [Path(run.outdir)]
     return sorted(
@@ -119,7 +118,7 @@ def _candidates(run: RunConfig) -> list[Path]:
 
 
 def _launch() -> dict:
-    """What tells one launch from others: torchrun's id of it, and all the torchruns. Collective."""
+    """What identifies a launch: torchrun's id of it, and all torchruns. Collective."""
     torchruns = distributed.gather_objects(elastic.torchrun())
     return dict(
         run_id=os.environ.get('TORCHELASTIC_RUN_ID'),
@@ -128,13 +127,14 @@ def _launch() -> dict:
 
 
 def _same(record: dict, launch: dict) -> bool:
+    """Whether a record is of this launch."""
     return record['run_id'] == launch['run_id'] and any(
         identity.same(a, b) for a in record['torchruns'] for b in launch['torchruns']
     )
 
 
 def _beyond(resume: str | None) -> list[tuple[str, int]]:
-    """The states beside `resume`, where it is one, that are newer: their names and modification times."""
+    """Names and modification times of the states that are newer than `resume`, if that is a state."""
     if resume is None or os.path.isdir(resume):
         return []
     newer = itertools.takewhile(
@@ -144,7 +144,7 @@ def _beyond(resume: str | None) -> list[tuple[str, int]]:
 
 
 def _recorded(folder: Path) -> dict | None:
-    """A folder's record; None where there is none, or it is damaged."""
+    """A folder's record; None if it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
         return schema.read_json(folder / LAUNCH, RECORD, LAUNCH)
     return None

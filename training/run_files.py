@@ -1,11 +1,11 @@
-"""The files that a run leaves in its folder: what they are called, which states are kept, and from which one a run goes on."""
+"""Snapshots and training states of a run: their names, which states are kept, saving and resuming."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -30,40 +30,37 @@ from training.weight_update import WeightUpdate
 
 @dataclass
 class Progress:
-    """Where a run stands, all of which is in its training states."""
+    """Where a run stands. Training states hold all of it."""
 
     nimg: int = 0  # images seen
     tick: int = 0  # ticks ended
     tick_start_nimg: int = 0  # images seen when this tick began
-    due: bool = False  # whether the work at the end of the tick is still to be done
-    begun: bool = False  # whether the evaluations before the first step are over
-    fid: float | None = None  # of the first average that was evaluated at the end of this tick
-    states: dict[str, float | None] = field(
-        default_factory=dict
-    )  # states that are kept, the oldest first, and their FID
-    names: dict[str, int] = field(default_factory=dict)  # names of files so far, and the images seen at each
+    due: bool = False  # whether the end of the tick remains to be done
+    begun: bool = False  # whether evaluation before the first step is done
+    fid: float | None = None  # of the first average of --val_emas, at the end of this tick
+    # Training states that are kept, oldest first, and their FID.
+    states: dict[str, float | None] = field(default_factory=dict)
+    # Names of all files so far, and the images seen at each.
+    names: dict[str, int] = field(default_factory=dict)
     wandb_id: str | None = None
 
     @classmethod
     def restored(cls, entries: dict) -> Progress:
-        """From a training state; what only another version knows is left out."""
+        """From a training state, without entries that only another version knows."""
         return cls(**{entry.name: entries[entry.name] for entry in fields(cls) if entry.name in entries})
 
     def position(self) -> dict:
-        """All of it, as plain data."""
+        """The progress as plain data."""
         return asdict(self)
 
     def next_position(self) -> dict:
-        """The same once the tick has been dealt with."""
-        return {
-            **asdict(self),
-            'tick': self.tick + 1,
-            'tick_start_nimg': self.nimg,
-            'due': False,
-            'fid': None,
-        }
+        """The progress at the beginning of the next tick, as plain data."""
+        following = replace(self)
+        following.begin_tick()
+        return asdict(following)
 
     def begin_tick(self) -> None:
+        """End the tick, and begin the next one."""
         self.tick, self.tick_start_nimg, self.due, self.fid = self.tick + 1, self.nimg, False, None
 
 
@@ -72,7 +69,7 @@ class Progress:
 
 
 def file_stem(progress: Progress, kind: str) -> str:
-    """`<kind>-<kimg:06d>` for a file saved now, with `-<nimg>` appended where one of another moment of this run has the same kimg."""
+    """`<kind>-<kimg:06d>` for a file saved now; with `-<nimg>` if a file of another moment has the same kimg."""
     stem = f'{kind}-{progress.nimg // 1000:06d}'
     if progress.names.setdefault(stem, progress.nimg) != progress.nimg:
         stem += f'-{progress.nimg}'
@@ -80,16 +77,16 @@ def file_stem(progress: Progress, kind: str) -> str:
 
 
 def states_to_keep(states: dict[str, float | None], newest: int = 2) -> set[str]:
-    """Of saved states, {stem: validation FID or None} from the oldest to the newest: the `newest`, and the one with the least FID."""
+    """The stems of the `newest` states and the one with the least FID, of {stem: FID or None}, oldest first."""
     measured = {stem: fid for stem, fid in states.items() if fid is not None}
     return {*list(states)[-newest:], *([min(measured, key=measured.get)] if measured else [])}
 
 
 def load_state(resume: str, report=print) -> tuple[str, dict]:
-    """(path, contents) of the state to go on from: the file `resume`, or the newest whole one in the folder `resume`.
+    """(path, contents) of the state to resume from: the file `resume`, or the newest complete one in that folder.
 
-    Damaged states of a folder are reported and passed over.
-    Raises: UserError where there is none.
+    Damaged states of a folder are reported and skipped.
+    Raises: UserError if there is none.
     """
     if not os.path.isdir(resume):
         return resume, checkpoint.read_state(resume, recorded.RECORDED)
@@ -101,8 +98,8 @@ def load_state(resume: str, report=print) -> tuple[str, dict]:
             problem = 'none of its states is whole'
             report(f'Warning: {error}' + ' Trying the state before it.' * (path != saved_states(resume)[-1]))
     raise UserError(
-        f'--resume={resume}: {problem}. Give a training state or the folder of a run that saved one, or start anew without --resume, '
-        'in another folder.'
+        f'--resume={resume}: {problem}. Give a training state or the folder of a run that saved one, or start '
+        'anew without --resume, in another folder.'
     )
 
 
@@ -116,7 +113,7 @@ class RunFiles:
     Args:
         c, run_dir: the run's configuration and folder.
         net, update, averages, loss_state: what a state holds.
-        log: called with lines for people.
+        log: function that logs a line.
     """
 
     def __init__(
@@ -129,30 +126,33 @@ class RunFiles:
         loss_state: State,
         log,
     ):
-        self.c, self.run_dir, self.net, self.update, self.averages, self.loss_state, self.log = (
-            c,
-            Path(run_dir),
-            net,
-            update,
-            averages,
-            loss_state,
-            log,
-        )
+        self.c, self.run_dir, self.log = c, Path(run_dir), log
+        self.net, self.update, self.averages, self.loss_state = net, update, averages, loss_state
         self._newest: tuple[tuple, str] | None = None  # position and name of the last state that was written
-        self._abandoned: set[str] = set()  # states beyond the one that the run goes on from
+        self._abandoned: set[str] = set()  # states later than the one that the run resumed from
 
     def save(self, progress: Progress, metadata: dict, fids: dict[str, float], done: bool) -> None:
-        """Everything that is due at the end of this tick. `fids`: of the averages evaluated at it, by name; `metadata`: see `save_snapshot`."""
+        """Save what is due at the end of this tick.
+
+        Args:
+            metadata: of snapshots, see `save_snapshot`.
+            fids: FIDs of the averages evaluated at the end of this tick, by name.
+            done: whether training is finished.
+        """
         c = self.c
         due = lambda every: bool(every) and (done or progress.tick % every == 0)
-        least = min((fid for fid in progress.states.values() if fid is not None), default=float('inf'))
-        best = progress.fid is not None and progress.fid < least
+
+        # Snapshots of the averages.
         if due(c.snapshot_ticks):
             extra = dict(ema='ema', ema_halflife_kimg=c.ema_halflife_nimg / 1e3)
             self.guarded(self._snapshot, progress, '', self.averages.ema, metadata | extra, fids)
         for std, average in self.averages.phema.items() if due(c.phema_snapshot_ticks) else ():
             extra = dict(ema=average_name(std), ema_std=std)
             self.guarded(self._snapshot, progress, f'-{std:.3f}', average, metadata | extra, fids)
+
+        # A state: now and then, and the best one by FID.
+        least = min((fid for fid in progress.states.values() if fid is not None), default=float('inf'))
+        best = progress.fid is not None and progress.fid < least
         if (due(c.state_dump_ticks) and (progress.tick > 0 or done)) or (c.state_dump_ticks and best):
             self.save_state(progress, progress.next_position())
 
@@ -169,23 +169,28 @@ class RunFiles:
         )
 
     def check_weights(self) -> None:
-        """Ends all processes where they do not hold the same weights."""
+        """End all processes if they do not hold the same weights."""
         if not distributed.same_everywhere(self.update.weights):
             distributed.fail_together(
-                'the processes hold different weights: a GPU or its memory is faulty. The states saved before are whole; '
-                'resume from the newest one on other machines.'
+                'the processes hold different weights: a GPU or its memory is faulty. The states saved before '
+                'are whole; resume from the newest one on other machines.'
             )
 
     def save_state(self, progress: Progress, position: dict) -> str | None:
-        """Write a state from which a run goes on at `position`; older ones are deleted once it has been read back. Returns its file's name."""
+        """Write a state from which a run resumes at `position`, then delete older ones.
+
+        Returns: the name of its file, or of the one that already holds this position; None if it could not be
+            written.
+        """
         where = position['nimg'], position['tick'], position['due']
         if self._newest and self._newest[0] == where:
             return self._newest[1]
+
+        # Collect what it holds.
         self.check_weights()
-        rng = dict(
-            cpu=torch.get_rng_state(),
-            **({'cuda': torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}),
-        )
+        rng = dict(cpu=torch.get_rng_state())
+        if torch.cuda.is_available():
+            rng['cuda'] = torch.cuda.get_rng_state()
         state = dict(
             net=dict(self.net.state_dict()),
             update=self.update.state_dict(),
@@ -196,24 +201,24 @@ class RunFiles:
             rng=distributed.gather_objects(rng),
             options=json.dumps(self.c),
         )
+
+        # Write it. All processes must know the FIDs of states, to agree on which later one is the best.
         stem = file_stem(progress, 'training-state')
         if not self.guarded(self._write_state, progress, stem, state):
             return None
-        progress.states = distributed.broadcast_object(
-            progress.states
-        )  # which of later ones is the best, all processes have to know
+        progress.states = distributed.broadcast_object(progress.states)
         self._newest = where, f'{stem}.pt'
         return f'{stem}.pt'
 
     def _write_state(self, progress: Progress, stem: str, state: dict) -> None:
-        fid = (
-            progress.states.get(stem) if progress.fid is None else progress.fid
-        )  # it may be there already, with its distance
+        # A state of this name may exist already, with its FID.
+        fid = progress.states.get(stem) if progress.fid is None else progress.fid
         states = {**{name: other for name, other in progress.states.items() if name != stem}, stem: fid}
         kept = states_to_keep(states, self.c.states_kept)
-        state['progress'] |= dict(
-            names=progress.names, states={name: fid for name, fid in states.items() if name in kept}
-        )
+        kept_states = {name: fid for name, fid in states.items() if name in kept}
+        state['progress'] |= dict(names=progress.names, states=kept_states)
+
+        # Delete older states only after this one has been read back.
         path = self.run_dir / f'{stem}.pt'
         checkpoint.save_state(path, state)
         checkpoint.verify(path)
@@ -223,11 +228,12 @@ class RunFiles:
         self._abandoned = set()
 
     def guarded(self, write: Callable, *args) -> bool:
-        """Whether the main process could `write(*args)`. Where it could not, --on-save-error decides: all processes stop, or all go on."""
+        """Whether the main process could `write(*args)`. If not, --on-save-error decides whether all processes
+        stop, or all continue."""
         return self.attempt(write, *args)[0]
 
     def attempt(self, write: Callable, *args) -> tuple[bool, object]:
-        """The same, and what `write` returned on the main process."""
+        """Like `guarded`, but also returns what `write` returned on the main process."""
         problem = result = None
         if distributed.is_main():
             try:
@@ -239,13 +245,14 @@ class RunFiles:
             return True, result
         if self.c.on_save_error == 'stop':
             distributed.fail_together(
-                f'{problem} The states saved before are whole: make room and resume. (--on-save-error=continue trains on.)'
+                f'{problem} The states saved before are whole: make room and resume. (--on-save-error=continue '
+                'trains on.)'
             )
         self.log(f'Warning: {problem} Training goes on (--on-save-error=continue).')
         return False, None
 
     def leave_note(self, signal_name: str, nimg: int, state: str) -> None:
-        """Say in the folder that the run stopped on request, and which state it goes on from."""
+        """Write `preempted.json`: a signal stopped the run, and this is the state to resume from."""
 
         def write():
             with dnnlib.util.atomic_write(self.run_dir / PREEMPTED) as file:
@@ -254,9 +261,9 @@ class RunFiles:
         self.guarded(write)
 
     def tidy(self) -> None:
-        """What a run removes when it starts: the note of one that stopped, and files that a killed one was writing.
+        """Remove the note of a run that stopped, and unfinished files of one that was killed.
 
-        States beyond the one that it goes on from, of a future that is computed again, stay until the first new state is whole.
+        States later than the one that this run resumes from are kept until it has saved its first.
         """
         if not distributed.is_main():
             return
@@ -264,21 +271,22 @@ class RunFiles:
         for kind in ('network-snapshot-*', 'training-state-*', PREEMPTED, '*.jsonl', OPTIONS):
             for leftover in dnnlib.util.unfinished(self.run_dir, kind):
                 dnnlib.util.remove(leftover)
-        there, own = [path.stem for path in saved_states(self.run_dir)], Path(self.c.resume or '').stem
-        self._abandoned = set(there[: there.index(own)]) if own in there else set()
+        stems, resumed = [path.stem for path in saved_states(self.run_dir)], Path(self.c.resume or '').stem
+        self._abandoned = set(stems[: stems.index(resumed)]) if resumed in stems else set()
         if self._abandoned:
             self.log(
-                f'{", ".join(sorted(self._abandoned))}: beyond the state that this run goes on from, deleted as soon as a new one is saved.'
+                f'{", ".join(sorted(self._abandoned))}: later than the state that this run resumes from, and '
+                'deleted as soon as a new one is saved.'
             )
 
 
 def newest_state(progress: Progress) -> str | None:
-    """The file of the newest state that was saved and kept; None where there is none."""
+    """The file of the newest state that was saved and kept; None if there is none."""
     return f'{next(reversed(progress.states))}.pt' if progress.states else None
 
 
 # ----------------------------------------------------------------------------
-# Going on.
+# Resuming.
 
 
 def restore(
@@ -290,7 +298,11 @@ def restore(
     loss_state: State,
     device: torch.device,
 ) -> tuple[Progress, int]:
-    """Put a training state into the given objects, and empty it; returns where it stands, and the number of processes that made it."""
+    """Restore the given objects from a training state, which is emptied.
+
+    Returns: its progress, and the number of processes that saved it.
+    Raises: UserError if it does not fit the objects.
+    """
     try:
         net.load_state_dict(state.pop('net'))
         update.load_state_dict(state.pop('update'))
@@ -298,16 +310,17 @@ def restore(
         loss_state.load_state_dict(state.pop('loss'))
         training_stats.load_state(state.pop('stats'), device)
         progress, rng = state.pop('progress'), state.pop('rng')
+        # Each process has a generator of its own; with another number of processes they start afresh.
         if len(rng) == distributed.get_world_size():
             own = rng[distributed.get_rank()]
             torch.set_rng_state(own['cpu'])
             if 'cuda' in own and device.type == 'cuda':
                 torch.cuda.set_rng_state(own['cuda'], device)
     except (KeyError, RuntimeError, ValueError) as error:
-        reason = ' '.join(
-            line.strip() for line in str(error).strip().splitlines()[:2]
-        )  # PyTorch's first line says where, the next one what
+        # PyTorch's first line says where, the next one what.
+        reason = ' '.join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise UserError(
-            f'--resume={path} is the state of another run or network ({reason}): resume with the options it was made with'
+            f'--resume={path} is the state of another run or network ({reason}): resume with the options it '
+            'was made with'
         ) from error
     return Progress.restored(progress), len(rng)

@@ -9,21 +9,28 @@ import re
 
 from dnnlib import EasyDict, UserError
 from training.command_line import Options
+from training.saved_files import OPTIONS, saved_states
 
 
 def planned_run_dir(o: Options, data_name: str) -> str:
-    """`<outdir>/00000-<data>-<cond>-<arch>-...`, numbered after the highest that is there; --nosubdir: outdir; --resume: the state's folder."""
+    """The folder `<outdir>/00000-<data>-<cond>-<arch>-...`, numbered after the highest that exists.
+
+    With --nosubdir it is `outdir`, with --resume the folder of the state.
+    """
     if o.run.resume:
         return os.path.dirname(os.path.abspath(o.run.resume))
     if o.run.nosubdir:
         return o.run.outdir
     from torch_utils import distributed
 
+    # The number.
     try:
-        there = os.listdir(o.run.outdir) if os.path.isdir(o.run.outdir) else []
+        existing = os.listdir(o.run.outdir) if os.path.isdir(o.run.outdir) else []
     except OSError as error:
         raise UserError(f'--outdir={o.run.outdir} cannot be read: {error.strerror}') from error
-    numbers = [int(m[1]) for m in map(re.compile(r'([0-9]{1,9})-').match, there) if m]
+    numbers = [int(m[1]) for m in map(re.compile(r'([0-9]{1,9})-').match, existing) if m]
+
+    # What is trained, and how.
     arch = o.run.arch or ('ddpmpp' if not o.teacher else 'teacher')
     objective = o.objective
     steps = getattr(o.own, 'S', None)
@@ -43,7 +50,7 @@ def planned_run_dir(o: Options, data_name: str) -> str:
 
 
 def make_run_dir(o: Options, data_name: str) -> str:
-    """Create the folder of a new run: the next number where another run has just taken one, or --outdir itself, which may be there."""
+    """Create the folder of a new run: --outdir itself, or the next number that no other run has just taken."""
     while True:
         run_dir = planned_run_dir(o, data_name)
         try:
@@ -59,20 +66,22 @@ def make_run_dir(o: Options, data_name: str) -> str:
 
 
 def remove_if_empty(folder: str) -> None:
-    """Leave no folder of a run that ended before it wrote anything."""
+    """Remove the folder of a run that ended before it wrote anything."""
     with contextlib.suppress(OSError):
         os.rmdir(folder)
 
 
 def record_options(o: Options, c: EasyDict) -> None:
-    """Write training_options.json into the folder of a new run, which is locked. Raises: UserError where another run has left states there."""
+    """Write training_options.json into the folder of a new run, which is locked.
+
+    Raises: UserError if another run has left states there.
+    """
     from dnnlib.util import atomic_write
-    from training.run_files import saved_states
 
     if saved_states(c.run_dir):
         raise UserError(
-            f'--outdir={o.run.outdir} holds training states of an earlier run: go on with it by --resume={o.run.outdir}, or choose '
-            'another folder.'
+            f'--outdir={o.run.outdir} holds training states of an earlier run: continue it by '
+            f'--resume={o.run.outdir}, or choose another folder.'
         )
-    with atomic_write(os.path.join(c.run_dir, 'training_options.json')) as file:
+    with atomic_write(os.path.join(c.run_dir, OPTIONS)) as file:
         file.write(json.dumps(c, indent=2).encode())

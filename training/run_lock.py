@@ -1,8 +1,8 @@
-"""One run in a folder at a time: a lock that the main process holds for as long as it may write there.
+"""One run in a folder at a time: a lock that the main process holds while it may write there.
 
-`run.lock` tells who has the folder. It comes into being at once and complete, by a hard link, on network file
-systems as well, and its modification time is a heartbeat. A lock whose process is gone is taken over: on this
-machine that is known, of another one it is concluded from a heartbeat that stands still.
+`run.lock` names its holder. It is created atomically by a hard link, on network file systems too, and its
+modification time is a heartbeat. A lock whose process has ended is taken over. On this machine that is known;
+of another machine it is concluded from a heartbeat that stands still.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ RECORD = schema.Record(
     ),
     required=['token', 'process', 'torchrun', 'timestamp', 'period'],
 )
-PERIOD = 10.0  # seconds from one heartbeat to the next
-MISSED = 10  # heartbeats after which a process that cannot be seen counts as gone
-CHECK_SEC = 1.0  # how often a run looks whether the lock is still its own
-FAREWELL_SEC = (
-    15.0  # for a run to notice that the lock was taken from it, or that its torchrun is gone, and to end
-)
+PERIOD = 10.0  # seconds between heartbeats
+MISSED = 10  # missed heartbeats after which a process on another machine counts as gone
+CHECK_SEC = 1.0  # how often a run checks that the lock is still its own
+# Seconds for a run to notice that the lock was taken from it, or that its torchrun is gone, and to end.
+FAREWELL_SEC = 15.0
+# Errors of file systems without hard links.
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who has a lock, as its file tells.
+    """The holder of a lock, as its file says.
 
     Attributes:
-        token: of this lock alone.
-        process: see `identity.of_process`; None where the file is damaged.
-        torchrun: the same of the torchrun that started it, or None.
+        token: unique to this lock.
+        process: see `identity.of_process`; None if the file is damaged.
+        torchrun: the torchrun that started the process, in the same form, or None.
         since: when it took the lock, in seconds since the epoch.
         period: seconds between its heartbeats.
-        beat: the last one, by the clock of the file system.
+        beat: its last heartbeat, by the clock of the file system.
     """
 
     token: str
@@ -68,7 +68,7 @@ class Holder:
     beat: float
 
     def has_ended(self) -> bool | None:
-        """Whether the process is gone; None where only its heartbeat can tell."""
+        """Whether the process is gone; None if only its heartbeat can tell."""
         return identity.has_ended(self.process) if self.process else None
 
     def __str__(self):
@@ -81,10 +81,13 @@ class Holder:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Who has the lock `path`; None where there is no such file. Raises: OSError, UserError where it is no
-    regular file."""
+    """The holder of the lock `path`; None if there is no such file.
+
+    Raises: OSError; UserError if it is not a regular file.
+    """
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):  # nor a link: what it leads to is nobody's lock
+        # A link is refused too: its target is nobody's lock.
+        if not stat.S_ISREG(path.lstat().st_mode):
             raise UserError(f'{path} is no file that train.py made, and in its place: remove it')
         with limits.open_regular(path) as file:
             status = os.fstat(file.fileno())
@@ -93,7 +96,7 @@ def read_holder(path: Path) -> Holder | None:
         return None
     try:
         record = schema.check(schema.parse_json(data, limits.JSON_FILE, LOCK), RECORD, LOCK)
-    except ValueError:
+    except ValueError:  # damaged; the file itself identifies the lock
         return Holder(f'{status.st_ino:x}-{status.st_mtime_ns:x}', None, None, 0.0, PERIOD, status.st_mtime)
     return Holder(
         record['token'],
@@ -109,11 +112,11 @@ class RunLock:
     """The lock of a folder.
 
     Args:
-        folder: an existing one.
+        folder: an existing folder.
         take: take the lock from a run that has it.
-        say: called with lines for people.
+        say: function that prints a line.
         on_loss: called with an error, in another thread, when another process has taken the lock; by default
-            it ends this one.
+            it ends this process.
     """
 
     def __init__(
@@ -123,13 +126,8 @@ class RunLock:
         say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
         on_loss: Callable[[str], None] = identity.end_at_once,
     ):
-        self.folder, self.path, self.take, self.say, self.on_loss = (
-            Path(folder),
-            Path(folder, LOCK),
-            take,
-            say,
-            on_loss,
-        )
+        self.folder, self.path = Path(folder), Path(folder, LOCK)
+        self.take, self.say, self.on_loss = take, say, on_loss
         self.token = secrets.token_hex(16)
         self._record = json.dumps(
             dict(
@@ -142,16 +140,17 @@ class RunLock:
             ),
             indent=2,
         ).encode()
-        self._over, self._watcher = (
-            threading.Event(),
-            threading.Thread(target=self._watch, name='run-lock', daemon=True),
-        )
+        self._over = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name='run-lock', daemon=True)
 
     def acquire(self) -> None:
-        """Take the lock, and keep it until `release`. Raises: UserError that tells who has it, or why the
-        folder cannot be locked."""
+        """Take the lock, and keep it until `release`.
+
+        Raises: UserError, which names the holder, or the reason that the folder cannot be locked.
+        """
         check_writable(self.folder)
         saved_files.check_own_files(self.folder)
+        # The holder that is watched, since when, and whether waiting for it was announced.
         seen, since, told = None, 0.0, False
         try:
             while not self._create(self.path):
@@ -162,14 +161,16 @@ class RunLock:
                     seen, since, told = holder, time.monotonic(), False
                 ended, waited, still = holder.has_ended(), time.monotonic() - since, holder.beat == seen.beat
                 silence = max(waited, self._now() - holder.beat)
+
+                # The holder is gone, or gives way: replace its lock.
                 if ended or self.take or (ended is None and still and silence >= MISSED * holder.period):
                     if self._replace(holder):
                         self._watcher.start()
                         self._bid_farewell(holder, ended)
                         return
-                elif (
-                    ended is None and still
-                ):  # perhaps of a node that died: so it is where a job starts again on another
+
+                # Perhaps it is on a node that died, as when a job starts again on another one: wait.
+                elif ended is None and still:
                     if not told:
                         remaining = MISSED * holder.period - silence
                         self.say(
@@ -177,9 +178,9 @@ class RunLock:
                             'its heartbeat.'
                         )
                         told = True
-                elif not (
-                    holder.torchrun and identity.has_ended(holder.torchrun) and waited < FAREWELL_SEC
-                ):  # else it is about to end
+
+                # It goes on, unless its torchrun is gone: then it is about to end.
+                elif not (holder.torchrun and identity.has_ended(holder.torchrun) and waited < FAREWELL_SEC):
                     raise UserError(
                         f'{self.folder} is the folder of a run that goes on: {holder}, last heartbeat '
                         f'{max(self._now() - holder.beat, 0):.0f} seconds ago. Wait for its end, choose '
@@ -193,7 +194,7 @@ class RunLock:
         self._watcher.start()
 
     def release(self) -> None:
-        """Remove the lock, if it is still this one."""
+        """Remove the lock, if it is still ours."""
         self._over.set()
         self._watcher.join(timeout=PERIOD)
         with contextlib.suppress(OSError, UserError):
@@ -201,8 +202,7 @@ class RunLock:
                 self.path.unlink()
 
     def _bid_farewell(self, holder: Holder, ended: bool | None) -> None:
-        """Say whose lock it was, and wait for the end of a run that may be going on: it notices, and writes
-        no more then."""
+        """Say whose lock it was, and wait for a run that may still be going: it notices, and stops writing."""
         if ended or not self.take:
             self.say(f'{self.folder} was locked by {holder}, which is gone: taking over.')
             return
@@ -215,8 +215,7 @@ class RunLock:
             time.sleep(CHECK_SEC / 4)
 
     def _watch(self) -> None:
-        """The heartbeat; and `on_loss` when the lock has become another's. One that somebody has removed is
-        made again."""
+        """Thread: beat; create the lock again if it was removed; call `on_loss` if it is another's."""
         beat = time.monotonic()
         while not self._over.wait(CHECK_SEC):
             try:
@@ -229,9 +228,10 @@ class RunLock:
                         )
                         return
                 if time.monotonic() - beat >= PERIOD:
-                    os.utime(self.path)  # by the clock of the file system, which a time of ours would not be
+                    os.utime(self.path)  # without a time: by the clock of the file system
                     beat = time.monotonic()
-            except (OSError, UserError):  # a full or read-only disk, a server that is away: no reason to stop
+            # A full or read-only disk, or a server that is away, is no reason to stop.
+            except (OSError, UserError):
                 continue
 
     def _is_own(self, path: Path) -> bool:
@@ -245,7 +245,7 @@ class RunLock:
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[Path]:
-        """A hidden file with this lock's record, which is removed unless it has been renamed."""
+        """A hidden file with this lock's record, which is removed unless it is renamed."""
         path = self.folder / f'.{LOCK}.{os.getpid()}-{secrets.token_hex(4)}.tmp'
         try:
             with open(path, 'xb') as file:
@@ -255,14 +255,12 @@ class RunLock:
             path.unlink(missing_ok=True)
 
     def _create(self, path: Path) -> bool:
-        """Whether `path` is this lock's record now, after an attempt to make it, which fails where there is
-        such a file."""
+        """Try to create `path` with this lock's record, unless it exists. Returns: whether it is ours now."""
         with self._written() as own:
+            # A server may have made the link although its first reply was lost: `_is_own` tells.
             try:
                 os.link(own, path)
-            except (
-                FileExistsError
-            ):  # or a server has linked it and its first answer was lost: what is there tells
+            except FileExistsError:
                 pass
             except OSError as error:
                 if error.errno not in NO_LINKS:
@@ -272,28 +270,28 @@ class RunLock:
         return self._is_own(path)
 
     def _replace(self, holder: Holder) -> bool:
-        """Whether this lock has taken the place of another one. Of several that try, one does: the one that
-        has the claim to that lock's token.
+        """Try to replace another lock. Returns: whether that succeeded, as it does for one process only.
 
-        A claim of a process that died holding it is passed over for the next number, which only one process
-        gets either.
+        That is the process that creates a claim, a file named by the other lock's token and a number. If the
+        process of a claim has ended, the claim of the next number counts.
         """
+        # Create a claim.
         claims = []
         for number in itertools.count():
             claims.append(self.folder / f'.{LOCK}.{holder.token}.{number}')
             if self._create(claims[-1]):
                 break
             other = read_holder(claims[-1])
-            gone = other and other.has_ended()
-            if (
-                other is None
-                or gone is False
-                or (gone is None and self._now() - other.beat < MISSED * PERIOD)
-            ):
+            if other is None:
                 return False
+            gone = other.has_ended()
+            if gone is False or (gone is None and self._now() - other.beat < MISSED * PERIOD):
+                return False
+
+        # Replace the lock, unless an earlier claim has done so.
         try:
             now = read_holder(self.path)
-            if now is None or now.token != holder.token:  # whoever had the claim before has taken it
+            if now is None or now.token != holder.token:
                 claims = claims[-1:]
                 return False
             with self._written() as own:
@@ -305,14 +303,16 @@ class RunLock:
 
 
 def folder_of(resume: str) -> str:
-    """The folder that a run resumed from a state or folder writes to."""
+    """The folder of the run that --resume names, by a state or the folder itself."""
     return resume if os.path.isdir(resume) else os.path.dirname(os.path.abspath(resume))
 
 
 @contextlib.contextmanager
 def locked(folder: str, take: bool = False) -> Iterator[None]:
-    """A block in which the main process holds the lock of a folder, if it is there. All processes enter it
-    together, or end with one message."""
+    """A block in which the main process holds the lock of a folder, if the folder exists.
+
+    All processes enter it together, or end with one message.
+    """
 
     def acquire():
         nonlocal lock

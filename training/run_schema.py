@@ -1,7 +1,7 @@
-"""What the files of a run hold: tables of name, type and range for training states, options, metadata of snapshots and statistics.
+"""What the files of a run hold: tables of name, type and range for training states, options and metadata.
 
-Files of older versions lack entries and those of newer ones have more: what no table names is any plain data, and only what resuming cannot do
-without is required.
+Files of older versions lack entries, and those of newer versions have more. So only entries that resuming needs
+are required, and entries that no table names are any plain data.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ SIGMA, RHO, STEPS = Real(1e-9, 1e6), Real(0.1, 1e4), Integer(1, MAX_STEPS)
 
 
 class Numbers(Kind):
-    """A dense tensor on the CPU of one of the given types and, where it matters, shape, whose values are finite and not below `low`."""
+    """A dense tensor on the CPU of one of the given types, with finite values not below `low`, and of the given
+    shape, if any."""
 
     def __init__(
         self, *dtypes: torch.dtype, shape: tuple[int, ...] | None = None, low: float = -float('inf')
@@ -55,7 +56,7 @@ TENSORS = Dict(Text(r'[\w.-]{1,1000}'), Numbers(*FLOATS.dtypes, torch.int64, tor
 COUNTER = Numbers(torch.int64, torch.int32, shape=(), low=0)
 
 # ----------------------------------------------------------------------------
-# Networks: their numbers, as attributes and constructor arguments. Those of no name here are finite.
+# Numbers of networks, as attributes and constructor arguments. Those not named here are finite.
 
 NETWORK_NUMBERS = dict(
     sigma_data=Real(1e-6, 1e6),
@@ -92,7 +93,7 @@ DATASET = Record(
     required=['path'],
 )
 
-# What readers of states need; `config_file.RECORDED` has every option besides.
+# What readers of states need; `recorded.RECORDED` adds every option.
 OPTIONS = Record(
     dict(
         objective=NAME,
@@ -154,7 +155,7 @@ PROGRESS = Record(
 
 
 class Moments(Kind):
-    """What the optimizer knows of the one vector that holds all parameters; nothing before the first step."""
+    """State of the optimizer for the vector of all parameters; empty before the first step."""
 
     words = 'the moments of one vector of parameters'
     fields = Record(
@@ -232,5 +233,5 @@ METADATA = Record(
         fid=Maybe(Real(nan=True)),
         digest=DIGEST,
     ),
-    others=Kind(),
-)  # which readers have found to be plain
+    others=Kind(),  # which readers have found to be plain
+)

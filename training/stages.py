@@ -16,27 +16,30 @@ from dnnlib.schema import read_json
 from dnnlib.text import printable
 from training.command_line import Options
 from training.objectives import time_schedules as times
+from training.saved_files import OPTIONS, saved_snapshots, saved_states
 
 # Options of a run that resumes nothing.
 ANEW = dict(resume=None, resume_override=False, allow_other_data=False)
 
 
 def stages(o: Options, run_dir: str) -> Iterator[Options]:
-    """The options of each stage when its turn comes: a new one's, or those to resume one that was
-    interrupted. One that is finished is resumed too, where it left states, so that its options are compared
-    with these; there is nothing to do for it.
+    """The options of each stage in turn, which start it, or resume it if it was interrupted.
+
+    A finished stage that left states is resumed too, so that its options are compared with these; it has
+    nothing to do.
 
     Args:
         o: options of train.py; `batch` and `seed` are known.
         run_dir: folder of the stages' folders.
-    Raises: UserError where a stage does not follow from the one before it.
+    Raises: UserError if a stage does not follow from the one before it.
     """
     from torch_utils import distributed
     from training import configuration, same_run
-    from training.run_files import saved_states
 
     teacher, plan = o.teacher, times.halving_stages(o.own.S_start, o.own.S, o.own.stage_steps)
     data = None
+
+    # The stages that exist are those of these options.
     for folder in stage_folders(run_dir):
         if (recorded := recorded_options(folder)['stages']) != [[S, steps] for S, steps in plan]:
             raise UserError(
@@ -44,12 +47,14 @@ def stages(o: Options, run_dir: str) -> Iterator[Options]:
                 f'steps, optimizer steps), these options say {json.dumps(plan)}: resume with the --S_start, '
                 '--S and --stage_steps it was made with.'
             )
+
+    # Yield one stage after the other; the last snapshot of each is the teacher of the next.
     for S, steps in plan:
         folder, total = os.path.join(run_dir, f'S{S:04d}'), steps * o.run.batch
-        snapshot, there = distributed.broadcast_object(
+        snapshot, has_states = distributed.broadcast_object(
             (_finished(folder, total, teacher), bool(saved_states(folder)))
         )
-        if snapshot is None or there:
+        if snapshot is None or has_states:
             resume = o.run.resume if o.run.resume and Path(o.run.resume).parent == Path(folder) else folder
             stage = o.but(
                 S=S,
@@ -58,11 +63,12 @@ def stages(o: Options, run_dir: str) -> Iterator[Options]:
                 duration=total / 1e6,
                 outdir=folder,
                 nosubdir=True,
-                **(dict(resume=resume) if there else ANEW),
+                **(dict(resume=resume) if has_states else ANEW),
             )
             yield dataclasses.replace(stage, stages=tuple(plan))
             snapshot = distributed.broadcast_object(_finished(folder, total, teacher))
-        else:  # its options are in its folder only
+        # Without a state to resume from, compare the data with the record in its folder.
+        else:
             data = data or same_run.data_record(o, configuration.open_dataset(o.run))
             if about_data := same_run.check_same_data(o, data, recorded_options(folder)['dataset'], folder):
                 distributed.print0(printable(about_data), file=sys.stderr)
@@ -75,25 +81,24 @@ def stages(o: Options, run_dir: str) -> Iterator[Options]:
 
 
 def run_folder(resume: str) -> str:
-    """The folder of a progressive distillation's stages from what --resume names: itself, a stage's folder,
-    or a state in one."""
+    """The folder of a progressive distillation that --resume names: by itself, a stage's folder, or a state."""
     path = Path(resume)
     stage = path.parent if path.suffix == '.pt' else path
     return os.fspath(stage.parent if re.fullmatch(r'S\d{4,}', stage.name) else stage)
 
 
 def stage_folders(run_dir: str) -> list[Path]:
-    """The folders of the stages that have begun, the first one first."""
+    """The folders of the stages that have begun, in order."""
     return sorted(
         (path for path in Path(run_dir).glob('S*') if re.fullmatch(r'S\d{4,}', path.name)), reverse=True
     )
 
 
 def recorded_options(folder: str | os.PathLike) -> dict:
-    """The training_options.json of a stage. Raises: UserError where it is missing or damaged."""
+    """The training_options.json of a stage. Raises: UserError if it is missing or damaged."""
     from training import recorded
 
-    path = Path(folder, 'training_options.json')
+    path = Path(folder, OPTIONS)
     try:
         return read_json(path, recorded.STAGE, 'the configuration')
     except (OSError, ValueError) as error:
@@ -105,11 +110,9 @@ def recorded_options(folder: str | os.PathLike) -> dict:
 
 
 def _finished(folder: str, total_nimg: int, teacher: str) -> str | None:
-    """The snapshot with which a stage ended; None where it has not, or on processes other than the main
-    one."""
+    """The last snapshot of a finished stage; None if it is not finished, and on all but the main process."""
     from torch_utils import distributed
     from training.checkpoint import load_network, network_digest
-    from training.run_files import saved_snapshots
 
     if not distributed.is_main():
         return None

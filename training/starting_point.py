@@ -1,12 +1,14 @@
-"""The network that training starts from: the teacher and what it must be, or one that the options describe."""
+"""The network that training starts from: the teacher, which is checked, or one that the options describe."""
 
 from __future__ import annotations
+
+from typing import NoReturn
 
 from dnnlib import EasyDict, UserError
 from training.architectures import ARCHITECTURES, AUGMENT_DIM, BOUNDARY_CLASSES, EDM2, PRECONDITIONING
 from training.command_line import RUN, Options
 
-FREE_FOR_STUDENTS = ('dropout', 'dout_resolutions')  # they do not change the weights' shapes
+FREE_FOR_STUDENTS = ('dropout', 'dout_resolutions')  # options that do not change the shapes of weights
 # {option: constructor argument}
 NETWORK_OPTIONS = {
     name: option.key.rpartition('.')[2]
@@ -16,7 +18,7 @@ NETWORK_OPTIONS = {
 
 
 def load_teacher(o: Options, dataset):
-    """The network of --teacher, if it is what the objective starts from and fits the data; UserError otherwise."""
+    """The network of --teacher. Raises: UserError unless the objective can start from it and it fits the data."""
     from torch_utils import distributed
     from training.checkpoint import load_network
 
@@ -28,21 +30,28 @@ def load_teacher(o: Options, dataset):
 
 
 def check_numbers(net, name: str) -> None:
-    """UserError where weights of a network, or what it makes of noise at a middle level, are not finite: training would end in broken steps."""
+    """Check the numbers of a network, which could only lead to skipped steps.
+
+    Raises: UserError if its weights, or its output for noise at a middle level, are not finite.
+    """
     import torch
 
     from torch_utils import distributed
 
+    # Weights.
     broken = [
         name
         for name, tensor in net.state_dict().items()
         if tensor.is_floating_point() and not tensor.isfinite().all()
     ]
     if broken:
+        listed = ', '.join(broken[:3]) + ', ...' * (len(broken) > 3)
         raise UserError(
-            f'{name} has values that are not finite (NaN or infinite) in {", ".join(broken[:3])}{", ..." * (len(broken) > 3)}: '
-            'its training had diverged, or the file is damaged. Take an earlier snapshot, or another one.'
+            f'{name} has values that are not finite (NaN or infinite) in {listed}: its training had diverged, '
+            'or the file is damaged. Take an earlier snapshot, or another one.'
         )
+
+    # Output.
     net.to(distributed.get_device())
     low, high = max(net.sigma_min, 0.002), min(net.sigma_max, 80)
     sigma = (low * high) ** 0.5
@@ -54,13 +63,13 @@ def check_numbers(net, name: str) -> None:
         denoised = net((sigma * noise).to(distributed.get_device()), torch.tensor(sigma))
     if not denoised.isfinite().all():
         raise UserError(
-            f'{name} makes values that are not finite (NaN or infinite) of noise of sigma = {sigma:.3g}, though its weights are finite. '
-            'Take an earlier snapshot, or another one.'
+            f'{name} makes values that are not finite (NaN or infinite) of noise of sigma = {sigma:.3g}, '
+            'though its weights are finite. Take an earlier snapshot, or another one.'
         )
 
 
 def check_transfer(o: Options) -> None:
-    """UserError where --transfer is no network: before there is a folder, and in a dry run."""
+    """Raises: UserError if --transfer is no network. Runs before a folder is created, and in a dry run."""
     from dnnlib.util import named
     from torch_utils import distributed
     from training.checkpoint import load_network
@@ -71,7 +80,7 @@ def check_transfer(o: Options) -> None:
 
 
 def check_teacher(o: Options, dataset, teacher) -> None:
-    """UserError unless the network of --teacher is what the objective starts from and fits the data."""
+    """Raises: UserError unless the objective can start from the network of --teacher and it fits the data."""
     from data.label_space import space_of
     from training.networks import encoders
 
@@ -81,60 +90,68 @@ def check_teacher(o: Options, dataset, teacher) -> None:
     if theirs[:2] != ours[:2] or theirs[2].differs(ours[2]):
         describe = lambda r, ch, labels: f'{r}x{r}x{ch} with {labels}'
         cond = ' (--cond=1 reads labels)' if theirs[2].dim and not ours[2].dim else ''
+
+        # The cure: other images, or labels in another form if only the number of classes differs.
         tool = f'--resolution={theirs[0]}x{theirs[0]}'
         if 'encoder' in teacher.metadata:
             tool = '--encode-vae' + ' from images of another size' * dataset.holds_latents
         cure = f'convert the data with dataset_tool.py {tool}'
-        if (
-            theirs[:2] == ours[:2]
-            and theirs[2].dim > ours[2].dim > 0
-            and not (theirs[2].are_vectors or ours[2].are_vectors)
-        ):
-            cure = f'where these are the first of its classes, say so by one-hot vectors of length {theirs[2].dim} in dataset.json'
+        are_classes = not (theirs[2].are_vectors or ours[2].are_vectors)
+        if theirs[:2] == ours[:2] and theirs[2].dim > ours[2].dim > 0 and are_classes:
+            cure = (
+                'where these are the first of its classes, say so by one-hot vectors of length '
+                f'{theirs[2].dim} in dataset.json'
+            )
         raise UserError(
-            f'--teacher={o.teacher} expects images of {describe(*theirs)}, but --data={o.run.data} gives {describe(*ours)}{cond}.',
+            f'--teacher={o.teacher} expects images of {describe(*theirs)}, but --data={o.run.data} gives '
+            f'{describe(*ours)}{cond}.',
             more=f'Pick the teacher trained on this data, or {cure}.',
         )
     if o.run.augment and not teacher.init_kwargs.get('augment_dim'):
         raise UserError(
-            f'--augment={o.run.augment:g} needs a teacher with augmentation labels; --teacher={o.teacher} has none: use --augment=0.'
+            f'--augment={o.run.augment:g} needs a teacher with augmentation labels; --teacher={o.teacher} has '
+            'none: use --augment=0.'
         )
 
 
 def check_kind(o: Options, teacher) -> None:
-    """UserError unless --teacher is of the kind that the objective starts from."""
+    """Raises: UserError unless --teacher is of the kind that the objective starts from."""
     from training import samplers
     from training.checkpoint import NETWORKS
 
     metadata, kind = teacher.metadata, o.objective.teacher
     steps = len(metadata.get('sigmas', [0])) - 1
     one_model = isinstance(teacher, tuple(NETWORKS[name] for name in BOUNDARY_CLASSES))
+
+    # A consistency model of ECT's.
     if kind == 'consistency':
         if metadata.get('solver') != 'cm' or getattr(teacher, 'boundary', 0) or not one_model:
             raise UserError(
-                f'--teacher={o.teacher} is no consistency model of the first stage: --objective={o.run.objective} goes on '
-                'from a snapshot of --objective=ect.'
+                f'--teacher={o.teacher} is no consistency model of the first stage: '
+                f'--objective={o.run.objective} goes on from a snapshot of --objective=ect.'
             )
-    elif steps and not (
-        o.run.objective == 'pd'
-        and is_stage_of(metadata, o, *samplers.clip_range(teacher, o.own.sigma_min, o.own.sigma_max))
+        return
+
+    # A diffusion model, or an earlier round of progressive distillation.
+    halving = o.run.objective == 'pd'
+    if steps and not (
+        halving and is_stage_of(metadata, o, *samplers.clip_range(teacher, o.own.sigma_min, o.own.sigma_max))
     ):
         what = 'a consistency model' if metadata.get('solver') == 'cm' else f'a student of {steps} steps'
         nested = (
-            f', or from a student of --student_grid=full and {2 * o.own.S_start} steps'
-            if o.run.objective == 'pd'
-            else ''
+            f', or from a student of --student_grid=full and {2 * o.own.S_start} steps' if halving else ''
         )
         raise UserError(f'--teacher={o.teacher} is {what} itself: distil from a diffusion model{nested}.')
-    elif o.objective.boundary and not one_model:
+    if o.objective.boundary and not one_model:
         raise UserError(
-            f'--teacher={o.teacher} has the preconditioning {type(teacher).__name__}, but --objective={o.run.objective} needs one '
-            f'that can be the identity at sigma_min: {", ".join(BOUNDARY_CLASSES)}.'
+            f'--teacher={o.teacher} has the preconditioning {type(teacher).__name__}, but '
+            f'--objective={o.run.objective} needs one that can be the identity at sigma_min: '
+            f'{", ".join(BOUNDARY_CLASSES)}.'
         )
 
 
 def is_stage_of(metadata: dict, o: Options, sigma_min: float, sigma_max: float) -> bool:
-    """Whether a snapshot's metadata are those of a student whose grid of twice as many steps the first student's is half of."""
+    """Whether a snapshot is of the student with twice as many steps as the first one of these options."""
     from training.consistency_ops import student_grid
 
     grid = student_grid(2 * o.own.S_start, sigma_min, sigma_max, o.own.rho, 'full', o.own.sigma_grid)
@@ -142,9 +159,13 @@ def is_stage_of(metadata: dict, o: Options, sigma_min: float, sigma_max: float) 
 
 
 def network_of_teacher(o: Options, teacher) -> EasyDict:
-    """The student's network: the teacher's, with the options that leave its weights alone; UserError where options contradict it."""
+    """The student's network: the teacher's, with the options that leave its weights alone.
+
+    Raises: UserError if options contradict it.
+    """
     from training.checkpoint import constructor_arguments
 
+    # --precond and --arch.
     kwargs = constructor_arguments(teacher)
     wanted = dict(
         PRECONDITIONING=o.run.precond and preconditioning(o, is_edm2(o, teacher)),
@@ -159,24 +180,31 @@ def network_of_teacher(o: Options, teacher) -> EasyDict:
         for key in keys:
             theirs = own.get(key) or default_of(type(teacher.model), key)
             if wanted.get(key) is not None and wanted[key] != theirs:
-                raise UserError(
-                    f'--{option}={getattr(o.run, option)} contradicts --teacher={o.teacher}, which has {theirs}: leave it out.'
-                )
+                refuse_contradiction(o, option, theirs)
+
+    # Sizes and dropout.
     for option, key in NETWORK_OPTIONS.items():
-        if getattr(o.run, option) is None:
+        value = getattr(o.run, option)
+        if value is None:
             continue
         if option in FREE_FOR_STUDENTS:
-            kwargs[key] = getattr(o.run, option)
+            kwargs[key] = value
             continue
         theirs = as_list(kwargs.get(key, default_of(type(teacher.model), key)))
-        if getattr(o.run, option) != theirs:
-            raise UserError(
-                f'--{option}={getattr(o.run, option)} contradicts --teacher={o.teacher}, which has {theirs}: leave it out.'
-            )
+        if value != theirs:
+            refuse_contradiction(o, option, theirs)
     kwargs['use_fp16'] = o.run.arithmetic == 'fp16'
     if o.objective.boundary:
         kwargs['boundary'] = o.own.sigma_min
     return EasyDict(class_name=type(teacher).__name__, kwargs=kwargs)
+
+
+def refuse_contradiction(o: Options, option: str, theirs) -> NoReturn:
+    """Raises: UserError, because the teacher has another value of an option."""
+    raise UserError(
+        f'--{option}={getattr(o.run, option)} contradicts --teacher={o.teacher}, which has {theirs}: leave it '
+        'out.'
+    )
 
 
 def is_edm2(o: Options, teacher) -> bool:
@@ -192,7 +220,11 @@ def preconditioning(o: Options, edm2: bool) -> str:
 
 
 def network_from_scratch(o: Options, dataset, channels: int) -> EasyDict:
-    """The network that the options describe, for encoded images of so many channels."""
+    """The network that the options describe, for encoded images of `channels` channels.
+
+    Raises: UserError if there is no such network.
+    """
+    # The architecture, and what options change in it.
     kwargs = dict(
         img_resolution=dataset.resolution,
         img_channels=channels,
@@ -207,25 +239,26 @@ def network_from_scratch(o: Options, dataset, channels: int) -> EasyDict:
         kwargs['augment_dim'] = AUGMENT_DIM
     if o.objective.boundary:
         kwargs['boundary'] = o.own.sigma_min
-    if not kwargs['channel_mult'] or dataset.resolution % 2 ** (len(kwargs['channel_mult']) - 1):
-        raise UserError(
-            f'{len(kwargs["channel_mult"])} levels do not fit images of {dataset.resolution}x{dataset.resolution}: change --cres.'
-        )
     if is_edm2(o, None):  # its preconditioning knows one U-Net
         del kwargs['model_type']
+
+    # Whether it works.
+    levels, resolution = len(kwargs['channel_mult']), dataset.resolution
+    if not levels or resolution % 2 ** (levels - 1):
+        raise UserError(f'{levels} levels do not fit images of {resolution}x{resolution}: change --cres.')
     network = EasyDict(class_name=preconditioning(o, is_edm2(o, None)), kwargs=kwargs)
     try:
         try_network(network)
     except (RuntimeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
-            f'these options make no network that works ({str(error).splitlines()[0]}): channels should be multiples of 4 with 32 groups '
-            'or fewer, see --cbase and --cres.'
+            f'these options make no network that works ({str(error).splitlines()[0]}): channels should be '
+            'multiples of 4 with 32 groups or fewer, see --cbase and --cres.'
         ) from error
     return network
 
 
 def try_network(network: EasyDict) -> None:
-    """Build the network without memory behind it and pass one image through; raises what is wrong with it."""
+    """Build the network on the meta device, without memory, and pass one image through. Raises: any error."""
     import torch
 
     from training.checkpoint import NETWORKS
@@ -236,7 +269,7 @@ def try_network(network: EasyDict) -> None:
 
 
 def edm2_width(o: Options, teacher) -> int:
-    """Channels at the finest level of a network of EDM2's, by which its sizes go."""
+    """Channels at the finest level of a network of EDM2's, which identify its size."""
     if teacher is None:
         return o.run.cbase or ARCHITECTURES['edm2']['model_channels']
     from training.checkpoint import constructor_arguments
@@ -247,7 +280,7 @@ def edm2_width(o: Options, teacher) -> int:
 
 
 def default_of(cls: type, argument: str):
-    """The default of a constructor argument of a class; None where it has no such argument."""
+    """The default of a constructor argument of a class; None if it has no such argument."""
     import inspect
 
     parameter = inspect.signature(cls).parameters.get(argument)
