@@ -4,10 +4,12 @@ from __future__ import annotations
 
 # fmt: off
 ARCHITECTURES = dict(
-    ddpmpp=dict(model_type='SongUNet', embedding_type='positional', encoder_type='standard', decoder_type='standard',
-                channel_mult_noise=1, resample_filter=[1, 1], model_channels=128, channel_mult=[2, 2, 2]),
-    ncsnpp=dict(model_type='SongUNet', embedding_type='fourier', encoder_type='residual', decoder_type='standard',
-                channel_mult_noise=2, resample_filter=[1, 3, 3, 1], model_channels=128, channel_mult=[2, 2, 2]),
+    ddpmpp=dict(model_type='SongUNet', embedding_type='positional', encoder_type='standard',
+                decoder_type='standard', channel_mult_noise=1, resample_filter=[1, 1],
+                model_channels=128, channel_mult=[2, 2, 2]),
+    ncsnpp=dict(model_type='SongUNet', embedding_type='fourier', encoder_type='residual',
+                decoder_type='standard', channel_mult_noise=2, resample_filter=[1, 3, 3, 1],
+                model_channels=128, channel_mult=[2, 2, 2]),
     adm=dict(model_type='DhariwalUNet', model_channels=192, channel_mult=[1, 2, 3, 4]),
     edm2=dict(model_type='UNet', model_channels=192, channel_mult=[1, 2, 3, 4]),
 )
@@ -19,7 +21,7 @@ AUGMENT_DIM = 9  # labels of EDM's augmentation pipeline
 
 
 def name_of(class_name: str, kwargs: dict) -> tuple[str, str]:
-    """(--arch, --precond) of a network. Raises: ValueError, which completes 'it ...', if they make none like it."""
+    """(--arch, --precond) of a network. Raises: ValueError, which completes 'it ...', if there are none."""
     precond = {cls: name for name, cls in PRECONDITIONING.items()}.get(class_name, 'edm')
     for arch, known in ARCHITECTURES.items():
         if arch == 'edm2':

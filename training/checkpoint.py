@@ -77,11 +77,14 @@ def load_network(
     Raises: UserError, naming the source, for files that are missing, damaged, hostile, of another kind, or
         without a network that we know.
     """
+    # A folder is given by mistake only.
     name = os.fspath(source)
     if os.path.isdir(source):
         raise UserError(
             f'{name} cannot be used as a network snapshot: it {saved_files.why_no_snapshot(source)}'
         )
+
+    # Read it. Garbage collection would walk over all that the pickle holds, again and again.
     with dnnlib.open_url(source) as file, dnnlib.util.without_garbage_collection():
         size, seal = find_seal(file)
         try:
@@ -267,6 +270,7 @@ def load_state(path: str | os.PathLike) -> dict:
     """
     with dnnlib.open_url(path) as file:
         try:
+            # Is it one of ours?
             size, seal = find_seal(file)
             if (reason := saved_files.why_no_state(file.name, sealed=seal is not None)) is not None:
                 raise DamagedFile(reason.removesuffix('.'))
@@ -274,7 +278,9 @@ def load_state(path: str | os.PathLike) -> dict:
                 raise DamagedFile(
                     'has no checksum at its end: it is damaged, incomplete, or no training state of ours'
                 )
-            if size > LARGE:  # refuse what is no state before reading all of it
+
+            # Check its checksum and its contents; of a large file the contents first, which is quick.
+            if size > LARGE:
                 check_saved(file)
             read_sealed(file, size, seal)
             check_saved(file)

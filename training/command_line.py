@@ -101,7 +101,7 @@ def leave_out_idle(
 ) -> tuple[dict[str, object], set[str], list[str]]:
     """Find options that other given options leave without an effect.
 
-    The loss keeps its values although it does not use them: states record them, to compare a resumed run with.
+    The loss keeps its values although it does not use them: states record them, and resuming compares them.
     Returns: values, names of the options with an effect, and a line for each option that idles others.
     """
     values, effective, notes = dict(given), set(given), []
@@ -207,7 +207,7 @@ def check_stages_of_halving(run: RunConfig) -> None:
 
 
 def default_text(name: str, objective: str | None = None) -> str | None:
-    """The default of an option as --help shows it, of one objective or of all: `base; others value; edm2 value`."""
+    """The default of an option in --help: of one objective, or of all, as `base; mcd value; edm2 value`."""
     having = [objective] if objective else [key for key in OBJECTIVES if name in RUN or name in OWN[key]]
     option = (OWN[having[0]] if name not in RUN else RUN)[name]
     if option.kind == options.FLAG or (not objective and ';' in (option.default_text or '')):
@@ -240,7 +240,7 @@ def default_of(name: str, objective: str) -> object:
 
 
 def edm2_default_of(name: str, objective: str) -> object:
-    """The default of an option for an objective and EDM2's networks; None if they have no default of their own."""
+    """The default of an option for an objective and EDM2's networks; None if they have none of their own."""
     known = OBJECTIVES[objective]
     sizes = known.edm2_sizes.get(EDM2_WIDTHS['S'], {})
     if name in sizes:
@@ -306,8 +306,8 @@ class TrainCommand(cli.Command):
 
 
 CONFIG_HELP = (
-    'Options from a YAML or JSON file: {option: value}, or a training_options.json or the output of --dry-run, '
-    'whose run is repeated. Options on the command line take precedence.'
+    'Options from a YAML or JSON file: {option: value}, or a training_options.json or the output of '
+    '--dry-run, whose run is repeated. Options on the command line take precedence.'
 )
 
 

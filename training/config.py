@@ -1,4 +1,4 @@
-"""The options that every run has, declared once. Quick to import, without PyTorch: `train.py --help` reads it."""
+"""The options that every run has, declared once. Imports no PyTorch, so that `train.py --help` is quick."""
 
 from __future__ import annotations
 

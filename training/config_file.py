@@ -1,7 +1,7 @@
-"""Options from a file, for --config: a mapping of options, or a recorded configuration, whose run is repeated.
+"""Options from a file, for --config: a mapping of options, or a recorded configuration to be repeated.
 
-A recorded configuration is what --dry-run prints and training_options.json holds. It names data, teacher and all
-numbers, so it repeats a run from the beginning in a new folder.
+A recorded configuration is what --dry-run prints and training_options.json holds. It names data, teacher and
+all numbers, so it repeats a run from the beginning in a new folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NOT_REPEATED = ('resume', 'objective')  # a new run resumes nothing; the objecti
 
 
 def read(path: str, known: Mapping[str, Option]) -> dict[str, str]:
-    """The options of a file, {name: value as on a command line}. Raises: UserError if it has anything else."""
+    """The options of a file, {name: value as on a command line}. Raises: UserError for anything else."""
     try:
         with limits.open_regular(path) as file:
             data = limits.read_at_most(file, limits.JSON_FILE, 'a configuration')
@@ -66,7 +66,7 @@ def from_options(values: Mapping, known: Mapping[str, Option]) -> dict[str, str]
 
 
 def as_word(value: object) -> str:
-    """A scalar, or a list of scalars, as on a command line. (Nested lists in YAML could be endless aliases.)"""
+    """A scalar or a list of scalars as on a command line. (Nested lists in YAML could be endless aliases.)"""
     if isinstance(value, list) and not any(isinstance(item, list) for item in value):
         return ','.join(map(as_word, value)) or 'none'
     if isinstance(value, (str, bool, int, float)):

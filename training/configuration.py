@@ -1,7 +1,7 @@
 """From options, data and teacher to the configuration of a run, plain data, which `training_loop` takes.
 
-Options that contradict the files they name are `UserError`s here; `command_line` refuses options that contradict
-each other.
+Options that contradict the files they name are `UserError`s here; `command_line` refuses options that
+contradict each other.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def total_images(o: Options) -> int:
 def default_length(o: Options, option: str) -> float:
     """Default of an option of IN_STEPS, in images.
 
-    T rises over half of the run, and a grid grows over all of it. ECT goes through as many stages as suit its q,
-    the last of which may be shorter.
+    T rises over half of the run, and a grid grows over all of it. ECT goes through as many stages as suit its
+    q, the last of which may be shorter.
     """
     if option == 'T_anneal_steps':
         return o.run.duration * 1e6 / 2
@@ -159,7 +159,7 @@ def check_stages(o: Options) -> None:
 
 
 def check_perceptual(c: EasyDict) -> None:
-    """Raises: UserError if the loss compares images by LPIPS, but its weights are missing or these are latents."""
+    """Raises: UserError if the loss compares images by LPIPS, without its weights, or with latents."""
     if c.loss.get('cm_loss') != 'lpips':
         return
     from metrics import lpips
@@ -178,17 +178,22 @@ def check_truncation(o: Options, teacher) -> None:
     from training import samplers
     from training.objectives import time_schedules as times
 
+    # The dividing time.
     low, high = samplers.clip_range(teacher, o.own.sigma_min, o.own.sigma_max)
     if not low < o.own.dividing_t < high:
         raise UserError(
             f'--dividing_t={o.own.dividing_t:g} does not lie between the noise levels {low:g} and {high:g}.'
         )
+
+    # The batch.
     try:
         times.boundary_count(o.run.batch, o.own.boundary_share)
     except ValueError as error:
         raise UserError(
             f'--batch={o.run.batch}, --boundary_share={o.own.boundary_share:g}: {error}.'
         ) from error
+
+    # The distribution of times.
     try:
         times.truncated_log_student_times(
             torch.zeros(1), o.own.dividing_t, high, o.own.student_scale, o.own.student_df
@@ -227,8 +232,8 @@ def averages_to_evaluate(run: RunConfig) -> list[str]:
         name = known.get(f'{float(number[1]):.3f}' if number else word.strip())
         if name is None or name in names:
             raise click.UsageError(
-                f'--val_emas={run.val_emas}: {word!r} is not one more of {", ".join(known)}. (Widths are those '
-                'of --phema.)'
+                f'--val_emas={run.val_emas}: {word!r} is not one more of {", ".join(known)}. (Widths are '
+                'those of --phema.)'
             )
         names.append(name)
     return names
@@ -268,8 +273,8 @@ def configure(o: Options, dataset, teacher) -> EasyDict:
         )
     if (mid_t := getattr(own, 'mid_t', None)) is not None and not own.sigma_min < mid_t < own.sigma_max:
         raise UserError(
-            f'--mid_t={mid_t:g} does not lie between the noise levels {own.sigma_min:g} and {own.sigma_max:g} '
-            'of the network.'
+            f'--mid_t={mid_t:g} does not lie between the noise levels {own.sigma_min:g} and '
+            f'{own.sigma_max:g} of the network.'
         )
 
     # Data, network, loss.

@@ -55,7 +55,7 @@ def _profile_products(t_a, gamma_a, t_b, gamma_b) -> np.ndarray:
 
 
 def solve_posthoc_coefficients(in_ofs, in_std, out_ofs, out_std) -> np.ndarray:
-    """Coefficients that combine stored averages into others, by least squares over profiles   (EDM2, Section 3.2).
+    """Coefficients that combine stored averages into others: least squares over profiles (EDM2, Section 3.2).
 
     Args:
         in_ofs, in_std: [I] times (any unit of images) and widths of the stored averages.

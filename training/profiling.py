@@ -79,10 +79,13 @@ class StepProfile:
         self._undo.append(lambda: setattr(network, '_compiled_call_impl', before))
 
     def _finish(self) -> None:
+        # Stop recording, and unwrap the networks.
         profiler, self._profiler = self._profiler, None
         profiler.stop()
         for undo in self._undo:
             undo()
+
+        # Write the trace; PyTorch compresses it if its name ends in .gz.
         path = os.path.join(self._run_dir, f'profile-{self._nimg // 1000:06d}.json.gz')
         try:
             with temporary_folder(path) as folder:

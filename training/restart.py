@@ -1,7 +1,7 @@
 """Runs whose processes torchrun has started again (--max-restarts) resume by themselves; no others do.
 
-If torchrun may do so, a run leaves `launch.json` in its folder, which names the torchruns that started it, one
-per machine. A later attempt belongs to the same run if one of its own torchruns is among them.
+If torchrun may do so, a run leaves `launch.json` in its folder, which names the torchruns that started it,
+one per machine. A later attempt belongs to the same run if one of its own torchruns is among them.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Progress:
 
 
 def file_stem(progress: Progress, kind: str) -> str:
-    """`<kind>-<kimg:06d>` for a file saved now; with `-<nimg>` if a file of another moment has the same kimg."""
+    """`<kind>-<kimg:06d>` for a file saved now; with `-<nimg>` if one of another moment has the same kimg."""
     stem = f'{kind}-{progress.nimg // 1000:06d}'
     if progress.names.setdefault(stem, progress.nimg) != progress.nimg:
         stem += f'-{progress.nimg}'
@@ -77,13 +77,13 @@ def file_stem(progress: Progress, kind: str) -> str:
 
 
 def states_to_keep(states: dict[str, float | None], newest: int = 2) -> set[str]:
-    """The stems of the `newest` states and the one with the least FID, of {stem: FID or None}, oldest first."""
+    """The stems of the `newest` states and the one of least FID, of {stem: FID or None}, oldest first."""
     measured = {stem: fid for stem, fid in states.items() if fid is not None}
     return {*list(states)[-newest:], *([min(measured, key=measured.get)] if measured else [])}
 
 
 def load_state(resume: str, report=print) -> tuple[str, dict]:
-    """(path, contents) of the state to resume from: the file `resume`, or the newest complete one in that folder.
+    """(path, contents) of the state to resume from: the file `resume`, or the newest complete one in it.
 
     Damaged states of a folder are reported and skipped.
     Raises: UserError if there is none.
@@ -98,8 +98,8 @@ def load_state(resume: str, report=print) -> tuple[str, dict]:
             problem = 'none of its states is whole'
             report(f'Warning: {error}' + ' Trying the state before it.' * (path != saved_states(resume)[-1]))
     raise UserError(
-        f'--resume={resume}: {problem}. Give a training state or the folder of a run that saved one, or start '
-        'anew without --resume, in another folder.'
+        f'--resume={resume}: {problem}. Give a training state or the folder of a run that saved one, or '
+        'start anew without --resume, in another folder.'
     )
 
 
@@ -172,8 +172,8 @@ class RunFiles:
         """End all processes if they do not hold the same weights."""
         if not distributed.same_everywhere(self.update.weights):
             distributed.fail_together(
-                'the processes hold different weights: a GPU or its memory is faulty. The states saved before '
-                'are whole; resume from the newest one on other machines.'
+                'the processes hold different weights: a GPU or its memory is faulty. The states saved '
+                'before are whole; resume from the newest one on other machines.'
             )
 
     def save_state(self, progress: Progress, position: dict) -> str | None:
@@ -228,8 +228,8 @@ class RunFiles:
         self._abandoned = set()
 
     def guarded(self, write: Callable, *args) -> bool:
-        """Whether the main process could `write(*args)`. If not, --on-save-error decides whether all processes
-        stop, or all continue."""
+        """Whether the main process could `write(*args)`. If not, --on-save-error decides whether all
+        processes stop or all continue."""
         return self.attempt(write, *args)[0]
 
     def attempt(self, write: Callable, *args) -> tuple[bool, object]:
@@ -245,8 +245,8 @@ class RunFiles:
             return True, result
         if self.c.on_save_error == 'stop':
             distributed.fail_together(
-                f'{problem} The states saved before are whole: make room and resume. (--on-save-error=continue '
-                'trains on.)'
+                f'{problem} The states saved before are whole: make room and resume. '
+                '(--on-save-error=continue trains on.)'
             )
         self.log(f'Warning: {problem} Training goes on (--on-save-error=continue).')
         return False, None

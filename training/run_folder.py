@@ -50,7 +50,7 @@ def planned_run_dir(o: Options, data_name: str) -> str:
 
 
 def make_run_dir(o: Options, data_name: str) -> str:
-    """Create the folder of a new run: --outdir itself, or the next number that no other run has just taken."""
+    """Create the folder of a new run: --outdir itself, or the next number that no other run has taken."""
     while True:
         run_dir = planned_run_dir(o, data_name)
         try:

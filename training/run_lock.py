@@ -202,7 +202,7 @@ class RunLock:
                 self.path.unlink()
 
     def _bid_farewell(self, holder: Holder, ended: bool | None) -> None:
-        """Say whose lock it was, and wait for a run that may still be going: it notices, and stops writing."""
+        """Say whose lock it was. Wait for a run that may still be going: it notices, and stops writing."""
         if ended or not self.take:
             self.say(f'{self.folder} was locked by {holder}, which is gone: taking over.')
             return

@@ -114,7 +114,7 @@ class RunLog:
             self._show(images_seen(stats), scalars(stats), {})
 
     def evaluation(self, record: dict, grid: str | None = None) -> None:
-        """Log an evaluation of the average `record['ema']` at `record['nimg']` images; `grid`: a PNG of samples.
+        """Log an evaluation of the average `record['ema']` at `record['nimg']` images; `grid`: a PNG file.
 
         A failed evaluation has a `problem` instead of a `fid`, which is logged as a warning.
         """

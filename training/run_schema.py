@@ -1,7 +1,7 @@
 """What the files of a run hold: tables of name, type and range for training states, options and metadata.
 
-Files of older versions lack entries, and those of newer versions have more. So only entries that resuming needs
-are required, and entries that no table names are any plain data.
+Files of older versions lack entries, and those of newer versions have more. So only entries that resuming
+needs are required, and entries that no table names are any plain data.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SIGMA, RHO, STEPS = Real(1e-9, 1e6), Real(0.1, 1e4), Integer(1, MAX_STEPS)
 
 
 class Numbers(Kind):
-    """A dense tensor on the CPU of one of the given types, with finite values not below `low`, and of the given
-    shape, if any."""
+    """A dense tensor on the CPU of one of the given types, with finite values not below `low`, and of the
+    given shape, if any."""
 
     def __init__(
         self, *dtypes: torch.dtype, shape: tuple[int, ...] | None = None, low: float = -float('inf')

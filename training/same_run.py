@@ -14,7 +14,7 @@ from training.command_line import ALL, OWN, Options
 
 
 def load_earlier(resume: str) -> tuple[str, dict]:
-    """(path, contents) of the training state that --resume names, or of the newest complete one in that folder."""
+    """(path, contents) of the training state that --resume names, or the newest complete one in a folder."""
     from torch_utils import distributed
     from training import checkpoint, recorded, run_files
 
@@ -27,11 +27,11 @@ def load_earlier(resume: str) -> tuple[str, dict]:
 
 # fmt: off
 # Options of every run whose defaults may change from one version to the next.
-KEPT = ['batch', 'duration', 'optim', 'lr', 'lr_rampup', 'lr_schedule', 'lr_decay', 'beta2', 'ema', 'ema_rampup',
-        'phema', 'augment', 'dropout']
+KEPT = ['batch', 'duration', 'optim', 'lr', 'lr_rampup', 'lr_schedule', 'lr_decay', 'beta2', 'ema',
+        'ema_rampup', 'phema', 'augment', 'dropout']
 # Settings, besides those of network and loss, that a resumed run must not change.
-SETTINGS = ['objective', 'teacher_digest', 'encoder', 'batch_size', 'seed', 'augment', 'phema_stds', 'precision',
-            'optim']
+SETTINGS = ['objective', 'teacher_digest', 'encoder', 'batch_size', 'seed', 'augment', 'phema_stds',
+            'precision', 'optim']
 # fmt: on
 
 

@@ -62,10 +62,13 @@ def why_no_snapshot(path: str | os.PathLike) -> str | None:
         SNAPSHOT,
         own=('a network snapshot', 'a pickle'),
         instead={
-            'a training state': f'It is for train.py --resume; for sampling and as a teacher give {snapshot or f"{SNAPSHOT} of the same run"}.',
-            'a PyTorch file': f"OpenAI's consistency models become snapshots by convert.py --from=openai {path} NAME.pkl. Other weights by name (state "
-            'dicts) do not say which network they are of: give the snapshot that they were taken from.',
-            'a safetensors file': f'What convert.py wrote becomes a snapshot again by convert.py --from=safetensors {path} NAME.pkl.',
+            'a training state': 'It is for train.py --resume; for sampling and as a teacher give '
+            f'{snapshot or f"{SNAPSHOT} of the same run"}.',
+            'a PyTorch file': "OpenAI's consistency models become snapshots by convert.py --from=openai "
+            f'{path} NAME.pkl. Other weights by name (state dicts) do not say which network they are of: '
+            'give the snapshot that they were taken from.',
+            'a safetensors file': 'What convert.py wrote becomes a snapshot again by convert.py '
+            f'--from=safetensors {path} NAME.pkl.',
         },
     )
 
@@ -84,8 +87,8 @@ def _why_no_folder(folder: str | os.PathLike) -> str:
 
 
 def why_no_state(path: str | os.PathLike, sealed: bool) -> str | None:
-    """What a file is and what to give instead, to complete 'it ...'; None for a training state of ours, complete
-    or damaged. `sealed`: the file ends in a checksum, as ours do."""
+    """What a file is and what to give instead, to complete 'it ...'; None for a training state of ours,
+    complete or damaged. `sealed`: the file ends in a checksum, as ours do."""
     beside = saved_states(Path(path).parent)
     resume = f'go on from {beside[0]}, or ' if beside else ''
     weights = (
@@ -98,7 +101,8 @@ def why_no_state(path: str | os.PathLike, sealed: bool) -> str | None:
         own=('a training state of train.py', 'a damaged', *(['a PyTorch file'] if sealed else [])),
         instead={
             'a network snapshot': weights,
-            'a training state of EDM': f'Its optimizer is not ours: {resume}start anew from the network-snapshot-*.pkl beside it by --transfer.',
+            'a training state of EDM': f'Its optimizer is not ours: {resume}start anew from the '
+            'network-snapshot-*.pkl beside it by --transfer.',
             'a PyTorch file': f'Give {STATE} that train.py wrote.',
         },
     )

@@ -1,4 +1,4 @@
-"""Metadata of snapshots, plain data: what training writes, what readers accept, and the digest of a network."""
+"""Metadata of snapshots, plain data: what training writes, what readers accept, the digest of a network."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def network_digest(net: torch.nn.Module, metadata: dict) -> str:
 def read_metadata(snapshot: dict, net: torch.nn.Module) -> dict:
     """The metadata of a snapshot, with `dataset_kwargs` and `encoder` if it has them.
 
-    A published student's are taken from its loss; those of other projects' networks are objective 'diffusion'.
+    A published student's are taken from its loss; any other snapshot without metadata is 'diffusion'.
     """
     metadata = plain(snapshot.get('metadata') or {})
     if not isinstance(metadata, dict):

@@ -81,7 +81,7 @@ def stages(o: Options, run_dir: str) -> Iterator[Options]:
 
 
 def run_folder(resume: str) -> str:
-    """The folder of a progressive distillation that --resume names: by itself, a stage's folder, or a state."""
+    """The folder of the progressive distillation that --resume names: by itself, a stage, or a state."""
     path = Path(resume)
     stage = path.parent if path.suffix == '.pt' else path
     return os.fspath(stage.parent if re.fullmatch(r'S\d{4,}', stage.name) else stage)

@@ -18,7 +18,7 @@ NETWORK_OPTIONS = {
 
 
 def load_teacher(o: Options, dataset):
-    """The network of --teacher. Raises: UserError unless the objective can start from it and it fits the data."""
+    """The network of --teacher. Raises: UserError unless the objective can start from it and data fit it."""
     from torch_utils import distributed
     from training.checkpoint import load_network
 
@@ -47,8 +47,8 @@ def check_numbers(net, name: str) -> None:
     if broken:
         listed = ', '.join(broken[:3]) + ', ...' * (len(broken) > 3)
         raise UserError(
-            f'{name} has values that are not finite (NaN or infinite) in {listed}: its training had diverged, '
-            'or the file is damaged. Take an earlier snapshot, or another one.'
+            f'{name} has values that are not finite (NaN or infinite) in {listed}: its training had '
+            'diverged, or the file is damaged. Take an earlier snapshot, or another one.'
         )
 
     # Output.
@@ -109,8 +109,8 @@ def check_teacher(o: Options, dataset, teacher) -> None:
         )
     if o.run.augment and not teacher.init_kwargs.get('augment_dim'):
         raise UserError(
-            f'--augment={o.run.augment:g} needs a teacher with augmentation labels; --teacher={o.teacher} has '
-            'none: use --augment=0.'
+            f'--augment={o.run.augment:g} needs a teacher with augmentation labels; --teacher={o.teacher} '
+            'has none: use --augment=0.'
         )
 
 
@@ -202,8 +202,8 @@ def network_of_teacher(o: Options, teacher) -> EasyDict:
 def refuse_contradiction(o: Options, option: str, theirs) -> NoReturn:
     """Raises: UserError, because the teacher has another value of an option."""
     raise UserError(
-        f'--{option}={getattr(o.run, option)} contradicts --teacher={o.teacher}, which has {theirs}: leave it '
-        'out.'
+        f'--{option}={getattr(o.run, option)} contradicts --teacher={o.teacher}, which has {theirs}: leave '
+        'it out.'
     )
 
 

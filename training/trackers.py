@@ -91,7 +91,7 @@ class WandbRun:
         self._say(f'W&B: {run.sync_dir} (wandb sync uploads it)' if run.offline else f'W&B: {run.url}')
 
     def _written_step(self, latest: int) -> int:
-        """The last step that earlier processes surely wrote, by our note; without a note, their last record."""
+        """The last step that earlier processes surely wrote, by our note or else by their last record."""
         try:
             with open_regular(self._note) as file:
                 return min(int(file.read(20)), latest)
@@ -143,8 +143,8 @@ class WandbRun:
 
     @contextlib.contextmanager
     def _tolerating(self) -> Iterator[None]:
-        """A block in which W&B may fail: by its own exceptions, by OSError (broken connections, time-outs, full
-        disks) or by ValueError (settings in the environment).
+        """A block in which W&B may fail: by its own exceptions, by OSError (broken connections, time-outs,
+        full disks) or by ValueError (settings in the environment).
 
         Its own exceptions have no common base class, and those of a service process that died or hangs are
         private (wandb.sdk.mailbox), so they are recognized by the package of their class.

@@ -48,6 +48,8 @@ class WeightUpdate:
     ):
         self.weights, self.grad_clip, self.dynamic = weights.weights, grad_clip, loss_scale is None
         self.radam, device = radam, self.weights.device
+
+        # The optimizer. Adam's fused kernel is called directly, and so needs its moments from the start.
         if radam:
             self.optimizer = torch.optim.RAdam([self.weights], betas=betas, eps=eps)
         else:
@@ -56,12 +58,12 @@ class WeightUpdate:
             self.optimizer.state[self.weights] = dict(
                 step=torch.zeros([], device=device), exp_avg=zeros(), exp_avg_sq=zeros()
             )
-        self.scale = torch.tensor(
-            DYNAMIC_START if self.dynamic else loss_scale, dtype=torch.float32, device=device
-        )
-        self.whole_in_a_row, self.bad_in_a_row, self.bad_steps = torch.zeros(
-            [3], dtype=torch.int64, device=device
-        ).unbind()
+
+        # Loss scale, and counts of consecutive finite steps, consecutive skips and all skips, on the device.
+        scale = DYNAMIC_START if self.dynamic else loss_scale
+        self.scale = torch.tensor(scale, dtype=torch.float32, device=device)
+        counts = torch.zeros([3], dtype=torch.int64, device=device)
+        self.whole_in_a_row, self.bad_in_a_row, self.bad_steps = counts.unbind()
 
     def mark_nonfinite(self, loss: torch.Tensor) -> torch.Tensor:
         """Scaled sum of the loss [N], whose gradient is NaN if any value is not finite."""
@@ -71,12 +73,15 @@ class WeightUpdate:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update the weights from the accumulated gradients, or skip if they are not finite."""
-        gradient = self.weights.grad
-        norm = torch.linalg.vector_norm(gradient).float() / self.scale
-        broken = ~(norm < float('inf'))  # infinite or NaN; a tensor, so that nothing waits for the device
+        # Whether to skip: the norm is infinite or NaN. A tensor, so that nothing waits for the device.
+        norm = torch.linalg.vector_norm(self.weights.grad).float() / self.scale
+        broken = ~(norm < float('inf'))
+
+        # Undo the loss scale, and clip.
         divisor = self.scale
         if self.grad_clip is not None:
             divisor = divisor * (norm / self.grad_clip).clamp(min=1)
+
         self.optimizer.param_groups[0]['lr'] = lr
         if self.radam:
             self._step_and_undo(divisor, broken)
@@ -122,6 +127,7 @@ class WeightUpdate:
             value.copy_(torch.where(broken, 0 if kept is None else kept, value))
 
     def _count(self, broken: torch.Tensor) -> None:
+        """Count skips, and adapt a dynamic loss scale."""
         self.bad_steps += broken
         self.bad_in_a_row.add_(1).mul_(broken)
         if self.dynamic:
@@ -146,12 +152,15 @@ class WeightUpdate:
 
         Raises: ValueError for moments of another network.
         """
+        # Check the shapes, which the optimizer would not.
         for name, value in state['optimizer']['state'].get(0, {}).items():
             if value.shape != (self.weights.shape if name != 'step' else ()):
                 raise ValueError(
                     f'the optimizer has {name} of shape {list(value.shape)}, and the network '
                     f'{len(self.weights):,} weights'
                 )
+
+        # Restore.
         self.optimizer.load_state_dict(
             dict(state['optimizer'], param_groups=self.optimizer.state_dict()['param_groups'])
         )
