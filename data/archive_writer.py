@@ -51,6 +51,7 @@ class ZipWriter:
         self.zip = zipfile.ZipFile(self.file, 'w', zipfile.ZIP_STORED)
 
     def write(self, name: str, data: bytes) -> None:
+        # Fixed time and attributes, so that equal contents give equal files.
         entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
         entry.create_system, entry.external_attr = 3, 0o644 << 16  # Unix, whatever this system is
         self.zip.writestr(entry, data)

@@ -56,6 +56,7 @@ def _map(file: BinaryIO, header: Header, start: int, stop: int) -> np.ndarray:
             f'its header says {header.dtype} {list(header.shape)}, but {stop - start:,} bytes follow instead '
             f'of {header.nbytes:,}'
         )
+    # An empty region cannot be mapped.
     if header.nbytes == 0:
         return np.empty(header.shape, header.dtype)
     return np.memmap(file, header.dtype, 'c', start, header.shape, header.order)

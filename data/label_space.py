@@ -144,6 +144,7 @@ class Labels(Sequence):
         return len(self.values)
 
     def __getitem__(self, i: int) -> np.ndarray:
+        # One-hot labels are made on demand: a million of them with 1000 classes would take 4 GB.
         label = self.values[i]
         return np.array(label) if label.ndim else (np.arange(self.space.dim) == label).astype(np.float32)
 
@@ -162,6 +163,7 @@ class Labels(Sequence):
     @classmethod
     def of_data(cls, values: np.ndarray, vectors: bool = False) -> Labels:
         """All labels of a data set, from `read_labels`; `vectors` declares them vectors even if one-hot."""
+        # One-hot rows are classes, unless the data set declares otherwise.
         if values.ndim == 2 and (vectors or not are_one_hot(values)):
             return cls(values, LabelSpace(values.shape[1], 'vectors'))
         dim, indices = (
@@ -226,6 +228,7 @@ def _present(indices: np.ndarray, dim: int) -> tuple[int, ...] | None:
 
 
 def _checked_classes(indices: np.ndarray, space: LabelSpace, source: str, network: str) -> np.ndarray:
+    # A class without training images has an embedding that was never trained.
     used = np.unique(indices).tolist()
     if not 0 <= used[0] <= used[-1] < space.dim:
         raise UserError(

@@ -32,6 +32,7 @@ class Samples(torch.utils.data.Dataset):
     def __init__(self, dataset):
         self.dataset = dataset
 
+    # DataLoader prefers this to __getitem__: one call, and at most one Failure, per batch.
     def __getitems__(self, indices: list[int]) -> list[tuple[np.ndarray, ...]] | Failure:
         try:
             return [self.dataset[i] for i in indices]

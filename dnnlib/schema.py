@@ -62,6 +62,7 @@ class Integer(Kind):
         return f'an integer from {self.low:,} to {self.high:,}'
 
     def check(self, value, where):
+        # `type`, because True is an instance of int.
         if type(value) is not int or not self.low <= value <= self.high:
             self.refuse(value, where)
 

@@ -138,6 +138,7 @@ def atomic_write(path: str | os.PathLike, durable: bool = True, tidy: bool = Tru
         os.replace(temporary, path)
         if durable:
             _sync_directory(path.parent)
+    # Errors of the disk, or of this file, are the user's; others are the block's own.
     except OSError as error:
         if error.errno in DISK_ERRORS or temporary.name in str(error.filename):
             cure = 'Free some space or choose' if error.errno in DISK_ERRORS else 'Choose'
@@ -245,6 +246,7 @@ def unfinished(folder: Path, pattern: str) -> Iterator[Path]:
 
 def _sync_directory(directory: Path) -> None:
     """Flush a rename to disk."""
+    # A rename is an entry of the directory, which has its own buffer.
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

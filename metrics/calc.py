@@ -270,6 +270,7 @@ def image_digests(images: Tensor) -> Tensor:
     Computed on the images' device. Different images collide with a probability of about 2⁻⁵⁶. Detects
     accidental copies, not forgeries.
     """
+    # The product promotes uint8 to int64, whose overflow is modulo 2⁶⁴.
     pixels = images.flatten(1)
     return (pixels * _multiples(pixels.shape[1], pixels.device)).sum(dim=1)
 

@@ -72,6 +72,7 @@ class Detector:
 
         Raises: UserError if the network cannot use such images, or runs out of memory.
         """
+        # TorchScript files may return anything, so check.
         features = self._run(self.network.features, images)
         self._check(features, images, 'one feature vector per image, [N, D]')
         self.dim = features.shape[1]

@@ -148,6 +148,7 @@ def features_of_reference(ref, measure: str, detector, options):
     from metrics.reference import reference_images
 
     images = reference_images(ref)
+    # Most references of other programs have neither features nor images.
     if images is None:
         raise UserError(
             f'{ref} has no features, which {measure} needs. Recreate it with fid.py ref --features=50000, or '

@@ -85,6 +85,7 @@ def load_reference(source: str | os.PathLike, entry: str = MAIN_ENTRY) -> Refere
             for name, read in NOTES.items()
             if f'{prefix}{name}' in arrays.keys
         }
+        # OpenAI's files do not record a resolution, but some of the images show it.
         if 'resolution' not in notes and not prefix and 'arr_0' in arrays.keys:
             notes['resolution'] = _resolution_of_images(arrays)
         if f'{prefix}features' in arrays.keys:
@@ -225,6 +226,7 @@ def _read_finite(arrays: ArchivedArrays | PickledArrays, key: str) -> np.ndarray
 
 def _read_covariance(arrays: ArchivedArrays | PickledArrays, key: str, mu: np.ndarray) -> np.ndarray:
     """The covariance [D, D] for a mean [D]; the shape is checked before values are read."""
+    # A covariance of the wrong size may be huge.
     shape = arrays.header(key).shape
     if mu.ndim != 1 or len(mu) == 0 or shape != (len(mu), len(mu)):
         raise UserError(

@@ -96,6 +96,7 @@ class WriterPool:
         return self
 
     def __exit__(self, kind, *_):
+        # After an error in the block, what is queued is not worth writing.
         try:
             if kind is None:
                 self.finish()
@@ -259,6 +260,7 @@ class FileDestination:
             raise UserError(f'--dest={self.path} cannot be written: {error.strerror}') from error
 
     def add(self, pool: WriterPool, images: np.ndarray, seeds: Sequence[int], place: int) -> None:
+        # Parts are named by their place, so that sorted names are in the order of seeds.
         for share in pool.shares(len(seeds)):
             part = os.path.join(self.parts, f'{place + share.start:09d}')
             if self._as_array:

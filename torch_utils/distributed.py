@@ -181,6 +181,7 @@ def barrier() -> None:
 @contextlib.contextmanager
 def main_process_first():
     """A block that the main process runs before the others, such as a download into the cache."""
+    # The others find what the main process has left in the cache.
     if not is_main():
         barrier()
     yield
@@ -200,6 +201,7 @@ def broadcast_object(obj: Any) -> Any:
     """The main process's `obj` (anything that pickles), on every process."""
     if not dist.is_initialized():
         return obj
+    # NCCL broadcasts from GPU memory, so the pickled object needs a device.
     box = [obj]
     with _together():
         dist.broadcast_object_list(box, src=0, device=get_device())

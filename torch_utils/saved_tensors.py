@@ -170,6 +170,7 @@ def _read_legacy(file: BinaryIO, size: int) -> tuple[object, Places, BinaryIO]:
 
 def _persistent_ids(tree) -> Iterator[Call]:
     """The records of storages in a tree, each once."""
+    # A file may hold a node many times, or in itself.
     queue, seen = [tree], set()
     while queue:
         node = queue.pop()

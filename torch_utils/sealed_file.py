@@ -107,6 +107,7 @@ def read_parts(file: BinaryIO, parts: Sequence[Part]):
         for start, target in some:
             _read_at(file, start, target)
 
+    # `list` raises the errors of threads. Eight parts per task: small tensors are many.
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(read, (parts[i : i + 8] for i in range(0, len(parts), 8))))
 
