@@ -37,10 +37,13 @@ def announce_run(log: RunLog, c: EasyDict, net, dataset, teacher, rounds: int, b
 
 def announce_data(log: RunLog, c: EasyDict, dataset) -> None:
     """Log the training set and what is unusual about it."""
+    # What it is.
     is_subset = dataset.num_images < dataset.num_files
     subset = f', a random {dataset.num_images} of its {dataset.num_files}' if is_subset else ''
     facts = f'{len(dataset)} images of {dataset.image_shape}, {dataset.label_space}'
     log(f'Data: {facts}, from {c.dataset.path}{subset}')
+
+    # Labels without images, other files in the folder, images that lie on their side.
     if dataset.unused_labels:
         log(
             f'Warning: {dataset.unused_labels} labels in dataset.json are of no image in {c.dataset.path}. '
@@ -59,6 +62,7 @@ def announce_data(log: RunLog, c: EasyDict, dataset) -> None:
 
 def announce_averages(log: RunLog, c: EasyDict) -> None:
     """Log the half-life of the EMA, and warn if it is too short, or too long for the run."""
+    # Too short: the average is next to the weights themselves.
     steps = c.ema_halflife_nimg / c.batch_size
     log(f'EMA half-life: {c.ema_halflife_nimg:,.0f} images = {steps:,.0f} steps')
     if steps < 100:
@@ -66,6 +70,8 @@ def announce_averages(log: RunLog, c: EasyDict) -> None:
             f'Warning: an EMA with a half-life of {steps:.3g} steps averages next to nothing. --ema is in '
             'Mimg; --ema=500kimg names another unit.'
         )
+
+    # Too long: without a ramp, the initial weights decay by the half-life alone.
     remaining = 0.0 if c.ema_rampup_ratio else 0.5 ** (c.total_nimg / c.ema_halflife_nimg)
     if remaining > 0.01:
         log(

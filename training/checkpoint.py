@@ -201,6 +201,8 @@ def save_snapshot(path: str | os.PathLike, net: torch.nn.Module, **metadata):
     )
     if metadata.get('encoder', {}).get('class_name') in encoders.ENCODERS:
         snapshot['encoder'] = encoders.build(metadata.pop('encoder'))
+
+    # Protocol 4, which Python 3.4 and later read.
     with sealed(path) as file:
         pickle.dump(snapshot, file, protocol=4)
 
@@ -236,6 +238,7 @@ def save_state(path: str | os.PathLike, state: dict):
 
 
 def _check_state(value, where: str):
+    # Exact types: an instance of a subclass would be pickled as a class, which `load_state` refuses.
     if type(value) is dict:
         for key, item in value.items():
             _check_state(key, f'a key of {where}')
@@ -302,9 +305,12 @@ def read_state(path: str | os.PathLike, options_kind: Kind = run_schema.OPTIONS)
     """
     state = load_state(path)
     try:
+        # Every entry is of its kind.
         check(state, run_schema.STATE, 'the state')
         options = parse_json(state['options'], JSON_FILE, 'the configuration of a run')
         check(options, options_kind, 'options')
+
+        # Entries agree with each other.
         if state['progress']['tick_start_nimg'] > state['progress']['nimg']:
             raise Mismatch('has a tick that begins after the images that it has seen')
         if options.get('lr_schedule') == 'sqrt' and not options['lr_ref_nimg']:

@@ -69,9 +69,12 @@ def choose(given: Mapping[str, object]) -> Options:
 
     Raises: click.UsageError if they contradict each other, whatever is in the files that they name.
     """
+    # Which objective, and which options count.
     name = objective_of(given)
     values, effective, notes = leave_out_idle(given, name)
     refuse_others(effective, name)
+
+    # Build the two configurations, which check themselves, and check one against the other.
     own = {option: value for option, value in values.items() if option in OWN[name]}
     run = {option: value for option, value in values.items() if option not in own}
     chosen = Options(
@@ -144,6 +147,7 @@ def refuse_others(names: Iterable[str], objective: str) -> None:
 
 def check_together(o: Options) -> None:
     """Raises: click.UsageError if options of the run and of the objective contradict each other."""
+    # The teacher.
     run, name, objective = o.run, o.run.objective, o.objective
     if objective.teacher and not o.teacher:
         kinds = dict(

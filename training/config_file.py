@@ -27,11 +27,13 @@ def read(path: str, known: Mapping[str, Option]) -> dict[str, str]:
         values = parse(data.decode())
         if not isinstance(values, dict):
             raise ValueError('is no mapping of options')
+        # A recorded configuration is known by its entries.
         if {'loss', 'network', 'dataset', 'total_nimg'} <= values.keys():
             return from_record(values, known)
         return from_options(values, known)
     except OSError as error:
         raise UserError(f'--config={path} cannot be read: {error.strerror or error}') from error
+    # Whatever a file that is no configuration may cause.
     except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise UserError(f'--config={path}: it {printable(error, 400)}.') from error
 

@@ -105,6 +105,7 @@ def lengths(o: Options, earlier: dict | None) -> dict[str, float]:
     for steps, (name, unit) in IN_STEPS.items():
         if not {name, steps} <= fields:
             continue
+        # The option, given in steps or already in images; the resumed run; the default.
         if (count := getattr(o.own, steps)) is not None:
             value = count * o.run.batch / unit
         elif getattr(o.own, name) is not None:
@@ -223,9 +224,12 @@ def averages_to_evaluate(run: RunConfig) -> list[str]:
     """The averages that --val_emas names: `ema`, `phema-0.050`, ..."""
     from training.phema import average_name
 
+    # Averages by the words that name them.
     known = {'ema': 'ema', **{f'{std:.3f}': average_name(std) for std in run.phema or []}}
     if run.val_emas == 'all':
         return list(known.values())
+
+    # Widths may be written in several ways: .05, 0.05, phema-0.050.
     names = []
     for word in (run.val_emas or 'ema').split(','):
         number = re.fullmatch(r'(?:phema-)?(0?\.[0-9]{1,9})', word.strip())
@@ -271,6 +275,8 @@ def configure(o: Options, dataset, teacher) -> EasyDict:
         raise click.UsageError(
             f'--batch={run.batch} cannot be split into {parts} on {processes} process(es).'
         )
+
+    # So is the range of noise levels.
     if (mid_t := getattr(own, 'mid_t', None)) is not None and not own.sigma_min < mid_t < own.sigma_max:
         raise UserError(
             f'--mid_t={mid_t:g} does not lie between the noise levels {own.sigma_min:g} and '

@@ -90,6 +90,8 @@ def load_state(resume: str, report=print) -> tuple[str, dict]:
     """
     if not os.path.isdir(resume):
         return resume, checkpoint.read_state(resume, recorded.RECORDED)
+
+    # Skip damaged states, such as those that were copied in part.
     problem = 'it holds no training-state-*.pt'
     for path in saved_states(resume):
         try:
@@ -234,6 +236,7 @@ class RunFiles:
 
     def attempt(self, write: Callable, *args) -> tuple[bool, object]:
         """Like `guarded`, but also returns what `write` returned on the main process."""
+        # Write, and tell the other processes of any problem.
         problem = result = None
         if distributed.is_main():
             try:
@@ -243,6 +246,8 @@ class RunFiles:
         problem = distributed.broadcast_object(problem)
         if problem is None:
             return True, result
+
+        # Stop together, or continue together.
         if self.c.on_save_error == 'stop':
             distributed.fail_together(
                 f'{problem} The states saved before are whole: make room and resume. '
@@ -267,10 +272,14 @@ class RunFiles:
         """
         if not distributed.is_main():
             return
+
+        # The note, and unfinished files.
         dnnlib.util.remove(self.run_dir / PREEMPTED)
         for kind in ('network-snapshot-*', 'training-state-*', PREEMPTED, '*.jsonl', OPTIONS):
             for leftover in dnnlib.util.unfinished(self.run_dir, kind):
                 dnnlib.util.remove(leftover)
+
+        # Later states.
         stems, resumed = [path.stem for path in saved_states(self.run_dir)], Path(self.c.resume or '').stem
         self._abandoned = set(stems[: stems.index(resumed)]) if resumed in stems else set()
         if self._abandoned:

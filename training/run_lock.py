@@ -94,9 +94,11 @@ def read_holder(path: Path) -> Holder | None:
             data = file.read(limits.KB * 16)
     except FileNotFoundError:
         return None
+
+    # Parse it; a damaged lock counts by its file alone.
     try:
         record = schema.check(schema.parse_json(data, limits.JSON_FILE, LOCK), RECORD, LOCK)
-    except ValueError:  # damaged; the file itself identifies the lock
+    except ValueError:
         return Holder(f'{status.st_ino:x}-{status.st_mtime_ns:x}', None, None, 0.0, PERIOD, status.st_mtime)
     return Holder(
         record['token'],
@@ -128,6 +130,8 @@ class RunLock:
     ):
         self.folder, self.path = Path(folder), Path(folder, LOCK)
         self.take, self.say, self.on_loss = take, say, on_loss
+
+        # What the file says.
         self.token = secrets.token_hex(16)
         self._record = json.dumps(
             dict(
@@ -140,6 +144,8 @@ class RunLock:
             ),
             indent=2,
         ).encode()
+
+        # The heartbeat, from `acquire` to `release`.
         self._over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name='run-lock', daemon=True)
 

@@ -80,6 +80,8 @@ class RunLog:
         # A run that was killed before its first state begins anew in its folder.
         seen = -1 if resumed_at is None else resumed_at
         latest, history = forget_future(self.run_dir, seen)
+
+        # TensorBoard, W&B, and the progress bar.
         if tensorboard:
             self._tensorboard = TensorBoard(self.run_dir, seen + 1, say=self)
         if wandb and wandb.get('mode') != 'disabled':
@@ -165,6 +167,7 @@ class RunLog:
                 append_lines(os.path.join(self.run_dir, name), lines)
                 del self._unwritten[name]
             except OSError as error:
+                # Warn once, until all lines are written. The terminal may be gone too.
                 if not self._warned:
                     line = (
                         f'Cannot write {name} in {self.run_dir}: {error.strerror}. Training goes on; '
@@ -312,6 +315,8 @@ def forget_future(run_dir: str, nimg: int) -> tuple[int, dict[int, dict[str, flo
     for path in (os.path.join(run_dir, name) for name in (STATS, METRICS)):
         if not os.path.exists(path):
             continue
+
+        # Keep lines up to `nimg`, and lines without a record.
         kept, count, whole = [], 0, True
         for line, record in records(path):
             count, whole = count + 1, line.endswith(b'\n')

@@ -73,6 +73,7 @@ def data_record(o: Options, dataset) -> EasyDict:
     """The training set as plain data: how it is opened, and what identifies it. Equal on all processes."""
     from torch_utils import distributed
 
+    # Only the main process reads files for the digest.
     space, is_subset = dataset.label_space, dataset.num_images < dataset.num_files
     digest = distributed.broadcast_object(dataset.digest() if distributed.is_main() else None)
     return EasyDict(

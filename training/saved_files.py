@@ -57,6 +57,7 @@ def why_no_snapshot(path: str | os.PathLike) -> str | None:
     moment = Path(path).stem.removeprefix('training-state')
     same = [snapshot for snapshot in beside if snapshot.stem.removeprefix('network-snapshot') == moment]
     snapshot = (same or beside or [None])[0]
+
     return another_kind(
         path,
         SNAPSHOT,
@@ -74,6 +75,7 @@ def why_no_snapshot(path: str | os.PathLike) -> str | None:
 
 
 def _why_no_folder(folder: str | os.PathLike) -> str:
+    # The folder of a run, or of runs.
     runs = [Path(folder), *sorted((path for path in Path(folder).iterdir() if path.is_dir()), reverse=True)]
     newest = next((found[0] for run in runs if (found := saved_snapshots(run))), None)
     if newest is not None:
@@ -89,6 +91,7 @@ def _why_no_folder(folder: str | os.PathLike) -> str:
 def why_no_state(path: str | os.PathLike, sealed: bool) -> str | None:
     """What a file is and what to give instead, to complete 'it ...'; None for a training state of ours,
     complete or damaged. `sealed`: the file ends in a checksum, as ours do."""
+    # Training can continue from a state nearby, or start anew from weights.
     beside = saved_states(Path(path).parent)
     resume = f'go on from {beside[0]}, or ' if beside else ''
     weights = (

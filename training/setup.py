@@ -136,6 +136,7 @@ def set_up(
     if state is not None:
         announcements.announce_resume(log, c, progress, made_by, world_size)
 
+    # Wrap the network, and check that all processes start from the same weights.
     ddp = distributed.data_parallel(net, device) if world_size > 1 else net
     files.check_weights()
     return Run(
@@ -181,6 +182,7 @@ def build_network(c: EasyDict, teacher: torch.nn.Module | None) -> torch.nn.Modu
 def transfer_weights(c: EasyDict, net: torch.nn.Module) -> None:
     """Copy the tensors of --transfer that fit the network by name and shape. Raises: UserError if none
     does."""
+    # Warn about labels of another meaning.
     origin, labels = checkpoint.load_network(c.transfer), LabelSpace.recorded(net.label_dim, c.dataset)
     if origin.label_dim == labels.dim and space_of(origin).differs(labels):
         distributed.print0(
@@ -189,6 +191,8 @@ def transfer_weights(c: EasyDict, net: torch.nn.Module) -> None:
                 f'{labels}: what it learned of labels means something else here.'
             )
         )
+
+    # Copy what fits.
     own = net.state_dict()
     fits = lambda name, tensor: name in own and own[name].shape == tensor.shape
     fitting = {name: tensor for name, tensor in origin.state_dict().items() if fits(name, tensor)}

@@ -83,6 +83,7 @@ def read_metadata(snapshot: dict, net: torch.nn.Module) -> dict:
 
     A published student's are taken from its loss; any other snapshot without metadata is 'diffusion'.
     """
+    # Our own, or those that the loss of a published student gives.
     metadata = plain(snapshot.get('metadata') or {})
     if not isinstance(metadata, dict):
         raise MalformedPickle('has metadata that are not a dict')
@@ -91,10 +92,12 @@ def read_metadata(snapshot: dict, net: torch.nn.Module) -> dict:
         is_student = class_name == STUDENT_LOSS
         metadata = _published_student(loss, net) if is_student else dict(objective='diffusion')
 
+    # EDM's record of the data.
     of_dataset = snapshot.get('dataset_kwargs')
     if isinstance(of_dataset, dict) and (of_dataset := plain(of_dataset, leave_out=True)):
         metadata = {**metadata, 'dataset_kwargs': of_dataset}
 
+    # EDM2's encoder; our metadata name those that its tools do not know.
     encoder = metadata.get('encoder')
     if snapshot.get('encoder') is not None:
         encoder = _encoder(snapshot['encoder'])
@@ -119,6 +122,7 @@ def _published_student(loss: dict, net: torch.nn.Module) -> dict:
     S, sigma_min, sigma_max, rho = numbers = [
         plain(loss.get(name)) for name in ('S', 'sigma_min', 'sigma_max', 'rho')
     ]
+    # As in training, the range is clipped to the network's.
     clip = lambda sigma: float(min(max(sigma, net.sigma_min), net.sigma_max))
     try:
         check(S, run_schema.STEPS, 'S')

@@ -116,6 +116,7 @@ def _finished(folder: str, total_nimg: int, teacher: str) -> str | None:
 
     if not distributed.is_main():
         return None
+    # The snapshot of the last image, distilled from this very teacher.
     for path in saved_snapshots(folder):
         if load_network(path).metadata.get('nimg') != total_nimg:
             continue

@@ -55,6 +55,7 @@ def check_numbers(net, name: str) -> None:
     net.to(distributed.get_device())
     low, high = max(net.sigma_min, 0.002), min(net.sigma_max, 80)
     sigma = (low * high) ** 0.5
+    # On the CPU, so that it is the same on all machines.
     noise = torch.randn(
         [1, net.img_channels, net.img_resolution, net.img_resolution],
         generator=torch.Generator().manual_seed(0),
@@ -84,6 +85,7 @@ def check_teacher(o: Options, dataset, teacher) -> None:
     from data.label_space import space_of
     from training.networks import encoders
 
+    # Size, channels and labels of images.
     check_kind(o, teacher)
     theirs = (teacher.img_resolution, teacher.img_channels, space_of(teacher))
     ours = (dataset.resolution, encoders.for_dataset(dataset, teacher)[1], dataset.label_space)
@@ -107,6 +109,8 @@ def check_teacher(o: Options, dataset, teacher) -> None:
             f'{describe(*ours)}{cond}.',
             more=f'Pick the teacher trained on this data, or {cure}.',
         )
+
+    # Augmentation labels.
     if o.run.augment and not teacher.init_kwargs.get('augment_dim'):
         raise UserError(
             f'--augment={o.run.augment:g} needs a teacher with augmentation labels; --teacher={o.teacher} '

@@ -50,12 +50,14 @@ def build_unfilled(class_name: str, args, kwargs) -> torch.nn.Module:
     cls = NETWORKS.get(class_name)
     if cls is None:
         raise MalformedPickle(f'holds a {class_name!r}, which is none of our networks: {", ".join(NETWORKS)}')
+
+    # The arguments are plain data of a reasonable size.
     args, kwargs = plain(args), plain(kwargs)
     if not isinstance(args, tuple) or not isinstance(kwargs, dict):
         raise MalformedPickle('has no record of its constructor arguments')
     _check_arguments([*((f'argument {i}', value) for i, value in enumerate(args)), *kwargs.items()])
 
-    # Wrong arguments can cause any of these errors.
+    # Build it. Wrong arguments can cause any of these errors.
     wrong = TypeError, ValueError, ArithmeticError, AttributeError, LookupError, NameError, RuntimeError
     try:
         with _Unfilled():
@@ -136,6 +138,7 @@ def read_tensors(
 
     # Memory from this thread: what the allocator holds for other threads, it returns in between.
     elements = {name: torch.empty(tensor.extent, dtype=tensor.dtype) for name, tensor in located.items()}
+    # Read straight into it. In pickles of an old protocol, tensors are text.
     parts = []
     for name, tensor in located.items():
         memory = elements[name].view(torch.uint8).numpy()
@@ -175,6 +178,8 @@ def _locate(
         located[name] = storages.locate(stored[name])
         if located[name].dtype.is_floating_point != tensor.is_floating_point():
             raise MalformedPickle(f'has {name} as {located[name].dtype}')
+
+    # A small file must not fill the memory by tensors that share its bytes.
     if sum(tensor.nbytes for tensor in located.values()) > size:
         raise MalformedPickle('has tensors that share memory: together they are larger than the file')
     return located
@@ -236,6 +241,7 @@ def restore_attributes(net: torch.nn.Module, state: dict):
     for name, value in numeric_attributes(net).items():
         if name not in state:
             continue
+        # It is a number, which agrees with the constructor's arguments.
         stored = plain(state[name])
         part, _, attribute = name.rpartition('.')
         too_large = isinstance(stored, int) and abs(stored) >= 1 << 63

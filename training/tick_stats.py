@@ -49,6 +49,7 @@ def tick_stats(
     tick_time, seen = now - tick_start_time, progress.nimg - max(progress.tick_start_nimg, start_nimg)
     # The clock of a machine that was put to sleep may stand still.
     per_second = lambda amount: amount / tick_time if tick_time > 0 else 0.0
+
     peak_gpu_mem = torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else 0
     values = {
         'Progress/tick': progress.tick,

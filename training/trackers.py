@@ -155,6 +155,8 @@ class WandbRun:
             package = type(error).__module__.partition('.')[0]
             if not isinstance(error, (OSError, ValueError)) and package != 'wandb':
                 raise
+
+            # Send nothing more, and say so once.
             self._run = None
             if not self._failed:
                 self._failed = True

@@ -95,6 +95,7 @@ class WeightUpdate:
 
         Called as a function: the overhead of `Optimizer.step` exceeds the kernel's time for small networks.
         """
+        # It takes lists, one entry a parameter, and here there is one parameter. The fourth list is AMSGrad's.
         group, state = self.optimizer.param_groups[0], self.optimizer.state[self.weights]
         adam(
             [self.weights],
@@ -119,6 +120,7 @@ class WeightUpdate:
     def _step_and_undo(self, divisor: torch.Tensor, broken: torch.Tensor) -> None:
         """Step of an optimizer that cannot skip: restores weights and moments if `broken`, but not its step
         count."""
+        # Before the first step there are no moments: they are restored to zero.
         moments = lambda: [self.optimizer.state[self.weights].get(name) for name in ('exp_avg', 'exp_avg_sq')]
         before = [None if value is None else value.clone() for value in (self.weights.data, *moments())]
         self.weights.grad.div_(divisor)
