@@ -57,7 +57,7 @@ class Main:
     heading: ClassVar[str] = 'Main'
 
     outdir: str | None = opt(
-        None, cli.PATH, 'Where to make the numbered folder of this run.',
+        None, cli.PATH, 'Folder in which the numbered folder of this run is created.',
         metavar='DIR', required=True)
     data: str | None = opt(
         None, cli.PATH, 'Data set, made by dataset_tool.py.',
@@ -76,7 +76,7 @@ class Main:
         "cm-ct: Song et al.'s consistency distillation and training; ict: improved consistency training; "
         'ect: easy consistency tuning; tcm: truncated consistency training.',
         key='objective')
-    consistency: bool | None = opt(None, bool, 'True: as --objective=mcd.', default_text='False')
+    consistency: bool | None = opt(None, bool, 'True: same as --objective=mcd.', default_text='False')
     duration: float | None = opt(
         None, cli.SOME_MIMG, 'Length of training in millions of images.',
         metavar='MIMG')
@@ -128,7 +128,7 @@ class Hyperparameters:
         None, cli.POSITIVE, 'Clip the global gradient norm to this value.',
         flags=('--grad-clip',), metavar='FLOAT', default_text='never', key='grad_clip')
     max_images: int | None = opt(
-        None, cli.COUNT, 'Train on a random subset of this size, which is always the same.',
+        None, cli.COUNT, 'Train on a fixed random subset of this size.',
         flags=('--max-images',), metavar='INT', default_text='all', key='dataset.max_size')
     xflip: bool = opt(False, bool, 'Add mirrored copies of all images.', key='dataset.xflip')
 
@@ -181,14 +181,13 @@ class Validation:
     val_every: int = opt(50, cli.COUNT, 'Ticks between evaluations.', metavar='TICKS', key='validation.every')
     val_emas: str | None = opt(
         None, None,
-        'Averages to evaluate: ema, widths of --phema as in 0.05, or all. The first decides which state is '
-        'the best.',
+        'Averages to evaluate: ema, widths of --phema as in 0.05, or all. The first one decides which '
+        'training state is the best.',
         metavar='LIST', default_text='ema')
     val_at_start: bool = opt(False, bool, 'Evaluate before the first step.', key='validation.at_start')
     val_teacher: bool = opt(
         False, bool,
-        'Evaluate the teacher once at the start, as it is sampled by default: a diffusion model by Heun, 18 '
-        'steps.',
+        'Evaluate the teacher once at the start, by its default sampler (diffusion models: Heun, 18 steps).',
         key='validation.teacher')
     val_num: int = opt(
         50000, cli.Integer(min=2), 'Number of images to generate.',
@@ -200,7 +199,7 @@ class Validation:
     val_label: str = opt(
         'auto', LabelMode(),
         'Classes of generated images: uniform, dataset (those of training images), fixed:K; auto: dataset '
-        'where it has labels.',
+        'if it has labels, else uniform.',
         metavar='MODE', key='validation.label', idle=('cond', False))
     val_dump_images_dir: str | None = opt(
         None, cli.PATH, 'Keep the generated images, in a folder for each evaluation.',
@@ -216,9 +215,9 @@ class Performance:
 
     precision: str | None = opt(
         None, click.Choice(['fp32', 'fp16', 'bf16', 'fp64']),
-        'Arithmetic inside the network; fp16 on GPUs only. Weights stay FP32, with fp64 FP64.',
+        'Precision inside the network; fp16 on GPUs only. Weights are FP32, or FP64 with fp64.',
         default_text='fp32', key='precision', settled=True)
-    fp16: bool | None = opt(None, bool, 'True: as --precision=fp16.', default_text='False')
+    fp16: bool | None = opt(None, bool, 'True: same as --precision=fp16.', default_text='False')
     ls: float | str | None = opt(
         None, LossScale(), 'Loss scaling: a number, or dynamic.',
         metavar='FLOAT', default_text='dynamic with fp16, else 1')
@@ -227,20 +226,20 @@ class Performance:
         'Stop after this many consecutive skipped steps; a step is skipped if its loss or gradient is not '
         'finite.',
         flags=('--max-bad-steps',), metavar='INT', key='max_bad_steps')
-    tf32: bool = opt(False, ON_OFF, 'Let GPUs compute FP32 in TensorFloat-32 inside.', key='tf32')
+    tf32: bool = opt(False, ON_OFF, 'Use TensorFloat-32 for FP32 on GPUs.', key='tf32')
     compiled: bool = opt(
-        False, ON_OFF, 'Compile the networks (torch.compile): minutes at the start, faster steps.',
+        False, ON_OFF, 'Compile the networks (torch.compile): minutes at the start, then faster steps.',
         flags=('--compile',), key='compiled')
     channels_last: bool = opt(
-        False, ON_OFF, 'Keep the channels of images together in memory inside the networks.',
+        False, ON_OFF, 'Use the channels-last memory format inside the networks.',
         key='channels_last')
     checkpoint_activations: bool = opt(
         False, ON_OFF,
-        'Compute activations again in the backward pass: less memory, about a quarter more time.',
+        'Recompute activations in the backward pass: less memory, about a quarter more time.',
         flags=('--checkpoint-activations',), key='checkpoint_activations')
     ema_device: str = opt(
         'same', click.Choice(['same', 'cpu']),
-        "Memory that averages of the weights live in: the network's, or the host's.",
+        "Device of the weight averages: the network's, or the host.",
         flags=('--ema-device',), key='ema_device')
     profile_steps: int = opt(
         0, TICKS, 'Write a Chrome trace of this many steps to the run folder.',
@@ -257,7 +256,7 @@ class Files:
     heading: ClassVar[str] = 'Input and output'
 
     desc: str | None = opt(
-        None, None, "Words to add to the run folder's name.",
+        None, None, "Text to add to the run folder's name.",
         metavar='STR', idle=('nosubdir', True))
     nosubdir: bool = opt(False, FLAG, 'Write into --outdir itself.')
     tick: float = opt(
@@ -273,8 +272,7 @@ class Files:
         metavar='TICKS', key='state_dump_ticks')
     keep: int = opt(
         2, cli.COUNT,
-        'Number of training states to keep: the newest ones, and the one with the least distance in '
-        'validation besides.',
+        'Number of newest training states to keep; the one with the least validation distance is kept too.',
         metavar='INT', key='states_kept', idle=('dump', 0))
     on_save_error: str = opt(
         'stop', click.Choice(['stop', 'continue']),
@@ -284,20 +282,20 @@ class Files:
         None, cli.Integer(min=0, max=(1 << 63) - 1), 'Random seed.',
         metavar='INT', default_text='random', key='seed', settled=True)
     transfer: str | None = opt(
-        None, cli.PATH, 'Start from the weights of this snapshot, where they fit.',
+        None, cli.PATH, 'Start from the weights of this snapshot that fit the network.',
         metavar='PKL|URL', key='transfer')
     resume: str | None = opt(
         None, cli.PATH,
-        'Continue from a training state, in its folder; of a run folder, the newest whole one.',
+        'Resume from this training state, or from the newest complete one in this run folder.',
         metavar='PT|DIR', key='resume')
     take_lock: bool = opt(
-        False, FLAG, 'Take the run folder from another run that has it (run.lock), and stop that run.',
+        False, FLAG, 'Take the lock of the run folder (run.lock) from another run, and stop that run.',
         flags=('--take-lock',))
     resume_override: bool = opt(
-        False, FLAG, 'Resume although options differ that make it another run.',
+        False, FLAG, 'Resume even if options differ that make it another run.',
         flags=('--resume-override',))
     allow_other_data: bool = opt(
-        False, FLAG, 'Resume although the data set is another one.',
+        False, FLAG, 'Resume even if the data set differs.',
         flags=('--allow-other-data',))
     dry_run: bool = opt(False, FLAG, 'Print the configuration as JSON and exit.', flags=('-n', '--dry-run'))
 
@@ -309,18 +307,18 @@ class WandB:
 
     wandb: bool = opt(False, ON_OFF, 'Log to Weights & Biases.')
     wandb_project: str | None = opt(
-        None, None, 'Project of W&B.',
+        None, None, 'W&B project.',
         metavar='STR', default_text="the environment's, or W&B's", key='wandb.project')
     wandb_entity: str | None = opt(
-        None, None, 'User or team of W&B.',
+        None, None, 'W&B user or team.',
         metavar='STR', default_text='yours', key='wandb.entity')
     wandb_run: str | None = opt(
-        None, None, 'Name of the run at W&B.',
+        None, None, 'W&B run name.',
         metavar='STR', default_text="the run folder's", key='wandb.name')
     wandb_tags: str | None = opt(None, None, 'Comma-separated tags.', metavar='LIST')
     wandb_mode: str | None = opt(
         None, click.Choice(['online', 'offline', 'disabled']),
-        'Upload at once, or write into the run folder for `wandb sync`.',
+        'online: upload at once; offline: write into the run folder for `wandb sync`.',
         default_text="the environment's, or online", key='wandb.mode')
 
 

@@ -90,7 +90,7 @@ def from_record(c: Mapping, known: Mapping[str, Option]) -> dict[str, str]:
         values['arch'], values['precond'] = architectures.name_of(
             c['network']['class_name'], c['network']['kwargs']
         )
-    if values.get('N') is not None:  # a grid that stays as it is
+    if values.get('N') is not None:  # a constant grid
         for name in ('s0', 's1', 'schedule_steps', 'mu_schedule'):
             values.pop(name, None)
 

@@ -73,7 +73,7 @@ class Holder:
 
     def __str__(self):
         if self.process is None:
-            return f'a process that {LOCK} does not tell, since it is damaged'
+            return f'an unknown process ({LOCK} is damaged)'
         return (
             f'process {self.process["pid"]} on {printable(self.process["host"], 100)}, '
             f'since {time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))}'
@@ -157,14 +157,14 @@ class RunLock:
         check_writable(self.folder)
         saved_files.check_own_files(self.folder)
         # The holder that is watched, since when, and whether waiting for it was announced.
-        seen, since, told = None, 0.0, False
+        seen, since, announced = None, 0.0, False
         try:
             while not self._create(self.path):
                 holder = read_holder(self.path)
                 if holder is None:
                     continue
                 if seen is None or holder.token != seen.token:
-                    seen, since, told = holder, time.monotonic(), False
+                    seen, since, announced = holder, time.monotonic(), False
                 ended, waited, still = holder.has_ended(), time.monotonic() - since, holder.beat == seen.beat
                 silence = max(waited, self._now() - holder.beat)
 
@@ -177,15 +177,15 @@ class RunLock:
 
                 # Perhaps it is on a node that died, as when a job starts again on another one: wait.
                 elif ended is None and still:
-                    if not told:
+                    if not announced:
                         remaining = MISSED * holder.period - silence
                         self.say(
                             f'{self.folder} belongs to {holder}. Waiting up to {remaining:.0f} seconds for '
                             'its heartbeat.'
                         )
-                        told = True
+                        announced = True
 
-                # It goes on, unless its torchrun is gone: then it is about to end.
+                # It is still running, unless its torchrun is gone: then it is about to end.
                 elif not (holder.torchrun and identity.has_ended(holder.torchrun) and waited < FAREWELL_SEC):
                     raise UserError(
                         f'{self.folder} is the folder of a run that goes on: {holder}, last heartbeat '
@@ -230,7 +230,7 @@ class RunLock:
                     if holder is not None and holder.process is not None and holder.token != self.token:
                         self.on_loss(
                             f'Error: {self.folder} was taken from this run, by {holder}: nothing more is '
-                            'written. What it has saved is whole; the other run goes on from there.'
+                            'written. The files that it has saved are complete; the other run continues from them.'
                         )
                         return
                 if time.monotonic() - beat >= PERIOD:

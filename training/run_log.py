@@ -317,10 +317,10 @@ def forget_future(run_dir: str, nimg: int) -> tuple[int, dict[int, dict[str, flo
             continue
 
         # Keep lines up to `nimg`, and lines without a record.
-        kept, count, whole = [], 0, True
+        kept, count, complete = [], 0, True
         for line, record in records(path):
-            count, whole = count + 1, line.endswith(b'\n')
-            if record is None and not whole:  # the last one
+            count, complete = count + 1, line.endswith(b'\n')
+            if record is None and not complete:  # the last line
                 continue
             seen = images_seen(record or {})
             if seen is not None:
@@ -328,9 +328,9 @@ def forget_future(run_dir: str, nimg: int) -> tuple[int, dict[int, dict[str, flo
                 if seen > nimg:
                     continue
                 history.setdefault(seen, {}).update(scalars(record))
-            kept.append(line if whole else line + b'\n')
+            kept.append(line if complete else line + b'\n')
         # Rewrite the file only if something changes.
-        if not whole or len(kept) < count:
+        if not complete or len(kept) < count:
             with atomic_write(path) as file:
                 file.writelines(kept)
     return latest, history

@@ -45,7 +45,7 @@ class Numbers(Kind):
         ):
             self.refuse(value, where)
         if value.numel() and value.dtype is not torch.bool:
-            least, most = (bound.item() for bound in torch.aminmax(value))  # NaN where there is any
+            least, most = (bound.item() for bound in torch.aminmax(value))  # NaN if there is any
             if not (self.low <= least and -float('inf') < least and most < float('inf')):
                 what = f'{least:g} or less' if least < self.low else 'values that are not finite'
                 raise Mismatch(f'has {what} in {printable(where, 200)}')

@@ -93,9 +93,9 @@ def why_no_state(path: str | os.PathLike, sealed: bool) -> str | None:
     complete or damaged. `sealed`: the file ends in a checksum, as ours do."""
     # Training can continue from a state nearby, or start anew from weights.
     beside = saved_states(Path(path).parent)
-    resume = f'go on from {beside[0]}, or ' if beside else ''
+    resume = f'resume from {beside[0]}, or ' if beside else ''
     weights = (
-        f'It has weights alone, without the state of the optimizer: {resume}start anew from them by '
+        f'It has only weights, without the state of the optimizer: {resume}start anew from them by '
         f'--transfer={path}.'
     )
     return another_kind(

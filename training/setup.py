@@ -55,7 +55,7 @@ class Run(NamedTuple):
         update: optimizer on the network's parameters as one vector, which `averages` follow.
         rank_batch, batch_gpu, rounds: images of this process per step, in `rounds` micro-batches of
             `batch_gpu` images.
-        progress: images seen, ticks, and the rest of where it stands.
+        progress: images seen, ticks, states kept.
         start_nimg: images seen when this process started.
         resumed: whether it was restored from a training state.
         files, log: what it saves and logs.

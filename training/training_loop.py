@@ -202,7 +202,7 @@ def training_loop(
         # After the workers, which must not inherit the log's threads and sockets.
         start_log(run)
 
-        # Evaluate before the first step, if options ask for it.
+        # Evaluate before the first step, if that is configured.
         validator = build_validator(run) if c.validation else None
         if validator and not progress.begun and evaluate_at_start(validator, run, stop) is None:
             return stop_here(run, stop, hosts)
