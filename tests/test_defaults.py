@@ -15,12 +15,12 @@ import train
 from data.dataset import ImageFolderDataset
 from dnnlib import EasyDict
 from training import same_run
+from training.announcements import describe_run
 from training.checkpoint import load_network, load_state, save_snapshot
 from training.networks import edm2 as networks_edm2
 from training.objectives import OBJECTIVES
 from training.objectives import time_schedules as times
 from training.run_files import saved_snapshots, saved_states
-from training.setup import describe_run
 
 EDM2 = ['--arch=edm2', '--cres=1,2']
 DIVIDED = dict(solver='cm', sigmas=[80.0, 0.0], objective='ect')  # metadata of a consistency model

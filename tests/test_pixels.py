@@ -23,7 +23,7 @@ from dnnlib import EasyDict, UserError
 from metrics.calc import compute_features
 from metrics.images import open_images
 from sampling import edit_files
-from training.setup import describe_run
+from training.announcements import describe_run
 
 NOISE = np.random.default_rng(0).integers(0, 256, [8, 8, 4], dtype=np.uint8)
 ALPHA = np.tile(np.array([0, 128, 255, 255], np.uint8), (8, 2))  # by columns: transparent, half, opaque

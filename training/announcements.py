@@ -6,13 +6,12 @@ from __future__ import annotations
 from data.label_space import listed, space_of
 from dnnlib import EasyDict
 from torch_utils import distributed
-from training import resolution
 from training.run_log import RunLog
 
 
-def announce_run(log: RunLog, c: EasyDict, net, dataset, teacher, rounds: int, batch_gpu: int) -> None:
+def describe_run(log: RunLog, c: EasyDict, net, dataset, teacher, rounds: int, batch_gpu: int) -> None:
     """Log what is about to be trained on what."""
-    announce_data(log, c, dataset)
+    describe_data(log, c, dataset)
     if teacher is not None and (untaught := {*space_of(teacher).absent} - {*dataset.label_space.absent}):
         log(
             f'Warning: the training set of {c.teacher} has no images of classes {listed(sorted(untaught))}, '
@@ -30,12 +29,10 @@ def announce_run(log: RunLog, c: EasyDict, net, dataset, teacher, rounds: int, b
     # Batch and averages.
     processes = distributed.get_world_size()
     log(f'Batch: {c.batch_size} images in {rounds} round(s) of {batch_gpu} on {processes} process(es)')
-    announce_averages(log, c)
-    if warning := resolution.unresolved_gap(c, teacher):
-        log(warning)
+    describe_averages(log, c)
 
 
-def announce_data(log: RunLog, c: EasyDict, dataset) -> None:
+def describe_data(log: RunLog, c: EasyDict, dataset) -> None:
     """Log the training set and what is unusual about it."""
     # What it is.
     is_subset = dataset.num_images < dataset.num_files
@@ -60,7 +57,7 @@ def announce_data(log: RunLog, c: EasyDict, dataset) -> None:
         log(f'Warning: {warning}')
 
 
-def announce_averages(log: RunLog, c: EasyDict) -> None:
+def describe_averages(log: RunLog, c: EasyDict) -> None:
     """Log the half-life of the EMA, and warn if it is too short, or too long for the run."""
     # Too short: the average is next to the weights themselves.
     steps = c.ema_halflife_nimg / c.batch_size
@@ -81,7 +78,7 @@ def announce_averages(log: RunLog, c: EasyDict) -> None:
         )
 
 
-def announce_resume(log: RunLog, c: EasyDict, progress, made_by: int, world_size: int) -> None:
+def describe_resume(log: RunLog, c: EasyDict, progress, made_by: int, world_size: int) -> None:
     """Log where a run resumes, and whether that can be exact. The state was saved by `made_by` processes."""
     log(f'Resumed from {c.resume} at {progress.nimg / 1e3:.1f} kimg.')
     if made_by != world_size:

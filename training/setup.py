@@ -14,7 +14,7 @@ from dnnlib import EasyDict, UserError
 from dnnlib.text import printable
 from torch_utils import distributed, misc
 from torch_utils.flat import FlatParameters
-from training import announcements, checkpoint, execution, run_files
+from training import announcements, checkpoint, execution, resolution, run_files
 from training.networks import encoders
 from training.networks.augment import AugmentPipe
 from training.objectives import OBJECTIVES
@@ -131,10 +131,12 @@ def set_up(
     # Announce what is about to happen.
     log = RunLog(run_dir, enabled=rank == 0)
     files = run_files.RunFiles(c, run_dir, net, update, averages, loss_state, log)
-    announcements.announce_run(log, c, net, dataset, teacher, rounds, batch_gpu)
+    announcements.describe_run(log, c, net, dataset, teacher, rounds, batch_gpu)
+    if warning := resolution.unresolved_gap(c, teacher):
+        log(warning)
     files.tidy()
     if state is not None:
-        announcements.announce_resume(log, c, progress, made_by, world_size)
+        announcements.describe_resume(log, c, progress, made_by, world_size)
 
     # Wrap the network, and check that all processes start from the same weights.
     ddp = distributed.data_parallel(net, device) if world_size > 1 else net
