@@ -1,4 +1,4 @@
-"""The networks. The source of each module goes into snapshots, and so imports nothing of this project but
+"""The networks. The source of each module is embedded in snapshots, so it imports nothing of this project but
 persistence."""
 
 from training.networks.edm import *  # noqa: F403

@@ -8,12 +8,12 @@ augmentation labels, so that sampling with zero labels gives clean images.
 Where this differs from EDM's pipeline:
 - Only the transforms of EDM's training preset exist; its integer shifts and quarter turns and its color
   transforms do not.
-- Beyond its edges an image goes on as its own mirror image, to any distance: no margin depends on the drawn
-  parameters, and so nothing waits for the device. (EDM pads by a data-dependent margin that leaves out the
-  edge pixel's repetition.)
+- An image continues beyond its edges as its own mirror image, to any distance. No margin depends on the drawn
+  parameters, so nothing synchronizes with the device. (EDM pads by a data-dependent margin without repeating
+  the edge pixel.)
 - The anti-aliasing filter is symmetric, so that flips and quarter turns commute with it; the sym6 wavelet is
   not.
-- An image whose geometry stays as it is comes back bit for bit, instead of through the filters.
+- An image whose geometry does not change is returned bit for bit, not passed through the filters.
 """
 
 from __future__ import annotations
@@ -38,61 +38,66 @@ LABEL_SIZES = dict(xflip=1, yflip=1, scale=1, rotate_frac=2, aniso=2, translate_
 
 
 def _taps(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[4·radius] the whole filter; sums to 2, the samples a pixel. Copied without waiting for the device."""
+    """[4·radius] the filter; sums to 2, the samples per pixel."""
+    # The copy does not wait for the device.
     taps = torch.tensor(HALF_FILTER[::-1] + HALF_FILTER, dtype=dtype)
     return (taps * 2 / taps.sum()).to(device, non_blocking=True)
 
 
 def _upsampling_matrix(size: int, like: Tensor) -> Tensor:
-    """[2·size, size]: `size` pixels, continued by reflection at their outer edges, to twice the sampling
-    rate."""
+    """[2·size, size] matrix from `size` pixels, continued by reflection at their outer edges, to twice the
+    sampling rate."""
+    # Weight of each source pixel, within the filter's radius beyond the edges, in each sample.
     taps = _taps(like.device, like.dtype)
     source = torch.arange(-FILTER_RADIUS, size + FILTER_RADIUS, device=like.device)
     offset = torch.arange(2 * size, device=like.device)[:, None] - 2 * source[None, :] + 2 * FILTER_RADIUS - 1
     inside = (offset >= 0) & (offset < len(taps))
     weights = torch.where(inside, taps[offset.clamp(0, len(taps) - 1)], 0)
+
+    # Pixels beyond the edges are mirrored ones.
     period = source.remainder(2 * size)
     mirrored = torch.minimum(period, 2 * size - 1 - period)
     return weights @ (mirrored[:, None] == torch.arange(size, device=like.device)).to(like.dtype)
 
 
 def _downsampling_matrix(size: int, like: Tensor) -> Tensor:
-    """[size, 2·size + 4·radius − 2]: samples at twice the rate, with those that the filter needs on either
-    side, to `size` pixels."""
+    """[size, 2·size + 4·radius − 2] matrix from samples at twice the rate, with those that the filter needs
+    on either side, to `size` pixels."""
     taps = _taps(like.device, like.dtype) / 2
     width = 2 * size + len(taps) - 2
-    offset = (
-        torch.arange(width, device=like.device)[None, :] - 2 * torch.arange(size, device=like.device)[:, None]
-    )
+    pixel, sample = torch.arange(size, device=like.device), torch.arange(width, device=like.device)
+    offset = sample[None, :] - 2 * pixel[:, None]
     inside = (offset >= 0) & (offset < len(taps))
     return torch.where(inside, taps[offset.clamp(0, len(taps) - 1)], 0)
 
 
 def warp(images: Tensor, inverse: Tensor) -> Tensor:
-    """Images under an affine map, resampled through twice the sampling rate: a pixel p of the result shows
-    the source at inverse · p.
+    """Images under an affine map: a pixel p of the result shows the source at inverse · p.
+
+    The result is interpolated at twice the sampling rate, then filtered down.
 
     Args:
-        images: [N, C, H, W] floating point; mirrored at the edges without end.
+        images: [N, C, H, W] floating point; mirrored repeatedly beyond the edges.
         inverse: [N, 3, 3] homogeneous matrices in pixels, x to the right, y down, origin at the image's
             center.
     Returns: [N, C, H, W].
     """
+    # Twice the sampling rate.
     height, width = images.shape[2:]
     fine = _upsampling_matrix(height, images) @ images @ _upsampling_matrix(width, images).T
     down_y, down_x = _downsampling_matrix(height, images), _downsampling_matrix(width, images)
-    centered = lambda count: (
-        (torch.arange(count, device=images.device, dtype=images.dtype) + 0.5 - count / 2) / 2
-    )
+
+    # Where each sample of the result, in pixels from the center, lies in the source.
+    along = lambda count: torch.arange(count, device=images.device, dtype=images.dtype)
+    centered = lambda count: (along(count) + 0.5 - count / 2) / 2
     y, x = torch.meshgrid(centered(down_y.shape[1]), centered(down_x.shape[1]), indexing='ij')
     points = torch.stack([x, y, torch.ones_like(x)], dim=-1).flatten(0, 1)  # [H'·W', 3]
     source = (points @ inverse[:, :2].mT).unflatten(1, x.shape)  # [N, H', W', 2]
-    scale = torch.stack(
-        [x.new_full((), 2 / width), x.new_full((), 2 / height)]
-    )  # grid_sample's edges are at ±1
-    sampled = grid_sample(
-        fine, source * scale, mode='bilinear', padding_mode='reflection', align_corners=False
-    )
+
+    # `grid_sample` has edges at ±1. The scale is filled on the device, because a copy would synchronize.
+    scale = torch.stack([x.new_full((), 2 / width), x.new_full((), 2 / height)])
+    options = dict(mode='bilinear', padding_mode='reflection', align_corners=False)
+    sampled = grid_sample(fine, source * scale, **options)
     return down_y @ sampled @ down_x.T
 
 
@@ -101,7 +106,7 @@ def warp(images: Tensor, inverse: Tensor) -> Tensor:
 
 
 class Parameters(NamedTuple):
-    """What was drawn for each image, in Table 6's terms; zero where a transform does not happen."""
+    """What was drawn for each image, in the terms of Table 6; zero where a transform is not applied."""
 
     xflip: Tensor  # [N] a0, 0 or 1
     yflip: Tensor  # [N] a1, 0 or 1
@@ -113,10 +118,9 @@ class Parameters(NamedTuple):
 
 
 def _matrix(rows: list[list[Tensor | float]], like: Tensor) -> Tensor:
-    """[N, 3, 3] of rows whose entries are [N] tensors or numbers."""
-    return torch.stack(
-        [torch.stack([torch.zeros_like(like) + entry for entry in row], dim=-1) for row in rows], dim=-2
-    )
+    """[N, 3, 3] from rows whose entries are [N] tensors or numbers."""
+    entries = [torch.stack([torch.zeros_like(like) + entry for entry in row], dim=-1) for row in rows]
+    return torch.stack(entries, dim=-2)
 
 
 def _rotation(angle: Tensor) -> Tensor:
@@ -135,13 +139,13 @@ def _translation(x: Tensor, y: Tensor) -> Tensor:
 class AugmentPipe:
     """EDM's augmentation: `images, labels = pipe(images)`.
 
-    A transform happens with probability min(p · multiplier, 1); a multiplier of 0 leaves it out, its labels
-    included. Defaults are EDM's preset.
+    A transform is applied with probability min(p · multiplier, 1); a multiplier of 0 removes it and its
+    labels. Defaults are EDM's preset.
 
     Args:
-        p: common factor of all probabilities; 0 switches everything off (zero labels).
-        xflip, yflip, scale, rotate_frac, aniso, translate_frac: multipliers. xflip = 1e8: always, and half of
-            the images are then mirrored.
+        p: common factor of all probabilities; 0 disables all transforms (zero labels).
+        xflip, yflip, scale, rotate_frac, aniso, translate_frac: multipliers. With xflip = 1e8 a flip is
+            always drawn, which mirrors half of the images.
         scale_std, aniso_std: standard deviation of log2 of the factor.
         rotate_frac_max: largest angle in units of π.
         aniso_rotate_prob: probability that a stretch has a random direction rather than along x.
@@ -191,8 +195,7 @@ class AugmentPipe:
         return self.transform(images, parameters), self.labels(parameters)
 
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Parameters:
-        """Random parameters for a batch. Every transform consumes its random numbers, whether it is on or
-        off."""
+        """Random parameters for a batch. Every transform consumes its random numbers, enabled or not."""
         count = len(images)
         like = dict(device=images.device, dtype=images.dtype, generator=generator)
         happens = lambda name: torch.rand(count, **like) < self.multipliers[name] * self.p
@@ -210,8 +213,7 @@ class AugmentPipe:
         )
 
     def labels(self, a: Parameters) -> Tensor:
-        """[N, augment_dim] float32: the parameters as the network sees them, transforms that are off left
-        out."""
+        """[N, augment_dim] float32: the parameters as the network sees them, without disabled transforms."""
         columns = dict(
             xflip=[a.xflip],
             yflip=[a.yflip],
@@ -224,30 +226,31 @@ class AugmentPipe:
         return torch.stack(used, dim=1).float() if used else a.xflip.new_zeros(len(a.xflip), 0).float()
 
     def inverse_matrix(self, a: Parameters, height: int, width: int) -> Tensor:
-        """[N, 3, 3] map from a pixel of the augmented image to the (flipped) source: the inverses of Table
-        6's matrices, first to last."""
+        """[N, 3, 3] map from a pixel of the augmented image to the (flipped) source: the inverses of the
+        matrices of Table 6, first to last."""
+        # Factors and shifts in pixels. Without a stretch the direction is 0, which makes the product exactly
+        # the identity.
         shrink, squeeze = (-a.scale * self.scale_std).exp2(), (-a.aniso * self.aniso_std).exp2()
-        shift_x, shift_y = (
-            a.shift[:, 0] * (width * self.translate_frac_std),
-            a.shift[:, 1] * (height * self.translate_frac_std),
-        )
-        direction = torch.where(
-            a.aniso == 0, 0, a.aniso_angle
-        )  # no stretch, no direction: the product is then exactly the identity
+        shift_x = a.shift[:, 0] * (width * self.translate_frac_std)
+        shift_y = a.shift[:, 1] * (height * self.translate_frac_std)
+        direction = torch.where(a.aniso == 0, 0, a.aniso_angle)
+
+        # y points down, so a positive angle here undoes a counter-clockwise rotation.
         unscale = _scaling(shrink, shrink)
-        unrotate = _rotation(a.angle)  # y points down: a positive angle here undoes a counter-clockwise turn
+        unrotate = _rotation(a.angle)
         unstretch = _rotation(-direction) @ _scaling(squeeze, 1 / squeeze) @ _rotation(direction)
         return unscale @ unrotate @ unstretch @ _translation(-shift_x, -shift_y)
 
     def transform(self, images: Tensor, a: Parameters) -> Tensor:
-        """[N, C, H, W] images under the given parameters: flips move pixels, the rest resamples."""
-        pick = lambda mask: mask[:, None, None, None]
-        images = torch.where(pick(a.xflip == 1), images.flip(3), images)
-        images = torch.where(pick(a.yflip == 1), images.flip(2), images)
-        if not any(
-            self.multipliers[name] > 0 for name in ('scale', 'rotate_frac', 'aniso', 'translate_frac')
-        ):
+        """[N, C, H, W] images under the given parameters: flips move pixels, other transforms resample."""
+        per_image = lambda mask: mask[:, None, None, None]
+        images = torch.where(per_image(a.xflip == 1), images.flip(3), images)
+        images = torch.where(per_image(a.yflip == 1), images.flip(2), images)
+        resampling = ('scale', 'rotate_frac', 'aniso', 'translate_frac')
+        if not any(self.multipliers[name] > 0 for name in resampling):
             return images
+
+        # An unmoved image is returned as it is, not through the filters.
         inverse = self.inverse_matrix(a, *images.shape[2:])
         unmoved = (inverse == torch.eye(3, device=inverse.device, dtype=inverse.dtype)).flatten(1).all(dim=1)
-        return torch.where(pick(unmoved), images, warp(images, inverse))
+        return torch.where(per_image(unmoved), images, warp(images, inverse))

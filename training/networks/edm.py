@@ -3,8 +3,8 @@
 Constructor arguments and parameter names are those of EDM's published snapshots, so that their weights load.
 A snapshot carries this file's source, so it imports nothing but torch and `torch_utils.persistence`.
 
-Shapes: images [N, C, H, W], noise levels [N] or a scalar, class labels one-hot [N, label_dim], augmentation
-    labels [N, augment_dim].
+Shapes: images [N, C, H, W], noise levels [N] or a scalar, one-hot class labels [N, label_dim], augmentation
+labels [N, augment_dim].
 """
 
 import math
@@ -21,8 +21,11 @@ from torch_utils.persistence import persistent_class as persistent
 
 
 def init_tensor(shape, mode, fan_in, fan_out):
-    """Random tensor of the given shape; `mode` is (xavier|kaiming)_(uniform|normal), scaled as Glorot &
-    Bengio 2010 and He et al. 2015 for a gain of one (kaiming: variance 1 / fan_in)."""
+    """Random tensor of the given shape; `mode` is (xavier|kaiming)_(uniform|normal).
+
+    Its variance is 2 / (fan_in + fan_out) for xavier (Glorot & Bengio 2010) and 1 / fan_in for kaiming (He et
+    al. 2015, for a gain of one).
+    """
     family, _, law = mode.partition('_')
     variance = {'xavier': 2 / (fan_in + fan_out), 'kaiming': 1 / fan_in}[family]
     if law == 'uniform':
@@ -65,35 +68,36 @@ class Conv2d(Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.up, self.down, self.fused_resample = up, down, fused_resample
         fans = dict(mode=init_mode, fan_in=in_channels * kernel**2, fan_out=out_channels * kernel**2)
-        self.weight = (
-            Parameter(init_tensor([out_channels, in_channels, kernel, kernel], **fans) * init_weight)
-            if kernel
-            else None
-        )
+        shape = [out_channels, in_channels, kernel, kernel]
+        self.weight = Parameter(init_tensor(shape, **fans) * init_weight) if kernel else None
         self.bias = Parameter(init_tensor([out_channels], **fans) * init_bias) if kernel and bias else None
+
+        # The separable filter as a [1, 1, K, K] kernel that sums to one.
         taps = torch.as_tensor(resample_filter, dtype=torch.float32)
         taps = torch.outer(taps, taps) / taps.sum() ** 2
         self.register_buffer('resample_filter', taps[None, None] if up or down else None)
 
     def _resample(self, x, channels, padding):
+        # Upsampling puts three zeros beside every value, so the filter's sum must be 4.
         taps = self.resample_filter.to(x.dtype)
-        if self.up:
-            return F.conv_transpose2d(
-                x, (taps * 4).expand(channels, 1, -1, -1), stride=2, padding=padding, groups=channels
-            )
-        return F.conv2d(x, taps.expand(channels, 1, -1, -1), stride=2, padding=padding, groups=channels)
+        taps, convolve = (taps * 4, F.conv_transpose2d) if self.up else (taps, F.conv2d)
+        return convolve(x, taps.expand(channels, 1, -1, -1), stride=2, padding=padding, groups=channels)
 
     def forward(self, x):
         weight = None if self.weight is None else self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         w_pad = 0 if weight is None else weight.shape[-1] // 2
         f_pad = 0 if self.resample_filter is None else (self.resample_filter.shape[-1] - 1) // 2
+
+        # Fused: the padding of both operations at once, in the first one if possible.
         if self.fused_resample and weight is not None and self.up:
             x = self._resample(x, self.in_channels, padding=max(f_pad - w_pad, 0))
             return F.conv2d(x, weight, bias, padding=max(w_pad - f_pad, 0))
         if self.fused_resample and weight is not None and self.down:
             x = self._resample(F.conv2d(x, weight, padding=w_pad + f_pad), self.out_channels, padding=0)
             return x if bias is None else x + bias.reshape(1, -1, 1, 1)
+
+        # One after the other.
         if self.resample_filter is not None:
             x = self._resample(x, self.in_channels, padding=f_pad)
         return x if weight is None else F.conv2d(x, weight, bias, padding=w_pad)
@@ -101,7 +105,7 @@ class Conv2d(Module):
 
 @persistent
 class GroupNorm(Module):
-    """Group normalization (Wu & He 2018) with at least `min_channels_per_group` channels a group."""
+    """Group normalization (Wu & He 2018) with at least `min_channels_per_group` channels per group."""
 
     def __init__(self, num_channels, num_groups=32, min_channels_per_group=4, eps=1e-5):
         super().__init__()
@@ -138,30 +142,27 @@ class FourierEmbedding(Module):
         self.register_buffer('freqs', frequencies)
 
     def forward(self, x):
-        angles = torch.outer(
-            x, (self.freqs * (2 * math.pi)).to(x.dtype)
-        )  # in the precision of the frequencies, as in EDM
+        # The product with 2 pi is in the precision of the frequencies, as in EDM.
+        angles = torch.outer(x, (self.freqs * (2 * math.pi)).to(x.dtype))
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def keep_mask(shape, probability, device, generator=None):
-    """[*shape] bool, true with a probability in (0, 1), as it is in steps of 2^-16: an int64 is drawn for
-    four values, since CPUs draw slowly."""
+    """[*shape] bool, true with a probability in (0, 1), rounded to steps of 2^-16."""
+    # One int64 gives four values, because CPUs draw slowly.
     count = math.prod(shape)
-    lanes = (
-        torch.empty(-(-count // 4), dtype=torch.int64, device=device)
-        .random_(-(2**63), None, generator=generator)
-        .view(torch.int16)
-    )
-    return lanes[:count].reshape(shape) < min(round(probability * 2**16), 2**16 - 1) - 2**15
+    drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
+    drawn.random_(-(2**63), None, generator=generator)
+    values = drawn.view(torch.int16)[:count].reshape(shape)
+    return values < min(round(probability * 2**16), 2**16 - 1) - 2**15
 
 
 @persistent
 class UNetBlock(Module):
     """Residual block with noise-level modulation, optional 2x resampling and self-attention.
 
-    Attention has `num_heads` heads, or one for every `channels_per_head` channels: none at all where there
-    are fewer. `dropout` acts before the second convolution.
+    Attention has `num_heads` heads, or one for every `channels_per_head` channels; with fewer channels there
+    is no attention. `dropout` acts before the second convolution.
     """
 
     def __init__(
@@ -176,14 +177,11 @@ class UNetBlock(Module):
             num_heads = 0
         elif num_heads is None:
             num_heads = out_channels // channels_per_head
-        self.in_channels, self.out_channels, self.emb_channels, self.num_heads = (
-            in_channels,
-            out_channels,
-            emb_channels,
-            num_heads,
-        )
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.emb_channels, self.num_heads = emb_channels, num_heads
         self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
 
+        # Main path.
         resample = dict(up=up, down=down, resample_filter=resample_filter)
         norm = dict(min_channels_per_group=min_channels_per_group, eps=eps)
         self.norm0 = GroupNorm(num_channels=in_channels, **norm)
@@ -191,6 +189,8 @@ class UNetBlock(Module):
         self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1), **init)
         self.norm1 = GroupNorm(num_channels=out_channels, **norm)
         self.conv1 = Conv2d(out_channels, out_channels, kernel=3, **init_zero)
+
+        # Skip connection, where the shape changes, and attention.
         self.skip = None
         if in_channels != out_channels or up or down:
             project = resample_proj or in_channels != out_channels
@@ -207,17 +207,16 @@ class UNetBlock(Module):
 
     def _attention(self, x):
         n, c, h, w = x.shape
-        # Channels are ordered head, feature, (q, k, v).
+        # Channels are ordered head, feature, (q, k, v). Fused kernels need features contiguous in memory.
         qkv = self.qkv(self.norm2(x)).reshape(n, self.num_heads, c // self.num_heads, 3, h * w)
-        q, k, v = qkv.permute(
-            3, 0, 1, 4, 2
-        ).contiguous()  # features side by side: fused kernels take nothing else
+        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h, w, c)
         return self.proj(out.permute(0, 3, 1, 2))
 
     def forward(self, x, emb, mask=None):
-        """`mask`: [N, out_channels, H, W] bool, true where a value is kept; None draws one where the block is
-        training."""
+        """Block output for `x` [N, in_channels, H, W] and embedding `emb` [N, emb_channels]; `mask` [N,
+        out_channels, H, W] is true where dropout keeps a value; None draws one in training mode."""
+        # Main path: the embedding scales and shifts after the second norm, or only shifts before it.
         h = self.conv0(F.silu(self.norm0(x)))
         modulation = self.affine(emb).to(h.dtype)[:, :, None, None]
         if self.adaptive_scale:
@@ -226,6 +225,8 @@ class UNetBlock(Module):
         else:
             h = self.norm1(h + modulation)
         h = self.conv1(self._dropout(F.silu(h), mask))
+
+        # Residual sums, scaled to keep the variance.
         x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
         if self.num_heads:
             x = (x + self._attention(x)) * self.skip_scale
@@ -237,18 +238,17 @@ class UNetBlock(Module):
 
 
 class UNet(Module):
-    """What both U-Nets share: levels, dropout per resolution, the pass down and up. Modules are named
+    """What both U-Nets share: their levels, dropout per resolution, and how a block runs. Modules are named
     `<res>x<res>_<what>`.
 
-    Where `checkpoint_activations` is set, the backward pass computes what is inside a block again, which then
-    takes no memory meanwhile.
+    `checkpoint_activations` trades time for memory: the backward pass recomputes what is inside a block.
     """
 
     checkpoint_activations = False
 
     def _levels(self):
         """(level, name prefix, channel multiplier, attention here) from the finest level to the coarsest.
-        Raises: ValueError where none is."""
+        Raises: ValueError if there is no level."""
         if not self.channel_mult:
             raise ValueError('channel_mult is empty: a U-Net has one level at least')
         for level, mult in enumerate(self.channel_mult):
@@ -256,41 +256,46 @@ class UNet(Module):
             yield level, f'{res}x{res}', mult, res in self.attn_resolutions
 
     def _block(self, prefix, in_channels, out_channels, **kwargs):
-        """A UNetBlock at the resolution that `prefix` names, with dropout only where `dout_resolutions`
-        admits it."""
-        resolution = int(prefix.partition('x')[0])
-        dropped = self.dout_resolutions is None or resolution in self.dout_resolutions
-        return UNetBlock(
-            in_channels, out_channels, dropout=self.dropout if dropped else 0, **self.block_kwargs, **kwargs
-        )
+        """A UNetBlock at the resolution in `prefix`, with dropout only if it is one of `dout_resolutions`."""
+        dropped = self.dout_resolutions is None or int(prefix.partition('x')[0]) in self.dout_resolutions
+        kwargs |= dict(self.block_kwargs, dropout=self.dropout if dropped else 0)
+        return UNetBlock(in_channels, out_channels, **kwargs)
 
     def _encode_level(self, prefix, width, out_width, num_blocks, attention, skips):
-        """The encoder's own blocks of a level; adds the widths of their outputs to `skips` and returns the
-        last."""
+        """Adds the encoder's residual blocks of a level, and the widths of their outputs to `skips`; returns
+        the last width."""
         for i in range(num_blocks):
             self.enc[f'{prefix}_block{i}'] = self._block(prefix, width, out_width, attention=attention)
             width = out_width
             skips.append(width)
         return width
 
-    def _enter_level(self, prefix, width, coarsest):
-        """The decoder's modules before a level's own blocks: two at the coarsest level, one that upsamples at
-        the others."""
-        if coarsest:
+    def _decode_level(self, prefix, width, out_width, attention, skips):
+        """Adds the decoder's blocks of a level; each takes one of the encoder's `skips`, and `attention[i]`
+        says whether block i has attention. Returns the last width."""
+        # Two blocks at the coarsest level, which is the first; upsampling at the others.
+        if not self.dec:
             self.dec[f'{prefix}_in0'] = self._block(prefix, width, width, attention=True)
             self.dec[f'{prefix}_in1'] = self._block(prefix, width, width)
         else:
             self.dec[f'{prefix}_up'] = self._block(prefix, width, width, up=True)
 
+        for i, here in enumerate(attention):
+            in_width, width = width + skips.pop(), out_width
+            self.dec[f'{prefix}_block{i}'] = self._block(prefix, in_width, out_width, attention=here)
+        return width
+
     def _run(self, block, x, emb, mask):
-        """`block(x, emb, mask)`"""
+        """Output of a layer of the main path: `block(x, emb, mask)` for a residual block, else `block(x)`."""
+        if not isinstance(block, UNetBlock):
+            return block(x)
         if self.checkpoint_activations and torch.is_grad_enabled():
             draws = mask is None and block.dropout > 0
             return checkpoint(block, x, emb, mask, use_reentrant=False, preserve_rng_state=draws)
         return block(x, emb, mask)
 
     def _label_embedding(self, class_labels):
-        """[N, label_dim] labels, dropped per image with probability `label_dropout` in training."""
+        """Embedding of labels [N, label_dim], each dropped with probability `label_dropout` in training."""
         if self.training and self.label_dropout:
             keep = torch.rand([class_labels.shape[0], 1], device=class_labels.device) >= self.label_dropout
             class_labels = class_labels * keep.to(class_labels.dtype)
@@ -299,8 +304,7 @@ class UNet(Module):
     def dropout_masks(self, batch_size, generator=None):
         """Masks for one pass: {block name: [N, C, H, W] bool, true where kept}, empty without dropout.
 
-        Giving the same masks to two passes synchronizes their dropout bit for bit, whatever the precision or
-        compiler.
+        Two passes with the same masks have the same dropout bit for bit, whatever the precision or compiler.
         """
         if not self.dropout:
             return {}
@@ -309,9 +313,8 @@ class UNet(Module):
             for name, block in getattr(self, part).items():
                 if getattr(block, 'dropout', 0):
                     res = int(name.partition('x')[0])
-                    masks[f'{part}.{name}'] = keep_mask(
-                        [batch_size, block.out_channels, res, res], 1 - block.dropout, device, generator
-                    )
+                    shape = [batch_size, block.out_channels, res, res]
+                    masks[f'{part}.{name}'] = keep_mask(shape, 1 - block.dropout, device, generator)
         return masks
 
 
@@ -338,34 +341,21 @@ class SongUNet(UNet):
         ):
             if value not in known:
                 raise ValueError(f'{value!r} is not one of {", ".join(known)}')
-        self.img_resolution, self.channel_mult, self.attn_resolutions = (
-            img_resolution,
-            channel_mult,
-            attn_resolutions,
-        )
-        self.dropout, self.dout_resolutions, self.label_dropout = dropout, dout_resolutions, label_dropout
+        self.img_resolution, self.channel_mult = img_resolution, channel_mult
+        self.attn_resolutions, self.label_dropout = attn_resolutions, label_dropout
+        self.dropout, self.dout_resolutions = dropout, dout_resolutions
         emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
         init = dict(init_mode='xavier_uniform')
         init_zero, init_attn = dict(init, init_weight=1e-5), dict(init, init_weight=math.sqrt(0.2))
         self.block_kwargs = dict(
-            emb_channels=emb_channels,
-            num_heads=1,
-            skip_scale=math.sqrt(0.5),
-            eps=1e-6,
-            resample_filter=resample_filter,
-            resample_proj=True,
-            adaptive_scale=False,
-            init=init,
-            init_zero=init_zero,
-            init_attn=init_attn,
-        )
+            emb_channels=emb_channels, num_heads=1, skip_scale=math.sqrt(0.5), eps=1e-6,
+            resample_filter=resample_filter, resample_proj=True, adaptive_scale=False,
+            init=init, init_zero=init_zero, init_attn=init_attn,
+        )  # fmt: skip
 
         # Embedding of noise level, class and augmentation.
-        self.map_noise = (
-            FourierEmbedding(noise_channels)
-            if embedding_type == 'fourier'
-            else PositionalEmbedding(noise_channels, endpoint=True)
-        )
+        positional = PositionalEmbedding(noise_channels, endpoint=True)
+        self.map_noise = FourierEmbedding(noise_channels) if embedding_type == 'fourier' else positional
         self.label_gain = math.sqrt(label_dim)
         self.map_label = Linear(label_dim, noise_channels, **init) if label_dim else None
         self.map_augment = Linear(augment_dim, noise_channels, bias=False, **init) if augment_dim else None
@@ -387,36 +377,23 @@ class SongUNet(UNet):
                     self.enc[f'{at}_aux_down'] = Conv2d(aux_width, aux_width, kernel=0, down=True, **filtered)
                     self.enc[f'{at}_aux_skip'] = Conv2d(aux_width, width, kernel=1, **init)
                 if encoder_type == 'residual':
-                    self.enc[f'{at}_aux_residual'] = Conv2d(
-                        aux_width, width, kernel=3, down=True, fused_resample=True, **filtered, **init
-                    )
+                    fused = dict(down=True, fused_resample=True, **filtered, **init)
+                    self.enc[f'{at}_aux_residual'] = Conv2d(aux_width, width, kernel=3, **fused)
                     aux_width = width
             skips.append(width)
             width = self._encode_level(at, width, model_channels * mult, num_blocks, attention, skips)
 
-        self._build_decoder(width, skips, model_channels, out_channels, num_blocks, decoder_type, filtered)
-
-    def _build_decoder(self, width, skips, model_channels, out_channels, num_blocks, decoder_type, filtered):
-        """`dec`: blocks that consume the encoder's `skips`, then the output layers, at each level for
-        `skip`."""
+        # Decoder. Attention ends each level that has any. Output layers stand at the finest level, or
+        # (`skip`) at every level, and their images are summed.
         self.dec = ModuleDict()
         for level, at, mult, attention in reversed(list(self._levels())):
-            coarsest = level == len(self.channel_mult) - 1
-            self._enter_level(at, width, coarsest)
-            for i in range(num_blocks + 1):
-                self.dec[f'{at}_block{i}'] = self._block(
-                    at, width + skips.pop(), model_channels * mult, attention=attention and i == num_blocks
-                )
-                width = model_channels * mult
+            coarsest, last = not self.dec, [False] * num_blocks + [attention]
+            width = self._decode_level(at, width, model_channels * mult, last, skips)
+            if decoder_type == 'skip' and not coarsest:
+                self.dec[f'{at}_aux_up'] = Conv2d(out_channels, out_channels, kernel=0, up=True, **filtered)
             if decoder_type == 'skip' or level == 0:
-                if decoder_type == 'skip' and not coarsest:
-                    self.dec[f'{at}_aux_up'] = Conv2d(
-                        out_channels, out_channels, kernel=0, up=True, **filtered
-                    )
                 self.dec[f'{at}_aux_norm'] = GroupNorm(num_channels=width, eps=1e-6)
-                self.dec[f'{at}_aux_conv'] = Conv2d(
-                    width, out_channels, kernel=3, **self.block_kwargs['init_zero']
-                )
+                self.dec[f'{at}_aux_conv'] = Conv2d(width, out_channels, kernel=3, **init_zero)
 
     def _embed(self, noise_labels, class_labels, augment_labels):
         emb = self.map_noise(noise_labels)
@@ -430,6 +407,8 @@ class SongUNet(UNet):
     def forward(self, x, noise_labels, class_labels, augment_labels=None, dropout_masks=None):
         masks = dropout_masks or {}
         emb = self._embed(noise_labels, class_labels, augment_labels)
+
+        # Encoder. `aux` is the image at lower resolutions (`skip`), or the residual path.
         skips, aux = [], x
         for name, block in self.enc.items():
             if name.endswith('aux_down'):
@@ -439,12 +418,10 @@ class SongUNet(UNet):
             elif name.endswith('aux_residual'):
                 x = skips[-1] = aux = (x + block(aux)) * math.sqrt(0.5)
             else:
-                x = (
-                    self._run(block, x, emb, masks.get(f'enc.{name}'))
-                    if isinstance(block, UNetBlock)
-                    else block(x)
-                )
+                x = self._run(block, x, emb, masks.get(f'enc.{name}'))
                 skips.append(x)
+
+        # Decoder.
         image = None
         for name, block in self.dec.items():
             if name.endswith('aux_up'):
@@ -466,8 +443,8 @@ class DhariwalUNet(UNet):
     """ADM (Dhariwal & Nichol 2021), as in EDM (Karras et al. 2022, Table 7). `dout_resolutions`: see
     `SongUNet`.
 
-    Some weights of Song et al. 2023 differ: the embedding only shifts (`adaptive_scale` False), norms have 32
-    groups whatever their width (`min_channels_per_group` 1), attention has heads of another size
+    Some networks of Song et al. 2023 differ: the embedding only shifts (`adaptive_scale` False), norms have
+    32 groups whatever their width (`min_channels_per_group` 1), attention has heads of another size
     (`channels_per_head`) or the same number everywhere (`num_heads`).
     """
 
@@ -478,44 +455,29 @@ class DhariwalUNet(UNet):
         channels_per_head=64, num_heads=None
     ):  # fmt: skip
         super().__init__()
-        self.img_resolution, self.channel_mult, self.attn_resolutions = (
-            img_resolution,
-            channel_mult,
-            attn_resolutions,
-        )
-        self.dropout, self.dout_resolutions, self.label_dropout = dropout, dout_resolutions, label_dropout
+        self.img_resolution, self.channel_mult = img_resolution, channel_mult
+        self.attn_resolutions, self.label_dropout = attn_resolutions, label_dropout
+        self.dropout, self.dout_resolutions = dropout, dout_resolutions
         emb_channels = model_channels * channel_mult_emb
         init = dict(init_mode='kaiming_uniform', init_weight=math.sqrt(1 / 3), init_bias=math.sqrt(1 / 3))
         init_zero = dict(init_mode='kaiming_uniform', init_weight=0, init_bias=0)
         self.block_kwargs = dict(
-            emb_channels=emb_channels,
-            num_heads=num_heads,
-            channels_per_head=channels_per_head,
-            adaptive_scale=adaptive_scale,
-            min_channels_per_group=min_channels_per_group,
-            init=init,
-            init_zero=init_zero,
-        )
+            emb_channels=emb_channels, num_heads=num_heads, channels_per_head=channels_per_head,
+            adaptive_scale=adaptive_scale, min_channels_per_group=min_channels_per_group,
+            init=init, init_zero=init_zero,
+        )  # fmt: skip
 
+        # Embedding of noise level, class and augmentation.
         self.map_noise = PositionalEmbedding(model_channels)
-        self.map_augment = (
-            Linear(augment_dim, model_channels, bias=False, **init_zero) if augment_dim else None
-        )
+        augment = dict(bias=False, **init_zero)
+        self.map_augment = Linear(augment_dim, model_channels, **augment) if augment_dim else None
         self.map_layer0 = Linear(model_channels, emb_channels, **init)
         self.map_layer1 = Linear(emb_channels, emb_channels, **init)
         self.label_gain = 1
-        self.map_label = (
-            Linear(
-                label_dim,
-                emb_channels,
-                bias=False,
-                init_mode='kaiming_normal',
-                init_weight=math.sqrt(label_dim),
-            )
-            if label_dim
-            else None
-        )
+        label = dict(bias=False, init_mode='kaiming_normal', init_weight=math.sqrt(label_dim))
+        self.map_label = Linear(label_dim, emb_channels, **label) if label_dim else None
 
+        # Encoder.
         self.enc = ModuleDict()
         skips = []
         for level, at, mult, attention in self._levels():
@@ -527,14 +489,11 @@ class DhariwalUNet(UNet):
             skips.append(width)
             width = self._encode_level(at, width, model_channels * mult, num_blocks, attention, skips)
 
+        # Decoder.
         self.dec = ModuleDict()
-        for level, at, mult, attention in reversed(list(self._levels())):
-            self._enter_level(at, width, coarsest=level == len(channel_mult) - 1)
-            for i in range(num_blocks + 1):
-                self.dec[f'{at}_block{i}'] = self._block(
-                    at, width + skips.pop(), model_channels * mult, attention=attention
-                )
-                width = model_channels * mult
+        for _, at, mult, attention in reversed(list(self._levels())):
+            everywhere = [attention] * (num_blocks + 1)
+            width = self._decode_level(at, width, model_channels * mult, everywhere, skips)
         self.out_norm = GroupNorm(num_channels=width, min_channels_per_group=min_channels_per_group)
         self.out_conv = Conv2d(width, out_channels, kernel=3, **init_zero)
 
@@ -552,11 +511,7 @@ class DhariwalUNet(UNet):
         emb = self._embed(noise_labels, class_labels, augment_labels)
         skips = []
         for name, block in self.enc.items():
-            x = (
-                self._run(block, x, emb, masks.get(f'enc.{name}'))
-                if isinstance(block, UNetBlock)
-                else block(x)
-            )
+            x = self._run(block, x, emb, masks.get(f'enc.{name}'))
             skips.append(x)
         for name, block in self.dec.items():
             if '_block' in name:
@@ -570,9 +525,9 @@ class DhariwalUNet(UNet):
 
 
 class Precond(Module):
-    """The wrapper that all share; each gives `coefficients(sigma) -> c_skip, c_out, c_in, c_noise`.
+    """What all preconditionings share. Subclasses define `coefficients(sigma)`: c_skip, c_out, c_in, c_noise.
 
-    Where `channels_last` is set, images inside have their channels next to each other in memory.
+    `channels_last` sets the memory format inside.
     """
 
     channels_last = False
@@ -582,41 +537,37 @@ class Precond(Module):
         model_kwargs, out_channels=None
     ):  # fmt: skip
         super().__init__()
-        self.img_resolution, self.img_channels, self.label_dim, self.use_fp16 = (
-            img_resolution,
-            img_channels,
-            label_dim,
-            use_fp16,
-        )
-        self.use_bf16 = False
+        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+        self.use_fp16, self.use_bf16 = use_fp16, False
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         unets = dict(SongUNet=SongUNet, DhariwalUNet=DhariwalUNet)
         if model_type not in unets:
             raise ValueError(f'model_type {model_type!r} is not one of {", ".join(unets)}')
-        self.model = unets[model_type](
-            img_resolution=img_resolution,
-            in_channels=img_channels,
-            out_channels=out_channels or img_channels,
-            label_dim=label_dim,
-            **model_kwargs,
-        )
+        sizes = dict(img_resolution=img_resolution, label_dim=label_dim, in_channels=img_channels)
+        sizes['out_channels'] = out_channels or img_channels
+        self.model = unets[model_type](**sizes, **model_kwargs)
 
     def forward(self, x, sigma, class_labels=None, force_fp32=False, **model_kwargs):
-        """Denoised images [N, C, H, W] in FP32 (FP64 where the weights are) from noisy `x` at noise levels
-        `sigma`, [N] or scalar.
+        """Denoised images from noisy `x` at noise levels `sigma`.
 
-        Inside runs BF16 where `use_bf16` is set, or FP16 where `use_fp16` is and the device is a GPU, unless
-        `force_fp32`. `model_kwargs`: `augment_labels`, `dropout_masks`.
+        The U-Net runs in BF16 if `use_bf16` is set, or in FP16 if `use_fp16` is set and the device is a GPU,
+        unless `force_fp32`.
+
+        Args:
+            x: [N, C, H, W]
+            sigma: [N] or scalar.
+            class_labels: [N, label_dim]; None: zeros.
+            model_kwargs: `augment_labels`, `dropout_masks`.
+        Returns: [N, C, H, W] FP32, or FP64 if the weights are.
         """
-        full = torch.float64 if self.model.map_layer0.weight.dtype == torch.float64 else torch.float32
-        half = (
-            torch.bfloat16
-            if self.use_bf16
-            else torch.float16
-            if self.use_fp16 and x.device.type == 'cuda'
-            else full
-        )
-        inner = full if force_fp32 else half
+        # Precision outside and inside of the U-Net.
+        full = inner = torch.promote_types(self.model.map_layer0.weight.dtype, torch.float32)
+        if self.use_bf16 and not force_fp32:
+            inner = torch.bfloat16
+        elif self.use_fp16 and not force_fp32 and x.device.type == 'cuda':
+            inner = torch.float16
+
+        # Inputs.
         x = x.to(full)
         sigma = torch.as_tensor(sigma, device=x.device).to(full).reshape(-1, 1, 1, 1)
         if self.label_dim == 0:
@@ -625,6 +576,8 @@ class Precond(Module):
             class_labels = torch.zeros([1, self.label_dim], device=x.device, dtype=full)
         else:
             class_labels = class_labels.to(full).reshape(-1, self.label_dim)
+
+        # D(x; sigma) = c_skip x + c_out F(c_in x; c_noise).
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
         scaled = (c_in * x).to(inner)
         if self.channels_last:
@@ -645,8 +598,8 @@ class Precond(Module):
 class EDMPrecond(Precond):
     """EDM's preconditioning: unit variance in and out at every noise level (Karras et al. 2022, Eq. 7).
 
-    D(x; boundary) = x: at 0 for denoisers, at sigma_min for consistency models (Song et al. 2023, Appendix
-    C).
+    D(x; boundary) = x. The boundary is 0 for denoisers, sigma_min for consistency models (Song et al. 2023,
+    Appendix C).
     """
 
     def __init__(
@@ -666,8 +619,8 @@ class EDMPrecond(Precond):
 
 @persistent
 class CMPrecond(EDMPrecond):
-    """OpenAI's consistency models and the EDM teachers that they were distilled from: as EDM's, but the
-    network is told the noise level as 250 ln sigma (Song et al. 2023, Appendix C)."""
+    """OpenAI's consistency models and the EDM teachers that they are distilled from: EDM's preconditioning
+    with c_noise = 250 ln sigma (Song et al. 2023, Appendix C)."""
 
     def coefficients(self, sigma):
         return *super().coefficients(sigma)[:3], 250 * sigma.log()
@@ -684,23 +637,14 @@ class VPPrecond(Precond):
         def level(t):
             return math.sqrt(math.expm1(beta_d * t**2 / 2 + beta_min * t))
 
-        super().__init__(
-            img_resolution,
-            img_channels,
-            label_dim,
-            use_fp16,
-            level(epsilon_t),
-            level(1),
-            model_type,
-            model_kwargs,
-        )
+        ends = level(epsilon_t), level(1)
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, *ends, model_type, model_kwargs)
         self.beta_d, self.beta_min, self.M, self.epsilon_t = beta_d, beta_min, M, epsilon_t
 
     def sigma_inv(self, sigma):
         """The time t of a noise level."""
-        return (
-            (self.beta_min**2 + 2 * self.beta_d * (1 + sigma**2).log()).sqrt() - self.beta_min
-        ) / self.beta_d
+        root = (self.beta_min**2 + 2 * self.beta_d * (1 + sigma**2).log()).sqrt()
+        return (root - self.beta_min) / self.beta_d
 
     def coefficients(self, sigma):
         return 1, -sigma, 1 / (sigma**2 + 1).sqrt(), (self.M - 1) * self.sigma_inv(sigma)
@@ -738,16 +682,9 @@ class iDDPMPrecond(Precond):
         for j in range(M, 0, -1):
             levels.append(math.sqrt((levels[-1] ** 2 + 1) / max(alpha_bar(j - 1) / alpha_bar(j), C_1) - 1))
         super().__init__(
-            img_resolution,
-            img_channels,
-            label_dim,
-            use_fp16,
-            levels[1],
-            levels[M],
-            model_type,
-            model_kwargs,
+            img_resolution, img_channels, label_dim, use_fp16, levels[1], levels[M], model_type, model_kwargs,
             out_channels=img_channels * 2,
-        )
+        )  # fmt: skip
         self.C_1, self.C_2, self.M = C_1, C_2, M
         self.register_buffer('u', torch.tensor(levels[::-1]))
 

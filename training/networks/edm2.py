@@ -1,15 +1,15 @@
 """EDM2's denoiser D(x; sigma): the magnitude-preserving U-Net of configuration G, and its preconditioning
-(Karras et al. 2024).
+(Karras et al. 2024; equation numbers without a source are of that paper).
 
-Every layer maps inputs of unit variance to outputs of about unit variance, and weights have unit variance by
-force, so that activations and updates keep their size throughout training. There are no biases and no group
-norms.
+Every layer maps inputs of unit variance to outputs of about unit variance, and weights are forced to unit
+variance, so that activations and updates keep their size throughout training. There are no biases and no
+group norms.
 
 Classes, constructor arguments and parameter names are those of EDM2's published snapshots, so that their
 weights load. A snapshot carries this file's source, so it imports nothing but torch and
 `torch_utils.persistence`.
 
-Shapes: images [N, C, H, W], noise levels [N] or a scalar, class labels one-hot [N, label_dim].
+Shapes: images [N, C, H, W], noise levels [N] or a scalar, one-hot class labels [N, label_dim].
 """
 
 import math
@@ -63,15 +63,13 @@ def mp_cat(a, b, t):
 
 
 def keep_mask(shape, probability, device, generator=None):
-    """[*shape] bool, true with a probability in (0, 1), as it is in steps of 2^-16: an int64 is drawn for
-    four values, since CPUs draw slowly."""
+    """[*shape] bool, true with a probability in (0, 1), rounded to steps of 2^-16."""
+    # One int64 gives four values, because CPUs draw slowly.
     count = math.prod(shape)
-    lanes = (
-        torch.empty(-(-count // 4), dtype=torch.int64, device=device)
-        .random_(-(2**63), None, generator=generator)
-        .view(torch.int16)
-    )
-    return lanes[:count].reshape(shape) < min(round(probability * 2**16), 2**16 - 1) - 2**15
+    drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
+    drawn.random_(-(2**63), None, generator=generator)
+    values = drawn.view(torch.int16)[:count].reshape(shape)
+    return values < min(round(probability * 2**16), 2**16 - 1) - 2**15
 
 
 def resample(x, taps, mode):
@@ -79,7 +77,7 @@ def resample(x, taps, mode):
     if mode == 'keep':
         return x
     channels, padding = x.shape[1], (len(taps) - 1) // 2
-    # Filled on the device: a tensor made from the list would be a copy from the host, which waits.
+    # Filled on the device, because a copy of the list from the host would synchronize.
     line = torch.stack([x.new_full([], tap / sum(taps)) for tap in taps])
     kernel = torch.outer(line, line).expand(channels, 1, -1, -1)
     if mode == 'down':
@@ -107,10 +105,10 @@ class MPFourier(Module):
 
 @persistent
 class MPConv(Module):
-    """Convolution, or matrix product where `kernel` is [], with weights normalized for every output channel
-    (Eq. 47).
+    """Convolution, or matrix product if `kernel` is [], with weights normalized for every output channel (Eq.
+    47).
 
-    While training, the stored weights are normalized too, before use (see `force_unit_weights`).
+    In training the stored weights are normalized too, before use (see `force_unit_weights`).
     """
 
     def __init__(self, in_channels, out_channels, kernel):
@@ -120,7 +118,7 @@ class MPConv(Module):
 
     def forward(self, x, gain=1):
         fan_in = self.weight.numel() // self.out_channels
-        # The quotient is in the gain's own precision, as in EDM2, whose snapshots have FP16 tensors.
+        # The quotient is in the precision of the gain, as in EDM2, whose snapshots have FP16 tensors.
         weight = (normalize_weight(self.weight) * (gain / math.sqrt(fan_in))).to(x.dtype)
         if weight.ndim == 2:
             return F.linear(x, weight)
@@ -128,9 +126,11 @@ class MPConv(Module):
 
 
 def force_unit_weights(net):
-    """Normalize the stored weights of all `MPConv` in `net` (forced weight normalization, Eq. 66): gradient
-    steps are orthogonal to them, and without it they would only grow. Only before a pass with gradients, so
-    that others may lie between a forward pass and its backward pass."""
+    """Normalize the stored weights of all `MPConv` in `net` (forced weight normalization, Eq. 66).
+
+    Gradient steps are orthogonal to the weights, which would only grow otherwise. To be called only before a
+    pass with gradients, so that other passes may lie between a forward pass and its backward pass.
+    """
     for module in net.modules():
         if isinstance(module, MPConv):
             stored = module.weight.detach()
@@ -142,8 +142,8 @@ class Block(Module):
     """Residual block with noise-level modulation, optional 2x resampling and self-attention.
 
     An encoder block (`flavor` enc) projects and normalizes its main path first, a decoder block (dec)
-    projects it last. Attention has one head for every `channels_per_head` channels: none at all where there
-    are fewer. `res_balance` and `attn_balance` are the shares of the residual branches (`mp_sum`'s t),
+    projects it last. Attention has one head for every `channels_per_head` channels; with fewer channels there
+    is no attention. `res_balance` and `attn_balance` are the shares of the residual branches (`mp_sum`'s t),
     `clip_act` bounds the output. `dropout` acts before the second convolution.
     """
 
@@ -156,26 +156,19 @@ class Block(Module):
         for value, known in ((flavor, ('enc', 'dec')), (resample_mode, ('keep', 'down', 'up'))):
             if value not in known:
                 raise ValueError(f'{value!r} is not one of {", ".join(known)}')
-        self.out_channels, self.flavor, self.resample_mode, self.resample_filter = (
-            out_channels,
-            flavor,
-            resample_mode,
-            resample_filter,
-        )
+        self.out_channels, self.flavor = out_channels, flavor
+        self.resample_mode, self.resample_filter = resample_mode, resample_filter
         self.num_heads = out_channels // channels_per_head if attention else 0
-        self.dropout, self.res_balance, self.attn_balance, self.clip_act = (
-            dropout,
-            res_balance,
-            attn_balance,
-            clip_act,
-        )
+        self.dropout, self.clip_act = dropout, clip_act
+        self.res_balance, self.attn_balance = res_balance, attn_balance
 
+        # Main path, with the gain of the embedding, which starts at 0.
         self.conv_res0 = MPConv(out_channels if flavor == 'enc' else in_channels, out_channels, kernel=[3, 3])
         self.conv_res1 = MPConv(out_channels, out_channels, kernel=[3, 3])
-        self.emb_linear, self.emb_gain = (
-            MPConv(emb_channels, out_channels, kernel=[]),
-            Parameter(torch.zeros([])),
-        )
+        self.emb_linear = MPConv(emb_channels, out_channels, kernel=[])
+        self.emb_gain = Parameter(torch.zeros([]))
+
+        # Skip connection, where the number of channels changes, and attention.
         self.conv_skip = self.attn_qkv = self.attn_proj = None
         if in_channels != out_channels:
             self.conv_skip = MPConv(in_channels, out_channels, kernel=[1, 1])
@@ -193,25 +186,27 @@ class Block(Module):
 
     def _attention(self, x):
         n, c, h, w = x.shape
-        # Channels are ordered head, feature, (q, k, v); each of the three is normalized over its features, so
-        # that logits are bounded.
+        # Channels are ordered head, feature, (q, k, v). Each of the three is normalized over its features, so
+        # that logits are bounded. Fused kernels need features contiguous in memory.
         qkv = normalize(self.attn_qkv(x).reshape(n, self.num_heads, c // self.num_heads, 3, h * w), dims=(2,))
-        q, k, v = qkv.permute(
-            3, 0, 1, 4, 2
-        ).contiguous()  # features side by side: fused kernels take nothing else
+        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h, w, c)
         return self.attn_proj(out.permute(0, 3, 1, 2))
 
     def forward(self, x, emb, mask=None):
-        """`mask`: [N, out_channels, H, W] bool, true where a value is kept; None draws one where the block is
-        training."""
+        """Block output for `x` [N, in_channels, H, W] and embedding `emb` [N, emb_channels]; `mask` [N,
+        out_channels, H, W] is true where dropout keeps a value; None draws one in training mode."""
         x = resample(x, self.resample_filter, self.resample_mode)
         if self.flavor == 'enc':
             x = normalize(self._project(x), dims=(1,))
+
+        # Residual branch, modulated by the embedding.
         h = self.conv_res0(mp_silu(x))
         scale = self.emb_linear(emb, gain=self.emb_gain) + 1
         h = mp_silu(h * scale[:, :, None, None].to(h.dtype))
         h = self.conv_res1(self._dropout(h, mask))
+
+        # Sums of unit-variance branches.
         x = mp_sum(x if self.flavor == 'enc' else self._project(x), h, t=self.res_balance)
         if self.num_heads:
             x = mp_sum(x, self._attention(x), t=self.attn_balance)
@@ -226,11 +221,11 @@ class Block(Module):
 class UNet(Module):
     """The U-Net of configuration G; modules are named `<res>x<res>_<what>`.
 
-    Embeddings have `model_channels` times `channel_mult_noise` channels for the noise level (by default as
-    the finest level) and times `channel_mult_emb` (by default as the widest level). `label_balance` and
-    `concat_balance` are the shares of the class embedding and of the skip connections. `dropout`, everywhere
-    or only at `dout_resolutions`; `block_kwargs`: see `Block`. Where `checkpoint_activations` is set, the
-    backward pass computes what is inside a block again, which then takes no memory meanwhile.
+    The noise embedding has `model_channels` times `channel_mult_noise` channels (None: as the finest level),
+    the embedding that blocks see times `channel_mult_emb` (None: as the widest level). `label_balance` and
+    `concat_balance` are the shares of the class embedding and of the skip connections. `dropout` acts
+    everywhere or only at `dout_resolutions`. `block_kwargs`: see `Block`. `checkpoint_activations` trades
+    time for memory: the backward pass recomputes what is inside a block.
     """
 
     checkpoint_activations = False
@@ -245,33 +240,33 @@ class UNet(Module):
         self.dropout, self.dout_resolutions, self.block_kwargs = dropout, dout_resolutions, block_kwargs
         if not channel_mult:
             raise ValueError('channel_mult is empty: a U-Net has one level at least')
+
+        # (resolution, channels) of each level, and the widths of embeddings.
         levels = [(img_resolution >> level, model_channels * mult) for level, mult in enumerate(channel_mult)]
         finest, coarsest = levels[0], levels[-1]
         noise_channels = finest[1] if channel_mult_noise is None else model_channels * channel_mult_noise
-        self.emb_channels = (
-            max(width for _, width in levels)
-            if channel_mult_emb is None
-            else model_channels * channel_mult_emb
-        )
+        widest = max(width for _, width in levels)
+        self.emb_channels = widest if channel_mult_emb is None else model_channels * channel_mult_emb
 
+        # Embedding of noise level and class.
         self.out_gain = Parameter(torch.zeros([]))
         self.emb_fourier = MPFourier(noise_channels)
         self.emb_noise = MPConv(noise_channels, self.emb_channels, kernel=[])
         self.emb_label = MPConv(label_dim, self.emb_channels, kernel=[]) if label_dim else None
 
+        # Encoder. The input has one more channel, a constant in place of biases.
         self.enc = ModuleDict()
         width = finest[1]
         for res, channels in levels:
             if res == finest[0]:
-                self.enc[f'{res}x{res}_conv'] = MPConv(
-                    img_channels + 1, width, kernel=[3, 3]
-                )  # one more: a constant, in place of biases
+                self.enc[f'{res}x{res}_conv'] = MPConv(img_channels + 1, width, kernel=[3, 3])
             else:
                 self._add('enc', res, 'down', width, width, resample_mode='down')
             for i in range(num_blocks):
                 self._add('enc', res, f'block{i}', width, channels, attention=res in attn_resolutions)
                 width = channels
 
+        # Decoder.
         self.dec = ModuleDict()
         skips = [module.out_channels for module in self.enc.values()]
         for res, channels in reversed(levels):
@@ -280,46 +275,37 @@ class UNet(Module):
                 self._add('dec', res, 'in1', width, width)
             else:
                 self._add('dec', res, 'up', width, width, resample_mode='up')
+            attention = res in attn_resolutions
             for i in range(num_blocks + 1):
-                self._add(
-                    'dec', res, f'block{i}', width + skips.pop(), channels, attention=res in attn_resolutions
-                )
+                self._add('dec', res, f'block{i}', width + skips.pop(), channels, attention=attention)
                 width = channels
         self.out_conv = MPConv(width, img_channels, kernel=[3, 3])
 
     def _add(self, part, res, what, in_channels, out_channels, **kwargs):
-        """A new last block of the encoder or decoder, with dropout only where `dout_resolutions` admits
-        it."""
+        """Append a block to the encoder or decoder, with dropout only at `dout_resolutions`."""
         dropped = self.dout_resolutions is None or res in self.dout_resolutions
-        getattr(self, part)[f'{res}x{res}_{what}'] = Block(
-            in_channels,
-            out_channels,
-            self.emb_channels,
-            flavor=part,
-            dropout=self.dropout if dropped else 0,
-            **self.block_kwargs,
-            **kwargs,
-        )
+        kwargs |= dict(self.block_kwargs, flavor=part, dropout=self.dropout if dropped else 0)
+        block = Block(in_channels, out_channels, self.emb_channels, **kwargs)
+        getattr(self, part)[f'{res}x{res}_{what}'] = block
 
     def dropout_masks(self, batch_size, generator=None):
         """Masks for one pass: {block name: [N, C, H, W] bool, true where kept}, empty without dropout.
 
-        Giving the same masks to two passes synchronizes their dropout bit for bit, whatever the precision or
-        compiler.
+        Two passes with the same masks have the same dropout bit for bit, whatever the precision or compiler.
         """
-        masks = {}
+        device, masks = self.out_gain.device, {}
         for part in ('enc', 'dec'):
             for name, block in getattr(self, part).items():
                 if getattr(block, 'dropout', 0):
                     res = int(name.partition('x')[0])
                     shape = [batch_size, block.out_channels, res, res]
-                    masks[f'{part}.{name}'] = keep_mask(
-                        shape, 1 - block.dropout, self.out_gain.device, generator
-                    )
+                    masks[f'{part}.{name}'] = keep_mask(shape, 1 - block.dropout, device, generator)
         return masks
 
     def _run(self, block, x, emb, mask):
-        """`block(x, emb, mask)`"""
+        """Output of a layer of the main path: `block(x, emb, mask)` for a residual block, else `block(x)`."""
+        if not isinstance(block, Block):
+            return block(x)
         if self.checkpoint_activations and torch.is_grad_enabled():
             draws = mask is None and block.dropout > 0
             return checkpoint(block, x, emb, mask, use_reentrant=False, preserve_rng_state=draws)
@@ -329,23 +315,21 @@ class UNet(Module):
         emb = self.emb_noise(self.emb_fourier(noise_labels))
         if self.emb_label is not None:
             # A one-hot vector times the root of its length has unit variance.
-            emb = mp_sum(
-                emb, self.emb_label(class_labels * math.sqrt(class_labels.shape[1])), t=self.label_balance
-            )
+            of_label = self.emb_label(class_labels * math.sqrt(class_labels.shape[1]))
+            emb = mp_sum(emb, of_label, t=self.label_balance)
         return mp_silu(emb)
 
     def forward(self, x, noise_labels, class_labels, dropout_masks=None):
         masks = dropout_masks or {}
         emb = self._embed(noise_labels, class_labels)
-        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        skips = []
-        for name, module in self.enc.items():
-            x = (
-                self._run(module, x, emb, masks.get(f'enc.{name}'))
-                if isinstance(module, Block)
-                else module(x)
-            )
+
+        # Encoder, with a constant channel in place of biases.
+        x, skips = torch.cat([x, torch.ones_like(x[:, :1])], dim=1), []
+        for name, block in self.enc.items():
+            x = self._run(block, x, emb, masks.get(f'enc.{name}'))
             skips.append(x)
+
+        # Decoder.
         for name, block in self.dec.items():
             if '_block' in name:
                 x = mp_cat(x, skips.pop(), t=self.concat_balance)
@@ -362,9 +346,8 @@ class Precond(Module):
     """EDM's preconditioning (Karras et al. 2022, Eq. 7) around EDM2's U-Net, with its estimate of the loss's
     log-variance.
 
-    D(x; boundary) = x: at 0 for denoisers, at sigma_min for consistency models (Song et al. 2023, Appendix
-    C). `model_kwargs`: see `UNet`. Where `channels_last` is set, images inside have their channels next to
-    each other in memory.
+    D(x; boundary) = x. The boundary is 0 for denoisers, sigma_min for consistency models (Song et al. 2023,
+    Appendix C). `model_kwargs`: see `UNet`. `channels_last` sets the memory format inside.
     """
 
     channels_last = False
@@ -374,13 +357,8 @@ class Precond(Module):
         boundary=0, **model_kwargs
     ):  # fmt: skip
         super().__init__()
-        self.img_resolution, self.img_channels, self.label_dim, self.use_fp16 = (
-            img_resolution,
-            img_channels,
-            label_dim,
-            use_fp16,
-        )
-        self.use_bf16 = False
+        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+        self.use_fp16, self.use_bf16 = use_fp16, False
         self.sigma_data, self.boundary, self.sigma_min, self.sigma_max = sigma_data, boundary, 0, float('inf')
         self.unet = UNet(img_resolution, img_channels, label_dim, **model_kwargs)
         self.logvar_fourier = MPFourier(logvar_channels)
@@ -388,32 +366,38 @@ class Precond(Module):
 
     @property
     def model(self):
-        """The U-Net, by the name that all our networks have for it."""
+        """The U-Net, under the name that it has in all our networks."""
         return self.unet
 
     def forward(
         self, x, sigma, class_labels=None, force_fp32=False, return_logvar=False, augment_labels=None,
         **model_kwargs
     ):  # fmt: skip
-        """Denoised images [N, C, H, W] in FP32 (FP64 where the weights are) from noisy `x` at noise levels
-        `sigma`, [N] or scalar.
+        """Denoised images from noisy `x` at noise levels `sigma`.
 
-        With `return_logvar`, a pair: the images and u(sigma), the log-variance of the loss, [N, 1, 1, 1] (Eq.
-        21). Inside runs BF16 where `use_bf16` is set, or FP16 where `use_fp16` is and the device is a GPU,
-        unless `force_fp32`. `model_kwargs`: `dropout_masks`.
-        Raises: ValueError for augmentation labels, which EDM2 has no use for.
+        The U-Net runs in BF16 if `use_bf16` is set, or in FP16 if `use_fp16` is set and the device is a GPU,
+        unless `force_fp32`.
+
+        Args:
+            x: [N, C, H, W]
+            sigma: [N] or scalar.
+            class_labels: [N, label_dim]; None: zeros.
+            model_kwargs: `dropout_masks`.
+        Returns: [N, C, H, W] FP32, or FP64 if the weights are. With `return_logvar` a pair: that, and the
+            log-variance of the loss u(sigma), [N, 1, 1, 1] (Eq. 21).
+        Raises: ValueError for augmentation labels, which EDM2 does not have.
         """
         if augment_labels is not None:
             raise ValueError('EDM2 networks take no augmentation labels')
-        full = torch.promote_types(self.unet.out_gain.dtype, torch.float32)
-        half = (
-            torch.bfloat16
-            if self.use_bf16
-            else torch.float16
-            if self.use_fp16 and x.device.type == 'cuda'
-            else full
-        )
-        inner = full if force_fp32 else half
+
+        # Precision outside and inside of the U-Net.
+        full = inner = torch.promote_types(self.unet.out_gain.dtype, torch.float32)
+        if self.use_bf16 and not force_fp32:
+            inner = torch.bfloat16
+        elif self.use_fp16 and not force_fp32 and x.device.type == 'cuda':
+            inner = torch.float16
+
+        # Inputs.
         x = x.to(full)
         sigma = torch.as_tensor(sigma, device=x.device).to(full).reshape(-1, 1, 1, 1)
         if self.label_dim == 0:
@@ -422,6 +406,8 @@ class Precond(Module):
             class_labels = torch.zeros([1, self.label_dim], device=x.device, dtype=full)
         else:
             class_labels = class_labels.to(full).reshape(-1, self.label_dim)
+
+        # The U-Net at unit variance.
         total = sigma**2 + self.sigma_data**2
         c_noise = sigma.flatten().log() / 4
         if self.training and torch.is_grad_enabled():
@@ -431,11 +417,11 @@ class Precond(Module):
         if self.channels_last:
             scaled = scaled.clone(memory_format=torch.channels_last)
         out = self.unet(scaled, c_noise, class_labels, **model_kwargs)
+
+        # D(x; sigma) = c_skip x + c_out F.
         above = sigma - self.boundary
-        c_skip, c_out = (
-            self.sigma_data**2 / (above**2 + self.sigma_data**2),
-            above * self.sigma_data / total.sqrt(),
-        )
+        c_skip = self.sigma_data**2 / (above**2 + self.sigma_data**2)
+        c_out = above * self.sigma_data / total.sqrt()
         denoised = c_skip * x + c_out * out.to(full)
         if return_logvar:
             return denoised, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
@@ -446,7 +432,7 @@ class Precond(Module):
         return self.unet.dropout_masks(batch_size, generator)
 
     def round_sigma(self, sigma):
-        """The noise levels that the network was trained at, nearest to `sigma`: all are."""
+        """`sigma`, because the network was trained at all noise levels."""
         return torch.as_tensor(sigma)
 
 

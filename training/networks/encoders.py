@@ -1,17 +1,17 @@
-"""Between what a data set stores and what a network sees: pixels, or latents of a VAE, as in EDM2 (Karras et
-al. 2024).
+"""Conversion between what a data set stores and what a network sees: pixels, or latents of a VAE, as in EDM2
+(Karras et al. 2024).
 
     pixels  --encode_pixels-->  raw  --encode_latents-->  final  --decode_levels-->  levels  --to_pixels-->
     pixels
 
 *Pixels* are uint8 [N, C, H, W]. *Raw* is what a data set stores: the pixels themselves, or mean and standard
-deviation of a VAE's latent distribution. *Final* is what the network is trained on and draws: pixels in [-1,
-1], or latents of about zero mean and the data's sigma. *Levels* are 0 ... 255 in floating point, the last
-place where a number that is not finite shows; `decode` makes both steps.
+deviation of a VAE's latent distribution. *Final* is what the network is trained on and generates: pixels in
+[-1, 1], or latents of about zero mean and standard deviation sigma_data. *Levels* are gray levels 0 ... 255
+in floating point, the last form in which non-finite numbers can be detected; `decode` takes both steps.
 
 Class names and constructor arguments are those of EDM2's snapshots. A snapshot carries this file's source in
-its `encoder` entry, so it imports nothing but the standard library, numpy, torch and
-`torch_utils.persistence`; diffusers and our own modules where they are needed.
+its `encoder` entry, so the file imports nothing but the standard library, numpy, torch and
+`torch_utils.persistence`; functions import diffusers and our own modules.
 """
 
 import functools
@@ -23,13 +23,13 @@ import torch
 from torch_utils.persistence import persistent_class
 
 # ----------------------------------------------------------------------------
-# Encoders. `init(device)` makes ready for pixels on a device; `noise_shape` tells what `encode_latents` needs
-# to be a pure function.
+# Encoders. `init(device)` prepares for pixels on a device; `noise_shape` is the shape of the noise that makes
+# `encode_latents` a pure function.
 
 
 @persistent_class
 class StandardRGBEncoder:
-    """Pixels: 0 ... 255 and [-1, 1], rounded as EDM rounds. Needs no noise and no preparation."""
+    """Pixels: 0 ... 255 to [-1, 1] and back, rounded as in EDM. Needs no noise and no preparation."""
 
     def init(self, device):
         pass
@@ -45,7 +45,7 @@ class StandardRGBEncoder:
         return raw.float() / 127.5 - 1
 
     def decode_levels(self, final):
-        """[N, C, H, W] in [-1, 1] to gray levels, floating point: what `decode` casts."""
+        """[N, C, H, W] in [-1, 1] to floating-point gray levels, which `decode` casts."""
         return final * 127.5 + 128
 
     def decode(self, final):
@@ -55,12 +55,12 @@ class StandardRGBEncoder:
 
 @persistent_class
 class StabilityVAEEncoder:
-    """Latents of a VAE: drawn from its distribution, then brought from assumed statistics to wanted ones,
-    channel by channel.
+    """Latents of a VAE, drawn from its distribution, then normalized per channel from raw statistics to final
+    ones.
 
         final = (mean + std · noise - raw_mean) / raw_std · final_std + final_mean
 
-    Pixels are given to the VAE as 0 ... 1, not -1 ... 1, and come back so: EDM2's convention, under which the
+    The VAE takes and returns pixels in 0 ... 1, not -1 ... 1. This is EDM2's convention, under which the
     default statistics were measured.
 
     Args:
@@ -79,6 +79,7 @@ class StabilityVAEEncoder:
         final_std=0.5,
         batch_size=8,
     ):
+        # As one scale and bias per channel, in FP32 as in EDM2.
         scale = np.float32(final_std) / np.float32(raw_std)
         bias = np.float32(final_mean) - np.float32(raw_mean) * scale
         if (
@@ -97,7 +98,7 @@ class StabilityVAEEncoder:
         self.scale, self.bias = scale.tolist(), bias.tolist()  # float32 values
 
     def init(self, device):
-        """Load the VAE. Raises: ImportError without diffusers; OSError, RuntimeError, ValueError for what is
+        """Load the VAE. Raises: ImportError without diffusers; OSError, RuntimeError, ValueError if there is
         no VAE of these latents."""
         vae = load_vae(self.vae_name, torch.empty(0, device=device).device)  # 'cuda' becomes 'cuda:0'
         if vae.config.latent_channels != self.channels:
@@ -123,54 +124,57 @@ class StabilityVAEEncoder:
 
     @torch.no_grad()
     def decode_levels(self, final):
-        """Final latents [N, C, h, w] to gray levels [N, 3, H, W], floating point: what `decode` casts."""
+        """Final latents [N, C, h, w] to floating-point gray levels [N, 3, H, W], which `decode` casts."""
         vae, final = load_vae(self.vae_name, final.device), final.float()
         latents = (final - per_channel(self.bias, final)) / per_channel(self.scale, final)
         parts = [vae.decode(part).sample for part in latents.split(self.batch_size)]
         return torch.cat(parts).float() * 255
 
     def decode(self, final):
-        """Final latents [N, C, h, w] to uint8 [N, 3, H, W], cut off as EDM2 does it, not rounded."""
+        """Final latents [N, C, h, w] to uint8 [N, 3, H, W], truncated as in EDM2, not rounded."""
         return to_pixels(self.decode_levels(final))
 
 
 def to_pixels(levels):
-    """Gray levels, cut off at 0 and 255, to uint8. What is not finite becomes some level or other: look
-    before."""
+    """Gray levels, clipped to 0 ... 255, as uint8. Non-finite values become arbitrary levels, so check for
+    them first."""
     return levels.clip(0, 255).to(torch.uint8)
 
 
 def per_channel(values, like):
-    """[1, C, 1, 1] constants, filled on the device: a copy from the host would wait for it."""
+    """[1, C, 1, 1] constants beside `like`."""
+    # Filled on the device, because a copy from the host would synchronize.
     return torch.stack([like.new_full([], value) for value in values]).reshape(1, -1, 1, 1)
 
 
 @functools.lru_cache(maxsize=1)
 def load_vae(vae_name, device):
-    """The VAE, from a folder, from the local cache of Hugging Face, or downloaded into it. Only safetensors
-    are read: no pickles."""
+    """The VAE, from a folder, from the local cache of Hugging Face, or downloaded into it. Reads safetensors
+    only, never pickles."""
     from diffusers import AutoencoderKL
 
     load = functools.partial(
         AutoencoderKL.from_pretrained, vae_name, use_safetensors=True, low_cpu_mem_usage=False
     )
+
+    # A cached VAE is used without asking the server for a newer one.
     try:
-        vae = load(local_files_only=True)  # without asking the server whether there is news
+        vae = load(local_files_only=True)
     except OSError:
         vae = load()
     return vae.eval().requires_grad_(False).to(device)
 
 
 # ----------------------------------------------------------------------------
-# Encoders as plain data: dict(class_name=..., **constructor arguments), or None for pixels. So they stand in
-# a network's metadata, in the configuration of a run, and in the dataset.json of latents.
+# Encoders as plain data: dict(class_name=..., **constructor arguments), or None for pixels. A network's
+# metadata, the configuration of a run and the dataset.json of latents hold such records.
 
 ENCODERS = {cls.__name__: cls for cls in (StandardRGBEncoder, StabilityVAEEncoder)}
 HINT = '; generate.py --latents writes latents as they are'
 
 
 def record(class_name, args=(), kwargs=()):
-    """The record of an encoder's class and constructor arguments; of an unknown class, its name alone."""
+    """The record of an encoder's class and constructor arguments; for an unknown class, only its name."""
     if class_name == 'StandardRGBEncoder':
         return None
     if class_name not in ENCODERS:
@@ -185,7 +189,7 @@ def record_of(encoder):
 
 
 def build(record, device=None):
-    """The encoder of a record, ready for pixels where a device is given. Raises: UserError."""
+    """The encoder of a record, ready for pixels if a device is given. Raises: UserError."""
     from dnnlib import UserError
 
     arguments = dict(record or dict(class_name='StandardRGBEncoder'))
@@ -207,8 +211,8 @@ def build(record, device=None):
 
 
 def make_ready(encoder, device, hint=''):
-    """`encoder.init(device)`, with a UserError where diffusers or the VAE's weights are missing; `hint` ends
-    its message."""
+    """`encoder.init(device)`. Raises: UserError, whose message ends in `hint`, if diffusers or the VAE's
+    weights are missing."""
     from dnnlib import UserError
 
     try:
@@ -226,7 +230,7 @@ def make_ready(encoder, device, hint=''):
 
 
 def encoder_of(net, device=None):
-    """The encoder of a loaded network, ready to decode where a device is given. Raises: UserError."""
+    """The encoder of a loaded network, ready to decode if a device is given. Raises: UserError."""
     from dnnlib import UserError
 
     encoder = build(getattr(net, 'metadata', {}).get('encoder'))
@@ -241,10 +245,10 @@ def encoder_of(net, device=None):
 
 
 def for_dataset(dataset, teacher=None):
-    """(encoder, channels of the network) for a data set; latents are encoded as the teacher's were, where it
-    says how.
+    """(encoder, channels of the network) for a data set. Latents are encoded as recorded by the teacher, else
+    by the data set.
 
-    Raises: UserError where the data set's channels are not the encoder's.
+    Raises: UserError if the data set's channels are not the encoder's.
     """
     from dnnlib import UserError
 

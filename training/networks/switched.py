@@ -17,8 +17,9 @@ class Switched(Module):
     """`high` where sigma >= `switch`, `low` below it.
 
     A truncated consistency model (Lee et al. 2025) uses the second stage's network above the dividing time,
-    and the frozen first stage's below. The networks are not copied. Has the attributes that samplers use;
-    `metadata` is that of `high`.
+    and the frozen first stage's below. The networks are not copied. The attributes are those that samplers
+    use; `metadata` is that of `high`.
+
     Raises: ValueError for networks of different images or labels, the same network twice, or a switched one.
     """
 
@@ -33,26 +34,22 @@ class Switched(Module):
             raise ValueError(f'there is no noise level {switch} to switch at')
         self.high, self.low, self.switch = high, low, switch
         self.img_resolution, self.img_channels, self.label_dim = (getattr(high, name) for name in geometry)
-        self.sigma_min, self.sigma_max, self.boundary = (
-            low.sigma_min,
-            high.sigma_max,
-            getattr(low, 'boundary', 0),
-        )
+        self.sigma_min, self.sigma_max = low.sigma_min, high.sigma_max
+        self.boundary = getattr(low, 'boundary', 0)
         self.metadata = getattr(high, 'metadata', {})
 
     def forward(self, x, sigma, class_labels=None, **kwargs):
         """D [N, C, H, W] of noisy `x` at noise levels `sigma`: evaluates one network for a scalar, both for
-        [N].
-
-        Selecting per image on the device avoids synchronization.
-        """
+        [N]."""
         above = torch.as_tensor(sigma) >= self.switch
         if above.ndim == 0:
             return (self.high if above else self.low)(x, sigma, class_labels, **kwargs)
+
+        # Both for all images: splitting the batch by levels on the device would synchronize.
         either = (net(x, sigma, class_labels, **kwargs) for net in (self.high, self.low))
         return torch.where(above.to(x.device).reshape(-1, 1, 1, 1), *either)
 
     def round_sigma(self, sigma):
-        """The noise levels that the network which answers there was trained at, nearest to `sigma`."""
+        """The nearest of the noise levels that the network at `sigma` was trained at."""
         sigma = torch.as_tensor(sigma)
         return torch.where(sigma >= self.switch, self.high.round_sigma(sigma), self.low.round_sigma(sigma))
