@@ -1,7 +1,6 @@
-"""Checkpoints in other formats than the snapshots of `training.checkpoint`: what others published, and what
-their tools read.
+"""Checkpoints in formats of other tools.
 
-`openai`: UNet weights of the consistency models of Song et al. 2023, read. `safetensors`: weights and a JSON
-configuration in one file, read and written. `diffusers`: folders for `ConsistencyModelPipeline`, written.
-`describe`: what a network is, for `convert.py info`.
+`openai` reads UNet weights of the consistency models of Song et al. 2023. `safetensors` reads and writes
+weights and a JSON configuration in one file. `diffusers` writes folders for `ConsistencyModelPipeline`.
+`describe` describes a network for `convert.py info`.
 """

@@ -1,4 +1,4 @@
-"""What a network is, in the words of `convert.py info`."""
+"""Descriptions of networks and training states for `convert.py info`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from training.phema import average_name
 
 
 def describe(net: torch.nn.Module) -> dict:
-    """Plain data about a network with `metadata`: what it is built of, what it works on, how it was trained,
-    and the rest of its metadata."""
+    """Plain data about a network with `metadata`: its architecture, inputs, training, and the rest of its
+    metadata."""
     arguments = checkpoint.constructor_arguments(net)
     metadata = dict(net.metadata)
     unet = next(child for child in net.children() if any(True for _ in child.parameters()))
@@ -39,12 +39,13 @@ def describe(net: torch.nn.Module) -> dict:
 
 
 def describe_state(source) -> dict:
-    """Plain data about a training state: what `describe` says of a snapshot of that moment, and where the run
-    stands.
+    """Plain data about a training state: `describe` of a snapshot from it, and the position of the run.
 
-    Raises: UserError, naming the source, where it is damaged or no training state of ours.
+    Raises: UserError, naming the source, if it is damaged or not a training state of ours.
     """
     state = checkpoint.read_state(source)
+
+    # The network without weights, with the metadata of a snapshot.
     try:
         options, position = EasyDict(state['options']), state['progress']
         net = checkpoint.build_unfilled(options.network['class_name'], (), options.network['kwargs'])
@@ -65,8 +66,7 @@ def describe_state(source) -> dict:
 
 
 def printable(value):
-    """Plain data that strict JSON can hold: numbers that are not finite become the strings 'inf', '-inf' and
-    'nan'."""
+    """Plain data for strict JSON: non-finite numbers become the strings 'inf', '-inf' and 'nan'."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, (list, tuple)):
@@ -77,7 +77,7 @@ def printable(value):
 
 
 def as_text(facts: dict) -> str:
-    """One line a fact, names in a column; nested facts are indented; long lists keep on one line."""
+    """One line per fact, names in a column; nested facts are indented; long lists stay on one line."""
     width = max(len(text_of(name)) for name in facts)
     lines = []
     for name, value in facts.items():
@@ -90,7 +90,7 @@ def as_text(facts: dict) -> str:
 
 
 def as_phrase(value) -> str:
-    """A value as people write it."""
+    """A value in text for people."""
     if value is None:
         return '-'
     if isinstance(value, bool):

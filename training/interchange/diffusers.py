@@ -1,9 +1,8 @@
-"""Writes consistency models as folders that diffusers' `ConsistencyModelPipeline` loads; diffusers itself is
-not needed for that.
+"""Writes consistency models as folders for diffusers' `ConsistencyModelPipeline`, without needing diffusers.
 
-The pipeline's scheduler applies the preconditioning of Song et al. 2023 (Appendix C) and gives the noise
-level as 250 ln sigma to a `UNet2DModel`, which can be configured to be our ADM. What these two cannot express
-is refused.
+The pipeline's scheduler applies the preconditioning of Song et al. 2023 (Appendix C) and passes c_noise, 250
+ln sigma, to a `UNet2DModel`, which can be configured as our ADM. Networks that these two cannot express are
+refused.
 """
 
 from __future__ import annotations
@@ -24,7 +23,9 @@ from dnnlib import UserError
 from training import networks
 from training.samplers import DEFAULT_TIMESTEPS
 
-RHO = 7.0  # of the Karras nodes that the pipeline's `timesteps` count, where the metadata does not say: see `scheduler_config`
+RHO = 7.0  # default exponent of the Karras nodes, see `scheduler_config`
+
+# Our layers of a residual block and of its attention, and their names in diffusers.
 BLOCK_NAMES = dict(
     norm0='norm1', conv0='conv1', affine='time_emb_proj', norm1='norm2', conv1='conv2', skip='conv_shortcut'
 )
@@ -32,22 +33,22 @@ ATTENTION_NAMES = dict(norm2='group_norm', qkv='qkv', proj='to_out.0')
 
 
 def save_diffusers(folder: str | os.PathLike, net: torch.nn.Module) -> None:
-    """Writes `folder`, which must not exist or be empty: `ConsistencyModelPipeline.from_pretrained(folder)`
-    gives the network's outputs.
+    """Writes a folder; `ConsistencyModelPipeline.from_pretrained(folder)` then has the network's outputs.
 
+    Args:
+        folder: must not exist, or be empty.
     Raises: UserError, naming what diffusers cannot express, or why the folder cannot be written.
     """
+    # Everything that can fail comes before the first file.
     check_expressible(net)
     scheduler, unet, weights = scheduler_config(net), unet_config(net), unet_weights(net)
     with new_folder(folder) as place:
-        write_json(
-            place / 'model_index.json',
-            dict(
-                _class_name='ConsistencyModelPipeline',
-                unet=['diffusers', 'UNet2DModel'],
-                scheduler=['diffusers', 'CMStochasticIterativeScheduler'],
-            ),
+        index = dict(
+            _class_name='ConsistencyModelPipeline',
+            unet=['diffusers', 'UNet2DModel'],
+            scheduler=['diffusers', 'CMStochasticIterativeScheduler'],
         )
+        write_json(place / 'model_index.json', index)
         write_json(place / 'unet' / 'config.json', unet)
         write_json(place / 'scheduler' / 'scheduler_config.json', scheduler)
         with dnnlib.util.atomic_write(place / 'unet' / 'diffusion_pytorch_model.safetensors') as file:
@@ -59,8 +60,9 @@ def save_diffusers(folder: str | os.PathLike, net: torch.nn.Module) -> None:
 
 
 def check_expressible(net: torch.nn.Module) -> None:
-    """Raises: UserError naming the first thing about a network that ConsistencyModelPipeline has no
-    counterpart for."""
+    """Raises: UserError for the first property of a network without a counterpart in
+    ConsistencyModelPipeline."""
+    # Preconditioning.
     if type(net) is networks.EDMPrecond:
         refuse(
             "EDM's time embedding, ln(sigma) / 4: UNet2DModel's frequencies are fixed, and the scheduler gives 250 ln(sigma)"
@@ -79,12 +81,16 @@ def check_expressible(net: torch.nn.Module) -> None:
             f'noise levels from {net.boundary:g} to {net.sigma_max:g}: the scheduler begins at sigma_max and '
             'ends at sigma_min'
         )
+
+    # U-Net.
     if not isinstance(net.model, networks.DhariwalUNet):
         refuse(f'{type(net.model).__name__}: UNet2DModel has no counterpart')
     if net.model.map_augment is not None:
         refuse('augmentation labels')
     if net.model.channel_mult[0] != 1:
         refuse(f'a first level {net.model.channel_mult[0]} times as wide as the time embedding')
+
+    # Numbers that UNet2DModel has once for all layers.
     if len(sizes := head_sizes(net.model)) > 1:
         refuse(
             f'attention heads of {" or ".join(map(str, sizes))} channels: UNet2DModel has the same size '
@@ -119,14 +125,11 @@ def group_counts(model: torch.nn.Module) -> list[int]:
 def scheduler_config(net: networks.CMPrecond) -> dict:
     """Arguments of `CMStochasticIterativeScheduler`.
 
-    Its `timesteps` count `num_train_timesteps` Karras nodes from sigma_max (0) down to sigma_min; one-step
-    sampling begins at 0 whatever their number. Song et al. have 40 where they distil, 201 (ImageNet-64) or
-    151 (LSUN) where they train: `num_timesteps` of the metadata.
+    Its `timesteps` are indices of `num_train_timesteps` Karras nodes from sigma_max (0) down to sigma_min.
+    One-step sampling starts at 0 whatever their number, which is `num_timesteps` of the metadata. Song et al.
+    have 40 in distillation, 201 (ImageNet-64) or 151 (LSUN) in training.
     """
-    timesteps, rho = (
-        net.metadata.get(name, default)
-        for name, default in (('num_timesteps', DEFAULT_TIMESTEPS), ('rho', RHO))
-    )
+    timesteps, rho = net.metadata.get('num_timesteps', DEFAULT_TIMESTEPS), net.metadata.get('rho', RHO)
     if type(timesteps) is not int or timesteps < 2:
         refuse(f'the number of timesteps {timesteps!r} in the metadata')
     if type(rho) not in (int, float) or not 0 < rho < math.inf or not 0 < net.sigma_data < math.inf:
@@ -145,8 +148,11 @@ def scheduler_config(net: networks.CMPrecond) -> dict:
 
 def unet_config(net: networks.CMPrecond) -> dict:
     """Arguments of `UNet2DModel`."""
+    # Numbers that are the same everywhere, see `check_expressible`.
     model, (num_groups,) = net.model, group_counts(net.model)
     (head_size,) = head_sizes(model) or [None]
+
+    # The first block of each level tells its width, and whether it has attention.
     firsts = [model.enc[f'{at}_block0'] for at in levels(model)]
     attention = [bool(block.num_heads) for block in firsts]
     return dict(
@@ -178,35 +184,37 @@ def unet_config(net: networks.CMPrecond) -> dict:
 
 def levels(model: networks.DhariwalUNet) -> list[str]:
     """Prefixes of module names, finest level first."""
-    return [
-        f'{model.img_resolution >> level}x{model.img_resolution >> level}'
-        for level in range(len(model.channel_mult))
-    ]
+    resolutions = [model.img_resolution >> level for level in range(len(model.channel_mult))]
+    return [f'{res}x{res}' for res in resolutions]
 
 
 def block_places(model: networks.DhariwalUNet) -> dict[str, torch.nn.Module]:
     """{UNet2DModel's name of a residual block (or of the first convolution): our module}."""
     order, places = levels(model), {}
+
+    # Encoder; a downsampling block belongs to the level above it.
     for name, module in model.enc.items():
         at, _, what = name.partition('_')
         level = order.index(at)
-        places[
-            'conv_in'
-            if what == 'conv'
-            else f'down_blocks.{level - 1}.downsamplers.0'
-            if what == 'down'
-            else f'down_blocks.{level}.resnets.{what.removeprefix("block")}'
-        ] = module
+        if what == 'conv':
+            place = 'conv_in'
+        elif what == 'down':
+            place = f'down_blocks.{level - 1}.downsamplers.0'
+        else:
+            place = f'down_blocks.{level}.resnets.{what.removeprefix("block")}'
+        places[place] = module
+
+    # Decoder, which begins with the middle; levels count from the coarsest.
     for name, module in model.dec.items():
         at, _, what = name.partition('_')
         level = len(order) - 1 - order.index(at)
-        places[
-            f'up_blocks.{level - 1}.upsamplers.0'
-            if what == 'up'
-            else f'mid_block.resnets.{what[2:]}'
-            if what in ('in0', 'in1')
-            else f'up_blocks.{level}.resnets.{what.removeprefix("block")}'
-        ] = module
+        if what == 'up':
+            place = f'up_blocks.{level - 1}.upsamplers.0'
+        elif what in ('in0', 'in1'):
+            place = f'mid_block.resnets.{what[2:]}'
+        else:
+            place = f'up_blocks.{level}.resnets.{what.removeprefix("block")}'
+        places[place] = module
     return places
 
 
@@ -227,9 +235,8 @@ def unet_places(model: networks.DhariwalUNet) -> dict[str, torch.nn.Module]:
                 places[f'{place}.{theirs}'] = getattr(block, ours)
         if block.num_heads:
             attention = place.replace('resnets', 'attentions')
-            places.update(
-                {f'{attention}.{theirs}': getattr(block, ours) for ours, theirs in ATTENTION_NAMES.items()}
-            )
+            for ours, theirs in ATTENTION_NAMES.items():
+                places[f'{attention}.{theirs}'] = getattr(block, ours)
     return places
 
 
@@ -238,11 +245,10 @@ def unet_weights(net: networks.CMPrecond) -> dict[str, Tensor]:
     weights = {}
     for place, module in unet_places(net.model).items():
         for leaf, tensor in module.named_parameters():
-            if place.endswith('.qkv'):  # head, feature, (q, k, v) -> three layers of head, feature
-                parts = tensor.unflatten(0, (-1, 3)).unbind(1)
-                weights.update(
-                    {f'{place[:-3]}to_{part}.{leaf}': linear(value) for part, value in zip('qkv', parts)}
-                )
+            if place.endswith('.qkv'):
+                # From channels ordered head, feature, (q, k, v) to three layers of head, feature.
+                for part, value in zip('qkv', tensor.unflatten(0, (-1, 3)).unbind(1)):
+                    weights[f'{place[:-3]}to_{part}.{leaf}'] = linear(value)
             else:
                 weights[f'{place}.{leaf}'] = linear(tensor) if place.endswith('.to_out.0') else tensor
     if net.label_dim:
@@ -261,9 +267,9 @@ def linear(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to fill, which takes the name `path` only when the `with` block has ended well.
+    """A folder to fill, which is renamed to `path` when the `with` block ends without an error.
 
-    Raises: UserError where `path` is a file or a folder that is not empty, or cannot be written.
+    Raises: UserError if `path` is a file or a folder that is not empty, or cannot be written.
     """
     path = Path(path)
     try:

@@ -1,20 +1,18 @@
 """Reads the UNet weights of OpenAI's consistency_models (Song et al. 2023: consistency models and their EDM
 teachers) into our ADM.
 
-Both are the ADM of Dhariwal & Nichol 2021 under other parameter names. What differs, and where it is dealt
-with:
+Both are the ADM of Dhariwal & Nichol 2021 under other parameter names. Differences, and what handles them:
 
-- The network is told the noise level as 1000 · ln(sigma) / 4, and consistency models are the identity at
-  sigma_min: `networks.CMPrecond`.
+- c_noise is 1000 · ln(sigma) / 4, and consistency models are the identity at sigma_min: `networks.CMPrecond`.
 - LSUN models add the embedding before the second norm instead of scaling and shifting after it; all norms
   have 32 groups: arguments of our ADM.
 - Channels of attention are ordered (q, k, v), head, feature; ours head, feature, (q, k, v). Labels are an
-  embedding table, ours a matrix that one-hot vectors are multiplied by: its transpose. Both are rearranged
-  here.
+  embedding table; ours is its transpose, a matrix that multiplies one-hot vectors. This module rearranges
+  both.
 
-The files hold nothing but tensors by name. Their names and shapes tell widths, levels, blocks, where
-attention is, classes, and how the embedding enters (`infer_layout`). They do not tell `Untold`: that has the
-values of all published models unless the caller knows better.
+The files hold nothing but tensors by name. Names and shapes determine widths, levels, blocks, attention
+levels, classes, and how the embedding enters (`infer_layout`). They do not determine `Untold`, whose defaults
+are the values of all published models.
 """
 
 from __future__ import annotations
@@ -38,22 +36,24 @@ from training import checkpoint, networks
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # of all published models
 NUM_GROUPS = 32  # of every norm in consistency_models
-COARSEST = 8  # pixels: the level at which all published U-Nets end
-FIRST_LAYER = 'time_embed.0.weight'  # a UNet is found by it
-MAX_ENTRIES, MAX_DEPTH = 200_000, 8  # of dicts in dicts: tensors, and an optimizer's numbers
+COARSEST = 8  # pixels; the coarsest level of all published U-Nets
+FIRST_LAYER = 'time_embed.0.weight'  # identifies a UNet in a file
+MAX_ENTRIES, MAX_DEPTH = 200_000, 8  # limits on nested dicts, enough for tensors and an optimizer's state
 
 
 @dataclass(frozen=True)
 class Untold:
-    """What the names and shapes of a UNet's weights do not say.
+    """What the names and shapes of a UNet's weights do not determine.
 
-    kind: `consistency` (distilled or trained; D(x; sigma_min) = x) or `edm` (a diffusion model, their
-    teacher). resolution: of the images; None: the one at which the coarsest level has 8x8 pixels. It does not
-    change what the network computes. channels_per_head: channels of each attention head
-    (`num_head_channels`).
-    heads: their number at every level instead (`num_heads`, where `num_head_channels` is -1).
-    attention_order: what the channels of attention are ordered by first, `qkv-first`, or `heads-first`
-    (`QKVAttentionLegacy`).
+    Attributes:
+        kind: `consistency` (distilled or trained; D(x; sigma_min) = x) or `edm` (a diffusion model, their
+            teacher).
+        resolution: of the images; None: the one at which the coarsest level has 8x8 pixels. It does not
+            change what the network computes.
+        channels_per_head: channels of each attention head (`num_head_channels`).
+        heads: their number at every level instead (`num_heads`, if `num_head_channels` is -1).
+        attention_order: outermost order of the channels of attention, `qkv-first` or `heads-first`
+            (`QKVAttentionLegacy`).
     """
 
     kind: str = 'consistency'
@@ -63,17 +63,14 @@ class Untold:
     attention_order: str = 'qkv-first'
 
     def __post_init__(self):
-        if self.kind not in ('consistency', 'edm') or self.attention_order not in (
-            'qkv-first',
-            'heads-first',
-        ):
+        orders = ('qkv-first', 'heads-first')
+        if self.kind not in ('consistency', 'edm') or self.attention_order not in orders:
             raise ValueError(
                 f'{self.kind!r} is no kind of model, or {self.attention_order!r} no order of attention'
             )
 
     def heads_over(self, channels: int) -> int:
-        """The number of heads in attention over so many channels. Raises: UnknownLayout where there is
-        none."""
+        """The number of heads in attention over `channels`. Raises: UnknownLayout if it is not whole."""
         heads = self.heads or channels // self.channels_per_head
         if not heads or channels % heads or (self.heads is None and channels % self.channels_per_head):
             what = f'{self.heads} heads' if self.heads else f'heads of {self.channels_per_head} channels'
@@ -85,7 +82,7 @@ class Untold:
 
 
 class UnknownLayout(ValueError):
-    """The weights are not those of a UNet that we can express. The message completes 'it ...'."""
+    """The weights are not those of a UNet that our ADM can express. The message completes 'it ...'."""
 
 
 def load_openai(
@@ -95,25 +92,25 @@ def load_openai(
     key: str | None = None,
     **untold,
 ) -> torch.nn.Module:
-    """The network of a state dict of OpenAI's consistency_models, as `load_network` would give it; tensors
+    """The network of a state dict of OpenAI's consistency_models, as `load_network` would return it. Tensors
     keep their dtypes.
 
     Args:
         source: path or http(s) URL of the `.pt` file.
         kind, resolution, untold: see `Untold`.
-        key: where in the file the weights are, such as `ema`, if it holds several networks.
-    Raises: UserError, naming the source, where the file is damaged, hostile, or of another layout.
+        key: entry of the file with the weights, such as `ema`, if it holds several networks.
+    Raises: UserError, naming the source, if the file is damaged, hostile, or of another layout.
     """
     told = Untold(kind, resolution, **untold)
     return _load(source, key, lambda layout: told)
 
 
 def inspect_openai(source: str | os.PathLike, key: str | None = None) -> tuple[torch.nn.Module, dict]:
-    """For people who want to know what is in a file: (the network as far as names and shapes tell, what was
-    assumed for the rest).
+    """(the network as far as names and shapes determine it, what was assumed for the rest), for `convert.py
+    info`.
 
-    Attention heads are of 64 channels or, where these do not fit, the largest that do. Arguments and errors
-    are `load_openai`'s.
+    Attention heads have 64 channels, or the largest number below that divides all widths. Arguments and
+    errors are those of `load_openai`.
     """
 
     def fitting(layout: Layout) -> Untold:
@@ -143,32 +140,32 @@ def _load(source, key: str | None, choose: Callable[[Layout], Untold]) -> torch.
 def read_state_dict(source: str | os.PathLike, key: str | None = None) -> dict[str, Tensor]:
     """The named tensors of a UNet in a PyTorch file, on the CPU, without executing anything in it.
 
-    They may lie under an entry of the file (`ema`, `model_state_dict`, ...) and their names have a prefix
+    They may be under an entry of the file (`ema`, `model_state_dict`, ...), and their names may have a prefix
     (`module.` of data-parallel training).
-    Raises: UserError where there are none or several such sets, the file is damaged, or would take more
-        memory than its length.
+
+    Raises: UserError if there are none or several such sets, the file is damaged, or would take more memory
+        than its length.
     """
     contents = _read(source)
     name, entries = os.fspath(source), _entries(contents) if isinstance(contents, dict) else {}
-    prefixes = [
-        entry.removesuffix(FIRST_LAYER)
-        for entry in entries
-        if entry == FIRST_LAYER or entry.endswith(f'.{FIRST_LAYER}')
-    ]
+
+    # Every UNet in the file has its own prefix; `key` selects one.
+    firsts = [entry for entry in entries if entry == FIRST_LAYER or entry.endswith(f'.{FIRST_LAYER}')]
+    prefixes = [entry.removesuffix(FIRST_LAYER) for entry in firsts]
     if not prefixes:
         raise UserError(
             f"{name} holds no weights of OpenAI's consistency_models: a state dict with a tensor {FIRST_LAYER} is expected, "
             f'and there is {_outline(contents)}.'
         )
-    chosen = (
-        prefixes if key is None else [prefix for prefix in prefixes if f'{prefix}.'.startswith(f'{key}.')]
-    )
+    chosen = [prefix for prefix in prefixes if key is None or f'{prefix}.'.startswith(f'{key}.')]
     if len(chosen) != 1:
         found = 'several networks' if chosen else f'no network {key!r} but others'
         raise UserError(
             f'{name} holds {found}: {", ".join(prefix.rstrip(".") for prefix in prefixes)}. Say which one '
             'with --key.'
         )
+
+    # Its tensors, without the prefix.
     (prefix,) = chosen
     weights = {
         entry.removeprefix(prefix): value for entry, value in entries.items() if entry.startswith(prefix)
@@ -203,7 +200,7 @@ def _read(source: str | os.PathLike):
 
 
 def _entries(contents: dict) -> dict[str, object]:
-    """{dotted name: value} of all that lies in nested dicts; as much of it as any checkpoint has."""
+    """{dotted name: value} of nested dicts, up to MAX_ENTRIES entries and MAX_DEPTH levels."""
     found, queue, left = {}, [('', contents, 0)], MAX_ENTRIES
     while queue and left > 0:
         prefix, table, depth = queue.pop()
@@ -217,7 +214,7 @@ def _entries(contents: dict) -> dict[str, object]:
 
 
 def _outline(contents) -> str:
-    """What a file holds instead, in a few words."""
+    """A few words on what a file holds instead of a UNet."""
     if not isinstance(contents, dict):
         return f'a {type(contents).__name__}'
     names = [
@@ -242,25 +239,25 @@ def _is_plain(value) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the shapes of a UNet's weights say about it."""
+    """What the names and shapes of a UNet's weights determine."""
 
     img_channels: int
     label_dim: int
     model_channels: int
     channel_mult: list[int]
     num_blocks: int
-    attention: list[bool]  # by level, finest first; there is attention in the middle always
+    attention: list[bool]  # by level, finest first; the middle always has attention
     adaptive_scale: bool
 
     @property
     def attention_widths(self) -> list[int]:
-        """The numbers of channels that there is attention over."""
+        """The numbers of channels of layers with attention."""
         there = [*itertools.compress(self.channel_mult, self.attention), self.channel_mult[-1]]
         return sorted({mult * self.model_channels for mult in there})
 
 
 def infer_layout(shapes: dict[str, tuple[int, ...]]) -> Layout:
-    """The UNet that has parameters of these names and shapes, so far as they tell. Raises: UnknownLayout."""
+    """The UNet that has parameters of these names and shapes. Raises: UnknownLayout."""
 
     def shape(name: str, dims: int) -> tuple[int, ...]:
         if len(shapes.get(name, ())) != dims or 0 in shapes[name]:
@@ -269,21 +266,21 @@ def infer_layout(shapes: dict[str, tuple[int, ...]]) -> Layout:
             )
         return shapes[name]
 
+    # Levels: the decoder upsamples after each but the last.
     _check_expressible(shapes)
     _, model_channels = shape(FIRST_LAYER, 2)
     _, img_channels, _, _ = shape('input_blocks.0.0.weight', 4)
     count = next(k for k in itertools.count() if f'output_blocks.{k}.0.in_layers.2.weight' not in shapes)
-    levels = 1 + sum(
-        f'output_blocks.{k}.{last}.in_layers.2.weight' in shapes for k in range(count) for last in (1, 2)
-    )
+    upsampling = [f'output_blocks.{k}.{last}.in_layers.2.weight' for k in range(count) for last in (1, 2)]
+    levels = 1 + sum(name in shapes for name in upsampling)
     if count % levels or not 2 * levels <= count <= 64 * levels or levels > 10:
         raise UnknownLayout(
             f'has {count} blocks in its decoder, of which {levels - 1} upsample: '
             "no UNet of OpenAI's consistency_models has that"
         )
-    firsts = [
-        1 + level * (count // levels) for level in range(levels)
-    ]  # each level's first block in the encoder
+
+    # Widths, by the first block of each level in the encoder.
+    firsts = [1 + level * (count // levels) for level in range(levels)]
     widths = [shape(f'input_blocks.{first}.0.in_layers.2.weight', 4)[0] for first in firsts]
     if model_channels % 2 or any(width % model_channels or width % NUM_GROUPS for width in widths):
         raise UnknownLayout(
@@ -291,6 +288,8 @@ def infer_layout(shapes: dict[str, tuple[int, ...]]) -> Layout:
             'and of the '
             f"time embedding's {model_channels}, an even number: our ADM has no other widths"
         )
+
+    # Inputs and outputs.
     if (outputs := shape('out.2.weight', 4)[0]) == 2 * img_channels:
         raise UnknownLayout(
             f'has {outputs} output channels for {img_channels} input channels: it predicts a variance too '
@@ -310,7 +309,7 @@ def infer_layout(shapes: dict[str, tuple[int, ...]]) -> Layout:
 
 
 def _check_expressible(shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises UnknownLayout for levels that are joined by something else than residual blocks."""
+    """Raises: UnknownLayout for levels that are joined by anything but residual blocks."""
     theirs, ours = 'resamples {}', '; our ADM has residual blocks there (resblock_updown=True)'
     if convolutions := [name for name in shapes if name.endswith(('.op.weight', '.conv.weight'))]:
         raise UnknownLayout(theirs.format(f'by a convolution ({convolutions[0]})') + ours)
@@ -331,24 +330,29 @@ def parameter_names(model: networks.DhariwalUNet) -> dict[str, str]:
         'out_norm': 'out.0',
         'out_conv': 'out.2',
     }
+
+    # Encoder: one input block for each of our layers.
     for index, name in enumerate(model.enc):
         modules.update(_block_names(f'enc.{name}', f'input_blocks.{index}', 0, model.enc[name]))
+
+    # Decoder: output blocks, of which a layer may be a part.
     outputs, parts = -1, 0
     for name, block in model.dec.items():
-        if name.endswith(('_in0', '_in1')):  # the middle: block, attention, block
-            modules.update(
-                _block_names(f'dec.{name}', 'middle_block', 0 if name.endswith('_in0') else 2, block)
-            )
+        # The middle is block, attention, block.
+        if name.endswith(('_in0', '_in1')):
+            part = 0 if name.endswith('_in0') else 2
+            modules.update(_block_names(f'dec.{name}', 'middle_block', part, block))
             continue
-        if not name.endswith('_up'):  # an upsampling block is the last part of the output block before it
+
+        # An upsampling block is the last part of the output block before it.
+        if not name.endswith('_up'):
             outputs, parts = outputs + 1, 0
         modules.update(_block_names(f'dec.{name}', f'output_blocks.{outputs}', parts, block))
         parts += 2 if block.num_heads else 1
-    names = {
-        f'{ours}.{leaf}': f'{theirs}.{leaf}'
-        for ours, theirs in modules.items()
-        for leaf in ('weight', 'bias')
-    }
+
+    # From modules to parameters.
+    leaves = ('weight', 'bias')
+    names = {f'{ours}.{leaf}': f'{theirs}.{leaf}' for ours, theirs in modules.items() for leaf in leaves}
     return names | ({'map_label.weight': 'label_emb.weight'} if model.map_label is not None else {})
 
 
@@ -381,6 +385,8 @@ def _block_names(ours: str, theirs: str, part: int, block: torch.nn.Module) -> d
 
 def _convert(weights: dict[str, Tensor], layout: Layout, untold: Untold) -> torch.nn.Module:
     net = build_network(layout, untold)
+
+    # The names must be all there are.
     names = parameter_names(net.model)
     for what, found in (
         ('lacks', set(names.values()) - weights.keys()),
@@ -390,6 +396,8 @@ def _convert(weights: dict[str, Tensor], layout: Layout, untold: Untold) -> torc
             raise UnknownLayout(
                 f'{what} tensors: {", ".join(sorted(found)[:5])}{", ..." if len(found) > 5 else ""}'
             )
+
+    # The shapes must be ours, once reordered.
     state = dict(net.named_buffers()) | {
         f'model.{ours}': to_our_order(ours, weights[theirs], untold) for ours, theirs in names.items()
     }
@@ -405,14 +413,17 @@ def _convert(weights: dict[str, Tensor], layout: Layout, untold: Untold) -> torc
 
 
 def build_network(layout: Layout, untold: Untold) -> networks.CMPrecond:
-    """Our network of a layout; its parameters have shapes but no memory. Raises: UnknownLayout for what does
-    not fit the layout."""
+    """Our network of a layout; its parameters have shapes but no memory. Raises: UnknownLayout for a
+    resolution or heads that do not fit it."""
+    # The resolution, and heads that divide all widths.
     levels = len(layout.channel_mult)
     resolution = untold.resolution or COARSEST << (levels - 1)
     if resolution % (1 << (levels - 1)):
         raise UnknownLayout(f'has {levels} levels, which do not fit images of {resolution}x{resolution}')
     for width in layout.attention_widths:
         untold.heads_over(width)
+
+    # Arguments that are not our defaults.
     heads = dict(num_heads=untold.heads) if untold.heads else {}
     if untold.channels_per_head != Untold.channels_per_head:
         heads['channels_per_head'] = untold.channels_per_head
@@ -446,14 +457,15 @@ def to_our_order(name: str, tensor: Tensor, untold: Untold) -> Tensor:
     """A tensor of OpenAI's, for our parameter `name`."""
     if name.endswith(('.qkv.weight', '.qkv.bias')) and tensor.shape[0] % 3 == 0:
         heads = untold.heads_over(tensor.shape[0] // 3)
-        if untold.attention_order == 'heads-first':  # head, (q, k, v), feature -> head, feature, (q, k, v)
+        # head, (q, k, v), feature or (q, k, v), head, feature -> head, feature, (q, k, v).
+        if untold.attention_order == 'heads-first':
             return tensor.unflatten(0, (heads, 3, -1)).movedim(1, 2).flatten(0, 2)
         return tensor.unflatten(0, (3, heads, -1)).movedim(0, 2).flatten(0, 2)
     return tensor.mT.contiguous() if name == 'map_label.weight' else tensor
 
 
 def _metadata(kind: str) -> dict:
-    """A consistency model is sampled in one step, from sigma_max to 0, or in several stochastic ones."""
+    # A consistency model is sampled in one step, from sigma_max to 0, or in several stochastic ones.
     if kind == 'edm':
         return dict(objective='diffusion', source='openai')
     return dict(

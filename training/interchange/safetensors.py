@@ -2,7 +2,7 @@
 metadata.
 
 The configuration holds what a snapshot holds besides tensors: class name, constructor arguments, numeric
-attributes, metadata and its digest, so that reading gives back the very network that was written. JSON has
+attributes, metadata and its digest. So the network that is read equals the one that was written. JSON has
 neither tuples nor infinities: see `to_json`.
 """
 
@@ -29,8 +29,8 @@ FORMAT = 'multistep-consistency-edm 1'
 
 
 def to_json(value):
-    """Plain data as values that strict JSON keeps exactly: tuples, non-finite numbers and dicts that would
-    look like either are tagged.
+    """Plain data in values that strict JSON preserves: tuples, non-finite numbers and dicts that would look
+    like either are tagged.
 
     A tag is a dict of one key: {'$tuple': [...]}, {'$float': 'inf'}, {'$dict': {...}}.
     """
@@ -66,7 +66,8 @@ def from_json(value):
 
 
 def save_safetensors(path: str | os.PathLike, net: torch.nn.Module) -> None:
-    """Writes a network and its `metadata`. Raises: UserError where the file cannot be written."""
+    """Writes a network and its `metadata`. Raises: UserError if the file cannot be written."""
+    # The digest is computed anew, because metadata may have changed.
     metadata = {name: value for name, value in net.metadata.items() if name != 'digest'}
     metadata['digest'] = checkpoint.network_digest(net, metadata)
     config = dict(
@@ -77,6 +78,8 @@ def save_safetensors(path: str | os.PathLike, net: torch.nn.Module) -> None:
         attributes=checkpoint.numeric_attributes(net),
         metadata=metadata,
     )
+
+    # One file: the configuration in its header, then the tensors.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     data = safetensors.torch.save(tensors, dict(config=json.dumps(to_json(plain(config)), allow_nan=False)))
     with dnnlib.util.atomic_write(path) as file:
@@ -84,13 +87,13 @@ def save_safetensors(path: str | os.PathLike, net: torch.nn.Module) -> None:
 
 
 def load_safetensors(source: str | os.PathLike) -> torch.nn.Module:
-    """The network that `save_safetensors` wrote, as `load_network` would give it, with every tensor, argument
-    and number as it was.
+    """The network that `save_safetensors` wrote, as `load_network` would return it.
 
     Args:
         source: path or http(s) URL.
-    Raises: UserError, naming the source, where the file is damaged or not of this format.
+    Raises: UserError, naming the source, if the file is damaged or not of this format.
     """
+    # Build the network from the configuration and fill in the tensors.
     path = dnnlib.downloads.local_path(source)
     try:
         with open(path, 'rb') as file:
@@ -112,6 +115,8 @@ def load_safetensors(source: str | os.PathLike) -> torch.nn.Module:
         raise UserError(
             f'{os.fspath(source)} cannot be used as a network in safetensors format: {reason}.'
         ) from error
+
+    # Check that the contents are those that were written, and make sense.
     net.requires_grad_(False).metadata = config['metadata']
     if checkpoint.network_digest(net, net.metadata) != net.metadata.get('digest'):
         raise UserError(
