@@ -1,7 +1,7 @@
 """Time in the probability-flow ODE: x(t) = s(t) (y + sigma(t) n)   (Karras et al. 2022, Eq. 4).
 
-Both those who list noise levels (training/schedules.py) and those who step over them (training/solvers.py)
-need sigma(t); neither needs the other. Everything here is a function of one Python number.
+Schedules (training/schedules.py) and solvers (training/solvers.py) both need sigma(t), and do not know each
+other. Everything here is a function of one Python number.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ VE = OdeTime(math.sqrt, lambda t: 0.5 / math.sqrt(t), lambda sigma: sigma * sigm
 
 
 def vp_time(beta_d: float, beta_min: float) -> OdeTime:
-    """sigma² = exp(beta_d t² / 2 + beta_min t) − 1 with s = 1   (Song et al. 2021; Karras et al. 2022, Table
-    1)."""
+    """The time of the variance-preserving process with s = 1.
+
+    sigma(t)² = exp(beta_d t² / 2 + beta_min t) − 1   (Song et al. 2021; Karras et al. 2022, Table 1).
+    """
     sigma = lambda t: math.sqrt(math.expm1(beta_d * t * t / 2 + beta_min * t))
     slope = lambda t: (beta_min + beta_d * t) * (sigma(t) + 1 / sigma(t)) / 2
     time = lambda s: (math.sqrt(beta_min**2 + 2 * beta_d * math.log1p(s * s)) - beta_min) / beta_d
@@ -61,9 +63,13 @@ def ode_time(schedule: str, scaling: str, sigma_min: float, sigma_max: float) ->
     if scaling not in SCALES_OF_TIME:
         raise UserError(f'scaling {scaling!r} is not one of {", ".join(SCALES_OF_TIME)}')
 
-    time = (
-        vp_time(*vp_betas(sigma_min, sigma_max)) if schedule == 'vp' else dict(linear=LINEAR, ve=VE)[schedule]
-    )
+    # sigma(t).
+    if schedule == 'vp':
+        time = vp_time(*vp_betas(sigma_min, sigma_max))
+    else:
+        time = dict(linear=LINEAR, ve=VE)[schedule]
+
+    # s(t).
     if scaling == 'none':
         return time
     scale = lambda t: 1 / math.sqrt(1 + time.sigma(t) ** 2)

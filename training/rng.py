@@ -1,14 +1,15 @@
-"""Random numbers by global sample index: a sample's noise and edge depend on the seed and its place in the
-stream of training images alone.
+"""Counter-based random numbers: a sample's noise and edge depend only on the seed and the sample's index in
+the stream of training images.
 
-So a batch may be split over processes, accumulation rounds and restarts in any way and see the same noise,
-and there is no generator state to save. Dropout masks and augmentation are drawn for a whole batch at once
-(`SampleRng.generator`) and do depend on how it is split. Numbers are drawn in blocks of `BLOCK` consecutive
+A batch may therefore be split over processes, accumulation rounds and restarts in any way and see the same
+noise, and there is no generator state to save. Dropout masks and augmentation are drawn for a whole batch at
+once (`SampleRng.generator`) and do depend on the split. Numbers are drawn in blocks of `BLOCK` consecutive
 samples, each from a generator seeded by (seed, purpose, block).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import numpy as np
@@ -27,13 +28,14 @@ def derive_seed(*parts: int | str) -> int:
 class SampleRng:
     """Random numbers for the samples first ... first + count − 1 of the global stream.
 
-    Every purpose (`'noise'`, `'edge'`, ...) is an independent stream of numbers.
+    Every purpose (`'noise'`, `'edge'`, ...) has an independent stream of numbers.
     """
 
     def __init__(self, seed: int, first: int, count: int, device: torch.device | str = 'cpu'):
         self.seed, self.first, self.count, self.device = seed, first, count, torch.device(device)
 
     def _draw(self, purpose: str, shape, device, fill) -> Tensor:
+        # Whole blocks, of which the first and the last are used in part.
         generator = torch.Generator(device)
         first_block, last_block = self.first // BLOCK, (self.first + self.count - 1) // BLOCK
         blocks = []
@@ -48,19 +50,17 @@ class SampleRng:
         return self._draw(purpose, shape, self.device, torch.randn)
 
     def normal_on_host(self, purpose: str) -> np.ndarray:
-        """[count] float32, standard normal: for choices that the host has to know without asking the
-        device."""
+        """[count] float32, standard normal, on the host: for choices that the host must know without
+        synchronizing with the device."""
         return self._draw(purpose, (), torch.device('cpu'), torch.randn).numpy()
 
     def uniform(self, purpose: str) -> np.ndarray:
-        """[count] float64, uniform in [0, 1), on the host too."""
-        return self._draw(
-            purpose, (), torch.device('cpu'), lambda *a, **k: torch.rand(*a, dtype=torch.float64, **k)
-        ).numpy()
+        """[count] float64, uniform in [0, 1), on the host."""
+        rand = functools.partial(torch.rand, dtype=torch.float64)
+        return self._draw(purpose, (), torch.device('cpu'), rand).numpy()
 
     def generator(self, purpose: str) -> torch.Generator:
-        """A generator on the device for numbers that belong to this very set of samples (dropout masks,
+        """A generator on the device for numbers that belong to this set of samples as a whole (dropout masks,
         augmentation)."""
-        return torch.Generator(self.device).manual_seed(
-            derive_seed(self.seed, purpose, self.first, self.count)
-        )
+        seed = derive_seed(self.seed, purpose, self.first, self.count)
+        return torch.Generator(self.device).manual_seed(seed)

@@ -1,18 +1,17 @@
-"""Every sampler behind one signature: `sample(net, latents, class_labels, solver, steps, **options) ->
-images`.
+"""All samplers behind one signature: images = sample(net, latents, class_labels, solver, steps, **options).
 
-A sampler is a schedule and a solver: it lists the noise levels at which a network is evaluated
+A sampler combines a schedule and a solver: it lists the noise levels at which a network is evaluated
 (training/schedules.py for teachers; students and consistency models record theirs) and steps over them
 (training/solvers.py).
 
 - `student`: DDIM steps over the student's own grid.
-- `cm`: a consistency model, whose every output is an image, is evaluated once, or again after adding noise.
+- `cm`: a consistency model, each of whose outputs is an image; evaluated once, or again after adding noise.
 - `euler`, `heun`: the probability-flow ODE of a teacher, with EDM's discretizations, schedules, scalings and
   churn (Karras et al. 2022, Algorithms 1 and 2).
-- `addim`: DDIM steps of a teacher that make up for missing variance (Heek et al. 2024).
+- `addim`: DDIM steps of a teacher that compensate for missing variance (Heek et al. 2024).
 
-A snapshot's metadata record what it is. `solver`: its sampler; where that is not recorded, `student` if there
-is a grid, `heun` if not. `sigmas`: the noise levels of its evaluations, then 0.
+The metadata of a snapshot record how it is sampled. `solver`: its sampler; by default `student` if there is a
+grid, else `heun`. `sigmas`: the noise levels of its evaluations, then 0.
 """
 
 from __future__ import annotations
@@ -37,31 +36,31 @@ from training.solvers import ODE_SOLVERS, ode_solve
 __all__ = ['ode_solve', 'sample', 'schedule_sigmas']
 
 DEFAULT_TEACHER_STEPS = 18
-DEFAULT_TIMESTEPS = 40  # that a consistency model's indices `ts` count: Song et al.'s where they distill
-DEFAULT_RANGE = (0.002, 80.0)  # of noise levels, where a student or consistency model records none
+DEFAULT_TIMESTEPS = 40  # nodes that the indices `ts` count; Song et al.'s number in distillation
+DEFAULT_RANGE = (0.002, 80.0)  # noise levels of a student or consistency model that records none
 
-Edit = Callable[[Tensor], Tensor]  # of a denoised image, such as putting its known pixels in place
-Start = tuple[Tensor, float]  # (image, sigma): sampling begins at image + sigma · latents
+Edit = Callable[[Tensor], Tensor]  # changes a denoised image, such as replacing its known pixels
+Start = tuple[Tensor, float]  # (image, sigma): sampling starts at image + sigma · latents
 
 # ----------------------------------------------------------------------------
-# What there is to choose. None: as the network records it, else the default.
+# Options. None: as recorded by the network, else the default.
 
 
 @dataclass(frozen=True)
 class StudentOptions:
     """How a student is sampled."""
 
-    sigma_min: float | None = None  # ends and exponent of its grid, which is then built anew
+    sigma_min: float | None = None  # range and exponent of the grid, which is then rebuilt
     sigma_max: float | None = None
     rho: float | None = None
     student_grid: str | None = None  # edm | full
     edit: Edit | None = None  # applied to every D
-    start: Start | None = None  # begin there, through the rest of its segment and the grid below it
+    start: Start | None = None  # start there; then the grid levels below it
 
 
 @dataclass(frozen=True)
 class CMOptions:
-    """How a consistency model is sampled; its levels: see `cm_sigmas`."""
+    """How a consistency model is sampled. Its noise levels: see `cm_sigmas`."""
 
     taus: Sequence[float] | None = None
     mid_t: float | None = None
@@ -71,8 +70,8 @@ class CMOptions:
     sigma_max: float | None = None
     rho: float | None = None
     edit: Edit | None = None  # applied to every D, after the clamp
-    start: Start | None = None  # begin there instead of at pure noise (SDEdit, Meng et al. 2022)
-    clip_denoised: bool | None = None  # clamp every D to [-1, 1]; by default, unless it is one of latents
+    start: Start | None = None  # start there instead of at pure noise (SDEdit, Meng et al. 2022)
+    clip_denoised: bool | None = None  # clamp every D to [-1, 1]; by default for pixels, not for latents
 
 
 @dataclass(frozen=True)
@@ -104,13 +103,13 @@ class OdeOptions:
 
 
 def _known(options_class: type, options: dict) -> dict:
-    """Those of `options` that a class of options has."""
+    """The subset of `options` that are fields of the class."""
     names = {field.name for field in fields(options_class)}
     return {name: value for name, value in options.items() if name in names}
 
 
 # ----------------------------------------------------------------------------
-# The one entrance.
+# Sampling.
 
 
 def sample(
@@ -125,20 +124,20 @@ def sample(
     """Images from latents.
 
     Args:
-        net: denoiser D(x, sigma, class_labels) of x [N, C, H, W] and a scalar noise level; what it is (a
-            student with its grid, a consistency model, a teacher) is read from `net.metadata` where it has
-            that.
+        net: denoiser D(x, sigma, class_labels) of x [N, C, H, W] and a scalar noise level. Its `metadata`, if
+            any, record whether it is a student with a grid, a consistency model or a teacher.
         latents: [N, C, H, W], unit variance.
         class_labels: [N, label_dim] one-hot, or None.
-        solver: student | euler | heun | addim | cm; None: what the snapshot is.
+        solver: student | euler | heun | addim | cm; None: as recorded by the network.
         steps: of the solver; None: the network's own number, 18 for a teacher, 1 for a consistency model.
-        randn_like: noise for the solvers that add any, cm and those with churn: standard normal in the shape
-            and type of its argument.
+        randn_like: standard normal noise in the shape and type of its argument, for cm and solvers with
+            churn.
         options: of `StudentOptions`, `CMOptions`, `AddimOptions` or `OdeOptions`; for students also
-            `force_steps`, to take another number of steps than they were trained for.
-    Returns: [N, C, H, W] float64 in about [-1, 1], clamped by cm alone.
+            `force_steps`, which allows another number of steps than they were trained for.
+    Returns: [N, C, H, W] float64 in about [-1, 1]; only cm clamps.
     Raises: UserError for a solver or an option that does not apply.
     """
+    # The sampler, and whether it has these options.
     solver, steps = resolve(net, solver, steps, force_steps=options.pop('force_steps', False), **options)
     sampler = SAMPLERS[solver]
     unknown = options.keys() - _known(sampler.options, options).keys()
@@ -155,15 +154,16 @@ def resolve(
 ) -> tuple[str, int]:
     """The solver and number of steps that `sample` uses for a network and options.
 
-    Raises: UserError where they do not fit what the network is.
+    Raises: UserError if they do not apply to the network.
     """
+    # The solver: as given, as recorded, or by whether there is a grid.
     metadata = getattr(net, 'metadata', None) or {}
     own_steps = len(metadata['sigmas']) - 1 if 'sigmas' in metadata else None
     solver = solver or metadata.get('solver') or ('student' if own_steps else 'heun')
     if solver not in SAMPLERS:
         raise UserError(f'solver {solver!r} is not one of {", ".join(SAMPLERS)}')
 
-    # A consistency model takes any number of steps, a teacher too.
+    # Consistency models and teachers take any number of steps.
     if solver == 'cm':
         if metadata.get('solver') != 'cm' and (own_steps or 1) > 1:
             raise UserError(
@@ -174,7 +174,7 @@ def resolve(
     if solver != 'student':
         return solver, DEFAULT_TEACHER_STEPS if steps is None else steps
 
-    # A student takes its own.
+    # A student takes the steps of its grid.
     if own_steps is None and steps is None:
         raise UserError(
             'this network is no student with a grid of its own: give the number of steps, or take the '
@@ -189,18 +189,18 @@ def resolve(
 
 
 def evaluations(solver: str, steps: int) -> int:
-    """Network evaluations per image (NFE); a step to zero, the last one, takes one. A student that is given a
-    `start` skips the levels above it."""
+    """Network evaluations per image (NFE) without a `start`, which skips the levels above it."""
+    # The last step, to 0, takes one evaluation.
     each = ODE_SOLVERS[solver].evaluations if solver in ODE_SOLVERS else 1
     return each * (steps - 1) + 1
 
 
 # ----------------------------------------------------------------------------
-# The levels that a network is evaluated at.
+# The noise levels that a network is evaluated at.
 
 
 def clip_range(net, sigma_min: float, sigma_max: float) -> tuple[float, float]:
-    """Noise levels within what the network knows; UserError where nothing is left."""
+    """The part of a range that the network was trained at. Raises: UserError if it is empty."""
     known_min, known_max = float(getattr(net, 'sigma_min', 0)), float(getattr(net, 'sigma_max', math.inf))
     low, high = max(sigma_min, known_min), min(sigma_max, known_max)
     if not low < high:
@@ -212,15 +212,14 @@ def clip_range(net, sigma_min: float, sigma_max: float) -> tuple[float, float]:
 
 
 def _recorded(net, name: str, given, default):
-    """`given`, or where that is None what the network's metadata record, or the default."""
+    """`given`; if that is None, the entry of the network's metadata, or the default."""
     return (getattr(net, 'metadata', None) or {}).get(name, default) if given is None else given
 
 
 def _recorded_range(net, o: StudentOptions | CMOptions) -> tuple[float, float]:
-    low, high = DEFAULT_RANGE
-    return clip_range(
-        net, _recorded(net, 'sigma_min', o.sigma_min, low), _recorded(net, 'sigma_max', o.sigma_max, high)
-    )
+    low = _recorded(net, 'sigma_min', o.sigma_min, DEFAULT_RANGE[0])
+    high = _recorded(net, 'sigma_max', o.sigma_max, DEFAULT_RANGE[1])
+    return clip_range(net, low, high)
 
 
 def _start_level(start: Start, highest: float) -> float:
@@ -233,8 +232,9 @@ def _start_level(start: Start, highest: float) -> float:
 
 
 def student_sigmas(net, o: StudentOptions, steps: int) -> list[float]:
-    """The student's grid, then 0: the recorded one, or one built from what is given where it has none or
-    another is wanted. With a `start`, its level and those of the grid below it."""
+    """The student's noise levels, then 0: the recorded grid, or one built from the options if none is
+    recorded or the options ask for another. With a `start`, its level and the grid levels below it."""
+    # A recorded grid is used as it is, so that the levels are those of training bit for bit.
     recorded = _recorded(net, 'sigmas', None, [])
     if steps == len(recorded) - 1 and (o.sigma_min, o.sigma_max, o.rho, o.student_grid) == (None,) * 4:
         sigmas = [float(sigma) for sigma in recorded]
@@ -248,31 +248,33 @@ def student_sigmas(net, o: StudentOptions, steps: int) -> list[float]:
 
 
 def cm_sigmas(net, o: CMOptions, steps: int | None = None) -> list[float]:
-    """The falling noise levels at which a consistency model is evaluated: sigma_max or that of `start`, then
+    """The decreasing noise levels that a consistency model is evaluated at: sigma_max or that of `start`, then
 
-    - `taus`: given one by one;
-    - `mid_t`: a single one (Geng et al. 2024: 0.821 for CIFAR-10, 1.526 for ImageNet-64);
-    - `ts`: given as indices of `timesteps` Karras nodes from sigma_max (0) to sigma_min (timesteps − 1). The
-      first
-      index stands for the first level, the last for the end, which is not evaluated: 0,22,39 of 40 are two
+    - `taus`: these levels;
+    - `mid_t`: this level (Geng et al. 2024: 0.821 for CIFAR-10, 1.526 for ImageNet-64);
+    - `ts`: indices of `timesteps` Karras nodes from sigma_max (0) to sigma_min (timesteps − 1). The first
+      index is the first level, the last index the end, which is not evaluated: 0,22,39 of 40 are two
       evaluations (Song et al. 2023; metadata: `num_timesteps`);
-    - none of these: those that the network records, of them those below `start`, at their number of steps, or
-      else the first n of n+1 Karras nodes, n = `steps`: sigma_min is left out, because a consistency model
-      changes next to nothing there.
+    - none of these: the recorded levels (below `start`), if their number is `steps`; else the first n of n+1
+      Karras nodes, n = `steps`. sigma_min is left out, because a consistency model is nearly the identity
+      there.
 
-    Raises: UserError where they contradict each other or the network.
+    Raises: UserError if options contradict each other or the network.
     """
+    # The range.
     low, high = _recorded_range(net, o)
     top = high if o.start is None else _start_level(o.start, high)
     rho = _recorded(net, 'rho', o.rho, 7.0)
 
-    # One list, by whichever of the ways was taken.
+    # At most one of the options lists levels.
     ways = [name for name in ('taus', 'mid_t', 'ts') if getattr(o, name) is not None]
     if len(ways) > 1 or (o.timesteps is not None and o.ts is None):
         raise UserError(
             f'{" and ".join([*ways, "timesteps"][:2])}: noise levels are given as one of taus, mid_t, '
             'and ts with or without timesteps'
         )
+
+    # The levels, by that option or by the number of steps.
     if o.ts is not None:
         nodes = _recorded(net, 'num_timesteps', o.timesteps, DEFAULT_TIMESTEPS)
         sigmas = [top, *_indexed_sigmas(o.ts, nodes, low, high, rho)]
@@ -286,7 +288,7 @@ def cm_sigmas(net, o: CMOptions, steps: int | None = None) -> list[float]:
             n = len(sigmas) if steps is None else steps
             sigmas = ops.student_grid(n, min(low, top), top, rho, 'full')[:-1].tolist()
 
-    # Whatever way, they fall to the boundary, and are as many as they should be.
+    # They must decrease to the boundary, and be as many as the steps.
     boundary = float(getattr(net, 'boundary', 0))
     if o.start is not None and top <= boundary:
         raise UserError(
@@ -318,22 +320,20 @@ def _indexed_sigmas(
 
 
 def teacher_range(net, o: AddimOptions | OdeOptions) -> tuple[float, float]:
-    """(sigma_min, sigma_max) of a discretization, or as given, within what the network knows.
+    """(sigma_min, sigma_max) of the options, or of the discretization, clipped to the network's range.
 
-    Raises: UserError.
+    Raises: UserError for another discretization or an empty range.
     """
     if o.discretization not in DISCRETIZATIONS:
         raise UserError(f'discretization {o.discretization!r} is not one of {", ".join(DISCRETIZATIONS)}')
-    usual = DISCRETIZATIONS[o.discretization]
-    return clip_range(
-        net,
-        usual.sigma_min if o.sigma_min is None else o.sigma_min,
-        usual.sigma_max if o.sigma_max is None else o.sigma_max,
-    )
+    default = DISCRETIZATIONS[o.discretization]
+    low = default.sigma_min if o.sigma_min is None else o.sigma_min
+    high = default.sigma_max if o.sigma_max is None else o.sigma_max
+    return clip_range(net, low, high)
 
 
 def teacher_sigmas(net, o: AddimOptions | OdeOptions, steps: int) -> list[float]:
-    """[steps] noise levels rounded to those of the network, then 0   (Karras et al. 2022, Table 1, 'Time
+    """[steps+1] noise levels, rounded to those of the network, then 0   (Karras et al. 2022, Table 1, 'Time
     steps')."""
     low, high = teacher_range(net, o)
     sigmas = DISCRETIZATIONS[o.discretization].sigmas(steps, low, high, o.rho)
@@ -345,7 +345,7 @@ def _round_sigma(net, sigma) -> float:
 
 
 # ----------------------------------------------------------------------------
-# Samplers: a schedule, a start, a solver. Each is (net, denoiser, latents, steps, options, randn_like) ->
+# Samplers: a schedule, a start and a solver. Each is (net, denoiser, latents, steps, options, randn_like) ->
 # images.
 
 
@@ -355,15 +355,14 @@ def _start_state(latents: Tensor, sigma: float, start: Start | None) -> Tensor:
 
 
 def changed(denoiser: solvers.Denoiser, changes: Sequence[Edit]) -> solvers.Denoiser:
-    """A denoiser whose every D is clamped or edited by `changes` in turn.
-
-    It is NaN where D is not finite, which a clamp would make 1, and an edit may put a pixel over.
-    """
+    """A denoiser whose outputs are clamped or edited by `changes` in turn."""
 
     def denoise(x, sigma):
         denoised = result = denoiser(x, sigma)
         for change in changes:
             result = change(result)
+
+        # Non-finite values stay visible: a clamp would turn infinity into 1, an edit may overwrite it.
         return torch.where(denoised.isfinite(), result, torch.nan)
 
     return denoise
@@ -377,7 +376,8 @@ def sample_student(net, denoiser, latents: Tensor, steps: int, o: StudentOptions
 
 
 def sample_cm(net, denoiser, latents: Tensor, steps: int, o: CMOptions, randn_like) -> Tensor:
-    """Stochastic sampling of a consistency model; every D is clamped, then edited."""
+    """Multistep sampling of a consistency model."""
+    # Every output is clamped, then edited.
     clip = _recorded(net, 'clip_denoised', o.clip_denoised, not _recorded(net, 'encoder', None, None))
     clamp = [lambda denoised: denoised.clamp(-1, 1)] if clip else []
     edit = [] if o.edit is None else [o.edit]
@@ -397,20 +397,24 @@ def sample_addim(net, denoiser, latents: Tensor, steps: int, o: AddimOptions, ra
 def sample_ode(
     net, denoiser, latents: Tensor, steps: int, o: OdeOptions, randn_like, solver: Callable[..., Tensor]
 ) -> Tensor:
-    """EDM's sampler: a discretization, put on the time axis of a schedule sigma(t) and scaling s(t), and a
-    solver.
+    """EDM's sampler: a discretization, mapped to the time of a schedule sigma(t) and scaling s(t), and a
+    solver (Karras et al. 2022, Algorithm 2 with the choices of Table 1).
 
     S_churn > 0 adds noise before every step with S_min <= sigma <= S_max.
     """
+    # Times of the steps.
     sigmas = teacher_sigmas(net, o, steps)
     time = ode_time(o.schedule, o.scaling, *teacher_range(net, o))
     times = [time.time(sigma) for sigma in sigmas[:-1]] + [0.0]
 
+    # Churn, relative to the noise level (gamma in Algorithm 2).
     gain = min(o.S_churn / steps, math.sqrt(2) - 1)
     round_sigma = lambda sigma: _round_sigma(net, sigma)
-    perturb = (
-        solvers.churn(gain, o.S_min, o.S_max, o.S_noise, time, round_sigma, randn_like) if gain > 0 else None
-    )
+    perturb = None
+    if gain > 0:
+        perturb = solvers.churn(gain, o.S_min, o.S_max, o.S_noise, time, round_sigma, randn_like)
+
+    # Latents at the first time.
     x = latents * (time.sigma(times[0]) * time.scale(times[0]))
     return solver(denoiser, x, times, time, perturb)
 
@@ -425,6 +429,8 @@ def sample_heun(net, denoiser, latents: Tensor, steps: int, o: OdeOptions, randn
 
 
 class Sampler(NamedTuple):
+    """A sampler and the class of its options."""
+
     run: Callable[..., Tensor]
     options: type
 

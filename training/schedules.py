@@ -1,5 +1,4 @@
-"""Schedules: functions that return a list of falling noise levels to sample at. None of them knows what steps
-over it.
+"""Schedules: functions that return a decreasing list of noise levels to sample at, for any solver.
 
 Each is a function of (n, sigma_min, sigma_max, rho) and returns [n] float64 from sigma_max to sigma_min. A
 new one is a function here and an entry in `SCHEDULES`.
@@ -22,46 +21,47 @@ DEFAULT_RHO = 7.0
 
 
 def polynomial(n: int, sigma_min: float, sigma_max: float, rho: float | None = None) -> Tensor:
-    """Even in sigma^(1/rho)   (Karras et al. 2022, Eq. 5)."""
+    """Evenly spaced in sigma^(1/rho)   (Karras et al. 2022, Eq. 5)."""
     return ops.karras_sigmas(n, sigma_min, sigma_max, DEFAULT_RHO if rho is None else rho)
 
 
 def logsnr(n: int, sigma_min: float, sigma_max: float, rho: float | None = None) -> Tensor:
-    """Even in ln sigma, as for the variance-exploding process (Karras et al. 2022, Table 1, 've')."""
+    """Evenly spaced in ln sigma, the time of the variance-exploding process (Karras et al. 2022, Table 1,
+    've')."""
     return sigma_max * (sigma_min / sigma_max) ** _ramp(n)
 
 
 def time_uniform(n: int, sigma_min: float, sigma_max: float, rho: float | None = None) -> Tensor:
-    """Even in the time of the linear variance-preserving process that spans the range (Karras et al. 2022,
-    Table 1, 'vp')."""
+    """Evenly spaced in the time of the linear variance-preserving process that spans the range (Karras et al.
+    2022, Table 1, 'vp')."""
     sigma = vp_time(*vp_betas(sigma_min, sigma_max)).sigma
     times = 1 + _ramp(n) * (VP_EPSILON - 1)
     return torch.tensor([sigma(t) for t in times.tolist()], dtype=torch.float64)
 
 
 def cosine(n: int, sigma_min: float, sigma_max: float, rho: float | None = None) -> Tensor:
-    """Even in atan sigma, the time of the variance-preserving cosine process (Heek et al. 2024, Appendix
-    A)."""
+    """Evenly spaced in atan sigma, the time of the variance-preserving cosine process (Heek et al. 2024,
+    Appendix A)."""
     return ops.sigma_nodes(n, sigma_min, sigma_max, rho, 'cosine')
 
 
 def iddpm(n: int, sigma_min: float, sigma_max: float, rho: float | None = None) -> Tensor:
-    """Even in the index of iDDPM's levels within the range (Karras et al. 2022, Table 1, 'iDDPM').
+    """Evenly spaced in the index of iDDPM's levels within the range (Karras et al. 2022, Table 1, 'iDDPM').
 
-    Raises: UserError where there are none.
+    Raises: UserError if the range has none.
     """
-    levels = torch.tensor(
-        [u for u in reversed(iddpm_levels()) if sigma_min <= u <= sigma_max], dtype=torch.float64
-    )
+    inside = [u for u in reversed(iddpm_levels()) if sigma_min <= u <= sigma_max]
+    levels = torch.tensor(inside, dtype=torch.float64)
     if not len(levels):
         raise UserError(f'iDDPM has no noise level between {sigma_min:g} and {sigma_max:g}: widen the range')
     return levels[(_ramp(n) * (len(levels) - 1)).round().long()]
 
 
 def iddpm_levels(M: int = 1000, C_1: float = 0.001, C_2: float = 0.008) -> list[float]:
-    """iDDPM's noise levels in rising order, 0 first.
+    """[M+1] noise levels of iDDPM in increasing order, 0 first.
 
-    Nichol & Dhariwal 2021 in EDM's notation (Karras et al. 2022, Appendix C.3.2).
+    u_{j−1} = sqrt((u_j² + 1) / max(alpha_bar_{j−1} / alpha_bar_j, C_1) − 1), u_M = 0, alpha_bar_j = sin²(pi/2
+    j / (M (C_2 + 1)))   (Nichol & Dhariwal 2021 in EDM's notation: Karras et al. 2022, Appendix C.3.2).
     """
     alpha_bar = lambda j: math.sin(math.pi / 2 * j / M / (C_2 + 1)) ** 2
     levels = [0.0]
@@ -81,11 +81,11 @@ SCHEDULES = dict(polynomial=polynomial, logsnr=logsnr, time_uniform=time_uniform
 def schedule_sigmas(
     name: str, n: int, sigma_min: float, sigma_max: float, rho: float | None = None
 ) -> Tensor:
-    """[n] float64 noise levels from sigma_max down to sigma_min, by one of SCHEDULES; a single one is
-    sigma_max.
+    """Noise levels from sigma_max down to sigma_min, by one of SCHEDULES; a single one is sigma_max.
 
     Args:
-        rho: exponent of `polynomial`, 7 where None. The others have none, and leave it unused.
+        rho: exponent of `polynomial`; None: 7. Other schedules do not use it.
+    Returns: [n] float64.
     Raises: UserError for another name.
     """
     if name not in SCHEDULES:
@@ -94,7 +94,7 @@ def schedule_sigmas(
 
 
 # ----------------------------------------------------------------------------
-# The same by the names of EDM's ablations.
+# Schedules by the names of EDM's ablations.
 
 
 class Discretization(NamedTuple):

@@ -1,8 +1,7 @@
-"""Solvers: functions that step a state over a list of falling noise levels. None of them knows how the list
-was made.
+"""Solvers: functions that step a state over a decreasing list of noise levels, from any schedule.
 
-Each is `solver(denoiser, x, sigmas, ...) -> x`: x [N, ...] float64 is the state at the first level; the
-result is the state at the last. A denoiser here is a function D(x, sigma) of a state and a Python number that
+Each is `solver(denoiser, x, sigmas, ...) -> x`: x [N, ...] float64 is the state at the first level, the
+result the state at the last. A denoiser here is a function D(x, sigma) of a state and a Python number that
 returns float64. A new solver of the ODE is a function here and an entry in `ODE_SOLVERS`.
 """
 
@@ -21,10 +20,10 @@ from training import consistency_ops as ops
 from training.ode_time import LINEAR, OdeTime
 
 Denoiser = Callable[[Tensor, float], Tensor]
-Perturb = Callable[[Tensor, float], tuple[Tensor, float]]  # state and time, before a step: with noise added
+Perturb = Callable[[Tensor, float], tuple[Tensor, float]]  # adds noise to a state: (x, t) -> (x, t)
 
 # ----------------------------------------------------------------------------
-# The probability-flow ODE. With another time than sigma, "sigmas" are times, and states are scaled by s(t).
+# The probability-flow ODE in a time t: states are s(t) (y + sigma(t) n). By default t is sigma, and s is 1.
 
 
 def euler(
@@ -34,7 +33,14 @@ def euler(
     time: OdeTime = LINEAR,
     perturb: Perturb | None = None,
 ) -> Tensor:
-    """x <- x + (t' − t) dx/dt, of first order, one evaluation a step."""
+    """Euler steps x <- x + (t' − t) dx/dt: first order, one evaluation per step.
+
+    Args:
+        x: [N, ...] state at times[0].
+        times: [n+1] decreasing.
+        perturb: applied before every step, see `churn`.
+    Returns: [N, ...] state at times[-1].
+    """
     for t, t_next in itertools.pairwise(times):
         if perturb:
             x, t = perturb(x, t)
@@ -50,15 +56,20 @@ def heun(
     perturb: Perturb | None = None,
     alpha: float = 1.0,
 ) -> Tensor:
-    """Runge-Kutta steps of second order, two evaluations each (Karras et al. 2022, Algorithms 1 to 3).
+    """Runge-Kutta steps of second order, two evaluations each   (Karras et al. 2022, Algorithms 1 to 3).
 
-    A step to 0, where the slope has no value, is Euler's. `alpha`: where in the step the second slope is
-    taken.
+    x <- x + (t' − t) ((1 − 1/(2 alpha)) d + d'/(2 alpha)), with d the slope at t and d' the slope at the end
+    of an Euler step to t + alpha (t' − t). alpha = 1 is Heun's method. A step to 0, where the slope is
+    undefined, is Euler's.
+
+    Args: as of `euler`.
     """
     for t, t_next in itertools.pairwise(times):
         if perturb:
             x, t = perturb(x, t)
         step = t_next - t
+
+        # First slope, and the second one unless the step ends at 0.
         slope = ode_slope(denoiser, x, t, time)
         if t_next > 0:
             second = ode_slope(denoiser, x + alpha * step * slope, t + alpha * step, time)
@@ -86,11 +97,17 @@ def churn(
     round_sigma: Callable[[float], float],
     randn_like: Callable[[Tensor], Tensor],
 ) -> Perturb:
-    """Noise before every step with S_min <= sigma <= S_max that raises sigma by `gain` (Karras et al. 2022,
-    Algorithm 2)."""
+    """Adds noise that raises sigma to (1 + gain) sigma where S_min <= sigma <= S_max   (Karras et al. 2022,
+    Algorithm 2).
+
+    Args:
+        S_noise: factor on the standard deviation of the noise.
+        round_sigma: to the noise levels of the network.
+        randn_like: standard normal noise in the shape of its argument.
+    """
 
     def perturb(x, t):
-        # The noise is drawn at every step, used or not, as in EDM: images then differ by what the options do.
+        # Drawn at every step, used or not, as in EDM: options do not change the noise of later steps.
         sigma, noise = time.sigma(t), randn_like(x)
         raised = time.time(round_sigma(sigma + gain * sigma)) if S_min <= sigma <= S_max else t
         spread = math.sqrt(max(time.sigma(raised) ** 2 - sigma**2, 0))
@@ -100,12 +117,12 @@ def churn(
 
 
 class OdeSolver(NamedTuple):
-    """A solver of the ODE for `ode_solve`, and what there is to choose.
+    """A solver of the ODE for `ode_solve`, and its choices.
 
     Attributes:
-        solve: (denoiser, x, sigmas), and the keywords `order` and `variant` where there is a choice.
-        evaluations: of the denoiser in a step; a step to 0 takes one.
-        orders, variants: to choose from, the default first.
+        solve: (denoiser, x, sigmas, [order], [variant]) -> x, with the keywords that have a choice.
+        evaluations: denoiser evaluations per step; a step to 0 takes one.
+        orders, variants: choices, the default first.
     """
 
     solve: Callable[..., Tensor]
@@ -127,20 +144,21 @@ def ode_solve(
     afs: bool = False,
     to_zero: bool = False,
 ) -> Tensor:
-    """The state at the last of `sigmas`, from that at the first, along the probability-flow ODE.
+    """Solves the probability-flow ODE from the first of `sigmas` to the last.
 
     Args:
         denoiser: D(x, sigma) of [N, ...] float64 and a float64 scalar.
-        x: [N, ...] at sigmas[0], which has a deviation of about that level.
-        sigmas: [n] falling noise levels; the last may be 0.
+        x: [N, ...] state at sigmas[0], with a standard deviation of about that level.
+        sigmas: [n] decreasing noise levels; the last may be 0.
         solver: one of ODE_SOLVERS.
         order, variant: of solvers that have several; None: their default.
         afs: analytical first step: the first slope is x / sqrt(1 + sigma²), as for data of unit variance,
             without an evaluation.
-        to_zero: after the last level, x <- D(x; sigma), one evaluation more.
-    Returns: [N, ...] float64.
-    Raises: UserError where the solver has no such order or variant, or the levels do not fall.
+        to_zero: after the last level, x <- D(x; sigma), with one more evaluation.
+    Returns: [N, ...] float64 state at the last level.
+    Raises: UserError if the solver has no such order or variant, or the levels do not decrease.
     """
+    # Check the choices.
     chosen, sigmas = _chosen(solver, order, variant), torch.as_tensor(sigmas, dtype=torch.float64).tolist()
     if not sigmas or sigmas[-1] < 0 or any(a <= b for a, b in itertools.pairwise(sigmas)):
         raise UserError(
@@ -150,7 +168,8 @@ def ode_solve(
         raise UserError('to_zero is for noise levels that end above 0')
 
     def denoise(x, sigma):
-        if afs and sigma == sigmas[0]:  # levels fall: this is the first evaluation and no other
+        # Levels decrease, so only the first evaluation is at the first level.
+        if afs and sigma == sigmas[0]:
             return x - sigma / math.sqrt(1 + sigma**2) * x
         return denoiser(x, ops.noise_level(sigma, x)).double()
 
@@ -168,33 +187,30 @@ def _chosen(solver: str, order: int | None, variant: str | None) -> Callable[...
         ('variant', variant, ODE_SOLVERS[solver].variants),
     ):
         if given is not None and given not in known:
-            there = (
-                f'{name} is one of {", ".join(map(str, known))}'
-                if known
-                else f'solver has no {name} to choose'
-            )
-            raise UserError(f'{name} {given!r}: the {solver} {there}')
+            one_of = f'{name} is one of {", ".join(map(str, known))}'
+            none = f'solver has no {name} to choose'
+            raise UserError(f'{name} {given!r}: the {solver} {one_of if known else none}')
         if known:
             settings[name] = known[0] if given is None else given
     return lambda denoiser, x, sigmas: ODE_SOLVERS[solver].solve(denoiser, x, sigmas, **settings)
 
 
 # ----------------------------------------------------------------------------
-# Others: students, adjusted DDIM, consistency models.
+# Solvers of students, of adjusted DDIM and of consistency models.
 
 
 def ddim(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """x <- D + (sigma' / sigma)(x − D), one evaluation a step (Heek et al. 2024, Section 3)."""
+    """x <- D + (sigma' / sigma)(x − D), one evaluation per step   (Heek et al. 2024, Section 3)."""
     for sigma, sigma_next in itertools.pairwise(sigmas):
         x = ops.ddim_step(x, denoiser(x, sigma), sigma, sigma_next)
     return x
 
 
 def addim(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float], xvar_scale: float = 1.0) -> Tensor:
-    """DDIM steps whose noise is lengthened by the variance that D lacks (Heek et al. 2024, Algorithm 3).
+    """DDIM steps whose noise is lengthened by the variance that D lacks   (Heek et al. 2024, Algorithm 3).
 
-    That variance is `xvar_scale` times the one that is assumed without data, `ops.addim_variance`; 0 is DDIM.
-    A step to 0 is plain DDIM.
+    That variance is `xvar_scale` times `consistency_ops.addim_variance` without images; 0 is DDIM. A step to
+    0 is plain DDIM.
     """
     for sigma, sigma_next in itertools.pairwise(sigmas):
         denoised = denoiser(x, sigma)
@@ -214,8 +230,9 @@ def consistency(
 
     Args:
         sigmas: the levels of the evaluations; no 0 at the end.
-        boundary: level at which the network is the identity: its outputs have that much noise.
-        randn_like: gives z, one draw for each level but the first.
+        boundary: level at which the network is the identity; its outputs have that much noise.
+        randn_like: draws z, once for each level but the first.
+    Returns: [N, ...] the last output.
     """
     x = denoiser(x, sigmas[0])
     for sigma in sigmas[1:]:
