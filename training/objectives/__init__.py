@@ -1,4 +1,4 @@
-"""The objectives: what each starts from, its options, its defaults and its loss stand in one file. Quick to import."""
+"""The objectives. One file has an objective's options, defaults and loss. Imports no PyTorch."""
 
 from __future__ import annotations
 

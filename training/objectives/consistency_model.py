@@ -22,10 +22,9 @@ MU_SCHEDULES = ('adaptive', 'fixed')
 
 
 class NodeSchedule(EdgeSchedule):
-    """The N − 1 edges of N Karras nodes, without an edge to 0: D(x; sigma_min) = x, so that the chain of
-    targets ends in the image x at sigma_min.
+    """The N − 1 edges of N Karras nodes, equally likely; N is the stage.
 
-    Subclasses give N as `stage_after`. Edges are equally likely here.
+    There is no edge to 0: D(x; sigma_min) = x, so the chain of targets ends in the image x at sigma_min.
     """
 
     def edges_at(self, stage: int):
@@ -36,7 +35,7 @@ class NodeSchedule(EdgeSchedule):
         return edges, self.probabilities(sigmas)
 
     def probabilities(self, sigmas: Tensor) -> Tensor:
-        """Of each edge of a grid [N], [N−1] float64."""
+        """[N−1] float64 probabilities of the edges of a grid [N]."""
         return torch.full_like(sigmas[1:], 1 / (len(sigmas) - 1))
 
 
@@ -69,7 +68,8 @@ class ConsistencyModelState(NodeSchedule):
             )
         super().__init__(c, teacher, gap_option='--s1 or --N')
         self.net, self.perceptual, self.target = net, perceptual, None
-        if c.mu0 and net is not None:  # in training mode, like the network: it sees the same dropout masks
+        if c.mu0 and net is not None:
+            # The copy stays in training mode, because it is evaluated under the network's dropout masks.
             self.target = copy.deepcopy(net).requires_grad_(False)
             self._averages, self._weights = (list(module.parameters()) for module in (self.target, net))
 
@@ -84,14 +84,14 @@ class ConsistencyModelState(NodeSchedule):
         self.mu = times.target_ema(self.stage, c.s0, c.mu0) if follows_grid else c.mu0
 
     def end_step(self) -> None:
-        """target <- mu target + (1 − mu) network, with the mu of the step that has been taken."""
+        """target <- mu target + (1 − mu) network, with the mu of this step."""
         if self.target is not None:
             with torch.no_grad():
                 torch._foreach_lerp_(self._averages, self._weights, 1 - self.mu)
 
     def image_distance(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """[N]. `l1`, `l2`: means over an image's values; `pseudo_huber`: with iCT's constant; `lpips`: the
-        perceptual distance."""
+        """[N] distances by `cm_loss`. `l1`, `l2`: means over an image's values; `pseudo_huber`: with iCT's
+        constant; `lpips`: the perceptual distance."""
         if self.c.cm_loss == 'lpips':
             return self.perceptual(prediction, target)
         if self.c.cm_loss == 'pseudo_huber':
@@ -106,7 +106,8 @@ class ConsistencyModelState(NodeSchedule):
         return {} if self.target is None else dict(target=dict(self.target.state_dict()))
 
     def load_state_dict(self, state: dict) -> None:
-        if self.target is not None:  # a run that had none begins with the network that has been loaded
+        if self.target is not None:
+            # The state of a run without a target network starts one from the loaded network.
             self.target.load_state_dict(state['target'] if 'target' in state else self.net.state_dict())
 
 

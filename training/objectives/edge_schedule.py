@@ -1,5 +1,5 @@
-"""Which edges the images of a batch lie on: a list of edges, each with a probability, that changes with the
-stage of training."""
+"""Draws the edges that the images of a batch lie on, from a list of edges and their probabilities that
+changes with the stage of training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BatchEdges(NamedTuple):
     Attributes:
         sigma_t, sigma_s, sigma_b: float64 upper and lower end, and boundary.
         kind: TERMINAL, SNAP or GENERAL, see `consistency_ops.Edges`.
-        index: int64, which of the list's edges.
+        index: int64, position in the list of edges.
         anchored: [M] int64, the images on the anchored edge.
     """
 
@@ -38,12 +38,12 @@ class BatchEdges(NamedTuple):
 
 
 class EdgeSchedule(State):
-    """Draws edges; subclasses give them by `stage_after` and `edges_at`.
+    """Draws edges; subclasses define them by `stage_after` and `edges_at`.
 
     Attributes:
-        anchor: whether the first edge is anchored: it has a boundary target of its own.
-        stage: of the next step.
-        edges: [T'] of this stage, on the host.
+        anchor: whether the first edge is anchored, which means that it has a boundary target of its own.
+        stage: stage of the next step.
+        edges: [T'] edges of this stage, on the host.
     """
 
     def __init__(self, c, teacher=None, anchor: bool = False, gap_option: str = ''):
@@ -66,13 +66,15 @@ class EdgeSchedule(State):
             self._enter()
 
     def _enter(self) -> None:
-        """Make the edges of this stage; they are checked here, once, so that steps need not synchronize."""
+        """Build the tables of this stage."""
+        # Checked here once, so that steps need not synchronize with the device.
         edges, probabilities = self.edges_at(self.stage)
         ops.check_edges(edges)
         self.edges, self._on_device = edges, None
         self.cumulative = probabilities.cumsum(0).numpy()
 
-        # What a step gathers by index: columns of `BatchEdges`, indicators for statistics, segments.
+        # What a step gathers by index: columns of `BatchEdges`, indicators for statistics, segments. Uploaded
+        # by the first step that draws.
         columns = [edges.sigma_t, edges.sigma_s, edges.sigma_b, edges.kind.double()]
         anchored = torch.zeros(len(edges), 1, dtype=torch.float64)
         anchored[0] = self.anchor
@@ -81,18 +83,20 @@ class EdgeSchedule(State):
         self._segment_names = [f'Loss/segment{j}' for j in range(int(edges.segment[-1]) + 1)]
 
     def draw(self, rng) -> BatchEdges:
-        """An edge for each image of `rng`. The host draws, so that it knows the anchored images without a
-        synchronization."""
+        """An edge for each image of `rng`, by inversion of the cumulative probabilities."""
+        # On the host, which then knows the anchored images without synchronizing with the device.
         uniform = rng.uniform('edge') * self.cumulative[-1]
         index = np.searchsorted(self.cumulative, uniform, side='right').clip(max=len(self.edges) - 1)
         anchored = np.flatnonzero((index == 0) & self.anchor)
+
+        # The columns of these edges, on the device.
         if self._on_device is None:
             self._on_device = [misc.upload(values, rng.device) for values in self._on_host]
         index, anchored = (misc.upload(values, rng.device) for values in (index, anchored))
         return BatchEdges(*self._on_device[0][index].unbind(dim=1), index, anchored)
 
     def report(self, edges: BatchEdges, loss: Tensor) -> None:
-        """Statistics of a batch's edges and of its losses [N]."""
+        """Report a batch's edges and its losses [N]."""
         _, flags, segment = self._on_device
         report_levels(edges.sigma_t, loss)
         names = [f'Edges/{name}' for name in (*ops.KIND_NAMES, 'pinned')]
@@ -103,6 +107,7 @@ class EdgeSchedule(State):
     def self_target_gap(self, nimg: int) -> float | None:
         if not self.gap_option:
             return None
+        # Terminal and snap edges compare the network with no output of its own.
         edges, probabilities = self.edges_at(self.stage_after(nimg))
         general = edges.kind == ops.GENERAL
         gap, order = (1 - edges.sigma_s / edges.sigma_t)[general].sort()

@@ -6,14 +6,22 @@ An objective is a module `training.objectives.loss_<x>` with
     setup(c, teacher, net, perceptual) -> State     once, before the first step or `load_state_dict`
     loss(net, images, labels, rng, state, augment_labels) -> [N]
 
-and a step is `state.begin_step(nimg)`, the loss of every micro-batch, `state.end_step()`. Importing a module
+A step is `state.begin_step(nimg)`, the loss of every micro-batch, `state.end_step()`. Importing a module
 imports no PyTorch.
 
 `setup` takes the objective's options as attributes of `c`, a frozen `teacher`, the network that trains and a
-perceptual distance, of which it uses what it needs. `loss` takes that network (in DDP, where there are
-several processes), images [N, C, H, W] in [-1, 1], one-hot labels [N, label_dim] and the only source of
-random numbers, `training.rng.SampleRng`. It returns one loss for each image, summed over the image's
-values, and never waits for the device: no `.item()`, no indexing by a boolean mask.
+perceptual distance (`metrics.lpips`); an objective uses what it needs.
+
+Args of `loss`:
+    net: the network that trains, in DDP if there are several processes.
+    images: [N, C, H, W] in [-1, 1].
+    labels: [N, label_dim] one-hot, or None.
+    rng: `training.rng.SampleRng`, the only source of random numbers.
+    state: what `setup` returned.
+    augment_labels: [N, augment_dim], or None.
+
+A loss is one number for each image, summed over the image's values. It never synchronizes with the device:
+no `.item()`, no indexing by a boolean mask.
 """
 
 from __future__ import annotations
@@ -39,12 +47,12 @@ SIGMA_BINS = [
 
 
 class State:
-    """What an objective keeps from step to step: its options `c`, its frozen `teacher`, and by subclass its
+    """What an objective keeps from step to step: its options `c`, its frozen `teacher`, and in subclasses
     schedules and averages.
 
     Attributes:
-        gap_option: of train.py, by which `self_target_gap` goes; empty where the network is not compared with
-            itself.
+        gap_option: the option of train.py that `self_target_gap` depends on; empty if the network is not
+            compared with itself.
     """
 
     gap_option = ''
@@ -56,20 +64,19 @@ class State:
         """The next optimizer step follows `nimg` images."""
 
     def end_step(self) -> None:
-        """The weights are new."""
+        """The optimizer has updated the weights."""
 
     def networks(self) -> list[Module]:
-        """Networks of its own that it evaluates, besides the one that trains and the teacher."""
+        """Networks that it evaluates besides the one that trains and the teacher."""
         return []
 
     def sampling_network(self, net: Module) -> Module:
-        """What makes images with `net`, an average of the network that trains: `net` itself, where that is
-        enough."""
+        """What samples images with `net`, an average of the network that trains; usually `net` itself."""
         return net
 
     def self_target_gap(self, nimg: int) -> float | None:
-        """Median of 1 − r/t over the pairs of times whose outputs the step after `nimg` images compares;
-        None: it compares no two outputs."""
+        """Median of 1 − r/t over the pairs of times whose outputs are compared by the step that follows
+        `nimg` images; None if no outputs are compared."""
         return None
 
     def state_dict(self) -> dict:
@@ -90,7 +97,7 @@ def unwrap(net: Module) -> Module:
 
 
 def dropout_masks(net: Module, rng, purpose: str = 'dropout') -> dict[str, Tensor]:
-    """Dropout masks for one pass over the images of `rng`; none where the network does not train."""
+    """Dropout masks {name: [N, C, H, W]} for one pass over the images of `rng`; none in evaluation mode."""
     net = unwrap(net)
     return net.dropout_masks(rng.count, rng.generator(purpose)) if net.training else {}
 
@@ -102,8 +109,12 @@ def denoiser(
     masks: Mapping[str, Tensor] | None = None,
     rows: Tensor | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """D(x, sigma) -> float64 of a network under the conditions and dropout masks of a batch; with `rows` [M]
-    int64, of these images of it."""
+    """D(x, sigma) -> [N, C, H, W] float64 of a network, under the labels and dropout masks of a batch.
+
+    Args:
+        masks: None lets a network in training mode draw its own.
+        rows: [M] int64 images of the batch; x, sigma and D are then of these alone.
+    """
     select = lambda values: values if values is None or rows is None else values[rows]
     labels, options = select(labels), {}
     if augment_labels is not None:
@@ -114,10 +125,19 @@ def denoiser(
 
 
 def student_and_target(
-    net: Module, labels: Tensor | None, augment_labels: Tensor | None, rng, sync_dropout: bool, target=None
-):
-    """The denoiser that trains, and that of its targets: by default the same network, past DDP.
-    `sync_dropout`: both see the same dropout masks."""
+    net: Module,
+    labels: Tensor | None,
+    augment_labels: Tensor | None,
+    rng,
+    sync_dropout: bool,
+    target: Module | None = None,
+) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    """The denoiser that trains, and the denoiser of its targets.
+
+    Args:
+        sync_dropout: both see the same dropout masks.
+        target: network of the targets; None: `net` itself, without DDP, because no gradients flow there.
+    """
     masks = dropout_masks(net, rng)
     target_masks = masks if sync_dropout else dropout_masks(net, rng, 'target dropout')
     target = unwrap(net) if target is None else target
@@ -137,13 +157,12 @@ def _bin_edges(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def report_by_sigma(sigma: Tensor, loss: Tensor) -> None:
-    """Report each image's loss under the bin of noise levels that it falls in, as
-    `Loss/sigma_<low>-<high>`."""
+    """Report the losses [N] by bins of the noise levels [N], as `Loss/sigma_<low>-<high>`."""
     index = torch.bucketize(sigma.detach().contiguous(), _bin_edges(sigma.device, sigma.dtype))
     training_stats.report_bins([f'Loss/sigma_{name}' for name in SIGMA_BINS], index, loss)
 
 
 def report_levels(sigma_t: Tensor, loss: Tensor) -> None:
-    """Statistics of the noise levels [N] that images are trained at, and of their losses [N]."""
+    """Report the noise levels [N] that images are trained at, and their losses [N]."""
     training_stats.report('Edges/log10_sigma_t', sigma_t.log() / math.log(10))
     report_by_sigma(sigma_t, loss)

@@ -1,8 +1,8 @@
 """Multistep consistency distillation (Heek et al. 2024, Section 3) in EDM's noise schedule.
 
-An image is noised to the upper end of a teacher edge, the teacher steps to the lower end, the student's own
-(stopped) prediction there carries it on to the boundary of the segment, and the student at the upper end is
-trained toward the denoised image from which a DDIM step would reach the same place.
+An image is noised to the upper end of a teacher edge. The teacher steps to the lower end. From there the
+student's own prediction (stop-gradient) leads on to the boundary of the segment. The student at the upper end
+is trained toward the denoised image from which a DDIM step reaches the same place.
 """
 
 from __future__ import annotations
@@ -13,17 +13,10 @@ from typing import TYPE_CHECKING
 from dnnlib import cli
 from dnnlib.lazy import lazy_import
 from dnnlib.options import SWITCH, opt
+from training.choices import HOP_COST
 from training.objectives.loss import denoiser, student_and_target
 from training.objectives.multistep import MultistepSchedule
-from training.objectives.options import (
-    EDM2_STUDENT,
-    HOP_COST,
-    STUDENT,
-    Objective,
-    Segments,
-    SyncDropout,
-    TeacherHop,
-)
+from training.objectives.options import EDM2_STUDENT, STUDENT, Objective, Segments, SyncDropout, TeacherHop
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +49,7 @@ class DistillationConfig(SyncDropout, Segments, TeacherHop):
     )
 
     def cost(self) -> float:
-        """A hop, the self-target, the student; on the anchored first edge the teacher's solution: 2 evaluations a sub-step."""
+        # The hop, the self-target and the student; on the anchored edge 2 evaluations for each Heun step.
         total = HOP_COST[self.hop] + 4
         if self.terminal_anchor:
             anchored = self.top_mass / self.S if self.top_mass else 1 / self.T_end
@@ -75,7 +68,7 @@ OBJECTIVE = Objective(
 
 
 class DistillationState(MultistepSchedule):
-    """The edges, and the levels of the teacher's own solution on the anchored one.
+    """The edges, and the noise levels of the teacher's own solution on the anchored edge.
 
     Args:
         c: options of `MultistepSchedule`; hop, one of `consistency_ops.HOPS`, and xvar_frac of aDDIM;
@@ -88,10 +81,9 @@ class DistillationState(MultistepSchedule):
     def __init__(self, c, teacher):
         ops.check_hop(c.hop)
         super().__init__(c, teacher, anchor=c.terminal_anchor, gap_option='--T_end')
-        top, bottom = float(self.student[0]), float(self.student[1])
-        self.anchor_levels = ops.anchor_nodes(
-            top, bottom, c.sigma_min, c.rho, c.anchor_hops, c.sigma_grid
-        ).tolist()
+        top, bottom = self.student[:2].tolist()
+        nodes = ops.anchor_nodes(top, bottom, c.sigma_min, c.rho, c.anchor_hops, c.sigma_grid)
+        self.anchor_levels = nodes.tolist()
 
 
 def setup(c, teacher, net=None, perceptual=None) -> DistillationState:
@@ -99,15 +91,25 @@ def setup(c, teacher, net=None, perceptual=None) -> DistillationState:
 
 
 def loss(net, images: Tensor, labels, rng, state: DistillationState, augment_labels=None) -> Tensor:
-    """w(sigma_t) ℓ(student(x_t; sigma_t) − x*), [N], x* = inv_ddim(x_b) (Heek et al. 2024, Algorithm 1)."""
+    """Distance of the student's image from the one that leads to the boundary target x_b.
+
+    w(sigma_t) ℓ(student(x_t; sigma_t) − x*), x* = inv_ddim(x_b, x_t, sigma_t, sigma_b)   (Heek et al. 2024,
+    Algorithm 1).
+
+    Args: see `training.objectives.loss`.
+    Returns: [N] float64.
+    """
     c = state.c
     student, self_target = student_and_target(net, labels, augment_labels, rng, c.sync_dropout)
     teacher = denoiser(state.teacher, labels, augment_labels)
 
-    # One teacher edge sigma_t -> sigma_s per image; sigma_b is the lower end of its segment.
+    # One teacher edge sigma_t -> sigma_s per image; sigma_b is the lower end of its segment. On terminal
+    # edges, where sigma_s = 0, a stand-in keeps arithmetic finite, and `by_kind` drops what follows from it.
     edges = state.draw(rng)
     sigma_t, sigma_b = edges.sigma_t, edges.sigma_b
-    sigma_s = ops.above_zero(edges.sigma_s, sigma_t)  # what follows from it on terminal edges is dropped
+    sigma_s = ops.above_zero(edges.sigma_s, sigma_t)
+
+    # Data: x_t = y + sigma_t n.
     y, noise = images.double(), rng.normal('noise', images.shape[1:])
     x_t = y + ops.expand_like(sigma_t, y) * noise
 
@@ -116,21 +118,23 @@ def loss(net, images: Tensor, labels, rng, state: DistillationState, augment_lab
         denoised = teacher(x_t, sigma_t)
         x_s = ops.teacher_hop(teacher, x_t, sigma_t, sigma_s, c.hop, denoised, y, c.xvar_frac)
 
-        # Student: a DDIM step on to the boundary, where that is not reached yet. Terminal edges end at the
-        # teacher's image, or at the data's.
+        # Student: a DDIM step on to the boundary, unless the hop has reached it. Terminal edges end at the
+        # teacher's denoised image, or at the data.
         x_b = ops.ddim_step(x_s, self_target(x_s, sigma_s), sigma_s, sigma_b)
         terminal = denoised if c.terminal_teacher_hop else y
         x_b = ops.by_kind(edges.kind, terminal=terminal, snap=x_s, general=x_b)
 
-        # Edges from sigma_max: the teacher's own solution down to the boundary.
+        # Edges from sigma_max: the teacher's own solution down to the boundary. These are few, so only they
+        # pay for its many evaluations.
         if len(rows := edges.anchored):
             of_rows = denoiser(state.teacher, labels, augment_labels, rows=rows)
             solution = ops.solve_ode(of_rows, x_t[rows], state.anchor_levels, denoised[rows])
             x_b = x_b.index_copy(0, rows, solution)
 
-        # The denoised image from which a DDIM step leads to the boundary target.
+        # Target: the denoised image from which a DDIM step leads to the boundary target.
         x_star = ops.inv_ddim(x_b, x_t, sigma_t, sigma_b, check=False)
 
+    # Loss.
     distance = ops.image_distance(student(x_t, sigma_t) - x_star, c.cd_loss)
     values = ops.edge_weight(sigma_t, edges.sigma_s, c.cd_weight_mode, c.sigma_data) * distance
     state.report(edges, values.detach())

@@ -1,5 +1,5 @@
-"""Consistency distillation (Song et al. 2023, Algorithm 2): the network agrees with its average one step of
-the teacher further down."""
+"""Consistency distillation (Song et al. 2023, Algorithm 2): the network is trained to agree with its average
+at the lower level that one step of the teacher leads to."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dnnlib.lazy import lazy_import
+from training.choices import HOP_COST
 from training.objectives.consistency_model import ConsistencyModelState
 from training.objectives.loss import denoiser, student_and_target
 from training.objectives.loss_cm_ct import SongConfig
-from training.objectives.options import CONSISTENCY_MODEL, EDM2_STUDENT, HOP_COST, Objective, TeacherHop
+from training.objectives.options import CONSISTENCY_MODEL, EDM2_STUDENT, Objective, TeacherHop
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +52,13 @@ def setup(c, teacher, net=None, perceptual=None) -> ConsistencyModelState:
 
 
 def loss(net, images: Tensor, labels, rng, state: ConsistencyModelState, augment_labels=None) -> Tensor:
-    """ℓ(student(x_t; sigma_t), target(x_s; sigma_s)), [N]."""
+    """Distance between the network at t and its target network at s, on one trajectory.
+
+    ℓ(student(x_t; sigma_t), target(x_s; sigma_s))   (Song et al. 2023, Algorithm 2).
+
+    Args: see `training.objectives.loss`.
+    Returns: [N] float64.
+    """
     c = state.c
     student, target = student_and_target(net, labels, augment_labels, rng, c.sync_dropout, state.target)
     teacher = denoiser(state.teacher, labels, augment_labels)
@@ -64,8 +71,11 @@ def loss(net, images: Tensor, labels, rng, state: ConsistencyModelState, augment
     with torch.no_grad():
         # Teacher: one solver step along the edge.
         x_s = ops.teacher_hop(teacher, x_t, edges.sigma_t, edges.sigma_s, c.hop, None, y, c.xvar_frac)
+
+        # Target network at the lower end.
         x_star = target(x_s, edges.sigma_s)
 
+    # Loss.
     values = state.image_distance(student(x_t, edges.sigma_t), x_star)
     state.report(edges, values.detach())
     return values

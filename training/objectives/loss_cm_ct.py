@@ -1,5 +1,5 @@
-"""Consistency training (Song et al. 2023, Algorithm 3): the network agrees with its average at the next lower
-level of the same noise."""
+"""Consistency training (Song et al. 2023, Algorithm 3): the network is trained to agree with its average at
+the next lower level of the same noise."""
 
 from __future__ import annotations
 
@@ -106,7 +106,13 @@ def setup(c, teacher=None, net=None, perceptual=None) -> ConsistencyModelState:
 
 
 def loss(net, images: Tensor, labels, rng, state: ConsistencyModelState, augment_labels=None) -> Tensor:
-    """ℓ(student(x_t; sigma_t), target(x_s; sigma_s)), [N]."""
+    """Distance between the network at t and its target network at s, on one trajectory.
+
+    ℓ(student(x_t; sigma_t), target(x_s; sigma_s))   (Song et al. 2023, Algorithm 3).
+
+    Args: see `training.objectives.loss`.
+    Returns: [N] float64.
+    """
     c = state.c
     student, target = student_and_target(net, labels, augment_labels, rng, c.sync_dropout, state.target)
 
@@ -118,8 +124,11 @@ def loss(net, images: Tensor, labels, rng, state: ConsistencyModelState, augment
     with torch.no_grad():
         # Data: the same noise at the lower end of the edge.
         x_s = y + ops.expand_like(edges.sigma_s, y) * noise
+
+        # Target network at the lower end.
         x_star = target(x_s, edges.sigma_s)
 
+    # Loss.
     values = state.image_distance(student(x_t, edges.sigma_t), x_star)
     state.report(edges, values.detach())
     return values

@@ -23,7 +23,8 @@ NAME = 'diffusion'
 
 @dataclass(frozen=True)
 class DiffusionConfig(LogNormal):
-    """Options of --objective=diffusion, whose loss --precond names. EDM's and EDM2's draw ln sigma from a normal distribution."""
+    """Options of --objective=diffusion, whose loss is selected by --precond. Those of EDM and EDM2 draw ln
+    sigma from a normal distribution."""
 
     P_mean: float | None = -1.2
     P_std: float | None = 1.2
@@ -61,23 +62,29 @@ DEFAULTS = dict(
 
 
 def setup(c, teacher=None, net=None, perceptual=None) -> State:
-    """`c.kind` is one of DEFAULTS, whose options may be given otherwise."""
+    """`c.kind` is one of DEFAULTS; attributes of `c` override its options."""
     options = {name: getattr(c, name, default) for name, default in DEFAULTS[c.kind].items()}
     return State(SimpleNamespace(kind=c.kind, **options))
 
 
 def loss(net, images: Tensor, labels, rng, state: State, augment_labels=None) -> Tensor:
-    """w(sigma) |D(y + sigma n; sigma) − y|², [N].
+    """Weighted squared error of the denoised image.
 
-    EDM2's, for networks that estimate the logarithm u(sigma) of the weighted error of a value: w(sigma) / e^u
-    |D − y|² + u for every value, so that all noise levels count the same throughout training (Karras et al.
-    2024, Eq. 21, following Kendall et al. 2018).
+    w(sigma) |D(y + sigma n; sigma) − y|²   (Karras et al. 2022, Eq. 2). EDM2: w(sigma) / e^u |D − y|² + u per
+    value, where the network estimates the logarithm u(sigma) of the weighted error of a value, so that all
+    noise levels count the same throughout training   (Karras et al. 2024, Eq. 21, following Kendall et al.
+    2018).
+
+    Args: see `training.objectives.loss`.
+    Returns: [N].
     """
+    # Noisy images.
     sigma, weight = noise_levels(state.c, rng)
     noise = rng.normal('noise', images.shape[1:])
     noisy = images + ops.expand_like(sigma, images).to(images.dtype) * noise
     options = dict(augment_labels=augment_labels, dropout_masks=dropout_masks(net, rng))
 
+    # Loss; EDM2's networks also estimate its logarithm.
     if state.c.kind == 'edm2':
         denoised, logvar = net(noisy, sigma, labels, **options, return_logvar=True)
         error = weight * (denoised - images).square().flatten(1).sum(dim=1)
@@ -92,7 +99,7 @@ def loss(net, images: Tensor, labels, rng, state: State, augment_labels=None) ->
 
 
 def noise_levels(c, rng) -> tuple[Tensor, Tensor]:
-    """sigma and its weight, [N] float32 each.
+    """Noise levels sigma and their loss weights, [N] float32 each.
 
     `edm`, `edm2`: ln sigma ~ N(P_mean, P_std²), weight 1/sigma² + 1/sigma_data². `vp`: t uniform in
     [epsilon_t, 1] under the variance-preserving SDE; `ve`: ln sigma uniform in [ln sigma_min, ln sigma_max];

@@ -1,9 +1,8 @@
-"""Segment regression: the student learns the teacher's own solution over each segment, and never its own
-guess. Ours; related are PeRFlow (Yan et al. 2024), which straightens a flow segment by segment, and SFD (Zhou
-et al. 2024), which regresses on a few steps of the teacher.
+"""Segment regression: the student learns the teacher's own solution over each segment, without a self-target.
 
-Sampling evaluates the student at the tops of segments alone, so most images are drawn there (`top_mass`), the
-rest anywhere in a segment.
+Ours. Related work: PeRFlow (Yan et al. 2024) straightens a flow segment by segment; SFD (Zhou et al. 2024)
+regresses on a few steps of the teacher. Sampling evaluates the student only at the tops of segments, so most
+images are drawn there (`top_mass`), the rest anywhere in a segment.
 """
 
 from __future__ import annotations
@@ -56,7 +55,13 @@ def setup(c, teacher, net=None, perceptual=None) -> MultistepSchedule:
 
 
 def loss(net, images: Tensor, labels, rng, state: MultistepSchedule, augment_labels=None) -> Tensor:
-    """w(sigma_t) ℓ(student(x_t; sigma_t) − x*), [N], x* = inv_ddim(x_b)."""
+    """Distance of the student's image from the one that leads to the teacher's solution x_b.
+
+    w(sigma_t) ℓ(student(x_t; sigma_t) − x*), x* = inv_ddim(x_b, x_t, sigma_t, sigma_b).
+
+    Args: see `training.objectives.loss`.
+    Returns: [N] float64.
+    """
     c = state.c
     student = denoiser(net, labels, augment_labels, dropout_masks(net, rng))
     teacher = denoiser(state.teacher, labels, augment_labels)
@@ -64,6 +69,8 @@ def loss(net, images: Tensor, labels, rng, state: MultistepSchedule, augment_lab
     # One noise level sigma_t per image; sigma_b is the lower end of its segment.
     edges = state.draw(rng)
     sigma_t, sigma_b = edges.sigma_t, edges.sigma_b
+
+    # Data: x_t = y + sigma_t n.
     y, noise = images.double(), rng.normal('noise', images.shape[1:])
     x_t = y + ops.expand_like(sigma_t, y) * noise
 
@@ -72,9 +79,10 @@ def loss(net, images: Tensor, labels, rng, state: MultistepSchedule, augment_lab
         # to 0 is Euler's.
         x_b = ops.solve_between(teacher, x_t, sigma_t, sigma_b, c.substeps, c.rho, c.sigma_min, c.sigma_grid)
 
-        # The denoised image from which a DDIM step leads to the boundary target.
+        # Target: the denoised image from which a DDIM step leads to the boundary target.
         x_star = ops.inv_ddim(x_b, x_t, sigma_t, sigma_b, check=False)
 
+    # Loss.
     distance = ops.image_distance(student(x_t, sigma_t) - x_star, c.cd_loss)
     values = ops.edge_weight(sigma_t, edges.sigma_s, c.cd_weight_mode, c.sigma_data) * distance
     state.report(edges, values.detach())

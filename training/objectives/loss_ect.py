@@ -1,7 +1,8 @@
-"""Easy consistency tuning (Geng et al. 2024): consistency training at continuous times, which begins as
+"""Easy consistency tuning (Geng et al. 2024): consistency training at continuous times, which starts as
 diffusion training.
 
-A pair of times t > r lies on one noised image; r is 0 at first and comes closer to t stage by stage.
+The network is compared with itself at two times t > r of one noised image. r is 0 at first and approaches t
+stage by stage.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import click
 
 from dnnlib.lazy import lazy_import
 from dnnlib.options import opt
+from training.choices import ECT_WEIGHTS
 from training.objectives.loss import State, report_levels, student_and_target
 from training.objectives.options import (
     EDM2_STUDENT,
@@ -49,7 +51,7 @@ class TuningConfig(ConsistencySampling, TimePairs, LogNormal, SyncDropout, Noise
     c: float | None = 0.0
     ect_weight: str = opt(
         'gap',
-        click.Choice(['gap', 'flat', 'inv', 'inv_sum', 'snr', 'karras', 'c_in_squared']),
+        click.Choice(ECT_WEIGHTS),
         'Loss weight (ect): gap = 1/(t - r), or of t alone 1, 1/t, 1/t + 1/sigma_data, 1/t^2, 1/t^2 + 1/sigma_data^2, '
         '1/(t^2 + sigma_data^2).',
     )
@@ -76,8 +78,8 @@ class TuningState(State):
     """The stage of r(t).
 
     Args:
-        c: P_mean, P_std of ln t; q, k, b of r(t), see `time_schedules.earlier_time`; stage_nimg, images that
-            a stage lasts; c of the pseudo-Huber distance, 0 for the distance itself; ect_weight, sigma_data,
+        c: P_mean, P_std of ln t; q, k, b of r(t), see `time_schedules.earlier_time`; stage_nimg, images per
+            stage; c of the pseudo-Huber distance, 0 for the distance itself; ect_weight, sigma_data,
             see `time_schedules.ect_weight`; sync_dropout.
     """
 
@@ -91,7 +93,8 @@ class TuningState(State):
         self.stage = times.tuning_stage(nimg, self.c.stage_nimg)
 
     def self_target_gap(self, nimg: int) -> float:
-        c = self.c  # the gap falls with t, so its median is the median time's
+        # The gap falls with t, so its median is that at the median time.
+        c = self.c
         t = torch.tensor(c.P_mean, dtype=torch.float64).exp()
         r = times.earlier_time(t, times.tuning_stage(nimg, c.stage_nimg), c.q, c.k, c.b)
         return float(1 - r / t)
@@ -102,7 +105,13 @@ def setup(c, teacher=None, net=None, perceptual=None) -> TuningState:
 
 
 def loss(net, images: Tensor, labels, rng, state: TuningState, augment_labels=None) -> Tensor:
-    """w(t) ℓ(student(x_t; t) − sg[student(x_r; r)]), [N] (Geng et al. 2024, Algorithm 1)."""
+    """Distance between the network at t and at r, or the image where r = 0.
+
+    w(t) ℓ(student(x_t; t) − sg[student(x_r; r)])   (Geng et al. 2024, Algorithm 1).
+
+    Args: see `training.objectives.loss`.
+    Returns: [N] float64.
+    """
     c = state.c
     student, self_target = student_and_target(net, labels, augment_labels, rng, c.sync_dropout)
 
@@ -110,16 +119,19 @@ def loss(net, images: Tensor, labels, rng, state: TuningState, augment_labels=No
     normal = misc.upload(rng.normal_on_host('sigma'), images.device)
     t = times.lognormal_times(normal, c.P_mean, c.P_std)
     r = times.earlier_time(t, state.stage, c.q, c.k, c.b)
+
+    # Data: x_t = y + t n.
     y, noise = images.double(), rng.normal('noise', images.shape[1:])
     x_t = y + ops.expand_like(t, y) * noise
 
     with torch.no_grad():
-        # Student at r, on the same noise; the image itself where r = 0, whose prediction at a stand-in for r
-        # is dropped.
+        # Student at r, on the same noise; the image itself where r = 0, as in diffusion training. There a
+        # stand-in for r keeps arithmetic finite, and its prediction is dropped.
         at_r = ops.above_zero(r, t)
         x_r = y + ops.expand_like(at_r, y) * noise
         x_star = torch.where(ops.expand_like(r, y) > 0, self_target(x_r, at_r), y)
 
+    # Loss.
     distance = ops.image_distance(student(x_t, t) - x_star, 'pseudo_huber', c.c)
     values = times.ect_weight(t, r, c.ect_weight, c.sigma_data) * distance
 

@@ -1,6 +1,9 @@
-"""Improved consistency training (iCT; Song & Dhariwal 2023): the network is its own target, because an
-average biases what is learned (Section 3.2); the grid doubles in stages, edges are drawn by a lognormal
-distribution, short edges weigh more, and the distance is the pseudo-Huber one."""
+"""Improved consistency training (iCT; Song & Dhariwal 2023).
+
+The network is its own target, because an average biases what is learned (Section 3.2). The grid doubles in
+stages, edges are drawn from a lognormal distribution, short edges weigh more, and the distance is
+pseudo-Huber.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,13 @@ def setup(c, teacher=None, net=None, perceptual=None) -> DoublingSchedule:
 
 
 def loss(net, images: Tensor, labels, rng, state: DoublingSchedule, augment_labels=None) -> Tensor:
-    """ℓ(student(x_t; sigma_t) − sg[student(x_s; sigma_s)]) / (sigma_t − sigma_s), [N]."""
+    """Distance between the network at both ends of an edge.
+
+    ℓ(student(x_t; sigma_t) − sg[student(x_s; sigma_s)]) / (sigma_t − sigma_s).
+
+    Args: see `training.objectives.loss`.
+    Returns: [N] float64.
+    """
     c = state.c
     student, self_target = student_and_target(net, labels, augment_labels, rng, c.sync_dropout)
 
@@ -92,8 +101,11 @@ def loss(net, images: Tensor, labels, rng, state: DoublingSchedule, augment_labe
     with torch.no_grad():
         # Data: the same noise at the lower end of the edge.
         x_s = y + ops.expand_like(edges.sigma_s, y) * noise
+
+        # Student at the lower end.
         x_star = self_target(x_s, edges.sigma_s)
 
+    # Loss.
     distance = pseudo_huber(student(x_t, edges.sigma_t) - x_star, c.c)
     values = times.gap_weight(edges.sigma_t, edges.sigma_s) * distance
     state.report(edges, values.detach())

@@ -1,8 +1,9 @@
-"""Progressive distillation (Salimans & Ho 2022), a stage of it: a student of S steps learns to do in one what
-its teacher does in two."""
+"""One round of progressive distillation (Salimans & Ho 2022): a student of S steps learns to take in one step
+what its teacher takes in two."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,15 +14,26 @@ from dnnlib.lazy import lazy_import
 from dnnlib.options import opt
 from training.objectives.edge_schedule import EdgeSchedule
 from training.objectives.loss import denoiser, dropout_masks
-from training.objectives.options import EDM2_STUDENT, Objective, Stages, Students, TeacherHop
+from training.objectives.options import EDM2_STUDENT, Objective, Stages, Students, TeacherHop, usage_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 torch = lazy_import('torch')
 ops = lazy_import('training.consistency_ops')
+times = lazy_import('training.objectives.time_schedules')
 
 NAME = 'pd'
+
+
+def check_two_steps(student_grid: str, hop: str | Callable) -> None:
+    """Raises: ValueError unless two steps of the teacher lead from one level of the student to the next."""
+    if student_grid != 'full':
+        raise ValueError(
+            f'--student_grid={student_grid}: the stages of pd are nested on full grids only; leave it out.'
+        )
+    if hop not in ('ddim', 'addim') and not callable(hop):
+        raise ValueError(f'--hop={hop}: the teacher of pd takes its own steps, ddim or addim.')
 
 
 @dataclass(frozen=True)
@@ -43,21 +55,15 @@ class ProgressiveConfig(Stages, Students, TeacherHop):
     )
 
     def __post_init__(self):
-        from training.objectives.time_schedules import halving_stages
-
         super().__post_init__()
         try:
-            halving_stages(self.S_start, self.S, self.stage_steps)
+            times.halving_stages(self.S_start, self.S, self.stage_steps)
         except ValueError as error:
             raise click.UsageError(
                 f'--S_start={self.S_start}, --S={self.S}: {error}. Give a --S_start that is --S times a power of two.'
             ) from error
-        if self.student_grid != 'full':
-            raise click.UsageError(
-                f'--student_grid={self.student_grid}: the stages of pd are nested on full grids alone; leave it out.'
-            )
-        if self.hop == 'heun':
-            raise click.UsageError('--hop=heun: the teacher of pd takes its own steps, ddim or addim.')
+        with usage_errors():
+            check_two_steps(self.student_grid, self.hop)
 
     def cost(self) -> float:
         return 2 + 3
@@ -72,28 +78,22 @@ OBJECTIVE = Objective(
     edm2=EDM2_STUDENT,
 )
 # fmt: on
-HOPS = ('ddim', 'addim')
 
 
 class HalvingSchedule(EdgeSchedule):
-    """From each level of the student's `full` grid to the next by way of the level between them, each as
-    likely.
+    """Edges from each level of the student's `full` grid to the next by way of the level between them,
+    equally likely.
 
     Args:
         c: S, student_grid, sigma_grid, rho, sigma_min, sigma_max of the student's grid, whose levels are
             every second one of the teacher's; hop, `ddim` or `addim`, and xvar_frac of aDDIM; cd_loss,
             cd_weight_mode, sigma_data.
-        teacher: D(x, sigma, class_labels), frozen; it is evaluated at the levels of the grid of 2 S steps
-            alone.
+        teacher: D(x, sigma, class_labels), frozen; evaluated only at the levels of the grid of 2 S steps.
     Raises: ValueError for grids that are not nested, and other hops.
     """
 
     def __init__(self, c, teacher):
-        if c.student_grid != 'full':
-            raise ValueError(
-                f'the grids of progressive distillation are nested only if they are full, not {c.student_grid}'
-            )
-        ops.check_hop(c.hop, HOPS)
+        check_two_steps(c.student_grid, c.hop)
         super().__init__(c, teacher)
 
     def stage_after(self, nimg: int) -> int:
@@ -110,14 +110,23 @@ def setup(c, teacher, net=None, perceptual=None) -> HalvingSchedule:
 
 
 def loss(net, images: Tensor, labels, rng, state: HalvingSchedule, augment_labels=None) -> Tensor:
-    """w(sigma_t) ℓ(student(x_t; sigma_t) − x*), [N], x* = inv_ddim(x_b) (Salimans & Ho 2022, Algorithm 2)."""
+    """Distance of the student's image from the one that leads where two steps of the teacher lead, x_b.
+
+    w(sigma_t) ℓ(student(x_t; sigma_t) − x*), x* = inv_ddim(x_b, x_t, sigma_t, sigma_b)   (Salimans & Ho 2022,
+    Algorithm 2).
+
+    Args: see `training.objectives.loss`.
+    Returns: [N] float64.
+    """
     c = state.c
     student = denoiser(net, labels, augment_labels, dropout_masks(net, rng))
     teacher = denoiser(state.teacher, labels, augment_labels)
 
-    # A step of the student sigma_t -> sigma_b per image, two of the teacher by way of sigma_s.
+    # One step of the student sigma_t -> sigma_b per image; the teacher takes two, by way of sigma_s.
     edges = state.draw(rng)
     sigma_t, sigma_s, sigma_b = edges.sigma_t, edges.sigma_s, edges.sigma_b
+
+    # Data: x_t = y + sigma_t n.
     y, noise = images.double(), rng.normal('noise', images.shape[1:])
     x_t = y + ops.expand_like(sigma_t, y) * noise
 
@@ -126,9 +135,10 @@ def loss(net, images: Tensor, labels, rng, state: HalvingSchedule, augment_label
         x_s = ops.teacher_hop(teacher, x_t, sigma_t, sigma_s, c.hop, None, y, c.xvar_frac)
         x_b = ops.teacher_hop(teacher, x_s, sigma_s, sigma_b, c.hop, None, y, c.xvar_frac)
 
-        # The denoised image from which one DDIM step leads to the same place.
+        # Target: the denoised image from which one DDIM step leads to the same place.
         x_star = ops.inv_ddim(x_b, x_t, sigma_t, sigma_b, check=False)
 
+    # Loss.
     distance = ops.image_distance(student(x_t, sigma_t) - x_star, c.cd_loss)
     values = ops.edge_weight(sigma_t, sigma_s, c.cd_weight_mode, c.sigma_data) * distance
     state.report(edges, values.detach())

@@ -1,8 +1,8 @@
-"""Truncated consistency training (Lee et al. 2025): the second stage of easy consistency tuning, at times
-above t' alone.
+"""Truncated consistency training (Lee et al. 2025): the second stage of easy consistency tuning, restricted
+to times above t'.
 
-The network of the first stage, frozen, knows the way from t' to the image; the one that trains has all its
-capacity for the way from noise to t'.
+The frozen network of the first stage maps t' to the image, so the network that trains has all its capacity
+for the way from noise to t'.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import click
 from dnnlib import cli
 from dnnlib.lazy import lazy_import
 from dnnlib.options import opt, recorded
+from training.choices import TCM_WEIGHTS
 from training.objectives.loss import State, denoiser, dropout_masks, report_levels, unwrap
 from training.objectives.options import (
     EDM2_STUDENT,
@@ -72,9 +73,7 @@ class TruncatedConfig(ConsistencySampling, TimePairs, SyncDropout, NoiseRange, T
     ratio_cap: float = opt(
         0.999, cli.Number(0, 1, max_open=True), 'Upper limit of the ratio r/t.', metavar='FLOAT'
     )
-    tcm_weight: str = opt(
-        'flat', click.Choice(['flat', 'karras']), 'Loss weight times t - r: 1, or t / c_out(t)^2.'
-    )
+    tcm_weight: str = opt('flat', click.Choice(TCM_WEIGHTS), 'Loss weight times t - r: 1, or t / c_out(t)^2.')
     student_scale: float = opt(
         0.2, cli.SOME_FACTOR, 'ln t is Student-t distributed times this.', metavar='FLOAT'
     )
@@ -103,15 +102,15 @@ class TruncatedState(State):
     Args:
         c: sigma_max, dividing_t, ends of the times, t' the lower; student_scale, student_df of ln t, see
             `time_schedules.truncated_log_student_times`; q, k, b, ratio_cap of r(t), see
-            `time_schedules.tcm_ratio` and `tcm_earlier_time`; stage_nimg, images that a stage lasts; c of the
+            `time_schedules.tcm_ratio` and `tcm_earlier_time`; stage_nimg, images per stage; c of the
             pseudo-Huber distance; tcm_weight, sigma_data, see `time_schedules.tcm_weight`; batch_size,
-            boundary_share, boundary_weight: images of a step, over all processes; share of them at t'; weight
-            of theirs; sync_dropout: both networks see the dropout masks of the student; the first stage's
-            none where it has another dropout.
+            boundary_share, boundary_weight: images of a step over all processes, the share of them at t', and
+            the weight of that share; sync_dropout: both networks see the dropout masks of the student, the
+            first stage only if its dropout is the same.
         teacher: the first stage's consistency model, frozen.
         net: the network that trains.
-    Raises: ValueError unless 0 < dividing_t < sigma_max, and where a batch would have no images at t' or none
-    elsewhere.
+    Raises: ValueError unless 0 < dividing_t < sigma_max, and if a batch would have no images at t' or no
+        others.
     """
 
     gap_option = '--ratio_cap'
@@ -136,13 +135,16 @@ class TruncatedState(State):
         return float(1 - times.tcm_earlier_time(t, ratio, c.k, c.b) / t)
 
     def draw_on_host(self, rng) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-        """t, r and the weight of each image, [3, N] float64; and which images [M] the student gives the
-        target of, and which the first stage."""
+        """[3, N] float64 t, r and the weight of each image; [M] images whose target is the student's; [N − M]
+        images whose target is the first stage's."""
+        # Times: truncated Student-t, except for the share of images at t'.
         c, u = self.c, torch.from_numpy(rng.uniform('sigma'))
         t = times.truncated_log_student_times(u, c.dividing_t, c.sigma_max, c.student_scale, c.student_df)
         at_boundary = times.boundary_samples(rng.first, rng.count, c.batch_size, c.boundary_share)
         t = torch.where(at_boundary, c.dividing_t, t)
         r = times.tcm_earlier_time(t, self.ratio, c.k, c.b)
+
+        # Weights, scaled so that the mean over the batch weighs both shares as it should.
         scale = times.boundary_scales(at_boundary, c.batch_size, c.boundary_share, c.boundary_weight)
         weight = times.tcm_weight(t, r, c.tcm_weight, c.sigma_data) * scale
         below = (r < c.dividing_t).numpy()
@@ -157,12 +159,15 @@ def setup(c, teacher, net=None, perceptual=None) -> TruncatedState:
 
 
 def loss(net, images: Tensor, labels, rng, state: TruncatedState, augment_labels=None) -> Tensor:
-    """w(t) ℓ(student(x_t; t) − sg[f(x_r; r)]), [N], f being the student where r >= t' and the first stage
-    below (Lee et al. 2025, Algorithm 1).
+    """Distance between the student at t and at r, or the first stage at r below t'.
 
-    A share of every batch lies at t = t' itself, where the first stage gives the target and so ties the
-    student to images. The mean is that over the other images plus `boundary_weight` times that over this
-    share.
+    w(t) ℓ(student(x_t; t) − sg[f(x_r; r)]) with f the student where r >= t' and the first stage below   (Lee
+    et al. 2025, Algorithm 1). A share of every batch lies at t = t' itself, where the target is the first
+    stage's, which ties the student to images. The mean over a batch is the mean over the other images plus
+    `boundary_weight` times the mean over this share.
+
+    Args: see `training.objectives.loss`.
+    Returns: [N] float64.
     """
     c = state.c
     masks = dropout_masks(net, rng)
@@ -170,14 +175,16 @@ def loss(net, images: Tensor, labels, rng, state: TruncatedState, augment_labels
     student = denoiser(net, labels, augment_labels, masks)
 
     # A pair of times t > r per image. The host draws them, so that it knows which images each network
-    # evaluates without a synchronization.
+    # evaluates without synchronizing with the device.
     drawn = state.draw_on_host(rng)
     (t, r, weight), above, below = (misc.upload(values, images.device) for values in drawn)
+
+    # Data: x_t = y + t n.
     y, noise = images.double(), rng.normal('noise', images.shape[1:])
     x_t = y + ops.expand_like(t, y) * noise
 
     with torch.no_grad():
-        # At r, on the same noise: the student above t', the first stage below.
+        # At r, on the same noise: the student above t', the first stage below. Every row is replaced.
         x_star = x_r = y + ops.expand_like(r, y) * noise
         for network, its_masks, rows in (
             (unwrap(net), target_masks, above),
@@ -187,6 +194,7 @@ def loss(net, images: Tensor, labels, rng, state: TruncatedState, augment_labels
                 target = denoiser(network, labels, augment_labels, its_masks, rows)
                 x_star = x_star.index_copy(0, rows, target(x_r[rows], r[rows]))
 
+    # Loss.
     values = weight * ops.image_distance(student(x_t, t) - x_star, 'pseudo_huber', c.c)
 
     report_levels(t, values.detach())
@@ -197,5 +205,5 @@ def loss(net, images: Tensor, labels, rng, state: TruncatedState, augment_labels
 
 
 def dropout_rates(net: Module) -> list[float]:
-    """The dropout probabilities of a network's blocks, in their order."""
+    """The dropout probabilities of a network's blocks, in order."""
     return [module.dropout for module in net.modules() if hasattr(module, 'dropout')]

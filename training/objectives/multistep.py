@@ -1,30 +1,30 @@
-"""The edges of multistep students (Heek et al. 2024, Section 3): those of a teacher's grid, on the segments
-of a student of S steps."""
+"""The edges of multistep students (Heek et al. 2024, Section 3): a teacher's grid on the segments of a
+student of S steps."""
 
 from __future__ import annotations
 
 from dnnlib.lazy import lazy_import
 from training.objectives.edge_schedule import EdgeSchedule
+from training.objectives.options import check_segments
 
 ops = lazy_import('training.consistency_ops')
 
 
 class MultistepSchedule(EdgeSchedule):
-    """T edges, where T is annealed log-linearly from T_start to T_end by the images seen.
+    """About T edges, where T is annealed log-linearly from T_start to T_end (`consistency_ops.anneal_T`).
 
     Args:
         c: S, student_grid; T_start, T_end, T_anneal_kimg; sigma_grid, rho, sigma_min, sigma_max (already
             clipped to the teacher's range); sampling_mode, top_mass (`consistency_ops.edge_probabilities`);
             keep_ties (`consistency_ops.teacher_grid`).
-        anchor: the last edge is drawn with probability 1/T', and so is the first, which is anchored.
+        anchor: draw the first and the last edge with probability 1/T' each, and anchor the first.
     Attributes:
         student: [S+1] the student's grid.
     Raises: ValueError unless S <= T_start <= T_end.
     """
 
     def __init__(self, c, teacher=None, anchor: bool = False, gap_option: str = ''):
-        if not c.S <= c.T_start <= c.T_end:
-            raise ValueError(f'S <= T_start <= T_end does not hold for {c.S}, {c.T_start}, {c.T_end}')
+        check_segments(c.S, c.T_start, c.T_end)
         self.student = ops.student_grid(c.S, c.sigma_min, c.sigma_max, c.rho, c.student_grid, c.sigma_grid)
         super().__init__(c, teacher, anchor, gap_option)
 

@@ -1,13 +1,15 @@
-"""Options that several objectives share, and the defaults that objectives give to those of every run.
+"""Options that several objectives share, and what an objective is to the command line.
 
-Plain data, quick to import: `train.py --help` reads it. Each objective's own options stand in the file of its loss.
+Imports no PyTorch, so that `train.py --help` is fast. The options of a single objective stand in the file of
+its loss.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import ClassVar
@@ -17,10 +19,18 @@ import click
 from dnnlib import cli
 from dnnlib.options import SWITCH, opt, options_of, recorded
 from dnnlib.schema import Integer, Real
+from training.choices import DISTANCES, HOPS, SAMPLING_MODES, SIGMA_GRIDS, STUDENT_GRIDS, WEIGHT_MODES
 
-HOPS = ('heun', 'ddim', 'addim')
-HOP_COST = dict(heun=2, ddim=1, addim=1)  # network evaluations
 COUNT, POSITIVE_COUNT = Integer(0, 1 << 63), Integer(1, 1 << 63)
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Raises: click.UsageError in place of a ValueError of the block."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,8 @@ class Config:
     """The options of one objective.
 
     Class attributes:
-        sampling: names of those that are recorded for samplers and unknown to the loss.
+        heading: of the options' group in --help.
+        sampling: names of options that are recorded for samplers and not passed to the loss.
     """
 
     heading: ClassVar[str] = 'Objective'
@@ -38,11 +49,11 @@ class Config:
 
     @classmethod
     def from_given(cls, given: Mapping[str, object]) -> Config:
-        """The configuration with the options that were given. Raises: click.UsageError where they do not go together."""
+        """The configuration with the given options. Raises: click.UsageError for contradictions."""
         return cls(**given)
 
     def cost(self) -> float:
-        """Network evaluations that one training image costs on average; the student's forward and backward pass counts 3."""
+        """Mean network evaluations per training image; the student's forward and backward pass counts 3."""
         return 3.0
 
 
@@ -121,45 +132,38 @@ class TeacherHop(Teacher):
 
 @dataclass(frozen=True)
 class Students(NoiseGrid):
-    """A student of S steps, and how its image is compared with the target."""
+    """A student of S steps, and the distance of its image from the target."""
 
     heading: ClassVar[str] = 'Multistep consistency (--objective=mcd, mct, direct, pd)'
 
     S: int = opt(8, cli.STEPS, 'Number of student sampling steps.', metavar='INT')
     student_grid: str = opt(
         'edm',
-        click.Choice(['edm', 'full']),
+        click.Choice(STUDENT_GRIDS),
         'The student steps on S nodes and 0 (edm), or on the first S of S+1 nodes and 0 (full).',
     )
     sigma_grid: str = opt(
         'karras',
-        click.Choice(['karras', 'cosine']),
+        click.Choice(SIGMA_GRIDS),
         "Spacing of nodes: Karras's, or even in the time of the cosine schedule.",
     )
     cd_loss: str = opt(
-        'pseudo_huber',
-        click.Choice(['pseudo_huber', 'l2_root', 'l2', 'huber']),
-        "Distance between the student's image and its target.",
+        'pseudo_huber', click.Choice(DISTANCES), "Distance between the student's image and its target."
     )
     cd_weight_mode: str = opt(
         'sqrt_karras',
-        click.Choice(
-            [
-                'sqrt_karras',
-                'edm',
-                'karras',
-                'vlike',
-                'snr+1',
-                'snr',
-                'truncated-snr',
-                'flat',
-                'uniform',
-                'sqrt_gap',
-            ]
-        ),
+        click.Choice(WEIGHT_MODES),
         'Loss weight by noise level: sqrt_karras = sqrt(1/sigma^2 + 1/sigma_data^2), edm its square, '
         'sqrt_gap = sqrt(sigma_t - sigma_s).',
     )
+
+
+def check_segments(S: int, T_start: int, T_end: int) -> None:
+    """Raises: ValueError unless S <= T_start <= T_end."""
+    if not S <= T_start <= T_end:
+        raise ValueError(
+            f'--S={S} <= --T_start={T_start} <= --T_end={T_end} does not hold: every segment needs an edge.'
+        )
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ class Segments(Students):
     )
     sampling_mode: str = opt(
         'edm',
-        click.Choice(['edm', 'vp', 'uniform']),
+        click.Choice(SAMPLING_MODES),
         'Distribution of edges: the training density of edm or vp, or uniform over segments.',
     )
     keep_ties: bool = opt(
@@ -208,10 +212,8 @@ class Segments(Students):
         super().__post_init__()
         if self.T_start is None:
             object.__setattr__(self, 'T_start', self.T_end)
-        if not self.S <= self.T_start <= self.T_end:
-            raise click.UsageError(
-                f'--S={self.S} <= --T_start={self.T_start} <= --T_end={self.T_end} does not hold: every segment needs an edge.'
-            )
+        with usage_errors():
+            check_segments(self.S, self.T_start, self.T_end)
         if self.top_mass and not self.keep_ties:
             raise click.UsageError(
                 f'--top-mass={self.top_mass:g} needs --keep_ties: without them no edge begins where a segment does.'
@@ -244,7 +246,7 @@ class ConsistencySampling(Config):
 
 @dataclass(frozen=True)
 class GrowingGrid(NoiseGrid):
-    """A grid whose number of nodes rises in training."""
+    """A grid whose number of nodes grows in training."""
 
     heading: ClassVar[str] = 'Consistency models (--objective=cm-cd, cm-ct, ict, ect, tcm)'
 
@@ -267,7 +269,7 @@ class GrowingGrid(NoiseGrid):
 
     @property
     def grows(self) -> bool:
-        """Whether the number of nodes rises; s0 and s1 are not used otherwise."""
+        """Whether the number of nodes grows; if not, s0 and s1 are not used."""
         return True
 
 
@@ -332,29 +334,31 @@ def by_width(**columns: Mapping[str, object]) -> dict[int, dict[str, object]]:
     return {EDM2_WIDTHS[size]: {option: column[size] for option, column in columns.items()} for size in sizes}
 
 
+# Defaults of options of the run. Students: those of the released ImageNet-64 student; EDM2's networks: those
+# of ECT's EDM2 models; others: those of their papers' CIFAR-10 models.
 # fmt: off
-# The released ImageNet-64 student's settings; for networks of EDM2's, those of ECT's EDM2 models. Others are of their papers' CIFAR-10 models.
 STUDENT = dict(optim='adam', lr=8e-5, lr_rampup=10_000, lr_schedule='constant', beta2=0.999, duration=210.0, batch=2048,
                ema=50e6, ema_rampup=0.05, augment=0.0)
 EDM2_STUDENT = dict(lr=10e-4, lr_schedule='sqrt', lr_decay=2000, beta2=0.99, phema=[0.05, 0.1])
-# Their averages decay at one rate throughout training.
+# Averages decay at a constant rate.
 RADAM = dict(optim='radam', lr_rampup=0, lr_schedule='constant', beta2=0.999, ema_rampup=0.0, augment=0.0)
-# An EMA of 0.9999 a step.
+# The half-life is that of a decay of 0.9999 per step.
 CONSISTENCY_MODEL = dict(RADAM, lr=4e-4, duration=409.6, batch=512, ema=3.549e6, dropout=0.0)
 # fmt: on
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A way to train.
+    """An objective, as the command line sees it.
 
     Attributes:
-        config: its own options, typed.
-        teacher: what it starts from, `diffusion` or `consistency` model; None: from nothing.
-        defaults: of options that every run has: learning rate, length, ... (`ema` in images).
-        edm2: all of these, and its own, for EDM2's networks, where they are others: see `edm2_defaults`.
-        edm2_latents: those of `edm2` that are others again where the data are latents.
-        edm2_sizes, edm2_latent_sizes: those that depend on the network's width, see `by_width`, for pixels and for latents; None: as for pixels.
+        config: the class of its options.
+        teacher: kind of its teacher, `diffusion` or `consistency`; None: no teacher.
+        defaults: defaults of options that every run has: learning rate, duration, ... (`ema` in images).
+        edm2: other defaults for EDM2's networks, of the objective's own options too, see `edm2_defaults`.
+        edm2_latents: defaults that replace those of `edm2` for latents.
+        edm2_sizes, edm2_latent_sizes: defaults by the network's width (`by_width`), for pixels and for
+            latents; None: as for pixels.
         boundary: whether the network is the identity at sigma_min, not at 0.
     """
 
@@ -369,12 +373,12 @@ class Objective:
 
     @property
     def own(self) -> dict[str, object]:
-        """Options that not every objective has, and their defaults."""
+        """{name: default} of the objective's own options."""
         return {name: option.default for name, option in options_of(self.config).items()}
 
     @property
     def options(self) -> dict[str, object]:
-        """What the loss is given and a run records of it, and the defaults."""
+        """{name: default} of what is passed to the loss and recorded by runs."""
         declared, names = options_of(self.config), self.config.sampling
         return {
             f.name: f.default
@@ -384,15 +388,15 @@ class Objective:
         }
 
     def edm2_defaults(self, width: int, latents: bool) -> dict[str, object]:
-        """`edm2` for a network of `width` channels at its finest level. A width that has no name in EDM2 has what depends on it from
-        the next smaller size that has one, and from S where there is none."""
+        """`edm2` for a network of `width` channels at its finest level."""
+        # A width between EDM2's sizes has the defaults of the next smaller size, or of S if there is none.
         sizes = self.edm2_latent_sizes if latents and self.edm2_latent_sizes is not None else self.edm2_sizes
         nearest = max((known for known in sizes if known <= width), default=EDM2_WIDTHS['S'])
         return {**self.edm2, **(self.edm2_latents if latents else {}), **sizes.get(nearest, {})}
 
     @property
     def loss(self) -> str | None:
-        """The name of its module; None for diffusion, whose losses --precond names."""
+        """The name of its module; None for diffusion, whose loss is selected by --precond."""
         name = self.config.__module__.rpartition('.')[2]
         return None if name == 'loss_diffusion' else name
 

@@ -1,9 +1,9 @@
-"""What changes with the training step, and how times are drawn: consistency models, iCT, ECT, TCM and
+"""Schedules over training steps, and distributions of times: consistency models, iCT, ECT, TCM and
 progressive distillation.
 
-Pure functions without networks or state. A schedule takes the number of optimizer steps done so far and gives
-plain numbers, known to the host; what is a function of noise levels takes and gives FP64 tensors of any
-shape, on any device, and never waits for it. As in EDM time is noise level: t = sigma. A consistency pair is
+Pure functions without networks or state. A schedule takes the number of optimizer steps so far and returns
+plain numbers on the host. A function of noise levels takes and returns FP64 tensors of any shape, on any
+device, and does not synchronize with it. As in EDM, time is the noise level: t = sigma. A consistency pair is
 t > r >= 0 on one trajectory x_t = y + t n.
 """
 
@@ -16,8 +16,7 @@ import torch
 from scipy import special
 from torch import Tensor
 
-ECT_WEIGHTS = ('gap', 'flat', 'inv', 'inv_sum', 'snr', 'karras', 'c_in_squared')
-TCM_WEIGHTS = ('flat', 'karras')
+from training.choices import ECT_WEIGHTS, TCM_WEIGHTS, check_choice
 
 
 def _check_discretization(K: int, s0: int, s1: int) -> None:
@@ -27,14 +26,16 @@ def _check_discretization(K: int, s0: int, s1: int) -> None:
 
 # ----------------------------------------------------------------------------
 # Consistency models (Song et al. 2023): N nodes from sigma_max to sigma_min
-# (`consistency_ops.karras_sigmas`), N − 1 edges, each as likely.
+# (`consistency_ops.karras_sigmas`), N − 1 equally likely edges.
 
 
 def discretization_steps(k: int, K: int, s0: int, s1: int) -> int:
-    """N(k) = max(ceil(sqrt(k/K ((s1+1)² − s0²) + s0²) − 1), 1) + 1, the nodes of the grid after k of K steps
-    (Song et al. 2023, Appendix C).
+    """Nodes of the grid after k of K steps: they grow from s0 to s1 + 1 like the square root of k.
 
-    It grows from s0 to s1 + 1 like the square root of the steps, and stays there after K.
+    N(k) = max(ceil(sqrt(k/K ((s1+1)² − s0²) + s0²) − 1), 1) + 1   (Song et al. 2023, Appendix C). N stays
+    constant after K steps.
+
+    Raises: ValueError unless K >= 1 and 1 <= s0 <= s1.
     """
     _check_discretization(K, s0, s1)
     square = min(k / K, 1.0) * ((s1 + 1) ** 2 - s0**2) + s0**2
@@ -42,10 +43,9 @@ def discretization_steps(k: int, K: int, s0: int, s1: int) -> int:
 
 
 def target_ema(N: int, s0: int, mu0: float) -> float:
-    """mu = exp(s0 ln mu0 / (N − 1)), decay of the target network while the grid has N nodes   (Song et al.
-    2023, Appendix C).
+    """Decay of the target network while the grid has N nodes: mu0 at N = s0 + 1, closer to 1 on finer grids.
 
-    mu0 at N = s0 + 1; the finer the grid, the closer to 1. mu0 = 0 is no average: the target is the network
+    mu = exp(s0 ln mu0 / (N − 1))   (Song et al. 2023, Appendix C). With mu0 = 0 the target is the network
     itself.
     """
     return mu0 ** (s0 / (N - 1))
@@ -56,10 +56,12 @@ def target_ema(N: int, s0: int, mu0: float) -> float:
 
 
 def doubling_steps(k: int, K: int, s0: int = 10, s1: int = 1280) -> int:
-    """N(k) = min(s0 2^floor(k/K'), s1) + 1 with K' = floor(K / (log2(s1/s0) + 1)), nodes of the grid after k
-    of K steps   (Song & Dhariwal 2023, Section 3.4).
+    """Nodes of the grid after k of K steps: they double in stages of K' steps, at least one.
 
-    A stage lasts one step at least, however small K.
+    N(k) = min(s0 2^floor(k/K'), s1) + 1 with K' = floor(K / (log2(s1/s0) + 1))   (Song & Dhariwal 2023,
+    Section 3.4).
+
+    Raises: ValueError unless K >= 1 and 1 <= s0 <= s1.
     """
     _check_discretization(K, s0, s1)
     stage_steps = max(math.floor(K / (math.log2(s1 / s0) + 1)), 1)
@@ -67,9 +69,17 @@ def doubling_steps(k: int, K: int, s0: int = 10, s1: int = 1280) -> int:
 
 
 def lognormal_edge_probabilities(sigmas: Tensor, P_mean: float = -1.1, P_std: float = 2.0) -> Tensor:
-    """Probability of each edge of a falling grid [N] > 0, [N−1] float64: that ln sigma ~ N(P_mean, P_std²)
-    falls into it, given that it falls into one; ∝ erf((ln sigma_t − P_mean) / (√2 P_std)) − erf((ln sigma_s −
-    P_mean) / (√2 P_std))   (Song & Dhariwal 2023, Section 3.5)."""
+    """Probability of each edge of a decreasing grid: that ln sigma ~ N(P_mean, P_std²) falls into it, given
+    that it falls into one.
+
+    ∝ erf((ln sigma_t − P_mean) / (√2 P_std)) − erf((ln sigma_s − P_mean) / (√2 P_std))   (Song & Dhariwal
+    2023, Section 3.5).
+
+    Args:
+        sigmas: [N] decreasing, above 0.
+    Returns: [N−1] float64.
+    Raises: ValueError if nearly no noise level of that distribution lies on the grid.
+    """
     cumulative = torch.erf((sigmas.double().log() - P_mean) / (math.sqrt(2) * P_std))
     inside = cumulative[:-1] - cumulative[1:]
     if not inside.sum() > 0:
@@ -95,8 +105,12 @@ def pseudo_huber_eps(values: int) -> float:
 
 
 def lognormal_times(normal: Tensor, P_mean: float = -1.1, P_std: float = 2.0) -> Tensor:
-    """t with ln t ~ N(P_mean, P_std²) from standard normal numbers; float64, of their shape and device (Geng
-    et al. 2024, Table 2)."""
+    """t with ln t ~ N(P_mean, P_std²)   (Geng et al. 2024, Table 2).
+
+    Args:
+        normal: standard normal numbers of any shape.
+    Returns: float64, in the shape of `normal`.
+    """
     return (normal.double() * P_std + P_mean).exp()
 
 
@@ -106,19 +120,21 @@ def tuning_stage(iteration: int, stage_steps: int) -> int:
 
 
 def tuning_stages(q: float, last_gap: float = 2.0**-8) -> int:
-    """How many stages make 1 − r/t about `last_gap` in the last one, by factors of q: 8 for q = 2 and 4 for q
-    = 4, ECT's numbers for CIFAR-10 and ImageNet-64 (Geng et al. 2024); for other q the whole number, at least
-    1, whose q^−stages is nearest, by its logarithm."""
+    """Number of stages until 1 − r/t is about `last_gap`: 8 for q = 2 and 4 for q = 4, as in ECT for CIFAR-10
+    and ImageNet-64 (Geng et al. 2024).
+
+    For other q the number, at least 1, for which q^−stages is nearest to `last_gap` by its logarithm.
+    """
     return max(round(-math.log(last_gap) / math.log(q)), 1)
 
 
 def earlier_time(t: Tensor, stage: int, q: float, k: float = 8.0, b: float = 1.0) -> Tensor:
-    """r = t max(0, 1 − q^−(stage+1) (1 + k sigmoid(−b t))), in the shape of `t`   (Geng et al. 2024, Eqs. 17
-    and 18).
+    """The earlier time r of a pair, in the shape of `t`.
 
-    k = 0 is the constant mapping, one ratio r / t for all t. Where r = 0 the target is the image: that is
-    diffusion training.
-    Raises: ValueError for a stage so late that r and t run together.
+    r = t max(0, 1 − q^−(stage+1) (1 + k sigmoid(−b t)))   (Geng et al. 2024, Eqs. 17 and 18). k = 0 is the
+    constant mapping, one ratio r / t for all t. Where r = 0 the target is the image: diffusion training.
+
+    Raises: ValueError for a stage so late that r and t cannot be told apart.
     """
     gap = float(q) ** -(stage + 1)
     if gap < 1e-12:
@@ -131,9 +147,12 @@ def earlier_time(t: Tensor, stage: int, q: float, k: float = 8.0, b: float = 1.0
 def ect_weight(t: Tensor, r: Tensor, mode: str, sigma_data: float) -> Tensor:
     """Weight of the pseudo-Huber loss of a pair, in the shape of `t`   (Geng et al. 2024, Tables 2 and 3).
 
-    `gap`: 1/(t − r), what the derivation gives. Those of t alone: `flat` 1; `inv` 1/t; `snr` 1/t²; `inv_sum`
-    1/t + 1/sigma_d; `karras` 1/t² + 1/sigma_d²; `c_in_squared` 1/(t² + sigma_d²).
+    `gap`: 1/(t − r), from the derivation. Functions of t only: `flat` 1; `inv` 1/t; `snr` 1/t²; `inv_sum` 1/t
+    + 1/sigma_d; `karras` 1/t² + 1/sigma_d²; `c_in_squared` 1/(t² + sigma_d²).
+
+    Raises: ValueError for another mode.
     """
+    check_choice('weight', mode, ECT_WEIGHTS)
     if mode == 'gap':
         return gap_weight(t, r)
     if mode == 'flat':
@@ -146,13 +165,11 @@ def ect_weight(t: Tensor, r: Tensor, mode: str, sigma_data: float) -> Tensor:
         return 1 / t + 1 / sigma_data
     if mode == 'karras':
         return t**-2 + sigma_data**-2
-    if mode == 'c_in_squared':
-        return 1 / (t**2 + sigma_data**2)
-    raise ValueError(f'weight {mode!r} is not one of {", ".join(ECT_WEIGHTS)}')
+    return 1 / (t**2 + sigma_data**2)
 
 
 # ----------------------------------------------------------------------------
-# TCM (Lee et al. 2025): ECT's second stage, on [t', sigma_max] alone.
+# TCM (Lee et al. 2025): the second stage of ECT, restricted to [t', sigma_max].
 
 
 def truncated_log_student_times(
@@ -161,17 +178,20 @@ def truncated_log_student_times(
     """t with ln t = scale · X, X Student-t of `df` degrees of freedom, given that t lies in [low, high]
     (Lee et al. 2025, experiment setup).
 
-    By the inverse of the distribution function: u in [0, 1) -> t, increasing, u = 0 -> low. At df = 0.01 this
-    is nearly uniform in ln ln t.
+    By the inverse of the distribution function: t increases with u in [0, 1), from low at u = 0. At df = 0.01
+    t is nearly uniform in ln ln t.
 
     Args:
         u: [N] float64 on the host, uniform (`SampleRng.uniform`).
         low, high: t' and sigma_max.
     Returns: [N] float64 on the host.
+    Raises: ValueError for an empty range, or one that the distribution nearly misses.
     """
     if not 0 < low < high < math.inf:
         raise ValueError(f'0 < low < high < inf does not hold for {low}, {high}')
-    # X is symmetric: −X has its small probabilities, which floating point resolves, where times are long.
+
+    # Of −X, which has the same distribution, because floating point resolves the small probabilities at late
+    # times, not those near 1.
     first, last = special.stdtr(df, -math.log(low) / scale), special.stdtr(df, -math.log(high) / scale)
     if not first > last:
         raise ValueError(f'next to no time of that distribution lies between {low:g} and {high:g}')
@@ -180,38 +200,45 @@ def truncated_log_student_times(
 
 
 def tcm_ratio(iteration: int, stage_steps: int, q: float, cap: float) -> float:
-    """min(1 − q^−(a+1), cap), a the stage of ECT: the constant part of r / t   (Lee et al. 2025, training
-    details; cap 0.999 for CIFAR-10, 0.9961 for ImageNet-64)."""
+    """The constant part of r / t in stage a of ECT.
+
+    min(1 − q^−(a+1), cap)   (Lee et al. 2025, training details; cap 0.999 for CIFAR-10, 0.9961 for
+    ImageNet-64).
+    """
     return min(1 - q ** -(tuning_stage(iteration, stage_steps) + 1.0), cap)
 
 
 def tcm_earlier_time(t: Tensor, ratio: float, k: float = 8.0, b: float = 1.0, floor: float = 1e-6) -> Tensor:
-    """r = max(floor, t − t (1 − ratio)(1 + k sigmoid(−b t))), in the shape of `t`   (Lee et al. 2025,
-    training details).
+    """The earlier time r of a pair, in the shape of `t`.
 
-    ECT's mapping, but for the floor: the stage-1 network, which gives the target below t', is not evaluated at 0.
+    r = max(floor, t − t (1 − ratio)(1 + k sigmoid(−b t)))   (Lee et al. 2025, training details). This is
+    ECT's mapping with a floor, because the stage-1 network, which gives the target below t', is not evaluated
+    at 0.
     """
     return (t - t * (1 - ratio) * (1 + k * torch.sigmoid(-b * t))).clamp(min=floor)
 
 
 def tcm_weight(t: Tensor, r: Tensor, mode: str, sigma_data: float) -> Tensor:
-    """omega(t) / (t − r), in the shape of `t`; omega is 1 (`flat`, CIFAR-10) or t / c_out(t)² = t (1/t² +
-    1/sigma_d²) (`karras`, ImageNet-64) (Lee et al. 2025, training details)."""
-    if mode not in TCM_WEIGHTS:
-        raise ValueError(f'weight {mode!r} is not one of {", ".join(TCM_WEIGHTS)}')
+    """Weight omega(t) / (t − r) of the pseudo-Huber loss of a pair, in the shape of `t`.
+
+    omega is 1 (`flat`, CIFAR-10) or t / c_out(t)² = t (1/t² + 1/sigma_d²) (`karras`, ImageNet-64)   (Lee et
+    al. 2025, training details).
+
+    Raises: ValueError for another mode.
+    """
+    check_choice('weight', mode, TCM_WEIGHTS)
     gap = gap_weight(t, r)
     return gap if mode == 'flat' else gap * t * (t**-2 + sigma_data**-2)
 
 
 def boundary_count(batch: int, share: float) -> int:
-    """floor(share · batch), how many of a batch's samples lie at t = t'   (Lee et al. 2025, Algorithm 1;
-    share = rho = 0.25).
+    """floor(share · batch), the number of samples of a batch at t = t'   (Lee et al. 2025, Algorithm 1; share
+    = rho = 0.25).
 
-    Raises: ValueError where one of the two parts would be empty; a share of 0 is no boundary loss.
+    Raises: ValueError if one of the two subsets would be empty; a share of 0 means no boundary loss.
     """
-    count = math.floor(
-        batch * Fraction(share).limit_denominator(10**6)
-    )  # in fractions: 0.29 · 100 is 28.999… in floating point
+    # In fractions, because 0.29 · 100 is 28.999… in floating point.
+    count = math.floor(batch * Fraction(share).limit_denominator(10**6))
     if not (0 < count < batch or share == 0):
         raise ValueError(
             f'a share of {share:g} of {batch} samples leaves the boundary or the rest without any'
@@ -220,8 +247,8 @@ def boundary_count(batch: int, share: float) -> int:
 
 
 def boundary_samples(first: int, count: int, batch: int, share: float) -> Tensor:
-    """Which of the samples first … first + count − 1 of the training stream lie at t = t': [count] bool on
-    the host.
+    """[count] bool on the host: which of the samples first … first + count − 1 of the training stream lie at
+    t = t'.
 
     Every `batch` consecutive samples hold exactly `boundary_count` of them, evenly spread, so that processes
     and accumulation rounds share the work.
@@ -231,26 +258,27 @@ def boundary_samples(first: int, count: int, batch: int, share: float) -> Tensor
 
 
 def boundary_scales(at_boundary: Tensor, batch: int, share: float, w_b: float) -> Tensor:
-    """Factors, [N] float64, under which the mean over a whole batch becomes TCM's loss, the mean of the batch
-    − n consistency samples plus w_b times the mean of the n others: batch / (batch − n) and w_b batch / n
-    (Lee et al. 2025, Algorithm 1)."""
+    """[N] float64 factors that turn the mean over a batch into TCM's loss, the mean of the batch − n
+    consistency samples plus w_b times the mean of the n boundary samples   (Lee et al. 2025, Algorithm 1).
+
+    batch / (batch − n) and w_b batch / n.
+    """
     n = boundary_count(batch, share)
-    consistency = torch.full(
-        at_boundary.shape, batch / (batch - n), dtype=torch.float64, device=at_boundary.device
-    )
+    consistency = torch.full_like(at_boundary, batch / (batch - n), dtype=torch.float64)
     return torch.where(at_boundary, w_b * batch / n, consistency) if n else consistency
 
 
 # ----------------------------------------------------------------------------
-# Progressive distillation (Salimans & Ho 2022); the edges of a stage are `consistency_ops.halving_edges`.
+# Progressive distillation (Salimans & Ho 2022); the edges of a round are `consistency_ops.halving_edges`.
 
 
 def halving_stages(start: int, end: int, stage_steps: int) -> list[tuple[int, int]]:
-    """(S, optimizer steps) of each stage: S = start, start/2, …, end. Stages of two sampling steps and of one
+    """(S, optimizer steps) of each round: S = start, start/2, …, end. Rounds of two sampling steps and of one
     take twice as long (Salimans & Ho 2022; OpenAI's consistency_models).
 
-    The first stage's teacher takes 2 start steps. Raises: ValueError unless start is end times a power of
-    two.
+    The teacher of the first round takes 2 start steps.
+
+    Raises: ValueError unless start is end times a power of two.
     """
     halvings = round(math.log2(start / end)) if start >= end >= 1 else -1
     if halvings < 0 or end << halvings != start:
