@@ -26,7 +26,13 @@ TEACHER_ROWS = [('euler', 8, 8), ('heun', 256, 511)]  # solver, steps, NFE
 
 
 def train(
-    runner: Runner, name: str, steps: int, options: list[str], metric: Metric, threads: int | None = None
+    runner: Runner,
+    name: str,
+    steps: int,
+    options: list[str],
+    metric: Metric,
+    val_num: int,
+    threads: int | None = None,
 ) -> Path:
     """Train a network and evaluate it five times on the way; returns its snapshot."""
     kimg = steps * digits.BATCH / 1000
@@ -41,7 +47,7 @@ def train(
         f'--tick={kimg / 5:g}',
         '--val=1',
         '--val_every=1',
-        '--val_num=512',
+        f'--val_num={val_num}',
         '--val_batch=256',
         f'--val_ref={metric.ref}',
         f'--val_detector={metric.detector}',
@@ -59,7 +65,7 @@ def run_demo(runner: Runner, scale: float, jobs: int) -> list[dict]:
     Returns: the rows of the table.
     """
     # The teacher has all threads, because everything else waits for it.
-    images = max(round(IMAGES * min(scale, 1)), 128)
+    images, val_num = (max(round(num * min(scale, 1)), 128) for num in (IMAGES, 512))
     scaled = lambda steps: max(round(steps * scale), 10)
     _, metrics = digits.prepare(runner)
     teacher = train(
@@ -68,6 +74,7 @@ def run_demo(runner: Runner, scale: float, jobs: int) -> list[dict]:
         scaled(digits.TEACHER_STEPS),
         [*digits.TEACHER, '--val_steps=9'],
         metrics['classifier'],
+        val_num,
         threads=runner.threads * jobs,
     )
 
@@ -83,7 +90,7 @@ def run_demo(runner: Runner, scale: float, jobs: int) -> list[dict]:
             f'--S={S}',
             *digits.student_options(objective, S),
         ]
-        network = train(runner, name, scaled(steps), options, metrics['classifier'])
+        network = train(runner, name, scaled(steps), options, metrics['classifier'], val_num)
         return row(name, network, name, 'student', S, S)
 
     def of_teacher(solver: str, steps: int, nfe: int) -> dict:
