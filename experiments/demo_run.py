@@ -115,7 +115,7 @@ def write_report(runner: Runner, rows: list[dict], minutes: float) -> None:
 
     # Results and their table.
     runner.path('results.json').write_text(json.dumps(rows, indent=2) + '\n')
-    header = ['Model', 'Solver', 'NFE', 'Distance (95 % interval)', 'PCA ruler', 'Random ruler', 'Seconds']
+    header = ['Model', 'Solver', 'NFE', 'Distance (95 % interval)', 'PCA features', 'Random features', 'Seconds']
     cells = [
         [
             r['model'],
@@ -196,6 +196,6 @@ def introduction(rows: list[dict], minutes: float) -> str:
         f'<p>{students}.</p><p>Fréchet distances between {rows[0]["images"]} samples and the 1,797 real '
         'digits of scikit-learn, in the features of a small digits classifier that the demo trains in '
         'seconds. This is not FID: no Inception network is involved, and the numbers compare with nothing '
-        f'outside this page. Two rulers that nobody trained stand beside it. Rulers: {metrics}. Intervals '
-        f'are the sampling noise (bootstrap). The whole run took {minutes:.1f} minutes.</p>'
+        f'outside this page. The features of the other two columns are not trained. {metrics}. Intervals are '
+        f'the sampling noise (bootstrap). The whole run took {minutes:.1f} minutes.</p>'
     )

@@ -97,8 +97,8 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, metrics: Se
 
     if set(metrics) == set(digits.METRICS):
         lines.append(
-            'The rulers are made for this data: a classifier trained on it, principal components of its '
-            'pixels, a random convolution. This is not FID, and compares with nothing outside this table.'
+            'The features are made for this data: those of a classifier trained on it, principal components '
+            'of its pixels, a random convolution. This is not FID, and compares with nothing outside this table.'
         )
     return lines
 
