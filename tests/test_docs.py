@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from gaussian import Gaussian
 from helpers import ROOT
 from losses import Loss, targets
+from pages import COMMANDS, PAGES, README, blocks, calls
 
 import train
 from dnnlib import EasyDict, options
@@ -30,11 +31,11 @@ from training.rng import SampleRng
 from training.training_loop import network_stats, tick_stats
 from training.weight_update import WeightUpdate
 
-PAGES = sorted((ROOT / 'docs').glob('*.md'))
-README = ROOT / 'README.md'
-COMMANDS = {name: generate_options.command(name) for name in generate_options.COMMANDS}
-# Options of torchrun and srun.
+# Options of torchrun, srun and docker.
 FOREIGN = {
+    'rm',
+    'ipc',
+    'gpus',
     'standalone',
     'nproc_per_node',
     'nnodes',
@@ -55,12 +56,6 @@ FOREIGN = {
     'shutdown-timeout',
     'max-restarts',
 }
-
-
-def blocks(page, language):
-    """The fenced blocks of a page in a language, each with the `text` block that follows it directly, or None."""
-    pattern = rf'^```{language}\n(.*?)^```\n(?:\n^```text\n(.*?)^```)?'
-    return [(code, output or None) for code, output in re.findall(pattern, page.read_text(), re.M | re.S)]
 
 
 # ----------------------------------------------------------------------------
@@ -94,19 +89,13 @@ def test_no_page_names_an_option_that_does_not_exist():
 
 
 def shell_commands():
-    """(page, words before the script, command, arguments) of every call of ours in the `bash` blocks."""
-    for page in PAGES:
-        for block, _ in blocks(page, 'bash'):
-            for line in block.replace('\\\n', ' ').splitlines():
-                called = sorted((name for name in COMMANDS if f'{name} ' in line), key=len, reverse=True)
-                if called:
-                    before, _, arguments = line.partition(f'{called[0]} ')
-                    yield page.name, shlex.split(before), called[0], shlex.split(arguments)
+    return [call for page in (README, *PAGES) for call in calls(page)]
 
 
 def test_every_command_parses_and_its_options_go_together():
-    calls = list(shell_commands())
-    assert {name for _, _, name, _ in calls} >= {
+    found = shell_commands()
+    assert {call.page for call in found} >= {'README.md', 'recipes.md'}
+    assert {name for _, _, name, _ in found} >= {
         'train.py',
         'generate.py',
         'fid.py calc',
@@ -114,7 +103,7 @@ def test_every_command_parses_and_its_options_go_together():
         'validation.py',
         'dataset_tool.py',
     }
-    for page, _, name, arguments in calls:
+    for page, _, name, arguments in found:
         try:
             context = COMMANDS[name].make_context(name, list(arguments))
             if name == 'train.py':
@@ -124,13 +113,13 @@ def test_every_command_parses_and_its_options_go_together():
 
 
 def test_torchrun_is_kept_from_reading_num():
-    calls = [
+    found = [
         (page, before, name)
         for page, before, name, arguments in shell_commands()
         if 'torchrun' in before and any(argument.startswith('--num=') for argument in arguments)
     ]
-    assert calls
-    for page, before, name in calls:
+    assert found
+    for page, before, name in found:
         assert before[-1] == '--', f'{page}: {name}'
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from helpers import FAST, ROOT, TINY_NETWORK, assert_one_clear_error
-from test_docs import blocks
+from pages import blocks
 
 PAGE = ROOT / 'docs' / 'new-objective.md'
 OBJECTIVE = [*FAST, '--objective=midpoint', '--S=2', '--batch=64', '--tick=10', '--lr=1e-3', '--ema=10kimg']
