@@ -53,3 +53,8 @@ def calls(page):
         if called and ' | ' not in line:  # which shows alternatives
             before, _, arguments = line.partition(f'{called[0]} ')
             yield Call(page.name, shlex.split(before), called[0], shlex.split(arguments))
+
+
+def value_of(option: str, arguments: list[str]) -> str | None:
+    """What follows `option=` in a command's arguments."""
+    return next((a.partition('=')[2] for a in arguments if a.startswith(f'{option}=')), None)
