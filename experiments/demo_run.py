@@ -115,7 +115,15 @@ def write_report(runner: Runner, rows: list[dict], minutes: float) -> None:
 
     # Results and their table.
     runner.path('results.json').write_text(json.dumps(rows, indent=2) + '\n')
-    header = ['Model', 'Solver', 'NFE', 'Distance (95 % interval)', 'PCA features', 'Random features', 'Seconds']
+    header = [
+        'Model',
+        'Solver',
+        'NFE',
+        'Distance (95 % interval)',
+        'PCA features',
+        'Random features',
+        'Seconds',
+    ]
     cells = [
         [
             r['model'],
