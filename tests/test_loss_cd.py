@@ -20,6 +20,7 @@ from losses import (
 
 from torch_utils import training_stats
 from training import consistency_ops as ops
+from training.objectives.loss_cd import DistillationConfig
 from training.rng import SampleRng
 
 DEFAULTS = dict(
@@ -330,3 +331,12 @@ def test_only_the_long_solution_is_of_the_images_that_need_it():
     anchored = int((loss.state.draw(SampleRng(3, 0, 64)).index == 0).sum())
     assert 1 < anchored < 32
     assert sizes == dict(teacher=[64, 64] + [anchored] * 7, student=[64, 64])
+
+
+@pytest.mark.parametrize('S, hops', [(8, 4), (1, 32)])
+def test_the_cost_counts_the_heun_steps_that_the_anchored_edge_takes(S, hops):
+    """Two evaluations of Heun's hop, the self-target, three of the student; and the anchored edge's own."""
+    config = DistillationConfig(S=S, T_start=64, T_end=64)
+    top, bottom = ops.student_grid(S, 0.002, 80.0, 7.0, 'edm')[:2].tolist()
+    assert len(ops.anchor_nodes(top, bottom, 0.002, 7.0)) - 1 == hops
+    assert config.cost() == 2 + 1 + 3 + 2 * hops / 64

@@ -1,5 +1,5 @@
 """The mathematics of multistep consistency models in EDM's noise schedule: moves between noise levels and
-their inverses, distances and weights of losses. The levels themselves, in grids and edges, stand in `grids`;
+their inverses, distances and weights of losses. The levels themselves, in grids and edges, are in `grids`;
 its names are importable from here too.
 
 Pure functions in FP64, without networks or state. Notation: x_sigma = y + sigma n; the probability-flow ODE

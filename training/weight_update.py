@@ -25,7 +25,7 @@ def learning_rate(c: EasyDict, nimg: int) -> float:
 class WeightUpdate:
     """Adam or RAdam (Liu et al. 2020) on a network's flat parameters.
 
-    A step whose gradient is not finite is skipped: weights and moments stay. Gradients are summed over all
+    A step whose gradient is not finite is skipped: weights and moments stay. Gradients are averaged over all
     processes, so all skip the same steps. `mark_nonfinite` extends this to losses.
 
     Args:
@@ -67,6 +67,7 @@ class WeightUpdate:
 
     def mark_nonfinite(self, loss: torch.Tensor) -> torch.Tensor:
         """Scaled sum of the loss [N], whose gradient is NaN if any value is not finite."""
+        # 0 · total is NaN if the total is not finite. The gradient then is, and the step is skipped.
         total = loss.sum()
         return total * (self.scale + 0 * total.detach())
 

@@ -24,7 +24,7 @@ class BatchEdges(NamedTuple):
 
     Attributes:
         sigma_t, sigma_s, sigma_b: float64 upper and lower end, and boundary.
-        kind: TERMINAL, SNAP or GENERAL, see `consistency_ops.Edges`.
+        kind: TERMINAL, SNAP or GENERAL, see `grids.Edges`.
         index: int64, position in the list of edges.
         anchored: [M] int64, the images on the anchored edge.
     """

@@ -8,7 +8,7 @@ is trained toward the denoised image from which a DDIM step reaches the same pla
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from dnnlib import cli
 from dnnlib.lazy import lazy_import
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 torch = lazy_import('torch')
 ops = lazy_import('training.consistency_ops')
+grids = lazy_import('training.grids')
 
 NAME = 'cd'
 
@@ -30,6 +31,8 @@ NAME = 'cd'
 @dataclass(frozen=True)
 class DistillationConfig(SyncDropout, Segments, TeacherHop):
     """Options of --objective=mcd."""
+
+    heading: ClassVar[str] = 'Multistep consistency distillation (--objective=mcd)'
 
     terminal_anchor: bool = opt(
         True,
@@ -53,8 +56,14 @@ class DistillationConfig(SyncDropout, Segments, TeacherHop):
         total = HOP_COST[self.hop] + 4
         if self.terminal_anchor:
             anchored = self.top_mass / self.S if self.top_mass else 1 / self.T_end
-            total += anchored * 2 * (self.anchor_hops or 32)
+            total += anchored * 2 * (self.anchor_hops or self._default_anchor_hops())
         return total
+
+    def _default_anchor_hops(self) -> int:
+        grid = grids.student_grid(
+            self.S, self.sigma_min, self.sigma_max, self.rho, self.student_grid, self.sigma_grid
+        )
+        return grids.default_anchor_hops(float(grid[1]))
 
 
 # fmt: off
@@ -73,7 +82,7 @@ class DistillationState(MultistepSchedule):
     Args:
         c: options of `MultistepSchedule`; hop, one of `consistency_ops.HOPS`, and xvar_frac of aDDIM;
             terminal_anchor, anchor_hops (sub-steps on the anchored edge, None:
-            `consistency_ops.default_anchor_hops`); terminal_teacher_hop; cd_loss, cd_weight_mode, sigma_data;
+            `grids.default_anchor_hops`); terminal_teacher_hop; cd_loss, cd_weight_mode, sigma_data;
             sync_dropout.
         teacher: D(x, sigma, class_labels), frozen.
     """

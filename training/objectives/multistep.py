@@ -15,9 +15,10 @@ class MultistepSchedule(EdgeSchedule):
 
     Args:
         c: S, student_grid; T_start, T_end, T_anneal_kimg; sigma_grid, rho, sigma_min, sigma_max (already
-            clipped to the teacher's range); sampling_mode, top_mass (`consistency_ops.edge_probabilities`);
-            keep_ties (`consistency_ops.teacher_grid`).
-        anchor: draw the first and the last edge with probability 1/T' each, and anchor the first.
+            clipped to the teacher's range); sampling_mode, top_mass (`grids.edge_probabilities`);
+            keep_ties (`grids.teacher_grid`).
+        anchor: the first edge's target is the teacher's own solution. Unless sampling_mode is `uniform`, the
+            first and the last edge then have probability 1/T' each.
     Attributes:
         student: [S+1] the student's grid.
     Raises: ValueError unless S <= T_start <= T_end.

@@ -1,10 +1,10 @@
 """Schedules over training steps, and distributions of times: consistency models, iCT, ECT, TCM and
 progressive distillation.
 
-Pure functions without networks or state. A schedule takes the number of optimizer steps so far and returns
-plain numbers on the host. A function of noise levels takes and returns FP64 tensors of any shape, on any
-device, and does not synchronize with it. As in EDM, time is the noise level: t = sigma. A consistency pair is
-t > r >= 0 on one trajectory x_t = y + t n.
+Pure functions without networks or state. A schedule takes the progress so far, in optimizer steps or in
+images, whichever the lengths beside it are in, and returns plain numbers on the host. A function of noise
+levels takes and returns FP64 tensors of any shape, on any device, and does not synchronize with it. As in EDM,
+time is the noise level: t = sigma. A consistency pair is t > r >= 0 on one trajectory x_t = y + t n.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _check_discretization(K: int, s0: int, s1: int) -> None:
 
 # ----------------------------------------------------------------------------
 # Consistency models (Song et al. 2023): N nodes from sigma_max to sigma_min
-# (`consistency_ops.karras_sigmas`), N − 1 equally likely edges.
+# (`grids.karras_sigmas`), N − 1 equally likely edges.
 
 
 def discretization_steps(k: int, K: int, s0: int, s1: int) -> int:
@@ -84,7 +84,7 @@ def lognormal_edge_probabilities(sigmas: Tensor, P_mean: float = -1.1, P_std: fl
     inside = cumulative[:-1] - cumulative[1:]
     if not inside.sum() > 0:
         raise ValueError(
-            f'next to no noise level of that distribution lies between {sigmas[-1]:g} and {sigmas[0]:g}'
+            f'almost no noise level of that distribution lies between {sigmas[-1]:g} and {sigmas[0]:g}'
         )
     return inside / inside.sum()
 
