@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import click
 import numpy as np
-import torch
 from PIL.Image import Image
 from tqdm import tqdm
 
@@ -23,8 +22,11 @@ from data.label_space import Labels, LabelSpace
 from data.pixels import Picture
 from data.sources import Label, Source
 from dnnlib import UserError
+from dnnlib.lazy import lazy_import
 from dnnlib.text import printable
-from training.networks import encoders
+
+torch = lazy_import('torch')  # only latents need them
+encoders = lazy_import('training.networks.encoders')
 
 WIDE = ('center-crop-wide', 'center-crop-letterbox')  # transforms that pad to a square
 

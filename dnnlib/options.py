@@ -81,17 +81,18 @@ class Option:
     def parameter(self, default_text: str | None) -> cli.Option:
         """The option of a click command. Its own default is None: only what is given has a value."""
         names, details = self._declaration(default_text)
-        default = {} if self.required else dict(default=None)  # with a default, even None, nothing is missing
-        return cli.Option(names, **default, **details)
+        return cli.Option(names, **({} if self.required else dict(default=None)), **details)
 
     def __call__(self, command: Callable) -> Callable:
         """As a decorator: adds the option, with its default, to a click command."""
         names, details = self._declaration(self.default_text)
         shown = self.default is not None and self.kind not in (SWITCH, FLAG)
-        return cli.option(*names, default=self.default, show_default=shown, **details)(command)
+        default = {} if self.required else dict(default=self.default)
+        return cli.option(*names, **default, show_default=shown, **details)(command)
 
     def _declaration(self, default_text: str | None) -> tuple[list[str], dict]:
-        """Names and settings of a click option."""
+        """Names and settings of a click option, without the default: with one, even None, click would not miss
+        a required option."""
         text = f'{self.help}  [default: {default_text}]' if default_text and not self.required else self.help
         details = dict(help=text, group=self.heading, required=self.required)
         if self.kind == SWITCH:

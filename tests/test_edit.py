@@ -681,3 +681,8 @@ def test_help_does_not_list_what_only_teachers_have():
         '--S_churn' not in invoke('inpaint', '--help').output
         and '--S_churn' in invoke('interpolate', '--help').output
     )
+
+
+@pytest.mark.parametrize('task', ['inpaint', 'colorize', 'superres', 'stroke', 'denoise', 'interpolate'])
+def test_an_option_that_is_required_is_missed_before_anything_else(task):
+    assert_one_clear_error(invoke(task), 'Missing option', status=2)

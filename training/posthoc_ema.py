@@ -12,13 +12,15 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 import tqdm
 
 from dnnlib import UserError, open_url
+from dnnlib.lazy import lazy_import
 from torch_utils.restricted_pickle import MalformedPickle, persistent_object, plain, read_pickle
-from training import checkpoint
-from training.phema import average_name, posthoc_error, solve_posthoc_coefficients
+
+torch = lazy_import('torch')  # after the names of files have been looked at
+checkpoint = lazy_import('training.checkpoint')
+phema = lazy_import('training.phema')
 
 # Metadata that differs between snapshots of a run, and entries of dataset_kwargs that a resume may change.
 OF_ONE_SNAPSHOT = ('nimg', 'kimg', 'ema', 'ema_std', 'fid', 'digest', 'reconstructed', 'profile_error')
@@ -218,8 +220,8 @@ def plan(inputs: list[Stored], stds: list[float], outdir: str, prefix: str) -> l
     """Outputs at the time of the last input, one per width."""
     in_nimg, in_std = [average.nimg for average in inputs], [average.std for average in inputs]
     out_nimg = [inputs[-1].nimg] * len(stds)
-    weights = solve_posthoc_coefficients(in_nimg, in_std, out_nimg, stds)
-    errors = posthoc_error(in_nimg, in_std, out_nimg, stds, weights)
+    weights = phema.solve_posthoc_coefficients(in_nimg, in_std, out_nimg, stds)
+    errors = phema.posthoc_error(in_nimg, in_std, out_nimg, stds, weights)
     return [
         Output(
             path=os.path.join(outdir, f'{prefix}-{inputs[-1].stem}-{std:.3f}.pkl'),
@@ -293,7 +295,7 @@ def reconstruct(inputs: list[Stored], outputs: list[Output], advance: Callable[[
             output.path,
             net,
             **metadata,
-            ema=average_name(output.std),
+            ema=phema.average_name(output.std),
             ema_std=output.std,
             reconstructed=True,
             profile_error=output.error,

@@ -356,7 +356,7 @@ class SongUNet(UNet):
         # Embedding of noise level, class and augmentation.
         positional = PositionalEmbedding(noise_channels, endpoint=True)
         self.map_noise = FourierEmbedding(noise_channels) if embedding_type == 'fourier' else positional
-        self.label_gain = math.sqrt(label_dim)
+        self.label_gain = math.sqrt(label_dim or 0)
         self.map_label = Linear(label_dim, noise_channels, **init) if label_dim else None
         self.map_augment = Linear(augment_dim, noise_channels, bias=False, **init) if augment_dim else None
         self.map_layer0 = Linear(noise_channels, emb_channels, **init)
