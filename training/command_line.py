@@ -14,7 +14,7 @@ import click
 
 from dnnlib import cli, options
 from dnnlib.options import options_of
-from training import config_file
+from training import config_file, presets
 from training.config import Images, RunConfig
 from training.objectives import OBJECTIVES, objectives_with
 from training.objectives.options import EDM2_WIDTHS, Config, Objective
@@ -71,6 +71,7 @@ def choose(given: Mapping[str, object]) -> Options:
     """
     # Which objective, and which options count.
     name = objective_of(given)
+    check_preset(given, name)
     values, effective, notes = leave_out_idle(given, name)
     refuse_others(effective, name)
 
@@ -97,6 +98,16 @@ def objective_of(given: Mapping[str, object]) -> str:
     if consistency is False and name == 'mcd':
         raise click.UsageError('--consistency=False contradicts --objective=mcd: leave one of them out.')
     return name or ('mcd' if consistency else 'diffusion')
+
+
+def check_preset(given: Mapping[str, object], objective: str) -> None:
+    """Raises: click.UsageError if --preset is of another objective."""
+    preset = presets.objective_of_presets(given['preset']) if given.get('preset') else None
+    if preset not in (None, objective):
+        raise click.UsageError(
+            f'--preset={given["preset"]} is for --objective={preset}, and this is {objective}: leave one of '
+            'them out.'
+        )
 
 
 def leave_out_idle(
@@ -289,12 +300,23 @@ class TrainCommand(cli.Command):
                 help='Show the options of all objectives and exit.',
                 **everything,
             ),
+            cli.Option(
+                ['--list-presets'],
+                callback=list_presets,
+                help='List the presets, their papers, figures and options, and exit.',
+                **everything,
+            ),
             *parameters(),
         ]
+        # Before the options to which it gives values.
+        preset = next(parameter for parameter in self.params if parameter.name == 'preset')
+        preset.is_eager, preset.callback = True, read_preset
 
     def parse_args(self, ctx, args):
         ctx.meta['words'] = list(args)
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        displace(ctx)
+        return rest
 
     def format_options(self, ctx, formatter):
         if ctx.meta.get('all'):
@@ -302,7 +324,7 @@ class TrainCommand(cli.Command):
             return
         of_file = (ctx.default_map or {}).get('objective')
         objective = objective_in(ctx.meta.get('words', [])) or of_file
-        shown = [p for p in self.params if p.name in ('config', 'help_all')]
+        shown = [p for p in self.params if p.name in ('config', 'help_all', 'list_presets')]
         self.format_groups(ctx, formatter, [*shown, *parameters(objective or 'diffusion')])
         if objective is None:
             with formatter.section('Options of an objective, which --objective=NAME --help describes'):
@@ -340,7 +362,55 @@ def show_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> Non
 def read_config(ctx: click.Context, parameter: click.Parameter, path: str | None) -> None:
     """Callback of --config: the file's values become the defaults."""
     if path is not None:
-        ctx.default_map = config_file.read(path, ALL)
+        ctx.default_map = {**(ctx.default_map or {}), **config_file.read(path, ALL)}
+
+
+def read_preset(ctx: click.Context, parameter: click.Parameter, names: str | None) -> str | None:
+    """Callback of --preset: its options become the defaults, after those of --config."""
+    if names is not None:
+        values = config_file.from_options(presets.options_of_presets(names), ALL)
+        ctx.default_map = {**values, **(ctx.default_map or {})}
+    return names
+
+
+def list_presets(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Callback of --list-presets."""
+    if value:
+        click.echo(presets.table(as_given))
+        ctx.exit()
+
+
+def as_given(name: str, value: object) -> str:
+    """An option with a value, as on the command line."""
+    option = ALL[name]
+    if option.kind in (options.SWITCH, options.FLAG):
+        return option.spelled(value)
+    return f'{option.flag}={config_file.as_word(value)}'
+
+
+# An option of the command line displaces these of --config and --preset, which say the same or exclude it.
+DISPLACED = dict(
+    T_anneal_kimg=['T_anneal_steps'],
+    T_anneal_steps=['T_anneal_kimg'],
+    fp16=['precision'],
+    precision=['fp16'],
+    resume=['transfer'],
+    S=['val_steps'],
+    N=['s0', 's1', 'schedule_steps'],
+    s0=['N'],
+    s1=['N'],
+    schedule_steps=['N'],
+)
+
+
+def displace(ctx: click.Context) -> None:
+    """Drop the values of --config and --preset that an option of the command line displaces."""
+    source, sources = ctx.get_parameter_source, click.core.ParameterSource
+    for given, others in DISPLACED.items():
+        for other in others:
+            if source(given) == sources.COMMANDLINE and source(other) == sources.DEFAULT_MAP:
+                ctx.params[other] = None
+                ctx.set_parameter_source(other, sources.DEFAULT)
 
 
 @functools.cache

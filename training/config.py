@@ -82,6 +82,13 @@ class Main:
         metavar='MIMG')
 
 
+    preset: str | None = opt(
+        None, None,
+        'Options of a published or tried setting, see --list-presets; small-gpu goes with another, joined by '
+        'a comma. --config and options on the command line take precedence.',
+        metavar='NAME', key='preset')
+
+
 @dataclass(frozen=True)
 class Hyperparameters:
     heading: ClassVar[str] = 'Hyperparameters'
@@ -344,7 +351,9 @@ class RunConfig(TensorBoard, WandB, Files, Performance, Validation, Network, Hyp
 
         # Validation.
         if self.val and not (self.val_ref or self.val_ref_data):
-            raise click.UsageError('--val=1 needs --val_ref=NPZ (made by fid.py ref) or --val_ref_data=ZIP.')
+            raise click.UsageError(
+                '--val=1 needs --val_ref=NPZ (made by fid.py ref) or --val_ref_data=ZIP; --val=0 trains without.'
+            )
         if self.val:
             cli.check_seeds(self.val_seed, max(self.val_num, SHOWN), '--val_seed', '--val_num')
 

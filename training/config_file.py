@@ -16,7 +16,8 @@ from dnnlib.options import Option
 from dnnlib.text import printable
 from training import architectures
 
-NOT_REPEATED = ('resume', 'objective')  # a new run resumes nothing; the objective is read separately
+# A new run resumes nothing; the objective is read separately; a preset's options are all recorded.
+NOT_REPEATED = ('resume', 'objective', 'preset')
 
 
 def read(path: str, known: Mapping[str, Option]) -> dict[str, str]:
