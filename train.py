@@ -135,7 +135,9 @@ def train(o: Options, held: contextlib.ExitStack) -> bool:
     dataset = configuration.open_dataset(o.run)
     teacher = starting_point.load_teacher(o, dataset) if o.teacher else None
     if o.run.transfer:
-        starting_point.check_transfer(o)
+        o = starting_point.with_architecture(o, starting_point.load_transfer(o))
+    elif earlier and earlier.get('transfer') and not teacher:
+        o = starting_point.with_architecture(o, earlier['network'])
 
     # The configuration, and whether a resumed run is the same.
     o = configuration.settle(o, dataset, teacher, earlier)
@@ -150,11 +152,14 @@ def train(o: Options, held: contextlib.ExitStack) -> bool:
     if getattr(o.own, 'lpips', None) or not o.run.dry_run:  # a dry run does not download them
         configuration.check_perceptual(c)
     if o.run.dry_run:
+        from training import architectures, dry_run
         from training.resolution import unresolved_gap
 
-        if warning := unresolved_gap(c, teacher):
+        warnings = [*architectures.missing_levels(c.network), unresolved_gap(c, teacher)]
+        for warning in filter(None, warnings):
             distributed.print0(printable(warning), file=sys.stderr)
-        distributed.print0(json.dumps(c, indent=2))
+        about = dry_run.about(o, c, dataset, teacher)
+        distributed.print0(json.dumps(dict(c, about=about), indent=2))
         return True
 
     # Create the folder only after everything that may be missing or wrong was checked.

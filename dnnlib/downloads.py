@@ -82,6 +82,16 @@ def local_path(
     return Path(source)
 
 
+def is_here(source: str | os.PathLike) -> bool:
+    """Whether nothing has to be downloaded for `source`: a path, or a URL whose file is in the cache."""
+    source = os.fspath(source)
+    if source == 'dinov2':  # from the hub, whose cache is not ours
+        return False
+    if not re.match(r'https?://', source, re.IGNORECASE):
+        return True
+    return _cache_path(_split_url(source)[0], Path(DEFAULT_CACHE_DIR).expanduser()).is_file()
+
+
 def _one_digest(source: str, named: str | None, expected: str | None) -> str | None:
     """The digest in a source or expected by its caller. Raises: UserError if they differ."""
     if named is not None and expected not in (None, named):
@@ -161,10 +171,7 @@ def _digest_of_version(path: str, mtime_ns: int, size: int) -> str:
 
 def _cached(url: str, cache_dir: Path, sha256: str | None, timeout: float, pinned: bool) -> Path:
     """The cached file of a URL, downloaded if it is missing or not what it should be."""
-    # The file's name begins with a digest of the URL, and ends readably.
-    name = re.sub(r'[^A-Za-z0-9._-]', '_', urllib.parse.urlsplit(url).path.rsplit('/', 1)[-1])[-100:]
-    key = hashlib.sha256(url.encode(errors='surrogateescape')).hexdigest()[:16]
-    path = cache_dir / f'{key}-{name or "file"}'
+    path = _cache_path(url, cache_dir)
     record = _read_record(path)
     first = record.get('sha256') if pinned and sha256 is None else None
 
@@ -200,6 +207,13 @@ def _cached(url: str, cache_dir: Path, sha256: str | None, timeout: float, pinne
         raise UserError(f'{error} {cure}') from error
     _write_record(path, url, size, digest)
     return path
+
+
+def _cache_path(url: str, cache_dir: Path) -> Path:
+    """The cached file of a URL. Its name begins with a digest of the URL, and ends readably."""
+    name = re.sub(r'[^A-Za-z0-9._-]', '_', urllib.parse.urlsplit(url).path.rsplit('/', 1)[-1])[-100:]
+    key = hashlib.sha256(url.encode(errors='surrogateescape')).hexdigest()[:16]
+    return cache_dir / f'{key}-{name or "file"}'
 
 
 def _record_path(path: Path) -> Path:

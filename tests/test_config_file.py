@@ -43,7 +43,7 @@ CASES = {
         *TINY_NETWORK,
         '--phema=0.05,0.1',
         '--val=1',
-        '--val_ref=x.npz',
+        '--val_ref={ref}',
         '--val_emas=all',
     ],
     'loggers': [*TINY_NETWORK, '--wandb=1', '--wandb_tags=a,b', '--wandb_mode=offline', '--tensorboard'],
@@ -83,7 +83,7 @@ CASES = {
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_a_run_is_repeated_from_what_it_recorded(tmp_path, digits, teacher, consistency_model, name):
+def test_a_run_is_repeated_from_what_it_recorded(tmp_path, digits, teacher, consistency_model, rulers, name):
     """Everything but the folder is the same, to the last bit of every number."""
     from training.command_line import objective_in
     from training.objectives import OBJECTIVES
@@ -94,7 +94,8 @@ def test_a_run_is_repeated_from_what_it_recorded(tmp_path, digits, teacher, cons
         'diffusion': [f'--teacher={teacher}'],
         'consistency': [f'--teacher={consistency_model}'],
     }
-    c = dry_run(f'--data={digits}', '--cond=1', *start[kind], *CASES[name])
+    words = [word.format(ref=rulers / 'pca.npz') for word in CASES[name]]
+    c = dry_run(f'--data={digits}', '--cond=1', *start[kind], *words)
     again = dry_run(write(tmp_path / 'c.json', c))
     assert {key: c[key] for key in c if key not in PLACES} == {
         key: again[key] for key in again if key not in PLACES

@@ -3,6 +3,7 @@
 import json
 import os
 import pwd
+import shutil
 
 import click
 import pytest
@@ -117,7 +118,7 @@ def test_a_path_that_no_shell_has_completed_is_a_usage_error_and_makes_no_folder
     assert not os.listdir('.') and not os.listdir(home)
 
 
-def test_nothing_is_called_a_tilde(digits, teacher, home):
+def test_nothing_is_called_a_tilde(digits, teacher, rulers, home):
     """Of data, of references, of conversions; and a run records the path in full."""
     (home / 'digits.zip').symlink_to(digits)
     (home / 't.pkl').symlink_to(teacher)
@@ -129,6 +130,8 @@ def test_nothing_is_called_a_tilde(digits, teacher, home):
         done = CliRunner().invoke(command, arguments)
         assert done.exit_code == 0, done.output
     assert {path.name for path in home.iterdir()} == {'digits.zip', 't.pkl', 'three.zip', 't.safetensors'}
+    for name, suffix in (('r', 'npz'), ('d', 'pt')):
+        shutil.copy(rulers / f'pca.{suffix}', home / f'{name}.{suffix}')
     done = CliRunner().invoke(
         train.main,
         [
@@ -154,7 +157,7 @@ def test_nothing_is_called_a_tilde(digits, teacher, home):
         f'{home}/i',
     ]
     assert_one_clear_error(
-        CliRunner().invoke(fid.main, ['calc', '--images=~/no', '--ref=~/r.npz']), f'{home}/r.npz'
+        CliRunner().invoke(fid.main, ['calc', '--images=~/no', '--ref=~/none.npz']), f'{home}/no'
     )
     assert not os.listdir('.')
 

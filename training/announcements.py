@@ -6,6 +6,7 @@ from __future__ import annotations
 from data.label_space import listed, space_of
 from dnnlib import EasyDict
 from torch_utils import distributed
+from training import architectures
 from training.run_log import RunLog
 
 
@@ -21,10 +22,8 @@ def describe_run(log: RunLog, c: EasyDict, net, dataset, teacher, rounds: int, b
     # Network.
     params = sum(p.numel() for p in net.parameters())
     log(f'Network: {type(net).__name__} / {type(net.model).__name__}, {params:,} parameters')
-    resolutions = c.network.kwargs.get('dout_resolutions') or []
-    exists = lambda r: any(name.startswith(f'{r}x{r}_') for name in net.model.enc)
-    if missing := [str(r) for r in resolutions if not exists(r)]:
-        log(f'Warning: --dout_resolutions names {", ".join(missing)}, which this network does not have.')
+    for warning in architectures.missing_levels(c.network):
+        log(warning)
 
     # Batch and averages.
     processes = distributed.get_world_size()

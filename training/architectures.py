@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 # fmt: off
 ARCHITECTURES = dict(
     ddpmpp=dict(model_type='SongUNet', embedding_type='positional', encoder_type='standard',
@@ -18,6 +20,25 @@ PRECONDITIONING = dict(edm='EDMPrecond', vp='VPPrecond', ve='VEPrecond')
 EDM2 = 'Precond'  # EDM2's class: EDM's preconditioning around its own U-Net
 BOUNDARY_CLASSES = ('EDMPrecond', 'CMPrecond', 'Precond')  # whose level of the identity can be chosen
 AUGMENT_DIM = 9  # labels of EDM's augmentation pipeline
+
+
+def resolutions(network: Mapping) -> list[int]:
+    """Resolutions of the levels of a network, {class_name, kwargs}, from the finest."""
+    levels = len(network['kwargs'].get('channel_mult') or [1, 2, 3, 4])
+    return [network['kwargs']['img_resolution'] >> level for level in range(levels)]
+
+
+def missing_levels(network: Mapping) -> list[str]:
+    """Warnings about resolutions of attention or dropout that no level of a network has."""
+    levels, warnings = resolutions(network), []
+    for option in ('attn_resolutions', 'dout_resolutions'):
+        named = network['kwargs'].get(option) or []
+        if missing := [str(res) for res in named if res not in levels]:
+            warnings.append(
+                f'Warning: --{option} names {", ".join(missing)}, which this network does not have: its levels '
+                f'are {", ".join(map(str, levels))}.'
+            )
+    return warnings
 
 
 def name_of(class_name: str, kwargs: dict) -> tuple[str, str]:

@@ -32,9 +32,8 @@ def planned_run_dir(o: Options, data_name: str) -> str:
 
     # What is trained, and how.
     arch = o.run.arch or ('ddpmpp' if not o.teacher else 'teacher')
-    objective = o.objective
     steps = getattr(o.own, 'S', None)
-    student = [objective.module().NAME + (f'-s{steps}' if steps else '')] if objective.loss else []
+    student = [o.run.objective + (f'-s{steps}' if steps else '')] if o.objective.loss else []
     words = [
         data_name,
         'cond' if o.run.cond else 'uncond',
@@ -65,6 +64,31 @@ def make_run_dir(o: Options, data_name: str) -> str:
             ) from error
 
 
+def check_new_folder(o: Options, run_dir: str) -> None:
+    """Check, without creating anything, that a new run can write into its folder.
+
+    Raises: UserError if it cannot be created or written to, or holds training states of an earlier run.
+    """
+    # The folder, or the nearest one above it that exists.
+    folder = os.path.abspath(run_dir)
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise UserError(f'--outdir={o.run.outdir}: {folder} is a file: name a folder')
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f'--outdir={o.run.outdir} cannot be written to: {folder} allows no new files')
+    check_no_states(o, run_dir)
+
+
+def check_no_states(o: Options, run_dir: str) -> None:
+    """Raises: UserError if another run has left states in the folder of a new one."""
+    if saved_states(run_dir):
+        raise UserError(
+            f'--outdir={o.run.outdir} holds training states of an earlier run: continue it by '
+            f'--resume={o.run.outdir}, or choose another folder.'
+        )
+
+
 def remove_if_empty(folder: str) -> None:
     """Remove the folder of a run that ended before it wrote anything."""
     with contextlib.suppress(OSError):
@@ -78,10 +102,6 @@ def record_options(o: Options, c: EasyDict) -> None:
     """
     from dnnlib.util import atomic_write
 
-    if saved_states(c.run_dir):
-        raise UserError(
-            f'--outdir={o.run.outdir} holds training states of an earlier run: continue it by '
-            f'--resume={o.run.outdir}, or choose another folder.'
-        )
+    check_no_states(o, c.run_dir)
     with atomic_write(os.path.join(c.run_dir, OPTIONS)) as file:
         file.write(json.dumps(c, indent=2).encode())

@@ -204,8 +204,8 @@ def transfer_weights(c: EasyDict, net: torch.nn.Module) -> None:
     if len(fitting) < len(own):
         distributed.print0(
             f"Warning: {len(fitting)} of this network's {len(own)} tensors are in --transfer={c.transfer} in "
-            'the same shape; the others start at random. (Options such as --arch and --cbase are not taken '
-            'from the snapshot.)'
+            'the same shape; the others start at random. (Without --arch, --cbase and other options of the '
+            "network, it is the snapshot's.)"
         )
 
 

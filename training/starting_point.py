@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from typing import NoReturn
 
 from dnnlib import EasyDict, UserError
+from dnnlib.options import value_text
+from training import architectures
 from training.architectures import ARCHITECTURES, AUGMENT_DIM, BOUNDARY_CLASSES, EDM2, PRECONDITIONING
 from training.command_line import RUN, Options
 
@@ -69,15 +73,46 @@ def check_numbers(net, name: str) -> None:
         )
 
 
-def check_transfer(o: Options) -> None:
-    """Raises: UserError if --transfer is no network. Runs before a folder is created, and in a dry run."""
+def load_transfer(o: Options) -> dict:
+    """{class_name, kwargs} of the network of --transfer, which is checked.
+
+    Raises: UserError if it is no network. Runs before a folder is created, and in a dry run.
+    """
     from dnnlib.util import named
     from torch_utils import distributed
-    from training.checkpoint import load_network
+    from training.checkpoint import constructor_arguments, load_network
 
     with distributed.main_process_first(), named('--transfer'):
         origin = load_network(o.run.transfer)
     check_numbers(origin, f'--transfer={o.run.transfer}')
+    kwargs = dict(model_type=type(getattr(origin, 'model', None)).__name__) | constructor_arguments(origin)
+    return dict(class_name=type(origin).__name__, kwargs=kwargs)
+
+
+def with_architecture(o: Options, network: Mapping) -> Options:
+    """The options; without --arch, with those that describe the network of --transfer.
+
+    Sizes that are given stay. Dropout, which changes no weight, is the objective's or as given.
+    Args:
+        network: {class_name, kwargs}.
+    Raises: UserError if no options describe it.
+    """
+    from torch_utils import distributed
+
+    if o.run.arch or o.teacher:
+        return o
+    try:
+        arch, precond = architectures.name_of(network['class_name'], network['kwargs'])
+    except ValueError as error:
+        raise UserError(f'--transfer={o.run.transfer} {error}: say which one to train by --arch.') from error
+    found = dict(arch=arch, precond=o.run.precond or precond)
+    for option, key in NETWORK_OPTIONS.items():
+        if option not in FREE_FOR_STUDENTS and getattr(o.run, option) is None and key in network['kwargs']:
+            found[option] = as_list(network['kwargs'][key])
+    if o.run.transfer:
+        words = ' '.join(RUN[name].spelled(value_text(value)) for name, value in found.items())
+        distributed.print0(f'Network of --transfer: {words}', file=sys.stderr)
+    return o.but(**found)
 
 
 def check_teacher(o: Options, dataset, teacher) -> None:

@@ -1,0 +1,146 @@
+"""What --dry-run says and checks besides the configuration: the network, memory, and files that a run needs."""
+
+from __future__ import annotations
+
+import torch
+
+from dnnlib import EasyDict, downloads
+from dnnlib.util import named
+from torch_utils import distributed
+from training import architectures, run_folder
+from training.checkpoint import NETWORKS
+from training.command_line import Options
+from training.starting_point import default_of
+
+GIB = 2**30
+
+
+def about(o: Options, c: EasyDict, dataset, teacher: torch.nn.Module | None) -> dict:
+    """Facts about a run that is not started, after checks of what it needs.
+
+    Returns: plain data; `network`, `memory_gib` (per process), `not_checked` (what would have to be downloaded).
+    Raises: UserError for a file or folder that would stop the run.
+    """
+    if not o.run.resume:
+        distributed.from_main(lambda: run_folder.check_new_folder(o, c.run_dir))
+    not_checked = check_validation(c, dataset) if c.validation else []
+    with torch.device('meta'):
+        net = NETWORKS[c.network.class_name](**c.network.kwargs).train().requires_grad_(True)
+    return dict(network=network_facts(c, net), memory_gib=memory(c, net, teacher), not_checked=not_checked)
+
+
+def network_facts(c: EasyDict, net: torch.nn.Module) -> dict:
+    """Size and shape of the network, with the defaults of what is not given."""
+    of = lambda name: c.network.kwargs.get(name, default_of(type(net.model), name))
+    levels = architectures.resolutions(c.network)
+    # Blocks of few channels have none, whatever the options say.
+    attention = {
+        name.partition('x')[0] for name, block in net.model.enc.items() if getattr(block, 'num_heads', 0)
+    }
+    return dict(
+        network=type(net).__name__,
+        model=type(net.model).__name__,
+        parameters=sum(p.numel() for p in net.parameters()),
+        resolutions=levels,
+        channels=[of('model_channels') * multiple for multiple in of('channel_mult')],
+        num_blocks=of('num_blocks'),
+        attn_resolutions=[res for res in levels if str(res) in attention],
+        dropout=of('dropout'),
+    )
+
+
+# ----------------------------------------------------------------------------
+# Memory.
+
+
+def memory(c: EasyDict, net: torch.nn.Module, teacher: torch.nn.Module | None) -> dict[str, object]:
+    """GiB of a process by part. Temporary tensors, the teacher's pass and CUDA itself come on top.
+
+    `activations`: what the student's pass over a micro-batch saves for the backward pass; None where
+    --checkpoint-activations computes them again.
+    """
+    size = 8 if c.precision == 'fp64' else 4
+    weights = sum(p.numel() for p in net.parameters()) * size
+    processes = distributed.get_world_size()
+    micro_batch = min(c.batch_gpu or c.batch_size // processes, c.batch_size // processes)
+    parts = dict(
+        weights=weights,
+        gradients=weights,
+        optimizer=2 * weights,
+        averages=(1 + len(c.phema_stds)) * weights,
+        target=weights if c.loss.get('mu0') else 0,
+        teacher=sum(p.numel() for p in teacher.parameters()) * size if teacher is not None else 0,
+    )
+    if not c.checkpoint_activations:
+        parts['activations'] = saved_for_backward(c, net, micro_batch)
+
+    # Averages may lie on the host.
+    on_device = sum(parts.values()) - (parts['averages'] if c.ema_device == 'cpu' else 0)
+    found = {name: round(nbytes / GIB, 3) for name, nbytes in parts.items()}
+    return dict(
+        {'activations': None} | found, device_total=round(on_device / GIB, 3), micro_batch=micro_batch
+    )
+
+
+def saved_for_backward(c: EasyDict, net: torch.nn.Module, count: int) -> int:
+    """Bytes that a forward pass over `count` images saves for the backward pass, from passes over one and two
+    on the meta device, which computes no numbers."""
+    from training import execution
+
+    net = execution.in_precision(net, c.precision)
+    one, two = (saved_bytes(net, n) for n in (1, 2))
+    return one + (count - 1) * (two - one)
+
+
+def saved_bytes(net: torch.nn.Module, count: int) -> int:
+    """Bytes of all storages, except those of parameters, that a forward pass saves."""
+    own = {p.untyped_storage()._cdata for p in net.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # alive, so that no other storage gets its address
+        return tensor
+
+    with torch.device('meta'), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        images = torch.zeros(count, net.img_channels, net.img_resolution, net.img_resolution)
+        net(images, torch.ones(count), torch.zeros(count, net.label_dim) if net.label_dim else None)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+# ----------------------------------------------------------------------------
+# Files.
+
+
+def check_validation(c: EasyDict, dataset) -> list[str]:
+    """Check reference, labels and detector of --val, and the reference against the detector.
+
+    Returns: what was not checked, because a dry run downloads nothing for --val.
+    Raises: UserError, naming the option.
+    """
+    from metrics.detectors import INCEPTION_URL, load_detector
+    from metrics.reference import check_same_detector
+    from metrics.validator import label_chooser, read_reference
+
+    options = c.validation
+    label_chooser(options.label, dataset.label_space, dataset)
+    reference, detector = options.ref or options.ref_data, options.detector or INCEPTION_URL
+    missing = distributed.from_main(
+        lambda: [source for source in (reference, detector) if not downloads.is_here(source)]
+    )
+    notes = [f'{source}: not downloaded yet' for source in missing]
+
+    # The files by themselves, then one against the other.
+    if reference not in missing:
+        statistics = read_reference(options)
+    if detector not in missing:
+        with distributed.main_process_first(), named('--val_detector'):
+            network = load_detector(detector, 'cpu')
+    if not missing and options.ref:
+        pixels = None if c.encoder else [int(size) for size in dataset.image_shape]
+        if pixels:
+            network(torch.zeros([1, *pixels]))  # sets `dim`
+        with named('--val_ref'):
+            check_same_detector(statistics, network, options.ref, pixels)
+    return notes
