@@ -166,8 +166,10 @@ class OptionsFor(click.ParamType):
 )
 @cli.option(
     '--num',
+    '--num-images',
+    'num',
     metavar='INT',
-    type=cli.Integer(min=SHOWN),
+    type=cli.Images(cli.Integer(min=SHOWN)),
     group=MEASURING,
     help='Number of images per model.  [default: 50000; on digits 6000]',
 )

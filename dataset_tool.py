@@ -14,7 +14,7 @@ import numpy as np
 
 from data.archive_writer import check_dest
 from dnnlib import UserError
-from dnnlib.cli import COUNT, PATH, Command, option, shown
+from dnnlib.cli import PATH, SOME_IMAGES, Command, option, shown
 from dnnlib.text import printable
 
 if TYPE_CHECKING:  # Pillow and torch are imported where they are used, so that --help stays fast
@@ -149,14 +149,14 @@ class Background(click.ParamType):
 )
 @option(
     '--max-images',
-    type=COUNT,
+    type=SOME_IMAGES,
     metavar='INT',
     group='Input',
     help='Convert only the first N images.  [default: all]',
 )
 @option(
     '--max-images-per-class',
-    type=COUNT,
+    type=SOME_IMAGES,
     metavar='INT',
     group='Input',
     help='Convert only the first N images of each class.  [default: all]',

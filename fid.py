@@ -90,8 +90,10 @@ def main():
 )
 @cli.option(
     '--num',
+    '--num-images',
+    'num',
     metavar='INT',
-    type=cli.Integer(min=2),
+    type=cli.TWO_IMAGES,
     help='Number of images: a random subset if there are more, an error if there are fewer.  [default: '
     f'{DEFAULT_NUM}]',
 )
@@ -209,14 +211,16 @@ def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, se
 )
 @cli.option(
     '--num',
+    '--num-images',
+    'num',
     metavar='INT',
-    type=cli.Integer(min=2),
+    type=cli.TWO_IMAGES,
     help='Size of a random subset to use.  [default: all images]',
 )
 @cli.option(
     '--features',
     metavar='INT',
-    type=cli.Integer(min=0),
+    type=cli.IMAGES,
     default=0,
     show_default=True,
     help='Also store the features of a random subset of this size, for kid, precision, recall, density and '

@@ -135,8 +135,10 @@ class Metric(evaluation.Measures):
 )
 @cli.option(
     '--num',
+    '--num-images',
+    'num',
     metavar='INT',
-    type=cli.Integer(min=2),
+    type=cli.TWO_IMAGES,
     default=evaluation.DEFAULT_NUM,
     show_default=True,
     group=IMAGES,

@@ -42,8 +42,10 @@ from sampling.options import GENERAL
 )
 @cli.option(
     '--num',
+    '--num-images',
+    'num',
     metavar='INT',
-    type=cli.Integer(min=2),
+    type=cli.TWO_IMAGES,
     default=50000,
     show_default=True,
     help='Number of images to generate.',

@@ -21,6 +21,7 @@ NUMBER = re.compile(r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?')
 INFINITY = re.compile(r'[+-]?inf(inity)?', re.IGNORECASE)
 SEED_COUNT = 1 << 32  # seeds are below this; generators use 32 bits
 LONGEST_USAGE_ERROR = 400  # characters; a usage error repeats the value
+IMAGE_UNITS = dict(img=1, kimg=1_000, mimg=1_000_000)
 HELP_SETTINGS = dict(max_content_width=120, help_option_names=['-h', '--help'])
 
 
@@ -157,6 +158,34 @@ class Number(click.FloatRange):
         return super()._describe_range() if (self.min, self.max) != (None, None) else ''
 
 
+class Images(click.ParamType):
+    """A number of images: a bare one in units of `unit` images, or with its unit, as in 500kimg or 50Mimg.
+
+    Args:
+        kind: type of the value, which is in units of `unit` images.
+    """
+
+    def __init__(self, kind: Integer | Number, unit: float = 1):
+        self.kind, self.unit, self.name = kind, unit, kind.name
+
+    def convert(self, value, param, ctx):
+        match = re.fullmatch(
+            r'([0-9.+-].*?)\s*([a-z]{2,})', str(value).strip()[:LONGEST_USAGE_ERROR], re.IGNORECASE
+        )
+        if match is None:
+            return self.kind.convert(value, param, ctx)
+        known = match[2].lower() in IMAGE_UNITS
+        if not known or not NUMBER.fullmatch(match[1]) or len(match[1]) > MAX_DIGITS:
+            self.fail(f'{shown(value)} is not a number of images such as 50, 50Mimg or 500kimg', param, ctx)
+        images = float(match[1]) * IMAGE_UNITS[match[2].lower()]
+        if isinstance(self.kind, click.IntRange):
+            # 1.001 * 1000 is not a whole number in binary.
+            if not abs(images) <= MOST or abs(images - round(images)) > 1e-9 * max(1.0, images):
+                self.fail(f'{shown(value)} is not a whole number of images, at most {MOST}', param, ctx)
+            return self.kind.convert(round(images), param, ctx)
+        return self.kind.convert(repr(images / self.unit), param, ctx)
+
+
 COUNT = Integer(min=1)
 STEPS = Integer(min=1, max=MAX_STEPS)  # of a sampler or a grid of noise levels
 LEVELS = Integer(min=2, max=MAX_STEPS)  # noise levels in a grid
@@ -169,8 +198,10 @@ SIGMA = Number(min=1e-9, max=1e6)  # noise levels: their squares are FP32 number
 RHO = Number(min=0.1, max=1000)  # exponents of noise levels; below, powers overflow
 FACTOR = Number(min=0, max=1e6)
 SOME_FACTOR, SIGNED_FACTOR = Number(min=0, max=1e6, min_open=True), Number(min=-1e6, max=1e6)
-KIMG = Number(min=0, max=1e9)  # a trillion images
-SOME_MIMG, SOME_KIMG = Number(min=0, max=1e6, min_open=True), Number(min=0, max=1e9, min_open=True)
+KIMG = Images(Number(min=0, max=1e9), 1e3)  # a trillion images
+SOME_MIMG = Images(Number(min=0, max=1e6, min_open=True), 1e6)
+SOME_KIMG = Images(Number(min=0, max=1e9, min_open=True), 1e3)
+IMAGES, SOME_IMAGES, TWO_IMAGES = (Images(Integer(min=least)) for least in (0, 1, 2))
 
 
 def expand_path(path: str) -> str:

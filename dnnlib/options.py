@@ -168,6 +168,8 @@ def kind_of(kind: Any) -> schema.Kind:
     # A type may have a schema of its own.
     if hasattr(kind, 'schema'):
         return kind.schema
+    if isinstance(kind, cli.Images):
+        return kind_of(kind.kind)
     if isinstance(kind, click.Choice):
         return schema.OneOf(tuple(kind.choices))
     if kind in (bool, SWITCH, FLAG, ON_OFF):

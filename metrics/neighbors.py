@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import torch
 
 from metrics.kernel import check_features
+from torch_utils import distributed
 
 
 def precision_recall(
@@ -95,7 +96,7 @@ class _Distances:
 
     def squared(self, a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:
         """(rows, columns, squared distances of a[rows] from b[columns]), row by row."""
-        for rows in self._slices(a):
+        for rows in distributed.progress(self._slices(a), unit='chunk'):
             x = self._part(a, rows)
             for columns in self._slices(b):
                 y = self._part(b, columns)

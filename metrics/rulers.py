@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from data.dataset import ImageFolderDataset
 from dnnlib import UserError, cli
 from dnnlib.util import atomic_write
+from torch_utils import distributed
 
 FEATURES = 64  # of every detector
 SEED = 0
@@ -88,7 +89,7 @@ def train_classifier(images, labels, classes: int, epochs: int = 20):
         order = torch.randperm(len(images))
         held_out, training = order[: len(order) // 5], order[len(order) // 5 :]
         optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
-        for _ in range(epochs):
+        for _ in distributed.progress(range(epochs), unit='epoch'):
             for batch in training[torch.randperm(len(training))].split(64):
                 loss = F.cross_entropy(
                     net.out(F.dropout(net(images[batch]), 0.2)), labels[batch], label_smoothing=0.1

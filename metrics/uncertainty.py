@@ -7,6 +7,7 @@ import torch
 
 from dnnlib.util import UserError
 from metrics.frechet import Gaussian
+from torch_utils import distributed
 
 CHUNK = 4096  # samples converted to FP64 at a time
 
@@ -38,7 +39,8 @@ def bootstrap_interval(
     sample = _Sample(features, reference_mu, reference_sigma)
     rng, n = np.random.default_rng(seed), len(sample)
     value = sample.distance(np.ones(n))
-    resampled = np.array([sample.distance(rng.multinomial(n, np.full(n, 1 / n))) for _ in range(num)])
+    draws = distributed.progress(range(num), unit='resample')
+    resampled = np.array([sample.distance(rng.multinomial(n, np.full(n, 1 / n))) for _ in draws])
     low, high = value - resampled.mean() + np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return max(0.0, float(low)), float(high)
 
@@ -78,7 +80,8 @@ def frechet_infinity(
     # Distances of random subsets.
     rng = np.random.default_rng(seed)
     sizes = np.linspace(max(n // 10, 2 * dim), n, points).round().astype(int)
-    distances = [sample.distance(rng.permutation(n) < size) for size in sizes]
+    subsets = distributed.progress(sizes, unit='subset')
+    distances = [sample.distance(rng.permutation(n) < size) for size in subsets]
 
     # Least squares of distance = value + slope / N, and the standard error of the value from the residuals.
     line = np.stack([np.ones(points), 1 / sizes], axis=1)

@@ -1,6 +1,7 @@
 """Numbers on command lines: each has a length and a range, and is read by the types of dnnlib/cli.py."""
 
 import importlib
+import re
 import time
 
 import click
@@ -9,7 +10,9 @@ from click.testing import CliRunner
 from helpers import SCRIPTS, assert_one_clear_error, run
 
 from dnnlib import UserError, cli
+from docs import generate_options
 from torch_utils import distributed
+from training import command_line
 
 NO_NUMBERS = [
     '9' * 5000,
@@ -163,3 +166,57 @@ def test_training_asks_for_a_folder_and_for_data():
 
     for given, missing in (([], '--outdir'), (['--outdir=x'], '--data'), (['--data=x'], '--outdir')):
         assert_one_clear_error(CliRunner().invoke(main, given), f"Missing option '{missing}'", status=2)
+
+
+# ----------------------------------------------------------------------------
+# Counts of images and their units.
+
+
+@pytest.mark.parametrize(
+    'option, text, value',
+    [
+        ('duration', '200kimg', 0.2),
+        ('duration', '12.8 Mimg', 12.8),
+        ('duration', '0.5', 0.5),
+        ('lr_rampup', '1.5Mimg', 1500),
+        ('lr_rampup', '20', 20),
+        ('tick', '640img', 0.64),
+        ('ema', '500kimg', 5e5),
+        ('val_num', '10kimg', 10_000),
+        ('val_num', '1.001kimg', 1001),
+        ('max_images', '0.06Mimg', 60_000),
+        ('T_anneal_kimg', '104.8Mimg', 104_800),
+    ],
+)
+def test_a_count_of_images_may_name_its_unit(option, text, value):
+    """Without one it counts what it always did."""
+    words = [f'--{option.replace("max_images", "max-images")}={text}']
+    words += ['--objective=mcd', '--teacher=x.pkl'] if option == 'T_anneal_kimg' else []
+    words += ['--val=1', '--val_ref=x.npz'] if option == 'val_num' else []
+    chosen = command_line.parse(['--outdir=runs', '--data=x.zip', *words])
+    assert getattr(chosen.own, option, getattr(chosen.run, option, None)) == value
+
+
+@pytest.mark.parametrize(
+    'word, said',
+    [
+        ('--duration=5furlongs', '500kimg'),
+        ('--duration=0kimg', '0<'),
+        ('--duration=1e39kimg', 'range'),
+        ('--val_num=0.5img', 'whole number'),
+        ('--val_num=1img', '2'),
+        ('--lr_rampup=-3kimg', '0'),
+        ('--tick=kimg', 'kimg'),
+    ],
+)
+def test_a_wrong_count_of_images_is_one_usage_error(word, said):
+    with pytest.raises(click.UsageError, match=re.escape(said)):
+        command_line.parse(['--outdir=runs', '--data=x.zip', '--val=1', '--val_ref=x.npz', word])
+
+
+@pytest.mark.parametrize('name', ['fid.py calc', 'fid.py ref', 'search.py', 'validation.py', 'compare.py'])
+def test_num_images_is_num(name):
+    command = generate_options.command(name)
+    (option,) = [each for each in command.params if each.name == 'num']
+    assert option.opts == ['--num', '--num-images']
+    assert option.type.convert('10kimg', option, None) == 10_000

@@ -140,7 +140,7 @@ def test_the_published_command_scaled_down_trains_on_digits(tmp_path, digits, te
         '--val_num=64',
         '--lr_rampup=0.1',
     )
-    folder = tmp_path / '00000-digits-cond-adm-edm-cd-s8-gpus1-batch64-fp16'
+    folder = tmp_path / '00000-digits-cond-adm-edm-mcd-s8-gpus1-batch64-fp16'
     assert folder.is_dir() and 'Done.' in result.stdout
     assert '50,000,000 images = 781,250 steps' in result.stdout
     options = json.loads((folder / 'training_options.json').read_text())

@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -298,6 +298,14 @@ def from_main(function: Callable[[], Any]) -> Any:
     if problem is not None:
         fail_together(*problem)
     return result
+
+
+def progress(items: Iterable, **options) -> Iterable:
+    """The items, with a bar of tqdm's on the main process if stderr is a terminal; it leaves no trace."""
+    from tqdm import tqdm
+
+    hidden = None if is_main() else True  # tqdm's None: hidden unless stderr is a terminal
+    return tqdm(items, disable=hidden, dynamic_ncols=True, leave=False, **options)
 
 
 def print0(*args, **kwargs) -> None:

@@ -15,7 +15,7 @@ import click
 from dnnlib import cli, options
 from dnnlib.options import options_of
 from training import config_file, presets
-from training.config import Images, RunConfig
+from training.config import HalfLife, RunConfig
 from training.objectives import OBJECTIVES, objectives_with
 from training.objectives.options import EDM2_WIDTHS, Config, Objective
 
@@ -251,7 +251,7 @@ def default_of(name: str, objective: str) -> object:
     value = OBJECTIVES[objective].defaults.get(name, option.default)
     if option.kind == options.SWITCH and value is not None:
         return 'on' if value else 'off'
-    return value / 1e6 if isinstance(option.kind, Images) else value
+    return value / 1e6 if isinstance(option.kind, HalfLife) else value
 
 
 def edm2_default_of(name: str, objective: str) -> object:

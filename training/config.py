@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,23 +18,14 @@ TICKS = cli.Integer(min=0)
 PHEMA_RANGE = (0.001, 0.28)
 
 
-class Images(click.ParamType):
-    """A number of images: `50` and `50Mimg` are millions, `500kimg` thousands."""
+class HalfLife(click.ParamType):
+    """A number of images, whose value is in images: a bare one is in millions."""
 
     name = 'images'
     schema = Real(0, 1e15)
 
     def convert(self, value, param, ctx):
-        if isinstance(value, float):
-            return value
-        match = re.fullmatch(r'([0-9.eE+-]+)\s*(Mimg|kimg|)', str(value))
-        try:
-            kind, unit = (cli.SOME_KIMG, 1e3) if match[2] == 'kimg' else (cli.SOME_MIMG, 1e6)
-            return kind.convert(match[1], param, ctx) * unit
-        except TypeError:
-            self.fail(
-                f'{cli.shown(value)} is not a number of images such as 50, 50Mimg or 500kimg', param, ctx
-            )
+        return value if isinstance(value, float) else cli.SOME_MIMG.convert(value, param, ctx) * 1e6
 
 
 class LossScale(click.ParamType):
@@ -117,7 +107,7 @@ class Hyperparameters:
         None, cli.Number(0, 1, max_open=True), "Decay of Adam's second moments.",
         metavar='FLOAT')
     ema: float | None = opt(
-        None, Images(),
+        None, HalfLife(),
         'Half-life of the weight average in millions of images; 500kimg and 50Mimg name their unit.',
         metavar='MIMG', key='ema_halflife_nimg', settled=True)
     ema_rampup: float | None = opt(
@@ -135,7 +125,7 @@ class Hyperparameters:
         None, cli.POSITIVE, 'Clip the global gradient norm to this value.',
         flags=('--grad-clip',), metavar='FLOAT', default_text='never', key='grad_clip')
     max_images: int | None = opt(
-        None, cli.COUNT, 'Train on a fixed random subset of this size.',
+        None, cli.SOME_IMAGES, 'Train on a fixed random subset of this size.',
         flags=('--max-images',), metavar='INT', default_text='all', key='dataset.max_size')
     xflip: bool = opt(False, bool, 'Add mirrored copies of all images.', key='dataset.xflip')
 
@@ -197,7 +187,7 @@ class Validation:
         'Evaluate the teacher once at the start, by its default sampler (diffusion models: Heun, 18 steps).',
         key='validation.teacher')
     val_num: int = opt(
-        50000, cli.Integer(min=2), 'Number of images to generate.',
+        50000, cli.TWO_IMAGES, 'Number of images to generate.',
         metavar='INT', key='validation.num')
     val_batch: int = opt(
         64, cli.BATCH, 'Number of images that a process generates at a time.',
