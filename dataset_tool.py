@@ -1,5 +1,5 @@
 """Convert images to a data set in EDM's format: a zip or folder of square PNGs, or of latents, with
-`dataset.json`."""
+`dataset.json`. `--stats` describes images instead."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dnnlib.cli import PATH, SOME_IMAGES, Command, option, shown
 from dnnlib.text import printable
 
 if TYPE_CHECKING:  # Pillow and torch are imported where they are used, so that --help stays fast
-    from data.conversion import Color
+    from data.conversion import Color, Recipe
     from data.sources import Selection, Source
 
 # Names of functions in data/pixels.py, with hyphens.
@@ -28,12 +28,25 @@ TRANSFORMS = ('center-crop', 'center-crop-wide', 'center-crop-letterbox', 'cente
 # Sources.
 
 
-def open_source(source: str, selection: Selection, background: tuple[int, int, int]) -> Source:
-    """The selected images of --source, whose kind is known by its name."""
+def open_source(
+    source: str,
+    selection: Selection,
+    background: tuple[int, int, int],
+    split: str,
+    resolution: tuple[int, int] | None,
+) -> Source:
+    """The selected images of --source, whose kind is known by its name.
+
+    Args:
+        split, resolution: for photos, whose crops depend on them.
+    """
     from data import sources
 
     if source == 'digits':
         return sources.digits_source(selection)
+    if source == 'photos':
+        sources.check_unambiguous('--source', source)
+        return sources.photos_source(selection, split, resolution)
     path = pathlib.Path(source)
     if not path.exists():
         raise UserError(f'--source={source}: no such file or folder')
@@ -97,17 +110,17 @@ def read_classes(path: pathlib.Path) -> np.ndarray | None:
 
 
 class Resolution(click.ParamType):
-    """WIDTHxHEIGHT in pixels: `64x64` becomes (64, 64)."""
+    """WIDTHxHEIGHT in pixels, or the side of a square: `64x64` and `64` become (64, 64)."""
 
     name = 'WxH'
 
     def convert(self, value, param, ctx):
         if isinstance(value, tuple):
             return value
-        match = re.fullmatch(r'([1-9][0-9]{0,4})x([1-9][0-9]{0,4})', value)
+        match = re.fullmatch(r'([1-9][0-9]{0,4})(?:x([1-9][0-9]{0,4}))?', value)
         if match is None:
-            self.fail(f'{shown(value)} is not WIDTHxHEIGHT, such as 64x64', param, ctx)
-        return int(match[1]), int(match[2])
+            self.fail(f'{shown(value)} is not WIDTHxHEIGHT, such as 64x64, or a side, such as 64', param, ctx)
+        return int(match[1]), int(match[2] or match[1])
 
 
 class Background(click.ParamType):
@@ -140,12 +153,19 @@ class Background(click.ParamType):
 @option(
     '--source',
     required=True,
-    metavar='PATH|digits',
+    metavar='PATH|NAME',
     type=PATH,
     group='Input',
     help='Images to convert: a folder or zip; an .npz or .npy of uint8 images; cifar-10-python.tar.gz; '
     "MNIST's train-images-idx3-ubyte[.gz] beside its labels (28x28 is padded to 32x32); an LSUN *_lmdb "
-    'folder; or "digits", scikit-learn\'s 1,797 images of 8x8.',
+    "folder; digits, scikit-learn's 1,797 images of 8x8; or photos, color crops of scikit-learn's two "
+    'photographs.',
+)
+@option(
+    '--split',
+    type=click.Choice(['train', 'test']),
+    group='Input',
+    help='Crops of photos: 8,000 for training, or 2,000 of a band that those leave out.  [default: train]',
 )
 @option(
     '--max-images',
@@ -190,19 +210,24 @@ class Background(click.ParamType):
     'on gray.',
 )
 @option(
+    '--skip-bad',
+    is_flag=True,
+    group='Input',
+    help='Skip, count and name images that cannot be read.  [default: the first is an error]',
+)
+@option(
     '--dest',
-    required=True,
     metavar='PATH',
     type=PATH,
     group='Output',
-    help='Output: a .zip file, replaced if it exists, or a new or empty folder.',
+    help='Output: a .zip file, replaced if it exists, or a new or empty folder. Required without --stats.',
 )
 @option(
     '--resolution',
     type=Resolution(),
-    metavar='WxH',
+    metavar='WxH|W',
     group='Output',
-    help='Output image size, such as 64x64.  [default: keep the size]',
+    help='Output image size, such as 64x64 or 64.  [default: keep the size]',
 )
 @option(
     '--transform',
@@ -222,17 +247,36 @@ class Background(click.ParamType):
     help='Write latents of this diffusers AutoencoderKL instead of images: a name on the Hugging Face hub, '
     "such as stabilityai/sd-vae-ft-mse (EDM2's VAE), or a folder.",
 )
+@option(
+    '--stats',
+    is_flag=True,
+    group='Statistics',
+    help='Write no data set. Print number, sizes and classes of the images, and mean and standard deviation '
+    '(the sigma_data to use) of their pixels in [-1, 1].',
+)
+@option(
+    '--json',
+    'json_path',
+    metavar='FILE',
+    type=PATH,
+    group='Statistics',
+    help='Also write the statistics to this file.',
+)
 def main(
     source: str,
+    split: str | None,
     max_images: int | None,
     max_images_per_class: int | None,
     labels_from: str,
     exif: str,
     background: Color,
-    dest: str,
+    skip_bad: bool,
+    dest: str | None,
     resolution: tuple[int, int] | None,
     transform: str | None,
     vae: str | None,
+    stats: bool,
+    json_path: str | None,
 ) -> None:
     """Convert images to a data set for training and evaluation.
 
@@ -248,10 +292,11 @@ def main(
           --resolution=64x64 --transform=center-crop
       python dataset_tool.py --source=datasets/imagenet-512x512.zip --dest=datasets/latents.zip \\
           --encode-vae=stabilityai/sd-vae-ft-mse
+      python dataset_tool.py --stats --source=my-images --resolution=32 --transform=center-crop
     """
-    if transform is not None and resolution is None:
-        raise click.UsageError(f'--transform={transform} needs --resolution=WxH')
-    check_dest(pathlib.Path(dest))
+    check_usage(source, split, dest, resolution, transform, vae, stats, json_path)
+    if dest is not None:
+        check_dest(pathlib.Path(dest))
     from data import conversion
     from data.sources import Selection
 
@@ -259,10 +304,42 @@ def main(
     transform = conversion.make_transform(transform, resolution)
     recipe = conversion.Recipe(transform, background, upright=exif == 'apply')
     files = conversion.PngFiles() if vae is None else conversion.LatentFiles(vae)
-    images = open_source(source, Selection(max_images, max_images_per_class, labels_from), background.rgb)
+    selection = Selection(max_images, max_images_per_class, labels_from, skip_bad)
+    images = open_source(source, selection, background.rgb, split or 'train', resolution)
+    if stats:
+        print_statistics(images, recipe, json_path)
+        return
     if vae is not None:  # VAEs take RGB, also of gray images
         images = images._replace(mode='RGB')
     click.echo(printable(conversion.convert(images, pathlib.Path(dest), recipe, files)))
+
+
+def check_usage(source, split, dest, resolution, transform, vae, stats, json_path) -> None:
+    """Raises: click.UsageError for options that contradict each other, or that need others."""
+    if stats and (unused := '--dest' if dest is not None else '--encode-vae' if vae is not None else None):
+        raise click.UsageError(f'--stats writes no data set: leave {unused} out, or --stats')
+    if not stats and dest is None:
+        raise click.UsageError('--dest=PATH is missing: the output, unless --stats only describes the images')
+    if not stats and json_path is not None:
+        raise click.UsageError('--json is for --stats: add that option, or leave --json out')
+    if split is not None and source != 'photos':
+        raise click.UsageError(f'--split={split} is for --source=photos: leave it out')
+    if transform is not None and resolution is None:
+        raise click.UsageError(f'--transform={transform} needs --resolution=WxH')
+
+
+def print_statistics(images: Source, recipe: Recipe, json_path: str | None) -> None:
+    """Print the statistics of a source's images, and write them to `json_path`."""
+    from data.statistics import statistics_of
+    from metrics.evaluation import make_folder, write_json
+
+    if json_path is not None:
+        make_folder(json_path)
+    found = statistics_of(images, recipe)
+    for line in found.lines():
+        click.echo(printable(line))
+    if json_path is not None:
+        write_json(json_path, found.record())
 
 
 if __name__ == '__main__':

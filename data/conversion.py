@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from data import pixels
 from data.archive_writer import IMAGE_NAME, open_dest, png_bytes
+from data.image_files import Unreadable
 from data.label_space import Labels, LabelSpace
 from data.pixels import Picture
 from data.sources import Label, Source
@@ -28,6 +29,7 @@ from dnnlib.text import printable
 torch = lazy_import('torch')  # only latents need them
 encoders = lazy_import('training.networks.encoders')
 
+NAMED = 5  # images that cannot be read in a message
 WIDE = ('center-crop-wide', 'center-crop-letterbox')  # transforms that pad to a square
 
 # ----------------------------------------------------------------------------
@@ -100,12 +102,14 @@ class Recipe(NamedTuple):
 
 
 class Written(NamedTuple):
-    """An image to write: its index and name in the source, pixels and label."""
+    """An image to write: its index and name in the source, pixels, label, and width and height before the
+    transform."""
 
     number: int
     name: str
     image: Image
     label: Label
+    original: tuple[int, int]
 
 
 def converted(source: Source, recipe: Recipe) -> Iterator[Written]:
@@ -113,17 +117,10 @@ def converted(source: Source, recipe: Recipe) -> Iterator[Written]:
 
     Raises: UserError if an image differs in size from the first, or all were skipped.
     """
-    first, notes, skipped = None, Counter(), 0  # first: name and size
-    for number, name, picture, label in source.items:
-        image, transparent = pixels.prepared(
-            picture, source.mode, recipe.background.rgb, recipe.upright, name
-        )
-        image = recipe.transform(image)
-        if image is None:
-            skipped += 1
-            continue
-
+    first = None  # name and size
+    for written in transformed(source, recipe):
         # All images have the size of the first, a square with a power of two as its side.
+        name, image = written.name, written.image
         if first is None:
             check_size(*image.size, name)
             first = name, image.size
@@ -132,15 +129,46 @@ def converted(source: Source, recipe: Recipe) -> Iterator[Written]:
                 f'{name} is {image.width}x{image.height}, but {first[0]} is {first[1][0]}x{first[1][1]}; '
                 'resize all with --resolution and --transform'
             )
+        yield written
+
+
+def transformed(source: Source, recipe: Recipe) -> Iterator[Written]:
+    """The images of a source as a recipe makes them, of any size; then notes on what was changed are printed.
+
+    Raises: UserError if an image cannot be read or converted, or all were skipped.
+    """
+    notes, skipped, bad, done = Counter(), 0, [], 0
+    for number, name, picture, label in source.items:
+        if isinstance(picture, Unreadable):
+            bad.append(str(picture))  # not the error, whose frames hold pixels
+            continue
+        image, transparent = pixels.prepared(
+            picture, source.mode, recipe.background.rgb, recipe.upright, name
+        )
+        original, image = image.size, recipe.transform(image)
+        if image is None:
+            skipped += 1
+            continue
         notes.update(what_was_done(picture, transparent, source.mode, recipe))
-        yield Written(number, name, image, label)
+        done += 1
+        yield Written(number, name, image, label, original)
 
     # Print notes with the numbers of images.
     if skipped:
         notes['images are too small for --transform=center-crop-wide and were skipped'] = skipped
     for text, count in sorted(notes.items()):
         click.echo(printable(f'Note: {count} {text}.'), err=True)
-    if first is None:
+    if bad and (done or skipped):
+        click.echo(f'Note: {len(bad)} of {source.count} images cannot be read and were skipped:', err=True)
+        for error in bad[:NAMED]:
+            click.echo(printable(f'  {error}'), err=True)
+        if len(bad) > NAMED:
+            click.echo(f'  and {len(bad) - NAMED} more', err=True)
+
+    # Something must remain.
+    if not done and not skipped:
+        raise UserError(f'None of the {len(bad)} images can be read. The first problem: {bad[0]}')
+    if not done:
         raise UserError(
             f'None of the {skipped} images are large enough; choose a smaller --resolution, or '
             '--transform=center-crop-letterbox'
@@ -172,7 +200,7 @@ class PngFiles:
 
     def contents(self, images: Iterable[Written]) -> Iterator[tuple[int, bytes, Label]]:
         """(index, file contents, label) of each image. At the end sets `what`, a description of the files."""
-        for number, _, image, label in images:
+        for number, _, image, label, _ in images:
             yield number, png_bytes(image), label
         self.what = f'{"RGB" if image.mode == "RGB" else "grayscale"} images of {image.width}x{image.height}'
 
@@ -250,10 +278,9 @@ class LatentFiles:
 
 def convert(source: Source, dest: pathlib.Path, recipe: Recipe, files: PngFiles | LatentFiles) -> str:
     """Write all images, numbered as in the source, then `dataset.json`. Returns: a summary sentence."""
-    # Write images. With disable=None, tqdm shows a bar only if stderr is a terminal.
+    # Write images.
     labels = []
-    bar = dict(total=source.count, unit='img', dynamic_ncols=True, disable=None)
-    with open_dest(dest) as write, tqdm(converted(source, recipe), **bar) as progress:
+    with open_dest(dest) as write, progress_bar(converted(source, recipe), source.count) as progress:
         for number, data, label in files.contents(progress):
             name = f'{number // 1000:05d}/{files.pattern.format(number)}'
             write(name, data)
@@ -262,19 +289,22 @@ def convert(source: Source, dest: pathlib.Path, recipe: Recipe, files: PngFiles 
         # Write labels, if all images have them.
         labeled = all(label is not None for _, label in labels)
         space = (
-            Labels.of_data(np.array([label for _, label in labels]), source.vectors).space
+            Labels.of_data(np.array([label for _, label in labels]), source.vectors, source.class_names).space
             if labeled
             else LabelSpace(0)
         )
-        kind = {'label_kind': space.kind} if space.are_vectors else {}
+        about = {'label_kind': space.kind} if space.are_vectors else {}
+        about |= {'class_names': space.names} if space.names else {}
         write(
             'dataset.json',
-            json.dumps({'labels': labels if labeled else None, **kind, **files.entries}).encode(),
+            json.dumps({'labels': labels if labeled else None, **about, **files.entries}).encode(),
         )
     if warning := space.warning():
         click.echo(printable(f'Warning: {warning}'), err=True)
-    return (
-        f'Wrote {len(labels)} {files.what}, '
-        f'{f"with {space}" if space.are_vectors else "with labels" if labeled else "without labels"}, to '
-        f'{dest}'
-    )
+    of_what = f'with {space}' if space.are_vectors or space.names else 'with labels'
+    return f'Wrote {len(labels)} {files.what}, {of_what if labeled else "without labels"}, to {dest}'
+
+
+def progress_bar(images: Iterable[Written], total: int) -> tqdm:
+    """A bar over the images of a source, shown only if stderr is a terminal."""
+    return tqdm(images, total=total, unit='img', dynamic_ncols=True, disable=None)

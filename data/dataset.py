@@ -2,8 +2,8 @@
 
 A data set is a folder or zip, nested at will, of square grayscale or RGB images of one size, or of latents:
 `.npy` files of float32 or float16 [C, H, W]. An optional `dataset.json` holds
-`{"labels": [[name, class index or vector], ...]}` or `{"labels": null}`; for latents, its `"encoder"` tells
-how they were made. `dataset_tool.py` creates such data sets.
+`{"labels": [[name, class index or vector], ...]}` or `{"labels": null}`; its `"class_names"` are names by
+class, and for latents, its `"encoder"` tells how they were made. `dataset_tool.py` creates such data sets.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ import torch.utils.data
 
 from data import pixels
 from data.image_files import LABEL_FILE, ImageFiles
-from data.label_file import are_label_vectors, count_unused_labels, read_encoder, read_labels
+from data.label_file import (
+    are_label_vectors,
+    count_unused_labels,
+    read_class_names,
+    read_encoder,
+    read_labels,
+)
 from data.label_space import Labels, LabelSpace
 from data.pixels import UNREADABLE, image_pixels, image_shape_of
 from dnnlib import UserError
@@ -84,7 +90,9 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self.unused_labels = count_unused_labels(self._files) if use_labels else 0
         self._labels_of_all = self.labels = None
         if labels is not None:
-            self._labels_of_all = Labels.of_data(labels, are_label_vectors(self._files))
+            self._labels_of_all = Labels.of_data(
+                labels, are_label_vectors(self._files), read_class_names(self._files)
+            )
             self.labels = self._labels_of_all.subset(self._index)
 
         # How latents were made.

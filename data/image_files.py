@@ -27,6 +27,10 @@ LATENT_EXTENSION = '.npy'
 NOT_A_ZIP = 'File is not a zip file'  # zipfile's message for any file without an end-of-archive record
 
 
+class Unreadable(UserError):
+    """An image file whose contents cannot be read."""
+
+
 class ImageFiles:
     """Images (or latents) and label files of a folder or zip, sorted by name.
 
@@ -204,13 +208,13 @@ class ImageFiles:
 
     @contextlib.contextmanager
     def open_image(self, name: str) -> Iterator[Image.Image]:
-        """An image whose header has been read, for `load()` inside the block. Raises: UserError."""
+        """An image whose header has been read, for `load()` inside the block. Raises: Unreadable."""
         try:
             with self.open(name) as file:
                 yield open_image(file, self._size_of(name))
         except UNREADABLE as error:
             what = self._describe_file(name) if isinstance(error, UnidentifiedImageError) else error
-            raise UserError(
+            raise Unreadable(
                 f'{self.path}: {name} is not a readable image ({what}); replace or remove it'
             ) from error
 

@@ -36,17 +36,27 @@ def count_unused_labels(files: ImageFiles) -> int:
     return int(_label_entries(files).get('unused', 0))
 
 
+def read_class_names(files: ImageFiles) -> tuple[str, ...] | None:
+    """The `"class_names"` of `dataset.json`, by class; None without them. Raises: as `read_labels`."""
+    names = json.loads(str(_label_entries(files).get('class_names', '[]')))
+    return tuple(names) or None
+
+
 def _label_entries(files: ImageFiles) -> dict[str, np.ndarray]:
     """`_labels_by_name`, read once per `files`."""
     if files.label_entries is None:
-        files.label_entries = files.remember('labels', lambda: _labels_by_name(files))
+        # Caches called `labels` are of versions without class names.
+        files.label_entries = files.remember('named-labels', lambda: _labels_by_name(files))
     return files.label_entries
 
 
 def _labels_by_name(files: ImageFiles) -> dict[str, np.ndarray]:
-    """`labels`, the number of `unused` ones, and whether they are declared `vectors`; {} without labels."""
+    """`labels`, the number of `unused` ones, whether they are declared `vectors`, and `class_names` as JSON;
+    {} without labels."""
     name = _label_file(files)
-    table, vectors = (None, False) if name is None else _read_label_table(files, name)
+    if name is None:
+        return {}
+    table, vectors, class_names = _read_label_table(files, name)
     if table is None:
         return {}
 
@@ -64,10 +74,18 @@ def _labels_by_name(files: ImageFiles) -> dict[str, np.ndarray]:
             f'{files.path}: {name} has no label for {len(missing)} of {len(images)} images, such as '
             f'{missing[0]}' + (f'. {why}' if why else '; recreate it')
         )
+    labels = _label_array([table[key] for key in keys], f'{files.path}: {name}')
+    classes = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
+    if class_names and len(class_names) < classes:
+        raise UserError(
+            f'{files.path}: {name} has {classes} classes, but class_names names {len(class_names)}; complete '
+            'that list, or remove the entry'
+        )
     return dict(
-        labels=_label_array([table[key] for key in keys], f'{files.path}: {name}'),
+        labels=labels,
         unused=np.array(len(table) - len(set(keys))),
         vectors=np.array(vectors),
+        class_names=np.array(json.dumps(class_names)),
     )
 
 
@@ -118,14 +136,14 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
     return entries
 
 
-def _read_label_table(files: ImageFiles, name: str) -> tuple[dict | None, bool]:
-    """(labels by image name, or None; whether they are declared vectors)."""
+def _read_label_table(files: ImageFiles, name: str) -> tuple[dict | None, bool, list[str]]:
+    """(labels by image name, or None; whether they are declared vectors; names of classes)."""
     # Read the pairs.
     try:
         content = _read_json(files, name)
         pairs, vectors = content['labels'], content.get('label_kind') == 'vectors'
         if pairs is None:
-            return None, vectors
+            return None, vectors, []
         pairs = [(file_names.with_slashes(image), label) for image, label in pairs]
     except limits.UNREADABLE as error:
         raise UserError(
@@ -138,7 +156,22 @@ def _read_label_table(files: ImageFiles, name: str) -> tuple[dict | None, bool]:
     repeats = len(table) < len(pairs)
     if repeats and (twice := [image for image, label in pairs if table[image] != label]):
         raise UserError(f'{files.path}: {name} gives {twice[0]} two different labels; recreate it')
-    return table, vectors
+    return table, vectors, _checked_names(content.get('class_names'), f'{files.path}: {name}')
+
+
+def _checked_names(names: object, source: str) -> list[str]:
+    """Names of classes; [] for None. Raises: UserError unless they are different short texts."""
+    names = [] if names is None else names
+    if (
+        not isinstance(names, list)
+        or not all(isinstance(name, str) and 0 < len(name) <= limits.MAX_TEXT for name in names)
+        or len(set(names)) < len(names)
+    ):
+        raise UserError(
+            f'{source}: class_names must be a list of different names, one for each class, of at most '
+            f'{limits.MAX_TEXT} characters; correct it, or remove that entry'
+        )
+    return names
 
 
 def _label_array(labels: list, source: str) -> np.ndarray:

@@ -27,11 +27,13 @@ class LabelSpace(NamedTuple):
         dim: length of a label; 0 without labels.
         kind: 'classes' or 'vectors'; None if unknown, as in snapshots of other programs.
         present: sorted classes with images in the training set; None if all have some, or unknown.
+        names: of all classes, for messages; None if unknown, as in snapshots.
     """
 
     dim: int
     kind: str | None = None
     present: tuple[int, ...] | None = None
+    names: tuple[str, ...] | None = None
 
     @property
     def are_vectors(self) -> bool:
@@ -48,7 +50,17 @@ class LabelSpace(NamedTuple):
         return self.dim != other.dim or (None not in (self.kind, other.kind) and self.kind != other.kind)
 
     def __str__(self) -> str:
-        return f'label vectors of {self.dim} numbers' if self.are_vectors else f'{self.dim or "no"} classes'
+        if self.are_vectors:
+            return f'label vectors of {self.dim} numbers'
+        names = f' ({self.listed(range(self.dim))})' if self.names else ''
+        return f'{self.dim or "no"} class{"es" * (self.dim != 1)}{names}'
+
+    def listed(self, classes: Sequence[int]) -> str:
+        """Sorted classes for a message: the first ones as `name=index`, or ranges if there are no names."""
+        if self.names is None:
+            return listed(classes)
+        shown = ', '.join(f'{self.names[k]}={k}' for k in classes[:SHOWN])
+        return shown + (f', ... ({len(classes)} in all)' if len(classes) > SHOWN else '')
 
     def warning(self) -> str | None:
         """A warning about classes without images; None if there are none."""
@@ -56,8 +68,8 @@ class LabelSpace(NamedTuple):
             return None
         have, them = ('has', 'It is') if len(absent) == 1 else ('have', 'They are')
         return (
-            f'{len(absent)} of {self.dim} classes {have} no images: {listed(absent)}. {them} not trained '
-            'and never sampled.'
+            f'{len(absent)} of {self.dim} classes {have} no images: {self.listed(absent)}. {them} not '
+            'trained and never sampled.'
         )
 
     def check_class(self, class_idx: int, option: str, network: str) -> None:
@@ -161,15 +173,22 @@ class Labels(Sequence):
         return digest.hexdigest()
 
     @classmethod
-    def of_data(cls, values: np.ndarray, vectors: bool = False) -> Labels:
-        """All labels of a data set, from `read_labels`; `vectors` declares them vectors even if one-hot."""
+    def of_data(
+        cls, values: np.ndarray, vectors: bool = False, class_names: Sequence[str] | None = None
+    ) -> Labels:
+        """All labels of a data set, from `read_labels`; `vectors` declares them vectors even if one-hot.
+
+        Args:
+            class_names: of the classes by index, possibly of further ones.
+        """
         # One-hot rows are classes, unless the data set declares otherwise.
         if values.ndim == 2 and (vectors or not are_one_hot(values)):
             return cls(values, LabelSpace(values.shape[1], 'vectors'))
         dim, indices = (
             (values.shape[1], values.argmax(axis=1)) if values.ndim == 2 else (int(values.max()) + 1, values)
         )
-        return cls(indices, LabelSpace(dim, 'classes', _present(indices, dim)))
+        names = None if class_names is None else tuple(class_names[:dim])
+        return cls(indices, LabelSpace(dim, 'classes', _present(indices, dim), names))
 
     def subset(self, index: np.ndarray) -> Labels:
         """The labels at `index`; classes that lose all images become absent."""

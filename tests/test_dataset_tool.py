@@ -1170,7 +1170,7 @@ def test_latents_are_not_encoded_again(tmp_path):
     'options, message',
     [
         (['--source=digits', '--transform=center-crop'], '--transform=center-crop needs --resolution'),
-        (['--source=digits', '--resolution=64'], 'is not WIDTHxHEIGHT'),
+        (['--source=digits', '--resolution=64x'], 'is not WIDTHxHEIGHT'),
         (['--source=digits', '--resolution=0x0'], 'is not WIDTHxHEIGHT'),
         (['--source=digits', '--max-images=0'], 'max-images'),
         (['--source=digits', '--transform=zoom'], 'zoom'),

@@ -3,6 +3,7 @@
 from data.sources.arrays import array_source, cifar10_source, digits_source, mnist_source
 from data.sources.files import files_source
 from data.sources.lsun import lmdb_source
+from data.sources.photos import check_unambiguous, photos_source
 from data.sources.selection import Item, Label, Selection, Source, note
 
 __all__ = [
@@ -11,10 +12,12 @@ __all__ = [
     'Selection',
     'Source',
     'array_source',
+    'check_unambiguous',
     'cifar10_source',
     'digits_source',
     'files_source',
     'lmdb_source',
     'mnist_source',
     'note',
+    'photos_source',
 ]

@@ -29,7 +29,13 @@ def _explain(path: pathlib.Path, error: Exception) -> str:
     return str(error) if kind is None or re.search('gzip|tar|IDX', kind) else f'it is {kind}'
 
 
-def array_source(images: np.ndarray, labels: Sequence[int] | None, name: str, selection: Selection) -> Source:
+def array_source(
+    images: np.ndarray,
+    labels: Sequence[int] | None,
+    name: str,
+    selection: Selection,
+    class_names: Sequence[str] | None = None,
+) -> Source:
     """Source from uint8 [N, H, W] or [N, H, W, 3] images and class indices."""
     if images.size == 0:
         raise UserError(f'{name} holds no images')
@@ -37,7 +43,7 @@ def array_source(images: np.ndarray, labels: Sequence[int] | None, name: str, se
 
     # Images are views of the array, read when they are needed.
     labels = None if labels is None or selection.labels_from == 'none' else [int(label) for label in labels]
-    rows = selection.rows(labels, len(images))
+    rows = selection.rows(labels, len(images), class_names)
     items = (
         Item(
             i,
@@ -47,7 +53,8 @@ def array_source(images: np.ndarray, labels: Sequence[int] | None, name: str, se
         )
         for i, row in enumerate(rows)
     )
-    return Source(len(rows), 'L' if images.ndim == 3 else 'RGB', items)
+    mode = 'L' if images.ndim == 3 else 'RGB'
+    return Source(len(rows), mode, items, class_names=None if labels is None else class_names)
 
 
 def digits_source(selection: Selection) -> Source:
@@ -107,6 +114,13 @@ def mnist_source(path: pathlib.Path, selection: Selection) -> Source:
 # CIFAR-10's pickles, read without running code.
 
 
+# fmt: off
+CIFAR10_CLASSES = (
+    'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck',
+)
+# fmt: on
+
+
 def read_cifar_batch(data: bytes, source: str) -> tuple[np.ndarray, list[int]]:
     """uint8 [N, 32, 32, 3] images and N class indices of a pickled CIFAR-10 batch, read as plain data."""
     file = io.BytesIO(data)
@@ -159,5 +173,9 @@ def cifar10_source(path: pathlib.Path, selection: Selection) -> Source:
         *(read_cifar_batch(data, f'{path}: {name}') for _, (name, data) in sorted(batches.items()))
     )
     return array_source(
-        np.concatenate(images), list(itertools.chain.from_iterable(labels)), path.name, selection
+        np.concatenate(images),
+        list(itertools.chain.from_iterable(labels)),
+        path.name,
+        selection,
+        CIFAR10_CLASSES,
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from data.image_files import ImageFiles
-from data.label_file import are_label_vectors, count_unused_labels, read_labels
+from data.label_file import are_label_vectors, count_unused_labels, read_class_names, read_labels
 from data.label_space import Labels
 from data.pixels import Picture, is_color
 from data.sources.class_folders import folder_labels
@@ -30,9 +31,14 @@ def files_source(path: pathlib.Path, selection: Selection, background: tuple[int
     # Choose images. `any` reads few headers: the first image in color decides.
     names, labels, classes = labeled_images(files, selection.labels_from)
     rows = selection.rows(labels, len(names), classes)
-    mode = 'RGB' if any(_is_color(files, names[row], background) for row in rows) else 'L'
+    mode = 'RGB' if any(_is_color(files, names[row], background, selection) for row in rows) else 'L'
     items = (
-        Item(i, f'{path}: {names[row]}', _read(files, names[row]), None if labels is None else labels[row])
+        Item(
+            i,
+            f'{path}: {names[row]}',
+            selection.read(functools.partial(_read, files, names[row])),
+            None if labels is None else labels[row],
+        )
         for i, row in enumerate(rows)
     )
 
@@ -44,7 +50,7 @@ def files_source(path: pathlib.Path, selection: Selection, background: tuple[int
     )
     if about := files.about_others():
         note(f'{about}.')
-    return Source(len(rows), mode, items, vectors)
+    return Source(len(rows), mode, items, vectors, classes)
 
 
 def labeled_images(
@@ -60,16 +66,21 @@ def labeled_images(
             raise UserError(f'{files.path} has no dataset.json with labels; leave out --labels-from')
         if unused := count_unused_labels(files):
             note(f'{unused} labels in dataset.json have no image in {files.path}. Is it complete?')
-        return files.images, None if labels is None else labels.tolist(), None
+        return files.images, None if labels is None else labels.tolist(), read_class_names(files)
     by_folder = folder_labels(files, leave_out=labels_from == 'folders')
     if by_folder is None and labels_from == 'folders':
         raise UserError(f'{files.path} has no class folders; leave out --labels-from')
     return by_folder or (files.images, None, None)
 
 
-def _is_color(files: ImageFiles, name: str, background: tuple[int, int, int]) -> bool:
-    with files.open_image(name) as image:
-        return is_color(image, background)
+def _is_color(files: ImageFiles, name: str, background: tuple[int, int, int], selection: Selection) -> bool:
+    """Whether an image is in color, by its header; False for one that is skipped."""
+
+    def by_header() -> bool:
+        with files.open_image(name) as image:
+            return is_color(image, background)
+
+    return selection.read(by_header) is True
 
 
 def _read(files: ImageFiles, name: str) -> Picture:

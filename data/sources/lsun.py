@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import mmap
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from PIL import UnidentifiedImageError
 
 from data import lmdb_pipe
-from data.image_files import describe_non_image
+from data.image_files import Unreadable, describe_non_image
 from data.pixels import UNREADABLE, Picture, open_image
 from data.sources.selection import Item, Selection, Source
 from dnnlib import UserError, limits
@@ -107,17 +108,20 @@ def lmdb_source(path: pathlib.Path, selection: Selection) -> Source:
     if count == 0:
         raise UserError(f'{path} holds no images')
     rows = selection.rows(None, count)
-    return Source(len(rows), 'RGB', _lmdb_items(path, len(rows)))
+    return Source(len(rows), 'RGB', _lmdb_items(path, len(rows), selection))
 
 
-def _lmdb_items(path: pathlib.Path, count: int) -> Iterator[Item]:
+def _lmdb_items(path: pathlib.Path, count: int, selection: Selection) -> Iterator[Item]:
     records = read_lmdb(path, count)
     next(records)
     for i, (key, value) in enumerate(records):
         name = f'{path}: {key.decode("ascii", "backslashreplace")}'
-        try:
-            picture = Picture.load(open_image(io.BytesIO(value), len(value)))
-        except UNREADABLE as error:
-            what = describe_non_image(value[:HEAD]) if isinstance(error, UnidentifiedImageError) else error
-            raise UserError(f'{name} is not a readable image ({what}); replace or remove it') from error
-        yield Item(i, name, picture, None)
+        yield Item(i, name, selection.read(functools.partial(_decode, name, value)), None)
+
+
+def _decode(name: str, value: bytes) -> Picture:
+    try:
+        return Picture.load(open_image(io.BytesIO(value), len(value)))
+    except UNREADABLE as error:
+        what = describe_non_image(value[:HEAD]) if isinstance(error, UnidentifiedImageError) else error
+        raise Unreadable(f'{name} is not a readable image ({what}); replace or remove it') from error

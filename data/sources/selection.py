@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 import click
 
+from data.image_files import Unreadable
 from data.pixels import Picture
 from dnnlib import UserError
 from dnnlib.text import printable
 
 SHOWN = 5  # names in a message
 Label = int | list[float] | None
+T = TypeVar('T')
 
 
 class Item(NamedTuple):
-    """An image of a source: index, name for messages, and label (class index, vector or None)."""
+    """An image of a source: index, name for messages, pixels, and label (class index, vector or None).
+
+    `picture` is the error instead, for an image that cannot be read, if the selection allows such.
+    """
 
     number: int
     name: str
-    picture: Picture
+    picture: Picture | Unreadable
     label: Label
 
 
@@ -33,12 +38,14 @@ class Source(NamedTuple):
         mode: 'L' or 'RGB', of all written images.
         items: the images in order.
         vectors: labels are vectors, even if the selected ones look one-hot.
+        class_names: names of the classes by index, if they are known.
     """
 
     count: int
     mode: str
     items: Iterable[Item]
     vectors: bool = False
+    class_names: Sequence[str] | None = None
 
 
 class Selection(NamedTuple):
@@ -48,11 +55,13 @@ class Selection(NamedTuple):
         max_images: keep the first N; None keeps all.
         max_per_class: keep the first N of each class; None keeps all.
         labels_from: auto | folders | dataset.json | none.
+        skip_bad: skip images that cannot be read, instead of raising an error.
     """
 
     max_images: int | None = None
     max_per_class: int | None = None
     labels_from: str = 'auto'
+    skip_bad: bool = False
 
     def rows(
         self, labels: Sequence[Label] | None, count: int, names: Sequence[str] | None = None
@@ -85,6 +94,15 @@ class Selection(NamedTuple):
                 f'({listed(left_out, names)}); --max-images-per-class takes as many of each.'
             )
         return rows
+
+    def read(self, read: Callable[[], T]) -> T | Unreadable:
+        """`read()`, or with `skip_bad` the error that it raises. Raises: UserError, naming --skip-bad."""
+        try:
+            return read()
+        except Unreadable as error:
+            if not self.skip_bad:
+                raise UserError(f'{error}, or skip such images with --skip-bad') from error
+            return error
 
     def refuse_label_files(self, name: str) -> None:
         """Raises: UserError if labels are to come from files, which the source `name` does not have."""
