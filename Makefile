@@ -1,7 +1,7 @@
 # make demo       set up .venv, then run the whole story on real digits (minutes on a laptop)
 # make test       the same set-up, then the tests
 # make test-slow  the long tests too
-# make compare    all objectives side by side on the digits, for an equal budget (three quarters of an hour on two cores)
+# make compare    all objectives side by side on the digits, for an equal budget (three quarters of an hour on two cores); ARGS=--data=photos: on color crops of photographs (hours)
 # make bench      time the training step, sampling, start-up, data, loading and saving, evaluation (an hour on two cores); writes benchmarks/RESULTS.md
 
 PYTHON ?= python3

@@ -11,9 +11,8 @@ import dnnlib.interrupts  # noqa: F401  (first)
 import click
 
 from dnnlib import cli
-from experiments import digits
+from experiments.bundled import DIGITS
 from experiments.comparison_run import Options, run
-from experiments.inputs import DIGITS
 from experiments.runner import SHOWN
 from training.objectives import OBJECTIVES
 
@@ -72,24 +71,24 @@ class OptionsFor(click.ParamType):
     '--outdir',
     metavar='DIR',
     type=cli.PATH,
-    default='compare-out',
-    show_default=True,
-    help='Output folder; the same command again resumes there.',
+    help='Output folder; the same command again resumes there.  [default: compare-out; of photos '
+    'compare-photos]',
 )
 @cli.option(
     '--data',
     metavar='ZIP|DIR',
     type=cli.PATH,
-    default=DIGITS,
+    default=DIGITS.name,
     show_default=True,
-    help="Data set, made by dataset_tool.py; or digits, for scikit-learn's digits with suitable metrics and "
-    'options.',
+    help="Data set, made by dataset_tool.py; or digits, for scikit-learn's digits, or photos, for crops of "
+    'its two photographs in 16x16, each with suitable metrics and options.',
 )
 @cli.option(
     '--teacher',
     metavar='PKL|URL',
     type=cli.PATH,
-    help="Diffusion model that all students start from.  [default: on digits the demo's, trained first]",
+    help='Diffusion model that all students start from.  [default: on digits and photos one that is trained '
+    'first]',
 )
 @cli.option(
     '--jobs',
@@ -122,7 +121,7 @@ class OptionsFor(click.ParamType):
     '--batch',
     metavar='INT',
     type=cli.BATCH,
-    default=digits.BATCH,
+    default=DIGITS.batch,
     show_default=True,
     group=TRAINING,
     help='Training batch size.',
@@ -171,7 +170,7 @@ class OptionsFor(click.ParamType):
     metavar='INT',
     type=cli.Images(cli.Integer(min=SHOWN)),
     group=MEASURING,
-    help='Number of images per model.  [default: 50000; on digits 6000]',
+    help='Number of images per model.  [default: 50000; on digits and photos 6000]',
 )
 @cli.option(
     '--ref',
@@ -181,7 +180,7 @@ class OptionsFor(click.ParamType):
     multiple=True,
     group=MEASURING,
     help='Reference statistics, made by fid.py ref; if repeated, the plot shows the first.  [default: on '
-    'digits three]',
+    'digits three, on photos four]',
 )
 @cli.option(
     '--detector',
@@ -210,6 +209,9 @@ def main(**options):
     \b
     All objectives on digits, on a laptop:
       python compare.py
+    \b
+    The same on color crops of two photographs, in hours:
+      python compare.py --data=photos --seeds=0-2
     \b
     Two objectives on CIFAR-10:
       python compare.py --outdir=cifar10 --data=datasets/cifar10-32x32.zip \\

@@ -21,7 +21,8 @@ if __name__ == '__main__':
 
 from benchmarks.common import ROOT, block, in_turns, least, rounds_option, table
 from dnnlib import cli
-from experiments import digits, runner
+from experiments import bundled, runner
+from experiments.bundled import DIGITS
 
 EVENTS = {'data ready': 'Data: ', 'training begins': 'Training for ', 'first step done': 'tick 0 '}
 
@@ -62,8 +63,8 @@ def time_trainings(rounds: int, folder: Path) -> dict[str, dict[str, float]]:
     short = [
         f'--data={data}',
         '--cond=1',
-        *digits.COMMON,
-        f'--batch={digits.BATCH}',
+        *bundled.COMMON,
+        f'--batch={DIGITS.batch}',
         '--seed=0',
         '--nosubdir',
         '--duration=0.000128',
@@ -73,10 +74,10 @@ def time_trainings(rounds: int, folder: Path) -> dict[str, dict[str, float]]:
     # Each student has the teacher of its round.
     found = {}
     for attempt in range(rounds):
-        teacher = [*short, *digits.TEACHER, f'--outdir={folder / f"teacher-{attempt}"}']
+        teacher = [*short, *DIGITS.network, *DIGITS.teacher, f'--outdir={folder / f"teacher-{attempt}"}']
         student = [
             *short,
-            *digits.student_options('mcd', 8),
+            *bundled.student_options('mcd', 8),
             '--objective=mcd',
             '--S=8',
             f'--outdir={folder / f"student-{attempt}"}',
@@ -104,7 +105,7 @@ def main(rounds, names):
         block(
             'Start-up',
             f'Seconds, least of {rounds}: `--help` of every script, and train.py with the network and '
-            f'options of the demo, from its start to each event; the first step has {digits.BATCH} images.',
+            f'options of the demo, from its start to each event; the first step has {DIGITS.batch} images.',
             table(['`--help` of', 'seconds'], [[name, f'{seconds:.2f}'] for name, seconds in helped.items()]),
             table(
                 ['train.py', *EVENTS],

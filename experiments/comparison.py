@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 import click
 
 from dnnlib import UserError
-from experiments import digits
+from experiments import bundled
+from experiments.bundled import Bundled
 from training import command_line
 from training.objectives import OBJECTIVES
 
@@ -145,7 +146,7 @@ class Request:
         batch: images per optimizer step.
         cond: whether the teacher, and with it every student, is class-conditional.
         network: options that make the teacher's network, for objectives that only start from its weights.
-        recipe: whether to use the options that suit the digits instead of train.py's defaults.
+        recipe: whether to use the options that suit bundled data sets instead of train.py's defaults.
         for_all: options for every training.
         for_some: further options by the name of an objective, or `<objective>-<S>`.
     """
@@ -320,7 +321,7 @@ def recipe_options(request: Request, objective: str, S: int | None = None) -> li
     """Defaults that suit an objective, which all other options override."""
     options = [] if OBJECTIVES[objective].teacher else list(request.network)
     if request.recipe:
-        options += [*digits.COMMON, *digits.student_options(objective, S)]
+        options += [*bundled.COMMON, *bundled.student_options(objective, S)]
     return options
 
 
@@ -360,20 +361,20 @@ def cost_of(name: str, options: Sequence[str]) -> float:
         raise click.UsageError(f'{name}: {error.format_message()}') from error
 
 
-def teacher_training() -> Training:
-    """The training of the digits' teacher, with the options of demo.py."""
-    options = [*digits.COMMON, *digits.TEACHER, '--cond=1', '--seed=0', f'--batch={digits.BATCH}']
-    duration = f'--duration={digits.TEACHER_STEPS * digits.BATCH / 1e6!r}'
+def teacher_training(data: Bundled) -> Training:
+    """The training of a bundled data set's teacher; of digits, with the options of demo.py."""
+    options = [*bundled.COMMON, *data.network, *data.teacher, '--cond=1', '--seed=0', f'--batch={data.batch}']
+    duration = f'--duration={data.teacher_steps * data.batch / 1e6!r}'
     return Training(
         'teacher',
         'diffusion',
         (*options, duration),
         None,
         None,
-        digits.TEACHER_STEPS,
+        data.teacher_steps,
         3,
-        digits.BATCH,
-        (('', digits.TEACHER_STEPS),),
+        data.batch,
+        (('', data.teacher_steps),),
     )
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import click
 
+from data.sources import check_unambiguous
 from dnnlib import UserError
-from experiments import comparison, digits
+from experiments import comparison
+from experiments.bundled import BUNDLED, PHOTOS, prepare
 from experiments.comparison import Request
-from experiments.inputs import DIGITS, Teacher, describe_teacher, read_metrics, write_labels
+from experiments.inputs import Teacher, describe_teacher, read_metrics, write_labels
 from experiments.jobs import remaining_jobs, run_jobs, snapshot, train
 from experiments.results import Results, record_plan
 from experiments.runner import Metric, Runner, make_outdir, run_interruptibly
@@ -23,7 +25,7 @@ from experiments.tables import write_report
 class Options:
     """The options of compare.py, by the names of their parameters; its --help describes them."""
 
-    outdir: str
+    outdir: str | None
     data: str
     teacher: str | None
     jobs: int
@@ -41,12 +43,14 @@ class Options:
     train_options: Sequence[str]
 
     def __post_init__(self):
-        if self.data != DIGITS and not (self.teacher and self.refs):
+        if self.data not in BUNDLED and not (self.teacher and self.refs):
             raise click.UsageError(
                 f'--data={self.data} needs --teacher=PKL and --ref=NPZ (made by fid.py ref).'
             )
-        if self.data == DIGITS and (self.refs or self.detectors):
-            raise click.UsageError('--data=digits has metrics of its own: leave --ref and --detector out.')
+        if self.data in BUNDLED and (self.refs or self.detectors):
+            raise click.UsageError(
+                f'--data={self.data} has metrics of its own: leave --ref and --detector out.'
+            )
         if self.detectors and len(self.detectors) != len(self.refs):
             raise click.UsageError(
                 f'{len(self.detectors)} --detector for {len(self.refs)} --ref: give one for each, in the '
@@ -59,11 +63,16 @@ def run(o: Options) -> None:
 
     Raises: UserError if an input cannot be used, or some jobs failed.
     """
-    on_digits, outdir = o.data == DIGITS, Path(o.outdir)
-    num = o.num or (6000 if on_digits else 50000)
+    bundled = BUNDLED.get(o.data)
+    if bundled is PHOTOS:
+        check_unambiguous('--data', o.data)
+    outdir = Path(o.outdir or ('compare-photos' if bundled is PHOTOS else 'compare-out'))
+    num = o.num or (bundled.images if bundled else 50000)
 
     # Plan all models before any of them is trained.
-    given = describe_teacher(o.teacher, o.data, o.objectives) if o.teacher else Teacher()
+    given = (
+        describe_teacher(o.teacher, o.data, o.objectives) if o.teacher else Teacher(network=bundled.network)
+    )
     for_some: dict[str, list[str]] = {}
     for name, arguments in o.extra:
         for_some.setdefault(name, []).extend(arguments)
@@ -75,7 +84,7 @@ def run(o: Options) -> None:
         o.batch,
         given.cond,
         given.network,
-        recipe=on_digits,
+        recipe=bundled is not None,
         for_all=o.train_options,
         for_some=for_some,
     )
@@ -96,18 +105,19 @@ def run(o: Options) -> None:
         rulers=metric_facts,
     )
     record_plan(outdir, settings, list(trainings.values()))
-    results = Results(outdir / 'results.json', list(metrics or digits.METRICS))
+    results = Results(outdir / 'results.json', list(metrics or bundled.metrics))
 
-    # Train and measure. The digits' teacher has all cores, because everything else waits for it.
+    # Train and measure. A bundled data set's teacher has all cores, because everything else waits for it.
     cores = os.cpu_count() or 1
     runner = Runner(outdir, threads=max(cores // o.jobs, 1), record=outdir / 'commands.txt')
 
     def work() -> tuple[dict[str, Metric], list[str]]:
-        data, used = digits.prepare(runner) if on_digits else (o.data, metrics)
+        data, used = prepare(bundled, runner) if bundled else (o.data, metrics)
         teacher = o.teacher
         if not teacher:
-            train(runner, comparison.teacher_training(), data, None, threads=cores)
-            teacher = str(snapshot(runner, comparison.teacher_training()))
+            training = comparison.teacher_training(bundled)
+            train(runner, training, data, None, threads=cores)
+            teacher = str(snapshot(runner, training))
         jobs = remaining_jobs(runner, models, data, teacher, used, num, o.sample_batch, results, labels)
         return used, run_jobs(runner, jobs, o.jobs)
 

@@ -7,14 +7,15 @@ import concurrent.futures
 import json
 from pathlib import Path
 
-from experiments import digits
+from experiments import bundled
+from experiments.bundled import DIGITS
 from experiments.runner import SHOWN, Metric, Runner, measure, newest_snapshot, workers
 
 IMAGES = 1797  # as many as there are digits
 COMMON = [
-    *digits.COMMON,
+    *bundled.COMMON,
     '--cond=1',
-    f'--batch={digits.BATCH}',
+    f'--batch={DIGITS.batch}',
     '--seed=0',
     '--nosubdir',
     '--snap=10',
@@ -35,7 +36,7 @@ def train(
     threads: int | None = None,
 ) -> Path:
     """Train a network and evaluate it five times on the way; returns its snapshot."""
-    kimg = steps * digits.BATCH / 1000
+    kimg = steps * DIGITS.batch / 1000
     runner.run(
         name,
         'train.py',
@@ -67,12 +68,12 @@ def run_demo(runner: Runner, scale: float, jobs: int) -> list[dict]:
     # The teacher has all threads, because everything else waits for it.
     images, val_num = (max(round(num * min(scale, 1)), 128) for num in (IMAGES, 512))
     scaled = lambda steps: max(round(steps * scale), 10)
-    _, metrics = digits.prepare(runner)
+    _, metrics = bundled.prepare(DIGITS, runner)
     teacher = train(
         runner,
         'teacher',
-        scaled(digits.TEACHER_STEPS),
-        [*digits.TEACHER, '--val_steps=9'],
+        scaled(DIGITS.teacher_steps),
+        [*DIGITS.network, *DIGITS.teacher, '--val_steps=9'],
         metrics['classifier'],
         val_num,
         threads=runner.threads * jobs,
@@ -88,7 +89,7 @@ def run_demo(runner: Runner, scale: float, jobs: int) -> list[dict]:
             f'--objective={objective}',
             f'--teacher={teacher}',
             f'--S={S}',
-            *digits.student_options(objective, S),
+            *bundled.student_options(objective, S),
         ]
         network = train(runner, name, scaled(steps), options, metrics['classifier'], val_num)
         return row(name, network, name, 'student', S, S)
@@ -199,7 +200,7 @@ def introduction(rows: list[dict], minutes: float) -> str:
         f'<b>{name}-S</b>: students of S steps by --objective={objective}'
         for objective, (name, _) in STUDENTS.items()
     )
-    metrics = '; '.join(f'<b>{name}</b>: {text}' for name, text in digits.METRICS.items())
+    metrics = '; '.join(f'<b>{name}</b>: {text}' for name, text in DIGITS.metrics.items())
     return (
         f'<p>{students}.</p><p>Fréchet distances between {rows[0]["images"]} samples and the 1,797 real '
         'digits of scikit-learn, in the features of a small digits classifier that the demo trains in '

@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from dnnlib import EasyDict
 from dnnlib.util import atomic_write
-from experiments import comparison, digits
+from experiments import comparison
+from experiments.bundled import BUNDLED, DIGITS
 from experiments.runner import Metric
 
 if TYPE_CHECKING:
     import numpy as np
-
-DIGITS = 'digits'
-DIGITS_DATA = EasyDict(resolution=8, num_channels=1, holds_latents=False)
 
 
 def read_metrics(
@@ -76,7 +73,7 @@ class Teacher(NamedTuple):
 
     digest: str = 'trained here'
     cond: bool = True
-    network: Sequence[str] = tuple(digits.NETWORK)
+    network: Sequence[str] = DIGITS.network
     image_shape: list[int] | None = None
     labels: np.ndarray | None = None
 
@@ -98,8 +95,8 @@ def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teac
     net = load_network(teacher)
     cond, from_weights = bool(net.label_dim), comparison.starting_from_weights(objectives)
     dataset = (
-        EasyDict(DIGITS_DATA, label_space=LabelSpace(10 * cond))
-        if data == DIGITS
+        BUNDLED[data].dataset(LabelSpace(BUNDLED[data].classes * cond))
+        if data in BUNDLED
         else ImageFolderDataset(data, use_labels=cond)
     )
     o = command_line.choose(dict(outdir=data, data=data, teacher=teacher, objective='mcd', augment=0.0))

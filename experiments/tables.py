@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments import digits
+from experiments.bundled import BUNDLED
 from experiments.results import distance_entries
 from experiments.runner import Runner
 from training.objectives import OBJECTIVES
@@ -95,7 +95,7 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, metrics: Se
         if names:
             lines.append(f'{", ".join(names)}: {text}')
 
-    if set(metrics) == set(digits.METRICS):
+    if any(set(metrics) == set(bundled.metrics) for bundled in BUNDLED.values()):
         lines.append(
             'The features are made for this data: those of a classifier trained on it, principal components '
             'of its pixels, a random convolution. This is not FID, and compares with nothing outside this table.'

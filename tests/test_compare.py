@@ -21,7 +21,8 @@ from PIL import Image
 
 import compare
 from dnnlib import UserError
-from experiments import comparison, digits, report
+from experiments import comparison, report
+from experiments.bundled import BUNDLED, DIGITS, PHOTOS, prepare
 from experiments.comparison import Request, plan
 from experiments.jobs import remaining_jobs, run_jobs
 from experiments.results import Results, record_plan
@@ -42,7 +43,7 @@ def request(objectives=STUDENTS, steps=(1, 2, 4, 8), budget=8000, recipe=True, *
         budget,
         kwargs.pop('batch', 128),
         True,
-        digits.NETWORK,
+        DIGITS.network,
         recipe,
         **kwargs,
     )
@@ -245,6 +246,28 @@ def test_networks_that_no_options_make_are_refused(fixtures, name):
         comparison.network_options(checkpoint.load_network(fixtures / f'{name}.pkl'), needy)
 
 
+@pytest.mark.parametrize('data', BUNDLED.values(), ids=lambda data: data.name)
+def test_train_py_accepts_the_teacher_of_each_bundled_data_set_and_its_network_fits(data):
+    """Students that start from its weights are given options that make a network of the same shapes."""
+    training = comparison.teacher_training(data)
+    o = command_line.parse(['--outdir=x', '--data=x', *training.options])
+    assert o.run.objective == 'diffusion' and o.run.cond and o.run.batch == data.batch
+    assert -(-round(o.run.duration * 1e6) // o.run.batch) == training.steps == data.teacher_steps
+    student = ['--outdir=x', '--data=x', '--objective=ect', *data.network]
+    dataset = SimpleNamespace(resolution=data.resolution, label_dim=data.classes)
+    shapes = [
+        {
+            name: value.shape
+            for name, value in checkpoint.NETWORKS[made.class_name](**made.kwargs).state_dict().items()
+        }
+        for made in (
+            starting_point.network_from_scratch(options, dataset, data.channels)
+            for options in (o, command_line.parse(student))
+        )
+    ]
+    assert shapes[0] == shapes[1]
+
+
 # ----------------------------------------------------------------------------
 # Doing it, with scripts that only pretend.
 
@@ -276,6 +299,48 @@ class PretendRunner(Runner):
                 Image.fromarray(np.full((8, 8), i, np.uint8)).save(folder / f'{i:06d}.png')
         else:
             Path(value('json')).write_text(json.dumps(dict(fid=dict(value=float(len(self.commands))))))
+
+
+class Recorder(Runner):
+    """Commands are recorded, and leave empty files where real ones leave their output."""
+
+    def run(self, name, *arguments, threads=None):
+        words = [str(word) for word in arguments]
+        self.commands.append(' '.join(words))
+        given = dict(word[2:].split('=', 1) for word in words if word.startswith('--') and '=' in word)
+        if 'metrics.rulers' in words:
+            Path(given['outdir']).mkdir()
+            for detector in ('classifier', 'pca', 'random'):
+                Path(given['outdir'], f'{detector}.pt').write_bytes(detector.encode())
+        else:
+            Path(given['dest']).touch()
+
+
+def test_features_and_references_are_made_from_the_photographs_and_one_from_held_out_crops(tmp_path):
+    """Detectors see training crops only; what was made is not made again."""
+    runner = Recorder(tmp_path, 1)
+    data, metrics = prepare(PHOTOS, runner)
+    made = [command for command in runner.commands if command.startswith('dataset_tool.py')]
+    assert len(made) == 2 and all('--source=photos --dest=' in command for command in made)
+    assert ['--split=test' in command for command in made] == [False, True]
+    (detectors,) = (command for command in runner.commands if 'metrics.rulers' in command)
+    assert f'--data={data}' in detectors.split()
+    references = {
+        name: next(c for c in runner.commands if c.startswith('fid.py ref') and f'/{name}.npz' in c)
+        for name in metrics
+    }
+    assert list(references) == ['classifier', 'pca', 'random', 'held-out']
+    assert {name for name, command in references.items() if 'photos-test.zip' in command} == {'held-out'}
+    assert metrics['held-out'].detector == metrics['classifier'].detector
+    count = len(runner.commands)
+    assert prepare(PHOTOS, runner) == (data, metrics) and len(runner.commands) == count
+
+
+def test_the_digits_have_the_data_set_and_metrics_that_they_had(tmp_path):
+    runner = Recorder(tmp_path, 1)
+    data, metrics = prepare(DIGITS, runner)
+    assert data.name == 'digits.zip' and list(metrics) == ['classifier', 'pca', 'random']
+    assert len(runner.commands) == 1 + 1 + 3
 
 
 RULERS = dict(pca=Metric('pca.npz', 'pca.pt'), random=Metric('random.npz', 'random.pt'))
@@ -616,7 +681,7 @@ def test_the_notes_say_of_each_objective_what_is_not_equal():
     ):
         assert words in text, words
     assert 'not FID' not in text and 'not FID' in '\n'.join(
-        notes(rows, BEST, 8000, 128, list(digits.METRICS))
+        notes(rows, BEST, 8000, 128, list(DIGITS.metrics))
     )
 
 
@@ -772,6 +837,7 @@ def test_two_objectives_through_the_real_scripts(digits, teacher, rulers, tmp_pa
         (['--steps=1,1'], ['different'], 2),
         (['--seeds=0-2,1'], ['--seeds', 'twice'], 2),
         (['--ref=a.npz'], ['--data=digits'], 2),
+        (['--data=photos', '--detector=a.pt'], ['--data=photos'], 2),
         (['--with=direct'], ['NAME:OPTIONS'], 2),
         (['--with=direct:"'], ['quotation'], 2),
         (['--teacher=missing.pkl'], ['missing.pkl'], 1),
@@ -795,6 +861,13 @@ def test_a_student_is_no_teacher(tmp_path, fixtures):
     )
     assert_one_clear_error(result, 'student of', 'diffusion model')
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_folder_called_like_a_bundled_data_set_is_not_passed_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'photos').mkdir()
+    assert_one_clear_error(CliRunner().invoke(compare.main, ['--data=photos']), '--data=./photos')
+    assert [path.name for path in tmp_path.iterdir()] == ['photos']
 
 
 def test_data_that_the_teacher_does_not_know_are_refused_before_anything_is_written(
