@@ -1065,7 +1065,7 @@ def test_a_vae_encodes_all_images_with_their_labels(tmp_path, monkeypatch):
     """In EDM2's format and names, in batches of 8; the same bytes again."""
     vae, pixels = use_stand_in(monkeypatch), write_colors(tmp_path / 'src.zip')
     output = run(f'--source={tmp_path}/src.zip', f'--dest={tmp_path}/a.zip', '--encode-vae=some/name')
-    assert 'Wrote 11 latents of 4x4x8, with labels' in output and vae.batches == [8, 3]
+    assert 'Wrote 11 latents of 4x4x8, with 2 classes (' in output and vae.batches == [8, 3]
     dataset = ImageFolderDataset(tmp_path / 'a.zip', use_labels=True)
     np.testing.assert_allclose(
         np.stack([dataset[i][0] for i in range(11)]), stand_in_latents(pixels), rtol=1e-5, atol=1e-6
