@@ -11,7 +11,8 @@ from test_train import readme_command
 
 import train
 from dnnlib import options
-from experiments import demo_run, digits
+from experiments import bundled, demo_run
+from experiments.bundled import DIGITS
 from training import command_line, presets
 from training.objectives import OBJECTIVES
 
@@ -75,12 +76,12 @@ def test_digits_are_trained_as_in_the_demo():
     paths = ['--outdir=runs', '--data=data.zip']
 
     def of_demo(steps, *words):
-        kimg = steps * digits.BATCH / 1000
+        kimg = steps * DIGITS.batch / 1000
         common = [word for word in demo_run.COMMON if not word.startswith(('--nosubdir', '--snap', '--dump'))]
         return command_line.parse([*paths, *common, f'--duration={kimg / 1000:g}', *words])
 
     teacher = command_line.parse([*paths, '--preset=digits-teacher'])
-    compare = of_demo(digits.TEACHER_STEPS, *digits.TEACHER)
+    compare = of_demo(DIGITS.teacher_steps, *DIGITS.network, *DIGITS.teacher)
     assert vars(teacher.run) == {**vars(compare.run), 'preset': 'digits-teacher'}
     names = set()
     for objective, (_, runs) in demo_run.STUDENTS.items():
@@ -88,7 +89,7 @@ def test_digits_are_trained_as_in_the_demo():
             names.add(name := f'digits-{objective}{S}')
             start = ['--teacher=x.pkl', f'--S={S}']
             compare = of_demo(
-                steps, f'--objective={objective}', *start, *digits.student_options(objective, S)
+                steps, f'--objective={objective}', *start, *bundled.student_options(objective, S)
             )
             preset = command_line.parse([*paths, f'--preset={name}', '--teacher=x.pkl'])
             assert preset.own == compare.own and vars(preset.run) == {**vars(compare.run), 'preset': name}
