@@ -15,6 +15,7 @@ from experiments.bundled import DIGITS
 from experiments.comparison_run import Options, run
 from experiments.runner import SHOWN
 from training.objectives import OBJECTIVES
+from training.saved_files import NETWORK_FILE
 
 STUDENTS = [name for name, objective in OBJECTIVES.items() if objective.loss]
 TRAINING, MEASURING = 'Training', 'Measuring'
@@ -85,8 +86,8 @@ class OptionsFor(click.ParamType):
 )
 @cli.option(
     '--teacher',
-    metavar='PKL|URL',
-    type=cli.PATH,
+    metavar='PKL|DIR|URL',
+    type=NETWORK_FILE,
     help='Diffusion model that all students start from.  [default: on digits and photos one that is trained '
     'first]',
 )

@@ -12,6 +12,7 @@ import click
 
 from dnnlib import UserError, cli
 from sampling.options import CM_EDIT_STEPS, EditJob, editing_options, sampling_arguments, sampling_options
+from training.saved_files import NETWORK_FILE
 
 
 def open_input(path: str, indices: list[int] | None):
@@ -173,7 +174,9 @@ def start_at(job: EditJob, sigma: float, add_noise: bool) -> None:
 
 
 @main.command()
-@cli.option('--network', metavar='PKL|URL', type=cli.PATH, required=True, help='Snapshot of any network.')
+@cli.option(
+    '--network', metavar='PKL|DIR|URL', type=NETWORK_FILE, required=True, help='Snapshot of any network.'
+)
 @cli.option(
     '--outdir', metavar='DIR', type=cli.PATH, required=True, help='Folder for images/%06d.png and grid.png.'
 )

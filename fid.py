@@ -29,6 +29,7 @@ from metrics.evaluation import (
 )
 from metrics.options import feature_options
 from sampling.options import sampling_arguments, sampling_options
+from training.saved_files import NETWORK_FILE
 
 NETWORK = 'Images of a network'
 
@@ -117,8 +118,8 @@ def main():
 @feature_options()
 @cli.option(
     '--network',
-    metavar='PKL|URL',
-    type=cli.PATH,
+    metavar='PKL|DIR|URL',
+    type=NETWORK_FILE,
     group=NETWORK,
     help='Snapshot to evaluate without writing images.',
 )

@@ -13,6 +13,7 @@ from dnnlib import cli
 from dnnlib.text import printable
 from dnnlib.util import check_other_file
 from sampling.options import sampling_arguments, sampling_options
+from training.saved_files import NETWORK_FILE
 
 SPEED = 'Precision and performance'
 
@@ -31,7 +32,9 @@ def check_destination(
 
 
 @click.command(cls=cli.Command)
-@cli.option('--network', metavar='PKL|URL', type=cli.PATH, required=True, help='Snapshot to sample from.')
+@cli.option(
+    '--network', metavar='PKL|DIR|URL', type=NETWORK_FILE, required=True, help='Snapshot to sample from.'
+)
 @cli.option(
     '--outdir', metavar='DIR', type=cli.PATH, help='Output folder for images named by seed, %06d.png.'
 )

@@ -17,6 +17,7 @@ from dnnlib.limits import MAX_STEPS
 from metrics import evaluation
 from sampling.options import GENERAL, OF_CMS
 from sampling.time_search import DEFAULT_TOLERANCE
+from training.saved_files import NETWORK_FILE
 
 POINTS, IMAGES = 'Points', 'Images and metric'
 SPACES = ('log', 'karras-index')
@@ -36,7 +37,11 @@ class Metric(evaluation.Measures):
 
 @click.command(cls=cli.Command)
 @cli.option(
-    '--network', metavar='PKL|URL', type=cli.PATH, required=True, help='Snapshot of a consistency model.'
+    '--network',
+    metavar='PKL|DIR|URL',
+    type=NETWORK_FILE,
+    required=True,
+    help='Snapshot of a consistency model.',
 )
 @cli.option(
     '--log',

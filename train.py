@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import click
 
-from dnnlib import UserError, options
+from dnnlib import UserError
 from dnnlib.text import printable
 from training import command_line
 from training.command_line import Options, TrainCommand
@@ -35,7 +35,8 @@ def main(ctx, **_):
           --teacher=edm-imagenet-64x64-cond-adm.pkl --S=8 --batch-gpu=64 --fp16=True
     """
     # Options that contradict each other are reported before torch is imported.
-    o = command_line.choose(options.given_in(ctx))
+    given, stored = command_line.given_and_stored(ctx)
+    o = command_line.choose(given, stored)
 
     from torch_utils import distributed
     from torch_utils.preemption import EXIT_PREEMPTED
@@ -46,7 +47,11 @@ def main(ctx, **_):
     if not o.run.dry_run:
         from training import restart
 
-        o = restart.go_on(o)
+        again = restart.go_on(o)
+        if again.run.resume and not o.run.resume:
+            changes = dict(val_overwrite=again.run.val_overwrite)
+            again = command_line.resume(given, again.run.resume).but(**changes)
+        o = again
 
     # One run, or the stages of progressive distillation until one is preempted.
     finished = True
@@ -72,14 +77,14 @@ def runs(o: Options, held: contextlib.ExitStack) -> Iterator[Options]:
         yield o
         return
     from torch_utils import distributed
-    from training import configuration, restart, run_folder, run_lock, stages
+    from training import configuration, restart, run_folder, run_lock, saved_files, stages
 
     o = o.but(batch=o.run.batch or OBJECTIVES['pd'].defaults['batch'])
     run = o.run
 
     # The folder that contains those of the stages.
     if run.resume:
-        run_dir = stages.run_folder(run.resume)
+        run_dir = saved_files.folder_of_stages(run.resume)
     else:
         choose = run_folder.planned_run_dir if run.dry_run else run_folder.make_run_dir
         run_dir = distributed.from_main(lambda: choose(o, configuration.open_dataset(run).name))
@@ -87,7 +92,7 @@ def runs(o: Options, held: contextlib.ExitStack) -> Iterator[Options]:
             held.callback(run_folder.remove_if_empty, run_dir)
     if not run.dry_run:
         held.enter_context(run_lock.locked(run_dir, run.take_lock))
-    begun = stages.stage_folders(run_dir)
+    begun = saved_files.stage_folders(run_dir)
     if begun and not run.resume:
         raise UserError(
             f'--outdir={run.outdir} holds the stages of an earlier run: resume it by --resume={run.outdir}, '
@@ -132,8 +137,10 @@ def train(o: Options, held: contextlib.ExitStack) -> bool:
         o, earlier = o.but(resume=path), state['options']
     if o.run.seed is None:
         o = o.but(seed=earlier['seed'] if earlier else configuration.random_seed())
-    dataset = configuration.open_dataset(o.run)
-    teacher = starting_point.load_teacher(o, dataset) if o.teacher else None
+    with same_run.as_stored(o, 'data'):
+        dataset = configuration.open_dataset(o.run)
+    with same_run.as_stored(o, 'teacher'):
+        teacher = starting_point.load_teacher(o, dataset) if o.teacher else None
     if o.run.transfer:
         o = starting_point.with_architecture(o, starting_point.load_transfer(o))
     elif earlier and earlier.get('transfer') and not teacher:

@@ -11,14 +11,15 @@ import click
 from dnnlib import EasyDict, UserError, cli
 from metrics.validator import LabelMode, Validator, read_reference
 from sampling.options import GENERAL
+from training.saved_files import NETWORK_FILE
 
 
 @click.command(cls=cli.Command)
 @cli.option(
     '--network',
     'networks',
-    metavar='PKL|URL',
-    type=cli.PATH,
+    metavar='PKL|DIR|URL',
+    type=NETWORK_FILE,
     multiple=True,
     required=True,
     help='Snapshot to evaluate; may be repeated.',

@@ -22,7 +22,12 @@ INFINITY = re.compile(r'[+-]?inf(inity)?', re.IGNORECASE)
 SEED_COUNT = 1 << 32  # seeds are below this; generators use 32 bits
 LONGEST_USAGE_ERROR = 400  # characters; a usage error repeats the value
 IMAGE_UNITS = dict(img=1, kimg=1_000, mimg=1_000_000)
-HELP_SETTINGS = dict(max_content_width=120, help_option_names=['-h', '--help'])
+# `-` and `_` are alike in the names of options, as in --lr-rampup and --batch_gpu.
+HELP_SETTINGS = dict(
+    max_content_width=120,
+    help_option_names=['-h', '--help'],
+    token_normalize_func=lambda name: name.replace('-', '_'),
+)
 
 
 class Option(click.Option):

@@ -10,6 +10,7 @@ import click
 
 from dnnlib import cli
 from dnnlib.options import FLAG, SWITCH, gathered, opt, options_of
+from training.saved_files import NETWORK_FILE
 
 SOLVERS, EDITING_SOLVERS = ['student', 'euler', 'heun', 'addim', 'cm'], ['student', 'cm']
 # Steps of an edit by a one-step consistency model; more steps respect the known part more (docs/editing.md).
@@ -199,7 +200,11 @@ class EditJob:
     heading: ClassVar[str] = ''
 
     network: str | None = opt(
-        None, cli.PATH, 'Snapshot of a student or a consistency model.', metavar='PKL|URL', required=True
+        None,
+        NETWORK_FILE,
+        'Snapshot of a student or a consistency model.',
+        metavar='PKL|DIR|URL',
+        required=True,
     )
     path: str | None = opt(
         None,

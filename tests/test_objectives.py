@@ -242,7 +242,7 @@ def test_stages_of_an_earlier_run_are_not_overwritten(progressive, digits, teach
     )
     assert_one_clear_error(
         CliRunner().invoke(train.main, [f'--outdir={tmp_path}', *arguments, f'--resume={tmp_path}']),
-        'holds no stages',
+        'it holds no training-state',
     )
 
 
@@ -419,7 +419,7 @@ def resumed(progressive, tmp_path):
     [
         (['--stage_steps=5'], ['[[4, 10], [2, 20], [1, 20]]', '--stage_steps']),
         (['--S=2'], ['--S_start']),
-        (['--hop=addim'], ['hop = "ddim"', '"addim"']),
+        (['--hop=addim'], ['hop ddim -> addim']),
     ],
 )
 def test_a_finished_progressive_distillation_is_resumed_with_its_own_options_only(

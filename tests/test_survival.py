@@ -260,11 +260,11 @@ def test_a_resumed_run_goes_on_with_its_wandb_run_and_tells_every_tick_once(tmp_
 @pytest.mark.parametrize(
     'option, words',
     [
-        ('--cbase=16', 'model_channels = 8'),
-        ('--batch=32', 'batch_size = 64'),
-        ('--seed=1', 'seed = 0'),
-        ('--phema=0.2', 'phema_stds = [0.1]'),
-        ('--precision=bf16', 'precision = "fp32"'),
+        ('--cbase=16', 'cbase 8 -> 16'),
+        ('--batch=32', 'batch 64 -> 32'),
+        ('--seed=1', 'seed 0 -> 1'),
+        ('--phema=0.2', 'phema 0.1 -> 0.2'),
+        ('--precision=bf16', 'precision fp32 -> bf16'),
         ('--xflip=1', 'xflip = false'),
     ],
 )

@@ -321,3 +321,18 @@ def read_state(path: str | os.PathLike, options_kind: Kind = run_schema.OPTIONS)
             f'{os.fspath(path)} is no training state that can be used: it {error}. '
             'Name a training-state-*.pt that train.py wrote.'
         ) from error
+
+
+def read_options(path: str | os.PathLike, options_kind: Kind = run_schema.OPTIONS) -> dict:
+    """The configuration in a training state, like `read_state`, but without reading its tensors, if that can be.
+
+    Raises: UserError, naming the file and the entry that is wrong.
+    """
+    try:
+        with dnnlib.open_url(path) as file:
+            check_saved(file)
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        options = parse_json(state['options'], JSON_FILE, 'the configuration of a run')
+        return check(options, options_kind, 'options')
+    except (UserError, DamagedFile, MalformedPickle, KeyError, TypeError, *UNREADABLE):
+        return read_state(path, options_kind)['options']  # says what is wrong

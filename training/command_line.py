@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import click
 
 from dnnlib import cli, options
 from dnnlib.options import options_of
-from training import config_file, presets
+from training import config_file, presets, stored_options
 from training.config import HalfLife, RunConfig
 from training.objectives import OBJECTIVES, objectives_with
 from training.objectives.options import EDM2_WIDTHS, Config, Objective
@@ -33,8 +34,9 @@ class Options:
     Attributes:
         run: options of every run; `run.objective` is the name of the objective.
         own: options of the objective.
-        given: names of the options that were given and have an effect.
-        notes: lines to print about options that are ignored.
+        given: names of the options that were given, or stored, and have an effect.
+        notes: lines to print about options that are ignored or changed.
+        stored: names of the options whose values are those of the resumed run.
         stages: [sampling steps, optimizer steps] of each round of progressive distillation.
     """
 
@@ -42,6 +44,7 @@ class Options:
     own: Config
     given: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    stored: frozenset[str] = frozenset()
     stages: tuple | None = None
 
     @property
@@ -64,15 +67,20 @@ class Options:
         )
 
 
-def choose(given: Mapping[str, object]) -> Options:
+def choose(given: Mapping[str, object], stored: Mapping[str, object] | None = None) -> Options:
     """The configurations of the options that were given, {name: value}.
 
+    Args:
+        stored: those of the run that --resume names, which are the defaults.
     Raises: click.UsageError if they contradict each other, whatever is in the files that they name.
     """
     # Which objective, and which options count.
+    kept, about = set(), []
+    if stored:
+        given, kept, about = over_stored(given, stored)
     name = objective_of(given)
     check_preset(given, name)
-    values, effective, notes = leave_out_idle(given, name)
+    values, effective, notes = leave_out_idle(given, name, kept)
     refuse_others(effective, name)
 
     # Build the two configurations, which check themselves, and check one against the other.
@@ -82,7 +90,8 @@ def choose(given: Mapping[str, object]) -> Options:
         RunConfig(**{**run, 'objective': name}),
         OBJECTIVES[name].config.from_given(own),
         frozenset(effective),
-        tuple(notes),
+        (*notes, *about),
+        frozenset(kept),
     )
     check_together(chosen)
     return chosen
@@ -111,9 +120,9 @@ def check_preset(given: Mapping[str, object], objective: str) -> None:
 
 
 def leave_out_idle(
-    given: Mapping[str, object], objective: str
+    given: Mapping[str, object], objective: str, quiet: Collection[str] = ()
 ) -> tuple[dict[str, object], set[str], list[str]]:
-    """Find options that other given options leave without an effect.
+    """Find options that other given options leave without an effect, and say so but of those in `quiet`.
 
     The loss keeps its values although it does not use them: states record them, and resuming compares them.
     Returns: values, names of the options with an effect, and a line for each option that idles others.
@@ -121,8 +130,8 @@ def leave_out_idle(
     values, effective, notes = dict(given), set(given), []
     for switch, off in switches(given).items():
         idle = [name for name in OWN_FIRST if name in effective and name in idle_with(switch, off)]
-        if idle:
-            notes.append(f'{ALL[switch].spelled(off)}: ignoring {options.names(ALL[name] for name in idle)}.')
+        if told := [name for name in idle if name not in quiet]:
+            notes.append(f'{ALL[switch].spelled(off)}: ignoring {options.names(ALL[name] for name in told)}.')
         effective.difference_update(idle)
         values = {name: value for name, value in values.items() if name not in idle or name in OWN[objective]}
     return values, effective, notes
@@ -215,6 +224,106 @@ def check_stages_of_halving(run: RunConfig) -> None:
         raise click.UsageError(
             "--snap=0 leaves no snapshot, and a stage's last one is the next one's teacher."
         )
+
+
+# ----------------------------------------------------------------------------
+# Options on top of those of a resumed run.
+
+# Options that replace stored ones, beside those of `DISPLACED`.
+REPLACED = dict(
+    N=['mu_schedule'],
+    lr_schedule=['lr_decay'],
+    val_ref=['val_ref_data'],
+    val_ref_data=['val_ref'],
+)
+# Options that are not compared with stored ones: those of a start, and files, whose contents are compared.
+UNCOMPARED = (
+    *('outdir', 'nosubdir', 'desc', 'resume', 'take_lock', 'resume_override', 'allow_other_data', 'dry_run'),
+    *('data', 'teacher', 'val_overwrite', 'preset'),
+)
+
+
+def over_stored(
+    given: Mapping[str, object], stored: Mapping[str, object]
+) -> tuple[dict[str, object], set[str], list[str]]:
+    """The options of a resumed run: those given, and the others as they are stored.
+
+    Returns: values, names of those that are as stored, and lines that say what changes.
+    """
+    # The same by one name.
+    given = dict(given)
+    if given.keys() & {'objective', 'consistency'}:
+        given['objective'] = objective_of(given)
+        given.pop('consistency', None)
+    if (fp16 := given.pop('fp16', None)) is not None and fp16 != (stored.get('precision') == 'fp16'):
+        given.setdefault('precision', 'fp16' if fp16 else 'fp32')
+
+    # Stored options, without those that an option on top replaces or leaves without an effect.
+    objective = given.get('objective', stored['objective'])
+    replaced = {other for name in given for other in (*REPLACED.get(name, ()), *DISPLACED.get(name, ()))}
+    kept = {name for name in stored.keys() - given.keys() - replaced if name in RUN or name in OWN[objective]}
+    without = lambda option: (
+        (option.switch and given.get(option.switch) is False)
+        or (option.idle and option.idle[0] in given and given[option.idle[0]] == option.idle[1])
+        or (option.needs and option.needs[0] in given and given[option.needs[0]] != option.needs[1])
+    )
+    kept = {name for name in kept if not without(ALL[name])}
+
+    # What changes. (Lengths in steps that are not stored are compared in images.)
+    in_steps = {'T_anneal_steps', 'schedule_steps', 'stage_steps'} - stored.keys()
+    changed = [
+        change(name, stored.get(name), value)
+        for name, value in given.items()
+        if name not in (*UNCOMPARED, *in_steps) and value != stored.get(name)
+    ]
+    about = [f'Resuming with {", ".join(changed)}.'] if changed else []
+    if (outdir := given.get('outdir')) and not is_place_of(outdir, stored['outdir']):
+        about.append(f'--resume continues in {stored["outdir"]}: ignoring --outdir={outdir}.')
+    return {**{name: stored[name] for name in kept}, **given}, kept, about
+
+
+def change(name: str, then: object, now: object) -> str:
+    """`lr 0.001 -> 8e-05`: an option's stored value and the one on top."""
+
+    def text(value):
+        if value is None:
+            return 'none'
+        mimg = name in ALL and isinstance(ALL[name].kind, HalfLife)
+        return config_file.as_word(value / 1e6 if mimg else value)
+
+    return f'{name} {text(then)} -> {text(now)}'
+
+
+def is_place_of(outdir: str, run_dir: str) -> bool:
+    """Whether --outdir is a run's folder, or the folder that it was numbered in."""
+    run_dir = os.path.realpath(run_dir)
+    return os.path.realpath(outdir) in (run_dir, os.path.dirname(run_dir))
+
+
+def given_and_stored(ctx: click.Context) -> tuple[dict[str, object], dict[str, object] | None]:
+    """The options of a command line and its --config, and those of the run that --resume names, {name: value}."""
+    given, words = options.given_in(ctx), ctx.meta.get('stored')
+    if words is None:
+        return given, None
+    # Required options were lent their stored values.
+    lent = {
+        name
+        for name in ctx.meta['lent']
+        if ctx.get_parameter_source(name) == click.core.ParameterSource.DEFAULT_MAP
+    }
+    return {name: value for name, value in given.items() if name not in lent}, typed(words)
+
+
+def typed(words: Mapping[str, str]) -> dict[str, object]:
+    """The values of options that are words as on a command line."""
+    ctx, known = click.Context(command()), {p.name: p for p in command().params}
+    return {name: known[name].type_cast_value(ctx, word) for name, word in words.items()}
+
+
+def resume(given: Mapping[str, object], folder: str) -> Options:
+    """The options of a command line that began a run which now goes on in its folder."""
+    given = {name: value for name, value in given.items() if name != 'transfer'}
+    return choose({**given, 'resume': folder}, typed(stored_options.read(folder, ALL)))
 
 
 # ----------------------------------------------------------------------------
@@ -311,6 +420,9 @@ class TrainCommand(cli.Command):
         # Before the options to which it gives values.
         preset = next(parameter for parameter in self.params if parameter.name == 'preset')
         preset.is_eager, preset.callback = True, read_preset
+        # After --config, which may name the run.
+        resume = next(p for p in self.params if p.name == 'resume')
+        resume.is_eager, resume.callback = True, read_stored
 
     def parse_args(self, ctx, args):
         ctx.meta['words'] = list(args)
@@ -359,10 +471,23 @@ def show_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> Non
         ctx.exit()
 
 
+def read_stored(ctx: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
+    """Callback of --resume: the options of the run are kept for `choose`, and required ones need no repeating."""
+    if path is not None and not ctx.resilient_parsing:
+        ctx.meta['stored'] = words = stored_options.read(path, ALL)
+        of_file = ctx.default_map or {}
+        lent = {name: words[name] for name in ('outdir', 'data') if name not in of_file}
+        ctx.default_map = {**of_file, **lent}
+        ctx.meta['lent'] = lent.keys()
+    return path
+
+
 def read_config(ctx: click.Context, parameter: click.Parameter, path: str | None) -> None:
     """Callback of --config: the file's values become the defaults."""
     if path is not None:
-        ctx.default_map = {**(ctx.default_map or {}), **config_file.read(path, ALL)}
+        of_file = config_file.read(path, ALL)
+        ctx.default_map = {**(ctx.default_map or {}), **of_file}
+        ctx.meta['lent'] = set(ctx.meta.get('lent', ())) - of_file.keys()
 
 
 def read_preset(ctx: click.Context, parameter: click.Parameter, names: str | None) -> str | None:
@@ -421,4 +546,4 @@ def command() -> TrainCommand:
 
 def parse(words: Iterable[str]) -> Options:
     """The options of a command line, as a list of words. Raises: click.UsageError."""
-    return choose(options.given_in(command().make_context('train.py', list(words))))
+    return choose(*given_and_stored(command().make_context('train.py', list(words))))

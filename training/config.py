@@ -13,6 +13,7 @@ from dnnlib.schema import Real
 from metrics.validator import SHOWN, LabelMode
 from training.architectures import ARCHITECTURES, PRECONDITIONING
 from training.objectives import OBJECTIVES
+from training.saved_files import NETWORK_FILE
 
 TICKS = cli.Integer(min=0)
 PHEMA_RANGE = (0.001, 0.28)
@@ -279,8 +280,8 @@ class Files:
         None, cli.Integer(min=0, max=(1 << 63) - 1), 'Random seed.',
         metavar='INT', default_text='random', key='seed', settled=True)
     transfer: str | None = opt(
-        None, cli.PATH, 'Start from the weights of this snapshot that fit the network.',
-        metavar='PKL|URL', key='transfer')
+        None, NETWORK_FILE, 'Start from the weights of this snapshot that fit the network.',
+        metavar='PKL|DIR|URL', key='transfer')
     resume: str | None = opt(
         None, cli.PATH,
         'Resume from this training state, or from the newest complete one in this run folder.',

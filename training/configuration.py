@@ -16,7 +16,7 @@ from training.architectures import ARCHITECTURES
 from training.command_line import RUN, Options
 from training.config import RunConfig
 from training.run_folder import planned_run_dir
-from training.same_run import data_record, options_of_run
+from training.same_run import data_record
 from training.starting_point import edm2_width, is_edm2, network_from_scratch, network_of_teacher
 
 # Options in optimizer steps: the loss's name for the same length, and its unit in images.
@@ -39,7 +39,7 @@ def settle(o: Options, dataset, teacher, earlier: dict | None) -> Options:
         )
 
     # Defaults.
-    defaults = late_defaults(o, dataset, teacher, earlier)
+    defaults = late_defaults(o, dataset, teacher)
     o = o.but(**{name: value for name, value in defaults.items() if name not in o.given})
     run = o.run
     if run.lr_schedule == 'sqrt' and not run.lr_decay:
@@ -73,8 +73,8 @@ def settle(o: Options, dataset, teacher, earlier: dict | None) -> Options:
     return o
 
 
-def late_defaults(o: Options, dataset, teacher, earlier: dict | None) -> dict[str, object]:
-    """{option: default} of options that depend on the objective, the network or the resumed run."""
+def late_defaults(o: Options, dataset, teacher) -> dict[str, object]:
+    """{option: default} of options that depend on the objective or the network."""
     objective = o.objective
 
     # EDM2's networks.
@@ -87,9 +87,9 @@ def late_defaults(o: Options, dataset, teacher, earlier: dict | None) -> dict[st
             res for i in range(len(levels)) if (res := dataset.resolution >> i) <= limit
         ]
 
-    # A resumed run's take precedence.
-    late = [name for name in objective.edm2 if name in objective.own]
-    defaults = objective.defaults | edm2 | options_of_run(earlier, o.run.objective, late)
+    defaults = objective.defaults | edm2
+    if o.stored:  # a resumed run without it has dropout everywhere
+        defaults.pop('dout_resolutions', None)
     if dataset.holds_latents:
         defaults['augment'] = 0.0
     if (o.run.lr_schedule if 'lr_schedule' in o.given else defaults['lr_schedule']) != 'sqrt':

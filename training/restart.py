@@ -18,10 +18,11 @@ from dnnlib import identity, schema
 from dnnlib.text import printable
 from dnnlib.util import atomic_write
 from torch_utils import distributed, elastic
-from training import run_lock, stages
+from training import run_lock
 from training.command_line import Options
 from training.config import RunConfig
-from training.saved_files import LAUNCH, saved_states
+from training.saved_files import LAUNCH, folder_of_stages, saved_states, stage_folders
+from training.stages import ANEW
 
 RECORD = schema.Record(
     dict(
@@ -92,14 +93,14 @@ def _changes(o: Options, launch: dict) -> tuple[dict, str]:
     own = [path for path in states if passed_over.get(path.name) != path.stat().st_mtime_ns]
 
     # Resume if there is one, or else begin again in the folder.
-    if o.run.objective == 'pd' and not passed_over and stages.stage_folders(folder):
-        return dict(overwrite, resume=os.fspath(folder)), f'resuming the stages in {folder}'
+    if o.run.objective == 'pd' and not passed_over and stage_folders(folder):
+        return dict(overwrite, transfer=None, resume=os.fspath(folder)), f'resuming the stages in {folder}'
     # A folder lets resuming skip damaged states, but must then not hold abandoned ones.
     if own:
         resume = os.fspath(own[0] if len(own) < len(states) else with_states)
-        return dict(overwrite, resume=resume), f'resuming from {own[0]}'
+        return dict(overwrite, transfer=None, resume=resume), f'resuming from {own[0]}'
     return (
-        dict(overwrite, **stages.ANEW, outdir=os.fspath(folder), nosubdir=True, seed=record['seed']),
+        dict(overwrite, **ANEW, outdir=os.fspath(folder), nosubdir=True, seed=record['seed']),
         f'it had saved no state, so it begins again in {folder}',
     )
 
@@ -107,7 +108,7 @@ def _changes(o: Options, launch: dict) -> tuple[dict, str]:
 def _candidates(run: RunConfig) -> list[Path]:
     """The folders that the earlier attempt may have trained in."""
     if run.resume:
-        folder_of = stages.run_folder if run.objective == 'pd' else run_lock.folder_of
+        folder_of = folder_of_stages if run.objective == 'pd' else run_lock.folder_of
         return [Path(folder_of(run.resume))]
     if run.nosubdir:
         return [Path(run.outdir)]

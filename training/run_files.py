@@ -19,6 +19,7 @@ from training.phema import WeightAverages, average_name
 from training.saved_files import (  # noqa: F401 (users import some of these from here)
     OPTIONS,
     PREEMPTED,
+    no_state,
     saved_snapshots,
     saved_states,
 )
@@ -92,17 +93,12 @@ def load_state(resume: str, report=print) -> tuple[str, dict]:
         return resume, checkpoint.read_state(resume, recorded.RECORDED)
 
     # Skip damaged states, such as those that were copied in part.
-    problem = 'it holds no training-state-*.pt'
     for path in saved_states(resume):
         try:
             return os.fspath(path), checkpoint.read_state(path, recorded.RECORDED)
         except UserError as error:
-            problem = 'none of its states is whole'
             report(f'Warning: {error}' + ' Trying the state before it.' * (path != saved_states(resume)[-1]))
-    raise UserError(
-        f'--resume={resume}: {problem}. Give a training state or the folder of a run that saved one, or '
-        'start anew without --resume, in another folder.'
-    )
+    raise UserError(f'--resume={resume}: {no_state(resume)}')
 
 
 # ----------------------------------------------------------------------------

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import click
 
 from dnnlib import EasyDict, UserError
 from dnnlib.text import printable
-from training import config_file
-from training.command_line import ALL, OWN, Options
+from training.command_line import RUN, Options, change
 
 
 def load_earlier(resume: str) -> tuple[str, dict]:
@@ -26,30 +26,14 @@ def load_earlier(resume: str) -> tuple[str, dict]:
 
 
 # fmt: off
-# Options of every run whose defaults may change from one version to the next.
-KEPT = ['batch', 'duration', 'optim', 'lr', 'lr_rampup', 'lr_schedule', 'lr_decay', 'beta2', 'ema',
-        'ema_rampup', 'phema', 'augment', 'dropout']
 # Settings, besides those of network and loss, that a resumed run must not change.
 SETTINGS = ['objective', 'teacher_digest', 'encoder', 'batch_size', 'seed', 'augment', 'phema_stds',
             'precision', 'optim']
 # fmt: on
 
 
-def options_of_run(earlier: dict | None, objective: str, own: Iterable[str]) -> dict:
-    """The options that a run was trained with, as defaults for resuming it.
-
-    So the same command continues the same training, even if the defaults have changed since.
-
-    Args:
-        earlier: configuration of the run; if None, or of another objective, there are no such options.
-        own: names of the objective's own options to keep.
-    """
-    if not earlier or earlier.get('objective') != objective:
-        return {}
-    recorded = config_file.recorded_options(earlier, ALL)
-    names = [*KEPT, *(name for name in (*own, 'P_mean', 'P_std') if name in OWN[objective])]
-    kept = {name: recorded[name] for name in names if recorded.get(name) is not None}
-    return kept | dict(dout_resolutions=recorded.get('dout_resolutions'))
+# {name in a record: name of the option}
+OPTION_OF = {option.key.rpartition('.')[2]: option.name for option in RUN.values() if option.key}
 
 
 def check_same_run(o: Options, c: EasyDict, earlier: dict) -> None:
@@ -60,13 +44,32 @@ def check_same_run(o: Options, c: EasyDict, earlier: dict) -> None:
         return {**chosen, 'network': network['class_name'], **network['kwargs'], **config['loss']}
 
     then, now = settings(earlier), settings(json.loads(json.dumps(c)))
-    for name in {**then, **now}:
-        if then.get(name) != now.get(name):
-            raise UserError(
-                f'--resume={o.run.resume} was trained with {name} = {json.dumps(then.get(name))}, these '
-                f'options say {json.dumps(now.get(name))}: resume with the options it was made with, or add '
-                '--resume-override'
-            )
+    changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if not changed:
+        return
+    cure = 'Leave these options out, or add --resume-override'
+    if 'teacher_digest' in changed:
+        raise UserError(
+            f'--resume={o.run.resume} was trained with the teacher {earlier.get("teacher")}, and '
+            f'--teacher={o.teacher} is another network. Give that one, or add --resume-override'
+        )
+    listed = ', '.join(change(OPTION_OF.get(name, name), then.get(name), now.get(name)) for name in changed)
+    raise UserError(f'--resume={o.run.resume} would be another run with {listed}. {cure}')
+
+
+@contextlib.contextmanager
+def as_stored(o: Options, name: str) -> Iterator[None]:
+    """A block that reads the file of an option. Raises: UserError, which says if the resumed run has named it."""
+    try:
+        yield
+    except UserError as error:
+        if name not in o.stored:
+            raise
+        value = getattr(o.run, name, None) or getattr(o.own, name, None)
+        raise UserError(
+            f'{printable(error)} (--{name}={value} is stored in the run that --resume names: give its present '
+            f'place by --{name}=PATH)'
+        ) from error
 
 
 def data_record(o: Options, dataset) -> EasyDict:

@@ -8,14 +8,18 @@ import re
 import stat
 from pathlib import Path
 
-from dnnlib import UserError
+import click
+
+from dnnlib import UserError, cli
 from dnnlib.file_kind import another_kind
+from dnnlib.text import printable
 
 LOG, STATS, METRICS = 'log.txt', 'stats.jsonl', 'metrics-val.jsonl'
 OPTIONS = 'training_options.json'
 PREEMPTED = 'preempted.json'  # left by a run that a signal stopped, for the script that starts it again
 LAUNCH = 'launch.json'  # left where torchrun may start the processes again, see `restart`
 OWN_FILES = (LOG, STATS, METRICS, OPTIONS, PREEMPTED, LAUNCH)
+LISTED = 10  # run folders in a message
 SNAPSHOT, STATE = 'a network snapshot (network-snapshot-*.pkl)', 'a training state (training-state-*.pt)'
 
 
@@ -37,6 +41,95 @@ def _saved(folder: str | os.PathLike, kind: str, suffix: str) -> list[Path]:
         if match := re.fullmatch(rf'{kind}-(\d+)(?:-(\d+))?\.{suffix}', path.name):
             found.append((int(match[1]), int(match[2] or 0), path))
     return [path for *_, path in sorted(found, reverse=True)]
+
+
+# ----------------------------------------------------------------------------
+# Folders of runs.
+
+
+def stage_folders(run_dir: str | os.PathLike) -> list[Path]:
+    """The folders of the stages of a progressive distillation that have begun, in order."""
+    return sorted(
+        (path for path in Path(run_dir).glob('S*') if re.fullmatch(r'S\d{4,}', path.name)), reverse=True
+    )
+
+
+def folder_of_stages(path: str | os.PathLike) -> str:
+    """The folder of the progressive distillation that a path names: by itself, a stage, or a state."""
+    path = Path(path)
+    stage = path.parent if path.suffix == '.pt' else path
+    return os.fspath(stage.parent if re.fullmatch(r'S\d{4,}', stage.name) else stage)
+
+
+def run_folders(folder: str | os.PathLike) -> list[Path]:
+    """The folders of runs in a folder, newest first by the time of what they last saved."""
+    found = []
+    for run in (path for path in Path(folder).iterdir() if path.is_dir()):
+        own = [run, *stage_folders(run)]
+        files = [
+            file for part in own for file in (part / OPTIONS, *saved_states(part), *saved_snapshots(part))
+        ]
+        if times := [file.stat().st_mtime_ns for file in files if file.is_file()]:
+            found.append((max(times), run))
+    return [run for _, run in sorted(found, reverse=True)]
+
+
+def which_run(folder: str | os.PathLike, option: str = '') -> str | None:
+    """That a folder is one of run folders and which ones, to complete 'it ...'; None if it is not."""
+    runs = run_folders(folder)
+    if not runs or stage_folders(folder):
+        return None
+    listed = ', '.join(map(str, runs[:LISTED])) + (f' and {len(runs) - LISTED} more' * (len(runs) > LISTED))
+    return (
+        f'is a folder of run folders. Name one of them, such as {option}{runs[0]} (newest first: {listed}).'
+    )
+
+
+def no_state(folder: str | os.PathLike) -> str:
+    """Why a folder has no training state to resume from, and the cure."""
+    if runs := which_run(folder, '--resume='):
+        return f'it {runs}'
+    found = 'none of its states is whole' if saved_states(folder) else 'it holds no training-state-*.pt'
+    return (
+        f'{found}. Give a training state or the folder of a run that saved one (or that of all stages of '
+        'progressive distillation), or start anew without --resume, in another folder.'
+    )
+
+
+def newest_snapshot(folder: str | os.PathLike) -> Path:
+    """The snapshot in a run folder that has seen most images; of progressive distillation, of its last stage.
+
+    Raises: UserError, whose message completes 'it ...', if there is none.
+    """
+    for part in (Path(folder), *reversed(stage_folders(folder))):
+        if found := saved_snapshots(part):
+            return found[0]
+    raise UserError(_why_no_folder(folder))
+
+
+class Snapshot(cli.PathOrURL):
+    """A snapshot's path or URL, or a run folder, which stands for its newest snapshot and is said."""
+
+    def convert(self, value, param, ctx):
+        path = super().convert(value, param, ctx)
+        if not os.path.isdir(path):
+            return path
+        flag = f'{param.opts[-1]}=' if param is not None and param.opts else ''
+        try:
+            newest = os.fspath(newest_snapshot(path))
+        except (UserError, OSError) as error:
+            raise UserError(f'{flag}{path} cannot be used as a network snapshot: it {error}') from error
+        # Each process of a run reads the same options.
+        if os.environ.get('RANK', '0') == '0':
+            click.echo(f'{flag}{printable(path)}: its newest snapshot is {printable(newest)}.', err=True)
+        return newest
+
+
+NETWORK_FILE = Snapshot()
+
+
+# ----------------------------------------------------------------------------
+# Files of another kind.
 
 
 def check_own_files(folder: str | os.PathLike) -> None:
@@ -75,17 +168,21 @@ def why_no_snapshot(path: str | os.PathLike) -> str | None:
 
 
 def _why_no_folder(folder: str | os.PathLike) -> str:
-    # The folder of a run, or of runs.
-    runs = [Path(folder), *sorted((path for path in Path(folder).iterdir() if path.is_dir()), reverse=True)]
-    newest = next((found[0] for run in runs if (found := saved_snapshots(run))), None)
-    if newest is not None:
+    # A run folder, which the command line takes and the library does not.
+    parts = [Path(folder), *reversed(stage_folders(folder))]
+    if newest := next((found[0] for part in parts if (found := saved_snapshots(part))), None):
         return f'is the folder of a run. Give a file in it, such as {newest}.'
+    if runs := which_run(folder):
+        return runs
+    if widths := sorted(Path(folder).glob('network-snapshot-*-*.*.pkl'), reverse=True):
+        return f'holds power-function averages only. Give the file of one of them, such as {widths[0]}.'
     if any(Path(folder, name).is_file() for name in ('model_index.json', 'config.json')):
         return (
             'is a folder of diffusers or transformers. convert.py writes such folders and does not read '
             'them: give the snapshot.'
         )
-    return 'is a folder, and holds no network-snapshot-*.pkl. Check the path.'
+    states = ' It holds training states only: resume by train.py --resume.' * bool(saved_states(folder))
+    return f'is a folder, and holds no network-snapshot-*.pkl. Check the path.{states}'
 
 
 def why_no_state(path: str | os.PathLike, sealed: bool) -> str | None:

@@ -6,17 +6,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from dnnlib import UserError
-from dnnlib.schema import read_json
 from dnnlib.text import printable
 from training.command_line import Options
 from training.objectives import time_schedules as times
-from training.saved_files import OPTIONS, saved_snapshots, saved_states
+from training.saved_files import saved_snapshots, saved_states, stage_folders
+from training.stored_options import recorded_options
 
 # Options of a run that resumes nothing.
 ANEW = dict(resume=None, resume_override=False, allow_other_data=False)
@@ -78,35 +77,6 @@ def stages(o: Options, run_dir: str) -> Iterator[Options]:
                 'with the --batch it was made with, or delete that folder and the ones of fewer steps.'
             )
         teacher = snapshot
-
-
-def run_folder(resume: str) -> str:
-    """The folder of the progressive distillation that --resume names: by itself, a stage, or a state."""
-    path = Path(resume)
-    stage = path.parent if path.suffix == '.pt' else path
-    return os.fspath(stage.parent if re.fullmatch(r'S\d{4,}', stage.name) else stage)
-
-
-def stage_folders(run_dir: str) -> list[Path]:
-    """The folders of the stages that have begun, in order."""
-    return sorted(
-        (path for path in Path(run_dir).glob('S*') if re.fullmatch(r'S\d{4,}', path.name)), reverse=True
-    )
-
-
-def recorded_options(folder: str | os.PathLike) -> dict:
-    """The training_options.json of a stage. Raises: UserError if it is missing or damaged."""
-    from training import recorded
-
-    path = Path(folder, OPTIONS)
-    try:
-        return read_json(path, recorded.STAGE, 'the configuration')
-    except (OSError, ValueError) as error:
-        reason = '' if isinstance(error, FileNotFoundError) else f' (it {error})'
-        raise UserError(
-            f'{path} is missing or damaged{reason}: delete that folder and the ones of fewer steps, and '
-            'resume.'
-        ) from error
 
 
 def _finished(folder: str, total_nimg: int, teacher: str) -> str | None:

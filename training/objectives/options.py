@@ -20,6 +20,7 @@ from dnnlib import cli
 from dnnlib.options import SWITCH, opt, options_of, recorded
 from dnnlib.schema import Integer, Real
 from training.choices import DISTANCES, HOPS, SAMPLING_MODES, SIGMA_GRIDS, STUDENT_GRIDS, WEIGHT_MODES
+from training.saved_files import NETWORK_FILE
 
 COUNT, POSITIVE_COUNT = Integer(0, 1 << 63), Integer(1, 1 << 63)
 
@@ -106,10 +107,10 @@ class Teacher(Config):
 
     teacher: str | None = opt(
         None,
-        cli.PATH,
+        NETWORK_FILE,
         'Snapshot of the diffusion model to distill; pd: or of a student of 2 --S_start steps; tcm: of the consistency '
         'model to go on from.',
-        metavar='PKL|URL',
+        metavar='PKL|DIR|URL',
         key='teacher',
     )
 
