@@ -123,6 +123,7 @@ def main(source, dest, reader, writer, timesteps, **openai):
     Contents of a snapshot, a training state, or any of the above:
       python convert.py info network-snapshot-157698.pkl
     """
+    check_ending(dest, writer)
     if (reader, writer) != ('snapshot', 'snapshot'):
         check_other_file(source, dest, 'DST')
     openai = {name: value for name, value in openai.items() if value is not None}
@@ -190,6 +191,17 @@ def info(file, as_json, key):
     )
 
 
+def check_ending(dest: str, writer: str) -> None:
+    """Raises: UsageError if DST ends as the files of another format than --to."""
+    ending = os.path.splitext(dest)[1].lower()
+    wanted = {'.safetensors': 'safetensors', '.pkl': 'snapshot'}.get(ending, writer)
+    if wanted != writer:
+        raise click.UsageError(
+            f'{dest} ends in {ending}, but --to={writer} writes another format: add --to={wanted}, or choose '
+            'another name.'
+        )
+
+
 def read(source: str, reader: str, **openai):
     """The network of a checkpoint in a format of READERS."""
     if reader == 'openai':
@@ -208,6 +220,13 @@ def read(source: str, reader: str, **openai):
 
     if kind != reader:
         if kind == 'snapshot':
+            from dnnlib import open_url
+            from dnnlib.file_kind import describe_file
+
+            with open_url(source) as file:
+                what = describe_file(file.name)
+            if what and what not in ('a network snapshot', 'a pickle'):
+                raise UserError(f'{source} is {what}, not a {reader} file. Check the path and --from.')
             load_network(source)  # raises a better error if it is not a snapshot
         raise UserError(
             f'{source} is {"a PyTorch file" if kind == "openai" else f"a {kind}"}, not a {reader}. Use '

@@ -43,6 +43,10 @@ def open_source(
     from data import sources
 
     if source == 'digits':
+        if pathlib.Path(source).exists():
+            sources.note(
+                "--source=digits is scikit-learn's digits; for the folder or file here write ./digits"
+            )
         return sources.digits_source(selection)
     if source == 'photos':
         sources.check_unambiguous('--source', source)

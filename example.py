@@ -86,9 +86,10 @@ def main(snapshot, dest, rows=4, columns=10):
 
 
 if __name__ == '__main__':
-    if len(sys.argv) != 3:
-        print('Usage: python example.py SNAPSHOT.pkl GRID.png', file=sys.stderr)
-        sys.exit(2)
+    asked = sys.argv[1:] in (['-h'], ['--help'])
+    if asked or len(sys.argv) != 3:
+        print('Usage: python example.py SNAPSHOT.pkl GRID.png', file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
     try:
         main(*map(expand_path, sys.argv[1:]))
     except UserError as error:

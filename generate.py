@@ -154,14 +154,16 @@ def main(
 
         # Everything that may be missing or wrong is found before the first batch.
         distributed.init()
-        if outdir:
-            check_outdir(destination, seeds, strict_outdir)
+        if outdir and strict_outdir:
+            check_outdir(destination, seeds, strict=True)
         with distributed.main_process_first():
             net = load_network(network, distributed.get_device())
             if not as_latents:  # loads the VAE
                 encoders.encoder_of(net, distributed.get_device())
         arguments = sampling_arguments(net, network, **sampling)
         generation.validate_arguments(net, **arguments)
+        if outdir and not strict_outdir:  # not before an error
+            check_outdir(destination, seeds, strict=False)
 
         # How to run the network.
         if precision:

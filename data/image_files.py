@@ -31,6 +31,10 @@ class Unreadable(UserError):
     """An image file whose contents cannot be read."""
 
 
+class NoImages(UserError):
+    """A folder or file without images."""
+
+
 class ImageFiles:
     """Images (or latents) and label files of a folder or zip, sorted by name.
 
@@ -133,7 +137,7 @@ class ImageFiles:
         if not images:
             kind = None if self.is_folder else describe_file(self.path)
             what = 'holds no images' if kind in (None, ZIP) else f'is {kind} and holds no images'
-            raise UserError(f'{self.path} {what}; dataset_tool.py converts other sources')
+            raise NoImages(f'{self.path} {what}; dataset_tool.py converts other sources')
         for name in (names[i] for i in images):
             if name[0] == '/' or ('..' in name and '..' in name.split('/')):
                 raise UserError(

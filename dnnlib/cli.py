@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import click
 
@@ -52,6 +52,10 @@ class Argument(click.Argument):
         return self.human_readable_name, self.description
 
 
+# Called when a command ends with an error that it prints.
+ON_ERROR: list[Callable[[], None]] = []
+
+
 class Command(click.Command):
     """A command that lists its options by group and turns a `UserError` into one line and exit status 1."""
 
@@ -70,7 +74,11 @@ class Command(click.Command):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except UserError as error:
+        except (UserError, click.ClickException) as error:
+            for tell in ON_ERROR:
+                tell()
+            if isinstance(error, click.ClickException):
+                raise
             raise click.ClickException(str(error)) from error
 
     def format_options(self, ctx, formatter):
@@ -92,6 +100,24 @@ class Group(click.Group):
     """A group of `Command`s, with the same handling of errors."""
 
     command_class = Command
+
+    def parse_args(self, ctx, args):
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            # An option of a command, given before the command or without it.
+            alike = lambda name: name.lstrip('-').replace('-', '_')
+            having = [
+                name
+                for name, command in self.commands.items()
+                if any(alike(error.option_name) == alike(opt) for p in command.params for opt in p.opts)
+            ]
+            if not having:
+                raise
+            commands = ' or '.join(f'{ctx.info_name} {name}' for name in having)
+            raise click.UsageError(
+                f'{error.option_name} is an option of a command: write {commands}, and then its options.', ctx
+            ) from error
 
     def __init__(self, *args, context_settings=None, **kwargs):
         super().__init__(*args, context_settings={**HELP_SETTINGS, **(context_settings or {})}, **kwargs)

@@ -747,7 +747,7 @@ def hostile(tmp_path):
         ('no reference', ['none.npz']),
         ('wrong reference', ['features']),
         ('no resume', ['state.pt']),
-        ('other run', ['was trained with S = 8', 'say 4']),
+        ('other run', ['S 8 -> 4', '--resume-override']),
         ('no network', ['make no network']),
         ('no levels', ['change --cres']),
         ('label', ['fixed:99', '10']),

@@ -151,8 +151,8 @@ def test_a_state_is_answered_with_its_snapshot_and_a_snapshot_with_its_state(tmp
 
     assert str(run / 'network-snapshot-000200.pkl') in message(load_network, run / 'training-state-000200.pt')
     assert str(run / 'network-snapshot-000300.pkl') in message(load_network, run / 'training-state-000250.pt')
-    for folder in (run, run.parent):
-        assert str(run / 'network-snapshot-000300.pkl') in message(load_network, folder)
+    assert str(run / 'network-snapshot-000300.pkl') in message(load_network, run)
+    assert f'is a folder of run folders. Name one of them, such as {run}' in message(load_network, run.parent)
     said = message(load_state, run / 'network-snapshot-000300.pkl')
     assert str(run / 'training-state-000250.pt') in said and '--transfer=' in said
     for name in ('sd', 'empty'):
@@ -164,11 +164,13 @@ def test_a_state_is_answered_with_its_snapshot_and_a_snapshot_with_its_state(tmp
     for options in ([], ['--from=openai'], ['--from=safetensors']):
         done = CliRunner().invoke(convert.main, [*options, str(run), str(tmp_path / 'out')])
         assert_one_clear_error(done, str(run))
-    done = CliRunner().invoke(
-        generate.main, [f'--network={run}', f'--outdir={tmp_path / "out"}', '--workers=0']
-    )
-    assert_one_clear_error(done, 'is the folder of a run', str(run / 'network-snapshot-000300.pkl'))
+    options = [f'--outdir={tmp_path / "out"}', '--workers=0', '--seeds=0']
+    done = CliRunner().invoke(generate.main, [f'--network={run.parent}', *options])
+    assert_one_clear_error(done, 'is a folder of run folders', f'--network={run}')
     assert not (tmp_path / 'out').exists()
+    done = CliRunner().invoke(generate.main, [f'--network={run}', *options])
+    assert done.exit_code == 0, done.output
+    assert f'--network={run}: its newest snapshot is {run / "network-snapshot-000300.pkl"}.' in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from dnnlib import interrupts
+from dnnlib import cli, interrupts
 from dnnlib.limits import MAX_DIGITS
 from dnnlib.text import printable
 from dnnlib.util import UserError
@@ -63,6 +63,8 @@ def init() -> None:
         if elastic.restarts()[1]:
             where = dict(store=_store_of_this_start(rank, world_size), rank=rank, world_size=world_size)
         dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', **where)
+        if not rank:
+            cli.ON_ERROR.append(_tell_of_error)
     except (RuntimeError, ValueError) as error:  # torch's own network and store errors are RuntimeErrors
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -164,7 +166,20 @@ def among_others():
         raise
 
 
+ENDED = 'the main process has printed an error'  # a key of the store
+
+
+def _tell_of_error() -> None:
+    """Leave word in the store, which outlives this process under torchrun, that it has printed an error."""
+    with contextlib.suppress(RuntimeError):
+        dist.distributed_c10d._get_default_store().set(ENDED, '')
+
+
 def _lost(error: RuntimeError) -> NoReturn:
+    # One message is enough.
+    with contextlib.suppress(RuntimeError):
+        if not is_main() and dist.distributed_c10d._get_default_store().check([ENDED]):
+            raise SystemExit(1) from error
     reason = str(error).strip().splitlines()[-1]
     raise UserError(
         f'Process {get_rank()} lost the others ({reason}). See above what stopped them.'

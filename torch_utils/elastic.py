@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import re
+import sys
 import threading
 import time
 from pathlib import PurePath
@@ -60,6 +61,17 @@ def _end_with(parent: int) -> None:
         f'torchrun (process {parent}) is gone: process {os.getpid()}, rank {os.environ.get("RANK")}, ends '
         'with it.'
     )
+
+
+def launcher() -> list[str]:
+    """The words that start this script again, up to its own options: with torchrun and its options if that did."""
+    script, command = PurePath(sys.argv[0]), interrupts.PARENT_COMMAND
+    if _is_torchrun(command):
+        names = [PurePath(word).name for word in command]
+        if script.name in names:
+            words = command[: names.index(script.name) + 1]
+            return ['torchrun', *words[2:]] if names[1] == 'torchrun' else ['python', *words[1:]]
+    return ['python', sys.argv[0]] if script.suffix == '.py' else [script.name]
 
 
 def restarts() -> tuple[int, int]:

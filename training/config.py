@@ -16,6 +16,7 @@ from training.objectives import OBJECTIVES
 from training.saved_files import NETWORK_FILE
 
 TICKS = cli.Integer(min=0)
+LONGEST = 50_000  # millions of images; a longer --duration is a mistake about its unit
 PHEMA_RANGE = (0.001, 0.28)
 
 
@@ -347,6 +348,13 @@ class RunConfig(TensorBoard, WandB, Files, Performance, Validation, Network, Hyp
             )
         if self.val:
             cli.check_seeds(self.val_seed, max(self.val_num, SHOWN), '--val_seed', '--val_num')
+
+        # Units.
+        if self.duration and self.duration > LONGEST:
+            raise click.UsageError(
+                f'--duration={self.duration:g} is in millions of images, more than any training has seen: for '
+                f'{self.duration:g} thousand images write --duration={self.duration / 1e3:g}.'
+            )
 
         # Precision and resuming.
         if (self.fp16 and self.precision not in (None, 'fp16')) or (

@@ -126,8 +126,6 @@ def check_teacher(o: Options, dataset, teacher) -> None:
     ours = (dataset.resolution, encoders.for_dataset(dataset, teacher)[1], dataset.label_space)
     if theirs[:2] != ours[:2] or theirs[2].differs(ours[2]):
         describe = lambda r, ch, labels: f'{r}x{r}x{ch} with {labels}'
-        cond = ' (--cond=1 reads labels)' if theirs[2].dim and not ours[2].dim else ''
-
         # The cure: other images, or labels in another form if only the number of classes differs.
         tool = f'--resolution={theirs[0]}x{theirs[0]}'
         if 'encoder' in teacher.metadata:
@@ -139,10 +137,19 @@ def check_teacher(o: Options, dataset, teacher) -> None:
                 'where these are the first of its classes, say so by one-hot vectors of length '
                 f'{theirs[2].dim} in dataset.json'
             )
+        if theirs[0] == ours[0] and {theirs[1], ours[1]} == {1, 3}:
+            kind = 'grayscale' if theirs[1] == 1 else 'RGB'
+            cure = f'save its images as {kind} before dataset_tool.py, which leaves the channels as they are'
+        cond = (
+            'Add --cond=1, which reads the labels of the data. ' if theirs[2].dim and not ours[2].dim else ''
+        )
+        more = f'{cond}Pick the teacher trained on this data, or {cure}.'
+        if cond and theirs[:2] == ours[:2]:
+            more = cond.strip()
         raise UserError(
             f'--teacher={o.teacher} expects images of {describe(*theirs)}, but --data={o.run.data} gives '
-            f'{describe(*ours)}{cond}.',
-            more=f'Pick the teacher trained on this data, or {cure}.',
+            f'{describe(*ours)}.',
+            more=more,
         )
 
     # Augmentation labels.

@@ -6,6 +6,7 @@ reports.
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass
 
@@ -15,9 +16,9 @@ from data.dataset import ImageFolderDataset, InfiniteSampler
 from data.prefetcher import Prefetcher
 from dnnlib import EasyDict
 from metrics.validator import Validator
-from torch_utils import distributed, misc, training_stats
+from torch_utils import distributed, elastic, misc, training_stats
 from torch_utils.preemption import PreemptionHandler, WorkersIgnoreSignals
-from training import checkpoint, run_files
+from training import checkpoint, run_files, saved_files
 from training.evaluation import build_validator, evaluate, evaluate_at_start
 from training.objectives.loss import State
 from training.profiling import StepProfile
@@ -279,7 +280,7 @@ def start_log(run: Run) -> None:
 def stop_here(run: Run, stop: PreemptionHandler, hosts: distributed.AsyncAllReduce) -> bool:
     """Save a state, even in the middle of a tick, and leave a note. Returns False: training is not
     finished."""
-    progress, files, log = run.progress, run.files, run.log
+    c, progress, files, log = run.c, run.progress, run.files, run.log
     hosts.close()
     signal_name = next(name for name in distributed.gather_objects(stop.requested) if name)
     log(f'{signal_name}: stopping at {progress.nimg / 1e3:.1f} kimg.')
@@ -293,6 +294,9 @@ def stop_here(run: Run, stop: PreemptionHandler, hosts: distributed.AsyncAllRedu
         f'{f"Saved {saved}" if saved else "The state could not be saved"}; '
         f'{f"--resume={files.run_dir} continues from {state}" if state else "there is none to resume from"}.'
     )
+    if state:
+        folder = saved_files.folder_of_stages(files.run_dir) if c.stages else files.run_dir
+        log(f'Resume by: {shlex.join([*elastic.launcher(), f"--resume={folder}"])}')
     log.close()
     return False
 

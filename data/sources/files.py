@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.image_files import ImageFiles
+from data.image_files import ImageFiles, NoImages
 from data.label_file import are_label_vectors, count_unused_labels, read_class_names, read_labels
 from data.label_space import Labels
-from data.pixels import Picture, is_color
+from data.pixels import IMAGE_EXTENSIONS, Picture, is_color
 from data.sources.class_folders import folder_labels
 from data.sources.selection import Item, Label, Selection, Source, note
 from dnnlib import UserError
@@ -19,7 +19,13 @@ from dnnlib import UserError
 
 def files_source(path: pathlib.Path, selection: Selection, background: tuple[int, int, int]) -> Source:
     """A folder or zip of images, sorted by name; RGB if any image is in color."""
-    files = ImageFiles(path)
+    try:
+        files = ImageFiles(path)
+    except NoImages as error:
+        endings = ', '.join(sorted(IMAGE_EXTENSIONS))
+        raise UserError(
+            f'--source={str(error).partition(";")[0]}: check the path. Images end in {endings}; folders may be nested.'
+        ) from error
     if files.holds_latents:
         with files.open_latents(files.images[0]):  # raises an error of its own for other arrays
             pass
