@@ -96,7 +96,7 @@ def no_state(folder: str | os.PathLike) -> str:
     )
 
 
-def newest_snapshot(folder: str | os.PathLike) -> Path:
+def newest_snapshot(folder: str | os.PathLike, option: str = '') -> Path:
     """The snapshot in a run folder that has seen most images; of progressive distillation, of its last stage.
 
     Raises: UserError, whose message completes 'it ...', if there is none.
@@ -104,7 +104,7 @@ def newest_snapshot(folder: str | os.PathLike) -> Path:
     for part in (Path(folder), *reversed(stage_folders(folder))):
         if found := saved_snapshots(part):
             return found[0]
-    raise UserError(_why_no_folder(folder))
+    raise UserError(_why_no_folder(folder, option))
 
 
 class Snapshot(cli.PathOrURL):
@@ -116,7 +116,7 @@ class Snapshot(cli.PathOrURL):
             return path
         flag = f'{param.opts[-1]}=' if param is not None and param.opts else ''
         try:
-            newest = os.fspath(newest_snapshot(path))
+            newest = os.fspath(newest_snapshot(path, flag))
         except (UserError, OSError) as error:
             raise UserError(f'{flag}{path} cannot be used as a network snapshot: it {error}') from error
         # Each process of a run reads the same options.
@@ -167,12 +167,12 @@ def why_no_snapshot(path: str | os.PathLike) -> str | None:
     )
 
 
-def _why_no_folder(folder: str | os.PathLike) -> str:
+def _why_no_folder(folder: str | os.PathLike, option: str = '') -> str:
     # A run folder, which the command line takes and the library does not.
     parts = [Path(folder), *reversed(stage_folders(folder))]
     if newest := next((found[0] for part in parts if (found := saved_snapshots(part))), None):
         return f'is the folder of a run. Give a file in it, such as {newest}.'
-    if runs := which_run(folder):
+    if runs := which_run(folder, option):
         return runs
     if widths := sorted(Path(folder).glob('network-snapshot-*-*.*.pkl'), reverse=True):
         return f'holds power-function averages only. Give the file of one of them, such as {widths[0]}.'
