@@ -39,7 +39,7 @@ NOT_ARCHITECTURE = {'img_resolution', 'img_channels', 'label_dim', 'augment_dim'
 # Progressive distillation starts from this multiple of the largest number of steps, because its teacher takes
 # DDIM steps, which are less accurate than Heun's.
 FINER = 8
-PLACEHOLDER = '.'  # path in options that are parsed but not used
+PLACEHOLDER = 'a.pkl'  # path in options that are parsed but not used
 
 
 @dataclass(frozen=True)
