@@ -468,7 +468,7 @@ def test_a_resumed_run_needs_none_of_the_options_that_have_defaults(tmp_path, di
         name: after[name] for name in before if name not in skipped
     }
     assert after['lr_rampup_nimg'] == pytest.approx(before['lr_rampup_nimg'])
-    assert_one_clear_error(CliRunner().invoke(train.main, [*few, '--batch=64']), 'batch_size = 32', '64')
+    assert_one_clear_error(CliRunner().invoke(train.main, [*few, '--batch=64']), 'batch 32 -> 64')
 
 
 def test_an_average_that_mostly_is_its_beginning_is_warned_of(tmp_path, digits):
