@@ -231,10 +231,7 @@ def check_stages_of_halving(run: RunConfig) -> None:
 
 # Options that replace stored ones, beside those of `DISPLACED`.
 REPLACED = dict(
-    N=['mu_schedule'],
-    lr_schedule=['lr_decay'],
-    val_ref=['val_ref_data'],
-    val_ref_data=['val_ref'],
+    N=['mu_schedule'], lr_schedule=['lr_decay'], val_ref=['val_ref_data'], val_ref_data=['val_ref']
 )
 # Options that are not compared with stored ones: those of a start, and files, whose contents are compared.
 UNCOMPARED = (
