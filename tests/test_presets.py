@@ -141,7 +141,10 @@ def test_the_command_line_wins_over_a_file_and_a_file_over_a_preset(tmp_path, di
         (['cifar10-cm-cd,small-gpu'], 'batch_gpu', 16),
     ],
 )
-def test_an_option_displaces_what_a_preset_says_of_the_same(words, name, value):
+def test_an_option_displaces_what_a_preset_says_of_the_same(words, name, value, monkeypatch):
+    # The run of --resume, which is not there.
+    stored = dict(outdir='run', data='data.zip', objective='diffusion')
+    monkeypatch.setattr(command_line.stored_options, 'read', lambda *_: stored)
     chosen = command_line.parse([*PLACES, f'--preset={words[0]}', *words[1:]])
     assert getattr(chosen.own, name, getattr(chosen.run, name, None)) == value
     assert name not in chosen.given or value is not None
