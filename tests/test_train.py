@@ -621,7 +621,9 @@ def test_each_switch_has_its_line_and_numbers_of_a_loss_are_recorded_as_they_wer
 
 def test_the_published_command_trains_a_teacher_with_consistency_switched_off(tmp_path, digits):
     """Its own options of distillation are named, all of them, and nothing of them is left in the configuration."""
-    command = readme_command(outdir=tmp_path, data=digits, arch='ddpmpp', consistency=False, val=0)
+    command = readme_command(
+        outdir=tmp_path, data=digits, arch='ddpmpp', consistency=False, val=0, fp16=False
+    )
     done = invoke(*command, '--dout_resolutions=4', '--cres=1,2', '--dry-run')
     c = json.loads(done.stdout)
     assert (

@@ -16,7 +16,7 @@ import click
 from dnnlib import cli, options
 from dnnlib.options import options_of
 from training import config_file, presets, stored_options
-from training.config import HalfLife, RunConfig
+from training.config import RESUME_OR_TRANSFER, HalfLife, RunConfig
 from training.objectives import OBJECTIVES, objectives_with
 from training.objectives.options import EDM2_WIDTHS, Config, Objective
 
@@ -471,6 +471,8 @@ def show_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> Non
 def read_stored(ctx: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
     """Callback of --resume: the options of the run are kept for `choose`, and required ones need no repeating."""
     if path is not None and not ctx.resilient_parsing:
+        if any(word.partition('=')[0] == '--transfer' for word in ctx.meta.get('words', [])):
+            raise click.UsageError(RESUME_OR_TRANSFER)  # before the state is looked for
         ctx.meta['stored'] = words = stored_options.read(path, ALL)
         of_file = ctx.default_map or {}
         lent = {name: words[name] for name in ('outdir', 'data') if name not in of_file}

@@ -18,6 +18,7 @@ from training.saved_files import NETWORK_FILE
 TICKS = cli.Integer(min=0)
 LONGEST = 50_000  # millions of images; a longer --duration is a mistake about its unit
 PHEMA_RANGE = (0.001, 0.28)
+RESUME_OR_TRANSFER = '--resume and --transfer exclude each other: a training state holds the weights.'
 
 
 class HalfLife(click.ParamType):
@@ -365,9 +366,7 @@ class RunConfig(TensorBoard, WandB, Files, Performance, Validation, Network, Hyp
             if getattr(self, name) and not self.resume:
                 raise click.UsageError(f'--{name.replace("_", "-")} needs --resume.')
         if self.resume and self.transfer:
-            raise click.UsageError(
-                '--resume and --transfer exclude each other: a training state holds the weights.'
-            )
+            raise click.UsageError(RESUME_OR_TRANSFER)
 
     def _check_averages(self) -> None:
         stds, widths = self.phema or [], [f'{std:.3f}' for std in self.phema or []]
