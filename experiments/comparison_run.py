@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from data.sources import check_unambiguous
 from dnnlib import UserError
+from dnnlib.lazy import lazy_import
 from experiments import comparison
 from experiments.bundled import BUNDLED, PHOTOS, prepare
 from experiments.comparison import Request
@@ -19,6 +19,8 @@ from experiments.jobs import remaining_jobs, run_jobs, snapshot, train
 from experiments.results import Results, record_plan
 from experiments.runner import Metric, Runner, make_outdir, run_interruptibly
 from experiments.tables import write_report
+
+sources = lazy_import('data.sources')  # it imports PyTorch, which --help must not
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def run(o: Options) -> None:
     """
     bundled = BUNDLED.get(o.data)
     if bundled is PHOTOS:
-        check_unambiguous('--data', o.data)
+        sources.check_unambiguous('--data', o.data)
     outdir = Path(o.outdir or ('compare-photos' if bundled is PHOTOS else 'compare-out'))
     num = o.num or (bundled.images if bundled else 50000)
 

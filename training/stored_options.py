@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dnnlib import UserError
+from dnnlib.lazy import lazy_import
 from dnnlib.options import Option
 from dnnlib.schema import read_json
 from dnnlib.text import printable
-from training import config_file, recorded
+from training import config_file
 from training.saved_files import OPTIONS, folder_of_stages, no_state, saved_states, stage_folders
+
+recorded = lazy_import('training.recorded')  # it imports PyTorch, which --help must not
 
 # A state has the weights of --transfer. Lengths that a loss records in images are taken from there, because the
 # batch size, in which these options count, may change.
