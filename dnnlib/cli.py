@@ -22,12 +22,28 @@ INFINITY = re.compile(r'[+-]?inf(inity)?', re.IGNORECASE)
 SEED_COUNT = 1 << 32  # seeds are below this; generators use 32 bits
 LONGEST_USAGE_ERROR = 400  # characters; a usage error repeats the value
 IMAGE_UNITS = dict(img=1, kimg=1_000, mimg=1_000_000)
-# `-` and `_` are alike in the names of options, as in --lr-rampup and --batch_gpu.
-HELP_SETTINGS = dict(
-    max_content_width=120,
-    help_option_names=['-h', '--help'],
-    token_normalize_func=lambda name: name.replace('-', '_'),
-)
+
+
+def underscored(name: str) -> str:
+    """An option's name in one of its spellings: `-` and `_` are alike, as in --lr-rampup and --batch_gpu."""
+    return name.replace('-', '_')
+
+
+def as_declared(command: click.Command, words: Sequence[str]) -> list[str]:
+    """A command line with the options' names as the command declares them.
+
+    click's own `token_normalize_func` would also spell the choices of values anew, as in --objective=cm-cd.
+    """
+    flags = {underscored(flag): flag for p in command.params for flag in (*p.opts, *p.secondary_opts)}
+    end = words.index('--') if '--' in words else len(words)  # from there on they are no options
+    spelled = []
+    for word in words[:end]:
+        name, equals, value = word.partition('=') if word.startswith('--') else (word, '', '')
+        spelled.append(flags.get(underscored(name), name) + equals + value)
+    return [*spelled, *words[end:]]
+
+
+HELP_SETTINGS = dict(max_content_width=120, help_option_names=['-h', '--help'])
 
 
 class Option(click.Option):
@@ -61,6 +77,9 @@ class Command(click.Command):
 
     def __init__(self, *args, context_settings=None, **kwargs):
         super().__init__(*args, context_settings={**HELP_SETTINGS, **(context_settings or {})}, **kwargs)
+
+    def parse_args(self, ctx, args):
+        return super().parse_args(ctx, as_declared(self, args))
 
     def make_context(self, *args, **kwargs):
         try:
@@ -101,16 +120,19 @@ class Group(click.Group):
 
     command_class = Command
 
+    def __init__(self, *args, context_settings=None, **kwargs):
+        super().__init__(*args, context_settings={**HELP_SETTINGS, **(context_settings or {})}, **kwargs)
+
     def parse_args(self, ctx, args):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             # An option of a command, given before the command or without it.
-            alike = lambda name: name.lstrip('-').replace('-', '_')
+            meant = underscored(error.option_name)
             having = [
                 name
                 for name, command in self.commands.items()
-                if any(alike(error.option_name) == alike(opt) for p in command.params for opt in p.opts)
+                if any(underscored(flag) == meant for p in command.params for flag in p.opts)
             ]
             if not having:
                 raise
@@ -118,9 +140,6 @@ class Group(click.Group):
             raise click.UsageError(
                 f'{error.option_name} is an option of a command: write {commands}, and then its options.', ctx
             ) from error
-
-    def __init__(self, *args, context_settings=None, **kwargs):
-        super().__init__(*args, context_settings={**HELP_SETTINGS, **(context_settings or {})}, **kwargs)
 
 
 def option(*names, group: str | None = None, **kwargs):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import click
 
-from dnnlib import UserError
+from dnnlib import UserError, cli
 from experiments import bundled
 from experiments.bundled import Bundled
 from training import command_line
@@ -343,7 +343,7 @@ def parameter_names(options: Sequence[str]) -> list[str]:
     command = command_line.command()
     parser = command.make_parser(click.Context(command, info_name='train.py'))
     try:
-        _, rest, given = parser.parse_args(list(options))
+        _, rest, given = parser.parse_args(cli.as_declared(command, list(options)))
     except click.UsageError as error:
         raise click.UsageError(f'{" ".join(options)}: {error.format_message()}') from error
     if rest:

@@ -12,6 +12,7 @@ import dataset_tool
 import fid
 import generate
 import train
+from experiments import comparison
 
 STUDENT = ['--consistency=True', '--S=2', '--T_start=4', '--T_end=8', '--dry-run']
 
@@ -157,3 +158,14 @@ def test_the_command_to_resume_names_the_launcher(monkeypatch):
     module = ['/venv/bin/python', '-m', 'torch.distributed.run', '--standalone', './train.py', '-n']
     monkeypatch.setattr(elastic.interrupts, 'PARENT_COMMAND', module)
     assert elastic.launcher() == ['python', '-m', 'torch.distributed.run', '--standalone', './train.py']
+
+
+def test_values_are_spelled_as_they_are_shown():
+    """`-` and `_` are alike in the names of options only."""
+    assert '|cm-cd|cm-ct|' in ''.join(invoke(train.main, '--help').stdout.split())
+    result = invoke(train.main, '--outdir=x', '--data=x', '--objective=cm_cd')
+    assert_one_clear_error(result, "'cm_cd' is not one of", status=2)
+
+
+def test_options_of_train_that_compare_passes_on_are_alike_too():
+    assert comparison.parameter_names(['--top_mass=1', '--batch_gpu=8']) == ['top_mass', 'batch_gpu']

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from dnnlib import UserError, limits, options, schema
+from dnnlib import UserError, cli, limits, options, schema
 from dnnlib.options import Option
 from dnnlib.text import printable
 from training import architectures
@@ -54,10 +54,10 @@ def parse(text: str) -> object:
 
 def from_options(values: Mapping, known: Mapping[str, Option]) -> dict[str, str]:
     """Options by name, with or without dashes before and in the names."""
-    names = {option.flag.removeprefix('--').replace('-', '_'): option for option in known.values()} | known
+    names = {cli.underscored(option.flag.removeprefix('--')): option for option in known.values()} | known
     found = {}
     for key, value in values.items():
-        name = str(key).removeprefix('--').replace('-', '_')
+        name = cli.underscored(str(key).removeprefix('--'))
         if name not in names:
             close = difflib.get_close_matches(name, names, 1)
             raise ValueError(f'has {key}, which is no option' + (f'; {close[0]} is one' if close else ''))
