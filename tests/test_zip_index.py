@@ -306,6 +306,6 @@ with Pool(3) as pool:
     assert run_python('-c', code, path, tmp_path / 'cache').stdout.strip() == '1'
     assert sorted(file.name.split('-')[1].split('.')[0] for file in cache.iterdir()) == [
         'directory',
-        'labels',
         'listing',
+        'named',
     ]
