@@ -5,7 +5,7 @@ from __future__ import annotations
 import dnnlib.interrupts  # noqa: F401  (first)
 
 import contextlib
-import json
+import os
 import sys
 from collections.abc import Iterator
 
@@ -87,7 +87,10 @@ def runs(o: Options, held: contextlib.ExitStack) -> Iterator[Options]:
         run_dir = saved_files.folder_of_stages(run.resume)
     else:
         choose = run_folder.planned_run_dir if run.dry_run else run_folder.make_run_dir
+        outdir_is_new = not os.path.lexists(run.outdir)
         run_dir = distributed.from_main(lambda: choose(o, configuration.open_dataset(run).name))
+        if outdir_is_new and not run.dry_run:
+            held.callback(run_folder.remove_if_empty, run.outdir)
         if not (run.nosubdir or run.dry_run):
             held.callback(run_folder.remove_if_empty, run_dir)
     if not run.dry_run:
@@ -123,12 +126,12 @@ def train(o: Options, held: contextlib.ExitStack) -> bool:
     Returns: whether training is complete; False if it was preempted.
     """
     from torch_utils import distributed
-    from training import configuration, restart, run_folder, run_lock, same_run, starting_point
+    from training import configuration, restart, run_folder, run_lock, same_run, saved_files, starting_point
     from training.run_log import check_available
 
     # Lock the folder before a state is chosen: another process may be about to write one.
     if o.run.resume and not o.run.dry_run:
-        held.enter_context(run_lock.locked(run_lock.folder_of(o.run.resume), o.run.take_lock))
+        held.enter_context(run_lock.locked(saved_files.folder_of(o.run.resume), o.run.take_lock))
 
     # What the run starts from: a training state, data, a teacher.
     state, earlier = None, None
@@ -157,22 +160,17 @@ def train(o: Options, held: contextlib.ExitStack) -> bool:
             distributed.print0(printable(about_data), file=sys.stderr)
     if c.precision == 'fp16' and distributed.get_device().type == 'cpu':
         distributed.print0(
-            'Warning: there is no GPU, and FP16 is for GPUs only: the network runs in FP32 here. Say '
-            '--precision=fp32, or bf16, instead of --fp16=True.',
+            'Warning: there is no GPU, and FP16 is for GPUs only: the network runs in FP32 here. '
+            '--precision=fp32 or --precision=bf16 says so in the options.',
             file=sys.stderr,
         )
     check_available(c.wandb, c.tensorboard)
     if getattr(o.own, 'lpips', None) or not o.run.dry_run:  # a dry run does not download them
         configuration.check_perceptual(c)
     if o.run.dry_run:
-        from training import architectures, dry_run
-        from training.resolution import unresolved_gap
+        from training import dry_run
 
-        warnings = [*architectures.missing_levels(c.network), unresolved_gap(c, teacher)]
-        for warning in filter(None, warnings):
-            distributed.print0(printable(warning), file=sys.stderr)
-        about = dry_run.about(o, c, dataset, teacher)
-        distributed.print0(json.dumps(dict(c, about=about), indent=2))
+        dry_run.show(o, c, dataset, teacher)
         return True
 
     # Create the folder only after everything that may be missing or wrong was checked.

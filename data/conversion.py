@@ -24,7 +24,7 @@ from data.pixels import Picture
 from data.sources import Label, Source
 from dnnlib import UserError
 from dnnlib.lazy import lazy_import
-from dnnlib.text import printable
+from dnnlib.text import first_line, printable
 
 torch = lazy_import('torch')  # only latents need them
 encoders = lazy_import('training.networks.encoders')
@@ -69,11 +69,16 @@ def check_size(width: int, height: int, what: str) -> None:
             f'{what}: {width}x{height} is not square; add --transform=center-crop and a square --resolution, '
             'such as 64x64'
         )
-    if width & (width - 1):
+    if not is_power_of_two(width):
         raise UserError(
             f'{what}: side {width} is not a power of two, which networks require; choose a --resolution such '
             'as 64x64'
         )
+
+
+def is_power_of_two(number: int) -> bool:
+    """Whether a positive number is a power of two."""
+    return number & (number - 1) == 0
 
 
 # ----------------------------------------------------------------------------
@@ -245,7 +250,7 @@ class LatentFiles:
         except RuntimeError as error:
             raise UserError(
                 f'{batch[0].name}: the VAE cannot encode images of {images.shape[3]}x{images.shape[2]} '
-                f'({str(error).splitlines()[0]}); choose another --resolution'
+                f'({first_line(error)}); choose another --resolution'
             ) from error
         if bad := [item.name for item, values in zip(batch, raw) if not np.isfinite(values).all()]:
             raise UserError(

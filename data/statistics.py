@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.conversion import Recipe, progress_bar, transformed
+from data.conversion import Recipe, is_power_of_two, progress_bar, transformed
 from data.label_space import Labels
 from data.sources import Source
 
 LISTED = 20  # sizes or classes that are printed
+SIZE = '{0[0]}x{0[1]}'.format  # text of a width and height
 CHANNELS = {'L': ('gray',), 'RGB': ('red', 'green', 'blue')}
 
 
@@ -45,27 +46,25 @@ class Statistics(NamedTuple):
 
     def record(self) -> dict:
         """The statistics as JSON data."""
-        text = '{0[0]}x{0[1]}'.format
         return dict(
             self._asdict(),
-            resolution=self.resolution and text(self.resolution),
-            sizes={text(size): count for size, count in self.sizes.items()},
+            resolution=self.resolution and SIZE(self.resolution),
+            sizes={SIZE(size): count for size, count in self.sizes.items()},
         )
 
     def lines(self) -> Iterator[str]:
         """The statistics as text."""
         # Images and their sizes.
-        text = '{0[0]}x{0[1]}'.format
-        shape = f'of {text(self.resolution)}' if self.resolution else 'of several sizes'
+        shape = f'of {SIZE(self.resolution)}' if self.resolution else 'of several sizes'
         skipped = f' ({self.skipped} skipped)' if self.skipped else ''
         yield f'Images:   {self.images} {"RGB" if self.mode == "RGB" else "grayscale"} {shape}{skipped}'
-        sizes = [f'{text(size)} ({count})' for size, count in self.sizes.items()]
+        sizes = [f'{SIZE(size)} ({count})' for size, count in self.sizes.items()]
         more = f', and {len(sizes) - LISTED} more sizes' if len(sizes) > LISTED else ''
         yield f'Sizes:    {", ".join(sizes[:LISTED])}{more}'
         if (
             self.resolution is None
             or self.resolution[0] != self.resolution[1]
-            or not is_power(self.resolution[0])
+            or not is_power_of_two(self.resolution[0])
         ):
             yield (
                 'A data set needs one square size, a power of two: add --resolution, such as 64x64, and '
@@ -95,11 +94,6 @@ class Statistics(NamedTuple):
             yield f'  and {len(self.class_images) - LISTED} more; --json has all'
 
 
-def is_power(number: int) -> bool:
-    """Whether a number is a power of two."""
-    return number & (number - 1) == 0
-
-
 def statistics_of(source: Source, recipe: Recipe) -> Statistics:
     """Statistics of the images of a source as a recipe makes them; prints the notes of a conversion.
 
@@ -119,12 +113,10 @@ def statistics_of(source: Source, recipe: Recipe) -> Statistics:
     # Moments in units of [-1, 1].
     mean, square = sums / counts, squares / counts
     std = lambda mean, square: np.sqrt(np.maximum(square - mean**2, 0)) / 127.5
-    labeled = labels[0] is not None
-    space = Labels.of_data(np.array(labels), source.vectors, source.class_names).space if labeled else None
-    classes = space is not None and not space.are_vectors
-    class_indices = np.array(labels) if classes else np.zeros(0, int)
-    if class_indices.ndim == 2:
-        class_indices = class_indices.argmax(axis=1)
+    of_data = None
+    if labels[0] is not None:
+        of_data = Labels.of_data(np.array(labels), source.vectors, source.class_names)
+    space, classes = of_data and of_data.space, of_data is not None and not of_data.are_vectors
     return Statistics(
         images=len(labels),
         skipped=source.count - len(labels),
@@ -136,6 +128,6 @@ def statistics_of(source: Source, recipe: Recipe) -> Statistics:
         channel_mean=(mean / 127.5 - 1).tolist(),
         channel_std=std(mean, square).tolist(),
         labels=space.kind if space else None,
-        class_images=np.bincount(class_indices, minlength=space.dim).tolist() if classes else [],
+        class_images=np.bincount(of_data.values, minlength=space.dim).tolist() if classes else [],
         class_names=list(space.names) if classes and space.names else None,
     )

@@ -74,6 +74,7 @@ class Bundled:
         )
 
 
+TEACHER = ('--lr=2e-3', '--ema=40kimg', '--augment=0', '--lr_rampup=20')
 SMALL = ('--num_blocks=1', '--attn_resolutions=none', '--dropout=0')
 DIGITS = Bundled(
     name='digits',
@@ -83,7 +84,7 @@ DIGITS = Bundled(
     making=(),
     held_out=None,
     network=('--arch=adm', '--cbase=16', '--cres=1,2', *SMALL),
-    teacher=('--lr=2e-3', '--ema=40kimg', '--augment=0', '--lr_rampup=20'),
+    teacher=TEACHER,
     teacher_steps=4000,
 )
 PHOTOS = Bundled(
@@ -94,7 +95,7 @@ PHOTOS = Bundled(
     making=('--resolution=16x16',),
     held_out=('--resolution=16x16', '--split=test'),
     network=('--arch=adm', '--cbase=16', '--cres=1,2,2', *SMALL),
-    teacher=('--lr=2e-3', '--ema=40kimg', '--augment=0', '--lr_rampup=20'),
+    teacher=TEACHER,
     teacher_steps=8000,
 )
 BUNDLED = {each.name: each for each in (DIGITS, PHOTOS)}

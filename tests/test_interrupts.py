@@ -11,7 +11,7 @@ from helpers import ROOT, SCRIPTS
 
 from dnnlib import UserError, interrupts
 from dnnlib.util import check_writable, remove
-from training import run_lock, training_loop
+from training import run_lock, saved_files, training_loop
 
 # Runs a script as Python does, with an interrupt when a module is about to be imported, and in a callback, where Python would forget it.
 INTERRUPTED = """
@@ -148,7 +148,7 @@ def test_a_file_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
 def test_a_run_is_not_resumed_in_a_folder_that_is_read_only(tmp_path, monkeypatch):
     monkeypatch.setattr('tempfile.TemporaryFile', read_only)
     with pytest.raises(UserError, match=f'{tmp_path}: Read-only file system'):
-        run_lock.RunLock(run_lock.folder_of(str(tmp_path / 'training-state-000001.pt'))).acquire()
+        run_lock.RunLock(saved_files.folder_of(str(tmp_path / 'training-state-000001.pt'))).acquire()
 
 
 def test_installed_commands_are_scripts_too(monkeypatch):

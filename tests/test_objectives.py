@@ -399,12 +399,15 @@ def test_options_that_contradict_each_other_or_the_objective(options, words):
 
 
 @pytest.mark.parametrize('objective', [name for name, objective in OBJECTIVES.items() if objective.teacher])
-def test_a_teacher_of_the_wrong_kind_is_refused_by_name(digits, teacher, consistency_model, objective):
+def test_a_teacher_of_the_wrong_kind_is_refused_by_name(
+    tmp_path, digits, teacher, consistency_model, objective
+):
     wrong = consistency_model if OBJECTIVES[objective].teacher == 'diffusion' else teacher
     options = [f'--data={digits}', '--cond=1', f'--objective={objective}', f'--teacher={wrong}']
     assert_one_clear_error(
-        CliRunner().invoke(train.main, ['--outdir=x', *options]), str(wrong), 'consistency model'
+        CliRunner().invoke(train.main, [f'--outdir={tmp_path / "x"}', *options]), str(wrong), 'consistency model'
     )
+    assert not (tmp_path / 'x').exists()
 
 
 def resumed(progressive, tmp_path):

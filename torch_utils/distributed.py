@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from dnnlib import cli, interrupts
 from dnnlib.limits import MAX_DIGITS
-from dnnlib.text import printable
+from dnnlib.text import first_line, printable
 from dnnlib.util import UserError
 from torch_utils import elastic, misc
 
@@ -66,7 +66,7 @@ def init() -> None:
         if not rank:
             cli.ON_ERROR.append(_tell_of_error)
     except (RuntimeError, ValueError) as error:  # torch's own network and store errors are RuntimeErrors
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f'Process {rank} of {world_size} could not join the others: {reason} '
             'Start the processes with torchrun, and check MASTER_ADDR, MASTER_PORT and the network.'

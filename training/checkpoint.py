@@ -22,7 +22,7 @@ import dnnlib
 from dnnlib import UserError
 from dnnlib.limits import JSON_FILE, UNREADABLE
 from dnnlib.schema import Kind, Mismatch, check, parse_json
-from dnnlib.text import printable
+from dnnlib.text import first_line, printable
 from torch_utils.restricted_pickle import (
     NUMPY_ARRAYS,
     TENSORS,
@@ -291,10 +291,9 @@ def load_state(path: str | os.PathLike) -> dict:
         except (DamagedFile, MalformedPickle) as error:
             raise UserError(f'{os.fspath(path)} cannot be used as a training state: it {error}.') from error
         except UNREADABLE as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
                 f'{os.fspath(path)} cannot be used as a training state: it is no file of plain data and '
-                f'tensors ({reason}).'
+                f'tensors ({first_line(error)}).'
             ) from error
 
 

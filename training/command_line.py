@@ -258,13 +258,13 @@ def over_stored(
     # Stored options, without those that an option on top replaces or leaves without an effect.
     objective = given.get('objective', stored['objective'])
     replaced = {other for name in given for other in (*REPLACED.get(name, ()), *DISPLACED.get(name, ()))}
-    kept = {name for name in stored.keys() - given.keys() - replaced if name in RUN or name in OWN[objective]}
-    without = lambda option: (
-        (option.switch and given.get(option.switch) is False)
-        or (option.idle and option.idle[0] in given and given[option.idle[0]] == option.idle[1])
-        or (option.needs and option.needs[0] in given and given[option.needs[0]] != option.needs[1])
-    )
-    kept = {name for name in kept if not without(ALL[name])}
+    idle = {name for switch, off in switches(given).items() for name in idle_with(switch, off)}
+    lacks_need = lambda needs: needs is not None and given.get(needs[0], needs[1]) != needs[1]
+    kept = {
+        name
+        for name in stored.keys() - given.keys() - replaced - idle
+        if (name in RUN or name in OWN[objective]) and not lacks_need(ALL[name].needs)
+    }
 
     # What changes. (Lengths in steps that are not stored are compared in images.)
     in_steps = {'T_anneal_steps', 'schedule_steps', 'stage_steps'} - stored.keys()

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import torch
 
 from dnnlib import EasyDict, downloads
+from dnnlib.text import printable
 from dnnlib.util import named
 from torch_utils import distributed
 from training import architectures, run_folder
 from training.checkpoint import NETWORKS
 from training.command_line import Options
+from training.resolution import unresolved_gap
 from training.starting_point import default_of
 
 GIB = 2**30
+
+
+def show(o: Options, c: EasyDict, dataset, teacher: torch.nn.Module | None) -> None:
+    """Print the configuration as JSON with facts `about` the run, and the warnings of its start on stderr."""
+    for warning in filter(None, [*architectures.missing_levels(c.network), unresolved_gap(c, teacher)]):
+        distributed.print0(printable(warning), file=sys.stderr)
+    distributed.print0(json.dumps(dict(c, about=about(o, c, dataset, teacher)), indent=2))
 
 
 def about(o: Options, c: EasyDict, dataset, teacher: torch.nn.Module | None) -> dict:

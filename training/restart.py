@@ -18,10 +18,9 @@ from dnnlib import identity, schema
 from dnnlib.text import printable
 from dnnlib.util import atomic_write
 from torch_utils import distributed, elastic
-from training import run_lock
 from training.command_line import Options
 from training.config import RunConfig
-from training.saved_files import LAUNCH, folder_of_stages, saved_states, stage_folders
+from training.saved_files import LAUNCH, folder_of, folder_of_stages, saved_states, stage_folders
 from training.stages import ANEW
 
 RECORD = schema.Record(
@@ -108,8 +107,8 @@ def _changes(o: Options, launch: dict) -> tuple[dict, str]:
 def _candidates(run: RunConfig) -> list[Path]:
     """The folders that the earlier attempt may have trained in."""
     if run.resume:
-        folder_of = folder_of_stages if run.objective == 'pd' else run_lock.folder_of
-        return [Path(folder_of(run.resume))]
+        folder = folder_of_stages if run.objective == 'pd' else folder_of
+        return [Path(folder(run.resume))]
     if run.nosubdir:
         return [Path(run.outdir)]
     return sorted(

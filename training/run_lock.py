@@ -308,11 +308,6 @@ class RunLock:
                 claim.unlink(missing_ok=True)
 
 
-def folder_of(resume: str) -> str:
-    """The folder of the run that --resume names, by a state or the folder itself."""
-    return resume if os.path.isdir(resume) else os.path.dirname(os.path.abspath(resume))
-
-
 @contextlib.contextmanager
 def locked(folder: str, take: bool = False) -> Iterator[None]:
     """A block in which the main process holds the lock of a folder, if the folder exists.

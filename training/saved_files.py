@@ -54,6 +54,11 @@ def stage_folders(run_dir: str | os.PathLike) -> list[Path]:
     )
 
 
+def folder_of(resume: str) -> str:
+    """The folder of the run that --resume names, by a state or the folder itself."""
+    return resume if os.path.isdir(resume) else os.path.dirname(os.path.abspath(resume))
+
+
 def folder_of_stages(path: str | os.PathLike) -> str:
     """The folder of the progressive distillation that a path names: by itself, a stage, or a state."""
     path = Path(path)
@@ -101,10 +106,16 @@ def newest_snapshot(folder: str | os.PathLike, option: str = '') -> Path:
 
     Raises: UserError, whose message completes 'it ...', if there is none.
     """
+    if newest := _newest_snapshot(folder):
+        return newest
+    raise UserError(_why_no_folder(folder, option))
+
+
+def _newest_snapshot(folder: str | os.PathLike) -> Path | None:
     for part in (Path(folder), *reversed(stage_folders(folder))):
         if found := saved_snapshots(part):
             return found[0]
-    raise UserError(_why_no_folder(folder, option))
+    return None
 
 
 class Snapshot(cli.PathOrURL):
@@ -169,8 +180,7 @@ def why_no_snapshot(path: str | os.PathLike) -> str | None:
 
 def _why_no_folder(folder: str | os.PathLike, option: str = '') -> str:
     # A run folder, which the command line takes and the library does not.
-    parts = [Path(folder), *reversed(stage_folders(folder))]
-    if newest := next((found[0] for part in parts if (found := saved_snapshots(part))), None):
+    if newest := _newest_snapshot(folder):
         return f'is the folder of a run. Give a file in it, such as {newest}.'
     if runs := which_run(folder, option):
         return runs

@@ -158,10 +158,10 @@ def set_up(
         batch_gpu,
         rounds,
         progress,
-        progress.nimg,
-        state is not None,
-        files,
-        log,
+        start_nimg=progress.nimg,
+        resumed=state is not None,
+        files=files,
+        log=log,
     )
 
 

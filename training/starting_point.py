@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from dnnlib import EasyDict, UserError
 from dnnlib.options import value_text
+from dnnlib.text import first_line
 from training import architectures
 from training.architectures import ARCHITECTURES, AUGMENT_DIM, BOUNDARY_CLASSES, EDM2, PRECONDITIONING
 from training.command_line import RUN, Options
@@ -297,7 +298,7 @@ def network_from_scratch(o: Options, dataset, channels: int) -> EasyDict:
         try_network(network)
     except (RuntimeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
-            f'these options make no network that works ({str(error).splitlines()[0]}): channels should be '
+            f'these options make no network that works ({first_line(error)}): channels should be '
             'multiples of 4 with 32 groups or fewer, see --cbase and --cres.'
         ) from error
     return network

@@ -13,7 +13,7 @@ from dnnlib.options import Option
 from dnnlib.schema import read_json
 from dnnlib.text import printable
 from training import config_file
-from training.saved_files import OPTIONS, folder_of_stages, no_state, saved_states, stage_folders
+from training.saved_files import OPTIONS, folder_of, folder_of_stages, no_state, saved_states, stage_folders
 
 recorded = lazy_import('training.recorded')  # it imports PyTorch, which --help must not
 
@@ -39,10 +39,8 @@ def read(resume: str, known: Mapping[str, Option]) -> dict[str, str]:
     try:
         if not stages:
             kept = config_file.from_record(dict(c, stages=None), known)
-            folder = resume if os.path.isdir(resume) else os.path.dirname(resume)
-            return {name: word for name, word in kept.items() if name not in NOT_STORED} | dict(
-                outdir=folder or '.'
-            )
+            kept = {name: word for name, word in kept.items() if name not in NOT_STORED}
+            return kept | dict(outdir=folder_of(resume))
 
         # The newest stage has the options that the run was last resumed with.
         first, newest = of_stage(stages[0]), of_stage(stages[-1])
