@@ -405,7 +405,9 @@ def test_a_teacher_of_the_wrong_kind_is_refused_by_name(
     wrong = consistency_model if OBJECTIVES[objective].teacher == 'diffusion' else teacher
     options = [f'--data={digits}', '--cond=1', f'--objective={objective}', f'--teacher={wrong}']
     assert_one_clear_error(
-        CliRunner().invoke(train.main, [f'--outdir={tmp_path / "x"}', *options]), str(wrong), 'consistency model'
+        CliRunner().invoke(train.main, [f'--outdir={tmp_path / "x"}', *options]),
+        str(wrong),
+        'consistency model',
     )
     assert not (tmp_path / 'x').exists()
 

@@ -623,7 +623,9 @@ def test_no_module_that_reads_snapshots_can_run_anything():
         assert not re.search(
             r'import_module|__import__|pickle\.load|Unpickler|(?<![.\w])(eval|exec)\(', allowed
         ), module
-        assert all('weights_only=True' in call for call in re.findall(r'torch\.load\([^)]*\)', source)), module
+        assert all('weights_only=True' in call for call in re.findall(r'torch\.load\([^)]*\)', source)), (
+            module
+        )
     assert source.count('torch.load(') == 2  # checkpoint.py: a state, and the options in one
 
 
