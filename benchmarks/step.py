@@ -222,7 +222,7 @@ class Training:
         # As in training/training_loop.py: train_step.
         with timed_backward(watch):
             self.loss_state.begin_step(number * self.batch)
-            self.averages.let_weights_change()
+            self.averages.begin_step()
             self.flat.weights.grad.zero_()
             rng = SampleRng(0, number * self.batch, self.batch, self.device)
             accumulate_gradients(

@@ -97,7 +97,7 @@ def trained(steps, device, state=None, slow=False):
         take_in = averages._copies.take_in
         averages._copies.take_in = lambda weights, decays: time.sleep(0.02) or take_in(weights, decays)
     for step in steps:
-        averages.let_weights_change()
+        averages.begin_step()
         flat.weights.data.copy_(
             torch.randn(flat.weights.shape, generator=torch.Generator().manual_seed(step))
         )
@@ -156,7 +156,7 @@ def test_averages_in_host_memory_equal_those_on_the_gpu():
         net = torch.nn.Linear(300, 300).cuda()
         averages.append(phema.WeightAverages(net, flat := FlatParameters(net), 500, None, [0.1], device))
         for step in range(10):
-            averages[-1].let_weights_change()
+            averages[-1].begin_step()
             flat.weights.data.copy_(
                 torch.randn(flat.weights.shape, generator=torch.Generator().manual_seed(step))
             )

@@ -203,7 +203,7 @@ class Training:
 
     def step(self, batch) -> None:
         self.loss_fn.begin_step(self.nimg)
-        self.averages.let_weights_change()
+        self.averages.begin_step()
         self.flat.weights.grad.zero_()
         for i in range(ROUNDS):
             rng = SampleRng(7, self.nimg + i * BATCH // ROUNDS, BATCH // ROUNDS, self.device)

@@ -29,7 +29,7 @@ class Problem:
     def step(self, i, factor=1.0, lr=0.01):
         self.flat.weights.grad.zero_()
         loss = self.net(self.batch(i)).square().sum(dim=1) * factor
-        self.update.mark_nonfinite(loss).backward()
+        self.update.scaled_sum(loss).backward()
         self.update.step(lr)
 
     def plain_step(self, i, lr=0.01, clip=None):
@@ -79,11 +79,11 @@ def test_a_broken_step_changes_nothing_and_is_counted(broken):
     problem.plain_step(0)
     problem.step(1, factor=broken)
     problem.step(2, factor=broken)
-    assert (problem.update.bad_steps.item(), problem.update.bad_in_a_row.item()) == (2, 2)
+    assert (problem.update.skips.item(), problem.update.consecutive_skips.item()) == (2, 2)
     problem.step(3)
     problem.plain_step(3)
     assert problem.difference() < 1e-15
-    assert (problem.update.bad_steps.item(), problem.update.bad_in_a_row.item()) == (2, 0)
+    assert (problem.update.skips.item(), problem.update.consecutive_skips.item()) == (2, 0)
     stats = training_stats.collect()['Progress/grad_norm']
     assert stats['num'] == 2 and stats['mean'] > 0
 
@@ -100,7 +100,7 @@ def test_a_broken_step_of_radam_leaves_weights_and_moments_as_they_were(before):
         torch.zeros_like(problem.flat.weights.data) if value is None else value.clone() for value in state()
     ]
     problem.step(9, factor=float('nan'))
-    assert all(torch.equal(a, b) for a, b in zip(state(), kept)) and problem.update.bad_steps.item() == 1
+    assert all(torch.equal(a, b) for a, b in zip(state(), kept)) and problem.update.skips.item() == 1
     problem.step(10)
     assert not torch.equal(problem.flat.weights.data, kept[0]) and problem.flat.weights.isfinite().all()
 
@@ -109,9 +109,9 @@ def test_one_image_with_a_broken_loss_breaks_the_step_even_where_its_gradient_is
     problem = Problem()
     loss = problem.net(problem.batch(0)).square().sum(dim=1)
     loss = torch.where(torch.arange(5) == 2, torch.tensor(float('inf'), dtype=torch.float64), loss)
-    problem.update.mark_nonfinite(loss).backward()
+    problem.update.scaled_sum(loss).backward()
     problem.update.step(0.01)
-    assert problem.update.bad_steps.item() == 1 and problem.difference() == 0
+    assert problem.update.skips.item() == 1 and problem.difference() == 0
 
 
 def test_the_dynamic_loss_scale_halves_after_broken_steps_and_doubles_after_many_whole_ones():
@@ -124,7 +124,7 @@ def test_the_dynamic_loss_scale_halves_after_broken_steps_and_doubles_after_many
         problem.update.step(0)
     assert problem.update.scale.item() == DYNAMIC_START / 4
     problem.update.step(0)
-    assert problem.update.scale.item() == DYNAMIC_START / 2 and problem.update.whole_in_a_row.item() == 0
+    assert problem.update.scale.item() == DYNAMIC_START / 2 and problem.update.consecutive_finite.item() == 0
 
 
 def test_a_gradient_that_would_vanish_in_half_precision_survives_with_the_scale():
@@ -164,4 +164,4 @@ def test_a_state_gives_back_moments_scale_and_counts():
     assert torch.equal(problem.flat.weights, other.flat.weights) and torch.equal(
         problem.update.scale, other.update.scale
     )
-    assert other.update.bad_steps.item() == 1 and other.update.whole_in_a_row.item() == 2
+    assert other.update.skips.item() == 1 and other.update.consecutive_finite.item() == 2

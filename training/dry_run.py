@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from collections.abc import Mapping
 
 import torch
 
@@ -11,13 +13,13 @@ from dnnlib import EasyDict, downloads
 from dnnlib.text import printable
 from dnnlib.util import named
 from torch_utils import distributed
-from training import architectures, run_folder
-from training.checkpoint import NETWORKS
+from training import architectures, execution, run_folder
 from training.command_line import Options
 from training.resolution import unresolved_gap
-from training.starting_point import default_of
+from training.starting_point import default_of, on_meta
 
 GIB = 2**30
+PRIME = 1_000_003  # images; no size of a network's weights is divisible by it
 
 
 def show(o: Options, c: EasyDict, dataset, teacher: torch.nn.Module | None) -> None:
@@ -36,8 +38,7 @@ def about(o: Options, c: EasyDict, dataset, teacher: torch.nn.Module | None) -> 
     if not o.run.resume:
         distributed.from_main(lambda: run_folder.check_new_folder(o, c.run_dir))
     not_checked = check_validation(c, dataset) if c.validation else []
-    with torch.device('meta'):
-        net = NETWORKS[c.network.class_name](**c.network.kwargs).train().requires_grad_(True)
+    net = on_meta(c.network)
     return dict(network=network_facts(c, net), memory_gib=memory(c, net, teacher), not_checked=not_checked)
 
 
@@ -84,7 +85,7 @@ def memory(c: EasyDict, net: torch.nn.Module, teacher: torch.nn.Module | None) -
         teacher=sum(p.numel() for p in teacher.parameters()) * size if teacher is not None else 0,
     )
     if not c.checkpoint_activations:
-        parts['activations'] = saved_for_backward(c, net, micro_batch)
+        parts['activations'] = saved_for_backward(c.network, c.precision, micro_batch)
 
     # Averages may lie on the host.
     on_device = sum(parts.values()) - (parts['averages'] if c.ema_device == 'cpu' else 0)
@@ -94,18 +95,21 @@ def memory(c: EasyDict, net: torch.nn.Module, teacher: torch.nn.Module | None) -
     )
 
 
-def saved_for_backward(c: EasyDict, net: torch.nn.Module, count: int) -> int:
-    """Bytes that a forward pass over `count` images saves for the backward pass, from passes over one and two
-    on the meta device, which computes no numbers."""
-    from training import execution
-
-    net = execution.in_precision(net, c.precision)
-    one, two = (saved_bytes(net, n) for n in (1, 2))
-    return one + (count - 1) * (two - one)
+def saved_for_backward(network: Mapping, precision: str, count: int) -> int:
+    """Bytes that a training pass of a network {class_name, kwargs} over `count` images saves for the backward
+    pass, apart from its parameters."""
+    fixed, per_image = _saved_bytes(json.dumps(network), precision)
+    return fixed + count * per_image
 
 
-def saved_bytes(net: torch.nn.Module, count: int) -> int:
-    """Bytes of all storages, except those of parameters, that a forward pass saves."""
+@functools.cache
+def _saved_bytes(network: str, precision: str) -> tuple[int, int]:
+    """Bytes of saved tensors that do not depend on the number of images, and bytes per image.
+
+    The meta device computes no numbers, so the pass is over a large prime number of images: a tensor depends on
+    the images if its size is divisible by that.
+    """
+    net = execution.in_precision(on_meta(json.loads(network)), precision).train().requires_grad_(True)
     own = {p.untyped_storage()._cdata for p in net.parameters()}
     kept = {}
 
@@ -116,9 +120,11 @@ def saved_bytes(net: torch.nn.Module, count: int) -> int:
         return tensor
 
     with torch.device('meta'), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        images = torch.zeros(count, net.img_channels, net.img_resolution, net.img_resolution)
-        net(images, torch.ones(count), torch.zeros(count, net.label_dim) if net.label_dim else None)
-    return sum(storage.nbytes() for storage in kept.values())
+        images = torch.zeros(PRIME, net.img_channels, net.img_resolution, net.img_resolution)
+        net(images, torch.ones(PRIME), torch.zeros(PRIME, net.label_dim) if net.label_dim else None)
+    sizes = [storage.nbytes() for storage in kept.values()]
+    fixed = sum(size for size in sizes if size % PRIME)
+    return fixed, (sum(sizes) - fixed) // PRIME
 
 
 # ----------------------------------------------------------------------------

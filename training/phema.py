@@ -191,11 +191,11 @@ class WeightAverages:
         averages = list(self._vectors.values())
         torch._foreach_lerp_(averages, [weights] * len(averages), [1 - decay for decay in decays])
 
-    def let_weights_change(self) -> None:
+    def begin_step(self) -> None:
         """To be called before a step: the device changes the weights only after the last `update` has copied
         them."""
         if self._copies is not None:
-            self._copies.let_source_change()
+            self._copies.wait_for_copy()
 
     def flush(self) -> None:
         """Wait until all updates have been taken in."""
@@ -263,7 +263,7 @@ class HostCopies:
             copied.synchronize()
         self.take_in(buffer, message)
 
-    def let_source_change(self) -> None:
+    def wait_for_copy(self) -> None:
         """Make the device's next work wait for the last copy."""
         if self._copied is not None:
             torch.cuda.current_stream(self.source.device).wait_event(self._copied)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
 import sys
 from collections.abc import Mapping
 from typing import NoReturn
@@ -304,15 +307,34 @@ def network_from_scratch(o: Options, dataset, channels: int) -> EasyDict:
     return network
 
 
-def try_network(network: EasyDict) -> None:
-    """Build the network on the meta device, without memory, and pass one image through. Raises: any error."""
+def try_network(network: Mapping) -> None:
+    """Pass one image through a network on the meta device. Raises: any error."""
+    _try_network(json.dumps(network))
+
+
+@functools.cache
+def _try_network(network: str) -> None:
+    import torch
+
+    net = on_meta(json.loads(network)).eval()
+    with torch.no_grad(), torch.device('meta'):
+        net(torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution), torch.ones(1))
+
+
+def on_meta(network: Mapping):
+    """The network {class_name, kwargs} on the meta device: shapes without numbers or memory."""
+    return copy.deepcopy(_on_meta(json.dumps(network)))
+
+
+@functools.cache
+def _on_meta(network: str):
     import torch
 
     from training.checkpoint import NETWORKS
 
+    description = json.loads(network)
     with torch.device('meta'):
-        net = NETWORKS[network.class_name](**network.kwargs)
-        net(torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution), torch.ones(1))
+        return NETWORKS[description['class_name']](**description['kwargs'])
 
 
 def edm2_width(o: Options, teacher) -> int:

@@ -23,7 +23,7 @@ def network_stats(update: WeightUpdate, averages: WeightAverages) -> dict[str, d
         f'EMA/{name}_distance': torch.dist(vector, weights) / weights.norm()
         for name, vector in vectors.items()
     }
-    values |= {'Progress/loss_scale': update.scale, 'Progress/bad_steps': update.bad_steps}
+    values |= {'Progress/loss_scale': update.scale, 'Progress/bad_steps': update.skips}
     return {name: dict(num=1, mean=value.item(), std=0) for name, value in values.items()}
 
 

@@ -37,7 +37,7 @@ def train_step(run: Run, prefetcher: Prefetcher, profile: StepProfile) -> None:
 
     # The objective's schedule (its grid, its stage) follows from the images seen so far.
     state.begin_step(progress.nimg)
-    run.averages.let_weights_change()
+    run.averages.begin_step()
     run.update.weights.grad.zero_()
 
     # Gradients accumulate over micro-batches; with the last one they are averaged over processes.
@@ -91,7 +91,7 @@ def accumulate_gradients(
     # Forward and backward pass.
     loss = objective.loss(net, images, labels, rng, loss_state, augment_labels)
     training_stats.report(f'Loss/{objective.NAME}', loss)
-    (update.mark_nonfinite(loss) * scale).backward()
+    (update.scaled_sum(loss) * scale).backward()
 
 
 # ----------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def repeat_steps(
     done = False
     while not done:
         # Hosts learn of each other's signals and skipped steps one step late, so that none waits for another.
-        stopping, skipped = hosts.exchange([stop.here(), skips.read(run.update.bad_in_a_row)])
+        stopping, skipped = hosts.exchange([stop.here(), skips.read(run.update.consecutive_skips)])
         if stopping:
             return stop_here(run, stop, hosts)
         if skipped >= c.max_bad_steps:

@@ -26,7 +26,7 @@ class WeightUpdate:
     """Adam or RAdam (Liu et al. 2020) on a network's flat parameters.
 
     A step whose gradient is not finite is skipped: weights and moments stay. Gradients are averaged over all
-    processes, so all skip the same steps. `mark_nonfinite` extends this to losses.
+    processes, so all skip the same steps. `scaled_sum` makes a loss that is not finite skip its step too.
 
     Args:
         weights: the parameters, with all gradients in `weights.weights.grad`.
@@ -63,9 +63,9 @@ class WeightUpdate:
         scale = DYNAMIC_START if self.dynamic else loss_scale
         self.scale = torch.tensor(scale, dtype=torch.float32, device=device)
         counts = torch.zeros([3], dtype=torch.int64, device=device)
-        self.whole_in_a_row, self.bad_in_a_row, self.bad_steps = counts.unbind()
+        self.consecutive_finite, self.consecutive_skips, self.skips = counts.unbind()
 
-    def mark_nonfinite(self, loss: torch.Tensor) -> torch.Tensor:
+    def scaled_sum(self, loss: torch.Tensor) -> torch.Tensor:
         """Scaled sum of the loss [N], whose gradient is NaN if any value is not finite."""
         # 0 · total is NaN if the total is not finite. The gradient then is, and the step is skipped.
         total = loss.sum()
@@ -76,7 +76,7 @@ class WeightUpdate:
         """Update the weights from the accumulated gradients, or skip if they are not finite."""
         # Whether to skip: the norm is infinite or NaN. A tensor, so that nothing waits for the device.
         norm = torch.linalg.vector_norm(self.weights.grad).float() / self.scale
-        broken = ~(norm < float('inf'))
+        skip = ~(norm < float('inf'))
 
         # Undo the loss scale, and clip.
         divisor = self.scale
@@ -85,14 +85,14 @@ class WeightUpdate:
 
         self.optimizer.param_groups[0]['lr'] = lr
         if self.radam:
-            self._step_and_undo(divisor, broken)
+            self._step_and_undo(divisor, skip)
         else:
-            self._step_fused(divisor, broken)
-        self._count(broken)
+            self._step_fused(divisor, skip)
+        self._count(skip)
         training_stats.report('Progress/grad_norm', norm)
 
-    def _step_fused(self, divisor: torch.Tensor, broken: torch.Tensor) -> None:
-        """Adam's fused kernel, which divides the gradients itself and skips if `broken`.
+    def _step_fused(self, divisor: torch.Tensor, skip: torch.Tensor) -> None:
+        """Adam's fused kernel, which divides the gradients itself and skips if `skip`.
 
         Called as a function: the overhead of `Optimizer.step` exceeds the kernel's time for small networks.
         """
@@ -108,7 +108,7 @@ class WeightUpdate:
             foreach=False,
             fused=True,
             grad_scale=divisor,
-            found_inf=broken.float(),
+            found_inf=skip.float(),
             amsgrad=False,
             beta1=group['betas'][0],
             beta2=group['betas'][1],
@@ -118,8 +118,8 @@ class WeightUpdate:
             maximize=False,
         )
 
-    def _step_and_undo(self, divisor: torch.Tensor, broken: torch.Tensor) -> None:
-        """Step of an optimizer that cannot skip: restores weights and moments if `broken`, but not its step
+    def _step_and_undo(self, divisor: torch.Tensor, skip: torch.Tensor) -> None:
+        """Step of an optimizer that cannot skip: restores weights and moments if `skip`, but not its step
         count."""
         # Before the first step there are no moments: they are restored to zero.
         moments = lambda: [self.optimizer.state[self.weights].get(name) for name in ('exp_avg', 'exp_avg_sq')]
@@ -127,26 +127,26 @@ class WeightUpdate:
         self.weights.grad.div_(divisor)
         self.optimizer.step()
         for value, kept in zip((self.weights.data, *moments()), before):
-            value.copy_(torch.where(broken, 0 if kept is None else kept, value))
+            value.copy_(torch.where(skip, 0 if kept is None else kept, value))
 
-    def _count(self, broken: torch.Tensor) -> None:
+    def _count(self, skip: torch.Tensor) -> None:
         """Count skips, and adapt a dynamic loss scale."""
-        self.bad_steps += broken
-        self.bad_in_a_row.add_(1).mul_(broken)
+        self.skips += skip
+        self.consecutive_skips.add_(1).mul_(skip)
         if self.dynamic:
-            self.whole_in_a_row.add_(1).mul_(~broken)
-            grow = self.whole_in_a_row >= GROWTH_INTERVAL
-            self.whole_in_a_row.mul_(~grow)
-            self.scale.mul_(torch.where(broken, 0.5, 1 + grow.float())).clamp_(min=1, max=DYNAMIC_MAX)
+            self.consecutive_finite.add_(1).mul_(~skip)
+            grow = self.consecutive_finite >= GROWTH_INTERVAL
+            self.consecutive_finite.mul_(~grow)
+            self.scale.mul_(torch.where(skip, 0.5, 1 + grow.float())).clamp_(min=1, max=DYNAMIC_MAX)
 
     def state_dict(self) -> dict:
         """Tensors and plain data, for a training state."""
+        return dict(optimizer=self.optimizer.state_dict(), scale=self.scale, **self._counts())
+
+    def _counts(self) -> dict[str, torch.Tensor]:
+        """The counts by their names in training states."""
         return dict(
-            optimizer=self.optimizer.state_dict(),
-            scale=self.scale,
-            whole_in_a_row=self.whole_in_a_row,
-            bad_in_a_row=self.bad_in_a_row,
-            bad_steps=self.bad_steps,
+            whole_in_a_row=self.consecutive_finite, bad_in_a_row=self.consecutive_skips, bad_steps=self.skips
         )
 
     def load_state_dict(self, state: dict) -> None:
@@ -167,5 +167,7 @@ class WeightUpdate:
         self.optimizer.load_state_dict(
             dict(state['optimizer'], param_groups=self.optimizer.state_dict()['param_groups'])
         )
-        for name in ('whole_in_a_row', 'bad_in_a_row', 'bad_steps', *(['scale'] if self.dynamic else [])):
-            getattr(self, name).copy_(state[name])
+        for name, count in self._counts().items():
+            count.copy_(state[name])
+        if self.dynamic:
+            self.scale.copy_(state['scale'])
