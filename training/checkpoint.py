@@ -90,6 +90,7 @@ def load_network(
         try:
             try:
                 return _read_network(file, size, seal, key, torch.device(device))
+            # A refused name explains itself; other failures may have a better explanation.
             except RefusedName:
                 raise
             except MalformedPickle as error:
@@ -142,6 +143,7 @@ def _network_record(snapshot, key: str):
     """The record of the network under `key`."""
     if not isinstance(snapshot, dict):
         raise MalformedPickle('is not a dict of networks, as snapshots are')
+    # A network is known by its modules, whatever its class.
     is_network = lambda value: '_modules' in (persistent_object(value) or ('', ()))[1]
     held = [name for name, value in snapshot.items() if isinstance(name, str) and is_network(value)]
     if key not in held:
@@ -157,6 +159,7 @@ def _held_instead(snapshot: dict, key: str) -> str:
         return ' but the statistics of a reference, which are for --ref'
 
     is_tensor = lambda item: isinstance(item, Call) and item.name in TENSORS | NUMPY_ARRAYS
+    # A state dict may be the file itself, or stand under the key that was asked for.
     under_key = [(f' under {name!r}', value) for name, value in snapshot.items() if name == key]
     for where, value in [('', snapshot), *under_key]:
         if isinstance(value, dict) and any(map(is_tensor, value.values())):
@@ -330,6 +333,7 @@ def read_options(path: str | os.PathLike, options_kind: Kind = run_schema.OPTION
     try:
         with dnnlib.open_url(path) as file:
             check_saved(file)
+        # With mmap, tensors stay in the file: only the options are read.
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         options = parse_json(state['options'], JSON_FILE, 'the configuration of a run')
         return check(options, options_kind, 'options')

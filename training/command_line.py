@@ -58,6 +58,7 @@ class Options:
 
     def but(self, **changes) -> Options:
         """A copy with other values, each of the configuration that has a field of that name."""
+        # A name is the objective's if its configuration has such a field, else the run's.
         own = {field.name for field in dataclasses.fields(self.own)}
         return dataclasses.replace(
             self,
@@ -129,6 +130,7 @@ def leave_out_idle(
     """
     values, effective, notes = dict(given), set(given), []
     for switch, off in switches(given).items():
+        # Each option is told once, with the first one that idles it.
         idle = [name for name in OWN_FIRST if name in effective and name in idle_with(switch, off)]
         if told := [name for name in idle if name not in quiet]:
             notes.append(f'{ALL[switch].spelled(off)}: ignoring {options.names(ALL[name] for name in told)}.')
@@ -139,6 +141,7 @@ def leave_out_idle(
 
 def switches(given: Mapping[str, object]) -> dict[str, object]:
     """The given options, {name: value}, that leave others without an effect."""
+    # Groups that are switched off, --consistency, and values that idle others.
     found = {option.switch: False for option in RUN.values() if option.switch}
     if 'objective' not in given:
         found['consistency'] = False
@@ -259,6 +262,7 @@ def over_stored(
     objective = given.get('objective', stored['objective'])
     replaced = {other for name in given for other in (*REPLACED.get(name, ()), *DISPLACED.get(name, ()))}
     idle = {name for switch, off in switches(given).items() for name in idle_with(switch, off)}
+    # A stored option whose need is no longer met was not given now, so it falls away without an error.
     lacks_need = lambda needs: needs is not None and given.get(needs[0], needs[1]) != needs[1]
     kept = {
         name
@@ -283,6 +287,7 @@ def change(name: str, then: object, now: object) -> str:
     """`lr 0.001 -> 8e-05`: an option's stored value and the one on top."""
 
     def text(value):
+        # Half-lives are stored in images, and given in Mimg.
         if value is None:
             return 'none'
         mimg = name in ALL and isinstance(ALL[name].kind, HalfLife)
@@ -330,6 +335,7 @@ def resume(given: Mapping[str, object], folder: str) -> Options:
 def default_text(name: str, objective: str | None = None) -> str | None:
     """The default of an option in --help: of one objective, or of all, as `base; mcd value; edm2 value`."""
     having = [objective] if objective else [key for key in OBJECTIVES if name in RUN or name in OWN[key]]
+    # As one objective declares it; the others differ in defaults only.
     option = (OWN[having[0]] if name not in RUN else RUN)[name]
     if option.kind == options.FLAG or (not objective and ';' in (option.default_text or '')):
         return option.default_text
@@ -337,6 +343,7 @@ def default_text(name: str, objective: str | None = None) -> str | None:
     # For EDM's networks.
     plain = {key: default_of(name, key) for key in having}
     known = [value for value in plain.values() if value is not None]
+    # The base: the text, diffusion's default, or the most frequent one.
     base = option.default_text or plain.get('diffusion') or max(known, key=known.count, default=None)
     if objective and known:
         base = known[0]
@@ -344,6 +351,7 @@ def default_text(name: str, objective: str | None = None) -> str | None:
 
     # For EDM2's networks, if that differs.
     large = {key: value for key in having if (value := edm2_default_of(name, key)) not in (None, plain[key])}
+    # One value for all objectives needs no list of them.
     if len({str(value) for value in large.values()}) == 1 and large.keys() == plain.keys():
         text += f'; edm2 {options.value_text(large[having[0]])}'
     elif large:
@@ -422,6 +430,7 @@ class TrainCommand(cli.Command):
         resume.is_eager, resume.callback = True, read_stored
 
     def parse_args(self, ctx, args):
+        # --help ends parsing before the objective is known, so it looks at the words themselves.
         ctx.meta['words'] = list(args)
         rest = super().parse_args(ctx, args)
         displace(ctx)
@@ -449,6 +458,7 @@ CONFIG_HELP = (
 def objective_in(words: list[str]) -> str | None:
     """The objective that a command line names, which may otherwise be incomplete or wrong."""
     given = {}
+    # Both forms: --option=value, and --option value.
     for option in ('objective', 'consistency'):
         for i, word in enumerate(words):
             if word.startswith(f'--{option}='):
@@ -492,6 +502,7 @@ def read_config(ctx: click.Context, parameter: click.Parameter, path: str | None
 def read_preset(ctx: click.Context, parameter: click.Parameter, names: str | None) -> str | None:
     """Callback of --preset: its options become the defaults, after those of --config."""
     if names is not None:
+        # Values of --config take precedence over those of a preset.
         values = config_file.from_options(presets.options_of_presets(names), ALL)
         ctx.default_map = {**values, **(ctx.default_map or {})}
     return names
@@ -532,6 +543,7 @@ def displace(ctx: click.Context) -> None:
     source, sources = ctx.get_parameter_source, click.core.ParameterSource
     for given, others in DISPLACED.items():
         for other in others:
+            # An option displaces what a file says; two on the command line are refused elsewhere.
             if source(given) == sources.COMMANDLINE and source(other) == sources.DEFAULT_MAP:
                 ctx.params[other] = None
                 ctx.set_parameter_source(other, sources.DEFAULT)

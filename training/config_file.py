@@ -54,6 +54,7 @@ def parse(text: str) -> object:
 
 def from_options(values: Mapping, known: Mapping[str, Option]) -> dict[str, str]:
     """Options by name, with or without dashes before and in the names."""
+    # By flag, and by name.
     names = {cli.underscored(option.flag.removeprefix('--')): option for option in known.values()} | known
     found = {}
     for key, value in values.items():
@@ -152,5 +153,6 @@ def in_option_unit(option: Option, value: object) -> object:
 def divided(value: float, unit: float) -> float:
     """The number whose product with `unit` is `value` to the last bit, if there is one."""
     near = value / unit
+    # The quotient may miss it by one unit in the last place, so its neighbors are tried.
     tries = (near, math.nextafter(near, math.inf), math.nextafter(near, 0))
     return next((x for x in tries if x * unit == value), near)

@@ -28,6 +28,7 @@ def anneal_T(nimg: float, T_start: int, T_end: int, T_anneal_kimg: float) -> int
     T = round(exp(lerp(ln T_start, ln T_end, clip(kimg / T_anneal_kimg, 0, 1))))   (Heek et al. 2024,
     "annealing the teacher steps"). T_anneal_kimg = 0 means T_end from the start.
     """
+    # Progress of annealing, from 0 to 1.
     done = 1.0 if T_anneal_kimg <= 0 else min(max(nimg / (1e3 * T_anneal_kimg), 0.0), 1.0)
     return round(math.exp(math.log(T_start) + done * (math.log(T_end) - math.log(T_start))))
 
@@ -60,6 +61,7 @@ def ddim_step(x_t: Tensor, denoised: Tensor, sigma_t: Tensor, sigma_s: Tensor) -
         sigma_t, sigma_s: [N] noise levels, sigma_t > 0.
     Returns: [N, ...] float64.
     """
+    # lerp is exact at both ends: D where sigma_s = 0, x_t where the levels are equal.
     ratio = expand_like(sigma_s, x_t) / expand_like(sigma_t, x_t)
     return torch.lerp(denoised.double(), x_t.double(), ratio)
 
@@ -101,6 +103,8 @@ def heun_hop(
     Returns: [N, ...] float64.
     """
     sigma_t, sigma_s = (noise_level(s, x_t).expand(len(x_t)) for s in (sigma_t, sigma_s))
+
+    # The Euler step, to the state at which the second slope is evaluated.
     if denoised is None:
         denoised = denoiser(x_t.double(), sigma_t)
     x_euler = ddim_step(x_t, denoised, sigma_t, sigma_s)
@@ -126,7 +130,7 @@ def addim_hop(x_t: Tensor, denoised: Tensor, sigma_t: Tensor, sigma_s: Tensor, v
     """
     sigma_t, sigma_s, v = (noise_level(s, x_t).expand(len(x_t)) for s in (sigma_t, sigma_s, v))
     denoised = denoised.double()
-    noise = (x_t.double() - denoised) / expand_like(sigma_t, x_t)
+    noise = (x_t.double() - denoised) / expand_like(sigma_t, x_t)  # [N, ...], about unit variance
 
     # Without noise there is nothing to lengthen, and nothing to divide by.
     square = noise.flatten(1).square().sum(dim=1).clamp(min=1e-100)
@@ -149,6 +153,7 @@ def addim_variance(
     """
     if y is not None:
         return xvar_frac * (y.double() - denoised.double()).flatten(1).square().sum(dim=1)
+    # Without images: d / (2 + 1/sigma²) is the expected error |y − D|² under that prior.
     sigma_t = noise_level(sigma_t, denoised).expand(len(denoised))
     return 0.1 * denoised[0].numel() / (2 + sigma_t**-2)
 
@@ -181,6 +186,7 @@ def teacher_hop(
     if callable(hop):
         return hop(x_t, sigma_t, sigma_s)
     denoised = denoiser(x_t, sigma_t) if denoised is None else denoised
+    # Every hop evaluates the teacher at sigma_t; only Heun's evaluates it again, at sigma_s.
     if hop == 'heun':
         return heun_hop(denoiser, x_t, sigma_t, sigma_s, denoised)
     if hop == 'ddim':
@@ -222,6 +228,7 @@ def solve_ode(
     """
     for sigma_t, sigma_s in itertools.pairwise(levels):
         sigma = torch.full([len(x)], sigma_t, dtype=torch.float64, device=x.device)
+        # What is known already serves the first step only.
         denoised = denoiser(x, sigma).double() if denoised is None else denoised
         if sigma_s > 0:
             x, denoised = heun_hop(denoiser, x, sigma, torch.full_like(sigma, sigma_s), denoised), None
@@ -251,6 +258,7 @@ def solve_between(
     x, levels = x_t.double(), nodes_between(sigma_t, sigma_b, substeps, rho, sigma_min, spacing)
     for sigma, lower in itertools.pairwise(levels):
         denoised = denoiser(x, sigma).double()
+        # Where the step ends at 0, the hop goes to a level above it and is dropped.
         hopped = heun_hop(denoiser, x, sigma, above_zero(lower, sigma), denoised)
         x = torch.where(expand_like(lower, x) > 0, hopped, denoised)
     return x
@@ -299,6 +307,7 @@ def edge_weight(sigma_t: Tensor, sigma_s: Tensor, mode: str, sigma_data: float) 
     if mode in ('flat', 'uniform'):
         return torch.ones_like(sigma_t)
     snr = sigma_t**-2
+    # Weights that are functions of sigma_t alone.
     if mode in ('edm', 'karras'):
         return snr + sigma_data**-2
     if mode == 'sqrt_karras':

@@ -38,6 +38,7 @@ def warp_of(spacing: str, rho: float) -> tuple[Callable, Callable]:
     check_choice('sigma grid', spacing, SIGMA_GRIDS)
     if spacing == 'karras':
         return lambda sigma: sigma ** (1 / rho), lambda u: u**rho
+    # In float64 also where sigma is a Python number.
     return lambda sigma: torch.as_tensor(sigma, dtype=torch.float64).atan(), torch.tan
 
 
@@ -53,6 +54,7 @@ def sigma_nodes(n: int, sigma_min: float, sigma_max: float, rho: float, spacing:
         raise ValueError(f'0 < sigma_min <= sigma_max < inf does not hold for {sigma_min}, {sigma_max}')
     warp, unwarp = warp_of(spacing, rho)
     top, bottom = warp(sigma_max), warp(sigma_min)
+    # Evenly spaced in the warped coordinate.
     ramp = torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
     nodes = unwarp(top + ramp * (bottom - top))
 
@@ -120,6 +122,7 @@ def teacher_grid(
     Raises: ValueError where no count does that (a student grid of another range or spacing).
     """
     for raw in range(T, 2 * T + 2 * len(student) + 2):
+        # Another count moves all the nodes, and may make others coincide, so counts are tried in turn.
         # Which nodes are student levels.
         nodes = sigma_nodes(raw, sigma_min, sigma_max, rho, spacing)
         level = student[(nodes[:, None] - student).abs().argmin(dim=1)]
@@ -155,6 +158,7 @@ class Edges:
 def segment_of(sigma: Tensor, student: Tensor) -> Tensor:
     """Index j of the segment (student[j+1], student[j]] that holds each noise level; int64, shape of
     `sigma`."""
+    # On an increasing list, right=False assigns a level to the segment that it tops, not to the one above.
     levels = student.flip(0).contiguous()
     return len(student) - 1 - torch.searchsorted(levels, sigma.contiguous(), right=False)
 
@@ -162,6 +166,7 @@ def segment_of(sigma: Tensor, student: Tensor) -> Tensor:
 def segment_bounds(teacher: Tensor, student: Tensor) -> Tensor:
     """[S, 2] int64: the first and the last edge of each segment, both included."""
     counts = torch.bincount(segment_of(teacher[:-1], student), minlength=len(student) - 1)
+    # Edges are in order of segments, so each segment is a range of them.
     ends = counts.cumsum(0)
     return torch.stack([ends - counts, ends - 1], dim=1)
 
@@ -171,6 +176,7 @@ def edge_table(teacher: Tensor, student: Tensor) -> Edges:
     sigma_t = teacher[:-1]
     segment = segment_of(sigma_t, student)
     sigma_b = student[segment + 1]
+    # An edge that would cross the boundary of its segment ends there.
     sigma_s = torch.maximum(teacher[1:], sigma_b)
     kind = torch.where(sigma_s > sigma_b, GENERAL, torch.where(sigma_s > 0, SNAP, TERMINAL))
     return Edges(sigma_t, sigma_s, sigma_b, segment, kind)
@@ -193,6 +199,7 @@ def check_edges(edges: Edges) -> None:
     """Raises: ValueError unless sigma_t > sigma_s >= sigma_b >= 0 on every edge and every segment from the
     first to the last has one."""
     ordered = (edges.sigma_t > edges.sigma_s) & (edges.sigma_s >= edges.sigma_b) & (edges.sigma_b >= 0)
+    # Names the first edge at fault.
     if not bool(ordered.all()):
         raise ValueError(f'noise levels out of order on edge {int((~ordered).nonzero()[0])}')
     if len(edges.segment.unique()) != int(edges.segment[-1]) + 1:
@@ -212,6 +219,7 @@ def edge_density(
     Returns: float64 in the shape of `sigma`.
     Raises: ValueError for another mode.
     """
+    # |dsigma/di|, up to a factor.
     slope = 1 + sigma**2 if spacing == 'cosine' else sigma ** (1 - 1 / rho)
     if mode == 'vp':
         return slope / (1 + sigma**2)
@@ -273,6 +281,7 @@ def edge_probabilities(
     if anchored.all():
         return fixed / fixed.sum()
     free = torch.where(anchored, 0, weight)
+    # Rounding may carry the sum of the anchored ones past 1, hence the clamp.
     return torch.where(anchored, fixed, free / free.sum() * (1 - fixed.sum()).clamp(min=0))
 
 

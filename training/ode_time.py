@@ -38,13 +38,16 @@ def vp_time(beta_d: float, beta_min: float) -> OdeTime:
     sigma(t)² = exp(beta_d t² / 2 + beta_min t) − 1   (Song et al. 2021; Karras et al. 2022, Table 1).
     """
     sigma = lambda t: math.sqrt(math.expm1(beta_d * t * t / 2 + beta_min * t))
+    # By the chain rule, with exp(…) = 1 + sigma².
     slope = lambda t: (beta_min + beta_d * t) * (sigma(t) + 1 / sigma(t)) / 2
+    # The positive root of beta_d t² / 2 + beta_min t = ln(1 + sigma²).
     time = lambda s: (math.sqrt(beta_min**2 + 2 * beta_d * math.log1p(s * s)) - beta_min) / beta_d
     return OdeTime(sigma, slope, time)
 
 
 def vp_betas(sigma_min: float, sigma_max: float) -> tuple[float, float]:
     """beta_d and beta_min for which sigma(VP_EPSILON) = sigma_min and sigma(1) = sigma_max."""
+    # ln(1 + sigma²) is linear in both betas, so its values at the two ends determine them.
     low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
     beta_d = 2 * (low / VP_EPSILON - high) / (VP_EPSILON - 1)
     return beta_d, high - beta_d / 2
@@ -73,5 +76,6 @@ def ode_time(schedule: str, scaling: str, sigma_min: float, sigma_max: float) ->
     if scaling == 'none':
         return time
     scale = lambda t: 1 / math.sqrt(1 + time.sigma(t) ** 2)
+    # The derivative of (1 + sigma²)^(−1/2).
     scale_slope = lambda t: -time.sigma(t) * time.sigma_slope(t) * scale(t) ** 3
     return time._replace(scale=scale, scale_slope=scale_slope)

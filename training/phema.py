@@ -26,6 +26,7 @@ def std_to_exp(std) -> np.ndarray:
     """
     std = np.asarray(std, dtype=np.float64)
     left = np.polymul(np.polymul([1, 2], [1, 2]), [1, 3])
+    # (gamma + 2)² (gamma + 3) − (gamma + 1) / std², from the highest power down.
     largest = lambda s: np.roots(np.polysub(left, np.array([1, 1]) / s**2)).real.max()
     return np.array([largest(s) for s in std.ravel()]).reshape(std.shape)
 
@@ -50,6 +51,7 @@ def _profile_products(t_a, gamma_a, t_b, gamma_b) -> np.ndarray:
     Arguments broadcast.
     """
     t = np.minimum(t_a, t_b)
+    # The integral of two powers up to the earlier end, in quotients that cannot overflow.
     shape = (t / t_a) ** gamma_a * (t / t_b) ** gamma_b * t / (t_a * t_b)
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * shape
 
@@ -64,9 +66,11 @@ def solve_posthoc_coefficients(in_ofs, in_std, out_ofs, out_std) -> np.ndarray:
     """
     in_ofs, out_ofs = (np.asarray(t, dtype=np.float64).ravel() for t in (in_ofs, out_ofs))
     in_exp, out_exp = (std_to_exp(np.ravel(s)) for s in (in_std, out_std))
+    # [I, I] and [I, O] inner products.
     gram = _profile_products(in_ofs[:, None], in_exp[:, None], in_ofs, in_exp)
     wanted = _profile_products(in_ofs[:, None], in_exp[:, None], out_ofs, out_exp)
     weights = np.linalg.solve(gram, wanted)
+    # Least squares leaves the sums near 1; exactly 1 keeps the scale of the weights.
     return weights / weights.sum(axis=0)
 
 
@@ -89,6 +93,8 @@ def posthoc_error(in_ofs, in_std, out_ofs, out_std, weights) -> np.ndarray:
     """
     in_ofs, out_ofs = (np.asarray(t, dtype=np.float64).ravel() for t in (in_ofs, out_ofs))
     in_exp, out_exp = (std_to_exp(np.ravel(s)) for s in (in_std, out_std))
+
+    # ⟨p, p⟩, Σᵢ cᵢ ⟨pᵢ, p⟩ and Σᵢⱼ cᵢ cⱼ ⟨pᵢ, pⱼ⟩ for each output.
     own = _profile_products(out_ofs, out_exp, out_ofs, out_exp)
     shared = (weights * _profile_products(in_ofs[:, None], in_exp[:, None], out_ofs, out_exp)).sum(axis=0)
     combined = (
@@ -128,10 +134,12 @@ class WeightAverages:
     ):
         self.halflife_nimg, self.rampup_ratio, self.source = halflife_nimg, rampup_ratio, weights
         names = ['ema', *map(average_name, phema_stds)]
+        # Networks that are never trained, each over one vector, so that an update is one operation.
         self._networks = {name: copy.deepcopy(net).eval().requires_grad_(False).to(device) for name in names}
         self._vectors = {name: FlatParameters(average).weights for name, average in self._networks.items()}
         self._stds = dict(zip(phema_stds, names[1:]))
         self._exponents = [float(std_to_exp(std)) for std in phema_stds]
+        # On the device of training, no copies are needed.
         self._copies = None if device is None else HostCopies(weights.weights, self._take_in)
 
     @property
@@ -171,6 +179,7 @@ class WeightAverages:
         """Decays of the averages, in their order, for the step that `update` takes in."""
         # As in EDM, the ramp counts the images before this step.
         halflife = self.halflife_at(nimg - batch_size)
+        # A half-life of 0, at the start of a ramp, makes the average follow the weights.
         exponential = 0.5 ** (batch_size / max(halflife, 1e-8))
         return [exponential, *(_decay(exponent, nimg, batch_size) for exponent in self._exponents)]
 
@@ -230,6 +239,7 @@ class HostCopies:
     def __init__(self, source: torch.Tensor, take_in: Callable[[torch.Tensor, object], None]):
         self.source, self.take_in = source, take_in
         self.stream = torch.cuda.Stream(source.device) if source.is_cuda else None
+        # Two buffers: the device fills one while the thread reads the other.
         self._buffers = deque(
             torch.empty_like(source, device='cpu', pin_memory=source.is_cuda, requires_grad=False)
             for _ in range(2)
@@ -259,6 +269,7 @@ class HostCopies:
         self._pending.append(self._thread.submit(self._receive, buffer, self._copied, message))
 
     def _receive(self, buffer: torch.Tensor, copied: torch.cuda.Event | None, message) -> None:
+        # The copy is asynchronous: its bytes are in the buffer only after the event.
         if copied is not None:
             copied.synchronize()
         self.take_in(buffer, message)

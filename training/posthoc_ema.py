@@ -60,6 +60,7 @@ def find_stored(
         raise UserError(
             f'--indir={indir} cannot be listed: {error.strerror}. Name the folder of a run.'
         ) from error
+    # As short as it can be, so that both numbers of <kimg>-<nimg> are the time's.
     prefix = re.escape(inprefix) if inprefix else '.+?'
     matches = filter(
         None, (re.fullmatch(rf'({prefix})-(\d+(?:-\d+)?)-(0\.\d{{3}})\.pkl', name) for name in names)
@@ -94,6 +95,7 @@ def read_stored(path: str, prefix: str, stem: str, width: str, training_batch: i
     """
     try:
         metadata, facts = read_header(path)
+        # EDM2's snapshots have no such entries; their names have them, rounded.
         if not {'nimg', 'ema_std'} & metadata.keys():
             metadata.update(nimg=nimg_at(int(stem.partition('-')[0]), training_batch), ema_std=float(width))
         nimg, std = metadata.get('nimg'), metadata.get('ema_std')
@@ -119,6 +121,7 @@ def read_header(path: str) -> tuple[dict, dict[str, str]]:
     if network is None:
         raise MalformedPickle('holds no network named ema')
     class_name, state = network
+    # How the network was built, what it was trained on, and what training says of it.
     entries = state.get('_init_kwargs'), snapshot.get('dataset_kwargs'), snapshot.get('metadata')
     arguments, data, metadata = (plain(entry or {}) for entry in entries)
     if (
@@ -133,6 +136,7 @@ def read_header(path: str) -> tuple[dict, dict[str, str]]:
         arguments=plain(state.get('_init_args', ())),
         **{f'argument {name}': value for name, value in arguments.items()},
     )
+    # Paths differ between machines, and EMA widths between snapshots: neither tells runs apart.
     facts.update((f'data set {name}', value) for name, value in data.items() if name not in OF_A_MACHINE)
     facts.update((name, value) for name, value in metadata.items() if name not in OF_ONE_SNAPSHOT)
     return metadata, {name: repr(value) for name, value in facts.items()}
@@ -141,6 +145,7 @@ def read_header(path: str) -> tuple[dict, dict[str, str]]:
 def nimg_at(kimg: int, training_batch: int) -> int:
     """Images seen by an EDM2 snapshot, whose name has the floor of kimg: the first multiple of the batch size
     that fits. Raises: MalformedPickle if there is none."""
+    # The ceiling of kimg · 1000 in units of batches.
     nimg = -(-kimg * 1000 // training_batch) * training_batch
     if nimg // 1000 != kimg:
         raise MalformedPickle(
@@ -218,6 +223,7 @@ class Output(NamedTuple):
 
 def plan(inputs: list[Stored], stds: list[float], outdir: str, prefix: str) -> list[Output]:
     """Outputs at the time of the last input, one per width."""
+    # Coefficients of each output over the inputs, and how far the profiles are from the wanted ones.
     in_nimg, in_std = [average.nimg for average in inputs], [average.std for average in inputs]
     out_nimg = [inputs[-1].nimg] * len(stds)
     weights = phema.solve_posthoc_coefficients(in_nimg, in_std, out_nimg, stds)
@@ -274,6 +280,7 @@ def reconstruct(inputs: list[Stored], outputs: list[Output], advance: Callable[[
     # Start from the last input, which also provides buffers and metadata.
     *others, last = inputs
     net, metadata = load(last)
+    # As stored, so that the output has the input's precision.
     dtypes = {name: parameter.dtype for name, parameter in net.named_parameters()}
     sums = [scaled(net, output.weights[-1]) for output in outputs]
 
@@ -318,6 +325,7 @@ def load(average: Stored) -> tuple[torch.nn.Module, dict]:
 def scaled(net: torch.nn.Module, weight: float) -> dict[str, torch.Tensor]:
     """weight · parameters, by name, in FP32 or higher precision."""
     return {
+        # FP16 parameters would lose the small terms of a long sum.
         name: parameter.data.to(torch.promote_types(parameter.dtype, torch.float32)) * weight
         for name, parameter in net.named_parameters()
     }

@@ -49,6 +49,7 @@ def remember(folder: str, seed: int, resume: str | None) -> None:
 
     def write():
         earlier = _recorded(Path(folder))
+        # A later attempt of the same launch keeps what the first one recorded.
         if earlier is None or not _same(earlier, launch):
             earlier = dict(seed=seed, resume=resume, passed_over=_beyond(resume))
         record = launch | {name: earlier[name] for name in ('seed', 'resume', 'passed_over')}
@@ -85,10 +86,12 @@ def _changes(o: Options, launch: dict) -> tuple[dict, str]:
         return {}, 'no earlier attempt got as far as a run folder, so it starts as the options say'
 
     # Find its own states: not those that were abandoned when it resumed from an older one.
+    # The earlier attempt may have begun to write validation's files.
     overwrite = dict(val_overwrite=True) if o.run.val else {}
     given = record['resume']
     with_states = folder if given is None or os.path.isdir(given) else Path(given).parent
     states, passed_over = saved_states(with_states), dict(map(tuple, record['passed_over']))
+    # Abandoned states are those that were passed over and have not been written since.
     own = [path for path in states if passed_over.get(path.name) != path.stat().st_mtime_ns]
 
     # Resume if there is one, or else begin again in the folder.
@@ -111,6 +114,7 @@ def _candidates(run: RunConfig) -> list[Path]:
         return [Path(folder(run.resume))]
     if run.nosubdir:
         return [Path(run.outdir)]
+    # Newest first: the names begin with the number of the run.
     return sorted(
         (path.parent for path in Path(run.outdir).glob(f'*/{LAUNCH}') if re.match(r'\d+-', path.parent.name)),
         reverse=True,
@@ -128,6 +132,7 @@ def _launch() -> dict:
 
 def _same(record: dict, launch: dict) -> bool:
     """Whether a record is of this launch."""
+    # The id does not identify a launch: torchrun's default is the same for all.
     return record['run_id'] == launch['run_id'] and any(
         identity.same(a, b) for a in record['torchruns'] for b in launch['torchruns']
     )

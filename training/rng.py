@@ -41,6 +41,7 @@ class SampleRng:
         blocks = []
         for block in range(first_block, last_block + 1):
             generator.manual_seed(derive_seed(self.seed, purpose, block))
+            # Always a whole block, so that numbers do not depend on where the batch begins.
             blocks.append(fill([BLOCK, *shape], generator=generator, device=device))
         drawn = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         return drawn.narrow(0, self.first - first_block * BLOCK, self.count)

@@ -19,6 +19,7 @@ def load_earlier(resume: str) -> tuple[str, dict]:
     from training import checkpoint, recorded, run_files
 
     path, state = None, None
+    # The main process finds it, skipping damaged ones; the others read what it found.
     if distributed.is_main():
         path, state = run_files.load_state(resume, report=lambda line: click.echo(printable(line), err=True))
     path = distributed.broadcast_object(path)
@@ -43,6 +44,7 @@ def check_same_run(o: Options, c: EasyDict, earlier: dict) -> None:
         chosen, network = {name: config.get(name) for name in SETTINGS}, config['network']
         return {**chosen, 'network': network['class_name'], **network['kwargs'], **config['loss']}
 
+    # Through JSON, as the stored ones went, which made lists of tuples.
     then, now = settings(earlier), settings(json.loads(json.dumps(c)))
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if not changed:

@@ -145,6 +145,7 @@ def sample(
         names = ', '.join(name for name in options if name in unknown)
         raise UserError(f'the {solver} sampler has no option {names}; choose another solver or leave it out')
 
+    # Solvers step in float64, whatever precision the network computes in.
     denoiser = lambda x, sigma: net(x, ops.noise_level(sigma, x), class_labels).double()
     return sampler.run(net, denoiser, latents.double(), steps, sampler.options(**options), randn_like)
 
@@ -239,9 +240,12 @@ def student_sigmas(net, o: StudentOptions, steps: int) -> list[float]:
     if steps == len(recorded) - 1 and (o.sigma_min, o.sigma_max, o.rho, o.student_grid) == (None,) * 4:
         sigmas = [float(sigma) for sigma in recorded]
     else:
+        # Any other grid is rebuilt from what is recorded, with the options in its place.
         rho, kind = _recorded(net, 'rho', o.rho, 7.0), _recorded(net, 'student_grid', o.student_grid, 'edm')
         spacing = _recorded(net, 'sigma_grid', None, 'karras')
         sigmas = ops.student_grid(steps, *_recorded_range(net, o), rho, kind, spacing).tolist()
+
+    # A start replaces the levels at and above its own.
     if o.start is None:
         return sigmas
     return [_start_level(o.start, sigmas[0]), *(sigma for sigma in sigmas if sigma < o.start[1])]
@@ -281,8 +285,10 @@ def cm_sigmas(net, o: CMOptions, steps: int | None = None) -> list[float]:
     elif ways:
         sigmas = [top, *(o.taus if o.mid_t is None else [o.mid_t])]
     else:
+        # The recorded levels without the final 0; if there are none, one evaluation at sigma_max.
         sigmas = _recorded(net, 'sigmas', None, [high, 0.0])[:-1]
         if o.start is not None:
+            # The start is the first evaluation, in place of the recorded one.
             sigmas = [top, *(sigma for sigma in sigmas[1:] if sigma < top)]
         if steps not in (None, len(sigmas)) or (o.sigma_min, o.sigma_max) != (None, None):
             n = len(sigmas) if steps is None else steps
@@ -335,6 +341,7 @@ def teacher_range(net, o: AddimOptions | OdeOptions) -> tuple[float, float]:
 def teacher_sigmas(net, o: AddimOptions | OdeOptions, steps: int) -> list[float]:
     """[steps+1] noise levels, rounded to those of the network, then 0   (Karras et al. 2022, Table 1, 'Time
     steps')."""
+    # The final 0 is no level of the network, so it is not rounded.
     low, high = teacher_range(net, o)
     sigmas = DISCRETIZATIONS[o.discretization].sigmas(steps, low, high, o.rho)
     return [_round_sigma(net, sigma) for sigma in sigmas] + [0.0]
@@ -378,6 +385,7 @@ def sample_student(net, denoiser, latents: Tensor, steps: int, o: StudentOptions
 def sample_cm(net, denoiser, latents: Tensor, steps: int, o: CMOptions, randn_like) -> Tensor:
     """Multistep sampling of a consistency model."""
     # Every output is clamped, then edited.
+    # Latents have no bounds to clamp to, so an encoder turns clamping off.
     clip = _recorded(net, 'clip_denoised', o.clip_denoised, not _recorded(net, 'encoder', None, None))
     clamp = [lambda denoised: denoised.clamp(-1, 1)] if clip else []
     edit = [] if o.edit is None else [o.edit]
@@ -408,6 +416,7 @@ def sample_ode(
     times = [time.time(sigma) for sigma in sigmas[:-1]] + [0.0]
 
     # Churn, relative to the noise level (gamma in Algorithm 2).
+    # The cap adds at most as much noise as the state holds: sigma² is at most doubled.
     gain = min(o.S_churn / steps, math.sqrt(2) - 1)
     round_sigma = lambda sigma: _round_sigma(net, sigma)
     perturb = None

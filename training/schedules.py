@@ -34,6 +34,7 @@ def logsnr(n: int, sigma_min: float, sigma_max: float, rho: float | None = None)
 def time_uniform(n: int, sigma_min: float, sigma_max: float, rho: float | None = None) -> Tensor:
     """Evenly spaced in the time of the linear variance-preserving process that spans the range (Karras et al.
     2022, Table 1, 'vp')."""
+    # The betas for which time runs from 1 at sigma_max to VP_EPSILON at sigma_min.
     sigma = vp_time(*vp_betas(sigma_min, sigma_max)).sigma
     times = 1 + _ramp(n) * (VP_EPSILON - 1)
     return torch.tensor([sigma(t) for t in times.tolist()], dtype=torch.float64)
@@ -50,10 +51,12 @@ def iddpm(n: int, sigma_min: float, sigma_max: float, rho: float | None = None) 
 
     Raises: UserError if the range has none.
     """
+    # The table rises from 0; samplers go down.
     inside = [u for u in reversed(iddpm_levels()) if sigma_min <= u <= sigma_max]
     levels = torch.tensor(inside, dtype=torch.float64)
     if not len(levels):
         raise UserError(f'iDDPM has no noise level between {sigma_min:g} and {sigma_max:g}: widen the range')
+    # The nearest indices, because iDDPM has no levels between its own.
     return levels[(_ramp(n) * (len(levels) - 1)).round().long()]
 
 
@@ -65,6 +68,7 @@ def iddpm_levels(M: int = 1000, C_1: float = 0.001, C_2: float = 0.008) -> list[
     """
     alpha_bar = lambda j: math.sin(math.pi / 2 * j / M / (C_2 + 1)) ** 2
     levels = [0.0]
+    # From u_M = 0 at the clean end up. C_1 bounds the ratio, which is 0 at j = 1.
     for j in range(M, 0, -1):
         levels.append(math.sqrt((levels[-1] ** 2 + 1) / max(alpha_bar(j - 1) / alpha_bar(j), C_1) - 1))
     return levels

@@ -45,6 +45,7 @@ def snapshot_metadata(c: EasyDict, nimg: int) -> dict:
     metadata |= {name: c.dataset[name] for name in ('label_kind', 'classes') if name in c.dataset}
 
     options = {**c.loss, **(c.sampling or {})}
+    # Samplers call N, the nodes that `ts` counts, num_timesteps.
     options['num_timesteps'] = options.get('N')
     metadata |= {name: options[name] for name in RECORDED if options.get(name) is not None}
 
@@ -67,9 +68,11 @@ def network_digest(net: torch.nn.Module, metadata: dict) -> str:
         numeric_attributes(net),
         {**metadata, 'digest': None},
     ]
+    # Facts in a canonical form, then each tensor after a line that describes it.
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(tensors_of(net).items()):
         digest.update(f'\n{name} {tensor.dtype} {list(tensor.shape)}\n'.encode())
+        # As bytes, because numpy has no bfloat16.
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -144,6 +147,7 @@ def check_metadata(net: torch.nn.Module):
         LabelSpace.recorded(net.label_dim, metadata)
     except ValueError as error:
         raise MalformedPickle(f'has metadata with {error}') from error
+    # Each entry by itself, then the noise levels together.
     check(metadata, run_schema.METADATA, 'metadata')
     levels = metadata.get('sigmas', [1, 0])
     if metadata.get('S', len(levels) - 1) != len(levels) - 1:

@@ -72,6 +72,7 @@ def heun(
         # First slope, and the second one unless the step ends at 0.
         slope = ode_slope(denoiser, x, t, time)
         if t_next > 0:
+            # The second slope, from the end of a partial Euler step.
             second = ode_slope(denoiser, x + alpha * step * slope, t + alpha * step, time)
             slope = slope + (second - slope) / (2 * alpha)
         x = x + step * slope
@@ -109,7 +110,9 @@ def churn(
     def perturb(x, t):
         # Drawn at every step, used or not, as in EDM: options do not change the noise of later steps.
         sigma, noise = time.sigma(t), randn_like(x)
+        # Levels outside of [S_min, S_max] stay as they are.
         raised = time.time(round_sigma(sigma + gain * sigma)) if S_min <= sigma <= S_max else t
+        # Rounding to the network's levels may lower sigma, where no noise can be added.
         spread = math.sqrt(max(time.sigma(raised) ** 2 - sigma**2, 0))
         return time.scale(raised) * (x / time.scale(t) + spread * S_noise * noise), raised
 
@@ -170,6 +173,7 @@ def ode_solve(
     def denoise(x, sigma):
         # Levels decrease, so only the first evaluation is at the first level.
         if afs and sigma == sigmas[0]:
+            # D = x − sigma dx/dsigma.
             return x - sigma / math.sqrt(1 + sigma**2) * x
         return denoiser(x, ops.noise_level(sigma, x)).double()
 
@@ -181,6 +185,8 @@ def _chosen(solver: str, order: int | None, variant: str | None) -> Callable[...
     """The solver with its order and variant. Raises: UserError."""
     if solver not in ODE_SOLVERS:
         raise UserError(f'solver {solver!r} is not one of {", ".join(ODE_SOLVERS)}')
+
+    # Each choice must be one of the solver's; the first is the default.
     settings = {}
     for name, given, known in (
         ('order', order, ODE_SOLVERS[solver].orders),
@@ -234,6 +240,7 @@ def consistency(
         randn_like: draws z, once for each level but the first.
     Returns: [N, ...] the last output.
     """
+    # The first output comes from pure noise; the others from the last output, noised again.
     x = denoiser(x, sigmas[0])
     for sigma in sigmas[1:]:
         x = denoiser(x + math.sqrt(sigma**2 - boundary**2) * randn_like(x), sigma)

@@ -86,9 +86,11 @@ def load_transfer(o: Options) -> dict:
     from torch_utils import distributed
     from training.checkpoint import constructor_arguments, load_network
 
+    # The main process reads first, so that a download happens once.
     with distributed.main_process_first(), named('--transfer'):
         origin = load_network(o.run.transfer)
     check_numbers(origin, f'--transfer={o.run.transfer}')
+    # Where the constructor's default names the U-Net, its class does here.
     kwargs = dict(model_type=type(getattr(origin, 'model', None)).__name__) | constructor_arguments(origin)
     return dict(class_name=type(origin).__name__, kwargs=kwargs)
 
@@ -109,6 +111,8 @@ def with_architecture(o: Options, network: Mapping) -> Options:
         arch, precond = architectures.name_of(network['class_name'], network['kwargs'])
     except ValueError as error:
         raise UserError(f'--transfer={o.run.transfer} {error}: say which one to train by --arch.') from error
+
+    # Options that are not given are the network's own.
     found = dict(arch=arch, precond=o.run.precond or precond)
     for option, key in NETWORK_OPTIONS.items():
         if option not in FREE_FOR_STUDENTS and getattr(o.run, option) is None and key in network['kwargs']:
@@ -170,6 +174,7 @@ def check_kind(o: Options, teacher) -> None:
     from training.checkpoint import NETWORKS
 
     metadata, kind = teacher.metadata, o.objective.teacher
+    # A diffusion model records no noise levels: 0 steps.
     steps = len(metadata.get('sigmas', [0])) - 1
     one_model = isinstance(teacher, tuple(NETWORKS[name] for name in BOUNDARY_CLASSES))
 
@@ -217,6 +222,7 @@ def network_of_teacher(o: Options, teacher) -> EasyDict:
 
     # --precond and --arch.
     kwargs = constructor_arguments(teacher)
+    # What the options want, None where they leave it open, and what the teacher is.
     wanted = dict(
         PRECONDITIONING=o.run.precond and preconditioning(o, is_edm2(o, teacher)),
         **(ARCHITECTURES[o.run.arch] if o.run.arch else {}),
@@ -243,6 +249,7 @@ def network_of_teacher(o: Options, teacher) -> EasyDict:
         theirs = as_list(kwargs.get(key, default_of(type(teacher.model), key)))
         if value != theirs:
             refuse_contradiction(o, option, theirs)
+    # Settings that change no weight, or that the objective imposes.
     kwargs['use_fp16'] = o.run.arithmetic == 'fp16'
     if o.objective.boundary:
         kwargs['boundary'] = o.own.sigma_min

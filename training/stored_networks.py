@@ -113,6 +113,7 @@ def _switched_unfilled(high: dict, low: dict, switch: float) -> Switched:
 
 def constructor_arguments(net: torch.nn.Module) -> dict:
     """The arguments that a network was built with, by name."""
+    # What the constructor takes by name, and what it hands on to the U-Net.
     bound = inspect.signature(type(net).__init__).bind(net, *net.init_args, **net.init_kwargs).arguments
     own = {name: value for name, value in bound.items() if name not in ('self', 'model_kwargs')}
     return {**own, **bound.get('model_kwargs', {})}

@@ -50,11 +50,13 @@ def _upsampling_matrix(size: int, like: Tensor) -> Tensor:
     # Weight of each source pixel, within the filter's radius beyond the edges, in each sample.
     taps = _taps(like.device, like.dtype)
     source = torch.arange(-FILTER_RADIUS, size + FILTER_RADIUS, device=like.device)
+    # [2·size, size + 2·radius] index of the tap by which a source pixel reaches a sample.
     offset = torch.arange(2 * size, device=like.device)[:, None] - 2 * source[None, :] + 2 * FILTER_RADIUS - 1
     inside = (offset >= 0) & (offset < len(taps))
     weights = torch.where(inside, taps[offset.clamp(0, len(taps) - 1)], 0)
 
     # Pixels beyond the edges are mirrored ones.
+    # Coordinates repeat with a period of an image and its mirror image.
     period = source.remainder(2 * size)
     mirrored = torch.minimum(period, 2 * size - 1 - period)
     return weights @ (mirrored[:, None] == torch.arange(size, device=like.device)).to(like.dtype)
@@ -63,9 +65,11 @@ def _upsampling_matrix(size: int, like: Tensor) -> Tensor:
 def _downsampling_matrix(size: int, like: Tensor) -> Tensor:
     """[size, 2·size + 4·radius − 2] matrix from samples at twice the rate, with those that the filter needs
     on either side, to `size` pixels."""
+    # Twice as many samples as pixels: taps that sum to 2 would double the values.
     taps = _taps(like.device, like.dtype) / 2
     width = 2 * size + len(taps) - 2
     pixel, sample = torch.arange(size, device=like.device), torch.arange(width, device=like.device)
+    # [size, width] index of the tap that carries a sample to a pixel.
     offset = sample[None, :] - 2 * pixel[:, None]
     inside = (offset >= 0) & (offset < len(taps))
     return torch.where(inside, taps[offset.clamp(0, len(taps) - 1)], 0)
@@ -89,6 +93,7 @@ def warp(images: Tensor, inverse: Tensor) -> Tensor:
 
     # Where each sample of the result, in pixels from the center, lies in the source.
     along = lambda count: torch.arange(count, device=images.device, dtype=images.dtype)
+    # Samples are half a pixel apart, and centered.
     centered = lambda count: (along(count) + 0.5 - count / 2) / 2
     y, x = torch.meshgrid(centered(down_y.shape[1]), centered(down_x.shape[1]), indexing='ij')
     points = torch.stack([x, y, torch.ones_like(x)], dim=-1).flatten(0, 1)  # [H'·W', 3]
@@ -97,6 +102,7 @@ def warp(images: Tensor, inverse: Tensor) -> Tensor:
     # `grid_sample` has edges at ±1. The scale is filled on the device, because a copy would synchronize.
     scale = torch.stack([x.new_full((), 2 / width), x.new_full((), 2 / height)])
     options = dict(mode='bilinear', padding_mode='reflection', align_corners=False)
+    # [N, C, H', W'] at twice the rate, then down to [N, C, H, W].
     sampled = grid_sample(fine, source * scale, **options)
     return down_y @ sampled @ down_x.T
 
@@ -197,6 +203,8 @@ class AugmentPipe:
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Parameters:
         """Random parameters for a batch. Every transform consumes its random numbers, enabled or not."""
         count = len(images)
+
+        # Draws of [N] on the device, so that nothing synchronizes.
         like = dict(device=images.device, dtype=images.dtype, generator=generator)
         happens = lambda name: torch.rand(count, **like) < self.multipliers[name] * self.p
         coin = lambda: (torch.rand(count, **like) < 0.5).to(images.dtype)
@@ -222,6 +230,7 @@ class AugmentPipe:
             aniso=[a.aniso * a.aniso_angle.cos(), a.aniso * a.aniso_angle.sin()],
             translate_frac=[a.shift[:, 0], a.shift[:, 1]],
         )
+        # Disabled transforms have no columns.
         used = [column for name in LABEL_SIZES if self.multipliers[name] > 0 for column in columns[name]]
         return torch.stack(used, dim=1).float() if used else a.xflip.new_zeros(len(a.xflip), 0).float()
 
@@ -243,6 +252,7 @@ class AugmentPipe:
 
     def transform(self, images: Tensor, a: Parameters) -> Tensor:
         """[N, C, H, W] images under the given parameters: flips move pixels, other transforms resample."""
+        # Flips, without resampling.
         per_image = lambda mask: mask[:, None, None, None]
         images = torch.where(per_image(a.xflip == 1), images.flip(3), images)
         images = torch.where(per_image(a.yflip == 1), images.flip(2), images)

@@ -29,6 +29,7 @@ def init_tensor(shape, mode, fan_in, fan_out):
     family, _, law = mode.partition('_')
     variance = {'xavier': 2 / (fan_in + fan_out), 'kaiming': 1 / fan_in}[family]
     if law == 'uniform':
+        # The variance of a uniform law on [−a, a] is a² / 3.
         return torch.empty(shape).uniform_(-1, 1) * math.sqrt(3 * variance)
     return torch.empty(shape).normal_() * math.sqrt(variance)
 
@@ -47,6 +48,7 @@ class Linear(Module):
         self.bias = Parameter(init_tensor([out_features], **fans) * init_bias) if bias else None
 
     def forward(self, x):
+        # Weights follow the activations' type: they are stored in FP32 and used in FP16 or BF16.
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
@@ -86,6 +88,7 @@ class Conv2d(Module):
     def forward(self, x):
         weight = None if self.weight is None else self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        # Padding that keeps the size: half the kernel, and half the filter.
         w_pad = 0 if weight is None else weight.shape[-1] // 2
         f_pad = 0 if self.resample_filter is None else (self.resample_filter.shape[-1] - 1) // 2
 
@@ -109,6 +112,7 @@ class GroupNorm(Module):
 
     def __init__(self, num_channels, num_groups=32, min_channels_per_group=4, eps=1e-5):
         super().__init__()
+        # Narrow layers have fewer groups rather than groups of too few channels.
         self.eps, self.num_groups = eps, min(num_channels // min_channels_per_group, num_groups)
         self.weight, self.bias = Parameter(torch.ones(num_channels)), Parameter(torch.zeros(num_channels))
 
@@ -128,6 +132,7 @@ class PositionalEmbedding(Module):
     def forward(self, x):
         half = self.num_channels // 2
         exponents = torch.arange(half, dtype=torch.float32, device=x.device) / (half - int(self.endpoint))
+        # [N, num_channels / 2]
         angles = torch.outer(x, (self.max_positions**-exponents).to(x.dtype))
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -154,6 +159,7 @@ def keep_mask(shape, probability, device, generator=None):
     drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
     drawn.random_(-(2**63), None, generator=generator)
     values = drawn.view(torch.int16)[:count].reshape(shape)
+    # The threshold of a signed 16-bit number, itself within that range.
     return values < min(round(probability * 2**16), 2**16 - 1) - 2**15
 
 
@@ -208,8 +214,10 @@ class UNetBlock(Module):
     def _attention(self, x):
         n, c, h, w = x.shape
         # Channels are ordered head, feature, (q, k, v). Fused kernels need features contiguous in memory.
+        # [N, heads, features, 3, H·W]
         qkv = self.qkv(self.norm2(x)).reshape(n, self.num_heads, c // self.num_heads, 3, h * w)
         q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()
+        # [N, heads, H·W, features], back to [N, H, W, C]
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h, w, c)
         return self.proj(out.permute(0, 3, 1, 2))
 
@@ -221,6 +229,7 @@ class UNetBlock(Module):
         modulation = self.affine(emb).to(h.dtype)[:, :, None, None]
         if self.adaptive_scale:
             scale, shift = modulation.chunk(2, dim=1)
+            # shift + norm(h) · (scale + 1) in one kernel.
             h = torch.addcmul(shift, self.norm1(h), scale + 1)
         else:
             h = self.norm1(h + modulation)
@@ -252,6 +261,7 @@ class UNet(Module):
         if not self.channel_mult:
             raise ValueError('channel_mult is empty: a U-Net has one level at least')
         for level, mult in enumerate(self.channel_mult):
+            # Levels halve the resolution.
             res = self.img_resolution >> level
             yield level, f'{res}x{res}', mult, res in self.attn_resolutions
 
@@ -275,12 +285,14 @@ class UNet(Module):
         says whether block i has attention. Returns the last width."""
         # Two blocks at the coarsest level, which is the first; upsampling at the others.
         if not self.dec:
+            # Attention at the coarsest level, whatever attn_resolutions says.
             self.dec[f'{prefix}_in0'] = self._block(prefix, width, width, attention=True)
             self.dec[f'{prefix}_in1'] = self._block(prefix, width, width)
         else:
             self.dec[f'{prefix}_up'] = self._block(prefix, width, width, up=True)
 
         for i, here in enumerate(attention):
+            # Skips are a stack: the decoder meets the encoder's outputs in reverse.
             in_width, width = width + skips.pop(), out_width
             self.dec[f'{prefix}_block{i}'] = self._block(prefix, in_width, out_width, attention=here)
         return width
@@ -290,6 +302,7 @@ class UNet(Module):
         if not isinstance(block, UNetBlock):
             return block(x)
         if self.checkpoint_activations and torch.is_grad_enabled():
+            # Recomputing must draw the same masks, so the generator's state is kept where there are draws.
             draws = mask is None and block.dropout > 0
             return checkpoint(block, x, emb, mask, use_reentrant=False, preserve_rng_state=draws)
         return block(x, emb, mask)
@@ -297,6 +310,7 @@ class UNet(Module):
     def _label_embedding(self, class_labels):
         """Embedding of labels [N, label_dim], each dropped with probability `label_dropout` in training."""
         if self.training and self.label_dropout:
+            # A dropped label is a row of zeros, the label of unconditional sampling.
             keep = torch.rand([class_labels.shape[0], 1], device=class_labels.device) >= self.label_dropout
             class_labels = class_labels * keep.to(class_labels.dtype)
         return self.map_label(class_labels * self.label_gain)
@@ -313,6 +327,7 @@ class UNet(Module):
             for name, block in getattr(self, part).items():
                 if getattr(block, 'dropout', 0):
                     res = int(name.partition('x')[0])
+                    # At the block's output resolution, where dropout acts.
                     shape = [batch_size, block.out_channels, res, res]
                     masks[f'{part}.{name}'] = keep_mask(shape, 1 - block.dropout, device, generator)
         return masks
@@ -345,6 +360,7 @@ class SongUNet(UNet):
         self.attn_resolutions, self.label_dropout = attn_resolutions, label_dropout
         self.dropout, self.dout_resolutions = dropout, dout_resolutions
         emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
+        # EDM's initialization for this family: last layers near zero, attention at a fifth of the variance.
         init = dict(init_mode='xavier_uniform')
         init_zero, init_attn = dict(init, init_weight=1e-5), dict(init, init_weight=math.sqrt(0.2))
         self.block_kwargs = dict(
@@ -459,6 +475,7 @@ class DhariwalUNet(UNet):
         self.attn_resolutions, self.label_dropout = attn_resolutions, label_dropout
         self.dropout, self.dout_resolutions = dropout, dout_resolutions
         emb_channels = model_channels * channel_mult_emb
+        # EDM's initialization for ADM: uniform, with last layers at zero.
         init = dict(init_mode='kaiming_uniform', init_weight=math.sqrt(1 / 3), init_bias=math.sqrt(1 / 3))
         init_zero = dict(init_mode='kaiming_uniform', init_weight=0, init_bias=0)
         self.block_kwargs = dict(
@@ -474,6 +491,7 @@ class DhariwalUNet(UNet):
         self.map_layer0 = Linear(model_channels, emb_channels, **init)
         self.map_layer1 = Linear(emb_channels, emb_channels, **init)
         self.label_gain = 1
+        # One-hot labels have a variance of about 1 / label_dim, which these weights make up for.
         label = dict(bias=False, init_mode='kaiming_normal', init_weight=math.sqrt(label_dim))
         self.map_label = Linear(label_dim, emb_channels, **label) if label_dim else None
 
@@ -573,6 +591,7 @@ class Precond(Module):
         if self.label_dim == 0:
             class_labels = None
         elif class_labels is None:
+            # One row broadcasts over the batch.
             class_labels = torch.zeros([1, self.label_dim], device=x.device, dtype=full)
         else:
             class_labels = class_labels.to(full).reshape(-1, self.label_dim)
@@ -583,6 +602,7 @@ class Precond(Module):
         if self.channels_last:
             scaled = scaled.clone(memory_format=torch.channels_last)
         out = self.model(scaled, c_noise.flatten(), class_labels, **model_kwargs)
+        # iDDPM's networks also predict a variance, in channels that are dropped here.
         return c_skip * x + c_out * out[:, : self.img_channels].to(full)
 
     def dropout_masks(self, batch_size, generator=None):
@@ -612,6 +632,7 @@ class EDMPrecond(Precond):
         self.sigma_data, self.boundary = sigma_data, boundary
 
     def coefficients(self, sigma):
+        # The boundary shifts c_skip and c_out, not c_in: c_skip = 1 and c_out = 0 there.
         total, above = sigma**2 + self.sigma_data**2, sigma - self.boundary
         c_skip = self.sigma_data**2 / (above**2 + self.sigma_data**2)
         return c_skip, above * self.sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
@@ -643,6 +664,7 @@ class VPPrecond(Precond):
 
     def sigma_inv(self, sigma):
         """The time t of a noise level."""
+        # The root of the quadratic beta_d t² / 2 + beta_min t = ln(1 + sigma²).
         root = (self.beta_min**2 + 2 * self.beta_d * (1 + sigma**2).log()).sqrt()
         return (root - self.beta_min) / self.beta_d
 
@@ -678,10 +700,12 @@ class iDDPMPrecond(Precond):
         def alpha_bar(j):
             return math.sin(math.pi / 2 * j / M / (C_2 + 1)) ** 2
 
+        # From u_M = 0 up to u_0; see `schedules.iddpm_levels`, which a snapshot cannot import.
         levels = [0.0]
         for j in range(M, 0, -1):
             levels.append(math.sqrt((levels[-1] ** 2 + 1) / max(alpha_bar(j - 1) / alpha_bar(j), C_1) - 1))
         super().__init__(
+            # The range: the smallest level above 0, and the largest.
             img_resolution, img_channels, label_dim, use_fp16, levels[1], levels[M], model_type, model_kwargs,
             out_channels=img_channels * 2,
         )  # fmt: skip

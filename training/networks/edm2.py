@@ -29,6 +29,7 @@ def normalize(x, dims):
     """`x` divided by its root mean square over `dims`, plus 1e-4; the mean is taken in FP32 at least."""
     at_least_fp32 = torch.promote_types(x.dtype, torch.float32)
     count = math.prod([x.shape[dim] for dim in dims])
+    # The sum of squares could overflow FP16.
     rms = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=at_least_fp32) / math.sqrt(count)
     return x / (rms + 1e-4).to(x.dtype)
 
@@ -58,6 +59,7 @@ def mp_cat(a, b, t):
     sqrt(N_b).
     """
     n_a, n_b = a.shape[1], b.shape[1]
+    # Channels of a concatenation weigh by their number, which the factors take back.
     scale = math.sqrt(n_a + n_b) / math.hypot(1 - t, t)
     return torch.cat([a * (scale * (1 - t) / math.sqrt(n_a)), b * (scale * t / math.sqrt(n_b))], dim=1)
 
@@ -100,6 +102,7 @@ class MPFourier(Module):
 
     def forward(self, x):
         angles = torch.outer(x, self.freqs.to(x.dtype)) + self.phases.to(x.dtype)
+        # cos² of a uniform phase has the mean 1/2.
         return angles.cos() * math.sqrt(2)
 
 
@@ -117,6 +120,7 @@ class MPConv(Module):
         self.weight = Parameter(torch.randn(out_channels, in_channels, *kernel))
 
     def forward(self, x, gain=1):
+        # With weights of unit variance, a dot product has fan_in times the variance of its inputs.
         fan_in = self.weight.numel() // self.out_channels
         # The quotient is in the precision of the gain, as in EDM2, whose snapshots have FP16 tensors.
         weight = (normalize_weight(self.weight) * (gain / math.sqrt(fan_in))).to(x.dtype)
@@ -133,6 +137,7 @@ def force_unit_weights(net):
     """
     for module in net.modules():
         if isinstance(module, MPConv):
+            # In place and without a gradient: the optimizer's tensor stays the same.
             stored = module.weight.detach()
             stored.copy_(normalize_weight(stored))
 
@@ -197,11 +202,13 @@ class Block(Module):
         """Block output for `x` [N, in_channels, H, W] and embedding `emb` [N, emb_channels]; `mask` [N,
         out_channels, H, W] is true where dropout keeps a value; None draws one in training mode."""
         x = resample(x, self.resample_filter, self.resample_mode)
+        # Pixel norm: unit variance over the channels at every position.
         if self.flavor == 'enc':
             x = normalize(self._project(x), dims=(1,))
 
         # Residual branch, modulated by the embedding.
         h = self.conv_res0(mp_silu(x))
+        # The gain starts at 0, so the embedding modulates nothing at first.
         scale = self.emb_linear(emb, gain=self.emb_gain) + 1
         h = mp_silu(h * scale[:, :, None, None].to(h.dtype))
         h = self.conv_res1(self._dropout(h, mask))
@@ -268,6 +275,7 @@ class UNet(Module):
 
         # Decoder.
         self.dec = ModuleDict()
+        # The decoder takes the outputs of all the encoder's layers, the last first.
         skips = [module.out_channels for module in self.enc.values()]
         for res, channels in reversed(levels):
             if res == coarsest[0]:
@@ -295,6 +303,7 @@ class UNet(Module):
         """
         device, masks = self.out_gain.device, {}
         for part in ('enc', 'dec'):
+            # At the block's output resolution, where dropout acts.
             for name, block in getattr(self, part).items():
                 if getattr(block, 'dropout', 0):
                     res = int(name.partition('x')[0])
@@ -408,6 +417,7 @@ class Precond(Module):
             class_labels = class_labels.to(full).reshape(-1, self.label_dim)
 
         # The U-Net at unit variance.
+        # Blocks expect inputs of unit variance: divide by the deviation of x at this level.
         total = sigma**2 + self.sigma_data**2
         c_noise = sigma.flatten().log() / 4
         if self.training and torch.is_grad_enabled():

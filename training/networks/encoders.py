@@ -80,6 +80,7 @@ class StabilityVAEEncoder:
         batch_size=8,
     ):
         # As one scale and bias per channel, in FP32 as in EDM2.
+        # z · scale + bias = (z − raw_mean) / raw_std · final_std + final_mean.
         scale = np.float32(final_std) / np.float32(raw_std)
         bias = np.float32(final_mean) - np.float32(raw_mean) * scale
         if (
@@ -112,12 +113,14 @@ class StabilityVAEEncoder:
     def encode_pixels(self, pixels):
         """uint8 [N, 3, H, W] to float32 [N, 2 C, h, w]: mean and standard deviation of each latent."""
         vae = load_vae(self.vae_name, pixels.device)
+        # In batches, because a VAE at full resolution needs much memory per image.
         parts = [vae.encode(part.float() / 255).latent_dist for part in pixels.split(self.batch_size)]
         return torch.cat([torch.cat([part.mean, part.std], dim=1) for part in parts])
 
     def encode_latents(self, raw, noise=None):
         """Raw latents [N, 2 C, h, w] and standard normal `noise` [N, C, h, w] (None: drawn here) to final
         latents, float32."""
+        # [N, C, h, w] each.
         mean, std = raw.float().chunk(2, dim=1)
         latents = mean + std * (torch.randn_like(mean) if noise is None else noise)
         return latents * per_channel(self.scale, latents) + per_channel(self.bias, latents)
@@ -125,6 +128,7 @@ class StabilityVAEEncoder:
     @torch.no_grad()
     def decode_levels(self, final):
         """Final latents [N, C, h, w] to floating-point gray levels [N, 3, H, W], which `decode` casts."""
+        # Inverse of the normalization in `encode_latents`.
         vae, final = load_vae(self.vae_name, final.device), final.float()
         latents = (final - per_channel(self.bias, final)) / per_channel(self.scale, final)
         parts = [vae.decode(part).sample for part in latents.split(self.batch_size)]
@@ -179,6 +183,7 @@ def record(class_name, args=(), kwargs=()):
         return None
     if class_name not in ENCODERS:
         return dict(class_name=class_name)
+    # Positional arguments by their names, so that a record does not depend on their order.
     names = inspect.signature(ENCODERS[class_name]).parameters
     return {'class_name': class_name, **dict(zip(names, args)), **dict(kwargs)}
 
@@ -234,6 +239,8 @@ def encoder_of(net, device=None):
     from dnnlib import UserError
 
     encoder = build(getattr(net, 'metadata', {}).get('encoder'))
+
+    # The channels that the encoder decodes must be those that the network makes.
     if net.img_channels not in ([1, 3] if isinstance(encoder, StandardRGBEncoder) else [encoder.channels]):
         raise UserError(
             f'The network makes images of {net.img_channels} channels, which its {type(encoder).__name__} '
@@ -254,6 +261,7 @@ def for_dataset(dataset, teacher=None):
 
     if not dataset.holds_latents:
         return StandardRGBEncoder(), dataset.num_channels
+    # A student continues on its teacher's latents.
     taught = teacher.metadata.get('encoder') if teacher is not None else None
     encoder = build(taught or dataset.encoder or dict(class_name='StabilityVAEEncoder'))
     if isinstance(encoder, StandardRGBEncoder) or dataset.num_channels != 2 * encoder.channels:

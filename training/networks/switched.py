@@ -26,6 +26,7 @@ class Switched(Module):
     def __init__(self, high, low, switch):
         super().__init__()
         geometry = ('img_resolution', 'img_channels', 'label_dim')
+        # Networks that sample together must see the same images and labels.
         if odd := [name for name in geometry if getattr(high, name) != getattr(low, name)]:
             raise ValueError(f'two networks cannot sample together whose {", ".join(odd)} differ')
         if high is low or isinstance(high, Switched) or isinstance(low, Switched):
@@ -34,6 +35,7 @@ class Switched(Module):
             raise ValueError(f'there is no noise level {switch} to switch at')
         self.high, self.low, self.switch = high, low, switch
         self.img_resolution, self.img_channels, self.label_dim = (getattr(high, name) for name in geometry)
+        # The range of both together.
         self.sigma_min, self.sigma_max = low.sigma_min, high.sigma_max
         self.boundary = getattr(low, 'boundary', 0)
         self.metadata = getattr(high, 'metadata', {})
@@ -41,6 +43,7 @@ class Switched(Module):
     def forward(self, x, sigma, class_labels=None, **kwargs):
         """D [N, C, H, W] of noisy `x` at noise levels `sigma`: evaluates one network for a scalar, both for
         [N]."""
+        # A scalar is on the host, so looking at it does not synchronize.
         above = torch.as_tensor(sigma) >= self.switch
         if above.ndim == 0:
             return (self.high if above else self.low)(x, sigma, class_labels, **kwargs)

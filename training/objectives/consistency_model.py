@@ -30,6 +30,7 @@ class NodeSchedule(EdgeSchedule):
     def edges_at(self, stage: int):
         sigmas = ops.karras_sigmas(stage, self.c.sigma_min, self.c.sigma_max, self.c.rho)
         segment = torch.zeros(stage - 1, dtype=torch.int64)
+        # One segment down to 0, and no edge that ends there: every target is a prediction.
         kind = torch.full_like(segment, ops.GENERAL)
         edges = ops.Edges(sigmas[:-1], sigmas[1:], segment.double(), segment, kind)
         return edges, self.probabilities(sigmas)
@@ -80,6 +81,8 @@ class ConsistencyModelState(NodeSchedule):
     def begin_step(self, nimg: int) -> None:
         super().begin_step(nimg)
         c = self.c
+
+        # A fixed number of nodes leaves no growth for the decay to follow.
         follows_grid = c.N is None and c.mu_schedule == 'adaptive'
         self.mu = times.target_ema(self.stage, c.s0, c.mu0) if follows_grid else c.mu0
 
@@ -96,6 +99,8 @@ class ConsistencyModelState(NodeSchedule):
             return self.perceptual(prediction, target)
         if self.c.cm_loss == 'pseudo_huber':
             return pseudo_huber(prediction - target)
+
+        # Means, not sums, over an image's values: Song et al.'s convention.
         d = (prediction - target).flatten(1)
         return (d.abs() if self.c.cm_loss == 'l1' else d.square()).mean(dim=1)
 

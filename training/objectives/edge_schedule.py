@@ -85,6 +85,7 @@ class EdgeSchedule(State):
     def draw(self, rng) -> BatchEdges:
         """An edge for each image of `rng`, by inversion of the cumulative probabilities."""
         # On the host, which then knows the anchored images without synchronizing with the device.
+        # Probabilities may sum to 1 only up to rounding, and a draw may hit the end of the last interval.
         uniform = rng.uniform('edge') * self.cumulative[-1]
         index = np.searchsorted(self.cumulative, uniform, side='right').clip(max=len(self.edges) - 1)
         anchored = np.flatnonzero((index == 0) & self.anchor)
@@ -111,5 +112,6 @@ class EdgeSchedule(State):
         edges, probabilities = self.edges_at(self.stage_after(nimg))
         general = edges.kind == ops.GENERAL
         gap, order = (1 - edges.sigma_s / edges.sigma_t)[general].sort()
+        # The median by probability: the gap at which half of it is reached.
         cumulative = probabilities[general][order].cumsum(0)
         return float(gap[torch.searchsorted(cumulative, cumulative[-1] / 2)]) if len(gap) else None

@@ -115,6 +115,7 @@ def denoiser(
         masks: None lets a network in training mode draw its own.
         rows: [M] int64 images of the batch; x, sigma and D are then of these alone.
     """
+    # Unconditional networks have no labels: None stays None.
     select = lambda values: values if values is None or rows is None else values[rows]
     labels, options = select(labels), {}
     if augment_labels is not None:

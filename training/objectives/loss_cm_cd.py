@@ -30,6 +30,7 @@ class SongDistillationConfig(SongConfig, TeacherHop):
     mu0: float = 0.0
 
     def cost(self) -> float:
+        # The hop, the target, and the student's forward and backward pass.
         return HOP_COST[self.hop] + 4
 
 

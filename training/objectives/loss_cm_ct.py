@@ -77,6 +77,7 @@ class SongConfig(ConsistencySampling, SyncDropout, GrowingGrid):
 
     @classmethod
     def from_given(cls, given: Mapping[str, object]) -> Config:
+        # --N and the options of a growing grid exclude each other.
         growing = sorted(given.keys() & {'s0', 's1', 'schedule_steps'})
         if 'N' in given and growing:
             raise click.UsageError(f'--N is a grid that stays as it is: leave out --{growing[0]}, or --N.')
@@ -84,9 +85,11 @@ class SongConfig(ConsistencySampling, SyncDropout, GrowingGrid):
             raise click.UsageError(
                 '--mu_schedule is for grids that grow: give --s0, --s1 or --schedule_steps as well, and no --N.'
             )
+        # For cm-cd, whose N has a default, an option of a growing grid turns that off.
         return super().from_given(given | (dict(N=None) if growing else {}))
 
     def cost(self) -> float:
+        # The target, and the student's forward and backward pass.
         return 4
 
 

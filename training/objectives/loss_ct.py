@@ -29,6 +29,7 @@ class TrainingConfig(SyncDropout, Segments):
     """Options of --objective=mct."""
 
     def cost(self) -> float:
+        # The self-target, and the student's forward and backward pass.
         return 4
 
 

@@ -89,6 +89,7 @@ def loss(net, images: Tensor, labels, rng, state: State, augment_labels=None) ->
         denoised, logvar = net(noisy, sigma, labels, **options, return_logvar=True)
         error = weight * (denoised - images).square().flatten(1).sum(dim=1)
         training_stats.report('Loss/weighted_error', error.detach())
+        # The estimate u is per value, the error a sum over values.
         values = error / logvar.flatten().exp() + logvar.flatten() * images[0].numel()
     else:
         denoised = net(noisy, sigma, labels, **options)

@@ -36,6 +36,7 @@ class RegressionConfig(Segments, Teacher):
     substeps: int = opt(3, cli.STEPS, 'Heun steps of the teacher over a segment (direct).', metavar='INT')
 
     def cost(self) -> float:
+        # Two evaluations per Heun step, and the student; no self-target.
         return 2 * self.substeps + 3
 
 

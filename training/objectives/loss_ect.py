@@ -57,6 +57,7 @@ class TuningConfig(ConsistencySampling, TimePairs, LogNormal, SyncDropout, Noise
     )
 
     def cost(self) -> float:
+        # The self-target, and the student's forward and backward pass.
         return 4
 
 

@@ -47,6 +47,7 @@ class ImprovedConfig(ConsistencySampling, PseudoHuber, LogNormal, SyncDropout, G
     batch_size: int | None = recorded(None, POSITIVE_COUNT)
 
     def cost(self) -> float:
+        # The self-target, and the student's forward and backward pass.
         return 4
 
 

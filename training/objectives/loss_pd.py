@@ -57,6 +57,7 @@ class ProgressiveConfig(Stages, Students, TeacherHop):
     def __post_init__(self):
         super().__post_init__()
         try:
+            # Every round halves the number of steps: S_start is S times a power of two.
             times.halving_stages(self.S_start, self.S, self.stage_steps)
         except ValueError as error:
             raise click.UsageError(
@@ -66,6 +67,7 @@ class ProgressiveConfig(Stages, Students, TeacherHop):
             check_two_steps(self.student_grid, self.hop)
 
     def cost(self) -> float:
+        # Two teacher steps, and the student's forward and backward pass.
         return 2 + 3
 
 

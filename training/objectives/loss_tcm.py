@@ -83,6 +83,7 @@ class TruncatedConfig(ConsistencySampling, TimePairs, SyncDropout, NoiseRange, T
     batch_size: int | None = recorded(None, POSITIVE_COUNT)
 
     def cost(self) -> float:
+        # The self-target or the first stage, and the student's forward and backward pass.
         return 4
 
 
@@ -119,6 +120,7 @@ class TruncatedState(State):
         super().__init__(c, teacher)
         if not 0 < c.dividing_t < c.sigma_max:
             raise ValueError(f"0 < t' < sigma_max does not hold for {c.dividing_t}, {c.sigma_max}")
+        # Checks that neither the samples at t' nor the others are empty.
         times.boundary_count(c.batch_size, c.boundary_share)
         self.same_dropout = net is None or dropout_rates(net) == dropout_rates(teacher)
         self.begin_step(0)
@@ -130,6 +132,7 @@ class TruncatedState(State):
 
     def self_target_gap(self, nimg: int) -> float:
         c, half = self.c, torch.tensor([0.5], dtype=torch.float64)
+        # The median time is where the distribution function is 1/2.
         t = times.truncated_log_student_times(half, c.dividing_t, c.sigma_max, c.student_scale, c.student_df)
         ratio = times.tcm_ratio(nimg, c.stage_nimg, c.q, c.ratio_cap)
         return float(1 - times.tcm_earlier_time(t, ratio, c.k, c.b) / t)
@@ -199,6 +202,7 @@ def loss(net, images: Tensor, labels, rng, state: TruncatedState, augment_labels
 
     report_levels(t, values.detach())
     training_stats.report('Edges/stage', t.new_full([1], state.stage))
+    # [N, 2] indicators, whose means are the shares of images.
     of_first_stage = torch.stack([t == c.dividing_t, r < c.dividing_t], dim=1)
     training_stats.report(['Edges/boundary', 'Edges/first_stage'], of_first_stage)
     return values

@@ -211,6 +211,7 @@ class Segments(Students):
 
     def __post_init__(self):
         super().__post_init__()
+        # The class is frozen; without --T_start (direct), T is the same throughout.
         if self.T_start is None:
             object.__setattr__(self, 'T_start', self.T_end)
         with usage_errors():
@@ -330,6 +331,7 @@ EDM2_WIDTHS = dict(XS=128, S=192, M=256, L=320, XL=384, XXL=448)
 
 
 def by_width(**columns: Mapping[str, object]) -> dict[int, dict[str, object]]:
+    # The sizes in their order: a dict serves as an ordered set.
     """{width: {option: default}} from {option: {size: default}}."""
     sizes = dict.fromkeys(size for column in columns.values() for size in column)
     return {EDM2_WIDTHS[size]: {option: column[size] for option, column in columns.items()} for size in sizes}
@@ -380,6 +382,7 @@ class Objective:
     @property
     def options(self) -> dict[str, object]:
         """{name: default} of what is passed to the loss and recorded by runs."""
+        # Left out: options of samplers, those that stand only on the command line, and files.
         declared, names = options_of(self.config), self.config.sampling
         return {
             f.name: f.default

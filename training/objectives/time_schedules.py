@@ -64,6 +64,7 @@ def doubling_steps(k: int, K: int, s0: int = 10, s1: int = 1280) -> int:
     Raises: ValueError unless K >= 1 and 1 <= s0 <= s1.
     """
     _check_discretization(K, s0, s1)
+    # At least one step per stage, in runs of fewer steps than doublings.
     stage_steps = max(math.floor(K / (math.log2(s1 / s0) + 1)), 1)
     return min(s0 << (min(k, K) // stage_steps), s1) + 1
 
@@ -80,6 +81,7 @@ def lognormal_edge_probabilities(sigmas: Tensor, P_mean: float = -1.1, P_std: fl
     Returns: [N−1] float64.
     Raises: ValueError if nearly no noise level of that distribution lies on the grid.
     """
+    # erf rather than the distribution function: the factor 1/2 cancels.
     cumulative = torch.erf((sigmas.double().log() - P_mean) / (math.sqrt(2) * P_std))
     inside = cumulative[:-1] - cumulative[1:]
     if not inside.sum() > 0:
@@ -253,6 +255,7 @@ def boundary_samples(first: int, count: int, batch: int, share: float) -> Tensor
     Every `batch` consecutive samples hold exactly `boundary_count` of them, evenly spread, so that processes
     and accumulation rounds share the work.
     """
+    # Sample i lies at t' where floor(i n / batch) steps up, as in drawing a line on pixels.
     n, position = boundary_count(batch, share), torch.arange(first, first + count)
     return (position + 1) * n // batch > position * n // batch
 
@@ -280,6 +283,7 @@ def halving_stages(start: int, end: int, stage_steps: int) -> list[tuple[int, in
 
     Raises: ValueError unless start is end times a power of two.
     """
+    # The logarithm proposes, the shift verifies: float rounding cannot let another number pass.
     halvings = round(math.log2(start / end)) if start >= end >= 1 else -1
     if halvings < 0 or end << halvings != start:
         raise ValueError(f'{start} steps do not become {end} by halving')
