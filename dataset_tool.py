@@ -51,6 +51,8 @@ def open_source(
     if source == 'photos':
         sources.check_unambiguous('--source', source)
         return sources.photos_source(selection, split, resolution)
+
+    # Paths: databases, archives and arrays by their names, images otherwise.
     path = pathlib.Path(source)
     if not path.exists():
         raise UserError(f'--source={source}: no such file or folder')

@@ -59,7 +59,7 @@ class Box(click.ParamType):
     name = 'box'
 
     def convert(self, value, param, ctx):
-        if isinstance(value, list):
+        if isinstance(value, list):  # the default, already converted
             return value
         box = cli.NumberList(cli.Integer(min=0, max=1 << 16)).convert(value, param, ctx)
         if len(box) != 4 or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
@@ -137,6 +137,8 @@ def superres(job, factor):
             f'--factor={factor} does not divide {net.img_resolution}, the side of the images '
             f'that {job.network} makes'
         )
+
+    # Small images, or large ones that the task averages first.
     source, sides = open_input(job.path, job.indices), (net.img_resolution // factor, net.img_resolution)
     edit_files.check_shape(job.path, source.shape, [[net.img_channels, side, side] for side in sides])
     edit_files.edit(job, net, source, editing.superresolution_task(factor, net.img_resolution))
@@ -217,6 +219,7 @@ def interpolate(network, outdir, seeds, count, batch, sampling):
     edit_files.make_folder(outdir)
 
     # A row of images per pair of successive seeds, in batches.
+
     batches = torch.linspace(0, 1, count, dtype=torch.float64).split(batch)
     made = [
         generation.checked_images(encoder, edit_files.between(net, *ends, share, **arguments))

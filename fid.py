@@ -243,6 +243,7 @@ def ref(path, dest, measures, num, features, options):
         source = open_images(path, num, options.seed, options.skip_bad)
         make_folder(dest)
         detectors = load_detectors(measures, source.image_shape, options)
+        # RandomState has the same stream in every version of NumPy.
         keep = np.random.RandomState(options.seed).permutation(len(source)) < features
         seen = features_of(source, detectors, options, keep=keep)
 

@@ -138,6 +138,7 @@ def main(
     """
     from sampling import writers
 
+    # Wrong options are refused before torch is imported, which takes seconds.
     check_destination(outdir, dest, subdirs, as_latents, strict_outdir)
     if dest is not None:
         check_other_file(network, dest, '--dest')
@@ -244,6 +245,7 @@ def generate_all(
     from sampling import generation
     from torch_utils import distributed
 
+    # Labels are recorded in the order in which this process draws them.
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     labels = generation.RecordedLabels(arguments['choose_labels'])
     arguments = dict(arguments, choose_labels=labels)
@@ -272,12 +274,14 @@ def generate_all(
                     removed += destination.leave_out(nonfinite)
                     values, batch_seeds = values[finite], list(itertools.compress(batch_seeds, finite))
                 destination.add(pool, values, batch_seeds, subset.start)
+                # Other processes advance as far as this one, but for the last round.
                 bar.update(min(len(subset) * world_size, len(seeds) - bar.n))
             pool.finish()
 
         # Gather from all processes which seeds are not finite, and the labels that were drawn.
         what = 'latents' if as_latents else 'images'
         report_nonfinite(bad, removed, len(seeds), destination, what, allow_nonfinite)
+        # Labels come with the batches they belong to, because processes take turns.
         shares = distributed.gather_on_main((batches, labels.tolist()))
         if distributed.is_main():
             destination.complete(in_order(shares) if net.label_dim else None)
@@ -313,7 +317,7 @@ def report_nonfinite(bad: list[int], removed: int, count: int, destination, what
 
     shares = distributed.gather_objects((bad, removed))
     bad, removed = [seed for share, _ in shares for seed in share], sum(number for _, number in shares)
-    if not bad:
+    if not bad:  # gathered, so that all processes fail together
         return
     found = generation.nonfinite_seeds(bad, count, what)
     if not allow:
@@ -341,6 +345,7 @@ def begin_batch(net, seeds: list[int], as_latents: bool, arguments: dict, at_lea
         values, finite = generation.checked_latents(generation.generate_latents(net, padded, **arguments))
     else:
         images, finite = generation.generate_checked(net, padded, **arguments)
+        # [N, H, W, C], as image files have it.
         values = images.permute(0, 2, 3, 1)
     return generation.HostCopy(values[: len(seeds)].contiguous(), finite[: len(seeds)])
 

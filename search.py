@@ -234,6 +234,7 @@ def main(network, log, solver, save, json_path, dry_run, measures, **options):
         'detector': evaluate.detector.digest,
         'reference': time_points.reference_digest(options.ref, bool(references)),
     }
+    # Only where given, so that logs of older versions, without them, still fit.
     extra = {
         'labels': sampler.choose_labels.digest() if options.labels else None,
         'clip_denoised': options.clip_denoised,

@@ -87,6 +87,7 @@ def open_dest(dest: pathlib.Path) -> Iterator[Callable[[str, bytes], None]]:
     target = dest.resolve()  # follow a link instead of replacing it
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target, so that moving into place is atomic.
         with temporary_folder(target) as staging:
             with contextlib.closing(
                 (ZipWriter if is_zip(dest) else FolderWriter)(staging / target.name)
@@ -99,5 +100,6 @@ def open_dest(dest: pathlib.Path) -> Iterator[Callable[[str, bytes], None]]:
 
 def png_bytes(image: Image) -> bytes:
     data = io.BytesIO()
+    # Uncompressed, so that training decodes it fast.
     image.save(data, format='PNG', compress_level=0)
     return data.getvalue()

@@ -130,6 +130,7 @@ class ArchivedArrays:
                 start = member.tell()
                 # Stored members can be mapped where they are.
                 if info.compress_type == zipfile.ZIP_STORED:
+                    # Reading to the end compares the checksum.
                     while verify and member.read(CHUNK):
                         pass
                     with open(self.path, 'rb') as file:

@@ -100,6 +100,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self.encoder = read_encoder(self._files) if self.holds_latents else None
 
     def __getstate__(self):
+        # A copy for another process starts with an empty cache.
         return dict(self.__dict__, _cache=None if self._cache is None else {})
 
     @contextlib.contextmanager
@@ -166,6 +167,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         # The second half of the items are the mirrored ones.
         copy, place = divmod(int(i), len(self._index))
         values = self._pixels(self._index[place])
+        # A copy: the cache keeps the original, and torch takes no views with negative strides.
         return np.array(values[:, :, ::-1] if copy else values, order='C'), self.get_label(i)
 
     def get_label(self, i: int) -> np.ndarray:
@@ -314,6 +316,7 @@ class InfiniteSampler(torch.utils.data.Sampler):
         if not self.shuffle:
             return np.arange(self.size)
         key = np.array([self.seed % 2**64, epoch], dtype=np.uint64)
+        # The key of a counter-based generator selects an independent stream.
         return np.random.Generator(np.random.Philox(key=key)).permutation(self.size)
 
     def __iter__(self) -> Iterator[int]:

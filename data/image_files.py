@@ -67,6 +67,7 @@ class ImageFiles:
         self._image_rows = None if self.is_folder else rows['images']
 
     def __getstate__(self):
+        # Handles cannot be pickled, and labels are large: another process reads them again.
         return dict(self.__dict__, _zip=None, _zip_owner=None, label_entries=None)
 
     def _walk(self) -> list[str]:
@@ -112,6 +113,7 @@ class ImageFiles:
         """
         # Classify by extension. There may be millions of names: the cheap tests come before `is_hidden`.
         pictures, latents, label_files, others = [], [], [], []
+        # Sorted names: equal ones are neighbors, and the last of them counts.
         followers = itertools.chain(itertools.islice(names, 1, None), [None])
         for i, (name, following) in enumerate(zip(names, followers)):
             may_be_hidden = '.' in name[:1] or '/.' in name or '__MACOSX' in name
@@ -154,6 +156,7 @@ class ImageFiles:
         """`compute()`, cached for large zips, on whose directory and label file only it depends."""
         if self.is_folder or self._index.key is None or len(self._index) < zip_index.CACHE_FROM:
             return compute()
+        # With other extensions, the same names would be classified differently.
         kinds = hashlib.blake2b(' '.join(sorted(IMAGE_EXTENSIONS)).encode(), digest_size=4).hexdigest()
         return zip_index.cached(self._index.key, f'{what}-{kinds}', compute)
 

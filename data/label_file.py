@@ -125,6 +125,7 @@ def _label_file(files: ImageFiles) -> str | None:
 
 
 def _read_json(files: ImageFiles, name: str):
+    # As many bytes as the labels of so many images may take.
     limit = max(limits.JSON_FILE, limits.LABELS_OF_IMAGE * len(files.images))
     with files.open(name, limit, f'a label file of {len(files.images):,} images') as file:
         return json.loads(file.read(), object_pairs_hook=_without_repeats)
@@ -195,6 +196,7 @@ def _label_array(labels: list, source: str) -> np.ndarray:
         or not all(isinstance(label, list) for label in labels)
         or not np.isfinite(vectors).all()
     ):
+        # The first label of another type than the others explains the refusal.
         ordinary = next((type(label) for label in labels if type(label) in (int, list)), None)
         odd = [label for label in labels if type(label) is not ordinary][:1]
         raise UserError(

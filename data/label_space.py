@@ -112,6 +112,7 @@ def space_of(net) -> LabelSpace:
 
 def ranges(numbers: Sequence[int]) -> str:
     """Compact form of sorted numbers: [1, 2, 3, 7] is '1-3,7'."""
+    # Consecutive numbers share the difference from their positions.
     runs = [list(run) for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     return ','.join(f'{run[0][1]}' if len(run) == 1 else f'{run[0][1]}-{run[-1][1]}' for run in runs)
 
@@ -120,7 +121,7 @@ def parse_ranges(text: str, limit: int) -> tuple[int, ...]:
     """Inverse of `ranges`. Raises: ValueError for any other text, or numbers not below `limit`."""
     if not re.fullmatch(r'\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*', text, re.ASCII):
         raise ValueError(f'classes {text[:40]!r}')
-    numbers, free = [], 0
+    numbers, free = [], 0  # free: the least number that may follow
     for part in text.split(','):
         first, _, last = part.partition('-')
         first, last = int(first), int(last or first)

@@ -161,6 +161,7 @@ def oriented(picture: Picture, upright: bool) -> Image.Image:
 
 
 def raw_mode(image: Image.Image) -> str:
+    # A tile is (decoder, box, offset, arguments), whose first argument may be a mode.
     """Mode of the file's samples, for an open image; '' if its decoder names none."""
     arguments = image.tile[0][3] if getattr(image, 'tile', None) else ''
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
@@ -190,6 +191,7 @@ def opacity(picture: Picture, name: str) -> Image.Image | None:
     """
     image = picture.image
     if image.mode == 'P':
+        # A palette's transparency is one index or a table of them, which converting resolves.
         alpha = image.convert('RGBA').getchannel('A')
     elif image.getbands()[-1] in 'Aa':
         alpha = image.getchannel(image.getbands()[-1])
@@ -305,6 +307,7 @@ def image_shape_of(
 def image_pixels(image: Image.Image) -> np.ndarray:
     """uint8 [C, H, W]"""
     image.load()
+    # Gray images [H, W] become [H, W, 1].
     return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 
@@ -369,6 +372,7 @@ def center_crop_dhariwal(image: Image.Image, width: int, height: int) -> Image.I
     Halve by box filter while the shorter side is at least twice too long, resize it exactly by bicubic
     filter, then crop the center.
     """
+    # What remains after halving is less than a factor of two.
     while min(image.size) >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
     factor = width / min(image.size)

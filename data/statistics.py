@@ -124,6 +124,7 @@ def statistics_of(source: Source, recipe: Recipe) -> Statistics:
         mode=source.mode,
         sizes=dict(sizes.most_common()),
         mean=float(mean.mean() / 127.5 - 1),
+        # Channels have equally many values, so their moments may be averaged.
         std=float(std(mean.mean(), square.mean())),
         channel_mean=(mean / 127.5 - 1).tolist(),
         channel_std=std(mean, square).tolist(),

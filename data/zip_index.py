@@ -254,6 +254,7 @@ def _parse(tail: Tail) -> tuple[list[bytes], dict[str, np.ndarray]] | None:
 
     # Gather each field from an unaligned view that has a number at every byte.
     def field(kind, at):
+        # Seven bytes less than the data, so that the widest number fits at the last position.
         every = np.ndarray([len(data) - 7], kind, data, strides=[1])
         return every[positions + at]
 
@@ -277,7 +278,7 @@ def _parse(tail: Tail) -> tuple[list[bytes], dict[str, np.ndarray]] | None:
         or (every_2[extra] != 1).any()
         or (every_2[extra + 2] != 8).any()
         or max(fields['compressed'].max(initial=0), fields['size'].max(initial=0)) == 0xFFFFFFFF
-        or (field('<u2', 6) > 63).any()
+        or (field('<u2', 6) > 63).any()  # versions that zipfile refuses
     ):
         return None
     fields['offset'][far] = every_8[extra + 4]

@@ -88,6 +88,7 @@ def compute_features(
         name: _DetectorPass(detector, source, keep, name in classes, cache, facts)
         for name, detector in detectors.items()
     }
+    # Images of the round of batch k: one batch of every process.
     images_of_round = lambda k: sum(map(len, parts[k - rank : k - rank + processes]))
 
     # Read cached batches; those that any detector lacks are computed.
@@ -223,6 +224,7 @@ class _DetectorPass:
 
     def result(self) -> ImageFeatures:
         """Combine all processes. Raises: UserError if fewer than two images were usable."""
+        # Collective, so every process raises the same error.
         if self.stats.reduce().count < 2:
             found = 'is only one image' if self.stats.count else 'are no images'
             raise UserError(f'There {found} in {self.source.name}, but statistics need at least two.')
@@ -277,6 +279,7 @@ def image_digests(images: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1)  # images of one pass have one size
 def _multiples(count: int, device: torch.device) -> Tensor:
+    # A fixed seed: digests must agree between processes and with cached ones.
     return torch.randint(-1 << 63, (1 << 63) - 1, [count], generator=torch.Generator().manual_seed(0)).to(
         device
     )

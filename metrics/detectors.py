@@ -114,6 +114,7 @@ class Detector:
                 f'Detector {self.name} ran out of GPU memory on {len(images)} images. Lower --batch.'
             ) from error
         except (RuntimeError, torch.jit.Error) as error:
+            # The last line of a TorchScript error is its cause; the others are a traceback.
             reason = str(error).strip().splitlines()[-1]
             raise UserError(
                 f'Detector {self.name} failed on uint8 images of shape {tuple(images.shape)}: {reason}. '
@@ -153,6 +154,7 @@ class ScriptNetwork:
 
     def __init__(self, module: torch.jit.ScriptModule, img_channels: int):
         self.module, self.img_channels = module, img_channels
+        # Scripts record nothing about themselves, so the arguments of forward tell what they return.
         arguments = {argument.name for argument in module.forward.schema.arguments}
         self.has_classes = 'return_features' in arguments
         self.metric_name = 'FID' if self.has_classes else 'Fréchet distance'

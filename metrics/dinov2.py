@@ -56,6 +56,7 @@ def resample_positions(positions: Tensor, side: int) -> Tensor:
     if old == side:
         return positions
     scale = (side + OFFSET) / old
+    # [1, D, K, K]
     grid = patches.unflatten(1, (old, old)).movedim(-1, 1)
     grid = F.interpolate(grid, scale_factor=(scale, scale), mode='bicubic')
     return torch.cat([cls, grid.flatten(2).mT], dim=1)
@@ -197,6 +198,7 @@ def _build(model_class, config, path: Path) -> torch.nn.Module:
     try:
         # Check sizes first: a hostile configuration could make us allocate a huge model.
         with open(path, 'rb') as file:
+            # A safetensors file begins with the length of its JSON header.
             header = int.from_bytes(file.read(8), 'little')
             check_size(header, SAFETENSORS_HEADER, 'the header of a safetensors file')
             if (least := _least_weights(config)) > os.fstat(file.fileno()).st_size:
@@ -223,6 +225,7 @@ def _build(model_class, config, path: Path) -> torch.nn.Module:
 
 def _least_weights(config) -> int:
     """Lower bound on the bytes of such a network's weights: its matrices at one byte per number."""
+    # The patches' embedding and positions; per layer, four matrices of attention and two of the MLP.
     width, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
     embeddings = width * (patches + 3 * config.patch_size**2)
     return embeddings + config.num_hidden_layers * width**2 * (4 + 2 * config.mlp_ratio)

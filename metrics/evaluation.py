@@ -107,6 +107,7 @@ def complete_references(references, ref, measures, detectors, sources, options) 
     """References by entry, checked; missing statistics and features are computed from the images of `ref`."""
     from metrics.reference import check_same_detector
 
+    # Entries whose features are compared, not only their moments.
     needy = {measure.entry: name for name, measure in measures.items() if measure.reference_features}
 
     # References that are images have no statistics yet.

@@ -62,6 +62,7 @@ class Gaussian:
         if self.lower is not None:
             return self.lower
         values, vectors = scipy.linalg.eigh(self.sigma, check_finite=False)
+        # Covariances have no negative eigenvalue, but for rounding in FP32 statistics.
         if values[0] < -ASYMMETRY * np.abs(values).max():
             raise UserError(
                 f'{self.name}: the covariance has a negative eigenvalue ({values[0]:.3g}). '
@@ -89,6 +90,7 @@ class Gaussian:
             overlap = _regular_overlap(product, log_det, ACCURACY * traces)
         if overlap is None:
             overlap = scipy.linalg.svdvals(product, overwrite_a=True, check_finite=False).sum()
+        # Rounding may make the distance of equal Gaussians negative.
         return max(0.0, float(np.sum((self.mu - other.mu) ** 2) + traces - 2 * overlap))
 
 

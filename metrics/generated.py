@@ -53,6 +53,7 @@ class GeneratedImages:
     def image_shape(self) -> list[int]:
         """[C, H, W] after decoding. Raises: UserError if the network's images cannot be decoded."""
         device, side = next(self.net.parameters()).device, self.net.img_resolution
+        # Decoding one latent shows the shape, which a VAE enlarges.
         latents = torch.zeros([1, self.net.img_channels, side, side], device=device)
         return list(encoders.encoder_of(self.net, device).decode(latents).shape[1:])
 
@@ -79,6 +80,7 @@ class GeneratedImages:
         """Write the finite images to the folder."""
         folder = FolderDestination(self.dump)
         out = {self.seeds[i] for i in bad}
+        # Files of an earlier run with these names would pass for this one's.
         folder.leave_out(sorted(out))
         kept = [i for i, seed in enumerate(seeds) if seed not in out]
         generation.save_images(images[kept], [folder.path_of(seeds[i]) for i in kept])

@@ -127,6 +127,7 @@ class FileImages(ImageSource):
     def _find_first(self) -> tuple[str, list[int]]:
         """Name and shape of the first readable image."""
         problem = None
+        # The first image may itself be one to skip.
         for i in range(len(self)):
             try:
                 return self.files.images[self.index[i]], list(self.pixels(i).shape)
@@ -294,4 +295,5 @@ def prefetch(
             done, future = waiting.popleft()
             yield done, *future.result()
     finally:
+        # Also if the reader stops early: batches that no thread has begun are dropped.
         pool.shutdown(cancel_futures=True)

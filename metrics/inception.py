@@ -90,17 +90,17 @@ def mixed_8(pool) -> list[list]:
 
 # fmt: off
 LAYERS = [
-    Conv('Conv2d_1a_3x3', 32, 3, stride=2),
-    Conv('Conv2d_2a_3x3', 32, 3, padded=False),
+    Conv('Conv2d_1a_3x3', 32, 3, stride=2),  # 149x149
+    Conv('Conv2d_2a_3x3', 32, 3, padded=False),  # 147x147
     Conv('Conv2d_2b_3x3', 64, 3),
-    halving_pool,
+    halving_pool,  # 73x73
     Conv('Conv2d_3b_1x1', 80),
-    Conv('Conv2d_4a_3x3', 192, 3, padded=False),
-    halving_pool,
+    Conv('Conv2d_4a_3x3', 192, 3, padded=False),  # 71x71
+    halving_pool,  # 35x35
     ('Mixed_5b', mixed_35(pooled=32)),
     ('Mixed_5c', mixed_35(pooled=64)),
     ('Mixed_5d', mixed_35(pooled=64)),
-    ('Mixed_6a', [
+    ('Mixed_6a', [  # 17x17
         [Conv('branch3x3', 384, 3, stride=2)],
         [Conv('branch3x3dbl_1', 64), Conv('branch3x3dbl_2', 96, 3), Conv('branch3x3dbl_3', 96, 3, stride=2)],
         [halving_pool],
@@ -109,7 +109,7 @@ LAYERS = [
     ('Mixed_6c', mixed_17(inner=160)),
     ('Mixed_6d', mixed_17(inner=160)),
     ('Mixed_6e', mixed_17(inner=192)),
-    ('Mixed_7a', [
+    ('Mixed_7a', [  # 8x8
         [Conv('branch3x3_1', 192), Conv('branch3x3_2', 320, 3, stride=2)],
         [Conv('branch7x7x3_1', 192), Conv('branch7x7x3_2', 192, (1, 7)), Conv('branch7x7x3_3', 192, (7, 1)),
          Conv('branch7x7x3_4', 192, 3, stride=2)],
@@ -131,6 +131,7 @@ class NormalizedConv(torch.nn.Module):
         super().__init__()
         self.width = spec.width
         kernel = spec.kernel if isinstance(spec.kernel, tuple) else (spec.kernel, spec.kernel)
+        # Strided convolutions are unpadded, as in TensorFlow's graph.
         padding = tuple(size // 2 for size in kernel) if spec.padded and spec.stride == 1 else 0
         self.conv = torch.nn.Conv2d(in_channels, spec.width, kernel, spec.stride, padding, bias=False)
         self.bn = torch.nn.BatchNorm2d(spec.width, eps=1e-3)

@@ -120,6 +120,7 @@ def check_features(features, reference, least: int) -> tuple[torch.Tensor, torch
 def _standard_error(values: torch.Tensor, disjoint: int) -> float | None:
     """Standard error of the mean of block values [blocks]; each run of `disjoint` blocks shares no sample."""
     permutations = values.split(disjoint)
+    # Each permutation has one degree of freedom less than blocks, for its mean.
     freedom = sum(len(part) - 1 for part in permutations)
     if freedom == 0:
         return None

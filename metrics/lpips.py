@@ -101,6 +101,7 @@ class LPIPS(PerceptualDistance):
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
         pairs = zip(self._directions(a), self._directions(b), self.heads)
+        # The head weighs channels: [N, 1, H, W], then the mean over positions.
         return sum(head((of_a - of_b).square()).mean(dim=(1, 2, 3)) for of_a, of_b, head in pairs)
 
     def _directions(self, images: Tensor) -> list[Tensor]:

@@ -73,6 +73,7 @@ class Comparison:
 
     @cached_property
     def _precision_recall(self) -> list[dict]:
+        # One pass over the distances gives both.
         return self._neighbors(precision_recall, 3)
 
     @cached_property

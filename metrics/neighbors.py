@@ -100,6 +100,7 @@ class _Distances:
             x = self._part(a, rows)
             for columns in self._slices(b):
                 y = self._part(b, columns)
+                # |y|² − 2 x·y, [rows, columns]; then |x|² in place.
                 squares = torch.addmm(y.square().sum(dim=1)[None], x, y.T, alpha=-2)
                 yield rows, columns, squares.add_(x.square().sum(dim=1, keepdim=True))
 

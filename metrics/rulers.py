@@ -59,10 +59,12 @@ class RandomConvolution(torch.nn.Module):
     def __init__(self, channels: int, generator: torch.Generator):
         super().__init__()
         self.img_channels = channels
+        # The four quadrants together have `FEATURES` features.
         width = FEATURES // 4
         self.register_buffer(
             'first', torch.randn(width, channels, 3, 3, generator=generator) / (9 * channels) ** 0.5
         )
+        # After a ReLU half of the inputs are zero, so fan-in counts half.
         self.register_buffer(
             'second', torch.randn(width, width, 3, 3, generator=generator) / (9 * width / 2) ** 0.5
         )
@@ -83,6 +85,7 @@ def train_classifier(images, labels, classes: int, epochs: int = 20):
     Returns: (module, held-out accuracy).
     """
     # Train on four fifths in a random order.
+    # The caller's random numbers stay as they are.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         net = Classifier(images.shape[1], classes)
@@ -113,6 +116,7 @@ def make_detectors(images, labels, classes: int) -> tuple[dict, float]:
     classifier, accuracy = train_classifier(images, labels, classes)
     pixels = images.flatten(1).float() / 127.5 - 1
     mean = pixels.mean(dim=0)
+    # Right singular vectors are the principal components, the largest first.
     components = torch.linalg.svd(pixels - mean, full_matrices=False).Vh[:FEATURES].T.contiguous()
     channels = images.shape[1]
     detectors = dict(

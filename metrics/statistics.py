@@ -59,6 +59,7 @@ class FeatureStats:
         count = distributed.all_reduce_sum(self._mean.new_tensor(self.count))
         mean = distributed.all_reduce_sum(self._mean * self.count) / count.clamp(min=1)
         step = self._mean - mean
+        # A scatter around another center is larger by count · step stepᵀ.
         self._scatter.addr_(step, step, alpha=self.count)
         distributed.all_reduce_sum(self._scatter)
         self.count, self._mean, self._reduced = int(count), mean, True
@@ -74,6 +75,7 @@ class FeatureStats:
     def sigma(self) -> np.ndarray:
         """[D, D] covariance, normalized by count - 1."""
         self._require(2)
+        # Rounding leaves the scatter slightly asymmetric.
         return ((self._scatter + self._scatter.T) / (2 * (self.count - 1))).cpu().numpy()
 
     def _require(self, minimum: int) -> None:

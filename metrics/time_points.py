@@ -120,7 +120,9 @@ def candidate_levels(net, options) -> list[float]:
 def search_plan(candidates: list[float], sampler: Sampler, measures, options) -> dict:
     """The plan as --dry-run prints it. Raises: UserError if the network cannot be sampled so."""
     points = options.steps - 1
+    # Any of the candidates show whether the network can be sampled so.
     arguments = sampler.arguments(candidates[-points:])
+    # One more for the single step, which has no points.
     most = 1 + time_search.most_evaluations(len(candidates), points, options.scan)
     return dict(
         network=sampler.network,
@@ -146,6 +148,7 @@ class MetricOfPoints:
     def __init__(self, sampler: Sampler, measures, references, options):
         ((self.name, self.measure),) = measures.items()
         self.sampler, self.options = sampler, options
+        # The shape of images does not depend on the points.
         source = sampler.images([], options)
         detectors = evaluation.load_detectors({self.measure.entry}, source.image_shape, options)
         self.detector = detectors[self.measure.entry]

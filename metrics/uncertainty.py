@@ -40,6 +40,7 @@ def bootstrap_interval(
     rng, n = np.random.default_rng(seed), len(sample)
     value = sample.distance(np.ones(n))
     draws = distributed.progress(range(num), unit='resample')
+    # How often each image occurs in a resample of n is multinomial.
     resampled = np.array([sample.distance(rng.multinomial(n, np.full(n, 1 / n))) for _ in draws])
     low, high = value - resampled.mean() + np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return max(0.0, float(low)), float(high)

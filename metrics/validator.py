@@ -130,6 +130,7 @@ class Validator:
         self.options, self.dataset, self.run_dir, self.device = options, dataset, run_dir, device
         reference = read_reference(options, option_prefix)
         with distributed.main_process_first():
+            # One image through decoder and detector shows their shapes, and that both work.
             pixels = encoders.build(encoder, device).decode(torch.zeros([1, *image_shape], device=device))
             with named(f'--{option_prefix}detector'):
                 self.detector = load_detector(options.detector or INCEPTION_URL, device)
@@ -236,6 +237,7 @@ class Validator:
             return None
 
         # Sample in the same batches as `run`.
+        # About 512 pixels wide, of `SHOWN` images at most.
         columns = min(max(512 // net.img_resolution, 2), math.isqrt(SHOWN))
         solver, steps = samplers.resolve(net, None, self.options.steps)
         choose = self._label_chooser(net)

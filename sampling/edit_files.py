@@ -116,6 +116,7 @@ def check_headers(files: ImageFiles, chosen: Sequence[int], shape: Sequence[int]
     """Raises: UserError if a chosen image has another `shape` [C, H, W]."""
     for i in chosen:
         name = files.images[i]
+        # The header alone, because decoding takes most of the time.
         with files.open_image(name) as image:
             own = image_shape_of(image, f'{files.path}: {name}')
         if list(own) != list(shape):
@@ -143,6 +144,7 @@ def read_image(path: str, as_gray: bool = False) -> Tensor:
             pixels = image_pixels(picture.convert('L') if convert else picture)
             return torch.from_numpy(pixels.copy())[None]
     except UNREADABLE as error:
+        # What the file is says more than Pillow's error, unless it is an image after all.
         kind = describe_file(path) if os.path.isfile(path) and os.access(path, os.R_OK) else None
         reason = (
             f'it is {kind}'
@@ -158,6 +160,7 @@ def check_shape(path: str, shape: Sequence[int], wanted: Sequence[Sequence[int]]
         return
     it, what = ('it', 'is an image') if is_single(path) else ('them', 'has images')
     cures = []
+    # Cures by what differs: the size, the channels, or both.
     if list(shape[1:]) not in [list(one[1:]) for one in wanted]:
         cures.append(f'resize {it}')
     if shape[0] not in [one[0] for one in wanted]:
@@ -184,6 +187,7 @@ def unknown_pixels(
                 f'--mask={mask} is {image.shape[3]}x{image.shape[2]}, and the images are '
                 f'{resolution}x{resolution}: draw the mask in their size'
             )
+        # A mask that is scaled or compressed has grays at its edges.
         unknown = image[0, 0] >= 128
     # The inside of the box.
     elif box is not None:
@@ -244,6 +248,7 @@ def editing_arguments(
     Raises: UserError if they do not go together, found by sampling a pixel.
     """
     # Only students and consistency models can edit.
+
     pixel = torch.zeros(1, net.img_channels, 1, 1)
     start = dict(start=(pixel, sigma)) if sigma else {}
     choose_labels = None if labels is None else given_labels(labels)
@@ -265,6 +270,7 @@ def editing_arguments(
             'or a student of more steps'
         )
     generation.validate_arguments(net, **arguments)
+    # It was the pixel's; each batch brings its own start.
     arguments.pop('start', None)
     return arguments
 
@@ -322,6 +328,7 @@ def edit(job: EditJob, net, source: Input, task: Task, sigma: float | None = Non
         known, results, finite = edit_batch(net, task, images, seeds, batch_labels, **arguments)
         names = [f'{source.names[i]}-{seed:06d}' for i, seed in batch]
         bad += save_finite(results, finite, names, job.outdir)
+        # Only the first images, on the host: a grid of all would fill the memory.
         shown += [tensors for i, *tensors in zip(places, images, known.cpu(), results.cpu()) if i < SHOWN]
     refuse_nonfinite(bad, len(pairs), job.outdir)
     write_before_and_after(shown, job.seeds, job.outdir)
@@ -367,6 +374,7 @@ def write_before_and_after(shown: Sequence[Sequence[Tensor]], seeds: Sequence[in
     Args:
         shown: (input, known, result), uint8 [C, H, W], by image, then seed.
     """
+    # `shown` has all seeds of the first image, then those of the second.
     inputs, known = ([three[i] for three in shown[:: len(seeds)]] for i in (0, 1))
     rows = {'input': inputs, 'what is known of it': known}
     rows |= {f'seed {seed}': [three[2] for three in shown[k :: len(seeds)]] for k, seed in enumerate(seeds)}
@@ -381,12 +389,13 @@ def write_grid(rows: Sequence[Sequence[Tensor]], outdir: str) -> None:
     # Enlarge small images to the largest, and all to at least `SIDE`.
     flat = [image for row in rows for image in row]
     channels, size = max(len(image) for image in flat), max(image.shape[-1] for image in flat)
-    factor = max(1, -(-SIDE // size))
+    factor = max(1, -(-SIDE // size))  # rounded up, so that each is at least SIDE
     cells = [
         editing.repeat(image[None].expand(1, channels, -1, -1), factor * size // image.shape[-1])
         for image in flat
     ]
     padded = torch.nn.functional.pad(torch.cat(cells), (0, GAP, 0, GAP), value=96)
+    # [columns · rows, C, H', W'] with a gap at the right and the bottom of each.
     generation.save_images(
         generation.image_grid(padded, len(rows[0]))[None], [os.path.join(outdir, 'grid.png')]
     )
@@ -406,6 +415,7 @@ def between(net, first: int, last: int, share: Tensor, choose_labels: LabelChoos
     All other noise is the first seed's. Returns: [n, C, H, W] float64.
     """
     device, shape = next(net.parameters()).device, [net.img_channels, net.img_resolution, net.img_resolution]
+    # The same seed for all, so that labels and churn noise do not change along the way.
     noise = generation.SeededNoise([first] * len(share), device)
     start = noise.randn(shape).double()
     end = generation.SeededNoise([last], device).randn(shape).double()

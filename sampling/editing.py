@@ -85,6 +85,7 @@ def to_blocks(images: Tensor, factor: int) -> Tensor:
     n, c, h, w = images.shape
     if h % factor or w % factor:
         raise ValueError(f'{w}x{h} pixels do not divide into blocks of {factor}x{factor}')
+    # [N, C, h, p, w, p] to [N, C, h, w, p²].
     return images.reshape(n, c, h // factor, factor, w // factor, factor).transpose(3, 4).flatten(4)
 
 
@@ -104,6 +105,7 @@ def contract(values: Tensor, center: Tensor, dim: int) -> Tensor:
     `center` is in [-1, 1]. If it is a weighted mean of the values, that mean stays.
     """
     offset = values - center
+    # Distance from the center to the end of the range in each value's direction.
     room = (1 - center * offset.sign()).clamp(min=ROOM)
     return center + offset / (offset.abs() / room).amax(dim, keepdim=True).clamp(min=1)
 
@@ -125,6 +127,7 @@ def round_blocks(images: Tensor, factor: int) -> Tensor:
     # Round down, but the largest remainders up, as many as the sum lacks.
     lower = levels.floor()
     lacking = (levels - lower).sum(-1, keepdim=True).round()
+    # The rank of each remainder within its block, the largest first; ties go by position.
     rank = (lower - levels).argsort(dim=-1, stable=True).argsort(dim=-1)
     return from_blocks(lower + (rank < lacking), factor).to(torch.uint8)
 
@@ -180,6 +183,7 @@ def inpainting_task(unknown: Tensor) -> Task:
 
     def prepare(images, latents):
         where = unknown.to(images.device)
+        # An edit in float64 keeps known pixels to the bit.
         return Prepared(
             images.masked_fill(where, GRAY),
             latents,
@@ -202,6 +206,7 @@ def superresolution_task(factor: int, resolution: int) -> Task:
 
     def prepare(images, latents):
         small = to_signed(images)
+        # Of an image at full size, only the averages are known.
         small = block_mean(small, factor) if images.shape[-1] == resolution else small
         return Prepared(
             to_pixels(small),
@@ -241,6 +246,7 @@ def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
     # Latents in one line are interpolated linearly: sin θ is 0.
     dims = tuple(range(1, a.ndim))
     norms = torch.linalg.vector_norm(a, dim=dims) * torch.linalg.vector_norm(b, dim=dims)
+    # Rounding may carry the cosine past 1.
     angle = ((a * b).sum(dims) / norms).clamp(-1, 1).acos()
     straight = angle.sin() < 1e-6
     divisor = torch.where(straight, 1, angle.sin())

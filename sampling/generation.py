@@ -161,6 +161,7 @@ def finite_images(batches: Sequence[Checked], seeds: Sequence[int]) -> Tensor:
 
     Raises: NotFinite if any is not finite.
     """
+    # Joined on the device: one copy to the host shows all batches.
     images, finite = (torch.cat(tensors) for tensors in zip(*batches))
     if bad := [seed for seed, is_finite in zip(seeds, finite.tolist()) if not is_finite]:
         raise NotFinite(nonfinite_seeds(bad, len(seeds)), nonfinite=len(bad))
@@ -206,6 +207,7 @@ class RecordedLabels:
 
     def __call__(self, noise: SeededNoise, label_dim: int) -> Tensor:
         labels = self._choose_labels(noise, label_dim)
+        # Kept on the device: a copy for each batch would wait for it.
         self._chosen.append(labels if self._are_vectors else labels.argmax(dim=1))
         return labels
 
@@ -239,6 +241,7 @@ class HostCopy:
                 torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
                 for t in tensors
             ]
+            # The event marks the copies as done, which were queued before it.
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 

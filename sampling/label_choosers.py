@@ -23,7 +23,7 @@ class DrawnLabels:
         self.labels, self.are_vectors = labels, labels.are_vectors
 
     def __call__(self, noise: generation.SeededNoise, label_dim: int) -> torch.Tensor:
-        places = noise.randint(len(self.labels)).tolist()
+        places = noise.randint(len(self.labels)).tolist()  # on the host: labels are chosen there
         return torch.from_numpy(np.stack([self.labels[i] for i in places])).to(noise.device)
 
     def digest(self) -> str:
@@ -76,6 +76,7 @@ def read_labels(path: str, space: LabelSpace, network: str) -> Labels:
             f'--labels={path} is no .npy file; save the labels with numpy.save, or give --labels={DATA}'
         )
     values = map_npy(path)
+    # The header gives the size; the values stay in the file.
     if values.nbytes > MAX_LABEL_BYTES:
         raise UserError(
             f'--labels={path} has {values.nbytes:,} bytes, and labels at most {MAX_LABEL_BYTES:,}: '
@@ -93,6 +94,7 @@ def labels_of_training_set(net, network: str) -> Labels:
 
     # Find it.
     record = net.metadata.get('dataset_kwargs', {})
+    # The record is data of a file: check its types.
     path, max_size = record.get('path'), record.get('max_size')
     cure = 'give --labels=FILE.npy'
     if not isinstance(path, str) or type(max_size) not in (int, type(None)):

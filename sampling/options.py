@@ -184,6 +184,7 @@ def sampling_arguments(
 
     # None means the sampler's own default.
     options = {name: value for name, value in options.items() if value is not None}
+    # Resolving checks them against the network, before the first batch.
     solver, steps = samplers.resolve(net, solver, steps, force_steps, **options)
     choose_labels = choose_labels or label_choosers.choose(net, network, class_idx, labels)
     return dict(choose_labels=choose_labels, solver=solver, steps=steps, force_steps=force_steps, **options)
@@ -249,6 +250,7 @@ def editing_options(steps: str) -> Callable[[Callable], Callable]:
     own = options_of(EditJob)
 
     def job_of(**values) -> EditJob:
+        # What is no option of the job is one of sampling.
         return EditJob(**{name: values.pop(name) for name in own}, sampling=values)
 
     return gathered('job', [*own.values(), *shared], job_of)

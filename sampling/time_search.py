@@ -65,7 +65,7 @@ def least(function: Callable[[int], float], count: int, scan: int = 0) -> tuple[
             values[i] = function(i)
         return values[i]
 
-    # Narrow the bracket by the scan.
+    # Narrow the bracket by the scan, to the neighbors of its best place.
     if scan:
         places = [start, *scanned(count, scan), end]
         best = places.index(min(places[1:-1], key=value))
@@ -76,9 +76,11 @@ def least(function: Callable[[int], float], count: int, scan: int = 0) -> tuple[
     while longer < end - start:
         shorter, longer = longer, shorter + longer
     while longer > 2:
+        # Compare the two inner points, and keep the part that the smaller one is in.
         if value(start + longer - shorter) > value(start + shorter):
             start += longer - shorter
         shorter, longer = longer - shorter, shorter
+    # The last place inside the bracket, which may not have been evaluated.
     value(start + 1)
     return min(values.items(), key=lambda item: (item[1], item[0]))
 
@@ -92,6 +94,7 @@ def scanned(count: int, scan: int) -> list[int]:
 def most_evaluations(count: int, points: int = 1, scan: int = 0) -> int:
     """Upper bound on the evaluations of `find_points` (`least`, for one point) among `count` candidates."""
     # The scan leaves a bracket between places that are two apart.
+    # Every point but the last leaves candidates for those after it.
     count -= points - 1
     scan, between = min(scan, count), count
     if scan:

@@ -58,6 +58,7 @@ def _complete_file(path: str) -> Iterator[BinaryIO]:
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     except OSError as error:
         raise UserError(f'{path} cannot be written: {error.strerror}') from error
+    # Not durable: an image that a crash loses is generated again.
     with atomic_write(path, durable=False) as file:
         yield file
 
@@ -83,6 +84,7 @@ class WriterPool:
 
     def __init__(self, workers: int):
         interrupts.at_work()
+
         self.workers, self._waiting = workers, deque()
         self._pool, self._processes = None, []
         if workers:
@@ -101,6 +103,7 @@ class WriterPool:
             if kind is None:
                 self.finish()
         finally:
+            # What is queued is dropped, what is being written ends.
             if self._pool is not None:
                 self._pool.shutdown(cancel_futures=True)
 
@@ -113,6 +116,7 @@ class WriterPool:
             write(*arguments)
             return
         self._waiting.append(self._hand_over(write, *arguments))
+        # Waiting bounds the memory: the queue holds images.
         while len(self._waiting) > AHEAD * self.workers:
             self._finish_one()
 
@@ -122,6 +126,7 @@ class WriterPool:
             self._finish_one()
 
     def _hand_over(self, function: Callable, *arguments) -> Future:
+        # A signal is for the main process, which ends its workers itself.
         with self._telling_of_death(), starting(self._processes), interrupts.kept_from_children():
             return self._pool.submit(function, *arguments)
 
@@ -142,6 +147,7 @@ class WriterPool:
 
     def shares(self, count: int) -> list[slice]:
         """Slices that divide `count` items equally among the workers."""
+        # Rounded up, so that no worker has two shares.
         size = max(-(-count // max(self.workers, 1)), 1)
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -153,6 +159,7 @@ def _become_worker() -> None:
 
 def _end_with_parent() -> None:
     multiprocessing.parent_process().join()
+    # Ends the process at once, from a thread of it.
     os._exit(1)
 
 
@@ -204,6 +211,7 @@ class FolderDestination:
 
     def add(self, pool: WriterPool, values: np.ndarray, seeds: Sequence[int], place: int) -> None:
         paths = [self.path_of(seed) for seed in seeds]
+        # Workers encode parts of a batch side by side.
         for share in pool.shares(len(paths)):
             pool.submit(self._write, values[share], paths[share])
 
@@ -221,6 +229,7 @@ class FolderDestination:
         return os.path.join(self.path, self._name(seed, self.subdirs))
 
     def _name(self, seed: int, subdirs: bool) -> str:
+        # Thousands of files in one folder are slow on network file systems.
         return f'{seed - seed % 1000:06d}/' * subdirs + f'{seed:06d}.{self._extension}'
 
     def _seed(self, name: str) -> int | None:
@@ -228,6 +237,7 @@ class FolderDestination:
         stem, _, extension = name.rpartition('/')[2].rpartition('.')
         if extension != self._extension or not stem.isdecimal():
             return None
+        # The name decides, so that 1.png is no image of seed 1.
         names = (self._name(int(stem), subdirs) for subdirs in (False, True))
         return int(stem) if name in names else None
 
@@ -308,6 +318,7 @@ def join_arrays(parts: Sequence[str], labels: Sequence | None, path: str) -> Non
             for part in parts:
                 member.write(np.load(part).data)
         if labels is not None:
+            # Vectors are lists in the recorded labels, classes are numbers.
             kind = np.float32 if labels and isinstance(labels[0], list) else np.int64
             with archive.open('arr_1.npy', 'w') as member:
                 np.lib.format.write_array(member, np.array(labels, dtype=kind))
@@ -319,11 +330,13 @@ def join_pngs(parts: Sequence[str], labels: Sequence | None, path: str) -> None:
 
     names = []
     with open_dest(pathlib.Path(path)) as write:
+        # Copied as they are: PNGs are compressed already.
         for part in parts:
             with zipfile.ZipFile(part) as archive:
                 for name in archive.namelist():
                     write(name, archive.read(name))
                     names.append(name)
         pairs = None if labels is None else [list(pair) for pair in zip(names, labels)]
+        # Vectors of whole numbers would otherwise be read as classes.
         kind = {'label_kind': 'vectors'} if labels and isinstance(labels[0], list) else {}
         write('dataset.json', json.dumps({'labels': pairs, **kind}).encode())

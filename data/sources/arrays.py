@@ -78,6 +78,7 @@ def read_idx(path: pathlib.Path, magic: int) -> np.ndarray:
             if found == magic:
                 limits.check_size(size, limits.IDX_FILE, 'an IDX file')
                 limits.check_inflation(size, path.stat().st_size, 'its values')
+            # One byte more than there should be shows a longer file.
             data = file.read(size + 1) if found == magic else b''
     except UNREADABLE as error:
         raise UserError(

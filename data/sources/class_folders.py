@@ -45,6 +45,7 @@ def class_folders(images: Sequence[str]) -> ClassFolders | None:
     while prefix in folders and len(folders) > 1:
         folders.remove(prefix)
         prefix = _common(folders)
+    # If all images are in one folder, that folder is the class.
     depth = len(prefix) - 1 if folders == {prefix} else len(prefix)
     if depth < 0:
         return None
@@ -60,6 +61,7 @@ def class_folders(images: Sequence[str]) -> ClassFolders | None:
 
 def _common(folders: set[tuple[str, ...]]) -> tuple[str, ...]:
     """Longest common prefix of the folders, each a tuple of names."""
+    # In sorted order, what the first and the last share, all share.
     pairs = zip(min(folders), max(folders))
     return tuple(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 

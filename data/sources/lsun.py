@@ -56,6 +56,7 @@ def read_lmdb(path: pathlib.Path, count: int) -> Iterator[int | tuple[bytes, byt
                     ending = f'it is damaged: reading it ends in {signal.Signals(-status).name}'
                 raise ValueError(messages[-1] if messages else shortage or ending) from error
             finally:
+                # In a damaged file the reader may never end by itself.
                 process.kill()
     except UNREADABLE as error:
         raise UserError(
@@ -113,6 +114,7 @@ def lmdb_source(path: pathlib.Path, selection: Selection) -> Source:
 
 def _lmdb_items(path: pathlib.Path, count: int, selection: Selection) -> Iterator[Item]:
     records = read_lmdb(path, count)
+    # The number of records comes first.
     next(records)
     for i, (key, value) in enumerate(records):
         name = f'{path}: {key.decode("ascii", "backslashreplace")}'
