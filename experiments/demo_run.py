@@ -66,8 +66,8 @@ def run_demo(runner: Runner, scale: float, jobs: int) -> list[dict]:
     Returns: the rows of the table.
     """
     # The teacher has all threads, because everything else waits for it.
-    images, val_num = (max(round(num * min(scale, 1)), 128) for num in (IMAGES, 512))
-    scaled = lambda steps: max(round(steps * scale), 10)
+    images, val_num = (max(round(num * min(scale, 1)), 64) for num in (IMAGES, 512))
+    scaled = lambda steps: max(round(steps * scale), 5)
     _, metrics = bundled.prepare(DIGITS, runner)
     teacher = train(
         runner,

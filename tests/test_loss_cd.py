@@ -307,9 +307,9 @@ def test_the_loss_is_the_distance_from_the_boundary_target_of_the_method(name):
     student, teacher = small_network().double(), small_network(0).double().eval()
     for net in (student, teacher):
         torch.nn.init.normal_(net.model.out_conv.weight, std=0.1)
-    loss, rng = make_loss(teacher, **CASES[name]), SampleRng(3, 0, 64)
-    y = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    edges, masks = loss.state.draw(rng), student.dropout_masks(64, rng.generator('dropout'))
+    loss, rng = make_loss(teacher, **CASES[name]), SampleRng(3, 0, 24)
+    y = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    edges, masks = loss.state.draw(rng), student.dropout_masks(24, rng.generator('dropout'))
     x_t = y + ops.expand_like(edges.sigma_t, y) * rng.normal('noise', [1, 8, 8]).double()
     with torch.no_grad():
         x_b = boundary_target(loss, student, y, x_t, edges, masks)
