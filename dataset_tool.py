@@ -75,6 +75,7 @@ def image_array_source(path: pathlib.Path, selection: Selection) -> Source:
     from metrics.images import ArrayImages
 
     labels = None if path.suffix.lower() == '.npy' or selection.labels_from == 'none' else read_classes(path)
+    # [N, H, W, C], as Pillow takes them.
     images = ArrayImages(path).images.transpose(0, 2, 3, 1)
     if labels is not None and len(labels) != len(images):
         raise UserError(

@@ -50,6 +50,9 @@ def main():
     """
 
 
+# ----------------------------------------------------------------------------
+# Edits that keep what is known of an image.
+
 EDITED_STEPS = f"the snapshot's own; {CM_EDIT_STEPS} for a consistency model with one step"
 
 
@@ -144,6 +147,9 @@ def superres(job, factor):
     edit_files.edit(job, net, source, editing.superresolution_task(factor, net.img_resolution))
 
 
+# ----------------------------------------------------------------------------
+# Edits that start from an image with noise.
+
 STARTED_STEPS = "as many as the snapshot's own levels below --sigma"
 SIGMA_HELP = 'Standard deviation of the noise for pixels in [-1, 1], that is 127.5 times as many gray levels.'
 
@@ -173,6 +179,10 @@ def start_at(job: EditJob, sigma: float, add_noise: bool) -> None:
     shape = [net.img_channels, net.img_resolution, net.img_resolution]
     edit_files.check_shape(job.path, source.shape, [shape])
     edit_files.edit(job, net, source, editing.start_task(sigma, add_noise), sigma)
+
+
+# ----------------------------------------------------------------------------
+# Interpolation.
 
 
 @main.command()

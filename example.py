@@ -36,11 +36,13 @@ def heun_sample(net, latents, class_labels, steps=18, sigma_min=0.002, sigma_max
     """Heun's method for the probability-flow ODE of a teacher (Karras et al. 2022, Algorithm 1)."""
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     low, high = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
+    # Karras nodes, then 0.
     sigmas = [*((high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho).tolist(), 0.0]
     x = latents.double() * sigmas[0]
     for sigma, sigma_next in itertools.pairwise(sigmas):
         slope = (x - net(x, torch.tensor(sigma), class_labels)) / sigma
         x_next = x + (sigma_next - sigma) * slope
+        # The second slope, except at 0, where there is none.
         if sigma_next > 0:
             slope_next = (x_next - net(x_next, torch.tensor(sigma_next), class_labels)) / sigma_next
             x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2

@@ -18,6 +18,10 @@ from training.saved_files import NETWORK_FILE
 SPEED = 'Precision and performance'
 
 
+# ----------------------------------------------------------------------------
+# The command.
+
+
 def check_destination(
     outdir: str | None, dest: str | None, subdirs: bool, as_latents: bool, strict: bool = False
 ) -> None:
@@ -138,7 +142,6 @@ def main(
     """
     from sampling import writers
 
-    # Wrong options are refused before torch is imported, which takes seconds.
     check_destination(outdir, dest, subdirs, as_latents, strict_outdir)
     if dest is not None:
         check_other_file(network, dest, '--dest')
@@ -190,6 +193,10 @@ def main(
         )
         distributed.print0('Done.')
         distributed.shutdown()
+
+
+# ----------------------------------------------------------------------------
+# Generating and writing.
 
 
 def check_outdir(destination, seeds: list[int], strict: bool) -> None:

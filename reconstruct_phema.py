@@ -72,6 +72,7 @@ def _between(items: list[str], dots: int) -> list[float]:
     count = round((last - second) / step)
     if not 1 <= count <= MOST_WIDTHS or abs(second + count * step - last) > 1e-6:
         raise ValueError('the end must be some steps away')
+    # Rounded, because sums of decimals are not exact in binary.
     return [round(second + k * step, 9) for k in range(1, count)]
 
 

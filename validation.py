@@ -85,6 +85,7 @@ def main(networks, ref, outdir, detector, **options):
 
     # Reference and folder are checked before anything is loaded.
     distributed.init()
+    # The validator of training, without a data set or a folder of images.
     options = EasyDict(
         options, ref=ref, ref_data=None, detector=detector, dump_images_dir=None, overwrite=False
     )

@@ -20,7 +20,7 @@ from dnnlib.npy import Header
 from dnnlib.text import first_line
 from dnnlib.util import DISK_ERRORS, UserError
 
-CHUNK = 1 << 20
+CHUNK = 1 << 20  # bytes read at a time
 
 
 def may_be_images(header: Header) -> bool:

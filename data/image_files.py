@@ -247,6 +247,10 @@ class ImageFiles:
         return 'it cannot be read'
 
 
+# ----------------------------------------------------------------------------
+# Latents, and files that are not images.
+
+
 class LatentFile:
     """A `.npy` file of float32 or float16 [C, H, W], whose header is checked before memory is allocated.
 

@@ -219,6 +219,7 @@ class Images(click.ParamType):
         self.kind, self.unit, self.name = kind, unit, kind.name
 
     def convert(self, value, param, ctx):
+        # A number and its unit, of two letters or more: a single e is an exponent's.
         match = re.fullmatch(
             r'([0-9.+-].*?)\s*([a-z]{2,})', str(value).strip()[:LONGEST_USAGE_ERROR], re.IGNORECASE
         )

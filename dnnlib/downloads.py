@@ -211,6 +211,7 @@ def _cached(url: str, cache_dir: Path, sha256: str | None, timeout: float, pinne
 
 def _cache_path(url: str, cache_dir: Path) -> Path:
     """The cached file of a URL. Its name begins with a digest of the URL, and ends readably."""
+    # Characters that every file system takes, and no more than fit into a name.
     name = re.sub(r'[^A-Za-z0-9._-]', '_', urllib.parse.urlsplit(url).path.rsplit('/', 1)[-1])[-100:]
     key = hashlib.sha256(url.encode(errors='surrogateescape')).hexdigest()[:16]
     return cache_dir / f'{key}-{name or "file"}'

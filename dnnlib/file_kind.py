@@ -85,6 +85,10 @@ INSTEAD = {
 }
 
 
+# ----------------------------------------------------------------------------
+# What a file is, and what to give instead.
+
+
 def describe_file(source: str | os.PathLike | bytes) -> str | None:
     """What a file is, to complete 'it is ...', such as 'a web page (HTML)'; None if unknown.
 
@@ -131,6 +135,7 @@ def _describe_start(head: bytes) -> str | None:
         return words
     if not head.strip(b'\0'):
         return 'a file of zeros (an interrupted download or copy?)'
+    # Control characters other than those of text mean binary contents.
     if re.search(rb'[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]', head) or not _is_utf8(head):
         return None
     return 'a JSON file' if re.match(rb'(\xef\xbb\xbf)?\s*[\[{]', head) else 'text'
@@ -176,6 +181,7 @@ def _describe_saved(pickled: bytes) -> str:
     """What `torch.save` wrote, by names in its pickle."""
 
     def names(*words: str) -> bool:
+        # BINUNICODE: X, the length in four bytes, the text.
         return all(b'X' + len(word).to_bytes(4, 'little') + word.encode() in pickled for word in words)
 
     if names('optimizer_state'):

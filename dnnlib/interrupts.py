@@ -32,7 +32,7 @@ SCRIPTS = (
     'compare',
     'example',
 )
-EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_INTERRUPTED = 128 + signal.SIGINT  # as shells report it
 
 
 def leave(*_) -> None:

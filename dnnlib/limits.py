@@ -102,6 +102,7 @@ def check_inflation(size: int, compressed: int, what: str) -> None:
 
 def read_at_most(file: BinaryIO, limit: int, what: str) -> bytes:
     """The remaining bytes of a file. Raises: TooLarge if they exceed `limit`; what the file raises."""
+    # One byte more tells a longer file from one of just that length.
     data = file.read(limit + 1)
     if len(data) > limit:
         raise TooLarge(f'has more than the {limit:,} bytes that {what} has at most')

@@ -16,7 +16,7 @@ from dnnlib import limits
 START = b'\x93NUMPY'
 LENGTHS = {(1, 0): '<H', (2, 0): '<I'}  # format of the header's length, by version
 KINDS = 'biufUS'  # booleans, numbers and text
-MAX_DIMENSIONS = 32
+MAX_DIMENSIONS = 32  # NumPy 1's own limit
 
 
 class Header(NamedTuple):

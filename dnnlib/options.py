@@ -114,6 +114,10 @@ class Option:
         return kind_of(self.kind)
 
 
+# ----------------------------------------------------------------------------
+# Declaring options, and reading the declarations.
+
+
 def opt(default, kind, help: str, **details) -> Any:
     """A field of a frozen dataclass that is an option.
 
@@ -139,6 +143,7 @@ def options_of(cls: type) -> dict[str, Option]:
             own = dataclasses.is_dataclass(base) and field.name in inspect.get_annotations(base)
             if own and 'option' in (metadata := base.__dataclass_fields__[field.name].metadata):
                 switch = getattr(base, 'switch', None)
+                # The switch of a group does not need itself.
                 group = dict(heading=base.heading, switch=None if switch == field.name else switch)
                 found[field.name] = Option(
                     field.name, default=field.default, **{**group, **metadata['option']}
@@ -156,6 +161,7 @@ def gathered(name: str, options: Sequence[Option], make: Callable = dict) -> Cal
             own = {option.name: values.pop(option.name) for option in options}
             return command(**{name: make(**own)}, **values)
 
+        # The last decorator comes first in --help.
         for option in reversed(options):
             gathering = option(gathering)
         return gathering
@@ -183,11 +189,16 @@ def kind_of(kind: Any) -> schema.Kind:
     if isinstance(kind, click.FloatRange):
         low = -cli.LARGEST if kind.min is None else kind.min
         high = cli.LARGEST if kind.max is None else kind.max
+        # An open end excludes its bound: the next number is the first inside.
         return schema.Real(
             math.nextafter(low, math.inf) if kind.min_open else low,
             math.nextafter(high, -math.inf) if kind.max_open else high,
         )
     return schema.Text()
+
+
+# ----------------------------------------------------------------------------
+# Values, as text and by name.
 
 
 def value_text(value: object) -> str:

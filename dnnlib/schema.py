@@ -52,6 +52,10 @@ def shown(value) -> str:
     )
 
 
+# ----------------------------------------------------------------------------
+# Numbers and text.
+
+
 @dataclass(frozen=True)
 class Integer(Kind):
     low: int = 0
@@ -123,6 +127,10 @@ class OneOf(Kind):
     def check(self, value, where):
         if type(value) is not str or value not in self.values:
             self.refuse(value, where)
+
+
+# ----------------------------------------------------------------------------
+# Lists, tables and records.
 
 
 @dataclass(frozen=True)
@@ -231,6 +239,10 @@ class Record(Kind):
             if kind is None:
                 raise Mismatch(f'has an unknown entry {shown(name)} in {printable(where, 200)}')
             kind.check(item, f'{where}.{name}')
+
+
+# ----------------------------------------------------------------------------
+# JSON.
 
 
 def parse_json(data: bytes | str, limit: int, what: str):

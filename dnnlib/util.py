@@ -20,7 +20,7 @@ from typing import BinaryIO
 from dnnlib import interrupts
 from dnnlib.text import printable
 
-LEFTOVER_SECONDS = 24 * 3600
+LEFTOVER_SECONDS = 24 * 3600  # no write takes longer
 LONGEST_MESSAGE = 4000  # characters
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
@@ -193,16 +193,21 @@ def remove_leftovers(folder: Path) -> None:
 def process_exists(pid: int) -> bool:
     """Whether a process has this id, including those of other users and those hidden from /proc."""
     try:
+        # Signal 0 only checks.
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass
+        pass  # another user's process
     return True
 
 
 def is_old(path: Path) -> bool:
     return time.time() - path.stat().st_mtime > LEFTOVER_SECONDS
+
+
+# ----------------------------------------------------------------------------
+# Folders and files.
 
 
 def check_writable(folder: str | os.PathLike) -> None:

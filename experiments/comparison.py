@@ -372,7 +372,7 @@ def teacher_training(data: Bundled) -> Training:
         None,
         None,
         data.teacher_steps,
-        3,
+        3,  # evaluations per image of a step
         data.batch,
         (('', data.teacher_steps),),
     )
@@ -384,6 +384,7 @@ def teacher_models(steps: Sequence[int], reference_steps: int) -> list[Model]:
     """
     teacher = Model('diffusion', None, None, 0, None, 'heun', reference_steps, 2 * reference_steps - 1)
     euler = [replace(teacher, solver='euler', steps=n, nfe=n) for n in sorted(steps)]
+    # Heun with (n + 1) // 2 steps takes n evaluations, or one less.
     heun = [
         replace(teacher, steps=n, nfe=2 * n - 1)
         for n in sorted({(n + 1) // 2 for n in steps} - {1, reference_steps})
@@ -406,6 +407,7 @@ def network_options(net, objectives: Sequence[str]) -> list[str]:
     from training.checkpoint import constructor_arguments
     from training.starting_point import NETWORK_OPTIONS, as_list, default_of
 
+    # What decides the architecture.
     kwargs = {
         name: as_list(value)
         for name, value in constructor_arguments(net).items()

@@ -75,6 +75,7 @@ def run(o: Options) -> None:
     given = (
         describe_teacher(o.teacher, o.data, o.objectives) if o.teacher else Teacher(network=bundled.network)
     )
+    # --with may name a training several times.
     for_some: dict[str, list[str]] = {}
     for name, arguments in o.extra:
         for_some.setdefault(name, []).extend(arguments)

@@ -106,6 +106,10 @@ class Runner:
         return self.outdir.joinpath(*parts)
 
 
+# ----------------------------------------------------------------------------
+# Running several at once.
+
+
 def run_interruptibly(runner: Runner, function: Callable[[], T], cure: str) -> T:
     """Call `function` in a thread; Ctrl-C and SIGTERM terminate the runner's commands, which ends the
     function.
@@ -142,6 +146,10 @@ def workers(runner: Runner, count: int) -> Iterator[concurrent.futures.Executor]
             pool.shutdown(wait=False, cancel_futures=True)
             runner.stop()
             raise
+
+
+# ----------------------------------------------------------------------------
+# Networks and their measurement.
 
 
 def newest_snapshot(folder: Path) -> Path:

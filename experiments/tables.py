@@ -9,6 +9,9 @@ from experiments.results import distance_entries
 from experiments.runner import Runner
 from training.objectives import OBJECTIVES
 
+# ----------------------------------------------------------------------------
+# Tables.
+
 
 def of_students(rows: Sequence[dict]) -> dict[str, dict[int, list[dict]]]:
     """{objective: {evaluations: rows, one per seed}}, in the order of OBJECTIVES."""
@@ -95,12 +98,17 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, metrics: Se
         if names:
             lines.append(f'{", ".join(names)}: {text}')
 
+    # Bundled data sets have metrics of their own.
     if any(set(metrics) == set(bundled.metrics) for bundled in BUNDLED.values()):
         lines.append(
             'The features are made for this data: those of a classifier trained on it, principal components '
             'of its pixels, a random convolution. This is not FID, and compares with nothing outside this table.'
         )
     return lines
+
+
+# ----------------------------------------------------------------------------
+# The report.
 
 
 def write_report(

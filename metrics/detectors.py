@@ -43,6 +43,10 @@ DINOV2 = 'dinov2'
 KINDS = "a TorchScript file, pytorch-fid's Inception (a state dict), dinov2 or dinov2:FOLDER"
 
 
+# ----------------------------------------------------------------------------
+# Detectors, and networks in TorchScript.
+
+
 class Detector:
     """A feature network and its identity.
 
@@ -171,6 +175,10 @@ class ScriptNetwork:
         features = self.features(images)
         with torch.jit.optimized_execution(False):
             return features, self.module(images, **self.for_probabilities)
+
+
+# ----------------------------------------------------------------------------
+# Loading.
 
 
 def load_detector(

@@ -25,7 +25,7 @@ from dnnlib.util import UserError
 
 REPOSITORY = 'facebook/dinov2-large'
 LARGE = (1024, 24, 14)  # features, layers, patch size of ViT-L/14, by which FD-DINOv2 is defined
-RESOLUTION = 224
+RESOLUTION = 224  # pixels
 OFFSET = 0.1  # the authors' `interpolate_offset`
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's colors
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
@@ -36,7 +36,7 @@ FIELDS = (
     | dict(layer_norm_eps=float, hidden_act=str)
     | dict.fromkeys(('qkv_bias', 'use_swiglu_ffn', 'use_mask_token'), bool)
 )
-MAX_FIELD, MAX_LAYERS = 1_000_000, 100
+MAX_FIELD, MAX_LAYERS = 1_000_000, 100  # far beyond any released model
 CURE = f'Give a folder with {REPOSITORY}, as save_pretrained writes it.'
 
 

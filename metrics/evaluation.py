@@ -14,8 +14,12 @@ from dnnlib import NotFinite, UserError
 from dnnlib.text import printable
 from dnnlib.util import LONGEST_MESSAGE, atomic_write
 
-FEW_IMAGES = 10_000
-DEFAULT_NUM = 50_000
+FEW_IMAGES = 10_000  # below, the bias of a Fréchet distance is too large to compare it
+DEFAULT_NUM = 50_000  # as published values have it
+
+
+# ----------------------------------------------------------------------------
+# Options.
 
 
 class Measures(click.ParamType):
@@ -55,6 +59,10 @@ def option_names(parameters: list[str]) -> str:
     return ', '.join(
         option.opts[0] for option in click.get_current_context().command.params if option.name in parameters
     )
+
+
+# ----------------------------------------------------------------------------
+# Detectors and references.
 
 
 def load_detectors(entries, image_shape, options) -> dict:
@@ -159,6 +167,10 @@ def features_of_reference(ref, measure: str, detector, options):
     return features_of(source, {measure: detector}, options, keep=True)[measure].features
 
 
+# ----------------------------------------------------------------------------
+# Features and warnings about images.
+
+
 def features_of(source, detectors, options, keep, classes=()) -> dict:
     """`compute_features` with a progress bar on terminals; NotFinite ends all processes with one message."""
     from tqdm import tqdm
@@ -212,6 +224,10 @@ def warn_about(source, seen, measures=None, detectors=None) -> None:
                 f'Warning: {title} of only {count} images is biased upward. Compare it only with values of '
                 f'{count} images; kid is unbiased, and fid_inf extrapolates.'
             )
+
+
+# ----------------------------------------------------------------------------
+# Output.
 
 
 def how_many(count: int, total: int, skipped: int = 0) -> str:

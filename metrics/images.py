@@ -40,6 +40,10 @@ def open_images(
     return FileImages(path, num, seed, skip_bad)
 
 
+# ----------------------------------------------------------------------------
+# Sources: folders, zips and arrays.
+
+
 class ImageSource:
     """A sequence of uint8 images of one size, readable by any number of threads and processes.
 

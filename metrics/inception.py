@@ -16,7 +16,7 @@ from torch import Tensor
 from metrics.weights import load_weights
 
 CLASSES = 1008  # ImageNet's 1000 and some unused ones
-RESOLUTION = 299
+RESOLUTION = 299  # pixels
 WHAT = "pytorch-fid's Inception"
 
 # ----------------------------------------------------------------------------

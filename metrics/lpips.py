@@ -209,6 +209,7 @@ def _read_tensors(file: str | os.PathLike, source: str) -> dict[str, object]:
 def _load_script(file: str | os.PathLike, source: str, device: torch.device | str) -> ScriptLPIPS:
     cure = "Give NVIDIA's vgg16.pt, a file with the same interface, or weights."
     try:
+        # The arguments of forward tell whether it is a network like NVIDIA's.
         module = torch.jit.load(file, map_location=device)
         arguments = {argument.name for argument in module.forward.schema.arguments}
     except (RuntimeError, ValueError, AttributeError) as error:

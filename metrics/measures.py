@@ -98,6 +98,10 @@ class Comparison:
         return self._density_coverage[1]
 
 
+# ----------------------------------------------------------------------------
+# The table.
+
+
 @dataclass(frozen=True)
 class Measure:
     """A metric and its needs.

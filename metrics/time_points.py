@@ -29,6 +29,7 @@ def load_consistency_model(network: str, solver: str | None):
     """
     with distributed.main_process_first():
         net = load_network(network, distributed.get_device())
+    # The output of a student of one step is an image too.
     steps, objective = len(net.metadata.get('sigmas', ())) - 1, net.metadata.get('objective', 'unknown')
     if solver is None and net.metadata.get('solver') != 'cm' and steps != 1:
         problem = (
@@ -85,6 +86,10 @@ def as_options(taus: list[float], clip_denoised: bool | None = None) -> str:
     return f'--solver=cm --taus={",".join(map(repr, taus))}{clip}'
 
 
+# ----------------------------------------------------------------------------
+# Candidates and the plan.
+
+
 def candidate_levels(net, options) -> list[float]:
     """Noise levels to choose from, descending. Raises: UserError if there are too few."""
     # The range that the network can evaluate, narrowed by --low and --high.
@@ -137,6 +142,10 @@ def search_plan(candidates: list[float], sampler: Sampler, measures, options) ->
         images_each=options.num,
         nfe=samplers.evaluations(arguments['solver'], arguments['steps']),
     )
+
+
+# ----------------------------------------------------------------------------
+# The search.
 
 
 class MetricOfPoints:

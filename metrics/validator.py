@@ -91,6 +91,10 @@ def check_files(options: EasyDict, dataset) -> None:
             load_detector(options.detector, 'cpu')
 
 
+# ----------------------------------------------------------------------------
+# The validator.
+
+
 class Validator:
     """Evaluates networks against one reference, on all processes together.
 

@@ -19,6 +19,10 @@ from training.networks import encoders
 LabelChooser = Callable[['SeededNoise', int], Tensor]
 
 
+# ----------------------------------------------------------------------------
+# Random numbers and labels, by seed.
+
+
 class SeededNoise:
     """Random numbers for a batch of images, each from its own generator.
 
@@ -83,6 +87,10 @@ def fixed_labels(class_idx: int) -> LabelChooser:
         return labels
 
     return choose
+
+
+# ----------------------------------------------------------------------------
+# Samples, checked for finite values.
 
 
 @torch.no_grad()
@@ -175,6 +183,10 @@ def nonfinite_seeds(bad: Sequence[int], count: int, what: str = 'images') -> str
         f'{len(bad)} of {count} {what} {"is" if one else "are"} not finite (NaN or infinite values), '
         f'of seed{"s" * (not one)} {cli.as_ranges(sorted(bad))}'
     )
+
+
+# ----------------------------------------------------------------------------
+# Checks before sampling, batches, and images on their way to files.
 
 
 class IdentityDenoiser:

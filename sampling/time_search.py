@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-DEFAULT_TOLERANCE = 0.05
+DEFAULT_TOLERANCE = 0.05  # relative distance between neighboring candidates
 
 
 def log_levels(low: float, high: float, tolerance: float) -> list[float]:

@@ -293,6 +293,10 @@ class FileDestination:
         self._cleanup.close()
 
 
+# ----------------------------------------------------------------------------
+# Parts of one file.
+
+
 def write_array_part(images: np.ndarray, path: str) -> None:
     with atomic_write(path, durable=False) as file:
         np.save(file, images)

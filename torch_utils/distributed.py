@@ -23,6 +23,9 @@ from dnnlib.text import first_line, printable
 from dnnlib.util import UserError
 from torch_utils import elastic, misc
 
+# ----------------------------------------------------------------------------
+# Joining the others.
+
 
 def init() -> None:
     """Set the process up, and join torchrun's process group, if there is one (NCCL with CUDA, else gloo).
@@ -63,6 +66,7 @@ def init() -> None:
         if elastic.restarts()[1]:
             where = dict(store=_store_of_this_start(rank, world_size), rank=rank, world_size=world_size)
         dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', **where)
+        # What the main process has printed, the others need not print again.
         if not rank:
             cli.ON_ERROR.append(_tell_of_error)
     except (RuntimeError, ValueError) as error:  # torch's own network and store errors are RuntimeErrors
@@ -110,6 +114,10 @@ def _environment(name: str) -> int:
     return int(value)
 
 
+# ----------------------------------------------------------------------------
+# This process among the others.
+
+
 def get_rank() -> int:
     """This process's number, 0 .. get_world_size() - 1."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -141,6 +149,10 @@ def data_parallel(net: torch.nn.Module, device: torch.device) -> torch.nn.Module
     new = 'forward_sync_buffers' in inspect.signature(wrapper).parameters
     buffers = {'forward_sync_buffers' if new else 'broadcast_buffers': False}
     return wrapper(net, device_ids=[device] if device.type == 'cuda' else None, **buffers)
+
+
+# ----------------------------------------------------------------------------
+# Errors of other processes.
 
 
 @contextlib.contextmanager
@@ -184,6 +196,10 @@ def _lost(error: RuntimeError) -> NoReturn:
     raise UserError(
         f'Process {get_rank()} lost the others ({reason}). See above what stopped them.'
     ) from error
+
+
+# ----------------------------------------------------------------------------
+# Collectives.
 
 
 def barrier() -> None:
@@ -248,6 +264,7 @@ def same_everywhere(tensor: torch.Tensor) -> bool:
     if not dist.is_initialized():
         return True
     # Checksums agree if their minimum and maximum over the processes do.
+    # The bits as integers, because sums of floats would round, and NaN is not equal to itself.
     least = tensor.detach().view(torch.int32).view(-1, 16).sum(dim=0, dtype=torch.int64)
     most = least.clone()
     with _together():
@@ -291,6 +308,10 @@ class AsyncAllReduce:
         if self._pending is not None:
             self._pending[0].wait()
             self._pending = None
+
+
+# ----------------------------------------------------------------------------
+# Acting as one program.
 
 
 def fail_together(*lines: str) -> NoReturn:

@@ -15,7 +15,7 @@ import psutil
 
 from dnnlib import identity, interrupts
 
-PARENT_CHECK_SEC = 0.5
+PARENT_CHECK_SEC = 0.5  # how often a process checks that its torchrun is there
 MODULES = ('torch.distributed.run', 'torch.distributed.launch')
 
 
@@ -70,6 +70,7 @@ def launcher() -> list[str]:
         names = [PurePath(word).name for word in command]
         if script.name in names:
             words = command[: names.index(script.name) + 1]
+            # Without the interpreter, whose path depends on the machine.
             return ['torchrun', *words[2:]] if names[1] == 'torchrun' else ['python', *words[1:]]
     return ['python', sys.argv[0]] if script.suffix == '.py' else [script.name]
 

@@ -26,6 +26,7 @@ class FlatParameters:
             raise ValueError(f'parameters of several types or devices: {sorted(map(str, kinds))}')
 
         # Lay the parameters out at aligned starts.
+        # Rounded up, so that every start is aligned.
         sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
         starts = [0, *itertools.accumulate(sizes)]
         vector = parameters[0].new_zeros(starts[-1], requires_grad=False)

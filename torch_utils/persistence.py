@@ -90,6 +90,7 @@ def _reduce(self):
 
 def _deepcopy(self, memo: dict):
     """Copy the state only. The generic way, by `_reduce`, would lose `metadata`."""
+    # In the memo first, because its state may refer to it.
     twin = memo[id(self)] = type(self).__new__(type(self))
     return _restore(twin, copy.deepcopy(_state(self, leave_out=HERE_ONLY), memo))
 

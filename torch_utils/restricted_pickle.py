@@ -156,6 +156,7 @@ class _Source:
         return self.file.read(size)
 
     def readline(self) -> bytes:
+        # A longer line is no name, and an endless one is not read.
         line = self.file.readline(256)
         self.position += len(line)
         if not line.endswith(b'\n'):
@@ -233,6 +234,7 @@ class _Unpickler(pickle._Unpickler):
         args, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, Name) or not isinstance(args, tuple):
             raise MalformedPickle('calls something that is not a function')
+        # Later opcodes fill dicts, which therefore are real ones; other calls stay records.
         self.append({} if function.path in DICTS and not args else Call(function.path, args))
 
     load_newobj = load_reduce  # the class is called with these arguments
@@ -299,6 +301,7 @@ class _Unpickler(pickle._Unpickler):
     dispatch = _Opcodes()
 
 
+# The listed opcodes only, by the methods above or Python's own.
 for _code in (getattr(pickle, name)[0] for name in OPCODES.split()):
     _Unpickler.dispatch[_code] = getattr(_Unpickler, pickle._Unpickler.dispatch[_code].__name__)
 

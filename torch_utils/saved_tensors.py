@@ -105,6 +105,7 @@ def _read_zip(file: BinaryIO, size: int, verify: bool) -> tuple[object, Places, 
         # Equal names, or bytes outside of entries, could mean another file to another reader.
         if len({name.lower() for name in members}) < len(archive.infolist()):
             raise MalformedPickle('has two entries of one name')
+        # The end record of a zip archive without a comment has 22 bytes.
         file.seek(max(size - 22, 0))
         if file.read(22)[:4] != b'PK\5\6':
             raise MalformedPickle('has data after its zip archive')

@@ -124,7 +124,7 @@ def read_sealed(file: BinaryIO, size: int, seal: str, parts: Sequence[Part] = ()
         buffer, sums = np.empty(PIECE, np.uint8), []
         for index in indices:
             first = index * PIECE
-            piece = buffer[: size - first]
+            piece = buffer[: size - first]  # the last one may be shorter
             _read_at(file, first, piece)
             sums.append(zlib.crc32(piece).to_bytes(4, 'little'))
             # Copy what each part shares with this piece.
@@ -136,6 +136,7 @@ def read_sealed(file: BinaryIO, size: int, seal: str, parts: Sequence[Part] = ()
     # `map` keeps the order, in which the checksum is computed.
     indices, digest = range(-(-size // PIECE)), hashlib.sha256()
     with ThreadPoolExecutor(THREADS) as pool:
+        # Tasks of 32 pieces, 16 MiB, for little overhead.
         for sums in pool.map(read, (indices[i : i + 32] for i in indices[::32])):
             digest.update(sums)
     if digest.hexdigest() != seal:

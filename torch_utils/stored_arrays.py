@@ -73,6 +73,7 @@ def stored_array(node, wanted: str = 'numbers', codes: str = r'[iu][1248]|f[248]
 
     # Check the type.
     code = dtype.args[0] if dtype.args else None
+    # A type's state is (version, byte order, ...).
     byte_order = dtype.state[1] if isinstance(dtype.state, tuple) and len(dtype.state) > 1 else None
     if not (
         isinstance(code, str)
@@ -86,6 +87,7 @@ def stored_array(node, wanted: str = 'numbers', codes: str = r'[iu][1248]|f[248]
     if (
         len(shape) > MAX_DIMENSIONS
         or not all(type(side) is int and side >= 0 for side in shape)
+        # A size of 0 must not hide others beyond any memory.
         or math.prod(max(side, 1) for side in shape) > sys.maxsize // 8
     ):
         raise MalformedPickle('has no shape')

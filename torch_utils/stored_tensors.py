@@ -32,6 +32,10 @@ MAX_ENTRIES = 100_000  # parameters, buffers and modules of a network
 MAX_NAME = 1000  # characters of their dotted names
 
 
+# ----------------------------------------------------------------------------
+# Records of tensors and modules.
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor that is still in the file: its storage, and its view in elements."""
@@ -106,6 +110,7 @@ def module_tensors(node) -> dict[str, StoredTensor]:
     queue, entries = [('', node)], 0
     while queue:
         prefix, node = queue.pop()
+        # Containers of PyTorch's have a plain state, our modules are persistent objects.
         if isinstance(node, Call) and node.name in restricted_pickle.CONTAINERS:
             state = node.state
         else:
@@ -135,6 +140,10 @@ def _joined(prefix: str, name: object) -> str:
     if not isinstance(name, str) or len(prefix) + len(name) > MAX_NAME:
         raise MalformedPickle('has modules or tensors whose names are no text or without end')
     return prefix + name
+
+
+# ----------------------------------------------------------------------------
+# Positions of their elements.
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +230,7 @@ class Storages:
 
         # The description, whose device does not matter, then the key and the number of elements.
         description, _keys = next_record(), next_record()
+        # ('storage', type, key, device, number of elements[, view of a part])
         record = description.args if isinstance(description, Call) else None
         if not isinstance(record, tuple) or len(record) not in (5, 6) or not isinstance(record[1], Name):
             raise MalformedPickle('has a tensor of unknown type')

@@ -406,6 +406,7 @@ class TrainCommand(cli.Command):
         super().__init__(*args, **kwargs)
         config = dict(type=cli.PATH, metavar='FILE', is_eager=True, expose_value=False, group='Main')
         everything = dict(is_flag=True, is_eager=True, expose_value=False, group='Main')
+        # The command's own options, then those of runs and objectives.
         self.params += [
             cli.Option(['--config'], callback=read_config, help=CONFIG_HELP, **config),
             cli.Option(

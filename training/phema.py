@@ -18,6 +18,9 @@ import torch
 
 from torch_utils.flat import FlatParameters
 
+# ----------------------------------------------------------------------------
+# Profiles of power functions, and combinations of them.
+
 
 def std_to_exp(std) -> np.ndarray:
     """Exponent of the power-function profile of relative width `std` (any shape).
@@ -101,6 +104,10 @@ def posthoc_error(in_ofs, in_std, out_ofs, out_std, weights) -> np.ndarray:
         weights * (_profile_products(in_ofs[:, None], in_exp[:, None], in_ofs, in_exp) @ weights)
     ).sum(axis=0)
     return np.sqrt(np.maximum(own - 2 * shared + combined, 0) / own)
+
+
+# ----------------------------------------------------------------------------
+# Averages during training.
 
 
 def average_name(std: float) -> str:

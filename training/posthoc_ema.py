@@ -243,6 +243,7 @@ def prepare(outputs: list[Output], outdir: str) -> None:
     """Create the folder. Raises: UserError if it is not writable, or an output would replace other files."""
     for output in outputs:
         try:
+            # Only reconstructions are replaced, never what training stored.
             replaceable = not os.path.lexists(output.path) or read_header(output.path)[0].get('reconstructed')
         except (MalformedPickle, UserError):
             replaceable = False

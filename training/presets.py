@@ -209,6 +209,7 @@ def table(spelled: Callable[[str, object], str]) -> str:
 def described(name: str, preset: Preset, spelled: Callable[[str, object], str]) -> str:
     """A preset in a few lines: origin, start, time, figures, options."""
     options = dict(preset.options)
+    # The network that it starts from is an entry of its own.
     start = options.pop('teacher', None) or options.pop('transfer', None)
     lines = dict(paper=preset.paper)
     if preset.objective:

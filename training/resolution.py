@@ -32,6 +32,7 @@ def unresolved_gap(c, teacher: torch.nn.Module | None) -> str | None:
     perceptual = torch.nn.Identity() if getattr(c.loss, 'cm_loss', None) == 'lpips' else None
     # The gap at the last step, where it is smallest.
     state = OBJECTIVES[c.objective].module().setup(c.loss, teacher, perceptual=perceptual)
+    # Images seen before the last step.
     last_nimg = (-(-c.total_nimg // c.batch_size) - 1) * c.batch_size
     gap, kind = state.self_target_gap(last_nimg), arithmetic(c.precision, c.tf32)
     if gap is None or gap >= ROUNDING[kind]:

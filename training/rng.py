@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 32
+BLOCK = 32  # samples
 
 
 def derive_seed(*parts: int | str) -> int:

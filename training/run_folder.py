@@ -50,6 +50,7 @@ def planned_run_dir(o: Options, data_name: str) -> str:
 
 def make_run_dir(o: Options, data_name: str) -> str:
     """Create the folder of a new run: --outdir itself, or the next number that no other run has taken."""
+    # Another run may take the number between listing and creating: then the next one is free.
     while True:
         run_dir = planned_run_dir(o, data_name)
         try:

@@ -47,6 +47,10 @@ FAREWELL_SEC = 15.0
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
+# ----------------------------------------------------------------------------
+# The holder, as the file says.
+
+
 @dataclasses.dataclass(frozen=True)
 class Holder:
     """The holder of a lock, as its file says.
@@ -110,6 +114,10 @@ def read_holder(path: Path) -> Holder | None:
     )
 
 
+# ----------------------------------------------------------------------------
+# The lock.
+
+
 class RunLock:
     """The lock of a folder.
 
@@ -166,6 +174,7 @@ class RunLock:
                 if seen is None or holder.token != seen.token:
                     seen, since, announced = holder, time.monotonic(), False
                 ended, waited, still = holder.has_ended(), time.monotonic() - since, holder.beat == seen.beat
+                # As watched from here, or by the clock of the file system, whichever is longer.
                 silence = max(waited, self._now() - holder.beat)
 
                 # The holder is gone, or gives way: replace its lock.

@@ -17,7 +17,7 @@ from dnnlib import UserError
 from training import consistency_ops as ops
 from training.ode_time import VP_BETAS, VP_EPSILON, vp_betas, vp_time
 
-DEFAULT_RHO = 7.0
+DEFAULT_RHO = 7.0  # Karras et al. 2022
 
 
 def polynomial(n: int, sigma_min: float, sigma_max: float, rho: float | None = None) -> Tensor:

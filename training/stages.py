@@ -53,6 +53,7 @@ def stages(o: Options, run_dir: str) -> Iterator[Options]:
         snapshot, has_states = distributed.broadcast_object(
             (_finished(folder, total, teacher), bool(saved_states(folder)))
         )
+        # Start the stage, or resume it.
         if snapshot is None or has_states:
             resume = o.run.resume if o.run.resume and Path(o.run.resume).parent == Path(folder) else folder
             stage = o.but(

@@ -25,6 +25,10 @@ NETWORK_OPTIONS = {
 }
 
 
+# ----------------------------------------------------------------------------
+# Networks in files, and their checks.
+
+
 def load_teacher(o: Options, dataset):
     """The network of --teacher. Raises: UserError unless the objective can start from it and data fit it."""
     from torch_utils import distributed
@@ -211,6 +215,10 @@ def is_stage_of(metadata: dict, o: Options, sigma_min: float, sigma_max: float) 
 
     grid = student_grid(2 * o.own.S_start, sigma_min, sigma_max, o.own.rho, 'full', o.own.sigma_grid)
     return 'S' in metadata and metadata['sigmas'] == grid.tolist()
+
+
+# ----------------------------------------------------------------------------
+# The network that trains.
 
 
 def network_of_teacher(o: Options, teacher) -> EasyDict:

@@ -22,6 +22,10 @@ from training import networks, run_schema
 from training.networks import edm2 as networks_edm2
 from training.networks.switched import Switched
 
+# ----------------------------------------------------------------------------
+# What there may be.
+
+
 # What a snapshot may hold: class name -> class.
 NETWORKS = {**networks.PRECONDS, **networks_edm2.PRECONDS, Switched.__name__: Switched}
 # Attributes that always equal the constructor argument of that name.

@@ -29,6 +29,7 @@ def read(resume: str, known: Mapping[str, Option]) -> dict[str, str]:
 
     Raises: UserError if there is no such run, or its options cannot be read.
     """
+    # A state, a run's folder, or the folder of stages, which has no states itself.
     of_stages, stages = folder_of_stages(resume), []
     alone = os.path.isdir(resume) and not saved_states(resume)
     c = None if alone else of_state(resume)

@@ -18,6 +18,7 @@ def describe(net: torch.nn.Module) -> dict:
     metadata."""
     arguments = checkpoint.constructor_arguments(net)
     metadata = dict(net.metadata)
+    # EDM2's networks have a second child: the estimate of the loss.
     unet = next(child for child in net.children() if any(True for _ in child.parameters()))
     return dict(
         preconditioning=type(net).__name__,
@@ -63,6 +64,10 @@ def describe_state(source) -> dict:
         averages=averages,
         options={name: value for name, value in options.items() if name not in ('objective', 'network')},
     )
+
+
+# ----------------------------------------------------------------------------
+# Output.
 
 
 def printable(value):

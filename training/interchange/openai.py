@@ -178,6 +178,7 @@ def read_state_dict(source: str | os.PathLike, key: str | None = None) -> dict[s
 def _read(source: str | os.PathLike):
     """The contents of a PyTorch file."""
     path, name = dnnlib.downloads.local_path(source), os.fspath(source)
+    # Name files of other kinds before reading this one.
     own = ('a PyTorch file', 'a training state of train.py', 'a pickle', 'a damaged', 'text')
     instead = {
         'a network snapshot': 'Leave out --from=openai.',
@@ -280,6 +281,7 @@ def infer_layout(shapes: dict[str, tuple[int, ...]]) -> Layout:
         )
 
     # Widths, by the first block of each level in the encoder.
+    # A level has num_blocks + 1 input blocks, as many as output blocks.
     firsts = [1 + level * (count // levels) for level in range(levels)]
     widths = [shape(f'input_blocks.{first}.0.in_layers.2.weight', 4)[0] for first in firsts]
     if model_channels % 2 or any(width % model_channels or width % NUM_GROUPS for width in widths):
@@ -361,6 +363,7 @@ def _block_names(ours: str, theirs: str, part: int, block: torch.nn.Module) -> d
     after it."""
     if not isinstance(block, networks.UNetBlock):
         return {ours: f'{theirs}.{part}'}
+    # Main path, and the skip connection where there is one.
     names = dict(
         norm0='in_layers.0',
         conv0='in_layers.2',

@@ -179,6 +179,8 @@ class UNetBlock(Module):
     ):  # fmt: skip
         super().__init__()
         init, init_zero = init or {}, init_zero or dict(init_weight=0)
+
+        # The number of heads: none, as given, or by the width.
         if not attention:
             num_heads = 0
         elif num_heads is None:

@@ -205,6 +205,7 @@ def build(record, device=None):
             f'from or to its latents{HINT}'
         )
     try:
+        # The arguments are those of a file, and may be anything.
         encoder = ENCODERS[class_name](**arguments)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(

@@ -34,9 +34,11 @@ class MultistepSchedule(EdgeSchedule):
 
     def edges_at(self, stage: int):
         c = self.c
+        # About T edges on the student's segments.
         teacher_grid = ops.teacher_grid(
             self.student, stage, c.sigma_min, c.sigma_max, c.rho, c.sigma_grid, c.keep_ties
         )
+        # An anchor holds both ends: the edges from sigma_max and to 0.
         probabilities = ops.edge_probabilities(
             teacher_grid,
             self.student,

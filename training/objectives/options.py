@@ -58,6 +58,10 @@ class Config:
         return 3.0
 
 
+# ----------------------------------------------------------------------------
+# Noise levels, dropout and teachers.
+
+
 @dataclass(frozen=True)
 class NoiseRange(Config):
     heading: ClassVar[str] = 'Noise levels (all objectives but diffusion)'
@@ -129,6 +133,10 @@ class TeacherHop(Teacher):
         needs=('hop', 'addim'),
         metavar='FLOAT',
     )
+
+
+# ----------------------------------------------------------------------------
+# Multistep students.
 
 
 @dataclass(frozen=True)
@@ -226,6 +234,10 @@ class Segments(Students):
         if given.get('T_anneal_steps') is not None and given.get('T_anneal_kimg') is not None:
             raise click.UsageError('--T_anneal_steps and --T_anneal_kimg say the same: give one of them.')
         return super().from_given(given)
+
+
+# ----------------------------------------------------------------------------
+# Consistency models and stages of training.
 
 
 @dataclass(frozen=True)
@@ -326,6 +338,10 @@ class TimePairs(Stages, PseudoHuber):
     stage_nimg: int | None = recorded(None, COUNT)
 
 
+# ----------------------------------------------------------------------------
+# Defaults of options of the run, by kind of student and size of network.
+
+
 # Channels at the finest level of EDM2's networks.
 EDM2_WIDTHS = dict(XS=128, S=192, M=256, L=320, XL=384, XXL=448)
 
@@ -348,6 +364,10 @@ RADAM = dict(optim='radam', lr_rampup=0, lr_schedule='constant', beta2=0.999, em
 # The half-life is that of a decay of 0.9999 per step.
 CONSISTENCY_MODEL = dict(RADAM, lr=4e-4, duration=409.6, batch=512, ema=3.549e6, dropout=0.0)
 # fmt: on
+
+
+# ----------------------------------------------------------------------------
+# Objectives.
 
 
 @dataclass(frozen=True)
