@@ -117,7 +117,8 @@ def main(source, dest, reader, writer, timesteps, **openai):
       python convert.py --to=safetensors student.pkl student.safetensors
       python convert.py --from=safetensors student.safetensors student.pkl
     \b
-    A consistency model as a folder for diffusers:
+    A student or a consistency model as a folder for diffusers:
+      python convert.py --to=diffusers student.pkl student
       python convert.py --to=diffusers cd-imagenet64.pkl cd-imagenet64
     \b
     Contents of a snapshot, a training state, or any of the above:
@@ -143,6 +144,10 @@ def main(source, dest, reader, writer, timesteps, **openai):
         net.metadata['num_timesteps'] = timesteps
     write(dest, net, writer)
     click.echo(printable(f'{dest}: {summary(net)}'))
+    if writer == 'diffusers':
+        from training.interchange.diffusers import steps_of_sampling
+
+        click.echo(f'Sample it by diffusers.DiffusionPipeline with {steps_of_sampling(net)}.')
     if reader == 'openai' and (guessed := assumed(net, openai)):
         click.echo(
             printable(f'Assumed, because {source} does not record it: {guessed}. See --help to change this.')

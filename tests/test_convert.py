@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import random
+import re
 import struct
 import sys
 import threading
@@ -20,12 +21,14 @@ import torch
 from click.testing import CliRunner
 from helpers import FAST, assert_one_clear_error, run
 from openai_unet import random_weights, unet, unet_shapes
+from pages import blocks
 from safetensors.torch import load_file, save_file
 from stock_edm import assert_stock_edm_agrees
 
 import convert
 import train
 from dnnlib import UserError, downloads
+from sampling import generation
 from training import consistency_ops as ops
 from training import networks, samplers
 from training.checkpoint import load_network, save_snapshot, save_state
@@ -739,7 +742,7 @@ def pipeline(tmp_path):
 
     def load(net):
         save_diffusers(tmp_path / 'folder', net)
-        pipe = diffusers.ConsistencyModelPipeline.from_pretrained(tmp_path / 'folder')
+        pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / 'folder')
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -862,12 +865,127 @@ def built(cls=networks.CMPrecond, channels=32, metadata=None, **kwargs):
     return net
 
 
+def edm_network(label_dim=0, channels=3, **metadata):
+    """A random network of EDM's preconditioning, whose output has about unit variance; ours starts at 0."""
+    generator = torch.Generator().manual_seed(0)
+    options = dict(model_channels=32, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[8])
+    net = networks.EDMPrecond(
+        16, channels, label_dim, sigma_data=0.4, min_channels_per_group=1, **options
+    ).eval()
+    for parameter in net.parameters():
+        spread = 0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+        torch.nn.init.normal_(parameter, std=spread, generator=generator)
+    net.metadata = metadata
+    return net
+
+
+def student(S, kind, **options):
+    """A random student and the grid that it would record."""
+    sigmas = ops.student_grid(S, 0.002, 80.0, 7.0, kind).tolist()
+    return edm_network(**options, S=S, sigmas=sigmas, rho=7.0, student_grid=kind)
+
+
+def compare_images(pipe, net, classes=None, steps=None, **options):
+    """The largest difference between the pipeline's images and ours from the same seeds, in [0, 1]; checks
+    that the images are neither flat nor cut off."""
+    seeds = range(4)
+    made = pipe(
+        batch_size=len(seeds),
+        class_labels=classes,
+        num_inference_steps=steps or len(net.metadata['sigmas']) - 1,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type='pt',
+    ).images
+    latents = generation.SeededNoise(seeds, 'cpu').randn([net.img_channels, 16, 16])
+    labels = None if classes is None else torch.eye(net.label_dim)[classes]
+    with torch.no_grad():
+        images = samplers.sample(net, latents, labels, steps=steps, **options) / 2 + 0.5
+    assert images.std() > 0.03 and ((images > 0) & (images < 1)).double().mean() > 0.9
+    return (made - images.clamp(0, 1)).abs().max().item()
+
+
+@pytest.mark.parametrize('label_dim', [0, 5])
+@pytest.mark.parametrize('S', [1, 2, 8])
+@pytest.mark.parametrize('kind', ['edm', 'full'])
+def test_diffusers_makes_the_images_of_a_student(pipeline, S, kind, label_dim):
+    """From one seed per image, as generate.py: our DDIM steps are in FP64, the scheduler's in FP32."""
+    net = student(S, kind, label_dim=label_dim)
+    pipe = pipeline(net)
+    assert type(pipe.scheduler).__module__.startswith('diffusers.'), 'no code in the folder'
+    assert pipe.scheduler.init_noise_sigma == pytest.approx(80, rel=1e-12)
+    assert compare_images(pipe, net, [1, 0, 4, 4] if label_dim else None) < 1e-6
+
+
+def test_the_recipes_lines_make_the_images_of_its_command(tmp_path, monkeypatch):
+    """As 8-bit images they may differ where a value lies between two levels."""
+    pytest.importorskip('diffusers')
+    ((code, _),) = blocks(helpers.ROOT / 'docs' / 'recipes.md', 'py')
+    save_diffusers(tmp_path / 'student', net := student(8, 'full', label_dim=1000))
+    namespace = {}
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace('cuda', 'cpu'), namespace)
+    seeds, choose = range(16), generation.fixed_labels(207)
+    expected = generation.generate_latents(net, seeds, choose).mul(127.5).add(128).clip(0, 255).byte()
+    made = torch.stack([torch.as_tensor(np.array(image)) for image in namespace['images']])
+    difference = (made.permute(0, 3, 1, 2).int() - expected.int()).abs()
+    assert difference.max() <= 1 and difference.double().mean() < 1e-3
+
+
+def test_diffusers_makes_the_images_of_a_grayscale_student_of_another_range(pipeline):
+    net = edm_network(channels=1, S=3, rho=5, sigmas=[*ops.karras_sigmas(3, 0.01, 3, 5).tolist(), 0.0])
+    assert compare_images(pipeline(net), net) < 1e-6
+
+
+def test_diffusers_samples_a_teacher_by_eulers_method(pipeline):
+    net = edm_network(label_dim=5)
+    pipe = pipeline(net)
+    for steps in (1, 18):
+        assert compare_images(pipe, net, [0, 1, 2, 3], steps=steps, solver='euler') < 1e-6
+
+
+def test_diffusers_takes_a_consistency_model_of_one_evaluation(pipeline):
+    net = edm_network(solver='cm', sigmas=[80.0, 0.0])
+    assert compare_images(pipeline(net), net) < 1e-6
+
+
+def test_the_conversion_says_with_how_many_steps_to_sample(tmp_path, consistency):
+    for name, net, words in (
+        ('student', student(8, 'full'), 'num_inference_steps=8, the steps that it was trained for'),
+        ('teacher', edm_network(), 'any num_inference_steps, which are Euler steps'),
+        ('cm', consistency, 'any num_inference_steps.'),
+    ):
+        save_snapshot(tmp_path / f'{name}.pkl', net, **net.metadata)
+        result = invoke('--to=diffusers', tmp_path / f'{name}.pkl', tmp_path / name)
+        assert result.exit_code == 0 and words in result.stdout, (result.stdout, result.stderr)
+
+
+@pytest.mark.parametrize(
+    'metadata, words',
+    [
+        (dict(solver='cm', sigmas=[80.0, 0.821, 0.0]), '2 evaluations of the sampler cm, which adds noise'),
+        (dict(solver='ancestral', sigmas=[80.0, 1.0, 0.0]), 'the sampler ancestral'),
+        (dict(sigmas=[80.0, 3.2, 0.5, 0.0]), 'the noise levels 80, 3.2, 0.5'),
+        (dict(sigmas=[0.9, 0.5, 0.0]), 'sampling from sigma = 0.9'),
+        (dict(sigmas=[80.0, 0.0], encoder=dict(class_name='StabilityVAEEncoder')), 'a network of latents'),
+        (dict(sigmas=[80.0, 0.0], label_kind='vectors'), 'label vectors'),
+        (dict(sigmas=[80.0, 0.0], rho=math.nan), 'rho = nan'),
+    ],
+    ids=range(7),
+)
+def test_students_that_diffusers_would_sample_otherwise_are_refused(tmp_path, metadata, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        save_diffusers(tmp_path / 'folder', edm_network(label_dim=5, **metadata))
+    assert not (tmp_path / 'folder').exists()
+
+
 @pytest.mark.parametrize(
     'make, words',
     [
-        (lambda: built(networks.EDMPrecond), "EDM's time embedding, ln(sigma) / 4"),
+        (lambda: built(networks.EDMPrecond, boundary=0.002), "with EDM's time embedding, ln(sigma) / 4"),
         (lambda: built(networks.VPPrecond, model_type='DhariwalUNet'), 'VPPrecond'),
-        (lambda: built(boundary=0), 'a diffusion model or a student of several steps'),
+        (lambda: built(boundary=0), "with OpenAI's time embedding, 250 ln(sigma)"),
+        (lambda: built(networks.EDMPrecond, model_type='SongUNet'), 'SongUNet'),
+        (lambda: built(networks.EDMPrecond, augment_dim=9), 'augmentation labels'),
         (lambda: built(sigma_max=float('inf')), 'noise levels from 0.002 to inf'),
         (lambda: built(boundary=90.0), 'noise levels from 90 to 80'),
         (lambda: built(model_type='SongUNet'), 'SongUNet'),
@@ -876,7 +994,7 @@ def built(cls=networks.CMPrecond, channels=32, metadata=None, **kwargs):
         (lambda: built(channel_mult=[1, 2, 3], attn_resolutions=[8]), 'attention heads of 64 or 96 channels'),
         (lambda: built(), 'normalization in 8 or 16 or 24 or 32 groups'),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_what_diffusers_cannot_express_is_refused_by_name(tmp_path, make, words):
     save_snapshot(tmp_path / 'net.pkl', make())

@@ -701,11 +701,13 @@ def test_without_transformers_the_extra_is_named(monkeypatch, tmp_path):
         load_detector(f'dinov2:{tmp_path}')
 
 
-def test_transformers_is_imported_only_where_it_is_used():
-    """It takes seconds."""
+def test_transformers_and_diffusers_are_imported_only_where_they_are_used():
+    """Each takes seconds."""
     from helpers import run_python
 
+    users = 'metrics.dinov2, metrics.inception, metrics.detectors, training.networks.encoders'
     run_python(
         '-c',
-        'import sys, metrics.dinov2, metrics.inception, metrics.detectors; sys.exit("transformers" in sys.modules)',
+        f'import sys, {users}, training.interchange.diffusers; '
+        'assert not {"transformers", "diffusers"} & {*sys.modules}',
     )

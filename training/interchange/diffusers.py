@@ -1,8 +1,11 @@
-"""Writes consistency models as folders for diffusers' `ConsistencyModelPipeline`, without needing diffusers.
+"""Writes networks as folders for diffusers' `ConsistencyModelPipeline`, without needing diffusers.
 
-The pipeline's scheduler applies the preconditioning of Song et al. 2023 (Appendix C) and passes c_noise, 250
-ln sigma, to a `UNet2DModel`, which can be configured as our ADM. Networks that these two cannot express are
-refused.
+The pipeline evaluates a `UNet2DModel`, which can be configured as our ADM, under one of two schedulers.
+`CMStochasticIterativeScheduler` samples consistency models: it applies the preconditioning of Song et al.
+2023 (Appendix C) and passes 250 ln sigma to the network. `EDMDPMSolverMultistepScheduler` samples students
+and teachers: EDM's preconditioning and ln(sigma) / 4; its steps of first order are DDIM's, over Karras nodes
+and then to 0. (`EDMEulerScheduler` takes the same steps, but a long one loses five digits in FP32.) Networks
+that these cannot express are refused.
 """
 
 from __future__ import annotations
@@ -19,11 +22,14 @@ import torch
 from torch import Tensor
 
 import dnnlib
+from data.label_space import space_of
 from dnnlib import UserError
+from training import consistency_ops as ops
 from training import networks
-from training.samplers import DEFAULT_TIMESTEPS
+from training.samplers import DEFAULT_TIMESTEPS, OdeOptions, teacher_range
 
-RHO = 7.0  # default exponent of the Karras nodes, see `scheduler_config`
+EDM_SCHEDULER = 'EDMDPMSolverMultistepScheduler'
+RHO = 7.0  # default exponent of the Karras nodes, see `cm_scheduler` and `edm_scheduler`
 
 # Our layers of a residual block and of its attention, and their names in diffusers.
 BLOCK_NAMES = dict(
@@ -33,7 +39,9 @@ ATTENTION_NAMES = dict(norm2='group_norm', qkv='qkv', proj='to_out.0')
 
 
 def save_diffusers(folder: str | os.PathLike, net: torch.nn.Module) -> None:
-    """Writes a folder; `ConsistencyModelPipeline.from_pretrained(folder)` then has the network's outputs.
+    """Writes a folder; `DiffusionPipeline.from_pretrained(folder)` then makes the network's images.
+
+    The pipeline's `num_inference_steps` are a student's steps, a teacher's Euler steps.
 
     Args:
         folder: must not exist, or be empty.
@@ -41,12 +49,15 @@ def save_diffusers(folder: str | os.PathLike, net: torch.nn.Module) -> None:
     """
     # Everything that can fail comes before the first file.
     check_expressible(net)
-    scheduler, unet, weights = scheduler_config(net), unet_config(net), unet_weights(net)
+    scheduler = cm_scheduler(net) if net.boundary else edm_scheduler(net)
+    unet, weights = unet_config(net), unet_weights(net)
+    if not net.boundary:
+        weights = scaled_levels(weights, scheduler['sigma_data'] / net.sigma_data)
     with new_folder(folder) as place:
         index = dict(
             _class_name='ConsistencyModelPipeline',
             unet=['diffusers', 'UNet2DModel'],
-            scheduler=['diffusers', 'CMStochasticIterativeScheduler'],
+            scheduler=['diffusers', scheduler['_class_name']],
         )
         write_json(place / 'model_index.json', index)
         write_json(place / 'unet' / 'config.json', unet)
@@ -61,26 +72,33 @@ def save_diffusers(folder: str | os.PathLike, net: torch.nn.Module) -> None:
 
 def check_expressible(net: torch.nn.Module) -> None:
     """Raises: UserError for the first property of a network without a counterpart in
-    ConsistencyModelPipeline."""
+    ConsistencyModelPipeline and its parts."""
     # Preconditioning.
-    if type(net) is networks.EDMPrecond:
+    if not isinstance(net, networks.EDMPrecond):
         refuse(
-            "EDM's time embedding, ln(sigma) / 4: UNet2DModel's frequencies are fixed, and the scheduler gives 250 ln(sigma)"
+            f'{type(net).__name__}: its schedulers have the preconditioning of EDM and of Song et al. only'
         )
-    if not isinstance(net, networks.CMPrecond):
+    if isinstance(net, networks.CMPrecond) and not net.boundary:
         refuse(
-            f"{type(net).__name__}: the scheduler has the preconditioning of OpenAI's consistency models only"
+            "a diffusion model or a student of several steps with OpenAI's time embedding, 250 ln(sigma): "
+            f'{EDM_SCHEDULER} gives the network ln(sigma) / 4'
         )
-    if not net.boundary:
+    if not isinstance(net, networks.CMPrecond) and net.boundary:
         refuse(
-            'a diffusion model or a student of several steps: the pipeline samples consistency models, for '
-            'which D(x; sigma_min) = x'
+            "a consistency model, for which D(x; sigma_min) = x, with EDM's time embedding, ln(sigma) / 4: "
+            'CMStochasticIterativeScheduler gives the network 250 ln(sigma)'
         )
-    if not 0 < net.boundary < net.sigma_max < math.inf:
+    if net.boundary and not 0 < net.boundary < net.sigma_max < math.inf:
         refuse(
             f'noise levels from {net.boundary:g} to {net.sigma_max:g}: the scheduler begins at sigma_max and '
             'ends at sigma_min'
         )
+
+    # What the pipeline gives the network and makes of its output.
+    if net.metadata.get('encoder'):
+        refuse('a network of latents: ConsistencyModelPipeline has no VAE')
+    if net.label_dim and space_of(net).are_vectors:
+        refuse('label vectors: UNet2DModel takes class indices')
 
     # U-Net.
     if not isinstance(net.model, networks.DhariwalUNet):
@@ -122,18 +140,16 @@ def group_counts(model: torch.nn.Module) -> list[int]:
 # Configurations and weights.
 
 
-def scheduler_config(net: networks.CMPrecond) -> dict:
+def cm_scheduler(net: networks.CMPrecond) -> dict:
     """Arguments of `CMStochasticIterativeScheduler`.
 
     Its `timesteps` are indices of `num_train_timesteps` Karras nodes from sigma_max (0) down to sigma_min.
     One-step sampling starts at 0 whatever their number, which is `num_timesteps` of the metadata. Song et al.
     have 40 in distillation, 201 (ImageNet-64) or 151 (LSUN) in training.
     """
-    timesteps, rho = net.metadata.get('num_timesteps', DEFAULT_TIMESTEPS), net.metadata.get('rho', RHO)
+    timesteps, rho = net.metadata.get('num_timesteps', DEFAULT_TIMESTEPS), checked_rho(net)
     if type(timesteps) is not int or timesteps < 2:
         refuse(f'the number of timesteps {timesteps!r} in the metadata')
-    if type(rho) not in (int, float) or not 0 < rho < math.inf or not 0 < net.sigma_data < math.inf:
-        refuse(f'rho = {rho!r} in the metadata with sigma_data = {net.sigma_data!r}')
     return dict(
         _class_name='CMStochasticIterativeScheduler',
         num_train_timesteps=timesteps,
@@ -146,7 +162,99 @@ def scheduler_config(net: networks.CMPrecond) -> dict:
     )
 
 
-def unet_config(net: networks.CMPrecond) -> dict:
+def edm_scheduler(net: networks.EDMPrecond) -> dict:
+    """Arguments of `EDM_SCHEDULER`: the levels and sigma_data, all times s (see `scaled_levels`).
+
+    The scheduler starts at noise of deviation √(σ² + 1), σ its highest level. With s = √(1 − 1/σ_0²) that is
+    σ_0, where our sampler starts.
+    """
+    highest, lowest, rho = levels_of_sampling(net)
+    if highest <= 1:
+        refuse(f'sampling from sigma = {highest:g}: {EDM_SCHEDULER} starts at noise of deviation above 1')
+    scale = math.sqrt(1 - 1 / highest**2)
+    return dict(
+        _class_name=EDM_SCHEDULER,
+        solver_order=1,
+        algorithm_type='dpmsolver++',
+        sigma_min=scale * lowest,
+        sigma_max=scale * highest,
+        sigma_data=scale * net.sigma_data,
+        sigma_schedule='karras',
+        prediction_type='epsilon',
+        rho=rho,
+        final_sigmas_type='zero',
+    )
+
+
+def steps_of_sampling(net: networks.EDMPrecond) -> str:
+    """The `num_inference_steps` to sample a network with, for a message."""
+    if net.boundary or 'sigmas' not in net.metadata:
+        return 'any num_inference_steps' + ('' if net.boundary else ', which are Euler steps')
+    return f'num_inference_steps={len(net.metadata["sigmas"]) - 1}, the steps that it was trained for'
+
+
+def levels_of_sampling(net: networks.EDMPrecond) -> tuple[float, float, float]:
+    """(highest, lowest, rho) of the Karras nodes at which a student or teacher is evaluated.
+
+    Raises: UserError if a student's levels are no such nodes, or noise is added between them.
+    """
+    rho, sigmas = checked_rho(net), net.metadata.get('sigmas')
+    if sigmas is None:
+        low, high = teacher_range(net, OdeOptions())
+        return high, low, RHO
+
+    levels = [float(sigma) for sigma in sigmas[:-1]]
+    solver = net.metadata.get('solver', 'student')
+    if solver != 'student' and (solver != 'cm' or len(levels) > 1):
+        refuse(
+            f'{len(levels)} evaluations of the sampler {solver}, which adds noise between them: '
+            f'{EDM_SCHEDULER} adds none'
+        )
+    if len(levels) == 1:
+        return levels[0], levels[0] / 2, rho  # the lower end is no level of one step
+
+    nodes = ops.karras_sigmas(len(levels), levels[-1], levels[0], rho)
+    if not torch.allclose(nodes, nodes.new_tensor(levels), rtol=1e-6, atol=0):
+        listed = ', '.join(f'{sigma:.4g}' for sigma in levels)
+        refuse(f'the noise levels {listed}: {EDM_SCHEDULER} has Karras nodes (rho = {rho:g} here) only')
+    return levels[0], levels[-1], rho
+
+
+def checked_rho(net: networks.EDMPrecond) -> float:
+    """The exponent of the Karras nodes. Raises: UserError for one that cannot be, or such a sigma_data."""
+    rho = net.metadata.get('rho', RHO)
+    if type(rho) not in (int, float) or not 0 < rho < math.inf or not 0 < net.sigma_data < math.inf:
+        refuse(f'rho = {rho!r} in the metadata with sigma_data = {net.sigma_data!r}')
+    return rho
+
+
+def scaled_levels(weights: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The weights of a `UNet2DModel` for which D(x; σ) stays the same if σ and sigma_data are named s times
+    what they are, s = `scale`, and x is not.
+
+    c_skip stays; c_in becomes c_in / s, c_out becomes s c_out, and c_noise = ln(σ) / 4 grows by b = ln(s) / 4.
+    With cos fc = cos fb cos f(c+b) + sin fb sin f(c+b) and sin fc = cos fb sin f(c+b) − sin fb cos f(c+b), the
+    first layer undoes the latter.
+    """
+    # Input and output.
+    weights = dict(weights)
+    weights['conv_in.weight'] = (weights['conv_in.weight'].double() * scale).float()
+    for name in ('conv_out.weight', 'conv_out.bias'):
+        weights[name] = (weights[name].double() / scale).float()
+
+    # Time embedding: [cos fc, sin fc] with f from 1 down, see `networks.PositionalEmbedding`.
+    cos_weight, sin_weight = weights['time_embedding.linear_1.weight'].double().chunk(2, dim=1)
+    half = cos_weight.shape[1]
+    turn = 10000 ** -(torch.arange(half, dtype=torch.float64) / half) * (math.log(scale) / 4)
+    turned = (
+        cos_weight * turn.cos() - sin_weight * turn.sin(),
+        cos_weight * turn.sin() + sin_weight * turn.cos(),
+    )
+    weights['time_embedding.linear_1.weight'] = torch.cat(turned, dim=1).float()
+    return weights
+
+
+def unet_config(net: networks.EDMPrecond) -> dict:
     """Arguments of `UNet2DModel`."""
     # Numbers that are the same everywhere, see `check_expressible`.
     model, (num_groups,) = net.model, group_counts(net.model)
@@ -240,7 +348,7 @@ def unet_places(model: networks.DhariwalUNet) -> dict[str, torch.nn.Module]:
     return places
 
 
-def unet_weights(net: networks.CMPrecond) -> dict[str, Tensor]:
+def unet_weights(net: networks.EDMPrecond) -> dict[str, Tensor]:
     """The tensors of an ADM under the names and in the shapes of `UNet2DModel`."""
     weights = {}
     for place, module in unet_places(net.model).items():
