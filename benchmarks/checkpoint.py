@@ -154,6 +154,7 @@ def main(channels, res, rounds, repeats, folder, row, as_json):
         for row in runs[0]
     }
     for row in LOADS:
+        # The network that a load returns is part of its peak.
         rows[row]['peak'] -= nbytes
     if as_json:
         click.echo(json.dumps(dict(device=machine(), parameters=parameters, bytes=sizes, rows=rows)))

@@ -127,6 +127,7 @@ class CoverageMap:
             file: {line: [index[name] for name in found] for line, found in lines.items()}
             for file, lines in self.tests.items()
         }
+        # Under another name until it is complete.
         partial = path.with_suffix('.partial')
         partial.write_text(
             json.dumps(

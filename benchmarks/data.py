@@ -48,6 +48,7 @@ def write_alike(path: Path, data: bytes, count: int) -> None:
         names.itemsize,
         struct.pack('<IIIHH', zlib.crc32(data), len(data), len(data), names.itemsize, 0),
     )
+    # Version 2.0, no flags, stored, 1980-01-01.
     fixed = struct.pack('<HHHHH', 20, 0, 0, 0, 0x21)
     stride = 30 + length + len(data)
     labels = [[name.decode(), i % CLASSES] for i, name in enumerate(names)]

@@ -51,6 +51,7 @@ def write_zip(path: Path, resolution: int, count: int) -> Path:
     files = []
     for i in range(min(count, DISTINCT)):
         photograph = photographs[i % len(photographs)]
+        # A crop of 256x256 anywhere, averaged down to the resolution.
         top, left = (rng.integers(side - 256) for side in photograph.shape[:2])
         crop = Image.fromarray(photograph[top : top + 256, left : left + 256]).resize(
             [resolution] * 2, Image.Resampling.BOX

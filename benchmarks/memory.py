@@ -81,6 +81,7 @@ def parts_of(training: Training, way: Way, batch: int, averages_on_host: bool) -
     """Memory of a step of `batch` images."""
     training.use(way)
     teacher = training.held_teacher if way.held else training.teacher
+    # What does not depend on the batch is in both; the difference is one image's.
     one, two = saved_bytes(training, 1), saved_bytes(training, 2)
     moments = [
         value

@@ -341,6 +341,7 @@ class Campaign:
         tests = sorted({name for name in by.values() if '::' in name})
         if not tests:
             return
+        # A test that fails without a mutant has caught none.
         status, printed = run_tests(tree.path, tests, None, stop=False)
         failing = {line.partition(' - ')[0] for line in failures(printed)} if status != PASSED else set()
         for mutant in mutants:

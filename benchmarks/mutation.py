@@ -224,6 +224,7 @@ def of_expression(node: ast.AST, imported: set[str]) -> Iterator[tuple[str, ast.
         for other in COMPARISONS[type(node.ops[0])]:
             yield 'comparison', ast.Compare(node.left, [other()], node.comparators)
     elif isinstance(node, ast.Compare):
+        # A chain, one operator at a time.
         for i, op in enumerate(node.ops):
             yield (
                 'comparison',

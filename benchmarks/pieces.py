@@ -85,6 +85,7 @@ def averages(size: str, device: torch.device) -> tuple[Way, Way]:
     kept = WeightAverages(ours, flat, 5e5, None, STDS)
     *_, last = kept.networks.values()
     copies = [[p.detach().clone() for p in plain.parameters()] for _ in kept.networks]
+    # Weights that differ from the averages, so that an update changes these.
     for p in (*plain.parameters(), *ours.parameters()):
         p.data.mul_(2)
     decays = kept.decays(10_000, 100)

@@ -48,6 +48,7 @@ def measure(rows: tuple[str, ...], folder: Path, parameters: int) -> dict[str, d
     }
     found = {}
     for row in rows:
+        # The peak above what is resident before the call.
         before, start = forget_peak(), time.perf_counter()
         result = calls[row]()
         found[row] = dict(seconds=time.perf_counter() - start, peak=resident(peak=True) - before)

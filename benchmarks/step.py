@@ -213,6 +213,7 @@ class Training:
             )
         self.compiled |= {self.student, teacher} if way.compiled else set()
         self.loss_state.teacher = Timed(teacher, self, is_teacher=True)
+        # What another way has compiled must not run here.
         torch.compiler.set_stance('default' if way.compiled else 'force_eager')
         misc.allow_tf32(way.tf32)
 
@@ -262,10 +263,12 @@ def measure(size: str, way: str, batch: int, steps: int, device: torch.device) -
     training, rows = Training(size, batch, device), {name: [] for name in dict.fromkeys([PLAIN, way])}
     warmup = min(WARMUP, steps)
     for number in range(warmup + steps):
+        # The order alternates, so that neither way always comes second.
         for name in rows if number % 2 else reversed(rows):
             training.use(WAYS[name])
             on_gpu = device.type == 'cuda'
             row = training.step(number, inside=not on_gpu)
+            # Timing parts synchronizes with a GPU, so the whole is timed by a step without that.
             if on_gpu and number >= warmup:
                 row = dict(training.step(number, inside=True), whole=row['total'])
             rows[name].append(row)
@@ -298,6 +301,7 @@ def peak(device: torch.device, precision: str, tf32: bool) -> float | None:
         for _ in range(6):
             start = time.perf_counter()
             a @ b
+            # Two operations for each of side³ products.
             best = max(best, 2 * side**3 / (time.perf_counter() - start))
     return best
 
