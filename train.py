@@ -149,6 +149,12 @@ def train(o: Options, held: contextlib.ExitStack) -> bool:
     elif earlier and earlier.get('transfer') and not teacher:
         o = starting_point.with_architecture(o, earlier['network'])
 
+    # --budget becomes --duration.
+    if o.run.budget:
+        from training import budget
+
+        o = budget.spend(o, dataset, teacher)
+
     # The configuration, and whether a resumed run is the same.
     o = configuration.settle(o, dataset, teacher, earlier)
     c = configuration.configure(o, dataset, teacher)

@@ -217,6 +217,7 @@ def check_together(o: Options) -> None:
 def check_stages_of_halving(run: RunConfig) -> None:
     """Raises: click.UsageError for options that the rounds of progressive distillation choose themselves."""
     for given, cure in (
+        (run.budget, '--budget is not for pd: a stage lasts --stage_steps optimizer steps.'),
         (run.duration, '--duration is not for pd: a stage lasts --stage_steps optimizer steps.'),
         (run.val_steps, '--val_steps is not for pd: each stage has its own number of steps.'),
         (run.transfer, '--transfer is not for pd: each student starts from its teacher.'),
@@ -324,7 +325,7 @@ def typed(words: Mapping[str, str]) -> dict[str, object]:
 
 def resume(given: Mapping[str, object], folder: str) -> Options:
     """The options of a command line that began a run which now goes on in its folder."""
-    given = {name: value for name, value in given.items() if name != 'transfer'}
+    given = {name: value for name, value in given.items() if name not in ('transfer', 'budget')}
     return choose({**given, 'resume': folder}, typed(stored_options.read(folder, ALL)))
 
 
@@ -531,6 +532,8 @@ DISPLACED = dict(
     fp16=['precision'],
     precision=['fp16'],
     resume=['transfer'],
+    budget=['duration'],
+    duration=['budget'],
     S=['val_steps'],
     N=['s0', 's1', 'schedule_steps'],
     s0=['N'],

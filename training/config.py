@@ -73,8 +73,10 @@ class Main:
     duration: float | None = opt(
         None, cli.SOME_MIMG, 'Length of training in millions of images.',
         metavar='MIMG')
-
-
+    budget: float | None = opt(
+        None, cli.POSITIVE,
+        'Train for this many hours: measures the training step at the start, and sets --duration.',
+        metavar='HOURS')
     preset: str | None = opt(
         None, None,
         'Options of a published or tried setting, see --list-presets; small-gpu goes with another, joined by '
@@ -357,6 +359,11 @@ class RunConfig(TensorBoard, WandB, Files, Performance, Validation, Network, Hyp
                 f'{self.duration:g} thousand images write --duration={self.duration / 1e3:g}.'
             )
 
+        if self.budget and self.duration:
+            raise click.UsageError(
+                '--budget and --duration exclude each other: one sets how long the run is, in hours or in images.'
+            )
+
         # Precision and resuming.
         if (self.fp16 and self.precision not in (None, 'fp16')) or (
             self.fp16 is False and self.precision == 'fp16'
@@ -367,6 +374,11 @@ class RunConfig(TensorBoard, WandB, Files, Performance, Validation, Network, Hyp
                 raise click.UsageError(f'--{name.replace("_", "-")} needs --resume.')
         if self.resume and self.transfer:
             raise click.UsageError(RESUME_OR_TRANSFER)
+        if self.resume and self.budget:
+            raise click.UsageError(
+                '--budget is for new runs: a resumed run has the duration that was chosen at its start. Leave it '
+                'out, or change --duration.'
+            )
 
     def _check_averages(self) -> None:
         stds, widths = self.phema or [], [f'{std:.3f}' for std in self.phema or []]

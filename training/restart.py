@@ -88,6 +88,7 @@ def _changes(o: Options, launch: dict) -> tuple[dict, str]:
     # Find its own states: not those that were abandoned when it resumed from an older one.
     # The earlier attempt may have begun to write validation's files.
     overwrite = dict(val_overwrite=True) if o.run.val else {}
+    of_start = dict(overwrite, transfer=None, budget=None)
     given = record['resume']
     with_states = folder if given is None or os.path.isdir(given) else Path(given).parent
     states, passed_over = saved_states(with_states), dict(map(tuple, record['passed_over']))
@@ -96,11 +97,11 @@ def _changes(o: Options, launch: dict) -> tuple[dict, str]:
 
     # Resume if there is one, or else begin again in the folder.
     if o.run.objective == 'pd' and not passed_over and stage_folders(folder):
-        return dict(overwrite, transfer=None, resume=os.fspath(folder)), f'resuming the stages in {folder}'
+        return dict(of_start, resume=os.fspath(folder)), f'resuming the stages in {folder}'
     # A folder lets resuming skip damaged states, but must then not hold abandoned ones.
     if own:
         resume = os.fspath(own[0] if len(own) < len(states) else with_states)
-        return dict(overwrite, transfer=None, resume=resume), f'resuming from {own[0]}'
+        return dict(of_start, resume=resume), f'resuming from {own[0]}'
     return (
         dict(overwrite, **ANEW, outdir=os.fspath(folder), nosubdir=True, seed=record['seed']),
         f'it had saved no state, so it begins again in {folder}',

@@ -1,0 +1,109 @@
+"""train.py --budget: the duration that fits into the hours, by the measured step."""
+
+import functools
+import json
+import re
+
+import helpers
+import pytest
+import torch
+from helpers import FAST, TINY_NETWORK, assert_one_clear_error, run, run_ranks
+
+import train
+from training import budget, command_line
+from training.checkpoint import load_network
+
+invoke = functools.partial(helpers.invoke, train.main)
+HOURS = 0.0004  # 1.4 seconds
+
+
+def options(digits, folder, *others):
+    return [f'--outdir={folder}', f'--data={digits}', '--cond=1', *TINY_NETWORK, *FAST, '--batch=32', *others]
+
+
+def recorded(folder):
+    return json.loads((folder / 'training_options.json').read_text())
+
+
+@pytest.fixture
+def a_second_a_step(monkeypatch):
+    """As if every step took a second."""
+    monkeypatch.setattr(budget, 'measure_step', lambda *_: (1.0, 5))
+
+
+@pytest.fixture(scope='module')
+def spent(digits, tmp_path_factory):
+    """(folder, what it printed) of a run with a budget."""
+    folder = tmp_path_factory.mktemp('spent')
+    done = run('train.py', *options(digits, folder, '--augment=0.12', f'--budget={HOURS}'))
+    return folder, done
+
+
+def test_the_duration_is_printed_and_recorded_and_the_hours_are_not(spent):
+    folder, done = spent
+    ms, steps, mimg = re.search(
+        r'takes ([\d.e+]+) ms here \(\d+ measured\).* are ([\d,]+) steps: --duration=(\S+) ', done.stderr
+    ).groups()
+    steps = int(steps.replace(',', ''))
+    assert steps == pytest.approx(3600 * HOURS / (float(ms) / 1e3), rel=0.01, abs=1)
+    assert recorded(folder)['total_nimg'] == steps * 32 == round(float(mimg) * 1e6)
+    assert 'budget' not in (folder / 'training_options.json').read_text()
+    assert '--budget' not in done.stdout and 'Training for' in done.stdout
+
+
+def test_measuring_leaves_no_trace_in_the_run(spent, digits, tmp_path):
+    """The same weights as with the duration, bit for bit: random numbers, data and statistics begin anew."""
+    folder, _ = spent
+    duration = recorded(folder)['total_nimg'] / 1e6
+    run('train.py', *options(digits, tmp_path, '--augment=0.12', f'--duration={duration!r}'))
+    first, second = (max(where.glob('network-snapshot-*.pkl')) for where in (folder, tmp_path))
+    ours, theirs = (load_network(path).state_dict() for path in (first, second))
+    assert first.name == second.name and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    stats = lambda where: [
+        {key: value for key, value in record.items() if key.startswith('Loss/')}
+        for record in helpers.lines(where / 'stats.jsonl')
+    ]
+    assert stats(folder) == stats(tmp_path) and 'Loss/diffusion' in stats(folder)[0]
+
+
+def test_a_resume_repeats_the_duration(spent):
+    folder, _ = spent
+    done = run('train.py', f'--resume={folder}')
+    assert f'has already seen all {recorded(folder)["total_nimg"] / 1e3:g} kimg' in done.stdout
+
+
+def test_processes_agree_on_the_duration(digits, tmp_path):
+    run_ranks(2, 'train.py', *options(digits, tmp_path, f'--budget={HOURS}'))
+    assert recorded(tmp_path)['total_nimg'] % 32 == 0 and list(tmp_path.glob('network-snapshot-*.pkl'))
+
+
+def test_what_scales_with_the_duration_follows(digits, teacher, tmp_path, a_second_a_step):
+    """An hour is 3,600 steps; T anneals over half of them."""
+    student = [f'--outdir={tmp_path}', f'--data={digits}', '--cond=1', '--consistency=True', '--S=2']
+    result = invoke(*student, f'--teacher={teacher}', '--batch=64', '--budget=1', '--dry-run')
+    assert result.exit_code == 0, result.stderr
+    c = json.loads(result.stdout)
+    assert c['total_nimg'] == 3600 * 64 and c['loss']['T_anneal_kimg'] == 1800 * 64 / 1000
+    assert 'a step of 64 images takes 1000 ms here (5 measured), so 1 hours are 3,600 steps' in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_budgets_that_cannot_be_are_refused(digits, spent, tmp_path, a_second_a_step):
+    new = options(digits, tmp_path / 'run')
+    for words, *told in (
+        ([*new, '--budget=1', '--duration=1'], '--budget and --duration exclude each other'),
+        ([f'--resume={spent[0]}', '--budget=1'], '--budget is for new runs'),
+        (['--outdir=x', f'--data={digits}', '--objective=pd', '--teacher=x', '--budget=1'], 'not for pd'),
+        ([*new, '--budget=0'], '--budget'),
+    ):
+        assert_one_clear_error(invoke(*words), *told, status=2)
+    assert_one_clear_error(invoke(*new, '--budget=0.0001'), '0.36 seconds, less than a step', '--batch')
+    taken = options(digits, spent[0], '--budget=1')
+    assert_one_clear_error(invoke(*taken), 'holds training states of an earlier run')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_budget_displaces_the_duration_of_a_preset():
+    places = ['--outdir=runs', '--data=data.zip', '--preset=digits-teacher']
+    assert command_line.parse([*places, '--budget=2']).run.duration is None
+    assert command_line.parse([*places, '--budget=2']).run.budget == 2
