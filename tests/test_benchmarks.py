@@ -254,6 +254,7 @@ def test_memory_counts_every_vector_of_the_run_and_less_of_it_where_an_option_sa
 # What is written.
 
 
+@pytest.mark.slow
 def test_the_step_writes_its_parts_and_a_row_for_every_way(monkeypatch):
     text = invoke(monkeypatch, 'step.py', '--steps=1', '--batch=2', '--ways=channels_last')
     parts, ways = check_block(text)
@@ -334,6 +335,7 @@ def test_what_has_no_switch_gives_the_numbers_of_the_plain_way(name, size, toler
     assert len(pieces.PIECES) == 3
 
 
+@pytest.mark.slow
 def test_sampling_writes_every_image_in_every_way(monkeypatch):
     (table,) = check_block(
         invoke(monkeypatch, 'sampling.py', '--images=5', '--batch=2', '--rounds=1', '--workers=0', '--eager')

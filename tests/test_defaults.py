@@ -21,7 +21,7 @@ from training.objectives import OBJECTIVES
 from training.objectives import time_schedules as times
 from training.run_files import saved_snapshots, saved_states
 
-EDM2 = ['--arch=edm2', '--cres=1,2']
+EDM2 = ['--arch=edm2', '--cres=1,2', '--num_blocks=1']
 DIVIDED = dict(solver='cm', sigmas=[80.0, 0.0], objective='ect')  # metadata of a consistency model
 
 
@@ -230,7 +230,7 @@ def test_a_teacher_of_pixels_has_the_preset_of_its_size_for_imagenet_64(digits, 
     ],
 )
 def test_a_teacher_of_latents_has_that_for_imagenet_512(latents, width, lr, dropout, mebi):
-    c, _ = dry_run(f'--data={latents}', '--arch=edm2', '--cres=1', f'--cbase={width}')
+    c, _ = dry_run(f'--data={latents}', '--arch=edm2', '--cres=1', '--num_blocks=1', f'--cbase={width}')
     assert (c['loss']['P_mean'], c['loss']['P_std'], c['lr_ref_nimg']) == (-0.4, 1.0, 70_000 * 2048)
     assert (c['lr'], c['network']['kwargs']['dropout'], c['total_nimg']) == (lr, dropout, mebi << 20)
 
@@ -276,13 +276,21 @@ def test_dropout_of_consistency_tuning_is_at_the_levels_up_to_16(tmp_path):
         folder = tmp_path / str(side)
         folder.mkdir()
         PIL.Image.fromarray(np.zeros([side, side, 3], np.uint8)).save(folder / '0.png')
-        c, _ = dry_run(f'--data={folder}', '--arch=edm2', '--objective=ect', '--cbase=16', f'--cres={levels}')
+        c, _ = dry_run(
+            f'--data={folder}',
+            '--arch=edm2',
+            '--objective=ect',
+            '--cbase=16',
+            '--num_blocks=1',
+            f'--cres={levels}',
+        )
         assert c['network']['kwargs']['dout_resolutions'] == expected
         c, _ = dry_run(
             f'--data={folder}',
             '--arch=edm2',
             '--objective=ect',
             '--cbase=16',
+            '--num_blocks=1',
             f'--cres={levels}',
             '--dout_resolutions=48,64',
         )

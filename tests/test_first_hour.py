@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import PIL.Image
 import pytest
-from helpers import FAST, TINY_NETWORK, assert_one_clear_error, invoke, run_python, torchrun
+from helpers import FAST, TINY_NETWORK, assert_one_clear_error, invoke, run_python, run_ranks
 
 import convert
 import dataset_tool
@@ -130,10 +130,10 @@ def test_the_example_has_help():
 
 
 def test_an_error_of_the_main_process_is_the_only_one(tmp_path, digits, teacher):
-    """torchrun adds lines of its own, which begin otherwise."""
+    """Of two: the other one ends without a word."""
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'training-state-000000.pt').write_bytes(b'none')
-    done = torchrun(
+    done = run_ranks(
         2,
         'train.py',
         f'--outdir={tmp_path / "run"}',

@@ -18,7 +18,14 @@ from training.objectives import OBJECTIVES
 from training.run_files import saved_states
 
 RUNS = {
-    'mcd': ['--hop=addim', '--sigma_grid=cosine', '--keep_ties', '--top-mass=0.3', '--T_anneal_steps=6'],
+    'mcd': [
+        '--hop=addim',
+        '--sigma_grid=cosine',
+        '--keep_ties',
+        '--top-mass=0.3',
+        '--anchor_hops=4',
+        '--T_anneal_steps=6',
+    ],
     'mct': [*TINY_NETWORK, '--T_anneal_kimg=0.2'],
     'direct': ['--substeps=2', '--T_end=16', '--student_grid=full'],
     'cm-cd': ['--N=6', '--mu0=0.5', '--cm_loss=l2', '--hop=ddim', '--mid_t=0.8'],
