@@ -35,9 +35,9 @@ def assert_harmless(tmp_path, chosen):
 
 @pytest.mark.parametrize('part', range(2))
 def test_hostile_files_end_in_one_clear_error(tmp_path, part):
-    """Of the table, every second file; all of them in the slow suite."""
-    chosen = list(cases())[::2]
-    assert len(chosen) > 500
+    """Of the table, every fifth file; all of them in the slow suite."""
+    chosen = list(cases())[::5]
+    assert len(chosen) > 200
     assert_harmless(tmp_path, chosen[part::2])
 
 

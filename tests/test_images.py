@@ -458,6 +458,7 @@ def test_the_benchmarks_whole_way_takes_every_image_through_every_part(tmp_path,
     assert inspect.signature(benchmark.pipeline).parameters['prepare'].default is benchmark.resize
 
 
+@pytest.mark.slow
 def test_the_benchmark_times_every_part_and_measures_memory():
     done = json.loads(
         run_python(

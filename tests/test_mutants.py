@@ -223,6 +223,7 @@ def campaign(monkeypatch, project, *arguments):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_a_campaign_asks_who_executes_the_line_in_whatever_process_and_resumes(monkeypatch, project):
     """`unused` is not executed, NAME is used by nobody; what fails is not asked; fixtures and processes are part of the tests that use them."""
     printed = campaign(monkeypatch, project, '--num=4', '--seed=5')

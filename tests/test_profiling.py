@@ -34,6 +34,7 @@ def train_student(folder, digits, teacher, *options):
         '--ema=10kimg',
         '--T_start=8',
         '--T_end=8',
+        '--anchor_hops=2',
         *options,
     )
     return folder
