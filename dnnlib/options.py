@@ -42,6 +42,7 @@ class Option:
         record: whether an objective's configuration records it among the options of its loss.
         unit: factor from the option's unit to the recorded one.
         settled: a default of None is replaced before the run begins, so that no record has None.
+        scales: the default is that of a run of the usual length; a shorter run has the same share of its own.
         idle: (option, value) with which this one has no effect.
         needs: (option, value) without which this one is refused.
         switch: option that enables a group, and without which this one is refused.
@@ -59,6 +60,7 @@ class Option:
     record: bool = True
     unit: float = 1
     settled: bool = False
+    scales: bool = False
     idle: tuple[str, object] | None = None
     needs: tuple[str, object] | None = None
     switch: str | None = None

@@ -50,6 +50,7 @@ COMMANDS = {
         )
     },
     'python -m metrics.rulers': 'metrics.rulers:main',
+    'python -m experiments.curves': 'experiments.curves:main',
 }
 
 

@@ -34,11 +34,14 @@ img.wide { max-width: 100%; }
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """The records of a .jsonl file of a run; an empty list if there is no file. Raises: UserError, naming the
-    line, for anything else."""
+    """The records of a .jsonl file of a run; an empty list if there is no file.
+
+    A last line that the run is still writing is left out. Raises: UserError, naming the line, for anything
+    else.
+    """
     if not os.path.exists(path):
         return []
-    found = [record for _, record in records(path)]
+    found = [record for line, record in records(path) if record is not None or line.endswith(b'\n')]
     if None in found:
         raise UserError(
             f'{path}: line {found.index(None) + 1} is not a record of a run. Remove that line, or restore '

@@ -22,7 +22,7 @@ TINY_NETWORK = [
     '--dropout=0',
 ]
 SCRIPTS = [f'{name}.py' for name in interrupts.SCRIPTS if name != 'example']
-FAST = ['--workers=0', '--seed=0', '--nosubdir', '--lr_rampup=0.1']
+FAST = ['--workers=0', '--seed=0', '--nosubdir', '--lr_rampup=0.1', '--sample_grid=0']
 
 
 def run(*arguments, check=True, timeout=300, **kwargs) -> subprocess.CompletedProcess:

@@ -80,7 +80,9 @@ def test_something_else_in_the_place_of_a_file_is_named_before_anything_is_writt
 
 def test_every_file_that_a_run_appends_to_is_on_the_list(folder):
     assert {path.name for path in folder.iterdir()} - set(OWN_FILES) <= {
-        path.name for pattern in ('network-snapshot-*', 'training-state-*') for path in folder.glob(pattern)
+        path.name
+        for pattern in ('network-snapshot-*', 'training-state-*', 'samples-*')
+        for path in folder.glob(pattern)
     }
 
 

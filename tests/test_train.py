@@ -275,7 +275,7 @@ def test_runs_are_numbered_and_described(tmp_path, digits):
     assert c['run_dir'] == str(tmp_path / '00008-digits-uncond-ddpmpp-edm-gpus1-batch512-fp32-hello')
 
 
-def test_short_half_lives_and_missing_dropout_resolutions_are_warned_of(tmp_path, digits, teacher):
+def test_long_half_lives_and_missing_dropout_resolutions_are_warned_of(tmp_path, digits, teacher):
     done = run(
         'train.py',
         f'--outdir={tmp_path}',
@@ -292,8 +292,8 @@ def test_short_half_lives_and_missing_dropout_resolutions_are_warned_of(tmp_path
         '--dump=0',
         '--snap=0',
     )
-    assert 'Warning: an EMA with a half-life of 15.6 steps' in done.stdout
-    assert 'Warning: --dout_resolutions names 16, which' in done.stdout
+    assert 'Warning: the half-life of the EMA is 1 kimg, and the run 0.128 kimg' in done.stderr
+    assert 'Warning: --dout_resolutions names 16, which' in done.stderr
 
 
 def test_a_transfer_starts_from_the_weights_that_fit(tmp_path, digits, teacher):
@@ -423,7 +423,11 @@ def test_a_resumed_run_needs_no_seed_and_a_finished_one_trains_no_further(digits
     ]
     c = json.loads(invoke(*arguments, '--T_anneal_kimg=0.32', '--dry-run').stdout)
     assert c['seed'] == 0 and c['run_dir'] == str(uninterrupted)
-    assert 'Nothing to do' in run('train.py', *arguments, '--workers=0').stdout
+    said = run('train.py', *arguments, '--workers=0').stdout
+    assert (
+        f'Nothing to do: {state} has seen 0.64 kimg, and --duration=0.00064 ends the run at 0.64 kimg' in said
+    )
+    assert 'longer --duration' in said
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_a_picture_that_cannot_be_written_need_not_stop_a_run(tmp_path, digits, 
         else:
             assert (
                 result.returncode == 0
-                and 'Training goes on' in result.stdout
+                and 'Training goes on' in result.stderr
                 and len(lines(folder / 'metrics-val.jsonl')) == 1
             ), result.stderr
 

@@ -75,8 +75,14 @@ def measure_step(
     The steps are those of a run that is thrown away, on a copy of the teacher.
     """
     with tempfile.TemporaryDirectory() as folder, WorkersIgnoreSignals() as ignore_signals:
-        with contextlib.redirect_stdout(io.StringIO()):  # what a run announces
-            run = set_up(c, folder, dataset, copy.deepcopy(teacher), None)
+        # What a run announces and warns of is left to the run to come; errors are not.
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+                run = set_up(c, folder, dataset, copy.deepcopy(teacher), None)
+        except BaseException:
+            print(said.getvalue(), end='', file=sys.stderr)
+            raise
         ranks = dict(rank=distributed.get_rank(), num_replicas=distributed.get_world_size())
         sampler = InfiniteSampler(len(dataset), c.batch_size, **ranks, seed=c.seed)
         prefetcher = Prefetcher(

@@ -357,7 +357,10 @@ def default_text(name: str, objective: str | None = None) -> str | None:
         text += f'; edm2 {options.value_text(large[having[0]])}'
     elif large:
         text += f'; edm2: {options.grouped(large, None).removeprefix("none; ")}'
-    return None if text == 'none' else text
+    if text == 'none':
+        return None
+    less = f'{";" if ";" in text else ","} less in shorter runs' if option.scales and text != '0' else ''
+    return text + less
 
 
 def default_of(name: str, objective: str) -> object:

@@ -99,7 +99,7 @@ class Hyperparameters:
     lr: float | None = opt(None, cli.POSITIVE, 'Learning rate.', metavar='FLOAT', key='lr', settled=True)
     lr_rampup: float | None = opt(
         None, cli.KIMG, 'Thousands of images over which the learning rate rises from 0.',
-        metavar='KIMG', key='lr_rampup_nimg', settled=True, unit=1e3)
+        metavar='KIMG', key='lr_rampup_nimg', settled=True, scales=True, unit=1e3)
     lr_schedule: str | None = opt(
         None, click.Choice(['constant', 'linear', 'cosine', 'sqrt']),
         'Decay of the learning rate: to 0 at the end of training (linear, cosine), or as 1/sqrt(steps) '
@@ -107,14 +107,14 @@ class Hyperparameters:
         key='lr_schedule', settled=True)
     lr_decay: int | None = opt(
         None, cli.COUNT, 'Optimizer steps after which --lr_schedule=sqrt decays (t_ref of EDM2).',
-        metavar='STEPS', idle=('lr_schedule', 'constant'))
+        metavar='STEPS', scales=True, idle=('lr_schedule', 'constant'))
     beta2: float | None = opt(
         None, cli.Number(0, 1, max_open=True), "Decay of Adam's second moments.",
         metavar='FLOAT')
     ema: float | None = opt(
         None, HalfLife(),
         'Half-life of the weight average in millions of images; 500kimg and 50Mimg name their unit.',
-        metavar='MIMG', key='ema_halflife_nimg', settled=True)
+        metavar='MIMG', key='ema_halflife_nimg', settled=True, scales=True)
     ema_rampup: float | None = opt(
         None, cli.FACTOR,
         'Limit of the effective half-life as a fraction of the images seen; 0 for no limit.',
@@ -265,6 +265,10 @@ class Files:
         50.0, cli.SOME_KIMG, 'Thousands of images between progress reports; fractions allowed.',
         metavar='KIMG', key='kimg_per_tick')
     snap: int = opt(50, TICKS, 'Ticks between snapshots; 0: never.', metavar='TICKS', key='snapshot_ticks')
+    sample_grid: int | None = opt(
+        None, cli.Integer(min=0, max=SHOWN),
+        'Images in the picture of samples that is written with every snapshot; 0: no picture.',
+        metavar='INT', default_text=f'{SHOWN}; latents 0', key='sample_grid', settled=True)
     phema_snap: int | None = opt(
         None, TICKS, 'Ticks between snapshots of --phema.',
         metavar='TICKS', default_text='as --snap', key='phema_snapshot_ticks', settled=True,

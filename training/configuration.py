@@ -12,6 +12,7 @@ import re
 import click
 
 from dnnlib import EasyDict, UserError
+from metrics.validator import SHOWN
 from training.architectures import ARCHITECTURES
 from training.command_line import RUN, Options
 from training.config import RunConfig
@@ -49,8 +50,10 @@ def settle(o: Options, dataset, teacher, earlier: dict | None) -> Options:
     if run.phema_snap is not None and not run.phema:
         raise click.UsageError('--phema_snap needs --phema.')
 
-    # Options that follow from others.
+    # Options that follow from others. Latents take a decoder to show, which may be a download.
+    shown = 0 if dataset.holds_latents else SHOWN
     o = o.but(
+        sample_grid=shown if run.sample_grid is None else run.sample_grid,
         precision=run.arithmetic,
         ls=run.ls or ('dynamic' if run.arithmetic == 'fp16' else 1.0),
         phema_snap=run.snap if run.phema_snap is None else run.phema_snap,
@@ -87,7 +90,12 @@ def late_defaults(o: Options, dataset, teacher) -> dict[str, object]:
             res for i in range(len(levels)) if (res := dataset.resolution >> i) <= limit
         ]
 
-    defaults = objective.defaults | edm2
+    # In a run that is shorter than usual; what a resumed run has stored is among what is given. The rounds of
+    # progressive distillation are as long as --stage_steps says.
+    usual = objective.defaults | edm2
+    duration = usual.get('duration') or objective.own['stage_steps'] * usual['batch'] / 1e6
+    share = o.run.duration / duration if 'duration' in o.given else 1
+    defaults = scaled(usual, min(share, 1))
     if o.stored:  # a resumed run without it has dropout everywhere
         defaults.pop('dout_resolutions', None)
     if dataset.holds_latents:
@@ -95,6 +103,16 @@ def late_defaults(o: Options, dataset, teacher) -> dict[str, object]:
     if (o.run.lr_schedule if 'lr_schedule' in o.given else defaults['lr_schedule']) != 'sqrt':
         defaults.pop('lr_decay', None)
     return defaults
+
+
+def scaled(defaults: dict[str, object], share: float) -> dict[str, object]:
+    """The defaults for a run of this share, up to 1, of the usual length: ramp, decay and average take the same
+    share of it as usual."""
+    names = [option.name for option in RUN.values() if option.scales and defaults.get(option.name)]
+    shorter = {name: defaults[name] * share for name in names if share < 1}
+    if 'lr_decay' in shorter:  # in whole steps
+        shorter['lr_decay'] = max(round(shorter['lr_decay']), 1)
+    return defaults | shorter
 
 
 def lengths(o: Options, earlier: dict | None) -> dict[str, float]:

@@ -14,6 +14,7 @@ from dnnlib.text import printable
 from dnnlib.util import named
 from torch_utils import distributed
 from training import architectures, execution, run_folder
+from training.announcements import schedule_warnings
 from training.command_line import Options
 from training.resolution import unresolved_gap
 from training.starting_point import default_of, on_meta
@@ -24,7 +25,8 @@ PRIME = 1_000_003  # images; no size of a network's weights is divisible by it
 
 def show(o: Options, c: EasyDict, dataset, teacher: torch.nn.Module | None) -> None:
     """Print the configuration as JSON with facts `about` the run, and the warnings of its start on stderr."""
-    for warning in filter(None, [*architectures.missing_levels(c.network), unresolved_gap(c, teacher)]):
+    warnings = [*architectures.missing_levels(c.network), unresolved_gap(c, teacher), *schedule_warnings(c)]
+    for warning in filter(None, warnings):
         distributed.print0(printable(warning), file=sys.stderr)
     distributed.print0(json.dumps(dict(c, about=about(o, c, dataset, teacher)), indent=2))
 

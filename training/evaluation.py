@@ -1,14 +1,20 @@
-"""Evaluations during training: the Fréchet distance and pictures of each average in --val_emas."""
+"""Evaluations during training: the Fréchet distance and pictures of each average in --val_emas, and the
+picture of each snapshot."""
 
 from __future__ import annotations
+
+import math
+import os
 
 import torch
 
 from dnnlib import EasyDict, NotFinite
-from metrics.validator import Validator
+from metrics.validator import Validator, label_chooser
+from sampling import generation
 from torch_utils import distributed
 from torch_utils.preemption import PreemptionHandler
 from training import checkpoint, execution
+from training.run_files import file_stem
 from training.run_log import RunLog
 from training.setup import Run
 
@@ -67,3 +73,48 @@ def sample_grid(validator: Validator, net, nimg: int, name: str, log: RunLog) ->
     except NotFinite as error:
         log(f'Warning: no picture of samples ({name}): {error}.')
         return None
+
+
+# ----------------------------------------------------------------------------
+# The picture of a snapshot.
+
+
+def show_samples(run: Run) -> None:
+    """Write samples of the run's exponential average beside its snapshot, and log them. Called by all
+    processes; the main one samples."""
+    _, path = run.files.attempt(write_samples, run)
+    if path is not None:
+        run.log.samples(run.progress.nimg, path)
+
+
+def write_samples(run: Run) -> str | None:
+    """Write `samples-<kimg>.png`: what generate.py makes of the snapshot for seeds 0, 1, ...
+
+    Random numbers come from generators of their own, so training goes on as if nothing had been sampled.
+    Returns: its path; None, and a line in the log, if its images are not finite.
+    Raises: UserError if the file cannot be written.
+    """
+    c, space, seeds = run.c, run.dataset.label_space, range(run.c.sample_grid)
+    net = sampling_network(run, 'ema')
+    net.metadata = checkpoint.snapshot_metadata(c, run.progress.nimg)
+    choose = label_chooser('dataset' if space.are_vectors else 'uniform', space, run.dataset)
+
+    # In batches that the device has room for.
+    batches = generation.split_batches(seeds, run.batch_gpu)
+    try:
+        drawn = [generation.generate_checked(net, batch, choose) for batch in batches]
+        images = generation.finite_images(drawn, seeds)
+    except NotFinite as error:
+        run.log(f'Warning: no picture of samples: {error}.')
+        return None
+
+    # As square as possible, with black in places that remain; small images are enlarged.
+    columns = math.ceil(math.sqrt(len(images)))
+    missing = -len(images) % columns
+    picture = generation.image_grid(torch.cat([images, torch.zeros_like(images[:missing])]), columns)
+    zoom = max(256 // picture.shape[-1], 1)
+    picture = picture.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
+    stem = file_stem(run.progress, 'network-snapshot').replace('network-snapshot', 'samples')
+    path = os.path.join(run.dir, f'{stem}.png')
+    generation.save_images(picture[None], [path])
+    return path

@@ -88,7 +88,7 @@ CM_32 = dict(batch=512, lr=4e-4, duration=409.6)
 CD_32, CT_32 = dict(CM_32, N=18, mu0=0, teacher=VE_TEACHER), dict(CM_32, mu0=0.9, s0=2, s1=150)
 # ECT's EDM2 models, whose rate, dropout and stages follow from the width; TCM's second stages.
 ECT_64 = dict(batch_gpu=32, tf32=True, mid_t=1.526, clip_denoised=False, tick=6.4, snap=500, dump=500)
-TCM_64 = dict(batch=1024, lr_decay=8000, fp16=True, phema=[0.1])
+TCM_64 = dict(batch=1024, lr_decay=8000, ema=7.097, fp16=True, phema=[0.1])
 # The demo's students of digits.
 DIGITS = dict(lr=1e-3, ema='20kimg', ema_rampup=0.05, lr_rampup=5, student_grid='full')
 MCD_8, DIRECT_8 = dict(DIGITS, keep_ties=True, top_mass=0.5), dict(DIGITS, top_mass=1)

@@ -64,6 +64,8 @@ class StepProfile:
     def _begin(self) -> None:
         for names, network in self._networks.items():
             self._name_calls(network, *names)
+        # PyTorch's tracer otherwise reports its own stages on stderr; its highest level is 5.
+        os.environ.setdefault('KINETO_LOG_LEVEL', '6')
         self._profiler = torch.profiler.profile(activities=self._activities)
         self._profiler.start()
 

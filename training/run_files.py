@@ -77,6 +77,12 @@ def file_stem(progress: Progress, kind: str) -> str:
     return stem
 
 
+def is_due(every: int, progress: Progress, done: bool) -> bool:
+    """Whether something that comes every so many ticks, and at the end, comes at the end of this tick; 0:
+    never."""
+    return bool(every) and (done or progress.tick % every == 0)
+
+
 def states_to_keep(states: dict[str, float | None], newest: int = 2) -> set[str]:
     """The stems of the `newest` states and the one of least FID, of {stem: FID or None}, oldest first."""
     measured = {stem: fid for stem, fid in states.items() if fid is not None}
@@ -138,7 +144,7 @@ class RunFiles:
             done: whether training is finished.
         """
         c = self.c
-        due = lambda every: bool(every) and (done or progress.tick % every == 0)
+        due = lambda every: is_due(every, progress, done)
 
         # Snapshots of the averages.
         if due(c.snapshot_ticks):
@@ -271,7 +277,7 @@ class RunFiles:
 
         # The note, and unfinished files.
         dnnlib.util.remove(self.run_dir / PREEMPTED)
-        for kind in ('network-snapshot-*', 'training-state-*', PREEMPTED, '*.jsonl', OPTIONS):
+        for kind in ('network-snapshot-*', 'training-state-*', 'samples-*', PREEMPTED, '*.jsonl', OPTIONS):
             for leftover in dnnlib.util.unfinished(self.run_dir, kind):
                 dnnlib.util.remove(leftover)
 

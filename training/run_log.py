@@ -101,12 +101,13 @@ class RunLog:
         )
 
     def __call__(self, line: str) -> None:
-        """Log a line, to the console and log.txt."""
+        """Log a line, to the console and log.txt. Warnings go to stderr."""
         if self.enabled:
             line = printable(line, LONGEST_MESSAGE)
+            stream = sys.stderr if line.startswith('Warning:') else sys.stdout
             # The terminal may be gone.
-            with contextlib.suppress(OSError), tqdm.tqdm.external_write_mode(file=sys.stdout):
-                print(line, flush=True)
+            with contextlib.suppress(OSError), tqdm.tqdm.external_write_mode(file=stream):
+                print(line, file=stream, flush=True)
             self._append(LOG, line)
 
     def stats(self, stats: dict[str, dict]) -> None:
@@ -130,6 +131,11 @@ class RunLog:
             self._append(METRICS, json_line(record))
             images = {f'Samples{average_suffix(record)}': grid} if grid else {}
             self._show(record['nimg'], scalars(record), images)
+
+    def samples(self, nimg: int, path: str) -> None:
+        """Show the picture of a snapshot, a PNG file, in TensorBoard and W&B."""
+        if self.enabled:
+            self._show(nimg, {}, {'Samples/snapshot': path})
 
     def advance(self, nimg: int) -> None:
         """Move the progress bar; cheap enough for every step."""

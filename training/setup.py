@@ -131,6 +131,7 @@ def set_up(
     # Announce what is about to happen.
     log = RunLog(run_dir, enabled=rank == 0)
     files = run_files.RunFiles(c, run_dir, net, update, averages, loss_state, log)
+    announcements.describe_place(log, run_dir, device)
     announcements.describe_run(log, c, net, dataset, teacher, rounds, batch_gpu)
     if warning := resolution.unresolved_gap(c, teacher):
         log(warning)

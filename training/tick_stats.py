@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import psutil
 import torch
@@ -70,20 +71,45 @@ def tick_stats(
     return {name: dict(num=1, mean=value, std=0) for name, value in values.items()}
 
 
-def tick_line(stats: dict, loss_name: str, remaining_sec: float) -> str:
-    """The console line of a tick."""
-    mean = lambda name: stats[name]['mean']
+def tick_line(stats: dict, loss_name: str, remaining_sec: float | None) -> str:
+    """The console line of a tick, at most 100 characters.
+
+    `ema` is the effective half-life in images, `data` the share of time that steps waited for batches.
+
+    Args:
+        stats: of `network_stats` and `tick_stats`, and the loss by its name.
+        remaining_sec: estimated time to the end; None where it is not known yet.
+    """
+    mean = lambda name: stats.get(name, {}).get('mean', float('nan'))
+    kimg = mean('Progress/kimg')
     fields = [
-        f'tick {mean("Progress/tick"):<5.0f}',
-        f'kimg {mean("Progress/kimg"):<9.1f}',
-        f'loss {stats.get(loss_name, {}).get("mean", float("nan")):<9.4g}',
-        f'time {misc.format_time(mean("Timing/total_sec")):<8}',
-        f'img/s {mean("Timing/images_per_sec"):<8.4g}',
-        f'sec/kimg {mean("Timing/sec_per_kimg"):<7.3g}',
-        f'data {mean("Timing/data_wait_share"):<6.1%}',
-        f'maint {mean("Timing/maintenance_sec"):<5.1f}',
-        f'mem {mean("Resources/cpu_mem_gb"):<5.2f}',
-        f'gpu {mean("Resources/peak_gpu_mem_gb"):<5.2f}',
-        f'ETA {misc.format_time(remaining_sec)}',
+        f'tick {mean("Progress/tick"):<4.0f}',
+        f'kimg {f"{kimg:.6g}" if kimg < 1e5 else f"{kimg:.0f}":<7}',
+        f'loss {in_width(mean(loss_name), 7):<7}',
+        f'lr {in_width(mean("Progress/lr"), 6):<6}',
+        f'ema {with_suffix(mean("Progress/ema_halflife_kimg") * 1e3):<5}',
+        f'time {compact_time(mean("Timing/total_sec")):<6}',
+        f'img/s {with_suffix(mean("Timing/images_per_sec")):<5}',
+        f'data {min(mean("Timing/data_wait_share"), 0.99):<3.0%}',
+        *([] if remaining_sec is None else [f'ETA {compact_time(max(remaining_sec, 0))}']),
     ]
-    return ' '.join(fields)
+    return ' '.join(fields).rstrip()
+
+
+def in_width(value: float, width: int) -> str:
+    """A number in at most `width` characters, of six or more: with three digits if they fit."""
+    texts = [re.sub(r'e([+-])0*', lambda m: 'e' + m[1].strip('+'), f'{value:.{n}g}') for n in (3, 2, 1)]
+    return next((text for text in texts if len(text) <= width), texts[-1])
+
+
+def with_suffix(value: float) -> str:
+    """`12`, `1.5k`, `7.88M`: a count in at most five characters, or `0.012` if it is small."""
+    for unit, suffix in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
+        if value >= 0.9995 * unit:
+            return f'{value / unit:.3g}{suffix}'
+    return in_width(value, 5)
+
+
+def compact_time(seconds: float) -> str:
+    """`42s`, `3m05s`, `1h02m`, `2d03h`."""
+    return misc.format_time(seconds).replace(' ', '')

@@ -19,10 +19,12 @@ from metrics.validator import Validator
 from torch_utils import distributed, elastic, misc, training_stats
 from torch_utils.preemption import PreemptionHandler, WorkersIgnoreSignals
 from training import checkpoint, run_files, saved_files
-from training.evaluation import build_validator, evaluate, evaluate_at_start
+from training.announcements import describe_end
+from training.evaluation import build_validator, evaluate, evaluate_at_start, show_samples
 from training.objectives.loss import State
 from training.profiling import StepProfile
 from training.rng import SampleRng
+from training.run_files import is_due
 from training.setup import Run, profiled_networks, set_up
 from training.tick_stats import network_stats, tick_line, tick_stats
 from training.weight_update import WeightUpdate, learning_rate
@@ -105,11 +107,20 @@ class Clock:
     Attributes:
         start, tick_start: when training and the current tick began.
         maintenance: seconds spent evaluating and saving before the current tick.
+        steady: when the second tick began, and images seen then; None before. The first one is slower.
     """
 
     start: float
     tick_start: float
     maintenance: float
+    steady: tuple[float, int] | None = None
+
+    def remaining(self, now: float, nimg: int, total_nimg: int) -> float | None:
+        """Seconds to `total_nimg` images at the pace since the second tick began; None before its end."""
+        if self.steady is None or nimg <= self.steady[1]:
+            return None
+        since, images = self.steady
+        return max(total_nimg - nimg, 0) * (now - since) / (nimg - images)
 
 
 def end_of_tick(
@@ -148,16 +159,19 @@ def end_of_tick(
         run.device,
         prefetcher.data_wait(),
     )
-    sec_per_image = (now - clock.start) / max(progress.nimg - run.start_nimg, 1)
-    run.log(tick_line(stats, f'Loss/{run.objective.NAME}', (c.total_nimg - progress.nimg) * sec_per_image))
+    remaining = clock.remaining(now, progress.nimg, c.total_nimg)
+    run.log(tick_line(stats, f'Loss/{run.objective.NAME}', remaining))
     run.log.stats(stats)
 
     # Save.
+    if c.sample_grid and is_due(c.snapshot_ticks, progress, done):
+        show_samples(run)
     run.files.save(progress, checkpoint.snapshot_metadata(c, progress.nimg), fids, done)
     if not done:
         progress.begin_tick()
         clock.tick_start = time.monotonic()
         clock.maintenance = clock.tick_start - now
+        clock.steady = clock.steady or (clock.tick_start, progress.nimg)
     return True
 
 
@@ -186,7 +200,14 @@ def training_loop(
     run = set_up(c, run_dir, dataset, teacher, state)
     progress, log, rank = run.progress, run.log, distributed.get_rank()
     if run.resumed and progress.nimg >= c.total_nimg and not progress.due:
-        log(f'Nothing to do: the state has already seen all {c.total_nimg / 1e3:g} kimg.')
+        seen, end = f'{c.resume} has seen {progress.nimg / 1e3:g} kimg', f'{c.total_nimg / 1e3:g} kimg'
+        if c.stages:
+            log(f'Nothing to do: {seen}, and this stage ends at {end}.')
+        else:
+            log(
+                f'Nothing to do: {seen}, and --duration={c.total_nimg / 1e6:g} ends the run at {end}. Give a '
+                'longer --duration to go on.'
+            )
         return True
 
     # Build what feeds, stops and profiles the steps.
@@ -218,6 +239,7 @@ def training_loop(
 
     hosts.close()
     log.close()
+    describe_end(log, c, run_dir, dataset.label_space)
     log('Done.')
     return True
 
