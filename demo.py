@@ -1,7 +1,8 @@
 """Demo on real digits, in minutes on a laptop: a teacher that needs 511 evaluations, students that need 8 or
 fewer.
 
-Runs the scripts of this repository as a user would, prints each command, and writes a report.
+Runs the scripts of this repository as a user would, prints each command, and writes a report. The same command
+again resumes what was interrupted.
 """
 
 from __future__ import annotations
@@ -9,19 +10,23 @@ from __future__ import annotations
 import dnnlib.interrupts  # noqa: F401  (first)
 
 import os
-import time
 from pathlib import Path
 
 import click
 
-from dnnlib import UserError, cli
-from experiments.demo_run import run_demo, write_report
+from dnnlib import cli
+from experiments.demo_run import Done, run_demo, write_report
 from experiments.runner import Runner, make_outdir, run_interruptibly
 
 
 @click.command(cls=cli.Command)
 @cli.option(
-    '--outdir', metavar='DIR', type=cli.PATH, default='demo-out', show_default=True, help='Output folder.'
+    '--outdir',
+    metavar='DIR',
+    type=cli.PATH,
+    default='demo-out',
+    show_default=True,
+    help='Output folder; the same command again resumes there.',
 )
 @cli.option(
     '--scale',
@@ -45,16 +50,17 @@ def main(outdir, scale, jobs):
 
     Takes minutes on two cores.
     """
-    start = time.monotonic()
     outdir = Path(outdir)
     make_outdir(outdir)
-    if any(outdir.iterdir()):
-        raise UserError(f'--outdir={outdir} is not empty: remove it, or choose another folder.')
-    runner = Runner(outdir, threads=max((os.cpu_count() or 1) // jobs, 1))
-    rows = run_interruptibly(
-        runner, lambda: run_demo(runner, scale, jobs), f'remove --outdir={outdir} before you start again.'
-    )
-    minutes = (time.monotonic() - start) / 60
+    done = Done(outdir, scale)
+    runner = Runner(outdir, threads=max((os.cpu_count() or 1) // jobs, 1), record=outdir / 'commands.txt')
+    try:
+        rows = run_interruptibly(
+            runner, lambda: run_demo(runner, done, jobs), 'run the same command again to resume.'
+        )
+    finally:
+        done.save()
+    minutes = done.seconds / 60
     write_report(runner, rows, minutes)
     print('\n' + runner.path('table.md').read_text())
     print(f'{minutes:.1f} minutes. Open {runner.path("report.html")} for the samples, curves and commands.')

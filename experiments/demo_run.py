@@ -1,29 +1,100 @@
 """The demo: train a teacher on digits, distill students of 8 and fewer steps, measure all, and write a
-report."""
+report. What an interrupted demo has done is not done again."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import json
+import threading
+import time
 from pathlib import Path
 
+from dnnlib import UserError
 from experiments import bundled
 from experiments.bundled import DIGITS
-from experiments.runner import SHOWN, Metric, Runner, measure, newest_snapshot, workers
+from experiments.results import DAMAGED, distance_entries, read_json, write_json
+from experiments.runner import (
+    SHOWN,
+    Metric,
+    Runner,
+    is_finished,
+    measure,
+    newest_snapshot,
+    resumption,
+    workers,
+)
 
 IMAGES = 1797  # as many as there are digits
-COMMON = [
-    *bundled.COMMON,
-    '--cond=1',
-    f'--batch={DIGITS.batch}',
-    '--seed=0',
-    '--nosubdir',
-    '--snap=10',
-    '--dump=0',
-]
+COMMON = [*bundled.COMMON, '--cond=1', f'--batch={DIGITS.batch}', '--seed=0', '--nosubdir', '--snap=10']
 # {objective: (name, {S: optimizer steps})}
 STUDENTS = {'mcd': ('student', {8: 1250, 4: 1000, 2: 800}), 'direct': ('direct', {8: 1000, 2: 450, 1: 300})}
 TEACHER_ROWS = [('euler', 8, 8), ('heun', 256, 511)]  # solver, steps, NFE
+PAGE = 'report.html'  # written last
+
+
+# ----------------------------------------------------------------------------
+# What is done.
+
+
+class Done:
+    """What a demo has done, in demo.json: its scale, the seconds it took, and rows by name, saved as each is
+    measured.
+
+    Raises: UserError if the folder holds something else, a finished demo, or one of another scale.
+    """
+
+    def __init__(self, outdir: Path, scale: float):
+        self.path, self.lock, self.start = outdir / 'demo.json', threading.Lock(), time.monotonic()
+        if not self.path.exists() and any(outdir.iterdir()):
+            raise UserError(f'--outdir={outdir} is not empty: remove it, or choose another folder.')
+        if (outdir / PAGE).exists():
+            raise UserError(
+                f'--outdir={outdir} holds a finished demo: open {outdir / PAGE}. For another one remove the '
+                'folder, or choose another.'
+            )
+
+        # The folder of an interrupted demo.
+        found = read_json(self.path, dict(scale=float(scale), seconds=0.0, rows={}))
+        if found['scale'] != scale:
+            raise UserError(
+                f'--outdir={outdir} holds an interrupted demo of --scale={found["scale"]:g}: resume it with '
+                'that, or choose another folder.'
+            )
+        if not all(map(is_row, found['rows'].values())):
+            raise UserError(DAMAGED.format(self.path))
+        self.scale, self.earlier, self.rows = scale, found['seconds'], found['rows']
+        self.save()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of this command and of those that it resumes."""
+        return self.earlier + time.monotonic() - self.start
+
+    def add(self, name: str, row: dict) -> None:
+        with self.lock:
+            self.rows[name] = row
+            self.save()
+
+    def save(self) -> None:
+        write_json(self.path, dict(scale=float(self.scale), seconds=self.seconds, rows=self.rows))
+
+
+def is_row(row: object) -> bool:
+    """Whether a row has the entries that the report reads."""
+    number = lambda value: isinstance(value, (int, float))
+    numbers = ['nfe', 'images', 'seconds', *distance_entries(list(DIGITS.metrics)).values()]
+    return (
+        isinstance(row, dict)
+        and all(isinstance(row.get(name), str) for name in ('model', 'solver'))
+        and all(number(row.get(name)) for name in numbers)
+        and isinstance(row.get('interval'), list)
+        and len(row['interval']) == 2
+        and all(map(number, row['interval']))
+    )
+
+
+# ----------------------------------------------------------------------------
+# Training and measuring.
 
 
 def train(
@@ -35,17 +106,23 @@ def train(
     val_num: int,
     threads: int | None = None,
 ) -> Path:
-    """Train a network and evaluate it five times on the way; returns its snapshot."""
+    """Train a network and evaluate it five times on the way, unless it is trained; returns its snapshot."""
+    folder = runner.path(name)
+    if is_finished(folder):
+        return newest_snapshot(folder)
     kimg = steps * DIGITS.batch / 1000
     runner.run(
         name,
         'train.py',
-        f'--outdir={runner.path(name)}',
+        f'--outdir={folder}',
         f'--data={runner.path("digits.zip")}',
+        *resumption(folder),
         *COMMON,
         *options,
         f'--duration={kimg / 1000:g}',
         f'--tick={kimg / 5:g}',
+        '--dump=1',
+        '--keep=1',
         '--val=1',
         '--val_every=1',
         f'--val_num={val_num}',
@@ -54,18 +131,19 @@ def train(
         f'--val_detector={metric.detector}',
         threads=threads,
     )
-    return newest_snapshot(runner.path(name))
+    return newest_snapshot(folder)
 
 
-def run_demo(runner: Runner, scale: float, jobs: int) -> list[dict]:
+def run_demo(runner: Runner, done: Done, jobs: int) -> list[dict]:
     """Train the teacher, then train students and measure all of them in parallel.
 
     Args:
-        scale: factor for the numbers of training steps and, below 1, of samples.
+        done: what is done already; its scale is a factor for the numbers of training steps and, below 1, of samples.
         jobs: commands that run at a time.
     Returns: the rows of the table.
     """
     # The teacher has all threads, because everything else waits for it.
+    scale = done.scale
     images, val_num = (max(round(num * min(scale, 1)), 64) for num in (IMAGES, 512))
     scaled = lambda steps: max(round(steps * scale), 5)
     _, metrics = bundled.prepare(DIGITS, runner)
@@ -81,8 +159,10 @@ def run_demo(runner: Runner, scale: float, jobs: int) -> list[dict]:
 
     # Students are trained and measured, the teacher is only measured; each makes a row.
     def row(name: str, network: Path, model: str, solver: str, steps: int, nfe: int) -> dict:
-        measured = measure(runner, name, network, solver, steps, images, metrics, bootstrap=200)
-        return dict(model=model, solver=solver, nfe=nfe, **measured)
+        if name not in done.rows:
+            measured = measure(runner, name, network, solver, steps, images, metrics, bootstrap=200)
+            done.add(name, dict(model=model, solver=solver, nfe=nfe, **measured))
+        return done.rows[name]
 
     def student(objective: str, S: int, name: str, steps: int) -> dict:
         options = [
@@ -108,6 +188,10 @@ def run_demo(runner: Runner, scale: float, jobs: int) -> list[dict]:
         for future in concurrent.futures.as_completed([*students, *teachers]):
             future.result()  # the first failure ends the others
         return [future.result() for future in (*reversed(teachers), *students)]
+
+
+# ----------------------------------------------------------------------------
+# The report.
 
 
 def write_report(runner: Runner, rows: list[dict], minutes: float) -> None:
@@ -163,11 +247,9 @@ def write_report(runner: Runner, rows: list[dict], minutes: float) -> None:
         ('Samples, from the same seeds', f'<div class="grids">{grids}</div>'),
         ('Distance during training', pages.embed(str(runner.path('distance.png')), css='wide')),
         ('Loss', pages.embed(str(runner.path('loss.png')), css='wide')),
-        ('Commands', f'<pre>{pages.html.escape(chr(10).join(runner.commands))}</pre>'),
+        ('Commands', f'<pre>{pages.html.escape(runner.record.read_text().rstrip())}</pre>'),
     ]
-    pages.write_page(
-        str(runner.path('report.html')), 'A teacher in 511 evaluations, a student in 8', sections
-    )
+    pages.write_page(str(runner.path(PAGE)), 'A teacher in 511 evaluations, a student in 8', sections)
 
 
 def write_training_curves(runner: Runner, rows: list[dict]) -> None:

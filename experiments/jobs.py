@@ -10,7 +10,16 @@ from pathlib import Path
 from dnnlib import UserError
 from experiments.comparison import Model, Training
 from experiments.results import Results
-from experiments.runner import SHOWN, Metric, Runner, measure, newest_snapshot, workers
+from experiments.runner import (
+    SHOWN,
+    Metric,
+    Runner,
+    is_finished,
+    measure,
+    newest_snapshot,
+    resumption,
+    workers,
+)
 
 Job = tuple[float, str, Callable[[], None]]  # network evaluations, name, function
 
@@ -21,22 +30,13 @@ def train(
     """Start a training or resume it, unless it is finished. It starts from the snapshot `teacher`, or from
     that of the training before it."""
     folder = runner.path('trainings', training.name)
-    if is_finished(folder, training):
+    if is_finished(folder / training.stages[-1][0]):
         return
 
-    # Without a training state there is nothing to resume: start over in an empty folder.
-    begun = any(folder.rglob('training-state-*.pt'))
-    if not begun:
-        shutil.rmtree(folder, ignore_errors=True)
-
     # A resumed run needs its teacher again, but not the weights that it was initialized with.
-    source = snapshot(runner, training.after) if training.after else teacher
-    origin = (
-        [f'{training.start}={source}']
-        if training.start == '--teacher' or (training.start and not begun)
-        else []
-    )
-    origin += [f'--resume={folder}'] if begun else []
+    source, resume = snapshot(runner, training.after) if training.after else teacher, resumption(folder)
+    with_source = training.start == '--teacher' or (training.start and not resume)
+    origin = [*([f'{training.start}={source}'] if with_source else []), *resume]
 
     # About ten training states per stage, and no snapshots but the last.
     kimg = training.steps * training.batch / 1e3 / len(training.stages)
@@ -54,12 +54,6 @@ def train(
         '--keep=1',
         threads=threads,
     )
-
-
-def is_finished(folder: Path, training: Training) -> bool:
-    """Whether the log of the last stage ends as train.py ends a complete run."""
-    log = folder / training.stages[-1][0] / 'log.txt'
-    return log.exists() and log.read_text().rstrip().endswith('\nDone.')
 
 
 def snapshot(runner: Runner, training: Training, stage: int = -1) -> Path:

@@ -22,6 +22,7 @@ from dnnlib import UserError
 from dnnlib.processes import how_ended
 from dnnlib.text import printable
 from dnnlib.util import LONGEST_MESSAGE
+from training.saved_files import LOG
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 40  # images in a grid
@@ -150,6 +151,21 @@ def workers(runner: Runner, count: int) -> Iterator[concurrent.futures.Executor]
 
 # ----------------------------------------------------------------------------
 # Networks and their measurement.
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the log of a training ends as train.py ends a complete run."""
+    log = folder / LOG
+    return log.exists() and log.read_text().rstrip().endswith('\nDone.')
+
+
+def resumption(folder: Path) -> list[str]:
+    """The option that resumes a training. Without a state there is nothing to resume: the folder is emptied,
+    and there is none."""
+    if any(folder.rglob('training-state-*.pt')):
+        return [f'--resume={folder}']
+    shutil.rmtree(folder, ignore_errors=True)
+    return []
 
 
 def newest_snapshot(folder: Path) -> Path:

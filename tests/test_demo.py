@@ -1,10 +1,15 @@
-"""`make demo`: every command runs and every file is there."""
+"""`make demo`: every command runs and every file is there; what was interrupted is resumed."""
 
 import json
+from pathlib import Path
 
+import pytest
 from helpers import assert_one_clear_error, invoke
 
 import demo
+from dnnlib import UserError
+from experiments import demo_run
+from experiments.runner import Runner
 
 
 def test_the_demo_tells_its_story(tmp_path, forked_commands):
@@ -43,4 +48,97 @@ def test_the_demo_tells_its_story(tmp_path, forked_commands):
     }
     shown = [line for line in done.stdout.splitlines() if line.startswith('$ python ')]
     assert len(shown) == 2 + 3 + 7 + 8 * 4
-    assert_one_clear_error(invoke(demo.main, f'--outdir={out}'), 'not empty')
+    assert_one_clear_error(invoke(demo.main, f'--outdir={out}'), 'holds a finished demo', 'report.html')
+    assert (out / 'commands.txt').read_text().splitlines() == [line[2:] for line in shown]
+
+
+# ----------------------------------------------------------------------------
+# Resuming, with commands that only pretend.
+
+
+class PretendRunner(Runner):
+    """Commands leave what the demo looks at; a training of `cut` is interrupted after it has saved a state."""
+
+    cut = None
+
+    def run(self, name, *arguments, threads=None):
+        words = [str(word) for word in arguments]
+        given = dict(word[2:].split('=', 1) for word in words if word.startswith('--') and '=' in word)
+        with self.lock:
+            self.commands.append(' '.join(words))
+        if words[0] == 'train.py':
+            folder = Path(given['outdir'])
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / 'training-state-000001.pt').touch()
+            (folder / 'network-snapshot-000000.pkl').touch()
+            if name == self.cut:
+                (folder / 'log.txt').write_text('Training...\n')
+                raise UserError('interrupted')
+            (folder / 'log.txt').write_text('Training...\nDone.\n')
+        elif words[0] == 'generate.py':
+            Path(given['outdir']).mkdir(parents=True)
+        elif words[:2] == ['fid.py', 'calc']:
+            value = float(len(given['images']))
+            Path(given['json']).write_text(json.dumps(dict(fid=dict(value=value, interval=[value, value]))))
+
+
+@pytest.fixture
+def pretend(tmp_path, monkeypatch):
+    """A function that runs the demo, the training of `cut` interrupted: (commands, rows or None, what is done)."""
+    metrics = {name: demo_run.Metric(f'{name}.npz', None) for name in demo_run.DIGITS.metrics}
+    monkeypatch.setattr(demo_run.bundled, 'prepare', lambda *_: (None, metrics))
+
+    def run(cut=None, scale=1.0):
+        done, runner = demo_run.Done(tmp_path, scale), PretendRunner(tmp_path, 1)
+        runner.cut = cut
+        try:
+            rows = demo_run.run_demo(runner, done, 1)
+        except UserError:
+            rows = None
+        return runner.commands, rows, done
+
+    return run
+
+
+@pytest.mark.parametrize('cut', ['teacher', 'student-4', 'direct-1'])
+def test_an_interrupted_demo_resumes_and_does_nothing_twice(pretend, tmp_path, cut):
+    first, rows, done = pretend(cut)
+    assert rows is None and cut not in done.rows
+    second, rows, done = pretend()
+    assert [row['model'] for row in rows] == ['teacher', 'teacher', *(f'student-{S}' for S in (8, 4, 2))] + [
+        f'direct-{S}' for S in (8, 2, 1)
+    ]
+    of = lambda commands, script: [command for command in commands if command.startswith(script)]
+    resumed = [command for command in of(second, 'train.py') if '--resume=' in command]
+    assert len(resumed) == 1 and f'--outdir={tmp_path / cut} ' in resumed[0]
+    assert f'--resume={tmp_path / cut} ' in resumed[0]
+    assert len(of(first + second, 'train.py')) == 7 + 1 and len(of(first + second, 'generate.py')) == 8
+    assert pretend()[0] == []
+
+
+def test_seconds_add_up_over_interruptions(pretend, tmp_path):
+    pretend('teacher')
+    record = json.loads((tmp_path / 'demo.json').read_text())
+    (tmp_path / 'demo.json').write_text(json.dumps(dict(record, seconds=1000.0)))
+    assert 1000 <= pretend()[2].seconds < 1100
+
+
+@pytest.mark.parametrize(
+    'files, scale, words',
+    [
+        (['notes.txt'], 1, ['is not empty', 'choose another folder']),
+        (['demo.json'], 0.5, ['interrupted demo of --scale=1: resume it with that']),
+        (['demo.json', 'report.html'], 1, ['finished demo', 'open', 'remove the folder']),
+        (['damaged'], 1, ['demo.json is damaged: delete it']),
+        (['row'], 1, ['demo.json is damaged: delete it']),
+    ],
+)
+def test_another_folder_is_refused(tmp_path, files, scale, words):
+    """`row`: a record of a row without its distance."""
+    record = dict(scale=1.0, seconds=1.0, rows={'row': dict(model='teacher')} if files == ['row'] else {})
+    for name in files:
+        path = tmp_path / ('demo.json' if name in ('damaged', 'row') else name)
+        path.write_text('{' if name == 'damaged' else json.dumps(record))
+    before = sorted(tmp_path.iterdir())
+    assert_one_clear_error(invoke(demo.main, f'--outdir={tmp_path}', f'--scale={scale}'), *words)
+    assert sorted(tmp_path.iterdir()) == before
