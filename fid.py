@@ -144,7 +144,7 @@ def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, se
     with _processes() as is_main:
         # Everything that may be missing or wrong is found before the first batch.
         make_folder(json_path)
-        references = read_references(ref, measures)
+        references = read_references(ref, measures, options)
         sources = (
             images_of_network(network, seed_sets, sampling, options.batch)
             if network

@@ -215,7 +215,7 @@ def main(network, log, solver, save, json_path, dry_run, measures, **options):
     sampler = time_points.Sampler(net, network, options.class_idx, options.labels, options.clip_denoised)
     candidates = time_points.candidate_levels(net, options)
     plan = time_points.search_plan(candidates, sampler, measures, options)
-    references = evaluation.read_references(options.ref, measures)
+    references = evaluation.read_references(options.ref, measures, options)
     if dry_run:
         distributed.print0(json.dumps(plan, indent=2))
         return

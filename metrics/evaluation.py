@@ -68,19 +68,13 @@ def option_names(parameters: list[str]) -> str:
 def load_detectors(entries, image_shape, options) -> dict:
     """Detectors by reference entry, the main one first. The main process downloads before the others load."""
     from metrics.calc import count_features
-    from metrics.detectors import DINOV2, INCEPTION_URL, load_detector
-    from metrics.measures import FD_DINOV2, FID
+    from metrics.detectors import load_detector
     from torch_utils import distributed
 
-    # Sources by entry.
-    sources = {
-        FID: (options.detector or INCEPTION_URL, options.detector_sha256),
-        FD_DINOV2: (f'{DINOV2}:{options.dinov2}' if options.dinov2 else DINOV2, None),
-    }
     with distributed.main_process_first():
         detectors = {
             entry: load_detector(source, distributed.get_device(), sha256)
-            for entry, (source, sha256) in sources.items()
+            for entry, (source, sha256) in detector_sources(options).items()
             if entry in entries
         }
 
@@ -90,25 +84,40 @@ def load_detectors(entries, image_shape, options) -> dict:
     return detectors
 
 
+def detector_sources(options) -> dict[str, tuple[str, str | None]]:
+    """{reference entry: (detector's file or URL, required digest)}"""
+    from metrics.detectors import DINOV2, INCEPTION_URL
+    from metrics.measures import FD_DINOV2, FID
+
+    return {
+        FID: (options.detector or INCEPTION_URL, options.detector_sha256),
+        FD_DINOV2: (f'{DINOV2}:{options.dinov2}' if options.dinov2 else DINOV2, None),
+    }
+
+
 def entries_to_compare(measures) -> set[str]:
     return {measure.entry for measure in measures.values() if measure.compares}
 
 
-def read_references(ref, measures) -> dict:
+def read_references(ref, measures, options) -> dict:
     """References by entry if `ref` is a file of statistics; {} if it is images, which are only opened.
 
-    Called before detectors are loaded, so that a missing file is reported at once.
+    Called before detectors are loaded, so that a missing file, or another detector's, is reported before one
+    is downloaded.
     """
     from dnnlib.util import named
     from metrics.images import open_images
-    from metrics.reference import holds_statistics, load_reference
+    from metrics.reference import check_before_download, holds_statistics, load_reference
 
     entries = entries_to_compare(measures)
     with named('--ref'):
         if entries and not holds_statistics(ref):
             open_images(ref)
             return {}
-        return {entry: load_reference(ref, entry) for entry in entries}
+        references = {entry: load_reference(ref, entry) for entry in entries}
+        for entry, reference in references.items():
+            check_before_download(reference, ref, *detector_sources(options)[entry])
+    return references
 
 
 def complete_references(references, ref, measures, detectors, sources, options) -> dict:

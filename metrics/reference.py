@@ -30,7 +30,7 @@ from dnnlib.limits import MAX_TEXT, PICKLED_REFERENCE, UNREADABLE, check_size
 from dnnlib.npy import Header
 from dnnlib.text import printable
 from dnnlib.util import UserError, atomic_write
-from metrics.detectors import Detector
+from metrics.detectors import DINOV2, INCEPTION_URL, Detector
 from metrics.frechet import check_gaussian
 from torch_utils import distributed
 from torch_utils.restricted_pickle import MalformedPickle, plain, read_pickle
@@ -41,6 +41,7 @@ WANTED = 'reference statistics (.npz, made by fid.py ref)'
 AGAIN = 'Recreate the reference with fid.py ref.'
 ORIGINAL = 'Use the original file, or create a reference with fid.py ref.'
 ROWS = 4096  # features checked at a time
+KNOWN_DIMS = {INCEPTION_URL: 2048, DINOV2: 1024}  # features of the detectors that are used by default
 
 
 @dataclass(frozen=True)
@@ -144,19 +145,7 @@ def check_same_detector(
         image_shape: [C, H, W] of the images to compare. Channels may differ: gray images become color images.
     Raises: UserError for another detector, or another number of features if the detector's is known.
     """
-    # Features of another detector cannot be compared.
-    if reference.detector_digest is not None and reference.detector_digest != detector.digest:
-        raise UserError(
-            f'{source} was made with detector {reference.detector} (SHA-256 '
-            f'{reference.detector_digest[:12]}...), not with {detector.name} ({detector.digest[:12]}...). '
-            'Pass the same --detector, or recreate the reference with fid.py ref.'
-        )
-    if detector.dim is not None and detector.dim != len(reference.mu):
-        raise UserError(
-            f'{source} has {len(reference.mu)} features, but detector {detector.name} returns '
-            f'{detector.dim}. Pass the detector that made the reference, or recreate the reference with '
-            'fid.py ref.'
-        )
+    _check_features(reference, source, detector.name, detector.digest, detector.dim)
 
     # What is unknown or only doubtful is a warning.
     if reference.detector_digest is None:
@@ -174,6 +163,36 @@ def check_same_detector(
                 ),
                 file=sys.stderr,
             )
+
+
+def check_before_download(
+    reference: Reference, source: str | os.PathLike, detector: str, sha256: str | None = None
+) -> None:
+    """The same as far as it is known without the detector's file: by its `sha256`, or the one in `detector`, and
+    by the numbers of features of the default detectors."""
+    place, _, pinned = str(detector).partition('#sha256=')
+    name = os.path.splitext(os.path.basename(place))[0]
+    _check_features(reference, source, name, (sha256 or pinned).lower() or None, KNOWN_DIMS.get(place))
+
+
+def _check_features(
+    reference: Reference, source: str | os.PathLike, name: str, digest: str | None, dim: int | None
+) -> None:
+    """Raises: UserError for another detector's reference. `digest`, `dim`: None if unknown."""
+    known, made_with = (
+        reference.detector_digest,
+        f' of detector {reference.detector}' * bool(reference.detector),
+    )
+    if None not in (known, digest) and known != digest:
+        raise UserError(
+            f'{source} was made with detector {reference.detector} (SHA-256 {known[:12]}...), not with {name} '
+            f'({digest[:12]}...). Pass the same --detector, or recreate the reference with fid.py ref.'
+        )
+    if dim is not None and dim != len(reference.mu):
+        raise UserError(
+            f'{source} has {len(reference.mu)} features{made_with}, but detector {name} returns {dim}. Pass the '
+            'detector that made the reference, or recreate the reference with fid.py ref.'
+        )
 
 
 # ----------------------------------------------------------------------------

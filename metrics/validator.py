@@ -67,15 +67,20 @@ def label_chooser(mode: str, space: LabelSpace, dataset=None):
 def read_reference(options: EasyDict, option_prefix: str = 'val_'):
     """Statistics of `ref`, or images of `ref_data` to compute them from; before anything else is loaded.
 
-    Raises: UserError, naming the option, if they are missing or unusable.
+    Raises: UserError, naming the option, if they are missing or unusable, or another detector's.
     """
     from dnnlib.util import named
+    from metrics.detectors import INCEPTION_URL
     from metrics.images import open_images
-    from metrics.reference import load_reference
+    from metrics.reference import check_before_download, load_reference
     from torch_utils import distributed
 
     with distributed.main_process_first(), named(f'--{option_prefix}{"ref" if options.ref else "ref_data"}'):
-        return load_reference(options.ref) if options.ref else open_images(options.ref_data)
+        if not options.ref:
+            return open_images(options.ref_data)
+        reference = load_reference(options.ref)
+        check_before_download(reference, options.ref, options.detector or INCEPTION_URL)
+        return reference
 
 
 def check_files(options: EasyDict, dataset) -> None:

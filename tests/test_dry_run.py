@@ -10,6 +10,7 @@ import torch
 from helpers import TINY_NETWORK, assert_one_clear_error
 
 import train
+from metrics import detectors
 from training import architectures, dry_run
 from training.checkpoint import load_network, save_snapshot
 from training.networks import EDMPrecond
@@ -103,6 +104,25 @@ def test_a_reference_of_another_detector_is_refused_and_what_would_be_downloaded
     assert_one_clear_error(result, '--val_ref', 'was made with detector pca', 'random')
     (left,) = described(*start, '--val_detector=https://example.com/none.pt')[0]['about']['not_checked']
     assert left == 'https://example.com/none.pt: not downloaded yet'
+
+
+@pytest.mark.parametrize(
+    'detector, word',
+    [
+        ([], 'features of detector pca, but detector inception-2015-12-05 returns 2048'),
+        (
+            [f'--val_detector=https://example.com/none.pt#sha256={"0" * 64}'],
+            'made with detector pca (SHA-256',
+        ),
+    ],
+)
+def test_a_reference_of_another_detector_is_refused_before_that_is_downloaded(
+    digits, rulers, monkeypatch, detector, word
+):
+    """By the number of Inception's features, and by a pinned digest."""
+    monkeypatch.setattr(detectors, 'local_path', lambda *_, **__: pytest.fail('it was looked for'))
+    start = ['--outdir=runs', f'--data={digits}', *TINY_NETWORK, '--val=1', f'--val_ref={rulers / "pca.npz"}']
+    assert_one_clear_error(invoke(*start, *detector, '--dry-run'), '--val_ref', word)
 
 
 def test_missing_files_of_validation_are_found_before_a_run(digits, rulers, tmp_path):

@@ -9,12 +9,17 @@ import tracemalloc
 import zipfile
 from types import SimpleNamespace
 
+import helpers
 import numpy as np
 import pytest
 
+import fid
 from dnnlib.util import EasyDict, UserError
+from metrics import detectors
+from metrics.detectors import DINOV2, INCEPTION_URL
 from metrics.reference import (
     Reference,
+    check_before_download,
     check_same_detector,
     holds_statistics,
     load_reference,
@@ -459,3 +464,33 @@ def test_another_resolution_is_warned_of_and_channels_are_none(capsys):
     assert capsys.readouterr().err == ''
     check_same_detector(OURS['fid'], detector(), 'r.npz', [3, 8, 6])
     assert 'r.npz is of 8x6 images, but these are 6x8' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'source, sha256, word',
+    [
+        (
+            INCEPTION_URL,
+            None,
+            'has 5 features of detector inception, but detector inception-2015-12-05 returns 2048',
+        ),
+        (DINOV2, None, 'has 5 features of detector inception, but detector dinov2 returns 1024'),
+        ('https://example.com/other.pt', 'C' * 64, 'was made with detector inception'),
+        (f'other.pt#sha256={"c" * 64}', None, 'was made with detector inception'),
+        (f'other.pt#sha256={"A" * 64}', None, None),
+        ('other.pt', None, None),
+        ('dinov2:folder', None, None),
+    ],
+)
+def test_what_is_known_of_a_detector_is_checked_before_it_is_there(source, sha256, word):
+    if word is None:
+        return check_before_download(OURS['fid'], 'r.npz', source, sha256)
+    with pytest.raises(UserError, match=word):
+        check_before_download(OURS['fid'], 'r.npz', source, sha256)
+
+
+def test_fid_refuses_another_detectors_reference_before_inception_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(detectors, 'local_path', lambda *_, **__: pytest.fail('it was looked for'))
+    save_reference(tmp_path / 'r.npz', OURS)
+    result = helpers.invoke(fid.main, 'calc', f'--images={tmp_path}', f'--ref={tmp_path / "r.npz"}')
+    helpers.assert_one_clear_error(result, '--ref', 'has 5 features', 'returns 2048')
