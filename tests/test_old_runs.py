@@ -1,13 +1,15 @@
 """Files of an earlier version load, resume and sample as they did: golden/runs.tar.xz, see `old_runs`."""
 
+import json
 import tarfile
 
 import numpy as np
 import pytest
 import torch
-from helpers import run
+from helpers import invoke, run
 from old_runs import ROOT, RUNS, STATE, sample, train
 
+import train as script
 from training.checkpoint import load_network
 
 FAST = ('mcd', 'cm-cd', 'tcm')  # those whose states hold most; the others in the slow suite
@@ -55,4 +57,19 @@ def test_states_resume_to_the_weights_they_came_to(old, images, tmp_path, name):
         **then.metadata,
         'digest': None,
         'dataset_kwargs': None,
+    }
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_a_resume_by_the_folder_alone_keeps_all_that_the_run_recorded(old, images, name):
+    """Only data and teacher have moved, and are named again. Nothing that has become another default is taken."""
+    recorded = json.loads((old / name / 'training_options.json').read_text())
+    teacher = dict(tcm='ect').get(name, 'diffusion')
+    moved = [f'--teacher={old / teacher / LAST}'] if recorded['teacher'] else []
+    result = invoke(script.main, f'--resume={old / name}', f'--data={images}', *moved, '--dry-run')
+    assert result.exit_code == 0, result.output
+    now = json.loads(result.stdout)
+    places = {'dataset', 'teacher', 'resume', 'run_dir', 'transfer'}
+    assert {key: now[key] for key in recorded.keys() - places} == {
+        key: recorded[key] for key in recorded.keys() - places
     }

@@ -111,3 +111,11 @@ def test_a_folder_of_runs_lists_them_newest_first(begun, tmp_path):
         f'--resume={tmp_path / "runs"}',
     )
     assert all(run.exists() for run in runs)
+
+
+def test_files_are_in_the_order_of_the_images_that_they_have_seen(tmp_path):
+    """By number, whatever the digits; two of one kimg by their images; averages of a width are apart."""
+    names = ['1000000', '0999999', '100000', '099999', '000000-640', '000000-64', '000000']
+    for name in [*names[::2], *names[1::2], '2000000-0.050']:
+        (tmp_path / f'network-snapshot-{name}.pkl').touch()
+    assert [path.stem.removeprefix('network-snapshot-') for path in saved_snapshots(tmp_path)] == names
