@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from dnnlib import cli
-from experiments.demo_run import Done, run_demo, write_report
+from experiments.demo_run import Done, run_demo, supported, write_report
 from experiments.runner import Runner, make_outdir, run_interruptibly
 
 
@@ -63,6 +63,7 @@ def main(outdir, scale, jobs):
     minutes = done.seconds / 60
     write_report(runner, rows, minutes)
     print('\n' + runner.path('table.md').read_text())
+    print(supported(rows) + '\n')
     print(f'{minutes:.1f} minutes. Open {runner.path("report.html")} for the samples, curves and commands.')
 
 

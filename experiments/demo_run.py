@@ -24,11 +24,13 @@ from experiments.runner import (
     workers,
 )
 
-IMAGES = 1797  # as many as there are digits
+IMAGES = DIGITS.images  # of each row, as in compare.py
+IN_PICTURE = 16  # samples of a row in the picture
 COMMON = [*bundled.COMMON, '--cond=1', f'--batch={DIGITS.batch}', '--seed=0', '--nosubdir', '--snap=10']
 # {objective: (name, {S: optimizer steps})}
 STUDENTS = {'mcd': ('student', {8: 1250, 4: 1000, 2: 800}), 'direct': ('direct', {8: 1000, 2: 450, 1: 300})}
 TEACHER_ROWS = [('euler', 8, 8), ('heun', 256, 511)]  # solver, steps, NFE
+GOOD = 'teacher-heun-511'  # whose samples the others are compared with
 PAGE = 'report.html'  # written last
 
 
@@ -199,6 +201,8 @@ def write_report(runner: Runner, rows: list[dict], minutes: float) -> None:
     from experiments import report as pages
 
     # Results and their table.
+    names = [f'teacher-{r["solver"]}-{r["nfe"]}' if r['model'] == 'teacher' else r['model'] for r in rows]
+    rows = [dict(r, paired_rmse=paired_rmse(runner, name)) for name, r in zip(names, rows)]
     runner.path('results.json').write_text(json.dumps(rows, indent=2) + '\n')
     header = [
         'Model',
@@ -207,6 +211,7 @@ def write_report(runner: Runner, rows: list[dict], minutes: float) -> None:
         'Distance (95 % interval)',
         'PCA features',
         'Random features',
+        'Paired error',
         'Seconds',
     ]
     cells = [
@@ -217,23 +222,22 @@ def write_report(runner: Runner, rows: list[dict], minutes: float) -> None:
             f'{r["distance"]:.3f} ({r["interval"][0]:.3f} to {r["interval"][1]:.3f})',
             f'{r["distance_pca"]:.3f}',
             f'{r["distance_random"]:.4f}',
+            f'{r["paired_rmse"]:.3f}',
             r['seconds'],
         ]
         for r in rows
     ]
     runner.path('table.md').write_text(pages.markdown_table(header, cells))
 
-    # Grids of samples, and four of them side by side.
-    names = [f'teacher-{r["solver"]}-{r["nfe"]}' if r['model'] == 'teacher' else r['model'] for r in rows]
+    # Grids of samples, and the first ones of all rows in one picture.
     grid = lambda name: str(runner.path(f'samples-{name}.png'))
-    for name in names:
+    pictures = {}
+    for name, r in zip(names, rows):
         samples = sorted(map(str, runner.path('samples', name).glob('*.png')))
         pages.write_grid(samples[:SHOWN], grid(name))
-    captions = dict(
-        zip(names, (f'{r["model"]}, {r["nfe"]} evaluations: distance {r["distance"]:.3g}' for r in rows))
-    )
-    shown = ['teacher-euler-8', 'student-8', 'direct-8', 'teacher-heun-511']
-    pages.write_side_by_side({captions[name]: grid(name) for name in shown}, str(runner.path('samples.png')))
+        what = f'teacher, {r["solver"].title()}' if r['model'] == 'teacher' else r['model']
+        pictures[f'{what}, {r["nfe"]} evaluation{"s" * (r["nfe"] > 1)}'] = samples[:IN_PICTURE]
+    pages.write_rows(pictures, str(runner.path('samples.png')))
 
     write_training_curves(runner, rows)
 
@@ -276,6 +280,38 @@ def write_training_curves(runner: Runner, rows: list[dict]) -> None:
     pages.write_curves(distances, str(runner.path('distance.png')), 'distance of 512 samples', levels)
 
 
+def paired_rmse(runner: Runner, name: str) -> float:
+    """Root mean square difference of a row's pixels, in [0, 1], from those of the good teacher's images of the
+    same seeds."""
+    import numpy as np
+
+    from data.pixels import open_image
+
+    total, count = 0.0, 0
+    for good in runner.path('samples', GOOD).glob('*.png'):
+        pair = (good, runner.path('samples', name, good.name))
+        a, b = (np.asarray(open_image(str(path)), np.float64) / 255 for path in pair)
+        total, count = total + np.square(a - b).sum(), count + a.size
+    return (total / count) ** 0.5
+
+
+def supported(rows: list[dict]) -> str:
+    """What the intervals say of the students, as a sentence."""
+    low_of = lambda r: r['interval'][0]
+    high_of = lambda r: r['interval'][1]
+    bad, good = (
+        next(r for r in rows if (r['solver'], r['nfe']) == key) for key in (('euler', 8), ('heun', 511))
+    )
+    students = [r for r in rows if r['model'] != 'teacher']
+    listed = lambda found: ', '.join(r['model'] for r in found) or 'none'
+    better = [r for r in students if high_of(r) < low_of(bad)]
+    level = [r for r in students if low_of(r) <= high_of(good) and low_of(good) <= high_of(r)]
+    return (
+        f'By their intervals these students are better than the teacher with 8 evaluations: {listed(better)}; '
+        f'and these cannot be told from the teacher with 511: {listed(level)}.'
+    )
+
+
 def introduction(rows: list[dict], minutes: float) -> str:
     """The first paragraphs of report.html, as HTML: what the models and the numbers are."""
     students = '; '.join(
@@ -288,5 +324,7 @@ def introduction(rows: list[dict], minutes: float) -> str:
         'digits of scikit-learn, in the features of a small digits classifier that the demo trains in '
         'seconds. This is not FID: no Inception network is involved, and the numbers compare with nothing '
         f'outside this page. The features of the other two columns are not trained. {metrics}. Intervals are '
-        f'the sampling noise (bootstrap). The whole run took {minutes:.1f} minutes.</p>'
+        'the sampling noise (bootstrap), not that of another training. Paired error: root mean square '
+        'difference of pixels, which are between 0 and 1, from what the teacher makes of the same seeds in 511 '
+        f'evaluations. {supported(rows)} The whole run took {minutes:.1f} minutes.</p>'
     )

@@ -77,13 +77,18 @@ def write_grid(paths: Sequence[str], dest: str, columns: int = 8) -> None:
     picture.resize((picture.width * pixel, picture.height * pixel), Image.NEAREST).save(dest)
 
 
-def write_side_by_side(pictures: dict[str, str], dest: str) -> None:
-    """PNG files in a row, each under its caption."""
-    figure, panels = plt.subplots(1, len(pictures), figsize=(4 * len(pictures), 3), constrained_layout=True)
-    for axes, (caption, path) in zip(panels, pictures.items()):
-        axes.imshow(np.asarray(open_image(path).convert('L')), cmap='gray', interpolation='nearest')
-        axes.set_title(caption, fontsize=10)
+def write_rows(rows: dict[str, Sequence[str]], dest: str) -> None:
+    """A line of samples, PNG files of one size, for each caption, enlarged."""
+    count = max(map(len, rows.values()))
+    margin, side = 2.4, 0.5  # inches: the captions at the left, and a sample
+    size = (margin + side * count, side * len(rows))
+    figure, panels = plt.subplots(len(rows), 1, figsize=size, squeeze=False)
+    figure.subplots_adjust(left=margin / size[0], right=1, bottom=0, top=1, hspace=0.06)
+    for axes, (caption, paths) in zip(panels[:, 0], rows.items()):
+        samples = [np.pad(np.asarray(open_image(path).convert('L')), (0, 1)) for path in paths]
+        axes.imshow(np.concatenate(samples, axis=1), cmap='gray', interpolation='nearest', aspect='auto')
         axes.axis('off')
+        axes.text(-0.01, 0.5, caption, transform=axes.transAxes, ha='right', va='center', fontsize=10)
     figure.savefig(dest, dpi=110)
     plt.close(figure)
 

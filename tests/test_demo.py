@@ -35,6 +35,7 @@ def test_the_demo_tells_its_story(tmp_path, forked_commands):
             and row['interval'][0] <= row['distance'] <= row['interval'][1]
         )
         assert row['distance_pca'] > 0 and row['distance_random'] > 0
+        assert (row['paired_rmse'] == 0) == (row['nfe'] == 511)
     page = (out / 'report.html').read_text()
     assert (
         page.count('data:image/png;base64,') == 10
@@ -142,3 +143,29 @@ def test_another_folder_is_refused(tmp_path, files, scale, words):
     before = sorted(tmp_path.iterdir())
     assert_one_clear_error(invoke(demo.main, f'--outdir={tmp_path}', f'--scale={scale}'), *words)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_intervals_support_is_said():
+    row = lambda model, solver, nfe, *interval: dict(model=model, solver=solver, nfe=nfe, interval=interval)
+    rows = [
+        row('teacher', 'euler', 8, 0.3, 0.5),
+        row('teacher', 'heun', 511, 0.05, 0.07),
+        row('student-8', 'student', 8, 0.06, 0.08),
+        row('student-2', 'student', 2, 0.08, 0.1),
+        row('direct-1', 'student', 1, 0.2, 0.31),
+    ]
+    said = demo_run.supported(rows)
+    assert '8 evaluations: student-8, student-2; and' in said and said.endswith('with 511: student-8.')
+    assert demo_run.supported(rows[:2]).count('none') == 2
+
+
+def test_the_paired_error_is_of_equal_seeds(tmp_path):
+    from PIL import Image
+
+    runner = Runner(tmp_path, 1)
+    for name, values in (('teacher-heun-511', (0, 100)), ('student-8', (51, 100))):
+        runner.path('samples', name).mkdir(parents=True)
+        for seed, value in enumerate(values):
+            Image.new('L', (8, 8), value).save(runner.path('samples', name, f'{seed:06d}.png'))
+    assert demo_run.paired_rmse(runner, 'student-8') == pytest.approx(0.2 / 2**0.5)
+    assert demo_run.paired_rmse(runner, 'teacher-heun-511') == 0
