@@ -28,7 +28,7 @@ from training import consistency_ops as ops
 from training.objectives import OBJECTIVES
 from training.phema import WeightAverages
 from training.rng import SampleRng
-from training.training_loop import network_stats, tick_stats
+from training.tick_stats import Clock, network_stats, tick_stats
 from training.weight_update import WeightUpdate
 
 # Options of torchrun, srun and docker.
@@ -316,9 +316,9 @@ def test_formats_md_names_every_statistic():
     flat = FlatParameters(student())
     averages = WeightAverages(student(), flat, 1e3, None, [])
     c = EasyDict(lr=1, batch_size=64, total_nimg=64, lr_rampup_nimg=0, lr_schedule='constant', lr_ref_nimg=0)
-    ticks = tick_stats(
-        EasyDict(tick=0, nimg=64, tick_start_nimg=0), c, averages, 0, 0, 0, 0, 1, torch.device('cpu'), 0
-    )
+    run = EasyDict(c=c, averages=averages, device=torch.device('cpu'), start_nimg=0)
+    run.progress = EasyDict(tick=0, nimg=64, tick_start_nimg=0)
+    ticks = tick_stats(run, Clock(0, 0, 0), 1, 0)
     ticks |= network_stats(WeightUpdate(flat, (0.9, 0.999), 1e-8), averages)
     names = {name.replace('EMA/ema_', 'EMA/<average>_') for name in [*training_stats.collect(), *ticks]}
     names = {

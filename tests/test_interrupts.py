@@ -11,7 +11,7 @@ from helpers import ROOT, SCRIPTS
 
 from dnnlib import UserError, interrupts
 from dnnlib.util import check_writable, remove
-from training import run_lock, saved_files, training_loop
+from training import run_lock, saved_files, tick_stats
 
 # Runs a script as Python does, with an interrupt when a module is about to be imported, and in a callback, where Python would forget it.
 INTERRUPTED = """
@@ -96,13 +96,14 @@ def test_a_clock_that_stands_still_divides_nothing_by_zero(monkeypatch):
     c = SimpleNamespace(
         batch_size=8, lr=1, total_nimg=8, lr_rampup_nimg=0, lr_schedule='constant', lr_ref_nimg=0
     )
-    progress, averages = (
-        SimpleNamespace(nimg=8, tick=0, tick_start_nimg=0),
-        SimpleNamespace(halflife_at=lambda nimg: nimg),
+    run = SimpleNamespace(
+        c=c,
+        progress=SimpleNamespace(nimg=8, tick=0, tick_start_nimg=0),
+        averages=SimpleNamespace(halflife_at=lambda nimg: nimg),
+        device=SimpleNamespace(type='cpu'),
+        start_nimg=0,
     )
-    stats = training_loop.tick_stats(
-        progress, c, averages, 5.0, 5.0, 0, 0.0, 5.0, SimpleNamespace(type='cpu'), 0.0
-    )
+    stats = tick_stats.tick_stats(run, tick_stats.Clock(5.0, 5.0, 0.0), 5.0, 0.0)
     assert (
         stats['Timing/images_per_sec']['mean']
         == stats['Timing/data_wait_share']['mean']

@@ -18,8 +18,7 @@ from training import announcements
 from training.checkpoint import load_network
 from training.objectives import OBJECTIVES
 from training.run_files import saved_snapshots
-from training.tick_stats import tick_line
-from training.training_loop import Clock
+from training.tick_stats import Clock, tick_line
 
 SHORT = [
     '--cond=1',

@@ -53,7 +53,7 @@ class Run(NamedTuple):
         objective, loss_state: its module and the state that it keeps, see `training.objectives.loss`.
         preprocessing: encoder and augmentation.
         update: optimizer on the network's parameters as one vector, which `averages` follow.
-        rank_batch, batch_gpu, rounds: images of this process per step, in `rounds` micro-batches of
+        rank_batch, batch_gpu, accumulation_rounds: images of this process per step, in `accumulation_rounds` micro-batches of
             `batch_gpu` images.
         progress: images seen, ticks, states kept.
         start_nimg: images seen when this process started.
@@ -75,7 +75,7 @@ class Run(NamedTuple):
     averages: WeightAverages
     rank_batch: int
     batch_gpu: int
-    rounds: int
+    accumulation_rounds: int
     progress: Progress
     start_nimg: int
     resumed: bool
@@ -100,7 +100,7 @@ def set_up(
     # Image number g of the run is the same image with the same noise, whichever process handles it.
     rank_batch = c.batch_size // world_size
     batch_gpu = min(c.batch_gpu or rank_batch, rank_batch)
-    rounds = rank_batch // batch_gpu
+    accumulation_rounds = rank_batch // batch_gpu
 
     # Networks and loss.
     if teacher is not None:
@@ -132,7 +132,7 @@ def set_up(
     log = RunLog(run_dir, enabled=rank == 0)
     files = run_files.RunFiles(c, run_dir, net, update, averages, loss_state, log)
     announcements.describe_place(log, run_dir, device)
-    announcements.describe_run(log, c, net, dataset, teacher, rounds, batch_gpu)
+    announcements.describe_run(log, c, net, dataset, teacher, accumulation_rounds, batch_gpu)
     if warning := resolution.unresolved_gap(c, teacher):
         log(warning)
     files.tidy()
@@ -157,7 +157,7 @@ def set_up(
         averages,
         rank_batch,
         batch_gpu,
-        rounds,
+        accumulation_rounds,
         progress,
         start_nimg=progress.nimg,
         resumed=state is not None,

@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 
 import psutil
 import torch
 
-from dnnlib import EasyDict
 from torch_utils import misc
 from training.phema import WeightAverages
-from training.run_files import Progress
+from training.setup import Run
 from training.weight_update import WeightUpdate, learning_rate
+
+
+@dataclass
+class Clock:
+    """Times of the loop, in seconds of `time.monotonic`.
+
+    Attributes:
+        start, tick_start: when training and the current tick began.
+        maintenance: seconds spent evaluating and saving before the current tick.
+        steady: when the second tick began, and images seen then; None before. The first one is slower.
+    """
+
+    start: float
+    tick_start: float
+    maintenance: float
+    steady: tuple[float, int] | None = None
+
+    def remaining(self, now: float, nimg: int, total_nimg: int) -> float | None:
+        """Seconds to `total_nimg` images at the pace since the second tick began; None before its end."""
+        if self.steady is None or nimg <= self.steady[1]:
+            return None
+        since, images = self.steady
+        return max(total_nimg - nimg, 0) * (now - since) / (nimg - images)
 
 
 def network_stats(update: WeightUpdate, averages: WeightAverages) -> dict[str, dict]:
@@ -28,26 +51,16 @@ def network_stats(update: WeightUpdate, averages: WeightAverages) -> dict[str, d
     return {name: dict(num=1, mean=value.item(), std=0) for name, value in values.items()}
 
 
-def tick_stats(
-    progress: Progress,
-    c: EasyDict,
-    averages: WeightAverages,
-    start_time: float,
-    tick_start_time: float,
-    start_nimg: int,
-    maintenance_time: float,
-    now: float,
-    device: torch.device,
-    data_wait: float,
-) -> dict[str, dict]:
+def tick_stats(run: Run, clock: Clock, now: float, data_wait: float) -> dict[str, dict]:
     """Progress, timing and resources of a tick, in the form of `training_stats.collect`.
 
     Args:
-        start_time, tick_start_time, now: in seconds of one clock.
-        start_nimg: images seen when this process started.
-        maintenance_time, data_wait: seconds spent evaluating and saving, and waiting for batches.
+        now: time of the clock.
+        data_wait: seconds that steps waited for batches.
     """
-    tick_time, seen = now - tick_start_time, progress.nimg - max(progress.tick_start_nimg, start_nimg)
+    c, progress, device = run.c, run.progress, run.device
+    tick_time = now - clock.tick_start
+    seen = progress.nimg - max(progress.tick_start_nimg, run.start_nimg)
     # The clock of a machine that was put to sleep may stand still.
     per_second = lambda amount: amount / tick_time if tick_time > 0 else 0.0
 
@@ -58,12 +71,12 @@ def tick_stats(
         'Progress/kimg': progress.nimg / 1e3,
         'Progress/step': progress.nimg // c.batch_size,
         'Progress/lr': learning_rate(c, progress.nimg - c.batch_size),
-        'Progress/ema_halflife_kimg': averages.halflife_at(progress.nimg) / 1e3,
-        'Timing/total_sec': now - start_time,
+        'Progress/ema_halflife_kimg': run.averages.halflife_at(progress.nimg) / 1e3,
+        'Timing/total_sec': now - clock.start,
         'Timing/sec_per_tick': tick_time,
         'Timing/sec_per_kimg': tick_time / max(seen, 1) * 1e3,
         'Timing/images_per_sec': per_second(seen),
-        'Timing/maintenance_sec': maintenance_time,
+        'Timing/maintenance_sec': clock.maintenance,
         'Timing/data_wait_share': per_second(data_wait),
         'Resources/cpu_mem_gb': psutil.Process(os.getpid()).memory_info().rss / 2**30,
         'Resources/peak_gpu_mem_gb': peak_gpu_mem / 2**30,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shlex
 import time
-from dataclasses import dataclass
 
 import torch
 
@@ -26,7 +25,7 @@ from training.profiling import StepProfile
 from training.rng import SampleRng
 from training.run_files import is_due
 from training.setup import Run, profiled_networks, set_up
-from training.tick_stats import network_stats, tick_line, tick_stats
+from training.tick_stats import Clock, network_stats, tick_line, tick_stats
 from training.weight_update import WeightUpdate, learning_rate
 
 # ----------------------------------------------------------------------------
@@ -43,10 +42,10 @@ def train_step(run: Run, prefetcher: Prefetcher, profile: StepProfile) -> None:
     run.update.weights.grad.zero_()
 
     # Gradients accumulate over micro-batches; with the last one they are averaged over processes.
-    for i in range(run.rounds):
+    for i in range(run.accumulation_rounds):
         with profile.part('data'):
             batch = next(prefetcher)
-        with profile.part('gradients'), misc.gradient_sync(run.ddp, i == run.rounds - 1):
+        with profile.part('gradients'), misc.gradient_sync(run.ddp, i == run.accumulation_rounds - 1):
             first = progress.nimg + distributed.get_rank() * run.rank_batch + i * run.batch_gpu
             rng, scale = SampleRng(c.seed, first, run.batch_gpu, run.device), 1 / run.rank_batch
             accumulate_gradients(
@@ -100,29 +99,6 @@ def accumulate_gradients(
 # The end of a tick.
 
 
-@dataclass
-class Clock:
-    """Times of the loop, in seconds of `time.monotonic`.
-
-    Attributes:
-        start, tick_start: when training and the current tick began.
-        maintenance: seconds spent evaluating and saving before the current tick.
-        steady: when the second tick began, and images seen then; None before. The first one is slower.
-    """
-
-    start: float
-    tick_start: float
-    maintenance: float
-    steady: tuple[float, int] | None = None
-
-    def remaining(self, now: float, nimg: int, total_nimg: int) -> float | None:
-        """Seconds to `total_nimg` images at the pace since the second tick began; None before its end."""
-        if self.steady is None or nimg <= self.steady[1]:
-            return None
-        since, images = self.steady
-        return max(total_nimg - nimg, 0) * (now - since) / (nimg - images)
-
-
 def end_of_tick(
     run: Run,
     clock: Clock,
@@ -147,18 +123,7 @@ def end_of_tick(
     # Report.
     stats = training_stats.collect()
     stats |= network_stats(run.update, run.averages)
-    stats |= tick_stats(
-        progress,
-        c,
-        run.averages,
-        clock.start,
-        clock.tick_start,
-        run.start_nimg,
-        clock.maintenance,
-        now,
-        run.device,
-        prefetcher.data_wait(),
-    )
+    stats |= tick_stats(run, clock, now, prefetcher.data_wait())
     remaining = clock.remaining(now, progress.nimg, c.total_nimg)
     run.log(tick_line(stats, f'Loss/{run.objective.NAME}', remaining))
     run.log.stats(stats)
