@@ -12,6 +12,7 @@ from helpers import FAST, TINY_NETWORK, assert_one_clear_error, run, run_ranks
 import train
 from training import budget, command_line
 from training.checkpoint import load_network
+from training.objectives import OBJECTIVES
 
 invoke = functools.partial(helpers.invoke, train.main)
 HOURS = 0.0004  # 1.4 seconds
@@ -78,12 +79,16 @@ def test_processes_agree_on_the_duration(digits, tmp_path):
 
 
 def test_what_scales_with_the_duration_follows(digits, teacher, tmp_path, a_second_a_step):
-    """An hour is 3,600 steps; T anneals over half of them."""
+    """An hour is 3,600 steps. T anneals over half of them; ramp and average keep their share of a shorter run."""
     student = [f'--outdir={tmp_path}', f'--data={digits}', '--cond=1', '--consistency=True', '--S=2']
     result = invoke(*student, f'--teacher={teacher}', '--batch=64', '--budget=1', '--dry-run')
     assert result.exit_code == 0, result.stderr
     c = json.loads(result.stdout)
     assert c['total_nimg'] == 3600 * 64 and c['loss']['T_anneal_kimg'] == 1800 * 64 / 1000
+    usual = OBJECTIVES['mcd'].defaults
+    share = 3600 * 64 / (usual['duration'] * 1e6)
+    assert c['lr_rampup_nimg'] == pytest.approx(usual['lr_rampup'] * 1e3 * share)
+    assert c['ema_halflife_nimg'] == pytest.approx(usual['ema'] * share)
     assert 'a step of 64 images takes 1000 ms here (5 measured), so 1 hours are 3,600 steps' in result.stderr
     assert not list(tmp_path.iterdir())
 
