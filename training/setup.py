@@ -53,8 +53,8 @@ class Run(NamedTuple):
         objective, loss_state: its module and the state that it keeps, see `training.objectives.loss`.
         preprocessing: encoder and augmentation.
         update: optimizer on the network's parameters as one vector, which `averages` follow.
-        rank_batch, batch_gpu, accumulation_rounds: images of this process per step, in `accumulation_rounds` micro-batches of
-            `batch_gpu` images.
+        rank_batch, batch_gpu, accumulation_rounds: images of this process per step, in `accumulation_rounds`
+            micro-batches of `batch_gpu` images.
         progress: images seen, ticks, states kept.
         start_nimg: images seen when this process started.
         resumed: whether it was restored from a training state.
@@ -108,9 +108,6 @@ def set_up(
     net = execution.in_precision(build_network(c, teacher), c.precision).to(device).train()
     objective = OBJECTIVES[c.objective].module()
     loss_state = objective.setup(c.loss, teacher, net, perceptual_distance(c, device))
-    augment_pipe = AugmentPipe(p=c.augment) if c.augment > 0 else None
-    augment_dim = c.network.kwargs.get('augment_dim', 0)
-    preprocessing = Preprocessing(encoders.build(c.encoder), augment_pipe, augment_dim)
 
     # Optimizer and averages work on one vector of all parameters.
     flat = FlatParameters(net)
@@ -152,7 +149,7 @@ def set_up(
         teacher,
         objective,
         loss_state,
-        preprocessing,
+        preprocessing(c),
         update,
         averages,
         rank_batch,
@@ -164,6 +161,12 @@ def set_up(
         files=files,
         log=log,
     )
+
+
+def preprocessing(c: EasyDict) -> Preprocessing:
+    """The encoder and the augmentation that a run is configured with."""
+    augment_pipe = AugmentPipe(p=c.augment) if c.augment > 0 else None
+    return Preprocessing(encoders.build(c.encoder), augment_pipe, c.network.kwargs.get('augment_dim', 0))
 
 
 def build_network(c: EasyDict, teacher: torch.nn.Module | None) -> torch.nn.Module:
