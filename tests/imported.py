@@ -4,6 +4,9 @@ import importlib
 import pkgutil
 from pathlib import Path
 
+import sklearn.datasets  # noqa: F401  (the digits)
+import torch._dynamo  # noqa: F401  (imported by the first optimizer, in more time than a short run takes)
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ('dnnlib', 'torch_utils', 'data', 'metrics', 'sampling', 'training', 'experiments')
 
