@@ -446,6 +446,7 @@ def test_of_two_runs_that_start_in_one_folder_one_trains(tmp_path, digits, whole
     compete(digits, tmp_path, whole, processes=1, resume=False)
 
 
+@pytest.mark.slow
 def test_of_two_resumes_on_two_processes_each_one_trains(tmp_path, digits, whole_of_two):
     compete(digits, tmp_path, whole_of_two, processes=2, resume=True)
 
@@ -492,7 +493,7 @@ def test_a_run_ends_when_its_folder_is_taken(tmp_path, digits, whole):
     assert_same_run(tmp_path, whole)
 
 
-@pytest.mark.parametrize('saved', [True, False])
+@pytest.mark.parametrize('saved', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_that_torchrun_starts_again_goes_on_by_itself(tmp_path, digits, whole_of_two, saved):
     """In the folder of the first attempt, although it is numbered: from its newest state, or from the beginning."""
     launcher, script = command(digits, tmp_path, processes=2), []

@@ -355,7 +355,11 @@ def uninterrupted(digits, teacher, tmp_path_factory):
 
 @pytest.mark.parametrize(
     'processes, extra',
-    [(1, ['--batch-gpu=16']), (2, []), (2, ['--batch-gpu=16'])],
+    [
+        pytest.param(1, ['--batch-gpu=16'], marks=pytest.mark.slow),
+        pytest.param(2, [], marks=pytest.mark.slow),
+        (2, ['--batch-gpu=16']),
+    ],
     ids=['rounds', 'processes', 'both'],
 )
 def test_the_split_of_the_batch_does_not_matter(tmp_path, digits, teacher, uninterrupted, processes, extra):
