@@ -175,11 +175,9 @@ def main(
         execution.run_with(net, channels_last=channels_last, compiled=compiled, cuda_graphs=True)
 
         # Generate.
-        nfe = samplers.evaluations(arguments['solver'], arguments['steps'])
+        sampler = samplers.describe(**arguments)
         what = f'{len(seeds)} {"latents" if as_latents else "images"}'
-        distributed.print0(
-            f'Generating {what} to "{dest or outdir}" ({arguments["solver"]}, {nfe} evaluations each)...'
-        )
+        distributed.print0(f'Generating {what} to "{dest or outdir}" ({sampler})...')
         generate_all(
             net,
             seeds,

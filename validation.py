@@ -10,7 +10,7 @@ import click
 
 from dnnlib import EasyDict, UserError, cli
 from metrics.validator import LabelMode, Validator, read_reference
-from sampling.options import GENERAL
+from sampling.options import GENERAL, OF_ODE
 from training.saved_files import NETWORK_FILE
 
 
@@ -60,6 +60,12 @@ from training.saved_files import NETWORK_FILE
 @cli.option(
     '--steps', metavar='INT', type=cli.STEPS, help="Number of sampling steps.  [default: the snapshot's own]"
 )
+@OF_ODE['solver']
+@OF_ODE['order']
+@OF_ODE['afs']
+@OF_ODE['to_zero']
+@OF_ODE['discretization']
+@OF_ODE['sigmas']
 @cli.option(
     '--label',
     metavar='MODE',

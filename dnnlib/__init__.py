@@ -3,6 +3,6 @@
 import dnnlib.interrupts  # noqa: F401  (first)
 
 from dnnlib.downloads import open_url
-from dnnlib.util import EasyDict, NotFinite, UserError
+from dnnlib.util import EasyDict, NotFinite, UserError, WrongOptions
 
-__all__ = ['EasyDict', 'NotFinite', 'UserError', 'open_url']
+__all__ = ['EasyDict', 'NotFinite', 'UserError', 'WrongOptions', 'open_url']

@@ -11,7 +11,7 @@ import click
 
 from dnnlib.limits import MAX_DIGITS, MAX_STEPS
 from dnnlib.text import printable
-from dnnlib.util import UserError
+from dnnlib.util import UserError, WrongOptions
 
 MAX_NUMBERS = 10_000_000  # in a list of integers; more are a typing error
 MOST, LARGEST = 10**12, 1e38  # limits of counts and of other numbers (the latter's is FP32's)
@@ -73,7 +73,8 @@ ON_ERROR: list[Callable[[], None]] = []
 
 
 class Command(click.Command):
-    """A command that lists its options by group and turns a `UserError` into one line and exit status 1."""
+    """A command that lists its options by group and turns a `UserError` into one line and exit status 1, or 2
+    of a `WrongOptions`."""
 
     def __init__(self, *args, context_settings=None, **kwargs):
         super().__init__(*args, context_settings={**HELP_SETTINGS, **(context_settings or {})}, **kwargs)
@@ -98,6 +99,8 @@ class Command(click.Command):
                 tell()
             if isinstance(error, click.ClickException):
                 raise
+            if isinstance(error, WrongOptions):
+                raise click.UsageError(str(error), ctx) from error
             raise click.ClickException(str(error)) from error
 
     def format_options(self, ctx, formatter):

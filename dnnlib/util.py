@@ -44,6 +44,10 @@ class UserError(Exception):
         return '\n       '.join(self.args)
 
 
+class WrongOptions(UserError):
+    """Options that contradict each other, or the network that they are for: command lines exit with status 2."""
+
+
 class NotFinite(UserError):
     """NaN or infinity in the images of a network, or in a detector's features.
 

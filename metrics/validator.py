@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 SHOWN = 64  # most samples in a grid
 
+# Of `samplers.sample`, besides solver and steps.
+SAMPLING = ('order', 'afs', 'to_zero', 'discretization', 'sigmas')
+
 LABEL_MODES = ('auto', 'uniform', 'dataset')
 
 
@@ -83,11 +86,36 @@ def read_reference(options: EasyDict, option_prefix: str = 'val_'):
         return reference
 
 
+def sampler_of(options: EasyDict, net, steps: int | None) -> tuple[str, int, dict]:
+    """Solver, steps and other options of sampling a network, by the options of a `Validator`.
+
+    Raises: UserError if they do not fit the network.
+    """
+    from training import samplers
+
+    # Records of older versions have none of these.
+    given = {name: value for name in SAMPLING if (value := options.get(name)) is not None}
+    if not given.get('afs'):
+        given.pop('afs', None)  # not an option of students
+    return *samplers.resolve(net, options.get('solver'), steps, **given), given
+
+
+def check_sampler(options: EasyDict, net=None) -> None:
+    """Check a chosen solver and its options; with a diffusion model, also its noise levels. Raises: UserError."""
+    if any(options.get(name) not in (None, False) for name in ('solver', *SAMPLING)):
+        sampler_of(options, net, options.steps)
+
+
 def check_files(options: EasyDict, dataset) -> None:
-    """Check reference, detector and labels, downloading URLs. Raises: UserError, naming the option."""
+    """Check reference, detector, labels and, if given, the solver of a diffusion model, downloading URLs.
+
+    Raises: UserError, naming the option.
+    """
     from dnnlib.util import named
     from metrics.detectors import load_detector
     from torch_utils import distributed
+
+    check_sampler(options)
 
     read_reference(options)
     label_chooser(options.label, dataset.label_space, dataset)
@@ -105,7 +133,7 @@ class Validator:
 
     Args:
         options: ref or ref_data, detector, steps, num, batch, seed, label, dump_images_dir, overwrite (as
-            train.py's --val_* options), and optionally labels, as --labels of generate.py.
+            train.py's --val_* options), and optionally labels, as --labels of generate.py, solver and SAMPLING.
         dataset: training set whose labels `--val_label` may follow, or None.
         run_dir: folder of metrics-val.jsonl.
         device: where networks and detector run.
@@ -194,13 +222,17 @@ class Validator:
         start = time.monotonic()
         if metadata is not None:
             net.metadata = metadata
-        solver, steps = samplers.resolve(net, None, self.options.steps if steps == -1 else steps)
+        if steps == -1:
+            solver, steps, sampling = sampler_of(self.options, net, self.options.steps)
+            chosen = bool(sampling or self.options.get('solver'))
+        else:
+            (solver, steps), sampling, chosen = samplers.resolve(net, None, steps), {}, False
 
         # The distance; non-finite values are a result, not the end of training.
         fid, failure = None, {}
         try:
             seen = compute_features(
-                self._images(net, solver, steps, nimg, ema),
+                self._images(net, solver, steps, sampling, nimg, ema),
                 {'': self.detector},
                 self.options.batch,
                 stop=stop and stop.anywhere,
@@ -217,8 +249,9 @@ class Validator:
             fid=fid,
             num_images=self.options.num,
             steps=steps,
-            nfe=samplers.evaluations(solver, steps),
+            nfe=samplers.evaluations(solver, steps, **sampling),
             ema=ema,
+            **(dict(sampling=dict(solver=solver, **sampling)) if chosen else {}),
             seconds=round(time.monotonic() - start, 3),
             **failure,
         )
@@ -240,7 +273,6 @@ class Validator:
         """
         from sampling import generation
         from torch_utils import distributed
-        from training import samplers
 
         if not distributed.is_main():
             return None
@@ -248,11 +280,11 @@ class Validator:
         # Sample in the same batches as `run`.
         # About 512 pixels wide, of `SHOWN` images at most.
         columns = min(max(512 // net.img_resolution, 2), math.isqrt(SHOWN))
-        solver, steps = samplers.resolve(net, None, self.options.steps)
+        solver, steps, sampling = sampler_of(self.options, net, self.options.steps)
         choose = self._label_chooser(net)
         seeds = range(self.options.seed, self.options.seed + columns**2)
         batches = [
-            generation.generate_checked(net, batch, choose, solver, steps)
+            generation.generate_checked(net, batch, choose, solver, steps, **sampling)
             for batch in generation.split_batches(seeds, self.options.batch)
         ]
         picture = generation.image_grid(generation.finite_images(batches, seeds), columns)
@@ -261,7 +293,7 @@ class Validator:
         generation.save_images(picture.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)[None], [path])
         return path
 
-    def _images(self, net, solver: str, steps: int, nimg: int, ema: str):
+    def _images(self, net, solver: str, steps: int, sampling: dict, nimg: int, ema: str):
         from metrics.generated import GeneratedImages
         from sampling.writers import FolderDestination
         from torch_utils import distributed
@@ -280,5 +312,5 @@ class Validator:
                 )
             )
         return GeneratedImages(
-            net, seeds, self.options.batch, choose, solver, steps, name='the network', dump=folder
+            net, seeds, self.options.batch, choose, solver, steps, name='the network', dump=folder, **sampling
         )

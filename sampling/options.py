@@ -2,21 +2,73 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import click
 
-from dnnlib import cli
+from dnnlib import cli, limits, schema
 from dnnlib.options import FLAG, SWITCH, gathered, opt, options_of
 from training.saved_files import NETWORK_FILE
 
-SOLVERS, EDITING_SOLVERS = ['student', 'euler', 'heun', 'addim', 'cm'], ['student', 'cm']
+# Of training/samplers.py, which imports torch.
+FAST_SOLVERS = ['ipndm', 'ipndm_v', 'deis', 'dpmpp', 'unipc', 'dpm2']
+SOLVERS, EDITING_SOLVERS = (
+    ['student', 'euler', 'heun', 'addim', 'cm', *FAST_SOLVERS, 'best'],
+    ['student', 'cm'],
+)
 # Steps of an edit by a one-step consistency model; more steps respect the known part more (docs/editing.md).
 CM_EDIT_STEPS = 40
 
+TEACHER_SOLVERS = [name for name in SOLVERS if name not in EDITING_SOLVERS]
+LARGEST_LIST = 1 << 20  # characters of a file of noise levels
+
 # The fields have the names of `samplers.sample`'s arguments; a default of None means `default_text`.
+
+
+class LevelList(click.ParamType):
+    """Noise levels: comma-separated numbers, or the path of a text file with numbers between commas or white
+    space, in which `#` begins a comment. They fall, and only the last may be 0."""
+
+    name = 'list'
+    kind = cli.Number(min=0, max=cli.SIGMA.max)
+    schema = schema.ListOf(schema.Real(0, cli.SIGMA.max), limits.MAX_STEPS)
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, list):
+            return value
+        words = value.split(',')
+        if not all(cli.NUMBER.fullmatch(word.strip()) for word in words):
+            words = self._words_of_file(value, param, ctx)
+        if not 0 < len(words) <= limits.MAX_STEPS:
+            self.fail(
+                f'{cli.shown(value)} lists {len(words)} noise levels, not 1 to {limits.MAX_STEPS}', param, ctx
+            )
+        levels = [self.kind.convert(word, param, ctx) for word in words]
+        if any(above <= below for above, below in itertools.pairwise(levels)):
+            self.fail(f'{cli.shown(value)}: noise levels fall from one to the next', param, ctx)
+        return levels
+
+    def _words_of_file(self, value, param, ctx) -> list[str]:
+        """The numbers of a text file."""
+        path = cli.PATH.convert(value, param, ctx)
+        try:
+            with open(path, encoding='utf-8') as file:
+                text = file.read(LARGEST_LIST + 1)
+        except OSError as error:
+            self.fail(
+                f'{cli.shown(value)} is neither a list such as 80,5.8,0.9,0.002 nor a file: {error.strerror}',
+                param,
+                ctx,
+            )
+        except ValueError:  # not UTF-8
+            self.fail(f'{cli.shown(value)} is no text file', param, ctx)
+        if len(text) > LARGEST_LIST:
+            self.fail(f'{cli.shown(value)} is too large for a list of noise levels', param, ctx)
+        lines = [line.partition('#')[0] for line in text.splitlines()]
+        return ' '.join(lines).replace(',', ' ').split()
 
 
 @dataclass(frozen=True)
@@ -49,7 +101,7 @@ class GeneralOptions:
     solver: str | None = opt(
         None,
         click.Choice(SOLVERS),
-        'Method of sampling.',
+        'Method of sampling; best: a solver for teachers by the number of evaluations.',
         default_text='what the snapshot is: student, cm for a consistency model, heun for a teacher',
     )
     sigma_min: float | None = opt(
@@ -58,7 +110,9 @@ class GeneralOptions:
     sigma_max: float | None = opt(
         None, cli.SIGMA, 'Highest noise level.', metavar='FLOAT', default_text='varies'
     )
-    rho: float | None = opt(None, cli.RHO, 'Exponent of the noise levels.', metavar='FLOAT', default_text='7')
+    rho: float | None = opt(
+        None, cli.RHO, 'Exponent of the noise levels.', metavar='FLOAT', default_text='7; deis 2'
+    )
 
 
 @dataclass(frozen=True)
@@ -136,10 +190,40 @@ class TeacherOptions:
     )
     discretization: str | None = opt(
         None,
-        click.Choice(['edm', 'vp', 've', 'iddpm', 'cosine']),
-        'Spacing of the noise levels.',
+        click.Choice(['edm', 'vp', 've', 'iddpm', 'cosine', 'polynomial', 'logsnr', 'time_uniform']),
+        'Spacing of the noise levels: edm, vp, ve, iddpm as in EDM, each over its own range, or polynomial, '
+        'logsnr, time_uniform, cosine from 0.002 to 80.',
         flags=('--disc',),
-        default_text='edm',
+        default_text='edm; dpmpp, unipc logsnr; deis time_uniform',
+    )
+    sigmas: list[float] | None = opt(
+        None,
+        LevelList(),
+        'Noise levels to sample at, in place of a spacing: falling numbers, as in 80,5.8,0.9,0.002, or a text '
+        'file of them. The image is the state at the last, or at 0.',
+        metavar='LIST|FILE',
+    )
+    to_zero: bool | None = opt(
+        None,
+        SWITCH,
+        'End with a step to 0, the denoised image at the lowest noise level, and not at that level.',
+        default_text='euler and heun without --sigmas on, others off',
+    )
+    afs: bool | None = opt(
+        None,
+        SWITCH,
+        'Analytical first step: the slope of data of unit variance in place of the first evaluation.',
+        default_text='off',
+    )
+    order: int | None = opt(
+        None,
+        cli.Integer(min=1, max=4),
+        'Order of a multistep solver: ipndm, ipndm_v, deis 1 to 4; dpmpp, unipc 2 or 3.',
+        metavar='INT',
+        default_text='the highest',
+    )
+    variant: str | None = opt(
+        None, click.Choice(['bh1', 'bh2']), 'Function B(h) of unipc.', default_text='bh2'
     )
     schedule: str | None = opt(
         None, click.Choice(['linear', 'vp', 've']), 'Noise schedule sigma(t).', default_text='linear'
@@ -149,6 +233,13 @@ class TeacherOptions:
 
 GENERAL, OF_STUDENTS, OF_CMS, OF_TEACHERS = map(
     options_of, (GeneralOptions, StudentOptions, ConsistencyModelOptions, TeacherOptions)
+)
+
+
+# How the ODE of a teacher is solved, for commands that evaluate networks: the solver and its options.
+OF_ODE = dict(
+    solver=replace(GENERAL['solver'], kind=click.Choice(TEACHER_SOLVERS)),
+    **{name: OF_TEACHERS[name] for name in ('order', 'afs', 'to_zero', 'discretization', 'sigmas')},
 )
 
 
@@ -180,14 +271,17 @@ def sampling_arguments(
     Raises: UserError if they do not fit the network.
     """
     from sampling import label_choosers
+    from torch_utils import distributed
     from training import samplers
 
     # None means the sampler's own default.
     options = {name: value for name, value in options.items() if value is not None}
     # Resolving checks them against the network, before the first batch.
-    solver, steps = samplers.resolve(net, solver, steps, force_steps, **options)
+    chosen, steps = samplers.resolve(net, solver, steps, force_steps, **options)
+    if solver == 'best' and distributed.is_main():
+        click.echo(f'--solver=best: {samplers.describe(chosen, steps, **options)}.', err=True)
     choose_labels = choose_labels or label_choosers.choose(net, network, class_idx, labels)
-    return dict(choose_labels=choose_labels, solver=solver, steps=steps, force_steps=force_steps, **options)
+    return dict(choose_labels=choose_labels, solver=chosen, steps=steps, force_steps=force_steps, **options)
 
 
 # ----------------------------------------------------------------------------
@@ -243,7 +337,10 @@ def editing_options(steps: str) -> Callable[[Callable], Callable]:
         GENERAL,
         steps=replace(GENERAL['steps'], default_text=steps),
         solver=replace(
-            GENERAL['solver'], kind=click.Choice(EDITING_SOLVERS), default_text='what the snapshot is'
+            GENERAL['solver'],
+            kind=click.Choice(EDITING_SOLVERS),
+            help='Method of sampling.',
+            default_text='what the snapshot is',
         ),
     )
     shared = [*general.values(), *OF_STUDENTS.values(), *OF_CMS.values()]

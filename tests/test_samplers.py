@@ -14,6 +14,7 @@ from training import consistency_ops as ops
 from training import samplers
 from training.checkpoint import load_network
 from training.interchange.openai import load_openai
+from training.schedules import DISCRETIZATIONS
 
 GOLDEN_NETWORKS = ('edm-adm-cond', 'vp-ddpmpp-cond', 've-ncsnpp-uncond')
 ABLATIONS = (
@@ -509,7 +510,7 @@ def test_a_perfect_student_denoises_from_any_noise_level(gaussian, latents, sigm
 # aDDIM.
 
 
-@pytest.mark.parametrize('discretization', samplers.DISCRETIZATIONS)
+@pytest.mark.parametrize('discretization', DISCRETIZATIONS)
 def test_addim_without_variance_is_ddim(gaussian, latents, discretization):
     """Which is Euler's method on the linear schedule."""
     options = dict(steps=9, discretization=discretization)

@@ -208,6 +208,12 @@ def check_together(o: Options) -> None:
         raise click.UsageError(
             f'--val_steps={run.val_steps}, but the student takes --S={o.own.S} steps: leave it out.'
         )
+    stray = [RUN[f'val_{option}'] for option in VAL_ODE if getattr(run, f'val_{option}') not in (None, False)]
+    if stray and objective.loss:
+        raise click.UsageError(
+            f'{options.names(stray)}: these are for --objective=diffusion, and {name} makes a model with a sampler '
+            'of its own.'
+        )
     if run.val_teacher and not o.teacher:
         raise click.UsageError(f'--val_teacher=1 needs a teacher, and --objective={name} has none.')
     if name == 'pd':
@@ -229,6 +235,8 @@ def check_stages_of_halving(run: RunConfig) -> None:
             "--snap=0 leaves no snapshot, and a stage's last one is the next one's teacher."
         )
 
+
+VAL_ODE = ('solver', 'order', 'afs', 'to_zero', 'disc', 'sigmas')
 
 # ----------------------------------------------------------------------------
 # Options on top of those of a resumed run.

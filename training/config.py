@@ -11,6 +11,7 @@ from dnnlib import cli
 from dnnlib.options import FLAG, ON_OFF, opt
 from dnnlib.schema import Real
 from metrics.validator import SHOWN, LabelMode
+from sampling.options import OF_ODE
 from training.architectures import ARCHITECTURES, PRECONDITIONING
 from training.objectives import OBJECTIVES
 from training.saved_files import NETWORK_FILE
@@ -180,6 +181,24 @@ class Validation:
         metavar='INT',
         default_text="the student's S; 1 for consistency models, with --mid_t 2; 18 for teachers",
         key='validation.steps')
+    val_solver: str | None = opt(
+        None, OF_ODE['solver'].kind,
+        'Method of sampling a diffusion model; best: by the number of evaluations. For --objective=diffusion, '
+        'as the five options after it.',
+        default_text='heun', key='validation.solver')
+    val_order: int | None = opt(
+        None, OF_ODE['order'].kind, OF_ODE['order'].help,
+        metavar='INT', default_text='the highest', key='validation.order')
+    val_afs: bool = opt(False, bool, OF_ODE['afs'].help, key='validation.afs')
+    val_to_zero: bool | None = opt(
+        None, bool, OF_ODE['to_zero'].help,
+        default_text='euler and heun without --val_sigmas True, others False', key='validation.to_zero')
+    val_disc: str | None = opt(
+        None, OF_ODE['discretization'].kind, 'Spacing of the noise levels, as --disc of generate.py.',
+        default_text=OF_ODE['discretization'].default_text, key='validation.discretization')
+    val_sigmas: list[float] | None = opt(
+        None, OF_ODE['sigmas'].kind, OF_ODE['sigmas'].help,
+        metavar='LIST|FILE', key='validation.sigmas')
     val_every: int = opt(50, cli.COUNT, 'Ticks between evaluations.', metavar='TICKS', key='validation.every')
     val_emas: str | None = opt(
         None, None,

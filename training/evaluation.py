@@ -9,7 +9,7 @@ import os
 import torch
 
 from dnnlib import EasyDict, NotFinite
-from metrics.validator import Validator, label_chooser
+from metrics.validator import Validator, check_sampler, label_chooser
 from sampling import generation
 from torch_utils import distributed
 from torch_utils.preemption import PreemptionHandler
@@ -23,6 +23,7 @@ def build_validator(run: Run) -> Validator:
     """The validator of a run. A resumed run generates the images of interrupted evaluations again."""
     c, net = run.c, run.net
     options = EasyDict(c.validation, overwrite=c.validation.overwrite or run.resumed)
+    check_sampler(options, net)  # against the network's range, before the first step
     image_shape = [net.img_channels, net.img_resolution, net.img_resolution]
     return Validator(
         options, run.dataset, run.dir, run.device, image_shape, run.dataset.label_space, c.encoder

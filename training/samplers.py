@@ -8,7 +8,11 @@ A sampler combines a schedule and a solver: it lists the noise levels at which a
 - `cm`: a consistency model, each of whose outputs is an image; evaluated once, or again after adding noise.
 - `euler`, `heun`: the probability-flow ODE of a teacher, with EDM's discretizations, schedules, scalings and
   churn (Karras et al. 2022, Algorithms 1 and 2).
+- `ipndm`, `ipndm_v`, `deis`, `dpmpp`, `unipc`, `dpm2`: the same ODE in few evaluations; `best`: a solver by the
+  number of evaluations.
 - `addim`: DDIM steps of a teacher that compensate for missing variance (Heek et al. 2024).
+
+Those of teachers are in training/teacher_samplers.py.
 
 The metadata of a snapshot record how it is sampled. `solver`: its sampler; by default `student` if there is a
 grid, else `heun`. `sigmas`: the noise levels of its evaluations, then 0.
@@ -18,7 +22,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -26,16 +29,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dnnlib import UserError
+from dnnlib import UserError, WrongOptions
 from training import consistency_ops as ops
 from training import solvers
-from training.ode_time import ode_time
-from training.schedules import DISCRETIZATIONS, schedule_sigmas
+from training import teacher_samplers as teachers
+from training.schedules import schedule_sigmas
 from training.solvers import ODE_SOLVERS, ode_solve
+from training.teacher_samplers import DEFAULT_TEACHER_STEPS, clip_range
 
-__all__ = ['ode_solve', 'sample', 'schedule_sigmas']
+__all__ = ['clip_range', 'ode_solve', 'sample', 'schedule_sigmas']
 
-DEFAULT_TEACHER_STEPS = 18  # 35 evaluations by Heun's method, EDM's for CIFAR-10
 DEFAULT_TIMESTEPS = 40  # nodes that the indices `ts` count; Song et al.'s number in distillation
 DEFAULT_RANGE = (0.002, 80.0)  # noise levels of a student or consistency model that records none
 
@@ -74,34 +77,6 @@ class CMOptions:
     clip_denoised: bool | None = None  # clamp every D to [-1, 1]; by default for pixels, not for latents
 
 
-@dataclass(frozen=True)
-class AddimOptions:
-    """How a teacher is sampled by `solvers.addim`."""
-
-    sigma_min: float | None = None  # None: of the discretization
-    sigma_max: float | None = None
-    rho: float = 7.0
-    discretization: str = 'edm'
-    xvar_scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class OdeOptions:
-    """How a teacher's ODE is solved; the names are EDM's."""
-
-    sigma_min: float | None = None  # None: of the discretization
-    sigma_max: float | None = None
-    rho: float = 7.0
-    discretization: str = 'edm'
-    schedule: str = 'linear'  # sigma(t)
-    scaling: str = 'none'  # s(t)
-    alpha: float = 1.0  # of heun
-    S_churn: float = 0.0  # 0: deterministic
-    S_min: float = 0.0
-    S_max: float = math.inf
-    S_noise: float = 1.0
-
-
 def _known(options_class: type, options: dict) -> dict:
     """The subset of `options` that are fields of the class."""
     names = {field.name for field in fields(options_class)}
@@ -128,22 +103,22 @@ def sample(
             any, record whether it is a student with a grid, a consistency model or a teacher.
         latents: [N, C, H, W], unit variance.
         class_labels: [N, label_dim] one-hot, or None.
-        solver: student | euler | heun | addim | cm; None: as recorded by the network.
-        steps: of the solver; None: the network's own number, 18 for a teacher, 1 for a consistency model.
+        solver: student | cm | addim | best | one of `solvers.ODE_SOLVERS`; None: as recorded by the network.
+        steps: of the solver, which are network evaluations but for heun and dpm2; None: the network's own
+            number, 18 for a teacher, 1 for a consistency model.
         randn_like: standard normal noise in the shape and type of its argument, for cm and solvers with
             churn.
-        options: of `StudentOptions`, `CMOptions`, `AddimOptions` or `OdeOptions`; for students also
-            `force_steps`, which allows another number of steps than they were trained for.
+        options: of `StudentOptions`, `CMOptions`, or `AddimOptions`, `OdeOptions`, `SolverOptions` of
+            training/teacher_samplers.py; for students also `force_steps`, which allows another number of steps
+            than they were trained for.
     Returns: [N, C, H, W] float64 in about [-1, 1]; only cm clamps.
     Raises: UserError for a solver or an option that does not apply.
     """
-    # The sampler, and whether it has these options.
     solver, steps = resolve(net, solver, steps, force_steps=options.pop('force_steps', False), **options)
     sampler = SAMPLERS[solver]
-    unknown = options.keys() - _known(sampler.options, options).keys()
-    if unknown:
-        names = ', '.join(name for name in options if name in unknown)
-        raise UserError(f'the {solver} sampler has no option {names}; choose another solver or leave it out')
+    known = _known(sampler.options, options)
+    if stray := [name for name in options if name not in known]:
+        raise UserError(no_option(solver, stray))
 
     # Solvers step in float64, whatever precision the network computes in.
     denoiser = lambda x, sigma: net(x, ops.noise_level(sigma, x), class_labels).double()
@@ -161,8 +136,18 @@ def resolve(
     metadata = getattr(net, 'metadata', None) or {}
     own_steps = len(metadata['sigmas']) - 1 if 'sigmas' in metadata else None
     solver = solver or metadata.get('solver') or ('student' if own_steps else 'heun')
+    if solver in ONLY_OF_TEACHERS and (own_steps or metadata.get('solver') == 'cm'):
+        what = f'a student of {own_steps} steps' if metadata.get('solver') != 'cm' else 'a consistency model'
+        raise WrongOptions(f'{solver} solves the ODE of a diffusion model, and this is {what}: leave it out')
+    if solver == 'best':
+        solver, steps = teachers.best_solver(steps, options)
     if solver not in SAMPLERS:
         raise UserError(f'solver {solver!r} is not one of {", ".join(SAMPLERS)}')
+
+    # Options of solvers that the sampler does not have; `sample` refuses all others.
+    known = _known(SAMPLERS[solver].options, options)
+    if stray := [name for name in options if name in OF_SOLVERS and name not in known]:
+        raise WrongOptions(no_option(solver, stray))
 
     # Consistency models and teachers take any number of steps.
     if solver == 'cm':
@@ -171,7 +156,9 @@ def resolve(
                 f'this is a student of {own_steps} steps, whose outputs are no images before the last: '
                 'leave out the solver cm'
             )
-        return solver, len(cm_sigmas(net, CMOptions(**_known(CMOptions, options)), steps))
+        return solver, len(cm_sigmas(net, CMOptions(**known), steps))
+    if solver in ODE_SOLVERS:
+        return solver, teachers.ode_steps(net, solver, steps, SAMPLERS[solver].options(**known))
     if solver != 'student':
         return solver, DEFAULT_TEACHER_STEPS if steps is None else steps
 
@@ -189,27 +176,38 @@ def resolve(
     return solver, own_steps if steps is None else steps
 
 
-def evaluations(solver: str, steps: int) -> int:
-    """Network evaluations per image (NFE) without a `start`, which skips the levels above it."""
-    # The last step, to 0, takes one evaluation.
-    each = ODE_SOLVERS[solver].evaluations if solver in ODE_SOLVERS else 1
-    return each * (steps - 1) + 1
+def no_option(solver: str, names: Sequence[str]) -> str:
+    """The message for options that a sampler does not have."""
+    return f'the {solver} sampler has no option {", ".join(names)}; choose another solver or leave it out'
+
+
+def evaluations(
+    solver: str,
+    steps: int,
+    afs: bool = False,
+    to_zero: bool | None = None,
+    sigmas: Sequence[float] | None = None,
+    **_,
+) -> int:
+    """Network evaluations per image (NFE) without a `start`, which skips the levels above it.
+
+    Args: what `resolve` returns, and the options of sampling, of which others make no difference.
+    """
+    if solver not in ODE_SOLVERS:
+        return steps
+    return ODE_SOLVERS[solver].nfe(steps, afs, teachers.steps_to_zero(solver, to_zero, sigmas))
+
+
+def describe(solver: str, steps: int, order: int | None = None, **options) -> str:
+    """`ipndm of order 4, 8 evaluations each`. Args: as of `evaluations`."""
+    orders = ODE_SOLVERS[solver].orders if solver in ODE_SOLVERS else ()
+    of_order = f' of order {order or orders[0]}' if orders else ''
+    nfe = evaluations(solver, steps, **options)
+    return f'{solver}{of_order}, {nfe} evaluations each'
 
 
 # ----------------------------------------------------------------------------
 # The noise levels that a network is evaluated at.
-
-
-def clip_range(net, sigma_min: float, sigma_max: float) -> tuple[float, float]:
-    """The part of a range that the network was trained at. Raises: UserError if it is empty."""
-    known_min, known_max = float(getattr(net, 'sigma_min', 0)), float(getattr(net, 'sigma_max', math.inf))
-    low, high = max(sigma_min, known_min), min(sigma_max, known_max)
-    if not low < high:
-        raise UserError(
-            f'no noise levels from sigma_min = {low:g} to sigma_max = {high:g}: the network knows '
-            f'{known_min:g} to {known_max:g}'
-        )
-    return low, high
 
 
 def _recorded(net, name: str, given, default):
@@ -325,32 +323,6 @@ def _indexed_sigmas(
     return ops.karras_sigmas(timesteps, sigma_min, sigma_max, rho)[list(ts[1:-1])].tolist()
 
 
-def teacher_range(net, o: AddimOptions | OdeOptions) -> tuple[float, float]:
-    """(sigma_min, sigma_max) of the options, or of the discretization, clipped to the network's range.
-
-    Raises: UserError for another discretization or an empty range.
-    """
-    if o.discretization not in DISCRETIZATIONS:
-        raise UserError(f'discretization {o.discretization!r} is not one of {", ".join(DISCRETIZATIONS)}')
-    default = DISCRETIZATIONS[o.discretization]
-    low = default.sigma_min if o.sigma_min is None else o.sigma_min
-    high = default.sigma_max if o.sigma_max is None else o.sigma_max
-    return clip_range(net, low, high)
-
-
-def teacher_sigmas(net, o: AddimOptions | OdeOptions, steps: int) -> list[float]:
-    """[steps+1] noise levels, rounded to those of the network, then 0   (Karras et al. 2022, Table 1, 'Time
-    steps')."""
-    # The final 0 is no level of the network, so it is not rounded.
-    low, high = teacher_range(net, o)
-    sigmas = DISCRETIZATIONS[o.discretization].sigmas(steps, low, high, o.rho)
-    return [_round_sigma(net, sigma) for sigma in sigmas] + [0.0]
-
-
-def _round_sigma(net, sigma) -> float:
-    return float(net.round_sigma(sigma)) if hasattr(net, 'round_sigma') else float(sigma)
-
-
 # ----------------------------------------------------------------------------
 # Samplers: a schedule, a start and a solver. Each is (net, denoiser, latents, steps, options, randn_like) ->
 # images.
@@ -396,51 +368,6 @@ def sample_cm(net, denoiser, latents: Tensor, steps: int, o: CMOptions, randn_li
     return solvers.consistency(changed(denoiser, clamp + edit), x, sigmas, boundary, randn_like)
 
 
-def sample_addim(net, denoiser, latents: Tensor, steps: int, o: AddimOptions, randn_like) -> Tensor:
-    """Adjusted DDIM of a teacher."""
-    sigmas = teacher_sigmas(net, o, steps)
-    return solvers.addim(denoiser, latents * sigmas[0], sigmas, o.xvar_scale)
-
-
-def sample_ode(
-    net, denoiser, latents: Tensor, steps: int, o: OdeOptions, randn_like, solver: Callable[..., Tensor]
-) -> Tensor:
-    """EDM's sampler: a discretization, mapped to the time of a schedule sigma(t) and scaling s(t), and a
-    solver (Karras et al. 2022, Algorithm 2 with the choices of Table 1).
-
-    S_churn > 0 adds noise before every step with S_min <= sigma <= S_max.
-    """
-    # Times of the steps.
-    sigmas = teacher_sigmas(net, o, steps)
-    time = ode_time(o.schedule, o.scaling, *teacher_range(net, o))
-    times = [time.time(sigma) for sigma in sigmas[:-1]] + [0.0]
-
-    # Churn, relative to the noise level (gamma in Algorithm 2).
-    # The cap adds at most as much noise as the state holds: sigma² is at most doubled.
-    gain = min(o.S_churn / steps, math.sqrt(2) - 1)
-    round_sigma = lambda sigma: _round_sigma(net, sigma)
-    perturb = None
-    if gain > 0:
-        perturb = solvers.churn(gain, o.S_min, o.S_max, o.S_noise, time, round_sigma, randn_like)
-
-    # Latents at the first time.
-    x = latents * (time.sigma(times[0]) * time.scale(times[0]))
-    return solver(denoiser, x, times, time, perturb)
-
-
-def sample_euler(net, denoiser, latents: Tensor, steps: int, o: OdeOptions, randn_like) -> Tensor:
-    return sample_ode(net, denoiser, latents, steps, o, randn_like, solvers.euler)
-
-
-def sample_heun(net, denoiser, latents: Tensor, steps: int, o: OdeOptions, randn_like) -> Tensor:
-    heun = functools.partial(solvers.heun, alpha=o.alpha)
-    return sample_ode(net, denoiser, latents, steps, o, randn_like, heun)
-
-
-# ----------------------------------------------------------------------------
-# The table.
-
-
 class Sampler(NamedTuple):
     """A sampler and the class of its options."""
 
@@ -448,10 +375,21 @@ class Sampler(NamedTuple):
     options: type
 
 
+# Of EDM's solvers; a student or consistency model may be sampled by them, whatever that gives.
+EDMS = ('euler', 'heun')
+ONLY_OF_TEACHERS = [*(name for name in ODE_SOLVERS if name not in EDMS), 'best']
+OF_SOLVERS = {'sigmas', 'afs', 'to_zero', 'order', 'variant'}
 SAMPLERS = dict(
     student=Sampler(sample_student, StudentOptions),
-    euler=Sampler(sample_euler, OdeOptions),
-    heun=Sampler(sample_heun, OdeOptions),
-    addim=Sampler(sample_addim, AddimOptions),
+    **{
+        name: Sampler(functools.partial(teachers.sample_edm, solver=name), teachers.OdeOptions)
+        for name in EDMS
+    },
+    addim=Sampler(teachers.sample_addim, teachers.AddimOptions),
     cm=Sampler(sample_cm, CMOptions),
+    **{
+        name: Sampler(functools.partial(teachers.sample_ode, solver=name), teachers.SolverOptions)
+        for name in ODE_SOLVERS
+        if name not in EDMS
+    },
 )

@@ -32,12 +32,21 @@ def logsnr(n: int, sigma_min: float, sigma_max: float, rho: float | None = None)
 
 
 def time_uniform(n: int, sigma_min: float, sigma_max: float, rho: float | None = None) -> Tensor:
-    """Evenly spaced in the time of the linear variance-preserving process that spans the range (Karras et al.
-    2022, Table 1, 'vp')."""
+    """Evenly spaced in t^(1/rho), t the time of the linear variance-preserving process that spans the range
+    (Karras et al. 2022, Table 1, 'vp').
+
+    Args:
+        rho: None: 1, evenly in t; 2 is DEIS's quadratic time steps (Zhang & Chen 2023).
+    """
     # The betas for which time runs from 1 at sigma_max to VP_EPSILON at sigma_min.
-    sigma = vp_time(*vp_betas(sigma_min, sigma_max)).sigma
-    times = 1 + _ramp(n) * (VP_EPSILON - 1)
+    sigma, rho = vp_time(*vp_betas(sigma_min, sigma_max)).sigma, rho or 1.0
+    times = (1 + _ramp(n) * (VP_EPSILON ** (1 / rho) - 1)) ** rho
     return torch.tensor([sigma(t) for t in times.tolist()], dtype=torch.float64)
+
+
+def vp(n: int, sigma_min: float, sigma_max: float, rho: float | None = None) -> Tensor:
+    """`time_uniform` whatever `rho`, EDM's option for other discretizations."""
+    return time_uniform(n, sigma_min, sigma_max)
 
 
 def cosine(n: int, sigma_min: float, sigma_max: float, rho: float | None = None) -> Tensor:
@@ -88,7 +97,7 @@ def schedule_sigmas(
     """Noise levels from sigma_max down to sigma_min, by one of SCHEDULES; a single one is sigma_max.
 
     Args:
-        rho: exponent of `polynomial`; None: 7. Other schedules do not use it.
+        rho: exponent of `polynomial`, None: 7, and of `time_uniform`, None: 1. Others do not use it.
     Returns: [n] float64.
     Raises: UserError for another name.
     """
@@ -98,7 +107,7 @@ def schedule_sigmas(
 
 
 # ----------------------------------------------------------------------------
-# Schedules by the names of EDM's ablations.
+# Schedules by the names of EDM's ablations, with EDM's ranges, and by their own.
 
 
 class Discretization(NamedTuple):
@@ -109,10 +118,11 @@ class Discretization(NamedTuple):
     sigma_max: float
 
 
+VP_RANGE = (vp_time(*VP_BETAS).sigma(VP_EPSILON), vp_time(*VP_BETAS).sigma(1.0))
 DISCRETIZATIONS = dict(
     edm=Discretization(polynomial, 0.002, 80),
-    vp=Discretization(time_uniform, vp_time(*VP_BETAS).sigma(VP_EPSILON), vp_time(*VP_BETAS).sigma(1.0)),
+    vp=Discretization(vp, *VP_RANGE),
     ve=Discretization(logsnr, 0.02, 100),
     iddpm=Discretization(iddpm, 0.002, 81),
-    cosine=Discretization(cosine, 0.002, 80),
+    **{name: Discretization(schedule, 0.002, 80) for name, schedule in SCHEDULES.items()},
 )

@@ -2,7 +2,8 @@
 
 Each is `solver(denoiser, x, sigmas, ...) -> x`: x [N, ...] float64 is the state at the first level, the
 result the state at the last. A denoiser here is a function D(x, sigma) of a state and a Python number that
-returns float64. A new solver of the ODE is a function here and an entry in `ODE_SOLVERS`.
+returns float64. A new solver of the ODE is a function here, or in training/multistep_solvers.py if it reuses
+earlier evaluations, and an entry in `ODE_SOLVERS`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dnnlib import UserError
+from dnnlib import WrongOptions
 from training import consistency_ops as ops
+from training import multistep_solvers as multistep
 from training.ode_time import LINEAR, OdeTime
 
 Denoiser = Callable[[Tensor, float], Tensor]
@@ -119,22 +121,67 @@ def churn(
     return perturb
 
 
+def dpm2(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """Midpoint steps in ln sigma, two evaluations each: second order   (DPM-Solver-2 with r_1 = 1/2: Lu et
+    al. 2022a, Algorithm 1, in EDM's notation).
+
+    x <- x + (sigma' − sigma) d', d' the slope at sqrt(sigma sigma'), where an Euler step leads. A step to 0,
+    which has no middle, is Euler's.
+    """
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        slope, middle = ode_slope(denoiser, x, sigma), math.sqrt(sigma * sigma_next)
+        if middle > 0:
+            slope = ode_slope(denoiser, x + (middle - sigma) * slope, middle)
+        x = x + (sigma_next - sigma) * slope
+    return x
+
+
 class OdeSolver(NamedTuple):
-    """A solver of the ODE for `ode_solve`, and its choices.
+    """A solver of the ODE for `ode_solve`, its choices, and its defaults in `samplers.sample`.
 
     Attributes:
         solve: (denoiser, x, sigmas, [order], [variant]) -> x, with the keywords that have a choice.
         evaluations: denoiser evaluations per step; a step to 0 takes one.
         orders, variants: choices, the default first.
+        schedule, rho: of its levels, as its authors or Zhou et al. 2024 (Fast ODE-based Sampling) use it.
+        to_zero: whether its samples end at 0, and not at sigma_min.
     """
 
     solve: Callable[..., Tensor]
     evaluations: int = 1
     orders: Sequence[int] = ()
     variants: Sequence[str] = ()
+    schedule: str = 'edm'
+    rho: float | None = None
+    to_zero: bool = False
+
+    def levels(self, steps: int, afs: bool, to_zero: bool) -> int:
+        """The number of levels above 0 for `steps` steps, the one to 0 among them.
+
+        Of a solver with one evaluation per step, `steps` is the number of evaluations.
+        """
+        return steps + 1 - to_zero + (afs and self.evaluations == 1)
+
+    def steps(self, levels: int, afs: bool, to_zero: bool) -> int:
+        """The inverse of `levels`."""
+        return levels - 1 + to_zero - (afs and self.evaluations == 1)
+
+    def nfe(self, steps: int, afs: bool, to_zero: bool) -> int:
+        """Denoiser evaluations of so many steps."""
+        return self.evaluations * (self.levels(steps, afs, to_zero) - 1) + to_zero - afs
 
 
-ODE_SOLVERS = dict(euler=OdeSolver(euler), heun=OdeSolver(heun, evaluations=2))
+# New ones: a function (of several evaluations' memory: in training/multistep_solvers.py) and an entry.
+ODE_SOLVERS = dict(
+    euler=OdeSolver(euler, to_zero=True),
+    heun=OdeSolver(heun, evaluations=2, to_zero=True),
+    ipndm=OdeSolver(multistep.ipndm, orders=(4, 1, 2, 3)),
+    ipndm_v=OdeSolver(multistep.ipndm_v, orders=(4, 1, 2, 3)),
+    deis=OdeSolver(multistep.deis, orders=(4, 1, 2, 3), schedule='time_uniform', rho=2),
+    dpmpp=OdeSolver(multistep.dpmpp, orders=(3, 2), schedule='logsnr'),
+    unipc=OdeSolver(multistep.unipc, orders=(3, 2), variants=('bh2', 'bh1'), schedule='logsnr'),
+    dpm2=OdeSolver(dpm2, evaluations=2),
+)
 
 
 def ode_solve(
@@ -161,30 +208,36 @@ def ode_solve(
     Returns: [N, ...] float64 state at the last level.
     Raises: UserError if the solver has no such order or variant, or the levels do not decrease.
     """
-    # Check the choices.
-    chosen, sigmas = _chosen(solver, order, variant), torch.as_tensor(sigmas, dtype=torch.float64).tolist()
-    if not sigmas or sigmas[-1] < 0 or any(a <= b for a, b in itertools.pairwise(sigmas)):
-        raise UserError(
-            f'noise levels {", ".join(f"{s:g}" for s in sigmas)}: they must fall, and none is below 0'
-        )
-    if to_zero and sigmas[-1] == 0:
-        raise UserError('to_zero is for noise levels that end above 0')
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float64).tolist()
+    settings = check_choices(solver, order, variant)
+    check_levels(sigmas, to_zero)
 
-    def denoise(x, sigma):
-        # Levels decrease, so only the first evaluation is at the first level.
-        if afs and sigma == sigmas[0]:
-            # D = x − sigma dx/dsigma.
-            return x - sigma / math.sqrt(1 + sigma**2) * x
-        return denoiser(x, ops.noise_level(sigma, x)).double()
-
-    x = chosen(denoise, x.double(), sigmas)
+    denoise = lambda x, sigma: denoiser(x, ops.noise_level(sigma, x)).double()
+    if afs:
+        denoise = analytical_first(denoise)
+    x = ODE_SOLVERS[solver].solve(denoise, x.double(), sigmas, **settings)
     return denoise(x, sigmas[-1]) if to_zero else x
 
 
-def _chosen(solver: str, order: int | None, variant: str | None) -> Callable[..., Tensor]:
-    """The solver with its order and variant. Raises: UserError."""
+def analytical_first(denoiser: Denoiser) -> Denoiser:
+    """The denoiser, but for its first evaluation, which is that of data of unit variance: D = x − sigma d
+    with the slope d = x / sqrt(1 + sigma²)   (the analytical first step, Dockhorn et al. 2022)."""
+    evaluated = False
+
+    def denoise(x, sigma):
+        nonlocal evaluated
+        if evaluated:
+            return denoiser(x, sigma)
+        evaluated = True
+        return x - sigma / math.sqrt(1 + sigma**2) * x
+
+    return denoise
+
+
+def check_choices(solver: str, order: int | None, variant: str | None) -> dict:
+    """The keywords of the solver for an order and a variant; None: its defaults. Raises: UserError."""
     if solver not in ODE_SOLVERS:
-        raise UserError(f'solver {solver!r} is not one of {", ".join(ODE_SOLVERS)}')
+        raise WrongOptions(f'solver {solver!r} is not one of {", ".join(ODE_SOLVERS)}')
 
     # Each choice must be one of the solver's; the first is the default.
     settings = {}
@@ -193,12 +246,23 @@ def _chosen(solver: str, order: int | None, variant: str | None) -> Callable[...
         ('variant', variant, ODE_SOLVERS[solver].variants),
     ):
         if given is not None and given not in known:
-            one_of = f'{name} is one of {", ".join(map(str, known))}'
+            one_of = f'{name} is one of {", ".join(map(str, sorted(known)))}'
             none = f'solver has no {name} to choose'
-            raise UserError(f'{name} {given!r}: the {solver} {one_of if known else none}')
+            raise WrongOptions(f'{name} {given!r}: the {solver} {one_of if known else none}')
         if known:
             settings[name] = known[0] if given is None else given
-    return lambda denoiser, x, sigmas: ODE_SOLVERS[solver].solve(denoiser, x, sigmas, **settings)
+    return settings
+
+
+def check_levels(sigmas: Sequence[float], to_zero: bool) -> None:
+    """Raises: UserError unless noise levels fall, to 0 at the lowest."""
+    finite = all(math.isfinite(sigma) for sigma in sigmas)
+    if not sigmas or not finite or sigmas[-1] < 0 or any(a <= b for a, b in itertools.pairwise(sigmas)):
+        raise WrongOptions(
+            f'noise levels {", ".join(f"{s:g}" for s in sigmas)}: they must fall, and none is below 0'
+        )
+    if to_zero and sigmas[-1] == 0:
+        raise WrongOptions('to_zero is for noise levels that end above 0')
 
 
 # ----------------------------------------------------------------------------
