@@ -303,7 +303,10 @@ def test_training_of_a_teacher_validates_with_them(digits, rulers, tmp_path):
         '--val_order=2', '--val_steps=3', '--val_sigmas=80,5,1,0.002', f'--val_ref={rulers / "pca.npz"}',
     ]  # fmt: skip
     result = invoke(train.main, *run, f'--val_detector={rulers / "pca.pt"}', '--dry-run')
-    recorded = json.loads(result.output)['validation']
+    (tmp_path / 'c.json').write_text(result.stdout)
+    again = invoke(train.main, f'--outdir={tmp_path}', f'--config={tmp_path / "c.json"}', '--dry-run')
+    recorded = json.loads(result.stdout)['validation']
+    assert json.loads(again.stdout)['validation'] == recorded
     assert (recorded['solver'], recorded['order'], recorded['sigmas']) == ('dpmpp', 2, [80, 5, 1, 0.002])
     for words, message in (
         ([*run, '--val_order=4', f'--val_detector={rulers / "pca.pt"}'], 'dpmpp order is one of 2, 3'),
