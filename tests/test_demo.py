@@ -20,6 +20,9 @@ def test_the_demo_tells_its_story(tmp_path, forked_commands):
     rows = json.loads((out / 'results.json').read_text())
     assert [(r['model'], r['solver'], r['nfe']) for r in rows] == [
         ('teacher', 'euler', 8),
+        ('teacher', 'dpmpp', 8),
+        ('teacher', 'ipndm', 4),
+        ('teacher', 'ipndm', 2),
         ('teacher', 'heun', 511),
         ('student-8', 'student', 8),
         ('student-4', 'student', 4),
@@ -38,17 +41,17 @@ def test_the_demo_tells_its_story(tmp_path, forked_commands):
         assert (row['paired_rmse'] == 0) == (row['nfe'] == 511)
     page = (out / 'report.html').read_text()
     assert (
-        page.count('data:image/png;base64,') == 10
+        page.count('data:image/png;base64,') == 13
         and 'train.py' in page
         and 'http' not in page
         and 'not FID' in page
     )
-    assert (out / 'table.md').read_text().count('\n') == 10 and (out / 'table.md').read_text() in done.stdout
+    assert (out / 'table.md').read_text().count('\n') == 13 and (out / 'table.md').read_text() in done.stdout
     assert {'loss.png', 'distance.png', 'samples.png', 'samples-student-8.png'} <= {
         path.name for path in out.iterdir()
     }
     shown = [line for line in done.stdout.splitlines() if line.startswith('$ python ')]
-    assert len(shown) == 2 + 3 + 7 + 8 * 4
+    assert len(shown) == 2 + 3 + 7 + 11 * 4
     assert_one_clear_error(invoke(demo.main, f'--outdir={out}'), 'holds a finished demo', 'report.html')
     assert (out / 'commands.txt').read_text().splitlines() == [line[2:] for line in shown]
 
@@ -106,14 +109,14 @@ def test_an_interrupted_demo_resumes_and_does_nothing_twice(pretend, tmp_path, c
     first, rows, done = pretend(cut)
     assert rows is None and cut not in done.rows
     second, rows, done = pretend()
-    assert [row['model'] for row in rows] == ['teacher', 'teacher', *(f'student-{S}' for S in (8, 4, 2))] + [
+    assert [row['model'] for row in rows] == ['teacher'] * 5 + [f'student-{S}' for S in (8, 4, 2)] + [
         f'direct-{S}' for S in (8, 2, 1)
     ]
     of = lambda commands, script: [command for command in commands if command.startswith(script)]
     resumed = [command for command in of(second, 'train.py') if '--resume=' in command]
     assert len(resumed) == 1 and f'--outdir={tmp_path / cut} ' in resumed[0]
     assert f'--resume={tmp_path / cut} ' in resumed[0]
-    assert len(of(first + second, 'train.py')) == 7 + 1 and len(of(first + second, 'generate.py')) == 8
+    assert len(of(first + second, 'train.py')) == 7 + 1 and len(of(first + second, 'generate.py')) == 11
     assert pretend()[0] == []
 
 
@@ -146,17 +149,20 @@ def test_another_folder_is_refused(tmp_path, files, scale, words):
 
 
 def test_what_intervals_support_is_said():
-    row = lambda model, solver, nfe, *interval: dict(model=model, solver=solver, nfe=nfe, interval=interval)
+    row = lambda model, solver, nfe, *interval: dict(
+        model=model, solver=solver, nfe=nfe, interval=interval, distance=sum(interval) / 2
+    )
     rows = [
         row('teacher', 'euler', 8, 0.3, 0.5),
+        row('teacher', 'dpmpp', 8, 0.1, 0.12),
         row('teacher', 'heun', 511, 0.05, 0.07),
         row('student-8', 'student', 8, 0.06, 0.08),
-        row('student-2', 'student', 2, 0.08, 0.1),
+        row('student-2', 'student', 2, 0.08, 0.11),
         row('direct-1', 'student', 1, 0.2, 0.31),
     ]
     said = demo_run.supported(rows)
-    assert '8 evaluations: student-8, student-2; and' in said and said.endswith('with 511: student-8.')
-    assert demo_run.supported(rows[:2]).count('none') == 2
+    assert '(dpmpp): student-8; worse: direct-1; not' in said and said.endswith('with 511: student-8.')
+    assert demo_run.supported(rows[:3]).count('none') == 3
 
 
 def test_the_paired_error_is_of_equal_seeds(tmp_path):
