@@ -44,6 +44,7 @@ CASES = {
         '--phema=0.05,0.1',
         '--val=1',
         '--val_ref={ref}',
+        '--val_detector={detector}',
         '--val_emas=all',
     ],
     'loggers': [*TINY_NETWORK, '--wandb=1', '--wandb_tags=a,b', '--wandb_mode=offline', '--tensorboard'],
@@ -94,7 +95,7 @@ def test_a_run_is_repeated_from_what_it_recorded(tmp_path, digits, teacher, cons
         'diffusion': [f'--teacher={teacher}'],
         'consistency': [f'--teacher={consistency_model}'],
     }
-    words = [word.format(ref=rulers / 'pca.npz') for word in CASES[name]]
+    words = [word.format(ref=rulers / 'pca.npz', detector=rulers / 'pca.pt') for word in CASES[name]]
     c = dry_run(f'--data={digits}', '--cond=1', *start[kind], *words)
     again = dry_run(write(tmp_path / 'c.json', c))
     assert {key: c[key] for key in c if key not in PLACES} == {

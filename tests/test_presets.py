@@ -102,11 +102,12 @@ def test_digits_are_trained_as_in_the_demo():
 
 def test_the_published_command_is_one_preset(tmp_path, digits, teacher, rulers):
     files = dict(outdir=tmp_path / 'runs', data=digits, teacher=teacher, val_ref=rulers / 'pca.npz')
-    result = invoke(*readme_command(**files), '--dry-run')
+    detector = f'--val_detector={rulers / "pca.pt"}'
+    result = invoke(*readme_command(**files), detector, '--dry-run')
     published = json.loads(result.stdout)
     assert published.pop('preset') is None
     places = [f'--{name}={path}' for name, path in files.items()]
-    preset = dry_run('--preset=imagenet64-mcd8', *places)
+    preset = dry_run('--preset=imagenet64-mcd8', *places, detector)
     assert preset.pop('preset') == 'imagenet64-mcd8'
     assert preset == published
 

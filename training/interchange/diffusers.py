@@ -26,7 +26,8 @@ from data.label_space import space_of
 from dnnlib import UserError
 from training import consistency_ops as ops
 from training import networks
-from training.samplers import DEFAULT_TIMESTEPS, OdeOptions, teacher_range
+from training.samplers import DEFAULT_TIMESTEPS
+from training.teacher_samplers import OdeOptions, teacher_range
 
 EDM_SCHEDULER = 'EDMDPMSolverMultistepScheduler'
 RHO = 7.0  # default exponent of the Karras nodes, see `cm_scheduler` and `edm_scheduler`
