@@ -178,17 +178,7 @@ def main(
         sampler = samplers.describe(**arguments)
         what = f'{len(seeds)} {"latents" if as_latents else "images"}'
         distributed.print0(f'Generating {what} to "{dest or outdir}" ({sampler})...')
-        generate_all(
-            net,
-            seeds,
-            batch,
-            destination,
-            pool,
-            as_latents,
-            arguments,
-            fill=compiled,
-            allow_nonfinite=allow_nonfinite,
-        )
+        generate_all(net, seeds, batch, destination, pool, as_latents, arguments, compiled, allow_nonfinite)
         distributed.print0('Done.')
         distributed.shutdown()
 
