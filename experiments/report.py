@@ -104,7 +104,8 @@ def write_curves(
     for name, (x, y) in curves.items():
         axes.plot(x, y, marker='.', label=name)
     for index, (name, level) in enumerate((levels or {}).items()):
-        axes.axhline(level, linestyle='--', color=f'{0.3 + 0.3 * index}', linewidth=1, label=name)
+        gray = 0.2 + 0.6 * index / max(len(levels) - 1, 1)
+        axes.axhline(level, linestyle='--', color=f'{gray}', linewidth=1, label=name)
     axes.set(xlabel='thousands of images', ylabel=ylabel, yscale='log')
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

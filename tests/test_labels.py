@@ -228,7 +228,7 @@ def test_images_are_drawn_of_classes_that_have_images_uniformly_or_as_the_data_a
 )
 def test_a_class_that_was_never_trained_is_refused_by_every_command(tmp_path, gaps, students, option, words):
     network, data = f'--network={gaps[0]}', gaps[2]
-    np.savez(tmp_path / 'ref.npz', mu=np.zeros(3), sigma=np.eye(3))
+    np.savez_compressed(tmp_path / 'ref.npz', mu=np.zeros(2048), sigma=np.eye(2048))  # Inception's
     consistency = f'--network={students["gaps"]}'
     for command, arguments in (
         (generate.main, [network, f'--outdir={tmp_path / "o"}', option]),
@@ -395,7 +395,7 @@ def test_a_file_of_vectors_reaches_the_network(tmp_path, vectors):
 @pytest.mark.parametrize('options', [[], ['--class=0'], ['--class=1']])
 def test_vector_networks_are_not_sampled_by_class_in_any_command(tmp_path, vectors, students, options):
     network, consistency = f'--network={vectors[0]}', f'--network={students["vectors"]}'
-    np.savez(tmp_path / 'ref.npz', mu=np.zeros(3), sigma=np.eye(3))
+    np.savez_compressed(tmp_path / 'ref.npz', mu=np.zeros(2048), sigma=np.eye(2048))  # Inception's
     pictures = tmp_path / 'pictures'
     pictures.mkdir()
     Image.new('L', (8, 8)).save(pictures / 'a.png')

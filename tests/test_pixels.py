@@ -314,6 +314,9 @@ def test_data_sets_and_images_to_be_measured_count_what_they_do_not_turn(tmp_pat
         ema_halflife_nimg=1000,
         ema_rampup_ratio=0.05,
         network=EasyDict(kwargs=dict(img_resolution=8)),
+        total_nimg=100_000_000,
+        lr_rampup_nimg=0,
+        loss=EasyDict(),
     )
     describe_run(said.append, c, net, dataset, None, rounds=1, batch_gpu=4)
     assert any(

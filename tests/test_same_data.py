@@ -20,6 +20,12 @@ from training.run_files import saved_states
 COUNT = 40
 
 
+def data_warnings(result):
+    """Those of a run of three steps aside, which says that its learning rate still rises."""
+    said = [line for line in result.stderr.splitlines() if 'Warning' in line]
+    return [line for line in said if 'learning rate' not in line]
+
+
 def write_folder(path, count=COUNT, size=8, labels=True, changed=(), renamed=(), seed=0):
     """Random gray images of classes 0 to 3 in two folders; uncompressed, so that all files are of one length."""
     for i in range(count):
@@ -189,7 +195,7 @@ def test_the_same_data_elsewhere_resume_without_a_word(run_folder, data, tmp_pat
     assert (
         result.exit_code == 0
         and 'Resumed' in result.output
-        and 'Warning' not in result.stderr
+        and data_warnings(result) == []
         and 'Note' not in result.stderr
     ), result.output
 
@@ -232,7 +238,7 @@ def test_whoever_insists_goes_on_with_other_data_which_are_recorded(run_folder, 
     ), result.output
     assert words in result.stderr and 'Resumed' in result.output
     again = invoke(other, run_folder, f'--resume={run_folder}', '--duration=0.000016', *extra)
-    assert again.exit_code == 0 and 'Warning' not in again.stderr, again.output
+    assert again.exit_code == 0 and data_warnings(again) == [], again.output
 
 
 def test_mirrored_images_of_the_same_data_are_insisted_on_by_either_option(run_folder, data):

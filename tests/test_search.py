@@ -513,6 +513,7 @@ def test_a_students_only_step_makes_it_a_consistency_model(lab, tmp_path):
     defaults = [
         f'--network={lab}/one.pkl',
         f'--ref={lab}/ref.npz',
+        f'--detector={lab}/moments.pt',
         f'--log={tmp_path}/log.jsonl',
         '--space=karras-index',
         '--dry-run',
@@ -558,6 +559,7 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(lab, tmp_path):
     arguments = [
         f'--network={lab}/cm.pkl',
         f'--ref={lab}/ref.npz',
+        f'--detector={lab}/moments.pt',
         f'--log={tmp_path}/new/log.jsonl',
         '--steps=3',
         '-n',

@@ -45,7 +45,7 @@ def test_the_published_command_is_accepted_option_by_option(tmp_path, digits, te
     arguments = readme_command(
         outdir=tmp_path / 'runs', data=digits, teacher=teacher, val_ref=rulers / 'pca.npz'
     )
-    result = invoke(*arguments, '--dry-run')
+    result = invoke(*arguments, f'--val_detector={rulers / "pca.pt"}', '--dry-run')
     assert result.exit_code == 0, result.output
     c = json.loads(result.stdout)
     assert not (tmp_path / 'runs').exists()
@@ -98,8 +98,14 @@ def test_the_published_command_is_accepted_option_by_option(tmp_path, digits, te
     assert c['validation'] == dict(
         ref=str(rulers / 'pca.npz'),
         ref_data=None,
-        detector=None,
+        detector=str(rulers / 'pca.pt'),
         steps=8,
+        solver=None,
+        order=None,
+        afs=False,
+        to_zero=None,
+        discretization=None,
+        sigmas=None,
         every=20,
         emas=['ema'],
         at_start=False,

@@ -108,7 +108,7 @@ class Hyperparameters:
         key='lr_schedule', settled=True)
     lr_decay: int | None = opt(
         None, cli.COUNT, 'Optimizer steps after which --lr_schedule=sqrt decays (t_ref of EDM2).',
-        metavar='STEPS', scales=True, idle=('lr_schedule', 'constant'))
+        metavar='STEPS', idle=('lr_schedule', 'constant'))
     beta2: float | None = opt(
         None, cli.Number(0, 1, max_open=True), "Decay of Adam's second moments.",
         metavar='FLOAT')

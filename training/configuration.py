@@ -106,13 +106,10 @@ def late_defaults(o: Options, dataset, teacher) -> dict[str, object]:
 
 
 def scaled(defaults: dict[str, object], share: float) -> dict[str, object]:
-    """The defaults for a run of this share, up to 1, of the usual length: ramp, decay and average take the same
-    share of it as usual."""
+    """The defaults for a run of this share, up to 1, of the usual length: ramp and average take the same share of
+    it as usual."""
     names = [option.name for option in RUN.values() if option.scales and defaults.get(option.name)]
-    shorter = {name: defaults[name] * share for name in names if share < 1}
-    if 'lr_decay' in shorter:  # in whole steps
-        shorter['lr_decay'] = max(round(shorter['lr_decay']), 1)
-    return defaults | shorter
+    return defaults | {name: defaults[name] * share for name in names if share < 1}
 
 
 def lengths(o: Options, earlier: dict | None) -> dict[str, float]:
