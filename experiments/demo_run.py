@@ -236,7 +236,7 @@ def write_report(runner: Runner, rows: list[dict], minutes: float) -> None:
     for name, r in zip(names, rows):
         samples = sorted(map(str, runner.path('samples', name).glob('*.png')))
         pages.write_grid(samples[:SHOWN], grid(name))
-        what = f'teacher, {r["solver"].title()}' if r['model'] == 'teacher' else r['model']
+        what = f'teacher, {r["solver"]}' if r['model'] == 'teacher' else r['model']
         pictures[f'{what}, {r["nfe"]} evaluation{"s" * (r["nfe"] > 1)}'] = samples[:IN_PICTURE]
     pages.write_rows(pictures, str(runner.path('samples.png')))
 
