@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from dnnlib import UserError, cli
-from training.saved_files import METRICS, STATS
+from training.saved_files import METRICS, STATS, stage_folders
 
 CURVES = 'training-curves.png'
 Line = tuple[list[float], list[float]]  # thousands of images, values
@@ -54,10 +54,9 @@ def folders_of(run_dir: str) -> dict[str, Path]:
         raise UserError(f'{run_dir} is no folder: give the folder of a run.')
     if (folder / STATS).is_file():
         return {'': folder}
-    below = {path.name: path for path in sorted(folder.iterdir()) if (path / STATS).is_file()}
-    stages = {name: path for name, path in below.items() if name[0] == 'S' and name[1:].isdigit()}
-    if stages:
-        return dict(reversed(stages.items()))  # from many sampling steps to few, as they were trained
+    if stages := {path.name: path for path in stage_folders(folder) if (path / STATS).is_file()}:
+        return stages
+    below = [path.name for path in sorted(folder.iterdir()) if (path / STATS).is_file()]
     runs = f'it holds the runs {", ".join(below)}: give one of them' if below else 'give the folder of a run'
     raise UserError(f'{run_dir} has no {STATS}: {runs}.')
 

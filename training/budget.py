@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from data.dataset import ImageFolderDataset, InfiniteSampler
+from data.dataset import ImageFolderDataset
 from data.prefetcher import Prefetcher
 from dnnlib import EasyDict, UserError
 from dnnlib.text import printable
@@ -23,7 +23,7 @@ from training import configuration, run_folder
 from training.command_line import Options
 from training.profiling import StepProfile
 from training.setup import Run, set_up
-from training.training_loop import train_step
+from training.training_loop import prefetch, train_step
 
 WARM_UP = 3  # steps before measuring: memory is allocated, kernels are chosen, networks are compiled
 SECONDS = 20.0  # of measuring, at most,
@@ -43,8 +43,7 @@ def spend(o: Options, dataset: ImageFolderDataset, teacher: torch.nn.Module | No
 
     # The run as it would be with the usual duration, on which no step's cost depends.
     c = configuration.configure(configuration.settle(o, dataset, teacher, None), dataset, teacher)
-    if not o.run.resume:
-        distributed.from_main(lambda: run_folder.check_new_folder(o, c.run_dir))
+    distributed.from_main(lambda: run_folder.check_new_folder(o, c.run_dir))
     seconds = 3600 * hours
     step, count = measure_step(c, dataset, teacher, min(SECONDS, SHARE * seconds))
 
@@ -83,11 +82,7 @@ def measure_step(
         except BaseException:
             print(said.getvalue(), end='', file=sys.stderr)
             raise
-        ranks = dict(rank=distributed.get_rank(), num_replicas=distributed.get_world_size())
-        sampler = InfiniteSampler(len(dataset), c.batch_size, **ranks, seed=c.seed)
-        prefetcher = Prefetcher(
-            dataset, sampler, run.batch_gpu, c.workers, run.device, worker_init_fn=ignore_signals
-        )
+        prefetcher = prefetch(run, ignore_signals)
         # One step tells how many fit; the slowest process decides how long each takes.
         timed(run, prefetcher, WARM_UP)
         first = max(distributed.gather_objects(timed(run, prefetcher, 1)))

@@ -144,6 +144,15 @@ def end_of_tick(
 # The loop.
 
 
+def prefetch(run: Run, ignore_signals: WorkersIgnoreSignals) -> Prefetcher:
+    """This process's micro-batches, from the images seen on, by workers that ignore signals."""
+    c, ranks = run.c, dict(rank=distributed.get_rank(), num_replicas=distributed.get_world_size())
+    sampler = InfiniteSampler(len(run.dataset), c.batch_size, **ranks, seed=c.seed, start=run.progress.nimg)
+    return Prefetcher(
+        run.dataset, sampler, run.batch_gpu, c.workers, run.device, worker_init_fn=ignore_signals
+    )
+
+
 def training_loop(
     c: EasyDict,
     run_dir: str,
@@ -177,15 +186,11 @@ def training_loop(
 
     # Build what feeds, stops and profiles the steps.
     hosts = distributed.AsyncAllReduce()
-    ranks = dict(rank=rank, num_replicas=distributed.get_world_size())
-    sampler = InfiniteSampler(len(dataset), c.batch_size, **ranks, seed=c.seed, start=progress.nimg)
     profile_steps = c.profile_steps if rank == 0 else 0
     networks = profiled_networks(run.net, run.teacher)
     profile = StepProfile(profile_steps, run_dir, run.device, networks, say=log)
     with WorkersIgnoreSignals() as ignore_signals, PreemptionHandler(hosts) as stop, profile:
-        prefetcher = Prefetcher(
-            dataset, sampler, run.batch_gpu, c.workers, run.device, worker_init_fn=ignore_signals
-        )
+        prefetcher = prefetch(run, ignore_signals)
         # After the workers, which must not inherit the log's threads and sockets.
         start_log(run)
 
