@@ -43,6 +43,8 @@ class Option:
         unit: factor from the option's unit to the recorded one.
         settled: a default of None is replaced before the run begins, so that no record has None.
         scales: the default is that of a run of the usual length; a shorter run has the same share of its own.
+        later: records of runs have it only if it is not at its default, because runs of versions before it
+            do not.
         idle: (option, value) with which this one has no effect.
         needs: (option, value) without which this one is refused.
         switch: option that enables a group, and without which this one is refused.
@@ -61,6 +63,7 @@ class Option:
     unit: float = 1
     settled: bool = False
     scales: bool = False
+    later: bool = False
     idle: tuple[str, object] | None = None
     needs: tuple[str, object] | None = None
     switch: str | None = None

@@ -58,7 +58,7 @@ CASES = {
     ],
     'mcd without anchor': ['--objective=mcd', '--no_terminal_anchor', '--dropout=0.2', '--ema=333kimg'],
     'mct': ['--objective=mct', *TINY_NETWORK, '--S=1', '--fp16=0'],
-    'direct': ['--objective=direct', '--top-mass=0.25', '--substeps=2'],
+    'direct': ['--objective=direct', '--top-mass=0.25', '--substeps=2', '--solver=ipndm'],
     'pd': ['--objective=pd', '--S_start=8', '--stage_steps=12', '--batch=64'],
     'pd in one stage': ['--objective=pd', '--S_start=2', '--S=2', '--stage_steps=12'],
     'cm-cd': ['--objective=cm-cd', '--N=9'],

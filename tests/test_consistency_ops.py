@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training import consistency_ops as ops
+from training.choices import SEGMENT_SOLVERS
+from training.solvers import ode_solve
 
 SETTINGS = [(S, T) for S in (2, 4, 8, 16) for T in (64, 129, 256, 1280)]
 
@@ -451,6 +453,58 @@ def test_a_solution_between_levels_of_their_own_is_every_samples_own_solution(ga
         )
 
 
+@pytest.mark.parametrize('substeps', [1, 2, 3, 6])
+@pytest.mark.parametrize('solver, order', [('ipndm', 4), ('dpmpp', 2)])
+def test_multistep_solutions_between_levels_are_those_of_the_sampler(gaussian, solver, order, substeps):
+    """Each sample against the solver of sampling over its own nodes, with a step to 0 where it ends there.
+
+    The order of `dpmpp` is not lowered at the end of a segment: the solver's solution over nodes that go one
+    step further has the same states up to there.
+    """
+    x = torch.randn(7, 1, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    x, calls = x * BETWEEN_T.reshape(-1, 1, 1, 1), []
+    counted = lambda x, sigma: calls.append(sigma) or gaussian(x, sigma)
+    got = ops.solve_between(counted, x, BETWEEN_T, BETWEEN_B, substeps, 7, 0.002, solver=solver)
+    assert len(calls) == substeps and min(sigma.min() for sigma in calls) > 0
+
+    for i, (top, bottom) in enumerate(zip(BETWEEN_T.tolist(), BETWEEN_B.tolist())):
+        nodes = ops.anchor_nodes(top, bottom, min(0.002, top), 7, substeps, 'karras').tolist()
+        levels = [
+            sigma
+            for sigma, lower in itertools.pairwise([*nodes, None])
+            if sigma and sigma - (lower or 0) > 1e-9 * sigma
+        ]
+        state, outputs = x[i : i + 1], {}
+        watched = lambda x, sigma, outputs=outputs: outputs.setdefault(float(sigma), (x, gaussian(x, sigma)))[
+            1
+        ]
+        ode_solve(watched, state, [*levels, levels[-1] / 2, levels[-1] / 4], solver, order)
+        state, denoised = outputs[levels[-1]]
+        torch.testing.assert_close(got[i : i + 1], state if bottom else denoised, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('solver, ratio', [('ipndm', 4), ('dpmpp', 4)])
+def test_multistep_solutions_between_levels_are_second_order_and_better(gaussian, solver, ratio):
+    """iPNDM's weights are those of equal steps, and a first step of order 1 costs the others their order: each
+    is of second order, as Heun's solution is."""
+    x = torch.linspace(-3, 3, 4, dtype=torch.float64).reshape(1, 1, 2, 2)
+    sigma_t, sigma_b = (torch.tensor([sigma], dtype=torch.float64) for sigma in (2.0, 0.3))
+    exact = gaussian.solve(x, sigma_t, sigma_b)
+    errors = [
+        (ops.solve_between(gaussian, x, sigma_t, sigma_b, n, 7, 0.002, solver=solver) - exact).abs().max()
+        for n in (32, 64, 128)
+    ]
+    ratios = [a / b for a, b in itertools.pairwise(errors)]
+    assert all(0.9 * ratio < r < 1.1 * ratio for r in ratios), ratios
+
+
+def test_a_segment_is_solved_by_known_solvers_only(gaussian):
+    with pytest.raises(ValueError, match="solver 'euler' is not one of heun, ipndm, dpmpp"):
+        ops.solve_between(
+            gaussian, torch.zeros(1, 1), torch.ones(1), torch.zeros(1), 1, 7, 0.002, solver='euler'
+        )
+
+
 def test_solutions_between_levels_begin_and_end_exactly_there():
     nodes = ops.nodes_between(BETWEEN_T, BETWEEN_B, 5, 7, 0.002)
     assert torch.equal(nodes[0], BETWEEN_T) and torch.equal(nodes[-1], BETWEEN_B)
@@ -487,7 +541,8 @@ def test_moves_never_ask_the_device():
     )
     denoiser = lambda x, sigma: x / ops.expand_like(1 + sigma, x)
     moved = [
-        ops.solve_between(denoiser, x, sigma, sigma, 3, 7, 0.002, spacing) for spacing in ops.SIGMA_GRIDS
+        ops.solve_between(denoiser, x, sigma, sigma, 3, 7, 0.002, spacing, solver)
+        for spacing, solver in itertools.product(ops.SIGMA_GRIDS, SEGMENT_SOLVERS)
     ]
     moved += [ops.addim_hop(x, x, sigma, sigma, ops.addim_variance(x, sigma, y)) for y in (x, None)]
     assert all(m.shape == x.shape and m.device.type == 'meta' for m in moved)

@@ -17,6 +17,8 @@ from losses import (
 )
 
 from training import consistency_ops as ops
+from training.choices import SEGMENT_SOLVERS
+from training.objectives.loss_direct import RegressionConfig
 from training.rng import SampleRng
 
 SEGMENTS = dict(S=4, T_start=16, T_end=16, T_anneal_kimg=0, cd_loss='l2', cd_weight_mode='flat')
@@ -147,6 +149,22 @@ def test_regression_converges_to_the_exact_map_with_the_square_of_the_substeps()
         ).sqrt()
         errors.append((c / exact - 1)[tops].abs().amax(dim=(1, 2, 3)))
     assert all((a / b > 3).all() and (a / b < 5).all() for a, b in itertools.pairwise(errors)), errors
+
+
+@pytest.mark.parametrize('solver', SEGMENT_SOLVERS)
+def test_regressions_target_leads_to_the_solution_of_its_solver(solver):
+    """A DDIM step from x_t with the target ends where the solver's path does, and a step costs what `cost` says."""
+    gaussian, calls = Gaussian(VARIANCE), []
+    counted = lambda x, sigma, *_, **__: calls.append(sigma) or gaussian(x, sigma)
+    loss = make_direct_loss(counted, S=4, student_grid='full', substeps=3, solver=solver)
+    y, noise = sample_of_each(2)
+    x_t, x_star, edges = targets(loss, exact_student(gaussian, loss.state.student), y, noise)
+    per_loss = len(calls) / 2  # `targets` evaluates the loss twice
+    assert per_loss + 3 == RegressionConfig(substeps=3, solver=solver).cost()
+
+    x_b = ops.solve_between(gaussian, x_t, edges.sigma_t, edges.sigma_b, 3, 7, 0.002, solver=solver)
+    got = ops.ddim_step(x_t, x_star, edges.sigma_t, edges.sigma_b)
+    torch.testing.assert_close(got, x_b, rtol=1e-9, atol=1e-9)
 
 
 def test_regression_never_asks_the_student_for_its_target():

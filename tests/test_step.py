@@ -59,6 +59,7 @@ CASES = {
     ),
     'mct': ('mct', SEGMENTS, dict(radam=True)),
     'direct': ('direct', dict(SEGMENTS, keep_ties=True, top_mass=0.9, substeps=2), {}),
+    'direct, dpmpp': ('direct', dict(SEGMENTS, keep_ties=True, top_mass=0.9, substeps=3, solver='dpmpp'), {}),
     'pd': (
         'pd',
         dict(RANGE, S=4, student_grid='full', sigma_grid='karras', hop='ddim', xvar_frac=0.75, cd_loss='l2'),

@@ -12,6 +12,7 @@ import re
 import click
 
 from dnnlib import EasyDict, UserError
+from dnnlib.options import options_of
 from metrics.validator import SHOWN
 from training.architectures import ARCHITECTURES
 from training.command_line import RUN, Options
@@ -339,8 +340,10 @@ def loss_record(o: Options, teacher) -> EasyDict:
     from training.objectives import loss_diffusion
 
     if o.objective.loss:
-        names = [*o.objective.options, 'sigma_data']
-        return EasyDict({name: getattr(o.own, name) for name in names})
+        values = {name: getattr(o.own, name) for name in (*o.objective.options, 'sigma_data')}
+        later = {name for name, option in options_of(type(o.own)).items() if option.later}
+        unchanged = {name for name in later if values[name] == o.objective.options[name]}
+        return EasyDict({name: value for name, value in values.items() if name not in unchanged})
     kind = 'edm2' if is_edm2(o, teacher) else o.run.precond or 'edm'
     known = loss_diffusion.DEFAULTS[kind].keys() & {'P_mean', 'P_std'}
     return EasyDict(kind=kind, **{name: getattr(o.own, name) for name in sorted(known)})

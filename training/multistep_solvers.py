@@ -19,18 +19,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from training.consistency_ops import ADAMS_BASHFORTH
 from training.ode_time import vp_betas
 
 if TYPE_CHECKING:
     from training.solvers import Denoiser
 
-# Weights of the last slopes, newest first, for equal steps.
-ADAMS_BASHFORTH = {
-    1: (1.0,),
-    2: (3 / 2, -1 / 2),
-    3: (23 / 12, -16 / 12, 5 / 12),
-    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-}
 QUADRATURE_NODES = 128  # for errors below 1e-12 from 1e-6 to 1e6 in a single step
 
 # ----------------------------------------------------------------------------

@@ -31,7 +31,8 @@ def unresolved_gap(c, teacher: torch.nn.Module | None) -> str | None:
     # An objective of its own, without the weights of LPIPS, which do not matter here.
     perceptual = torch.nn.Identity() if getattr(c.loss, 'cm_loss', None) == 'lpips' else None
     # The gap at the last step, where it is smallest.
-    state = OBJECTIVES[c.objective].module().setup(c.loss, teacher, perceptual=perceptual)
+    objective = OBJECTIVES[c.objective]
+    state = objective.module().setup(objective.complete(c.loss), teacher, perceptual=perceptual)
     # Images seen before the last step.
     last_nimg = (-(-c.total_nimg // c.batch_size) - 1) * c.batch_size
     gap, kind = state.self_target_gap(last_nimg), arithmetic(c.precision, c.tf32)

@@ -107,7 +107,8 @@ def set_up(
         teacher = execution.in_precision(teacher, c.precision).to(device)
     net = execution.in_precision(build_network(c, teacher), c.precision).to(device).train()
     objective = OBJECTIVES[c.objective].module()
-    loss_state = objective.setup(c.loss, teacher, net, perceptual_distance(c, device))
+    options = OBJECTIVES[c.objective].complete(c.loss)
+    loss_state = objective.setup(options, teacher, net, perceptual_distance(c, device))
 
     # Optimizer and averages work on one vector of all parameters.
     flat = FlatParameters(net)

@@ -10,9 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import click
+
 from dnnlib import cli
 from dnnlib.lazy import lazy_import
 from dnnlib.options import opt
+from training.choices import SEGMENT_SOLVER_COST, SEGMENT_SOLVERS
 from training.objectives.loss import denoiser, dropout_masks
 from training.objectives.multistep import MultistepSchedule
 from training.objectives.options import EDM2_STUDENT, STUDENT, Objective, Segments, Teacher
@@ -33,11 +36,17 @@ class RegressionConfig(Segments, Teacher):
     T_start: int | None = None
     keep_ties: bool = True
     top_mass: float = 0.9
-    substeps: int = opt(3, cli.STEPS, 'Heun steps of the teacher over a segment (direct).', metavar='INT')
+    substeps: int = opt(3, cli.STEPS, 'Steps of the teacher over a segment (direct).', metavar='INT')
+    solver: str = opt(
+        'heun',
+        click.Choice(SEGMENT_SOLVERS),
+        "The teacher's steps over a segment: heun, 2 evaluations each, or ipndm, dpmpp, 1 each (direct).",
+        later=True,
+    )
 
     def cost(self) -> float:
-        # Two evaluations per Heun step, and the student; no self-target.
-        return 2 * self.substeps + 3
+        # The teacher's steps, and the student; no self-target.
+        return SEGMENT_SOLVER_COST[self.solver] * self.substeps + 3
 
 
 # fmt: off
@@ -51,7 +60,7 @@ OBJECTIVE = Objective(
 
 
 def setup(c, teacher, net=None, perceptual=None) -> MultistepSchedule:
-    """Options: those of `MultistepSchedule`; substeps; cd_loss, cd_weight_mode, sigma_data."""
+    """Options: those of `MultistepSchedule`; substeps, solver; cd_loss, cd_weight_mode, sigma_data."""
     return MultistepSchedule(c, teacher)
 
 
@@ -76,9 +85,10 @@ def loss(net, images: Tensor, labels, rng, state: MultistepSchedule, augment_lab
     x_t = y + ops.expand_like(sigma_t, y) * noise
 
     with torch.no_grad():
-        # Teacher: `substeps` Heun steps down to the boundary, at evenly spaced nodes of the grid; a last step
-        # to 0 is Euler's.
-        x_b = ops.solve_between(teacher, x_t, sigma_t, sigma_b, c.substeps, c.rho, c.sigma_min, c.sigma_grid)
+        # Teacher: `substeps` steps of its solver down to the boundary, at evenly spaced nodes of the grid; a
+        # last step to 0 gives the denoised image.
+        grid = c.substeps, c.rho, c.sigma_min, c.sigma_grid
+        x_b = ops.solve_between(teacher, x_t, sigma_t, sigma_b, *grid, solver=c.solver)
 
         # Target: the denoised image from which a DDIM step leads to the boundary target.
         x_star = ops.inv_ddim(x_b, x_t, sigma_t, sigma_b, check=False)

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import click
 
-from dnnlib import cli
+from dnnlib import EasyDict, cli
 from dnnlib.options import SWITCH, opt, options_of, recorded
 from dnnlib.schema import Integer, Real
 from training.choices import DISTANCES, HOPS, SAMPLING_MODES, SIGMA_GRIDS, STUDENT_GRIDS, WEIGHT_MODES
@@ -410,6 +410,11 @@ class Objective:
             if f.name not in (*names, 'sigma_data')
             and (f.name not in declared or (declared[f.name].record and not declared[f.name].key))
         }
+
+    def complete(self, recorded: Mapping[str, object]) -> EasyDict:
+        """The recorded options of a loss, and the defaults of those that are not recorded at their default."""
+        later = {name: option.default for name, option in options_of(self.config).items() if option.later}
+        return EasyDict({**later, **recorded})
 
     def edm2_defaults(self, width: int, latents: bool) -> dict[str, object]:
         """`edm2` for a network of `width` channels at its finest level."""
