@@ -49,6 +49,7 @@ BENCHMARKS = {
     'step-imagenet64': Benchmark('step.py', ['--size=imagenet64-adm'], [*STEP_QUICK, '--ways=checkpoint']),
     'pieces-demo': Benchmark('pieces.py', ['--size=demo'], ['--rounds=1']),
     'pieces-imagenet64': Benchmark('pieces.py', [], ['--size=demo', '--rounds=1']),
+    'kernels': Benchmark('kernels.py', [], ['--size=demo', '--ways=plain']),
     'memory': Benchmark('memory.py', [], ['--size=demo']),
     'sampling-demo': Benchmark('sampling.py', [], SAMPLING_QUICK),
     'sampling-cifar10': Benchmark('sampling.py', ['--size=cifar10-ddpmpp', '--rounds=3'], SAMPLING_QUICK),

@@ -217,9 +217,9 @@ class Training:
         torch.compiler.set_stance('default' if way.compiled else 'force_eager')
         misc.allow_tf32(way.tf32)
 
-    def step(self, number: int, inside: bool) -> dict:
+    def step(self, number: int, inside: bool, watch: Stopwatch | None = None) -> dict:
         """Perform a step; returns its seconds by part, and on how many images networks were evaluated."""
-        self.watch = watch = Stopwatch(self.device, inside)
+        self.watch = watch = watch or Stopwatch(self.device, inside)
         # As in training/training_loop.py: train_step.
         with timed_backward(watch):
             self.loss_state.begin_step(number * self.batch)

@@ -20,7 +20,8 @@ from metrics.detectors import Detector
 from metrics.images import ImageSource
 from metrics.reference import Reference
 from metrics.statistics import FeatureStats
-from torch_utils import distributed
+from sampling.generation import HostCopy
+from torch_utils import distributed, misc
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ def check_finite(source: ImageSource, parts: Sequence[range], passes: Collection
     Without this check, a metric of the remaining images would result.
     """
     # Every process gathers all, because all must raise the same error.
+    for each in passes:
+        each.receive()
     own = [i for part in parts for i in source.nonfinite(part)], [each.nonfinite for each in passes]
     images, features = zip(*distributed.gather_objects(own))
     if bad := sorted(itertools.chain(*images)):
@@ -161,12 +164,13 @@ class _DetectorPass:
         facts: dict | None,
     ):
         count_features(detector, source.image_shape)
-        self.detector, self.source, self.classes = detector, source, classes
-        self.keep = torch.from_numpy(keep)
+        self.detector, self.source, self.classes, self.keep = detector, source, classes, keep
         self.stats = FeatureStats(detector.dim, detector.device)
         self.nonfinite = 0  # images whose features or probabilities are not finite
         # By the first image of each batch: digests, and the features and probabilities to keep.
         self.kept: dict[int, dict[str, Tensor]] = {}
+        # The last batch, on its way to the host: its first image, the names of its tensors, their copies.
+        self._arriving: tuple[int, list[str], HostCopy] | None = None
         self.cache = (
             FeatureCache(cache, detector.name, dict(facts, detector=detector.digest)) if cache else None
         )
@@ -186,6 +190,7 @@ class _DetectorPass:
         --skip-bad). Neither is one with images or features that are not finite.
         """
         count = len(indices)
+        self.receive()
         if part.start in self.kept or count == 0:
             return
 
@@ -199,28 +204,36 @@ class _DetectorPass:
             name: values[:count].float() if values.is_floating_point() else values
             for name, values in found.items()
         }
-        sound = self._add(part, indices, found)
-        if self.cache and count == len(part) and sound and not self.source.nonfinite(part):
+        self._add(part, indices, found)
+        if self.cache and count == len(part) and self.receive() == 0 and not self.source.nonfinite(part):
             self.cache.save(part, {name: values.cpu().numpy() for name, values in found.items()})
 
-    def _add(self, part: range, indices: list[int], found: dict[str, Tensor]) -> bool:
-        """Accumulate a batch. Returns: whether all outputs are finite."""
+    def _add(self, part: range, indices: list[int], found: dict[str, Tensor]) -> None:
+        """Accumulate a batch."""
         # Statistics are of all images, but only some features may be wanted.
         self.stats.append(found['features'])
-        kept = dict(
-            digests=found['digests'],
-            features=found['features'][self.keep[indices].to(found['features'].device)],
-        )
+        rows = misc.upload(np.flatnonzero(self.keep[indices]), found['features'].device)
+        kept = dict(digests=found['digests'], features=found['features'].index_select(0, rows))
         finite = found['features'].isfinite().all(dim=1)
         if self.classes:
             kept['probabilities'] = found['probabilities']
             finite = finite & found['probabilities'].isfinite().all(dim=1)
 
-        # Copying to the CPU synchronizes with the device, so that memory does not grow.
-        self.kept[part.start] = {name: values.cpu() for name, values in kept.items()}
-        broken = len(finite) - int(finite.sum())
+        # The host receives them when the next batch is on its way, so that the device never waits for it.
+        self.receive()
+        self._arriving = part.start, list(kept), HostCopy(*kept.values(), finite)
+
+    def receive(self) -> int:
+        """Wait for what the last batch keeps. Returns: how many of its images have no finite outputs."""
+        if self._arriving is None:
+            return 0
+        (start, names, copy), self._arriving = self._arriving, None
+        *values, finite = copy.numpy()
+        # Cloned, because the copies are in pinned memory.
+        self.kept[start] = {name: torch.from_numpy(array).clone() for name, array in zip(names, values)}
+        broken = int((~finite).sum())
         self.nonfinite += broken
-        return broken == 0
+        return broken
 
     def result(self) -> ImageFeatures:
         """Combine all processes. Raises: UserError if fewer than two images were usable."""

@@ -21,6 +21,7 @@ from benchmarks import (
     data,
     frechet,
     images,
+    kernels,
     memory,
     pieces,
     precision,
@@ -35,6 +36,7 @@ from benchmarks import (
 SCRIPTS = {
     'step.py': step,
     'pieces.py': pieces,
+    'kernels.py': kernels,
     'memory.py': memory,
     'sampling.py': sampling,
     'startup.py': startup,

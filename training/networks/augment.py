@@ -18,6 +18,7 @@ Where this differs from EDM's pipeline:
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -37,11 +38,11 @@ LABEL_SIZES = dict(xflip=1, yflip=1, scale=1, rotate_frac=2, aniso=2, translate_
 # Resampling.
 
 
+@functools.cache  # a copy to the device may wait for it
 def _taps(device: torch.device, dtype: torch.dtype) -> Tensor:
     """[4·radius] the filter; sums to 2, the samples per pixel."""
-    # The copy does not wait for the device.
     taps = torch.tensor(HALF_FILTER[::-1] + HALF_FILTER, dtype=dtype)
-    return (taps * 2 / taps.sum()).to(device, non_blocking=True)
+    return (taps * 2 / taps.sum()).to(device)
 
 
 def _upsampling_matrix(size: int, like: Tensor) -> Tensor:
