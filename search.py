@@ -1,5 +1,5 @@
-"""Search the time points of a consistency model's sampling steps by a metric of the images (Song et al.
-2023)."""
+"""Search the noise levels of sampling: the time points of a consistency model by a metric of the images (Song
+et al. 2023), or the schedule of a teacher's solver by the teacher's own paths (Chen et al. 2024)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ import os
 import tempfile
 
 import click
+from click.core import ParameterSource
 
 from dnnlib import EasyDict, UserError, cli
 from dnnlib.limits import MAX_STEPS
 from metrics import evaluation
-from sampling.options import GENERAL, OF_CMS
+from sampling.options import GENERAL, OF_CMS, OF_TEACHERS, TEACHER_SOLVERS
 from sampling.time_search import DEFAULT_TOLERANCE
 from training.saved_files import NETWORK_FILE
 
-POINTS, IMAGES = 'Points', 'Images and metric'
+POINTS, IMAGES, SCHEDULE = 'Points', 'Images and metric', 'Schedules of teachers (--schedule)'
 SPACES = ('log', 'karras-index')
+# Options that only one of the two searches has, and the numbers of images and steps that each takes.
+OF_POINTS = ('log', 'space', 'tolerance', 'timesteps', 'scan', 'measures', 'ref', 'detector', 'dinov2',
+             'detector_sha256', 'clip_denoised')  # fmt: skip
+OF_SCHEDULES = ('nodes', 'order', 'variant', 'afs', 'to_zero')
+SCHEDULE_IMAGES, SCHEDULE_STEPS, DEFAULT_NODES = 256, 8, 61
 
 
 class Metric(evaluation.Measures):
@@ -41,25 +47,32 @@ class Metric(evaluation.Measures):
     metavar='PKL|DIR|URL',
     type=NETWORK_FILE,
     required=True,
-    help='Snapshot of a consistency model.',
+    help='Snapshot of a consistency model, or of a teacher for --schedule.',
+)
+@cli.option(
+    '--schedule',
+    is_flag=True,
+    help='Search the noise levels of a solver for a teacher, so that its images are those of many steps.',
 )
 @cli.option(
     '--log',
     metavar='FILE',
     type=cli.PATH,
-    required=True,
-    help='Log of all evaluations (.jsonl), from which an interrupted search resumes.',
+    help='Log of all evaluations (.jsonl), from which an interrupted search resumes; required but for '
+    '--schedule.',
 )
 @cli.option(
     '--solver',
-    type=click.Choice(['cm']),
-    help='Treat the network as a consistency model even if its snapshot does not say that it is one.',
+    type=click.Choice(['cm', *(name for name in TEACHER_SOLVERS if name not in ('addim', 'best'))]),
+    help='cm: treat the network as a consistency model even if its snapshot does not say that it is one. '
+    'Others, with --schedule: the solver.  [default: ipndm with --schedule]',
 )
 @cli.option(
     '--save',
-    metavar='PKL',
+    metavar='FILE',
     type=cli.PATH,
-    help='Also write a copy of the snapshot that is sampled at these points by default.',
+    help='Also write a copy of the snapshot that is sampled at these points by default; with --schedule the '
+    'levels, a text file for --sigmas of generate.py.',
 )
 @cli.option('--json', 'json_path', metavar='FILE', type=cli.PATH, help='Also write the results to this file.')
 @cli.option('-n', '--dry-run', is_flag=True, help='Print what would be searched as JSON and exit.')
@@ -67,10 +80,9 @@ class Metric(evaluation.Measures):
     '--steps',
     metavar='INT',
     type=cli.LEVELS,
-    default=2,
-    show_default=True,
     group=POINTS,
-    help='Network evaluations per image: the first at sigma_max, the others at the points.',
+    help='Network evaluations per image: the first at sigma_max, the others at the points; with --schedule '
+    f'the number of sampling steps, as for generate.py.  [default: 2; with --schedule {SCHEDULE_STEPS}]',
 )
 @cli.option(
     '--space',
@@ -111,14 +123,14 @@ class Metric(evaluation.Measures):
     metavar='FLOAT',
     type=cli.SIGMA,
     group=POINTS,
-    help="Search only above this level.  [default: the network's sigma_min]",
+    help="Search only above this level.  [default: the network's sigma_min; with --schedule at least 0.002]",
 )
 @cli.option(
     '--high',
     metavar='FLOAT',
     type=cli.SIGMA,
     group=POINTS,
-    help="Search only below this level.  [default: the network's sigma_max]",
+    help="Search only below this level.  [default: the network's sigma_max; with --schedule at most 80]",
 )
 @cli.option(
     '--metric',
@@ -144,10 +156,8 @@ class Metric(evaluation.Measures):
     'num',
     metavar='INT',
     type=cli.TWO_IMAGES,
-    default=evaluation.DEFAULT_NUM,
-    show_default=True,
     group=IMAGES,
-    help='Images per evaluation of the metric.',
+    help=f'Images per evaluation.  [default: {evaluation.DEFAULT_NUM}; with --schedule {SCHEDULE_IMAGES}]',
 )
 @cli.option(
     '--seed',
@@ -186,7 +196,20 @@ class Metric(evaluation.Measures):
     help='DINOv2 for fd_dinov2, as for fid.py calc.  [default: downloaded once]',
 )
 @cli.option('--detector-sha256', metavar='HEX', group=IMAGES, help='Digest that the detector file must have.')
-def main(network, log, solver, save, json_path, dry_run, measures, **options):
+@cli.option(
+    '--nodes',
+    metavar='INT',
+    type=cli.Integer(min=3, max=MAX_STEPS),
+    default=DEFAULT_NODES,
+    show_default=True,
+    group=SCHEDULE,
+    help='Number of candidate levels, the nodes of the fine paths.',
+)
+@OF_TEACHERS['order'].under(SCHEDULE)
+@OF_TEACHERS['variant'].under(SCHEDULE)
+@OF_TEACHERS['afs'].under(SCHEDULE)
+@OF_TEACHERS['to_zero'].under(SCHEDULE)
+def main(network, schedule, log, solver, save, json_path, dry_run, measures, **options):
     """Search the noise levels at which a consistency model is evaluated again, one after another, each by a
     ternary search.
 
@@ -196,6 +219,10 @@ def main(network, log, solver, save, json_path, dry_run, measures, **options):
           --ref=fid-refs/cifar10-32x32.npz --log=search.jsonl --num=10000
       torchrun --standalone --nproc_per_node=4 -- search.py --network=ect.pkl \\
           --ref=fid-refs/cifar10-32x32.npz --log=search.jsonl --num=10000 --steps=3 --save=ect-3.pkl
+    \b
+    The noise levels for 8 evaluations of a teacher by iPNDM, and images of them:
+      python search.py --network=edm-cifar10-32x32-cond-vp.pkl --schedule --steps=8 --save=levels.txt
+      python generate.py --network=edm-cifar10-32x32-cond-vp.pkl --sigmas=levels.txt --outdir=out
 
     The only line on stdout has the points as options for generate.py; everything else goes to stderr.
     """
@@ -206,6 +233,12 @@ def main(network, log, solver, save, json_path, dry_run, measures, **options):
 
     # `evaluation` also reads options of fid.py, for references that consist of images.
     options = EasyDict(options, skip_bad=False, cache=None, workers=4)
+    check_mode(schedule, solver, log)
+    options.num = options.num or (SCHEDULE_IMAGES if schedule else evaluation.DEFAULT_NUM)
+    options.steps = options.steps or (SCHEDULE_STEPS if schedule else 2)
+    if schedule:
+        find_schedule(network, solver or 'ipndm', save, json_path, dry_run, options)
+        return
     check_usage(network, log, save, measures, options)
     evaluation.check_detector_options(measures, options)
     distributed.init()
@@ -248,6 +281,54 @@ def main(network, log, solver, save, json_path, dry_run, measures, **options):
         evaluation.write_json(json_path, found)
         if save:
             time_points.save_copy(save, net, found['sigmas'], options.clip_denoised)
+    distributed.shutdown()
+
+
+def check_mode(schedule: bool, solver: str | None, log: str | None) -> None:
+    """Raises: UsageError for options of the other search."""
+    context = click.get_current_context()
+    given = [
+        param.opts[0]
+        for param in context.command.params
+        if param.name in (OF_POINTS if schedule else OF_SCHEDULES)
+        and context.get_parameter_source(param.name) is not ParameterSource.DEFAULT
+    ]
+    if given and schedule:
+        raise click.UsageError(f'{", ".join(given)}: a search for a --schedule has no such option.')
+    if given:
+        raise click.UsageError(f'{", ".join(given)}: only a search for a --schedule has such an option.')
+    if schedule and solver == 'cm':
+        raise click.UsageError('--solver=cm is no solver of teachers, for which --schedule searches.')
+    if not schedule and solver not in (None, 'cm'):
+        raise click.UsageError(f'--solver={solver} is for --schedule.')
+    if not schedule and log is None:
+        raise click.UsageError('--log is missing: the file of all evaluations, from which a search resumes.')
+
+
+def find_schedule(
+    network: str, solver: str, save: str | None, json_path: str | None, dry_run: bool, options: EasyDict
+) -> None:
+    """`search.py --schedule`."""
+    from sampling import schedule_search
+    from sampling.level_list import write_levels
+    from torch_utils import distributed
+
+    # Two sets of seeds: one to search with, one to say how good the levels are.
+    cli.check_seeds(options.seed, 2 * options.num, '--seed', 'twice --num')
+    distributed.init()
+    teacher = schedule_search.Teacher(network, solver, options)
+    if dry_run:
+        distributed.print0(json.dumps(teacher.plan(), indent=2))
+        return
+    for path in (save, json_path):
+        evaluation.make_folder(path)
+        check_writable(path)
+    found = teacher.search(evaluation.log)
+    if distributed.is_main():
+        click.echo(teacher.as_options(found['sigmas']))
+        evaluation.write_json(json_path, found)
+        if save:
+            write_levels(save, found['sigmas'], teacher.record())
     distributed.shutdown()
 
 

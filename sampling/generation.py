@@ -93,6 +93,20 @@ def fixed_labels(class_idx: int) -> LabelChooser:
 # Samples, checked for finite values.
 
 
+def draw_start(
+    net, seeds: Sequence[int], choose_labels: LabelChooser | None = None
+) -> tuple[SeededNoise, Tensor, Tensor | None]:
+    """(random numbers, latents [N, C, H, W] of unit variance, labels [N, label_dim] or None) of the seeds, on the
+    network's device; the order of draws is EDM's, latents first.
+
+    Args: as of `generate_latents`.
+    """
+    noise = SeededNoise(seeds, next(net.parameters()).device)
+    latents = noise.randn([net.img_channels, net.img_resolution, net.img_resolution])
+    choose_labels = choose_labels or uniform_over(space_of(net))
+    return noise, latents, choose_labels(noise, net.label_dim) if net.label_dim else None
+
+
 @torch.no_grad()
 def generate_latents(
     net, seeds: Sequence[int], choose_labels: LabelChooser | None = None, solver=None, steps=None, **options
@@ -104,11 +118,7 @@ def generate_latents(
         solver, steps, options: see `samplers.sample`.
     Raises: UserError if `choose_labels` is None and the network takes label vectors.
     """
-    # The order is EDM's: latents first, then labels.
-    noise = SeededNoise(seeds, next(net.parameters()).device)
-    latents = noise.randn([net.img_channels, net.img_resolution, net.img_resolution])
-    choose_labels = choose_labels or uniform_over(space_of(net))
-    labels = choose_labels(noise, net.label_dim) if net.label_dim else None
+    noise, latents, labels = draw_start(net, seeds, choose_labels)
     return samplers.sample(net, latents, labels, solver, steps, randn_like=noise.randn_like, **options)
 
 

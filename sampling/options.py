@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import click
 
-from dnnlib import cli, limits, schema
+from dnnlib import cli
 from dnnlib.options import FLAG, SWITCH, gathered, opt, options_of
+from sampling.level_list import LevelList, follow_search
 from training.saved_files import NETWORK_FILE
 
 # Of training/samplers.py, which imports torch.
@@ -23,52 +23,8 @@ SOLVERS, EDITING_SOLVERS = (
 CM_EDIT_STEPS = 40
 
 TEACHER_SOLVERS = [name for name in SOLVERS if name not in EDITING_SOLVERS]
-LARGEST_LIST = 1 << 20  # characters of a file of noise levels
 
 # The fields have the names of `samplers.sample`'s arguments; a default of None means `default_text`.
-
-
-class LevelList(click.ParamType):
-    """Noise levels: comma-separated numbers, or the path of a text file with numbers between commas or white
-    space, in which `#` begins a comment. They fall, and only the last may be 0."""
-
-    name = 'list'
-    kind = cli.Number(min=0, max=cli.SIGMA.max)
-    schema = schema.ListOf(schema.Real(0, cli.SIGMA.max), limits.MAX_STEPS)
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, list):
-            return value
-        words = value.split(',')
-        if not all(cli.NUMBER.fullmatch(word.strip()) for word in words):
-            words = self._words_of_file(value, param, ctx)
-        if not 0 < len(words) <= limits.MAX_STEPS:
-            self.fail(
-                f'{cli.shown(value)} lists {len(words)} noise levels, not 1 to {limits.MAX_STEPS}', param, ctx
-            )
-        levels = [self.kind.convert(word, param, ctx) for word in words]
-        if any(above <= below for above, below in itertools.pairwise(levels)):
-            self.fail(f'{cli.shown(value)}: noise levels fall from one to the next', param, ctx)
-        return levels
-
-    def _words_of_file(self, value, param, ctx) -> list[str]:
-        """The numbers of a text file."""
-        path = cli.PATH.convert(value, param, ctx)
-        try:
-            with open(path, encoding='utf-8') as file:
-                text = file.read(LARGEST_LIST + 1)
-        except OSError as error:
-            self.fail(
-                f'{cli.shown(value)} is neither a list such as 80,5.8,0.9,0.002 nor a file: {error.strerror}',
-                param,
-                ctx,
-            )
-        except ValueError:  # not UTF-8
-            self.fail(f'{cli.shown(value)} is no text file', param, ctx)
-        if len(text) > LARGEST_LIST:
-            self.fail(f'{cli.shown(value)} is too large for a list of noise levels', param, ctx)
-        lines = [line.partition('#')[0] for line in text.splitlines()]
-        return ' '.join(lines).replace(',', ' ').split()
 
 
 @dataclass(frozen=True)
@@ -200,7 +156,7 @@ class TeacherOptions:
         None,
         LevelList(),
         'Noise levels to sample at, in place of a spacing: falling numbers, as in 80,5.8,0.9,0.002, or a text '
-        'file of them. The image is the state at the last, or at 0.',
+        'file of them, as search.py --schedule writes. The image is the state at the last, or at 0.',
         metavar='LIST|FILE',
     )
     to_zero: bool | None = opt(
@@ -276,6 +232,7 @@ def sampling_arguments(
 
     # None means the sampler's own default.
     options = {name: value for name, value in options.items() if value is not None}
+    solver, options = follow_search(net, solver, options)
     # Resolving checks them against the network, before the first batch.
     chosen, steps = samplers.resolve(net, solver, steps, force_steps, **options)
     if solver == 'best' and distributed.is_main():
