@@ -7,13 +7,14 @@ batch element; a student's forward and backward pass counts 3 (`Objective.cost`)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import click
 
 from dnnlib import UserError, cli
 from experiments import bundled
 from experiments.bundled import Bundled
+from experiments.teacher import COUNTS, TeacherSampling, few_evaluations
 from training import command_line
 from training.objectives import OBJECTIVES
 
@@ -90,6 +91,7 @@ class Model:
         S: number of steps it is trained for; None if it takes any number.
         solver, steps: sampling options.
         nfe: network evaluations per image.
+        sampling: of the teacher, which has the same three.
     """
 
     objective: str
@@ -100,15 +102,12 @@ class Model:
     solver: str
     steps: int
     nfe: int
+    sampling: TeacherSampling | None = None
 
     @property
     def name(self) -> str:
         """Name in tables and of files."""
-        return (
-            f'{self.objective}-seed{self.seed}-{self.nfe}'
-            if self.seed is not None
-            else f'teacher-{self.solver}-{self.nfe}'
-        )
+        return self.sampling.name if self.sampling else f'{self.objective}-seed{self.seed}-{self.nfe}'
 
     def record(self) -> dict:
         """The entries of a row of the results that describe the model."""
@@ -120,8 +119,8 @@ class Model:
             nfe=self.nfe,
             seed=self.seed,
         )
-        if self.seed is None:
-            return facts
+        if self.sampling:
+            return dict(facts, searched=self.sampling.searched)
 
         # What was spent up to this stage, including the training before it.
         steps = self.training.stages[self.stage][1]
@@ -380,16 +379,18 @@ def teacher_training(data: Bundled) -> Training:
 
 def teacher_models(steps: Sequence[int], reference_steps: int) -> list[Model]:
     """The teacher as a model: with many Heun steps, the reference of all others; with as many evaluations as
-    the students, by Euler, and by Heun where one evaluation less is allowed.
+    the students, and in between as in `teacher.COUNTS`, by the solvers of `few_evaluations`, and by Heun where
+    one evaluation less is allowed.
     """
-    teacher = Model('diffusion', None, None, 0, None, 'heun', reference_steps, 2 * reference_steps - 1)
-    euler = [replace(teacher, solver='euler', steps=n, nfe=n) for n in sorted(steps)]
+    counts = {*steps, *(n for n in COUNTS if n <= max(steps))}
     # Heun with (n + 1) // 2 steps takes n evaluations, or one less.
-    heun = [
-        replace(teacher, steps=n, nfe=2 * n - 1)
-        for n in sorted({(n + 1) // 2 for n in steps} - {1, reference_steps})
+    few = sorted({(n + 1) // 2 for n in steps} - {1, reference_steps})
+    samplings = [
+        TeacherSampling('heun', reference_steps, 2 * reference_steps - 1),
+        *few_evaluations(counts),
+        *(TeacherSampling('heun', n, 2 * n - 1) for n in few),
     ]
-    return [teacher, *euler, *heun]
+    return [Model('diffusion', None, None, 0, None, s.solver, s.steps, s.nfe, s) for s in samplings]
 
 
 def starting_from_weights(objectives: Sequence[str]) -> list[str]:

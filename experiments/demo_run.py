@@ -7,6 +7,7 @@ import concurrent.futures
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from dnnlib import UserError
@@ -23,15 +24,15 @@ from experiments.runner import (
     resumption,
     workers,
 )
+from experiments.teacher import COUNTS, TeacherSampling, best, few_evaluations, sampler_options
 
 IMAGES = DIGITS.images  # of each row, as in compare.py
 IN_PICTURE = 16  # samples of a row in the picture
 COMMON = [*bundled.COMMON, '--cond=1', f'--batch={DIGITS.batch}', '--seed=0', '--nosubdir', '--snap=10']
 # {objective: (name, {S: optimizer steps})}
 STUDENTS = {'mcd': ('student', {8: 1250, 4: 1000, 2: 800}), 'direct': ('direct', {8: 1000, 2: 450, 1: 300})}
-# Solver, steps, NFE: EDM's two solvers, and the best for few evaluations.
-TEACHER_ROWS = [('euler', 8, 8), ('dpmpp', 8, 8), ('ipndm', 4, 4), ('ipndm', 2, 2), ('heun', 256, 511)]
-GOOD = 'teacher-heun-511'  # whose samples the others are compared with
+GOOD = TeacherSampling('heun', 256, 511)  # whose samples the others are compared with
+TEACHER_ROWS = [*few_evaluations(COUNTS), GOOD]
 PAGE = 'report.html'  # written last
 
 
@@ -161,10 +162,10 @@ def run_demo(runner: Runner, done: Done, jobs: int) -> list[dict]:
     )
 
     # Students are trained and measured, the teacher is only measured; each makes a row.
-    def row(name: str, network: Path, model: str, solver: str, steps: int, nfe: int) -> dict:
+    def row(name: str, network: Path, sampler: Callable[[], list[str]], **facts) -> dict:
         if name not in done.rows:
-            measured = measure(runner, name, network, solver, steps, images, metrics, bootstrap=200)
-            done.add(name, dict(model=model, solver=solver, nfe=nfe, **measured))
+            measured = measure(runner, name, network, sampler(), images, metrics, bootstrap=200)
+            done.add(name, dict(facts, **measured))
         return done.rows[name]
 
     def student(objective: str, S: int, name: str, steps: int) -> dict:
@@ -175,14 +176,16 @@ def run_demo(runner: Runner, done: Done, jobs: int) -> list[dict]:
             *bundled.student_options(objective, S),
         ]
         network = train(runner, name, scaled(steps), options, metrics['classifier'], val_num)
-        return row(name, network, name, 'student', S, S)
+        sampler = lambda: ['--solver=student', f'--steps={S}']
+        return row(name, network, sampler, model=name, solver='student', nfe=S)
 
-    def of_teacher(solver: str, steps: int, nfe: int) -> dict:
-        return row(f'teacher-{solver}-{nfe}', teacher, 'teacher', solver, steps, nfe)
+    def of_teacher(s: TeacherSampling) -> dict:
+        sampler = lambda: sampler_options(runner, s.name, teacher, s, 256)
+        return row(s.name, teacher, sampler, model='teacher', solver=s.solver, nfe=s.nfe, searched=s.searched)
 
     # The longest job first, so that no core is idle at the end.
     with workers(runner, jobs) as pool:
-        teachers = [pool.submit(of_teacher, *settings) for settings in reversed(TEACHER_ROWS)]
+        teachers = [pool.submit(of_teacher, sampling) for sampling in reversed(TEACHER_ROWS)]
         students = [
             pool.submit(student, objective, S, f'{name}-{S}', steps)
             for objective, (name, runs) in STUDENTS.items()
@@ -201,10 +204,93 @@ def write_report(runner: Runner, rows: list[dict], minutes: float) -> None:
     """Write results.json, table.md, the pictures and report.html."""
     from experiments import report as pages
 
-    # Results and their table.
-    names = [f'teacher-{r["solver"]}-{r["nfe"]}' if r['model'] == 'teacher' else r['model'] for r in rows]
-    rows = [dict(r, paired_rmse=paired_rmse(runner, name)) for name, r in zip(names, rows)]
+    # Results and their tables.
+    rows = [dict(r, paired_rmse=paired_rmse(runner, name_of(r))) for r in rows]
     runner.path('results.json').write_text(json.dumps(rows, indent=2) + '\n')
+    tables = [headline(rows), all_rows(rows)]
+    runner.path('table.md').write_text('\n'.join(pages.markdown_table(*table) for table in tables))
+
+    # Grids of samples, and the first ones of some rows in one picture.
+    grid = lambda r: str(runner.path(f'samples-{name_of(r)}.png'))
+    samples = {name_of(r): sorted(map(str, runner.path('samples', name_of(r)).glob('*.png'))) for r in rows}
+    for r in rows:
+        pages.write_grid(samples[name_of(r)][:SHOWN], grid(r))
+    evaluations = lambda r: f'{r["nfe"]} evaluation{"s" * (r["nfe"] > 1)}'
+    pictures = {f'{title_of(r)}, {evaluations(r)}': samples[name_of(r)][:IN_PICTURE] for r in shown(rows)}
+    pages.write_rows(pictures, str(runner.path('samples.png')))
+
+    write_training_curves(runner, rows)
+
+    # The page.
+    grids = ''.join(pages.embed(grid(r), f'{title_of(r)}, {evaluations(r)}') for r in rows)
+    sections = [
+        ('', introduction(rows, minutes) + ''.join(pages.html_table(*table) for table in tables)),
+        ('Samples, from the same seeds', f'<div class="grids">{grids}</div>'),
+        ('Distance during training', pages.embed(str(runner.path('distance.png')), css='wide')),
+        ('Loss', pages.embed(str(runner.path('loss.png')), css='wide')),
+        ('Commands', f'<pre>{pages.html.escape(runner.record.read_text().rstrip())}</pre>'),
+    ]
+    pages.write_page(str(runner.path(PAGE)), 'A teacher in 511 evaluations, a student in 8', sections)
+
+
+def name_of(row: dict) -> str:
+    """The name of a row's files."""
+    if row['model'] != 'teacher':
+        return row['model']
+    return TeacherSampling(row['solver'], 0, row['nfe'], row.get('searched', False)).name
+
+
+def title_of(row: dict) -> str:
+    """A row's model and, of the teacher, its solver."""
+    if row['model'] != 'teacher':
+        return row['model']
+    return f'teacher, {row["solver"]}{", searched levels" * row.get("searched", False)}'
+
+
+def shown(rows: list[dict]) -> list[dict]:
+    """The rows in the picture: the students, and the teacher in 511 evaluations, by Euler's method and the best
+    solver in 8, and with searched levels in fewer."""
+    teachers = [r for r in rows if r['model'] == 'teacher']
+    euler = [r for r in teachers if r['solver'] == 'euler' and r['nfe'] == 8]
+    few = [best(teachers, 8, searched=False), *(best(teachers, nfe, searched=True) for nfe in (4, 2))]
+    good = [r for r in teachers if name_of(r) == GOOD.name]
+    return [*good, *euler, *filter(None, few), *(r for r in rows if r['model'] != 'teacher')]
+
+
+def with_interval(row: dict | None, more: str = '') -> str:
+    """A cell: the distance and its interval."""
+    if row is None:
+        return ''
+    return f'{row["distance"]:.3f} ({row["interval"][0]:.3f} to {row["interval"][1]:.3f}){more}'
+
+
+def headline(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the first table: by the number of evaluations, the teacher without training and the
+    students."""
+    teachers = [r for r in rows if r['model'] == 'teacher']
+    euler = {r['nfe']: r for r in teachers if r['solver'] == 'euler'}
+    of_model = {r['model']: r for r in rows}
+    lines = []
+    for nfe in COUNTS:
+        fast = best(teachers, nfe, searched=False)
+        lines.append(
+            [
+                nfe,
+                with_interval(euler.get(nfe)),
+                with_interval(fast, f' {fast["solver"]}' if fast else ''),
+                with_interval(best(teachers, nfe, searched=True)),
+                *(with_interval(of_model.get(f'{name}-{nfe}')) for name, _ in STUDENTS.values()),
+            ]
+        )
+    good = next(r for r in teachers if name_of(r) == GOOD.name)
+    lines.append([GOOD.nfe, '', with_interval(good, f' {GOOD.solver}'), '', *('' for _ in STUDENTS)])
+    students = (f'{name}-S, `{objective}`' for objective, (name, _) in STUDENTS.items())
+    header = ['NFE', 'teacher, Euler', 'teacher, best solver', 'teacher, searched levels', *students]
+    return header, lines
+
+
+def all_rows(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the second table: everything that was measured."""
     header = [
         'Model',
         'Solver',
@@ -215,12 +301,12 @@ def write_report(runner: Runner, rows: list[dict], minutes: float) -> None:
         'Paired error',
         'Seconds',
     ]
-    cells = [
+    lines = [
         [
             r['model'],
-            r['solver'],
+            r['solver'] + ', searched levels' * r.get('searched', False),
             r['nfe'],
-            f'{r["distance"]:.3f} ({r["interval"][0]:.3f} to {r["interval"][1]:.3f})',
+            with_interval(r),
             f'{r["distance_pca"]:.3f}',
             f'{r["distance_random"]:.4f}',
             f'{r["paired_rmse"]:.3f}',
@@ -228,33 +314,7 @@ def write_report(runner: Runner, rows: list[dict], minutes: float) -> None:
         ]
         for r in rows
     ]
-    runner.path('table.md').write_text(pages.markdown_table(header, cells))
-
-    # Grids of samples, and the first ones of all rows in one picture.
-    grid = lambda name: str(runner.path(f'samples-{name}.png'))
-    pictures = {}
-    for name, r in zip(names, rows):
-        samples = sorted(map(str, runner.path('samples', name).glob('*.png')))
-        pages.write_grid(samples[:SHOWN], grid(name))
-        what = f'teacher, {r["solver"]}' if r['model'] == 'teacher' else r['model']
-        pictures[f'{what}, {r["nfe"]} evaluation{"s" * (r["nfe"] > 1)}'] = samples[:IN_PICTURE]
-    pages.write_rows(pictures, str(runner.path('samples.png')))
-
-    write_training_curves(runner, rows)
-
-    # The page.
-    grids = ''.join(
-        pages.embed(grid(name), f'{r["model"]}, {r["solver"]}, {r["nfe"]} evaluations')
-        for name, r in zip(names, rows)
-    )
-    sections = [
-        ('', introduction(rows, minutes) + pages.html_table(header, cells)),
-        ('Samples, from the same seeds', f'<div class="grids">{grids}</div>'),
-        ('Distance during training', pages.embed(str(runner.path('distance.png')), css='wide')),
-        ('Loss', pages.embed(str(runner.path('loss.png')), css='wide')),
-        ('Commands', f'<pre>{pages.html.escape(runner.record.read_text().rstrip())}</pre>'),
-    ]
-    pages.write_page(str(runner.path(PAGE)), 'A teacher in 511 evaluations, a student in 8', sections)
+    return header, lines
 
 
 def write_training_curves(runner: Runner, rows: list[dict]) -> None:
@@ -274,8 +334,8 @@ def write_training_curves(runner: Runner, rows: list[dict]) -> None:
         distances[run] = ([each['kimg'] for each in evaluations], [each['fid'] for each in evaluations])
     pages.write_curves(losses, str(runner.path('loss.png')), 'training loss')
     levels = {
-        f'teacher, NFE {r["nfe"]} ({r["images"]} samples)': r['distance']
-        for r in rows
+        f'{title_of(r)}, NFE {r["nfe"]} ({r["images"]} samples)': r['distance']
+        for r in shown(rows)
         if r['model'] == 'teacher'
     }
     pages.write_curves(distances, str(runner.path('distance.png')), 'distance of 512 samples', levels)
@@ -289,7 +349,7 @@ def paired_rmse(runner: Runner, name: str) -> float:
     from data.pixels import open_image
 
     total, count = 0.0, 0
-    for good in runner.path('samples', GOOD).glob('*.png'):
+    for good in runner.path('samples', GOOD.name).glob('*.png'):
         pair = (good, runner.path('samples', name, good.name))
         a, b = (np.asarray(open_image(str(path)), np.float64) / 255 for path in pair)
         total, count = total + np.square(a - b).sum(), count + a.size
@@ -308,7 +368,7 @@ def supported(rows: list[dict]) -> str:
     worse = [r for r in students if low_of(r) > high_of(few)]
     level = [r for r in students if low_of(r) <= high_of(good) and low_of(good) <= high_of(r)]
     return (
-        f'By their intervals, better than the best that the teacher does in 8 evaluations ({few["solver"]}): '
+        f'By their intervals, better than the best that the teacher does in up to 8 evaluations ({title_of(few)}): '
         f'{listed(better)}; worse: {listed(worse)}; not to be told from the teacher with {good["nfe"]}: '
         f'{listed(level)}.'
     )

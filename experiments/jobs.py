@@ -20,6 +20,7 @@ from experiments.runner import (
     resumption,
     workers,
 )
+from experiments.teacher import sampler_options
 
 Job = tuple[float, str, Callable[[], None]]  # network evaluations, name, function
 
@@ -78,9 +79,12 @@ def measure_model(
     from experiments.report import write_grid
 
     network = snapshot(runner, model.training, model.stage) if model.training else teacher
-    row = model.record() | measure(
-        runner, model.name, network, model.solver, model.steps, num, metrics, batch, labels=labels
+    sampler = (
+        sampler_options(runner, model.name, network, model.sampling, batch, labels)
+        if model.sampling
+        else [f'--solver={model.solver}', f'--steps={model.steps}']
     )
+    row = model.record() | measure(runner, model.name, network, sampler, num, metrics, batch, labels=labels)
     images = runner.path('samples', model.name)
     runner.path('grids').mkdir(exist_ok=True)
     write_grid(sorted(map(str, images.glob('*.png')))[:SHOWN], str(runner.path('grids', f'{model.name}.png')))

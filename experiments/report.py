@@ -137,6 +137,8 @@ LOOKS = {
     'tcm': ('sky', '--', 's'),
     'teacher, Euler': ('gray', ':', 'x'),
     'teacher, Heun': ('black', ':', 'x'),
+    'teacher, best solver': ('black', '-', 'D'),
+    'teacher, searched levels': ('black', '--', 'd'),
 }
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -200,8 +200,7 @@ def measure(
     runner: Runner,
     name: str,
     network: Path | str,
-    solver: str,
-    steps: int,
+    sampler: Sequence[str],
     images: int,
     metrics: dict[str, Metric],
     batch: int = 256,
@@ -211,6 +210,7 @@ def measure(
     """Sample a network into samples/<name>, and compute its distances.
 
     Args:
+        sampler: options of generate.py, solver and steps or noise levels.
         metrics: distances to compute, by name.
         bootstrap: number of resamples for a 95 % interval; 0 for none.
         labels: see --labels of generate.py.
@@ -228,8 +228,7 @@ def measure(
         '--strict-outdir',
         f'--seeds=0-{images - 1}',
         f'--batch={batch}',
-        f'--solver={solver}',
-        f'--steps={steps}',
+        *sampler,
         *([f'--labels={labels}'] if labels else []),
     )
     row = dict(images=images, seconds=round(time.monotonic() - start, 1))

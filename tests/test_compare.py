@@ -206,15 +206,15 @@ def test_a_budget_below_one_step_is_an_error():
 
 def test_the_teacher_is_sampled_in_as_many_evaluations_and_in_many():
     models = comparison.teacher_models([1, 2, 4, 8], 256)
-    assert [(m.solver, m.steps, m.nfe) for m in models] == [
-        ('heun', 256, 511),
-        ('euler', 1, 1),
-        ('euler', 2, 2),
-        ('euler', 4, 4),
-        ('euler', 8, 8),
-        ('heun', 2, 3),
-        ('heun', 4, 7),
+    few = (2, 4, 5, 8)
+    assert [(m.name, m.steps, m.nfe) for m in models] == [
+        ('teacher-heun-511', 256, 511),
+        *((f'teacher-euler-{n}', n, n) for n in (1, *few)),
+        *((f'teacher-{name}-{n}', n, n) for name in ('ipndm', 'dpmpp', 'ipndm-searched') for n in few),
+        ('teacher-heun-3', 2, 3),
+        ('teacher-heun-7', 4, 7),
     ]
+    assert [m.nfe for m in comparison.teacher_models([3], 256) if m.solver == 'euler'] == [1, 2, 3]
 
 
 @pytest.mark.parametrize('name', ['edm-adm-cond', 'edm-ddpmpp-uncond-augment', 'edm2'])
@@ -297,6 +297,8 @@ class PretendRunner(Runner):
             folder.mkdir(parents=True)
             for i in range(40):
                 Image.fromarray(np.full((8, 8), i, np.uint8)).save(folder / f'{i:06d}.png')
+        elif words[0] == 'search.py':
+            Path(value('save')).touch()
         else:
             Path(value('json')).write_text(json.dumps(dict(fid=dict(value=float(len(self.commands))))))
 
@@ -368,11 +370,13 @@ def scripts(commands, script):
 
 
 def test_everything_is_done_once(tmp_path):
-    """Three trainings; three rows of the teacher (Heun's with 2 steps is left out: one step is Euler's), four of students, by two rulers each."""
+    """Three trainings; six rows of the teacher (Heun's with 2 steps is left out: one step is Euler's), one of
+    which has its levels searched, four of students, by two rulers each."""
     commands, results, failures = pretend(tmp_path)
     assert not failures and [
-        len(scripts(commands, name)) for name in ('train.py', 'generate.py', 'fid.py')
-    ] == [3, 7, 14]
+        len(scripts(commands, name)) for name in ('train.py', 'search.py', 'generate.py', 'fid.py')
+    ] == [3, 1, 10, 20]
+    assert f'--sigmas={tmp_path}/levels/teacher-ipndm-searched-2.txt' in ' '.join(commands)
     rows = json.loads((tmp_path / 'results.json').read_text())
     assert (
         {row['model'] for row in rows}
@@ -381,6 +385,9 @@ def test_everything_is_done_once(tmp_path):
             'teacher-heun-7',
             'teacher-euler-1',
             'teacher-euler-2',
+            'teacher-ipndm-2',
+            'teacher-dpmpp-2',
+            'teacher-ipndm-searched-2',
             'direct-seed0-1',
             'direct-seed0-2',
             'ect-seed0-1',
@@ -458,9 +465,9 @@ def test_a_model_is_not_sampled_from_a_training_that_did_not_finish(tmp_path):
 
 def test_what_fails_keeps_nothing_else_from_being_done_and_is_tried_again(tmp_path):
     commands, results, failures = pretend(tmp_path, broken='--objective=ect')
-    assert failures == ['ect-seed0: ect-seed0 broke'] and len(results.rows) == 5
+    assert failures == ['ect-seed0: ect-seed0 broke'] and len(results.rows) == 8
     commands, results, failures = pretend(tmp_path)
-    assert not failures and len(results.rows) == 7
+    assert not failures and len(results.rows) == 10
     assert len(scripts(commands, 'train.py')) == 1 and len(scripts(commands, 'generate.py')) == 2
 
 
@@ -481,7 +488,11 @@ def test_the_longest_jobs_come_first(tmp_path):
         Runner(tmp_path, 1), models, 'd', 't', RULERS, 6000, 64, Results(tmp_path / 'none.json', list(RULERS))
     )
     names = [name for _, name, _ in jobs]
-    assert names[0] == 'teacher-heun-511' and names[-1] == 'teacher-euler-1' and len(names) == 1 + 3 + 3
+    assert (
+        names[0] == 'teacher-heun-511'
+        and names[-1] == 'teacher-euler-1'
+        and len(names) == 1 + 5 + 8 + 4 + 1 + 3
+    )
     assert [work for work, *_ in jobs] == sorted((work for work, *_ in jobs), reverse=True) and jobs[0][
         0
     ] == 511 * 6000
@@ -662,6 +673,21 @@ def test_the_table_has_ratios_of_means_and_every_seed():
     ]
     assert distances_table(ROWS, BEST, 'distance_pca')[1][0] == ['mcd', '12.50 (0.8, 1.2)', '2.50 (0.2)']
     assert training_table(ROWS)[1] == [['mcd', '1,000 × 6', '4,000 × 6'], ['direct', '', '4,000 × 6']]
+
+
+def test_the_teacher_has_the_benefit_of_its_best_solver_and_of_searched_levels():
+    """By each distance the solver that is best by it; 0.2 / 0.04 = 5."""
+    solvers = dict(ipndm=(0.5, 0.7, False), dpmpp=(0.3, 0.9, False), unipc=(0.1, 0.1, False))
+    few = [
+        dict(row('diffusion', 4, distance), solver=solver, distance_pca=pca, seed=None, searched=searched)
+        for solver, (distance, pca, searched) in {**solvers, 'searched': (0.2, 0.2, True)}.items()
+    ]
+    few[-1]['solver'] = 'ipndm'
+    lines = {line[0]: line[1:] for line in distances_table([*ROWS, *few], BEST, 'distance')[1]}
+    assert lines['teacher, best solver'] == ['', '7.50 (0.3) dpmpp']
+    assert lines['teacher, searched levels'] == ['', '5.00 (0.2) ipndm']
+    lines = {line[0]: line[1:] for line in distances_table([*ROWS, *few], BEST, 'distance_pca')[1]}
+    assert lines['teacher, best solver'] == ['', '8.75 (0.7) ipndm']
 
 
 def test_the_notes_say_of_each_objective_what_is_not_equal():

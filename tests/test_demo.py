@@ -10,26 +10,28 @@ import demo
 from dnnlib import UserError
 from experiments import demo_run
 from experiments.runner import Runner
+from experiments.teacher import TeacherSampling, few_evaluations
 
 
-def test_the_demo_tells_its_story(tmp_path, forked_commands):
-    """As little training as it can have: every command runs and every file is there; the numbers mean nothing."""
+def test_the_demo_tells_its_story(tmp_path, forked_commands, monkeypatch):
+    """As little training as it can have, and one row of each kind: every command runs and every file is there;
+    the numbers mean nothing."""
+    fast, searched = TeacherSampling('dpmpp', 8, 8), TeacherSampling('ipndm', 2, 2, searched=True)
+    euler = TeacherSampling('euler', 8, 8)
+    monkeypatch.setattr(demo_run, 'TEACHER_ROWS', [euler, fast, searched, demo_run.GOOD])
+    students = {'mcd': ('student', {4: 1000}), 'direct': ('direct', {1: 300})}
+    monkeypatch.setattr(demo_run, 'STUDENTS', students)
     out = tmp_path / 'out'
     done = invoke(demo.main, f'--outdir={out}', '--scale=0.001')
     assert done.exit_code == 0, done.output
     rows = json.loads((out / 'results.json').read_text())
-    assert [(r['model'], r['solver'], r['nfe']) for r in rows] == [
-        ('teacher', 'euler', 8),
-        ('teacher', 'dpmpp', 8),
-        ('teacher', 'ipndm', 4),
-        ('teacher', 'ipndm', 2),
-        ('teacher', 'heun', 511),
-        ('student-8', 'student', 8),
-        ('student-4', 'student', 4),
-        ('student-2', 'student', 2),
-        ('direct-8', 'student', 8),
-        ('direct-2', 'student', 2),
-        ('direct-1', 'student', 1),
+    assert [(r['model'], r['solver'], r['nfe'], r.get('searched', False)) for r in rows] == [
+        ('teacher', 'euler', 8, False),
+        ('teacher', 'dpmpp', 8, False),
+        ('teacher', 'ipndm', 2, True),
+        ('teacher', 'heun', 511, False),
+        ('student-4', 'student', 4, False),
+        ('direct-1', 'student', 1, False),
     ]
     for row in rows:
         assert (
@@ -41,17 +43,27 @@ def test_the_demo_tells_its_story(tmp_path, forked_commands):
         assert (row['paired_rmse'] == 0) == (row['nfe'] == 511)
     page = (out / 'report.html').read_text()
     assert (
-        page.count('data:image/png;base64,') == 13
+        page.count('data:image/png;base64,') == 6 + 2
         and 'train.py' in page
         and 'http' not in page
         and 'not FID' in page
     )
-    assert (out / 'table.md').read_text().count('\n') == 13 and (out / 'table.md').read_text() in done.stdout
-    assert {'loss.png', 'distance.png', 'samples.png', 'samples-student-8.png'} <= {
+    table = (out / 'table.md').read_text()
+    assert table.count('\n') == (2 + 6) + 1 + (2 + 6) and table in done.stdout
+    assert [line.split('|')[1].strip() for line in table.splitlines()[2:8]] == [
+        '1',
+        '2',
+        '4',
+        '5',
+        '8',
+        '511',
+    ]
+    assert {'loss.png', 'distance.png', 'samples.png', 'samples-student-4.png'} <= {
         path.name for path in out.iterdir()
     }
     shown = [line for line in done.stdout.splitlines() if line.startswith('$ python ')]
-    assert len(shown) == 2 + 3 + 7 + 11 * 4
+    assert len(shown) == 2 + 3 + 3 + 6 * 4 + 1  # data and detectors, references, trainings, rows, a search
+    assert '"nfe": 2}' in (out / 'levels' / 'teacher-ipndm-searched-2.txt').read_text()
     assert_one_clear_error(invoke(demo.main, f'--outdir={out}'), 'holds a finished demo', 'report.html')
     assert (out / 'commands.txt').read_text().splitlines() == [line[2:] for line in shown]
 
@@ -84,6 +96,8 @@ class PretendRunner(Runner):
         elif words[:2] == ['fid.py', 'calc']:
             value = float(len(given['images']))
             Path(given['json']).write_text(json.dumps(dict(fid=dict(value=value, interval=[value, value]))))
+        elif words[0] == 'search.py':
+            Path(given['save']).touch()
 
 
 @pytest.fixture
@@ -104,19 +118,30 @@ def pretend(tmp_path, monkeypatch):
     return run
 
 
+def test_the_teacher_is_sampled_by_its_solvers_in_few_evaluations():
+    few = (2, 4, 5, 8)
+    assert [sampling.name for sampling in demo_run.TEACHER_ROWS] == [
+        *(f'teacher-euler-{nfe}' for nfe in (1, *few)),
+        *(f'teacher-{solver}-{nfe}' for solver in ('ipndm', 'dpmpp', 'ipndm-searched') for nfe in few),
+        'teacher-heun-511',
+    ]
+    assert [sampling.name for sampling in few_evaluations([1])] == ['teacher-euler-1']
+
+
 @pytest.mark.parametrize('cut', ['teacher', 'student-4', 'direct-1'])
 def test_an_interrupted_demo_resumes_and_does_nothing_twice(pretend, tmp_path, cut):
     first, rows, done = pretend(cut)
     assert rows is None and cut not in done.rows
     second, rows, done = pretend()
-    assert [row['model'] for row in rows] == ['teacher'] * 5 + [f'student-{S}' for S in (8, 4, 2)] + [
+    assert [row['model'] for row in rows] == ['teacher'] * 18 + [f'student-{S}' for S in (8, 4, 2)] + [
         f'direct-{S}' for S in (8, 2, 1)
     ]
     of = lambda commands, script: [command for command in commands if command.startswith(script)]
     resumed = [command for command in of(second, 'train.py') if '--resume=' in command]
     assert len(resumed) == 1 and f'--outdir={tmp_path / cut} ' in resumed[0]
     assert f'--resume={tmp_path / cut} ' in resumed[0]
-    assert len(of(first + second, 'train.py')) == 7 + 1 and len(of(first + second, 'generate.py')) == 11
+    assert len(of(first + second, 'train.py')) == 7 + 1
+    assert len(of(first + second, 'generate.py')) == 24 and len(of(first + second, 'search.py')) == 4
     assert pretend()[0] == []
 
 
@@ -150,7 +175,7 @@ def test_another_folder_is_refused(tmp_path, files, scale, words):
 
 def test_what_intervals_support_is_said():
     row = lambda model, solver, nfe, *interval: dict(
-        model=model, solver=solver, nfe=nfe, interval=interval, distance=sum(interval) / 2
+        model=model, solver=solver, nfe=nfe, interval=interval, distance=sum(interval) / 2, searched=False
     )
     rows = [
         row('teacher', 'euler', 8, 0.3, 0.5),
@@ -161,7 +186,9 @@ def test_what_intervals_support_is_said():
         row('direct-1', 'student', 1, 0.2, 0.31),
     ]
     said = demo_run.supported(rows)
-    assert '(dpmpp): student-8; worse: direct-1; not' in said and said.endswith('with 511: student-8.')
+    assert '(teacher, dpmpp): student-8; worse: direct-1; not' in said and said.endswith(
+        'with 511: student-8.'
+    )
     assert demo_run.supported(rows[:3]).count('none') == 3
 
 
