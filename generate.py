@@ -172,6 +172,9 @@ def main(
         # How to run the network.
         if precision:
             execution.in_precision(net, precision)
+        ignored = channels_last and not execution.keeps_channels_last(net, compiled)
+        if ignored and distributed.is_main():
+            click.echo(f'Note: {execution.CHANNELS_LAST_IGNORED}', err=True)
         execution.run_with(net, channels_last=channels_last, compiled=compiled, cuda_graphs=True)
 
         # Generate.

@@ -41,7 +41,7 @@ def main(ctx, **_):
     from torch_utils import distributed
     from torch_utils.preemption import EXIT_PREEMPTED
 
-    distributed.init()
+    distributed.init(o.run.init_timeout, o.run.train_timeout)
     for line in o.notes:
         distributed.print0(printable(line), file=sys.stderr)
     if not o.run.dry_run:

@@ -12,10 +12,12 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import psutil
 import torch.utils.data
 
 from data import pixels
@@ -33,6 +35,7 @@ from dnnlib import UserError
 
 # Larger data sets compare each image's header when it is read, smaller ones all headers at construction.
 HEADER_CHECK_LIMIT = 10_000
+CACHE_SHARE = 0.05  # of the machine's memory: decoded images of at most this size are kept by default
 DIGESTED_FILES = 16  # hashed by content for the data set's digest: uncompressed sizes alone identify little
 
 # ----------------------------------------------------------------------------
@@ -48,8 +51,9 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         use_labels: read `dataset.json`; otherwise labels have length 0.
         max_size: keep a random subset of this size, drawn by `seed` (the subset that EDM draws).
         xflip: append mirrored copies. Mirrored latents only approximate the latents of mirrored images.
-        cache: keep decoded images in each process's memory; None caches images but not latents, which are
-            larger.
+        cache: keep decoded images in each process's memory; None: keep images, but not latents, if `copies` of
+            them are at most CACHE_SHARE of the machine's memory.
+        copies: number of processes on this machine that read the data set.
     Items: (uint8 [C, H, W], or float32 [C, H, W] of latents; float32 [label_dim]); class labels are one-hot.
     Raises: UserError at construction or, beyond 10,000 images, when an unsuitable image is read.
     """
@@ -62,13 +66,13 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         max_size: int | None = None,
         xflip: bool = False,
         cache: bool | None = False,
+        copies: int = 1,
         seed: int = 0,
     ):
         # Files and the chosen subset.
         self._files = ImageFiles(path)
         self._index = random_subset(len(self._files.images), max_size, seed)
-        self.caches = not self._files.holds_latents if cache is None else cache
-        self._mirrored, self._cache = xflip, ({} if self.caches else None)
+        self._mirrored, self._cache = xflip, None
 
         # Headers. `unturned`: file numbers of images that viewers would rotate (EXIF).
         self.unturned: set[int] = set()
@@ -80,6 +84,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                 f'{resolution}x{resolution}; convert it with dataset_tool.py '
                 f'--resolution={resolution}x{resolution}'
             )
+
+        # Cache.
+        self.decoded_bytes = copies * len(self._index) * math.prod(self._shape)
+        fits = self.decoded_bytes <= CACHE_SHARE * psutil.virtual_memory().total
+        self.caches = (fits and not self._files.holds_latents) if cache is None else cache
+        self._cache = {} if self.caches else None
 
         # Labels.
         labels = read_labels(self._files) if use_labels else None

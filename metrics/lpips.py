@@ -47,12 +47,31 @@ LAYOUTS = {
 }
 
 
+class _AllowTF32(torch.autograd.Function):
+    """The identity, at which the backward pass allows or forbids TensorFloat-32 in convolutions."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, allowed: bool) -> Tensor:
+        ctx.allowed = allowed
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        torch.backends.cudnn.allow_tf32 = ctx.allowed
+        return gradient, None
+
+
 class PerceptualDistance(torch.nn.Module):
     """[N] distances of images [N, 1 or 3, H, W] in [-1, 1], differentiable; frozen, in FP32.
 
     Gray images are repeated to color. Images with a side below 256 pixels are resized to `resolution`
     bilinearly, unless it is None.
+
+    Attributes:
+        tf32: whether its convolutions use TensorFloat-32 on GPUs, in both passes, whatever the rest uses.
     """
+
+    tf32 = False
 
     def __init__(self, resolution: int | None = RESOLUTION):
         super().__init__()
@@ -63,7 +82,17 @@ class PerceptualDistance(torch.nn.Module):
         raise NotImplementedError
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.compare(self._prepare(a), self._prepare(b))
+        convolutions = torch.backends.cudnn
+        if not self.tf32 or convolutions.allow_tf32:
+            return self.compare(self._prepare(a), self._prepare(b))
+
+        # The backward pass enters at the distance, and leaves at the images.
+        a, b = (_AllowTF32.apply(images, False) for images in (a, b))
+        convolutions.allow_tf32 = True
+        try:
+            return _AllowTF32.apply(self.compare(self._prepare(a), self._prepare(b)), True)
+        finally:
+            convolutions.allow_tf32 = False
 
     def _prepare(self, images: Tensor) -> Tensor:
         if images.shape[1] not in (1, 3):

@@ -223,6 +223,19 @@ def counts() -> dict:
         return found | dict(without=device.allocated, peak=device.peak)
 
 
+def channels_last() -> dict[str, bool]:
+    """Whether networks on the GPU run in that format, plainly and compiled."""
+    found = {}
+    with gpu_stand_in.gpu():
+        for arch in ('adm', 'edm2'):
+            net = build(arch).to('cuda')
+            found[arch] = execution.run_with(net, channels_last=True).channels_last
+            found[f'{arch}, compiled'] = execution.run_with(
+                net, channels_last=True, compiled=True
+            ).channels_last
+    return found
+
+
 def main(data: str, folder: str, *cases: str) -> None:
     torch.set_num_threads(1)
     lpips.load = lambda paths, device: lpips.LPIPS().to(device)
@@ -239,6 +252,7 @@ def main(data: str, folder: str, *cases: str) -> None:
         found['no wait'] = found_in(no_wait)
         found['mixed devices'] = found_in(lambda x: x + torch.ones(4))
         found['counts'] = counts()
+        found['channels last'] = channels_last()
         found['kernels'] = kernels.count('demo', 'plain')
     print(json.dumps(found))
 

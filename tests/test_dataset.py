@@ -9,6 +9,7 @@ import pathlib
 import pickle
 import tracemalloc
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from latents import npy, random_latents
 from pictures import label_json, png, random_images, write_folder, write_zip
 from PIL import Image
 
+from data import dataset as dataset_module
 from data.dataset import ImageFolderDataset, InfiniteSampler
 from data.image_files import ImageFiles
 from dnnlib import UserError
@@ -109,6 +111,23 @@ def test_max_size_keeps_a_sorted_subset_that_the_seed_draws(data):
     assert len(ImageFolderDataset(data, max_size=100)) == 6
     with pytest.raises(UserError, match='max_size must be at least 1'):
         ImageFolderDataset(data, max_size=0)
+
+
+@pytest.mark.parametrize(
+    'cache, copies, kept', [(None, 1, True), (None, 5, False), (True, 5, True), (False, 1, False)]
+)
+def test_images_are_kept_by_default_if_all_copies_take_a_small_share_of_the_memory(
+    tmp_path, files, cache, copies, kept, monkeypatch
+):
+    """Of a machine with room for four copies in CACHE_SHARE of its memory."""
+    path = write_zip(tmp_path / 'data.zip', files)
+    one = ImageFolderDataset(path).decoded_bytes
+    memory = SimpleNamespace(total=4 * one / dataset_module.CACHE_SHARE)
+    monkeypatch.setattr(dataset_module.psutil, 'virtual_memory', lambda: memory)
+    dataset = ImageFolderDataset(path, cache=cache, copies=copies)
+    assert dataset.caches is kept and dataset.decoded_bytes == copies * one
+    dataset[0]
+    assert bool(dataset._cache) is kept
 
 
 def test_cached_images_survive_the_removal_of_the_file_and_cannot_be_written_through(tmp_path, files):

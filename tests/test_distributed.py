@@ -1,6 +1,8 @@
 """Processes: alone, wrongly started, and two of them for real."""
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,10 @@ assert distributed.broadcast_object({'from': rank}) == {'from': 0}
 assert distributed.gather_objects('ab'[rank]) == ['a', 'b']
 assert distributed.gather_on_main('ab'[rank]) == (['a', 'b'] if rank == 0 else [])
 distributed.barrier()
+state = dict(a=[torch.arange(6.0).reshape(2, 3).T, torch.tensor(True)], b=(torch.ones(2, dtype=torch.bfloat16), 'text'), c=None)
+received = distributed.tensors_from_main(lambda: state if rank == 0 else 1 / 0)
+assert received['a'][0].tolist() == [[0, 3], [1, 4], [2, 5]] and received['a'][1].item() is True
+assert received['b'][0].dtype == torch.bfloat16 and received['b'][1] == 'text' and received['c'] is None
 features = torch.randn(21, 4, generator=torch.Generator().manual_seed(0))
 stats = FeatureStats(4, distributed.get_device())
 stats.append(features.split([13, 8])[rank].to(distributed.get_device()))
@@ -67,6 +73,32 @@ def test_a_wrong_environment_is_an_error_with_a_cure(monkeypatch, environment, w
     with pytest.raises(UserError, match=words) as error:
         distributed.init()
     assert 'torchrun' in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_an_error(monkeypatch, tmp_path):
+    """Unless it is hidden on purpose."""
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    monkeypatch.setattr(distributed, 'NVIDIA_DEVICE', str(tmp_path / 'nvidia0'))
+    distributed.check_gpu()
+    (tmp_path / 'nvidia0').touch()
+    with pytest.raises(UserError, match='built for CPUs'):
+        distributed.check_gpu()
+    monkeypatch.setattr(torch.version, 'cuda', '13.0')
+    with pytest.raises(UserError, match='not compiled with CUDA'):
+        distributed.check_gpu()
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    distributed.check_gpu()
+
+
+@pytest.mark.parametrize(
+    'address, others, refused', [('127.0.1.1', 8, True), ('127.0.1.1', 4, False), ('10.0.0.7', 8, False)]
+)
+def test_a_name_that_only_this_machine_reaches_is_an_error_on_several(monkeypatch, address, others, refused):
+    monkeypatch.delenv('GLOO_SOCKET_IFNAME', raising=False)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
+    monkeypatch.setattr(socket, 'gethostbyname', lambda name: address)
+    with pytest.raises(UserError, match='GLOO_SOCKET_IFNAME') if refused else contextlib.nullcontext():
+        distributed._check_host_name(others)
 
 
 def test_two_processes_add_gather_and_broadcast(tmp_path):

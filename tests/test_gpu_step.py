@@ -37,6 +37,11 @@ def test_the_host_waits_for_nothing_and_no_devices_are_mixed(case, found):
     assert found[case] == []
 
 
+def test_channels_last_is_ignored_where_group_normalization_would_undo_it(found):
+    compiled = {'adm, compiled': True, 'edm2, compiled': True}
+    assert found['channels last'] == dict(adm=False, edm2=True) | compiled
+
+
 # ----------------------------------------------------------------------------
 # The stand-in itself.
 

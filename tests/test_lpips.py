@@ -62,6 +62,28 @@ def pictures(count, channels=3, size=16, seed=1):
     return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
+@pytest.mark.parametrize('tf32', [False, True])
+def test_tensorfloat_32_is_used_inside_of_lpips_alone_in_both_passes(network, tf32, monkeypatch):
+    convolutions, seen = torch.backends.cudnn, []
+    monkeypatch.setattr(convolutions, 'allow_tf32', False)
+    monkeypatch.setattr(network, 'tf32', tf32)
+    remember = lambda *_: seen.append(convolutions.allow_tf32)
+    entered = network.features['0'].register_forward_pre_hook(remember)
+    left = network.features['0'].register_forward_hook(
+        lambda module, args, out: [out.register_hook(remember)][1:] or None
+    )
+    x = pictures(2, size=32).requires_grad_()
+    images = x * 1
+    images.register_hook(remember)
+    distance = network(images, pictures(2, size=32, seed=2).requires_grad_())
+    assert convolutions.allow_tf32 is False
+    distance.sum().backward()
+    entered.remove(), left.remove()
+    # Two images forward, two first layers backward, then the images.
+    assert seen == [tf32] * 4 + [False] and convolutions.allow_tf32 is False
+    assert torch.equal(distance.detach(), network(x, pictures(2, size=32, seed=2)).detach())
+
+
 def plainly(weights, a, b):
     """Zhang et al.'s formula, layer by layer, in the numbering of torchvision's list of modules."""
     features, heads = ({name: tensor.double() for name, tensor in part.items()} for part in weights)

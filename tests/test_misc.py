@@ -1,6 +1,7 @@
 """Times, learning rates, statistics, rulers, and the command-line types."""
 
 import json
+import os
 import platform
 
 import click
@@ -58,6 +59,16 @@ def test_freed_memory_is_kept_for_what_comes_next():
     """20 MiB are 5,120 pages, ten times."""
     faults = {mode: int(run_python('-c', FAULTS, mode).stdout) for mode in ('given back', 'kept')}
     assert faults['kept'] < 100 and faults['given back'] > 10_000, faults
+
+
+def test_deterministic_algorithms_can_be_demanded():
+    try:
+        misc.use_deterministic_algorithms(True)
+        assert torch.are_deterministic_algorithms_enabled() and os.environ['CUBLAS_WORKSPACE_CONFIG']
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        misc.use_deterministic_algorithms(False)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_statistics_are_moments_and_start_anew_after_each_collection():

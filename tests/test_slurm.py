@@ -14,7 +14,7 @@ from helpers import FAST, ROOT, TINY_NETWORK
 from training.run_files import saved_states
 
 SRUN = """#!/bin/bash
-while [[ $1 == --* ]]; do shift; done   # its own options
+while [[ $1 == --* ]]; do echo "$1" >> "$SCONTROL_LOG.srun"; shift; done   # its own options
 exec "$@"                               # a signal to this process is a signal to torchrun
 """
 SCONTROL = """#!/bin/bash
@@ -39,6 +39,7 @@ def cluster(tmp_path):
         SCONTROL_LOG=str(tmp_path / 'scontrol.log'),
         SLURM_JOB_ID='7',
         SLURM_NNODES='1',
+        SLURM_CPUS_PER_TASK='3',
         SLURM_NODEID='0',
         SLURM_JOB_NODELIST='localhost',
         GPUS_PER_NODE='2',
@@ -89,6 +90,7 @@ def test_a_job_that_must_stop_requeues_itself_and_its_next_start_goes_on_to_the_
     out, err = job.communicate(timeout=120)
     assert job.returncode == 0 and 'a state is safe' in out, (out, err)
     assert log.read_text() == 'requeue 7\n'
+    assert '--cpus-per-task=3\n' in (tmp_path / 'scontrol.log.srun').read_text()
     assert json.loads((run_dir / 'preempted.json').read_text())['signal'] == 'SIGUSR1' and saved_states(
         run_dir
     )

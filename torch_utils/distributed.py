@@ -10,9 +10,11 @@ import inspect
 import os
 import re
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from datetime import timedelta
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,23 +25,37 @@ from dnnlib.text import first_line, printable
 from dnnlib.util import UserError
 from torch_utils import elastic, misc
 
+NVIDIA_DEVICE = '/dev/nvidia0'  # the driver makes it for the first GPU
+PATIENCE = timedelta(days=7)  # longer than any save or download; a process that ends is noticed at once
+CHUNK = 1 << 28  # bytes of a broadcast
+
+# The group of collectives that wait for the main process to read, write or download, on the CPUs; else empty.
+_patient: list[dist.ProcessGroup] = []
+
 # ----------------------------------------------------------------------------
 # Joining the others.
 
 
-def init() -> None:
+def init(init_timeout: float | None = None, timeout: float | None = None) -> None:
     """Set the process up, and join torchrun's process group, if there is one (NCCL with CUDA, else gloo).
+
+    Args:
+        init_timeout: minutes to wait for all processes to join.
+        timeout: minutes that a process waits for the others in a collective, after which all end; not for the
+            main process while it reads, writes or downloads (`_patient`). None: PyTorch's defaults.
 
     Disables TensorFloat-32, which a teacher's slopes over a thousand edges do not allow. Keeps freed memory.
     A process that torchrun started will end with torchrun.
 
-    Raises: UserError if the environment is incomplete or the other processes cannot be reached.
+    Raises: UserError if the environment is incomplete, the other processes cannot be reached, or PyTorch cannot
+        use the machine's GPU.
     """
     # Settings of any process.
     interrupts.at_work()
     misc.allow_tf32(False)
     misc.keep_freed_memory()
     elastic.end_with_torchrun()
+    check_gpu()
     if 'RANK' not in os.environ and 'WORLD_SIZE' not in os.environ:
         return
 
@@ -61,11 +77,19 @@ def init() -> None:
         return
 
     # Join them; after a restart, torchrun's store needs a new prefix.
+    _check_host_name(world_size)
     try:
-        where = {}
+        waits = {} if timeout is None else dict(timeout=timedelta(minutes=timeout))
+        joins = {} if init_timeout is None else dict(timeout=timedelta(minutes=init_timeout))
         if elastic.restarts()[1]:
-            where = dict(store=_store_of_this_start(rank, world_size), rank=rank, world_size=world_size)
-        dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', **where)
+            store = _store_of_this_start(rank, world_size)
+        else:
+            store, *_ = next(dist.rendezvous('env://', rank, world_size, **joins))
+        if joins:
+            store.set_timeout(joins['timeout'])
+        where = dict(store=store, rank=rank, world_size=world_size)
+        dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', **where, **waits)
+        _patient.append(dist.new_group(backend='gloo', timeout=PATIENCE))
         # What the main process has printed, the others need not print again.
         if not rank:
             cli.ON_ERROR.append(_tell_of_error)
@@ -75,6 +99,44 @@ def init() -> None:
             f'Process {rank} of {world_size} could not join the others: {reason} '
             'Start the processes with torchrun, and check MASTER_ADDR, MASTER_PORT and the network.'
         ) from error
+
+
+def _check_host_name(world_size: int) -> None:
+    """Raises: UserError if other machines could not reach this one by the address of its name, which gloo takes."""
+    on_other_machines = int(os.environ.get('LOCAL_WORLD_SIZE', world_size)) < world_size
+    if not on_other_machines or 'GLOO_SOCKET_IFNAME' in os.environ:
+        return
+    try:
+        address = socket.gethostbyname(name := socket.gethostname())
+    except OSError:
+        return
+    if address.startswith('127.'):
+        raise UserError(
+            f'This machine takes its name, {name}, for {address}, where other machines do not reach it. Set '
+            'GLOO_SOCKET_IFNAME to its network interface (and NCCL_SOCKET_IFNAME), such as eth0: `ip address` '
+            'lists them.'
+        )
+
+
+def check_gpu() -> None:
+    """Raises: UserError if the machine has an NVIDIA GPU that PyTorch cannot use. On the CPU a run would take
+    days in place of minutes, without a word."""
+    hidden = os.environ.get('CUDA_VISIBLE_DEVICES', 'all') in ('', '-1')
+    if hidden or not os.path.exists(NVIDIA_DEVICE) or torch.cuda.is_available():
+        return
+    if torch.version.cuda is None:
+        reason = 'this PyTorch was built for CPUs'
+    else:
+        try:
+            torch.cuda.init()
+            reason = 'CUDA finds no device'
+        except (RuntimeError, AssertionError) as error:
+            reason = first_line(error)
+    raise UserError(
+        f'This machine has an NVIDIA GPU ({NVIDIA_DEVICE}), but PyTorch {torch.__version__} cannot use it: '
+        f'{reason}. Install a PyTorch for the driver that nvidia-smi names (README.md: Installation), or set '
+        'CUDA_VISIBLE_DEVICES= (empty) to run on the CPU.'
+    )
 
 
 def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
@@ -126,6 +188,18 @@ def get_rank() -> int:
 def get_world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def get_local_world_size() -> int:
+    """Number of processes on this machine, as torchrun says."""
+    return (
+        _environment('LOCAL_WORLD_SIZE') if dist.is_initialized() and 'LOCAL_WORLD_SIZE' in os.environ else 1
+    )
+
+
+def get_backend() -> str | None:
+    """The library of collectives, `nccl` or `gloo`; None in a single process."""
+    return dist.get_backend() if dist.is_initialized() else None
 
 
 def get_device() -> torch.device:
@@ -202,11 +276,16 @@ def _lost(error: RuntimeError) -> NoReturn:
 # Collectives.
 
 
+def _patient_group() -> dist.ProcessGroup | None:
+    """The group that waits for the main process; None, the group of all, where `init` has not joined it."""
+    return _patient[0] if _patient else None
+
+
 def barrier() -> None:
     """Wait for every process."""
     if dist.is_initialized():
         with _together():
-            dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == 'nccl' else None)
+            dist.barrier(_patient_group())
 
 
 @contextlib.contextmanager
@@ -232,11 +311,20 @@ def broadcast_object(obj: Any) -> Any:
     """The main process's `obj` (anything that pickles), on every process."""
     if not dist.is_initialized():
         return obj
-    # NCCL broadcasts from GPU memory, so the pickled object needs a device.
     box = [obj]
     with _together():
-        dist.broadcast_object_list(box, src=0, device=get_device())
+        dist.broadcast_object_list(box, src=0, group=_patient_group())
     return box[0]
+
+
+def broadcast_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The main process's contiguous `tensor`, on the CPU, into every process's, in place."""
+    # As bytes: not all types can be sent.
+    data = tensor.view(-1).view(torch.uint8)
+    with _together():
+        for start in range(0, len(data), CHUNK):
+            dist.broadcast(data[start : start + CHUNK], src=0, group=_patient_group())
+    return tensor
 
 
 def gather_objects(obj: Any) -> list[Any]:
@@ -245,7 +333,7 @@ def gather_objects(obj: Any) -> list[Any]:
         return [obj]
     boxes = [None] * get_world_size()
     with _together():
-        dist.all_gather_object(boxes, obj)
+        dist.all_gather_object(boxes, obj, group=_patient_group())
     return boxes
 
 
@@ -255,7 +343,7 @@ def gather_on_main(obj: Any) -> list[Any]:
         return [obj]
     boxes = [None] * get_world_size() if is_main() else None
     with _together():
-        dist.gather_object(obj, boxes)
+        dist.gather_object(obj, boxes, group=_patient_group())
     return boxes or []
 
 
@@ -280,7 +368,9 @@ class AsyncAllReduce:
     """
 
     def __init__(self):
-        self._group = dist.new_group(backend='gloo') if dist.is_initialized() else None
+        # Between two calls the main process may save.
+        group = lambda: dist.new_group(backend='gloo', timeout=PATIENCE)
+        self._group = group() if dist.is_initialized() else None
         self._pending: tuple[Any, torch.Tensor] | None = None
 
     def exchange(self, values: list[int]) -> list[int]:
@@ -336,6 +426,41 @@ def from_main(function: Callable[[], Any]) -> Any:
     return result
 
 
+class _Sent(NamedTuple):
+    """In place of a tensor that is broadcast."""
+
+    index: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def tensors_from_main(function: Callable[[], Any]) -> Any:
+    """The main process's `function()`, plain data and tensors of the CPU, on every process; all raise its
+    UserError."""
+    if not dist.is_initialized():
+        return function()
+    tensors: list[torch.Tensor] = []
+
+    def without_tensors(value):
+        if torch.is_tensor(value):
+            tensors.append(value.contiguous())
+            return _Sent(len(tensors) - 1, value.shape, value.dtype)
+        if isinstance(value, dict):
+            return type(value)({key: without_tensors(entry) for key, entry in value.items()})
+        return type(value)(map(without_tensors, value)) if type(value) in (list, tuple) else value
+
+    def with_tensors(value):
+        if isinstance(value, _Sent):
+            own = tensors[value.index] if is_main() else torch.empty(value.shape, dtype=value.dtype)
+            return broadcast_tensor(own)
+        if isinstance(value, dict):
+            return type(value)({key: with_tensors(entry) for key, entry in value.items()})
+        return type(value)(map(with_tensors, value)) if type(value) in (list, tuple) else value
+
+    # Their shapes first, then the tensors in the same order.
+    return with_tensors(from_main(lambda: without_tensors(function())))
+
+
 def progress(items: Iterable, **options) -> Iterable:
     """The items, with a bar of tqdm's on the main process if stderr is a terminal; it leaves no trace."""
     from tqdm import tqdm
@@ -353,4 +478,5 @@ def print0(*args, **kwargs) -> None:
 def shutdown() -> None:
     """Leave the group, if there is one."""
     if dist.is_initialized():
+        _patient.clear()
         dist.destroy_process_group()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import os
 
 import numpy as np
 import torch
@@ -34,6 +35,16 @@ def gradient_sync(net: torch.nn.Module, sync: bool):
 def allow_tf32(allowed: bool) -> None:
     """Allow or forbid TensorFloat-32 (10 bits of mantissa) inside matrix products and convolutions."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def use_deterministic_algorithms(only: bool) -> None:
+    """Whether PyTorch uses deterministic algorithms only, and raises where it has none."""
+    if only:
+        # cuBLAS reads it when it starts, before the first matrix product.
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(only)
+    # Nothing here reads memory before it is written.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:

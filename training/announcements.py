@@ -30,9 +30,11 @@ def describe_place(log: RunLog, run_dir: str, device: torch.device) -> None:
     log(f'Output folder: {run_dir}')
     if device.type == 'cuda':
         memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-        log(f'Device: {torch.cuda.get_device_name(device)}, {memory:.0f} GiB')
+        place = f'{torch.cuda.get_device_name(device)}, {memory:.0f} GiB, CUDA {torch.version.cuda}'
     else:
-        log(f'Device: {device.type.upper()}, {torch.get_num_threads()} thread(s)')
+        place = f'{device.type.upper()}, {torch.get_num_threads()} thread(s)'
+    backend = distributed.get_backend()
+    log(f'Device: {place}, PyTorch {torch.__version__}{f", {backend}" if backend else ""}')
 
 
 def describe_end(log: RunLog, c: EasyDict, run_dir: str, space: LabelSpace) -> None:
@@ -77,6 +79,12 @@ def describe_data(log: RunLog, c: EasyDict, dataset) -> None:
     subset = f', a random {dataset.num_images} of its {dataset.num_files}' if is_subset else ''
     facts = f'{len(dataset)} images of {dataset.image_shape}, {dataset.label_space}'
     log(f'Data: {facts}, from {c.dataset.path}{subset}')
+
+    if c.dataset.get('cache') is False and not dataset.holds_latents:
+        log(
+            f'Note: images are decoded anew in every epoch (--cache=False); kept, they would take '
+            f'{dataset.decoded_bytes / 1e9:.3g} GB of this machine, in all loader processes together.'
+        )
 
     # Labels without images, other files in the folder, images that lie on their side.
     if dataset.unused_labels:

@@ -248,6 +248,12 @@ class Performance:
         'finite.',
         flags=('--max-bad-steps',), metavar='INT', key='max_bad_steps')
     tf32: bool = opt(False, ON_OFF, 'Use TensorFloat-32 for FP32 on GPUs.', key='tf32')
+    lpips_tf32: bool = opt(
+        True, ON_OFF, 'Use TensorFloat-32 inside LPIPS (--cm_loss=lpips) on GPUs.', key='lpips_tf32')
+    deterministic: bool = opt(
+        False, ON_OFF,
+        'Use deterministic algorithms only, so that a run on the same GPUs repeats bit for bit; slower.',
+        key='deterministic')
     compiled: bool = opt(
         False, ON_OFF, 'Compile the networks (torch.compile): minutes at the start, then faster steps.',
         flags=('--compile',), key='compiled')
@@ -265,10 +271,19 @@ class Performance:
     profile_steps: int = opt(
         0, TICKS, 'Write a Chrome trace of this many steps to the run folder.',
         flags=('--profile',), metavar='STEPS', key='profile_steps')
+    init_timeout: float | None = opt(
+        None, cli.POSITIVE, 'Minutes that processes wait for each other at the start.',
+        flags=('--init-timeout',), metavar='MINUTES', default_text="PyTorch's: 10 or 30",
+        key='init_timeout')
+    train_timeout: float | None = opt(
+        None, cli.POSITIVE,
+        'Minutes that a process waits for the others in a step, after which all end.',
+        flags=('--train-timeout',), metavar='MINUTES', default_text="PyTorch's: 10 on GPUs, 30 on CPUs",
+        key='train_timeout')
     bench: bool = opt(True, bool, 'Enable cuDNN benchmarking.', key='cudnn_benchmark')
     cache: bool | None = opt(
         None, bool, 'Keep decoded images in memory.',
-        default_text='True; latents False', key='dataset.cache')
+        default_text='True if all copies take 5 % of the memory at most; latents False', key='dataset.cache')
     workers: int = opt(1, cli.WORKERS, 'Processes that load data.', metavar='INT', key='workers')
 
 

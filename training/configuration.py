@@ -271,9 +271,17 @@ def random_seed() -> int:
 def open_dataset(run: RunConfig):
     """The training set. Raises: UserError if --cond needs labels that are missing."""
     from data.dataset import ImageFolderDataset
+    from torch_utils import distributed
 
+    # Every loader process of this machine keeps its own.
+    copies = max(run.workers, 1) * distributed.get_local_world_size()
     return ImageFolderDataset(
-        run.data, use_labels=run.cond, max_size=run.max_images, xflip=run.xflip, cache=run.cache
+        run.data,
+        use_labels=run.cond,
+        max_size=run.max_images,
+        xflip=run.xflip,
+        cache=run.cache,
+        copies=copies,
     )
 
 

@@ -28,7 +28,7 @@ def run_with(
     """Set how the network runs, in place; its copies and snapshots are not affected.
 
     Args:
-        channels_last: use the channels-last memory format inside.
+        channels_last: use the channels-last memory format inside, where it lasts (`keeps_channels_last`).
         checkpoint_activations: keep only inputs and outputs of the U-Net's blocks for the backward pass, and
             recompute the rest.
         compiled: apply `torch.compile` at the first calls: with gradients, without, and once more for dynamic
@@ -39,11 +39,25 @@ def run_with(
     # PyTorch counts compilations per class, over all networks, sizes and gradient modes together.
     if compiled:
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, COMPILATIONS)
+    channels_last = channels_last and keeps_channels_last(net, compiled)
     for part in networks_in(net):
         part.channels_last, part.model.checkpoint_activations = channels_last, checkpoint_activations
         if compiled:
             part.compile(options={'triton.cudagraphs': True} if cuda_graphs and is_on_gpu(part) else None)
     return net
+
+
+def keeps_channels_last(net: torch.nn.Module, compiled: bool) -> bool:
+    """Whether values stay in the channels-last format: on GPUs, PyTorch's group normalization returns the other
+    one, from which every convolution would convert. Compiled code, and EDM2's networks, have none."""
+    from training.networks import GroupNorm
+
+    return compiled or not (is_on_gpu(net) and any(isinstance(part, GroupNorm) for part in net.modules()))
+
+
+CHANNELS_LAST_IGNORED = (
+    '--channels_last is ignored without --compile, because group normalization would undo it in every block.'
+)
 
 
 def hold_in_half(net: torch.nn.Module) -> torch.nn.Module:

@@ -251,8 +251,10 @@ class HostCopies:
             torch.empty_like(source, device='cpu', pin_memory=source.is_cuda, requires_grad=False)
             for _ in range(2)
         )
-        # The thread begins with its first work, so processes forked before that do not inherit it.
-        self._thread = ThreadPoolExecutor(max_workers=1)
+        # The thread begins with its first work, so processes forked before that do not inherit it. A new thread
+        # is on the first GPU, where waiting for an event would take memory.
+        own = dict(initializer=torch.cuda.set_device, initargs=(source.device,)) if source.is_cuda else {}
+        self._thread = ThreadPoolExecutor(max_workers=1, **own)
         self._pending: deque[Future] = deque()
         self._copied: torch.cuda.Event | None = None
 

@@ -16,14 +16,12 @@ from training.command_line import RUN, Options, change
 def load_earlier(resume: str) -> tuple[str, dict]:
     """(path, contents) of the training state that --resume names, or the newest complete one in a folder."""
     from torch_utils import distributed
-    from training import checkpoint, recorded, run_files
+    from training import run_files
 
-    path, state = None, None
-    # The main process finds it, skipping damaged ones; the others read what it found.
-    if distributed.is_main():
-        path, state = run_files.load_state(resume, report=lambda line: click.echo(printable(line), err=True))
-    path = distributed.broadcast_object(path)
-    return path, state or checkpoint.read_state(path, recorded.RECORDED)
+    # The main process reads it, skipping damaged ones, and sends it to the others: a file system would have to
+    # deliver it many times.
+    report = lambda line: click.echo(printable(line), err=True)
+    return distributed.tensors_from_main(lambda: run_files.load_state(resume, report))
 
 
 # fmt: off

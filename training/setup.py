@@ -94,7 +94,8 @@ def set_up(
     `training_loop`."""
     device, rank, world_size = distributed.get_device(), distributed.get_rank(), distributed.get_world_size()
     torch.manual_seed(c.seed)
-    torch.backends.cudnn.benchmark = c.cudnn_benchmark
+    torch.backends.cudnn.benchmark = c.cudnn_benchmark and not c.get('deterministic')
+    misc.use_deterministic_algorithms(bool(c.get('deterministic')))
     misc.allow_tf32(c.tf32)
 
     # Image number g of the run is the same image with the same noise, whichever process handles it.
@@ -131,6 +132,8 @@ def set_up(
     files = run_files.RunFiles(c, run_dir, net, update, averages, loss_state, log)
     announcements.describe_place(log, run_dir, device)
     announcements.describe_run(log, c, net, dataset, teacher, accumulation_rounds, batch_gpu)
+    if c.channels_last and not execution.keeps_channels_last(net, c.compiled):
+        log(f'Note: {execution.CHANNELS_LAST_IGNORED}')
     if warning := resolution.unresolved_gap(c, teacher):
         log(warning)
     files.tidy()
@@ -241,7 +244,9 @@ def perceptual_distance(c: EasyDict, device: torch.device) -> torch.nn.Module | 
     from metrics import lpips
 
     with distributed.main_process_first():
-        return lpips.load(c.loss.lpips, device)
+        distance = lpips.load(c.loss.lpips, device)
+    distance.tf32 = c.get('lpips_tf32', False)
+    return distance
 
 
 def profiled_networks(
