@@ -3,13 +3,14 @@
 # make test-slow  the long tests too
 # make compare    all objectives side by side on the digits, for an equal budget (three quarters of an hour on two cores); ARGS=--data=photos: on color crops of photographs (hours)
 # make bench      time the training step, sampling, start-up, data, loading and saving, evaluation (an hour on two cores); writes benchmarks/RESULTS.md
+# make gpu-check  what only a GPU can show, in ten minutes on one: correctness, runs of the scripts, speeds; ARGS=--list names the checks
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo compare test test-slow bench lint setup clean
+.PHONY: demo compare test test-slow bench gpu-check lint setup clean
 
 setup: $(STAMP)
 
@@ -33,6 +34,9 @@ test-slow: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+gpu-check: $(STAMP)
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shlex
+import time
 from pathlib import Path
 
 import click
@@ -20,6 +21,7 @@ from benchmarks import (
     common,
     data,
     frechet,
+    gpu_check,
     images,
     kernels,
     memory,
@@ -44,6 +46,7 @@ SCRIPTS = {
     'checkpoint.py': checkpoint,
     'state.py': state,
     'frechet.py': frechet,
+    'gpu_check.py': gpu_check,
     'images.py': images,
     'precision.py': precision,
     'scaling.py': scaling,
@@ -484,3 +487,64 @@ def test_compiled_networks_are_measured_in_turns_with_plain_ones():
     assert [row['differentiated_images'] for row in fast['steps']] == [4, 4] and fast['first'] > plain[
         'first'
     ]
+
+
+# ----------------------------------------------------------------------------
+# The checks for a GPU, tried on the CPU.
+
+IN_PROCESS = gpu_check.CHECKS[:6]
+
+
+def test_the_checks_for_a_gpu_pass_on_the_cpu_where_they_can(tmp_path):
+    """Those that start no process."""
+    names = ','.join(check.__name__ for check in IN_PROCESS)
+    done = CliRunner().invoke(
+        gpu_check.main, ['--device=cpu', f'--outdir={tmp_path / "out"}', f'--only={names}']
+    )
+    assert done.exit_code == 0, done.output
+    report = (tmp_path / 'out' / 'report.txt').read_text().splitlines()
+    assert [line.split()[0] for line in report[1:]] == ['ok'] * len(IN_PROCESS)
+    assert done.stdout.splitlines() == report
+
+
+def test_a_check_that_fails_or_has_no_time_is_told_and_the_others_go_on(tmp_path, monkeypatch):
+    def fails(s):
+        s.facts.append('1.5 of 2')
+        raise RuntimeError('broken')
+
+    def is_slow(s):
+        raise gpu_check.Slow('aims: 2')
+
+    def is_late(s):
+        s.deadline = 0
+
+    checks = dict(fails=fails, is_slow=is_slow, is_late=is_late, comes_last=is_slow)
+    monkeypatch.setattr(gpu_check, 'BY_NAME', {})
+    gpu_check.BY_NAME.update(checks)
+    for check_name, check in checks.items():
+        monkeypatch.setattr(check, '__name__', check_name)
+    done = CliRunner().invoke(gpu_check.main, ['--device=cpu', f'--outdir={tmp_path / "out"}'])
+    lines = [line.split()[0] for line in done.stdout.splitlines()[1:]]
+    assert lines == ['FAILED', 'slow', 'ok', 'skipped'] and done.exit_code == 1
+    assert 'fails (0 s): 1.5 of 2; RuntimeError broken' in done.stdout
+    assert 'broken' in (tmp_path / 'out' / 'fails.error.txt').read_text()
+    assert '2 of 4 checks failed or were skipped' in done.stderr
+
+
+def test_a_command_of_a_check_that_fails_names_its_file(tmp_path):
+    session = gpu_check.Session(CPU, tmp_path, time.monotonic() + 60)
+    with pytest.raises(RuntimeError, match='exit status 3'):
+        session.command('name', '-c', 'import sys; print("why", file=sys.stderr); sys.exit(3)')
+    assert 'why' in (tmp_path / 'name.txt').read_text()
+    assert session.command('other', '-c', 'print(5)') == '5\n'
+
+
+def test_the_checks_for_a_gpu_refuse_to_run_without_one_or_into_an_old_folder(tmp_path):
+    assert_one_clear_error(
+        CliRunner().invoke(gpu_check.main, [f'--outdir={tmp_path / "new"}']), '--device=cpu'
+    )
+    assert_one_clear_error(
+        CliRunner().invoke(gpu_check.main, ['--device=cpu', f'--outdir={tmp_path}']), 'choose another folder'
+    )
+    listed = CliRunner().invoke(gpu_check.main, ['--list']).output.split()
+    assert listed == [check.__name__ for check in gpu_check.CHECKS]
