@@ -309,26 +309,27 @@ def find_schedule(
     network: str, solver: str, save: str | None, json_path: str | None, dry_run: bool, options: EasyDict
 ) -> None:
     """`search.py --schedule`."""
-    from sampling import schedule_search
     from sampling.level_list import write_levels
+    from sampling.teacher_paths import ScheduleSearch, Teacher
     from torch_utils import distributed
 
     # Two sets of seeds: one to search with, one to say how good the levels are.
     cli.check_seeds(options.seed, 2 * options.num, '--seed', 'twice --num')
     distributed.init()
-    teacher = schedule_search.Teacher(network, solver, options)
+    settings = {name: options[name] for name in ('steps', 'order', 'variant', 'afs', 'to_zero')}
+    search = ScheduleSearch(Teacher(network, options), solver, **settings)
     if dry_run:
-        distributed.print0(json.dumps(teacher.plan(), indent=2))
+        distributed.print0(json.dumps(search.plan(), indent=2))
         return
     for path in (save, json_path):
         evaluation.make_folder(path)
         check_writable(path)
-    found = teacher.search(evaluation.log)
+    found = search.run(evaluation.log)
     if distributed.is_main():
-        click.echo(teacher.as_options(found['sigmas']))
+        click.echo(search.as_options(found['sigmas']))
         evaluation.write_json(json_path, found)
         if save:
-            write_levels(save, found['sigmas'], teacher.record())
+            write_levels(save, found['sigmas'], search.record())
     distributed.shutdown()
 
 

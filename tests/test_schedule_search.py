@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import generate
 import search
 from dnnlib import WrongOptions
-from sampling import level_list, schedule_search
+from sampling import level_list, schedule_search, teacher_paths
 from training import networks
 from training.checkpoint import load_network, save_snapshot
 from training.schedules import schedule_sigmas
@@ -182,7 +182,7 @@ def test_what_is_found_is_sampled_by_the_line_and_by_the_file_alike(lab, tmp_pat
     }
     nodes = schedule_sigmas('polynomial', 9, 0.002, 80.0).tolist()
     nodes = [80.0, *nodes[1:-1], 0.002]
-    paths = schedule_search.TeacherPaths(net, nodes, range(6, 12), 6, None, found['to_zero'], False)
+    paths = teacher_paths.TeacherPaths(net, nodes, range(6, 12), 6, None, with_errors=False)
     assert paths.distance(given, **sampler) == pytest.approx(found['distance'], rel=1e-5)
 
 
@@ -204,7 +204,7 @@ def test_two_processes_find_what_one_does(lab, tmp_path):
 
 
 def test_a_dry_run_prints_the_plan_and_searches_nothing(lab, monkeypatch):
-    monkeypatch.setattr(schedule_search.TeacherPaths, '__init__', None)
+    monkeypatch.setattr(teacher_paths.TeacherPaths, '__init__', None)
     result = found_by(lab, '--dry-run', '--low=0.01', '--high=40', '--solver=dpm2')
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)

@@ -1,0 +1,203 @@
+"""A table of what a teacher does without training: a metric of its images by every solver in few evaluations,
+with the solver's own noise levels, with levels even in the time of the cosine process, and with searched ones.
+
+    python -m experiments.solver_table --network=teacher.pkl --ref=classifier.npz --detector=classifier.pt
+"""
+
+from __future__ import annotations
+
+import dnnlib.interrupts  # noqa: F401  (first)
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from dnnlib import EasyDict, UserError, cli
+from dnnlib.util import atomic_write
+from training.saved_files import NETWORK_FILE
+
+SOLVERS = ('euler', 'heun', 'dpm2', 'ipndm', 'ipndm_v', 'deis', 'dpmpp', 'unipc')
+LEVELS = ('own', 'cosine', 'searched')
+SEARCH = dict(num=128, nodes=61, low=None, high=None)  # options of the searches
+
+
+@click.command(cls=cli.Command)
+@cli.option('--network', metavar='PKL|DIR|URL', type=NETWORK_FILE, required=True, help='Diffusion model.')
+@cli.option('--ref', metavar='NPZ|URL', type=cli.PATH, required=True, help='Reference statistics.')
+@cli.option(
+    '--detector',
+    metavar='PATH|URL',
+    type=cli.PATH,
+    help=f"Feature detector. {cli.PROGRAM}  [default: NVIDIA's Inception]",
+)
+@cli.option('--detector-sha256', metavar='HEX', help='Digest that the detector file must have.')
+@cli.option(
+    '--nfe',
+    metavar='LIST',
+    type=cli.NumberList(cli.LEVELS),
+    default='2,4,5,8',
+    show_default=True,
+    help='Numbers of network evaluations; of an odd one, dpm2 takes one less, of an even one heun.',
+)
+@cli.option(
+    '--levels',
+    metavar='LIST',
+    default=','.join(LEVELS),
+    show_default=True,
+    help="Noise levels: the solver's own, even in the cosine process's time, searched.",
+)
+@cli.option(
+    '--num', metavar='INT', type=cli.TWO_IMAGES, default=6000, show_default=True, help='Images per cell.'
+)
+@cli.option(
+    '--seed', metavar='INT', type=cli.SEED, default=0, show_default=True, help='First seed of the images.'
+)
+@cli.option(
+    '--batch', metavar='INT', type=cli.BATCH, default=256, show_default=True, help='Images per batch.'
+)
+@cli.option(
+    '--json',
+    'json_path',
+    metavar='FILE',
+    type=cli.PATH,
+    required=True,
+    help='File of the results, from which an interrupted table resumes.',
+)
+def main(levels, json_path, **options):
+    """Measure a teacher by all solvers in few network evaluations, and print a table."""
+    from torch_utils import distributed
+
+    wanted = levels.split(',')
+    if unknown := [name for name in wanted if name not in LEVELS]:
+        raise click.UsageError(f'--levels: {unknown[0]!r} is none of {", ".join(LEVELS)}.')
+    distributed.init()
+    options = EasyDict(
+        options, class_idx=None, labels=None, dinov2=None, skip_bad=False, cache=None, workers=2
+    )
+    table = SolverTable(options, Path(json_path))
+    for name in wanted:
+        for solver, nfe, steps in cells(options.nfe):
+            table.measure(name, solver, nfe, steps)
+    distributed.print0(table.markdown(wanted, options.nfe), end='')
+    distributed.shutdown()
+
+
+def cells(counts: list[int]) -> Iterator[tuple[str, int, int]]:
+    """(solver, evaluations, steps) of every cell; a solver of two evaluations a step may take one less."""
+    for nfe in counts:
+        for solver in SOLVERS:
+            steps = dict(heun=(nfe + 1) // 2, dpm2=nfe // 2).get(solver, nfe)
+            if solver not in ('heun', 'dpm2') or steps > 1:
+                yield solver, nfe, steps
+
+
+class SolverTable:
+    """Values by (levels, solver, evaluations), saved as each is measured.
+
+    Raises: UserError if the network, the reference or the detector cannot be used, or the file is of another
+        table.
+    """
+
+    def __init__(self, options: EasyDict, path: Path):
+        from metrics import evaluation
+        from metrics.measures import MEASURES
+        from metrics.time_points import MetricOfPoints
+        from sampling.teacher_paths import Teacher
+        from training.checkpoint import network_digest
+
+        measures = {'fid': MEASURES['fid']}
+        evaluation.check_detector_options(measures, options)
+        references = evaluation.read_references(options.ref, measures, options)
+        self.teacher = Teacher(options.network, EasyDict({**options, **SEARCH}))
+        self.net = self.teacher.net
+        self.options, self.path = options, path
+        evaluation.make_folder(path)
+        self.metric = MetricOfPoints(self, measures, references, options)
+
+        # A file of the same table is continued.
+        settings = dict(
+            network=network_digest(self.net, self.net.metadata),
+            detector=self.metric.detector.digest,
+            num=options.num,
+            seed=options.seed,
+        )
+        self.record = dict(settings=settings, values={})
+        if path.exists():
+            self.record = read_record(path, settings)
+
+    def images(self, arguments: dict | list, options: EasyDict):
+        """An image source as in metrics/images.py, for `MetricOfPoints`."""
+        from metrics.generated import GeneratedImages
+
+        seeds = range(options.seed, options.seed + options.num)
+        given = arguments or dict(solver='euler', steps=1)
+        return GeneratedImages(self.net, seeds, options.batch, name=str(given), **given)
+
+    def measure(self, levels: str, solver: str, nfe: int, steps: int) -> None:
+        """Measure a cell, unless the file has it."""
+        from metrics import evaluation
+        from torch_utils import distributed
+
+        key = f'{levels} {solver} {nfe}'
+        if key in self.record['values']:
+            return
+        value = self.metric(self.arguments(levels, solver, steps))
+        evaluation.log(f'{key}: {value:.4g}')
+        self.record['values'][key] = value
+        if distributed.is_main():
+            with atomic_write(self.path) as file:
+                file.write(json.dumps(self.record, indent=2).encode() + b'\n')
+
+    def arguments(self, levels: str, solver: str, steps: int) -> dict:
+        """Sampling options of a cell."""
+        from sampling.teacher_paths import ScheduleSearch
+
+        if levels == 'own':
+            return dict(solver=solver, steps=steps)
+        if levels == 'cosine':
+            return dict(solver=solver, steps=steps, discretization='cosine')
+        try:
+            search = ScheduleSearch(self.teacher, solver, steps)
+        except UserError:  # no level to search
+            return dict(solver=solver, steps=steps)
+        return dict(search.sampler, sigmas=search.run(lambda line: None)['sigmas'])
+
+    def markdown(self, levels: list[str], counts: list[int]) -> str:
+        """The table: a line per solver and kind of levels, a column per number of evaluations; the least of a
+        column is bold."""
+        from experiments.report import markdown_table
+
+        value = lambda name, solver, nfe: self.record['values'].get(f'{name} {solver} {nfe}')
+        lines = [(name, solver) for name in levels for solver in SOLVERS]
+        least = {nfe: min(v for each in lines if (v := value(*each, nfe)) is not None) for nfe in counts}
+        text = lambda v, nfe: '' if v is None else f'**{v:.3f}**' if v == least[nfe] else f'{v:.3f}'
+        return markdown_table(
+            ['levels', 'solver', *map(str, counts)],
+            [[name, solver, *(text(value(name, solver, n), n) for n in counts)] for name, solver in lines],
+        )
+
+
+def read_record(path: Path, settings: dict) -> dict:
+    """The results of an earlier command. Raises: UserError if they are of another table, or damaged."""
+    from dnnlib import schema
+
+    values = schema.Dict(schema.Text(longest=100), schema.Real())
+    try:
+        record = schema.read_json(
+            path,
+            schema.Record(dict(settings=schema.Plain(), values=values), ['settings', 'values']),
+            'the table',
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f'--json={path} is no table of solvers ({error}): choose another name.') from error
+    if record['settings'] != settings:
+        raise UserError(
+            f'--json={path} is the table of another network or other images: choose another name.'
+        )
+    return record
+
+
+if __name__ == '__main__':
+    main()
