@@ -11,7 +11,14 @@ import os
 import click
 
 from dnnlib import UserError, cli
-from sampling.options import CM_EDIT_STEPS, EditJob, editing_options, sampling_arguments, sampling_options
+from sampling.options import (
+    CM_EDIT_STEPS,
+    EditJob,
+    editing_options,
+    guidance_options,
+    sampling_arguments,
+    sampling_options,
+)
 from training.saved_files import NETWORK_FILE
 
 
@@ -209,12 +216,14 @@ def start_at(job: EditJob, sigma: float, add_noise: bool) -> None:
 )
 @cli.option('--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, help='Batch size.')
 @sampling_options()
-def interpolate(network, outdir, seeds, count, batch, sampling):
+@guidance_options()
+def interpolate(network, outdir, seeds, count, batch, sampling, guidance):
     """Interpolate between the latents of successive seeds; other random numbers are those of the first."""
     import torch
 
     from sampling import edit_files, generation
     from training.checkpoint import load_network
+    from training.guidance import guided
     from training.networks import encoders
 
     if len(seeds) < 2:
@@ -225,6 +234,7 @@ def interpolate(network, outdir, seeds, count, batch, sampling):
     # Load the network and its decoder.
     net = load_network(network, 'cuda' if torch.cuda.is_available() else 'cpu')
     encoder = encoders.encoder_of(net, next(net.parameters()).device)
+    net = guided(net, network, guidance)
     arguments = sampling_arguments(net, network, **sampling)
     edit_files.make_folder(outdir)
 

@@ -28,10 +28,12 @@ from metrics.evaluation import (
     write_json,
 )
 from metrics.options import feature_options
-from sampling.options import sampling_arguments, sampling_options
+from sampling.options import guidance_options, sampling_arguments, sampling_options
+from training.guidance_options import GuidanceOptions
 from training.saved_files import NETWORK_FILE
 
 NETWORK = 'Images of a network'
+UNGUIDED = GuidanceOptions()
 
 
 class SeedSet(cli.Seeds):
@@ -134,19 +136,34 @@ def main():
     'followed by mean and minimum.',
 )
 @sampling_options(NETWORK)
-def calc(paths, ref, measures, num, bootstrap, nearest_k, json_path, network, seed_sets, sampling, options):
+@guidance_options()
+def calc(
+    paths,
+    ref,
+    measures,
+    num,
+    bootstrap,
+    nearest_k,
+    json_path,
+    network,
+    seed_sets,
+    sampling,
+    guidance,
+    options,
+):
     """Compute metrics of images, or of a network's samples, against a reference."""
     from metrics.measures import Comparison
     from metrics.uncertainty import check_enough_to_extrapolate
 
-    check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_sets, sampling)
+    chosen = sampling | vars(guidance)
+    check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_sets, chosen)
     check_detector_options(measures, options)
     with _processes() as is_main:
         # Everything that may be missing or wrong is found before the first batch.
         make_folder(json_path)
         references = read_references(ref, measures, options)
         sources = (
-            images_of_network(network, seed_sets, sampling, options.batch)
+            images_of_network(network, seed_sets, sampling, options.batch, guidance)
             if network
             else images_of_paths(paths, num or DEFAULT_NUM, options)
         )
@@ -300,22 +317,27 @@ def images_of_paths(paths, num: int, options) -> list:
     return [open_images(path, num, options.seed, options.skip_bad) for path in paths]
 
 
-def images_of_network(network: str, seed_sets, sampling: dict, batch: int) -> list:
+def images_of_network(
+    network: str, seed_sets, sampling: dict, batch: int, guidance: GuidanceOptions = UNGUIDED
+) -> list:
     """An image source for each set of seeds."""
     from metrics.generated import GeneratedImages
     from torch_utils import distributed
-    from training.checkpoint import load_network, network_digest
+    from training.checkpoint import load_network
+    from training.guidance import guided, model_digest
 
     with distributed.main_process_first():
         net = load_network(network, distributed.get_device())
+    net = guided(net, network, guidance)
     arguments = sampling_arguments(net, network, **sampling)
 
-    # The cache is keyed by what determines the images; a labels file by its contents, which may change.
+    # The cache is keyed by what determines the images; files of labels and guides by their contents.
     settings = {name: value for name, value in sampling.items() if name != 'labels'}
-    identity = f'{network_digest(net, net.metadata)} {json.dumps(settings, sort_keys=True)}'
+    identity = f'{model_digest(net)} {json.dumps(settings, sort_keys=True)}'
     identity += f' labels {arguments["choose_labels"].digest()}' if sampling['labels'] else ''
+    chosen = sampling | vars(guidance)
     given = ''.join(
-        f', {option_names([name])}={value}' for name, value in sampling.items() if value not in (None, False)
+        f', {option_names([name])}={value}' for name, value in chosen.items() if value not in (None, False)
     )
     return [
         GeneratedImages(

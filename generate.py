@@ -12,7 +12,7 @@ import click
 from dnnlib import cli
 from dnnlib.text import printable
 from dnnlib.util import check_other_file
-from sampling.options import sampling_arguments, sampling_options
+from sampling.options import guidance_options, sampling_arguments, sampling_options
 from training.saved_files import NETWORK_FILE
 
 SPEED = 'Precision and performance'
@@ -83,6 +83,7 @@ def check_destination(
     '[default: half of the CPUs but one, at most 4]',
 )
 @sampling_options()
+@guidance_options()
 @cli.option(
     '--precision',
     type=click.Choice(['fp32', 'fp16', 'bf16']),
@@ -123,6 +124,7 @@ def main(
     batch,
     workers,
     sampling,
+    guidance,
     precision,
     compiled,
     channels_last,
@@ -137,6 +139,10 @@ def main(
     \b
     A teacher by Heun's method with 256 steps, 511 network evaluations:
       python generate.py --network=edm-imagenet-64x64-cond-adm.pkl --outdir=out --steps=256
+    \b
+    A teacher that is guided by an unconditional one at the middle noise levels:
+      python generate.py --network=teacher.pkl --outdir=out --guide=uncond.pkl --guidance=2 \\
+          --guidance_interval=0.2,5
 
     An image depends only on its seed, not on the batch size or the number of processes.
     """
@@ -152,8 +158,9 @@ def main(
     with writers.WriterPool(workers) as pool:  # its processes start while torch is imported
         from sampling import generation
         from torch_utils import distributed
-        from training import execution, samplers
+        from training import execution
         from training.checkpoint import load_network
+        from training.guidance import describe, guided
         from training.networks import encoders
 
         # Everything that may be missing or wrong is found before the first batch.
@@ -164,6 +171,7 @@ def main(
             net = load_network(network, distributed.get_device())
             if not as_latents:  # loads the VAE
                 encoders.encoder_of(net, distributed.get_device())
+        net = guided(net, network, guidance)
         arguments = sampling_arguments(net, network, **sampling)
         generation.validate_arguments(net, **arguments)
         if outdir and not strict_outdir:  # not before an error
@@ -178,7 +186,7 @@ def main(
         execution.run_with(net, channels_last=channels_last, compiled=compiled, cuda_graphs=True)
 
         # Generate.
-        sampler = samplers.describe(**arguments)
+        sampler = describe(net, **arguments)
         what = f'{len(seeds)} {"latents" if as_latents else "images"}'
         distributed.print0(f'Generating {what} to "{dest or outdir}" ({sampler})...')
         generate_all(net, seeds, batch, destination, pool, as_latents, arguments, compiled, allow_nonfinite)

@@ -144,6 +144,8 @@ def train(o: Options, held: contextlib.ExitStack) -> bool:
         dataset = configuration.open_dataset(o.run)
     with same_run.as_stored(o, 'teacher'):
         teacher = starting_point.load_teacher(o, dataset) if o.teacher else None
+    with same_run.as_stored(o, 'guide'):
+        teacher = starting_point.guided_teacher(o, teacher)
     if o.run.transfer:
         o = starting_point.with_architecture(o, starting_point.load_transfer(o))
     elif earlier and earlier.get('transfer') and not teacher:

@@ -10,7 +10,7 @@ import click
 
 from dnnlib import EasyDict, UserError, cli
 from metrics.validator import LabelMode, Validator, read_reference
-from sampling.options import GENERAL, OF_ODE
+from sampling.options import GENERAL, OF_ODE, guidance_options
 from training.saved_files import NETWORK_FILE
 
 
@@ -75,7 +75,8 @@ from training.saved_files import NETWORK_FILE
     help='Class labels: uniform or fixed:K (auto means uniform).',
 )
 @GENERAL['labels']
-def main(networks, ref, outdir, detector, **options):
+@guidance_options()
+def main(networks, ref, outdir, detector, guidance, **options):
     """Evaluate saved snapshots and append lines to metrics-val.jsonl as training does.
 
     Under torchrun, processes share the work.
@@ -83,6 +84,7 @@ def main(networks, ref, outdir, detector, **options):
     from data.label_space import space_of
     from torch_utils import distributed
     from training.checkpoint import load_network
+    from training.guidance import guided
     from training.run_log import METRICS, append_lines, json_line
 
     if options['labels'] and options['label'] != 'auto':
@@ -107,6 +109,7 @@ def main(networks, ref, outdir, detector, **options):
     for network in networks:
         with distributed.main_process_first():
             net = load_network(network, device)
+        net = guided(net, network, guidance)
         if validator is None:
             shape = [net.img_channels, net.img_resolution, net.img_resolution]
             validator = Validator(

@@ -216,7 +216,7 @@ class Validator:
         """
         from metrics.calc import compute_features
         from metrics.frechet import frechet_distance
-        from training import samplers
+        from training import guidance, samplers
 
         # What is sampled.
         start = time.monotonic()
@@ -249,9 +249,11 @@ class Validator:
             fid=fid,
             num_images=self.options.num,
             steps=steps,
-            nfe=samplers.evaluations(solver, steps, **sampling),
+            nfe=samplers.evaluations(solver, steps, **sampling)
+            + guidance.guide_evaluations(net, solver, steps, **sampling),
             ema=ema,
             **(dict(sampling=dict(solver=solver, **sampling)) if chosen else {}),
+            **(dict(guidance=net.record()) if isinstance(net, guidance.GuidedDenoiser) else {}),
             seconds=round(time.monotonic() - start, 3),
             **failure,
         )

@@ -56,7 +56,7 @@ def follow_search(net, solver: str | None, options: dict) -> tuple[str | None, d
     if record is None:
         return solver, options
     from torch_utils import distributed
-    from training.checkpoint import network_digest
+    from training.guidance import model_digest
 
     # What is not given is as in the search.
     given, completed = dict(options, solver=solver), {}
@@ -68,7 +68,7 @@ def follow_search(net, solver: str | None, options: dict) -> tuple[str | None, d
                 f'the noise levels of sigmas were searched for {name} {value}, not {completed[name]}: leave that '
                 'option out, or give the levels themselves, as in 80,5.8,0.9,0.002'
             )
-    if network_digest(net, net.metadata) != record['network'] and distributed.is_main():
+    if model_digest(net) != record['network'] and distributed.is_main():
         click.echo('Warning: the noise levels of --sigmas were searched for another network.', err=True)
     solver = completed.pop('solver')
     return solver, {**options, **{name: value for name, value in completed.items() if value is not None}}

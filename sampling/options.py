@@ -11,6 +11,7 @@ import click
 from dnnlib import cli
 from dnnlib.options import FLAG, SWITCH, gathered, opt, options_of
 from sampling.level_list import LevelList, follow_search
+from training.guidance_options import GuidanceOptions, checked
 from training.saved_files import NETWORK_FILE
 
 # Of training/samplers.py, which imports torch.
@@ -209,6 +210,11 @@ def sampling_options(heading: str = '') -> Callable[[Callable], Callable]:
     return gathered('sampling', [*general, *OF_STUDENTS.values(), *OF_CMS.values(), *OF_TEACHERS.values()])
 
 
+def guidance_options() -> Callable[[Callable], Callable]:
+    """A decorator for commands: the options of guidance, as `GuidanceOptions` called `guidance`."""
+    return gathered('guidance', list(options_of(GuidanceOptions).values()), checked)
+
+
 def sampling_arguments(
     net,
     network: str,
@@ -228,7 +234,7 @@ def sampling_arguments(
     """
     from sampling import label_choosers
     from torch_utils import distributed
-    from training import samplers
+    from training import guidance, samplers
 
     # None means the sampler's own default.
     options = {name: value for name, value in options.items() if value is not None}
@@ -236,7 +242,7 @@ def sampling_arguments(
     # Resolving checks them against the network, before the first batch.
     chosen, steps = samplers.resolve(net, solver, steps, force_steps, **options)
     if solver == 'best' and distributed.is_main():
-        click.echo(f'--solver=best: {samplers.describe(chosen, steps, **options)}.', err=True)
+        click.echo(f'--solver=best: {guidance.describe(net, chosen, steps, **options)}.', err=True)
     choose_labels = choose_labels or label_choosers.choose(net, network, class_idx, labels)
     return dict(choose_labels=choose_labels, solver=chosen, steps=steps, force_steps=force_steps, **options)
 

@@ -9,6 +9,7 @@ made the host wait for the device, or mixed devices.
 import contextlib
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from sampling import generation
 from torch_utils import misc, training_stats
 from training import command_line, configuration, execution, networks, stages, starting_point
 from training.checkpoint import save_snapshot
+from training.guidance import GuidedDenoiser
 from training.networks import edm2
 from training.objectives import OBJECTIVES
 from training.profiling import StepProfile
@@ -40,6 +42,7 @@ ADM = f'--arch=adm {SIZE} --augment=0'
 MCD = '--objective=mcd --anchor_hops=2 --S=4 --T_start=8 --T_end=16 --T_anneal_kimg=0.032'
 TRAINING = {
     'diffusion': f'--arch=adm {SIZE} --augment=0.1 --precision=fp16',
+    'diffusion, labels dropped': f'{ADM} --label_dropout=0.1',
     'diffusion, edm2': f'--arch=edm2 {SIZE} --precision=fp16 --phema=0.05,0.1',
     'diffusion, vp': f'--arch=ddpmpp --precond=vp {SIZE} --precision=bf16 --grad-clip=1',
     'diffusion, ve': f'--arch=ncsnpp --precond=ve {SIZE} --optim=radam',
@@ -47,7 +50,9 @@ TRAINING = {
     'mcd, averages on the host': f'{MCD} --precision=fp16 --hop=addim --ema-device=cpu',
     'mcd, half at the tops': f'{MCD} --precision=bf16 --keep_ties --top-mass=0.5 --checkpoint-activations',
     'mct': f'--objective=mct {ADM} --S=4 --T_start=8 --T_end=16 --T_anneal_kimg=0.032 --optim=radam --precision=fp16',
+    'mcd, guided': f'{MCD} --precision=fp16 --guide=none-label --guidance=2 --guidance_interval=0.1,10',
     'direct': '--objective=direct --S=4 --substeps=2 --precision=fp16',
+    'direct, guided': '--objective=direct --S=4 --substeps=2 --guide={folder}/guide.pkl --guidance=2',
     'pd': '--objective=pd --S=4 --S_start=8 --stage_steps=8 --precision=fp16',
     'cm-cd': '--objective=cm-cd --precision=fp16 --mu0=0.9',
     'cm-cd, lpips': '--objective=cm-cd --precision=fp16 --cm_loss=lpips --lpips=random',
@@ -65,16 +70,18 @@ def build(arch: str) -> torch.nn.Module:
 
 
 def write_teachers(folder: Path) -> None:
-    """A diffusion model, and what `tcm` starts from, a consistency model."""
+    """A diffusion model, a guide for it, and what `tcm` starts from, a consistency model."""
     net = build('adm').eval()
-    save_snapshot(folder / 'diffusion.pkl', net, objective='diffusion', nimg=0, kimg=0)
+    save_snapshot(folder / 'diffusion.pkl', net, objective='diffusion', nimg=0, kimg=0, label_dropout=0.1)
+    save_snapshot(folder / 'guide.pkl', build('edm2').eval(), objective='diffusion', nimg=0, kimg=0)
     sampling = dict(solver='cm', sigmas=[80.0, 2.0, 0.0])
     save_snapshot(folder / 'consistency.pkl', net, objective='ect', nimg=0, kimg=0, **sampling)
 
 
 def waits_in_training(case: str, data: str, folder: Path) -> list[str]:
     """Of the second step: the first allocates what stays, and makes the first edges."""
-    words = [f'--outdir={folder}', f'--data={data}', *COMMON.split(), *TRAINING[case].split()]
+    words = [f'--outdir={folder}', f'--data={data}', *COMMON.split()]
+    words += [word.format(folder=folder) for word in TRAINING[case].split()]
     objective = command_line.objective_in(words) or 'diffusion'
     words += [] if objective == 'pd' else ['--duration=0.000128']
     if (kind := OBJECTIVES[objective].teacher) is not None:
@@ -84,6 +91,7 @@ def waits_in_training(case: str, data: str, folder: Path) -> list[str]:
         o = next(stages.stages(o, str(folder)))
     dataset = configuration.open_dataset(o.run)
     teacher = starting_point.load_teacher(o, dataset) if o.teacher else None
+    teacher = starting_point.guided_teacher(o, teacher)
     o = configuration.settle(o, dataset, teacher, None)
     c = configuration.configure(o, dataset, teacher)
 
@@ -128,8 +136,12 @@ class Nowhere:
 def waits_in_sampling(arch: str, solver: str) -> list[str]:
     """Of generate.py, by batch."""
     with gpu_stand_in.gpu() as device, contextlib.redirect_stdout(io.StringIO()):
+        arch, _, guide = arch.partition(' guided by ')
         net = execution.in_precision(build(arch).eval().requires_grad_(False), 'fp16').to('cuda')
         net.metadata = {}
+        if guide:
+            weak = None if guide == 'itself' else build(guide).eval().requires_grad_(False).to('cuda')
+            net = GuidedDenoiser(net, weak, 2.0, (0.001, 10.0))
         arguments = dict(choose_labels=generation.uniform_labels, solver=solver, steps=2)
         return waits_beyond_the_first(
             device,
@@ -162,6 +174,8 @@ SAMPLING = [
     ('adm', 'ipndm'),
     ('adm', 'dpmpp'),
     ('edm2', 'euler'),
+    ('adm guided by itself', 'heun'),
+    ('adm guided by edm2', 'dpmpp'),
 ]
 
 # ----------------------------------------------------------------------------
@@ -259,3 +273,7 @@ def main(data: str, folder: str, *cases: str) -> None:
 
 if __name__ == '__main__':
     main(*sys.argv[1:])
+    # Without the interpreter's own end, which one run in five did not survive ('terminate called'): threads of
+    # the stand-in's device outlive it.
+    sys.stdout.flush()
+    os._exit(0)

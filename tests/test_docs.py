@@ -92,7 +92,10 @@ def shell_commands():
     return [call for page in (README, *PAGES) for call in calls(page)]
 
 
-def test_every_command_parses_and_its_options_go_together(monkeypatch):
+def test_every_command_parses_and_its_options_go_together(monkeypatch, tmp_path):
+    # The file that search.py --schedule writes.
+    (tmp_path / 'levels.txt').write_text('80,1,0.002')
+    monkeypatch.chdir(tmp_path)
     # The run of a --resume, which is not there.
     stored = dict(outdir='training-runs', data='data.zip', objective='diffusion')
     monkeypatch.setattr(command_line.stored_options, 'read', lambda *_: stored)

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch_utils import training_stats
 from torch_utils.flat import FlatParameters
 from training import networks
+from training.guidance import GuidedDenoiser
 from training.networks import edm2 as networks_edm2
 from training.networks.encoders import StandardRGBEncoder
 from training.objectives import OBJECTIVES
@@ -38,10 +39,11 @@ MCD = dict(SEGMENTS, terminal_anchor=True, terminal_teacher_hop=True, anchor_hop
 CM = dict(RANGE, N=None, s0=2, s1=20, schedule_nimg=4 * BATCH, mu0=0.9, mu_schedule='adaptive', cm_loss='l2')
 
 # The objective, its loss's options, and those of the update and the averages where they are not the plain
-# ones.
+# ones; whether a guided teacher has another network as its guide.
 CASES = {
     'edm': ('diffusion', dict(kind='edm'), {}),
     'edm2': ('diffusion', dict(kind='edm2'), dict(stds=[0.05, 0.1])),
+    'labels dropped': ('diffusion', dict(kind='edm', label_dropout=0.1), {}),
     'vp': ('diffusion', dict(kind='vp'), dict(grad_clip=1.0)),
     've': ('diffusion', dict(kind='ve'), dict(radam=True)),
     'mcd': ('mcd', MCD, dict(loss_scale=None, grad_clip=1.0, stds=[0.05, 0.1])),
@@ -51,6 +53,8 @@ CASES = {
         dict(radam=True, loss_scale=None),
     ),
     'mcd, tops': ('mcd', dict(MCD, keep_ties=True, top_mass=0.5), {}),
+    'mcd, guided': ('mcd', MCD, dict(guide=True)),
+    'mcd, guided without a label': ('mcd', MCD, dict(guide=False)),
     'mcd, ddim to the data': ('mcd', dict(MCD, hop='ddim', terminal_teacher_hop=False), {}),
     'mcd, addim': (
         'mcd',
@@ -111,7 +115,7 @@ CASES = {
 }
 
 
-UNCHANGING = {'edm', 'edm2', 'vp', 've', 'pd'}  # whose edges are the same throughout
+UNCHANGING = {'edm', 'edm2', 'labels dropped', 'vp', 've', 'pd'}  # whose edges are the same throughout
 
 
 REAL_NETWORKS = {'edm': networks.EDMPrecond, 'edm2': networks_edm2.Precond, 'mcd': networks.EDMPrecond}
@@ -163,6 +167,9 @@ class Training:
         teacher = None
         if objective.teacher:
             teacher = make_network(case, 1, device).eval().requires_grad_(False)
+        if 'guide' in extra:
+            guide = make_network(case, 2, device).eval().requires_grad_(False) if extra['guide'] else None
+            teacher = GuidedDenoiser(teacher, guide, 2.0, (0.1, 10.0))
         self.loss_fn = Loss(name, teacher, self.net, **options)
         self.flat = FlatParameters(self.net)
         self.update = WeightUpdate(

@@ -60,6 +60,11 @@ def describe_run(log: RunLog, c: EasyDict, net, dataset, teacher, rounds: int, b
             'of which these data have some: its predictions for them were never trained.'
         )
 
+    if c.get('guide'):
+        interval = c.get('guidance_interval')
+        at = f' at noise levels from {interval[0]:g} to {interval[1]:g}' if interval else ''
+        log(f'Guidance: {c.guide} with weight {c.guidance:g}{at}')
+
     # Network.
     params = sum(p.numel() for p in net.parameters())
     log(f'Network: {type(net).__name__} / {type(net.model).__name__}, {params:,} parameters')

@@ -178,6 +178,14 @@ def check_together(o: Options) -> None:
         )
         raise click.UsageError(f'--objective={name} needs --teacher=PKL, {kinds[objective.teacher]}.')
 
+    # Guidance, and training without labels.
+    if hasattr(o.own, 'guide'):
+        o.own.check_guidance()
+    if getattr(o.own, 'label_dropout', 0) and not run.cond:
+        raise click.UsageError(
+            f'--label_dropout={o.own.label_dropout:g} needs --cond=1: without it there are no labels.'
+        )
+
     # Options that need another one.
     for switch in dict.fromkeys(option.switch for option in RUN.values() if option.switch):
         stray = [option for name, option in RUN.items() if name in o.given and option.switch == switch]
@@ -248,7 +256,7 @@ REPLACED = dict(
 # Options that are not compared with stored ones: those of a start, and files, whose contents are compared.
 UNCOMPARED = (
     *('outdir', 'nosubdir', 'desc', 'resume', 'take_lock', 'resume_override', 'allow_other_data', 'dry_run'),
-    *('data', 'teacher', 'val_overwrite', 'preset'),
+    *('data', 'teacher', 'guide', 'val_overwrite', 'preset'),
 )
 
 

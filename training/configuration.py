@@ -17,8 +17,10 @@ from metrics.validator import SHOWN
 from training.architectures import ARCHITECTURES
 from training.command_line import RUN, Options
 from training.config import RunConfig
+from training.guidance import GuidedDenoiser, unguided
 from training.run_folder import planned_run_dir
 from training.same_run import data_record
+from training.snapshot_metadata import GUIDANCE
 from training.starting_point import edm2_width, is_edm2, network_from_scratch, network_of_teacher
 
 # Options in optimizer steps: the loss's name for the same length, and its unit in images.
@@ -79,7 +81,7 @@ def settle(o: Options, dataset, teacher, earlier: dict | None) -> Options:
 
 def late_defaults(o: Options, dataset, teacher) -> dict[str, object]:
     """{option: default} of options that depend on the objective or the network."""
-    objective = o.objective
+    objective, teacher = o.objective, unguided(teacher)
 
     # EDM2's networks.
     edm2 = {}
@@ -309,7 +311,9 @@ def configure(o: Options, dataset, teacher) -> EasyDict:
 
     # Data, network, loss.
     c = EasyDict(objective=run.objective, teacher=o.teacher, total_nimg=total_images(o))
+    guidance, teacher = guidance_record(o, teacher), unguided(teacher)
     c.teacher_digest = network_digest(teacher, {}) if teacher is not None else None
+    c.update(guidance)
     c.dataset = data_record(o, dataset)
     encoder, channels = encoders.for_dataset(dataset, teacher)
     c.encoder = encoders.record_of(encoder)
@@ -343,18 +347,32 @@ def configure(o: Options, dataset, teacher) -> EasyDict:
     return c
 
 
+def guidance_record(o: Options, teacher) -> dict[str, object]:
+    """How the teacher is guided, and the digest of its guide; None without --guide.
+
+    In later rounds of progressive distillation as in the first, whose student the teacher descends from.
+    """
+    record = {}
+    if isinstance(teacher, GuidedDenoiser):
+        record = dict(teacher.record(), guide_digest=teacher.guide_digest())
+    elif o.stages and o.stages[0][0] != o.own.S:
+        record = teacher.metadata
+    return {name: record.get(name) for name in GUIDANCE}
+
+
 def loss_record(o: Options, teacher) -> EasyDict:
     """The options of the loss, as they are recorded."""
     from training.objectives import loss_diffusion
 
+    values = {name: getattr(o.own, name) for name in (*o.objective.options, 'sigma_data')}
+    later = {name for name, option in options_of(type(o.own)).items() if option.later}
+    unchanged = {name for name in later if values[name] == o.objective.options[name]}
+    values = {name: value for name, value in values.items() if name not in unchanged}
     if o.objective.loss:
-        values = {name: getattr(o.own, name) for name in (*o.objective.options, 'sigma_data')}
-        later = {name for name, option in options_of(type(o.own)).items() if option.later}
-        unchanged = {name for name in later if values[name] == o.objective.options[name]}
-        return EasyDict({name: value for name, value in values.items() if name not in unchanged})
+        return EasyDict(values)
     kind = 'edm2' if is_edm2(o, teacher) else o.run.precond or 'edm'
-    known = loss_diffusion.DEFAULTS[kind].keys() & {'P_mean', 'P_std'}
-    return EasyDict(kind=kind, **{name: getattr(o.own, name) for name in sorted(known)})
+    known = loss_diffusion.DEFAULTS[kind].keys() & {'P_mean', 'P_std'} | later - unchanged
+    return EasyDict(kind=kind, **{name: values[name] for name in sorted(known)})
 
 
 def group_record(run, group: str, **others) -> EasyDict:

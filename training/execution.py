@@ -81,8 +81,10 @@ def hold_in_half(net: torch.nn.Module) -> torch.nn.Module:
 
 
 def networks_in(net: torch.nn.Module) -> list[torch.nn.Module]:
-    """The denoisers with a U-Net: `net`, or the two that it consists of."""
-    return [net] if hasattr(net, 'model') else [net.high, net.low]
+    """The denoisers with a U-Net: `net`, or those that it consists of."""
+    if hasattr(net, 'model'):
+        return [net]
+    return [part for child in net.children() for part in networks_in(child)]
 
 
 def is_on_gpu(net: torch.nn.Module) -> bool:

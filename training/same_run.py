@@ -26,8 +26,8 @@ def load_earlier(resume: str) -> tuple[str, dict]:
 
 # fmt: off
 # Settings, besides those of network and loss, that a resumed run must not change.
-SETTINGS = ['objective', 'teacher_digest', 'encoder', 'batch_size', 'seed', 'augment', 'phema_stds',
-            'precision', 'optim']
+SETTINGS = ['objective', 'teacher_digest', 'guide_digest', 'guidance', 'guidance_interval', 'encoder',
+            'batch_size', 'seed', 'augment', 'phema_stds', 'precision', 'optim']
 # fmt: on
 
 
@@ -52,6 +52,14 @@ def check_same_run(o: Options, c: EasyDict, earlier: dict) -> None:
         raise UserError(
             f'--resume={o.run.resume} was trained with the teacher {earlier.get("teacher")}, and '
             f'--teacher={o.teacher} is another network. Give that one, or add --resume-override'
+        )
+    if 'guide_digest' in changed:
+        with_guide = lambda config: (
+            f'with --guide={guide}' if (guide := config.get('guide')) else 'without --guide'
+        )
+        raise UserError(
+            f'--resume={o.run.resume} was trained {with_guide(earlier)}, and now its teacher would be guided '
+            f'otherwise, {with_guide(c)}. {cure}'
         )
     listed = ', '.join(change(OPTION_OF.get(name, name), then.get(name), now.get(name)) for name in changed)
     raise UserError(f'--resume={o.run.resume} would be another run with {listed}. {cure}')

@@ -120,9 +120,15 @@ def sample(
     if stray := [name for name in options if name not in known]:
         raise UserError(no_option(solver, stray))
 
-    # Solvers step in float64, whatever precision the network computes in.
-    denoiser = lambda x, sigma: net(x, ops.noise_level(sigma, x), class_labels).double()
+    denoiser = denoiser_of(net, class_labels)
     return sampler.run(net, denoiser, latents.double(), steps, sampler.options(**options), randn_like)
+
+
+def denoiser_of(net, class_labels: Tensor | None) -> solvers.Denoiser:
+    """D(x, sigma) float64 of a network at noise levels that are Python numbers, because solvers step in float64
+    whatever precision the network computes in. A guided network chooses by the number what to evaluate."""
+    level = (lambda sigma, x: sigma) if getattr(net, 'takes_numbers', False) else ops.noise_level
+    return lambda x, sigma: net(x, level(sigma, x), class_labels).double()
 
 
 def resolve(

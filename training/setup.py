@@ -15,6 +15,7 @@ from dnnlib.text import printable
 from torch_utils import distributed, misc
 from torch_utils.flat import FlatParameters
 from training import announcements, checkpoint, execution, resolution, run_files
+from training.guidance import unguided
 from training.networks import encoders
 from training.networks.augment import AugmentPipe
 from training.objectives import OBJECTIVES
@@ -49,7 +50,7 @@ class Run(NamedTuple):
         dataset, device: what it trains on, and where.
         net: the network that trains.
         ddp: `net`, wrapped in DistributedDataParallel if there are several processes.
-        teacher: frozen network to distill; None if the objective has none.
+        teacher: frozen network to distill, maybe a `GuidedDenoiser`; None if the objective has none.
         objective, loss_state: its module and the state that it keeps, see `training.objectives.loss`.
         preprocessing: encoder and augmentation.
         update: optimizer on the network's parameters as one vector, which `averages` follow.
@@ -106,7 +107,7 @@ def set_up(
     # Networks and loss.
     if teacher is not None:
         teacher = execution.in_precision(teacher, c.precision).to(device)
-    net = execution.in_precision(build_network(c, teacher), c.precision).to(device).train()
+    net = execution.in_precision(build_network(c, unguided(teacher)), c.precision).to(device).train()
     objective = OBJECTIVES[c.objective].module()
     options = OBJECTIVES[c.objective].complete(c.loss)
     loss_state = objective.setup(options, teacher, net, perceptual_distance(c, device))

@@ -30,7 +30,14 @@ RECORDED = (
     'sigma_data',
     'num_timesteps',
     'clip_denoised',
+    'label_dropout',
 )
+GUIDANCE = (
+    'guide',
+    'guide_digest',
+    'guidance',
+    'guidance_interval',
+)  # of the teacher, recorded in the same way
 
 # ----------------------------------------------------------------------------
 # Writing.
@@ -44,6 +51,7 @@ def snapshot_metadata(c: EasyDict, nimg: int) -> dict:
     # The record of a `LabelSpace`.
     metadata |= {name: c.dataset[name] for name in ('label_kind', 'classes') if name in c.dataset}
 
+    metadata |= {name: c[name] for name in GUIDANCE if c.get(name) is not None}
     options = {**c.loss, **(c.sampling or {})}
     # Samplers call N, the nodes that `ts` counts, num_timesteps.
     options['num_timesteps'] = options.get('N')

@@ -209,14 +209,27 @@ def ode_solve(
     Raises: UserError if the solver has no such order or variant, or the levels do not decrease.
     """
     sigmas = torch.as_tensor(sigmas, dtype=torch.float64).tolist()
+    denoise = lambda x, sigma: denoiser(x, ops.noise_level(sigma, x)).double()
+    return solve(denoise, x.double(), sigmas, solver, order, variant, afs, to_zero)
+
+
+def solve(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Sequence[float],
+    solver: str,
+    order: int | None,
+    variant: str | None,
+    afs: bool,
+    to_zero: bool,
+) -> Tensor:
+    """`ode_solve` for a denoiser of Python numbers that returns float64."""
     settings = check_choices(solver, order, variant)
     check_levels(sigmas, to_zero)
-
-    denoise = lambda x, sigma: denoiser(x, ops.noise_level(sigma, x)).double()
     if afs:
-        denoise = analytical_first(denoise)
-    x = ODE_SOLVERS[solver].solve(denoise, x.double(), sigmas, **settings)
-    return denoise(x, sigmas[-1]) if to_zero else x
+        denoiser = analytical_first(denoiser)
+    x = ODE_SOLVERS[solver].solve(denoiser, x, sigmas, **settings)
+    return denoiser(x, sigmas[-1]) if to_zero else x
 
 
 def analytical_first(denoiser: Denoiser) -> Denoiser:

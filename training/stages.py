@@ -13,12 +13,14 @@ from pathlib import Path
 from dnnlib import UserError
 from dnnlib.text import printable
 from training.command_line import Options
+from training.guidance_options import GuidanceOptions
 from training.objectives import time_schedules as times
 from training.saved_files import saved_snapshots, saved_states, stage_folders
 from training.stored_options import recorded_options
 
-# Options of a run that resumes nothing.
+# Options of a run that resumes nothing, and of one whose teacher is not guided.
 ANEW = dict(resume=None, resume_override=False, allow_other_data=False)
+UNGUIDED = dict(guide=None, guidance=None, guidance_interval=None)
 
 
 def stages(o: Options, run_dir: str) -> Iterator[Options]:
@@ -47,11 +49,12 @@ def stages(o: Options, run_dir: str) -> Iterator[Options]:
                 '--S and --stage_steps it was made with.'
             )
 
-    # Yield one stage after the other; the last snapshot of each is the teacher of the next.
-    for S, steps in plan:
+    # Yield one stage after the other; the last snapshot of each is the teacher of the next. That is not
+    # guided: what guidance does, the first student has learned.
+    for i, (S, steps) in enumerate(plan):
         folder, total = os.path.join(run_dir, f'S{S:04d}'), steps * o.run.batch
         snapshot, has_states = distributed.broadcast_object(
-            (_finished(folder, total, teacher), bool(saved_states(folder)))
+            (_finished(folder, total, teacher, o.own), bool(saved_states(folder)))
         )
         # Start the stage, or resume it.
         if snapshot is None or has_states:
@@ -64,9 +67,10 @@ def stages(o: Options, run_dir: str) -> Iterator[Options]:
                 outdir=folder,
                 nosubdir=True,
                 **(dict(resume=resume) if has_states else ANEW),
+                **(UNGUIDED if i else {}),
             )
             yield dataclasses.replace(stage, stages=tuple(plan))
-            snapshot = distributed.broadcast_object(_finished(folder, total, teacher))
+            snapshot = distributed.broadcast_object(_finished(folder, total, teacher, o.own))
         # Without a state to resume from, compare the data with the record in its folder.
         else:
             data = data or same_run.data_record(o, configuration.open_dataset(o.run))
@@ -80,7 +84,7 @@ def stages(o: Options, run_dir: str) -> Iterator[Options]:
         teacher = snapshot
 
 
-def _finished(folder: str, total_nimg: int, teacher: str) -> str | None:
+def _finished(folder: str, total_nimg: int, teacher: str, guidance: GuidanceOptions) -> str | None:
     """The last snapshot of a finished stage; None if it is not finished, and on all but the main process."""
     from torch_utils import distributed
     from training.checkpoint import load_network, network_digest
@@ -91,7 +95,14 @@ def _finished(folder: str, total_nimg: int, teacher: str) -> str | None:
     for path in saved_snapshots(folder):
         if load_network(path).metadata.get('nimg') != total_nimg:
             continue
-        if recorded_options(folder)['teacher_digest'] != network_digest(load_network(teacher), {}):
+        recorded = recorded_options(folder)
+        then = tuple(recorded.get(name) for name in ('guidance', 'guidance_interval'))
+        if then != (guidance.guidance, guidance.guidance_interval):
+            raise UserError(
+                f'{folder} was distilled from a teacher that was guided otherwise ({then}): '
+                'resume with the options it was made with, or start anew.'
+            )
+        if recorded['teacher_digest'] != network_digest(load_network(teacher), {}):
             raise UserError(
                 f'{folder} was distilled from another teacher than {teacher}: delete that folder and the '
                 'ones of fewer steps, or start anew.'

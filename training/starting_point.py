@@ -41,6 +41,23 @@ def load_teacher(o: Options, dataset):
     return teacher
 
 
+def guided_teacher(o: Options, teacher):
+    """The teacher, guided by --guide. Raises: UserError unless the guide fits it."""
+    from training import guidance
+
+    if getattr(o.own, 'guide', None) is None:
+        return teacher
+    guided = guidance.guided(teacher, f'--teacher={o.teacher}', o.own)
+    if guided.guide is not None:
+        check_numbers(guided.guide, f'--guide={o.own.guide}')
+        if o.run.augment and not guided.shares_augmentation:
+            raise UserError(
+                f'--augment={o.run.augment:g}: --guide={o.own.guide} does not know the augmentation labels '
+                'of the teacher: use --augment=0.'
+            )
+    return guided
+
+
 def check_numbers(net, name: str) -> None:
     """Check the numbers of a network, which could only lead to skipped steps.
 

@@ -16,7 +16,7 @@ from dnnlib import UserError, WrongOptions
 from training import solvers
 from training.ode_time import ode_time
 from training.schedules import DISCRETIZATIONS
-from training.solvers import ODE_SOLVERS, ode_solve
+from training.solvers import ODE_SOLVERS
 
 DEFAULT_TEACHER_STEPS = 18  # 35 evaluations by Heun's method, EDM's for CIFAR-10
 ROUNDING = 1e-6  # relative distance by which a listed level may lie outside of the network's range
@@ -240,7 +240,7 @@ def sample_ode(
 ) -> Tensor:
     """A solver over its own schedule, or another."""
     sigmas, to_zero = ode_levels(net, solver, steps, o)
-    return ode_solve(denoiser, latents * sigmas[0], sigmas, solver, o.order, o.variant, o.afs, to_zero)
+    return solvers.solve(denoiser, latents * sigmas[0], sigmas, solver, o.order, o.variant, o.afs, to_zero)
 
 
 def sample_edm(net, denoiser, latents: Tensor, steps: int, o: OdeOptions, randn_like, solver: str) -> Tensor:

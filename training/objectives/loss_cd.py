@@ -53,11 +53,12 @@ class DistillationConfig(SyncDropout, Segments, TeacherHop):
 
     def cost(self) -> float:
         # The hop, the self-target and the student; on the anchored edge 2 evaluations for each Heun step.
-        total = HOP_COST[self.hop] + 4
+        total = self.guide_cost * HOP_COST[self.hop] + 4
         if self.terminal_anchor:
             # The anchored edge is drawn at 1/T, or as one of the S tops.
             anchored = self.top_mass / self.S if self.top_mass else 1 / self.T_end
-            total += anchored * 2 * (self.anchor_hops or self._default_anchor_hops())
+            hops = self.anchor_hops or self._default_anchor_hops()
+            total += anchored * self.guide_cost * 2 * hops
         return total
 
     def _default_anchor_hops(self) -> int:

@@ -31,7 +31,7 @@ class SongDistillationConfig(SongConfig, TeacherHop):
 
     def cost(self) -> float:
         # The hop, the target, and the student's forward and backward pass.
-        return HOP_COST[self.hop] + 4
+        return self.guide_cost * HOP_COST[self.hop] + 4
 
 
 # fmt: off

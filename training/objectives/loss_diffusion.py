@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+from dnnlib import cli
 from dnnlib.lazy import lazy_import
+from dnnlib.options import opt
 from training.objectives.loss import State, dropout_masks, report_by_sigma
 from training.objectives.options import LogNormal, Objective, by_width
 
@@ -28,6 +30,14 @@ class DiffusionConfig(LogNormal):
 
     P_mean: float | None = -1.2
     P_std: float | None = 1.2
+    label_dropout: float = opt(
+        0.0,
+        cli.Number(0, 1, max_open=True),
+        'Share of images that are trained without their label, so that the network also denoises without '
+        'one, as --guide=none-label needs (diffusion).',
+        metavar='FLOAT',
+        later=True,
+    )
 
 
 # fmt: off
@@ -62,9 +72,10 @@ DEFAULTS = dict(
 
 
 def setup(c, teacher=None, net=None, perceptual=None) -> State:
-    """`c.kind` is one of DEFAULTS; attributes of `c` override its options."""
+    """`c.kind` is one of DEFAULTS; attributes of `c` override its options. Of label_dropout see
+    `drop_labels`."""
     options = {name: getattr(c, name, default) for name, default in DEFAULTS[c.kind].items()}
-    return State(SimpleNamespace(kind=c.kind, **options))
+    return State(SimpleNamespace(kind=c.kind, label_dropout=getattr(c, 'label_dropout', 0.0), **options))
 
 
 def loss(net, images: Tensor, labels, rng, state: State, augment_labels=None) -> Tensor:
@@ -78,6 +89,8 @@ def loss(net, images: Tensor, labels, rng, state: State, augment_labels=None) ->
     Args: see `training.objectives.loss`.
     Returns: [N].
     """
+    labels = drop_labels(labels, rng, state.c.label_dropout)
+
     # Noisy images.
     sigma, weight = noise_levels(state.c, rng)
     noise = rng.normal('noise', images.shape[1:])
@@ -97,6 +110,15 @@ def loss(net, images: Tensor, labels, rng, state: State, augment_labels=None) ->
 
     report_by_sigma(sigma, values.detach())
     return values
+
+
+def drop_labels(labels: Tensor | None, rng, share: float) -> Tensor | None:
+    """Labels [N, label_dim], each replaced by zeros with probability `share`   (Ho & Salimans 2022,
+    Algorithm 1)."""
+    if not share or labels is None:
+        return labels
+    keep = misc.upload(rng.uniform('label dropout') >= share, labels.device)
+    return labels * keep[:, None]
 
 
 def noise_levels(c, rng) -> tuple[Tensor, Tensor]:

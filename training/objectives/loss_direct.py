@@ -18,7 +18,7 @@ from dnnlib.options import opt
 from training.choices import SEGMENT_SOLVER_COST, SEGMENT_SOLVERS
 from training.objectives.loss import denoiser, dropout_masks
 from training.objectives.multistep import MultistepSchedule
-from training.objectives.options import EDM2_STUDENT, STUDENT, Objective, Segments, Teacher
+from training.objectives.options import EDM2_STUDENT, STUDENT, GuidedTeacher, Objective, Segments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ NAME = 'direct'
 
 
 @dataclass(frozen=True)
-class RegressionConfig(Segments, Teacher):
+class RegressionConfig(Segments, GuidedTeacher):
     """Options of --objective=direct."""
 
     T_start: int | None = None
@@ -46,7 +46,7 @@ class RegressionConfig(Segments, Teacher):
 
     def cost(self) -> float:
         # The teacher's steps, and the student; no self-target.
-        return SEGMENT_SOLVER_COST[self.solver] * self.substeps + 3
+        return self.guide_cost * SEGMENT_SOLVER_COST[self.solver] * self.substeps + 3
 
 
 # fmt: off

@@ -67,8 +67,10 @@ class ProgressiveConfig(Stages, Students, TeacherHop):
             check_two_steps(self.student_grid, self.hop)
 
     def cost(self) -> float:
-        # Two teacher steps, and the student's forward and backward pass.
-        return 2 + 3
+        # Two teacher steps, and the student's forward and backward pass. Only the first round's teacher is
+        # guided.
+        lengths = [steps for _, steps in times.halving_stages(self.S_start, self.S, self.stage_steps)]
+        return 2 + 3 + 2 * (self.guide_cost - 1) * lengths[0] / sum(lengths)
 
 
 # fmt: off

@@ -20,6 +20,7 @@ from dnnlib import EasyDict, cli
 from dnnlib.options import SWITCH, opt, options_of, recorded
 from dnnlib.schema import Integer, Real
 from training.choices import DISTANCES, HOPS, SAMPLING_MODES, SIGMA_GRIDS, STUDENT_GRIDS, WEIGHT_MODES
+from training.guidance_options import GuidanceOptions
 from training.saved_files import NETWORK_FILE
 
 COUNT, POSITIVE_COUNT = Integer(0, 1 << 63), Integer(1, 1 << 63)
@@ -120,7 +121,14 @@ class Teacher(Config):
 
 
 @dataclass(frozen=True)
-class TeacherHop(Teacher):
+class GuidedTeacher(GuidanceOptions, Teacher):
+    """A diffusion model, which may be guided."""
+
+
+@dataclass(frozen=True)
+class TeacherHop(GuidedTeacher):
+    heading: ClassVar[str] = Teacher.heading
+
     hop: str = opt(
         'heun',
         click.Choice(HOPS),
