@@ -333,12 +333,7 @@ def write_training_curves(runner: Runner, rows: list[dict]) -> None:
         evaluations = [each for each in evaluations if each['fid'] is not None]
         distances[run] = ([each['kimg'] for each in evaluations], [each['fid'] for each in evaluations])
     pages.write_curves(losses, str(runner.path('loss.png')), 'training loss')
-    levels = {
-        f'{title_of(r)}, NFE {r["nfe"]} ({r["images"]} samples)': r['distance']
-        for r in shown(rows)
-        if r['model'] == 'teacher'
-    }
-    pages.write_curves(distances, str(runner.path('distance.png')), 'distance of 512 samples', levels)
+    pages.write_curves(distances, str(runner.path('distance.png')), 'distance of 512 samples')
 
 
 def paired_rmse(runner: Runner, name: str) -> float:

@@ -80,7 +80,8 @@ def write_grid(paths: Sequence[str], dest: str, columns: int = 8) -> None:
 def write_rows(rows: dict[str, Sequence[str]], dest: str) -> None:
     """A line of samples, PNG files of one size, for each caption, enlarged."""
     count = max(map(len, rows.values()))
-    margin, side = 2.4, 0.5  # inches: the captions at the left, and a sample
+    # Inches: the captions at the left, at about 0.08 for each of their characters, and a sample.
+    margin, side = 0.08 * max(map(len, rows)) + 0.2, 0.5
     size = (margin + side * count, side * len(rows))
     figure, panels = plt.subplots(len(rows), 1, figsize=size, squeeze=False)
     figure.subplots_adjust(left=margin / size[0], right=1, bottom=0, top=1, hspace=0.06)
@@ -93,19 +94,11 @@ def write_rows(rows: dict[str, Sequence[str]], dest: str) -> None:
     plt.close(figure)
 
 
-def write_curves(
-    curves: dict[str, tuple[Sequence[float], Sequence[float]]],
-    dest: str,
-    ylabel: str,
-    levels: dict[str, float] | None = None,
-) -> None:
-    """Line plot of {name: (kimg, values)} on a logarithmic axis, with horizontal dashed `levels`."""
+def write_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], dest: str, ylabel: str) -> None:
+    """Line plot of {name: (kimg, values)} on a logarithmic axis."""
     figure, axes = plt.subplots(figsize=(7, 3.6), constrained_layout=True)
     for name, (x, y) in curves.items():
         axes.plot(x, y, marker='.', label=name)
-    for index, (name, level) in enumerate((levels or {}).items()):
-        gray = 0.2 + 0.6 * index / max(len(levels) - 1, 1)
-        axes.axhline(level, linestyle='--', color=f'{gray}', linewidth=1, label=name)
     axes.set(xlabel='thousands of images', ylabel=ylabel, yscale='log')
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

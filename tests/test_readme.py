@@ -29,18 +29,29 @@ def test_the_table_of_objectives_has_all_of_them_and_what_they_start_from():
 
 
 def test_the_intervals_of_the_demo_support_what_is_said_of_them():
-    """The teacher with 8 evaluations is apart from all others, and they overlap one another."""
-    intervals = {
-        tuple(row[:3]): tuple(map(float, re.search(r'\((.*) to (.*)\)', row[3]).groups()))
-        for row in rows('Try it')
-    }
-    low, high = intervals.pop(('teacher', 'euler', '8'))
-    assert len(intervals) >= 5 and all(high < a or b < low for a, b in intervals.values())
-    assert max(a for a, _ in intervals.values()) < min(b for _, b in intervals.values())
+    """By the first table: where a student wins, and what cannot be told apart."""
+    interval = lambda cell: tuple(map(float, re.search(r'\((.*) to (.*)\)', cell).groups()))
+    table = {row[0]: [interval(cell) if cell else None for cell in row[1:]] for row in rows('Try it')}
+    assert list(table) == ['1', '2', '4', '5', '8', '511']
+    teacher = {nfe: list(filter(None, cells[:3])) for nfe, cells in table.items()}
+    students = {nfe: list(filter(None, cells[3:])) for nfe, cells in table.items()}
+
+    # With 1 and 2 evaluations all students are below the teacher; with 4 the intervals touch.
+    apart = lambda nfe: max(high for _, high in students[nfe]) < min(low for low, _ in teacher[nfe])
+    assert students['1'] and students['2'] and apart('1') and apart('2') and not apart('4')
+    assert min(low for low, _ in students['4']) < min(low for low, _ in teacher['4'])
+
+    # With 8 none is, and the teacher with 8 and with 511 overlap, as the students do.
+    overlap = lambda intervals: max(low for low, _ in intervals) < min(high for _, high in intervals)
+    assert overlap([*students['8'], *teacher['8'][1:], *teacher['511']])
+    assert overlap([*students['8'], *students['4'], *students['2']])
     text = ' '.join(README.read_text().split())
-    assert (
-        'separate the teacher with 8 evaluations from every other row, and no two of the other rows' in text
-    )
+    for said in (
+        'with 1 and 2 evaluations, by far',
+        'but the intervals touch',
+        'With 8 no student beats the teacher',
+    ):
+        assert said in text, said
 
 
 def test_sizes_have_the_command_that_measured_them():
