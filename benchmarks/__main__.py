@@ -54,6 +54,7 @@ BENCHMARKS = {
     'sampling-demo': Benchmark('sampling.py', [], SAMPLING_QUICK),
     'sampling-cifar10': Benchmark('sampling.py', ['--size=cifar10-ddpmpp', '--rounds=3'], SAMPLING_QUICK),
     'sampling-imagenet64': Benchmark('sampling.py', ['--size=imagenet64-adm', '--rounds=2'], SAMPLING_QUICK),
+    'solvers': Benchmark('solvers.py', [], ['--size=demo', '--batch=2', '--rounds=1']),
     'startup': Benchmark('startup.py', [], ['--rounds=1', '--scripts=train.py']),
     'data': Benchmark(
         'data.py', [], ['--members=2000', '--images=64', '--workers=0', '--rounds=1'], threads=1

@@ -30,10 +30,12 @@ from benchmarks import (
     sampling,
     scaling,
     sizes,
+    solvers,
     startup,
     state,
     step,
 )
+from training.solvers import ODE_SOLVERS
 
 SCRIPTS = {
     'step.py': step,
@@ -41,6 +43,7 @@ SCRIPTS = {
     'kernels.py': kernels,
     'memory.py': memory,
     'sampling.py': sampling,
+    'solvers.py': solvers,
     'startup.py': startup,
     'data.py': data,
     'checkpoint.py': checkpoint,
@@ -548,3 +551,8 @@ def test_the_checks_for_a_gpu_refuse_to_run_without_one_or_into_an_old_folder(tm
     )
     listed = CliRunner().invoke(gpu_check.main, ['--list']).output.split()
     assert listed == [check.__name__ for check in gpu_check.CHECKS]
+
+
+def test_solvers_are_measured_against_the_network():
+    network, outside = solvers.measured('demo', batch=2, rounds=1)
+    assert network > 0 and outside.keys() == ODE_SOLVERS.keys() and min(outside.values()) > 0
