@@ -258,7 +258,11 @@ def test_both_networks_of_a_switched_one_are_set():
 
 @pytest.mark.parametrize(
     'kind, backend',
-    [('adm', 'aot_eager'), ('edm2', 'aot_eager'), pytest.param('adm', 'inductor', marks=pytest.mark.slow)],
+    [
+        ('adm', 'aot_eager'),
+        pytest.param('edm2', 'aot_eager', marks=pytest.mark.slow),
+        pytest.param('adm', 'inductor', marks=pytest.mark.slow),
+    ],
 )
 def test_a_compiled_network_is_the_same_and_noise_levels_compile_nothing_again(kind, backend, monkeypatch):
     """Inductor fuses FP32 sums in another order: 1e-4. The compiler may not run again for other noise levels, images, labels and masks; for another

@@ -334,7 +334,7 @@ def test_a_number_that_is_no_square_leaves_black_places(digits, tmp_path):
     )
 
 
-@pytest.mark.parametrize('processes', [1, 2])
+@pytest.mark.parametrize('processes', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_prints_no_warnings_of_pytorch(digits, tmp_path, processes):
     """Neither Python's, by the file that they are in, nor those of C++ and of the tracer."""
     options = [f'--outdir={tmp_path}', f'--data={digits}', *SHORT, '--duration=0.00064', '--sample_grid=4']

@@ -11,6 +11,7 @@ BUDGET = 10_000  # network evaluations for each place in the batch: 370 to 2,500
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(5400)
 def test_every_objective_falls_well_below_its_teacher_in_one_and_two_evaluations(tmp_path):
     """compare.py trains the digits' teacher, and each objective from it by the budget of docs/results.md: twenty minutes on two cores. Half of the
     teacher's distance in as many Euler steps, about 6, is far away for all; an objective whose hop, boundary or weight is wrong stays above it."""

@@ -69,7 +69,7 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_split(tmp_path, digits, teac
 # Signals.
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_stops_a_run_in_the_middle_of_a_tick_and_a_resume_ends_bit_for_bit_the_same(
     tmp_path, digits, whole, number
 ):

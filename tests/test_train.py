@@ -189,7 +189,14 @@ def test_the_published_command_scaled_down_trains_on_digits(tmp_path, digits, te
 # Teachers.
 
 
-@pytest.mark.parametrize('arch, precond', [('ddpmpp', 'vp'), ('ncsnpp', 've'), ('ddpmpp', 'edm')])
+@pytest.mark.parametrize(
+    'arch, precond',
+    [
+        ('ddpmpp', 'edm'),
+        pytest.param('ddpmpp', 'vp', marks=pytest.mark.slow),
+        pytest.param('ncsnpp', 've', marks=pytest.mark.slow),
+    ],
+)
 def test_every_kind_of_teacher_trains_and_its_loss_falls(tmp_path, digits, arch, precond):
     run(
         'train.py',
@@ -488,7 +495,9 @@ except click.ClickException as error:
 """
 
 
-@pytest.mark.parametrize('workers, reader', [(0, 'the main process'), (1, 'a worker')])
+@pytest.mark.parametrize(
+    'workers, reader', [pytest.param(0, 'the main process', marks=pytest.mark.slow), (1, 'a worker')]
+)
 def test_an_image_whose_pixels_are_damaged_is_named_by_whoever_reads_it(tmp_path, workers, reader):
     """Its header is sound, so that the data set opens; the worker's error arrives as the cause, with its traceback for a text."""
     noise = np.random.default_rng(0).integers(256, size=(4, 8, 8), dtype=np.uint8)
