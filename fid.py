@@ -29,11 +29,10 @@ from metrics.evaluation import (
 )
 from metrics.options import feature_options
 from sampling.options import guidance_options, sampling_arguments, sampling_options
-from training.guidance_options import GuidanceOptions
+from training.guidance_options import UNGUIDED, GuidanceOptions
 from training.saved_files import NETWORK_FILE
 
 NETWORK = 'Images of a network'
-UNGUIDED = GuidanceOptions()
 
 
 class SeedSet(cli.Seeds):

@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from dnnlib import EasyDict, UserError, cli
 from dnnlib.limits import MAX_STEPS
 from metrics import evaluation
-from sampling.options import GENERAL, OF_CMS, OF_TEACHERS, TEACHER_SOLVERS
+from sampling.options import GENERAL, OF_CMS, OF_TEACHERS, TEACHER_SOLVERS, guidance_options
 from sampling.time_search import DEFAULT_TOLERANCE
 from training.saved_files import NETWORK_FILE
 
@@ -25,7 +25,7 @@ SPACES = ('log', 'karras-index')
 # Options that only one of the two searches has, and the numbers of images and steps that each takes.
 OF_POINTS = ('log', 'space', 'tolerance', 'timesteps', 'scan', 'measures', 'ref', 'detector', 'dinov2',
              'detector_sha256', 'clip_denoised')  # fmt: skip
-OF_SCHEDULES = ('nodes', 'order', 'variant', 'afs', 'to_zero')
+OF_SCHEDULES = ('nodes', 'order', 'variant', 'afs', 'to_zero', 'guide', 'guidance', 'guidance_interval')
 SCHEDULE_IMAGES, SCHEDULE_STEPS, DEFAULT_NODES = 256, 8, 61
 
 
@@ -209,6 +209,7 @@ class Metric(evaluation.Measures):
 @OF_TEACHERS['variant'].under(SCHEDULE)
 @OF_TEACHERS['afs'].under(SCHEDULE)
 @OF_TEACHERS['to_zero'].under(SCHEDULE)
+@guidance_options()
 def main(network, schedule, log, solver, save, json_path, dry_run, measures, **options):
     """Search the noise levels at which a consistency model is evaluated again, one after another, each by a
     ternary search.
@@ -317,7 +318,7 @@ def find_schedule(
     cli.check_seeds(options.seed, 2 * options.num, '--seed', 'twice --num')
     distributed.init()
     settings = {name: options[name] for name in ('steps', 'order', 'variant', 'afs', 'to_zero')}
-    search = ScheduleSearch(Teacher(network, options), solver, **settings)
+    search = ScheduleSearch(Teacher(network, options, options.guidance), solver, **settings)
     if dry_run:
         distributed.print0(json.dumps(search.plan(), indent=2))
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shlex
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,9 +14,10 @@ from dnnlib import UserError, WrongOptions
 from sampling import generation, schedule_search
 from sampling.label_choosers import choose
 from torch_utils import distributed
-from training import consistency_ops as ops
 from training import samplers, solvers
-from training.checkpoint import load_network, network_digest
+from training.checkpoint import load_network
+from training.guidance import describe, guided, model_digest
+from training.guidance_options import UNGUIDED, GuidanceOptions
 from training.schedules import schedule_sigmas
 from training.solvers import ODE_SOLVERS
 from training.teacher_samplers import LevelOptions, steps_to_zero, teacher_range
@@ -68,7 +70,7 @@ class TeacherPaths:
     def _denoiser(self, seeds: Sequence[int]) -> tuple[solvers.Denoiser, Tensor]:
         """(D(x, sigma) with the labels of the seeds, their latents)"""
         _, latents, labels = generation.draw_start(self.net, seeds, self.choose_labels)
-        denoiser = torch.no_grad()(lambda x, sigma: self.net(x, ops.noise_level(sigma, x), labels).double())
+        denoiser = torch.no_grad()(samplers.denoiser_of(self.net, labels))
         return denoiser, latents
 
     @torch.no_grad()
@@ -94,21 +96,23 @@ class Teacher:
     Args:
         network: its path.
         options: num, seed, batch, nodes, low, high, class_idx, labels, as of search.py.
+        guidance: of the teacher.
     Attributes:
         nodes: [n] candidate levels, decreasing.
     Raises: UserError if the network is no teacher, or the options do not fit it.
     """
 
-    def __init__(self, network: str, options):
+    def __init__(self, network: str, options, guidance: GuidanceOptions = UNGUIDED):
         with distributed.main_process_first():
             self.net = load_network(network, distributed.get_device())
-        self.network, self.options = network, options
+        self.network, self.options, self.guidance = network, options, guidance
         metadata = self.net.metadata
         if metadata.get('solver') == 'cm' or 'sigmas' in metadata:
             raise UserError(
                 f'Schedules are searched for diffusion models, and {network} is a student or a consistency '
                 f'model (objective {metadata.get("objective", "unknown")}), which has its own noise levels.'
             )
+        self.net = guided(self.net, network, guidance)
         self.choose_labels = choose(self.net, network, options.class_idx, options.labels)
         low, high = teacher_range(self.net, LevelOptions(sigma_min=options.low, sigma_max=options.high))
         nodes = schedule_sigmas('polynomial', options.nodes, low, high).tolist()
@@ -170,7 +174,7 @@ class ScheduleSearch:
     def record(self) -> dict:
         """What files of levels remember, `level_list.RECORD`."""
         net = self.teacher.net
-        return dict(network=network_digest(net, net.metadata), **self.sampler, nfe=self.nfe)
+        return dict(network=model_digest(net), **self.sampler, nfe=self.nfe)
 
     def as_options(self, sigmas: Sequence[float]) -> str:
         """Options of generate.py and fid.py for these levels."""
@@ -178,6 +182,7 @@ class ScheduleSearch:
         words += [f'--{name}' for name, value in self.sampler.items() if value is True]
         if not self.sampler['to_zero'] and ODE_SOLVERS[self.solver].to_zero:
             words.append('--no_to_zero')
+        words += map(shlex.quote, self.teacher.guidance.words())
         return ' '.join([*words, f'--sigmas={",".join(map(repr, sigmas))}'])
 
     def run(self, log: Callable[[str], None]) -> dict:
@@ -185,7 +190,7 @@ class ScheduleSearch:
         (own, others), nodes = self.teacher.paths, self.teacher.nodes
         log(
             f'{self.count} of {len(nodes)} noise levels from {nodes[0]:g} to {nodes[-1]:g} for '
-            f'{samplers.describe(steps=self.steps, **self.sampler)}, by {own.count} images.'
+            f'{describe(self.teacher.net, steps=self.steps, **self.sampler)}, by {own.count} images.'
         )
         usual, best = schedule_search.search(
             own.errors,

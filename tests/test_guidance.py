@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from teachers import ADM, DIGITS, TEACHERS
 import edit
 import fid
 import generate
+import search
 import validation
 from training import execution, guidance, networks, samplers
-from training.checkpoint import load_network, save_snapshot
+from training.checkpoint import load_network, network_digest, save_snapshot
 
 # Two networks of the same data; D_weak is of a larger spread.
 STRONG, WEAK = 0.5, 0.9
@@ -321,6 +323,20 @@ def test_augmentation_labels_reach_a_guide_that_knows_them():
     assert seen['net', 'augment']['augment_labels'].shape == (4, 9)
 
 
+def test_a_guided_network_is_known_by_network_guide_weight_and_interval(nets):
+    """Caches and searched levels are of one of them."""
+    net, small, uncond = (load_network(nets[name]) for name in ('net', 'small', 'uncond'))
+    models = [
+        net,
+        *(guidance.GuidedDenoiser(net, guide, 2.0) for guide in (None, small, uncond)),
+        guidance.GuidedDenoiser(net, None, 3.0),
+        guidance.GuidedDenoiser(net, None, 2.0, (0.1, 5.0)),
+        guidance.GuidedDenoiser(load_network(nets['plain']), small, 2.0),
+    ]
+    digests = list(map(guidance.model_digest, models))
+    assert len(set(digests)) == len(models) and digests[0] == network_digest(net, net.metadata)
+
+
 # ----------------------------------------------------------------------------
 # Evaluation and interpolation.
 
@@ -365,6 +381,37 @@ def test_evaluations_are_guided_counted_and_recorded(tmp_path, nets, reference):
             assert float(result.stdout) == pytest.approx(expected['fid'], rel=1e-6)
         else:
             assert float(result.stdout) != pytest.approx(guided['fid'], rel=1e-3)
+
+
+def test_a_schedule_is_searched_for_the_guided_network(tmp_path, nets):
+    """The line on stdout samples what was searched; without the guide, levels are of another network."""
+    guide = ['--guide=none-label', '--guidance=3.0', '--guidance_interval=0.1,20.0']
+    files = [f'--save={tmp_path / "levels.txt"}', f'--json={tmp_path / "found.json"}']
+    own = [f'--network={nets["net"]}', '--schedule', '--num=4', '--nodes=6', '--steps=2', *files]
+    found = {}
+    for extra in ([], guide):
+        result = invoke(search.main, *own, *extra)
+        assert result.exit_code == 0, result.output
+        found[len(extra)] = json.loads((tmp_path / 'found.json').read_text())
+    assert found[0]['network'] != found[3]['network'] and found[0]['distance'] != found[3]['distance']
+    assert result.stdout.split()[-4:-1] == guide and ' evaluations each and 1 of the guide' in result.stderr
+
+    sigmas = f'--sigmas={tmp_path / "levels.txt"}'
+    for extra, warned in ((guide, False), ([], True), ([guide[0], '--guidance=2'], True)):
+        result = invoke(
+            generate.main,
+            f'--network={nets["net"]}',
+            f'--dest={tmp_path / "x.npz"}',
+            '--seeds=0',
+            sigmas,
+            *extra,
+        )
+        assert result.exit_code == 0, result.output
+        assert ('another network' in result.stderr) == warned
+    result = invoke(
+        search.main, f'--network={nets["cm"]}', f'--log={tmp_path / "x.jsonl"}', '--metric=is', *guide
+    )
+    assert_one_clear_error(result, '--guide', '--schedule', status=2)
 
 
 def test_interpolation_is_guided(tmp_path, nets):

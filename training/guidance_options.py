@@ -88,6 +88,9 @@ class GuidanceOptions:
         return 1 if self.guide is None or self.guidance == 1 else 2
 
 
+UNGUIDED = GuidanceOptions()
+
+
 def checked(**values) -> GuidanceOptions:
     """The options of a command line. Raises: click.UsageError."""
     options = GuidanceOptions(**values)
