@@ -272,13 +272,13 @@ def headline(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     of_model = {r['model']: r for r in rows}
     lines = []
     for nfe in COUNTS:
-        fast = best(teachers, nfe, searched=False)
+        fast, searched = (best(teachers, nfe, searched) for searched in (False, True))
         lines.append(
             [
                 nfe,
                 with_interval(euler.get(nfe)),
                 with_interval(fast, f' {fast["solver"]}' if fast else ''),
-                with_interval(best(teachers, nfe, searched=True)),
+                with_interval(searched, f' {searched["solver"]}' if searched else ''),
                 *(with_interval(of_model.get(f'{name}-{nfe}')) for name, _ in STUDENTS.values()),
             ]
         )

@@ -96,7 +96,8 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, metrics: Se
         f'Fréchet distance of {best["images"]:,} images, of each training seed. By {next(iter(metrics))}, '
         f'that of the teacher is {best["distance"]:.4g}.',
         f'The best solver is that of {" and ".join(teacher.FAST)} with the least distance, which is named; the '
-        'teacher has the benefit of that choice. Searched levels are those of search.py --schedule.',
+        f'teacher has the benefit of that choice. Levels of {" and ".join(teacher.SEARCHED)} are searched by '
+        'search.py --schedule.',
     ]
 
     # Objectives that share a condition share a line.

@@ -210,7 +210,11 @@ def test_the_teacher_is_sampled_in_as_many_evaluations_and_in_many():
     assert [(m.name, m.steps, m.nfe) for m in models] == [
         ('teacher-heun-511', 256, 511),
         *((f'teacher-euler-{n}', n, n) for n in (1, *few)),
-        *((f'teacher-{name}-{n}', n, n) for name in ('ipndm', 'dpmpp', 'ipndm-searched') for n in few),
+        *(
+            (f'teacher-{name}-{n}', n, n)
+            for name in ('deis', 'dpmpp', 'ipndm-searched', 'unipc-searched')
+            for n in few
+        ),
         ('teacher-heun-3', 2, 3),
         ('teacher-heun-7', 4, 7),
     ]
@@ -370,12 +374,12 @@ def scripts(commands, script):
 
 
 def test_everything_is_done_once(tmp_path):
-    """Three trainings; six rows of the teacher (Heun's with 2 steps is left out: one step is Euler's), one of
-    which has its levels searched, four of students, by two rulers each."""
+    """Three trainings; seven rows of the teacher (Heun's with 2 steps is left out: one step is Euler's), two of
+    which have their levels searched, four of students, by two rulers each."""
     commands, results, failures = pretend(tmp_path)
     assert not failures and [
         len(scripts(commands, name)) for name in ('train.py', 'search.py', 'generate.py', 'fid.py')
-    ] == [3, 1, 10, 20]
+    ] == [3, 2, 11, 22]
     assert f'--sigmas={tmp_path}/levels/teacher-ipndm-searched-2.txt' in ' '.join(commands)
     rows = json.loads((tmp_path / 'results.json').read_text())
     assert (
@@ -385,9 +389,10 @@ def test_everything_is_done_once(tmp_path):
             'teacher-heun-7',
             'teacher-euler-1',
             'teacher-euler-2',
-            'teacher-ipndm-2',
+            'teacher-deis-2',
             'teacher-dpmpp-2',
             'teacher-ipndm-searched-2',
+            'teacher-unipc-searched-2',
             'direct-seed0-1',
             'direct-seed0-2',
             'ect-seed0-1',
@@ -465,9 +470,9 @@ def test_a_model_is_not_sampled_from_a_training_that_did_not_finish(tmp_path):
 
 def test_what_fails_keeps_nothing_else_from_being_done_and_is_tried_again(tmp_path):
     commands, results, failures = pretend(tmp_path, broken='--objective=ect')
-    assert failures == ['ect-seed0: ect-seed0 broke'] and len(results.rows) == 8
+    assert failures == ['ect-seed0: ect-seed0 broke'] and len(results.rows) == 9
     commands, results, failures = pretend(tmp_path)
-    assert not failures and len(results.rows) == 10
+    assert not failures and len(results.rows) == 11
     assert len(scripts(commands, 'train.py')) == 1 and len(scripts(commands, 'generate.py')) == 2
 
 
@@ -491,7 +496,7 @@ def test_the_longest_jobs_come_first(tmp_path):
     assert (
         names[0] == 'teacher-heun-511'
         and names[-1] == 'teacher-euler-1'
-        and len(names) == 1 + 5 + 8 + 4 + 1 + 3
+        and len(names) == 1 + 5 + 8 + 8 + 1 + 3
     )
     assert [work for work, *_ in jobs] == sorted((work for work, *_ in jobs), reverse=True) and jobs[0][
         0
@@ -677,7 +682,7 @@ def test_the_table_has_ratios_of_means_and_every_seed():
 
 def test_the_teacher_has_the_benefit_of_its_best_solver_and_of_searched_levels():
     """By each distance the solver that is best by it; 0.2 / 0.04 = 5."""
-    solvers = dict(ipndm=(0.5, 0.7, False), dpmpp=(0.3, 0.9, False), unipc=(0.1, 0.1, False))
+    solvers = dict(deis=(0.5, 0.7, False), dpmpp=(0.3, 0.9, False), ipndm=(0.1, 0.1, False))
     few = [
         dict(row('diffusion', 4, distance), solver=solver, distance_pca=pca, seed=None, searched=searched)
         for solver, (distance, pca, searched) in {**solvers, 'searched': (0.2, 0.2, True)}.items()
@@ -687,7 +692,7 @@ def test_the_teacher_has_the_benefit_of_its_best_solver_and_of_searched_levels()
     assert lines['teacher, best solver'] == ['', '7.50 (0.3) dpmpp']
     assert lines['teacher, searched levels'] == ['', '5.00 (0.2) ipndm']
     lines = {line[0]: line[1:] for line in distances_table([*ROWS, *few], BEST, 'distance_pca')[1]}
-    assert lines['teacher, best solver'] == ['', '8.75 (0.7) ipndm']
+    assert lines['teacher, best solver'] == ['', '8.75 (0.7) deis']
 
 
 def test_the_notes_say_of_each_objective_what_is_not_equal():

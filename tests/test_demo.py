@@ -122,7 +122,11 @@ def test_the_teacher_is_sampled_by_its_solvers_in_few_evaluations():
     few = (2, 4, 5, 8)
     assert [sampling.name for sampling in demo_run.TEACHER_ROWS] == [
         *(f'teacher-euler-{nfe}' for nfe in (1, *few)),
-        *(f'teacher-{solver}-{nfe}' for solver in ('ipndm', 'dpmpp', 'ipndm-searched') for nfe in few),
+        *(
+            f'teacher-{solver}-{nfe}'
+            for solver in ('deis', 'dpmpp', 'ipndm-searched', 'unipc-searched')
+            for nfe in few
+        ),
         'teacher-heun-511',
     ]
     assert [sampling.name for sampling in few_evaluations([1])] == ['teacher-euler-1']
@@ -133,7 +137,7 @@ def test_an_interrupted_demo_resumes_and_does_nothing_twice(pretend, tmp_path, c
     first, rows, done = pretend(cut)
     assert rows is None and cut not in done.rows
     second, rows, done = pretend()
-    assert [row['model'] for row in rows] == ['teacher'] * 18 + [f'student-{S}' for S in (8, 4, 2)] + [
+    assert [row['model'] for row in rows] == ['teacher'] * 22 + [f'student-{S}' for S in (8, 4, 2)] + [
         f'direct-{S}' for S in (8, 2, 1)
     ]
     of = lambda commands, script: [command for command in commands if command.startswith(script)]
@@ -141,7 +145,7 @@ def test_an_interrupted_demo_resumes_and_does_nothing_twice(pretend, tmp_path, c
     assert len(resumed) == 1 and f'--outdir={tmp_path / cut} ' in resumed[0]
     assert f'--resume={tmp_path / cut} ' in resumed[0]
     assert len(of(first + second, 'train.py')) == 7 + 1
-    assert len(of(first + second, 'generate.py')) == 24 and len(of(first + second, 'search.py')) == 4
+    assert len(of(first + second, 'generate.py')) == 28 and len(of(first + second, 'search.py')) == 8
     assert pretend()[0] == []
 
 
