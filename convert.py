@@ -124,6 +124,7 @@ def main(source, dest, reader, writer, timesteps, **openai):
     Contents of a snapshot, a training state, or any of the above:
       python convert.py info network-snapshot-157698.pkl
     """
+    # Contradictions of options, before any file is opened.
     check_ending(dest, writer)
     if (reader, writer) != ('snapshot', 'snapshot'):
         check_other_file(source, dest, 'DST')
@@ -224,6 +225,7 @@ def read(source: str, reader: str, **openai):
     from training.checkpoint import load_network
 
     if kind != reader:
+        # `recognize` takes unknown contents for a snapshot: look closer before naming a format.
         if kind == 'snapshot':
             from dnnlib import open_url
             from dnnlib.file_kind import describe_file
@@ -257,6 +259,7 @@ def write(dest: str, net, writer: str) -> None:
     else:
         from training.checkpoint import save_snapshot
 
+        # The names of the arguments of `save_snapshot`.
         if reserved := {'path', 'net'} & net.metadata.keys():
             raise UserError(
                 f'the metadata has entries named {", ".join(sorted(reserved))}, which are reserved in a '
@@ -295,6 +298,7 @@ def assumed(net, given: dict) -> str:
         channels_per_head='64 channels per attention head',
         attention_order='channels of attention ordered q, k, v first',
     )
+    # The number of heads decides their width.
     if 'heads' in given:
         del phrases['channels_per_head']
     return ', '.join(phrase for name, phrase in phrases.items() if name not in given)

@@ -42,6 +42,7 @@ def open_source(
     """
     from data import sources
 
+    # Bundled data sets, which files of the same name do not replace.
     if source == 'digits':
         if pathlib.Path(source).exists():
             sources.note(
@@ -82,6 +83,7 @@ def image_array_source(path: pathlib.Path, selection: Selection) -> Source:
             f'{path} has {len(images)} images, but {len(labels)} labels in arr_1; ignore the labels with '
             '--labels-from=none'
         )
+    # Pillow takes gray images without a dimension of channels.
     return sources.array_source(
         images[:, :, :, 0] if images.shape[3] == 1 else images, labels, path.name, selection
     )
@@ -146,6 +148,7 @@ class Background(click.ParamType):
             rgb = ImageColor.getrgb(value)
         except ValueError:
             rgb = ()
+        # ImageColor also knows colors with transparency, and takes rgb() above 255.
         if len(rgb) != 3 or max(rgb) > 255:
             self.fail(
                 f'{shown(value)} is not an opaque color: a name of CSS, such as white, black or gray, or '
@@ -323,12 +326,14 @@ def main(
 
 def check_usage(source, split, dest, resolution, transform, vae, stats, json_path) -> None:
     """Raises: click.UsageError for options that contradict each other, or that need others."""
+    # Statistics or a data set, not both.
     if stats and (unused := '--dest' if dest is not None else '--encode-vae' if vae is not None else None):
         raise click.UsageError(f'--stats writes no data set: leave {unused} out, or --stats')
     if not stats and dest is None:
         raise click.UsageError('--dest=PATH is missing: the output, unless --stats only describes the images')
     if not stats and json_path is not None:
         raise click.UsageError('--json is for --stats: add that option, or leave --json out')
+    # Options that would have no effect.
     if split is not None and source != 'photos':
         raise click.UsageError(f'--split={split} is for --source=photos: leave it out')
     if transform is not None and resolution is None:
@@ -340,6 +345,7 @@ def print_statistics(images: Source, recipe: Recipe, json_path: str | None) -> N
     from data.statistics import statistics_of
     from metrics.evaluation import make_folder, write_json
 
+    # Before the images are read, which may take long.
     if json_path is not None:
         make_folder(json_path)
     found = statistics_of(images, recipe)

@@ -176,6 +176,7 @@ def calc(
         # Compute features on all processes; of all sets before any comparison, which only the main process
         # makes.
         results = {name: [] for name in measures}
+        # Mean and covariance are enough for most metrics; others need the features themselves.
         keep = any(m.features or (bootstrap and m.frechet) for m in measures.values())
         classes = {m.entry for m in measures.values() if m.classes}
         features = [features_of(source, detectors, options, keep, classes) for source in sources]
@@ -325,6 +326,7 @@ def images_of_network(
     from training.checkpoint import load_network
     from training.guidance import guided, model_digest
 
+    # The main process downloads, the others read its file.
     with distributed.main_process_first():
         net = load_network(network, distributed.get_device())
     net = guided(net, network, guidance)
@@ -334,6 +336,7 @@ def images_of_network(
     settings = {name: value for name, value in sampling.items() if name != 'labels'}
     identity = f'{model_digest(net)} {json.dumps(settings, sort_keys=True)}'
     identity += f' labels {arguments["choose_labels"].digest()}' if sampling['labels'] else ''
+    # Messages and results name the options that were given.
     chosen = sampling | vars(guidance)
     given = ''.join(
         f', {option_names([name])}={value}' for name, value in chosen.items() if value not in (None, False)
@@ -369,12 +372,14 @@ def facts_about(title: str, source, seen, detector, ref=None, reference=None) ->
 
 def sentence(found: dict) -> str:
     """A result as a sentence."""
+    # The uncertainty: a bootstrap interval, or the error or spread that the metric itself has.
     noise = (
         [f'95 % interval {found["interval"][0]:.6g} to {found["interval"][1]:.6g}']
         if 'interval' in found
         else []
     )
     noise += [f'{name} {found[name]:.2g}' for name in ('error', 'std') if found.get(name) is not None]
+    # The reference, and how many of its images or features took part.
     against = f', against {found["reference"]}' if 'reference' in found else ''
     count = found.get('reference_features') or found.get('reference_images')
     of = f' ({count} images)' if count else ''

@@ -222,6 +222,7 @@ def report(outputs: list[Output], inputs: list[Stored], selected: bool) -> None:
     click.echo(f'From {len(inputs)} of them, at {inputs[-1].nimg / 1e3:g} kimg:')
     for output in outputs:
         click.echo(f'  {output.std:.3f}  profile error {100 * output.error:.2g} %')
+    # Advice, by what limits a reconstruction: the widths, the choice among them, the time between snapshots.
     rough = [f'{output.std:.3f}' for output in outputs if output.error > ROUGH]
     if rough:
         widths = sorted({f'{average.std:.3f}' for average in inputs})

@@ -235,6 +235,7 @@ def main(network, schedule, log, solver, save, json_path, dry_run, measures, **o
     # `evaluation` also reads options of fid.py, for references that consist of images.
     options = EasyDict(options, skip_bad=False, cache=None, workers=4)
     check_mode(schedule, solver, log)
+    # Defaults that differ between the two searches.
     options.num = options.num or (SCHEDULE_IMAGES if schedule else evaluation.DEFAULT_NUM)
     options.steps = options.steps or (SCHEDULE_STEPS if schedule else 2)
     if schedule:
@@ -294,10 +295,12 @@ def check_mode(schedule: bool, solver: str | None, log: str | None) -> None:
         if param.name in (OF_POINTS if schedule else OF_SCHEDULES)
         and context.get_parameter_source(param.name) is not ParameterSource.DEFAULT
     ]
+    # Options of the other search would have no effect.
     if given and schedule:
         raise click.UsageError(f'{", ".join(given)}: a search for a --schedule has no such option.')
     if given:
         raise click.UsageError(f'{", ".join(given)}: only a search for a --schedule has such an option.')
+    # The solver, and the log without which a search of points cannot resume.
     if schedule and solver == 'cm':
         raise click.UsageError('--solver=cm is no solver of teachers, for which --schedule searches.')
     if not schedule and solver not in (None, 'cm'):
@@ -317,15 +320,18 @@ def find_schedule(
     # Two sets of seeds: one to search with, one to say how good the levels are.
     cli.check_seeds(options.seed, 2 * options.num, '--seed', 'twice --num')
     distributed.init()
+    # The fine paths, which take long, are computed by `run`; what may be wrong is found here.
     settings = {name: options[name] for name in ('steps', 'order', 'variant', 'afs', 'to_zero')}
     search = ScheduleSearch(Teacher(network, options, options.guidance), solver, **settings)
     if dry_run:
         distributed.print0(json.dumps(search.plan(), indent=2))
         return
+    # Output files are checked before the search, not after hours.
     for path in (save, json_path):
         evaluation.make_folder(path)
         check_writable(path)
     found = search.run(evaluation.log)
+    # Print the levels before writing files, which may fail.
     if distributed.is_main():
         click.echo(search.as_options(found['sigmas']))
         evaluation.write_json(json_path, found)
@@ -341,6 +347,7 @@ def check_usage(network, log, save, measures, options) -> None:
         raise click.UsageError(f'--ref is missing, and {name} compares with a reference.')
     if not measure.compares and options.ref is not None:
         raise click.UsageError(f'--ref: {name} compares with nothing.')
+    # Each of these sets the density of candidates in one space only.
     for option, space in (('tolerance', 'log'), ('timesteps', 'karras-index')):
         if options[option] is not None and options.space != space:
             raise click.UsageError(f'--{option} is for --space={space}.')
@@ -349,6 +356,7 @@ def check_usage(network, log, save, measures, options) -> None:
         raise click.UsageError('--low is not below --high.')
     if not log.endswith('.jsonl'):
         raise click.UsageError(f'--log={log}: the name of a log ends in .jsonl.')
+    # By real paths: a link to the network would replace it just the same.
     if save and os.path.realpath(save) == os.path.realpath(network):
         raise click.UsageError('--save names the network itself; choose another name.')
 
@@ -357,6 +365,7 @@ def check_writable(path: str | None) -> None:
     """Raises: UserError if a file cannot be created in the folder of `path`."""
     if path is None:
         return
+    # A file without a name leaves nothing behind, and no existing file is touched.
     try:
         with tempfile.TemporaryFile(dir=os.path.dirname(path) or '.'):
             pass

@@ -86,6 +86,7 @@ class Command(click.Command):
         try:
             return super().make_context(*args, **kwargs)
         except click.UsageError as error:
+            # A message quotes what was typed, which may be long or have control characters.
             error.message = printable(error.message, LONGEST_USAGE_ERROR)
             raise
         except UserError as error:  # from a callback
@@ -95,6 +96,7 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except (UserError, click.ClickException) as error:
+            # Under torchrun: tell the other processes, which would wait for this one.
             for tell in ON_ERROR:
                 tell()
             if isinstance(error, click.ClickException):
@@ -109,6 +111,7 @@ class Command(click.Command):
     def format_groups(self, ctx, formatter, parameters):
         """Write the parameters under the headings of their groups."""
         groups: dict[str, list] = {}
+        # Groups appear in the order of their first parameters.
         for param in parameters:
             record = param.get_help_record(ctx)
             if record is not None:
@@ -170,6 +173,7 @@ class Integer(click.IntRange):
     """A whole number in a range, in decimal digits, at most `MOST` unless the range's maximum is given."""
 
     def convert(self, value, param, ctx):
+        # int() would take '1_000' and digits of other scripts too.
         text = str(value).strip()
         if not INTEGER.fullmatch(text) or len(text) > MAX_DIGITS:
             self.fail(
@@ -237,6 +241,7 @@ class Images(click.ParamType):
             if not abs(images) <= MOST or abs(images - round(images)) > 1e-9 * max(1.0, images):
                 self.fail(f'{shown(value)} is not a whole number of images, at most {MOST}', param, ctx)
             return self.kind.convert(round(images), param, ctx)
+        # repr keeps every digit.
         return self.kind.convert(repr(images / self.unit), param, ctx)
 
 
@@ -315,6 +320,7 @@ class IntRanges(click.ParamType):
     name = 'list'
 
     def convert(self, value, param, ctx):
+        # click may pass on a value that is converted already, such as a default.
         if isinstance(value, list):
             return value
         values = []

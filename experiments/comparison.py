@@ -318,6 +318,7 @@ def fixed_options(request: Request, objective: str, seed: int) -> list[str]:
 
 def recipe_options(request: Request, objective: str, S: int | None = None) -> list[str]:
     """Defaults that suit an objective, which all other options override."""
+    # Objectives without a teacher start from its weights, which must fit their network.
     options = [] if OBJECTIVES[objective].teacher else list(request.network)
     if request.recipe:
         options += [*bundled.COMMON, *bundled.student_options(objective, S)]
@@ -331,6 +332,7 @@ def user_options(request: Request, objective: str, S: int | None, fixed: set[str
         *request.for_some.get(objective, []),
         *(request.for_some.get(f'{objective}-{S}', []) if S else []),
     ]
+    # Some would break the equal budget, others the names of folders.
     for name in parameter_names(options):
         if name in fixed | SET_BY_COMPARE:
             raise click.UsageError(f'--{name} of train.py is for compare.py to decide: leave it out.')
@@ -341,6 +343,7 @@ def parameter_names(options: Sequence[str]) -> list[str]:
     """The parameters of train.py that options set."""
     command = command_line.command()
     parser = command.make_parser(click.Context(command, info_name='train.py'))
+    # Parsed by the command of train.py, so that every spelling of an option is recognized.
     try:
         _, rest, given = parser.parse_args(cli.as_declared(command, list(options)))
     except click.UsageError as error:
@@ -354,6 +357,7 @@ def parameter_names(options: Sequence[str]) -> list[str]:
 
 def cost_of(name: str, options: Sequence[str]) -> float:
     """Network evaluations per image of a step with these options."""
+    # Paths are placeholders: the cost follows from the options alone.
     try:
         return command_line.parse([f'--outdir={PLACEHOLDER}', f'--data={PLACEHOLDER}', *options]).own.cost()
     except click.UsageError as error:

@@ -114,6 +114,7 @@ def run(o: Options) -> None:
     cores = os.cpu_count() or 1
     runner = Runner(outdir, threads=max(cores // o.jobs, 1), record=outdir / 'commands.txt')
 
+    # All that takes long, in a thread, so that Ctrl-C can end its commands.
     def work() -> tuple[dict[str, Metric], list[str]]:
         data, used = prepare(bundled, runner) if bundled else (o.data, metrics)
         teacher = o.teacher

@@ -49,6 +49,7 @@ class Done:
 
     def __init__(self, outdir: Path, scale: float):
         self.path, self.lock, self.start = outdir / 'demo.json', threading.Lock(), time.monotonic()
+        # A demo begins in an empty folder, and its page, written last, marks it as finished.
         if not self.path.exists() and any(outdir.iterdir()):
             raise UserError(f'--outdir={outdir} is not empty: remove it, or choose another folder.')
         if (outdir / PAGE).exists():
@@ -75,6 +76,7 @@ class Done:
         return self.earlier + time.monotonic() - self.start
 
     def add(self, name: str, row: dict) -> None:
+        # Rows come from several threads.
         with self.lock:
             self.rows[name] = row
             self.save()
@@ -114,6 +116,7 @@ def train(
     folder = runner.path(name)
     if is_finished(folder):
         return newest_snapshot(folder)
+    # Five ticks, each with an evaluation and a training state to resume from.
     kimg = steps * DIGITS.batch / 1000
     runner.run(
         name,
@@ -271,6 +274,7 @@ def headline(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     euler = {r['nfe']: r for r in teachers if r['solver'] == 'euler'}
     of_model = {r['model']: r for r in rows}
     lines = []
+    # A line for each number of evaluations; what was not measured stays empty.
     for nfe in COUNTS:
         fast, searched = (best(teachers, nfe, searched) for searched in (False, True))
         lines.append(
@@ -282,6 +286,7 @@ def headline(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
                 *(with_interval(of_model.get(f'{name}-{nfe}')) for name, _ in STUDENTS.values()),
             ]
         )
+    # Last, the teacher in many evaluations: the quality that students aim at.
     good = next(r for r in teachers if name_of(r) == GOOD.name)
     lines.append([GOOD.nfe, '', with_interval(good, f' {GOOD.solver}'), '', *('' for _ in STUDENTS)])
     students = (f'{name}-S, `{objective}`' for objective, (name, _) in STUDENTS.items())
@@ -343,6 +348,7 @@ def paired_rmse(runner: Runner, name: str) -> float:
 
     from data.pixels import open_image
 
+    # Files of one name are of one seed; squares are summed in FP64 over all of them.
     total, count = 0.0, 0
     for good in runner.path('samples', GOOD.name).glob('*.png'):
         pair = (good, runner.path('samples', name, good.name))
@@ -359,6 +365,7 @@ def supported(rows: list[dict]) -> str:
     good = max(teachers, key=lambda r: r['nfe'])
     few = min((r for r in teachers if r['nfe'] <= 8), key=lambda r: r['distance'])
     listed = lambda found: ', '.join(r['model'] for r in found) or 'none'
+    # Intervals that do not overlap tell two models apart; overlapping ones decide nothing.
     better = [r for r in students if high_of(r) < low_of(few)]
     worse = [r for r in students if low_of(r) > high_of(few)]
     level = [r for r in students if low_of(r) <= high_of(good) and low_of(good) <= high_of(r)]

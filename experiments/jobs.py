@@ -85,6 +85,7 @@ def measure_model(
         else [f'--solver={model.solver}', f'--steps={model.steps}']
     )
     row = model.record() | measure(runner, model.name, network, sampler, num, metrics, batch, labels=labels)
+    # Keep a grid only: the images of all models would fill a disk.
     images = runner.path('samples', model.name)
     runner.path('grids').mkdir(exist_ok=True)
     write_grid(sorted(map(str, images.glob('*.png')))[:SHOWN], str(runner.path('grids', f'{model.name}.png')))
@@ -123,6 +124,7 @@ def remaining_jobs(
             work = (training.evaluations * training.batch if training else 0) + sum(
                 model.nfe for model in group
             ) * num
+            # `group` is bound now: the loop goes on to others before the job runs.
             jobs.append((work, name, lambda group=group: do(group)))
     return sorted(jobs, key=lambda job: -job[0])
 

@@ -67,6 +67,7 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def write_grid(paths: Sequence[str], dest: str, columns: int = 8) -> None:
     """Tile PNG files, a multiple of `columns`, into one; each is enlarged to 32 pixels or more."""
     arrays = [np.asarray(open_image(path)) for path in paths]
+    # [N, C, H, W]; files of gray images have no dimension of channels.
     images = torch.from_numpy(np.stack([a[None] if a.ndim == 2 else a.transpose(2, 0, 1) for a in arrays]))
 
     # A dark line between images; whole factors keep pixels square and sharp.
@@ -86,6 +87,7 @@ def write_rows(rows: dict[str, Sequence[str]], dest: str) -> None:
     figure, panels = plt.subplots(len(rows), 1, figsize=size, squeeze=False)
     figure.subplots_adjust(left=margin / size[0], right=1, bottom=0, top=1, hspace=0.06)
     for axes, (caption, paths) in zip(panels[:, 0], rows.items()):
+        # A black pixel between samples.
         samples = [np.pad(np.asarray(open_image(path).convert('L')), (0, 1)) for path in paths]
         axes.imshow(np.concatenate(samples, axis=1), cmap='gray', interpolation='nearest', aspect='auto')
         axes.axis('off')
@@ -177,6 +179,7 @@ def write_frontier(
     ends = [(level[0], 'black', '', None, level[1])]
     for name, points in lines.items():
         hue, dashes, mark = LOOKS.get(name, ('black', '-.', 'D'))
+        # Geometric means, because the axis is logarithmic.
         means = [float(np.exp(np.mean(np.log(values)))) for values in points.values()]
         axes.plot(list(points), means, linestyle=dashes, marker=mark, markersize=5, color=HUES[hue])
         seeds = [(nfe, value) for nfe, values in points.items() if len(values) > 1 for value in values]
@@ -283,6 +286,7 @@ def write_strips(pictures: dict[str, dict[int, str]], dest: str, rows: int = 5) 
 
 def embed(path: str, caption: str | None = None, css: str = '') -> str:
     """A PNG file as an <img> that contains its data, or with a caption as a <figure>."""
+    # Within the page, which remains a single file to send.
     with open(path, 'rb') as file:
         data = base64.b64encode(file.read()).decode()
     image = (

@@ -56,6 +56,7 @@ class Runner:
         # Paths relative to the current folder make commands that can be copied.
         script = [os.path.relpath(ROOT / arguments[0])] if arguments[0].endswith('.py') else [arguments[0]]
         shown = ['python', *script, *map(str, arguments[1:])]
+        # Commands run side by side, so each has a share of the cores.
         env = dict(
             os.environ,
             OMP_NUM_THREADS=str(threads or self.threads),
@@ -123,6 +124,7 @@ def run_interruptibly(runner: Runner, function: Callable[[], T], cure: str) -> T
         signals.append(number)
         runner.stop()
 
+    # Handlers run in the main thread, which only waits; the work is in another.
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:

@@ -73,10 +73,12 @@ def main(levels, json_path, **options):
     if unknown := [name for name in wanted if name not in LEVELS]:
         raise click.UsageError(f'--levels: {unknown[0]!r} is none of {", ".join(LEVELS)}.')
     distributed.init()
+    # The metric and the search read options of fid.py and search.py too.
     options = EasyDict(
         options, class_idx=None, labels=None, dinov2=None, skip_bad=False, cache=None, workers=2
     )
     table = SolverTable(options, Path(json_path))
+    # Each cell is saved when it is measured, so that an interrupted table resumes.
     for name in wanted:
         for solver, nfe, steps in cells(options.nfe):
             table.measure(name, solver, nfe, steps)
@@ -88,6 +90,7 @@ def cells(counts: list[int]) -> Iterator[tuple[str, int, int]]:
     """(solver, evaluations, steps) of every cell; a solver of two evaluations a step may take one less."""
     for nfe in counts:
         for solver in SOLVERS:
+            # n steps take 2n − 1 evaluations with Heun, 2n with the midpoint method, n with the others.
             steps = dict(heun=(nfe + 1) // 2, dpm2=nfe // 2).get(solver, nfe)
             if solver not in ('heun', 'dpm2') or steps > 1:
                 yield solver, nfe, steps
@@ -110,6 +113,7 @@ class SolverTable:
         measures = {'fid': MEASURES['fid']}
         evaluation.check_detector_options(measures, options)
         references = evaluation.read_references(options.ref, measures, options)
+        # All searches share the fine paths of this teacher.
         self.teacher = Teacher(options.network, EasyDict({**options, **SEARCH}))
         self.net = self.teacher.net
         self.options, self.path = options, path
@@ -131,6 +135,7 @@ class SolverTable:
         """An image source as in metrics/images.py, for `MetricOfPoints`."""
         from metrics.generated import GeneratedImages
 
+        # Without arguments, only the shape of the images is wanted, which any sampler shows.
         seeds = range(options.seed, options.seed + options.num)
         given = arguments or dict(solver='euler', steps=1)
         return GeneratedImages(self.net, seeds, options.batch, name=str(given), **given)
@@ -143,6 +148,7 @@ class SolverTable:
         key = f'{levels} {solver} {nfe}'
         if key in self.record['values']:
             return
+        # All processes measure together; the main one writes.
         value = self.metric(self.arguments(levels, solver, steps))
         evaluation.log(f'{key}: {value:.4g}')
         self.record['values'][key] = value
@@ -183,6 +189,7 @@ def read_record(path: Path, settings: dict) -> dict:
     """The results of an earlier command. Raises: UserError if they are of another table, or damaged."""
     from dnnlib import schema
 
+    # A file from elsewhere is not trusted: kinds and sizes of its entries are checked.
     values = schema.Dict(schema.Text(longest=100), schema.Real())
     try:
         record = schema.read_json(
@@ -192,6 +199,7 @@ def read_record(path: Path, settings: dict) -> dict:
         )
     except (OSError, ValueError) as error:
         raise UserError(f'--json={path} is no table of solvers ({error}): choose another name.') from error
+    # Values of other settings would pass for those of this table.
     if record['settings'] != settings:
         raise UserError(
             f'--json={path} is the table of another network or other images: choose another name.'

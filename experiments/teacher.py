@@ -65,6 +65,7 @@ def sampler_options(
     """
     if not sampling.searched:
         return [f'--solver={sampling.solver}', f'--steps={sampling.steps}']
+    # Levels stay in the folder, so that a resumed command does not search again.
     levels = runner.path('levels', f'{name}.txt')
     if not levels.exists():
         levels.parent.mkdir(exist_ok=True)

@@ -119,6 +119,7 @@ class FileImages(ImageSource):
                 f'{self.files.path} holds latents ({self.files.images[0]}, ...), not images. '
                 'Give the images, or decode the latents first.'
             )
+        # The checksums in a zip tell whether its images changed, without reading them.
         self._checksums = {} if self.files.is_folder else _zip_checksums(self.files)
         super().__init__(path, len(self.files.images), num, seed)
         self.skip_bad = skip_bad
@@ -154,6 +155,7 @@ class FileImages(ImageSource):
                     f'{describe_shape(self.image_shape)}. Give all images one size and mode, or skip those '
                     'unlike the first with --skip-bad.'
                 )
+            # Pixels stay as stored, as in training; a note will tell of the orientation.
             if is_left_unturned(image):
                 self.unturned[i] = orientation(image)
             return image_pixels(image)
@@ -254,6 +256,7 @@ def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
         views.append(array[:, None])
     if array.size and len(shape) == 4:
         views += [array.transpose(0, 3, 1, 2)] * (shape[3] in (1, 3)) + [array] * (shape[1] in (1, 3))
+    # A wrong guess would scramble every image without an error.
     if len(views) != 1:
         why = (
             'could be [N, H, W, C] or [N, C, H, W]'

@@ -75,6 +75,7 @@ def squared_mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         x, y: [n, D], [m, D]; n, m >= 2. No sample is paired with itself.
     Returns: [] float64.
     """
+    # FP64, because the terms nearly cancel for similar sets.
     x, y = x.double(), y.double()
 
     def kernel(a, b):

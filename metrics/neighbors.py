@@ -86,6 +86,7 @@ class _Distances:
 
     def __init__(self, features: torch.Tensor, reference: torch.Tensor, k: int, chunk: int):
         self.sets = features, reference = check_features(features, reference, least=k + 1)
+        # Around the mean, |x|² − 2 x·y + |y|² loses fewer digits to cancellation.
         self.k, self.center, self.chunk = k, reference.mean(dim=0, dtype=torch.float64), chunk
         largest = max(
             self._part(x, rows).square().sum(dim=1).max().item()

@@ -99,6 +99,7 @@ def holds_statistics(source: str | os.PathLike) -> bool:
     if os.path.isdir(source) or os.path.splitext(os.fspath(source))[1].lower() in ('.zip', '.npy'):
         return False
     with _open_arrays(source) as arrays:
+        # References of OpenAI have both: images in arr_0, and statistics, which are of more images.
         if 'arr_0' in arrays.keys or any(
             key in ('mu', 'sigma') or key.endswith(('.mu', '.sigma')) for key in arrays.keys
         ):
@@ -183,6 +184,7 @@ def _check_features(
         reference.detector_digest,
         f' of detector {reference.detector}' * bool(reference.detector),
     )
+    # Digests identify a detector; without them, the number of features still tells many apart.
     if None not in (known, digest) and known != digest:
         raise UserError(
             f'{source} was made with detector {reference.detector} (SHA-256 {known[:12]}...), not with {name} '

@@ -237,6 +237,7 @@ class Validator:
                 self.options.batch,
                 stop=stop and stop.anywhere,
             )
+            # Abandoned, by all processes together.
             if seen is None:
                 return None
             stats = seen[''].stats
@@ -291,6 +292,7 @@ class Validator:
         ]
         picture = generation.image_grid(generation.finite_images(batches, seeds), columns)
         path = os.path.join(self.run_dir, f'fakes-{nimg:09d}-{ema}.png')
+        # By whole factors, so that pixels stay square.
         zoom = max(256 // picture.shape[-1], 1)
         generation.save_images(picture.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)[None], [path])
         return path

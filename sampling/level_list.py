@@ -68,6 +68,7 @@ def follow_search(net, solver: str | None, options: dict) -> tuple[str | None, d
                 f'the noise levels of sigmas were searched for {name} {value}, not {completed[name]}: leave that '
                 'option out, or give the levels themselves, as in 80,5.8,0.9,0.002'
             )
+    # Such levels may still do well, as for a later snapshot of the same run: only a warning.
     if model_digest(net) != record['network'] and distributed.is_main():
         click.echo('Warning: the noise levels of --sigmas were searched for another network.', err=True)
     solver = completed.pop('solver')
@@ -85,6 +86,7 @@ class LevelList(click.ParamType):
     def convert(self, value, param, ctx):
         if isinstance(value, list):
             return value
+        # Numbers, or else the path of a file.
         words = value.split(',')
         record = None
         if not all(cli.NUMBER.fullmatch(word.strip()) for word in words):
@@ -93,6 +95,7 @@ class LevelList(click.ParamType):
             self.fail(
                 f'{cli.shown(value)} lists {len(words)} noise levels, not 1 to {limits.MAX_STEPS}', param, ctx
             )
+        # Each in its range, then all in order.
         levels = [self.kind.convert(word, param, ctx) for word in words]
         if any(above <= below for above, below in itertools.pairwise(levels)):
             self.fail(f'{cli.shown(value)}: noise levels fall from one to the next', param, ctx)
@@ -103,6 +106,7 @@ class LevelList(click.ParamType):
         path = cli.PATH.convert(value, param, ctx)
         try:
             with open(path, encoding='utf-8') as file:
+                # A character more than allowed shows that a file is too large, without reading all of it.
                 text = file.read(LARGEST_LIST + 1)
         except OSError as error:
             self.fail(
@@ -117,6 +121,7 @@ class LevelList(click.ParamType):
         # Numbers, and what a comment records.
         lines, record = text.splitlines(), None
         numbers = [line.partition('#')[0] for line in lines]
+        # A damaged record is an error: levels suit only the solver that they were searched for.
         for line in lines:
             if line.startswith(MARK):
                 try:

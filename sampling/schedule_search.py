@@ -70,6 +70,7 @@ def jump_errors(path: FinePath, sigmas: Sequence[float]) -> Tensor:
     """
     levels = torch.tensor(sigmas, dtype=torch.float64, device=path.states.device)
     errors = torch.full((len(levels), len(levels)), math.inf, dtype=torch.float64, device=levels.device)
+    # All jumps from a node at once; they take no evaluation of the network.
     for i, slope in enumerate(path.slopes):
         steps = (levels[i + 1 :] - levels[i]).reshape(-1, 1, 1, 1, 1)
         errors[i, i + 1 :] = rms(path.states[i] + steps * slope - path.states[i + 1 :]).sum(dim=1)
@@ -99,6 +100,7 @@ def cheapest_path(errors: Sequence[Sequence[float]], jumps: int, discount: float
         cost = [value for value, _ in nearest]
         following.append([j for _, j in nearest])
 
+    # Follow the next nodes from the first one on.
     nodes = [0]
     for step in reversed(following):
         nodes.append(step[nodes[-1]])
@@ -132,6 +134,7 @@ def search(
         report: called with every schedule before levels move, and with every better one after.
     Raises: ValueError if there are fewer nodes than levels.
     """
+    # Each measurement samples all images, so none is repeated.
     known: dict[tuple[float, ...], float] = {}
 
     def measured(levels: list[float], source: str) -> Found:
@@ -163,6 +166,7 @@ def search(
                 best, nodes, moved = found, neighbor, True
                 report(best)
                 break  # the neighbors are those of the new path
+    # The usual schedules lie between nodes, and may be better than what moves reach.
     least = min(usual, key=lambda found: found.error)
     return least, min(best, least, key=lambda found: found.error)
 

@@ -46,6 +46,7 @@ class TeacherPaths:
         choose_labels: generation.LabelChooser | None = None,
         with_errors: bool = True,
     ):
+        # Each process computes a share of the batches.
         self.net, self.count, self.choose_labels = net, len(seeds), choose_labels
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
         self.batches = list(generation.split_batches(seeds, batch, rank, world_size))
@@ -60,7 +61,9 @@ class TeacherPaths:
             self.ends.append({False: end, True: denoiser(end, sigmas[-1])})
             if with_errors:
                 errors += schedule_search.jump_errors(path, sigmas)
+        # Means over the images of all processes, so that all choose the same levels.
         self.errors = (distributed.all_reduce_sum(errors) / self.count).tolist() if with_errors else None
+        # Gathered, so that all processes fail together.
         finite = all(end.isfinite().all().item() for ends in self.ends for end in ends.values())
         if not all(distributed.gather_objects(finite)):
             raise UserError(
@@ -83,10 +86,12 @@ class TeacherPaths:
         """
         total = torch.zeros([], dtype=torch.float64, device=distributed.get_device())
         for seeds, ends in zip(self.batches, self.ends):
+            # Latents come again from the seeds, so that only the ends of the paths take memory.
             _, latents, labels = generation.draw_start(self.net, seeds, self.choose_labels)
             images = samplers.sample(self.net, latents, labels, sigmas=list(levels), **sampler)
             total += schedule_search.rms(images - ends[sampler['to_zero']]).sum()
         distance = (distributed.all_reduce_sum(total) / self.count).item()
+        # Levels at which the solver diverges are the worst ones, not an error.
         return distance if math.isfinite(distance) else math.inf
 
 
@@ -115,6 +120,7 @@ class Teacher:
         self.net = guided(self.net, network, guidance)
         self.choose_labels = choose(self.net, network, options.class_idx, options.labels)
         low, high = teacher_range(self.net, LevelOptions(sigma_min=options.low, sigma_max=options.high))
+        # The ends exactly, without the rounding of roots and powers.
         nodes = schedule_sigmas('polynomial', options.nodes, low, high).tolist()
         self.nodes = [high, *nodes[1:-1], low]
 
@@ -147,6 +153,7 @@ class ScheduleSearch:
         settings, to_zero = solvers.check_choices(solver, order, variant), steps_to_zero(solver, to_zero)
         self.sampler = dict(solver=solver, **settings, afs=afs, to_zero=to_zero)
         self.nfe, self.count = chosen.nfe(steps, afs, to_zero), chosen.levels(steps, afs, to_zero)
+        # The first and the last level are given; those between are searched.
         if self.count < 3:
             raise WrongOptions(
                 f'{steps} steps of {solver} have {self.count} noise levels, both given: take more --steps'
@@ -180,6 +187,7 @@ class ScheduleSearch:
         """Options of generate.py and fid.py for these levels."""
         words = [f'--{name}={value}' for name, value in self.sampler.items() if type(value) is not bool]
         words += [f'--{name}' for name, value in self.sampler.items() if value is True]
+        # Named only where it differs from the default of the solver.
         if not self.sampler['to_zero'] and ODE_SOLVERS[self.solver].to_zero:
             words.append('--no_to_zero')
         words += map(shlex.quote, self.teacher.guidance.words())

@@ -111,6 +111,7 @@ NUMPY_ARRAYS = _names('numpy.core or numpy._core: multiarray._reconstruct numeri
 NUMPY_TYPES = _names("""
     numpy: ndarray dtype bool bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64
 """)
+# Found in options, metadata and optimizer states. As names they do nothing.
 OTHER_TYPES = _names("""
     torch: Tensor Size device nn.parameter.Parameter
     builtins or __builtin__: object bool int float complex str bytes bytearray list tuple dict set frozenset
@@ -198,11 +199,13 @@ class _Unpickler(pickle._Unpickler):
 
     def __init__(self, file: BinaryIO, stop: int, names: frozenset[str], persistent_ids: bool):
         self.source, self.names, self.persistent_ids = _Source(file, stop), names, persistent_ids
+        # Latin-1 has a character for every byte, so no string of Python 2 fails to decode.
         super().__init__(self.source, encoding='latin-1')
 
     def find_class(self, module: str, name: str) -> Name:
         if f'{module}.{name}' not in self.names:
             raise _refused(repr(f'{module}.{name}'))
+        # The name itself: nothing is imported.
         return Name(f'{module}.{name}')
 
     def load_stack_global(self):

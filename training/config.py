@@ -89,6 +89,7 @@ class Main:
 class Hyperparameters:
     heading: ClassVar[str] = 'Hyperparameters'
 
+    # Batch.
     batch: int | None = opt(
         None, cli.BATCH, 'Total batch size.',
         metavar='INT', key='batch_size', settled=True)
@@ -96,6 +97,7 @@ class Hyperparameters:
         None, cli.BATCH,
         'Micro-batch size per GPU; gradients accumulate if it is smaller than batch / world size.',
         flags=('--batch-gpu',), metavar='INT', default_text='batch / world size', key='batch_gpu')
+    # Optimizer and learning rate.
     optim: str | None = opt(None, click.Choice(['adam', 'radam']), 'Optimizer.', key='optim', settled=True)
     lr: float | None = opt(None, cli.POSITIVE, 'Learning rate.', metavar='FLOAT', key='lr', settled=True)
     lr_rampup: float | None = opt(
@@ -112,6 +114,7 @@ class Hyperparameters:
     beta2: float | None = opt(
         None, cli.Number(0, 1, max_open=True), "Decay of Adam's second moments.",
         metavar='FLOAT')
+    # Weight averages.
     ema: float | None = opt(
         None, HalfLife(),
         'Half-life of the weight average in millions of images; 500kimg and 50Mimg name their unit.',
@@ -124,6 +127,7 @@ class Hyperparameters:
         None, cli.NumberList(cli.FACTOR),
         'Relative widths of power-function EMAs to keep as well, as in 0.05,0.10.',
         metavar='LIST', key='phema_stds')
+    # Regularization and data.
     augment: float | None = opt(
         None, cli.Number(0, 1), 'Augmentation probability.',
         metavar='FLOAT', key='augment', settled=True)
@@ -167,6 +171,7 @@ class Validation:
     switch: ClassVar[str] = 'val'  # without it the others are refused
 
     val: bool = opt(False, bool, 'Evaluate the Frechet distance during training.')
+    # Reference and features. Paths are checked before training starts.
     val_ref: str | None = opt(
         None, cli.PATH, 'Reference statistics, made by fid.py ref.',
         metavar='NPZ|URL', key='validation.ref')
@@ -176,6 +181,7 @@ class Validation:
     val_detector: str | None = opt(
         None, cli.PATH, f'TorchScript feature detector. {cli.PROGRAM}',
         metavar='PATH|URL', default_text="NVIDIA's Inception", key='validation.detector')
+    # Sampling.
     val_steps: int | None = opt(
         None, cli.STEPS, 'Number of sampling steps.',
         metavar='INT',
@@ -199,6 +205,7 @@ class Validation:
     val_sigmas: list[float] | None = opt(
         None, OF_ODE['sigmas'].kind, OF_ODE['sigmas'].help,
         metavar='LIST|FILE', key='validation.sigmas')
+    # When, and which networks.
     val_every: int = opt(50, cli.COUNT, 'Ticks between evaluations.', metavar='TICKS', key='validation.every')
     val_emas: str | None = opt(
         None, None,
@@ -210,6 +217,7 @@ class Validation:
         False, bool,
         'Evaluate the teacher once at the start, by its default sampler (diffusion models: Heun, 18 steps).',
         key='validation.teacher')
+    # Images, their seeds and labels; by default as many as FID is usually computed from.
     val_num: int = opt(
         50000, cli.TWO_IMAGES, 'Number of images to generate.',
         metavar='INT', key='validation.num')
@@ -234,6 +242,7 @@ class Validation:
 class Performance:
     heading: ClassVar[str] = 'Precision and performance'
 
+    # Precision of the network, and what keeps it from overflowing.
     precision: str | None = opt(
         None, click.Choice(['fp32', 'fp16', 'bf16', 'fp64']),
         'Precision inside the network; fp16 on GPUs only. Weights are FP32, or FP64 with fp64.',
@@ -247,6 +256,7 @@ class Performance:
         'Stop after this many consecutive skipped steps; a step is skipped if its loss or gradient is not '
         'finite.',
         flags=('--max-bad-steps',), metavar='INT', key='max_bad_steps')
+    # Arithmetic of the GPU, and whether runs repeat.
     tf32: bool = opt(False, ON_OFF, 'Use TensorFloat-32 for FP32 on GPUs.', key='tf32')
     lpips_tf32: bool = opt(
         True, ON_OFF, 'Use TensorFloat-32 inside LPIPS (--cm_loss=lpips) on GPUs.', key='lpips_tf32')
@@ -254,6 +264,7 @@ class Performance:
         False, ON_OFF,
         'Use deterministic algorithms only, so that a run on the same GPUs repeats bit for bit; slower.',
         key='deterministic')
+    # Speed against memory.
     compiled: bool = opt(
         False, ON_OFF, 'Compile the networks (torch.compile): minutes at the start, then faster steps.',
         flags=('--compile',), key='compiled')
@@ -271,6 +282,7 @@ class Performance:
     profile_steps: int = opt(
         0, TICKS, 'Write a Chrome trace of this many steps to the run folder.',
         flags=('--profile',), metavar='STEPS', key='profile_steps')
+    # Waiting for other processes.
     init_timeout: float | None = opt(
         None, cli.POSITIVE, 'Minutes that processes wait for each other at the start.',
         flags=('--init-timeout',), metavar='MINUTES', default_text="PyTorch's: 10 or 30",
@@ -280,6 +292,7 @@ class Performance:
         'Minutes that a process waits for the others in a step, after which all end.',
         flags=('--train-timeout',), metavar='MINUTES', default_text="PyTorch's: 10 on GPUs, 30 on CPUs",
         key='train_timeout')
+    # Convolution algorithms; loading of data.
     bench: bool = opt(True, bool, 'Enable cuDNN benchmarking.', key='cudnn_benchmark')
     cache: bool | None = opt(
         None, bool, 'Keep decoded images in memory.',
@@ -295,6 +308,7 @@ class Files:
         None, None, "Text to add to the run folder's name.",
         metavar='STR', idle=('nosubdir', True))
     nosubdir: bool = opt(False, FLAG, 'Write into --outdir itself.')
+    # Progress, snapshots and training states.
     tick: float = opt(
         50.0, cli.SOME_KIMG, 'Thousands of images between progress reports; fractions allowed.',
         metavar='KIMG', key='kimg_per_tick')
@@ -321,6 +335,7 @@ class Files:
     seed: int | None = opt(
         None, cli.Integer(min=0, max=(1 << 63) - 1), 'Random seed.',
         metavar='INT', default_text='random', key='seed', settled=True)
+    # Where to start.
     transfer: str | None = opt(
         None, NETWORK_FILE, 'Start from the weights of this snapshot that fit the network.',
         metavar='PKL|DIR|URL', key='transfer')
@@ -328,6 +343,7 @@ class Files:
         None, cli.PATH,
         'Resume from this training state, or from the newest complete one in this run folder.',
         metavar='PT|DIR', key='resume')
+    # Permissions to resume what is refused otherwise.
     take_lock: bool = opt(
         False, FLAG, 'Take the lock of the run folder (run.lock) from another run, and stop that run.',
         flags=('--take-lock',))

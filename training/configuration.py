@@ -62,6 +62,7 @@ def settle(o: Options, dataset, teacher, earlier: dict | None) -> Options:
         phema_snap=run.snap if run.phema_snap is None else run.phema_snap,
         sigma_data=float(getattr(teacher, 'sigma_data', 0.5)),
     )
+    # Lengths in images follow from the batch and the duration, known by now.
     o = o.but(**lengths(o, earlier))
 
     # Checks of the objective's schedule, and the teacher's range of noise levels.
@@ -167,6 +168,7 @@ def check_stages(o: Options) -> None:
 
     from training.objectives import time_schedules as times
 
+    # The two times are closest in the last stage.
     try:
         times.earlier_time(
             torch.ones(1),
@@ -228,6 +230,7 @@ def check_edges(o: Options) -> None:
     from training import consistency_ops as ops
     from training.objectives import time_schedules as times
 
+    # The first grid: later ones are finer, between the same levels.
     try:
         times.lognormal_edge_probabilities(
             ops.karras_sigmas(o.own.s0 + 1, o.own.sigma_min, o.own.sigma_max, o.own.rho),
@@ -365,9 +368,11 @@ def loss_record(o: Options, teacher) -> EasyDict:
     from training.objectives import loss_diffusion
 
     values = {name: getattr(o.own, name) for name in (*o.objective.options, 'sigma_data')}
+    # Options that older versions lack are recorded only if they are used, so that their runs still resume.
     later = {name for name, option in options_of(type(o.own)).items() if option.later}
     unchanged = {name for name in later if values[name] == o.objective.options[name]}
     values = {name: value for name, value in values.items() if name not in unchanged}
+    # Teachers have several losses: record which, with the options that it has.
     if o.objective.loss:
         return EasyDict(values)
     kind = 'edm2' if is_edm2(o, teacher) else o.run.precond or 'edm'

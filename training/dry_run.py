@@ -77,7 +77,9 @@ def memory(c: EasyDict, net: torch.nn.Module, teacher: torch.nn.Module | None) -
     size = 8 if c.precision == 'fp64' else 4
     weights = sum(p.numel() for p in net.parameters()) * size
     processes = distributed.get_world_size()
+    # Accumulated gradients hold the activations of one micro-batch at a time.
     micro_batch = min(c.batch_gpu or c.batch_size // processes, c.batch_size // processes)
+    # Adam keeps two moments of each gradient.
     parts = dict(
         weights=weights,
         gradients=weights,

@@ -87,6 +87,7 @@ class GuidedDenoiser(torch.nn.Module):
         guided = weak + self.weight * (strong - weak)
         if is_number or self.interval == (0.0, math.inf):
             return guided
+        # A level per image: select on the device, because asking which are inside would wait for it.
         low, high = self.interval
         inside = (level >= low) & (level <= high)
         return torch.where(inside.reshape(-1, *[1] * (x.ndim - 1)), guided, strong)
@@ -94,6 +95,7 @@ class GuidedDenoiser(torch.nn.Module):
     def _both(self, x: Tensor, sigma: Tensor, labels: Tensor | None, options: dict) -> tuple[Tensor, Tensor]:
         """(D, D_weak), float64."""
         if self.guide is None:
+            # One pass over a doubled batch: with the labels, and with all-zero ones.
             if labels is None:
                 labels = x.new_zeros(1, self.label_dim)
             labels = labels.expand(len(x), -1)
@@ -180,6 +182,7 @@ def guide_evaluations(net, solver: str, steps: int, **options) -> int:
     """Evaluations of the guide per image, by the arguments of `samplers.sample`; 0 for unguided networks."""
     if not isinstance(net, GuidedDenoiser):
         return 0
+    # The solver itself tells the levels, by sampling one pixel from the identity.
     levels: list[float] = []
     pixel = torch.zeros(1, net.img_channels, 1, 1)
     samplers.sample(Recorder(net, levels), pixel, solver=solver, steps=steps, **options)
@@ -289,6 +292,7 @@ def check_guide(net, guide, network: str, o: GuidanceOptions) -> None:
             f'--guide={o.guide} knows noise levels from {known_low:g} to {known_high:g}, and would guide '
             f'{network} from {low:g} to {high:g}: limit it by --guidance_interval, or give another guide.'
         )
+    # Last, because it reads all weights.
     if same_network(net, guide):
         raise UserError(
             f'--guide={o.guide} is {network} itself, and D_weak = D has no effect: give a weaker network, or '

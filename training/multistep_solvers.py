@@ -79,12 +79,14 @@ def linear_multistep(
     """
     slopes: list[Tensor] = []  # newest first
     for sigma, step_weights in zip(sigmas, weights):
+        # As many as the highest order uses; the number of weights says how many take part.
         slopes = [(x - denoiser(x, sigma)) / sigma, *slopes[:3]]
         for weight, slope in zip(step_weights, slopes):
             x = x + weight * slope
     return x
 
 
+# Cached, because every batch has the same levels.
 @functools.lru_cache(maxsize=16)
 def polynomial_weights(sigmas: tuple[float, ...], order: int) -> list[list[float]]:
     """∫ l_k dsigma over each step. Two Gauss nodes integrate cubic polynomials, the highest here, exactly."""
@@ -141,6 +143,7 @@ def lagrange_weights(
     Args:
         nodes, node_weights: [n] levels within the step, and their weights.
     """
+    # The first steps know fewer levels than `order`.
     known, at = time(np.array(sigmas[max(i + 1 - order, 0) : i + 1]))[::-1], time(nodes)
     weights = []
     for k, own in enumerate(known):
@@ -210,6 +213,7 @@ def unipc(
             # Correct the last step, whose prediction is x.
             x = unipc_step(x_before, outputs, sigmas, i - 1, step_orders[i - 1], variant, latest)
         outputs = [latest, *outputs[:2]]
+        # The next step needs the corrected state, and the network evaluates the predicted one.
         x_before, x = x, unipc_step(x, outputs, sigmas, i, step_orders[i], variant)
     return x
 
@@ -236,6 +240,7 @@ def unipc_step(
     h = lambdas[-1] - lambdas[-2]
     ratios = [(lambdas[-2 - m] - lambdas[-2]) / h for m in range(1, order)]
     differences = [(outputs[m] - outputs[0]) / ratios[m - 1] for m in range(1, order)]
+    # UniC adds the end of the step, evaluated at the prediction.
     if latest is not None:
         ratios, differences = [*ratios, 1.0], [*differences, latest - outputs[0]]
 
@@ -254,10 +259,12 @@ def unipc_weights(ratios: Sequence[float], z: float, b_z: float) -> list[float]:
     """
     if len(ratios) < 2:
         return [0.5] * len(ratios)
+    # expm1, because z is small in short steps.
     phi, moments = math.expm1(z) / z, []
     for q in range(1, len(ratios) + 1):
         phi = (phi - 1 / math.factorial(q)) / z
         moments.append(math.factorial(q) * z * phi / b_z)
+    # A Vandermonde system of at most three unknowns, solved on the host.
     powers = np.vander(ratios, increasing=True).T
     return np.linalg.solve(powers, moments).tolist()
 

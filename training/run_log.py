@@ -155,6 +155,7 @@ class RunLog:
         if self._wandb:
             self._wandb.finish(exit_code)
         self._bar = self._tensorboard = self._wandb = None
+        # Lines that a full disk refused have a last chance.
         self._write()
 
     def _show(self, step: int, values: dict[str, float], images: dict[str, str]) -> None:
@@ -164,6 +165,7 @@ class RunLog:
             self._wandb.add(step, values, images)
 
     def _append(self, name: str, line: str) -> None:
+        # Kept until they are written: a full disk neither ends training nor loses lines.
         self._unwritten[name] = self._unwritten.get(name, '') + line + '\n'
         self._write()
 
@@ -191,6 +193,7 @@ def check_available(wandb: dict | None, tensorboard: bool) -> None:
         summary_writer_class()
     if wandb and wandb.get('mode') != 'disabled':
         package = import_wandb()
+        # W&B itself knows which names it takes.
         try:
             package.Settings(project=wandb.get('project'))
         except (package.errors.UsageError, ValueError) as error:

@@ -168,6 +168,7 @@ class OdeSolver(NamedTuple):
 
     def nfe(self, steps: int, afs: bool, to_zero: bool) -> int:
         """Denoiser evaluations of so many steps."""
+        # Steps between levels, a single evaluation for the one to 0, none for the analytical first slope.
         return self.evaluations * (self.levels(steps, afs, to_zero) - 1) + to_zero - afs
 
 
@@ -208,6 +209,7 @@ def ode_solve(
     Returns: [N, ...] float64 state at the last level.
     Raises: UserError if the solver has no such order or variant, or the levels do not decrease.
     """
+    # Numbers of the host, once: solvers then launch their steps without waiting for the device.
     sigmas = torch.as_tensor(sigmas, dtype=torch.float64).tolist()
     denoise = lambda x, sigma: denoiser(x, ops.noise_level(sigma, x)).double()
     return solve(denoise, x.double(), sigmas, solver, order, variant, afs, to_zero)

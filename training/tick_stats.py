@@ -42,6 +42,7 @@ def network_stats(update: WeightUpdate, averages: WeightAverages) -> dict[str, d
     """Relative distance of each average from the weights, loss scale and skipped steps. Waits for the
     device."""
     weights = update.weights.detach()
+    # Averages may lie on the host (--ema-device=cpu).
     vectors = {name: vector.detach().to(weights.device) for name, vector in averages.vectors.items()}
     values = {
         f'EMA/{name}_distance': torch.dist(vector, weights) / weights.norm()
@@ -60,6 +61,7 @@ def tick_stats(run: Run, clock: Clock, now: float, data_wait: float) -> dict[str
     """
     c, progress, device = run.c, run.progress, run.device
     tick_time = now - clock.tick_start
+    # The first tick of a resumed run began before it.
     seen = progress.nimg - max(progress.tick_start_nimg, run.start_nimg)
     # The clock of a machine that was put to sleep may stand still.
     per_second = lambda amount: amount / tick_time if tick_time > 0 else 0.0

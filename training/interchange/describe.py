@@ -98,6 +98,7 @@ def as_phrase(value) -> str:
     """A value in text for people."""
     if value is None:
         return '-'
+    # Before integers, among which Python counts booleans.
     if isinstance(value, bool):
         return 'yes' if value else 'no'
     if isinstance(value, int):

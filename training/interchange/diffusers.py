@@ -52,8 +52,10 @@ def save_diffusers(folder: str | os.PathLike, net: torch.nn.Module) -> None:
     check_expressible(net)
     scheduler = cm_scheduler(net) if net.boundary else edm_scheduler(net)
     unet, weights = unet_config(net), unet_weights(net)
+    # EDM's scheduler starts at noise of another deviation, for which levels are renamed.
     if not net.boundary:
         weights = scaled_levels(weights, scheduler['sigma_data'] / net.sigma_data)
+    # The folder gets its name when all files are in it.
     with new_folder(folder) as place:
         index = dict(
             _class_name='ConsistencyModelPipeline',
@@ -173,6 +175,7 @@ def edm_scheduler(net: networks.EDMPrecond) -> dict:
     if highest <= 1:
         refuse(f'sampling from sigma = {highest:g}: {EDM_SCHEDULER} starts at noise of deviation above 1')
     scale = math.sqrt(1 - 1 / highest**2)
+    # DPM-Solver++ of first order is DDIM.
     return dict(
         _class_name=EDM_SCHEDULER,
         solver_order=1,
@@ -200,10 +203,12 @@ def levels_of_sampling(net: networks.EDMPrecond) -> tuple[float, float, float]:
     Raises: UserError if a student's levels are no such nodes, or noise is added between them.
     """
     rho, sigmas = checked_rho(net), net.metadata.get('sigmas')
+    # A teacher has no levels of its own.
     if sigmas is None:
         low, high = teacher_range(net, OdeOptions())
         return high, low, RHO
 
+    # The levels of a student, without the 0 at the end.
     levels = [float(sigma) for sigma in sigmas[:-1]]
     solver = net.metadata.get('solver', 'student')
     if solver != 'student' and (solver != 'cm' or len(levels) > 1):
@@ -214,6 +219,7 @@ def levels_of_sampling(net: networks.EDMPrecond) -> tuple[float, float, float]:
     if len(levels) == 1:
         return levels[0], levels[0] / 2, rho  # the lower end is no level of one step
 
+    # The scheduler computes its levels from the ends, so they must be Karras nodes.
     nodes = ops.karras_sigmas(len(levels), levels[-1], levels[0], rho)
     if not torch.allclose(nodes, nodes.new_tensor(levels), rtol=1e-6, atol=0):
         listed = ', '.join(f'{sigma:.4g}' for sigma in levels)
@@ -335,6 +341,7 @@ def unet_places(model: networks.DhariwalUNet) -> dict[str, torch.nn.Module]:
         'conv_norm_out': model.out_norm,
         'conv_out': model.out_conv,
     }
+    # Residual blocks, and their attention, which UNet2DModel lists apart.
     for place, block in block_places(model).items():
         if not isinstance(block, networks.UNetBlock):
             places[place] = block

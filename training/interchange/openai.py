@@ -315,6 +315,7 @@ def _check_expressible(shapes: dict[str, tuple[int, ...]]) -> None:
     theirs, ours = 'resamples {}', '; our ADM has residual blocks there (resblock_updown=True)'
     if convolutions := [name for name in shapes if name.endswith(('.op.weight', '.conv.weight'))]:
         raise UnknownLayout(theirs.format(f'by a convolution ({convolutions[0]})') + ours)
+    # Pooling has no weights, which leaves a gap in the numbers of the input blocks.
     found = {
         int(parts[1])
         for parts in (name.split('.') for name in shapes)
@@ -410,6 +411,7 @@ def _convert(weights: dict[str, Tensor], layout: Layout, untold: Untold) -> torc
                 f'has {names[name.removeprefix("model.")]} in the place of our {name}, with shape '
                 f'{list(state[name].shape)} instead of {list(tensor.shape)}'
             )
+    # Assigned, not copied: our parameters had no memory so far.
     net.load_state_dict(state, assign=True)
     net.metadata = _metadata(untold.kind)
     return net.eval().requires_grad_(False)

@@ -137,6 +137,7 @@ def _parse_config(text: str | None) -> dict:
         raise MalformedPickle(
             'has no configuration of ours in its header; only files written by convert.py can be read'
         )
+    # Entries and their kinds are checked here, so that what follows can rely on them.
     try:
         config = plain(from_json(json.loads(text)))
         kinds = dict(format=str, class_name=str, args=tuple, kwargs=dict, attributes=dict, metadata=dict)
