@@ -27,6 +27,7 @@ OF_POINTS = ('log', 'space', 'tolerance', 'timesteps', 'scan', 'measures', 'ref'
              'detector_sha256', 'clip_denoised')  # fmt: skip
 OF_SCHEDULES = ('nodes', 'order', 'variant', 'afs', 'to_zero', 'guide', 'guidance', 'guidance_interval')
 SCHEDULE_IMAGES, SCHEDULE_STEPS, DEFAULT_NODES = 256, 8, 61
+MAX_NODES = 500  # a batch's states at all nodes are in memory, and errors between all pairs
 
 
 class Metric(evaluation.Measures):
@@ -199,7 +200,7 @@ class Metric(evaluation.Measures):
 @cli.option(
     '--nodes',
     metavar='INT',
-    type=cli.Integer(min=3, max=MAX_STEPS),
+    type=cli.Integer(min=3, max=MAX_NODES),
     default=DEFAULT_NODES,
     show_default=True,
     group=SCHEDULE,
@@ -211,8 +212,8 @@ class Metric(evaluation.Measures):
 @OF_TEACHERS['to_zero'].under(SCHEDULE)
 @guidance_options()
 def main(network, schedule, log, solver, save, json_path, dry_run, measures, **options):
-    """Search the noise levels at which a consistency model is evaluated again, one after another, each by a
-    ternary search.
+    """Search noise levels: those at which a consistency model is evaluated again, one after another, each by a
+    ternary search; or with --schedule those of a teacher's solver, by the teacher's own paths.
 
     \b
     The second of two steps by FID; then a third, resuming from the same log:
