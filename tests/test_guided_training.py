@@ -289,6 +289,7 @@ def same_weights(a, b):
 def test_a_guided_distillation_records_its_guide_and_resumes_by_its_folder_alone(
     tmp_path, digits, dropped, guide, objective
 ):
+    guide = shutil.copy(guide, tmp_path / 'guide.pkl')
     by = (
         WITHOUT_LABEL
         if objective == 'mcd'
@@ -313,6 +314,13 @@ def test_a_guided_distillation_records_its_guide_and_resumes_by_its_folder_alone
     ):
         assert {name: record[name] for name in expected} == expected
 
+    # A recorded configuration repeats it.
+    again = invoke(
+        f'--config={tmp_path / "half/training_options.json"}', f'--outdir={tmp_path / "again"}', '-n'
+    )
+    assert again.exit_code == 0, again.output
+    assert {name: json.loads(again.stdout)[name] for name in expected} == expected
+
     # Another guide, weight or interval makes it another run; the same guide elsewhere does not.
     for options, words in (
         (['--guidance=3'], ['guidance 2.5 -> 3.0']),
@@ -324,17 +332,12 @@ def test_a_guided_distillation_records_its_guide_and_resumes_by_its_folder_alone
     ):
         refused = invoke(f'--resume={tmp_path / "half"}', *options, '--duration=0.000128')
         assert_one_clear_error(refused, *words, '--resume-override')
+    moved = guide.rename(tmp_path / 'moved.pkl')
     if objective != 'mcd':
-        moved = shutil.copy(guide, tmp_path / 'moved.pkl')
-        result = invoke(f'--resume={tmp_path / "half"}', f'--guide={moved}', '--duration=0.000128', '-n')
+        resumed = [f'--resume={tmp_path / "half"}', '--duration=0.000128', '-n']
+        assert_one_clear_error(invoke(*resumed), 'give its present place by --guide=PATH')
+        result = invoke(*resumed, f'--guide={moved}')
         assert result.exit_code == 0 and json.loads(result.stdout)['guide'] == str(moved)
-
-    # A recorded configuration repeats it.
-    again = invoke(
-        f'--config={tmp_path / "half/training_options.json"}', f'--outdir={tmp_path / "again"}', '-n'
-    )
-    assert again.exit_code == 0, again.output
-    assert {name: json.loads(again.stdout)[name] for name in expected} == expected
 
 
 def test_with_weight_1_a_distillation_is_the_same_bit_for_bit(tmp_path, digits, dropped):
