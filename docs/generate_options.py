@@ -51,6 +51,7 @@ COMMANDS = {
     },
     'python -m metrics.rulers': 'metrics.rulers:main',
     'python -m experiments.curves': 'experiments.curves:main',
+    'python -m experiments.solver_table': 'experiments.solver_table:main',
     'python -m experiments.guided_digits': 'experiments.guided_digits:main',
 }
 
