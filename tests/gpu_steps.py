@@ -27,7 +27,7 @@ from torch_utils import misc, training_stats
 from training import command_line, configuration, execution, networks, stages, starting_point
 from training.checkpoint import save_snapshot
 from training.guidance import GuidedDenoiser
-from training.networks import edm2
+from training.networks import edm2, switched
 from training.objectives import OBJECTIVES
 from training.profiling import StepProfile
 from training.setup import set_up
@@ -65,7 +65,7 @@ TRAINING = {
 
 def build(arch: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    classes = dict(adm=networks.EDMPrecond, edm2=edm2.Precond)
+    classes = {'adm': networks.EDMPrecond, 'two networks': networks.EDMPrecond, 'edm2': edm2.Precond}
     return classes[arch](8, 1, CLASSES, **NETWORK)
 
 
@@ -139,6 +139,8 @@ def waits_in_sampling(arch: str, solver: str) -> list[str]:
         arch, _, guide = arch.partition(' guided by ')
         net = execution.in_precision(build(arch).eval().requires_grad_(False), 'fp16').to('cuda')
         net.metadata = {}
+        if arch == 'two networks':
+            net = switched.Switched(net, build('adm').eval().requires_grad_(False).to('cuda'), 1.0)
         if guide:
             weak = None if guide == 'itself' else build(guide).eval().requires_grad_(False).to('cuda')
             net = GuidedDenoiser(net, weak, 2.0, (0.001, 10.0))
@@ -171,6 +173,7 @@ SAMPLING = [
     ('adm', 'student'),
     ('adm', 'cm'),
     ('adm', 'addim'),
+    ('two networks', 'cm'),
     ('adm', 'ipndm'),
     ('adm', 'dpmpp'),
     ('edm2', 'euler'),

@@ -23,6 +23,8 @@ class Switched(Module):
     Raises: ValueError for networks of different images or labels, the same network twice, or a switched one.
     """
 
+    takes_numbers = True  # samplers hand on noise levels as Python numbers
+
     def __init__(self, high, low, switch):
         super().__init__()
         geometry = ('img_resolution', 'img_channels', 'label_dim')
@@ -41,10 +43,13 @@ class Switched(Module):
         self.metadata = getattr(high, 'metadata', {})
 
     def forward(self, x, sigma, class_labels=None, **kwargs):
-        """D [N, C, H, W] of noisy `x` at noise levels `sigma`: evaluates one network for a scalar, both for
-        [N]."""
-        # A scalar is on the host, so looking at it does not synchronize.
-        above = torch.as_tensor(sigma) >= self.switch
+        """D [N, C, H, W] of noisy `x` at noise levels `sigma`: evaluates one network for a number or a scalar,
+        both for [N]."""
+        # Looking at a number does not synchronize; its tensor is filled in on the device.
+        if not isinstance(sigma, torch.Tensor):
+            level = torch.full([], sigma, dtype=torch.float64, device=x.device)
+            return (self.high if sigma >= self.switch else self.low)(x, level, class_labels, **kwargs)
+        above = sigma >= self.switch
         if above.ndim == 0:
             return (self.high if above else self.low)(x, sigma, class_labels, **kwargs)
 
