@@ -79,11 +79,13 @@ def panels_of(folders: dict[str, Path]) -> dict[str, tuple[dict[str, Line], bool
             label = ' '.join(filter(None, (stage, name.removeprefix('Loss/'))))
             line = line_of(stats, name)
             add('loss', label, line, logarithmic=min(line[1], default=0) > 0)
+        # Evaluations, a line for each average.
         for record in (each for each in read_jsonl(folder / METRICS) if each.get('fid') is not None):
             label = ' '.join(filter(None, (stage, record.get('ema', 'ema'))))
             xs, ys = panels.setdefault('Fréchet distance', ({}, True))[0].setdefault(label, ([], []))
             xs.append(record['kimg'])
             ys.append(record['fid'])
+        # Other statistics, where they were recorded.
         for caption, (name, logarithmic) in STATISTICS.items():
             add(caption, stage, line_of(stats, name), logarithmic)
     return panels
@@ -104,6 +106,7 @@ def draw(panels: dict[str, tuple[dict[str, Line], bool]], dest: str, title: str)
     """Write the panels, two in a row, as a PNG file. Raises: UserError if that fails."""
     import matplotlib
 
+    # No display is needed, as on a cluster.
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
@@ -114,6 +117,7 @@ def draw(panels: dict[str, tuple[dict[str, Line], bool]], dest: str, title: str)
         rows, 2, figsize=(11, 2.6 * rows + 0.5), squeeze=False, constrained_layout=True
     )
     figure.suptitle(title, fontsize=11)
+    # With an odd number of panels the last place stays empty.
     for place in axes.flat[len(panels) :]:
         place.axis('off')
     for place, (caption, (lines, logarithmic)) in zip(axes.flat, panels.items()):

@@ -111,6 +111,7 @@ def remaining_jobs(
         groups.setdefault(model.training.name if model.training else model.name, []).append(model)
 
     def do(group: list[Model]) -> None:
+        # Trainings in their order, then measurements of what they made.
         for training in group[0].training.chain if group[0].training else []:
             train(runner, training, data, teacher)
         for model in group:

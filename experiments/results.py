@@ -29,6 +29,7 @@ class Results:
         self.rows: dict[str, dict] = {row['model']: row for row in found}
 
     def add(self, row: dict) -> None:
+        # Jobs run in several threads.
         with self.lock:
             self.rows[row['model']] = row
             write_json(self.path, list(self.rows.values()))
@@ -43,6 +44,7 @@ def is_row(row: object, metrics: Sequence[str]) -> bool:
     """Whether a row has the entries that tables read; a teacher's has `seed` null and no training entries."""
     if not isinstance(row, dict) or row.get('objective') not in list(OBJECTIVES) or 'seed' not in row:
         return False
+    # Damaged rows are found here, not in the middle of a report.
     of_training = [] if row['seed'] is None else ['seed', 'train_steps', 'cost', 'evaluations']
     distances = list(distance_entries(metrics).values())
     return (

@@ -101,6 +101,7 @@ class Runner:
         with self.lock:
             self.stopped = True
             running = list(self.running)
+        # Terminated, not killed: trainings save a state first.
         for process in running:
             process.terminate()
 
@@ -157,6 +158,7 @@ def workers(runner: Runner, count: int) -> Iterator[concurrent.futures.Executor]
 
 def is_finished(folder: Path) -> bool:
     """Whether the log of a training ends as train.py ends a complete run."""
+    # A folder with snapshots may still be of an interrupted run.
     log = folder / LOG
     return log.exists() and log.read_text().rstrip().endswith('\nDone.')
 

@@ -31,6 +31,7 @@ class SearchLog:
         self.values: dict[tuple[float, ...], float] = {}
         if distributed.is_main():
             header, self.values = read_log(path)
+            # Values of other settings would steer the search wrongly.
             others = [
                 f'{name} is {json.dumps(settings.get(name))}, in the log {json.dumps(header.get(name))}'
                 for name in {**settings, **(header or {})}
@@ -43,6 +44,7 @@ class SearchLog:
                 )
             # Also for an existing log: fail now, not after the first evaluation, if it cannot be written.
             self._append(dict(search=settings) if header is None else None)
+        # All processes must take the same way through the search.
         self.values = distributed.broadcast_object(self.values)
 
     def value(self, taus: list[float], compute: Callable[[], float]) -> float:
@@ -50,6 +52,7 @@ class SearchLog:
         if tuple(taus) not in self.values:
             start = time.monotonic()
             value = compute()
+            # On disk before the next evaluation, so that a kill loses one at most.
             if distributed.is_main():
                 self._append(
                     dict(

@@ -48,6 +48,7 @@ class FeatureCache:
                 arrays = {key: file.read(key) for key in file.keys}
         except UserError:
             return None
+        # A damaged or older batch is computed again.
         complete = all(array.shape[:1] == (len(part),) for array in arrays.values())
         return arrays if complete and names <= arrays.keys() else None
 

@@ -36,6 +36,7 @@ class FeatureStats:
                 f'The detector returned features of shape {tuple(features.shape)}, expected [N, {self.dim}]. '
                 'Use a detector with one feature vector per image.'
             )
+        # Batches added after the sum would count once for every process.
         if self._reduced:
             raise RuntimeError('these statistics were already summed over the processes')
 

@@ -43,6 +43,7 @@ def _add(names: tuple[str, ...], values: torch.Tensor, *index: torch.Tensor) -> 
     _accumulator(names, values.device)  # create it now, so that all processes have the same order of names
     reports = _waiting.setdefault(names, [])
     reports.append((values, *index))
+    # Many reports at once, because small networks would feel the launches for each.
     if len(reports) >= AT_ONCE:
         _take_in(names)
 
@@ -60,6 +61,7 @@ def _take_in(names: tuple[str, ...]) -> None:
 def _moments_of(values: torch.Tensor) -> torch.Tensor:
     """[..., 3] float64: count, value, square; zeros for non-finite values."""
     finite = values.isfinite()
+    # Replaced, not selected: a selection would wait for the device to know its size.
     values = values.where(finite, 0)
     return torch.stack([finite.double(), values, values.square()], dim=-1)
 
@@ -94,6 +96,7 @@ def load_state(groups: list[tuple[list[str], torch.Tensor]], device: torch.devic
     for names, total in groups:
         if total.shape != (len(names), 3):
             raise ValueError(f'statistics of {len(names)} names have the shape {list(total.shape)}')
+        # The sums are of all processes: given to each, they would count many times.
         _moments[tuple(names)] = (total if distributed.is_main() else torch.zeros_like(total)).to(device)
 
 

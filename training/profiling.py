@@ -56,6 +56,7 @@ class StepProfile:
         if self._done == WARM_UP + self._steps:
             return
         self._done, self._nimg = self._done + 1, nimg
+        # The first steps compile and allocate, and are not recorded.
         if self._steps and self._done == WARM_UP:
             self._begin()
         elif self._profiler is not None and self._done == WARM_UP + self._steps:
