@@ -338,6 +338,7 @@ def test_a_guided_distillation_records_its_guide_and_resumes_by_its_folder_alone
         assert_one_clear_error(invoke(*resumed), 'give its present place by --guide=PATH')
         result = invoke(*resumed, f'--guide={moved}')
         assert result.exit_code == 0 and json.loads(result.stdout)['guide'] == str(moved)
+        assert 'Resuming with duration' in result.stderr and 'guide' not in result.stderr
 
 
 def test_with_weight_1_a_distillation_is_the_same_bit_for_bit(tmp_path, digits, dropped):
