@@ -27,6 +27,7 @@ from torch_utils import elastic, misc
 
 NVIDIA_DEVICE = '/dev/nvidia0'  # the driver makes it for the first GPU
 PATIENCE = timedelta(days=7)  # longer than any save or download; a process that ends is noticed at once
+GRAPHS = 4  # in which a compiled network reduces its gradients, after the first parameter's
 CHUNK = 1 << 28  # bytes of a broadcast
 
 # The group of collectives that wait for the main process to read, write or download, on the CPUs; else empty.
@@ -222,7 +223,15 @@ def data_parallel(net: torch.nn.Module, device: torch.device) -> torch.nn.Module
     # PyTorch 2.13 renamed the option.
     new = 'forward_sync_buffers' in inspect.signature(wrapper).parameters
     buffers = {'forward_sync_buffers' if new else 'broadcast_buffers': False}
-    return wrapper(net, device_ids=[device] if device.type == 'cuda' else None, **buffers)
+    ddp = wrapper(net, device_ids=[device] if device.type == 'cuda' else None, **buffers)
+
+    # torch.compile cuts the network where a bucket of this size is full, and takes each parameter for as large as
+    # its storage, which is that of all (`FlatParameters`). The buckets of the reduction are made already.
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    largest = max(parameter.untyped_storage().nbytes() for parameter in trained)
+    if largest > trained[0].nbytes:
+        ddp.bucket_bytes_cap = max(ddp.bucket_bytes_cap, largest * -(-len(trained) // GRAPHS))
+    return ddp
 
 
 # ----------------------------------------------------------------------------
