@@ -400,7 +400,7 @@ def _replacements(stand_in: StandIn) -> list[tuple[object, str, object]]:
         get_device_properties=lambda *args: properties,
         get_rng_state=lambda *args: torch.zeros(16, dtype=torch.uint8),
         max_memory_allocated=lambda *args: stand_in.peak,
-        reset_peak_memory_stats=nothing,
+        reset_peak_memory_stats=lambda *args: stand_in.reset(),
         empty_cache=nothing,
     )
     return [

@@ -2,12 +2,13 @@
 
 What the student's forward pass saves for the backward pass is counted tensor by tensor
 (`torch.autograd.graph.saved_tensors_hooks`), for one image and for two: the difference is per image, the
-remainder (weights rounded to half precision) is constant. Temporary tensors are not counted; on a GPU the
-allocator's peak of real steps is given beside the sum.
+remainder (weights rounded to half precision) is constant. Temporary tensors are not counted there. The peak of
+whole steps is given beside the sum: of a GPU's allocator, or of a stand-in for one (`gpu_stand_in`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import torch
 if __name__ == '__main__':
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import gpu_stand_in
 from benchmarks.common import NOT_MEASURED, apart, block, table
 from benchmarks.sizes import SIZES
 from benchmarks.step import Training, Way
@@ -100,16 +102,17 @@ def parts_of(training: Training, way: Way, batch: int, averages_on_host: bool) -
 
 
 def measured_peak(size: str, name: str, batch: int) -> int:
-    """Peak bytes of the GPU's allocator over two steps, in this process."""
+    """Peak bytes of the GPU's allocator over a step, in this process."""
     device = torch.device('cuda')
     way = WAYS[name]
     training = Training(size, batch, device, averages_device=torch.device('cpu') if name in ON_HOST else None)
     training.use(way)
     if way.held:
         training.teacher = None  # a run holds only the one in half precision
+    # The first step allocates what stays.
+    training.step(0, inside=False)
     torch.cuda.reset_peak_memory_stats(device)
-    for number in range(2):
-        training.step(number, inside=False)
+    training.step(1, inside=False)
     return torch.cuda.max_memory_allocated(device)
 
 
@@ -128,8 +131,11 @@ def measured_peak(size: str, name: str, batch: int) -> int:
 @cli.option('--measure', hidden=True)
 def main(size, batch, measure):
     """Count the memory of a consistency distillation step by part."""
+    on_gpu = torch.cuda.is_available()
     if measure is not None:
-        click.echo(measured_peak(size, measure, batch))
+        with contextlib.nullcontext() if on_gpu else gpu_stand_in.gpu(track_memory=True):
+            peak = measured_peak(size, measure, batch)
+        click.echo(peak)
         return
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     training = Training(size, 1, device)
@@ -139,13 +145,14 @@ def main(size, batch, measure):
     del training
     gc.collect()  # its networks refer back to it
 
-    # On GPUs, the peak of real steps, in processes of their own.
+    # The peak of steps, in processes of their own.
     peaks = {}
-    if device.type == 'cuda':
+    if on_gpu:
         torch.cuda.empty_cache()
-        peaks = {
-            name: apart(__file__, f'--size={size}', f'--batch={batch}', f'--measure={name}') for name in WAYS
-        }
+    if on_gpu or not gpu_stand_in.why_unavailable():
+        env = {} if on_gpu else dict(gpu_stand_in.guarded_environment(), PYTHONWARNINGS='ignore')
+        arguments = f'--size={size}', f'--batch={batch}'
+        peaks = {name: apart(__file__, *arguments, f'--measure={name}', env=env) for name in WAYS}
     unit, one = ('GB', 1e9) if found['plain'].sum > 1e9 else ('MB', 1e6)
     text = lambda count: f'{count / one:.2f}'
     rows = [
@@ -165,7 +172,8 @@ def main(size, batch, measure):
             f'the backward pass, {batch} times that of one image (the difference between two images and '
             f'one); the rest, {text(replace(found["plain"], activations=0).sum)} {unit}, does not depend on '
             f'the batch. Averages: {averages}. In half precision the teacher holds its convolutions in it. '
-            "`peak` is that of the GPU's allocator in real steps, with temporary tensors.",
+            '`peak` has temporary tensors too: '
+            f'{"of the allocator in real steps" if on_gpu else "counted on a stand-in for a GPU"}.',
             table(
                 [
                     '',

@@ -29,6 +29,7 @@ from benchmarks import (
     precision,
     sampling,
     scaling,
+    sharding,
     sizes,
     solvers,
     startup,
@@ -53,6 +54,7 @@ SCRIPTS = {
     'images.py': images,
     'precision.py': precision,
     'scaling.py': scaling,
+    'sharding.py': sharding,
 }
 CPU = torch.device('cpu')
 

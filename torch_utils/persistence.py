@@ -17,7 +17,7 @@ import sys
 
 FORMAT_VERSION = 6
 # Attributes of how this process runs an object, which pickles and copies leave out.
-HERE_ONLY = {'_compiled_call_impl', 'channels_last', 'checkpoint_activations'}
+HERE_ONLY = {'_compiled_call_impl', 'channels_last', 'checkpoint_activations', 'forces_unit_weights'}
 _classes: dict[tuple[str, str], type] = {}  # (class name, source of its module) -> class
 _sources: dict[type, str] = {}
 

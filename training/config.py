@@ -279,6 +279,11 @@ class Performance:
         'same', click.Choice(['same', 'cpu']),
         "Device of the weight averages: the network's, or the host.",
         flags=('--ema-device',), key='ema_device')
+    shard: str = opt(
+        'none', click.Choice(['none', 'optimizer']),
+        'optimizer: divide weights, optimizer state and averages among processes (FSDP2); each still evaluates '
+        'the whole network.',
+        key='shard')
     profile_steps: int = opt(
         0, TICKS, 'Write a Chrome trace of this many steps to the run folder.',
         flags=('--profile',), metavar='STEPS', key='profile_steps')
@@ -405,6 +410,11 @@ class RunConfig(TensorBoard, WandB, Files, Performance, Validation, Network, Hyp
             )
         if self.val:
             cli.check_seeds(self.val_seed, max(self.val_num, SHOWN), '--val_seed', '--val_num')
+
+        if self.shard != 'none' and self.compiled:
+            raise click.UsageError(
+                f'--shard={self.shard} with --compile is not supported: leave one of them out.'
+            )
 
         # Units.
         if self.duration and self.duration > LONGEST:

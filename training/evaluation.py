@@ -83,12 +83,15 @@ def sample_grid(validator: Validator, net, nimg: int, name: str, log: RunLog) ->
 def show_samples(run: Run) -> None:
     """Write samples of the run's exponential average beside its snapshot, and log them. Called by all
     processes; the main one samples."""
-    _, path = run.files.attempt(write_samples, run)
+    # Averages that are divided among processes are assembled by all of them.
+    needed = distributed.is_main() or run.update.parameters.sharded
+    net = sampling_network(run, 'ema') if needed else None
+    _, path = run.files.attempt(write_samples, run, net)
     if path is not None:
         run.log.samples(run.progress.nimg, path)
 
 
-def write_samples(run: Run) -> str | None:
+def write_samples(run: Run, net: torch.nn.Module) -> str | None:
     """Write `samples-<kimg>.png`: what generate.py makes of the snapshot for seeds 0, 1, ...
 
     Random numbers come from generators of their own, so training goes on as if nothing had been sampled.
@@ -96,7 +99,6 @@ def write_samples(run: Run) -> str | None:
     Raises: UserError if the file cannot be written.
     """
     c, space, seeds = run.c, run.dataset.label_space, range(run.c.sample_grid)
-    net = sampling_network(run, 'ema')
     net.metadata = checkpoint.snapshot_metadata(c, run.progress.nimg)
     choose = label_chooser('dataset' if space.are_vectors else 'uniform', space, run.dataset)
 

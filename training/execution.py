@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from torch_utils.flat import FlatParameters
+
 COMPILATIONS = 64  # far more than a run needs; beyond this limit PyTorch falls back to eager mode
 PRECISIONS = ('fp32', 'fp16', 'bf16', 'fp64')
 
@@ -78,6 +80,34 @@ def hold_in_half(net: torch.nn.Module) -> torch.nn.Module:
                     if (parameter := getattr(module, name)) is not None:
                         parameter.requires_grad_(False).data = parameter.data.to(half)
     return net
+
+
+def blocks_of(net: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers of the U-Nets, in the order in which they run."""
+    unets = [part.unet if hasattr(part, 'unet') else part.model for part in networks_in(net)]
+    return [block for unet in unets for block in (*unet.enc.values(), *unet.dec.values())]
+
+
+def leave_unit_weights(net: torch.nn.Module) -> None:
+    """Let `force_unit_weights` do what EDM2's networks do to their weights in a forward pass of training."""
+    for part in networks_in(net):
+        part.forces_unit_weights = False
+
+
+@torch.no_grad()
+def force_unit_weights(net: torch.nn.Module, parameters: FlatParameters) -> None:
+    """Before a step, normalize the weights of EDM2's networks (Karras et al. 2024, Eq. 66), if they are divided
+    among processes: rows, which are normalized, are each on one process."""
+    if not parameters.sharded:
+        return
+    from torch_utils.sharded import own_part
+    from training.networks.edm2 import MPConv, normalize_weight
+
+    layers = [m for m in net.modules() if isinstance(m, MPConv) and m.weight.requires_grad]
+    for layer in layers:
+        own_part(layer.weight).copy_(normalize_weight(own_part(layer.weight)))
+    if layers:
+        parameters.absorb()
 
 
 def networks_in(net: torch.nn.Module) -> list[torch.nn.Module]:

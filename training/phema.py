@@ -141,9 +141,17 @@ class WeightAverages:
     ):
         self.halflife_nimg, self.rampup_ratio, self.source = halflife_nimg, rampup_ratio, weights
         names = ['ema', *map(average_name, phema_stds)]
-        # Networks that are never trained, each over one vector, so that an update is one operation.
-        self._networks = {name: copy.deepcopy(net).eval().requires_grad_(False).to(device) for name in names}
-        self._vectors = {name: FlatParameters(average).weights for name, average in self._networks.items()}
+        # Networks that are never trained, each over one vector, so that an update is one operation. Of weights that
+        # are divided among processes each averages its share, and networks are made when they are needed.
+        if weights.sharded:
+            self._networks = {}
+            self._vectors = {name: weights.weights.detach().clone().to(device) for name in names}
+        else:
+            frozen = lambda: copy.deepcopy(net).eval().requires_grad_(False).to(device)
+            self._networks = {name: frozen() for name in names}
+            self._vectors = {
+                name: FlatParameters(average).weights for name, average in self._networks.items()
+            }
         self._stds = dict(zip(phema_stds, names[1:]))
         self._exponents = [float(std_to_exp(std)) for std in phema_stds]
         # On the device of training, no copies are needed.
@@ -151,7 +159,7 @@ class WeightAverages:
 
     @property
     def networks(self) -> dict[str, torch.nn.Module]:
-        """The averages as networks, by their names in files."""
+        """The averages as networks, by their names in files; empty if they are divided among processes."""
         self.flush()
         return self._networks
 
@@ -171,9 +179,25 @@ class WeightAverages:
         """The power-function averages by width."""
         return {std: self.networks[name] for std, name in self._stds.items()}
 
+    @property
+    def names(self) -> dict[str, float | None]:
+        """Names of the averages in files, and their widths; None for the exponential one."""
+        return {'ema': None, **{name: std for std, name in self._stds.items()}}
+
+    def saved(self, name: str) -> torch.nn.Module | None:
+        """An average for a file, on the main process. Of divided averages, which all processes call this together
+        for, the others have None."""
+        if not self.source.sharded:
+            return self.networks[name]
+        whole = self.source.whole(self.vectors[name].to(self.source.weights.device))
+        return None if whole is None else self.source.network(whole)
+
     def on_device(self, name: str) -> torch.nn.Module:
         """An average on the device of training, for sampling: itself, or a copy."""
-        network, device = self.networks[name], self.source.weights.device
+        device = self.source.weights.device
+        if self.source.sharded:
+            return self.source.network(self.source.whole(self.vectors[name].to(device), device))
+        network = self.networks[name]
         return network if next(network.parameters()).device == device else copy.deepcopy(network).to(device)
 
     def halflife_at(self, nimg: int) -> float:
@@ -219,17 +243,23 @@ class WeightAverages:
             self._copies.flush()
 
     def state_dict(self) -> dict:
-        """Tensors of all averages, for a training state."""
-        return dict(
-            ema=dict(self.ema.state_dict()),
-            phema={std: dict(net.state_dict()) for std, net in self.phema.items()},
-        )
+        """Tensors of all averages, for a training state; on the main process (see `saved`)."""
+        found = {}
+        for name, std in self.names.items():
+            net = self.saved(name)
+            found[std] = {} if net is None else dict(net.state_dict())
+        return dict(ema=found.pop(None), phema=found)
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Inverse of `state_dict`."""
-        self.ema.load_state_dict(state['ema'])
-        for std, net in self.phema.items():
-            net.load_state_dict(state['phema'][std])
+        """Inverse of `state_dict`, on every process."""
+        vectors = self.vectors
+        for name, std in self.names.items():
+            tensors = state['ema'] if std is None else state['phema'][std]
+            if self.source.sharded:
+                vectors[name].copy_(self.source.share(self.source.flattened(tensors)))
+            else:
+                self._networks[name].load_state_dict(tensors)
 
 
 class HostCopies:

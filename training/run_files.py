@@ -149,9 +149,11 @@ class RunFiles:
         # Snapshots of the averages.
         if due(c.snapshot_ticks):
             extra = dict(ema='ema', ema_halflife_kimg=c.ema_halflife_nimg / 1e3)
-            self.guarded(self._snapshot, progress, '', self.averages.ema, metadata | extra, fids)
-        for std, average in self.averages.phema.items() if due(c.phema_snapshot_ticks) else ():
+            average = self.averages.saved('ema')
+            self.guarded(self._snapshot, progress, '', average, metadata | extra, fids)
+        for std in c.phema_stds if due(c.phema_snapshot_ticks) else ():
             extra = dict(ema=average_name(std), ema_std=std)
+            average = self.averages.saved(average_name(std))
             self.guarded(self._snapshot, progress, f'-{std:.3f}', average, metadata | extra, fids)
 
         # A state: now and then, and the best one by FID.
@@ -174,7 +176,8 @@ class RunFiles:
 
     def check_weights(self) -> None:
         """End all processes if they do not hold the same weights."""
-        if not distributed.same_everywhere(self.update.weights):
+        divided = self.update.parameters.sharded
+        if not (divided or distributed.same_everywhere(self.update.weights)):
             distributed.fail_together(
                 'the processes hold different weights: a GPU or its memory is faulty. The states saved '
                 'before are whole; resume from the newest one on other machines.'
@@ -196,7 +199,7 @@ class RunFiles:
         if torch.cuda.is_available():
             rng['cuda'] = torch.cuda.get_rng_state()
         state = dict(
-            net=dict(self.net.state_dict()),
+            net=self.update.parameters.state_dict(self.net),
             update=self.update.state_dict(),
             averages=self.averages.state_dict(),
             loss=self.loss_state.state_dict(),
@@ -315,7 +318,7 @@ def restore(
     Raises: UserError if it does not fit the objects.
     """
     try:
-        net.load_state_dict(state.pop('net'))
+        update.parameters.load_state_dict(net, state.pop('net'))
         update.load_state_dict(state.pop('update'))
         averages.load_state_dict(state.pop('averages'))
         loss_state.load_state_dict(state.pop('loss'))

@@ -112,8 +112,9 @@ def set_up(
     options = OBJECTIVES[c.objective].complete(c.loss)
     loss_state = objective.setup(options, teacher, net, perceptual_distance(c, device))
 
-    # Optimizer and averages work on one vector of all parameters.
-    flat = FlatParameters(net)
+    # Optimizer and averages work on one vector of all parameters, or of this process's share.
+    shard = c.get('shard') == 'optimizer' and world_size > 1
+    flat = divided(c, net, loss_state) if shard else FlatParameters(net)
     update = WeightUpdate(flat, tuple(c.betas), c.eps, c.loss_scaling, c.grad_clip, radam=c.optim == 'radam')
     averages_device = 'cpu' if c.ema_device == 'cpu' else None
     averages = WeightAverages(
@@ -133,6 +134,8 @@ def set_up(
     files = run_files.RunFiles(c, run_dir, net, update, averages, loss_state, log)
     announcements.describe_place(log, run_dir, device)
     announcements.describe_run(log, c, net, dataset, teacher, accumulation_rounds, batch_gpu)
+    if c.get('shard') == 'optimizer' and not flat.sharded:
+        log('Note: --shard=optimizer is for several processes; this is one.')
     if c.channels_last and not execution.keeps_channels_last(net, c.compiled):
         log(f'Note: {execution.CHANNELS_LAST_IGNORED}')
     if warning := resolution.unresolved_gap(c, teacher):
@@ -142,7 +145,7 @@ def set_up(
         announcements.describe_resume(log, c, progress, made_by, world_size)
 
     # Wrap the network, and check that all processes start from the same weights.
-    ddp = distributed.data_parallel(net, device) if world_size > 1 else net
+    ddp = distributed.data_parallel(net, device) if world_size > 1 and not flat.sharded else net
     files.check_weights()
     return Run(
         c,
@@ -166,6 +169,22 @@ def set_up(
         files=files,
         log=log,
     )
+
+
+def divided(c: EasyDict, net: torch.nn.Module, loss_state: State) -> FlatParameters:
+    """The parameters of `net`, divided among the processes in place (--shard=optimizer).
+
+    Raises: UserError for objectives that keep networks of their own, which would not be divided.
+    """
+    from torch_utils.sharded import ShardedParameters  # slow to import
+
+    if loss_state.networks():
+        distributed.fail_together(
+            f'--shard=optimizer: --objective={c.objective} keeps a network of its own with these options, which '
+            'would not be divided. Leave it out.'
+        )
+    execution.leave_unit_weights(net)
+    return ShardedParameters(net, execution.blocks_of(net))
 
 
 def preprocessing(c: EasyDict) -> Preprocessing:

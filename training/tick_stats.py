@@ -41,11 +41,12 @@ class Clock:
 def network_stats(update: WeightUpdate, averages: WeightAverages) -> dict[str, dict]:
     """Relative distance of each average from the weights, loss scale and skipped steps. Waits for the
     device."""
-    weights = update.weights.detach()
+    parameters, weights = update.parameters, update.weights.detach()
     # Averages may lie on the host (--ema-device=cpu).
     vectors = {name: vector.detach().to(weights.device) for name, vector in averages.vectors.items()}
+    length = parameters.norm(weights)
     values = {
-        f'EMA/{name}_distance': torch.dist(vector, weights) / weights.norm()
+        f'EMA/{name}_distance': parameters.distance(vector, weights) / length
         for name, vector in vectors.items()
     }
     values |= {'Progress/loss_scale': update.scale, 'Progress/bad_steps': update.skips}

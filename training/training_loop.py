@@ -17,7 +17,7 @@ from dnnlib import EasyDict
 from metrics.validator import Validator
 from torch_utils import distributed, elastic, misc, training_stats
 from torch_utils.preemption import PreemptionHandler, WorkersIgnoreSignals
-from training import checkpoint, run_files, saved_files
+from training import checkpoint, execution, run_files, saved_files
 from training.announcements import describe_end
 from training.evaluation import build_validator, evaluate, evaluate_at_start, show_samples
 from training.objectives.loss import State
@@ -39,7 +39,8 @@ def train_step(run: Run, prefetcher: Prefetcher, profile: StepProfile) -> None:
     # The objective's schedule (its grid, its stage) follows from the images seen so far.
     state.begin_step(progress.nimg)
     run.averages.begin_step()
-    run.update.weights.grad.zero_()
+    run.update.parameters.zero_gradients()
+    execution.force_unit_weights(run.net, run.update.parameters)
 
     # Gradients accumulate over micro-batches; with the last one they are averaged over processes.
     for i in range(run.accumulation_rounds):

@@ -29,7 +29,8 @@ class WeightUpdate:
     processes, so all skip the same steps. `scaled_sum` makes a loss that is not finite skip its step too.
 
     Args:
-        weights: the parameters, with all gradients in `weights.weights.grad`.
+        weights: the parameters, with all gradients in `weights.weights.grad` after `take_gradients`; if they are
+            divided among processes, each updates its share.
         betas, eps: of the optimizer.
         loss_scale: factor on the loss against underflow in FP16, divided out of the gradient; None: dynamic,
             halved after every skipped step and doubled after 2000 finite ones (Micikevicius et al. 2018).
@@ -46,7 +47,8 @@ class WeightUpdate:
         grad_clip: float | None = None,
         radam: bool = False,
     ):
-        self.weights, self.grad_clip, self.dynamic = weights.weights, grad_clip, loss_scale is None
+        self.parameters, self.weights = weights, weights.weights
+        self.grad_clip, self.dynamic = grad_clip, loss_scale is None
         self.radam, device = radam, self.weights.device
 
         # The optimizer. Adam's fused kernel is called directly, and so needs its moments from the start.
@@ -75,7 +77,8 @@ class WeightUpdate:
     def step(self, lr: float) -> None:
         """Update the weights from the accumulated gradients, or skip if they are not finite."""
         # Whether to skip: the norm is infinite or NaN. A tensor, so that nothing waits for the device.
-        norm = torch.linalg.vector_norm(self.weights.grad).float() / self.scale
+        self.parameters.take_gradients()
+        norm = self.parameters.norm(self.weights.grad).float() / self.scale
         skip = ~(norm < float('inf'))
 
         # Undo the loss scale, and clip.
@@ -88,6 +91,7 @@ class WeightUpdate:
             self._step_and_undo(divisor, skip)
         else:
             self._step_fused(divisor, skip)
+        self.parameters.publish()
         self._count(skip)
         training_stats.report('Progress/grad_norm', norm)
 
@@ -140,8 +144,14 @@ class WeightUpdate:
             self.scale.mul_(torch.where(skip, 0.5, 1 + grow.float())).clamp_(min=1, max=DYNAMIC_MAX)
 
     def state_dict(self) -> dict:
-        """Tensors and plain data, for a training state."""
-        return dict(optimizer=self.optimizer.state_dict(), scale=self.scale, **self._counts())
+        """Tensors and plain data, for a training state. Of vectors that are divided among processes, which all
+        call this together, the main one has all, and the others None."""
+        optimizer = self.optimizer.state_dict()
+        optimizer['state'] = {
+            index: {name: self.parameters.whole(value) if value.ndim else value for name, value in of.items()}
+            for index, of in optimizer['state'].items()
+        }
+        return dict(optimizer=optimizer, scale=self.scale, **self._counts())
 
     def _counts(self) -> dict[str, torch.Tensor]:
         """The counts by their names in training states."""
@@ -156,17 +166,20 @@ class WeightUpdate:
         Raises: ValueError for moments of another network.
         """
         # Check the shapes, which the optimizer would not.
+        size = self.parameters.size
         for name, value in state['optimizer']['state'].get(0, {}).items():
-            if value.shape != (self.weights.shape if name != 'step' else ()):
+            if value.shape != (() if name == 'step' else (size,)):
                 raise ValueError(
-                    f'the optimizer has {name} of shape {list(value.shape)}, and the network '
-                    f'{len(self.weights):,} weights'
+                    f'the optimizer has {name} of shape {list(value.shape)}, and the network {size:,} weights'
                 )
 
         # Restore.
-        self.optimizer.load_state_dict(
-            dict(state['optimizer'], param_groups=self.optimizer.state_dict()['param_groups'])
-        )
+        moments = {
+            index: {name: self.parameters.share(value) if value.ndim else value for name, value in of.items()}
+            for index, of in state['optimizer']['state'].items()
+        }
+        groups = self.optimizer.state_dict()['param_groups']
+        self.optimizer.load_state_dict(dict(state['optimizer'], state=moments, param_groups=groups))
         for name, count in self._counts().items():
             count.copy_(state[name])
         if self.dynamic:

@@ -360,6 +360,7 @@ class Precond(Module):
     """
 
     channels_last = False
+    forces_unit_weights = True  # False: the training loop does
 
     def __init__(
         self, img_resolution, img_channels, label_dim, use_fp16=True, sigma_data=0.5, logvar_channels=128,
@@ -420,7 +421,7 @@ class Precond(Module):
         # Blocks expect inputs of unit variance: divide by the deviation of x at this level.
         total = sigma**2 + self.sigma_data**2
         c_noise = sigma.flatten().log() / 4
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and self.forces_unit_weights:
             for part in (self.unet, self.logvar_linear) if return_logvar else (self.unet,):
                 force_unit_weights(part)
         scaled = (x / total.sqrt()).to(inner)

@@ -1,0 +1,152 @@
+"""Memory of a process in training, by number of processes, undivided and divided (--shard=optimizer).
+
+Processes of one machine train a network with random weights on one image each, by gloo on the CPU, as the training
+loop sets them up: DDP or FSDP2, Adam, an EMA and two power-function averages. What a process has more than before it
+built the network is measured by the system, not counted: between steps, and at most.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+import psutil
+import torch
+import torch.distributed as dist
+
+if __name__ == '__main__':
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import apart, block, table
+from benchmarks.sizes import SIZES
+from dnnlib import cli
+from torch_utils import distributed
+from torch_utils.flat import FlatParameters
+from torch_utils.sharded import ShardedParameters
+from training import execution
+from training.phema import WeightAverages
+from training.weight_update import WeightUpdate
+
+STEPS = 3
+STDS = [0.05, 0.1]
+
+
+def in_use() -> int:
+    """Bytes of this process alone, after freed memory has gone back to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return psutil.Process().memory_full_info().uss
+
+
+def highest() -> int:
+    """Most bytes in use since `forget_highest`, with those shared."""
+    return 1024 * int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1])
+
+
+def forget_highest() -> None:
+    Path('/proc/self/clear_refs').write_text('5')
+
+
+def measure(size: str, divided: bool) -> dict:
+    """Bytes of this process, one of a group, beyond those before the network was built."""
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo')
+    given = SIZES[size]
+    # What is imported, and small steps allocate, at the first use.
+    train(torch.nn.Linear(4, 4), [], divided, lambda net: net(torch.ones(1, 4)))
+    before = in_use()
+    forget_highest()
+    start = highest()
+
+    net = given.build().train()
+    x = torch.randn(1, given.channels, given.resolution, given.resolution)
+    predict = lambda net: net(x, torch.ones(1), torch.zeros(1, given.classes))
+    held = train(net, execution.blocks_of(net), divided, predict)
+    found = dict(
+        parameters=sum(p.numel() for p in net.parameters()), between=in_use() - before, peak=highest() - start
+    )
+    del held
+    dist.barrier()
+    dist.destroy_process_group()
+    return found
+
+
+def train(net, blocks, divided: bool, predict) -> tuple:
+    """Some steps. Returns: everything that training keeps."""
+    parameters = ShardedParameters(net, blocks) if divided else FlatParameters(net)
+    update = WeightUpdate(parameters, (0.9, 0.999), 1e-8)
+    averages = WeightAverages(net, parameters, 5e5, 0.05, STDS)
+    ddp = net if divided else distributed.data_parallel(net, torch.device('cpu'))
+    for step in range(1, STEPS + 1):
+        parameters.zero_gradients()
+        predict(ddp).square().sum().backward()
+        update.step(1e-5)
+        averages.update(step, 1)
+    return parameters, update, averages, ddp
+
+
+def group(size: str, processes: int, divided: bool) -> dict:
+    """What `measure` finds in the process of a group that has most."""
+    with tempfile.TemporaryDirectory() as folder:
+        apart(
+            '-c',
+            'import runpy, sys; sys.argv = sys.argv[1:]; print("null"); sys.stdout.flush();'
+            'runpy.run_module("torch.distributed.run", run_name="__main__")',
+            'run',
+            '--standalone',
+            f'--nproc_per_node={processes}',
+            __file__,
+            f'--size={size}',
+            f'--measure={folder}',
+            *(['--divided'] if divided else []),
+            env=dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore'),
+        )
+        found = [json.loads(path.read_text()) for path in Path(folder).iterdir()]
+    return {name: max(each[name] for each in found) for name in found[0]}
+
+
+@click.command(cls=cli.Command)
+@cli.option(
+    '--size', type=click.Choice(list(SIZES)), default='cifar10-ddpmpp', show_default=True, help='Network.'
+)
+@cli.option(
+    '--processes',
+    metavar='LIST',
+    type=cli.NumberList(click.IntRange(min=2)),
+    default='2,4',
+    show_default=True,
+    help='Numbers of processes.',
+)
+@cli.option('--measure', 'folder', hidden=True)
+@cli.option('--divided', is_flag=True, hidden=True)
+def main(size, processes, folder, divided):
+    """Measure the memory of a process with and without --shard=optimizer."""
+    if folder is not None:
+        found = measure(size, divided)
+        Path(folder, str(psutil.Process().pid)).write_text(json.dumps(found))
+        return
+    rows = []
+    for count in processes:
+        for name, shard in (('none', False), ('optimizer', True)):
+            found = group(size, count, shard)
+            each = lambda key: f'{found[key] / found["parameters"]:.1f}'  # noqa: B023  (used here)
+            rows.append([f'{count}, --shard={name}', each('between'), each('peak')])
+    click.echo(
+        block(
+            f'Memory of a process: {SIZES[size].title}',
+            f'Bytes a parameter of {found["parameters"]:,}, of the process that has most, beyond those before the '
+            'network was built; an EMA and two phEMA, no teacher, one image a process. `peak` has its '
+            'activations, and memory that is shared.',
+            table(['processes', 'between steps', 'peak'], rows),
+        )
+    )
+
+
+if __name__ == '__main__':
+    main()
