@@ -118,7 +118,7 @@ def averages_on_the_host_equal_those_on_the_device(s: Session) -> None:
     )
     for step in range(1, 101):
         for averages in (here, there):
-            averages.begin_step()
+            averages.before_update()
         with torch.no_grad():
             flat.weights.add_(torch.randn_like(flat.weights), alpha=0.1)
         for averages in (here, there):

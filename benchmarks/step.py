@@ -236,6 +236,7 @@ class Training:
                 1 / self.batch,
                 StandardRGBEncoder(),
             )
+            self.averages.before_update()
             self.update.step(1e-5)
             self.loss_state.end_step()
             self.averages.update((number + 1) * self.batch, self.batch)

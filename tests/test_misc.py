@@ -1,8 +1,10 @@
 """Times, learning rates, statistics, rulers, and the command-line types."""
 
+import gc
 import json
 import os
 import platform
+import weakref
 
 import click
 import pytest
@@ -69,6 +71,21 @@ def test_deterministic_algorithms_can_be_demanded():
     finally:
         misc.use_deterministic_algorithms(False)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_garbage_is_collected_at_certain_steps_alone():
+    class Cycle:
+        def __init__(self):
+            self.me = self
+
+    with misc.garbage_by_hand(every=10) as collect:
+        assert not gc.isenabled()
+        alive = weakref.ref(Cycle())
+        collect(9)
+        assert alive() is not None
+        collect(10)
+        assert alive() is None
+    assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
 def test_statistics_are_moments_and_start_anew_after_each_collection():

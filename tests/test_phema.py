@@ -156,7 +156,7 @@ def test_averages_in_host_memory_equal_those_on_the_gpu():
         net = torch.nn.Linear(300, 300).cuda()
         averages.append(phema.WeightAverages(net, flat := FlatParameters(net), 500, None, [0.1], device))
         for step in range(10):
-            averages[-1].begin_step()
+            averages[-1].before_update()
             flat.weights.data.copy_(
                 torch.randn(flat.weights.shape, generator=torch.Generator().manual_seed(step))
             )

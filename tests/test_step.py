@@ -218,6 +218,7 @@ class Training:
             accumulate_gradients(
                 self.net, self, None, batch, rng, self.update, 1 / BATCH, StandardRGBEncoder()
             )
+        self.averages.before_update()
         self.update.step(1e-3)
         self.loss_fn.state.end_step()
         self.nimg += BATCH

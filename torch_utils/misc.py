@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import math
 import os
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -45,6 +47,27 @@ def use_deterministic_algorithms(only: bool) -> None:
     torch.use_deterministic_algorithms(only)
     # Nothing here reads memory before it is written.
     torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+@contextlib.contextmanager
+def garbage_by_hand(every: int = 100) -> Iterator[Callable[[int], None]]:
+    """A block in which Python collects garbage only when the function that it gives is called with the number of
+    a step, and that is a multiple of `every`: by itself, processes would do so at different steps, and the others
+    would wait each time. What exists before the block is left alone."""
+
+    def collect(step: int) -> None:
+        if step % every == 0:
+            gc.collect()
+
+    enabled = gc.isenabled()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield collect
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:

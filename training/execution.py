@@ -63,19 +63,20 @@ CHANNELS_LAST_IGNORED = (
 
 
 def hold_in_half(net: torch.nn.Module) -> torch.nn.Module:
-    """Store convolution weights in the half precision of their computation, in place, for a frozen network.
+    """Store weights of convolutions and norms in the half precision of their computation, in place, for a frozen
+    network.
 
     Weights are rounded once instead of at every call, so outputs are the same bit for bit. EDM2's weights
     remain FP32, because they are normalized in FP32 at every call.
     """
-    from training.networks import Conv2d
+    from training.networks import Conv2d, GroupNorm
 
     for part in networks_in(net):
         half = (
             torch.bfloat16 if part.use_bf16 else torch.float16 if part.use_fp16 and is_on_gpu(part) else None
         )
         for module in part.modules() if half else ():
-            if isinstance(module, Conv2d):
+            if isinstance(module, (Conv2d, GroupNorm)):
                 for name in ('weight', 'bias'):
                     if (parameter := getattr(module, name)) is not None:
                         parameter.requires_grad_(False).data = parameter.data.to(half)

@@ -154,6 +154,9 @@ class WeightAverages:
             }
         self._stds = dict(zip(phema_stds, names[1:]))
         self._exponents = [float(std_to_exp(std)) for std in phema_stds]
+        # Whether a forward pass in training changes weights, see `networks.edm2.force_unit_weights`.
+        self._changed_early = any(getattr(part, 'forces_unit_weights', False) for part in net.modules())
+        self._changed_early |= weights.sharded
         # On the device of training, no copies are needed.
         self._copies = None if device is None else HostCopies(weights.weights, self._take_in)
 
@@ -232,7 +235,12 @@ class WeightAverages:
         torch._foreach_lerp_(averages, [weights] * len(averages), [1 - decay for decay in decays])
 
     def begin_step(self) -> None:
-        """To be called before a step: the device changes the weights only after the last `update` has copied
+        """To be called before a step, whose forward passes change the weights of some networks (EDM2's)."""
+        if self._changed_early:
+            self.before_update()
+
+    def before_update(self) -> None:
+        """To be called before the weights change: the device changes them only after the last `update` has copied
         them."""
         if self._copies is not None:
             self._copies.wait_for_copy()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -55,6 +56,7 @@ def train_step(run: Run, prefetcher: Prefetcher, profile: StepProfile) -> None:
 
     # A step whose gradient is not finite leaves the weights as they are.
     with profile.part('optimizer'):
+        run.averages.before_update()
         run.update.step(learning_rate(c, progress.nimg))
         state.end_step()
     progress.nimg += c.batch_size
@@ -205,8 +207,9 @@ def training_loop(
         log(f'Training for {c.total_nimg / 1e3:g} kimg...')
         now = time.monotonic()
         clock = Clock(start_time, now, now - start_time)
-        if not repeat_steps(run, clock, prefetcher, validator, stop, hosts, profile):
-            return False
+        with misc.garbage_by_hand() as collect_garbage:
+            if not repeat_steps(run, clock, prefetcher, validator, stop, hosts, profile, collect_garbage):
+                return False
 
     hosts.close()
     log.close()
@@ -223,6 +226,7 @@ def repeat_steps(
     stop: PreemptionHandler,
     hosts: distributed.AsyncAllReduce,
     profile: StepProfile,
+    collect_garbage: Callable[[int], None],
 ) -> bool:
     """Steps and ends of ticks until training is finished (True) or stopped by a signal (False)."""
     c, progress = run.c, run.progress
@@ -239,6 +243,7 @@ def repeat_steps(
         # A run that was stopped at the end of a tick resumes with the work that is due there.
         if not progress.due:
             train_step(run, prefetcher, profile)
+            collect_garbage(progress.nimg // c.batch_size)
             profile.step(progress.nimg)
             run.log.advance(progress.nimg)
 
