@@ -14,7 +14,7 @@ import numpy as np
 
 from data.archive_writer import check_dest
 from dnnlib import UserError
-from dnnlib.cli import PATH, SOME_IMAGES, Command, option, shown
+from dnnlib.cli import OUTPUT, PATH, SOME_IMAGES, Command, option, shown
 from dnnlib.text import printable
 
 if TYPE_CHECKING:  # Pillow and torch are imported where they are used, so that --help stays fast
@@ -268,7 +268,7 @@ class Background(click.ParamType):
     '--json',
     'json_path',
     metavar='FILE',
-    type=PATH,
+    type=OUTPUT,
     group='Statistics',
     help='Also write the statistics to this file.',
 )

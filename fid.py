@@ -11,7 +11,6 @@ import os
 import click
 
 from dnnlib import cli
-from dnnlib.util import check_other_file
 from metrics.evaluation import (
     DEFAULT_NUM,
     Measures,
@@ -115,7 +114,9 @@ def main():
     help='Number of the neighbor that sets the radius of precision, recall, density and coverage.  '
     '[default: 3 for precision and recall, 5 for density and coverage]',
 )
-@cli.option('--json', 'json_path', metavar='FILE', type=cli.PATH, help='Also write the results to this file.')
+@cli.option(
+    '--json', 'json_path', metavar='FILE', type=cli.OUTPUT, help='Also write the results to this file.'
+)
 @feature_options()
 @cli.option(
     '--network',
@@ -217,7 +218,7 @@ def calc(
     required=True,
     help='Data set: a folder (with subfolders), a zip, or an .npz or .npy of uint8 images.',
 )
-@cli.option('--dest', metavar='FILE', type=cli.PATH, required=True, help='Output file (.npz).')
+@cli.option('--dest', metavar='FILE', type=cli.OUTPUT, required=True, help='Output file (.npz).')
 @cli.option(
     '--metrics',
     'measures',
@@ -254,7 +255,6 @@ def ref(path, dest, measures, num, features, options):
     from metrics.reference import save_reference
 
     check_detector_options(measures, options)
-    check_other_file(path, dest, '--dest')
     with _processes() as is_main:
         # Open data set and detectors; choose the images whose features are stored.
         source = open_images(path, num, options.seed, options.skip_bad)

@@ -11,7 +11,6 @@ import click
 
 from dnnlib import cli
 from dnnlib.text import printable
-from dnnlib.util import check_other_file
 from sampling.options import guidance_options, sampling_arguments, sampling_options
 from training.saved_files import NETWORK_FILE
 
@@ -45,7 +44,7 @@ def check_destination(
 @cli.option(
     '--dest',
     metavar='FILE',
-    type=cli.PATH,
+    type=cli.OUTPUT,
     help='Output file instead of --outdir: .npz for an array uint8 [N, H, W, C] and labels, or .zip for a '
     'data set.',
 )
@@ -149,8 +148,6 @@ def main(
     from sampling import writers
 
     check_destination(outdir, dest, subdirs, as_latents, strict_outdir)
-    if dest is not None:
-        check_other_file(network, dest, '--dest')
     destination = (
         writers.FileDestination(dest) if dest else writers.FolderDestination(outdir, subdirs, as_latents)
     )

@@ -71,11 +71,13 @@ class Metric(evaluation.Measures):
 @cli.option(
     '--save',
     metavar='FILE',
-    type=cli.PATH,
+    type=cli.OUTPUT,
     help='Also write a copy of the snapshot that is sampled at these points by default; with --schedule the '
     'levels, a text file for --sigmas of generate.py.',
 )
-@cli.option('--json', 'json_path', metavar='FILE', type=cli.PATH, help='Also write the results to this file.')
+@cli.option(
+    '--json', 'json_path', metavar='FILE', type=cli.OUTPUT, help='Also write the results to this file.'
+)
 @cli.option('-n', '--dry-run', is_flag=True, help='Print what would be searched as JSON and exit.')
 @cli.option(
     '--steps',
@@ -357,9 +359,6 @@ def check_usage(network, log, save, measures, options) -> None:
         raise click.UsageError('--low is not below --high.')
     if not log.endswith('.jsonl'):
         raise click.UsageError(f'--log={log}: the name of a log ends in .jsonl.')
-    # By real paths: a link to the network would replace it just the same.
-    if save and os.path.realpath(save) == os.path.realpath(network):
-        raise click.UsageError('--save names the network itself; choose another name.')
 
 
 def check_writable(path: str | None) -> None:

@@ -11,7 +11,7 @@ import click
 
 from dnnlib.limits import MAX_DIGITS, MAX_STEPS
 from dnnlib.text import printable
-from dnnlib.util import UserError, WrongOptions
+from dnnlib.util import UserError, WrongOptions, check_other_file
 
 MAX_NUMBERS = 10_000_000  # in a list of integers; more are a typing error
 MOST, LARGEST = 10**12, 1e38  # limits of counts and of other numbers (the latter's is FP32's)
@@ -94,6 +94,7 @@ class Command(click.Command):
 
     def invoke(self, ctx):
         try:
+            check_outputs(ctx)
             return super().invoke(ctx)
         except (UserError, click.ClickException) as error:
             # Under torchrun: tell the other processes, which would wait for this one.
@@ -311,7 +312,28 @@ class PathOrURL(click.ParamType):
             self.fail(f'{error}.', param, ctx)
 
 
-PATH, PATHS = PathOrURL(), PathOrURL(many=True)
+class OutputPath(PathOrURL):
+    """The path of a file that the command writes. None that it reads may be written over: `check_outputs`."""
+
+
+PATH, PATHS, OUTPUT = PathOrURL(), PathOrURL(many=True), OutputPath()
+
+
+def check_outputs(ctx: click.Context) -> None:
+    """Raises: UserError if a file to write is one that another option names, by this name or another; a
+    UsageError if that one is to be written too."""
+    options = {param.name: param for param in ctx.command.get_params(ctx)}
+    for name, param in options.items():
+        if not isinstance(param.type, OutputPath) or not (dest := ctx.params.get(name)):
+            continue
+        for other, value in ctx.params.items():
+            if other != name and value == dest and isinstance(options[other].type, OutputPath):
+                raise click.UsageError(f'{param.opts[0]} and {options[other].opts[0]} name one file.')
+            # Several paths may be one option, and a digest may follow a path.
+            texts = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []
+            for text in texts if other != name else ():
+                if isinstance(text, str):
+                    check_other_file(text.partition('#')[0], dest, param.opts[0])
 
 
 class IntRanges(click.ParamType):

@@ -228,7 +228,11 @@ def check_writable(folder: str | os.PathLike) -> None:
 
 def check_other_file(source: str | os.PathLike, dest: str | os.PathLike, option: str) -> None:
     """Raises: UserError, naming the option, if writing `dest` would replace the input `source`."""
-    if os.path.exists(source) and os.path.exists(dest) and os.path.samefile(source, dest):
+    try:
+        same = os.path.samefile(source, dest)
+    except (OSError, ValueError):  # one is not there, or no path at all
+        same = os.fspath(source) == os.fspath(dest)
+    if same:
         raise UserError(f'{option}={dest} is the file that is read, and would be lost: choose another name.')
 
 

@@ -61,7 +61,7 @@ SEARCH = dict(num=128, nodes=61, low=None, high=None)  # options of the searches
     '--json',
     'json_path',
     metavar='FILE',
-    type=cli.PATH,
+    type=cli.OUTPUT,
     required=True,
     help='File of the results, from which an interrupted table resumes.',
 )

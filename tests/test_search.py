@@ -591,7 +591,7 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(lab, tmp_path):
         (['--steps=1'], ['--steps'], 2),
         (['--metric=is', '--ref=x.npz'], ['is compares with nothing'], 2),
         (['--dinov2=x'], ['not used by fid'], 2),
-        (['--save=@/cm.pkl'], ['names the network itself'], 2),
+        (['--save=@/cm.pkl'], ['--save', 'is the file that is read, and would be lost'], 1),
         (['--network=@/teacher.pkl'], ['objective diffusion', 'add --solver=cm', '--objective=ect'], 1),
         (['--network=@/student.pkl'], ['is a student of 3 steps'], 1),
         (['--network=@/student.pkl', '--solver=cm'], ['student of 3 steps'], 1),
