@@ -3,6 +3,7 @@ files. A resumed run is restored from its training state."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -94,10 +95,7 @@ def set_up(
     """Build a run, or restore it from a training state, which is emptied. Arguments are those of
     `training_loop`."""
     device, rank, world_size = distributed.get_device(), distributed.get_rank(), distributed.get_world_size()
-    torch.manual_seed(c.seed)
-    torch.backends.cudnn.benchmark = c.cudnn_benchmark and not c.get('deterministic')
-    misc.use_deterministic_algorithms(bool(c.get('deterministic')))
-    misc.allow_tf32(c.tf32)
+    set_arithmetic(c)
 
     # Image number g of the run is the same image with the same noise, whichever process handles it.
     rank_batch = c.batch_size // world_size
@@ -116,10 +114,8 @@ def set_up(
     shard = c.get('shard') == 'optimizer' and world_size > 1
     flat = divided(c, net, loss_state) if shard else FlatParameters(net)
     update = WeightUpdate(flat, tuple(c.betas), c.eps, c.loss_scaling, c.grad_clip, radam=c.optim == 'radam')
-    averages_device = 'cpu' if c.ema_device == 'cpu' else None
-    averages = WeightAverages(
-        net, flat, c.ema_halflife_nimg, c.ema_rampup_ratio, c.phema_stds, averages_device
-    )
+    average_lengths = c.ema_halflife_nimg, c.ema_rampup_ratio, c.phema_stds
+    averages = WeightAverages(net, flat, *average_lengths, 'cpu' if c.ema_device == 'cpu' else None)
     speed_up(c, net, teacher, averages, loss_state)
     # For whatever draws random numbers without `SampleRng`.
     torch.manual_seed(derive_seed(c.seed, 'process', rank))
@@ -134,12 +130,8 @@ def set_up(
     files = run_files.RunFiles(c, run_dir, net, update, averages, loss_state, log)
     announcements.describe_place(log, run_dir, device)
     announcements.describe_run(log, c, net, dataset, teacher, accumulation_rounds, batch_gpu)
-    if c.get('shard') == 'optimizer' and not flat.sharded:
-        log('Note: --shard=optimizer is for several processes; this is one.')
-    if c.channels_last and not execution.keeps_channels_last(net, c.compiled):
-        log(f'Note: {execution.CHANNELS_LAST_IGNORED}')
-    if warning := resolution.unresolved_gap(c, teacher):
-        log(warning)
+    for line in notes(c, net, teacher, flat):
+        log(line)
     files.tidy()
     if state is not None:
         announcements.describe_resume(log, c, progress, made_by, world_size)
@@ -185,6 +177,24 @@ def divided(c: EasyDict, net: torch.nn.Module, loss_state: State) -> FlatParamet
         )
     execution.leave_unit_weights(net)
     return ShardedParameters(net, execution.blocks_of(net))
+
+
+def set_arithmetic(c: EasyDict) -> None:
+    """Seed PyTorch's own generators, and choose algorithms and precision of products, for this process."""
+    torch.manual_seed(c.seed)
+    torch.backends.cudnn.benchmark = c.cudnn_benchmark and not c.get('deterministic')
+    misc.use_deterministic_algorithms(bool(c.get('deterministic')))
+    misc.allow_tf32(c.tf32)
+
+
+def notes(c: EasyDict, net: torch.nn.Module, teacher: torch.nn.Module | None, flat) -> Iterator[str]:
+    """Lines about options that have no effect here, and about pairs of times that rounding does not resolve."""
+    if c.get('shard') == 'optimizer' and not flat.sharded:
+        yield 'Note: --shard=optimizer is for several processes; this is one.'
+    if c.channels_last and not execution.keeps_channels_last(net, c.compiled):
+        yield f'Note: {execution.CHANNELS_LAST_IGNORED}'
+    if warning := resolution.unresolved_gap(c, teacher):
+        yield warning
 
 
 def preprocessing(c: EasyDict) -> Preprocessing:
