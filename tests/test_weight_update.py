@@ -51,6 +51,31 @@ def fresh_statistics():
     training_stats.reset()
 
 
+def test_radam_by_the_fused_kernel_is_radam():
+    """To rounding, from the first step that is divided by second moments; a step that is skipped counts."""
+    plain, fused = (Problem(radam=True, loss_scale=4.0) for _ in range(2))
+    taken = []
+    for i in range(30):
+        for problem in (plain, fused):
+            problem.flat.weights.grad.zero_()
+            problem.update.scaled_sum(problem.net(problem.batch(i)).square().sum(dim=1)).backward()
+            if i in (3, 20):
+                problem.flat.weights.grad[0] = float('inf')
+        plain.update.step(0.01)
+        update, adaptive = fused.update, fused.update._adaptive()
+        if adaptive:
+            norm = update.weights.grad.norm() / update.scale
+            update._step_radam_fused(update.scale, ~(norm < float('inf')), 0.01)
+        else:
+            update.step(0.01)
+        taken.append(adaptive)
+    assert taken.index(True) == 5 and all(taken[5:])
+    torch.testing.assert_close(fused.flat.weights, plain.flat.weights, rtol=1e-9, atol=1e-12)
+    ours, theirs = (p.update.optimizer.state[p.update.weights] for p in (fused, plain))
+    assert ours.keys() == theirs.keys() and ours['step'] == theirs['step'] == 30
+    torch.testing.assert_close(ours['exp_avg_sq'], theirs['exp_avg_sq'])
+
+
 @pytest.mark.parametrize('radam', [False, True])
 @pytest.mark.parametrize('loss_scale', [1.0, 1024.0, None])
 def test_steps_are_adams_whatever_the_loss_scale(loss_scale, radam):

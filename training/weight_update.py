@@ -6,6 +6,8 @@ No host/device synchronization.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.optim.adam import adam
 
@@ -20,6 +22,21 @@ DYNAMIC_START, DYNAMIC_MAX, GROWTH_INTERVAL = 2.0**16, 2.0**24, 2000
 def learning_rate(c: EasyDict, nimg: int) -> float:
     """Learning rate of the step that follows `nimg` images."""
     return misc.learning_rate(c.lr, nimg, c.total_nimg, c.lr_rampup_nimg, c.lr_schedule, c.lr_ref_nimg)
+
+
+def radam_factors(step: int, beta2: float) -> tuple[float, float] | None:
+    """RAdam's rectification at a step, from 1, and the root of the correction of second moments' bias.
+
+    Its step is r m̂ √(1 − β₂^t) / (√v + ε)   (Liu et al. 2020, Algorithm 2). None where the variance of the quotient
+    is not tractable, ρ_t <= 5 as in PyTorch: then the step is m̂.
+    """
+    correction = 1 - beta2**step
+    limit = 2 / (1 - beta2) - 1
+    length = limit - 2 * step * beta2**step / correction
+    if length <= 5:
+        return None
+    ratio = (length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)
+    return math.sqrt(ratio), math.sqrt(correction)
 
 
 class WeightUpdate:
@@ -87,18 +104,31 @@ class WeightUpdate:
             divisor = divisor * (norm / self.grad_clip).clamp(min=1)
 
         self.optimizer.param_groups[0]['lr'] = lr
-        if self.radam:
-            self._step_and_undo(divisor, skip)
+        if not self.radam:
+            self._step_fused(divisor, skip, lr)
+        elif self.weights.is_cuda and self._adaptive():
+            self._step_radam_fused(divisor, skip, lr)
         else:
-            self._step_fused(divisor, skip)
+            self._step_and_undo(divisor, skip)
         self.parameters.publish()
         self._count(skip)
         training_stats.report('Progress/grad_norm', norm)
 
-    def _step_fused(self, divisor: torch.Tensor, skip: torch.Tensor) -> None:
+    def _step_fused(
+        self,
+        divisor: torch.Tensor,
+        skip: torch.Tensor,
+        lr: float,
+        eps: float | None = None,
+        steps: torch.Tensor | None = None,
+    ) -> None:
         """Adam's fused kernel, which divides the gradients itself and skips if `skip`.
 
         Called as a function: the overhead of `Optimizer.step` exceeds the kernel's time for small networks.
+
+        Args:
+            eps: None: the optimizer's.
+            steps: [] number of steps before this one, on the device; None: the optimizer's.
         """
         # It takes lists, one entry a parameter, and here there is one parameter. The fourth list is AMSGrad's.
         group, state = self.optimizer.param_groups[0], self.optimizer.state[self.weights]
@@ -108,7 +138,7 @@ class WeightUpdate:
             [state['exp_avg']],
             [state['exp_avg_sq']],
             [],
-            [state['step']],
+            [state['step'] if steps is None else steps],
             foreach=False,
             fused=True,
             grad_scale=divisor,
@@ -116,11 +146,26 @@ class WeightUpdate:
             amsgrad=False,
             beta1=group['betas'][0],
             beta2=group['betas'][1],
-            lr=group['lr'],
+            lr=lr,
             weight_decay=0.0,
-            eps=group['eps'],
+            eps=group['eps'] if eps is None else eps,
             maximize=False,
         )
+
+    def _adaptive(self) -> bool:
+        """Whether RAdam's next step divides by second moments, as all but the first few do."""
+        count = int(self.optimizer.state[self.weights].get('step', 0)) + 1
+        return radam_factors(count, self.optimizer.param_groups[0]['betas'][1]) is not None
+
+    def _step_radam_fused(self, divisor: torch.Tensor, skip: torch.Tensor, lr: float) -> None:
+        """RAdam by Adam's fused kernel, which needs no copies: its step differs by a factor, and in what eps is
+        added to. Equal to `_step_and_undo` to rounding. Skipped steps count, as there."""
+        group, state = self.optimizer.param_groups[0], self.optimizer.state[self.weights]
+        count = int(state['step']) + 1  # on the host
+        rectification, root = radam_factors(count, group['betas'][1])
+        steps = torch.full([], count - 1, dtype=torch.float32, device=self.weights.device)
+        self._step_fused(divisor, skip, lr * rectification, group['eps'] / root, steps)
+        state['step'] += 1
 
     def _step_and_undo(self, divisor: torch.Tensor, skip: torch.Tensor) -> None:
         """Step of an optimizer that cannot skip: restores weights and moments if `skip`, but not its step
