@@ -322,6 +322,8 @@ def find_schedule(
 
     # Two sets of seeds: one to search with, one to say how good the levels are.
     cli.check_seeds(options.seed, 2 * options.num, '--seed', 'twice --num')
+    if not (options.low or 0) < (options.high or math.inf):
+        raise click.UsageError('--low is not below --high.')
     distributed.init()
     # The fine paths, which take long, are computed by `run`; what may be wrong is found here.
     settings = {name: options[name] for name in ('steps', 'order', 'variant', 'afs', 'to_zero')}

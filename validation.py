@@ -10,6 +10,7 @@ import click
 
 from dnnlib import EasyDict, UserError, cli
 from metrics.validator import LabelMode, Validator, read_reference
+from sampling.level_list import complete
 from sampling.options import GENERAL, OF_ODE, guidance_options
 from training.saved_files import NETWORK_FILE
 
@@ -93,6 +94,7 @@ def main(networks, ref, outdir, detector, guidance, **options):
 
     # Reference and folder are checked before anything is loaded.
     distributed.init()
+    options = complete(options)
     # The validator of training, without a data set or a folder of images.
     options = EasyDict(
         options, ref=ref, ref_data=None, detector=detector, dump_images_dir=None, overwrite=False

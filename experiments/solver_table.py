@@ -106,7 +106,7 @@ class SolverTable:
     def __init__(self, options: EasyDict, path: Path):
         from metrics import evaluation
         from metrics.measures import MEASURES
-        from metrics.time_points import MetricOfPoints
+        from metrics.time_points import MetricOfPoints, reference_digest
         from sampling.teacher_paths import Teacher
         from training.checkpoint import network_digest
 
@@ -124,6 +124,7 @@ class SolverTable:
         settings = dict(
             network=network_digest(self.net, self.net.metadata),
             detector=self.metric.detector.digest,
+            reference=reference_digest(options.ref, bool(references)),
             num=options.num,
             seed=options.seed,
         )
@@ -198,11 +199,11 @@ def read_record(path: Path, settings: dict) -> dict:
             'the table',
         )
     except (OSError, ValueError) as error:
-        raise UserError(f'--json={path} is no table of solvers ({error}): choose another name.') from error
+        raise UserError(f'--json={path} is no table of solvers (it {error}): choose another name.') from error
     # Values of other settings would pass for those of this table.
     if record['settings'] != settings:
         raise UserError(
-            f'--json={path} is the table of another network or other images: choose another name.'
+            f'--json={path} is the table of another network, reference or other images: choose another name.'
         )
     return record
 

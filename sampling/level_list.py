@@ -13,7 +13,7 @@ from dnnlib import WrongOptions, cli, limits, schema
 from dnnlib.util import atomic_write
 
 LARGEST_LIST = 1 << 20  # characters of a file of noise levels
-MARK = '# search.py --schedule: '  # before the record, in a comment
+MARK = 'search.py --schedule: '  # before the record, in a comment
 
 # What levels were searched for: the network's digest, the solver with its options, network evaluations.
 RECORD = schema.Record(
@@ -40,17 +40,49 @@ class SearchedLevels(list):
 
 def write_levels(path: str, levels: Sequence[float], record: Mapping[str, object]) -> None:
     """Write a file that `--sigmas` reads, atomically; repr gives the shortest exact digits."""
-    lines = [MARK + json.dumps(dict(record)), *map(repr, levels)]
+    lines = [f'# {MARK}' + json.dumps(dict(record)), *map(repr, levels)]
     with atomic_write(path) as file:
         file.write('\n'.join(lines).encode() + b'\n')
 
 
+def complete(given: Mapping[str, object]) -> dict:
+    """Sampling options, completed by the record of `sigmas`, if they have one.
+
+    Raises: UserError if another solver, or other options of it, are given, or the levels are not those of the
+        record.
+    """
+    record = getattr(given.get('sigmas'), 'record', None)
+    if record is None:
+        return dict(given)
+    from training.solvers import ODE_SOLVERS
+
+    # What is not given is as in the search.
+    completed = dict(given, sigmas=list(given['sigmas']))
+    for name in ('solver', 'order', 'variant', 'afs', 'to_zero'):
+        value = record.get(name)
+        if given.get(name) is not None and given[name] != value:
+            raise WrongOptions(
+                f'the noise levels of sigmas were searched for {name} {value}, not {given[name]}: leave that '
+                'option out, or give the levels themselves, as in 80,5.8,0.9,0.002'
+            )
+        if value is not None:
+            completed[name] = value
+
+    # A file that has lost lines would still be a list of levels.
+    solver, afs, to_zero = ODE_SOLVERS.get(record['solver']), record['afs'], record['to_zero']
+    steps = solver and solver.steps(len(given['sigmas']), afs, to_zero)
+    if solver is None or solver.nfe(steps, afs, to_zero) != record['nfe']:
+        raise WrongOptions(
+            f'the file of sigmas is damaged: its {len(given["sigmas"])} noise levels are not the '
+            f'{record["nfe"]} evaluations by {record["solver"]} that it records. Search them again'
+        )
+    return completed
+
+
 def follow_search(net, solver: str | None, options: dict) -> tuple[str | None, dict]:
-    """The solver and sampling options, completed by the record of `sigmas`, if they have one.
+    """(solver, options) of sampling a network, completed by the record of `sigmas`, if they have one.
 
-    Warns on stderr if they were searched for another network.
-
-    Raises: UserError if another solver, or other options of it, are given.
+    Warns on stderr if they were searched for another network. Raises: see `complete`.
     """
     record = getattr(options.get('sigmas'), 'record', None)
     if record is None:
@@ -58,21 +90,14 @@ def follow_search(net, solver: str | None, options: dict) -> tuple[str | None, d
     from torch_utils import distributed
     from training.guidance import model_digest
 
-    # What is not given is as in the search.
-    given, completed = dict(options, solver=solver), {}
-    for name in ('solver', 'order', 'variant', 'afs', 'to_zero'):
-        value = record.get(name)
-        completed[name] = value if given.get(name) is None else given[name]
-        if completed[name] != value:
-            raise WrongOptions(
-                f'the noise levels of sigmas were searched for {name} {value}, not {completed[name]}: leave that '
-                'option out, or give the levels themselves, as in 80,5.8,0.9,0.002'
-            )
+    options = complete(dict(options, solver=solver))
     # Such levels may still do well, as for a later snapshot of the same run: only a warning.
     if model_digest(net) != record['network'] and distributed.is_main():
-        click.echo('Warning: the noise levels of --sigmas were searched for another network.', err=True)
-    solver = completed.pop('solver')
-    return solver, {**options, **{name: value for name, value in completed.items() if value is not None}}
+        click.echo(
+            'Warning: the noise levels of --sigmas were searched for another network, or other guidance.',
+            err=True,
+        )
+    return options.pop('solver'), options
 
 
 class LevelList(click.ParamType):
@@ -105,7 +130,7 @@ class LevelList(click.ParamType):
         """(numbers, record of a search or None) of a text file."""
         path = cli.PATH.convert(value, param, ctx)
         try:
-            with open(path, encoding='utf-8') as file:
+            with open(path, encoding='utf-8-sig') as file:
                 # A character more than allowed shows that a file is too large, without reading all of it.
                 text = file.read(LARGEST_LIST + 1)
         except OSError as error:
@@ -123,9 +148,10 @@ class LevelList(click.ParamType):
         numbers = [line.partition('#')[0] for line in lines]
         # A damaged record is an error: levels suit only the solver that they were searched for.
         for line in lines:
-            if line.startswith(MARK):
+            mark, found, text = line.partition('#')[2].lstrip().partition(MARK)
+            if found and not mark:
                 try:
-                    record = schema.parse_json(line.removeprefix(MARK), LARGEST_LIST, 'the record')
+                    record = schema.parse_json(text, LARGEST_LIST, 'the record')
                     schema.check(record, RECORD, 'the record')
                 except ValueError as error:
                     self.fail(f'{cli.shown(value)}: its record of the search {error}', param, ctx)

@@ -122,6 +122,9 @@ class Teacher:
         low, high = teacher_range(self.net, LevelOptions(sigma_min=options.low, sigma_max=options.high))
         # The ends exactly, without the rounding of roots and powers.
         nodes = schedule_sigmas('polynomial', options.nodes, low, high).tolist()
+        # In a smaller range, spacings differ by rounding only.
+        if high < 1.1 * low:
+            raise WrongOptions(f'--low={low:g} and --high={high:g} leave no room for noise levels: widen them')
         self.nodes = [high, *nodes[1:-1], low]
 
     @functools.cached_property

@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from helpers import invoke, run
+from helpers import assert_one_clear_error, invoke, run
 from old_runs import ROOT, RUNS, STATE, sample, train
 
 import train as script
@@ -73,3 +73,10 @@ def test_a_resume_by_the_folder_alone_keeps_all_that_the_run_recorded(old, image
     assert {key: now[key] for key in recorded.keys() - places} == {
         key: recorded[key] for key in recorded.keys() - places
     }
+
+
+def test_a_solver_that_an_old_run_did_not_have_makes_another_run(old, images):
+    """It took Heun's steps. --val_solver is another option."""
+    moved = [f'--data={images}', f'--teacher={old / "diffusion" / LAST}']
+    result = invoke(script.main, f'--resume={old / "direct"}', *moved, '--solver=dpmpp', '--dry-run')
+    assert_one_clear_error(result, 'another run with solver heun -> dpmpp')

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 import generate
 import search
+import train
+import validation
 from dnnlib import WrongOptions
 from sampling import level_list, schedule_search, teacher_paths
 from training import networks
@@ -226,6 +228,78 @@ def test_levels_remember_what_they_are_of(lab, tmp_path):
     assert 'searched for another network' in said.output
 
 
+def edited(text, how):
+    """The file of levels, changed."""
+    lines = text.splitlines()
+    record = json.loads(lines[0].partition(level_list.MARK)[2])
+    mark = f'# {level_list.MARK}'
+    return '\n'.join(
+        {
+            'a lost line': lines[:-1],
+            'other evaluations': [mark + json.dumps(record | dict(nfe=7)), *lines[1:]],
+            'afs': [mark + json.dumps(record | dict(afs=True)), *lines[1:]],
+            'no such solver': [mark + json.dumps(record | dict(solver='xyz')), *lines[1:]],
+            'white space': [' ' + lines[0].replace('# ', '#   '), *lines[1:]],
+            'a mark of bytes': ['\ufeff' + lines[0], *lines[1:]],
+        }[how]
+    )
+
+
+@pytest.mark.parametrize('how', ['a lost line', 'other evaluations', 'afs', 'no such solver'])
+def test_levels_that_are_not_those_of_their_record_are_refused(lab, tmp_path, how):
+    assert found_by(lab, f'--save={tmp_path}/levels.txt').exit_code == 0
+    (tmp_path / 'edited.txt').write_text(edited((tmp_path / 'levels.txt').read_text(), how))
+    words = [f'--dest={tmp_path}/images.npz', f'--sigmas={tmp_path}/edited.txt', '--seeds=0', '--workers=0']
+    result = invoke(generate.main, f'--network={lab}/teacher.pkl', *words)
+    assert_one_clear_error(result, 'the file of sigmas is damaged', status=2)
+
+
+@pytest.mark.parametrize('how', ['white space', 'a mark of bytes'])
+def test_an_editor_may_change_white_space(lab, tmp_path, how):
+    assert found_by(lab, '--solver=dpmpp', f'--save={tmp_path}/levels.txt').exit_code == 0
+    text = edited((tmp_path / 'levels.txt').read_text(), how)
+    (tmp_path / 'edited.txt').write_text(text, encoding='utf-8')
+    _, said = images(lab, tmp_path, f'--sigmas={tmp_path}/edited.txt')
+    assert 'dpmpp of order 3, 3 evaluations each' in said.output
+
+
+def test_evaluations_follow_the_record_too(lab, tmp_path):
+    """validation.py, and the configuration of a training, which keeps the solver beside the numbers."""
+    assert found_by(lab, '--solver=dpmpp', '--afs', f'--save={tmp_path}/levels.txt').exit_code == 0
+    levels = f'{tmp_path}/levels.txt'
+    np.savez(tmp_path / 'ref.npz', mu=np.zeros(2048), sigma=np.eye(2048))
+    words = ['--objective=diffusion', '--arch=adm', '--cres=1', '--dry-run', '--outdir=x', '--cond=1']
+    np.save(tmp_path / 'data.npy', np.zeros((8, 8, 8), np.uint8))
+    data = [f'--data={tmp_path}/images.zip', '--val=1', f'--val_ref={tmp_path}/ref.npz']
+    made = invoke(
+        generate.main,
+        f'--network={lab}/teacher.pkl',
+        f'--dest={tmp_path}/images.zip',
+        '--seeds=0-7',
+        '--workers=0',
+    )
+    assert made.exit_code == 0, made.output
+    options = validation.OF_ODE['sigmas'].kind.convert(levels, None, None)
+    completed = level_list.complete(dict(sigmas=options, solver=None))
+    assert (completed['solver'], completed['afs'], type(completed['sigmas'])) == ('dpmpp', True, list)
+
+    planned = invoke(train.main, *words, *data, f'--val_sigmas={levels}')
+    assert planned.exit_code == 0, planned.output
+    recorded = json.loads(planned.stdout)['validation']
+    assert (recorded['solver'], recorded['order'], recorded['afs']) == ('dpmpp', 3, True)
+    refused = invoke(train.main, *words, *data, f'--val_sigmas={levels}', '--val_solver=euler')
+    assert_one_clear_error(refused, 'searched for solver dpmpp, not euler', status=2)
+
+    refused = invoke(
+        validation.main,
+        f'--network={lab}/teacher.pkl',
+        f'--ref={tmp_path}/ref.npz',
+        f'--sigmas={levels}',
+        '--order=2',
+    )
+    assert_one_clear_error(refused, 'searched for order 3, not 2', status=2)
+
+
 @pytest.mark.parametrize(
     'record, words',
     [
@@ -240,7 +314,7 @@ def test_levels_remember_what_they_are_of(lab, tmp_path):
     ],
 )
 def test_a_damaged_record_is_one_clear_error(lab, tmp_path, record, words):
-    (tmp_path / 'levels.txt').write_text(f'{level_list.MARK}{record}\n80\n1\n0.002\n')
+    (tmp_path / 'levels.txt').write_text(f'# {level_list.MARK}{record}\n80\n1\n0.002\n')
     result = invoke(
         generate.main,
         f'--network={lab}/teacher.pkl',
@@ -268,7 +342,8 @@ def test_a_record_of_an_unknown_solver_is_one_clear_error(lab):
         (['--solver=heun', '--order=2'], 'solver has no order to choose', 2),
         (['--steps=2', '--afs', '--solver=heun'], '2 steps of heun have 2 noise levels', 2),
         (['--steps=12'], '--nodes=9 are fewer than 13 noise levels', 2),
-        (['--low=3', '--high=2'], 'no noise levels from sigma_min = 3 to sigma_max = 2', 1),
+        (['--low=3', '--high=2'], '--low is not below --high', 2),
+        (['--low=1', '--high=1.0000001'], '--low=1 and --high=1 leave no room', 2),
         (['--seed=4294967290'], '--seed', 2),
         (['--save=missing.txt/levels.txt/x'], 'levels.txt', 1),
     ],

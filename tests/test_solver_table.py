@@ -98,7 +98,9 @@ def test_a_table_that_was_stopped_goes_on_from_what_it_has(lab, tmp_path, monkey
     result = run(lab, path, '--levels=own')
     assert result.exit_code == 0 and 'own unipc 3: ' in result.stderr and 'own euler' not in result.stderr
     assert '77.000' in result.stdout and 'own unipc 3' in json.loads(path.read_text())['values']
-    assert_one_clear_error(run(lab, path, '--seed=1'), 'the table of another network or other images')
+    assert_one_clear_error(
+        run(lab, path, '--seed=1'), 'the table of another network, reference or other images'
+    )
     path.write_text('{}')
     assert_one_clear_error(run(lab, path), 'is no table of solvers')
 

@@ -14,6 +14,7 @@ import click
 from dnnlib import EasyDict, UserError
 from dnnlib.options import options_of
 from metrics.validator import SHOWN
+from sampling import level_list
 from training.architectures import ARCHITECTURES
 from training.command_line import RUN, Options
 from training.config import RunConfig
@@ -343,7 +344,7 @@ def configure(o: Options, dataset, teacher) -> EasyDict:
         phema_stds=run.phema or [],
         stages=o.stages,
     )
-    c.validation = group_record(run, 'validation', emas=averages_to_evaluate(run)) if run.val else None
+    c.validation = validation_record(run) if run.val else None
     tags = [tag.strip() for tag in (run.wandb_tags or '').split(',') if tag.strip()]
     c.wandb = group_record(run, 'wandb', tags=tags) if run.wandb else None
     c.run_dir = planned_run_dir(o, dataset.name)
@@ -378,6 +379,15 @@ def loss_record(o: Options, teacher) -> EasyDict:
     kind = 'edm2' if is_edm2(o, teacher) else o.run.precond or 'edm'
     known = loss_diffusion.DEFAULTS[kind].keys() & {'P_mean', 'P_std'} | later - unchanged
     return EasyDict(kind=kind, **{name: values[name] for name in sorted(known)})
+
+
+def validation_record(run) -> EasyDict:
+    """The options of evaluations in training. Searched levels bring their solver along, because a record has only
+    the numbers."""
+    found = group_record(run, 'validation', emas=averages_to_evaluate(run))
+    # Off by default, which is not to contradict a file of levels.
+    completed = level_list.complete(dict(found, afs=found.afs or None))
+    return EasyDict(completed, afs=bool(completed['afs']))
 
 
 def group_record(run, group: str, **others) -> EasyDict:

@@ -11,6 +11,7 @@ import click
 from dnnlib import EasyDict, UserError
 from dnnlib.text import printable
 from training.command_line import RUN, Options, change
+from training.objectives import OBJECTIVES
 
 
 def load_earlier(resume: str) -> tuple[str, dict]:
@@ -40,7 +41,10 @@ def check_same_run(o: Options, c: EasyDict, earlier: dict) -> None:
 
     def settings(config):
         chosen, network = {name: config.get(name) for name in SETTINGS}, config['network']
-        return {**chosen, 'network': network['class_name'], **network['kwargs'], **config['loss']}
+        # An objective of one's own, which a state may name, need not be there any more.
+        objective, loss = OBJECTIVES.get(config['objective']), config['loss']
+        loss = objective.complete(loss) if objective else loss
+        return {**chosen, 'network': network['class_name'], **network['kwargs'], **loss}
 
     # Through JSON, as the stored ones went, which made lists of tuples.
     then, now = settings(earlier), settings(json.loads(json.dumps(c)))
@@ -61,7 +65,10 @@ def check_same_run(o: Options, c: EasyDict, earlier: dict) -> None:
             f'--resume={o.run.resume} was trained {with_guide(earlier)}, and now its teacher would be guided '
             f'otherwise, {with_guide(c)}. {cure}'
         )
-    listed = ', '.join(change(OPTION_OF.get(name, name), then.get(name), now.get(name)) for name in changed)
+    # Options of the loss have their own names, which others may have too.
+    own = {*earlier['loss'], *c['loss']}
+    named = {name: name if name in own else OPTION_OF.get(name, name) for name in changed}
+    listed = ', '.join(change(option, then.get(name), now.get(name)) for name, option in named.items())
     raise UserError(f'--resume={o.run.resume} would be another run with {listed}. {cure}')
 
 
