@@ -100,7 +100,7 @@ def main(sizes, ways, measure):
         raise click.UsageError(f'--ways={",".join(compiled)}: what is compiled cannot be counted.')
     if measure:
         click.echo(json.dumps(count(sizes[0], ways[0])))
-        return
+        gpu_stand_in.leave()
     if reason := gpu_stand_in.why_unavailable():
         raise UserError(f'There is no stand-in for a GPU: {reason}.')
     environment = dict(gpu_stand_in.guarded_environment(), PYTHONWARNINGS='ignore')

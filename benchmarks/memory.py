@@ -136,6 +136,8 @@ def main(size, batch, measure):
         with contextlib.nullcontext() if on_gpu else gpu_stand_in.gpu(track_memory=True):
             peak = measured_peak(size, measure, batch)
         click.echo(peak)
+        if not on_gpu:
+            gpu_stand_in.leave()
         return
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     training = Training(size, 1, device)

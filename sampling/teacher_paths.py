@@ -124,7 +124,9 @@ class Teacher:
         nodes = schedule_sigmas('polynomial', options.nodes, low, high).tolist()
         # In a smaller range, spacings differ by rounding only.
         if high < 1.1 * low:
-            raise WrongOptions(f'--low={low:g} and --high={high:g} leave no room for noise levels: widen them')
+            raise WrongOptions(
+                f'--low={low:g} and --high={high:g} leave no room for noise levels: widen them'
+            )
         self.nodes = [high, *nodes[1:-1], low]
 
     @functools.cached_property

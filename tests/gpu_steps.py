@@ -276,6 +276,7 @@ def main(data: str, folder: str, *cases: str) -> None:
 
 if __name__ == '__main__':
     main(*sys.argv[1:])
+    gpu_stand_in.leave()
     # Without the interpreter's own end, which one run in five did not survive ('terminate called'): threads of
     # the stand-in's device outlive it.
     sys.stdout.flush()
