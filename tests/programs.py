@@ -7,6 +7,7 @@ torchrun itself start a new interpreter by `subprocess`.
 
 import atexit
 import contextlib
+import math
 import multiprocessing
 import os
 import resource
@@ -17,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -26,6 +28,9 @@ OUTPUT = ('out', 'err')
 POLL_SEC = 0.005
 ALONE_SEC = 30  # for the ranks to notice that one of them has failed
 
+# A process that starts asks for the statuses of all others, and a status can be read once: a second thread that
+# waits for it would read nothing, which counts as 255.
+STATUSES = threading.Lock()
 server = multiprocessing.get_context('forkserver')
 server.set_forkserver_preload(['imported'])
 
@@ -45,13 +50,14 @@ class Program:
         self.folder = Path(folder or tempfile.mkdtemp())
         env = {**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})}
         self._process = server.Process(target=_main, args=(self.args, env, limits or {}, self.folder))
-        with _path_of_server():
+        with STATUSES, _path_of_server():
             self._process.start()
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
         """Exit status, or None while it runs."""
-        return self._process.exitcode
+        with STATUSES:
+            return self._process.exitcode
 
     @property
     def returncode(self) -> int | None:
@@ -65,11 +71,13 @@ class Program:
         self.send_signal(signal.SIGKILL)
 
     def wait(self, timeout=None) -> int:
-        self._process.join(timeout)
-        if self.poll() is None:
-            self.kill()
-            raise subprocess.TimeoutExpired(self.args, timeout, *self.output())
-        return self.poll()
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                self.kill()
+                raise subprocess.TimeoutExpired(self.args, timeout, *self.output())
+            time.sleep(POLL_SEC)
+        return status
 
     def output(self) -> tuple[str, str]:
         """What it has written to standard output and standard error."""

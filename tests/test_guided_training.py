@@ -194,7 +194,7 @@ def test_training_without_some_labels_is_recorded_and_resumes(tmp_path, digits):
     result = invoke(f'--resume={tmp_path}', '--duration=0.000096', '--dry-run')
     assert json.loads(result.stdout)['loss']['label_dropout'] == 0.2
     result = invoke(f'--resume={tmp_path}', '--label_dropout=0')
-    assert_one_clear_error(result, 'label_dropout 0.2 -> none', '--resume-override')
+    assert_one_clear_error(result, 'label_dropout 0.2 -> 0.0', '--resume-override')
 
     # Without the option, records are as they were.
     plain = json.loads(invoke(f'--outdir={tmp_path / "plain"}', *options[1:], '-n').stdout)
