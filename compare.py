@@ -13,6 +13,7 @@ import click
 from dnnlib import cli
 from experiments.bundled import DIGITS
 from experiments.comparison_run import Options, run
+from experiments.options import JOBS
 from experiments.runner import SHOWN
 from training.objectives import OBJECTIVES
 from training.saved_files import NETWORK_FILE
@@ -91,14 +92,7 @@ class OptionsFor(click.ParamType):
     help='Diffusion model that all students start from.  [default: on digits and photos one that is trained '
     'first]',
 )
-@cli.option(
-    '--jobs',
-    metavar='INT',
-    type=cli.SOME_WORKERS,
-    default=2,
-    show_default=True,
-    help='Commands to run in parallel.',
-)
+@JOBS
 @cli.option(
     '--objectives',
     metavar='LIST',

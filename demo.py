@@ -16,6 +16,7 @@ import click
 
 from dnnlib import cli
 from experiments.demo_run import Done, run_demo, supported, write_report
+from experiments.options import JOBS, SCALE
 from experiments.runner import Runner, make_outdir, run_interruptibly
 
 
@@ -28,23 +29,8 @@ from experiments.runner import Runner, make_outdir, run_interruptibly
     show_default=True,
     help='Output folder; the same command again resumes there.',
 )
-@cli.option(
-    '--scale',
-    metavar='FLOAT',
-    type=cli.SOME_FACTOR,
-    default=1.0,
-    show_default=True,
-    help='Factor for the number of training steps and, below 1, of samples. Small values give a meaningless '
-    'table.',
-)
-@cli.option(
-    '--jobs',
-    metavar='INT',
-    type=cli.SOME_WORKERS,
-    default=2,
-    show_default=True,
-    help='Commands to run in parallel.',
-)
+@SCALE
+@JOBS
 def main(outdir, scale, jobs):
     """Train a teacher on real digits, distill students of 8 and fewer steps in two ways, and write a report.
 

@@ -21,6 +21,7 @@ import click
 from dnnlib import cli
 from experiments import bundled, demo_run
 from experiments.bundled import DIGITS
+from experiments.options import JOBS, SCALE
 from experiments.report import markdown_table
 from experiments.results import read_json, write_json
 from experiments.runner import Metric, Runner, make_outdir, run_interruptibly, workers
@@ -60,22 +61,8 @@ class Model(NamedTuple):
 @cli.option(
     '--guidance', metavar='FLOAT', type=cli.FACTOR, default=2.0, show_default=True, help='Weight of guidance.'
 )
-@cli.option(
-    '--scale',
-    metavar='FLOAT',
-    type=cli.SOME_FACTOR,
-    default=1.0,
-    show_default=True,
-    help='Factor for the number of training steps and, below 1, of images. Small values give a meaningless table.',
-)
-@cli.option(
-    '--jobs',
-    metavar='INT',
-    type=cli.SOME_WORKERS,
-    default=2,
-    show_default=True,
-    help='Commands to run in parallel.',
-)
+@SCALE
+@JOBS
 def main(outdir, guidance, scale, jobs):
     """Train a teacher of digits with some labels dropped, distill it unguided and guided, and print a table."""
     outdir = Path(outdir)
@@ -153,10 +140,10 @@ def sample(runner: Runner, name: str, model: Model, seeds: range) -> Path:
 def measure(runner: Runner, model: Model, images: int, classifier: Metric, of_guided: Metric) -> dict:
     """A row of the table: accuracy, and distances with their 95 % intervals."""
     name = model.name.replace(', ', '-')
-    path, row = (
-        sample(runner, name, model, range(images)),
-        dict(model=model.name, nfe=model.nfe, images=images),
-    )
+    path = sample(runner, name, model, range(images))
+    row = dict(model=model.name, nfe=model.nfe, images=images)
+
+    # Distances that an earlier command has measured are read.
     for entry, metric in (('data', classifier), ('guided', of_guided)):
         found = runner.path(f'{name}-{entry}.json')
         if not found.exists():
@@ -170,7 +157,7 @@ def measure(runner: Runner, model: Model, images: int, classifier: Metric, of_gu
             runner.run(
                 name, 'fid.py', 'calc', *common, f'--ref={metric.ref}', f'--detector={metric.detector}'
             )
-        (value,) = (json.loads(found.read_text())['fid'],)
+        value = json.loads(found.read_text())['fid']
         row |= {f'distance_{entry}': value['value'], f'interval_{entry}': value['interval']}
     return dict(row, accuracy=accuracy(path, runner.path('rulers', 'classifier.pt')))
 
