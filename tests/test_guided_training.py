@@ -256,7 +256,7 @@ OPTIONS = {
 WITHOUT_LABEL = ['--guide=none-label', '--guidance=2.5', '--guidance_interval=0.1,20']
 
 
-def distil(folder, digits, teacher, objective, *options, duration=0.000064):
+def distill(folder, digits, teacher, objective, *options, duration=0.000064):
     result = invoke(
         f'--outdir={folder}',
         f'--data={digits}',
@@ -296,9 +296,9 @@ def test_a_guided_distillation_records_its_guide_and_resumes_by_its_folder_alone
         else [f'--guide={guide}', '--guidance=2.5', '--guidance_interval=0.1,20']
     )
     digest = network_digest(load_network(dropped if objective == 'mcd' else guide), {})
-    said = distil(tmp_path / 'whole', digits, dropped, objective, *by, duration=0.000096)
+    said = distill(tmp_path / 'whole', digits, dropped, objective, *by, duration=0.000096)
     assert 'Guidance: ' in said.stdout and 'with weight 2.5 at noise levels from 0.1 to 20' in said.stdout
-    distil(tmp_path / 'half', digits, dropped, objective, *by, duration=0.000064)
+    distill(tmp_path / 'half', digits, dropped, objective, *by, duration=0.000064)
     result = invoke(f'--resume={tmp_path / "half"}', '--duration=0.000096')
     assert result.exit_code == 0, result.output
     whole, half = last(tmp_path / 'whole'), last(tmp_path / 'half')
@@ -342,9 +342,9 @@ def test_a_guided_distillation_records_its_guide_and_resumes_by_its_folder_alone
 
 
 def test_with_weight_1_a_distillation_is_the_same_bit_for_bit(tmp_path, digits, dropped):
-    distil(tmp_path / 'plain', digits, dropped, 'mcd')
-    distil(tmp_path / 'one', digits, dropped, 'mcd', '--guide=none-label', '--guidance=1')
-    distil(tmp_path / 'two', digits, dropped, 'mcd', '--guide=none-label', '--guidance=2')
+    distill(tmp_path / 'plain', digits, dropped, 'mcd')
+    distill(tmp_path / 'one', digits, dropped, 'mcd', '--guide=none-label', '--guidance=1')
+    distill(tmp_path / 'two', digits, dropped, 'mcd', '--guide=none-label', '--guidance=2')
     plain, one, two = (last(tmp_path / name) for name in ('plain', 'one', 'two'))
     assert same_weights(plain, one) and not same_weights(plain, two)
     assert 'guidance' not in plain.metadata and one.metadata['guidance'] == 1.0
@@ -366,7 +366,7 @@ def test_the_guided_teacher_is_evaluated(tmp_path, digits, dropped, rulers):
     ]
     found = {}
     for name, options in (('plain', []), ('guided', WITHOUT_LABEL)):
-        distil(
+        distill(
             tmp_path / name, digits, dropped, 'mcd', *options, *validation, '--val_num=8', duration=0.000032
         )
         found[name] = lines(tmp_path / name / 'metrics-val.jsonl')

@@ -135,7 +135,7 @@ def test_a_run_learns_ends_bit_for_bit_as_a_resumed_one_and_is_sampled(
 # Progressive distillation: several runs, one command.
 
 
-def distil(folder, digits, teacher, *options):
+def distill(folder, digits, teacher, *options):
     return invoke(
         train.main,
         f'--outdir={folder}',
@@ -158,7 +158,7 @@ def weights(folder):
 @pytest.fixture(scope='module')
 def progressive(tmp_path_factory, digits, teacher):
     folder = tmp_path_factory.mktemp('progressive')
-    distil(folder, digits, teacher)
+    distill(folder, digits, teacher)
     return folder
 
 
@@ -200,7 +200,7 @@ def test_progressive_distillation_goes_on_where_it_stopped_and_ends_bit_for_bit_
             path.unlink()
         assert len(states) > 3
     resume = saved_states(folder / 'S0002')[0] if cut == 'in the second stage' else folder
-    distil(folder, digits, teacher, f'--resume={resume}')
+    distill(folder, digits, teacher, f'--resume={resume}')
     for S in (2, 1):
         assert all(
             torch.equal(a, b)

@@ -217,7 +217,7 @@ def check_kind(o: Options, teacher) -> None:
         nested = (
             f', or from a student of --student_grid=full and {2 * o.own.S_start} steps' if halving else ''
         )
-        raise UserError(f'--teacher={o.teacher} is {what} itself: distil from a diffusion model{nested}.')
+        raise UserError(f'--teacher={o.teacher} is {what} itself: distill from a diffusion model{nested}.')
     if o.objective.boundary and not one_model:
         raise UserError(
             f'--teacher={o.teacher} has the preconditioning {type(teacher).__name__}, but '
