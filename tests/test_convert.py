@@ -804,7 +804,7 @@ def test_diffusers_samples_in_several_steps_as_openai_does(pipeline, consistency
 
 
 def test_the_pipelines_timesteps_count_what_the_model_was_trained_on(tmp_path, source):
-    """Told at the conversion or at the export; 40, Song et al.'s where they distil, if nobody knows."""
+    """Told at the conversion or at the export; 40, Song et al.'s where they distill, if nobody knows."""
 
     def exported(*options, src):
         folder = tmp_path / f'folder{len(list(tmp_path.iterdir()))}'
