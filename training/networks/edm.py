@@ -152,6 +152,21 @@ class FourierEmbedding(Module):
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+@persistent
+class EndEmbedding(Module):
+    """Embedding of the level at which a step of a two-time network ends, [N] -> [N, emb_channels]; zero at first, so
+    that the network starts as the denoiser that it is made from."""
+
+    def __init__(self, num_channels, emb_channels, **init):
+        super().__init__()
+        self.positions = PositionalEmbedding(num_channels)
+        self.layer0 = Linear(num_channels, emb_channels, **init)
+        self.layer1 = Linear(emb_channels, emb_channels, **dict(init, init_weight=0, init_bias=0))
+
+    def forward(self, x):
+        return self.layer1(F.silu(self.layer0(self.positions(x))))
+
+
 def keep_mask(shape, probability, device, generator=None):
     """[*shape] bool, true with a probability in (0, 1), rounded to steps of 2^-16."""
     # One int64 gives four values, because CPUs draw slowly.
@@ -317,6 +332,10 @@ class UNet(Module):
             class_labels = class_labels * keep.to(class_labels.dtype)
         return self.map_label(class_labels * self.label_gain)
 
+    def _modulation(self, emb, end_labels):
+        """What blocks see of the embedding, with that of the step's end in two-time networks."""
+        return F.silu(emb if self.map_end is None else emb + self.map_end(end_labels))
+
     def dropout_masks(self, batch_size, generator=None):
         """Masks for one pass: {block name: [N, C, H, W] bool, true where kept}, empty without dropout.
 
@@ -348,7 +367,7 @@ class SongUNet(UNet):
         self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0, model_channels=128,
         channel_mult=(1, 2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,), dropout=0.10,
         label_dropout=0, embedding_type='positional', channel_mult_noise=1, encoder_type='standard',
-        decoder_type='standard', resample_filter=(1, 1), dout_resolutions=None
+        decoder_type='standard', resample_filter=(1, 1), dout_resolutions=None, two_time=False
     ):  # fmt: skip
         super().__init__()
         for value, known in (
@@ -412,19 +431,22 @@ class SongUNet(UNet):
             if decoder_type == 'skip' or level == 0:
                 self.dec[f'{at}_aux_norm'] = GroupNorm(num_channels=width, eps=1e-6)
                 self.dec[f'{at}_aux_conv'] = Conv2d(width, out_channels, kernel=3, **init_zero)
+        self.map_end = EndEmbedding(noise_channels, emb_channels, **init) if two_time else None
 
-    def _embed(self, noise_labels, class_labels, augment_labels):
+    def _embed(self, noise_labels, class_labels, augment_labels, end_labels):
         emb = self.map_noise(noise_labels)
         emb = emb.unflatten(1, (2, -1)).flip(1).flatten(1)  # sines first, the order of the published weights
         if self.map_label is not None:
             emb = emb + self._label_embedding(class_labels)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+        return self._modulation(self.map_layer1(F.silu(self.map_layer0(emb))), end_labels)
 
-    def forward(self, x, noise_labels, class_labels, augment_labels=None, dropout_masks=None):
+    def forward(
+        self, x, noise_labels, class_labels, augment_labels=None, dropout_masks=None, end_labels=None
+    ):  # fmt: skip
         masks = dropout_masks or {}
-        emb = self._embed(noise_labels, class_labels, augment_labels)
+        emb = self._embed(noise_labels, class_labels, augment_labels, end_labels)
 
         # Encoder. `aux` is the image at lower resolutions (`skip`), or the residual path.
         skips, aux = [], x
@@ -470,7 +492,7 @@ class DhariwalUNet(UNet):
         self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0, model_channels=192,
         channel_mult=(1, 2, 3, 4), channel_mult_emb=4, num_blocks=3, attn_resolutions=(32, 16, 8),
         dropout=0.10, label_dropout=0, dout_resolutions=None, adaptive_scale=True, min_channels_per_group=4,
-        channels_per_head=64, num_heads=None
+        channels_per_head=64, num_heads=None, two_time=False
     ):  # fmt: skip
         super().__init__()
         self.img_resolution, self.channel_mult = img_resolution, channel_mult
@@ -516,19 +538,22 @@ class DhariwalUNet(UNet):
             width = self._decode_level(at, width, model_channels * mult, everywhere, skips)
         self.out_norm = GroupNorm(num_channels=width, min_channels_per_group=min_channels_per_group)
         self.out_conv = Conv2d(width, out_channels, kernel=3, **init_zero)
+        self.map_end = EndEmbedding(model_channels, emb_channels, **init) if two_time else None
 
-    def _embed(self, noise_labels, class_labels, augment_labels):
+    def _embed(self, noise_labels, class_labels, augment_labels, end_labels):
         emb = self.map_noise(noise_labels)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if self.map_label is not None:
             emb = emb + self._label_embedding(class_labels)
-        return F.silu(emb)
+        return self._modulation(emb, end_labels)
 
-    def forward(self, x, noise_labels, class_labels, augment_labels=None, dropout_masks=None):
+    def forward(
+        self, x, noise_labels, class_labels, augment_labels=None, dropout_masks=None, end_labels=None
+    ):  # fmt: skip
         masks = dropout_masks or {}
-        emb = self._embed(noise_labels, class_labels, augment_labels)
+        emb = self._embed(noise_labels, class_labels, augment_labels, end_labels)
         skips = []
         for name, block in self.enc.items():
             x = self._run(block, x, emb, masks.get(f'enc.{name}'))
@@ -542,6 +567,17 @@ class DhariwalUNet(UNet):
 
 # ----------------------------------------------------------------------------
 # Preconditioning (Karras et al. 2022, Table 1): D(x; sigma) = c_skip x + c_out F(c_in x; c_noise).
+
+
+def end_labels(r, x, sigma_data):
+    """What a two-time network embeds of the level `r` where a step ends: its angle atan(r / sigma_data), from 0 to
+    pi/2, [N]."""
+    if r is None:
+        raise ValueError(
+            'this is a two-time network: give the noise level at which the step ends too, as net(x, sigma, '
+            'class_labels, r=r); 0 gives the image'
+        )
+    return (torch.as_tensor(r, device=x.device).to(x.dtype).flatten() / sigma_data).atan()
 
 
 class Precond(Module):
@@ -567,8 +603,14 @@ class Precond(Module):
         sizes['out_channels'] = out_channels or img_channels
         self.model = unets[model_type](**sizes, **model_kwargs)
 
-    def forward(self, x, sigma, class_labels=None, force_fp32=False, **model_kwargs):
-        """Denoised images from noisy `x` at noise levels `sigma`.
+    @property
+    def two_time(self):
+        """Whether the network also takes the level at which a step ends."""
+        return self.model.map_end is not None
+
+    def forward(self, x, sigma, class_labels=None, force_fp32=False, r=None, **model_kwargs):
+        """Denoised images from noisy `x` at noise levels `sigma`; of a two-time network the images from which a DDIM
+        step leads to the state at `r`.
 
         The U-Net runs in BF16 if `use_bf16` is set, or in FP16 if `use_fp16` is set and the device is a GPU,
         unless `force_fp32`.
@@ -577,8 +619,10 @@ class Precond(Module):
             x: [N, C, H, W]
             sigma: [N] or scalar.
             class_labels: [N, label_dim]; None: zeros.
+            r: [N] or scalar, of two-time networks alone: 0 <= r <= sigma.
             model_kwargs: `augment_labels`, `dropout_masks`.
         Returns: [N, C, H, W] FP32, or FP64 if the weights are.
+        Raises: ValueError for a two-time network without `r`, or another one with it.
         """
         # Precision outside and inside of the U-Net.
         full = inner = torch.promote_types(self.model.map_layer0.weight.dtype, torch.float32)
@@ -597,6 +641,11 @@ class Precond(Module):
             class_labels = torch.zeros([1, self.label_dim], device=x.device, dtype=full)
         else:
             class_labels = class_labels.to(full).reshape(-1, self.label_dim)
+
+        if self.two_time:
+            model_kwargs['end_labels'] = end_labels(r, x, getattr(self, 'sigma_data', 0.5))
+        elif r is not None:
+            raise ValueError('this network is given one noise level, and no r')
 
         # D(x; sigma) = c_skip x + c_out F(c_in x; c_noise).
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)

@@ -240,7 +240,7 @@ class UNet(Module):
     def __init__(
         self, img_resolution, img_channels, label_dim, model_channels=192, channel_mult=(1, 2, 3, 4),
         channel_mult_noise=None, channel_mult_emb=None, num_blocks=3, attn_resolutions=(16, 8),
-        label_balance=0.5, concat_balance=0.5, dropout=0, dout_resolutions=None, **block_kwargs
+        label_balance=0.5, concat_balance=0.5, dropout=0, dout_resolutions=None, two_time=False, **block_kwargs
     ):  # fmt: skip
         super().__init__()
         self.label_balance, self.concat_balance = label_balance, concat_balance
@@ -289,6 +289,14 @@ class UNet(Module):
                 width = channels
         self.out_conv = MPConv(width, img_channels, kernel=[3, 3])
 
+        # Embedding of the level at which a step of a two-time network ends. Its gain starts at 0, so that the network
+        # starts as the denoiser that it is made from.
+        self.end_fourier = self.end_noise = None
+        if two_time:
+            self.end_fourier = MPFourier(noise_channels)
+            self.end_noise = MPConv(noise_channels, self.emb_channels, kernel=[])
+            self.end_gain = Parameter(torch.zeros([]))
+
     def _add(self, part, res, what, in_channels, out_channels, **kwargs):
         """Append a block to the encoder or decoder, with dropout only at `dout_resolutions`."""
         dropped = self.dout_resolutions is None or res in self.dout_resolutions
@@ -320,17 +328,19 @@ class UNet(Module):
             return checkpoint(block, x, emb, mask, use_reentrant=False, preserve_rng_state=draws)
         return block(x, emb, mask)
 
-    def _embed(self, noise_labels, class_labels):
+    def _embed(self, noise_labels, class_labels, end_labels):
         emb = self.emb_noise(self.emb_fourier(noise_labels))
         if self.emb_label is not None:
             # A one-hot vector times the root of its length has unit variance.
             of_label = self.emb_label(class_labels * math.sqrt(class_labels.shape[1]))
             emb = mp_sum(emb, of_label, t=self.label_balance)
+        if self.end_noise is not None:
+            emb = emb + self.end_noise(self.end_fourier(end_labels), gain=self.end_gain)
         return mp_silu(emb)
 
-    def forward(self, x, noise_labels, class_labels, dropout_masks=None):
+    def forward(self, x, noise_labels, class_labels, dropout_masks=None, end_labels=None):
         masks = dropout_masks or {}
-        emb = self._embed(noise_labels, class_labels)
+        emb = self._embed(noise_labels, class_labels, end_labels)
 
         # Encoder, with a constant channel in place of biases.
         x, skips = torch.cat([x, torch.ones_like(x[:, :1])], dim=1), []
@@ -348,6 +358,17 @@ class UNet(Module):
 
 # ----------------------------------------------------------------------------
 # Preconditioning: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), as in EDM.
+
+
+def end_labels(r, x, sigma_data):
+    """What a two-time network embeds of the level `r` where a step ends: its angle atan(r / sigma_data), from 0 to
+    pi/2, [N]."""
+    if r is None:
+        raise ValueError(
+            'this is a two-time network: give the noise level at which the step ends too, as net(x, sigma, '
+            'class_labels, r=r); 0 gives the image'
+        )
+    return (torch.as_tensor(r, device=x.device).to(x.dtype).flatten() / sigma_data).atan()
 
 
 @persistent
@@ -379,11 +400,17 @@ class Precond(Module):
         """The U-Net, under the name that it has in all our networks."""
         return self.unet
 
+    @property
+    def two_time(self):
+        """Whether the network also takes the level at which a step ends."""
+        return self.unet.end_noise is not None
+
     def forward(
         self, x, sigma, class_labels=None, force_fp32=False, return_logvar=False, augment_labels=None,
-        **model_kwargs
+        r=None, **model_kwargs
     ):  # fmt: skip
-        """Denoised images from noisy `x` at noise levels `sigma`.
+        """Denoised images from noisy `x` at noise levels `sigma`; of a two-time network the images from which a DDIM
+        step leads to the state at `r`.
 
         The U-Net runs in BF16 if `use_bf16` is set, or in FP16 if `use_fp16` is set and the device is a GPU,
         unless `force_fp32`.
@@ -392,10 +419,12 @@ class Precond(Module):
             x: [N, C, H, W]
             sigma: [N] or scalar.
             class_labels: [N, label_dim]; None: zeros.
+            r: [N] or scalar, of two-time networks alone: 0 <= r <= sigma.
             model_kwargs: `dropout_masks`.
         Returns: [N, C, H, W] FP32, or FP64 if the weights are. With `return_logvar` a pair: that, and the
             log-variance of the loss u(sigma), [N, 1, 1, 1] (Eq. 21).
-        Raises: ValueError for augmentation labels, which EDM2 does not have.
+        Raises: ValueError for augmentation labels, which EDM2 does not have, for a two-time network without `r`, or
+            another one with it.
         """
         if augment_labels is not None:
             raise ValueError('EDM2 networks take no augmentation labels')
@@ -416,6 +445,11 @@ class Precond(Module):
             class_labels = torch.zeros([1, self.label_dim], device=x.device, dtype=full)
         else:
             class_labels = class_labels.to(full).reshape(-1, self.label_dim)
+
+        if self.two_time:
+            model_kwargs['end_labels'] = end_labels(r, x, self.sigma_data)
+        elif r is not None:
+            raise ValueError('this network is given one noise level, and no r')
 
         # The U-Net at unit variance.
         # Blocks expect inputs of unit variance: divide by the deviation of x at this level.
