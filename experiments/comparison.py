@@ -194,7 +194,7 @@ def models_of(request: Request, objective: str, seed: int) -> list[Model]:
     """The models of an objective, one for each number of sampling steps."""
     known, name = OBJECTIVES[objective], f'{objective}-seed{seed}'
 
-    # A consistency model is trained once for all numbers of steps, in two stages if its teacher is one.
+    # A flow map or a consistency model is trained once for all numbers of steps, in two stages if its teacher is one.
     if 'S' not in known.options:
         first = None
         if known.teacher == 'consistency':
@@ -202,7 +202,8 @@ def models_of(request: Request, objective: str, seed: int) -> list[Model]:
         training = make_training(
             request, name, objective, seed, request.budget - (first.evaluations if first else 0), after=first
         )
-        return [Model(objective, seed, training, 0, None, 'cm', steps, steps) for steps in request.steps]
+        solver = 'student' if known.two_time else 'cm'
+        return [Model(objective, seed, training, 0, None, solver, steps, steps) for steps in request.steps]
 
     # Progressive distillation makes students of all its numbers of steps on the way.
     if 'S_start' in known.own:
@@ -322,6 +323,8 @@ def recipe_options(request: Request, objective: str, S: int | None = None) -> li
     options = [] if OBJECTIVES[objective].teacher else list(request.network)
     if request.recipe:
         options += [*bundled.COMMON, *bundled.student_options(objective, S)]
+    if OBJECTIVES[objective].two_time:
+        options.append(f'--steps={",".join(map(str, sorted(request.steps)))}')
     return options
 
 

@@ -125,6 +125,7 @@ LOOKS = {
     'mct': ('blue', '--', 's'),
     'direct': ('red', '-', 'o'),
     'pd': ('green', '-', 'o'),
+    'flowmap': ('red', '--', 's'),
     'cm-cd': ('orange', '-', 'o'),
     'cm-ct': ('orange', '--', 's'),
     'ict': ('purple', '-', 'o'),

@@ -47,9 +47,9 @@ class Probe(torch.nn.Module):
         super().__init__()
         self.net, self.value = net, value
 
-    def forward(self, x, sigma, class_labels=None, dropout_masks=None):
+    def forward(self, x, sigma, class_labels=None, dropout_masks=None, **end):
         if not torch.is_grad_enabled():
-            return self.net(x, sigma, class_labels, dropout_masks=dropout_masks)
+            return self.net(x, sigma, class_labels, dropout_masks=dropout_masks, **end)
         self.x_t, self.prediction = x, torch.full_like(x, self.value).requires_grad_(True)
         return self.prediction
 
@@ -57,13 +57,13 @@ class Probe(torch.nn.Module):
         return {}
 
 
-def target(loss, student, y, rng):
+def target(loss, student, y, rng, labels=None):
     """x_t and x*, [N, ...] each, of a loss whose distance is quadratic, or nearly so, for images y [N,
     ...]."""
     gradients = []
     for value in (0.0, 1024.0):
         probe = Probe(student, value)
-        (gradient,) = torch.autograd.grad(loss(probe, y, None, rng).sum(), probe.prediction)
+        (gradient,) = torch.autograd.grad(loss(probe, y, labels, rng).sum(), probe.prediction)
         gradients.append(gradient)
     slope = (gradients[1] - gradients[0]) / 1024
     return probe.x_t, -gradients[0] / slope

@@ -111,6 +111,8 @@ TABLE = {
     ('mct', 'edm2'): [*EDM2_STUDENT, 0, None],
     ('direct', 'edm'): [*STUDENT, 0, None],
     ('direct', 'edm2'): [*EDM2_STUDENT, 0.4, None],
+    ('flowmap', 'edm'): [*STUDENT, 0, None],
+    ('flowmap', 'edm2'): [*EDM2_STUDENT, 0.4, None],
     ('pd', 'edm'): ['adam', 2e-4, 0, 'linear', None, 0.999, 6.4, 128, 0.5, 0.05, [], 0, 0, None],
     ('pd', 'edm2'): ['adam', 1e-3, 0, 'sqrt', 2000, 0.99, 6.4, 128, 0.5, 0.05, [0.05, 0.1], 0, 0.4, None],
     ('cm-cd', 'edm'): [*SONG, 0, None],

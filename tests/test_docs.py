@@ -331,5 +331,12 @@ def test_formats_md_names_every_statistic():
     text = (ROOT / 'docs' / 'formats.md').read_text()
     documented = set(re.findall(r'`((?:Loss|Edges|Progress|EMA|Timing|Resources)/[^`]+)`', text))
     losses = {objective.module().NAME for objective in OBJECTIVES.values()} | {'weighted_error'}
-    of_others = {'Edges/stage', 'Edges/boundary', 'Edges/first_stage', 'Progress/grad_norm'}
+    of_others = {
+        'Loss/steps<N>',
+        'Loss/other_pairs',
+        'Edges/stage',
+        'Edges/boundary',
+        'Edges/first_stage',
+        'Progress/grad_norm',
+    }
     assert documented == names | {f'Loss/{name}' for name in losses} | of_others

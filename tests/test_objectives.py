@@ -28,6 +28,7 @@ RUNS = {
     ],
     'mct': [*TINY_NETWORK, '--T_anneal_kimg=0.2'],
     'direct': ['--substeps=2', '--T_end=16', '--student_grid=full'],
+    'flowmap': ['--target=mixed', '--steps=1,2', '--T=4', '--reuse=6'],
     'cm-cd': ['--N=6', '--mu0=0.5', '--cm_loss=l2', '--hop=ddim', '--mid_t=0.8'],
     'cm-ct': [*TINY_NETWORK, '--s1=8', '--schedule_steps=20', '--cm_loss=pseudo_huber', '--mid_t=0.8'],
     'ict': [*TINY_NETWORK, '--s0=4', '--s1=16', '--schedule_steps=20', '--mid_t=0.8'],
@@ -119,6 +120,8 @@ def test_a_run_learns_ends_bit_for_bit_as_a_resumed_one_and_is_sampled(
         assert metadata['sigmas'] == grid.tolist() and (metadata['sigma_grid'] == 'cosine') == (
             objective == 'mcd'
         )
+    elif kind.two_time:
+        assert metadata['steps'] == [1, 2] and not {'S', 'sigmas', 'solver'} & metadata.keys()
     else:
         assert (metadata['solver'], metadata['sigmas']) == ('cm', [80.0, 0.8, 0.0])
     assert describe_state(max(whole.glob('training-state-*.pt')))['objective'] == objective
@@ -126,7 +129,7 @@ def test_a_run_learns_ends_bit_for_bit_as_a_resumed_one_and_is_sampled(
         generate.main, f'--network={last_snapshot(whole)}', f'--outdir={tmp_path / "out"}', '--seeds=0-3'
     )
     assert (
-        f'{"student" if "S" in kind.options else "cm"}, 2 evaluations each' in done.output
+        f'{"student" if "S" in kind.options or kind.two_time else "cm"}, 2 evaluations each' in done.output
         and len(list((tmp_path / 'out').glob('*.png'))) == 4
     )
 
@@ -395,7 +398,7 @@ def test_each_objective_is_optimized_as_in_its_paper(
         (['--objective=ict', '--mu0=0.9'], ['--mu0', 'cm-cd or cm-ct']),
         (['--objective=ect', '--dividing_t=2'], ['--dividing_t', 'tcm']),
         (['--objective=cm-cd', '--mu_schedule=fixed'], ['--mu_schedule', '--s1']),
-        (['--objective=mct', '--hop=ddim'], ['--hop', 'mcd or pd or cm-cd']),
+        (['--objective=mct', '--hop=ddim'], ['--hop', 'mcd or pd or flowmap or cm-cd']),
     ],
 )
 def test_options_that_contradict_each_other_or_the_objective(options, words):

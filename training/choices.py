@@ -15,6 +15,9 @@ HOPS = tuple(HOP_COST)
 SEGMENT_SOLVER_COST = dict(heun=2, ipndm=1, dpmpp=1)
 SEGMENT_SOLVERS = tuple(SEGMENT_SOLVER_COST)
 
+# Where the targets of two-time students come from (`objectives.loss_flowmap`).
+FLOW_MAP_TARGETS = ('hop', 'solution', 'mixed')
+
 # Losses of multistep students (`consistency_ops.image_distance`, `consistency_ops.edge_weight`).
 DISTANCES = ('pseudo_huber', 'l2_root', 'l2', 'huber')
 # fmt: off

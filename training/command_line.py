@@ -172,7 +172,7 @@ def check_together(o: Options) -> None:
     """Raises: click.UsageError if options of the run and of the objective contradict each other."""
     # The teacher.
     run, name, objective = o.run, o.run.objective, o.objective
-    if objective.teacher and not o.teacher:
+    if objective.teacher and objective.needs_teacher and not o.teacher:
         kinds = dict(
             diffusion='the diffusion model to distill', consistency='the consistency model to go on from'
         )
@@ -181,6 +181,8 @@ def check_together(o: Options) -> None:
     # Guidance, and training without labels.
     if hasattr(o.own, 'guide'):
         o.own.check_guidance()
+        if o.own.guide and not o.teacher:
+            raise click.UsageError(f'--guide={o.own.guide} guides a --teacher: give one.')
     if getattr(o.own, 'label_dropout', 0) and not run.cond:
         raise click.UsageError(
             f'--label_dropout={o.own.label_dropout:g} needs --cond=1: without it there are no labels.'
@@ -206,7 +208,7 @@ def check_together(o: Options) -> None:
             f'{", ".join(stray)}: only teachers with --precond=edm, ict and ect are trained at log-normal '
             'noise levels.'
         )
-    if objective.loss and not objective.teacher and run.precond in ('vp', 've'):
+    if objective.loss and not o.teacher and run.precond in ('vp', 've'):
         raise click.UsageError(
             f"--objective={name} wants EDM's preconditioning: leave --precond={run.precond} out."
         )

@@ -66,9 +66,10 @@ class Main:
     objective: str = opt(
         'diffusion', click.Choice(list(OBJECTIVES)),
         'diffusion: a teacher; mcd: multistep consistency distillation; mct: the same without a teacher; '
-        "direct: regression on the teacher's solution of each segment; pd: progressive distillation; cm-cd, "
-        "cm-ct: Song et al.'s consistency distillation and training; ict: improved consistency training; "
-        'ect: easy consistency tuning; tcm: truncated consistency training.',
+        "direct: regression on the teacher's solution of each segment; pd: progressive distillation; flowmap: one "
+        "student for any number of steps, of the teacher's flow map; cm-cd, cm-ct: Song et al.'s consistency "
+        'distillation and training; ict: improved consistency training; ect: easy consistency tuning; tcm: '
+        'truncated consistency training.',
         key='objective')
     consistency: bool | None = opt(None, bool, 'True: same as --objective=mcd.', default_text='False')
     duration: float | None = opt(

@@ -67,6 +67,11 @@ def settle(o: Options, dataset, teacher, earlier: dict | None) -> Options:
     o = o.but(**lengths(o, earlier))
 
     # Checks of the objective's schedule, and the teacher's range of noise levels.
+    if getattr(o.own, 'of_solution', 0) and o.run.augment:
+        raise UserError(
+            f"--augment={o.run.augment:g} changes images, and the teacher's stored solutions begin at noise: use "
+            '--augment=0, or --target=hop.'
+        )
     if run.objective == 'ect':
         check_stages(o)
     if run.objective == 'tcm':

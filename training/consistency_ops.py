@@ -8,9 +8,10 @@ is dx/dsigma = (x − D(x; sigma)) / sigma (Karras et al. 2022, Eq. 1 with s(t) 
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -259,15 +260,15 @@ def by_kind(kind: Tensor, terminal: Tensor, snap: Tensor, general: Tensor) -> Te
 # The teacher's own solution, in several steps.
 
 
-def solve_ode(
+def ode_path(
     denoiser: Denoiser, x: Tensor, levels: Sequence[float], denoised: Tensor | None = None
-) -> Tensor:
+) -> Iterator[Tensor]:
     """Follow the ODE down a list of noise levels by Heun steps; a last step to 0 is Euler's.
 
     Args:
         x: [N, ...] state at the first level.
         denoised: D at x, where it is known already.
-    Returns: [N, ...] float64.
+    Yields: [N, ...] float64, the state at each level after the first.
     """
     for sigma_t, sigma_s in itertools.pairwise(levels):
         sigma = torch.full([len(x)], sigma_t, dtype=torch.float64, device=x.device)
@@ -277,7 +278,15 @@ def solve_ode(
             x, denoised = heun_hop(denoiser, x, sigma, torch.full_like(sigma, sigma_s), denoised), None
         else:
             x = denoised
-    return x
+        yield x
+
+
+def solve_ode(
+    denoiser: Denoiser, x: Tensor, levels: Sequence[float], denoised: Tensor | None = None
+) -> Tensor:
+    """The last state of `ode_path`."""
+    # A queue of one forgets the states before.
+    return collections.deque(itertools.chain([x], ode_path(denoiser, x, levels, denoised)), 1).pop()
 
 
 def solve_between(

@@ -17,7 +17,7 @@ from training import architectures, execution, run_folder
 from training.announcements import schedule_warnings
 from training.command_line import Options
 from training.resolution import unresolved_gap
-from training.starting_point import default_of, on_meta
+from training.starting_point import as_denoiser, default_of, on_meta
 
 GIB = 2**30
 PRIME = 1_000_003  # images; no size of a network's weights is divisible by it
@@ -125,7 +125,8 @@ def _saved_bytes(network: str, precision: str) -> tuple[int, int]:
 
     with torch.device('meta'), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         images = torch.zeros(PRIME, net.img_channels, net.img_resolution, net.img_resolution)
-        net(images, torch.ones(PRIME), torch.zeros(PRIME, net.label_dim) if net.label_dim else None)
+        sigma, labels = torch.ones(PRIME), torch.zeros(PRIME, net.label_dim) if net.label_dim else None
+        net(images, sigma, labels, **as_denoiser(net, sigma))
     sizes = [storage.nbytes() for storage in kept.values()]
     fixed = sum(size for size in sizes if size % PRIME)
     return fixed, (sum(sizes) - fixed) // PRIME

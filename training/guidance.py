@@ -228,6 +228,8 @@ def guided(net: torch.nn.Module, network: str, o: GuidanceOptions) -> torch.nn.M
 def sampled_in_steps(net) -> str | None:
     """What a network is whose outputs are not denoised images at all levels; None for diffusion models."""
     metadata = getattr(net, 'metadata', None) or {}
+    if getattr(net, 'two_time', False):
+        return 'a two-time student'
     if metadata.get('solver') == 'cm' or getattr(net, 'boundary', 0):
         return 'a consistency model'
     return f'a student of {len(metadata["sigmas"]) - 1} steps' if 'sigmas' in metadata else None

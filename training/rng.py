@@ -34,6 +34,10 @@ class SampleRng:
     def __init__(self, seed: int, first: int, count: int, device: torch.device | str = 'cpu'):
         self.seed, self.first, self.count, self.device = seed, first, count, torch.device(device)
 
+    def at(self, first: int) -> SampleRng:
+        """The numbers of as many other samples, from number `first`."""
+        return SampleRng(self.seed, first, self.count, self.device)
+
     def _draw(self, purpose: str, shape, device, fill) -> Tensor:
         # Whole blocks, of which the first and the last are used in part.
         generator = torch.Generator(device)

@@ -202,7 +202,7 @@ class RunFiles:
             net=self.update.parameters.state_dict(self.net),
             update=self.update.state_dict(),
             averages=self.averages.state_dict(),
-            loss=self.loss_state.state_dict(),
+            loss=self._loss_state(),
             progress=dict(position),
             stats=training_stats.state(),
             rng=distributed.gather_objects(rng),
@@ -216,6 +216,12 @@ class RunFiles:
         progress.states = distributed.broadcast_object(progress.states)
         self._newest = where, f'{stem}.pt'
         return f'{stem}.pt'
+
+    def _loss_state(self) -> dict:
+        """What the objective keeps, with what it keeps of each image of the whole batch."""
+        rows = self.loss_state.per_image()
+        rows = distributed.gather_objects(None if rows is None else rows.cpu())
+        return self.loss_state.state_dict() | ({} if rows[0] is None else dict(per_image=torch.cat(rows)))
 
     def _write_state(self, progress: Progress, stem: str, state: dict) -> None:
         # A state of this name may exist already, with its FID.
@@ -321,7 +327,12 @@ def restore(
         update.parameters.load_state_dict(net, state.pop('net'))
         update.load_state_dict(state.pop('update'))
         averages.load_state_dict(state.pop('averages'))
-        loss_state.load_state_dict(state.pop('loss'))
+        loss = state.pop('loss')
+        if (rows := loss.pop('per_image', None)) is not None:
+            # Processes, of which there may be another number now, have consecutive parts of the batch.
+            parts = rows.to(device).tensor_split(distributed.get_world_size())
+            loss_state.load_per_image(parts[distributed.get_rank()])
+        loss_state.load_state_dict(loss)
         training_stats.load_state(state.pop('stats'), device)
         progress, rng = state.pop('progress'), state.pop('rng')
         # Each process has a generator of its own; with another number of processes they start afresh.

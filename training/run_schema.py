@@ -195,7 +195,7 @@ STATE = Record(
         net=TENSORS,
         update=UPDATE,
         averages=Record(dict(ema=TENSORS, phema=Dict(SHARE, TENSORS, 1000)), ['ema', 'phema'], others=None),
-        loss=Record(dict(target=TENSORS), others=Kind()),
+        loss=Record(dict(target=TENSORS, per_image=FLOATS), others=Kind()),
         progress=PROGRESS,
         stats=ListOf(Row((ListOf(Text(longest=200)), Numbers(torch.float64)))),
         rng=ListOf(
@@ -218,6 +218,7 @@ METADATA = Record(
         nimg=Integer(),
         seed=Integer(),
         S=STEPS,
+        steps=ListOf(STEPS, MAX_STEPS, 1),
         sigma_min=Real(0, 1e6),
         sigma_max=Real(1e-9, float('inf')),
         rho=RHO,

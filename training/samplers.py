@@ -4,7 +4,7 @@ A sampler combines a schedule and a solver: it lists the noise levels at which a
 (training/schedules.py for teachers; students and consistency models record theirs) and steps over them
 (training/solvers.py).
 
-- `student`: DDIM steps over the student's own grid.
+- `student`: DDIM steps over the student's own grid, of a two-time student over any.
 - `cm`: a consistency model, each of whose outputs is an image; evaluated once, or again after adding noise.
 - `euler`, `heun`: the probability-flow ODE of a teacher, with EDM's discretizations, schedules, scalings and
   churn (Karras et al. 2022, Algorithms 1 and 2).
@@ -57,6 +57,7 @@ class StudentOptions:
     sigma_max: float | None = None
     rho: float | None = None
     student_grid: str | None = None  # edm | full
+    sigmas: Sequence[float] | None = None  # these levels, then 0, in place of a grid
     edit: Edit | None = None  # applied to every D
     start: Start | None = None  # start there; then the grid levels below it
 
@@ -126,9 +127,18 @@ def sample(
 
 def denoiser_of(net, class_labels: Tensor | None) -> solvers.Denoiser:
     """D(x, sigma) float64 of a network at noise levels that are Python numbers, because solvers step in float64
-    whatever precision the network computes in. A guided network chooses by the number what to evaluate."""
+    whatever precision the network computes in. A guided network chooses by the number what to evaluate. Of a
+    two-time network G(x, sigma, r), where r = 0, the image, if it is left out."""
+    if is_two_time(net):
+        level = ops.noise_level
+        return lambda x, sigma, r=0.0: net(x, level(sigma, x), class_labels, r=level(r, x)).double()
     level = (lambda sigma, x: sigma) if getattr(net, 'takes_numbers', False) else ops.noise_level
     return lambda x, sigma: net(x, level(sigma, x), class_labels).double()
+
+
+def is_two_time(net) -> bool:
+    """Whether a network is a two-time student, which also takes the level at which a step ends."""
+    return getattr(net, 'two_time', False)
 
 
 def resolve(
@@ -141,7 +151,10 @@ def resolve(
     # The solver: as given, as recorded, or by whether there is a grid.
     metadata = getattr(net, 'metadata', None) or {}
     own_steps = len(metadata['sigmas']) - 1 if 'sigmas' in metadata else None
-    solver = solver or metadata.get('solver') or ('student' if own_steps else 'heun')
+    two_time = is_two_time(net)
+    solver = solver or metadata.get('solver') or ('student' if own_steps or two_time else 'heun')
+    if two_time and solver not in OF_TWO_TIME:
+        raise WrongOptions(f'{solver} is for diffusion models, and this is a two-time student: leave it out')
     if solver in ONLY_OF_TEACHERS and (own_steps or metadata.get('solver') == 'cm'):
         what = f'a student of {own_steps} steps' if metadata.get('solver') != 'cm' else 'a consistency model'
         raise WrongOptions(f'{solver} solves the ODE of a diffusion model, and this is {what}: leave it out')
@@ -168,7 +181,20 @@ def resolve(
     if solver != 'student':
         return solver, DEFAULT_TEACHER_STEPS if steps is None else steps
 
-    # A student takes the steps of its grid.
+    # A two-time student takes any number of steps; by default as many as it learned at most.
+    if two_time:
+        if (sigmas := known.get('sigmas')) is None:
+            return solver, steps or max(metadata.get('steps', [1]))
+        listed = len(falling_to_zero(sigmas)) - 1
+        if steps not in (None, listed):
+            raise UserError(
+                f'sigmas are the levels of {listed} steps, not {steps}: leave out the number of steps'
+            )
+        return solver, listed
+    if known.get('sigmas') is not None:
+        raise UserError('this student samples at the levels that it was trained at: leave out sigmas')
+
+    # Another student takes the steps of its grid.
     if own_steps is None and steps is None:
         raise UserError(
             'this network is no student with a grid of its own: give the number of steps, or take the '
@@ -227,6 +253,11 @@ def _recorded_range(net, o: StudentOptions | CMOptions) -> tuple[float, float]:
     return clip_range(net, low, high)
 
 
+def _grid_of(net) -> str:
+    """The kind of a student's grid that is not recorded."""
+    return 'full' if is_two_time(net) else 'edm'
+
+
 def _start_level(start: Start, highest: float) -> float:
     if not 0 < start[1] <= highest:
         raise UserError(
@@ -241,11 +272,21 @@ def student_sigmas(net, o: StudentOptions, steps: int) -> list[float]:
     recorded or the options ask for another. With a `start`, its level and the grid levels below it."""
     # A recorded grid is used as it is, so that the levels are those of training bit for bit.
     recorded = _recorded(net, 'sigmas', None, [])
-    if steps == len(recorded) - 1 and (o.sigma_min, o.sigma_max, o.rho, o.student_grid) == (None,) * 4:
+    if o.sigmas is not None:
+        sigmas = falling_to_zero(o.sigmas)
+        low, high = teachers.known_range(net)
+        if not max(low, 0) <= sigmas[-2] or sigmas[0] > high:
+            raise UserError(
+                f'sigmas do not lie within {low:g} to {high:g}, the levels that the network knows'
+            )
+    elif steps == len(recorded) - 1 and (o.sigma_min, o.sigma_max, o.rho, o.student_grid) == (None,) * 4:
         sigmas = [float(sigma) for sigma in recorded]
     else:
         # Any other grid is rebuilt from what is recorded, with the options in its place.
-        rho, kind = _recorded(net, 'rho', o.rho, 7.0), _recorded(net, 'student_grid', o.student_grid, 'edm')
+        rho, kind = (
+            _recorded(net, 'rho', o.rho, 7.0),
+            _recorded(net, 'student_grid', o.student_grid, _grid_of(net)),
+        )
         spacing = _recorded(net, 'sigma_grid', None, 'karras')
         sigmas = ops.student_grid(steps, *_recorded_range(net, o), rho, kind, spacing).tolist()
 
@@ -253,6 +294,17 @@ def student_sigmas(net, o: StudentOptions, steps: int) -> list[float]:
     if o.start is None:
         return sigmas
     return [_start_level(o.start, sigmas[0]), *(sigma for sigma in sigmas if sigma < o.start[1])]
+
+
+def falling_to_zero(sigmas: Sequence[float]) -> list[float]:
+    """Listed levels, with a 0 at their end. Raises: UserError unless they fall."""
+    levels = [float(sigma) for sigma in sigmas]
+    levels += [0.0] * (levels[-1:] != [0.0])
+    if len(levels) < 2 or any(not above > below for above, below in itertools.pairwise(levels)):
+        raise UserError(
+            f'sigmas {", ".join(f"{sigma:g}" for sigma in sigmas)}: they must fall, and stay above 0'
+        )
+    return levels
 
 
 def cm_sigmas(net, o: CMOptions, steps: int | None = None) -> list[float]:
@@ -342,8 +394,8 @@ def _start_state(latents: Tensor, sigma: float, start: Start | None) -> Tensor:
 def changed(denoiser: solvers.Denoiser, changes: Sequence[Edit]) -> solvers.Denoiser:
     """A denoiser whose outputs are clamped or edited by `changes` in turn."""
 
-    def denoise(x, sigma):
-        denoised = result = denoiser(x, sigma)
+    def denoise(x, *levels):
+        denoised = result = denoiser(x, *levels)
         for change in changes:
             result = change(result)
 
@@ -354,10 +406,11 @@ def changed(denoiser: solvers.Denoiser, changes: Sequence[Edit]) -> solvers.Deno
 
 
 def sample_student(net, denoiser, latents: Tensor, steps: int, o: StudentOptions, randn_like) -> Tensor:
-    """DDIM down the student's grid."""
+    """DDIM down the student's grid; a two-time student is told where each step ends."""
     sigmas = student_sigmas(net, o, steps)
     x = _start_state(latents, sigmas[0], o.start)
-    return solvers.ddim(denoiser if o.edit is None else changed(denoiser, [o.edit]), x, sigmas)
+    solve = solvers.flow_map if is_two_time(net) else solvers.ddim
+    return solve(denoiser if o.edit is None else changed(denoiser, [o.edit]), x, sigmas)
 
 
 def sample_cm(net, denoiser, latents: Tensor, steps: int, o: CMOptions, randn_like) -> Tensor:
@@ -384,6 +437,7 @@ class Sampler(NamedTuple):
 # Of EDM's solvers; a student or consistency model may be sampled by them, whatever that gives.
 EDMS = ('euler', 'heun')
 ONLY_OF_TEACHERS = [*(name for name in ODE_SOLVERS if name not in EDMS), 'best']
+OF_TWO_TIME = ('student', 'cm')
 OF_SOLVERS = {'sigmas', 'afs', 'to_zero', 'order', 'variant'}
 SAMPLERS = dict(
     student=Sampler(sample_student, StudentOptions),

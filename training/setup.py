@@ -207,7 +207,7 @@ def build_network(c: EasyDict, teacher: torch.nn.Module | None) -> torch.nn.Modu
     """The network to train, with the teacher's weights, or those of --transfer that fit, or random ones."""
     net = checkpoint.NETWORKS[c.network.class_name](**c.network.kwargs)
     if teacher is not None:
-        net.load_state_dict(teacher.state_dict())
+        start_from(net, teacher)
         net.sigma_min, net.sigma_max = teacher.sigma_min, teacher.sigma_max
 
     # DDP wants every parameter used that has a gradient; only EDM2's own loss uses the uncertainty.
@@ -217,6 +217,19 @@ def build_network(c: EasyDict, teacher: torch.nn.Module | None) -> torch.nn.Modu
     if c.transfer:
         transfer_weights(c, net)
     return net
+
+
+def start_from(net: torch.nn.Module, teacher: torch.nn.Module) -> None:
+    """Copy the teacher's weights; a two-time network's embedding of the level at which a step ends is its own."""
+    found = net.load_state_dict(teacher.state_dict(), strict=False)
+    odd = [name for name in found.missing_keys if not is_of_second_level(name)]
+    if odd or found.unexpected_keys:
+        raise ValueError(f'the teacher has other weights: {", ".join([*odd, *found.unexpected_keys][:3])}')
+
+
+def is_of_second_level(name: str) -> bool:
+    """Whether a tensor embeds the level at which a step of a two-time network ends; it starts without an effect."""
+    return name.startswith(('model.map_end.', 'unet.end_'))
 
 
 def transfer_weights(c: EasyDict, net: torch.nn.Module) -> None:
@@ -239,7 +252,7 @@ def transfer_weights(c: EasyDict, net: torch.nn.Module) -> None:
     if not fitting:
         raise UserError(f'--transfer={c.transfer} has no tensor that fits this network by name and shape')
     net.load_state_dict(fitting, strict=False)
-    if len(fitting) < len(own):
+    if any(not is_of_second_level(name) for name in own.keys() - fitting.keys()):
         distributed.print0(
             f"Warning: {len(fitting)} of this network's {len(own)} tensors are in --transfer={c.transfer} in "
             'the same shape; the others start at random. (Without --arch, --cbase and other options of the '

@@ -22,6 +22,7 @@ STUDENT_LOSS = 'EDMConsistencyDistillLoss'  # the class that identifies a publis
 # Options of the loss and of sampling that snapshots record, if they are not None.
 RECORDED = (
     'S',
+    'steps',
     'sigma_min',
     'sigma_max',
     'rho',

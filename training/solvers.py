@@ -291,6 +291,19 @@ def ddim(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     return x
 
 
+def flow_map(flow: Callable[[Tensor, float, float], Tensor], x: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """DDIM steps by a two-time network, which knows where each of them ends.
+
+    Args:
+        flow: G(x, sigma, r).
+        x: [N, ...] state at sigmas[0].
+        sigmas: decreasing, the last one 0.
+    """
+    for sigma, r in itertools.pairwise(sigmas):
+        x = ops.ddim_step(x, flow(x, sigma, r), sigma, r)
+    return x
+
+
 def addim(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float], xvar_scale: float = 1.0) -> Tensor:
     """DDIM steps whose noise is lengthened by the variance that D lacks   (Heek et al. 2024, Algorithm 3).
 

@@ -90,7 +90,8 @@ def check_numbers(net, name: str) -> None:
         generator=torch.Generator().manual_seed(0),
     )
     with torch.no_grad():
-        denoised = net((sigma * noise).to(distributed.get_device()), torch.tensor(sigma))
+        level = torch.tensor(sigma)
+        denoised = net((sigma * noise).to(distributed.get_device()), level, **as_denoiser(net, level))
     if not denoised.isfinite().all():
         raise UserError(
             f'{name} makes values that are not finite (NaN or infinite) of noise of sigma = {sigma:.3g}, '
@@ -209,6 +210,11 @@ def check_kind(o: Options, teacher) -> None:
         return
 
     # A diffusion model, or an earlier round of progressive distillation.
+    if getattr(teacher, 'two_time', False):
+        raise UserError(
+            f'--teacher={o.teacher} is a two-time student itself: distill from a diffusion model. (--transfer starts '
+            'from its weights.)'
+        )
     halving = o.run.objective == 'pd'
     if steps and not (
         halving and is_stage_of(metadata, o, *samplers.clip_range(teacher, o.own.sigma_min, o.own.sigma_max))
@@ -274,11 +280,16 @@ def network_of_teacher(o: Options, teacher) -> EasyDict:
         theirs = as_list(kwargs.get(key, default_of(type(teacher.model), key)))
         if value != theirs:
             refuse_contradiction(o, option, theirs)
-    # Settings that change no weight, or that the objective imposes.
+    # Settings that change none of the teacher's weights, or that the objective imposes.
     kwargs['use_fp16'] = o.run.arithmetic == 'fp16'
-    if o.objective.boundary:
-        kwargs['boundary'] = o.own.sigma_min
+    kwargs |= imposed(o)
     return EasyDict(class_name=type(teacher).__name__, kwargs=kwargs)
+
+
+def imposed(o: Options) -> dict[str, object]:
+    """Constructor arguments that the objective imposes."""
+    boundary = dict(boundary=o.own.sigma_min) if o.objective.boundary else {}
+    return {**boundary, **(dict(two_time=True) if o.objective.two_time else {})}
 
 
 def refuse_contradiction(o: Options, option: str, theirs) -> NoReturn:
@@ -319,8 +330,7 @@ def network_from_scratch(o: Options, dataset, channels: int) -> EasyDict:
             kwargs[key] = getattr(o.run, option)
     if o.run.augment:
         kwargs['augment_dim'] = AUGMENT_DIM
-    if o.objective.boundary:
-        kwargs['boundary'] = o.own.sigma_min
+    kwargs |= imposed(o)
     if is_edm2(o, None):  # its preconditioning knows one U-Net
         del kwargs['model_type']
 
@@ -350,7 +360,14 @@ def _try_network(network: str) -> None:
 
     net = on_meta(json.loads(network)).eval()
     with torch.no_grad(), torch.device('meta'):
-        net(torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution), torch.ones(1))
+        sigma = torch.ones(1)
+        images = torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution)
+        net(images, sigma, **as_denoiser(net, sigma))
+
+
+def as_denoiser(net, sigma) -> dict[str, object]:
+    """The argument with which a two-time network is a denoiser: its step ends where it begins. Others take none."""
+    return dict(r=sigma) if getattr(net, 'two_time', False) else {}
 
 
 def on_meta(network: Mapping):

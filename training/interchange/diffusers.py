@@ -81,6 +81,10 @@ def check_expressible(net: torch.nn.Module) -> None:
         refuse(
             f'{type(net).__name__}: its schedulers have the preconditioning of EDM and of Song et al. only'
         )
+    if net.two_time:
+        refuse(
+            'a two-time student, which is also given the level where a step ends: its schedulers give one level'
+        )
     if isinstance(net, networks.CMPrecond) and not net.boundary:
         refuse(
             "a diffusion model or a student of several steps with OpenAI's time embedding, 250 ln(sigma): "

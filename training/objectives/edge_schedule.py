@@ -36,6 +36,10 @@ class BatchEdges(NamedTuple):
     index: Tensor
     anchored: Tensor
 
+    def of(self, rows: Tensor) -> BatchEdges:
+        """The edges of some of the images, [M] int64."""
+        return BatchEdges(*(values[rows] for values in self[:-1]), self.anchored)
+
 
 class EdgeSchedule(State):
     """Draws edges; subclasses define them by `stage_after` and `edges_at`.
@@ -80,7 +84,11 @@ class EdgeSchedule(State):
         anchored[0] = self.anchor
         flags = torch.cat([torch.nn.functional.one_hot(edges.kind, 3).double(), anchored], dim=1)
         self._on_host = [values.numpy() for values in (torch.stack(columns, dim=1), flags, edges.segment)]
-        self._segment_names = [f'Loss/segment{j}' for j in range(int(edges.segment[-1]) + 1)]
+        self._segment_names = self.segment_names(int(edges.segment[-1]) + 1)
+
+    def segment_names(self, count: int) -> list[str]:
+        """Statistics of the loss by segment."""
+        return [f'Loss/segment{j}' for j in range(count)]
 
     def draw(self, rng) -> BatchEdges:
         """An edge for each image of `rng`, by inversion of the cumulative probabilities."""

@@ -79,8 +79,15 @@ class State:
         `nimg` images; None if no outputs are compared."""
         return None
 
+    def per_image(self) -> Tensor | None:
+        """[N, ...] what a resumed run needs of each image of this process's part of the batch, on any device."""
+        return None
+
+    def load_per_image(self, rows: Tensor) -> None:
+        """What `per_image` returned, for this process's part of the batch."""
+
     def state_dict(self) -> dict:
-        """Tensors and plain data that a resumed run needs."""
+        """Tensors and plain data that a resumed run needs; the same on all processes."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
@@ -109,7 +116,8 @@ def denoiser(
     masks: Mapping[str, Tensor] | None = None,
     rows: Tensor | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """D(x, sigma) -> [N, C, H, W] float64 of a network, under the labels and dropout masks of a batch.
+    """D(x, sigma) -> [N, C, H, W] float64 of a network, under the labels and dropout masks of a batch; of a two-time
+    network G(x, sigma, r=r).
 
     Args:
         masks: None lets a network in training mode draw its own.
@@ -122,7 +130,7 @@ def denoiser(
         options['augment_labels'] = select(augment_labels)
     if masks is not None:
         options['dropout_masks'] = {name: select(mask) for name, mask in masks.items()}
-    return lambda x, sigma: net(x, sigma, labels, **options).double()
+    return lambda x, sigma, **end: net(x, sigma, labels, **end, **options).double()
 
 
 def student_and_target(
@@ -132,19 +140,21 @@ def student_and_target(
     rng,
     sync_dropout: bool,
     target: Module | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
     """The denoiser that trains, and the denoiser of its targets.
 
     Args:
         sync_dropout: both see the same dropout masks.
         target: network of the targets; None: `net` itself, without DDP, because no gradients flow there.
+        rows: [M] int64 images that have such a target; None: all.
     """
     masks = dropout_masks(net, rng)
     target_masks = masks if sync_dropout else dropout_masks(net, rng, 'target dropout')
     target = unwrap(net) if target is None else target
     return (
         denoiser(net, labels, augment_labels, masks),
-        denoiser(target, labels, augment_labels, target_masks),
+        denoiser(target, labels, augment_labels, target_masks, rows),
     )
 
 

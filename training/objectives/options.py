@@ -108,7 +108,7 @@ class LogNormal(Config):
 
 @dataclass(frozen=True)
 class Teacher(Config):
-    heading: ClassVar[str] = 'Distillation (--objective=mcd, direct, pd, cm-cd, tcm)'
+    heading: ClassVar[str] = 'Distillation (--objective=mcd, direct, pd, flowmap, cm-cd, tcm)'
 
     teacher: str | None = opt(
         None,
@@ -148,17 +148,11 @@ class TeacherHop(GuidedTeacher):
 
 
 @dataclass(frozen=True)
-class Students(NoiseGrid):
-    """A student of S steps, and the distance of its image from the target."""
+class Targets(NoiseGrid):
+    """The distance of the student's image from the one that a step to the boundary needs."""
 
-    heading: ClassVar[str] = 'Multistep consistency (--objective=mcd, mct, direct, pd)'
+    heading: ClassVar[str] = 'Targets (--objective=mcd, mct, direct, pd, flowmap)'
 
-    S: int = opt(8, cli.STEPS, 'Number of student sampling steps.', metavar='INT')
-    student_grid: str = opt(
-        'edm',
-        click.Choice(STUDENT_GRIDS),
-        'The student steps on S nodes and 0 (edm), or on the first S of S+1 nodes and 0 (full).',
-    )
     sigma_grid: str = opt(
         'karras',
         click.Choice(SIGMA_GRIDS),
@@ -172,6 +166,20 @@ class Students(NoiseGrid):
         click.Choice(WEIGHT_MODES),
         'Loss weight by noise level: sqrt_karras = sqrt(1/sigma^2 + 1/sigma_data^2), edm its square, '
         'sqrt_gap = sqrt(sigma_t - sigma_s).',
+    )
+
+
+@dataclass(frozen=True)
+class Students(Targets):
+    """A student of S steps."""
+
+    heading: ClassVar[str] = 'Multistep consistency (--objective=mcd, mct, direct, pd)'
+
+    S: int = opt(8, cli.STEPS, 'Number of student sampling steps.', metavar='INT')
+    student_grid: str = opt(
+        'edm',
+        click.Choice(STUDENT_GRIDS),
+        'The student steps on S nodes and 0 (edm), or on the first S of S+1 nodes and 0 (full).',
     )
 
 
@@ -385,22 +393,26 @@ class Objective:
     Attributes:
         config: the class of its options.
         teacher: kind of its teacher, `diffusion` or `consistency`; None: no teacher.
+        needs_teacher: whether --teacher is required; if not, it may be left out.
         defaults: defaults of options that every run has: learning rate, duration, ... (`ema` in images).
         edm2: other defaults for EDM2's networks, of the objective's own options too, see `edm2_defaults`.
         edm2_latents: defaults that replace those of `edm2` for latents.
         edm2_sizes, edm2_latent_sizes: defaults by the network's width (`by_width`), for pixels and for
             latents; None: as for pixels.
         boundary: whether the network is the identity at sigma_min, not at 0.
+        two_time: whether the network also takes the noise level at which a step ends.
     """
 
     config: type[Config]
     teacher: str | None = None
+    needs_teacher: bool = True
     defaults: Mapping[str, object] = field(default_factory=dict)
     edm2: Mapping[str, object] = field(default_factory=dict)
     edm2_latents: Mapping[str, object] = field(default_factory=dict)
     edm2_sizes: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
     edm2_latent_sizes: Mapping[int, Mapping[str, object]] | None = None
     boundary: bool = False
+    two_time: bool = False
 
     @property
     def own(self) -> dict[str, object]:
