@@ -13,6 +13,7 @@ import click
 from dnnlib import cli
 from metrics.evaluation import (
     DEFAULT_NUM,
+    PAIRED_ERROR,
     Measures,
     check_detector_options,
     complete_references,
@@ -26,7 +27,7 @@ from metrics.evaluation import (
     warn_about,
     write_json,
 )
-from metrics.options import feature_options
+from metrics.options import UNPAIRED, PairOptions, feature_options, pair_options
 from sampling.options import guidance_options, sampling_arguments, sampling_options
 from training.guidance_options import UNGUIDED, GuidanceOptions
 from training.saved_files import NETWORK_FILE
@@ -87,7 +88,7 @@ def main():
     default='fid',
     show_default=True,
     help='Metrics to compute in one pass: fid, fid_inf, kid, precision, recall, density, coverage, is, '
-    'fd_dinov2.',
+    'fd_dinov2; paired_error, which --pairs-with adds.',
 )
 @cli.option(
     '--num',
@@ -137,6 +138,7 @@ def main():
 )
 @sampling_options(NETWORK)
 @guidance_options()
+@pair_options()
 def calc(
     paths,
     ref,
@@ -149,13 +151,19 @@ def calc(
     seed_sets,
     sampling,
     guidance,
+    pairs,
     options,
 ):
     """Compute metrics of images, or of a network's samples, against a reference."""
     from metrics.measures import Comparison
+    from metrics.pairs import describe_error, pairings_of
     from metrics.uncertainty import check_enough_to_extrapolate
 
     chosen = sampling | vars(guidance)
+    check_pairs(paths, measures, seed_sets, pairs)
+    # The paired error needs no features, and comes last unless it is listed.
+    results = {name: [] for name in [*measures, *([PAIRED_ERROR] if pairs.pairs_with else [])]}
+    measures = {name: measure for name, measure in measures.items() if measure}
     check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_sets, chosen)
     check_detector_options(measures, options)
     with _processes() as is_main:
@@ -163,7 +171,7 @@ def calc(
         make_folder(json_path)
         references = read_references(ref, measures, options)
         sources = (
-            images_of_network(network, seed_sets, sampling, options.batch, guidance)
+            images_of_network(network, seed_sets, sampling, options.batch, guidance, pairs)
             if network
             else images_of_paths(paths, num or DEFAULT_NUM, options)
         )
@@ -173,18 +181,25 @@ def calc(
         if 'fid_inf' in measures:
             check_enough_to_extrapolate(min(map(len, sources)), detectors[measures['fid_inf'].entry].dim)
         references = complete_references(references, ref, measures, detectors, sources, options)
+        pairings = []
+        if pairs.pairs_with:
+            labels = {name: sampling[name] for name in ('class_idx', 'labels')}
+            pairings = pairings_of(sources, network, ref, references, labels, guidance, pairs, options)
 
         # Compute features on all processes; of all sets before any comparison, which only the main process
         # makes.
-        results = {name: [] for name in measures}
         # Mean and covariance are enough for most metrics; others need the features themselves.
         keep = any(m.features or (bootstrap and m.frechet) for m in measures.values())
         classes = {m.entry for m in measures.values() if m.classes}
         features = [features_of(source, detectors, options, keep, classes) for source in sources]
+        for source, pairing in zip(sources, pairings):
+            results[PAIRED_ERROR].append(pairing.error_of(source))
+            log(describe_error(results[PAIRED_ERROR][-1]))
 
         # Compute metrics on the main process.
         for source, seen in zip(sources, features) if is_main else ():
-            warn_about(source, next(iter(seen.values())), measures, detectors)
+            for first in list(seen.values())[:1]:
+                warn_about(source, first, measures, detectors)
             for entry, detector in detectors.items():
                 comparison = Comparison(
                     seen[entry], references.get(entry), detector.device, bootstrap, nearest_k, options.seed
@@ -206,7 +221,7 @@ def calc(
         if is_main:
             summaries = {name: summary(found) for name, found in results.items()}
             write_json(json_path, summaries)
-            click.echo(f'{summaries[next(iter(measures))]["value"]:.10g}')
+            click.echo(f'{summaries[next(iter(summaries))]["value"]:.10g}')
 
 
 @main.command()
@@ -262,7 +277,7 @@ def ref(path, dest, measures, num, features, options):
         detectors = load_detectors(measures, source.image_shape, options)
         # RandomState has the same stream in every version of NumPy.
         keep = np.random.RandomState(options.seed).permutation(len(source)) < features
-        seen = features_of(source, detectors, options, keep=keep)
+        seen = features_of(source, detectors, options, keep=keep, pixels=True)
 
         # Write the statistics of all detectors to one file.
         if is_main:
@@ -310,6 +325,26 @@ def check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_s
         raise click.UsageError('--nearest-k is for precision, recall, density and coverage.')
 
 
+def check_pairs(paths, measures, seed_sets, pairs: PairOptions) -> None:
+    """Raises: UsageError if options of the paired error contradict or lack each other."""
+    if not pairs.pairs_with:
+        wants = [f'--metrics={PAIRED_ERROR}'] * (PAIRED_ERROR in measures)
+        wants += ['--pairs-num'] * (pairs.pairs_num is not None)
+        if wants:
+            raise click.UsageError(f'{wants[0]} needs --pairs-with=PKL, the teacher.')
+        return
+    if paths:
+        raise click.UsageError(
+            '--pairs-with is for --network: files do not say of which seeds and labels their images are.'
+        )
+    for text, seeds in seed_sets:
+        if len(seeds) < (pairs.pairs_num or 2):
+            raise click.UsageError(
+                f'--seeds={text} are {len(seeds)}, fewer than the {pairs.pairs_num or 2} pairs: give more seeds'
+                f'{", or a smaller --pairs-num" * bool(pairs.pairs_num)}.'
+            )
+
+
 def images_of_paths(paths, num: int, options) -> list:
     """An image source for each path."""
     from metrics.images import open_images
@@ -318,17 +353,25 @@ def images_of_paths(paths, num: int, options) -> list:
 
 
 def images_of_network(
-    network: str, seed_sets, sampling: dict, batch: int, guidance: GuidanceOptions = UNGUIDED
+    network: str,
+    seed_sets,
+    sampling: dict,
+    batch: int,
+    guidance: GuidanceOptions = UNGUIDED,
+    pairs: PairOptions = UNPAIRED,
 ) -> list:
     """An image source for each set of seeds."""
     from metrics.generated import GeneratedImages
     from torch_utils import distributed
     from training.checkpoint import load_network
-    from training.guidance import guided, model_digest
+    from training.guidance import guided, model_digest, sampled_in_steps
 
     # The main process downloads, the others read its file.
     with distributed.main_process_first():
         net = load_network(network, distributed.get_device())
+    # Beside its teacher, a student is not what is guided.
+    if pairs.pairs_with and sampled_in_steps(net):
+        guidance = UNGUIDED
     net = guided(net, network, guidance)
     arguments = sampling_arguments(net, network, **sampling)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -36,6 +37,7 @@ class ImageFeatures:
         unturned: number of images read (not cached) with an EXIF orientation, which is ignored.
         features: [n, D] float32 on the CPU, in the order of the images; None unless requested.
         probabilities: [n, K] of its classes, likewise.
+        pixel_std: standard deviation of all values of the images, in [-1, 1]; None unless requested.
     """
 
     stats: FeatureStats
@@ -45,6 +47,7 @@ class ImageFeatures:
     features: Tensor | None = None
     probabilities: Tensor | None = None
     unturned: int = 0
+    pixel_std: float | None = None
 
 
 def compute_features(
@@ -57,6 +60,7 @@ def compute_features(
     workers: int = 4,
     advance: Callable[[int], object] = lambda count: None,
     stop: Callable[[], bool] | None = None,
+    pixels: bool = False,
 ) -> dict[str, ImageFeatures] | None:
     """Features of all images under each detector, computed by all processes together.
 
@@ -72,6 +76,7 @@ def compute_features(
         workers: decoding threads.
         advance: called with the number of images, over all processes, that each step completes.
         stop: polled by all processes together; once it returns True, the result is None. Not with a cache.
+        pixels: whether to compute `pixel_std`.
     Raises: NotFinite, on all processes, if images of a network or features are not finite; UserError if
         there are no images, or one cannot be used.
     """
@@ -86,7 +91,7 @@ def compute_features(
             batch=batch,
         )
     passes = {
-        name: _DetectorPass(detector, source, keep, name in classes, cache, facts)
+        name: _DetectorPass(detector, source, keep, name in classes, pixels, cache, facts)
         for name, detector in detectors.items()
     }
     # Images of the round of batch k: one batch of every process.
@@ -108,9 +113,9 @@ def compute_features(
             if 0 < len(images) < batch
             else images
         )
-        digests = image_digests(images)
+        marks = dict(digests=image_digests(images), **(dict(moments=pixel_moments(images)) if pixels else {}))
         for each in passes.values():
-            each.compute(part, filled, indices, digests)
+            each.compute(part, filled, indices, marks)
         advance(images_of_round(k))
         # `stop` is collective: only in rounds in which every process has a batch.
         if stop and k - rank + processes <= len(parts) and stop():
@@ -160,14 +165,16 @@ class _DetectorPass:
         source: ImageSource,
         keep: np.ndarray,
         classes: bool,
+        pixels: bool,
         cache: str | None,
         facts: dict | None,
     ):
         count_features(detector, source.image_shape)
         self.detector, self.source, self.classes, self.keep = detector, source, classes, keep
+        self.marks = ['digests', *(['moments'] if pixels else [])]  # of images, whatever the detector
         self.stats = FeatureStats(detector.dim, detector.device)
         self.nonfinite = 0  # images whose features or probabilities are not finite
-        # By the first image of each batch: digests, and the features and probabilities to keep.
+        # By the first image of each batch: marks, and the features and probabilities to keep.
         self.kept: dict[int, dict[str, Tensor]] = {}
         # The last batch, on its way to the host: its first image, the names of its tensors, their copies.
         self._arriving: tuple[int, list[str], HostCopy] | None = None
@@ -177,13 +184,13 @@ class _DetectorPass:
 
     def load_cached(self, part: range) -> bool:
         """Add a batch from the cache. Returns: whether it was there."""
-        names = {'digests', 'features', *(['probabilities'] if self.classes else [])}
+        names = {*self.marks, 'features', *(['probabilities'] if self.classes else [])}
         found = self.cache.load(part, names) if self.cache else None
         if found:
             self._add(part, list(part), {name: torch.from_numpy(found[name]) for name in names})
         return bool(found)
 
-    def compute(self, part: range, images: Tensor, indices: list[int], digests: Tensor) -> None:
+    def compute(self, part: range, images: Tensor, indices: list[int], marks: dict[str, Tensor]) -> None:
         """Add a batch, whose first `len(indices)` images count, unless it came from the cache or is empty.
 
         A batch with skipped images is not cached, so that they are reported every time (an error without
@@ -195,7 +202,7 @@ class _DetectorPass:
             return
 
         # Run the detector on the padded batch, then drop the padding.
-        found = dict(digests=digests)
+        found = dict(marks)
         if self.classes:
             found['features'], found['probabilities'] = self.detector.with_probabilities(images)
         else:
@@ -213,7 +220,8 @@ class _DetectorPass:
         # Statistics are of all images, but only some features may be wanted.
         self.stats.append(found['features'])
         rows = misc.upload(np.flatnonzero(self.keep[indices]), found['features'].device)
-        kept = dict(digests=found['digests'], features=found['features'].index_select(0, rows))
+        kept = {name: found[name] for name in self.marks}
+        kept['features'] = found['features'].index_select(0, rows)
         finite = found['features'].isfinite().all(dim=1)
         if self.classes:
             kept['probabilities'] = found['probabilities']
@@ -261,6 +269,7 @@ class _DetectorPass:
             joined['features'] if self.keep.any() else None,
             joined.get('probabilities'),
             len(unturned),
+            pixel_deviation(joined['moments']) if 'moments' in joined else None,
         )
 
 
@@ -276,6 +285,7 @@ def reference_of(source: ImageSource, seen: ImageFeatures, detector: Detector) -
         seen.stats.count,
         f'{width}x{height}x{channels}',
         features,
+        seen.pixel_std,
     )
 
 
@@ -288,6 +298,21 @@ def image_digests(images: Tensor) -> Tensor:
     # The product promotes uint8 to int64, whose overflow is modulo 2⁶⁴.
     pixels = images.flatten(1)
     return (pixels * _multiples(pixels.shape[1], pixels.device)).sum(dim=1)
+
+
+def pixel_moments(images: Tensor) -> Tensor:
+    """[n, 3] int64 of uint8 images [n, C, H, W]: their numbers of values, sums of values and of squares; exact."""
+    values = images.flatten(1).to(torch.int64)
+    counts = torch.full([len(values)], values.shape[1], device=values.device)
+    return torch.stack([counts, values.sum(dim=1), values.square().sum(dim=1)], dim=1)
+
+
+def pixel_deviation(moments: Tensor) -> float:
+    """Standard deviation of all values of images, in [-1, 1], from their `pixel_moments`, as --stats of
+    dataset_tool.py has it."""
+    count, total, squares = (int(number) for number in moments.sum(dim=0))
+    # In integers of any size, so that nothing cancels.
+    return math.sqrt(count * squares - total**2) / count / 127.5
 
 
 @functools.lru_cache(maxsize=1)  # images of one pass have one size

@@ -16,6 +16,7 @@ from dnnlib.util import LONGEST_MESSAGE, atomic_write
 
 FEW_IMAGES = 10_000  # below, the bias of a Fréchet distance is too large to compare it
 DEFAULT_NUM = 50_000  # as published values have it
+PAIRED_ERROR = 'paired_error'
 
 
 # ----------------------------------------------------------------------------
@@ -23,7 +24,10 @@ DEFAULT_NUM = 50_000  # as published values have it
 
 
 class Measures(click.ParamType):
-    """Option type: comma-separated names of metrics, out of all or `some`."""
+    """Option type: comma-separated names of metrics, out of all or `some`.
+
+    Its value is {name: `Measure`}, and None for the paired error, which needs no features of images.
+    """
 
     name = 'list'
 
@@ -33,7 +37,7 @@ class Measures(click.ParamType):
     def convert(self, value, param, ctx):
         from metrics.measures import MEASURES
 
-        names, known = [name.strip() for name in value.split(',')], self.some or tuple(MEASURES)
+        names, known = [name.strip() for name in value.split(',')], self.some or (*MEASURES, PAIRED_ERROR)
         for name in names:
             if name not in known or names.count(name) > 1:
                 self.fail(
@@ -41,7 +45,7 @@ class Measures(click.ParamType):
                     param,
                     ctx,
                 )
-        return {name: MEASURES[name] for name in names}
+        return {name: MEASURES.get(name) for name in names}
 
 
 def check_detector_options(measures, options) -> None:
@@ -50,7 +54,7 @@ def check_detector_options(measures, options) -> None:
     idle = ['dinov2'] * ('fd_dinov2' not in measures) + ['detector', 'detector_sha256'] * (not main)
     if given := [name for name in idle if getattr(options, name) is not None]:
         raise click.UsageError(
-            f'{option_names(given)}: not used by {", ".join(measures)}. '
+            f'{option_names(given)}: not used by {", ".join(measures) or PAIRED_ERROR}. '
             'fd_dinov2 uses the detector of --dinov2, all others that of --detector.'
         )
 
@@ -180,7 +184,7 @@ def features_of_reference(ref, measure: str, detector, options):
 # Features and warnings about images.
 
 
-def features_of(source, detectors, options, keep, classes=()) -> dict:
+def features_of(source, detectors, options, keep, classes=(), pixels=False) -> dict:
     """`compute_features` with a progress bar on terminals; NotFinite ends all processes with one message."""
     from tqdm import tqdm
 
@@ -191,7 +195,15 @@ def features_of(source, detectors, options, keep, classes=()) -> dict:
     with tqdm(total=len(source), unit='img', disable=hidden, dynamic_ncols=True) as bar:
         try:
             return compute_features(
-                source, detectors, options.batch, keep, classes, options.cache, options.workers, bar.update
+                source,
+                detectors,
+                options.batch,
+                keep,
+                classes,
+                options.cache,
+                options.workers,
+                bar.update,
+                pixels=pixels,
             )
         except NotFinite as error:
             distributed.fail_together(str(error))

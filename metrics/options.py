@@ -1,13 +1,22 @@
-"""The options of computing features of images, which the commands of fid.py share. Imports no torch."""
+"""The options of computing features of images, and of the paired error, which commands share. Imports no torch."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
+
+import click
 
 from dnnlib import cli
 from dnnlib.options import FLAG, gathered, opt, options_of
+from sampling.options import SOLVERS
+from training.saved_files import NETWORK_FILE
+
+GOOD_SOLVER, GOOD_STEPS = 'heun', 256  # of a teacher's good images: 511 evaluations
+PAIRS = 1000  # whose paired error has a standard error of about 1 %
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,86 @@ class SpeedOptions:
 @dataclass(frozen=True)
 class FeatureOptions(SpeedOptions, DetectorOptions, ImageOptions):
     """What `metrics.evaluation` computes features with."""
+
+
+# ----------------------------------------------------------------------------
+# The paired error.
+
+
+class PairsWith(NamedTuple):
+    """The network of --pairs-with, and how it is sampled; None: see `pairs.good_sampler`."""
+
+    network: str
+    solver: str | None = None
+    steps: int | None = None
+
+
+class Teacher(click.ParamType):
+    """NETWORK[:SOLVER[:STEPS]]. The network is a path or URL, which may have colons itself."""
+
+    name = 'network'
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, PairsWith):
+            return value
+        network, solver, steps = self._split(value, param, ctx)
+        return PairsWith(NETWORK_FILE.convert(network, param, ctx), solver, steps)
+
+    def _split(self, value: str, param, ctx) -> tuple[str, str | None, int | None]:
+        # From the right, because only solver and steps are known not to be a name.
+        head, colon, last = value.rpartition(':')
+        network, _, solver = head.rpartition(':')
+        if os.path.exists(value) or not colon:
+            return value, None, None
+        if head and last in SOLVERS:
+            return head, last, None
+        if network and solver in SOLVERS and re.fullmatch('[0-9]+', last):
+            return network, solver, cli.STEPS.convert(last, param, ctx)
+        # A word after the last colon is a mistake about solver or steps; names have a suffix or a slash.
+        if not head or solver in SOLVERS or re.fullmatch(r'[\w-]*', last):
+            self.fail(
+                f'{cli.shown(value)} is not NETWORK[:SOLVER[:STEPS]], as in teacher.pkl:{GOOD_SOLVER}:{GOOD_STEPS}, '
+                f'with a solver of {", ".join(SOLVERS)}',
+                param,
+                ctx,
+            )
+        return value, None, None
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    heading: ClassVar[str] = 'Paired error'
+
+    pairs_with: PairsWith | None = opt(
+        None,
+        Teacher(),
+        'Also compute the paired error: the distance of each image from the one that this network makes of the '
+        "same seed and label, over the data's standard deviation. A teacher is sampled by the solver with so many "
+        'steps.',
+        flags=('--pairs-with',),
+        metavar='PKL[:SOLVER[:STEPS]]',
+        default_text=f"none; its solver {GOOD_SOLVER} with {GOOD_STEPS} steps, a student's own",
+    )
+    pairs_num: int | None = opt(
+        None,
+        cli.TWO_IMAGES,
+        'Number of pairs, of the first seeds.',
+        flags=('--pairs-num',),
+        metavar='INT',
+        default_text=f'{PAIRS}, or all if they are fewer',
+    )
+
+
+UNPAIRED = PairOptions()
+
+
+def pair_options() -> Callable[[Callable], Callable]:
+    """A decorator for commands: these options, as `PairOptions` called `pairs`."""
+    return gathered('pairs', list(options_of(PairOptions).values()), PairOptions)
+
+
+# ----------------------------------------------------------------------------
+# Features.
 
 
 def feature_options() -> Callable[[Callable], Callable]:

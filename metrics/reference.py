@@ -1,7 +1,7 @@
 """Reference statistics on disk.
 
 - ours, `.npz`: `mu`, `sigma`, and where known `detector`, `detector_digest`, `num_images`, `resolution`,
-  `features`
+  `features`, `pixel_std`
 - EDM and pytorch-fid, `.npz`: `mu`, `sigma`
 - OpenAI's guided-diffusion, `.npz`: `mu`, `sigma`; `arr_0`, some images; `mu_s`, `sigma_s`, spatial features,
   which are not used
@@ -54,6 +54,7 @@ class Reference:
         num_images: number of images.
         resolution: width x height x channels of the images, such as '64x64x3'.
         features: [n, D] float32 of some of the images, memory-mapped.
+        pixel_std: standard deviation of all values of the images, in [-1, 1].
     """
 
     mu: np.ndarray
@@ -63,6 +64,7 @@ class Reference:
     num_images: int | None = None
     resolution: str | None = None
     features: np.ndarray | None = None
+    pixel_std: float | None = None
 
 
 def load_reference(source: str | os.PathLike, entry: str = MAIN_ENTRY) -> Reference:
@@ -92,6 +94,13 @@ def load_reference(source: str | os.PathLike, entry: str = MAIN_ENTRY) -> Refere
         if f'{prefix}features' in arrays.keys:
             notes['features'] = _map_features(arrays, f'{prefix}features', len(mu), notes.get('num_images'))
     return Reference(mu, sigma, **notes)
+
+
+def recorded_deviation(source: str | os.PathLike) -> float | None:
+    """`pixel_std` of any entry of a reference, which is the same in all; None if none has it."""
+    with _open_arrays(source) as arrays:
+        keys = [key for key in arrays.keys if key == 'pixel_std' or key.endswith('.pixel_std')]
+        return _read_deviation(arrays, keys[0]) if keys else None
 
 
 def holds_statistics(source: str | os.PathLike) -> bool:
@@ -286,8 +295,19 @@ def _read_resolution(arrays: ArchivedArrays | PickledArrays, key: str) -> str:
     return text
 
 
+def _read_deviation(arrays: ArchivedArrays | PickledArrays, key: str) -> float:
+    value = arrays.read(key)
+    if value.ndim or value.dtype.kind != 'f' or not 0 <= value <= 1:
+        raise UserError(f'{arrays.name}: {key} is not a standard deviation of values in [-1, 1]. {AGAIN}')
+    return float(value)
+
+
 NOTES = dict(
-    detector=_read_text, detector_digest=_read_text, num_images=_read_count, resolution=_read_resolution
+    detector=_read_text,
+    detector_digest=_read_text,
+    num_images=_read_count,
+    resolution=_read_resolution,
+    pixel_std=_read_deviation,
 )
 
 

@@ -1,4 +1,4 @@
-"""Noise and bias of a Fréchet distance: bootstrap, and extrapolation to infinitely many images."""
+"""Noise and bias of metrics: bootstrap and extrapolation of a Fréchet distance, interval of a mean."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from metrics.frechet import Gaussian
 from torch_utils import distributed
 
 CHUNK = 4096  # samples converted to FP64 at a time
+WITHIN = 1.959964  # deviations around the mean that hold 95 % of a normal distribution
 
 
 def bootstrap_interval(
@@ -44,6 +45,13 @@ def bootstrap_interval(
     resampled = np.array([sample.distance(rng.multinomial(n, np.full(n, 1 / n))) for _ in draws])
     low, high = value - resampled.mean() + np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return max(0.0, float(low)), float(high)
+
+
+def root_mean_interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of √(expected value), by the normal approximation of the mean of `values` [n] >= 0."""
+    mean, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.inf
+    low, high = mean - WITHIN * error, mean + WITHIN * error
+    return float(np.sqrt(max(low, 0.0))), float(np.sqrt(high))
 
 
 def frechet_infinity(
