@@ -131,6 +131,8 @@ LOOKS = {
     'ict': ('purple', '-', 'o'),
     'ect': ('sky', '-', 'o'),
     'tcm': ('sky', '--', 's'),
+    'scd': ('green', '--', 's'),
+    'sct': ('green', ':', '^'),
     'teacher, Euler': ('gray', ':', 'x'),
     'teacher, Heun': ('black', ':', 'x'),
     'teacher, best solver': ('black', '-', 'D'),

@@ -61,6 +61,9 @@ TRAINING = {
     'ict': f'--objective=ict {ADM} --schedule_steps=4 --s0=4 --s1=16 --precision=fp16',
     'ect': f'--objective=ect {ADM} --stage_steps=1 --precision=fp16',
     'tcm': '--objective=tcm --stage_steps=1 --precision=fp16',
+    'scd': '--objective=scd --tangent_warmup=4 --jvp=difference --precision=fp16',
+    'scd, guided': '--objective=scd --guide={folder}/guide.pkl --guidance=2 --jvp=difference --precision=bf16',
+    'sct': f'--objective=sct {ADM} --jvp=difference --tangent_weight=prior --checkpoint-activations',
 }
 
 

@@ -32,7 +32,7 @@ from training import checkpoint, command_line, starting_point
 from training.networks import edm2 as networks_edm2
 from training.objectives import OBJECTIVES
 
-STUDENTS = ('mcd', 'mct', 'direct', 'pd', 'cm-cd', 'cm-ct', 'ict', 'ect', 'tcm')
+STUDENTS = ('mcd', 'mct', 'direct', 'pd', 'cm-cd', 'cm-ct', 'ict', 'ect', 'tcm', 'scd', 'sct')
 
 
 def request(objectives=STUDENTS, steps=(1, 2, 4, 8), budget=8000, recipe=True, **kwargs):
@@ -61,8 +61,10 @@ def parsed(training):
 
 def test_what_each_objective_gets_for_8000_evaluations():
     """By hand: mcd 2 + 1 + 3 an image, and where a pinned edge takes a share of 0.5 / S, 2 n for 12,
-    6, 3 and 2 sub-steps of it; direct 2 n + 3 for 12, 6, 3 and 2 sub-steps; those without a teacher 1 + 3. pd's steps take
-    5, its nine stage lengths (64, 32, 16, 8, 4 once, 2, 1 twice) 177 steps each; its students of fewer steps stand at the end of a longer chain."""
+    6, 3 and 2 sub-steps of it; direct 2 n + 3 for 12, 6, 3 and 2 sub-steps; those without a teacher
+    1 + 3; scd 1 + 2 + 3, sct one less. pd's steps take
+    5, its nine stage lengths (64, 32, 16, 8, 4 once, 2, 1 twice) 177 steps
+    each; its students of fewer steps stand at the end of a longer chain."""
     models = plan(request())
     got = {
         name: [(m.record()['train_steps'], m.record()['cost']) for m in models if m.objective == name]
@@ -79,6 +81,8 @@ def test_what_each_objective_gets_for_8000_evaluations():
         'ict': same(2000, 4),
         'ect': same(2000, 4),
         'tcm': same(2000, 4),
+        'scd': same(1333, 6),
+        'sct': same(1600, 5),
     }
     assert all(m.record()['evaluations'] == m.record()['train_steps'] * m.record()['cost'] for m in models)
 
@@ -109,11 +113,11 @@ def test_train_py_accepts_every_planned_run_and_makes_as_many_steps_of_it(batch)
 
 def test_students_of_a_fixed_grid_are_trained_for_each_number_of_steps_and_consistency_models_once():
     models = {m.name: m for m in plan(request())}
-    assert len(models) == 36
+    assert len(models) == 44
     assert len({m.training for m in models.values() if m.objective == 'direct'}) == 4
     assert [models[f'direct-seed0-{n}'].S for n in (1, 2, 4, 8)] == [1, 2, 4, 8]
     assert [parsed(models[f'mcd-seed0-{n}'].training).own.S for n in (1, 2, 4, 8)] == [1, 2, 4, 8]
-    for name in ('cm-cd', 'cm-ct', 'ict', 'ect', 'tcm'):
+    for name in ('cm-cd', 'cm-ct', 'ict', 'ect', 'tcm', 'scd', 'sct'):
         assert len({m.training for m in models.values() if m.objective == name}) == 1
         assert {(m.solver, m.S) for m in models.values() if m.objective == name} == {('cm', None)}
 
@@ -157,7 +161,9 @@ def test_objectives_without_a_teacher_start_from_its_weights_in_its_network():
     for model in plan(request()):
         training = model.training.chain[0]
         has_network = '--cbase=16' in training.options
-        expected = '--transfer' if training.objective in ('mct', 'cm-ct', 'ict', 'ect') else '--teacher'
+        expected = (
+            '--transfer' if training.objective in ('mct', 'cm-ct', 'ict', 'ect', 'sct') else '--teacher'
+        )
         assert (training.start, has_network) == (expected, expected == '--transfer')
 
 

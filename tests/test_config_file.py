@@ -80,6 +80,8 @@ CASES = {
         '--q=3',
     ],
     'tcm': ['--objective=tcm', '--stage_steps=5', '--boundary_share=0.5'],
+    'scd': ['--objective=scd', '--tangent_warmup=77', '--tangent_c=0.3', '--no_clip_denoised'],
+    'sct': ['--objective=sct', *TINY_NETWORK, '--jvp=difference', '--tangent_weight=prior', '--duration=0.9'],
 }
 
 

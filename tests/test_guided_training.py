@@ -25,6 +25,7 @@ DISTILLING = {
     'direct': dict(SEGMENTS, substeps=2),
     'pd': dict(S=2),
     'cm-cd': dict(cm_loss='l2', N=4),
+    'scd': dict(warmup_nimg=0, tangent_weight='prior', tangent_c=10.0),
 }
 
 
@@ -91,7 +92,7 @@ def test_a_guided_teacher_is_what_it_is_by_hand_in_every_loss(objective, guide):
 def test_costs_count_the_guide():
     """Two evaluations where there was one: of mcd the hop's 2 and the anchor's 2 x 4 on 1/64 of the images,
     of direct 2 x 3 by Heun and 3 by iPNDM, of pd 2 in the first of its three rounds, of 10, 20 and 20 steps;
-    with w = 1 none."""
+    of scd 1; with w = 1 none."""
 
     def cost(objective, *words):
         common = ['--outdir=x', '--data=x', '--teacher=x.pkl', f'--objective={objective}']
@@ -106,6 +107,7 @@ def test_costs_count_the_guide():
         (['pd', '--S_start=4', '--S=1', '--stage_steps=10'], 2 * 10 / 50),
         (['pd', '--S_start=4', '--S=4'], 2),
         (['cm-cd'], 2),
+        (['scd'], 1),
     ):
         plain, guided, no_effect = cost(*words)
         assert plain == no_effect and guided == pytest.approx(plain + more), words

@@ -34,6 +34,8 @@ RUNS = {
     'ict': [*TINY_NETWORK, '--s0=4', '--s1=16', '--schedule_steps=20', '--mid_t=0.8'],
     'ect': [*TINY_NETWORK, '--stage_steps=8', '--mid_t=0.8', '--q=4'],
     'tcm': ['--stage_steps=8', '--mid_t=0.8', '--boundary_share=0.5'],
+    'scd': ['--tangent_warmup=8', '--mid_t=0.8'],
+    'sct': [*TINY_NETWORK, '--tangent_warmup=4', '--jvp=difference', '--tangent_weight=prior', '--mid_t=0.8'],
 }
 
 
@@ -103,6 +105,9 @@ def test_a_run_learns_ends_bit_for_bit_as_a_resumed_one_and_is_sampled(
     losses = [tick[f'Loss/{kind.module().NAME}']['mean'] for tick in ticks]
     if 's0' in kind.options and objective != 'cm-cd':  # ever finer grids, whose losses do not compare
         assert ticks[-1]['Edges/T']['mean'] > ticks[0]['Edges/T']['mean']
+    elif kind.differentiates:  # the value says nothing of progress
+        assert ticks[0]['Tangent/warmup']['mean'] == 0 and ticks[-1]['Tangent/warmup']['mean'] == 1
+        assert ticks[-1]['Tangent/rms']['mean'] > 0
     else:
         assert losses[-1] < losses[1], losses
 
@@ -331,6 +336,14 @@ def test_networks_of_edm2_are_tuned_with_their_own_times_and_rates(digits):
             ),
         ),
         (
+            ['--objective=scd', '--duration=256'],
+            dict(P_mean=-1.0, P_std=1.4, tangent_c=0.1, tangent_weight='adaptive', warmup_nimg=5_120_000),
+        ),
+        (
+            ['--objective=sct', '--duration=5.12'],
+            dict(P_mean=-1.0, P_std=1.4, jvp='forward', warmup_nimg=512_000),
+        ),
+        (
             ['--objective=pd', '--S_start=8', '--S=2'],
             dict(S=8, student_grid='full', hop='ddim', cd_loss='l2', cd_weight_mode='truncated-snr'),
         ),
@@ -361,6 +374,8 @@ def test_each_objective_has_its_papers_defaults(digits, teacher, consistency_mod
         ('ict', 'radam', 1e-4, 0, 1024, 409.6, 10.14, 0.3),
         ('ect', 'radam', 1e-4, 0, 128, 51.2, 0.887, 0.2),
         ('tcm', 'radam', 5e-5, 0, 1024, 204.8, 7.097, 0),
+        ('scd', 'adam', 1e-4, 0, 512, 204.8, 3.549, 0),
+        ('sct', 'adam', 1e-4, 0, 512, 204.8, 3.549, 0.2),
     ],
 )
 def test_each_objective_is_optimized_as_in_its_paper(

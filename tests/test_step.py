@@ -38,6 +38,16 @@ SEGMENTS = dict(
 MCD = dict(SEGMENTS, terminal_anchor=True, terminal_teacher_hop=True, anchor_hops=2)
 CM = dict(RANGE, N=None, s0=2, s1=20, schedule_nimg=4 * BATCH, mu0=0.9, mu_schedule='adaptive', cm_loss='l2')
 
+CONTINUOUS = dict(
+    P_mean=-1.0,
+    P_std=1.4,
+    tangent_c=0.1,
+    tangent_weight='adaptive',
+    jvp='forward',
+    warmup_nimg=0,
+    sigma_data=0.5,
+)
+
 # The objective, its loss's options, and those of the update and the averages where they are not the plain
 # ones; whether a guided teacher has another network as its guide.
 CASES = {
@@ -112,13 +122,36 @@ CASES = {
         ),
         {},
     ),
+    'scd': ('scd', CONTINUOUS, dict(loss_scale=None)),
+    'scd, guided': ('scd', dict(CONTINUOUS, jvp='difference'), dict(guide=True)),
+    'scd, group norms': ('scd', CONTINUOUS, {}),
+    'sct': ('sct', dict(CONTINUOUS, tangent_weight='prior'), {}),
 }
 
 
-UNCHANGING = {'edm', 'edm2', 'labels dropped', 'vp', 've', 'pd'}  # whose edges are the same throughout
+# Whose edges are the same throughout.
+UNCHANGING = {
+    'edm',
+    'edm2',
+    'labels dropped',
+    'vp',
+    've',
+    'pd',
+    *(case for case in CASES if case[:2] == 'sc'),
+}
+# In PyTorch, tensors without values leave forward mode in group norms: seen on GPUs only.
+ONLY_ON_GPUS = {'scd, group norms'}
 
 
-REAL_NETWORKS = {'edm': networks.EDMPrecond, 'edm2': networks_edm2.Precond, 'mcd': networks.EDMPrecond}
+REAL_NETWORKS = {
+    'edm': networks.EDMPrecond,
+    'edm2': networks_edm2.Precond,
+    'mcd': networks.EDMPrecond,
+    'scd': networks_edm2.Precond,
+    'scd, guided': networks.EDMPrecond,
+    'scd, group norms': networks.EDMPrecond,
+    'sct': networks_edm2.Precond,
+}
 
 
 class Small(torch.nn.Module):
@@ -151,6 +184,7 @@ def make_network(case: str, seed: int, device) -> torch.nn.Module:
     """A network with dropout and labels, no layer of which is zero."""
     torch.manual_seed(seed)
     options = dict(model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[], dropout=0.1)
+    options |= dict(logvar_channels=8) if case.startswith('scd') else {}
     net = REAL_NETWORKS[case](8, 1, CLASSES, **options) if case in REAL_NETWORKS else Small()
     for parameter in net.parameters():
         parameter.data += torch.randn(parameter.shape) * 0.05
@@ -267,7 +301,7 @@ def tensors_without_values(monkeypatch, of_the_host=()):
         yield
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', [case for case in CASES if case not in ONLY_ON_GPUS])
 def test_a_step_asks_for_no_number(case, monkeypatch):
     """The second, for which edges are made anew; steps are counted on the host."""
     monkeypatch.setattr(training_stats, 'AT_ONCE', 1)

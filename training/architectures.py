@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 # fmt: off
@@ -19,6 +20,10 @@ ARCHITECTURES = dict(
 PRECONDITIONING = dict(edm='EDMPrecond', vp='VPPrecond', ve='VEPrecond')
 EDM2 = 'Precond'  # EDM2's class: EDM's preconditioning around its own U-Net
 BOUNDARY_CLASSES = ('EDMPrecond', 'CMPrecond', 'Precond')  # whose level of the identity can be chosen
+# Change of c_noise, the network's input, as ln sigma rises by 1; at its largest for VP. iDDPM's is an index.
+C_NOISE_RATES = dict(
+    EDMPrecond=0.25, Precond=0.25, CMPrecond=250.0, VEPrecond=1.0, VPPrecond=200.0, iDDPMPrecond=math.inf
+)
 AUGMENT_DIM = 9  # labels of EDM's augmentation pipeline
 
 
@@ -39,6 +44,21 @@ def missing_levels(network: Mapping) -> list[str]:
                 f'are {", ".join(map(str, levels))}.'
             )
     return warnings
+
+
+def embedding_turns(network: Mapping) -> float:
+    """Radians by which the fast features of the noise level turn in a network's embedding, as ln sigma rises by 1.
+
+    The rate of its input c_noise times the frequency: 1 of positional embeddings, their deviation of Fourier features.
+    Args:
+        network: {class_name, kwargs}.
+    """
+    kwargs = network['kwargs']
+    if network['class_name'] == EDM2:
+        frequency = 2 * math.pi
+    else:
+        frequency = 2 * math.pi * 16 if kwargs.get('embedding_type') == 'fourier' else 1.0
+    return C_NOISE_RATES[network['class_name']] * frequency
 
 
 def name_of(class_name: str, kwargs: dict) -> tuple[str, str]:

@@ -30,6 +30,12 @@ WEIGHT_MODES = (
 ECT_WEIGHTS = ('gap', 'flat', 'inv', 'inv_sum', 'snr', 'karras', 'c_in_squared')
 TCM_WEIGHTS = ('flat', 'karras')
 
+# Derivatives of networks (`objectives.tangents.derivative`) and the evaluations that each takes, forward mode as
+# measured on a CPU; weights of losses made of them.
+JVP_COST = dict(forward=4.5, difference=2)
+JVPS = tuple(JVP_COST)
+TANGENT_WEIGHTS = ('adaptive', 'prior')
+
 
 def check_choice(what: str, value: object, known: tuple[str, ...]) -> None:
     """Raises: ValueError unless `value` is one of `known`; `what` names it in the message."""

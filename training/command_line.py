@@ -205,12 +205,19 @@ def check_together(o: Options) -> None:
     stray = [f'--{option}' for option in ('P_mean', 'P_std') if option in o.given]
     if stray and run.precond in ('vp', 've'):
         raise click.UsageError(
-            f'{", ".join(stray)}: only teachers with --precond=edm, ict and ect are trained at log-normal '
-            'noise levels.'
+            f'{", ".join(stray)}: only teachers with --precond=edm, ict, ect, scd and sct are trained '
+            'at log-normal noise levels.'
         )
     if objective.loss and not o.teacher and run.precond in ('vp', 've'):
         raise click.UsageError(
             f"--objective={name} wants EDM's preconditioning: leave --precond={run.precond} out."
+        )
+
+    # A difference of outputs that are nearly equal.
+    if run.tf32 and getattr(o.own, 'jvp', None) == 'difference':
+        raise click.UsageError(
+            '--tf32 rounds outputs by 0.05 %, and --jvp=difference divides their differences by 0.2 %: use '
+            '--jvp=forward, or leave --tf32 out.'
         )
 
     # Validation.
@@ -290,7 +297,7 @@ def over_stored(
     }
 
     # What changes. (Lengths in steps that are not stored are compared in images.)
-    in_steps = {'T_anneal_steps', 'schedule_steps', 'stage_steps'} - stored.keys()
+    in_steps = {'T_anneal_steps', 'schedule_steps', 'stage_steps', 'tangent_warmup'} - stored.keys()
     changed = [
         change(name, stored.get(name), value)
         for name, value in given.items()

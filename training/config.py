@@ -69,7 +69,7 @@ class Main:
         "direct: regression on the teacher's solution of each segment; pd: progressive distillation; flowmap: one "
         "student for any number of steps, of the teacher's flow map; cm-cd, cm-ct: Song et al.'s consistency "
         'distillation and training; ict: improved consistency training; ect: easy consistency tuning; tcm: '
-        'truncated consistency training.',
+        'truncated consistency training; scd, sct: continuous-time consistency distillation and training.',
         key='objective')
     consistency: bool | None = opt(None, bool, 'True: same as --objective=mcd.', default_text='False')
     duration: float | None = opt(

@@ -126,7 +126,11 @@ def recorded_options(c: Mapping, known: Mapping[str, Option]) -> dict[str, objec
         values |= dict.fromkeys(('cbase', 'cres', 'num_blocks', 'attn_resolutions'))
 
     # Lengths.
-    for option, recorded in (('schedule_steps', 'schedule_nimg'), ('stage_steps', 'stage_nimg')):
+    for option, recorded in (
+        ('schedule_steps', 'schedule_nimg'),
+        ('stage_steps', 'stage_nimg'),
+        ('tangent_warmup', 'warmup_nimg'),
+    ):
         values[option] = loss[recorded] // batch if loss.get(recorded) is not None else None
     if stages:
         # Stages of one or two sampling steps are twice as long.

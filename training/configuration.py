@@ -22,11 +22,20 @@ from training.guidance import GuidedDenoiser, unguided
 from training.run_folder import planned_run_dir
 from training.same_run import data_record
 from training.snapshot_metadata import GUIDANCE
-from training.starting_point import edm2_width, is_edm2, network_from_scratch, network_of_teacher
+from training.starting_point import (
+    check_differentiable,
+    edm2_width,
+    is_edm2,
+    network_from_scratch,
+    network_of_teacher,
+)
 
 # Options in optimizer steps: the loss's name for the same length, and its unit in images.
 IN_STEPS = dict(
-    T_anneal_steps=('T_anneal_kimg', 1000), stage_steps=('stage_nimg', 1), schedule_steps=('schedule_nimg', 1)
+    T_anneal_steps=('T_anneal_kimg', 1000),
+    stage_steps=('stage_nimg', 1),
+    schedule_steps=('schedule_nimg', 1),
+    tangent_warmup=('warmup_nimg', 1),
 )
 
 
@@ -155,12 +164,15 @@ def default_length(o: Options, option: str) -> float:
     """Default of an option of IN_STEPS, in images.
 
     T rises over half of the run, and a grid grows over all of it. ECT goes through as many stages as suit its
-    q, the last of which may be shorter.
+    q, the last of which may be shorter. The tangent of continuous-time models is warmed up over a tenth, and at
+    most as in their paper.
     """
     if option == 'T_anneal_steps':
         return o.run.duration * 1e6 / 2
     if option == 'schedule_steps':
         return training_steps(o) * o.run.batch
+    if option == 'tangent_warmup':
+        return min(training_steps(o) // 10, 10_000) * o.run.batch
     if o.run.objective != 'ect':
         return 0
     from training.objectives import time_schedules as times
@@ -330,6 +342,7 @@ def configure(o: Options, dataset, teacher) -> EasyDict:
         c.network = network_of_teacher(o, teacher)
     else:
         c.network = network_from_scratch(o, dataset, channels)
+    check_differentiable(o, c.network)
     c.sampling = EasyDict({name: getattr(own, name) for name in own.sampling}) or None
     c.loss = loss_record(o, teacher)
 

@@ -210,9 +210,9 @@ def build_network(c: EasyDict, teacher: torch.nn.Module | None) -> torch.nn.Modu
         start_from(net, teacher)
         net.sigma_min, net.sigma_max = teacher.sigma_min, teacher.sigma_max
 
-    # DDP wants every parameter used that has a gradient; only EDM2's own loss uses the uncertainty.
+    # DDP wants every parameter used that has a gradient; few losses use the estimate of their log-variance.
     net.requires_grad_(True)
-    if hasattr(net, 'logvar_linear') and c.loss.get('kind') != 'edm2':
+    if getattr(net, 'logvar_linear', None) is not None and not learns_logvar(c):
         net.logvar_linear.requires_grad_(False)
     if c.transfer:
         transfer_weights(c, net)
@@ -220,16 +220,22 @@ def build_network(c: EasyDict, teacher: torch.nn.Module | None) -> torch.nn.Modu
 
 
 def start_from(net: torch.nn.Module, teacher: torch.nn.Module) -> None:
-    """Copy the teacher's weights; a two-time network's embedding of the level at which a step ends is its own."""
+    """Copy the teacher's weights; parts that only the student has keep their start."""
     found = net.load_state_dict(teacher.state_dict(), strict=False)
-    odd = [name for name in found.missing_keys if not is_of_second_level(name)]
+    odd = [name for name in found.missing_keys if not is_extra(name)]
     if odd or found.unexpected_keys:
         raise ValueError(f'the teacher has other weights: {", ".join([*odd, *found.unexpected_keys][:3])}')
 
 
-def is_of_second_level(name: str) -> bool:
-    """Whether a tensor embeds the level at which a step of a two-time network ends; it starts without an effect."""
-    return name.startswith(('model.map_end.', 'unet.end_'))
+def is_extra(name: str) -> bool:
+    """Whether a tensor is of a part that a network may have beyond the denoiser that it starts from, and that starts
+    without an effect: the embedding of the level at which a step ends, and the estimate of a loss's log-variance."""
+    return name.startswith(('model.map_end.', 'unet.end_', 'logvar_'))
+
+
+def learns_logvar(c: EasyDict) -> bool:
+    """Whether the loss trains the network's estimate of its log-variance."""
+    return c.loss.get('kind') == 'edm2' or c.loss.get('tangent_weight') == 'adaptive'
 
 
 def transfer_weights(c: EasyDict, net: torch.nn.Module) -> None:
@@ -252,7 +258,7 @@ def transfer_weights(c: EasyDict, net: torch.nn.Module) -> None:
     if not fitting:
         raise UserError(f'--transfer={c.transfer} has no tensor that fits this network by name and shape')
     net.load_state_dict(fitting, strict=False)
-    if any(not is_of_second_level(name) for name in own.keys() - fitting.keys()):
+    if any(not is_extra(name) for name in own.keys() - fitting.keys()):
         distributed.print0(
             f"Warning: {len(fitting)} of this network's {len(own)} tensors are in --transfer={c.transfer} in "
             'the same shape; the others start at random. (Without --arch, --cbase and other options of the '

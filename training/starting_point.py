@@ -17,6 +17,8 @@ from training.architectures import ARCHITECTURES, AUGMENT_DIM, BOUNDARY_CLASSES,
 from training.command_line import RUN, Options
 
 FREE_FOR_STUDENTS = ('dropout', 'dout_resolutions')  # options that do not change the shapes of weights
+LOGVAR_CHANNELS = 128  # as in EDM2's networks
+MOST_TURNS = 1.0  # of an embedding in radians, for a derivative: see `architectures.embedding_turns`
 # {option: constructor argument}
 NETWORK_OPTIONS = {
     name: option.key.rpartition('.')[2]
@@ -282,14 +284,32 @@ def network_of_teacher(o: Options, teacher) -> EasyDict:
             refuse_contradiction(o, option, theirs)
     # Settings that change none of the teacher's weights, or that the objective imposes.
     kwargs['use_fp16'] = o.run.arithmetic == 'fp16'
-    kwargs |= imposed(o)
+    kwargs |= imposed(o, type(teacher).__name__)
     return EasyDict(class_name=type(teacher).__name__, kwargs=kwargs)
 
 
-def imposed(o: Options) -> dict[str, object]:
-    """Constructor arguments that the objective imposes."""
+def imposed(o: Options, class_name: str) -> dict[str, object]:
+    """Constructor arguments that the objective imposes on a class of networks."""
     boundary = dict(boundary=o.own.sigma_min) if o.objective.boundary else {}
-    return {**boundary, **(dict(two_time=True) if o.objective.two_time else {})}
+    # EDM2's networks estimate log-variances anyway.
+    learns = getattr(o.own, 'tangent_weight', None) == 'adaptive' and class_name != EDM2
+    weight = dict(logvar_channels=LOGVAR_CHANNELS) if learns else {}
+    return {**boundary, **weight, **(dict(two_time=True) if o.objective.two_time else {})}
+
+
+def check_differentiable(o: Options, network: EasyDict) -> None:
+    """Raises: UserError if the objective needs the network's derivative by the noise level, and that would be next to
+    arbitrary, because its embedding resolves far smaller differences of levels than training does."""
+    turns = architectures.embedding_turns(network)
+    if not o.objective.differentiates or turns <= MOST_TURNS:
+        return
+    start = f'--teacher={o.teacher}' if o.teacher else f'--arch={o.run.arch}'
+    raise UserError(
+        f'--objective={o.run.objective} trains by the derivative by the noise level, and {start} embeds the level in '
+        f'features that turn by {turns:.2g} radians as ln(sigma) rises by 1, so that the derivative explodes (a '
+        "positional embedding of EDM's: 0.25). Use a network of --arch=adm or ddpmpp with --precond=edm, or an objective "
+        'of discrete steps, such as ect or flowmap.'
+    )
 
 
 def refuse_contradiction(o: Options, option: str, theirs) -> NoReturn:
@@ -330,7 +350,7 @@ def network_from_scratch(o: Options, dataset, channels: int) -> EasyDict:
             kwargs[key] = getattr(o.run, option)
     if o.run.augment:
         kwargs['augment_dim'] = AUGMENT_DIM
-    kwargs |= imposed(o)
+    kwargs |= imposed(o, preconditioning(o, is_edm2(o, None)))
     if is_edm2(o, None):  # its preconditioning knows one U-Net
         del kwargs['model_type']
 

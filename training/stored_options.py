@@ -19,7 +19,7 @@ recorded = lazy_import('training.recorded')  # it imports PyTorch, which --help 
 
 # A state has the weights of --transfer. Lengths that a loss records in images are taken from there, because the
 # batch size, in which these options count, may change.
-NOT_STORED = ('transfer', 'schedule_steps', 'stage_steps')
+NOT_STORED = ('transfer', 'schedule_steps', 'stage_steps', 'tangent_warmup')
 
 
 def read(resume: str, known: Mapping[str, Option]) -> dict[str, str]:

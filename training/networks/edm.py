@@ -583,14 +583,15 @@ def end_labels(r, x, sigma_data):
 class Precond(Module):
     """What all preconditionings share. Subclasses define `coefficients(sigma)`: c_skip, c_out, c_in, c_noise.
 
-    `channels_last` sets the memory format inside.
+    `channels_last` sets the memory format inside. With `logvar_channels` the network also estimates the
+    log-variance of a loss at each noise level, from as many features of ln sigma; 0 at first.
     """
 
     channels_last = False
 
     def __init__(
         self, img_resolution, img_channels, label_dim, use_fp16, sigma_min, sigma_max, model_type,
-        model_kwargs, out_channels=None
+        model_kwargs, out_channels=None, logvar_channels=0
     ):  # fmt: skip
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
@@ -603,12 +604,20 @@ class Precond(Module):
         sizes['out_channels'] = out_channels or img_channels
         self.model = unets[model_type](**sizes, **model_kwargs)
 
+        # After the U-Net, whose random weights do not depend on it.
+        self.logvar_fourier = self.logvar_linear = None
+        if logvar_channels:
+            self.logvar_fourier = FourierEmbedding(logvar_channels, scale=1)
+            self.logvar_linear = Linear(logvar_channels, 1, bias=False, init_weight=0)
+
     @property
     def two_time(self):
         """Whether the network also takes the level at which a step ends."""
         return self.model.map_end is not None
 
-    def forward(self, x, sigma, class_labels=None, force_fp32=False, r=None, **model_kwargs):
+    def forward(
+        self, x, sigma, class_labels=None, force_fp32=False, return_logvar=False, r=None, **model_kwargs
+    ):  # fmt: skip
         """Denoised images from noisy `x` at noise levels `sigma`; of a two-time network the images from which a DDIM
         step leads to the state at `r`.
 
@@ -621,8 +630,10 @@ class Precond(Module):
             class_labels: [N, label_dim]; None: zeros.
             r: [N] or scalar, of two-time networks alone: 0 <= r <= sigma.
             model_kwargs: `augment_labels`, `dropout_masks`.
-        Returns: [N, C, H, W] FP32, or FP64 if the weights are.
-        Raises: ValueError for a two-time network without `r`, or another one with it.
+        Returns: [N, C, H, W] FP32, or FP64 if the weights are. With `return_logvar`, for networks with
+            `logvar_channels`, a pair: that, and the log-variance u(sigma), [N, 1, 1, 1].
+        Raises: ValueError for a two-time network without `r`, or another one with it, and for an estimate that the
+            network does not have.
         """
         # Precision outside and inside of the U-Net.
         full = inner = torch.promote_types(self.model.map_layer0.weight.dtype, torch.float32)
@@ -654,7 +665,15 @@ class Precond(Module):
             scaled = scaled.clone(memory_format=torch.channels_last)
         out = self.model(scaled, c_noise.flatten(), class_labels, **model_kwargs)
         # iDDPM's networks also predict a variance, in channels that are dropped here.
-        return c_skip * x + c_out * out[:, : self.img_channels].to(full)
+        denoised = c_skip * x + c_out * out[:, : self.img_channels].to(full)
+        if return_logvar:
+            if self.logvar_linear is None:
+                raise ValueError(
+                    'this network has no estimate of log-variances: build it with logvar_channels'
+                )
+            features = self.logvar_fourier(sigma.flatten().log() / 4)
+            return denoised, self.logvar_linear(features).reshape(-1, 1, 1, 1)
+        return denoised
 
     def dropout_masks(self, batch_size, generator=None):
         """See `UNet.dropout_masks`."""
@@ -675,11 +694,13 @@ class EDMPrecond(Precond):
 
     def __init__(
         self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=0,
-        sigma_max=float('inf'), sigma_data=0.5, model_type='DhariwalUNet', boundary=0, **model_kwargs
+        sigma_max=float('inf'), sigma_data=0.5, model_type='DhariwalUNet', boundary=0, logvar_channels=0,
+        **model_kwargs
     ):  # fmt: skip
         super().__init__(
-            img_resolution, img_channels, label_dim, use_fp16, sigma_min, sigma_max, model_type, model_kwargs
-        )
+            img_resolution, img_channels, label_dim, use_fp16, sigma_min, sigma_max, model_type, model_kwargs,
+            logvar_channels=logvar_channels,
+        )  # fmt: skip
         self.sigma_data, self.boundary = sigma_data, boundary
 
     def coefficients(self, sigma):

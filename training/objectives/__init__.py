@@ -13,6 +13,8 @@ from training.objectives import (
     loss_flowmap,
     loss_ict,
     loss_pd,
+    loss_scd,
+    loss_sct,
     loss_tcm,
 )
 
@@ -28,6 +30,8 @@ OBJECTIVES = {
     'ict': loss_ict.OBJECTIVE,
     'ect': loss_ect.OBJECTIVE,
     'tcm': loss_tcm.OBJECTIVE,
+    'scd': loss_scd.OBJECTIVE,
+    'sct': loss_sct.OBJECTIVE,
 }
 
 

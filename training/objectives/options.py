@@ -93,7 +93,7 @@ class SyncDropout(Config):
 
 @dataclass(frozen=True)
 class LogNormal(Config):
-    heading: ClassVar[str] = 'Log-normal noise levels (--objective=diffusion, ict, ect)'
+    heading: ClassVar[str] = 'Log-normal noise levels (--objective=diffusion, ict, ect, scd, sct)'
 
     P_mean: float | None = opt(
         None, cli.Number(min=-100, max=100), 'Mean of ln sigma in training.', metavar='FLOAT'
@@ -108,7 +108,7 @@ class LogNormal(Config):
 
 @dataclass(frozen=True)
 class Teacher(Config):
-    heading: ClassVar[str] = 'Distillation (--objective=mcd, direct, pd, flowmap, cm-cd, tcm)'
+    heading: ClassVar[str] = 'Distillation (--objective=mcd, direct, pd, flowmap, cm-cd, tcm, scd)'
 
     teacher: str | None = opt(
         None,
@@ -260,7 +260,7 @@ class Segments(Students):
 class ConsistencySampling(Config):
     """How a consistency model is sampled."""
 
-    heading: ClassVar[str] = 'Consistency models (--objective=cm-cd, cm-ct, ict, ect, tcm)'
+    heading: ClassVar[str] = 'Consistency models (--objective=cm-cd, cm-ct, ict, ect, tcm, scd, sct)'
     sampling: ClassVar[tuple[str, ...]] = ('mid_t', 'clip_denoised')
 
     mid_t: float | None = opt(
@@ -278,7 +278,7 @@ class ConsistencySampling(Config):
 class GrowingGrid(NoiseGrid):
     """A grid whose number of nodes grows in training."""
 
-    heading: ClassVar[str] = 'Consistency models (--objective=cm-cd, cm-ct, ict, ect, tcm)'
+    heading: ClassVar[str] = 'Consistency models (--objective=cm-cd, cm-ct, ict, ect, tcm, scd, sct)'
 
     s0: int = opt(2, cli.STEPS, 'Number of grid steps at the start.', metavar='INT')
     s1: int = opt(150, cli.STEPS, 'Number of grid steps at the end.', metavar='INT')
@@ -305,7 +305,7 @@ class GrowingGrid(NoiseGrid):
 
 @dataclass(frozen=True)
 class PseudoHuber(Config):
-    heading: ClassVar[str] = 'Consistency models (--objective=cm-cd, cm-ct, ict, ect, tcm)'
+    heading: ClassVar[str] = 'Consistency models (--objective=cm-cd, cm-ct, ict, ect, tcm, scd, sct)'
 
     c: float | None = opt(
         None,
@@ -379,6 +379,8 @@ EDM2_STUDENT = dict(lr=10e-4, lr_schedule='sqrt', lr_decay=2000, beta2=0.99, phe
 RADAM = dict(optim='radam', lr_rampup=0, lr_schedule='constant', beta2=0.999, ema_rampup=0.0, augment=0.0)
 # The half-life is that of a decay of 0.9999 per step.
 CONSISTENCY_MODEL = dict(RADAM, lr=4e-4, duration=409.6, batch=512, ema=3.549e6, dropout=0.0)
+# Lu & Song's distribution of noise levels stands in the objectives' files; lengths and rates are ours.
+CONTINUOUS = dict(RADAM, optim='adam', beta2=0.99, lr=1e-4, duration=204.8, batch=512, ema=3.549e6)
 # fmt: on
 
 
@@ -401,6 +403,7 @@ class Objective:
             latents; None: as for pixels.
         boundary: whether the network is the identity at sigma_min, not at 0.
         two_time: whether the network also takes the noise level at which a step ends.
+        differentiates: whether the loss takes the network's derivative by the noise level.
     """
 
     config: type[Config]
@@ -413,6 +416,7 @@ class Objective:
     edm2_latent_sizes: Mapping[int, Mapping[str, object]] | None = None
     boundary: bool = False
     two_time: bool = False
+    differentiates: bool = False
 
     @property
     def own(self) -> dict[str, object]:
