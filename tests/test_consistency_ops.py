@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training import consistency_ops as ops
+from training import segment_solvers
 from training.choices import SEGMENT_SOLVERS
+from training.objectives import loss_pd
 from training.solvers import ode_solve
 
 SETTINGS = [(S, T) for S in (2, 4, 8, 16) for T in (64, 129, 256, 1280)]
@@ -273,7 +275,7 @@ def test_a_top_mass_that_is_no_share_is_refused(p):
 @given(S=st.integers(1, 64), spacing=st.sampled_from(ops.SIGMA_GRIDS), rho=st.floats(1, 12))
 def test_halving_joins_two_steps_of_the_finer_grid_into_one_of_the_coarser(S, spacing, rho):
     """The two grids nest, to rounding; the ends are, bit for bit, those that the student is sampled at."""
-    edges = ops.halving_edges(S, 0.002, 80, rho, spacing)
+    edges = loss_pd.halving_edges(S, 0.002, 80, rho, spacing)
     ops.check_edges(edges)
     coarse = ops.student_grid(S, 0.002, 80, rho, 'full', spacing)
     fine = ops.student_grid(2 * S, 0.002, 80, rho, 'full', spacing)
@@ -438,12 +440,12 @@ def test_a_solution_between_levels_of_their_own_is_every_samples_own_solution(ga
         [],
     )
     watched = lambda x, sigma: asked.append(sigma.min().item()) or gaussian(x, sigma)
-    got = ops.solve_between(watched, x, BETWEEN_T, BETWEEN_B, substeps, 7, 0.002, spacing)
+    got = segment_solvers.solve_between(watched, x, BETWEEN_T, BETWEEN_B, substeps, 7, 0.002, spacing)
     assert min(asked) > 0
     for i, (top, bottom) in enumerate(zip(BETWEEN_T.tolist(), BETWEEN_B.tolist())):
         nodes = ops.anchor_nodes(top, bottom, min(0.002, top), 7, substeps, spacing)
         torch.testing.assert_close(
-            ops.nodes_between(BETWEEN_T, BETWEEN_B, substeps, 7, 0.002, spacing)[:, i],
+            segment_solvers.nodes_between(BETWEEN_T, BETWEEN_B, substeps, 7, 0.002, spacing)[:, i],
             nodes,
             rtol=1e-12,
             atol=0,
@@ -464,7 +466,7 @@ def test_multistep_solutions_between_levels_are_those_of_the_sampler(gaussian, s
     x = torch.randn(7, 1, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     x, calls = x * BETWEEN_T.reshape(-1, 1, 1, 1), []
     counted = lambda x, sigma: calls.append(sigma) or gaussian(x, sigma)
-    got = ops.solve_between(counted, x, BETWEEN_T, BETWEEN_B, substeps, 7, 0.002, solver=solver)
+    got = segment_solvers.solve_between(counted, x, BETWEEN_T, BETWEEN_B, substeps, 7, 0.002, solver=solver)
     assert len(calls) == substeps and min(sigma.min() for sigma in calls) > 0
 
     for i, (top, bottom) in enumerate(zip(BETWEEN_T.tolist(), BETWEEN_B.tolist())):
@@ -491,7 +493,9 @@ def test_multistep_solutions_between_levels_are_second_order_and_better(gaussian
     sigma_t, sigma_b = (torch.tensor([sigma], dtype=torch.float64) for sigma in (2.0, 0.3))
     exact = gaussian.solve(x, sigma_t, sigma_b)
     errors = [
-        (ops.solve_between(gaussian, x, sigma_t, sigma_b, n, 7, 0.002, solver=solver) - exact).abs().max()
+        (segment_solvers.solve_between(gaussian, x, sigma_t, sigma_b, n, 7, 0.002, solver=solver) - exact)
+        .abs()
+        .max()
         for n in (32, 64, 128)
     ]
     ratios = [a / b for a, b in itertools.pairwise(errors)]
@@ -500,13 +504,13 @@ def test_multistep_solutions_between_levels_are_second_order_and_better(gaussian
 
 def test_a_segment_is_solved_by_known_solvers_only(gaussian):
     with pytest.raises(ValueError, match="solver 'euler' is not one of heun, ipndm, dpmpp"):
-        ops.solve_between(
+        segment_solvers.solve_between(
             gaussian, torch.zeros(1, 1), torch.ones(1), torch.zeros(1), 1, 7, 0.002, solver='euler'
         )
 
 
 def test_solutions_between_levels_begin_and_end_exactly_there():
-    nodes = ops.nodes_between(BETWEEN_T, BETWEEN_B, 5, 7, 0.002)
+    nodes = segment_solvers.nodes_between(BETWEEN_T, BETWEEN_B, 5, 7, 0.002)
     assert torch.equal(nodes[0], BETWEEN_T) and torch.equal(nodes[-1], BETWEEN_B)
     assert (
         nodes[-2][BETWEEN_B == 0] == torch.tensor([0.002, 0.002, 0.002, 0.001], dtype=torch.float64)
@@ -521,7 +525,7 @@ def test_a_solution_between_levels_is_second_order_and_costs_two_evaluations_a_s
     sigma_t, sigma_b = torch.tensor([2.0]), torch.tensor([0.3])
     errors = [
         (
-            ops.solve_between(counted, x, sigma_t.double(), sigma_b.double(), n, 7, 0.002)
+            segment_solvers.solve_between(counted, x, sigma_t.double(), sigma_b.double(), n, 7, 0.002)
             - gaussian.solve(x, sigma_t, sigma_b)
         )
         .abs()
@@ -541,7 +545,7 @@ def test_moves_never_ask_the_device():
     )
     denoiser = lambda x, sigma: x / ops.expand_like(1 + sigma, x)
     moved = [
-        ops.solve_between(denoiser, x, sigma, sigma, 3, 7, 0.002, spacing, solver)
+        segment_solvers.solve_between(denoiser, x, sigma, sigma, 3, 7, 0.002, spacing, solver)
         for spacing, solver in itertools.product(ops.SIGMA_GRIDS, SEGMENT_SOLVERS)
     ]
     moved += [ops.addim_hop(x, x, sigma, sigma, ops.addim_variance(x, sigma, y)) for y in (x, None)]

@@ -17,6 +17,7 @@ from losses import (
 )
 
 from training import consistency_ops as ops
+from training import segment_solvers
 from training.choices import SEGMENT_SOLVERS
 from training.objectives.loss_direct import RegressionConfig
 from training.rng import SampleRng
@@ -162,7 +163,9 @@ def test_regressions_target_leads_to_the_solution_of_its_solver(solver):
     per_loss = len(calls) / 2  # `targets` evaluates the loss twice
     assert per_loss + 3 == RegressionConfig(substeps=3, solver=solver).cost()
 
-    x_b = ops.solve_between(gaussian, x_t, edges.sigma_t, edges.sigma_b, 3, 7, 0.002, solver=solver)
+    x_b = segment_solvers.solve_between(
+        gaussian, x_t, edges.sigma_t, edges.sigma_b, 3, 7, 0.002, solver=solver
+    )
     got = ops.ddim_step(x_t, x_star, edges.sigma_t, edges.sigma_b)
     torch.testing.assert_close(got, x_b, rtol=1e-9, atol=1e-9)
 

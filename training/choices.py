@@ -11,7 +11,7 @@ SAMPLING_MODES = ('edm', 'vp', 'uniform')  # distribution of edges, `grids.edge_
 # Steps of a teacher (`consistency_ops.teacher_hop`), and the network evaluations that each takes.
 HOP_COST = dict(heun=2, ddim=1, addim=1)
 HOPS = tuple(HOP_COST)
-# Solvers of a segment by a teacher (`consistency_ops.solve_between`), and the evaluations of each of their steps.
+# Solvers of a segment by a teacher (`segment_solvers.solve_between`), and the evaluations of each of their steps.
 SEGMENT_SOLVER_COST = dict(heun=2, ipndm=1, dpmpp=1)
 SEGMENT_SOLVERS = tuple(SEGMENT_SOLVER_COST)
 

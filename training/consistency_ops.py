@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from training.choices import DISTANCES, HOPS, SEGMENT_SOLVERS, WEIGHT_MODES, check_choice
+from training.addim import addim_hop, addim_variance
+from training.choices import DISTANCES, HOPS, WEIGHT_MODES, check_choice
 from training.grids import *  # noqa: F403
-from training.grids import GENERAL, SNAP, nodes_between
+from training.grids import GENERAL, SNAP, expand_like, noise_level
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
@@ -36,20 +37,6 @@ def anneal_T(nimg: float, T_start: int, T_end: int, T_anneal_kimg: float) -> int
 
 # ----------------------------------------------------------------------------
 # Single steps.
-
-
-def noise_level(sigma: Tensor | float, x: Tensor) -> Tensor:
-    """Noise levels as float64 beside `x`. A number is filled in there: a copy from the host would wait for
-    the device."""
-    if isinstance(sigma, Tensor):
-        return sigma.to(x.device, torch.float64)
-    return torch.full([], sigma, dtype=torch.float64, device=x.device)
-
-
-def expand_like(sigma: Tensor, x: Tensor) -> Tensor:
-    """[N] or scalar noise levels as float64 that broadcast against images [N, ...]."""
-    sigma = noise_level(sigma, x)
-    return sigma.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def ddim_step(x_t: Tensor, denoised: Tensor, sigma_t: Tensor, sigma_s: Tensor) -> Tensor:
@@ -114,92 +101,6 @@ def heun_hop(
     second = denoiser(x_euler, sigma_s).double()
     x_twice = torch.lerp(second, x_euler, expand_like(2 - sigma_t / sigma_s, x_t))
     return torch.lerp(x_t.double(), x_twice, 0.5)
-
-
-# Weights of the last slopes, newest first, for equal steps.
-ADAMS_BASHFORTH = {
-    1: (1.0,),
-    2: (3 / 2, -1 / 2),
-    3: (23 / 12, -16 / 12, 5 / 12),
-    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-}
-
-
-def ipndm_hop(x_t: Tensor, slopes: Sequence[Tensor], sigma_t: Tensor, sigma_s: Tensor) -> Tensor:
-    """One step of iPNDM: x_s = x_t + (sigma_s − sigma_t) sum_k w_k d_k, with the weights of equal steps   (Liu
-    et al. 2022, Section 3.3; Zhang & Chen 2023).
-
-    Args:
-        slopes: 1 to 4 of d = (x − D) / sigma, the newest, at sigma_t, first.
-        sigma_t, sigma_s: [N] noise levels.
-    Returns: [N, ...] float64.
-    """
-    slope = sum(weight * d for weight, d in zip(ADAMS_BASHFORTH[len(slopes)], slopes))
-    return x_t + expand_like(sigma_s - sigma_t, x_t) * slope
-
-
-def dpmpp_hop(
-    x_t: Tensor, outputs: Sequence[Tensor], sigma_before: Tensor, sigma_t: Tensor, sigma_s: Tensor
-) -> Tensor:
-    """One step of DPM-Solver++(2M): a DDIM step with the denoised image extrapolated in lambda = −ln sigma to
-    the middle of the step   (Lu et al. 2022b, Algorithm 2).
-
-    D_0 + (D_0 − D_1) h / (2 h_before), h = ln(sigma_t / sigma_s), h_before = ln(sigma_before / sigma_t).
-
-    Args:
-        outputs: D at sigma_t and, but in the first step, D at sigma_before.
-        sigma_before, sigma_t, sigma_s: [N] noise levels that do not rise, sigma_s > 0.
-    Returns: [N, ...] float64.
-    """
-    denoised = outputs[0]
-    if len(outputs) > 1:
-        # Equal levels, of steps without length, have equal outputs: their ratio does not matter.
-        h, h_before = (sigma_t / sigma_s).log(), (sigma_before / sigma_t).log().clamp(min=1e-12)
-        denoised = denoised + expand_like(h / (2 * h_before), x_t) * (outputs[0] - outputs[1])
-    return ddim_step(x_t, denoised, sigma_t, sigma_s)
-
-
-def addim_hop(x_t: Tensor, denoised: Tensor, sigma_t: Tensor, sigma_s: Tensor, v: Tensor) -> Tensor:
-    """One step of adjusted DDIM, whose noise is lengthened by what DDIM's smooth prediction lacks.
-
-    x_s = D + sqrt(sigma_s² + (1 − sigma_s / sigma_t)² v / |e|²) e with e = (x_t − D) / sigma_t and |e| over
-    all of an image's values   (Heek et al. 2024, Eq. 14 and Algorithm 3). v = 0 is DDIM, and so is a step to
-    sigma_s = 0.
-
-    Args:
-        x_t, denoised: [N, ...] state and denoiser output at sigma_t.
-        sigma_t, sigma_s: [N] noise levels, sigma_t > sigma_s >= 0.
-        v: [N] expected squared distance of the image from D, see `addim_variance`.
-    Returns: [N, ...] float64.
-    """
-    sigma_t, sigma_s, v = (noise_level(s, x_t).expand(len(x_t)) for s in (sigma_t, sigma_s, v))
-    denoised = denoised.double()
-    noise = (x_t.double() - denoised) / expand_like(sigma_t, x_t)  # [N, ...], about unit variance
-
-    # Without noise there is nothing to lengthen, and nothing to divide by.
-    square = noise.flatten(1).square().sum(dim=1).clamp(min=1e-100)
-    length = (sigma_s**2 + (1 - sigma_s / sigma_t) ** 2 * v / square).sqrt()
-    return denoised + expand_like(torch.where(sigma_s > 0, length, 0), x_t) * noise
-
-
-def addim_variance(
-    denoised: Tensor, sigma_t: Tensor, y: Tensor | None = None, xvar_frac: float = 0.75
-) -> Tensor:
-    """v of `addim_hop` for images of d values   (Heek et al. 2024, Section 3.2).
-
-    xvar_frac |y − D|² from the clean images y or, without them, 0.1 d / (2 + 1/sigma_t²), a tenth of the
-    posterior variance under a Gaussian prior of variance 1/2.
-
-    Args:
-        denoised: [N, ...] D at sigma_t [N].
-        y: [N, ...]
-    Returns: [N] float64.
-    """
-    if y is not None:
-        return xvar_frac * (y.double() - denoised.double()).flatten(1).square().sum(dim=1)
-    # Without images: d / (2 + 1/sigma²) is the expected error |y − D|² under that prior.
-    sigma_t = noise_level(sigma_t, denoised).expand(len(denoised))
-    return 0.1 * denoised[0].numel() / (2 + sigma_t**-2)
 
 
 def check_hop(hop: str | Callable, known: Sequence[str] = HOPS) -> None:
@@ -287,51 +188,6 @@ def solve_ode(
     """The last state of `ode_path`."""
     # A queue of one forgets the states before.
     return collections.deque(itertools.chain([x], ode_path(denoiser, x, levels, denoised)), 1).pop()
-
-
-def solve_between(
-    denoiser: Denoiser,
-    x_t: Tensor,
-    sigma_t: Tensor,
-    sigma_b: Tensor,
-    substeps: int,
-    rho: float,
-    sigma_min: float,
-    spacing: str = 'karras',
-    solver: str = 'heun',
-) -> Tensor:
-    """The teacher's own solution from sigma_t to sigma_b, both [N] float64, by steps over `nodes_between`; a
-    last step to 0 gives D.
-
-    Samples that end at 0 and others may share a batch: that costs as many evaluations as if none did, and
-    those that end at 0 ignore the second one of Heun's last step.
-
-    Args:
-        solver: `heun`, 2 evaluations a step; `ipndm` of order 4 or `dpmpp` of order 2, one evaluation a step.
-            Multistep solvers begin anew at sigma_t, with order 1, and do not lower their order at sigma_b,
-            where the path goes on.
-    Returns: [N, ...] float64.
-    Raises: ValueError for another solver.
-    """
-    check_choice('solver', solver, SEGMENT_SOLVERS)
-    x, levels = x_t.double(), nodes_between(sigma_t, sigma_b, substeps, rho, sigma_min, spacing)
-    outputs: list[Tensor] = []  # newest first
-    slopes: list[Tensor] = []
-    for i, (sigma, lower) in enumerate(itertools.pairwise(levels)):
-        denoised = denoiser(x, sigma).double()
-
-        # Where the step ends at 0, the hop goes to a level above it and is dropped.
-        goal = above_zero(lower, sigma)
-        if solver == 'heun':
-            hopped = heun_hop(denoiser, x, sigma, goal, denoised)
-        elif solver == 'ipndm':
-            slopes = [(x - denoised) / expand_like(sigma, x), *slopes[:3]]
-            hopped = ipndm_hop(x, slopes, sigma, goal)
-        else:
-            outputs = [denoised, *outputs[:1]]
-            hopped = dpmpp_hop(x, outputs, levels[max(i - 1, 0)], sigma, goal)
-        x = torch.where(expand_like(lower, x) > 0, hopped, denoised)
-    return x
 
 
 # ----------------------------------------------------------------------------

@@ -23,6 +23,24 @@ KIND_NAMES = ('terminal', 'snap', 'general')
 TIE_TOLERANCE = 1e-5  # relative distance at which a teacher level is the same as a student level
 
 # ----------------------------------------------------------------------------
+# Noise levels beside images.
+
+
+def noise_level(sigma: Tensor | float, x: Tensor) -> Tensor:
+    """Noise levels as float64 beside `x`. A number is filled in there: a copy from the host would wait for
+    the device."""
+    if isinstance(sigma, Tensor):
+        return sigma.to(x.device, torch.float64)
+    return torch.full([], sigma, dtype=torch.float64, device=x.device)
+
+
+def expand_like(sigma: Tensor, x: Tensor) -> Tensor:
+    """[N] or scalar noise levels as float64 that broadcast against images [N, ...]."""
+    sigma = noise_level(sigma, x)
+    return sigma.reshape(-1, *[1] * (x.ndim - 1))
+
+
+# ----------------------------------------------------------------------------
 # Grids.
 
 
@@ -180,19 +198,6 @@ def edge_table(teacher: Tensor, student: Tensor) -> Edges:
     sigma_s = torch.maximum(teacher[1:], sigma_b)
     kind = torch.where(sigma_s > sigma_b, GENERAL, torch.where(sigma_s > 0, SNAP, TERMINAL))
     return Edges(sigma_t, sigma_s, sigma_b, segment, kind)
-
-
-def halving_edges(S: int, sigma_min: float, sigma_max: float, rho: float, spacing: str = 'karras') -> Edges:
-    """What progressive distillation to S steps learns (Salimans & Ho 2022, Algorithm 2): the student takes in
-    one step what the teacher takes in two, from fine[2i] to fine[2i+1] and on to fine[2i+2].
-
-    fine is the `full` grid of 2S steps; every second level of it is the `full` grid of S steps, whose very
-    numbers stand here, because the student is sampled at them.
-
-    Returns: [S] columns sigma_t = fine[2i], sigma_s = fine[2i+1], sigma_b = fine[2i+2], of the kind GENERAL.
-    """
-    coarse, fine = (student_grid(n, sigma_min, sigma_max, rho, 'full', spacing) for n in (S, 2 * S))
-    return Edges(coarse[:-1], fine[1::2], coarse[1:], torch.arange(S), torch.full([S], GENERAL))
 
 
 def flow_map_pairs(
@@ -362,27 +367,3 @@ def anchor_nodes(
     if sigma_b > 0:
         return sigma_nodes(hops + 1, sigma_b, sigma_max, rho, spacing)
     return ending_in_zero(sigma_nodes(hops, sigma_min, sigma_max, rho, spacing))
-
-
-def nodes_between(
-    sigma_t: Tensor, sigma_b: Tensor, substeps: int, rho: float, sigma_min: float, spacing: str = 'karras'
-) -> Tensor:
-    """`anchor_nodes` for levels that differ from sample to sample. Does not synchronize with the device.
-
-    Args:
-        sigma_t, sigma_b: [N] float64 upper and lower ends.
-    Returns: [substeps+1, N] float64 from sigma_t down to sigma_b. Where sigma_b = 0 the last but one is
-        sigma_min, or sigma_t where that is lower.
-    """
-    # A path to 0 spends its last step below `bottom`, so it has one step fewer above.
-    to_zero = sigma_b == 0
-    bottom = torch.where(to_zero, sigma_t.clamp(max=sigma_min), sigma_b)
-    ramp = torch.arange(substeps + 1, dtype=torch.float64, device=sigma_t.device)[:, None]
-    ramp = ramp / (substeps - to_zero.double()).clamp(min=1)
-
-    # Rounding must not carry a node past the ends, which are exact.
-    warp, unwarp = warp_of(spacing, rho)
-    nodes = unwarp(warp(sigma_t) + ramp.clamp(max=1) * (warp(bottom) - warp(sigma_t))).clamp(bottom, sigma_t)
-    nodes = torch.where(ramp < 1, nodes, bottom)
-    nodes[0], nodes[-1] = sigma_t, sigma_b
-    return nodes

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from training.consistency_ops import ADAMS_BASHFORTH
 from training.ode_time import vp_betas
 
 if TYPE_CHECKING:
@@ -29,6 +28,14 @@ QUADRATURE_NODES = 128  # for errors below 1e-12 from 1e-6 to 1e6 in a single st
 
 # ----------------------------------------------------------------------------
 # Linear multistep methods.
+
+# Weights of the last slopes, newest first, for equal steps.
+ADAMS_BASHFORTH = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
 
 
 def ipndm(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float], order: int = 4) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from dnnlib import WrongOptions
 from training import consistency_ops as ops
 from training import multistep_solvers as multistep
+from training.addim import addim_hop, addim_variance
 from training.ode_time import LINEAR, OdeTime
 
 Denoiser = Callable[[Tensor, float], Tensor]
@@ -307,12 +308,12 @@ def flow_map(flow: Callable[[Tensor, float, float], Tensor], x: Tensor, sigmas: 
 def addim(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float], xvar_scale: float = 1.0) -> Tensor:
     """DDIM steps whose noise is lengthened by the variance that D lacks   (Heek et al. 2024, Algorithm 3).
 
-    That variance is `xvar_scale` times `consistency_ops.addim_variance` without images; 0 is DDIM. A step to
+    That variance is `xvar_scale` times `addim.addim_variance` without images; 0 is DDIM. A step to
     0 is plain DDIM.
     """
     for sigma, sigma_next in itertools.pairwise(sigmas):
         denoised = denoiser(x, sigma)
-        x = ops.addim_hop(x, denoised, sigma, sigma_next, xvar_scale * ops.addim_variance(denoised, sigma))
+        x = addim_hop(x, denoised, sigma, sigma_next, xvar_scale * addim_variance(denoised, sigma))
     return x
 
 

@@ -1,12 +1,11 @@
 """The training loop of teachers and students: the step, the end of a tick, and the loop around them.
 
-`setup` builds what they work on; `evaluation` and `tick_stats` hold what the end of a tick evaluates and
-reports.
+`setup` builds what they work on, `run_events` holds how a run begins and stops, `evaluation` and `tick_stats`
+what the end of a tick evaluates and reports.
 """
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Callable
 
@@ -16,14 +15,15 @@ from data.dataset import ImageFolderDataset, InfiniteSampler
 from data.prefetcher import Prefetcher
 from dnnlib import EasyDict
 from metrics.validator import Validator
-from torch_utils import distributed, elastic, misc, training_stats
+from torch_utils import distributed, misc, training_stats
 from torch_utils.preemption import PreemptionHandler, WorkersIgnoreSignals
-from training import checkpoint, execution, run_files, saved_files
+from training import checkpoint, execution
 from training.announcements import describe_end
 from training.evaluation import build_validator, evaluate, evaluate_at_start, show_samples
 from training.objectives.loss import State
 from training.profiling import StepProfile
 from training.rng import SampleRng
+from training.run_events import give_up, nothing_to_do, start_log, stop_here
 from training.run_files import is_due
 from training.setup import Run, profiled_networks, set_up
 from training.tick_stats import Clock, network_stats, tick_line, tick_stats
@@ -176,15 +176,7 @@ def training_loop(
     start_time = time.monotonic()
     run = set_up(c, run_dir, dataset, teacher, state)
     progress, log, rank = run.progress, run.log, distributed.get_rank()
-    if run.resumed and progress.nimg >= c.total_nimg and not progress.due:
-        seen, end = f'{c.resume} has seen {progress.nimg / 1e3:g} kimg', f'{c.total_nimg / 1e3:g} kimg'
-        if c.stages:
-            log(f'Nothing to do: {seen}, and this stage ends at {end}.')
-        else:
-            log(
-                f'Nothing to do: {seen}, and --duration={c.total_nimg / 1e6:g} ends the run at {end}. Give a '
-                'longer --duration to go on.'
-            )
+    if nothing_to_do(run):
         return True
 
     # Build what feeds, stops and profiles the steps.
@@ -254,58 +246,3 @@ def repeat_steps(
         if progress.due and not end_of_tick(run, clock, prefetcher, validator, stop, done):
             return stop_here(run, stop, hosts)
     return True
-
-
-def start_log(run: Run) -> None:
-    """Begin statistics, W&B and TensorBoard, or resume them at the images seen."""
-    c, progress = run.c, run.progress
-    # A killed run may have recorded some of the evaluations that come again at this very point.
-    redone = int(progress.due or not progress.begun)
-    run.log.start(
-        c.total_nimg,
-        resumed_at=progress.nimg - redone if run.resumed else None,
-        wandb=c.wandb and dict(c.wandb, id=progress.wandb_id),
-        config=c,
-        tensorboard=c.tensorboard,
-    )
-    progress.wandb_id = distributed.broadcast_object(run.log.wandb_id) or progress.wandb_id
-
-
-# ----------------------------------------------------------------------------
-# Stopping.
-
-
-def stop_here(run: Run, stop: PreemptionHandler, hosts: distributed.AsyncAllReduce) -> bool:
-    """Save a state, even in the middle of a tick, and leave a note. Returns False: training is not
-    finished."""
-    c, progress, files, log = run.c, run.progress, run.files, run.log
-    hosts.close()
-    signal_name = next(name for name in distributed.gather_objects(stop.requested) if name)
-    log(f'{signal_name}: stopping at {progress.nimg / 1e3:.1f} kimg.')
-
-    # Save. If that fails, an older state is the one to resume from.
-    saved = files.save_state(progress, progress.position())
-    state = saved or run_files.newest_state(progress)
-    if state:
-        files.leave_note(signal_name, progress.nimg, state)
-    log(
-        f'{f"Saved {saved}" if saved else "The state could not be saved"}; '
-        f'{f"--resume={files.run_dir} continues from {state}" if state else "there is none to resume from"}.'
-    )
-    if state:
-        folder = saved_files.folder_of_stages(files.run_dir) if c.stages else files.run_dir
-        log(f'Resume by: {shlex.join([*elastic.launcher(), f"--resume={folder}"])}')
-    log.close()
-    return False
-
-
-def give_up(run: Run, skipped: int) -> None:
-    """End all processes after too many consecutive skips. Nothing is saved, so earlier states remain."""
-    run.log.close(exit_code=1)
-    newest = run_files.newest_state(run.progress)
-    cure = f'resume from {newest}' if newest else 'start again'
-    distributed.fail_together(
-        f'{skipped} steps in a row had a loss or gradient that is not finite, up to '
-        f'{run.progress.nimg / 1e3:.1f} kimg, and were skipped. Lower --lr, set --grad-clip, or use '
-        f'--precision=bf16 or fp32, and {cure}.'
-    )

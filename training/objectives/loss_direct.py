@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 torch = lazy_import('torch')
 ops = lazy_import('training.consistency_ops')
+segment_solvers = lazy_import('training.segment_solvers')
 
 NAME = 'direct'
 
@@ -88,7 +89,7 @@ def loss(net, images: Tensor, labels, rng, state: MultistepSchedule, augment_lab
         # Teacher: `substeps` steps of its solver down to the boundary, at evenly spaced nodes of the grid; a
         # last step to 0 gives the denoised image.
         grid = c.substeps, c.rho, c.sigma_min, c.sigma_grid
-        x_b = ops.solve_between(teacher, x_t, sigma_t, sigma_b, *grid, solver=c.solver)
+        x_b = segment_solvers.solve_between(teacher, x_t, sigma_t, sigma_b, *grid, solver=c.solver)
 
         # Target: the denoised image from which a DDIM step leads to the boundary target.
         x_star = ops.inv_ddim(x_b, x_t, sigma_t, sigma_b, check=False)

@@ -84,6 +84,21 @@ OBJECTIVE = Objective(
 # fmt: on
 
 
+def halving_edges(
+    S: int, sigma_min: float, sigma_max: float, rho: float, spacing: str = 'karras'
+) -> ops.Edges:
+    """What progressive distillation to S steps learns (Salimans & Ho 2022, Algorithm 2): the student takes in
+    one step what the teacher takes in two, from fine[2i] to fine[2i+1] and on to fine[2i+2].
+
+    fine is the `full` grid of 2S steps; every second level of it is the `full` grid of S steps, whose very
+    numbers stand here, because the student is sampled at them.
+
+    Returns: [S] columns sigma_t = fine[2i], sigma_s = fine[2i+1], sigma_b = fine[2i+2], of the kind GENERAL.
+    """
+    coarse, fine = (ops.student_grid(n, sigma_min, sigma_max, rho, 'full', spacing) for n in (S, 2 * S))
+    return ops.Edges(coarse[:-1], fine[1::2], coarse[1:], torch.arange(S), torch.full([S], ops.GENERAL))
+
+
 class HalvingSchedule(EdgeSchedule):
     """Edges from each level of the student's `full` grid to the next by way of the level between them,
     equally likely.
@@ -105,7 +120,7 @@ class HalvingSchedule(EdgeSchedule):
 
     def edges_at(self, stage: int):
         c = self.c
-        edges = ops.halving_edges(stage, c.sigma_min, c.sigma_max, c.rho, c.sigma_grid)
+        edges = halving_edges(stage, c.sigma_min, c.sigma_max, c.rho, c.sigma_grid)
         return edges, torch.full([len(edges)], 1 / len(edges), dtype=torch.float64)
 
 

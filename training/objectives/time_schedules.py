@@ -272,7 +272,7 @@ def boundary_scales(at_boundary: Tensor, batch: int, share: float, w_b: float) -
 
 
 # ----------------------------------------------------------------------------
-# Progressive distillation (Salimans & Ho 2022); the edges of a round are `consistency_ops.halving_edges`.
+# Progressive distillation (Salimans & Ho 2022); the edges of a round are `loss_pd.halving_edges`.
 
 
 def halving_stages(start: int, end: int, stage_steps: int) -> list[tuple[int, int]]:
