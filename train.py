@@ -166,12 +166,6 @@ def train(o: Options, held: contextlib.ExitStack) -> bool:
             same_run.check_same_run(o, c, earlier)
         if about_data:
             distributed.print0(printable(about_data), file=sys.stderr)
-    if c.precision == 'fp16' and distributed.get_device().type == 'cpu':
-        distributed.print0(
-            'Warning: there is no GPU, and FP16 is for GPUs only: the network runs in FP32 here. '
-            '--precision=fp32 or --precision=bf16 says so in the options.',
-            file=sys.stderr,
-        )
     check_available(c.wandb, c.tensorboard)
     if getattr(o.own, 'lpips', None) or not o.run.dry_run:  # a dry run does not download them
         configuration.check_perceptual(c)

@@ -86,6 +86,28 @@ TEST_NETWORK = dict(
 )
 
 
+@pytest.mark.parametrize(
+    'options, per_image, total',
+    [
+        # The student's forward and backward pass.
+        (['--objective=diffusion', '--duration=0.01'], 3, 30_000),
+        # Heun's hop, the self-target and the student; on one edge in T 4 Heun steps of 2.
+        (['--objective=mcd', '--T_start=32', '--T_end=64', '--duration=0.01'], 6 + 4 * 2 / 64, 61_250),
+        (['--objective=direct', '--substeps=5', '--duration=0.01'], 2 * 5 + 3, 130_000),
+        # Two teacher steps and the student, over the rounds of 4, 2 and 1 sampling steps; the last two are twice as long.
+        (
+            ['--objective=pd', '--S_start=4', '--S=1', '--stage_steps=10', '--batch=64'],
+            5,
+            5 * (10 + 20 + 20) * 64,
+        ),
+    ],
+)
+def test_the_network_evaluations_of_a_run(digits, teacher, options, per_image, total):
+    words = [] if '--objective=diffusion' in options else [f'--teacher={teacher}']
+    c, _ = described(f'--data={digits}', *([] if words else TINY_NETWORK), *words, *options)
+    assert c['about']['cost'] == dict(evaluations_per_image=per_image, evaluations=total)
+
+
 @pytest.mark.parametrize('option', ['attn_resolutions', 'dout_resolutions'])
 def test_a_resolution_that_no_level_has_is_said_with_those_there_are(digits, option):
     words = [word for word in TINY_NETWORK if not word.startswith('--attn')]

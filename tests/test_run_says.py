@@ -252,21 +252,23 @@ def test_the_estimate_is_of_the_pace_after_the_first_tick_and_never_negative():
 # A run from its start to its end.
 
 
+TOLD = [
+    *SHORT,
+    '--duration=0.000256',
+    '--snap=1',
+    '--dump=1',
+    '--lr_rampup=1',
+    '--tensorboard=1',
+    '--shard=optimizer',
+    '--cache=False',
+]
+
+
 @pytest.fixture(scope='module')
 def told(digits, tmp_path_factory):
     """A run of four steps that keeps its pictures: its folder, and its output."""
     folder = tmp_path_factory.mktemp('told')
-    done = run(
-        'train.py',
-        f'--outdir={folder}',
-        f'--data={digits}',
-        *SHORT,
-        '--duration=0.000256',
-        '--snap=1',
-        '--dump=1',
-        '--lr_rampup=1',
-        '--tensorboard=1',
-    )
+    done = run('train.py', f'--outdir={folder}', f'--data={digits}', *TOLD)
     return folder, done
 
 
@@ -288,6 +290,16 @@ def test_warnings_are_on_stderr_and_in_the_log(told):
     warnings = [line for line in (folder / 'log.txt').read_text().splitlines() if line.startswith('Warning')]
     assert warnings == [line for line in done.stderr.splitlines() if line.startswith('Warning')]
     assert len(warnings) == 1 and 'learning rate is still rising' in warnings[0]
+
+
+def test_a_dry_run_warns_of_all_that_the_run_warns_of(told, digits):
+    """One option without effect, one about the data, one about the schedule."""
+    folder, _ = told
+    logged = [
+        line for line in (folder / 'log.txt').read_text().splitlines() if re.match('Warning|Note', line)
+    ]
+    result = invoke(train.main, '--outdir=runs', f'--data={digits}', *TOLD, '--dry-run')
+    assert result.stderr.splitlines() == logged and len(logged) == 3
 
 
 def test_every_snapshot_has_the_picture_that_generate_makes_of_it(told):

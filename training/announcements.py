@@ -1,17 +1,18 @@
 """What a run announces in its log before the first step: data, network, batch, averages, and warnings about
-each and about schedules that do not suit the length of the run."""
+each and about schedules that do not suit the length of the run (`start_warnings`, the only list of them)."""
 
 from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Iterator
 
 import torch
 
 from data.label_space import LabelSpace, listed, space_of
 from dnnlib import EasyDict
 from torch_utils import distributed
-from training import architectures
+from training import architectures, execution, resolution
 from training import consistency_ops as ops
 from training.run_log import RunLog
 from training.saved_files import saved_snapshots
@@ -52,14 +53,14 @@ def describe_end(log: RunLog, c: EasyDict, run_dir: str, space: LabelSpace) -> N
 
 
 def describe_run(log: RunLog, c: EasyDict, net, dataset, teacher, rounds: int, batch_gpu: int) -> None:
-    """Log what is about to be trained on what."""
-    describe_data(log, c, dataset)
-    if teacher is not None and (untaught := {*space_of(teacher).absent} - {*dataset.label_space.absent}):
-        log(
-            f'Warning: the training set of {c.teacher} has no images of classes {listed(sorted(untaught))}, '
-            'of which these data have some: its predictions for them were never trained.'
-        )
+    """Log what is about to be trained on what, and what is to be warned of."""
+    # Data: what they are.
+    is_subset = dataset.num_images < dataset.num_files
+    subset = f', a random {dataset.num_images} of its {dataset.num_files}' if is_subset else ''
+    facts = f'{len(dataset)} images of {dataset.image_shape}, {dataset.label_space}'
+    log(f'Data: {facts}, from {c.dataset.path}{subset}')
 
+    # Guidance.
     if c.get('guide'):
         interval = c.get('guidance_interval')
         at = f' at noise levels from {interval[0]:g} to {interval[1]:g}' if interval else ''
@@ -68,53 +69,80 @@ def describe_run(log: RunLog, c: EasyDict, net, dataset, teacher, rounds: int, b
     # Network.
     params = sum(p.numel() for p in net.parameters())
     log(f'Network: {type(net).__name__} / {type(net.model).__name__}, {params:,} parameters')
-    for warning in architectures.missing_levels(c.network):
-        log(warning)
 
     # Batch and averages.
     processes = distributed.get_world_size()
     log(f'Batch: {c.batch_size} images in {rounds} round(s) of {batch_gpu} on {processes} process(es)')
-    describe_averages(log, c)
+    steps = c.ema_halflife_nimg / c.batch_size
+    counted = f'{steps:,.0f}' if steps >= 100 else f'{steps:.3g}'
+    log(f'EMA half-life: {c.ema_halflife_nimg:,.0f} images = {counted} steps')
+
+    for warning in start_warnings(c, dataset, teacher, net):
+        log(warning)
 
 
-def describe_data(log: RunLog, c: EasyDict, dataset) -> None:
-    """Log the training set and what is unusual about it."""
-    # What it is.
-    is_subset = dataset.num_images < dataset.num_files
-    subset = f', a random {dataset.num_images} of its {dataset.num_files}' if is_subset else ''
-    facts = f'{len(dataset)} images of {dataset.image_shape}, {dataset.label_space}'
-    log(f'Data: {facts}, from {c.dataset.path}{subset}')
+# ----------------------------------------------------------------------------
+# Warnings.
 
+
+def start_warnings(
+    c: EasyDict, dataset, teacher: torch.nn.Module | None, net: torch.nn.Module
+) -> Iterator[str]:
+    """Warnings and notes of a run's start, a line each: of its log, and of --dry-run.
+
+    Args:
+        net: the network that trains, or one like it on the meta device.
+    """
+    yield from data_warnings(c, dataset)
+    if teacher is not None and (untaught := {*space_of(teacher).absent} - {*dataset.label_space.absent}):
+        yield (
+            f'Warning: the training set of {c.teacher} has no images of classes {listed(sorted(untaught))}, '
+            'of which these data have some: its predictions for them were never trained.'
+        )
+    yield from architectures.missing_levels(c.network)
+    yield from execution_warnings(c, net)
+    yield from schedule_warnings(c)
+    if warning := resolution.unresolved_gap(c, teacher):
+        yield warning
+
+
+def execution_warnings(c: EasyDict, net: torch.nn.Module) -> Iterator[str]:
+    """Options that have no effect on this machine or with these processes."""
+    device = distributed.get_device()
+    if c.precision == 'fp16' and device.type == 'cpu':
+        yield (
+            'Warning: there is no GPU, and FP16 is for GPUs only: the network runs in FP32 here. '
+            '--precision=fp32 or --precision=bf16 says so in the options.'
+        )
+    if c.get('shard') == 'optimizer' and distributed.get_world_size() == 1:
+        yield 'Note: --shard=optimizer is for several processes; this is one.'
+    if c.channels_last and not execution.keeps_channels_last(net, c.compiled, device.type == 'cuda'):
+        yield f'Note: {execution.CHANNELS_LAST_IGNORED}'
+
+
+def data_warnings(c: EasyDict, dataset) -> Iterator[str]:
+    """What is unusual about the training set."""
     if c.dataset.get('cache') is False and not dataset.holds_latents:
-        log(
+        yield (
             f'Note: images are decoded anew in every epoch (--cache=False); kept, they would take '
             f'{dataset.decoded_bytes / 1e9:.3g} GB of this machine, in all loader processes together.'
         )
 
     # Labels without images, other files in the folder, images that lie on their side.
     if dataset.unused_labels:
-        log(
+        yield (
             f'Warning: {dataset.unused_labels} labels in dataset.json are of no image in {c.dataset.path}. '
             'Is it complete?'
         )
     if about := dataset.about_others():
-        log(f'Note: {about}.')
+        yield f'Note: {about}.'
     if dataset.unturned:
-        log(
+        yield (
             f'Note: {len(dataset.unturned)} images carry an EXIF orientation, which is ignored: training '
             'uses pixels as they are stored. dataset_tool.py --exif=apply turns them.'
         )
     if warning := dataset.label_space.warning():
-        log(f'Warning: {warning}')
-
-
-def describe_averages(log: RunLog, c: EasyDict) -> None:
-    """Log the half-life of the EMA, and warn of schedules that do not suit the length of the run."""
-    steps = c.ema_halflife_nimg / c.batch_size
-    counted = f'{steps:,.0f}' if steps >= 100 else f'{steps:.3g}'
-    log(f'EMA half-life: {c.ema_halflife_nimg:,.0f} images = {counted} steps')
-    for warning in schedule_warnings(c):
-        log(warning)
+        yield f'Warning: {warning}'
 
 
 # ----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import sys
@@ -14,9 +15,8 @@ from dnnlib.text import printable
 from dnnlib.util import named
 from torch_utils import distributed
 from training import architectures, execution, run_folder
-from training.announcements import schedule_warnings
+from training.announcements import start_warnings
 from training.command_line import Options
-from training.resolution import unresolved_gap
 from training.starting_point import as_denoiser, default_of, on_meta
 
 GIB = 2**30
@@ -25,23 +25,44 @@ PRIME = 1_000_003  # images; no size of a network's weights is divisible by it
 
 def show(o: Options, c: EasyDict, dataset, teacher: torch.nn.Module | None) -> None:
     """Print the configuration as JSON with facts `about` the run, and the warnings of its start on stderr."""
-    warnings = [*architectures.missing_levels(c.network), unresolved_gap(c, teacher), *schedule_warnings(c)]
-    for warning in filter(None, warnings):
+    net = on_meta(c.network)
+    for warning in start_warnings(c, dataset, teacher, net):
         distributed.print0(printable(warning), file=sys.stderr)
-    distributed.print0(json.dumps(dict(c, about=about(o, c, dataset, teacher)), indent=2))
+    facts = about(o, c, dataset, teacher, net)
+    distributed.print0(json.dumps(dict(c, about=facts), indent=2))
 
 
-def about(o: Options, c: EasyDict, dataset, teacher: torch.nn.Module | None) -> dict:
+def about(o: Options, c: EasyDict, dataset, teacher: torch.nn.Module | None, net: torch.nn.Module) -> dict:
     """Facts about a run that is not started, after checks of what it needs.
 
-    Returns: plain data; `network`, `memory_gib` (per process), `not_checked` (what would have to be downloaded).
+    Args:
+        net: the network that would train, on the meta device.
+    Returns: plain data; `network`, `cost`, `memory_gib` (per process), `not_checked` (what would have to be
+        downloaded).
     Raises: UserError for a file or folder that would stop the run.
     """
     if not o.run.resume:
         distributed.from_main(lambda: run_folder.check_new_folder(o, c.run_dir))
     not_checked = check_validation(c, dataset) if c.validation else []
-    net = on_meta(c.network)
-    return dict(network=network_facts(c, net), memory_gib=memory(c, net, teacher), not_checked=not_checked)
+    return dict(
+        network=network_facts(c, net),
+        cost=training_cost(o, c),
+        memory_gib=memory(c, net, teacher),
+        not_checked=not_checked,
+    )
+
+
+def training_cost(o: Options, c: EasyDict) -> dict[str, float]:
+    """Network evaluations of the training, per image and in all, without sampling for snapshots and --val.
+
+    The student's forward and backward pass counts 3 (`objectives.options.Config.cost`). Progressive
+    distillation is costed over all its rounds.
+    """
+    own, images = o.own, c.total_nimg
+    if c.stages:
+        rounds, steps = zip(*c.stages)
+        own, images = dataclasses.replace(own, S_start=rounds[0], S=rounds[-1]), sum(steps) * c.batch_size
+    return dict(evaluations_per_image=own.cost(), evaluations=round(own.cost() * images))
 
 
 def network_facts(c: EasyDict, net: torch.nn.Module) -> dict:

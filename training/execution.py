@@ -49,12 +49,17 @@ def run_with(
     return net
 
 
-def keeps_channels_last(net: torch.nn.Module, compiled: bool) -> bool:
+def keeps_channels_last(net: torch.nn.Module, compiled: bool, on_gpu: bool | None = None) -> bool:
     """Whether values stay in the channels-last format: on GPUs, PyTorch's group normalization returns the other
-    one, from which every convolution would convert. Compiled code, and EDM2's networks, have none."""
+    one, from which every convolution would convert. Compiled code, and EDM2's networks, have none.
+
+    Args:
+        on_gpu: where it will run; None: where it is.
+    """
     from training.networks import GroupNorm
 
-    return compiled or not (is_on_gpu(net) and any(isinstance(part, GroupNorm) for part in net.modules()))
+    on_gpu = is_on_gpu(net) if on_gpu is None else on_gpu
+    return compiled or not (on_gpu and any(isinstance(part, GroupNorm) for part in net.modules()))
 
 
 CHANNELS_LAST_IGNORED = (

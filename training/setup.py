@@ -3,7 +3,6 @@ files. A resumed run is restored from its training state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from dnnlib import EasyDict, UserError
 from dnnlib.text import printable
 from torch_utils import distributed, misc
 from torch_utils.flat import FlatParameters
-from training import announcements, checkpoint, execution, resolution, run_files
+from training import announcements, checkpoint, execution, run_files
 from training.guidance import unguided
 from training.networks import encoders
 from training.networks.augment import AugmentPipe
@@ -130,8 +129,6 @@ def set_up(
     files = run_files.RunFiles(c, run_dir, net, update, averages, loss_state, log)
     announcements.describe_place(log, run_dir, device)
     announcements.describe_run(log, c, net, dataset, teacher, accumulation_rounds, batch_gpu)
-    for line in notes(c, net, teacher, flat):
-        log(line)
     files.tidy()
     if state is not None:
         announcements.describe_resume(log, c, progress, made_by, world_size)
@@ -185,16 +182,6 @@ def set_arithmetic(c: EasyDict) -> None:
     torch.backends.cudnn.benchmark = c.cudnn_benchmark and not c.get('deterministic')
     misc.use_deterministic_algorithms(bool(c.get('deterministic')))
     misc.allow_tf32(c.tf32)
-
-
-def notes(c: EasyDict, net: torch.nn.Module, teacher: torch.nn.Module | None, flat) -> Iterator[str]:
-    """Lines about options that have no effect here, and about pairs of times that rounding does not resolve."""
-    if c.get('shard') == 'optimizer' and not flat.sharded:
-        yield 'Note: --shard=optimizer is for several processes; this is one.'
-    if c.channels_last and not execution.keeps_channels_last(net, c.compiled):
-        yield f'Note: {execution.CHANNELS_LAST_IGNORED}'
-    if warning := resolution.unresolved_gap(c, teacher):
-        yield warning
 
 
 def preprocessing(c: EasyDict) -> Preprocessing:
