@@ -12,6 +12,8 @@ from pathlib import Path
 import click
 import yaml
 
+from dnnlib import cli
+
 DOCS = Path(__file__).parent
 # {title: module and attribute of a command}
 COMMANDS = {
@@ -128,5 +130,11 @@ def page() -> str:
     return '\n'.join(lines).rstrip('\n') + '\n'
 
 
-if __name__ == '__main__':
+@click.command(cls=cli.Command)
+def main():
+    """Write docs/options.md, from the options that the commands declare and docs/option_notes.yml."""
     (DOCS / 'options.md').write_text(page())
+
+
+if __name__ == '__main__':
+    main()

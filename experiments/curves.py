@@ -29,7 +29,9 @@ STATISTICS = {
 
 
 @click.command(cls=cli.Command)
-@click.argument('run_dir', metavar='RUNDIR', type=cli.PATH)
+@cli.argument(
+    'run_dir', metavar='RUNDIR', type=cli.PATH, help='Folder of a run, or of the rounds of progressive distillation.'
+)
 @cli.option(
     '--dest', metavar='PNG', type=cli.PATH, help=f'Picture to write.  [default: {CURVES} in the run folder]'
 )

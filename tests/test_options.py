@@ -7,7 +7,7 @@ import time
 import click
 import pytest
 from click.testing import CliRunner
-from helpers import SCRIPTS, assert_one_clear_error, run
+from helpers import ROOT, SCRIPTS, assert_one_clear_error, run
 
 from dnnlib import UserError, cli
 from docs import generate_options
@@ -212,6 +212,49 @@ def test_a_count_of_images_may_name_its_unit(option, text, value):
 def test_a_wrong_count_of_images_is_one_usage_error(word, said):
     with pytest.raises(click.UsageError, match=re.escape(said)):
         command_line.parse(['--outdir=runs', '--data=x.zip', '--val=1', '--val_ref=x.npz', word])
+
+
+# ----------------------------------------------------------------------------
+# Help.
+
+APART = {'dnnlib.interrupts', 'data.lmdb_pipe', 'example'}  # run by commands, or without options
+
+
+def runnable():
+    """Names of the modules that `python FILE` or `python -m` runs."""
+    paths = [*ROOT.glob('*.py'), *(path for room in ROOMS for path in (ROOT / room).rglob('*.py'))]
+    names = {
+        path.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.')
+        for path in paths
+        if "__name__ == '__main__'" in path.read_text() or path.name == '__main__.py'
+    }
+    return sorted(names - APART)
+
+
+ROOMS = [
+    'benchmarks',
+    'data',
+    'dnnlib',
+    'docs',
+    'experiments',
+    'metrics',
+    'sampling',
+    'torch_utils',
+    'training',
+]
+
+
+@pytest.mark.parametrize('module', runnable())
+def test_every_option_and_argument_of_every_command_has_help(module):
+    found = [(module, importlib.import_module(module).main)]
+    for name, command in found:
+        assert isinstance(command, cli.Command | cli.Group) and command.help, name
+        found += [(f'{name} {key}', each) for key, each in getattr(command, 'commands', {}).items()]
+        context = click.Context(command)
+        for param in command.get_params(context):
+            if not getattr(param, 'hidden', False):
+                record = param.get_help_record(context)
+                assert record and record[1].strip(), f'{name}: {param.human_readable_name} has no help'
 
 
 @pytest.mark.parametrize('name', ['fid.py calc', 'fid.py ref', 'search.py', 'validation.py', 'compare.py'])
