@@ -2,17 +2,21 @@
 
 import functools
 import json
+import os
 import re
+import signal
 
 import helpers
 import pytest
 import torch
 from helpers import FAST, TINY_NETWORK, assert_one_clear_error, run, run_ranks
+from runs import LAUNCHER, Process
 
 import train
-from training import budget, command_line
+from training import budget, command_line, same_run
 from training.checkpoint import load_network
 from training.objectives import OBJECTIVES
+from training.saved_files import saved_states
 
 invoke = functools.partial(helpers.invoke, train.main)
 HOURS = 0.0004  # 1.4 seconds
@@ -112,3 +116,32 @@ def test_a_budget_displaces_the_duration_of_a_preset():
     places = ['--outdir=runs', '--data=data.zip', '--preset=digits-teacher']
     assert command_line.parse([*places, '--budget=2']).run.duration is None
     assert command_line.parse([*places, '--budget=2']).run.budget == 2
+
+
+# ----------------------------------------------------------------------------
+# Restarts.
+
+
+def test_a_run_that_is_started_again_has_the_duration_of_its_first_start(spent):
+    """The same command line, --budget and --transfer included, on top of what the run has recorded."""
+    folder, _ = spent
+    given = dict(outdir=str(folder), data='x', budget=9.0)
+    o = command_line.resume(given, str(folder))
+    assert o.run.budget is None
+    assert round(o.run.duration * 1e6) == recorded(folder)['total_nimg']
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run_with_a_budget_again_and_all_its_processes_keep_the_duration(digits, tmp_path):
+    """A process is killed after a state was saved. Both would else measure again, and disagree with the state."""
+    words = options(digits, tmp_path, '--budget=0.002', '--tick=0.032', '--dump=1', '--snap=0')
+    launcher = [*LAUNCHER, '--standalone', '--nproc_per_node=2', '--max-restarts=1']
+    process = Process([*launcher, 'train.py', *words])
+    process.wait_for(lambda: saved_states(tmp_path))
+    first = recorded(tmp_path)['total_nimg']
+    os.kill(process.ranks()[1], signal.SIGKILL)
+    status, out, error = process.end(timeout=300)
+    assert status == 0 and 'Resumed from' in out and out.count('Done.') == 1, error
+    assert error.count('--budget=0.002: a step of') == 1 and recorded(tmp_path)['total_nimg'] == first
+    _, state = same_run.load_earlier(str(tmp_path))
+    assert state['options']['total_nimg'] == first == state['nimg']
