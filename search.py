@@ -305,7 +305,7 @@ def check_mode(schedule: bool, solver: str | None, log: str | None) -> None:
         raise click.UsageError(f'{", ".join(given)}: only a search for a --schedule has such an option.')
     # The solver, and the log without which a search of points cannot resume.
     if schedule and solver == 'cm':
-        raise click.UsageError('--solver=cm is no solver of teachers, for which --schedule searches.')
+        raise click.UsageError('--solver=cm is not a solver for teachers, for which --schedule searches.')
     if not schedule and solver not in (None, 'cm'):
         raise click.UsageError(f'--solver={solver} is for --schedule.')
     if not schedule and log is None:

@@ -158,7 +158,7 @@ def train(o: Options, held: contextlib.ExitStack) -> bool:
         o = budget.spend(o, dataset, teacher)
 
     # The configuration, and whether a resumed run is the same.
-    o = configuration.settle(o, dataset, teacher, earlier)
+    o = configuration.resolve_defaults(o, dataset, teacher, earlier)
     c = configuration.configure(o, dataset, teacher)
     if earlier:
         about_data = same_run.check_same_data(o, c.dataset, earlier['dataset'], o.run.resume)

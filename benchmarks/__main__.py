@@ -149,7 +149,7 @@ def main(names, quick, out):
     if names and path.exists() and not blocks:
         raise UserError(f'{out} has no blocks to keep: leave out --only, or choose another --out.')
     if not path.parent.is_dir():
-        raise UserError(f'--out={out} cannot be written: {path.parent} is no folder.')
+        raise UserError(f'--out={out} cannot be written: {path.parent} is not a folder.')
     for name in names or BENCHMARKS:
         click.echo(f'{name}...', err=True)
         text = measure(BENCHMARKS[name], quick)

@@ -84,7 +84,7 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), 'rb')
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError(errno.EINVAL, 'It is no regular file', os.fspath(path))
+        raise OSError(errno.EINVAL, 'It is not a regular file', os.fspath(path))
     return file
 
 

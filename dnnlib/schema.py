@@ -210,7 +210,7 @@ class Plain(Kind):
             raise Mismatch(f'nests or repeats values in {printable(where, 200)} without end')
         if isinstance(value, (dict, list, tuple)):
             if isinstance(value, dict) and not all(type(name) is str for name in value):
-                raise Mismatch(f'has a name in {printable(where, 200)} that is no text')
+                raise Mismatch(f'has a name in {printable(where, 200)} that is not text')
             for item in value.values() if isinstance(value, dict) else value:
                 self._check(item, where, depth + 1, left)
         elif type(value) in (int, float):

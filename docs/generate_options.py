@@ -51,7 +51,7 @@ COMMANDS = {
             *('images', 'data', 'scaling', 'mutants'),
         )
     },
-    'python -m metrics.rulers': 'metrics.rulers:main',
+    'python -m metrics.small_detectors': 'metrics.small_detectors:main',
     'python -m experiments.curves': 'experiments.curves:main',
     'python -m experiments.solver_table': 'experiments.solver_table:main',
     'python -m experiments.guided_digits': 'experiments.guided_digits:main',
@@ -123,7 +123,7 @@ def page() -> str:
         if key != 'intro' and key not in {flag(option) for option in options_of(command(name))}
     ]
     if stray:
-        raise SystemExit(f'option_notes.yml has notes on what is no option: {", ".join(stray)}')
+        raise SystemExit(f'option_notes.yml has notes on what is not an option: {", ".join(stray)}')
     lines = ['# Options', '', notes['page'].strip(), '']
     for name in COMMANDS:
         lines += section(name, notes)

@@ -353,7 +353,7 @@ def parameter_names(options: Sequence[str]) -> list[str]:
         raise click.UsageError(f'{" ".join(options)}: {error.format_message()}') from error
     if rest:
         raise click.UsageError(
-            f'{rest[0]!r} is no option of train.py; options for a training look like --lr=1e-4.'
+            f'{rest[0]!r} is not an option of train.py; options for a training look like --lr=1e-4.'
         )
     return [parameter.name for parameter in given]
 

@@ -30,7 +30,10 @@ STATISTICS = {
 
 @click.command(cls=cli.Command)
 @cli.argument(
-    'run_dir', metavar='RUNDIR', type=cli.PATH, help='Folder of a run, or of the rounds of progressive distillation.'
+    'run_dir',
+    metavar='RUNDIR',
+    type=cli.PATH,
+    help='Folder of a run, or of the rounds of progressive distillation.',
 )
 @cli.option(
     '--dest', metavar='PNG', type=cli.PATH, help=f'Picture to write.  [default: {CURVES} in the run folder]'
@@ -53,7 +56,7 @@ def folders_of(run_dir: str) -> dict[str, Path]:
     """
     folder = Path(run_dir)
     if not folder.is_dir():
-        raise UserError(f'{run_dir} is no folder: give the folder of a run.')
+        raise UserError(f'{run_dir} is not a folder: give the folder of a run.')
     if (folder / STATS).is_file():
         return {'': folder}
     if stages := {path.name: path for path in stage_folders(folder) if (path / STATS).is_file()}:

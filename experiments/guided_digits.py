@@ -166,7 +166,7 @@ def accuracy(images: Path, classifier: Path) -> float:
     """The share of images that the classifier takes for their class.
 
     Args:
-        images: .npz of generate.py. classifier: that of `metrics.rulers`, whose features lead to its classes.
+        images: .npz of generate.py. classifier: that of `metrics.small_detectors`, whose features lead to its classes.
     """
     import numpy as np
     import torch

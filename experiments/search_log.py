@@ -102,7 +102,7 @@ def read_log(path: str) -> tuple[dict | None, dict[tuple[float, ...], float]]:
     # Settings, then evaluations.
     settings = (lines[0][1] or {}).get('search') if lines else None
     if not isinstance(settings, dict):
-        raise UserError(f'--log={path} is no log of search.py. Choose another name.')
+        raise UserError(f'--log={path} is not a log of search.py. Choose another name.')
     values = {}
     for number, (_, record) in enumerate(lines[1:], start=2):
         taus, value = (record or {}).get('taus'), (record or {}).get('value')
@@ -110,7 +110,7 @@ def read_log(path: str) -> tuple[dict | None, dict[tuple[float, ...], float]]:
             isinstance(number, (int, float)) for number in [*taus, value]
         ):
             raise UserError(
-                f'--log={path} is damaged: line {number} is no evaluation. Remove that line, or choose '
+                f'--log={path} is damaged: line {number} is not an evaluation. Remove that line, or choose '
                 'another name.'
             )
         values[tuple(taus)] = value

@@ -199,7 +199,9 @@ def read_record(path: Path, settings: dict) -> dict:
             'the table',
         )
     except (OSError, ValueError) as error:
-        raise UserError(f'--json={path} is no table of solvers (it {error}): choose another name.') from error
+        raise UserError(
+            f'--json={path} is not a table of solvers (it {error}): choose another name.'
+        ) from error
     # Values of other settings would pass for those of this table.
     if record['settings'] != settings:
         raise UserError(

@@ -140,7 +140,7 @@ class LevelList(click.ParamType):
                 ctx,
             )
         except ValueError:  # not UTF-8
-            self.fail(f'{cli.shown(value)} is no text file', param, ctx)
+            self.fail(f'{cli.shown(value)} is not a text file', param, ctx)
         if len(text) > LARGEST_LIST:
             self.fail(f'{cli.shown(value)} is too large for a list of noise levels', param, ctx)
         # Numbers, and what a comment records.

@@ -66,7 +66,7 @@ def teacher(digits, tmp_path_factory) -> Path:
 def rulers(digits, tmp_path_factory) -> Path:
     """A folder with pca.pt and pca.npz: a feature detector and the digits' statistics under it."""
     folder = tmp_path_factory.mktemp('rulers')
-    run('-m', 'metrics.rulers', f'--data={digits}', f'--outdir={folder}')
+    run('-m', 'metrics.small_detectors', f'--data={digits}', f'--outdir={folder}')
     run(
         'fid.py',
         'ref',

@@ -96,7 +96,7 @@ def waits_in_training(case: str, data: str, folder: Path) -> list[str]:
     dataset = configuration.open_dataset(o.run)
     teacher = starting_point.load_teacher(o, dataset) if o.teacher else None
     teacher = starting_point.guided_teacher(o, teacher)
-    o = configuration.settle(o, dataset, teacher, None)
+    o = configuration.resolve_defaults(o, dataset, teacher, None)
     c = configuration.configure(o, dataset, teacher)
 
     with gpu_stand_in.gpu() as device, contextlib.redirect_stdout(io.StringIO()):

@@ -429,7 +429,7 @@ def test_a_script_that_ends_with_an_error_has_no_block():
     [
         (['--only=step-demo,warp'], 'warp', 2),
         (['--only=frechet', '--out={tmp}/other.md'], 'leave out --only', 1),
-        (['--only=frechet', '--out={tmp}/nowhere/page.md'], 'no folder', 1),
+        (['--only=frechet', '--out={tmp}/nowhere/page.md'], 'not a folder', 1),
     ],
 )
 def test_the_driver_refuses_what_it_cannot_do_before_it_measures(

@@ -189,7 +189,7 @@ def test_options_for_one_objective_or_one_student_change_that_one_and_its_cost()
         (dict(for_all=['--S=3']), '--S of train.py'),
         (dict(for_all=['--resume=x']), '--resume of train.py'),
         (dict(for_all=['--no-such']), 'no-such'),
-        (dict(for_all=['lr']), "'lr' is no option"),
+        (dict(for_all=['lr']), "'lr' is not an option"),
         (dict(for_all=['--hop=ddim']), '--hop is for --objective='),
         (dict(for_some={'mdc': []}), '--with=mdc'),
         (dict(for_some={'direct-3': []}), '--with=direct-3'),
@@ -320,7 +320,7 @@ class Recorder(Runner):
         words = [str(word) for word in arguments]
         self.commands.append(' '.join(words))
         given = dict(word[2:].split('=', 1) for word in words if word.startswith('--') and '=' in word)
-        if 'metrics.rulers' in words:
+        if 'metrics.small_detectors' in words:
             Path(given['outdir']).mkdir()
             for detector in ('classifier', 'pca', 'random'):
                 Path(given['outdir'], f'{detector}.pt').write_bytes(detector.encode())
@@ -335,7 +335,7 @@ def test_features_and_references_are_made_from_the_photographs_and_one_from_held
     made = [command for command in runner.commands if command.startswith('dataset_tool.py')]
     assert len(made) == 2 and all('--source=photos --dest=' in command for command in made)
     assert ['--split=test' in command for command in made] == [False, True]
-    (detectors,) = (command for command in runner.commands if 'metrics.rulers' in command)
+    (detectors,) = (command for command in runner.commands if 'metrics.small_detectors' in command)
     assert f'--data={data}' in detectors.split()
     references = {
         name: next(c for c in runner.commands if c.startswith('fid.py ref') and f'/{name}.npz' in c)

@@ -1143,7 +1143,7 @@ def test_a_state_that_is_damaged_or_of_another_program_is_named(run_folder, tmp_
         ('text', dict(options='{')),
     ):
         save_state(tmp_path / f'{name}.pt', content)
-        assert_one_clear_error(invoke('info', tmp_path / f'{name}.pt'), f'{name}.pt', 'no training state')
+        assert_one_clear_error(invoke('info', tmp_path / f'{name}.pt'), f'{name}.pt', 'not a training state')
     data = bytearray(state.read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / 'damaged.pt').write_bytes(data)

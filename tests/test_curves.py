@@ -56,7 +56,7 @@ def test_stages_are_lines_of_the_same_panels_in_the_order_of_training(tmp_path):
 
 
 def test_what_is_no_run_is_refused_with_a_cure(tmp_path):
-    assert_one_clear_error(invoke(curves.main, tmp_path / 'none'), 'is no folder')
+    assert_one_clear_error(invoke(curves.main, tmp_path / 'none'), 'is not a folder')
     assert_one_clear_error(invoke(curves.main, tmp_path), 'has no stats.jsonl', 'give the folder of a run')
     run = tmp_path / '00000-digits'
     run.mkdir()

@@ -452,7 +452,7 @@ def test_a_malformed_entry_is_one_clear_error(tmp_path, entry):
 
 @pytest.mark.parametrize('encoder', ['yes', {}, dict(class_name=['x'])])
 def test_metadata_whose_encoder_is_no_record_is_refused(tmp_path, encoder):
-    with pytest.raises(UserError, match='whose encoder is no dict with a class_name'):
+    with pytest.raises(UserError, match='whose encoder is not a dict with a class_name'):
         load_network(snapshot_with(tmp_path, None, metadata=dict(objective='diffusion', encoder=encoder)))
 
 

@@ -8,7 +8,7 @@ import torch
 from helpers import assert_one_clear_error, invoke
 
 from experiments import guided_digits
-from metrics.rulers import Classifier
+from metrics.small_detectors import Classifier
 
 
 def test_accuracy_is_the_share_of_images_that_are_taken_for_their_class(tmp_path):

@@ -52,7 +52,7 @@ def test_with_exact_hops_the_exact_segment_map_has_zero_loss(S, T, kind):
     solution."""
     gaussian = Gaussian(VARIANCE)
     loss = make_loss(gaussian, S=S, T_start=T, T_end=T, student_grid=kind, hop=gaussian.solve)
-    student = exact_student(gaussian, loss.state.student)
+    student = exact_student(gaussian, loss.state.student_sigmas)
     generator = torch.Generator().manual_seed(1)
     y, noise = torch.randn(2, 1, 1, 2, 2, generator=generator, dtype=torch.float64)
     x_t, x_star, edges = targets(loss, student, y, noise)
@@ -94,7 +94,7 @@ def test_the_discrete_consistency_function_has_zero_expected_gradient_and_a_pert
         hop=hop,
         terminal_teacher_hop=teacher_hop,
     )
-    assert_stationary_there_alone(loss, loss.state.student, *discrete_multipliers(loss, hop))
+    assert_stationary_there_alone(loss, loss.state.student_sigmas, *discrete_multipliers(loss, hop))
 
 
 @pytest.mark.parametrize('hop, order', [('ddim', 1), ('heun', 2)])
@@ -106,7 +106,7 @@ def test_the_discrete_consistency_function_converges_at_the_hops_order(hop, orde
     errors = []
     for T in (128, 256, 512):
         loss = make_loss(Gaussian(VARIANCE), S=2, T_start=T, T_end=T, student_grid='full', hop=hop)
-        c, edges = multipliers_of_targets(loss, loss.state.student)
+        c, edges = multipliers_of_targets(loss, loss.state.student_sigmas)
         exact = ((VARIANCE + edges.sigma_b[0] ** 2) / (VARIANCE + edges.sigma_t[0] ** 2)).sqrt()[0]
         errors.append((c[0] / exact - 1).abs().max())
     ratios = [a / b for a, b in itertools.pairwise(errors)]
@@ -119,7 +119,7 @@ def test_snap_edges_have_the_known_targets():
     y, noise = torch.randn(2, 1, 1, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for hop in ('ddim', 'heun'):
         loss = make_loss(gaussian, S=4, T_start=4, T_end=4, student_grid='full', hop=hop)
-        x_t, x_star, edges = targets(loss, exact_student(gaussian, loss.state.student), y, noise)
+        x_t, x_star, edges = targets(loss, exact_student(gaussian, loss.state.student_sigmas), y, noise)
         D1 = gaussian(x_t, edges.sigma_t)
         if hop == 'ddim':
             expected = D1
@@ -136,7 +136,7 @@ def test_terminal_edges_aim_at_the_data_without_the_teacher_hop():
     gaussian = Gaussian(VARIANCE)
     y, noise = torch.randn(2, 1, 1, 2, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     loss = make_loss(gaussian, terminal_teacher_hop=False)
-    _, x_star, edges = targets(loss, exact_student(gaussian, loss.state.student), y, noise)
+    _, x_star, edges = targets(loss, exact_student(gaussian, loss.state.student_sigmas), y, noise)
     terminal = edges.kind == ops.TERMINAL
     torch.testing.assert_close(x_star[terminal], y.expand(int(terminal.sum()), -1, -1, -1))
 
@@ -149,7 +149,7 @@ def test_the_anchored_edge_follows_the_teacher_alone(S):
     y, noise = torch.randn(2, 1, 1, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     loss = make_loss(gaussian, S=S, terminal_anchor=True)
     nonsense = LinearStudent(
-        loss.state.student, lambda sigma, sigma_b: torch.full([1, 1, 1, 1], 7.0, dtype=torch.float64)
+        loss.state.student_sigmas, lambda sigma, sigma_b: torch.full([1, 1, 1, 1], 7.0, dtype=torch.float64)
     )
     x_t, x_star, edges = targets(loss, nonsense, y, noise)
     x_b = ops.ddim_step(x_t[:1], x_star[:1], edges.sigma_t[:1], edges.sigma_b[:1])
@@ -220,7 +220,7 @@ def test_edges_are_drawn_with_their_probabilities():
     """20,000 draws: every frequency within 5 standard deviations."""
     loss = make_loss(Gaussian(VARIANCE), terminal_anchor=True)
     student = LinearStudent(
-        loss.state.student, lambda sigma, sigma_b: torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+        loss.state.student_sigmas, lambda sigma, sigma_b: torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     )
     seen = []
     student.forward = lambda x, sigma, labels=None, dropout_masks=None, **_: seen.append(sigma) or x.double()
@@ -230,7 +230,7 @@ def test_edges_are_drawn_with_their_probabilities():
     index = (edges.sigma_t[None] == seen[-1][:, None]).int().argmax(dim=1)
     frequency = torch.bincount(index, minlength=len(edges)) / count
     teacher = torch.cat([edges.sigma_t, torch.zeros(1, dtype=torch.float64)])
-    p = ops.edge_probabilities(teacher, loss.state.student, 'edm', 7, True, pin_top=True)
+    p = ops.edge_probabilities(teacher, loss.state.student_sigmas, 'edm', 7, True, pin_top=True)
     assert ((frequency - p).abs() <= 5 * (p * (1 - p) / count).sqrt()).all()
 
 

@@ -67,14 +67,14 @@ def test_trainings_discrete_consistency_function_has_zero_expected_gradient_and_
     S, T, kind
 ):
     loss = make_training_loss(S=S, T_start=T, T_end=T, student_grid=kind)
-    assert_stationary_there_alone(loss, loss.state.student, *training_multipliers(loss))
+    assert_stationary_there_alone(loss, loss.state.student_sigmas, *training_multipliers(loss))
 
 
 def test_trainings_losses_do_not_vanish_where_its_gradients_do():
     """Its targets are right on average only: noise along the trajectory remains."""
     loss, gaussian = make_training_loss(S=2), Gaussian(VARIANCE)
     y, noise = sample_of_each(0)
-    student = exact_student(gaussian, loss.state.student)
+    student = exact_student(gaussian, loss.state.student_sigmas)
     x_t, x_star, edges = targets(loss, student, y, noise)
     assert (student(x_t, edges.sigma_t) - x_star).abs().mean() > 1e-2
 
@@ -83,7 +83,7 @@ def test_training_where_every_edge_ends_a_segment_is_diffusion_training():
     """A full grid with T = S: every target is the image itself."""
     loss = make_training_loss(S=8, T_start=8, T_end=8, student_grid='full')
     y, noise = sample_of_each(1)
-    _, x_star, edges = targets(loss, exact_student(Gaussian(VARIANCE), loss.state.student), y, noise)
+    _, x_star, edges = targets(loss, exact_student(Gaussian(VARIANCE), loss.state.student_sigmas), y, noise)
     assert set(edges.kind.tolist()) == {ops.SNAP, ops.TERMINAL} and len(edges) == 8
     torch.testing.assert_close(x_star, y.expand(8, -1, -1, -1), rtol=1e-9, atol=1e-9)
 
@@ -94,7 +94,7 @@ def test_distillation_there_by_ddim_is_regression_on_the_teacher():
         Gaussian(VARIANCE),
     )
     y, noise = sample_of_each(2)
-    x_t, x_star, edges = targets(loss, exact_student(gaussian, loss.state.student), y, noise)
+    x_t, x_star, edges = targets(loss, exact_student(gaussian, loss.state.student_sigmas), y, noise)
     torch.testing.assert_close(x_star, gaussian(x_t, edges.sigma_t), rtol=1e-9, atol=1e-9)
 
 
@@ -131,7 +131,7 @@ def direct_multipliers(loss):
 @pytest.mark.parametrize('S, kind, substeps', [(1, 'full', 12), (2, 'edm', 1), (4, 'full', 3), (4, 'edm', 2)])
 def test_regressions_function_has_zero_expected_gradient_and_a_perturbed_one_has_not(S, kind, substeps):
     loss = make_direct_loss(Gaussian(VARIANCE), S=S, student_grid=kind, substeps=substeps)
-    assert_stationary_there_alone(loss, loss.state.student, *direct_multipliers(loss), rounding=1e-9)
+    assert_stationary_there_alone(loss, loss.state.student_sigmas, *direct_multipliers(loss), rounding=1e-9)
 
 
 def test_regression_converges_to_the_exact_map_with_the_square_of_the_substeps():
@@ -140,10 +140,10 @@ def test_regression_converges_to_the_exact_map_with_the_square_of_the_substeps()
     errors = []
     for substeps in (8, 16, 32):
         loss = make_direct_loss(Gaussian(VARIANCE), S=4, student_grid='full', substeps=substeps)
-        c, edges = multipliers_of_targets(loss, loss.state.student)
-        tops = ops.segment_bounds(torch.cat([edges.sigma_t, edges.sigma_t.new_zeros(1)]), loss.state.student)[
-            :-1, 0
-        ]
+        c, edges = multipliers_of_targets(loss, loss.state.student_sigmas)
+        tops = ops.segment_bounds(
+            torch.cat([edges.sigma_t, edges.sigma_t.new_zeros(1)]), loss.state.student_sigmas
+        )[:-1, 0]
         exact = (
             (VARIANCE + ops.expand_like(edges.sigma_b, VARIANCE.expand(len(c), 1, 2, 2)) ** 2)
             / (VARIANCE + ops.expand_like(edges.sigma_t, VARIANCE.expand(len(c), 1, 2, 2)) ** 2)
@@ -159,7 +159,7 @@ def test_regressions_target_leads_to_the_solution_of_its_solver(solver):
     counted = lambda x, sigma, *_, **__: calls.append(sigma) or gaussian(x, sigma)
     loss = make_direct_loss(counted, S=4, student_grid='full', substeps=3, solver=solver)
     y, noise = sample_of_each(2)
-    x_t, x_star, edges = targets(loss, exact_student(gaussian, loss.state.student), y, noise)
+    x_t, x_star, edges = targets(loss, exact_student(gaussian, loss.state.student_sigmas), y, noise)
     per_loss = len(calls) / 2  # `targets` evaluates the loss twice
     assert per_loss + 3 == RegressionConfig(substeps=3, solver=solver).cost()
 
@@ -182,10 +182,10 @@ def test_regression_never_asks_the_student_for_its_target():
 def test_regression_draws_its_share_at_the_very_levels_that_sampling_asks_for():
     """20,000 draws; each of the four levels within 5 standard deviations of an eighth."""
     loss, seen, count = make_direct_loss(Gaussian(VARIANCE), T_start=64, T_end=64), [], 20_000
-    student = exact_student(Gaussian(VARIANCE), loss.state.student)
+    student = exact_student(Gaussian(VARIANCE), loss.state.student_sigmas)
     student.forward = lambda x, sigma, *_, **__: seen.append(sigma) or x.double()
     loss(student, torch.zeros(count, 1, 2, 2), None, SampleRng(0, 0, count))
-    for level in loss.state.student[:-1]:
+    for level in loss.state.student_sigmas[:-1]:
         assert abs((seen[0] == level).double().mean() - 0.125) < 5 * (0.125 * 0.875 / count) ** 0.5
     assert len(seen[0].unique()) > 40  # the rest anywhere in the segments
 
@@ -201,7 +201,7 @@ def test_an_addim_hop_adds_what_the_images_error_calls_for():
     options = dict(S=4, T_start=4, T_end=4, student_grid='full', hop='addim')
     for xvar_frac in (0.75, 0.0):
         loss = make_loss(gaussian, xvar_frac=xvar_frac, **options)
-        x_t, x_star, edges = targets(loss, exact_student(gaussian, loss.state.student), y, noise)
+        x_t, x_star, edges = targets(loss, exact_student(gaussian, loss.state.student_sigmas), y, noise)
         snap = edges.kind == ops.SNAP
         x_t, sigma_t, sigma_s = x_t[snap], edges.sigma_t[snap], edges.sigma_s[snap]
         x_b = ops.ddim_step(x_t, x_star[snap], sigma_t, sigma_s)
@@ -232,6 +232,6 @@ def test_a_cosine_grid_is_used_throughout():
     loss = make_direct_loss(
         Gaussian(VARIANCE), S=4, T_start=32, T_end=32, student_grid='full', sigma_grid='cosine'
     )
-    for levels in (loss.state.student[:-1], loss.state.edges.sigma_t):
+    for levels in (loss.state.student_sigmas[:-1], loss.state.edges.sigma_t):
         steps = levels.atan().diff()
         torch.testing.assert_close(steps, steps[:1].expand_as(steps), rtol=1e-9, atol=0)

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from helpers import assert_one_clear_error, run, run_python, run_ranks
 
 from dnnlib import EasyDict, UserError, cli
-from metrics import rulers
+from metrics import small_detectors
 from torch_utils import misc, training_stats
 
 
@@ -158,11 +158,11 @@ def test_rulers_are_scripted_detectors_and_the_classifier_knows_digits():
 
     data = load_digits()
     images = torch.from_numpy(data.images * 255 / 16).round().to(torch.uint8)[:, None]
-    made, accuracy = rulers.make_detectors(images, torch.from_numpy(data.target), 10)
+    made, accuracy = small_detectors.make_detectors(images, torch.from_numpy(data.target), 10)
     assert accuracy > 0.95
-    for name, ruler in made.items():
-        features = ruler(images[:7])
-        assert features.shape == (7, rulers.FEATURES) and features.dtype == torch.float32, name
+    for name, detector in made.items():
+        features = detector(images[:7])
+        assert features.shape == (7, small_detectors.FEATURES) and features.dtype == torch.float32, name
     pca = made['pca'](images)
     assert pca.mean(dim=0).abs().max() < 1e-3
     covariance = torch.cov(pca.T.double())
@@ -174,6 +174,6 @@ def test_rulers_need_labels(tmp_path):
 
     Image.new('L', (8, 8)).save(tmp_path / 'a.png')
     assert_one_clear_error(
-        run('-m', 'metrics.rulers', f'--data={tmp_path}', f'--outdir={tmp_path / "x"}', check=False),
+        run('-m', 'metrics.small_detectors', f'--data={tmp_path}', f'--outdir={tmp_path / "x"}', check=False),
         'no labels',
     )

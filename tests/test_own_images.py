@@ -51,7 +51,7 @@ def test_the_commands_run_one_after_the_other(tmp_path):
     for command in map(smaller, commands):
         arguments = shlex.split(re.sub(r'(\S+/own/\w+)/network-snapshot-\d+\.pkl', newest, command))
         assert arguments.pop(0) == 'python', command
-        if arguments[:2] == ['-m', 'metrics.rulers']:
+        if arguments[:2] == ['-m', 'metrics.small_detectors']:
             torch.jit.script(Colors()).save(tmp_path / 'own' / 'classifier.pt')
             continue
         done = run(*arguments)

@@ -429,8 +429,8 @@ def test_keys_that_would_take_for_ever_to_hash_or_collide_are_not_hashed(refused
 def test_a_name_that_is_a_nest_is_not_written_out(refused):
     """Its text would have 2**60 characters."""
     nest = b']\x94' + b''.join(b']\x94(h' + bytes([i]) + b'h' + bytes([i]) + b'e' for i in range(60))
-    refused(b'\x80\x04' + nest + b'\x8c\x01x\x93.', 'names something by what is no text')
-    refused(b'\x80\x04\x8c\x01x' + nest + b'\x93.', 'names something by what is no text')
+    refused(b'\x80\x04' + nest + b'\x8c\x01x\x93.', 'names something by what is not text')
+    refused(b'\x80\x04\x8c\x01x' + nest + b'\x93.', 'names something by what is not text')
     refused(b'\x80\x04' + nest + b')R.', 'not a function')
 
 

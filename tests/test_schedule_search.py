@@ -337,7 +337,7 @@ def test_a_record_of_an_unknown_solver_is_one_clear_error(lab):
     [
         (['--log=a.jsonl'], '--log: a search for a --schedule has no such option', 2),
         (['--metric=kid', '--scan=2'], '--scan, --metric: a search for a --schedule', 2),
-        (['--solver=cm'], '--solver=cm is no solver of teachers', 2),
+        (['--solver=cm'], '--solver=cm is not a solver for teachers', 2),
         (['--order=7'], "'--order': 7 is not in the range", 2),
         (['--solver=heun', '--order=2'], 'solver has no order to choose', 2),
         (['--steps=2', '--afs', '--solver=heun'], '2 steps of heun have 2 noise levels', 2),

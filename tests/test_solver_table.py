@@ -102,7 +102,7 @@ def test_a_table_that_was_stopped_goes_on_from_what_it_has(lab, tmp_path, monkey
         run(lab, path, '--seed=1'), 'the table of another network, reference or other images'
     )
     path.write_text('{}')
-    assert_one_clear_error(run(lab, path), 'is no table of solvers')
+    assert_one_clear_error(run(lab, path), 'is not a table of solvers')
 
 
 def test_searched_levels_are_those_of_a_search(lab, tmp_path, monkeypatch):

@@ -210,7 +210,7 @@ class _Unpickler(pickle._Unpickler):
 
     def load_stack_global(self):
         if not all(isinstance(text, str) for text in self.stack[-2:]):
-            raise _refused('something by what is no text')
+            raise _refused('something by what is not text')
         super().load_stack_global()
 
     def persistent_load(self, pid) -> Call:

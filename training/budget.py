@@ -34,7 +34,7 @@ MOST_STEPS = 1000
 def spend(o: Options, dataset: ImageFolderDataset, teacher: torch.nn.Module | None) -> Options:
     """The options with the duration that --budget allows, in place of --budget. All processes call this together.
 
-    What scales with the duration is left to `configuration.settle`. The hours are those of training steps:
+    What scales with the duration is left to `configuration.resolve_defaults`. The hours are those of training steps:
     starting, evaluating and saving come on top.
 
     Raises: UserError if the budget is less than one step, or for what contradicts the files that it names.
@@ -42,7 +42,7 @@ def spend(o: Options, dataset: ImageFolderDataset, teacher: torch.nn.Module | No
     hours, o = o.run.budget, dataclasses.replace(o.but(budget=None), given=o.given - {'budget'})
 
     # The run as it would be with the usual duration, on which no step's cost depends.
-    c = configuration.configure(configuration.settle(o, dataset, teacher, None), dataset, teacher)
+    c = configuration.configure(configuration.resolve_defaults(o, dataset, teacher, None), dataset, teacher)
     distributed.from_main(lambda: run_folder.check_new_folder(o, c.run_dir))
     seconds = 3600 * hours
     step, count = measure_step(c, dataset, teacher, min(SECONDS, SHARE * seconds))

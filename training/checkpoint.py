@@ -295,7 +295,7 @@ def load_state(path: str | os.PathLike) -> dict:
             raise UserError(f'{os.fspath(path)} cannot be used as a training state: it {error}.') from error
         except UNREADABLE as error:
             raise UserError(
-                f'{os.fspath(path)} cannot be used as a training state: it is no file of plain data and '
+                f'{os.fspath(path)} cannot be used as a training state: it is not a file of plain data and '
                 f'tensors ({first_line(error)}).'
             ) from error
 
@@ -320,7 +320,7 @@ def read_state(path: str | os.PathLike, options_kind: Kind = run_schema.OPTIONS)
         return {**state, 'options': options}
     except ValueError as error:
         raise UserError(
-            f'{os.fspath(path)} is no training state that can be used: it {error}. '
+            f'{os.fspath(path)} is not a usable training state: it {error}. '
             'Name a training-state-*.pt that train.py wrote.'
         ) from error
 

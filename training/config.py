@@ -396,7 +396,7 @@ class TensorBoard:
 class RunConfig(TensorBoard, WandB, Files, Performance, Validation, Network, Hyperparameters, Main):
     """The options of every run.
 
-    None is for defaults that depend on the objective, the data or the teacher: see `configuration.settle`.
+    None is for defaults that depend on the objective, the data or the teacher: see `configuration.resolve_defaults`.
     Raises: click.UsageError for values that contradict each other.
     """
 

@@ -27,7 +27,7 @@ def read(path: str, known: Mapping[str, Option]) -> dict[str, str]:
             data = limits.read_at_most(file, limits.JSON_FILE, 'a configuration')
         values = parse(data.decode())
         if not isinstance(values, dict):
-            raise ValueError('is no mapping of options')
+            raise ValueError('is not a mapping of options')
         # A recorded configuration is known by its entries.
         if {'loss', 'network', 'dataset', 'total_nimg'} <= values.keys():
             return from_record(values, known)
@@ -61,7 +61,7 @@ def from_options(values: Mapping, known: Mapping[str, Option]) -> dict[str, str]
         name = cli.underscored(str(key).removeprefix('--'))
         if name not in names:
             close = difflib.get_close_matches(name, names, 1)
-            raise ValueError(f'has {key}, which is no option' + (f'; {close[0]} is one' if close else ''))
+            raise ValueError(f'has {key}, which is not an option' + (f'; {close[0]} is one' if close else ''))
         if value is not None and names[name].name in found:
             raise ValueError(f'has {names[name].flag} twice, by two names')
         if value is not None:
@@ -75,7 +75,7 @@ def as_word(value: object) -> str:
         return ','.join(map(as_word, value)) or 'none'
     if isinstance(value, (str, bool, int, float)):
         return str(value)
-    raise ValueError('has a value that is no text, number, truth value or list of these')
+    raise ValueError('has a value that is not text, a number, a truth value or list of these')
 
 
 def from_record(c: Mapping, known: Mapping[str, Option]) -> dict[str, str]:

@@ -39,7 +39,7 @@ IN_STEPS = dict(
 )
 
 
-def settle(o: Options, dataset, teacher, earlier: dict | None) -> Options:
+def resolve_defaults(o: Options, dataset, teacher, earlier: dict | None) -> Options:
     """The options with all defaults that depend on other options, the data, the teacher or the resumed run.
 
     Args:

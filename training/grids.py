@@ -292,44 +292,44 @@ def edge_probabilities(
     Args:
         teacher, student: [T'+1] and [S+1] grids.
         mode: `uniform`: segment uniform, then edge uniform within it; `vp`, `edm`: see `edge_density`.
-        terminal_anchor: in `vp` and `edm`, anchor the last edge (sigma_min -> 0): it has exactly 1/T', and
-            the others share the rest in proportion.
-        pin_top: anchor the first edge too.
+        terminal_anchor: in `vp` and `edm`, hold the last edge (sigma_min -> 0) at exactly 1/T'; the others
+            share the rest in proportion.
+        pin_top: hold the first edge at 1/T' too.
         top_mass: share of the first edges of the S segments together, in equal parts, because sampling
             evaluates the student once at each of them (their upper ends are the student's levels on a teacher
-            grid with `keep_ties`). A part takes the place of an anchored 1/T'; if the last edge is not the
+            grid with `keep_ties`). A part takes the place of a held 1/T'; if the last edge is not the
             first of a segment, its 1/T' is limited to what top_mass leaves. If no other edge is left, the
             parts are scaled to sum to one.
     Returns: [T'] float64.
     Raises: ValueError for another mode or share.
     """
     if not 0 <= top_mass <= 1:
-        raise ValueError(f'top_mass {top_mass} is no share between 0 and 1')
+        raise ValueError(f'top_mass must be in [0, 1], got {top_mass}')
     edges, S = len(teacher) - 1, len(student) - 1
 
-    # Weights of edges by mode, and which edges are anchored.
-    anchored = torch.zeros(edges, dtype=torch.bool)
+    # Weights of edges by mode, and which edges are held at a probability of their own.
+    held = torch.zeros(edges, dtype=torch.bool)
     if mode == 'uniform':
         segment = segment_of(teacher[:-1], student)
         weight = 1 / (torch.bincount(segment, minlength=S)[segment] * S).double()
     else:
         weight = edge_density(teacher[:-1], mode, rho, spacing, P_mean, P_std)
-        anchored[-1] |= terminal_anchor
-        anchored[0] |= pin_top
-    fixed = anchored.double() / edges
+        held[-1] |= terminal_anchor
+        held[0] |= pin_top
+    fixed = held.double() / edges
 
     # The first edges of segments.
     if top_mass:
         tops = segment_bounds(teacher, student)[:, 0]
         fixed = fixed.clamp(max=1 - top_mass)
-        fixed[tops], anchored[tops] = top_mass / S, True
+        fixed[tops], held[tops] = top_mass / S, True
 
     # The other edges share the rest.
-    if anchored.all():
+    if held.all():
         return fixed / fixed.sum()
-    free = torch.where(anchored, 0, weight)
-    # Rounding may carry the sum of the anchored ones past 1, hence the clamp.
-    return torch.where(anchored, fixed, free / free.sum() * (1 - fixed.sum()).clamp(min=0))
+    free = torch.where(held, 0, weight)
+    # Rounding may carry the sum of the held ones past 1, hence the clamp.
+    return torch.where(held, fixed, free / free.sum() * (1 - fixed.sum()).clamp(min=0))
 
 
 # ----------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def read_holder(path: Path) -> Holder | None:
     try:
         # A link is refused too: its target is nobody's lock.
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise UserError(f'{path} is no file that train.py made, and in its place: remove it')
+            raise UserError(f'{path} was not made by train.py and stands in the way of its lock: remove it')
         with limits.open_regular(path) as file:
             status = os.fstat(file.fileno())
             data = file.read(limits.KB * 16)

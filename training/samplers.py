@@ -197,7 +197,7 @@ def resolve(
     # Another student takes the steps of its grid.
     if own_steps is None and steps is None:
         raise UserError(
-            'this network is no student with a grid of its own: give the number of steps, or take the '
+            'this network is not a student with a grid of its own: give the number of steps, or take the '
             'solver heun or euler'
         )
     if own_steps is not None and steps not in (None, own_steps) and not force_steps:

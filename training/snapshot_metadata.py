@@ -114,7 +114,7 @@ def read_metadata(snapshot: dict, net: torch.nn.Module) -> dict:
     if snapshot.get('encoder') is not None:
         encoder = _encoder(snapshot['encoder'])
     if encoder is not None and not (isinstance(encoder, dict) and isinstance(encoder.get('class_name'), str)):
-        raise MalformedPickle('has metadata whose encoder is no dict with a class_name')
+        raise MalformedPickle('has metadata whose encoder is not a dict with a class_name')
     return {**metadata, **({'encoder': encoder} if encoder else {})}
 
 

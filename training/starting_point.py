@@ -206,7 +206,7 @@ def check_kind(o: Options, teacher) -> None:
     if kind == 'consistency':
         if metadata.get('solver') != 'cm' or getattr(teacher, 'boundary', 0) or not one_model:
             raise UserError(
-                f'--teacher={o.teacher} is no consistency model of the first stage: '
+                f'--teacher={o.teacher} is not a consistency model of the first stage: '
                 f'--objective={o.run.objective} goes on from a snapshot of --objective=ect.'
             )
         return

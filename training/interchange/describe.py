@@ -54,10 +54,10 @@ def describe_state(source) -> dict:
         averages = ['ema', *(average_name(std) for std in state['averages']['phema'])]
     except (LookupError, AttributeError) as error:
         raise UserError(
-            f'{source} is no training state of this version of the program: it lacks {error.args[0]!r}.'
+            f'{source} is not a training state of this version of the program: it lacks {error.args[0]!r}.'
         ) from error
     except (TypeError, ValueError, MalformedPickle) as error:
-        raise UserError(f'{source} is no training state that can be described: {error}.') from error
+        raise UserError(f'{source} is not a training state that can be described: {error}.') from error
     return dict(
         describe(net),
         tick=position.get('tick'),

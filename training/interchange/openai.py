@@ -188,7 +188,7 @@ def _read(source: str | os.PathLike):
         raise UserError(f"{name} cannot be read as weights of OpenAI's: it {kind}")
     if not zipfile.is_zipfile(path):
         raise UserError(
-            f'{name} is no zip archive, as files of PyTorch 1.6 and newer are. Load and save an older one '
+            f'{name} is not a zip archive, as files of PyTorch 1.6 and newer are. Load and save an older one '
             'with a newer PyTorch; copy or download a damaged one again.'
         )
     try:

@@ -92,7 +92,7 @@ class DistillationState(MultistepSchedule):
     def __init__(self, c, teacher):
         ops.check_hop(c.hop)
         super().__init__(c, teacher, anchor=c.terminal_anchor, gap_option='--T_end')
-        top, bottom = self.student[:2].tolist()
+        top, bottom = self.student_sigmas[:2].tolist()
         nodes = ops.anchor_nodes(top, bottom, c.sigma_min, c.rho, c.anchor_hops, c.sigma_grid)
         self.anchor_levels = nodes.tolist()
 

@@ -17,16 +17,18 @@ class MultistepSchedule(EdgeSchedule):
         c: S, student_grid; T_start, T_end, T_anneal_kimg; sigma_grid, rho, sigma_min, sigma_max (already
             clipped to the teacher's range); sampling_mode, top_mass (`grids.edge_probabilities`);
             keep_ties (`grids.teacher_grid`).
-        anchor: the first edge's target is the teacher's own solution. Unless sampling_mode is `uniform`, the
-            first and the last edge then have probability 1/T' each.
+        anchor: the first edge is anchored (`EdgeSchedule`). Unless sampling_mode is `uniform`, the first and
+            the last edge then have probability 1/T' each.
     Attributes:
-        student: [S+1] the student's grid.
+        student_sigmas: [S+1] the student's grid.
     Raises: ValueError unless S <= T_start <= T_end.
     """
 
     def __init__(self, c, teacher=None, anchor: bool = False, gap_option: str = ''):
         check_segments(c.S, c.T_start, c.T_end)
-        self.student = ops.student_grid(c.S, c.sigma_min, c.sigma_max, c.rho, c.student_grid, c.sigma_grid)
+        self.student_sigmas = ops.student_grid(
+            c.S, c.sigma_min, c.sigma_max, c.rho, c.student_grid, c.sigma_grid
+        )
         super().__init__(c, teacher, anchor, gap_option)
 
     def stage_after(self, nimg: int) -> int:
@@ -36,12 +38,12 @@ class MultistepSchedule(EdgeSchedule):
         c = self.c
         # About T edges on the student's segments.
         teacher_grid = ops.teacher_grid(
-            self.student, stage, c.sigma_min, c.sigma_max, c.rho, c.sigma_grid, c.keep_ties
+            self.student_sigmas, stage, c.sigma_min, c.sigma_max, c.rho, c.sigma_grid, c.keep_ties
         )
-        # An anchor holds both ends: the edges from sigma_max and to 0.
+        # With an anchored edge, both ends have a probability of their own: the edges from sigma_max and to 0.
         probabilities = ops.edge_probabilities(
             teacher_grid,
-            self.student,
+            self.student_sigmas,
             c.sampling_mode,
             c.rho,
             terminal_anchor=self.anchor,
@@ -49,4 +51,4 @@ class MultistepSchedule(EdgeSchedule):
             spacing=c.sigma_grid,
             top_mass=c.top_mass,
         )
-        return ops.edge_table(teacher_grid, self.student), probabilities
+        return ops.edge_table(teacher_grid, self.student_sigmas), probabilities

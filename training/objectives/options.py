@@ -84,7 +84,7 @@ class NoiseGrid(NoiseRange):
 
 @dataclass(frozen=True)
 class SyncDropout(Config):
-    heading: ClassVar[str] = 'Noise levels (all objectives but diffusion)'
+    heading: ClassVar[str] = 'Self-target (the output of the network itself, as a target)'
 
     sync_dropout: bool = opt(
         True, SWITCH, 'Give the self-target, where there is one, the dropout masks of the student.'
