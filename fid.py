@@ -308,7 +308,7 @@ def check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_s
     if network and num is not None:
         raise click.UsageError('--num is for --images; for --network, --seeds sets the number of images.')
     if ref is None and (comparing := [name for name, measure in measures.items() if measure.compares]):
-        raise click.UsageError(f'--ref is missing, but {", ".join(comparing)} compare with a reference.')
+        raise click.UsageError(f'--ref is missing: {", ".join(comparing)} needs a reference to compare with.')
 
     # Sets must differ; the type of --seeds can only check each by itself.
     if len({os.path.realpath(path) for path in paths}) < len(paths):

@@ -15,9 +15,11 @@ from training.run_files import saved_snapshots
 PLACES = {'run_dir'}
 
 
-def dry_run(*words):
+def dry_run(*words, unsaid=None):
+    """The configuration; `unsaid` is what stderr must not have."""
     result = CliRunner().invoke(train.main, ['--outdir=runs', '--dry-run', *map(str, words)])
     assert result.exit_code == 0, result.output
+    assert unsaid is None or unsaid not in result.stderr, result.stderr
     return json.loads(result.stdout)
 
 
@@ -99,7 +101,7 @@ def test_a_run_is_repeated_from_what_it_recorded(tmp_path, digits, teacher, cons
     }
     words = [word.format(ref=rulers / 'pca.npz', detector=rulers / 'pca.pt') for word in CASES[name]]
     c = dry_run(f'--data={digits}', '--cond=1', *start[kind], *words)
-    again = dry_run(write(tmp_path / 'c.json', c))
+    again = dry_run(write(tmp_path / 'c.json', c), unsaid='ignoring')
     assert {key: c[key] for key in c if key not in PLACES} == {
         key: again[key] for key in again if key not in PLACES
     }

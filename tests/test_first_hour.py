@@ -43,10 +43,11 @@ def test_cond_forgotten_with_a_conditional_teacher(digits, teacher):
     assert 'convert the data' not in result.stderr
 
 
-def test_rgb_data_for_a_grayscale_teacher(tmp_path, teacher):
-    data = write_images(tmp_path / 'rgb', 4 * [(8, 8, 3)])
+@pytest.mark.parametrize('size, more', [(8, []), (16, [', and convert them with --resolution=8x8'])])
+def test_rgb_data_for_a_grayscale_teacher(tmp_path, teacher, size, more):
+    data = write_images(tmp_path / 'rgb', 4 * [(size, size, 3)])
     result = invoke(train.main, '--outdir=x', f'--data={data}', f'--teacher={teacher}', *STUDENT)
-    assert_one_clear_error(result, 'save its images as grayscale before dataset_tool.py')
+    assert_one_clear_error(result, 'save its images as grayscale before dataset_tool.py', *more)
 
 
 @pytest.mark.parametrize(

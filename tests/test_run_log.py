@@ -273,6 +273,23 @@ log.close()
     assert percent == '50' and int(left) >= 8
 
 
+def test_the_bar_ends_at_its_end_where_the_last_step_goes_beyond_the_duration(tmp_path):
+    """64 of 100 images, and then 128: no more than all, no time below 0, no warning of the bar's own."""
+    code = f"""
+from training.run_log import RunLog
+log = RunLog({str(tmp_path)!r}, enabled=True)
+log.start(100)
+log._bar.mininterval, log._bar.miniters, log._bar.dynamic_miniters = 0, 0, False
+log.advance(64)
+log.advance(128)
+log.close()
+"""
+    shown = re.split(r'[\r\n]+', re.sub(r'\x1b\[[0-9;]*[A-Za-z]', '', terminal_output(code, 40)))
+    bars = [line.strip() for line in shown if line.strip()]
+    assert [bar.partition('%')[0] for bar in bars] == ['0', '64', '100'] and max(map(len, shown)) <= 40
+    assert bars[-1].endswith('0.1/0.1 kimg 00:00')
+
+
 # ----------------------------------------------------------------------------
 # Weights & Biases, the real package.
 

@@ -96,9 +96,14 @@ def from_record(c: Mapping, known: Mapping[str, Option]) -> dict[str, str]:
         for name in ('s0', 's1', 'schedule_steps', 'mu_schedule'):
             values.pop(name, None)
 
-    # Options without a value, or without the option that they need.
+    # Options without a value, without the option that they need, or without an effect, but for what the loss keeps.
     allowed = lambda needs: not needs or values.get(needs[0]) == needs[1]
-    values = {k: v for k, v in values.items() if v is not None and allowed(known[k].needs)}
+    idle = lambda name, when: when and values.get(when[0]) == when[1] and name not in c['loss']
+    values = {
+        name: value
+        for name, value in values.items()
+        if value is not None and allowed(known[name].needs) and not idle(name, known[name].idle)
+    }
     values['ema'] = divided(values['ema'], 1e6)  # in Mimg on the command line
     return {name: as_word(value) for name, value in values.items()}
 

@@ -143,7 +143,8 @@ class RunLog:
             self._wandb.advance(nimg)
         if self._bar is not None:
             with contextlib.suppress(OSError):
-                self._bar.update(nimg / 1e3 - self._bar.n)
+                # The last step may go beyond the end.
+                self._bar.update(min(nimg / 1e3, self._bar.total) - self._bar.n)
 
     def close(self, exit_code: int = 0) -> None:
         """End the bar, W&B (with this exit code) and TensorBoard. A second call does nothing."""

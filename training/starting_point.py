@@ -169,9 +169,10 @@ def check_teacher(o: Options, dataset, teacher) -> None:
                 'where these are the first of its classes, say so by one-hot vectors of length '
                 f'{theirs[2].dim} in dataset.json'
             )
-        if theirs[0] == ours[0] and {theirs[1], ours[1]} == {1, 3}:
+        if {theirs[1], ours[1]} == {1, 3}:
             kind = 'grayscale' if theirs[1] == 1 else 'RGB'
             cure = f'save its images as {kind} before dataset_tool.py, which leaves the channels as they are'
+            cure += '' if theirs[0] == ours[0] else f', and convert them with {tool}'
         cond = (
             'Add --cond=1, which reads the labels of the data. ' if theirs[2].dim and not ours[2].dim else ''
         )
