@@ -244,7 +244,7 @@ def main(network, schedule, log, solver, save, json_path, dry_run, measures, **o
     if schedule:
         find_schedule(network, solver or 'ipndm', save, json_path, dry_run, options)
         return
-    check_usage(network, log, save, measures, options)
+    check_usage(log, measures, options)
     evaluation.check_detector_options(measures, options)
     distributed.init()
 
@@ -345,7 +345,7 @@ def find_schedule(
     distributed.shutdown()
 
 
-def check_usage(network, log, save, measures, options) -> None:
+def check_usage(log, measures, options) -> None:
     """Raises: UsageError if options contradict or lack each other."""
     ((name, measure),) = measures.items()
     if measure.compares and options.ref is None:
