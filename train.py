@@ -53,7 +53,7 @@ def main(ctx, **_):
             again = command_line.resume(given, again.run.resume).but(**changes)
         o = again
 
-    # One run, or the stages of progressive distillation until one is preempted.
+    # One run, or the rounds of progressive distillation until one is preempted.
     finished = True
     with contextlib.ExitStack() as held:
         for run in runs(o, held):
@@ -67,24 +67,24 @@ def main(ctx, **_):
 
 
 def runs(o: Options, held: contextlib.ExitStack) -> Iterator[Options]:
-    """The options of each run, in order: a single one, or the stages of progressive distillation.
+    """The options of each run, in order: a single one, or the rounds of progressive distillation.
 
     Args:
-        held: holds the lock of the folder of all stages.
-    Raises: UserError if stages exist and --resume is not given, or the other way round.
+        held: holds the lock of the folder of all rounds.
+    Raises: UserError if rounds exist and --resume is not given, or the other way round.
     """
     if o.run.objective != 'pd':
         yield o
         return
     from torch_utils import distributed
-    from training import configuration, restart, run_folder, run_lock, saved_files, stages
+    from training import configuration, restart, rounds, run_folder, run_lock, saved_files
 
     o = o.but(batch=o.run.batch or OBJECTIVES['pd'].defaults['batch'])
     run = o.run
 
-    # The folder that contains those of the stages.
+    # The folder that contains those of the rounds.
     if run.resume:
-        run_dir = saved_files.folder_of_stages(run.resume)
+        run_dir = saved_files.folder_of_rounds(run.resume)
     else:
         choose = run_folder.planned_run_dir if run.dry_run else run_folder.make_run_dir
         outdir_is_new = not os.path.lexists(run.outdir)
@@ -95,25 +95,25 @@ def runs(o: Options, held: contextlib.ExitStack) -> Iterator[Options]:
             held.callback(run_folder.remove_if_empty, run_dir)
     if not run.dry_run:
         held.enter_context(run_lock.locked(run_dir, run.take_lock))
-    begun = saved_files.stage_folders(run_dir)
+    begun = saved_files.round_folders(run_dir)
     if begun and not run.resume:
         raise UserError(
-            f'--outdir={run.outdir} holds the stages of an earlier run: resume it by --resume={run.outdir}, '
+            f'--outdir={run.outdir} holds the rounds of an earlier run: resume it by --resume={run.outdir}, '
             'or choose another folder.'
         )
     if run.resume and not begun:
         raise UserError(
-            f'--resume={run.resume} holds no stages of a progressive distillation: give its run folder, or '
+            f'--resume={run.resume} holds no rounds of a progressive distillation: give its run folder, or '
             'start a new run without --resume.'
         )
 
-    # All stages have one seed, which a resumed run takes from its first stage.
+    # All rounds have one seed, which a resumed run takes from the first.
     if run.seed is None:
-        o = o.but(seed=stages.recorded_options(begun[0])['seed'] if begun else configuration.random_seed())
+        o = o.but(seed=rounds.recorded_options(begun[0])['seed'] if begun else configuration.random_seed())
     if not run.dry_run:
         restart.remember(run_dir, o.run.seed, run.resume)
-    for stage in stages.stages(o, run_dir):
-        yield stage
+    for each in rounds.rounds(o, run_dir):
+        yield each
         if run.dry_run:
             return
 
@@ -184,7 +184,7 @@ def train(o: Options, held: contextlib.ExitStack) -> bool:
         c.run_dir = distributed.from_main(lambda: run_folder.make_run_dir(o, dataset.name))
         held.enter_context(run_lock.locked(c.run_dir, o.run.take_lock))
         distributed.from_main(lambda: run_folder.record_options(o, c))
-    if o.run.objective != 'pd':  # `runs` does so in the folder of all stages
+    if o.run.objective != 'pd':  # `runs` does so in the folder of all rounds
         restart.remember(c.run_dir, o.run.seed, o.run.resume)
 
     from training.training_loop import training_loop

@@ -141,7 +141,9 @@ def prepare(bundled: Bundled, runner: Runner) -> tuple[Path, dict[str, Metric]]:
             runner.run('data', 'dataset_tool.py', f'--source={bundled.name}', f'--dest={path}', *options)
     detector_names = [name for name in bundled.metrics if name != 'held-out']
     if not all(Path(file(f'{name}.pt')).exists() for name in detector_names):
-        runner.run('rulers', '-m', 'metrics.small_detectors', f'--data={data}', f'--outdir={runner.path("rulers")}')
+        runner.run(
+            'rulers', '-m', 'metrics.small_detectors', f'--data={data}', f'--outdir={runner.path("rulers")}'
+        )
 
     # Detectors are programs, which the scripts run only under a digest.
     metrics = {}

@@ -55,7 +55,7 @@ class Training:
         after: the training whose snapshot that is; None for the teacher's.
         steps, cost: number of optimizer steps; network evaluations per image of a step.
         batch: images per step.
-        stages: (folder, steps up to its end) of each student that the training makes; the folder is relative,
+        rounds: (folder, steps up to its end) of each student that the training makes; the folder is relative,
             '' for the training's own.
     """
 
@@ -67,7 +67,7 @@ class Training:
     steps: int
     cost: int
     batch: int
-    stages: tuple[tuple[str, int], ...]
+    rounds: tuple[tuple[str, int], ...]
 
     @property
     def evaluations(self) -> int:
@@ -87,7 +87,7 @@ class Model:
     Attributes:
         objective, seed: objective and seed of its training; the teacher's seed is None.
         training: the training that makes it; None for the teacher.
-        stage: index of the training's stage.
+        round: index of the training's round.
         S: number of steps it is trained for; None if it takes any number.
         solver, steps: sampling options.
         nfe: network evaluations per image.
@@ -97,7 +97,7 @@ class Model:
     objective: str
     seed: int | None
     training: Training | None
-    stage: int
+    round: int
     S: int | None
     solver: str
     steps: int
@@ -122,8 +122,8 @@ class Model:
         if self.sampling:
             return dict(facts, searched=self.sampling.searched)
 
-        # What was spent up to this stage, including the training before it.
-        steps = self.training.stages[self.stage][1]
+        # What was spent up to this round, including the training before it.
+        steps = self.training.rounds[self.round][1]
         earlier = self.training.after
         spent = steps * self.training.cost + (earlier.evaluations if earlier else 0)
         return dict(
@@ -208,7 +208,7 @@ def models_of(request: Request, objective: str, seed: int) -> list[Model]:
     # Progressive distillation makes students of all its numbers of steps on the way.
     if 'S_start' in known.own:
         training = halving_training(request, name, objective, seed)
-        made = [int(folder[1:]) for folder, _ in training.stages]
+        made = [int(folder[1:]) for folder, _ in training.rounds]
         return [Model(objective, seed, training, made.index(S), S, 'student', S, S) for S in request.steps]
 
     # Otherwise one training for each number of steps.
@@ -246,8 +246,8 @@ def make_training(
 
 
 def halving_training(request: Request, name: str, objective: str, seed: int) -> Training:
-    """Progressive distillation down to the fewest sampling steps, whose stages share the budget."""
-    from training.objectives.time_schedules import halving_stages
+    """Progressive distillation down to the fewest sampling steps, whose rounds share the budget."""
+    from training.objectives.time_schedules import halving_rounds
 
     # From FINER times the most steps down to the fewest.
     most, least = FINER * max(request.steps), min(request.steps)
@@ -258,9 +258,9 @@ def halving_training(request: Request, name: str, objective: str, seed: int) -> 
         *fixed,
     ]
 
-    # Every requested number of steps must be one of the stages.
+    # Every requested number of steps must be one of the rounds.
     try:
-        units = halving_stages(most, least, 1)
+        units = halving_rounds(most, least, 1)
     except ValueError as error:
         raise click.UsageError(
             f'--objectives={objective}: {error}. Give --steps that are halves of each other, or leave it out.'
@@ -271,15 +271,15 @@ def halving_training(request: Request, name: str, objective: str, seed: int) -> 
             'one of them out.'
         )
 
-    # Stages of one and two sampling steps are longer: `units` counts in ordinary stages.
+    # Rounds of one and two sampling steps are longer: `units` counts in ordinary rounds.
     cost = cost_of(name, [*options, f'--teacher={PLACEHOLDER}'])
     stage_steps = affordable(name, request.budget, cost * sum(count for _, count in units))
 
-    # Folders of the stages and steps up to their ends.
-    stages, so_far = [], 0
-    for S, steps in halving_stages(most, least, stage_steps):
+    # Folders of the rounds and steps up to their ends.
+    rounds, so_far = [], 0
+    for S, steps in halving_rounds(most, least, stage_steps):
         so_far += steps
-        stages.append((f'S{S:04d}', so_far))
+        rounds.append((f'S{S:04d}', so_far))
     return Training(
         name,
         objective,
@@ -289,7 +289,7 @@ def halving_training(request: Request, name: str, objective: str, seed: int) -> 
         so_far,
         cost,
         request.batch,
-        tuple(stages),
+        tuple(rounds),
     )
 
 

@@ -1,7 +1,7 @@
 """Curves of a run, also of one in progress: `python -m experiments.curves RUNDIR` writes training-curves.png.
 
 Panels over the images seen, each where the run has recorded it: loss, Fréchet distance, learning rate,
-half-life of the EMA, gradient norm, number of teacher edges, speed. Stages of a progressive distillation are
+half-life of the EMA, gradient norm, number of teacher edges, speed. Rounds of a progressive distillation are
 lines in the same panels.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from dnnlib import UserError, cli
-from training.saved_files import METRICS, STATS, stage_folders
+from training.saved_files import METRICS, STATS, round_folders
 
 CURVES = 'training-curves.png'
 Line = tuple[list[float], list[float]]  # thousands of images, values
@@ -50,7 +50,7 @@ def main(run_dir, dest):
 
 
 def folders_of(run_dir: str) -> dict[str, Path]:
-    """{name: folder with statistics}: the run's own, or those of its stages.
+    """{name: folder with statistics}: the run's own, or those of its rounds.
 
     Raises: UserError, which names what is there, if there are none.
     """
@@ -59,8 +59,8 @@ def folders_of(run_dir: str) -> dict[str, Path]:
         raise UserError(f'{run_dir} is not a folder: give the folder of a run.')
     if (folder / STATS).is_file():
         return {'': folder}
-    if stages := {path.name: path for path in stage_folders(folder) if (path / STATS).is_file()}:
-        return stages
+    if rounds := {path.name: path for path in round_folders(folder) if (path / STATS).is_file()}:
+        return rounds
     below = [path.name for path in sorted(folder.iterdir()) if (path / STATS).is_file()]
     runs = f'it holds the runs {", ".join(below)}: give one of them' if below else 'give the folder of a run'
     raise UserError(f'{run_dir} has no {STATS}: {runs}.')
@@ -76,23 +76,23 @@ def panels_of(folders: dict[str, Path]) -> dict[str, tuple[dict[str, Line], bool
         if line[0]:
             panels.setdefault(caption, ({}, logarithmic))[0][label] = line
 
-    for stage, folder in folders.items():
+    for each, folder in folders.items():
         stats = read_jsonl(folder / STATS)
         # The loss is the one that is not of a part of the images: of a segment, or of a range of noise levels.
         losses = dict.fromkeys(name for record in stats for name in record if is_loss(name))
         for name in losses:
-            label = ' '.join(filter(None, (stage, name.removeprefix('Loss/'))))
+            label = ' '.join(filter(None, (each, name.removeprefix('Loss/'))))
             line = line_of(stats, name)
             add('loss', label, line, logarithmic=min(line[1], default=0) > 0)
         # Evaluations, a line for each average.
         for record in (each for each in read_jsonl(folder / METRICS) if each.get('fid') is not None):
-            label = ' '.join(filter(None, (stage, record.get('ema', 'ema'))))
+            label = ' '.join(filter(None, (each, record.get('ema', 'ema'))))
             xs, ys = panels.setdefault('Fréchet distance', ({}, True))[0].setdefault(label, ([], []))
             xs.append(record['kimg'])
             ys.append(record['fid'])
         # Other statistics, where they were recorded.
         for caption, (name, logarithmic) in STATISTICS.items():
-            add(caption, stage, line_of(stats, name), logarithmic)
+            add(caption, each, line_of(stats, name), logarithmic)
     return panels
 
 

@@ -31,7 +31,7 @@ def train(
     """Start a training or resume it, unless it is finished. It starts from the snapshot `teacher`, or from
     that of the training before it."""
     folder = runner.path('trainings', training.name)
-    if is_finished(folder / training.stages[-1][0]):
+    if is_finished(folder / training.rounds[-1][0]):
         return
 
     # A resumed run needs its teacher again, but not the weights that it was initialized with.
@@ -39,8 +39,8 @@ def train(
     with_source = training.start == '--teacher' or (training.start and not resume)
     origin = [*([f'{training.start}={source}'] if with_source else []), *resume]
 
-    # About ten training states per stage, and no snapshots but the last.
-    kimg = training.steps * training.batch / 1e3 / len(training.stages)
+    # About ten training states per round, and no snapshots but the last.
+    kimg = training.steps * training.batch / 1e3 / len(training.rounds)
     runner.run(
         training.name,
         'train.py',
@@ -57,9 +57,9 @@ def train(
     )
 
 
-def snapshot(runner: Runner, training: Training, stage: int = -1) -> Path:
-    """The last snapshot of a finished training, or of one of its stages."""
-    return newest_snapshot(runner.path('trainings', training.name, training.stages[stage][0]))
+def snapshot(runner: Runner, training: Training, number: int = -1) -> Path:
+    """The last snapshot of a finished training, or of one of its rounds."""
+    return newest_snapshot(runner.path('trainings', training.name, training.rounds[number][0]))
 
 
 def measure_model(
@@ -78,7 +78,7 @@ def measure_model(
     """
     from experiments.report import write_grid
 
-    network = snapshot(runner, model.training, model.stage) if model.training else teacher
+    network = snapshot(runner, model.training, model.round) if model.training else teacher
     sampler = (
         sampler_options(runner, model.name, network, model.sampling, batch, labels)
         if model.sampling

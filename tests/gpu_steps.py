@@ -24,7 +24,7 @@ from metrics.generated import GeneratedImages
 from metrics.inception import FIDInception
 from sampling import generation
 from torch_utils import misc, training_stats
-from training import command_line, configuration, execution, networks, stages, starting_point
+from training import command_line, configuration, execution, networks, rounds, starting_point
 from training.checkpoint import save_snapshot
 from training.guidance import GuidedDenoiser
 from training.networks import edm2, switched
@@ -92,7 +92,7 @@ def waits_in_training(case: str, data: str, folder: Path) -> list[str]:
         words.append(f'--teacher={folder / kind}.pkl')
     o = command_line.parse(words)
     if objective == 'pd':
-        o = next(stages.stages(o, str(folder)))
+        o = next(rounds.rounds(o, str(folder)))
     dataset = configuration.open_dataset(o.run)
     teacher = starting_point.load_teacher(o, dataset) if o.teacher else None
     teacher = starting_point.guided_teacher(o, teacher)

@@ -78,7 +78,7 @@ def read_statistics(folder: str) -> None:
 
 
 def read_stage(folder: str) -> None:
-    from training.stages import recorded_options
+    from training.rounds import recorded_options
 
     recorded_options(folder)
 

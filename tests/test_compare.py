@@ -125,7 +125,7 @@ def test_students_of_a_fixed_grid_are_trained_for_each_number_of_steps_and_consi
 def test_progressive_distillation_is_one_chain_whose_students_are_its_entries():
     models = {m.nfe: m for m in plan(request(('pd',)))}
     (training,) = {m.training for m in models.values()}
-    assert [folder for folder, _ in training.stages] == [
+    assert [folder for folder, _ in training.rounds] == [
         'S0064',
         'S0032',
         'S0016',
@@ -134,7 +134,7 @@ def test_progressive_distillation_is_one_chain_whose_students_are_its_entries():
         'S0002',
         'S0001',
     ]
-    assert {n: training.stages[m.stage][0] for n, m in models.items()} == {
+    assert {n: training.rounds[m.round][0] for n, m in models.items()} == {
         1: 'S0001',
         2: 'S0002',
         4: 'S0004',

@@ -196,4 +196,4 @@ def test_a_later_stage_of_progressive_distillation_names_the_first(tmp_path, dig
     c = dry_run(f'--data={digits}', '--cond=1', '--objective=pd', f'--teacher={teacher}', '--S_start=4')
     c['loss']['S'] = 2
     result = CliRunner().invoke(train.main, ['--outdir=x', write(tmp_path / 'c.json', c)])
-    assert_one_clear_error(result, 'stage of 2 steps', 'take that of 4')
+    assert_one_clear_error(result, 'round of 2 steps', 'take that of 4')

@@ -238,7 +238,7 @@ def test_progressive_distillation_may_start_from_a_student_of_twice_the_steps(
         (['--hop=heun'], ['ddim or addim']),
         (['--student_grid=edm'], ['full grids']),
         (['--snap=0'], ["next one's teacher"]),
-        (['--val=1', '--val_ref=x.npz', '--val_steps=3'], ['each stage']),
+        (['--val=1', '--val_ref=x.npz', '--val_steps=3'], ['each round']),
         (['--T_end=9'], ['mcd or mct or direct']),
         (['--transfer=x.pkl'], ['starts from its teacher']),
     ],
@@ -252,7 +252,7 @@ def test_stages_of_an_earlier_run_are_not_overwritten(progressive, digits, teach
     arguments = [f'--data={digits}', '--objective=pd', f'--teacher={teacher}', *SHORT]
     assert_one_clear_error(
         CliRunner().invoke(train.main, [f'--outdir={progressive}', *arguments]),
-        'holds the stages of an earlier run',
+        'holds the rounds of an earlier run',
         '--resume',
     )
     assert_one_clear_error(

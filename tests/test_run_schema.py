@@ -30,9 +30,9 @@ from training.checkpoint import load_network, read_state, save_snapshot, save_st
 from training.command_line import RUN
 from training.objectives import OBJECTIVES
 from training.recorded import RECORDED
+from training.rounds import recorded_options
 from training.run_files import saved_states
 from training.run_log import forget_future
-from training.stages import recorded_options
 
 DEEP = []
 for _ in range(200_000):

@@ -333,22 +333,22 @@ def test_the_mean_of_scaled_losses_is_the_sum_of_the_two_means(share):
 def test_halving_equals_the_published_schedule(family):
     """Column 1: from 1024 steps, 50,000 optimizer steps a stage, and twice that for the last two stages."""
     schedule = [
-        S for S, steps in times.halving_stages(1024, 1, 50_000) for _ in range(steps // 50_000)
+        S for S, steps in times.halving_rounds(1024, 1, 50_000) for _ in range(steps // 50_000)
     ]  # S of every 50,000 steps
     got = [schedule[min(k // 50_000, len(schedule) - 1)] for k in family['openai.steps'].tolist()]
     assert got == family['openai.progdist'][:, 1].tolist()
 
 
 def test_stages_halve_down_to_their_end():
-    assert times.halving_stages(16, 4, 100) == [(16, 100), (8, 100), (4, 100)]
-    assert times.halving_stages(2, 1, 100) == [(2, 200), (1, 200)]
-    assert times.halving_stages(6, 6, 100) == [(6, 100)]
+    assert times.halving_rounds(16, 4, 100) == [(16, 100), (8, 100), (4, 100)]
+    assert times.halving_rounds(2, 1, 100) == [(2, 200), (1, 200)]
+    assert times.halving_rounds(6, 6, 100) == [(6, 100)]
 
 
 @pytest.mark.parametrize('start, end', [(6, 4), (2, 4), (12, 5), (4, 0)])
 def test_steps_that_do_not_halve_to_their_end_are_refused(start, end):
     with pytest.raises(ValueError, match='by halving'):
-        times.halving_stages(start, end, 100)
+        times.halving_rounds(start, end, 100)
 
 
 # ----------------------------------------------------------------------------

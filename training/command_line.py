@@ -234,22 +234,22 @@ def check_together(o: Options) -> None:
     if run.val_teacher and not o.teacher:
         raise click.UsageError(f'--val_teacher=1 needs a teacher, and --objective={name} has none.')
     if name == 'pd':
-        check_stages_of_halving(run)
+        check_rounds(run)
 
 
-def check_stages_of_halving(run: RunConfig) -> None:
+def check_rounds(run: RunConfig) -> None:
     """Raises: click.UsageError for options that the rounds of progressive distillation choose themselves."""
     for given, cure in (
-        (run.budget, '--budget is not for pd: a stage lasts --stage_steps optimizer steps.'),
-        (run.duration, '--duration is not for pd: a stage lasts --stage_steps optimizer steps.'),
-        (run.val_steps, '--val_steps is not for pd: each stage has its own number of steps.'),
+        (run.budget, '--budget is not for pd: a round lasts --stage_steps optimizer steps.'),
+        (run.duration, '--duration is not for pd: a round lasts --stage_steps optimizer steps.'),
+        (run.val_steps, '--val_steps is not for pd: each round has its own number of steps.'),
         (run.transfer, '--transfer is not for pd: each student starts from its teacher.'),
     ):
         if given is not None:
             raise click.UsageError(cure)
     if not run.snap:
         raise click.UsageError(
-            "--snap=0 leaves no snapshot, and a stage's last one is the next one's teacher."
+            "--snap=0 leaves no snapshot, and a round's last one is the next one's teacher."
         )
 
 

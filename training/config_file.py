@@ -83,7 +83,7 @@ def from_record(c: Mapping, known: Mapping[str, Option]) -> dict[str, str]:
     values = recorded_options(c, known)
     if (stages := c.get('stages')) and c['loss']['S'] != stages[0][0]:
         raise ValueError(
-            f'is of the stage of {c["loss"]["S"]} steps, whose teacher an earlier stage made: take that of '
+            f'is of the round of {c["loss"]["S"]} steps, whose teacher an earlier round made: take that of '
             f'{stages[0][0]} steps'
         )
 
@@ -138,7 +138,7 @@ def recorded_options(c: Mapping, known: Mapping[str, Option]) -> dict[str, objec
     ):
         values[option] = loss[recorded] // batch if loss.get(recorded) is not None else None
     if stages:
-        # Stages of one or two sampling steps are twice as long.
+        # Rounds of one or two sampling steps are twice as long.
         (values['S_start'], steps), (values['S'], _) = stages[0], stages[-1]
         values['stage_steps'] = steps // 2 if values['S_start'] <= 2 else steps
     else:

@@ -20,8 +20,8 @@ from dnnlib.util import atomic_write
 from torch_utils import distributed, elastic
 from training.command_line import Options
 from training.config import RunConfig
-from training.saved_files import LAUNCH, folder_of, folder_of_stages, saved_states, stage_folders
-from training.stages import ANEW
+from training.rounds import ANEW
+from training.saved_files import LAUNCH, folder_of, folder_of_rounds, round_folders, saved_states
 
 RECORD = schema.Record(
     dict(
@@ -96,8 +96,8 @@ def _changes(o: Options, launch: dict) -> tuple[dict, str]:
     own = [path for path in states if passed_over.get(path.name) != path.stat().st_mtime_ns]
 
     # Resume if there is one, or else begin again in the folder.
-    if o.run.objective == 'pd' and not passed_over and stage_folders(folder):
-        return dict(of_start, resume=os.fspath(folder)), f'resuming the stages in {folder}'
+    if o.run.objective == 'pd' and not passed_over and round_folders(folder):
+        return dict(of_start, resume=os.fspath(folder)), f'resuming the rounds in {folder}'
     # A folder lets resuming skip damaged states, but must then not hold abandoned ones.
     if own:
         resume = os.fspath(own[0] if len(own) < len(states) else with_states)
@@ -111,7 +111,7 @@ def _changes(o: Options, launch: dict) -> tuple[dict, str]:
 def _candidates(run: RunConfig) -> list[Path]:
     """The folders that the earlier attempt may have trained in."""
     if run.resume:
-        folder = folder_of_stages if run.objective == 'pd' else folder_of
+        folder = folder_of_rounds if run.objective == 'pd' else folder_of
         return [Path(folder(run.resume))]
     if run.nosubdir:
         return [Path(run.outdir)]

@@ -18,7 +18,7 @@ def nothing_to_do(run: Run) -> bool:
         return False
     seen, end = f'{c.resume} has seen {progress.nimg / 1e3:g} kimg', f'{c.total_nimg / 1e3:g} kimg'
     if c.stages:
-        run.log(f'Nothing to do: {seen}, and this stage ends at {end}.')
+        run.log(f'Nothing to do: {seen}, and this round ends at {end}.')
     else:
         run.log(
             f'Nothing to do: {seen}, and --duration={c.total_nimg / 1e6:g} ends the run at {end}. Give a '
@@ -60,7 +60,7 @@ def stop_here(run: Run, stop: PreemptionHandler, hosts: distributed.AsyncAllRedu
         f'{f"--resume={files.run_dir} continues from {state}" if state else "there is none to resume from"}.'
     )
     if state:
-        folder = saved_files.folder_of_stages(files.run_dir) if c.stages else files.run_dir
+        folder = saved_files.folder_of_rounds(files.run_dir) if c.stages else files.run_dir
         log(f'Resume by: {shlex.join([*elastic.launcher(), f"--resume={folder}"])}')
     log.close()
     return False

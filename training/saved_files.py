@@ -47,8 +47,8 @@ def _saved(folder: str | os.PathLike, kind: str, suffix: str) -> list[Path]:
 # Folders of runs.
 
 
-def stage_folders(run_dir: str | os.PathLike) -> list[Path]:
-    """The folders of the stages of a progressive distillation that have begun, in order."""
+def round_folders(run_dir: str | os.PathLike) -> list[Path]:
+    """The folders of the rounds of a progressive distillation that have begun, in order."""
     return sorted(
         (path for path in Path(run_dir).glob('S*') if re.fullmatch(r'S\d{4,}', path.name)), reverse=True
     )
@@ -59,18 +59,18 @@ def folder_of(resume: str) -> str:
     return resume if os.path.isdir(resume) else os.path.dirname(os.path.abspath(resume))
 
 
-def folder_of_stages(path: str | os.PathLike) -> str:
-    """The folder of the progressive distillation that a path names: by itself, a stage, or a state."""
+def folder_of_rounds(path: str | os.PathLike) -> str:
+    """The folder of the progressive distillation that a path names: by itself, a round, or a state."""
     path = Path(path)
-    stage = path.parent if path.suffix == '.pt' else path
-    return os.fspath(stage.parent if re.fullmatch(r'S\d{4,}', stage.name) else stage)
+    folder = path.parent if path.suffix == '.pt' else path
+    return os.fspath(folder.parent if re.fullmatch(r'S\d{4,}', folder.name) else folder)
 
 
 def run_folders(folder: str | os.PathLike) -> list[Path]:
     """The folders of runs in a folder, newest first by the time of what they last saved."""
     found = []
     for run in (path for path in Path(folder).iterdir() if path.is_dir()):
-        own = [run, *stage_folders(run)]
+        own = [run, *round_folders(run)]
         files = [
             file for part in own for file in (part / OPTIONS, *saved_states(part), *saved_snapshots(part))
         ]
@@ -82,7 +82,7 @@ def run_folders(folder: str | os.PathLike) -> list[Path]:
 def which_run(folder: str | os.PathLike, option: str = '') -> str | None:
     """That a folder is one of run folders and which ones, to complete 'it ...'; None if it is not."""
     runs = run_folders(folder)
-    if not runs or stage_folders(folder):
+    if not runs or round_folders(folder):
         return None
     listed = ', '.join(map(str, runs[:LISTED])) + (f' and {len(runs) - LISTED} more' * (len(runs) > LISTED))
     return (
@@ -96,13 +96,13 @@ def no_state(folder: str | os.PathLike) -> str:
         return f'it {runs}'
     found = 'none of its states is whole' if saved_states(folder) else 'it holds no training-state-*.pt'
     return (
-        f'{found}. Give a training state or the folder of a run that saved one (or that of all stages of '
+        f'{found}. Give a training state or the folder of a run that saved one (or that of all rounds of '
         'progressive distillation), or start anew without --resume, in another folder.'
     )
 
 
 def newest_snapshot(folder: str | os.PathLike, option: str = '') -> Path:
-    """The snapshot in a run folder that has seen most images; of progressive distillation, of its last stage.
+    """The snapshot in a run folder that has seen most images; of progressive distillation, of its last round.
 
     Raises: UserError, whose message completes 'it ...', if there is none.
     """
@@ -112,7 +112,7 @@ def newest_snapshot(folder: str | os.PathLike, option: str = '') -> Path:
 
 
 def _newest_snapshot(folder: str | os.PathLike) -> Path | None:
-    for part in (Path(folder), *reversed(stage_folders(folder))):
+    for part in (Path(folder), *reversed(round_folders(folder))):
         if found := saved_snapshots(part):
             return found[0]
     return None

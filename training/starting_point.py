@@ -220,7 +220,7 @@ def check_kind(o: Options, teacher) -> None:
         )
     halving = o.run.objective == 'pd'
     if steps and not (
-        halving and is_stage_of(metadata, o, *samplers.clip_range(teacher, o.own.sigma_min, o.own.sigma_max))
+        halving and is_round_of(metadata, o, *samplers.clip_range(teacher, o.own.sigma_min, o.own.sigma_max))
     ):
         what = 'a consistency model' if metadata.get('solver') == 'cm' else f'a student of {steps} steps'
         nested = (
@@ -235,7 +235,7 @@ def check_kind(o: Options, teacher) -> None:
         )
 
 
-def is_stage_of(metadata: dict, o: Options, sigma_min: float, sigma_max: float) -> bool:
+def is_round_of(metadata: dict, o: Options, sigma_min: float, sigma_max: float) -> bool:
     """Whether a snapshot is of the student with twice as many steps as the first one of these options."""
     from training.consistency_ops import student_grid
 

@@ -13,7 +13,7 @@ from dnnlib.options import Option
 from dnnlib.schema import read_json
 from dnnlib.text import printable
 from training import config_file
-from training.saved_files import OPTIONS, folder_of, folder_of_stages, no_state, saved_states, stage_folders
+from training.saved_files import OPTIONS, folder_of, folder_of_rounds, no_state, round_folders, saved_states
 
 recorded = lazy_import('training.recorded')  # it imports PyTorch, which --help must not
 
@@ -25,29 +25,29 @@ NOT_STORED = ('transfer', 'schedule_steps', 'stage_steps', 'tangent_warmup')
 def read(resume: str, known: Mapping[str, Option]) -> dict[str, str]:
     """The options, {name: value as on a command line}, of the run that --resume names.
 
-    Of progressive distillation they are those of all its stages, with the first one's teacher.
+    Of progressive distillation they are those of all its rounds, with the first one's teacher.
 
     Raises: UserError if there is no such run, or its options cannot be read.
     """
-    # A state, a run's folder, or the folder of stages, which has no states itself.
-    of_stages, stages = folder_of_stages(resume), []
+    # A state, a run's folder, or the folder of rounds, which has no states itself.
+    of_rounds, rounds = folder_of_rounds(resume), []
     alone = os.path.isdir(resume) and not saved_states(resume)
     c = None if alone else of_state(resume)
     if c is None or c.get('stages'):
-        stages = stage_folders(of_stages)
-    if c is None and not stages:
+        rounds = round_folders(of_rounds)
+    if c is None and not rounds:
         raise UserError(f'--resume={resume}: {no_state(resume)}')
     try:
-        if not stages:
+        if not rounds:
             kept = config_file.from_record(dict(c, stages=None), known)
             kept = {name: word for name, word in kept.items() if name not in NOT_STORED}
             return kept | dict(outdir=folder_of(resume))
 
-        # The newest stage has the options that the run was last resumed with.
-        first, newest = of_stage(stages[0]), of_stage(stages[-1])
+        # The newest round has the options that the run was last resumed with.
+        first, newest = of_round(rounds[0]), of_round(rounds[-1])
         c = dict(newest, teacher=first['teacher'], loss=dict(newest['loss'], S=newest['stages'][0][0]))
         kept = config_file.from_record(c, known)
-        return {name: word for name, word in kept.items() if name != 'transfer'} | dict(outdir=of_stages)
+        return {name: word for name, word in kept.items() if name != 'transfer'} | dict(outdir=of_rounds)
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise UserError(f'--resume={resume}: its configuration {printable(error, 400)}.') from error
 
@@ -65,15 +65,15 @@ def of_state(resume: str) -> dict:
     raise UserError(f'--resume={resume}: {no_state(resume)}')
 
 
-def of_stage(folder: Path) -> dict:
-    """The configuration of a stage of progressive distillation. Raises: UserError if it is missing or damaged."""
+def of_round(folder: Path) -> dict:
+    """The configuration of a round of progressive distillation. Raises: UserError if it is missing or damaged."""
     if saved_states(folder):
         return of_state(os.fspath(folder))
     return recorded_options(folder)
 
 
 def recorded_options(folder: str | os.PathLike) -> dict:
-    """The training_options.json of a stage. Raises: UserError if it is missing or damaged."""
+    """The training_options.json of a round. Raises: UserError if it is missing or damaged."""
     path = Path(folder, OPTIONS)
     try:
         return read_json(path, recorded.STAGE, 'the configuration')

@@ -30,7 +30,7 @@ def check_two_steps(student_grid: str, hop: str | Callable) -> None:
     """Raises: ValueError unless two steps of the teacher lead from one level of the student to the next."""
     if student_grid != 'full':
         raise ValueError(
-            f'--student_grid={student_grid}: the stages of pd are nested on full grids only; leave it out.'
+            f'--student_grid={student_grid}: the rounds of pd are nested on full grids only; leave it out.'
         )
     if hop not in ('ddim', 'addim') and not callable(hop):
         raise ValueError(f'--hop={hop}: the teacher of pd takes its own steps, ddim or addim.')
@@ -49,7 +49,7 @@ class ProgressiveConfig(Stages, Students, TeacherHop):
     S_start: int = opt(
         512,
         cli.STEPS,
-        'Sampling steps of the first student (pd), halved from stage to stage down to --S; its teacher is sampled in twice as many.',
+        'Sampling steps of the first student (pd), halved from round to round down to --S; its teacher is sampled in twice as many.',
         metavar='INT',
         record=False,
     )
@@ -58,7 +58,7 @@ class ProgressiveConfig(Stages, Students, TeacherHop):
         super().__post_init__()
         try:
             # Every round halves the number of steps: S_start is S times a power of two.
-            times.halving_stages(self.S_start, self.S, self.stage_steps)
+            times.halving_rounds(self.S_start, self.S, self.stage_steps)
         except ValueError as error:
             raise click.UsageError(
                 f'--S_start={self.S_start}, --S={self.S}: {error}. Give a --S_start that is --S times a power of two.'
@@ -69,7 +69,7 @@ class ProgressiveConfig(Stages, Students, TeacherHop):
     def cost(self) -> float:
         # Two teacher steps, and the student's forward and backward pass. Only the first round's teacher is
         # guided.
-        lengths = [steps for _, steps in times.halving_stages(self.S_start, self.S, self.stage_steps)]
+        lengths = [steps for _, steps in times.halving_rounds(self.S_start, self.S, self.stage_steps)]
         return 2 + 3 + 2 * (self.guide_cost - 1) * lengths[0] / sum(lengths)
 
 

@@ -323,7 +323,7 @@ class Stages(Config):
     stage_steps: int | None = opt(
         None,
         cli.COUNT,
-        'Optimizer steps of a stage; pd takes twice as many for --S=2 and 1.',
+        'Optimizer steps of a stage; for pd, of a round, twice as many for --S=2 and 1.',
         metavar='INT',
         record=False,
         default_text='ect: --duration in equal stages, 8 for --q=2, 4 for --q=4, until 1 - r/t is about 1/256; tcm 1; pd 50000',

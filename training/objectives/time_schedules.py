@@ -275,7 +275,7 @@ def boundary_scales(at_boundary: Tensor, batch: int, share: float, w_b: float) -
 # Progressive distillation (Salimans & Ho 2022); the edges of a round are `loss_pd.halving_edges`.
 
 
-def halving_stages(start: int, end: int, stage_steps: int) -> list[tuple[int, int]]:
+def halving_rounds(start: int, end: int, stage_steps: int) -> list[tuple[int, int]]:
     """(S, optimizer steps) of each round: S = start, start/2, …, end. Rounds of two sampling steps and of one
     take twice as long (Salimans & Ho 2022; OpenAI's consistency_models).
 

@@ -15,7 +15,7 @@ from dnnlib.text import printable
 from training.command_line import Options
 from training.guidance_options import GuidanceOptions
 from training.objectives import time_schedules as times
-from training.saved_files import saved_snapshots, saved_states, stage_folders
+from training.saved_files import round_folders, saved_snapshots, saved_states
 from training.stored_options import recorded_options
 
 # Options of a run that resumes nothing, and of one whose teacher is not guided.
@@ -23,43 +23,43 @@ ANEW = dict(resume=None, resume_override=False, allow_other_data=False)
 UNGUIDED = dict(guide=None, guidance=None, guidance_interval=None)
 
 
-def stages(o: Options, run_dir: str) -> Iterator[Options]:
-    """The options of each stage in turn, which start it, or resume it if it was interrupted.
+def rounds(o: Options, run_dir: str) -> Iterator[Options]:
+    """The options of each round in turn, which start it, or resume it if it was interrupted.
 
-    A finished stage that left states is resumed too, so that its options are compared with these; it has
+    A finished round that left states is resumed too, so that its options are compared with these; it has
     nothing to do.
 
     Args:
         o: options of train.py; `batch` and `seed` are known.
-        run_dir: folder of the stages' folders.
-    Raises: UserError if a stage does not follow from the one before it.
+        run_dir: folder of the rounds' folders.
+    Raises: UserError if a round does not follow from the one before it.
     """
     from torch_utils import distributed
     from training import configuration, same_run
 
-    teacher, plan = o.teacher, times.halving_stages(o.own.S_start, o.own.S, o.own.stage_steps)
+    teacher, plan = o.teacher, times.halving_rounds(o.own.S_start, o.own.S, o.own.stage_steps)
     data = None
 
-    # The stages that exist are those of these options.
-    for folder in stage_folders(run_dir):
+    # The rounds that exist are those of these options.
+    for folder in round_folders(run_dir):
         if (recorded := recorded_options(folder)['stages']) != [[S, steps] for S, steps in plan]:
             raise UserError(
-                f'{run_dir} holds a progressive distillation in the stages {json.dumps(recorded)} (sampling '
+                f'{run_dir} holds a progressive distillation in the rounds {json.dumps(recorded)} (sampling '
                 f'steps, optimizer steps), these options say {json.dumps(plan)}: resume with the --S_start, '
                 '--S and --stage_steps it was made with.'
             )
 
-    # Yield one stage after the other; the last snapshot of each is the teacher of the next. That is not
+    # Yield one round after the other; the last snapshot of each is the teacher of the next. That is not
     # guided: what guidance does, the first student has learned.
     for i, (S, steps) in enumerate(plan):
         folder, total = os.path.join(run_dir, f'S{S:04d}'), steps * o.run.batch
         snapshot, has_states = distributed.broadcast_object(
             (_finished(folder, total, teacher, o.own), bool(saved_states(folder)))
         )
-        # Start the stage, or resume it.
+        # Start the round, or resume it.
         if snapshot is None or has_states:
             resume = o.run.resume if o.run.resume and Path(o.run.resume).parent == Path(folder) else folder
-            stage = o.but(
+            one = o.but(
                 S=S,
                 S_start=S,
                 teacher=teacher,
@@ -69,7 +69,7 @@ def stages(o: Options, run_dir: str) -> Iterator[Options]:
                 **(dict(resume=resume) if has_states else ANEW),
                 **(UNGUIDED if i else {}),
             )
-            yield dataclasses.replace(stage, stages=tuple(plan))
+            yield dataclasses.replace(one, stages=tuple(plan))
             snapshot = distributed.broadcast_object(_finished(folder, total, teacher, o.own))
         # Without a state to resume from, compare the data with the record in its folder.
         else:
@@ -78,14 +78,14 @@ def stages(o: Options, run_dir: str) -> Iterator[Options]:
                 distributed.print0(printable(about_data), file=sys.stderr)
         if snapshot is None:
             raise UserError(
-                f'{folder} has no snapshot of {total} images, from which the next stage would start: resume '
+                f'{folder} has no snapshot of {total} images, from which the next round would start: resume '
                 'with the --batch it was made with, or delete that folder and the ones of fewer steps.'
             )
         teacher = snapshot
 
 
 def _finished(folder: str, total_nimg: int, teacher: str, guidance: GuidanceOptions) -> str | None:
-    """The last snapshot of a finished stage; None if it is not finished, and on all but the main process."""
+    """The last snapshot of a finished round; None if it is not finished, and on all but the main process."""
     from torch_utils import distributed
     from training.checkpoint import load_network, network_digest
 
