@@ -15,7 +15,7 @@ from dnnlib import UserError
 from training import consistency_ops as ops
 from training import networks, samplers
 from training.checkpoint import save_snapshot
-from training.objectives.loss_flowmap import FlowMapConfig
+from training.objectives.loss_flowmap import FlowMapConfig, flow_map_pairs
 from training.objectives.trajectories import GROUPS, TrajectoryStore
 from training.rng import SampleRng
 
@@ -62,7 +62,7 @@ def sample_of_each(count, seed=0):
     'steps, T, share', [([1, 2, 4, 8], 16, 0.8), ([3], 6, 1.0), ([5, 1], 5, 0.3), ([1], 1, 0.5)]
 )
 def test_a_share_of_the_samples_is_on_the_steps_of_sampling_and_the_rest_on_all_pairs(steps, T, share):
-    edges, probabilities, ends = ops.flow_map_pairs(T, steps, share, 0.002, 80.0, 7.0)
+    edges, probabilities, ends = flow_map_pairs(T, steps, share, 0.002, 80.0, 7.0)
     ops.check_edges(edges)
     assert probabilities.sum() == pytest.approx(1, abs=1e-12)
     grid, known = ops.student_grid(T, 0.002, 80.0, 7.0, 'full'), T * (T + 1) // 2
@@ -82,7 +82,7 @@ def test_a_share_of_the_samples_is_on_the_steps_of_sampling_and_the_rest_on_all_
 
 def test_a_number_of_steps_that_is_not_on_the_grid_is_refused():
     with pytest.raises(ValueError, match='3 does not divide 8'):
-        ops.flow_map_pairs(8, [1, 3], 0.8, 0.002, 80.0, 7.0)
+        flow_map_pairs(8, [1, 3], 0.8, 0.002, 80.0, 7.0)
 
 
 # ----------------------------------------------------------------------------

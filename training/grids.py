@@ -10,7 +10,7 @@ Pure functions in FP64. Imports nothing of ours but names; `consistency_ops` re-
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -198,48 +198,6 @@ def edge_table(teacher: Tensor, student: Tensor) -> Edges:
     sigma_s = torch.maximum(teacher[1:], sigma_b)
     kind = torch.where(sigma_s > sigma_b, GENERAL, torch.where(sigma_s > 0, SNAP, TERMINAL))
     return Edges(sigma_t, sigma_s, sigma_b, segment, kind)
-
-
-def flow_map_pairs(
-    T: int,
-    steps: Sequence[int],
-    grid_share: float,
-    sigma_min: float,
-    sigma_max: float,
-    rho: float,
-    spacing: str = 'karras',
-) -> tuple[Edges, Tensor, Tensor]:
-    """The pairs of levels sigma_t > r of a `full` grid of T steps that a two-time student learns.
-
-    A share `grid_share` of the probability is on the steps that sampling takes with any of the numbers `steps`, all
-    alike; the `full` grid of N steps is every (T / N)-th level of that of T. The rest is on all pairs alike.
-
-    Returns: the pairs as edges (sigma_t, the next lower level sigma_s, and r as boundary sigma_b; segment k are the
-        steps of number k of `steps`, and the last segment all other pairs), [P]; their probabilities, [P] float64; the
-        positions of sigma_t and r in the grid, [P, 2] int64.
-    Raises: ValueError unless each of `steps` divides T.
-    """
-    if odd := [N for N in steps if T % N]:
-        raise ValueError(f'{odd[0]} steps are not on a grid of {T}: {odd[0]} does not divide {T}')
-    grid = student_grid(T, sigma_min, sigma_max, rho, 'full', spacing)
-    upper, lower = torch.triu_indices(T + 1, T + 1, 1)
-
-    # Which number of steps takes a pair, if any does: N goes T / N levels down, from a multiple of that.
-    segment = torch.full_like(upper, len(steps))
-    probability = torch.full(upper.shape, (1 - grid_share) / len(upper), dtype=torch.float64)
-    for k, N in enumerate(steps):
-        taken = (lower - upper == T // N) & (upper % (T // N) == 0)
-        segment[taken] = k
-        probability[taken] += grid_share / sum(steps)
-
-    # In order of segments, without pairs that are never drawn.
-    order = segment.argsort(stable=True)
-    order = order[probability[order] > 0]
-    upper, lower = upper[order], lower[order]
-    sigma_t, sigma_s, sigma_b = grid[upper], grid[upper + 1], grid[lower]
-    kind = torch.where(sigma_s > sigma_b, GENERAL, torch.where(sigma_s > 0, SNAP, TERMINAL))
-    edges = Edges(sigma_t, sigma_s, sigma_b, segment[order], kind)
-    return edges, probability[order], torch.stack([upper, lower], dim=1)
 
 
 def check_edges(edges: Edges) -> None:

@@ -31,6 +31,8 @@ from training.objectives.options import (
 from training.objectives.trajectories import TrajectoryStore
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 torch = lazy_import('torch')
@@ -136,11 +138,53 @@ OBJECTIVE = Objective(
 # fmt: on
 
 
+def flow_map_pairs(
+    T: int,
+    steps: Sequence[int],
+    grid_share: float,
+    sigma_min: float,
+    sigma_max: float,
+    rho: float,
+    spacing: str = 'karras',
+) -> tuple[grids.Edges, Tensor, Tensor]:
+    """The pairs of levels sigma_t > r of a `full` grid of T steps that a two-time student learns.
+
+    A share `grid_share` of the probability is on the steps that sampling takes with any of the numbers `steps`, all
+    alike; the `full` grid of N steps is every (T / N)-th level of that of T. The rest is on all pairs alike.
+
+    Returns: the pairs as edges (sigma_t, the next lower level sigma_s, and r as boundary sigma_b; segment k are the
+        steps of number k of `steps`, and the last segment all other pairs), [P]; their probabilities, [P] float64; the
+        positions of sigma_t and r in the grid, [P, 2] int64.
+    Raises: ValueError unless each of `steps` divides T.
+    """
+    if odd := [N for N in steps if T % N]:
+        raise ValueError(f'{odd[0]} steps are not on a grid of {T}: {odd[0]} does not divide {T}')
+    grid = ops.student_grid(T, sigma_min, sigma_max, rho, 'full', spacing)
+    upper, lower = torch.triu_indices(T + 1, T + 1, 1)
+
+    # Which number of steps takes a pair, if any does: N goes T / N levels down, from a multiple of that.
+    segment = torch.full_like(upper, len(steps))
+    probability = torch.full(upper.shape, (1 - grid_share) / len(upper), dtype=torch.float64)
+    for k, N in enumerate(steps):
+        taken = (lower - upper == T // N) & (upper % (T // N) == 0)
+        segment[taken] = k
+        probability[taken] += grid_share / sum(steps)
+
+    # In order of segments, without pairs that are never drawn.
+    order = segment.argsort(stable=True)
+    order = order[probability[order] > 0]
+    upper, lower = upper[order], lower[order]
+    sigma_t, sigma_s, sigma_b = grid[upper], grid[upper + 1], grid[lower]
+    kind = torch.where(sigma_s > sigma_b, ops.GENERAL, torch.where(sigma_s > 0, ops.SNAP, ops.TERMINAL))
+    edges = ops.Edges(sigma_t, sigma_s, sigma_b, segment[order], kind)
+    return edges, probability[order], torch.stack([upper, lower], dim=1)
+
+
 class FlowMapState(EdgeSchedule):
     """The pairs of levels, and stored solutions of the teacher.
 
     Args:
-        c: steps, T, grid_share, sigma_grid, rho, sigma_min, sigma_max, see `grids.flow_map_pairs`; target, solution_share;
+        c: steps, T, grid_share, sigma_grid, rho, sigma_min, sigma_max, see `flow_map_pairs`; target, solution_share;
             reuse, batch_size, see `TrajectoryStore`; hop, xvar_frac; cd_loss, cd_weight_mode, sigma_data; sync_dropout.
         teacher: D(x, sigma, class_labels), frozen; None: hops are the data's.
     """
@@ -157,7 +201,7 @@ class FlowMapState(EdgeSchedule):
 
     def edges_at(self, stage: int):
         c = self.c
-        edges, probabilities, ends = ops.flow_map_pairs(
+        edges, probabilities, ends = flow_map_pairs(
             c.T, c.steps, c.grid_share, c.sigma_min, c.sigma_max, c.rho, c.sigma_grid
         )
         self._ends, self._ends_on_device = ends, None
