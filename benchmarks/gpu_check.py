@@ -131,9 +131,9 @@ def averages_on_the_host_equal_those_on_the_device(s: Session) -> None:
 
 def a_step_that_is_not_finite_changes_nothing(s: Session) -> None:
     """And halves the loss scale; its count arrives on the host."""
-    for radam in (False, True):
+    for optim in ('adam', 'radam'):
         flat = FlatParameters(torch.nn.Linear(64, 64).to(s.device))
-        update, skips = WeightUpdate(flat, (0.9, 0.999), 1e-8, None, radam=radam), misc.AsyncScalar(s.device)
+        update, skips = WeightUpdate(flat, (0.9, 0.999), 1e-8, None, optim=optim), misc.AsyncScalar(s.device)
         before = flat.weights.detach().clone()
         flat.weights.grad.fill_(1.0)[5] = float('nan')
         update.step(1e-3)

@@ -171,7 +171,7 @@ def plan(request: Request) -> list[Model]:
     single = [
         name
         for name in request.objectives
-        if 'S' in OBJECTIVES[name].options and 'S_start' not in OBJECTIVES[name].own
+        if 'S' in OBJECTIVES[name].options and 'S_start' not in OBJECTIVES[name].own_defaults
     ]
     known = {
         *request.objectives,
@@ -206,7 +206,7 @@ def models_of(request: Request, objective: str, seed: int) -> list[Model]:
         return [Model(objective, seed, training, 0, None, solver, steps, steps) for steps in request.steps]
 
     # Progressive distillation makes students of all its numbers of steps on the way.
-    if 'S_start' in known.own:
+    if 'S_start' in known.own_defaults:
         training = halving_training(request, name, objective, seed)
         made = [int(folder[1:]) for folder, _ in training.rounds]
         return [Model(objective, seed, training, made.index(S), S, 'student', S, S) for S in request.steps]

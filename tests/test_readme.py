@@ -26,7 +26,7 @@ def test_the_table_of_objectives_has_all_of_them_and_what_they_start_from():
         known = OBJECTIVES[name]
         assert teacher == TEACHERS[known.teacher] + ', or none' * (not known.needs_teacher), name
         assert '](https://arxiv.org/abs/' in paper or name == 'direct'
-        assert ('`--S`' in sampler) == ('S' in known.own) and use, name
+        assert ('`--S`' in sampler) == ('S' in known.own_defaults) and use, name
 
 
 def test_the_intervals_of_the_demo_support_what_is_said_of_them():

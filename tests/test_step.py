@@ -55,12 +55,12 @@ CASES = {
     'edm2': ('diffusion', dict(kind='edm2'), dict(stds=[0.05, 0.1])),
     'labels dropped': ('diffusion', dict(kind='edm', label_dropout=0.1), {}),
     'vp': ('diffusion', dict(kind='vp'), dict(grad_clip=1.0)),
-    've': ('diffusion', dict(kind='ve'), dict(radam=True)),
+    've': ('diffusion', dict(kind='ve'), dict(optim='radam')),
     'mcd': ('mcd', MCD, dict(loss_scale=None, grad_clip=1.0, stds=[0.05, 0.1])),
     'mcd, one segment': (
         'mcd',
         dict(MCD, S=1, keep_ties=True, top_mass=0.5),
-        dict(radam=True, loss_scale=None),
+        dict(optim='radam', loss_scale=None),
     ),
     'mcd, tops': ('mcd', dict(MCD, keep_ties=True, top_mass=0.5), {}),
     'mcd, guided': ('mcd', MCD, dict(guide=True)),
@@ -71,7 +71,7 @@ CASES = {
         dict(MCD, hop='addim', terminal_anchor=False, sync_dropout=False, student_grid='full'),
         {},
     ),
-    'mct': ('mct', SEGMENTS, dict(radam=True)),
+    'mct': ('mct', SEGMENTS, dict(optim='radam')),
     'direct': ('direct', dict(SEGMENTS, keep_ties=True, top_mass=0.9, substeps=2), {}),
     'direct, dpmpp': ('direct', dict(SEGMENTS, keep_ties=True, top_mass=0.9, substeps=3, solver='dpmpp'), {}),
     'pd': (
@@ -84,7 +84,7 @@ CASES = {
     'ict': (
         'ict',
         dict(RANGE, schedule_nimg=4 * BATCH, s0=4, s1=16, P_mean=-1.1, P_std=2.0, batch_size=BATCH),
-        dict(radam=True),
+        dict(optim='radam'),
     ),
     'ect': (
         'ect',
@@ -212,7 +212,7 @@ class Training:
             1e-8,
             extra.get('loss_scale', 1.0),
             extra.get('grad_clip'),
-            extra.get('radam', False),
+            extra.get('optim', 'adam'),
         )
         self.averages = WeightAverages(self.net, self.flat, 500.0, 0.05, extra.get('stds', []))
         self.nimg, self.losses = 0, []

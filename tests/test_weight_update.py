@@ -19,7 +19,7 @@ class Problem:
         self.plain.load_state_dict(self.net.state_dict())
         self.flat = FlatParameters(self.net)
         self.update = WeightUpdate(self.flat, (0.9, 0.99), 1e-8, **options)
-        self.adam = (torch.optim.RAdam if options.get('radam') else torch.optim.Adam)(
+        self.adam = (torch.optim.RAdam if options.get('optim') == 'radam' else torch.optim.Adam)(
             self.plain.parameters(), betas=(0.9, 0.99)
         )
 
@@ -53,7 +53,7 @@ def fresh_statistics():
 
 def test_radam_by_the_fused_kernel_is_radam():
     """To rounding, from the first step that is divided by second moments; a step that is skipped counts."""
-    plain, fused = (Problem(radam=True, loss_scale=4.0) for _ in range(2))
+    plain, fused = (Problem(optim='radam', loss_scale=4.0) for _ in range(2))
     taken = []
     for i in range(30):
         for problem in (plain, fused):
@@ -76,11 +76,11 @@ def test_radam_by_the_fused_kernel_is_radam():
     torch.testing.assert_close(ours['exp_avg_sq'], theirs['exp_avg_sq'])
 
 
-@pytest.mark.parametrize('radam', [False, True])
+@pytest.mark.parametrize('optim', ['adam', 'radam'])
 @pytest.mark.parametrize('loss_scale', [1.0, 1024.0, None])
-def test_steps_are_adams_whatever_the_loss_scale(loss_scale, radam):
+def test_steps_are_adams_whatever_the_loss_scale(loss_scale, optim):
     """Powers of two scale without rounding, and are taken out before the optimizer sees the gradient."""
-    problem = Problem(loss_scale=loss_scale, radam=radam)
+    problem = Problem(loss_scale=loss_scale, optim=optim)
     for i in range(10):
         problem.step(i, lr=0.01 * (i + 1))
         problem.plain_step(i, lr=0.01 * (i + 1))
@@ -116,7 +116,7 @@ def test_a_broken_step_changes_nothing_and_is_counted(broken):
 @pytest.mark.parametrize('before', [0, 3])
 def test_a_broken_step_of_radam_leaves_weights_and_moments_as_they_were(before):
     """At the first step too, when there are no moments yet."""
-    problem = Problem(radam=True)
+    problem = Problem(optim='radam')
     for i in range(before):
         problem.step(i)
     moments = problem.update.optimizer.state[problem.flat.weights]

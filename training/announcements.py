@@ -73,9 +73,9 @@ def describe_run(log: RunLog, c: EasyDict, net, dataset, teacher, rounds: int, b
     # Batch and averages.
     processes = distributed.get_world_size()
     log(f'Batch: {c.batch_size} images in {rounds} round(s) of {batch_gpu} on {processes} process(es)')
-    steps = c.ema_halflife_nimg / c.batch_size
-    counted = f'{steps:,.0f}' if steps >= 100 else f'{steps:.3g}'
-    log(f'EMA half-life: {c.ema_halflife_nimg:,.0f} images = {counted} steps')
+    counted = lambda number: f'{number:,.0f}' if number >= 100 else f'{number:.3g}'
+    images, steps = c.ema_halflife_nimg, c.ema_halflife_nimg / c.batch_size
+    log(f'EMA half-life: {counted(images)} images = {counted(steps)} steps')
 
     for warning in start_warnings(c, dataset, teacher, net):
         log(warning)

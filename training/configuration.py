@@ -112,7 +112,7 @@ def late_defaults(o: Options, dataset, teacher) -> dict[str, object]:
     # In a run that is shorter than usual; what a resumed run has stored is among what is given. The rounds of
     # progressive distillation are as long as --stage_steps says.
     usual = objective.defaults | edm2
-    duration = usual.get('duration') or objective.own['stage_steps'] * usual['batch'] / 1e6
+    duration = usual.get('duration') or objective.own_defaults['stage_steps'] * usual['batch'] / 1e6
     share = o.run.duration / duration if 'duration' in o.given else 1
     defaults = scaled(usual, min(share, 1))
     if o.stored:  # a resumed run without it has dropout everywhere

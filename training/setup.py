@@ -112,7 +112,7 @@ def set_up(
     # Optimizer and averages work on one vector of all parameters, or of this process's share.
     shard = c.get('shard') == 'optimizer' and world_size > 1
     flat = divided(c, net, loss_state) if shard else FlatParameters(net)
-    update = WeightUpdate(flat, tuple(c.betas), c.eps, c.loss_scaling, c.grad_clip, radam=c.optim == 'radam')
+    update = WeightUpdate(flat, tuple(c.betas), c.eps, c.loss_scaling, c.grad_clip, c.optim)
     average_lengths = c.ema_halflife_nimg, c.ema_rampup_ratio, c.phema_stds
     averages = WeightAverages(net, flat, *average_lengths, 'cpu' if c.ema_device == 'cpu' else None)
     speed_up(c, net, teacher, averages, loss_state)

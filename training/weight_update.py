@@ -52,7 +52,7 @@ class WeightUpdate:
         loss_scale: factor on the loss against underflow in FP16, divided out of the gradient; None: dynamic,
             halved after every skipped step and doubled after 2000 finite ones (Micikevicius et al. 2018).
         grad_clip: clip the global gradient norm to this value; None disables clipping.
-        radam: use RAdam instead of Adam.
+        optim: `adam` or `radam`.
     """
 
     def __init__(
@@ -62,14 +62,14 @@ class WeightUpdate:
         eps: float,
         loss_scale: float | None = 1.0,
         grad_clip: float | None = None,
-        radam: bool = False,
+        optim: str = 'adam',
     ):
         self.parameters, self.weights = weights, weights.weights
         self.grad_clip, self.dynamic = grad_clip, loss_scale is None
-        self.radam, device = radam, self.weights.device
+        self.optim, device = optim, self.weights.device
 
         # The optimizer. Adam's fused kernel is called directly, and so needs its moments from the start.
-        if radam:
+        if optim == 'radam':
             self.optimizer = torch.optim.RAdam([self.weights], betas=betas, eps=eps)
         else:
             self.optimizer = torch.optim.Adam([self.weights], betas=betas, eps=eps, fused=True)
@@ -104,7 +104,7 @@ class WeightUpdate:
             divisor = divisor * (norm / self.grad_clip).clamp(min=1)
 
         self.optimizer.param_groups[0]['lr'] = lr
-        if not self.radam:
+        if self.optim == 'adam':
             self._step_fused(divisor, skip, lr)
         elif self.weights.is_cuda and self._adaptive():
             self._step_radam_fused(divisor, skip, lr)

@@ -37,4 +37,4 @@ OBJECTIVES = {
 
 def objectives_with(option: str) -> list[str]:
     """The objectives that have an option."""
-    return [name for name, objective in OBJECTIVES.items() if option in objective.own]
+    return [name for name, objective in OBJECTIVES.items() if option in objective.own_defaults]

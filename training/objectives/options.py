@@ -419,7 +419,7 @@ class Objective:
     differentiates: bool = False
 
     @property
-    def own(self) -> dict[str, object]:
+    def own_defaults(self) -> dict[str, object]:
         """{name: default} of the objective's own options."""
         return {name: option.default for name, option in options_of(self.config).items()}
 
