@@ -179,7 +179,7 @@ def test_options_of_a_file_are_checked_as_those_of_the_command_line(tmp_path, di
         ('- 3', 'not a mapping'),
         ('{"lr": ', 'no JSON'),
         ('a: [', 'neither YAML nor JSON'),
-        ('lr: {a: 3}', 'no text, number'),
+        ('lr: {a: 3}', 'not text, a number'),
         ('!!python/object/apply:os.system ["touch pwned"]', 'neither YAML nor JSON'),
         ('{"loss": 1, "network": 2, "dataset": 3, "total_nimg": 4}', 'c.json'),
         ('\x00\x01', 'neither YAML nor JSON'),
