@@ -11,6 +11,7 @@ import os
 import click
 
 from dnnlib import UserError, cli
+from dnnlib.util import named
 from sampling.options import (
     CM_EDIT_STEPS,
     EditJob,
@@ -232,7 +233,8 @@ def interpolate(network, outdir, seeds, count, batch, sampling, guidance):
         raise click.UsageError('--seeds: there is nothing between a seed and itself.')
 
     # Load the network and its decoder.
-    net = load_network(network, 'cuda' if torch.cuda.is_available() else 'cpu')
+    with named('--network'):
+        net = load_network(network, 'cuda' if torch.cuda.is_available() else 'cpu')
     encoder = encoders.encoder_of(net, next(net.parameters()).device)
     net = guided(net, network, guidance)
     arguments = sampling_arguments(net, network, **sampling)

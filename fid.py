@@ -11,6 +11,7 @@ import os
 import click
 
 from dnnlib import cli
+from dnnlib.util import named
 from metrics.evaluation import (
     DEFAULT_NUM,
     PAIRED_ERROR,
@@ -367,7 +368,7 @@ def images_of_network(
     from training.guidance import guided, model_digest, sampled_in_steps
 
     # The main process downloads, the others read its file.
-    with distributed.main_process_first():
+    with distributed.main_process_first(), named('--network'):
         net = load_network(network, distributed.get_device())
     # Beside its teacher, a student is not what is guided.
     if pairs.pairs_with and sampled_in_steps(net):

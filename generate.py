@@ -11,6 +11,7 @@ import click
 
 from dnnlib import cli
 from dnnlib.text import printable
+from dnnlib.util import named
 from sampling.options import guidance_options, sampling_arguments, sampling_options
 from training.saved_files import NETWORK_FILE
 
@@ -164,7 +165,7 @@ def main(
         distributed.init()
         if outdir and strict_outdir:
             check_outdir(destination, seeds, strict=True)
-        with distributed.main_process_first():
+        with distributed.main_process_first(), named('--network'):
             net = load_network(network, distributed.get_device())
             if not as_latents:  # loads the VAE
                 encoders.encoder_of(net, distributed.get_device())

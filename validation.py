@@ -9,6 +9,7 @@ import os
 import click
 
 from dnnlib import EasyDict, UserError, cli
+from dnnlib.util import named
 from metrics.validator import LabelMode, Validator, read_reference
 from sampling.level_list import complete
 from sampling.options import GENERAL, OF_ODE, guidance_options
@@ -109,7 +110,7 @@ def main(networks, ref, outdir, detector, guidance, **options):
     # One validator serves all snapshots. Those with non-finite images are reported after all are evaluated.
     device, validator, problems = distributed.get_device(), None, []
     for network in networks:
-        with distributed.main_process_first():
+        with distributed.main_process_first(), named('--network'):
             net = load_network(network, device)
         net = guided(net, network, guidance)
         if validator is None:

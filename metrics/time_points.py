@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from dnnlib import UserError
 from dnnlib.downloads import file_sha256, local_path
+from dnnlib.util import named
 from metrics import evaluation
 from metrics.generated import GeneratedImages
 from metrics.images import open_images
@@ -27,7 +28,7 @@ def load_consistency_model(network: str, solver: str | None):
 
     Raises: UserError unless its snapshot, or `solver`, says that it is a consistency model.
     """
-    with distributed.main_process_first():
+    with distributed.main_process_first(), named('--network'):
         net = load_network(network, distributed.get_device())
     # The output of a student of one step is an image too.
     steps, objective = len(net.metadata.get('sigmas', ())) - 1, net.metadata.get('objective', 'unknown')

@@ -28,7 +28,7 @@ from data.pixels import (
 from dnnlib import NotFinite, UserError
 from dnnlib.file_kind import describe_file
 from dnnlib.text import printable
-from dnnlib.util import remove
+from dnnlib.util import named, remove
 from sampling import editing, generation
 from sampling.editing import Task
 from sampling.generation import LabelChooser
@@ -213,7 +213,8 @@ def unknown_pixels(
 
 def load(network: str):
     """A network of pixels, on the GPU if there is one. Raises: UserError for a network of latents."""
-    net = load_network(network, 'cuda' if torch.cuda.is_available() else 'cpu')
+    with named('--network'):
+        net = load_network(network, 'cuda' if torch.cuda.is_available() else 'cpu')
     if not isinstance(encoders.encoder_of(net), encoders.StandardRGBEncoder):
         raise UserError(
             f'{network} makes latents of a VAE, but edits keep pixels: '

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dnnlib import UserError, WrongOptions
+from dnnlib.util import named
 from sampling import generation, schedule_search
 from sampling.label_choosers import choose
 from torch_utils import distributed
@@ -108,7 +109,7 @@ class Teacher:
     """
 
     def __init__(self, network: str, options, guidance: GuidanceOptions = UNGUIDED):
-        with distributed.main_process_first():
+        with distributed.main_process_first(), named('--network'):
             self.net = load_network(network, distributed.get_device())
         self.network, self.options, self.guidance = network, options, guidance
         metadata = self.net.metadata

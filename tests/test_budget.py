@@ -137,7 +137,7 @@ def test_torchrun_starts_a_run_with_a_budget_again_and_all_its_processes_keep_th
     words = options(digits, tmp_path, '--budget=0.002', '--tick=0.032', '--dump=1', '--snap=0')
     launcher = [*LAUNCHER, '--standalone', '--nproc_per_node=2', '--max-restarts=1']
     process = Process([*launcher, 'train.py', *words])
-    process.wait_for(lambda: saved_states(tmp_path))
+    process.wait_for(lambda: saved_states(tmp_path), timeout=300)
     first = recorded(tmp_path)['total_nimg']
     os.kill(process.ranks()[1], signal.SIGKILL)
     status, out, error = process.end(timeout=300)

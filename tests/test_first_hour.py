@@ -9,8 +9,10 @@ from helpers import FAST, TINY_NETWORK, assert_one_clear_error, invoke, run_pyth
 
 import convert
 import dataset_tool
+import edit
 import fid
 import generate
+import search
 import train
 from experiments import comparison
 
@@ -29,6 +31,29 @@ def test_a_training_state_as_network(whole, tmp_path):
     state = max(whole.glob('training-state-*.pt'))
     result = invoke(generate.main, f'--network={state}', f'--outdir={tmp_path / "x"}')
     assert_one_clear_error(result, 'is a training state of train.py', 'network-snapshot-')
+
+
+MISSING = [
+    (generate.main, ['--network=none.pkl', '--outdir=x']),
+    (fid.main, ['calc', '--network=none.pkl', '--seeds=0-1', '--metrics=is']),
+    (edit.main, ['inpaint', '--network=none.pkl', '--input=x.zip', '--outdir=x', '--box=0,0,2,2']),
+    (edit.main, ['interpolate', '--network=none.pkl', '--seeds=0,1', '--outdir=x']),
+    (search.main, ['--network=none.pkl', '--schedule', '--save=x.txt']),
+    (train.main, ['--resume=none.pt']),
+]
+
+
+@pytest.mark.parametrize('command, words', MISSING)
+def test_a_missing_snapshot_or_state_is_told_under_its_option(tmp_path, monkeypatch, command, words):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(command, *words)
+    option = next(word.partition('=')[0] for word in words if 'none.' in word)
+    assert_one_clear_error(result, f'Error: {option}: none.p', 'does not exist. Check the path.')
+
+
+def test_a_missing_teacher_is_told_under_its_option(digits):
+    result = invoke(train.main, '--outdir=x', f'--data={digits}', '--teacher=none.pkl', *STUDENT)
+    assert_one_clear_error(result, 'Error: --teacher: none.pkl does not exist. Check the path.')
 
 
 def test_an_empty_source(tmp_path):

@@ -194,9 +194,10 @@ def edge_warnings(c: EasyDict) -> list[str]:
         )
 
     steps, gained = min(rise, c.total_nimg) / c.batch_size, (last - loss.T_start) / loss.S
+    taken = max(round(steps), 1)
     if steps < STEPS_PER_EDGE * gained:
         found.append(
-            f'T rises from {loss.T_start} to {last} in {max(round(steps), 1):,} steps, and the network needs '
+            f'T rises from {loss.T_start} to {last} in {taken:,} step{"s" * (taken > 1)}, and the network needs '
             f'about {STEPS_PER_EDGE * gained:,.0f} to follow ({STEPS_PER_EDGE} for each edge that a segment '
             'gains). Lower --T_end, or lengthen --duration.'
         )

@@ -12,6 +12,7 @@ from typing import NoReturn
 from dnnlib import EasyDict, UserError
 from dnnlib.options import value_text
 from dnnlib.text import first_line
+from dnnlib.util import named
 from training import architectures
 from training.architectures import ARCHITECTURES, AUGMENT_DIM, BOUNDARY_CLASSES, EDM2, PRECONDITIONING
 from training.command_line import RUN, Options
@@ -36,7 +37,7 @@ def load_teacher(o: Options, dataset):
     from torch_utils import distributed
     from training.checkpoint import load_network
 
-    with distributed.main_process_first():
+    with distributed.main_process_first(), named('--teacher'):
         teacher = load_network(o.teacher)
     check_teacher(o, dataset, teacher)
     check_numbers(teacher, f'--teacher={o.teacher}')
@@ -106,7 +107,6 @@ def load_transfer(o: Options) -> dict:
 
     Raises: UserError if it is no network. Runs before a folder is created, and in a dry run.
     """
-    from dnnlib.util import named
     from torch_utils import distributed
     from training.checkpoint import constructor_arguments, load_network
 

@@ -12,6 +12,7 @@ from dnnlib.lazy import lazy_import
 from dnnlib.options import Option
 from dnnlib.schema import read_json
 from dnnlib.text import printable
+from dnnlib.util import named
 from training import config_file
 from training.saved_files import OPTIONS, folder_of, folder_of_rounds, no_state, round_folders, saved_states
 
@@ -57,7 +58,8 @@ def of_state(resume: str) -> dict:
     from training import checkpoint
 
     if not os.path.isdir(resume):
-        return checkpoint.read_options(resume, recorded.RECORDED)
+        with named('--resume'):
+            return checkpoint.read_options(resume, recorded.RECORDED)
     # Damaged states are reported when one is chosen.
     for path in saved_states(resume):
         with contextlib.suppress(UserError):
