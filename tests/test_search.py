@@ -422,9 +422,9 @@ def test_a_log_of_other_settings_is_refused_and_left_alone(lab, tmp_path, counte
 @pytest.mark.parametrize(
     'content, words',
     [
-        ('notes\n', 'no log of search.py'),
-        ('notes', 'no log of search.py'),
-        ('{"kimg": 1}\n', 'no log of search.py'),
+        ('notes\n', 'not a log of search.py'),
+        ('notes', 'not a log of search.py'),
+        ('{"kimg": 1}\n', 'not a log of search.py'),
         ('{"search": {}}\n', 'log of another search'),
         ('{"search": {}}\nrubbish\n', 'line 2 is not an evaluation'),
         ('{"search": {}}\n{"taus": [1.0], "value": null}\n', 'line 2 is not an evaluation'),

@@ -320,7 +320,7 @@ def read_state(path: str | os.PathLike, options_kind: Kind = run_schema.OPTIONS)
         return {**state, 'options': options}
     except ValueError as error:
         raise UserError(
-            f'{os.fspath(path)} is not a usable training state: it {error}. '
+            f'{os.fspath(path)} is not a training state that can be used: it {error}. '
             'Name a training-state-*.pt that train.py wrote.'
         ) from error
 
