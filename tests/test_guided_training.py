@@ -26,6 +26,7 @@ DISTILLING = {
     'pd': dict(S=2),
     'cm-cd': dict(cm_loss='l2', N=4),
     'scd': dict(warmup_nimg=0, tangent_weight='prior', tangent_c=10.0),
+    'flowmap': dict(target='hop', steps=[1, 2], T=4, cd_loss='l2', batch_size=16, reuse=1),
 }
 
 
@@ -75,7 +76,8 @@ def test_a_guided_teacher_is_what_it_is_by_hand_in_every_loss(objective, guide):
         if guide == 'smaller'
         else lambda x, sigma, labels: (net if guide == 'none-label' else other)(x, sigma)
     )
-    student = random_net(2, **(dict(boundary=0.002) if objective == 'cm-cd' else {}))
+    of_student = {'cm-cd': dict(boundary=0.002), 'flowmap': dict(two_time=True)}
+    student = random_net(2, **of_student.get(objective, {}))
     images, labels = torch.rand([16, 1, 8, 8]) * 2 - 1, torch.eye(10)[torch.arange(16) % 10]
 
     def values(teacher):
