@@ -9,17 +9,18 @@ from gaussian import Gaussian
 from helpers import TINY_NETWORK, assert_one_clear_error, invoke
 from losses import VARIANCE, EveryEdge, Loss, target
 
+import convert
 import generate
 import train
 from dnnlib import UserError
 from training import consistency_ops as ops
 from training import networks, samplers
-from training.checkpoint import save_snapshot
+from training.checkpoint import load_network, save_snapshot
 from training.objectives.loss_flowmap import FlowMapConfig, flow_map_pairs
 from training.objectives.trajectories import GROUPS, TrajectoryStore
 from training.rng import SampleRng
 
-OPTIONS = dict(steps=[1, 2, 4], T=8, reuse=15, batch_size=8, cd_loss='l2', cd_weight_mode='flat')
+OPTIONS = dict(steps=[1, 2, 4], T=8, pool=3, reuse=5, batch_size=8, cd_loss='l2', cd_weight_mode='flat')
 GAUSSIAN = Gaussian(VARIANCE)
 
 
@@ -61,7 +62,7 @@ def sample_of_each(count, seed=0):
 @pytest.mark.parametrize(
     'steps, T, share', [([1, 2, 4, 8], 16, 0.8), ([3], 6, 1.0), ([5, 1], 5, 0.3), ([1], 1, 0.5)]
 )
-def test_a_share_of_the_samples_is_on_the_steps_of_sampling_and_the_rest_on_all_pairs(steps, T, share):
+def test_a_share_of_the_samples_is_on_the_steps_of_each_number_and_the_rest_on_all_pairs(steps, T, share):
     edges, probabilities, ends = flow_map_pairs(T, steps, share, 0.002, 80.0, 7.0)
     ops.check_edges(edges)
     assert probabilities.sum() == pytest.approx(1, abs=1e-12)
@@ -75,7 +76,7 @@ def test_a_share_of_the_samples_is_on_the_steps_of_sampling_and_the_rest_on_all_
         mine = edges.segment == k
         found = torch.stack([edges.sigma_t, edges.sigma_b], 1)[mine]
         torch.testing.assert_close(found, torch.stack([levels[:-1], levels[1:]], 1), rtol=1e-13, atol=0)
-        expected = share / sum(steps) + (1 - share) / known
+        expected = share / len(steps) / N + (1 - share) / known
         torch.testing.assert_close(probabilities[mine], torch.full([N], expected, dtype=torch.float64))
     assert len(edges) == (known if share < 1 else sum(steps))
 
@@ -239,8 +240,8 @@ def test_splits_and_restarts_see_the_same_samples():
             for x, y in zip(a, b):
                 torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
-    # Resumed at each step from labels alone, in the same split or another one.
-    for at, split in itertools.product((1, 7, 15, 16), (1, 2)):
+    # Resumed from labels alone, in the same split or another one.
+    for at, split in itertools.product((1, 2, 7, 15, 16), (1, 2)):
         earlier, later = (make_loss(Labeled(), target='mixed') for _ in range(2))
         run_steps(earlier, at)
         later.state.load_per_image(earlier.state.per_image().clone())
@@ -250,13 +251,14 @@ def test_splits_and_restarts_see_the_same_samples():
 
 
 def test_every_solution_serves_as_many_steps_as_it_says_and_they_do_not_all_change_at_once():
-    store = TrajectoryStore([80.0, 1.0, 0.0], 1.0, reuse=15, batch_size=8)
-    for group in range(GROUPS):
-        begun = [store.begun(group, step) for step in range(100)]
-        lengths = [len(list(steps)) for _, steps in itertools.groupby(begun)]
+    store = TrajectoryStore([80.0, 1.0, 0.0], 1.0, pool=3, reuse=15, batch_size=8)
+    for group, turn in itertools.product(range(GROUPS), range(3)):
+        steps = range(turn, 300, 3)
+        begun = [store.begun(group, step) for step in steps]
+        lengths = [len(list(uses)) for _, uses in itertools.groupby(begun)]
         assert set(lengths[1:-1]) == {15} and lengths[0] <= 15
-        assert all(start <= step for step, start in enumerate(begun))
-    changes = [[store.begun(g, s) == s for g in range(GROUPS)] for s in range(1, 100)]
+        assert all(start <= step and start % 3 == turn for step, start in zip(steps, begun))
+    changes = [[store.begun(g, s) == s for g in range(GROUPS)] for s in range(3, 300)]
     assert max(map(sum, changes)) == 1
 
 
@@ -268,7 +270,7 @@ def test_the_teacher_is_evaluated_as_often_as_the_cost_says(kind, share):
     before = teacher.evaluated
     run_steps(loss, 15 + 60, first_step=15)
     config = FlowMapConfig(
-        teacher='x', target=kind, T=8, steps=[1], solution_share=share if kind == 'mixed' else 0.5
+        teacher='x', target=kind, T=8, steps=[1], reuse=5, solution_share=share if kind == 'mixed' else 0.5
     )
     self_target = 1 - share
     # A hop to 0 is evaluated twice as all others, and what follows from the second is dropped.
@@ -388,9 +390,43 @@ def test_without_a_teacher_it_trains_on_hops_of_the_data_from_a_given_start(tmp_
     assert done.exit_code == 0 and '2 evaluations each' in done.output, done.output
 
 
-def test_it_is_no_teacher_and_no_network_of_diffusers(tmp_path, digits):
-    import convert
+@pytest.mark.parametrize(
+    'options', [['--jvp=forward'], ['--jvp=difference', '--precision=bf16', '--dropout=0.1']]
+)
+def test_it_trains_by_the_derivative_and_ends_bit_for_bit_as_a_resumed_run(
+    tmp_path, digits, teacher, options
+):
+    options = [
+        f'--data={digits}',
+        '--cond=1',
+        '--objective=flowmap',
+        '--target=tangent',
+        f'--teacher={teacher}',
+        *options,
+    ]
+    options += [
+        '--batch=64',
+        '--nosubdir',
+        '--workers=0',
+        '--seed=0',
+        '--tick=0.128',
+        '--dump=1',
+        '--tangent_warmup=3',
+    ]
+    for folder, kimg in (('whole', 0.512), ('half', 0.256), ('half', 0.512)):
+        resume = [f'--resume={tmp_path / folder}'] if (tmp_path / folder).exists() else []
+        result = invoke(
+            train.main, f'--outdir={tmp_path / folder}', *options, f'--duration={kimg}kimg', *resume
+        )
+        assert result.exit_code == 0, result.output
+    last = [max((tmp_path / folder).glob('network-snapshot-000000-512.pkl')) for folder in ('whole', 'half')]
+    a, b = (load_network(path).state_dict() for path in last)
+    assert all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+    first = next((tmp_path / 'whole').glob('network-snapshot-000000.pkl'))
+    assert not all(torch.equal(x, y) for x, y in zip(a.values(), load_network(first).state_dict().values()))
 
+
+def test_it_is_no_teacher_and_no_network_of_diffusers(tmp_path, digits):
     torch.manual_seed(0)
     net = networks.EDMPrecond(8, 1, 10, two_time=True, **SIZES)
     save_snapshot(tmp_path / 'net.pkl', net, objective='flowmap', steps=[1, 2])
@@ -402,5 +438,12 @@ def test_it_is_no_teacher_and_no_network_of_diffusers(tmp_path, digits):
     ]
     result = invoke(train.main, *options, '--objective=mcd')
     assert_one_clear_error(result, 'two-time student itself', '--transfer', status=1)
-    result = invoke(convert.main, str(tmp_path / 'net.pkl'), '--to=diffusers', f'--dest={tmp_path / "out"}')
-    assert 'two-time student' in result.stderr or result.exit_code == 2, result.stderr
+    result = invoke(convert.main, '--to=diffusers', tmp_path / 'net.pkl', tmp_path / 'out')
+    assert_one_clear_error(result, 'diffusers cannot express a two-time student', status=1)
+    # A safetensors file can, there and back.
+    for words in (['--to=safetensors', 'net.pkl', 'st'], ['--from=safetensors', 'st', 'back.pkl']):
+        result = invoke(convert.main, words[0], *(tmp_path / name for name in words[1:]))
+        assert result.exit_code == 0, result.output
+    back = load_network(tmp_path / 'back.pkl')
+    z, r = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 0.0])
+    assert torch.equal(back(z, r + 1, r=r), net.eval()(z, r + 1, r=r)) and back.metadata['steps'] == [1, 2]

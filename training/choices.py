@@ -16,7 +16,7 @@ SEGMENT_SOLVER_COST = dict(heun=2, ipndm=1, dpmpp=1)
 SEGMENT_SOLVERS = tuple(SEGMENT_SOLVER_COST)
 
 # Where the targets of two-time students come from (`objectives.loss_flowmap`).
-FLOW_MAP_TARGETS = ('hop', 'solution', 'mixed')
+FLOW_MAP_TARGETS = ('hop', 'solution', 'mixed', 'tangent')
 
 # Losses of multistep students (`consistency_ops.image_distance`, `consistency_ops.edge_weight`).
 DISTANCES = ('pseudo_huber', 'l2_root', 'l2', 'huber')

@@ -15,7 +15,7 @@ from dnnlib.lazy import lazy_import
 from dnnlib.options import opt, recorded
 from training.choices import JVP_COST, JVPS, TANGENT_WEIGHTS
 from training.objectives.loss import State, report_levels, unwrap
-from training.objectives.options import COUNT, ConsistencySampling, LogNormal, NoiseRange
+from training.objectives.options import COUNT, Config, ConsistencySampling, LogNormal, NoiseRange
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,36 @@ MID_T = 0.982  # 0.5 tan 1.1: the second step of Lu & Song's models
 
 
 @dataclass(frozen=True)
-class ContinuousConfig(ConsistencySampling, LogNormal, NoiseRange):
+class TangentOptions(Config):
+    """The network's derivative along the ODE."""
+
+    heading: ClassVar[str] = 'Tangents (--objective=scd, sct, flowmap)'
+
+    jvp: str = opt(
+        'forward',
+        click.Choice(JVPS),
+        "The network's derivative along the ODE (scd, sct, flowmap): in forward mode, or a central difference of two "
+        'evaluations, which --compile also speeds up.',
+    )
+    tangent_warmup: int | None = opt(
+        None,
+        cli.Integer(min=0),
+        'Optimizer steps over which the derivative enters the loss (scd, sct, flowmap); 0: at once.',
+        record=False,
+        metavar='INT',
+        default_text='10000, or a tenth of --duration if that is less',
+    )
+    warmup_nimg: int | None = recorded(None, COUNT)
+    tangent_c: float = opt(
+        0.1,
+        cli.SOME_FACTOR,
+        'Constant c of the normalized tangent g / (|g| + c) (scd, sct, flowmap).',
+        metavar='FLOAT',
+    )
+
+
+@dataclass(frozen=True)
+class ContinuousConfig(TangentOptions, ConsistencySampling, LogNormal, NoiseRange):
     """Options of --objective=scd and sct."""
 
     heading: ClassVar[str] = 'Continuous-time consistency (--objective=scd, sct)'
@@ -40,32 +69,11 @@ class ContinuousConfig(ConsistencySampling, LogNormal, NoiseRange):
     P_mean: float | None = -1.0
     P_std: float | None = 1.4
     mid_t: float | None = MID_T
-    jvp: str = opt(
-        'forward',
-        click.Choice(JVPS),
-        "The network's derivative along the ODE (scd, sct): in forward mode, or a central difference of two evaluations, "
-        'which --compile also speeds up.',
-    )
-    tangent_warmup: int | None = opt(
-        None,
-        cli.Integer(min=0),
-        'Optimizer steps over which the derivative enters the loss (scd, sct); 0: at once.',
-        record=False,
-        metavar='INT',
-        default_text='10000, or a tenth of --duration if that is less',
-    )
-    tangent_c: float = opt(
-        0.1,
-        cli.SOME_FACTOR,
-        'Constant c of the normalized tangent g / (|g| + c) (scd, sct).',
-        metavar='FLOAT',
-    )
     tangent_weight: str = opt(
         'adaptive',
         click.Choice(TANGENT_WEIGHTS),
         'Loss weight (scd, sct): learned by the network for each noise level, or the prior 1/sigma alone, which both have.',
     )
-    warmup_nimg: int | None = recorded(None, COUNT)
 
     def cost(self) -> float:
         # The derivative, and the student's forward and backward pass.
@@ -92,12 +100,17 @@ class ContinuousState(State):
         self.begin_step(0)
 
     def begin_step(self, nimg: int) -> None:
-        self.warmup = min(nimg / self.c.warmup_nimg, 1.0) if self.c.warmup_nimg else 1.0
+        self.warmup = warmup_at(nimg, self.c.warmup_nimg)
 
     def draw_sigma(self, rng, device) -> Tensor:
         """[N] float64 noise levels, ln sigma ~ N(P_mean, P_std²)."""
         normal = misc.upload(rng.normal_on_host('sigma'), device)
         return times.lognormal_times(normal, self.c.P_mean, self.c.P_std)
+
+
+def warmup_at(nimg: int, warmup_nimg: int | None) -> float:
+    """The factor on the derivative in the step that follows `nimg` images, which rises from 0 to 1."""
+    return min(nimg / warmup_nimg, 1.0) if warmup_nimg else 1.0
 
 
 # ----------------------------------------------------------------------------
@@ -149,6 +162,11 @@ def network_and_weight(
 def report(state: ContinuousState, sigma: Tensor, g: Tensor, log_weight: Tensor, values: Tensor) -> None:
     """Report the noise levels, the tangents before they are normalized, the learned weights and the losses."""
     report_levels(sigma, values)
-    training_stats.report('Tangent/rms', tangents.norms(g) / g[0].numel() ** 0.5)
+    report_tangent(g, state.warmup)
     training_stats.report('Tangent/log_weight', log_weight)
-    training_stats.report('Tangent/warmup', sigma.new_full([1], state.warmup))
+
+
+def report_tangent(g: Tensor, warmup: float) -> None:
+    """Report tangents before they are normalized, and the factor on the derivative in them."""
+    training_stats.report('Tangent/rms', tangents.norms(g) / g[0].numel() ** 0.5)
+    training_stats.report('Tangent/warmup', g.new_full([1], warmup))

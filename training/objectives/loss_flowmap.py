@@ -3,7 +3,8 @@
 A two-time student G(x; sigma, r) gives the image from which one DDIM step leads from sigma to r, for any r < sigma
 (Kim et al. 2024, "CTM", here without a discriminator; Sabour et al. 2025, "AYF"). It learns pairs (sigma, r): mostly
 those that sampling with a few numbers of steps takes, some of all others. Its targets are the teacher's solution,
-from stored trajectories, or one hop of the teacher (without one, of the data) and the student's own step from there.
+from stored trajectories; one hop of the teacher (without one, of the data) and the student's own step from there; or,
+as hops become short, the derivative along the ODE ("AYF"; without a teacher "MeanFlow", Geng et al. 2025).
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import click
 from dnnlib import cli
 from dnnlib.lazy import lazy_import
 from dnnlib.options import opt, recorded
-from training.choices import FLOW_MAP_TARGETS, HOP_COST
+from training.choices import FLOW_MAP_TARGETS, HOP_COST, JVP_COST
+from training.objectives.continuous_time import TangentOptions, differentiable, report_tangent, warmup_at
 from training.objectives.edge_schedule import EdgeSchedule
-from training.objectives.loss import denoiser, student_and_target
+from training.objectives.loss import denoiser, dropout_masks, student_and_target
 from training.objectives.options import (
     EDM2_STUDENT,
     POSITIVE_COUNT,
@@ -39,13 +41,14 @@ torch = lazy_import('torch')
 grids = lazy_import('training.grids')
 misc = lazy_import('torch_utils.misc')
 ops = lazy_import('training.consistency_ops')
+tangents = lazy_import('training.objectives.tangents')
 
 NAME = 'flowmap'
 MOST_LEVELS = 256  # of the grid, which has as many pairs as half of its square
 
 
 @dataclass(frozen=True)
-class FlowMapConfig(SyncDropout, Targets, TeacherHop):
+class FlowMapConfig(TangentOptions, SyncDropout, Targets, TeacherHop):
     """Options of --objective=flowmap."""
 
     heading: ClassVar[str] = 'Flow maps (--objective=flowmap)'
@@ -54,7 +57,7 @@ class FlowMapConfig(SyncDropout, Targets, TeacherHop):
         None,
         click.Choice(FLOW_MAP_TARGETS),
         "What the student learns (flowmap): the teacher's stored solution; one hop, and the student's own step from there; "
-        'or both (mixed).',
+        'both (mixed); or the same for hops without length, by the derivative along the ODE (tangent).',
         default_text='solution; without --teacher hop',
         settled=True,
     )
@@ -85,6 +88,12 @@ class FlowMapConfig(SyncDropout, Targets, TeacherHop):
         needs=('target', 'mixed'),
         metavar='FLOAT',
     )
+    pool: int = opt(
+        16,
+        cli.Integer(min=1, max=4096),
+        'Stored solutions for each image of a batch, which serve in turn (flowmap).',
+        metavar='INT',
+    )
     reuse: int | None = opt(
         None,
         cli.COUNT,
@@ -92,6 +101,13 @@ class FlowMapConfig(SyncDropout, Targets, TeacherHop):
         default_text='its evaluations, 2 T - 1',
         metavar='INT',
         settled=True,
+    )
+    tangent_power: float = opt(
+        0.75,
+        cli.FACTOR,
+        'Exponent p of the loss weight 1 / (|g|^2 + 0.001)^p with --target=tangent and without a teacher (flowmap).',
+        needs=('target', 'tangent'),
+        metavar='FLOAT',
     )
     batch_size: int | None = recorded(None, POSITIVE_COUNT)
 
@@ -104,7 +120,7 @@ class FlowMapConfig(SyncDropout, Targets, TeacherHop):
             object.__setattr__(self, 'steps', [1, 2, 4, 8])
         if self.reuse is None:
             object.__setattr__(self, 'reuse', 2 * self.T - 1)
-        if not self.teacher and self.target != 'hop':
+        if not self.teacher and self.target in ('solution', 'mixed'):
             raise click.UsageError(f'--target={self.target} is the solution of a --teacher: give one.')
         if len(set(self.steps)) < len(self.steps) or not self.steps:
             raise click.UsageError(f'--steps={",".join(map(str, self.steps))}: give different numbers.')
@@ -116,14 +132,22 @@ class FlowMapConfig(SyncDropout, Targets, TeacherHop):
     @property
     def of_solution(self) -> float:
         """Share of samples whose target is the teacher's solution."""
-        return dict(hop=0.0, solution=1.0).get(self.target, self.solution_share)
+        return share_of_solutions(self)
 
     def cost(self) -> float:
+        if self.target == 'tangent':
+            # The teacher's slope, the derivative, and the student.
+            return (self.guide_cost if self.teacher else 0) + JVP_COST[self.jvp] + 3
         # The teacher's solution, in 2 T - 1 evaluations for `reuse` samples; or its hop, and the self-target; and the
         # student.
         solution = self.guide_cost * (2 * self.T - 1) / self.reuse
         hop = (self.guide_cost * HOP_COST[self.hop] if self.teacher else 0) + 1
         return self.of_solution * solution + (1 - self.of_solution) * hop + 3
+
+
+def share_of_solutions(c) -> float:
+    """The share of images whose target is the teacher's stored solution."""
+    return dict(solution=1.0, mixed=c.solution_share).get(c.target, 0.0)
 
 
 # fmt: off
@@ -149,8 +173,8 @@ def flow_map_pairs(
 ) -> tuple[grids.Edges, Tensor, Tensor]:
     """The pairs of levels sigma_t > r of a `full` grid of T steps that a two-time student learns.
 
-    A share `grid_share` of the probability is on the steps that sampling takes with any of the numbers `steps`, all
-    alike; the `full` grid of N steps is every (T / N)-th level of that of T. The rest is on all pairs alike.
+    A share `grid_share` of the probability is on the steps that sampling takes with each of the numbers `steps`, in
+    equal parts; the `full` grid of N steps is every (T / N)-th level of that of T. The rest is on all pairs alike.
 
     Returns: the pairs as edges (sigma_t, the next lower level sigma_s, and r as boundary sigma_b; segment k are the
         steps of number k of `steps`, and the last segment all other pairs), [P]; their probabilities, [P] float64; the
@@ -168,7 +192,7 @@ def flow_map_pairs(
     for k, N in enumerate(steps):
         taken = (lower - upper == T // N) & (upper % (T // N) == 0)
         segment[taken] = k
-        probability[taken] += grid_share / sum(steps)
+        probability[taken] += grid_share / len(steps) / N
 
     # In order of segments, without pairs that are never drawn.
     order = segment.argsort(stable=True)
@@ -180,21 +204,30 @@ def flow_map_pairs(
     return edges, probability[order], torch.stack([upper, lower], dim=1)
 
 
+def level_between(
+    low: Tensor, high: Tensor, share: Tensor, sigma_min: float, rho: float, spacing: str = 'karras'
+) -> Tensor:
+    """The levels at a share of the way from `low`, but at least sigma_min, to `high`, where grids are even; all [N]."""
+    warp, unwarp = grids.warp_of(spacing, rho)
+    return unwarp(torch.lerp(warp(low.clamp(min=sigma_min)), warp(high), share))
+
+
 class FlowMapState(EdgeSchedule):
     """The pairs of levels, and stored solutions of the teacher.
 
     Args:
         c: steps, T, grid_share, sigma_grid, rho, sigma_min, sigma_max, see `flow_map_pairs`; target, solution_share;
-            reuse, batch_size, see `TrajectoryStore`; hop, xvar_frac; cd_loss, cd_weight_mode, sigma_data; sync_dropout.
+            pool, reuse, batch_size, see `TrajectoryStore`; hop, xvar_frac; cd_loss, cd_weight_mode, sigma_data; sync_dropout; of
+            `tangent_loss` jvp, warmup_nimg, tangent_c, tangent_power.
         teacher: D(x, sigma, class_labels), frozen; None: hops are the data's.
     """
 
     def __init__(self, c, teacher=None):
         ops.check_hop(c.hop)
-        share = dict(hop=0.0, solution=1.0).get(c.target, c.solution_share)
+        share = share_of_solutions(c)
         levels = ops.student_grid(c.T, c.sigma_min, c.sigma_max, c.rho, 'full', c.sigma_grid).tolist()
-        self.store = TrajectoryStore(levels, share, c.reuse, c.batch_size)
-        super().__init__(c, teacher, gap_option='--T' if share < 1 else '')
+        self.store = TrajectoryStore(levels, share, c.pool, c.reuse, c.batch_size)
+        super().__init__(c, teacher, gap_option='--T' if c.target in ('hop', 'mixed') else '')
 
     def stage_after(self, nimg: int) -> int:
         return 0
@@ -214,6 +247,7 @@ class FlowMapState(EdgeSchedule):
     def begin_step(self, nimg: int) -> None:
         super().begin_step(nimg)
         self.store.begin_step(nimg)
+        self.warmup = warmup_at(nimg, self.c.warmup_nimg)
 
     def ends(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Positions in the grid, [N] int64, of sigma_t and r of pairs."""
@@ -268,6 +302,9 @@ def loss(net, images: Tensor, labels, rng, state: FlowMapState, augment_labels=N
     Returns: [N] float64.
     """
     c = state.c
+    if c.target == 'tangent':
+        return tangent_loss(net, images, labels, rng, state, augment_labels)
+
     # A pair of levels sigma_t > r per image, and sigma_s, the teacher's next level below sigma_t.
     edges = state.draw(rng)
     sigma_t, r = edges.sigma_t, edges.sigma_b
@@ -306,4 +343,52 @@ def loss(net, images: Tensor, labels, rng, state: FlowMapState, augment_labels=N
     distance = ops.image_distance(student(x_t, sigma_t, r=r) - x_star, c.cd_loss)
     values = ops.edge_weight(sigma_t, edges.sigma_s, c.cd_weight_mode, c.sigma_data) * distance
     state.report(edges, values.detach())
+    return values
+
+
+def tangent_loss(net, images: Tensor, labels, rng, state: FlowMapState, augment_labels=None) -> Tensor:
+    """The limit of hops without length: squared distance of the student's image from itself moved by a tangent g.
+
+    g = −r (v − u) − w (sigma − r) dG, u = (x − G)/sigma, v the ODE's slope and dG the derivative of G along it. With a
+    teacher |G − sg[G + g/(|g| + c)]|² (Sabour et al. 2025, "AYF-EMD"); without one v is the data's noise, and the loss
+    |G − sg[G + g]|² / (|g|² + 0.001)^p (Geng et al. 2025, "MeanFlow").
+
+    Args: see `training.objectives.loss`.
+    Returns: [N] float64.
+    """
+    c, masks = state.c, dropout_masks(net, rng)
+    student = denoiser(net, labels, augment_labels, masks)
+    frozen = denoiser(differentiable(net, c.jvp), labels, augment_labels, masks)
+
+    # r, and a level sigma anywhere between it and the upper end of a pair.
+    edges = state.draw(rng)
+    r, share = edges.sigma_b, misc.upload(rng.uniform('level'), images.device)
+    sigma = level_between(r, edges.sigma_t, share, c.sigma_min, c.rho, c.sigma_grid)
+
+    # Data: x = y + sigma n.
+    y, noise = images.double(), rng.normal('noise', images.shape[1:]).double()
+    x = y + ops.expand_like(sigma, y) * noise
+    slope = lambda denoised: (x - denoised) / ops.expand_like(sigma, x)
+
+    with torch.no_grad():
+        # The ODE's slope: the teacher's, or on average the data's.
+        v = slope(denoiser(state.teacher, labels, augment_labels)(x, sigma)) if state.teacher else noise
+
+    # Student: its derivative along the ODE, times sigma − r, and the tangent.
+    at_r = lambda x, sigma: frozen(x, sigma, r=r)
+    along = ops.expand_like(sigma - r, x) * v, sigma - r
+    G, dG = tangents.derivative(at_r, (x, sigma), along, c.jvp)
+    g = -ops.expand_like(r, x) * (v - slope(G)) - state.warmup * dG
+
+    report_tangent(g, state.warmup)
+
+    # Loss.
+    trained, weight = student(x, sigma, r=r), 1
+    if state.teacher is None:
+        weight = (tangents.norms(g).square() + 1e-3) ** -c.tangent_power
+    else:
+        g = tangents.normalized(g, c.tangent_c)
+    values = weight * ops.image_distance(trained - trained.detach() - g, 'l2')
+
+    state.report(edges._replace(sigma_t=sigma), values.detach())
     return values

@@ -4,9 +4,10 @@ Regression on a teacher's solution needs a new solution for each training image,
 solution over T levels holds T (T + 1) / 2 pairs of states, and here each serves many optimizer steps (Hu et al. 2025,
 "CMT", regress on pairs of a 16-step trajectory).
 
-A place of the batch keeps one trajectory for `reuse` optimizer steps, then another. The places take turns in `GROUPS`
-groups, so that never all change at once. A trajectory depends only on the seed, the number of the image in whose
-place it began, and that image's label; so a resumed run makes them again from the labels alone.
+A place of the batch has `pool` trajectories, which serve in turn, step by step. After `reuse` uses another takes the
+place of one; the places take turns in `GROUPS` groups, so that never all change at once. A trajectory depends only on
+the seed, the number of the image in whose place it began, and that image's label; so a resumed run makes them again
+from the labels alone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ GROUPS = 4  # of places, whose trajectories begin at different steps
 
 
 class Trajectories(NamedTuple):
-    """The trajectories of a micro-batch.
+    """The trajectories of a micro-batch in one turn.
 
     Attributes:
         begun: the optimizer step at which the trajectories of each group began.
@@ -49,16 +50,24 @@ class TrajectoryStore:
 
     Args:
         levels: T+1 levels, the last one 0.
-        share: of the places of a batch, evenly spread over it, that have a trajectory.
+        share: of the places of a batch, evenly spread over it, that have trajectories.
+        pool: trajectories of a place, which serve in turn.
         reuse: optimizer steps that a trajectory serves.
         batch_size: images of an optimizer step, on all processes.
     """
 
-    def __init__(self, levels: list[float], share: float, reuse: int, batch_size: int):
-        self.levels, self.share, self.reuse, self.batch_size = levels, share, reuse, batch_size
+    def __init__(self, levels: list[float], share: float, pool: int, reuse: int, batch_size: int):
+        self.levels, self.share, self.pool, self.reuse, self.batch_size = (
+            levels,
+            share,
+            pool,
+            reuse,
+            batch_size,
+        )
         self.step = 0
-        self._stored: dict[int, Trajectories] = {}  # by the place of the first image of a micro-batch
-        self._resumed: Tensor | None = None  # labels of a resumed run, by place
+        # By the turn, which is the step modulo `pool`, and the place of the first image of a micro-batch.
+        self._stored: dict[tuple[int, int], Trajectories] = {}
+        self._resumed: Tensor | None = None  # labels of a resumed run, by place and turn
         self._first_place: int | None = None
 
     def begin_step(self, nimg: int) -> None:
@@ -66,9 +75,10 @@ class TrajectoryStore:
 
     def begun(self, group: int, step: int) -> int:
         """The step at which the trajectories began that a group has at a step."""
-        # Groups begin at equal distances; all of them at step 0.
-        offset = group * self.reuse // GROUPS
-        return max(0, step - (step + offset) % self.reuse)
+        # In uses of this turn. Groups begin at equal distances; all of them at the first use.
+        use, turn = divmod(step, self.pool)
+        begun = max(0, use - (use + group * self.reuse // GROUPS) % self.reuse)
+        return begun * self.pool + turn
 
     def parts(self, rng) -> tuple[np.ndarray, np.ndarray]:
         """Of a micro-batch, the images that have a trajectory, [M] int64 on the host, and the others."""
@@ -95,14 +105,14 @@ class TrajectoryStore:
             shape: (C, H, W)
             denoiser: labels -> D(x, sigma) of the teacher.
         """
-        place = self._place(rng)
+        place, turn = self._place(rng), self.step % self.pool
         self._first_place = place if self._first_place is None else min(place, self._first_place)
-        stored = self._stored.get(place)
+        stored = self._stored.get((turn, place))
         if stored is None:
             rows = misc.upload(self.parts(rng)[0], rng.device)
             states = torch.empty(len(rows), len(self.levels), *shape, device=rng.device)
             stored = Trajectories([-1] * GROUPS, rows, None if labels is None else labels.clone(), states)
-            self._stored[place] = stored
+            self._stored[turn, place] = stored
 
         # Trajectories count in the whole batch, whatever part of it is here.
         before = int(place * self.share)
@@ -126,16 +136,28 @@ class TrajectoryStore:
 
     def _labels_at(self, place: int, labels: Tensor, begun: int) -> Tensor:
         """The labels of a micro-batch at the step at which trajectories began: now, or before a resumed run began."""
+        before = self._labels_before(place, len(labels)) if begun < self.step else None
+        return labels if before is None else before[:, self.step % self.pool]
+
+    def _labels_before(self, place: int, count: int) -> Tensor | None:
+        """[count, pool, label_dim] those of a micro-batch when a resumed run began; None: there are none."""
         start = place - self._first_place
-        resumed = (
-            self._resumed is not None and begun < self.step and start + len(labels) <= len(self._resumed)
-        )
-        return self._resumed[start : start + len(labels)] if resumed else labels
+        known = self._resumed is not None and start + count <= len(self._resumed)
+        return self._resumed[start : start + count] if known else None
 
     def labels(self) -> Tensor | None:
-        """[N, label_dim] the labels of all trajectories at their places; None: there are none."""
-        stored = [self._stored[place].labels for place in sorted(self._stored)]
-        return torch.cat(stored) if stored and stored[0] is not None else None
+        """[N, pool, label_dim] the labels of all trajectories at their places, 0 before their first turn; None: there
+        are none."""
+        found: dict[int, Tensor] = {}
+        for turn, place in sorted(self._stored):
+            labels = self._stored[turn, place].labels
+            if labels is None:
+                return None
+            # After a restart, turns that have not come yet are as they were.
+            before = self._labels_before(place, len(labels))
+            blank = labels.new_zeros(len(labels), self.pool, labels.shape[1]) if before is None else before
+            found.setdefault(place, blank.clone())[:, turn] = labels
+        return torch.cat([found[place] for place in sorted(found)]) if found else None
 
     def resume(self, labels: Tensor) -> None:
         """The labels of the trajectories of a run that is resumed, as `labels` returned them."""
