@@ -102,7 +102,7 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, metrics: Se
 
     # Objectives that share a condition share a line.
     students = {name: OBJECTIVES[name] for name in of_students(rows)}
-    halving = [name for name, o in students.items() if 'S_start' in o.own]
+    halving = [name for name, o in students.items() if 'S_start' in o.own_defaults]
     fixed_steps = [name for name, o in students.items() if 'S' in o.options and name not in halving]
     any_steps = [name for name, o in students.items() if 'S' not in o.options]
     two_stages = [name for name, o in students.items() if o.teacher == 'consistency']
