@@ -144,4 +144,4 @@ def test_torchrun_starts_a_run_with_a_budget_again_and_all_its_processes_keep_th
     assert status == 0 and 'Resumed from' in out and out.count('Done.') == 1, error
     assert error.count('--budget=0.002: a step of') == 1 and recorded(tmp_path)['total_nimg'] == first
     _, state = same_run.load_earlier(str(tmp_path))
-    assert state['options']['total_nimg'] == first == state['nimg']
+    assert state['options']['total_nimg'] == first == state['progress']['nimg']
