@@ -42,6 +42,7 @@ class Parts:
 
     teacher: int
     student: int
+    rounded: int
     gradients: int
     adam: int
     averages: int
@@ -64,11 +65,11 @@ def saved_bytes(training: Training, count: int) -> int:
         torch.ones(count, device=training.device),
         torch.zeros(count, size.classes, device=training.device),
     )
-    weights = training.flat.weights.untyped_storage().data_ptr()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() != weights:
+        if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage  # held, so that its address is not used again
         return tensor
 
@@ -94,6 +95,7 @@ def parts_of(training: Training, way: Way, batch: int, averages_on_host: bool) -
     return Parts(
         teacher=bytes_of(teacher.parameters()),
         student=training.flat.weights.nbytes,
+        rounded=bytes_of(training.gradients[way.precision].vectors),
         gradients=training.flat.weights.grad.nbytes,
         adam=bytes_of(moments),
         averages=0 if averages_on_host else bytes_of(training.averages.vectors.values()),
@@ -173,7 +175,8 @@ def main(size, batch, measure):
             f"{unit} ({one:.0e} bytes) by part. Activations are what the student's forward pass saves for "
             f'the backward pass, {batch} times that of one image (the difference between two images and '
             f'one); the rest, {text(replace(found["plain"], activations=0).sum)} {unit}, does not depend on '
-            f'the batch. Averages: {averages}. In half precision the teacher holds its convolutions in it. '
+            f'the batch. Averages: {averages}. In half precision the teacher holds its convolutions in it, and `rounded` '
+            'are weights and gradients of a step in it. '
             '`peak` has temporary tensors too: '
             f'{"of the allocator in real steps" if on_gpu else "counted on a stand-in for a GPU"}.',
             table(
@@ -181,6 +184,7 @@ def main(size, batch, measure):
                     '',
                     'teacher',
                     'student',
+                    'rounded',
                     'gradients',
                     'Adam',
                     'averages',

@@ -1,7 +1,7 @@
 """Memory of a process in training, by number of processes, undivided and divided (--shard=optimizer).
 
 Processes of one machine train a network with random weights on one image each, by gloo on the CPU, as the training
-loop sets them up: DDP or FSDP2, Adam, an EMA and two power-function averages. What a process has more than before it
+loop sets them up: whole or by FSDP2, Adam, an EMA and two power-function averages. What a process has more than before it
 built the network is measured by the system, not counted: between steps, and at most.
 """
 
@@ -26,8 +26,8 @@ if __name__ == '__main__':
 from benchmarks.common import apart, block, table
 from benchmarks.sizes import SIZES
 from dnnlib import cli
-from torch_utils import distributed
 from torch_utils.flat import FlatParameters
+from torch_utils.gradients import Gradients
 from torch_utils.sharded import ShardedParameters
 from training import execution
 from training.phema import WeightAverages
@@ -82,13 +82,14 @@ def train(net, blocks, divided: bool, predict) -> tuple:
     parameters = ShardedParameters(net, blocks) if divided else FlatParameters(net)
     update = WeightUpdate(parameters, (0.9, 0.999), 1e-8)
     averages = WeightAverages(net, parameters, 5e5, 0.05, STDS)
-    ddp = net if divided else distributed.data_parallel(net, torch.device('cpu'))
+    gradients = Gradients(net, parameters)
     for step in range(1, STEPS + 1):
-        parameters.zero_gradients()
-        predict(ddp).square().sum().backward()
+        gradients.begin_step()
+        with gradients.round(last=True):
+            predict(net).square().sum().backward()
         update.step(1e-5)
         averages.update(step, 1)
-    return parameters, update, averages, ddp
+    return parameters, update, averages, gradients
 
 
 def group(size: str, processes: int, divided: bool) -> dict:

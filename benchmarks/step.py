@@ -36,6 +36,7 @@ from benchmarks.sizes import SIZES, Operations, operations
 from dnnlib import EasyDict, cli
 from torch_utils import misc
 from torch_utils.flat import FlatParameters
+from torch_utils.gradients import Gradients
 from training import execution
 from training.networks.encoders import StandardRGBEncoder
 from training.objectives import OBJECTIVES, loss_cd
@@ -166,7 +167,7 @@ class Timed:
 class Training:
     """Networks, loss and optimizer as the training loop sets them up for a size, and a step.
 
-    `averages_device`: see `WeightAverages`.
+    `averages_device`: see `WeightAverages`. `student` is what steps evaluate, of `net`, which trains.
     """
 
     def __init__(
@@ -176,7 +177,7 @@ class Training:
         torch.backends.cudnn.benchmark = True  # as train.py does
         misc.keep_freed_memory()
         torch.manual_seed(0)
-        self.student = self.size.build().to(device).train()
+        self.net = self.student = self.size.build().to(device).train()
         self.teacher = self.size.build().to(device).eval().requires_grad_(False)
         options = dict(OBJECTIVES['mcd'].options, T_anneal_kimg=0, sigma_data=0.5)
         self.loss_state = loss_cd.setup(EasyDict(options), Timed(self.teacher, self, is_teacher=True))
@@ -189,12 +190,13 @@ class Training:
         self.data = [values.pin_memory() for values in data] if device.type == 'cuda' else data
 
         # Optimizer and averages.
-        self.flat = FlatParameters(self.student)
+        self.flat = FlatParameters(self.net)
+        self.gradients = {'fp32': Gradients(self.net, self.flat)}
         self.update = WeightUpdate(self.flat, (0.9, 0.999), 1e-8)
         self.averages = WeightAverages(
-            self.student, self.flat, 5e5, 0.05, [0.05, 0.10] if size != 'demo' else [], averages_device
+            self.net, self.flat, 5e5, 0.05, [0.05, 0.10] if size != 'demo' else [], averages_device
         )
-        self.held_teacher, self.compiled = None, set()
+        self.held_teacher, self.compiled, self.precision = None, set(), 'fp32'
 
     def use(self, way: Way) -> None:
         """Run the networks this way from now on; what was compiled stays, but is used only if wanted."""
@@ -203,6 +205,10 @@ class Training:
                 execution.in_precision(copy.deepcopy(self.teacher), way.precision)
             )
         teacher = self.held_teacher if way.held else self.teacher
+        if way.precision not in self.gradients:
+            rounded = execution.rounded_parameters(execution.in_precision(self.net, way.precision))
+            self.gradients[way.precision] = Gradients(self.net, self.flat, *rounded)
+        self.precision, self.student = way.precision, self.gradients[way.precision].net
         for net in (self.student, teacher):
             execution.in_precision(net, way.precision)
             execution.run_with(
@@ -224,18 +230,20 @@ class Training:
         with timed_backward(watch):
             self.loss_state.begin_step(number * self.batch)
             self.averages.begin_step()
-            self.flat.weights.grad.zero_()
+            gradients = self.gradients[self.precision]
+            gradients.begin_step()
             rng = SampleRng(0, number * self.batch, self.batch, self.device)
-            accumulate_gradients(
-                Timed(self.student, self, is_teacher=False),
-                loss_cd,
-                self.loss_state,
-                self.data,
-                rng,
-                self.update,
-                1 / self.batch,
-                StandardRGBEncoder(),
-            )
+            with gradients.round(last=True):
+                accumulate_gradients(
+                    Timed(self.student, self, is_teacher=False),
+                    loss_cd,
+                    self.loss_state,
+                    self.data,
+                    rng,
+                    self.update,
+                    1 / self.batch,
+                    StandardRGBEncoder(),
+                )
             self.averages.before_update()
             self.update.step(1e-5)
             self.loss_state.end_step()

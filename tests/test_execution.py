@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dnnlib import EasyDict
 from torch_utils import distributed
 from torch_utils.flat import FlatParameters
+from torch_utils.gradients import Gradients
 from training import execution, networks
 from training.checkpoint import load_network, save_snapshot
 from training.networks import edm2 as networks_edm2
@@ -239,22 +240,27 @@ def test_half_precision_inside_is_the_same_network_with_shorter_numbers(kind, dt
         assert 0 < (rounded - exact).norm() / exact.norm() < 8 * torch.finfo(dtype).eps / 2
 
 
-def test_a_compiled_network_has_few_graphs_under_ddp():
-    """And the same gradients. DDP cuts where a bucket is full: at every parameter, if each seemed as large as all."""
-    graphs, net = [], build('adm').train()
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_a_compiled_network_has_few_graphs_on_several_processes(precision):
+    """And the same gradients, which arrive in several parts. DDP cuts where a bucket is full: at every parameter, if each
+    seemed as large as all."""
+    graphs, net = [], execution.in_precision(build('adm').train(), precision)
     *given, masks = inputs(net)
     net(*given, dropout_masks=masks).square().sum().backward()
     plain = [parameter.grad.clone() for parameter in net.parameters()]
     net.zero_grad()
-    FlatParameters(net)
+    flat = FlatParameters(net)
     torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        ddp = distributed.data_parallel(net, torch.device('cpu'))
-        net.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
-        ddp(*given, dropout_masks=masks).square().sum().backward()
+        gradients = Gradients(net, flat, *execution.rounded_parameters(net))
+        ddp = distributed.in_several_graphs(gradients.net, torch.device('cpu'))
+        gradients.net.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+        gradients.begin_step()
+        with gradients.round(last=True):
+            ddp(*given, dropout_masks=masks).square().sum().backward()
     finally:
         distributed.shutdown()
-    assert 1 <= len(graphs) <= distributed.GRAPHS + 1
+    assert 1 < len(graphs) <= distributed.GRAPHS + 1
     for parameter, gradient in zip(net.parameters(), plain):
         torch.testing.assert_close(parameter.grad, gradient)
 

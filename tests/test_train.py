@@ -461,7 +461,7 @@ def test_states_to_keep_are_the_two_newest_and_the_best_measured_one(states, kep
 
 
 def test_a_teacher_with_augmentation_labels_is_distilled_by_two_processes(tmp_path, digits):
-    """Without augmentation they are zero, and DDP still sees every parameter used."""
+    """Without augmentation they are zero, and every parameter has a gradient."""
     common = [f'--data={digits}', '--cond=1', *FAST, '--batch=16', '--dump=0']
     run(
         'train.py',

@@ -27,7 +27,7 @@ from torch_utils import elastic, misc
 
 NVIDIA_DEVICE = '/dev/nvidia0'  # the driver makes it for the first GPU
 PATIENCE = timedelta(days=7)  # longer than any save or download; a process that ends is noticed at once
-GRAPHS = 4  # in which a compiled network reduces its gradients, after the first parameter's
+GRAPHS = 4  # of a compiled network's gradients, after the first parameter's
 CHUNK = 1 << 28  # bytes of a broadcast
 
 # The group of collectives that wait for the main process to read, write or download, on the CPUs; else empty.
@@ -217,16 +217,18 @@ def is_main() -> bool:
     return get_rank() == 0
 
 
-def data_parallel(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """`net` in DDP, which averages gradients. Its buffers are constants and are not exchanged."""
+def in_several_graphs(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """`net` in DDP, for which torch.compile cuts it into several graphs, so that its gradients do not all arrive at
+    the end of the backward pass. `gradients.Gradients` reduces them, DDP does not. Buffers are constants."""
     wrapper = torch.nn.parallel.DistributedDataParallel
     # PyTorch 2.13 renamed the option.
     new = 'forward_sync_buffers' in inspect.signature(wrapper).parameters
     buffers = {'forward_sync_buffers' if new else 'broadcast_buffers': False}
     ddp = wrapper(net, device_ids=[device] if device.type == 'cuda' else None, **buffers)
+    ddp.require_backward_grad_sync = False
 
     # torch.compile cuts the network where a bucket of this size is full, and takes each parameter for as large as
-    # its storage, which is that of all (`FlatParameters`). The buckets of the reduction are made already.
+    # its storage, which is that of all (`FlatParameters`).
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     largest = max(parameter.untyped_storage().nbytes() for parameter in trained)
     if largest > trained[0].nbytes:
@@ -354,6 +356,16 @@ def gather_on_main(obj: Any) -> list[Any]:
     with _together():
         dist.gather_object(obj, boxes, group=_patient_group())
     return boxes or []
+
+
+def weights_from_main(net: torch.nn.Module) -> torch.nn.Module:
+    """The network, with the main process's parameters and buffers on every process: random numbers may differ in
+    their last bit between machines."""
+    if dist.is_initialized():
+        with _together():
+            for tensor in (*net.parameters(), *net.buffers()):
+                dist.broadcast(tensor.detach(), src=0)
+    return net
 
 
 def same_everywhere(tensor: torch.Tensor) -> bool:

@@ -69,6 +69,13 @@ class FlatParameters:
     def publish(self) -> None:
         """After an update: the network has the weights of the vector."""
 
+    def absorb(self) -> None:
+        """After the network's weights have changed: the vector has them."""
+
+    def own_part(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """What this process has of a parameter."""
+        return parameter.detach()
+
     def norm(self, vector: torch.Tensor) -> torch.Tensor:
         """Euclidean norm of a vector like `weights`; [] on the device."""
         return torch.linalg.vector_norm(vector)

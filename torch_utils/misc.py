@@ -1,4 +1,4 @@
-"""Small helpers of training: readable times, gradients under DDP, learning rates, TF32, the allocator."""
+"""Small helpers of training: readable times, learning rates, TF32, the allocator."""
 
 from __future__ import annotations
 
@@ -25,13 +25,6 @@ def format_time(seconds: float) -> str:
     if seconds < 86400:
         return f'{seconds // 3600}h {seconds // 60 % 60:02}m'
     return f'{seconds // 86400}d {seconds // 3600 % 24:02}h'
-
-
-def gradient_sync(net: torch.nn.Module, sync: bool):
-    """A context in which DDP reduces gradients only if `sync`: in the last round of accumulation."""
-    if sync or not isinstance(net, torch.nn.parallel.DistributedDataParallel):
-        return contextlib.nullcontext()
-    return net.no_sync()
 
 
 def allow_tf32(allowed: bool) -> None:

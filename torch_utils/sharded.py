@@ -70,9 +70,11 @@ class ShardedParameters(FlatParameters):
 
     # Between the network and the share.
 
+    def own_part(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        return own_part(parameter)
+
     @torch.no_grad()
     def absorb(self) -> None:
-        """Take over the weights of the network."""
         torch._foreach_copy_(self.parts(self.weights.detach()), list(map(own_part, self.parameters)))
 
     @torch.no_grad()

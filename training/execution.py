@@ -71,21 +71,23 @@ def hold_in_half(net: torch.nn.Module) -> torch.nn.Module:
     """Store weights of convolutions and norms in the half precision of their computation, in place, for a frozen
     network.
 
-    Weights are rounded once instead of at every call, so outputs are the same bit for bit. EDM2's weights
-    remain FP32, because they are normalized in FP32 at every call.
+    Weights are rounded once instead of at every call, so outputs are the same bit for bit.
     """
+    for part in networks_in(net):
+        parameters, half = rounded_parameters(part)
+        for parameter in parameters:
+            parameter.requires_grad_(False).data = parameter.data.to(half)
+    return net
+
+
+def rounded_parameters(net: torch.nn.Module) -> tuple[list[torch.nn.Parameter], torch.dtype | None]:
+    """Parameters that a denoiser with a U-Net rounds to half precision as they are: those of convolutions and
+    norms; and the type. EDM2's are not among them, because they are normalized in FP32 at every call."""
     from training.networks import Conv2d, GroupNorm
 
-    for part in networks_in(net):
-        half = (
-            torch.bfloat16 if part.use_bf16 else torch.float16 if part.use_fp16 and is_on_gpu(part) else None
-        )
-        for module in part.modules() if half else ():
-            if isinstance(module, (Conv2d, GroupNorm)):
-                for name in ('weight', 'bias'):
-                    if (parameter := getattr(module, name)) is not None:
-                        parameter.requires_grad_(False).data = parameter.data.to(half)
-    return net
+    half = torch.bfloat16 if net.use_bf16 else torch.float16 if net.use_fp16 and is_on_gpu(net) else None
+    layers = [m for m in net.modules() if isinstance(m, (Conv2d, GroupNorm))] if half else []
+    return [parameter for layer in layers for parameter in layer.parameters(recurse=False)], half
 
 
 def blocks_of(net: torch.nn.Module) -> list[torch.nn.Module]:
@@ -95,25 +97,30 @@ def blocks_of(net: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def leave_unit_weights(net: torch.nn.Module) -> None:
-    """Let `force_unit_weights` do what EDM2's networks do to their weights in a forward pass of training."""
+    """Let `force_unit_weights` do what EDM2's networks do to their weights in a forward pass of training.
+
+    For weights that are divided among processes; and for compiled networks, whose code may round otherwise on
+    another machine, so that weights would drift apart.
+    """
     for part in networks_in(net):
-        part.forces_unit_weights = False
+        if hasattr(part, 'forces_unit_weights'):
+            part.forces_unit_weights = False
 
 
 @torch.no_grad()
 def force_unit_weights(net: torch.nn.Module, parameters: FlatParameters) -> None:
-    """Before a step, normalize the weights of EDM2's networks (Karras et al. 2024, Eq. 66), if they are divided
-    among processes: rows, which are normalized, are each on one process."""
-    if not parameters.sharded:
+    """Before a step, normalize the weights of EDM2's networks (Karras et al. 2024, Eq. 66) that do not do so
+    themselves. If they are divided among processes, rows, which are normalized, are each on one."""
+    left = [part for part in networks_in(net) if not getattr(part, 'forces_unit_weights', True)]
+    if not left:
         return
-    from torch_utils.sharded import own_part
     from training.networks.edm2 import MPConv, normalize_weight
 
-    layers = [m for m in net.modules() if isinstance(m, MPConv) and m.weight.requires_grad]
+    layers = [m for part in left for m in part.modules() if isinstance(m, MPConv) and m.weight.requires_grad]
     for layer in layers:
-        own_part(layer.weight).copy_(normalize_weight(own_part(layer.weight)))
-    if layers:
-        parameters.absorb()
+        own = parameters.own_part(layer.weight)
+        own.copy_(normalize_weight(own))
+    parameters.absorb()
 
 
 def networks_in(net: torch.nn.Module) -> list[torch.nn.Module]:

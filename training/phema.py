@@ -154,8 +154,8 @@ class WeightAverages:
             }
         self._stds = dict(zip(phema_stds, names[1:]))
         self._exponents = [float(std_to_exp(std)) for std in phema_stds]
-        # Whether a forward pass in training changes weights, see `networks.edm2.force_unit_weights`.
-        self._changed_early = any(getattr(part, 'forces_unit_weights', False) for part in net.modules())
+        # Whether weights also change before the update, see `networks.edm2.force_unit_weights`.
+        self._changed_early = any(hasattr(part, 'forces_unit_weights') for part in net.modules())
         self._changed_early |= weights.sharded
         # On the device of training, no copies are needed.
         self._copies = None if device is None else HostCopies(weights.weights, self._take_in)

@@ -14,6 +14,7 @@ from dnnlib import EasyDict, UserError
 from dnnlib.text import printable
 from torch_utils import distributed, misc
 from torch_utils.flat import FlatParameters
+from torch_utils.gradients import Gradients
 from training import announcements, checkpoint, execution, run_files
 from training.guidance import unguided
 from training.networks import encoders
@@ -49,7 +50,8 @@ class Run(NamedTuple):
         dir: its folder.
         dataset, device: what it trains on, and where.
         net: the network that trains.
-        ddp: `net`, wrapped in DistributedDataParallel if there are several processes.
+        gradients: of `net`, averaged over the processes; `gradients.net` is what steps evaluate.
+        student: the same, in DDP if several processes run it compiled.
         teacher: frozen network to distill, maybe a `GuidedDenoiser`; None if the objective has none.
         objective, loss_state: its module and the state that it keeps, see `training.objectives.loss`.
         preprocessing: encoder and augmentation.
@@ -67,7 +69,8 @@ class Run(NamedTuple):
     dataset: ImageFolderDataset
     device: torch.device
     net: torch.nn.Module
-    ddp: torch.nn.Module
+    gradients: Gradients
+    student: torch.nn.Module
     teacher: torch.nn.Module | None
     objective: ModuleType
     loss_state: State
@@ -105,17 +108,22 @@ def set_up(
     if teacher is not None:
         teacher = execution.in_precision(teacher, c.precision).to(device)
     net = execution.in_precision(build_network(c, unguided(teacher)), c.precision).to(device).train()
+    distributed.weights_from_main(net)
     objective = OBJECTIVES[c.objective].module()
     options = OBJECTIVES[c.objective].complete(c.loss)
     loss_state = objective.setup(options, teacher, net, perceptual_distance(c, device))
 
     # Optimizer and averages work on one vector of all parameters, or of this process's share.
     shard = c.get('shard') == 'optimizer' and world_size > 1
+    if shard or c.compiled:
+        execution.leave_unit_weights(net)
     flat = divided(c, net, loss_state) if shard else FlatParameters(net)
     update = WeightUpdate(flat, tuple(c.betas), c.eps, c.loss_scaling, c.grad_clip, c.optim)
     average_lengths = c.ema_halflife_nimg, c.ema_rampup_ratio, c.phema_stds
     averages = WeightAverages(net, flat, *average_lengths, 'cpu' if c.ema_device == 'cpu' else None)
-    speed_up(c, net, teacher, averages, loss_state)
+    exact = flat.sharded or loss_state.in_fp32
+    gradients = Gradients(net, flat, *([] if exact else execution.rounded_parameters(net)))
+    speed_up(c, gradients.net, teacher, averages, loss_state)
     # For whatever draws random numbers without `SampleRng`.
     torch.manual_seed(derive_seed(c.seed, 'process', rank))
 
@@ -133,16 +141,17 @@ def set_up(
     if state is not None:
         announcements.describe_resume(log, c, progress, made_by, world_size)
 
-    # Wrap the network, and check that all processes start from the same weights.
-    ddp = distributed.data_parallel(net, device) if world_size > 1 and not flat.sharded else net
+    # All processes start from the same weights.
     files.check_weights()
+    cut = c.compiled and world_size > 1 and not flat.sharded
     return Run(
         c=c,
         dir=run_dir,
         dataset=dataset,
         device=device,
         net=net,
-        ddp=ddp,
+        gradients=gradients,
+        student=distributed.in_several_graphs(gradients.net, device) if cut else gradients.net,
         teacher=teacher,
         objective=objective,
         loss_state=loss_state,
@@ -172,7 +181,6 @@ def divided(c: EasyDict, net: torch.nn.Module, loss_state: State) -> FlatParamet
             f'--shard=optimizer: --objective={c.objective} keeps a network of its own with these options, which '
             'would not be divided. Leave it out.'
         )
-    execution.leave_unit_weights(net)
     return ShardedParameters(net, execution.blocks_of(net))
 
 
@@ -197,7 +205,7 @@ def build_network(c: EasyDict, teacher: torch.nn.Module | None) -> torch.nn.Modu
         start_from(net, teacher)
         net.sigma_min, net.sigma_max = teacher.sigma_min, teacher.sigma_max
 
-    # DDP wants every parameter used that has a gradient; few losses use the estimate of their log-variance.
+    # Few losses use the estimate of their log-variance.
     net.requires_grad_(True)
     if getattr(net, 'logvar_linear', None) is not None and not learns_logvar(c):
         net.logvar_linear.requires_grad_(False)

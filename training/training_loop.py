@@ -40,18 +40,18 @@ def train_step(run: Run, prefetcher: Prefetcher, profile: StepProfile) -> None:
     # The objective's schedule (its grid, its stage) follows from the images seen so far.
     state.begin_step(progress.nimg)
     run.averages.begin_step()
-    run.update.parameters.zero_gradients()
     execution.force_unit_weights(run.net, run.update.parameters)
+    run.gradients.begin_step()
 
     # Gradients accumulate over micro-batches; with the last one they are averaged over processes.
     for i in range(run.accumulation_rounds):
         with profile.part('data'):
             batch = next(prefetcher)
-        with profile.part('gradients'), misc.gradient_sync(run.ddp, i == run.accumulation_rounds - 1):
+        with profile.part('gradients'), run.gradients.round(last=i == run.accumulation_rounds - 1):
             first = progress.nimg + distributed.get_rank() * run.rank_batch + i * run.batch_gpu
             rng, scale = SampleRng(c.seed, first, run.batch_gpu, run.device), 1 / run.rank_batch
             accumulate_gradients(
-                run.ddp, run.objective, state, batch, rng, run.update, scale, *run.preprocessing
+                run.student, run.objective, state, batch, rng, run.update, scale, *run.preprocessing
             )
 
     # A step whose gradient is not finite leaves the weights as they are.
@@ -87,7 +87,7 @@ def accumulate_gradients(
     noise_shape = encoder.noise_shape(raw.shape[1:])
     images = encoder.encode_latents(raw, rng.normal('latents', noise_shape) if noise_shape else None)
 
-    # Augment. Without a pipe the labels are zeros, 'not augmented', because DDP wants every parameter used.
+    # Augment. Without a pipe the labels are zeros, 'not augmented': every parameter has a gradient.
     augment_labels = images.new_zeros(len(images), augment_dim) if augment_dim else None
     if augment_pipe is not None:
         images, augment_labels = augment_pipe(images, generator=rng.generator('augment'))
@@ -182,7 +182,7 @@ def training_loop(
     # Build what feeds, stops and profiles the steps.
     hosts = distributed.AsyncAllReduce()
     profile_steps = c.profile_steps if rank == 0 else 0
-    networks = profiled_networks(run.net, run.teacher)
+    networks = profiled_networks(run.gradients.net, run.teacher)
     profile = StepProfile(profile_steps, run_dir, run.device, networks, say=log)
     with WorkersIgnoreSignals() as ignore_signals, PreemptionHandler(hosts) as stop, profile:
         prefetcher = prefetch(run, ignore_signals)

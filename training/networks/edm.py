@@ -233,8 +233,8 @@ class UNetBlock(Module):
         # Channels are ordered head, feature, (q, k, v). Fused kernels need features contiguous in memory.
         # [N, heads, features, 3, H·W]
         qkv = self.qkv(self.norm2(x)).reshape(n, self.num_heads, c // self.num_heads, 3, h * w)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()
-        # [N, heads, H·W, features], back to [N, H, W, C]
+        q, k, v = qkv.permute(3, 0, 4, 1, 2).contiguous().transpose(2, 3)
+        # [N, heads, H·W, features], in memory as q, so that [N, H, W, C] is a view.
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h, w, c)
         return self.proj(out.permute(0, 3, 1, 2))
 

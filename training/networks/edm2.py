@@ -194,7 +194,8 @@ class Block(Module):
         # Channels are ordered head, feature, (q, k, v). Each of the three is normalized over its features, so
         # that logits are bounded. Fused kernels need features contiguous in memory.
         qkv = normalize(self.attn_qkv(x).reshape(n, self.num_heads, c // self.num_heads, 3, h * w), dims=(2,))
-        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()
+        q, k, v = qkv.permute(3, 0, 4, 1, 2).contiguous().transpose(2, 3)
+        # The output is in memory as q, so that [N, H, W, C] is a view.
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h, w, c)
         return self.attn_proj(out.permute(0, 3, 1, 2))
 

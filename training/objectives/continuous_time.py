@@ -90,6 +90,8 @@ class ContinuousState(State):
     Raises: ValueError if the weight is to be learned by a network that has no estimate of it.
     """
 
+    in_fp32 = True  # see `differentiable`
+
     def __init__(self, c, teacher: Module | None = None, net: Module | None = None):
         super().__init__(c, teacher)
         learns = c.tangent_weight == 'adaptive'

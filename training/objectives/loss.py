@@ -13,7 +13,7 @@ imports no PyTorch.
 perceptual distance (`metrics.lpips`); an objective uses what it needs.
 
 Args of `loss`:
-    net: the network that trains, in DDP if there are several processes.
+    net: the network that trains, maybe in DDP, see `distributed.in_several_graphs`.
     images: [N, C, H, W] in [-1, 1].
     labels: [N, label_dim] one-hot, or None.
     rng: `training.rng.SampleRng`, the only source of random numbers.
@@ -53,9 +53,11 @@ class State:
     Attributes:
         gap_option: the option of train.py that `self_target_gap` depends on; empty if the network is not
             compared with itself.
+        in_fp32: whether it evaluates the network in FP32 (`force_fp32`) as well.
     """
 
     gap_option = ''
+    in_fp32 = False
 
     def __init__(self, c=None, teacher: Module | None = None):
         self.c, self.teacher = c, teacher
