@@ -10,6 +10,7 @@ import click
 
 from dnnlib import EasyDict, UserError, cli
 from dnnlib.util import named
+from metrics.options import PAIRS, pair_options
 from metrics.validator import LabelMode, Validator, read_reference
 from sampling.level_list import complete
 from sampling.options import GENERAL, OF_ODE, guidance_options
@@ -78,27 +79,40 @@ from training.saved_files import NETWORK_FILE
 )
 @GENERAL['labels']
 @guidance_options()
-def main(networks, ref, outdir, detector, guidance, **options):
+@pair_options()
+def main(networks, ref, outdir, detector, guidance, pairs, **options):
     """Evaluate saved snapshots and append lines to metrics-val.jsonl as training does.
 
     Under torchrun, processes share the work.
     """
     from data.label_space import space_of
+    from metrics.pairs import load_teacher
     from torch_utils import distributed
     from training.checkpoint import load_network
-    from training.guidance import guided
+    from training.guidance import guided, sampled_in_steps
+    from training.guidance_options import UNGUIDED
     from training.run_log import METRICS, append_lines, json_line
 
     if options['labels'] and options['label'] != 'auto':
         raise click.UsageError('--label and --labels exclude each other.')
     cli.check_seeds(options['seed'], options['num'], '--seed', '--num')
+    if pairs.pairs_num and not pairs.pairs_with:
+        raise click.UsageError('--pairs-num needs --pairs-with=PKL, the teacher.')
+    num_pairs = pairs.pairs_num or min(PAIRS, options['num'])
+    cli.check_seeds(options['seed'], num_pairs, '--seed', '--pairs-num')
 
     # Reference and folder are checked before anything is loaded.
     distributed.init()
     options = complete(options)
     # The validator of training, without a data set or a folder of images.
     options = EasyDict(
-        options, ref=ref, ref_data=None, detector=detector, dump_images_dir=None, overwrite=False
+        options,
+        ref=ref,
+        ref_data=None,
+        detector=detector,
+        dump_images_dir=None,
+        overwrite=False,
+        pairs=num_pairs,
     )
     read_reference(options, option_prefix='')
     try:
@@ -112,8 +126,14 @@ def main(networks, ref, outdir, detector, guidance, **options):
     for network in networks:
         with distributed.main_process_first(), named('--network'):
             net = load_network(network, device)
-        net = guided(net, network, guidance)
+        # Beside its teacher, a student is not what is guided.
+        of_teacher = pairs.pairs_with and sampled_in_steps(net)
+        net = guided(net, network, UNGUIDED if of_teacher else guidance)
         if validator is None:
+            teacher = None
+            if pairs.pairs_with:
+                name, *sampler = pairs.pairs_with
+                teacher = load_teacher(name, net, network, guidance), name, *sampler
             shape = [net.img_channels, net.img_resolution, net.img_resolution]
             validator = Validator(
                 options,
@@ -124,7 +144,9 @@ def main(networks, ref, outdir, detector, guidance, **options):
                 space_of(net),
                 net.metadata.get('encoder'),
                 option_prefix='',
+                teacher=teacher,
             )
+        validator.check_pairs(net, network)
 
         # Evaluate, print and append the record.
         record = validator.run(net, nimg=net.metadata.get('nimg', 0), ema=net.metadata.get('ema', 'ema'))

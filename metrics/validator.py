@@ -1,4 +1,4 @@
-"""Fréchet distance of a network's samples, during training and for saved snapshots."""
+"""Fréchet distance and paired error of a network's samples, during training and for saved snapshots."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dnnlib.text import printable
 
 if TYPE_CHECKING:
     from data.label_space import LabelSpace
+    from metrics.pairs import Pairing
     from torch_utils.preemption import PreemptionHandler
 
 SHOWN = 64  # most samples in a grid
@@ -140,6 +141,8 @@ class Validator:
         image_shape, space: [C, H, W] and labels of the networks.
         encoder: arguments of `encoders.build`, which decodes their outputs to pixels.
         option_prefix: prefix of option names in messages: `val_` in train.py.
+        teacher: for the paired error, (network, its name, solver, steps), the last two as of `pairs.Pairing`, and
+            `options.pairs` images of it; None for none.
     Raises: UserError for an unusable reference, detector, VAE, label mode or folder, before the first
         evaluation.
     """
@@ -154,6 +157,7 @@ class Validator:
         space: LabelSpace,
         encoder: dict | None = None,
         option_prefix: str = 'val_',
+        teacher: tuple | None = None,
     ):
         import torch
 
@@ -187,13 +191,40 @@ class Validator:
                 f'{dump} holds images of an earlier run: add --val_overwrite=1, or choose another folder'
             )
         distributed.barrier()  # all processes check the folder before any writes
+        self.pairing = self._pairing_with(*teacher) if teacher else None
+
+    def _pairing_with(self, teacher, name: str, solver: str | None, steps: int | None) -> Pairing:
+        """Images of the teacher, made at the first evaluation, with the seeds and labels of the others."""
+        from metrics.pairs import Deviation, Pairing
+        from torch_utils import distributed
+
+        seeds = range(self.options.seed, self.options.seed + self.options.pairs)
+        # Computed from images, only the main process knows it.
+        std = distributed.broadcast_object(self.reference.pixel_std)
+        return Pairing(
+            teacher,
+            name,
+            seeds,
+            self.options.batch,
+            self._label_chooser(teacher),
+            solver,
+            steps,
+            None if std is None else Deviation(std, self.options.ref or self.options.ref_data),
+        )
+
+    def check_pairs(self, net, name: str = 'the network', steps: int | None = -1) -> None:
+        """Raises: UserError if the network, with its metadata, has no pairs. `steps`: as for `run`."""
+        if self.pairing:
+            solver, steps, sampling = sampler_of(
+                self.options, net, self.options.steps if steps == -1 else steps
+            )
+            self.pairing.check(net, name, solver=solver, steps=steps, **sampling)
 
     def _reference_of(self, source):
         from metrics.calc import compute_features, reference_of
 
-        return reference_of(
-            source, compute_features(source, {'': self.detector}, self.options.batch)[''], self.detector
-        )
+        seen = compute_features(source, {'': self.detector}, self.options.batch, pixels=True)['']
+        return reference_of(source, seen, self.detector)
 
     def run(
         self,
@@ -212,7 +243,7 @@ class Validator:
             stop: if requested on any process, the evaluation is abandoned on all and the result is None.
         Returns: a line of metrics-val.jsonl, `{"kimg", "nimg", "fid", ...}`. If images or features are not
             finite, `fid` is None, and the line has `problem` and their number, `nonfinite` or
-            `nonfinite_features`.
+            `nonfinite_features`; if only images of pairs are not, `paired_error` is None.
         """
         from metrics.calc import compute_features
         from metrics.frechet import frechet_distance
@@ -229,7 +260,7 @@ class Validator:
             (solver, steps), sampling, chosen = samplers.resolve(net, None, steps), {}, False
 
         # The distance; non-finite values are a result, not the end of training.
-        fid, failure = None, {}
+        fid, paired, failure = None, self.pairing and {}, {}
         try:
             seen = compute_features(
                 self._images(net, solver, steps, sampling, nimg, ema),
@@ -242,6 +273,11 @@ class Validator:
                 return None
             stats = seen[''].stats
             fid = frechet_distance(stats.mu, stats.sigma, self.reference.mu, self.reference.sigma)
+            if self.pairing:
+                how = dict(solver=solver, steps=steps, **sampling)
+                paired = self.pairing.error(net, 'the network', stop=stop and stop.anywhere, **how)
+                if paired is None:
+                    return None
         except NotFinite as error:
             failure = dict(error.counts, problem=str(error))
         return dict(
@@ -255,8 +291,19 @@ class Validator:
             ema=ema,
             **(dict(sampling=dict(solver=solver, **sampling)) if chosen else {}),
             **(dict(guidance=net.record()) if isinstance(net, guidance.GuidedDenoiser) else {}),
+            **(self._paired_entries(paired) if self.pairing else {}),
             seconds=round(time.monotonic() - start, 3),
             **failure,
+        )
+
+    def _paired_entries(self, found: dict) -> dict:
+        """The entries of a line about the paired error; `found` is empty where it failed."""
+        return dict(
+            paired_error=found.get('value'),
+            paired_interval=found.get('interval'),
+            paired_quantiles=found.get('quantiles'),
+            num_pairs=self.options.pairs,
+            paired_with=dict(solver=self.pairing.solver, steps=self.pairing.steps),
         )
 
     def _label_chooser(self, net):

@@ -152,7 +152,10 @@ def switches(given: Mapping[str, object]) -> dict[str, object]:
 def idle_with(switch: str, off: object) -> set[str]:
     """The options that have no effect if the option `switch` is `off`."""
     if switch == 'consistency':
-        return {name for own in OWN.values() for name in own} - {*OWN['diffusion']} | {'val_teacher'}
+        return {name for own in OWN.values() for name in own} - {*OWN['diffusion']} | {
+            'val_teacher',
+            'val_pairs',
+        }
     return {name for name, option in ALL.items() if option.switch == switch or option.idle == (switch, off)}
 
 
@@ -230,6 +233,17 @@ def check_together(o: Options) -> None:
         raise click.UsageError(
             f'{options.names(stray)}: these are for --objective=diffusion, and {name} makes a model with a sampler '
             'of its own.'
+        )
+    if run.val_pairs and objective.teacher != 'diffusion':
+        why = 'goes on from a consistency model' if objective.teacher else 'has no teacher'
+        raise click.UsageError(
+            f"--val_pairs={run.val_pairs} compares with a diffusion model's images, and --objective={name} {why}."
+        )
+    steps = run.val_steps or (1 if getattr(o.own, 'mid_t', None) is None else 2)
+    if run.val_pairs and hasattr(o.own, 'mid_t') and steps > 1:
+        raise click.UsageError(
+            f'--val_pairs={run.val_pairs}: {name} draws noise between {steps} steps, so its images have no pairs. Add '
+            '--val_steps=1.'
         )
     if run.val_teacher and not o.teacher:
         raise click.UsageError(f'--val_teacher=1 needs a teacher, and --objective={name} has none.')

@@ -222,6 +222,11 @@ class Validation:
     val_num: int = opt(
         50000, cli.TWO_IMAGES, 'Number of images to generate.',
         metavar='INT', key='validation.num')
+    val_pairs: int = opt(
+        0, cli.IMAGES,
+        'Number of pairs of which to compute the paired error: the distance of an image from the one that the '
+        "teacher makes of the same seed and label, over the data's standard deviation; 0: none.",
+        metavar='INT', key='validation.pairs', later=True)
     val_batch: int = opt(
         64, cli.BATCH, 'Number of images that a process generates at a time.',
         metavar='INT', key='validation.batch')
@@ -411,6 +416,9 @@ class RunConfig(TensorBoard, WandB, Files, Performance, Validation, Network, Hyp
             )
         if self.val:
             cli.check_seeds(self.val_seed, max(self.val_num, SHOWN), '--val_seed', '--val_num')
+            cli.check_seeds(self.val_seed, self.val_pairs, '--val_seed', '--val_pairs')
+        if self.val_pairs == 1:
+            raise click.UsageError('--val_pairs=1: an interval needs two pairs or more, and 0 is none.')
 
         if self.shard != 'none' and self.compiled:
             raise click.UsageError(

@@ -411,4 +411,6 @@ def validation_record(run) -> EasyDict:
 def group_record(run, group: str, **others) -> EasyDict:
     """The options that are recorded under `group`, by their names there."""
     options = [option for option in RUN.values() if option.key and option.key.startswith(f'{group}.')]
-    return EasyDict({option.key.partition('.')[2]: getattr(run, option.name) for option in options}, **others)
+    # Options that older versions lack are recorded only if they are used.
+    used = [option for option in options if not option.later or getattr(run, option.name) != option.default]
+    return EasyDict({option.key.partition('.')[2]: getattr(run, option.name) for option in used}, **others)

@@ -25,9 +25,24 @@ def build_validator(run: Run) -> Validator:
     options = EasyDict(c.validation, overwrite=c.validation.overwrite or run.resumed)
     check_sampler(options, net)  # against the network's range, before the first step
     image_shape = [net.img_channels, net.img_resolution, net.img_resolution]
-    return Validator(
-        options, run.dataset, run.dir, run.device, image_shape, run.dataset.label_space, c.encoder
+    teacher = (run.teacher, 'the teacher', None, None) if options.get('pairs') else None
+    validator = Validator(
+        options,
+        run.dataset,
+        run.dir,
+        run.device,
+        image_shape,
+        run.dataset.label_space,
+        c.encoder,
+        teacher=teacher,
     )
+    # Whether there are pairs is known by what snapshots will record.
+    if teacher:
+        average = sampling_network(run, 'ema')
+        average.metadata = checkpoint.snapshot_metadata(c, run.progress.nimg)
+        validator.check_pairs(average)
+        run.log(f'Pairs of --val_pairs={options.pairs}: the teacher by {validator.pairing.sampler}.')
+    return validator
 
 
 def evaluate_at_start(validator: Validator, run: Run, stop: PreemptionHandler) -> dict | None:

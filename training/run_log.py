@@ -25,7 +25,7 @@ from training.saved_files import LOG, METRICS, STATS
 from training.trackers import TensorBoard, WandbRun, import_wandb, summary_writer_class
 
 # Entries of an evaluation that are not results.
-CIRCUMSTANCES = ('kimg', 'nimg', 'num_images', 'steps', 'nfe', 'seconds')
+CIRCUMSTANCES = ('kimg', 'nimg', 'num_images', 'num_pairs', 'steps', 'nfe', 'seconds')
 # A line of either .jsonl file. Numbers under other names are finite or null.
 LINE = Record(
     {
@@ -119,13 +119,14 @@ class RunLog:
     def evaluation(self, record: dict, grid: str | None = None) -> None:
         """Log an evaluation of the average `record['ema']` at `record['nimg']` images; `grid`: a PNG file.
 
-        A failed evaluation has a `problem` instead of a `fid`, which is logged as a warning.
+        A failed evaluation has a `problem` instead of a `fid` or `paired_error`, which is logged as a warning.
         """
         if self.enabled:
             self(json_line(record))
             if 'problem' in record:
+                what = 'FID' if record['fid'] is None else 'paired error'
                 self(
-                    f'Warning: there is no FID of {record["ema"]} at {record["nimg"] / 1e3:g} kimg: '
+                    f'Warning: there is no {what} of {record["ema"]} at {record["nimg"] / 1e3:g} kimg: '
                     f'{record["problem"]}'
                 )
             self._append(METRICS, json_line(record))
