@@ -20,6 +20,7 @@ STUDENT = ['--lr=1e-3', '--ema=20kimg', '--ema_rampup=0.05', '--lr_rampup=5']
 PER_OBJECTIVE = {
     'mcd': ['--keep_ties', '--top-mass=0.5'],
     'direct': ['--top-mass=1'],
+    'flowmap': ['--lr=2e-3'],
     'cm-cd': ['--cm_loss=l2'],
     'cm-ct': ['--cm_loss=pseudo_huber', '--s1=20'],
     'ict': ['--s1=160'],

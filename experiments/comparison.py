@@ -57,6 +57,7 @@ class Training:
         batch: images per step.
         rounds: (folder, steps up to its end) of each student that the training makes; the folder is relative,
             '' for the training's own.
+        first_cost: network evaluations per batch element at the start.
     """
 
     name: str
@@ -68,11 +69,17 @@ class Training:
     cost: int
     batch: int
     rounds: tuple[tuple[str, int], ...]
+    first_cost: float = 0
 
     @property
     def evaluations(self) -> int:
         """Network evaluations per batch element, including those of the training before it."""
-        return self.steps * self.cost + (self.after.evaluations if self.after else 0)
+        return self.spent(self.steps)
+
+    def spent(self, steps: int) -> int:
+        """The same up to a number of its steps."""
+        own = steps * self.cost + self.first_cost
+        return own + (self.after.evaluations if self.after else 0)
 
     @property
     def chain(self) -> list[Training]:
@@ -125,12 +132,11 @@ class Model:
         # What was spent up to this round, including the training before it.
         steps = self.training.rounds[self.round][1]
         earlier = self.training.after
-        spent = steps * self.training.cost + (earlier.evaluations if earlier else 0)
         return dict(
             facts,
             train_steps=steps + (earlier.steps if earlier else 0),
             cost=self.training.cost,
-            evaluations=spent,
+            evaluations=self.training.spent(steps),
         )
 
 
@@ -239,10 +245,11 @@ def make_training(
     ]
 
     # The cost of a step decides their number.
-    cost = cost_of(name, [*options, f'{start}={PLACEHOLDER}'])
-    steps = affordable(name, budget, cost)
+    cost, first_cost = cost_of(name, [*options, f'{start}={PLACEHOLDER}'])
+    steps = affordable(name, budget, cost, first_cost)
     options.append(f'--duration={steps * request.batch / 1e6!r}')
-    return Training(name, objective, tuple(options), start, after, steps, cost, request.batch, (('', steps),))
+    lengths = steps, cost, request.batch, (('', steps),), first_cost
+    return Training(name, objective, tuple(options), start, after, *lengths)
 
 
 def halving_training(request: Request, name: str, objective: str, seed: int) -> Training:
@@ -272,7 +279,7 @@ def halving_training(request: Request, name: str, objective: str, seed: int) -> 
         )
 
     # Rounds of one and two sampling steps are longer: `units` counts in ordinary rounds.
-    cost = cost_of(name, [*options, f'--teacher={PLACEHOLDER}'])
+    cost, _ = cost_of(name, [*options, f'--teacher={PLACEHOLDER}'])
     stage_steps = affordable(name, request.budget, cost * sum(count for _, count in units))
 
     # Folders of the rounds and steps up to their ends.
@@ -293,14 +300,14 @@ def halving_training(request: Request, name: str, objective: str, seed: int) -> 
     )
 
 
-def affordable(name: str, budget: int, cost: int) -> int:
+def affordable(name: str, budget: int, cost: float, first_cost: float = 0) -> int:
     """How many steps a budget pays for. Raises: UserError if there is none."""
-    if budget < cost:
+    if budget < cost + first_cost:
         raise UserError(
-            f'--budget: {budget} network evaluations do not pay for one step of {name}, which takes {cost}. '
+            f'--budget: {budget} network evaluations do not pay for one step of {name}, which takes {cost + first_cost:g}. '
             'Raise it.'
         )
-    return int(budget // cost)
+    return int((budget - first_cost) // cost)
 
 
 # ----------------------------------------------------------------------------
@@ -358,11 +365,12 @@ def parameter_names(options: Sequence[str]) -> list[str]:
     return [parameter.name for parameter in given]
 
 
-def cost_of(name: str, options: Sequence[str]) -> float:
-    """Network evaluations per image of a step with these options."""
+def cost_of(name: str, options: Sequence[str]) -> tuple[float, float]:
+    """Network evaluations per image of a step with these options, and once at the start."""
     # Paths are placeholders: the cost follows from the options alone.
     try:
-        return command_line.parse([f'--outdir={PLACEHOLDER}', f'--data={PLACEHOLDER}', *options]).own.cost()
+        own = command_line.parse([f'--outdir={PLACEHOLDER}', f'--data={PLACEHOLDER}', *options]).own
+        return own.cost(), own.first_cost()
     except click.UsageError as error:
         raise click.UsageError(f'{name}: {error.format_message()}') from error
 

@@ -62,7 +62,8 @@ def training_cost(o: Options, c: EasyDict) -> dict[str, float]:
     if c.stages:
         rounds, steps = zip(*c.stages)
         own, images = dataclasses.replace(own, S_start=rounds[0], S=rounds[-1]), sum(steps) * c.batch_size
-    return dict(evaluations_per_image=own.cost(), evaluations=round(own.cost() * images))
+    evaluations = own.cost() * images + own.first_cost() * c.batch_size
+    return dict(evaluations_per_image=own.cost(), evaluations=round(evaluations))
 
 
 def network_facts(c: EasyDict, net: torch.nn.Module) -> dict:

@@ -144,6 +144,10 @@ class FlowMapConfig(TangentOptions, SyncDropout, Targets, TeacherHop):
         hop = (self.guide_cost * HOP_COST[self.hop] if self.teacher else 0) + 1
         return self.of_solution * solution + (1 - self.of_solution) * hop + 3
 
+    def first_cost(self) -> float:
+        # The whole pool of solutions.
+        return self.of_solution * self.guide_cost * (2 * self.T - 1) * self.pool
+
 
 def share_of_solutions(c) -> float:
     """The share of images whose target is the teacher's stored solution."""

@@ -58,6 +58,10 @@ class Config:
         """Mean network evaluations per training image; the student's forward and backward pass counts 3."""
         return 3.0
 
+    def first_cost(self) -> float:
+        """Network evaluations for each image of a batch that come once, at the start, on top of those of steps."""
+        return 0.0
+
 
 # ----------------------------------------------------------------------------
 # Noise levels, dropout and teachers.
