@@ -112,6 +112,11 @@ class Model:
     sampling: TeacherSampling | None = None
 
     @property
+    def draws_noise(self) -> bool:
+        """Whether noise is drawn between steps, so that its images are no function of latent and label."""
+        return self.solver == 'cm' and self.steps > 1
+
+    @property
     def name(self) -> str:
         """Name in tables and of files."""
         return self.sampling.name if self.sampling else f'{self.objective}-seed{self.seed}-{self.nfe}'

@@ -13,6 +13,7 @@ from experiments.results import Results
 from experiments.runner import (
     SHOWN,
     Metric,
+    Pairs,
     Runner,
     is_finished,
     measure,
@@ -70,11 +71,14 @@ def measure_model(
     num: int,
     batch: int,
     labels: str | None = None,
+    reference: Model | None = None,
 ) -> dict:
     """Sample and measure a model; the images are deleted, except for a grid of them.
 
-    `labels`: see --labels of generate.py.
-    Returns: a row of the results.
+    Args:
+        labels: see --labels of generate.py.
+        reference: the teacher with many evaluations, for the paired error; None for no such error.
+    Returns: a row of the results, whose `paired_error` is None for images without pairs.
     """
     from experiments.report import write_grid
 
@@ -84,7 +88,16 @@ def measure_model(
         if model.sampling
         else [f'--solver={model.solver}', f'--steps={model.steps}']
     )
-    row = model.record() | measure(runner, model.name, network, sampler, num, metrics, batch, labels=labels)
+    # The reference is paired with itself, and images with noise of their own have no pairs.
+    pairs, known = None, {}
+    if model == reference:
+        known = dict(paired_error=0.0, paired_interval=[0.0, 0.0])
+    elif model.draws_noise:
+        known = dict(paired_error=None, paired_interval=None)
+    elif reference:
+        pairs = Pairs(teacher, reference.steps)
+    measured = measure(runner, model.name, network, sampler, num, metrics, batch, labels=labels, pairs=pairs)
+    row = model.record() | known | measured
     # Keep a grid only: the images of all models would fill a disk.
     images = runner.path('samples', model.name)
     runner.path('grids').mkdir(exist_ok=True)
@@ -104,7 +117,8 @@ def remaining_jobs(
     results: Results,
     labels: str | None = None,
 ) -> list[Job]:
-    """Jobs for models without results, longest first: a training with measurements of its models each."""
+    """Jobs for models without results, longest first: a training with measurements of its models each. The first
+    of the models is the teacher with many evaluations."""
     # Models of one training belong together; the teacher's are independent of each other.
     groups: dict[str, list[Model]] = {}
     for model in models:
@@ -115,7 +129,7 @@ def remaining_jobs(
         for training in group[0].training.chain if group[0].training else []:
             train(runner, training, data, teacher)
         for model in group:
-            results.add(measure_model(runner, model, teacher, metrics, num, batch, labels))
+            results.add(measure_model(runner, model, teacher, metrics, num, batch, labels, models[0]))
 
     # The work of a job, by which to order them, is its number of network evaluations.
     jobs = []

@@ -53,6 +53,8 @@ def is_row(row: object, metrics: Sequence[str]) -> bool:
             isinstance(row.get(name), (int, float)) for name in ['nfe', 'images', *of_training, *distances]
         )
         and all(row[name] > 0 for name in distances)  # their logarithms are plotted
+        # Rows of older versions have no paired error, and images of some samplers have none.
+        and isinstance(row.get('paired_error'), (int, float, type(None)))
     )
 
 

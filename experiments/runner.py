@@ -22,6 +22,7 @@ from dnnlib import UserError
 from dnnlib.processes import how_ended
 from dnnlib.text import printable
 from dnnlib.util import LONGEST_MESSAGE
+from metrics.options import GOOD_SOLVER, PAIRS
 from training.saved_files import LOG
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,6 +193,20 @@ class Metric(NamedTuple):
     detector: str | None
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """What images are compared with one by one: a teacher's of the same seeds, by Heun's method.
+
+    Attributes:
+        teacher, steps: the teacher's snapshot, and its steps.
+        num: number of pairs.
+    """
+
+    teacher: Path | str
+    steps: int
+    num: int = PAIRS
+
+
 def make_outdir(outdir: Path) -> None:
     """Create the output folder. Raises: UserError."""
     try:
@@ -210,6 +225,7 @@ def measure(
     batch: int = 256,
     bootstrap: int = 0,
     labels: str | None = None,
+    pairs: Pairs | None = None,
 ) -> dict:
     """Sample a network into samples/<name>, and compute its distances.
 
@@ -218,8 +234,10 @@ def measure(
         metrics: distances to compute, by name.
         bootstrap: number of resamples for a 95 % interval; 0 for none.
         labels: see --labels of generate.py.
+        pairs: None for no paired error.
     Returns: `images`, `seconds` of sampling, and under the first metric `distance` and, with `bootstrap`,
-        `interval`; under every other one the same as `distance_<name>` and `interval_<name>`.
+        `interval`; under every other one the same as `distance_<name>` and `interval_<name>`; with `pairs` the
+        entries of `paired_error`.
     """
     # Sample; images of an interrupted run are discarded.
     folder, start = runner.path('samples', name), time.monotonic()
@@ -236,6 +254,8 @@ def measure(
         *([f'--labels={labels}'] if labels else []),
     )
     row = dict(images=images, seconds=round(time.monotonic() - start, 1))
+    if pairs:
+        row |= paired_error(runner, name, network, sampler, images, metrics, batch, labels, pairs)
 
     # Measure under every metric.
     for i, (metric, (ref, detector)) in enumerate(metrics.items()):
@@ -258,3 +278,42 @@ def measure(
         if bootstrap:
             row[f'interval{suffix}'] = found['interval']
     return row
+
+
+def paired_error(
+    runner: Runner,
+    name: str,
+    network: Path | str,
+    sampler: Sequence[str],
+    images: int,
+    metrics: dict[str, Metric],
+    batch: int,
+    labels: str | None,
+    pairs: Pairs,
+) -> dict:
+    """The paired error of a network, whose images are those that `measure` samples first.
+
+    The teacher's images stay in the folder `pairs`, so that they are made once for all networks.
+    Returns: `paired_error` and `paired_interval`.
+    """
+    result = runner.path('samples', f'{name}-pairs.json')
+    num = min(pairs.num, images)
+    # The first reference tells the deviation of the data.
+    ref = next(iter(metrics.values())).ref
+    runner.run(
+        name,
+        'fid.py',
+        'calc',
+        f'--network={network}',
+        f'--seeds=0-{num - 1}',
+        f'--batch={batch}',
+        *sampler,
+        *([f'--labels={labels}'] if labels else []),
+        '--metrics=paired_error',
+        f'--pairs-with={pairs.teacher}:{GOOD_SOLVER}:{pairs.steps}',
+        f'--ref={ref}',
+        f'--cache={runner.path("pairs")}',
+        f'--json={result}',
+    )
+    found = json.loads(result.read_text())['paired_error']
+    return dict(paired_error=found['value'], paired_interval=found['interval'])

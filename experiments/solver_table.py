@@ -1,5 +1,6 @@
 """A table of what a teacher does without training: a metric of its images by every solver in few evaluations,
 with the solver's own noise levels, with levels even in the time of the cosine process, and with searched ones.
+A second table has their paired error, from its own images in 511 evaluations.
 
     python -m experiments.solver_table --network=teacher.pkl --ref=classifier.npz --detector=classifier.pt
 """
@@ -82,7 +83,9 @@ def main(levels, json_path, **options):
     for name in wanted:
         for solver, nfe, steps in cells(options.nfe):
             table.measure(name, solver, nfe, steps)
-    distributed.print0(table.markdown(wanted, options.nfe), end='')
+    distributed.print0(table.markdown(wanted, options.nfe))
+    distributed.print0('Paired error:\n')
+    distributed.print0(table.markdown(wanted, options.nfe, 'paired_errors'), end='')
     distributed.shutdown()
 
 
@@ -104,9 +107,13 @@ class SolverTable:
     """
 
     def __init__(self, options: EasyDict, path: Path):
+        from data.label_space import space_of
         from metrics import evaluation
         from metrics.measures import MEASURES
+        from metrics.options import PAIRS
+        from metrics.pairs import Pairing, data_deviation
         from metrics.time_points import MetricOfPoints, reference_digest
+        from sampling.generation import uniform_over
         from sampling.teacher_paths import Teacher
         from training.checkpoint import network_digest
 
@@ -120,6 +127,12 @@ class SolverTable:
         evaluation.make_folder(path)
         self.metric = MetricOfPoints(self, measures, references, options)
 
+        # Pairs, of the first images.
+        seeds = range(options.seed, options.seed + min(PAIRS, options.num))
+        deviation = data_deviation(options.ref, references, options)
+        labels = uniform_over(space_of(self.net))
+        self.pairing = Pairing(self.net, options.network, seeds, options.batch, labels, deviation=deviation)
+
         # A file of the same table is continued.
         settings = dict(
             network=network_digest(self.net, self.net.metadata),
@@ -128,9 +141,9 @@ class SolverTable:
             num=options.num,
             seed=options.seed,
         )
-        self.record = dict(settings=settings, values={})
+        self.record = dict(settings=settings, values={}, paired_errors={})
         if path.exists():
-            self.record = read_record(path, settings)
+            self.record |= read_record(path, settings)
 
     def images(self, arguments: dict | list, options: EasyDict):
         """An image source as in metrics/images.py, for `MetricOfPoints`."""
@@ -146,13 +159,18 @@ class SolverTable:
         from metrics import evaluation
         from torch_utils import distributed
 
-        key = f'{levels} {solver} {nfe}'
-        if key in self.record['values']:
+        key, (values, errors) = (
+            f'{levels} {solver} {nfe}',
+            (self.record['values'], self.record['paired_errors']),
+        )
+        if key in values and key in errors:
             return
-        # All processes measure together; the main one writes.
-        value = self.metric(self.arguments(levels, solver, steps))
-        evaluation.log(f'{key}: {value:.4g}')
-        self.record['values'][key] = value
+        # All processes measure together; the main one writes. A table of an older version has values only.
+        arguments = self.arguments(levels, solver, steps)
+        if key not in values:
+            values[key] = self.metric(arguments)
+        errors[key] = self.pairing.error(self.net, key, **arguments)['value']
+        evaluation.log(f'{key}: {values[key]:.4g}, paired error {errors[key]:.4g}')
         if distributed.is_main():
             with atomic_write(self.path) as file:
                 file.write(json.dumps(self.record, indent=2).encode() + b'\n')
@@ -171,12 +189,12 @@ class SolverTable:
             return dict(solver=solver, steps=steps)
         return dict(search.sampler, sigmas=search.run(lambda line: None)['sigmas'])
 
-    def markdown(self, levels: list[str], counts: list[int]) -> str:
-        """The table: a line per solver and kind of levels, a column per number of evaluations; the least of a
-        column is bold."""
+    def markdown(self, levels: list[str], counts: list[int], entry: str = 'values') -> str:
+        """A table of `values` or `paired_errors`: a line per solver and kind of levels, a column per number of
+        evaluations; the least of a column is bold."""
         from experiments.report import markdown_table
 
-        value = lambda name, solver, nfe: self.record['values'].get(f'{name} {solver} {nfe}')
+        value = lambda name, solver, nfe: self.record[entry].get(f'{name} {solver} {nfe}')
         lines = [(name, solver) for name in levels for solver in SOLVERS]
         least = {nfe: min(v for each in lines if (v := value(*each, nfe)) is not None) for nfe in counts}
         text = lambda v, nfe: '' if v is None else f'**{v:.3f}**' if v == least[nfe] else f'{v:.3f}'
@@ -195,7 +213,9 @@ def read_record(path: Path, settings: dict) -> dict:
     try:
         record = schema.read_json(
             path,
-            schema.Record(dict(settings=schema.Plain(), values=values), ['settings', 'values']),
+            schema.Record(
+                dict(settings=schema.Plain(), values=values, paired_errors=values), ['settings', 'values']
+            ),
             'the table',
         )
     except (OSError, ValueError) as error:

@@ -8,6 +8,7 @@ from experiments import teacher
 from experiments.bundled import BUNDLED
 from experiments.results import distance_entries
 from experiments.runner import Runner
+from metrics.options import PAIRS
 from training.objectives import OBJECTIVES
 
 # The teacher's lines, and whether their levels are searched.
@@ -67,11 +68,47 @@ def distances_table(rows: Sequence[dict], best: dict, entry: str) -> tuple[list[
         named = [f'{text([found[n]])} {found[n]["solver"]}' if n in found else '' for n in columns]
         lines.append([title, *named])
 
-    # Heun takes an odd number of evaluations: in an even column stands one less.
-    near = {n: next((k for k in (n, n - 1) if k in heun and k != best['nfe']), None) for n in columns}
+    near = heun_columns(heun, columns, best)
     cells = [f'{text([heun[near[n]]])}, {near[n]} evaluations' if near[n] else '' for n in columns]
     lines.append(['teacher, Heun', *cells])
     return ['objective', *map(str, columns)], [line for line in lines if any(line[1:])]
+
+
+def paired_table(rows: Sequence[dict], best: dict) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: the mean of the paired error over seeds, and in parentheses each seed's; a dash for images
+    without pairs. Rows of older versions have none.
+
+    Args:
+        best: the teacher with many evaluations, with which all are paired.
+    """
+    students = of_students(rows)
+    # Of the teacher only what has pairs, which the least error chooses among.
+    paired = [row for row in rows if row.get('paired_error') is not None]
+    euler, heun = of_teacher(paired, 'euler'), of_teacher(paired, 'heun')
+    columns = sorted({nfe for cells in students.values() for nfe in cells} | set(euler))
+
+    def text(found: list[dict]) -> str:
+        values = [row['paired_error'] for row in found if 'paired_error' in row]
+        if not values or None in values:
+            return '–' if values else ''
+        each = f' ({", ".join(f"{value:.3f}" for value in values)})' if len(values) > 1 else ''
+        return f'{sum(values) / len(values):.3f}{each}'
+
+    lines = [[name, *(text(cells.get(n, [])) for n in columns)] for name, cells in students.items()]
+    lines.append(['teacher, Euler', *(text([euler[n]]) if n in euler else '' for n in columns)])
+    for title, searched in BEST.items():
+        found = best_of_teacher(paired, searched, 'paired_error')
+        named = [f'{text([found[n]])} {found[n]["solver"]}' if n in found else '' for n in columns]
+        lines.append([title, *named])
+    near = heun_columns(heun, columns, best)
+    cells = [f'{text([heun[near[n]]])}, {near[n]} evaluations' if near[n] else '' for n in columns]
+    lines.append(['teacher, Heun', *cells])
+    return ['objective', *map(str, columns)], [line for line in lines if any(line[1:])]
+
+
+def heun_columns(heun: dict[int, dict], columns: Sequence[int], best: dict) -> dict[int, int | None]:
+    """{column: evaluations of Heun's method in it}: an odd number, so that in an even column stands one less."""
+    return {n: next((k for k in (n, n - 1) if k in heun and k != best['nfe']), None) for n in columns}
 
 
 def training_table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
@@ -99,6 +136,18 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, metrics: Se
         f'teacher has the benefit of that choice. Levels of {" and ".join(teacher.SEARCHED)} are searched by '
         'search.py --schedule.',
     ]
+
+    # Which images have pairs.
+    if any('paired_error' in row for row in rows):
+        lines.append(
+            f"Paired error: root mean square distance of a model's images from those of the teacher with "
+            f'{best["nfe"]} evaluations, of the same seeds and labels, over the standard deviation of the data '
+            f"({PAIRS:,} pairs or all; docs/method.md). The teacher's solver is the one with the least."
+        )
+    if none := sorted({row['objective'] for row in rows if row.get('paired_error', 0) is None}):
+        lines.append(
+            f'–: {", ".join(none)} in more than one step draws noise between steps, so its images have no pairs.'
+        )
 
     # Objectives that share a condition share a line.
     students = {name: OBJECTIVES[name] for name in of_students(rows)}
@@ -144,6 +193,8 @@ def write_report(
         f'Distance by {metric}': distances_table(rows, best, entry)
         for metric, entry in distance_entries(metrics).items()
     }
+    if any('paired_error' in row for row in rows):
+        tables['Paired error'] = paired_table(rows, best)
     tables['Optimizer steps × network evaluations for an image'] = training_table(rows)
     text = notes(rows, best, budget, batch, metrics)
     sections = [f'{title}:\n\n{pages.markdown_table(*table)}' for title, table in tables.items()]

@@ -27,7 +27,7 @@ from experiments.comparison import Request, plan
 from experiments.jobs import remaining_jobs, run_jobs
 from experiments.results import Results, record_plan
 from experiments.runner import Metric, Runner, newest_snapshot, run_interruptibly
-from experiments.tables import distances_table, notes, training_table
+from experiments.tables import distances_table, notes, paired_table, training_table
 from training import checkpoint, command_line, starting_point
 from training.networks import edm2 as networks_edm2
 from training.objectives import OBJECTIVES
@@ -315,7 +315,8 @@ class PretendRunner(Runner):
         elif words[0] == 'search.py':
             Path(value('save')).touch()
         else:
-            Path(value('json')).write_text(json.dumps(dict(fid=dict(value=float(len(self.commands))))))
+            found = dict(value=float(len(self.commands)), interval=[0.1, 0.2])
+            Path(value('json')).write_text(json.dumps(dict(fid=found, paired_error=found)))
 
 
 class Recorder(Runner):
@@ -386,11 +387,12 @@ def scripts(commands, script):
 
 def test_everything_is_done_once(tmp_path):
     """Three trainings; seven rows of the teacher (Heun's with 2 steps is left out: one step is Euler's), two of
-    which have their levels searched, four of students, by two rulers each."""
+    which have their levels searched, four of students, by two rulers each; pairs of all but the reference and the
+    consistency model in two steps."""
     commands, results, failures = pretend(tmp_path)
     assert not failures and [
         len(scripts(commands, name)) for name in ('train.py', 'search.py', 'generate.py', 'fid.py')
-    ] == [3, 2, 11, 22]
+    ] == [3, 2, 11, 22 + 9]
     assert f'--sigmas={tmp_path}/levels/teacher-ipndm-searched-2.txt' in ' '.join(commands)
     rows = json.loads((tmp_path / 'results.json').read_text())
     assert (
@@ -423,6 +425,19 @@ def test_everything_is_done_once(tmp_path):
         (row['train_steps'], row['cost'], row['evaluations']) == (6, 15, 90)
         and row['distance'] != row['distance_random']
         and row['seconds'] >= 0
+    )
+    # Paired with the teacher's reference, by the sampler that the images are of.
+    pairs = [command for command in commands if '--metrics=paired_error' in command]
+    assert all(
+        '--pairs-with=teacher.pkl:heun:4 ' in command and '--seeds=0-39 ' in command for command in pairs
+    )
+    of_student = next(command for command in pairs if 'direct-seed0-2-pairs.json' in command)
+    assert '--solver=student --steps=2 ' in of_student and '--ref=pca.npz ' in of_student
+    assert row['paired_error'] > 0 and row['paired_interval'] == [0.1, 0.2]
+    assert results.rows['teacher-heun-7']['paired_error'] == 0
+    assert (
+        results.rows['ect-seed0-2']['paired_error'] is None
+        and results.rows['ect-seed0-1']['paired_error'] > 0
     )
     assert {path.stem for path in (tmp_path / 'grids').iterdir()} == set(results.rows)
     assert not any(path.is_dir() for path in (tmp_path / 'samples').iterdir()), (
@@ -689,6 +704,36 @@ def test_the_table_has_ratios_of_means_and_every_seed():
     ]
     assert distances_table(ROWS, BEST, 'distance_pca')[1][0] == ['mcd', '12.50 (0.8, 1.2)', '2.50 (0.2)']
     assert training_table(ROWS)[1] == [['mcd', '1,000 × 6', '4,000 × 6'], ['direct', '', '4,000 × 6']]
+
+
+def test_the_paired_errors_are_means_and_a_dash_stands_where_there_is_none():
+    """Rows of an older version have no such entry, and the sampler of ect in four steps has no pairs."""
+    paired = lambda entry, error: dict(entry, paired_error=error)
+    solver = dict(row('diffusion', 4, 0.3, None), solver='dpmpp', searched=False)
+    rows = [
+        paired(row('mcd', 1, 0.4), 0.2),
+        paired(row('mcd', 1, 0.6, seed=1), 0.3),
+        row('mcd', 4, 0.1),
+        paired(row('ect', 1, 1.0, solver='cm'), 0.5),
+        paired(row('ect', 4, 1.0, solver='cm'), None),
+        paired(BEST, 0.0),
+        paired(row('diffusion', 1, 20.0, None, 'euler'), 0.9),
+        paired(row('diffusion', 3, 2.0, None, 'heun'), 0.4),
+        paired(solver, 0.1),
+    ]
+    assert paired_table(rows, BEST) == (
+        ['objective', '1', '4'],
+        [
+            ['mcd', '0.250 (0.200, 0.300)', ''],
+            ['ect', '0.500', '–'],
+            ['teacher, Euler', '0.900', ''],
+            ['teacher, best solver', '', '0.100 dpmpp'],
+            ['teacher, Heun', '', '0.400, 3 evaluations'],
+        ],
+    )
+    text = '\n'.join(notes(rows, BEST, 8000, 128, ['pca']))
+    assert '–: ect in more than one step' in text and 'Paired error: ' in text
+    assert 'Paired error' not in '\n'.join(notes(ROWS, BEST, 8000, 128, ['pca']))
 
 
 def test_the_teacher_has_the_benefit_of_its_best_solver_and_of_searched_levels():

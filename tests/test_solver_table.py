@@ -9,6 +9,7 @@ from helpers import assert_one_clear_error, invoke
 
 import fid
 from experiments import solver_table
+from metrics import pairs
 from training import networks
 from training.checkpoint import save_snapshot
 
@@ -54,11 +55,18 @@ def run(lab, path, *more, network='teacher.pkl'):
     )
 
 
+@pytest.fixture(autouse=True)
+def fewer_steps(monkeypatch):
+    """The good images are made with 8 steps in place of 256."""
+    monkeypatch.setattr(pairs, 'GOOD_STEPS', 8)
+
+
 def test_every_cell_is_what_fid_py_measures(lab, tmp_path):
     """Own levels and cosine's; dpm2 takes one evaluation less than 3, and is nothing with one step."""
     result = run(lab, tmp_path / 'table.json', '--levels=own,cosine')
     assert result.exit_code == 0, result.output
-    values = json.loads((tmp_path / 'table.json').read_text())['values']
+    record = json.loads((tmp_path / 'table.json').read_text())
+    values, errors = record['values'], record['paired_errors']
     names = ('euler', 'ipndm', 'ipndm_v', 'deis', 'dpmpp', 'unipc')
     assert list(values) == [
         f'{levels} {name}'
@@ -77,16 +85,25 @@ def test_every_cell_is_what_fid_py_measures(lab, tmp_path):
     }.items():
         told = invoke(
             fid.main, 'calc', f'--network={lab}/teacher.pkl', '--seeds=0-11', '--batch=5',
-            f'--ref={lab}/ref.npz', f'--detector={lab}/grays.pt', *options,
+            f'--ref={lab}/ref.npz', f'--detector={lab}/grays.pt', *options, f'--pairs-with={lab}/teacher.pkl',
+            f'--json={tmp_path}/fid.json',
         )  # fmt: skip
         assert float(told.stdout) == pytest.approx(values[key], rel=1e-9), key
+        found = json.loads((tmp_path / 'fid.json').read_text())['paired_error']
+        assert found['value'] == pytest.approx(errors[key], rel=1e-9), key
+    assert list(errors) == list(values)
 
-    lines = [line.split('|')[1:-1] for line in result.stdout.splitlines()]
-    assert [word.strip() for word in lines[0]] == ['levels', 'solver', '2', '3'] and len(lines) == 2 + 2 * 8
-    for column, nfe in ((2, 2), (3, 3)):
-        least = min(value for key, value in values.items() if key.endswith(f' {nfe}'))
-        bold = [line[column].strip() for line in lines if '**' in line[column]]
-        assert set(bold) == {f'**{least:.3f}**'}
+    # Two tables, each of which marks the least of a column.
+    tables = result.stdout.split('Paired error:')
+    for text, found in zip(tables, (values, errors), strict=True):
+        lines = [line.split('|')[1:-1] for line in text.strip().splitlines()]
+        assert [word.strip() for word in lines[0]] == ['levels', 'solver', '2', '3'] and len(
+            lines
+        ) == 2 + 2 * 8
+        for column, nfe in ((2, 2), (3, 3)):
+            least = min(value for key, value in found.items() if key.endswith(f' {nfe}'))
+            bold = [line[column].strip() for line in lines if '**' in line[column]]
+            assert set(bold) == {f'**{least:.3f}**'}
 
 
 def test_a_table_that_was_stopped_goes_on_from_what_it_has(lab, tmp_path, monkeypatch):
@@ -94,10 +111,22 @@ def test_a_table_that_was_stopped_goes_on_from_what_it_has(lab, tmp_path, monkey
     assert run(lab, path, '--levels=own').exit_code == 0
     record = json.loads(path.read_text())
     del record['values']['own unipc 3']
+    # A table of an older version has no paired errors.
+    errors = record.pop('paired_errors')
     path.write_text(json.dumps(record | dict(values=record['values'] | {'own euler 2': 77.0})))
     result = run(lab, path, '--levels=own')
-    assert result.exit_code == 0 and 'own unipc 3: ' in result.stderr and 'own euler' not in result.stderr
-    assert '77.000' in result.stdout and 'own unipc 3' in json.loads(path.read_text())['values']
+    assert (
+        result.exit_code == 0
+        and 'own unipc 3: ' in result.stderr
+        and 'own euler 2: 77, paired' in result.stderr
+    )
+    record = json.loads(path.read_text())
+    assert (
+        '77.000' in result.stdout
+        and record['values'].keys() == record['paired_errors'].keys() == errors.keys()
+    )
+    again = run(lab, path, '--levels=own')
+    assert again.exit_code == 0 and 'own' not in again.stderr
     assert_one_clear_error(
         run(lab, path, '--seed=1'), 'the table of another network, reference or other images'
     )
