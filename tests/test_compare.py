@@ -887,6 +887,8 @@ def test_two_objectives_through_the_real_scripts(digits, teacher, rulers, tmp_pa
     assert set(rows) == {'teacher-heun-3', 'teacher-euler-1', 'direct-seed0-1', 'ect-seed0-1'}
     assert (rows['direct-seed0-1']['train_steps'], rows['ect-seed0-1']['train_steps']) == (6, 13)
     assert all(row['distance'] > 0 and row['images'] == 64 for row in rows.values())
+    assert all((row['paired_error'] == 0) == (name == 'teacher-heun-3') for name, row in rows.items())
+    assert f'| direct | {rows["direct-seed0-1"]["paired_error"]:.3f} |' in (out / 'table.md').read_text()
     for name, nimg in (('direct-1-seed0', 96), ('ect-seed0', 208)):
         stats = (out / 'trainings' / name / 'stats.jsonl').read_text().splitlines()
         assert json.loads(stats[-1])['Progress/nimg']['mean'] == nimg
