@@ -156,7 +156,6 @@ def calc(
     options,
 ):
     """Compute metrics of images, or of a network's samples, against a reference."""
-    from metrics.measures import Comparison
     from metrics.pairs import describe_error, pairings_of
     from metrics.uncertainty import check_enough_to_extrapolate
 
@@ -201,28 +200,32 @@ def calc(
         for source, seen in zip(sources, features) if is_main else ():
             for first in list(seen.values())[:1]:
                 warn_about(source, first, measures, detectors)
-            for entry, detector in detectors.items():
-                comparison = Comparison(
-                    seen[entry], references.get(entry), detector.device, bootstrap, nearest_k, options.seed
-                )
-                for name, measure in measures.items():
-                    if measure.entry == entry:
-                        title = measure.title.format(detector.metric_name)
-                        facts = facts_about(
-                            title,
-                            source,
-                            seen[entry],
-                            detector,
-                            *((ref, comparison.reference) if measure.compares else ()),
-                        )
-                        results[name].append(measure.compute(comparison) | facts)
-                        log(sentence(results[name][-1]))
+            given = source, seen, references, ref, measures, detectors
+            for name, result in compared(*given, bootstrap, nearest_k, options.seed):
+                results[name].append(result)
+                log(sentence(result))
 
         # Write the results of all metrics; print that of the first.
         if is_main:
             summaries = {name: summary(found) for name, found in results.items()}
             write_json(json_path, summaries)
             click.echo(f'{summaries[next(iter(summaries))]["value"]:.10g}')
+
+
+def compared(source, seen, references, ref, measures, detectors, bootstrap, nearest_k, seed):
+    """(name, result with the facts about it) of each measure of a source, detector by detector."""
+    from metrics.measures import Comparison
+
+    for entry, detector in detectors.items():
+        given = seen[entry], references.get(entry), detector.device, bootstrap, nearest_k, seed
+        comparison = Comparison(*given)
+        for name, measure in measures.items():
+            if measure.entry != entry:
+                continue
+            title = measure.title.format(detector.metric_name)
+            against = (ref, comparison.reference) if measure.compares else ()
+            facts = facts_about(title, source, seen[entry], detector, *against)
+            yield name, measure.compute(comparison) | facts
 
 
 @main.command()
