@@ -93,13 +93,7 @@ def main(networks, ref, outdir, detector, guidance, pairs, **options):
     from training.guidance_options import UNGUIDED
     from training.run_log import METRICS, append_lines, json_line
 
-    if options['labels'] and options['label'] != 'auto':
-        raise click.UsageError('--label and --labels exclude each other.')
-    cli.check_seeds(options['seed'], options['num'], '--seed', '--num')
-    if pairs.pairs_num and not pairs.pairs_with:
-        raise click.UsageError('--pairs-num needs --pairs-with=PKL, the teacher.')
-    num_pairs = pairs.pairs_num or min(PAIRS, options['num'])
-    cli.check_seeds(options['seed'], num_pairs, '--seed', '--pairs-num')
+    num_pairs = check_usage(options, pairs)
 
     # Reference and folder are checked before anything is loaded.
     distributed.init()
@@ -162,6 +156,18 @@ def main(networks, ref, outdir, detector, guidance, pairs, **options):
     if problems:
         distributed.fail_together(*problems)
     distributed.shutdown()
+
+
+def check_usage(options, pairs):
+    """The number of pairs. Raises: click.UsageError for options that contradict each other."""
+    if options['labels'] and options['label'] != 'auto':
+        raise click.UsageError('--label and --labels exclude each other.')
+    cli.check_seeds(options['seed'], options['num'], '--seed', '--num')
+    if pairs.pairs_num and not pairs.pairs_with:
+        raise click.UsageError('--pairs-num needs --pairs-with=PKL, the teacher.')
+    num_pairs = pairs.pairs_num or min(PAIRS, options['num'])
+    cli.check_seeds(options['seed'], num_pairs, '--seed', '--pairs-num')
+    return num_pairs
 
 
 if __name__ == '__main__':
