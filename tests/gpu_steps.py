@@ -52,7 +52,7 @@ TRAINING = {
     'mct': f'--objective=mct {ADM} --S=4 --T_start=8 --T_end=16 --T_anneal_kimg=0.032 --optim=radam --precision=fp16',
     'mcd, guided': f'{MCD} --precision=fp16 --guide=none-label --guidance=2 --guidance_interval=0.1,10',
     'direct': '--objective=direct --S=4 --substeps=2 --precision=fp16',
-    'flowmap, tangent': '--objective=flowmap --target=tangent --T=8 --precision=fp16',
+    'flowmap, tangent': '--objective=flowmap --target=tangent --jvp=difference --T=8 --precision=fp16',
     'flowmap': '--objective=flowmap --target=mixed --T=8 --reuse=2 --precision=fp16',
     'direct, guided': '--objective=direct --S=4 --substeps=2 --guide={folder}/guide.pkl --guidance=2',
     'pd': '--objective=pd --S=4 --S_start=8 --stage_steps=8 --precision=fp16',

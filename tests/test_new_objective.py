@@ -102,7 +102,7 @@ from docs import generate_options
 from experiments.comparison import cost_of
 print(CliRunner().invoke(train.main, ['--objective=midpoint', '--help']).stdout)
 print(*(line for line in generate_options.page().splitlines() if '`--middle`' in line))
-print('cost', cost_of('midpoint', ['--objective=midpoint', '--teacher=x']))
+print('cost', cost_of('midpoint', ['--objective=midpoint', '--teacher=x'])[0])
 """
     done = subprocess.run(
         [sys.executable, '-c', code],

@@ -156,7 +156,7 @@ def test_a_student_refuses_other_steps_unless_forced(gaussian, latents):
     'solver, steps, options, message',
     [
         ('dpm', 8, {}, 'not one of student, euler, heun'),
-        ('student', None, {}, 'no student'),
+        ('student', None, {}, 'not a student'),
         ('heun', 8, dict(eta=1), 'no option eta'),
         ('student', 4, dict(S_churn=1), 'no option S_churn'),
         ('addim', 4, dict(schedule='vp'), 'no option schedule'),
