@@ -112,6 +112,10 @@ class Given(SampleRng):
         return self.noise
 
 
+def test_only_the_derivative_asks_for_weights_in_fp32():
+    assert make_loss().state.in_fp32 and not make_loss(target='hop').state.in_fp32
+
+
 # ----------------------------------------------------------------------------
 # The papers' formulas, and the limit of hops, for a network that is nothing in particular.
 

@@ -673,7 +673,9 @@ def test_the_published_command_trains_a_teacher_with_consistency_switched_off(tm
         (['--S=4'], ['--S is for --objective=mcd or mct or direct', '--consistency=True means mcd']),
         (
             ['--objective=mct', '--teacher=t.pkl'],
-            ['--teacher is for --objective=mcd or direct or pd or flowmap or cm-cd or tcm or scd, and this is mct'],
+            [
+                '--teacher is for --objective=mcd or direct or pd or flowmap or cm-cd or tcm or scd, and this is mct'
+            ],
         ),
         (['--objective=mcd', '--teacher=t.pkl', '--substeps=2'], ['--substeps is for --objective=direct']),
         (

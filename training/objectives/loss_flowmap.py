@@ -231,6 +231,7 @@ class FlowMapState(EdgeSchedule):
         share = share_of_solutions(c)
         levels = ops.student_grid(c.T, c.sigma_min, c.sigma_max, c.rho, 'full', c.sigma_grid).tolist()
         self.store = TrajectoryStore(levels, share, c.pool, c.reuse, c.batch_size)
+        self.in_fp32 = c.target == 'tangent'  # the derivative, see `differentiable`
         super().__init__(c, teacher, gap_option='--T' if c.target in ('hop', 'mixed') else '')
 
     def stage_after(self, nimg: int) -> int:
