@@ -136,6 +136,7 @@ def test_trackers_show_the_error_and_files_of_runs_hold_it(whole):
     'options, words',
     [
         (['--objective=ect'], '--objective=ect has no teacher'),
+        (['--objective=flowmap'], '--objective=flowmap has no teacher'),
         (['--objective=diffusion'], '--objective=diffusion has no teacher'),
         (['--objective=tcm', '--teacher=t.pkl'], '--objective=tcm goes on from a consistency model'),
         (['--objective=cm-cd', '--teacher=t.pkl', '--val_steps=2'], 'Add --val_steps=1'),

@@ -234,8 +234,8 @@ def check_together(o: Options) -> None:
             f'{options.names(stray)}: these are for --objective=diffusion, and {name} makes a model with a sampler '
             'of its own.'
         )
-    if run.val_pairs and objective.teacher != 'diffusion':
-        why = 'goes on from a consistency model' if objective.teacher else 'has no teacher'
+    if run.val_pairs and (objective.teacher != 'diffusion' or not o.teacher):
+        why = 'goes on from a consistency model' if o.teacher else 'has no teacher'
         raise click.UsageError(
             f"--val_pairs={run.val_pairs} compares with a diffusion model's images, and --objective={name} {why}."
         )
