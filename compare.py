@@ -214,7 +214,7 @@ def main(**options):
           --ref=fid-refs/cifar10-32x32.npz -- --batch-gpu=128
 
     A student with a fixed number of steps is trained for each of --steps, with the full budget; a consistency
-    model is trained once, and sampled with each.
+    model or a flow map is trained once, and sampled with each.
     """
     run(Options(**options))
 

@@ -260,19 +260,17 @@ def measure(
     # Measure under every metric.
     for i, (metric, (ref, detector)) in enumerate(metrics.items()):
         result = runner.path('samples', f'{name}-{metric}.json')
-        runner.run(
+        found = calculated(
+            runner,
             name,
-            'fid.py',
-            'calc',
+            result,
             f'--images={folder}',
             f'--ref={ref}',
             f'--num={images}',
             f'--batch={batch}',
             *([f'--detector={detector}'] if detector else []),
             *([f'--bootstrap={bootstrap}'] if bootstrap else []),
-            f'--json={result}',
-        )
-        found = json.loads(result.read_text())['fid']
+        )['fid']
         suffix = f'_{metric}' if i else ''
         row[f'distance{suffix}'] = found['value']
         if bootstrap:
@@ -300,10 +298,10 @@ def paired_error(
     num = min(pairs.num, images)
     # The first reference tells the deviation of the data.
     ref = next(iter(metrics.values())).ref
-    runner.run(
+    found = calculated(
+        runner,
         name,
-        'fid.py',
-        'calc',
+        result,
         f'--network={network}',
         f'--seeds=0-{num - 1}',
         f'--batch={batch}',
@@ -313,7 +311,11 @@ def paired_error(
         f'--pairs-with={pairs.teacher}:{GOOD_SOLVER}:{pairs.steps}',
         f'--ref={ref}',
         f'--cache={runner.path("pairs")}',
-        f'--json={result}',
-    )
-    found = json.loads(result.read_text())['paired_error']
+    )['paired_error']
     return dict(paired_error=found['value'], paired_interval=found['interval'])
+
+
+def calculated(runner: Runner, name: str, result: Path, *arguments: str) -> dict:
+    """What `fid.py calc` with these arguments writes to the file `result`, {metric: entries}."""
+    runner.run(name, 'fid.py', 'calc', *arguments, f'--json={result}')
+    return json.loads(result.read_text())

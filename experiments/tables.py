@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from experiments import teacher
 from experiments.bundled import BUNDLED
@@ -50,28 +50,13 @@ def distances_table(rows: Sequence[dict], best: dict, entry: str) -> tuple[list[
         best: the teacher with many evaluations.
         entry: key of the distance in a row.
     """
-    students, euler, heun = of_students(rows), of_teacher(rows, 'euler'), of_teacher(rows, 'heun')
-    columns = sorted({nfe for cells in students.values() for nfe in cells} | set(euler))
 
     def text(found: list[dict]) -> str:
         values = [row[entry] for row in found]
         each = ', '.join(f'{value:.4g}' for value in values)
         return f'{sum(values) / len(values) / best[entry]:.2f} ({each})'
 
-    # Students, then the teacher.
-    lines = [
-        [name, *(text(cells[n]) if n in cells else '' for n in columns)] for name, cells in students.items()
-    ]
-    lines.append(['teacher, Euler', *(text([euler[n]]) if n in euler else '' for n in columns)])
-    for title, searched in BEST.items():
-        found = best_of_teacher(rows, searched, entry)
-        named = [f'{text([found[n]])} {found[n]["solver"]}' if n in found else '' for n in columns]
-        lines.append([title, *named])
-
-    near = heun_columns(heun, columns, best)
-    cells = [f'{text([heun[near[n]]])}, {near[n]} evaluations' if near[n] else '' for n in columns]
-    lines.append(['teacher, Heun', *cells])
-    return ['objective', *map(str, columns)], [line for line in lines if any(line[1:])]
+    return table(rows, rows, best, entry, text)
 
 
 def paired_table(rows: Sequence[dict], best: dict) -> tuple[list[str], list[list[str]]]:
@@ -81,11 +66,8 @@ def paired_table(rows: Sequence[dict], best: dict) -> tuple[list[str], list[list
     Args:
         best: the teacher with many evaluations, with which all are paired.
     """
-    students = of_students(rows)
     # Of the teacher only what has pairs, which the least error chooses among.
     paired = [row for row in rows if row.get('paired_error') is not None]
-    euler, heun = of_teacher(paired, 'euler'), of_teacher(paired, 'heun')
-    columns = sorted({nfe for cells in students.values() for nfe in cells} | set(euler))
 
     def text(found: list[dict]) -> str:
         values = [row['paired_error'] for row in found if 'paired_error' in row]
@@ -94,12 +76,31 @@ def paired_table(rows: Sequence[dict], best: dict) -> tuple[list[str], list[list
         each = f' ({", ".join(f"{value:.3f}" for value in values)})' if len(values) > 1 else ''
         return f'{sum(values) / len(values):.3f}{each}'
 
-    lines = [[name, *(text(cells.get(n, [])) for n in columns)] for name, cells in students.items()]
+    return table(rows, paired, best, 'paired_error', text)
+
+
+def table(
+    rows: Sequence[dict], teachers: Sequence[dict], best: dict, entry: str, text: Callable[[list[dict]], str]
+) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of what models make in each number of evaluations.
+
+    Args:
+        teachers: the rows among which those of the teacher are chosen, the best solver by `entry`.
+        text: of a cell, from its rows, one for each seed.
+    """
+    students, euler, heun = of_students(rows), of_teacher(teachers, 'euler'), of_teacher(teachers, 'heun')
+    columns = sorted({nfe for cells in students.values() for nfe in cells} | set(euler))
+
+    # Students, then the teacher.
+    lines = [
+        [name, *(text(cells[n]) if n in cells else '' for n in columns)] for name, cells in students.items()
+    ]
     lines.append(['teacher, Euler', *(text([euler[n]]) if n in euler else '' for n in columns)])
     for title, searched in BEST.items():
-        found = best_of_teacher(paired, searched, 'paired_error')
+        found = best_of_teacher(teachers, searched, entry)
         named = [f'{text([found[n]])} {found[n]["solver"]}' if n in found else '' for n in columns]
         lines.append([title, *named])
+
     near = heun_columns(heun, columns, best)
     cells = [f'{text([heun[near[n]]])}, {near[n]} evaluations' if near[n] else '' for n in columns]
     lines.append(['teacher, Heun', *cells])
@@ -153,7 +154,8 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, metrics: Se
     students = {name: OBJECTIVES[name] for name in of_students(rows)}
     halving = [name for name, o in students.items() if 'S_start' in o.own_defaults]
     fixed_steps = [name for name, o in students.items() if 'S' in o.options and name not in halving]
-    any_steps = [name for name, o in students.items() if 'S' not in o.options]
+    any_steps = [name for name, o in students.items() if o.two_time]
+    stochastic = [name for name, o in students.items() if 'S' not in o.options and not o.two_time]
     two_stages = [name for name, o in students.items() if o.teacher == 'consistency']
     no_teacher = [name for name, o in students.items() if not o.teacher]
     for names, text in (
@@ -162,7 +164,8 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, metrics: Se
             halving,
             'one chain of students, which has the budget as a whole; each is what it had made by then.',
         ),
-        (any_steps, 'one model for all columns, sampled in that many stochastic steps.'),
+        (any_steps, 'one model for all columns, told where each of its steps ends.'),
+        (stochastic, 'one model for all columns, sampled in that many stochastic steps.'),
         (two_stages, 'half of the budget for the first stage, ect, half for the second.'),
         (no_teacher, 'no teacher in training, but its weights to start from.'),
     ):
