@@ -189,7 +189,7 @@ def test_every_objective_is_in_the_table():
     """Those that differentiate refuse EDM2's networks."""
     both = {(name, kind) for name in OBJECTIVES for kind in ('edm', 'edm2')}
     assert {*TABLE} == {
-        (name, kind) for name, kind in both if kind == 'edm' or not OBJECTIVES[name].differentiates
+        (name, kind) for name, kind in both if kind == 'edm' or not OBJECTIVES[name].config().differentiates
     }
 
 

@@ -105,7 +105,7 @@ def test_a_run_learns_ends_bit_for_bit_as_a_resumed_one_and_is_sampled(
     losses = [tick[f'Loss/{kind.module().NAME}']['mean'] for tick in ticks]
     if 's0' in kind.options and objective != 'cm-cd':  # ever finer grids, whose losses do not compare
         assert ticks[-1]['Edges/T']['mean'] > ticks[0]['Edges/T']['mean']
-    elif kind.differentiates:  # the value says nothing of progress
+    elif kind.config().differentiates:  # the value says nothing of progress
         assert ticks[0]['Tangent/warmup']['mean'] == 0 and ticks[-1]['Tangent/warmup']['mean'] == 1
         assert ticks[-1]['Tangent/rms']['mean'] > 0
     else:

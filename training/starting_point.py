@@ -302,8 +302,7 @@ def check_differentiable(o: Options, network: EasyDict) -> None:
     """Raises: UserError if the objective needs the network's derivative by the noise level, and that would be next to
     arbitrary, because its embedding resolves far smaller differences of levels than training does."""
     turns = architectures.embedding_turns(network)
-    differentiates = o.objective.differentiates or getattr(o.own, 'target', None) == 'tangent'
-    if not differentiates or turns <= MOST_TURNS:
+    if not o.own.differentiates or turns <= MOST_TURNS:
         return
     start = f'--teacher={o.teacher}' if o.teacher else f'--arch={o.run.arch}'
     raise UserError(

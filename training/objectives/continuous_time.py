@@ -75,6 +75,10 @@ class ContinuousConfig(TangentOptions, ConsistencySampling, LogNormal, NoiseRang
         'Loss weight (scd, sct): learned by the network for each noise level, or the prior 1/sigma alone, which both have.',
     )
 
+    @property
+    def differentiates(self) -> bool:
+        return True
+
     def cost(self) -> float:
         # The derivative, and the student's forward and backward pass.
         return JVP_COST[self.jvp] + 3

@@ -134,8 +134,12 @@ class FlowMapConfig(TangentOptions, SyncDropout, Targets, TeacherHop):
         """Share of samples whose target is the teacher's solution."""
         return share_of_solutions(self)
 
+    @property
+    def differentiates(self) -> bool:
+        return self.target == 'tangent'
+
     def cost(self) -> float:
-        if self.target == 'tangent':
+        if self.differentiates:
             # The teacher's slope, the derivative, and the student.
             return (self.guide_cost if self.teacher else 0) + JVP_COST[self.jvp] + 3
         # The teacher's solution, in 2 T - 1 evaluations for `reuse` samples; or its hop, and the self-target; and the
@@ -337,7 +341,9 @@ def loss(net, images: Tensor, labels, rng, state: FlowMapState, augment_labels=N
     with torch.no_grad():
         # Hop: one step of the teacher to sigma_s, and the student's from there to r.
         if len(hopped):
-            teacher = state.teacher and denoiser(state.teacher, labels, augment_labels, rows=hopped)
+            teacher = None
+            if state.teacher is not None:
+                teacher = denoiser(state.teacher, labels, augment_labels, rows=hopped)
             of_hopped = x_t[hopped], y[hopped], noise[hopped], edges.of(hopped)
             x_r = x_r.index_copy(0, hopped, hop_and_step(c, teacher, self_target, *of_hopped))
 
@@ -377,14 +383,17 @@ def tangent_loss(net, images: Tensor, labels, rng, state: FlowMapState, augment_
 
     with torch.no_grad():
         # The ODE's slope: the teacher's, or on average the data's.
-        v = slope(denoiser(state.teacher, labels, augment_labels)(x, sigma)) if state.teacher else noise
+        v = (
+            slope(denoiser(state.teacher, labels, augment_labels)(x, sigma))
+            if state.teacher is not None
+            else noise
+        )
 
     # Student: its derivative along the ODE, times sigma − r, and the tangent.
     at_r = lambda x, sigma: frozen(x, sigma, r=r)
     along = ops.expand_like(sigma - r, x) * v, sigma - r
     G, dG = tangents.derivative(at_r, (x, sigma), along, c.jvp)
     g = -ops.expand_like(r, x) * (v - slope(G)) - state.warmup * dG
-
     report_tangent(g, state.warmup)
 
     # Loss.

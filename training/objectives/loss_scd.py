@@ -35,7 +35,6 @@ OBJECTIVE = Objective(
     ContinuousDistillationConfig,
     teacher='diffusion',
     defaults=CONTINUOUS,
-    differentiates=True,
 )
 # fmt: on
 
@@ -48,7 +47,8 @@ def loss(net, images: Tensor, labels, rng, state: ContinuousState, augment_label
     """Distance of the network from itself moved by the tangent.
 
     (1/d) e^w(t) |F − sg[F + g/(|g| + c)]|² − w(t) for images of d values, F the network in TrigFlow's coordinates,
-    w(t) its own estimate or 0   (Lu & Song 2025, Algorithm 1 and Eq. 8). Unlike other losses here a mean over an
+    w(t) its own estimate or 0   (Lu & Song 2025, Algorithm 1 and Eq. 8). Of distillation and, without a teacher, of
+    training (`loss_sct`). Unlike other losses here a mean over an
     image's values, as in the paper: w, which the network learns, would otherwise grow with d.
 
     Args: see `training.objectives.loss`.
@@ -57,7 +57,6 @@ def loss(net, images: Tensor, labels, rng, state: ContinuousState, augment_label
     c, masks = state.c, dropout_masks(net, rng)
     student = continuous.network_and_weight(net, c, labels, augment_labels, masks)
     frozen = denoiser(continuous.differentiable(net, c.jvp), labels, augment_labels, masks)
-    teacher = denoiser(state.teacher, labels, augment_labels)
 
     # Data: X = cos t y + sin t z.
     sigma = state.draw_sigma(rng, images.device)
@@ -66,8 +65,11 @@ def loss(net, images: Tensor, labels, rng, state: ContinuousState, augment_label
     X = tangents.noisy(y, z, t)
 
     with torch.no_grad():
-        # Teacher: the ODE's velocity.
-        dX = c.sigma_data * continuous.velocity_field(teacher, c.sigma_data)(X, t)
+        # The ODE's velocity: the teacher's, or without one on average the image's own.
+        dX = tangents.noise_velocity(y, z, t)
+        if state.teacher is not None:
+            teacher = denoiser(state.teacher, labels, augment_labels)
+            dX = c.sigma_data * continuous.velocity_field(teacher, c.sigma_data)(X, t)
 
     # Student: its derivative along the ODE, times cos t sin t, and the tangent.
     rate = tangents.rate(t)

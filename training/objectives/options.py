@@ -58,6 +58,11 @@ class Config:
         """Mean network evaluations per training image; the student's forward and backward pass counts 3."""
         return 3.0
 
+    @property
+    def differentiates(self) -> bool:
+        """Whether the loss takes the network's derivative by the noise level."""
+        return False
+
     def first_cost(self) -> float:
         """Network evaluations for each image of a batch that come once, at the start, on top of those of steps."""
         return 0.0
@@ -407,7 +412,6 @@ class Objective:
             latents; None: as for pixels.
         boundary: whether the network is the identity at sigma_min, not at 0.
         two_time: whether the network also takes the noise level at which a step ends.
-        differentiates: whether the loss takes the network's derivative by the noise level.
     """
 
     config: type[Config]
@@ -420,7 +424,6 @@ class Objective:
     edm2_latent_sizes: Mapping[int, Mapping[str, object]] | None = None
     boundary: bool = False
     two_time: bool = False
-    differentiates: bool = False
 
     @property
     def own_defaults(self) -> dict[str, object]:

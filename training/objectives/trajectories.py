@@ -57,13 +57,8 @@ class TrajectoryStore:
     """
 
     def __init__(self, levels: list[float], share: float, pool: int, reuse: int, batch_size: int):
-        self.levels, self.share, self.pool, self.reuse, self.batch_size = (
-            levels,
-            share,
-            pool,
-            reuse,
-            batch_size,
-        )
+        self.levels, self.share = levels, share
+        self.pool, self.reuse, self.batch_size = pool, reuse, batch_size
         self.step = 0
         # By the turn, which is the step modulo `pool`, and the place of the first image of a micro-batch.
         self._stored: dict[tuple[int, int], Trajectories] = {}
