@@ -53,7 +53,7 @@ class GeneralOptions:
         cli.STEPS,
         'Number of sampling steps.',
         metavar='INT',
-        default_text="a student's own; 1 for a consistency model; 18 for a teacher",
+        default_text="a student's own, a flow map's most; 1 for a consistency model; 18 for a teacher",
     )
     solver: str | None = opt(
         None,
@@ -157,7 +157,8 @@ class TeacherOptions:
         None,
         LevelList(),
         'Noise levels to sample at, in place of a spacing: falling numbers, as in 80,5.8,0.9,0.002, or a text '
-        'file of them, as search.py --schedule writes. The image is the state at the last, or at 0.',
+        'file of them, as search.py --schedule writes. The image is the state at the last, or at 0; also for flow maps, '
+        'whose last step always ends at 0.',
         metavar='LIST|FILE',
     )
     to_zero: bool | None = opt(

@@ -186,7 +186,7 @@ class Validation:
     val_steps: int | None = opt(
         None, cli.STEPS, 'Number of sampling steps.',
         metavar='INT',
-        default_text="the student's S; 1 for consistency models, with --mid_t 2; 18 for teachers",
+        default_text="the student's S, a flow map's most of --steps; 1 for consistency models, with --mid_t 2; 18 for teachers",
         key='validation.steps')
     val_solver: str | None = opt(
         None, OF_ODE['solver'].kind,

@@ -141,7 +141,7 @@ class TeacherHop(GuidedTeacher):
     hop: str = opt(
         'heun',
         click.Choice(HOPS),
-        "The teacher's step from one noise level to the next (mcd, cm-cd, pd); pd takes ddim or addim.",
+        "The teacher's step from one noise level to the next (mcd, cm-cd, pd, flowmap); pd takes ddim or addim.",
     )
     xvar_frac: float = opt(
         0.75,
