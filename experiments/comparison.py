@@ -114,7 +114,7 @@ class Model:
     @property
     def draws_noise(self) -> bool:
         """Whether noise is drawn between steps, so that its images are no function of latent and label."""
-        return self.solver == 'cm' and self.steps > 1
+        return self.solver in ('cm', 'ancestral') and self.steps > 1
 
     @property
     def name(self) -> str:
@@ -205,6 +205,13 @@ def models_of(request: Request, objective: str, seed: int) -> list[Model]:
     """The models of an objective, one for each number of sampling steps."""
     known, name = OBJECTIVES[objective], f'{objective}-seed{seed}'
 
+    # A student of one step has no other column.
+    if known.one_step:
+        if 1 not in request.steps:
+            raise click.UsageError(f'--objectives={objective}: it takes one step: add 1 to --steps.')
+        training = make_training(request, name, objective, seed, request.budget)
+        return [Model(objective, seed, training, 0, 1, 'student', 1, 1)]
+
     # A flow map or a consistency model is trained once for all numbers of steps, in two stages if its teacher is one.
     if 'S' not in known.options:
         first = None
@@ -227,7 +234,8 @@ def models_of(request: Request, objective: str, seed: int) -> list[Model]:
         S: make_training(request, f'{objective}-{S}-seed{seed}', objective, seed, request.budget, S)
         for S in request.steps
     }
-    return [Model(objective, seed, training, 0, S, 'student', S, S) for S, training in trainings.items()]
+    solver = known.solver or 'student'
+    return [Model(objective, seed, training, 0, S, solver, S, S) for S, training in trainings.items()]
 
 
 def make_training(

@@ -133,6 +133,8 @@ LOOKS = {
     'tcm': ('sky', '--', 's'),
     'scd': ('green', '--', 's'),
     'sct': ('green', ':', '^'),
+    'mm': ('orange', ':', '^'),
+    'sid': ('red', ':', '^'),
     'teacher, Euler': ('gray', ':', 'x'),
     'teacher, Heun': ('black', ':', 'x'),
     'teacher, best solver': ('black', '-', 'D'),

@@ -17,13 +17,13 @@ from training.saved_files import NETWORK_FILE
 # Of training/samplers.py, which imports torch.
 FAST_SOLVERS = ['ipndm', 'ipndm_v', 'deis', 'dpmpp', 'unipc', 'dpm2']
 SOLVERS, EDITING_SOLVERS = (
-    ['student', 'euler', 'heun', 'addim', 'cm', *FAST_SOLVERS, 'best'],
+    ['student', 'euler', 'heun', 'addim', 'cm', 'ancestral', *FAST_SOLVERS, 'best'],
     ['student', 'cm'],
 )
 # Steps of an edit by a one-step consistency model; more steps respect the known part more (docs/editing.md).
 CM_EDIT_STEPS = 40
 
-TEACHER_SOLVERS = [name for name in SOLVERS if name not in EDITING_SOLVERS]
+TEACHER_SOLVERS = [name for name in SOLVERS if name not in (*EDITING_SOLVERS, 'ancestral')]
 
 # The fields have the names of `samplers.sample`'s arguments; a default of None means `default_text`.
 
@@ -59,7 +59,7 @@ class GeneralOptions:
         None,
         click.Choice(SOLVERS),
         'Method of sampling; best: a solver for teachers by the number of evaluations.',
-        default_text='what the snapshot is: student, cm for a consistency model, heun for a teacher',
+        default_text='what the snapshot is: student, cm for a consistency model, ancestral for mm, heun for a teacher',
     )
     sigma_min: float | None = opt(
         None, cli.SIGMA, 'Lowest noise level.', metavar='FLOAT', default_text='varies'

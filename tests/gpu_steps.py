@@ -64,6 +64,9 @@ TRAINING = {
     'tcm': '--objective=tcm --stage_steps=1 --precision=fp16',
     'scd': '--objective=scd --tangent_warmup=4 --jvp=difference --precision=fp16',
     'scd, guided': '--objective=scd --guide={folder}/guide.pkl --guidance=2 --jvp=difference --precision=bf16',
+    'mm': '--objective=mm --S=4 --precision=fp16',
+    'mm, guided': '--objective=mm --S=4 --mm_times=uniform --guide={folder}/guide.pkl --guidance=2',
+    'sid': '--objective=sid --precision=fp16 --ema-device=cpu',
     'sct': f'--objective=sct {ADM} --jvp=difference --tangent_weight=prior --checkpoint-activations',
 }
 
@@ -84,7 +87,7 @@ def write_teachers(folder: Path) -> None:
 
 
 def waits_in_training(case: str, data: str, folder: Path) -> list[str]:
-    """Of the second step: the first allocates what stays, and makes the first edges."""
+    """Of the step after each network's first: the first allocates what stays, and makes the first edges."""
     words = [f'--outdir={folder}', f'--data={data}', *COMMON.split()]
     words += [word.format(folder=folder) for word in TRAINING[case].split()]
     objective = command_line.objective_in(words) or 'diffusion'
@@ -103,14 +106,16 @@ def waits_in_training(case: str, data: str, folder: Path) -> list[str]:
     with gpu_stand_in.gpu() as device, contextlib.redirect_stdout(io.StringIO()):
         run = set_up(c, str(folder), dataset, teacher, None)
         prefetcher, profile = prefetch(run, None), StepProfile(0, '', run.device, {}, print)
-        train_step(run, prefetcher, profile)
+        for _ in run.trained:
+            train_step(run, prefetcher, profile)
         # Statistics that are queued are also taken in.
         training_stats.AT_ONCE, skips = 1, misc.AsyncScalar(run.device)
         device.reset()
-        skips.read(run.update.consecutive_skips)
-        train_step(run, prefetcher, profile)
+        skips.read(run.consecutive_skips)
+        for _ in run.trained:
+            train_step(run, prefetcher, profile)
         found = device.findings.lines()
-        assert next(run.net.parameters()).is_cuda and sum(device.kernels.values()) > 100
+        assert next(run.student.net.parameters()).is_cuda and sum(device.kernels.values()) > 100
         run.averages.flush()
     training_stats.AT_ONCE = 32
     training_stats.reset()

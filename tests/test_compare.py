@@ -32,7 +32,7 @@ from training import checkpoint, command_line, starting_point
 from training.networks import edm2 as networks_edm2
 from training.objectives import OBJECTIVES
 
-STUDENTS = ('mcd', 'mct', 'direct', 'pd', 'cm-cd', 'cm-ct', 'ict', 'ect', 'tcm', 'scd', 'sct', 'flowmap')
+STUDENTS = ('mcd', 'mct', 'direct', 'pd', 'cm-cd', 'cm-ct', 'ict', 'ect', 'tcm', 'scd', 'sct', 'flowmap', 'mm', 'sid')
 
 
 def request(objectives=STUDENTS, steps=(1, 2, 4, 8), budget=8000, recipe=True, **kwargs):
@@ -62,7 +62,7 @@ def parsed(training):
 def test_what_each_objective_gets_for_8000_evaluations():
     """By hand: mcd 2 + 1 + 3 an image, and where a pinned edge takes a share of 0.5 / S, 2 n for 12,
     6, 3 and 2 sub-steps of it; direct 2 n + 3 for 12, 6, 3 and 2 sub-steps; those without a teacher
-    1 + 3; scd 1 + 2 + 3, sct one less; flowmap 1 + 3, after 16 solutions of 31. pd's steps take
+    1 + 3; scd 1 + 2 + 3, sct one less; mm 1 + 1 + 3, sid 1 + 3 and 3 + 2 + 2 in turn, for one step only; flowmap 1 + 3, after 16 solutions of 31. pd's steps take
     5, its nine stage lengths (64, 32, 16, 8, 4 once, 2, 1 twice) 177 steps
     each; its students of fewer steps stand at the end of a longer chain."""
     models = plan(request())
@@ -84,6 +84,8 @@ def test_what_each_objective_gets_for_8000_evaluations():
         'scd': same(1333, 6),
         'sct': same(1600, 5),
         'flowmap': same(1876, 4),
+        'mm': same(1600, 5),
+        'sid': [(1454, 5.5)],
     }
     at_first = {'flowmap': 31 * 16}  # its pool of solutions
     for m in models:
@@ -118,7 +120,7 @@ def test_train_py_accepts_every_planned_run_and_makes_as_many_steps_of_it(batch)
 
 def test_students_of_a_fixed_grid_are_trained_for_each_number_of_steps_and_consistency_models_once():
     models = {m.name: m for m in plan(request())}
-    assert len(models) == 48
+    assert len(models) == 53
     assert len({m.training for m in models.values() if m.objective == 'direct'}) == 4
     assert [models[f'direct-seed0-{n}'].S for n in (1, 2, 4, 8)] == [1, 2, 4, 8]
     assert [parsed(models[f'mcd-seed0-{n}'].training).own.S for n in (1, 2, 4, 8)] == [1, 2, 4, 8]

@@ -84,6 +84,8 @@ CASES = {
     'tcm': ['--objective=tcm', '--stage_steps=5', '--boundary_share=0.5'],
     'scd': ['--objective=scd', '--tangent_warmup=77', '--tangent_c=0.3', '--no_clip_denoised'],
     'sct': ['--objective=sct', *TINY_NETWORK, '--jvp=difference', '--tangent_weight=prior', '--duration=0.9'],
+    'mm': ['--objective=mm', '--S=4', '--mm_times=uniform', '--beta1=0.1', '--aux_lr=1e-5', '--grad-clip=2'],
+    'sid': ['--objective=sid', '--sigma_init=3', '--alpha=1', '--aux_ahead=7', '--duration=0.9'],
 }
 
 

@@ -142,6 +142,10 @@ TABLE = {
     ('tcm', 'edm2'): ['adam', 5e-4, 0, 'sqrt', 8000, 0.99, 122.88, 1024, 7.097, 0, [0.05, 0.1], 0, 0.4, None],
     ('scd', 'edm'): [*CONTINUOUS, 0, None],
     ('sct', 'edm'): [*CONTINUOUS, 0.2, None],
+    ('mm', 'edm'): ['adam', 2e-6, 2048, 'linear', None, 0.99, 409.6, 2048, 50, 0.05, [], 0, 0, None],
+    ('mm', 'edm2'): ['adam', 2e-6, 2048, 'linear', None, 0.99, 409.6, 2048, 50, 0.05, [], 0, 0.4, None],
+    ('sid', 'edm'): ['adam', 1e-5, 0, 'constant', None, 0.999, 100, 256, 0.5, 0.05, [], 0, 0, None],
+    ('sid', 'edm2'): ['adam', 1e-5, 0, 'constant', None, 0.999, 100, 256, 0.5, 0.05, [], 0, 0.4, None],
 }
 
 

@@ -29,6 +29,7 @@ from training.objectives import OBJECTIVES
 from training.phema import WeightAverages
 from training.rng import SampleRng
 from training.tick_stats import Clock, network_stats, tick_stats
+from training.trained import Trained
 from training.weight_update import WeightUpdate
 
 # Options of torchrun, srun and docker.
@@ -322,7 +323,7 @@ def test_formats_md_names_every_statistic():
     run = EasyDict(c=c, averages=averages, device=torch.device('cpu'), start_nimg=0)
     run.progress = EasyDict(tick=0, nimg=64, tick_start_nimg=0)
     ticks = tick_stats(run, Clock(0, 0, 0), 1, 0)
-    ticks |= network_stats(WeightUpdate(flat, (0.9, 0.999), 1e-8), averages)
+    ticks |= network_stats([Trained(None, None, None, WeightUpdate(flat, (0.9, 0.999), 1e-8))], averages)
     names = {name.replace('EMA/ema_', 'EMA/<average>_') for name in [*training_stats.collect(), *ticks]}
     names = {
         re.sub(r'/sigma_.*', '/sigma_<low>-<high>', re.sub(r'segment\d+', 'segment<j>', name))
@@ -338,5 +339,7 @@ def test_formats_md_names_every_statistic():
         'Edges/boundary',
         'Edges/first_stage',
         'Progress/grad_norm',
+        'Loss/auxiliary',
+        *(f'Progress/auxiliary_{name}' for name in ('grad_norm', 'loss_scale', 'bad_steps')),
     }
     assert documented == names | {f'Loss/{name}' for name in losses} | of_others

@@ -53,6 +53,9 @@ class Gradients:
             self.vectors = zeros(), zeros()
             self.net = self._copy(net, rounded)
 
+        self._trains = True
+        self._trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+
         # What the reduction waits for.
         self._slices, self._reducing = [(0, total)], False
         if self._processes > 1:
@@ -92,8 +95,16 @@ class Gradients:
     # A step.
 
     @torch.no_grad()
-    def begin_step(self) -> None:
-        """Before the first round: gradients are zero, and weights rounded."""
+    def begin_step(self, trains: bool = True) -> None:
+        """Before the first round: gradients are zero, and weights rounded.
+
+        Args:
+            trains: whether the weights take gradients in this step, in which the network is evaluated in any case.
+        """
+        if trains != self._trains and not self.flat.sharded:
+            for parameter in self._trained:
+                parameter.requires_grad_(trains)
+            self._trains = trains
         self.flat.zero_gradients()
         if self.vectors:
             weights, gradient = self.vectors

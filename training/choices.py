@@ -18,6 +18,9 @@ SEGMENT_SOLVERS = tuple(SEGMENT_SOLVER_COST)
 # Where the targets of two-time students come from (`objectives.loss_flowmap`).
 FLOW_MAP_TARGETS = ('hop', 'solution', 'mixed', 'tangent')
 
+# Times of moment matching (`objectives.loss_mm`).
+MM_TIMES = ('grid', 'uniform')
+
 # Losses of multistep students (`consistency_ops.image_distance`, `consistency_ops.edge_weight`).
 DISTANCES = ('pseudo_huber', 'l2_root', 'l2', 'huber')
 # fmt: off

@@ -69,7 +69,8 @@ class Main:
         "direct: regression on the teacher's solution of each segment; pd: progressive distillation; flowmap: one "
         "student for any number of steps, of the teacher's flow map; cm-cd, cm-ct: Song et al.'s consistency "
         'distillation and training; ict: improved consistency training; ect: easy consistency tuning; tcm: '
-        'truncated consistency training; scd, sct: continuous-time consistency distillation and training.',
+        'truncated consistency training; scd, sct: continuous-time consistency distillation and training; mm, sid '
+        '(both experimental): moment matching, and score identity distillation to one step.',
         key='objective')
     consistency: bool | None = opt(None, bool, 'True: same as --objective=mcd.', default_text='False')
     duration: float | None = opt(
@@ -112,6 +113,8 @@ class Hyperparameters:
     lr_decay: int | None = opt(
         None, cli.COUNT, 'Optimizer steps after which --lr_schedule=sqrt decays (t_ref of EDM2).',
         metavar='STEPS', idle=('lr_schedule', 'constant'))
+    beta1: float = opt(
+        0.9, cli.Number(0, 1, max_open=True), "Decay of Adam's first moments.", metavar='FLOAT')
     beta2: float | None = opt(
         None, cli.Number(0, 1, max_open=True), "Decay of Adam's second moments.",
         metavar='FLOAT')

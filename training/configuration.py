@@ -11,6 +11,7 @@ import re
 
 import click
 
+from data.label_space import ranges
 from dnnlib import EasyDict, UserError
 from dnnlib.options import options_of
 from metrics.validator import SHOWN
@@ -72,6 +73,12 @@ def resolve_defaults(o: Options, dataset, teacher, earlier: dict | None) -> Opti
         phema_snap=run.snap if run.phema_snap is None else run.phema_snap,
         sigma_data=float(getattr(teacher, 'sigma_data', 0.5)),
     )
+    if hasattr(o.own, 'aux_lr'):
+        o = o.but(aux_lr=o.own.aux_lr or run.lr)
+    if hasattr(o.own, 'classes'):
+        known = dataset.label_space
+        present = range(known.dim) if known.present is None else known.present
+        o = o.but(classes=ranges(present) if present and not known.are_vectors else None)
     # Lengths in images follow from the batch and the duration, known by now.
     o = o.but(**lengths(o, earlier))
 
@@ -354,7 +361,7 @@ def configure(o: Options, dataset, teacher) -> EasyDict:
 
     # Options that are recorded in another form, and groups.
     c.update(
-        betas=[0.9, run.beta2],
+        betas=[run.beta1, run.beta2],
         eps=1e-8,
         lr_ref_nimg=(run.lr_decay or 0) * run.batch,
         loss_scaling=None if run.ls == 'dynamic' else run.ls,

@@ -54,6 +54,24 @@ def ddim_step(x_t: Tensor, denoised: Tensor, sigma_t: Tensor, sigma_s: Tensor) -
     return torch.lerp(denoised.double(), x_t.double(), ratio)
 
 
+def ancestral_step(x_t: Tensor, denoised: Tensor, sigma_t: Tensor, sigma_s: Tensor, noise: Tensor) -> Tensor:
+    """A sample of x_s given x_t and the image, of noise that is added step by step.
+
+    x_s = D + q (x_t − D) + sigma_s sqrt(1 − q) n with q = sigma_s² / sigma_t²   (Ho et al. 2020, Eq. 7, in EDM's
+    notation).
+
+    Args:
+        x_t, denoised: [N, ...] state at sigma_t, and image.
+        sigma_t, sigma_s: [N] noise levels, sigma_t >= sigma_s >= 0 and sigma_t > 0.
+        noise: [N, ...] standard normal.
+    Returns: [N, ...] float64.
+    """
+    sigma_t, sigma_s = expand_like(sigma_t, x_t), expand_like(sigma_s, x_t)
+    q = (sigma_s / sigma_t) ** 2
+    mean = torch.lerp(denoised.double(), x_t.double(), q)
+    return mean + sigma_s * (1 - q).sqrt() * noise.double()
+
+
 def inv_ddim(x_b: Tensor, x_t: Tensor, sigma_t: Tensor, sigma_b: Tensor, check: bool = True) -> Tensor:
     """The denoised image that a DDIM step from `x_t` at `sigma_t` would carry to `x_b` at `sigma_b`.
 

@@ -17,6 +17,7 @@ from torch_utils import distributed
 from training import architectures, execution, run_folder
 from training.announcements import start_warnings
 from training.command_line import Options
+from training.objectives import OBJECTIVES
 from training.starting_point import as_denoiser, default_of, on_meta
 
 GIB = 2**30
@@ -108,6 +109,7 @@ def memory(c: EasyDict, net: torch.nn.Module, teacher: torch.nn.Module | None) -
         optimizer=2 * weights,
         averages=(1 + len(c.phema_stds)) * weights,
         target=weights if c.loss.get('mu0') else 0,
+        auxiliary=4 * weights if OBJECTIVES[c.objective].auxiliary else 0,
         teacher=sum(p.numel() for p in teacher.parameters()) * size if teacher is not None else 0,
     )
     if not c.checkpoint_activations:

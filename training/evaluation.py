@@ -21,7 +21,7 @@ from training.setup import Run
 
 def build_validator(run: Run) -> Validator:
     """The validator of a run. A resumed run generates the images of interrupted evaluations again."""
-    c, net = run.c, run.net
+    c, net = run.c, run.student.net
     options = EasyDict(c.validation, overwrite=c.validation.overwrite or run.resumed)
     check_sampler(options, net)  # against the network's range, before the first step
     image_shape = [net.img_channels, net.img_resolution, net.img_resolution]
@@ -99,7 +99,7 @@ def show_samples(run: Run) -> None:
     """Write samples of the run's exponential average beside its snapshot, and log them. Called by all
     processes; the main one samples."""
     # Averages that are divided among processes are assembled by all of them.
-    needed = distributed.is_main() or run.update.parameters.sharded
+    needed = distributed.is_main() or run.student.update.parameters.sharded
     net = sampling_network(run, 'ema') if needed else None
     _, path = run.files.attempt(write_samples, run, net)
     if path is not None:

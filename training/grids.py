@@ -81,6 +81,14 @@ def sigma_nodes(n: int, sigma_min: float, sigma_max: float, rho: float, spacing:
     return nodes
 
 
+def level_between(
+    low: Tensor, high: Tensor, share: Tensor, sigma_min: float, rho: float, spacing: str = 'karras'
+) -> Tensor:
+    """The levels at a share of the way from `low`, but at least sigma_min, to `high`, where grids are even; all [N]."""
+    warp, unwarp = warp_of(spacing, rho)
+    return unwarp(torch.lerp(warp(low.clamp(min=sigma_min)), warp(high), share))
+
+
 def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
     """n noise levels from sigma_max down to sigma_min, evenly spaced in sigma^(1/rho).
 

@@ -24,6 +24,8 @@ SYSTEM = 'README of github.com/EpiGenomicsCode/edm'
 HEEK, SONG = 'Heek et al. 2024', 'Song et al. 2023'
 ECT, TCM, ICT = 'Geng et al. 2024', 'Lee et al. 2025', 'Song & Dhariwal 2023'
 SCM = 'Lu & Song 2025: noise levels, warm-up, normalization, second step; lengths and rates are ours'
+MM = 'Salimans et al. 2024: Adam, rate, warm-up, clipping, batch and times; noise levels and length are ours'
+SID = 'Zhou et al. 2024b: noise levels, alpha, rate and batch; length is ours'
 HERE = 'the settings of make demo'  # of this repository
 
 
@@ -57,6 +59,11 @@ def song(one: str, two: str, table: int, steps: str) -> dict[str, str]:
 def lu(two: str) -> dict[str, str]:
     """Lu & Song's FID with two evaluations."""
     return dict(published=f'FID {two} with 2 evaluations of its own network (Lu & Song 2025, abstract)')
+
+
+def salimans(eight: str) -> dict[str, str]:
+    """Salimans et al.'s FID with eight evaluations."""
+    return dict(published=f'FID {eight} with 8 evaluations of its own network (Salimans et al. 2024)')
 
 
 # ----------------------------------------------------------------------------
@@ -96,6 +103,8 @@ CD_32, CT_32 = dict(CM_32, N=18, mu0=0, teacher=VE_TEACHER), dict(CM_32, mu0=0.9
 ECT_64 = dict(batch_gpu=32, tf32=True, mid_t=1.526, clip_denoised=False, tick=6.4, snap=500, dump=500)
 TCM_64 = dict(batch=1024, lr_decay=8000, ema=7.097, fp16=True, phema=[0.1])
 SCM_64 = dict(batch=2048, P_std=1.6, fp16=True, dropout=0)
+MM_64 = dict(S=8, mm_times='uniform', batch=2048, lr=2e-6, lr_rampup=2048, lr_schedule='linear', beta1=0.0, beta2=0.99,
+             grad_clip=1.0, fp16=True, dropout=0, teacher=ADM_TEACHER)
 # The demo's students of digits.
 DIGITS = dict(lr=1e-3, ema='20kimg', ema_rampup=0.05, lr_rampup=5, student_grid='full')
 MCD_8, DIRECT_8 = dict(DIGITS, keep_ties=True, top_mass=0.5), dict(DIGITS, top_mass=1)
@@ -154,6 +163,7 @@ PRESETS = {
     'imagenet64-cm-ct': Preset('cm-ct', 'adm', 'imagenet64', CT_64, **song('13.0', '11.1', table=2, steps='800,000 steps on 64')),
     'imagenet64-scd': Preset('scd', 'adm', 'imagenet64', dict(SCM_64, teacher=ADM_TEACHER), SCM),
     'imagenet64-sct': Preset('sct', 'adm', 'imagenet64', dict(SCM_64, transfer=ADM_TEACHER), SCM, **lu('1.48')),
+    'imagenet64-mm8': Preset('mm', 'adm', 'imagenet64', MM_64, MM, **salimans('1.24')),
     # ImageNet-64, from EDM2's networks.
     'imagenet64-edm2-s-ect': Preset('ect', 'edm2-s', 'imagenet64', dict(ECT_64, transfer=f'{EDM2}s-1073741-0.075.pkl'), ECT),
     'imagenet64-edm2-m-ect': Preset('ect', 'edm2-m', 'imagenet64', dict(ECT_64, transfer=f'{EDM2}m-2147483-0.060.pkl'), ECT),
@@ -169,6 +179,7 @@ PRESETS = {
     'cifar10-tcm': Preset('tcm', 'ddpmpp', 'cifar10', dict(batch=1024, duration=204.8), TCM, needs='cifar10-ect'),
     'cifar10-scd': Preset('scd', 'ddpmpp', 'cifar10', dict(teacher=VP_TEACHER), SCM),
     'cifar10-sct': Preset('sct', 'ddpmpp', 'cifar10', dict(transfer=VP_TEACHER), SCM, **lu('2.06')),
+    'cifar10-sid': Preset('sid', 'ddpmpp', 'cifar10', dict(teacher=VP_TEACHER), SID),
     # Digits: minutes on a CPU.
     'digits-teacher': Preset('diffusion', 'digits', 'digits', dict(lr=2e-3, ema='40kimg', augment=0, lr_rampup=20, duration=0.512), HERE),
     'digits-mcd8': Preset('mcd', None, 'digits', dict(MCD_8, S=8, T_start=16, T_end=16, anchor_hops=2, duration=0.16), HERE, needs='digits-teacher'),

@@ -23,7 +23,7 @@ from training.saved_files import (  # noqa: F401 (users import some of these fro
     saved_snapshots,
     saved_states,
 )
-from training.weight_update import WeightUpdate
+from training.trained import Trained
 
 # ----------------------------------------------------------------------------
 # Where a run stands.
@@ -116,7 +116,7 @@ class RunFiles:
 
     Args:
         c, run_dir: the run's configuration and folder.
-        net, update, averages, loss_state: what a state holds.
+        student, auxiliary, averages, loss_state: what a state holds.
         log: function that logs a line.
     """
 
@@ -124,14 +124,14 @@ class RunFiles:
         self,
         c: EasyDict,
         run_dir: str,
-        net: torch.nn.Module,
-        update: WeightUpdate,
+        student: Trained,
+        auxiliary: Trained | None,
         averages: WeightAverages,
         loss_state: State,
         log,
     ):
         self.c, self.run_dir, self.log = c, Path(run_dir), log
-        self.net, self.update, self.averages, self.loss_state = net, update, averages, loss_state
+        self.student, self.auxiliary, self.averages, self.loss_state = student, auxiliary, averages, loss_state
         self._newest: tuple[tuple, str] | None = None  # position and name of the last state that was written
         self._abandoned: set[str] = set()  # states later than the one that the run resumed from
 
@@ -176,8 +176,9 @@ class RunFiles:
 
     def check_weights(self) -> None:
         """End all processes if they do not hold the same weights."""
-        divided = self.update.parameters.sharded
-        if not (divided or distributed.same_everywhere(self.update.weights)):
+        updates = [trained.update for trained in (self.student, self.auxiliary) if trained]
+        whole = [update.weights for update in updates if not update.parameters.sharded]
+        if not all(map(distributed.same_everywhere, whole)):
             distributed.fail_together(
                 'the processes hold different weights: a GPU or its memory is faulty. The states saved '
                 'before are whole; resume from the newest one on other machines.'
@@ -199,8 +200,7 @@ class RunFiles:
         if torch.cuda.is_available():
             rng['cuda'] = torch.cuda.get_rng_state()
         state = dict(
-            net=self.update.parameters.state_dict(self.net),
-            update=self.update.state_dict(),
+            **self.student.state_dict(),
             averages=self.averages.state_dict(),
             loss=self._loss_state(),
             progress=dict(position),
@@ -208,6 +208,8 @@ class RunFiles:
             rng=distributed.gather_objects(rng),
             options=json.dumps(self.c),
         )
+        if self.auxiliary:
+            state['auxiliary'] = self.auxiliary.state_dict()
 
         # Write it. All processes must know the FIDs of states, to agree on which later one is the best.
         stem = file_stem(progress, 'training-state')
@@ -312,8 +314,8 @@ def newest_state(progress: Progress) -> str | None:
 def restore(
     path: str,
     state: dict,
-    net: torch.nn.Module,
-    update: WeightUpdate,
+    student: Trained,
+    auxiliary: Trained | None,
     averages: WeightAverages,
     loss_state: State,
     device: torch.device,
@@ -324,8 +326,9 @@ def restore(
     Raises: UserError if it does not fit the objects.
     """
     try:
-        update.parameters.load_state_dict(net, state.pop('net'))
-        update.load_state_dict(state.pop('update'))
+        student.load_state_dict(state)
+        if auxiliary:
+            auxiliary.load_state_dict(state.pop('auxiliary'))
         averages.load_state_dict(state.pop('averages'))
         loss = state.pop('loss')
         if (rows := loss.pop('per_image', None)) is not None:

@@ -194,6 +194,7 @@ STATE = Record(
     dict(
         net=TENSORS,
         update=UPDATE,
+        auxiliary=Record(dict(net=TENSORS, update=UPDATE), ['net', 'update'], others=None),
         averages=Record(dict(ema=TENSORS, phema=Dict(SHARE, TENSORS, 1000)), ['ema', 'phema'], others=None),
         loss=Record(dict(target=TENSORS, per_image=FLOATS), others=Kind()),
         progress=PROGRESS,

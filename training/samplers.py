@@ -104,11 +104,11 @@ def sample(
             any, record whether it is a student with a grid, a consistency model or a teacher.
         latents: [N, C, H, W], unit variance.
         class_labels: [N, label_dim] one-hot, or None.
-        solver: student | cm | addim | best | one of `solvers.ODE_SOLVERS`; None: as recorded by the network.
+        solver: student | cm | ancestral | addim | best | one of `solvers.ODE_SOLVERS`; None: as recorded by the network.
         steps: of the solver, which are network evaluations but for heun and dpm2; None: the network's own
             number, 18 for a teacher, 1 for a consistency model.
-        randn_like: standard normal noise in the shape and type of its argument, for cm and solvers with
-            churn.
+        randn_like: standard normal noise in the shape and type of its argument, for cm, ancestral and solvers
+            with churn.
         options: of `StudentOptions`, `CMOptions`, or `AddimOptions`, `OdeOptions`, `SolverOptions` of
             training/teacher_samplers.py; for students also `force_steps`, which allows another number of steps
             than they were trained for.
@@ -155,6 +155,12 @@ def resolve(
     solver = solver or metadata.get('solver') or ('student' if own_steps or two_time else 'heun')
     if two_time and solver not in OF_TWO_TIME:
         raise WrongOptions(f'{solver} is for diffusion models, and this is a two-time student: leave it out')
+    own = metadata.get('solver')
+    if 'ancestral' in (solver, own) and solver != own and own_steps:
+        what = (
+            'sampled by ancestral steps' if own == 'ancestral' else f'a student of {own_steps} steps without noise'
+        )
+        raise WrongOptions(f'this student is {what}: leave out the solver {solver}')
     if solver in ONLY_OF_TEACHERS and (own_steps or metadata.get('solver') == 'cm'):
         what = f'a student of {own_steps} steps' if metadata.get('solver') != 'cm' else 'a consistency model'
         raise WrongOptions(f'{solver} solves the ODE of a diffusion model, and this is {what}: leave it out')
@@ -178,7 +184,7 @@ def resolve(
         return solver, len(cm_sigmas(net, CMOptions(**known), steps))
     if solver in ODE_SOLVERS:
         return solver, teachers.ode_steps(net, solver, steps, SAMPLERS[solver].options(**known))
-    if solver != 'student':
+    if solver not in ('student', 'ancestral') or own_steps is None and solver == 'ancestral':
         return solver, DEFAULT_TEACHER_STEPS if steps is None else steps
 
     # A two-time student takes any number of steps; by default as many as it learned at most.
@@ -413,6 +419,13 @@ def sample_student(net, denoiser, latents: Tensor, steps: int, o: StudentOptions
     return solve(denoiser if o.edit is None else changed(denoiser, [o.edit]), x, sigmas)
 
 
+def sample_ancestral(net, denoiser, latents: Tensor, steps: int, o: StudentOptions, randn_like) -> Tensor:
+    """Ancestral steps down the student's grid."""
+    sigmas = student_sigmas(net, o, steps)
+    x = _start_state(latents, sigmas[0], o.start)
+    return solvers.ancestral(denoiser if o.edit is None else changed(denoiser, [o.edit]), x, sigmas, randn_like)
+
+
 def sample_cm(net, denoiser, latents: Tensor, steps: int, o: CMOptions, randn_like) -> Tensor:
     """Multistep sampling of a consistency model."""
     # Every output is clamped, then edited.
@@ -441,6 +454,7 @@ OF_TWO_TIME = ('student', 'cm')
 OF_SOLVERS = {'sigmas', 'afs', 'to_zero', 'order', 'variant'}
 SAMPLERS = dict(
     student=Sampler(sample_student, StudentOptions),
+    ancestral=Sampler(sample_ancestral, StudentOptions),
     **{
         name: Sampler(functools.partial(teachers.sample_edm, solver=name), teachers.OdeOptions)
         for name in EDMS

@@ -25,6 +25,7 @@ from training.phema import WeightAverages
 from training.rng import derive_seed
 from training.run_files import Progress
 from training.run_log import RunLog
+from training.trained import Trained
 from training.weight_update import WeightUpdate
 
 
@@ -49,13 +50,12 @@ class Run(NamedTuple):
         c: its configuration.
         dir: its folder.
         dataset, device: what it trains on, and where.
-        net: the network that trains.
-        gradients: of `net`, averaged over the processes; `gradients.net` is what steps evaluate.
-        student: the same, in DDP if several processes run it compiled.
+        student: the network that trains, and that snapshots hold averages of.
+        auxiliary: the second network that trains, if the objective has one.
         teacher: frozen network to distill, maybe a `GuidedDenoiser`; None if the objective has none.
         objective, loss_state: its module and the state that it keeps, see `training.objectives.loss`.
         preprocessing: encoder and augmentation.
-        update: optimizer on the network's parameters as one vector, which `averages` follow.
+        averages: of the student's weights.
         rank_batch, batch_gpu, accumulation_rounds: images of this process per step, in `accumulation_rounds`
             micro-batches of `batch_gpu` images.
         progress: images seen, ticks, states kept.
@@ -68,14 +68,12 @@ class Run(NamedTuple):
     dir: str
     dataset: ImageFolderDataset
     device: torch.device
-    net: torch.nn.Module
-    gradients: Gradients
-    student: torch.nn.Module
+    student: Trained
+    auxiliary: Trained | None
     teacher: torch.nn.Module | None
     objective: ModuleType
     loss_state: State
     preprocessing: Preprocessing
-    update: WeightUpdate
     averages: WeightAverages
     rank_batch: int
     batch_gpu: int
@@ -85,6 +83,17 @@ class Run(NamedTuple):
     resumed: bool
     files: run_files.RunFiles
     log: RunLog
+
+    @property
+    def consecutive_skips(self) -> torch.Tensor:
+        """[] int64 on the device: the most steps that one of the networks has skipped in a row."""
+        counts = [trained.update.consecutive_skips for trained in self.trained]
+        return counts[0] if len(counts) == 1 else torch.maximum(*counts)
+
+    @property
+    def trained(self) -> list[Trained]:
+        """The networks that train: the student, and the auxiliary network if there is one."""
+        return [self.student, *([] if self.auxiliary is None else [self.auxiliary])]
 
 
 def set_up(
@@ -107,34 +116,35 @@ def set_up(
     # Networks and loss.
     if teacher is not None:
         teacher = execution.in_precision(teacher, c.precision).to(device)
-    net = execution.in_precision(build_network(c, unguided(teacher)), c.precision).to(device).train()
-    distributed.weights_from_main(net)
+    net = network_to_train(c, teacher, device)
     objective = OBJECTIVES[c.objective].module()
     options = OBJECTIVES[c.objective].complete(c.loss)
     loss_state = objective.setup(options, teacher, net, perceptual_distance(c, device))
 
-    # Optimizer and averages work on one vector of all parameters, or of this process's share.
-    shard = c.get('shard') == 'optimizer' and world_size > 1
-    if shard or c.compiled:
-        execution.leave_unit_weights(net)
-    flat = divided(c, net, loss_state) if shard else FlatParameters(net)
-    update = WeightUpdate(flat, tuple(c.betas), c.eps, c.loss_scaling, c.grad_clip, c.optim)
+    # What trains: the student, whose weights are averaged, and a second network of some objectives.
+    student, auxiliary = trained(c, net, loss_state, device), None
     average_lengths = c.ema_halflife_nimg, c.ema_rampup_ratio, c.phema_stds
-    averages = WeightAverages(net, flat, *average_lengths, 'cpu' if c.ema_device == 'cpu' else None)
-    exact = flat.sharded or loss_state.in_fp32
-    gradients = Gradients(net, flat, *([] if exact else execution.rounded_parameters(net)))
-    speed_up(c, gradients.net, teacher, averages, loss_state)
+    on_host = 'cpu' if c.ema_device == 'cpu' else None
+    averages = WeightAverages(net, student.update.parameters, *average_lengths, on_host)
+    if OBJECTIVES[c.objective].auxiliary:
+        # It starts from the teacher, whatever the student starts from.
+        second = network_to_train(EasyDict(c, transfer=None), teacher, device)
+        auxiliary = trained(c, second, loss_state, device, name='auxiliary')
+        loss_state.auxiliary = auxiliary.evaluated
+    speed_up(c, student, auxiliary, teacher, averages, loss_state)
     # For whatever draws random numbers without `SampleRng`.
     torch.manual_seed(derive_seed(c.seed, 'process', rank))
 
     # Resume.
     progress, made_by = Progress(), world_size
     if state is not None:
-        progress, made_by = run_files.restore(c.resume, state, net, update, averages, loss_state, device)
+        progress, made_by = run_files.restore(
+            c.resume, state, student, auxiliary, averages, loss_state, device
+        )
 
     # Announce what is about to happen.
     log = RunLog(run_dir, enabled=rank == 0)
-    files = run_files.RunFiles(c, run_dir, net, update, averages, loss_state, log)
+    files = run_files.RunFiles(c, run_dir, student, auxiliary, averages, loss_state, log)
     announcements.describe_place(log, run_dir, device)
     announcements.describe_run(log, c, net, dataset, teacher, accumulation_rounds, batch_gpu)
     files.tidy()
@@ -143,20 +153,17 @@ def set_up(
 
     # All processes start from the same weights.
     files.check_weights()
-    cut = c.compiled and world_size > 1 and not flat.sharded
     return Run(
         c=c,
         dir=run_dir,
         dataset=dataset,
         device=device,
-        net=net,
-        gradients=gradients,
-        student=distributed.in_several_graphs(gradients.net, device) if cut else gradients.net,
+        student=student,
+        auxiliary=auxiliary,
         teacher=teacher,
         objective=objective,
         loss_state=loss_state,
         preprocessing=preprocessing(c),
-        update=update,
         averages=averages,
         rank_batch=rank_batch,
         batch_gpu=batch_gpu,
@@ -167,6 +174,29 @@ def set_up(
         files=files,
         log=log,
     )
+
+
+def trained(
+    c: EasyDict, net: torch.nn.Module, loss_state: State, device: torch.device, name: str = ''
+) -> Trained:
+    """Everything that training a network takes. Its parameters move into one vector, or this process's share of it.
+
+    Args:
+        name: in statistics; empty for the student.
+    """
+    several = distributed.get_world_size() > 1
+    shard = c.get('shard') == 'optimizer' and several
+    if shard or c.compiled:
+        execution.leave_unit_weights(net)
+    flat = divided(c, net, loss_state) if shard else FlatParameters(net)
+    update = WeightUpdate(flat, tuple(c.betas), c.eps, c.loss_scaling, c.grad_clip, c.optim, name)
+
+    # Weights in half precision are rounded once a step, unless the loss also evaluates the network in FP32.
+    exact = flat.sharded or loss_state.in_fp32
+    gradients = Gradients(net, flat, *([] if exact else execution.rounded_parameters(net)))
+    cut = c.compiled and several and not flat.sharded
+    evaluated = distributed.in_several_graphs(gradients.net, device) if cut else gradients.net
+    return Trained(net, gradients, evaluated, update)
 
 
 def divided(c: EasyDict, net: torch.nn.Module, loss_state: State) -> FlatParameters:
@@ -196,6 +226,15 @@ def preprocessing(c: EasyDict) -> Preprocessing:
     """The encoder and the augmentation that a run is configured with."""
     augment_pipe = AugmentPipe(p=c.augment) if c.augment > 0 else None
     return Preprocessing(encoders.build(c.encoder), augment_pipe, c.network.kwargs.get('augment_dim', 0))
+
+
+def network_to_train(
+    c: EasyDict, teacher: torch.nn.Module | None, device: torch.device
+) -> torch.nn.Module:
+    """`build_network` on the device, the same on all processes."""
+    net = execution.in_precision(build_network(c, unguided(teacher)), c.precision).to(device).train()
+    distributed.weights_from_main(net)
+    return net
 
 
 def build_network(c: EasyDict, teacher: torch.nn.Module | None) -> torch.nn.Module:
@@ -263,7 +302,8 @@ def transfer_weights(c: EasyDict, net: torch.nn.Module) -> None:
 
 def speed_up(
     c: EasyDict,
-    net: torch.nn.Module,
+    student: Trained,
+    auxiliary: Trained | None,
     teacher: torch.nn.Module | None,
     averages: WeightAverages,
     loss_state: State,
@@ -272,9 +312,12 @@ def speed_up(
     options = dict(
         channels_last=c.channels_last, checkpoint_activations=c.checkpoint_activations, compiled=c.compiled
     )
+    net = student.gradients.net
     on_gpu = execution.is_on_gpu(net)
     sampled = [average for average in averages.networks.values() if execution.is_on_gpu(average) == on_gpu]
-    for network in (net, *sampled, *loss_state.networks(), *([] if teacher is None else [teacher])):
+    others = [] if auxiliary is None else [auxiliary.gradients.net]
+    others += [] if teacher is None else [teacher]
+    for network in (net, *sampled, *loss_state.networks(), *others):
         execution.run_with(network, **options)
     # A teacher that is part of the sampling network is saved in snapshots, and so keeps its precision.
     if teacher is not None and loss_state.sampling_network(net) is net:
@@ -293,8 +336,11 @@ def perceptual_distance(c: EasyDict, device: torch.device) -> torch.nn.Module | 
     return distance
 
 
-def profiled_networks(
-    net: torch.nn.Module, teacher: torch.nn.Module | None
-) -> dict[tuple[str, str], torch.nn.Module]:
+def profiled_networks(run: Run) -> dict[tuple[str, str], torch.nn.Module]:
     """Networks by the names of their calls, with gradients and without, for `StepProfile`."""
-    return {('student', 'self-target'): net, **({} if teacher is None else {('teacher', 'teacher'): teacher})}
+    found = {('student', 'self-target'): run.student.gradients.net}
+    if run.teacher is not None:
+        found['teacher', 'teacher'] = run.teacher
+    if run.auxiliary is not None:
+        found['auxiliary', 'auxiliary'] = run.auxiliary.gradients.net
+    return found

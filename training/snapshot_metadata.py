@@ -15,6 +15,7 @@ from torch_utils.restricted_pickle import MalformedPickle, persistent_object, pl
 from training import run_schema
 from training.consistency_ops import student_grid
 from training.networks import encoders
+from training.objectives import OBJECTIVES
 from training.stored_networks import numeric_attributes, tensors_of
 
 STUDENT_LOSS = 'EDMConsistencyDistillLoss'  # the class that identifies a published student's snapshot
@@ -58,8 +59,12 @@ def snapshot_metadata(c: EasyDict, nimg: int) -> dict:
     options['num_timesteps'] = options.get('N')
     metadata |= {name: options[name] for name in RECORDED if options.get(name) is not None}
 
-    # The noise levels: a student's grid, or a consistency model's one or two steps.
-    if 'S' in options:
+    # The noise levels: one of the student's own, a student's grid, or a consistency model's one or two steps.
+    if solver := OBJECTIVES[c.objective].solver:
+        metadata['solver'] = solver
+    if 'sigma_init' in options:
+        metadata['sigmas'] = [options['sigma_init'], 0.0]
+    elif 'S' in options:
         names = 'S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_grid'
         metadata['sigmas'] = student_grid(*(options[name] for name in names)).tolist()
     elif c.sampling:

@@ -292,6 +292,25 @@ def ddim(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     return x
 
 
+def ancestral(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Sequence[float],
+    randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+) -> Tensor:
+    """x <- a sample of the state at the next level given x and D, one evaluation per step   (Ho et al. 2020,
+    Algorithm 2; Salimans et al. 2024, Algorithm 1).
+
+    Args:
+        sigmas: decreasing, the last one 0, where the state is D.
+        randn_like: draws noise, once for each step but the last.
+    """
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        denoised = denoiser(x, sigma)
+        x = ops.ancestral_step(x, denoised, sigma, sigma_next, randn_like(x)) if sigma_next > 0 else denoised
+    return x
+
+
 def flow_map(flow: Callable[[Tensor, float, float], Tensor], x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """DDIM steps by a two-time network, which knows where each of them ends.
 

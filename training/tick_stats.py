@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -12,7 +13,8 @@ import torch
 from torch_utils import misc
 from training.phema import WeightAverages
 from training.setup import Run
-from training.weight_update import WeightUpdate, learning_rate
+from training.trained import Trained
+from training.weight_update import learning_rate
 
 
 @dataclass
@@ -38,9 +40,13 @@ class Clock:
         return max(total_nimg - nimg, 0) * (now - since) / (nimg - images)
 
 
-def network_stats(update: WeightUpdate, averages: WeightAverages) -> dict[str, dict]:
-    """Relative distance of each average from the weights, loss scale and skipped steps. Waits for the
-    device."""
+def network_stats(networks: Sequence[Trained], averages: WeightAverages) -> dict[str, dict]:
+    """Relative distance of each average from the weights, loss scale and skipped steps. Waits for the device.
+
+    Args:
+        networks: those that train, first the one that is averaged.
+    """
+    update = networks[0].update
     parameters, weights = update.parameters, update.weights.detach()
     # Averages may lie on the host (--ema-device=cpu).
     vectors = {name: vector.detach().to(weights.device) for name, vector in averages.vectors.items()}
@@ -49,7 +55,11 @@ def network_stats(update: WeightUpdate, averages: WeightAverages) -> dict[str, d
         f'EMA/{name}_distance': parameters.distance(vector, weights) / length
         for name, vector in vectors.items()
     }
-    values |= {'Progress/loss_scale': update.scale, 'Progress/bad_steps': update.skips}
+    for update in (trained.update for trained in networks):
+        values |= {
+            update.statistic('loss_scale'): update.scale,
+            update.statistic('bad_steps'): update.skips,
+        }
     return {name: dict(num=1, mean=value.item(), std=0) for name, value in values.items()}
 
 
@@ -101,7 +111,7 @@ def tick_line(stats: dict, loss_name: str, remaining_sec: float | None) -> str:
     fields = [
         f'tick {mean("Progress/tick"):<4.0f}',
         f'kimg {f"{kimg:.6g}" if kimg < 1e5 else f"{kimg:.0f}":<7}',
-        f'loss {in_width(mean(loss_name), 7):<7}',
+        f'loss {in_width(mean(loss_name), 7) if loss_name in stats else "-":<7}',  # the student's turn may be later
         f'lr {in_width(mean("Progress/lr"), 6):<6}',
         f'ema {with_suffix(mean("Progress/ema_halflife_kimg") * 1e3):<5}',
         f'time {compact_time(mean("Timing/total_sec")):<6}',

@@ -40,24 +40,26 @@ def train_step(run: Run, prefetcher: Prefetcher, profile: StepProfile) -> None:
     # The objective's schedule (its grid, its stage) follows from the images seen so far.
     state.begin_step(progress.nimg)
     run.averages.begin_step()
-    execution.force_unit_weights(run.net, run.update.parameters)
-    run.gradients.begin_step()
+    # One network trains: the student, or in some steps of some objectives the auxiliary network.
+    trains, peak = (run.auxiliary, c.loss.aux_lr) if state.trains_auxiliary else (run.student, c.lr)
+    for network in run.trained:
+        network.begin_step(trains is network)
 
     # Gradients accumulate over micro-batches; with the last one they are averaged over processes.
     for i in range(run.accumulation_rounds):
         with profile.part('data'):
             batch = next(prefetcher)
-        with profile.part('gradients'), run.gradients.round(last=i == run.accumulation_rounds - 1):
+        with profile.part('gradients'), trains.gradients.round(last=i == run.accumulation_rounds - 1):
             first = progress.nimg + distributed.get_rank() * run.rank_batch + i * run.batch_gpu
             rng, scale = SampleRng(c.seed, first, run.batch_gpu, run.device), 1 / run.rank_batch
             accumulate_gradients(
-                run.student, run.objective, state, batch, rng, run.update, scale, *run.preprocessing
+                run.student.evaluated, run.objective, state, batch, rng, trains.update, scale, *run.preprocessing
             )
 
     # A step whose gradient is not finite leaves the weights as they are.
     with profile.part('optimizer'):
         run.averages.before_update()
-        run.update.step(learning_rate(c, progress.nimg))
+        trains.update.step(learning_rate(c, progress.nimg, peak))
         state.end_step()
     progress.nimg += c.batch_size
     with profile.part('averages'):
@@ -94,7 +96,8 @@ def accumulate_gradients(
 
     # Forward and backward pass.
     loss = objective.loss(net, images, labels, rng, loss_state, augment_labels)
-    training_stats.report(f'Loss/{objective.NAME}', loss)
+    name = 'auxiliary' if loss_state.trains_auxiliary else objective.NAME
+    training_stats.report(f'Loss/{name}', loss)
     (update.scaled_sum(loss) * scale).backward()
 
 
@@ -125,7 +128,7 @@ def end_of_tick(
 
     # Report.
     stats = training_stats.collect()
-    stats |= network_stats(run.update, run.averages)
+    stats |= network_stats(run.trained, run.averages)
     stats |= tick_stats(run, clock, now, prefetcher.data_wait())
     remaining = clock.remaining(now, progress.nimg, c.total_nimg)
     run.log(tick_line(stats, f'Loss/{run.objective.NAME}', remaining))
@@ -182,7 +185,7 @@ def training_loop(
     # Build what feeds, stops and profiles the steps.
     hosts = distributed.AsyncAllReduce()
     profile_steps = c.profile_steps if rank == 0 else 0
-    networks = profiled_networks(run.gradients.net, run.teacher)
+    networks = profiled_networks(run)
     profile = StepProfile(profile_steps, run_dir, run.device, networks, say=log)
     with WorkersIgnoreSignals() as ignore_signals, PreemptionHandler(hosts) as stop, profile:
         prefetcher = prefetch(run, ignore_signals)
@@ -226,7 +229,7 @@ def repeat_steps(
     done = False
     while not done:
         # Hosts learn of each other's signals and skipped steps one step late, so that none waits for another.
-        stopping, skipped = hosts.exchange([stop.here(), skips.read(run.update.consecutive_skips)])
+        stopping, skipped = hosts.exchange([stop.here(), skips.read(run.consecutive_skips)])
         if stopping:
             return stop_here(run, stop, hosts)
         if skipped >= c.max_bad_steps:

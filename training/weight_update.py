@@ -19,9 +19,13 @@ from torch_utils.flat import FlatParameters
 DYNAMIC_START, DYNAMIC_MAX, GROWTH_INTERVAL = 2.0**16, 2.0**24, 2000
 
 
-def learning_rate(c: EasyDict, nimg: int) -> float:
-    """Learning rate of the step that follows `nimg` images."""
-    return misc.learning_rate(c.lr, nimg, c.total_nimg, c.lr_rampup_nimg, c.lr_schedule, c.lr_ref_nimg)
+def learning_rate(c: EasyDict, nimg: int, peak: float | None = None) -> float:
+    """Learning rate of the step that follows `nimg` images.
+
+    Args:
+        peak: the highest one; None: --lr.
+    """
+    return misc.learning_rate(c.lr if peak is None else peak, nimg, c.total_nimg, c.lr_rampup_nimg, c.lr_schedule, c.lr_ref_nimg)
 
 
 def radam_factors(step: int, beta2: float) -> tuple[float, float] | None:
@@ -53,6 +57,7 @@ class WeightUpdate:
             halved after every skipped step and doubled after 2000 finite ones (Micikevicius et al. 2018).
         grad_clip: clip the global gradient norm to this value; None disables clipping.
         optim: `adam` or `radam`.
+        name: of the network in statistics; empty for the student.
     """
 
     def __init__(
@@ -63,7 +68,9 @@ class WeightUpdate:
         loss_scale: float | None = 1.0,
         grad_clip: float | None = None,
         optim: str = 'adam',
+        name: str = '',
     ):
+        self.name = name
         self.parameters, self.weights = weights, weights.weights
         self.grad_clip, self.dynamic = grad_clip, loss_scale is None
         self.optim, device = optim, self.weights.device
@@ -83,6 +90,10 @@ class WeightUpdate:
         self.scale = torch.tensor(scale, dtype=torch.float32, device=device)
         counts = torch.zeros([3], dtype=torch.int64, device=device)
         self.consecutive_finite, self.consecutive_skips, self.skips = counts.unbind()
+
+    def statistic(self, name: str) -> str:
+        """The name of a statistic of the network."""
+        return f'Progress/{self.name}_{name}' if self.name else f'Progress/{name}'
 
     def scaled_sum(self, loss: torch.Tensor) -> torch.Tensor:
         """Scaled sum of the loss [N], whose gradient is NaN if any value is not finite."""
@@ -112,7 +123,7 @@ class WeightUpdate:
             self._step_and_undo(divisor, skip)
         self.parameters.publish()
         self._count(skip)
-        training_stats.report('Progress/grad_norm', norm)
+        training_stats.report(self.statistic('grad_norm'), norm)
 
     def _step_fused(
         self,

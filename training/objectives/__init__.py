@@ -12,9 +12,11 @@ from training.objectives import (
     loss_ect,
     loss_flowmap,
     loss_ict,
+    loss_mm,
     loss_pd,
     loss_scd,
     loss_sct,
+    loss_sid,
     loss_tcm,
 )
 
@@ -32,6 +34,8 @@ OBJECTIVES = {
     'tcm': loss_tcm.OBJECTIVE,
     'scd': loss_scd.OBJECTIVE,
     'sct': loss_sct.OBJECTIVE,
+    'mm': loss_mm.OBJECTIVE,
+    'sid': loss_sid.OBJECTIVE,
 }
 
 

@@ -54,10 +54,14 @@ class State:
         gap_option: the option of train.py that `self_target_gap` depends on; empty if the network is not
             compared with itself.
         in_fp32: whether it evaluates the network in FP32 (`force_fp32`) as well.
+        auxiliary: the second network that trains, of an objective that declares one; None before the loop sets it.
+        trains_auxiliary: whether that network trains in this step, and not the student.
     """
 
     gap_option = ''
     in_fp32 = False
+    auxiliary: Module | None = None
+    trains_auxiliary = False
 
     def __init__(self, c=None, teacher: Module | None = None):
         self.c, self.teacher = c, teacher

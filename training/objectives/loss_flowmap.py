@@ -212,14 +212,6 @@ def flow_map_pairs(
     return edges, probability[order], torch.stack([upper, lower], dim=1)
 
 
-def level_between(
-    low: Tensor, high: Tensor, share: Tensor, sigma_min: float, rho: float, spacing: str = 'karras'
-) -> Tensor:
-    """The levels at a share of the way from `low`, but at least sigma_min, to `high`, where grids are even; all [N]."""
-    warp, unwarp = grids.warp_of(spacing, rho)
-    return unwarp(torch.lerp(warp(low.clamp(min=sigma_min)), warp(high), share))
-
-
 class FlowMapState(EdgeSchedule):
     """The pairs of levels, and stored solutions of the teacher.
 
@@ -374,7 +366,7 @@ def tangent_loss(net, images: Tensor, labels, rng, state: FlowMapState, augment_
     # r, and a level sigma anywhere between it and the upper end of a pair.
     edges = state.draw(rng)
     r, share = edges.sigma_b, misc.upload(rng.uniform('level'), images.device)
-    sigma = level_between(r, edges.sigma_t, share, c.sigma_min, c.rho, c.sigma_grid)
+    sigma = grids.level_between(r, edges.sigma_t, share, c.sigma_min, c.rho, c.sigma_grid)
 
     # Data: x = y + sigma n.
     y, noise = images.double(), rng.normal('noise', images.shape[1:]).double()

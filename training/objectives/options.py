@@ -92,6 +92,15 @@ class NoiseGrid(NoiseRange):
 
 
 @dataclass(frozen=True)
+class SpacedGrid(NoiseGrid):
+    sigma_grid: str = opt(
+        'karras',
+        click.Choice(SIGMA_GRIDS),
+        "Spacing of nodes: Karras's, or even in the time of the cosine schedule.",
+    )
+
+
+@dataclass(frozen=True)
 class SyncDropout(Config):
     heading: ClassVar[str] = 'Self-target (the output of the network itself, as a target)'
 
@@ -102,7 +111,7 @@ class SyncDropout(Config):
 
 @dataclass(frozen=True)
 class LogNormal(Config):
-    heading: ClassVar[str] = 'Log-normal noise levels (--objective=diffusion, ict, ect, scd, sct)'
+    heading: ClassVar[str] = 'Log-normal noise levels (--objective=diffusion, ict, ect, scd, sct, sid)'
 
     P_mean: float | None = opt(
         None, cli.Number(min=-100, max=100), 'Mean of ln sigma in training.', metavar='FLOAT'
@@ -117,7 +126,7 @@ class LogNormal(Config):
 
 @dataclass(frozen=True)
 class Teacher(Config):
-    heading: ClassVar[str] = 'Distillation (--objective=mcd, direct, pd, flowmap, cm-cd, tcm, scd)'
+    heading: ClassVar[str] = 'Distillation (--objective=mcd, direct, pd, flowmap, cm-cd, tcm, scd, mm, sid)'
 
     teacher: str | None = opt(
         None,
@@ -157,16 +166,11 @@ class TeacherHop(GuidedTeacher):
 
 
 @dataclass(frozen=True)
-class Targets(NoiseGrid):
+class Targets(SpacedGrid):
     """The distance of the student's image from the one that a step to the boundary needs."""
 
     heading: ClassVar[str] = 'Targets (--objective=mcd, mct, direct, pd, flowmap)'
 
-    sigma_grid: str = opt(
-        'karras',
-        click.Choice(SIGMA_GRIDS),
-        "Spacing of nodes: Karras's, or even in the time of the cosine schedule.",
-    )
     cd_loss: str = opt(
         'pseudo_huber', click.Choice(DISTANCES), "Distance between the student's image and its target."
     )
@@ -179,12 +183,20 @@ class Targets(NoiseGrid):
 
 
 @dataclass(frozen=True)
-class Students(Targets):
+class StudentSteps(Config):
     """A student of S steps."""
+
+    heading: ClassVar[str] = 'Multistep students (--objective=mcd, mct, direct, pd, mm)'
+
+    S: int = opt(8, cli.STEPS, 'Number of student sampling steps.', metavar='INT')
+
+
+@dataclass(frozen=True)
+class Students(Targets, StudentSteps):
+    """A student of S steps by DDIM."""
 
     heading: ClassVar[str] = 'Multistep consistency (--objective=mcd, mct, direct, pd)'
 
-    S: int = opt(8, cli.STEPS, 'Number of student sampling steps.', metavar='INT')
     student_grid: str = opt(
         'edm',
         click.Choice(STUDENT_GRIDS),
@@ -259,6 +271,33 @@ class Segments(Students):
         if given.get('T_anneal_steps') is not None and given.get('T_anneal_kimg') is not None:
             raise click.UsageError('--T_anneal_steps and --T_anneal_kimg say the same: give one of them.')
         return super().from_given(given)
+
+
+# ----------------------------------------------------------------------------
+# Objectives with a second network that trains.
+
+
+@dataclass(frozen=True)
+class AuxiliaryNetwork(Config):
+    """A second network, which starts from the teacher and trains in turn with the student."""
+
+    heading: ClassVar[str] = 'Auxiliary network (--objective=mm, sid)'
+
+    aux_lr: float | None = opt(
+        None,
+        cli.POSITIVE,
+        'Learning rate of the auxiliary network, which rises and decays as --lr (mm, sid).',
+        metavar='FLOAT',
+        default_text='--lr',
+        settled=True,
+    )
+    aux_ahead: int = opt(
+        0,
+        cli.Integer(min=0),
+        'Optimizer steps of the auxiliary network alone at the start; then they alternate (mm, sid).',
+        metavar='INT',
+    )
+    batch_size: int | None = recorded(None, POSITIVE_COUNT)
 
 
 # ----------------------------------------------------------------------------
@@ -412,6 +451,8 @@ class Objective:
             latents; None: as for pixels.
         boundary: whether the network is the identity at sigma_min, not at 0.
         two_time: whether the network also takes the noise level at which a step ends.
+        auxiliary: whether it has a second network that trains (`AuxiliaryNetwork`).
+        solver: of sampling, which snapshots record; empty: it follows from the noise levels.
     """
 
     config: type[Config]
@@ -424,6 +465,13 @@ class Objective:
     edm2_latent_sizes: Mapping[int, Mapping[str, object]] | None = None
     boundary: bool = False
     two_time: bool = False
+    auxiliary: bool = False
+    solver: str = ''
+
+    @property
+    def one_step(self) -> bool:
+        """Whether its students take one step, from a noise level of their own."""
+        return 'sigma_init' in self.options
 
     @property
     def own_defaults(self) -> dict[str, object]:
