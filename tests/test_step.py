@@ -250,7 +250,7 @@ class Training:
         for i in range(ROUNDS):
             rng = SampleRng(7, self.nimg + i * BATCH // ROUNDS, BATCH // ROUNDS, self.device)
             accumulate_gradients(
-                self.net, self, None, batch, rng, self.update, 1 / BATCH, StandardRGBEncoder()
+                self.net, self, self.loss_fn.state, batch, rng, self.update, 1 / BATCH, StandardRGBEncoder()
             )
         self.averages.before_update()
         self.update.step(1e-3)

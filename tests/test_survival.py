@@ -23,6 +23,7 @@ from training.objectives.loss import State
 from training.phema import WeightAverages
 from training.run_files import PREEMPTED, Progress, RunFiles, saved_states, states_to_keep
 from training.run_files import load_state as newest_state
+from training.trained import Trained
 from training.weight_update import WeightUpdate
 
 # ----------------------------------------------------------------------------
@@ -180,8 +181,8 @@ def small_run(folder, **options):
     files = RunFiles(
         c,
         folder,
-        net,
-        WeightUpdate(flat, (0.9, 0.99), 1e-8),
+        Trained(net, None, None, WeightUpdate(flat, (0.9, 0.99), 1e-8)),
+        None,
         WeightAverages(net, flat, 1e3, None, []),
         State(),
         log=print,

@@ -454,13 +454,13 @@ OF_TWO_TIME = ('student', 'cm')
 OF_SOLVERS = {'sigmas', 'afs', 'to_zero', 'order', 'variant'}
 SAMPLERS = dict(
     student=Sampler(sample_student, StudentOptions),
-    ancestral=Sampler(sample_ancestral, StudentOptions),
     **{
         name: Sampler(functools.partial(teachers.sample_edm, solver=name), teachers.OdeOptions)
         for name in EDMS
     },
     addim=Sampler(teachers.sample_addim, teachers.AddimOptions),
     cm=Sampler(sample_cm, CMOptions),
+    ancestral=Sampler(sample_ancestral, StudentOptions),
     **{
         name: Sampler(functools.partial(teachers.sample_ode, solver=name), teachers.SolverOptions)
         for name in ODE_SOLVERS

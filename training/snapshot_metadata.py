@@ -57,6 +57,8 @@ def snapshot_metadata(c: EasyDict, nimg: int) -> dict:
     options = {**c.loss, **(c.sampling or {})}
     # Samplers call N, the nodes that `ts` counts, num_timesteps.
     options['num_timesteps'] = options.get('N')
+    if 'S' in options:
+        options.setdefault('student_grid', 'full')  # of objectives that leave no choice
     metadata |= {name: options[name] for name in RECORDED if options.get(name) is not None}
 
     # The noise levels: one of the student's own, a student's grid, or a consistency model's one or two steps.

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import click
 
 from dnnlib.lazy import lazy_import
-from dnnlib.options import opt, recorded
-from dnnlib.schema import OneOf
+from dnnlib.options import opt
 from training.choices import MM_TIMES
 from training.objectives.auxiliary import AlternatingState
 from training.objectives.loss import denoiser, report_levels
@@ -50,7 +49,6 @@ class MomentMatchingConfig(AuxiliaryNetwork, StudentSteps, SpacedGrid, GuidedTea
         'Time t at which the student denoises, given the time s of the moments: uniform in [s, s + 1/S] as published, or '
         'the next time above s at which sampling evaluates it (mm).',
     )
-    student_grid: str = recorded('full', OneOf(('full',)))
 
     def __post_init__(self):
         super().__post_init__()
