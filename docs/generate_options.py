@@ -55,6 +55,7 @@ COMMANDS = {
     'python -m experiments.curves': 'experiments.curves:main',
     'python -m experiments.solver_table': 'experiments.solver_table:main',
     'python -m experiments.guided_digits': 'experiments.guided_digits:main',
+    'python -m experiments.evidence': 'experiments.evidence:main',
 }
 
 

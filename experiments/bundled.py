@@ -161,5 +161,8 @@ def prepare(bundled: Bundled, runner: Runner) -> tuple[Path, dict[str, Metric]]:
                 f'--dest={metrics[name].ref}',
                 f'--detector={metrics[name].detector}',
                 '--batch=256',
+                *(
+                    ['--features=10000'] if name == 'classifier' else []
+                ),  # of all images, for recall and coverage
             )
     return data, metrics

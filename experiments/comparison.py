@@ -234,8 +234,7 @@ def models_of(request: Request, objective: str, seed: int) -> list[Model]:
         S: make_training(request, f'{objective}-{S}-seed{seed}', objective, seed, request.budget, S)
         for S in request.steps
     }
-    solver = known.solver or 'student'
-    return [Model(objective, seed, training, 0, S, solver, S, S) for S, training in trainings.items()]
+    return [Model(objective, seed, training, 0, S, known.solver, S, S) for S, training in trainings.items()]
 
 
 def make_training(

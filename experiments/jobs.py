@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from experiments.runner import (
     Metric,
     Pairs,
     Runner,
+    commit,
     is_finished,
     measure,
     newest_snapshot,
@@ -58,6 +60,21 @@ def train(
     )
 
 
+def seconds_of(runner: Runner, trainings: Sequence[Training]) -> float | None:
+    """Seconds that trainings took in all their rounds and processes, without the starts; None where statistics are
+    missing."""
+    files = [
+        runner.path('trainings', training.name, folder, 'stats.jsonl')
+        for training in trainings
+        for folder, _ in training.rounds
+    ]
+    if not all(file.exists() for file in files):
+        return None
+    ticks = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    names = 'Timing/sec_per_tick', 'Timing/maintenance_sec'
+    return round(sum(tick[name]['mean'] for tick in ticks for name in names), 1)
+
+
 def snapshot(runner: Runner, training: Training, number: int = -1) -> Path:
     """The last snapshot of a finished training, or of one of its rounds."""
     return newest_snapshot(runner.path('trainings', training.name, training.rounds[number][0]))
@@ -97,7 +114,9 @@ def measure_model(
     elif reference:
         pairs = Pairs(teacher, reference.steps)
     measured = measure(runner, model.name, network, sampler, num, metrics, batch, labels=labels, pairs=pairs)
-    row = model.record() | known | measured
+    if model.training:
+        known['train_seconds'] = seconds_of(runner, model.training.chain)
+    row = model.record() | known | measured | dict(commit=commit())
     # Keep a grid only: the images of all models would fill a disk.
     images = runner.path('samples', model.name)
     runner.path('grids').mkdir(exist_ok=True)

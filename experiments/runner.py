@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from training.saved_files import LOG
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 40  # images in a grid
+DIVERSITY = ('recall', 'coverage')  # which methods that match distributions may lose
 T = TypeVar('T')
 
 
@@ -153,6 +155,15 @@ def workers(runner: Runner, count: int) -> Iterator[concurrent.futures.Executor]
             raise
 
 
+def commit() -> str | None:
+    """The commit of this repository, `-dirty` with changes; None where it is no checkout of git."""
+    command = ['git', '-C', str(ROOT), 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 # ----------------------------------------------------------------------------
 # Networks and their measurement.
 
@@ -191,6 +202,14 @@ class Metric(NamedTuple):
 
     ref: str
     detector: str | None
+
+    @property
+    def measures_diversity(self) -> bool:
+        """Whether the reference also has features, which recall and coverage need. One that is not here has none."""
+        if not zipfile.is_zipfile(self.ref):
+            return False
+        with zipfile.ZipFile(self.ref) as archive:
+            return 'features.npy' in archive.namelist()
 
 
 @dataclass(frozen=True)
@@ -236,8 +255,8 @@ def measure(
         labels: see --labels of generate.py.
         pairs: None for no paired error.
     Returns: `images`, `seconds` of sampling, and under the first metric `distance` and, with `bootstrap`,
-        `interval`; under every other one the same as `distance_<name>` and `interval_<name>`; with `pairs` the
-        entries of `paired_error`.
+        `interval`, and where its reference has features `recall` and `coverage`; under every other one the distance
+        as `distance_<name>` and `interval_<name>`; with `pairs` the entries of `paired_error`.
     """
     # Sample; images of an interrupted run are discarded.
     folder, start = runner.path('samples', name), time.monotonic()
@@ -258,23 +277,26 @@ def measure(
         row |= paired_error(runner, name, network, sampler, images, metrics, batch, labels, pairs)
 
     # Measure under every metric.
-    for i, (metric, (ref, detector)) in enumerate(metrics.items()):
+    for i, (metric, of_metric) in enumerate(metrics.items()):
         result = runner.path('samples', f'{name}-{metric}.json')
+        diversity = DIVERSITY if i == 0 and of_metric.measures_diversity else ()
         found = calculated(
             runner,
             name,
             result,
             f'--images={folder}',
-            f'--ref={ref}',
+            f'--ref={of_metric.ref}',
             f'--num={images}',
             f'--batch={batch}',
-            *([f'--detector={detector}'] if detector else []),
+            *([f'--detector={of_metric.detector}'] if of_metric.detector else []),
+            *([f'--metrics={",".join(("fid", *diversity))}'] if diversity else []),
             *([f'--bootstrap={bootstrap}'] if bootstrap else []),
-        )['fid']
+        )
         suffix = f'_{metric}' if i else ''
-        row[f'distance{suffix}'] = found['value']
+        row[f'distance{suffix}'] = found['fid']['value']
         if bootstrap:
-            row[f'interval{suffix}'] = found['interval']
+            row[f'interval{suffix}'] = found['fid']['interval']
+        row |= {measure: found[measure]['value'] for measure in diversity}
     return row
 
 

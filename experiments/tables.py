@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from experiments import teacher
 from experiments.bundled import BUNDLED
 from experiments.results import distance_entries
-from experiments.runner import Runner
+from experiments.runner import DIVERSITY, Runner
 from metrics.options import PAIRS
 from training.objectives import OBJECTIVES
 
@@ -112,6 +112,16 @@ def heun_columns(heun: dict[int, dict], columns: Sequence[int], best: dict) -> d
     return {n: next((k for k in (n, n - 1) if k in heun and k != best['nfe']), None) for n in columns}
 
 
+def diversity_table(rows: Sequence[dict], measure: str, best: dict) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: the mean of `recall` or `coverage` over seeds. The teacher's are those of its best distances."""
+
+    def text(found: list[dict]) -> str:
+        values = [row[measure] for row in found if measure in row]
+        return f'{sum(values) / len(values):.3f}' if values else ''
+
+    return table(rows, rows, best, 'distance', text)
+
+
 def training_table(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     """Header and lines: optimizer steps × network evaluations per image of a step."""
     students = of_students(rows)
@@ -137,6 +147,12 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, metrics: Se
         f'teacher has the benefit of that choice. Levels of {" and ".join(teacher.SEARCHED)} are searched by '
         'search.py --schedule.',
     ]
+
+    if any('recall' in row for row in rows):
+        lines.append(
+            f"Recall and coverage: shares of the data near a model's images, see docs/recipes.md; those of the teacher with "
+            f'{best["nfe"]} evaluations are {best.get("recall", float("nan")):.3f} and {best.get("coverage", float("nan")):.3f}.'
+        )
 
     # Which images have pairs.
     if any('paired_error' in row for row in rows):
@@ -198,6 +214,10 @@ def write_report(
     }
     if any('paired_error' in row for row in rows):
         tables['Paired error'] = paired_table(rows, best)
+    for measure in DIVERSITY:
+        if any(measure in row for row in rows):
+            title = f'{measure.capitalize()} ({next(iter(metrics))})'
+            tables[title] = diversity_table(rows, measure, best)
     tables['Optimizer steps × network evaluations for an image'] = training_table(rows)
     text = notes(rows, best, budget, batch, metrics)
     sections = [f'{title}:\n\n{pages.markdown_table(*table)}' for title, table in tables.items()]

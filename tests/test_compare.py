@@ -32,7 +32,22 @@ from training import checkpoint, command_line, starting_point
 from training.networks import edm2 as networks_edm2
 from training.objectives import OBJECTIVES
 
-STUDENTS = ('mcd', 'mct', 'direct', 'pd', 'cm-cd', 'cm-ct', 'ict', 'ect', 'tcm', 'scd', 'sct', 'flowmap', 'mm', 'sid')
+STUDENTS = (
+    'mcd',
+    'mct',
+    'direct',
+    'pd',
+    'cm-cd',
+    'cm-ct',
+    'ict',
+    'ect',
+    'tcm',
+    'scd',
+    'sct',
+    'flowmap',
+    'mm',
+    'sid',
+)
 
 
 def request(objectives=STUDENTS, steps=(1, 2, 4, 8), budget=8000, recipe=True, **kwargs):
@@ -62,7 +77,8 @@ def parsed(training):
 def test_what_each_objective_gets_for_8000_evaluations():
     """By hand: mcd 2 + 1 + 3 an image, and where a pinned edge takes a share of 0.5 / S, 2 n for 12,
     6, 3 and 2 sub-steps of it; direct 2 n + 3 for 12, 6, 3 and 2 sub-steps; those without a teacher
-    1 + 3; scd 1 + 2 + 3, sct one less; mm 1 + 1 + 3, sid 1 + 3 and 3 + 2 + 2 in turn, for one step only; flowmap 1 + 3, after 16 solutions of 31. pd's steps take
+    1 + 3; scd 1 + 2 + 3, sct one less; mm 1 + 1 + 3, sid 1 + 3 and 3 + 2 + 2
+    in turn, for one step only; flowmap 1 + 3, after 16 solutions of 31. pd's steps take
     5, its nine stage lengths (64, 32, 16, 8, 4 once, 2, 1 twice) 177 steps
     each; its students of fewer steps stand at the end of a longer chain."""
     models = plan(request())
@@ -309,6 +325,8 @@ class PretendRunner(Runner):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / 'network-snapshot-000001.pkl').write_bytes(b'')
                 (folder / 'log.txt').write_text('Training...\nDone.\n')
+                tick = {'Timing/sec_per_tick': dict(mean=2.0), 'Timing/maintenance_sec': dict(mean=0.5)}
+                (folder / 'stats.jsonl').write_text(f'{json.dumps(tick)}\n' * 3)
         elif words[0] == 'generate.py':
             folder = Path(value('outdir'))
             folder.mkdir(parents=True)
@@ -397,6 +415,8 @@ def test_everything_is_done_once(tmp_path):
     ] == [3, 2, 11, 22 + 9]
     assert f'--sigmas={tmp_path}/levels/teacher-ipndm-searched-2.txt' in ' '.join(commands)
     rows = json.loads((tmp_path / 'results.json').read_text())
+    # Three ticks of 2 seconds and 0.5 between them.
+    assert {row['train_seconds'] for row in rows if row['seed'] is not None} == {7.5}
     assert (
         {row['model'] for row in rows}
         == set(results.rows)

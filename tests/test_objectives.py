@@ -148,7 +148,7 @@ def test_a_run_learns_ends_bit_for_bit_as_a_resumed_one_and_is_sampled(
         generate.main, f'--network={last_snapshot(whole)}', f'--outdir={tmp_path / "out"}', '--seeds=0-3'
     )
     without_noise = 'S' in kind.options or kind.two_time or kind.one_step
-    sampler = kind.solver or ('student' if without_noise else 'cm')
+    sampler = kind.solver if without_noise else 'cm'
     assert f'{sampler}, {1 if kind.one_step else 2} evaluations each' in done.output
     assert len(list((tmp_path / 'out').glob('*.png'))) == 4
 

@@ -124,7 +124,12 @@ def recorded_options(c: Mapping, known: Mapping[str, Option]) -> dict[str, objec
 
     # Options that are recorded in another form.
     values |= {name: value for name, value in own.items() if name in known}
-    values |= dict(objective=c['objective'], beta1=c['betas'][0], beta2=c['betas'][1], ema_rampup=c['ema_rampup_ratio'] or 0.0)
+    values |= dict(
+        objective=c['objective'],
+        beta1=c['betas'][0],
+        beta2=c['betas'][1],
+        ema_rampup=c['ema_rampup_ratio'] or 0.0,
+    )
     values['ls'] = 'dynamic' if c.get('loss_scaling', 1) is None else c.get('loss_scaling')
     values['lr_decay'] = round(c['lr_ref_nimg'] / batch) or None
     if c.get('teacher'):

@@ -35,7 +35,10 @@ def kind_of_record() -> schema.Record:
             # None is allowed if it is the default of one objective.
             if not isinstance(table.get(name), schema.Maybe):
                 table[name] = kind(option)
-        own |= {f.name: f.metadata['recorded'] for f in fields(config) if 'recorded' in f.metadata}
+        for field in fields(config):
+            if 'recorded' in field.metadata:
+                table = sampling if field.name in config.sampling else own
+                table[field.name] = field.metadata['recorded']
     plain = {key: k for key, k in found.items() if '.' not in key}
     known = dict(
         loss=schema.Record(dict(own, kind=run_schema.NAME)), sampling=schema.Maybe(schema.Record(sampling))

@@ -131,7 +131,12 @@ class RunFiles:
         log,
     ):
         self.c, self.run_dir, self.log = c, Path(run_dir), log
-        self.student, self.auxiliary, self.averages, self.loss_state = student, auxiliary, averages, loss_state
+        self.student, self.auxiliary, self.averages, self.loss_state = (
+            student,
+            auxiliary,
+            averages,
+            loss_state,
+        )
         self._newest: tuple[tuple, str] | None = None  # position and name of the last state that was written
         self._abandoned: set[str] = set()  # states later than the one that the run resumed from
 

@@ -158,7 +158,9 @@ def resolve(
     own = metadata.get('solver')
     if 'ancestral' in (solver, own) and solver != own and own_steps:
         what = (
-            'sampled by ancestral steps' if own == 'ancestral' else f'a student of {own_steps} steps without noise'
+            'sampled by ancestral steps'
+            if own == 'ancestral'
+            else f'a student of {own_steps} steps without noise'
         )
         raise WrongOptions(f'this student is {what}: leave out the solver {solver}')
     if solver in ONLY_OF_TEACHERS and (own_steps or metadata.get('solver') == 'cm'):
@@ -184,7 +186,7 @@ def resolve(
         return solver, len(cm_sigmas(net, CMOptions(**known), steps))
     if solver in ODE_SOLVERS:
         return solver, teachers.ode_steps(net, solver, steps, SAMPLERS[solver].options(**known))
-    if solver not in ('student', 'ancestral') or own_steps is None and solver == 'ancestral':
+    if solver not in ('student', 'ancestral') or (own_steps is None and solver == 'ancestral'):
         return solver, DEFAULT_TEACHER_STEPS if steps is None else steps
 
     # A two-time student takes any number of steps; by default as many as it learned at most.
@@ -423,7 +425,9 @@ def sample_ancestral(net, denoiser, latents: Tensor, steps: int, o: StudentOptio
     """Ancestral steps down the student's grid."""
     sigmas = student_sigmas(net, o, steps)
     x = _start_state(latents, sigmas[0], o.start)
-    return solvers.ancestral(denoiser if o.edit is None else changed(denoiser, [o.edit]), x, sigmas, randn_like)
+    return solvers.ancestral(
+        denoiser if o.edit is None else changed(denoiser, [o.edit]), x, sigmas, randn_like
+    )
 
 
 def sample_cm(net, denoiser, latents: Tensor, steps: int, o: CMOptions, randn_like) -> Tensor:

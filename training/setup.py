@@ -228,9 +228,7 @@ def preprocessing(c: EasyDict) -> Preprocessing:
     return Preprocessing(encoders.build(c.encoder), augment_pipe, c.network.kwargs.get('augment_dim', 0))
 
 
-def network_to_train(
-    c: EasyDict, teacher: torch.nn.Module | None, device: torch.device
-) -> torch.nn.Module:
+def network_to_train(c: EasyDict, teacher: torch.nn.Module | None, device: torch.device) -> torch.nn.Module:
     """`build_network` on the device, the same on all processes."""
     net = execution.in_precision(build_network(c, unguided(teacher)), c.precision).to(device).train()
     distributed.weights_from_main(net)

@@ -15,7 +15,6 @@ from torch_utils.restricted_pickle import MalformedPickle, persistent_object, pl
 from training import run_schema
 from training.consistency_ops import student_grid
 from training.networks import encoders
-from training.objectives import OBJECTIVES
 from training.stored_networks import numeric_attributes, tensors_of
 
 STUDENT_LOSS = 'EDMConsistencyDistillLoss'  # the class that identifies a published student's snapshot
@@ -62,8 +61,8 @@ def snapshot_metadata(c: EasyDict, nimg: int) -> dict:
     metadata |= {name: options[name] for name in RECORDED if options.get(name) is not None}
 
     # The noise levels: one of the student's own, a student's grid, or a consistency model's one or two steps.
-    if solver := OBJECTIVES[c.objective].solver:
-        metadata['solver'] = solver
+    if 'sampler' in options:
+        metadata['solver'] = options['sampler']
     if 'sigma_init' in options:
         metadata['sigmas'] = [options['sigma_init'], 0.0]
     elif 'S' in options:

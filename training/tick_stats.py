@@ -56,10 +56,7 @@ def network_stats(networks: Sequence[Trained], averages: WeightAverages) -> dict
         for name, vector in vectors.items()
     }
     for update in (trained.update for trained in networks):
-        values |= {
-            update.statistic('loss_scale'): update.scale,
-            update.statistic('bad_steps'): update.skips,
-        }
+        values |= {update.statistic('loss_scale'): update.scale, update.statistic('bad_steps'): update.skips}
     return {name: dict(num=1, mean=value.item(), std=0) for name, value in values.items()}
 
 

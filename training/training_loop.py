@@ -17,7 +17,7 @@ from dnnlib import EasyDict
 from metrics.validator import Validator
 from torch_utils import distributed, misc, training_stats
 from torch_utils.preemption import PreemptionHandler, WorkersIgnoreSignals
-from training import checkpoint, execution
+from training import checkpoint
 from training.announcements import describe_end
 from training.evaluation import build_validator, evaluate, evaluate_at_start, show_samples
 from training.objectives.loss import State
@@ -53,7 +53,14 @@ def train_step(run: Run, prefetcher: Prefetcher, profile: StepProfile) -> None:
             first = progress.nimg + distributed.get_rank() * run.rank_batch + i * run.batch_gpu
             rng, scale = SampleRng(c.seed, first, run.batch_gpu, run.device), 1 / run.rank_batch
             accumulate_gradients(
-                run.student.evaluated, run.objective, state, batch, rng, trains.update, scale, *run.preprocessing
+                run.student.evaluated,
+                run.objective,
+                state,
+                batch,
+                rng,
+                trains.update,
+                scale,
+                *run.preprocessing,
             )
 
     # A step whose gradient is not finite leaves the weights as they are.

@@ -25,7 +25,9 @@ def learning_rate(c: EasyDict, nimg: int, peak: float | None = None) -> float:
     Args:
         peak: the highest one; None: --lr.
     """
-    return misc.learning_rate(c.lr if peak is None else peak, nimg, c.total_nimg, c.lr_rampup_nimg, c.lr_schedule, c.lr_ref_nimg)
+    return misc.learning_rate(
+        c.lr if peak is None else peak, nimg, c.total_nimg, c.lr_rampup_nimg, c.lr_schedule, c.lr_ref_nimg
+    )
 
 
 def radam_factors(step: int, beta2: float) -> tuple[float, float] | None:

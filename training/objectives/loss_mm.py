@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 import click
 
 from dnnlib.lazy import lazy_import
-from dnnlib.options import opt
+from dnnlib.options import opt, recorded
+from dnnlib.schema import OneOf
 from training.choices import MM_TIMES
 from training.objectives.auxiliary import AlternatingState
 from training.objectives.loss import denoiser, report_levels
@@ -41,7 +42,9 @@ class MomentMatchingConfig(AuxiliaryNetwork, StudentSteps, SpacedGrid, GuidedTea
     """Options of --objective=mm."""
 
     heading: ClassVar[str] = 'Moment matching (--objective=mm; experimental)'
+    sampling: ClassVar[tuple[str, ...]] = ('sampler',)
 
+    sampler: str = recorded('ancestral', OneOf(('ancestral',)))
     sigma_grid: str = 'cosine'
     mm_times: str = opt(
         'grid',
@@ -69,7 +72,6 @@ OBJECTIVE = Objective(
     # Rates and batch of the paper's ImageNet models; the length is ours.
     defaults=dict(STUDENT, beta1=0.0, beta2=0.99, lr=2e-6, lr_rampup=2048, lr_schedule='linear', grad_clip=1.0, duration=409.6),
     auxiliary=True,
-    solver='ancestral',
 )
 # fmt: on
 

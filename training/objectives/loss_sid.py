@@ -50,7 +50,10 @@ class ScoreIdentityConfig(AuxiliaryNetwork, LogNormal, NoiseGrid, GuidedTeacher)
         2.5, cli.SIGMA, 'Noise level of the one step, in training and in sampling (sid).', metavar='FLOAT'
     )
     alpha: float = opt(
-        1.2, cli.FACTOR, "Factor on the squared difference of the two networks in the student's loss (sid).", metavar='FLOAT'
+        1.2,
+        cli.FACTOR,
+        "Factor on the squared difference of the two networks in the student's loss (sid).",
+        metavar='FLOAT',
     )
     u_max: float = opt(
         0.8,

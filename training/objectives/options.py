@@ -452,7 +452,6 @@ class Objective:
         boundary: whether the network is the identity at sigma_min, not at 0.
         two_time: whether the network also takes the noise level at which a step ends.
         auxiliary: whether it has a second network that trains (`AuxiliaryNetwork`).
-        solver: of sampling, which snapshots record; empty: it follows from the noise levels.
     """
 
     config: type[Config]
@@ -466,7 +465,11 @@ class Objective:
     boundary: bool = False
     two_time: bool = False
     auxiliary: bool = False
-    solver: str = ''
+
+    @property
+    def solver(self) -> str:
+        """Of its students of a fixed number of steps, as samplers call it."""
+        return getattr(self.config, 'sampler', 'student')
 
     @property
     def one_step(self) -> bool:

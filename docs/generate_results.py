@@ -1,0 +1,174 @@
+"""Write docs/results.md: `python -m docs.generate_results`. Without arguments, and in place.
+
+The prose is results.template.md's; tables come from the records in docs/measured/. A line of the template is
+
+    {{ NAME N }}            table N, from 1, of a record that was written by hand from the output of its command
+    {{ NAME distances }}    of a comparison (`experiments.evidence`): also paired, recall, coverage, training, missing
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from data.label_space import ranges
+from experiments import tables
+from experiments.report import markdown_table
+from training.objectives import OBJECTIVES
+
+DOCS = Path(__file__).parent
+PLACE = re.compile(r'^\{\{ ([\w-]+) (\w+) \}\}$', re.MULTILINE)
+STEPS = (1, 2, 4, 8)
+
+
+def main() -> None:
+    (DOCS / 'results.md').write_text(page())
+
+
+def page() -> str:
+    """The text of docs/results.md."""
+    return PLACE.sub(lambda place: table_of(place[1], place[2]).rstrip('\n'), template())
+
+
+def template() -> str:
+    return (DOCS / 'results.template.md').read_text()
+
+
+def record(name: str) -> dict:
+    """A record of docs/measured/."""
+    return json.loads((DOCS / 'measured' / f'{name}.json').read_text())
+
+
+def teacher_distance() -> float:
+    """That of the digits' teacher with 511 evaluations, to which ratios are."""
+    return reference(record('digits')['rows'])['distance']
+
+
+def reference(rows: Sequence[Mapping]) -> Mapping:
+    """The row of the teacher with the most evaluations."""
+    return max((row for row in rows if row['seed'] is None), key=lambda row: row['nfe'])
+
+
+def table_of(name: str, what: str) -> str:
+    """A table, or a line, in Markdown."""
+    found = record(name)
+    if what.isdigit():
+        return of_cells(found['tables'][int(what) - 1])
+    rows = found['rows']
+    if what == 'missing':
+        return missing(found)
+    best = reference(rows)
+    if what == 'training':
+        header, lines = tables.training_table(rows)
+    elif what == 'distances':
+        header, lines = tables.distances_table(rows, best, 'distance')
+    elif what == 'paired':
+        header, lines = tables.paired_table(rows, best)
+    else:
+        header, lines = tables.diversity_table(rows, what, best)
+    # Names of objectives are code.
+    return markdown_table(
+        header,
+        [[f'`{name}`' if name in OBJECTIVES else name, *cells] for name, *cells in lines if any(cells)],
+    )
+
+
+def of_cells(table: Mapping) -> str:
+    """A table whose cells are text, numbers, or {'distances': one for each seed}, shown with the ratio of their mean."""
+    numbers = [
+        [row[i] for row in table['rows'] if isinstance(row[i], float)] for i in range(len(table['columns']))
+    ]
+    bold = [min(column) if table['least_in_bold'] and column else None for column in numbers]
+    rows = [
+        [
+            cell_text(cell, digits, least)
+            for cell, digits, least in zip(row, table['digits'], bold, strict=True)
+        ]
+        for row in table['rows']
+    ]
+    lines = [table['columns'], [dict(left=':--', right='--:')[side] for side in table['align']], *rows]
+    return '\n'.join(f'| {" | ".join(line)} |'.replace('|  |', '| |') for line in lines)
+
+
+def cell_text(cell: str | float | Mapping, digits: int, least: float | None) -> str:
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, float):
+        return f'**{cell:.{digits}f}**' if cell == least else f'{cell:.{digits}f}'
+    values = cell['distances']
+    each = ', '.join(f'{value:.{digits}f}' for value in values)
+    return f'{sum(values) / len(values) / teacher_distance():.2f} ({each})'
+
+
+def missing(found: Mapping) -> str:
+    """Which rows of a comparison were not computed."""
+    measured = {(row['objective'], row['nfe'], row['seed']) for row in found['rows']}
+    lacking: dict[str, list[str]] = {}
+    for name in found['objectives']:
+        counts = (1,) if OBJECTIVES[name].one_step else STEPS
+        seeds = [seed for seed in found['seeds'] if not all((name, nfe, seed) in measured for nfe in counts)]
+        if seeds:
+            lacking.setdefault(ranges(seeds), []).append(f'`{name}`')
+    if not lacking:
+        return 'All rows are computed.'
+    each = (
+        f'{", ".join(names)} of seed{"s" * ("-" in seeds or "," in seeds)} {seeds}'
+        for seeds, names in lacking.items()
+    )
+    return f'Not computed: {"; ".join(each)}.'
+
+
+# ----------------------------------------------------------------------------
+# Numbers.
+
+
+def numbers(text: str) -> list[str]:
+    """The decimal numbers of a text in Markdown, as they are written, but for those in code."""
+    text = re.sub(r'```.*?```|`[^`\n]*`|\]\([^)]*\)', ' ', text, flags=re.DOTALL)
+    return re.findall(r'(?<![\w.])\d+\.\d+(?![\w.]*\d)', text)
+
+
+def known_numbers() -> list[float]:
+    """All measured numbers of the records, ratios of distances to the teacher's, and options of their commands."""
+    found: list[float] = []
+    for path in sorted((DOCS / 'measured').glob('*.json')):
+        of_file = json.loads(path.read_text())
+        found += leaves(of_file)
+        if 'rows' in of_file and (rows := of_file['rows']):
+            best = reference(rows)['distance']
+            groups = itertools.groupby(
+                sorted(rows, key=lambda row: (row['objective'], row['solver'], row['nfe'])),
+                key=lambda row: (row['objective'], row['solver'], row['nfe']),
+            )
+            for _, group in groups:
+                values = [row['distance'] for row in group]
+                found += [value / best for value in (*values, sum(values) / len(values))]
+        for cell in (cell for table in of_file.get('tables', []) for row in table['rows'] for cell in row):
+            if isinstance(cell, Mapping):
+                values = cell['distances']
+                found += [value / teacher_distance() for value in (*values, sum(values) / len(values))]
+    return found
+
+
+def leaves(value) -> list[float]:
+    """All numbers in nested lists and mappings, and in their texts."""
+    if isinstance(value, str):
+        return [float(number) for number in re.findall(r'\d+\.\d+', value)]
+    if isinstance(value, (int, float)):
+        return [float(value)]
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return [number for each in inner for number in leaves(each)]
+
+
+def is_known(number: str, known: Sequence[float]) -> bool:
+    """Whether a written number is one of the known ones, rounded to its digits."""
+    digits = len(number.partition('.')[2])
+    half = 0.5 * 10**-digits * (1 + 1e-9)
+    return any(abs(float(number) - value) <= half for value in known)
+
+
+if __name__ == '__main__':
+    main()
