@@ -1,6 +1,6 @@
 """Write docs/results.md: `python -m docs.generate_results`. Without arguments, and in place.
 
-The prose is results.template.md's; tables come from the records in docs/measured/. A line of the template is
+The prose is results.md.in's; tables come from the records in docs/measured/. A line of the template is
 
     {{ NAME N }}            table N, from 1, of a record that was written by hand from the output of its command
     {{ NAME distances }}    of a comparison (`experiments.evidence`): also paired, recall, coverage, training, missing
@@ -14,7 +14,10 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import click
+
 from data.label_space import ranges
+from dnnlib import cli
 from experiments import tables
 from experiments.report import markdown_table
 from training.objectives import OBJECTIVES
@@ -24,7 +27,9 @@ PLACE = re.compile(r'^\{\{ ([\w-]+) (\w+) \}\}$', re.MULTILINE)
 STEPS = (1, 2, 4, 8)
 
 
+@click.command(cls=cli.Command)
 def main() -> None:
+    """Write docs/results.md."""
     (DOCS / 'results.md').write_text(page())
 
 
@@ -34,7 +39,7 @@ def page() -> str:
 
 
 def template() -> str:
-    return (DOCS / 'results.template.md').read_text()
+    return (DOCS / 'results.md.in').read_text()
 
 
 def record(name: str) -> dict:

@@ -10,13 +10,12 @@ from pathlib import Path
 
 from dnnlib import UserError
 from experiments.comparison import Model, Training
-from experiments.results import Results
+from experiments.results import Results, commit
 from experiments.runner import (
     SHOWN,
     Metric,
     Pairs,
     Runner,
-    commit,
     is_finished,
     measure,
     newest_snapshot,

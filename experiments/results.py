@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from dnnlib import UserError, schema
 from dnnlib.util import atomic_write
 from experiments.comparison import Training
+from experiments.runner import ROOT
 from training.objectives import OBJECTIVES
 
 NAME = re.compile(r'[\w.+-]{1,100}', re.ASCII)  # of a solver, and of a model, which names a file as well
@@ -33,6 +35,15 @@ class Results:
         with self.lock:
             self.rows[row['model']] = row
             write_json(self.path, list(self.rows.values()))
+
+
+def commit() -> str | None:
+    """The commit of this repository, `-dirty` with changes; None where it is no checkout of git."""
+    command = ['git', '-C', str(ROOT), 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def distance_entries(metrics: Sequence[str]) -> dict[str, str]:

@@ -155,15 +155,6 @@ def workers(runner: Runner, count: int) -> Iterator[concurrent.futures.Executor]
             raise
 
 
-def commit() -> str | None:
-    """The commit of this repository, `-dirty` with changes; None where it is no checkout of git."""
-    command = ['git', '-C', str(ROOT), 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 # ----------------------------------------------------------------------------
 # Networks and their measurement.
 
