@@ -2,6 +2,7 @@
 # make test       the same set-up, then the tests
 # make test-slow  the long tests too
 # make compare    all objectives side by side on the digits, for an equal budget (three quarters of an hour on two cores); ARGS=--data=photos: on color crops of photographs (hours)
+# make results    measure what docs/results.md gives of all objectives, and write the page (ten hours and more on two cores; resumes; ARGS=--only=digits)
 # make bench      time the training step, sampling, start-up, data, loading and saving, evaluation (an hour on two cores); writes benchmarks/RESULTS.md
 # make gpu-check  what only a GPU can show, in ten minutes on one: correctness, runs of the scripts, speeds; ARGS=--list names the checks
 
@@ -10,7 +11,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo compare test test-slow bench gpu-check lint setup clean
+.PHONY: demo compare results test test-slow bench gpu-check lint setup clean
 
 setup: $(STAMP)
 
@@ -25,6 +26,10 @@ demo: $(STAMP)
 
 compare: $(STAMP)
 	$(BIN)/python compare.py $(ARGS)
+
+results: $(STAMP)
+	$(BIN)/python -m experiments.evidence $(ARGS)
+	$(BIN)/python -m docs.generate_results
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist=loadfile $(ARGS)
