@@ -27,6 +27,8 @@ DISTILLING = {
     'cm-cd': dict(cm_loss='l2', N=4),
     'scd': dict(warmup_nimg=0, tangent_weight='prior', tangent_c=10.0),
     'flowmap': dict(target='hop', steps=[1, 2], T=4, cd_loss='l2', batch_size=16, reuse=1),
+    'mm': dict(S=2, batch_size=16),
+    'sid': dict(batch_size=16, aux_ahead=-1),  # the student's turn, which evaluates the teacher
 }
 
 
@@ -81,9 +83,9 @@ def test_a_guided_teacher_is_what_it_is_by_hand_in_every_loss(objective, guide):
     images, labels = torch.rand([16, 1, 8, 8]) * 2 - 1, torch.eye(10)[torch.arange(16) % 10]
 
     def values(teacher):
-        return Loss(objective, teacher, student, **DISTILLING[objective])(
-            student, images, labels, SampleRng(3, 0, 16)
-        )
+        loss = Loss(objective, teacher, student, **DISTILLING[objective])
+        loss.state.auxiliary = random_net(3)
+        return loss(student, images, labels, SampleRng(3, 0, 16))
 
     got, expected, unguided = values(guided), values(ByHand(net, of_hand, 3.0, interval)), values(net)
     assert torch.allclose(got, expected, rtol=1e-3)
@@ -94,7 +96,7 @@ def test_a_guided_teacher_is_what_it_is_by_hand_in_every_loss(objective, guide):
 def test_costs_count_the_guide():
     """Two evaluations where there was one: of mcd the hop's 2 and the anchor's 2 x 4 on 1/64 of the images,
     of direct 2 x 3 by Heun and 3 by iPNDM, of pd 2 in the first of its three rounds, of 10, 20 and 20 steps;
-    of scd 1; with w = 1 none."""
+    of scd and mm 1; of sid 2, of which one is a gradient, in every other step; with w = 1 none."""
 
     def cost(objective, *words):
         common = ['--outdir=x', '--data=x', '--teacher=x.pkl', f'--objective={objective}']
@@ -110,6 +112,8 @@ def test_costs_count_the_guide():
         (['pd', '--S_start=4', '--S=4'], 2),
         (['cm-cd'], 2),
         (['scd'], 1),
+        (['mm'], 1),
+        (['sid'], 1),
     ):
         plain, guided, no_effect = cost(*words)
         assert plain == no_effect and guided == pytest.approx(plain + more), words
