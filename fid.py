@@ -276,7 +276,8 @@ def ref(path, dest, measures, num, features, options):
     check_detector_options(measures, options)
     with _processes() as is_main:
         # Open data set and detectors; choose the images whose features are stored.
-        source = open_images(path, num, options.seed, options.skip_bad)
+        with named('--data'):
+            source = open_images(path, num, options.seed, options.skip_bad)
         make_folder(dest)
         detectors = load_detectors(measures, source.image_shape, options)
         # RandomState has the same stream in every version of NumPy.
@@ -353,7 +354,8 @@ def images_of_paths(paths, num: int, options) -> list:
     """An image source for each path."""
     from metrics.images import open_images
 
-    return [open_images(path, num, options.seed, options.skip_bad) for path in paths]
+    with named('--images'):
+        return [open_images(path, num, options.seed, options.skip_bad) for path in paths]
 
 
 def images_of_network(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from dnnlib.util import atomic_write
+from dnnlib.util import atomic_write, named
 from experiments import comparison
 from experiments.bundled import BUNDLED, DIGITS
 from experiments.runner import Metric
@@ -28,7 +28,6 @@ def read_metrics(
     Raises: UserError where a reference or its detector cannot be used.
     """
     from dnnlib.downloads import file_sha256, local_path, pinned
-    from dnnlib.util import named
     from metrics.calc import count_features
     from metrics.detectors import INCEPTION_URL, ScriptNetwork, load_detector
     from metrics.reference import check_same_detector, load_reference
@@ -92,7 +91,8 @@ def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teac
     from training.starting_point import check_teacher
 
     # Check the teacher against the data as train.py does.
-    net = load_network(teacher)
+    with named('--teacher'):
+        net = load_network(teacher)
     cond, from_weights = bool(net.label_dim), comparison.starting_from_weights(objectives)
     dataset = (
         BUNDLED[data].dataset(LabelSpace(BUNDLED[data].classes * cond))

@@ -14,6 +14,7 @@ import click
 from data.label_space import ranges
 from dnnlib import EasyDict, UserError
 from dnnlib.options import options_of
+from dnnlib.util import named
 from metrics.validator import SHOWN
 from sampling import level_list
 from training.architectures import ARCHITECTURES
@@ -305,14 +306,15 @@ def open_dataset(run: RunConfig):
 
     # Every loader process of this machine keeps its own.
     copies = max(run.workers, 1) * distributed.get_local_world_size()
-    return ImageFolderDataset(
-        run.data,
-        use_labels=run.cond,
-        max_size=run.max_images,
-        xflip=run.xflip,
-        cache=run.cache,
-        copies=copies,
-    )
+    with named('--data'):
+        return ImageFolderDataset(
+            run.data,
+            use_labels=run.cond,
+            max_size=run.max_images,
+            xflip=run.xflip,
+            cache=run.cache,
+            copies=copies,
+        )
 
 
 def configure(o: Options, dataset, teacher) -> EasyDict:
