@@ -19,18 +19,20 @@ import click
 from data.label_space import ranges
 from dnnlib import cli
 from experiments import tables
-from experiments.report import markdown_table
+from experiments.report import markdown_table, write_frontier
 from training.objectives import OBJECTIVES
 
 DOCS = Path(__file__).parent
 PLACE = re.compile(r'^\{\{ ([\w-]+) (\w+) \}\}$', re.MULTILINE)
 STEPS = (1, 2, 4, 8)
+SHOWN = ('mcd', 'direct', 'flowmap', 'ect', 'mm')  # in the figure; the table has all
 
 
 @click.command(cls=cli.Command)
 def main() -> None:
-    """Write docs/results.md."""
+    """Write docs/results.md and its figure."""
     (DOCS / 'results.md').write_text(page())
+    write_figure(str(DOCS / 'images' / 'compare.png'))
 
 
 def page() -> str:
@@ -79,6 +81,22 @@ def table_of(name: str, what: str) -> str:
         header,
         [[f'`{name}`' if name in OBJECTIVES else name, *cells] for name, *cells in lines if any(cells)],
     )
+
+
+def write_figure(dest: str) -> None:
+    """Plot what a reader chooses among: some objectives, and the teacher by its best solvers."""
+    rows = record('digits')['rows']
+    lines = {
+        name: {nfe: [row['distance'] for row in found] for nfe, found in cells.items()}
+        for name, cells in tables.of_students(rows).items()
+        if name in SHOWN
+    }
+    for title, searched in tables.BEST.items():
+        found = tables.best_of_teacher(rows, searched)
+        lines[title] = {nfe: [row['distance']] for nfe, row in found.items()}
+    best = reference(rows)
+    level = f'teacher, {best["nfe"]} evaluations', best['distance']
+    write_frontier(lines, dest, 'Fréchet distance (digits classifier)', level)
 
 
 def of_cells(table: Mapping) -> str:

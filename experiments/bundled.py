@@ -26,6 +26,8 @@ PER_OBJECTIVE = {
     'ict': ['--s1=160'],
     'scd': ['--jvp=difference'],
     'sct': ['--jvp=difference'],
+    'mm': ['--lr=1e-4'],
+    'sid': ['--lr=1e-4'],
 }
 
 
