@@ -145,3 +145,26 @@ def test_torchrun_starts_a_run_with_a_budget_again_and_all_its_processes_keep_th
     assert error.count('--budget=0.002: a step of') == 1 and recorded(tmp_path)['total_nimg'] == first
     _, state = same_run.load_earlier(str(tmp_path))
     assert state['options']['total_nimg'] == first == state['progress']['nimg']
+
+
+def test_both_networks_of_an_objective_are_measured_alike(digits, teacher, tmp_path, monkeypatch):
+    """From the first step on, however far one of them begins ahead: their steps take different times."""
+    turns, step = [], budget.train_step
+
+    def observed(run, *others):
+        step(run, *others)
+        turns.append(run.loss_state.trains_auxiliary)
+
+    monkeypatch.setattr(budget, 'train_step', observed)
+    start = [
+        f'--outdir={tmp_path}',
+        f'--data={digits}',
+        f'--teacher={teacher}',
+        '--cond=1',
+        *FAST,
+        '--batch=32',
+    ]
+    done = invoke(*start, '--objective=sid', '--aux_ahead=1000', f'--budget={HOURS}', '--dry-run')
+    measured = turns[budget.WARM_UP + 2 :]  # two steps tell how many fit
+    assert f'({len(measured)} measured)' in done.stderr and sum(measured) == len(measured) / 2 >= 1
+    assert json.loads(done.stdout)['loss']['aux_ahead'] == 1000

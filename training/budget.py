@@ -73,6 +73,8 @@ def measure_step(
 
     The steps are those of a run that is thrown away, on a copy of the teacher.
     """
+    if 'aux_ahead' in c.loss:  # from the start the networks take turns, whose steps are not alike
+        c = EasyDict(c, loss=EasyDict(c.loss, aux_ahead=0))
     with tempfile.TemporaryDirectory() as folder, WorkersIgnoreSignals() as ignore_signals:
         # What a run announces and warns of is left to the run to come; errors are not.
         said = io.StringIO()
@@ -83,10 +85,11 @@ def measure_step(
             print(said.getvalue(), end='', file=sys.stderr)
             raise
         prefetcher = prefetch(run, ignore_signals)
-        # One step tells how many fit; the slowest process decides how long each takes.
+        # A step of each network tells how many fit; the slowest process decides how long each takes.
+        turns = len(run.trained)
         timed(run, prefetcher, WARM_UP)
-        first = max(distributed.gather_objects(timed(run, prefetcher, 1)))
-        count = max(min(int(seconds / first), MOST_STEPS), 1)
+        first = max(distributed.gather_objects(timed(run, prefetcher, turns)))
+        count = max(min(int(seconds / first), MOST_STEPS) // turns, 1) * turns
         step = max(distributed.gather_objects(timed(run, prefetcher, count)))
 
     # Leave no trace in the run to come.
