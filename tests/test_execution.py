@@ -15,6 +15,7 @@ from dnnlib import EasyDict
 from torch_utils import distributed
 from torch_utils.flat import FlatParameters
 from torch_utils.gradients import Gradients
+from torch_utils.gradients import Gradients
 from training import execution, networks
 from training.checkpoint import load_network, save_snapshot
 from training.networks import edm2 as networks_edm2
@@ -23,6 +24,7 @@ from training.objectives.loss import State
 from training.phema import WeightAverages
 from training.run_files import saved_snapshots
 from training.setup import speed_up
+from training.trained import Trained
 
 SMALL = dict(img_resolution=8, img_channels=3, label_dim=4)
 KINDS = {
@@ -337,7 +339,9 @@ def test_a_teacher_that_snapshots_hold_keeps_its_weights(sampled_too):
     state = State()
     state.sampling_network = lambda net: Switched(net, teacher, 1.0) if sampled_too else net
     options = EasyDict(channels_last=False, checkpoint_activations=False, compiled=False)
-    speed_up(options, net, teacher, WeightAverages(net, FlatParameters(net), 1.0, None, []), state)
+    flat = FlatParameters(net)
+    student = Trained(net, Gradients(net, flat), net, None)
+    speed_up(options, student, None, teacher, WeightAverages(net, flat, 1.0, None, []), state)
     assert {p.dtype for p in teacher.parameters()} == (
         {torch.float32} if sampled_too else {torch.float32, torch.bfloat16}
     )

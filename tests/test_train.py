@@ -674,7 +674,7 @@ def test_the_published_command_trains_a_teacher_with_consistency_switched_off(tm
         (
             ['--objective=mct', '--teacher=t.pkl'],
             [
-                '--teacher is for --objective=mcd or direct or pd or flowmap or cm-cd or tcm or scd, and this is mct'
+                '--teacher is for --objective=mcd or direct or pd or flowmap or cm-cd or tcm or scd or mm or sid, and this is mct'
             ],
         ),
         (['--objective=mcd', '--teacher=t.pkl', '--substeps=2'], ['--substeps is for --objective=direct']),
