@@ -15,7 +15,6 @@ from dnnlib import EasyDict
 from torch_utils import distributed
 from torch_utils.flat import FlatParameters
 from torch_utils.gradients import Gradients
-from torch_utils.gradients import Gradients
 from training import execution, networks
 from training.checkpoint import load_network, save_snapshot
 from training.networks import edm2 as networks_edm2
