@@ -27,6 +27,7 @@ SET_BY_COMPARE = {
     'consistency',
     'teacher',
     'transfer',
+    'S',
     'resume',
     'resume_override',
     'tick',
@@ -182,7 +183,7 @@ def plan(request: Request) -> list[Model]:
     single = [
         name
         for name in request.objectives
-        if 'S' in OBJECTIVES[name].options and 'S_start' not in OBJECTIVES[name].own_defaults
+        if OBJECTIVES[name].fixed_steps and 'S_start' not in OBJECTIVES[name].own_defaults
     ]
     known = {
         *request.objectives,
@@ -213,14 +214,14 @@ def models_of(request: Request, objective: str, seed: int) -> list[Model]:
         return [Model(objective, seed, training, 0, 1, 'student', 1, 1)]
 
     # A flow map or a consistency model is trained once for all numbers of steps, in two stages if its teacher is one.
-    if 'S' not in known.options:
+    if not known.fixed_steps:
         first = None
         if known.teacher == 'consistency':
             first = make_training(request, f'{name}-stage1', 'ect', seed, request.budget // 2)
         training = make_training(
             request, name, objective, seed, request.budget - (first.evaluations if first else 0), after=first
         )
-        solver = 'student' if known.two_time else 'cm'
+        solver = 'student' if known.config().two_time else 'cm'
         return [Model(objective, seed, training, 0, None, solver, steps, steps) for steps in request.steps]
 
     # Progressive distillation makes students of all its numbers of steps on the way.
@@ -342,7 +343,7 @@ def recipe_options(request: Request, objective: str, S: int | None = None) -> li
     options = [] if OBJECTIVES[objective].teacher else list(request.network)
     if request.recipe:
         options += [*bundled.COMMON, *bundled.student_options(objective, S)]
-    if OBJECTIVES[objective].two_time:
+    if OBJECTIVES[objective].config().two_time:
         options.append(f'--steps={",".join(map(str, sorted(request.steps)))}')
     return options
 

@@ -169,9 +169,9 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, metrics: Se
     # Objectives that share a condition share a line.
     students = {name: OBJECTIVES[name] for name in of_students(rows)}
     halving = [name for name, o in students.items() if 'S_start' in o.own_defaults]
-    fixed_steps = [name for name, o in students.items() if 'S' in o.options and name not in halving]
-    any_steps = [name for name, o in students.items() if o.two_time]
-    stochastic = [name for name, o in students.items() if 'S' not in o.options and not o.two_time]
+    fixed_steps = [name for name, o in students.items() if o.fixed_steps and name not in halving]
+    any_steps = [name for name, o in students.items() if o.config().two_time]
+    stochastic = [name for name, o in students.items() if not o.fixed_steps and name not in any_steps]
     two_stages = [name for name, o in students.items() if o.teacher == 'consistency']
     no_teacher = [name for name, o in students.items() if not o.teacher]
     for names, text in (

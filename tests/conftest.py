@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 from golden import golden_numbers
 from helpers import FAST, TINY_NETWORK, run, run_ranks
+from objective_runs import RUNS, SHORT
 from programs import PipedProgram
 from runs import command
 
 from experiments import runner
+from training.saved_files import saved_snapshots
 
 
 @pytest.fixture(scope='session')
@@ -60,6 +62,15 @@ def teacher(digits, tmp_path_factory) -> Path:
         '--dump=0',
     )
     return max(folder.glob('network-snapshot-*.pkl'))
+
+
+@pytest.fixture(scope='session')
+def consistency_model(digits, tmp_path_factory) -> Path:
+    """A snapshot of easy consistency tuning that has seen next to nothing."""
+    folder = tmp_path_factory.mktemp('consistency')
+    options = [*SHORT, *RUNS['ect'], '--duration=0.00064']
+    run('train.py', f'--outdir={folder}', f'--data={digits}', '--objective=ect', *options)
+    return saved_snapshots(folder)[0]
 
 
 @pytest.fixture(scope='session')

@@ -210,6 +210,7 @@ def test_options_for_one_objective_or_one_student_change_that_one_and_its_cost()
     [
         (dict(for_all=['--duration=1']), '--duration of train.py is for compare.py'),
         (dict(for_all=['--S=3']), '--S of train.py'),
+        (dict(for_some={'scd': ['--S=2']}), '--S of train.py'),
         (dict(for_all=['--resume=x']), '--resume of train.py'),
         (dict(for_all=['--no-such']), 'no-such'),
         (dict(for_all=['lr']), "'lr' is not an option"),
@@ -221,7 +222,7 @@ def test_options_for_one_objective_or_one_student_change_that_one_and_its_cost()
 )
 def test_options_that_cannot_be_are_named_before_anything_runs(kwargs, words):
     with pytest.raises(click.UsageError) as error:
-        plan(request(('direct', 'ect'), **kwargs))
+        plan(request(('direct', 'ect', 'scd'), **kwargs))
     assert words in error.value.format_message()
 
 

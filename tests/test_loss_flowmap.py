@@ -390,42 +390,6 @@ def test_without_a_teacher_it_trains_on_hops_of_the_data_from_a_given_start(tmp_
     assert done.exit_code == 0 and '2 evaluations each' in done.output, done.output
 
 
-@pytest.mark.parametrize(
-    'options', [['--jvp=forward'], ['--jvp=difference', '--precision=bf16', '--dropout=0.1']]
-)
-def test_it_trains_by_the_derivative_and_ends_bit_for_bit_as_a_resumed_run(
-    tmp_path, digits, teacher, options
-):
-    options = [
-        f'--data={digits}',
-        '--cond=1',
-        '--objective=flowmap',
-        '--target=tangent',
-        f'--teacher={teacher}',
-        *options,
-    ]
-    options += [
-        '--batch=64',
-        '--nosubdir',
-        '--workers=0',
-        '--seed=0',
-        '--tick=0.128',
-        '--dump=1',
-        '--tangent_warmup=3',
-    ]
-    for folder, kimg in (('whole', 0.512), ('half', 0.256), ('half', 0.512)):
-        resume = [f'--resume={tmp_path / folder}'] if (tmp_path / folder).exists() else []
-        result = invoke(
-            train.main, f'--outdir={tmp_path / folder}', *options, f'--duration={kimg}kimg', *resume
-        )
-        assert result.exit_code == 0, result.output
-    last = [max((tmp_path / folder).glob('network-snapshot-000000-512.pkl')) for folder in ('whole', 'half')]
-    a, b = (load_network(path).state_dict() for path in last)
-    assert all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
-    first = next((tmp_path / 'whole').glob('network-snapshot-000000.pkl'))
-    assert not all(torch.equal(x, y) for x, y in zip(a.values(), load_network(first).state_dict().values()))
-
-
 def test_it_is_no_teacher_and_no_network_of_diffusers(tmp_path, digits):
     torch.manual_seed(0)
     net = networks.EDMPrecond(8, 1, 10, two_time=True, **SIZES)

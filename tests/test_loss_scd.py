@@ -1,6 +1,7 @@
 """Continuous-time consistency against its formulas, written out here from the design's equations, and against Gaussian
 data, where the function that it converges to is known."""
 
+import itertools
 import math
 
 import pytest
@@ -10,12 +11,16 @@ from helpers import assert_one_clear_error, invoke
 from losses import Loss
 
 import train
-from training import networks
+from dnnlib import EasyDict, UserError
+from training import command_line, networks, samplers
+from training import consistency_ops as ops
 from training.architectures import embedding_turns
+from training.configuration import loss_record
 from training.guidance import GuidedDenoiser
 from training.objectives import OBJECTIVES
 from training.objectives.loss import dropout_masks
 from training.rng import SampleRng
+from training.snapshot_metadata import snapshot_metadata
 from training.starting_point import MOST_TURNS
 
 SIGMA_DATA, COUNT, CLASSES = 0.5, 8, 3
@@ -45,8 +50,17 @@ def by_hand(objective, net, teacher, c, warmup):
     sigma = torch.exp(c['P_mean'] + c['P_std'] * torch.from_numpy(RNG.normal_on_host('sigma')).double())
     masks = dropout_masks(net, RNG)
     column = lambda values: values[:, None, None, None]
-    t = torch.atan(sigma / SIGMA_DATA)
+    t, s = torch.atan(sigma / SIGMA_DATA), torch.zeros_like(sigma)
+    ends = {}
+    if S := c.get('S'):
+        # The lower end t_k of the segment: of sigma_i = (80^(1/7) + i/S (0.002^(1/7) − 80^(1/7)))^7, and of 0.
+        top, low = 80 ** (1 / 7), 0.002 ** (1 / 7)
+        levels = [0.0, *((top + i / S * (low - top)) ** 7 for i in range(1, S))]
+        ends_of = [max(r for r in levels if r < level) for level in sigma.tolist()]
+        s = torch.atan(torch.tensor(ends_of, dtype=torch.float64) / SIGMA_DATA)
+        ends = dict(end_labels=s)
     cos, sin = column(torch.cos(t)), column(torch.sin(t))
+    cos_step, sin_step = torch.cos(t - s), torch.sin(t - s)
     z = SIGMA_DATA * n
     X = cos * images + sin * z
 
@@ -55,17 +69,21 @@ def by_hand(objective, net, teacher, c, warmup):
 
         def of(scaled, t):
             c_noise = torch.log(SIGMA_DATA * torch.tan(t)) / 4
-            return -network.model(scaled, c_noise, labels, dropout_masks=masks)
+            given = ends if network is net else {}
+            return -network.model(scaled, c_noise, labels, dropout_masks=masks, **given)
 
         return of
 
-    # dX/dt, and the Jacobian-vector product along (cos t sin t dX/dt / sigma_d, cos t sin t).
+    # dX/dt, and the Jacobian-vector product along (cos sin dX/dt / sigma_d, cos sin) of t − t_k.
     dX = cos * z - sin * images if objective == 'sct' else SIGMA_DATA * F(teacher, None)(X / SIGMA_DATA, t)
     dX = dX.detach()
     F_minus, dF = torch.func.jvp(
-        F(net, masks), (X / SIGMA_DATA, t), (cos * sin * dX / SIGMA_DATA, torch.cos(t) * torch.sin(t))
+        F(net, masks),
+        (X / SIGMA_DATA, t),
+        (column(cos_step * sin_step) * dX / SIGMA_DATA, cos_step * sin_step),
     )
     F_minus, dF = F_minus.detach(), dF.detach()
+    cos, sin = column(cos_step), column(sin_step)
     g = -(cos**2) * (SIGMA_DATA * F_minus - dX) - warmup * (cos * sin * X + SIGMA_DATA * dF)
     g = g / (column(torch.sqrt((g**2).sum(dim=(1, 2, 3)))) + c['tangent_c'])
 
@@ -85,10 +103,10 @@ def gradients(net, values):
 
 @pytest.mark.parametrize('objective', ['scd', 'sct'])
 @pytest.mark.parametrize('weight', ['adaptive', 'prior'])
-@pytest.mark.parametrize('warmup', [0.0, 0.3, 1.0])
-def test_loss_and_gradient_of_each_image_are_those_of_the_equations(objective, weight, warmup):
-    net, teacher = network(0, logvar_channels=16).train(), network(1).eval()
-    c = dict(P_mean=-0.7, P_std=1.2, tangent_c=0.2, tangent_weight=weight, warmup_nimg=1000)
+@pytest.mark.parametrize('warmup, S', [(0.0, None), (0.3, None), (1.0, None), (0.3, 1), (0.3, 4), (1.0, 4)])
+def test_loss_and_gradient_of_each_image_are_those_of_the_equations(objective, weight, warmup, S):
+    net, teacher = network(0, logvar_channels=16, two_time=S is not None).train(), network(1).eval()
+    c = dict(P_mean=-0.7, P_std=1.2, tangent_c=0.2, tangent_weight=weight, warmup_nimg=1000, S=S)
     loss = Loss(objective, teacher, net, **c)
     loss.begin_step(round(1000 * warmup))
     values = loss(net, *batch(), RNG)
@@ -160,40 +178,145 @@ DEVIATION = 0.7
 
 
 class Flow(torch.nn.Module):
-    """x (c² / (c² + sigma²))^(power / 2): for power 1 the exact consistency function, D(x; 0) = x for all. Each image has
-    a power of its own, so that its gradient is the image's."""
+    """x_r = x ((c² + r²) / (c² + sigma²))^(power / 2): for power 1 the exact consistency function, or flow map, D(x; 0) = x
+    for all. Each image has a power of its own, so that its gradient is the image's."""
+
+    two_time, label_dim, img_channels, img_resolution = True, 0, 1, 2
 
     def __init__(self, power, count):
         super().__init__()
         self.power = torch.nn.Parameter(torch.full([count, 1, 1, 1], power, dtype=torch.float64))
+        self.ends = []
 
-    def forward(self, x, sigma, class_labels=None, force_fp32=False, dropout_masks=None):
-        ratio = DEVIATION**2 / (DEVIATION**2 + sigma.reshape(-1, 1, 1, 1) ** 2)
-        return ratio ** (self.power / 2) * x
+    def forward(self, x, sigma, class_labels=None, force_fp32=False, dropout_masks=None, r=None):
+        r = torch.zeros_like(sigma) if r is None else r
+        self.ends.append((sigma, r))
+        sigma, r = (level.reshape(-1, 1, 1, 1) for level in (sigma, r))
+        ratio = (DEVIATION**2 + r**2) / (DEVIATION**2 + sigma**2)
+        return (sigma * ratio ** (self.power / 2) * x - r * x) / (sigma - r)
 
     def dropout_masks(self, batch_size, generator=None):
         return {}
 
 
-def slope_at(objective, power, count=4096):
-    """(mean, its standard error) over images of the loss's slope by the power, without normalization."""
+def slope_at(objective, power, S=None, count=4096):
+    """(mean, its standard error) over images of the loss's slope by the power, without normalization. In segments high
+    levels have slopes beside which others vanish, so they are rare there."""
     c, net, rng = 1e9, Flow(power, count), SampleRng(5, 0, count)
-    options = dict(tangent_weight='prior', tangent_c=c, warmup_nimg=0)
+    options = dict(tangent_weight='prior', tangent_c=c, warmup_nimg=0, S=S)
+    options |= dict(P_std=0.7) if S else {}
     loss = Loss(objective, Gaussian(DEVIATION**2), net, **options)
     y = DEVIATION * SampleRng(6, 0, count).normal('images', (1, 2, 2)).double()
     (slopes,) = torch.autograd.grad(c * loss(net, y, None, rng).sum(), net.power)
     return slopes.mean().item(), (slopes.std() / count**0.5).item()
 
 
+@pytest.mark.parametrize('S', [None, 3])
 @pytest.mark.parametrize('objective', ['scd', 'sct'])
-def test_the_exact_consistency_function_has_no_expected_gradient_and_a_perturbed_one_has(objective):
+def test_the_exact_consistency_function_has_no_expected_gradient_and_a_perturbed_one_has(objective, S):
     """Of scd in every image, to rounding; of sct, whose velocity is the image's own, in the mean: within four standard
-    errors, while a power 10 % off is beyond twelve, and pulled back to 1."""
-    mean, error = slope_at(objective, 1.0)
+    errors, while a power 10 % off is beyond twelve (in segments eight), and pulled back to 1."""
+    mean, error = slope_at(objective, 1.0, S)
     assert abs(mean) < (1e-6 if objective == 'scd' else 4 * error)
     for power in (0.9, 1.1):
-        mean, error = slope_at(objective, power)
-        assert abs(mean) > 12 * error and (mean > 0) == (power > 1)
+        mean, error = slope_at(objective, power, S)
+        assert abs(mean) > (8 if S else 12) * error and (mean > 0) == (power > 1)
+
+
+# ----------------------------------------------------------------------------
+# Students of S steps, each of which crosses a segment of noise levels.
+
+
+def test_a_step_ends_where_the_segment_of_its_level_does():
+    """A level that tops a segment is in it; one above the highest is in the first."""
+    loss = Loss('scd', tangent_weight='prior', S=4)
+    grid = ops.student_grid(4, 0.002, 80.0, 7.0, 'full')
+    sigma = torch.cat(
+        [grid[:-1], grid[:-1] * (1 - 1e-9), grid[1:-1] * (1 + 1e-9), torch.tensor([1e-6, 500.0])]
+    )
+    expected = torch.cat([grid[1:], grid[1:], grid[1:-1], torch.tensor([0.0, grid[1]])])
+    assert torch.equal(loss.state.lower_ends(sigma), expected)
+    assert torch.equal(Loss('scd', tangent_weight='prior').state.lower_ends(sigma), torch.zeros_like(sigma))
+
+
+@pytest.mark.parametrize('S', [1, 2, 4])
+def test_the_tangent_of_each_image_vanishes_at_the_exact_flow_map_and_not_beside_it(S):
+    """The loss is |g / (|g| + 1)|² over 4 values."""
+    y = DEVIATION * SampleRng(6, 0, 256).normal('images', (1, 2, 2)).double()
+    sizes = {}
+    for power in (1.0, 1.01):
+        loss = Loss('scd', Gaussian(DEVIATION**2), tangent_weight='prior', tangent_c=1.0, S=S)
+        sizes[power] = (4 * loss(Flow(power, 256), y, None, SampleRng(5, 0, 256)).detach()).sqrt()
+    assert sizes[1.0].max() < 1e-10
+    assert sizes[1.01].min() > 1e-8 and sizes[1.01].median() > 1e-3
+
+
+def test_one_segment_is_the_consistency_model_bit_for_bit():
+    """At the start, when the second embedding has no effect: losses and gradients of all weights that both have."""
+    plain, flow_map = (
+        network(0, logvar_channels=16, two_time=two_time).train() for two_time in (False, True)
+    )
+    flow_map.load_state_dict(plain.state_dict(), strict=False)
+    for parameter in flow_map.model.map_end.layer1.parameters():
+        parameter.data.zero_()
+    found = []
+    for net, S in ((plain, None), (flow_map, 1)):
+        values = Loss('scd', network(1).eval(), net, warmup_nimg=0, S=S)(net, *batch(), RNG)
+        found.append((values, dict(zip(dict(net.named_parameters()), gradients(net, values)))))
+    (values, slopes), (theirs, their_slopes) = found
+    assert torch.equal(values, theirs)
+    assert all(torch.equal(slopes[name], their_slopes[name]) for name in slopes)
+    assert their_slopes['model.map_end.layer1.weight'].abs().max() > 0
+
+
+def of_snapshot(net, *options):
+    """The network with the metadata of its snapshot."""
+    o = command_line.choose(dict(objective='scd', teacher='t.pkl', data='d', outdir='o', **dict(options)))
+    c = EasyDict(objective='scd', seed=0, dataset={}, encoder=None, sampling=None, loss=loss_record(o, None))
+    net.metadata = snapshot_metadata(c, 64)
+    return net
+
+
+@pytest.mark.parametrize('S', [1, 2, 3])
+def test_a_snapshot_samples_gaussian_data_exactly_along_its_segments(S):
+    net = of_snapshot(Flow(1.0, 4), ('S', S))
+    z = SampleRng(1, 0, 4).normal('latents', (1, 2, 2)).double()
+    images = samplers.sample(net, z)
+    assert (images - Gaussian(DEVIATION**2).solve(80.0 * z, 80.0, 0.0)).abs().max() < 1e-10
+    grid = ops.student_grid(S, 0.002, 80.0, 7.0, 'full').tolist()
+    assert [(float(sigma), float(r)) for sigma, r in net.ends] == list(itertools.pairwise(grid))
+
+
+@pytest.mark.parametrize(
+    'options, words',
+    [
+        (dict(steps=3), 'trained for 2 steps, not 3: leave out --steps, or add --force-steps'),
+        (dict(sigmas=[80.0, 1.0]), 'levels that it was trained at: leave out sigmas'),
+        (dict(solver='cm'), 'a student of 2 steps, whose outputs are no images before the last'),
+        (dict(solver='heun'), 'heun is for diffusion models'),
+    ],
+)
+def test_other_samplings_of_it_are_refused(options, words):
+    net = of_snapshot(Flow(1.0, 4), ('S', 2))
+    with pytest.raises(UserError, match=words):
+        samplers.sample(net, torch.zeros(4, 1, 2, 2), **options)
+    images = samplers.sample(net, torch.ones(4, 1, 2, 2), steps=3, force_steps=True)
+    assert (
+        images - Gaussian(DEVIATION**2).solve(torch.full([4, 1, 2, 2], 80.0), 80.0, 0.0)
+    ).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    'options, words',
+    [
+        (['--mid_t=0.8'], '--mid_t is for a consistency model'),
+        (['--no_clip_denoised'], '--clip_denoised is for a consistency model'),
+        (['--val=1', '--val_ref=r.npz', '--val_steps=3'], 'the student takes --S=2 steps'),
+    ],
+)
+def test_what_a_student_of_s_steps_does_not_have_is_refused(options, words):
+    arguments = ['--outdir=x', '--data=x', '--objective=scd', '--teacher=x.pkl', '--S=2', *options]
+    assert_one_clear_error(invoke(train.main, *arguments), words, status=2)
 
 
 # ----------------------------------------------------------------------------

@@ -124,6 +124,7 @@ CASES = {
     ),
     'scd': ('scd', CONTINUOUS, dict(loss_scale=None)),
     'scd, guided': ('scd', dict(CONTINUOUS, jvp='difference'), dict(guide=True)),
+    'scd, segments': ('scd', dict(CONTINUOUS, S=2), {}),
     'scd, group norms': ('scd', CONTINUOUS, {}),
     'sct': ('sct', dict(CONTINUOUS, tangent_weight='prior'), {}),
 }
@@ -149,6 +150,7 @@ REAL_NETWORKS = {
     'mcd': networks.EDMPrecond,
     'scd': networks_edm2.Precond,
     'scd, guided': networks.EDMPrecond,
+    'scd, segments': networks_edm2.Precond,
     'scd, group norms': networks.EDMPrecond,
     'sct': networks_edm2.Precond,
 }
@@ -185,6 +187,7 @@ def make_network(case: str, seed: int, device) -> torch.nn.Module:
     torch.manual_seed(seed)
     options = dict(model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[], dropout=0.1)
     options |= dict(logvar_channels=8) if case.startswith('scd') else {}
+    options |= dict(two_time=True) if case == 'scd, segments' and seed == 0 else {}
     net = REAL_NETWORKS[case](8, 1, CLASSES, **options) if case in REAL_NETWORKS else Small()
     for parameter in net.parameters():
         parameter.data += torch.randn(parameter.shape) * 0.05

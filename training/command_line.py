@@ -224,9 +224,10 @@ def check_together(o: Options) -> None:
         )
 
     # Validation.
-    if 'S' in OWN[name] and name != 'pd' and run.val_steps not in (None, o.own.S):
+    S = getattr(o.own, 'S', None)
+    if S is not None and name != 'pd' and run.val_steps not in (None, S):
         raise click.UsageError(
-            f'--val_steps={run.val_steps}, but the student takes --S={o.own.S} steps: leave it out.'
+            f'--val_steps={run.val_steps}, but the student takes --S={S} steps: leave it out.'
         )
     stray = [RUN[f'val_{option}'] for option in VAL_ODE if getattr(run, f'val_{option}') not in (None, False)]
     if stray and objective.loss:
@@ -240,7 +241,7 @@ def check_together(o: Options) -> None:
             f"--val_pairs={run.val_pairs} compares with a diffusion model's images, and --objective={name} {why}."
         )
     steps = run.val_steps or (1 if getattr(o.own, 'mid_t', None) is None else 2)
-    if run.val_pairs and hasattr(o.own, 'mid_t') and steps > 1:
+    if run.val_pairs and hasattr(o.own, 'mid_t') and S is None and steps > 1:
         raise click.UsageError(
             f'--val_pairs={run.val_pairs}: {name} draws noise between {steps} steps, so its images have no pairs. Add '
             '--val_steps=1.'

@@ -189,8 +189,8 @@ def resolve(
     if solver not in ('student', 'ancestral') or (own_steps is None and solver == 'ancestral'):
         return solver, DEFAULT_TEACHER_STEPS if steps is None else steps
 
-    # A two-time student takes any number of steps; by default as many as it learned at most.
-    if two_time:
+    # A flow map takes any number of steps; by default as many as it learned at most.
+    if two_time and own_steps is None:
         if (sigmas := known.get('sigmas')) is None:
             return solver, steps or max(metadata.get('steps', [1]))
         listed = len(falling_to_zero(sigmas)) - 1

@@ -56,8 +56,9 @@ def snapshot_metadata(c: EasyDict, nimg: int) -> dict:
     options = {**c.loss, **(c.sampling or {})}
     # Samplers call N, the nodes that `ts` counts, num_timesteps.
     options['num_timesteps'] = options.get('N')
-    if 'S' in options:
-        options.setdefault('student_grid', 'full')  # of objectives that leave no choice
+    if options.get('S') is not None:
+        # Of objectives that leave no choice.
+        options = {'student_grid': 'full', 'sigma_grid': 'karras', **options}
     metadata |= {name: options[name] for name in RECORDED if options.get(name) is not None}
 
     # The noise levels: one of the student's own, a student's grid, or a consistency model's one or two steps.
@@ -65,7 +66,7 @@ def snapshot_metadata(c: EasyDict, nimg: int) -> dict:
         metadata['solver'] = options['sampler']
     if 'sigma_init' in options:
         metadata['sigmas'] = [options['sigma_init'], 0.0]
-    elif 'S' in options:
+    elif options.get('S') is not None:
         names = 'S', 'sigma_min', 'sigma_max', 'rho', 'student_grid', 'sigma_grid'
         metadata['sigmas'] = student_grid(*(options[name] for name in names)).tolist()
     elif c.sampling:

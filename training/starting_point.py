@@ -295,7 +295,7 @@ def imposed(o: Options, class_name: str) -> dict[str, object]:
     # EDM2's networks estimate log-variances anyway.
     learns = getattr(o.own, 'tangent_weight', None) == 'adaptive' and class_name != EDM2
     weight = dict(logvar_channels=LOGVAR_CHANNELS) if learns else {}
-    return {**boundary, **weight, **(dict(two_time=True) if o.objective.two_time else {})}
+    return {**boundary, **weight, **(dict(two_time=True) if o.own.two_time else {})}
 
 
 def check_differentiable(o: Options, network: EasyDict) -> None:

@@ -1,5 +1,5 @@
-"""What continuous-time consistency models share: their options, the warm-up of the tangent, and networks in
-TrigFlow's coordinates (`tangents`)."""
+"""What continuous-time consistency models share: their options, the segments of the multistep form, the warm-up of the
+tangent, and networks in TrigFlow's coordinates (`tangents`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dnnlib.lazy import lazy_import
 from dnnlib.options import opt, recorded
 from training.choices import JVP_COST, JVPS, TANGENT_WEIGHTS
 from training.objectives.loss import State, report_levels, unwrap
-from training.objectives.options import COUNT, Config, ConsistencySampling, LogNormal, NoiseRange
+from training.objectives.options import COUNT, Config, ConsistencySampling, LogNormal, NoiseGrid, StudentSteps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 torch = lazy_import('torch')
 training_stats = lazy_import('torch_utils.training_stats')
 misc = lazy_import('torch_utils.misc')
+ops = lazy_import('training.consistency_ops')
 tangents = lazy_import('training.objectives.tangents')
 times = lazy_import('training.objectives.time_schedules')
 
@@ -60,12 +61,12 @@ class TangentOptions(Config):
 
 
 @dataclass(frozen=True)
-class ContinuousConfig(TangentOptions, ConsistencySampling, LogNormal, NoiseRange):
+class ContinuousConfig(TangentOptions, ConsistencySampling, LogNormal, StudentSteps, NoiseGrid):
     """Options of --objective=scd and sct."""
 
     heading: ClassVar[str] = 'Continuous-time consistency (--objective=scd, sct)'
-    sampling: ClassVar[tuple[str, ...]] = ('mid_t', 'clip_denoised', 'sigma_min', 'sigma_max')
 
+    S: int | None = None
     P_mean: float | None = -1.0
     P_std: float | None = 1.4
     mid_t: float | None = MID_T
@@ -75,9 +76,25 @@ class ContinuousConfig(TangentOptions, ConsistencySampling, LogNormal, NoiseRang
         'Loss weight (scd, sct): learned by the network for each noise level, or the prior 1/sigma alone, which both have.',
     )
 
+    @classmethod
+    def from_given(cls, given: Mapping[str, object]) -> Config:
+        # A student of S steps is sampled by these, without noise between them.
+        if given.get('S') is None:
+            return super().from_given(given)
+        if of_models := [f'--{name}' for name in ConsistencySampling.sampling if given.get(name) is not None]:
+            raise click.UsageError(
+                f'--S={given["S"]} trains a student of that many steps, and {", ".join(of_models)} is for a consistency '
+                'model: leave one of them out.'
+            )
+        return super().from_given({**given, 'mid_t': None})
+
     @property
     def differentiates(self) -> bool:
         return True
+
+    @property
+    def two_time(self) -> bool:
+        return self.S is not None
 
     def cost(self) -> float:
         # The derivative, and the student's forward and backward pass.
@@ -85,11 +102,12 @@ class ContinuousConfig(TangentOptions, ConsistencySampling, LogNormal, NoiseRang
 
 
 class ContinuousState(State):
-    """The warm-up of the tangent.
+    """The segments of noise levels, and the warm-up of the tangent.
 
     Args:
-        c: P_mean, P_std of ln sigma; warmup_nimg, images over which the derivative enters; jvp, see
-            `tangents.derivative`; tangent_c, see `tangents.normalized`; tangent_weight; sigma_data.
+        c: P_mean, P_std of ln sigma; S, sigma_min, sigma_max, rho, see `lower_ends`; warmup_nimg, images over which the
+            derivative enters; jvp, see `tangents.derivative`; tangent_c, see `tangents.normalized`; tangent_weight;
+            sigma_data.
         net: the network that trains; None: see `State.self_target_gap`.
     Raises: ValueError if the weight is to be learned by a network that has no estimate of it.
     """
@@ -103,6 +121,7 @@ class ContinuousState(State):
             raise ValueError(
                 'this network has no estimate of log-variances: build it with logvar_channels=128'
             )
+        self._grid = None
         self.begin_step(0)
 
     def begin_step(self, nimg: int) -> None:
@@ -112,6 +131,17 @@ class ContinuousState(State):
         """[N] float64 noise levels, ln sigma ~ N(P_mean, P_std²)."""
         normal = misc.upload(rng.normal_on_host('sigma'), device)
         return times.lognormal_times(normal, self.c.P_mean, self.c.P_std)
+
+    def lower_ends(self, sigma: Tensor) -> Tensor:
+        """[N] float64 levels at which the step from each sigma ends: the lower ends of segments of a `full` grid of S
+        steps, the highest of which goes up to infinity; without S 0."""
+        c = self.c
+        if c.S is None:
+            return torch.zeros_like(sigma)
+        if self._grid is None:
+            grid = ops.student_grid(c.S, c.sigma_min, c.sigma_max, c.rho, 'full')
+            self._grid = misc.upload(grid.numpy(), sigma.device)
+        return self._grid[ops.segment_of(sigma, self._grid).clamp(min=0) + 1]
 
 
 def warmup_at(nimg: int, warmup_nimg: int | None) -> float:
@@ -140,11 +170,16 @@ def differentiable(net: Module, jvp: str) -> Callable:
 
 
 def network_and_weight(
-    net: Module, c, labels: Tensor | None, augment_labels: Tensor | None, masks: Mapping[str, Tensor]
+    net: Module,
+    c,
+    labels: Tensor | None,
+    augment_labels: Tensor | None,
+    masks: Mapping[str, Tensor],
+    end: Mapping[str, Tensor],
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """F(X, t) of the network that trains, [N, C, H, W], and the logarithm of the loss weight, [N], 0 unless it is
-    learned."""
-    options = dict(dropout_masks=masks)
+    learned. `end` is the level `r` at which steps end, of two-time networks alone."""
+    options = dict(end, dropout_masks=masks)
     if augment_labels is not None:
         options['augment_labels'] = augment_labels
 

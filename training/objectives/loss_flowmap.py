@@ -138,6 +138,10 @@ class FlowMapConfig(TangentOptions, SyncDropout, Targets, TeacherHop):
     def differentiates(self) -> bool:
         return self.target == 'tangent'
 
+    @property
+    def two_time(self) -> bool:
+        return True
+
     def cost(self) -> float:
         if self.differentiates:
             # The teacher's slope, the derivative, and the student.
@@ -165,7 +169,6 @@ OBJECTIVE = Objective(
     needs_teacher=False,
     defaults=STUDENT,
     edm2=EDM2_STUDENT,
-    two_time=True,
 )
 # fmt: on
 

@@ -48,19 +48,24 @@ def loss(net, images: Tensor, labels, rng, state: ContinuousState, augment_label
 
     (1/d) e^w(t) |F − sg[F + g/(|g| + c)]|² − w(t) for images of d values, F the network in TrigFlow's coordinates,
     w(t) its own estimate or 0   (Lu & Song 2025, Algorithm 1 and Eq. 8). Of distillation and, without a teacher, of
-    training (`loss_sct`). Unlike other losses here a mean over an
-    image's values, as in the paper: w, which the network learns, would otherwise grow with d.
+    training (`loss_sct`). With S segments F is told the lower end r of the one that holds sigma, where its step ends.
+    Unlike other losses here a mean over an image's values, as in the paper: w, which the network learns, would otherwise
+    grow with d.
 
     Args: see `training.objectives.loss`.
     Returns: [N] float64.
     """
     c, masks = state.c, dropout_masks(net, rng)
-    student = continuous.network_and_weight(net, c, labels, augment_labels, masks)
+
+    # A step from sigma to r; two-time networks are told where it ends.
+    sigma = state.draw_sigma(rng, images.device)
+    r = state.lower_ends(sigma)
+    t, s = (tangents.time_of(level, c.sigma_data) for level in (sigma, r))
+    end = dict(r=r) if c.S is not None else {}
+    student = continuous.network_and_weight(net, c, labels, augment_labels, masks, end)
     frozen = denoiser(continuous.differentiable(net, c.jvp), labels, augment_labels, masks)
 
     # Data: X = cos t y + sin t z.
-    sigma = state.draw_sigma(rng, images.device)
-    t = tangents.time_of(sigma, c.sigma_data)
     y, z = images.double(), c.sigma_data * rng.normal('noise', images.shape[1:]).double()
     X = tangents.noisy(y, z, t)
 
@@ -71,11 +76,11 @@ def loss(net, images: Tensor, labels, rng, state: ContinuousState, augment_label
             teacher = denoiser(state.teacher, labels, augment_labels)
             dX = c.sigma_data * continuous.velocity_field(teacher, c.sigma_data)(X, t)
 
-    # Student: its derivative along the ODE, times cos t sin t, and the tangent.
-    rate = tangents.rate(t)
-    F = continuous.velocity_field(frozen, c.sigma_data)
+    # Student: its derivative along the ODE, times cos(t − s) sin(t − s), and the tangent.
+    rate = tangents.rate(t, s)
+    F = continuous.velocity_field(lambda x, sigma: frozen(x, sigma, **end), c.sigma_data)
     F_now, dF = tangents.derivative(F, (X, t), (ops.expand_like(rate, X) * dX, rate), c.jvp)
-    g = tangents.tangent(X, F_now, dX, dF, t, c.sigma_data, state.warmup)
+    g = tangents.tangent(X, F_now, dX, dF, t, c.sigma_data, state.warmup, s)
 
     # Loss.
     F_trained, log_weight = student(X, t)

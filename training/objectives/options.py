@@ -63,6 +63,11 @@ class Config:
         """Whether the loss takes the network's derivative by the noise level."""
         return False
 
+    @property
+    def two_time(self) -> bool:
+        """Whether the network also takes the noise level at which a step ends."""
+        return False
+
     def first_cost(self) -> float:
         """Network evaluations for each image of a batch that come once, at the start, on top of those of steps."""
         return 0.0
@@ -186,9 +191,15 @@ class Targets(SpacedGrid):
 class StudentSteps(Config):
     """A student of S steps."""
 
-    heading: ClassVar[str] = 'Multistep students (--objective=mcd, mct, direct, pd, mm)'
+    heading: ClassVar[str] = 'Multistep students (--objective=mcd, mct, direct, pd, mm; scd and sct with --S)'
 
-    S: int = opt(8, cli.STEPS, 'Number of student sampling steps.', metavar='INT')
+    S: int | None = opt(
+        8,
+        cli.STEPS,
+        'Number of student sampling steps. scd, sct: of segments of the noise levels, each of which one step crosses; without '
+        'it they train a consistency model.',
+        metavar='INT',
+    )
 
 
 @dataclass(frozen=True)
@@ -450,7 +461,6 @@ class Objective:
         edm2_sizes, edm2_latent_sizes: defaults by the network's width (`by_width`), for pixels and for
             latents; None: as for pixels.
         boundary: whether the network is the identity at sigma_min, not at 0.
-        two_time: whether the network also takes the noise level at which a step ends.
         auxiliary: whether it has a second network that trains (`AuxiliaryNetwork`).
     """
 
@@ -463,7 +473,6 @@ class Objective:
     edm2_sizes: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
     edm2_latent_sizes: Mapping[int, Mapping[str, object]] | None = None
     boundary: bool = False
-    two_time: bool = False
     auxiliary: bool = False
 
     @property
@@ -480,6 +489,11 @@ class Objective:
     def own_defaults(self) -> dict[str, object]:
         """{name: default} of the objective's own options."""
         return {name: option.default for name, option in options_of(self.config).items()}
+
+    @property
+    def fixed_steps(self) -> bool:
+        """Whether a student is, by default, of one number of steps, --S."""
+        return self.own_defaults.get('S') is not None
 
     @property
     def options(self) -> dict[str, object]:
