@@ -12,7 +12,9 @@ from losses import Loss
 
 import train
 from dnnlib import EasyDict, UserError
-from training import command_line, networks, samplers
+from torch_utils import distributed
+from torch_utils.sharded import ShardedParameters
+from training import command_line, execution, networks, samplers
 from training import consistency_ops as ops
 from training.architectures import embedding_turns
 from training.configuration import loss_record
@@ -140,6 +142,27 @@ def test_a_compiled_network_has_the_same_loss_and_gradient(jvp):
         found.append((values, *gradients(net, values)))
     for plain, fast in zip(*found, strict=True):
         torch.testing.assert_close(fast, plain, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize('S', [None, 3])
+def test_a_divided_network_has_the_same_loss_and_gradient(S):
+    """By FSDP2, here on one process: parameters are tensors only once the network is called."""
+    net, teacher = network(0, logvar_channels=16, two_time=S is not None).train(), network(1).eval()
+    loss = Loss('scd', teacher, net, warmup_nimg=0, S=S)
+    values = loss(net, *batch(), RNG)
+    expected = gradients(net, values)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    try:
+        divided = ShardedParameters(net, execution.blocks_of(net))
+        found = loss(net, *batch(), RNG)
+        found.sum().backward()
+        slopes = [divided.own_part(p.grad if p.grad is not None else 0 * p) for p in net.parameters()]
+    finally:
+        distributed.shutdown()
+    assert torch.equal(found, values)
+    for slope, gradient in zip(slopes, expected, strict=True):
+        torch.testing.assert_close(slope, gradient, rtol=1e-12, atol=1e-15)
 
 
 def test_the_derivative_is_in_fp32_where_the_network_computes_in_half_precision():

@@ -166,7 +166,9 @@ def velocity_field(denoise: Callable, sigma_data: float) -> Callable[[Tensor, Te
 def differentiable(net: Module, jvp: str) -> Callable:
     """The network for `tangents.derivative`: without DDP, in FP32 at least, in forward mode never compiled."""
     net = unwrap(net)
-    return functools.partial(net.forward if jvp == 'forward' else net, force_fp32=True)
+    # FSDP2, which compiles nothing, gathers parameters when the network is called.
+    by_itself = jvp == 'forward' and not hasattr(net, 'unshard')
+    return functools.partial(net.forward if by_itself else net, force_fp32=True)
 
 
 def network_and_weight(
