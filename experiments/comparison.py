@@ -208,8 +208,6 @@ def models_of(request: Request, objective: str, seed: int) -> list[Model]:
 
     # A student of one step has no other column.
     if known.one_step:
-        if 1 not in request.steps:
-            raise click.UsageError(f'--objectives={objective}: it takes one step: add 1 to --steps.')
         training = make_training(request, name, objective, seed, request.budget)
         return [Model(objective, seed, training, 0, 1, 'student', 1, 1)]
 

@@ -19,6 +19,7 @@ from experiments.jobs import remaining_jobs, run_jobs, snapshot, train
 from experiments.results import Results, record_plan
 from experiments.runner import Metric, Runner, make_outdir, run_interruptibly
 from experiments.tables import write_report
+from training.objectives import OBJECTIVES
 
 sources = lazy_import('data.sources')  # it imports PyTorch, which --help must not
 
@@ -70,17 +71,19 @@ def run(o: Options) -> None:
         sources.check_unambiguous('--data', o.data)
     outdir = Path(o.outdir or ('compare-photos' if bundled is PHOTOS else 'compare-out'))
     num = o.num or (bundled.images if bundled else 50000)
+    one_step = [name for name in o.objectives if OBJECTIVES[name].one_step and 1 not in o.steps]
+    if one_step:
+        print(f'{", ".join(one_step)}: left out, because it takes one step, and --steps has no 1.')
+    objectives = [name for name in o.objectives if name not in one_step]
 
     # Plan all models before any of them is trained.
-    given = (
-        describe_teacher(o.teacher, o.data, o.objectives) if o.teacher else Teacher(network=bundled.network)
-    )
+    given = describe_teacher(o.teacher, o.data, objectives) if o.teacher else Teacher(network=bundled.network)
     # --with may name a training several times.
     for_some: dict[str, list[str]] = {}
     for name, arguments in o.extra:
         for_some.setdefault(name, []).extend(arguments)
     request = Request(
-        o.objectives,
+        objectives,
         o.steps,
         o.seeds,
         o.budget,

@@ -20,7 +20,7 @@ from data.label_space import ranges
 from dnnlib import UserError, cli
 from experiments.options import JOBS
 from experiments.results import read_json, write_json
-from experiments.runner import ROOT, Runner, run_interruptibly
+from experiments.runner import ROOT, Runner, is_finished, newest_snapshot, run_interruptibly
 from training.objectives import OBJECTIVES
 
 MEASURED = ROOT / 'docs' / 'measured'
@@ -119,8 +119,12 @@ def command(name: str, outdir: Path, jobs: int) -> list[str]:
     comparison = COMPARISONS[name]
     teacher = []
     if comparison.teacher_of:
-        (found,) = (outdir / comparison.teacher_of / 'trainings' / 'teacher').glob('network-snapshot-*.pkl')
-        teacher = [f'--teacher={found}']
+        folder = outdir / comparison.teacher_of / 'trainings' / 'teacher'
+        if not is_finished(folder):
+            raise UserError(
+                f'{name} needs the teacher of {comparison.teacher_of}: run --only={comparison.teacher_of} first.'
+            )
+        teacher = [f'--teacher={newest_snapshot(folder)}']
     return ['compare.py', f'--outdir={outdir / name}', *teacher, f'--jobs={jobs}', *comparison.options]
 
 

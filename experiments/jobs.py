@@ -59,14 +59,13 @@ def train(
     )
 
 
-def seconds_of(runner: Runner, trainings: Sequence[Training]) -> float | None:
-    """Seconds that trainings took in all their rounds and processes, without the starts; None where statistics are
+def seconds_of(runner: Runner, model: Model) -> float | None:
+    """Seconds of training up to a model, in all its rounds and processes, without the starts; None where statistics are
     missing."""
-    files = [
-        runner.path('trainings', training.name, folder, 'stats.jsonl')
-        for training in trainings
-        for folder, _ in training.rounds
-    ]
+    *before, last = model.training.chain
+    rounds = [(training, folder) for training in before for folder, _ in training.rounds]
+    rounds += [(last, folder) for folder, _ in last.rounds[: model.round + 1]]
+    files = [runner.path('trainings', training.name, folder, 'stats.jsonl') for training, folder in rounds]
     if not all(file.exists() for file in files):
         return None
     ticks = [json.loads(line) for file in files for line in file.read_text().splitlines()]
@@ -114,7 +113,7 @@ def measure_model(
         pairs = Pairs(teacher, reference.steps)
     measured = measure(runner, model.name, network, sampler, num, metrics, batch, labels=labels, pairs=pairs)
     if model.training:
-        known['train_seconds'] = seconds_of(runner, model.training.chain)
+        known['train_seconds'] = seconds_of(runner, model)
     row = model.record() | known | measured | dict(commit=commit())
     # Keep a grid only: the images of all models would fill a disk.
     images = runner.path('samples', model.name)

@@ -38,12 +38,16 @@ class Results:
 
 
 def commit() -> str | None:
-    """The commit of this repository, `-dirty` with changes; None where it is no checkout of git."""
-    command = ['git', '-C', str(ROOT), 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+    """The commit of this repository, `-dirty` with changes but to documents; None where it is no checkout of git."""
+    git = lambda *words: subprocess.run(['git', '-C', str(ROOT), *words], capture_output=True, text=True)
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        found, changes = (
+            git('rev-parse', '--short=12', 'HEAD'),
+            git('diff', '--quiet', 'HEAD', '--', ':!docs'),
+        )
+    except OSError:
         return None
+    return None if found.returncode else found.stdout.strip() + '-dirty' * (changes.returncode == 1)
 
 
 def distance_entries(metrics: Sequence[str]) -> dict[str, str]:

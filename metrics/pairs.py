@@ -392,11 +392,11 @@ def check_deterministic(
     denoiser = generation.IdentityDenoiser(net)
     samplers.sample(denoiser, pixel, solver=solver, steps=steps, randn_like=randn_like, **options)
     if drawn:
-        stochastic = samplers.resolve(net, solver, steps)[0] in ('cm', 'ancestral')
-        cure = 'sample it in one step' if stochastic else 'leave S_churn out'
+        solver, _ = samplers.resolve(net, solver, steps, **options)
+        cure = dict(cm='sample it in one step, or ', ancestral='').get(solver, 'leave S_churn out, or ')
         raise UserError(
             f'{name} is sampled with noise that is drawn on the way, so its images are not a function of latent '
-            f'and label, and have no pairs: {cure}, or leave the paired error out.'
+            f'and label, and have no pairs: {cure}leave the paired error out.'
         )
 
 

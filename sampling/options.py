@@ -18,12 +18,12 @@ from training.saved_files import NETWORK_FILE
 FAST_SOLVERS = ['ipndm', 'ipndm_v', 'deis', 'dpmpp', 'unipc', 'dpm2']
 SOLVERS, EDITING_SOLVERS = (
     ['student', 'euler', 'heun', 'addim', 'cm', 'ancestral', *FAST_SOLVERS, 'best'],
-    ['student', 'cm'],
+    ['student', 'cm', 'ancestral'],
 )
 # Steps of an edit by a one-step consistency model; more steps respect the known part more (docs/editing.md).
 CM_EDIT_STEPS = 40
 
-TEACHER_SOLVERS = [name for name in SOLVERS if name not in (*EDITING_SOLVERS, 'ancestral')]
+TEACHER_SOLVERS = [name for name in SOLVERS if name not in EDITING_SOLVERS]
 
 # The fields have the names of `samplers.sample`'s arguments; a default of None means `default_text`.
 

@@ -1,16 +1,21 @@
 """Objectives with a second network that trains: as real processes, interrupted, on two ranks, divided, and in half
 precision; and steps that are not finite."""
 
+import json
 import math
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import lines, run, run_ranks
+from helpers import assert_one_clear_error, lines, run, run_ranks
 from runs import Process, ticks
 
+from dnnlib import UserError
+from training import samplers
 from training.checkpoint import load_network, load_state
 from training.run_files import saved_snapshots, saved_states
+from training.setup import Run
 
 COMMON = [
     *(
@@ -125,3 +130,95 @@ def test_a_learning_rate_of_the_auxiliary_network_is_its_own(tmp_path, digits, t
     # As many steps as each had turns.
     steps = [int(part['update']['optimizer']['state'][0]['step']) for part in (state, state['auxiliary'])]
     assert steps == ([5, 7] if name == 'mm' else [6, 6])
+
+
+def test_a_rate_that_is_not_given_follows_the_students_also_on_resume(tmp_path, digits, teacher):
+    """And a resumed run may change it, as it may --lr."""
+    command = arguments('sid', tmp_path, digits, teacher, steps=2)
+    run(*(word for word in command if not word.startswith('--aux_lr')))
+    for extra in ('--lr=1e-5', '--aux_lr=3e-6'):
+        shown = run('train.py', f'--resume={tmp_path}', extra, f'--duration={4 * 32}img', '--dry-run')
+        c = json.loads(shown.stdout)
+        assert (c['lr'], c['loss']['aux_lr']) == ((1e-5, None) if extra.startswith('--lr') else (1e-3, 3e-6))
+
+
+@pytest.mark.parametrize('rate', ['--lr', '--aux_lr'])
+def test_steps_that_are_not_finite_stop_a_run_whichever_network_takes_them(tmp_path, digits, teacher, rate):
+    """Once a network has overflowed, so has every loss: neither changes any more."""
+    extra = (f'{rate}=1e38', '--max-bad-steps=4', '--dropout=0')
+    done = run(*arguments('sid', tmp_path, digits, teacher, *extra, steps=40), check=False)
+    assert_one_clear_error(done, 'steps in a row had a loss or gradient that is not finite')
+    skipped = [tick['Progress/auxiliary_bad_steps']['mean'] for tick in lines(tmp_path / 'stats.jsonl')]
+    assert skipped[0] == 0
+
+
+def test_a_run_counts_the_longest_of_its_networks_skips():
+    of = lambda count: SimpleNamespace(update=SimpleNamespace(consecutive_skips=torch.tensor(count)))
+    run = Run(**dict.fromkeys(Run._fields) | dict(student=of(2), auxiliary=of(5)))
+    assert run.consecutive_skips == 5 and run._replace(auxiliary=None).consecutive_skips == 2
+
+
+@pytest.mark.parametrize(
+    ('extra', 'words'), [(['--aux_ahead=11'], '--aux_ahead=11'), (['--sigma_init=100'], '--sigma_init=100')]
+)
+def test_a_run_that_would_not_train_the_student_or_leave_its_levels_is_refused(
+    tmp_path, digits, teacher, extra, words
+):
+    done = run(*arguments('sid', tmp_path / 'run', digits, teacher, *extra), check=False)
+    assert_one_clear_error(done, words)
+    assert not (tmp_path / 'run').exists()
+
+
+# ----------------------------------------------------------------------------
+# Snapshots.
+
+
+@pytest.mark.parametrize(
+    ('options', 'levels'),
+    [
+        (dict(), [2.5]),
+        (dict(rho=5.0), [2.5]),
+        (dict(sigma_min=0.01), [2.5]),
+        (dict(sigma_max=10.0), [10.0]),
+        (dict(solver='cm', taus=[0.8]), [2.5, 0.8]),
+        (dict(steps=2, force_steps=True), [2.5, 0.002]),
+    ],
+)
+def test_a_student_of_one_step_begins_at_its_own_level(whole, options, levels):
+    """Whatever else of the grid is changed."""
+    net, seen = load_network(saved_snapshots(whole['sid'])[0]), []
+    net.register_forward_pre_hook(lambda _, given: seen.append(float(given[1])))
+    samplers.sample(net, torch.zeros(1, 1, 8, 8), torch.eye(10)[:1], **options)
+    assert seen == pytest.approx(levels)
+
+
+def test_ancestral_steps_are_for_students_of_them_and_for_teachers(whole, teacher):
+    mm, sid, plain = (
+        load_network(path) for path in (*(saved_snapshots(whole[name])[0] for name in OWN), teacher)
+    )
+    assert samplers.resolve(mm, None, None) == ('ancestral', 4)
+    assert samplers.resolve(plain, 'ancestral', None) == ('ancestral', 18)
+    assert samplers.resolve(plain, 'ancestral', None, sigmas=[80.0, 2.0, 0.5]) == ('ancestral', 3)
+    for net, solver, options in (
+        (mm, 'student', {}),
+        (mm, 'cm', {}),
+        (sid, 'ancestral', {}),
+        (plain, 'ancestral', dict(steps=9, sigmas=[80.0, 2.0])),
+    ):
+        with pytest.raises(UserError, match='leave out'):
+            samplers.resolve(net, solver, options.pop('steps', None), **options)
+
+
+def test_a_student_of_ancestral_steps_is_no_round_of_progressive_distillation(whole, digits, tmp_path):
+    network = saved_snapshots(whole['mm'])[0]
+    rounds = ['--objective=pd', '--sigma_grid=cosine', '--S_start=2', '--S=1', '--stage_steps=2']
+    done = run(
+        'train.py',
+        f'--outdir={tmp_path}',
+        f'--data={digits}',
+        '--cond=1',
+        f'--teacher={network}',
+        *rounds,
+        check=False,
+    )
+    assert_one_clear_error(done, 'is a student of 4 steps itself')

@@ -164,7 +164,7 @@ def test_both_networks_of_an_objective_are_measured_alike(digits, teacher, tmp_p
         *FAST,
         '--batch=32',
     ]
-    done = invoke(*start, '--objective=sid', '--aux_ahead=1000', f'--budget={HOURS}', '--dry-run')
+    done = invoke(*start, '--objective=sid', '--aux_ahead=8', '--budget=0.002', '--dry-run')
     measured = turns[budget.WARM_UP + 2 :]  # two steps tell how many fit
     assert f'({len(measured)} measured)' in done.stderr and sum(measured) == len(measured) / 2 >= 1
-    assert json.loads(done.stdout)['loss']['aux_ahead'] == 1000
+    assert json.loads(done.stdout)['loss']['aux_ahead'] == 8

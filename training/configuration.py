@@ -74,8 +74,6 @@ def resolve_defaults(o: Options, dataset, teacher, earlier: dict | None) -> Opti
         phema_snap=run.snap if run.phema_snap is None else run.phema_snap,
         sigma_data=float(getattr(teacher, 'sigma_data', 0.5)),
     )
-    if hasattr(o.own, 'aux_lr'):
-        o = o.but(aux_lr=o.own.aux_lr or run.lr)
     if hasattr(o.own, 'classes'):
         known = dataset.label_space
         present = range(known.dim) if known.present is None else known.present
@@ -88,6 +86,11 @@ def resolve_defaults(o: Options, dataset, teacher, earlier: dict | None) -> Opti
         raise UserError(
             f"--augment={o.run.augment:g} changes images, and the teacher's stored solutions begin at noise: use "
             '--augment=0, or --target=hop.'
+        )
+    if o.objective.auxiliary and o.own.aux_ahead + 1 >= training_steps(o):
+        raise UserError(
+            f'--aux_ahead={o.own.aux_ahead}: of the {training_steps(o)} optimizer steps of this run none trains the '
+            'student. Lower it, or raise --duration.'
         )
     if run.objective == 'ect':
         check_stages(o)
@@ -336,6 +339,13 @@ def configure(o: Options, dataset, teacher) -> EasyDict:
     if (mid_t := getattr(own, 'mid_t', None)) is not None and not own.sigma_min < mid_t < own.sigma_max:
         raise UserError(
             f'--mid_t={mid_t:g} does not lie between the noise levels {own.sigma_min:g} and '
+            f'{own.sigma_max:g} of the network.'
+        )
+
+    sigma_init = getattr(own, 'sigma_init', None)
+    if sigma_init is not None and not own.sigma_min < sigma_init <= own.sigma_max:
+        raise UserError(
+            f'--sigma_init={sigma_init:g} does not lie between the noise levels {own.sigma_min:g} and '
             f'{own.sigma_max:g} of the network.'
         )
 

@@ -113,7 +113,9 @@ def memory(c: EasyDict, net: torch.nn.Module, teacher: torch.nn.Module | None) -
         teacher=sum(p.numel() for p in teacher.parameters()) * size if teacher is not None else 0,
     )
     if not c.checkpoint_activations:
-        parts['activations'] = saved_for_backward(c.network, c.precision, micro_batch)
+        # Gradients of sid's student pass through the teacher and the auxiliary network.
+        passes = 3 if OBJECTIVES[c.objective].one_step else 1
+        parts['activations'] = passes * saved_for_backward(c.network, c.precision, micro_batch)
 
     # Averages may lie on the host.
     on_device = sum(parts.values()) - (parts['averages'] if c.ema_device == 'cpu' else 0)

@@ -179,7 +179,7 @@ PRESETS = {
     'cifar10-tcm': Preset('tcm', 'ddpmpp', 'cifar10', dict(batch=1024, duration=204.8), TCM, needs='cifar10-ect'),
     'cifar10-scd': Preset('scd', 'ddpmpp', 'cifar10', dict(teacher=VP_TEACHER), SCM),
     'cifar10-sct': Preset('sct', 'ddpmpp', 'cifar10', dict(transfer=VP_TEACHER), SCM, **lu('2.06')),
-    'cifar10-sid': Preset('sid', 'ddpmpp', 'cifar10', dict(teacher=VP_TEACHER), SID),
+    'cifar10-sid': Preset('sid', 'ddpmpp', 'cifar10', dict(dropout=0, teacher=VP_TEACHER), SID),
     # Digits: minutes on a CPU.
     'digits-teacher': Preset('diffusion', 'digits', 'digits', dict(lr=2e-3, ema='40kimg', augment=0, lr_rampup=20, duration=0.512), HERE),
     'digits-mcd8': Preset('mcd', None, 'digits', dict(MCD_8, S=8, T_start=16, T_end=16, anchor_hops=2, duration=0.16), HERE, needs='digits-teacher'),

@@ -30,6 +30,8 @@ def load_earlier(resume: str) -> tuple[str, dict]:
 SETTINGS = ['objective', 'teacher_digest', 'guide_digest', 'guidance', 'guidance_interval', 'encoder',
             'batch_size', 'seed', 'augment', 'phema_stds', 'precision', 'optim']
 # fmt: on
+# Options of losses that it may: a rate like --lr, and what follows from the data, which are compared by themselves.
+FREE = {'aux_lr', 'classes'}
 
 
 # {name in a record: name of the option}
@@ -44,6 +46,7 @@ def check_same_run(o: Options, c: EasyDict, earlier: dict) -> None:
         # An objective of one's own, which a state may name, need not be there any more.
         objective, loss = OBJECTIVES.get(config['objective']), config['loss']
         loss = objective.complete(loss) if objective else loss
+        loss = {name: value for name, value in loss.items() if name not in FREE}
         return {**chosen, 'network': network['class_name'], **network['kwargs'], **loss}
 
     # Through JSON, as the stored ones went, which made lists of tuples.

@@ -155,14 +155,9 @@ def resolve(
     solver = solver or metadata.get('solver') or ('student' if own_steps or two_time else 'heun')
     if two_time and solver not in OF_TWO_TIME:
         raise WrongOptions(f'{solver} is for diffusion models, and this is a two-time student: leave it out')
-    own = metadata.get('solver')
-    if 'ancestral' in (solver, own) and solver != own and own_steps:
-        what = (
-            'sampled by ancestral steps'
-            if own == 'ancestral'
-            else f'a student of {own_steps} steps without noise'
-        )
-        raise WrongOptions(f'this student is {what}: leave out the solver {solver}')
+    if own_steps and (solver == 'ancestral') != (metadata.get('solver') == 'ancestral'):
+        how = 'without noise between its steps' if solver == 'ancestral' else 'by ancestral steps'
+        raise WrongOptions(f'this student is sampled {how}: leave out the solver {solver}')
     if solver in ONLY_OF_TEACHERS and (own_steps or metadata.get('solver') == 'cm'):
         what = f'a student of {own_steps} steps' if metadata.get('solver') != 'cm' else 'a consistency model'
         raise WrongOptions(f'{solver} solves the ODE of a diffusion model, and this is {what}: leave it out')
@@ -186,13 +181,13 @@ def resolve(
         return solver, len(cm_sigmas(net, CMOptions(**known), steps))
     if solver in ODE_SOLVERS:
         return solver, teachers.ode_steps(net, solver, steps, SAMPLERS[solver].options(**known))
-    if solver not in ('student', 'ancestral') or (own_steps is None and solver == 'ancestral'):
+    if solver not in ('student', 'ancestral'):
         return solver, DEFAULT_TEACHER_STEPS if steps is None else steps
 
-    # A flow map takes any number of steps; by default as many as it learned at most.
-    if two_time and own_steps is None:
+    # A flow map takes any number of steps, by default as many as it learned at most; and so does a teacher.
+    if own_steps is None and (two_time or solver == 'ancestral'):
         if (sigmas := known.get('sigmas')) is None:
-            return solver, steps or max(metadata.get('steps', [1]))
+            return solver, steps or max(metadata.get('steps', [1 if two_time else DEFAULT_TEACHER_STEPS]))
         listed = len(falling_to_zero(sigmas)) - 1
         if steps not in (None, listed):
             raise UserError(

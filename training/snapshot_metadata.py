@@ -59,6 +59,8 @@ def snapshot_metadata(c: EasyDict, nimg: int) -> dict:
     if options.get('S') is not None:
         # Of objectives that leave no choice.
         options = {'student_grid': 'full', 'sigma_grid': 'karras', **options}
+    if 'sigma_init' in options:
+        options['sigma_max'] = options['sigma_init']  # where sampling begins
     metadata |= {name: options[name] for name in RECORDED if options.get(name) is not None}
 
     # The noise levels: one of the student's own, a student's grid, or a consistency model's one or two steps.

@@ -240,7 +240,7 @@ def is_round_of(metadata: dict, o: Options, sigma_min: float, sigma_max: float) 
     from training.consistency_ops import student_grid
 
     grid = student_grid(2 * o.own.S_start, sigma_min, sigma_max, o.own.rho, 'full', o.own.sigma_grid)
-    return 'S' in metadata and metadata['sigmas'] == grid.tolist()
+    return 'S' in metadata and 'solver' not in metadata and metadata['sigmas'] == grid.tolist()
 
 
 # ----------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def train_step(run: Run, prefetcher: Prefetcher, profile: StepProfile) -> None:
     state.begin_step(progress.nimg)
     run.averages.begin_step()
     # One network trains: the student, or in some steps of some objectives the auxiliary network.
-    trains, peak = (run.auxiliary, c.loss.aux_lr) if state.trains_auxiliary else (run.student, c.lr)
+    trains, peak = (run.auxiliary, c.loss.aux_lr) if state.trains_auxiliary else (run.student, None)
     for network in run.trained:
         network.begin_step(trains is network)
 

@@ -215,7 +215,7 @@ def levels_of_sampling(net: networks.EDMPrecond) -> tuple[float, float, float]:
     # The levels of a student, without the 0 at the end.
     levels = [float(sigma) for sigma in sigmas[:-1]]
     solver = net.metadata.get('solver', 'student')
-    if solver != 'student' and (solver != 'cm' or len(levels) > 1):
+    if solver != 'student' and (solver not in ('cm', 'ancestral') or len(levels) > 1):
         refuse(
             f'{len(levels)} evaluations of the sampler {solver}, which adds noise between them: '
             f'{EDM_SCHEDULER} adds none'

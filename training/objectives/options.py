@@ -300,7 +300,6 @@ class AuxiliaryNetwork(Config):
         'Learning rate of the auxiliary network, which rises and decays as --lr (mm, sid).',
         metavar='FLOAT',
         default_text='--lr',
-        settled=True,
     )
     aux_ahead: int = opt(
         0,
