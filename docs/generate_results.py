@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -49,6 +49,10 @@ def record(name: str) -> dict:
     return json.loads((DOCS / 'measured' / f'{name}.json').read_text())
 
 
+def is_recorded(name: str) -> bool:
+    return (DOCS / 'measured' / f'{name}.json').exists()
+
+
 def teacher_distance() -> float:
     """That of the digits' teacher with 511 evaluations, to which ratios are."""
     return reference(record('digits')['rows'])['distance']
@@ -61,6 +65,8 @@ def reference(rows: Sequence[Mapping]) -> Mapping:
 
 def table_of(name: str, what: str) -> str:
     """A table, or a line, in Markdown."""
+    if not is_recorded(name):
+        return 'Not computed.' if what == 'distances' else ''
     found = record(name)
     if what.isdigit():
         return of_cells(found['tables'][int(what) - 1])
@@ -154,11 +160,24 @@ def numbers(text: str) -> list[str]:
     return re.findall(r'(?<![\w.])\d+\.\d+(?![\w.]*\d)', text)
 
 
-def known_numbers() -> list[float]:
-    """All measured numbers of the records, ratios of distances to the teacher's, and options of their commands."""
+def sections(text: str) -> list[tuple[str, set[str]]]:
+    """The parts of a template between headings, and the records that each names: in its places, and for numbers of other
+    parts in a comment `<!-- records: NAME, NAME -->`."""
+    parts = re.split(r'^(?=##+ )', text, flags=re.MULTILINE)
+    listed = lambda part: ','.join(re.findall(r'<!-- records: (.*?) -->', part))
+    return [
+        (
+            part,
+            {place[0] for place in PLACE.findall(part)} | {*listed(part).replace(' ', '').split(',')} - {''},
+        )
+        for part in parts
+    ]
+
+
+def known_numbers(names: Iterable[str]) -> list[float]:
+    """All measured numbers of records, ratios of distances to the teacher's, and options of their commands."""
     found: list[float] = []
-    for path in sorted((DOCS / 'measured').glob('*.json')):
-        of_file = json.loads(path.read_text())
+    for of_file in (record(name) for name in names if is_recorded(name)):
         found += leaves(of_file)
         if 'rows' in of_file and (rows := of_file['rows']):
             best = reference(rows)['distance']
