@@ -19,7 +19,8 @@ from training.command_line import RUN, Options
 
 FREE_FOR_STUDENTS = ('dropout', 'dout_resolutions')  # options that do not change the shapes of weights
 LOGVAR_CHANNELS = 128  # as in EDM2's networks
-MOST_TURNS = 1.0  # of an embedding in radians, for a derivative: see `architectures.embedding_turns`
+# Of an embedding in radians, for a derivative, and of EDM's positional one: see `architectures.embedding_turns`.
+MOST_TURNS, EDMS_TURNS = 1.0, 0.25
 # {option: constructor argument}
 NETWORK_OPTIONS = {
     name: option.key.rpartition('.')[2]
@@ -299,17 +300,17 @@ def imposed(o: Options, class_name: str) -> dict[str, object]:
 
 
 def check_differentiable(o: Options, network: EasyDict) -> None:
-    """Raises: UserError if the objective needs the network's derivative by the noise level, and that would be next to
-    arbitrary, because its embedding resolves far smaller differences of levels than training does."""
+    """Raises: UserError if the objective needs the network's derivative by the noise level, and that is rough, because
+    the embedding resolves far smaller differences of levels than training does."""
     turns = architectures.embedding_turns(network)
     if not o.own.differentiates or turns <= MOST_TURNS:
         return
     start = f'--teacher={o.teacher}' if o.teacher else f'--arch={o.run.arch}'
     raise UserError(
         f'--objective={o.run.objective} trains by the derivative by the noise level, and {start} embeds the level in '
-        f'features that turn by {turns:.2g} radians as ln(sigma) rises by 1, so that the derivative explodes (a '
-        "positional embedding of EDM's: 0.25). Use a network of --arch=adm or ddpmpp with --precond=edm, or an objective "
-        'of discrete steps, such as ect or flowmap.'
+        f'features that turn by {turns:.2g} radians as ln(sigma) rises by 1, {turns / EDMS_TURNS:.0f} times as fast as '
+        "EDM's positional embedding, and the derivative grows with them. Use a network of --arch=adm or ddpmpp with "
+        '--precond=edm, or an objective of discrete steps, such as ect or flowmap.'
     )
 
 
