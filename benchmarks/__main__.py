@@ -51,6 +51,7 @@ BENCHMARKS = {
     'pieces-imagenet64': Benchmark('pieces.py', [], ['--size=demo', '--rounds=1']),
     'kernels': Benchmark('kernels.py', [], ['--size=demo', '--ways=plain']),
     'memory': Benchmark('memory.py', [], ['--size=demo']),
+    'memory-edm2-xxl': Benchmark('memory.py', ['--size=edm2-xxl'], ['--size=demo']),
     'sharding': Benchmark('sharding.py', [], ['--size=demo', '--processes=2'], threads=1),
     'sampling-demo': Benchmark('sampling.py', [], SAMPLING_QUICK),
     'sampling-cifar10': Benchmark('sampling.py', ['--size=cifar10-ddpmpp', '--rounds=3'], SAMPLING_QUICK),

@@ -382,6 +382,16 @@ def _convert(module: torch.nn.Module, convert, recurse: bool = True) -> torch.nn
     return module
 
 
+def _copied(tensor: FakeTensor, memo: dict) -> FakeTensor:
+    """`Parameter.__deepcopy__`, which parameters without values lack: not of the vector that one is a view of."""
+    if not isinstance(tensor, torch.nn.Parameter):
+        return torch.Tensor.__deepcopy__(tensor, memo)
+    if id(tensor) not in memo:
+        copy = tensor.detach().clone(memory_format=torch.preserve_format)
+        memo[id(tensor)] = torch.nn.Parameter(copy, tensor.requires_grad)
+    return memo[id(tensor)]
+
+
 def _replacements(stand_in: StandIn) -> list[tuple[object, str, object]]:
     """(owner, name, value) of what is replaced while the stand-in is in use."""
     nothing, device = lambda *args, **kwargs: None, torch.device('cuda', 0)
@@ -410,6 +420,7 @@ def _replacements(stand_in: StandIn) -> list[tuple[object, str, object]]:
         (torch, 'Generator', _Generator),
         (torch.nn.Module, '_apply', _convert),
         (torch.nn.functional, 'scaled_dot_product_attention', _attention),
+        (FakeTensor, '__deepcopy__', _copied),
         (FakeTensor, 'tolist', lambda tensor: tensor.cpu().tolist()),
         (torch.Tensor, 'is_pinned', lambda tensor, *args: stand_in.is_pinned(tensor)),
         (torch.Tensor, 'pin_memory', lambda tensor, *args: stand_in.pin(tensor.clone())),

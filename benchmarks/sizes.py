@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from training import networks
+from dnnlib import EasyDict
+from training.checkpoint import NETWORKS
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Size:
         batch, steps: batch size and number of steps to time on a GPU.
         cpu_batch, cpu_steps: the same on a CPU.
         large: whether to compile it on GPUs only.
-        network: keyword arguments of `networks.EDMPrecond`.
+        network: keyword arguments of the network.
+        class_name: its class (`training.checkpoint.NETWORKS`).
     """
 
     title: str
@@ -33,9 +35,16 @@ class Size:
     cpu_steps: int
     large: bool
     network: dict
+    class_name: str = 'EDMPrecond'
+
+    @property
+    def description(self) -> EasyDict:
+        """The network {class_name, kwargs}, as in a run's configuration."""
+        shape = dict(img_resolution=self.resolution, img_channels=self.channels, label_dim=self.classes)
+        return EasyDict(class_name=self.class_name, kwargs=shape | self.network)
 
     def build(self, **kwargs) -> torch.nn.Module:
-        return networks.EDMPrecond(self.resolution, self.channels, self.classes, **self.network, **kwargs)
+        return NETWORKS[self.class_name](**self.description.kwargs, **kwargs)
 
     def batch_on(self, device: torch.device) -> int:
         return self.batch if device.type == 'cuda' else self.cpu_batch
@@ -93,6 +102,19 @@ SIZES = {
             dropout=0.2,
             dout_resolutions=[16, 8],
         ),
+    ),
+    'edm2-xxl': Size(
+        'EDM2-XXL',
+        64,
+        4,
+        1000,
+        batch=64,
+        cpu_batch=1,
+        steps=10,
+        cpu_steps=1,
+        large=True,
+        network=dict(model_channels=448, dropout=0.1),
+        class_name='Precond',
     ),
 }
 

@@ -164,6 +164,11 @@ class Timed:
         return watch.timed(name, self._net, x, *args, **kwargs)
 
 
+def phema_stds(size: str) -> list[float]:
+    """Widths of the power-function averages of a training."""
+    return [] if size == 'demo' else [0.05, 0.10]
+
+
 class Training:
     """Networks, loss and optimizer as the training loop sets them up for a size, and a step.
 
@@ -177,8 +182,9 @@ class Training:
         torch.backends.cudnn.benchmark = True  # as train.py does
         misc.keep_freed_memory()
         torch.manual_seed(0)
-        self.net = self.student = self.size.build().to(device).train()
-        self.teacher = self.size.build().to(device).eval().requires_grad_(False)
+        with device:
+            self.net = self.student = self.size.build().to(device).train()
+            self.teacher = self.size.build().to(device).eval().requires_grad_(False)
         options = dict(OBJECTIVES['mcd'].options, T_anneal_kimg=0, sigma_data=0.5)
         self.loss_state = loss_cd.setup(EasyDict(options), Timed(self.teacher, self, is_teacher=True))
 
@@ -193,9 +199,7 @@ class Training:
         self.flat = FlatParameters(self.net)
         self.gradients = {'fp32': Gradients(self.net, self.flat)}
         self.update = WeightUpdate(self.flat, (0.9, 0.999), 1e-8)
-        self.averages = WeightAverages(
-            self.net, self.flat, 5e5, 0.05, [0.05, 0.10] if size != 'demo' else [], averages_device
-        )
+        self.averages = WeightAverages(self.net, self.flat, 5e5, 0.05, phema_stds(size), averages_device)
         self.held_teacher, self.compiled, self.precision = None, set(), 'fp32'
 
     def use(self, way: Way) -> None:

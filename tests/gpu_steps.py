@@ -1,6 +1,6 @@
 """Training steps, sampling and validation on a stand-in for a GPU, as one program, of which `test_gpu_step` reads what it prints.
 
-    python -m tests.gpu_steps DIGITS.zip FOLDER [CASE...]
+    python -m tests.gpu_steps DIGITS.zip FOLDER [memory | CASE...]
 
 Needs the environment of `gpu_stand_in.guarded_environment`. Prints one JSON object: for each case, the lines that
 made the host wait for the device, or mixed devices.
@@ -24,7 +24,7 @@ from metrics.generated import GeneratedImages
 from metrics.inception import FIDInception
 from sampling import generation
 from torch_utils import misc, training_stats
-from training import command_line, configuration, execution, networks, rounds, starting_point
+from training import command_line, configuration, dry_run, execution, networks, rounds, starting_point
 from training.checkpoint import save_snapshot
 from training.guidance import GuidedDenoiser
 from training.networks import edm2, switched
@@ -34,6 +34,16 @@ from training.setup import set_up
 from training.training_loop import prefetch, train_step
 
 CLASSES = 10
+LARGER = '--cbase=64 --cres=1,2 --num_blocks=1 --attn_resolutions=8 --dropout=0.1 --phema=0.05,0.1'
+MEMORY = {
+    'plain': f'--arch=adm {LARGER} --augment=0',
+    'FP16': f'--arch=adm {LARGER} --augment=0 --precision=fp16',
+    'checkpointed': f'--arch=adm {LARGER} --augment=0 --checkpoint-activations',
+    'averages on the host': f'--arch=adm {LARGER} --augment=0 --ema-device=cpu --precision=bf16',
+    'EDM2': f'--arch=edm2 {LARGER} --precision=fp16',
+    'a target network': f'--objective=cm-ct --arch=adm {LARGER} --augment=0 --mu0=0.9 --cm_loss=l2 --N=8',
+    'a teacher': '--objective=mcd --phema=0.05,0.1 --precision=fp16 --anchor_hops=2 --S=4 --T_start=8 --T_end=8',
+}
 NETWORK = dict(model_channels=32, channel_mult=[1], num_blocks=1, attn_resolutions=[8], dropout=0.1)
 # Two rounds of gradients a step, and schedules that change from the first step to the second.
 COMMON = '--cond=1 --batch=32 --lr_rampup=0 --ema=10kimg --workers=0 --seed=0'
@@ -86,10 +96,10 @@ def write_teachers(folder: Path) -> None:
     save_snapshot(folder / 'consistency.pkl', net, objective='ect', nimg=0, kimg=0, **sampling)
 
 
-def waits_in_training(case: str, data: str, folder: Path) -> list[str]:
-    """Of the step after each network's first: the first allocates what stays, and makes the first edges."""
+def configured(options: str, data: str, folder: Path):
+    """(configuration, training set, teacher) of a run with these options."""
     words = [f'--outdir={folder}', f'--data={data}', *COMMON.split()]
-    words += [word.format(folder=folder) for word in TRAINING[case].split()]
+    words += [word.format(folder=folder) for word in options.split()]
     objective = command_line.objective_in(words) or 'diffusion'
     words += [] if objective == 'pd' else ['--duration=0.000128']
     if (kind := OBJECTIVES[objective].teacher) is not None:
@@ -101,8 +111,12 @@ def waits_in_training(case: str, data: str, folder: Path) -> list[str]:
     teacher = starting_point.load_teacher(o, dataset) if o.teacher else None
     teacher = starting_point.guided_teacher(o, teacher)
     o = configuration.resolve_defaults(o, dataset, teacher, None)
-    c = configuration.configure(o, dataset, teacher)
+    return configuration.configure(o, dataset, teacher), dataset, teacher
 
+
+def waits_in_training(case: str, data: str, folder: Path) -> list[str]:
+    """Of the step after each network's first: the first allocates what stays, and makes the first edges."""
+    c, dataset, teacher = configured(TRAINING[case], data, folder)
     with gpu_stand_in.gpu() as device, contextlib.redirect_stdout(io.StringIO()):
         run = set_up(c, str(folder), dataset, teacher, None)
         prefetcher, profile = prefetch(run, None), StepProfile(0, '', run.device, {}, print)
@@ -120,6 +134,23 @@ def waits_in_training(case: str, data: str, folder: Path) -> list[str]:
     training_stats.AT_ONCE = 32
     training_stats.reset()
     return found
+
+
+def memory_of_training(options: str, data: str, folder: Path) -> dict[str, float]:
+    """Peak of the step after each network's first, and what --dry-run says of it, in MB."""
+    c, dataset, teacher = configured(options, data, folder)
+    with gpu_stand_in.gpu(track_memory=True) as device, contextlib.redirect_stdout(io.StringIO()):
+        said = dry_run.memory_facts(c, starting_point.on_meta(c.network), teacher)
+        run = set_up(c, str(folder), dataset, teacher, None)
+        prefetcher, profile = prefetch(run, None), StepProfile(0, '', run.device, {}, print)
+        for _ in run.trained:
+            train_step(run, prefetcher, profile)
+        device.reset()
+        for _ in run.trained:
+            train_step(run, prefetcher, profile)
+        run.averages.flush()
+    training_stats.reset()
+    return dict(said=said['device_total'] * dry_run.GIB / 1e6, peak=device.peak / 1e6)
 
 
 def waits_beyond_the_first(device: gpu_stand_in.StandIn, call) -> list[str]:
@@ -269,6 +300,10 @@ def main(data: str, folder: str, *cases: str) -> None:
     configuration.check_perceptual = lambda c: None
     write_teachers(Path(folder))
     found = {}
+    if cases == ('memory',):
+        found = {case: memory_of_training(options, data, Path(folder)) for case, options in MEMORY.items()}
+        print(json.dumps(found))
+        return
     for case in cases or TRAINING:
         found[case] = waits_in_training(case, data, Path(folder))
     if not cases:

@@ -11,7 +11,8 @@ from helpers import TINY_NETWORK, assert_one_clear_error
 
 import train
 from metrics import detectors
-from training import architectures, dry_run
+from torch_utils import distributed
+from training import architectures, memory
 from training.checkpoint import load_network, save_snapshot
 from training.networks import EDMPrecond
 
@@ -47,6 +48,23 @@ def test_network_and_memory_are_those_of_the_network_that_would_train(digits):
     assert memory['micro_batch'] == 16 and memory['activations'] > 0
 
 
+@pytest.mark.parametrize('processes', [1, 4])
+def test_the_memory_of_divided_weights_is_that_of_one_process(digits, monkeypatch, processes):
+    """Bytes a parameter: gathered weights 4 and two shares of them, and N-ths of gradient 4, moments 8 and averages 8. A
+    target network is shares alone. One process divides nothing."""
+    monkeypatch.setattr(distributed, 'get_world_size', lambda: processes)
+    start = [f'--data={digits}', '--arch=adm', '--cbase=256', '--cres=1', '--phema=0.05', '--batch=64']
+    c, _ = described(*start, '--objective=cm-ct', '--mu0=0.9', '--cm_loss=l2', '--shard=optimizer')
+    memory, count = c['about']['memory_gib'], c['about']['network']['parameters']
+    expected = dict(weights=4, gradients=4, optimizer=8, averages=8, target=4)
+    if processes > 1:
+        expected = dict(weights=4 + 8 / 4, gradients=4 / 4, optimizer=8 / 4, averages=8 / 4, target=8 / 4)
+    assert {part: memory[part] for part in expected} == {
+        part: pytest.approx(bytes_each * count / 2**30, abs=1e-3) for part, bytes_each in expected.items()
+    }
+    assert memory['micro_batch'] == 64 // processes and memory['processes'] == processes
+
+
 def test_defaults_of_a_network_are_named(digits):
     """ADM's own: three blocks; attention at 32, 16 and 8, of which 8x8 images have one, from 64 channels on."""
     c, said = described(f'--data={digits}', '--arch=adm', '--cbase=64', '--cres=1,2')
@@ -59,7 +77,7 @@ def test_defaults_of_a_network_are_named(digits):
 
 def test_activations_are_what_the_forward_pass_saves():
     """The meta device, which computes nothing, against tensors on the CPU, for a batch of three."""
-    kwargs = dict(TEST_NETWORK, label_dim=10)
+    kwargs = dict(TEST_NETWORK, label_dim=10, attn_resolutions=[8], channels_per_head=16)
     real, kept = EDMPrecond(**kwargs).train(), {}
     own = {p.untyped_storage().data_ptr() for p in real.parameters()}
 
@@ -68,10 +86,12 @@ def test_activations_are_what_the_forward_pass_saves():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        real(torch.randn(3, 1, 8, 8), torch.ones(3), torch.eye(10)[:3])
+        masks = real.dropout_masks(3)
+        real(torch.randn(3, 1, 8, 8), torch.ones(3), torch.eye(10)[:3], dropout_masks=masks)
     expected = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
     network = dict(class_name='EDMPrecond', kwargs=kwargs)
-    assert dry_run.saved_for_backward(network, 'fp32', 3) == pytest.approx(expected, rel=0.02)
+    fixed, per_image = memory.saved_for_backward(network, 'fp32')
+    assert fixed + 3 * per_image == pytest.approx(expected, rel=0.02)
 
 
 TEST_NETWORK = dict(

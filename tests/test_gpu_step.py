@@ -14,17 +14,26 @@ from training.objectives import OBJECTIVES
 if reason := gpu_stand_in.why_unavailable():
     pytest.skip(reason, allow_module_level=True)
 
-from gpu_steps import SAMPLING, TRAINING, WAITS
+from gpu_steps import MEMORY, SAMPLING, TRAINING, WAITS
 
 CASES = [*TRAINING, *(f'generate {arch} {solver}' for arch, solver in SAMPLING), 'validation']
+
+
+def on_stand_in(*arguments) -> dict:
+    """What `gpu_steps` finds, in a process of its own."""
+    program = run_python('-m', 'tests.gpu_steps', *arguments, env=gpu_stand_in.guarded_environment())
+    return json.loads(program.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope='module')
 def found(digits, tmp_path_factory) -> dict[str, list[str]]:
     """What one process finds in all cases."""
-    arguments = '-m', 'tests.gpu_steps', digits, tmp_path_factory.mktemp('gpu')
-    program = run_python(*arguments, env=gpu_stand_in.guarded_environment())
-    return json.loads(program.stdout.splitlines()[-1])
+    return on_stand_in(digits, tmp_path_factory.mktemp('gpu'))
+
+
+@pytest.fixture(scope='module')
+def found_of_memory(digits, tmp_path_factory) -> dict[str, dict[str, float]]:
+    return on_stand_in(digits, tmp_path_factory.mktemp('memory'), 'memory')
 
 
 def test_every_objective_has_a_case():
@@ -40,6 +49,13 @@ def test_the_host_waits_for_nothing_and_no_devices_are_mixed(case, found):
 def test_channels_last_is_ignored_where_group_normalization_would_undo_it(found):
     compiled = {'adm, compiled': True, 'edm2, compiled': True}
     assert found['channels last'] == dict(adm=False, edm2=True) | compiled
+
+
+@pytest.mark.parametrize('case', MEMORY)
+def test_the_peak_of_a_step_is_what_a_dry_run_says(case, found_of_memory):
+    """Within 5 %, which are temporary tensors: of a run as train.py sets it up, in its second step."""
+    said, peak = found_of_memory[case].values()
+    assert peak == pytest.approx(said, rel=0.05)
 
 
 # ----------------------------------------------------------------------------

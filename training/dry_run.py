@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import sys
-from collections.abc import Mapping
 
 import torch
 
@@ -14,14 +12,13 @@ from dnnlib import EasyDict, downloads
 from dnnlib.text import printable
 from dnnlib.util import named
 from torch_utils import distributed
-from training import architectures, execution, run_folder
+from training import architectures, memory, run_folder
 from training.announcements import start_warnings
 from training.command_line import Options
 from training.objectives import OBJECTIVES
-from training.starting_point import as_denoiser, default_of, on_meta
+from training.starting_point import default_of, on_meta
 
 GIB = 2**30
-PRIME = 1_000_003  # images; no size of a network's weights is divisible by it
 
 
 def show(o: Options, c: EasyDict, dataset, teacher: torch.nn.Module | None) -> None:
@@ -48,7 +45,7 @@ def about(o: Options, c: EasyDict, dataset, teacher: torch.nn.Module | None, net
     return dict(
         network=network_facts(c, net),
         cost=training_cost(o, c),
-        memory_gib=memory(c, net, teacher),
+        memory_gib=memory_facts(c, net, teacher),
         not_checked=not_checked,
     )
 
@@ -91,71 +88,24 @@ def network_facts(c: EasyDict, net: torch.nn.Module) -> dict:
 # Memory.
 
 
-def memory(c: EasyDict, net: torch.nn.Module, teacher: torch.nn.Module | None) -> dict[str, object]:
-    """GiB of a process by part. Temporary tensors, the teacher's pass and CUDA itself come on top.
-
-    `activations`: what the student's pass over a micro-batch saves for the backward pass; None where
-    --checkpoint-activations computes them again.
-    """
-    size = 8 if c.precision == 'fp64' else 4
-    weights = sum(p.numel() for p in net.parameters()) * size
-    processes = distributed.get_world_size()
+def memory_facts(c: EasyDict, net: torch.nn.Module, teacher: torch.nn.Module | None) -> dict[str, object]:
+    """GiB of a process by part (`training.memory`), and in all on its device. Most temporary tensors, the perceptual
+    distance and CUDA itself come on top."""
+    processes, on_gpu = distributed.get_world_size(), distributed.get_device().type == 'cuda'
     # Accumulated gradients hold the activations of one micro-batch at a time.
     micro_batch = min(c.batch_gpu or c.batch_size // processes, c.batch_size // processes)
-    # Adam keeps two moments of each gradient.
-    parts = dict(
-        weights=weights,
-        gradients=weights,
-        optimizer=2 * weights,
-        averages=(1 + len(c.phema_stds)) * weights,
-        target=weights if c.loss.get('mu0') else 0,
-        auxiliary=4 * weights if OBJECTIVES[c.objective].auxiliary else 0,
-        teacher=sum(p.numel() for p in teacher.parameters()) * size if teacher is not None else 0,
-    )
-    if not c.checkpoint_activations:
-        # Gradients of sid's student pass through the teacher and the auxiliary network.
-        passes = 3 if OBJECTIVES[c.objective].one_step else 1
-        parts['activations'] = passes * saved_for_backward(c.network, c.precision, micro_batch)
+    objective = OBJECTIVES[c.objective]
+    perceptual = torch.nn.Identity() if c.loss.get('cm_loss') == 'lpips' else None
+    state = objective.module().setup(objective.complete(c.loss), teacher, net, perceptual)
+    # Gradients of sid's student pass through the teacher and the auxiliary network.
+    second = dict(auxiliary=objective.auxiliary, passes=3 if objective.one_step else 1)
+    parts = memory.parts(c, net, teacher, state, micro_batch, processes, on_gpu, **second)
 
     # Averages may lie on the host.
     on_device = sum(parts.values()) - (parts['averages'] if c.ema_device == 'cpu' else 0)
     found = {name: round(nbytes / GIB, 3) for name, nbytes in parts.items()}
-    return dict(
-        {'activations': None} | found, device_total=round(on_device / GIB, 3), micro_batch=micro_batch
-    )
-
-
-def saved_for_backward(network: Mapping, precision: str, count: int) -> int:
-    """Bytes that a training pass of a network {class_name, kwargs} over `count` images saves for the backward
-    pass, apart from its parameters."""
-    fixed, per_image = _saved_bytes(json.dumps(network), precision)
-    return fixed + count * per_image
-
-
-@functools.cache
-def _saved_bytes(network: str, precision: str) -> tuple[int, int]:
-    """Bytes of saved tensors that do not depend on the number of images, and bytes per image.
-
-    The meta device computes no numbers, so the pass is over a large prime number of images: a tensor depends on
-    the images if its size is divisible by that.
-    """
-    net = execution.in_precision(on_meta(json.loads(network)), precision).train().requires_grad_(True)
-    own = {p.untyped_storage()._cdata for p in net.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage  # alive, so that no other storage gets its address
-        return tensor
-
-    with torch.device('meta'), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        images = torch.zeros(PRIME, net.img_channels, net.img_resolution, net.img_resolution)
-        sigma, labels = torch.ones(PRIME), torch.zeros(PRIME, net.label_dim) if net.label_dim else None
-        net(images, sigma, labels, **as_denoiser(net, sigma))
-    sizes = [storage.nbytes() for storage in kept.values()]
-    fixed = sum(size for size in sizes if size % PRIME)
-    return fixed, (sum(sizes) - fixed) // PRIME
+    total = round(on_device / GIB, 3)
+    return dict(found, device_total=total, micro_batch=micro_batch, processes=processes)
 
 
 # ----------------------------------------------------------------------------

@@ -81,13 +81,18 @@ def hold_in_half(net: torch.nn.Module) -> torch.nn.Module:
 
 
 def rounded_parameters(net: torch.nn.Module) -> tuple[list[torch.nn.Parameter], torch.dtype | None]:
-    """Parameters that a denoiser with a U-Net rounds to half precision as they are: those of convolutions and
-    norms; and the type. EDM2's are not among them, because they are normalized in FP32 at every call."""
+    """Parameters that a denoiser with a U-Net rounds to half precision as it is set to run, and the type."""
+    half = torch.bfloat16 if net.use_bf16 else torch.float16 if net.use_fp16 and is_on_gpu(net) else None
+    return (parameters_in_half(net) if half else []), half
+
+
+def parameters_in_half(net: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Parameters that networks in half precision round as they are: those of convolutions and norms. EDM2's are not
+    among them, because they are normalized in FP32 at every call."""
     from training.networks import Conv2d, GroupNorm
 
-    half = torch.bfloat16 if net.use_bf16 else torch.float16 if net.use_fp16 and is_on_gpu(net) else None
-    layers = [m for m in net.modules() if isinstance(m, (Conv2d, GroupNorm))] if half else []
-    return [parameter for layer in layers for parameter in layer.parameters(recurse=False)], half
+    layers = [module for module in net.modules() if isinstance(module, (Conv2d, GroupNorm))]
+    return [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
 
 
 def blocks_of(net: torch.nn.Module) -> list[torch.nn.Module]:
