@@ -10,7 +10,11 @@ from helpers import FAST, TINY_NETWORK, assert_one_clear_error, invoke, lines, r
 from PIL import Image
 
 import train
+from dnnlib import EasyDict, UserError
+from torch_utils.flat import FlatParameters
+from training import setup
 from training.checkpoint import load_network, load_state
+from training.objectives.loss import State
 from training.run_files import saved_states
 
 BATCH, STEPS = 32, 8
@@ -123,20 +127,43 @@ def test_a_state_of_one_process_resumes_divided_among_four(digits, tmp_path):
         assert_same_state(ours[part], theirs[part])
 
 
-def test_what_cannot_be_divided_is_an_error_or_a_line(digits, teacher, tmp_path):
-    common = [f'--data={digits}', f'--outdir={tmp_path}', '--cond=1', DIVIDED]
-    wrong = CliRunner().invoke(train.main, [*common, '--compile'])
+def test_a_target_network_is_divided_too_and_resumes_undivided(digits, tmp_path):
+    """Of consistency training: its average, by which the loss is, comes to that of an undivided run."""
+    target = ['--objective=cm-ct', '--mu0=0.9', '--cm_loss=l2', '--N=8', '--batch-gpu=8']
+    options = [f'--data={digits}', *COMMON, *TINY_NETWORK, *target]
+    for name, more in (('whole', []), ('divided', [DIVIDED])):
+        run_ranks(2, 'train.py', f'--outdir={tmp_path / name}', *options, *more)
+    assert losses(tmp_path / 'divided') == pytest.approx(losses(tmp_path / 'whole'), rel=1e-4)
+    ours, theirs = (load_state(saved_states(tmp_path / name)[0]) for name in ('divided', 'whole'))
+    for part in ('net', 'averages', 'loss'):
+        assert_same_state(ours[part], theirs[part])
+    lag = [(ours['loss']['target'][name] - value).abs().max() for name, value in ours['net'].items()]
+    assert max(lag) > 1e-4, 'no more than what counts as equal'
+
+    # From the middle: the divided run in one process, and the undivided one divided.
+    resumed = {'divided': (1, ['--shard=none', '--batch-gpu=32']), 'whole': (2, [DIVIDED])}
+    for name, (processes, more) in resumed.items():
+        middle, folder = saved_states(tmp_path / name)[-1], tmp_path / f'{name}, resumed'
+        folder.mkdir()
+        (folder / middle.name).write_bytes(middle.read_bytes())
+        run_ranks(processes, 'train.py', f'--resume={folder / middle.name}', f'--data={digits}', *more)
+        assert losses(folder) == pytest.approx(losses(tmp_path / 'whole')[-len(losses(folder)) :], rel=1e-4)
+        assert_same_state(load_state(saved_states(folder)[0])['loss'], theirs['loss'])
+
+
+def test_an_objective_that_does_not_divide_its_own_network_is_refused():
+    class Own(State):
+        def networks(self):
+            return [torch.nn.Linear(1, 1)]
+
+    weights = FlatParameters(torch.nn.Linear(1, 1))
+    with pytest.raises(UserError, match='--objective=own keeps a network of its own'):
+        setup.divide_others(EasyDict(objective='own'), weights, Own())
+
+
+def test_what_cannot_be_divided_is_an_error_or_a_line(digits, tmp_path):
+    options = [f'--data={digits}', f'--outdir={tmp_path}', DIVIDED, *TINY_NETWORK, *COMMON]
+    wrong = CliRunner().invoke(train.main, [*options, '--compile'])
     assert_one_clear_error(wrong, '--compile', status=2)
-    alone = invoke(train.main, *common, *TINY_NETWORK, *COMMON, '--duration=0.000032')
+    alone = invoke(train.main, *options, '--duration=0.000032')
     assert '--shard=optimizer is for several processes' in alone.stdout
-    options = [
-        '--objective=cm-cd',
-        f'--teacher={teacher}',
-        '--mu0=0.9',
-        '--cm_loss=l2',
-        *FAST,
-        '--batch=64',
-        '--duration=0.000064',
-    ]
-    own = run_ranks(2, 'train.py', *common, f'--outdir={tmp_path / "own"}', *options, check=False)
-    assert_one_clear_error(own, '--objective=cm-cd keeps a network of its own')

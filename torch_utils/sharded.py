@@ -2,7 +2,7 @@
 
 Every process evaluates the whole network: FSDP2 gathers the parameters block by block in the first forward pass
 of a step and keeps them until the backward pass, which averages gradients over the processes and leaves each its
-share. Optimizer and averages work on shares.
+share. Those of a frozen network are gathered in every pass, and not kept. Optimizer and averages work on shares.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class ShardedParameters(FlatParameters):
         net: the same network on every process, on its device.
         blocks: parts of it that are gathered one after another.
     Attributes:
-        weights: [m] Parameter, this process's share; `grad` is that of the gradient, after `take_gradients`.
+        weights: [m] Parameter, this process's share. If the network trains, `grad` is that of the gradient, after
+            `take_gradients`.
         parameters: those of the network, DTensors but for scalars.
     """
 
@@ -44,13 +45,15 @@ class ShardedParameters(FlatParameters):
         }
         self._template = copy.deepcopy(net, meta).eval()
 
-        # Divide it. Gathered blocks stay, because the network may be evaluated several times in a step.
+        # Divide it. Gathered blocks stay until the backward pass, if there is one, because the network may be
+        # evaluated several times in a step.
+        trains = any(parameter.requires_grad for parameter in net.parameters())
         device = next(net.parameters()).device
         self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         scalars = {parameter for parameter in net.parameters() if parameter.ndim == 0}
         for part in (*blocks, net):
             if any(parameter.ndim for parameter in part.parameters()):
-                fully_shard(part, mesh=self.mesh, reshard_after_forward=False, ignored_params=scalars)
+                fully_shard(part, mesh=self.mesh, reshard_after_forward=not trains, ignored_params=scalars)
 
         # This process's share: vectors first, then scalars.
         self.parameters = list(net.parameters())
@@ -60,8 +63,9 @@ class ShardedParameters(FlatParameters):
         starts, total = layout([own[i].numel() for i in order])
         self._places = sorted(zip(order, starts, (own[i].shape for i in order)))
         self._scalars = next((s for i, s in zip(order, starts) if self.parameters[i].ndim == 0), total)
-        self.weights = torch.nn.Parameter(own[0].new_zeros(total))
-        self.weights.grad = torch.zeros_like(self.weights, requires_grad=False)
+        self.weights = torch.nn.Parameter(own[0].new_zeros(total), requires_grad=trains)
+        if trains:
+            self.weights.grad = torch.zeros_like(self.weights, requires_grad=False)
         self.absorb()
 
     def parts(self, vector: torch.Tensor) -> list[torch.Tensor]:

@@ -188,7 +188,9 @@ def trained(
     shard = c.get('shard') == 'optimizer' and several
     if shard or c.compiled:
         execution.leave_unit_weights(net)
-    flat = divided(c, net, loss_state) if shard else FlatParameters(net)
+    flat = divided(net) if shard else FlatParameters(net)
+    if shard and not name:
+        divide_others(c, flat, loss_state)
     update = WeightUpdate(flat, tuple(c.betas), c.eps, c.loss_scaling, c.grad_clip, c.optim, name)
 
     # Weights in half precision are rounded once a step, unless the loss also evaluates the network in FP32.
@@ -199,19 +201,24 @@ def trained(
     return Trained(net, gradients, evaluated, update)
 
 
-def divided(c: EasyDict, net: torch.nn.Module, loss_state: State) -> FlatParameters:
-    """The parameters of `net`, divided among the processes in place (--shard=optimizer).
-
-    Raises: UserError for objectives that keep networks of their own, which would not be divided.
-    """
+def divided(net: torch.nn.Module) -> FlatParameters:
+    """The parameters of `net`, divided among the processes in place (--shard=optimizer)."""
     from torch_utils.sharded import ShardedParameters  # slow to import
 
-    if loss_state.networks():
-        distributed.fail_together(
-            f'--shard=optimizer: --objective={c.objective} keeps a network of its own with these options, which '
-            'would not be divided. Leave it out.'
-        )
     return ShardedParameters(net, execution.blocks_of(net))
+
+
+def divide_others(c: EasyDict, weights: FlatParameters, loss_state: State) -> None:
+    """Divide the objective's own networks like the student, whose share `weights` is.
+
+    Raises: UserError if the objective has some that it does not divide.
+    """
+    if loss_state.networks() and type(loss_state).divide is State.divide:
+        distributed.fail_together(
+            f'--shard=optimizer: --objective={c.objective} keeps a network of its own with these options, which it '
+            'does not divide (`State.divide`). Leave it out.'
+        )
+    loss_state.divide(weights, divided)
 
 
 def set_arithmetic(c: EasyDict) -> None:

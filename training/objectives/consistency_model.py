@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 torch = lazy_import('torch')
 ops = lazy_import('training.consistency_ops')
 times = lazy_import('training.objectives.time_schedules')
+flat = lazy_import('torch_utils.flat')
 
 CM_LOSSES = ('lpips', 'l2', 'l1', 'pseudo_huber')
 MU_SCHEDULES = ('adaptive', 'fixed')
@@ -73,6 +74,7 @@ class ConsistencyModelState(NodeSchedule):
             # The copy stays in training mode, because it is evaluated under the network's dropout masks.
             self.target = copy.deepcopy(net).requires_grad_(False)
             self._averages, self._weights = (list(module.parameters()) for module in (self.target, net))
+            self._vector = flat.FlatParameters(self.target)
 
     def stage_after(self, nimg: int) -> int:
         c = self.c
@@ -86,11 +88,17 @@ class ConsistencyModelState(NodeSchedule):
         follows_grid = c.N is None and c.mu_schedule == 'adaptive'
         self.mu = times.target_ema(self.stage, c.s0, c.mu0) if follows_grid else c.mu0
 
+    def divide(self, weights, divided) -> None:
+        if self.target is not None:
+            self._vector = divided(self.target)
+            self._averages, self._weights = [self._vector.weights], [weights.weights]
+
     def end_step(self) -> None:
         """target <- mu target + (1 − mu) network, with the mu of this step."""
         if self.target is not None:
             with torch.no_grad():
                 torch._foreach_lerp_(self._averages, self._weights, 1 - self.mu)
+            self._vector.publish()
 
     def image_distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         """[N] distances by `cm_loss`. `l1`, `l2`: means over an image's values; `pseudo_huber`: with iCT's
@@ -108,12 +116,18 @@ class ConsistencyModelState(NodeSchedule):
         return [] if self.target is None else [self.target]
 
     def state_dict(self) -> dict:
-        return {} if self.target is None else dict(target=dict(self.target.state_dict()))
+        return {} if self.target is None else dict(target=self._vector.state_dict(self.target))
 
     def load_state_dict(self, state: dict) -> None:
-        if self.target is not None:
-            # The state of a run without a target network starts one from the loaded network.
-            self.target.load_state_dict(state['target'] if 'target' in state else self.net.state_dict())
+        if self.target is None:
+            return
+        if 'target' in state:
+            self._vector.load_state_dict(self.target, state['target'])
+            return
+        # The state of a run without a target network starts one from the loaded network.
+        with torch.no_grad():
+            torch._foreach_copy_(self._averages, self._weights)
+        self._vector.publish()
 
 
 def pseudo_huber(d: Tensor, c: float | None = None) -> Tensor:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
+    from torch_utils.flat import FlatParameters
+
 torch = lazy_import('torch')
 training_stats = lazy_import('torch_utils.training_stats')
 
@@ -76,6 +78,10 @@ class State:
         """Networks that it evaluates besides the one that trains and the teacher."""
         return []
 
+    def divide(self, weights: FlatParameters, divided: Callable[[Module], FlatParameters]) -> None:
+        """The network that trains has been divided among processes, of which `weights` is this one's share; divide
+        those of `networks` likewise."""
+
     def sampling_network(self, net: Module) -> Module:
         """What samples images with `net`, an average of the network that trains; usually `net` itself."""
         return net
@@ -93,11 +99,11 @@ class State:
         """What `per_image` returned, for this process's part of the batch."""
 
     def state_dict(self) -> dict:
-        """Tensors and plain data that a resumed run needs; the same on all processes."""
+        """Tensors and plain data that a resumed run needs; on the main process. All call this together."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Inverse of `state_dict`."""
+        """Inverse of `state_dict`, on every process."""
 
 
 # ----------------------------------------------------------------------------
