@@ -80,6 +80,15 @@ def test_a_power_function_average_is_the_integral_over_its_profile():
         assert net.value.item() == pytest.approx((gamma + 1) / (gamma + 2), abs=2e-3)
 
 
+def test_weights_that_enter_every_third_step_have_the_decay_of_three():
+    """2^(-300/500), and ((t − 300) / t)^(γ+1) as a product of three: 0 at t = 300. Others are not seen."""
+    averages, kept = averages_of([9.0, 9.0, 1.0, 7.0, 7.0, 2.0, 5.0], every=3), 2**-0.6
+    expected = (1 - kept) * kept + 2 * (1 - kept)
+    assert averages.ema.value.item() == pytest.approx(expected, rel=1e-12)
+    for std, net in averages.phema.items():
+        assert net.value.item() == pytest.approx(2 - 0.5 ** (phema.std_to_exp(std) + 1), rel=1e-12)
+
+
 def test_averages_round_trip_through_their_state():
     first, second = averages_of([1.0, 2.0, 3.0]), averages_of([0.0])
     second.load_state_dict(first.state_dict())
@@ -87,10 +96,10 @@ def test_averages_round_trip_through_their_state():
     assert [n.value for n in second.phema.values()] == [n.value for n in first.phema.values()]
 
 
-def trained(steps, device, state=None, slow=False):
+def trained(steps, device, state=None, slow=False, every=1):
     """Averages of a small network whose weights are other random numbers at every step, from the given state's step on."""
     net = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
-    averages = phema.WeightAverages(net, flat := FlatParameters(net), 500, 0.05, [0.05, 0.2], device)
+    averages = phema.WeightAverages(net, flat := FlatParameters(net), 500, 0.05, [0.05, 0.2], device, every)
     if state is not None:
         averages.load_state_dict(state)
     if slow:
@@ -105,11 +114,14 @@ def trained(steps, device, state=None, slow=False):
     return averages
 
 
-@pytest.mark.parametrize('slow', [False, True])
-def test_averages_that_a_thread_computes_are_bit_for_bit_those_of_the_network_s_own_device(slow):
-    """Also where the thread is slower than the steps, whose weights change meanwhile, and where a run goes on from a state."""
-    plain, threaded = trained(range(12), None), trained(range(5), 'cpu', slow=slow)
-    threaded = trained(range(5, 12), 'cpu', state=copy.deepcopy(threaded.state_dict()), slow=slow)
+@pytest.mark.parametrize('slow, every', [(False, 1), (True, 1), (False, 4)])
+def test_averages_that_a_thread_computes_are_bit_for_bit_those_of_the_network_s_own_device(slow, every):
+    """Also where the thread is slower than the steps, whose weights change meanwhile, and where a run goes on from a
+    state, which may lie between two weights that enter."""
+    plain, threaded = trained(range(12), None, every=every), trained(range(5), 'cpu', slow=slow, every=every)
+    state = copy.deepcopy(threaded.state_dict())
+    assert ('waiting' in state) == (every > 1)
+    threaded = trained(range(5, 12), 'cpu', state=state, slow=slow, every=every)
     for name, network in plain.networks.items():
         assert all(
             torch.equal(a, b) for a, b in zip(network.parameters(), threaded.networks[name].parameters())

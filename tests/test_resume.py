@@ -4,11 +4,12 @@ import json
 import shutil
 
 import pytest
+import torch
 from helpers import FAST, TINY_NETWORK, assert_one_clear_error, invoke
 
 import train
 from training import run_files
-from training.checkpoint import load_network
+from training.checkpoint import load_network, load_state
 from training.saved_files import saved_snapshots, saved_states
 
 OPTIONS = ['--cond=1', *TINY_NETWORK, *FAST, '--batch=64', '--duration=0.000256', '--tick=0.064', '--dump=1']
@@ -44,6 +45,20 @@ def test_a_run_goes_on_as_it_was_by_its_folder_alone(folder):
     assert {k: v for k, v in before.items() if k not in PLACES} == {
         k: v for k, v in after.items() if k not in PLACES
     }
+
+
+def test_averages_of_every_third_step_go_on_bit_for_bit_from_between_two_of_them(digits, tmp_path):
+    options = [f'--data={digits}', *OPTIONS, '--duration=0.000384', '--lr=0.01', '--lr_rampup=0', '--keep=9']
+    options += ['--ema=64', '--phema=0.1', '--ema-every=3', '--ema-device=cpu']
+    assert invoke(train.main, f'--outdir={tmp_path / "whole"}', *options).exit_code == 0
+    states = {load_state(path)['progress']['nimg']: path for path in saved_states(tmp_path / 'whole')}
+    whole, middle = load_state(states[384])['averages'], load_state(states[256])
+    assert 'waiting' in middle['averages'] and 'waiting' not in whole
+    (tmp_path / 'resumed').mkdir()
+    shutil.copy(states[256], tmp_path / 'resumed')
+    assert invoke(train.main, f'--resume={tmp_path / "resumed"}').exit_code == 0
+    resumed = load_state(saved_states(tmp_path / 'resumed')[0])['averages']
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
 
 def test_options_on_top_are_listed_on_one_line(folder):

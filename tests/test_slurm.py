@@ -21,6 +21,13 @@ SCONTROL = """#!/bin/bash
 if [[ "$1 $2" == "show hostnames" ]]; then echo localhost; else echo "$*" >> "$SCONTROL_LOG"; fi
 """
 STEPS = 60
+FOR_MEMORY = [
+    '--shard=optimizer',
+    '--ema-device=cpu',
+    '--ema-every=7',
+    '--checkpoint-activations',
+    '--phema=0.1',
+]
 
 
 @pytest.fixture
@@ -66,8 +73,9 @@ def torchrun_of(script):
     return int(children[0])
 
 
+@pytest.mark.parametrize('more', [[], FOR_MEMORY], ids=['plain', 'for memory'])
 def test_a_job_that_must_stop_requeues_itself_and_its_next_start_goes_on_to_the_end(
-    tmp_path, digits, cluster
+    tmp_path, digits, cluster, more
 ):
     run_dir, log = tmp_path / 'run', tmp_path / 'scontrol.log'
     options = [
@@ -81,6 +89,7 @@ def test_a_job_that_must_stop_requeues_itself_and_its_next_start_goes_on_to_the_
         '--dump=1',
         '--augment=0',
         f'--duration={STEPS * 64e-6}',
+        *more,
     ]
     job = submit(cluster, run_dir, *options)
     while not (run_dir / 'stats.jsonl').exists():

@@ -288,6 +288,9 @@ class Performance:
         'same', click.Choice(['same', 'cpu']),
         "Device of the weight averages: the network's, or the host.",
         flags=('--ema-device',), key='ema_device')
+    ema_every: int = opt(
+        1, cli.COUNT, 'Number of steps between two weights that enter the averages.',
+        flags=('--ema-every',), metavar='INT', key='ema_every')
     shard: str = opt(
         'none', click.Choice(['none', 'optimizer']),
         'optimizer: divide weights, optimizer state and averages among processes (FSDP2); each still evaluates '

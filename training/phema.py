@@ -128,6 +128,8 @@ class WeightAverages:
             rampup_ratio × images seen), or halflife_nimg if the ratio is None.
         phema_stds: widths of the power-function averages.
         device: device of the averages: None for the network's, or 'cpu' for the host.
+        every: number of steps between two weights that enter the averages. Those in between do not, and averages
+            are up to `every` − 1 steps old; their profiles over the images seen are the same but for that.
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class WeightAverages:
         rampup_ratio: float | None,
         phema_stds: list[float],
         device: torch.device | str | None = None,
+        every: int = 1,
     ):
         self.halflife_nimg, self.rampup_ratio, self.source = halflife_nimg, rampup_ratio, weights
         names = ['ema', *map(average_name, phema_stds)]
@@ -154,6 +157,8 @@ class WeightAverages:
             }
         self._stds = dict(zip(phema_stds, names[1:]))
         self._exponents = [float(std_to_exp(std)) for std in phema_stds]
+        # Products of the decays of steps since the last weights that were taken in.
+        self._every, self._waiting = every, [1.0] * len(names)
         # Whether weights also change before the update, see `networks.edm2.force_unit_weights`.
         self._changed_early = any(hasattr(part, 'forces_unit_weights') for part in net.modules())
         self._changed_early |= weights.sharded
@@ -218,11 +223,15 @@ class WeightAverages:
         return [exponential, *(_decay(exponent, nimg, batch_size) for exponent in self._exponents)]
 
     def update(self, nimg: int, batch_size: int) -> None:
-        """Take in the weights after a step of `batch_size` images, the last of `nimg` images.
+        """After a step of `batch_size` images, the last of `nimg` images, take in the weights if it is their turn.
 
         Buffers do not change in training.
         """
-        decays = self.decays(nimg, batch_size)
+        decays = [a * b for a, b in zip(self._waiting, self.decays(nimg, batch_size))]
+        if nimg // batch_size % self._every:
+            self._waiting = decays
+            return
+        self._waiting = [1.0] * len(decays)
         if self._copies is None:
             self._take_in(self.source.weights, decays)
         else:
@@ -251,17 +260,21 @@ class WeightAverages:
             self._copies.flush()
 
     def state_dict(self) -> dict:
-        """Tensors of all averages, for a training state; on the main process (see `saved`)."""
+        """Tensors of all averages, for a training state; on the main process (see `saved`). Between two weights that
+        enter them also `waiting`, the decays of the steps since."""
         found = {}
         for name, std in self.names.items():
             net = self.saved(name)
             found[std] = {} if net is None else dict(net.state_dict())
-        return dict(ema=found.pop(None), phema=found)
+        state = dict(ema=found.pop(None), phema=found)
+        waits = any(decay != 1 for decay in self._waiting)
+        return state | (dict(waiting=self._waiting) if waits else {})
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Inverse of `state_dict`, on every process."""
         vectors = self.vectors
+        self._waiting = state.get('waiting', [1.0] * len(vectors))
         for name, std in self.names.items():
             tensors = state['ema'] if std is None else state['phema'][std]
             if self.source.sharded:

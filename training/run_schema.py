@@ -195,7 +195,11 @@ STATE = Record(
         net=TENSORS,
         update=UPDATE,
         auxiliary=Record(dict(net=TENSORS, update=UPDATE), ['net', 'update'], others=None),
-        averages=Record(dict(ema=TENSORS, phema=Dict(SHARE, TENSORS, 1000)), ['ema', 'phema'], others=None),
+        averages=Record(
+            dict(ema=TENSORS, phema=Dict(SHARE, TENSORS, 1000), waiting=ListOf(Real(0, 1), 1001)),
+            required=['ema', 'phema'],
+            others=None,
+        ),
         loss=Record(dict(target=TENSORS, per_image=FLOATS), others=Kind()),
         progress=PROGRESS,
         stats=ListOf(Row((ListOf(Text(longest=200)), Numbers(torch.float64)))),

@@ -125,7 +125,8 @@ def set_up(
     student, auxiliary = trained(c, net, loss_state, device), None
     average_lengths = c.ema_halflife_nimg, c.ema_rampup_ratio, c.phema_stds
     on_host = 'cpu' if c.ema_device == 'cpu' else None
-    averages = WeightAverages(net, student.update.parameters, *average_lengths, on_host)
+    how = on_host, c.get('ema_every', 1)
+    averages = WeightAverages(net, student.update.parameters, *average_lengths, *how)
     if OBJECTIVES[c.objective].auxiliary:
         # It starts from the teacher, whatever the student starts from.
         second = network_to_train(EasyDict(c, transfer=None), teacher, device)
