@@ -55,10 +55,11 @@ def short_run(digits, teacher, consistency_model, rulers, tmp_path):
 
 @pytest.mark.parametrize('case', marked(CASES, fast='flowmap'))
 def test_two_processes_and_a_divided_optimizer_come_to_the_same(short_run, case):
-    """The same images, noise, levels and trajectories, whoever handles them: FP32 sums in another order."""
-    losses, distances = short_run('one', case)
+    """The same images, noise, levels and trajectories, whoever handles them: FP32 sums in another order. Without dropout,
+    whose masks depend on the split."""
+    losses, distances = short_run('one', case, '--dropout=0')
     for name, extra in dict(two='--batch-gpu=16', divided='--shard=optimizer').items():
-        found, theirs = short_run(name, case, extra, start=functools.partial(run_ranks, 2))
+        found, theirs = short_run(name, case, '--dropout=0', extra, start=functools.partial(run_ranks, 2))
         assert found == pytest.approx(losses, rel=1e-3, abs=1e-9), name
         assert theirs == pytest.approx(distances, rel=1e-3), name
 
