@@ -272,7 +272,8 @@ HOSTILE = [
     ),
     *(
         put('options', 'loss', name, None)
-        for name in ('S', 'T_start', 'T_anneal_kimg', 'schedule_nimg', 'stage_nimg', 'P_mean', 'sigma_data')
+        # (S may be None: that of scd without segments. Another objective's run does not resume with it.)
+        for name in ('T_start', 'T_anneal_kimg', 'schedule_nimg', 'stage_nimg', 'P_mean', 'sigma_data')
     ),
     put('options', 'loss', 'batch_size', 0),
     *(
