@@ -171,7 +171,10 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, metrics: Se
     halving = [name for name, o in students.items() if 'S_start' in o.own_defaults]
     fixed_steps = [name for name, o in students.items() if o.fixed_steps and name not in halving]
     any_steps = [name for name, o in students.items() if o.config().two_time]
-    stochastic = [name for name, o in students.items() if not o.fixed_steps and name not in any_steps]
+    one_step = [name for name, o in students.items() if o.one_step]
+    stochastic = [
+        name for name, o in students.items() if not o.fixed_steps and name not in any_steps + one_step
+    ]
     two_stages = [name for name, o in students.items() if o.teacher == 'consistency']
     no_teacher = [name for name, o in students.items() if not o.teacher]
     for names, text in (
@@ -180,6 +183,7 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, metrics: Se
             halving,
             'one chain of students, which has the budget as a whole; each is what it had made by then.',
         ),
+        (one_step, 'a student of one step.'),
         (any_steps, 'one model for all columns, told where each of its steps ends.'),
         (stochastic, 'one model for all columns, sampled in that many stochastic steps.'),
         (two_stages, 'half of the budget for the first stage, ect, half for the second.'),

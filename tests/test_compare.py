@@ -775,7 +775,7 @@ def test_the_teacher_has_the_benefit_of_its_best_solver_and_of_searched_levels()
 
 
 def test_the_notes_say_of_each_objective_what_is_not_equal():
-    rows = [*ROWS, *(row(name, 2, 1.0) for name in ('pd', 'ect', 'tcm', 'flowmap'))]
+    rows = [*ROWS, *(row(name, 2, 1.0) for name in ('pd', 'ect', 'tcm', 'flowmap')), row('sid', 1, 1.0)]
     text = '\n'.join(notes(rows, BEST, 8000, 128, ['pca']))
     for words in (
         '8,000 network evaluations',
@@ -786,6 +786,7 @@ def test_the_notes_say_of_each_objective_what_is_not_equal():
         'mcd, direct: a student for each',
         'pd: one chain',
         'ect, tcm: one model',
+        'sid: a student of one step',
         'flowmap: one model for all columns, told where each of its steps ends',
         'tcm: half',
         'ect: no teacher',
