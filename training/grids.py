@@ -81,6 +81,14 @@ def sigma_nodes(n: int, sigma_min: float, sigma_max: float, rho: float, spacing:
     return nodes
 
 
+def level_at(
+    share: Tensor, sigma_min: float, sigma_max: float, rho: float, spacing: str = 'karras'
+) -> Tensor:
+    """The levels at a share of the way from sigma_min to sigma_max, in the shape of `share`, float64."""
+    low, high = (torch.full_like(share, sigma) for sigma in (sigma_min, sigma_max))
+    return level_between(low, high, share, sigma_min, rho, spacing)
+
+
 def level_between(
     low: Tensor, high: Tensor, share: Tensor, sigma_min: float, rho: float, spacing: str = 'karras'
 ) -> Tensor:

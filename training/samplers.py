@@ -408,21 +408,17 @@ def changed(denoiser: solvers.Denoiser, changes: Sequence[Edit]) -> solvers.Deno
     return denoise
 
 
-def sample_student(net, denoiser, latents: Tensor, steps: int, o: StudentOptions, randn_like) -> Tensor:
-    """DDIM down the student's grid; a two-time student is told where each step ends."""
+def sample_student(
+    net, denoiser, latents: Tensor, steps: int, o: StudentOptions, randn_like, ancestral: bool = False
+) -> Tensor:
+    """DDIM or ancestral steps down the student's grid; a two-time student is told where each step ends."""
     sigmas = student_sigmas(net, o, steps)
     x = _start_state(latents, sigmas[0], o.start)
+    denoiser = denoiser if o.edit is None else changed(denoiser, [o.edit])
+    if ancestral:
+        return solvers.ancestral(denoiser, x, sigmas, randn_like)
     solve = solvers.flow_map if is_two_time(net) else solvers.ddim
-    return solve(denoiser if o.edit is None else changed(denoiser, [o.edit]), x, sigmas)
-
-
-def sample_ancestral(net, denoiser, latents: Tensor, steps: int, o: StudentOptions, randn_like) -> Tensor:
-    """Ancestral steps down the student's grid."""
-    sigmas = student_sigmas(net, o, steps)
-    x = _start_state(latents, sigmas[0], o.start)
-    return solvers.ancestral(
-        denoiser if o.edit is None else changed(denoiser, [o.edit]), x, sigmas, randn_like
-    )
+    return solve(denoiser, x, sigmas)
 
 
 def sample_cm(net, denoiser, latents: Tensor, steps: int, o: CMOptions, randn_like) -> Tensor:
@@ -459,7 +455,7 @@ SAMPLERS = dict(
     },
     addim=Sampler(teachers.sample_addim, teachers.AddimOptions),
     cm=Sampler(sample_cm, CMOptions),
-    ancestral=Sampler(sample_ancestral, StudentOptions),
+    ancestral=Sampler(functools.partial(sample_student, ancestral=True), StudentOptions),
     **{
         name: Sampler(functools.partial(teachers.sample_ode, solver=name), teachers.SolverOptions)
         for name in ODE_SOLVERS

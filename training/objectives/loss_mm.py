@@ -89,9 +89,8 @@ class MomentMatchingState(AlternatingState):
         c = self.c
         s, up = (torch.from_numpy(rng.uniform(purpose)) for purpose in ('time', 'time step'))
         t = (s + up / c.S).clamp(max=1) if c.mm_times == 'uniform' else (s * c.S).ceil() / c.S
-        low, high = (torch.full_like(s, sigma) for sigma in (c.sigma_min, c.sigma_max))
-        levels = [grids.level_between(low, high, u, c.sigma_min, c.rho, c.sigma_grid) for u in (s, t)]
-        return tuple(misc.upload(torch.stack(levels).numpy(), rng.device))
+        levels = grids.level_at(torch.stack([s, t]), c.sigma_min, c.sigma_max, c.rho, c.sigma_grid)
+        return tuple(misc.upload(levels.numpy(), rng.device))
 
 
 def setup(c, teacher, net=None, perceptual=None) -> MomentMatchingState:
@@ -128,9 +127,9 @@ def loss(net, images: Tensor, labels, rng, state: MomentMatchingState, augment_l
     g = auxiliary(z_s, sigma_s)
 
     # Loss.
-    square = lambda d: d.square().flatten(1).sum(dim=1)
-    values = square(x - g) + square(D - g) if state.trains_auxiliary else (x * (g - D)).flatten(1).sum(dim=1)
-    values = ops.edge_weight(sigma_s, sigma_s, 'edm', c.sigma_data) * values
+    weight = ops.edge_weight(sigma_s, sigma_s, 'edm', c.sigma_data)
     if state.trains_auxiliary:
+        values = weight * (ops.image_distance(x - g, 'l2') + ops.image_distance(D - g, 'l2'))
         report_levels(sigma_s, values.detach())
-    return values
+        return values
+    return weight * (x * (g - D)).flatten(1).sum(dim=1)

@@ -35,6 +35,7 @@ ops = lazy_import('training.consistency_ops')
 times = lazy_import('training.objectives.time_schedules')
 
 NAME = 'sid'
+MOST_CLASSES = 1 << 20
 LEAST_SCALE = 1e-5  # of the mean distance that a loss is divided by
 
 
@@ -92,14 +93,17 @@ class ScoreIdentityState(AlternatingState):
             '0-2,5', or None for labels that are no classes; and those of `AlternatingState`.
     """
 
+    def __init__(self, c, teacher):
+        super().__init__(c, teacher)
+        self.present = None if c.classes is None else torch.tensor(parse_ranges(c.classes, MOST_CLASSES))
+
     def draw_labels(self, labels: Tensor | None, rng) -> Tensor | None:
         """[N, label_dim] one-hot, uniform over the classes that have images. Vectors stay those of the data."""
-        if labels is None or self.c.classes is None:
+        if labels is None or self.present is None:
             return labels
-        dim = labels.shape[1]
-        present = torch.tensor(parse_ranges(self.c.classes, dim))
-        drawn = present[torch.from_numpy(rng.uniform('label') * len(present)).long()]
-        return misc.upload(torch.nn.functional.one_hot(drawn, dim).float().numpy(), labels.device)
+        drawn = self.present[torch.from_numpy(rng.uniform('label') * len(self.present)).long()]
+        one_hot = torch.nn.functional.one_hot(drawn, labels.shape[1])
+        return misc.upload(one_hot.float().numpy(), labels.device)
 
     def draw_sigma(self, rng, device) -> Tensor:
         """[N] float64 noise levels of the loss of the network whose turn it is."""
@@ -107,8 +111,7 @@ class ScoreIdentityState(AlternatingState):
         if self.trains_auxiliary:
             return times.lognormal_times(misc.upload(rng.normal_on_host('sigma'), device), c.P_mean, c.P_std)
         u = misc.upload(rng.uniform('sigma') * c.u_max, device)
-        low, high = (torch.full_like(u, sigma) for sigma in (c.sigma_min, c.sigma_max))
-        return grids.level_between(low, high, u, c.sigma_min, c.rho)
+        return grids.level_at(u, c.sigma_min, c.sigma_max, c.rho)
 
 
 def setup(c, teacher, net=None, perceptual=None) -> ScoreIdentityState:
@@ -141,7 +144,7 @@ def loss(net, images: Tensor, labels, rng, state: ScoreIdentityState, augment_la
     # Loss.
     if state.trains_auxiliary:
         weight = ops.edge_weight(sigma, sigma, 'edm', c.sigma_data)
-        values = weight * (x - auxiliary(z, sigma)).square().flatten(1).sum(dim=1)
+        values = weight * ops.image_distance(x - auxiliary(z, sigma), 'l2')
         report_levels(sigma, values.detach())
         return values
     D, g = denoiser(state.teacher, labels, augment_labels)(z, sigma), auxiliary(z, sigma)
