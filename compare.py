@@ -12,31 +12,13 @@ import click
 
 from dnnlib import cli
 from experiments.bundled import DIGITS
+from experiments.comparison import STUDENTS
 from experiments.comparison_run import Options, run
-from experiments.options import JOBS
+from experiments.options import JOBS, NamesOrAll
 from experiments.runner import SHOWN
-from training.objectives import OBJECTIVES
 from training.saved_files import NETWORK_FILE
 
-STUDENTS = [name for name, objective in OBJECTIVES.items() if objective.loss]
 TRAINING, MEASURING = 'Training', 'Measuring'
-
-
-class Objectives(click.ParamType):
-    """Comma-separated names of objectives, or `all`."""
-
-    name = 'list'
-
-    def convert(self, value, param, ctx):
-        if not isinstance(value, str):
-            return value
-        names = STUDENTS if value == 'all' else [name.strip() for name in value.split(',')]
-        for name in names:
-            if name not in STUDENTS:
-                self.fail(f'{name!r} is none of {", ".join(STUDENTS)}', param, ctx)
-            if names.count(name) > 1:
-                self.fail(f'{name!r} is named twice', param, ctx)
-        return names
 
 
 class Counts(cli.NumberList):
@@ -96,7 +78,7 @@ class OptionsFor(click.ParamType):
 @cli.option(
     '--objectives',
     metavar='LIST',
-    type=Objectives(),
+    type=NamesOrAll(STUDENTS),
     default='all',
     show_default=True,
     group=TRAINING,

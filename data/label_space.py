@@ -40,9 +40,14 @@ class LabelSpace(NamedTuple):
         return self.kind == 'vectors'
 
     @property
+    def with_images(self) -> Sequence[int]:
+        """The classes with images, sorted."""
+        return range(self.dim) if self.present is None else self.present
+
+    @property
     def absent(self) -> list[int]:
         """The classes without images."""
-        present = set(range(self.dim) if self.present is None else self.present)
+        present = set(self.with_images)
         return [k for k in range(self.dim) if k not in present]
 
     def differs(self, other: LabelSpace) -> bool:

@@ -118,8 +118,7 @@ def of_cells(table: Mapping) -> str:
         ]
         for row in table['rows']
     ]
-    lines = [table['columns'], [dict(left=':--', right='--:')[side] for side in table['align']], *rows]
-    return '\n'.join(f'| {" | ".join(line)} |'.replace('|  |', '| |') for line in lines)
+    return markdown_table(table['columns'], rows, table['align'])
 
 
 def cell_text(cell: str | float | Mapping, digits: int, least: float | None) -> str:

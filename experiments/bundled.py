@@ -155,6 +155,8 @@ def prepare(bundled: Bundled, runner: Runner) -> tuple[Path, dict[str, Metric]]:
         detector = file(f'{"classifier" if name == "held-out" else name}.pt')
         metrics[name] = Metric(file(f'{name}.npz'), pinned(detector, file_sha256(detector)))
         if not Path(metrics[name].ref).exists():
+            # Of all images, for recall and coverage.
+            features = ['--features=10000'] if name == 'classifier' else []
             runner.run(
                 'rulers',
                 'fid.py',
@@ -163,8 +165,6 @@ def prepare(bundled: Bundled, runner: Runner) -> tuple[Path, dict[str, Metric]]:
                 f'--dest={metrics[name].ref}',
                 f'--detector={metrics[name].detector}',
                 '--batch=256',
-                *(
-                    ['--features=10000'] if name == 'classifier' else []
-                ),  # of all images, for recall and coverage
+                *features,
             )
     return data, metrics

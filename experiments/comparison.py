@@ -18,6 +18,7 @@ from experiments.teacher import COUNTS, TeacherSampling, few_evaluations
 from training import command_line
 from training.objectives import OBJECTIVES
 
+STUDENTS = [name for name, objective in OBJECTIVES.items() if objective.loss]
 # Parameters of train.py that compare.py sets: input, output, and what is saved when.
 SET_BY_COMPARE = {
     'outdir',

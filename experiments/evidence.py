@@ -18,14 +18,13 @@ import click
 
 from data.label_space import ranges
 from dnnlib import UserError, cli
-from experiments.options import JOBS
+from experiments.comparison import STUDENTS
+from experiments.options import JOBS, NamesOrAll
 from experiments.results import read_json, write_json
 from experiments.runner import ROOT, Runner, is_finished, newest_snapshot, run_interruptibly
-from training.objectives import OBJECTIVES
 
 MEASURED = ROOT / 'docs' / 'measured'
-STUDENTS = tuple(name for name, objective in OBJECTIVES.items() if objective.loss)
-# Of those the four best with 10,000 evaluations, by their ratios over all numbers of steps; and mcd, the published
+# Of all students the four best with 10,000 evaluations, by their ratios over all numbers of steps; and mcd, the published
 # system's.
 LONGER = ('mcd', 'mct', 'direct', 'flowmap', 'ect')
 
@@ -57,22 +56,10 @@ class Comparison:
 
 
 COMPARISONS = {
-    'digits': Comparison(STUDENTS, seeds=(0, 1, 2)),
+    'digits': Comparison(tuple(STUDENTS), seeds=(0, 1, 2)),
     'digits-40000': Comparison(LONGER, budget=40_000, teacher_of='digits'),
     'photos': Comparison(LONGER, data='photos'),
 }
-
-
-class Names(click.ParamType):
-    """Comma-separated names of comparisons, or `all`."""
-
-    name = 'list'
-
-    def convert(self, value, param, ctx):
-        names = list(COMPARISONS) if value == 'all' else value.split(',')
-        if unknown := [name for name in names if name not in COMPARISONS]:
-            self.fail(f'{cli.shown(unknown[0])} is none of {", ".join(COMPARISONS)}', param, ctx)
-        return names
 
 
 @click.command(cls=cli.Command)
@@ -87,7 +74,7 @@ class Names(click.ParamType):
 @cli.option(
     '--only',
     metavar='LIST',
-    type=Names(),
+    type=NamesOrAll(COMPARISONS),
     default='all',
     show_default=True,
     help=f'Comparisons to run: {", ".join(COMPARISONS)}, or all.',

@@ -50,9 +50,12 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
     return found
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its first column left-aligned and the others right-aligned."""
-    lines = [header, [':--'] + ['--:'] * (len(header) - 1), *rows]
+def markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], align: Sequence[str] | None = None
+) -> str:
+    """A Markdown table. `align`: `left` or `right` for each column; None: the first left, the others right."""
+    align = align or ['left'] + ['right'] * (len(header) - 1)
+    lines = [header, [dict(left=':--', right='--:')[side] for side in align], *rows]
     return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines) + '\n'
 
 

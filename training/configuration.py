@@ -76,8 +76,7 @@ def resolve_defaults(o: Options, dataset, teacher, earlier: dict | None) -> Opti
     )
     if hasattr(o.own, 'classes'):
         known = dataset.label_space
-        present = range(known.dim) if known.present is None else known.present
-        o = o.but(classes=ranges(present) if present and not known.are_vectors else None)
+        o = o.but(classes=ranges(known.with_images) if known.dim and not known.are_vectors else None)
     # Lengths in images follow from the batch and the duration, known by now.
     o = o.but(**lengths(o, earlier))
 
@@ -335,19 +334,15 @@ def configure(o: Options, dataset, teacher) -> EasyDict:
             f'--batch={run.batch} cannot be split into {parts} on {processes} process(es).'
         )
 
-    # So is the range of noise levels.
-    if (mid_t := getattr(own, 'mid_t', None)) is not None and not own.sigma_min < mid_t < own.sigma_max:
-        raise UserError(
-            f'--mid_t={mid_t:g} does not lie between the noise levels {own.sigma_min:g} and '
-            f'{own.sigma_max:g} of the network.'
-        )
-
-    sigma_init = getattr(own, 'sigma_init', None)
-    if sigma_init is not None and not own.sigma_min < sigma_init <= own.sigma_max:
-        raise UserError(
-            f'--sigma_init={sigma_init:g} does not lie between the noise levels {own.sigma_min:g} and '
-            f'{own.sigma_max:g} of the network.'
-        )
+    # Levels of sampling lie in the range of noise levels; that of a student's only step may be its upper end.
+    for name in ('mid_t', 'sigma_init'):
+        if (level := getattr(own, name, None)) is None:
+            continue
+        if not own.sigma_min < level <= own.sigma_max or (name == 'mid_t' and level == own.sigma_max):
+            raise UserError(
+                f'--{name}={level:g} does not lie between the noise levels {own.sigma_min:g} and '
+                f'{own.sigma_max:g} of the network.'
+            )
 
     # Data, network, loss.
     c = EasyDict(objective=run.objective, teacher=o.teacher, total_nimg=total_images(o))
