@@ -19,6 +19,7 @@ from experiments.jobs import remaining_jobs, run_jobs, snapshot, train
 from experiments.results import Results, record_plan
 from experiments.runner import Metric, Runner, make_outdir, run_interruptibly
 from experiments.tables import write_report
+from sampling.options import BALANCED
 from training.objectives import OBJECTIVES
 
 sources = lazy_import('data.sources')  # it imports PyTorch, which --help must not
@@ -100,7 +101,8 @@ def run(o: Options) -> None:
 
     # Record the plan; a folder holds one comparison.
     make_outdir(outdir)
-    labels = write_labels(outdir, given.labels)
+    # Labels of the data, else every class equally often: drawn ones would differ from the data's shares.
+    labels = write_labels(outdir, given.labels) or (BALANCED if given.cond else None)
     settings = dict(
         data=o.data,
         teacher=given.digest,
@@ -108,6 +110,7 @@ def run(o: Options) -> None:
         batch=o.batch,
         images=num,
         reference_steps=o.reference_steps,
+        labels='drawn' if labels and labels != BALANCED else labels,
         rulers=metric_facts,
     )
     record_plan(outdir, settings, list(trainings.values()))

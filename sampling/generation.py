@@ -34,7 +34,8 @@ class SeededNoise:
         self.device = torch.device(device)
         if beyond := [seed for seed in seeds if not 0 <= seed < cli.SEED_COUNT]:
             raise ValueError(f'there is no seed {beyond[0]}: seeds are from 0 to 2^32 - 1')
-        self.generators = [torch.Generator(self.device).manual_seed(int(seed)) for seed in seeds]
+        self.seeds = [int(seed) for seed in seeds]
+        self.generators = [torch.Generator(self.device).manual_seed(seed) for seed in self.seeds]
 
     def randn(self, shape: Sequence[int], dtype=torch.float32) -> Tensor:
         """[len(seeds), *shape] standard normal."""

@@ -1,19 +1,22 @@
-"""Labels of generated images: one class, random ones of a file or the training set, or uniform classes."""
+"""Labels of generated images: one class, random ones of a file or the training set, or uniform classes, random or in
+turn."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import click
 import numpy as np
 import torch
 
-from data.label_space import Labels, LabelSpace, space_of
+from data.label_space import Labels, LabelSpace, ranges, space_of
 from dnnlib import UserError
 from sampling import generation
+from sampling.options import BALANCED, DATA
+from torch_utils import misc
 
 MAX_LABEL_BYTES = 1 << 30  # in a file
-DATA = 'data'  # the training set, in place of a file
 
 
 class DrawnLabels:
@@ -29,6 +32,22 @@ class DrawnLabels:
     def digest(self) -> str:
         """Digest of what determines the labels besides the seeds."""
         return self.labels.digest()
+
+
+class BalancedLabels:
+    """Gives `classes` in turn to consecutive seeds, so that N seeds in a row have each class equally often, to one image."""
+
+    def __init__(self, classes: Sequence[int]):
+        self.classes = list(classes)
+
+    def __call__(self, noise: generation.SeededNoise, label_dim: int) -> torch.Tensor:
+        noise.randint(label_dim)  # later noise is the same as with a random label
+        indices = [self.classes[seed % len(self.classes)] for seed in noise.seeds]
+        return torch.nn.functional.one_hot(misc.upload(np.array(indices), noise.device), label_dim).float()
+
+    def digest(self) -> str:
+        """Digest of what determines the labels besides the seeds."""
+        return f'{BALANCED}-{ranges(self.classes)}'
 
 
 def choose(
@@ -52,6 +71,13 @@ def choose(
     # Labels of a file or of the training set.
     if not space.dim:
         raise UserError(f'--labels={labels}: {network} takes no labels; leave the option out')
+    if labels == BALANCED:
+        if space.are_vectors:
+            raise UserError(
+                f'--labels={BALANCED}: {network} takes {space}, which do not come in turn: give --labels={DATA}, or '
+                '--labels=FILE.npy'
+            )
+        return BalancedLabels(space.with_images)
     if labels == DATA:
         return DrawnLabels(labels_of_training_set(net, network))
     return DrawnLabels(read_labels(labels, space, network))
@@ -73,7 +99,8 @@ def read_labels(path: str, space: LabelSpace, network: str) -> Labels:
 
     if not path.endswith('.npy'):
         raise UserError(
-            f'--labels={path} is no .npy file; save the labels with numpy.save, or give --labels={DATA}'
+            f'--labels={path} is no .npy file; save the labels with numpy.save, or give --labels={DATA} or '
+            f'--labels={BALANCED}'
         )
     values = map_npy(path)
     # The header gives the size; the values stay in the file.

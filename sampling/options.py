@@ -20,6 +20,8 @@ SOLVERS, EDITING_SOLVERS = (
     ['student', 'euler', 'heun', 'addim', 'cm', 'ancestral', *FAST_SOLVERS, 'best'],
     ['student', 'cm', 'ancestral'],
 )
+# Values of --labels in place of a file: labels of the training set; classes in turn.
+DATA, BALANCED = 'data', 'balanced'
 # Steps of an edit by a one-step consistency model; more steps respect the known part more (docs/editing.md).
 CM_EDIT_STEPS = 40
 
@@ -44,8 +46,8 @@ class GeneralOptions:
         None,
         cli.PATH,
         'Draw labels, by seed, from a file of class indices [N] or vectors [N, D], or, with data, from those '
-        'of the training set.',
-        metavar='NPY|data',
+        'of the training set; balanced: classes that have images, in turn.',
+        metavar='NPY|data|balanced',
         default_text='classes that have images, uniformly',
     )
     steps: int | None = opt(

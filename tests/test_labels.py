@@ -218,6 +218,20 @@ def test_images_are_drawn_of_classes_that_have_images_uniformly_or_as_the_data_a
     assert set(drawn) == {1, 2, 4} and 12 <= (drawn == 1).sum() <= 28
 
 
+def test_balanced_labels_come_in_turn_and_leave_all_other_noise_as_it_is(gaps, vectors):
+    """The label follows from the seed alone, not from its batch; a class without images has no turn."""
+    path, *_ = gaps
+    assert np.array_equal(labels_of(path, '--labels=balanced'), np.resize([1, 2, 4], 40))
+    assert np.array_equal(labels_of(path, '--labels=balanced', '--batch=7'), np.resize([1, 2, 4], 40))
+    net, noise = load_network(path), generation.SeededNoise(range(5), 'cpu')
+    _, latents, _ = generation.draw_start(net, range(5))
+    drawn, same, _ = generation.draw_start(net, range(5), label_choosers.choose(net, 'net', labels='balanced'))
+    after = generation.draw_start(net, range(5))[0].randn([3])
+    assert torch.equal(latents, same) and torch.equal(drawn.randn([3]), after)
+    arguments = f'--network={vectors[0]}', '--outdir=none', '--labels=balanced'
+    assert_one_clear_error(invoke(generate.main, *arguments), 'label vectors of 2 numbers', '--labels=data')
+
+
 @pytest.mark.parametrize(
     'option, words',
     [
