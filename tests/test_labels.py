@@ -223,9 +223,11 @@ def test_balanced_labels_come_in_turn_and_leave_all_other_noise_as_it_is(gaps, v
     path, *_ = gaps
     assert np.array_equal(labels_of(path, '--labels=balanced'), np.resize([1, 2, 4], 40))
     assert np.array_equal(labels_of(path, '--labels=balanced', '--batch=7'), np.resize([1, 2, 4], 40))
-    net, noise = load_network(path), generation.SeededNoise(range(5), 'cpu')
+    net = load_network(path)
     _, latents, _ = generation.draw_start(net, range(5))
-    drawn, same, _ = generation.draw_start(net, range(5), label_choosers.choose(net, 'net', labels='balanced'))
+    drawn, same, _ = generation.draw_start(
+        net, range(5), label_choosers.choose(net, 'net', labels='balanced')
+    )
     after = generation.draw_start(net, range(5))[0].randn([3])
     assert torch.equal(latents, same) and torch.equal(drawn.randn([3]), after)
     arguments = f'--network={vectors[0]}', '--outdir=none', '--labels=balanced'

@@ -14,7 +14,7 @@ import generate
 import train
 from dnnlib import UserError
 from training import consistency_ops as ops
-from training import networks, samplers
+from training import networks, samplers, segment_solvers
 from training.checkpoint import load_network, save_snapshot
 from training.objectives.loss_flowmap import FlowMapConfig, flow_map_pairs
 from training.objectives.trajectories import GROUPS, TrajectoryStore
@@ -233,6 +233,27 @@ def test_a_stored_sample_starts_on_a_heun_path_from_noise_and_carries_its_label(
     torch.testing.assert_close(x_r, path[ends, range(8)], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('solver', ['ipndm', 'dpmpp'])
+def test_a_stored_solution_may_be_a_multistep_solvers_with_one_evaluation_a_step(solver):
+    """The states are those that the solver of segments reaches from noise, and tend to the exact ones (before the last
+    step, which is Euler's): at second order at least the error of a grid of eight times the levels is under 1/32."""
+    labels, noise = torch.eye(3)[[0, 1, 2, 2]], SampleRng(0, 0, 4).normal('noise', (1, 2, 2)).double() * 80
+    exact = Gaussian(VARIANCE, (labels @ torch.arange(3.0)).double().reshape(-1, 1, 1, 1))
+    errors = []
+    for T in (16, 128):
+        teacher, levels = Labeled(), ops.student_grid(T, 0.002, 80.0, 7.0, 'full')
+        denoiser = lambda labels, teacher=teacher: lambda x, sigma: teacher(x, sigma, labels)
+        store = TrajectoryStore(levels.tolist(), 1.0, pool=1, reuse=5, batch_size=4, solver=solver)
+        states = store.trajectories(SampleRng(0, 0, 4), labels, (1, 2, 2), denoiser).states.double()
+        assert teacher.evaluated == 4 * T
+
+        of_samples = levels[:, None].expand(-1, 4)
+        path = [noise, *segment_solvers.solution_path(denoiser(labels), noise, of_samples, solver)]
+        torch.testing.assert_close(states, torch.stack(path, dim=1), rtol=1e-6, atol=1e-6)
+        errors.append((path[-2] - exact.solve(noise, 80.0, levels[-2])).abs().max())
+    assert errors[1] < errors[0] / 32
+
+
 def test_splits_and_restarts_see_the_same_samples():
     whole = run_steps(make_loss(Labeled(), target='mixed'), 20)
     for split in (2, 4):
@@ -263,14 +284,22 @@ def test_every_solution_serves_as_many_steps_as_it_says_and_they_do_not_all_chan
 
 
 @pytest.mark.parametrize('kind, share', [('solution', 1), ('mixed', 0.5), ('mixed', 0.25), ('hop', 0)])
-def test_the_teacher_is_evaluated_as_often_as_the_cost_says(kind, share):
+@pytest.mark.parametrize('solver', ['heun', 'dpmpp'])
+def test_the_teacher_is_evaluated_as_often_as_the_cost_says(kind, share, solver):
     teacher = Labeled()
-    loss = make_loss(teacher, target=kind, solution_share=share if kind == 'mixed' else 0.5)
+    solver = dict(solver=solver if share else 'heun')
+    loss = make_loss(teacher, target=kind, solution_share=share if kind == 'mixed' else 0.5, **solver)
     run_steps(loss, 15)  # the first solutions of all places, at once
     before = teacher.evaluated
     run_steps(loss, 15 + 60, first_step=15)
     config = FlowMapConfig(
-        teacher='x', target=kind, T=8, steps=[1], reuse=5, solution_share=share if kind == 'mixed' else 0.5
+        teacher='x',
+        target=kind,
+        T=8,
+        steps=[1],
+        reuse=5,
+        solution_share=share if kind == 'mixed' else 0.5,
+        **solver,
     )
     self_target = 1 - share
     # A hop to 0 is evaluated twice as all others, and what follows from the second is dropped.
@@ -335,6 +364,8 @@ def test_levels_are_not_given_to_a_student_of_its_own_grid():
     'options, words',
     [
         (['--steps=3', '--teacher=a.pkl'], '--steps=3 does not divide --T=16'),
+        (['--target=hop', '--teacher=a.pkl', '--solver=dpmpp'], '--solver=dpmpp is for stored solutions'),
+        (['--solver=ipndm'], '--solver=ipndm is for stored solutions'),
         (['--steps=2,2', '--teacher=a.pkl'], 'give different numbers'),
         (['--target=solution'], '--target=solution is the solution of a --teacher: give one'),
         (['--target=hop', '--solution_share=0.3'], '--solution_share is for --target=mixed, not hop'),

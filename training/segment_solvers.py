@@ -6,8 +6,9 @@ and nothing synchronizes with the device.
 
 from __future__ import annotations
 
+import collections
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,14 +37,30 @@ def solve_between(
     those that end at 0 ignore the second one of Heun's last step.
 
     Args:
-        solver: `heun`, 2 evaluations a step; `ipndm` of order 4 or `dpmpp` of order 2, one evaluation a step.
-            Multistep solvers begin anew at sigma_t, with order 1, and do not lower their order at sigma_b,
-            where the path goes on.
+        solver: of `solution_path`. Multistep solvers do not lower their order at sigma_b, where the path goes on.
     Returns: [N, ...] float64.
     Raises: ValueError for another solver.
     """
+    levels = nodes_between(sigma_t, sigma_b, substeps, rho, sigma_min, spacing)
+    # A queue of one forgets the states before.
+    return collections.deque(solution_path(denoiser, x_t, levels, solver), maxlen=1).pop()
+
+
+def solution_path(
+    denoiser: Denoiser, x: Tensor, levels: Sequence[Tensor], solver: str = 'heun'
+) -> Iterator[Tensor]:
+    """Follow the ODE down noise levels that may differ from sample to sample; a step to 0 gives D.
+
+    Args:
+        x: [N, ...] states at the first levels.
+        levels: [n+1, N] float64.
+        solver: `heun`, 2 evaluations a step; `ipndm` of order 4 or `dpmpp` of order 2, one evaluation a step. These
+            begin with order 1.
+    Yields: [N, ...] float64, the states after each step.
+    Raises: ValueError for another solver.
+    """
     check_choice('solver', solver, SEGMENT_SOLVERS)
-    x, levels = x_t.double(), nodes_between(sigma_t, sigma_b, substeps, rho, sigma_min, spacing)
+    x = x.double()
     outputs: list[Tensor] = []  # newest first
     slopes: list[Tensor] = []
     for i, (sigma, lower) in enumerate(itertools.pairwise(levels)):
@@ -60,7 +77,7 @@ def solve_between(
             outputs = [denoised, *outputs[:1]]
             hopped = dpmpp_hop(x, outputs, levels[max(i - 1, 0)], sigma, goal)
         x = torch.where(expand_like(lower, x) > 0, hopped, denoised)
-    return x
+        yield x
 
 
 def nodes_between(

@@ -10,15 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import click
-
 from dnnlib import cli
 from dnnlib.lazy import lazy_import
 from dnnlib.options import opt
-from training.choices import SEGMENT_SOLVER_COST, SEGMENT_SOLVERS
+from training.choices import SEGMENT_SOLVER_COST
 from training.objectives.loss import denoiser, dropout_masks
 from training.objectives.multistep import MultistepSchedule
-from training.objectives.options import EDM2_STUDENT, STUDENT, GuidedTeacher, Objective, Segments
+from training.objectives.options import EDM2_STUDENT, STUDENT, Objective, Segments, TeacherSolver
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,19 +29,13 @@ NAME = 'direct'
 
 
 @dataclass(frozen=True)
-class RegressionConfig(Segments, GuidedTeacher):
+class RegressionConfig(Segments, TeacherSolver):
     """Options of --objective=direct."""
 
     T_start: int | None = None
     keep_ties: bool = True
     top_mass: float = 0.9
     substeps: int = opt(3, cli.STEPS, 'Steps of the teacher over a segment (direct).', metavar='INT')
-    solver: str = opt(
-        'heun',
-        click.Choice(SEGMENT_SOLVERS),
-        "The teacher's steps over a segment: heun, 2 evaluations each, or ipndm, dpmpp, 1 each (direct).",
-        later=True,
-    )
 
     def cost(self) -> float:
         # The teacher's steps, and the student; no self-target.

@@ -17,7 +17,7 @@ import click
 from dnnlib import cli
 from dnnlib.lazy import lazy_import
 from dnnlib.options import opt, recorded
-from training.choices import FLOW_MAP_TARGETS, HOP_COST, JVP_COST
+from training.choices import FLOW_MAP_TARGETS, HOP_COST, JVP_COST, SEGMENT_SOLVER_COST
 from training.objectives.continuous_time import TangentOptions, differentiable, report_tangent, warmup_at
 from training.objectives.edge_schedule import EdgeSchedule
 from training.objectives.loss import denoiser, dropout_masks, student_and_target
@@ -29,6 +29,7 @@ from training.objectives.options import (
     SyncDropout,
     Targets,
     TeacherHop,
+    TeacherSolver,
 )
 from training.objectives.trajectories import TrajectoryStore
 
@@ -48,7 +49,7 @@ MOST_LEVELS = 256  # of the grid, which has as many pairs as half of its square
 
 
 @dataclass(frozen=True)
-class FlowMapConfig(TangentOptions, SyncDropout, Targets, TeacherHop):
+class FlowMapConfig(TangentOptions, SyncDropout, Targets, TeacherHop, TeacherSolver):
     """Options of --objective=flowmap."""
 
     heading: ClassVar[str] = 'Flow maps (--objective=flowmap)'
@@ -98,7 +99,7 @@ class FlowMapConfig(TangentOptions, SyncDropout, Targets, TeacherHop):
         None,
         cli.COUNT,
         'Optimizer steps that a stored solution serves (flowmap).',
-        default_text='its evaluations, 2 T - 1',
+        default_text='its evaluations: 2 T - 1 with heun, else T',
         metavar='INT',
         settled=True,
     )
@@ -119,9 +120,13 @@ class FlowMapConfig(TangentOptions, SyncDropout, Targets, TeacherHop):
         if self.steps is None:
             object.__setattr__(self, 'steps', [1, 2, 4, 8])
         if self.reuse is None:
-            object.__setattr__(self, 'reuse', 2 * self.T - 1)
+            object.__setattr__(self, 'reuse', self.solution_cost)
         if not self.teacher and self.target in ('solution', 'mixed'):
             raise click.UsageError(f'--target={self.target} is the solution of a --teacher: give one.')
+        if not self.of_solution and self.solver != 'heun':
+            raise click.UsageError(
+                f'--solver={self.solver} is for stored solutions, and --target={self.target} has none.'
+            )
         if len(set(self.steps)) < len(self.steps) or not self.steps:
             raise click.UsageError(f'--steps={",".join(map(str, self.steps))}: give different numbers.')
         if odd := [N for N in self.steps if self.T % N]:
@@ -135,6 +140,11 @@ class FlowMapConfig(TangentOptions, SyncDropout, Targets, TeacherHop):
         return share_of_solutions(self)
 
     @property
+    def solution_cost(self) -> int:
+        """Evaluations of the teacher for a stored solution; Heun's last step, to 0, takes one."""
+        return SEGMENT_SOLVER_COST[self.solver] * self.T - (self.solver == 'heun')
+
+    @property
     def differentiates(self) -> bool:
         return self.target == 'tangent'
 
@@ -146,15 +156,14 @@ class FlowMapConfig(TangentOptions, SyncDropout, Targets, TeacherHop):
         if self.differentiates:
             # The teacher's slope, the derivative, and the student.
             return (self.guide_cost if self.teacher else 0) + JVP_COST[self.jvp] + 3
-        # The teacher's solution, in 2 T - 1 evaluations for `reuse` samples; or its hop, and the self-target; and the
-        # student.
-        solution = self.guide_cost * (2 * self.T - 1) / self.reuse
+        # The teacher's solution, which serves `reuse` samples; or its hop, and the self-target; and the student.
+        solution = self.guide_cost * self.solution_cost / self.reuse
         hop = (self.guide_cost * HOP_COST[self.hop] if self.teacher else 0) + 1
         return self.of_solution * solution + (1 - self.of_solution) * hop + 3
 
     def first_cost(self) -> float:
         # The whole pool of solutions.
-        return self.of_solution * self.guide_cost * (2 * self.T - 1) * self.pool
+        return self.of_solution * self.guide_cost * self.solution_cost * self.pool
 
 
 def share_of_solutions(c) -> float:
@@ -220,7 +229,7 @@ class FlowMapState(EdgeSchedule):
 
     Args:
         c: steps, T, grid_share, sigma_grid, rho, sigma_min, sigma_max, see `flow_map_pairs`; target, solution_share;
-            pool, reuse, batch_size, see `TrajectoryStore`; hop, xvar_frac; cd_loss, cd_weight_mode, sigma_data; sync_dropout; of
+            pool, reuse, batch_size, solver, see `TrajectoryStore`; hop, xvar_frac; cd_loss, cd_weight_mode, sigma_data; sync_dropout; of
             `tangent_loss` jvp, warmup_nimg, tangent_c, tangent_power.
         teacher: D(x, sigma, class_labels), frozen; None: hops are the data's.
     """
@@ -229,7 +238,7 @@ class FlowMapState(EdgeSchedule):
         ops.check_hop(c.hop)
         share = share_of_solutions(c)
         levels = ops.student_grid(c.T, c.sigma_min, c.sigma_max, c.rho, 'full', c.sigma_grid).tolist()
-        self.store = TrajectoryStore(levels, share, c.pool, c.reuse, c.batch_size)
+        self.store = TrajectoryStore(levels, share, c.pool, c.reuse, c.batch_size, c.solver)
         self.in_fp32 = c.target == 'tangent'  # the derivative, see `differentiable`
         super().__init__(c, teacher, gap_option='--T' if c.target in ('hop', 'mixed') else '')
 

@@ -19,7 +19,15 @@ import click
 from dnnlib import EasyDict, cli
 from dnnlib.options import SWITCH, opt, options_of, recorded
 from dnnlib.schema import Integer, Real
-from training.choices import DISTANCES, HOPS, SAMPLING_MODES, SIGMA_GRIDS, STUDENT_GRIDS, WEIGHT_MODES
+from training.choices import (
+    DISTANCES,
+    HOPS,
+    SAMPLING_MODES,
+    SEGMENT_SOLVERS,
+    SIGMA_GRIDS,
+    STUDENT_GRIDS,
+    WEIGHT_MODES,
+)
 from training.guidance_options import GuidanceOptions
 from training.saved_files import NETWORK_FILE
 
@@ -163,6 +171,19 @@ class TeacherHop(GuidedTeacher):
         "With --hop=addim: share of the image's squared error that is put back as noise; 0 guesses it without the image.",
         needs=('hop', 'addim'),
         metavar='FLOAT',
+    )
+
+
+@dataclass(frozen=True)
+class TeacherSolver(GuidedTeacher):
+    heading: ClassVar[str] = Teacher.heading
+
+    solver: str = opt(
+        'heun',
+        click.Choice(SEGMENT_SOLVERS),
+        "The teacher's steps over a segment (direct) or a stored solution (flowmap): heun, 2 evaluations each, or ipndm, "
+        'dpmpp, 1 each.',
+        later=True,
     )
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dnnlib.lazy import lazy_import
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -25,6 +25,7 @@ np = lazy_import('numpy')
 torch = lazy_import('torch')
 misc = lazy_import('torch_utils.misc')
 ops = lazy_import('training.consistency_ops')
+segment_solvers = lazy_import('training.segment_solvers')
 
 GROUPS = 4  # of places, whose trajectories begin at different steps
 
@@ -54,10 +55,13 @@ class TrajectoryStore:
         pool: trajectories of a place, which serve in turn.
         reuse: optimizer steps that a trajectory serves.
         batch_size: images of an optimizer step, on all processes.
+        solver: of SEGMENT_SOLVERS, over all levels.
     """
 
-    def __init__(self, levels: list[float], share: float, pool: int, reuse: int, batch_size: int):
-        self.levels, self.share = levels, share
+    def __init__(
+        self, levels: list[float], share: float, pool: int, reuse: int, batch_size: int, solver: str = 'heun'
+    ):
+        self.levels, self.share, self.solver = levels, share, solver
         self.pool, self.reuse, self.batch_size = pool, reuse, batch_size
         self.step = 0
         # By the turn, which is the step modulo `pool`, and the place of the first image of a micro-batch.
@@ -125,9 +129,17 @@ class TrajectoryStore:
             of_rows = None if labels is None else stored.labels[rows]
             noise = rng.at(begun * self.batch_size + place).normal('noise', shape)[rows]
             start = noise.double() * self.levels[0]
-            path = [start, *ops.ode_path(denoiser(of_rows), start, self.levels)]
-            stored.states[mine] = torch.stack(path, dim=1).float()
+            stored.states[mine] = torch.stack([start, *self._path(denoiser(of_rows), start)], dim=1).float()
         return stored
+
+    def _path(self, denoiser: Callable, start: Tensor) -> Iterator[Tensor]:
+        """The states of the teacher at each level after the first."""
+        if self.solver == 'heun':
+            return ops.ode_path(denoiser, start, self.levels)  # whose last step takes one evaluation, not two
+        levels = misc.upload(np.array(self.levels), start.device)
+        return segment_solvers.solution_path(
+            denoiser, start, levels[:, None].expand(-1, len(start)), self.solver
+        )
 
     def _labels_at(self, place: int, labels: Tensor, begun: int) -> Tensor:
         """The labels of a micro-batch at the step at which trajectories began: now, or before a resumed run began."""
