@@ -2,7 +2,8 @@
 
 Processes of one machine train a network with random weights on one image each, by gloo on the CPU, as the training
 loop sets them up: whole or by FSDP2, Adam, an EMA and two power-function averages. What a process has more than before it
-built the network is measured by the system, not counted: between steps, and at most.
+built the network is measured by the system, not counted: between steps, and at most in a step after the first. Beside it
+stands the sum by the formula of --dry-run (`training.memory`), which leaves temporary tensors out.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ if __name__ == '__main__':
 
 from benchmarks.common import apart, block, table
 from benchmarks.sizes import SIZES
-from dnnlib import cli
+from dnnlib import EasyDict, cli
 from torch_utils.flat import FlatParameters
 from torch_utils.gradients import Gradients
 from torch_utils.sharded import ShardedParameters
-from training import execution
+from training import execution, memory
+from training.objectives.loss import State
 from training.phema import WeightAverages
+from training.starting_point import on_meta
 from training.weight_update import WeightUpdate
 
 STEPS = 3
@@ -61,6 +64,7 @@ def measure(size: str, divided: bool) -> dict:
     # What is imported, and small steps allocate, at the first use.
     train(torch.nn.Linear(4, 4), [], divided, lambda net: net(torch.ones(1, 4)))
     before = in_use()
+    # In the measure of `highest`, which counts shared memory too.
     forget_highest()
     start = highest()
 
@@ -84,12 +88,24 @@ def train(net, blocks, divided: bool, predict) -> tuple:
     averages = WeightAverages(net, parameters, 5e5, 0.05, STDS)
     gradients = Gradients(net, parameters)
     for step in range(1, STEPS + 1):
+        if step == 2:
+            # What is built, and allocated by the first step, is no part of a step's peak.
+            in_use()
+            forget_highest()
         gradients.begin_step()
         with gradients.round(last=True):
             predict(net).square().sum().backward()
         update.step(1e-5)
         averages.update(step, 1)
     return parameters, update, averages, gradients
+
+
+def by_formula(size: str, processes: int, divided: bool) -> dict[str, int]:
+    """Bytes of a process by part."""
+    network = SIZES[size].description
+    how = dict(precision='fp32', checkpoint_activations=False, compiled=False, phema_stds=STDS)
+    c = EasyDict(how, network=network, shard='optimizer' if divided else 'none')
+    return memory.parts(c, on_meta(network), None, State(), 1, processes, on_gpu=False)
 
 
 def group(size: str, processes: int, divided: bool) -> dict:
@@ -136,15 +152,19 @@ def main(size, processes, folder, divided):
     for count in processes:
         for name, shard in (('none', False), ('optimizer', True)):
             found = group(size, count, shard)
-            each = lambda key: f'{found[key] / found["parameters"]:.1f}'  # noqa: B023  (used here)
-            rows.append([f'{count}, --shard={name}', each('between'), each('peak')])
+            parts = by_formula(size, count, shard)
+            total, activations = sum(parts.values()), parts['activations']
+            each = [total - activations, found['between'], total, found['peak']]
+            per_parameter = [f'{value / found["parameters"]:.1f}' for value in each]
+            rows.append([f'{count}, --shard={name}', *per_parameter, f'{found["peak"] / total:.3f}'])
     click.echo(
         block(
             f'Memory of a process: {SIZES[size].title}',
             f'Bytes a parameter of {found["parameters"]:,}, of the process that has most, beyond those before the '
-            'network was built; an EMA and two phEMA, no teacher, one image a process. `peak` has its '
-            'activations, and memory that is shared.',
-            table(['processes', 'between steps', 'peak'], rows),
+            'network was built; an EMA and two phEMA, no teacher, one image a process. `vectors` and `sum`, which is with '
+            'activations, are by the formula of --dry-run (`training/memory.py`); `between steps` and `peak` are measured, '
+            '`peak` with temporary tensors and memory that is shared.',
+            table(['processes', 'vectors', 'between steps', 'sum', 'peak', 'peak / sum'], rows),
         )
     )
 

@@ -131,9 +131,9 @@ class PositionalEmbedding(Module):
 
     def forward(self, x):
         half = self.num_channels // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=x.device) / (half - int(self.endpoint))
+        exponents = torch.arange(half, dtype=torch.float32, device=x.device) / -(half - int(self.endpoint))
         # [N, num_channels / 2]
-        angles = torch.outer(x, (self.max_positions**-exponents).to(x.dtype))
+        angles = torch.outer(x, (self.max_positions**exponents).to(x.dtype))
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -223,6 +223,10 @@ class UNetBlock(Module):
             self.qkv = Conv2d(out_channels, out_channels * 3, kernel=1, **(init_attn or init))
             self.proj = Conv2d(out_channels, out_channels, kernel=1, **init_zero)
 
+    def _scaled(self, x):
+        # To keep the variance of a sum; without a scale there is no kernel to launch.
+        return x if self.skip_scale == 1 else x * self.skip_scale
+
     def _dropout(self, x, mask):
         if mask is not None:
             return x * (mask.to(x.dtype) / (1 - self.dropout))
@@ -252,11 +256,9 @@ class UNetBlock(Module):
             h = self.norm1(h + modulation)
         h = self.conv1(self._dropout(F.silu(h), mask))
 
-        # Residual sums, scaled to keep the variance.
-        x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
-        if self.num_heads:
-            x = (x + self._attention(x)) * self.skip_scale
-        return x
+        # Residual sums.
+        x = self._scaled(h + (x if self.skip is None else self.skip(x)))
+        return self._scaled(x + self._attention(x)) if self.num_heads else x
 
 
 # ----------------------------------------------------------------------------
@@ -330,7 +332,7 @@ class UNet(Module):
             # A dropped label is a row of zeros, the label of unconditional sampling.
             keep = torch.rand([class_labels.shape[0], 1], device=class_labels.device) >= self.label_dropout
             class_labels = class_labels * keep.to(class_labels.dtype)
-        return self.map_label(class_labels * self.label_gain)
+        return self.map_label(class_labels if self.label_gain == 1 else class_labels * self.label_gain)
 
     def _modulation(self, emb, end_labels):
         """What blocks see of the embedding, with that of the step's end in two-time networks."""
@@ -705,9 +707,12 @@ class EDMPrecond(Precond):
 
     def coefficients(self, sigma):
         # The boundary shifts c_skip and c_out, not c_in: c_skip = 1 and c_out = 0 there.
-        total, above = sigma**2 + self.sigma_data**2, sigma - self.boundary
-        c_skip = self.sigma_data**2 / (above**2 + self.sigma_data**2)
-        return c_skip, above * self.sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
+        total = shifted = sigma**2 + self.sigma_data**2
+        above, root = sigma, total.sqrt()
+        if self.boundary:
+            above = sigma - self.boundary
+            shifted = above**2 + self.sigma_data**2
+        return self.sigma_data**2 / shifted, above * self.sigma_data / root, 1 / root, sigma.log() / 4
 
 
 @persistent
