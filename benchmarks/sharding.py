@@ -1,9 +1,10 @@
 """Memory of a process in training, by number of processes, undivided and divided (--shard=optimizer).
 
 Processes of one machine train a network with random weights on one image each, by gloo on the CPU, as the training
-loop sets them up: whole or by FSDP2, Adam, an EMA and two power-function averages. What a process has more than before it
-built the network is measured by the system, not counted: between steps, and at most in a step after the first. Beside it
-stands the sum by the formula of --dry-run (`training.memory`), which leaves temporary tensors out.
+loop sets them up: whole or by FSDP2, Adam, an EMA and two power-function averages. What a process has more between steps than
+before it built the network is measured by the system. The peak is counted, as the tensors that live in a step at the same
+time: the system's would have what its allocator keeps. Beside both stands the formula of --dry-run (`training.memory`),
+which leaves temporary tensors out.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import re
 import sys
 import tempfile
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 if __name__ == '__main__':
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -47,13 +52,34 @@ def in_use() -> int:
     return psutil.Process().memory_full_info().uss
 
 
-def highest() -> int:
-    """Most bytes in use since `forget_highest`, with those shared."""
-    return 1024 * int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1])
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of tensors that live at the same time, from `reset` on, of those that operators see.
 
+    Attributes:
+        peak: most of them.
+    """
 
-def forget_highest() -> None:
-    Path('/proc/self/clear_refs').write_text('5')
+    def __init__(self):
+        super().__init__()
+        self.peak, self._counting = 0, False
+        self._storages: dict[int, weakref.ref] = {}
+
+    def reset(self) -> None:
+        self.peak, self._counting = 0, True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, DTensor):
+                leaf = leaf.to_local()
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != 'meta':
+                storage = leaf.untyped_storage()
+                self._storages[storage._cdata] = weakref.ref(storage)
+        if self._counting:
+            # FSDP2 gathers into storages that it resizes, so that sizes are asked for anew.
+            alive = [storage for ref in self._storages.values() if (storage := ref()) is not None]
+            self.peak = max(self.peak, sum(storage.nbytes() for storage in alive))
+        return result
 
 
 def measure(size: str, divided: bool) -> dict:
@@ -64,39 +90,34 @@ def measure(size: str, divided: bool) -> dict:
     # What is imported, and small steps allocate, at the first use.
     train(torch.nn.Linear(4, 4), [], divided, lambda net: net(torch.ones(1, 4)))
     before = in_use()
-    # In the measure of `highest`, which counts shared memory too.
-    forget_highest()
-    start = highest()
 
     net = given.build().train()
     x = torch.randn(1, given.channels, given.resolution, given.resolution)
     predict = lambda net: net(x, torch.ones(1), torch.zeros(1, given.classes))
-    held = train(net, execution.blocks_of(net), divided, predict)
-    found = dict(
-        parameters=sum(p.numel() for p in net.parameters()), between=in_use() - before, peak=highest() - start
-    )
+    with LiveTensors() as live:
+        held = train(net, execution.blocks_of(net), divided, predict, live.reset)
+    parameters = sum(p.numel() for p in net.parameters())
+    found = dict(parameters=parameters, between=in_use() - before, peak=live.peak)
     del held
     dist.barrier()
     dist.destroy_process_group()
     return found
 
 
-def train(net, blocks, divided: bool, predict) -> tuple:
-    """Some steps. Returns: everything that training keeps."""
+def train(net, blocks, divided: bool, predict, after_first: Callable[[], None] = lambda: None) -> tuple:
+    """Some steps. `after_first` is called after the first. Returns: everything that training keeps."""
     parameters = ShardedParameters(net, blocks) if divided else FlatParameters(net)
     update = WeightUpdate(parameters, (0.9, 0.999), 1e-8)
     averages = WeightAverages(net, parameters, 5e5, 0.05, STDS)
     gradients = Gradients(net, parameters)
     for step in range(1, STEPS + 1):
-        if step == 2:
-            # What is built, and allocated by the first step, is no part of a step's peak.
-            in_use()
-            forget_highest()
         gradients.begin_step()
         with gradients.round(last=True):
             predict(net).square().sum().backward()
         update.step(1e-5)
         averages.update(step, 1)
+        if step == 1:
+            after_first()
     return parameters, update, averages, gradients
 
 
@@ -162,8 +183,8 @@ def main(size, processes, folder, divided):
             f'Memory of a process: {SIZES[size].title}',
             f'Bytes a parameter of {found["parameters"]:,}, of the process that has most, beyond those before the '
             'network was built; an EMA and two phEMA, no teacher, one image a process. `vectors` and `sum`, which is with '
-            'activations, are by the formula of --dry-run (`training/memory.py`); `between steps` and `peak` are measured, '
-            '`peak` with temporary tensors and memory that is shared.',
+            'activations, are by the formula of --dry-run (`training/memory.py`); `between steps` is measured; `peak` '
+            'is counted, with temporary tensors.',
             table(['processes', 'vectors', 'between steps', 'sum', 'peak', 'peak / sum'], rows),
         )
     )
