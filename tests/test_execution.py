@@ -241,11 +241,12 @@ def test_half_precision_inside_is_the_same_network_with_shorter_numbers(kind, dt
         assert 0 < (rounded - exact).norm() / exact.norm() < 8 * torch.finfo(dtype).eps / 2
 
 
-@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
-def test_a_compiled_network_has_few_graphs_on_several_processes(precision):
+@pytest.mark.parametrize('precision, earlier', [('fp32', []), ('bf16', []), ('fp32', [5, 3])])
+def test_a_compiled_network_has_few_graphs_on_several_processes(precision, earlier):
     """And the same gradients, which arrive in several parts. DDP cuts where a bucket is full: at every parameter, if each
-    seemed as large as all."""
-    torch.compiler.reset()  # another test's batch size would make that of the graphs dynamic
+    seemed as large as all; and not at all where the batch size is dynamic, as after a network of the same class was
+    compiled for other sizes, in `earlier` passes without gradients."""
+    torch.compiler.reset()
     graphs, net = [], execution.in_precision(build('adm').train(), precision)
     *given, masks = inputs(net)
     net(*given, dropout_masks=masks).square().sum().backward()
@@ -257,6 +258,11 @@ def test_a_compiled_network_has_few_graphs_on_several_processes(precision):
         gradients = Gradients(net, flat, *execution.rounded_parameters(net))
         ddp = distributed.in_several_graphs(gradients.net, torch.device('cpu'))
         gradients.net.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+        for count in earlier:
+            *others, their_masks = inputs(net, count)
+            with torch.no_grad():
+                gradients.net(*others, dropout_masks=their_masks)
+        graphs.clear()
         gradients.begin_step()
         with gradients.round(last=True):
             ddp(*given, dropout_masks=masks).square().sum().backward()

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
 
 from dnnlib import cli, interrupts
 from dnnlib.limits import MAX_DIGITS
@@ -233,7 +234,18 @@ def in_several_graphs(net: torch.nn.Module, device: torch.device) -> torch.nn.Mo
     largest = max(parameter.untyped_storage().nbytes() for parameter in trained)
     if largest > trained[0].nbytes:
         ddp.bucket_bytes_cap = max(ddp.bucket_bytes_cap, largest * -(-len(trained) // GRAPHS))
+
+    # It cannot cut a graph of a dynamic batch size, which the graphs of a class become once any network of it was
+    # compiled for two sizes, such as a teacher's for part of a batch.
+    ddp.register_forward_pre_hook(_of_static_size, with_kwargs=True)
     return ddp
+
+
+def _of_static_size(net: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    """Have torch.compile take the first dimension of all tensors as a constant."""
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, torch.Tensor) and leaf.ndim:
+            torch._dynamo.mark_static(leaf, 0)
 
 
 # ----------------------------------------------------------------------------
