@@ -10,7 +10,7 @@ import os
 
 import click
 
-from dnnlib import cli
+from dnnlib import UserError, cli
 from dnnlib.util import named
 from metrics.evaluation import (
     DEFAULT_NUM,
@@ -110,6 +110,14 @@ def main():
     'distance; 0 disables the interval.',
 )
 @cli.option(
+    '--bootstrap-strata',
+    'strata',
+    metavar='INT',
+    type=cli.COUNT,
+    help='Number of classes, which the images are of in turn, as with --labels=balanced: each is resampled by itself.  '
+    '[default: those of --network with --labels=balanced, else 1]',
+)
+@cli.option(
     '--nearest-k',
     metavar='INT',
     type=cli.COUNT,
@@ -146,6 +154,7 @@ def calc(
     measures,
     num,
     bootstrap,
+    strata,
     nearest_k,
     json_path,
     network,
@@ -164,7 +173,7 @@ def calc(
     # The paired error needs no features, and comes last unless it is listed.
     results = {name: [] for name in [*measures, *([PAIRED_ERROR] if pairs.pairs_with else [])]}
     measures = {name: measure for name, measure in measures.items() if measure}
-    check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_sets, chosen)
+    check_usage(paths, ref, measures, num, bootstrap, strata, nearest_k, network, seed_sets, chosen)
     check_detector_options(measures, options)
     with _processes() as is_main:
         # Everything that may be missing or wrong is found before the first batch.
@@ -200,8 +209,10 @@ def calc(
         for source, seen in zip(sources, features) if is_main else ():
             for first in list(seen.values())[:1]:
                 warn_about(source, first, measures, detectors)
+                check_strata(source, first, strata)
             given = source, seen, references, ref, measures, detectors
-            for name, result in compared(*given, bootstrap, nearest_k, options.seed):
+            resampling = bootstrap, strata or source.strata
+            for name, result in compared(*given, *resampling, nearest_k, options.seed):
                 results[name].append(result)
                 log(sentence(result))
 
@@ -212,12 +223,12 @@ def calc(
             click.echo(f'{summaries[next(iter(summaries))]["value"]:.10g}')
 
 
-def compared(source, seen, references, ref, measures, detectors, bootstrap, nearest_k, seed):
+def compared(source, seen, references, ref, measures, detectors, bootstrap, strata, nearest_k, seed):
     """(name, result with the facts about it) of each measure of a source, detector by detector."""
     from metrics.measures import Comparison
 
     for entry, detector in detectors.items():
-        given = seen[entry], references.get(entry), detector.device, bootstrap, nearest_k, seed
+        given = seen[entry], references.get(entry), detector.device, bootstrap, strata, nearest_k, seed
         comparison = Comparison(*given)
         for name, measure in measures.items():
             if measure.entry != entry:
@@ -299,7 +310,9 @@ def ref(path, dest, measures, num, features, options):
 # Sources of images.
 
 
-def check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_sets, sampling) -> None:
+def check_usage(
+    paths, ref, measures, num, bootstrap, strata, nearest_k, network, seed_sets, sampling
+) -> None:
     """Raises: UsageError if options contradict or lack each other."""
     # Existing images, or those of a network.
     if bool(paths) == bool(network):
@@ -326,8 +339,20 @@ def check_usage(paths, ref, measures, num, bootstrap, nearest_k, network, seed_s
     # Options of particular metrics.
     if bootstrap and not measures.keys() & {'fid', 'fd_dinov2'}:
         raise click.UsageError('--bootstrap is for fid and fd_dinov2.')
+    if strata and not bootstrap:
+        raise click.UsageError('--bootstrap-strata is for --bootstrap: give the number of resamples.')
     if nearest_k and not measures.keys() & {'precision', 'recall', 'density', 'coverage'}:
         raise click.UsageError('--nearest-k is for precision, recall, density and coverage.')
+
+
+def check_strata(source, seen, strata: int | None) -> None:
+    """Raises: UserError if images are missing, so that classes do not come in turn."""
+    missing = source.total - seen.stats.count
+    if strata and strata > 1 and missing:
+        raise UserError(
+            f'--bootstrap-strata={strata}: {missing} of {source.total} images are left out, so that those that remain are '
+            'not of all classes in turn; give --num for all, or leave the option out.'
+        )
 
 
 def check_pairs(paths, measures, seed_sets, pairs: PairOptions) -> None:

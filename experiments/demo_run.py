@@ -168,9 +168,9 @@ def run_demo(runner: Runner, done: Done, jobs: int) -> list[dict]:
     # Students are trained and measured, the teacher is only measured; each makes a row.
     def row(name: str, network: Path, sampler: Callable[[], list[str]], **facts) -> dict:
         if name not in done.rows:
-            measured = measure(
-                runner, name, network, sampler(), images, metrics, bootstrap=200, labels=BALANCED
-            )
+            # Every class equally often.
+            drawing = dict(labels=BALANCED, bootstrap=200, strata=DIGITS.classes)
+            measured = measure(runner, name, network, sampler(), images, metrics, **drawing)
             done.add(name, dict(facts, **measured))
         return done.rows[name]
 

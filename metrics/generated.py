@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -56,6 +57,13 @@ class GeneratedImages:
         # Decoding one latent shows the shape, which a VAE enlarges.
         latents = torch.zeros([1, self.net.img_channels, side, side], device=device)
         return list(encoders.encoder_of(self.net, device).decode(latents).shape[1:])
+
+    @property
+    def strata(self) -> int:
+        """Number of classes that the images are of in turn."""
+        chosen = getattr(self.arguments['choose_labels'], 'classes', [None])
+        in_turn = all(b == a + 1 for a, b in itertools.pairwise(self.seeds))
+        return len(chosen) if in_turn else 1
 
     def __len__(self) -> int:
         return len(self.seeds)

@@ -53,7 +53,10 @@ class ImageSource:
         image_shape: [C, H, W]; C is 1 or 3.
         skipped: reasons for skipping images, by index, as far as this process has read.
         unturned: EXIF orientations other than 1, which are ignored, likewise.
+        strata: number of classes that the images are of in turn, as far as is known.
     """
+
+    strata = 1
 
     def __init__(self, path: str | os.PathLike, count: int, num: int | None, seed: int):
         self.name = os.fspath(path)

@@ -26,6 +26,7 @@ class Comparison:
         reference: computed with the same detector; None for metrics that need none.
         device: where features are compared.
         bootstrap: resamples for the interval of a Fréchet distance; 0 disables it.
+        strata: see `uncertainty.bootstrap_interval`.
         neighbors: k of precision, recall, density and coverage; None uses their papers' k.
         seed: seed of all random choices.
     """
@@ -34,6 +35,7 @@ class Comparison:
     reference: Reference | None = None
     device: torch.device | str = 'cpu'
     bootstrap: int = 0
+    strata: int = 1
     neighbors: int | None = None
     seed: int = 0
 
@@ -55,7 +57,12 @@ class Comparison:
         if self.bootstrap:
             result['interval'] = list(
                 bootstrap_interval(
-                    self.features, reference.mu, reference.sigma, num=self.bootstrap, seed=self.seed
+                    self.features,
+                    reference.mu,
+                    reference.sigma,
+                    num=self.bootstrap,
+                    seed=self.seed,
+                    strata=self.strata,
                 )
             )
         return result

@@ -20,10 +20,11 @@ def bootstrap_interval(
     num: int = 200,
     level: float = 0.95,
     seed: int = 0,
+    strata: int = 1,
 ) -> tuple[float, float]:
     """Interval of the Fréchet distance for another sample of as many images, with the reference fixed.
 
-    Images are drawn with replacement `num` times (Efron 1979). Resamples repeat images, so their distances
+    Images are drawn with replacement `num` times (Efron 1979), of every stratum as many as it has. Resamples repeat images, so their distances
     are too large on average. Only their spread is used, centered on the distance of the sample itself: the
     noise of FID at this number of images, not its bias.
 
@@ -34,6 +35,8 @@ def bootstrap_interval(
             Fréchet distance.
         level: probability of the interval.
         seed: seed of the resampling.
+        strata: number of strata that follow one another in turn: image i is of stratum i mod `strata`. Classes are
+            strata if every sample has each equally often (Cochran 1977, Chapter 5).
     Returns: (low, high), around the distance of `features`.
     """
     # Resampling gives the spread, not the center: the distances of resamples are biased.
@@ -41,10 +44,18 @@ def bootstrap_interval(
     rng, n = np.random.default_rng(seed), len(sample)
     value = sample.distance(np.ones(n))
     draws = distributed.progress(range(num), unit='resample')
-    # How often each image occurs in a resample of n is multinomial.
-    resampled = np.array([sample.distance(rng.multinomial(n, np.full(n, 1 / n))) for _ in draws])
+    resampled = np.array([sample.distance(resample(rng, n, strata)) for _ in draws])
     low, high = value - resampled.mean() + np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return max(0.0, float(low)), float(high)
+
+
+def resample(rng: np.random.Generator, n: int, strata: int = 1) -> np.ndarray:
+    """[n] int64 how often each of n images occurs in a resample: multinomial in every stratum."""
+    counts = np.zeros(n, dtype=np.int64)
+    for first in range(min(strata, n)):
+        of_stratum = counts[first::strata]
+        of_stratum[:] = rng.multinomial(len(of_stratum), np.full(len(of_stratum), 1 / len(of_stratum)))
+    return counts
 
 
 def root_mean_interval(values: np.ndarray) -> tuple[float, float]:

@@ -156,6 +156,16 @@ def test_the_json_file_holds_value_interval_and_origin(lab, reference, tmp_path)
     assert 'interval' not in json.loads(path.read_text())['fid']
 
 
+def test_classes_in_turn_have_another_interval_and_no_image_may_be_missing(lab, reference, tmp_path):
+    intervals = []
+    for strata in ([], ['--bootstrap-strata=1'], ['--bootstrap-strata=3']):
+        calc(lab, reference, '--num=60', '--bootstrap=50', f'--json={tmp_path / "x.json"}', *strata)
+        intervals.append(json.loads((tmp_path / 'x.json').read_text())['fid']['interval'])
+    assert intervals[0] == intervals[1] != intervals[2]
+    result = calc(lab, reference, '--num=50', '--bootstrap=5', '--bootstrap-strata=3')
+    assert '--bootstrap-strata=3: 10 of 60 images are left out' in one_line_error(result)
+
+
 def test_every_number_of_processes_gives_the_same_numbers(lab, reference, tmp_path):
     """One, 2 and 3 processes, to 1e-9: batches of 8 of 51 images, so that shares are unequal and the last batch is filled up.
     The only line on stdout is the number."""
@@ -599,6 +609,7 @@ def test_usage_errors_exit_with_2():
         'calc --images=x --images=./x --ref=z': '--images: the same path',
         'calc --images=x': '--ref is missing',
         'calc --images=x --ref=y --metrics=is --bootstrap=5': '--bootstrap is for',
+        'calc --images=x --ref=y --bootstrap-strata=5': '--bootstrap-strata is for --bootstrap',
         'calc --images=x --ref=y --metrics=fid_inf --bootstrap=5': '--bootstrap is for',
         'calc --images=x --ref=y --nearest-k=4': '--nearest-k is for',
         'calc --images=x --ref=y --dinov2=d': '--dinov2: not used by fid.',

@@ -24,6 +24,7 @@ from data.label_space import Labels, LabelSpace, listed, parse_ranges, ranges, s
 from dnnlib import UserError
 from experiments import inputs
 from metrics import validator
+from metrics.generated import GeneratedImages
 from sampling import edit_files, generation, label_choosers
 from training import networks
 from training.checkpoint import load_network, save_snapshot
@@ -230,6 +231,11 @@ def test_balanced_labels_come_in_turn_and_leave_all_other_noise_as_it_is(gaps, v
     )
     after = generation.draw_start(net, range(5))[0].randn([3])
     assert torch.equal(latents, same) and torch.equal(drawn.randn([3]), after)
+    # fid.py resamples each of three classes by itself, if seeds follow one another.
+    balanced = label_choosers.choose(net, 'net', labels='balanced')
+    for seeds, classes in ((range(4, 9), 3), ([4, 6], 1)):
+        assert GeneratedImages(net, seeds, 4, balanced).strata == classes
+    assert GeneratedImages(net, range(4), 4).strata == 1
     arguments = f'--network={vectors[0]}', '--outdir=none', '--labels=balanced'
     assert_one_clear_error(invoke(generate.main, *arguments), 'label vectors of 2 numbers', '--labels=data')
 

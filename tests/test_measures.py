@@ -20,7 +20,7 @@ from metrics.frechet import Gaussian, frechet_distance
 from metrics.inception_score import inception_score
 from metrics.kernel import kernel_distance, squared_mmd
 from metrics.neighbors import density_coverage, precision_recall
-from metrics.uncertainty import _Sample, bootstrap_interval, frechet_infinity
+from metrics.uncertainty import _Sample, bootstrap_interval, frechet_infinity, resample
 
 
 def gaussian(features):
@@ -512,6 +512,28 @@ def test_bootstrap_interval_holds_the_distance_of_a_small_sample():
     features = np.random.default_rng(4).normal(size=(30, 10))
     low, high = bootstrap_interval(features, np.zeros(10), np.eye(10), num=100)
     assert low < frechet_distance(*gaussian(features), np.zeros(10), np.eye(10)) < high
+
+
+def test_classes_in_turn_are_resampled_by_themselves_as_wide_as_repeated_experiments():
+    """Two classes far apart, 150 images of each in every sample: with the numbers of images free to vary, the interval is
+    several times as wide."""
+    rng = np.random.default_rng(5)
+    mu, sigma = np.array([1.0, 0.5]), np.diag([10.0, 2.0])
+    centers = np.resize([[-3.0, 0], [3, 0]], (300, 2))
+    samples = rng.normal(size=(200, 300, 2)) + centers
+    distances = [frechet_distance(*gaussian(sample), mu, sigma) for sample in samples]
+    spread = np.subtract(*np.quantile(distances, [0.975, 0.025]))
+    width = lambda **options: np.mean(
+        [
+            np.ptp(bootstrap_interval(torch.from_numpy(sample), mu, sigma, num=200, seed=i, **options))
+            for i, sample in enumerate(samples[:10])
+        ]
+    )
+    assert width(strata=2) == pytest.approx(spread, rel=0.2)
+    assert width() > 1.5 * spread
+
+    counts = resample(np.random.default_rng(0), 10, 3)
+    assert [counts[i::3].sum() for i in range(3)] == [4, 3, 3] and counts.max() > 1
 
 
 def test_resampled_moments_are_those_of_the_repeated_images(monkeypatch):
