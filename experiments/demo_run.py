@@ -25,7 +25,6 @@ from experiments.runner import (
     workers,
 )
 from experiments.teacher import COUNTS, TeacherSampling, best, few_evaluations, sampler_options
-from sampling.options import BALANCED
 
 IMAGES = DIGITS.images  # of each row, as in compare.py
 IN_PICTURE = 16  # samples of a row in the picture
@@ -168,9 +167,7 @@ def run_demo(runner: Runner, done: Done, jobs: int) -> list[dict]:
     # Students are trained and measured, the teacher is only measured; each makes a row.
     def row(name: str, network: Path, sampler: Callable[[], list[str]], **facts) -> dict:
         if name not in done.rows:
-            # Every class equally often.
-            drawing = dict(labels=BALANCED, bootstrap=200, strata=DIGITS.classes)
-            measured = measure(runner, name, network, sampler(), images, metrics, **drawing)
+            measured = measure(runner, name, network, sampler(), images, metrics, bootstrap=200)
             done.add(name, dict(facts, **measured))
         return done.rows[name]
 
@@ -186,7 +183,7 @@ def run_demo(runner: Runner, done: Done, jobs: int) -> list[dict]:
         return row(name, network, sampler, model=name, solver='student', nfe=S)
 
     def of_teacher(s: TeacherSampling) -> dict:
-        sampler = lambda: sampler_options(runner, s.name, teacher, s, 256, BALANCED)
+        sampler = lambda: sampler_options(runner, s.name, teacher, s, 256)
         return row(s.name, teacher, sampler, model='teacher', solver=s.solver, nfe=s.nfe, searched=s.searched)
 
     # The longest job first, so that no core is idle at the end.

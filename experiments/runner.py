@@ -234,7 +234,6 @@ def measure(
     metrics: dict[str, Metric],
     batch: int = 256,
     bootstrap: int = 0,
-    strata: int = 1,
     labels: str | None = None,
     pairs: Pairs | None = None,
 ) -> dict:
@@ -244,7 +243,6 @@ def measure(
         sampler: options of generate.py, solver and steps or noise levels.
         metrics: distances to compute, by name.
         bootstrap: number of resamples for a 95 % interval; 0 for none.
-        strata: number of classes, if images are of them in turn.
         labels: see --labels of generate.py.
         pairs: None for no paired error.
     Returns: `images`, `seconds` of sampling, and under the first metric `distance` and, with `bootstrap`,
@@ -283,7 +281,7 @@ def measure(
             f'--batch={batch}',
             *([f'--detector={of_metric.detector}'] if of_metric.detector else []),
             *([f'--metrics={",".join(("fid", *diversity))}'] if diversity else []),
-            *([f'--bootstrap={bootstrap}', f'--bootstrap-strata={strata}'] if bootstrap else []),
+            *([f'--bootstrap={bootstrap}'] if bootstrap else []),
         )
         suffix = f'_{metric}' if i else ''
         row[f'distance{suffix}'] = found['fid']['value']
