@@ -55,7 +55,7 @@ def is_recorded(name: str) -> bool:
 
 
 def teacher_distance() -> float:
-    """That of the digits' teacher with 511 evaluations, with drawn labels, to which ratios of records without rows are."""
+    """That of the digits' teacher with 511 evaluations and drawn labels, to which ratios are unless a table names another."""
     return reference(record(DRAWN)['rows'])['distance']
 
 
@@ -107,14 +107,16 @@ def write_figure(dest: str) -> None:
 
 
 def of_cells(table: Mapping) -> str:
-    """A table whose cells are text, numbers, or {'distances': one for each seed}, shown with the ratio of their mean."""
+    """A table whose cells are text, numbers, or {'distances': one for each seed}, shown with the ratio of their mean to the
+    teacher's distance, `reference` if the table has one."""
+    best = table.get('reference', teacher_distance())
     numbers = [
         [row[i] for row in table['rows'] if isinstance(row[i], float)] for i in range(len(table['columns']))
     ]
     bold = [min(column) if table['least_in_bold'] and column else None for column in numbers]
     rows = [
         [
-            cell_text(cell, digits, least)
+            cell_text(cell, digits, least, best)
             for cell, digits, least in zip(row, table['digits'], bold, strict=True)
         ]
         for row in table['rows']
@@ -122,14 +124,14 @@ def of_cells(table: Mapping) -> str:
     return markdown_table(table['columns'], rows, table['align'])
 
 
-def cell_text(cell: str | float | Mapping, digits: int, least: float | None) -> str:
+def cell_text(cell: str | float | Mapping, digits: int, least: float | None, best: float) -> str:
     if isinstance(cell, str):
         return cell
     if isinstance(cell, float):
         return f'**{cell:.{digits}f}**' if cell == least else f'{cell:.{digits}f}'
     values = cell['distances']
     each = ', '.join(f'{value:.{digits}f}' for value in values)
-    return f'{sum(values) / len(values) / teacher_distance():.2f} ({each})'
+    return f'{sum(values) / len(values) / best:.2f} ({each})'
 
 
 def missing(found: Mapping) -> str:
@@ -188,10 +190,12 @@ def known_numbers(names: Iterable[str]) -> list[float]:
             for _, group in groups:
                 values = [row['distance'] for row in group]
                 found += [value / best for value in (*values, sum(values) / len(values))]
-        for cell in (cell for table in of_file.get('tables', []) for row in table['rows'] for cell in row):
-            if isinstance(cell, Mapping):
-                values = cell['distances']
-                found += [value / teacher_distance() for value in (*values, sum(values) / len(values))]
+        for table in of_file.get('tables', []):
+            best = table.get('reference', teacher_distance())
+            for cell in itertools.chain(*table['rows']):
+                if isinstance(cell, Mapping):
+                    values = cell['distances']
+                    found += [value / best for value in (*values, sum(values) / len(values))]
     return found
 
 
