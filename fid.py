@@ -351,7 +351,7 @@ def check_strata(source, seen, strata: int | None) -> None:
     if strata and strata > 1 and missing:
         raise UserError(
             f'--bootstrap-strata={strata}: {missing} of {source.total} images are left out, so that those that remain are '
-            'not of all classes in turn; give --num for all, or leave the option out.'
+            f'not of all classes in turn; give --num={source.total}, or leave the option out.'
         )
 
 

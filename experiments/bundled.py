@@ -16,8 +16,8 @@ COMMON = ['--workers=0', '--lr_schedule=cosine']
 STUDENT = ['--lr=1e-3', '--ema=20kimg', '--ema_rampup=0.05', '--lr_rampup=5']
 # Per objective: pseudo-Huber because LPIPS was trained on photographs of many times the size, but the squared distance
 # for cm-cd, whose chain of 17 edges it does not keep in motion; s1 such that about 2,000 steps can follow the growth of the
-# grid; DPM-Solver++ for stored solutions, because it is as good as Heun's method with half of the evaluations; differences,
-# which cost less than half of forward mode on CPUs.
+# grid; stored solutions of DPM-Solver++, which take half of the evaluations of Heun's; differences, which cost less than half
+# of forward mode on CPUs.
 PER_OBJECTIVE = {
     'mcd': ['--keep_ties', '--top-mass=0.5'],
     'direct': ['--top-mass=1'],

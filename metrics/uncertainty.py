@@ -24,9 +24,9 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Interval of the Fréchet distance for another sample of as many images, with the reference fixed.
 
-    Images are drawn with replacement `num` times (Efron 1979), of every stratum as many as it has. Resamples repeat images, so their distances
-    are too large on average. Only their spread is used, centered on the distance of the sample itself: the
-    noise of FID at this number of images, not its bias.
+    Images are drawn with replacement `num` times (Efron 1979), of every stratum as many as it has. Resamples repeat
+    images, so their distances are too large on average. Only their spread is used, centered on the distance of the
+    sample itself: the noise of FID at this number of images, not its bias.
 
     Args:
         features: [n, D] of the images, on any device.

@@ -11,7 +11,10 @@ from docs.generate_results import DOCS, is_known, known_numbers, numbers
 from experiments.evidence import COMPARISONS
 from training.objectives import OBJECTIVES
 
-PAGES = {'README.md': ['demo', 'digits-drawn', 'flowmap'], 'docs/guidance.md': ['guidance', 'demo']}  # and their records
+PAGES = {
+    'README.md': ['demo', 'digits-drawn', 'flowmap'],
+    'docs/guidance.md': ['guidance', 'demo'],
+}  # and their records
 # The version of Python, and two distances that README attributes to another project.
 NOT_MEASURED = {'README.md': ['3.10', '2.3', '2.3']}
 SECTIONS = generate_results.sections(generate_results.template())
