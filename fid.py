@@ -184,6 +184,8 @@ def calc(
             if network
             else images_of_paths(paths, num or DEFAULT_NUM, options)
         )
+        for source in sources:
+            check_strata(source, len(source), strata)
         detectors = load_detectors(
             {measure.entry for measure in measures.values()}, sources[0].image_shape, options
         )
@@ -209,7 +211,7 @@ def calc(
         for source, seen in zip(sources, features) if is_main else ():
             for first in list(seen.values())[:1]:
                 warn_about(source, first, measures, detectors)
-                check_strata(source, first, strata)
+                check_strata(source, first.stats.count, strata)
             given = source, seen, references, ref, measures, detectors
             resampling = bootstrap, strata or source.strata
             for name, result in compared(*given, *resampling, nearest_k, options.seed):
@@ -345,9 +347,9 @@ def check_usage(
         raise click.UsageError('--nearest-k is for precision, recall, density and coverage.')
 
 
-def check_strata(source, seen, strata: int | None) -> None:
-    """Raises: UserError if images are missing, so that classes do not come in turn."""
-    missing = source.total - seen.stats.count
+def check_strata(source, count: int, strata: int | None) -> None:
+    """Raises: UserError if only `count` images of a source are used, so that classes do not come in turn."""
+    missing = source.total - count
     if strata and strata > 1 and missing:
         raise UserError(
             f'--bootstrap-strata={strata}: {missing} of {source.total} images are left out, so that those that remain are '

@@ -125,7 +125,8 @@ class FlowMapConfig(TangentOptions, SyncDropout, Targets, TeacherHop, TeacherSol
             raise click.UsageError(f'--target={self.target} is the solution of a --teacher: give one.')
         if not self.of_solution and self.solver != 'heun':
             raise click.UsageError(
-                f'--solver={self.solver} is for stored solutions, and --target={self.target} has none.'
+                f'--solver={self.solver} is for stored solutions, and --target={self.target} has none: leave it out, or give '
+                '--teacher and --target=solution.'
             )
         if len(set(self.steps)) < len(self.steps) or not self.steps:
             raise click.UsageError(f'--steps={",".join(map(str, self.steps))}: give different numbers.')
