@@ -2,7 +2,7 @@
 
     python example.py demo-out/student-8/network-snapshot-000160.pkl grid.png
 
-Works for teachers and students, ours and EDM's: what the network is, is read from the snapshot.
+Works for teachers, and for students that take DDIM steps, ours and EDM's: what the network is, is read from the snapshot.
 """
 
 import dnnlib.interrupts  # noqa: F401  (first)
@@ -17,6 +17,7 @@ from dnnlib import UserError
 from dnnlib.cli import expand_path
 from dnnlib.util import check_other_file
 from sampling.generation import checked_images, image_grid, save_images
+from training import samplers
 from training.checkpoint import load_network
 from training.networks.encoders import encoder_of
 
@@ -55,6 +56,12 @@ def main(snapshot, dest, rows=4, columns=10):
     check_other_file(snapshot, dest, 'GRID.png')
     net = load_network(snapshot, device='cuda' if torch.cuda.is_available() else 'cpu')
     device = next(net.parameters()).device
+    solver, _ = samplers.resolve(net, None, None)
+    if solver not in ('student', 'heun') or getattr(net, 'two_time', False):
+        raise UserError(
+            f'{snapshot} is a consistency model, a flow map or a student that is sampled with noise, and this example knows '
+            'teachers and other students: see generate.py'
+        )
     torch.manual_seed(0)
     latents = torch.randn(rows * columns, net.img_channels, net.img_resolution, net.img_resolution).to(device)
 

@@ -305,6 +305,12 @@ def test_the_example_shows_classes_that_have_images(tmp_path, gaps, monkeypatch)
     assert seen[0].tolist() == [1, 2, 4] * 13 + [1]
 
 
+def test_the_example_refuses_what_it_would_sample_wrongly(tmp_path, consistency_model):
+    with pytest.raises(UserError, match='is a consistency model'):
+        example.main(consistency_model, tmp_path / 'grid.png')
+    assert not (tmp_path / 'grid.png').exists()
+
+
 def test_dataset_tool_warns_of_classes_without_images(tmp_path):
     result = invoke(
         dataset_tool.main,
