@@ -2,7 +2,8 @@
 
     python example.py demo-out/student-8/network-snapshot-000160.pkl grid.png
 
-Works for teachers, and for students that take DDIM steps, ours and EDM's: what the network is, is read from the snapshot.
+Works for teachers, ours and EDM's, and for students and flow maps, which take DDIM steps: what the network is, is read
+from the snapshot.
 """
 
 import dnnlib.interrupts  # noqa: F401  (first)
@@ -27,7 +28,9 @@ def student_sample(net, latents, class_labels, sigmas):
     """One evaluation per step down the student's own noise levels: x <- D + (sigma_next / sigma) (x - D)."""
     x = latents.double() * sigmas[0]
     for sigma, sigma_next in itertools.pairwise(sigmas):
-        denoised = net(x, torch.tensor(sigma), class_labels).double()
+        # A flow map is also given the noise level where the step ends.
+        end = dict(r=torch.tensor(sigma_next)) if samplers.is_two_time(net) else {}
+        denoised = net(x, torch.tensor(sigma), class_labels, **end).double()
         x = denoised + sigma_next / sigma * (x - denoised)
     return x
 
@@ -56,11 +59,11 @@ def main(snapshot, dest, rows=4, columns=10):
     check_other_file(snapshot, dest, 'GRID.png')
     net = load_network(snapshot, device='cuda' if torch.cuda.is_available() else 'cpu')
     device = next(net.parameters()).device
-    solver, _ = samplers.resolve(net, None, None)
-    if solver not in ('student', 'heun') or getattr(net, 'two_time', False):
+    solver, steps = samplers.resolve(net, None, None)
+    if solver not in ('student', 'heun'):
         raise UserError(
-            f'{snapshot} is a consistency model, a flow map or a student that is sampled with noise, and this example knows '
-            'teachers and other students: see generate.py'
+            f'{snapshot} is a consistency model or a student that is sampled with noise, and this example knows teachers '
+            'and other students: see generate.py'
         )
     torch.manual_seed(0)
     latents = torch.randn(rows * columns, net.img_channels, net.img_resolution, net.img_resolution).to(device)
@@ -78,9 +81,10 @@ def main(snapshot, dest, rows=4, columns=10):
         else None
     )
 
-    # A student's snapshot records its noise levels.
-    if 'sigmas' in net.metadata:
-        images = student_sample(net, latents, labels, net.metadata['sigmas'])
+    # A student's snapshot records its noise levels, a flow map's how many steps to take.
+    if solver == 'student':
+        sigmas = samplers.student_sigmas(net, samplers.StudentOptions(), steps)
+        images = student_sample(net, latents, labels, sigmas)
     else:
         images = heun_sample(net, latents, labels)
 
