@@ -25,6 +25,7 @@ from experiments.runner import (
     workers,
 )
 from experiments.teacher import COUNTS, TeacherSampling, best, few_evaluations, sampler_options
+from sampling.options import BALANCED
 
 IMAGES = DIGITS.images  # of each row, as in compare.py
 IN_PICTURE = 16  # samples of a row in the picture
@@ -67,6 +68,12 @@ class Done:
             )
         if not all(map(is_row, found['rows'].values())):
             raise UserError(DAMAGED.format(self.path))
+        # Rows of older versions, which drew labels, do not say so.
+        if any(row.get('labels') != BALANCED for row in found['rows'].values()):
+            raise UserError(
+                f'--outdir={outdir} holds an interrupted demo of an older version, whose samples had drawn labels: '
+                'remove the folder, or choose another.'
+            )
         self.scale, self.earlier, self.rows = scale, found['seconds'], found['rows']
         self.save()
 
@@ -167,8 +174,10 @@ def run_demo(runner: Runner, done: Done, jobs: int) -> list[dict]:
     # Students are trained and measured, the teacher is only measured; each makes a row.
     def row(name: str, network: Path, sampler: Callable[[], list[str]], **facts) -> dict:
         if name not in done.rows:
-            measured = measure(runner, name, network, sampler(), images, metrics, bootstrap=200)
-            done.add(name, dict(facts, **measured))
+            # Every class equally often: the shares of drawn labels differ from the data's.
+            options = dict(bootstrap=200, labels=BALANCED, strata=DIGITS.classes)
+            measured = measure(runner, name, network, sampler(), images, metrics, **options)
+            done.add(name, dict(facts, labels=BALANCED, **measured))
         return done.rows[name]
 
     def student(objective: str, S: int, name: str, steps: int) -> dict:
@@ -183,7 +192,7 @@ def run_demo(runner: Runner, done: Done, jobs: int) -> list[dict]:
         return row(name, network, sampler, model=name, solver='student', nfe=S)
 
     def of_teacher(s: TeacherSampling) -> dict:
-        sampler = lambda: sampler_options(runner, s.name, teacher, s, 256)
+        sampler = lambda: sampler_options(runner, s.name, teacher, s, 256, BALANCED)
         return row(s.name, teacher, sampler, model='teacher', solver=s.solver, nfe=s.nfe, searched=s.searched)
 
     # The longest job first, so that no core is idle at the end.
@@ -384,11 +393,12 @@ def introduction(rows: list[dict], minutes: float) -> str:
     )
     metrics = '; '.join(f'<b>{name}</b>: {text}' for name, text in DIGITS.metrics.items())
     return (
-        f'<p>{students}.</p><p>Fréchet distances between {rows[0]["images"]} samples and the 1,797 real '
-        'digits of scikit-learn, in the features of a small digits classifier that the demo trains in '
-        'seconds. This is not FID: no Inception network is involved, and the numbers compare with nothing '
-        f'outside this page. The features of the other two columns are not trained. {metrics}. Intervals are '
-        'the sampling noise (bootstrap), not that of another training. Paired error: root mean square '
-        'difference of pixels, which are between 0 and 1, from what the teacher makes of the same seeds in 511 '
+        f'<p>{students}.</p><p>Fréchet distances between {rows[0]["images"]} samples, each digit equally often, '
+        'and the 1,797 real digits of scikit-learn, in the features of a small digits classifier that the demo '
+        'trains in seconds. This is not FID: no Inception network is involved, and the numbers compare with '
+        f'nothing outside this page. The features of the other two columns are not trained. {metrics}. Intervals '
+        'are the sampling noise (bootstrap within each digit), not that of another training. Paired error: root '
+        'mean square difference of pixels, which are between 0 and 1, from what the teacher makes of the same '
+        'seeds in 511 '
         f'evaluations. {supported(rows)} The whole run took {minutes:.1f} minutes.</p>'
     )

@@ -236,6 +236,7 @@ def measure(
     bootstrap: int = 0,
     labels: str | None = None,
     pairs: Pairs | None = None,
+    strata: int = 1,
 ) -> dict:
     """Sample a network into samples/<name>, and compute its distances.
 
@@ -245,6 +246,7 @@ def measure(
         bootstrap: number of resamples for a 95 % interval; 0 for none.
         labels: see --labels of generate.py.
         pairs: None for no paired error.
+        strata: see --bootstrap-strata of fid.py.
     Returns: `images`, `seconds` of sampling, and under the first metric `distance` and, with `bootstrap`,
         `interval`, and where its reference has features `recall` and `coverage`; under every other one the distance
         as `distance_<name>` and `interval_<name>`; with `pairs` the entries of `paired_error`.
@@ -281,7 +283,7 @@ def measure(
             f'--batch={batch}',
             *([f'--detector={of_metric.detector}'] if of_metric.detector else []),
             *([f'--metrics={",".join(("fid", *diversity))}'] if diversity else []),
-            *([f'--bootstrap={bootstrap}'] if bootstrap else []),
+            *([f'--bootstrap={bootstrap}', f'--bootstrap-strata={strata}'] if bootstrap else []),
         )
         suffix = f'_{metric}' if i else ''
         row[f'distance{suffix}'] = found['fid']['value']

@@ -17,6 +17,7 @@ import click
 
 from dnnlib import EasyDict, UserError, cli
 from dnnlib.util import atomic_write
+from sampling.options import GENERAL
 from training.saved_files import NETWORK_FILE
 
 SOLVERS = ('euler', 'heun', 'dpm2', 'ipndm', 'ipndm_v', 'deis', 'dpmpp', 'unipc')
@@ -55,6 +56,7 @@ SEARCH = dict(num=128, nodes=61, low=None, high=None)  # options of the searches
 @cli.option(
     '--seed', metavar='INT', type=cli.SEED, default=0, show_default=True, help='First seed of the images.'
 )
+@GENERAL['labels']
 @cli.option(
     '--batch', metavar='INT', type=cli.BATCH, default=256, show_default=True, help='Images per batch.'
 )
@@ -75,9 +77,7 @@ def main(levels, json_path, **options):
         raise click.UsageError(f'--levels: {unknown[0]!r} is none of {", ".join(LEVELS)}.')
     distributed.init()
     # The metric and the search read options of fid.py and search.py too.
-    options = EasyDict(
-        options, class_idx=None, labels=None, dinov2=None, skip_bad=False, cache=None, workers=2
-    )
+    options = EasyDict(options, class_idx=None, dinov2=None, skip_bad=False, cache=None, workers=2)
     table = SolverTable(options, Path(json_path))
     # Each cell is saved when it is measured, so that an interrupted table resumes.
     for name in wanted:
@@ -107,13 +107,11 @@ class SolverTable:
     """
 
     def __init__(self, options: EasyDict, path: Path):
-        from data.label_space import space_of
         from metrics import evaluation
         from metrics.measures import MEASURES
         from metrics.options import PAIRS
         from metrics.pairs import Pairing, data_deviation
         from metrics.time_points import MetricOfPoints, reference_digest
-        from sampling.generation import uniform_over
         from sampling.teacher_paths import Teacher
         from training.checkpoint import network_digest
 
@@ -130,7 +128,7 @@ class SolverTable:
         # Pairs, of the first images.
         seeds = range(options.seed, options.seed + min(PAIRS, options.num))
         deviation = data_deviation(options.ref, references, options)
-        labels = uniform_over(space_of(self.net))
+        labels = self.teacher.choose_labels
         self.pairing = Pairing(self.net, options.network, seeds, options.batch, labels, deviation=deviation)
 
         # A file of the same table is continued.
@@ -140,6 +138,8 @@ class SolverTable:
             reference=reference_digest(options.ref, bool(references)),
             num=options.num,
             seed=options.seed,
+            # Only where given, so that tables of older versions, without them, still fit.
+            **(dict(labels=labels.digest()) if options.labels else {}),
         )
         self.record = dict(settings=settings, values={}, paired_errors={})
         if path.exists():
@@ -152,7 +152,8 @@ class SolverTable:
         # Without arguments, only the shape of the images is wanted, which any sampler shows.
         seeds = range(options.seed, options.seed + options.num)
         given = arguments or dict(solver='euler', steps=1)
-        return GeneratedImages(self.net, seeds, options.batch, name=str(given), **given)
+        labels = self.teacher.choose_labels
+        return GeneratedImages(self.net, seeds, options.batch, labels, name=str(given), **given)
 
     def measure(self, levels: str, solver: str, nfe: int, steps: int) -> None:
         """Measure a cell, unless the file has it."""
@@ -225,7 +226,7 @@ def read_record(path: Path, settings: dict) -> dict:
     # Values of other settings would pass for those of this table.
     if record['settings'] != settings:
         raise UserError(
-            f'--json={path} is the table of another network, reference or other images: choose another name.'
+            f'--json={path} is the table of another network, reference, or other images or labels: choose another name.'
         )
     return record
 

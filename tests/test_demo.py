@@ -140,6 +140,7 @@ def test_an_interrupted_demo_resumes_and_does_nothing_twice(pretend, tmp_path, c
     assert [row['model'] for row in rows] == ['teacher'] * 22 + [f'student-{S}' for S in (8, 4, 2)] + [
         f'direct-{S}' for S in (8, 2, 1)
     ]
+    assert {row['labels'] for row in rows} == {'balanced'}
     of = lambda commands, script: [command for command in commands if command.startswith(script)]
     resumed = [command for command in of(second, 'train.py') if '--resume=' in command]
     assert len(resumed) == 1 and f'--outdir={tmp_path / cut} ' in resumed[0]
@@ -164,13 +165,26 @@ def test_seconds_add_up_over_interruptions(pretend, tmp_path):
         (['demo.json', 'report.html'], 1, ['finished demo', 'open', 'remove the folder']),
         (['damaged'], 1, ['demo.json is damaged: delete it']),
         (['row'], 1, ['demo.json is damaged: delete it']),
+        (['older'], 1, ['an older version', 'drawn labels', 'remove the folder']),
     ],
 )
 def test_another_folder_is_refused(tmp_path, files, scale, words):
-    """`row`: a record of a row without its distance."""
-    record = dict(scale=1.0, seconds=1.0, rows={'row': dict(model='teacher')} if files == ['row'] else {})
+    """`row`: a record of a row without its distance; `older`: of one that does not say how labels were chosen."""
+    whole = dict(
+        model='teacher',
+        solver='heun',
+        nfe=511,
+        images=6000,
+        seconds=1.0,
+        distance=1.0,
+        distance_pca=1.0,
+        distance_random=1.0,
+        interval=[0.5, 1.5],
+    )
+    rows = {'row': dict(row=dict(model='teacher')), 'older': dict(row=whole)}.get(files[0], {})
+    record = dict(scale=1.0, seconds=1.0, rows=rows)
     for name in files:
-        path = tmp_path / ('demo.json' if name in ('damaged', 'row') else name)
+        path = tmp_path / ('demo.json' if name in ('damaged', 'row', 'older') else name)
         path.write_text('{' if name == 'damaged' else json.dumps(record))
     before = sorted(tmp_path.iterdir())
     assert_one_clear_error(invoke(demo.main, f'--outdir={tmp_path}', f'--scale={scale}'), *words)

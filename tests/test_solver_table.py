@@ -9,7 +9,8 @@ from helpers import assert_one_clear_error, invoke
 
 import fid
 from experiments import solver_table
-from metrics import pairs
+from metrics import generated, pairs
+from metrics.generated import GeneratedImages
 from training import networks
 from training.checkpoint import save_snapshot
 
@@ -128,10 +129,29 @@ def test_a_table_that_was_stopped_goes_on_from_what_it_has(lab, tmp_path, monkey
     again = run(lab, path, '--levels=own')
     assert again.exit_code == 0 and 'own' not in again.stderr
     assert_one_clear_error(
-        run(lab, path, '--seed=1'), 'the table of another network, reference or other images'
+        run(lab, path, '--seed=1'), 'the table of another network, reference, or other images'
     )
     path.write_text('{}')
     assert_one_clear_error(run(lab, path), 'is not a table of solvers')
+
+
+def test_balanced_labels_are_those_of_all_cells(lab, tmp_path, monkeypatch):
+    net = networks.EDMPrecond(8, 1, 3, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[])
+    save_snapshot(lab / 'classes.pkl', net, objective='diffusion')
+    strata = []
+
+    class Images(GeneratedImages):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            strata.append(self.strata)
+
+    monkeypatch.setattr(generated, 'GeneratedImages', Images)
+    table, options = tmp_path / 'table.json', ['--levels=own', '--nfe=2']
+    done = run(lab, table, *options, '--labels=balanced', network='classes.pkl')
+    assert done.exit_code == 0, done.output
+    assert set(strata) == {3} and json.loads(table.read_text())['settings']['labels'] == 'balanced-0-2'
+    # Another way to choose labels makes another table.
+    assert_one_clear_error(run(lab, table, *options, network='classes.pkl'), 'or other images or labels')
 
 
 def test_searched_levels_are_those_of_a_search(lab, tmp_path, monkeypatch):
