@@ -1,15 +1,18 @@
 """Measure what docs/results.md gives of all objectives, and record it in docs/measured/: comparisons by compare.py, one
 after another.
 
-Each command resumes, and what is recorded replaces the record before. `python -m docs.generate_results` then writes
-the page.
+Each command resumes. Rows of the record before stay where nothing new replaces them, if their settings, trainings and
+teacher are the same, so that a long comparison can be measured in parts, by `--some`. `python -m docs.generate_results`
+then writes the page.
 """
 
 from __future__ import annotations
 
 import dnnlib.interrupts  # noqa: F401  (first)
 
+import json
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +82,15 @@ COMPARISONS = {
     show_default=True,
     help=f'Comparisons to run: {", ".join(COMPARISONS)}, or all.',
 )
+@cli.option(
+    '--some',
+    metavar='OPTIONS',
+    default='',
+    help='Options of compare.py that measure a part: "--objectives=mcd,mm --steps=4,8 --seeds=0".',
+)
 @cli.option('--record', is_flag=True, help='Run nothing; record the rows that there are.')
 @JOBS
-def main(outdir, only, record, jobs):
+def main(outdir, only, some, record, jobs):
     """Measure what docs/results.md says of all objectives; hours.
 
     \b
@@ -90,13 +99,21 @@ def main(outdir, only, record, jobs):
       python -m docs.generate_results
     """
     runner = Runner(Path(outdir), threads=os.cpu_count() or 1)
+    try:
+        part = shlex.split(some)
+    except ValueError as error:
+        raise click.UsageError(f'--some={some}: {error}.') from error
 
     def work() -> None:
         for name in only:
             if not record:
-                runner.run(name, *command(name, Path(outdir), jobs))
-            write_json(MEASURED / f'{name}.json', recorded(name, Path(outdir, name)))
-            print(f'Recorded {MEASURED / name}.json.')
+                runner.run(name, *command(name, Path(outdir), jobs), *part)
+            found, path, said = recorded(name, Path(outdir, name)), MEASURED / f'{name}.json', ''
+            count = len(found['rows'])
+            if path.exists():
+                found, said = with_rows_before(found, json.loads(path.read_text()))
+            write_json(path, found)
+            print(f'Recorded in {path}: {count} rows{said}.')
 
     run_interruptibly(runner, work, 'run the same command again to resume.')
 
@@ -106,7 +123,7 @@ def command(name: str, outdir: Path, jobs: int) -> list[str]:
     comparison = COMPARISONS[name]
     teacher = []
     if comparison.teacher_of:
-        folder = outdir / comparison.teacher_of / 'trainings' / 'teacher'
+        folder = teacher_folder(name, outdir)
         if not is_finished(folder):
             raise UserError(
                 f'{name} needs the teacher of {comparison.teacher_of}: run --only={comparison.teacher_of} first.'
@@ -115,19 +132,47 @@ def command(name: str, outdir: Path, jobs: int) -> list[str]:
     return ['compare.py', f'--outdir={outdir / name}', *teacher, f'--jobs={jobs}', *comparison.options]
 
 
+def teacher_folder(name: str, outdir: Path) -> Path:
+    """Where the teacher of a comparison was trained."""
+    return outdir / (COMPARISONS[name].teacher_of or name) / 'trainings' / 'teacher'
+
+
 def recorded(name: str, folder: Path) -> dict:
     """The record of a comparison: its command without folders, settings, and rows, each with its commit."""
+    from training.checkpoint import load_network
+    from training.snapshot_metadata import network_digest
+
     if not (folder / 'results.json').exists():
         raise UserError(f'{folder} holds no results.json: leave --record out.')
     plan = read_json(folder / 'plan.json', dict(settings={}, trainings={}))
+    # Of its weights: the metadata of a snapshot name folders.
+    teacher = network_digest(load_network(newest_snapshot(teacher_folder(name, folder.parent))), {})
     return dict(
         command=f'python -m experiments.evidence --only={name}',
+        teacher=teacher,
         objectives=list(COMPARISONS[name].objectives),
         seeds=list(COMPARISONS[name].seeds),
         settings={key: value for key, value in plan['settings'].items() if key not in ('teacher', 'rulers')},
         trainings=plan['trainings'],
         rows=in_order(read_json(folder / 'results.json', [])),
     )
+
+
+def with_rows_before(record: dict, before: dict) -> tuple[dict, str]:
+    """A record with the rows of an earlier one that it does not replace, and words on what became of those.
+
+    Rows of other settings, of other options of the same training, or of another teacher do not compare: they are dropped.
+    """
+    measured = {row['model'] for row in record['rows']}
+    rows = [row for row in before['rows'] if row['model'] not in measured]
+    others = before['trainings']
+    alike = all(before.get(key) == record[key] for key in ('settings', 'teacher')) and all(
+        others[name] == options for name, options in record['trainings'].items() if name in others
+    )
+    if not alike:
+        return record, f'; {len(rows)} of the record before dropped: of other settings, trainings or teacher'
+    both = dict(rows=in_order([*record['rows'], *rows]), trainings=others | record['trainings'])
+    return record | both, f', {len(rows)} of the record before kept'
 
 
 def in_order(rows: Sequence[dict]) -> list[dict]:
