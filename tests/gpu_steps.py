@@ -1,12 +1,14 @@
 """Training steps, sampling and validation on a stand-in for a GPU, as one program, of which `test_gpu_step` reads what it prints.
 
-    python -m tests.gpu_steps DIGITS.zip FOLDER [memory | CASE...]
+    python -m tests.gpu_steps DIGITS.zip FOLDER [CASE...]
 
-Needs the environment of `gpu_stand_in.guarded_environment`. Prints one JSON object: for each case, the lines that
-made the host wait for the device, or mixed devices.
+Needs the environment of `gpu_stand_in.guarded_environment`. Prints one JSON object: for each case, of `CASES`, the
+lines that made the host wait for the device, or mixed devices; for `memory: ...` the peak of a step, and for the stand-in
+itself what it found.
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -294,29 +296,30 @@ def channels_last() -> dict[str, bool]:
     return found
 
 
+# {case: what it calls with the data set and the folder}
+CASES = {
+    **{case: functools.partial(waits_in_training, case) for case in TRAINING},
+    **{f'memory: {case}': functools.partial(memory_of_training, options) for case, options in MEMORY.items()},
+    **{
+        f'generate {arch} {solver}': lambda *_, given=(arch, solver): waits_in_sampling(*given)
+        for arch, solver in SAMPLING
+    },
+    'validation': lambda *_: waits_in_validation(),
+    **{f'wait: {name}': lambda *_, call=call: found_in(call) for name, (call, _) in WAITS.items()},
+    'no wait': lambda *_: found_in(no_wait),
+    'mixed devices': lambda *_: found_in(lambda x: x + torch.ones(4)),
+    'counts': lambda *_: counts(),
+    'channels last': lambda *_: channels_last(),
+    'kernels': lambda *_: kernels.count('demo', 'plain'),
+}
+
+
 def main(data: str, folder: str, *cases: str) -> None:
     torch.set_num_threads(1)
     lpips.load = lambda paths, device: lpips.LPIPS().to(device)
     configuration.check_perceptual = lambda c: None
     write_teachers(Path(folder))
-    found = {}
-    if cases == ('memory',):
-        found = {case: memory_of_training(options, data, Path(folder)) for case, options in MEMORY.items()}
-        print(json.dumps(found))
-        return
-    for case in cases or TRAINING:
-        found[case] = waits_in_training(case, data, Path(folder))
-    if not cases:
-        for arch, solver in SAMPLING:
-            found[f'generate {arch} {solver}'] = waits_in_sampling(arch, solver)
-        found['validation'] = waits_in_validation()
-        found |= {f'wait: {name}': found_in(call) for name, (call, _) in WAITS.items()}
-        found['no wait'] = found_in(no_wait)
-        found['mixed devices'] = found_in(lambda x: x + torch.ones(4))
-        found['counts'] = counts()
-        found['channels last'] = channels_last()
-        found['kernels'] = kernels.count('demo', 'plain')
-    print(json.dumps(found))
+    print(json.dumps({case: CASES[case](data, Path(folder)) for case in cases or CASES}))
 
 
 if __name__ == '__main__':

@@ -82,16 +82,19 @@ def test_a_run_that_a_signal_stops_resumes_bit_for_bit(tmp_path, digits, teacher
 
 
 @pytest.mark.parametrize('name', ['mm', pytest.param('sid', marks=pytest.mark.slow)])
-def test_two_processes_resume_bit_for_bit_and_come_to_the_losses_of_one(
-    tmp_path, digits, teacher, whole, name
-):
-    """Masks of dropout depend on the split, so that only runs without it compare with one process."""
-    two, half, one = tmp_path / 'two', tmp_path / 'half', tmp_path / 'one'
+def test_two_processes_resume_bit_for_bit(tmp_path, digits, teacher, name):
+    two, half = tmp_path / 'two', tmp_path / 'half'
     run_ranks(2, *arguments(name, two, digits, teacher))
     run_ranks(2, *arguments(name, half, digits, teacher, steps=STEPS // 2 + 1))
     run_ranks(2, *arguments(name, half, digits, teacher, f'--resume={half}'))
     assert torch.equal(weights(half), weights(two))
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', OWN)
+def test_two_processes_come_to_the_losses_of_one(tmp_path, digits, teacher, name):
+    """Without dropout, whose masks depend on the split."""
+    one = tmp_path / 'one'
     plain = ('--dropout=0', '--precision=fp64', '--lr=1e-5', '--aux_lr=1e-5')
     run(*arguments(name, one, digits, teacher, *plain))
     for extra in ((), ('--shard=optimizer',)):

@@ -66,10 +66,19 @@ KINDS = {
 GRAY = dict(SMALL, img_channels=1)
 
 
-def build(kind: str) -> torch.nn.Module:
+ONE_LEVEL = dict(channel_mult=[1], num_blocks=1, attn_resolutions=[8], dropout=0.2)  # quick to compile
+COMPILED = {
+    'adm': lambda: networks.EDMPrecond(**SMALL, model_channels=32, channels_per_head=16, **ONE_LEVEL),
+    'edm2': lambda: networks_edm2.Precond(
+        **SMALL, use_fp16=False, model_channels=16, channels_per_head=16, **ONE_LEVEL
+    ),
+}
+
+
+def build(kind: str, kinds=KINDS) -> torch.nn.Module:
     """A network whose parameters are all random, the ones too that start as zeros."""
     torch.manual_seed(0)
-    net = KINDS[kind]().train()
+    net = kinds[kind]().train()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -247,7 +256,7 @@ def test_a_compiled_network_has_few_graphs_on_several_processes(precision, earli
     seemed as large as all; and not at all where the batch size is dynamic, as after a network of the same class was
     compiled for other sizes, in `earlier` passes without gradients."""
     torch.compiler.reset()
-    graphs, net = [], execution.in_precision(build('adm').train(), precision)
+    graphs, net = [], execution.in_precision(build('adm', COMPILED), precision)
     *given, masks = inputs(net)
     net(*given, dropout_masks=masks).square().sum().backward()
     plain = [parameter.grad.clone() for parameter in net.parameters()]
@@ -307,7 +316,7 @@ def test_a_compiled_network_is_the_same_and_noise_levels_compile_nothing_again(k
         torch.nn.Module, 'compile', lambda net, **kwargs: compile_(net, fullgraph=True, backend=backend)
     )
     torch._dynamo.reset()
-    net = build(kind)
+    net = build(kind, COMPILED)
     plain = copy.deepcopy(net)
     execution.run_with(net, compiled=True)
 

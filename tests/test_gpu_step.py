@@ -14,9 +14,26 @@ from training.objectives import OBJECTIVES
 if reason := gpu_stand_in.why_unavailable():
     pytest.skip(reason, allow_module_level=True)
 
-from gpu_steps import MEMORY, SAMPLING, TRAINING, WAITS
+from gpu_steps import CASES, TRAINING, WAITS
 
-CASES = [*TRAINING, *(f'generate {arch} {solver}' for arch, solver in SAMPLING), 'validation']
+# In the fast suite: one of each way to make targets, to sample, and to hold memory.
+OFTEN = {
+    *('diffusion', 'mcd', 'flowmap', 'ect', 'mm', 'validation'),
+    *(
+        'generate adm heun',
+        'generate adm student',
+        'generate two networks cm',
+        'generate adm guided by itself heun',
+    ),
+    *('memory: plain', 'memory: a teacher'),
+}
+OF_STEPS = [case for case in CASES if case in TRAINING or case.startswith(('generate', 'validation'))]
+OF_MEMORY = [case for case in CASES if case.startswith('memory: ')]
+SELDOM = [case for case in (*OF_STEPS, *OF_MEMORY) if case not in OFTEN]
+
+
+def marked(cases):
+    return [pytest.param(case, marks=pytest.mark.slow) if case in SELDOM else case for case in cases]
 
 
 def on_stand_in(*arguments) -> dict:
@@ -26,24 +43,32 @@ def on_stand_in(*arguments) -> dict:
 
 
 @pytest.fixture(scope='module')
-def found(digits, tmp_path_factory) -> dict[str, list[str]]:
-    """What one process finds in all cases."""
-    return on_stand_in(digits, tmp_path_factory.mktemp('gpu'))
+def found(digits, tmp_path_factory) -> dict:
+    """What one process finds in the cases of the fast suite."""
+    return on_stand_in(
+        digits, tmp_path_factory.mktemp('gpu'), *(case for case in CASES if case not in SELDOM)
+    )
 
 
 @pytest.fixture(scope='module')
-def found_of_memory(digits, tmp_path_factory) -> dict[str, dict[str, float]]:
-    return on_stand_in(digits, tmp_path_factory.mktemp('memory'), 'memory')
+def found_seldom(digits, tmp_path_factory) -> dict:
+    return on_stand_in(digits, tmp_path_factory.mktemp('gpu'), *SELDOM)
+
+
+@pytest.fixture
+def found_in_case(request):
+    """A function: what was found in a case, by the process that has it."""
+    return lambda case: request.getfixturevalue('found_seldom' if case in SELDOM else 'found')[case]
 
 
 def test_every_objective_has_a_case():
     assert {case.partition(',')[0] for case in TRAINING} == set(OBJECTIVES)
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_the_host_waits_for_nothing_and_no_devices_are_mixed(case, found):
+@pytest.mark.parametrize('case', marked(OF_STEPS))
+def test_the_host_waits_for_nothing_and_no_devices_are_mixed(case, found_in_case):
     """Of sampling and validation, in the batches after the first."""
-    assert found[case] == []
+    assert found_in_case(case) == []
 
 
 def test_channels_last_is_ignored_where_group_normalization_would_undo_it(found):
@@ -51,10 +76,10 @@ def test_channels_last_is_ignored_where_group_normalization_would_undo_it(found)
     assert found['channels last'] == dict(adm=False, edm2=True) | compiled
 
 
-@pytest.mark.parametrize('case', MEMORY)
-def test_the_peak_of_a_step_is_what_a_dry_run_says(case, found_of_memory):
+@pytest.mark.parametrize('case', marked(OF_MEMORY))
+def test_the_peak_of_a_step_is_what_a_dry_run_says(case, found_in_case):
     """Within 5 %, which are temporary tensors: of a run as train.py sets it up, in its second step."""
-    said, peak = found_of_memory[case].values()
+    said, peak = found_in_case(case).values()
     assert peak == pytest.approx(said, rel=0.05)
 
 

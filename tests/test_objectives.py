@@ -44,7 +44,7 @@ def test_a_run_learns_ends_bit_for_bit_as_a_resumed_one_and_is_sampled(
     """Twenty steps; against ten, and ten more from the state that they left. The first tick is a single step: its loss is chance."""
     objective = case.partition(',')[0]
     kind = OBJECTIVES[objective]
-    options = arguments(case, digits, teacher, consistency_model)
+    options = [*arguments(case, digits, teacher, consistency_model), '--tick=0.64']
     whole, half = tmp_path / 'whole', tmp_path / 'half'
     invoke(train.main, f'--outdir={whole}', *options, '--duration=0.00128')
     options += ['--T_anneal_kimg=0.64'] if 'T_end' in kind.options and 'T_anneal' not in str(options) else []

@@ -379,7 +379,11 @@ time.sleep(60)
 
 @pytest.mark.parametrize(
     'launcher, between, ends',
-    [('torchrun', [], True), ('torchrun', ['bash', '-c'], False), ('shell.py', [], False)],
+    [
+        ('torchrun', [], True),
+        pytest.param('torchrun', ['bash', '-c'], False, marks=pytest.mark.slow),
+        ('shell.py', [], False),
+    ],
 )
 def test_a_rank_whose_torchrun_is_killed_while_it_imports_ends_too(
     tmp_path, monkeypatch, launcher, between, ends

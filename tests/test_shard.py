@@ -127,6 +127,7 @@ def test_a_state_of_one_process_resumes_divided_among_four(digits, tmp_path):
         assert_same_state(ours[part], theirs[part])
 
 
+@pytest.mark.slow
 def test_a_target_network_is_divided_too_and_resumes_undivided(digits, tmp_path):
     """Of consistency training: its average, by which the loss is, comes to that of an undivided run."""
     target = ['--objective=cm-ct', '--mu0=0.9', '--cm_loss=l2', '--N=8', '--batch-gpu=8']

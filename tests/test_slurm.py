@@ -73,7 +73,9 @@ def torchrun_of(script):
     return int(children[0])
 
 
-@pytest.mark.parametrize('more', [[], FOR_MEMORY], ids=['plain', 'for memory'])
+@pytest.mark.parametrize(
+    'more', [pytest.param([], id='plain'), pytest.param(FOR_MEMORY, id='for memory', marks=pytest.mark.slow)]
+)
 def test_a_job_that_must_stop_requeues_itself_and_its_next_start_goes_on_to_the_end(
     tmp_path, digits, cluster, more
 ):

@@ -93,6 +93,7 @@ def test_a_signal_stops_a_run_in_the_middle_of_a_tick_and_a_resume_ends_bit_for_
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_resume_bit_for_bit(tmp_path, digits, whole_of_two):
     """torchrun's own exit status is 1 whatever happens: the note is what a script tests."""
     process = Process(command(digits, tmp_path, processes=2))
