@@ -67,6 +67,7 @@ BENCHMARKS = {
     'state': Benchmark('state.py', [], ['--parameters=100000']),
     'frechet': Benchmark('frechet.py', [], ['--dim=16', '--rounds=1'], threads=1),
     'precision': Benchmark('precision.py', ['--batch=32'], ['--batch=2'], threads=1),
+    'derivatives': Benchmark('derivatives.py', [], ['--sizes=demo', '--rounds=1'], threads=1),
     'images': Benchmark('images.py', [], ['--images=32', '--rounds=1', '--memory=300', '--workers=2']),
 }
 

@@ -159,6 +159,8 @@ def missing(found: Mapping) -> str:
 def numbers(text: str) -> list[str]:
     """The decimal numbers of a text in Markdown, as they are written, but for those in code."""
     text = re.sub(r'```.*?```|`[^`\n]*`|\]\([^)]*\)', ' ', text, flags=re.DOTALL)
+    # Indented code follows an empty line; other indented lines belong to lists.
+    text = re.sub(r'(?<=\n\n)( {4}.*(\n|$))+', ' ', text)
     return re.findall(r'(?<![\w.])\d+\.\d+(?![\w.]*\d)', text)
 
 
@@ -213,7 +215,8 @@ def is_known(number: str, known: Sequence[float]) -> bool:
     """Whether a written number is one of the known ones, rounded to its digits."""
     digits = len(number.partition('.')[2])
     half = 0.5 * 10**-digits * (1 + 1e-9)
-    return any(abs(float(number) - value) <= half for value in known)
+    # Numbers are taken without their sign, a dash of typography.
+    return any(abs(float(number) - abs(value)) <= half for value in known)
 
 
 if __name__ == '__main__':

@@ -20,6 +20,7 @@ from benchmarks import (
     checkpoint,
     common,
     data,
+    derivatives,
     frechet,
     gpu_check,
     images,
@@ -50,6 +51,7 @@ SCRIPTS = {
     'checkpoint.py': checkpoint,
     'state.py': state,
     'frechet.py': frechet,
+    'derivatives.py': derivatives,
     'gpu_check.py': gpu_check,
     'images.py': images,
     'precision.py': precision,
@@ -303,10 +305,13 @@ def test_ways_that_do_not_exist_or_need_a_gpu_are_usage_errors(monkeypatch):
     [
         ('memory.py', ['--size=demo']),
         ('frechet.py', ['--dim=16', '--rounds=1']),
+        ('derivatives.py', ['--sizes=demo', '--rounds=1']),
         ('pieces.py', ['--size=demo', '--rounds=1']),
     ],
 )
 def test_scripts_write_a_block(monkeypatch, script, arguments):
+    # Of memory.py one way, because each is counted in a process of its own.
+    monkeypatch.setattr(memory, 'WAYS', {'plain': memory.WAYS['plain']})
     check_block(invoke(monkeypatch, script, *arguments))
 
 
@@ -444,6 +449,13 @@ def test_the_results_page_is_whole_and_its_commands_are_those_of_the_driver():
         assert commands(block)[0] == shlex.join(
             [*threads, 'python', f'benchmarks/{benchmark.script}', *benchmark.arguments]
         ), name
+
+
+@pytest.mark.parametrize('arguments', [[], ['--outer=12.5']])
+def test_the_page_on_scaling_has_what_the_script_prints(monkeypatch, arguments):
+    printed = invoke(monkeypatch, 'scaling.py', *arguments)
+    page = (ROOT / 'docs' / 'scaling.md').read_text()
+    assert all(f'    {line}\n' in page for line in printed.splitlines() if line.strip()), printed
 
 
 def test_the_driver_runs_a_benchmark_in_a_process_of_its_own(tmp_path):

@@ -497,7 +497,8 @@ def test_a_run_ends_when_its_folder_is_taken(tmp_path, digits, whole):
     assert_same_run(tmp_path, whole)
 
 
-@pytest.mark.parametrize('saved', [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('saved', [True, False])
 def test_a_run_that_torchrun_starts_again_goes_on_by_itself(tmp_path, digits, whole_of_two, saved):
     """In the folder of the first attempt, although it is numbered: from its newest state, or from the beginning."""
     launcher, script = command(digits, tmp_path, processes=2), []

@@ -38,6 +38,7 @@ def test_a_run_whose_worker_was_killed_ends_in_one_line_and_its_states_are_whole
     assert not list(tmp_path.glob('.*.tmp'))
 
 
+@pytest.mark.slow
 def test_both_processes_end_where_one_has_lost_its_worker(tmp_path, digits):
     """The only traceback is the one of torchrun itself, which does not know why its processes end."""
     process = Process(command(digits, tmp_path, '--workers=1', '--duration=1', processes=2))
