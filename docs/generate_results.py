@@ -137,17 +137,23 @@ def cell_text(cell: str | float | Mapping, digits: int, least: float | None, bes
 def missing(found: Mapping) -> str:
     """Which rows of a comparison were not computed."""
     measured = {(row['objective'], row['nfe'], row['seed']) for row in found['rows']}
-    lacking: dict[str, list[str]] = {}
+    # {(numbers of steps, seeds): objectives}
+    lacking: dict[tuple[str, str], list[str]] = {}
     for name in found['objectives']:
         counts = (1,) if OBJECTIVES[name].one_step else STEPS
-        seeds = [seed for seed in found['seeds'] if not all((name, nfe, seed) in measured for nfe in counts)]
-        if seeds:
-            lacking.setdefault(ranges(seeds), []).append(f'`{name}`')
+        of_counts: dict[str, list[int]] = {}
+        for seed in found['seeds']:
+            missed = [nfe for nfe in counts if (name, nfe, seed) not in measured]
+            some = f' in {", ".join(map(str, missed))} steps' * (len(missed) < len(counts))
+            if missed:
+                of_counts.setdefault(some, []).append(seed)
+        for some, seeds in of_counts.items():
+            lacking.setdefault((some, ranges(seeds)), []).append(f'`{name}`')
     if not lacking:
         return 'All rows are computed.'
     each = (
-        f'{", ".join(names)} of seed{"s" * ("-" in seeds or "," in seeds)} {seeds}'
-        for seeds, names in lacking.items()
+        f'{", ".join(names)}{some} of seed{"s" * ("-" in seeds or "," in seeds)} {seeds}'
+        for (some, seeds), names in lacking.items()
     )
     return f'Not computed: {"; ".join(each)}.'
 
@@ -179,7 +185,7 @@ def sections(text: str) -> list[tuple[str, set[str]]]:
 
 
 def known_numbers(names: Iterable[str]) -> list[float]:
-    """All measured numbers of records, ratios of distances to the teacher's, and options of their commands."""
+    """All measured numbers of records, ratios of distances to the teacher's, means of seeds, and options of their commands."""
     found: list[float] = []
     for of_file in (record(name) for name in names if is_recorded(name)):
         found += leaves(of_file)
@@ -190,8 +196,13 @@ def known_numbers(names: Iterable[str]) -> list[float]:
                 key=lambda row: (row['objective'], row['solver'], row['nfe']),
             )
             for _, group in groups:
+                group = list(group)
                 values = [row['distance'] for row in group]
                 found += [value / best for value in (*values, sum(values) / len(values))]
+                # Means of seeds, as in the tables.
+                for entry in ('recall', 'coverage', 'paired_error'):
+                    values = [row[entry] for row in group if row.get(entry) is not None]
+                    found += [sum(values) / len(values)] if values else []
         for table in of_file.get('tables', []):
             best = table.get('reference', teacher_distance())
             for cell in itertools.chain(*table['rows']):

@@ -110,4 +110,6 @@ def test_rows_that_were_not_computed_are_named():
     row = lambda objective, nfe, seed: dict(objective=objective, nfe=nfe, seed=seed)
     found['rows'] = [row('mcd', nfe, 0) for nfe in (1, 2, 4, 8)] + [row('ect', nfe, 1) for nfe in (1, 2, 4)]
     found['rows'] += [row('sid', 1, seed) for seed in (0, 1, 2)]
-    assert generate_results.missing(found) == 'Not computed: `mcd` of seeds 1-2; `ect` of seeds 0-2.'
+    assert generate_results.missing(found) == (
+        'Not computed: `mcd` of seeds 1-2; `ect` of seeds 0,2; `ect` in 8 steps of seed 1.'
+    )

@@ -42,10 +42,13 @@ def test_the_intervals_of_the_demo_support_what_is_said_of_them():
     assert students['1'] and students['2'] and apart('1') and apart('2') and not apart('4')
     assert min(low for low, _ in students['4']) < min(low for low, _ in teacher['4'])
 
-    # With 5 and 8 the teacher's best overlap its 511, and the students do; they overlap one another.
+    # With 5 and 8 the teacher's best overlap its 511, and the students do. Students of 8 steps overlap that of 4; those of
+    # mcd in 2 and of direct in 1 are apart from them.
     overlap = lambda intervals: max(low for low, _ in intervals) < min(high for _, high in intervals)
     assert overlap([*teacher['511'], min(teacher['5']), *students['8'], *teacher['8'][1:]])
-    assert overlap([*students['8'], *students['4'], *students['2']])
+    assert overlap([*students['8'], *students['4']])
+    (of_mcd, of_direct), mcd_2, direct_1 = students['8'], students['2'][0], students['1'][0]
+    assert of_mcd[1] < mcd_2[0] and of_direct[1] < direct_1[0]
     text = ' '.join(README.read_text().split())
     for said in (
         'with 1 and 2 evaluations, by far',
