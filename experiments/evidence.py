@@ -1,8 +1,8 @@
 """Measure what docs/results.md gives of all objectives, and record it in docs/measured/: comparisons by compare.py, one
 after another.
 
-Each command resumes. Rows of the record before stay where nothing new replaces them, if their settings, trainings and
-teacher are the same, so that a long comparison can be measured in parts, by `--some`. `python -m docs.generate_results`
+Each command resumes. Rows of the record before stay where nothing new replaces them, so that a long comparison can be
+measured in parts, by `--some`; their settings, trainings and teacher have to be the same. `python -m docs.generate_results`
 then writes the page.
 """
 
@@ -108,12 +108,14 @@ def main(outdir, only, some, record, jobs):
         for name in only:
             if not record:
                 runner.run(name, *command(name, Path(outdir), jobs), *part)
-            found, path, said = recorded(name, Path(outdir, name)), MEASURED / f'{name}.json', ''
+            found, path = recorded(name, Path(outdir, name)), MEASURED / f'{name}.json'
             count = len(found['rows'])
             if path.exists():
-                found, said = with_rows_before(found, json.loads(path.read_text()))
+                found = with_rows_before(found, json.loads(path.read_text()), path)
             write_json(path, found)
-            print(f'Recorded in {path}: {count} rows{said}.')
+            print(
+                f'Recorded in {path}: {count} rows measured, {len(found["rows"]) - count} of the record before.'
+            )
 
     run_interruptibly(runner, work, 'run the same command again to resume.')
 
@@ -158,21 +160,25 @@ def recorded(name: str, folder: Path) -> dict:
     )
 
 
-def with_rows_before(record: dict, before: dict) -> tuple[dict, str]:
-    """A record with the rows of an earlier one that it does not replace, and words on what became of those.
+def with_rows_before(record: dict, before: dict, path: Path) -> dict:
+    """A record with the rows of an earlier one, of the file `path`, that it does not replace.
 
-    Rows of other settings, of other options of the same training, or of another teacher do not compare: they are dropped.
+    Raises: UserError if they do not compare: of other settings, of other options of the same training, or of another teacher.
     """
     measured = {row['model'] for row in record['rows']}
     rows = [row for row in before['rows'] if row['model'] not in measured]
+    if not rows:
+        return record
     others = before['trainings']
     alike = all(before.get(key) == record[key] for key in ('settings', 'teacher')) and all(
         others[name] == options for name, options in record['trainings'].items() if name in others
     )
     if not alike:
-        return record, f'; {len(rows)} of the record before dropped: of other settings, trainings or teacher'
-    both = dict(rows=in_order([*record['rows'], *rows]), trainings=others | record['trainings'])
-    return record | both, f', {len(rows)} of the record before kept'
+        raise UserError(
+            f'{path} holds {len(rows)} rows of other settings, other trainings or another teacher, which do not compare with '
+            'those measured: move it away, and record again with --record.'
+        )
+    return record | dict(rows=in_order([*record['rows'], *rows]), trainings=others | record['trainings'])
 
 
 def in_order(rows: Sequence[dict]) -> list[dict]:

@@ -1,11 +1,15 @@
 """`python -m experiments.evidence`: what becomes of the rows of an earlier record."""
 
 import json
+from pathlib import Path
 
 import pytest
 from helpers import assert_one_clear_error, invoke
 
+from dnnlib import UserError
 from experiments import evidence
+
+PATH = Path('mcd.json')
 
 
 def row(model, objective='mcd', seed=0, nfe=4):
@@ -27,7 +31,7 @@ def test_rows_that_nothing_replaces_stay(before):
     new = dict(row('mcd-4-seed0'), distance=1.0)
     now = dict(before, trainings={'mcd-4-seed0': ['--S=4'], 'mcd-8-seed0': ['--S=8']})
     now['rows'] = [row('mcd-8-seed0', nfe=8), new]
-    record, said = evidence.with_rows_before(now, before)
+    record = evidence.with_rows_before(now, before, PATH)
     assert [each['model'] for each in record['rows']] == [
         'teacher',
         'mcd-4-seed0',
@@ -37,7 +41,6 @@ def test_rows_that_nothing_replaces_stay(before):
     assert new in record['rows'] and record['trainings'].keys() == before['trainings'].keys() | {
         'mcd-8-seed0'
     }
-    assert '2 of the record before kept' in said
 
 
 @pytest.mark.parametrize(
@@ -48,15 +51,20 @@ def test_rows_that_nothing_replaces_stay(before):
         dict(trainings={'mcd-4-seed0': ['--S=4', '--lr=1e-4']}),
     ],
 )
-def test_rows_that_do_not_compare_are_dropped_and_counted(before, change):
+def test_rows_that_do_not_compare_are_refused_with_their_number(before, change):
     now = dict(before, rows=[row('mcd-4-seed0')], **change)
-    record, said = evidence.with_rows_before(now, before)
-    assert record == now and '2 of the record before dropped' in said
+    with pytest.raises(
+        UserError, match=r'mcd.json holds 2 rows .* move it away, and record again with --record'
+    ):
+        evidence.with_rows_before(now, before, PATH)
+    # What is measured anew as a whole replaces them.
+    assert evidence.with_rows_before(dict(now, rows=before['rows']), before, PATH)['rows'] == before['rows']
 
 
 def test_a_record_older_than_the_teachers_digest_does_not_compare(before):
     older = {name: value for name, value in before.items() if name != 'teacher'}
-    assert evidence.with_rows_before(before, older)[0] == before
+    with pytest.raises(UserError, match='another teacher'):
+        evidence.with_rows_before(dict(before, rows=[]), older, PATH)
 
 
 def test_a_part_is_given_to_compare(tmp_path, monkeypatch):
