@@ -84,7 +84,7 @@ COMPARISONS = {
 )
 @cli.option(
     '--some',
-    metavar='OPTIONS',
+    metavar='STR',
     default='',
     help='Options of compare.py that measure a part: "--objectives=mcd,mm --steps=4,8 --seeds=0".',
 )

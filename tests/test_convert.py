@@ -1235,13 +1235,10 @@ def test_wrong_use_is_told_from_wrong_files(fixtures, tmp_path, source):
 
 @pytest.mark.parametrize('arguments', ['--help', '-h', '--from=openai --help', 'info --help'])
 def test_the_help_describes_everything_in_80_columns(arguments):
-    lines = (
-        CliRunner()
-        .invoke(
-            convert.main, arguments.split(), prog_name='convert.py', terminal_width=80, max_content_width=80
-        )
-        .stdout.splitlines()
-    )
+    widths = dict(terminal_width=80, max_content_width=80)
+    done = CliRunner().invoke(convert.main, arguments.split(), prog_name='convert.py', **widths)
+    lines = done.stdout.splitlines()
+    assert done.exit_code == 0 and lines, (done.exception, done.output)
     assert max(map(len, lines)) <= 80 and lines[0].startswith('Usage: convert.py')
     described = (
         ['  FILE  ']
