@@ -132,6 +132,14 @@ class OptionsFor(click.ParamType):
     help='Numbers of sampling steps to compare.',
 )
 @cli.option(
+    '--bootstrap',
+    metavar='INT',
+    type=cli.Integer(min=0, max=1_000_000),
+    group=MEASURING,
+    help='Resamples for 95 % intervals of the sampling noise, each as expensive as a distance; 0 disables them.  '
+    '[default: 200 on digits and photos, else 0]',
+)
+@cli.option(
     '--reference-steps',
     metavar='INT',
     type=cli.LEVELS,

@@ -23,6 +23,7 @@ from sampling.options import BALANCED
 from training.objectives import OBJECTIVES
 
 sources = lazy_import('data.sources')  # it imports PyTorch, which --help must not
+BOOTSTRAP = 200  # resamples of bundled data sets, whose detectors are small
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Options:
     seeds: Sequence[int]
     extra: Sequence[tuple[str, list[str]]]
     steps: Sequence[int]
+    bootstrap: int | None
     reference_steps: int
     num: int | None
     refs: Sequence[str]
@@ -78,7 +80,11 @@ def run(o: Options) -> None:
     objectives = [name for name in o.objectives if name not in one_step]
 
     # Plan all models before any of them is trained.
-    given = describe_teacher(o.teacher, o.data, objectives) if o.teacher else Teacher(network=bundled.network)
+    given = (
+        describe_teacher(o.teacher, o.data, objectives)
+        if o.teacher
+        else Teacher(network=bundled.network, classes=bundled.classes)
+    )
     # --with may name a training several times.
     for_some: dict[str, list[str]] = {}
     for name, arguments in o.extra:
@@ -113,6 +119,9 @@ def run(o: Options) -> None:
         labels='drawn' if labels and labels != BALANCED else labels,
         rulers=metric_facts,
     )
+    # Intervals are by classes where every class comes equally often.
+    bootstrap = o.bootstrap if o.bootstrap is not None else BOOTSTRAP * (bundled is not None)
+    resampling = dict(bootstrap=bootstrap, strata=given.classes if labels == BALANCED else 1)
     record_plan(outdir, settings, list(trainings.values()))
     results = Results(outdir / 'results.json', list(metrics or bundled.metrics))
 
@@ -128,7 +137,9 @@ def run(o: Options) -> None:
             training = comparison.teacher_training(bundled)
             train(runner, training, data, None, threads=cores)
             teacher = str(snapshot(runner, training))
-        jobs = remaining_jobs(runner, models, data, teacher, used, num, o.sample_batch, results, labels)
+        jobs = remaining_jobs(
+            runner, models, data, teacher, used, num, o.sample_batch, results, labels, resampling
+        )
         return used, run_jobs(runner, jobs, o.jobs)
 
     metrics, failures = run_interruptibly(runner, work, 'run the same command again to resume.')

@@ -65,6 +65,7 @@ class Teacher(NamedTuple):
     Attributes:
         digest: of its file.
         cond: whether it is class-conditional.
+        classes: number of its classes.
         network: options of train.py that make its network, where they are needed.
         image_shape: [C, H, W]; None for a network of latents.
         labels: labels to sample all models with, [N] classes or [N, D] vectors; None for all classes.
@@ -72,6 +73,7 @@ class Teacher(NamedTuple):
 
     digest: str = 'trained here'
     cond: bool = True
+    classes: int = DIGITS.classes
     network: Sequence[str] = DIGITS.network
     image_shape: list[int] | None = None
     labels: np.ndarray | None = None
@@ -105,7 +107,8 @@ def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teac
     # Images of latents have the shape that a VAE gives them, which is not known here.
     shape = None if 'encoder' in net.metadata else [net.img_channels, net.img_resolution, net.img_resolution]
     options = comparison.network_options(net, from_weights) if from_weights else []
-    return Teacher(file_sha256(local_path(teacher)), cond, options, shape, common_labels(net, dataset))
+    digest, labels = file_sha256(local_path(teacher)), common_labels(net, dataset)
+    return Teacher(digest, cond, net.label_dim, options, shape, labels)
 
 
 def common_labels(teacher, dataset) -> np.ndarray | None:

@@ -87,12 +87,14 @@ def measure_model(
     batch: int,
     labels: str | None = None,
     reference: Model | None = None,
+    resampling: dict[str, int] | None = None,
 ) -> dict:
     """Sample and measure a model; the images are deleted, except for a grid of them.
 
     Args:
         labels: see --labels of generate.py.
         reference: the teacher with many evaluations, for the paired error; None for no such error.
+        resampling: bootstrap and strata of `runner.measure`.
     Returns: a row of the results, whose `paired_error` is None for images without pairs.
     """
     from experiments.report import write_grid
@@ -111,7 +113,18 @@ def measure_model(
         known = dict(paired_error=None, paired_interval=None)
     elif reference:
         pairs = Pairs(teacher, reference.steps)
-    measured = measure(runner, model.name, network, sampler, num, metrics, batch, labels=labels, pairs=pairs)
+    measured = measure(
+        runner,
+        model.name,
+        network,
+        sampler,
+        num,
+        metrics,
+        batch,
+        labels=labels,
+        pairs=pairs,
+        **(resampling or {}),
+    )
     if model.training:
         known['train_seconds'] = seconds_of(runner, model)
     row = model.record() | known | measured | dict(commit=commit())
@@ -133,6 +146,7 @@ def remaining_jobs(
     batch: int,
     results: Results,
     labels: str | None = None,
+    resampling: dict[str, int] | None = None,
 ) -> list[Job]:
     """Jobs for models without results, longest first: a training with measurements of its models each. The first
     of the models is the teacher with many evaluations."""
@@ -146,7 +160,9 @@ def remaining_jobs(
         for training in group[0].training.chain if group[0].training else []:
             train(runner, training, data, teacher)
         for model in group:
-            results.add(measure_model(runner, model, teacher, metrics, num, batch, labels, models[0]))
+            results.add(
+                measure_model(runner, model, teacher, metrics, num, batch, labels, models[0], resampling)
+            )
 
     # The work of a job, by which to order them, is its number of network evaluations.
     jobs = []

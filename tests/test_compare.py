@@ -901,6 +901,7 @@ def test_two_objectives_through_the_real_scripts(digits, teacher, rulers, tmp_pa
         '--budget=54',
         '--batch=16',
         '--num=64',
+        '--bootstrap=20',
         '--reference-steps=2',
         '--with=direct:--lr=1e-3',
         '--',
@@ -913,6 +914,10 @@ def test_two_objectives_through_the_real_scripts(digits, teacher, rulers, tmp_pa
     assert (rows['direct-seed0-1']['train_steps'], rows['ect-seed0-1']['train_steps']) == (6, 13)
     assert all(row['distance'] > 0 and row['images'] == 64 for row in rows.values())
     assert all((row['paired_error'] == 0) == (name == 'teacher-heun-3') for name, row in rows.items())
+    # All classes in turn, and resampled by themselves.
+    assert all(row['interval'][0] < row['interval'][1] for row in rows.values())
+    of_images = [line for line in (out / 'commands.txt').read_text().splitlines() if '--images=' in line]
+    assert len(of_images) == 4 and all('--bootstrap=20 --bootstrap-strata=10' in line for line in of_images)
     assert f'| direct | {rows["direct-seed0-1"]["paired_error"]:.3f} |' in (out / 'table.md').read_text()
     for name, nimg in (('direct-1-seed0', 96), ('ect-seed0', 208)):
         stats = (out / 'trainings' / name / 'stats.jsonl').read_text().splitlines()
