@@ -12,7 +12,7 @@ import click
 from dnnlib import UserError
 from dnnlib.lazy import lazy_import
 from experiments import comparison
-from experiments.bundled import BUNDLED, PHOTOS, prepare
+from experiments.bundled import BUNDLED, PHOTOS, Bundled, prepare
 from experiments.comparison import Request
 from experiments.inputs import Teacher, describe_teacher, read_metrics, write_labels
 from experiments.jobs import remaining_jobs, run_jobs, snapshot, train
@@ -64,6 +64,27 @@ class Options:
             )
 
 
+def with_their_steps(o: Options) -> list[str]:
+    """The objectives that take one of the numbers of steps; says which are left out."""
+    one_step = [name for name in o.objectives if OBJECTIVES[name].one_step and 1 not in o.steps]
+    if one_step:
+        print(f'{", ".join(one_step)}: left out, because it takes one step, and --steps has no 1.')
+    return [name for name in o.objectives if name not in one_step]
+
+
+def teacher_of(o: Options, bundled: Bundled | None, objectives: list[str]) -> Teacher:
+    """The teacher that was given, or the one to train."""
+    if o.teacher:
+        return describe_teacher(o.teacher, o.data, objectives)
+    return Teacher(network=bundled.network, classes=bundled.classes)
+
+
+def resampling(o: Options, bundled: Bundled | None, classes: int, labels: str | None) -> dict[str, int]:
+    """Bootstrap and strata of `runner.measure`: by classes where every class comes equally often."""
+    bootstrap = o.bootstrap if o.bootstrap is not None else BOOTSTRAP * (bundled is not None)
+    return dict(bootstrap=bootstrap, strata=classes if labels == BALANCED else 1)
+
+
 def run(o: Options) -> None:
     """Do what remains of a comparison, and write its report.
 
@@ -74,17 +95,10 @@ def run(o: Options) -> None:
         sources.check_unambiguous('--data', o.data)
     outdir = Path(o.outdir or ('compare-photos' if bundled is PHOTOS else 'compare-out'))
     num = o.num or (bundled.images if bundled else 50000)
-    one_step = [name for name in o.objectives if OBJECTIVES[name].one_step and 1 not in o.steps]
-    if one_step:
-        print(f'{", ".join(one_step)}: left out, because it takes one step, and --steps has no 1.')
-    objectives = [name for name in o.objectives if name not in one_step]
+    objectives = with_their_steps(o)
 
     # Plan all models before any of them is trained.
-    given = (
-        describe_teacher(o.teacher, o.data, objectives)
-        if o.teacher
-        else Teacher(network=bundled.network, classes=bundled.classes)
-    )
+    given = teacher_of(o, bundled, objectives)
     # --with may name a training several times.
     for_some: dict[str, list[str]] = {}
     for name, arguments in o.extra:
@@ -119,9 +133,6 @@ def run(o: Options) -> None:
         labels='drawn' if labels and labels != BALANCED else labels,
         rulers=metric_facts,
     )
-    # Intervals are by classes where every class comes equally often.
-    bootstrap = o.bootstrap if o.bootstrap is not None else BOOTSTRAP * (bundled is not None)
-    resampling = dict(bootstrap=bootstrap, strata=given.classes if labels == BALANCED else 1)
     record_plan(outdir, settings, list(trainings.values()))
     results = Results(outdir / 'results.json', list(metrics or bundled.metrics))
 
@@ -137,9 +148,8 @@ def run(o: Options) -> None:
             training = comparison.teacher_training(bundled)
             train(runner, training, data, None, threads=cores)
             teacher = str(snapshot(runner, training))
-        jobs = remaining_jobs(
-            runner, models, data, teacher, used, num, o.sample_batch, results, labels, resampling
-        )
+        how = labels, resampling(o, bundled, given.classes, labels)
+        jobs = remaining_jobs(runner, models, data, teacher, used, num, o.sample_batch, results, *how)
         return used, run_jobs(runner, jobs, o.jobs)
 
     metrics, failures = run_interruptibly(runner, work, 'run the same command again to resume.')
