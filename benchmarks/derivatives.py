@@ -32,10 +32,8 @@ def passes(size: str, device: torch.device) -> dict[str, Callable[[], object]]:
     n = network.batch_on(device)
     generator = torch.Generator(device).manual_seed(0)
     X = torch.randn(n, net.img_channels, *[net.img_resolution] * 2, device=device, generator=generator)
-    t, labels = (
-        torch.linspace(0.1, 1.5, n, device=device),
-        torch.eye(net.label_dim, device=device)[:1].repeat(n, 1),
-    )
+    t = torch.linspace(0.1, 1.5, n, device=device)
+    labels = torch.eye(net.label_dim, device=device)[:1].repeat(n, 1)
 
     def field(jvp: str) -> Callable:
         call = differentiable(net, jvp)
@@ -70,14 +68,12 @@ def passes(size: str, device: torch.device) -> dict[str, Callable[[], object]]:
 def main(sizes, rounds):
     """Time a network's derivative along the ODE in forward passes."""
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    # A GPU computes while the host goes on.
+    wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
     rows = []
     for size in sizes:
         calls = passes(size, device)
-        # A GPU computes while the host goes on.
-        waited = {
-            name: lambda call=call: (call(), device.type == 'cuda' and torch.cuda.synchronize())
-            for name, call in calls.items()
-        }
+        waited = {name: lambda call=call: (call(), wait()) for name, call in calls.items()}
         in_turns(waited, WARM_UP)
         seconds = in_turns(waited, rounds)
         for name, value in least(seconds).items():

@@ -11,6 +11,7 @@ from dnnlib.downloads import file_sha256, pinned
 from experiments.runner import Metric, Runner
 from training.objectives import OBJECTIVES
 
+RESAMPLES = 200  # of each row's intervals, which small feature extractors make quick
 COMMON = ['--workers=0', '--lr_schedule=cosine']
 # All students alike; runs as short as these need a ramp-up.
 STUDENT = ['--lr=1e-3', '--ema=20kimg', '--ema_rampup=0.05', '--lr_rampup=5']

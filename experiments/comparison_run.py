@@ -12,18 +12,17 @@ import click
 from dnnlib import UserError
 from dnnlib.lazy import lazy_import
 from experiments import comparison
-from experiments.bundled import BUNDLED, PHOTOS, Bundled, prepare
+from experiments.bundled import BUNDLED, PHOTOS, RESAMPLES, Bundled, prepare
 from experiments.comparison import Request
 from experiments.inputs import Teacher, describe_teacher, read_metrics, write_labels
 from experiments.jobs import remaining_jobs, run_jobs, snapshot, train
 from experiments.results import Results, record_plan
-from experiments.runner import Metric, Runner, make_outdir, run_interruptibly
+from experiments.runner import Metric, Resampling, Runner, make_outdir, run_interruptibly
 from experiments.tables import write_report
 from sampling.options import BALANCED
 from training.objectives import OBJECTIVES
 
 sources = lazy_import('data.sources')  # it imports PyTorch, which --help must not
-BOOTSTRAP = 200  # resamples of bundled data sets, whose detectors are small
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,10 @@ def teacher_of(o: Options, bundled: Bundled | None, objectives: list[str]) -> Te
     return Teacher(network=bundled.network, classes=bundled.classes)
 
 
-def resampling(o: Options, bundled: Bundled | None, classes: int, labels: str | None) -> dict[str, int]:
-    """Bootstrap and strata of `runner.measure`: by classes where every class comes equally often."""
-    bootstrap = o.bootstrap if o.bootstrap is not None else BOOTSTRAP * (bundled is not None)
-    return dict(bootstrap=bootstrap, strata=classes if labels == BALANCED else 1)
+def resampling(o: Options, bundled: Bundled | None, classes: int, labels: str | None) -> Resampling:
+    """By classes where every class comes equally often."""
+    bootstrap = o.bootstrap if o.bootstrap is not None else RESAMPLES * (bundled is not None)
+    return Resampling(bootstrap, classes if labels == BALANCED else 1)
 
 
 def run(o: Options) -> None:

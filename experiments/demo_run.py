@@ -17,6 +17,7 @@ from experiments.results import DAMAGED, distance_entries, read_json, write_json
 from experiments.runner import (
     SHOWN,
     Metric,
+    Resampling,
     Runner,
     is_finished,
     measure,
@@ -175,8 +176,8 @@ def run_demo(runner: Runner, done: Done, jobs: int) -> list[dict]:
     def row(name: str, network: Path, sampler: Callable[[], list[str]], **facts) -> dict:
         if name not in done.rows:
             # Every class equally often: the shares of drawn labels differ from the data's.
-            options = dict(bootstrap=200, labels=BALANCED, strata=DIGITS.classes)
-            measured = measure(runner, name, network, sampler(), images, metrics, **options)
+            how = dict(labels=BALANCED, resampling=Resampling(bundled.RESAMPLES, DIGITS.classes))
+            measured = measure(runner, name, network, sampler(), images, metrics, **how)
             done.add(name, dict(facts, labels=BALANCED, **measured))
         return done.rows[name]
 

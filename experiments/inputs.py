@@ -64,19 +64,21 @@ class Teacher(NamedTuple):
 
     Attributes:
         digest: of its file.
-        cond: whether it is class-conditional.
-        classes: number of its classes.
+        classes: number of its classes; 0 for an unconditional one.
         network: options of train.py that make its network, where they are needed.
         image_shape: [C, H, W]; None for a network of latents.
         labels: labels to sample all models with, [N] classes or [N, D] vectors; None for all classes.
     """
 
     digest: str = 'trained here'
-    cond: bool = True
     classes: int = DIGITS.classes
     network: Sequence[str] = DIGITS.network
     image_shape: list[int] | None = None
     labels: np.ndarray | None = None
+
+    @property
+    def cond(self) -> bool:
+        return self.classes > 0
 
 
 def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teacher:
@@ -108,7 +110,7 @@ def describe_teacher(teacher: str, data: str, objectives: Sequence[str]) -> Teac
     shape = None if 'encoder' in net.metadata else [net.img_channels, net.img_resolution, net.img_resolution]
     options = comparison.network_options(net, from_weights) if from_weights else []
     digest, labels = file_sha256(local_path(teacher)), common_labels(net, dataset)
-    return Teacher(digest, cond, net.label_dim, options, shape, labels)
+    return Teacher(digest, net.label_dim, options, shape, labels)
 
 
 def common_labels(teacher, dataset) -> np.ndarray | None:

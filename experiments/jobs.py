@@ -12,9 +12,11 @@ from dnnlib import UserError
 from experiments.comparison import Model, Training
 from experiments.results import Results, commit
 from experiments.runner import (
+    NO_INTERVALS,
     SHOWN,
     Metric,
     Pairs,
+    Resampling,
     Runner,
     is_finished,
     measure,
@@ -87,14 +89,13 @@ def measure_model(
     batch: int,
     labels: str | None = None,
     reference: Model | None = None,
-    resampling: dict[str, int] | None = None,
+    resampling: Resampling = NO_INTERVALS,
 ) -> dict:
     """Sample and measure a model; the images are deleted, except for a grid of them.
 
     Args:
         labels: see --labels of generate.py.
         reference: the teacher with many evaluations, for the paired error; None for no such error.
-        resampling: bootstrap and strata of `runner.measure`.
     Returns: a row of the results, whose `paired_error` is None for images without pairs.
     """
     from experiments.report import write_grid
@@ -113,18 +114,7 @@ def measure_model(
         known = dict(paired_error=None, paired_interval=None)
     elif reference:
         pairs = Pairs(teacher, reference.steps)
-    measured = measure(
-        runner,
-        model.name,
-        network,
-        sampler,
-        num,
-        metrics,
-        batch,
-        labels=labels,
-        pairs=pairs,
-        **(resampling or {}),
-    )
+    measured = measure(runner, model.name, network, sampler, num, metrics, batch, resampling, labels, pairs)
     if model.training:
         known['train_seconds'] = seconds_of(runner, model)
     row = model.record() | known | measured | dict(commit=commit())
@@ -146,7 +136,7 @@ def remaining_jobs(
     batch: int,
     results: Results,
     labels: str | None = None,
-    resampling: dict[str, int] | None = None,
+    resampling: Resampling = NO_INTERVALS,
 ) -> list[Job]:
     """Jobs for models without results, longest first: a training with measurements of its models each. The first
     of the models is the teacher with many evaluations."""

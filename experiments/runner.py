@@ -203,6 +203,22 @@ class Metric(NamedTuple):
             return 'features.npy' in archive.namelist()
 
 
+class Resampling(NamedTuple):
+    """How 95 % intervals are computed: options of fid.py. Without resamples there are none."""
+
+    bootstrap: int = 0
+    strata: int = 1
+
+    @property
+    def options(self) -> list[str]:
+        return (
+            [f'--bootstrap={self.bootstrap}', f'--bootstrap-strata={self.strata}'] if self.bootstrap else []
+        )
+
+
+NO_INTERVALS = Resampling()
+
+
 @dataclass(frozen=True)
 class Pairs:
     """What images are compared with one by one: a teacher's of the same seeds, by Heun's method.
@@ -233,21 +249,18 @@ def measure(
     images: int,
     metrics: dict[str, Metric],
     batch: int = 256,
-    bootstrap: int = 0,
+    resampling: Resampling = NO_INTERVALS,
     labels: str | None = None,
     pairs: Pairs | None = None,
-    strata: int = 1,
 ) -> dict:
     """Sample a network into samples/<name>, and compute its distances.
 
     Args:
         sampler: options of generate.py, solver and steps or noise levels.
         metrics: distances to compute, by name.
-        bootstrap: number of resamples for a 95 % interval; 0 for none.
         labels: see --labels of generate.py.
         pairs: None for no paired error.
-        strata: see --bootstrap-strata of fid.py.
-    Returns: `images`, `seconds` of sampling, and under the first metric `distance` and, with `bootstrap`,
+    Returns: `images`, `seconds` of sampling, and under the first metric `distance` and, with resamples,
         `interval`, and where its reference has features `recall` and `coverage`; under every other one the distance
         as `distance_<name>` and `interval_<name>`; with `pairs` the entries of `paired_error`.
     """
@@ -283,11 +296,11 @@ def measure(
             f'--batch={batch}',
             *([f'--detector={of_metric.detector}'] if of_metric.detector else []),
             *([f'--metrics={",".join(("fid", *diversity))}'] if diversity else []),
-            *([f'--bootstrap={bootstrap}', f'--bootstrap-strata={strata}'] if bootstrap else []),
+            *resampling.options,
         )
         suffix = f'_{metric}' if i else ''
         row[f'distance{suffix}'] = found['fid']['value']
-        if bootstrap:
+        if resampling.bootstrap:
             row[f'interval{suffix}'] = found['fid']['interval']
         row |= {measure: found[measure]['value'] for measure in diversity}
     return row

@@ -17,16 +17,20 @@ def test_the_demo_tells_its_story(tmp_path, forked_commands, monkeypatch):
     """As little training as it can have, and one row of each kind: every command runs and every file is there;
     the numbers mean nothing."""
     fast, searched = TeacherSampling('dpmpp', 8, 8), TeacherSampling('ipndm', 2, 2, searched=True)
-    monkeypatch.setattr(demo_run, 'TEACHER_ROWS', [fast, searched, demo_run.GOOD])
-    monkeypatch.setattr(demo_run, 'STUDENTS', {'direct': ('direct', {1: 300})})
+    euler = TeacherSampling('euler', 8, 8)
+    monkeypatch.setattr(demo_run, 'TEACHER_ROWS', [euler, fast, searched, demo_run.GOOD])
+    students = {'mcd': ('student', {4: 1000}), 'direct': ('direct', {1: 300})}
+    monkeypatch.setattr(demo_run, 'STUDENTS', students)
     out = tmp_path / 'out'
     done = invoke(demo.main, f'--outdir={out}', '--scale=0.001')
     assert done.exit_code == 0, done.output
     rows = json.loads((out / 'results.json').read_text())
     assert [(r['model'], r['solver'], r['nfe'], r.get('searched', False)) for r in rows] == [
+        ('teacher', 'euler', 8, False),
         ('teacher', 'dpmpp', 8, False),
         ('teacher', 'ipndm', 2, True),
         ('teacher', 'heun', 511, False),
+        ('student-4', 'student', 4, False),
         ('direct-1', 'student', 1, False),
     ]
     for row in rows:
@@ -39,13 +43,13 @@ def test_the_demo_tells_its_story(tmp_path, forked_commands, monkeypatch):
         assert (row['paired_rmse'] == 0) == (row['nfe'] == 511)
     page = (out / 'report.html').read_text()
     assert (
-        page.count('data:image/png;base64,') == 4 + 2
+        page.count('data:image/png;base64,') == 6 + 2
         and 'train.py' in page
         and 'http' not in page
         and 'not FID' in page
     )
     table = (out / 'table.md').read_text()
-    assert table.count('\n') == (2 + 6) + 1 + (2 + 4) and table in done.stdout
+    assert table.count('\n') == (2 + 6) + 1 + (2 + 6) and table in done.stdout
     assert [line.split('|')[1].strip() for line in table.splitlines()[2:8]] == [
         '1',
         '2',
@@ -54,11 +58,11 @@ def test_the_demo_tells_its_story(tmp_path, forked_commands, monkeypatch):
         '8',
         '511',
     ]
-    assert {'loss.png', 'distance.png', 'samples.png', 'samples-direct-1.png'} <= {
+    assert {'loss.png', 'distance.png', 'samples.png', 'samples-student-4.png'} <= {
         path.name for path in out.iterdir()
     }
     shown = [line for line in done.stdout.splitlines() if line.startswith('$ python ')]
-    assert len(shown) == 2 + 3 + 2 + 4 * 4 + 1  # data and detectors, references, trainings, rows, a search
+    assert len(shown) == 2 + 3 + 3 + 6 * 4 + 1  # data and detectors, references, trainings, rows, a search
     assert '"nfe": 2}' in (out / 'levels' / 'teacher-ipndm-searched-2.txt').read_text()
     assert_one_clear_error(invoke(demo.main, f'--outdir={out}'), 'holds a finished demo', 'report.html')
     assert (out / 'commands.txt').read_text().splitlines() == [line[2:] for line in shown]

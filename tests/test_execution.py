@@ -66,12 +66,9 @@ KINDS = {
 GRAY = dict(SMALL, img_channels=1)
 
 
-ONE_LEVEL = dict(channel_mult=[1], num_blocks=1, attn_resolutions=[8], dropout=0.2)  # quick to compile
-COMPILED = {
-    'adm': lambda: networks.EDMPrecond(**SMALL, model_channels=32, channels_per_head=16, **ONE_LEVEL),
-    'edm2': lambda: networks_edm2.Precond(
-        **SMALL, use_fp16=False, model_channels=16, channels_per_head=16, **ONE_LEVEL
-    ),
+FEW_LAYERS = dict(channel_mult=[1], num_blocks=1, attn_resolutions=[8], dropout=0.2)  # quick to compile
+ONE_LEVEL = {
+    'adm': lambda: networks.EDMPrecond(**SMALL, model_channels=32, channels_per_head=16, **FEW_LAYERS)
 }
 
 
@@ -256,7 +253,7 @@ def test_a_compiled_network_has_few_graphs_on_several_processes(precision, earli
     seemed as large as all; and not at all where the batch size is dynamic, as after a network of the same class was
     compiled for other sizes, in `earlier` passes without gradients."""
     torch.compiler.reset()
-    graphs, net = [], execution.in_precision(build('adm', COMPILED), precision)
+    graphs, net = [], execution.in_precision(build('adm', ONE_LEVEL), precision)
     *given, masks = inputs(net)
     net(*given, dropout_masks=masks).square().sum().backward()
     plain = [parameter.grad.clone() for parameter in net.parameters()]
@@ -301,14 +298,17 @@ def test_both_networks_of_a_switched_one_are_set():
 
 
 @pytest.mark.parametrize(
-    'kind, backend',
+    'kind, kinds, backend',
     [
-        ('adm', 'aot_eager'),
-        pytest.param('edm2', 'aot_eager', marks=pytest.mark.slow),
-        pytest.param('adm', 'inductor', marks=pytest.mark.slow),
+        pytest.param('adm', ONE_LEVEL, 'aot_eager', id='one level'),
+        pytest.param('adm', KINDS, 'aot_eager', marks=pytest.mark.slow),
+        pytest.param('edm2', KINDS, 'aot_eager', marks=pytest.mark.slow),
+        pytest.param('adm', KINDS, 'inductor', marks=pytest.mark.slow),
     ],
 )
-def test_a_compiled_network_is_the_same_and_noise_levels_compile_nothing_again(kind, backend, monkeypatch):
+def test_a_compiled_network_is_the_same_and_noise_levels_compile_nothing_again(
+    kind, kinds, backend, monkeypatch
+):
     """Inductor fuses FP32 sums in another order: 1e-4. The compiler may not run again for other noise levels, images, labels and masks; for another
     batch size it may once, and then never for a third. A break of the graph would be an error (fullgraph)."""
     compile_ = torch.nn.Module.compile
@@ -316,7 +316,7 @@ def test_a_compiled_network_is_the_same_and_noise_levels_compile_nothing_again(k
         torch.nn.Module, 'compile', lambda net, **kwargs: compile_(net, fullgraph=True, backend=backend)
     )
     torch._dynamo.reset()
-    net = build(kind, COMPILED)
+    net = build(kind, kinds)
     plain = copy.deepcopy(net)
     execution.run_with(net, compiled=True)
 
