@@ -1,11 +1,13 @@
-"""Run all benchmarks, each in its own process, and write benchmarks/RESULTS.md.
+"""Run all benchmarks, each in its own process, and write benchmarks/RESULTS.md and RESULTS.json.
 
 The page consists of blocks: the output of a script under its command, after a comment with the benchmark's
-name, by which some can be measured again while the others stay.
+name, by which some can be measured again while the others stay. The record beside it has each block with its
+command and the commit that it measured.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -18,6 +20,7 @@ import click
 from benchmarks.common import NOT_MEASURED, ROOT, NamesOf, machine
 from dnnlib import UserError, cli
 from dnnlib.util import atomic_write
+from experiments.results import commit, write_json
 
 MARK = '<!-- {} -->'
 
@@ -85,8 +88,25 @@ def read_blocks(path: Path) -> dict[str, str]:
     return {name: block.strip('\n') for name, block in zip(parts[1::2], parts[2::2])}
 
 
-def write_page(path: Path, blocks: dict[str, str]) -> None:
-    """Write the page atomically, with blocks in the order of BENCHMARKS."""
+def read_commits(path: Path) -> dict[str, str | None]:
+    """The commit that each block of a page measured, by the record beside it."""
+    record = path.with_suffix('.json')
+    blocks = json.loads(record.read_text()) if record.exists() else {}
+    return {name: block['commit'] for name, block in blocks.items()}
+
+
+def record_of(blocks: dict[str, str], commits: dict[str, str | None]) -> dict[str, dict]:
+    """{name: command, commit, text} of blocks, in the order of BENCHMARKS; null where a block has none."""
+    command_of = lambda text: (re.findall('^`(.+)`$', text, re.M) or [None])[0]
+    return {
+        name: dict(command=command_of(blocks[name]), commit=commits.get(name), text=blocks[name])
+        for name in BENCHMARKS
+        if name in blocks
+    }
+
+
+def write_page(path: Path, blocks: dict[str, str], commits: dict[str, str | None]) -> None:
+    """Write the page and its record, each atomically, with blocks in the order of BENCHMARKS."""
     import torch
 
     # Name the device, and what is missing.
@@ -104,6 +124,7 @@ def write_page(path: Path, blocks: dict[str, str]) -> None:
             file.write(
                 '\n\n'.join([INTRODUCTION.strip('\n'), *notes, *sections, '']).rstrip('\n').encode() + b'\n'
             )
+        write_json(path.with_suffix('.json'), record_of(blocks, commits))
     except OSError as error:
         raise UserError(f'--out={path} cannot be written: {error.strerror}') from error
 
@@ -147,7 +168,7 @@ def measure(benchmark: Benchmark, quick: bool) -> str | None:
 def main(names, quick, out):
     """Run benchmarks and write the page of results, updated after each one. Other blocks stay."""
     path = Path(out)
-    blocks, failed = read_blocks(path), []
+    blocks, commits, failed = read_blocks(path), read_commits(path), []
     if names and path.exists() and not blocks:
         raise UserError(f'{out} has no blocks to keep: leave out --only, or choose another --out.')
     if not path.parent.is_dir():
@@ -158,8 +179,8 @@ def main(names, quick, out):
         if text is None:
             failed.append(name)
             continue
-        blocks[name] = text
-        write_page(path, blocks)
+        blocks[name], commits[name] = text, commit()
+        write_page(path, blocks, commits)
     if failed:
         raise UserError(f'{", ".join(failed)} failed, see above. The other blocks are in {out}.')
 

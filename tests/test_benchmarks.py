@@ -395,7 +395,7 @@ def test_some_blocks_are_measured_again_and_the_others_stay(tmp_path, monkeypatc
 
 def test_a_benchmark_that_fails_leaves_the_old_block_and_is_named(tmp_path, monkeypatch):
     page = tmp_path / 'page.md'
-    driver.write_page(page, {'frechet': 'old', 'state': 'old'})
+    driver.write_page(page, {'frechet': 'old', 'state': 'old'}, {})
     monkeypatch.setattr(
         driver, 'measure', lambda benchmark, quick: None if benchmark.script == 'frechet.py' else 'new'
     )
@@ -441,8 +441,13 @@ def check_page(path: Path) -> dict[str, str]:
 
 
 def test_the_results_page_is_whole_and_its_commands_are_those_of_the_driver():
-    blocks = check_page(ROOT / 'benchmarks' / 'RESULTS.md')
+    page = ROOT / 'benchmarks' / 'RESULTS.md'
+    blocks = check_page(page)
     assert set(blocks) == set(driver.BENCHMARKS)
+    # The record beside it is the same, with commands and commits.
+    commits = driver.read_commits(page)
+    assert json.loads(page.with_suffix('.json').read_text()) == driver.record_of(blocks, commits)
+    assert all(re.fullmatch('[0-9a-f]{12}(-dirty)?', commit) for commit in commits.values())
     for name, block in blocks.items():
         benchmark = driver.BENCHMARKS[name]
         threads = [f'OMP_NUM_THREADS={benchmark.threads}'] if benchmark.threads else []
@@ -462,6 +467,8 @@ def test_the_driver_runs_a_benchmark_in_a_process_of_its_own(tmp_path):
     page = tmp_path / 'page.md'
     run_python('-m', 'benchmarks', '--quick', f'--out={page}', '--only=frechet')
     text = check_page(page)['frechet']
+    (measured,) = json.loads(page.with_suffix('.json').read_text()).values()
+    assert measured['text'] == text and measured['command'] == commands(text)[0]
     assert commands(text) == ['OMP_NUM_THREADS=1 python benchmarks/frechet.py --dim=16 --rounds=1']
 
 

@@ -11,8 +11,8 @@ from docs.generate_results import DOCS, is_known, known_numbers, numbers
 from experiments.evidence import COMPARISONS
 from training.objectives import OBJECTIVES
 
-# {page: its records}; RESULTS is the page that `python -m benchmarks` writes.
-RESULTS = DOCS.parent / 'benchmarks' / 'RESULTS.md'
+# {page: its records}; RESULTS is the record that `python -m benchmarks` writes.
+RESULTS = DOCS.parent / 'benchmarks' / 'RESULTS.json'
 PAGES = {
     'README.md': ['demo', 'digits-drawn', 'flowmap'],
     'docs/differences.md': [],
