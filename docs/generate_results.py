@@ -3,7 +3,8 @@
 The prose is results.md.in's; tables come from the records in docs/measured/. A line of the template is
 
     {{ NAME N }}            table N, from 1, of a record that was written by hand from the output of its command
-    {{ NAME distances }}    of a comparison (`experiments.evidence`): also paired, recall, coverage, training, missing
+    {{ NAME distances }}    of a comparison (`experiments.evidence`): also intervals, paired, recall, coverage, training,
+                            missing
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ def table_of(name: str, what: str) -> str:
         header, lines = tables.training_table(rows)
     elif what == 'distances':
         header, lines = tables.distances_table(rows, best, 'distance')
+    elif what == 'intervals':
+        header, lines = tables.intervals_table(rows, best)
     elif what == 'paired':
         header, lines = tables.paired_table(rows, best)
     else:

@@ -59,6 +59,16 @@ def distances_table(rows: Sequence[dict], best: dict, entry: str) -> tuple[list[
     return table(rows, rows, best, entry, text)
 
 
+def intervals_table(rows: Sequence[dict], best: dict) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: the 95 % interval of the distance, for each seed. Rows of older versions have none."""
+
+    def text(found: list[dict]) -> str:
+        ends = [row['interval'] for row in found if 'interval' in row]
+        return ', '.join(f'{low:.4g} to {high:.4g}' for low, high in ends)
+
+    return table(rows, rows, best, 'distance', text)
+
+
 def paired_table(rows: Sequence[dict], best: dict) -> tuple[list[str], list[list[str]]]:
     """Header and lines: the mean of the paired error over seeds, and in parentheses each seed's; a dash for images
     without pairs. Rows of older versions have none.
@@ -216,6 +226,8 @@ def write_report(
         f'Distance by {metric}': distances_table(rows, best, entry)
         for metric, entry in distance_entries(metrics).items()
     }
+    if any('interval' in row for row in rows):
+        tables[f'95 % intervals of the samples ({next(iter(metrics))})'] = intervals_table(rows, best)
     if any('paired_error' in row for row in rows):
         tables['Paired error'] = paired_table(rows, best)
     for measure in DIVERSITY:

@@ -918,6 +918,8 @@ def test_two_objectives_through_the_real_scripts(digits, teacher, rulers, tmp_pa
     assert all(row['interval'][0] < row['interval'][1] for row in rows.values())
     of_images = [line for line in (out / 'commands.txt').read_text().splitlines() if '--images=' in line]
     assert len(of_images) == 4 and all('--bootstrap=20 --bootstrap-strata=10' in line for line in of_images)
+    low, high = rows['direct-seed0-1']['interval']
+    assert f'| direct | {low:.4g} to {high:.4g} |' in (out / 'table.md').read_text()
     assert f'| direct | {rows["direct-seed0-1"]["paired_error"]:.3f} |' in (out / 'table.md').read_text()
     for name, nimg in (('direct-1-seed0', 96), ('ect-seed0', 208)):
         stats = (out / 'trainings' / name / 'stats.jsonl').read_text().splitlines()

@@ -18,7 +18,7 @@ PAGES = {
     'docs/differences.md': [],
     'docs/editing.md': ['editing'],
     'docs/formats.md': [],
-    'docs/guidance.md': ['guidance', 'demo'],
+    'docs/guidance.md': ['guidance'],
     'docs/logging.md': [],
     'docs/method.md': ['method'],
     'docs/new-objective.md': [],
@@ -94,9 +94,9 @@ def test_a_number_that_nobody_measured_is_found_out():
 
 @pytest.mark.parametrize('path', RECORDS, ids=lambda path: path.stem)
 def test_a_record_says_how_and_when(path):
-    """A command, and for each table, fact and row the commit that measured it."""
+    """A command, seeds, and for each table, fact and row the commit that measured it."""
     record = json.loads(path.read_text())
-    assert record['command'].strip()
+    assert record['command'].strip() and record['seeds']
     parts = [part for kind in ('tables', 'facts', 'rows') for part in record.get(kind, [])]
     assert parts and all(re.fullmatch('[0-9a-f]{12}(-dirty)?', part['commit'] or '') for part in parts)
     if 'rows' in record:
