@@ -1,13 +1,18 @@
 """`python -m experiments.evidence`: what becomes of the rows of an earlier record."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from helpers import assert_one_clear_error, invoke
 
+import compare
 from dnnlib import UserError
 from experiments import evidence
+from experiments.bundled import BUNDLED
+from experiments.comparison import Request, plan
+from experiments.comparison_run import Options
 
 PATH = Path('mcd.json')
 
@@ -79,3 +84,21 @@ def test_a_part_is_given_to_compare(tmp_path, monkeypatch):
     assert ran[0][-2:] == ('--objectives=mm', '--steps=4,8') and ran[0][0] == 'compare.py'
     assert json.loads((tmp_path / 'digits.json').read_text())['rows'] == [row('a')]
     assert_one_clear_error(invoke(evidence.main, '--some="'), '--some', status=2)
+
+
+def test_options_of_all_trainings_come_last_and_every_comparison_can_be_planned(tmp_path):
+    own = [f'--outdir={tmp_path}', '--seeds=1', '--', *evidence.COMPARISONS['photos'].train]
+    words = evidence.command('photos', tmp_path, 2, ['--seeds=1'])
+    assert [words[1], *words[-3:]] == [f'--outdir={tmp_path / "photos"}', *own[1:]]
+
+    for name, each in evidence.COMPARISONS.items():
+        trained = dataclasses.replace(each, teacher_of=None)
+        words = ['--teacher=a.pkl'] if each.teacher_of else []
+        o = Options(
+            **compare.main.make_context('compare.py', [*words, *trained.options, '--', *each.train]).params
+        )
+        data = BUNDLED[each.data]
+        request = Request(
+            o.objectives, o.steps, o.seeds, o.budget, o.batch, True, data.network, True, o.train_options
+        )
+        assert len(plan(request)) >= len(each.objectives) * len(each.seeds), name
