@@ -25,7 +25,7 @@ from training.objectives import OBJECTIVES
 
 DOCS = Path(__file__).parent
 PLACE = re.compile(r'^\{\{ ([\w-]+) (\w+) \}\}$', re.MULTILINE)
-STEPS = (1, 2, 4, 8)
+STEPS = (1, 2, 4, 8)  # of records that do not say
 DRAWN = 'digits-drawn'  # the comparison before labels were balanced, until all of it is repeated
 SHOWN = ('mcd', 'direct', 'flowmap', 'ect', 'mm')  # in the figure; the table has all
 
@@ -143,7 +143,7 @@ def missing(found: Mapping) -> str:
     # {(numbers of steps, seeds): objectives}
     lacking: dict[tuple[str, str], list[str]] = {}
     for name in found['objectives']:
-        counts = (1,) if OBJECTIVES[name].one_step else STEPS
+        counts = (1,) if OBJECTIVES[name].one_step else found.get('steps', STEPS)
         of_counts: dict[str, list[int]] = {}
         for seed in found['seeds']:
             missed = [nfe for nfe in counts if (name, nfe, seed) not in measured]

@@ -37,7 +37,7 @@ class Comparison:
     """A call of compare.py.
 
     Attributes:
-        objectives, seeds, budget, data: options of compare.py.
+        objectives, seeds, budget, data, steps: options of compare.py.
         teacher_of: the comparison whose teacher it uses; None: it trains one.
         further, train: further options of compare.py, and of all trainings.
     """
@@ -46,6 +46,7 @@ class Comparison:
     seeds: tuple[int, ...] = (0,)
     budget: int = 10_000
     data: str = 'digits'
+    steps: tuple[int, ...] = (1, 2, 4, 8)
     teacher_of: str | None = None
     further: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
@@ -58,6 +59,7 @@ class Comparison:
             f'--objectives={",".join(self.objectives)}',
             f'--seeds={ranges(self.seeds)}',
             f'--budget={self.budget}',
+            f'--steps={",".join(map(str, self.steps))}',
             *self.further,
         ]
 
@@ -72,7 +74,8 @@ COMPARISONS = {
         seeds=(0, 1, 2),
         budget=4_000,
         data='photos',
-        further=('--batch=32', '--steps=1,4', '--reference-steps=64'),
+        steps=(1, 4),
+        further=('--batch=32', '--reference-steps=64'),
         train=('--lr_rampup=1',),
     ),
 }
@@ -168,6 +171,7 @@ def recorded(name: str, folder: Path) -> dict:
         teacher=teacher,
         objectives=list(COMPARISONS[name].objectives),
         seeds=list(COMPARISONS[name].seeds),
+        steps=list(COMPARISONS[name].steps),
         settings={key: value for key, value in plan['settings'].items() if key not in ('teacher', 'rulers')},
         trainings=plan['trainings'],
         rows=in_order(read_json(folder / 'results.json', [])),
