@@ -16,10 +16,10 @@ except ModuleNotFoundError:  # Python 3.10
 
 @pytest.fixture(scope='module')
 def installed(tmp_path_factory):
-    """The folder in which pip has installed the repository, without its dependencies."""
+    """The folder in which pip has installed what the Dockerfile copies, without its dependencies."""
     source, target = (tmp_path_factory.mktemp('package') / name for name in ('source', 'target'))
-    unneeded = shutil.ignore_patterns('.*', '*.egg-info', 'tests', 'docs', '__pycache__', '*-out*')
-    shutil.copytree(ROOT, source, ignore=unneeded)
+    left_out = [line.removeprefix('**/') for line in (ROOT / '.dockerignore').read_text().split()]
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*left_out))
     done = subprocess.run(
         [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--no-build-isolation', '--no-index',
          '--disable-pip-version-check', f'--target={target}', source],

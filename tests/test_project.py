@@ -1,6 +1,7 @@
 """The project's own files: one list of dependencies, a clean linter."""
 
 import ast
+import fnmatch
 import re
 import subprocess
 import sys
@@ -101,6 +102,19 @@ def test_the_tested_torch_is_installed():
 
     pinned = re.search(r'^torch==(\S+)', (ROOT / 'constraints.txt').read_text(), re.M)[1]
     assert torch.__version__.split('+')[0] == pinned
+
+
+def test_default_output_folders_are_none_of_the_repositorys_files():
+    """Neither git nor an image of Docker takes them in."""
+    folders = set()
+    for script in (*ROOT.glob('*.py'), *ROOT.glob('experiments/*.py')):
+        folders |= set(re.findall(r"'([a-z]+-(?:out|photos))'", script.read_text())) - {'held-out'}
+    assert folders == {'compare-out', 'compare-photos', 'demo-out', 'evidence-out', 'guidance-out'}
+    paths = [f'{name}{more}/a.pkl' for name in folders for more in ('', '-2')]
+    done = subprocess.run(['git', 'check-ignore', *paths], cwd=ROOT, capture_output=True, text=True)
+    assert set(done.stdout.split()) == set(paths)
+    left_out = (ROOT / '.dockerignore').read_text().split()
+    assert all(any(fnmatch.fnmatch(name, line) for line in left_out) for name in folders)
 
 
 def test_the_license_is_named():
