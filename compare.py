@@ -63,13 +63,11 @@ class OptionsFor(click.ParamType):
     metavar='ZIP|DIR',
     type=cli.PATH,
     default=DIGITS.name,
-    show_default=True,
     help="Data set, made by dataset_tool.py; or digits, for scikit-learn's digits, or photos, for crops of "
     'its two photographs in 16x16, each with suitable metrics and options.',
 )
 @cli.option(
     '--teacher',
-    metavar='PKL|DIR|URL',
     type=NETWORK_FILE,
     help='Diffusion model that all students start from.  [default: on digits and photos one that is trained '
     'first]',
@@ -77,38 +75,24 @@ class OptionsFor(click.ParamType):
 @JOBS
 @cli.option(
     '--objectives',
-    metavar='LIST',
     type=NamesOrAll(STUDENTS),
     default='all',
-    show_default=True,
     group=TRAINING,
     help='Objectives to compare, or all.',
 )
 @cli.option(
     '--budget',
-    metavar='INT',
     type=cli.COUNT,
     default=10000,
-    show_default=True,
     group=TRAINING,
     help='Network evaluations per training and batch element, of which a forward and backward pass of the '
     'student counts as 3.',
 )
-@cli.option(
-    '--batch',
-    metavar='INT',
-    type=cli.BATCH,
-    default=DIGITS.batch,
-    show_default=True,
-    group=TRAINING,
-    help='Training batch size.',
-)
+@cli.option('--batch', type=cli.BATCH, default=DIGITS.batch, group=TRAINING, help='Training batch size.')
 @cli.option(
     '--seeds',
-    metavar='LIST',
     type=cli.Seeds(),
     default='0',
-    show_default=True,
     group=TRAINING,
     help='Training seeds; each objective is trained with each.',
 )
@@ -124,16 +108,13 @@ class OptionsFor(click.ParamType):
 )
 @cli.option(
     '--steps',
-    metavar='LIST',
     type=Counts(cli.STEPS),
     default='1,2,4,8',
-    show_default=True,
     group=MEASURING,
     help='Numbers of sampling steps to compare.',
 )
 @cli.option(
     '--bootstrap',
-    metavar='INT',
     type=cli.Integer(min=0, max=1_000_000),
     group=MEASURING,
     help='Resamples for 95 % intervals of the sampling noise, each as expensive as a distance; 0 disables them.  '
@@ -141,10 +122,8 @@ class OptionsFor(click.ParamType):
 )
 @cli.option(
     '--reference-steps',
-    metavar='INT',
     type=cli.LEVELS,
     default=256,
-    show_default=True,
     group=MEASURING,
     help='Heun steps of the teacher samples that all others are compared with.',
 )
@@ -152,7 +131,6 @@ class OptionsFor(click.ParamType):
     '--num',
     '--num-images',
     'num',
-    metavar='INT',
     type=cli.Images(cli.Integer(min=SHOWN)),
     group=MEASURING,
     help='Number of images per model.  [default: 50000; on digits and photos 6000]',
@@ -178,10 +156,8 @@ class OptionsFor(click.ParamType):
 )
 @cli.option(
     '--sample-batch',
-    metavar='INT',
     type=cli.BATCH,
     default=256,
-    show_default=True,
     group=MEASURING,
     help='Batch size of sampling and evaluation.',
 )

@@ -42,26 +42,17 @@ class ConvertOrInfo(cli.Command):
     type=cli.PATH,
     help='Output file, replaced if it exists; for diffusers a new folder. Appears only when complete.',
 )
-@cli.option(
-    '--from',
-    'reader',
-    type=click.Choice(READERS),
-    default='snapshot',
-    show_default=True,
-    help='Format of SRC.',
-)
+@cli.option('--from', 'reader', type=click.Choice(READERS), default='snapshot', help='Format of SRC.')
 @cli.option(
     '--to',
     'writer',
     type=click.Choice(WRITERS),
     default='snapshot',
-    show_default=True,
     help='Format of DST; diffusers writes a new folder.',
 )
 @cli.option(
     '--timesteps',
     type=cli.LEVELS,
-    metavar='INT',
     help='Number of noise levels of a consistency model, among which diffusers indexes the time points of '
     'multistep sampling: 40 for cd_*.pt, 201 for ct_imagenet64.pt, 151 for the other ct_*.pt.  [default: '
     "the snapshot's; 40]",
@@ -75,21 +66,18 @@ class ConvertOrInfo(cli.Command):
 @cli.option(
     '--resolution',
     type=cli.SIDE,
-    metavar='INT',
     group=OPENAI,
     help='Image resolution.  [default: derived from a coarsest level of 8x8, as in all published models]',
 )
 @cli.option(
     '--channels-per-head',
     type=cli.SIDE,
-    metavar='INT',
     group=OPENAI,
     help="Channels per attention head, OpenAI's num_head_channels.  [default: 64]",
 )
 @cli.option(
     '--heads',
     type=cli.SIDE,
-    metavar='INT',
     group=OPENAI,
     help="Number of attention heads at every level, OpenAI's num_heads, instead of --channels-per-head.",
 )

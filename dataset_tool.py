@@ -16,6 +16,7 @@ from data.archive_writer import check_dest
 from dnnlib import UserError
 from dnnlib.cli import OUTPUT, PATH, SOME_IMAGES, Command, option, shown
 from dnnlib.text import printable
+from dnnlib.util import write_json
 
 if TYPE_CHECKING:  # Pillow and torch are imported where they are used, so that --help stays fast
     from data.conversion import Color, Recipe
@@ -178,16 +179,11 @@ class Background(click.ParamType):
     help='Crops of photos: 8,000 for training, or 2,000 of a band that those leave out.  [default: train]',
 )
 @option(
-    '--max-images',
-    type=SOME_IMAGES,
-    metavar='INT',
-    group='Input',
-    help='Convert only the first N images.  [default: all]',
+    '--max-images', type=SOME_IMAGES, group='Input', help='Convert only the first N images.  [default: all]'
 )
 @option(
     '--max-images-per-class',
     type=SOME_IMAGES,
-    metavar='INT',
     group='Input',
     help='Convert only the first N images of each class.  [default: all]',
 )
@@ -214,7 +210,6 @@ class Background(click.ParamType):
     type=Background(),
     default='white',
     show_default=True,
-    metavar='COLOR',
     group='Input',
     help='Color behind transparent pixels: a CSS name or #rrggbb. Gray images with transparency stay gray '
     'on gray.',
@@ -227,7 +222,6 @@ class Background(click.ParamType):
 )
 @option(
     '--dest',
-    metavar='PATH',
     type=PATH,
     group='Output',
     help='Output: a .zip file, replaced if it exists, or a new or empty folder. Required without --stats.',
@@ -265,12 +259,7 @@ class Background(click.ParamType):
     '(the sigma_data to use) of their pixels in [-1, 1].',
 )
 @option(
-    '--json',
-    'json_path',
-    metavar='FILE',
-    type=OUTPUT,
-    group='Statistics',
-    help='Also write the statistics to this file.',
+    '--json', 'json_path', type=OUTPUT, group='Statistics', help='Also write the statistics to this file.'
 )
 def main(
     source: str,
@@ -343,7 +332,7 @@ def check_usage(source, split, dest, resolution, transform, vae, stats, json_pat
 def print_statistics(images: Source, recipe: Recipe, json_path: str | None) -> None:
     """Print the statistics of a source's images, and write them to `json_path`."""
     from data.statistics import statistics_of
-    from metrics.evaluation import make_folder, write_json
+    from metrics.evaluation import make_folder
 
     # Before the images are read, which may take long.
     if json_path is not None:

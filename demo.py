@@ -26,7 +26,6 @@ from experiments.runner import Runner, make_outdir, run_interruptibly
     metavar='DIR',
     type=cli.PATH,
     default='demo-out',
-    show_default=True,
     help='Output folder; the same command again resumes there.',
 )
 @SCALE

@@ -95,7 +95,6 @@ class Box(click.ParamType):
 )
 @cli.option(
     '--random-share',
-    metavar='FLOAT',
     type=cli.Number(min=0, max=1, min_open=True),
     help='Fraction of unknown pixels, chosen at random, the same in all images.',
     group='Unknown pixels',
@@ -132,7 +131,6 @@ def colorize(job):
 @main.command()
 @cli.option(
     '--factor',
-    metavar='INT',
     type=cli.Integer(min=2, max=1 << 16),
     required=True,
     help='Upscaling factor: side of the block that each pixel becomes.',
@@ -163,7 +161,7 @@ SIGMA_HELP = 'Standard deviation of the noise for pixels in [-1, 1], that is 127
 
 
 @main.command()
-@cli.option('--sigma', metavar='FLOAT', type=cli.SIGMA, required=True, help=SIGMA_HELP)
+@cli.option('--sigma', type=cli.SIGMA, required=True, help=SIGMA_HELP)
 @editing_options(STARTED_STEPS)
 def stroke(job, sigma):
     """Turn brush strokes or other rough images into realistic ones by adding and removing noise."""
@@ -171,7 +169,7 @@ def stroke(job, sigma):
 
 
 @main.command()
-@cli.option('--sigma', metavar='FLOAT', type=cli.SIGMA, required=True, help=SIGMA_HELP)
+@cli.option('--sigma', type=cli.SIGMA, required=True, help=SIGMA_HELP)
 @cli.option('--add-noise', is_flag=True, help='Add noise of level --sigma to the images first.')
 @editing_options(STARTED_STEPS)
 def denoise(job, sigma, add_noise):
@@ -194,28 +192,20 @@ def start_at(job: EditJob, sigma: float, add_noise: bool) -> None:
 
 
 @main.command()
-@cli.option(
-    '--network', metavar='PKL|DIR|URL', type=NETWORK_FILE, required=True, help='Snapshot of any network.'
-)
+@cli.option('--network', type=NETWORK_FILE, required=True, help='Snapshot of any network.')
 @cli.option(
     '--outdir', metavar='DIR', type=cli.PATH, required=True, help='Folder for images/%06d.png and grid.png.'
 )
 @cli.option(
     '--seeds',
-    metavar='LIST',
     type=cli.Seeds(repeats=True),
     required=True,
     help='Two or more seeds; interpolates from each to the next.',
 )
 @cli.option(
-    '--count',
-    metavar='INT',
-    type=cli.LEVELS,
-    default=8,
-    show_default=True,
-    help='Number of images from one seed to the next, both included.',
+    '--count', type=cli.LEVELS, default=8, help='Number of images from one seed to the next, both included.'
 )
-@cli.option('--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, help='Batch size.')
+@cli.option('--batch', type=cli.BATCH, default=64, help='Batch size.')
 @sampling_options()
 @guidance_options()
 def interpolate(network, outdir, seeds, count, batch, sampling, guidance):

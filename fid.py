@@ -11,7 +11,7 @@ import os
 import click
 
 from dnnlib import UserError, cli
-from dnnlib.util import named
+from dnnlib.util import named, write_json
 from metrics.evaluation import (
     DEFAULT_NUM,
     PAIRED_ERROR,
@@ -26,7 +26,6 @@ from metrics.evaluation import (
     option_names,
     read_references,
     warn_about,
-    write_json,
 )
 from metrics.options import UNPAIRED, PairOptions, feature_options, pair_options
 from sampling.options import guidance_options, sampling_arguments, sampling_options
@@ -69,7 +68,6 @@ def main():
 @cli.option(
     '--images',
     'paths',
-    metavar='PATH',
     type=cli.PATH,
     multiple=True,
     help='Images to evaluate: a folder (with subfolders), a zip, or an .npz or .npy of uint8 images. '
@@ -84,10 +82,8 @@ def main():
 @cli.option(
     '--metrics',
     'measures',
-    metavar='LIST',
     type=Measures(),
     default='fid',
-    show_default=True,
     help='Metrics to compute in one pass: fid, fid_inf, kid, precision, recall, density, coverage, is, '
     'fd_dinov2; paired_error, which --pairs-with adds.',
 )
@@ -95,50 +91,38 @@ def main():
     '--num',
     '--num-images',
     'num',
-    metavar='INT',
     type=cli.TWO_IMAGES,
     help='Number of images: a random subset if there are more, an error if there are fewer.  [default: '
     f'{DEFAULT_NUM}]',
 )
 @cli.option(
     '--bootstrap',
-    metavar='INT',
     type=cli.Integer(min=0, max=1_000_000),
     default=0,
-    show_default=True,
     help='Resamples for a 95 % interval of the sampling noise (not the bias), each as expensive as a '
     'distance; 0 disables the interval.',
 )
 @cli.option(
     '--bootstrap-strata',
     'strata',
-    metavar='INT',
     type=cli.COUNT,
     help='Number of classes, which the images are of in turn, as with --labels=balanced: each is resampled by itself.  '
     '[default: those of --network with --labels=balanced, else 1]',
 )
 @cli.option(
     '--nearest-k',
-    metavar='INT',
     type=cli.COUNT,
     help='Number of the neighbor that sets the radius of precision, recall, density and coverage.  '
     '[default: 3 for precision and recall, 5 for density and coverage]',
 )
-@cli.option(
-    '--json', 'json_path', metavar='FILE', type=cli.OUTPUT, help='Also write the results to this file.'
-)
+@cli.option('--json', 'json_path', type=cli.OUTPUT, help='Also write the results to this file.')
 @feature_options()
 @cli.option(
-    '--network',
-    metavar='PKL|DIR|URL',
-    type=NETWORK_FILE,
-    group=NETWORK,
-    help='Snapshot to evaluate without writing images.',
+    '--network', type=NETWORK_FILE, group=NETWORK, help='Snapshot to evaluate without writing images.'
 )
 @cli.option(
     '--seeds',
     'seed_sets',
-    metavar='LIST',
     type=SeedSet(),
     multiple=True,
     group=NETWORK,
@@ -221,7 +205,8 @@ def calc(
         # Write the results of all metrics; print that of the first.
         if is_main:
             summaries = {name: summary(found) for name, found in results.items()}
-            write_json(json_path, summaries)
+            if json_path is not None:
+                write_json(json_path, summaries)
             click.echo(f'{summaries[next(iter(summaries))]["value"]:.10g}')
 
 
@@ -245,35 +230,29 @@ def compared(source, seen, references, ref, measures, detectors, bootstrap, stra
 @cli.option(
     '--data',
     'path',
-    metavar='PATH',
     type=cli.PATH,
     required=True,
     help='Data set: a folder (with subfolders), a zip, or an .npz or .npy of uint8 images.',
 )
-@cli.option('--dest', metavar='FILE', type=cli.OUTPUT, required=True, help='Output file (.npz).')
+@cli.option('--dest', type=cli.OUTPUT, required=True, help='Output file (.npz).')
 @cli.option(
     '--metrics',
     'measures',
-    metavar='LIST',
     type=Measures('fid', 'fd_dinov2'),
     default='fid',
-    show_default=True,
     help='Metrics to prepare for: fid, under the detector of --detector, and fd_dinov2.',
 )
 @cli.option(
     '--num',
     '--num-images',
     'num',
-    metavar='INT',
     type=cli.TWO_IMAGES,
     help='Size of a random subset to use.  [default: all images]',
 )
 @cli.option(
     '--features',
-    metavar='INT',
     type=cli.IMAGES,
     default=0,
-    show_default=True,
     help='Also store the features of a random subset of this size, for kid, precision, recall, density and '
     'coverage.',
 )

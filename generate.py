@@ -36,25 +36,20 @@ def check_destination(
 
 
 @click.command(cls=cli.Command)
-@cli.option(
-    '--network', metavar='PKL|DIR|URL', type=NETWORK_FILE, required=True, help='Snapshot to sample from.'
-)
+@cli.option('--network', type=NETWORK_FILE, required=True, help='Snapshot to sample from.')
 @cli.option(
     '--outdir', metavar='DIR', type=cli.PATH, help='Output folder for images named by seed, %06d.png.'
 )
 @cli.option(
     '--dest',
-    metavar='FILE',
     type=cli.OUTPUT,
     help='Output file instead of --outdir: .npz for an array uint8 [N, H, W, C] and labels, or .zip for a '
     'data set.',
 )
 @cli.option(
     '--seeds',
-    metavar='LIST',
     type=cli.Seeds(),
     default='0-63',
-    show_default=True,
     help='Seeds of the images, such as 1,2,5-10; all different, below 2^32.',
 )
 @cli.option('--subdirs', is_flag=True, help='Write a subfolder per 1000 seeds.')
@@ -72,12 +67,9 @@ def check_destination(
     is_flag=True,
     help='Also write images with NaN or infinite values, and warn of their seeds, instead of failing.',
 )
-@cli.option(
-    '--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, help='Batch size per process.'
-)
+@cli.option('--batch', type=cli.BATCH, default=64, help='Batch size per process.')
 @cli.option(
     '--workers',
-    metavar='INT',
     type=cli.WORKERS,
     help='Processes that encode and write images, per generating process; with 0 it does so itself.  '
     '[default: half of the CPUs but one, at most 4]',

@@ -103,33 +103,23 @@ class FilePrefix(click.ParamType):
     group=STORED,
     help='Use files named STR-<kimg>-<width>.pkl.  [default: the only such prefix in the folder]',
 )
-@cli.option(
-    '--instd',
-    metavar='LIST',
-    type=Widths(),
-    group=STORED,
-    help='Use only these stored widths.  [default: all]',
-)
+@cli.option('--instd', type=Widths(), group=STORED, help='Use only these stored widths.  [default: all]')
 @cli.option(
     '--training_batch',
-    metavar='INT',
     type=cli.BATCH,
     default=1024,
-    show_default=True,
     group=STORED,
     help='Training batch size, to derive the number of images seen from the names of files that do not '
     'record it.',
 )
 @cli.option(
     '--outstd',
-    metavar='LIST',
     type=Widths(),
     group=WANTED,
     help='Widths to reconstruct, such as 0.07,0.15 or 0.01,0.02,...,0.25.',
 )
 @cli.option(
     '--outkimg',
-    metavar='KIMG',
     type=cli.SOME_KIMG,
     group=WANTED,
     help='Training time to reconstruct averages for, at which averages were stored.  [default: the last]',
@@ -140,17 +130,14 @@ class FilePrefix(click.ParamType):
     metavar='STR',
     type=FilePrefix(),
     default='phema',
-    show_default=True,
     group=WANTED,
     help='Name outputs STR-<kimg>-<width>.pkl.',
 )
 @cli.option('--skip', is_flag=True, group=WANTED, help='Keep outputs that exist.')
 @cli.option(
     '--batch',
-    metavar='INT',
     type=cli.COUNT,
     default=1,
-    show_default=True,
     group=WANTED,
     help='Widths to reconstruct per pass over the files; memory holds this many networks and one more.',
 )

@@ -7,14 +7,13 @@ import dnnlib.interrupts  # noqa: F401  (first)
 
 import json
 import math
-import os
-import tempfile
 
 import click
 from click.core import ParameterSource
 
-from dnnlib import EasyDict, UserError, cli
+from dnnlib import EasyDict, cli
 from dnnlib.limits import MAX_STEPS
+from dnnlib.util import write_json
 from metrics import evaluation
 from sampling.options import GENERAL, OF_CMS, OF_TEACHERS, TEACHER_SOLVERS, guidance_options
 from sampling.time_search import DEFAULT_TOLERANCE
@@ -45,7 +44,6 @@ class Metric(evaluation.Measures):
 @click.command(cls=cli.Command)
 @cli.option(
     '--network',
-    metavar='PKL|DIR|URL',
     type=NETWORK_FILE,
     required=True,
     help='Snapshot of a consistency model, or of a teacher for --schedule.',
@@ -70,18 +68,14 @@ class Metric(evaluation.Measures):
 )
 @cli.option(
     '--save',
-    metavar='FILE',
     type=cli.OUTPUT,
     help='Also write a copy of the snapshot that is sampled at these points by default; with --schedule the '
     'levels, a text file for --sigmas of generate.py.',
 )
-@cli.option(
-    '--json', 'json_path', metavar='FILE', type=cli.OUTPUT, help='Also write the results to this file.'
-)
+@cli.option('--json', 'json_path', type=cli.OUTPUT, help='Also write the results to this file.')
 @cli.option('-n', '--dry-run', is_flag=True, help='Print what would be searched as JSON and exit.')
 @cli.option(
     '--steps',
-    metavar='INT',
     type=cli.LEVELS,
     group=POINTS,
     help='Network evaluations per image: the first at sigma_max, the others at the points; with --schedule '
@@ -91,13 +85,11 @@ class Metric(evaluation.Measures):
     '--space',
     type=click.Choice(SPACES),
     default='log',
-    show_default=True,
     group=POINTS,
     help='Candidate levels: evenly spaced in ln sigma, or those that --ts of generate.py indexes.',
 )
 @cli.option(
     '--tolerance',
-    metavar='FLOAT',
     type=cli.Number(min=1e-4, max=1),
     group=POINTS,
     help='Relative distance between neighboring candidates, for --space=log.  [default: '
@@ -105,7 +97,6 @@ class Metric(evaluation.Measures):
 )
 @cli.option(
     '--timesteps',
-    metavar='INT',
     type=cli.Integer(min=3, max=MAX_STEPS),
     group=POINTS,
     help='Number of candidate levels, both ends included, for --space=karras-index.  [default: the '
@@ -113,24 +104,20 @@ class Metric(evaluation.Measures):
 )
 @cli.option(
     '--scan',
-    metavar='INT',
     type=cli.INDEX,
     default=8,
-    show_default=True,
     group=POINTS,
     help='Number of evenly spaced candidates to evaluate before each search, which continues around the '
     'best of them; 0 for a plain ternary search.',
 )
 @cli.option(
     '--low',
-    metavar='FLOAT',
     type=cli.SIGMA,
     group=POINTS,
     help="Search only above this level.  [default: the network's sigma_min; with --schedule at least 0.002]",
 )
 @cli.option(
     '--high',
-    metavar='FLOAT',
     type=cli.SIGMA,
     group=POINTS,
     help="Search only below this level.  [default: the network's sigma_max; with --schedule at most 80]",
@@ -138,10 +125,8 @@ class Metric(evaluation.Measures):
 @cli.option(
     '--metric',
     'measures',
-    metavar='NAME',
     type=Metric(),
     default='fid',
-    show_default=True,
     group=IMAGES,
     help='Metric to optimize, any of fid.py calc. Scores such as is and recall are maximized, distances are '
     'minimized.',
@@ -157,32 +142,21 @@ class Metric(evaluation.Measures):
     '--num',
     '--num-images',
     'num',
-    metavar='INT',
     type=cli.TWO_IMAGES,
     group=IMAGES,
     help=f'Images per evaluation.  [default: {evaluation.DEFAULT_NUM}; with --schedule {SCHEDULE_IMAGES}]',
 )
 @cli.option(
     '--seed',
-    metavar='INT',
     type=cli.SEED,
     default=0,
-    show_default=True,
     group=IMAGES,
     help='First seed of the images, the same for all points, and seed of other random choices.',
 )
 @GENERAL['class_idx'].under(IMAGES)
 @GENERAL['labels'].under(IMAGES)
 @OF_CMS['clip_denoised'].under(IMAGES)
-@cli.option(
-    '--batch',
-    metavar='INT',
-    type=cli.BATCH,
-    default=64,
-    show_default=True,
-    group=IMAGES,
-    help='Images per batch and process.',
-)
+@cli.option('--batch', type=cli.BATCH, default=64, group=IMAGES, help='Images per batch and process.')
 @cli.option(
     '--detector',
     metavar='PATH|URL',
@@ -201,10 +175,8 @@ class Metric(evaluation.Measures):
 @cli.option('--detector-sha256', metavar='HEX', group=IMAGES, help='Digest that the detector file must have.')
 @cli.option(
     '--nodes',
-    metavar='INT',
     type=cli.Integer(min=3, max=MAX_NODES),
     default=DEFAULT_NODES,
-    show_default=True,
     group=SCHEDULE,
     help='Number of candidate levels, the nodes of the fine paths.',
 )
@@ -259,7 +231,6 @@ def main(network, schedule, log, solver, save, json_path, dry_run, measures, **o
         return
     for path in (log, save, json_path):
         evaluation.make_folder(path)
-        check_writable(path)
     evaluate = time_points.MetricOfPoints(sampler, measures, references, options)
 
     # What the values depend on: a log with other settings is refused.
@@ -283,7 +254,8 @@ def main(network, schedule, log, solver, save, json_path, dry_run, measures, **o
     found = time_points.search(evaluate, SearchLog(log, settings), candidates, plan)
     if distributed.is_main():
         click.echo(time_points.as_options(found['taus'], options.clip_denoised))
-        evaluation.write_json(json_path, found)
+        if json_path is not None:
+            write_json(json_path, found)
         if save:
             time_points.save_copy(save, net, found['sigmas'], options.clip_denoised)
     distributed.shutdown()
@@ -334,12 +306,12 @@ def find_schedule(
     # Output files are checked before the search, not after hours.
     for path in (save, json_path):
         evaluation.make_folder(path)
-        check_writable(path)
     found = search.run(evaluation.log)
     # Print the levels before writing files, which may fail.
     if distributed.is_main():
         click.echo(search.as_options(found['sigmas']))
-        evaluation.write_json(json_path, found)
+        if json_path is not None:
+            write_json(json_path, found)
         if save:
             write_levels(save, found['sigmas'], search.record())
     distributed.shutdown()
@@ -361,18 +333,6 @@ def check_usage(log, measures, options) -> None:
         raise click.UsageError('--low is not below --high.')
     if not log.endswith('.jsonl'):
         raise click.UsageError(f'--log={log}: the name of a log ends in .jsonl.')
-
-
-def check_writable(path: str | None) -> None:
-    """Raises: UserError if a file cannot be created in the folder of `path`."""
-    if path is None:
-        return
-    # A file without a name leaves nothing behind, and no existing file is touched.
-    try:
-        with tempfile.TemporaryFile(dir=os.path.dirname(path) or '.'):
-            pass
-    except OSError as error:
-        raise UserError(f'Cannot write {path}: {error.strerror}. Choose another place.') from error
 
 
 if __name__ == '__main__':

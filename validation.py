@@ -21,7 +21,6 @@ from training.saved_files import NETWORK_FILE
 @cli.option(
     '--network',
     'networks',
-    metavar='PKL|DIR|URL',
     type=NETWORK_FILE,
     multiple=True,
     required=True,
@@ -35,7 +34,6 @@ from training.saved_files import NETWORK_FILE
     metavar='DIR',
     type=cli.PATH,
     default='.',
-    show_default=True,
     help='Folder whose metrics-val.jsonl gets a line per snapshot.',
 )
 @cli.option(
@@ -45,24 +43,11 @@ from training.saved_files import NETWORK_FILE
     help=f"TorchScript feature detector. {cli.PROGRAM}  [default: NVIDIA's Inception]",
 )
 @cli.option(
-    '--num',
-    '--num-images',
-    'num',
-    metavar='INT',
-    type=cli.TWO_IMAGES,
-    default=50000,
-    show_default=True,
-    help='Number of images to generate.',
+    '--num', '--num-images', 'num', type=cli.TWO_IMAGES, default=50000, help='Number of images to generate.'
 )
-@cli.option(
-    '--batch', metavar='INT', type=cli.BATCH, default=64, show_default=True, help='Batch size per process.'
-)
-@cli.option(
-    '--seed', metavar='INT', type=cli.SEED, default=0, show_default=True, help='Seed of the first image.'
-)
-@cli.option(
-    '--steps', metavar='INT', type=cli.STEPS, help="Number of sampling steps.  [default: the snapshot's own]"
-)
+@cli.option('--batch', type=cli.BATCH, default=64, help='Batch size per process.')
+@cli.option('--seed', type=cli.SEED, default=0, help='Seed of the first image.')
+@cli.option('--steps', type=cli.STEPS, help="Number of sampling steps.  [default: the snapshot's own]")
 @OF_ODE['solver']
 @OF_ODE['order']
 @OF_ODE['afs']
@@ -70,12 +55,7 @@ from training.saved_files import NETWORK_FILE
 @OF_ODE['discretization']
 @OF_ODE['sigmas']
 @cli.option(
-    '--label',
-    metavar='MODE',
-    type=LabelMode(),
-    default='auto',
-    show_default=True,
-    help='Class labels: uniform or fixed:K (auto means uniform).',
+    '--label', type=LabelMode(), default='auto', help='Class labels: uniform or fixed:K (auto means uniform).'
 )
 @GENERAL['labels']
 @guidance_options()

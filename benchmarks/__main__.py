@@ -19,8 +19,8 @@ import click
 
 from benchmarks.common import NOT_MEASURED, ROOT, NamesOf, machine
 from dnnlib import UserError, cli
-from dnnlib.util import atomic_write
-from experiments.results import commit, write_json
+from dnnlib.util import atomic_write, write_json
+from experiments.results import commit
 
 MARK = '<!-- {} -->'
 

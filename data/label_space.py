@@ -7,7 +7,6 @@ vectors are all one-hot has classes.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dnnlib import UserError
+from dnnlib.text import as_ranges
 
 KINDS = ('classes', 'vectors')
 SHOWN = 10  # ranges of classes listed in a message
@@ -96,7 +96,7 @@ class LabelSpace(NamedTuple):
         """Metadata: `label_kind` and, if some lack images, `classes` that have images, such as '0-2,5'."""
         return {
             **({'label_kind': self.kind} if self.kind else {}),
-            **({} if self.present is None else {'classes': ranges(self.present)}),
+            **({} if self.present is None else {'classes': as_ranges(self.present)}),
         }
 
     @classmethod
@@ -113,13 +113,6 @@ class LabelSpace(NamedTuple):
 def space_of(net) -> LabelSpace:
     """Labels of a loaded network, from its metadata."""
     return LabelSpace.recorded(net.label_dim, getattr(net, 'metadata', {}))
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Compact form of sorted numbers: [1, 2, 3, 7] is '1-3,7'."""
-    # Consecutive numbers share the difference from their positions.
-    runs = [list(run) for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
-    return ','.join(f'{run[0][1]}' if len(run) == 1 else f'{run[0][1]}-{run[-1][1]}' for run in runs)
 
 
 def parse_ranges(text: str, limit: int) -> tuple[int, ...]:
@@ -139,7 +132,7 @@ def parse_ranges(text: str, limit: int) -> tuple[int, ...]:
 
 def listed(numbers: Sequence[int]) -> str:
     """Sorted numbers for a message: the first ranges."""
-    parts = ranges(numbers).split(',')
+    parts = as_ranges(numbers).split(',')
     return ', '.join(parts[:SHOWN]) + (f', ... ({len(numbers)} in all)' if len(parts) > SHOWN else '')
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import click
 
 from dnnlib.limits import MAX_DIGITS, MAX_STEPS
-from dnnlib.text import printable
+from dnnlib.text import as_ranges, printable
 from dnnlib.util import UserError, WrongOptions, check_other_file
 
 MAX_NUMBERS = 10_000_000  # in a list of integers; more are a typing error
@@ -150,8 +150,9 @@ class Group(click.Group):
 
 
 def option(*names, group: str | None = None, **kwargs):
-    """`click.option` with a heading for `--help`."""
-    return click.option(*names, cls=Option, group=group, **kwargs)
+    """`click.option` with a heading for `--help`, which shows the default."""
+    has_default = kwargs.get('default') not in (None, '') and not kwargs.get('is_flag')
+    return click.option(*names, cls=Option, group=group, **dict(show_default=has_default) | kwargs)
 
 
 def argument(*names, help: str, **kwargs):
@@ -173,6 +174,8 @@ def shown(value: object) -> str:
 class Integer(click.IntRange):
     """A whole number in a range, in decimal digits, at most `MOST` unless the range's maximum is given."""
 
+    name = 'int'
+
     def convert(self, value, param, ctx):
         # int() would take '1_000' and digits of other scripts too.
         text = str(value).strip()
@@ -191,6 +194,8 @@ class Integer(click.IntRange):
 
 class Number(click.FloatRange):
     """A number in a range, in decimal digits, at most `LARGEST`; `inf` only if `infinite`."""
+
+    name = 'float'
 
     def __init__(self, *args, infinite: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
@@ -224,7 +229,8 @@ class Images(click.ParamType):
     """
 
     def __init__(self, kind: Integer | Number, unit: float = 1):
-        self.kind, self.unit, self.name = kind, unit, kind.name
+        self.kind, self.unit = kind, unit
+        self.name = {1e3: 'kimg', 1e6: 'mimg'}.get(unit, kind.name)
 
     def convert(self, value, param, ctx):
         # A number and its unit, of two letters or more: a single e is an exponent's.
@@ -315,6 +321,8 @@ class PathOrURL(click.ParamType):
 class OutputPath(PathOrURL):
     """The path of a file that the command writes. None that it reads may be written over: `check_outputs`."""
 
+    name = 'file'
+
 
 PATH, PATHS, OUTPUT = PathOrURL(), PathOrURL(many=True), OutputPath()
 
@@ -370,7 +378,7 @@ class Seeds(IntRanges):
             self.fail(f'there is no seed {max(seeds)}: seeds are below 2^32 = {SEED_COUNT}', param, ctx)
         if not self.repeats and (again := repeated(seeds)):
             self.fail(
-                f'{as_ranges(again)} of {len(seeds)} seeds named twice: the same seed again gives the same '
+                f'{as_ranges(again, limit=20)} of {len(seeds)} seeds named twice: the same seed again gives the same '
                 'again. Name each once',
                 param,
                 ctx,
@@ -394,19 +402,6 @@ def check_seeds(first: int, count: int, seed_option: str, count_option: str) -> 
             f'{seed_option}={first} and {count_option}={count} need seeds up to {first + count - 1}, and '
             f'seeds are below 2^32 = {SEED_COUNT}: lower {seed_option}.'
         )
-
-
-def as_ranges(numbers: Sequence[int], limit: int = 20) -> str:
-    """Ascending integers as `IntRanges` reads them, `0-3,7`; after `limit` ranges, the number of others."""
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
-    text = ','.join(f'{low}-{high}' if low < high else f'{low}' for low, high in ranges[:limit])
-    rest = sum(high - low + 1 for low, high in ranges[limit:])
-    return text + (f' and {rest} more' if rest else '')
 
 
 class NumberList(click.ParamType):

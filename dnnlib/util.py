@@ -7,6 +7,7 @@ import errno
 import functools
 import gc
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -212,6 +213,12 @@ def is_old(path: Path) -> bool:
 
 # ----------------------------------------------------------------------------
 # Folders and files.
+
+
+def write_json(path: str | os.PathLike, value, **options) -> None:
+    """Write a value as JSON of several lines, atomically; `options` are those of `json.dumps`."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=2, **options).encode() + b'\n')
 
 
 def check_writable(folder: str | os.PathLike) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import click
 
-from data.label_space import ranges
 from dnnlib import cli
+from dnnlib.text import as_ranges
 from experiments import tables
 from experiments.report import markdown_table, write_frontier
 from training.objectives import OBJECTIVES
@@ -151,7 +151,7 @@ def missing(found: Mapping) -> str:
             if missed:
                 of_counts.setdefault(some, []).append(seed)
         for some, seeds in of_counts.items():
-            lacking.setdefault((some, ranges(seeds)), []).append(f'`{name}`')
+            lacking.setdefault((some, as_ranges(seeds)), []).append(f'`{name}`')
     if not lacking:
         return 'All rows are computed.'
     each = (

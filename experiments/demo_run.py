@@ -4,16 +4,16 @@ report. What an interrupted demo has done is not done again."""
 from __future__ import annotations
 
 import concurrent.futures
-import json
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from dnnlib import UserError
+from dnnlib.util import write_json
 from experiments import bundled
 from experiments.bundled import DIGITS
-from experiments.results import DAMAGED, distance_entries, read_json, write_json
+from experiments.results import DAMAGED, distance_entries, read_json
 from experiments.runner import (
     SHOWN,
     Metric,
@@ -219,7 +219,7 @@ def write_report(runner: Runner, rows: list[dict], minutes: float) -> None:
 
     # Results and their tables.
     rows = [dict(r, paired_rmse=paired_rmse(runner, name_of(r))) for r in rows]
-    runner.path('results.json').write_text(json.dumps(rows, indent=2) + '\n')
+    write_json(runner.path('results.json'), rows)
     tables = [headline(rows), all_rows(rows)]
     runner.path('table.md').write_text('\n'.join(pages.markdown_table(*table) for table in tables))
 

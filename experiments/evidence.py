@@ -19,11 +19,12 @@ from pathlib import Path
 
 import click
 
-from data.label_space import ranges
 from dnnlib import UserError, cli
+from dnnlib.text import as_ranges
+from dnnlib.util import write_json
 from experiments.comparison import STUDENTS
 from experiments.options import JOBS, NamesOrAll
-from experiments.results import read_json, write_json
+from experiments.results import read_json
 from experiments.runner import ROOT, Runner, is_finished, newest_snapshot, run_interruptibly
 
 MEASURED = ROOT / 'docs' / 'measured'
@@ -57,7 +58,7 @@ class Comparison:
         return [
             f'--data={self.data}',
             f'--objectives={",".join(self.objectives)}',
-            f'--seeds={ranges(self.seeds)}',
+            f'--seeds={as_ranges(self.seeds)}',
             f'--budget={self.budget}',
             f'--steps={",".join(map(str, self.steps))}',
             *self.further,
@@ -87,15 +88,12 @@ COMPARISONS = {
     metavar='DIR',
     type=cli.PATH,
     default='evidence-out',
-    show_default=True,
     help='Output folder, with one folder for each comparison.',
 )
 @cli.option(
     '--only',
-    metavar='LIST',
     type=NamesOrAll(COMPARISONS),
     default='all',
-    show_default=True,
     help=f'Comparisons to run: {", ".join(COMPARISONS)}, or all.',
 )
 @cli.option(

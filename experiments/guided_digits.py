@@ -19,11 +19,12 @@ from typing import NamedTuple
 import click
 
 from dnnlib import cli
+from dnnlib.util import write_json
 from experiments import bundled, demo_run
 from experiments.bundled import DIGITS
 from experiments.options import JOBS, SCALE
 from experiments.report import markdown_table
-from experiments.results import read_json, write_json
+from experiments.results import read_json
 from experiments.runner import Metric, Runner, make_outdir, run_interruptibly, workers
 
 S = 8
@@ -55,12 +56,9 @@ class Model(NamedTuple):
     metavar='DIR',
     type=cli.PATH,
     default='guidance-out',
-    show_default=True,
     help='Output folder; the same command again resumes there.',
 )
-@cli.option(
-    '--guidance', metavar='FLOAT', type=cli.FACTOR, default=2.0, show_default=True, help='Weight of guidance.'
-)
+@cli.option('--guidance', type=cli.FACTOR, default=2.0, help='Weight of guidance.')
 @SCALE
 @JOBS
 def main(outdir, guidance, scale, jobs):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dnnlib import UserError, schema
-from dnnlib.util import atomic_write
+from dnnlib.util import write_json
 from experiments.comparison import Training
 from experiments.runner import ROOT
 from training.objectives import OBJECTIVES
@@ -88,11 +88,6 @@ def read_json(path: Path, default: list | dict) -> list | dict:
     if types(value) != types(default):
         raise UserError(DAMAGED.format(path))
     return value
-
-
-def write_json(path: Path, value) -> None:
-    with atomic_write(path) as file:
-        file.write(json.dumps(value, indent=2).encode() + b'\n')
 
 
 def record_plan(outdir: Path, settings: dict, trainings: Sequence[Training]) -> None:

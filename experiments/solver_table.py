@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dnnlib.interrupts  # noqa: F401  (first)
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
 from dnnlib import EasyDict, UserError, cli
-from dnnlib.util import atomic_write
+from dnnlib.util import write_json
 from sampling.options import GENERAL
 from training.saved_files import NETWORK_FILE
 
@@ -26,7 +25,7 @@ SEARCH = dict(num=128, nodes=61, low=None, high=None)  # options of the searches
 
 
 @click.command(cls=cli.Command)
-@cli.option('--network', metavar='PKL|DIR|URL', type=NETWORK_FILE, required=True, help='Diffusion model.')
+@cli.option('--network', type=NETWORK_FILE, required=True, help='Diffusion model.')
 @cli.option('--ref', metavar='NPZ|URL', type=cli.PATH, required=True, help='Reference statistics.')
 @cli.option(
     '--detector',
@@ -37,10 +36,8 @@ SEARCH = dict(num=128, nodes=61, low=None, high=None)  # options of the searches
 @cli.option('--detector-sha256', metavar='HEX', help='Digest that the detector file must have.')
 @cli.option(
     '--nfe',
-    metavar='LIST',
     type=cli.NumberList(cli.LEVELS),
     default='2,4,5,8',
-    show_default=True,
     help='Numbers of network evaluations; of an odd one, dpm2 takes one less, of an even one heun.',
 )
 @cli.option(
@@ -50,20 +47,13 @@ SEARCH = dict(num=128, nodes=61, low=None, high=None)  # options of the searches
     show_default=True,
     help="Noise levels: the solver's own, even in the cosine process's time, searched.",
 )
-@cli.option(
-    '--num', metavar='INT', type=cli.TWO_IMAGES, default=6000, show_default=True, help='Images per cell.'
-)
-@cli.option(
-    '--seed', metavar='INT', type=cli.SEED, default=0, show_default=True, help='First seed of the images.'
-)
+@cli.option('--num', type=cli.TWO_IMAGES, default=6000, help='Images per cell.')
+@cli.option('--seed', type=cli.SEED, default=0, help='First seed of the images.')
 @GENERAL['labels']
-@cli.option(
-    '--batch', metavar='INT', type=cli.BATCH, default=256, show_default=True, help='Images per batch.'
-)
+@cli.option('--batch', type=cli.BATCH, default=256, help='Images per batch.')
 @cli.option(
     '--json',
     'json_path',
-    metavar='FILE',
     type=cli.OUTPUT,
     required=True,
     help='File of the results, from which an interrupted table resumes.',
@@ -173,8 +163,7 @@ class SolverTable:
         errors[key] = self.pairing.error(self.net, key, **arguments)['value']
         evaluation.log(f'{key}: {values[key]:.4g}, paired error {errors[key]:.4g}')
         if distributed.is_main():
-            with atomic_write(self.path) as file:
-                file.write(json.dumps(self.record, indent=2).encode() + b'\n')
+            write_json(self.path, self.record)
 
     def arguments(self, levels: str, solver: str, steps: int) -> dict:
         """Sampling options of a cell."""

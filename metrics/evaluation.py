@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import click
 
 from dnnlib import NotFinite, UserError
 from dnnlib.text import printable
-from dnnlib.util import LONGEST_MESSAGE, atomic_write
+from dnnlib.util import LONGEST_MESSAGE, check_writable
 
 FEW_IMAGES = 10_000  # below, the bias of a Fréchet distance is too large to compare it
 DEFAULT_NUM = 50_000  # as published values have it
@@ -256,15 +255,11 @@ def how_many(count: int, total: int, skipped: int = 0) -> str:
     return f'{count} images' if count + skipped == total else f'a random subset of {count} of {total} images'
 
 
-def write_json(path, results: dict) -> None:
-    """Write results by metric, atomically."""
-    if path is not None:
-        with atomic_write(path) as file:
-            file.write(json.dumps(results, indent=2).encode() + b'\n')
-
-
 def make_folder(path) -> None:
-    """Create the folder of an output file, before hours of work go into its contents. Raises: UserError."""
+    """Create the folder of an output file, before hours of work go into its contents.
+
+    Raises: UserError if that, or a file in it, cannot be created.
+    """
     if path is None:
         return
     if Path(path).is_dir():
@@ -275,6 +270,7 @@ def make_folder(path) -> None:
         raise UserError(
             f'Cannot create the folder of {path}: {error.strerror}. Choose another path.'
         ) from error
+    check_writable(Path(path).parent)
 
 
 def log(message: str) -> None:

@@ -29,7 +29,7 @@ class ImageOptions:
         'Skip and count images that cannot be read, or that differ from the first in size or mode.',
         flags=('--skip-bad',),
     )
-    seed: int = opt(0, cli.SEED, 'Random seed of subsets and resamples.', metavar='INT')
+    seed: int = opt(0, cli.SEED, 'Random seed of subsets and resamples.')
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class DetectorOptions:
 class SpeedOptions:
     heading: ClassVar[str] = 'Speed'
 
-    batch: int = opt(64, cli.BATCH, 'Batch size per process.', metavar='INT')
-    workers: int = opt(4, cli.SOME_WORKERS, 'Image decoding threads per process.', metavar='INT')
+    batch: int = opt(64, cli.BATCH, 'Batch size per process.')
+    workers: int = opt(4, cli.SOME_WORKERS, 'Image decoding threads per process.')
     cache: str | None = opt(
         None,
         cli.PATH,
@@ -143,7 +143,6 @@ class PairOptions:
         cli.TWO_IMAGES,
         'Number of pairs, of the first seeds.',
         flags=('--pairs-num',),
-        metavar='INT',
         default_text=f'{PAIRS}, or all if they are fewer',
     )
 

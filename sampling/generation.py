@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data.label_space import LabelSpace, space_of
 from dnnlib import NotFinite, UserError, cli
+from dnnlib.text import as_ranges
 from sampling import writers
 from training import samplers
 from training.networks import encoders
@@ -192,7 +193,7 @@ def nonfinite_seeds(bad: Sequence[int], count: int, what: str = 'images') -> str
     one = len(bad) == 1
     return (
         f'{len(bad)} of {count} {what} {"is" if one else "are"} not finite (NaN or infinite values), '
-        f'of seed{"s" * (not one)} {cli.as_ranges(sorted(bad))}'
+        f'of seed{"s" * (not one)} {as_ranges(sorted(bad), limit=20)}'
     )
 
 

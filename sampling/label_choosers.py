@@ -10,8 +10,9 @@ import click
 import numpy as np
 import torch
 
-from data.label_space import Labels, LabelSpace, ranges, space_of
+from data.label_space import Labels, LabelSpace, space_of
 from dnnlib import UserError
+from dnnlib.text import as_ranges
 from sampling import generation
 from sampling.options import BALANCED, DATA
 from torch_utils import misc
@@ -47,7 +48,7 @@ class BalancedLabels:
 
     def digest(self) -> str:
         """Digest of what determines the labels besides the seeds."""
-        return f'{BALANCED}-{ranges(self.classes)}'
+        return f'{BALANCED}-{as_ranges(self.classes)}'
 
 
 def choose(

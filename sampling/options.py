@@ -35,12 +35,7 @@ class GeneralOptions:
     heading: ClassVar[str] = ''
 
     class_idx: int | None = opt(
-        None,
-        cli.Integer(min=0),
-        'Class of all images.',
-        flags=('--class',),
-        metavar='INT',
-        default_text='random, by seed',
+        None, cli.Integer(min=0), 'Class of all images.', flags=('--class',), default_text='random, by seed'
     )
     labels: str | None = opt(
         None,
@@ -54,7 +49,6 @@ class GeneralOptions:
         None,
         cli.STEPS,
         'Number of sampling steps.',
-        metavar='INT',
         default_text="a student's own, a flow map's most; 1 for a consistency model; 18 for a teacher",
     )
     solver: str | None = opt(
@@ -63,15 +57,9 @@ class GeneralOptions:
         'Method of sampling; best: a solver for teachers by the number of evaluations.',
         default_text='what the snapshot is: student, cm for a consistency model, ancestral for mm, heun for a teacher',
     )
-    sigma_min: float | None = opt(
-        None, cli.SIGMA, 'Lowest noise level.', metavar='FLOAT', default_text='varies'
-    )
-    sigma_max: float | None = opt(
-        None, cli.SIGMA, 'Highest noise level.', metavar='FLOAT', default_text='varies'
-    )
-    rho: float | None = opt(
-        None, cli.RHO, 'Exponent of the noise levels.', metavar='FLOAT', default_text='7; deis 2'
-    )
+    sigma_min: float | None = opt(None, cli.SIGMA, 'Lowest noise level.', default_text='varies')
+    sigma_max: float | None = opt(None, cli.SIGMA, 'Highest noise level.', default_text='varies')
+    rho: float | None = opt(None, cli.RHO, 'Exponent of the noise levels.', default_text='7; deis 2')
 
 
 @dataclass(frozen=True)
@@ -94,23 +82,15 @@ class ConsistencyModelOptions:
         None,
         cli.NumberList(cli.SIGMA),
         'Noise levels of the evaluations after the first, at sigma_max, as in 2.5,0.8.',
-        metavar='LIST',
     )
-    mid_t: float | None = opt(
-        None, cli.SIGMA, 'Noise level of the second of two evaluations.', metavar='FLOAT'
-    )
+    mid_t: float | None = opt(None, cli.SIGMA, 'Noise level of the second of two evaluations.')
     ts: list[int] | None = opt(
         None,
         cli.NumberList(cli.INDEX),
         'Noise levels of the evaluations by their indices among --timesteps levels, as in 0,22,39.',
-        metavar='LIST',
     )
     timesteps: int | None = opt(
-        None,
-        cli.LEVELS,
-        'Number of levels that --ts counts in.',
-        metavar='INT',
-        default_text="the snapshot's; 40",
+        None, cli.LEVELS, 'Number of levels that --ts counts in.', default_text="the snapshot's; 40"
     )
     clip_denoised: bool | None = opt(
         None,
@@ -125,28 +105,21 @@ class TeacherOptions:
     heading: ClassVar[str] = 'Teachers (probability-flow ODE)'
 
     xvar_scale: float | None = opt(
-        None,
-        cli.FACTOR,
-        'Factor on the variance that --solver=addim adds; 0 is DDIM.',
-        metavar='FLOAT',
-        default_text='1',
+        None, cli.FACTOR, 'Factor on the variance that --solver=addim adds; 0 is DDIM.', default_text='1'
     )
     S_churn: float | None = opt(
-        None, cli.FACTOR, 'Amount of noise that is added before steps.', metavar='FLOAT', default_text='0'
+        None, cli.FACTOR, 'Amount of noise that is added before steps.', default_text='0'
     )
     S_min: float | None = opt(
-        None, cli.FACTOR, 'Lowest noise level at which noise is added.', metavar='FLOAT', default_text='0'
+        None, cli.FACTOR, 'Lowest noise level at which noise is added.', default_text='0'
     )
     S_max: float | None = opt(
         None,
         cli.Number(min=0, infinite=True),
         'Highest noise level at which noise is added.',
-        metavar='FLOAT',
         default_text='inf',
     )
-    S_noise: float | None = opt(
-        None, cli.SIGNED_FACTOR, 'Scale of the added noise.', metavar='FLOAT', default_text='1'
-    )
+    S_noise: float | None = opt(None, cli.SIGNED_FACTOR, 'Scale of the added noise.', default_text='1')
     discretization: str | None = opt(
         None,
         click.Choice(['edm', 'vp', 've', 'iddpm', 'cosine', 'polynomial', 'logsnr', 'time_uniform']),
@@ -179,7 +152,6 @@ class TeacherOptions:
         None,
         cli.Integer(min=1, max=4),
         'Order of a multistep solver: ipndm, ipndm_v, deis 1 to 4; dpmpp, unipc 2 or 3.',
-        metavar='INT',
         default_text='the highest',
     )
     variant: str | None = opt(
@@ -261,34 +233,23 @@ class EditJob:
     heading: ClassVar[str] = ''
 
     network: str | None = opt(
-        None,
-        NETWORK_FILE,
-        'Snapshot of a student or a consistency model.',
-        metavar='PKL|DIR|URL',
-        required=True,
+        None, NETWORK_FILE, 'Snapshot of a student or a consistency model.', required=True
     )
     path: str | None = opt(
         None,
         cli.PATH,
         'An image, or a folder, zip or array of images; labels of its dataset.json are used.',
         flags=('--input',),
-        metavar='PATH',
         required=True,
     )
     outdir: str | None = opt(
         None, cli.PATH, 'Folder for images/NAME-SEED.png and grid.png.', metavar='DIR', required=True
     )
     indices: list[int] | None = opt(
-        None,
-        cli.IntRanges(),
-        'Images of the input by their place in it, as in 0-7.',
-        metavar='LIST',
-        default_text='all',
+        None, cli.IntRanges(), 'Images of the input by their place in it, as in 0-7.', default_text='all'
     )
-    seeds: list[int] | str = opt(
-        '0', cli.Seeds(), 'Seeds; each image is edited once for every seed.', metavar='LIST'
-    )
-    batch: int = opt(64, cli.BATCH, 'Images per batch.', metavar='INT')
+    seeds: list[int] | str = opt('0', cli.Seeds(), 'Seeds; each image is edited once for every seed.')
+    batch: int = opt(64, cli.BATCH, 'Images per batch.')
     sampling: dict = field(default_factory=dict)
 
 

@@ -20,8 +20,9 @@ import search
 import train
 import validation
 from data.dataset import ImageFolderDataset
-from data.label_space import Labels, LabelSpace, listed, parse_ranges, ranges, space_of
+from data.label_space import Labels, LabelSpace, listed, parse_ranges, space_of
 from dnnlib import UserError
+from dnnlib.text import as_ranges
 from experiments import inputs
 from metrics import validator
 from metrics.generated import GeneratedImages
@@ -130,7 +131,7 @@ def labels_of(path, *options):
     'numbers, text', [([0], '0'), ([1, 2, 3, 7], '1-3,7'), ([0, 2, 4], '0,2,4'), ([5, 6], '5-6')]
 )
 def test_rising_numbers_are_written_as_ranges_and_read_back(numbers, text):
-    assert ranges(numbers) == text and parse_ranges(text, 8) == tuple(numbers)
+    assert as_ranges(numbers) == text and parse_ranges(text, 8) == tuple(numbers)
 
 
 @pytest.mark.parametrize('text', ['', '3-1', '1,1', '2,1', '0-8', '-1', 'x', '1-', '0-999999999', '٣'])

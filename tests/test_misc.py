@@ -15,22 +15,28 @@ from helpers import assert_one_clear_error, run, run_python, run_ranks
 from dnnlib import EasyDict, UserError, cli
 from metrics import small_detectors
 from torch_utils import misc, training_stats
+from training.tick_stats import compact_time
+from training.weight_update import learning_rate
 
 
 @pytest.mark.parametrize(
-    'seconds, text', [(0.4, '0s'), (59.6, '1m 00s'), (3599, '59m 59s'), (3600, '1h 00m'), (90_061, '1d 01h')]
+    'seconds, text', [(0.4, '0s'), (59.6, '1m00s'), (3599, '59m59s'), (3600, '1h00m'), (90_061, '1d01h')]
 )
 def test_times_are_for_people(seconds, text):
-    assert misc.format_time(seconds) == text
+    assert compact_time(seconds) == text
 
 
 def test_the_learning_rate_ramps_up_and_decays():
-    rate = lambda nimg, schedule: misc.learning_rate(2.0, nimg, 1000, 100, schedule)
+    c = EasyDict(lr=2.0, total_nimg=1000, lr_rampup_nimg=100, lr_ref_nimg=0)
+    rate = lambda nimg, schedule, **others: learning_rate(EasyDict(c, lr_schedule=schedule, **others), nimg)
     assert [rate(n, 'constant') for n in (0, 50, 100, 1000)] == [0, 1, 2, 2]
     assert [rate(n, 'linear') for n in (50, 100, 500, 1000)] == pytest.approx([0.95, 1.8, 1, 0])
     assert [rate(n, 'cosine') for n in (500, 1000)] == pytest.approx([1, 0])
-    assert misc.learning_rate(2.0, 0, 1000, 0) == 2
-    edm2 = lambda nimg: misc.learning_rate(2.0, nimg, 1000, 100, 'sqrt', ref_nimg=200)
+    assert (
+        rate(0, 'constant', lr_rampup_nimg=0) == 2
+        and learning_rate(EasyDict(c, lr_schedule='cosine'), 500, 8.0) == 4
+    )
+    edm2 = lambda nimg: rate(nimg, 'sqrt', lr_ref_nimg=200)
     assert [edm2(n) for n in (0, 50, 200, 800, 1800)] == pytest.approx([0, 1, 2, 1, 2 / 3])
 
 

@@ -48,7 +48,7 @@ OPTIONS = [
     pytest.param(command, option, id=f'{name} {option.opts[0]}')
     for name, command in commands()
     for option in command.params
-    if option.metavar in NUMERIC
+    if (option.metavar or option.type.name.upper()) in NUMERIC
     or isinstance(option.type, (cli.Integer, cli.Number, *LISTS, click.types._NumberParamTypeBase))
 ]
 

@@ -43,6 +43,11 @@ class Scalar(torch.nn.Module):
         self.value = torch.nn.Parameter(torch.zeros([], dtype=torch.float64))
 
 
+def of_widths(averages):
+    """The power-function averages by width."""
+    return {std: averages.networks[name] for name, std in averages.names.items() if std}
+
+
 def averages_of(trajectory, batch=100, **options):
     """Averages after the weight took the given values, one a step."""
     net = Scalar()
@@ -59,13 +64,13 @@ def averages_of(trajectory, batch=100, **options):
 
 def test_after_one_half_life_half_the_distance_remains():
     averages = averages_of([1.0] * 5)
-    assert averages.ema.value.item() == pytest.approx(0.5, rel=1e-12)
+    assert averages.networks['ema'].value.item() == pytest.approx(0.5, rel=1e-12)
 
 
 def test_the_ramp_up_bounds_the_half_life_by_the_images_seen():
     averages = averages_of([1.0], rampup_ratio=0.05)
     assert (
-        averages.ema.value.item() == 1
+        averages.networks['ema'].value.item() == 1
     )  # half-life 0 before the first step: the average is the weight itself
     assert averages.halflife_at(1000) == 50 and averages.halflife_at(10**6) == 500
 
@@ -74,8 +79,8 @@ def test_a_power_function_average_is_the_integral_over_its_profile():
     """For the trajectory tau itself, the profile (gamma+1) tau^gamma averages to (gamma+1) / (gamma+2); 4,000 steps, error of order 1/steps."""
     steps = 4000
     averages = averages_of([(i + 1) / steps for i in range(steps)])
-    assert len(averages.phema) == 2
-    for std, net in averages.phema.items():
+    assert len(of_widths(averages)) == 2
+    for std, net in of_widths(averages).items():
         gamma = phema.std_to_exp(std)
         assert net.value.item() == pytest.approx((gamma + 1) / (gamma + 2), abs=2e-3)
 
@@ -84,16 +89,16 @@ def test_weights_that_enter_every_third_step_have_the_decay_of_three():
     """2^(-300/500), and ((t − 300) / t)^(γ+1) as a product of three: 0 at t = 300. Others are not seen."""
     averages, kept = averages_of([9.0, 9.0, 1.0, 7.0, 7.0, 2.0, 5.0], every=3), 2**-0.6
     expected = (1 - kept) * kept + 2 * (1 - kept)
-    assert averages.ema.value.item() == pytest.approx(expected, rel=1e-12)
-    for std, net in averages.phema.items():
+    assert averages.networks['ema'].value.item() == pytest.approx(expected, rel=1e-12)
+    for std, net in of_widths(averages).items():
         assert net.value.item() == pytest.approx(2 - 0.5 ** (phema.std_to_exp(std) + 1), rel=1e-12)
 
 
 def test_averages_round_trip_through_their_state():
     first, second = averages_of([1.0, 2.0, 3.0]), averages_of([0.0])
     second.load_state_dict(first.state_dict())
-    assert second.ema.value == first.ema.value
-    assert [n.value for n in second.phema.values()] == [n.value for n in first.phema.values()]
+    assert second.networks['ema'].value == first.networks['ema'].value
+    assert [n.value for n in of_widths(second).values()] == [n.value for n in of_widths(first).values()]
 
 
 def trained(steps, device, state=None, slow=False, every=1):
@@ -127,14 +132,12 @@ def test_averages_that_a_thread_computes_are_bit_for_bit_those_of_the_network_s_
             torch.equal(a, b) for a, b in zip(network.parameters(), threaded.networks[name].parameters())
         )
     assert len(plain.vectors) == 3 and not torch.equal(plain.vectors['ema'], plain.vectors['phema-0.050'])
-    assert threaded.on_device('ema') is threaded.ema and not threaded._copies._pending
+    assert threaded.on_device('ema') is threaded.networks['ema'] and not threaded._copies._pending
 
 
 @pytest.mark.parametrize(
     'read',
     [
-        lambda a: a.ema,
-        lambda a: a.phema,
         lambda a: a.vectors,
         lambda a: a.networks,
         lambda a: a.state_dict(),
@@ -234,7 +237,9 @@ def test_the_profile_error_bounds_the_error_of_the_weights_and_is_attained():
     for step, value in enumerate(missed, start=1):
         net.value.data.fill_(value)
         averages.update(step, 1)
-        stored |= {(step / steps, width): average.value.item() for width, average in averages.phema.items()}
+        stored |= {
+            (step / steps, width): average.value.item() for width, average in of_widths(averages).items()
+        }
     found = sum(c * stored[t, s] for c, s, t in zip(weights, std, ofs)) - stored[1, out_std]
     g = float(phema.std_to_exp(out_std))
     bound = error * (g + 1) / (2 * g + 1) ** 0.5 * (missed**2).mean() ** 0.5

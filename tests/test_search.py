@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shlex
 import tempfile
 
@@ -310,7 +311,7 @@ def test_a_search_that_was_stopped_anywhere_ends_as_if_it_was_not(tmp_path, monk
     """Cut after each line, in the middle of each, just before its end, and with all but its end: what is
     whole is not evaluated again, all the rest is, once and in the same order, and the log becomes the
     same."""
-    monkeypatch.setattr(search.os, 'fsync', lambda descriptor: None)  # of a thousand lines
+    monkeypatch.setattr(os, 'fsync', lambda descriptor: None)  # of a thousand lines
     levels = log_levels(0.002, 80.0, 0.2)
     plan = dict(
         points=3,
@@ -659,15 +660,15 @@ def test_places_that_cannot_be_written_are_told_before_the_search(
     closed, make = tmp_path / 'closed', tempfile.TemporaryFile
 
     def refuse(dir):
-        if dir == str(closed):
+        if str(dir) == str(closed):
             raise PermissionError(13, 'Permission denied')
         return make(dir=dir)
 
-    monkeypatch.setattr(search.tempfile, 'TemporaryFile', refuse)
+    monkeypatch.setattr(tempfile, 'TemporaryFile', refuse)
     file = closed / dict(log='log.jsonl', save='copy.pkl', json='found.json')[option]
     assert_one_clear_error(
         run(lab, tmp_path / 'log.jsonl', f'--{option}={file}'),
-        f'Cannot write {file}: Permission denied',
+        f'Cannot write to the folder {closed}: Permission denied',
         'another place',
     )
     assert counted == [] and not any(closed.iterdir())
@@ -679,7 +680,7 @@ def test_the_result_is_told_also_where_it_cannot_be_saved(lab, tmp_path, monkeyp
     def full(*arguments):
         raise UserError('the disk is full')
 
-    monkeypatch.setattr(search.evaluation, 'write_json', full)
+    monkeypatch.setattr(search, 'write_json', full)
     result = run(lab, tmp_path / 'log.jsonl', f'--json={tmp_path}/found.json')
     assert_one_clear_error(result, 'the disk is full')
     assert result.stdout.startswith('--solver=cm --taus=')
@@ -688,7 +689,7 @@ def test_the_result_is_told_also_where_it_cannot_be_saved(lab, tmp_path, monkeyp
 def test_a_line_is_on_disk_before_the_next_evaluation_begins(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(
-        search.os,
+        os,
         'fsync',
         lambda descriptor: synced.append((tmp_path / 'log.jsonl').read_bytes().count(b'\n')),
     )

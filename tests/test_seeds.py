@@ -15,6 +15,7 @@ import search
 import train
 import validation
 from dnnlib import cli
+from dnnlib.text import as_ranges
 from sampling.generation import SeededNoise
 
 TOP = (1 << 32) - 1
@@ -96,9 +97,9 @@ def test_a_path_between_seeds_may_come_back():
 
 @given(st.sets(st.integers(0, 200), min_size=1))
 def test_ranges_are_read_back_as_the_numbers_that_they_were_made_of(numbers):
-    assert cli.IntRanges().convert(cli.as_ranges(sorted(numbers), limit=1000), None, None) == sorted(numbers)
+    assert cli.IntRanges().convert(as_ranges(sorted(numbers), limit=1000), None, None) == sorted(numbers)
 
 
 def test_many_ranges_are_cut_off_with_a_count():
-    assert cli.as_ranges(range(0, 60, 2), limit=3) == '0,2,4 and 27 more'
-    assert cli.as_ranges([0, 1, 2, 9, 11, 12], limit=2) == '0-2,9 and 2 more'
+    assert as_ranges(range(0, 60, 2), limit=3) == '0,2,4 and 27 more'
+    assert as_ranges([0, 1, 2, 9, 11, 12], limit=2) == '0-2,9 and 2 more'

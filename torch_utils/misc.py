@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import math
 import os
 from collections.abc import Callable, Iterator
 
@@ -13,18 +12,6 @@ import numpy as np
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-
-
-def format_time(seconds: float) -> str:
-    """`42s`, `3m 05s`, `1h 02m`, `2d 03h`."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f'{seconds}s'
-    if seconds < 3600:
-        return f'{seconds // 60}m {seconds % 60:02}s'
-    if seconds < 86400:
-        return f'{seconds // 3600}h {seconds // 60 % 60:02}m'
-    return f'{seconds // 86400}d {seconds // 3600 % 24:02}h'
 
 
 def allow_tf32(allowed: bool) -> None:
@@ -100,25 +87,3 @@ class AsyncScalar:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
         return self._latest
-
-
-def learning_rate(
-    base: float,
-    nimg: int,
-    total_nimg: int,
-    rampup_nimg: float,
-    schedule: str = 'constant',
-    ref_nimg: float = 0,
-) -> float:
-    """Learning rate after `nimg` images: a linear ramp from 0 over `rampup_nimg`, times a decay.
-
-    With p = nimg / total_nimg, the decay is 1 (constant), 1 − p (linear), (1 + cos(pi p)) / 2 (cosine), or
-    1 / sqrt(max(nimg / ref_nimg, 1)) (sqrt; EDM2, Karras et al. 2024).
-    """
-    # Ramp and decay multiply.
-    ramp = min(nimg / rampup_nimg, 1.0) if rampup_nimg > 0 else 1.0
-    done = min(nimg / total_nimg, 1.0)
-    if schedule == 'sqrt':
-        return base * ramp * min(math.sqrt(ref_nimg / nimg), 1.0) if nimg else base * ramp
-    decays = dict(constant=1.0, linear=1 - done, cosine=(1 + math.cos(math.pi * done)) / 2)
-    return base * ramp * decays[schedule]

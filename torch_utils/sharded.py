@@ -30,6 +30,7 @@ class ShardedParameters(FlatParameters):
         net: the same network on every process, on its device.
         blocks: parts of it that are gathered one after another.
     Attributes:
+        size: n, the number of values of the whole network.
         weights: [m] Parameter, this process's share. If the network trains, `grad` is that of the gradient, after
             `take_gradients`.
         parameters: those of the network, DTensors but for scalars.
@@ -58,6 +59,7 @@ class ShardedParameters(FlatParameters):
         # This process's share: vectors first, then scalars.
         self.parameters = list(net.parameters())
         self._shapes = [parameter.shape for parameter in self.parameters]
+        self._starts, self.size = layout([shape.numel() for shape in self._shapes])
         own = [own_part(parameter) for parameter in self.parameters]
         order = sorted(range(len(own)), key=lambda i: self.parameters[i].ndim == 0)
         starts, total = layout([own[i].numel() for i in order])
@@ -113,18 +115,15 @@ class ShardedParameters(FlatParameters):
 
     # Vectors of the whole network. All processes call these together.
 
-    @property
-    def size(self) -> int:
-        return layout([shape.numel() for shape in self._shapes])[1]
-
     @torch.no_grad()
     def whole(self, vector: torch.Tensor, device: torch.device | None = None) -> torch.Tensor | None:
         """The vector [n] whose shares the processes hold: on `device` of every process, or on the CPU of the main
         one and None elsewhere."""
         held = device is not None or dist.get_rank() == 0
         result = torch.zeros(self.size, dtype=vector.dtype, device=device or 'cpu') if held else None
-        starts, _ = layout([shape.numel() for shape in self._shapes])
-        for start, shape, parameter, part in zip(starts, self._shapes, self.parameters, self.parts(vector)):
+        for start, shape, parameter, part in zip(
+            self._starts, self._shapes, self.parameters, self.parts(vector)
+        ):
             if isinstance(parameter, DTensor):
                 like = dict(shape=shape, stride=parameter.stride())
                 part = DTensor.from_local(part, self.mesh, parameter.placements, **like).full_tensor()
@@ -136,8 +135,9 @@ class ShardedParameters(FlatParameters):
     def share(self, whole: torch.Tensor) -> torch.Tensor:
         """This process's share [m], on the device, of a vector [n] that every process has."""
         result = torch.zeros_like(self.weights, requires_grad=False)
-        starts, _ = layout([shape.numel() for shape in self._shapes])
-        for start, shape, parameter, part in zip(starts, self._shapes, self.parameters, self.parts(result)):
+        for start, shape, parameter, part in zip(
+            self._starts, self._shapes, self.parameters, self.parts(result)
+        ):
             value = whole[start : start + shape.numel()].view(shape).to(part)
             if isinstance(parameter, DTensor):
                 own = distribute_tensor(value, self.mesh, parameter.placements, src_data_rank=None)
@@ -165,16 +165,14 @@ class ShardedParameters(FlatParameters):
         net = self.network(torch.zeros(self.size, dtype=self.weights.dtype))
         net.load_state_dict(state)
         vector = torch.zeros(self.size, dtype=self.weights.dtype)
-        starts, _ = layout([shape.numel() for shape in self._shapes])
-        for start, parameter in zip(starts, net.parameters()):
+        for start, parameter in zip(self._starts, net.parameters()):
             vector[start : start + parameter.numel()].copy_(parameter.flatten())
         return vector
 
     def network(self, whole: torch.Tensor) -> torch.nn.Module:
         """A copy of the network, not divided, whose parameters are views of the vector [n]."""
         net = copy.deepcopy(self._template)
-        starts, _ = layout([shape.numel() for shape in self._shapes])
-        for start, (name, parameter) in zip(starts, list(net.named_parameters())):
+        for start, (name, parameter) in zip(self._starts, list(net.named_parameters())):
             module, _, leaf = name.rpartition('.')
             view = whole[start : start + parameter.numel()].view(parameter.shape)
             setattr(net.get_submodule(module), leaf, torch.nn.Parameter(view, requires_grad=False))

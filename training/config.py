@@ -74,8 +74,7 @@ class Main:
         key='objective')
     consistency: bool | None = opt(None, bool, 'True: same as --objective=mcd.', default_text='False')
     duration: float | None = opt(
-        None, cli.SOME_MIMG, 'Length of training in millions of images.',
-        metavar='MIMG')
+        None, cli.SOME_MIMG, 'Length of training in millions of images.')
     budget: float | None = opt(
         None, cli.POSITIVE,
         'Train for this many hours: measures the training step at the start, and sets --duration.',
@@ -94,17 +93,17 @@ class Hyperparameters:
     # Batch.
     batch: int | None = opt(
         None, cli.BATCH, 'Total batch size.',
-        metavar='INT', key='batch_size', settled=True)
+        key='batch_size', settled=True)
     batch_gpu: int | None = opt(
         None, cli.BATCH,
         'Micro-batch size per GPU; gradients accumulate if it is smaller than batch / world size.',
-        flags=('--batch-gpu',), metavar='INT', default_text='batch / world size', key='batch_gpu')
+        flags=('--batch-gpu',), default_text='batch / world size', key='batch_gpu')
     # Optimizer and learning rate.
     optim: str | None = opt(None, click.Choice(['adam', 'radam']), 'Optimizer.', key='optim', settled=True)
-    lr: float | None = opt(None, cli.POSITIVE, 'Learning rate.', metavar='FLOAT', key='lr', settled=True)
+    lr: float | None = opt(None, cli.POSITIVE, 'Learning rate.', key='lr', settled=True)
     lr_rampup: float | None = opt(
         None, cli.KIMG, 'Thousands of images over which the learning rate rises from 0.',
-        metavar='KIMG', key='lr_rampup_nimg', settled=True, scales=True, unit=1e3)
+        key='lr_rampup_nimg', settled=True, scales=True, unit=1e3)
     lr_schedule: str | None = opt(
         None, click.Choice(['constant', 'linear', 'cosine', 'sqrt']),
         'Decay of the learning rate: to 0 at the end of training (linear, cosine), or as 1/sqrt(steps) '
@@ -114,10 +113,9 @@ class Hyperparameters:
         None, cli.COUNT, 'Optimizer steps after which --lr_schedule=sqrt decays (t_ref of EDM2).',
         metavar='STEPS', idle=('lr_schedule', 'constant'))
     beta1: float = opt(
-        0.9, cli.Number(0, 1, max_open=True), "Decay of Adam's first moments.", metavar='FLOAT')
+        0.9, cli.Number(0, 1, max_open=True), "Decay of Adam's first moments.")
     beta2: float | None = opt(
-        None, cli.Number(0, 1, max_open=True), "Decay of Adam's second moments.",
-        metavar='FLOAT')
+        None, cli.Number(0, 1, max_open=True), "Decay of Adam's second moments.")
     # Weight averages.
     ema: float | None = opt(
         None, HalfLife(),
@@ -125,22 +123,21 @@ class Hyperparameters:
         metavar='MIMG', key='ema_halflife_nimg', settled=True, scales=True)
     ema_rampup: float | None = opt(
         None, cli.FACTOR,
-        'Limit of the effective half-life as a fraction of the images seen; 0 for no limit.',
-        metavar='FLOAT')
+        'Limit of the effective half-life as a fraction of the images seen; 0 for no limit.')
     phema: list | None = opt(
         None, cli.NumberList(cli.FACTOR),
         'Relative widths of power-function EMAs to keep as well, as in 0.05,0.10.',
-        metavar='LIST', key='phema_stds')
+        key='phema_stds')
     # Regularization and data.
     augment: float | None = opt(
         None, cli.Number(0, 1), 'Augmentation probability.',
-        metavar='FLOAT', key='augment', settled=True)
+        key='augment', settled=True)
     grad_clip: float | None = opt(
         None, cli.POSITIVE, 'Clip the global gradient norm to this value.',
-        flags=('--grad-clip',), metavar='FLOAT', default_text='never', key='grad_clip')
+        flags=('--grad-clip',), default_text='never', key='grad_clip')
     max_images: int | None = opt(
         None, cli.SOME_IMAGES, 'Train on a fixed random subset of this size.',
-        flags=('--max-images',), metavar='INT', default_text='all', key='dataset.max_size')
+        flags=('--max-images',), default_text='all', key='dataset.max_size')
     xflip: bool = opt(False, bool, 'Add mirrored copies of all images.', key='dataset.xflip')
 
 
@@ -150,22 +147,22 @@ class Network:
 
     cbase: int | None = opt(
         None, cli.SIDE, 'Number of channels at the finest level.',
-        metavar='INT', key='network.kwargs.model_channels', default_text='by --arch')
+        key='network.kwargs.model_channels', default_text='by --arch')
     cres: list | None = opt(
         None, cli.NumberList(cli.SIDE), 'Channel multiplier of each level.',
-        metavar='LIST', key='network.kwargs.channel_mult', default_text='by --arch')
+        key='network.kwargs.channel_mult', default_text='by --arch')
     num_blocks: int | None = opt(
         None, cli.Integer(min=1, max=1000), 'Residual blocks per level.',
-        metavar='INT', key='network.kwargs.num_blocks', default_text='by --arch')
+        key='network.kwargs.num_blocks', default_text='by --arch')
     attn_resolutions: list | None = opt(
         None, cli.NumberList(cli.SIDE), 'Resolutions with self-attention.',
-        metavar='LIST', key='network.kwargs.attn_resolutions', default_text='by --arch')
+        key='network.kwargs.attn_resolutions', default_text='by --arch')
     dropout: float | None = opt(
         None, cli.Number(0, 1, max_open=True), 'Dropout probability.',
-        metavar='FLOAT', key='network.kwargs.dropout', default_text="the teacher's")
+        key='network.kwargs.dropout', default_text="the teacher's")
     dout_resolutions: list | None = opt(
         None, cli.NumberList(cli.SIDE), 'Resolutions with dropout.',
-        metavar='LIST', key='network.kwargs.dout_resolutions',
+        key='network.kwargs.dout_resolutions',
         default_text='all; ect of edm2 those up to 16')
 
 
@@ -188,7 +185,6 @@ class Validation:
     # Sampling.
     val_steps: int | None = opt(
         None, cli.STEPS, 'Number of sampling steps.',
-        metavar='INT',
         default_text="the student's S, a flow map's most of --steps; 1 for consistency models, with --mid_t 2; 18 for teachers",
         key='validation.steps')
     val_solver: str | None = opt(
@@ -198,7 +194,7 @@ class Validation:
         default_text='heun', key='validation.solver')
     val_order: int | None = opt(
         None, OF_ODE['order'].kind, OF_ODE['order'].help,
-        metavar='INT', default_text='the highest', key='validation.order')
+        default_text='the highest', key='validation.order')
     val_afs: bool = opt(False, bool, OF_ODE['afs'].help, key='validation.afs')
     val_to_zero: bool | None = opt(
         None, bool, OF_ODE['to_zero'].help,
@@ -224,21 +220,21 @@ class Validation:
     # Images, their seeds and labels; by default as many as FID is usually computed from.
     val_num: int = opt(
         50000, cli.TWO_IMAGES, 'Number of images to generate.',
-        metavar='INT', key='validation.num')
+        key='validation.num')
     val_pairs: int = opt(
         0, cli.IMAGES,
         'Number of pairs of which to compute the paired error: the distance of an image from the one that the '
         "teacher makes of the same seed and label, over the data's standard deviation; 0: none.",
-        metavar='INT', key='validation.pairs', later=True)
+        key='validation.pairs', later=True)
     val_batch: int = opt(
         64, cli.BATCH, 'Number of images that a process generates at a time.',
-        metavar='INT', key='validation.batch')
-    val_seed: int = opt(0, cli.SEED, 'First seed.', metavar='INT', key='validation.seed')
+        key='validation.batch')
+    val_seed: int = opt(0, cli.SEED, 'First seed.', key='validation.seed')
     val_label: str = opt(
         'auto', LabelMode(),
         'Classes of generated images: uniform, dataset (those of training images), fixed:K; auto: dataset '
         'if it has labels, else uniform.',
-        metavar='MODE', key='validation.label', idle=('cond', False))
+        key='validation.label', idle=('cond', False))
     val_dump_images_dir: str | None = opt(
         None, cli.PATH, 'Keep the generated images, in a folder for each evaluation.',
         metavar='DIR', key='validation.dump_images_dir')
@@ -259,12 +255,12 @@ class Performance:
     fp16: bool | None = opt(None, bool, 'True: same as --precision=fp16.', default_text='False')
     ls: float | str | None = opt(
         None, LossScale(), 'Loss scaling: a number, or dynamic.',
-        metavar='FLOAT', default_text='dynamic with fp16, else 1')
+        default_text='dynamic with fp16, else 1')
     max_bad_steps: int = opt(
         100, cli.COUNT,
         'Stop after this many consecutive skipped steps; a step is skipped if its loss or gradient is not '
         'finite.',
-        flags=('--max-bad-steps',), metavar='INT', key='max_bad_steps')
+        flags=('--max-bad-steps',), key='max_bad_steps')
     # Arithmetic of the GPU, and whether runs repeat.
     tf32: bool = opt(False, ON_OFF, 'Use TensorFloat-32 for FP32 on GPUs.', key='tf32')
     lpips_tf32: bool = opt(
@@ -290,7 +286,7 @@ class Performance:
         flags=('--ema-device',), key='ema_device')
     ema_every: int = opt(
         1, cli.COUNT, 'Number of steps between two weights that enter the averages.',
-        flags=('--ema-every',), metavar='INT', key='ema_every')
+        flags=('--ema-every',), key='ema_every')
     shard: str = opt(
         'none', click.Choice(['none', 'optimizer']),
         'optimizer: divide weights, optimizer state and averages among processes (FSDP2); each still evaluates '
@@ -314,7 +310,7 @@ class Performance:
     cache: bool | None = opt(
         None, bool, 'Keep decoded images in memory.',
         default_text='True if all copies take 5 % of the memory at most; latents False', key='dataset.cache')
-    workers: int = opt(1, cli.WORKERS, 'Processes that load data.', metavar='INT', key='workers')
+    workers: int = opt(1, cli.WORKERS, 'Processes that load data.', key='workers')
 
 
 @dataclass(frozen=True)
@@ -328,12 +324,12 @@ class Files:
     # Progress, snapshots and training states.
     tick: float = opt(
         50.0, cli.SOME_KIMG, 'Thousands of images between progress reports; fractions allowed.',
-        metavar='KIMG', key='kimg_per_tick')
+        key='kimg_per_tick')
     snap: int = opt(50, TICKS, 'Ticks between snapshots; 0: never.', metavar='TICKS', key='snapshot_ticks')
     sample_grid: int | None = opt(
         None, cli.Integer(min=0, max=SHOWN),
         'Images in the picture of samples that is written with every snapshot; 0: no picture.',
-        metavar='INT', default_text=f'{SHOWN}; latents 0', key='sample_grid', settled=True)
+        default_text=f'{SHOWN}; latents 0', key='sample_grid', settled=True)
     phema_snap: int | None = opt(
         None, TICKS, 'Ticks between snapshots of --phema.',
         metavar='TICKS', default_text='as --snap', key='phema_snapshot_ticks', settled=True,
@@ -344,18 +340,18 @@ class Files:
     keep: int = opt(
         2, cli.COUNT,
         'Number of newest training states to keep; the one with the least validation distance is kept too.',
-        metavar='INT', key='states_kept', idle=('dump', 0))
+        key='states_kept', idle=('dump', 0))
     on_save_error: str = opt(
         'stop', click.Choice(['stop', 'continue']),
         'What to do when a file cannot be written, as on a full disk.',
         flags=('--on-save-error',), key='on_save_error')
     seed: int | None = opt(
         None, cli.Integer(min=0, max=(1 << 63) - 1), 'Random seed.',
-        metavar='INT', default_text='random', key='seed', settled=True)
+        default_text='random', key='seed', settled=True)
     # Where to start.
     transfer: str | None = opt(
         None, NETWORK_FILE, 'Start from the weights of this snapshot that fit the network.',
-        metavar='PKL|DIR|URL', key='transfer')
+        key='transfer')
     resume: str | None = opt(
         None, cli.PATH,
         'Resume from this training state, or from the newest complete one in this run folder.',

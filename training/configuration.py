@@ -11,9 +11,9 @@ import re
 
 import click
 
-from data.label_space import ranges
 from dnnlib import EasyDict, UserError
 from dnnlib.options import options_of
+from dnnlib.text import as_ranges
 from dnnlib.util import named
 from metrics.validator import SHOWN
 from sampling import level_list
@@ -76,7 +76,7 @@ def resolve_defaults(o: Options, dataset, teacher, earlier: dict | None) -> Opti
     )
     if hasattr(o.own, 'classes'):
         known = dataset.label_space
-        o = o.but(classes=ranges(known.with_images) if known.dim and not known.are_vectors else None)
+        o = o.but(classes=as_ranges(known.with_images) if known.dim and not known.are_vectors else None)
     # Lengths in images follow from the batch and the duration, known by now.
     o = o.but(**lengths(o, earlier))
 

@@ -53,9 +53,7 @@ class GuidanceOptions:
         metavar='PKL|DIR|URL|none-label',
         key='guide',
     )
-    guidance: float | None = opt(
-        None, cli.FACTOR, 'Weight w of --guide; 1 has no effect.', metavar='FLOAT', key='guidance'
-    )
+    guidance: float | None = opt(None, cli.FACTOR, 'Weight w of --guide; 1 has no effect.', key='guidance')
     guidance_interval: list[float] | None = opt(
         None,
         Interval(),

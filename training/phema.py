@@ -178,16 +178,6 @@ class WeightAverages:
         return self._vectors
 
     @property
-    def ema(self) -> torch.nn.Module:
-        """The exponential average."""
-        return self.networks['ema']
-
-    @property
-    def phema(self) -> dict[float, torch.nn.Module]:
-        """The power-function averages by width."""
-        return {std: self.networks[name] for std, name in self._stds.items()}
-
-    @property
     def names(self) -> dict[str, float | None]:
         """Names of the averages in files, and their widths; None for the exponential one."""
         return {'ema': None, **{name: std for std, name in self._stds.items()}}

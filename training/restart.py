@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import re
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from dnnlib import identity, schema
 from dnnlib.text import printable
-from dnnlib.util import atomic_write
+from dnnlib.util import write_json
 from torch_utils import distributed, elastic
 from training.command_line import Options
 from training.config import RunConfig
@@ -53,8 +52,7 @@ def remember(folder: str, seed: int, resume: str | None) -> None:
         if earlier is None or not _same(earlier, launch):
             earlier = dict(seed=seed, resume=resume, passed_over=_beyond(resume))
         record = launch | {name: earlier[name] for name in ('seed', 'resume', 'passed_over')}
-        with atomic_write(os.path.join(folder, LAUNCH)) as file:
-            file.write(json.dumps(record, indent=2).encode())
+        write_json(os.path.join(folder, LAUNCH), record)
 
     distributed.from_main(write)
 

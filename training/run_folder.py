@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 
@@ -101,8 +100,7 @@ def record_options(o: Options, c: EasyDict) -> None:
 
     Raises: UserError if another run has left states there.
     """
-    from dnnlib.util import atomic_write
+    from dnnlib.util import write_json
 
     check_no_states(o, c.run_dir)
-    with atomic_write(os.path.join(c.run_dir, OPTIONS)) as file:
-        file.write(json.dumps(c, indent=2).encode())
+    write_json(os.path.join(c.run_dir, OPTIONS), c)

@@ -121,6 +121,8 @@ def _newest_snapshot(folder: str | os.PathLike) -> Path | None:
 class Snapshot(cli.PathOrURL):
     """A snapshot's path or URL, or a run folder, which stands for its newest snapshot and is said."""
 
+    name = 'pkl|dir|url'
+
     def convert(self, value, param, ctx):
         path = super().convert(value, param, ctx)
         if not os.path.isdir(path):

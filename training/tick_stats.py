@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from torch_utils import misc
 from training.phema import WeightAverages
 from training.setup import Run
 from training.trained import Trained
@@ -135,4 +134,11 @@ def with_suffix(value: float) -> str:
 
 def compact_time(seconds: float) -> str:
     """`42s`, `3m05s`, `1h02m`, `2d03h`."""
-    return misc.format_time(seconds).replace(' ', '')
+    seconds = round(seconds)
+    if seconds < 60:
+        return f'{seconds}s'
+    if seconds < 3600:
+        return f'{seconds // 60}m{seconds % 60:02}s'
+    if seconds < 86400:
+        return f'{seconds // 3600}h{seconds // 60 % 60:02}m'
+    return f'{seconds // 86400}d{seconds // 3600 % 24:02}h'

@@ -12,7 +12,7 @@ import torch
 from torch.optim.adam import adam
 
 from dnnlib import EasyDict
-from torch_utils import misc, training_stats
+from torch_utils import training_stats
 from torch_utils.flat import FlatParameters
 
 # Dynamic loss scale: start, maximum, and finite steps between doublings.
@@ -20,13 +20,22 @@ DYNAMIC_START, DYNAMIC_MAX, GROWTH_INTERVAL = 2.0**16, 2.0**24, 2000
 
 
 def learning_rate(c: EasyDict, nimg: int, peak: float | None = None) -> float:
-    """Learning rate of the step that follows `nimg` images.
+    """Learning rate of the step that follows `nimg` images: a linear ramp from 0, times a decay by --lr_schedule.
+
+    With p = nimg / total_nimg, the decay is 1 (constant), 1 − p (linear), (1 + cos(pi p)) / 2 (cosine), or
+    1 / sqrt(max(nimg / lr_ref_nimg, 1)) (sqrt; EDM2, Karras et al. 2024).
 
     Args:
         peak: the highest one; None: --lr.
     """
-    return misc.learning_rate(
-        c.lr if peak is None else peak, nimg, c.total_nimg, c.lr_rampup_nimg, c.lr_schedule, c.lr_ref_nimg
+    rate = c.lr if peak is None else peak
+    if c.lr_rampup_nimg > 0:
+        rate *= min(nimg / c.lr_rampup_nimg, 1.0)
+    if c.lr_schedule == 'sqrt':
+        return rate * min(math.sqrt(c.lr_ref_nimg / nimg), 1.0) if nimg else rate
+    done = min(nimg / c.total_nimg, 1.0)
+    return (
+        rate * dict(constant=1.0, linear=1 - done, cosine=(1 + math.cos(math.pi * done)) / 2)[c.lr_schedule]
     )
 
 

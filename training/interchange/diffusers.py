@@ -11,7 +11,6 @@ that these cannot express are refused.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -62,9 +61,13 @@ def save_diffusers(folder: str | os.PathLike, net: torch.nn.Module) -> None:
             unet=['diffusers', 'UNet2DModel'],
             scheduler=['diffusers', scheduler['_class_name']],
         )
-        write_json(place / 'model_index.json', index)
-        write_json(place / 'unet' / 'config.json', unet)
-        write_json(place / 'scheduler' / 'scheduler_config.json', scheduler)
+        for path, contents in (
+            ('model_index.json', index),
+            ('unet/config.json', unet),
+            ('scheduler/scheduler_config.json', scheduler),
+        ):
+            (place / path).parent.mkdir(exist_ok=True)
+            dnnlib.util.write_json(place / path, contents, allow_nan=False)
         with dnnlib.util.atomic_write(place / 'unet' / 'diffusion_pytorch_model.safetensors') as file:
             file.write(safetensors.torch.save(weights, dict(format='pt')))
 
@@ -402,9 +405,3 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         raise UserError(
             f'Cannot write {path}: {error.strerror}. Choose an existing directory that you may write to.'
         ) from error
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with dnnlib.util.atomic_write(path) as file:
-        file.write(json.dumps(value, indent=2, allow_nan=False).encode() + b'\n')

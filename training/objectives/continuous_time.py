@@ -48,15 +48,11 @@ class TangentOptions(Config):
         cli.Integer(min=0),
         'Optimizer steps over which the derivative enters the loss (scd, sct, flowmap); 0: at once.',
         record=False,
-        metavar='INT',
         default_text='10000, or a tenth of --duration if that is less',
     )
     warmup_nimg: int | None = recorded(None, COUNT)
     tangent_c: float = opt(
-        0.1,
-        cli.SOME_FACTOR,
-        'Constant c of the normalized tangent g / (|g| + c) (scd, sct, flowmap).',
-        metavar='FLOAT',
+        0.1, cli.SOME_FACTOR, 'Constant c of the normalized tangent g / (|g| + c) (scd, sct, flowmap).'
     )
 
 

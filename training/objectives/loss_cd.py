@@ -46,7 +46,6 @@ class DistillationConfig(SyncDropout, Segments, TeacherHop):
         None,
         cli.STEPS,
         'Heun steps of the solution at sigma_max.',
-        metavar='INT',
         default_text='4; 32 where the first segment ends below sigma = 10',
         idle=('terminal_anchor', False),
     )
@@ -68,14 +67,7 @@ class DistillationConfig(SyncDropout, Segments, TeacherHop):
         return grids.default_anchor_hops(float(grid[1]))
 
 
-# fmt: off
-OBJECTIVE = Objective(
-    DistillationConfig,
-    teacher='diffusion',
-    defaults=STUDENT,
-    edm2=EDM2_STUDENT,
-)
-# fmt: on
+OBJECTIVE = Objective(DistillationConfig, teacher='diffusion', defaults=STUDENT, edm2=EDM2_STUDENT)
 
 
 class DistillationState(MultistepSchedule):

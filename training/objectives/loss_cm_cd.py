@@ -34,15 +34,9 @@ class SongDistillationConfig(SongConfig, TeacherHop):
         return self.guide_cost * HOP_COST[self.hop] + 4
 
 
-# fmt: off
 OBJECTIVE = Objective(
-    SongDistillationConfig,
-    teacher='diffusion',
-    defaults=CONSISTENCY_MODEL,
-    edm2=EDM2_STUDENT,
-    boundary=True,
+    SongDistillationConfig, teacher='diffusion', defaults=CONSISTENCY_MODEL, edm2=EDM2_STUDENT, boundary=True
 )
-# fmt: on
 
 
 def setup(c, teacher, net=None, perceptual=None) -> ConsistencyModelState:

@@ -41,14 +41,12 @@ class SongConfig(ConsistencySampling, SyncDropout, GrowingGrid):
         None,
         cli.LEVELS,
         'Number of grid nodes throughout training, with --mu0 as the decay (cm-cd, cm-ct).',
-        metavar='INT',
         default_text='cm-cd 18, unless --s0, --s1 or --schedule_steps let it grow; cm-ct: growing',
     )
     mu0: float = opt(
         0.9,
         cli.Number(0, 1, max_open=True),
         'Decay of the target network at the start (cm-cd, cm-ct); 0: the target is the network itself.',
-        metavar='FLOAT',
     )
     mu_schedule: str = opt(
         'adaptive',
@@ -88,19 +86,8 @@ class SongConfig(ConsistencySampling, SyncDropout, GrowingGrid):
         # For cm-cd, whose N has a default, an option of a growing grid turns that off.
         return super().from_given(given | (dict(N=None) if growing else {}))
 
-    def cost(self) -> float:
-        # The target, and the student's forward and backward pass.
-        return 4
 
-
-# fmt: off
-OBJECTIVE = Objective(
-    SongConfig,
-    defaults=CONSISTENCY_MODEL,
-    edm2=EDM2_STUDENT,
-    boundary=True,
-)
-# fmt: on
+OBJECTIVE = Objective(SongConfig, defaults=CONSISTENCY_MODEL, edm2=EDM2_STUDENT, boundary=True)
 
 
 def setup(c, teacher=None, net=None, perceptual=None) -> ConsistencyModelState:

@@ -28,18 +28,8 @@ NAME = 'ct'
 class TrainingConfig(SyncDropout, Segments):
     """Options of --objective=mct."""
 
-    def cost(self) -> float:
-        # The self-target, and the student's forward and backward pass.
-        return 4
 
-
-# fmt: off
-OBJECTIVE = Objective(
-    TrainingConfig,
-    defaults=dict(STUDENT, dropout=0.0),
-    edm2=EDM2_STUDENT,
-)
-# fmt: on
+OBJECTIVE = Objective(TrainingConfig, defaults=dict(STUDENT, dropout=0.0), edm2=EDM2_STUDENT)
 
 
 def setup(c, teacher=None, net=None, perceptual=None) -> MultistepSchedule:

@@ -35,7 +35,6 @@ class DiffusionConfig(LogNormal):
         cli.Number(0, 1, max_open=True),
         'Share of images that are trained without their label, so that the network also denoises without '
         'one, as --guide=none-label needs (diffusion).',
-        metavar='FLOAT',
         later=True,
     )
 

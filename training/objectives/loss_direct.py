@@ -35,21 +35,14 @@ class RegressionConfig(Segments, TeacherSolver):
     T_start: int | None = None
     keep_ties: bool = True
     top_mass: float = 0.9
-    substeps: int = opt(3, cli.STEPS, 'Steps of the teacher over a segment (direct).', metavar='INT')
+    substeps: int = opt(3, cli.STEPS, 'Steps of the teacher over a segment (direct).')
 
     def cost(self) -> float:
         # The teacher's steps, and the student; no self-target.
         return self.guide_cost * SEGMENT_SOLVER_COST[self.solver] * self.substeps + 3
 
 
-# fmt: off
-OBJECTIVE = Objective(
-    RegressionConfig,
-    teacher='diffusion',
-    defaults=STUDENT,
-    edm2=EDM2_STUDENT,
-)
-# fmt: on
+OBJECTIVE = Objective(RegressionConfig, teacher='diffusion', defaults=STUDENT, edm2=EDM2_STUDENT)
 
 
 def setup(c, teacher, net=None, perceptual=None) -> MultistepSchedule:

@@ -56,10 +56,6 @@ class TuningConfig(ConsistencySampling, TimePairs, LogNormal, SyncDropout, Noise
         '1/(t^2 + sigma_data^2).',
     )
 
-    def cost(self) -> float:
-        # The self-target, and the student's forward and backward pass.
-        return 4
-
 
 # fmt: off
 # ECT's presets for EDM2's networks (Geng et al. 2024).

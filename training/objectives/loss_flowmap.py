@@ -66,7 +66,6 @@ class FlowMapConfig(TangentOptions, SyncDropout, Targets, TeacherHop, TeacherSol
         None,
         cli.NumberList(cli.Integer(min=1, max=MOST_LEVELS)),
         'Numbers of sampling steps that the student learns in particular (flowmap); any other can be asked for.',
-        metavar='LIST',
         default_text='1,2,4,8',
         settled=True,
     )
@@ -74,33 +73,28 @@ class FlowMapConfig(TangentOptions, SyncDropout, Targets, TeacherHop, TeacherSol
         16,
         cli.Integer(min=1, max=MOST_LEVELS),
         "Steps of the teacher's grid (flowmap), a multiple of each of --steps.",
-        metavar='INT',
     )
     grid_share: float = opt(
         0.8,
         cli.Number(0, 1),
         'Share of samples on the steps that sampling takes with --steps (flowmap); the others are on any pair of levels.',
-        metavar='FLOAT',
     )
     solution_share: float = opt(
         0.5,
         cli.Number(0, 1),
         "Share of samples whose target is the teacher's solution.",
         needs=('target', 'mixed'),
-        metavar='FLOAT',
     )
     pool: int = opt(
         16,
         cli.Integer(min=1, max=4096),
         'Stored solutions for each image of a batch, which serve in turn (flowmap).',
-        metavar='INT',
     )
     reuse: int | None = opt(
         None,
         cli.COUNT,
         'Optimizer steps that a stored solution serves (flowmap).',
         default_text='its evaluations: 2 T - 1 with heun, else T',
-        metavar='INT',
         settled=True,
     )
     tangent_power: float = opt(
@@ -108,7 +102,6 @@ class FlowMapConfig(TangentOptions, SyncDropout, Targets, TeacherHop, TeacherSol
         cli.FACTOR,
         'Exponent p of the loss weight 1 / (|g|^2 + 0.001)^p with --target=tangent and without a teacher (flowmap).',
         needs=('target', 'tangent'),
-        metavar='FLOAT',
     )
     batch_size: int | None = recorded(None, POSITIVE_COUNT)
 
@@ -172,15 +165,9 @@ def share_of_solutions(c) -> float:
     return dict(solution=1.0, mixed=c.solution_share).get(c.target, 0.0)
 
 
-# fmt: off
 OBJECTIVE = Objective(
-    FlowMapConfig,
-    teacher='diffusion',
-    needs_teacher=False,
-    defaults=STUDENT,
-    edm2=EDM2_STUDENT,
+    FlowMapConfig, teacher='diffusion', needs_teacher=False, defaults=STUDENT, edm2=EDM2_STUDENT
 )
-# fmt: on
 
 
 def flow_map_pairs(

@@ -46,19 +46,13 @@ class ImprovedConfig(ConsistencySampling, PseudoHuber, LogNormal, SyncDropout, G
     P_std: float | None = 2.0
     batch_size: int | None = recorded(None, POSITIVE_COUNT)
 
-    def cost(self) -> float:
-        # The self-target, and the student's forward and backward pass.
-        return 4
 
-
-# fmt: off
 OBJECTIVE = Objective(
     ImprovedConfig,
     defaults=dict(RADAM, lr=1e-4, duration=409.6, batch=1024, ema=10.14e6, dropout=0.3),
     edm2=EDM2_STUDENT,
     boundary=True,
 )
-# fmt: on
 
 
 class DoublingSchedule(NodeSchedule):

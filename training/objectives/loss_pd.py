@@ -50,7 +50,6 @@ class ProgressiveConfig(Stages, Students, TeacherHop):
         512,
         cli.STEPS,
         'Sampling steps of the first student (pd), halved from round to round down to --S; its teacher is sampled in twice as many.',
-        metavar='INT',
         record=False,
     )
 

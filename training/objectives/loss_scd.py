@@ -30,13 +30,7 @@ class ContinuousDistillationConfig(ContinuousConfig, GuidedTeacher):
         return self.guide_cost + super().cost()
 
 
-# fmt: off
-OBJECTIVE = Objective(
-    ContinuousDistillationConfig,
-    teacher='diffusion',
-    defaults=CONTINUOUS,
-)
-# fmt: on
+OBJECTIVE = Objective(ContinuousDistillationConfig, teacher='diffusion', defaults=CONTINUOUS)
 
 
 def setup(c, teacher, net=None, perceptual=None) -> ContinuousState:

@@ -19,12 +19,7 @@ class ContinuousTrainingConfig(ContinuousConfig):
     """Options of --objective=sct."""
 
 
-# fmt: off
-OBJECTIVE = Objective(
-    ContinuousTrainingConfig,
-    defaults=dict(CONTINUOUS, dropout=0.2),
-)
-# fmt: on
+OBJECTIVE = Objective(ContinuousTrainingConfig, defaults=dict(CONTINUOUS, dropout=0.2))
 
 
 def setup(c, teacher=None, net=None, perceptual=None) -> ContinuousState:

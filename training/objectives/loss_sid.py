@@ -47,20 +47,14 @@ class ScoreIdentityConfig(AuxiliaryNetwork, LogNormal, NoiseGrid, GuidedTeacher)
 
     P_mean: float | None = -1.2
     P_std: float | None = 1.2
-    sigma_init: float = opt(
-        2.5, cli.SIGMA, 'Noise level of the one step, in training and in sampling (sid).', metavar='FLOAT'
-    )
+    sigma_init: float = opt(2.5, cli.SIGMA, 'Noise level of the one step, in training and in sampling (sid).')
     alpha: float = opt(
-        1.2,
-        cli.FACTOR,
-        "Factor on the squared difference of the two networks in the student's loss (sid).",
-        metavar='FLOAT',
+        1.2, cli.FACTOR, "Factor on the squared difference of the two networks in the student's loss (sid)."
     )
     u_max: float = opt(
         0.8,
         cli.Number(0, 1, min_open=True),
         "Share of the Karras noise levels, from the lowest up, that the student's loss is taken at (sid).",
-        metavar='FLOAT',
     )
     classes: str | None = recorded(None, Maybe(Text(longest=1 << 20)))
 
@@ -74,7 +68,6 @@ class ScoreIdentityConfig(AuxiliaryNetwork, LogNormal, NoiseGrid, GuidedTeacher)
         return self.aux_ahead * (4 - self.cost())
 
 
-# fmt: off
 OBJECTIVE = Objective(
     ScoreIdentityConfig,
     teacher='diffusion',
@@ -82,7 +75,6 @@ OBJECTIVE = Objective(
     defaults=dict(STUDENT, beta1=0.0, lr=1e-5, lr_rampup=0, batch=256, ema=0.5e6, duration=100.0),
     auxiliary=True,
 )
-# fmt: on
 
 
 class ScoreIdentityState(AlternatingState):

@@ -55,36 +55,17 @@ class TruncatedConfig(ConsistencySampling, TimePairs, SyncDropout, NoiseRange, T
     c: float | None = 1e-8
     stage_steps: int | None = 1
     dividing_t: float = opt(
-        1.0,
-        cli.SIGMA,
-        'Noise level below which the network of the first stage is evaluated.',
-        metavar='FLOAT',
+        1.0, cli.SIGMA, 'Noise level below which the network of the first stage is evaluated.'
     )
-    boundary_share: float = opt(
-        0.25, cli.Number(0, 1, max_open=True), 'Share of samples at --dividing_t.', metavar='FLOAT'
-    )
+    boundary_share: float = opt(0.25, cli.Number(0, 1, max_open=True), 'Share of samples at --dividing_t.')
     boundary_weight: float = opt(
-        0.1,
-        cli.FACTOR,
-        'Weight of the mean loss of samples at --dividing_t.',
-        metavar='FLOAT',
-        idle=('boundary_share', 0),
+        0.1, cli.FACTOR, 'Weight of the mean loss of samples at --dividing_t.', idle=('boundary_share', 0)
     )
-    ratio_cap: float = opt(
-        0.999, cli.Number(0, 1, max_open=True), 'Upper limit of the ratio r/t.', metavar='FLOAT'
-    )
+    ratio_cap: float = opt(0.999, cli.Number(0, 1, max_open=True), 'Upper limit of the ratio r/t.')
     tcm_weight: str = opt('flat', click.Choice(TCM_WEIGHTS), 'Loss weight times t - r: 1, or t / c_out(t)^2.')
-    student_scale: float = opt(
-        0.2, cli.SOME_FACTOR, 'ln t is Student-t distributed times this.', metavar='FLOAT'
-    )
-    student_df: float = opt(
-        0.01, cli.SOME_FACTOR, 'Degrees of freedom of the distribution of ln t.', metavar='FLOAT'
-    )
+    student_scale: float = opt(0.2, cli.SOME_FACTOR, 'ln t is Student-t distributed times this.')
+    student_df: float = opt(0.01, cli.SOME_FACTOR, 'Degrees of freedom of the distribution of ln t.')
     batch_size: int | None = recorded(None, POSITIVE_COUNT)
-
-    def cost(self) -> float:
-        # The self-target or the first stage, and the student's forward and backward pass.
-        return 4
 
 
 # fmt: off

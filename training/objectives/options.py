@@ -89,8 +89,8 @@ class Config:
 class NoiseRange(Config):
     heading: ClassVar[str] = 'Noise levels (all objectives but diffusion)'
 
-    sigma_min: float = opt(0.002, cli.SIGMA, 'Lowest noise level above 0.', metavar='FLOAT')
-    sigma_max: float = opt(80.0, cli.SIGMA, 'Highest noise level.', metavar='FLOAT')
+    sigma_min: float = opt(0.002, cli.SIGMA, 'Lowest noise level above 0.')
+    sigma_max: float = opt(80.0, cli.SIGMA, 'Highest noise level.')
 
     def __post_init__(self):
         if self.sigma_min >= self.sigma_max:
@@ -101,7 +101,7 @@ class NoiseRange(Config):
 
 @dataclass(frozen=True)
 class NoiseGrid(NoiseRange):
-    rho: float = opt(7.0, cli.RHO, 'Exponent of the Karras noise levels.', metavar='FLOAT')
+    rho: float = opt(7.0, cli.RHO, 'Exponent of the Karras noise levels.')
 
 
 @dataclass(frozen=True)
@@ -121,19 +121,18 @@ class SyncDropout(Config):
         True, SWITCH, 'Give the self-target, where there is one, the dropout masks of the student.'
     )
 
+    def cost(self) -> float:
+        # The self-target, and the student's forward and backward pass.
+        return 4
+
 
 @dataclass(frozen=True)
 class LogNormal(Config):
     heading: ClassVar[str] = 'Log-normal noise levels (--objective=diffusion, ict, ect, scd, sct, sid)'
 
-    P_mean: float | None = opt(
-        None, cli.Number(min=-100, max=100), 'Mean of ln sigma in training.', metavar='FLOAT'
-    )
+    P_mean: float | None = opt(None, cli.Number(min=-100, max=100), 'Mean of ln sigma in training.')
     P_std: float | None = opt(
-        None,
-        cli.Number(min=0, max=100, min_open=True),
-        'Standard deviation of ln sigma in training.',
-        metavar='FLOAT',
+        None, cli.Number(min=0, max=100, min_open=True), 'Standard deviation of ln sigma in training.'
     )
 
 
@@ -146,7 +145,6 @@ class Teacher(Config):
         NETWORK_FILE,
         'Snapshot of the diffusion model to distill; pd: or of a student of 2 --S_start steps; tcm: of the consistency '
         'model to go on from.',
-        metavar='PKL|DIR|URL',
         key='teacher',
     )
 
@@ -170,7 +168,6 @@ class TeacherHop(GuidedTeacher):
         cli.FACTOR,
         "With --hop=addim: share of the image's squared error that is put back as noise; 0 guesses it without the image.",
         needs=('hop', 'addim'),
-        metavar='FLOAT',
     )
 
 
@@ -219,7 +216,6 @@ class StudentSteps(Config):
         cli.STEPS,
         'Number of student sampling steps. scd, sct: of segments of the noise levels, each of which one step crosses; without '
         'it they train a consistency model.',
-        metavar='INT',
     )
 
 
@@ -252,21 +248,19 @@ class Segments(Students):
         64,
         cli.STEPS,
         'Number of teacher steps at the start of training (Heek et al. 2024).',
-        metavar='INT',
         default_text='64; direct as --T_end',
         settled=True,
     )
-    T_end: int = opt(1280, cli.STEPS, 'Number of teacher steps at the end of annealing.', metavar='INT')
+    T_end: int = opt(1280, cli.STEPS, 'Number of teacher steps at the end of annealing.')
     T_anneal_kimg: float | None = opt(
         None,
         cli.KIMG,
         'Thousands of images over which T rises.',
-        metavar='KIMG',
         default_text='half of --duration',
         settled=True,
     )
     T_anneal_steps: int | None = opt(
-        None, cli.Integer(min=0), 'Optimizer steps over which T rises.', record=False, metavar='INT'
+        None, cli.Integer(min=0), 'Optimizer steps over which T rises.', record=False
     )
     sampling_mode: str = opt(
         'edm',
@@ -283,7 +277,6 @@ class Segments(Students):
         cli.Number(0, 1),
         'Share of samples on the first edges of segments, where sampling evaluates the student; needs --keep_ties.',
         flags=('--top-mass',),
-        metavar='FLOAT',
     )
 
     def __post_init__(self):
@@ -319,14 +312,12 @@ class AuxiliaryNetwork(Config):
         None,
         cli.POSITIVE,
         'Learning rate of the auxiliary network, which rises and decays as --lr (mm, sid).',
-        metavar='FLOAT',
         default_text='--lr',
     )
     aux_ahead: int = opt(
         0,
         cli.Integer(min=0),
         'Optimizer steps of the auxiliary network alone at the start; then they alternate (mm, sid).',
-        metavar='INT',
     )
     batch_size: int | None = recorded(None, POSITIVE_COUNT)
 
@@ -343,7 +334,7 @@ class ConsistencySampling(Config):
     sampling: ClassVar[tuple[str, ...]] = ('mid_t', 'clip_denoised')
 
     mid_t: float | None = opt(
-        None, cli.SIGMA, 'Noise level of the second sampling step.', metavar='FLOAT', default_text='one step'
+        None, cli.SIGMA, 'Noise level of the second sampling step.', default_text='one step'
     )
     clip_denoised: bool | None = opt(
         None,
@@ -359,14 +350,13 @@ class GrowingGrid(NoiseGrid):
 
     heading: ClassVar[str] = 'Consistency models (--objective=cm-cd, cm-ct, ict, ect, tcm, scd, sct)'
 
-    s0: int = opt(2, cli.STEPS, 'Number of grid steps at the start.', metavar='INT')
-    s1: int = opt(150, cli.STEPS, 'Number of grid steps at the end.', metavar='INT')
+    s0: int = opt(2, cli.STEPS, 'Number of grid steps at the start.')
+    s1: int = opt(150, cli.STEPS, 'Number of grid steps at the end.')
     schedule_steps: int | None = opt(
         None,
         cli.COUNT,
         'Optimizer steps over which the grid grows.',
         record=False,
-        metavar='INT',
         default_text='all of --duration',
     )
     schedule_nimg: int | None = recorded(None, COUNT)
@@ -390,7 +380,6 @@ class PseudoHuber(Config):
         None,
         cli.FACTOR,
         'Constant of the pseudo-Huber distance (ict, ect, tcm).',
-        metavar='FLOAT',
         default_text='0.00054 times the root of the number of values',
     )
 
@@ -403,7 +392,6 @@ class Stages(Config):
         None,
         cli.COUNT,
         'Optimizer steps of a stage; for pd, of a round, twice as many for --S=2 and 1.',
-        metavar='INT',
         record=False,
         default_text='ect: --duration in equal stages, 8 for --q=2, 4 for --q=4, until 1 - r/t is about 1/256; tcm 1; pd 50000',
     )
@@ -416,20 +404,14 @@ class TimePairs(Stages, PseudoHuber):
     heading: ClassVar[str] = 'Easy consistency tuning (--objective=ect, tcm)'
 
     q: float = opt(
-        2.0,
-        cli.Number(min=1, max=1e6, min_open=True),
-        '1 - r/t shrinks by this factor from stage to stage.',
-        metavar='FLOAT',
+        2.0, cli.Number(min=1, max=1e6, min_open=True), '1 - r/t shrinks by this factor from stage to stage.'
     )
     k: float = opt(
         8.0,
         cli.FACTOR,
         'Factor in 1 - r/t = q^-(stage+1) (1 + k sigmoid(-b t)); 0 gives one ratio for all t.',
-        metavar='FLOAT',
     )
-    b: float = opt(
-        1.0, cli.FACTOR, 'Slope of the sigmoid in the mapping from t to r.', metavar='FLOAT', idle=('k', 0)
-    )
+    b: float = opt(1.0, cli.FACTOR, 'Slope of the sigmoid in the mapping from t to r.', idle=('k', 0))
     stage_nimg: int | None = recorded(None, COUNT)
 
 
