@@ -689,9 +689,7 @@ def test_the_result_is_told_also_where_it_cannot_be_saved(lab, tmp_path, monkeyp
 def test_a_line_is_on_disk_before_the_next_evaluation_begins(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(
-        os,
-        'fsync',
-        lambda descriptor: synced.append((tmp_path / 'log.jsonl').read_bytes().count(b'\n')),
+        os, 'fsync', lambda descriptor: synced.append((tmp_path / 'log.jsonl').read_bytes().count(b'\n'))
     )
     log = SearchLog(str(tmp_path / 'log.jsonl'), dict(metric='fid'))
     for k in range(2):
