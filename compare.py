@@ -16,6 +16,7 @@ from experiments.comparison import STUDENTS
 from experiments.comparison_run import Options, run
 from experiments.options import JOBS, NamesOrAll
 from experiments.runner import SHOWN
+from metrics.options import Resamples
 from training.saved_files import NETWORK_FILE
 
 TRAINING, MEASURING = 'Training', 'Measuring'
@@ -115,9 +116,9 @@ class OptionsFor(click.ParamType):
 )
 @cli.option(
     '--bootstrap',
-    type=cli.Integer(min=0, max=1_000_000),
+    type=Resamples(),
     group=MEASURING,
-    help='Resamples for 95 % intervals of the sampling noise, each as expensive as a distance; 0 disables them.  '
+    help='Resamples, 40 or more, for 95 % intervals of the sampling noise, each as expensive as a distance; 0 disables them.  '
     '[default: 200 on digits and photos, else 0]',
 )
 @cli.option(

@@ -27,7 +27,7 @@ from metrics.evaluation import (
     read_references,
     warn_about,
 )
-from metrics.options import UNPAIRED, PairOptions, feature_options, pair_options
+from metrics.options import LEAST_PER_CLASS, UNPAIRED, PairOptions, Resamples, feature_options, pair_options
 from sampling.options import guidance_options, sampling_arguments, sampling_options
 from training.guidance_options import UNGUIDED, GuidanceOptions
 from training.saved_files import NETWORK_FILE
@@ -97,9 +97,9 @@ def main():
 )
 @cli.option(
     '--bootstrap',
-    type=cli.Integer(min=0, max=1_000_000),
+    type=Resamples(),
     default=0,
-    help='Resamples for a 95 % interval of the sampling noise (not the bias), each as expensive as a '
+    help='Resamples, 40 or more, for a 95 % interval of the sampling noise (not the bias), each as expensive as a '
     'distance; 0 disables the interval.',
 )
 @cli.option(
@@ -168,8 +168,8 @@ def calc(
             if network
             else images_of_paths(paths, num or DEFAULT_NUM, options)
         )
-        for source in sources:
-            check_strata(source, len(source), strata)
+        for source in sources if strata else ():
+            strata_of(source, len(source), strata)
         detectors = load_detectors(
             {measure.entry for measure in measures.values()}, sources[0].image_shape, options
         )
@@ -195,10 +195,9 @@ def calc(
         for source, seen in zip(sources, features) if is_main else ():
             for first in list(seen.values())[:1]:
                 warn_about(source, first, measures, detectors)
-                check_strata(source, first.stats.count, strata)
+            of_classes = strata_of(source, first.stats.count, strata) if bootstrap else 1
             given = source, seen, references, ref, measures, detectors
-            resampling = bootstrap, strata or source.strata
-            for name, result in compared(*given, *resampling, nearest_k, options.seed):
+            for name, result in compared(*given, bootstrap, of_classes, nearest_k, options.seed):
                 results[name].append(result)
                 log(sentence(result))
 
@@ -326,14 +325,46 @@ def check_usage(
         raise click.UsageError('--nearest-k is for precision, recall, density and coverage.')
 
 
-def check_strata(source, count: int, strata: int | None) -> None:
-    """Raises: UserError if only `count` images of a source are used, so that classes do not come in turn."""
-    missing = source.total - count
-    if strata and strata > 1 and missing:
-        raise UserError(
-            f'--bootstrap-strata={strata}: {missing} of {source.total} images are left out, so that those that remain are '
-            f'not of all classes in turn; give --num={source.total}, or leave the option out.'
+def strata_of(source, count: int, given: int | None) -> int:
+    """The number of classes that --bootstrap resamples by themselves, of `count` usable images of a source.
+
+    Raises: UserError if the given number does not suit the images.
+    """
+    strata, missing = given or source.strata or 1, source.total - count
+    if strata == 1:
+        return 1
+    if not given:
+        if not missing and count >= strata * LEAST_PER_CLASS:
+            return strata
+        log(
+            f'Note: {count} images of {source.total}, of {strata} classes in turn, are '
+            + (f'fewer than {LEAST_PER_CLASS} of each' if not missing else 'not all')
+            + ': their interval is that of drawn classes, and too wide.'
         )
+        return 1
+
+    option, leave_out = f'--bootstrap-strata={given}', 'or leave the option out'
+    if missing:
+        raise UserError(
+            f'{option}: {missing} of {source.total} images are left out, so that those that remain are '
+            f'not of all classes in turn; give --num={source.total}, {leave_out}.'
+        )
+    if source.strata not in (None, given):
+        kind = f'{source.strata} classes in turn' if source.strata > 1 else 'no classes in turn'
+        raise UserError(
+            f'{option}: the images of {source.name} are of {kind}; give --labels=balanced, {leave_out}.'
+        )
+    classes = None if source.strata else source.classes()
+    if classes is not None and (classes[given:] != classes[:-given]).any():
+        raise UserError(
+            f'{option}: by their labels, the images of {source.name} are not of {given} classes in turn; {leave_out[3:]}.'
+        )
+    if count < given * LEAST_PER_CLASS:
+        raise UserError(
+            f'{option}: {count} images are fewer than {LEAST_PER_CLASS} of each class, too few to resample by '
+            f'themselves; give more images, {leave_out}.'
+        )
+    return given
 
 
 def check_pairs(paths, measures, seed_sets, pairs: PairOptions) -> None:

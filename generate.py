@@ -236,7 +236,6 @@ def generate_all(
         fill: pad a smaller last batch to the full size, for a network that is compiled for that size.
         allow_nonfinite: see `report_nonfinite`.
     """
-    import tqdm
 
     from sampling import generation
     from torch_utils import distributed
@@ -258,8 +257,7 @@ def generate_all(
         begun = (
             (subset, begin_batch(net, seeds_of(subset), as_latents, arguments, size)) for subset in batches
         )
-        quiet = None if rank == 0 else True  # tqdm's None shows a bar only on a terminal
-        with tqdm.tqdm(total=len(seeds), unit='img', disable=quiet, dynamic_ncols=True) as bar:
+        with distributed.progress(total=len(seeds), unit='img', leave=True) as bar:
             for subset, copy in one_ahead(begun):
                 (values, finite), batch_seeds = copy.numpy(), seeds_of(subset)
 

@@ -95,7 +95,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         labels = read_labels(self._files) if use_labels else None
         if use_labels and labels is None:
             raise UserError(
-                f'{self._files.path} has no labels; add them to its {LABEL_FILE}, or train without (--cond=0)'
+                f'{self._files.path} has no labels; {self._cure_of_no_labels()}, or train without (--cond=0)'
             )
         self.unused_labels = count_unused_labels(self._files) if use_labels else 0
         self._labels_of_all = self.labels = None
@@ -108,6 +108,15 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         # How latents were made.
         self.holds_latents = self._files.holds_latents
         self.encoder = read_encoder(self._files) if self.holds_latents else None
+
+    def _cure_of_no_labels(self) -> str:
+        from data.sources.class_folders import class_folders
+
+        if folders := class_folders(self._files.images):
+            names = ', '.join(folders.names[:3]) + ', ...' * (len(folders.names) > 3)
+            how = f'dataset_tool.py --source={self._files.path} --dest=data.zip'
+            return f'{how} makes labels of its class folders ({names})'
+        return f'add them to its {LABEL_FILE}'
 
     def __getstate__(self):
         # A copy for another process starts with an empty cache.

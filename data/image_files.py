@@ -22,6 +22,7 @@ from dnnlib.archives import open_member
 from dnnlib.file_kind import DAMAGED_ZIP, HEAD, NPY, NPZ, ZIP, describe_file
 from dnnlib.npy import read_header
 
+RUN_RECORD = 'training_options.json'
 LABEL_FILE = 'dataset.json'
 LATENT_EXTENSION = '.npy'
 NOT_A_ZIP = 'File is not a zip file'  # zipfile's message for any file without an end-of-archive record
@@ -53,6 +54,11 @@ class ImageFiles:
 
         # Names, from the disk or the zip's directory.
         self.is_folder = os.path.isdir(self.path)
+        if self.is_folder and os.path.exists(os.path.join(self.path, RUN_RECORD)):
+            raise UserError(
+                f'{self.path} is the folder of a training run, whose pictures are grids of samples; give a folder '
+                'of images, such as the --outdir of generate.py'
+            )
         self._index = None if self.is_folder else self._read_index()
         self._stored: dict[str, str] = {}  # normalized name -> name on disk, where the latter has backslashes
         names = self._walk() if self.is_folder else self._index.names

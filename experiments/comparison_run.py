@@ -19,6 +19,7 @@ from experiments.jobs import remaining_jobs, run_jobs, snapshot, train
 from experiments.results import Results, record_plan
 from experiments.runner import Metric, Resampling, Runner, make_outdir, run_interruptibly
 from experiments.tables import write_report
+from metrics.options import LEAST_PER_CLASS
 from sampling.options import BALANCED
 from training.objectives import OBJECTIVES
 
@@ -48,10 +49,13 @@ class Options:
     train_options: Sequence[str]
 
     def __post_init__(self):
-        if self.data not in BUNDLED and not (self.teacher and self.refs):
+        if self.data not in BUNDLED and not os.path.exists(self.data):
             raise click.UsageError(
-                f'--data={self.data} needs --teacher=PKL and --ref=NPZ (made by fid.py ref).'
+                f'--data={self.data}: no such file or folder, and none of {", ".join(BUNDLED)}.'
             )
+        own = {'--teacher=PKL': self.teacher, '--ref=NPZ (made by fid.py ref)': self.refs}
+        if self.data not in BUNDLED and (missing := [option for option, value in own.items() if not value]):
+            raise click.UsageError(f'--data={self.data} needs {" and ".join(missing)}.')
         if self.data in BUNDLED and (self.refs or self.detectors):
             raise click.UsageError(
                 f'--data={self.data} has metrics of its own: leave --ref and --detector out.'
@@ -78,10 +82,10 @@ def teacher_of(o: Options, bundled: Bundled | None, objectives: list[str]) -> Te
     return Teacher(network=bundled.network, classes=bundled.classes)
 
 
-def resampling(o: Options, bundled: Bundled | None, classes: int, labels: str | None) -> Resampling:
-    """By classes where every class comes equally often."""
+def resampling(o: Options, bundled: Bundled | None, num: int, classes: int, labels: str | None) -> Resampling:
+    """By classes where every class comes equally often, and often enough."""
     bootstrap = o.bootstrap if o.bootstrap is not None else RESAMPLES * (bundled is not None)
-    return Resampling(bootstrap, classes if labels == BALANCED else 1)
+    return Resampling(bootstrap, classes if labels == BALANCED and num >= classes * LEAST_PER_CLASS else 1)
 
 
 def run(o: Options) -> None:
@@ -147,7 +151,7 @@ def run(o: Options) -> None:
             training = comparison.teacher_training(bundled)
             train(runner, training, data, None, threads=cores)
             teacher = str(snapshot(runner, training))
-        how = labels, resampling(o, bundled, given.classes, labels)
+        how = labels, resampling(o, bundled, num, given.classes, labels)
         jobs = remaining_jobs(runner, models, data, teacher, used, num, o.sample_batch, results, *how)
         return used, run_jobs(runner, jobs, o.jobs)
 

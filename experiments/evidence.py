@@ -32,6 +32,13 @@ MEASURED = ROOT / 'docs' / 'measured'
 # system's.
 LONGER = ('mcd', 'mct', 'direct', 'flowmap', 'ect')
 
+PARTS = (
+    'objectives',
+    'steps',
+    'seeds',
+    'bootstrap',
+)  # options of compare.py that choose rows of a comparison
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -100,7 +107,7 @@ COMPARISONS = {
     '--some',
     metavar='STR',
     default='',
-    help='Options of compare.py that measure a part: "--objectives=mcd,mm --steps=4,8 --seeds=0".',
+    help='Options of compare.py that measure a part, as in "--steps=4,8 --seeds=0".',
 )
 @cli.option('--record', is_flag=True, help='Run nothing; record the rows that there are.')
 @JOBS
@@ -117,6 +124,11 @@ def main(outdir, only, some, record, jobs):
         part = shlex.split(some)
     except ValueError as error:
         raise click.UsageError(f'--some={some}: {error}.') from error
+    if fixed := [word for word in part if word.lstrip('-').partition('=')[0].replace('_', '-') not in PARTS]:
+        raise click.UsageError(
+            f'--some={some}: {fixed[0]} would be another comparison; choose among --{", --".join(PARTS)}, each with = and '
+            'its value.'
+        )
 
     def work() -> None:
         for name in only:

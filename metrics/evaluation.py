@@ -138,6 +138,11 @@ def complete_references(references, ref, measures, detectors, sources, options) 
 
     # Check all, and compute features that a file of statistics lacks.
     for entry, reference in references.items():
+        if reference.num_images is not None and reference.num_images <= detectors[entry].dim:
+            log(
+                f'Warning: {ref} has {reference.num_images} images, no more than the detector has features '
+                f'({detectors[entry].dim}): their covariance is singular, and the distance says little.'
+            )
         for shape in dict.fromkeys(tuple(source.image_shape) for source in sources):
             check_same_detector(reference, detectors[entry], ref, list(shape))
         if entry in needy and reference.features is None and not of_images:
@@ -185,13 +190,10 @@ def features_of_reference(ref, measure: str, detector, options):
 
 def features_of(source, detectors, options, keep, classes=(), pixels=False) -> dict:
     """`compute_features` with a progress bar on terminals; NotFinite ends all processes with one message."""
-    from tqdm import tqdm
-
     from metrics.calc import compute_features
     from torch_utils import distributed
 
-    hidden = None if distributed.is_main() else True  # tqdm's None: hidden unless stderr is a terminal
-    with tqdm(total=len(source), unit='img', disable=hidden, dynamic_ncols=True) as bar:
+    with distributed.progress(total=len(source), unit='img', leave=True) as bar:
         try:
             return compute_features(
                 source,

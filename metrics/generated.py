@@ -60,10 +60,10 @@ class GeneratedImages:
 
     @property
     def strata(self) -> int:
-        """Number of classes that the images are of in turn."""
-        chosen = getattr(self.arguments['choose_labels'], 'classes', [None])
-        in_turn = all(b == a + 1 for a, b in itertools.pairwise(self.seeds))
-        return len(chosen) if in_turn else 1
+        """Number of classes that the images are of in turn, which balanced labels are by seed; else 1."""
+        count = len(getattr(self.arguments['choose_labels'], 'classes', [None]))
+        in_turn = all((b - a - 1) % count == 0 for a, b in itertools.pairwise(self.seeds))
+        return count if in_turn else 1
 
     def __len__(self) -> int:
         return len(self.seeds)

@@ -15,6 +15,7 @@ import torch
 from data.arrays import ArchivedArrays, map_npy, may_be_images
 from data.dataset import random_subset
 from data.image_files import ImageFiles
+from data.label_file import read_labels
 from data.pixels import describe_shape, image_pixels, image_shape_of, is_left_unturned, orientation
 from dnnlib.util import UserError
 
@@ -53,10 +54,10 @@ class ImageSource:
         image_shape: [C, H, W]; C is 1 or 3.
         skipped: reasons for skipping images, by index, as far as this process has read.
         unturned: EXIF orientations other than 1, which are ignored, likewise.
-        strata: number of classes that the images are of in turn, as far as is known.
+        strata: number of classes that the images are of in turn, 1 if they are not; None: not known.
     """
 
-    strata = 1
+    strata: int | None = None
 
     def __init__(self, path: str | os.PathLike, count: int, num: int | None, seed: int):
         self.name = os.fspath(path)
@@ -101,6 +102,10 @@ class ImageSource:
         """uint8 [C, H, W]"""
         raise NotImplementedError
 
+    def classes(self) -> np.ndarray | None:
+        """int64 [N], the class of each image; None where that is not known. Raises: UserError for damaged labels."""
+        return None
+
     def nonfinite(self, indices: range) -> list[int]:
         """Indices of images of a batch that were not finite before conversion to 8 bits; [] for files."""
         return []
@@ -131,6 +136,10 @@ class FileImages(ImageSource):
     def about_others(self) -> str | None:
         """A note about skipped files that are not images by name; None if there are none."""
         return self.files.about_others()
+
+    def classes(self) -> np.ndarray | None:
+        labels = read_labels(self.files)
+        return None if labels is None or labels.ndim > 1 else labels[self.index]
 
     def _find_first(self) -> tuple[str, list[int]]:
         """Name and shape of the first readable image."""

@@ -16,6 +16,7 @@ from sampling.options import SOLVERS
 from training.saved_files import NETWORK_FILE
 
 GOOD_SOLVER, GOOD_STEPS = 'heun', 256  # of a teacher's good images: 511 evaluations
+LEAST_PER_CLASS = 10  # images of a class that is resampled by itself; the interval is 5 % too narrow then
 PAIRS = 1000  # whose paired error has a standard error of about 1 %
 
 
@@ -82,6 +83,25 @@ class FeatureOptions(SpeedOptions, DetectorOptions, ImageOptions):
 
 # ----------------------------------------------------------------------------
 # The paired error.
+
+
+class Resamples(cli.Integer):
+    """A number of bootstrap resamples: 0, or enough for the 2.5 % and 97.5 % quantiles to lie among them."""
+
+    LEAST = 40
+
+    def __init__(self):
+        super().__init__(min=0, max=1_000_000)
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if 0 < number < self.LEAST:
+            self.fail(
+                f'{number} resamples have no 95 % interval: give {self.LEAST} or more, or 0 for none',
+                param,
+                ctx,
+            )
+        return number
 
 
 class PairsWith(NamedTuple):

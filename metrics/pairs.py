@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data.label_space import listed, space_of
 from dnnlib import NotFinite, UserError
@@ -165,8 +164,7 @@ class Pairing:
     def error_of(self, source: GeneratedImages) -> dict:
         """The paired error of images of a network, and how it was found, for fid.py; with a progress bar on
         terminals. NotFinite ends all processes with one message."""
-        hidden = None if distributed.is_main() else True  # tqdm's None: hidden unless stderr is a terminal
-        with tqdm(total=len(self.seeds), unit='pair', disable=hidden, dynamic_ncols=True) as bar:
+        with distributed.progress(total=len(self.seeds), unit='pair', leave=True) as bar:
             try:
                 found = self.error(source.net, source.name, bar.update, **sampler_of(source))
             except NotFinite as error:

@@ -36,7 +36,8 @@ def bootstrap_interval(
         level: probability of the interval.
         seed: seed of the resampling.
         strata: number of strata that follow one another in turn: image i is of stratum i mod `strata`. Classes are
-            strata if every sample has each equally often (Cochran 1977, Chapter 5).
+            strata if every sample has each equally often (Cochran 1977, Chapter 5). With m images each, the interval is
+            too narrow by √(1 − 1/m).
     Returns: (low, high), around the distance of `features`.
     """
     # Resampling gives the spread, not the center: the distances of resamples are biased.

@@ -339,9 +339,7 @@ class Validator:
         ]
         picture = generation.image_grid(generation.finite_images(batches, seeds), columns)
         path = os.path.join(self.run_dir, f'fakes-{nimg:09d}-{ema}.png')
-        # By whole factors, so that pixels stay square.
-        zoom = max(256 // picture.shape[-1], 1)
-        generation.save_images(picture.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)[None], [path])
+        generation.save_picture(picture, path)
         return path
 
     def _images(self, net, solver: str, steps: int, sampling: dict, nimg: int, ema: str):

@@ -254,6 +254,15 @@ def save_images(images: Tensor, paths: Sequence[str]) -> None:
     writers.write_images(images.permute(0, 2, 3, 1).cpu().numpy(), paths)
 
 
+def save_picture(picture: Tensor, path: str) -> None:
+    """Write a uint8 picture [C, H, W] like `save_images`, a small one enlarged to some 256 pixels.
+
+    The factor is a whole number, so that pixels stay square.
+    """
+    zoom = max(256 // picture.shape[-1], 1)
+    save_images(picture.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)[None], [path])
+
+
 class HostCopy:
     """Asynchronous device-to-host copy of tensors."""
 

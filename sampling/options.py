@@ -49,7 +49,7 @@ class GeneralOptions:
         None,
         cli.STEPS,
         'Number of sampling steps.',
-        default_text="a student's own, a flow map's most; 1 for a consistency model; 18 for a teacher",
+        default_text="a student's own, a flow map's most; a consistency model's, mostly 1; 18 for a teacher",
     )
     solver: str | None = opt(
         None,

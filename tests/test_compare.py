@@ -900,8 +900,8 @@ def test_two_objectives_through_the_real_scripts(digits, teacher, rulers, tmp_pa
         '--steps=1',
         '--budget=54',
         '--batch=16',
-        '--num=64',
-        '--bootstrap=20',
+        '--num=100',
+        '--bootstrap=40',
         '--reference-steps=2',
         '--with=direct:--lr=1e-3',
         '--',
@@ -912,12 +912,12 @@ def test_two_objectives_through_the_real_scripts(digits, teacher, rulers, tmp_pa
     rows = {row['model']: row for row in json.loads((out / 'results.json').read_text())}
     assert set(rows) == {'teacher-heun-3', 'teacher-euler-1', 'direct-seed0-1', 'ect-seed0-1'}
     assert (rows['direct-seed0-1']['train_steps'], rows['ect-seed0-1']['train_steps']) == (6, 13)
-    assert all(row['distance'] > 0 and row['images'] == 64 for row in rows.values())
+    assert all(row['distance'] > 0 and row['images'] == 100 for row in rows.values())
     assert all((row['paired_error'] == 0) == (name == 'teacher-heun-3') for name, row in rows.items())
     # All classes in turn, and resampled by themselves.
     assert all(row['interval'][0] < row['interval'][1] for row in rows.values())
     of_images = [line for line in (out / 'commands.txt').read_text().splitlines() if '--images=' in line]
-    assert len(of_images) == 4 and all('--bootstrap=20 --bootstrap-strata=10' in line for line in of_images)
+    assert len(of_images) == 4 and all('--bootstrap=40 --bootstrap-strata=10' in line for line in of_images)
     low, high = rows['direct-seed0-1']['interval']
     assert f'| direct | {low:.4g} to {high:.4g} |' in (out / 'table.md').read_text()
     assert f'| direct | {rows["direct-seed0-1"]["paired_error"]:.3f} |' in (out / 'table.md').read_text()

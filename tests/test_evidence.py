@@ -102,3 +102,13 @@ def test_options_of_all_trainings_come_last_and_every_comparison_can_be_planned(
             o.objectives, o.steps, o.seeds, o.budget, o.batch, True, data.network, True, o.train_options
         )
         assert len(plan(request)) >= len(each.objectives) * len(each.seeds), name
+
+
+@pytest.mark.parametrize(
+    'word', ['--num=100', '--outdir=other', '--budget=1', '--num_images=5', '--steps 4', 'mm']
+)
+def test_a_part_is_of_the_same_comparison(tmp_path, word):
+    """Before anything runs."""
+    done = invoke(evidence.main, f'--outdir={tmp_path / "new"}', '--only=digits', f'--some=--seeds=0 {word}')
+    assert done.exit_code == 2 and 'would be another comparison; choose among --objectives' in done.output
+    assert not (tmp_path / 'new').exists()

@@ -162,8 +162,12 @@ def test_classes_in_turn_have_another_interval_and_no_image_may_be_missing(lab, 
         calc(lab, reference, '--num=60', '--bootstrap=50', f'--json={tmp_path / "x.json"}', *strata)
         intervals.append(json.loads((tmp_path / 'x.json').read_text())['fid']['interval'])
     assert intervals[0] == intervals[1] != intervals[2]
-    result = calc(lab, reference, '--num=50', '--bootstrap=5', '--bootstrap-strata=3')
-    assert '--bootstrap-strata=3: 10 of 60 images are left out' in one_line_error(result)
+    for options, problem in (
+        (['--num=50', '--bootstrap-strata=3'], '--bootstrap-strata=3: 10 of 60 images are left out'),
+        (['--num=60', '--bootstrap-strata=60'], '60 images are fewer than 10 of each class'),
+        (['--num=60', '--bootstrap-strata=7'], '60 images are fewer than 10 of each class'),
+    ):
+        assert problem in one_line_error(calc(lab, reference, '--bootstrap=40', *options))
 
 
 def test_every_number_of_processes_gives_the_same_numbers(lab, reference, tmp_path):
@@ -182,7 +186,7 @@ def test_every_number_of_processes_gives_the_same_numbers(lab, reference, tmp_pa
             f'--detector={lab[0]}/classes.pt',
             '--num=51',
             '--batch=8',
-            '--bootstrap=20',
+            '--bootstrap=40',
             f'--json={path}',
             f'--cache={tmp_path}/{processes}',
             timeout=120,
@@ -382,7 +386,7 @@ def test_features_in_the_cache_are_not_computed_again(lab, reference, tmp_path):
     """With a detector that has meanwhile become unable to see: its digest alone is what the cache knows it by."""
     first = calc(lab, reference, '--num=60', f'--cache={tmp_path}')
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*.npz')}
-    second = calc(lab, reference, '--num=60', f'--cache={tmp_path}', '--bootstrap=5')
+    second = calc(lab, reference, '--num=60', f'--cache={tmp_path}', '--bootstrap=40')
     assert (
         first.stdout == second.stdout
         and stamps
@@ -586,6 +590,14 @@ def test_unusable_references_are_named_and_nothing_in_them_runs(lab, reference, 
     assert not marker.exists()
 
 
+def test_a_reference_of_fewer_images_than_features_is_warned_of(lab, tmp_path):
+    for i, pixels in enumerate(lab[2][:5]):
+        Image.fromarray(pixels).save(tmp_path / f'{i}.png')
+    result = calc(lab, tmp_path, '--num=60')
+    assert f'{tmp_path} has 5 images, no more than the detector has features (5)' in result.stderr
+    assert 'no more than' not in calc(lab, lab[0] / 'data.zip', '--num=60').stderr
+
+
 def test_a_reference_of_unknown_origin_is_used_with_a_warning(lab, tmp_path):
     mu, sigma = gaussian(lab[2])
     np.savez(tmp_path / 'edm.npz', mu=mu, sigma=sigma)
@@ -608,9 +620,10 @@ def test_usage_errors_exit_with_2():
         'calc --images=x --ref=y --steps=4 --class=1 --disc=vp --force-steps': '--class, --steps, --force-steps, --disc: applies to --network',
         'calc --images=x --images=./x --ref=z': '--images: the same path',
         'calc --images=x': '--ref is missing',
-        'calc --images=x --ref=y --metrics=is --bootstrap=5': '--bootstrap is for',
+        'calc --images=x --ref=y --metrics=is --bootstrap=40': '--bootstrap is for',
+        'calc --images=x --ref=y --bootstrap=39': '39 resamples have no 95 % interval: give 40 or more',
         'calc --images=x --ref=y --bootstrap-strata=5': '--bootstrap-strata is for --bootstrap',
-        'calc --images=x --ref=y --metrics=fid_inf --bootstrap=5': '--bootstrap is for',
+        'calc --images=x --ref=y --metrics=fid_inf --bootstrap=40': '--bootstrap is for',
         'calc --images=x --ref=y --nearest-k=4': '--nearest-k is for',
         'calc --images=x --ref=y --dinov2=d': '--dinov2: not used by fid.',
         'calc --images=x --ref=y --metrics=fd_dinov2 --detector=d --detector-sha256=e': '--detector, --detector-sha256: not used by fd_dinov2.',

@@ -7,6 +7,7 @@ import PIL.Image
 import pytest
 from helpers import FAST, TINY_NETWORK, assert_one_clear_error, invoke, run_python, run_ranks
 
+import compare
 import convert
 import dataset_tool
 import edit
@@ -88,7 +89,9 @@ def test_options_before_the_command_of_fid():
     assert_one_clear_error(result, '--images is an option of a command: write fid.py calc', status=2)
 
 
-@pytest.mark.parametrize('shapes', [[(30, 20, 3), (17, 17, 3)], [(20, 20, 3), (17, 17, 3)]])
+@pytest.mark.parametrize(
+    'shapes', [[(30, 20, 3), (17, 17, 3)], [(20, 20, 3), (17, 17, 3)], [(16, 16, 3), (16, 16, 3)]]
+)
 @pytest.mark.parametrize('cond', [0, 1])
 def test_raw_class_folders_as_data(tmp_path, shapes, cond):
     for name in 'ab':
@@ -96,7 +99,30 @@ def test_raw_class_folders_as_data(tmp_path, shapes, cond):
     result = invoke(
         train.main, '--outdir=x', f'--data={tmp_path / "raw"}', f'--cond={cond}', '-n', *TINY_NETWORK
     )
-    assert_one_clear_error(result, 'dataset_tool.py')
+    if shapes[0][0] < 17 and not cond:
+        # Images that can be trained on as they are.
+        assert result.exit_code == 0, result.output
+    else:
+        assert_one_clear_error(result, 'dataset_tool.py')
+        assert shapes[0][0] > 16 or (
+            f'--source={tmp_path / "raw"}' in result.stderr and '(a, b)' in result.stderr
+        )
+
+
+@pytest.mark.parametrize(
+    'command, options',
+    [
+        (fid.main, ['calc', '--images={}', '--num=2', '--metrics=is']),
+        (fid.main, ['ref', '--data={}', '--dest=x.npz']),
+        (dataset_tool.main, ['--source={}', '--dest=x.zip']),
+        (train.main, ['--data={}', '--outdir=x', '-n', *TINY_NETWORK]),
+    ],
+)
+def test_a_run_folder_is_no_folder_of_images(whole, tmp_path, monkeypatch, command, options):
+    """Its pictures are grids of samples."""
+    monkeypatch.chdir(tmp_path)
+    result = invoke(command, *(option.format(whole) for option in options))
+    assert_one_clear_error(result, 'is the folder of a training run', 'generate.py')
 
 
 def test_one_truncated_png(tmp_path):
@@ -113,8 +139,27 @@ def test_fp16_on_a_cpu_is_said(digits):
 
 
 def test_a_duration_in_thousands_of_images(digits):
-    result = invoke(train.main, '--outdir=x', f'--data={digits}', '-n', '--duration=200000', *TINY_NETWORK)
-    assert_one_clear_error(result, 'in millions of images', '--duration=200.', status=2)
+    for kimg in (200_000, 20_000):
+        result = invoke(
+            train.main, '--outdir=x', f'--data={digits}', '-n', f'--duration={kimg}', *TINY_NETWORK
+        )
+        assert_one_clear_error(result, 'in millions of images', f'--duration={kimg // 1000}.', status=2)
+
+
+def test_a_configuration_in_a_run_folder_and_files_that_are_none(whole, digits):
+    command = [train.main, '--outdir=x', '-n']
+    result = invoke(*command, f'--config={whole}')
+    assert result.exit_code == 0 and '"total_nimg"' in result.stdout, result.output
+    assert_one_clear_error(invoke(*command, f'--config={digits}'), 'it is no text', 'YAML or JSON')
+    no_run = invoke(*command, f'--config={digits.parent}')
+    assert_one_clear_error(no_run, 'training_options.json cannot be read: No such file')
+
+
+def test_a_comparison_names_what_is_missing_and_no_more(digits):
+    assert_one_clear_error(invoke(compare.main, '--data=nope.zip'), 'no such file or folder', status=2)
+    result = invoke(compare.main, f'--data={digits}', '--teacher=a.pkl')
+    assert_one_clear_error(result, 'needs --ref=NPZ', status=2)
+    assert '--teacher' not in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

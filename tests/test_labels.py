@@ -1,5 +1,6 @@
 """Classes without images, labels that are vectors, and labels drawn from a file or from the training set: in training, sampling and measures."""
 
+import contextlib
 import json
 import pickle
 import zipfile
@@ -26,6 +27,7 @@ from dnnlib.text import as_ranges
 from experiments import inputs
 from metrics import validator
 from metrics.generated import GeneratedImages
+from metrics.images import open_images
 from sampling import edit_files, generation, label_choosers
 from training import networks
 from training.checkpoint import load_network, save_snapshot
@@ -234,11 +236,45 @@ def test_balanced_labels_come_in_turn_and_leave_all_other_noise_as_it_is(gaps, v
     assert torch.equal(latents, same) and torch.equal(drawn.randn([3]), after)
     # fid.py resamples each of three classes by itself, if seeds follow one another.
     balanced = label_choosers.choose(net, 'net', labels='balanced')
-    for seeds, classes in ((range(4, 9), 3), ([4, 6], 1)):
+    for seeds, classes in ((range(4, 9), 3), ([4, 6], 1), ([4, 8, 3], 3)):
         assert GeneratedImages(net, seeds, 4, balanced).strata == classes
     assert GeneratedImages(net, range(4), 4).strata == 1
     arguments = f'--network={vectors[0]}', '--outdir=none', '--labels=balanced'
     assert_one_clear_error(invoke(generate.main, *arguments), 'label vectors of 2 numbers', '--labels=data')
+
+
+def test_classes_are_resampled_by_themselves_only_if_images_are_of_all_in_turn(gaps, tmp_path, capsys):
+    """A number that is given has to be that of classes in turn, of ten images each."""
+    path, *_ = gaps
+    net = load_network(path)
+    balanced = label_choosers.choose(net, 'net', labels='balanced')
+    in_turn, few, drawn = (
+        GeneratedImages(net, seeds, 4, *labels)
+        for seeds, labels in ((range(30), [balanced]), (range(29), [balanced]), (range(30), []))
+    )
+    assert [fid.strata_of(in_turn, 30, given) for given in (None, 1, 3)] == [3, 1, 3]
+    assert fid.strata_of(drawn, 30, None) == 1
+    for source, given, problem in (
+        (in_turn, 5, 'are of 3 classes in turn'),
+        (drawn, 3, 'are of no classes in turn; give --labels=balanced'),
+        (few, 3, '29 images are fewer than 10 of each class'),
+    ):
+        with pytest.raises(UserError, match=problem):
+            fid.strata_of(source, len(source), given)
+    # Without the option, what cannot be resampled so is said.
+    assert not capsys.readouterr().err
+    assert fid.strata_of(in_turn, 29, None) == 1 and 'not all' in capsys.readouterr().err
+    assert fid.strata_of(few, 29, None) == 1 and 'fewer than 10 of each' in capsys.readouterr().err
+
+    # Files say it by their labels, if they have any.
+    for name, labels in (('turns', [0, 1] * 10), ('sorted', [0] * 10 + [1] * 10)):
+        data = open_images(write_data(tmp_path / f'{name}.zip', labels))
+        with (
+            pytest.raises(UserError, match='by their labels')
+            if name == 'sorted'
+            else contextlib.nullcontext()
+        ):
+            assert fid.strata_of(data, 20, 2) == 2
 
 
 @pytest.mark.parametrize(

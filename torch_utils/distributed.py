@@ -494,12 +494,12 @@ def tensors_from_main(function: Callable[[], Any]) -> Any:
     return with_tensors(from_main(lambda: without_tensors(function())))
 
 
-def progress(items: Iterable, **options) -> Iterable:
-    """The items, with a bar of tqdm's on the main process if stderr is a terminal; it leaves no trace."""
+def progress(items: Iterable | None = None, leave: bool = False, **options):
+    """A bar of tqdm's over the items, on the main process if stderr is a terminal; without `leave` it leaves no trace."""
     from tqdm import tqdm
 
     hidden = None if is_main() else True  # tqdm's None: hidden unless stderr is a terminal
-    return tqdm(items, disable=hidden, dynamic_ncols=True, leave=False, **options)
+    return tqdm(items, disable=hidden, dynamic_ncols=True, leave=leave, **options)
 
 
 def print0(*args, **kwargs) -> None:

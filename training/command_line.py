@@ -16,7 +16,7 @@ import click
 from dnnlib import cli, options
 from dnnlib.options import options_of
 from training import config_file, presets, stored_options
-from training.config import RESUME_OR_TRANSFER, HalfLife, RunConfig
+from training.config import IN_STEPS, RESUME_OR_TRANSFER, HalfLife, RunConfig
 from training.objectives import OBJECTIVES, objectives_with
 from training.objectives.options import EDM2_WIDTHS, Config, Objective
 
@@ -312,7 +312,7 @@ def over_stored(
     }
 
     # What changes. (Lengths in steps that are not stored are compared in images.)
-    in_steps = {'T_anneal_steps', 'schedule_steps', 'stage_steps', 'tangent_warmup'} - stored.keys()
+    in_steps = IN_STEPS.keys() - stored.keys()
     changed = [
         change(name, stored.get(name), value)
         for name, value in given.items()

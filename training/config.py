@@ -17,8 +17,16 @@ from training.objectives import OBJECTIVES
 from training.saved_files import NETWORK_FILE
 
 TICKS = cli.Integer(min=0)
-LONGEST = 50_000  # millions of images; a longer --duration is a mistake about its unit
+LONGEST = 5_000  # millions of images; a longer --duration is a mistake about its unit
 PHEMA_RANGE = (0.001, 0.28)
+# Options in optimizer steps: the loss's name for the same length, and its unit in images.
+IN_STEPS = dict(
+    T_anneal_steps=('T_anneal_kimg', 1000),
+    stage_steps=('stage_nimg', 1),
+    schedule_steps=('schedule_nimg', 1),
+    tangent_warmup=('warmup_nimg', 1),
+)
+COUNTED_IN_IMAGES = {option: name for option, (name, unit) in IN_STEPS.items() if unit == 1}
 RESUME_OR_TRANSFER = '--resume and --transfer exclude each other: a training state holds the weights.'
 
 

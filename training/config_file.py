@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Mapping
 
@@ -15,13 +16,20 @@ from dnnlib import UserError, cli, limits, options, schema
 from dnnlib.options import Option
 from dnnlib.text import printable
 from training import architectures
+from training.config import COUNTED_IN_IMAGES
+from training.saved_files import OPTIONS
 
 # A new run resumes nothing; the objective is read separately; a preset's options are all recorded.
 NOT_REPEATED = ('resume', 'objective', 'preset')
 
 
 def read(path: str, known: Mapping[str, Option]) -> dict[str, str]:
-    """The options of a file, {name: value as on a command line}. Raises: UserError for anything else."""
+    """The options of a file, or of the one in a run folder, {name: value as on a command line}.
+
+    Raises: UserError for anything else.
+    """
+    if os.path.isdir(path):
+        path = os.path.join(path, OPTIONS)
     try:
         with limits.open_regular(path) as file:
             data = limits.read_at_most(file, limits.JSON_FILE, 'a configuration')
@@ -34,6 +42,8 @@ def read(path: str, known: Mapping[str, Option]) -> dict[str, str]:
         return from_options(values, known)
     except OSError as error:
         raise UserError(f'--config={path} cannot be read: {error.strerror or error}') from error
+    except UnicodeDecodeError as error:
+        raise UserError(f'--config={path}: it is no text, and a configuration is YAML or JSON.') from error
     # Whatever a file that is no configuration may cause.
     except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise UserError(f'--config={path}: it {printable(error, 400)}.') from error
@@ -49,7 +59,7 @@ def parse(text: str) -> object:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f'is neither YAML nor JSON ({error})') from error
+        raise ValueError(f'is neither YAML nor JSON ({" ".join(str(error).split())})') from error
 
 
 def from_options(values: Mapping, known: Mapping[str, Option]) -> dict[str, str]:
@@ -136,11 +146,7 @@ def recorded_options(c: Mapping, known: Mapping[str, Option]) -> dict[str, objec
         values |= dict.fromkeys(('cbase', 'cres', 'num_blocks', 'attn_resolutions'))
 
     # Lengths.
-    for option, recorded in (
-        ('schedule_steps', 'schedule_nimg'),
-        ('stage_steps', 'stage_nimg'),
-        ('tangent_warmup', 'warmup_nimg'),
-    ):
+    for option, recorded in COUNTED_IN_IMAGES.items():
         values[option] = loss[recorded] // batch if loss.get(recorded) is not None else None
     if stages:
         # Rounds of one or two sampling steps are twice as long.

@@ -19,7 +19,7 @@ from metrics.validator import SHOWN
 from sampling import level_list
 from training.architectures import ARCHITECTURES
 from training.command_line import RUN, Options
-from training.config import RunConfig
+from training.config import IN_STEPS, RunConfig
 from training.guidance import GuidedDenoiser, unguided
 from training.run_folder import planned_run_dir
 from training.same_run import data_record
@@ -30,14 +30,6 @@ from training.starting_point import (
     is_edm2,
     network_from_scratch,
     network_of_teacher,
-)
-
-# Options in optimizer steps: the loss's name for the same length, and its unit in images.
-IN_STEPS = dict(
-    T_anneal_steps=('T_anneal_kimg', 1000),
-    stage_steps=('stage_nimg', 1),
-    schedule_steps=('schedule_nimg', 1),
-    tangent_warmup=('warmup_nimg', 1),
 )
 
 
@@ -171,7 +163,7 @@ def total_images(o: Options) -> int:
 
 
 def default_length(o: Options, option: str) -> float:
-    """Default of an option of IN_STEPS, in images.
+    """Default of an option of `IN_STEPS`, in images.
 
     T rises over half of the run, and a grid grows over all of it. ECT goes through as many stages as suit its
     q, the last of which may be shorter. The tangent of continuous-time models is warmed up over a tenth, and at

@@ -126,13 +126,11 @@ def write_samples(run: Run, net: torch.nn.Module) -> str | None:
         run.log(f'Warning: no picture of samples: {error}.')
         return None
 
-    # As square as possible, with black in places that remain; small images are enlarged.
+    # As square as possible, with black in places that remain.
     columns = math.ceil(math.sqrt(len(images)))
     missing = -len(images) % columns
     picture = generation.image_grid(torch.cat([images, torch.zeros_like(images[:missing])]), columns)
-    zoom = max(256 // picture.shape[-1], 1)
-    picture = picture.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
     stem = file_stem(run.progress, 'network-snapshot').replace('network-snapshot', 'samples')
     path = os.path.join(run.dir, f'{stem}.png')
-    generation.save_images(picture[None], [path])
+    generation.save_picture(picture, path)
     return path

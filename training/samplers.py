@@ -106,7 +106,7 @@ def sample(
         class_labels: [N, label_dim] one-hot, or None.
         solver: student | cm | ancestral | addim | best | one of `solvers.ODE_SOLVERS`; None: as recorded by the network.
         steps: of the solver, which are network evaluations but for heun and dpm2; None: the network's own
-            number, 18 for a teacher, 1 for a consistency model.
+            number, 18 for a teacher, 1 for a consistency model that records none.
         randn_like: standard normal noise in the shape and type of its argument, for cm, ancestral and solvers
             with churn.
         options: of `StudentOptions`, `CMOptions`, or `AddimOptions`, `OdeOptions`, `SolverOptions` of

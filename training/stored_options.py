@@ -14,13 +14,14 @@ from dnnlib.schema import read_json
 from dnnlib.text import printable
 from dnnlib.util import named
 from training import config_file
+from training.config import COUNTED_IN_IMAGES
 from training.saved_files import OPTIONS, folder_of, folder_of_rounds, no_state, round_folders, saved_states
 
 recorded = lazy_import('training.recorded')  # it imports PyTorch, which --help must not
 
 # A state has the weights of --transfer. Lengths that a loss records in images are taken from there, because the
 # batch size, in which these options count, may change.
-NOT_STORED = ('transfer', 'schedule_steps', 'stage_steps', 'tangent_warmup')
+NOT_STORED = ('transfer', *COUNTED_IN_IMAGES)
 
 
 def read(resume: str, known: Mapping[str, Option]) -> dict[str, str]:
