@@ -275,7 +275,11 @@ VAL_ODE = ('solver', 'order', 'afs', 'to_zero', 'disc', 'sigmas')
 
 # Options that replace stored ones, beside those of `DISPLACED`.
 REPLACED = dict(
-    N=['mu_schedule'], lr_schedule=['lr_decay'], val_ref=['val_ref_data'], val_ref_data=['val_ref']
+    N=['mu_schedule'],
+    lr_schedule=['lr_decay'],
+    precond=['P_mean', 'P_std'],
+    val_ref=['val_ref_data'],
+    val_ref_data=['val_ref'],
 )
 # Options that are not compared with stored ones: those of a start, and files, whose contents are compared.
 UNCOMPARED = (
