@@ -1,7 +1,7 @@
 # make demo       set up .venv, then run the whole story on real digits (minutes on a laptop)
 # make test       the same set-up, then the tests
 # make test-slow  the long tests too
-# make compare    all objectives side by side on the digits, for an equal budget (three quarters of an hour on two cores); ARGS=--data=photos: on color crops of photographs (hours)
+# make compare    all objectives side by side on the digits, for an equal budget (hours on two cores); ARGS=--data=photos: on color crops of photographs (longer)
 # make results    measure what docs/results.md gives of all objectives, and write the page (ten hours and more on two cores; resumes; ARGS=--only=digits)
 # make bench      time the training step, sampling, start-up, data, loading and saving, evaluation (an hour on two cores); writes benchmarks/RESULTS.md
 # make gpu-check  what only a GPU can show, in ten minutes on one: correctness, runs of the scripts, speeds; ARGS=--list names the checks

@@ -19,7 +19,6 @@ from experiments.jobs import remaining_jobs, run_jobs, snapshot, train
 from experiments.results import Results, record_plan
 from experiments.runner import Metric, Resampling, Runner, make_outdir, run_interruptibly
 from experiments.tables import write_report
-from metrics.options import LEAST_PER_CLASS
 from sampling.options import BALANCED
 from training.objectives import OBJECTIVES
 
@@ -82,10 +81,10 @@ def teacher_of(o: Options, bundled: Bundled | None, objectives: list[str]) -> Te
     return Teacher(network=bundled.network, classes=bundled.classes)
 
 
-def resampling(o: Options, bundled: Bundled | None, num: int, classes: int, labels: str | None) -> Resampling:
-    """By classes where every class comes equally often, and often enough."""
+def resampling(o: Options, bundled: Bundled | None, classes: int, labels: str | None) -> Resampling:
+    """By classes where every class comes equally often."""
     bootstrap = o.bootstrap if o.bootstrap is not None else RESAMPLES * (bundled is not None)
-    return Resampling(bootstrap, classes if labels == BALANCED and num >= classes * LEAST_PER_CLASS else 1)
+    return Resampling(bootstrap, classes if labels == BALANCED else 1)
 
 
 def run(o: Options) -> None:
@@ -151,7 +150,7 @@ def run(o: Options) -> None:
             training = comparison.teacher_training(bundled)
             train(runner, training, data, None, threads=cores)
             teacher = str(snapshot(runner, training))
-        how = labels, resampling(o, bundled, num, given.classes, labels)
+        how = labels, resampling(o, bundled, given.classes, labels)
         jobs = remaining_jobs(runner, models, data, teacher, used, num, o.sample_batch, results, *how)
         return used, run_jobs(runner, jobs, o.jobs)
 

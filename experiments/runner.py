@@ -23,7 +23,7 @@ from dnnlib import UserError
 from dnnlib.processes import how_ended
 from dnnlib.text import printable
 from dnnlib.util import LONGEST_MESSAGE
-from metrics.options import GOOD_SOLVER, PAIRS
+from metrics.options import GOOD_SOLVER, LEAST_PER_CLASS, PAIRS
 from training.saved_files import LOG
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,11 +209,10 @@ class Resampling(NamedTuple):
     bootstrap: int = 0
     strata: int = 1
 
-    @property
-    def options(self) -> list[str]:
-        return (
-            [f'--bootstrap={self.bootstrap}', f'--bootstrap-strata={self.strata}'] if self.bootstrap else []
-        )
+    def options(self, images: int) -> list[str]:
+        """For a number of images, which may be too small for classes by themselves."""
+        strata = self.strata if images >= self.strata * LEAST_PER_CLASS else 1
+        return [f'--bootstrap={self.bootstrap}', f'--bootstrap-strata={strata}'] if self.bootstrap else []
 
 
 NO_INTERVALS = Resampling()
@@ -296,7 +295,7 @@ def measure(
             f'--batch={batch}',
             *([f'--detector={of_metric.detector}'] if of_metric.detector else []),
             *([f'--metrics={",".join(("fid", *diversity))}'] if diversity else []),
-            *resampling.options,
+            *resampling.options(images),
         )
         suffix = f'_{metric}' if i else ''
         row[f'distance{suffix}'] = found['fid']['value']

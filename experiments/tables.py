@@ -215,6 +215,20 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, metrics: Se
 # The report.
 
 
+def shown_samples(rows: Sequence[dict], best: dict) -> dict[str, dict[int, dict]]:
+    """{name: {evaluations: row}} of the pictures: students of the first seed, and beside them the teacher."""
+    lines = {
+        name: {nfe: found[0] for nfe, found in cells.items()} for name, cells in of_students(rows).items()
+    }
+    columns = {nfe for cells in lines.values() for nfe in cells}
+    # Without a student, all that the teacher has.
+    euler, searched = of_teacher(rows, 'euler'), best_of_teacher(rows, searched=True)
+    for title, cells in (('teacher, Euler', euler), ('teacher, searched', searched)):
+        lines[title] = {nfe: row for nfe, row in cells.items() if not columns or nfe in columns}
+    lines[f'teacher, {best["nfe"]}'] = {max(columns, default=best['nfe']): best}
+    return {name: cells for name, cells in lines.items() if cells}
+
+
 def write_report(
     runner: Runner, rows: Sequence[dict], best: dict, budget: int, batch: int, metrics: Sequence[str]
 ) -> None:
@@ -256,11 +270,11 @@ def write_report(
         (f'teacher, {best["nfe"]} evaluations', best['distance']),
     )
 
-    # Samples, of the first seed.
+    # Samples.
     grid = lambda row: str(runner.path('grids', f'{row["model"]}.png'))
     pictures = {
-        name: {nfe: grid(found[0]) for nfe, found in cells.items()}
-        for name, cells in {**students, 'teacher, Euler': {nfe: [row] for nfe, row in euler.items()}}.items()
+        name: {nfe: grid(row) for nfe, row in cells.items()}
+        for name, cells in shown_samples(rows, best).items()
     }
     pages.write_strips(pictures, str(runner.path('samples.png')))
 

@@ -27,7 +27,7 @@ from experiments.comparison import Request, plan
 from experiments.jobs import remaining_jobs, run_jobs
 from experiments.results import Results, record_plan
 from experiments.runner import Metric, Runner, newest_snapshot, run_interruptibly
-from experiments.tables import distances_table, notes, paired_table, training_table
+from experiments.tables import distances_table, notes, paired_table, shown_samples, training_table
 from training import checkpoint, command_line, starting_point
 from training.networks import edm2 as networks_edm2
 from training.objectives import OBJECTIVES
@@ -705,6 +705,22 @@ ROWS = [
 BEST = ROWS[4]
 
 
+def test_samples_are_shown_in_the_columns_of_students_with_the_teacher_beside_them():
+    searched = [dict(row('diffusion', nfe, 0.1, None, 'unipc'), searched=True) for nfe in (2, 4)]
+    euler, sampled = row('diffusion', 2, 5.0, None, 'euler'), [*ROWS, *searched]
+    shown = shown_samples([*sampled, euler], BEST)
+    assert {name: list(cells) for name, cells in shown.items()} == {
+        'mcd': [1, 4],
+        'direct': [4],
+        'teacher, Euler': [1, 4],
+        'teacher, searched': [4],
+        'teacher, 511': [4],
+    }
+    assert shown['mcd'][1] is ROWS[0] and shown['teacher, 511'][4] is BEST
+    alone = shown_samples([each for each in [*sampled, euler] if each['seed'] is None], BEST)
+    assert list(alone['teacher, Euler']) == [1, 4, 2] and list(alone['teacher, 511']) == [511]
+
+
 def test_the_reference_is_what_the_options_say_also_where_others_take_more_evaluations():
     """--reference-steps=2 --steps=4: Heun's 3 evaluations, which are then no point of the teacher's line; 0.1 / 2 = 0.05."""
     _, lines = distances_table(ROWS, ROWS[-1], 'distance')
@@ -952,7 +968,8 @@ def test_two_objectives_through_the_real_scripts(digits, teacher, rulers, tmp_pa
 @pytest.mark.parametrize(
     ('arguments', 'words', 'status'),
     [
-        (['--data=x.zip'], ['--teacher', '--ref'], 2),
+        (['--data=x.zip'], ['no such file or folder, and none of digits, photos'], 2),
+        ([f'--data={__file__}'], ['--teacher', '--ref'], 2),
         (['--objectives=mcd,nonsense'], ['nonsense', 'direct'], 2),
         (['--objectives=mcd,mcd'], ['twice'], 2),
         (['--steps=1,1'], ['different'], 2),
@@ -965,7 +982,7 @@ def test_two_objectives_through_the_real_scripts(digits, teacher, rulers, tmp_pa
         (['--budget=3'], ['--budget', 'one step'], 1),
         (['--', '--lr=x'], ['lr'], 2),
         (['--', '--seed=3'], ['--seed of train.py'], 2),
-        (['--data=x.zip', '--teacher=t', '--ref=a', '--ref=b', '--detector=c'], ['one for each'], 2),
+        ([f'--data={__file__}', '--teacher=t', '--ref=a', '--ref=b', '--detector=c'], ['one for each'], 2),
     ],
 )
 def test_wrong_options_are_one_clear_error_and_nothing_is_written(

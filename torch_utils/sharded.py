@@ -30,7 +30,6 @@ class ShardedParameters(FlatParameters):
         net: the same network on every process, on its device.
         blocks: parts of it that are gathered one after another.
     Attributes:
-        size: n, the number of values of the whole network.
         weights: [m] Parameter, this process's share. If the network trains, `grad` is that of the gradient, after
             `take_gradients`.
         parameters: those of the network, DTensors but for scalars.
@@ -59,7 +58,7 @@ class ShardedParameters(FlatParameters):
         # This process's share: vectors first, then scalars.
         self.parameters = list(net.parameters())
         self._shapes = [parameter.shape for parameter in self.parameters]
-        self._starts, self.size = layout([shape.numel() for shape in self._shapes])
+        self._starts, self._size = layout([shape.numel() for shape in self._shapes])
         own = [own_part(parameter) for parameter in self.parameters]
         order = sorted(range(len(own)), key=lambda i: self.parameters[i].ndim == 0)
         starts, total = layout([own[i].numel() for i in order])
@@ -114,6 +113,10 @@ class ShardedParameters(FlatParameters):
         return (total + torch.linalg.vector_norm(scalars).square()).sqrt()
 
     # Vectors of the whole network. All processes call these together.
+
+    @property
+    def size(self) -> int:
+        return self._size
 
     @torch.no_grad()
     def whole(self, vector: torch.Tensor, device: torch.device | None = None) -> torch.Tensor | None:
