@@ -42,7 +42,10 @@ RUNS = {
     'sid': ['--aux_ahead=1', '--u_max=0.7'],
 }
 # Further runs of an objective, which are slow together.
-SLOW = {'flowmap, solution', 'flowmap, hop', 'flowmap, difference', 'scd, half precision'}
+SLOW = {
+    *('flowmap, solution', 'flowmap, hop', 'flowmap, difference', 'flowmap, tangent'),
+    *('scd, half precision', 'scd, two segments'),
+}
 
 SHORT = [
     '--cond=1',

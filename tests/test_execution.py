@@ -247,7 +247,13 @@ def test_half_precision_inside_is_the_same_network_with_shorter_numbers(kind, dt
         assert 0 < (rounded - exact).norm() / exact.norm() < 8 * torch.finfo(dtype).eps / 2
 
 
-@pytest.mark.parametrize('precision, earlier', [('fp32', []), ('bf16', []), ('fp32', [5, 3])])
+@pytest.mark.parametrize(
+    'precision, earlier',
+    [
+        *(pytest.param(precision, [], marks=pytest.mark.slow) for precision in ('fp32', 'bf16')),
+        ('fp32', [5, 3]),
+    ],
+)
 def test_a_compiled_network_has_few_graphs_on_several_processes(precision, earlier):
     """And the same gradients, which arrive in several parts. DDP cuts where a bucket is full: at every parameter, if each
     seemed as large as all; and not at all where the batch size is dynamic, as after a network of the same class was

@@ -62,7 +62,7 @@ def pictures(count, channels=3, size=16, seed=1):
     return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-@pytest.mark.parametrize('tf32', [False, True])
+@pytest.mark.parametrize('tf32', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_tensorfloat_32_is_used_inside_of_lpips_alone_in_both_passes(network, tf32, monkeypatch):
     convolutions, seen = torch.backends.cudnn, []
     monkeypatch.setattr(convolutions, 'allow_tf32', False)

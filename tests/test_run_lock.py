@@ -462,6 +462,7 @@ def test_of_20_pairs_of_runs_one_of_each_trains(tmp_path, digits, whole, whole_o
     compete(digits, tmp_path, whole_of_two if processes == 2 else whole, processes, resume=number % 4 >= 2)
 
 
+@pytest.mark.slow
 def test_a_resume_a_second_after_torchrun_was_killed_is_the_only_course(tmp_path, digits, whole_of_two):
     first = Process(command(digits, tmp_path, processes=2))
     first.wait_for(lambda: saved_states(tmp_path))

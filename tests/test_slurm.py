@@ -117,6 +117,7 @@ def test_a_job_that_must_stop_requeues_itself_and_its_next_start_goes_on_to_the_
     assert nimg == sorted(set(nimg)) and nimg[-1] == STEPS * 64
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_is_not_requeued_even_after_an_earlier_stop(tmp_path, cluster):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'preempted.json').write_text('{}')

@@ -105,6 +105,7 @@ def test_two_processes_stop_together_and_resume_bit_for_bit(tmp_path, digits, wh
     assert_same_run(tmp_path, whole_of_two)
 
 
+@pytest.mark.slow
 def test_one_process_of_two_is_asked_and_both_stop(tmp_path, digits, whole_of_two):
     process = Process(command(digits, tmp_path, processes=2))
     process.wait_for(lambda: ticks(tmp_path) >= 2)

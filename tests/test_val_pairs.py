@@ -97,6 +97,7 @@ def test_a_run_trains_the_same_without_it(whole, digits, teacher, rulers, tmp_pa
     assert options[0]['validation']['pairs'] == 16 and 'pairs' not in options[1]['validation']
 
 
+@pytest.mark.slow
 def test_a_resumed_run_evaluates_the_same_pairs(whole, digits, teacher, rulers, tmp_path):
     """From the state in the middle, with the options in it."""
     run(
