@@ -118,8 +118,8 @@ class OptionsFor(click.ParamType):
     '--bootstrap',
     type=Resamples(),
     group=MEASURING,
-    help='Resamples, 40 or more, for 95 % intervals of the sampling noise, each as expensive as a distance; 0 disables them.  '
-    '[default: 200 on digits and photos, else 0]',
+    help='Resamples, 40 or more, for 95 % intervals of the sampling noise, each as expensive as a '
+    'distance; 0 disables them.  [default: 200 on digits and photos, else 0]',
 )
 @cli.option(
     '--reference-steps',

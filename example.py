@@ -62,8 +62,8 @@ def main(snapshot, dest, rows=4, columns=10):
     solver, steps = samplers.resolve(net, None, None)
     if solver not in ('student', 'heun'):
         raise UserError(
-            f'{snapshot} is a consistency model or a student that is sampled with noise, and this example knows teachers '
-            'and other students: see generate.py'
+            f'{snapshot} is a consistency model or a student that is sampled with noise, and this example '
+            'knows teachers and other students: see generate.py'
         )
     torch.manual_seed(0)
     latents = torch.randn(rows * columns, net.img_channels, net.img_resolution, net.img_resolution).to(device)

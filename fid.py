@@ -99,15 +99,15 @@ def main():
     '--bootstrap',
     type=Resamples(),
     default=0,
-    help='Resamples, 40 or more, for a 95 % interval of the sampling noise (not the bias), each as expensive as a '
-    'distance; 0 disables the interval.',
+    help='Resamples, 40 or more, for a 95 % interval of the sampling noise (not the bias), each as '
+    'expensive as a distance; 0 disables the interval.',
 )
 @cli.option(
     '--bootstrap-strata',
     'strata',
     type=cli.COUNT,
-    help='Number of classes, which the images are of in turn, as with --labels=balanced: each is resampled by itself.  '
-    '[default: those of --network with --labels=balanced, else 1]',
+    help='Number of classes, which the images are of in turn, as with --labels=balanced: each is resampled '
+    'by itself.  [default: those of --network with --labels=balanced, else 1]',
 )
 @cli.option(
     '--nearest-k',
@@ -333,6 +333,7 @@ def strata_of(source, count: int, given: int | None) -> int:
     strata, missing = given or source.strata or 1, source.total - count
     if strata == 1:
         return 1
+    # By default as far as the images allow it. Resampled as drawn, their interval is too wide and not too narrow.
     if not given:
         if not missing and count >= strata * LEAST_PER_CLASS:
             return strata
@@ -343,12 +344,14 @@ def strata_of(source, count: int, given: int | None) -> int:
         )
         return 1
 
+    # A missing image shifts the classes of all that follow.
     option, leave_out = f'--bootstrap-strata={given}', 'or leave the option out'
     if missing:
         raise UserError(
             f'{option}: {missing} of {source.total} images are left out, so that those that remain are '
             f'not of all classes in turn; give --num={source.total}, {leave_out}.'
         )
+    # The classes of a network's images are known, those of files only by their labels.
     if source.strata not in (None, given):
         kind = f'{source.strata} classes in turn' if source.strata > 1 else 'no classes in turn'
         raise UserError(
@@ -357,12 +360,14 @@ def strata_of(source, count: int, given: int | None) -> int:
     classes = None if source.strata else source.classes()
     if classes is not None and (classes[given:] != classes[:-given]).any():
         raise UserError(
-            f'{option}: by their labels, the images of {source.name} are not of {given} classes in turn; {leave_out[3:]}.'
+            f'{option}: by their labels, the images of {source.name} are not of {given} classes in turn; '
+            f'{leave_out[3:]}.'
         )
+    # Of one image a class, all resamples are the same.
     if count < given * LEAST_PER_CLASS:
         raise UserError(
-            f'{option}: {count} images are fewer than {LEAST_PER_CLASS} of each class, too few to resample by '
-            f'themselves; give more images, {leave_out}.'
+            f'{option}: {count} images are fewer than {LEAST_PER_CLASS} of each class, too few to resample '
+            f'by themselves; give more images, {leave_out}.'
         )
     return given
 
@@ -382,8 +387,8 @@ def check_pairs(paths, measures, seed_sets, pairs: PairOptions) -> None:
     for text, seeds in seed_sets:
         if len(seeds) < (pairs.pairs_num or 2):
             raise click.UsageError(
-                f'--seeds={text} are {len(seeds)}, fewer than the {pairs.pairs_num or 2} pairs: give more seeds'
-                f'{", or a smaller --pairs-num" * bool(pairs.pairs_num)}.'
+                f'--seeds={text} are {len(seeds)}, fewer than the {pairs.pairs_num or 2} pairs: give more '
+                f'seeds{", or a smaller --pairs-num" * bool(pairs.pairs_num)}.'
             )
 
 

@@ -112,6 +112,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def _cure_of_no_labels(self) -> str:
         from data.sources.class_folders import class_folders
 
+        # EDM's format has labels in a file; folders of classes are a source for it.
         if folders := class_folders(self._files.images):
             names = ', '.join(folders.names[:3]) + ', ...' * (len(folders.names) > 3)
             how = f'dataset_tool.py --source={self._files.path} --dest=data.zip'

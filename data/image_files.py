@@ -54,10 +54,11 @@ class ImageFiles:
 
         # Names, from the disk or the zip's directory.
         self.is_folder = os.path.isdir(self.path)
+        # Its PNGs would pass as a data set of a few large images.
         if self.is_folder and os.path.exists(os.path.join(self.path, RUN_RECORD)):
             raise UserError(
-                f'{self.path} is the folder of a training run, whose pictures are grids of samples; give a folder '
-                'of images, such as the --outdir of generate.py'
+                f'{self.path} is the folder of a training run, whose pictures are grids of samples; give a '
+                'folder of images, such as the --outdir of generate.py'
             )
         self._index = None if self.is_folder else self._read_index()
         self._stored: dict[str, str] = {}  # normalized name -> name on disk, where the latter has backslashes

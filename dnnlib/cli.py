@@ -378,8 +378,8 @@ class Seeds(IntRanges):
             self.fail(f'there is no seed {max(seeds)}: seeds are below 2^32 = {SEED_COUNT}', param, ctx)
         if not self.repeats and (again := repeated(seeds)):
             self.fail(
-                f'{as_ranges(again, limit=20)} of {len(seeds)} seeds named twice: the same seed again gives the same '
-                'again. Name each once',
+                f'{as_ranges(again, limit=20)} of {len(seeds)} seeds named twice: the same seed again '
+                'gives the same again. Name each once',
                 param,
                 ctx,
             )

@@ -316,8 +316,8 @@ def affordable(name: str, budget: int, cost: float, first_cost: float = 0) -> in
     """How many steps a budget pays for. Raises: UserError if there is none."""
     if budget < cost + first_cost:
         raise UserError(
-            f'--budget: {budget} network evaluations do not pay for one step of {name}, which takes {cost + first_cost:g}. '
-            'Raise it.'
+            f'--budget: {budget} network evaluations do not pay for one step of {name}, which takes '
+            f'{cost + first_cost:g}. Raise it.'
         )
     return int((budget - first_cost) // cost)
 

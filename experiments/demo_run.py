@@ -72,8 +72,8 @@ class Done:
         # Rows of older versions, which drew labels, do not say so.
         if any(row.get('labels') != BALANCED for row in found['rows'].values()):
             raise UserError(
-                f'--outdir={outdir} holds an interrupted demo of an older version, whose samples had drawn labels: '
-                'remove the folder, or choose another.'
+                f'--outdir={outdir} holds an interrupted demo of an older version, whose samples had drawn '
+                'labels: remove the folder, or choose another.'
             )
         self.scale, self.earlier, self.rows = scale, found['seconds'], found['rows']
         self.save()
@@ -316,6 +316,7 @@ def all_rows(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
         'Paired error',
         'Seconds',
     ]
+    # Three distances of the same images, by different features.
     lines = [
         [
             r['model'],
@@ -380,9 +381,9 @@ def supported(rows: list[dict]) -> str:
     worse = [r for r in students if low_of(r) > high_of(few)]
     level = [r for r in students if low_of(r) <= high_of(good) and low_of(good) <= high_of(r)]
     return (
-        f'By their intervals, better than the best that the teacher does in up to 8 evaluations ({title_of(few)}): '
-        f'{listed(better)}; worse: {listed(worse)}; not to be told from the teacher with {good["nfe"]}: '
-        f'{listed(level)}.'
+        'By their intervals, better than the best that the teacher does in up to 8 evaluations '
+        f'({title_of(few)}): {listed(better)}; worse: {listed(worse)}; not to be told from the teacher '
+        f'with {good["nfe"]}: {listed(level)}.'
     )
 
 
@@ -394,12 +395,12 @@ def introduction(rows: list[dict], minutes: float) -> str:
     )
     metrics = '; '.join(f'<b>{name}</b>: {text}' for name, text in DIGITS.metrics.items())
     return (
-        f'<p>{students}.</p><p>Fréchet distances between {rows[0]["images"]} samples, each digit equally often, '
-        'and the 1,797 real digits of scikit-learn, in the features of a small digits classifier that the demo '
-        'trains in seconds. This is not FID: no Inception network is involved, and the numbers compare with '
-        f'nothing outside this page. The features of the other two columns are not trained. {metrics}. Intervals '
-        'are the sampling noise (bootstrap within each digit), not that of another training. Paired error: root '
-        'mean square difference of pixels, which are between 0 and 1, from what the teacher makes of the same '
-        'seeds in 511 '
+        f'<p>{students}.</p><p>Fréchet distances between {rows[0]["images"]} samples, each digit equally '
+        'often, and the 1,797 real digits of scikit-learn, in the features of a small digits classifier '
+        'that the demo trains in seconds. This is not FID: no Inception network is involved, and the '
+        'numbers compare with nothing outside this page. The features of the other two columns are not '
+        f'trained. {metrics}. Intervals are the sampling noise (bootstrap within each digit), not that of '
+        'another training. Paired error: root mean square difference of pixels, which are between 0 and 1, '
+        'from what the teacher makes of the same seeds in 511 '
         f'evaluations. {supported(rows)} The whole run took {minutes:.1f} minutes.</p>'
     )

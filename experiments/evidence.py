@@ -124,12 +124,14 @@ def main(outdir, only, some, record, jobs):
         part = shlex.split(some)
     except ValueError as error:
         raise click.UsageError(f'--some={some}: {error}.') from error
+    # Rows of other settings could not be recorded, which would be found after hours.
     if fixed := [word for word in part if word.lstrip('-').partition('=')[0].replace('_', '-') not in PARTS]:
         raise click.UsageError(
-            f'--some={some}: {fixed[0]} would be another comparison; choose among --{", --".join(PARTS)}, each with = and '
-            'its value.'
+            f'--some={some}: {fixed[0]} would be another comparison; choose among --{", --".join(PARTS)}, '
+            'each with = and its value.'
         )
 
+    # One comparison after another: measure, and put its rows into the record.
     def work() -> None:
         for name in only:
             if not record:
@@ -140,7 +142,8 @@ def main(outdir, only, some, record, jobs):
                 found = with_rows_before(found, json.loads(path.read_text()), path)
             write_json(path, found)
             print(
-                f'Recorded in {path}: {count} rows measured, {len(found["rows"]) - count} of the record before.'
+                f'Recorded in {path}: {count} rows measured, {len(found["rows"]) - count} of the record '
+                'before.'
             )
 
     run_interruptibly(runner, work, 'run the same command again to resume.')
@@ -154,7 +157,8 @@ def command(name: str, outdir: Path, jobs: int, part: Sequence[str] = ()) -> lis
         folder = teacher_folder(name, outdir)
         if not is_finished(folder):
             raise UserError(
-                f'{name} needs the teacher of {comparison.teacher_of}: run --only={comparison.teacher_of} first.'
+                f'{name} needs the teacher of {comparison.teacher_of}: run --only={comparison.teacher_of} '
+                'first.'
             )
         teacher = [f'--teacher={newest_snapshot(folder)}']
     options = [f'--outdir={outdir / name}', *teacher, f'--jobs={jobs}', *comparison.options, *part]
@@ -203,8 +207,8 @@ def with_rows_before(record: dict, before: dict, path: Path) -> dict:
     )
     if not alike:
         raise UserError(
-            f'{path} holds {len(rows)} rows of other settings, other trainings or another teacher, which do not compare with '
-            'those measured: move it away, and record again with --record.'
+            f'{path} holds {len(rows)} rows of other settings, other trainings or another teacher, which '
+            'do not compare with those measured: move it away, and record again with --record.'
         )
     return record | dict(rows=in_order([*record['rows'], *rows]), trainings=others | record['trainings'])
 

@@ -189,6 +189,7 @@ def table(rows: list[dict]) -> str:
         'distance from the data',
         "from the guided teacher's images",
     ]
+    # A line of each model, in the order in which they were measured.
     cells = lambda row: [
         row['model'],
         row['nfe'],

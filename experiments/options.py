@@ -34,7 +34,8 @@ JOBS = Option('jobs', cli.SOME_WORKERS, 'Commands to run in parallel.', default=
 SCALE = Option(
     'scale',
     cli.SOME_FACTOR,
-    'Factor for the number of training steps and, below 1, of samples. Small values give a meaningless table.',
+    'Factor for the number of training steps and, below 1, of samples. Small values give a meaningless '
+    'table.',
     default=1.0,
     metavar='FLOAT',
 )

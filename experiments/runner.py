@@ -211,6 +211,7 @@ class Resampling(NamedTuple):
 
     def options(self, images: int) -> list[str]:
         """For a number of images, which may be too small for classes by themselves."""
+        # fid.py refuses few images of a class.
         strata = self.strata if images >= self.strata * LEAST_PER_CLASS else 1
         return [f'--bootstrap={self.bootstrap}', f'--bootstrap-strata={strata}'] if self.bootstrap else []
 

@@ -215,7 +215,8 @@ def read_record(path: Path, settings: dict) -> dict:
     # Values of other settings would pass for those of this table.
     if record['settings'] != settings:
         raise UserError(
-            f'--json={path} is the table of another network, reference, or other images or labels: choose another name.'
+            f'--json={path} is the table of another network, reference, or other images or labels: choose '
+            'another name.'
         )
     return record
 

@@ -153,27 +153,31 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, metrics: Se
         f"Ratios are to the teacher's own distance with {best['nfe']} evaluations (Heun); in brackets the "
         f'Fréchet distance of {best["images"]:,} images, of each training seed. By {next(iter(metrics))}, '
         f'that of the teacher is {best["distance"]:.4g}.',
-        f'The best solver is that of {" and ".join(teacher.FAST)} with the least distance, which is named; the '
-        f'teacher has the benefit of that choice. Levels of {" and ".join(teacher.SEARCHED)} are searched by '
-        'search.py --schedule.',
+        f'The best solver is that of {" and ".join(teacher.FAST)} with the least distance, which is named; '
+        f'the teacher has the benefit of that choice. Levels of {" and ".join(teacher.SEARCHED)} are '
+        'searched by search.py --schedule.',
     ]
 
     if any('recall' in row for row in rows):
         lines.append(
-            f"Recall and coverage: shares of the data near a model's images, see docs/recipes.md; those of the teacher with "
-            f'{best["nfe"]} evaluations are {best.get("recall", float("nan")):.3f} and {best.get("coverage", float("nan")):.3f}.'
+            "Recall and coverage: shares of the data near a model's images, see docs/recipes.md; those of "
+            'the teacher with '
+            f'{best["nfe"]} evaluations are {best.get("recall", float("nan")):.3f} and '
+            f'{best.get("coverage", float("nan")):.3f}.'
         )
 
     # Which images have pairs.
     if any('paired_error' in row for row in rows):
         lines.append(
             f"Paired error: root mean square distance of a model's images from those of the teacher with "
-            f'{best["nfe"]} evaluations, of the same seeds and labels, over the standard deviation of the data '
+            f'{best["nfe"]} evaluations, of the same seeds and labels, over the standard deviation of the '
+            'data '
             f"({PAIRS:,} pairs or all; docs/method.md). The teacher's solver is the one with the least."
         )
     if none := sorted({row['objective'] for row in rows if row.get('paired_error', 0) is None}):
         lines.append(
-            f'–: {", ".join(none)} in more than one step draws noise between steps, so its images have no pairs.'
+            f'–: {", ".join(none)} in more than one step draws noise between steps, so its images have no '
+            'pairs.'
         )
 
     # Objectives that share a condition share a line.
@@ -206,7 +210,8 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, metrics: Se
     if any(set(metrics) == set(bundled.metrics) for bundled in BUNDLED.values()):
         lines.append(
             'The features are made for this data: those of a classifier trained on it, principal components '
-            'of its pixels, a random convolution. This is not FID, and compares with nothing outside this table.'
+            'of its pixels, a random convolution. This is not FID, and compares with nothing outside this '
+            'table.'
         )
     return lines
 

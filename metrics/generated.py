@@ -61,6 +61,7 @@ class GeneratedImages:
     @property
     def strata(self) -> int:
         """Number of classes that the images are of in turn, which balanced labels are by seed; else 1."""
+        # Balanced labels have `classes`, the one of seed s the (s mod count)-th.
         count = len(getattr(self.arguments['choose_labels'], 'classes', [None]))
         in_turn = all((b - a - 1) % count == 0 for a, b in itertools.pairwise(self.seeds))
         return count if in_turn else 1

@@ -136,8 +136,8 @@ class Teacher(click.ParamType):
         # A word after the last colon is a mistake about solver or steps; names have a suffix or a slash.
         if not head or solver in SOLVERS or re.fullmatch(r'[\w-]*', last):
             self.fail(
-                f'{cli.shown(value)} is not NETWORK[:SOLVER[:STEPS]], as in teacher.pkl:{GOOD_SOLVER}:{GOOD_STEPS}, '
-                f'with a solver of {", ".join(SOLVERS)}',
+                f'{cli.shown(value)} is not NETWORK[:SOLVER[:STEPS]], as in '
+                f'teacher.pkl:{GOOD_SOLVER}:{GOOD_STEPS}, with a solver of {", ".join(SOLVERS)}',
                 param,
                 ctx,
             )
@@ -151,8 +151,10 @@ class PairOptions:
     pairs_with: PairsWith | None = opt(
         None,
         Teacher(),
-        'Also compute the paired error: the distance of each image from the one that this network makes of the '
-        "same seed and label, over the data's standard deviation. A teacher is sampled by the solver with so many "
+        'Also compute the paired error: the distance of each image from the one that this network makes of '
+        'the '
+        "same seed and label, over the data's standard deviation. A teacher is sampled by the solver with "
+        'so many '
         'steps.',
         flags=('--pairs-with',),
         metavar='PKL[:SOLVER[:STEPS]]',

@@ -322,8 +322,8 @@ def load_teacher(name: str, net, network: str, o: GuidanceOptions):
     if record.get('guidance') is not None and guidance.sampled_in_steps(net) and o.guide is None:
         evaluation.log(
             f'Warning: {network} was distilled from a teacher that was guided (--guide={record.get("guide")} '
-            f'--guidance={record["guidance"]:g}), and {name} is not: the paired error includes the difference. Add '
-            'these options.'
+            f'--guidance={record["guidance"]:g}), and {name} is not: the paired error includes the '
+            'difference. Add these options.'
         )
     return teacher
 
@@ -344,8 +344,8 @@ def data_deviation(
             std = recorded_deviation(ref) if holds_statistics(ref) else deviation_of_images(ref, options)
     if std is None:
         evaluation.log(
-            f'Note: {ref} does not record the standard deviation of its images, so that of {TEACHERS_IMAGES} is used; '
-            'fid.py ref records it.'
+            f'Note: {ref} does not record the standard deviation of its images, so that of '
+            f'{TEACHERS_IMAGES} is used; fid.py ref records it.'
         )
     return None if std is None else Deviation(std, ref)
 
@@ -393,13 +393,14 @@ def check_deterministic(
         solver, _ = samplers.resolve(net, solver, steps, **options)
         cure = dict(cm='sample it in one step, or ', ancestral='').get(solver, 'leave S_churn out, or ')
         raise UserError(
-            f'{name} is sampled with noise that is drawn on the way, so its images are not a function of latent '
-            f'and label, and have no pairs: {cure}leave the paired error out.'
+            f'{name} is sampled with noise that is drawn on the way, so its images are not a function of '
+            f'latent and label, and have no pairs: {cure}leave the paired error out.'
         )
 
 
 def check_pair(net, name: str, teacher, teacher_name: str) -> None:
     """Raises: UserError, naming what differs, unless both networks make the same kind of images and labels."""
+    # Size and labels.
     ours, theirs = space_of(net), space_of(teacher)
     sizes = [(each.img_resolution, each.img_channels) for each in (net, teacher)]
     if sizes[0] != sizes[1] or ours.differs(theirs):
@@ -408,16 +409,18 @@ def check_pair(net, name: str, teacher, teacher_name: str) -> None:
             f'{name} makes images of {describe(sizes[0], ours)}, and {teacher_name} of '
             f'{describe(sizes[1], theirs)}: they have no pairs. Give the teacher that it was distilled from.'
         )
+    # Of a class that it has never seen, the teacher makes noise.
     if untaught := sorted({*theirs.absent} - {*ours.absent}):
         raise UserError(
-            f'{teacher_name} has seen no images of classes {listed(untaught)}, of which {name} makes images: give '
-            'the teacher that it was distilled from.'
+            f'{teacher_name} has seen no images of classes {listed(untaught)}, of which {name} makes '
+            'images: give the teacher that it was distilled from.'
         )
+    # Latents of two encoders are not comparable.
     records = [each.metadata.get('encoder') for each in (net, teacher)]
     if records[0] != records[1]:
         decoders = [record['class_name'] if record else 'pixels' for record in records]
         raise UserError(
             f'{name} makes what {decoders[0]} decodes, and {teacher_name} what {decoders[1]} decodes'
-            f'{" with other arguments" * (decoders[0] == decoders[1])}: they have no pairs. Give the teacher that '
-            'it was distilled from.'
+            f'{" with other arguments" * (decoders[0] == decoders[1])}: they have no pairs. Give the '
+            'teacher that it was distilled from.'
         )

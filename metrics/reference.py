@@ -196,13 +196,13 @@ def _check_features(
     # Digests identify a detector; without them, the number of features still tells many apart.
     if None not in (known, digest) and known != digest:
         raise UserError(
-            f'{source} was made with detector {reference.detector} (SHA-256 {known[:12]}...), not with {name} '
-            f'({digest[:12]}...). Pass the same --detector, or recreate the reference with fid.py ref.'
+            f'{source} was made with detector {reference.detector} (SHA-256 {known[:12]}...), not with '
+            f'{name} ({digest[:12]}...). Pass the same --detector, or recreate the reference with fid.py ref.'
         )
     if dim is not None and dim != len(reference.mu):
         raise UserError(
-            f'{source} has {len(reference.mu)} features{made_with}, but detector {name} returns {dim}. Pass the '
-            'detector that made the reference, or recreate the reference with fid.py ref.'
+            f'{source} has {len(reference.mu)} features{made_with}, but detector {name} returns {dim}. '
+            'Pass the detector that made the reference, or recreate the reference with fid.py ref.'
         )
 
 

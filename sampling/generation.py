@@ -259,6 +259,7 @@ def save_picture(picture: Tensor, path: str) -> None:
 
     The factor is a whole number, so that pixels stay square.
     """
+    # By the nearest pixel, as every value has to be seen.
     zoom = max(256 // picture.shape[-1], 1)
     save_images(picture.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)[None], [path])
 

@@ -75,8 +75,8 @@ def choose(
     if labels == BALANCED:
         if space.are_vectors:
             raise UserError(
-                f'--labels={BALANCED}: {network} takes {space}, which do not come in turn: give --labels={DATA}, or '
-                '--labels=FILE.npy'
+                f'--labels={BALANCED}: {network} takes {space}, which do not come in turn: give '
+                f'--labels={DATA}, or --labels=FILE.npy'
             )
         return BalancedLabels(space.with_images)
     if labels == DATA:

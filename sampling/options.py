@@ -55,7 +55,8 @@ class GeneralOptions:
         None,
         click.Choice(SOLVERS),
         'Method of sampling; best: a solver for teachers by the number of evaluations.',
-        default_text='what the snapshot is: student, cm for a consistency model, ancestral for mm, heun for a teacher',
+        default_text='what the snapshot is: student, cm for a consistency model, ancestral for mm, heun '
+        'for a teacher',
     )
     sigma_min: float | None = opt(None, cli.SIGMA, 'Lowest noise level.', default_text='varies')
     sigma_max: float | None = opt(None, cli.SIGMA, 'Highest noise level.', default_text='varies')
@@ -131,9 +132,9 @@ class TeacherOptions:
     sigmas: list[float] | None = opt(
         None,
         LevelList(),
-        'Noise levels to sample at, in place of a spacing: falling numbers, as in 80,5.8,0.9,0.002, or a text '
-        'file of them, as search.py --schedule writes. The image is the state at the last, or at 0; also for flow maps, '
-        'whose last step always ends at 0.',
+        'Noise levels to sample at, in place of a spacing: falling numbers, as in 80,5.8,0.9,0.002, or a '
+        'text file of them, as search.py --schedule writes. The image is the state at the last, or at 0; '
+        'also for flow maps, whose last step always ends at 0.',
         metavar='LIST|FILE',
     )
     to_zero: bool | None = opt(

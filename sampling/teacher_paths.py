@@ -68,7 +68,8 @@ class TeacherPaths:
         finite = all(end.isfinite().all().item() for ends in self.ends for end in ends.values())
         if not all(distributed.gather_objects(finite)):
             raise UserError(
-                "The network's paths are not finite (NaN or infinite values): no schedule of it can be searched."
+                "The network's paths are not finite (NaN or infinite values): no schedule of it can be "
+                'searched.'
             )
 
     def _denoiser(self, seeds: Sequence[int]) -> tuple[solvers.Denoiser, Tensor]:

@@ -115,8 +115,8 @@ def _check_host_name(world_size: int) -> None:
     if address.startswith('127.'):
         raise UserError(
             f'This machine takes its name, {name}, for {address}, where other machines do not reach it. Set '
-            'GLOO_SOCKET_IFNAME to its network interface (and NCCL_SOCKET_IFNAME), such as eth0: `ip address` '
-            'lists them.'
+            'GLOO_SOCKET_IFNAME to its network interface (and NCCL_SOCKET_IFNAME), such as eth0: `ip '
+            'address` lists them.'
         )
 
 

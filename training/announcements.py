@@ -189,17 +189,17 @@ def edge_warnings(c: EasyDict) -> list[str]:
     last = ops.anneal_T(c.total_nimg, loss.T_start, loss.T_end, loss.T_anneal_kimg)
     if rise > c.total_nimg:
         found.append(
-            f'T is {last} when the run ends at {c.total_nimg / 1e3:g} kimg, not --T_end={loss.T_end}. Shorten '
-            f'--T_anneal_kimg={loss.T_anneal_kimg:g}, or lengthen --duration.'
+            f'T is {last} when the run ends at {c.total_nimg / 1e3:g} kimg, not --T_end={loss.T_end}. '
+            f'Shorten --T_anneal_kimg={loss.T_anneal_kimg:g}, or lengthen --duration.'
         )
 
     steps, gained = min(rise, c.total_nimg) / c.batch_size, (last - loss.T_start) / loss.S
     taken = max(round(steps), 1)
     if steps < STEPS_PER_EDGE * gained:
         found.append(
-            f'T rises from {loss.T_start} to {last} in {taken:,} step{"s" * (taken > 1)}, and the network needs '
-            f'about {STEPS_PER_EDGE * gained:,.0f} to follow ({STEPS_PER_EDGE} for each edge that a segment '
-            'gains). Lower --T_end, or lengthen --duration.'
+            f'T rises from {loss.T_start} to {last} in {taken:,} step{"s" * (taken > 1)}, and the network '
+            f'needs about {STEPS_PER_EDGE * gained:,.0f} to follow ({STEPS_PER_EDGE} for each edge that a '
+            'segment gains). Lower --T_end, or lengthen --duration.'
         )
     return found
 

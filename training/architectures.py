@@ -40,8 +40,8 @@ def missing_levels(network: Mapping) -> list[str]:
         named = network['kwargs'].get(option) or []
         if missing := [str(res) for res in named if res not in levels]:
             warnings.append(
-                f'Warning: --{option} names {", ".join(missing)}, which this network does not have: its levels '
-                f'are {", ".join(map(str, levels))}.'
+                f'Warning: --{option} names {", ".join(missing)}, which this network does not have: its '
+                f'levels are {", ".join(map(str, levels))}.'
             )
     return warnings
 

@@ -232,19 +232,20 @@ def check_together(o: Options) -> None:
     stray = [RUN[f'val_{option}'] for option in VAL_ODE if getattr(run, f'val_{option}') not in (None, False)]
     if stray and objective.loss:
         raise click.UsageError(
-            f'{options.names(stray)}: these are for --objective=diffusion, and {name} makes a model with a sampler '
-            'of its own.'
+            f'{options.names(stray)}: these are for --objective=diffusion, and {name} makes a model with a '
+            'sampler of its own.'
         )
     if run.val_pairs and (objective.teacher != 'diffusion' or not o.teacher):
         why = 'goes on from a consistency model' if o.teacher else 'has no teacher'
         raise click.UsageError(
-            f"--val_pairs={run.val_pairs} compares with a diffusion model's images, and --objective={name} {why}."
+            f"--val_pairs={run.val_pairs} compares with a diffusion model's images, and --objective={name} "
+            f'{why}.'
         )
     steps = run.val_steps or (1 if getattr(o.own, 'mid_t', None) is None else 2)
     if run.val_pairs and hasattr(o.own, 'mid_t') and S is None and steps > 1:
         raise click.UsageError(
-            f'--val_pairs={run.val_pairs}: {name} draws noise between {steps} steps, so its images have no pairs. Add '
-            '--val_steps=1.'
+            f'--val_pairs={run.val_pairs}: {name} draws noise between {steps} steps, so its images have no '
+            'pairs. Add --val_steps=1.'
         )
     if run.val_teacher and not o.teacher:
         raise click.UsageError(f'--val_teacher=1 needs a teacher, and --objective={name} has none.')

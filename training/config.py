@@ -26,6 +26,7 @@ IN_STEPS = dict(
     schedule_steps=('schedule_nimg', 1),
     tangent_warmup=('warmup_nimg', 1),
 )
+# Those that a loss records in images alone: the number of steps follows from the batch size.
 COUNTED_IN_IMAGES = {option: name for option, (name, unit) in IN_STEPS.items() if unit == 1}
 RESUME_OR_TRANSFER = '--resume and --transfer exclude each other: a training state holds the weights.'
 
@@ -74,11 +75,12 @@ class Main:
     objective: str = opt(
         'diffusion', click.Choice(list(OBJECTIVES)),
         'diffusion: a teacher; mcd: multistep consistency distillation; mct: the same without a teacher; '
-        "direct: regression on the teacher's solution of each segment; pd: progressive distillation; flowmap: one "
-        "student for any number of steps, of the teacher's flow map; cm-cd, cm-ct: Song et al.'s consistency "
+        "direct: regression on the teacher's solution of each segment; pd: progressive distillation; "
+        "flowmap: one student for any number of steps, of the teacher's flow map; cm-cd, cm-ct: Song et "
+        "al.'s consistency "
         'distillation and training; ict: improved consistency training; ect: easy consistency tuning; tcm: '
-        'truncated consistency training; scd, sct: continuous-time consistency distillation and training; mm, sid '
-        '(both experimental): moment matching, and score identity distillation to one step.',
+        'truncated consistency training; scd, sct: continuous-time consistency distillation and training; '
+        'mm, sid (both experimental): moment matching, and score identity distillation to one step.',
         key='objective')
     consistency: bool | None = opt(None, bool, 'True: same as --objective=mcd.', default_text='False')
     duration: float | None = opt(
@@ -193,12 +195,13 @@ class Validation:
     # Sampling.
     val_steps: int | None = opt(
         None, cli.STEPS, 'Number of sampling steps.',
-        default_text="the student's S, a flow map's most of --steps; 1 for consistency models, with --mid_t 2; 18 for teachers",
+        default_text="the student's S, a flow map's most of --steps; 1 for consistency models, with "
+        "--mid_t 2; 18 for teachers",
         key='validation.steps')
     val_solver: str | None = opt(
         None, OF_ODE['solver'].kind,
-        'Method of sampling a diffusion model; best: by the number of evaluations. For --objective=diffusion, '
-        'as the five options after it.',
+        'Method of sampling a diffusion model; best: by the number of evaluations. For '
+        '--objective=diffusion, as the five options after it.',
         default_text='heun', key='validation.solver')
     val_order: int | None = opt(
         None, OF_ODE['order'].kind, OF_ODE['order'].help,
@@ -231,7 +234,8 @@ class Validation:
         key='validation.num')
     val_pairs: int = opt(
         0, cli.IMAGES,
-        'Number of pairs of which to compute the paired error: the distance of an image from the one that the '
+        'Number of pairs of which to compute the paired error: the distance of an image from the one that '
+        'the '
         "teacher makes of the same seed and label, over the data's standard deviation; 0: none.",
         key='validation.pairs', later=True)
     val_batch: int = opt(
@@ -297,8 +301,8 @@ class Performance:
         flags=('--ema-every',), key='ema_every')
     shard: str = opt(
         'none', click.Choice(['none', 'optimizer']),
-        'optimizer: divide weights, optimizer state and averages among processes (FSDP2); each still evaluates '
-        'the whole network.',
+        'optimizer: divide weights, optimizer state and averages among processes (FSDP2); each still '
+        'evaluates the whole network.',
         key='shard')
     profile_steps: int = opt(
         0, TICKS, 'Write a Chrome trace of this many steps to the run folder.',
@@ -422,7 +426,8 @@ class RunConfig(TensorBoard, WandB, Files, Performance, Validation, Network, Hyp
         # Validation.
         if self.val and not (self.val_ref or self.val_ref_data):
             raise click.UsageError(
-                '--val=1 needs --val_ref=NPZ (made by fid.py ref) or --val_ref_data=ZIP; --val=0 trains without.'
+                '--val=1 needs --val_ref=NPZ (made by fid.py ref) or --val_ref_data=ZIP; --val=0 trains '
+                'without.'
             )
         if self.val:
             cli.check_seeds(self.val_seed, max(self.val_num, SHOWN), '--val_seed', '--val_num')
@@ -438,13 +443,14 @@ class RunConfig(TensorBoard, WandB, Files, Performance, Validation, Network, Hyp
         # Units.
         if self.duration and self.duration > LONGEST:
             raise click.UsageError(
-                f'--duration={self.duration:g} is in millions of images, more than any training has seen: for '
-                f'{self.duration:g} thousand images write --duration={self.duration / 1e3:g}.'
+                f'--duration={self.duration:g} is in millions of images, more than any training has seen: '
+                f'for {self.duration:g} thousand images write --duration={self.duration / 1e3:g}.'
             )
 
         if self.budget and self.duration:
             raise click.UsageError(
-                '--budget and --duration exclude each other: one sets how long the run is, in hours or in images.'
+                '--budget and --duration exclude each other: one sets how long the run is, in hours or in '
+                'images.'
             )
 
         # Precision and resuming.
@@ -459,8 +465,8 @@ class RunConfig(TensorBoard, WandB, Files, Performance, Validation, Network, Hyp
             raise click.UsageError(RESUME_OR_TRANSFER)
         if self.resume and self.budget:
             raise click.UsageError(
-                '--budget is for new runs: a resumed run has the duration that was chosen at its start. Leave it '
-                'out, or change --duration.'
+                '--budget is for new runs: a resumed run has the duration that was chosen at its start. '
+                'Leave it out, or change --duration.'
             )
 
     def _check_averages(self) -> None:

@@ -75,13 +75,14 @@ def resolve_defaults(o: Options, dataset, teacher, earlier: dict | None) -> Opti
     # Checks of the objective's schedule, and the teacher's range of noise levels.
     if getattr(o.own, 'of_solution', 0) and o.run.augment:
         raise UserError(
-            f"--augment={o.run.augment:g} changes images, and the teacher's stored solutions begin at noise: use "
+            f"--augment={o.run.augment:g} changes images, and the teacher's stored solutions begin at "
+            'noise: use '
             '--augment=0, or --target=hop.'
         )
     if o.objective.auxiliary and o.own.aux_ahead + 1 >= training_steps(o):
         raise UserError(
-            f'--aux_ahead={o.own.aux_ahead}: of the {training_steps(o)} optimizer steps of this run none trains the '
-            'student. Lower it, or raise --duration.'
+            f'--aux_ahead={o.own.aux_ahead}: of the {training_steps(o)} optimizer steps of this run none '
+            'trains the student. Lower it, or raise --duration.'
         )
     if run.objective == 'ect':
         check_stages(o)

@@ -110,8 +110,8 @@ DIGITS = dict(lr=1e-3, ema='20kimg', ema_rampup=0.05, lr_rampup=5, student_grid=
 MCD_8, DIRECT_8 = dict(DIGITS, keep_ties=True, top_mass=0.5), dict(DIGITS, top_mass=1)
 # fmt: on
 SMALL = (
-    'for any preset, as in --preset=cifar10-cm-cd,small-gpu: less memory, the same batch; where the loss needs '
-    'FP32 (ict, ect), add --fp16=False'
+    'for any preset, as in --preset=cifar10-cm-cd,small-gpu: less memory, the same batch; where the loss '
+    'needs FP32 (ict, ect), add --fp16=False'
 )
 
 # ----------------------------------------------------------------------------
@@ -207,13 +207,14 @@ def options_of_presets(names: str) -> dict[str, object]:
             raise click.UsageError(
                 f'--preset: there is no preset {cli.shown(name)}.{similar} --list-presets shows all.'
             )
+        # Of two values of an option the later preset's.
         if PRESETS[name].objective:
             chosen.append(name)
         found |= PRESETS[name].options
     if len(chosen) > 1:
         raise click.UsageError(
-            f'--preset={names}: {" and ".join(chosen)} each name an objective. Take one of them; only small-gpu '
-            'goes with another preset.'
+            f'--preset={names}: {" and ".join(chosen)} each name an objective. Take one of them; only '
+            'small-gpu goes with another preset.'
         )
     return found
 

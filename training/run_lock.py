@@ -239,7 +239,8 @@ class RunLock:
                     if holder is not None and holder.process is not None and holder.token != self.token:
                         self.on_loss(
                             f'Error: {self.folder} was taken from this run, by {holder}: nothing more is '
-                            'written. The files that it has saved are complete; the other run continues from them.'
+                            'written. The files that it has saved are complete; the other run continues '
+                            'from them.'
                         )
                         return
                 if time.monotonic() - beat >= PERIOD:

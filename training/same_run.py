@@ -85,8 +85,8 @@ def as_stored(o: Options, name: str) -> Iterator[None]:
             raise
         value = getattr(o.run, name, None) or getattr(o.own, name, None)
         raise UserError(
-            f'{printable(error)} (--{name}={value} is stored in the run that --resume names: give its present '
-            f'place by --{name}=PATH)'
+            f'{printable(error)} (--{name}={value} is stored in the run that --resume names: give its '
+            f'present place by --{name}=PATH)'
         ) from error
 
 

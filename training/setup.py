@@ -216,8 +216,8 @@ def divide_others(c: EasyDict, weights: FlatParameters, loss_state: State) -> No
     """
     if loss_state.networks() and type(loss_state).divide is State.divide:
         distributed.fail_together(
-            f'--shard=optimizer: --objective={c.objective} keeps a network of its own with these options, which it '
-            'does not divide (`State.divide`). Leave it out.'
+            f'--shard=optimizer: --objective={c.objective} keeps a network of its own with these options, '
+            'which it does not divide (`State.divide`). Leave it out.'
         )
     loss_state.divide(weights, divided)
 

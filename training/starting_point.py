@@ -216,8 +216,8 @@ def check_kind(o: Options, teacher) -> None:
     # A diffusion model, or an earlier round of progressive distillation.
     if getattr(teacher, 'two_time', False):
         raise UserError(
-            f'--teacher={o.teacher} is a two-time student itself: distill from a diffusion model. (--transfer starts '
-            'from its weights.)'
+            f'--teacher={o.teacher} is a two-time student itself: distill from a diffusion model. '
+            '(--transfer starts from its weights.)'
         )
     halving = o.run.objective == 'pd'
     if steps and not (
@@ -307,9 +307,11 @@ def check_differentiable(o: Options, network: EasyDict) -> None:
         return
     start = f'--teacher={o.teacher}' if o.teacher else f'--arch={o.run.arch}'
     raise UserError(
-        f'--objective={o.run.objective} trains by the derivative by the noise level, and {start} embeds the level in '
-        f'features that turn by {turns:.2g} radians as ln(sigma) rises by 1, {turns / EDMS_TURNS:.0f} times as fast as '
-        "EDM's positional embedding, and the derivative grows with them. Use a network of --arch=adm or ddpmpp with "
+        f'--objective={o.run.objective} trains by the derivative by the noise level, and {start} embeds '
+        f'the level in features that turn by {turns:.2g} radians as ln(sigma) rises by 1, '
+        f'{turns / EDMS_TURNS:.0f} times as fast as '
+        "EDM's positional embedding, and the derivative grows with them. Use a network of --arch=adm or "
+        'ddpmpp with '
         '--precond=edm, or an objective of discrete steps, such as ect or flowmap.'
     )
 

@@ -163,11 +163,13 @@ def listed_sigmas(net, o: LevelOptions) -> list[float]:
 
     Raises: UserError if they do not fall, leave the network's range, or other options are for levels too.
     """
+    # Nothing else may say what the levels are.
     others = [
         name for name in ('sigma_min', 'sigma_max', 'rho', 'discretization') if getattr(o, name) is not None
     ]
     if others:
         raise WrongOptions(f'sigmas are all noise levels: leave out {", ".join(others)}')
+    # They fall, and make one step at least.
     sigmas = [float(sigma) for sigma in o.sigmas]
     solvers.check_levels(sigmas, bool(o.to_zero))
     if len(sigmas) < 2 and not o.to_zero:
@@ -177,6 +179,7 @@ def listed_sigmas(net, o: LevelOptions) -> list[float]:
     if sigmas[-1] == 0 and o.to_zero is False:
         raise WrongOptions('sigmas ends in 0, and to_zero is off: leave out one of them')
 
+    # The network knows them; text may have rounded its own ends.
     known_min, known_max = known_range(net)
     beyond = [
         s for s in sigmas if s > 0 and not known_min * (1 - ROUNDING) <= s <= known_max * (1 + ROUNDING)

@@ -33,6 +33,7 @@ def learning_rate(c: EasyDict, nimg: int, peak: float | None = None) -> float:
         rate *= min(nimg / c.lr_rampup_nimg, 1.0)
     if c.lr_schedule == 'sqrt':
         return rate * min(math.sqrt(c.lr_ref_nimg / nimg), 1.0) if nimg else rate
+    # A resumed run may be past its end.
     done = min(nimg / c.total_nimg, 1.0)
     return (
         rate * dict(constant=1.0, linear=1 - done, cosine=(1 + math.cos(math.pi * done)) / 2)[c.lr_schedule]

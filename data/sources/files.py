@@ -24,7 +24,8 @@ def files_source(path: pathlib.Path, selection: Selection, background: tuple[int
     except NoImages as error:
         endings = ', '.join(sorted(IMAGE_EXTENSIONS))
         raise UserError(
-            f'--source={str(error).partition(";")[0]}: check the path. Images end in {endings}; folders may be nested.'
+            f'--source={str(error).partition(";")[0]}: check the path. Images end in {endings}; folders '
+            'may be nested.'
         ) from error
     if files.holds_latents:
         with files.open_latents(files.images[0]):  # raises an error of its own for other arrays

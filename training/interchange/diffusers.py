@@ -86,7 +86,8 @@ def check_expressible(net: torch.nn.Module) -> None:
         )
     if net.two_time:
         refuse(
-            'a two-time student, which is also given the level where a step ends: its schedulers give one level'
+            'a two-time student, which is also given the level where a step ends: its schedulers give one '
+            'level'
         )
     if isinstance(net, networks.CMPrecond) and not net.boundary:
         refuse(

@@ -154,7 +154,8 @@ def read_state_dict(source: str | os.PathLike, key: str | None = None) -> dict[s
     prefixes = [entry.removesuffix(FIRST_LAYER) for entry in firsts]
     if not prefixes:
         raise UserError(
-            f"{name} holds no weights of OpenAI's consistency_models: a state dict with a tensor {FIRST_LAYER} is expected, "
+            f"{name} holds no weights of OpenAI's consistency_models: a state dict with a tensor "
+            f'{FIRST_LAYER} is expected, '
             f'and there is {_outline(contents)}.'
         )
     chosen = [prefix for prefix in prefixes if key is None or f'{prefix}.'.startswith(f'{key}.')]

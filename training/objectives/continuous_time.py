@@ -40,7 +40,8 @@ class TangentOptions(Config):
     jvp: str = opt(
         'forward',
         click.Choice(JVPS),
-        "The network's derivative along the ODE (scd, sct, flowmap): in forward mode, or a central difference of two "
+        "The network's derivative along the ODE (scd, sct, flowmap): in forward mode, or a central "
+        'difference of two '
         'evaluations, which --compile also speeds up.',
     )
     tangent_warmup: int | None = opt(
@@ -69,7 +70,8 @@ class ContinuousConfig(TangentOptions, ConsistencySampling, LogNormal, StudentSt
     tangent_weight: str = opt(
         'adaptive',
         click.Choice(TANGENT_WEIGHTS),
-        'Loss weight (scd, sct): learned by the network for each noise level, or the prior 1/sigma alone, which both have.',
+        'Loss weight (scd, sct): learned by the network for each noise level, or the prior 1/sigma alone, '
+        'which both have.',
     )
 
     @classmethod
@@ -79,8 +81,8 @@ class ContinuousConfig(TangentOptions, ConsistencySampling, LogNormal, StudentSt
             return super().from_given(given)
         if of_models := [f'--{name}' for name in ConsistencySampling.sampling if given.get(name) is not None]:
             raise click.UsageError(
-                f'--S={given["S"]} trains a student of that many steps, and {", ".join(of_models)} is for a consistency '
-                'model: leave one of them out.'
+                f'--S={given["S"]} trains a student of that many steps, and {", ".join(of_models)} is for '
+                'a consistency model: leave one of them out.'
             )
         return super().from_given({**given, 'mid_t': None})
 

@@ -37,7 +37,8 @@ class DistillationConfig(SyncDropout, Segments, TeacherHop):
     terminal_anchor: bool = opt(
         True,
         SWITCH,
-        "Give the first and the last edge the probability 1/T each; at sigma_max the target is the teacher's own solution.",
+        'Give the first and the last edge the probability 1/T each; at sigma_max the target is the '
+        "teacher's own solution.",
     )
     terminal_teacher_hop: bool = opt(
         True, SWITCH, "On the edge to 0, aim at the teacher's denoised image instead of the data."

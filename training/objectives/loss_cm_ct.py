@@ -62,7 +62,8 @@ class SongConfig(ConsistencySampling, SyncDropout, GrowingGrid):
     lpips: str | None = opt(
         None,
         cli.PATHS,
-        "Weights of --cm_loss=lpips: torchvision's VGG16 and the lpips package's heads, joined by a comma; or one TorchScript file. "
+        "Weights of --cm_loss=lpips: torchvision's VGG16 and the lpips package's heads, joined by a comma; "
+        'or one TorchScript file. '
         f'{cli.PROGRAM}',
         metavar='FILES|URLS',
         default_text='the published ones',
@@ -81,7 +82,8 @@ class SongConfig(ConsistencySampling, SyncDropout, GrowingGrid):
             raise click.UsageError(f'--N is a grid that stays as it is: leave out --{growing[0]}, or --N.')
         if 'mu_schedule' in given and (cls.N or 'N' in given) and not growing:
             raise click.UsageError(
-                '--mu_schedule is for grids that grow: give --s0, --s1 or --schedule_steps as well, and no --N.'
+                '--mu_schedule is for grids that grow: give --s0, --s1 or --schedule_steps as well, and no '
+                '--N.'
             )
         # For cm-cd, whose N has a default, an option of a growing grid turns that off.
         return super().from_given(given | (dict(N=None) if growing else {}))

@@ -52,8 +52,8 @@ class TuningConfig(ConsistencySampling, TimePairs, LogNormal, SyncDropout, Noise
     ect_weight: str = opt(
         'gap',
         click.Choice(ECT_WEIGHTS),
-        'Loss weight (ect): gap = 1/(t - r), or of t alone 1, 1/t, 1/t + 1/sigma_data, 1/t^2, 1/t^2 + 1/sigma_data^2, '
-        '1/(t^2 + sigma_data^2).',
+        'Loss weight (ect): gap = 1/(t - r), or of t alone 1, 1/t, 1/t + 1/sigma_data, 1/t^2, 1/t^2 + '
+        '1/sigma_data^2, 1/(t^2 + sigma_data^2).',
     )
 
 

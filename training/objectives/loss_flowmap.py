@@ -57,7 +57,8 @@ class FlowMapConfig(TangentOptions, SyncDropout, Targets, TeacherHop, TeacherSol
     target: str | None = opt(
         None,
         click.Choice(FLOW_MAP_TARGETS),
-        "What the student learns (flowmap): the teacher's stored solution; one hop, and the student's own step from there; "
+        "What the student learns (flowmap): the teacher's stored solution; one hop, and the student's own "
+        'step from there; '
         'both (mixed); or the same for hops without length, by the derivative along the ODE (tangent).',
         default_text='solution; without --teacher hop',
         settled=True,
@@ -65,7 +66,8 @@ class FlowMapConfig(TangentOptions, SyncDropout, Targets, TeacherHop, TeacherSol
     steps: list | None = opt(
         None,
         cli.NumberList(cli.Integer(min=1, max=MOST_LEVELS)),
-        'Numbers of sampling steps that the student learns in particular (flowmap); any other can be asked for.',
+        'Numbers of sampling steps that the student learns in particular (flowmap); any other can be asked '
+        'for.',
         default_text='1,2,4,8',
         settled=True,
     )
@@ -77,7 +79,8 @@ class FlowMapConfig(TangentOptions, SyncDropout, Targets, TeacherHop, TeacherSol
     grid_share: float = opt(
         0.8,
         cli.Number(0, 1),
-        'Share of samples on the steps that sampling takes with --steps (flowmap); the others are on any pair of levels.',
+        'Share of samples on the steps that sampling takes with --steps (flowmap); the others are on any '
+        'pair of levels.',
     )
     solution_share: float = opt(
         0.5,
@@ -100,7 +103,8 @@ class FlowMapConfig(TangentOptions, SyncDropout, Targets, TeacherHop, TeacherSol
     tangent_power: float = opt(
         0.75,
         cli.FACTOR,
-        'Exponent p of the loss weight 1 / (|g|^2 + 0.001)^p with --target=tangent and without a teacher (flowmap).',
+        'Exponent p of the loss weight 1 / (|g|^2 + 0.001)^p with --target=tangent and without a teacher '
+        '(flowmap).',
         needs=('target', 'tangent'),
     )
     batch_size: int | None = recorded(None, POSITIVE_COUNT)
@@ -118,14 +122,15 @@ class FlowMapConfig(TangentOptions, SyncDropout, Targets, TeacherHop, TeacherSol
             raise click.UsageError(f'--target={self.target} is the solution of a --teacher: give one.')
         if not self.of_solution and self.solver != 'heun':
             raise click.UsageError(
-                f'--solver={self.solver} is for stored solutions, and --target={self.target} has none: leave it out, or give '
-                '--teacher and --target=solution.'
+                f'--solver={self.solver} is for stored solutions, and --target={self.target} has none: '
+                'leave it out, or give --teacher and --target=solution.'
             )
         if len(set(self.steps)) < len(self.steps) or not self.steps:
             raise click.UsageError(f'--steps={",".join(map(str, self.steps))}: give different numbers.')
         if odd := [N for N in self.steps if self.T % N]:
             raise click.UsageError(
-                f'--steps={odd[0]} does not divide --T={self.T}, whose levels the steps are between: change one of them.'
+                f'--steps={odd[0]} does not divide --T={self.T}, whose levels the steps are between: '
+                'change one of them.'
             )
 
     @property

@@ -49,15 +49,16 @@ class MomentMatchingConfig(AuxiliaryNetwork, StudentSteps, SpacedGrid, GuidedTea
     mm_times: str = opt(
         'grid',
         click.Choice(MM_TIMES),
-        'Time t at which the student denoises, given the time s of the moments: uniform in [s, s + 1/S] as published, or '
-        'the next time above s at which sampling evaluates it (mm).',
+        'Time t at which the student denoises, given the time s of the moments: uniform in [s, s + 1/S] as '
+        'published, or the next time above s at which sampling evaluates it (mm).',
     )
 
     def __post_init__(self):
         super().__post_init__()
         if self.S == 1 and self.mm_times == 'uniform':
             raise click.UsageError(
-                '--mm_times=uniform with --S=1 does not train the one step that sampling takes: use --mm_times=grid.'
+                '--mm_times=uniform with --S=1 does not train the one step that sampling takes: use '
+                '--mm_times=grid.'
             )
 
     def cost(self) -> float:

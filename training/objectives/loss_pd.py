@@ -49,7 +49,8 @@ class ProgressiveConfig(Stages, Students, TeacherHop):
     S_start: int = opt(
         512,
         cli.STEPS,
-        'Sampling steps of the first student (pd), halved from round to round down to --S; its teacher is sampled in twice as many.',
+        'Sampling steps of the first student (pd), halved from round to round down to --S; its teacher is '
+        'sampled in twice as many.',
         record=False,
     )
 
@@ -60,7 +61,8 @@ class ProgressiveConfig(Stages, Students, TeacherHop):
             times.halving_rounds(self.S_start, self.S, self.stage_steps)
         except ValueError as error:
             raise click.UsageError(
-                f'--S_start={self.S_start}, --S={self.S}: {error}. Give a --S_start that is --S times a power of two.'
+                f'--S_start={self.S_start}, --S={self.S}: {error}. Give a --S_start that is --S times a '
+                'power of two.'
             ) from error
         with usage_errors():
             check_two_steps(self.student_grid, self.hop)

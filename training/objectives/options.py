@@ -143,8 +143,8 @@ class Teacher(Config):
     teacher: str | None = opt(
         None,
         NETWORK_FILE,
-        'Snapshot of the diffusion model to distill; pd: or of a student of 2 --S_start steps; tcm: of the consistency '
-        'model to go on from.',
+        'Snapshot of the diffusion model to distill; pd: or of a student of 2 --S_start steps; tcm: of the '
+        'consistency model to go on from.',
         key='teacher',
     )
 
@@ -161,12 +161,14 @@ class TeacherHop(GuidedTeacher):
     hop: str = opt(
         'heun',
         click.Choice(HOPS),
-        "The teacher's step from one noise level to the next (mcd, cm-cd, pd, flowmap); pd takes ddim or addim.",
+        "The teacher's step from one noise level to the next (mcd, cm-cd, pd, flowmap); pd takes ddim or "
+        'addim.',
     )
     xvar_frac: float = opt(
         0.75,
         cli.FACTOR,
-        "With --hop=addim: share of the image's squared error that is put back as noise; 0 guesses it without the image.",
+        "With --hop=addim: share of the image's squared error that is put back as noise; 0 guesses it "
+        'without the image.',
         needs=('hop', 'addim'),
     )
 
@@ -178,7 +180,8 @@ class TeacherSolver(GuidedTeacher):
     solver: str = opt(
         'heun',
         click.Choice(SEGMENT_SOLVERS),
-        "The teacher's steps over a segment (direct) or a stored solution (flowmap): heun, 2 evaluations each, or ipndm, "
+        "The teacher's steps over a segment (direct) or a stored solution (flowmap): heun, 2 evaluations "
+        'each, or ipndm, '
         'dpmpp, 1 each.',
         later=True,
     )
@@ -214,8 +217,8 @@ class StudentSteps(Config):
     S: int | None = opt(
         8,
         cli.STEPS,
-        'Number of student sampling steps. scd, sct: of segments of the noise levels, each of which one step crosses; without '
-        'it they train a consistency model.',
+        'Number of student sampling steps. scd, sct: of segments of the noise levels, each of which one '
+        'step crosses; without it they train a consistency model.',
     )
 
 
@@ -270,12 +273,14 @@ class Segments(Students):
     keep_ties: bool = opt(
         False,
         SWITCH,
-        'Keep the teacher nodes that are student levels, so that the student is trained at the levels it samples at.',
+        'Keep the teacher nodes that are student levels, so that the student is trained at the levels it '
+        'samples at.',
     )
     top_mass: float = opt(
         0.0,
         cli.Number(0, 1),
-        'Share of samples on the first edges of segments, where sampling evaluates the student; needs --keep_ties.',
+        'Share of samples on the first edges of segments, where sampling evaluates the student; needs '
+        '--keep_ties.',
         flags=('--top-mass',),
     )
 
@@ -288,7 +293,8 @@ class Segments(Students):
             check_segments(self.S, self.T_start, self.T_end)
         if self.top_mass and not self.keep_ties:
             raise click.UsageError(
-                f'--top-mass={self.top_mass:g} needs --keep_ties: without them no edge begins where a segment does.'
+                f'--top-mass={self.top_mass:g} needs --keep_ties: without them no edge begins where a '
+                'segment does.'
             )
 
     @classmethod
@@ -393,7 +399,8 @@ class Stages(Config):
         cli.COUNT,
         'Optimizer steps of a stage; for pd, of a round, twice as many for --S=2 and 1.',
         record=False,
-        default_text='ect: --duration in equal stages, 8 for --q=2, 4 for --q=4, until 1 - r/t is about 1/256; tcm 1; pd 50000',
+        default_text='ect: --duration in equal stages, 8 for --q=2, 4 for --q=4, until 1 - r/t is about '
+        '1/256; tcm 1; pd 50000',
     )
 
 

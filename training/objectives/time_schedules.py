@@ -141,7 +141,8 @@ def earlier_time(t: Tensor, stage: int, q: float, k: float = 8.0, b: float = 1.0
     gap = float(q) ** -(stage + 1)
     if gap < 1e-12:
         raise ValueError(
-            f'stage {stage} of q = {q:g} brings r to within {gap:.0e} of t, less than numbers resolve: make the stages longer'
+            f'stage {stage} of q = {q:g} brings r to within {gap:.0e} of t, less than numbers resolve: '
+            'make the stages longer'
         )
     return t * (1 - gap * (1 + k * torch.sigmoid(-b * t))).clamp(min=0)
 
