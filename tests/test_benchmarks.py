@@ -163,6 +163,13 @@ def test_operations_of_a_network_are_those_of_its_layers():
     assert sizes.operations(size).forward == sum(counted) + attention + resampling
 
 
+@pytest.fixture(autouse=True)
+def compiler_as_before():
+    """`step.Training.use` tells the compiler for the whole process what may run compiled."""
+    yield
+    torch.compiler.set_stance('default')
+
+
 def test_a_step_asks_the_networks_what_the_objective_says():
     """Of 8 images with T = 1280: the teacher twice and the student once without gradients, and the teacher's
     solution on edges from sigma_max; the student once with them."""
@@ -178,31 +185,28 @@ def test_a_step_asks_the_networks_what_the_objective_says():
 
 def test_ways_of_running_are_set_and_taken_back():
     training = step.Training('demo', 2, CPU)
-    try:
-        training.use(step.Way(precision='bf16', channels_last=True, checkpoint_activations=True))
-        held = training.loss_state.teacher
-        assert (
-            training.student.use_bf16
-            and held.use_bf16
-            and held.channels_last
-            and training.student.model.checkpoint_activations
-        )
-        assert (
-            held.model.out_conv.weight.dtype == torch.bfloat16
-            and training.teacher.model.out_conv.weight.dtype == torch.float32
-        )
-        training.step(0, inside=False)
-        training.use(step.Way())
-        plain = training.loss_state.teacher
-        assert not (
-            training.student.use_bf16
-            or training.student.channels_last
-            or training.student.model.checkpoint_activations
-            or plain.use_bf16
-        )
-        assert plain.model.out_conv.weight.dtype == torch.float32
-    finally:
-        torch.compiler.set_stance('default')
+    training.use(step.Way(precision='bf16', channels_last=True, checkpoint_activations=True))
+    held = training.loss_state.teacher
+    assert (
+        training.student.use_bf16
+        and held.use_bf16
+        and held.channels_last
+        and training.student.model.checkpoint_activations
+    )
+    assert (
+        held.model.out_conv.weight.dtype == torch.bfloat16
+        and training.teacher.model.out_conv.weight.dtype == torch.float32
+    )
+    training.step(0, inside=False)
+    training.use(step.Way())
+    plain = training.loss_state.teacher
+    assert not (
+        training.student.use_bf16
+        or training.student.channels_last
+        or training.student.model.checkpoint_activations
+        or plain.use_bf16
+    )
+    assert plain.model.out_conv.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
