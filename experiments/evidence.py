@@ -32,12 +32,8 @@ MEASURED = ROOT / 'docs' / 'measured'
 # system's.
 LONGER = ('mcd', 'mct', 'direct', 'flowmap', 'ect')
 
-PARTS = (
-    'objectives',
-    'steps',
-    'seeds',
-    'bootstrap',
-)  # options of compare.py that choose rows of a comparison
+# Options of compare.py that choose rows of a comparison.
+PARTS = ('objectives', 'steps', 'seeds', 'bootstrap')
 
 
 @dataclass(frozen=True)
