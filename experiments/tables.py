@@ -161,8 +161,7 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, metrics: Se
     if any('recall' in row for row in rows):
         lines.append(
             "Recall and coverage: shares of the data near a model's images, see docs/recipes.md; those of "
-            'the teacher with '
-            f'{best["nfe"]} evaluations are {best.get("recall", float("nan")):.3f} and '
+            f'the teacher with {best["nfe"]} evaluations are {best.get("recall", float("nan")):.3f} and '
             f'{best.get("coverage", float("nan")):.3f}.'
         )
 

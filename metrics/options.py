@@ -154,8 +154,7 @@ class PairOptions:
         'Also compute the paired error: the distance of each image from the one that this network makes of '
         'the '
         "same seed and label, over the data's standard deviation. A teacher is sampled by the solver with "
-        'so many '
-        'steps.',
+        'so many steps.',
         flags=('--pairs-with',),
         metavar='PKL[:SOLVER[:STEPS]]',
         default_text=f"none; its solver {GOOD_SOLVER} with {GOOD_STEPS} steps, a student's own",

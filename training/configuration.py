@@ -76,8 +76,7 @@ def resolve_defaults(o: Options, dataset, teacher, earlier: dict | None) -> Opti
     if getattr(o.own, 'of_solution', 0) and o.run.augment:
         raise UserError(
             f"--augment={o.run.augment:g} changes images, and the teacher's stored solutions begin at "
-            'noise: use '
-            '--augment=0, or --target=hop.'
+            'noise: use --augment=0, or --target=hop.'
         )
     if o.objective.auxiliary and o.own.aux_ahead + 1 >= training_steps(o):
         raise UserError(

@@ -311,8 +311,7 @@ def check_differentiable(o: Options, network: EasyDict) -> None:
         f'the level in features that turn by {turns:.2g} radians as ln(sigma) rises by 1, '
         f'{turns / EDMS_TURNS:.0f} times as fast as '
         "EDM's positional embedding, and the derivative grows with them. Use a network of --arch=adm or "
-        'ddpmpp with '
-        '--precond=edm, or an objective of discrete steps, such as ect or flowmap.'
+        'ddpmpp with --precond=edm, or an objective of discrete steps, such as ect or flowmap.'
     )
 
 

@@ -41,8 +41,7 @@ class TangentOptions(Config):
         'forward',
         click.Choice(JVPS),
         "The network's derivative along the ODE (scd, sct, flowmap): in forward mode, or a central "
-        'difference of two '
-        'evaluations, which --compile also speeds up.',
+        'difference of two evaluations, which --compile also speeds up.',
     )
     tangent_warmup: int | None = opt(
         None,

@@ -58,8 +58,8 @@ class FlowMapConfig(TangentOptions, SyncDropout, Targets, TeacherHop, TeacherSol
         None,
         click.Choice(FLOW_MAP_TARGETS),
         "What the student learns (flowmap): the teacher's stored solution; one hop, and the student's own "
-        'step from there; '
-        'both (mixed); or the same for hops without length, by the derivative along the ODE (tangent).',
+        'step from there; both (mixed); or the same for hops without length, by the derivative along the '
+        'ODE (tangent).',
         default_text='solution; without --teacher hop',
         settled=True,
     )

@@ -181,8 +181,7 @@ class TeacherSolver(GuidedTeacher):
         'heun',
         click.Choice(SEGMENT_SOLVERS),
         "The teacher's steps over a segment (direct) or a stored solution (flowmap): heun, 2 evaluations "
-        'each, or ipndm, '
-        'dpmpp, 1 each.',
+        'each, or ipndm, dpmpp, 1 each.',
         later=True,
     )
 
