@@ -330,46 +330,35 @@ def strata_of(source, count: int, given: int | None) -> int:
 
     Raises: UserError if the given number does not suit the images.
     """
-    strata, missing = given or source.strata or 1, source.total - count
-    if strata == 1:
-        return 1
-    # By default as far as the images allow it. Resampled as drawn, their interval is too wide and not too narrow.
-    if not given:
-        if not missing and count >= strata * LEAST_PER_CLASS:
-            return strata
-        log(
-            f'Note: {count} images of {source.total}, of {strata} classes in turn, are '
-            + (f'fewer than {LEAST_PER_CLASS} of each' if not missing else 'not all')
-            + ': their interval is that of drawn classes, and too wide.'
-        )
-        return 1
+    strata = given or source.strata or 1
+    if strata == 1 or not (problem := why_not_by_class(source, count, strata)):
+        return strata
+    if given:
+        raise UserError(f'--bootstrap-strata={given}: {problem}, or leave the option out.')
+    # Resampled as if drawn, the interval is too wide and not too narrow.
+    log(f'Note: the interval is that of drawn classes, and too wide: {problem}.')
+    return 1
 
+
+def why_not_by_class(source, count: int, strata: int) -> str | None:
+    """Why `count` images of a source are not resampled as `strata` classes in turn, and the cure; None if they may be."""
     # A missing image shifts the classes of all that follow.
-    option, leave_out = f'--bootstrap-strata={given}', 'or leave the option out'
-    if missing:
-        raise UserError(
-            f'{option}: {missing} of {source.total} images are left out, so that those that remain are '
-            f'not of all classes in turn; give --num={source.total}, {leave_out}.'
+    if missing := source.total - count:
+        return (
+            f'{missing} of {source.total} images are left out, so that not all classes come in turn; give '
+            f'--num={source.total}'
         )
     # The classes of a network's images are known, those of files only by their labels.
-    if source.strata not in (None, given):
+    if source.strata not in (None, strata):
         kind = f'{source.strata} classes in turn' if source.strata > 1 else 'no classes in turn'
-        raise UserError(
-            f'{option}: the images of {source.name} are of {kind}; give --labels=balanced, {leave_out}.'
-        )
+        return f'the images of {source.name} are of {kind}; give --labels=balanced'
     classes = None if source.strata else source.classes()
-    if classes is not None and (classes[given:] != classes[:-given]).any():
-        raise UserError(
-            f'{option}: by their labels, the images of {source.name} are not of {given} classes in turn; '
-            f'{leave_out[3:]}.'
-        )
+    if classes is not None and (classes[strata:] != classes[:-strata]).any():
+        return f'by their labels, the images of {source.name} are not of {strata} classes in turn; give their number'
     # Of one image a class, all resamples are the same.
-    if count < given * LEAST_PER_CLASS:
-        raise UserError(
-            f'{option}: {count} images are fewer than {LEAST_PER_CLASS} of each class, too few to resample '
-            f'by themselves; give more images, {leave_out}.'
-        )
-    return given
+    if count < strata * LEAST_PER_CLASS:
+        return f'{count} images are fewer than {LEAST_PER_CLASS} of each class; give more'
+    return None
 
 
 def check_pairs(paths, measures, seed_sets, pairs: PairOptions) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from dnnlib import UserError
 
+RUN_RECORD = 'training_options.json'  # EDM's name for the configuration in a run's folder
+
 # ----------------------------------------------------------------------------
 # Folders.
 

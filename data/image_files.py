@@ -22,7 +22,6 @@ from dnnlib.archives import open_member
 from dnnlib.file_kind import DAMAGED_ZIP, HEAD, NPY, NPZ, ZIP, describe_file
 from dnnlib.npy import read_header
 
-RUN_RECORD = 'training_options.json'
 LABEL_FILE = 'dataset.json'
 LATENT_EXTENSION = '.npy'
 NOT_A_ZIP = 'File is not a zip file'  # zipfile's message for any file without an end-of-archive record
@@ -55,7 +54,7 @@ class ImageFiles:
         # Names, from the disk or the zip's directory.
         self.is_folder = os.path.isdir(self.path)
         # Its PNGs would pass as a data set of a few large images.
-        if self.is_folder and os.path.exists(os.path.join(self.path, RUN_RECORD)):
+        if self.is_folder and os.path.exists(os.path.join(self.path, file_names.RUN_RECORD)):
             raise UserError(
                 f'{self.path} is the folder of a training run, whose pictures are grids of samples; give a '
                 'folder of images, such as the --outdir of generate.py'

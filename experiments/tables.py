@@ -170,8 +170,7 @@ def notes(rows: Sequence[dict], best: dict, budget: int, batch: int, metrics: Se
         lines.append(
             f"Paired error: root mean square distance of a model's images from those of the teacher with "
             f'{best["nfe"]} evaluations, of the same seeds and labels, over the standard deviation of the '
-            'data '
-            f"({PAIRS:,} pairs or all; docs/method.md). The teacher's solver is the one with the least."
+            f"data ({PAIRS:,} pairs or all; docs/method.md). The teacher's solver is the one with the least."
         )
     if none := sorted({row['objective'] for row in rows if row.get('paired_error', 0) is None}):
         lines.append(

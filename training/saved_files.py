@@ -10,12 +10,13 @@ from pathlib import Path
 
 import click
 
+from data.file_names import RUN_RECORD
 from dnnlib import UserError, cli
 from dnnlib.file_kind import another_kind
 from dnnlib.text import printable
 
 LOG, STATS, METRICS = 'log.txt', 'stats.jsonl', 'metrics-val.jsonl'
-OPTIONS = 'training_options.json'
+OPTIONS = RUN_RECORD
 PREEMPTED = 'preempted.json'  # left by a run that a signal stopped, for the script that starts it again
 LAUNCH = 'launch.json'  # left where torchrun may start the processes again, see `restart`
 OWN_FILES = (LOG, STATS, METRICS, OPTIONS, PREEMPTED, LAUNCH)
