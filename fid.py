@@ -354,7 +354,7 @@ def why_not_by_class(source, count: int, strata: int) -> str | None:
         return f'the images of {source.name} are of {kind}; give --labels=balanced'
     classes = None if source.strata else source.classes()
     if classes is not None and (classes[strata:] != classes[:-strata]).any():
-        return f'by their labels, the images of {source.name} are not of {strata} classes in turn; give their number'
+        return f'by their labels, the images of {source.name} are not of {strata} classes in turn; sample them with --labels=balanced'
     # Of one image a class, all resamples are the same.
     if count < strata * LEAST_PER_CLASS:
         return f'{count} images are fewer than {LEAST_PER_CLASS} of each class; give more'
